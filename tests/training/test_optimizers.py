@@ -32,7 +32,7 @@ def test_the_table_learns_at_its_own_rate(event_log: EventLog, tmp_path: Path) -
     moved = {}
     for rate in (1.0, 0.1):
         made, start = trained(event_log, tmp_path / str(rate), rate)
-        network = made.optimizers.schedule(100, 0.5)
+        network = made.optimizers.schedule(100, 0.5, 4)
         assert network == pytest.approx(5e-3 * (0.01 + 0.99 * 0.5))
         assert {group["lr"] for group in made.optimizers.dense.param_groups} == {network}
         assert [group["lr"] for group in made.optimizers.table.param_groups] == [network * rate]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,7 @@ from vista.config.choices import ItemStart, Stage
 from vista.config.composition import compose_config
 from vista.errors import ConfigError
 from vista.log.event_log import EventLog
-from vista.training import run_plan
-from vista.training.run_plan import plan_run
+from vista.training.run_plan import plan_run, warmup_steps, warn_of_few_steps
 from vista.training.trainer import train
 
 PLANNED = {
@@ -84,6 +84,30 @@ def test_batches_and_epochs_follow_the_number_of_events(num_events: int, tokens:
     assert config.data.num_negatives == 4096
 
 
+def test_the_warm_up_of_a_timed_run_is_a_tenth_at_most(event_log: EventLog) -> None:
+    optim = plan_run(TrainConfig(optim=OptimConfig(minutes=1)), event_log).optim
+    assert optim.warmup_steps is None and optim.epochs is None
+    assert [warmup_steps(optim, steps) for steps in (0, 25, 179, 500, 10**6)] == [50, 3, 18, 50, 50]
+    assert warmup_steps(replace(optim, warmup_steps=7), 10**6) == 7
+
+
+@pytest.mark.parametrize(
+    ("optim", "steps", "warns"),
+    [
+        (OptimConfig(epochs=1, warmup_steps=4), 19, "raise optim.epochs"),
+        (OptimConfig(epochs=1, warmup_steps=4), 20, ""),
+        (OptimConfig(epochs=1, warmup_steps=15), 29, "29 steps, of which 15 are warm-up"),
+        (OptimConfig(epochs=1, warmup_steps=15), 30, ""),
+        (OptimConfig(minutes=1), 299, "299 steps, of which 30 are warm-up: .* raise optim.minutes"),
+        (OptimConfig(minutes=1), 300, ""),
+        (OptimConfig(minutes=1, warmup_steps=200), 300, "300 steps, of which 200 are warm-up"),
+    ],
+)
+def test_short_runs_warn(optim: OptimConfig, steps: int, warns: str, caplog: pytest.LogCaptureFixture) -> None:
+    warn_of_few_steps(optim, steps)
+    assert len(caplog.messages) == bool(warns) and re.search(warns, "".join(caplog.messages))
+
+
 def test_hashed_rows_start_random_and_refuse_factors(event_log: EventLog) -> None:
     config = TrainConfig(model=ModelConfig(embedding_rows=100))
     assert plan_run(config, event_log).model.item_start is ItemStart.random
@@ -96,8 +120,7 @@ def test_a_downstream_run_counts_the_labels_after_its_store(served_tasks: Served
     config = replace(base, stage=Stage.downstream, base="best", store="store", optim=OptimConfig(), model=ModelConfig())
     whole, late = (plan_run(config, served_tasks.log, since) for since in (0, int(base.data.validation_from or 0) - 1))
     assert whole.model.item_start is None  # the base's table
-    assert planned(late.optim.warmup_steps, "") <= planned(whole.optim.warmup_steps, "")
-    assert late.optim.epochs == run_plan.MOST_EPOCHS
+    assert planned(late.optim.warmup_steps, "") < planned(whole.optim.warmup_steps, "")
 
 
 def test_the_run_folder_has_the_resolved_settings(event_log: EventLog, tmp_path: Path) -> None:

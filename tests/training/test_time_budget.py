@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,20 @@ def test_a_timed_run_resumes_bit_identically(
     assert last["step"] == last["planned_steps"] == PLANNED_AT + 13
     rates = [row["learning_rate"] for row in metrics(whole) if "learning_rate" in row]
     assert len(rates) == last["step"] and rates[-1] < 0.05 * max(rates)
-    assert f"{last['step']} steps, " in (whole / "train.log").read_text()
+    text = (whole / "train.log").read_text()
+    assert f"{last['step']} steps, " in text and "only about 38 steps, of which 4 are warm-up" in text
 
     for step in (PLANNED_AT, PLANNED_AT + 3, last["step"]):
         run_dir = next(folder for at, folder in killed if at == step)
         train(small_config(event_log, run_dir, **changes), event_log, metrics_every=1)
         assert_same_result(run_dir, whole)
+
+
+def test_the_time_counts_from_the_beginning(event_log: EventLog, tmp_path: Path) -> None:
+    config = small_config(event_log, tmp_path, optim__epochs=1)
+    made = trainer.Trainer(config, event_log, began=time.perf_counter() - 100)
+    made._count_seconds()
+    assert 100 < made.progress.seconds < 110
 
 
 def test_a_budget_that_is_spent_ends_the_run_after_the_timed_steps(event_log: EventLog, tmp_path: Path) -> None:

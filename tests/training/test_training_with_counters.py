@@ -69,7 +69,7 @@ def test_the_heads_start_from_the_training_part_and_have_their_own_rate(event_lo
     expected = (np.log(frequency) - np.log(frequency).mean()) / np.log(frequency).std()
     np.testing.assert_allclose(made.model.item_popularity[1:], expected, rtol=1e-5, atol=1e-5)
 
-    rate = made.optimizers.schedule(10, 0.5)
+    rate = made.optimizers.schedule(10, 0.5, 4)
     rates = {id(p): group["lr"] for group in made.optimizers.dense.param_groups for p in group["params"]}
     for name, parameter in made.model.named_parameters():
         if name != "item_table":

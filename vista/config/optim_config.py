@@ -20,8 +20,8 @@ class OptimConfig:
     counted_rate: float = 5.0
     """With model.counters or model.popularity: learning rate of their heads, as a multiple of the network's."""
     warmup_steps: int | None = None
-    """Number of steps over which the learning rate rises linearly to its peak. null: 3% of the steps, or 50 with
-    optim.minutes."""
+    """Number of steps over which the learning rate rises linearly to its peak. null: 3% of the steps; with
+    optim.minutes, 50 steps and at most a tenth of all."""
     gradient_clip: float = 1.0
     """Maximum global norm of the gradient."""
     epochs: int | None = None

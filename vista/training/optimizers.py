@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from vista.config import OptimConfig
-from vista.config.checks import planned
 from vista.model.ranking_model import RankingModel
 
 BETAS = (0.9, 0.98)
@@ -23,7 +22,6 @@ class Optimizers:
 
     def __init__(self, model: RankingModel, optim: OptimConfig) -> None:
         self._model, self._optim = model, optim
-        self._warmup_steps = planned(optim.warmup_steps, "optim.warmup_steps")
         self._dense = [p for name, p in model.named_parameters() if p.requires_grad and name != "item_table"]
         counted = [p for head in (model.counted, model.popularity) if head is not None for p in head.parameters()]
         is_counted = {id(p) for p in counted}
@@ -47,14 +45,15 @@ class Optimizers:
             [{"params": [model.item_table], FACTOR: optim.table_rate}], lr=optim.learning_rate, betas=BETAS
         )
 
-    def schedule(self, step: int, share_done: float) -> float:
+    def schedule(self, step: int, share_done: float, warmup_steps: int) -> float:
         """Set the learning rates, and return the network's: linear warm-up, then a cosine down to FINAL_RATE.
 
         Args:
             step: steps done.
             share_done: share of the training that is done.
+            warmup_steps: steps of the warm-up.
         """
-        warm = min(1.0, (step + 1) / max(self._warmup_steps, 1))
+        warm = min(1.0, (step + 1) / max(warmup_steps, 1))
         cosine = 0.5 * (1 + math.cos(math.pi * min(share_done, 1.0)))
         rate = self._optim.learning_rate * warm * (FINAL_RATE + (1 - FINAL_RATE) * cosine)
         for group in (*self.dense.param_groups, *self.table.param_groups):

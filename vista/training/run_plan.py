@@ -6,7 +6,7 @@ import logging
 import math
 from dataclasses import replace
 
-from vista.config import TrainConfig
+from vista.config import OptimConfig, TrainConfig
 from vista.config.choices import ItemStart, Stage
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until, visible_counts
@@ -20,12 +20,16 @@ STEPS = 3000
 MOST_EPOCHS = 30
 MOST_NEGATIVES = 4096
 WARMUP_SHARE = 0.03
-TIMED_WARMUP_STEPS = 50
-"""Warm-up with optim.minutes, where the number of steps is not known at the start."""
+TIMED_WARMUP_STEPS, TIMED_WARMUP_SHARE = 50, 0.1
+"""Warm-up with optim.minutes, where the number of steps is not known at the start: 50 steps, and at most a tenth."""
+FEW_STEPS, FEW_TIMED_STEPS = 20, STEPS // 10
+"""A run of fewer steps warns that it cannot learn much. With optim.minutes, nobody has asked for so few."""
 
 
 def plan_run(config: TrainConfig, log: EventLog, since: int | None = None) -> TrainConfig:
     """The configuration with its null settings resolved from the log. Explicit settings stay.
+
+    With optim.minutes, `warmup_steps` decides about the warm-up later.
 
     Args:
         since: with stage=downstream, the time (ms) at which labels begin.
@@ -48,12 +52,10 @@ def plan_run(config: TrainConfig, log: EventLog, since: int | None = None) -> Tr
     if optim.epochs is None and optim.minutes is None:
         optim.epochs = min(max(round(STEPS / batches), 1), MOST_EPOCHS)
         reasons.append(f"optim.epochs={optim.epochs} (about {batches:,} steps per epoch)")
-    if optim.warmup_steps is None:
-        steps = batches * (optim.epochs or 0)
-        optim.warmup_steps = math.ceil(WARMUP_SHARE * steps) if steps else TIMED_WARMUP_STEPS
-        reasons.append(
-            f"optim.warmup_steps={optim.warmup_steps} ({f'about {steps:,} steps' if steps else 'a first guess'})"
-        )
+    if optim.warmup_steps is None and optim.epochs is not None:
+        steps = batches * optim.epochs
+        optim.warmup_steps = math.ceil(WARMUP_SHARE * steps)
+        reasons.append(f"optim.warmup_steps={optim.warmup_steps} (about {steps:,} steps)")
     if model.item_start is None and config.stage is Stage.joint:  # a downstream model has the item table of its base
         model.item_start = ItemStart.random if model.embedding_rows else ItemStart.factors
         reasons.append(
@@ -62,3 +64,32 @@ def plan_run(config: TrainConfig, log: EventLog, since: int | None = None) -> Tr
     if reasons:
         logger.info("settings from the log: %s", ", ".join(reasons))
     return replace(config, data=data, optim=optim, model=model)
+
+
+def warmup_steps(optim: OptimConfig, planned_steps: int) -> int:
+    """Steps of the warm-up.
+
+    Args:
+        planned_steps: with optim.minutes, steps of the run; 0 if they are not known yet.
+    """
+    if optim.warmup_steps is not None:
+        return optim.warmup_steps
+    share = math.ceil(TIMED_WARMUP_SHARE * planned_steps)
+    return min(TIMED_WARMUP_STEPS, share) if planned_steps else TIMED_WARMUP_STEPS
+
+
+def warn_of_few_steps(optim: OptimConfig, steps: int) -> None:
+    """Warn if a run is too short.
+
+    Args:
+        steps: of the whole run.
+    """
+    warmup, is_timed = warmup_steps(optim, steps), optim.minutes is not None
+    if steps < max(2 * warmup, FEW_TIMED_STEPS if is_timed else FEW_STEPS):
+        logger.warning(
+            "the run has only about %d steps, of which %d are warm-up: too few to learn much; lower "
+            "data.tokens_per_batch (to 512, say) and optim.warmup_steps, or raise %s",
+            steps,
+            warmup,
+            "optim.minutes" if is_timed else "optim.epochs",
+        )

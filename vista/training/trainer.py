@@ -47,14 +47,12 @@ from vista.training.optimizers import Optimizers
 from vista.training.progress import Progress
 from vista.training.run_folder import deferred_interrupt, log_file
 from vista.training.run_identity import check_identity, run_identity
-from vista.training.run_plan import plan_run
+from vista.training.run_plan import plan_run, warmup_steps, warn_of_few_steps
 from vista.training.time_budget import TimeBudget
 from vista.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 METRICS_EVERY = 20
-FEW_STEPS = 20
-"""A run of fewer steps warns that it cannot learn much."""
 NAMED_USERS = 20
 """Most users of a refused batch that the error names."""
 
@@ -97,6 +95,7 @@ def train_model(
         CheckpointError: if the newest checkpoint is damaged; the message has the remedy.
         NonFiniteLossError: if a loss or gradient is NaN or infinite; the batch is saved and its users are named.
     """
+    began = time.perf_counter()
     log = EventLog.open(config.data.path) if log is None else log
     if config.verify_log:
         log.verify()
@@ -104,9 +103,9 @@ def train_model(
     with log_file(Path(config.run_dir) / "train.log"), cpu_settings(config.num_threads):
         config = replace(config, data=with_exclude_seen(config.data, log))
         if config.stage is Stage.joint:
-            return Trainer(config, log, metrics_every=metrics_every).run()
+            return Trainer(config, log, metrics_every=metrics_every, began=began).run()
         with Downstream.open(config, log) as downstream:
-            return Trainer(config, log, downstream, metrics_every=metrics_every).run()
+            return Trainer(config, log, downstream, metrics_every=metrics_every, began=began).run()
 
 
 class Trainer:
@@ -119,12 +118,15 @@ class Trainer:
         downstream: Downstream | None = None,
         *,
         metrics_every: int = METRICS_EVERY,
+        began: float | None = None,
     ) -> None:
         """
         Args:
             downstream: the base model and its store; None trains all stages.
             metrics_every: steps between two lines of metrics.jsonl.
+            began: `time.perf_counter` when the run began, from which optim.minutes counts; None is now.
         """
+        self._counted_until = time.perf_counter() if began is None else began
         config = plan_run(config, log, downstream.summaries.since if downstream is not None else None)
         self.config, self.log, self.downstream, self.metrics_every = config, log, downstream, metrics_every
         self.run_dir = Path(config.run_dir)
@@ -146,7 +148,6 @@ class Trainer:
         self.optimizers = Optimizers(self.model, config.optim)
         self.progress = Progress()
         self._budget = None if config.optim.minutes is None else TimeBudget(config.optim.minutes)
-        self._counted_until = time.perf_counter()
         self.precision = choose_precision(config.precision, self.device)
         self._identity = run_identity(config, log, downstream, self.precision)
 
@@ -194,17 +195,8 @@ class Trainer:
             *table.shape,
             f"resuming at step {self.progress.step} from {newest}" if newest else f"run folder {self.run_dir}",
         )
-
-        if config.optim.epochs is None:
-            return
-        steps, warmup_steps = config.optim.epochs * self.source.num_batches(0), config.optim.warmup_steps or 0
-        if steps < max(2 * warmup_steps, FEW_STEPS):
-            logger.warning(
-                "the run has only about %d steps, of which optim.warmup_steps=%d are warm-up: too few to learn much; "
-                "lower data.tokens_per_batch (to 512, say) and optim.warmup_steps, or raise optim.epochs",
-                steps,
-                warmup_steps,
-            )
+        if config.optim.epochs is not None:
+            warn_of_few_steps(config.optim, config.optim.epochs * self.source.num_batches(0))
 
     def _plan_steps(self, budget: TimeBudget) -> None:
         """Fix the number of steps, and save it before it is used: a resumed run must end at the same step."""
@@ -215,6 +207,7 @@ class Trainer:
         self._count_seconds()
         batches = self.source.num_batches(self.progress.epoch)
         self.progress.planned_steps = budget.planned_steps(self.progress, seconds, batches, self.config.optim)
+        warn_of_few_steps(self.config.optim, self.progress.planned_steps)
         self._save()
 
     def _run_epoch(self, metrics: MetricsWriter, interrupted: list[bool]) -> None:
@@ -260,7 +253,8 @@ class Trainer:
     def _step(self, batch: Batch, share_done: float) -> dict[str, float]:
         """One update; returns the losses as numbers."""
         batch = batch.to(self.device)
-        rate = self.optimizers.schedule(self.progress.step, share_done)
+        warmup = warmup_steps(self.config.optim, self.progress.planned_steps)
+        rate = self.optimizers.schedule(self.progress.step, share_done, warmup)
         # Only the rows of this batch take part: the table's gradient is sparse, so no pass reads the whole table.
         with autocast(self.precision, self.device):
             losses = self.model.losses(batch, self.model.item_vectors(batch.rows), self.config.optim)
