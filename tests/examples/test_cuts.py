@@ -71,7 +71,7 @@ def anchor_plan(**changes: Any) -> AnchorPlan:
         "by_time": False,
         "use_time": True,
         "timeless_share": 0.3,
-        "trains_next": True,
+        "keeps_other_windows": True,
     }
     return AnchorPlan(**{**options, **changes})
 
@@ -125,7 +125,7 @@ def cases(draw: st.DrawFn) -> tuple[Chunks, int, dict[str, Any]]:
         "num_cuts": draw(st.integers(1, 3)),
         "staleness_share": draw(st.sampled_from([0.0, 0.4, 1.0])),
         "reconstruction_len": draw(st.integers(1, 8)),
-        "anchors": draw(st.sampled_from([None, anchor_plan(), anchor_plan(by_time=True, trains_next=False)])),
+        "anchors": draw(st.sampled_from([None, anchor_plan(), anchor_plan(by_time=True, keeps_other_windows=False)])),
     }
     return coded_chunks(lengths, sorted(impressions), draw(st.integers(0, 7))), draw(st.integers(0, 1000)), options
 
@@ -194,7 +194,7 @@ def test_every_event_and_impression_is_a_label_once(case: tuple[Chunks, int, dic
     chunks, seed, options = case
     batch = cut(chunks, seed, **{**options, "windows_per_chunk": 0})
     label, shown = label_events(batch), shown_impressions(batch)
-    if options.get("anchors") is None or options["anchors"].trains_next:
+    if options.get("anchors") is None or options["anchors"].keeps_other_windows:
         np.testing.assert_array_equal(np.sort(label[label >= 0]), np.arange(len(chunks.item)))
     np.testing.assert_array_equal(np.sort(shown[shown >= 0]), np.arange(len(chunks.impressions.item)))
     kept = shown >= 0
@@ -262,7 +262,7 @@ def test_anchors_change_no_other_draw() -> None:
 
 def test_windows_with_nothing_to_train_are_left_out() -> None:
     chunks = coded_chunks([400, 300], [(0, 17), (1, 150)])
-    batch = cut(chunks, 2, anchors=anchor_plan(spacing=150, trains_next=False))
+    batch = cut(chunks, 2, anchors=anchor_plan(spacing=150, keeps_other_windows=False))
     assert batch.anchors is not None
     used = np.union1d(batch.anchors.window, np.flatnonzero(batch.impressions.mask.numpy().any((1, 2))))
     np.testing.assert_array_equal(used, np.arange(len(batch.windows.cut)))

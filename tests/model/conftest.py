@@ -152,7 +152,7 @@ def anchor_plan(**changes: Any) -> AnchorPlan:
         "by_time": False,
         "use_time": True,
         "timeless_share": 0.0,
-        "trains_next": True,
+        "keeps_other_windows": True,
     }
     return AnchorPlan(**{**options, **changes})
 

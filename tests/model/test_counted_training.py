@@ -130,7 +130,7 @@ def test_losses_are_those_of_served_scores(make: SimpleNamespace, data: st.DataO
     model.set_item_frequency(np.arange(make.num_items + 1))
     packed = make.histories(drawn["lengths"], drawn["seed"])
     chunks, _ = make.chunks(packed, drawn["seed"], chunk_len=drawn["chunk_len"], spec=model.counter_spec)
-    anchors = make.anchor_plan(timeless_share=float(not drawn["is_timed"]), trains_next=False)
+    anchors = make.anchor_plan(timeless_share=float(not drawn["is_timed"]), keeps_other_windows=False)
     plan = make.plan(
         model, label_spacing=min(4, drawn["tail_len"]), staleness_share=drawn["staleness"], anchors=anchors
     )
@@ -217,7 +217,7 @@ def test_baselines_count_all_events_before_a_request(make: SimpleNamespace, name
     model.set_item_frequency(np.arange(make.num_items + 1))
     packed = make.histories([LIMIT, 9, 1], 2)
     chunks, _ = make.chunks(packed, 2, spec=model.counter_spec)
-    anchors = make.anchor_plan(spacing=2, trains_next=False)
+    anchors = make.anchor_plan(spacing=2, keeps_other_windows=False)
     plan = make.plan(model, staleness_share=0.5, anchors=anchors, exact_counters=True)
     batch = make.batch(chunks, plan, 2)
     with torch.no_grad():
@@ -244,7 +244,7 @@ def test_no_label_is_in_its_own_counters(make: SimpleNamespace) -> None:
         np.arange(1, 92).astype(np.int32), packed.timestamp, packed.action, packed.rating, packed.offsets
     )
     chunks, _ = make.chunks(packed, 5, chunk_len=11, spec=model.counter_spec)
-    plan = make.plan(model, staleness_share=0.5, anchors=make.anchor_plan(by_time=True, trains_next=False))
+    plan = make.plan(model, staleness_share=0.5, anchors=make.anchor_plan(by_time=True, keeps_other_windows=False))
     batch, places = make.batch(chunks, plan, 5, num_items=200), make.anchor_predictions(chunks, plan, 5)
     assert batch.anchors is not None and batch.anchors.counters is not None
     known = 0

@@ -112,7 +112,7 @@ class TrainConfig:
         )
 
     @property
-    def trains_next(self) -> bool:
+    def ranks_items(self) -> bool:
         """Whether items are predicted: the next one, or those of the window that follows."""
         return (self.optim.next_weight > 0 or self.trains_window) and not self.model.architecture.ranks_only
 

@@ -38,8 +38,8 @@ class AnchorPlan:
     """Whether requests have a time."""
     timeless_share: float
     """Share of anchors whose requests have no time, because callers of the scorer may not pass one."""
-    trains_next: bool
-    """Whether next items are trained elsewhere too, so that windows without anchors are needed."""
+    keeps_other_windows: bool
+    """Whether windows without anchors are trained too, because next items are trained at every position."""
     mean_labels: float = 1.0
     """Mean number of labels per anchor, by which the loss is divided."""
 
@@ -47,7 +47,7 @@ class AnchorPlan:
     def of(cls, config: TrainConfig, *, has_time: bool) -> AnchorPlan | None:
         """The plan of a training run on a log with or without times; None if the run has neither the window loss nor
         counters, with which next items are trained at anchors too."""
-        at_anchors = config.model.counters and config.trains_next
+        at_anchors = config.model.counters and config.ranks_items
         if not config.trains_window and not at_anchors:
             return None
         by_time = config.data.split is Split.time
@@ -59,7 +59,7 @@ class AnchorPlan:
             use_time=has_time and config.model.use_time,
             # With any other split, evaluation asks without a time, and only requests in production have one.
             timeless_share=0.1 if by_time else 0.5,
-            trains_next=config.optim.next_weight > 0 and not at_anchors,
+            keeps_other_windows=config.optim.next_weight > 0 and not at_anchors,
         )
 
 

@@ -91,7 +91,7 @@ class BatchSource:
         self._adjustment = _logit_adjustment(frequency, config.optim.logq_strength)
         tasks = trained_tasks(log, config.optim)
         self._impressions = _visible_impressions(log, item_rows, self.counts, config, tasks, since)
-        trains_events = stored is None or config.trains_next
+        trains_events = stored is None or config.ranks_items
         self._users = _labeled_users(self._impressions, self.counts - self._first if trains_events else None)
         if stored is not None and not len(self._users):
             raise ConfigError(
@@ -120,7 +120,7 @@ class BatchSource:
         rng = np.random.default_rng([self._config.seed, epoch, index + 1])
         user, start, stop = (part[self._batches[index]] for part in self._chunks)
         # If no items are predicted, negatives would still be gathered, and moved by Adam's momentum.
-        negatives, log_weight = self._sampler.draw(rng) if self._config.trains_next else NO_NEGATIVES
+        negatives, log_weight = self._sampler.draw(rng) if self._config.ranks_items else NO_NEGATIVES
         batch = cut_batch(self._pack(user, start, stop), self._plan, rng, negatives, log_weight)
         if self._adjustment is None:
             return batch

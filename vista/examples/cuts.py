@@ -104,7 +104,7 @@ def cut_batch(
     if plan.anchors is not None:
         anchors = draw_anchors(chunks, plan.anchors, rng.spawn(1)[0])
         anchor_window = _windows_of(anchors, chunks, plan, phase, all_windows)
-        keep = add_anchored(keep, anchor_window, impression_window, trains_next=plan.anchors.trains_next)
+        keep = add_anchored(keep, anchor_window, impression_window, keeps_others=plan.anchors.keeps_other_windows)
     windows = all_windows.select(keep)
     if chunks.summary is None:
         boundary = _draw_boundaries(plan, rng, all_windows, num_chunks=len(phase))

@@ -65,11 +65,11 @@ def draw_windows(
     return np.sort(order[windows.index < windows_per_chunk])
 
 
-def add_anchored(keep: Int, anchor_window: Int, impression_window: Int, *, trains_next: bool) -> Int:
+def add_anchored(keep: Int, anchor_window: Int, impression_window: Int, *, keeps_others: bool) -> Int:
     """Sorted indices of the kept windows and those with anchors, less those with nothing to train.
 
     Args:
         keep: int64 sorted, from `draw_windows`.
-        trains_next: whether next items are trained, so that every window has something to train.
+        keeps_others: whether next items are trained, so that every window has something to train.
     """
-    return np.union1d(keep if trains_next else np.intersect1d(keep, impression_window), anchor_window)
+    return np.union1d(keep if keeps_others else np.intersect1d(keep, impression_window), anchor_window)

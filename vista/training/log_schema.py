@@ -47,13 +47,13 @@ def schema_of(log: EventLog, config: TrainConfig) -> Schema:
             "the log with impressions.* and set optim.task_weight=1, or train an architecture that ranks next items, "
             "such as model=sasrec"
         )
-    if not config.trains_next and not tasks:
+    if not config.ranks_items and not tasks:
         raise ConfigError(
             f"optim.next_weight={optim.next_weight:g}: {log.path} has no labeled task either, so no head would be "
             "trained; set optim.next_weight=1"
         )
     ratings = rating_range(log) if log.has_rating and model.use_rating else None
-    return Schema(list(log.actions), log.has_time, ratings, tasks, config.trains_next)
+    return Schema(list(log.actions), log.has_time, ratings, tasks, config.ranks_items)
 
 
 def rating_range(log: EventLog, *, events_per_batch: int = EVENTS_PER_BATCH) -> tuple[float, float] | None:

@@ -68,7 +68,7 @@ class Validation:
             end = split_until(config.data, "test").before
             shown = with_tasks(impression_cases(log, until.before, end, max_cases=limit * 4), tasks)
             self._impressions = shown if len(shown.user) else None
-        if config.trains_next:
+        if config.ranks_items:
             stop = visible_counts(log, split_until(config.data, "test"))
             cases = next_item_cases(log, self._cut, stop, max_users=limit)
             self._next = cases if len(cases.user) else None
