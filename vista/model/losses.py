@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vista.config import OptimConfig
+from vista.examples.batch import Batch
+
 ROWS_PER_TILE = 256
 """Rows of the softmax that are held at once: 1 MiB with 1,024 negatives, which stays in a core's cache."""
 
@@ -21,6 +24,32 @@ class Losses:
     """The weighted sum that training minimizes."""
     parts: dict[str, Tensor]
     """By name: "next", "window", "reconstruction", and one per labeled task."""
+
+
+def weighted_losses(parts: dict[str, Tensor], optim: OptimConfig) -> Losses:
+    """The losses of one batch and their weighted sum.
+
+    Args:
+        parts: the losses that are trained, as in `Losses`. Those of other names have `optim.task_weight`.
+    """
+    weights = {
+        "next": optim.next_weight,
+        "window": optim.window_weight,
+        "reconstruction": optim.reconstruction_weight,
+    }
+    total = sum((weights.get(name, optim.task_weight) * part for name, part in parts.items()), torch.zeros(()))
+    return Losses(total, parts)
+
+
+def next_loss(batch: Batch, items: Tensor, users: Tensor, label: Tensor, temperature: float) -> Tensor:
+    """`sampled_softmax` over the negatives of a batch.
+
+    Args:
+        items: [R, M] vectors of the items `batch.rows`; users: [N, M]; label: int64 [N] rows of `items`.
+    """
+    return sampled_softmax(
+        users, items, label, batch.negatives.item, batch.negatives.log_weight, temperature, batch.logit_adjustment
+    )
 
 
 def sampled_softmax(

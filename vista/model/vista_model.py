@@ -29,7 +29,7 @@ from vista.model.anchor_losses import anchor_losses
 from vista.model.candidate_counters import CandidateCounters
 from vista.model.frozen_linear import frozen
 from vista.model.item_projections import save_item_projections
-from vista.model.losses import Losses, reconstruction_loss, sampled_softmax, task_losses
+from vista.model.losses import Losses, next_loss, reconstruction_loss, task_losses, weighted_losses
 from vista.model.model_description import ModelDescription
 from vista.model.ranking_model import RankingModel
 from vista.model.reconstruction import ReconstructionDecoder
@@ -83,24 +83,18 @@ class VistaModel(RankingModel):
         impressions = batch.impressions
         encoded, summaries, context = self._contexts(batch, item_vectors)
         parts: dict[str, Tensor] = {}
-        total = item_vectors.new_zeros((), dtype=torch.float32)
         if optim.next_weight > 0 and self.counted is None:
             parts["next"] = self._next_loss(batch, item_vectors, context)
         if batch.anchors is not None:
             users, items = self._anchor_users(batch, context), self.retrieval_items(item_vectors, batch.rows)
             parts |= anchor_losses(self, batch, users, items, optim)
-        for name, weight in (("next", optim.next_weight), ("window", optim.window_weight)):
-            if name in parts:
-                total = total + weight * parts[name]
         if self.task_head is not None and optim.task_weight > 0 and impressions.item.shape[1]:
             logits = self.window_logits(batch, item_vectors, context)
             losses = task_losses(logits, impressions.label, impressions.mask)
             parts.update(zip(self.schema.tasks, losses, strict=True))
-            total = total + optim.task_weight * losses.sum()
         if self.decoder is not None and optim.reconstruction_weight > 0 and len(batch.reconstruction.cut):
             parts["reconstruction"] = self._reconstruction(batch, item_vectors, encoded, summaries)
-            total = total + optim.reconstruction_weight * parts["reconstruction"]
-        return Losses(total, parts)
+        return weighted_losses(parts, optim)
 
     def anchor_users(self, batch: Batch, item_vectors: Tensor) -> Tensor:
         return self._anchor_users(batch, self._contexts(batch, item_vectors)[2])
@@ -174,15 +168,8 @@ class VistaModel(RankingModel):
         users = self.window_users(batch, context)
         label = batch.labels.item.flatten()
         known = (label >= 0).nonzero().squeeze(-1)
-        return sampled_softmax(
-            users.flatten(0, 1)[known],
-            self.retrieval_items(item_vectors, batch.rows),
-            label[known],
-            batch.negatives.item,
-            batch.negatives.log_weight,
-            self.config.temperature,
-            batch.logit_adjustment,
-        )
+        items = self.retrieval_items(item_vectors, batch.rows)
+        return next_loss(batch, items, users.flatten(0, 1)[known], label[known], self.config.temperature)
 
     def _reconstruction(self, batch: Batch, item_vectors: Tensor, encoded: Tensor, summaries: Tensor) -> Tensor:
         assert self.decoder is not None

@@ -17,7 +17,7 @@ from vista.model.ranking_model import NEXT_TASK
 from vista.model.schema import Schema
 
 RESERVED_TASKS = {
-    *(NEXT_TASK, "reconstruction", "search_unit", "loss"),
+    *(NEXT_TASK, "window", "reconstruction", "search_unit", "loss"),
     *("step", "epoch", "learning_rate", "gradient_norm", "tokens_per_s", "validation", "is_best"),
     *("epoch_seconds", "seconds"),
 }

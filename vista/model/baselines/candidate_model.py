@@ -22,12 +22,12 @@ from vista.log.histories import Histories
 from vista.log.vocabulary import Vocabulary
 from vista.model.baselines.event_queries import EventQueries
 from vista.model.baselines.found_events import FoundEvents
-from vista.model.baselines.history_model import HistoryModel, time_bucket, weighted_losses
+from vista.model.baselines.history_model import HistoryModel, time_bucket
 from vista.model.baselines.packed_events import PackedEvents
 from vista.model.baselines.shown_candidates import ShownCandidates, in_place
 from vista.model.inference import newest
 from vista.model.layers import Dropout
-from vista.model.losses import Losses, task_losses
+from vista.model.losses import Losses, task_losses, weighted_losses
 from vista.model.schema import Schema
 
 HIDDEN = (200, 80)
@@ -107,7 +107,7 @@ class CandidateModel(HistoryModel):
     def losses(self, batch: Batch, item_vectors: Tensor, optim: OptimConfig) -> Losses:
         shown = ShownCandidates.of(batch)
         if len(shown.place) == 0:
-            return weighted_losses(self, batch, optim, {}, None)
+            return weighted_losses({}, optim)
         events = PackedEvents(
             table=item_vectors,
             rows=batch.rows,
@@ -120,13 +120,13 @@ class CandidateModel(HistoryModel):
         vectors, gap = item_vectors[shown.item], self.encoder.gap_vectors(shown.gap)
         vectors = (vectors if gap is None else vectors + gap) * self.scale
         queries = EventQueries(vectors, batch.rows[shown.item], shown.chunk, shown.seen)
-        losses = weighted_losses(self, batch, optim, {}, in_place(self.logits(events, queries), shown.place, batch))
+        label, mask = batch.impressions.label, batch.impressions.mask
+        losses = task_losses(in_place(self.logits(events, queries), shown.place, batch), label, mask)
+        parts = dict(zip(self.schema.tasks, losses, strict=True))
         search = self.search_logits(events, queries)
-        if search is None:
-            return losses
-        impressions = batch.impressions
-        search_loss = task_losses(in_place(search, shown.place, batch), impressions.label, impressions.mask).sum()
-        return Losses(losses.total + optim.task_weight * search_loss, {**losses.parts, "search_unit": search_loss})
+        if search is not None:
+            parts["search_unit"] = task_losses(in_place(search, shown.place, batch), label, mask).sum()
+        return weighted_losses(parts, optim)
 
     @torch.inference_mode()
     def candidate_logits(

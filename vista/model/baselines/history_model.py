@@ -11,13 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vista.arrays import Int
-from vista.config import OptimConfig
 from vista.errors import ConfigError
-from vista.examples.batch import Batch
 from vista.log.gaps import NUM_GAPS, UNKNOWN_GAP, gap_bucket
 from vista.log.histories import Histories
 from vista.model.baselines.padded_tiles import TILE_TOKENS
-from vista.model.losses import Losses, sampled_softmax, task_losses
 from vista.model.ranking_model import RankingModel
 
 
@@ -72,35 +69,3 @@ def time_bucket(gap_ms: Tensor) -> Tensor:
     """`vista.log.gaps.gap_bucket` of int64 tensors."""
     seconds = gap_ms.clamp(min=0).to(torch.float64) / 1000
     return (1 + torch.log2(1 + seconds)).long().clamp(max=NUM_GAPS - 1)
-
-
-def weighted_losses(
-    model: RankingModel,
-    batch: Batch,
-    optim: OptimConfig,
-    of_items: dict[str, Tensor],
-    logits: Tensor | None,
-) -> Losses:
-    """The losses of a baseline.
-
-    Args:
-        of_items: the losses "next" and "window" that are trained.
-        logits: [NW, I, num_tasks] of impressions, if they are trained.
-    """
-    parts = dict(of_items)
-    total = model.item_table.new_zeros((), dtype=torch.float32)
-    for name, weight in (("next", optim.next_weight), ("window", optim.window_weight)):
-        if name in parts:
-            total = total + weight * parts[name]
-    if logits is not None:
-        losses = task_losses(logits, batch.impressions.label, batch.impressions.mask)
-        parts.update(zip(model.schema.tasks, losses, strict=True))
-        total = total + optim.task_weight * losses.sum()
-    return Losses(total, parts)
-
-
-def next_loss(batch: Batch, items: Tensor, users: Tensor, label: Tensor, temperature: float) -> Tensor:
-    """Sampled softmax of user vectors [N, M'] for their labels int64 [N], over items [R, M'], as in VISTA."""
-    return sampled_softmax(
-        users, items, label, batch.negatives.item, batch.negatives.log_weight, temperature, batch.logit_adjustment
-    )

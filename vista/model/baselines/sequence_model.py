@@ -22,13 +22,13 @@ from vista.log.gaps import history_gaps
 from vista.log.histories import Histories
 from vista.log.vocabulary import Vocabulary
 from vista.model.anchor_losses import anchor_losses
-from vista.model.baselines.history_model import HistoryModel, next_loss, weighted_losses
+from vista.model.baselines.history_model import HistoryModel
 from vista.model.baselines.padded_tiles import PaddedTile, tiles
 from vista.model.baselines.shown_candidates import ShownCandidates, in_place, seen_in_chunk
 from vista.model.candidate_counters import CandidateCounters
 from vista.model.inference import newest
 from vista.model.layers import Dropout
-from vista.model.losses import Losses
+from vista.model.losses import Losses, next_loss, task_losses, weighted_losses
 from vista.model.schema import Schema
 
 
@@ -166,8 +166,11 @@ class SequenceModel(HistoryModel):
             parts["next"] = next_loss(batch, items, torch.cat(users), torch.cat(labels), self.config.temperature)
         if askers:
             parts |= anchor_losses(self, batch, _in_order(askers), items, optim)
-        shown_logits = in_place(torch.cat(logits), torch.cat(places), batch) if logits else None
-        return weighted_losses(self, batch, optim, parts, shown_logits)
+        if logits:
+            shown_logits = in_place(torch.cat(logits), torch.cat(places), batch)
+            losses = task_losses(shown_logits, batch.impressions.label, batch.impressions.mask)
+            parts.update(zip(self.schema.tasks, losses, strict=True))
+        return weighted_losses(parts, optim)
 
     def anchor_users(self, batch: Batch, item_vectors: Tensor) -> Tensor:
         events, asked = self._embedded(batch, item_vectors), _AskedAnchors.of(batch)
