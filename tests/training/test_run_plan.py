@@ -21,6 +21,7 @@ from vista.training.run_plan import plan_run, warmup_steps, warn_of_few_steps
 from vista.training.trainer import train
 
 PLANNED = {
+    "data.exclude_seen": False,
     "data.tokens_per_batch": 512,
     "data.num_negatives": 40,
     "optim.epochs": 30,
@@ -52,14 +53,17 @@ def test_null_settings_follow_the_log(event_log: EventLog, caplog: pytest.LogCap
     resolved = plan_run(config, event_log)
     assert {key: value_of(resolved, key) for key in PLANNED} == PLANNED
     assert all(value_of(config, key) is None for key in PLANNED)
-    (line,) = caplog.messages
-    assert line.startswith("settings from the log: data.tokens_per_batch=512 (") and line.count("=") == len(PLANNED)
-    assert plan_run(resolved, event_log) == resolved and len(caplog.messages) == 1
+    repeats, line = caplog.messages
+    assert repeats.startswith("data.exclude_seen=false: ")
+    assert line.startswith("settings from the log: data.tokens_per_batch=512 (")
+    assert line.count("=") + repeats.count("=") == len(PLANNED)
+    assert plan_run(resolved, event_log) == resolved and len(caplog.messages) == 2
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
     [
+        ("data.exclude_seen", True),
         ("data.tokens_per_batch", 77),
         ("data.num_negatives", 5),
         ("optim.epochs", 0),
@@ -79,7 +83,7 @@ def test_explicit_settings_win(event_log: EventLog, key: str, value: Any) -> Non
     [(100_000, 512, 15, 89), (500_000, 1024, 6, 89), (10**6, 2048, 6, 89), (10**7, 8192, 2, 74), (10**8, 8192, 1, 367)],
 )
 def test_batches_and_epochs_follow_the_number_of_events(num_events: int, tokens: int, epochs: int, warmup: int) -> None:
-    config = plan_run(TrainConfig(), log_with(num_events))
+    config = plan_run(TrainConfig(data=DataConfig(exclude_seen=True)), log_with(num_events))
     assert (config.data.tokens_per_batch, config.optim.epochs, config.optim.warmup_steps) == (tokens, epochs, warmup)
     assert config.data.num_negatives == 4096
 

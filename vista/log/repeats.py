@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 
 import numpy as np
 
@@ -43,8 +42,3 @@ def leaves_out_seen(log: EventLog, data: DataConfig) -> bool:
     exclude_seen = share < RETURNING
     logger.info("data.exclude_seen=%s: %.1f %% of the events are repeats", str(exclude_seen).lower(), 100 * share)
     return exclude_seen
-
-
-def with_exclude_seen(data: DataConfig, log: EventLog) -> DataConfig:
-    """The same, with `exclude_seen` decided from the log if it is null."""
-    return replace(data, exclude_seen=leaves_out_seen(log, data))

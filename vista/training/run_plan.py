@@ -9,6 +9,7 @@ from dataclasses import replace
 from vista.config import OptimConfig, TrainConfig
 from vista.config.choices import ItemStart, Stage
 from vista.log.event_log import EventLog
+from vista.log.repeats import leaves_out_seen
 from vista.log.splits import split_until, visible_counts
 from vista.log.until import Until
 
@@ -40,6 +41,7 @@ def plan_run(config: TrainConfig, log: EventLog, since: int | None = None) -> Tr
     num_events, reasons = int(counts.sum()), list[str]()
     data, optim, model = replace(config.data), replace(config.optim), replace(config.model)
 
+    data.exclude_seen = leaves_out_seen(log, data)
     if data.tokens_per_batch is None:
         least, most = TOKENS_PER_BATCH
         nearest = 2 ** round(math.log2(max(num_events / BATCHES_PER_EPOCH, 1)))

@@ -6,7 +6,6 @@ import logging
 import math
 import shutil
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,7 +24,6 @@ from vista.examples.batch import Batch
 from vista.examples.batch_source import BatchSource
 from vista.files import remove_leftovers, replace_text, writable_folder
 from vista.log.event_log import EventLog
-from vista.log.repeats import with_exclude_seen
 from vista.model.ranking_model import RankingModel
 from vista.model.registry import ARCHITECTURES, load_model
 from vista.model.vista_model import VistaModel
@@ -101,7 +99,6 @@ def train_model(
         log.verify()
     writable_folder(Path(config.run_dir), "run_dir")
     with log_file(Path(config.run_dir) / "train.log"), cpu_settings(config.num_threads):
-        config = replace(config, data=with_exclude_seen(config.data, log))
         if config.stage is Stage.joint:
             return Trainer(config, log, metrics_every=metrics_every, began=began).run()
         with Downstream.open(config, log) as downstream:
