@@ -18,6 +18,7 @@ from vista.evaluation.cases import Floats
 from vista.evaluation.evaluate import evaluate, evaluate_model, evaluate_scorer
 from vista.evaluation.evaluation_report import EvaluationReport
 from vista.evaluation.per_user_metrics import PerUserMetrics
+from vista.evaluation.window_evaluation import split_windows
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until, visible_counts
 from vista.model.baselines.sequence_model import SequenceModel
@@ -97,14 +98,27 @@ def test_days(served_tasks: Served) -> None:
     log, until = served_tasks.log, split_until(served_tasks.config.data, "test")
     assert until.before is not None
     with Scorer.open(served_tasks.model, served_tasks.test_store) as scorer:
-        config = EvaluateConfig(**ASKED, horizon_days=20)
+        config = EvaluateConfig(**ASKED, horizon_days=5)
         evaluation = evaluate_scorer(scorer, log, config)
-    assert {name.rpartition("/")[2] for name in evaluation.metrics} == {"20-days"}
+    assert {name.rpartition("/")[2] for name in evaluation.metrics} == {"5-days"}
     assert evaluation.per_user is not None
-    seen, late = log.counts_before(until.before), log.counts_before(until.before + 20 * DAY_MS)
+    seen, late = log.counts_before(until.before), log.counts_before(until.before + 5 * DAY_MS)
     users = log.users.rows(evaluation.per_user.users.tolist())
-    has_labels = ~np.isnan(evaluation.per_user.values["precision@4/20-days"])
+    has_labels = ~np.isnan(evaluation.per_user.values["precision@4/5-days"])
     assert has_labels.tolist() == (late > seen)[users].tolist() and has_labels.any()
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_days_that_the_log_does_not_span_are_refused(served_tasks: Served, split: str) -> None:
+    log, data = served_tasks.log, served_tasks.config.data
+    begin, test = (split_until(data, part).before for part in (split, "test"))
+    newest = log.time_range()
+    assert begin is not None and test is not None and newest is not None
+    days = ((newest[1] if split == "test" else test) - begin) / DAY_MS
+    split_windows(log, data, EvaluateConfig(**ASKED, split=split, horizon_days=days * 1.1))
+    what = rf"{log.path} ends" if split == "test" else r"data\.test_from comes"
+    with pytest.raises(ConfigError, match=rf"^horizon_days=.*: {what} {days:.1f} days after the question"):
+        split_windows(log, data, EvaluateConfig(**ASKED, split=split, horizon_days=days * 1.12))
 
 
 def test_a_baseline_against_a_loop(event_log: EventLog, tmp_path: Path) -> None:

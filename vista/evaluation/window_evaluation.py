@@ -17,7 +17,7 @@ from vista.evaluation.cases_digest import cases_digest
 from vista.evaluation.evaluation_report import EvaluationReport
 from vista.evaluation.per_user_metrics import PerUserMetrics
 from vista.evaluation.protocol import case_batches, seen_columns
-from vista.evaluation.window_cases import WindowCases, window_cases
+from vista.evaluation.window_cases import DAY_MS, WindowCases, window_cases
 from vista.evaluation.window_metrics import window_metrics
 from vista.evaluation.window_report import WindowReport
 from vista.log.event_log import EventLog
@@ -33,7 +33,7 @@ def split_windows(log: EventLog, data: DataConfig, config: EvaluateConfig) -> di
     after the newest visible event. In validation, windows stop before the test labels.
 
     Raises:
-        ConfigError: no user has enough events, or days are asked of a log without times.
+        ConfigError: no user has enough events, or days are asked of a log without times, or of one that ends before.
     """
     limit = split_until(data, config.split)
     seen = visible_counts(log, limit)
@@ -42,6 +42,7 @@ def split_windows(log: EventLog, data: DataConfig, config: EvaluateConfig) -> di
     if config.horizon_days:
         if not log.has_time:
             raise ConfigError(f"horizon_days={config.horizon_days:g}: {log.path} has no times; set horizon_events")
+        _check_days(log, data, config)
         lengths = {f"{config.horizon_days:g} days": {"horizon_days": config.horizon_days}}
     cases = {
         name: window_cases(
@@ -56,6 +57,22 @@ def split_windows(log: EventLog, data: DataConfig, config: EvaluateConfig) -> di
             "hold out more than one event"
         )
     return cases
+
+
+def _check_days(log: EventLog, data: DataConfig, config: EvaluateConfig) -> None:
+    """Refuse windows of days that the events of a split by time do not span. They may lack a tenth: the newest event is
+    older than the end of the period in which events were recorded."""
+    begin, newest = split_until(data, config.split).before, log.time_range()
+    if begin is None or newest is None:
+        return
+    end = split_until(data, "test").before if config.split == "validation" else newest[1]
+    assert end is not None
+    days = (end - begin) / DAY_MS
+    if days < 0.9 * config.horizon_days:
+        what = "data.test_from comes" if config.split == "validation" else f"{log.path} ends"
+        raise ConfigError(
+            f"horizon_days={config.horizon_days:g}: {what} {days:.1f} days after the question; ask for at most as many"
+        )
 
 
 def measure_windows(
