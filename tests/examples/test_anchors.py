@@ -44,18 +44,22 @@ def of_chunk(chunks: Chunks, chunk: int) -> tuple[Int, Int, int]:
 
 @pytest.mark.parametrize("lead", [None, np.array([3, 1, 0, 9])], ids=["whole", "lead"])
 @pytest.mark.parametrize("days", [0.0, 2.0])
-def test_labels_are_the_distinct_known_items_of_the_window(days: float, lead: Int | None) -> None:
+@pytest.mark.parametrize("by_time", [False, True])
+def test_labels_are_the_distinct_known_items_of_the_window(by_time: bool, days: float, lead: Int | None) -> None:
+    """Days count from the request, or without a time of request from the newest event before it."""
     checked = 0
-    for seed in range(30):
+    for seed in range(60):
         chunks = random_chunks(seed, lead)
-        drawn = draw(chunks, seed, horizon_events=6, horizon_days=days)
+        drawn = draw(chunks, seed, horizon_events=6, horizon_days=days, by_time=by_time)
         assert (np.diff(drawn.chunk) >= 0).all()
-        for chunk, position, item in zip(drawn.chunk, drawn.position, drawn.item, strict=True):
+        for chunk, position, asked, item in zip(drawn.chunk, drawn.position, drawn.time, drawn.item, strict=True):
             time, items, length = of_chunk(chunks, chunk)
             assert (0 if lead is None else lead[chunk]) <= position < length
+            begin = asked if by_time or position == 0 else time[position - 1]
+            assert begin <= asked <= time[position]
             window = [items[k] for k in range(position, min(position + 6, len(items)))]
             if days:
-                window = [i for k, i in enumerate(window) if time[position + k] < time[position] + days * DAY_MS]
+                window = [i for k, i in enumerate(window) if time[position + k] < begin + days * DAY_MS]
             np.testing.assert_array_equal(item[item > 0], sorted(set(window) - {0}))
             assert item.any(), "an anchor without a label is left out"
             checked += 1
@@ -88,6 +92,14 @@ def test_positions_are_uniform_and_requests_come_with_the_next_event() -> None:
     np.testing.assert_array_equal(gap, np.where(position > 0, expected, 0))
     every = draw(chunks, spacing=1)
     assert every.position.tolist() == list(range(8)), "one per label position"
+
+
+def test_no_request_lies_among_the_events_that_are_context_only() -> None:
+    """Event 1 is context, and has the time of the first label."""
+    for days, places in (([0, 5, 5, 5], []), ([0, 5, 5, 5, 6], [4])):
+        chunks = timed_chunks([np.array(days) * DAY_MS], [np.arange(len(days)) + 1], [len(days)], lead=np.array([2]))
+        drawn = [draw(chunks, seed, spacing=1, by_time=True) for seed in range(20)]
+        assert {place for each in drawn for place in each.position.tolist()} == set(places)
 
 
 def test_some_requests_have_no_time() -> None:

@@ -72,8 +72,8 @@ class DataConfig:
     horizon_events: int = 50
     """With optim.window_weight above 0: number of events after a question whose items are its labels."""
     horizon_days: float = 0.0
-    """With optim.window_weight above 0: number of days after a question; only items of events within it are labels. 0
-    means no limit in time."""
+    """With optim.window_weight above 0: number of days after a question; only items of events within it are labels, and
+    of these events only the first horizon_events. 0 means no limit in time."""
     anchor_spacing: int = 16
     """With optim.window_weight above 0 or model.counters: number of label positions per question. A chunk has one
     question per this many positions, rounded up. With split=time they are uniform in time, otherwise in position."""

@@ -8,6 +8,7 @@ horizon, P labels of the anchor with the most.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,8 +110,11 @@ def draw_anchors(chunks: Chunks, plan: AnchorPlan, rng: np.random.Generator) -> 
     is_timed = rng.random(len(chunk)) >= plan.timeless_share
     has_gap = (position > 0) & is_timed & plan.use_time
     gap = np.where(has_gap, gap_bucket(time - timeline.time[np.maximum(place - 1, 0)]), UNKNOWN_GAP)
-    item = _labels(timeline, plan, place, timeline.offsets[1:][chunk], time)
-    kept = np.flatnonzero(item.any(1))
+    # As in evaluation, a window begins at the request if that has a time, else at the newest event before it.
+    begin = time if plan.by_time else timeline.time[np.where(position > 0, place - 1, place)]
+    item = _labels(timeline, plan, place, timeline.offsets[1:][chunk], begin)
+    # A request at the time of a chunk's first label may have its place among the events that are context only.
+    kept = np.flatnonzero(item.any(1) & (position >= lead[chunk]))
     chunk, position, place, time = chunk[kept], position[kept], place[kept], time[kept]
     return ChunkAnchors(chunk, position, gap[kept], item[kept], timeline.item[place], time, is_timed[kept])
 
@@ -125,18 +129,19 @@ def _first_from(timeline: ChunkTimeline, chunk: Int, time: Int) -> Int:
     return place
 
 
-def _labels(timeline: ChunkTimeline, plan: AnchorPlan, place: Int, end: Int, time: Int) -> Int:
+def _labels(timeline: ChunkTimeline, plan: AnchorPlan, place: Int, end: Int, begin: Int) -> Int:
     """int64 [NA, P] distinct known items of the windows that begin at the events `place`, right-aligned; 0 pads.
 
     Args:
-        end: int64 [NA] place after the last event that training may see; time: int64 [NA] of the requests.
+        end: int64 [NA] place after the last event that training may see.
+        begin: int64 [NA] times (ms) from which days are counted.
     """
     width = min(plan.horizon_events, int((end - place).max(initial=0)))
     event = place[:, None] + np.arange(width)
     is_inside = event < end[:, None]
     event = np.where(is_inside, event, 0)
     if plan.horizon_days > 0:
-        is_inside &= timeline.time[event] < time[:, None] + round(plan.horizon_days * DAY_MS)
+        is_inside &= timeline.time[event] < begin[:, None] + math.ceil(plan.horizon_days * DAY_MS)
     item = np.sort(np.where(is_inside, timeline.item[event], 0), axis=1)
     repeats = np.pad(item[:, 1:] == item[:, :-1], ((0, 0), (1, 0)))
     item = np.sort(np.where(repeats, 0, item), axis=1)
