@@ -12,7 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from tests.conftest import DAY, draw_counter_weights, serve, small_config
+from tests.conftest import DAY, START, draw_counter_weights, serve, small_config, tail_of
 from vista.arrays import Int
 from vista.evaluation.case_counters import CaseCounters
 from vista.log.event_log import EventLog
@@ -289,6 +289,26 @@ class TestExplanation:
         found = np.flatnonzero(np.isfinite(explanation.counts).all(1))
         assert (found + 1).tolist() == codes.key.tolist()
         np.testing.assert_allclose(explanation.counts[found], codes.values(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("sent", [slice(None), slice(0, 3), slice(2, 8, 3)], ids=["all", "some", "scattered"])
+def test_a_basket_that_the_record_covers_may_be_sent_again(tmp_path: Path, sent: slice) -> None:
+    """Two users buy 9 items at one time, of which the tail holds 6."""
+    user, item = np.repeat([1, 2], 18), np.concatenate([np.arange(18), np.arange(18)[::-1]]) % 11
+    frame = {"user": user, "item": item, "timestamp": START + np.arange(36) // 9 % 2 * DAY}
+    log = EventLog.from_frame(frame, tmp_path / "log", time_unit="ms")
+    config = small_config(log, "unused", model__counters=True, model__tail_len=TAIL_LEN)
+    torch.manual_seed(5)
+    model = VistaModel(config.model, schema_of(log, config), log.items, config.data).eval()
+    draw_counter_weights(model)
+    refresh(model, log, tmp_path / "store")
+    with Scorer.open(model, tmp_path / "store") as scorer:
+        basket = [(bought, START + DAY, 0) for bought in item[9:18].tolist()]
+        tail, now = tail_of([(1, basket[sent]), (2, [])]), START + 3 * DAY
+        expected = scorer.catalog_scores([1, 2], now=now)
+        np.testing.assert_array_equal(scorer.catalog_scores([1, 2], tail=tail, now=now), expected)
+        _, counted, _ = scorer.counted_items([1, 2], now=now)
+        np.testing.assert_array_equal(scorer.counted_items([1, 2], tail=tail, now=now)[1], counted)
 
 
 def test_a_log_without_times(order_log: EventLog, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vista.arrays import Int
 from vista.scorer.tail_merging import checked_tail, merge_tails
 from vista.store.tail import Tail
 
@@ -32,19 +34,40 @@ def events_of(merged: Tail) -> list[list[Event]]:
     return [rows[a:b] for a, b in zip(merged.offsets[:-1], merged.offsets[1:], strict=True)]
 
 
+def whole(stored: Tail) -> Int:
+    """Records that cover no events but those of their tails."""
+    return np.diff(stored.offsets)
+
+
 def test_union_by_hand() -> None:
     stored = tail([(1, 5, 0), (2, 6, 0), (2, 7, 1)], [], [(9, 1, 0)])
     fresh = tail([(2, 7, 1), (2, 7, 0), (3, 8, 0)], [(4, 4, 0)], [])
-    assert events_of(merge_tails(stored, fresh, 10)[0]) == [
+    assert events_of(merge_tails(stored, whole(stored), fresh, 10)[0]) == [
         [(1, 5, 0), (2, 6, 0), (2, 7, 1), (2, 7, 0), (3, 8, 0)],
         [(4, 4, 0)],
         [(9, 1, 0)],
     ]
-    assert events_of(merge_tails(stored, fresh, 2)[0]) == [[(2, 7, 0), (3, 8, 0)], [(4, 4, 0)], [(9, 1, 0)]]
+    merged = merge_tails(stored, whole(stored), fresh, 2)[0]
+    assert events_of(merged) == [[(2, 7, 0), (3, 8, 0)], [(4, 4, 0)], [(9, 1, 0)]]
     # A late event is sorted in by its time, and dropped if it is older than all events that are kept.
-    assert events_of(merge_tails(tail([(5, 1, 0), (7, 2, 0)]), tail([(6, 3, 0)]), 2)[0]) == [[(6, 3, 0), (7, 2, 0)]]
-    assert events_of(merge_tails(tail([(5, 1, 0), (7, 2, 0)]), tail([(4, 3, 0)]), 2)[0]) == [[(5, 1, 0), (7, 2, 0)]]
-    assert events_of(merge_tails(tail([], []), tail([], []), 3)[0]) == [[], []]
+    stored = tail([(5, 1, 0), (7, 2, 0)])
+    for late, expected in ((6, [(6, 3, 0), (7, 2, 0)]), (4, [(5, 1, 0), (7, 2, 0)])):
+        assert events_of(merge_tails(stored, whole(stored), tail([(late, 3, 0)]), 2)[0]) == [expected]
+    assert events_of(merge_tails(tail([], []), np.array([0, 4]), tail([], []), 3)[0]) == [[], []]
+
+
+@pytest.mark.parametrize("sent", [range(6), [0], [1, 5], [3], []])
+def test_a_basket_longer_than_the_tail_sent_again(sent: Sequence[int]) -> None:
+    """The tail holds the last 4 of 6 events of one time; the caller sends some of the 6 again."""
+    basket = [(5, item, 0) for item in range(1, 7)]
+    stored, again = tail(basket[2:], [(5, 1, 0)]), [basket[place] for place in sent]
+    covered = np.array([9, 1])
+    merged, is_fresh = merge_tails(stored, covered, tail(again, []), 4)
+    assert events_of(merged) == events_of(stored) and not is_fresh.any()
+    # Later events count, and so do those of a user whose tail holds all covered events.
+    merged, is_fresh = merge_tails(stored, covered, tail([*again, (6, 1, 0)], [(5, 2, 0), (4, 3, 0)]), 4)
+    assert events_of(merged) == [[*basket[3:], (6, 1, 0)], [(4, 3, 0), (5, 1, 0), (5, 2, 0)]]
+    assert is_fresh.tolist() == [False, False, False, True, True, False, True]
 
 
 events = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2), st.integers(0, 1)), max_size=6).map(
@@ -53,14 +76,18 @@ events = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2), st.integers(0,
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(events, events), max_size=4), st.integers(1, 6))
-def test_union_equals_that_of_a_loop(users: list[tuple[list[Event], list[Event]]], tail_len: int) -> None:
-    merged, is_fresh = merge_tails(tail(*(s for s, _ in users)), tail(*(f for _, f in users)), tail_len)
+@given(st.lists(st.tuples(events, events, st.integers(0, 1)), max_size=4), st.integers(1, 6))
+def test_union_equals_that_of_a_loop(users: list[tuple[list[Event], list[Event], int]], tail_len: int) -> None:
+    """Some records cover more events than their tails hold."""
+    event_count = np.array([len(stored) + more for stored, _, more in users], np.int64)
+    merged, is_fresh = merge_tails(
+        tail(*(stored for stored, _, _ in users)), event_count, tail(*(fresh for _, fresh, _ in users)), tail_len
+    )
     marks = [is_fresh[a:b] for a, b in pairwise(merged.offsets)]
-    for (stored, fresh), user_events, marked in zip(users, events_of(merged), marks, strict=True):
+    for (stored, fresh, more), user_events, marked in zip(users, events_of(merged), marks, strict=True):
         union = list(stored)
         for event in fresh:
-            if event not in union:
+            if event not in union and not (more and stored and event[0] <= stored[0][0]):
                 union.append(event)
         union.sort(key=lambda event: event[0])
         assert user_events == union[-tail_len:]

@@ -193,8 +193,8 @@ class Scorer:
             candidates: item ids [C] (the same for every user), [B, C], a `CandidateSet`, or ragged: (values [N],
                 offsets int64 [B+1]).
             tail: events since the refresh, with ids as in the log (`Tail(items, times, actions, offsets)`), packed in
-                the order of `users`. They are merged with the stored tail by time, item and action, and the newest
-                tail_len events are kept.
+                the order of `users`. They may include events that the record covers. They are merged with the stored
+                tail by time, item and action, and the newest tail_len events are kept.
             now: time of the request in ms, one or [B]; None if unknown.
 
         Returns:

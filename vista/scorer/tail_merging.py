@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vista.arrays import Int
 from vista.model.ranking_model import RankingModel
 from vista.scorer.request_arguments import (
     MAX_TAIL_EVENTS,
@@ -93,19 +94,24 @@ def with_fresh_events(
     offsets = np.concatenate([[0], np.cumsum(np.where(bad, 0, lengths))]).astype(np.int64)
     fresh = Tail(rows.astype(np.int32), checked.times[kept], checked.actions[kept].astype(np.uint8), offsets)
     names = np.unique(ids, return_inverse=True)[1]
-    return *merge_tails(stored.tail, fresh, model.config.tail_len, names), bad
+    return *merge_tails(stored.tail, stored.event_count, fresh, model.config.tail_len, names), bad
 
 
-def merge_tails(stored: Tail, fresh: Tail, tail_len: int, names: Integers | None = None) -> tuple[Tail, Bools]:
+def merge_tails(
+    stored: Tail, event_count: Int, fresh: Tail, tail_len: int, names: Integers | None = None
+) -> tuple[Tail, Bools]:
     """The union of two packed tails of the same users, oldest first, limited to the newest `tail_len` events, and which
     of these are fresh, bool [N].
 
-    A fresh event counts once, and not at all if the stored tail holds it (same time, item and action), so callers may
-    send events that the refresh covered, or send events twice. Events with equal times keep their order, stored ones
-    first.
+    Callers may send events that the record covers, or send events twice: a fresh event counts once, and not at all if
+    the record covers it. That is so if the stored tail holds it (same time, item and action). The tail does not show
+    covered events before its own. If there are some, all fresh events at the time of the tail's oldest event, or
+    earlier, are taken for covered: of a basket with one time and more items than the tail, it holds only a part.
+    Events with equal times keep their order, stored ones first.
 
     Args:
         stored, fresh: with items as model rows.
+        event_count: int64 [B] events that the records cover.
         tail_len: events to keep per user.
         names: [N] numbers that tell the fresh events' items apart, including unknown items, which share a row; None if
             the rows do.
@@ -120,6 +126,7 @@ def merge_tails(stored: Tail, fresh: Tail, tail_len: int, names: Integers | None
     name = np.concatenate([np.full(len(stored.items), -1), fresh.items if names is None else names])
     double = is_fresh & _repeats(user, time, action, item, is_fresh)  # of a stored event
     double |= is_fresh & _repeats(user, time, action, np.where(is_fresh, name, -1 - place), place)  # of a fresh one
+    double |= is_fresh & _may_precede(stored, event_count, user, time)
     order = np.lexsort((place, time, user))
     order = order[~double[order]]
     counts = np.bincount(user[order], minlength=num_users)
@@ -128,6 +135,16 @@ def merge_tails(stored: Tail, fresh: Tail, tail_len: int, names: Integers | None
     order = order[from_end <= tail_len]
     offsets = np.concatenate([[0], np.cumsum(np.minimum(counts, tail_len))]).astype(np.int64)
     return Tail(item[order], time[order], action[order], offsets), is_fresh[order]
+
+
+def _may_precede(stored: Tail, event_count: Int, user: Integers, time: Integers) -> Bools:
+    """Which events may be covered ones that the stored tails have no room for, bool [N]."""
+    lengths = np.diff(stored.offsets)
+    is_cut = (lengths > 0) & (event_count > lengths)
+    oldest = np.zeros(len(lengths), np.int64)
+    oldest[is_cut] = stored.times[stored.offsets[:-1][is_cut]]
+    found: Bools = is_cut[user] & (time <= oldest[user])
+    return found
 
 
 def _repeats(user: Integers, time: Integers, action: Integers, item: Integers, order: Integers) -> Bools:
