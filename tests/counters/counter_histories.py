@@ -1,12 +1,15 @@
-"""Random histories, counters of them by a loop over events, and the comparison of tables."""
+"""Random histories, references for their counters, and the comparison of tables."""
 
 from __future__ import annotations
 
 import numpy as np
 from hypothesis import strategies as st
 
+from vista.arrays import Int
 from vista.counters.counter_spec import CounterSpec
 from vista.counters.counter_table import CounterTable
+from vista.counters.user_counters import UserCounters
+from vista.log.histories import Histories
 
 DAY = 86_400_000
 SPECS = [
@@ -50,6 +53,22 @@ def counted_by_loop(spec: CounterSpec, events: Events) -> dict[int, list[float]]
         sums += [sum(np.exp(-n / tau) for n in later) for tau in spec.events]
         counted[key] = [len(past), *sums, elapsed[-1] / 1_000 if spec.has_time else later[-1]]
     return counted
+
+
+def counters_of_request(
+    spec: CounterSpec, history: Histories, *, covered: int, first: int, seen: int, now: Int | None
+) -> UserCounters:
+    """Counters of a request on one history, as a store and a scorer make them.
+
+    A record holds those of the first `covered` events. The request adds the events from `first` to `seen`.
+    """
+
+    def part(start: int, stop: int) -> tuple[Int, Int, Int]:
+        events = history.slice(0, start, stop)
+        return events.item.astype(np.int64), np.asarray(events.timestamp), np.array([0, stop - start])
+
+    record = CounterTable.of(spec, *part(0, covered)).top(spec.keys[0]).codes()
+    return UserCounters(record.advanced(now, *part(first, seen)), np.array([covered + seen - first]))
 
 
 def assert_identical(one: CounterTable, other: CounterTable) -> None:

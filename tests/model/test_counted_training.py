@@ -16,13 +16,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.counters.counter_histories import counters_of_request
 from tests.model.test_sequence_baselines import LIMIT
 from vista.arrays import Int
 from vista.config import DataConfig, ModelConfig, OptimConfig
 from vista.config.choices import Architecture
-from vista.counters.counter_codes import CounterCodes
 from vista.counters.counter_spec import CounterSpec
-from vista.counters.counter_table import CounterTable
+from vista.counters.user_counters import UserCounters
 from vista.examples.batch import Batch
 from vista.log.histories import Histories
 from vista.log.vocabulary import Vocabulary
@@ -47,17 +47,10 @@ class Request:
     gap_start: int
     now: Int | None
 
-    def codes(self, spec: CounterSpec) -> CounterCodes:
-        def part(start: int, stop: int) -> tuple[Int, Int, Int]:
-            events = self.history.slice(0, start, stop)
-            return events.item.astype(np.int64), events.timestamp, np.array([0, stop - start])
-
-        record = CounterTable.of(spec, *part(0, self.covered)).top(spec.keys[0]).codes()
-        return record.advanced(self.now, *part(self.first, self.seen))
-
-    @property
-    def num_events(self) -> Int:
-        return np.array([self.covered + self.seen - self.first])
+    def counters(self, spec: CounterSpec) -> UserCounters:
+        return counters_of_request(
+            spec, self.history, covered=self.covered, first=self.first, seen=self.seen, now=self.now
+        )
 
 
 def request(
@@ -149,9 +142,9 @@ def test_losses_are_those_of_served_scores(make: SimpleNamespace, data: st.DataO
         tail = make.tail(model, asked.history.slice(0, asked.gap_start, asked.seen))
         context = inference.request_context(model, summary, tail)
         users = inference.user_vectors(model, context, inference.request_gap(model, asked.now, tail))
-        codes = asked.codes(model.counter_spec)
-        scores.append(inference.catalog_scores(model, users, items, codes, asked.num_events)[0])
-        assert len(codes.key) <= 3 + drawn["tail_len"]
+        counters = asked.counters(model.counter_spec)
+        scores.append(inference.catalog_scores(model, users, items, counters)[0])
+        assert len(counters.codes.key) <= 3 + drawn["tail_len"]
     expected = served_losses(scores, batch)
     assert {name: float(value) for name, value in trained.parts.items()} == pytest.approx(expected, rel=1e-4)
     assert float(trained.total) == pytest.approx(0.5 * expected["next"] + expected["window"], rel=1e-4)
@@ -180,7 +173,7 @@ def test_impressions_have_the_counters_of_their_items(make: SimpleNamespace, dat
         now = shown_at[[number]] if drawn["is_timed"] else None
         asked = request(packed, batch, window, position, now)
         item = chunks.impressions.item[[number]]
-        codes = asked.codes(model.counter_spec).lookup(np.zeros(1, np.int64), item)
+        codes = asked.counters(model.counter_spec).codes.lookup(np.zeros(1, np.int64), item)
         np.testing.assert_array_equal(batch.impressions.codes[window, column], codes[0])
 
         tail = make.tail(model, asked.history.slice(0, asked.gap_start, asked.seen))
@@ -228,9 +221,7 @@ def test_baselines_count_all_events_before_a_request(make: SimpleNamespace, name
     for asked in anchor_requests(packed, batch, places, is_timed=True, exact=True):
         assert asked.covered == asked.seen
         users = model.user_vectors(asked.history.slice(0, 0, asked.seen), asked.now)
-        scores.append(
-            inference.catalog_scores(model, users, catalog, asked.codes(model.counter_spec), asked.num_events)[0]
-        )
+        scores.append(inference.catalog_scores(model, users, catalog, asked.counters(model.counter_spec))[0])
     expected = served_losses(scores, batch)
     assert {part: float(value) for part, value in trained.parts.items()} == pytest.approx(expected, rel=1e-4)
     assert len(scores) == 12

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from tests.conftest import DAY, START, draw_counter_weights, serve, small_config, tail_of
 from vista.arrays import Int
-from vista.evaluation.case_counters import CaseCounters
+from vista.counters.user_counters import UserCounters
+from vista.evaluation.cases import case_requests
 from vista.log.event_log import EventLog
 from vista.log.until import Until
 from vista.log.vocabulary import Vocabulary
@@ -64,11 +65,11 @@ class Opened:
         assert counters is not None
         return counters
 
-    def expected(self, now: Any) -> CaseCounters:
+    def expected(self, now: Any) -> UserCounters:
         """Counters of a request for all users, made from the log."""
         seen, spec = self.log.lengths, self.scorer.model.counter_spec
         assert spec is not None
-        return CaseCounters(
+        histories, requests = case_requests(
             spec,
             self.log,
             self.rows,
@@ -78,6 +79,7 @@ class Opened:
             covered=seen - self.num_missing,
             tail_len=self.scorer.model.config.tail_len,
         )
+        return histories.at(requests)
 
 
 @pytest.fixture(scope="module", params=["summary", "no summary, popularity"])
@@ -113,10 +115,9 @@ def now(request: pytest.FixtureRequest, impression_log: EventLog) -> NDArray[np.
     return np.array(newest) + np.arange(12) ** 2 * DAY
 
 
-def same_codes(actual: RequestCounters, expected: RequestCounters | CaseCounters) -> None:
-    codes = expected.codes() if isinstance(expected, CaseCounters) else expected.codes
+def same_codes(actual: UserCounters, expected: UserCounters) -> None:
     for name in ("key", "codes", "offsets"):
-        np.testing.assert_array_equal(getattr(actual.codes, name), getattr(codes, name))
+        np.testing.assert_array_equal(getattr(actual.codes, name), getattr(expected.codes, name))
     np.testing.assert_array_equal(actual.num_events, expected.num_events)
 
 
@@ -180,9 +181,7 @@ class TestScores:
         scorer, tail, counters = opened.scorer, opened.tail(TAIL_LEN), opened.expected(now)
         ids, items = scorer.item_vectors()
         users = torch.from_numpy(scorer.user_vectors(opened.users, tail=tail, now=now))
-        expected = inference.catalog_scores(
-            scorer.model, users, torch.from_numpy(items), counters.codes(), counters.num_events
-        ).numpy()
+        expected = inference.catalog_scores(scorer.model, users, torch.from_numpy(items), counters).numpy()
         linear = users.numpy() @ items.T / scorer.model.config.temperature
         assert (np.abs(expected - linear) > 1e-2).mean() > 0.1
         close = {"rtol": 2e-5, "atol": 2e-5}
@@ -225,7 +224,7 @@ class TestScores:
             candidates = torch.arange(len(model.items) + 1).expand(len(opened.users), -1)
             item = candidates.numpy().ravel()
             user = np.repeat(np.arange(len(opened.users)), candidates.shape[1])
-            codes = opened.expected(now).codes().lookup(user, item).reshape(*candidates.shape, -1)
+            codes = opened.expected(now).codes.lookup(user, item).reshape(*candidates.shape, -1)
             with_codes, without = (
                 inference.candidate_logits(model, context, gap, candidates, each).sigmoid().numpy()[:, 1:]
                 for each in (torch.from_numpy(codes), None)

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from tests.conftest import Served, small_config
+from tests.counters.counter_histories import counters_of_request
 from vista.config import TrainConfig
 from vista.config.choices import Architecture
-from vista.counters.counter_codes import CounterCodes
-from vista.counters.counter_table import CounterTable
+from vista.counters.user_counters import UserCounters
 from vista.examples.batch import Batch
 from vista.examples.batch_source import MEASURED_BATCHES
 from vista.log.event_log import EventLog
@@ -103,17 +103,11 @@ class Asked:
     seen: int
     now: np.ndarray
 
-    def codes(self) -> CounterCodes:
-        spec = self.model.counter_spec
+    def counters(self) -> UserCounters:
+        spec, history = self.model.counter_spec, self.newest(self.seen, self.seen)
         assert spec is not None
-
-        def part(start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-            events = self.newest(stop - start, stop)
-            return events.item.astype(np.int64), np.asarray(events.timestamp), events.offsets
-
-        record = CounterTable.of(spec, *part(0, self.covered)).top(5).codes()
-        tail = min(self.seen - self.covered, self.model.config.tail_len)
-        return record.advanced(self.now, *part(self.seen - tail, self.seen))
+        first = max(self.covered, self.seen - self.model.config.tail_len)
+        return counters_of_request(spec, history, covered=self.covered, first=first, seen=self.seen, now=self.now)
 
     def newest(self, limit: int, stop: int) -> Histories:
         """Up to `limit` events before the position `stop`, with rows of the model."""
@@ -131,20 +125,18 @@ class Asked:
 
     def scores(self) -> np.ndarray:
         """[V]."""
-        model, codes = self.model, self.codes()
+        model = self.model
         if isinstance(model, SequenceModel):
             users = model.user_vectors(self.newest(model.config.history_limit, self.seen), self.now)
         else:
             assert isinstance(model, VistaModel)
             users = inference.user_vectors(model, *self.context())
-        tail = min(self.seen - self.covered, model.config.tail_len)
-        num_events = np.array([self.covered + tail])
-        return inference.catalog_scores(model, users, inference.item_vectors(model), codes, num_events)[0].numpy()
+        return inference.catalog_scores(model, users, inference.item_vectors(model), self.counters())[0].numpy()
 
     def probabilities(self, item: int) -> np.ndarray:
         """[num_tasks] of an item, a row of the log."""
         row = self.model.rows_of(self.log.items)[[item]]
-        codes = torch.from_numpy(self.codes().lookup(np.zeros(1, np.int64), row))[None]
+        codes = torch.from_numpy(self.counters().codes.lookup(np.zeros(1, np.int64), row))[None]
         candidate = torch.from_numpy(row[None])
         if isinstance(self.model, SequenceModel):
             history = self.newest(self.model.config.history_limit, self.seen)
@@ -195,5 +187,5 @@ def test_tasks_read_the_counters_of_candidates(served_tasks: Served, tmp_path: P
         user, seen = int(cases.user[n]), int(cases.seen[n])
         asked = Asked(model, log, user, seen if name == "hstu" else int(cut[user]), seen, cases.timestamp[[n]])
         np.testing.assert_allclose(predicted[n], asked.probabilities(int(cases.item[n])), rtol=1e-4, atol=1e-6)
-        counted += int(model.rows_of(log.items)[cases.item[n]] in asked.codes().key)
+        counted += int(model.rows_of(log.items)[cases.item[n]] in asked.counters().codes.key)
     assert counted > 3

@@ -12,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.arrays import Int
+from vista.counters.counter_spec import CounterSpec
 from vista.examples.batch_source import events_before
+from vista.examples.history_counters import CounterRequests, HistoryCounters
 from vista.log.event_log import EventLog
 
 Floats = NDArray[np.float32]
@@ -103,6 +105,40 @@ def impression_cases(log: EventLog, begin: int, end: int | None, *, max_cases: i
 def request_starts(cases: ImpressionCases) -> Int:
     """int64 [R]: the first impression of each request. A request is what a user was shown at one time."""
     return np.flatnonzero(np.diff(cases.user, prepend=-1) | np.diff(cases.timestamp, prepend=-1))
+
+
+def case_requests(
+    spec: CounterSpec,
+    log: EventLog,
+    item_rows: Int,
+    user: Int,
+    seen: Int,
+    now: Int | None,
+    *,
+    covered: Int | None = None,
+    tail_len: int = 0,
+) -> tuple[HistoryCounters, CounterRequests]:
+    """Requests for the counters of n cases, as a store's records and a scorer's requests would have them.
+
+    Args:
+        spec: of the model.
+        log: holds the histories.
+        item_rows: int64 [log.num_items], the model row of each of the log's items.
+        user: int64 [n] rows of the log.
+        seen: int64 [n] events before the question.
+        now: int64 [n] ms of the questions; None if they have no time.
+        covered: int64 [n] events that the user's record covers; None for all that come before the question.
+        tail_len: newest events before the question that the scorer is told of, if its record lacks them.
+    """
+    histories, history = HistoryCounters.of(spec, log, item_rows, user, seen)
+    return histories, CounterRequests(
+        history,
+        covered=seen if covered is None else covered,
+        tail_start=np.maximum(seen - tail_len, 0),
+        seen=seen,
+        now=np.zeros_like(seen) if now is None else now,
+        is_timed=np.full(len(user), now is not None),
+    )
 
 
 def with_tasks(cases: ImpressionCases, tasks: list[str]) -> ImpressionCases:

@@ -14,8 +14,7 @@ import torch
 from tqdm import tqdm
 
 from vista.arrays import Int
-from vista.evaluation.case_counters import CaseCounters
-from vista.evaluation.cases import Floats, ImpressionCases, NextItemCases, request_starts
+from vista.evaluation.cases import Floats, ImpressionCases, NextItemCases, case_requests, request_starts
 from vista.evaluation.window_cases import WindowCases
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories, token_groups
@@ -53,17 +52,12 @@ class RawHistoryAnswers:
             for part in self._groups(seen, np.ones_like(seen))
         ]
         assert self._items is not None
-        counters = self._counters(user, seen, now)
-        codes, num_events = (None, None) if counters is None else (counters.codes(), counters.num_events)
-        scores: Floats = (
-            catalog_scores(self._model, torch.cat(users), self._items, codes, num_events).float().cpu().numpy()
-        )
+        counters, spec = None, self._model.counter_spec
+        if spec is not None:
+            histories, requests = case_requests(spec, self._log, self._item_rows, user, seen, now)
+            counters = histories.at(requests)
+        scores: Floats = catalog_scores(self._model, torch.cat(users), self._items, counters).float().cpu().numpy()
         return scores
-
-    def _counters(self, user: Int, seen: Int, now: Int | None) -> CaseCounters | None:
-        """Counters of all events before the questions; None for a model without counters."""
-        spec = self._model.counter_spec
-        return None if spec is None else CaseCounters(spec, self._log, self._item_rows, user, seen, now)
 
     def probabilities(self, cases: ImpressionCases, *, progress: bool = False) -> Floats:
         """float32 [N, len(cases.tasks)]; the impressions of one user at one time share the history."""
@@ -91,11 +85,13 @@ class RawHistoryAnswers:
 
     def _candidate_codes(self, cases: ImpressionCases, index: Int) -> torch.Tensor | None:
         """Codes uint8 [B, C, F] of the items of the cases int64 [B, C]; None for a model without counters."""
-        own = index.ravel()
-        counters = self._counters(cases.user[own], cases.seen[own], cases.timestamp[own])
-        if counters is None:
+        own, spec = index.ravel(), self._model.counter_spec
+        if spec is None:
             return None
-        codes = counters.of_items(self._item_rows[cases.item[own]])
+        histories, requests = case_requests(
+            spec, self._log, self._item_rows, cases.user[own], cases.seen[own], cases.timestamp[own]
+        )
+        codes = histories.of_items(requests, self._item_rows[cases.item[own]])
         return torch.from_numpy(codes.reshape(*index.shape, -1)).to(self._model.device)
 
     def histories(self, user: Int, seen: Int) -> Histories:

@@ -24,7 +24,7 @@ from torch import Tensor
 from vista.arrays import Int
 from vista.config import TrainConfig
 from vista.config.choices import Architecture, Mixing
-from vista.counters.counter_codes import CounterCodes
+from vista.counters.user_counters import UserCounters
 from vista.examples.anchors import AnchorPlan, ChunkAnchors, draw_anchors
 from vista.examples.batch import (
     Batch,
@@ -39,8 +39,7 @@ from vista.examples.batch import (
     BatchWindows,
 )
 from vista.examples.chunks import ChunkImpressions, Chunks
-from vista.examples.window_counters import WindowCounters
-from vista.examples.windows import ChunkWindows, add_anchored, divide_chunks, draw_windows, windows_at
+from vista.examples.windows import ChunkWindows, add_anchored, divide_chunks, draw_windows, window_requests, windows_at
 from vista.log.histories import ranges
 
 
@@ -118,22 +117,32 @@ def cut_batch(
     impression = _impressions_by_window(keep, impression_window, len(all_windows.chunk))
     impressed = np.where(impression >= 0, chunks.impressions.item[impression], 0)
     asked = [np.zeros(0, np.int64)] * 2 if anchors is None else [anchors.item.ravel(), anchors.next_item]
-    counters, counted = _window_counters(chunks, plan, windows, cuts, window_cut), None
+    covered, counted = _covered(chunks, plan, windows, cuts, window_cut), None
     anchor_window = np.searchsorted(keep, anchor_window)
-    if anchors is not None and counters is not None:
-        counted = counters.at(anchor_window, anchors.position, anchors.time, anchors.is_timed)
+    if anchors is not None and chunks.counters is not None:
+        requests = window_requests(
+            chunks.counters,
+            windows,
+            covered,
+            plan.tail_len,
+            anchor_window,
+            anchors.position,
+            anchors.time,
+            anchors.is_timed,
+        )
+        counted = chunks.counters.histories.at(requests)
     named = [
         chunks.item,
         negatives,
         impressed.ravel(),
         *asked,
-        np.zeros(0, np.int64) if counted is None else counted.key,
+        np.zeros(0, np.int64) if counted is None else counted.codes.key,
     ]
     rows, index = np.unique(np.concatenate(named), return_inverse=True)
     item, negative, candidate, label, next_item, slot = np.split(index, np.cumsum([len(part) for part in named[:-1]]))
     of_anchors = None
     if anchors is not None:
-        slots = _anchor_counters(counters, counted, anchors, anchor_window, slot)
+        slots = None if counted is None else _anchor_counters(counted, slot)
         of_anchors = _anchors(plan, windows, anchors, anchor_window, label, next_item, slots)
     return Batch(
         user=_tensor(chunks.user),
@@ -144,7 +153,7 @@ def cut_batch(
         labels=_labels(chunks, plan, windows, item, is_timeless),
         negatives=BatchNegatives(_tensor(negative), _tensor(negative_log_weight)),
         impressions=_impressions(
-            chunks, plan, windows, impression, candidate.reshape(impression.shape), is_timeless, counters
+            chunks, plan, windows, covered, impression, candidate.reshape(impression.shape), is_timeless
         ),
         reconstruction=reconstruction,
         anchors=of_anchors,
@@ -269,18 +278,29 @@ def _impressions(
     chunks: Chunks,
     plan: CutPlan,
     windows: ChunkWindows,
+    covered: Int | None,
     impression: Int,
     item: Int,
     is_timeless: NDArray[np.bool_],
-    counters: WindowCounters | None,
 ) -> BatchImpressions:
-    """impression: int64 [NW, I], -1 pads; item: int64 [NW, I] indices into the batch's rows; is_timeless: bool [NW]."""
+    """covered: from `_covered`; impression: int64 [NW, I], -1 pads; item: int64 [NW, I] indices into the batch's rows;
+    is_timeless: bool [NW]."""
     shown, is_shown = chunks.impressions, impression >= 0
     position = shown.position[impression] - windows.end[:, None] + plan.label_spacing - 1
     codes = None
-    if counters is not None:
+    if (counters := chunks.counters) is not None:
         window, own = np.nonzero(is_shown)[0], impression[is_shown]
-        found = counters.of_items(window, shown.position[own], shown.time[own], ~is_timeless[window], shown.item[own])
+        requests = window_requests(
+            counters,
+            windows,
+            covered,
+            plan.tail_len,
+            window,
+            shown.position[own],
+            shown.time[own],
+            ~is_timeless[window],
+        )
+        found = counters.histories.of_items(requests, shown.item[own])
         codes = np.zeros((*impression.shape, found.shape[1]), np.uint8)
         codes[is_shown] = found
     return BatchImpressions(
@@ -293,29 +313,25 @@ def _impressions(
     )
 
 
-def _window_counters(
-    chunks: Chunks, plan: CutPlan, windows: ChunkWindows, cuts: BatchCuts, window_cut: Int
-) -> WindowCounters | None:
-    """Counters of the kept windows; window_cut: int64 [NW] the cut that each one reads."""
-    if chunks.counters is None:
+def _covered(chunks: Chunks, plan: CutPlan, windows: ChunkWindows, cuts: BatchCuts, window_cut: Int) -> Int | None:
+    """int64 [NW]: events of its history that each window's record covers; None if requests count all events before them
+    (or without counters). window_cut: int64 [NW] the cut that each window reads."""
+    counters, chunk = chunks.counters, windows.chunk
+    if counters is None or plan.exact_counters:
         return None
-    cut = None
-    if not plan.exact_counters and chunks.counters.covered is None:
-        cut = cuts.stop.numpy()[window_cut] - chunks.offsets[:-1][windows.chunk]
-    return WindowCounters(chunks.counters, windows, cut, plan.tail_len)
+    if counters.covered is not None:
+        return counters.covered[chunk]
+    stop: Int = cuts.stop.numpy()[window_cut]
+    return counters.start[chunk] + stop - chunks.offsets[:-1][chunk]
 
 
-def _anchor_counters(
-    counters: WindowCounters | None, codes: CounterCodes | None, anchors: ChunkAnchors, window: Int, slot: Int
-) -> BatchCounters | None:
-    """window: int64 [NA] of the kept windows; slot: int64 [E] indices into the batch's rows of the counted items."""
-    if counters is None or codes is None:
-        return None
-    item, padded = replace(codes, key=slot.astype(np.int32)).padded()
+def _anchor_counters(counters: UserCounters, slot: Int) -> BatchCounters:
+    """counters: as of the anchors; slot: int64 [E] indices into the batch's rows of the counted items."""
+    item, codes = replace(counters.codes, key=slot.astype(np.int32)).padded()
     if item.shape[1] == 0:  # no anchor has a counted item; tensors still need a slot
         item = np.full((len(item), 1), -1)
-        padded = np.zeros((len(item), 1, padded.shape[2]), np.uint8)
-    return BatchCounters(_tensor(item), _tensor(padded), _tensor(counters.num_events(window, anchors.position)))
+        codes = np.zeros((len(item), 1, codes.shape[2]), np.uint8)
+    return BatchCounters(_tensor(item), _tensor(codes), _tensor(counters.num_events))
 
 
 def _windows_of(

@@ -7,6 +7,8 @@ same code, for requests at any place of a history. Letters: B histories, T event
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,9 +16,33 @@ from vista.arrays import Int
 from vista.counters.counter_codes import CounterCodes
 from vista.counters.counter_spec import CounterSpec
 from vista.counters.occurrence_index import OccurrenceIndex
-from vista.examples.counted_requests import CountedRequests
+from vista.counters.user_counters import UserCounters
 from vista.log.event_log import EventLog
 from vista.log.histories import ranges
+
+
+@dataclass(frozen=True, slots=True)
+class CounterRequests:
+    """Requests on histories: what the record covers, what of the rest the tail holds, and when."""
+
+    history: Int
+    """int64 [n] from 0."""
+    covered: Int
+    """int64 [n] events that the record covers."""
+    tail_start: Int
+    """int64 [n] position of the tail's first event. Events between the record and the tail are not counted, because
+    nobody tells the scorer of them."""
+    seen: Int
+    """int64 [n] events before the request."""
+    now: Int
+    """int64 [n] times in ms."""
+    is_timed: NDArray[np.bool_]
+    """bool [n]: False where the caller passes no time. Counters are then those of the newest event."""
+
+    @property
+    def first(self) -> Int:
+        """int64 [n] position of the first event that is added to the record's counters."""
+        return np.minimum(np.maximum(self.covered, self.tail_start), self.seen)
 
 
 class HistoryCounters:
@@ -48,14 +74,18 @@ class HistoryCounters:
         events = log.gather_ranges(users, np.zeros_like(last), last)
         return cls(spec, item_rows[events.item], np.asarray(events.timestamp), events.offsets), history
 
-    def at(self, requests: CountedRequests) -> CounterCodes:
+    def at(self, requests: CounterRequests) -> UserCounters:
         """The counters of each request."""
         stored, record = self._stored(requests)
         item, time, offsets, now = self._added(requests, stored.clock[record])
-        return stored.select(record).advanced(now, item, time, offsets)
+        codes = stored.select(record).advanced(now, item, time, offsets)
+        return UserCounters(codes, requests.covered + np.diff(offsets))
 
-    def of_items(self, requests: CountedRequests, item: Int) -> NDArray[np.uint8]:
-        """Codes uint8 [n, F] of one item int64 [n] per request: those of `at`, without computing the others."""
+    def of_items(self, requests: CounterRequests, item: Int) -> NDArray[np.uint8]:
+        """Codes uint8 [n, F] of one item int64 [n] per request; 0 if it is not counted.
+
+        Those of `at`, but in half the time, and in memory for one item per request.
+        """
         stored, record = self._stored(requests)
         new, time, offsets, now = self._added(requests, stored.clock[record])
         codes = stored.lookup(record, item)
@@ -68,16 +98,16 @@ class HistoryCounters:
         new = np.where(new == np.repeat(item, np.diff(offsets)), new, 0)
         return own.advanced(now, new, time, offsets).lookup(np.arange(len(item)), item)
 
-    def _stored(self, requests: CountedRequests) -> tuple[CounterCodes, Int]:
+    def _stored(self, requests: CounterRequests) -> tuple[CounterCodes, Int]:
         """What records hold, and int64 [n], the record of each request."""
-        records, record = np.unique(np.stack([requests.user, requests.covered]), axis=1, return_inverse=True)
+        records, record = np.unique(np.stack([requests.history, requests.covered]), axis=1, return_inverse=True)
         table = self._index.table(records[0], records[1])
         return table.top(self._num_keys).codes(), record
 
-    def _added(self, requests: CountedRequests, clock: Int) -> tuple[Int, Int, Int, Int]:
+    def _added(self, requests: CounterRequests, clock: Int) -> tuple[Int, Int, Int, Int]:
         """Items and times of the events that are added, their offsets int64 [n + 1], and the times of the requests."""
         first = requests.first
-        index = ranges(self._offsets[requests.user] + first, requests.seen - first)
+        index = ranges(self._offsets[requests.history] + first, requests.seen - first)
         offsets = np.concatenate([[0], np.cumsum(requests.seen - first)]).astype(np.int64)
         newest = clock.copy()
         has_new = np.flatnonzero(requests.seen > first)

@@ -1,7 +1,7 @@
 """Windows: the label positions of chunks, divided into runs that share one summary and one tail.
 
 A chunk's label positions p = 0..P-1 (p events of the chunk seen) are divided into windows [b, e] of at most W of them.
-Letters: B chunks, NW windows, W positions per window.
+Letters: B chunks, NW windows, W positions per window, n requests.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vista.arrays import Int
-from vista.examples.chunks import Chunks
+from vista.examples.chunks import ChunkCounters, Chunks
+from vista.examples.history_counters import CounterRequests
 from vista.log.histories import ranges
 
 
@@ -50,6 +52,38 @@ def windows_at(chunks: Chunks, label_spacing: int, phase: Int, windows: ChunkWin
     second = (chunks.num_context + phase)[owner]  # where the chunk's second window begins
     index = np.where(position < second, 0, 1 + (position - second) // label_spacing)
     return np.searchsorted(windows.chunk, owner) + index
+
+
+def window_requests(
+    counters: ChunkCounters,
+    windows: ChunkWindows,
+    covered: Int | None,
+    tail_len: int,
+    window: Int,
+    position: Int,
+    time: Int,
+    is_timed: NDArray[np.bool_],
+) -> CounterRequests:
+    """n requests for counters at positions of windows.
+
+    Args:
+        counters: of the chunks.
+        windows: NW windows.
+        covered: int64 [NW] events of its history that each window's record covers; None if requests count all events
+            before them.
+        tail_len: events of a window's tail.
+        window: int64 [n].
+        position: int64 [n] events of the chunk before the request.
+        time: int64 [n] ms.
+        is_timed: bool [n]: False where the scorer would not be told the time.
+    """
+    chunk = windows.chunk[window]
+    start = counters.start[chunk]
+    seen = start + position
+    tail_start = start + np.maximum(windows.end[window] - tail_len, 0)
+    return CounterRequests(
+        counters.history[chunk], seen if covered is None else covered[window], tail_start, seen, time, is_timed
+    )
 
 
 def draw_windows(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vista.arrays import Int
 from vista.config.choices import Mixing
-from vista.counters.counter_codes import CounterCodes
+from vista.counters.user_counters import UserCounters
 from vista.log.gaps import UNKNOWN_GAP, gap_bucket
 from vista.log.histories import Histories, token_groups
 from vista.model.history_states import default_slice_len, embed, history_states, reach
@@ -142,8 +142,7 @@ def catalog_scores(
     model: RankingModel,
     users: Tensor,
     items: Tensor,
-    counters: CounterCodes | None = None,
-    num_events: Int | None = None,
+    counters: UserCounters | None = None,
 ) -> Tensor:
     """Scores [B, V] that rank all items for each user: logits of the softmax that training fits.
 
@@ -152,19 +151,18 @@ def catalog_scores(
         users: [B, M'] from `user_vectors`.
         items: [V, M'] from `item_vectors`.
         counters: of the B users as of their requests; None without counters.
-        num_events: int64 [B] events that the counters cover.
     """
     scores = users @ items.t() / model.config.temperature
-    if model.counted is None or counters is None or num_events is None:
+    if model.counted is None or counters is None:
         return scores
-    key, codes = (torch.from_numpy(part).to(scores.device) for part in counters.padded())
+    key, codes = (torch.from_numpy(part).to(scores.device) for part in counters.codes.padded())
     own = key.clamp(min=UNKNOWN_ITEM + 1)
     column = own - UNKNOWN_ITEM - 1
     logit = model.counted(
         codes,
         scores.gather(1, column),
         model.item_popularity[own],
-        torch.from_numpy(num_events).to(scores.device),
+        torch.from_numpy(counters.num_events).to(scores.device),
         users,
     )
     row, slot = (key >= 0).nonzero(as_tuple=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vista.arrays import Int
 from vista.counters.counter_codes import CounterCodes, cells_of, decode_values
+from vista.counters.user_counters import UserCounters
 from vista.model.inference import ROW_TILE
 from vista.model.ranking_model import RankingModel
 from vista.store.stored_batch import StoredBatch
@@ -23,13 +24,9 @@ from vista.store.tail import Tail
 
 
 @dataclass(frozen=True, slots=True)
-class RequestCounters:
-    """What the model reads of the items that each of B users had."""
+class RequestCounters(UserCounters):
+    """Counters of B users with E counted items, and where to find them."""
 
-    codes: CounterCodes
-    """Of the items, as of the request; E keys."""
-    num_events: Int
-    """int64 [B] events that they count."""
     cell: Int
     """int64 [E] user and key as one number, ascending."""
 

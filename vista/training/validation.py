@@ -12,11 +12,18 @@ from numpy.typing import NDArray
 
 from vista.arrays import Int
 from vista.config import TrainConfig
+from vista.counters.counter_spec import CounterSpec
 from vista.errors import NonFiniteLossError
 from vista.evaluation.baselines.all_baselines import counting_baselines
 from vista.evaluation.baselines.baseline_answers import BaselineAnswers
-from vista.evaluation.case_counters import CaseCounters
-from vista.evaluation.cases import ImpressionCases, NextItemCases, impression_cases, next_item_cases, with_tasks
+from vista.evaluation.cases import (
+    ImpressionCases,
+    NextItemCases,
+    case_requests,
+    impression_cases,
+    next_item_cases,
+    with_tasks,
+)
 from vista.evaluation.protocol import (
     EVENTS_PER_BATCH,
     case_batches,
@@ -26,6 +33,7 @@ from vista.evaluation.protocol import (
 )
 from vista.evaluation.raw_history import RawHistoryAnswers
 from vista.examples.batch_source import trained_tasks
+from vista.examples.history_counters import CounterRequests, HistoryCounters
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories, token_groups
 from vista.log.repeats import leaves_out_seen
@@ -171,18 +179,19 @@ class Validation:
         label = self._log.gather_ranges(cases.user, cases.seen, cases.seen + 1)
         now = np.asarray(label.timestamp) if self._log.has_time else None
         users = inference.user_vectors(model, context(cases.user, tail), inference.request_gap(model, now, tail))
-        counters = self._counters(model, cases.user, cases.seen, now)
-        codes, num_events = (None, None) if counters is None else (counters.codes(), counters.num_events)
-        scores: Floats = inference.catalog_scores(model, users, items, codes, num_events).float().cpu().numpy()
+        counters = None
+        if model.counter_spec is not None:
+            histories, requests = self._requests(model, model.counter_spec, cases.user, cases.seen, now)
+            counters = histories.at(requests)
+        scores: Floats = inference.catalog_scores(model, users, items, counters).float().cpu().numpy()
         return scores
 
-    def _counters(self, model: VistaModel, user: Int, seen: Int, now: Int | None) -> CaseCounters | None:
-        """Counters of the events before the validation part, and of the tail; None for a model without counters."""
-        spec = model.counter_spec
-        if spec is None:
-            return None
+    def _requests(
+        self, model: VistaModel, spec: CounterSpec, user: Int, seen: Int, now: Int | None
+    ) -> tuple[HistoryCounters, CounterRequests]:
+        """Requests for counters of the events before the validation part, and of the tail."""
         covered, tail_len = self._cut[user], model.config.tail_len
-        return CaseCounters(spec, self._log, self._item_rows, user, seen, now, covered=covered, tail_len=tail_len)
+        return case_requests(spec, self._log, self._item_rows, user, seen, now, covered=covered, tail_len=tail_len)
 
     def _probabilities(self, model: VistaModel, context: _ContextOf, cases: ImpressionCases) -> Floats:
         out = np.zeros(cases.label.shape, np.float32)
@@ -191,10 +200,13 @@ class Validation:
             tail = self._tail(model, cases.user[part], cases.seen[part])
             gap = inference.request_gap(model, cases.timestamp[part], tail)
             candidates = torch.from_numpy(self._item_rows[cases.item[part], None]).to(model.device)
-            counters = self._counters(model, cases.user[part], cases.seen[part], cases.timestamp[part])
             codes = None
-            if counters is not None:
-                codes = torch.from_numpy(counters.of_items(self._item_rows[cases.item[part]])[:, None]).to(model.device)
+            if model.counter_spec is not None:
+                histories, requests = self._requests(
+                    model, model.counter_spec, cases.user[part], cases.seen[part], cases.timestamp[part]
+                )
+                of_items = histories.of_items(requests, self._item_rows[cases.item[part]])
+                codes = torch.from_numpy(of_items[:, None]).to(model.device)
             logits = inference.candidate_logits(model, context(cases.user[part], tail), gap, candidates, codes)
             out[part] = logits[:, 0].sigmoid().float().cpu().numpy()
         return out
