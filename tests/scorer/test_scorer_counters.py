@@ -13,10 +13,13 @@ import torch
 from numpy.typing import NDArray
 
 from tests.conftest import DAY, START, draw_counter_weights, serve, small_config, tail_of
+from tests.counters.counter_histories import counters_of_request
 from vista.arrays import Int
 from vista.counters.user_counters import UserCounters
 from vista.evaluation.cases import case_requests
 from vista.log.event_log import EventLog
+from vista.log.gaps import NO_TIMESTAMP
+from vista.log.histories import Histories
 from vista.log.until import Until
 from vista.log.vocabulary import Vocabulary
 from vista.model import inference
@@ -165,6 +168,20 @@ class TestCodes:
             assert len(nothing.codes.key) == 0 and nothing.num_events.tolist() == [0]
             assert np.isfinite(scorer.catalog_scores(users)).all()
         stale.close()
+
+    @pytest.mark.parametrize("start", [-1000 * DAY, 0])
+    def test_a_user_without_a_record_is_a_user_without_earlier_events(self, opened: Opened, start: int) -> None:
+        """Also if the events came before 1970."""
+        item, time = np.array([3, 5, 3]), start + np.array([0, 3, 7]) * DAY
+        history = Histories(item.astype(np.int32), time, np.zeros(3, np.uint8), None, np.array([0, 3]))
+        tail = Tail(history.item, time, history.action, history.offsets)
+        batch, spec = opened.scorer.store.get_many(opened.users[:1]), opened.scorer.model.counter_spec
+        assert spec is not None
+        for stored in (opened.scorer.store.get_many([999]), batch.without(np.ones(1, bool))):
+            actual = RequestCounters.of(stored, tail, np.ones(3, bool), None)
+            same_codes(actual, counters_of_request(spec, history, covered=0, first=0, seen=3, now=None))
+        nobody = batch.without(np.ones(1, bool)).spread(np.array([1]), 2)
+        assert nobody.counters[0].clock.tolist() == [NO_TIMESTAMP] * 2
 
     def test_a_shorter_tail_counts_fewer_fresh_events(self, opened: Opened, now: Any) -> None:
         with Scorer.open(opened.scorer.model.with_tail(2), opened.scorer.store.path) as scorer:

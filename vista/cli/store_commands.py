@@ -24,7 +24,7 @@ from vista.config import (
 from vista.errors import ConfigError, StoreError, UnknownUserError
 from vista.log.deletions import erase_users, rows_to_erase
 from vista.log.event_log import EventLog
-from vista.log.gaps import LATEST_MS, YEAR_1971_MS
+from vista.log.gaps import LATEST_MS, NO_TIMESTAMP, YEAR_1971_MS
 from vista.log.vocabulary import ids_of_words
 from vista.model.vista_model import VistaModel
 from vista.store.admin.copying import copy_generation
@@ -40,7 +40,6 @@ from vista.store.format.keys import user_key
 from vista.store.format.record import RawRecords, decode_rows, read_records
 from vista.store.layout import read_current
 from vista.store.shards import shards_in, stores_in, user_kind, users_by_folder
-from vista.store.stored_batch import NO_TIMESTAMP
 
 
 def run_store_stats(config: StoreStatsConfig) -> str:

@@ -13,13 +13,11 @@ from numpy.typing import NDArray
 
 from vista.arrays import Int
 from vista.counters.counter_spec import CounterSpec
+from vista.log.gaps import NO_TIMESTAMP
 from vista.log.histories import ranges
 
 CODE_BITS = 6
 MAX_CODE = 2**CODE_BITS - 1
-
-NO_EVENT = np.iinfo(np.int64).min
-"""The clock of a user without events."""
 
 _SECONDS_PER_DAY = 86_400
 
@@ -92,7 +90,7 @@ class CounterCodes:
     offsets: Int
     """[N + 1]."""
     clock: Int
-    """[N] the time to which sums and ages refer, ms: that of the newest event; NO_EVENT without events."""
+    """[N] the time to which sums and ages refer, ms: that of the newest event; NO_TIMESTAMP without events."""
 
     @staticmethod
     def empty(spec: CounterSpec, num_users: int) -> CounterCodes:
@@ -102,7 +100,7 @@ class CounterCodes:
             np.zeros(0, np.int32),
             np.zeros((0, spec.num_columns), np.uint8),
             np.zeros(num_users + 1, np.int64),
-            np.full(num_users, NO_EVENT),
+            np.full(num_users, NO_TIMESTAMP),
         )
 
     @property

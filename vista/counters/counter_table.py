@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.arrays import Int
-from vista.counters.counter_codes import NO_EVENT, CounterCodes, encode_values
+from vista.counters.counter_codes import CounterCodes, encode_values
 from vista.counters.counter_rows import CounterRows
 from vista.counters.counter_spec import CounterSpec
+from vista.log.gaps import NO_TIMESTAMP
 from vista.log.histories import ranges
 
 
@@ -30,7 +31,7 @@ class CounterTable:
     offsets: Int
     """[N + 1]."""
     clock: Int
-    """[N] time of the newest event, ms; NO_EVENT without events."""
+    """[N] time of the newest event, ms; NO_TIMESTAMP without events."""
     num_events: Int
     """[N] events of the history, including those with key 0."""
 
@@ -46,7 +47,7 @@ class CounterTable:
         """
         none, num_events = np.zeros(0, np.int64), np.zeros(len(offsets) - 1, np.int64)
         rows = CounterRows(none, none, np.zeros((0, spec.num_horizons)), none, none)
-        clock = np.full_like(num_events, NO_EVENT)
+        clock = np.full_like(num_events, NO_TIMESTAMP)
         return cls(spec, rows, np.zeros_like(offsets), clock, num_events).appended(key, time, offsets)
 
     def appended(self, key: Int, time: Int, offsets: Int) -> CounterTable:

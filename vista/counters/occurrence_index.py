@@ -8,10 +8,10 @@ from __future__ import annotations
 import numpy as np
 
 from vista.arrays import Int
-from vista.counters.counter_codes import NO_EVENT
 from vista.counters.counter_rows import CounterRows
 from vista.counters.counter_spec import CounterSpec
 from vista.counters.counter_table import CounterTable, offsets_of
+from vista.log.gaps import NO_TIMESTAMP
 
 
 class OccurrenceIndex:
@@ -53,6 +53,6 @@ class OccurrenceIndex:
         rows = self._rows[np.concatenate([np.zeros(0, np.int64), *newest])]
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         has_events = np.flatnonzero(position)
-        clock = np.full(len(user), NO_EVENT)
+        clock = np.full(len(user), NO_TIMESTAMP)
         clock[has_events] = self._time[self._offsets[user[has_events]] + position[has_events] - 1]
         return CounterTable(self._spec, rows, offsets, clock, position)

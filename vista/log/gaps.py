@@ -1,4 +1,4 @@
-"""Gaps between events in logarithmic buckets, as event and request embeddings use them."""
+"""Gaps between events in logarithmic buckets, as event and request embeddings use them, and limits of times."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 UNKNOWN_GAP = 0
 NUM_GAPS = 40
 """Bucket 0 is an unknown gap; others are 1 + floor(log2(1 + seconds)), up to 17,000 years."""
+NO_TIMESTAMP = -(1 << 63)
+"""The time of an event that does not exist, such as the newest one of an empty history."""
 YEAR_1971_MS = 31_536_000_000
 """1971-01-01. Seconds that are read as milliseconds are before it, up to the year 2969."""
 LATEST_MS = 4_102_444_800_000

@@ -8,12 +8,12 @@ import numpy as np
 
 from vista.arrays import Int
 from vista.errors import RecordError
+from vista.log.gaps import NO_TIMESTAMP
 from vista.log.histories import Histories
 from vista.refresh.refresh_progress import RefreshProgress
 from vista.store.format.keys import user_id
 from vista.store.format.record import encode_records
 from vista.store.format.state_record import encode_states
-from vista.store.stored_batch import NO_TIMESTAMP
 from vista.store.tail import Tail
 from vista.store.update import StoreUpdate
 from vista.store.user_summaries import UserSummaries

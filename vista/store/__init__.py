@@ -1,11 +1,12 @@
 """Summary store: one record per user in LMDB, published atomically (docs/reference/file-formats.md)."""
 
+from vista.log.gaps import NO_TIMESTAMP
 from vista.store.format.keys import user_keys
 from vista.store.format.record import encode_records
 from vista.store.format.record_spec import RecordSpec
 from vista.store.manifest import Manifest
 from vista.store.reader import StoreReader
-from vista.store.stored_batch import NO_TIMESTAMP, StoredBatch
+from vista.store.stored_batch import StoredBatch
 from vista.store.tail import Tail
 from vista.store.user_summaries import UserSummaries
 from vista.store.writer import StoreWriter

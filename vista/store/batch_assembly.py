@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.counters.counter_codes import CounterCodes
+from vista.log.gaps import NO_TIMESTAMP
 from vista.store.format.record import RawRecords, decode_rows
 from vista.store.format.record_spec import RecordSpec
-from vista.store.stored_batch import NO_TIMESTAMP, StoredBatch
+from vista.store.stored_batch import StoredBatch
 from vista.store.tail import Tail
 
 
@@ -45,7 +46,11 @@ def assembled(num_users: int, parts: Sequence[tuple[NDArray[np.int64], RawRecord
     tails = [raw.tail for _, raw in parts]
     counters = [
         CounterCodes(
-            one.spec, one.key, one.codes, spread_offsets(np.diff(one.offsets)), spread(headers["last_event_ts"], 0)
+            one.spec,
+            one.key,
+            one.codes,
+            spread_offsets(np.diff(one.offsets)),
+            spread(headers["last_event_ts"], NO_TIMESTAMP),
         )
         for one in map(joined_counters, zip(*(raw.counters for _, raw in parts), strict=True))
     ]

@@ -10,10 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.counters.counter_codes import CounterCodes
+from vista.log.gaps import NO_TIMESTAMP
 from vista.store.tail import Tail
-
-NO_TIMESTAMP = -(1 << 63)
-"""last_event_ts of a history without events, and every timestamp of a user without a record."""
 
 CLOCK_SKEW_MS = 300_000
 """A record dated further ahead was written by a wrong clock, so its age is unknown."""
@@ -72,7 +70,7 @@ class StoredBatch:
             created_at=column(self.created_at, NO_TIMESTAMP),
             history_digest=column(self.history_digest),
             counters=tuple(
-                dataclasses.replace(one, offsets=spread_offsets(one.offsets), clock=column(one.clock))
+                dataclasses.replace(one, offsets=spread_offsets(one.offsets), clock=column(one.clock, NO_TIMESTAMP))
                 for one in self.counters
             ),
         )
@@ -95,7 +93,9 @@ class StoredBatch:
         for one in self.counters:
             kept_keys, key_offsets = remaining(one.offsets)
             counters.append(
-                CounterCodes(one.spec, one.key[kept_keys], one.codes[kept_keys], key_offsets, cleared(one.clock, 0))
+                CounterCodes(
+                    one.spec, one.key[kept_keys], one.codes[kept_keys], key_offsets, cleared(one.clock, NO_TIMESTAMP)
+                )
             )
         return StoredBatch(
             found=self.found & ~users,

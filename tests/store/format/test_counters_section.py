@@ -16,11 +16,11 @@ from vista.config.choices import Codec
 from vista.counters.counter_codes import CounterCodes
 from vista.counters.counter_spec import CounterSpec
 from vista.errors import RecordError
+from vista.log.gaps import NO_TIMESTAMP
 from vista.store.format.counter_layout import CounterLayout
 from vista.store.format.keys import user_keys
 from vista.store.format.record import check_records, encode_records, read_records
 from vista.store.format.record_spec import HEADER, RecordSpec
-from vista.store.stored_batch import NO_TIMESTAMP
 from vista.store.tail import Tail
 from vista.store.user_summaries import UserSummaries
 

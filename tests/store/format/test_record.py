@@ -13,10 +13,10 @@ from hypothesis.extra import numpy as hnp
 from tests.record_reference import decode_record_reference, error_bound
 from vista.config.choices import Codec
 from vista.errors import RecordError
+from vista.log.gaps import NO_TIMESTAMP
 from vista.store.format.keys import user_keys
 from vista.store.format.record import decode_rows, encode_records, read_records
 from vista.store.format.record_spec import HEADER, HEADER_BYTES, MAX_RECORD_BYTES, RecordSpec
-from vista.store.stored_batch import NO_TIMESTAMP
 from vista.store.tail import Tail
 from vista.store.user_summaries import UserSummaries
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from vista.counters.counter_codes import CounterCodes
 from vista.errors import DataError, StoreError, shown
 from vista.files import check_replaceable, sync
+from vista.log.gaps import NO_TIMESTAMP
 from vista.log.ingest.source_parser import SourceParser
 from vista.log.polars_extra import pl, register_io_source
 from vista.store.admin.generation_builder import GenerationBuilder, restamp_records
@@ -44,7 +45,6 @@ from vista.store.locks import locked
 from vista.store.manifest import Manifest
 from vista.store.publication import publish_generation
 from vista.store.shards import check_place
-from vista.store.stored_batch import NO_TIMESTAMP
 from vista.store.tally import Tally
 from vista.store.tombstones import Tombstones
 
