@@ -1,12 +1,16 @@
 """What refresh, scorer and validation compute with a trained model: no gradients, packed histories, NumPy inputs.
 
-Letters: B users, T packed events, S seeds, L tail length, C candidates, M model dim, M' width of retrieval vectors.
+Letters: B users, T packed events, S seeds, L tail length, C candidates, M model dim, M' width of retrieval vectors,
+V items of the vocabulary, E counted items of all users together.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vista.arrays import Int
@@ -153,21 +157,44 @@ def catalog_scores(
         counters: of the B users as of their requests; None without counters.
     """
     scores = users @ items.t() / model.config.temperature
-    if model.counted is None or counters is None:
-        return scores
-    key, codes = (torch.from_numpy(part).to(scores.device) for part in counters.codes.padded())
-    own = key.clamp(min=UNKNOWN_ITEM + 1)
-    column = own - UNKNOWN_ITEM - 1
-    logit = model.counted(
-        codes,
-        scores.gather(1, column),
-        model.item_popularity[own],
-        torch.from_numpy(counters.num_events).to(scores.device),
-        users,
-    )
-    row, slot = (key >= 0).nonzero(as_tuple=True)
-    scores[row, column[row, slot]] = logit[row, slot]
+    if counters is not None:
+        user, row = (torch.from_numpy(part).to(scores.device) for part in (counters.codes.owner, counters.codes.key))
+        scores[user, row - UNKNOWN_ITEM - 1] = counted_scores(model, users, items, counters).to(scores.dtype)
     return scores
+
+
+@torch.inference_mode()
+def counted_scores(model: RankingModel, users: Tensor, items: Tensor, counters: UserCounters) -> Tensor:
+    """Scores of all counted items, float32 [E], in the order of `counters.codes`.
+
+    Their bits do not depend on the other users, if the machine computes rows of a matrix product independently.
+
+    Args:
+        model: in eval mode, with counters.
+        users: [B, M'] from `user_vectors`.
+        items: [V, M'] from `item_vectors`.
+        counters: of the B users as of their requests; E keys.
+    """
+    assert model.counted is not None
+    key, owner, codes = (
+        torch.from_numpy(_whole_tiles(part)).to(items.device)
+        for part in (counters.codes.key, counters.codes.owner, counters.codes.codes)
+    )
+    vectors = items.index_select(0, (key - UNKNOWN_ITEM - 1).clamp_(min=0))
+    num_events = torch.from_numpy(counters.num_events).to(items.device).index_select(0, owner)
+    # In float64, because in float32 the last bit depends on where the row lies in memory.
+    product = vectors.double().mul_(users.double().index_select(0, owner)).sum(-1)
+    score = (product / model.config.temperature).float()
+    popularity = model.item_popularity.index_select(0, key)
+    logit = model.counted.from_counters(codes.unsqueeze(1), score.unsqueeze(1), popularity.unsqueeze(1), num_events)
+    return (logit[:, 0] + model.counted.from_user(users).index_select(0, owner))[: len(counters.codes.key)]
+
+
+def _whole_tiles(values: NDArray[Any]) -> NDArray[Any]:
+    """Values [E, ...], padded with zeros to whole tiles."""
+    padded = np.zeros((len(values) + -len(values) % ROW_TILE, *values.shape[1:]), values.dtype)
+    padded[: len(values)] = values
+    return padded
 
 
 @torch.inference_mode()

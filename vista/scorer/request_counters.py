@@ -1,24 +1,20 @@
-"""Counters of a request's users, as of the request, and what models make of them.
+"""Counters of a request's users, as of the request, and where they hold candidates.
 
 Letters: B users, E counted items of all users together, F values per item (`CounterSpec`), C candidates, n counted
-pairs of user and candidate, V items, M' width of retrieval vectors.
+pairs of user and candidate.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from vista.arrays import Int
 from vista.counters.counter_codes import CounterCodes, cells_of, decode_values
 from vista.counters.user_counters import UserCounters
-from vista.model.inference import ROW_TILE
-from vista.model.ranking_model import RankingModel
 from vista.store.stored_batch import StoredBatch
 from vista.store.tail import Tail
 
@@ -91,35 +87,3 @@ class RequestCounters(UserCounters):
         values = decode_values(self.codes.spec, codes).astype(np.float32)
         values[codes[:, 0] == 0] = np.nan
         return values
-
-    @torch.inference_mode()
-    def scores(self, model: RankingModel, items: Tensor, users: Tensor) -> Tensor:
-        """Scores of `next` of all counted items, float32 [E], in the order of `codes`.
-
-        Args:
-            model: scores counted items.
-            items: [1 + V, M'] retrieval vectors.
-            users: [B, M'] user vectors.
-        """
-        assert model.counted is not None
-        device = items.device
-        row, owner, codes = (
-            torch.from_numpy(_whole_tiles(part)).to(device)
-            for part in (self.codes.key, self.cell >> 32, self.codes.codes)
-        )
-        num_events = torch.from_numpy(self.num_events).to(device).index_select(0, owner)
-        # In float64, because in float32 the last bit depends on where the row lies in memory.
-        product = items.index_select(0, row).double().mul_(users.double().index_select(0, owner)).sum(-1)
-        score = (product / model.config.temperature).float()
-        popularity = model.item_popularity.index_select(0, row)
-        of_counters = model.counted.from_counters(
-            codes.unsqueeze(1), score.unsqueeze(1), popularity.unsqueeze(1), num_events
-        )
-        return (of_counters[:, 0] + model.counted.from_user(users).index_select(0, owner))[: len(self.cell)]
-
-
-def _whole_tiles(values: NDArray[Any]) -> NDArray[Any]:
-    """Values [E, ...], padded with zeros to whole tiles."""
-    padded = np.zeros((len(values) + -len(values) % ROW_TILE, *values.shape[1:]), values.dtype)
-    padded[: len(values)] = values
-    return padded

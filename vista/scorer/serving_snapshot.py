@@ -133,13 +133,14 @@ class ServingSnapshot:
         Raises:
             ValueError: the model has no retrieval head.
         """
-        items, scores = self.retrieval_vectors(), [np.zeros(0, np.float32)]
+        items, scores = self.retrieval_vectors()[UNKNOWN_ITEM + 1 :], [np.zeros(0, np.float32)]
         if request.counters is None:
             return np.zeros(0, np.int64), scores[0], np.zeros(len(request) + 1, np.int64)
         vectors = self.user_vectors(request) if vectors is None else vectors
         for users, part in self._portions(request):
             assert part.counters is not None
-            scores.append(part.counters.scores(self.model, items, vectors[users]).cpu().numpy())
+            counted = inference.counted_scores(self.model, vectors[users], items, part.counters)
+            scores.append(counted.cpu().numpy())
         codes = request.counters.codes
         return codes.key.astype(np.int64), np.concatenate(scores), codes.offsets
 
@@ -314,7 +315,9 @@ class ServingSnapshot:
         """Ranges of users and columns, and scores float32 [users, columns] of the users with vectors [B, M']."""
         table = self.items.retrieval
         assert table is not None
-        counted = None if counters is None else counters.scores(self.model, table, vectors)
+        counted = None
+        if counters is not None:
+            counted = inference.counted_scores(self.model, vectors, table[UNKNOWN_ITEM + 1 :], counters)
         vectors = vectors / self.model.config.temperature
         for users, columns in _parts(lengths, self._cosines_per_pass):
             items = _take(table, rows, users, columns)
