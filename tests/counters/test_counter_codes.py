@@ -132,7 +132,7 @@ def test_users_do_not_affect_one_another(users: list, new: list) -> None:
     """The result for a user is bit-identical to that of a batch with this user alone."""
     spec, count = CounterSpec(), min(len(users), len(new))
     new = [sorted(user, key=lambda event: event[1]) for user in new[:count]]
-    codes = CounterCodes.empty(spec, count).advanced(
+    codes = stored(spec, [{}] * count).advanced(
         None, *packed([sorted(user, key=lambda event: event[1]) for user in users[:count]])
     )
     together = codes.advanced(None, *packed(new))
@@ -150,7 +150,7 @@ def test_lookup_finds_only_the_users_own_keys() -> None:
     found = codes.lookup(user, key)
     assert (found[[0, 4, 5]] == codes.codes).all()
     assert (found[[1, 2, 3, 6]] == 0).all()
-    assert CounterCodes.empty(spec, 1).lookup(np.array([0]), np.array([3])).tolist() == [[0, 0, 0, 0]]
+    assert stored(spec, [{}]).lookup(np.array([0]), np.array([3])).tolist() == [[0, 0, 0, 0]]
 
 
 def test_padding_and_selection() -> None:
@@ -160,4 +160,4 @@ def test_padding_and_selection() -> None:
     assert key.tolist() == [[2, 8], [-1, -1], [2, 8], [3, -1]]
     assert (padded[key >= 0] == codes.codes[[1, 2, 1, 2, 0]]).all()
     assert (padded[key < 0] == 0).all()
-    assert CounterCodes.empty(spec, 2).padded()[0].shape == (2, 0)
+    assert stored(spec, [{}, {}]).padded()[0].shape == (2, 0)

@@ -5,6 +5,7 @@ N users, E counted keys of all users together, F values per key (`CounterSpec`),
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,7 +14,6 @@ from numpy.typing import NDArray
 
 from vista.arrays import Int
 from vista.counters.counter_spec import CounterSpec
-from vista.log.gaps import NO_TIMESTAMP
 from vista.log.histories import ranges
 
 CODE_BITS = 6
@@ -90,18 +90,7 @@ class CounterCodes:
     offsets: Int
     """[N + 1]."""
     clock: Int
-    """[N] the time to which sums and ages refer, ms: that of the newest event; NO_TIMESTAMP without events."""
-
-    @staticmethod
-    def empty(spec: CounterSpec, num_users: int) -> CounterCodes:
-        """Counters of users without events."""
-        return CounterCodes(
-            spec,
-            np.zeros(0, np.int32),
-            np.zeros((0, spec.num_columns), np.uint8),
-            np.zeros(num_users + 1, np.int64),
-            np.full(num_users, NO_TIMESTAMP),
-        )
+    """[N] the time to which sums and ages refer, ms: that of the newest event; `NO_TIMESTAMP` without events."""
 
     @property
     def owner(self) -> Int:
@@ -177,6 +166,18 @@ class CounterCodes:
         index = ranges(self.offsets[users], counts)
         bounds = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         return CounterCodes(self.spec, self.key[index], self.codes[index], bounds, self.clock[users])
+
+    @staticmethod
+    def concatenated(parts: Sequence[CounterCodes]) -> CounterCodes:
+        """The users of all parts, end to end; at least one part."""
+        if len(parts) == 1:
+            return parts[0]
+        sizes = np.concatenate([np.diff(part.offsets) for part in parts])
+        offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        key, codes, clock = (
+            np.concatenate([getattr(part, name) for part in parts]) for name in ("key", "codes", "clock")
+        )
+        return CounterCodes(parts[0].spec, key, codes, offsets, clock)
 
 
 def cells_of(user: Int, key: NDArray[np.int32] | Int | int) -> Int:

@@ -8,6 +8,7 @@ their order, not on when they were added.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -39,10 +40,11 @@ class CounterRows:
     def __getitem__(self, index: Int) -> CounterRows:
         return CounterRows(*(getattr(self, field.name)[index] for field in fields(self)))
 
-    def __add__(self, other: CounterRows) -> CounterRows:
-        """These rows, then the other's."""
-        names = [field.name for field in fields(self)]
-        return CounterRows(*(np.concatenate([getattr(self, name), getattr(other, name)]) for name in names))
+    @staticmethod
+    def concatenated(parts: Sequence[CounterRows]) -> CounterRows:
+        """The rows of all parts, end to end."""
+        names = [field.name for field in fields(CounterRows)]
+        return CounterRows(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
     @staticmethod
     def of_events(spec: CounterSpec, key: Int, time: Int, position: Int) -> CounterRows:

@@ -5,6 +5,7 @@ N users, E counted keys of all users together, H horizons, F values per key (`Co
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,7 +74,8 @@ class CounterTable:
             )
         known = np.flatnonzero(key)
         events = CounterRows.of_events(self.spec, np.asarray(key)[known].astype(np.int64), time[known], position[known])
-        owner, rows, is_newest = (self.rows + events).added_up(self.spec, np.concatenate([self.owner, user[known]]))
+        rows = CounterRows.concatenated([self.rows, events])
+        owner, rows, is_newest = rows.added_up(self.spec, np.concatenate([self.owner, user[known]]))
         newest = np.flatnonzero(is_newest)
         clock = self.clock.copy()
         has_new = np.flatnonzero(counts)
@@ -113,6 +115,17 @@ class CounterTable:
         rows = self.rows[ranges(self.offsets[users], counts)]
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         return CounterTable(self.spec, rows, offsets, self.clock[users], self.num_events[users])
+
+    @staticmethod
+    def concatenated(parts: Sequence[CounterTable]) -> CounterTable:
+        """The users of all parts, end to end; at least one part."""
+        rows = CounterRows.concatenated([part.rows for part in parts])
+        sizes = np.concatenate([np.diff(part.offsets) for part in parts])
+        offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        clock, num_events = (
+            np.concatenate([getattr(part, name) for part in parts]) for name in ("clock", "num_events")
+        )
+        return CounterTable(parts[0].spec, rows, offsets, clock, num_events)
 
 
 def offsets_of(owner: Int, num_users: int) -> Int:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from vista.arrays import Int
 from vista.config.choices import Precision
+from vista.counters.counter_table import CounterTable
 from vista.log.event_log import EventLog
 from vista.model import inference
 from vista.model.history_states import (
@@ -34,7 +35,6 @@ from vista.refresh.update_groups import AppendGroup, ExchangeGroup, RecomputeGro
 from vista.refresh.update_plan import UpdatePlan
 from vista.refresh.user_records import encode_users, last_times, stored_tail
 from vista.store.format.keys import user_keys
-from vista.store.format.state_counters import joined_tables
 from vista.store.format.state_record import StateArrays, rounded
 from vista.store.update import StoreUpdate
 from vista.store.user_summaries import UserSummaries
@@ -182,7 +182,7 @@ class BatchRefresher:
         with self._run.stage("read"):
             newest = self._items.model_rows(self._log.gather_ranges(users, lengths - tail_len, lengths))
         with self._run.stage("encode"):
-            tables = tuple(map(joined_tables, zip(*(group.counters for group in updated), strict=True)))
+            tables = tuple(map(CounterTable.concatenated, zip(*(group.counters for group in updated), strict=True)))
             if spec is None:
                 states = None
                 summary = np.concatenate([group.summary for group in updated if group.summary is not None])

@@ -52,7 +52,7 @@ def assembled(num_users: int, parts: Sequence[tuple[NDArray[np.int64], RawRecord
             spread_offsets(np.diff(one.offsets)),
             spread(headers["last_event_ts"], NO_TIMESTAMP),
         )
-        for one in map(joined_counters, zip(*(raw.counters for _, raw in parts), strict=True))
+        for one in map(CounterCodes.concatenated, zip(*(raw.counters for _, raw in parts), strict=True))
     ]
     return StoredBatch(
         found=spread(np.ones(len(rows)), False, np.bool_),
@@ -69,15 +69,6 @@ def assembled(num_users: int, parts: Sequence[tuple[NDArray[np.int64], RawRecord
         history_digest=spread(headers["history_digest"], 0, np.uint64),
         counters=tuple(counters),
     )
-
-
-def joined_counters(parts: Sequence[CounterCodes]) -> CounterCodes:
-    """Counters of one field, end to end."""
-    if len(parts) == 1:
-        return parts[0]
-    key, codes, clock = (np.concatenate([getattr(part, name) for part in parts]) for name in ("key", "codes", "clock"))
-    lengths = np.concatenate([np.diff(part.offsets) for part in parts])
-    return CounterCodes(parts[0].spec, key, codes, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), clock)
 
 
 def _join(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vista.counters.counter_codes import CounterCodes
 from vista.errors import StoreError
 from vista.log.histories import ranges
-from vista.store.batch_assembly import joined_counters
 from vista.store.format.keys import common_kind, user_keys
 from vista.store.layout import store_path
 from vista.store.manifest import Manifest
@@ -164,6 +164,7 @@ def _in_order(batches: Sequence[StoredBatch], place: NDArray[np.int64]) -> Store
         created_at=column("created_at"),
         history_digest=column("history_digest"),
         counters=tuple(
-            joined_counters(fields).select(place) for fields in zip(*(batch.counters for batch in batches), strict=True)
+            CounterCodes.concatenated(fields).select(place)
+            for fields in zip(*(batch.counters for batch in batches), strict=True)
         ),
     )

@@ -74,17 +74,6 @@ def read_tables(
     return tuple(tables), fits & (at == stop)
 
 
-def joined_tables(parts: Sequence[CounterTable]) -> CounterTable:
-    """Tables of one field, end to end."""
-    rows = CounterRows(
-        *(np.concatenate([getattr(part.rows, name) for part in parts]) for name in CounterRows.__slots__)
-    )
-    clock, num_events = (np.concatenate([getattr(part, name) for part in parts]) for name in ("clock", "num_events"))
-    sizes = np.concatenate([np.diff(part.offsets) for part in parts])
-    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    return CounterTable(parts[0].spec, rows, offsets, clock, num_events)
-
-
 def _entry(spec: CounterSpec) -> np.dtype[np.void]:
     return np.dtype(
         [

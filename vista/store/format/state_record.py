@@ -20,7 +20,7 @@ from vista.counters.counter_table import CounterTable
 from vista.errors import RecordError
 from vista.store.format.joined_records import CHECKSUM_BYTES, JoinedRecords
 from vista.store.format.keys import user_id
-from vista.store.format.state_counters import encode_tables, joined_tables, read_tables
+from vista.store.format.state_counters import encode_tables, read_tables
 
 MAGIC = b"VSTA"
 FORMAT_VERSION = 2
@@ -111,7 +111,7 @@ class StateArrays:
         """The states of all parts, end to end."""
         columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _COLUMNS}
         fields = zip(*(part.counters for part in parts), strict=True)
-        return StateArrays(**columns, counters=tuple(map(joined_tables, fields)))
+        return StateArrays(**columns, counters=tuple(map(CounterTable.concatenated, fields)))
 
 
 _COLUMNS = ("z", "n", "removed", "clock", "num_events", "applied_segment", "history_digest")
