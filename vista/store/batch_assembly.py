@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vista.arrays import Int
 from vista.counters.counter_codes import CounterCodes
-from vista.log.gaps import NO_TIMESTAMP
 from vista.store.format.record import RawRecords, decode_rows
 from vista.store.format.record_spec import RecordSpec
 from vista.store.stored_batch import StoredBatch
 from vista.store.tail import Tail
 
 
-def assembled(num_users: int, parts: Sequence[tuple[NDArray[np.int64], RawRecords]], spec: RecordSpec) -> StoredBatch:
+def assembled(num_users: int, parts: Sequence[tuple[Int, RawRecords]], spec: RecordSpec) -> StoredBatch:
     """The batch of B = `num_users` users.
 
     Args:
@@ -24,51 +25,34 @@ def assembled(num_users: int, parts: Sequence[tuple[NDArray[np.int64], RawRecord
         parts: positions in the batch, ascending, and the records of the users there; at least one part.
         spec: what the records share.
     """
-    rows = _join([positions for positions, _ in parts])
-    headers = _join([raw.headers for _, raw in parts])
-    if len(parts) == 1 and len(rows) == num_users:
+    rows, headers = _join([positions for positions, _ in parts]), _join([raw.headers for _, raw in parts])
+    is_complete = len(rows) == num_users
+    if is_complete and len(parts) == 1:
         summary = decode_rows(parts[0][1], spec)
     else:
-        summary = np.zeros((num_users, spec.num_tokens, spec.dim), dtype=np.float32)
+        summary = np.zeros((num_users, spec.num_tokens, spec.dim), np.float32)
         for positions, raw in parts:
             summary[positions] = decode_rows(raw, spec)
-
-    def spread(values: NDArray[Any], missing: int, dtype: Any = np.int64) -> NDArray[Any]:
-        column = np.full(num_users, missing, dtype=dtype)
-        column[rows] = values
-        return column
-
-    def spread_offsets(lengths: NDArray[Any]) -> NDArray[np.int64]:
-        offsets = np.zeros(num_users + 1, dtype=np.int64)
-        np.cumsum(spread(lengths, 0), out=offsets[1:])
-        return offsets
-
     tails = [raw.tail for _, raw in parts]
-    counters = [
-        CounterCodes(
-            one.spec,
-            one.key,
-            one.codes,
-            spread_offsets(np.diff(one.offsets)),
-            spread(headers["last_event_ts"], NO_TIMESTAMP),
-        )
-        for one in map(CounterCodes.concatenated, zip(*(raw.counters for _, raw in parts), strict=True))
-    ]
-    return StoredBatch(
-        found=spread(np.ones(len(rows)), False, np.bool_),
-        summary=summary,
+    tail_length, event_count, last_event_ts, created_at = (
+        headers[name].astype(np.int64) for name in ("tail_length", "event_count", "last_event_ts", "created_at")
+    )
+    found = StoredBatch(
+        found=np.ones(len(rows), np.bool_),
+        summary=np.empty((len(rows), 0, spec.dim), np.float32),  # the large part, which is already in its place
         tail=Tail(
             _join([tail.items for tail in tails]),
             _join([tail.times for tail in tails]),
             _join([tail.actions for tail in tails]),
-            spread_offsets(headers["tail_length"]),
+            np.concatenate([[0], np.cumsum(tail_length)]).astype(np.int64),
         ),
-        event_count=spread(headers["event_count"], 0),
-        last_event_ts=spread(headers["last_event_ts"], NO_TIMESTAMP),
-        created_at=spread(headers["created_at"], NO_TIMESTAMP),
-        history_digest=spread(headers["history_digest"], 0, np.uint64),
-        counters=tuple(counters),
+        event_count=event_count,
+        last_event_ts=last_event_ts,
+        created_at=created_at,
+        history_digest=headers["history_digest"].astype(np.uint64),
+        counters=tuple(map(CounterCodes.concatenated, zip(*(raw.counters for _, raw in parts), strict=True))),
     )
+    return replace(found if is_complete else found.spread(rows, num_users), summary=summary)
 
 
 def _join(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
