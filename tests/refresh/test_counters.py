@@ -16,10 +16,13 @@ import pytest
 from vista.config import SourceColumns
 from vista.config.choices import Codec, Decay, Mixing, StateDtype
 from vista.counters.counter_codes import CounterCodes, encode_values
+from vista.counters.counter_spec import CounterSpec
 from vista.errors import ConfigError, StoreError
 from vista.log.deletions import forget_events
 from vista.log.event_log import EventLog
+from vista.log.histories import Histories
 from vista.refresh import RefreshOptions, erase, merge, refresh, refresh_incremental
+from vista.refresh.counting import count_histories
 from vista.store import StoreReader
 from vista.store.admin.copying import copy_generation
 from vista.store.admin.parquet import export_store
@@ -266,3 +269,11 @@ def test_a_log_without_times_is_refused_or_counted_by_events(tmp_path: Path, gro
     newest = model.item_rows(log.items.ids(log[1].item))
     ages = [19 - int(np.flatnonzero(newest == key)[-1]) for key in counters.key]
     np.testing.assert_allclose(counters.values()[:, -1], ages, rtol=0.15, atol=0.6)
+
+
+def test_a_refresh_counts_only_items() -> None:
+    none = np.zeros(0, np.int64)
+    histories = Histories(none.astype(np.int32), none, none.astype(np.uint8), None, np.zeros(2, np.int64))
+    with pytest.raises(ValueError, match="fields: a refresh counts only 'item', got item, genre"):
+        count_histories(CounterSpec(("item", "genre"), (4, 2)), histories)
+    assert len(count_histories(CounterSpec(), histories)) == 1 and count_histories(None, histories) == ()

@@ -27,7 +27,7 @@ from vista.model.state_updates import insert_events, remove_events
 from vista.model.summary_state import SummaryState, merge_states
 from vista.model.vista_model import VistaModel
 from vista.refresh.changes import changed_positions
-from vista.refresh.history_counter import HistoryCounter, Tables
+from vista.refresh.counting import Tables, append_events, count_histories, stored_codes
 from vista.refresh.log_items import LogItems
 from vista.refresh.refresh_progress import RefreshProgress
 from vista.refresh.states import from_arrays, read_summaries, state_of, state_without_summary, to_arrays
@@ -67,7 +67,6 @@ class BatchRefresher:
         self._log, self._update, self._run = log, update, run
         self._model = model.with_frozen("summarizer", Precision.float32)
         self._items = LogItems.of(model, log)
-        self._counter = HistoryCounter.of(model)
         self._plan = UpdatePlan(model, log, update, tokens_per_batch, run)
 
     def refresh(self, users: Int) -> None:
@@ -130,7 +129,7 @@ class BatchRefresher:
             digest = group.states.history_digest + self._items.digests(new)
             history, new, start = self._items.model_rows(history), self._items.model_rows(new), old - context
         with self._run.stage("summarize"):
-            counters = self._counter.appended(group.states.counters, new)  # without the context
+            counters = append_events(group.states.counters, new)  # without the context
             if self._model.summarizer is None:
                 state = state_without_summary(old + new.lengths)
                 return _UpdatedGroup("appended", group.users, digest, new.num_events, counters, state)
@@ -154,7 +153,7 @@ class BatchRefresher:
         deleted, late = changed
         old, new = self._items.model_rows(old), self._items.model_rows(new)
         with self._run.stage("summarize"):
-            counters = self._counter.tables(new)
+            counters = count_histories(self._model.counter_spec, new)
             state = from_arrays(group.states, self._model.device)
             if len(deleted):
                 state = remove_events(self._model, state, old, deleted)
@@ -168,7 +167,7 @@ class BatchRefresher:
             model_rows, digest = self._items.model_rows(histories), self._items.digests(histories)
         state, summary = None, None
         with self._run.stage("summarize"):
-            counters = self._counter.tables(model_rows)
+            counters = count_histories(self._model.counter_spec, model_rows)
             if self._update.state_spec is None:
                 summary = inference.summarize(self._model, model_rows).cpu().numpy()
             else:
@@ -203,7 +202,7 @@ class BatchRefresher:
                 event_count=lengths,
                 last_event_ts=last_times(newest),
                 history_digest=digest,
-                counters=self._counter.codes(tables),
+                counters=stored_codes(tables),
                 states=states,
             )
 

@@ -19,7 +19,7 @@ from vista.log.splits import visible_counts
 from vista.log.until import Until, parse_until
 from vista.model import inference
 from vista.model.vista_model import VistaModel
-from vista.refresh.history_counter import HistoryCounter
+from vista.refresh.counting import count_histories, stored_codes
 from vista.refresh.log_items import LogItems, check_log
 from vista.refresh.new_generation import new_manifest, write_generation
 from vista.refresh.refresh_progress import RefreshProgress
@@ -90,8 +90,7 @@ def refresh(
         created_at=created_at,
     )
     frozen = model.with_frozen("summarizer", precision)
-    items, counter = LogItems.of(model, log), HistoryCounter.of(model)
-    batches = _FullBatches(frozen, log, items, counter, users, counts, options.tokens_per_batch)
+    batches = _FullBatches(frozen, log, LogItems.of(model, log), users, counts, options.tokens_per_batch)
     return write_generation(store, manifest, "full", batches.encode, options=options, key=key)
 
 
@@ -102,7 +101,6 @@ class _FullBatches:
     model: VistaModel
     log: EventLog
     items: LogItems
-    counter: HistoryCounter
     users: Int
     """Rows of the log: all users of the run, in its fixed order."""
     counts: Int
@@ -124,7 +122,7 @@ class _FullBatches:
             model_rows, digests = self.items.model_rows(histories), self.items.digests(histories)
         arrays = None
         with run.stage("summarize"):
-            tables = self.counter.tables(model_rows)
+            tables = count_histories(self.model.counter_spec, model_rows)
             if writer.state_spec is None:
                 summary = inference.summarize(self.model, model_rows).cpu().numpy()
             else:
@@ -139,7 +137,7 @@ class _FullBatches:
                 event_count=histories.lengths,
                 last_event_ts=last_times(model_rows),
                 history_digest=digests,
-                counters=self.counter.codes(tables),
+                counters=stored_codes(tables),
                 states=arrays,
             )
 

@@ -22,7 +22,7 @@ from vista.log.histories import Histories
 from vista.model.state_updates import merge_histories
 from vista.model.summary_state import SummaryState
 from vista.model.vista_model import VistaModel
-from vista.refresh.history_counter import HistoryCounter
+from vista.refresh.counting import count_histories, stored_codes
 from vista.refresh.log_items import LogItems, check_log
 from vista.refresh.new_generation import new_manifest, write_generation
 from vista.refresh.refresh_progress import RefreshProgress
@@ -195,8 +195,7 @@ def _merge_user(model: VistaModel, parts: Sequence[dict[Any, _UserState]], user:
 
 def _summarize(model: VistaModel, keys: list[bytes], users: Sequence[_UserState]) -> UserSummaries:
     names = ("z", "n", "removed", "clock", "num_events")
-    counter = HistoryCounter.of(model)
-    tables = counter.tables(_end_to_end([user.history for user in users]))
+    tables = count_histories(model.counter_spec, _end_to_end([user.history for user in users]))
     state = SummaryState(*(torch.cat([getattr(user.state, name) for user in users]) for name in names))
     digest = np.array([user.digest for user in users], np.uint64)
     tail_len = model.config.tail_len
@@ -208,7 +207,7 @@ def _summarize(model: VistaModel, keys: list[bytes], users: Sequence[_UserState]
         event_count=state.num_events.cpu().numpy(),
         last_event_ts=last_times(newest),
         history_digest=digest,
-        counters=counter.codes(tables),
+        counters=stored_codes(tables),
         states=to_arrays(state, 0, digest, tables),
     )
 

@@ -14,7 +14,7 @@ from vista.log.histories import Histories
 from vista.model.history_states import history_states, separable_summarizer
 from vista.model.summary_state import SummaryState
 from vista.model.vista_model import VistaModel
-from vista.refresh.history_counter import Tables
+from vista.refresh.counting import Tables
 from vista.store.format.state_record import StateArrays
 
 
