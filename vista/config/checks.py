@@ -18,6 +18,8 @@ LARGEST_COUNT = 2**63 - 1
 """What fits into int64, as counts are stored and as torch takes them."""
 
 MAX_THREADS = 1024
+MAX_DAYS = 36_500
+"""The longest time in days that a setting may name."""
 Value = TypeVar("Value")
 
 

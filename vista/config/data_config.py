@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vista.config.checks import check_types, require, require_counts, require_finite, require_only_with, require_share
+from vista.config.checks import (
+    MAX_DAYS,
+    check_types,
+    require,
+    require_counts,
+    require_finite,
+    require_only_with,
+    require_share,
+)
 from vista.config.choices import Counting, Split
 from vista.errors import shown
 
 PLACES = ("path", "item_categories")
 """Keys of DataConfig that name a path. They may change between runs and are left out of result tables."""
-MAX_HORIZON_EVENTS, MAX_HORIZON_DAYS = 2**16, 36_525
+MAX_HORIZON_EVENTS = 2**16
 
 
 @dataclass(kw_only=True, slots=True)
@@ -95,7 +103,7 @@ class DataConfig:
         require_counts(self, "data.", ("windows_per_chunk",), least=0)
         require_counts(self, "data.", ("horizon_events",), most=MAX_HORIZON_EVENTS)
         require_finite(self, "data.", ("staleness_events", "negative_power"))
-        require_finite(self, "data.", ("horizon_days",), most=MAX_HORIZON_DAYS)
+        require_finite(self, "data.", ("horizon_days",), most=MAX_DAYS)
         require_share(self, "data.", ("staleness_share",))
         require_share(self, "data.", ("unknown_share",), below_one=True)
         for key in ("validation_from", "test_from"):

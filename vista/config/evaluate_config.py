@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vista.config.checks import MAX_THREADS, check_types, require, require_counts, require_finite
+from vista.config.checks import MAX_DAYS, MAX_THREADS, check_types, require, require_counts, require_finite
 from vista.config.choices import Target
 from vista.config.data_config import MAX_HORIZON_EVENTS
 from vista.errors import shown
 
-MAX_DAYS = 100_000
 MAX_TOP_K = 2**20
 
 

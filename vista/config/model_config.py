@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vista.config.checks import check_types, require, require_counts, require_finite, require_numbers, require_share
+from vista.config.checks import (
+    MAX_DAYS,
+    check_types,
+    require,
+    require_counts,
+    require_finite,
+    require_numbers,
+    require_share,
+)
 from vista.config.choices import (
     Activation,
     Architecture,
@@ -18,6 +26,12 @@ from vista.config.choices import (
 
 MAX_DIM = 2**16 - 1
 """The header of a record holds the shape of a summary as two uint16."""
+MAX_COUNTER_KEYS = 2**16 - 1
+"""A record holds the number of its counted items as uint16."""
+MAX_HORIZONS = 8
+"""Most time constants of counters, so that the codes of an item fit into 64 bits."""
+MIN_COUNTER_DAYS = 1 / 24
+MAX_COUNTER_EVENTS = 1_000_000
 
 
 @dataclass(kw_only=True, slots=True)
@@ -187,13 +201,14 @@ class ModelConfig:
             "model.counters",
             f"{self.architecture.value} does not use counters; set model.counters=false",
         )
-        require_counts(self, "model.", ("counter_keys",), most=65_535)
-        require_numbers(self, "model.", "counter_days", 1 / 24, 36_500)
-        require_numbers(self, "model.", "counter_events", 1, 1e6)
+        require_counts(self, "model.", ("counter_keys",), most=MAX_COUNTER_KEYS)
+        require_numbers(self, "model.", "counter_days", MIN_COUNTER_DAYS, MAX_DAYS)
+        require_numbers(self, "model.", "counter_events", 1, MAX_COUNTER_EVENTS)
         require(
-            len(self.counter_days) + len(self.counter_events) <= 8,
+            len(self.counter_days) + len(self.counter_events) <= MAX_HORIZONS,
             "model.counter_days",
-            f"with counter_events at most 8 time constants, got {self.counter_days} and {self.counter_events}",
+            f"with counter_events at most {MAX_HORIZONS} time constants, got {self.counter_days} and "
+            f"{self.counter_events}",
         )
 
     def _check_state_rows(self) -> None:

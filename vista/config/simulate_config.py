@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
-from vista.config.checks import MAX_THREADS, check_types, require, require_counts
+from vista.config.checks import MAX_DAYS, MAX_THREADS, check_types, require, require_counts
 from vista.config.choices import WorldName
 from vista.errors import ConfigError
 
@@ -83,7 +83,7 @@ class SimulateConfig:
             require(topics >= taken + 2, "num_topics", message)
         fewest_days = 1 + self.events_per_user / 1e6  # room for distinct times in milliseconds
         require(
-            fewest_days <= self.days <= 36_500,
+            fewest_days <= self.days <= MAX_DAYS,
             "days",
-            f"must lie in [{fewest_days:g}, 36500] with events_per_user={self.events_per_user}, got {self.days}",
+            f"must lie in [{fewest_days:g}, {MAX_DAYS}] with events_per_user={self.events_per_user}, got {self.days}",
         )

@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.arrays import Int
+from vista.config.checks import MAX_DAYS
+from vista.config.model_config import MAX_COUNTER_EVENTS, MAX_COUNTER_KEYS, MAX_HORIZONS, MIN_COUNTER_DAYS
 from vista.json_fields import FieldRule, check_fields, list_of, one_of, text, whole
 
 ITEM = "item"
@@ -19,11 +21,6 @@ ITEM = "item"
 MS_PER_DAY = 86_400_000
 STEPS_PER_EVENT = 1_000_000
 """Positions are scaled by this, so that half-lives in events are whole numbers of steps, as those in ms are."""
-
-MAX_KEYS = 65_535
-MAX_HORIZONS = 8
-MAX_DAYS = 36_500.0
-MAX_EVENTS = 1e6
 
 _NUMBER = FieldRule("a finite number", lambda value: type(value) in (int, float) and math.isfinite(value))
 
@@ -66,12 +63,12 @@ class CounterSpec:
             raise ValueError(f"fields: must be distinct names, at least one, got {self.fields}")
         if len(self.keys) != len(self.fields):
             raise ValueError(f"keys: expected one number for each of {', '.join(self.fields)}, got {self.keys}")
-        if not all(1 <= keys <= MAX_KEYS for keys in self.keys):
-            raise ValueError(f"keys: must be from 1 to {MAX_KEYS}, got {self.keys}")
-        if not all(1 / 24 <= days <= MAX_DAYS for days in self.days):
+        if not all(1 <= keys <= MAX_COUNTER_KEYS for keys in self.keys):
+            raise ValueError(f"keys: must be from 1 to {MAX_COUNTER_KEYS}, got {self.keys}")
+        if not all(MIN_COUNTER_DAYS <= days <= MAX_DAYS for days in self.days):
             raise ValueError(f"days: must be from 1/24 to {MAX_DAYS:g}, got {self.days}")
-        if not all(1 <= events <= MAX_EVENTS for events in self.events):
-            raise ValueError(f"events: must be from 1 to {MAX_EVENTS:g}, got {self.events}")
+        if not all(1 <= events <= MAX_COUNTER_EVENTS for events in self.events):
+            raise ValueError(f"events: must be from 1 to {MAX_COUNTER_EVENTS:g}, got {self.events}")
         if len(self.days) + len(self.events) > MAX_HORIZONS:
             raise ValueError(f"days, events: at most {MAX_HORIZONS} horizons in all, got {self.days} and {self.events}")
         if self.days and not self.has_time:
@@ -132,7 +129,7 @@ class CounterSpec:
 
 _RULES = {
     "fields": list_of(text(), least=1),
-    "keys": list_of(whole(1, MAX_KEYS)),
+    "keys": list_of(whole(1, MAX_COUNTER_KEYS)),
     "days": list_of(_NUMBER),
     "events": list_of(_NUMBER),
     "has_time": one_of(True, False),
