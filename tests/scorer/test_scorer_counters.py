@@ -12,7 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from tests.conftest import DAY, START, draw_counter_weights, serve, small_config, tail_of
+from tests.conftest import DAY, START, draw_counter_weights, small_config, tail_of
 from tests.counters.counter_histories import counters_of_request
 from vista.arrays import Int
 from vista.counters.user_counters import UserCounters
@@ -85,18 +85,21 @@ class Opened:
         return histories.at(requests)
 
 
+def untrained(log: EventLog, items: Vocabulary, **changes: Any) -> VistaModel:
+    """A model with counters, and weights of the heads as if it were trained."""
+    config = small_config(log, "unused", model__counters=True, model__tail_len=TAIL_LEN, **changes)
+    torch.manual_seed(5)
+    model = VistaModel(config.model, schema_of(log, config), items, config.data).eval()
+    draw_counter_weights(model)
+    return model
+
+
 @pytest.fixture(scope="module", params=["summary", "no summary, popularity"])
 def model(request: pytest.FixtureRequest, impression_log: EventLog) -> VistaModel:
     """Knows 36 of the log's 40 items."""
     changes = {"model__num_seeds": 0, "model__popularity": True} if "popularity" in request.param else {}
-    config = small_config(
-        impression_log, "unused", model__counters=True, model__counter_keys=8, model__tail_len=TAIL_LEN, **changes
-    )
     items = Vocabulary.from_ids(impression_log.items.ids(np.arange(4, impression_log.num_items)))
-    torch.manual_seed(5)
-    model = VistaModel(config.model, schema_of(impression_log, config), items, config.data).eval()
-    draw_counter_weights(model)
-    return model
+    return untrained(impression_log, items, model__counter_keys=8, **changes)
 
 
 @pytest.fixture(scope="module", params=STALE)
@@ -268,9 +271,11 @@ class TestScores:
             assert np.diff(offsets).min() > 0
 
 
+@pytest.mark.parametrize("opened", ["fresh"], indirect=True)
 class TestExplanation:
     @pytest.mark.parametrize("task", TASKS)
-    def test_contributions_add_up_to_the_score(self, opened: Opened, task: str, now: Any) -> None:
+    @pytest.mark.parametrize("now", ["now"], indirect=True)
+    def test_counters_have_a_share_of_the_score(self, opened: Opened, task: str, now: Any) -> None:
         user, tail = opened.users[2], opened.tail(TAIL_LEN, np.array([2]))
         time = None if now is None else int(now[2])
         scorer, items = opened.scorer, opened.scorer.item_vectors()[0]
@@ -313,10 +318,7 @@ def test_a_basket_that_the_record_covers_may_be_sent_again(tmp_path: Path, sent:
     user, item = np.repeat([1, 2], 18), np.concatenate([np.arange(18), np.arange(18)[::-1]]) % 11
     frame = {"user": user, "item": item, "timestamp": START + np.arange(36) // 9 % 2 * DAY}
     log = EventLog.from_frame(frame, tmp_path / "log", time_unit="ms")
-    config = small_config(log, "unused", model__counters=True, model__tail_len=TAIL_LEN)
-    torch.manual_seed(5)
-    model = VistaModel(config.model, schema_of(log, config), log.items, config.data).eval()
-    draw_counter_weights(model)
+    model = untrained(log, log.items)
     refresh(model, log, tmp_path / "store")
     with Scorer.open(model, tmp_path / "store") as scorer:
         basket = [(bought, START + DAY, 0) for bought in item[9:18].tolist()]
@@ -329,9 +331,9 @@ def test_a_basket_that_the_record_covers_may_be_sent_again(tmp_path: Path, sent:
 
 def test_a_log_without_times(order_log: EventLog, tmp_path: Path) -> None:
     """Ages are numbers of events, and the time of a request changes nothing."""
-    config = small_config(order_log, tmp_path / "run", model__counters=True, optim__epochs=1)
-    served = serve(order_log, config, tmp_path)
-    with Scorer.open(served.model_dir, served.store) as scorer:
+    model = untrained(order_log, order_log.items)
+    refresh(model, order_log, tmp_path / "store")
+    with Scorer.open(model, tmp_path / "store") as scorer:
         users = list(scorer.store.keys())
         scores = scorer.catalog_scores(users)
         np.testing.assert_array_equal(scores, scorer.catalog_scores(users, now=5 * DAY))
