@@ -107,7 +107,8 @@ def test_close_waits_for_a_reload_that_is_running() -> None:
             return False
 
     began, slow = threading.Event(), Slow()
-    follower = Follower(slow, EVERY_S)
+    follower = Follower(slow)
+    follower.start(EVERY_S)
     assert began.wait(TIMEOUT_S)
     follower.stop()
     assert slow.ended >= 1 and followers() == 0

@@ -9,10 +9,7 @@ B users, C candidates, V items of the vocabulary, S seeds, L tail length, M' wid
 from __future__ import annotations
 
 import math
-import os
-import threading
 import time
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,8 +54,7 @@ class Scorer:
         self.max_age_s = max_age_s
         self._snapshots = SnapshotHolder(source)
         self._recorder = StatsRecorder()
-        self._follower: Follower | None = None
-        _scorers.add(self)
+        self._follower = Follower(self)
         try:
             self.task = task or self.tasks[0]
             """The task that `score` and `rank` use."""
@@ -110,7 +106,7 @@ class Scorer:
 
     def close(self) -> None:
         """Close the store and end `follow`; closing twice is allowed."""
-        self._stop_following()
+        self._follower.stop()
         self._snapshots.close()
 
     def __enter__(self) -> Scorer:
@@ -170,11 +166,8 @@ class Scorer:
             StoreError: the scorer is closed.
             ValueError: every_s is not positive or too large.
         """
-        if not 0 < every_s <= threading.TIMEOUT_MAX:
-            raise ValueError(f"every_s: must be positive and at most {threading.TIMEOUT_MAX:.0f}, got {every_s}")
         with self._snapshots.use():  # checks that the scorer is open
-            self._stop_following()
-            self._follower = Follower(self, every_s)
+            self._follower.start(every_s)
 
     def stats(self) -> ScorerStats:
         """What this scorer has done in this process."""
@@ -199,8 +192,8 @@ class Scorer:
 
         Returns:
             {task: float32 [B, C], or [N] for ragged candidates}; NumPy arrays, or tensors if `candidates` is a tensor.
-            The score of a labeled task is its probability. That of `next` is the cosine divided by the temperature,
-            which ranks items but is not a probability.
+            The score of a labeled task is its probability. That of `next` ranks items, but is not a probability: it is
+            the cosine divided by the temperature, except with counters or popularity.
 
         Raises:
             UnknownUserError, UnknownItemError: with on_missing="raise".
@@ -368,16 +361,6 @@ class Scorer:
         finally:
             self._recorder.called(time.perf_counter() - began, failed=failed)
 
-    def _after_fork(self) -> None:
-        self._snapshots.after_fork()
-        self._recorder = StatsRecorder()
-        self._follower = None
-
-    def _stop_following(self) -> None:
-        follower, self._follower = self._follower, None
-        if follower is not None:
-            follower.stop()
-
     def _predict(
         self, snapshot: ServingSnapshot, users: Ids, candidates: Any, tail: Tail | None, now: Any, tasks: list[str]
     ) -> dict[str, Any]:
@@ -386,14 +369,3 @@ class Scorer:
 
     def _request(self, snapshot: ServingSnapshot, users: Ids, tail: Tail | None, now: Any) -> Request:
         return read_request(snapshot, users, tail, now, self.on_missing, self.max_age_s, self._recorder)
-
-
-_scorers: weakref.WeakSet[Scorer] = weakref.WeakSet()
-
-
-def _after_fork_in_child() -> None:
-    for scorer in _scorers:
-        scorer._after_fork()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)

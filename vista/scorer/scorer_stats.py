@@ -8,6 +8,8 @@ import threading
 import time
 from dataclasses import dataclass, field
 
+from vista.scorer.forks import repair_after_fork
+
 BUCKETS_PER_OCTAVE = 4
 LATENCY_BOUNDS_MS = tuple(0.0625 * 2 ** (step / BUCKETS_PER_OCTAVE) for step in range(20 * BUCKETS_PER_OCTAVE + 1))
 """Upper bounds of the histogram's buckets, 62.5 µs to 65 s, each 19 % above the one before; the last bucket is open."""
@@ -69,9 +71,14 @@ COUNTERS = tuple(
 
 
 class StatsRecorder:
-    """Counts for all threads of a process."""
+    """Counts for all threads of a process. A forked child starts at zero."""
 
     def __init__(self) -> None:
+        self.after_fork()
+        repair_after_fork(self)
+
+    def after_fork(self) -> None:
+        """Start at zero."""
         self._lock = threading.Lock()
         self._counts = dict.fromkeys(COUNTERS, 0)
         self._latencies = [0] * (len(LATENCY_BOUNDS_MS) + 1)

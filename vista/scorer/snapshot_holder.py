@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from vista.errors import StoreError, VistaError
+from vista.scorer.forks import repair_after_fork
 from vista.scorer.serving_snapshot import ServingSnapshot
 from vista.scorer.serving_source import ServingSource
 
@@ -21,6 +22,7 @@ class SnapshotHolder:
         self._closed = self._inherited = False
         self._changing = threading.Lock()
         self.current = source.open()
+        repair_after_fork(self)
 
     @contextmanager
     def use(self) -> Iterator[ServingSnapshot]:
