@@ -131,3 +131,6 @@ def test_train_refresh_and_score_on_the_gpu(event_log: EventLog, tmp_path: Path)
     ):
         scores = gpu.score([100, 103], [0, 10, 390])
         np.testing.assert_allclose(scores, cpu.score([100, 103], [0, 10, 390]), atol=0.05)
+        explained = gpu.explain(100, [0, 10, 390])
+        np.testing.assert_allclose(explained.value, scores[0], atol=0.05)
+        np.testing.assert_allclose(explained.tail, cpu.explain(100, [0, 10, 390]).tail, atol=0.05)

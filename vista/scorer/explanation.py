@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vista.model.ranking_model import UNKNOWN_ITEM
+from vista.model import inference
+from vista.model.attribution import Attribution, attribute
+from vista.model.ranking_model import NEXT_TASK, UNKNOWN_ITEM
+from vista.model.target_attention import TargetContext
+from vista.model.vista_model import VistaModel
 from vista.scorer.request import Request
 from vista.scorer.serving_snapshot import ServingSnapshot
 
@@ -53,7 +60,8 @@ class Explanation:
             rows: model rows of the candidates, int64 [C].
             task: one of `snapshot.tasks`.
         """
-        value, shares = snapshot.shares(request, rows, task)
+        explained = _shares_of_next if task == NEXT_TASK else partial(_shares_of_task, task)
+        value, shares = explained(snapshot, request, rows.to(snapshot.model.device))
         tail, own, counted = shares.tail.clone(), shares.query[0], shares.counters
         if len(shares.query) > 1:
             tail[:, -1] += shares.query[1]  # The query token of `next` starts from the newest event.
@@ -61,13 +69,73 @@ class Explanation:
         items = request.tail.item[0][valid]
         ids = snapshot.model.items.ids(np.maximum(items - 1, 0)).tolist()
         return cls(
-            value.numpy(),
-            shares.summary.numpy(),
-            shares.state.numpy(),
-            tail[:, valid].numpy(),
+            value.cpu().numpy(),
+            shares.summary.cpu().numpy(),
+            shares.state.cpu().numpy(),
+            tail[:, valid].cpu().numpy(),
             [item_id if item != UNKNOWN_ITEM else None for item_id, item in zip(ids, items.tolist(), strict=True)],
-            own.numpy(),
-            counted.numpy(),
+            own.cpu().numpy(),
+            counted.cpu().numpy(),
             np.zeros((len(rows), 0), np.float32) if request.counters is None else request.counters.counts(rows.numpy()),
-            (value - (shares.summary.sum(1) + shares.state + tail[:, valid].sum(1) + own + counted)).numpy(),
+            (value - (shares.summary.sum(1) + shares.state + tail[:, valid].sum(1) + own + counted)).cpu().numpy(),
         )
+
+
+@torch.no_grad()
+def _shares_of_next(snapshot: ServingSnapshot, request: Request, rows: Tensor) -> tuple[Tensor, Attribution]:
+    """The scores [C] of `next`, and their contributions.
+
+    The query token has two parts: the request's own token, and the newest event. The score of a counted item has two
+    terms: one of its counters, and one of the user vector, which is broken down.
+    """
+    model, counters = snapshot.model, request.counters
+    context, gap, seen = _inputs(model, request)
+    items = snapshot.retrieval_vectors()[rows] / model.config.temperature
+    user = inference.user_vectors(model, context, gap)
+    value: Tensor = items @ user[0]
+    of_counters = torch.zeros_like(value)
+    if counters is not None:
+        assert model.counted is not None
+        codes = torch.from_numpy(counters.of_items(rows.cpu().numpy())).to(model.device)
+        is_counted, popularity = codes[:, 0] > 0, model.item_popularity[rows]
+        num_events = torch.from_numpy(counters.num_events).to(model.device)
+        counted = model.counted.from_counters(codes[None], value[None], popularity[None], num_events)[0]
+        of_counters = torch.where(is_counted, counted, 0.0)
+        value = torch.where(is_counted, counted + model.counted.from_user(user), value)
+        items = torch.where(is_counted[:, None], model.counted.gate.weight * user.shape[-1] ** 0.5, items)
+
+    def head(out: Tensor) -> Tensor:
+        length = out.detach().square().sum(-1, keepdim=True).sqrt()
+        unit = out / length
+        return ((unit if model.popularity is None else model.popularity(unit)) * items).sum(-1)
+
+    parts = [part.expand(len(rows), -1) for part in (model.request, context.newest(seen)[0])]
+    shares = attribute(model.target_attention, parts, None if gap is None else gap[0], context, head)
+    return value, replace(shares, counters=of_counters)
+
+
+@torch.no_grad()
+def _shares_of_task(task: str, snapshot: ServingSnapshot, request: Request, rows: Tensor) -> tuple[Tensor, Attribution]:
+    """The logits [C] of a labeled task, and their contributions."""
+    model, dim = snapshot.model, snapshot.model.config.dim
+    assert model.task_head is not None
+    context, gap, seen = _inputs(model, request)
+    index, codes, added = model.schema.tasks.index(task), None, None
+    if request.counters is not None:
+        of_items = request.counters.of_items(rows.cpu().numpy())
+        both = snapshot.added_by(of_items)
+        codes, added = torch.from_numpy(of_items).to(model.device)[None], (both[:, :dim], both[:, dim:])
+    vectors, weight = model.item_vectors(rows), model.task_head.weight[index : index + 1]
+    value = model.candidate_logits(vectors[None], gap, seen, context, codes=codes)[0, :, index]
+
+    def head(out: Tensor) -> Tensor:
+        return F.linear(out, weight)[:, 0]
+
+    return value, attribute(model.target_attention, [vectors], None if gap is None else gap[0], context, head, added)
+
+
+def _inputs(model: VistaModel, request: Request) -> tuple[TargetContext, Tensor | None, Tensor]:
+    """The context of a request, the embedding of its time, and the number of events that query tokens see."""
+    context = inference.request_context(model, request.summary, request.tail)
+    gap = inference.request_gap(model, request.now, request.tail)
+    return context, gap, torch.full((1,), model.config.tail_len, device=model.device)

@@ -7,7 +7,6 @@ retrieval vectors.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -21,7 +20,6 @@ from vista.counters.counter_codes import MAX_CODE
 from vista.errors import shown
 from vista.log.gaps import NUM_GAPS
 from vista.model import inference
-from vista.model.attribution import Attribution, attribute
 from vista.model.inference import ROW_TILE
 from vista.model.item_projections import ItemProjections
 from vista.model.padded_tail import pad_tail
@@ -197,57 +195,11 @@ class ServingSnapshot:
                 scores[task][torch.from_numpy(place)] = cells[torch.from_numpy(filled)]
         return scores
 
-    @torch.no_grad()
-    def shares(self, request: Request, rows: Tensor, task: str) -> tuple[Tensor, Attribution]:
-        """Values [C] of one user's candidates [C] (logits, or the scores of `next`), and their contributions.
-
-        The query token of `next` has two parts: the request's own token, and the newest event. The score of a counted
-        item for `next` has two terms: one of its counters, and one of the user vector, which is broken down.
-        """
-        model, stage = self.model, self.model.target_attention
-        context = inference.request_context(model, request.summary, request.tail)
-        gap = inference.request_gap(model, request.now, request.tail)
-        seen = torch.full((1,), model.config.tail_len, device=model.device)
-        codes = None
-        if request.counters is not None:
-            of_items = request.counters.of_items(rows.numpy())
-            codes = torch.from_numpy(of_items).to(model.device)
-        rows = rows.to(model.device)
-        added = of_counters = None
-        if task == NEXT_TASK:
-            items = self.retrieval_vectors()[rows] / model.config.temperature
-            user = inference.user_vectors(model, context, gap)
-            value: Tensor = items @ user[0]
-            if codes is not None and request.counters is not None:
-                assert model.counted is not None
-                is_counted, popularity = codes[:, 0] > 0, model.item_popularity[rows]
-                num_events = torch.from_numpy(request.counters.num_events).to(model.device)
-                counted = model.counted.from_counters(codes[None], value[None], popularity[None], num_events)[0]
-                of_counters = torch.where(is_counted, counted, 0.0)
-                value = torch.where(is_counted, counted + model.counted.from_user(user), value)
-                items = torch.where(is_counted[:, None], model.counted.gate.weight * user.shape[-1] ** 0.5, items)
-            parts = [part.expand(len(rows), -1) for part in (model.request, context.newest(seen)[0])]
-
-            def head(out: Tensor) -> Tensor:
-                length = out.detach().square().sum(-1, keepdim=True).sqrt()
-                unit = out / length
-                return ((unit if model.popularity is None else model.popularity(unit)) * items).sum(-1)
-        else:
-            assert model.task_head is not None
-            index, task_head = model.schema.tasks.index(task), model.task_head
-            parts = [model.item_vectors(rows)]
-            value = model.candidate_logits(
-                parts[0][None], gap, seen, context, codes=None if codes is None else codes[None]
-            )[0, :, index]
-            if codes is not None:
-                both = self._added_by(of_items)
-                added = both[:, : model.config.dim], both[:, model.config.dim :]
-
-            def head(out: Tensor) -> Tensor:
-                return F.linear(out, task_head.weight[index : index + 1])[:, 0]
-
-        shares = attribute(stage, parts, None if gap is None else gap[0], context, head, added)
-        return value.cpu(), shares if of_counters is None else replace(shares, counters=of_counters)
+    def added_by(self, codes: NDArray[np.uint8]) -> Tensor:
+        """[n, 5M] what counters uint8 [n, F] add to the rows of `ItemProjections.candidate`."""
+        assert self._code_vectors is not None
+        index = torch.from_numpy(codes + np.arange(codes.shape[1]) * (MAX_CODE + 1)).to(self.model.device)
+        return F.embedding_bag(index, self._code_vectors, mode="sum")
 
     def _portions(self, request: Request) -> Iterator[tuple[slice, Request]]:
         """The request, a few users at a time, so that their keys and values fit a cache."""
@@ -295,18 +247,12 @@ class ServingSnapshot:
                 if len(place):
                     if projected_time is None:
                         vectors, projections = vectors.clone(), projections.clone()
-                    added = self._added_by(counters.codes.codes[place])
+                    added = self.added_by(counters.codes.codes[place])
                     index = torch.from_numpy(user * vectors.shape[1] + column).to(model.device)
                     vectors.view(-1, dim).index_add_(0, index, added[:, :dim])
                     projections.view(-1, 4 * dim).index_add_(0, index, added[:, dim:].to(dtype))
             logits = model.candidate_logits(vectors, None, self._seen, some, projections, self._biases)
             yield (users, columns), logits[:, : columns.stop - columns.start]
-
-    def _added_by(self, codes: NDArray[np.uint8]) -> Tensor:
-        """[n, 5M] what counters uint8 [n, F] add to the rows of `ItemProjections.candidate`."""
-        assert self._code_vectors is not None
-        index = torch.from_numpy(codes + np.arange(codes.shape[1]) * (MAX_CODE + 1)).to(self.model.device)
-        return F.embedding_bag(index, self._code_vectors, mode="sum")
 
     @torch.inference_mode()
     def _next_scores(
