@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from scripts.experiments.row_origin import RowOrigin, train_noted
 from scripts.experiments.row_progress import RowProgress
@@ -20,9 +23,9 @@ from scripts.experiments.tables.table import Table
 from scripts.experiments.tables.table_row import TableRow
 from vista.config import DataConfig, EvaluateConfig, PrepareConfig, SimulateConfig, SourceConfig, TrainConfig
 from vista.config.choices import Split, Stage, Target
+from vista.evaluation.baseline_evaluation import measure_baseline
 from vista.evaluation.baselines.all_baselines import counting_baselines, trained_baselines
 from vista.evaluation.baselines.counting_baseline import CountingBaseline
-from vista.evaluation.baselines.evaluate_baseline import evaluate_baseline, evaluate_baseline_windows
 from vista.evaluation.cases import impression_cases
 from vista.evaluation.evaluate import evaluate_model, evaluate_scorer
 from vista.evaluation.evaluation_report import EvaluationReport
@@ -78,12 +81,7 @@ def measure(
         reports = {}
         for part in _parts(table, run.row):
             progress.check()
-            asked = _asked(table, part)
-            baseline = _baseline(run.row.untrained, log, config.data, asked)
-            if table.windows:
-                reports[part] = evaluate_baseline_windows(baseline, log, config.data, asked)
-            else:
-                reports[part] = evaluate_baseline(baseline, log, config.data, top_k=TOP_K)
+            reports[part] = _counted(run.row.untrained, log, config.data, _asked(table, part))
         origin = RowOrigin(sum(report.seconds for report in reports.values()))
         yield _measurement(table, run.name, reports, {}, origin, folder)
     else:
@@ -148,6 +146,14 @@ def _measurement(
         make_folders(file.parent)
         report.per_user.save(file)
     return RowMeasurement(name, {**metrics, **costs}, origin, errors)
+
+
+def _counted(name: str, log: EventLog, data: DataConfig, asked: EvaluateConfig) -> EvaluationReport:
+    """A baseline's quality. All items of the log are ranked."""
+    began = time.perf_counter()
+    baseline = _baseline(name, log, data, asked)
+    per_user = measure_baseline(baseline, log, data, asked, np.arange(log.num_items))
+    return EvaluationReport(per_user.means(), len(per_user.users), time.perf_counter() - began, per_user=per_user)
 
 
 def _baseline(name: str, log: EventLog, data: DataConfig, asked: EvaluateConfig) -> CountingBaseline:

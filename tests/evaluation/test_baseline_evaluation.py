@@ -184,6 +184,6 @@ def test_a_batch_of_cases_equals_one_case_at_a_time(served_tasks: Served, tmp_pa
     rows = model.rows_of(log.items)
     together, alone = (RawHistoryAnswers(model, log, rows, events_per_batch=count) for count in (1 << 16, 1))
     cases = next_item_cases(log, visible_counts(log, split_until(model.data, "test")))
-    np.testing.assert_allclose(together.next_scores(cases), alone.next_scores(cases), atol=2e-5)
+    np.testing.assert_allclose(together.catalog_scores(cases), alone.catalog_scores(cases), atol=2e-5)
     shown = impression_cases(log, int(str(served_tasks.config.data.test_from)), None)
     np.testing.assert_allclose(together.probabilities(shown), alone.probabilities(shown), atol=1e-6)

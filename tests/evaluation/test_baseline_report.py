@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,19 @@ import pytest
 
 from tests.conftest import Served
 from tests.evaluation.test_window_evaluation import ASKED
+from vista.arrays import Int
 from vista.config import CompareConfig, DataConfig, EvaluateConfig
+from vista.config.choices import Split, Target
 from vista.errors import ConfigError
-from vista.evaluation.baselines.evaluate_baseline import evaluate_baseline
+from vista.evaluation.baseline_evaluation import measure_baseline, scores_in_columns
 from vista.evaluation.baselines.own_frequency import OwnFrequency
+from vista.evaluation.baselines.popularity import Popularity
 from vista.evaluation.baselines.transitions import Transitions
+from vista.evaluation.cases import next_item_cases
 from vista.evaluation.compare import compare
 from vista.evaluation.evaluate import evaluate, evaluate_scorer
+from vista.evaluation.metrics import Floats
+from vista.log.event_log import EventLog
 from vista.log.splits import split_until, visible_counts
 from vista.scorer import Scorer
 
@@ -37,7 +44,8 @@ def test_next_items_are_ranked_as_without_a_model(served: Served, tmp_path: Path
     )
     report = evaluate(config)
     written = json.loads(out.read_text())
-    expected = evaluate_baseline(Transitions(), served.log, DataConfig(exclude_seen=exclude_seen), top_k=[5]).metrics
+    columns = served.model.rows_of(served.log.items) - 1
+    expected = measure_baseline(Transitions(), served.log, served.config.data, config, columns).means()
     assert written["baselines"]["transitions"] == pytest.approx(expected)
     assert ("own frequency" in written["baselines"]) != exclude_seen
     row = next(line for line in str(report).splitlines() if line.startswith("  transitions  "))
@@ -66,6 +74,51 @@ def test_windows_are_asked_of_the_same_users(served_tasks: Served) -> None:
             assert value == pytest.approx(len(best & set(window)) / 4)
     text = str(report)
     assert "baselines, next 3 events" in text and "baselines, next 8 events" in text and "recall@4:new" in text
+
+
+class AskedAt(Popularity):
+    """Keeps the times of the questions, by (row of the log, number of visible events)."""
+
+    def scores(self, user: Int, seen: Int, now: Int | None) -> Floats:
+        times = [None] * len(user) if now is None else now.tolist()
+        self.asked = dict(zip(zip(user.tolist(), seen.tolist(), strict=True), times, strict=True))
+        return super().scores(user, seen, now)
+
+
+def test_baselines_are_asked_when_models_are(event_log: EventLog) -> None:
+    """Next items at the time of the label, windows of a split by share at no time."""
+    baseline, columns = AskedAt(), np.arange(event_log.num_items)
+    asked = EvaluateConfig(progress=False)
+    measure_baseline(baseline, event_log, DataConfig(exclude_seen=False), asked, columns)
+    assert len(baseline.asked) > 5 and all(
+        event_log.slice(user).timestamp[seen] == time for (user, seen), time in baseline.asked.items()
+    )
+    shares = DataConfig(split=Split.share, validation_share=0.1, test_share=0.2)
+    asked = EvaluateConfig(target=Target.window, min_seen=5, min_after=2, progress=False)
+    measure_baseline(baseline, event_log, shares, asked, columns)
+    assert set(baseline.asked.values()) == {None}
+
+
+def test_items_that_the_model_does_not_know_are_not_recommended(event_log: EventLog) -> None:
+    """Every other item has a column, in another order, and the first column belongs to no item of the log."""
+    columns = np.where(np.arange(event_log.num_items) % 2, event_log.num_items - np.arange(event_log.num_items), -1)
+    baseline = Popularity()
+    baseline.fit(event_log, event_log.lengths, np.random.default_rng(0))
+    cases = next_item_cases(event_log, visible_counts(event_log, "leave-last-out"))
+    scores = scores_in_columns(baseline, columns, cases)
+    assert scores.shape == (len(cases), columns.max() + 1)
+    counts = Counter(event_log.gather(np.arange(event_log.num_users), event_log.lengths).item.tolist())
+    want = np.full(scores.shape[1], -np.inf)
+    for item, column in enumerate(columns.tolist()):
+        if column >= 0:
+            want[column] = counts[item]
+    np.testing.assert_array_equal(scores, np.tile(want, (len(cases), 1)))
+
+
+def test_a_part_without_labels_is_refused(event_log: EventLog) -> None:
+    data = DataConfig(split=Split.time, validation_from="2100-01-01", test_from="2100-02-01", exclude_seen=False)
+    with pytest.raises(ConfigError, match="has no test label to rank"):
+        measure_baseline(Popularity(), event_log, data, EvaluateConfig(), np.arange(event_log.num_items))
 
 
 def test_a_model_that_ranks_no_items_is_refused(served: Served) -> None:

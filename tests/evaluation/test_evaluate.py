@@ -514,5 +514,5 @@ class TestResults:
 
 
 def test_undefined_metrics_print_as_nan() -> None:
-    text = str(EvaluationReport({"auc/click": float("nan")}, 0, 0.1, None, None, None))
+    text = str(EvaluationReport({"auc/click": float("nan")}, 0, 0.1))
     assert text == "0 cases in 0.1 s\n  auc/click            nan"

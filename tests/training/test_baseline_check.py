@@ -9,13 +9,10 @@ import numpy as np
 import pytest
 
 from tests.conftest import small_config
-from vista.config import DataConfig
-from vista.evaluation.baselines.baseline_answers import BaselineAnswers
-from vista.evaluation.baselines.popularity import Popularity
-from vista.evaluation.cases import next_item_cases
-from vista.evaluation.protocol import ranking_metrics
+from vista.config import EvaluateConfig
+from vista.evaluation.baseline_evaluation import measure_baseline
+from vista.evaluation.baselines.transitions import Transitions
 from vista.log.event_log import EventLog
-from vista.log.splits import split_until, visible_counts
 from vista.training import validation
 from vista.training.baseline_check import compare_with_baselines
 from vista.training.progress import Progress
@@ -35,17 +32,16 @@ def test_a_run_measures_the_baselines_once(
 
 
 @pytest.mark.parametrize("exclude_seen", [True, False])
-def test_baselines_answer_the_validation_cases(event_log: EventLog, tmp_path: Path, exclude_seen: bool) -> None:
+def test_validation_measures_baselines_as_evaluation_does(
+    event_log: EventLog, tmp_path: Path, exclude_seen: bool
+) -> None:
     config = small_config(event_log, tmp_path / "run", data__exclude_seen=exclude_seen)
     rows = np.arange(1, event_log.num_items + 1)
     measured = Validation(event_log, rows, config).baselines()
     assert ("own frequency" in measured) != exclude_seen, "returns are ranked only if seen items are"
-    train_counts, test_counts = (visible_counts(event_log, split_until(DataConfig(), p)) for p in ("train", "test"))
-    cases = next_item_cases(event_log, train_counts, test_counts)
-    baseline = Popularity()
-    baseline.fit(event_log, train_counts, np.random.default_rng(0))
-    ranks = BaselineAnswers(baseline, event_log).next_ranks(cases, exclude_seen=exclude_seen)
-    assert measured["popularity"] == ranking_metrics(ranks, [10])
+    asked = EvaluateConfig(split="validation", top_k=[10], progress=False)
+    expected = measure_baseline(Transitions(), event_log, config.data, asked, rows - 1).means()
+    assert measured["transitions"] == pytest.approx(expected)
 
 
 def test_pairs_are_not_counted_in_a_large_log(

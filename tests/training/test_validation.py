@@ -84,7 +84,7 @@ def test_seen_items_belong_to_their_own_user(tmp_path: Path, until: str | int) -
     everyone = np.arange(log.num_users)
     columns = np.array([2, -1, 0, 1, -1, 3])  # two items that the model does not know
     for users in (everyone, everyone[::-1], everyone[:1], everyone[:0], np.array([5, 0, 3])):
-        values, offsets = seen_columns(log, NextItemCases(users, seen[users], users), columns)
+        values, offsets = seen_columns(log, NextItemCases(users, seen[users], users, None), columns)
         expected = []
         for user in users.tolist():
             items = log.slice(user, 0, int(seen[user])).item

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
 from vista.arrays import Int
-from vista.config import EvaluateConfig
+from vista.config import DataConfig, EvaluateConfig
 from vista.config.choices import Target
+from vista.errors import ConfigError
 from vista.evaluation.baseline_report import BaselineReport
 from vista.evaluation.baselines.all_baselines import counting_baselines
 from vista.evaluation.baselines.counting_baseline import CountingBaseline
 from vista.evaluation.cases import NextItemCases
 from vista.evaluation.metrics import Floats
 from vista.evaluation.next_evaluation import excludes_seen, measure_next_items
+from vista.evaluation.per_user_metrics import PerUserMetrics
 from vista.evaluation.window_cases import WindowCases
 from vista.evaluation.window_evaluation import measure_windows
 from vista.log.event_log import EventLog
@@ -22,42 +24,20 @@ from vista.log.splits import split_until, visible_counts
 from vista.model.ranking_model import RankingModel
 
 
-def measure_baselines(
-    model: RankingModel, log: EventLog, config: EvaluateConfig, baselines: Sequence[CountingBaseline] | None = None
-) -> BaselineReport:
-    """Fit baselines to the events before the labels of a part of the model's split, and measure them as the model.
-
-    Args:
-        baselines: None takes all that need no more than counting.
+def measure_baselines(model: RankingModel, log: EventLog, config: EvaluateConfig) -> BaselineReport:
+    """Measure all baselines that need no more than counting, on the cases of a model.
 
     Raises:
-        ConfigError: as `measure_windows`.
+        ConfigError: as `measure_baseline`.
     """
     is_window = config.target is Target.window
-    if baselines is None:
-        baselines = counting_baselines(
-            has_time=log.has_time,
-            horizon_events=config.horizon_events[0] if is_window else 1,
-            returns=is_window or not excludes_seen(log, model.data, config),
-        )
-    counts = visible_counts(log, split_until(model.data, config.split))
+    baselines = counting_baselines(
+        has_time=log.has_time,
+        horizon_events=config.horizon_events[0] if is_window else 1,
+        returns=is_window or not excludes_seen(log, model.data, config),
+    )
     columns = model.rows_of(log.items) - 1
-    measured = {}
-    for baseline in baselines:
-        baseline.fit(log, counts, np.random.default_rng(0))
-
-        def next_scores(cases: NextItemCases, fitted: CountingBaseline = baseline) -> Floats:
-            return _in_columns(fitted.scores(cases.user, cases.seen, None), columns, len(model.items))
-
-        def window_scores(cases: WindowCases, fitted: CountingBaseline = baseline) -> Floats:
-            return _in_columns(fitted.scores(cases.user, cases.seen, cases.now), columns, len(model.items))
-
-        if is_window:
-            per_user = measure_windows(log, model.data, columns, config, window_scores).per_user
-            assert per_user is not None
-        else:
-            _, _, per_user = measure_next_items(log, model.data, columns, config, next_scores)
-        measured[baseline.name] = per_user
+    measured = {baseline.name: measure_baseline(baseline, log, model.data, config, columns) for baseline in baselines}
     names = list(next(iter(measured.values())).values)
     if is_window:  # too many to print all
         first = config.top_k[0]
@@ -66,9 +46,39 @@ def measure_baselines(
     return BaselineReport(measured, names)
 
 
-def _in_columns(scores: Floats, columns: Int, num_items: int) -> Floats:
-    """Scores [n, num_items] of the model's items, from those of the log's items; -inf for items not in the log."""
+def measure_baseline(
+    baseline: CountingBaseline, log: EventLog, data: DataConfig, config: EvaluateConfig, columns: Int
+) -> PerUserMetrics:
+    """Fit a baseline to the events before the labels of a part of a split, and measure it as a model.
+
+    Args:
+        data: the split, and whether to leave out seen items.
+        config: what to ask, and the metrics; what it says about files is not read.
+        columns: int64 [log.num_items], the column of each of the log's items among the items to choose from; -1 for
+            items that are not among them.
+
+    Raises:
+        ConfigError: as `measure_windows`, or if the part has no label.
+    """
+    baseline.fit(log, visible_counts(log, split_until(data, config.split)), np.random.default_rng(0))
+    score = partial(scores_in_columns, baseline, columns)
+    if config.target is Target.window:
+        _, per_user = measure_windows(log, data, columns, config, score)
+    else:
+        _, _, per_user = measure_next_items(log, data, columns, config, score)
+    if not len(per_user.users):
+        raise ConfigError(f"{log.path} has no {config.split} label to rank; choose another split")
+    return per_user
+
+
+def scores_in_columns(baseline: CountingBaseline, columns: Int, cases: NextItemCases | WindowCases) -> Floats:
+    """Scores float64 [n, V] of a fitted baseline, at the times of the questions.
+
+    Args:
+        columns: as in `measure_baseline`. A column that no item of the log has scores -inf.
+    """
+    scores = baseline.scores(cases.user, cases.seen, cases.now)
     known = np.flatnonzero(columns >= 0)
-    out = np.full((len(scores), num_items), -np.inf)
+    out = np.full((len(scores), columns.max(initial=0) + 1), -np.inf)
     out[:, columns[known]] = scores[:, known]
     return out

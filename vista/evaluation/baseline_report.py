@@ -16,10 +16,7 @@ class BaselineReport:
 
     def metrics(self) -> dict[str, dict[str, float]]:
         """Means over users, by baseline and metric."""
-        return {
-            name: {metric: mean_and_error(values)[0] for metric, values in own.values.items()}
-            for name, own in self.per_user.items()
-        }
+        return {name: own.means() for name, own in self.per_user.items()}
 
     def save(self, out: str) -> None:
         """Write the metrics of each user where `vista compare` finds them under the name <out>.<baseline>."""

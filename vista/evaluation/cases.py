@@ -30,6 +30,16 @@ class NextItemCases:
     """int64 [N] events before the label."""
     item: Int
     """int64 [N] labels, rows of the log."""
+    now: Int | None
+    """int64 [N] times of the labels (ms), when the users are asked; None in a log without times."""
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+    def part(self, cases: slice) -> NextItemCases:
+        """Consecutive cases."""
+        now = None if self.now is None else self.now[cases]
+        return NextItemCases(self.user[cases], self.seen[cases], self.item[cases], now)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +76,8 @@ def next_item_cases(log: EventLog, seen: Int, end: Int | None = None, *, max_use
     if max_users and len(users) > max_users:
         users = np.sort(np.random.default_rng(0).choice(users, max_users, replace=False))
     labels = log.gather_ranges(users, seen[users], seen[users] + 1)
-    return NextItemCases(users, seen[users], np.asarray(labels.item).astype(np.int64))
+    now = np.asarray(labels.timestamp) if log.has_time else None
+    return NextItemCases(users, seen[users], np.asarray(labels.item).astype(np.int64), now)
 
 
 def impression_cases(log: EventLog, begin: int, end: int | None, *, max_cases: int = 0) -> ImpressionCases:

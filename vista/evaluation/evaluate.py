@@ -156,17 +156,27 @@ def _measure(
     model: RankingModel, log: EventLog, config: EvaluateConfig, answers: ScorerAnswers | RawHistoryAnswers
 ) -> EvaluationReport:
     """Ask all cases, and the counting baselines too if they are asked for, and compute the metrics."""
-    evaluation = _measure_model(model, log, config, answers)
+    measure = _measure_windows if config.target is Target.window else _measure_next_items
+    evaluation = measure(model, log, config, answers)
     return replace(evaluation, baselines=measure_baselines(model, log, config)) if config.baselines else evaluation
 
 
-def _measure_model(
+def _measure_windows(
     model: RankingModel, log: EventLog, config: EvaluateConfig, answers: ScorerAnswers | RawHistoryAnswers
 ) -> EvaluationReport:
-    columns = model.rows_of(log.items) - 1
-    if config.target is Target.window:
-        return measure_windows(log, model.data, columns, config, answers.window_scores)
     began = time.perf_counter()
+    columns = model.rows_of(log.items) - 1
+    windows, per_user = measure_windows(log, model.data, columns, config, answers.catalog_scores)
+    seconds = time.perf_counter() - began
+    return EvaluationReport(windows.metrics(), len(per_user.users), seconds, per_user=per_user, windows=windows)
+
+
+def _measure_next_items(
+    model: RankingModel, log: EventLog, config: EvaluateConfig, answers: ScorerAnswers | RawHistoryAnswers
+) -> EvaluationReport:
+    """Also the labels of impressions."""
+    began = time.perf_counter()
+    columns = model.rows_of(log.items) - 1
     is_validation = config.split == "validation"
     until, test = split_until(model.data, config.split), split_until(model.data, "test")
     metrics: dict[str, float] = {}
@@ -175,7 +185,7 @@ def _measure_model(
     if model.has_retrieval:
         lists = RecommendedLists(len(model.items), config.top_k[0]) if config.popularity else None
         label, ranks, per_user = measure_next_items(
-            log, model.data, columns, config, answers.next_scores, observe=lists.add if lists is not None else None
+            log, model.data, columns, config, answers.catalog_scores, observe=lists.add if lists is not None else None
         )
         metrics |= ranking_metrics(ranks, list(config.top_k))
         if lists is not None:

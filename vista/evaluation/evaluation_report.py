@@ -22,9 +22,9 @@ class EvaluationReport:
     metrics: dict[str, float]
     num_cases: int
     seconds: float
-    ranks: Int | None
-    impressions: ImpressionCases | None
-    probabilities: Floats | None
+    ranks: Int | None = None
+    impressions: ImpressionCases | None = None
+    probabilities: Floats | None = None
     popularity: PopularityReport | None = None
     recall: RecallReport | None = None
     per_user: PerUserMetrics | None = None

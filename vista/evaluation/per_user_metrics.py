@@ -30,6 +30,10 @@ class PerUserMetrics:
     question: dict[str, Any]
     """What was asked, as JSON values. Two evaluations can be compared if all of it is equal."""
 
+    def means(self) -> dict[str, float]:
+        """{metric: mean over the users that have a value}."""
+        return {name: mean_and_error(values)[0] for name, values in self.values.items()}
+
     def standard_errors(self) -> dict[str, float]:
         """{metric: standard error of its mean over users}."""
         return {name: mean_and_error(values)[1] for name, values in self.values.items()}

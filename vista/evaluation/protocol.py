@@ -1,12 +1,12 @@
-"""How quality is measured: next items by full ranking, impressions by their labels.
+"""How quality is measured: next items and windows by full ranking, impressions by their labels.
 
-Validation during training asks the model and `vista evaluate` asks the scorer; both are measured here.
-Letters: N cases, V items of the model.
+Validation during training asks the model and `vista evaluate` asks the scorer; both are measured here, and so are
+counting baselines. Letters: N cases, V items of the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from vista.arrays import Int
 from vista.evaluation.cases import Floats, ImpressionCases, NextItemCases
 from vista.evaluation.metrics import auc, calibration, gauc, hit_rate, ndcg, normalized_entropy, ranks_of_targets
 from vista.evaluation.window_cases import WindowCases
+from vista.evaluation.window_metrics import window_metrics
 from vista.log.event_log import EventLog
 from vista.log.histories import token_groups
 
@@ -51,9 +52,9 @@ def rank_next_items(
     Returns:
         int64 [N].
     """
-    ranks = np.zeros(len(cases.user), np.int64)
+    ranks = np.zeros(len(cases), np.int64)
     for part in batches:
-        batch = NextItemCases(cases.user[part], cases.seen[part], cases.item[part])
+        batch = cases.part(part)
         scores = score(batch)
         target = item_columns[batch.item]
         known = target >= 0
@@ -62,6 +63,36 @@ def rank_next_items(
         if observe is not None:
             observe(scores, target, excluded)
     return ranks
+
+
+def rank_windows(
+    log: EventLog,
+    cases: Mapping[str, WindowCases],
+    item_columns: Int,
+    score: Callable[[WindowCases], NDArray[np.floating[Any]]],
+    batches: Iterable[slice],
+    top_k: Sequence[int],
+) -> dict[str, dict[str, NDArray[np.float64]]]:
+    """Metrics of each case by `window_metrics`, over windows of one or several lengths.
+
+    Args:
+        cases: the same users and questions for all lengths, at least one of them.
+        item_columns, score, batches: as in `rank_next_items`.
+
+    Returns:
+        {length: {metric: float64 [N]}}; no metrics without cases.
+    """
+    first = next(iter(cases.values()))
+    parts: dict[str, list[dict[str, NDArray[np.float64]]]] = {name: [] for name in cases}
+    for batch in batches:
+        asked = first.part(batch)
+        scores, seen = score(asked), seen_columns(log, asked, item_columns)
+        for name, each in cases.items():
+            parts[name].append(window_metrics(scores, each.part(batch), item_columns, seen, top_k))
+    return {
+        name: {metric: np.concatenate([part[metric] for part in own]) for metric in (own[0] if own else ())}
+        for name, own in parts.items()
+    }
 
 
 def case_batches(

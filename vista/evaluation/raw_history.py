@@ -35,18 +35,9 @@ class RawHistoryAnswers:
         self._events_per_batch = events_per_batch
         self._items = item_vectors(model) if model.has_retrieval else None
 
-    def next_scores(self, cases: NextItemCases) -> Floats:
-        """Scores float32 [N, V] of all items for the users of some cases, at the times of the labels."""
-        now = None
-        if self._log.has_time:
-            now = np.asarray(self._log.gather_ranges(cases.user, cases.seen, cases.seen + 1).timestamp)
-        return self._catalog_scores(cases.user, cases.seen, now)
-
-    def window_scores(self, cases: WindowCases) -> Floats:
+    def catalog_scores(self, cases: NextItemCases | WindowCases) -> Floats:
         """Scores float32 [N, V] of all items for the users of some cases, at the times of the questions."""
-        return self._catalog_scores(cases.user, cases.seen, cases.now)
-
-    def _catalog_scores(self, user: Int, seen: Int, now: Int | None) -> Floats:
+        user, seen, now = cases.user, cases.seen, cases.now
         users = [
             self._model.user_vectors(self.histories(user[part], seen[part]), None if now is None else now[part])
             for part in self._groups(seen, np.ones_like(seen))

@@ -23,26 +23,16 @@ class ScorerAnswers:
     def __init__(self, scorer: Scorer, log: EventLog, *, requests_per_batch: int) -> None:
         self._scorer, self._log, self._requests_per_batch = scorer, log, requests_per_batch
 
-    def next_scores(self, cases: NextItemCases) -> Floats:
-        """Cosines float32 [N, V] of the users to all items, at the times of the labels.
-
-        Raises:
-            LeakageError: if a record covers a label.
-        """
-        log = self._log
-        # The store holds the events until the refresh; the caller brings newer ones (none with leave-last-out).
-        tail = self._fresh_tail(cases.user, cases.seen, None)
-        label = log.gather_ranges(cases.user, cases.seen, cases.seen + 1)
-        now = np.asarray(label.timestamp) if log.has_time else None
-        return self._scorer.catalog_scores(log.users.ids(cases.user), tail=tail, now=now)
-
-    def window_scores(self, cases: WindowCases) -> Floats:
-        """Scores float32 [N, V] of all items, at the times of the questions.
+    def catalog_scores(self, cases: NextItemCases | WindowCases) -> Floats:
+        """Scores float32 [N, V] of all items for the users of some cases, at the times of the questions.
 
         Raises:
             LeakageError: if a record covers an event after the question.
         """
-        tail = self._fresh_tail(cases.user, cases.seen, cases.now)
+        # The store holds the events until the refresh; the caller brings newer ones (none with leave-last-out). A next
+        # item may have the time of the event before it, so its time does not tell whether a record covers it.
+        label_time = cases.now if isinstance(cases, WindowCases) else None
+        tail = self._fresh_tail(cases.user, cases.seen, label_time)
         return self._scorer.catalog_scores(self._log.users.ids(cases.user), tail=tail, now=cases.now)
 
     def probabilities(self, cases: ImpressionCases, *, progress: bool = False) -> Floats:

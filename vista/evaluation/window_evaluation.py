@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,11 +13,9 @@ from vista.arrays import Int
 from vista.config import DataConfig, EvaluateConfig
 from vista.errors import ConfigError
 from vista.evaluation.cases_digest import cases_digest
-from vista.evaluation.evaluation_report import EvaluationReport
 from vista.evaluation.per_user_metrics import PerUserMetrics
-from vista.evaluation.protocol import case_batches, seen_columns
+from vista.evaluation.protocol import case_batches, rank_windows
 from vista.evaluation.window_cases import DAY_MS, WindowCases, window_cases
-from vista.evaluation.window_metrics import window_metrics
 from vista.evaluation.window_report import WindowReport
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until, visible_counts
@@ -77,7 +74,7 @@ def _check_days(log: EventLog, data: DataConfig, config: EvaluateConfig) -> None
 
 def measure_windows(
     log: EventLog, data: DataConfig, columns: Int, config: EvaluateConfig, score: Callable[[WindowCases], Scores]
-) -> EvaluationReport:
+) -> tuple[WindowReport, PerUserMetrics]:
     """Ask all cases of `split_windows`, and compute the metrics of each user.
 
     Args:
@@ -89,22 +86,11 @@ def measure_windows(
     Raises:
         ConfigError: as `split_windows`.
     """
-    began = time.perf_counter()
     cases = split_windows(log, data, config)
     first = next(iter(cases.values()))
-    parts: dict[str, list[dict[str, Any]]] = {name: [] for name in cases}
     batches = case_batches(first, log.num_items, config.users_per_batch)
-    for batch in tqdm(batches, desc="ranking", unit="batch", disable=not config.progress, leave=False):
-        some = first.part(batch)
-        scores, had = score(some), seen_columns(log, some, columns)
-        for name, each in cases.items():
-            parts[name].append(window_metrics(scores, each.part(batch), columns, had, config.top_k))
-    report = WindowReport(
-        {
-            name: {metric: np.concatenate([part[metric] for part in own]) for metric in own[0]}
-            for name, own in parts.items()
-        }
-    )
+    shown = tqdm(batches, desc="ranking", unit="batch", disable=not config.progress, leave=False)
+    report = WindowReport(rank_windows(log, cases, columns, score, shown, config.top_k))
     question = {
         "target": config.target.value,
         "split": config.split,
@@ -115,7 +101,4 @@ def measure_windows(
             cases_digest(log, each.user, each.item, each.seen, each.now, each.offsets) for each in cases.values()
         ],
     }
-    per_user = PerUserMetrics(log.users.ids(first.user), report.per_user(), question)
-    return EvaluationReport(
-        report.metrics(), len(first), time.perf_counter() - began, None, None, None, per_user=per_user, windows=report
-    )
+    return report, PerUserMetrics(log.users.ids(first.user), report.per_user(), question)

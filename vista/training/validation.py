@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +15,8 @@ from vista.arrays import Int
 from vista.config import TrainConfig
 from vista.counters.counter_spec import CounterSpec
 from vista.errors import NonFiniteLossError
+from vista.evaluation.baseline_evaluation import scores_in_columns
 from vista.evaluation.baselines.all_baselines import counting_baselines
-from vista.evaluation.baselines.baseline_answers import BaselineAnswers
 from vista.evaluation.cases import (
     ImpressionCases,
     NextItemCases,
@@ -110,9 +111,17 @@ class Validation:
         measured = {}
         for baseline in chosen:
             baseline.fit(self._log, self._cut, np.random.default_rng(0))
-            ranks = BaselineAnswers(baseline, self._log).next_ranks(self._next, exclude_seen=self._exclude_seen)
-            measured[baseline.name] = ranking_metrics(ranks, [10])
+            score = partial(scores_in_columns, baseline, self._item_rows - 1)
+            measured[baseline.name] = self._ranking_metrics(self._next, score)
         return measured
+
+    def _ranking_metrics(
+        self, cases: NextItemCases, score: Callable[[NextItemCases], NDArray[np.floating[Any]]]
+    ) -> dict[str, float]:
+        batches = case_batches(cases, self._log.num_items, CASES_PER_BATCH, self._events_per_batch)
+        columns = self._item_rows - 1
+        ranks = rank_next_items(self._log, cases, columns, score, batches, exclude_seen=self._exclude_seen)
+        return ranking_metrics(ranks, [10])
 
     def __call__(self, model: RankingModel) -> dict[str, float]:
         """All metrics of the validation split."""
@@ -121,16 +130,7 @@ class Validation:
         next_scores, probabilities = self._answers(model)
         metrics: dict[str, float] = {}
         if self._next is not None:
-            columns = self._item_rows - 1
-            ranks = rank_next_items(
-                self._log,
-                self._next,
-                columns,
-                lambda cases: self._finite(next_scores(cases), cases.user),
-                case_batches(self._next, self._log.num_items, CASES_PER_BATCH, self._events_per_batch),
-                exclude_seen=self._exclude_seen,
-            )
-            metrics |= ranking_metrics(ranks, [10])
+            metrics |= self._ranking_metrics(self._next, lambda cases: self._finite(next_scores(cases), cases.user))
         if self._impressions is not None:
             predicted = self._finite(probabilities(self._impressions), self._impressions.user)
             metrics |= impression_metrics(self._impressions, predicted)
@@ -142,7 +142,7 @@ class Validation:
     ) -> tuple[Callable[[NextItemCases], Floats], Callable[[ImpressionCases], Floats]]:
         if isinstance(model, HistoryModel):
             answers = RawHistoryAnswers(model, self._log, self._item_rows)
-            return answers.next_scores, answers.probabilities
+            return answers.catalog_scores, answers.probabilities
         assert isinstance(model, VistaModel)
         users = np.unique(
             np.concatenate([cases.user for cases in (self._next, self._impressions) if cases is not None])
@@ -176,12 +176,11 @@ class Validation:
     ) -> Floats:
         assert items is not None  # there are such cases
         tail = self._tail(model, cases.user, cases.seen)
-        label = self._log.gather_ranges(cases.user, cases.seen, cases.seen + 1)
-        now = np.asarray(label.timestamp) if self._log.has_time else None
-        users = inference.user_vectors(model, context(cases.user, tail), inference.request_gap(model, now, tail))
+        gap = inference.request_gap(model, cases.now, tail)
+        users = inference.user_vectors(model, context(cases.user, tail), gap)
         counters = None
         if model.counter_spec is not None:
-            histories, requests = self._requests(model, model.counter_spec, cases.user, cases.seen, now)
+            histories, requests = self._requests(model, model.counter_spec, cases.user, cases.seen, cases.now)
             counters = histories.at(requests)
         scores: Floats = inference.catalog_scores(model, users, items, counters).float().cpu().numpy()
         return scores

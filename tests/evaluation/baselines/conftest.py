@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,10 @@ import pytest
 
 from vista.arrays import Int
 from vista.config import SourceColumns
+from vista.evaluation.baseline_evaluation import scores_in_columns
+from vista.evaluation.baselines.counting_baseline import CountingBaseline
+from vista.evaluation.protocol import case_batches, rank_windows
+from vista.evaluation.window_cases import WindowCases
 from vista.log.event_log import EventLog
 
 HOUR = 3_600_000
@@ -58,6 +63,14 @@ def shopping_log(folder: Path, seed: int = 0, *, future: int = 0, users: int = 4
 def shopping(tmp_path_factory: pytest.TempPathFactory) -> tuple[EventLog, Int]:
     """A `shopping_log` and its visible events."""
     return shopping_log(tmp_path_factory.mktemp("shopping"))
+
+
+def quality(baseline: CountingBaseline, log: EventLog, cases: WindowCases, metric: str) -> float:
+    """Mean of a window metric, such as "recall@50:new", over the cases that have it."""
+    score = partial(scores_in_columns, baseline, np.arange(log.num_items))
+    batches, top_k = case_batches(cases, log.num_items, 128), [int(metric.partition(":")[0].partition("@")[2])]
+    metrics = rank_windows(log, {"window": cases}, np.arange(log.num_items), score, batches, top_k)
+    return float(np.nanmean(metrics["window"][metric]))
 
 
 def visible_items(log: EventLog, counts: Int) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""All counting baselines: none reads beyond the cut; ranks and batches agree with plain loops."""
+"""All counting baselines: none reads beyond the cut, and a user's scores do not depend on the batch."""
 
 from __future__ import annotations
 
@@ -9,21 +9,17 @@ import polars
 import pytest
 
 from tests.conftest import real_set
-from tests.evaluation.baselines.conftest import shopping_log
+from tests.evaluation.baselines.conftest import quality, shopping_log
 from tests.log.conftest import run
 from vista.arrays import Int
-from vista.config import DataConfig, SourceColumns
-from vista.config.choices import Split
-from vista.errors import ConfigError
+from vista.config import DataConfig, EvaluateConfig, SourceColumns
+from vista.evaluation.baseline_evaluation import measure_baseline
 from vista.evaluation.baselines.all_baselines import counting_baselines, trained_baselines
-from vista.evaluation.baselines.baseline_answers import BaselineAnswers
 from vista.evaluation.baselines.counting_baseline import CountingBaseline
-from vista.evaluation.baselines.evaluate_baseline import evaluate_baseline
 from vista.evaluation.baselines.item_neighbors import ItemNeighbors
 from vista.evaluation.baselines.own_frequency import OwnFrequency
 from vista.evaluation.baselines.popularity import Popularity
 from vista.evaluation.baselines.transitions import Transitions
-from vista.evaluation.cases import NextItemCases
 from vista.evaluation.window_cases import window_cases
 from vista.log.event_log import EventLog
 from vista.log.splits import visible_counts
@@ -86,44 +82,6 @@ def test_all_baselines_take_a_log_without_times(order_log: EventLog) -> None:
         assert np.isfinite(baseline.scores(np.arange(order_log.num_users), counts, None)).all()
 
 
-@pytest.mark.parametrize("exclude_seen", [True, False])
-def test_ranks_of_next_items_by_a_loop(futures: list[tuple[EventLog, Int]], exclude_seen: bool) -> None:
-    log, counts = futures[0]
-    users = np.arange(log.num_users)
-    label = log.gather_ranges(users, counts, counts + 1).item.astype(np.int64)
-    baseline = Transitions()
-    baseline.fit(log, counts, np.random.default_rng(0))
-    ranks = BaselineAnswers(baseline, log).next_ranks(NextItemCases(users, counts, label), exclude_seen=exclude_seen)
-    for user, scores in enumerate(baseline.scores(users, counts, None)):
-        left = scores.copy()
-        if exclude_seen:
-            left[log.slice(user, 0, int(counts[user])).item] = -np.inf
-        left[label[user]] = -np.inf
-        own = scores[label[user]]
-        assert ranks[user] == (left > own).sum() + ((left == own).sum() + 1) // 2
-
-
-def test_metrics_of_windows_by_a_loop(futures: list[tuple[EventLog, Int]]) -> None:
-    log, counts = futures[0]
-    cases = window_cases(log, counts, None, horizon_events=8, min_after=8)
-    baseline = Popularity()
-    baseline.fit(log, counts, np.random.default_rng(0))
-    metrics = BaselineAnswers(baseline, log).window_metrics(cases, [3])
-    for number, user in enumerate(cases.user.tolist()):
-        count = int(counts[user])
-        following = set(log.slice(user, count, count + 8).item.tolist())
-        popularity = baseline.scores(cases.user[[number]], cases.seen[[number]], None)[0]
-        top = np.argsort(-popularity)[:3].tolist()
-        if len(set(popularity[np.argsort(-popularity)[:4]])) == 4:
-            assert metrics["precision@3"][number] == pytest.approx(len(following & set(top)) / 3)
-
-
-def test_a_split_in_time_without_labels_is_refused(event_log: EventLog) -> None:
-    data = DataConfig(split=Split.time, validation_from="2100-01-01", test_from="2100-02-01")
-    with pytest.raises(ConfigError, match="has no test label to rank"):
-        evaluate_baseline(Popularity(), event_log, data)
-
-
 @pytest.mark.research
 @pytest.mark.data
 @pytest.mark.parametrize(
@@ -142,7 +100,7 @@ def test_movielens(
     run(tmp_path / "log", [real_set(name)], kind="auto", timestamp=None, time_unit=None)
     log = EventLog.open(tmp_path / "log")
     for baseline, expected in ((Popularity(), popularity), (Transitions(), transitions)):
-        values = evaluate_baseline(baseline, log, DataConfig()).metrics
+        values = measure_baseline(baseline, log, DataConfig(), EvaluateConfig(), np.arange(log.num_items)).means()
         assert (values["hr@10"], values["ndcg@10"]) == pytest.approx(expected, abs=6e-4)
 
 
@@ -166,9 +124,7 @@ def test_complete_journey(tmp_path: Path) -> None:
     ]
     for baseline, precision, recall in expected:
         baseline.fit(log, seen, np.random.default_rng(0))
-        answers = BaselineAnswers(baseline, log)
         if precision is not None:
-            assert np.mean(answers.window_metrics(near, [10])["precision@10"]) == pytest.approx(precision, abs=6e-4)
+            assert quality(baseline, log, near, "precision@10") == pytest.approx(precision, abs=6e-4)
         if recall is not None:
-            value = np.nanmean(answers.window_metrics(far, [50])["recall@50:new"])
-            assert value == pytest.approx(recall, abs=6e-5)
+            assert quality(baseline, log, far, "recall@50:new") == pytest.approx(recall, abs=6e-5)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from vista.arrays import Int
-from vista.evaluation.baselines.baseline_answers import BaselineAnswers
 from vista.evaluation.baselines.counting_baseline import CountingBaseline
 from vista.evaluation.metrics import Floats
+from vista.evaluation.protocol import case_batches, rank_windows
 from vista.evaluation.window_cases import WindowCases, window_cases
 from vista.log.event_log import EventLog
 
@@ -17,6 +17,7 @@ MAX_USERS = 200
 """Most users whose last events are held out."""
 MIN_SEEN = 50
 """A user needs so many events before the held-out ones, or one per event of the horizon if that is less."""
+_USERS_PER_BATCH = 128
 
 
 class Tuned:
@@ -55,4 +56,12 @@ class Tuned:
         return self.chosen.scores(user, seen, now)
 
     def _quality(self, candidate: CountingBaseline, log: EventLog, cases: WindowCases) -> float:
-        return float(np.mean(BaselineAnswers(candidate, log).window_metrics(cases, [10])["ndcg@10"]))
+        metrics = rank_windows(
+            log,
+            {"held out": cases},
+            np.arange(log.num_items),
+            lambda asked: candidate.scores(asked.user, asked.seen, asked.now),
+            case_batches(cases, log.num_items, _USERS_PER_BATCH),
+            [10],
+        )
+        return float(np.mean(metrics["held out"]["ndcg@10"]))
