@@ -23,7 +23,7 @@ from scripts.experiments.tables.table import Table
 from scripts.experiments.tables.table_row import TableRow
 from vista.config import DataConfig, EvaluateConfig, PrepareConfig, SimulateConfig, SourceConfig, TrainConfig
 from vista.config.choices import Split, Stage, Target
-from vista.evaluation.baseline_evaluation import measure_baseline
+from vista.evaluation.baseline_evaluation import asked_horizons, measure_by_horizon
 from vista.evaluation.baselines.all_baselines import counting_baselines, trained_baselines
 from vista.evaluation.baselines.counting_baseline import CountingBaseline
 from vista.evaluation.cases import impression_cases
@@ -149,16 +149,15 @@ def _measurement(
 
 
 def _counted(name: str, log: EventLog, data: DataConfig, asked: EvaluateConfig) -> EvaluationReport:
-    """A baseline's quality. All items of the log are ranked."""
+    """A baseline's quality, with a version per horizon. All items of the log are ranked."""
     began = time.perf_counter()
-    baseline = _baseline(name, log, data, asked)
-    per_user = measure_baseline(baseline, log, data, asked, np.arange(log.num_items))
+    versions = {horizon: _baseline(name, log, data, horizon) for horizon in asked_horizons(asked)}
+    per_user = measure_by_horizon(versions, log, data, asked, np.arange(log.num_items))
     return EvaluationReport(per_user.means(), len(per_user.users), time.perf_counter() - began, per_user=per_user)
 
 
-def _baseline(name: str, log: EventLog, data: DataConfig, asked: EvaluateConfig) -> CountingBaseline:
-    """A baseline by its name; for windows, one that predicts the shortest of them."""
-    horizon = min(asked.horizon_events) if asked.target is Target.window else 1
+def _baseline(name: str, log: EventLog, data: DataConfig, horizon: int) -> CountingBaseline:
+    """A baseline by its name, made for the items of so many next events."""
     known = counting_baselines(has_time=log.has_time, horizon_events=horizon)
     if name not in [baseline.name for baseline in known]:  # these need scikit-learn
         known = trained_baselines(horizon_events=horizon, at_one_time=data.split is Split.time)

@@ -15,7 +15,8 @@ from vista.arrays import Int
 from vista.config import CompareConfig, DataConfig, EvaluateConfig
 from vista.config.choices import Split, Target
 from vista.errors import ConfigError
-from vista.evaluation.baseline_evaluation import measure_baseline, scores_in_columns
+from vista.evaluation import baseline_evaluation
+from vista.evaluation.baseline_evaluation import measure_baseline, measure_by_horizon, scores_in_columns
 from vista.evaluation.baselines.own_frequency import OwnFrequency
 from vista.evaluation.baselines.popularity import Popularity
 from vista.evaluation.baselines.transitions import Transitions
@@ -97,6 +98,27 @@ def test_baselines_are_asked_when_models_are(event_log: EventLog) -> None:
     asked = EvaluateConfig(target=Target.window, min_seen=5, min_after=2, progress=False)
     measure_baseline(baseline, event_log, shares, asked, columns)
     assert set(baseline.asked.values()) == {None}
+
+
+def test_each_window_is_answered_by_the_version_for_its_length(
+    event_log: EventLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Baselines that do not depend on the length are measured once."""
+    data = DataConfig(split=Split.share, validation_share=0.1, test_share=0.2, exclude_seen=False)
+    asked = EvaluateConfig(
+        target=Target.window, horizon_events=[3, 8], min_seen=5, min_after=2, top_k=[4], progress=False
+    )
+    columns = np.arange(event_log.num_items)
+    versions = {3: OwnFrequency(last=4), 8: Transitions()}
+    short, long = (measure_baseline(each, event_log, data, asked, columns) for each in versions.values())
+    once = measure_by_horizon(versions, event_log, data, asked, columns)
+    monkeypatch.setattr(baseline_evaluation, "LEARNED", (OwnFrequency,))
+    both = measure_by_horizon(versions, event_log, data, asked, columns)
+    assert list(both.values) == list(short.values) and both.question == short.question
+    for name, values in both.values.items():
+        np.testing.assert_array_equal(values, (short if name.endswith("/3-events") else long).values[name])
+        np.testing.assert_array_equal(once.values[name], short.values[name])
+    assert not np.array_equal(short.values["precision@4/8-events"], long.values["precision@4/8-events"])
 
 
 def test_items_that_the_model_does_not_know_are_not_recommended(event_log: EventLog) -> None:

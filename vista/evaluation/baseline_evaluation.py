@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -11,7 +13,7 @@ from vista.config import DataConfig, EvaluateConfig
 from vista.config.choices import Target
 from vista.errors import ConfigError
 from vista.evaluation.baseline_report import BaselineReport
-from vista.evaluation.baselines.all_baselines import counting_baselines
+from vista.evaluation.baselines.all_baselines import LEARNED, counting_baselines
 from vista.evaluation.baselines.counting_baseline import CountingBaseline
 from vista.evaluation.cases import NextItemCases
 from vista.evaluation.metrics import Floats
@@ -31,19 +33,48 @@ def measure_baselines(model: RankingModel, log: EventLog, config: EvaluateConfig
         ConfigError: as `measure_baseline`.
     """
     is_window = config.target is Target.window
-    baselines = counting_baselines(
-        has_time=log.has_time,
-        horizon_events=config.horizon_events[0] if is_window else 1,
-        returns=is_window or not excludes_seen(log, model.data, config),
-    )
+    returns = is_window or not excludes_seen(log, model.data, config)
     columns = model.rows_of(log.items) - 1
-    measured = {baseline.name: measure_baseline(baseline, log, model.data, config, columns) for baseline in baselines}
+    horizons = asked_horizons(config)
+    by_horizon = [counting_baselines(has_time=log.has_time, horizon_events=n, returns=returns) for n in horizons]
+    measured = {}
+    for versions in zip(*by_horizon, strict=True):
+        by_length = dict(zip(horizons, versions, strict=True))
+        measured[versions[0].name] = measure_by_horizon(by_length, log, model.data, config, columns)
     names = list(next(iter(measured.values())).values)
     if is_window:  # too many to print all
         first = config.top_k[0]
         kinds = [f"precision@{first}", f"precision@{first}:returns", *(f"recall@{k}:new" for k in config.top_k)]
         names = [name for name in names if name.partition("/")[0] in kinds]
     return BaselineReport(measured, names)
+
+
+def asked_horizons(config: EvaluateConfig) -> list[int]:
+    """Numbers of next events that a baseline is made for. One that is asked about days predicts the first number."""
+    if config.target is Target.next:
+        return [1]
+    return config.horizon_events[:1] if config.horizon_days else config.horizon_events
+
+
+def measure_by_horizon(
+    versions: Mapping[int, CountingBaseline], log: EventLog, data: DataConfig, config: EvaluateConfig, columns: Int
+) -> PerUserMetrics:
+    """`measure_baseline`, where each window is answered by the version of the baseline that was made for its length.
+
+    Args:
+        versions: {number of next events: baseline}, for all of `asked_horizons`.
+        data, config, columns: as in `measure_baseline`.
+
+    Raises:
+        ConfigError: as `measure_baseline`.
+    """
+    first, *others = versions
+    measured = measure_baseline(versions[first], log, data, config, columns)
+    values = measured.values
+    for horizon in others if isinstance(versions[first], LEARNED) else ():
+        own = measure_baseline(versions[horizon], log, data, config, columns).values
+        values = values | {name: own[name] for name in values if name.endswith(f"/{horizon}-events")}
+    return replace(measured, values=values)
 
 
 def measure_baseline(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from vista.arrays import Int
 from vista.errors import MissingDependencyError
 from vista.evaluation.baselines.counter_features import counter_features
 from vista.evaluation.baselines.counter_trees import CounterTrees
+from vista.evaluation.baselines.counting_baseline import CountingBaseline
 from vista.evaluation.baselines.ease import Ease
 from vista.evaluation.baselines.own_frequency import OwnFrequency
 from vista.evaluation.baselines.pooled_factors import PooledFactors
@@ -22,6 +24,7 @@ from vista.evaluation.baselines.tifu_knn import TifuKnn
 from vista.evaluation.baselines.training_questions import training_questions
 from vista.evaluation.baselines.transitions import TransitionsAndOwn
 from vista.evaluation.baselines.tuned import Tuned
+from vista.evaluation.metrics import Floats
 from vista.evaluation.window_cases import window_cases
 from vista.examples.item_factors import item_factors
 from vista.log.event_log import EventLog
@@ -187,18 +190,88 @@ def test_tuned_chooses_by_the_last_visible_events(tmp_path: Path) -> None:
     steps = [[(start + step) % 7 for step in range(40 + start)] for start in range(20)]
     for histories, best in ((steps, 3.0), (cycle, 0.01)):
         log = order_only_log(histories, tmp_path / f"{best}")
-        blend = Tuned("blend", [TransitionsAndOwn(0.01), TransitionsAndOwn(3.0)], horizon_events=1)
+        blend = Tuned(TransitionsAndOwn(1.0), [0.01, 3.0], horizon_events=1)
         blend.fit(log, log.lengths, np.random.default_rng(0))
-        assert blend.chosen.name == TransitionsAndOwn(best).name
+        assert blend.chosen == best
+
+
+class Recent(OwnFrequency):
+    """Own frequency of the last events, with the cuts that it was fitted to."""
+
+    def __init__(self) -> None:
+        super().__init__(last=1)
+        self.cuts: list[Int] = []
+
+    def choose(self, value: int) -> None:
+        self._last = value
+
+    def fit(self, log: EventLog, counts: Int, rng: np.random.Generator) -> None:
+        super().fit(log, counts, rng)
+        self.cuts.append(counts)
 
 
 def test_tuned_fits_the_chosen_one_to_all_visible_events(shopping: tuple[EventLog, Int]) -> None:
+    """Two fits, whatever the number of values; the first without the last 10 events of the users that are asked."""
     log, counts = shopping
-    candidates = [OwnFrequency(last=1), OwnFrequency(last=60)]
-    tuned = scores_of(Tuned("own", candidates, horizon_events=10), log, counts)
-    np.testing.assert_array_equal(tuned, scores_of(OwnFrequency(last=60), log, counts))
-    short = scores_of(Tuned("own", candidates, horizon_events=1000), log, counts)
-    np.testing.assert_array_equal(short, scores_of(OwnFrequency(last=1), log, counts))
+    for horizon, best in ((10, 60), (1000, 1)):  # no user has 1,000 events
+        recent = Recent()
+        tuned = scores_of(Tuned(recent, [1, 60, 2], horizon_events=horizon), log, counts)
+        np.testing.assert_array_equal(tuned, scores_of(OwnFrequency(last=best), log, counts))
+        np.testing.assert_array_equal(recent.cuts[-1], counts)
+        for held in recent.cuts[:-1]:
+            np.testing.assert_array_equal(held, np.where(counts >= 20, counts - 10, counts))
+        assert len(recent.cuts) == (2 if horizon == 10 else 1)
+
+
+class GuessesNew:
+    """Puts the most popular items first, either those that the user had or the new ones."""
+
+    name = "guess"
+
+    def fit(self, log: EventLog, counts: Int, rng: np.random.Generator) -> None:
+        self._own, self._popularity = OwnFrequency(), Popularity()
+        self._own.fit(log, counts, rng)
+        self._popularity.fit(log, counts, rng)
+
+    def choose(self, value: bool) -> None:
+        self._new_first = value
+
+    def scores(self, user: Int, seen: Int, now: Int | None) -> Floats:
+        had = self._own.scores(user, seen, now) >= 1
+        popularity = self._popularity.scores(user, seen, now)
+        return np.where(had, 1.0, 1e6) * popularity if self._new_first else np.where(had, 1e6, -1.0) * popularity
+
+
+def test_long_windows_are_tuned_for_new_items(tmp_path: Path) -> None:
+    """Among many new items per window, the popular ones come next. In all, each user returns to favorites."""
+    rng = np.random.default_rng(0)
+    histories = []
+    for _ in range(12):
+        favorites, others = rng.choice(60, 8, replace=False), 60 + np.minimum(rng.geometric(0.02, 400), 240)
+        histories.append(np.where(rng.random(400) < 0.8, rng.choice(favorites, 400), others).tolist())
+    histories.append(list(range(301)))
+    log = order_only_log(histories, tmp_path)
+    chosen = {}
+    for horizon in (50, 60):
+        tuned = Tuned(GuessesNew(), [False, True], horizon_events=horizon)
+        tuned.fit(log, log.lengths, np.random.default_rng(0))
+        chosen[horizon] = tuned.chosen
+    assert chosen == {50: False, 60: True}
+
+
+def test_a_baseline_chooses_as_if_it_were_made_with_the_value(shopping: tuple[EventLog, Int]) -> None:
+    log, counts = shopping
+    pairs: list[tuple[Any, Any, CountingBaseline]] = [
+        (Ease(), 200.0, Ease(ridge=200.0)),
+        (TransitionsAndOwn(1.0), 0.3, TransitionsAndOwn(0.3)),
+        (TifuKnn(), (0.9, 0.3), TifuKnn(group_decay=0.9, own_weight=0.3)),
+    ]
+    for baseline, value, other in pairs:
+        default = scores_of(baseline, log, counts)
+        baseline.choose(value)
+        chosen = baseline.scores(np.arange(log.num_users), counts, None)
+        assert not np.array_equal(default, chosen)
+        np.testing.assert_array_equal(chosen, scores_of(other, log, counts), err_msg=other.name)
 
 
 def test_pooled_factors_by_a_loop(shopping: tuple[EventLog, Int]) -> None:

@@ -13,7 +13,10 @@ from vista.evaluation.baselines.tifu_knn import TifuKnn
 from vista.evaluation.baselines.transitions import Transitions, TransitionsAndOwn
 from vista.evaluation.baselines.tuned import Tuned
 
+LEARNED = (Tuned, PooledFactors, CounterTrees)
+"""Baselines that are fitted to the length of the windows that are asked."""
 _WEIGHTS = (0.03, 0.3, 1.0, 3.0)
+_RIDGES = (1000.0, 200.0, 5000.0)
 _OWN_WEIGHTS = (0.3, 0.7, 0.9)
 _GROUP_DECAYS = (0.7, 0.9)
 
@@ -29,14 +32,13 @@ def counting_baselines(
         returns: whether items of the history are ranked. If not, those that count the user's own items are left out.
         pairs: whether to count pairs of items, which takes about 1 KB of memory per event.
     """
-    blends = [TransitionsAndOwn(weight) for weight in _WEIGHTS]
     chosen: list[CountingBaseline] = [Popularity()]
     if returns:
         chosen += [OwnFrequency(), OwnFrequency(last=200), OwnFrequency(events=200)]
         chosen += [OwnFrequency(days=90)] if has_time else []
     if pairs:
         chosen += [Transitions(), ItemNeighbors()]
-        chosen += [Tuned("transitions and own frequency", blends, horizon_events=horizon_events)] if returns else []
+        chosen += [Tuned(TransitionsAndOwn(1.0), _WEIGHTS, horizon_events=horizon_events)] if returns else []
     return chosen
 
 
@@ -50,10 +52,10 @@ def trained_baselines(*, horizon_events: int, at_one_time: bool) -> list[Countin
     Raises:
         MissingDependencyError: if scikit-learn is not installed.
     """
-    grid = [TifuKnn(own_weight=own, group_decay=decay) for decay in _GROUP_DECAYS for own in _OWN_WEIGHTS]
+    decays_and_weights = [(decay, own) for decay in _GROUP_DECAYS for own in _OWN_WEIGHTS]
     return [
-        Ease(),
-        Tuned("TIFU-KNN", grid, horizon_events=horizon_events),
+        Tuned(Ease(), _RIDGES, horizon_events=horizon_events),
+        Tuned(TifuKnn(), decays_and_weights, horizon_events=horizon_events),
         PooledFactors(horizon_events=horizon_events),
         CounterTrees(horizon_events=horizon_events, at_one_time=at_one_time),
     ]

@@ -28,10 +28,14 @@ class Ease:
         """
         Args:
             num_items: most items of the model; P needs the square of it in memory, and the cube in time.
-            ridge: added to the diagonal of Xᵀ X. The default is the best of 200, 1,000, and 5,000 on windows of
-                complete-journey before its test part, by recall of new items.
+            ridge: added to the diagonal of Xᵀ X.
         """
         self._num_items, self._ridge = num_items, ridge
+        self._weights: Floats | None = None
+
+    def choose(self, value: float) -> None:
+        """Set the ridge."""
+        self._ridge, self._weights = value, None
 
     def fit(self, log: EventLog, counts: Int, rng: np.random.Generator) -> None:
         self._log = log
@@ -41,21 +45,28 @@ class Ease:
         size = len(self._items)
         self._column = np.full(log.num_items, -1)
         self._column[self._items] = np.arange(size)
-        gram = self._ridge * np.eye(size)
+        self._gram, self._weights = np.zeros((size, size)), None
         for begin in range(0, log.num_users, _USERS_PER_BLOCK):
             users = np.arange(begin, min(begin + _USERS_PER_BLOCK, log.num_users))
             had = self._had(users, counts[users]).astype(np.float32)
-            gram += had.T @ had
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(torch.from_numpy(gram))).numpy()
-        self._weights: Floats = inverse / -np.diag(inverse)
-        np.fill_diagonal(self._weights, 0)
+            self._gram += had.T @ had
 
     def scores(self, user: Int, seen: Int, now: Int | None) -> Floats:
+        if self._weights is None:
+            self._weights = self._solved()
         known = self._had(user, seen).astype(np.float64) @ self._weights
         out = np.tile(self._tie, (len(user), 1))
         out += known.min(axis=1, keepdims=True) - 1
         out[:, self._items] = known
         return out
+
+    def _solved(self) -> Floats:
+        """B."""
+        regular = torch.from_numpy(self._gram + self._ridge * np.eye(len(self._gram)))
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(regular)).numpy()
+        weights: Floats = inverse / -np.diag(inverse)
+        np.fill_diagonal(weights, 0)
+        return weights
 
     def _had(self, user: Int, seen: Int) -> NDArray[np.bool_]:
         """bool [n, items of the model]: which of them each user had."""

@@ -47,6 +47,8 @@ class TifuKnn:
     popularity.
     """
 
+    name = "TIFU-KNN"
+
     def __init__(
         self,
         *,
@@ -59,19 +61,26 @@ class TifuKnn:
         """The defaults are the authors' for most of their sets."""
         self._within_decay, self._group_decay, self._num_groups = within_decay, group_decay, num_groups
         self._num_neighbors, self._own_weight = num_neighbors, own_weight
-        self.name = f"TIFU-KNN, decay {within_decay:g} and {group_decay:g}, own weight {own_weight:g}"
+        self._known: _UserVectors | None = None
+
+    def choose(self, value: tuple[float, float]) -> None:
+        """Set group_decay and own_weight."""
+        group_decay, self._own_weight = value
+        if group_decay != self._group_decay:
+            self._group_decay, self._known = group_decay, None
 
     def fit(self, log: EventLog, counts: Int, rng: np.random.Generator) -> None:
         self._log = log
         self._tie = tie_breaker(item_counts(log, counts))
         self._users = np.flatnonzero(counts > 0)
-        self._known = self._vectors(self._users, counts[self._users])
-        self._norm = np.add.reduceat(np.append(self._known.value**2, 0), self._known.offsets[:-1])
+        self._counts, self._known = counts[self._users], None
 
     def scores(self, user: Int, seen: Int, now: Int | None) -> Floats:
+        if self._known is None:
+            self._known = self._vectors(self._users, self._counts)
         own = self._vectors(user, seen).dense(self._log.num_items)
         out = self._own_weight * own + self._tie
-        nearest = self._nearest(user, own)
+        nearest = self._nearest(self._known, user, own)
         offsets, known = self._known.offsets, self._known
         for row, neighbors in enumerate(nearest):
             if len(neighbors):
@@ -80,13 +89,13 @@ class TifuKnn:
                 out[row] += (1 - self._own_weight) / len(neighbors) * total
         return out
 
-    def _nearest(self, user: Int, own: Floats) -> Int:
+    def _nearest(self, known: _UserVectors, user: Int, own: Floats) -> Int:
         """int64 [n, k] places in `_users` of the nearest other users."""
-        known = self._known
+        norm = np.add.reduceat(np.append(known.value**2, 0), known.offsets[:-1])
         distance = np.empty((len(user), len(self._users)))
         for row, vector in enumerate(own):
             products = np.append(vector[known.item] * known.value, 0)
-            distance[row] = self._norm - 2 * np.add.reduceat(products, known.offsets[:-1])
+            distance[row] = norm - 2 * np.add.reduceat(products, known.offsets[:-1])
         distance[user[:, None] == self._users] = np.inf  # a user is not a neighbor of their own
         others = len(self._users) - np.isin(user, self._users)
         count = min(self._num_neighbors, int(others.min(initial=len(self._users))))

@@ -39,10 +39,15 @@ class TransitionsAndOwn:
     Items that have neither rank by popularity.
     """
 
+    name = "transitions and own frequency"
+
     def __init__(self, weight: float) -> None:
         self._weight = weight
         self._own = OwnFrequency()
-        self.name = f"own frequency + {weight:g} transitions"
+
+    def choose(self, value: float) -> None:
+        """Set the weight of the transitions."""
+        self._weight = value
 
     def fit(self, log: EventLog, counts: Int, rng: np.random.Generator) -> None:
         self._log = log
