@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from tests.conftest import small_config
 from vista.arrays import Int
 from vista.config.choices import ItemStart
-from vista.examples import item_factors as factors
-from vista.examples.item_factors import REACH, SMOOTHING, START_RMS, item_factors
+from vista.examples.item_factors import SMOOTHING, START_RMS, item_factors
+from vista.examples.pair_counts import REACH
 from vista.log.event_log import EventLog
 from vista.training.item_start import start_from_factors
 from vista.training.trainer import Trainer, train
@@ -97,16 +97,6 @@ def test_more_columns_than_items_are_zero(tmp_path: Path) -> None:
     assert vectors.shape == (len(rows), 64) and not vectors[:, len(rows) :].any() and vectors[:, :8].any(axis=1).all()
 
 
-def test_pairs_equal_a_loop_for_any_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    log = log_of(tmp_path / "log")
-    expected = {pair: count for pair, count in pairs_of(log, visible(log)).items() if pair[0] < pair[1]}
-    for block in (1, 70, 1 << 20):
-        monkeypatch.setattr(factors, "BLOCK_EVENTS", block)
-        low, high, count = factors._pair_counts(log, np.arange(NUM_ITEMS) + 1, visible(log), seed=1)
-        counted = zip(low.tolist(), high.tolist(), count.tolist(), strict=True)
-        assert {(left, right): number for left, right, number in counted} == expected
-
-
 def test_no_vector_depends_on_hidden_events(tmp_path: Path) -> None:
     first, second = (log_of(tmp_path / str(future), future=future) for future in (0, 7))
     rows = np.arange(NUM_ITEMS) + 1
@@ -115,14 +105,6 @@ def test_no_vector_depends_on_hidden_events(tmp_path: Path) -> None:
     )
     assert np.array_equal(known, other_known) and np.array_equal(vectors, others)
     assert not np.array_equal(item_factors(first, rows, first.lengths, 8, seed=1)[1][: len(vectors)], vectors)
-
-
-def test_large_logs_count_the_pairs_of_some_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    log = log_of(tmp_path / "log")
-    monkeypatch.setattr(factors, "MOST_EVENTS", 100)
-    drawn = {seed: factors._pair_counts(log, np.arange(NUM_ITEMS) + 1, visible(log), seed) for seed in range(6)}
-    totals = {int(pairs.times.sum()) for pairs in drawn.values()}
-    assert len(totals) > 1 and 0 < min(totals) < max(totals) < sum(pairs_of(log, visible(log)).values()) // 2
 
 
 def test_items_without_pairs_keep_their_drawn_vectors(tmp_path: Path) -> None:

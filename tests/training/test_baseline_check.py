@@ -11,9 +11,9 @@ import pytest
 from tests.conftest import small_config
 from vista.config import EvaluateConfig
 from vista.evaluation.baseline_evaluation import measure_baseline
+from vista.evaluation.baselines import sparse_rows
 from vista.evaluation.baselines.transitions import Transitions
 from vista.log.event_log import EventLog
-from vista.training import validation
 from vista.training.baseline_check import compare_with_baselines
 from vista.training.progress import Progress
 from vista.training.trainer import train
@@ -44,13 +44,17 @@ def test_validation_measures_baselines_as_evaluation_does(
     assert measured["transitions"] == pytest.approx(expected)
 
 
-def test_pairs_are_not_counted_in_a_large_log(
-    event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_in_a_large_log_item_neighbors_count_some_users(
+    event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(validation, "MAX_PAIRED_EVENTS", 10)
     config = small_config(event_log, tmp_path / "run", data__exclude_seen=False)
-    measured = Validation(event_log, np.arange(1, event_log.num_items + 1), config).baselines()
-    assert "popularity" in measured and "own frequency" in measured and "transitions" not in measured
+    validation = Validation(event_log, np.arange(1, event_log.num_items + 1), config)
+    whole = validation.baselines()
+    monkeypatch.setattr(sparse_rows, "MOST_EVENTS", 10)
+    with caplog.at_level(logging.INFO):
+        some = validation.baselines()
+    assert {name for name in whole if whole[name] != some[name]} == {"item neighbors"} and some.keys() == whole.keys()
+    assert len([line for line in caplog.messages if line.startswith("pairs of items are counted among")]) == 1
 
 
 @pytest.mark.parametrize(("reached", "warns"), [(0.29, True), (0.3, False), (0.31, False)])

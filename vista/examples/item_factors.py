@@ -7,40 +7,24 @@ dim, P pairs of items, S columns of the sketch.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from vista.arrays import Int
+from vista.examples.pair_counts import pair_counts
 from vista.log.event_log import EventLog
-from vista.log.histories import token_groups
 
-REACH = 15
-"""Two events of a history form a pair if at most this many positions lie between them."""
 SMOOTHING = 0.75
 """Exponent of the context counts. Below 1, rare contexts weigh less."""
 MOST_EVENTS = 1 << 20
-"""Events whose pairs are counted: those of random users if there are more. Memory grows with the number of
-distinct pairs, at most REACH per event: about 1 GB."""
-BLOCK_EVENTS = 1 << 19
-"""Events whose pairs are counted at once (a longer history is read alone)."""
+"""Events whose pairs are counted: those of random users if there are more. It bounds the memory: about 1 GB."""
 OVERSAMPLING = 16
 """Columns of the sketch beyond M."""
 POWER_ITERATIONS = 4
 START_RMS = 0.05
 """Root mean square of each row's values."""
-
-
-class _PairCounts(NamedTuple):
-    """How often two different items form a pair, in any order."""
-
-    low: Int
-    """int64 [P], the smaller model row."""
-    high: Int
-    times: Int
 
 
 def item_factors(log: EventLog, item_rows: Int, counts: Int, dim: int, *, seed: int) -> tuple[Int, NDArray[np.float32]]:
@@ -57,7 +41,8 @@ def item_factors(log: EventLog, item_rows: Int, counts: Int, dim: int, *, seed: 
     Returns:
         Sorted model rows int64 [R], and their vectors float32 [R, M], each with the same root mean square.
     """
-    low, high, times = _pair_counts(log, item_rows, counts, seed)
+    rng = np.random.default_rng(seed)
+    low, high, times = pair_counts(log, item_rows, counts, most_events=MOST_EVENTS, rng=rng)
     rows, index = np.unique(np.concatenate([low, high]), return_inverse=True)
     if not len(rows):
         return rows, np.zeros((0, dim), np.float32)
@@ -70,28 +55,6 @@ def item_factors(log: EventLog, item_rows: Int, counts: Int, dim: int, *, seed: 
     length = np.sqrt(np.mean(vectors**2, axis=1))
     kept = length > 1e-6 * length.max()
     return rows[kept], (vectors[kept] * (START_RMS / length[kept, None])).astype(np.float32)
-
-
-def _pair_counts(log: EventLog, item_rows: Int, counts: Int, seed: int) -> _PairCounts:
-    users = np.flatnonzero(counts > 1)
-    if counts[users].sum() > MOST_EVENTS:
-        order = np.random.default_rng(seed).permutation(users)
-        users = np.sort(order[np.cumsum(counts[order]) - counts[order] < MOST_EVENTS])
-    width = int(item_rows.max(initial=0)) + 1
-    key, count = np.zeros(0, np.int64), np.zeros(0, np.int64)
-    for group in token_groups(counts[users], BLOCK_EVENTS):
-        histories = log.gather(users[group], counts[users[group]])
-        item = item_rows[histories.item]
-        owner = np.repeat(np.arange(histories.num_users), histories.lengths)
-        keys = []
-        for distance in range(1, REACH + 1):
-            a, b = item[:-distance], item[distance:]
-            near = (owner[:-distance] == owner[distance:]) & (a != b) & (a > 0) & (b > 0)
-            keys.append(np.minimum(a[near], b[near]) * width + np.maximum(a[near], b[near]))
-        new, times = np.unique(np.concatenate(keys), return_counts=True)
-        key, inverse = np.unique(np.concatenate([key, new]), return_inverse=True)
-        count = np.bincount(inverse, np.concatenate([count, times]), len(key)).astype(np.int64)
-    return _PairCounts(key // width, key % width, count)
 
 
 def _ppmi(left: Int, right: Int, count: Int, size: int) -> NDArray[np.float32]:

@@ -48,8 +48,6 @@ from vista.model.vista_model import VistaModel
 
 Floats = NDArray[np.float32]
 CASES_PER_BATCH = 512
-MAX_PAIRED_EVENTS = 2_000_000
-"""Most visible events in which baselines count pairs of items: that takes about 2 GB of memory."""
 
 _ContextOf = Callable[[Int, PaddedTail], TargetContext]
 """(rows of users int64 [B], their tails) -> their contexts."""
@@ -106,7 +104,6 @@ class Validation:
             has_time=self._log.has_time,
             horizon_events=1,
             returns=not self._exclude_seen,
-            pairs=int(self._cut.sum()) <= MAX_PAIRED_EVENTS,
         )
         measured = {}
         for baseline in chosen:

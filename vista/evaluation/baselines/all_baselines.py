@@ -21,24 +21,20 @@ _OWN_WEIGHTS = (0.3, 0.7, 0.9)
 _GROUP_DECAYS = (0.7, 0.9)
 
 
-def counting_baselines(
-    *, has_time: bool, horizon_events: int, returns: bool = True, pairs: bool = True
-) -> list[CountingBaseline]:
-    """Baselines that need no fit beyond counting: seconds for a million events.
+def counting_baselines(*, has_time: bool, horizon_events: int, returns: bool = True) -> list[CountingBaseline]:
+    """Baselines that need no fit beyond counting: seconds for a million events, and at most 3 GB of memory.
 
     Args:
         has_time: whether the log has times.
         horizon_events: number of next events whose items are predicted; 1 for the next item.
         returns: whether items of the history are ranked. If not, those that count the user's own items are left out.
-        pairs: whether to count pairs of items, which takes about 1 KB of memory per event.
     """
     chosen: list[CountingBaseline] = [Popularity()]
     if returns:
         chosen += [OwnFrequency(), OwnFrequency(last=200), OwnFrequency(events=200)]
         chosen += [OwnFrequency(days=90)] if has_time else []
-    if pairs:
-        chosen += [Transitions(), ItemNeighbors()]
-        chosen += [Tuned(TransitionsAndOwn(1.0), _WEIGHTS, horizon_events=horizon_events)] if returns else []
+    chosen += [Transitions(), ItemNeighbors()]
+    chosen += [Tuned(TransitionsAndOwn(1.0), _WEIGHTS, horizon_events=horizon_events)] if returns else []
     return chosen
 
 

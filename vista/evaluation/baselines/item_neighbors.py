@@ -12,9 +12,6 @@ from vista.evaluation.metrics import Floats
 from vista.examples.frequency import item_counts
 from vista.log.event_log import EventLog
 
-REACH = 15
-"""Two items co-occur if at most so many events lie from one to the other."""
-
 
 class ItemNeighbors:
     """Sum over the user's events j of c_ij / sqrt(n_i n_j): c_ij pairs within REACH events, n_i events of item i.
@@ -34,7 +31,7 @@ class ItemNeighbors:
         self._log = log
         popularity = item_counts(log, counts)
         self._tie = tie_breaker(popularity)
-        pairs = co_occurrences(visible_events(log, np.arange(log.num_users), counts), log.num_items, REACH)
+        pairs = co_occurrences(log, counts, rng)
         scale = 1 / np.sqrt(np.maximum(popularity, 1))
         row = np.repeat(np.arange(log.num_items), np.diff(pairs.offsets))
         self._similarity = SparseRows(pairs.offsets, pairs.column, pairs.value * scale[row] * scale[pairs.column])

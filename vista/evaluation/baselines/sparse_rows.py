@@ -7,9 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from vista.arrays import Int
-from vista.evaluation.baselines.visible_events import VisibleEvents
 from vista.evaluation.metrics import Floats
-from vista.log.histories import ranges
+from vista.examples.pair_counts import blocks, distinct_counts, pair_counts
+from vista.log.event_log import EventLog
+from vista.log.histories import Histories, ranges
+
+MOST_EVENTS = 1 << 21
+"""Events in which pairs within REACH events are counted: those of random users if there are more. It bounds the
+memory: 3 GB if all pairs are distinct, and half of that in a catalog of 5,000 items."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,31 +42,33 @@ class SparseRows:
         return total
 
 
-def transition_counts(events: VisibleEvents, num_items: int) -> SparseRows:
-    """How often item j came right after item i in one history: row i, column j."""
-    follows = np.flatnonzero(np.diff(events.row) == 0)
-    return _counted(events.item[follows] * num_items + events.item[follows + 1], num_items)
+def transition_counts(log: EventLog, counts: Int) -> SparseRows:
+    """How often item j came right after item i in the visible events of one history: row i, column j."""
+    keys = (_following_keys(block, log.num_items) for block in blocks(log, np.flatnonzero(counts > 1), counts))
+    key, times = distinct_counts(keys)
+    row, column = np.divmod(key, log.num_items)
+    return SparseRows(np.searchsorted(row, np.arange(log.num_items + 1)), column, times.astype(np.float64))
 
 
-def co_occurrences(events: VisibleEvents, num_items: int, reach: int) -> SparseRows:
-    """How often two different items lie at most `reach` events apart in one history; symmetric."""
-    pairs = []
-    for lag in range(1, reach + 1):
-        one, other = events.item[:-lag], events.item[lag:]
-        near = (events.row[:-lag] == events.row[lag:]) & (one != other)
-        pairs.append(np.minimum(one, other)[near] * num_items + np.maximum(one, other)[near])
-    key, times = np.unique(np.concatenate(pairs), return_counts=True)
-    low, high = np.divmod(key, num_items)
-    key = np.concatenate([key, high * num_items + low])
-    order = np.argsort(key, kind="stable")
-    return _packed(key[order], np.concatenate([times, times])[order], num_items)
+def co_occurrences(log: EventLog, counts: Int, rng: np.random.Generator) -> SparseRows:
+    """How often two different items lie within REACH visible events of each other in one history; symmetric.
+
+    Args:
+        rng: chooses users if the log has more than MOST_EVENTS visible events.
+    """
+    low, high, times = pair_counts(log, np.arange(log.num_items) + 1, counts, most_events=MOST_EVENTS, rng=rng)
+    # In the order of its rows, each half has ascending columns, and those of the first half come first.
+    row = np.concatenate([high, low])
+    order = np.argsort(row, kind="stable")
+    offsets = np.cumsum(np.bincount(row, minlength=log.num_items + 1))
+    del row  # large
+    column = np.concatenate([low, high])[order] - 1
+    return SparseRows(offsets, column, np.concatenate([times, times])[order].astype(np.float64))
 
 
-def _counted(key: Int, num_items: int) -> SparseRows:
-    return _packed(*np.unique(key, return_counts=True), num_items)
-
-
-def _packed(key: Int, times: Int, num_items: int) -> SparseRows:
-    """From ascending keys row * V + column."""
-    row, column = np.divmod(key, num_items)
-    return SparseRows(np.searchsorted(row, np.arange(num_items + 1)), column, times.astype(np.float64))
+def _following_keys(histories: Histories, num_items: int) -> Int:
+    """i * num_items + j of every transition."""
+    item = histories.item.astype(np.int64)
+    owner = np.repeat(np.arange(histories.num_users), histories.lengths)
+    follows = np.flatnonzero(np.diff(owner) == 0)
+    return item[follows] * num_items + item[follows + 1]

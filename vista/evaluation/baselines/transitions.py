@@ -20,7 +20,7 @@ class Transitions:
 
     def fit(self, log: EventLog, counts: Int, rng: np.random.Generator) -> None:
         self._log = log
-        self._pairs = transition_counts(visible_events(log, np.arange(log.num_users), counts), log.num_items)
+        self._pairs = transition_counts(log, counts)
         self._popularity: Floats = item_counts(log, counts).astype(np.float64)
         # One transition outweighs any popularity. Sums of integers, so exact.
         self._weight = self._popularity.max(initial=0) + 1
@@ -52,7 +52,7 @@ class TransitionsAndOwn:
     def fit(self, log: EventLog, counts: Int, rng: np.random.Generator) -> None:
         self._log = log
         self._own.fit(log, counts, rng)
-        self._pairs = transition_counts(visible_events(log, np.arange(log.num_users), counts), log.num_items)
+        self._pairs = transition_counts(log, counts)
         row = np.repeat(np.arange(log.num_items), np.diff(self._pairs.offsets))
         self._leaving = np.bincount(row, self._pairs.value, log.num_items)
 
