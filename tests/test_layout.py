@@ -20,7 +20,7 @@ LAYERS = (
     ("vista.log",),
     ("vista.device",),
     ("vista.config",),
-    ("vista.files", "vista.json_fields", "vista.arrays"),
+    ("vista.files", "vista.json_fields", "vista.arrays", "vista.logistic_regression"),
     ("vista.errors", "vista.version", "vista_kernels"),
 )
 """A module imports from its own package and from the layers below it. `vista` only lists the public names."""

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.simulation.logistic_regression import fit_probability, predict_probability
+from vista.logistic_regression import fit_probability, predict_probability
 from vista.simulation.period import split_times
 from vista.simulation.pooled_vectors import pooled_features
 from vista.simulation.simulated_log import SimulatedLog

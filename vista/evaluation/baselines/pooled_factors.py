@@ -16,7 +16,7 @@ from vista.evaluation.window_cases import window_cases
 from vista.examples.frequency import item_counts
 from vista.examples.item_factors import item_factors
 from vista.log.event_log import EventLog
-from vista.simulation.logistic_regression import fit_probability
+from vista.logistic_regression import fit_probability
 
 _LAST = (32, 200)
 _DECAY = 200
@@ -65,7 +65,8 @@ class PooledFactors:
         rows, factors = item_factors(self._log, np.arange(self._log.num_items) + 1, counts, self._dim, seed=seed)
         self._vectors = np.zeros((self._log.num_items, self._dim))
         self._vectors[rows - 1] = _unit(factors.astype(np.float64))
-        self._popularity = np.log1p(item_counts(self._log, counts))
+        self._events = item_counts(self._log, counts)
+        self._popularity = np.log1p(self._events)
 
     def _fitted(self, before: Int, user: Int, counts: Int, rng: np.random.Generator) -> Floats:
         asked = np.zeros_like(before)
@@ -73,7 +74,7 @@ class PooledFactors:
         cases = window_cases(
             self._log, asked, counts, horizon_events=self._horizon, min_seen=1, min_after=self._horizon
         )
-        share = np.exp(self._popularity) / np.exp(self._popularity).sum()
+        share = (1 + self._events) / (1 + self._events).sum()
         features, labels = [], []
         for begin in range(0, len(cases), _USERS_PER_BLOCK):
             part = cases.part(slice(begin, begin + _USERS_PER_BLOCK))

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.config import SimulateConfig
+from vista.logistic_regression import binned_features
 from vista.simulation.catalog import Catalog
 from vista.simulation.event_stream import EventStream
-from vista.simulation.logistic_regression import binned_features
 from vista.simulation.pooled_vectors import PooledView
 from vista.simulation.queries import Queries
 from vista.simulation.request_stream import RequestStream
