@@ -147,12 +147,13 @@ def test_counter_features_count_event_by_event(shopping: tuple[EventLog, Int], a
 def test_windows_of_training_questions_end_before_the_cut(shopping: tuple[EventLog, Int], at_one_time: bool) -> None:
     log, counts = shopping
     questions = training_questions(log, counts, 20, at_one_time=at_one_time)
-    assert any(len(question.user) for question in questions)
-    for question in questions:
-        assert (question.counts <= counts).all()
-        assert (question.seen + 20 <= counts[question.user]).all()
-        if question.now is not None:
-            for user, seen, now in zip(question.user.tolist(), question.seen, question.now, strict=True):
+    assert any(len(cases) for _, cases in questions)
+    for before, cases in questions:
+        assert (before <= counts).all() and cases.seen.tolist() == before[cases.user].tolist()
+        assert (cases.seen >= 50).all() and (cases.seen + 20 <= counts[cases.user]).all()
+        assert (cases.now is not None) == at_one_time
+        if cases.now is not None:
+            for user, seen, now in zip(cases.user.tolist(), cases.seen, cases.now, strict=True):
                 times = log.slice(user).timestamp
                 assert times[seen - 1] < now <= times[seen]
 

@@ -13,6 +13,7 @@ from vista.evaluation.baselines.counter_features import CounterFeatures, counter
 from vista.evaluation.baselines.popularity import tie_breaker
 from vista.evaluation.baselines.training_questions import training_questions
 from vista.evaluation.metrics import Floats
+from vista.evaluation.window_cases import WindowCases
 from vista.examples.frequency import item_counts
 from vista.log.event_log import EventLog
 
@@ -50,15 +51,13 @@ class CounterTrees:
         self._popularity = item_counts(log, counts)
         self._tie = tie_breaker(self._popularity)
         inputs, labels = [], []
-        for question in training_questions(log, counts, self._horizon, at_one_time=self._at_one_time):
-            popularity = item_counts(log, question.counts)
-            for begin in range(0, len(question.user), _USERS_PER_BLOCK):
-                part = slice(begin, begin + _USERS_PER_BLOCK)
-                user, seen = question.user[part], question.seen[part]
-                now = None if question.now is None else question.now[part]
-                features = counter_features(log, user, seen, now, popularity)
+        for before, cases in training_questions(log, counts, self._horizon, at_one_time=self._at_one_time):
+            popularity = item_counts(log, before)
+            for begin in range(0, len(cases), _USERS_PER_BLOCK):
+                part = cases.part(slice(begin, begin + _USERS_PER_BLOCK))
+                features = counter_features(log, part.user, part.seen, part.now, popularity)
                 inputs.append(features.value)
-                labels.append(self._returns(features, user, seen))
+                labels.append(_returns(features, part, log.num_items))
         label = np.concatenate(labels) if labels else np.zeros(0, np.bool_)
         self._trees: Any = None
         if label.any() and not label.all():
@@ -73,9 +72,8 @@ class CounterTrees:
             out[features.row, features.item] += self._trees.predict_proba(features.value)[:, 1]
         return out
 
-    def _returns(self, features: CounterFeatures, user: Int, seen: Int) -> NDArray[np.bool_]:
-        """bool [E]: whether the item is among the user's next events."""
-        window = self._log.gather_ranges(user, seen, seen + self._horizon)
-        num_items = self._log.num_items
-        later = np.repeat(np.arange(len(user)), window.lengths) * num_items + window.item
-        return np.isin(features.row * num_items + features.item, later)
+
+def _returns(features: CounterFeatures, cases: WindowCases, num_items: int) -> NDArray[np.bool_]:
+    """bool [E]: whether the item is in the user's window."""
+    label = np.repeat(np.arange(len(cases)), np.diff(cases.offsets)) * num_items + cases.item
+    return np.isin(features.row * num_items + features.item, label)

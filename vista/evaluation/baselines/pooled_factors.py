@@ -12,7 +12,7 @@ from vista.arrays import Int
 from vista.evaluation.baselines.training_questions import training_questions
 from vista.evaluation.baselines.visible_events import visible_events
 from vista.evaluation.metrics import Floats
-from vista.evaluation.window_cases import window_cases
+from vista.evaluation.window_cases import WindowCases
 from vista.examples.frequency import item_counts
 from vista.examples.item_factors import item_factors
 from vista.log.event_log import EventLog
@@ -48,10 +48,10 @@ class PooledFactors:
         self._log = log
         seed = int(rng.integers(1 << 31))
         questions = training_questions(log, counts, self._horizon, at_one_time=False)
-        question = max(questions, key=lambda asked: len(asked.user))
-        if len(question.user):
-            self._read(question.counts, seed)
-            self._weights = self._fitted(question.counts, question.user, counts, rng)
+        before, cases = max(questions, key=lambda question: len(question[1]))
+        if len(cases):
+            self._read(before, seed)
+            self._weights = self._fitted(cases, rng)
         self._read(counts, seed)
 
     def scores(self, user: Int, seen: Int, now: Int | None) -> Floats:
@@ -68,12 +68,7 @@ class PooledFactors:
         self._events = item_counts(self._log, counts)
         self._popularity = np.log1p(self._events)
 
-    def _fitted(self, before: Int, user: Int, counts: Int, rng: np.random.Generator) -> Floats:
-        asked = np.zeros_like(before)
-        asked[user] = before[user]
-        cases = window_cases(
-            self._log, asked, counts, horizon_events=self._horizon, min_seen=1, min_after=self._horizon
-        )
+    def _fitted(self, cases: WindowCases, rng: np.random.Generator) -> Floats:
         share = (1 + self._events) / (1 + self._events).sum()
         features, labels = [], []
         for begin in range(0, len(cases), _USERS_PER_BLOCK):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from vista.arrays import Int
 from vista.evaluation.baselines.visible_events import visible_events
+from vista.evaluation.window_cases import WindowCases, window_cases
 from vista.log.event_log import EventLog
 
 MIN_SEEN = 50
@@ -16,25 +15,12 @@ SHARES = (0.7, 0.8, 0.9)
 """Shares of the visible events that come before the questions."""
 
 
-@dataclass(frozen=True, slots=True)
-class TrainingQuestion:
-    """One question to each of some users: which items occur in the next events?"""
+def training_questions(
+    log: EventLog, counts: Int, horizon_events: int, *, at_one_time: bool
+) -> list[tuple[Int, WindowCases]]:
+    """The events before a question, int64 [num_users] of all users, and its cases: one question per share of SHARES.
 
-    counts: Int
-    """int64 [num_users] events before the question, of all users of the log."""
-    user: Int
-    """int64 [n] users that are asked."""
-    now: Int | None
-    """int64 [n] time of the question in ms; None asks right after each user's newest event."""
-
-    @property
-    def seen(self) -> Int:
-        """int64 [n] events before the question."""
-        return self.counts[self.user]
-
-
-def training_questions(log: EventLog, counts: Int, horizon_events: int, *, at_one_time: bool) -> list[TrainingQuestion]:
-    """One question per share of SHARES. Users whose next `horizon_events` events pass the cut are not asked.
+    Users whose next `horizon_events` events pass the cut are not asked.
 
     Args:
         counts: int64 [num_users] visible events.
@@ -47,9 +33,16 @@ def training_questions(log: EventLog, counts: Int, horizon_events: int, *, at_on
         if time is None:
             before, now = (share * counts).astype(np.int64), None
         else:
-            at = int(np.quantile(time, share)) if len(time) else 0
-            before = np.minimum(log.counts_before(at), counts)
-        user = np.flatnonzero((before >= MIN_SEEN) & (before + horizon_events <= counts))
-        now = None if time is None else np.full(len(user), at)
-        questions.append(TrainingQuestion(before, user, now))
+            now = int(np.quantile(time, share)) if len(time) else 0
+            before = np.minimum(log.counts_before(now), counts)
+        cases = window_cases(
+            log,
+            before,
+            counts,
+            horizon_events=horizon_events,
+            now=now,
+            min_seen=MIN_SEEN,
+            min_after=horizon_events,
+        )
+        questions.append((before, cases))
     return questions
