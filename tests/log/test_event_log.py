@@ -119,6 +119,12 @@ def test_gather_ranges_and_slices_agree(case: tuple[EventLog, list]) -> None:
     assert log.slice(2, 5, 2).num_events == 0
 
 
+def test_owners_and_ages_of_events() -> None:
+    offsets = np.array([0, 0, 3, 4, 4])
+    events = Histories(np.arange(4, dtype=np.int32), np.arange(4), np.zeros(4, np.uint8), None, offsets)
+    assert events.owner.tolist() == [1, 1, 1, 2] and events.age.tolist() == [2, 1, 0, 0]
+
+
 def test_one_segment_gives_views(tmp_path: Path) -> None:
     log = write(tmp_path / "log", [random_frame(1, 300)])
     whole = log.gather(np.arange(log.num_users))

@@ -123,5 +123,4 @@ def _until(events: Histories, end: Int) -> Histories:
 
 def _distinct(events: Histories, num_items: int) -> Int:
     """int64: number of the history times num_items plus item, ascending, each once."""
-    owner = np.repeat(np.arange(events.num_users), events.lengths)
-    return np.unique(owner * num_items + events.item)
+    return np.unique(events.owner * num_items + events.item)

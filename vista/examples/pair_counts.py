@@ -85,8 +85,7 @@ def distinct_counts(blocks_of_keys: Iterable[Int]) -> tuple[Int, Int]:
 
 def _near_keys(histories: Histories, item_rows: Int, width: int) -> Int:
     """low * width + high of every pair."""
-    item = item_rows[histories.item]
-    owner = np.repeat(np.arange(histories.num_users), histories.lengths)
+    item, owner = item_rows[histories.item], histories.owner
     keys = []
     for distance in range(1, REACH + 1):
         a, b = item[:-distance], item[distance:]

@@ -41,6 +41,16 @@ class Histories:
         """Number of events per user: int64 [B]."""
         return np.diff(self.offsets)
 
+    @property
+    def owner(self) -> Int:
+        """Number of the history that each event belongs to: int64 [T]."""
+        return np.repeat(np.arange(self.num_users), self.lengths)
+
+    @property
+    def age(self) -> Int:
+        """Number of later events in each event's history: int64 [T], 0 for the newest event."""
+        return np.repeat(self.offsets[1:] - 1, self.lengths) - np.arange(self.num_events)
+
     def slice(self, user: int, start: int = 0, stop: int | None = None) -> Histories:
         """Events [start, stop) of history number `user`, as views (B = 1), with bounds like a list's."""
         begin, end = int(self.offsets[user]), int(self.offsets[user + 1])
@@ -151,8 +161,7 @@ def _by_time(out: Histories) -> Histories:
     falls[inner[(inner > 0) & (inner < len(out.timestamp))] - 1] = False  # between users, time may fall
     if not falls.any():
         return out
-    owner = np.repeat(np.arange(out.num_users), out.lengths)
-    return out._at(np.lexsort((out.timestamp, owner)), offsets)
+    return out._at(np.lexsort((out.timestamp, out.owner)), offsets)
 
 
 def slice_merged(tables: Sequence[PackedTable], row: int, low: int, high: int) -> Histories:

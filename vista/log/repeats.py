@@ -28,8 +28,7 @@ def repeat_share(log: EventLog, counts: Int) -> float:
     for part in token_groups(counts, EVENTS_PER_BATCH):
         users = np.arange(part.start, part.stop)
         histories = log.gather(users, counts[users])
-        owner = np.repeat(np.arange(len(users)), histories.lengths)
-        distinct += len(np.unique(owner * log.num_items + histories.item))
+        distinct += len(np.unique(histories.owner * log.num_items + histories.item))
     total = int(counts.sum())
     return 1 - distinct / total if total else 0.0
 

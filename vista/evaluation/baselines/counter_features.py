@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from vista.arrays import Int
-from vista.evaluation.baselines.visible_events import visible_events
 from vista.evaluation.metrics import Floats
 from vista.evaluation.window_cases import DAY_MS
 from vista.log.event_log import EventLog
@@ -42,25 +41,26 @@ def counter_features(log: EventLog, user: Int, seen: Int, now: Int | None, popul
         now: int64 [n] ms, the time from which ages in days count; None counts from each user's newest event.
         popularity: int64 [V] visible events of each item, in all histories.
     """
-    events = visible_events(log, user, seen)
-    cell, inverse = np.unique(events.row * log.num_items + events.item, return_inverse=True)
+    events = log.gather(user, seen)
+    owner, age = events.owner, events.age
+    cell, inverse = np.unique(owner * log.num_items + events.item, return_inverse=True)
     row, item = np.divmod(cell, log.num_items)
 
     def total(weight: Floats | None = None) -> Floats:
         return np.bincount(inverse, weight, len(cell)).astype(np.float64)
 
-    def least(age: Floats) -> Floats:
+    def least(value: Floats) -> Floats:
         out = np.full(len(cell), np.inf)
-        np.minimum.at(out, inverse, age)
+        np.minimum.at(out, inverse, value)
         return out
 
     columns = [total()]
-    columns += [total((events.age < last).astype(np.float64)) for last in _LAST]
-    columns += [total(np.exp(-events.age / last)) for last in _LAST]
-    columns += [least(events.age.astype(np.float64)), np.log(seen[row]), popularity[item].astype(np.float64)]
+    columns += [total((age < last).astype(np.float64)) for last in _LAST]
+    columns += [total(np.exp(-age / last)) for last in _LAST]
+    columns += [least(age.astype(np.float64)), np.log(seen[row]), popularity[item].astype(np.float64)]
     if log.has_time:
         asked = events.timestamp[events.offsets[1:] - 1] if now is None else now
-        days = (asked[events.row] - events.timestamp) / DAY_MS
+        days = (asked[owner] - events.timestamp) / DAY_MS
         columns += [total(np.exp(-days / horizon)) for horizon in _DAYS]
         columns += [least(days), -least(-days)]
     return CounterFeatures(row, item, np.stack(columns, axis=1))

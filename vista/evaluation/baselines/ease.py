@@ -8,7 +8,6 @@ from numpy.typing import NDArray
 
 from vista.arrays import Int
 from vista.evaluation.baselines.popularity import tie_breaker
-from vista.evaluation.baselines.visible_events import visible_events
 from vista.evaluation.metrics import Floats
 from vista.examples.frequency import item_counts
 from vista.log.event_log import EventLog
@@ -70,8 +69,8 @@ class Ease:
 
     def _had(self, user: Int, seen: Int) -> NDArray[np.bool_]:
         """bool [n, items of the model]: which of them each user had."""
-        events = visible_events(self._log, user, seen)
+        events = self._log.gather(user, seen)
         column = self._column[events.item]
         out = np.zeros((len(user), len(self._items)), np.bool_)
-        out[events.row[column >= 0], column[column >= 0]] = True
+        out[events.owner[column >= 0], column[column >= 0]] = True
         return out

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from vista.arrays import Int
 from vista.evaluation.baselines.popularity import tie_breaker
-from vista.evaluation.baselines.sparse_rows import SparseRows, co_occurrences
-from vista.evaluation.baselines.visible_events import visible_events
+from vista.evaluation.baselines.sparse_rows import co_occurrences
 from vista.evaluation.metrics import Floats
 from vista.examples.frequency import item_counts
 from vista.log.event_log import EventLog
@@ -33,11 +34,11 @@ class ItemNeighbors:
         self._tie = tie_breaker(popularity)
         pairs = co_occurrences(log, counts, rng)
         scale = 1 / np.sqrt(np.maximum(popularity, 1))
-        row = np.repeat(np.arange(log.num_items), np.diff(pairs.offsets))
-        self._similarity = SparseRows(pairs.offsets, pairs.column, pairs.value * scale[row] * scale[pairs.column])
+        self._similarity = replace(pairs, value=pairs.value * scale[pairs.row] * scale[pairs.column])
 
     def scores(self, user: Int, seen: Int, now: Int | None) -> Floats:
-        events = visible_events(self._log, user, seen, last=self._last)
+        start = np.zeros_like(seen) if self._last is None else seen - self._last
+        events = self._log.gather_ranges(user, start, seen)
         out = np.empty((len(user), self._log.num_items))
         for row, (begin, end) in enumerate(zip(events.offsets[:-1], events.offsets[1:], strict=True)):
             item, times = np.unique(events.item[begin:end], return_counts=True)

@@ -6,7 +6,6 @@ import numpy as np
 
 from vista.arrays import Int
 from vista.evaluation.baselines.popularity import tie_breaker
-from vista.evaluation.baselines.visible_events import visible_events
 from vista.evaluation.metrics import Floats
 from vista.evaluation.window_cases import DAY_MS
 from vista.examples.frequency import item_counts
@@ -36,14 +35,15 @@ class OwnFrequency:
         self._tie = tie_breaker(item_counts(log, counts))
 
     def scores(self, user: Int, seen: Int, now: Int | None) -> Floats:
-        events = visible_events(self._log, user, seen, last=self._last)
-        exponent = np.zeros(len(events.item))
+        start = np.zeros_like(seen) if self._last is None else seen - self._last
+        events = self._log.gather_ranges(user, start, seen)
+        owner, exponent = events.owner, np.zeros(events.num_events)
         if self._events is not None:
             exponent += events.age / self._events
         if self._days is not None:
-            newest = events.timestamp[events.offsets[1:][events.row] - 1]
+            newest = events.timestamp[events.offsets[1:][owner] - 1]
             exponent += (newest - events.timestamp) / (self._days * DAY_MS)
         num_items = self._log.num_items
-        cell = events.row * num_items + events.item
+        cell = owner * num_items + events.item
         sums = np.bincount(cell, np.exp(-exponent), len(user) * num_items).reshape(len(user), num_items)
         return sums + self._tie

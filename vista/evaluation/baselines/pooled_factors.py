@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from vista.arrays import Int
 from vista.evaluation.baselines.training_questions import training_questions
-from vista.evaluation.baselines.visible_events import visible_events
 from vista.evaluation.metrics import Floats
 from vista.evaluation.window_cases import WindowCases
 from vista.examples.frequency import item_counts
@@ -88,11 +87,12 @@ class PooledFactors:
 
     def _means(self, user: Int, seen: Int) -> Floats:
         """Means float64 [K, n, M] of length 1; 0 for a user without events."""
-        events = visible_events(self._log, user, seen)
+        events = self._log.gather(user, seen)
+        age = events.age
         vectors = np.append(self._vectors[events.item], np.zeros((1, self._dim)), axis=0)
         empty = np.diff(events.offsets) == 0
         means = []
-        for weight in (*(events.age < last for last in _LAST), np.ones(len(events.age)), np.exp(-events.age / _DECAY)):
+        for weight in (*(age < last for last in _LAST), np.ones(len(age)), np.exp(-age / _DECAY)):
             weighted = vectors * np.append(weight, 0)[:, None]
             total = np.add.reduceat(weighted, events.offsets[:-1])
             total[empty] = 0  # reduceat gives the next user's first event there

@@ -1,10 +1,15 @@
-"""A sparse matrix of counted pairs of items, packed by rows."""
+"""Sparse matrices, packed by rows: counted pairs of items, and vectors over items.
+
+Letters: R rows, C columns, E entries, V items.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vista.arrays import Int
 from vista.evaluation.metrics import Floats
@@ -19,26 +24,38 @@ memory: 3 GB if all pairs are distinct, and half of that in a catalog of 5,000 i
 
 @dataclass(frozen=True, slots=True)
 class SparseRows:
-    """Row i has value[offsets[i] : offsets[i + 1]] at the same places of `column`. It is square, of V items."""
+    """Row i has value[offsets[i] : offsets[i + 1]] at the same places of `column`."""
 
     offsets: Int
-    """int64 [V + 1]."""
+    """int64 [R + 1]."""
     column: Int
     """int64 [E], ascending in each row."""
     value: Floats
     """float64 [E]."""
+    num_columns: int
 
-    def cells(self, rows: Int) -> tuple[Int, Int]:
+    @property
+    def row(self) -> Int:
+        """int64 [E]."""
+        return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
+
+    def dense(self) -> Floats:
+        """float64 [R, C]."""
+        out = np.zeros((len(self.offsets) - 1, self.num_columns))
+        out[self.row, self.column] = self.value
+        return out
+
+    def cells(self, rows: NDArray[np.integer[Any]]) -> tuple[Int, Int]:
         """Places in `column` and `value` of some rows [n], concatenated, and the number of each row's entries [n]."""
         begin = self.offsets[rows]
         count = self.offsets[rows + 1] - begin
         return ranges(begin, count), count
 
-    def weighted_sum(self, rows: Int, weight: Floats) -> Floats:
-        """Sum of rows [n] with weights [n]: float64 [V]."""
+    def weighted_sum(self, rows: NDArray[np.integer[Any]], weight: Floats) -> Floats:
+        """Sum of rows [n] with weights [n]: float64 [C]."""
         place, count = self.cells(rows)
         values = self.value[place] * np.repeat(weight, count)
-        total: Floats = np.bincount(self.column[place], values, len(self.offsets) - 1).astype(np.float64, copy=False)
+        total: Floats = np.bincount(self.column[place], values, self.num_columns).astype(np.float64, copy=False)
         return total
 
 
@@ -47,7 +64,8 @@ def transition_counts(log: EventLog, counts: Int) -> SparseRows:
     keys = (_following_keys(block, log.num_items) for block in blocks(log, np.flatnonzero(counts > 1), counts))
     key, times = distinct_counts(keys)
     row, column = np.divmod(key, log.num_items)
-    return SparseRows(np.searchsorted(row, np.arange(log.num_items + 1)), column, times.astype(np.float64))
+    offsets = np.searchsorted(row, np.arange(log.num_items + 1))
+    return SparseRows(offsets, column, times.astype(np.float64), log.num_items)
 
 
 def co_occurrences(log: EventLog, counts: Int, rng: np.random.Generator) -> SparseRows:
@@ -63,12 +81,11 @@ def co_occurrences(log: EventLog, counts: Int, rng: np.random.Generator) -> Spar
     offsets = np.cumsum(np.bincount(row, minlength=log.num_items + 1))
     del row  # large
     column = np.concatenate([low, high])[order] - 1
-    return SparseRows(offsets, column, np.concatenate([times, times])[order].astype(np.float64))
+    return SparseRows(offsets, column, np.concatenate([times, times])[order].astype(np.float64), log.num_items)
 
 
 def _following_keys(histories: Histories, num_items: int) -> Int:
     """i * num_items + j of every transition."""
     item = histories.item.astype(np.int64)
-    owner = np.repeat(np.arange(histories.num_users), histories.lengths)
-    follows = np.flatnonzero(np.diff(owner) == 0)
+    follows = np.flatnonzero(np.diff(histories.owner) == 0)
     return item[follows] * num_items + item[follows + 1]

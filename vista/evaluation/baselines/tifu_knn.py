@@ -5,13 +5,11 @@ Letters: n users that are asked at once, U users of the log, V items.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from vista.arrays import Int
 from vista.evaluation.baselines.popularity import tie_breaker
-from vista.evaluation.baselines.visible_events import visible_events
+from vista.evaluation.baselines.sparse_rows import SparseRows
 from vista.evaluation.metrics import Floats
 from vista.examples.frequency import item_counts
 from vista.log.event_log import EventLog
@@ -19,20 +17,6 @@ from vista.log.histories import ranges
 
 BASKET_GAP_MS = 30 * 60_000
 """A longer time between two events begins a new basket. In a log without times, every event is a basket."""
-
-
-@dataclass(frozen=True, slots=True)
-class _UserVectors:
-    """Sparse vectors over items, packed: entries offsets[b] .. offsets[b + 1] - 1 belong to user b."""
-
-    offsets: Int
-    item: Int
-    value: Floats
-
-    def dense(self, num_items: int) -> Floats:
-        out = np.zeros((len(self.offsets) - 1, num_items))
-        out[np.repeat(np.arange(len(out)), np.diff(self.offsets)), self.item] = self.value
-        return out
 
 
 class TifuKnn:
@@ -61,7 +45,7 @@ class TifuKnn:
         """The defaults are the authors' for most of their sets."""
         self._within_decay, self._group_decay, self._num_groups = within_decay, group_decay, num_groups
         self._num_neighbors, self._own_weight = num_neighbors, own_weight
-        self._known: _UserVectors | None = None
+        self._known: SparseRows | None = None
 
     def choose(self, value: tuple[float, float]) -> None:
         """Set group_decay and own_weight."""
@@ -78,38 +62,34 @@ class TifuKnn:
     def scores(self, user: Int, seen: Int, now: Int | None) -> Floats:
         if self._known is None:
             self._known = self._vectors(self._users, self._counts)
-        own = self._vectors(user, seen).dense(self._log.num_items)
+        own = self._vectors(user, seen).dense()
         out = self._own_weight * own + self._tie
-        nearest = self._nearest(self._known, user, own)
-        offsets, known = self._known.offsets, self._known
-        for row, neighbors in enumerate(nearest):
-            if len(neighbors):
-                entry = ranges(offsets[neighbors], offsets[neighbors + 1] - offsets[neighbors])
-                total = np.bincount(known.item[entry], known.value[entry], self._log.num_items)
-                out[row] += (1 - self._own_weight) / len(neighbors) * total
+        for row, neighbors in enumerate(self._nearest(self._known, user, own)):
+            share = (1 - self._own_weight) / max(len(neighbors), 1)
+            out[row] += self._known.weighted_sum(neighbors, np.full(len(neighbors), share))
         return out
 
-    def _nearest(self, known: _UserVectors, user: Int, own: Floats) -> Int:
+    def _nearest(self, known: SparseRows, user: Int, own: Floats) -> Int:
         """int64 [n, k] places in `_users` of the nearest other users."""
         norm = np.add.reduceat(np.append(known.value**2, 0), known.offsets[:-1])
         distance = np.empty((len(user), len(self._users)))
         for row, vector in enumerate(own):
-            products = np.append(vector[known.item] * known.value, 0)
+            products = np.append(vector[known.column] * known.value, 0)
             distance[row] = norm - 2 * np.add.reduceat(products, known.offsets[:-1])
         distance[user[:, None] == self._users] = np.inf  # a user is not a neighbor of their own
         others = len(self._users) - np.isin(user, self._users)
         count = min(self._num_neighbors, int(others.min(initial=len(self._users))))
         return np.argsort(distance, axis=1, kind="stable")[:, :count]
 
-    def _vectors(self, user: Int, seen: Int) -> _UserVectors:
+    def _vectors(self, user: Int, seen: Int) -> SparseRows:
         """v_u of users [n]."""
-        events = visible_events(self._log, user, seen)
+        events = self._log.gather(user, seen)
         first = np.zeros(len(events.item), np.bool_)
         first[events.offsets[:-1][np.diff(events.offsets) > 0]] = True
         gap = np.diff(events.timestamp, prepend=0)
         starts = first | (gap > BASKET_GAP_MS) if self._log.has_time else np.ones_like(first)
         basket = np.cumsum(starts) - 1
-        owner = events.row[starts]
+        owner = events.owner[starts]
         weight = self._basket_weights(np.bincount(owner, minlength=len(user)))
         # An item counts once per basket, whatever the number of its events there.
         num_items = self._log.num_items
@@ -118,7 +98,7 @@ class TifuKnn:
         cell, inverse = np.unique(owner[basket] * num_items + item, return_inverse=True)
         value = np.bincount(inverse, weight[basket], len(cell)).astype(np.float64, copy=False)
         row, item = np.divmod(cell, num_items)
-        return _UserVectors(np.searchsorted(row, np.arange(len(user) + 1)), item, value)
+        return SparseRows(np.searchsorted(row, np.arange(len(user) + 1)), item, value, num_items)
 
     def _basket_weights(self, num_baskets: Int) -> Floats:
         """Weight of every basket of users [n] with so many baskets: float64 [sum]."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from vista.arrays import Int
-from vista.evaluation.baselines.visible_events import visible_events
 from vista.evaluation.window_cases import WindowCases, window_cases
 from vista.log.event_log import EventLog
 
@@ -27,7 +26,7 @@ def training_questions(
         at_one_time: ask all users at the time when this share of all visible events has occurred; otherwise ask each
             user after this share of their own events.
     """
-    time = visible_events(log, np.arange(log.num_users), counts).timestamp if at_one_time else None
+    time = log.gather(np.arange(log.num_users), counts).timestamp if at_one_time else None
     questions = []
     for share in SHARES:
         if time is None:

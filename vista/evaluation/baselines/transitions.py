@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from vista.arrays import Int
 from vista.evaluation.baselines.own_frequency import OwnFrequency
-from vista.evaluation.baselines.sparse_rows import transition_counts
-from vista.evaluation.baselines.visible_events import visible_events
+from vista.evaluation.baselines.sparse_rows import SparseRows, transition_counts
 from vista.evaluation.metrics import Floats
 from vista.examples.frequency import item_counts
 from vista.log.event_log import EventLog
+from vista.log.histories import Histories
 
 
 class Transitions:
@@ -26,10 +28,8 @@ class Transitions:
         self._weight = self._popularity.max(initial=0) + 1
 
     def scores(self, user: Int, seen: Int, now: Int | None) -> Floats:
-        newest = visible_events(self._log, user, seen, last=1)
-        place, count = self._pairs.cells(newest.item)
         out = np.tile(self._popularity, (len(user), 1))
-        out[np.repeat(newest.row, count), self._pairs.column[place]] += self._pairs.value[place] * self._weight
+        _add_followers(out, self._pairs, self._weight, self._log.gather_ranges(user, seen - 1, seen))
         return out
 
 
@@ -52,14 +52,17 @@ class TransitionsAndOwn:
     def fit(self, log: EventLog, counts: Int, rng: np.random.Generator) -> None:
         self._log = log
         self._own.fit(log, counts, rng)
-        self._pairs = transition_counts(log, counts)
-        row = np.repeat(np.arange(log.num_items), np.diff(self._pairs.offsets))
-        self._leaving = np.bincount(row, self._pairs.value, log.num_items)
+        pairs = transition_counts(log, counts)
+        leaving = np.bincount(pairs.row, pairs.value, log.num_items)
+        self._shares = replace(pairs, value=pairs.value / leaving[pairs.row])
 
     def scores(self, user: Int, seen: Int, now: Int | None) -> Floats:
         out = self._own.scores(user, seen, now) / np.maximum(seen, 1)[:, None]
-        newest = visible_events(self._log, user, seen, last=1)
-        place, count = self._pairs.cells(newest.item)
-        share = self._pairs.value[place] / np.repeat(self._leaving[newest.item], count)
-        out[np.repeat(newest.row, count), self._pairs.column[place]] += self._weight * share
+        _add_followers(out, self._shares, self._weight, self._log.gather_ranges(user, seen - 1, seen))
         return out
+
+
+def _add_followers(out: Floats, pairs: SparseRows, weight: float, newest: Histories) -> None:
+    """Add the weighted row of each user's newest item to out [n, V]. A user without events adds nothing."""
+    place, count = pairs.cells(newest.item)
+    out[np.repeat(newest.owner, count), pairs.column[place]] += weight * pairs.value[place]
