@@ -146,7 +146,7 @@ def test_complete_journey(tmp_path: Path) -> None:
     popularity = item_counts(log, seen).astype(np.float64)
     values: dict[str, list[np.ndarray]] = {"precision@10": [], "recall@50:new": []}
     for metric, horizon in (("precision@10", 50), ("recall@50:new", 200)):
-        cases = window_cases(log, seen, None, horizon_events=horizon)
+        cases = window_cases(log, seen, None, horizon_events=horizon, min_seen=50, min_after=20)
         assert len(cases) == 893
         for part in case_batches(cases, log.num_items, 512):
             some = cases.part(part)

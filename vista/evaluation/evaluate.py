@@ -21,7 +21,7 @@ from vista.evaluation.evaluation_report import EvaluationReport
 from vista.evaluation.next_evaluation import excludes_seen, measure_next_items
 from vista.evaluation.per_user_metrics import per_user_path
 from vista.evaluation.popularity_report import PopularityReport, popularity_report
-from vista.evaluation.protocol import impression_metrics, ranking_metrics
+from vista.evaluation.protocol import impression_metrics
 from vista.evaluation.raw_history import RawHistoryAnswers
 from vista.evaluation.recall import measure_recall
 from vista.evaluation.recommended_lists import RecommendedLists
@@ -30,7 +30,7 @@ from vista.evaluation.window_evaluation import measure_windows
 from vista.examples.frequency import item_counts
 from vista.files import replace_text, writable_file
 from vista.log.event_log import EventLog
-from vista.log.splits import split_until, visible_counts
+from vista.log.splits import part_times, split_until, visible_counts
 from vista.log.until import parse_until
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.ranking_model import RankingModel
@@ -177,8 +177,6 @@ def _measure_next_items(
     """Also the labels of impressions."""
     began = time.perf_counter()
     columns = model.rows_of(log.items) - 1
-    is_validation = config.split == "validation"
-    until, test = split_until(model.data, config.split), split_until(model.data, "test")
     metrics: dict[str, float] = {}
     ranks = impressions = probabilities = report = per_user = None
     num_cases = 0
@@ -187,21 +185,21 @@ def _measure_next_items(
         label, ranks, per_user = measure_next_items(
             log, model.data, columns, config, answers.catalog_scores, observe=lists.add if lists is not None else None
         )
-        metrics |= ranking_metrics(ranks, list(config.top_k))
+        metrics |= per_user.means()
         if lists is not None:
             report = _popularity(model, log, columns, lists, ranks, label)
             metrics |= report.metrics()
         num_cases += len(ranks)
-    if log.impressions is not None and model.schema.tasks and until.before is not None:
-        end = test.before if is_validation else None
-        impressions = with_tasks(impression_cases(log, until.before, end), model.schema.tasks)
+    begin, end = part_times(model.data, config.split)
+    if log.impressions is not None and model.schema.tasks and begin is not None:
+        impressions = with_tasks(impression_cases(log, begin, end), model.schema.tasks)
         probabilities = answers.probabilities(impressions, progress=config.progress)
         metrics |= impression_metrics(impressions, probabilities)
         num_cases += len(impressions.user)
     if num_cases == 0:
         raise ConfigError(
-            f"{log.path} has no {config.split} case for this model: no label after {until}, and no impression of its "
-            "tasks; choose another split"
+            f"{log.path} has no {config.split} case for this model: no label after "
+            f"{split_until(model.data, config.split)}, and no impression of its tasks; choose another split"
         )
     seconds = time.perf_counter() - began
     return EvaluationReport(metrics, num_cases, seconds, ranks, impressions, probabilities, report, per_user=per_user)

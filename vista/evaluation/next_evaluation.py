@@ -17,7 +17,7 @@ from vista.evaluation.per_user_metrics import PerUserMetrics
 from vista.evaluation.protocol import case_batches, rank_next_items, ranking_values
 from vista.log.event_log import EventLog
 from vista.log.repeats import leaves_out_seen
-from vista.log.splits import split_until, visible_counts
+from vista.log.splits import part_counts
 
 
 def measure_next_items(
@@ -40,9 +40,7 @@ def measure_next_items(
     Returns:
         The labels' columns int64 [N], their 0-based ranks int64 [N], and each user's metrics.
     """
-    seen = visible_counts(log, split_until(data, config.split))
-    end = visible_counts(log, split_until(data, "test")) if config.split == "validation" else None
-    cases = next_item_cases(log, seen, end)
+    cases = next_item_cases(log, *part_counts(log, data, config.split))
     batches = case_batches(cases, log.num_items, config.users_per_batch)
     exclude_seen = excludes_seen(log, data, config)
     ranks = rank_next_items(
@@ -60,7 +58,7 @@ def measure_next_items(
         "exclude_seen": exclude_seen,
         "cases": [cases_digest(log, cases.user, cases.item, cases.seen)],
     }
-    per_user = PerUserMetrics(log.users.ids(cases.user), ranking_values(ranks, list(config.top_k)), question)
+    per_user = PerUserMetrics(log.users.ids(cases.user), ranking_values(ranks, config.top_k), question)
     return columns[cases.item], ranks, per_user
 
 

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from vista.arrays import Int
 from vista.evaluation.cases import Floats, ImpressionCases, NextItemCases
-from vista.evaluation.metrics import auc, calibration, gauc, hit_rate, ndcg, normalized_entropy, ranks_of_targets
+from vista.evaluation.metrics import auc, calibration, gauc, normalized_entropy, ranks_of_targets
+from vista.evaluation.per_user_metrics import mean_and_error
 from vista.evaluation.window_cases import WindowCases
 from vista.evaluation.window_metrics import window_metrics
 from vista.log.event_log import EventLog
@@ -121,18 +122,17 @@ def seen_columns(log: EventLog, cases: NextItemCases | WindowCases, item_columns
     return columns[known], known_before[history.offsets]
 
 
-def ranking_metrics(ranks: Int, top_k: list[int]) -> dict[str, float]:
-    """{"hr@10": …, "ndcg@10": …} of 0-based ranks."""
-    return {f"{name}@{k}": metric(ranks, k) for k in top_k for name, metric in (("hr", hit_rate), ("ndcg", ndcg))}
+def ranking_metrics(ranks: Int, top_k: Sequence[int]) -> dict[str, float]:
+    """Means of `ranking_values`; NaN without ranks."""
+    return {name: mean_and_error(values)[0] for name, values in ranking_values(ranks, top_k).items()}
 
 
-def ranking_values(ranks: Int, top_k: list[int]) -> dict[str, NDArray[np.float64]]:
-    """The values float64 [N] whose means are `ranking_metrics`."""
-    values: dict[str, NDArray[np.float64]] = {}
-    for k in top_k:
-        values[f"hr@{k}"] = (ranks < k).astype(np.float64)
-        values[f"ndcg@{k}"] = np.where(ranks < k, 1 / np.log2(ranks + 2), 0.0)
-    return values
+def ranking_values(ranks: Int, top_k: Sequence[int]) -> dict[str, NDArray[np.float64]]:
+    """{"hr@10": float64 [N], "ndcg@10": float64 [N], …} of 0-based ranks [N]."""
+    gain = 1 / np.log2(ranks + 2)
+    return {
+        f"{name}@{k}": np.where(ranks < k, value, 0.0) for k in top_k for name, value in (("hr", 1.0), ("ndcg", gain))
+    }
 
 
 def impression_metrics(cases: ImpressionCases, probability: Floats) -> dict[str, float]:

@@ -59,8 +59,8 @@ def window_cases(
     horizon_events: int = 0,
     horizon_days: float = 0,
     now: int | None = None,
-    min_seen: int = 50,
-    min_after: int = 20,
+    min_seen: int,
+    min_after: int,
 ) -> WindowCases:
     """Ask every user with enough events what follows the first `seen` events.
 
@@ -71,24 +71,19 @@ def window_cases(
         end: int64 [num_users], where windows stop at the latest (in validation, at the test labels); None for the end
             of the log.
         horizon_events: length of the window in events, or 0.
-        horizon_days: length of the window in days, or 0. The window begins at `now`, or without it at the time of the
-            newest event before the question. Exactly one of the two lengths is above 0.
+        horizon_days: length of the window in days, or 0, as in a log without times. The window begins at `now`, or
+            without it at the time of the newest event before the question. Exactly one of the two lengths is above 0.
         now: time of the question in ms; None asks each user just after the newest event before it.
-        min_seen: fewest events before the question.
-        min_after: fewest events between the question and `end`.
+        min_seen: fewest events before the question, at least 1.
+        min_after: fewest events between the question and `end`, at least 1.
 
     Raises:
-        ValueError: if not exactly one length is positive, days are asked of a log without times, or a least number of
-            events is below 1.
+        ValueError: if not exactly one length is positive.
     """
-    if min(min_seen, min_after) < 1:
-        raise ValueError(f"min_seen={min_seen}, min_after={min_after}: must be at least 1")
     if (horizon_events > 0) == (horizon_days > 0):
         raise ValueError(
             f"horizon_events={horizon_events}, horizon_days={horizon_days}: set exactly one of them above 0"
         )
-    if horizon_days > 0 and not log.has_time:
-        raise ValueError(f"horizon_days={horizon_days}: {log.path} has no times; set horizon_events instead")
     stop = log.lengths if end is None else end
     user = np.flatnonzero((seen >= min_seen) & (stop - seen >= min_after))
     high = np.minimum(seen + horizon_events, stop) if horizon_events else stop

@@ -18,7 +18,7 @@ from vista.evaluation.protocol import case_batches, rank_windows
 from vista.evaluation.window_cases import DAY_MS, WindowCases, window_cases
 from vista.evaluation.window_report import WindowReport
 from vista.log.event_log import EventLog
-from vista.log.splits import split_until, visible_counts
+from vista.log.splits import part_counts, part_times, split_until
 
 Scores = NDArray[np.floating[Any]]
 
@@ -32,20 +32,15 @@ def split_windows(log: EventLog, data: DataConfig, config: EvaluateConfig) -> di
     Raises:
         ConfigError: no user has enough events, or days are asked of a log without times, or of one that ends before.
     """
-    limit = split_until(data, config.split)
-    seen = visible_counts(log, limit)
-    end = visible_counts(log, split_until(data, "test")) if config.split == "validation" else None
-    lengths: dict[str, dict[str, Any]] = {f"{n} events": {"horizon_events": n} for n in config.horizon_events}
     if config.horizon_days:
-        if not log.has_time:
-            raise ConfigError(f"horizon_days={config.horizon_days:g}: {log.path} has no times; set horizon_events")
         _check_days(log, data, config)
-        lengths = {f"{config.horizon_days:g} days": {"horizon_days": config.horizon_days}}
+    limit = split_until(data, config.split)
+    seen, end = part_counts(log, data, config.split)
     cases = {
         name: window_cases(
             log, seen, end, now=limit.before, min_seen=config.min_seen, min_after=config.min_after, **length
         )
-        for name, length in lengths.items()
+        for name, length in window_lengths(config).items()
     }
     if not len(next(iter(cases.values()))):
         raise ConfigError(
@@ -56,14 +51,24 @@ def split_windows(log: EventLog, data: DataConfig, config: EvaluateConfig) -> di
     return cases
 
 
+def window_lengths(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
+    """{"50 events": {"horizon_events": 50}, …} or {"30 days": {"horizon_days": 30}}: arguments of `window_cases`."""
+    if config.horizon_days:
+        return {f"{config.horizon_days:g} days": {"horizon_days": config.horizon_days}}
+    return {f"{n} events": {"horizon_events": n} for n in config.horizon_events}
+
+
 def _check_days(log: EventLog, data: DataConfig, config: EvaluateConfig) -> None:
-    """Refuse windows of days that the events of a split by time do not span. They may lack a tenth: the newest event is
-    older than the end of the period in which events were recorded."""
-    begin, newest = split_until(data, config.split).before, log.time_range()
+    """Refuse windows of days in a log without times, or that the events of a split by time do not span.
+
+    They may lack a tenth: the newest event is older than the end of the period in which events were recorded.
+    """
+    if not log.has_time:
+        raise ConfigError(f"horizon_days={config.horizon_days:g}: {log.path} has no times; set horizon_events")
+    (begin, end), newest = part_times(data, config.split), log.time_range()
     if begin is None or newest is None:
         return
-    end = split_until(data, "test").before if config.split == "validation" else newest[1]
-    assert end is not None
+    end = newest[1] if end is None else end
     days = (end - begin) / DAY_MS
     if days < 0.9 * config.horizon_days:
         what = "data.test_from comes" if config.split == "validation" else f"{log.path} ends"

@@ -66,3 +66,27 @@ def split_until(data: DataConfig, part: str) -> Until:
             held_share=data.test_share if part == "test" else round(data.test_share + data.validation_share, 12)
         )
     return Until(held_out=1 if part == "test" else 2)
+
+
+def part_counts(log: EventLog, data: DataConfig, part: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Events of each user before the labels of a part ("validation" or "test"), and before the end of these labels.
+
+    The labels of validation end where those of test begin.
+
+    Returns:
+        int64 [num_users] each.
+
+    Raises:
+        ConfigError: as `visible_counts` and `split_until`.
+    """
+    seen = visible_counts(log, split_until(data, part))
+    return seen, visible_counts(log, split_until(data, "test")) if part == "validation" else log.lengths
+
+
+def part_times(data: DataConfig, part: str) -> tuple[int | None, int | None]:
+    """Begin and end (ms) of the labels of a part; None for the end of the log. Both are None in a split by counts.
+
+    Raises:
+        ConfigError: as `split_until`.
+    """
+    return split_until(data, part).before, split_until(data, "test").before if part == "validation" else None

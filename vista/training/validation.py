@@ -38,7 +38,7 @@ from vista.examples.history_counters import CounterRequests, HistoryCounters
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories, token_groups
 from vista.log.repeats import leaves_out_seen
-from vista.log.splits import split_until, visible_counts
+from vista.log.splits import part_counts, part_times
 from vista.model import inference
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.padded_tail import PaddedTail, pad_tail
@@ -67,16 +67,14 @@ class Validation:
         self._log, self._item_rows, self._events_per_batch = log, item_rows, events_per_batch
         self._exclude_seen = leaves_out_seen(log, config.data)
         optim, limit = config.optim, config.optim.validation_users
-        until = split_until(config.data, "validation")
-        self._cut = visible_counts(log, until)
+        self._cut, stop = part_counts(log, config.data, "validation")
+        begin, end = part_times(config.data, "validation")
         self._impressions: ImpressionCases | None = None
         self._next: NextItemCases | None = None
-        if (tasks := trained_tasks(log, optim)) and until.before is not None:
-            end = split_until(config.data, "test").before
-            shown = with_tasks(impression_cases(log, until.before, end, max_cases=limit * 4), tasks)
+        if (tasks := trained_tasks(log, optim)) and begin is not None:
+            shown = with_tasks(impression_cases(log, begin, end, max_cases=limit * 4), tasks)
             self._impressions = shown if len(shown.user) else None
         if config.ranks_items:
-            stop = visible_counts(log, split_until(config.data, "test"))
             cases = next_item_cases(log, self._cut, stop, max_users=limit)
             self._next = cases if len(cases.user) else None
         self.metric = self._deciding_metric()

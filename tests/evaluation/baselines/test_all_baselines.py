@@ -112,7 +112,10 @@ def test_complete_journey(tmp_path: Path) -> None:
     frame = polars.read_parquet(real_set("complete-journey") / "events.parquet")
     log = EventLog.from_frame(frame, tmp_path / "log", time_unit="s", columns=columns)
     seen = visible_counts(log, "2017-11-01")
-    near, far = (window_cases(log, seen, None, horizon_events=events, now=NOVEMBER) for events in (50, 200))
+    near, far = (
+        window_cases(log, seen, None, horizon_events=events, now=NOVEMBER, min_seen=50, min_after=20)
+        for events in (50, 200)
+    )
     assert len(near) == len(far) == 893
     expected: list[tuple[CountingBaseline, float | None, float | None]] = [
         (OwnFrequency(last=32), 0.257, None),

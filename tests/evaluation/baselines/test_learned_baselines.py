@@ -167,7 +167,7 @@ def test_counter_trees_rank_returns_before_new_items(shopping: tuple[EventLog, I
     for user, history in enumerate(visible_items(log, seen)[:40]):
         is_new = ~np.isin(np.arange(log.num_items), history)
         assert scores[user, is_new].max(initial=0) < TIES < scores[user, ~is_new].min()
-    cases = window_cases(log, seen, counts, horizon_events=15)
+    cases = window_cases(log, seen, counts, horizon_events=15, min_seen=50, min_after=20)
     popularity = Popularity()
     popularity.fit(log, seen, np.random.default_rng(0))
     assert quality(trees, log, cases, "precision@5") > quality(popularity, log, cases, "precision@5") + 0.15
@@ -296,7 +296,7 @@ def test_pooled_factors_learn_which_items_go_together(tmp_path: Path) -> None:
     histories = (20 * groups + rng.integers(0, 20, groups.shape)).tolist()
     log = order_only_log(histories, tmp_path)
     seen = np.full(log.num_users, 200)
-    cases = window_cases(log, seen, None, horizon_events=20)
+    cases = window_cases(log, seen, None, horizon_events=20, min_seen=50, min_after=20)
     reached = []
     for baseline in (PooledFactors(horizon_events=20, dim=8), Popularity()):
         baseline.fit(log, seen, np.random.default_rng(0))
