@@ -22,7 +22,8 @@ from vista.evaluation.per_user_metrics import PerUserMetrics
 def paired_lines(settings: argparse.Namespace, lines: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """A result for each pair of rows of the table whose metrics per user exist, unless `lines` has it already.
 
-    Its metrics are the differences a − b on test, its errors their standard errors over users.
+    Its metrics are those of the pair's first row minus those of the second on test, as `vista compare` shows them with
+    the second row as `a`. Its errors are their standard errors over users.
     """
     table = TABLES[settings.table]
     title = f"{settings.table}, paired differences"
@@ -32,8 +33,8 @@ def paired_lines(settings: argparse.Namespace, lines: Sequence[Mapping[str, Any]
         files = {row: _files(settings, row, seeds) for row in pair}
         if not seeds or not all(file.exists() for own in files.values() for file in own):
             continue
-        a, b = ([PerUserMetrics.load(file) for file in own] for own in files.values())
-        differences = Comparison.of(b, a).differences
+        row, reference = ([PerUserMetrics.load(file) for file in own] for own in files.values())
+        differences = Comparison.of(reference, row).differences
         line = {
             "table": title,
             "data": table.data,

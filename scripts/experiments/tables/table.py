@@ -33,4 +33,4 @@ class Table:
     """Whether to measure the window after a question (`vista evaluate target=window`), on validation and test, instead
     of next items and impressions on test."""
     pairs: tuple[tuple[str, str], ...] = ()
-    """With `windows`: rows (a, b) whose difference a − b is reported, user by user."""
+    """With `windows`: (row, reference): the difference row − reference is reported, user by user."""
