@@ -20,7 +20,8 @@ from vista.evaluation.metrics import Floats
 from vista.evaluation.next_evaluation import excludes_seen, measure_next_items
 from vista.evaluation.per_user_metrics import PerUserMetrics
 from vista.evaluation.window_cases import WindowCases
-from vista.evaluation.window_evaluation import measure_windows
+from vista.evaluation.window_evaluation import measure_windows, window_lengths
+from vista.evaluation.window_report import window_metric
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until, visible_counts
 from vista.model.ranking_model import RankingModel
@@ -41,12 +42,14 @@ def measure_baselines(model: RankingModel, log: EventLog, config: EvaluateConfig
     for versions in zip(*by_horizon, strict=True):
         by_length = dict(zip(horizons, versions, strict=True))
         measured[versions[0].name] = measure_by_horizon(by_length, log, model.data, config, columns)
-    names = list(next(iter(measured.values())).values)
+    tables = {"next item": {name: name for name in measured[versions[0].name].values}}
     if is_window:  # too many to print all
-        first = config.top_k[0]
-        kinds = [f"precision@{first}", f"precision@{first}:returns", *(f"recall@{k}:new" for k in config.top_k)]
-        names = [name for name in names if name.partition("/")[0] in kinds]
-    return BaselineReport(measured, names)
+        k = config.top_k[0]
+        heads = [f"precision@{k}", f"precision@{k}:returns", *(f"recall@{k}:new" for k in config.top_k)]
+        tables = {
+            f"next {window}": {head: window_metric(head, window) for head in heads} for window in window_lengths(config)
+        }
+    return BaselineReport(measured, tables)
 
 
 def asked_horizons(config: EvaluateConfig) -> list[int]:
@@ -73,7 +76,7 @@ def measure_by_horizon(
     values = measured.values
     for horizon in others if isinstance(versions[first], LEARNED) else ():
         own = measure_baseline(versions[horizon], log, data, config, columns).values
-        values = values | {name: own[name] for name in values if name.endswith(f"/{horizon}-events")}
+        values = values | {name: own[name] for name in values if name.endswith(window_metric("", f"{horizon} events"))}
     return replace(measured, values=values)
 
 

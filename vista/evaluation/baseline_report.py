@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vista.evaluation.per_user_metrics import PerUserMetrics, mean_and_error, per_user_path
+from vista.evaluation.per_user_metrics import PerUserMetrics, mean_cells, per_user_path
 
 
 @dataclass(frozen=True, slots=True)
 class BaselineReport:
-    """Metrics of each user, by baseline, and the names of the metrics that are printed."""
+    """Metrics of each user, by baseline."""
 
     per_user: dict[str, PerUserMetrics]
-    shown: list[str]
+    tables: dict[str, dict[str, str]]
+    """What is printed: {"next 50 events": {"precision@10": "precision@10/50-events", …}, …}, names by column."""
 
     def metrics(self) -> dict[str, dict[str, float]]:
         """Means over users, by baseline and metric."""
@@ -25,11 +26,8 @@ class BaselineReport:
 
     def __str__(self) -> str:
         lines = []
-        for window in dict.fromkeys(name.partition("/")[2] for name in self.shown):
-            names = [name for name in self.shown if name.partition("/")[2] == window]
-            head = f"baselines, next {window.replace('-', ' ') or 'item'}"
-            lines.append(f"{head:<34}" + "".join(f"{name.partition('/')[0]:>18}" for name in names).rstrip())
+        for title, columns in self.tables.items():
+            lines.append(f"{'baselines, ' + title:<34}" + "".join(f"{head:>18}" for head in columns).rstrip())
             for baseline, own in self.per_user.items():
-                cells = ["{:.4f} ± {:.4f}".format(*mean_and_error(own.values[name])) for name in names]
-                lines.append(f"  {baseline:<32}" + "".join(f"{cell:>18}" for cell in cells))
+                lines.append(f"  {baseline:<32}" + mean_cells([own.values[name] for name in columns.values()]))
         return "\n".join(lines)

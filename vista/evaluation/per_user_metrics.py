@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,11 @@ class PerUserMetrics:
         except (ValueError, KeyError, TypeError, EOFError, MemoryError, zipfile.BadZipFile, RuntimeError) as error:
             raise ConfigError(f"{path}: does not hold metrics per user ({error}); run `vista evaluate` again") from None
         return cls(users, dict(zip(names, values, strict=True)), question)
+
+
+def mean_cells(columns: Sequence[Floats]) -> str:
+    """Mean and standard error of each column as cells of a table, 18 characters wide."""
+    return "".join(f"{'{:.4f} ± {:.4f}'.format(*mean_and_error(values)):>18}" for values in columns)
 
 
 def per_user_path(out: str | Path) -> Path:

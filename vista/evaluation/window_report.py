@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.evaluation.per_user_metrics import mean_and_error
+from vista.evaluation.per_user_metrics import mean_and_error, mean_cells
 from vista.evaluation.window_metrics import KINDS
 
 Floats = NDArray[np.float64]
@@ -23,7 +23,7 @@ class WindowReport:
     def per_user(self) -> dict[str, Floats]:
         """{"precision@10:new/50-events": float64 [N], …}"""
         return {
-            f"{name}/{window.replace(' ', '-')}": values
+            window_metric(name, window): values
             for window, metrics in self.windows.items()
             for name, values in metrics.items()
         }
@@ -41,6 +41,10 @@ class WindowReport:
             counts = [np.count_nonzero(~np.isnan(metrics[names[0] + kind])) for kind in KINDS]
             lines.append(f"  {'users':<18}" + "".join(f"{count:>18}" for count in counts))
             for name in names:
-                cells = ["{:.4f} ± {:.4f}".format(*mean_and_error(metrics[name + kind])) for kind in KINDS]
-                lines.append(f"  {name:<18}" + "".join(f"{cell:>18}" for cell in cells))
+                lines.append(f"  {name:<18}" + mean_cells([metrics[name + kind] for kind in KINDS]))
         return "\n".join(lines)
+
+
+def window_metric(name: str, window: str) -> str:
+    """Name of a metric of one window: "precision@10/50-events"."""
+    return f"{name}/{window.replace(' ', '-')}"
