@@ -15,6 +15,7 @@ from vista.arrays import Int
 from vista.config import DataConfig, EvaluateConfig, SourceColumns
 from vista.evaluation.baseline_evaluation import measure_baseline
 from vista.evaluation.baselines.all_baselines import counting_baselines, trained_baselines
+from vista.evaluation.baselines.counter_trees import CounterTrees
 from vista.evaluation.baselines.counting_baseline import CountingBaseline
 from vista.evaluation.baselines.item_neighbors import ItemNeighbors
 from vista.evaluation.baselines.own_frequency import OwnFrequency
@@ -46,30 +47,39 @@ def futures(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[EventLog, In
     return [shopping_log(tmp_path_factory.mktemp("future"), future=number, users=25) for number in (1, 2)]
 
 
-@pytest.mark.parametrize("at_one_time", [True, False])
-def test_no_baseline_reads_beyond_the_cut(futures: list[tuple[EventLog, Int]], at_one_time: bool) -> None:
+@pytest.fixture(scope="module")
+def fitted(futures: list[tuple[EventLog, Int]]) -> list[list[CountingBaseline]]:
+    """All baselines, fitted to each of the two logs; last the only one to which it matters when others are asked."""
+    both = []
+    for log, counts in futures:
+        baselines = [*all_baselines(), CounterTrees(horizon_events=10, at_one_time=False)]
+        for baseline in baselines:
+            baseline.fit(log, counts, np.random.default_rng(0))
+        both.append(baselines)
+    return both
+
+
+def test_no_baseline_reads_beyond_the_cut(
+    futures: list[tuple[EventLog, Int]], fitted: list[list[CountingBaseline]]
+) -> None:
     (one, counts), (other, same) = futures
     assert (counts == same).all() and one.num_items == other.num_items
     users = np.arange(one.num_users)
     assert any((one.slice(int(user)).item != other.slice(int(user)).item).any() for user in users)
     newest = one.gather_ranges(users, counts - 1, counts).timestamp
-    now = np.full(len(users), newest.max() + 1) if at_one_time else None
-    for first, second in zip(
-        all_baselines(at_one_time=at_one_time), all_baselines(at_one_time=at_one_time), strict=True
-    ):
-        scores = []
-        for log, baseline in ((one, first), (other, second)):
-            baseline.fit(log, counts, np.random.default_rng(0))
-            scores.append(baseline.scores(users, counts, now))
-        assert scores[0].shape == (len(users), one.num_items) and np.isfinite(scores[0]).all()
-        np.testing.assert_array_equal(scores[0], scores[1], err_msg=first.name)
+    for first, second in zip(*fitted, strict=True):
+        for now in (np.full(len(users), newest.max() + 1), None):
+            scores = first.scores(users, counts, now)
+            assert scores.shape == (len(users), one.num_items) and np.isfinite(scores).all()
+            np.testing.assert_array_equal(scores, second.scores(users, counts, now), err_msg=first.name)
 
 
-def test_a_users_scores_do_not_depend_on_the_batch(futures: list[tuple[EventLog, Int]]) -> None:
-    log, counts = futures[0]
+def test_a_users_scores_do_not_depend_on_the_batch(
+    futures: list[tuple[EventLog, Int]], fitted: list[list[CountingBaseline]]
+) -> None:
+    _, counts = futures[0]
     users = np.arange(8)
-    for baseline in all_baselines():
-        baseline.fit(log, counts, np.random.default_rng(0))
+    for baseline in fitted[0]:
         together = baseline.scores(users, counts[users], None)
         apart = [baseline.scores(users[[n]], counts[users[[n]]], None)[0] for n in range(len(users))]
         np.testing.assert_allclose(together, apart, rtol=0, atol=1e-12, err_msg=baseline.name)
