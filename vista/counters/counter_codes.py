@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from vista.arrays import Int
 from vista.counters.counter_spec import CounterSpec
-from vista.log.histories import ranges
+from vista.log.histories import offsets_of, ranges
 
 CODE_BITS = 6
 MAX_CODE = 2**CODE_BITS - 1
@@ -164,7 +164,7 @@ class CounterCodes:
         """Counters of these users, in this order; a user may appear several times."""
         counts = np.diff(self.offsets)[users]
         index = ranges(self.offsets[users], counts)
-        bounds = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        bounds = offsets_of(counts)
         return CounterCodes(self.spec, self.key[index], self.codes[index], bounds, self.clock[users])
 
     @staticmethod
@@ -173,7 +173,7 @@ class CounterCodes:
         if len(parts) == 1:
             return parts[0]
         sizes = np.concatenate([np.diff(part.offsets) for part in parts])
-        offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        offsets = offsets_of(sizes)
         key, codes, clock = (
             np.concatenate([getattr(part, name) for part in parts]) for name in ("key", "codes", "clock")
         )

@@ -16,7 +16,7 @@ from vista.counters.counter_codes import CounterCodes, encode_values
 from vista.counters.counter_rows import CounterRows
 from vista.counters.counter_spec import CounterSpec
 from vista.log.gaps import NO_TIMESTAMP
-from vista.log.histories import ranges
+from vista.log.histories import offsets_of, ranges
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class CounterTable:
         has_new = np.flatnonzero(counts)
         clock[has_new] = time[offsets[1:][has_new] - 1]
         return CounterTable(
-            self.spec, rows[newest], offsets_of(owner[newest], len(counts)), clock, self.num_events + counts
+            self.spec, rows[newest], offsets_of_owners(owner[newest], len(counts)), clock, self.num_events + counts
         )
 
     @property
@@ -101,7 +101,7 @@ class CounterTable:
         order = np.lexsort((-self.rows.last_position, -self.rows.count, owner))
         rank = np.arange(len(order)) - self.offsets[owner]
         kept = np.sort(order[rank < num_keys])
-        offsets = offsets_of(owner[kept], len(self.clock))
+        offsets = offsets_of_owners(owner[kept], len(self.clock))
         return CounterTable(self.spec, self.rows[kept], offsets, self.clock, self.num_events)
 
     def codes(self) -> CounterCodes:
@@ -113,7 +113,7 @@ class CounterTable:
         """Counters of these users, in this order; a user may appear several times."""
         counts = np.diff(self.offsets)[users]
         rows = self.rows[ranges(self.offsets[users], counts)]
-        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        offsets = offsets_of(counts)
         return CounterTable(self.spec, rows, offsets, self.clock[users], self.num_events[users])
 
     @staticmethod
@@ -121,13 +121,13 @@ class CounterTable:
         """The users of all parts, end to end; at least one part."""
         rows = CounterRows.concatenated([part.rows for part in parts])
         sizes = np.concatenate([np.diff(part.offsets) for part in parts])
-        offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        offsets = offsets_of(sizes)
         clock, num_events = (
             np.concatenate([getattr(part, name) for part in parts]) for name in ("clock", "num_events")
         )
         return CounterTable(parts[0].spec, rows, offsets, clock, num_events)
 
 
-def offsets_of(owner: Int, num_users: int) -> Int:
+def offsets_of_owners(owner: Int, num_users: int) -> Int:
     """Offsets [N + 1] of packed rows with ascending owners."""
     return np.searchsorted(owner, np.arange(num_users + 1))

@@ -10,8 +10,9 @@ import numpy as np
 from vista.arrays import Int
 from vista.counters.counter_rows import CounterRows
 from vista.counters.counter_spec import CounterSpec
-from vista.counters.counter_table import CounterTable, offsets_of
+from vista.counters.counter_table import CounterTable, offsets_of_owners
 from vista.log.gaps import NO_TIMESTAMP
+from vista.log.histories import offsets_of
 
 
 class OccurrenceIndex:
@@ -29,7 +30,7 @@ class OccurrenceIndex:
         position = known - offsets[user[known]]
         events = CounterRows.of_events(spec, np.asarray(key)[known].astype(np.int64), time[known], position)
         owner, self._rows, is_newest = events.added_up(spec, user[known])
-        self._bounds = offsets_of(owner, len(counts))
+        self._bounds = offsets_of_owners(owner, len(counts))
         self._next_position = np.append(self._rows.last_position[1:], 0)
         """[rows] position of the next event with the same key."""
         self._next_position[is_newest] = np.iinfo(np.int64).max
@@ -51,7 +52,7 @@ class OccurrenceIndex:
             newest.append(found + start)
             counts[cut] = len(found)
         rows = self._rows[np.concatenate([np.zeros(0, np.int64), *newest])]
-        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        offsets = offsets_of(counts)
         has_events = np.flatnonzero(position)
         clock = np.full(len(user), NO_TIMESTAMP)
         clock[has_events] = self._time[self._offsets[user[has_events]] + position[has_events] - 1]

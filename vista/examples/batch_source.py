@@ -26,7 +26,7 @@ from vista.examples.negatives import NegativeSampler
 from vista.examples.stored_summaries import StoredSummaries
 from vista.log.event_log import EventLog
 from vista.log.gaps import gap_bucket, history_gaps
-from vista.log.histories import ranges, token_groups
+from vista.log.histories import offsets_of, ranges, token_groups
 from vista.log.splits import split_until, visible_counts
 from vista.log.until import Until
 
@@ -315,7 +315,7 @@ def _visible_impressions(
         np.asarray(table.label)[kept][:, columns].astype(np.float32),
         mask[kept],
         timestamp[kept],
-        np.concatenate([[0], np.cumsum(per_user)]).astype(np.int64),
+        offsets_of(per_user),
     )
 
 

@@ -40,7 +40,7 @@ from vista.examples.batch import (
 )
 from vista.examples.chunks import ChunkImpressions, Chunks
 from vista.examples.windows import ChunkWindows, add_anchored, divide_chunks, draw_windows, window_requests, windows_at
-from vista.log.histories import ranges
+from vista.log.histories import offsets_of, ranges
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +211,7 @@ def _segments(offsets: Int, phase: Int, W: int) -> tuple[Int, Int]:
     num_segments[lengths == 0] = 0
     chunk = np.repeat(np.arange(len(lengths)), num_segments)
     end = np.minimum(phase[chunk] + ranges(0, num_segments) * W, lengths[chunk]) + offsets[:-1][chunk]
-    return np.concatenate([[0], end]), np.concatenate([[0], np.cumsum(num_segments)])
+    return np.concatenate([[0], end]), offsets_of(num_segments)
 
 
 def _draw_reconstruction(plan: CutPlan, rng: np.random.Generator, cuts: BatchCuts) -> BatchReconstruction:

@@ -18,7 +18,7 @@ from vista.counters.counter_spec import CounterSpec
 from vista.counters.occurrence_index import OccurrenceIndex
 from vista.counters.user_counters import UserCounters
 from vista.log.event_log import EventLog
-from vista.log.histories import ranges
+from vista.log.histories import offsets_of, ranges
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class HistoryCounters:
         new, time, offsets, now = self._added(requests, stored.clock[record])
         codes = stored.lookup(record, item)
         has_codes = codes.any(1)
-        bounds = np.concatenate([[0], np.cumsum(has_codes)]).astype(np.int64)
+        bounds = offsets_of(np.asarray(has_codes, np.int64))
         own = CounterCodes(
             stored.spec, item[has_codes].astype(np.int32), codes[has_codes], bounds, stored.clock[record]
         )
@@ -108,7 +108,7 @@ class HistoryCounters:
         """Items and times of the events that are added, their offsets int64 [n + 1], and the times of the requests."""
         first = requests.first
         index = ranges(self._offsets[requests.history] + first, requests.seen - first)
-        offsets = np.concatenate([[0], np.cumsum(requests.seen - first)]).astype(np.int64)
+        offsets = offsets_of(requests.seen - first)
         newest = clock.copy()
         has_new = np.flatnonzero(requests.seen > first)
         newest[has_new] = np.maximum(clock[has_new], self._time[index[offsets[has_new + 1] - 1]])

@@ -20,7 +20,7 @@ from vista.arrays import Int
 from vista.errors import LogFormatError, LogWriteError
 from vista.files import checked_path, sync
 from vista.log.event_log import EventLog
-from vista.log.histories import token_groups
+from vista.log.histories import offsets_of, token_groups
 from vista.log.impressions import merged_columns
 from vista.log.packed_table import PackedTable
 from vista.log.segment import segment_name, superseded_segments
@@ -173,7 +173,7 @@ def _write_impressions(segment: SegmentWriter, num_users: int, tables: list[Pack
         columns |= {name: (column.dtype, column.shape[1:]) for name, column in table.columns.items()}
     writer = TableWriter(segment, "impressions/", int(counts.sum()), columns)
     for run in token_groups(counts, run_rows):
-        offsets = np.concatenate([[0], np.cumsum(counts[run])]).astype(np.int64)
+        offsets = offsets_of(counts[run])
         block: Mapping[str, NDArray[Any]] = merged_columns(
             [table.of_users(run.start, run.stop) for table in tables], offsets
         )

@@ -67,13 +67,20 @@ class Histories:
         counts = stops - starts
         if np.array_equal(counts, self.lengths):
             return self
-        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        offsets = offsets_of(counts)
         return self._at(ranges(self.offsets[:-1] + starts, counts), offsets)
 
     def _at(self, index: builtins.slice | Int, offsets: Int) -> Histories:
         """The events at `index` (views if it is a slice), with new offsets."""
         rating = None if self.rating is None else self.rating[index]
         return Histories(self.item[index], self.timestamp[index], self.action[index], rating, offsets)
+
+
+def offsets_of(lengths: Int) -> Int:
+    """Where packed parts with these lengths [B] begin and end: int64 [B + 1], from 0."""
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
 
 
 def ranges(starts: Int | int, counts: Int) -> Int:
@@ -98,7 +105,7 @@ def token_groups(lengths: Int, budget: int) -> Iterator[builtins.slice]:
 
 def take(table: PackedTable, starts: Int, counts: Int) -> Histories:
     """Rows starts[b] .. starts[b] + counts[b] - 1 of a table as B histories: views if consecutive, else copies."""
-    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    offsets = offsets_of(counts)
     filled = np.flatnonzero(counts)
     starts, counts = starts[filled], counts[filled]
     index: slice | Int
@@ -132,7 +139,7 @@ def take_merged(tables: Sequence[PackedTable], rows: Int, low: Int, high: Int) -
     in_order = _in_order(tables, located)
     begin = np.where(in_order, np.clip(low - before, 0, total), 0)
     counts = np.where(in_order, np.clip(high - before, 0, total), total) - begin
-    offsets = np.concatenate([[0], np.cumsum(counts.sum(0))]).astype(np.int64)
+    offsets = offsets_of(counts.sum(0))
     out = _empty(int(offsets[-1]), all("rating" in table.columns for table in tables), offsets)
     next_free = offsets[:-1].copy()
     for number, (table, (start, _)) in enumerate(zip(tables, located, strict=True)):

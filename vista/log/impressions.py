@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.log.histories import ranges
+from vista.log.histories import offsets_of, ranges
 from vista.log.packed_table import PackedTable
 from vista.log.segment import Segment
 
@@ -44,7 +44,7 @@ def read_impressions(segments: Sequence[Segment], num_users: int) -> Impressions
     tables = [segment.impressions for segment in segments if segment.impressions is not None]
     tasks: list[str] = next(s.manifest["tasks"] for s in reversed(segments) if s.impressions is not None)
     counts = sum((table.counts(num_users) for table in tables), np.zeros(num_users, np.int64))
-    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    offsets = offsets_of(counts)
     columns = merged_columns([table.of_users(0, num_users) for table in tables], offsets)
     return Impressions(
         offsets,

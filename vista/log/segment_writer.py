@@ -19,6 +19,7 @@ from numpy.typing import DTypeLike, NDArray
 from vista.errors import DataError, LogBusyError, LogWriteError
 from vista.files import make_folders, sync
 from vista.log.array_file import ArrayWriter
+from vista.log.histories import offsets_of
 from vista.log.segment import find_segments
 from vista.log.segment_manifest import MANIFEST_FILE, QUARANTINE_FILE, check_manifest, manifest_bytes
 from vista.log.vocabulary import Vocabulary
@@ -116,7 +117,7 @@ class TableWriter:
         for writer in self._columns.values():
             writer.close()
         users = np.concatenate([np.empty(0, np.int64), *self._users])
-        offsets = np.concatenate([[0], np.cumsum(np.concatenate([np.empty(0, np.int64), *self._counts]))])
+        offsets = offsets_of(np.concatenate([np.empty(0, np.int64), *self._counts]))
         self._segment.save(f"{self._prefix}users.npy", users)
         self._segment.save(f"{self._prefix}offsets.npy", offsets.astype(np.int64))
         return len(users)

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from vista.errors import ConfigError, LogFormatError, shown
 from vista.log.array_file import map_array
+from vista.log.histories import offsets_of
 
 Ids = Sequence[int] | Sequence[str] | Sequence[int | str] | NDArray[Any]
 """Raw ids: all integers, or all strings."""
@@ -178,7 +179,7 @@ class Vocabulary:
         keeps = np.ones(len(self), np.bool_)
         keeps[blank] = False
         data = self._data[np.repeat(keeps, sizes)]
-        return Vocabulary("str", data, np.concatenate([[0], np.cumsum(sizes * keeps)]).astype(np.int64), blank)
+        return Vocabulary("str", data, offsets_of(sizes * keeps), blank)
 
     @staticmethod
     def concatenated(parts: Sequence[Vocabulary]) -> Vocabulary:
@@ -195,7 +196,7 @@ class Vocabulary:
         if kinds == {"int"}:
             return Vocabulary("int", data, None, blank)
         sizes = np.concatenate([np.diff(part._offsets) for part in parts if part._offsets is not None])
-        return Vocabulary("str", data, np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64), blank)
+        return Vocabulary("str", data, offsets_of(sizes), blank)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The arrays to store, by the ending of their file's name: ids, offsets (of strings), and blank (if any)."""
@@ -372,7 +373,7 @@ def _describe(array: NDArray[Any]) -> str:
 
 def _from_bytes(encoded: list[bytes]) -> Vocabulary:
     sizes = np.fromiter((len(name) for name in encoded), np.int64, len(encoded))
-    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    offsets = offsets_of(sizes)
     return Vocabulary("str", np.frombuffer(b"".join(encoded), np.uint8), offsets)
 
 

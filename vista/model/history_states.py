@@ -17,7 +17,7 @@ from vista.config.choices import Decay, Mixing
 from vista.errors import ConfigError
 from vista.examples.chunks import decay_clock
 from vista.log.gaps import history_gaps
-from vista.log.histories import Histories, ranges, token_groups
+from vista.log.histories import Histories, offsets_of, ranges, token_groups
 from vista.model.summarizer import Summarizer
 from vista.model.summary_state import SummaryState, merge_states
 from vista.model.vista_model import VistaModel
@@ -104,7 +104,7 @@ def range_states(model: VistaModel, histories: Histories, num_context: Int, star
     events, inside, clock = embed(model, histories, start)
     tokens = summarizer.tokens(events, inside)
     keep = np.arange(histories.num_events) - np.repeat(histories.offsets[:-1] + num_context, histories.lengths) >= 0
-    offsets = histories.offsets - np.concatenate([[0], np.cumsum(num_context)])
+    offsets = histories.offsets - offsets_of(num_context)
     if not keep.all():
         kept = torch.from_numpy(np.flatnonzero(keep)).to(model.device)
         tokens, clock = tokens[kept], clock[kept]
@@ -142,7 +142,7 @@ def sum_of_ranges(
         limit = ends[begin] - counts[begin] + size
         end = min(max(begin + 1, int(np.searchsorted(ends, limit, side="right"))), begin + RANGES_PER_PASS)
         first, count = (start - context)[begin:end], counts[begin:end]
-        part = pick_events(history, ranges(first, count), np.concatenate([[0], np.cumsum(count)]).astype(np.int64))
+        part = pick_events(history, ranges(first, count), offsets_of(count))
         terms = range_states(model, part, context[begin:end], first)
         terms = terms.seen_from(clock.expand(end - begin), summarizer.decay_rate).total()
         total = merge_states(total, terms, summarizer.decay_rate)

@@ -18,7 +18,7 @@ from vista.config.choices import Codec, Precision, StateDtype
 from vista.config.refresh_options import RefreshOptions
 from vista.errors import ConfigError, StoreError
 from vista.log.event_log import EventLog
-from vista.log.histories import Histories
+from vista.log.histories import Histories, offsets_of
 from vista.model.state_updates import merge_histories
 from vista.model.summary_state import SummaryState
 from vista.model.vista_model import VistaModel
@@ -216,5 +216,5 @@ def _end_to_end(histories: Sequence[Histories]) -> Histories:
     def column(name: str) -> NDArray[Any]:
         return np.concatenate([np.asarray(getattr(history, name)) for history in histories])
 
-    offsets = np.concatenate([[0], np.cumsum([history.num_events for history in histories])]).astype(np.int64)
+    offsets = offsets_of(np.array([history.num_events for history in histories], np.int64))
     return Histories(column("item"), column("timestamp"), column("action"), None, offsets)

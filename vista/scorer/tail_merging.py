@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.arrays import Int
+from vista.log.histories import offsets_of
 from vista.model.ranking_model import RankingModel
 from vista.scorer.request_arguments import (
     MAX_TAIL_EVENTS,
@@ -91,7 +92,7 @@ def with_fresh_events(
     kept = ~np.repeat(bad, lengths)
     ids = checked.items[kept]
     rows = item_rows(model, ids, "tail.items")
-    offsets = np.concatenate([[0], np.cumsum(np.where(bad, 0, lengths))]).astype(np.int64)
+    offsets = offsets_of(np.where(bad, 0, lengths))
     fresh = Tail(rows.astype(np.int32), checked.times[kept], checked.actions[kept].astype(np.uint8), offsets)
     names = np.unique(ids, return_inverse=True)[1]
     return *merge_tails(stored.tail, stored.event_count, fresh, model.config.tail_len, names), bad
@@ -133,7 +134,7 @@ def merge_tails(
     ends = np.cumsum(counts)
     from_end = np.repeat(ends, counts) - np.arange(len(order))
     order = order[from_end <= tail_len]
-    offsets = np.concatenate([[0], np.cumsum(np.minimum(counts, tail_len))]).astype(np.int64)
+    offsets = offsets_of(np.minimum(counts, tail_len))
     return Tail(item[order], time[order], action[order], offsets), is_fresh[order]
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.config import SimulateConfig
+from vista.log.histories import offsets_of
 from vista.simulation.period import period
 
 NUM_PERIODS = 24
@@ -42,7 +43,7 @@ def make_catalog(config: SimulateConfig, seed: np.random.SeedSequence) -> Catalo
         noise = rng.standard_normal(config.num_items)
         popularity = DRIFT_MEMORY * popularity + np.sqrt(1 - DRIFT_MEMORY**2) * noise
     sizes = np.bincount(topic, minlength=config.num_topics)
-    return Catalog(topic, quality, ranked, np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
+    return Catalog(topic, quality, ranked, offsets_of(sizes))
 
 
 def draw_items(

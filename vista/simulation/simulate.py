@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from vista.config import SimulateConfig
 from vista.errors import ConfigError, DataError
 from vista.files import checked_path, make_folders, replace_text, sync
+from vista.log.histories import offsets_of
 from vista.simulation.catalog import Catalog, make_catalog
 from vista.simulation.event_stream import ACTIONS
 from vista.simulation.oracle import OracleMetrics, oracle_metrics
@@ -86,7 +87,7 @@ def generate(config: SimulateConfig, *, chunk_events: int = CHUNK_EVENTS) -> Sim
     return SimulatedLog(
         config=config,
         catalog=catalog,
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        offsets=offsets_of(lengths),
         impression_user=np.repeat(np.arange(config.num_users), config.impressions_per_user),
         **joined,
     )

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from vista.arrays import Int
 from vista.counters.counter_codes import CounterCodes
+from vista.log.histories import offsets_of
 from vista.store.format.record import RawRecords, decode_rows
 from vista.store.format.record_spec import RecordSpec
 from vista.store.stored_batch import StoredBatch
@@ -44,7 +45,7 @@ def assembled(num_users: int, parts: Sequence[tuple[Int, RawRecords]], spec: Rec
             _join([tail.items for tail in tails]),
             _join([tail.times for tail in tails]),
             _join([tail.actions for tail in tails]),
-            np.concatenate([[0], np.cumsum(tail_length)]).astype(np.int64),
+            offsets_of(tail_length),
         ),
         event_count=event_count,
         last_event_ts=last_event_ts,

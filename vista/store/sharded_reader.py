@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from vista.counters.counter_codes import CounterCodes
 from vista.errors import StoreError
-from vista.log.histories import ranges
+from vista.log.histories import offsets_of, ranges
 from vista.store.format.keys import common_kind, user_keys
 from vista.store.layout import store_path
 from vista.store.manifest import Manifest
@@ -149,7 +149,7 @@ def _in_order(batches: Sequence[StoredBatch], place: NDArray[np.int64]) -> Store
 
     lengths = np.concatenate([np.diff(batch.tail.offsets) for batch in batches])
     starts, counts = (np.cumsum(lengths) - lengths)[place], lengths[place]
-    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    offsets = offsets_of(counts)
     index = ranges(starts, counts)
     items, times, actions = (
         np.concatenate([getattr(batch.tail, name) for batch in batches])[index]

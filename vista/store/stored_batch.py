@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from vista.counters.counter_codes import CounterCodes
 from vista.log.gaps import NO_TIMESTAMP
+from vista.log.histories import offsets_of
 from vista.store.tail import Tail
 
 CLOCK_SKEW_MS = 300_000
@@ -59,7 +60,7 @@ class StoredBatch:
             return spread
 
         def spread_offsets(offsets: NDArray[np.int64]) -> NDArray[np.int64]:
-            return _offsets(column(np.diff(offsets)))
+            return offsets_of(column(np.diff(offsets)))
 
         return StoredBatch(
             found=column(self.found),
@@ -83,7 +84,7 @@ class StoredBatch:
         def remaining(offsets: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
             """Which entries stay, and their offsets."""
             lengths = np.diff(offsets)
-            return np.repeat(~users, lengths), _offsets(np.where(users, 0, lengths))
+            return np.repeat(~users, lengths), offsets_of(np.where(users, 0, lengths))
 
         def cleared(values: NDArray[Any], missing: int) -> NDArray[Any]:
             return np.where(users.reshape(-1, *[1] * (values.ndim - 1)), values.dtype.type(missing), values)
@@ -107,9 +108,3 @@ class StoredBatch:
             history_digest=cleared(self.history_digest, 0),
             counters=tuple(counters),
         )
-
-
-def _offsets(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    offsets = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    return offsets

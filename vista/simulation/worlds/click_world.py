@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.config import SimulateConfig
+from vista.log.histories import offsets_of
 from vista.logistic_regression import binned_features
 from vista.simulation.catalog import Catalog
 from vista.simulation.event_stream import EventStream
@@ -59,7 +60,7 @@ class ClickWorld(ABC):
     ) -> SimulatedChunk:
         """Draw the events and impressions of users with `lengths` [U] events, each at least 1."""
         rng = np.random.Generator(np.random.SFC64(seed))
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        offsets = offsets_of(lengths)
         events, requests, candidate = self.draw(rng, config, catalog, offsets)
         asked = Queries(candidate, requests.time, offsets[requests.user], requests.stop)
         signals = self.signals(catalog, events.item, events.timestamp, asked)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.config import SimulateConfig
+from vista.log.histories import offsets_of
 from vista.simulation.catalog import Catalog, draw_items
 from vista.simulation.event_stream import draw_events
 from vista.simulation.interests import Interests, draw_interests, draw_orders, other_topics
@@ -65,7 +66,7 @@ class ShareWorld:
     ) -> SimulatedChunk:
         """Draw the events and impressions of users with `lengths` [U] events, each at least 1."""
         rng = np.random.Generator(np.random.SFC64(seed))
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        offsets = offsets_of(lengths)
         interests = draw_interests(rng, config, offsets, *draw_orders(rng, config, len(lengths)))
         events, episode = draw_events(rng, config, catalog, offsets, interests)
         requests = draw_requests(rng, config, offsets, events.timestamp)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.counters.counter_codes import CODE_BITS, MAX_CODE, CounterCodes
+from vista.log.histories import offsets_of
 from vista.store.format.counter_layout import CounterLayout
 from vista.store.format.field_checks import check_field
 from vista.store.format.joined_records import JoinedRecords
@@ -98,8 +99,7 @@ def read_counters(
         codes = np.empty((len(entries), layout.spec.num_columns), np.uint8)
         for column in range(layout.spec.num_columns):
             codes[:, column] = packed >> np.uint64(CODE_BITS * column) & np.uint64(MAX_CODE)
-        offsets = np.zeros(len(size) + 1, np.int64)
-        np.cumsum(size, out=offsets[1:])
+        offsets = offsets_of(size)
         counters.append(CounterCodes(layout.spec, key.view("<i4"), codes, offsets, clock))
         at = stop
     return tuple(counters)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from vista.counters.counter_rows import CounterRows
 from vista.counters.counter_spec import CounterSpec
 from vista.counters.counter_table import CounterTable
+from vista.log.histories import offsets_of
 from vista.store.format.joined_records import JoinedRecords
 
 _HEAD = np.dtype([("clock", "<i8"), ("num_events", "<i8"), ("size", "<u4")])
@@ -68,7 +69,7 @@ def read_tables(
             entries[name].astype(np.int64) for name in ("key", "count", "last", "last_position")
         )
         rows = CounterRows(key, count, np.ascontiguousarray(entries["decayed"]), last, position)
-        offsets = np.concatenate([[0], np.cumsum(size)]).astype(np.int64)
+        offsets = offsets_of(size)
         clock, num_events = (heads[name].astype(np.int64) for name in ("clock", "num_events"))
         tables.append(CounterTable(spec, rows, offsets, clock, num_events))
     return tuple(tables), fits & (at == stop)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.log.histories import ranges
+from vista.log.histories import offsets_of, ranges
 from vista.store.format.joined_records import JoinedRecords
 from vista.store.format.record_spec import SHORT_TIMES
 from vista.store.tail import Tail
@@ -73,8 +73,7 @@ def read_tails(records: JoinedRecords, first: NDArray[np.int64] | int, lengths: 
         first: place of the section in each record, [B] or the same for all.
         lengths: [B] events of each tail.
     """
-    offsets = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
+    offsets = offsets_of(lengths)
     headers = records.headers
     short = (headers["flags"] & SHORT_TIMES) != 0
     times_at = first + ITEM_BYTES * lengths
