@@ -31,6 +31,7 @@ from vista.config import (
 )
 from vista.config.choices import ItemStart, Split
 from vista.log.event_log import EventLog
+from vista.model.baselines.sequence_model import SequenceModel
 from vista.model.model_description import FileEntry, checksum_of
 from vista.model.vista_model import VistaModel
 from vista.scorer import Scorer, Tail
@@ -138,7 +139,7 @@ def small_config(log: EventLog, run_dir: str | Path, **changes: Any) -> TrainCon
     return config
 
 
-def draw_counter_weights(model: VistaModel, seed: int = 0) -> None:
+def draw_counter_weights(model: VistaModel | SequenceModel, seed: int = 0) -> None:
     """Give the parts of a model that read counters and popularity the weights of a trained model; they start at 0."""
     generator = torch.Generator().manual_seed(seed)
     for part, std in ((model.counted, 0.3), (model.candidate_counters, 0.2), (model.popularity, 0.3)):

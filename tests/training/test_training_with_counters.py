@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import Served, small_config
+from tests.conftest import Served, draw_counter_weights, small_config
 from tests.counters.counter_histories import counters_of_request
 from vista.config import TrainConfig
 from vista.config.choices import Architecture
@@ -152,8 +152,9 @@ def test_validation_scores_counted_items(event_log: EventLog, tmp_path: Path, na
     """The record covers the events before the validation part. The raw history of a baseline covers all."""
     limits = {"model__architecture": Architecture(name), "model__history_limit": 8 if name == "hstu" else 0}
     config = counting_config(event_log, tmp_path, **limits)
-    made = Trainer(config, event_log)
-    model = made.run()
+    model = Trainer(config, event_log).model.eval()
+    assert isinstance(model, VistaModel | SequenceModel)
+    draw_counter_weights(model)
     validation = Validation(event_log, model.rows_of(event_log.items), config)
     measured = validation(model)
 
