@@ -51,6 +51,15 @@ def test_the_next_events_by_hand(log: EventLog) -> None:
     assert cases.seen.tolist() == [3, 1] and cases.now is None
 
 
+def test_some_users_are_drawn_the_same_ones_every_time(event_log: EventLog) -> None:
+    everyone = ask(event_log, "leave-last-out", horizon_events=3)
+    few, again = (ask(event_log, "leave-last-out", horizon_events=3, max_users=4) for _ in range(2))
+    assert few.user.tolist() == again.user.tolist() and few.item.tolist() == again.item.tolist()
+    assert len(few) == 4 < len(everyone) and (np.diff(few.user) > 0).all()
+    asked = labels(event_log, everyone)
+    assert labels(event_log, few) == {user: asked[user] for user in event_log.users.ids(few.user).tolist()}
+
+
 def test_the_next_days_by_hand(log: EventLog) -> None:
     """The event at the question's time is in the window; the one at its end is not."""
     question = 4 * DAY_MS

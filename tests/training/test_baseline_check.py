@@ -65,13 +65,13 @@ def test_a_model_below_a_baseline_is_reported(reached: float, warns: bool, caplo
         baselines={"popularity": {"ndcg@10": 0.1}, "own frequency": {"ndcg@10": 0.3}},
     )
     with caplog.at_level(logging.WARNING):
-        compare_with_baselines(progress, "ne/click")
+        compare_with_baselines(progress, "ne/click", "ndcg@10")
     assert [record.message.split(":")[0] for record in caplog.records] == (
         ["ndcg@10 0.2900 is below that of a counting baseline (own frequency"] if warns else []
     )
 
 
 def test_without_validations_nothing_is_compared(caplog: pytest.LogCaptureFixture) -> None:
-    compare_with_baselines(Progress(baselines={"popularity": {"ndcg@10": 0.1}}), "ndcg@10")
-    compare_with_baselines(Progress(best=0.5, history=[{"ndcg@10": 0.05}]), "ndcg@10")
+    compare_with_baselines(Progress(baselines={"popularity": {"ndcg@10": 0.1}}), "ndcg@10", "ndcg@10")
+    compare_with_baselines(Progress(best=0.5, history=[{"ndcg@10": 0.05}]), "ndcg@10", "ndcg@10")
     assert not caplog.records

@@ -16,6 +16,7 @@ from tests.counters.counter_histories import counters_of_request
 from vista.config import TrainConfig
 from vista.config.choices import Architecture
 from vista.counters.user_counters import UserCounters
+from vista.evaluation.cases import NextItemCases
 from vista.examples.batch import Batch
 from vista.examples.batch_source import MEASURED_BATCHES
 from vista.log.event_log import EventLog
@@ -159,8 +160,8 @@ def test_validation_scores_counted_items(event_log: EventLog, tmp_path: Path, na
     measured = validation(model)
 
     cut, rows = visible_counts(event_log, split_until(config.data, "validation")), model.rows_of(event_log.items)
-    cases = validation._next
-    assert cases is not None
+    cases = validation._ranked
+    assert isinstance(cases, NextItemCases)
     gains = []
     for user, seen, item in zip(cases.user.tolist(), cases.seen.tolist(), cases.item.tolist(), strict=True):
         now = np.asarray(event_log.slice(user, seen, seen + 1).timestamp)
@@ -182,7 +183,7 @@ def test_tasks_read_the_counters_of_candidates(served_tasks: Served, tmp_path: P
     validation = Validation(log, model.rows_of(log.items), config)
     cut, cases = visible_counts(log, split_until(data, "validation")), validation._impressions
     assert cases is not None
-    predicted = validation._answers(model)[1](cases)
+    predicted = validation._answers(model).probabilities(cases)
     counted = 0
     for n in range(0, len(cases.user), 3):
         user, seen = int(cases.user[n]), int(cases.seen[n])

@@ -31,7 +31,7 @@ class OptimConfig:
     """Number of minutes that training takes, validation included. The time of the first steps decides how many steps
     fit, and the learning rate falls over these steps. null: optim.epochs decides."""
     next_weight: float = 1.0
-    """Weight of the sampled softmax over next items. 0 does not train next items."""
+    """Weight of the sampled softmax over next items. 0 does not train next items, and validates windows instead."""
     window_weight: float = 0.0
     """Weight of the softmax over the items of the window that follows a question (`data.horizon_events`). 0 does not
     train windows."""

@@ -61,6 +61,7 @@ def window_cases(
     now: int | None = None,
     min_seen: int,
     min_after: int,
+    max_users: int = 0,
 ) -> WindowCases:
     """Ask every user with enough events what follows the first `seen` events.
 
@@ -76,6 +77,7 @@ def window_cases(
         now: time of the question in ms; None asks each user just after the newest event before it.
         min_seen: fewest events before the question, at least 1.
         min_after: fewest events between the question and `end`, at least 1.
+        max_users: draw at most so many users, the same ones at every call; 0 asks all.
 
     Raises:
         ValueError: if not exactly one length is positive.
@@ -86,6 +88,8 @@ def window_cases(
         )
     stop = log.lengths if end is None else end
     user = np.flatnonzero((seen >= min_seen) & (stop - seen >= min_after))
+    if max_users and len(user) > max_users:
+        user = np.sort(np.random.default_rng(0).choice(user, max_users, replace=False))
     high = np.minimum(seen + horizon_events, stop) if horizon_events else stop
     item, is_new, lengths = [np.zeros(0, np.int64)], [np.zeros(0, np.bool_)], [np.zeros(0, np.int64)]
     for part in token_groups(high[user], EVENTS_PER_BATCH):

@@ -9,35 +9,35 @@ from vista.training.progress import Progress
 from vista.training.validation import Validation
 
 logger = logging.getLogger(__name__)
-METRIC = "ndcg@10"
 
 
 def measured_baselines(validation: Validation) -> dict[str, dict[str, float]]:
     """`Validation.baselines`, logged in one line."""
     began = time.perf_counter()
-    measured = validation.baselines()
+    measured, metric = validation.baselines(), validation.ranking_metric
     if measured:
-        numbers = ", ".join(f"{name} {metrics[METRIC]:.4f}" for name, metrics in measured.items())
-        logger.info("counting baselines (%.1f s), %s: %s", time.perf_counter() - began, METRIC, numbers)
+        numbers = ", ".join(f"{name} {metrics[metric]:.4f}" for name, metrics in measured.items())
+        logger.info("counting baselines (%.1f s), %s: %s", time.perf_counter() - began, metric, numbers)
     return measured
 
 
-def compare_with_baselines(progress: Progress, metric: str) -> None:
-    """Warn if the best model of a run ranks next items worse than the best counting baseline.
+def compare_with_baselines(progress: Progress, decided_by: str, metric: str) -> None:
+    """Warn if the best model of a run ranks items worse than the best counting baseline.
 
     Args:
-        metric: the metric that decided which model is best.
+        decided_by: `Validation.metric`, by which that model was chosen.
+        metric: `Validation.ranking_metric`, by which they are compared.
     """
-    best = [validated for validated in progress.history if validated[metric] == progress.best]
+    best = [validated for validated in progress.history if validated[decided_by] == progress.best]
     if not best or not progress.baselines:
         return
-    name = max(progress.baselines, key=lambda each: progress.baselines[each][METRIC])
-    bar, value = progress.baselines[name][METRIC], best[0][METRIC]
+    name = max(progress.baselines, key=lambda each: progress.baselines[each][metric])
+    bar, value = progress.baselines[name][metric], best[0][metric]
     if value < bar:
         logger.warning(
             "%s %.4f is below that of a counting baseline (%s: %.4f): train longer (optim.epochs or "
             "optim.minutes), or take more and smaller steps (data.tokens_per_batch)",
-            METRIC,
+            metric,
             value,
             name,
             bar,

@@ -163,7 +163,7 @@ class Trainer:
                 self.model.eval()
                 self._export()
             if self.validation is not None:
-                compare_with_baselines(self.progress, self.validation.metric)
+                compare_with_baselines(self.progress, self.validation.metric, self.validation.ranking_metric)
             logger.info("done: %d steps; model in %s", self.progress.step, best)
             return load_model(best, self.device)
 

@@ -1,0 +1,96 @@
+"""The protocol's cases, answered by VISTA with float32 summaries and no store.
+
+Letters: N cases, V items of the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+
+from vista.arrays import Int
+from vista.counters.counter_spec import CounterSpec
+from vista.evaluation.cases import Floats, ImpressionCases, NextItemCases, case_requests
+from vista.evaluation.window_cases import WindowCases
+from vista.examples.history_counters import CounterRequests, HistoryCounters
+from vista.log.event_log import EventLog
+from vista.log.histories import Histories, token_groups
+from vista.model import inference
+from vista.model.padded_tail import PaddedTail, pad_tail
+from vista.model.target_attention import TargetContext
+from vista.model.vista_model import VistaModel
+
+CASES_PER_BATCH = 512
+
+
+class SummaryAnswers:
+    """A model, and summaries of the leading events of some users."""
+
+    def __init__(
+        self, model: VistaModel, log: EventLog, item_rows: Int, users: Int, covered: Int, events_per_batch: int
+    ) -> None:
+        """
+        Args:
+            item_rows: int64 [log.num_items], the model row of each of the log's items.
+            users: int64 sorted rows of the log, those of all cases.
+            covered: int64 [num_users] events that summaries cover.
+            events_per_batch: most events that are summarized at once (a longer history is summarized alone).
+        """
+        self._model, self._log, self._item_rows = model, log, item_rows
+        self._users, self._covered = users, covered
+        groups = [users[part] for part in token_groups(covered[users], events_per_batch)]
+        histories = (self._model_rows(log.gather(group, covered[group])) for group in groups)
+        self._summaries = torch.cat([inference.summarize(model, each) for each in histories])
+        self._items = inference.item_vectors(model) if model.has_retrieval else None
+
+    def catalog_scores(self, cases: NextItemCases | WindowCases) -> Floats:
+        """Scores float32 [N, V] of all items for the users of some cases, at the times of the questions."""
+        assert self._items is not None
+        model, tail = self._model, self._tail(cases.user, cases.seen)
+        gap = inference.request_gap(model, cases.now, tail)
+        users = inference.user_vectors(model, self._context(cases.user, tail), gap)
+        counters = None
+        if model.counter_spec is not None:
+            histories, requests = self._requests(model.counter_spec, cases.user, cases.seen, cases.now)
+            counters = histories.at(requests)
+        scores: Floats = inference.catalog_scores(model, users, self._items, counters).float().cpu().numpy()
+        return scores
+
+    def probabilities(self, cases: ImpressionCases) -> Floats:
+        """float32 [N, num_tasks]."""
+        model, out = self._model, np.zeros(cases.label.shape, np.float32)
+        for low in range(0, len(cases.user), CASES_PER_BATCH):
+            part = slice(low, low + CASES_PER_BATCH)
+            user, seen, time, item = cases.user[part], cases.seen[part], cases.timestamp[part], cases.item[part]
+            tail, codes = self._tail(user, seen), None
+            if model.counter_spec is not None:
+                histories, requests = self._requests(model.counter_spec, user, seen, time)
+                of_items = histories.of_items(requests, self._item_rows[item])
+                codes = torch.from_numpy(of_items[:, None]).to(model.device)
+            candidates = torch.from_numpy(self._item_rows[item, None]).to(model.device)
+            gap = inference.request_gap(model, time, tail)
+            logits = inference.candidate_logits(model, self._context(user, tail), gap, candidates, codes)
+            out[part] = logits[:, 0].sigmoid().float().cpu().numpy()
+        return out
+
+    def _context(self, user: Int, tail: PaddedTail) -> TargetContext:
+        own = torch.from_numpy(np.searchsorted(self._users, user)).to(self._model.device)
+        return inference.request_context(self._model, self._summaries[own], tail)
+
+    def _tail(self, user: Int, seen: Int) -> PaddedTail:
+        tail = self._log.gather_ranges(user, seen - self._model.config.tail_len, seen)
+        return pad_tail(
+            self._model, self._item_rows[tail.item], np.asarray(tail.timestamp), np.asarray(tail.action), tail.offsets
+        )
+
+    def _requests(
+        self, spec: CounterSpec, user: Int, seen: Int, now: Int | None
+    ) -> tuple[HistoryCounters, CounterRequests]:
+        """Requests for counters of the events that summaries cover, and of the tail."""
+        covered, tail_len = self._covered[user], self._model.config.tail_len
+        return case_requests(spec, self._log, self._item_rows, user, seen, now, covered=covered, tail_len=tail_len)
+
+    def _model_rows(self, histories: Histories) -> Histories:
+        return dataclasses.replace(histories, item=self._item_rows[histories.item].astype(np.int32))
