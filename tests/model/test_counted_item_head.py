@@ -33,7 +33,7 @@ def asked(rows: int, slots: int) -> dict[str, torch.Tensor]:
 def test_before_training_counted_items_have_the_share_of_returns(temperature: float, num_negatives: int) -> None:
     """30 percent of the labels are counted items: so is 30 percent of the probability, as the loss has it."""
     torch.manual_seed(0)
-    num_users, num_items = 50, 1000
+    num_users, num_items = 300, 1000
     users, items = (nn.functional.normalize(torch.randn(n, 64), dim=-1) for n in (num_users, num_items))
     item = torch.rand(num_users, num_items).argsort(1)  # each user has between 1 and 60 of the items
     item = item[:, :60].masked_fill(torch.arange(60) >= torch.randint(1, 61, (num_users, 1)), -1)

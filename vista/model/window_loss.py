@@ -101,11 +101,16 @@ def log_others(
     full = torch.promote_types(user.dtype, torch.float32)
     if adjustment is not None:
         negative_log_weight = negative_log_weight + adjustment[negatives]
-    with torch.autocast(user.device.type, enabled=False):
-        logits = user.to(full) @ items.to(full)[negatives].t() / temperature + negative_log_weight
-    own = _columns(negatives, left_out)
-    row, place = (own >= 0).nonzero(as_tuple=True)
-    return logits.index_put((row, own[row, place]), logits.new_tensor(-torch.inf)).logsumexp(1)
+    own, transposed = _columns(negatives, left_out), items.to(full)[negatives].t() / temperature
+    sums = []
+    for begin in range(0, len(user), ROWS_PER_TILE):
+        tile = slice(begin, begin + ROWS_PER_TILE)
+        with torch.autocast(user.device.type, enabled=False):
+            logits = torch.addmm(negative_log_weight.to(full), user[tile].to(full), transposed)
+        row, place = (own[tile] >= 0).nonzero(as_tuple=True)
+        logits[row, own[tile][row, place]] = -torch.inf
+        sums.append(logits.logsumexp(1))
+    return torch.cat(sums)
 
 
 def _columns(negatives: Tensor, slots: Tensor) -> Tensor:
