@@ -130,6 +130,14 @@ def test_other_values_name_their_key(make: type, values: dict[str, Any], message
         make(**values)
 
 
+def test_frequencies_are_counted_for_those_who_read_them() -> None:
+    data = DataConfig(frequencies="count_min")  # type: ignore[arg-type]
+    for model in ({"popularity": True}, {"counters": True}):
+        TrainConfig(data=data, model=ModelConfig(**model))
+    with pytest.raises(ConfigError, match=r"data\.frequencies: frequencies are not used"):
+        TrainConfig(data=data)
+
+
 def test_numbers_become_plain_ones() -> None:
     optim = OptimConfig(epochs=np.int64(3), learning_rate=np.float32(0.5), gradient_clip=2)  # type: ignore[arg-type]
     assert [type(value) for value in (optim.epochs, optim.learning_rate, optim.gradient_clip)] == [int, float, float]

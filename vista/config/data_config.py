@@ -91,8 +91,8 @@ class DataConfig:
     negative_power: float = 0.0
     """Negatives are drawn with probability proportional to item frequency to this power. 0 draws uniformly."""
     frequencies: Counting = Counting.exact
-    """How item frequencies are counted for negative_power and optim.logq_strength: exact counts, or a count-min sketch
-    of fixed size."""
+    """How item frequencies are counted for negative_power, optim.logq_strength, model.counters, and model.popularity:
+    exact counts, or a count-min sketch of fixed size."""
     reconstruction_len: int = 64
     """Number of events before a sampled cut that the decoder reconstructs."""
 

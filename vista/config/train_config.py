@@ -90,10 +90,13 @@ class TrainConfig:
             "data.unknown_share",
             "only applies to architectures that rank next items; leave it out",
         )
+        reads_popularity = self.model.counters or self.model.popularity
+        uses_frequencies = self.data.negative_power != 0 or self.optim.logq_strength != 1 or reads_popularity
         require(
-            self.data.frequencies is Counting.exact or self.data.negative_power != 0 or self.optim.logq_strength != 1,
+            self.data.frequencies is Counting.exact or uses_frequencies,
             "data.frequencies",
-            "frequencies are not used; set data.negative_power above 0, or optim.logq_strength below 1",
+            "frequencies are not used; set data.negative_power above 0, optim.logq_strength below 1, model.counters, "
+            "or model.popularity",
         )
 
     def _check_stage(self) -> None:
