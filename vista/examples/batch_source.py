@@ -5,7 +5,7 @@ So a resumed run needs only its position in the data, and makes the same batches
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -24,29 +24,16 @@ from vista.examples.frequency import item_frequency
 from vista.examples.history_counters import HistoryCounters
 from vista.examples.negatives import NegativeSampler
 from vista.examples.stored_summaries import StoredSummaries
+from vista.examples.visible_impressions import VisibleImpressions
 from vista.log.event_log import EventLog
-from vista.log.gaps import gap_bucket, history_gaps
-from vista.log.histories import offsets_of, ranges, token_groups
+from vista.log.gaps import history_gaps
+from vista.log.histories import ranges, token_groups
 from vista.log.splits import split_until, visible_counts
 from vista.log.until import Until
 
 MEASURED_BATCHES = 16
 """Batches that the mean number of labels per anchor is measured by."""
 NO_NEGATIVES = np.zeros(0, np.int64), np.zeros(0, np.float32)
-
-
-@dataclass(frozen=True, slots=True)
-class _Impressions:
-    """Impressions that training may use, sorted by user row; `position` counts the events strictly before each."""
-
-    user: Int
-    position: Int
-    item: Int
-    gap: Int
-    label: NDArray[np.float32]
-    mask: NDArray[np.bool_]
-    time: Int
-    offsets: Int
 
 
 class BatchSource:
@@ -63,8 +50,8 @@ class BatchSource:
         """
         Args:
             item_rows: int64 [log.num_items], the model row of each of the log's items; 0 is the unknown item.
-            spec: what the model's counters count; None without counters.
             stored: summaries from a store; None computes them from the batch's own events.
+            spec: what the model's counters count; None without counters.
 
         Raises:
             ConfigError: if `optim.tasks` names a task that the log lacks, if no label lies after the store's records,
@@ -90,7 +77,7 @@ class BatchSource:
         )
         self._adjustment = _logit_adjustment(frequency, config.optim.logq_strength)
         tasks = trained_tasks(log, config.optim)
-        self._impressions = _visible_impressions(log, item_rows, self.counts, config, tasks, since)
+        self._impressions = VisibleImpressions.of(log, item_rows, self.counts, config, tasks, since)
         trains_events = stored is None or config.ranks_items
         self._users = _labeled_users(self._impressions, self.counts - self._first if trains_events else None)
         if stored is not None and not len(self._users):
@@ -171,7 +158,7 @@ class BatchSource:
         use_time = self._log.has_time and self._config.model.use_time
         gap = history_gaps(time, histories.offsets) if use_time else np.zeros(len(time), np.int64)
         seen = self._impressions
-        low, high = _position_ranges(seen, user, start, stop, self._first[user])
+        low, high = seen.ranges(user, start, stop, self._first[user])
         index = ranges(low, high - low)
         owner = np.repeat(np.arange(len(user)), high - low)
         position = seen.position[index] - (start - lead)[owner]
@@ -223,7 +210,7 @@ def chunk_len(config: TrainConfig) -> int:
     return min(config.data.chunk_len, model.history_limit + only_label)
 
 
-def _labeled_users(impressions: _Impressions, num_labels: Int | None) -> Int:
+def _labeled_users(impressions: VisibleImpressions, num_labels: Int | None) -> Int:
     """Rows of the users with impressions, or with events that are labels (None: events are not labels)."""
     # Users without events are included if they have impressions, which train the summary of an empty history.
     labeled = np.diff(impressions.offsets) > 0
@@ -271,64 +258,3 @@ def trained_tasks(log: EventLog, optim: OptimConfig) -> list[str]:
     if optim.task_weight == 0:
         return []
     return [name for name in offered if not optim.tasks or name in optim.tasks]
-
-
-def _visible_impressions(
-    log: EventLog, item_rows: Int, counts: Int, config: TrainConfig, tasks: list[str], since: int | None
-) -> _Impressions:
-    """The impressions with a known label of `tasks` that training may use, at or after the time `since` (ms)."""
-    table = log.impressions
-    if table is None:
-        none = np.zeros(0, np.int64)
-        empty = np.zeros((0, 0), np.float32)
-        return _Impressions(none, none, none, none, empty, empty > 0, none, np.zeros(log.num_users + 1, np.int64))
-    # An impression between the last visible event and a hidden one may show the hidden label itself.
-    hides = counts < log.lengths
-    until = split_until(config.data, "train")
-    timestamp = np.asarray(table.timestamp)
-    user = np.repeat(np.arange(log.num_users), np.diff(table.offsets))
-    position = np.zeros(len(timestamp), np.int64)
-    before = np.zeros(len(timestamp), np.int64)
-    for row in np.flatnonzero(np.diff(table.offsets)):
-        low, high = table.offsets[row], table.offsets[row + 1]
-        times = np.asarray(log.slice(row).timestamp)
-        at = np.searchsorted(times, timestamp[low:high], side="left")
-        position[low:high] = at
-        before[low:high] = times[np.maximum(at - 1, 0)] if len(times) else timestamp[low:high]
-    visible = position <= counts[user]
-    if until.before is not None:
-        visible &= timestamp < until.before
-    else:
-        visible &= (position < counts[user]) | ~hides[user]
-    if since is not None:
-        visible &= timestamp >= since
-    columns = [table.tasks.index(task) for task in tasks]
-    mask = np.asarray(table.mask)[:, columns].astype(np.bool_)
-    kept = np.flatnonzero(visible & mask.any(1))
-    gap = gap_bucket(timestamp - before) if log.has_time and config.model.use_time else position * 0
-    per_user = np.bincount(user[kept], minlength=log.num_users)
-    return _Impressions(
-        user[kept],
-        position[kept],
-        item_rows[table.item[kept]],
-        np.where(position > 0, gap, 0)[kept],
-        np.asarray(table.label)[kept][:, columns].astype(np.float32),
-        mask[kept],
-        timestamp[kept],
-        offsets_of(per_user),
-    )
-
-
-def _position_ranges(seen: _Impressions, user: Int, start: Int, stop: Int, first: Int) -> tuple[Int, Int]:
-    """Index ranges of the impressions of each chunk: positions in (start, stop], and `first` in a user's first chunk.
-
-    So an impression between two chunks belongs to the earlier one, whose events it may see.
-    """
-    if len(seen.position) == 0:
-        return np.zeros(len(user), np.int64), np.zeros(len(user), np.int64)
-    # (user, position) as one sorted key.
-    width = int(max(seen.position.max(), stop.max(initial=0))) + 2
-    key = seen.user * width + seen.position
-    low = np.searchsorted(key, user * width + np.where(start > first, start, first - 1), side="right")
-    high = np.searchsorted(key, user * width + stop, side="right")
-    return low, high

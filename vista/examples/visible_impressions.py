@@ -1,0 +1,107 @@
+"""The labeled impressions that training may use. Letters: N impressions, B chunks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vista.arrays import Int
+from vista.config import TrainConfig
+from vista.log.event_log import EventLog
+from vista.log.gaps import gap_bucket
+from vista.log.histories import offsets_of
+from vista.log.splits import split_until
+
+
+@dataclass(frozen=True, slots=True)
+class VisibleImpressions:
+    """Impressions, sorted by user row and time."""
+
+    user: Int
+    """int64 [N] rows of the log."""
+    position: Int
+    """int64 [N] events of the user strictly before the impression."""
+    item: Int
+    """int64 [N] model item rows."""
+    gap: Int
+    """int64 [N] log buckets of the time since the newest event before the impression."""
+    label: NDArray[np.float32]
+    """[N, num_tasks]."""
+    mask: NDArray[np.bool_]
+    """[N, num_tasks]: True where the label is known."""
+    time: Int
+    """int64 [N] ms."""
+    offsets: Int
+    """int64 [num_users + 1]: user u has the impressions [offsets[u], offsets[u + 1])."""
+
+    @classmethod
+    def of(
+        cls, log: EventLog, item_rows: Int, counts: Int, config: TrainConfig, tasks: list[str], since: int | None
+    ) -> VisibleImpressions:
+        """The impressions of the training part with a known label.
+
+        Args:
+            item_rows: int64 [log.num_items], the model row of each of the log's items.
+            counts: int64 [num_users] events of each user that training may use.
+            tasks: the labels that are trained.
+            since: leave out the impressions before this time (ms).
+        """
+        table = log.impressions
+        if table is None:
+            none = np.zeros(0, np.int64)
+            empty = np.zeros((0, 0), np.float32)
+            return cls(none, none, none, none, empty, empty > 0, none, np.zeros(log.num_users + 1, np.int64))
+        # An impression between the last visible event and a hidden one may show the hidden label itself.
+        hides = counts < log.lengths
+        until = split_until(config.data, "train")
+        timestamp = np.asarray(table.timestamp)
+        user = np.repeat(np.arange(log.num_users), np.diff(table.offsets))
+        position = np.zeros(len(timestamp), np.int64)
+        before = np.zeros(len(timestamp), np.int64)
+        for row in np.flatnonzero(np.diff(table.offsets)):
+            low, high = table.offsets[row], table.offsets[row + 1]
+            times = np.asarray(log.slice(row).timestamp)
+            at = np.searchsorted(times, timestamp[low:high], side="left")
+            position[low:high] = at
+            before[low:high] = times[np.maximum(at - 1, 0)] if len(times) else timestamp[low:high]
+        visible = position <= counts[user]
+        if until.before is not None:
+            visible &= timestamp < until.before
+        else:
+            visible &= (position < counts[user]) | ~hides[user]
+        if since is not None:
+            visible &= timestamp >= since
+        columns = [table.tasks.index(task) for task in tasks]
+        mask = np.asarray(table.mask)[:, columns].astype(np.bool_)
+        kept = np.flatnonzero(visible & mask.any(1))
+        gap = gap_bucket(timestamp - before) if log.has_time and config.model.use_time else position * 0
+        return cls(
+            user[kept],
+            position[kept],
+            item_rows[table.item[kept]],
+            np.where(position > 0, gap, 0)[kept],
+            np.asarray(table.label)[kept][:, columns].astype(np.float32),
+            mask[kept],
+            timestamp[kept],
+            offsets_of(np.bincount(user[kept], minlength=log.num_users)),
+        )
+
+    def ranges(self, user: Int, start: Int, stop: Int, first: Int) -> tuple[Int, Int]:
+        """Index ranges of the impressions of chunks: positions in (start, stop], and `first` in a user's first chunk.
+
+        So an impression between two chunks belongs to the earlier one, whose events it may see.
+
+        Args:
+            user: int64 [B] users of the chunks, which hold the events [start, stop) of these, int64 [B].
+            first: int64 [B] events before a user's first chunk.
+        """
+        if len(self.position) == 0:
+            return np.zeros(len(user), np.int64), np.zeros(len(user), np.int64)
+        # (user, position) as one sorted key.
+        width = int(max(self.position.max(), stop.max(initial=0))) + 2
+        key = self.user * width + self.position
+        low = np.searchsorted(key, user * width + np.where(start > first, start, first - 1), side="right")
+        high = np.searchsorted(key, user * width + stop, side="right")
+        return low, high
