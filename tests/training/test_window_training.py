@@ -19,8 +19,14 @@ def losses(run_dir: Path, name: str) -> list[float]:
     return [row[name] for row in rows if name in row]
 
 
-@pytest.mark.parametrize("architecture", ["vista", "sasrec", "hstu", "fuxi_linear"])
-@pytest.mark.parametrize("next_weight", [0.0, 0.2])
+@pytest.mark.parametrize(
+    ("architecture", "next_weight"),
+    [
+        ("vista", 0.2),
+        ("sasrec", 0.0),
+        *(pytest.param(name, 0.2, marks=pytest.mark.research) for name in ("hstu", "fuxi_linear")),
+    ],
+)
 def test_a_run_learns_windows(event_log: EventLog, tmp_path: Path, architecture: str, next_weight: float) -> None:
     config = small_config(
         event_log,
