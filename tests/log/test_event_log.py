@@ -125,6 +125,22 @@ def test_owners_and_ages_of_events() -> None:
     assert events.owner.tolist() == [1, 1, 1, 2] and events.age.tolist() == [2, 1, 0, 0]
 
 
+@pytest.mark.parametrize(
+    ("lengths", "groups"),
+    [
+        ([], []),
+        ([0, 0], [(0, 2)]),
+        ([3, 4, 3], [(0, 2), (2, 3)]),
+        ([7, 0, 1], [(0, 2), (2, 3)]),
+        ([0, 9, 0, 9, 1], [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5)]),
+    ],
+)
+def test_groups_hold_as_many_histories_as_fit(lengths: list[int], groups: list[tuple[int, int]]) -> None:
+    """Up to 7 events; a longer history is a group by itself."""
+    found = histories.token_groups(np.array(lengths, np.int64), 7)
+    assert [(group.start, group.stop) for group in found] == groups
+
+
 def test_one_segment_gives_views(tmp_path: Path) -> None:
     log = write(tmp_path / "log", [random_frame(1, 300)])
     whole = log.gather(np.arange(log.num_users))

@@ -22,7 +22,7 @@ def log_of(histories: list[list[int]], folder: Path) -> EventLog:
 @pytest.mark.parametrize("events_per_batch", [1, 4, 1 << 22])
 def test_by_hand(tmp_path: Path, events_per_batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """An item that another user had is not a repeat."""
-    monkeypatch.setattr("vista.log.repeats.EVENTS_PER_BATCH", events_per_batch)
+    monkeypatch.setattr("vista.log.repeats.EVENTS_PER_BLOCK", events_per_batch)
     log = log_of([[1, 2, 1, 1], [1, 2], [3, 3, 3, 4]], tmp_path)
     assert repeat_share(log, log.lengths) == pytest.approx(4 / 10)
     assert repeat_share(log, visible_counts(log, "leave-last-two-out")) == pytest.approx(1 / 6)

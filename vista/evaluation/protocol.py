@@ -20,9 +20,8 @@ from vista.evaluation.window_cases import WindowCases
 from vista.evaluation.window_metrics import window_metrics
 from vista.log.event_log import EventLog
 from vista.log.histories import token_groups
+from vista.log.splits import EVENTS_PER_BLOCK
 
-EVENTS_PER_BATCH = 1 << 22
-"""Most events of histories that are read at once (a longer history is read alone)."""
 SCORES_PER_BATCH = 1 << 25
 """Most scores, users times items, that are held at once."""
 LAST_RANK = 1 << 62
@@ -97,7 +96,7 @@ def rank_windows(
 
 
 def case_batches(
-    cases: NextItemCases | WindowCases, num_items: int, users_per_batch: int, events_per_batch: int = EVENTS_PER_BATCH
+    cases: NextItemCases | WindowCases, num_items: int, users_per_batch: int, events_per_batch: int = EVENTS_PER_BLOCK
 ) -> list[slice]:
     """Consecutive cases that fit into one batch, by their users, scores, and events.
 

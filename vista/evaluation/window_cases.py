@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 from vista.arrays import Int
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories, token_groups
+from vista.log.splits import EVENTS_PER_BLOCK
 
 DAY_MS = 86_400_000
-EVENTS_PER_BATCH = 1 << 22
-"""Most events of histories that are read at once (a longer history is read alone)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +91,7 @@ def window_cases(
         user = np.sort(np.random.default_rng(0).choice(user, max_users, replace=False))
     high = np.minimum(seen + horizon_events, stop) if horizon_events else stop
     item, is_new, lengths = [np.zeros(0, np.int64)], [np.zeros(0, np.bool_)], [np.zeros(0, np.int64)]
-    for part in token_groups(high[user], EVENTS_PER_BATCH):
+    for part in token_groups(high[user], EVENTS_PER_BLOCK):
         rows = user[part]
         before = log.gather(rows, seen[rows])
         after = log.gather_ranges(rows, seen[rows], high[rows])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,10 +10,9 @@ from numpy.typing import NDArray
 from vista.config.choices import Counting
 from vista.errors import MissingDependencyError
 from vista.log.event_log import EventLog
+from vista.log.splits import EVENTS_PER_BLOCK, visible_blocks
 
 logger = logging.getLogger(__name__)
-BLOCK_EVENTS = 1 << 22
-"""Events that are read at once (a longer history is read alone)."""
 RELATIVE_ERROR = 1e-5
 """Most that count-min overestimates an item, as a share of all events, with probability CONFIDENCE."""
 CONFIDENCE = 0.999
@@ -47,7 +45,7 @@ def item_frequency(
 
 
 def item_counts(
-    log: EventLog, counts: NDArray[np.int64] | None = None, *, block_events: int = BLOCK_EVENTS
+    log: EventLog, counts: NDArray[np.int64] | None = None, *, block_events: int = EVENTS_PER_BLOCK
 ) -> NDArray[np.int64]:
     """Events of each item among the first counts[u] events of every user u.
 
@@ -59,8 +57,8 @@ def item_counts(
         int64 [num_items].
     """
     total = np.zeros(log.num_items, np.int64)
-    for item in _blocks(log, counts, block_events):
-        total += np.bincount(item, minlength=log.num_items)
+    for block in visible_blocks(log, log.lengths if counts is None else counts, block_events):
+        total += np.bincount(block.item, minlength=log.num_items)
     return total
 
 
@@ -70,7 +68,7 @@ def sketched_item_counts(
     *,
     relative_error: float = RELATIVE_ERROR,
     confidence: float = CONFIDENCE,
-    block_events: int = BLOCK_EVENTS,
+    block_events: int = EVENTS_PER_BLOCK,
 ) -> NDArray[np.int64]:
     """Like `item_counts`, from a count-min sketch (Cormode and Muthukrishnan 2005) that reads each block once.
 
@@ -95,8 +93,8 @@ def sketched_item_counts(
     num_hashes = count_min_sketch.suggest_num_hashes(confidence)
     num_buckets = count_min_sketch.suggest_num_buckets(relative_error)
     sketch = count_min_sketch(num_hashes, num_buckets, _SEED)
-    for item in _blocks(log, counts, block_events):
-        distinct, times = np.unique(item, return_counts=True)
+    for block in visible_blocks(log, log.lengths if counts is None else counts, block_events):
+        distinct, times = np.unique(block.item, return_counts=True)
         for row, weight in zip(distinct.tolist(), times.tolist(), strict=True):
             sketch.update(row, weight)
     logger.info(
@@ -112,17 +110,3 @@ def sketched_item_counts(
     )
     # Weights are integers far below 2^53, so their float64 sums are exact.
     return np.fromiter(map(sketch.get_estimate, range(log.num_items)), np.float64, log.num_items).astype(np.int64)
-
-
-def _blocks(log: EventLog, counts: NDArray[np.int64] | None, block_events: int) -> Iterator[NDArray[np.integer]]:
-    """Item rows of the visible events, some users at a time."""
-    visible = log.lengths if counts is None else np.asarray(counts, np.int64)
-    if visible.shape != (log.num_users,):
-        raise ValueError(f"counts must have one entry per user, {log.num_users} in all, got shape {visible.shape}")
-    ends = np.cumsum(log.lengths)
-    start = 0
-    while start < log.num_users:
-        base = int(ends[start - 1]) if start else 0
-        stop = max(start + 1, int(np.searchsorted(ends, base + block_events, side="right")))
-        yield log.gather(np.arange(start, stop), visible[start:stop]).item
-        start = stop

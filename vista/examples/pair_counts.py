@@ -6,14 +6,15 @@ Letters: P pairs of items, T events of a block.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 
 from vista.arrays import Int
 from vista.log.event_log import EventLog
-from vista.log.histories import Histories, token_groups
+from vista.log.histories import Histories
+from vista.log.splits import visible_blocks
 
 REACH = 15
 """Two events of a history form a pair if one comes at most this many positions after the other."""
@@ -49,37 +50,33 @@ def pair_counts(
     total = int(counts[users].sum())
     if total > most_events:
         order = rng.permutation(users)
-        chosen = np.sort(order[np.cumsum(counts[order]) - counts[order] < most_events])
+        chosen = order[np.cumsum(counts[order]) - counts[order] < most_events]
+        counted = np.zeros_like(counts)
+        counted[chosen] = counts[chosen]
         logger.info(
             "pairs of items are counted among %d of %d events: those of %d random users of %d",
-            counts[chosen].sum(),
+            counted.sum(),
             total,
             len(chosen),
             len(users),
         )
-        users = chosen
+        counts = counted
     width = int(item_rows.max(initial=0)) + 1
-    key, times = distinct_counts(_near_keys(block, item_rows, width) for block in blocks(log, users, counts))
+    blocks = visible_blocks(log, counts, BLOCK_EVENTS)
+    key, times = distinct_counts(_near_keys(block, item_rows, width) for block in blocks)
     return PairCounts(key // width, key % width, times)
 
 
-def blocks(log: EventLog, users: Int, counts: Int) -> Iterator[Histories]:
-    """The visible events of users (rows of the log), at most BLOCK_EVENTS at once.
-
-    Args:
-        counts: int64 [num_users] visible events of all users of the log.
-    """
-    for group in token_groups(counts[users], BLOCK_EVENTS):
-        yield log.gather(users[group], counts[users[group]])
-
-
 def distinct_counts(blocks_of_keys: Iterable[Int]) -> tuple[Int, Int]:
-    """The distinct keys int64, ascending, and how often each occurs, int64."""
+    """The distinct keys int64 (at least 0), ascending, and how often each occurs, int64."""
     key, times = np.zeros(0, np.int64), np.zeros(0, np.int64)
     for keys in blocks_of_keys:
         new, count = np.unique(keys, return_counts=True)
-        key, inverse = np.unique(np.concatenate([key, new]), return_inverse=True)
-        times = np.bincount(inverse, np.concatenate([times, count]), len(key)).astype(np.int64)
+        both = np.concatenate([key, new])
+        order = np.argsort(both, kind="stable")  # merges two sorted runs, in linear time
+        both = both[order]
+        first = np.flatnonzero(np.diff(both, prepend=-1))
+        key, times = both[first], np.add.reduceat(np.concatenate([times, count])[order], first)
     return key, times
 
 

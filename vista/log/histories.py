@@ -93,14 +93,12 @@ def ranges(starts: Int | int, counts: Int) -> Int:
 
 def token_groups(lengths: Int, budget: int) -> Iterator[builtins.slice]:
     """Split histories into runs with at most `budget` events in total; a longer history is a run by itself."""
-    begin, total = 0, 0
-    for i, length in enumerate(lengths.tolist()):
-        if i > begin and total + length > budget:
-            yield builtins.slice(begin, i)
-            begin, total = i, 0
-        total += length
-    if begin < len(lengths):
-        yield builtins.slice(begin, len(lengths))
+    ends = np.cumsum(lengths)
+    begin = before = 0
+    while begin < len(lengths):
+        stop = max(begin + 1, int(np.searchsorted(ends, before + budget, side="right")))
+        yield builtins.slice(begin, stop)
+        begin, before = stop, int(ends[stop - 1])
 
 
 def take(table: PackedTable, starts: Int, counts: Int) -> Histories:

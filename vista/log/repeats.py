@@ -9,12 +9,10 @@ import numpy as np
 from vista.arrays import Int
 from vista.config import DataConfig
 from vista.log.event_log import EventLog
-from vista.log.histories import token_groups
-from vista.log.splits import split_until, visible_counts
+from vista.log.splits import EVENTS_PER_BLOCK, split_until, visible_blocks, visible_counts
 
 RETURNING = 0.01
 """Least share of repeats with which users return to items. Logs of movies or news, seen once each, have hardly any."""
-EVENTS_PER_BATCH = 1 << 22
 logger = logging.getLogger(__name__)
 
 
@@ -25,10 +23,8 @@ def repeat_share(log: EventLog, counts: Int) -> float:
         counts: int64 [num_users], the number of leading events of each user that are read.
     """
     distinct = 0
-    for part in token_groups(counts, EVENTS_PER_BATCH):
-        users = np.arange(part.start, part.stop)
-        histories = log.gather(users, counts[users])
-        distinct += len(np.unique(histories.owner * log.num_items + histories.item))
+    for block in visible_blocks(log, counts, EVENTS_PER_BLOCK):
+        distinct += len(np.unique(block.owner * log.num_items + block.item))
     total = int(counts.sum())
     return 1 - distinct / total if total else 0.0
 

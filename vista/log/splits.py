@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,8 +11,11 @@ from vista.config import DataConfig
 from vista.config.choices import Split
 from vista.errors import ConfigError
 from vista.log.event_log import EventLog
+from vista.log.histories import Histories, token_groups
 from vista.log.until import Until, parse_time, parse_until
 
+EVENTS_PER_BLOCK = 1 << 22
+"""Events of histories that are read at once."""
 MIN_EVENTS = 3
 """Users with fewer events are not used for validation and testing, so leave-last-out hides none of their events."""
 
@@ -38,6 +43,22 @@ def visible_counts(log: EventLog, until: Until | str | int | None) -> NDArray[np
     # 1 - 0.9 is a little below 0.1: without rounding, one event of 10 would become none.
     kept = np.floor(np.round(lengths * (1 - limit.held_share), 6)).astype(np.int64) if limit.held_share else lengths
     return np.where(lengths >= MIN_EVENTS, np.maximum(kept - limit.held_out, 0), lengths)
+
+
+def visible_blocks(log: EventLog, counts: NDArray[np.int64], events: int = EVENTS_PER_BLOCK) -> Iterator[Histories]:
+    """The first counts[u] events of every user u, some users at a time.
+
+    Args:
+        counts: int64 [num_users].
+        events: most events of a block (a longer history is a block by itself).
+
+    Raises:
+        ValueError: if counts has another shape.
+    """
+    if counts.shape != (log.num_users,):
+        raise ValueError(f"counts must have one entry per user, {log.num_users} in all, got shape {counts.shape}")
+    for part in token_groups(counts, events):
+        yield log.gather(np.arange(part.start, part.stop), counts[part])
 
 
 def split_until(data: DataConfig, part: str) -> Until:

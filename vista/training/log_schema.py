@@ -9,10 +9,9 @@ import numpy as np
 from vista.config import TrainConfig
 from vista.config.choices import Decay
 from vista.errors import ConfigError, DataError
-from vista.evaluation.protocol import EVENTS_PER_BATCH
 from vista.examples.batch_source import trained_tasks
 from vista.log.event_log import EventLog
-from vista.log.histories import token_groups
+from vista.log.splits import EVENTS_PER_BLOCK, visible_blocks
 from vista.model.ranking_model import NEXT_TASK
 from vista.model.schema import Schema
 
@@ -56,7 +55,7 @@ def schema_of(log: EventLog, config: TrainConfig) -> Schema:
     return Schema(list(log.actions), log.has_time, ratings, tasks, config.ranks_items)
 
 
-def rating_range(log: EventLog, *, events_per_batch: int = EVENTS_PER_BATCH) -> tuple[float, float] | None:
+def rating_range(log: EventLog, *, events_per_batch: int = EVENTS_PER_BLOCK) -> tuple[float, float] | None:
     """Smallest and largest rating of a log; None if all are equal, since nothing can be learned from them.
 
     Args:
@@ -66,8 +65,8 @@ def rating_range(log: EventLog, *, events_per_batch: int = EVENTS_PER_BATCH) -> 
         DataError: if a rating is infinite.
     """
     low, high = math.inf, -math.inf
-    for users in token_groups(log.lengths, events_per_batch):
-        ratings = np.asarray(log.gather(np.arange(users.start, users.stop)).rating)
+    for block in visible_blocks(log, log.lengths, events_per_batch):
+        ratings = np.asarray(block.rating)
         low = min(low, float(np.nanmin(ratings, initial=np.inf)))
         high = max(high, float(np.nanmax(ratings, initial=-np.inf)))
     if low >= high:

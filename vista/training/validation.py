@@ -25,7 +25,6 @@ from vista.evaluation.cases import (
     with_tasks,
 )
 from vista.evaluation.protocol import (
-    EVENTS_PER_BATCH,
     case_batches,
     impression_metrics,
     rank_next_items,
@@ -38,7 +37,7 @@ from vista.evaluation.window_report import WindowReport
 from vista.examples.batch_source import trained_tasks
 from vista.log.event_log import EventLog
 from vista.log.repeats import leaves_out_seen
-from vista.log.splits import part_counts, part_times
+from vista.log.splits import EVENTS_PER_BLOCK, part_counts, part_times
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.ranking_model import RankingModel
 from vista.model.vista_model import VistaModel
@@ -52,7 +51,7 @@ class Validation:
     """Validation metrics of a model. The cases are chosen once."""
 
     def __init__(
-        self, log: EventLog, item_rows: Int, config: TrainConfig, *, events_per_batch: int = EVENTS_PER_BATCH
+        self, log: EventLog, item_rows: Int, config: TrainConfig, *, events_per_batch: int = EVENTS_PER_BLOCK
     ) -> None:
         """
         Args:

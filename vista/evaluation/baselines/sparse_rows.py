@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from vista.arrays import Int
 from vista.evaluation.metrics import Floats
-from vista.examples.pair_counts import blocks, distinct_counts, pair_counts
+from vista.examples.pair_counts import distinct_counts, pair_counts
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories, ranges
+from vista.log.splits import visible_blocks
 
 MOST_EVENTS = 1 << 21
 """Events in which pairs within REACH events are counted: those of random users if there are more. It bounds the
@@ -61,8 +62,7 @@ class SparseRows:
 
 def transition_counts(log: EventLog, counts: Int) -> SparseRows:
     """How often item j came right after item i in the visible events of one history: row i, column j."""
-    keys = (_following_keys(block, log.num_items) for block in blocks(log, np.flatnonzero(counts > 1), counts))
-    key, times = distinct_counts(keys)
+    key, times = distinct_counts(_following_keys(block, log.num_items) for block in visible_blocks(log, counts))
     row, column = np.divmod(key, log.num_items)
     offsets = np.searchsorted(row, np.arange(log.num_items + 1))
     return SparseRows(offsets, column, times.astype(np.float64), log.num_items)
