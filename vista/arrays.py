@@ -6,3 +6,5 @@ import numpy as np
 from numpy.typing import NDArray
 
 Int = NDArray[np.int64]
+Floats = NDArray[np.float64]
+Float32s = NDArray[np.float32]

@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import Served
 from tests.evaluation.test_window_evaluation import ASKED
-from vista.arrays import Int
+from vista.arrays import Floats, Int
 from vista.config import CompareConfig, DataConfig, EvaluateConfig
 from vista.config.choices import Split, Target
 from vista.errors import ConfigError
@@ -23,7 +23,6 @@ from vista.evaluation.baselines.transitions import Transitions
 from vista.evaluation.cases import next_item_cases
 from vista.evaluation.compare import compare
 from vista.evaluation.evaluate import evaluate, evaluate_scorer
-from vista.evaluation.metrics import Floats
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until, visible_counts
 from vista.scorer import Scorer

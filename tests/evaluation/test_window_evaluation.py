@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from tests.conftest import Served, small_config
+from vista.arrays import Float32s
 from vista.config import EvaluateConfig
 from vista.config.choices import Codec, Split, Target
 from vista.errors import ConfigError, LeakageError
-from vista.evaluation.cases import Floats
 from vista.evaluation.evaluate import evaluate, evaluate_model, evaluate_scorer
 from vista.evaluation.evaluation_report import EvaluationReport
 from vista.evaluation.per_user_metrics import PerUserMetrics
@@ -39,7 +39,7 @@ ASKED: dict[str, Any] = {
 
 
 def plain_precision(
-    log: EventLog, seen: np.ndarray, end: np.ndarray, scores: dict[int, Floats], horizon: int
+    log: EventLog, seen: np.ndarray, end: np.ndarray, scores: dict[int, Float32s], horizon: int
 ) -> dict[str, list[float]]:
     """Precision@4 of all, returning and new items, one user and one list at a time; scores by log row."""
     values: dict[str, list[float]] = {"": [], ":returns": [], ":new": []}
@@ -75,7 +75,7 @@ def test_a_store_against_a_loop(
     times: list[int] = []
     whole = Scorer.catalog_scores
 
-    def noted(scorer: Scorer, users: Any, *, tail: Any = None, now: Any = None) -> Floats:
+    def noted(scorer: Scorer, users: Any, *, tail: Any = None, now: Any = None) -> Float32s:
         times.extend(now.tolist())
         return whole(scorer, users, tail=tail, now=now)
 

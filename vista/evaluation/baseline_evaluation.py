@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from vista.arrays import Int
+from vista.arrays import Floats, Int
 from vista.config import DataConfig, EvaluateConfig
 from vista.config.choices import Target
 from vista.errors import ConfigError
@@ -16,7 +16,6 @@ from vista.evaluation.baseline_report import BaselineReport
 from vista.evaluation.baselines.all_baselines import LEARNED, counting_baselines
 from vista.evaluation.baselines.counting_baseline import CountingBaseline
 from vista.evaluation.cases import NextItemCases
-from vista.evaluation.metrics import Floats
 from vista.evaluation.next_evaluation import excludes_seen, measure_next_items
 from vista.evaluation.per_user_metrics import PerUserMetrics
 from vista.evaluation.window_cases import WindowCases

@@ -11,13 +11,11 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.arrays import Int
+from vista.arrays import Float32s, Int
 from vista.counters.counter_spec import CounterSpec
 from vista.examples.batch_source import events_before
 from vista.examples.history_counters import CounterRequests, HistoryCounters
 from vista.log.event_log import EventLog
-
-Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +52,11 @@ class ImpressionCases:
     """int64 [N] rows of the log."""
     timestamp: Int
     """int64 [N] ms."""
-    label: Floats
+    label: Float32s
     """[N, num_tasks]."""
     mask: NDArray[np.bool_]
     """[N, num_tasks]: True where the label is known."""
-    probability: Floats | None
+    probability: Float32s | None
     """[N, num_tasks] true probabilities of a simulated log."""
     tasks: list[str]
 

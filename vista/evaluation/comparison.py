@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from vista.arrays import Floats
 from vista.errors import ConfigError, shown
 from vista.evaluation.per_user_metrics import PerUserMetrics, mean_and_error
 
-Floats = NDArray[np.float64]
 NUM_FLIPS = 9_999
 """Random signs of the differences per test, so that p is a multiple of 1 / 10,000."""
 SIGNS_PER_CHUNK = 1 << 24

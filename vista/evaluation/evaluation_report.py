@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from vista.arrays import Int
+from vista.arrays import Float32s, Int
 from vista.evaluation.baseline_report import BaselineReport
-from vista.evaluation.cases import Floats, ImpressionCases
+from vista.evaluation.cases import ImpressionCases
 from vista.evaluation.per_user_metrics import PerUserMetrics
 from vista.evaluation.popularity_report import PopularityReport
 from vista.evaluation.recall import RecallReport
@@ -24,7 +24,7 @@ class EvaluationReport:
     seconds: float
     ranks: Int | None = None
     impressions: ImpressionCases | None = None
-    probabilities: Floats | None = None
+    probabilities: Float32s | None = None
     popularity: PopularityReport | None = None
     recall: RecallReport | None = None
     per_user: PerUserMetrics | None = None

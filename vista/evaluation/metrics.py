@@ -15,9 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, bfloat16
 
-from vista.arrays import Int
-
-Floats = NDArray[np.float64]
+from vista.arrays import Floats, Int
 
 
 @dataclass(frozen=True, slots=True)

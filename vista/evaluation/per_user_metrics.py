@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vista.arrays import Floats
 from vista.errors import ConfigError
 from vista.files import read_limited, replace_file
 
-Floats = NDArray[np.float64]
 MAX_FILE_BYTES = 1 << 30
 
 

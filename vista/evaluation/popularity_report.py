@@ -10,13 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.arrays import Int
+from vista.arrays import Floats, Int
 from vista.evaluation.metrics import hit_rate, ndcg
 from vista.evaluation.recommended_lists import RecommendedLists
 
 NUM_DECILES = 10
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.arrays import Int
-from vista.evaluation.cases import Floats, ImpressionCases, NextItemCases
+from vista.arrays import Float32s, Floats, Int
+from vista.evaluation.cases import ImpressionCases, NextItemCases
 from vista.evaluation.metrics import auc, calibration, gauc, normalized_entropy, ranks_of_targets
 from vista.evaluation.per_user_metrics import mean_and_error
 from vista.evaluation.window_cases import WindowCases
@@ -36,7 +36,7 @@ def rank_next_items(
     batches: Iterable[slice],
     *,
     exclude_seen: bool,
-    observe: Callable[[Floats, Int, tuple[Int, Int] | None], None] | None = None,
+    observe: Callable[[Float32s, Int, tuple[Int, Int] | None], None] | None = None,
 ) -> Int:
     """0-based rank of each case's label among all items of the model.
 
@@ -72,7 +72,7 @@ def rank_windows(
     score: Callable[[WindowCases], NDArray[np.floating[Any]]],
     batches: Iterable[slice],
     top_k: Sequence[int],
-) -> dict[str, dict[str, NDArray[np.float64]]]:
+) -> dict[str, dict[str, Floats]]:
     """Metrics of each case by `window_metrics`, over windows of one or several lengths.
 
     Args:
@@ -83,7 +83,7 @@ def rank_windows(
         {length: {metric: float64 [N]}}; no metrics without cases.
     """
     first = next(iter(cases.values()))
-    parts: dict[str, list[dict[str, NDArray[np.float64]]]] = {name: [] for name in cases}
+    parts: dict[str, list[dict[str, Floats]]] = {name: [] for name in cases}
     for batch in batches:
         asked = first.part(batch)
         scores, seen = score(asked), seen_columns(log, asked, item_columns)
@@ -126,7 +126,7 @@ def ranking_metrics(ranks: Int, top_k: Sequence[int]) -> dict[str, float]:
     return {name: mean_and_error(values)[0] for name, values in ranking_values(ranks, top_k).items()}
 
 
-def ranking_values(ranks: Int, top_k: Sequence[int]) -> dict[str, NDArray[np.float64]]:
+def ranking_values(ranks: Int, top_k: Sequence[int]) -> dict[str, Floats]:
     """{"hr@10": float64 [N], "ndcg@10": float64 [N], …} of 0-based ranks [N]."""
     gain = 1 / np.log2(ranks + 2)
     return {
@@ -134,7 +134,7 @@ def ranking_values(ranks: Int, top_k: Sequence[int]) -> dict[str, NDArray[np.flo
     }
 
 
-def impression_metrics(cases: ImpressionCases, probability: Floats) -> dict[str, float]:
+def impression_metrics(cases: ImpressionCases, probability: Float32s) -> dict[str, float]:
     """AUC, GAUC, NE and calibration of each task with labels of both kinds; probability: float32 [N, num_tasks]."""
     metrics: dict[str, float] = {}
     for index, task in enumerate(cases.tasks):

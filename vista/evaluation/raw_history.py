@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from vista.arrays import Int
-from vista.evaluation.cases import Floats, ImpressionCases, NextItemCases, case_requests, request_starts
+from vista.arrays import Float32s, Int
+from vista.evaluation.cases import ImpressionCases, NextItemCases, case_requests, request_starts
 from vista.evaluation.window_cases import WindowCases
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories, token_groups
@@ -35,7 +35,7 @@ class RawHistoryAnswers:
         self._events_per_batch = events_per_batch
         self._items = item_vectors(model) if model.has_retrieval else None
 
-    def catalog_scores(self, cases: NextItemCases | WindowCases) -> Floats:
+    def catalog_scores(self, cases: NextItemCases | WindowCases) -> Float32s:
         """Scores float32 [N, V] of all items for the users of some cases, at the times of the questions."""
         user, seen, now = cases.user, cases.seen, cases.now
         users = [
@@ -47,10 +47,10 @@ class RawHistoryAnswers:
         if spec is not None:
             histories, requests = case_requests(spec, self._log, self._item_rows, user, seen, now)
             counters = histories.at(requests)
-        scores: Floats = catalog_scores(self._model, torch.cat(users), self._items, counters).float().cpu().numpy()
+        scores: Float32s = catalog_scores(self._model, torch.cat(users), self._items, counters).float().cpu().numpy()
         return scores
 
-    def probabilities(self, cases: ImpressionCases, *, progress: bool = False) -> Floats:
+    def probabilities(self, cases: ImpressionCases, *, progress: bool = False) -> Float32s:
         """float32 [N, len(cases.tasks)]; the impressions of one user at one time share the history."""
         out = np.zeros(cases.label.shape, np.float32)
         # By name: the log may have the model's tasks in another order, and not all of them.

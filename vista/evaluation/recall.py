@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vista.arrays import Int
+from vista.arrays import Floats, Int
 from vista.errors import ConfigError
 from vista.examples.frequency import item_counts
 from vista.log.event_log import EventLog
@@ -33,8 +33,6 @@ NUM_NEGATIVES = 100
 NUM_NEIGHBORS = 50
 """Negatives are drawn from this many items that are next more popular than the event's, and as many less popular."""
 USERS_PER_BATCH = 64
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.arrays import Int
+from vista.arrays import Floats, Int
 from vista.evaluation.metrics import top_items
 
 
@@ -33,6 +33,6 @@ class RecommendedLists:
         self.num_lists += len(scores)
 
     @property
-    def mean_scores(self) -> NDArray[np.float64]:
+    def mean_scores(self) -> Floats:
         """float64 [V]: each item's score averaged over all users."""
         return self._score_sum / max(self.num_lists, 1)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 from tqdm import tqdm
 
-from vista.arrays import Int
+from vista.arrays import Float32s, Int
 from vista.errors import LeakageError
-from vista.evaluation.cases import Floats, ImpressionCases, NextItemCases, request_starts
+from vista.evaluation.cases import ImpressionCases, NextItemCases, request_starts
 from vista.evaluation.window_cases import WindowCases
 from vista.log.event_log import EventLog
 from vista.scorer import Scorer
@@ -23,7 +23,7 @@ class ScorerAnswers:
     def __init__(self, scorer: Scorer, log: EventLog, *, requests_per_batch: int) -> None:
         self._scorer, self._log, self._requests_per_batch = scorer, log, requests_per_batch
 
-    def catalog_scores(self, cases: NextItemCases | WindowCases) -> Floats:
+    def catalog_scores(self, cases: NextItemCases | WindowCases) -> Float32s:
         """Scores float32 [N, V] of all items for the users of some cases, at the times of the questions.
 
         Raises:
@@ -35,7 +35,7 @@ class ScorerAnswers:
         tail = self._fresh_tail(cases.user, cases.seen, label_time)
         return self._scorer.catalog_scores(self._log.users.ids(cases.user), tail=tail, now=cases.now)
 
-    def probabilities(self, cases: ImpressionCases, *, progress: bool = False) -> Floats:
+    def probabilities(self, cases: ImpressionCases, *, progress: bool = False) -> Float32s:
         """float32 [N, len(cases.tasks)]; the impressions of one user at one time are one request.
 
         Raises:

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.arrays import Int
+from vista.arrays import Floats, Int
 from vista.evaluation.window_cases import WindowCases
 
-Floats = NDArray[np.float64]
 KINDS = ("", ":returns", ":new")
 """Suffixes of the metrics: all items, the items that the user had before, the items that are new to the user."""
 SCORES_PER_CHUNK = 1 << 22

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from vista.arrays import Floats
 from vista.evaluation.per_user_metrics import mean_and_error, mean_cells
 from vista.evaluation.window_metrics import KINDS
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,9 @@ import dataclasses
 import numpy as np
 import torch
 
-from vista.arrays import Int
+from vista.arrays import Float32s, Int
 from vista.counters.counter_spec import CounterSpec
-from vista.evaluation.cases import Floats, ImpressionCases, NextItemCases, case_requests
+from vista.evaluation.cases import ImpressionCases, NextItemCases, case_requests
 from vista.evaluation.window_cases import WindowCases
 from vista.examples.history_counters import CounterRequests, HistoryCounters
 from vista.log.event_log import EventLog
@@ -45,7 +45,7 @@ class SummaryAnswers:
         self._summaries = torch.cat([inference.summarize(model, each) for each in histories])
         self._items = inference.item_vectors(model) if model.has_retrieval else None
 
-    def catalog_scores(self, cases: NextItemCases | WindowCases) -> Floats:
+    def catalog_scores(self, cases: NextItemCases | WindowCases) -> Float32s:
         """Scores float32 [N, V] of all items for the users of some cases, at the times of the questions."""
         assert self._items is not None
         model, tail = self._model, self._tail(cases.user, cases.seen)
@@ -55,10 +55,10 @@ class SummaryAnswers:
         if model.counter_spec is not None:
             histories, requests = self._requests(model.counter_spec, cases.user, cases.seen, cases.now)
             counters = histories.at(requests)
-        scores: Floats = inference.catalog_scores(model, users, self._items, counters).float().cpu().numpy()
+        scores: Float32s = inference.catalog_scores(model, users, self._items, counters).float().cpu().numpy()
         return scores
 
-    def probabilities(self, cases: ImpressionCases) -> Floats:
+    def probabilities(self, cases: ImpressionCases) -> Float32s:
         """float32 [N, num_tasks]."""
         model, out = self._model, np.zeros(cases.label.shape, np.float32)
         for low in range(0, len(cases.user), CASES_PER_BATCH):

@@ -11,19 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.arrays import Int
+from vista.arrays import Float32s, Int
 from vista.config import EvaluateConfig, TrainConfig
 from vista.errors import NonFiniteLossError
 from vista.evaluation.baseline_evaluation import scores_in_columns
 from vista.evaluation.baselines.all_baselines import counting_baselines
-from vista.evaluation.cases import (
-    Floats,
-    ImpressionCases,
-    NextItemCases,
-    impression_cases,
-    next_item_cases,
-    with_tasks,
-)
+from vista.evaluation.cases import ImpressionCases, NextItemCases, impression_cases, next_item_cases, with_tasks
 from vista.evaluation.protocol import (
     case_batches,
     impression_metrics,
@@ -187,7 +180,7 @@ class Validation:
             model, self._log, self._item_rows, np.unique(np.concatenate(users)), self._cut, self._events_per_batch
         )
 
-    def _finite(self, scores: Floats, users: Int) -> Floats:
+    def _finite(self, scores: Float32s, users: Int) -> Float32s:
         bad = users[~np.isfinite(scores).all(axis=1)]
         if len(bad):
             named = self._log.users.ids(np.unique(bad)[:20]).tolist()

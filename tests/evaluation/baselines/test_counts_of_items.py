@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 
 from tests.evaluation.baselines.conftest import HOUR, order_only_log, timed_log, visible_items
-from vista.arrays import Int
+from vista.arrays import Floats, Int
 from vista.evaluation.baselines.counting_baseline import CountingBaseline
 from vista.evaluation.baselines.item_neighbors import ItemNeighbors
 from vista.evaluation.baselines.own_frequency import OwnFrequency
 from vista.evaluation.baselines.popularity import Popularity
 from vista.evaluation.baselines.transitions import Transitions, TransitionsAndOwn
-from vista.evaluation.metrics import Floats
 from vista.examples.pair_counts import REACH
 from vista.log.event_log import EventLog
 

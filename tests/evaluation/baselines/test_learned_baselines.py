@@ -11,7 +11,7 @@ import pytest
 
 from tests.evaluation.baselines.conftest import HOUR, order_only_log, quality, timed_log, visible_items
 from tests.evaluation.baselines.test_counts_of_items import TIES, scores_of
-from vista.arrays import Int
+from vista.arrays import Floats, Int
 from vista.errors import MissingDependencyError
 from vista.evaluation.baselines.counter_features import counter_features
 from vista.evaluation.baselines.counter_trees import CounterTrees
@@ -24,7 +24,6 @@ from vista.evaluation.baselines.tifu_knn import TifuKnn
 from vista.evaluation.baselines.training_questions import training_questions
 from vista.evaluation.baselines.transitions import TransitionsAndOwn
 from vista.evaluation.baselines.tuned import Tuned
-from vista.evaluation.metrics import Floats
 from vista.evaluation.window_cases import window_cases
 from vista.examples.item_factors import item_factors
 from vista.log.event_log import EventLog

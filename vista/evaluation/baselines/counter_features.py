@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vista.arrays import Int
-from vista.evaluation.metrics import Floats
+from vista.arrays import Floats, Int
 from vista.evaluation.window_cases import DAY_MS
 from vista.log.event_log import EventLog
 

@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.arrays import Int
+from vista.arrays import Floats, Int
 from vista.errors import MissingDependencyError
 from vista.evaluation.baselines.counter_features import CounterFeatures, counter_features
 from vista.evaluation.baselines.popularity import tie_breaker
 from vista.evaluation.baselines.training_questions import training_questions
-from vista.evaluation.metrics import Floats
 from vista.evaluation.window_cases import WindowCases
 from vista.examples.frequency import item_counts
 from vista.log.event_log import EventLog

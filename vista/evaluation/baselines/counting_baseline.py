@@ -9,8 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from vista.arrays import Int
-from vista.evaluation.metrics import Floats
+from vista.arrays import Floats, Int
 from vista.log.event_log import EventLog
 
 

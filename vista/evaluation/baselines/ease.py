@@ -6,9 +6,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vista.arrays import Int
+from vista.arrays import Floats, Int
 from vista.evaluation.baselines.popularity import tie_breaker
-from vista.evaluation.metrics import Floats
 from vista.examples.frequency import item_counts
 from vista.log.event_log import EventLog
 

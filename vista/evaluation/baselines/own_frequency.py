@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from vista.arrays import Int
+from vista.arrays import Floats, Int
 from vista.evaluation.baselines.popularity import tie_breaker
-from vista.evaluation.metrics import Floats
 from vista.evaluation.window_cases import DAY_MS
 from vista.examples.frequency import item_counts
 from vista.log.event_log import EventLog

@@ -6,11 +6,9 @@ Letters: n users, T events, M columns of the vectors, K means, V items.
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-from vista.arrays import Int
+from vista.arrays import Floats, Int
 from vista.evaluation.baselines.training_questions import training_questions
-from vista.evaluation.metrics import Floats
 from vista.evaluation.window_cases import WindowCases
 from vista.examples.frequency import item_counts
 from vista.examples.item_factors import item_factors
@@ -100,6 +98,6 @@ class PooledFactors:
         return np.stack(means)
 
 
-def _unit(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+def _unit(vectors: Floats) -> Floats:
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.where(length > 0, length, 1)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vista.arrays import Int
-from vista.evaluation.metrics import Floats
+from vista.arrays import Floats, Int
 from vista.examples.frequency import item_counts
 from vista.log.event_log import EventLog
 

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.arrays import Int
-from vista.evaluation.metrics import Floats
+from vista.arrays import Floats, Int
 from vista.examples.pair_counts import distinct_counts, pair_counts
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories, ranges

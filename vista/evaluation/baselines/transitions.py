@@ -6,10 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from vista.arrays import Int
+from vista.arrays import Floats, Int
 from vista.evaluation.baselines.own_frequency import OwnFrequency
 from vista.evaluation.baselines.sparse_rows import SparseRows, transition_counts
-from vista.evaluation.metrics import Floats
 from vista.examples.frequency import item_counts
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories

@@ -7,9 +7,8 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from vista.arrays import Int
+from vista.arrays import Floats, Int
 from vista.evaluation.baselines.tunable_baseline import TunableBaseline
-from vista.evaluation.metrics import Floats
 from vista.evaluation.per_user_metrics import mean_and_error
 from vista.evaluation.protocol import case_batches, rank_windows
 from vista.evaluation.window_cases import WindowCases, window_cases
