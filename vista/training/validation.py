@@ -26,7 +26,8 @@ from vista.evaluation.protocol import (
 )
 from vista.evaluation.raw_history import RawHistoryAnswers
 from vista.evaluation.window_cases import WindowCases, window_cases
-from vista.evaluation.window_report import WindowReport
+from vista.evaluation.window_evaluation import window_lengths
+from vista.evaluation.window_report import WindowReport, window_metric
 from vista.examples.batch_source import trained_tasks
 from vista.log.event_log import EventLog
 from vista.log.repeats import leaves_out_seen
@@ -51,7 +52,9 @@ class Validation:
             item_rows: int64 [log.num_items], the model row of each of the log's items.
             events_per_batch: most events of histories that are read at once (a longer history is read alone).
         """
-        self._log, self._item_rows, self._data = log, item_rows, config.data
+        self._log, self._item_rows, data = log, item_rows, config.data
+        self._windows = EvaluateConfig(horizon_events=[data.horizon_events], horizon_days=data.horizon_days)
+        ((self._length, _),) = window_lengths(self._windows).items()
         self._events_per_batch = events_per_batch
         self._exclude_seen = leaves_out_seen(log, config.data)
         optim, limit = config.optim, config.optim.validation_users
@@ -65,7 +68,7 @@ class Validation:
             self._impressions = shown if len(shown.user) else None
         if config.ranks_items:
             if optim.next_weight == 0:
-                self._ranked = self._windows(stop, begin, limit)
+                self._ranked = self._window_cases(stop, begin, limit)
             if self._ranked is None:
                 cases = next_item_cases(log, self._cut, stop, max_users=limit)
                 self._ranked = cases if len(cases.user) else None
@@ -73,31 +76,16 @@ class Validation:
         """NDCG@10 of the ranked items, by its name in `vista evaluate`; empty if the log has no such cases."""
         if self._ranked is not None:
             is_window = isinstance(self._ranked, WindowCases)
-            self.ranking_metric = f"ndcg@10/{self._length.replace(' ', '-')}" if is_window else "ndcg@10"
+            self.ranking_metric = window_metric("ndcg@10", self._length) if is_window else "ndcg@10"
         self.metric = self._deciding_metric()
         """The metric that decides which model is best: NE of the first task with labels of both kinds (smaller is
         better), else `ranking_metric`; empty if the log has no cases."""
 
-    @property
-    def _length(self) -> str:
-        """The length of the windows, as `vista evaluate` names it."""
-        days = self._data.horizon_days
-        return f"{days:g} days" if days else f"{self._data.horizon_events} events"
-
-    def _windows(self, stop: Int, now: int | None, max_users: int) -> WindowCases | None:
+    def _window_cases(self, stop: Int, now: int | None, max_users: int) -> WindowCases | None:
         """The cases of `vista evaluate target=window split=validation` for the trained length; None without any."""
-        days, least = self._data.horizon_days, EvaluateConfig()
-        cases = window_cases(
-            self._log,
-            self._cut,
-            stop,
-            horizon_events=0 if days else self._data.horizon_events,
-            horizon_days=days,
-            now=now,
-            min_seen=least.min_seen,
-            min_after=least.min_after,
-            max_users=max_users,
-        )
+        least = {"min_seen": self._windows.min_seen, "min_after": self._windows.min_after}
+        length = window_lengths(self._windows)[self._length]
+        cases = window_cases(self._log, self._cut, stop, now=now, max_users=max_users, **least, **length)
         if len(cases.item):
             logger.info("validation asks %d users for the items of their next %s", len(cases), self._length)
             return cases
@@ -105,8 +93,7 @@ class Validation:
             "validation asks for next items, although only windows are trained: no user has %d events before the "
             "validation labels, %d of these, and one in the next %s; train with data=time or data=share, which hold "
             "out more than one event",
-            least.min_seen,
-            least.min_after,
+            *least.values(),
             self._length,
         )
         return None
@@ -131,7 +118,7 @@ class Validation:
         is_window = isinstance(self._ranked, WindowCases)
         chosen = counting_baselines(
             has_time=self._log.has_time,
-            horizon_events=self._data.horizon_events if is_window else 1,
+            horizon_events=self._windows.horizon_events[0] if is_window else 1,
             returns=is_window or not self._exclude_seen,
         )
         measured = {}
