@@ -97,7 +97,7 @@ def test_a_report_by_hand() -> None:
     lists.add(np.array([[1.0, 3.0, 2.0, 4.0]], np.float32), np.array([-1]), (np.array([1]), np.array([0, 1])))
     assert lists.counts.tolist() == [1, 0, 2, 3] and lists.num_lists == 3
     np.testing.assert_allclose(lists.mean_scores, [5 / 3, 7 / 3, 2, 4])
-    report = popularity_report(popularity, lists, np.array([1, 1, 4]), np.array([0, 2, -1]), np.array([4.0, 3, 2, 1]))
+    report = popularity_report(popularity, lists, np.array([1, 1, 4]), np.array([4.0, 3, 2, 1]))
     assert report.coverage == 0.75
     assert report.gini == pytest.approx(gini(np.array([1, 0, 2, 3])))
     assert report.num_items.tolist() == [0, 3, 0, 0, 0, 0, 1, 0, 0, 0]

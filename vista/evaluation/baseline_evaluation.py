@@ -98,7 +98,7 @@ def measure_baseline(
     if config.target is Target.window:
         _, per_user = measure_windows(log, data, columns, config, score)
     else:
-        _, _, per_user = measure_next_items(log, data, columns, config, score)
+        _, per_user = measure_next_items(log, data, columns, config, score)
     if not len(per_user.users):
         raise ConfigError(f"{log.path} has no {config.split} label to rank; choose another split")
     return per_user

@@ -182,12 +182,12 @@ def _measure_next_items(
     num_cases = 0
     if model.has_retrieval:
         lists = RecommendedLists(len(model.items), config.top_k[0]) if config.popularity else None
-        label, ranks, per_user = measure_next_items(
+        ranks, per_user = measure_next_items(
             log, model.data, columns, config, answers.catalog_scores, observe=lists.add if lists is not None else None
         )
         metrics |= per_user.means()
         if lists is not None:
-            report = _popularity(model, log, columns, lists, ranks, label)
+            report = _popularity(model, log, columns, lists, ranks)
             metrics |= report.metrics()
         num_cases += len(ranks)
     begin, end = part_times(model.data, config.split)
@@ -206,11 +206,11 @@ def _measure_next_items(
 
 
 def _popularity(
-    model: RankingModel, log: EventLog, columns: Int, lists: RecommendedLists, ranks: Int, label: Int
+    model: RankingModel, log: EventLog, columns: Int, lists: RecommendedLists, ranks: Int
 ) -> PopularityReport:
     """The report over the model's items; columns int64 [log.num_items] of the log's items, -1 unknown to the model."""
     events = item_counts(log, visible_counts(log, split_until(model.data, "train")))
     counts = np.zeros(len(model.items), np.int64)
     np.add.at(counts, columns[columns >= 0], events[columns >= 0])
     norms = model.catalog_vectors().detach().float().norm(dim=1).cpu().numpy()
-    return popularity_report(counts, lists, ranks, label, norms)
+    return popularity_report(counts, lists, ranks, norms)

@@ -28,7 +28,7 @@ def measure_next_items(
     score: Callable[[NextItemCases], NDArray[np.floating[Any]]],
     *,
     observe: Callable[[NDArray[np.float32], Int, tuple[Int, Int] | None], None] | None = None,
-) -> tuple[Int, Int, PerUserMetrics]:
+) -> tuple[Int, PerUserMetrics]:
     """Rank the next items of a part of a split.
 
     Args:
@@ -38,7 +38,7 @@ def measure_next_items(
         observe: as in `rank_next_items`.
 
     Returns:
-        The labels' columns int64 [N], their 0-based ranks int64 [N], and each user's metrics.
+        0-based ranks of the labels, int64 [N], and each user's metrics.
     """
     cases = next_item_cases(log, *part_counts(log, data, config.split))
     batches = case_batches(cases, log.num_items, config.users_per_batch)
@@ -58,8 +58,7 @@ def measure_next_items(
         "exclude_seen": exclude_seen,
         "cases": [cases_digest(log, cases.user, cases.item, cases.seen)],
     }
-    per_user = PerUserMetrics(log.users.ids(cases.user), ranking_values(ranks, config.top_k), question)
-    return columns[cases.item], ranks, per_user
+    return ranks, PerUserMetrics(log.users.ids(cases.user), ranking_values(ranks, config.top_k), question)
 
 
 def excludes_seen(log: EventLog, data: DataConfig, config: EvaluateConfig) -> bool:

@@ -74,18 +74,17 @@ class PopularityReport:
 
 
 def popularity_report(
-    popularity: Int, lists: RecommendedLists, ranks: Int, label: Int, norms: NDArray[np.floating]
+    popularity: Int, lists: RecommendedLists, ranks: Int, norms: NDArray[np.floating]
 ) -> PopularityReport:
     """Compute the report from counts and ranks.
 
     Args:
         popularity: int64 [V] training events of each item.
-        lists: the items in the lists.
+        lists: the items in the lists, and the labels. A label that the model does not know is in the rarest decile.
         ranks: int64 [N] 0-based ranks of the labels.
-        label: int64 [N] items of the labels; -1 (unknown to the model) counts in the rarest decile.
         norms: [V] norms of the items' vectors.
     """
-    decile = popularity_deciles(popularity)
+    decile, label = popularity_deciles(popularity), lists.target
     label_decile = np.where(label >= 0, decile[label], 0)
     parts = [ranks[label_decile == d] for d in range(NUM_DECILES)]
     shown = np.bincount(decile, weights=lists.counts, minlength=NUM_DECILES)

@@ -17,6 +17,7 @@ class RecommendedLists:
         self.num_lists = 0
         self.counts = np.zeros(num_items, np.int64)
         """int64 [V]: lists that hold the item."""
+        self._targets: list[Int] = []
         self._score_sum = np.zeros(num_items, np.float64)
 
     def add(self, scores: NDArray[np.float32], target: Int, excluded: tuple[Int, Int] | None) -> None:
@@ -31,6 +32,12 @@ class RecommendedLists:
         self.counts += np.bincount(top[top >= 0], minlength=len(self.counts))
         self._score_sum += scores.sum(axis=0, dtype=np.float64)
         self.num_lists += len(scores)
+        self._targets.append(target)
+
+    @property
+    def target(self) -> Int:
+        """int64 [number of lists] columns of the labels, in the order in which they were added."""
+        return np.concatenate([np.zeros(0, np.int64), *self._targets])
 
     @property
     def mean_scores(self) -> Floats:
