@@ -25,6 +25,7 @@ from scripts.benchmarks.workloads import ACTIONS, lifelong_log, untrained
 from vista.config import SourceColumns
 from vista.config.choices import Precision
 from vista.log.event_log import EventLog
+from vista.log.gaps import DAY_MS
 from vista.model.history_states import range_states, reach
 from vista.model.summary_state import merge_states
 from vista.refresh import RefreshReport, refresh, refresh_incremental
@@ -38,7 +39,6 @@ NUM_NEW = 50
 """New events per user."""
 NUM_ITEMS = 50_000
 WARMUP = 1
-DAY_MS = 86_400_000
 
 
 def bench_incremental(recorder: BenchmarkRecorder, folder: Path) -> None:

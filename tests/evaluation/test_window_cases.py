@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vista.evaluation.cases_digest import cases_digest
-from vista.evaluation.window_cases import DAY_MS, WindowCases, window_cases
+from vista.evaluation.window_cases import WindowCases, window_cases
 from vista.log.event_log import EventLog
+from vista.log.gaps import DAY_MS
 from vista.log.splits import visible_counts
 
 EVENTS = {

@@ -20,6 +20,7 @@ from vista.evaluation.evaluation_report import EvaluationReport
 from vista.evaluation.per_user_metrics import PerUserMetrics
 from vista.evaluation.window_evaluation import split_windows
 from vista.log.event_log import EventLog
+from vista.log.gaps import DAY_MS
 from vista.log.splits import split_until, visible_counts
 from vista.model.baselines.sequence_model import SequenceModel
 from vista.model.inference import item_vectors
@@ -27,7 +28,6 @@ from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer
 from vista.training.trainer import train, train_model
 
-DAY_MS = 86_400_000
 ASKED: dict[str, Any] = {
     "target": Target.window,
     "horizon_events": [3, 8],

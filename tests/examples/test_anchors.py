@@ -10,9 +10,9 @@ import pytest
 
 from tests.examples.test_cuts import anchor_plan, coded_chunks
 from vista.arrays import Int
-from vista.examples.anchors import DAY_MS, ChunkAnchors, draw_anchors
+from vista.examples.anchors import ChunkAnchors, draw_anchors
 from vista.examples.chunks import Chunks, ChunkTimeline
-from vista.log.gaps import gap_bucket
+from vista.log.gaps import DAY_MS, gap_bucket
 
 
 def timed_chunks(times: list[Int], items: list[Int], lengths: list[int], lead: Int | None = None) -> Chunks:

@@ -14,11 +14,11 @@ from vista.arrays import Int
 from vista.config.checks import MAX_DAYS
 from vista.config.model_config import MAX_COUNTER_EVENTS, MAX_COUNTER_KEYS, MAX_HORIZONS, MIN_COUNTER_DAYS
 from vista.json_fields import FieldRule, check_fields, list_of, one_of, text, whole
+from vista.log.gaps import DAY_MS
 
 ITEM = "item"
 """The field whose keys are items. Other fields are names of item categories."""
 
-MS_PER_DAY = 86_400_000
 STEPS_PER_EVENT = 1_000_000
 """Positions are scaled by this, so that half-lives in events are whole numbers of steps, as those in ms are."""
 
@@ -90,7 +90,7 @@ class CounterSpec:
 
         Whole numbers, so that the half-life that an event lies in is exact.
         """
-        scales = [days * MS_PER_DAY for days in self.days] + [events * STEPS_PER_EVENT for events in self.events]
+        scales = [days * DAY_MS for days in self.days] + [events * STEPS_PER_EVENT for events in self.events]
         return np.array([round(scale * math.log(2)) for scale in scales], np.int64)
 
     def decay(self, elapsed_ms: Int, num_events: Int) -> NDArray[np.float64]:

@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 
 from vista.arrays import Int
 from vista.log.event_log import EventLog
+from vista.log.gaps import DAY_MS
 from vista.log.histories import Histories, token_groups
 from vista.log.splits import EVENTS_PER_BLOCK
-
-DAY_MS = 86_400_000
 
 
 @dataclass(frozen=True, slots=True)

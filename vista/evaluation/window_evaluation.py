@@ -15,9 +15,10 @@ from vista.errors import ConfigError
 from vista.evaluation.cases_digest import cases_digest
 from vista.evaluation.per_user_metrics import PerUserMetrics
 from vista.evaluation.protocol import case_batches, rank_windows
-from vista.evaluation.window_cases import DAY_MS, WindowCases, window_cases
+from vista.evaluation.window_cases import WindowCases, window_cases
 from vista.evaluation.window_report import WindowReport
 from vista.log.event_log import EventLog
+from vista.log.gaps import DAY_MS
 from vista.log.splits import part_counts, part_times, split_until
 
 Scores = NDArray[np.floating[Any]]

@@ -18,10 +18,8 @@ from vista.arrays import Int
 from vista.config import TrainConfig
 from vista.config.choices import Split
 from vista.examples.chunks import Chunks, ChunkTimeline
-from vista.log.gaps import UNKNOWN_GAP, gap_bucket
+from vista.log.gaps import DAY_MS, UNKNOWN_GAP, gap_bucket
 from vista.log.histories import ranges
-
-DAY_MS = 86_400_000
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+DAY_MS = 86_400_000
 UNKNOWN_GAP = 0
 NUM_GAPS = 40
 """Bucket 0 is an unknown gap; others are 1 + floor(log2(1 + seconds)), up to 17,000 years."""

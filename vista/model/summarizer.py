@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from vista.config import ModelConfig
 from vista.config.choices import Decay, Mixing
+from vista.log.gaps import DAY_MS
 from vista.model.layers import CausalConvolution, Dropout, FeedForward, GatedOutput, module_list, norm, split_heads
 from vista.model.quasi_linear_read import state_rows
 from vista.model.summary_state import SummaryState
 from vista_kernels import accumulate_state, quasi_linear_attention, read_state, scan_states
-
-MS_PER_DAY = 86_400_000.0
 
 
 class SummarizerLayer(nn.Module):
@@ -237,5 +236,5 @@ def _decay_rate(config: ModelConfig) -> Tensor:
     """float64 [H]: 1 / tau in 1/ms or 1/events; 0 for a head without decay."""
     if config.decay is Decay.none:
         return torch.zeros(config.num_heads, dtype=torch.float64)
-    unit = MS_PER_DAY if config.decay is Decay.time else 1.0
+    unit = DAY_MS if config.decay is Decay.time else 1.0
     return torch.tensor([0.0 if tau == 0 else 1.0 / (tau * unit) for tau in config.decay_horizons], dtype=torch.float64)

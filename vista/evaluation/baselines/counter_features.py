@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from vista.arrays import Floats, Int
-from vista.evaluation.window_cases import DAY_MS
 from vista.log.event_log import EventLog
+from vista.log.gaps import DAY_MS
 
 _LAST = (32, 200)
 """Numbers of newest events that are counted, and horizons of decay in events."""

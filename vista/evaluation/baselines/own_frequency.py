@@ -6,9 +6,9 @@ import numpy as np
 
 from vista.arrays import Floats, Int
 from vista.evaluation.baselines.popularity import tie_breaker
-from vista.evaluation.window_cases import DAY_MS
 from vista.examples.frequency import item_counts
 from vista.log.event_log import EventLog
+from vista.log.gaps import DAY_MS
 
 
 class OwnFrequency:

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.config import SimulateConfig
+from vista.log.gaps import DAY_MS
 from vista.simulation.catalog import Catalog, draw_items
 from vista.simulation.event_stream import OFF_TOPIC, EventStream, draw_actions, draw_sessions, draw_times
 from vista.simulation.interests import draw_orders
@@ -14,7 +15,6 @@ from vista.simulation.request_stream import RequestStream, draw_requests
 from vista.simulation.topic_index import TopicIndex
 from vista.simulation.worlds.click_world import ClickWorld
 
-DAY_MS = 86_400_000
 YEAR_MS = 365 * DAY_MS
 NUM_SEASONS = 13
 """Seasons of a year, each with a topic per user."""
