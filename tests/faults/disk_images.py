@@ -37,6 +37,11 @@ class File:
             _apply(self.durable, place, data)
         self.pending = []
 
+    def lose_pending(self) -> None:
+        """A failed sync: data are lost although pages count as written. The process still sees the file's size."""
+        size = self.size()
+        self.pending = [] if size == len(self.durable) else [(size, None)]
+
     def size(self) -> int:
         """The size that a process sees, bytes."""
         size = len(self.durable)
@@ -130,7 +135,7 @@ class Disk:
                     seen = entry.size()
                     assert seen == call.offset, f"{path} has {call.offset} bytes, and {seen} of them were seen"
                 if call.failed and isinstance(entry, File):
-                    entry.pending = []
+                    entry.lose_pending()
                 elif not call.failed and entry is not None:
                     entry.sync()
 

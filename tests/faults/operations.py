@@ -235,8 +235,12 @@ def holds_watched(folder: Path) -> None:
 
 
 def checkpoints(folder: Path) -> None:
-    for step in (5, 6, 7):
-        save_checkpoint(folder / "run" / "checkpoints", step, {"a": torch.full((1000,), float(step))}, {})
+    """Save three checkpoints, or as a resumed run, those after the newest one."""
+    root = folder / "run" / "checkpoints"
+    newest = latest_checkpoint(root)
+    done = 4 if newest is None else int(newest.name.removeprefix("step-"))
+    for step in range(done + 1, 8):
+        save_checkpoint(root, step, {"a": torch.full((1000,), float(step))}, {})
 
 
 def holds_checkpoints(folder: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import platform
 import random
 import signal
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,15 @@ def test_a_write_that_was_not_seen_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"sEen")
     (tmp_path / "y").mkdir()
     assert disk.unseen(tmp_path) == ["x", "y/"]
+
+
+def test_a_failed_sync_loses_data_and_keeps_the_size(tmp_path: Path) -> None:
+    disk = Disk(Path("/r"))
+    failed = replace(synced("x", 6), failed=True)
+    disk.take([*calls(("c", "x", b""), ("w", "x", b"lost..")), failed, *calls(("w", "x", b"new"))])
+    disk.take([synced("x", 6), synced("", -1)])
+    disk.write_image(tmp_path, random.Random(0))
+    assert (tmp_path / "x").read_bytes() == b"new" + bytes(3)
 
 
 def test_what_exists_at_first_is_durable(tmp_path: Path) -> None:
