@@ -19,7 +19,7 @@ def start_model(
     model.set_item_frequency(source.frequency)
     if config.stage is Stage.joint:  # a base contains what is read here
         model.read_item_table(config.data)
-        if config.model.item_start is ItemStart.factors:
+        if config.model.item_start is not ItemStart.random:
             start_from_factors(model, log, source.counts, config.seed)
     if model.counted is not None:  # last, because it is measured by the scores of other items
         model.eval()

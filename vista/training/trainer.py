@@ -37,6 +37,7 @@ from vista.training.checkpoint import (
     unpack_state,
 )
 from vista.training.downstream import Downstream
+from vista.training.item_start import FrozenItems
 from vista.training.log_schema import schema_of
 from vista.training.metrics_writer import MetricsWriter
 from vista.training.model_card import model_card
@@ -147,6 +148,7 @@ class Trainer:
         self._budget = None if config.optim.minutes is None else TimeBudget(config.optim.minutes)
         self.precision = choose_precision(config.precision, self.device)
         self._identity = run_identity(config, log, downstream, self.precision)
+        self._frozen_items = FrozenItems.of(self.model, log, self.source.counts, config)
 
     def run(self) -> RankingModel:
         """Train to the end, from the newest checkpoint if there is one; returns the exported model."""
@@ -254,7 +256,8 @@ class Trainer:
         rate = self.optimizers.schedule(self.progress.step, share_done, warmup)
         # Only the rows of this batch take part: the table's gradient is sparse, so no pass reads the whole table.
         with autocast(self.precision, self.device):
-            losses = self.model.losses(batch, self.model.item_vectors(batch.rows), self.config.optim)
+            vectors = self._frozen_items.vectors(batch) if self._frozen_items else self.model.item_vectors(batch.rows)
+            losses = self.model.losses(batch, vectors, self.config.optim)
         parts = {name: float(value.detach()) for name, value in losses.parts.items()}
         row = {"loss": float(losses.total.detach()), **parts, "learning_rate": rate}
         if not math.isfinite(row["loss"]):
