@@ -21,6 +21,7 @@ SHAPES = {
     "separable": {"mixing": Mixing.separable, "normalization": Normalization.length},
     "separable, decay": {"mixing": Mixing.separable, "decay": Decay.time, "decay_horizons": [0.0, 2.0]},
     "bidirectional": {"mixing": Mixing.bidirectional, "normalization": Normalization.none},
+    "mean token": {"mean_token": True},
     "no summary": {"num_seeds": 0},
     "softmax": {"target_attention": TargetAttentionKind.softmax},
     "quasi-linear": {"target_attention": TargetAttentionKind.quasi_linear},

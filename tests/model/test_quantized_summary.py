@@ -19,6 +19,7 @@ from vista.store.format.codecs import dequantize_rows, quantize_rows
     "options",
     [
         {"mixing": Mixing.separable},
+        {"mean_token": True},
         {"mixing": Mixing.bidirectional},
         {"target_attention": TargetAttentionKind.quasi_linear},
         {"target_attention": TargetAttentionKind.quasi_linear, "num_seeds": 0},

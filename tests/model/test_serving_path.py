@@ -41,6 +41,7 @@ SHAPES = {
     "unified table": {"embedding_rows": 23},
     "another phi": {"activation": Activation.relu},
     "three layers": {"num_target_layers": 3},
+    "mean token": {"mean_token": True, "decay": Decay.time, "decay_horizons": [0.0, 3.0]},
     "softmax": {"target_attention": TargetAttentionKind.softmax, "num_target_layers": 3},
     "softmax, no summary": {"target_attention": TargetAttentionKind.softmax, "num_seeds": 0},
     "quasi-linear": {"target_attention": TargetAttentionKind.quasi_linear},
@@ -55,7 +56,15 @@ SHAPES = {
     },
     "no phi, bidirectional": {"activation": Activation.identity, "mixing": Mixing.bidirectional, "num_layers": 3},
 }
-SOME_SHAPES = ["separable", "bidirectional", "no summary", "softmax", "quasi-linear", "quasi-linear, no tokens"]
+SOME_SHAPES = [
+    "separable",
+    "bidirectional",
+    "no summary",
+    "softmax",
+    "quasi-linear",
+    "quasi-linear, no tokens",
+    "mean token",
+]
 LENGTHS = [0, 1, 2, 23, 7, 0, 12]
 """Events per user: empty histories, some shorter than the tail, some longer."""
 

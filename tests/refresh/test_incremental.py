@@ -35,6 +35,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "no summary": {"num_seeds": 0},
     "quasi-linear": {"target_attention": TargetAttentionKind.quasi_linear},
     "quasi-linear, no tokens": {"target_attention": TargetAttentionKind.quasi_linear, "num_seeds": 0},
+    "mean token": {"mean_token": True, "decay": Decay.time, "decay_horizons": [3.0, 0.0]},
     "counters": {"counters": True, "counter_keys": 4},
     "counters alone": {"num_seeds": 0, "counters": True, "counter_keys": 4},
 }

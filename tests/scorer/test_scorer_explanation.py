@@ -25,13 +25,17 @@ from vista.refresh import refresh
 from vista.scorer import Scorer
 from vista.training.log_schema import schema_of
 
+POINTWISE = TargetAttentionKind.pointwise
 
-@pytest.fixture(scope="module", params=TargetAttentionKind)
+
+@pytest.fixture(scope="module", params=[*((kind, False) for kind in TargetAttentionKind), (POINTWISE, True)])
 def opened(
     request: pytest.FixtureRequest, impression_log: EventLog, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Scorer]:
-    """A scorer with three target layers with different biases, three tasks and the next item."""
-    config = small_config(impression_log, "unused", model__num_target_layers=3, model__target_attention=request.param)
+    """A scorer with three target layers with different biases, three tasks and the next item; with a mean token."""
+    kind, mean = request.param
+    options = {"model__num_target_layers": 3, "model__target_attention": kind, "model__mean_token": mean}
+    config = small_config(impression_log, "unused", **options)
     torch.manual_seed(5)
     model = VistaModel(config.model, schema_of(impression_log, config), impression_log.items, config.data).eval()
     with torch.no_grad():

@@ -48,6 +48,9 @@ class ModelConfig:
     num_seeds: int = 16
     """Number of summary tokens K per user. With 0, only the tail is read, and the state with
     target_attention=quasi_linear."""
+    mean_token: bool = False
+    """Let the first summary token be the mean of the history's events, from which user vectors start. It needs
+    mixing=separable."""
     num_layers: int = 2
     """Number of layers of stage 1, or of SASRec, HSTU, and FuXi-Linear."""
     num_target_layers: int = 2
@@ -155,6 +158,8 @@ class ModelConfig:
             self._check_decay()
         if self.num_state_rows:
             self._check_state_rows()
+        if self.mean_token:
+            self._check_mean_token()
         if self.counters:
             self._check_counters()
         require(
@@ -209,6 +214,15 @@ class ModelConfig:
             "model.counter_days",
             f"with counter_events at most {MAX_HORIZONS} time constants, got {self.counter_days} and "
             f"{self.counter_events}",
+        )
+
+    def _check_mean_token(self) -> None:
+        require(
+            self.mixing is Mixing.separable and self.num_seeds > 0,
+            "model.mean_token",
+            f"takes the place of a seed that reads the state of separable mixing, got mixing={self.mixing.value} and "
+            f"num_seeds={self.num_seeds}; set model.mixing=separable and model.num_seeds above 0, or "
+            "model.mean_token=false",
         )
 
     def _check_state_rows(self) -> None:

@@ -16,6 +16,7 @@ from vista.config import ModelConfig
 from vista.config.choices import Decay, Mixing
 from vista.log.gaps import DAY_MS
 from vista.model.layers import CausalConvolution, Dropout, FeedForward, GatedOutput, module_list, norm, split_heads
+from vista.model.mean_token import MeanToken
 from vista.model.quasi_linear_read import state_rows
 from vista.model.summary_state import SummaryState
 from vista_kernels import accumulate_state, quasi_linear_attention, read_state, scan_states
@@ -56,6 +57,8 @@ class Summarizer(nn.Module):
         self.convolution = CausalConvolution(config.dim, config.conv_width) if config.conv_width > 1 else None
         self.layers = module_list([SummarizerLayer(config) for _ in range(config.num_layers)])
         self.final_norm = norm(config.dim)
+        self.mean = MeanToken(self.layers[0].key_value, config) if config.mean_token else None
+        """Makes the first token; None if a seed reads it, as the others."""
         self.dropout = Dropout(config.dropout)
         self.register_buffer("decay_rate", _decay_rate(config), persistent=False)
         self.decay_rate: Tensor
@@ -82,8 +85,10 @@ class Summarizer(nn.Module):
             weight = self.decay_weight(reference.repeat_interleave(lengths) - clock)
         x, states, n = tokens, [], None
         for index, layer in enumerate(self.layers):
-            key, value = layer.key_value(layer.norm(x)).chunk(2, -1)
-            z, n = self._accumulate(layer.heads(key), layer.heads(value), offsets, weight=weight)
+            key, value = (layer.heads(part) for part in layer.key_value(layer.norm(x)).chunk(2, -1))
+            if index == 0 and self.mean is not None:
+                key = self.mean.keys(key)
+            z, n = self._accumulate(key, value, offsets, weight=weight)
             states.append(z)
             if index + 1 < len(self.layers):
                 x = layer.feed_forward(x)
@@ -134,6 +139,8 @@ class Summarizer(nn.Module):
             heads = self._read(layer.heads(query), z[:, index].contiguous(), n, offsets)
             x = layer.seed_feed_forward(layer.output(x, heads, gate))
         summary: Tensor = self.final_norm(x).view(count, num_seeds, self.config.dim)
+        if self.mean is not None:
+            summary = torch.cat([self.final_norm(self.mean(z[:, 0], n)).unsqueeze(1), summary[:, 1:]], 1)
         return torch.cat([summary, state_rows(self.config, z, n)], 1) if self.config.num_state_rows else summary
 
     def summarize_set(self, tokens: Tensor, offsets: Tensor) -> Tensor:

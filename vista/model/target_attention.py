@@ -39,6 +39,8 @@ class TargetContext:
     """[B, L, M] embeddings of the events, right-aligned."""
     state: Tensor | None = None
     """[B, L1, H, D, D] what queries read of the L1 layers of stage 1; None if they do not."""
+    mean: Tensor | None = None
+    """[B, M] the summary's first token, if that is a mean (`vista.model.mean_token`)."""
 
     def select(self, rows: slice | Tensor) -> TargetContext:
         """The context of adjacent rows, a view; or of rows int64 [N], a copy."""
@@ -48,6 +50,7 @@ class TargetContext:
             self.tail_valid[rows],
             self.tail[rows],
             None if self.state is None else self.state[rows],
+            None if self.mean is None else self.mean[rows],
         )
 
     def newest(self, seen: Tensor) -> Tensor:
@@ -66,6 +69,7 @@ class TargetAttention(nn.Module):
         super().__init__()
         self.tail_len = config.tail_len
         self.num_seeds = config.num_seeds
+        self.has_mean = config.mean_token
         self.layers = module_list([target_layer(config) for _ in range(config.num_target_layers)])
         num_reads, head_dim = config.num_layers if config.num_state_rows else 0, config.dim // config.num_heads
         self.reads = module_list([QuasiLinearRead(config) for _ in range(num_reads)])
@@ -100,12 +104,17 @@ class TargetAttention(nn.Module):
         """[B, L1, H, D, D] what queries read of stage 1, from records [B, S + L1 * D, M]; None if they do not."""
         return summary[:, self.num_seeds :].reshape(len(summary), *self.state_shape) if self.reads else None
 
+    def mean(self, summary: Tensor) -> Tensor | None:
+        """[B, M] the mean of the history, from records [B, S, M]; None if the first token is not one."""
+        return summary[:, 0] if self.has_mean else None
+
     def encode_context(
         self,
         summary: list[tuple[Tensor, Tensor]],
         tail: Tensor,
         tail_valid: Tensor,
         state: Tensor | None = None,
+        mean: Tensor | None = None,
     ) -> TargetContext:
         """Keys and values of the whole context.
 
@@ -114,6 +123,7 @@ class TargetAttention(nn.Module):
             tail: [B, L, M] embeddings of the newest events, oldest first, right-aligned.
             tail_valid: bool [B, L]; False where the user has fewer events.
             state: from `state`.
+            mean: from `mean`.
         """
         x = self.dropout(self._scaled(tail))
         keys, values = [], []
@@ -124,7 +134,7 @@ class TargetAttention(nn.Module):
             x = layer.attend_context(x, query, gate, keys[-1], values[-1], self._tail_mask(layer, tail_valid))
         for of_all, own, of_tail in zip((keys, values), summary[-1], self.layers[-1].keys_values(x), strict=True):
             of_all.append(torch.cat([own, of_tail], 2))
-        return TargetContext(keys, values, tail_valid, tail, state)
+        return TargetContext(keys, values, tail_valid, tail, state, mean)
 
     def encode_request(
         self, summary: Tensor, tail: Tensor, tail_valid: Tensor, masks: list[Tensor] | None = None
@@ -150,7 +160,8 @@ class TargetAttention(nn.Module):
             # A padded event sees the summary, or without one nothing. Its output is finite and never read.
             x = layer.attend_request(x, query, gate, key, value, mask + padding)
         key, value = self.layers[-1].keys_values(x)
-        return TargetContext([*keys, key], [*values, value], tail_valid, tail, self.state(summary))
+        state, mean = self.state(summary), self.mean(summary)
+        return TargetContext([*keys, key], [*values, value], tail_valid, tail, state, mean)
 
     def request_masks(self) -> list[Tensor]:
         """Additive masks [H, S+L, S+L] of `encode_request` for all layers except the last, equal for all requests."""

@@ -55,6 +55,8 @@ STAGE1_KEYS = (
     "use_time",
 )
 """Fields of ModelConfig that a summary depends on."""
+MEAN_SCALE = 0.1
+"""Scale at first of the history's mean in a request token, where an item's vector has a root mean square of 0.05."""
 STAGE1_WEIGHTS = ("item_table", "encoder.", "summarizer.")
 """Prefixes of the names of the weights that a summary depends on."""
 
@@ -72,6 +74,8 @@ class VistaModel(RankingModel):
         self.target_attention = TargetAttention(config)
         self.request = nn.Parameter(torch.randn(dim) * dim**-0.5 / self.target_attention.scale)
         """The retrieval head's query token, to which the newest event is added."""
+        self.mean_scale = nn.Parameter(torch.full((dim,), MEAN_SCALE)) if config.mean_token else None
+        """Scale of the history's mean, which is added to it too."""
         self.task_head = nn.Linear(dim, len(schema.tasks)) if schema.tasks else None
         spec = self.counter_spec
         self.candidate_counters = CandidateCounters(spec.num_columns, 5 * dim) if spec and schema.tasks else None
@@ -137,9 +141,9 @@ class VistaModel(RankingModel):
             tail = shown.new_zeros(*index.shape, self.config.dim)
         by_cut = self.target_attention.encode_summary(summaries)
         summary = [(key.index_select(0, windows.cut), value.index_select(0, windows.cut)) for key, value in by_cut]
-        state = self.target_attention.state(summaries)
-        state = None if state is None else state.index_select(0, windows.cut)
-        return self.target_attention.encode_context(summary, tail, valid, state)
+        of_cuts = self.target_attention.state(summaries), self.target_attention.mean(summaries)
+        state, mean = (None if part is None else part.index_select(0, windows.cut) for part in of_cuts)
+        return self.target_attention.encode_context(summary, tail, valid, state, mean)
 
     def window_users(self, batch: Batch, context: TargetContext) -> Tensor:
         """User vectors [NW, W, M'] at the positions of the windows, at the times of their labels."""
@@ -191,9 +195,21 @@ class VistaModel(RankingModel):
             seen: int64 [Q] or [B, Q] tail columns that a token sees.
         """
         stage = self.target_attention
-        # The residual stream leads from an item's vector to the next item's, in one space without a projection.
-        x = self.request + context.newest(seen)
+        request, *others = self.request_parts(seen, context)
+        x = sum(others, request)
         return self.retrieval_users(stage.query(x, stage.layers[0].project(x), gap, seen, context))
+
+    def request_parts(self, seen: Tensor, context: TargetContext) -> list[Tensor]:
+        """What request tokens are the sum of: the token itself [M], the newest event [B, Q, M], and the mean of the
+        history [B, 1, M] if the summary has it.
+
+        The residual stream leads from these vectors to those of next items, in one space without a projection.
+        """
+        parts = [self.request, context.newest(seen)]
+        if self.mean_scale is not None:
+            assert context.mean is not None
+            parts.append((self.mean_scale * context.mean).unsqueeze(1))
+        return parts
 
     def candidate_logits(
         self,

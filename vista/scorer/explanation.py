@@ -62,22 +62,24 @@ class Explanation:
         """
         explained = _shares_of_next if task == NEXT_TASK else partial(_shares_of_task, task)
         value, shares = explained(snapshot, request, rows.to(snapshot.model.device))
-        tail, own, counted = shares.tail.clone(), shares.query[0], shares.counters
-        if len(shares.query) > 1:
-            tail[:, -1] += shares.query[1]  # The query token of `next` starts from the newest event.
+        summary, tail, own, counted = shares.summary.clone(), shares.tail.clone(), shares.query[0], shares.counters
+        if len(shares.query) > 1:  # The query token of `next` starts from the newest event, and from the mean token.
+            tail[:, -1] += shares.query[1]
+        if len(shares.query) > 2:
+            summary[:, 0] += shares.query[2]
         valid = request.tail.valid[0]
         items = request.tail.item[0][valid]
         ids = snapshot.model.items.ids(np.maximum(items - 1, 0)).tolist()
         return cls(
             value.cpu().numpy(),
-            shares.summary.cpu().numpy(),
+            summary.cpu().numpy(),
             shares.state.cpu().numpy(),
             tail[:, valid].cpu().numpy(),
             [item_id if item != UNKNOWN_ITEM else None for item_id, item in zip(ids, items.tolist(), strict=True)],
             own.cpu().numpy(),
             counted.cpu().numpy(),
             np.zeros((len(rows), 0), np.float32) if request.counters is None else request.counters.counts(rows.numpy()),
-            (value - (shares.summary.sum(1) + shares.state + tail[:, valid].sum(1) + own + counted)).cpu().numpy(),
+            (value - (summary.sum(1) + shares.state + tail[:, valid].sum(1) + own + counted)).cpu().numpy(),
         )
 
 
@@ -85,8 +87,8 @@ class Explanation:
 def _shares_of_next(snapshot: ServingSnapshot, request: Request, rows: Tensor) -> tuple[Tensor, Attribution]:
     """The scores [C] of `next`, and their contributions.
 
-    The query token has two parts: the request's own token, and the newest event. The score of a counted item has two
-    terms: one of its counters, and one of the user vector, which is broken down.
+    The query token has parts (`VistaModel.request_parts`). The score of a counted item has two terms: one of its
+    counters, and one of the user vector, which is broken down.
     """
     model, counters = snapshot.model, request.counters
     context, gap, seen = _inputs(model, request)
@@ -109,7 +111,7 @@ def _shares_of_next(snapshot: ServingSnapshot, request: Request, rows: Tensor) -
         unit = out / length
         return ((unit if model.popularity is None else model.popularity(unit)) * items).sum(-1)
 
-    parts = [part.expand(len(rows), -1) for part in (model.request, context.newest(seen)[0])]
+    parts = [part.reshape(1, -1).expand(len(rows), -1) for part in model.request_parts(seen, context)]
     shares = attribute(model.target_attention, parts, None if gap is None else gap[0], context, head)
     return value, replace(shares, counters=of_counters)
 
