@@ -61,6 +61,16 @@ def test_words_are_choices() -> None:
         ),
         (
             DataConfig,
+            {"split": "share", "test_share": 0.0, "validation_share": 0.1},
+            r"data\.test_share: must lie in \(0, 1\), got 0",
+        ),
+        (
+            DataConfig,
+            {"split": "share", "test_share": 0.1, "validation_share": -0.1},
+            r"data\.validation_share: must lie in \[0, 1\), got -0\.1",
+        ),
+        (
+            DataConfig,
             {"split": "share", "test_share": 0.1, "validation_share": "0.1"},
             r"data\.validation_share: expected float, got '0\.1'",
         ),

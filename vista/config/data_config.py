@@ -33,13 +33,13 @@ class DataConfig:
     (share)."""
     validation_from: str | None = None
     """With split=time: labels from this time on are not used for training. ISO date or time (UTC), or integer
-    milliseconds. null with any other split."""
+    milliseconds. The same time as test_from trains on all events before the test labels. null with any other split."""
     test_from: str | None = None
     """With split=time: labels from this time on are test labels. ISO date or time (UTC), or integer milliseconds. null
     with any other split."""
     validation_share: float | None = None
-    """With split=share: share of each user's events, in (0, 1), that are validation labels. They come just before the
-    test labels. null with any other split."""
+    """With split=share: share of each user's events, in [0, 1), that are validation labels. They come just before the
+    test labels. 0 trains on all events before the test labels. null with any other split."""
     test_share: float | None = None
     """With split=share: share of each user's events, in (0, 1), that are test labels: the newest ones, rounded up to
     whole events. null with any other split."""
@@ -114,10 +114,12 @@ class DataConfig:
 
     def _check_shares(self) -> None:
         total = 0.0
-        for key in ("validation_share", "test_share"):
+        for key, may_be_zero in (("validation_share", True), ("test_share", False)):
             share = getattr(self, key)
             require_only_with(share is not None, self.split is Split.share, f"data.{key}", "data.split=share")
             if share is not None:
-                require(0 < share < 1, f"data.{key}", f"must lie in (0, 1), got {shown(share)}")
+                good = 0 < share < 1 or (may_be_zero and share == 0)
+                interval = "[0, 1)" if may_be_zero else "(0, 1)"
+                require(good, f"data.{key}", f"must lie in {interval}, got {shown(share)}")
                 total += share
         require(total < 1, "data.test_share", f"must leave events to train on, but both shares sum to {total:g}")
