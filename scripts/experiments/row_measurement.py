@@ -1,4 +1,8 @@
-"""Measuring a run of a table: train or count, refresh a store per codec, evaluate through the scorer."""
+"""Measuring a run of a table: train or count, refresh a store per codec, evaluate through the scorer.
+
+The files of a row lie in its folder (`row_folder`). In a table with `windows`, each part of the split has its own
+model, whose run and stores lie in a subfolder with the name of the part.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +21,9 @@ from scripts.experiments.row_origin import RowOrigin, train_noted
 from scripts.experiments.row_progress import RowProgress
 from scripts.experiments.serving_cost import history_model_latency_ms, scorer_latency_ms, training_speed
 from scripts.experiments.sets import prepare_set, set_folder, source_folder
-from scripts.experiments.table_run import TableRun, recorded_config, train_config
+from scripts.experiments.table_run import TableRun, part_configs, recorded_config, train_config
 from scripts.experiments.tables import TABLES
 from scripts.experiments.tables.table import Table
-from scripts.experiments.tables.table_row import TableRow
 from vista.config import DataConfig, EvaluateConfig, PrepareConfig, SimulateConfig, SourceConfig, TrainConfig
 from vista.config.choices import Split, Stage, Target
 from vista.evaluation.baseline_evaluation import asked_horizons, measure_by_horizon
@@ -36,6 +39,7 @@ from vista.log.ingest.prepare import prepare
 from vista.log.splits import split_until
 from vista.log.until import parse_time
 from vista.model.baselines.history_model import HistoryModel
+from vista.model.ranking_model import RankingModel
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer
@@ -57,6 +61,14 @@ WINDOW_METRICS = (
 
 
 @dataclass(frozen=True, slots=True)
+class _RowModel:
+    """A model, and the folder with its run, origins, and stores."""
+
+    model: RankingModel
+    folder: Path
+
+
+@dataclass(frozen=True, slots=True)
 class RowMeasurement:
     """One line of a row: how the model was served, and its metrics."""
 
@@ -71,52 +83,44 @@ def measure(
     settings: argparse.Namespace, run: TableRun, log: EventLog, progress: RowProgress
 ) -> Iterator[RowMeasurement]:
     """Measure the missing lines of a run."""
-    table = TABLES[settings.table]
-    folder, config = _placed(settings, run.name, run.seed, log)
-    if run.row.untrained == "oracle":
-        yield RowMeasurement(run.name, _oracle_metrics(log, config), RowOrigin(0.0))
-    elif run.row.untrained in SIMULATED:
-        yield RowMeasurement(run.name, _reference_metrics(table, run.row.untrained), RowOrigin(0.0))
-    elif run.row.untrained:
+    table, row = TABLES[settings.table], run.row
+    folder, configs = row_folder(settings, run.name, run.seed), part_configs(table, row)
+    if row.untrained == "oracle":
+        yield RowMeasurement(run.name, _oracle_metrics(log, configs["test"]), RowOrigin(0.0))
+    elif row.untrained in SIMULATED:
+        yield RowMeasurement(run.name, _reference_metrics(table, row.untrained), RowOrigin(0.0))
+    elif row.untrained:
         reports = {}
-        for part in _parts(table, run.row):
+        for part, config in configs.items():
             progress.check()
-            reports[part] = _counted(run.row.untrained, log, config.data, _asked(table, part))
+            reports[part] = _counted(row.untrained, log, config.data, _asked(table, part))
         origin = RowOrigin(sum(report.seconds for report in reports.values()))
         yield _measurement(table, run.name, reports, {}, origin, folder)
     else:
-        if run.row.base:
-            config = _downstream_config(settings, run, config, log)
+        models = {}
+        for part, config in configs.items():
             progress.check()
-        model = train_noted(config, log, folder)
-        trained = RowOrigin.read(folder)
-        if not isinstance(model, HistoryModel):
-            assert isinstance(model, VistaModel)
-            yield from _served(settings, run, log, model, folder, trained, progress)
+            models[part] = _trained(settings, run, config, log, folder / part if table.windows else folder)
+        trained = RowOrigin.read([model.folder for model in models.values()])
+        if all(isinstance(one.model, VistaModel) for one in models.values()):
+            yield from _served(run, log, table, models, folder, trained, progress)
             return
-        reports = {}
-        for part in _parts(table, run.row):
+        reports, costs = {}, {}
+        for part, one in models.items():
             progress.check()
-            reports[part] = evaluate_model(model, log, _asked(table, part))
-        costs = {}
-        if table.costs:
-            costs = {
-                "train events/s": training_speed(folder / "run" / "metrics.jsonl"),
-                "request ms": history_model_latency_ms(model, log),
-            }
+            assert isinstance(one.model, HistoryModel)
+            reports[part] = evaluate_model(one.model, log, _asked(table, part))
+            if table.costs:
+                costs = {
+                    "train events/s": training_speed(one.folder / "run" / "metrics.jsonl"),
+                    "request ms": history_model_latency_ms(one.model, log),
+                }
         yield _measurement(table, run.name, reports, costs, trained, folder)
 
 
 def per_user_file(folder: Path, line: str, part: str) -> Path:
     """Where a line of a table with `windows` keeps the metrics per user, for paired comparisons."""
     return folder / "per-user" / f"{line}, {part}.npz"
-
-
-def _parts(table: Table, row: TableRow) -> tuple[str, ...]:
-    """The parts of the split that a row is measured on."""
-    if not table.windows:
-        return ("test",)
-    return ("validation",) if row.trial else ("validation", "test")
 
 
 def _asked(table: Table, part: str) -> EvaluateConfig:
@@ -171,25 +175,29 @@ def row_folder(settings: argparse.Namespace, name: str, seed: int) -> Path:
     return Path(settings.work) / table.data / f"{_digest(recorded_config(table, table.rows[name]))}-{seed}"
 
 
-def _placed(settings: argparse.Namespace, name: str, seed: int, log: EventLog) -> tuple[Path, TrainConfig]:
-    """Folder of a row and seed, and the configuration of its training there."""
-    table, folder = TABLES[settings.table], row_folder(settings, name, seed)
-    config = replace(
-        train_config(table, table.rows[name]),
-        run_dir=str(folder / "run"),
-        seed=seed,
-        num_threads=settings.threads,
-        progress=False,
-    )
+def _placed(settings: argparse.Namespace, config: TrainConfig, seed: int, log: EventLog, folder: Path) -> TrainConfig:
+    """A configuration of a run in `folder`."""
+    config = replace(config, run_dir=str(folder / "run"), seed=seed, num_threads=settings.threads, progress=False)
     config.data.path = str(log.path)
     if config.data.item_categories is not None:
         config.data.item_categories = str(source_folder(log.path) / config.data.item_categories)
-    return folder, config
+    return config
+
+
+def _trained(
+    settings: argparse.Namespace, run: TableRun, config: TrainConfig, log: EventLog, folder: Path
+) -> _RowModel:
+    """Train or resume in a folder, or load the finished model."""
+    config = _placed(settings, config, run.seed, log, folder)
+    if run.row.base:
+        config = _downstream_config(settings, run, config, log)
+    return _RowModel(train_noted(config, log, folder), folder)
 
 
 def _downstream_config(settings: argparse.Namespace, run: TableRun, config: TrainConfig, log: EventLog) -> TrainConfig:
     """The configuration on top of the base; trains the base and refreshes its store if they are missing."""
-    folder, base = _placed(settings, run.row.base, run.seed, log)
+    table, folder = TABLES[settings.table], row_folder(settings, run.row.base, run.seed)
+    base = _placed(settings, train_config(table, table.rows[run.row.base]), run.seed, log, folder)
     model, store = train_noted(base, log, folder), folder / f"until-{run.row.until}"
     assert isinstance(model, VistaModel)
     if not (store / CURRENT).exists():  # another generation would make it another run
@@ -198,24 +206,25 @@ def _downstream_config(settings: argparse.Namespace, run: TableRun, config: Trai
 
 
 def _served(
-    settings: argparse.Namespace,
     run: TableRun,
     log: EventLog,
-    model: VistaModel,
+    table: Table,
+    models: Mapping[str, _RowModel],
     folder: Path,
     trained: RowOrigin,
     progress: RowProgress,
 ) -> Iterator[RowMeasurement]:
-    """The missing lines of a trained model, through the scorer, from a store of each codec and part of the split."""
-    table, optim = TABLES[settings.table], run.config["optim"]
+    """The missing lines of a trained row, through the scorer, from a store of each codec and part of the split."""
+    optim = run.config["optim"]
     served = {name: how for name, how in run.row.served(run.name).items() if name in run.missing}
     refreshed: dict[Path, float] = {}
     for name, how in served.items():
         reports, costs = {}, {}
-        for part in _parts(table, run.row):
+        for part, one in models.items():
             progress.check()
-            age = f"-{how.staleness}" if how.staleness else ""
-            store = folder / (f"{how.codec.value}{age}" if part == "test" else f"{how.codec.value}{age}-{part}")
+            assert isinstance(one.model, VistaModel)
+            model = one.model
+            store = one.folder / (f"{how.codec.value}-{how.staleness}" if how.staleness else how.codec.value)
             until = split_until(model.data, part)
             if how.staleness:
                 until = replace(until, held_out=until.held_out + how.staleness)
@@ -232,7 +241,7 @@ def _served(
                 reports[part] = evaluate_scorer(scorer, log, asked)
                 if table.costs:
                     costs = {
-                        "train events/s": training_speed(folder / "run" / "metrics.jsonl"),
+                        "train events/s": training_speed(one.folder / "run" / "metrics.jsonl"),
                         "refresh ms/user": 1e3 * refreshed[store],
                     }
                     if not how.staleness:  # the timed requests do not bring their own tail

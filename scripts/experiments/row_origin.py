@@ -1,4 +1,4 @@
-"""The origin of a row's model: seconds, commits and machines of the processes that trained it.
+"""The origin of a row's models: seconds, commits and machines of the processes that trained them.
 
 The model may be older than the measurement: tables with equal configurations share a run, a stopped run resumes, and a
 later call may measure more lines of the same model.
@@ -7,7 +7,7 @@ later call may measure more lines of the same model.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from vista.device import choose_precision, resolve_device
 from vista.files import replace_text
 from vista.log.event_log import EventLog
 from vista.model.ranking_model import RankingModel
+from vista.training.checkpoint import latest_checkpoint, load_checkpoint
 from vista.training.trainer import train_model
 
 MACHINE = ("cpu", "gpu", "cores", "threads")
@@ -27,23 +28,31 @@ ORIGINS = "origins.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class RowOrigin:
-    """How a row's model was trained."""
+    """How the models of a row were trained."""
 
     seconds: float
-    """Time of training and validation over all processes of the run, or of counting for a counting baseline."""
+    """Time of training and validation over all processes of the runs, or of counting for a counting baseline."""
     origins: tuple[Mapping[str, Any], ...] = ()
     """{commit, hardware} of these processes; empty for counting baselines and for runs without the file."""
     validation: Mapping[str, float] = field(default_factory=dict)
     """Validation metrics of the exported pass, the best one."""
 
     @classmethod
-    def read(cls, folder: Path) -> RowOrigin:
-        """Read the origin of the run in folder/run."""
-        rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-        seconds = max((row.get("seconds", 0.0) for row in rows), default=0.0)
-        best: Mapping[str, float | None] = next((row["validation"] for row in reversed(rows) if row.get("is_best")), {})
-        defined = {name: value for name, value in best.items() if value is not None}
-        return cls(seconds, tuple(map(json.loads, _text(folder / ORIGINS).splitlines())), defined)
+    def read(cls, folders: Sequence[Path]) -> RowOrigin:
+        """Read the origins of all models of a row, whose runs are in folder/run."""
+        seconds, validation = 0.0, dict[str, float]()
+        for run in (folder / "run" for folder in folders):
+            newest = latest_checkpoint(run / "checkpoints")
+            assert newest is not None  # training ends with one
+            _, state = load_checkpoint(newest)
+            seconds += state["run"]["progress"]["seconds"]
+            rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            best: dict[str, float | None] = next(
+                (row["validation"] for row in reversed(rows) if row.get("is_best")), {}
+            )
+            validation |= {name: value for name, value in best.items() if value is not None}
+        origins = [json.loads(line) for folder in folders for line in _text(folder / ORIGINS).splitlines()]
+        return cls(seconds, tuple(origins), validation)
 
     def fields(self) -> dict[str, Any]:
         """commit, hardware and seconds of a line that this process measures.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -16,7 +16,7 @@ from scripts.experiments.tables import TABLES
 from scripts.experiments.tables.table import Table
 from scripts.experiments.tables.table_row import TableRow
 from vista.config import TrainConfig
-from vista.config.choices import Architecture
+from vista.config.choices import Architecture, Split
 from vista.config.composition import compose_config
 from vista.config.conversion import to_dict
 from vista.errors import ConfigError
@@ -89,8 +89,29 @@ def train_config(table: Table, row: TableRow) -> TrainConfig:
     return compose_config(TrainConfig, [*words, *table.words, *row.words])
 
 
+def part_configs(table: Table, row: TableRow) -> dict[str, TrainConfig]:
+    """The parts of the split that a row is measured on -> training configuration of the model that is measured there.
+
+    In a table with `windows`, each part has a model of its own, which is trained on all events before the labels of the
+    part, as counting baselines are counted. All settings are the same. In other tables, one model is measured on test;
+    validation chose its epoch.
+    """
+    config = train_config(table, row)
+    if not table.windows:
+        return {"test": config}
+    if row.trial:
+        return {"validation": config}
+    changes: dict[str, Any] = (
+        {"validation_from": config.data.test_from} if config.data.split is Split.time else {"validation_share": 0.0}
+    )
+    return {"validation": config, "test": replace(config, data=replace(config.data, **changes))}
+
+
 def recorded_config(table: Table, row: TableRow) -> dict[str, Any]:
-    """The configuration as a line records it, without paths, which belong to the machine."""
+    """The configuration as a line records it, without paths, which belong to the machine.
+
+    With `windows`, it is that of the model for validation; `part_configs` makes that of the model for the test from it.
+    """
     config = train_config(table, row)
     values = to_dict(config)
     data = {

@@ -6,17 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from scripts.experiments import reproduce
 from scripts.experiments.results import read_results
 from scripts.experiments.row_measurement import SIMULATED, WINDOW_METRICS
+from scripts.experiments.table_run import part_configs
 from scripts.experiments.tables import TABLES
 from scripts.experiments.tables.table import Table
 from scripts.experiments.tables.table_row import K0, TableRow
 from vista.evaluation.baselines.all_baselines import counting_baselines, trained_baselines
+from vista.log.splits import split_until
 
 pytestmark = pytest.mark.research
-SMALL = ("optim.epochs=1", "optim.warmup_steps=2", "model.dim=16", "data.windows_per_chunk=8", "optim.tasks=[click]")
+SMALL = (
+    *("optim.epochs=1", "optim.warmup_steps=2", "optim.validate_every=0", "optim.tasks=[click]"),
+    *("model.dim=16", "data.windows_per_chunk=8"),
+)
 TINY = Table(
     "simulation",
     "tiny",
@@ -58,6 +64,7 @@ def test_rows_are_measured_on_both_parts_and_compared_by_user(tmp_path: Path, wo
     assert against_baseline["metrics"][name] == pytest.approx(vista["metrics"][name] - baseline["metrics"][name])
     assert against_baseline["seeds"] == [1] and baseline["seed"] == 0
     assert 0 < paired["errors"][name] < vista["errors"][name] + tail_only["errors"][name]
+    assert vista["seconds"] > 0
     page = (tmp_path / "tiny.md").read_text()
     assert "# tiny, paired differences" in page and "| tiny | vista − tail-only | 1 |" in page
     assert reproduce.main(words) == 0 and len(lines_of(tmp_path)) == 6
@@ -70,6 +77,30 @@ def test_rows_are_measured_on_both_parts_and_compared_by_user(tmp_path: Path, wo
     assert both["metrics"][name] == pytest.approx(mean)
     page = (tmp_path / "tiny.md").read_text()
     assert page.count("| vista − tail-only |") == 1 and "| tiny | vista − tail-only | 2 |" in page
+
+
+def test_each_part_has_a_model_that_is_trained_until_its_labels(tmp_path: Path, words: list[str]) -> None:
+    """A trial has none for the test."""
+    assert reproduce.main([*words, "--rows", "vista", "sasrec"]) == 0
+    runs = {
+        (config["model"]["architecture"], path.parents[1].name): config["data"]
+        for path in tmp_path.rglob("run/config.yaml")
+        for config in [yaml.safe_load(path.read_text())]
+    }
+    assert set(runs) == {("vista", "validation"), ("vista", "test"), ("sasrec", "validation")}
+    validation, test = runs["vista", "validation"], runs["vista", "test"]
+    assert validation["validation_from"] < validation["test_from"]
+    assert test == validation | {"validation_from": validation["test_from"]}
+
+
+@pytest.mark.parametrize("name", [name for name, table in TABLES.items() if table.windows])
+def test_models_for_the_test_are_trained_until_the_test(name: str) -> None:
+    for row in TABLES[name].rows.values():
+        configs = part_configs(TABLES[name], row)
+        assert ("test" in configs) != row.trial
+        for part, config in configs.items():
+            assert split_until(config.data, "train") == split_until(configs["validation"].data, part)
+            assert config.optim == configs["validation"].optim and config.model == configs["validation"].model
 
 
 @pytest.mark.parametrize("name", [name for name, table in TABLES.items() if table.windows])

@@ -31,6 +31,7 @@ class Table:
     """Whether to report the validation metrics of the exported pass, by which a row is chosen."""
     windows: bool = False
     """Whether to measure the window after a question (`vista evaluate target=window`), on validation and test, instead
-    of next items and impressions on test."""
+    of next items and impressions on test. Each part is answered by a model that is trained on all events before its
+    labels (`scripts.experiments.table_run.part_configs`), so its rows set optim.validate_every=0."""
     pairs: tuple[tuple[str, str], ...] = ()
     """With `windows`: (row, reference): the difference row − reference is reported, user by user."""
