@@ -9,12 +9,13 @@ import pytest
 import yaml
 
 from scripts.experiments import reproduce
-from scripts.experiments.results import read_results
+from scripts.experiments.results import changed_settings, read_results
 from scripts.experiments.row_measurement import SIMULATED, WINDOW_METRICS
-from scripts.experiments.table_run import part_configs
+from scripts.experiments.table_run import part_configs, recorded_config
 from scripts.experiments.tables import TABLES
 from scripts.experiments.tables.table import Table
 from scripts.experiments.tables.table_row import K0, TableRow
+from scripts.experiments.tables.window_tables import COUNTED, WITHOUT
 from vista.evaluation.baselines.all_baselines import counting_baselines, trained_baselines
 from vista.log.splits import split_until
 
@@ -107,6 +108,23 @@ def test_models_for_the_test_are_trained_until_the_test(name: str) -> None:
 def test_pairs_are_rows_that_are_measured_on_test(name: str) -> None:
     rows = TABLES[name].rows
     assert all(not rows[row].trial for pair in TABLES[name].pairs for row in pair)
+    assert len(set(TABLES[name].pairs)) == len(TABLES[name].pairs)
+
+
+@pytest.mark.parametrize("name", ["window-cj", "window-dev"])
+def test_models_with_counters_are_compared_with_every_baseline(name: str) -> None:
+    baselines = {row for row, values in TABLES[name].rows.items() if values.untrained}
+    assert baselines == TABLES[f"returns-{name.removeprefix('window-')}"].rows.keys()
+    for row in COUNTED:
+        assert {other for first, other in TABLES[name].pairs if first == row} >= baselines
+
+
+@pytest.mark.parametrize("name", ["window-cj", "window-dev"])
+def test_one_setting_tells_a_row_from_the_row_without_counters(name: str) -> None:
+    with_counters, without = (
+        recorded_config(TABLES[name], TABLES[name].rows[row]) for row in ("vista, counters", WITHOUT)
+    )
+    assert changed_settings(with_counters, without) == ["model.counters (True -> False)"]
 
 
 @pytest.mark.parametrize("name", TABLES)
