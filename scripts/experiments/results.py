@@ -3,11 +3,13 @@
     python -m scripts.experiments.results docs/results/ml-1m.jsonl      # prints the table
 
 A row has the keys {table, data, model, seed, metrics: {"ndcg@10": …}, command, config, commit, hardware, seconds}, and
-may have three more:
+may have four more:
 
 - completed: the date on which settings that it had left to a default were written into its config;
 - errors: {metric: standard error over users}, where the metrics are means over users;
-- seeds: all seeds, if the row is a mean over several; `seed` is then the first.
+- seeds: all seeds, if the row is a mean over several; `seed` is then the first;
+- resolved: {part of the split: settings of the model that is measured there}, with those that `config` leaves to the
+  plan of the run (null). Rows are compared by `config`, which then has the constants of the plan.
 """
 
 from __future__ import annotations
@@ -40,12 +42,16 @@ _TYPE_OF_KEY: dict[str, type | tuple[type, ...]] = {
     "hardware": dict,
     "seconds": (int, float),
 }
-_OPTIONAL = {"completed": str, "errors": dict, "seeds": list}
+_OPTIONAL = {"completed": str, "errors": dict, "seeds": list, "resolved": dict}
 # Files that a result depends on. docs/results is not one of them: it changes with every result.
 _SOURCES = ("vista", "kernels", "conf", "scripts", "pyproject.toml")
 
 _OVER_SEEDS = "Mean ± sample standard deviation over seeds"
 _OVER_USERS = "Mean over seeds ± standard error over users"
+_TWO_MODELS = (
+    " The metrics on validation and on test are those of two models of the same settings, each trained on all events "
+    "before the labels of its part, which are also those that counting baselines count."
+)
 _LEGEND = "; – where a metric is undefined. A command is as its commit has it."
 
 
@@ -172,7 +178,9 @@ def markdown_table(rows: Iterable[Mapping[str, Any]]) -> str:
             numbers = [spread(group, name) for name in metrics]
             seconds = f"{fmean(row['seconds'] for row in group):.0f}"
             lines.append(_line([data, model, str(len(_seeds(group))), *numbers, seconds]))
-        lines += ["", (_OVER_USERS if over_users else _OVER_SEEDS) + _LEGEND, ""]
+        two_models = any(len(row.get("resolved", {})) > 1 for group in groups.values() for row in group)
+        legend = (_OVER_USERS if over_users else _OVER_SEEDS) + _LEGEND + (_TWO_MODELS if two_models else "")
+        lines += ["", legend, ""]
         lines += _origins(groups)
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)

@@ -101,7 +101,7 @@ def measure(
         for part, config in configs.items():
             progress.check()
             models[part] = _trained(settings, run, config, log, folder / part if table.windows else folder)
-        trained = RowOrigin.read([model.folder for model in models.values()])
+        trained = RowOrigin.read({part: one.folder for part, one in models.items()})
         if all(isinstance(one.model, VistaModel) for one in models.values()):
             yield from _served(run, log, table, models, folder, trained, progress)
             return

@@ -7,13 +7,16 @@ later call may measure more lines of the same model.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from scripts.experiments.results import commit, describe_hardware, hardware
 from vista.config import TrainConfig
+from vista.config.train_config import without_places
 from vista.device import choose_precision, resolve_device
 from vista.files import replace_text
 from vista.log.event_log import EventLog
@@ -36,12 +39,19 @@ class RowOrigin:
     """{commit, hardware} of these processes; empty for counting baselines and for runs without the file."""
     validation: Mapping[str, float] = field(default_factory=dict)
     """Validation metrics of the exported pass, the best one."""
+    resolved: Mapping[str, Any] = field(default_factory=dict)
+    """{part of the split: settings {model, data, optim} of its model}, with null settings as the run planned them."""
 
     @classmethod
-    def read(cls, folders: Sequence[Path]) -> RowOrigin:
-        """Read the origins of all models of a row, whose runs are in folder/run."""
-        seconds, validation = 0.0, dict[str, float]()
-        for run in (folder / "run" for folder in folders):
+    def read(cls, folders: Mapping[str, Path]) -> RowOrigin:
+        """Read the origins of all models of a row.
+
+        Args:
+            folders: {part of the split: folder of its model, whose run is in folder/run}.
+        """
+        seconds, validation, resolved = 0.0, dict[str, float](), dict[str, Any]()
+        for part, folder in folders.items():
+            run = folder / "run"
             newest = latest_checkpoint(run / "checkpoints")
             assert newest is not None  # training ends with one
             _, state = load_checkpoint(newest)
@@ -51,11 +61,12 @@ class RowOrigin:
                 (row["validation"] for row in reversed(rows) if row.get("is_best")), {}
             )
             validation |= {name: value for name, value in best.items() if value is not None}
-        origins = [json.loads(line) for folder in folders for line in _text(folder / ORIGINS).splitlines()]
-        return cls(seconds, tuple(origins), validation)
+            resolved[part] = without_places(yaml.safe_load((run / "config.yaml").read_text()))
+        origins = [json.loads(line) for folder in folders.values() for line in _text(folder / ORIGINS).splitlines()]
+        return cls(seconds, tuple(origins), validation, resolved)
 
     def fields(self) -> dict[str, Any]:
-        """commit, hardware and seconds of a line that this process measures.
+        """commit, hardware, seconds and, of a trained row, `resolved` of a line that this process measures.
 
         The hardware is that of the last training process; other machines are listed under "elsewhere".
         """
@@ -69,6 +80,7 @@ class RowOrigin:
             "commit": at if commits in ([], [at]) else f"{at} (trained at {', '.join(commits)})",
             "hardware": machine | ({"elsewhere": elsewhere} if elsewhere else {}),
             "seconds": round(self.seconds, 1),
+            **({"resolved": dict(self.resolved)} if self.resolved else {}),
         }
 
 

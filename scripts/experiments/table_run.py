@@ -20,10 +20,30 @@ from vista.config.choices import Architecture, Split
 from vista.config.composition import compose_config
 from vista.config.conversion import to_dict
 from vista.errors import ConfigError
+from vista.log.repeats import RETURNING
+from vista.training import run_plan
 
 UNREAD_BY_BASELINES = ("target_attention", "num_target_layers")
 """Keys of ModelConfig for stage 2, which baselines do not have; their lines do not record these keys."""
 UNTRAINED_SEED = 0
+PLANNED = {
+    "data": ("exclude_seen", "num_negatives", "tokens_per_batch"),
+    "model": ("item_start",),
+    "optim": ("epochs", "warmup_steps"),
+}
+"""Settings that `vista.training.run_plan.plan_run` decides where they are null."""
+PLAN = {
+    "batches_per_epoch": run_plan.BATCHES_PER_EPOCH,
+    "tokens_per_batch": list(run_plan.TOKENS_PER_BATCH),
+    "steps": run_plan.STEPS,
+    "most_epochs": run_plan.MOST_EPOCHS,
+    "most_negatives": run_plan.MOST_NEGATIVES,
+    "warmup_share": run_plan.WARMUP_SHARE,
+    "timed_warmup_steps": run_plan.TIMED_WARMUP_STEPS,
+    "timed_warmup_share": run_plan.TIMED_WARMUP_SHARE,
+    "returning": RETURNING,
+}
+"""Constants of that plan. A line of a row with planned settings does not count as done after one of them changed."""
 SPLIT = ("split", "validation_from", "test_from", "validation_share", "test_share", "exclude_seen")
 """Keys of DataConfig that the untrained rows depend on."""
 Line = Mapping[str, Any]
@@ -127,6 +147,8 @@ def recorded_config(table: Table, row: TableRow) -> dict[str, Any]:
     if config.model.architecture is not Architecture.vista:
         model = {key: value for key, value in model.items() if key not in UNREAD_BY_BASELINES}
     recorded |= {"model": model, "optim": values["optim"]}
+    if any(recorded[group].get(key, "absent") is None for group, keys in PLANNED.items() for key in keys):
+        recorded["plan"] = dict(PLAN)
     if row.base:
         kept = recorded_config(table, table.rows[row.base])
         flat = {f"{group}.{key}": value for group in kept for key, value in kept[group].items()}

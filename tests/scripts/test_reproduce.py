@@ -16,7 +16,7 @@ from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder
 from scripts.experiments import plot_lengths, reproduce
 from scripts.experiments.results import append_result, changed_settings, hardware, markdown_table, read_results
 from scripts.experiments.row_progress import RowProgress
-from scripts.experiments.table_run import recorded_config, train_config
+from scripts.experiments.table_run import PLAN, recorded_config, train_config
 from scripts.experiments.tables import TABLES
 from scripts.experiments.tables.table import Table
 from scripts.experiments.tables.table_row import BOTH, COUNTING_BASELINES, K0, ORACLE, TableLine, TableRow
@@ -322,6 +322,16 @@ def test_any_setting_that_differs_is_a_change() -> None:
     for name in ("din", "sim-hard", "oracle"):
         assert "exclude_seen" not in recorded_config(SIMULATION, SIMULATION.rows[name])["data"]
     assert recorded_config(SIMULATION, SIMULATION.rows["popularity"])["data"]["exclude_seen"] is False
+
+
+def test_a_row_with_planned_settings_depends_on_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that sets everything does not."""
+    table, newcomer = TABLES["newcomer-ml-1m-half"], TABLES["newcomer-ml-1m-half"].rows["vista"]
+    before, explicit = recorded_config(table, newcomer), recorded_config(SIMULATION, SIMULATION.rows["vista"])
+    monkeypatch.setitem(PLAN, "steps", 3001)
+    assert changed_settings(before, recorded_config(table, newcomer)) == ["plan.steps (3000 -> 3001)"]
+    assert recorded_config(SIMULATION, SIMULATION.rows["vista"]) == explicit
+    assert json.loads(json.dumps(before)) == before
 
 
 def test_progress_corrects_its_estimates_by_finished_runs() -> None:

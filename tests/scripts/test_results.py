@@ -153,6 +153,12 @@ def test_rows_with_errors_over_users_show_these() -> None:
     assert lines[-1].startswith("- ml-1m, a − b: `run --seeds 1 2` (seed 1 2;")
 
 
+def test_a_table_of_two_models_per_row_says_so() -> None:
+    one, two = row(resolved={"test": {}}), row(resolved={"validation": {}, "test": {}})
+    assert "each trained on all events before the labels of its part" in markdown_table([two])
+    assert "each trained" not in markdown_table([one]) and "each trained" not in markdown_table([row()])
+
+
 def test_models_of_the_same_origin_share_a_line() -> None:
     """Seeds of a command are joined; other commands, commits and machines of a model are listed after the first."""
     command = "run t --rows a --seeds "

@@ -39,12 +39,12 @@ def test_who_trained_and_who_measures(
     config = small_config(event_log, tmp_path / "run", optim__epochs=1)
     now("aaa", "First CPU")
     train_noted(config, event_log, tmp_path)
-    fields = RowOrigin.read([tmp_path]).fields()
+    fields = RowOrigin.read({"test": tmp_path}).fields()
     assert fields["commit"] == "aaa" and fields["hardware"] == MACHINE | {"precision": precision}
-    assert fields["seconds"] > 0 and RowOrigin.read([tmp_path]).validation.keys() == {"hr@10", "ndcg@10"}
+    assert fields["seconds"] > 0 and RowOrigin.read({"test": tmp_path}).validation.keys() == {"hr@10", "ndcg@10"}
     now("bbb", "Second CPU")
     train_noted(config, event_log, tmp_path)  # the run is done: nothing is trained
-    fields = RowOrigin.read([tmp_path]).fields()
+    fields = RowOrigin.read({"test": tmp_path}).fields()
     assert fields["commit"] == "bbb (trained at aaa)" and fields["hardware"]["cpu"] == "First CPU"
     assert fields["hardware"]["elsewhere"] == ["Second CPU, 2 cores, torch 2.13.0"]
 
@@ -55,7 +55,7 @@ def test_a_ranking_run_keeps_the_epoch_of_least_entropy(
     model = ModelConfig(architecture=Architecture.din, dim=16, num_heads=2, history_limit=9)
     config = small_config(impression_log, tmp_path / "run", model=model, data=served_tasks.config.data, optim__epochs=2)
     train_noted(config, impression_log, tmp_path)
-    kept = RowOrigin.read([tmp_path]).validation
+    kept = RowOrigin.read({"test": tmp_path}).validation
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     entropies = [row["validation"]["ne/click"] for row in rows if "validation" in row]
     assert len(entropies) == 2 and kept["ne/click"] == min(entropies) and "ndcg@10" not in kept
@@ -74,9 +74,9 @@ def test_a_killed_run_is_named_and_resumes(
         train_noted(config, event_log, tmp_path)
     monkeypatch.setattr(row_origin, "commit", lambda: "bbb")
     train_noted(config, event_log, tmp_path)
-    assert [origin["commit"] for origin in RowOrigin.read([tmp_path]).origins] == ["aaa", "bbb"]
+    assert [origin["commit"] for origin in RowOrigin.read({"test": tmp_path}).origins] == ["aaa", "bbb"]
     (tmp_path / "origins.jsonl").unlink()
-    assert RowOrigin.read([tmp_path]).origins == ()
+    assert RowOrigin.read({"test": tmp_path}).origins == ()
 
 
 def test_an_interrupted_run_names_both_commits(
@@ -99,6 +99,6 @@ def test_an_interrupted_run_names_both_commits(
         train_noted(config, event_log, tmp_path)
     monkeypatch.setattr(row_origin, "commit", lambda: "bbb")
     train_noted(config, event_log, tmp_path)
-    assert [origin["commit"] for origin in RowOrigin.read([tmp_path]).origins] == ["aaa", "bbb"]
-    assert RowOrigin.read([tmp_path]).fields()["commit"] == "bbb (trained at aaa, bbb)"
+    assert [origin["commit"] for origin in RowOrigin.read({"test": tmp_path}).origins] == ["aaa", "bbb"]
+    assert RowOrigin.read({"test": tmp_path}).fields()["commit"] == "bbb (trained at aaa, bbb)"
     assert RowOrigin(2.0).fields().keys() == {"commit", "hardware", "seconds"}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from scripts.experiments import reproduce
 from scripts.experiments.results import changed_settings, read_results
@@ -83,15 +83,17 @@ def test_rows_are_measured_on_both_parts_and_compared_by_user(tmp_path: Path, wo
 def test_each_part_has_a_model_that_is_trained_until_its_labels(tmp_path: Path, words: list[str]) -> None:
     """A trial has none for the test."""
     assert reproduce.main([*words, "--rows", "vista", "sasrec"]) == 0
-    runs = {
-        (config["model"]["architecture"], path.parents[1].name): config["data"]
-        for path in tmp_path.rglob("run/config.yaml")
-        for config in [yaml.safe_load(path.read_text())]
-    }
-    assert set(runs) == {("vista", "validation"), ("vista", "test"), ("sasrec", "validation")}
-    validation, test = runs["vista", "validation"], runs["vista", "test"]
+    vista, sasrec = lines_of(tmp_path)
+    resolved = vista["resolved"]
+    assert resolved.keys() == {"validation", "test"} and sasrec["resolved"].keys() == {"validation"}
+    validation, test = (resolved[part]["data"] for part in ("validation", "test"))
     assert validation["validation_from"] < validation["test_from"]
     assert test == validation | {"validation_from": validation["test_from"]}
+    assert (
+        vista["config"]["optim"] | {"warmup_steps": 2} == resolved["test"]["optim"] == resolved["validation"]["optim"]
+    )
+    runs = {path.relative_to(tmp_path).parts[-3] for path in tmp_path.rglob("run/config.yaml")}
+    assert runs == {"validation", "test"} and str(tmp_path) not in json.dumps([vista, sasrec])
 
 
 @pytest.mark.parametrize("name", [name for name, table in TABLES.items() if table.windows])
