@@ -113,8 +113,8 @@ def part_configs(table: Table, row: TableRow) -> dict[str, TrainConfig]:
     """The parts of the split that a row is measured on -> training configuration of the model that is measured there.
 
     In a table with `windows`, each part has a model of its own, which is trained on all events before the labels of the
-    part, as counting baselines are counted. All settings are the same. In other tables, one model is measured on test;
-    validation chose its epoch.
+    part, as counting baselines are counted. All settings are the same; null ones are planned from these events. In
+    other tables, one model is measured on test; validation chose its epoch.
     """
     config = train_config(table, row)
     if not table.windows:
