@@ -19,6 +19,7 @@ from vista.evaluation.baselines.counting_baseline import CountingBaseline
 from vista.evaluation.baselines.ease import Ease
 from vista.evaluation.baselines.own_frequency import OwnFrequency
 from vista.evaluation.baselines.pooled_factors import PooledFactors
+from vista.evaluation.baselines.pooled_item_vectors import PooledItemVectors
 from vista.evaluation.baselines.popularity import Popularity
 from vista.evaluation.baselines.tifu_knn import TifuKnn
 from vista.evaluation.baselines.training_questions import training_questions
@@ -265,6 +266,11 @@ def test_a_baseline_chooses_as_if_it_were_made_with_the_value(shopping: tuple[Ev
         (Ease(), 200.0, Ease(ridge=200.0)),
         (TransitionsAndOwn(1.0), 0.3, TransitionsAndOwn(0.3)),
         (TifuKnn(), (0.9, 0.3), TifuKnn(group_decay=0.9, own_weight=0.3)),
+        (
+            PooledItemVectors(horizon_events=20, dim=8),
+            (0.3, 0.01),
+            PooledItemVectors(horizon_events=20, dim=8, temperature=0.3, learning_rate=0.01),
+        ),
     ]
     for baseline, value, other in pairs:
         default = scores_of(baseline, log, counts)

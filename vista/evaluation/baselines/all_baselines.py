@@ -8,6 +8,7 @@ from vista.evaluation.baselines.ease import Ease
 from vista.evaluation.baselines.item_neighbors import ItemNeighbors
 from vista.evaluation.baselines.own_frequency import OwnFrequency
 from vista.evaluation.baselines.pooled_factors import PooledFactors
+from vista.evaluation.baselines.pooled_item_vectors import PooledItemVectors
 from vista.evaluation.baselines.popularity import Popularity
 from vista.evaluation.baselines.tifu_knn import TifuKnn
 from vista.evaluation.baselines.transitions import Transitions, TransitionsAndOwn
@@ -19,6 +20,7 @@ _WEIGHTS = (0.03, 0.3, 1.0, 3.0)
 _RIDGES = (1000.0, 200.0, 5000.0)
 _OWN_WEIGHTS = (0.3, 0.7, 0.9)
 _GROUP_DECAYS = (0.7, 0.9)
+_TEMPERATURES_AND_RATES = ((0.1, 0.001), (0.1, 0.003), (0.2, 0.003), (0.07, 0.001))
 
 
 def counting_baselines(*, has_time: bool, horizon_events: int, returns: bool = True) -> list[CountingBaseline]:
@@ -53,5 +55,6 @@ def trained_baselines(*, horizon_events: int, at_one_time: bool) -> list[Countin
         Tuned(Ease(), _RIDGES, horizon_events=horizon_events),
         Tuned(TifuKnn(), decays_and_weights, horizon_events=horizon_events),
         PooledFactors(horizon_events=horizon_events),
+        Tuned(PooledItemVectors(horizon_events=horizon_events), _TEMPERATURES_AND_RATES, horizon_events=horizon_events),
         CounterTrees(horizon_events=horizon_events, at_one_time=at_one_time),
     ]

@@ -1,6 +1,6 @@
 """Pooled factors: means of fixed item vectors over the history, and a logistic regression of what comes next on them.
 
-Letters: n users, T events, M columns of the vectors, K means, V items.
+Letters: n users, M columns of the vectors, K means, V items.
 """
 
 from __future__ import annotations
@@ -8,15 +8,13 @@ from __future__ import annotations
 import numpy as np
 
 from vista.arrays import Floats, Int
+from vista.evaluation.baselines.pooled_means import factor_vectors, pooled_means
 from vista.evaluation.baselines.training_questions import training_questions
 from vista.evaluation.window_cases import WindowCases
 from vista.examples.frequency import item_counts
-from vista.examples.item_factors import item_factors
 from vista.log.event_log import EventLog
 from vista.logistic_regression import fit_probability
 
-_LAST = (32, 200)
-_DECAY = 200
 _NEGATIVES = 300
 """Random items per user in the regression, drawn in proportion to 1 + popularity."""
 _USERS_PER_BLOCK = 256
@@ -25,9 +23,9 @@ _USERS_PER_BLOCK = 256
 class PooledFactors:
     """Score: Σ_k w_k cos(item, mean_k) + w log(1 + popularity).
 
-    The vectors are a factorization of co-occurrences (`item_factors`). Three means are over the last 32, the last 200,
-    and all events, and one decays by the factor e over 200 events. The weights are those of a logistic regression of
-    the items of a window before the cut, with vectors from the events before that window.
+    The vectors are a factorization of co-occurrences (`item_factors`); the means are those of `pooled_means`. The
+    weights are those of a logistic regression of the items of a window before the cut, with vectors from the events
+    before that window.
     """
 
     name = "pooled factors"
@@ -52,16 +50,14 @@ class PooledFactors:
         self._read(counts, seed)
 
     def scores(self, user: Int, seen: Int, now: Int | None) -> Floats:
-        means = self._means(user, seen)  # [K, n, M]
+        means = pooled_means(self._log, self._vectors, user, seen)  # [K, n, M]
         wanted = np.tensordot(self._weights[:-1], means, axes=1)
         out: Floats = wanted @ self._vectors.T + self._weights[-1] * self._popularity
         return out
 
     def _read(self, counts: Int, seed: int) -> None:
         """Set the vectors and the log popularity of all items from some visible events."""
-        rows, factors = item_factors(self._log, np.arange(self._log.num_items) + 1, counts, self._dim, seed=seed)
-        self._vectors = np.zeros((self._log.num_items, self._dim))
-        self._vectors[rows - 1] = _unit(factors.astype(np.float64))
+        self._vectors = factor_vectors(self._log, counts, self._dim, seed)
         self._events = item_counts(self._log, counts)
         self._popularity = np.log1p(self._events)
 
@@ -70,7 +66,7 @@ class PooledFactors:
         features, labels = [], []
         for begin in range(0, len(cases), _USERS_PER_BLOCK):
             part = cases.part(slice(begin, begin + _USERS_PER_BLOCK))
-            means = self._means(part.user, part.seen)
+            means = pooled_means(self._log, self._vectors, part.user, part.seen)
             positive = np.repeat(np.arange(len(part)), np.diff(part.offsets))
             drawn = np.repeat(np.arange(len(part)), _NEGATIVES)
             row = np.concatenate([positive, drawn])
@@ -82,22 +78,3 @@ class PooledFactors:
         # Among such negatives, popularity tells too little by exactly its logarithm.
         weights[-2] += 1
         return weights[:-1]
-
-    def _means(self, user: Int, seen: Int) -> Floats:
-        """Means float64 [K, n, M] of length 1; 0 for a user without events."""
-        events = self._log.gather(user, seen)
-        age = events.age
-        vectors = np.append(self._vectors[events.item], np.zeros((1, self._dim)), axis=0)
-        empty = np.diff(events.offsets) == 0
-        means = []
-        for weight in (*(age < last for last in _LAST), np.ones(len(age)), np.exp(-age / _DECAY)):
-            weighted = vectors * np.append(weight, 0)[:, None]
-            total = np.add.reduceat(weighted, events.offsets[:-1])
-            total[empty] = 0  # reduceat gives the next user's first event there
-            means.append(_unit(total))
-        return np.stack(means)
-
-
-def _unit(vectors: Floats) -> Floats:
-    length = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.where(length > 0, length, 1)
