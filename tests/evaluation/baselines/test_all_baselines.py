@@ -18,6 +18,7 @@ from vista.evaluation.baselines.all_baselines import counting_baselines, trained
 from vista.evaluation.baselines.counter_trees import CounterTrees
 from vista.evaluation.baselines.counting_baseline import CountingBaseline
 from vista.evaluation.baselines.item_neighbors import ItemNeighbors
+from vista.evaluation.baselines.new_item_trees import NewItemTrees
 from vista.evaluation.baselines.own_frequency import OwnFrequency
 from vista.evaluation.baselines.popularity import Popularity
 from vista.evaluation.baselines.transitions import Transitions
@@ -49,10 +50,11 @@ def futures(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[EventLog, In
 
 @pytest.fixture(scope="module")
 def fitted(futures: list[tuple[EventLog, Int]]) -> list[list[CountingBaseline]]:
-    """All baselines, fitted to each of the two logs; last the only one to which it matters when others are asked."""
+    """All baselines, fitted to each of the two logs; last those to which it matters when others are asked."""
     both = []
     for log, counts in futures:
-        baselines = [*all_baselines(), CounterTrees(horizon_events=10, at_one_time=False)]
+        trees = [kind(horizon_events=10, at_one_time=False) for kind in (CounterTrees, NewItemTrees)]
+        baselines = [*all_baselines(), *trees]
         for baseline in baselines:
             baseline.fit(log, counts, np.random.default_rng(0))
         both.append(baselines)

@@ -6,6 +6,7 @@ from vista.evaluation.baselines.counter_trees import CounterTrees
 from vista.evaluation.baselines.counting_baseline import CountingBaseline
 from vista.evaluation.baselines.ease import Ease
 from vista.evaluation.baselines.item_neighbors import ItemNeighbors
+from vista.evaluation.baselines.new_item_trees import NewItemTrees
 from vista.evaluation.baselines.own_frequency import OwnFrequency
 from vista.evaluation.baselines.pooled_factors import PooledFactors
 from vista.evaluation.baselines.pooled_item_vectors import PooledItemVectors
@@ -14,7 +15,7 @@ from vista.evaluation.baselines.tifu_knn import TifuKnn
 from vista.evaluation.baselines.transitions import Transitions, TransitionsAndOwn
 from vista.evaluation.baselines.tuned import Tuned
 
-LEARNED = (Tuned, PooledFactors, CounterTrees)
+LEARNED = (Tuned, PooledFactors, CounterTrees, NewItemTrees)
 """Baselines that are fitted to the length of the windows that are asked."""
 _WEIGHTS = (0.03, 0.3, 1.0, 3.0)
 _RIDGES = (1000.0, 200.0, 5000.0)
@@ -57,4 +58,5 @@ def trained_baselines(*, horizon_events: int, at_one_time: bool) -> list[Countin
         PooledFactors(horizon_events=horizon_events),
         Tuned(PooledItemVectors(horizon_events=horizon_events), _TEMPERATURES_AND_RATES, horizon_events=horizon_events),
         CounterTrees(horizon_events=horizon_events, at_one_time=at_one_time),
+        NewItemTrees(horizon_events=horizon_events, at_one_time=at_one_time),
     ]

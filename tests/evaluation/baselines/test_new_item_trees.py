@@ -1,0 +1,157 @@
+"""New-item trees: features event by event, the order of returns and new items, and what the trees learn."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.evaluation.baselines.conftest import HOUR, order_only_log, quality, timed_log, visible_items
+from vista.arrays import Int
+from vista.errors import MissingDependencyError
+from vista.evaluation.baselines import new_item_features
+from vista.evaluation.baselines.ease import Ease
+from vista.evaluation.baselines.item_neighbors import ItemNeighbors
+from vista.evaluation.baselines.new_item_features import NewItemFeatures
+from vista.evaluation.baselines.new_item_trees import NewItemTrees
+from vista.evaluation.baselines.own_frequency import OwnFrequency
+from vista.evaluation.baselines.pooled_means import factor_vectors
+from vista.evaluation.baselines.popularity import Popularity
+from vista.evaluation.window_cases import window_cases
+from vista.log.event_log import EventLog
+
+
+@pytest.mark.parametrize("asked_later", [False, True])
+def test_features_count_event_by_event(
+    shopping: tuple[EventLog, Int], monkeypatch: pytest.MonkeyPatch, asked_later: bool
+) -> None:
+    log, counts = shopping
+    monkeypatch.setattr(new_item_features, "_CANDIDATES", 5)
+    monkeypatch.setattr(new_item_features, "_DIM", 4)
+    users, seen = np.array([3, 0, 40]), np.array([30, 5, 12])
+    newest = log.gather_ranges(users, seen - 1, seen).timestamp
+    now = newest + 700 * HOUR if asked_later else None
+    features = NewItemFeatures(log, counts, np.random.default_rng(0))
+    found = features.candidates(users, seen, now)
+    assert found.item.shape == (3, 5) and found.is_new.all()
+
+    rng = np.random.default_rng(0)
+    neighbors, ease = ItemNeighbors(), Ease()
+    neighbors.fit(log, counts, rng)
+    ease.fit(log, counts, rng)
+    vectors = factor_vectors(log, counts, 4, int(rng.integers(1 << 31)))
+    near, linear = (baseline.scores(users, seen, now) for baseline in (neighbors, ease))
+    visible = [log.slice(user, 0, int(count)) for user, count in enumerate(counts)]
+    events = [(item, time) for each in visible for item, time in zip(each.item.tolist(), each.timestamp, strict=True)]
+    for row, (user, count) in enumerate(zip(users.tolist(), seen.tolist(), strict=True)):
+        history = log.slice(user, 0, count).item.tolist()
+        new = [item for item in np.argsort(-near[row], kind="stable").tolist() if item not in history]
+        assert found.item[row].tolist() == new[:5]
+        asked = newest[row] if now is None else now[row]
+        for place, item in enumerate(new[:5]):
+            cosines = []
+            for last in (32, 200, count):
+                mean = vectors[history[-last:]].sum(axis=0)
+                cosines.append(vectors[item] @ mean / np.linalg.norm(mean))
+            times = [time for other, time in events if other == item]
+            recent = sum(asked - 30 * 24 * HOUR < time <= asked for time in times)
+            expected = [
+                *np.log1p([place, count, len(times)]),
+                near[row, item],
+                linear[row, item],
+                *cosines,
+                np.log1p(recent),
+            ]
+            np.testing.assert_allclose(found.value[row, place], expected, atol=1e-8)
+
+
+def test_recent_popularity_ends_with_the_question(tmp_path: Path) -> None:
+    """Item 1 occurs 31 and 29 days before the newest event of user 0 and one hour after it."""
+    day = 24.0
+    log = timed_log([[(0, 50 * day)], [(1, 19 * day), (1, 21 * day), (1, 50 * day + 1)], [(2, 60 * day)]], tmp_path)
+    features = NewItemFeatures(log, log.lengths, np.random.default_rng(0))
+    first = 1_600_000_000_000
+    later = np.array([first + int(50 * day + 2) * HOUR, first])
+    for now, expected in ((None, [1, 1]), (later, [2, 0])):
+        found = features.candidates(np.array([0, 2]), np.array([1, 1]), now)
+        recent = [found.value[row, found.item[row] == 1, -1].item() for row in (0, 1)]
+        np.testing.assert_allclose(np.expm1(recent), expected, atol=1e-8)
+
+
+def test_a_user_who_had_all_items_has_no_candidate(tmp_path: Path) -> None:
+    log = order_only_log([[0, 1, 2], [0, 1]], tmp_path)
+    found = NewItemFeatures(log, log.lengths, np.random.default_rng(0)).candidates(np.arange(2), log.lengths, None)
+    assert found.is_new.sum(axis=1).tolist() == [0, 1]
+    assert found.item[1][found.is_new[1]].tolist() == [2]
+
+
+@pytest.fixture(scope="module")
+def discovery(tmp_path_factory: pytest.TempPathFactory) -> tuple[EventLog, Int]:
+    """Users take items of one third of the catalog. First they return; the last 30 items come last."""
+    rng = np.random.default_rng(0)
+    histories = []
+    for _ in range(150):
+        start = 60 * int(rng.integers(0, 3))
+        own = start + rng.permutation(60)
+        histories.append([*rng.choice(own[:30], 60), *rng.permutation(own[:45])[:40].tolist(), *own[30:].tolist()])
+    histories.append(list(range(180)))
+    log = order_only_log(histories, tmp_path_factory.mktemp("discovery"))
+    return log, np.minimum(log.lengths, 100)
+
+
+def test_trees_rank_new_items_below_returns(discovery: tuple[EventLog, Int]) -> None:
+    log, counts = discovery
+    trees = NewItemTrees(horizon_events=15, at_one_time=False)
+    own = OwnFrequency(events=200)
+    for baseline in (trees, own):
+        baseline.fit(log, counts, np.random.default_rng(0))
+    scores, expected = (baseline.scores(np.arange(40), counts[:40], None) for baseline in (trees, own))
+    for user, history in enumerate(visible_items(log, counts)[:40]):
+        had = np.isin(np.arange(log.num_items), history)
+        assert 0 < scores[user, ~had].max() < 1 < scores[user, had].min()
+        np.testing.assert_array_equal(scores[user, had], 1 + expected[user, had])
+    alone = [trees.scores(np.array([user]), counts[[user]], None)[0] for user in range(8)]
+    np.testing.assert_array_equal(scores[:8], alone)
+
+
+def test_trees_learn_which_new_items_come_next(discovery: tuple[EventLog, Int]) -> None:
+    log, counts = discovery
+    cases = window_cases(log, counts, None, horizon_events=20, min_seen=50, min_after=20)
+    reached = []
+    for baseline in (NewItemTrees(horizon_events=20, at_one_time=False), Popularity()):
+        baseline.fit(log, counts, np.random.default_rng(0))
+        reached.append(quality(baseline, log, cases, "precision@10:new"))
+    assert reached[0] > reached[1] + 0.2
+
+
+def test_other_new_items_rank_last_by_popularity(
+    discovery: tuple[EventLog, Int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, counts = discovery
+    monkeypatch.setattr(new_item_features, "_CANDIDATES", 10)
+    trees = NewItemTrees(horizon_events=15, at_one_time=False)
+    trees.fit(log, counts, np.random.default_rng(0))
+    (scores,) = trees.scores(np.array([0]), counts[:1], None)
+    popularity = Popularity()
+    popularity.fit(log, counts, np.random.default_rng(0))
+    (count,) = popularity.scores(np.array([0]), counts[:1], None)
+    had = np.isin(np.arange(log.num_items), visible_items(log, counts)[0])
+    others = np.flatnonzero(scores < 1e-9)
+    assert len(others) == log.num_items - had.sum() - 10
+    assert (np.argsort(scores[others], kind="stable") == np.argsort(count[others], kind="stable")).all()
+
+
+def test_without_a_question_new_items_rank_by_popularity(tmp_path: Path) -> None:
+    log = order_only_log([[0, 1, 2], [1], [3, 3]], tmp_path)
+    trees = NewItemTrees(horizon_events=5, at_one_time=False)
+    trees.fit(log, log.lengths, np.random.default_rng(0))
+    (scores,) = trees.scores(np.array([1]), np.array([1]), None)
+    assert np.argsort(-scores).tolist()[:2] == [1, 3]
+
+
+def test_they_name_the_extra_that_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.ensemble", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'vista-recsys\[baselines\]'"):
+        NewItemTrees(horizon_events=50, at_one_time=True)
