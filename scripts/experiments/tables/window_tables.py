@@ -34,8 +34,10 @@ COUNTERS = (
     "data.anchor_spacing=16",
 )
 """Counters, and the loss and the start from popularity that go with them."""
-CHOSEN = ("model.temperature=0.4", "optim.table_rate=0")
-"""Of the trials without a summary on the validation part of complete-journey (research log)."""
+CHOSEN = ("model.temperature=0.4", "optim.table_rate=0", "model.item_start=user_factors")
+"""By trials on the validation part of complete-journey (research log)."""
+MEAN = "model.mean_token=true"
+"""Chosen likewise. Without a summary, there is no such token."""
 HSTU_CHOSEN = CHOSEN
 """Not yet chosen: replace it by the best of the trials of HSTU on validation."""
 STEPS = {"complete-journey": ("data.tokens_per_batch=2048", "data.num_negatives=2048", "optim.epochs=3")}
@@ -70,8 +72,9 @@ def _windows(data: str, minutes: float) -> Table:
         "tail-only": TableRow(0.5 * both, (*LOSS, *K0)),
         "sasrec": TableRow(both, (*LOSS, "model=sasrec")),
         "hstu": TableRow(1.5 * both, (*LOSS, "model=hstu")),
-        "vista, counters": TableRow(counted, (*counters, *CHOSEN)),
-        WITHOUT: TableRow(counted, (*counters, *CHOSEN, "model.counters=false")),
+        "vista, counters": TableRow(counted, (*counters, *CHOSEN, MEAN)),
+        "vista, counters, no mean": TableRow(counted, (*counters, *CHOSEN)),
+        WITHOUT: TableRow(counted, (*counters, *CHOSEN, MEAN, "model.counters=false")),
         "tail-only, counters": TableRow(0.5 * counted, (*counters, *CHOSEN, *K0)),
         "hstu, counters": TableRow(1.5 * counted, hstu_counters),
         "hstu-1,000, counters": TableRow(3 * counted, (*hstu_counters, "model.history_limit=1000")),
@@ -90,7 +93,7 @@ def _windows(data: str, minutes: float) -> Table:
         "tail-only": ("tail-only-next",),
         "hstu, counters": ("hstu", "hstu-2,000, counters"),
         "vista, counters": (
-            *("vista", WITHOUT, "tail-only, counters"),
+            *("vista", WITHOUT, "tail-only, counters", "vista, counters, no mean"),
             *("hstu, counters", "hstu-1,000, counters", "hstu-2,000, counters"),
         ),
     }
@@ -112,6 +115,7 @@ def _trials(minutes: float, counters: tuple[str, ...]) -> dict[str, TableRow]:
         **{f"T = {t:g}": (*chosen, f"model.temperature={t:g}") for t in (0.1, 0.2, 0.8)},
         "no popularity": (*chosen, "model.popularity=false"),
         "counters, table rate 0.1": (*chosen, "optim.table_rate=0.1"),
+        "factors of co-occurrences": (*chosen, "model.item_start=factors"),
         "counters of 16 items": (*chosen, "model.counter_keys=16"),
         "counters of 256 items": (*chosen, "model.counter_keys=256"),
         "counters over days": (*chosen, "model.counter_days=[7,30,90]", "model.counter_events=[]"),
