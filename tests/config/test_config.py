@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -157,6 +158,16 @@ def test_frequencies_are_counted_for_those_who_read_them() -> None:
         TrainConfig(data=data, model=ModelConfig(**model))
     with pytest.raises(ConfigError, match=r"data\.frequencies: frequencies are not used"):
         TrainConfig(data=data)
+
+
+def test_reconstructed_items_need_negatives() -> None:
+    model, tasks_only = ModelConfig(reconstruction_target="items"), {"next_weight": 0.0}  # type: ignore[arg-type]
+    TrainConfig(model=model)
+    TrainConfig(model=model, optim=OptimConfig(**tasks_only, window_weight=1.0))
+    TrainConfig(model=model, optim=OptimConfig(**tasks_only, reconstruction_weight=0.0))
+    TrainConfig(model=replace(model, num_seeds=0), optim=OptimConfig(**tasks_only))
+    with pytest.raises(ConfigError, match=r"model\.reconstruction_target: items needs negatives"):
+        TrainConfig(model=model, optim=OptimConfig(**tasks_only))
 
 
 def test_numbers_become_plain_ones() -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import Served
 from vista.config import EvaluateConfig
+from vista.config.choices import ReconstructionTarget
 from vista.errors import ConfigError
 from vista.evaluation import recall
 from vista.evaluation.evaluate import _check, evaluate_scorer
@@ -37,15 +38,17 @@ def test_windows_lie_in_their_band(lengths: list[int], band: int, seed: int) -> 
         assert end is None or lengths[row] - start <= end
 
 
-def test_shares_equal_a_loop_over_the_decoders_distances(served: Served) -> None:
+@pytest.mark.parametrize("target", ReconstructionTarget)
+def test_shares_equal_a_loop_over_the_decoders_distances(served: Served, target: ReconstructionTarget) -> None:
     """Event by event: the prediction, its distances to the event and to the negatives, and the share beaten."""
-    log, model = served.log, served.model
+    log, model = served.log, copy.deepcopy(served.model)
     users = np.arange(6)
     histories = log.gather(users, log.lengths[users])
     items = recall._Items(model, log)
     windows = recall._random_windows(histories.lengths, 0, 32, np.random.default_rng(3))
     with Scorer.open(model, served.exact_store) as scorer:
         summary = torch.from_numpy(scorer.store.get_many(log.users.ids(users)).summary)
+    model.config = replace(model.config, reconstruction_target=target)
     shares = recall._share_beaten(model, items, histories, windows, [summary], np.random.default_rng(4))[0]
 
     rng, expected = np.random.default_rng(4), []
@@ -73,14 +76,22 @@ def test_shares_equal_a_loop_over_the_decoders_distances(served: Served) -> None
             predicted = model.decoder(summary[row : row + 1], events, offsets, age)
             for step in range(length):
                 new_items = [int(i) for i in negatives[place] if i not in set(rows.tolist())]
-                own = (predicted[step] - events[step]).square().sum()
-                theirs = [
-                    (predicted[step] - _embed(model, history, gap, i, start + step)).square().sum() for i in new_items
-                ]
+                at = (model, predicted[step], history, gap, int(start) + step)
+                own = _distance(*at, int(rows[start + step]))
+                theirs = [_distance(*at, item) for item in new_items]
                 if new_items:
-                    expected.append(np.mean([float(own < each) + 0.5 * float(own == each) for each in theirs]))
+                    expected.append(np.mean([(own < each) + 0.5 * (own == each) for each in theirs]))
                 place += 1
     np.testing.assert_allclose(shares, expected, atol=0.02)
+
+
+def _distance(
+    model: VistaModel, predicted: torch.Tensor, history: Histories, gap: np.ndarray, t: int, item: int
+) -> float:
+    """From a prediction to event t with an item, or to the item alone."""
+    if model.config.reconstruction_target is ReconstructionTarget.items:
+        return -float(torch.cosine_similarity(predicted, model.item_vectors(torch.tensor(item)), dim=0))
+    return float((predicted - _embed(model, history, gap, item, t)).square().sum())
 
 
 def _embed(model: VistaModel, history: Histories, gap: np.ndarray, item: int, t: int) -> torch.Tensor:

@@ -108,6 +108,15 @@ class ItemStart(Enum):
     """A factorization of which users had which items; random for items that fewer than three users had."""
 
 
+class ReconstructionTarget(Enum):
+    """What the decoder predicts of each event from a summary and the events before it."""
+
+    vectors = "vectors"
+    """The event's embedding, by squared error (the paper)."""
+    items = "items"
+    """The event's item, by the sampled softmax of next items."""
+
+
 class Activation(Enum):
     """Activation phi of stage 1, applied to its queries, keys, and states."""
 

@@ -20,6 +20,7 @@ from vista.config.choices import (
     ItemStart,
     Mixing,
     Normalization,
+    ReconstructionTarget,
     Search,
     TargetAttentionKind,
 )
@@ -105,8 +106,11 @@ class ModelConfig:
     """Add the gap to the previous event, in logarithmic buckets, to the event embedding, if the log has times."""
     num_reconstruction_layers: int = 1
     """Number of layers of the causal decoder of the reconstruction loss."""
+    reconstruction_target: ReconstructionTarget = ReconstructionTarget.vectors
+    """What the decoder predicts of each event: its embedding by squared error (vectors), or its item by the sampled
+    softmax of next items (items)."""
     stop_gradient: bool = True
-    """Stop the gradient at the reconstruction target. Without this, embeddings can collapse."""
+    """With reconstruction_target=vectors, stop the gradient at the target. Without this, embeddings can collapse."""
     embedding_rows: int = 0
     """Number of rows of one hashed table that items, actions, and gaps share; each row is dim / embedding_hashes wide.
     0 uses separate tables with one row per value."""

@@ -11,6 +11,7 @@ from vista.config.choices import (
     Architecture,
     Counting,
     Precision,
+    ReconstructionTarget,
     Search,
     Split,
     Stage,
@@ -68,6 +69,7 @@ class TrainConfig:
         self._check_search()
         self._check_data()
         self._check_stage()
+        self._check_reconstruction()
 
     def _check_search(self) -> None:
         hard = self.model.search is Search.hard
@@ -112,6 +114,16 @@ class TrainConfig:
             not downstream or self.data.split is Split.time,
             "data.split",
             "stage=downstream needs time, because labels lie between the store's `until` and data.validation_from",
+        )
+
+    def _check_reconstruction(self) -> None:
+        is_vista, is_joint = self.model.architecture is Architecture.vista, self.stage is Stage.joint
+        reconstructs = is_vista and is_joint and self.model.num_seeds > 0 and self.optim.reconstruction_weight > 0
+        require(
+            not reconstructs or self.ranks_items or self.model.reconstruction_target is ReconstructionTarget.vectors,
+            "model.reconstruction_target",
+            "items needs negatives, which are only drawn if items are ranked; set optim.next_weight or "
+            "optim.window_weight above 0, or use vectors",
         )
 
     @property

@@ -1,8 +1,8 @@
 """Reconstruction of a history from its summary (VISTA, generative reconstruction loss).
 
 A causal decoder without softmax reads the K summary tokens, a start token that carries the age of the window, and the
-window's events u_1 .. u_{m-1}. Its outputs are trained to match u_1 .. u_m. Letters: NR windows, S seeds, M model dim,
-T packed events of windows.
+window's events u_1 .. u_{m-1}. Its outputs are trained to match u_1 .. u_m, or to rank their items first. Letters: NR
+windows, S seeds, M model dim, T packed events of windows.
 """
 
 from __future__ import annotations

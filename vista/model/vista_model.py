@@ -20,7 +20,7 @@ import xxhash
 from torch import Tensor, nn
 
 from vista.config import DataConfig, ModelConfig, OptimConfig
-from vista.config.choices import Activation, Architecture, Mixing, Precision
+from vista.config.choices import Activation, Architecture, Mixing, Precision, ReconstructionTarget
 from vista.config.conversion import to_dict
 from vista.examples.batch import Batch
 from vista.log.gaps import UNKNOWN_GAP
@@ -185,6 +185,11 @@ class VistaModel(RankingModel):
             target = self.encoder(item_vectors[events.item[index]], events.action[index], events.gap[index], rating)
         age = batch.cuts.stop[part.cut] - part.start
         predicted = self.decoder(summaries[part.cut], target, offsets, age)
+        if self.config.reconstruction_target is ReconstructionTarget.items:
+            label = events.item[index]
+            known = (batch.rows[label] > 0).nonzero().squeeze(-1)
+            users, items = self.retrieval_users(predicted[known]), self.retrieval_items(item_vectors, batch.rows)
+            return next_loss(batch, items, users, label[known], self.config.temperature)
         return reconstruction_loss(predicted, target, stop_gradient=self.config.stop_gradient)
 
     def user_vectors(self, gap: Tensor | None, seen: Tensor, context: TargetContext) -> Tensor:
