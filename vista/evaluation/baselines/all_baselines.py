@@ -21,7 +21,7 @@ _WEIGHTS = (0.03, 0.3, 1.0, 3.0)
 _RIDGES = (1000.0, 200.0, 5000.0)
 _OWN_WEIGHTS = (0.3, 0.7, 0.9)
 _GROUP_DECAYS = (0.7, 0.9)
-_TEMPERATURES_AND_RATES = ((0.1, 0.001), (0.1, 0.003), (0.2, 0.003), (0.07, 0.001))
+_TEMPERATURES_AND_RATES = ((0.1, 0.001), (0.1, 0.003), (0.2, 0.003))
 
 
 def counting_baselines(*, has_time: bool, horizon_events: int, returns: bool = True) -> list[CountingBaseline]:

@@ -22,8 +22,8 @@ from vista.model.window_loss import window_loss
 
 _SPACING = 16
 """Visible events per question."""
-_MOST_QUESTIONS = 1 << 16
-"""Most questions of a training: it bounds the time in large logs."""
+_MOST_QUESTIONS = 1 << 15
+"""Most questions of a training: about 10 s of one core where histories have 800 events."""
 _BATCH = 256
 _NEGATIVES = 1000
 _POWER = 0.5
