@@ -23,8 +23,8 @@ from vista.errors import ConfigError
 from vista.log.repeats import RETURNING
 from vista.training import run_plan
 
-UNREAD_BY_BASELINES = ("target_attention", "num_target_layers")
-"""Keys of ModelConfig for stage 2, which baselines do not have; their lines do not record these keys."""
+UNREAD_BY_BASELINES = ("target_attention", "num_target_layers", "mean_token", "reconstruction_target")
+"""Keys of ModelConfig for what baselines do not have; their lines do not record these keys."""
 UNTRAINED_SEED = 0
 PLANNED = {
     "data": ("exclude_seen", "num_negatives", "tokens_per_batch"),
