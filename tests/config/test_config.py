@@ -107,6 +107,12 @@ def test_words_are_choices() -> None:
             {"target_attention": "quasi_linear", "dim": 65_535, "num_heads": 1},
             r"model\.num_layers: a record would hold 16 summary tokens and 131070 rows of the state",
         ),
+        (
+            ModelConfig,
+            {"tail_in_summary": False, "num_seeds": 0},
+            r"model\.tail_in_summary: false needs a model with a summary; set model\.architecture=vista",
+        ),
+        (ModelConfig, {"tail_in_summary": False, "architecture": "sim"}, r"model\.tail_in_summary: false needs"),
         (ModelConfig, {"embedding_rows": -1}, r"model\.embedding_rows: must be at least 0, got -1"),
         (ModelConfig, {"embedding_hashes": 0}, r"model\.embedding_hashes: must be at least 1, got 0"),
         (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from vista.evaluation.evaluate import _check, evaluate_scorer
 from vista.evaluation.recall import AGES, WINDOW, RecallReport, bands, measure_recall
 from vista.log.histories import Histories
 from vista.model.vista_model import VistaModel
+from vista.refresh import refresh
 from vista.scorer import Scorer
 
 
@@ -162,6 +164,17 @@ def test_own_and_other_are_not_swapped(served: Served) -> None:
         model.decoder = Recalling(summaries, owners)  # type: ignore[assignment]
         report = measure_recall(scorer, log)
     assert report.own[0] == 1.0 and report.other[0] < 0.9
+
+
+def test_events_that_only_the_tail_holds_are_not_asked_for(served: Served, tmp_path: Path) -> None:
+    config = replace(served.model.config, tail_in_summary=False)
+    model = VistaModel(config, served.model.schema, served.model.items, served.model.data).eval()
+    model.load_state_dict(served.model.state_dict())
+    refresh(model, served.log, tmp_path / "store")
+    with Scorer.open(model, tmp_path / "store") as scorer:
+        asked = measure_recall(scorer, served.log).num_events
+    covered = np.clip(served.log.lengths - config.tail_len, 0, 32).sum()  # those of the first band
+    assert 0.9 * covered < asked[0] <= covered
 
 
 def test_report_and_refusal(served: Served) -> None:

@@ -231,12 +231,15 @@ def test_questions_per_event_do_not_depend_on_the_length_of_chunks(world: World)
 
 @pytest.mark.parametrize("chunk_len", [7, 1000])
 @pytest.mark.parametrize("since", [None, 1400 * MS])
-def test_counted_items_are_those_of_the_record_and_the_tail(world: World, since: int | None, chunk_len: int) -> None:
+@pytest.mark.parametrize("tail_in_summary", [True, False])
+def test_counted_items_are_those_of_the_record_and_the_tail(
+    world: World, tail_in_summary: bool, since: int | None, chunk_len: int
+) -> None:
     """Every event has an item of its own. Counters cover the whole history, also of a chunk that begins late."""
     stored = None if since is None else StoredSummaries(since, lambda users: np.zeros((len(users), 2, 8), np.float32))
-    spec, gaps = CounterSpec(keys=(1000,)), 0
-    options = {"optim": WITH_WINDOWS, "model": {"counters": True}, "chunk_len": chunk_len}
-    options |= {"staleness_share": 0.5, "anchor_spacing": 2}
+    spec, gaps, lag = CounterSpec(keys=(1000,)), 0, 0 if tail_in_summary else 4
+    options = {"optim": WITH_WINDOWS, "model": {"counters": True, "tail_in_summary": tail_in_summary}}
+    options |= {"chunk_len": chunk_len, "staleness_share": 0.5, "anchor_spacing": 2}
     made = time_split(world, stored=stored, spec=spec, **options)
     for batch in whole_pass(made):
         anchors = batch.anchors
@@ -249,13 +252,12 @@ def test_counted_items_are_those_of_the_record_and_the_tail(world: World, since:
             tail = batch.windows.tail_index[window]
             tail = items(world, batch, batch.events.item[tail[tail >= 0]])
             if since is None:
-                covered = int(batch.cuts.stop[batch.windows.cut[window]])
-                before = batch.events.item[batch.cuts.start[batch.windows.cut[window]] : covered]
-                first = items(world, batch, before).max() + 1 if len(before) else None
+                cut, label = int(batch.windows.cut[window]), batch.labels.item[window]
+                oldest = items(world, batch, batch.events.item[batch.cuts.start[[cut]]])
+                counted_until = int(oldest[0]) + int(batch.cuts.stop[cut] - batch.cuts.start[cut]) + lag
+                first = min(counted_until, int(items(world, batch, label[label >= 0]).min()))
             else:
                 first = start + int((world.time[start : world.offsets[user + 1]] < since).sum())
-            if first is None:
-                continue
             expected = {*range(start, first), *(item for item in tail if first <= item < event)}
             assert set(counted) == expected
             assert int(anchors.counters.num_events[row]) == len(expected)

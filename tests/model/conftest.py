@@ -139,6 +139,7 @@ def plan(model: VistaModel, **changes: Any) -> CutPlan:
         "staleness_share": 0.0,
         "unknown_share": 0.0,
         "reconstruction_len": 6,
+        "summary_lag": model.config.summary_lag,
     }
     return CutPlan(**{**options, **changes})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from vista.config.choices import Codec, OnMissing
+from vista.config.choices import Codec, OnMissing, StateDtype
 from vista.errors import RecordError, UnknownUserError
+from vista.model import inference
 from vista.refresh import RefreshOptions, refresh, refresh_incremental
 from vista.scorer import Scorer
 from vista.store import StoreReader
@@ -42,6 +44,24 @@ def test_a_few_failing_users_change_no_others(tmp_path: Path, grow: SimpleNamesp
     with StoreReader.open(tmp_path / "store") as store, StoreReader.open(tmp_path / "healthy") as healthy:
         assert sorted(store.keys()) == others and len(store) == 248
         assert (store.get_many(others).summary == healthy.get_many(others).summary).all()
+
+
+@pytest.mark.parametrize("state", [StateDtype.float32, StateDtype.none])
+def test_summaries_without_the_tail_cover_the_events_before_it(
+    tmp_path: Path, grow: SimpleNamespace, state: StateDtype
+) -> None:
+    model, whole = grow.model(tail_in_summary=False, counters=True), grow.model(counters=True)
+    log = grow.append(tmp_path / "log", grow.events({1: 12, 2: 5, 3: 30, 4: 1}))
+    for name, each in (("store", model), ("whole", whole)):
+        refresh(each, log, tmp_path / name, options=RefreshOptions(codec=Codec.float32, state=state))
+    history = log.gather(np.arange(4), np.array([7, 0, 25, 0]))
+    history = replace(history, item=model.rows_of(log.items)[history.item].astype(np.int32))
+    with StoreReader.open(tmp_path / "store") as store, StoreReader.open(tmp_path / "whole") as other:
+        batch, of_all = (opened.get_many(log.users.ids(np.arange(4))) for opened in (store, other))
+    np.testing.assert_allclose(batch.summary, inference.summarize(whole, history).numpy(), atol=2e-5)
+    assert batch.event_count.tolist() == [12, 5, 30, 1] and np.diff(batch.tail.offsets).tolist() == [5, 5, 5, 1]
+    for name in ("key", "codes", "offsets", "clock"):  # counters cover the tail
+        np.testing.assert_array_equal(getattr(batch.counters[0], name), getattr(of_all.counters[0], name))
 
 
 def test_an_incremental_failure_keeps_the_old_record(tmp_path: Path, grow: SimpleNamespace) -> None:

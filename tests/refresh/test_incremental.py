@@ -37,9 +37,21 @@ MODELS: dict[str, dict[str, Any]] = {
     "quasi-linear, no tokens": {"target_attention": TargetAttentionKind.quasi_linear, "num_seeds": 0},
     "mean token": {"mean_token": True, "decay": Decay.time, "decay_horizons": [3.0, 0.0]},
     "counters": {"counters": True, "counter_keys": 4},
+    "tail not in the summary": {"tail_in_summary": False, "counters": True, "counter_keys": 4},
+    "tail not in the summary, decay by time": {
+        "tail_in_summary": False,
+        "decay": Decay.time,
+        "decay_horizons": [3.0, 0.0],
+    },
+    "tail not in the summary, decay by position": {
+        "tail_in_summary": False,
+        "decay": Decay.position,
+        "decay_horizons": [8.0, 0.0],
+    },
+    "tail not in the summary, bidirectional": {"tail_in_summary": False, "mixing": Mixing.bidirectional},
     "counters alone": {"num_seeds": 0, "counters": True, "counter_keys": 4},
 }
-WITHOUT_STATES = ("bidirectional", "a history limit", "no summary")
+WITHOUT_STATES = ("bidirectional", "a history limit", "no summary", "tail not in the summary, bidirectional")
 DRIFT = 5e-4
 """Subtraction loses up to three digits before a state is recomputed (`DRIFT_LIMIT`)."""
 
@@ -167,11 +179,12 @@ def test_readers_see_new_records_without_a_reload(tmp_path: Path, grow: SimpleNa
 
 
 @pytest.mark.parametrize("broken_at", range(6))
+@pytest.mark.parametrize("tail_in_summary", [True, False])
 def test_an_interrupted_run_adds_no_event_twice(
-    tmp_path: Path, grow: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, broken_at: int
+    tmp_path: Path, grow: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tail_in_summary: bool, broken_at: int
 ) -> None:
     """Each of a batch's two transactions fails in turn, and the log grows before the run is resumed."""
-    model = grow.model()
+    model = grow.model(tail_in_summary=tail_in_summary)
     log = grow.append(tmp_path / "log", grow.events({1: 7, 2: 8, 3: 9}))
     store = full(model, log, tmp_path / "store")
     log = grow.append(tmp_path / "log", grow.events({1: 4, 2: 3, 3: 2}, grow.start + 500 * grow.hour))

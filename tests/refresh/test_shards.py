@@ -102,12 +102,16 @@ def test_a_sharded_and_an_unsharded_store_cannot_share_a_folder(tmp_path: Path, 
 
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data(), decay=st.sampled_from([Decay.none, Decay.time]))
+@given(data=st.data(), decay=st.sampled_from([Decay.none, Decay.time]), tail_in_summary=st.booleans())
 def test_merged_stores_equal_the_store_of_all_events(
-    tmp_path_factory: pytest.TempPathFactory, grow: SimpleNamespace, data: st.DataObject, decay: Decay
+    tmp_path_factory: pytest.TempPathFactory,
+    grow: SimpleNamespace,
+    data: st.DataObject,
+    decay: Decay,
+    tail_in_summary: bool,
 ) -> None:
-    folder = tmp_path_factory.mktemp("merge")
-    model = grow.model(decay=decay, decay_horizons=[20.0, 0.0] if decay is Decay.time else [])
+    folder, horizons = tmp_path_factory.mktemp("merge"), [20.0, 0.0] if decay is Decay.time else []
+    model = grow.model(decay=decay, decay_horizons=horizons, tail_in_summary=tail_in_summary)
     frame = grow.events(data.draw(st.dictionaries(st.integers(1, 6), st.integers(1, 20), min_size=1)), spread=10**7)
     owner = np.array(data.draw(st.lists(st.integers(0, 2), min_size=len(frame["user"]), max_size=len(frame["user"]))))
     if data.draw(st.booleans()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from sklearn.metrics import log_loss, roc_auc_score
 
-from tests.conftest import Served, small_config
+from tests.conftest import Served, draw_counter_weights, small_config
 from vista.config import SourceColumns
-from vista.config.choices import Split
+from vista.config.choices import Codec, Split
 from vista.errors import NonFiniteLossError
 from vista.evaluation.cases import NextItemCases, impression_cases, next_item_cases, with_tasks
 from vista.evaluation.protocol import (
@@ -26,11 +27,15 @@ from vista.evaluation.protocol import (
     ranking_metrics,
     seen_columns,
 )
+from vista.evaluation.scorer_answers import ScorerAnswers
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories
-from vista.log.splits import visible_counts
+from vista.log.splits import split_until, visible_counts
 from vista.model import inference
 from vista.model.vista_model import VistaModel
+from vista.refresh import RefreshOptions, refresh
+from vista.scorer import Scorer
+from vista.training.trainer import Trainer
 from vista.training.validation import Validation
 
 HOUR = 3_600_000
@@ -258,6 +263,30 @@ class TestValidation:
         with pytest.raises(NonFiniteLossError, match=r"validation: the scores of users \[\d+") as caught:
             Validation(given.log, self.rows(given.log), given.config)(model)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("tail_in_summary", [True, False])
+@pytest.mark.parametrize("kind", ["served", "served_tasks"])
+def test_validation_scores_as_a_store_does(
+    kind: str, tail_in_summary: bool, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """After the events of the record (leave-last-out), and with newer events that callers pass (a split by time)."""
+    given: Served = request.getfixturevalue(kind)
+    log, config = given.log, given.config
+    config = replace(config, model=replace(config.model, tail_in_summary=tail_in_summary, counters=True))
+    model = Trainer(replace(config, run_dir=str(tmp_path / "run")), log).model.eval()
+    assert isinstance(model, VistaModel)
+    draw_counter_weights(model)
+    validation = Validation(log, model.rows_of(log.items), config)
+    until = split_until(config.data, "validation")
+    refresh(model, log, tmp_path / "store", until=until, options=RefreshOptions(codec=Codec.float32))
+    with Scorer.open(model, tmp_path / "store") as scorer:
+        stored, raw = ScorerAnswers(scorer, log, requests_per_batch=50), validation._answers(model)
+        assert validation._ranked is not None
+        scores = stored.catalog_scores(validation._ranked)
+        np.testing.assert_allclose(raw.catalog_scores(validation._ranked), scores, atol=1e-3, rtol=1e-4)
+        if (cases := validation._impressions) is not None:
+            np.testing.assert_allclose(raw.probabilities(cases), stored.probabilities(cases), atol=1e-4)
 
 
 def test_validation_summarizes_each_history_once(served_tasks: Served, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,6 +91,9 @@ class ModelConfig:
     """For sim and twin: share of the user's events that the search finds if these are more than search_top_k."""
     tail_len: int = 32
     """Number of newest events that stage 2 reads in addition to the summary."""
+    tail_in_summary: bool = True
+    """Whether the summary also covers the events of the tail. With false, stage 2 reads each event once, and training
+    cuts summaries where the tails of its windows begin. Only for models with a summary."""
     feed_forward_ratio: float = 2.0
     """Hidden width of the gated feed-forward blocks, divided by dim: in stage 1, the decoder, and softmax layers of
     stage 2."""
@@ -157,6 +160,7 @@ class ModelConfig:
                 "factors need one row per item; set model.item_start=random, or model.embedding_rows=0",
             )
         self._check_history_limit()
+        self._check_tail()
         self._check_fuxi_linear()
         if self.decay is not Decay.none:
             self._check_decay()
@@ -178,6 +182,11 @@ class ModelConfig:
         reads_state = self.target_attention is TargetAttentionKind.quasi_linear
         return self.num_layers * (self.dim // self.num_heads) if reads_state else 0
 
+    @property
+    def summary_lag(self) -> int:
+        """How many of a user's newest events a summary leaves to the tail."""
+        return 0 if self.tail_in_summary else self.tail_len
+
     def _check_divisor_of_dim(self, key: str) -> None:
         value = getattr(self, key)
         divisors = [number for number in range(1, min(self.dim, 64) + 1) if self.dim % number == 0]
@@ -194,6 +203,14 @@ class ModelConfig:
             self.history_limit > 0 or not needs_limit,
             "model.history_limit",
             f"{self.architecture.value} reads a bounded number of events; set a limit such as 200",
+        )
+
+    def _check_tail(self) -> None:
+        has_summary = self.architecture is Architecture.vista and self.num_seeds + self.num_state_rows > 0
+        require(
+            self.tail_in_summary or has_summary,
+            "model.tail_in_summary",
+            "false needs a model with a summary; set model.architecture=vista with model.num_seeds above 0, or true",
         )
 
     def _check_fuxi_linear(self) -> None:

@@ -23,6 +23,7 @@ from vista.log.event_log import EventLog
 from vista.log.gaps import history_gaps
 from vista.log.histories import Histories, ranges
 from vista.log.splits import split_until, visible_counts
+from vista.model.history_states import covered_lengths
 from vista.model.vista_model import VistaModel
 from vista.scorer import Scorer
 
@@ -80,11 +81,12 @@ def measure_recall(scorer: Scorer, log: EventLog, *, max_users: int = 2000, seed
     users = np.flatnonzero(log.lengths > 0)
     users = np.sort(rng.choice(users, min(max_users, len(users)), replace=False))
     stored = scorer.store.get_many(log.users.ids(users))
-    known = stored.found & (stored.event_count > 0)
+    covered = covered_lengths(model, stored.event_count)
+    known = stored.found & (covered > 0)
     if known.sum() < 2:
         raise ConfigError(f"{scorer.store.path}: fewer than two users of {log.path} have a record; refresh the store")
     users, summary = users[known], stored.summary[known]
-    count = np.minimum(stored.event_count[known], log.lengths[users])
+    count = np.minimum(covered[known], log.lengths[users])
     items = _Items(model, log)
     totals = np.zeros((3, len(AGES)))
     for low in range(0, len(users), USERS_PER_BATCH):

@@ -62,7 +62,8 @@ class BatchWindows:
     cut: Tensor
     """int64 [NW]: the cut whose summary the window reads; with stored summaries, the chunk."""
     tail_index: Tensor
-    """int64 [NW, L] packed events, oldest first, right-aligned; -1 before the chunk's first event."""
+    """int64 [NW, L] packed events, oldest first, right-aligned; -1 before the chunk's first event, and after its last
+    one."""
 
 
 @dataclass(frozen=True, slots=True)

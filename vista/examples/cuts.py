@@ -6,10 +6,11 @@ p) are divided into windows [b, e] of at most W positions. A window reads
 - a summary whose cut (number of events covered) is at most b, and
 - a tail, the events e-L .. e-1, of which position p sees those before p.
 
-So neither holds the label of any position of the window. With stored summaries, labels begin after the events that the
-record covers. Such a chunk starts with a lead, events that serve as context only, and all its windows read the one
-record. Letters: B chunks, T packed events, N impressions, NC cuts, NW windows, W positions per window, L tail length,
-I impressions per window.
+So neither holds the label of any position of the window. With tail_in_summary=false, the cut is at most e-L, where the
+tail begins, so no window reads an event twice. With stored summaries, labels begin after the events that the record
+covers. Such a chunk starts with a lead, events that serve as context only, and all its windows read the one record.
+Letters: B chunks, T packed events, N impressions, NC cuts, NW windows, W positions per window, L tail length, I
+impressions per window.
 """
 
 from __future__ import annotations
@@ -60,6 +61,8 @@ class CutPlan:
     """Share of windows whose requests have no time, because callers of the scorer may not pass one."""
     anchors: AnchorPlan | None = None
     """None draws no anchors."""
+    summary_lag: int = 0
+    """0, or tail_len if summaries leave the events of the tail out."""
     exact_counters: bool = False
     """Count up to each request, as baselines do, which read the whole history. False counts up to a window's cut, and
     adds the events of its tail, as the scorer does."""
@@ -79,8 +82,14 @@ class CutPlan:
             unknown_share=data.unknown_share,
             reconstruction_len=data.reconstruction_len,
             anchors=AnchorPlan.of(config, has_time=has_time),
+            summary_lag=model.summary_lag,
             exact_counters=model.architecture is not Architecture.vista,
         )
+
+    @property
+    def cut_distance(self) -> int:
+        """Events between a window's boundary and the newest cut that the window may read."""
+        return self.summary_lag + 1 - self.label_spacing if self.summary_lag else 0
 
 
 def cut_batch(
@@ -96,7 +105,7 @@ def cut_batch(
         negatives: int64 [J] model item rows, shared by the batch; negative_log_weight: float32 [J].
     """
     phase = rng.integers(1, plan.label_spacing + 1, len(chunks.offsets) - 1)
-    all_windows = divide_chunks(chunks, plan.label_spacing, phase)
+    all_windows = divide_chunks(chunks, plan.label_spacing, phase, cut_last=plan.summary_lag == 0)
     impression_window = _windows_of(chunks.impressions, chunks, plan, phase, all_windows)
     keep = draw_windows(plan.windows_per_chunk, rng, all_windows, impression_window)
     anchors, anchor_window = None, np.zeros(0, np.int64)
@@ -185,14 +194,18 @@ def _place_cuts(
 
     Args:
         windows: all of them.
-        boundary: int64 [NW] of the kept windows: the window whose boundary the summary is cut at.
+        boundary: int64 [NW] of the kept windows: the window at whose boundary, or `cut_distance` before it, the summary
+            is cut.
     """
-    segment_offsets, chunk_offsets = _segments(chunks.offsets, phase, plan.label_spacing)
+    W, distance = plan.label_spacing, plan.cut_distance
+    first = (phase - 1 - distance) % W + 1  # the first cut after each chunk's first event
+    segment_offsets, chunk_offsets = _segments(chunks.offsets, first, W)
     used, window_cut = np.unique(boundary, return_inverse=True)
-    chunk, index = windows.chunk[used], windows.index[used]
+    chunk = windows.chunk[used]
     start = chunks.offsets[:-1][chunk]
-    stop = start + np.minimum(windows.begin[used], np.diff(chunks.offsets)[chunk])
-    segment = np.where(index == 0, -1, chunk_offsets[:-1][chunk] + index - 1)
+    place = np.maximum(windows.begin[used] - distance, 0)
+    stop = start + np.minimum(place, np.diff(chunks.offsets)[chunk])
+    segment = np.where(place == 0, -1, chunk_offsets[:-1][chunk] + (place - first[chunk]) // W)
     return BatchCuts(*map(_tensor, (segment_offsets, chunk_offsets, segment, start, stop))), window_cut
 
 
@@ -242,7 +255,8 @@ def _events(chunks: Chunks, item: Int, hidden: NDArray[np.bool_] | None) -> Batc
 
 def _tail_index(chunks: Chunks, plan: CutPlan, windows: ChunkWindows) -> Tensor:
     place = (windows.end - plan.tail_len)[:, None] + np.arange(plan.tail_len)
-    return _tensor(np.where(place >= 0, chunks.offsets[:-1][windows.chunk][:, None] + place, -1))
+    is_event = (place >= 0) & (place < np.diff(chunks.offsets)[windows.chunk][:, None])
+    return _tensor(np.where(is_event, chunks.offsets[:-1][windows.chunk][:, None] + place, -1))
 
 
 def _labels(
@@ -314,15 +328,17 @@ def _impressions(
 
 
 def _covered(chunks: Chunks, plan: CutPlan, windows: ChunkWindows, cuts: BatchCuts, window_cut: Int) -> Int | None:
-    """int64 [NW]: events of its history that each window's record covers; None if requests count all events before them
+    """int64 [NW]: events of its history that each window's record counts; None if requests count all events before them
     (or without counters). window_cut: int64 [NW] the cut that each window reads."""
     counters, chunk = chunks.counters, windows.chunk
     if counters is None or plan.exact_counters:
         return None
     if counters.covered is not None:
         return counters.covered[chunk]
-    stop: Int = cuts.stop.numpy()[window_cut]
-    return counters.start[chunk] + stop - chunks.offsets[:-1][chunk]
+    stop = cuts.stop.numpy()[window_cut] - chunks.offsets[:-1][chunk]
+    # A record also counts the events that its summary leaves to the tail, but here none after the window's boundary.
+    covered: Int = counters.start[chunk] + np.minimum(stop + plan.summary_lag, windows.begin)
+    return covered
 
 
 def _anchor_counters(counters: UserCounters, slot: Int) -> BatchCounters:

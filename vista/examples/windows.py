@@ -28,14 +28,18 @@ class ChunkWindows:
     begin: Int
     """int64 [NW] first position, in events of the chunk seen. It is a boundary: a place where a summary may be cut."""
     end: Int
-    """int64 [NW] last position."""
+    """int64 [NW] last position. Labels end at the chunk's last position, which may come first."""
 
     def select(self, rows: Int) -> ChunkWindows:
         return ChunkWindows(self.chunk[rows], self.index[rows], self.begin[rows], self.end[rows])
 
 
-def divide_chunks(chunks: Chunks, label_spacing: int, phase: Int) -> ChunkWindows:
-    """All windows. They begin at 0, phase, phase + W, … after a chunk's lead, and end before the next one."""
+def divide_chunks(chunks: Chunks, label_spacing: int, phase: Int, *, cut_last: bool) -> ChunkWindows:
+    """All windows. They begin at 0, phase, phase + W, … after a chunk's lead, and end before the next one.
+
+    The last one ends at the chunk's last position if `cut_last`. Otherwise it ends as if the chunk went on, so its tail
+    begins as far before its boundary as the tails of other windows.
+    """
     W, lead = label_spacing, chunks.num_context
     # A position after the last event has no next item, but impressions may lie there.
     num_positions = np.diff(chunks.offsets) - lead + (1 if len(chunks.impressions.chunk) else 0)
@@ -43,7 +47,9 @@ def divide_chunks(chunks: Chunks, label_spacing: int, phase: Int) -> ChunkWindow
     chunk = np.repeat(np.arange(len(phase)), num_windows)
     index = ranges(0, num_windows)
     begin = np.where(index == 0, 0, phase[chunk] + (index - 1) * W)
-    end = np.minimum(np.where(index == 0, phase[chunk] - 1, begin + W - 1), num_positions[chunk] - 1)
+    end = np.where(index == 0, phase[chunk] - 1, begin + W - 1)
+    if cut_last:
+        end = np.minimum(end, num_positions[chunk] - 1)
     return ChunkWindows(chunk, index, begin + lead[chunk], end + lead[chunk])
 
 
@@ -69,7 +75,7 @@ def window_requests(
     Args:
         counters: of the chunks.
         windows: NW windows.
-        covered: int64 [NW] events of its history that each window's record covers; None if requests count all events
+        covered: int64 [NW] events of its history that each window's record counts; None if requests count all events
             before them.
         tail_len: events of a window's tail.
         window: int64 [n].

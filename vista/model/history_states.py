@@ -41,6 +41,16 @@ def reach(model: VistaModel) -> int:
     return model.config.conv_width - 1 + (model.encoder.gap is not None)
 
 
+def covered_lengths(model: VistaModel, lengths: Int) -> Int:
+    """How many events of histories of some lengths their summaries cover: all but those left to the tail."""
+    return np.maximum(lengths - model.config.summary_lag, 0)
+
+
+def covered_events(model: VistaModel, histories: Histories) -> Histories:
+    """The events of histories that their summaries cover."""
+    return histories.select(np.zeros_like(histories.lengths), covered_lengths(model, histories.lengths))
+
+
 def default_slice_len(model: VistaModel) -> int:
     """Events in one pass over the histories of this model."""
     if model.device.type != "cpu":

@@ -18,7 +18,7 @@ from vista.config.choices import Mixing
 from vista.counters.user_counters import UserCounters
 from vista.log.gaps import UNKNOWN_GAP, gap_bucket
 from vista.log.histories import Histories, token_groups
-from vista.model.history_states import default_slice_len, embed, history_states, reach
+from vista.model.history_states import covered_events, default_slice_len, embed, history_states, reach
 from vista.model.padded_tail import PaddedTail
 from vista.model.ranking_model import UNKNOWN_ITEM, RankingModel
 from vista.model.summarizer import Summarizer
@@ -43,14 +43,15 @@ def summarize(model: VistaModel, histories: Histories, slice_len: int | None = N
 
     Args:
         model: in eval mode.
-        histories: items as model rows (`VistaModel.item_rows`).
+        histories: whole ones, with items as model rows (`VistaModel.item_rows`). With tail_in_summary=false, the newest
+            tail_len events of each are left out.
         slice_len: events per pass, which bounds the memory; None takes `default_slice_len`.
 
     Returns:
         float32 [B, S, M]; for an empty history, what the seeds alone give. With target_attention=quasi_linear, the rows
         of the state follow.
     """
-    histories = newest(histories, model.config.history_limit)
+    histories = newest(covered_events(model, histories), model.config.history_limit)
     if model.summarizer is None:
         return torch.zeros(histories.num_users, 0, model.config.dim, device=model.device)
     if model.config.mixing is Mixing.separable:

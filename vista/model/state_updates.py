@@ -18,6 +18,7 @@ from vista.errors import ConfigError
 from vista.log.histories import Histories
 from vista.model.history_states import (
     clock_after,
+    covered_events,
     history_states,
     pick_events,
     reach,
@@ -38,15 +39,15 @@ def merge_histories(
     """The state of one user's whole history, from the states of its parts, each computed without the others.
 
     Events that follow other events in the whole history than in their part get new terms: those next to a seam, or
-    wherever the parts interleave.
+    wherever the parts interleave. So do events that were left to the tail of their part, but not to that of the whole.
 
     Args:
         model: in eval mode.
-        states: of `parts` (N = 1 each).
+        states: of the events of `parts` that summaries cover (N = 1 each).
         parts: B = 1 each; disjoint events, items as model rows. Events with equal times keep the order of the parts.
 
     Returns:
-        (state, history) of the whole.
+        (state, history) of the whole; the state is of the events that a summary covers.
 
     Raises:
         ConfigError: if the model decays by position, which allows appending only.
@@ -54,23 +55,25 @@ def merge_histories(
     """
     _refuse_decay_by_position(model, "merging states")
     summarizer, r = separable_summarizer(model), reach(model)
-    for state, part in zip(states, parts, strict=True):
+    whole, places = _interleaved(parts)
+    covered, covered_parts = covered_events(model, whole), [covered_events(model, part) for part in parts]
+    for state, part in zip(states, covered_parts, strict=True):
         if state.num_events.tolist() != [part.num_events]:
             raise ValueError(f"state: covers {state.num_events.tolist()} events, but its history has {part.num_events}")
-    whole, places = _interleaved(parts)
-    clock = clock_after(model, whole)
+    clock = clock_after(model, covered)
     total, old = summarizer.empty_state(1), summarizer.empty_state(1)
-    moved = np.zeros(whole.num_events, np.bool_)
-    for state, part, place in zip(states, parts, places, strict=True):
+    moved = np.ones(covered.num_events, np.bool_)
+    for state, part, places_of_part in zip(states, covered_parts, places, strict=True):
         total = merge_states(total, state, summarizer.decay_rate)
         own = np.arange(part.num_events)
+        place = places_of_part[: part.num_events]
         before = np.minimum(r, own)
         moved_here = (place - place[own - before] != before) | ((before < r) & (place != own))
-        moved[place[moved_here]] = True
+        moved[place] = moved_here
         old = merge_states(old, sum_of_ranges(model, part, *_runs(moved_here), clock), summarizer.decay_rate)
-    new = sum_of_ranges(model, whole, *_runs(moved), clock)
+    new = sum_of_ranges(model, covered, *_runs(moved), clock)
     changed = exchange(total, old, new, clock, summarizer.decay_rate)
-    return (history_states(model, whole) if bool(changed.needs_recomputation()[0]) else changed), whole
+    return (history_states(model, covered) if bool(changed.needs_recomputation()[0]) else changed), whole
 
 
 @torch.inference_mode()

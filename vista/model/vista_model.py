@@ -269,7 +269,8 @@ class VistaModel(RankingModel):
         """The same model with a shorter tail: cheaper to score, and no training needed. The two share their weights.
 
         Training with label_spacing W shows stage 2 tails of tail_len - W + 1 to tail_len events, so these lengths are
-        trained. Summaries do not change, and a store with longer tails serves this model too.
+        trained. Summaries do not change, and a store with longer tails serves this model too. With
+        tail_in_summary=false, summaries then end where the shorter tail begins, and the model needs its own store.
 
         Args:
             tail_len: newest events that stage 2 reads alongside the summary.
@@ -318,6 +319,8 @@ class VistaModel(RankingModel):
         # These count only where they differ from the default, so that the ids of other models stay the same.
         if self.config.activation is not Activation.silu:
             facts["activation"] = self.config.activation.value
+        if self.config.summary_lag:
+            facts["summary_lag"] = self.config.summary_lag
         if self.config.num_state_rows:
             facts["num_state_rows"] = self.config.num_state_rows
         if self.counter_spec is not None:

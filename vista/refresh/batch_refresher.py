@@ -17,6 +17,8 @@ from vista.counters.counter_table import CounterTable
 from vista.log.event_log import EventLog
 from vista.model import inference
 from vista.model.history_states import (
+    covered_events,
+    covered_lengths,
     default_slice_len,
     long_range_state,
     range_states,
@@ -122,14 +124,17 @@ class BatchRefresher:
 
     def _append(self, group: AppendGroup) -> _UpdatedGroup:
         old = self._plan.lengths_at(group.users, group.segment)
-        context = np.minimum(reach(self._model), old)
+        covered = covered_lengths(self._model, old)
+        context = np.minimum(reach(self._model), covered)
+        start = covered - context
         with self._run.stage("read"):
-            history = self._log.gather_ranges(group.users, old - context, self._log.lengths[group.users])
-            new = history.select(context, history.lengths)
+            history = self._log.gather_ranges(group.users, start, self._log.lengths[group.users])
+            new = history.select(old - start, history.lengths)
             digest = group.states.history_digest + self._items.digests(new)
-            history, new, start = self._items.model_rows(history), self._items.model_rows(new), old - context
+            # The state receives the events that leave the tail, if summaries do not cover the tail.
+            history, new = self._items.model_rows(covered_events(self._model, history)), self._items.model_rows(new)
         with self._run.stage("summarize"):
-            counters = append_events(group.states.counters, new)  # without the context
+            counters = append_events(group.states.counters, new)
             if self._model.summarizer is None:
                 state = state_without_summary(old + new.lengths)
                 return _UpdatedGroup("appended", group.users, digest, new.num_events, counters, state)
@@ -146,14 +151,15 @@ class BatchRefresher:
         user = int(group.users[0])
         with self._run.stage("read"):
             old, new = self._plan.log_at(group.segment).slice(user), self._log.slice(user)
-            digest = self._items.digests(new)
+            digest, whole = self._items.digests(new), self._items.model_rows(new)
+            old, new = covered_events(self._model, old), covered_events(self._model, new)
             changed = changed_positions(old, new)
         if changed is None or sum(map(len, changed)) * 2 * (1 + reach(self._model)) >= new.num_events:
             return self._recompute(RecomputeGroup(group.users))
         deleted, late = changed
         old, new = self._items.model_rows(old), self._items.model_rows(new)
         with self._run.stage("summarize"):
-            counters = count_histories(self._model.counter_spec, new)
+            counters = count_histories(self._model.counter_spec, whole)
             state = from_arrays(group.states, self._model.device)
             if len(deleted):
                 state = remove_events(self._model, state, old, deleted)

@@ -204,7 +204,7 @@ def _summarize(model: VistaModel, keys: list[bytes], users: Sequence[_UserState]
         keys=keys,
         summary=read_summaries(model, state),
         tail=stored_tail(newest, tail_len),
-        event_count=state.num_events.cpu().numpy(),
+        event_count=np.array([user.history.num_events for user in users], np.int64),
         last_event_ts=last_times(newest),
         history_digest=digest,
         counters=stored_codes(tables),

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from vista.arrays import Int
 from vista.config.choices import Mixing
 from vista.log.histories import Histories
-from vista.model.history_states import history_states, separable_summarizer
+from vista.model.history_states import covered_events, history_states, separable_summarizer
 from vista.model.summary_state import SummaryState
 from vista.model.vista_model import VistaModel
 from vista.refresh.counting import Tables
@@ -31,10 +31,13 @@ def has_states(model: VistaModel) -> bool:
 
 
 def state_of(model: VistaModel, histories: Histories) -> SummaryState:
-    """States of histories with items as rows of the model; without numbers if the model has no summarizer."""
+    """States of histories with items as rows of the model; without numbers if the model has no summarizer.
+
+    They hold the events that a summary covers.
+    """
     if model.summarizer is None:
         return state_without_summary(histories.lengths)
-    return history_states(model, histories)
+    return history_states(model, covered_events(model, histories))
 
 
 def state_without_summary(num_events: Int) -> SummaryState:

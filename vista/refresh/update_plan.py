@@ -11,7 +11,7 @@ from vista.arrays import Int
 from vista.config.choices import Decay
 from vista.log.event_log import EventLog
 from vista.log.histories import token_groups
-from vista.model.history_states import reach
+from vista.model.history_states import covered_lengths, reach
 from vista.model.vista_model import VistaModel
 from vista.refresh.refresh_progress import RefreshProgress
 from vista.refresh.stored_users import StoredUsers
@@ -27,9 +27,10 @@ class UpdatePlan:
     def __init__(
         self, model: VistaModel, log: EventLog, update: StoreUpdate, tokens_per_batch: int, run: RefreshProgress
     ) -> None:
-        self._log, self._update, self._run = log, update, run
+        self._model, self._log, self._update, self._run = model, log, update, run
         self._tokens_per_batch = tokens_per_batch
-        self._reach = 0 if model.summarizer is None else reach(model)
+        self._context = 0 if model.summarizer is None else reach(model) + model.config.summary_lag
+        """Most events before the new ones that an append reads."""
         self._append_only = model.config.decay is Decay.position or model.summarizer is None
         self._older_logs: dict[int, EventLog] = {}
         """The log as it was, by newest segment. Users' states cover few different segments."""
@@ -62,7 +63,7 @@ class UpdatePlan:
         yield from self._recompute_groups(users[~np.isin(users, updatable)])
         for segment, append in stored.where(UpdateOutcome.append).by_segment():
             num_new = self._log.lengths[append.users] - self.lengths_at(append.users, segment)
-            for part in token_groups(num_new + self._reach, self._tokens_per_batch):
+            for part in token_groups(num_new + self._context, self._tokens_per_batch):
                 yield AppendGroup(append.users[part], append.states[part], segment)
         exchange = stored.where(UpdateOutcome.exchange)
         for row, segment in enumerate(exchange.covered.tolist()):
@@ -103,5 +104,5 @@ class UpdatePlan:
         outcome = np.full(len(users), UpdateOutcome.recompute if self._append_only else UpdateOutcome.exchange, np.int8)
         outcome[in_order & nothing_deleted] = UpdateOutcome.append
         # The state holds other events than the log had then: of another log, or of one that was edited by hand.
-        outcome[num_events != old] = UpdateOutcome.recompute
+        outcome[num_events != covered_lengths(self._model, old)] = UpdateOutcome.recompute
         return outcome

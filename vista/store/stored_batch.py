@@ -29,7 +29,7 @@ class StoredBatch:
     tail: Tail
     """Tails as of the refresh; empty if not found."""
     event_count: NDArray[np.int64]
-    """[B] events that the summary covers; 0 if not found."""
+    """[B] events that the record covers; 0 if not found."""
     last_event_ts: NDArray[np.int64]
     """[B] ms; NO_TIMESTAMP if not found or without events."""
     created_at: NDArray[np.int64]

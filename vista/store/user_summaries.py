@@ -23,7 +23,7 @@ class UserSummaries:
     tail: Tail
     """The last events of the N users, items as rows of the model."""
     event_count: NDArray[np.int64]
-    """[N] events that each summary covers."""
+    """[N] events that each record covers."""
     last_event_ts: NDArray[np.int64]
     """[N] time of the newest of these events; NO_TIMESTAMP without events."""
     history_digest: NDArray[np.uint64]

@@ -35,7 +35,8 @@ logger = logging.getLogger(__name__)
 COUNTER_KEYS = ("counters", "counter_keys", "counter_days", "counter_events")
 KEPT_KEYS = (
     *(*STAGE1_KEYS, *COUNTER_KEYS),
-    *("activation", "embedding_rows", "embedding_hashes", "num_reconstruction_layers", "reconstruction_target"),
+    *("activation", "tail_in_summary", "embedding_rows", "embedding_hashes"),
+    *("num_reconstruction_layers", "reconstruction_target"),
 )
 """Fields of ModelConfig that must be the base's."""
 KEPT_WEIGHTS = (*STAGE1_WEIGHTS, "decoder.")
@@ -149,6 +150,8 @@ def _check_model(config: TrainConfig, base: VistaModel) -> None:
     changed = [key for key in KEPT_KEYS if asked[key] != kept[key]]
     if bool(config.model.num_state_rows) != bool(base.config.num_state_rows):
         changed.append("target_attention")  # The records hold a state, or they do not. Other kinds may differ.
+    if config.model.summary_lag != base.config.summary_lag and "tail_in_summary" not in changed:
+        changed.append("tail_len")  # The records leave that many events out of the summary.
     if changed:
         differences = ", ".join(f"model.{key} ({kept[key]} -> {asked[key]})" for key in changed)
         words = " ".join(f"model.{key}={value_text(kept[key])}" for key in changed)
