@@ -23,7 +23,9 @@ from vista.errors import ConfigError
 from vista.log.repeats import RETURNING
 from vista.training import run_plan
 
-UNREAD_BY_BASELINES = ("target_attention", "num_target_layers", "mean_token", "reconstruction_target")
+UNREAD_BY_BASELINES = (
+    *("target_attention", "num_target_layers", "tail_in_summary", "mean_token", "reconstruction_target"),
+)
 """Keys of ModelConfig for what baselines do not have; their lines do not record these keys."""
 UNTRAINED_SEED = 0
 PLANNED = {
