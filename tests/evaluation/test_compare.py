@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -114,11 +115,15 @@ class TestFiles:
         with pytest.raises(ConfigError, match=r"a\.npz: does not hold metrics per user .*run `vista evaluate` again"):
             PerUserMetrics.load(tmp_path / "a.npz")
 
-    def test_a_flipped_bit_is_refused_or_harmless(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("compressed", [False, True])
+    def test_a_flipped_bit_is_refused_or_harmless(self, tmp_path: Path, compressed: bool) -> None:
         run_of(x=[0.0, 0.5, 1.0]).save(tmp_path / "a.npz")
+        if compressed:
+            with np.load(tmp_path / "a.npz") as arrays:
+                np.savez_compressed(tmp_path / "a.npz", **arrays)
         content = (tmp_path / "a.npz").read_bytes()
         refused = 0
-        bits = range(0, 8 * len(content), 5)
+        bits = range(0, 8 * len(content), 11)
         for bit in bits:
             flipped = bytearray(content)
             flipped[bit // 8] ^= 1 << bit % 8
@@ -133,12 +138,25 @@ class TestFiles:
 
     def test_other_arrays_are_refused(self, tmp_path: Path) -> None:
         good = {"users": np.arange(2), "names": np.array(["x"]), "values": np.zeros((1, 2)), "question": np.array("{}")}
-        for wrong in ({"values": np.zeros((1, 3))}, {"question": np.array("[]")}, {"values": np.zeros((1, 2), int)}):
+        for wrong in (
+            {"values": np.zeros((1, 3))},
+            {"values": np.zeros((1, 2), int)},
+            {"names": np.array([["x"]])},
+            {"users": np.zeros((2, 2))},
+            {"question": np.array("[]")},
+        ):
             np.savez(tmp_path / "a.npz", **(good | wrong))
             with pytest.raises(ConfigError, match="does not hold metrics per user"):
                 PerUserMetrics.load(tmp_path / "a.npz")
         np.savez(tmp_path / "a.npz", users=np.arange(2))
         with pytest.raises(ConfigError, match="does not hold metrics per user"):
+            PerUserMetrics.load(tmp_path / "a.npz")
+
+    def test_a_small_file_cannot_take_much_memory(self, tmp_path: Path) -> None:
+        with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("values.npy", bytes(1000))
+            archive.getinfo("values.npy").file_size = 1 << 40  # what the directory of the archive says
+        with pytest.raises(ConfigError, match=r"a\.npz: .*its arrays hold 1,099,511,627,776 bytes, but at most"):
             PerUserMetrics.load(tmp_path / "a.npz")
 
     def test_a_missing_file_is_named(self, tmp_path: Path) -> None:

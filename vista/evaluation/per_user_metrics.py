@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from vista.arrays import Floats
 from vista.errors import ConfigError
 from vista.files import read_limited, replace_file
+from vista.log.ingest.source_parser import npz_limit
 
 MAX_FILE_BYTES = 1 << 30
 
@@ -56,20 +57,30 @@ class PerUserMetrics:
         """Read what `save` wrote.
 
         Raises:
-            ConfigError: the file is missing, damaged, or of another kind.
+            ConfigError: the file is missing, damaged, or of another kind, or its arrays would take too much memory.
         """
         try:
-            with np.load(io.BytesIO(read_limited(path, MAX_FILE_BYTES)), allow_pickle=False) as file:
-                users, names, values = file["users"], file["names"].tolist(), file["values"]
+            content = read_limited(path, MAX_FILE_BYTES)
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read ({error.strerror}); run `vista evaluate` with `out`") from None
+        try:
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                size, limit = sum(member.file_size for member in archive.infolist()), npz_limit(len(content))
+            if size > limit:  # checked before anything is decompressed
+                raise ValueError(f"its arrays hold {size:,} bytes, but at most {limit:,} are read from such a file")
+            with np.load(io.BytesIO(content), allow_pickle=False) as file:
+                users, names, values = file["users"], file["names"], file["values"]
                 question = json.loads(str(file["question"]))
             if values.shape != (len(names), len(users)) or values.dtype != np.float64 or not isinstance(question, dict):
                 raise ValueError(f"values of shape {values.shape} for {len(names)} metrics of {len(users)} users")
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read ({error.strerror}); run `vista evaluate` with `out`") from None
-        # zipfile raises NotImplementedError and RuntimeError for archives of an unknown kind and encrypted ones.
-        except (ValueError, KeyError, TypeError, EOFError, MemoryError, zipfile.BadZipFile, RuntimeError) as error:
-            raise ConfigError(f"{path}: does not hold metrics per user ({error}); run `vista evaluate` again") from None
-        return cls(users, dict(zip(names, values, strict=True)), question)
+            if users.ndim != 1 or names.ndim != 1 or names.dtype.kind != "U":
+                raise ValueError("users or names of another type")
+        # zipfile, its decompressors and NumPy have no common list of errors for damaged bytes: zlib.error is one.
+        except Exception as error:
+            raise ConfigError(
+                f"{path}: does not hold metrics per user ({error}); run `vista evaluate` again"
+            ) from error
+        return cls(users, dict(zip(names.tolist(), values, strict=True)), question)
 
 
 def mean_cells(columns: Sequence[Floats]) -> str:

@@ -25,6 +25,8 @@ THREAD_BYTES = 128 << 20
 """Additional memory per processor."""
 BYTES_PER_BYTE = 16
 """Additional memory per byte of the file."""
+NPZ_SHARE = 4
+"""A part of the parser's memory that the arrays of an .npz file may take: their rows are copied twice."""
 ROWS_BYTES = 1 << 30
 """Disk space that the rows of a file of any size may take."""
 ROWS_BYTES_PER_BYTE = 256
@@ -197,3 +199,8 @@ def memory_limit(file_bytes: int) -> int:
     """Memory in bytes that parsing a file of this size may take."""
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return MEMORY_BYTES + THREAD_BYTES * processors + BYTES_PER_BYTE * file_bytes
+
+
+def npz_limit(file_bytes: int) -> int:
+    """Bytes that the arrays of an .npz file of this size may hold uncompressed."""
+    return memory_limit(file_bytes) // NPZ_SHARE

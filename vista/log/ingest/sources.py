@@ -16,7 +16,7 @@ from typing import IO, Any, cast
 from vista.config import SourceConfig
 from vista.errors import ConfigError, DataError
 from vista.files import checked_path
-from vista.log.ingest.source_parser import SourceParser, memory_limit
+from vista.log.ingest.source_parser import SourceParser, npz_limit
 
 _FILE_OF_KIND = {
     "ml-1m": "ratings.dat",
@@ -27,8 +27,6 @@ _FILE_OF_KIND = {
     "simulated": "events.parquet",
 }
 KINDS = ("auto", "table", *_FILE_OF_KIND)
-_NPZ_SHARE = 4
-"""A part of the parser's memory that the arrays of an .npz file may take: their rows are copied twice."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +132,7 @@ def _files(config: SourceConfig, table: str) -> list[Path]:
 
 
 def _open(file: Path, config: SourceConfig, table: str, parser: SourceParser) -> FileSource:
-    max_bytes = memory_limit(file.stat().st_size) // _NPZ_SHARE
+    max_bytes = npz_limit(file.stat().st_size)
     known, _ = parser.call("open_source", file, config=plain_settings(config), table=table, max_bytes=max_bytes)
     return FileSource(**known, parser=parser, table=table)
 
