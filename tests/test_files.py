@@ -23,6 +23,7 @@ from vista.files import (
     remove_folder,
     replace_file,
     replaced_folder,
+    writable_folder,
 )
 from vista.json_fields import check_fields, either, hexadecimal, list_of, one_of, text, whole
 
@@ -131,6 +132,14 @@ class TestReplaceFile:
 
 
 class TestFolders:
+    def test_the_check_of_a_folder_does_not_write_through_a_link(self, tmp_path: Path) -> None:
+        (tmp_path / "victim").write_bytes(b"kept")
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "folder" / f".probe.{os.getpid()}.tmp").symlink_to(tmp_path / "victim")
+        writable_folder(tmp_path / "folder", "run_dir")
+        assert (tmp_path / "victim").read_bytes() == b"kept"
+        assert list((tmp_path / "folder").iterdir()) == []
+
     def test_makes_all_parents_and_accepts_what_exists(self, tmp_path: Path) -> None:
         for _ in range(2):
             make_folders(tmp_path / "a" / "b" / "c")

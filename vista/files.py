@@ -109,6 +109,22 @@ def check_replaceable(path: Path) -> None:
         raise OSError(errno.EINVAL, "is not a regular file", str(path))
 
 
+def create_file(path: str | Path, mode: int = 0o600, folder: int | None = None) -> IO[bytes]:
+    """Create a file, usually one with a temporary name. Whatever has that name, such as a link, is removed first.
+
+    Args:
+        mode: permissions, before the umask.
+        folder: descriptor of the folder in which a relative path is resolved.
+
+    Raises:
+        OSError: it cannot be created, or the name belongs to a folder.
+    """
+    with suppress(FileNotFoundError):
+        os.unlink(path, dir_fd=folder)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    return open(os.open(path, flags, mode, dir_fd=folder), "wb")
+
+
 def replace_file(path: Path, content: bytes, mode: int | None = None) -> None:
     """Write a small file atomically and durably: temporary name, fsync, rename, fsync of the folder.
 
@@ -124,10 +140,7 @@ def replace_file(path: Path, content: bytes, mode: int | None = None) -> None:
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     partial = f".{path.name}.{os.getpid()}.tmp"
     try:
-        with suppress(FileNotFoundError):
-            os.unlink(partial, dir_fd=folder)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        with open(os.open(partial, flags, 0o666 if mode is None else 0o600, dir_fd=folder), "wb") as file:
+        with create_file(partial, 0o666 if mode is None else 0o600, folder) as file:
             if mode is not None:
                 os.fchmod(file.fileno(), mode)
             file.write(content)
@@ -228,7 +241,7 @@ def writable_folder(folder: Path, key: str) -> None:
     probe = folder / f".probe.{os.getpid()}.tmp"
     try:
         make_folders(folder)
-        probe.write_bytes(b"")
+        create_file(probe).close()
         probe.unlink()
     except OSError as error:
         raise ConfigError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,19 @@ def test_a_failed_export_keeps_the_old_file(tmp_path, build):
     (tmp_path / "pipe").unlink()
     assert file.read_bytes() == whole
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.parquet", "store", "target"]
+
+
+def test_a_link_in_place_of_the_temporary_file_is_not_followed(tmp_path, build):
+    build.write_store(tmp_path / "store")
+    other = tmp_path / "other"
+    other.write_bytes(b"of another account")
+    other.chmod(0o644)
+    (tmp_path / f".out.parquet.{os.getpid()}.tmp").symlink_to(other)
+    export_store(tmp_path / "store", tmp_path / "out.parquet")
+    assert other.read_bytes() == b"of another account" and other.stat().st_mode & 0o777 == 0o644
+    exported_file = (tmp_path / "out.parquet").lstat()
+    assert stat.S_ISREG(exported_file.st_mode) and exported_file.st_mode & 0o777 == 0o600
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out.parquet", "store"]
 
 
 def test_export_and_import_of_an_authenticated_store_need_its_key(tmp_path, build):

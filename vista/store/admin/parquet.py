@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from vista.counters.counter_codes import CounterCodes
 from vista.errors import DataError, StoreError, shown
-from vista.files import check_replaceable, sync
+from vista.files import check_replaceable, create_file, sync
 from vista.log.gaps import NO_TIMESTAMP
 from vista.log.ingest.source_parser import SourceParser
 from vista.log.polars_extra import pl, register_io_source
@@ -101,7 +101,8 @@ def _export(root: Path, generation: int, out: Path, key: bytes | None, group_byt
         partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
         try:
             check_replaceable(out)
-            os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, PRIVATE.file))
+            with create_file(partial) as file:
+                os.fchmod(file.fileno(), PRIVATE.file)
             register_io_source(frames, schema=schema).sink_parquet(
                 partial,
                 metadata={_METADATA: f"{_checksum(text)} {text}"},
@@ -112,7 +113,6 @@ def _export(root: Path, generation: int, out: Path, key: bytes | None, group_byt
                 raise errors[0]
             if written != tally:
                 raise StoreError(f"{root} was written while it was exported; rerun the command")
-            partial.chmod(PRIVATE.file)
             sync(partial)
             partial.replace(out)
             sync(out.parent)
