@@ -11,6 +11,7 @@ from typing import Any
 
 from vista.errors import MissingDependencyError
 from vista.files import replace_text
+from vista.training.run_folder import open_to_append
 
 
 class MetricsWriter:
@@ -48,10 +49,15 @@ class MetricsWriter:
         Args:
             step: steps done; 0 for a new run.
             validated: steps whose validation is part of the resumed state.
+
+        Raises:
+            ConfigError: as for `open_to_append`.
         """
+        with open_to_append(self.path) as file:
+            file.seek(0)
+            lines = file.read().splitlines() if step > 0 else []
         kept = []
-        resumed = self.path.exists() and step > 0
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines() if resumed else []:
+        for line in lines:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError):
@@ -68,7 +74,7 @@ class MetricsWriter:
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row, which holds `step`."""
-        with self.path.open("a", encoding="utf-8") as file:
+        with open_to_append(self.path) as file:
             file.write(json.dumps(_defined(row), allow_nan=False) + "\n")
         if self._writer is not None:
             for name, value in {**row, **row.get("validation", {})}.items():

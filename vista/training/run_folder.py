@@ -1,4 +1,4 @@
-"""How a run is logged to its folder, and how it takes Ctrl-C."""
+"""The text files that a run appends to, and how it takes Ctrl-C."""
 
 from __future__ import annotations
 
@@ -7,15 +7,43 @@ import logging
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+from vista.errors import ConfigError
+from vista.files import open_file
 
 logger = logging.getLogger(__name__)
 
 
+def open_to_append(path: Path) -> TextIO:
+    """Open a text file of a run to read and append; it is created if it does not exist.
+
+    Raises:
+        ConfigError: it cannot be opened, is a symbolic link, or is not a regular file. A named pipe is refused at once.
+    """
+    try:
+        return open(
+            path,
+            "a+",
+            encoding="utf-8",
+            errors="replace",
+            opener=lambda _, flags: open_file(path, flags, 0o666, follow=False),
+        )
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be written ({error.strerror}); correct this path, or choose another run_dir"
+        ) from error
+
+
 @contextlib.contextmanager
 def log_file(path: Path) -> Iterator[None]:
-    """Copy vista's log records to a file of the run."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    """Copy vista's log records to a file of the run.
+
+    Raises:
+        ConfigError: as for `open_to_append`.
+    """
+    file = open_to_append(path)
+    handler = logging.StreamHandler(file)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger("vista")
     level = root.level
@@ -28,6 +56,7 @@ def log_file(path: Path) -> Iterator[None]:
         root.setLevel(level)
         root.removeHandler(handler)
         handler.close()
+        file.close()
 
 
 @contextlib.contextmanager
