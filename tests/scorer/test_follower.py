@@ -96,6 +96,44 @@ def test_an_error_of_the_disk_does_not_end_the_thread(
         wait_for(lambda: scorer.stats().last_reload_error is None)
 
 
+def test_a_panic_does_not_end_the_thread(
+    served: Served, store: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class PanicException(BaseException):
+        """As those of extensions in Rust."""
+
+    def panic(task: str) -> bool:
+        raise PanicException("index out of bounds")
+
+    with Scorer.open(served.model_dir, store) as scorer:
+        with monkeypatch.context() as patch:
+            patch.setattr(scorer._snapshots, "reload", panic)
+            scorer.follow(EVERY_S)
+            wait_for(lambda: scorer.stats().failed_reloads >= 2)
+            assert scorer.stats().last_reload_error == "PanicException: index out of bounds"
+        wait_for(lambda: scorer.stats().last_reload_error is None)
+        assert followers() == 1
+    assert any("PanicException: index out of bounds" in record.message for record in caplog.records)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
+def test_a_request_to_exit_ends_the_thread(kind: type[BaseException]) -> None:
+    class Exiting:
+        calls = 0
+
+        def reload(self) -> bool:
+            self.calls += 1
+            raise kind
+
+    exiting = Exiting()
+    follower = Follower(exiting)
+    follower.start(EVERY_S)
+    wait_for(lambda: exiting.calls > 0 and followers() == 0)
+    follower.stop()
+    assert exiting.calls == 1
+
+
 def test_close_waits_for_a_reload_that_is_running() -> None:
     class Slow:
         ended = 0

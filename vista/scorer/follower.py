@@ -69,7 +69,9 @@ def _follow(reference: weakref.ref[_Reloadable], stopped: threading.Event, every
             return
         try:
             scorer.reload()
-        except Exception as error:  # The thread must survive any error of the store or the disk.
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # Panics of extensions in Rust are not Exceptions.
             if stopped.is_set():
                 return
             text = f"{type(error).__name__}: {error}"
