@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.conftest import small_config
+from tests.conftest import Served, small_config
+from vista.config import DataConfig, TrainConfig
 from vista.config.choices import Architecture, Split
 from vista.log.event_log import EventLog
 from vista.model.ranking_model import RankingModel
@@ -65,6 +67,28 @@ def test_a_model_without_validation_says_so(order_log: EventLog, tmp_path: Path)
     assert "The model was not validated." in card
     assert table_of(card, "Training data")["time of events"] == "no times"
     assert "Pass the time" not in card and "new action type" not in card
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"split": Split.time, "validation_from": "2024-01-01", "test_from": "1704067200000"},
+            "Labels from 1704067200000 on are not trained on: all are for the test, and none for validation.",
+        ),
+        (
+            {"split": Split.share, "validation_share": 0.0, "test_share": 0.2},
+            "The last 20 % of each user's events are held out for the test, and none for validation.",
+        ),
+        (
+            {"split": Split.share, "validation_share": 0.1, "test_share": 0.2},
+            "The last 20 % of each user's events are held out for the test, and the 10 % before them for validation.",
+        ),
+    ],
+)
+def test_the_card_says_what_is_held_out(served: Served, changes: dict[str, Any], expected: str) -> None:
+    config = TrainConfig(data=DataConfig(**changes))
+    assert f"\n\n{expected}\n\n" in model_card(served.model, config, served.log)
 
 
 def test_a_baseline_is_called_one(event_log: EventLog, tmp_path: Path) -> None:

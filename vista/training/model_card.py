@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from vista.config.choices import Architecture, Split, Stage
 from vista.config.train_config import TrainConfig
 from vista.log.event_log import EventLog
+from vista.log.until import parse_time
 from vista.model.ranking_model import RankingModel
 from vista.version import __version__
 
@@ -110,15 +111,19 @@ def _data(log: EventLog) -> Iterable[tuple[str, object]]:
 def _held_out(config: TrainConfig) -> str:
     data = config.data
     if data.split is Split.time:
+        assert data.validation_from is not None and data.test_from is not None  # DataConfig has checked
+        if parse_time(data.validation_from) == parse_time(data.test_from):
+            return f"Labels from {data.test_from} on are not trained on: all are for the test, and none for validation."
         return (
             f"Labels from {data.validation_from} on are not trained on: those before {data.test_from} are for "
             "validation, later ones for the test."
         )
     if data.split is Split.share:
         assert data.test_share is not None and data.validation_share is not None  # DataConfig has checked
+        validation = f"the {100 * data.validation_share:g} % before them" if data.validation_share else "none"
         return (
-            f"The last {100 * data.test_share:g} % of each user's events are held out for the test, and the "
-            f"{100 * data.validation_share:g} % before them for validation."
+            f"The last {100 * data.test_share:g} % of each user's events are held out for the test, and {validation} "
+            "for validation."
         )
     return "The last event of each user is held out for the test, and the event before it for validation."
 
