@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ from vista.config.choices import Decay, Mixing, TargetAttentionKind
 from vista.errors import CheckpointError
 from vista.log.vocabulary import Vocabulary
 from vista.model import inference
+from vista.model.model_description import ModelDescription
 from vista.model.registry import ARCHITECTURES, load_model
 from vista.model.vista_model import VistaModel
 
@@ -210,6 +212,27 @@ def test_damage_is_named(make: SimpleNamespace, tmp_path: Path, damage: str) -> 
         VistaModel.from_pretrained(tmp_path / "best")
     assert time.process_time() - began < 1
     assert str(tmp_path / "best") in str(caught.value)
+
+
+def test_a_config_that_a_power_cut_has_torn_is_refused(make: SimpleNamespace, tmp_path: Path) -> None:
+    """Each sector is old, new or zero, or the file ends early."""
+    contents, answers = [], []
+    for dim in (16, 64):
+        make.model(dim=dim).save_pretrained(tmp_path / "best")
+        contents.append((tmp_path / "best" / "config.json").read_bytes())
+        answers.append(ModelDescription.read(tmp_path / "best"))
+    old, new = contents
+    sectors = range(0, len(new), 512)
+    torn = [new[:size] for size in range(0, len(new) - 1, 7)]
+    for sources in product((old, new, bytes(len(new))), repeat=len(sectors)):
+        torn.append(b"".join(source[at : at + 512] for at, source in zip(sectors, sources, strict=True)))
+    for content in torn:
+        (tmp_path / "best" / "config.json").write_bytes(content)
+        if content.rstrip() in (old.rstrip(), new.rstrip()):
+            assert ModelDescription.read(tmp_path / "best") in answers
+        else:
+            with pytest.raises(CheckpointError, match=str(tmp_path / "best")):
+                ModelDescription.read(tmp_path / "best")
 
 
 @pytest.mark.parametrize(
