@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import small_config
-from vista.errors import ConfigError
+from vista.errors import ConfigError, NonFiniteLossError
 from vista.log.event_log import EventLog
 from vista.training.metrics_writer import MetricsWriter
 from vista.training.run_folder import log_file
@@ -30,6 +30,25 @@ def test_a_run_writes_to_no_link_and_waits_for_no_pipe(event_log: EventLog, tmp_
     os.mkfifo(path)
     with pytest.raises(ConfigError, match=rf"{name}: cannot be written \(is not a regular file\)"):
         train_model(config, event_log)
+
+
+def test_a_refused_batch_is_not_written_through_a_link_or_to_a_pipe(event_log: EventLog, tmp_path: Path) -> None:
+    def run(name: str) -> str:
+        with pytest.raises(NonFiniteLossError) as caught:
+            train_model(small_config(event_log, tmp_path / name, optim__learning_rate=1e38), event_log)
+        return str(caught.value)
+
+    run("first")
+    (saved,) = (tmp_path / "first").glob("nonfinite-step-*.safetensors")
+    victim, link, pipe = tmp_path / "victim", tmp_path / "second" / saved.name, tmp_path / "third" / saved.name
+    victim.write_bytes(b"kept")
+    for path in (link, pipe):
+        path.parent.mkdir()
+    link.symlink_to(victim)
+    os.mkfifo(pipe)
+    assert f"the batch is saved in {link}" in run("second")
+    assert victim.read_bytes() == b"kept" and link.read_bytes() == saved.read_bytes()
+    assert f"the batch cannot be saved in {pipe} (is not a regular file)" in run("third")
 
 
 @pytest.mark.parametrize("step", [0, 5])

@@ -12,7 +12,7 @@ from typing import NoReturn
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tqdm import tqdm
 
 from vista.config import TrainConfig
@@ -22,7 +22,7 @@ from vista.device import announce, autocast, choose_precision, cpu_settings, res
 from vista.errors import CheckpointError, ConfigError, NonFiniteLossError
 from vista.examples.batch import Batch
 from vista.examples.batch_source import BatchSource
-from vista.files import remove_leftovers, replace_text, writable_folder
+from vista.files import remove_leftovers, replace_file, replace_text, writable_folder
 from vista.log.event_log import EventLog
 from vista.model.ranking_model import RankingModel
 from vista.model.registry import ARCHITECTURES, load_model
@@ -299,12 +299,16 @@ class Trainer:
 
     def _refuse(self, batch: Batch, what: str, parts: dict[str, float]) -> NoReturn:
         path = self.run_dir / f"nonfinite-step-{self.progress.step}.safetensors"
-        save_file({name: tensor.cpu().contiguous() for name, tensor in batch.tensors().items()}, path)
+        try:
+            replace_file(path, save({name: tensor.cpu().contiguous() for name, tensor in batch.tensors().items()}))
+            saved = f"the batch is saved in {path}"
+        except OSError as error:
+            saved = f"the batch cannot be saved in {path} ({error.strerror})"
         users = np.unique(batch.user.cpu().numpy())
         named = self.log.users.ids(users[:NAMED_USERS]).tolist()
         losses = ", ".join(f"{name} {value:.4g}" for name, value in parts.items())
         raise NonFiniteLossError(
-            f"step {self.progress.step}: the {what} is not finite ({losses}); the batch is saved in {path}, its "
+            f"step {self.progress.step}: the {what} is not finite ({losses}); {saved}, its "
             f"{len(users)} users are {named}{' …' if len(users) > NAMED_USERS else ''}. Lower optim.learning_rate, or "
             f"look at the features of these users; the last checkpoint is in {self.run_dir / 'checkpoints'}"
         )
