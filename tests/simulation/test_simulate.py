@@ -322,6 +322,13 @@ class TestFiles:
         assert {tmp_path, tmp_path / "new", out} <= set(synced)
         assert synced[-2].name.startswith(".simulation.json.") and synced[-1] == out
 
+    def test_links_in_place_of_temporary_files_are_not_followed(self, tmp_path: Path) -> None:
+        (tmp_path / "victim").write_bytes(b"kept")
+        (tmp_path / "events.parquet.tmp").symlink_to("victim")
+        simulate(replace(SMALL, out=str(tmp_path)))
+        assert (tmp_path / "victim").read_bytes() == b"kept"
+        assert not (tmp_path / "events.parquet").is_symlink()
+
     def test_layout(self, tmp_path: Path, small: SimulatedLog) -> None:
         report = simulate(replace(SMALL, out=str(tmp_path)))
         events = pl.read_parquet(tmp_path / "events.parquet")

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from vista.config import SimulateConfig
 from vista.errors import ConfigError, DataError
-from vista.files import checked_path, make_folders, replace_text, sync
+from vista.files import checked_path, create_file, make_folders, replace_text, sync
 from vista.log.histories import offsets_of
 from vista.simulation.catalog import Catalog, make_catalog
 from vista.simulation.event_stream import ACTIONS
@@ -155,6 +155,7 @@ def write(log: SimulatedLog, out: Path) -> None:
         (IMPRESSIONS_FILE, _impressions_frame(log)),
         (ITEMS_FILE, _items_frame(log.catalog)),
     ):
+        create_file(out / f"{name}.tmp", 0o666).close()
         frame.write_parquet(out / f"{name}.tmp", compression="zstd", compression_level=1)
         sync(out / f"{name}.tmp")
         os.replace(out / f"{name}.tmp", out / name)
