@@ -20,7 +20,7 @@ from tests.faults.disk_images import Disk
 from tests.faults.harness import Promise, Trial, Trials, missed_shares, read_record
 from tests.faults.nursery import Nursery, Say
 from tests.faults.preload import Call
-from tests.faults.table import summary
+from tests.faults.table import BARS, bars, import_promises, own_rows, problems, row_of, summary
 from tests.faults.test_power_loss import check_images, runs_of, traced_writer
 from vista.errors import StoreError
 
@@ -219,3 +219,46 @@ def test_the_summary_adds_up_the_outcomes_of_judged_promises() -> None:
         "| a | 1,500 | 3 | 0 | 1 | 0 | 0 | 0 | 0 |",
         "| b | 0 | 0 | 0 | 0 | 0 | 0 | 0 | 0 |",
     ]
+
+
+def row(fault: str, repetitions: int, **others: Any) -> dict[str, Any]:
+    return {
+        "promise": "a",
+        "fault": fault,
+        "judged": True,
+        "repetitions": repetitions,
+        "outcome": "held",
+        "counts": {"held": repetitions},
+        "failures": [],
+        **others,
+    }
+
+
+def test_the_repetitions_are_compared_with_the_bars() -> None:
+    rows = [row("power cut: images", 9_000, judged=False), row("power cut during a copy: images", 1_000)]
+    rows += [row("changed bytes in YAML", 20_000), row("kill -9", 5)]
+    assert not problems(rows)
+    assert bars(rows) == (
+        "Together, there are 10,000 power-loss images (at least 10,000) and 20,000 damaged files (at least 20,000); "
+        "0 of them broke a promise (at most 0)."
+    )
+    rows[1] = row("power cut during a copy: images", 999, counts={"held": 997, "lost": 2})
+    rows[2] = row("changed bytes in YAML", 20_000, judged=False, failures=["one"])
+    assert problems(rows) == [
+        "power-loss images: 9,999 of at least 10,000, 2 broken",
+        "damaged files: 20,000 of at least 20,000, 1 broken",
+    ]
+    assert "; 3 of them broke" in bars(rows)
+
+
+def test_promises_that_are_not_complete_are_problems(tmp_path: Path) -> None:
+    (tmp_path / "name.jsonl").write_text(json.dumps({"commit": "x", "hardware": {}}))
+    found = [row_of(PROMISE, tmp_path), row_of(replace(PROMISE, name="other"), tmp_path)]
+    found.append(row("fault", 0, outcome="skipped: no compiler"))
+    assert problems(found)[:-2] == ["text, fault: held so far", "text, fault: not run"]
+
+
+def test_the_full_forms_suffice_for_the_bars() -> None:
+    rows = [row(promise.fault, promise.full) for promise in import_promises()]
+    for bar in BARS.values():
+        assert sum(one["repetitions"] for one in own_rows(rows, bar)) >= bar.least
