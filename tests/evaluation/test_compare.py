@@ -136,6 +136,18 @@ class TestFiles:
                 assert read.values["x"].tolist() == [0.0, 0.5, 1.0]
         assert refused > 0.5 * len(bits)
 
+    def test_damage_that_the_checksums_of_single_members_miss_is_refused(self, tmp_path: Path) -> None:
+        run_of(recall=[0.0, 0.5, 1.0]).save(tmp_path / "a.npz")
+        content = (tmp_path / "a.npz").read_bytes()
+        entry = content.rindex(b"names.npy") - 46  # in the directory: checksum and sizes at 16
+        empty = content[: entry + 16] + bytes(12) + content[entry + 28 :]
+        shorter = content.replace(b"'<U6'", b"'<U2'")
+        assert shorter != content
+        for damaged in (empty, shorter):
+            (tmp_path / "a.npz").write_bytes(damaged)
+            with pytest.raises(ConfigError, match="does not hold metrics per user"):
+                PerUserMetrics.load(tmp_path / "a.npz")
+
     def test_other_arrays_are_refused(self, tmp_path: Path) -> None:
         good = {"users": np.arange(2), "names": np.array(["x"]), "values": np.zeros((1, 2)), "question": np.array("{}")}
         for wrong in (

@@ -69,8 +69,12 @@ class PerUserMetrics:
             if size > limit:  # checked before anything is decompressed
                 raise ValueError(f"its arrays hold {size:,} bytes, but at most {limit:,} are read from such a file")
             with np.load(io.BytesIO(content), allow_pickle=False) as file:
-                users, names, values = file["users"], file["names"], file["values"]
-                question = json.loads(str(file["question"]))
+                if (damaged := file.zip.testzip()) is not None:
+                    raise ValueError(f"the checksum of {damaged} does not match")
+                arrays = [file[name] for name in ("users", "names", "values", "question")]
+            if not all(isinstance(array, np.ndarray) for array in arrays):  # np.load returns the bytes of other files
+                raise ValueError("a member is not an array")
+            users, names, values, question = *arrays[:3], json.loads(str(arrays[3]))
             if values.shape != (len(names), len(users)) or values.dtype != np.float64 or not isinstance(question, dict):
                 raise ValueError(f"values of shape {values.shape} for {len(names)} metrics of {len(users)} users")
             if users.ndim != 1 or names.ndim != 1 or names.dtype.kind != "U":

@@ -211,29 +211,34 @@ def _npz_arrays(file: Path, max_bytes: int) -> dict[str, NDArray[Any]]:
     arrays = {}
     try:
         with zipfile.ZipFile(file) as archive:
-            held = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
-            used = [name for name in NPZ_ARRAYS if name in held]
-            size = sum(held[name].file_size for name in used)
+            held = [(entry.filename.removesuffix(".npy"), entry) for entry in archive.infolist()]
+            size = sum(entry.file_size for name, entry in held if name in NPZ_ARRAYS)
             if size > max_bytes:
                 raise DataError(
                     f"{file}: its arrays hold {size:,} bytes, but at most {max_bytes:,} are read from a file of this "
                     "size; write Parquet instead"
                 )
-            for name in used:
-                with archive.open(held[name]) as member:
+            for name, entry in held:
+                with archive.open(entry) as member:  # refuses a name in the directory that is not that of the member
+                    if name not in NPZ_ARRAYS:
+                        continue
                     arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
+                    if member.read(1):  # the end of the member, where its checksum is compared
+                        raise ValueError(f"{entry.filename} has bytes after its array")
                 if arrays[name].ndim != 1:
                     raise DataError(
                         f"{file}: array {name!r} has the shape {arrays[name].shape}; write one value per event"
                     )
-    except (ValueError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+    # zipfile raises NotImplementedError for archives of an unknown kind, and RuntimeError for encrypted ones.
+    except (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{file}: not a valid .npz archive ({error}); copy it again") from error
     for name in ("user", "item"):
         if name not in arrays:
             raise DataError(
-                f"{file}: array {name!r} is missing, the file has: {', '.join(sorted(held))}; write the file again"
+                f"{file}: array {name!r} is missing, the file has: {', '.join(sorted(dict(held)))}; "
+                "write the file again"
             )
     return arrays
 
