@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import random
+import shutil
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -21,6 +24,8 @@ from tests.faults.operations import USERS, served_users
 from vista.config import PrepareConfig, SourceConfig, TrainConfig
 from vista.config.composition import compose_config
 from vista.config.config_keys import to_yaml
+from vista.evaluation.per_user_metrics import PerUserMetrics
+from vista.log import deletions, item_categories
 from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare
 from vista.model.vista_model import VistaModel
@@ -45,7 +50,8 @@ class Format:
     """Called with the folder and with an undamaged world; returns the answer."""
     make: Make = lambda folder: None
     checked: bool = True
-    """Whether the format has a checksum, so that another answer than of the undamaged files is an error."""
+    """Whether the format has a checksum, so that another answer than of the undamaged files is an error. Otherwise, an
+    error is only that reading the same damaged bytes twice gives two answers."""
 
 
 def digest(parts: Iterable[Any]) -> str:
@@ -62,16 +68,27 @@ def loaded_model(world: Path) -> VistaModel:
     return operations.model_of(world)
 
 
-def source(name: str, write: Callable[[Path], None], **columns: Any) -> Format:
+def made(folder: Path) -> Path:
+    """Where readers write; without what an earlier reader left there."""
+    shutil.rmtree(folder / "made", ignore_errors=True)
+    return folder / "made"
+
+
+def contents(log: EventLog) -> str:
+    """The checksums of all files of a log."""
+    return digest(manifest["files"] for manifest in log.manifests)
+
+
+def source(name: str, write: Callable[[Path], None], *, checked: bool = False, **columns: Any) -> Format:
     """A format of source files."""
 
     def read(folder: Path, world: Path) -> str:
         events = SourceConfig(paths=[str(folder / name)], **columns)
-        prepare(PrepareConfig(out=str(folder / "made"), events=events, progress=False), parser=operations.parser())
+        prepare(PrepareConfig(out=str(made(folder)), events=events, progress=False), parser=operations.parser())
         log = EventLog.open(folder / "made")
-        return f"{log.num_users} users, {operations.num_events(log)} events"
+        return f"{log.num_users} users, {operations.num_events(log)} events, {contents(log)}"
 
-    return Format((name,), read, lambda folder: write(folder / name), checked=False)
+    return Format((name,), read, lambda folder: write(folder / name), checked)
 
 
 def frame() -> Any:
@@ -124,8 +141,66 @@ def make_log(folder: Path) -> None:
 
 
 def read_log(folder: Path, world: Path) -> str:
-    refresh(loaded_model(world), operations.log_of(folder), folder / "made")
+    refresh(loaded_model(world), operations.log_of(folder), made(folder))
     return store_digest(folder / "made")
+
+
+def make_log_with_impressions(folder: Path) -> None:
+    operations.simulate_small(folder)
+    events = SourceConfig(kind="simulated", paths=[str(folder / "simulated" / "new")])
+    both = PrepareConfig(out=str(folder / "shown"), events=events, impressions=events, progress=False)
+    prepare(both, parser=operations.parser())
+    deletions.erase_users(folder / "shown", EventLog.open(folder / "shown").users.ids([1]).tolist())
+
+
+def read_log_with_impressions(folder: Path, world: Path) -> str:
+    log = EventLog.open(folder / "shown")
+    log.verify()
+    history, shown = log.gather(np.arange(log.num_users)), log.impressions
+    assert shown is not None
+    arrays = [getattr(shown, name) for name in ("offsets", "item", "timestamp", "label", "mask", "probability")]
+    return digest([history.item, history.timestamp, history.action, history.offsets, shown.tasks, *arrays])
+
+
+def write_deletions(folder: Path) -> None:
+    import polars as pl
+
+    some = {name: column[:20] for name, column in small_frame().items() if name != "rating"}
+    pl.DataFrame(some).write_csv(folder / "deletions.csv")
+
+
+def read_deletions(folder: Path, world: Path) -> str:
+    shutil.copytree(world / "log", made(folder))
+    with mock.patch.object(deletions, "SourceParser", lambda: nullcontext(operations.parser())):
+        deletions.forget_file(folder / "made", str(folder / "deletions.csv"), "ms")
+    return contents(EventLog.open(folder / "made"))
+
+
+def categories(name: str, write: Callable[[Any, Path], None]) -> Format:
+    """A format of tables of items' categories."""
+
+    def make(folder: Path) -> None:
+        import polars as pl
+
+        items = np.arange(0, 400, 10)
+        write(pl.DataFrame({"item": items, "category": [f"kind {item % 70}" for item in items]}), folder / name)
+
+    def read(folder: Path, world: Path) -> str:
+        with mock.patch.object(item_categories, "SourceParser", lambda: nullcontext(operations.parser())):
+            return digest([item_categories.read_categories(folder / name, "category", operations.log_of(world).items)])
+
+    return Format((name,), read, make, checked=False)
+
+
+def make_metrics(folder: Path) -> None:
+    values = {name: np.random.default_rng(0).random(len(USERS)) for name in ("ndcg@10", "recall@50", "mrr")}
+    question = {"data": "log", "until": "leave-last-out", "top_k": [10, 50]}
+    PerUserMetrics(np.array(USERS), values, question).save(folder / "measured.npz")
+
+
+def read_metrics(folder: Path, world: Path) -> str:
+    metrics = PerUserMetrics.load(folder / "measured.npz")
+    return digest([metrics.users, *metrics.values.items(), metrics.question])
 
 
 def read_model(folder: Path, world: Path) -> str:
@@ -155,13 +230,23 @@ FORMATS: dict[str, Format] = {
     "CSV sources with gzip": source(
         "day.csv.gz",
         lambda path: frame().write_csv(path, compression="gzip"),
+        checked=True,
         timestamp="timestamp",
         time_unit="ms",
         rating="rating",
     ),
-    "npz sources": source("events.npz", write_npz, kind="npz"),
+    "npz sources": source("events.npz", write_npz, checked=True, kind="npz"),
+    "deletions to forget": Format(("deletions.csv",), read_deletions, write_deletions, checked=False),
+    "categories in CSV": categories("kinds.csv", lambda table, path: table.write_csv(path)),
+    "categories in Parquet": categories("kinds.parquet", lambda table, path: table.write_parquet(path)),
+    "metrics per user": Format(("measured.npz",), read_metrics, make_metrics),
     "exports": Format(("exported.parquet",), read_export, operations.export),
     "event logs": Format(("log/**/*",), read_log, make_log),
+    "event logs with impressions": Format(
+        ("shown/**/impressions/*", "shown/**/erased.npy"),
+        read_log_with_impressions,
+        make_log_with_impressions,
+    ),
     "models": Format(("model/*",), read_model),
     "CURRENT, LAST and tombstones": Format(
         ("store/CURRENT", "store/LAST", "store/tombstones"), read_small_files, make_two_generations

@@ -1,4 +1,6 @@
-"""Damaged files of every format: a typed error, an equal answer, or refused. Never a signal, never silently different.
+"""Damaged files of every format: refused with a typed error, or read. Never a signal, never silently different.
+
+A format with a checksum must give the answer of the undamaged file, and another one the same answer each time.
 
 Each file is read in a child that may have 1 GiB of memory and 10 seconds.
 """
@@ -21,6 +23,7 @@ from tests.faults.judging import DIFFERENT, MAX_TEXT, attempt, judge, outcomes
 from tests.faults.nursery import Nursery, Say
 
 MUTATIONS = 10
+TAKEN = "taken with other contents"
 MOST_BYTES, MOST_SECONDS = 1 << 30, 10
 
 
@@ -82,7 +85,10 @@ def read_once(name: str, folder: Path, world: Path, expected: str) -> tuple[str,
         return outcome, text
     if answer == expected:
         return "equal", ""
-    return (DIFFERENT, answer) if FORMATS[name].checked else ("taken", "")
+    if FORMATS[name].checked:
+        return DIFFERENT, answer
+    again = FORMATS[name].read(folder, world)
+    return (TAKEN, "") if again == answer else (DIFFERENT, f"{answer}, then {again}")
 
 
 @promise(
