@@ -1,13 +1,11 @@
-"""Calls of the public API with one hostile argument each, and the errors that their docstrings promise."""
+"""Calls of the public API with one hostile argument each."""
 
 from __future__ import annotations
 
-import builtins
-import inspect
-import re
-import sys
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from tests.faults.operations import COLUMNS, first_event, log_of, model_of
 from vista import EventLog, Scorer, StoreReader, VistaModel, train
 from vista.config import SourceColumns
 from vista.refresh import RefreshOptions, erase, forget, merge, refresh, refresh_incremental
-from vista.scorer import Tail
+from vista.scorer import ScorerStats, Tail
 
 LONG = "x" * 100_000
 PATHS: list[Any] = [
@@ -82,6 +80,10 @@ TIMES: list[Any] = [
     np.array([1, 2]),
 ]
 
+EARLIER = ["nothing", "closed", "no store", "empty CURRENT", "CURRENT without a generation"]
+"""What happened since the store was opened, for calls without arguments."""
+REQUESTS: dict[str, list[Any]] = {"users": IDS, "tail": TAILS, "now": TIMES}
+
 
 @dataclass(frozen=True)
 class ApiCall:
@@ -110,6 +112,46 @@ def opened(call: Callable[[StoreReader, Any], Any]) -> Callable[[Path, Any], Any
             call(store, value)
 
     return run
+
+
+def happen(what: str, store: Path, opened: Scorer | StoreReader) -> None:
+    """Do one of EARLIER."""
+    match what:
+        case "closed":
+            opened.close()
+        case "no store":
+            shutil.rmtree(store)
+        case "empty CURRENT":
+            (store / "CURRENT").write_bytes(b"")
+        case "CURRENT without a generation":
+            (store / "CURRENT").write_bytes((store / "CURRENT").read_bytes().replace(b"1", b"9"))
+
+
+def scored_after(call: Callable[[Scorer], Any]) -> Callable[[Path, Any], Any]:
+    """A call of a scorer after something happened."""
+
+    def run(folder: Path, value: Any) -> None:
+        with Scorer.open(model_of(folder), folder / "store") as scorer:
+            happen(value, folder / "store", scorer)
+            call(scorer)
+
+    return run
+
+
+def opened_after(call: Callable[[StoreReader], Any]) -> Callable[[Path, Any], Any]:
+    """A call of a store's reader after something happened."""
+
+    def run(folder: Path, value: Any) -> None:
+        with StoreReader.open(folder / "store") as store:
+            happen(value, folder / "store", store)
+            call(store)
+
+    return run
+
+
+def request(function: Callable[..., Any], name: str) -> Callable[[Path, Any], Any]:
+    """A request of a scorer for a user, with another value of an argument."""
+    return scored(lambda scorer, value: function(scorer, **{"users": [100], name: value}))
 
 
 def logged(call: Callable[[EventLog, Any], Any]) -> Callable[[Path, Any], Any]:
@@ -289,21 +331,38 @@ API_CALLS: dict[str, ApiCall] = {
         StoreReader.get_many, IDS, opened(lambda store, value: store.get_many(value))
     ),
     "StoreReader.states(user_ids)": ApiCall(StoreReader.states, IDS, opened(lambda store, value: store.states(value))),
+    **{
+        f"Scorer.{function.__name__}({name})": ApiCall(function, values, request(function, name))
+        for function in (Scorer.user_vectors, Scorer.counted_items, Scorer.catalog_scores)
+        for name, values in REQUESTS.items()
+    },
+    **{
+        f"Scorer.score({name})": ApiCall(Scorer.score, values, request(partial(Scorer.score, candidates=[0]), name))
+        for name, values in REQUESTS.items()
+    },
+    "Scorer.score(candidates)": ApiCall(Scorer.score, IDS, scored(lambda scorer, value: scorer.score([100], value))),
+    "Scorer.rank(candidates)": ApiCall(
+        Scorer.rank, IDS, scored(lambda scorer, value: scorer.rank(100, candidates=value))
+    ),
+    "Scorer.rank(exclude)": ApiCall(Scorer.rank, IDS, scored(lambda scorer, value: scorer.rank(100, exclude=value))),
+    **{
+        f"Scorer.{function.__name__} after": ApiCall(function, EARLIER, scored_after(function))
+        for function in (Scorer.close, Scorer.reload, Scorer.stats, Scorer.item_vectors)
+    },
+    "Scorer.predict after": ApiCall(
+        Scorer.predict, EARLIER, scored_after(lambda scorer: scorer.predict([100], [0]) and scorer.reload())
+    ),
+    "ScorerStats.latency_ms(quantile)": ApiCall(
+        ScorerStats.latency_ms, FLOATS, scored(lambda scorer, value: scorer.stats().latency_ms(value))
+    ),
+    "StoreReader.keys after": ApiCall(StoreReader.keys, EARLIER, opened_after(lambda store: list(store.keys()))),
+    "StoreReader.reload after": ApiCall(StoreReader.reload, EARLIER, opened_after(StoreReader.reload)),
+    "StoreReader.close after": ApiCall(StoreReader.close, EARLIER, opened_after(StoreReader.close)),
+    "EventLog.verify(newer_than)": ApiCall(
+        EventLog.verify, INTS, logged(lambda log, value: log.verify(newer_than=value))
+    ),
+    "EventLog.sources_digest(upto)": ApiCall(
+        EventLog.sources_digest, INTS, logged(lambda log, value: log.sources_digest(value))
+    ),
 }
 """By what is called and which argument is hostile. Values have a type that the annotation of the argument allows."""
-
-
-def documented(function: Callable[..., Any]) -> tuple[type[Exception], ...]:
-    """The built-in exceptions that the `Raises` of a docstring names, directly or as those of other `functions`."""
-    names: set[str] = set()
-    seen, left = set(), [function]
-    while left:
-        one = left.pop()
-        seen.add(one.__qualname__)
-        raises = (inspect.getdoc(one) or "").partition("Raises:")[2]
-        names |= set(re.findall(r"\b[A-Z]\w*Error\b", raises))
-        scope = vars(sys.modules[one.__module__])
-        owner = scope.get(one.__qualname__.partition(".")[0])
-        others = (getattr(owner, other, None) or scope.get(other) for other in re.findall(r"`(\w+)`", raises))
-        left += [other for other in others if inspect.isroutine(other) and other.__qualname__ not in seen]
-    return tuple(getattr(builtins, name) for name in sorted(names) if hasattr(builtins, name))

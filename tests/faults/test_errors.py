@@ -22,10 +22,11 @@ import pytest
 
 from tests.conftest import small_config
 from tests.faults import operations
-from tests.faults.api_calls import API_CALLS, ApiCall, documented
+from tests.faults.api_calls import API_CALLS, ApiCall
 from tests.faults.harness import Trial, promise
 from tests.faults.judging import MAX_MESSAGE, MAX_TEXT, UNTYPED, attempt, judge, outcomes
 from tests.faults.nursery import Nursery, Say
+from tests.faults.public_functions import NOT_CALLED, documented, public_functions
 from tests.faults.test_mutations import MOST_SECONDS, limit_resources
 from vista.cli.command_table import COMMANDS
 from vista.cli.main import main
@@ -80,6 +81,12 @@ def make_call(one: ApiCall, value: Any, folder: Path) -> tuple[str, str]:
 def test_hostile_arguments(trial: Trial, nursery: Nursery, world: Path) -> None:
     nursery.imports("torch._dynamo")  # Optimizers import it.
     judge(trial, outcomes(nursery, call_api, world, trial.folder, numbers=list(trial.numbers), timeout_s=300))
+
+
+def test_every_public_function_gets_hostile_arguments() -> None:
+    called = {one.function.__qualname__ for one in API_CALLS.values()}
+    missing = {name for name, function in public_functions().items() if function.__qualname__ not in called}
+    assert missing == NOT_CALLED.keys(), "add calls to API_CALLS, or reasons to NOT_CALLED"
 
 
 def raises_two() -> None:

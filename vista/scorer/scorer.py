@@ -174,7 +174,11 @@ class Scorer:
         return self._recorder.snapshot()
 
     def score(self, users: Ids, candidates: Any, *, tail: Tail | None = None, now: Any = None) -> Any:
-        """Scores of the configured task: `predict(…)[task]` without the work for the other tasks."""
+        """Scores of the configured task: `predict(…)[task]` without the work for the other tasks.
+
+        Raises:
+            UnknownUserError, UnknownItemError, StoreError, ValueError, TypeError: as in `predict`.
+        """
         with self._call() as snapshot:
             return self._predict(snapshot, users, candidates, tail, now, [self.task])[self.task]
 

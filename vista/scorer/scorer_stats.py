@@ -52,6 +52,9 @@ class ScorerStats:
 
         Args:
             quantile: in (0, 1]; 0.99 gives the p99.
+
+        Raises:
+            ValueError: the quantile is not in (0, 1].
         """
         if not 0 < quantile <= 1:
             raise ValueError(f"quantile: must lie in (0, 1], got {quantile}")
