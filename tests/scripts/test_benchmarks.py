@@ -50,6 +50,12 @@ CASES = {
         "share of summarize",
         "share of write",
     ],
+    "checksums": [
+        "ingest of 40,000 events, Parquet: with checksums, against without",
+        "share of the checksums",
+        "share of the SHA-256 of the source",
+        "verify a log of 0.6 MB, in the page cache",
+    ],
     "lengths": ["200 events: vista", "1,000 events: tail-only", "200 events: sim-hard", "1,000 events: twin"],
     "scorer": [
         "a user of 20,000 events against one of 200",
