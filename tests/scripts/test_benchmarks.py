@@ -51,8 +51,7 @@ CASES = {
         "share of write",
     ],
     "checksums": [
-        "ingest of 40,000 events, Parquet: with checksums, against without",
-        "share of the checksums",
+        "ingest of 40,000 events, Parquet: share of the checksums",
         "share of the SHA-256 of the source",
         "verify a log of 0.6 MB, in the page cache",
     ],
