@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lmdb.verify
 import pytest
 
-from tests.faults import oracle
+from tests.faults import oracle, updates
 from tests.faults.harness import Trial, promise
 from tests.faults.nursery import Nursery, Say
 from tests.faults.oracle import Run
 from vista.errors import RecordError, StoreError
 from vista.store import StoreReader, user_keys
-from vista.store.layout import environment_path
+from vista.store.format.state_record import encode_states
+from vista.store.layout import environment_path, state_path
 
+Job = Callable[..., None]
 RUNS = [Run(salt=1, total=400, batch=50), Run(salt=2, total=100, batch=20, dim=300), Run(salt=3, dim=3000)]
 """Records within a page and of several pages, with enough users for branch pages."""
 PAGE_BYTES = 4096
@@ -98,26 +102,95 @@ def places(trial: Trial, path: Path) -> list[tuple[int, int]]:
     ]
 
 
-@promise("No wrong bytes", fault="a flipped bit in data.mdb", full=5000, short=50, each=FLIPS)
-def test_flipped_bits(trial: Trial, nursery: Nursery, stores: list[Path]) -> None:
-    number = trial.number % len(RUNS)
-    store, run = trial.folder / "store", RUNS[number]
-    data = environment_path(store, 1) / "data.mdb"
-    shutil.copytree(stores[number], store)
+def flip_and_read(trial: Trial, nursery: Nursery, whole: Path, data: Path, read: Job, *arguments: Any) -> None:
+    """Have `read(say, *arguments, flips)` read a damaged data.mdb again and again, and count its outcomes.
+
+    Args:
+        whole: the undamaged file.
+    """
     flips = places(trial, data)
     while flips:
-        reader = nursery.start(read_flipped, store, run.words, flips).end(timeout_s=600)
+        reader = nursery.start(read, *arguments, flips).end(timeout_s=600)
         for outcome in reader.messages:
             trial.count(outcome)
         done = len(reader.messages)
         if reader.exit_code == 0:
             return
-        assert not reader.raised, f"run {number}, (byte, bit) {flips[done]}: {reader.raised}"
+        assert not reader.raised, f"{arguments}, (byte, bit) {flips[done]}: {reader.raised}"
         # LMDB follows damaged page numbers. Only files that `lmdb.verify` refuses may crash a reader.
-        assert nursery.call(problems, data.parent), f"run {number}, (byte, bit) {flips[done]}: {reader.exit_code}"
+        refused = nursery.call(problems, data.parent)
+        assert refused, f"{arguments}, (byte, bit) {flips[done]}: {reader.exit_code}"
         trial.count("would end the process, refused by verify")
-        shutil.copy(environment_path(stores[number], 1) / "data.mdb", data)
+        shutil.copy(whole, data)
         flips = flips[done + 1 :]
+
+
+@promise("No wrong bytes", fault="a flipped bit in data.mdb", full=5000, short=50, each=FLIPS)
+def test_flipped_bits(trial: Trial, nursery: Nursery, stores: list[Path]) -> None:
+    number = trial.number % len(RUNS)
+    whole, store = stores[number], trial.folder / "store"
+    shutil.copytree(whole, store)
+    files = [environment_path(root, 1) / "data.mdb" for root in (whole, store)]
+    flip_and_read(trial, nursery, *files, read_flipped, store, RUNS[number].words)
+
+
+@pytest.fixture(scope="module")
+def stores_with_states(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Published stores with states within a page and of several pages. Tests must not change them."""
+    folder = tmp_path_factory.mktemp("states")
+    for head_dim in (8, 64):
+        nursery.call(updates.publish, folder / f"store-{head_dim}", head_dim)
+    return sorted(folder.iterdir())
+
+
+def read_states(store: str) -> str:
+    """Read all states at once, and a few at a time; returns the worst outcome.
+
+    Raises:
+        AssertionError: if another state was read than was written.
+    """
+    outcomes = {0: "unharmed"}
+    users = range(updates.TOTAL)
+    try:
+        with StoreReader.open(store, summarizer_id=oracle.SUMMARIZER) as opened:
+            spec = opened.manifest.state_spec()
+            assert spec is not None
+            written = dict(zip(users, updates.states(list(users), spec, 0), strict=True))
+            spec = dataclasses.replace(spec, created_at=oracle.CREATED_AT)
+            for part in [users, *(users[user : user + PART] for user in users[::PART])]:
+                try:
+                    read = opened.states(part)
+                except StoreError as error:
+                    outcomes[2] = type(error).__name__
+                    continue
+                assert read is not None
+                found = [part[row] for row in read[0]]
+                if len(found) < len(part):
+                    outcomes[1] = "miss"
+                if not found:
+                    continue
+                for user, state in zip(found, encode_states(user_keys(found), read[1], spec), strict=True):
+                    assert state == written[user], f"user {user}: another state than was written"
+    except StoreError as error:
+        outcomes[3] = f"{type(error).__name__} on opening"
+    return outcomes[max(outcomes)]
+
+
+def read_flipped_states(say: Say, store: str, flips: list[tuple[int, int]]) -> None:
+    """For each bit of the states: flip it, read, flip it back, and say the outcome."""
+    path = state_path(Path(store), 1) / "data.mdb"
+    for place, bit in flips:
+        flip(path, place, bit)
+        say(read_states(store))
+        flip(path, place, bit)
+
+
+@promise("No wrong bytes", fault="a flipped bit in data.mdb of the states", full=5000, short=50, each=FLIPS)
+def test_flipped_bits_of_states(trial: Trial, nursery: Nursery, stores_with_states: list[Path]) -> None:
+    whole, store = stores_with_states[trial.number % len(stores_with_states)], trial.folder / "store"
+    shutil.copytree(whole, store)
+    files = [state_path(root, 1) / "data.mdb" for root in (whole, store)]
+    flip_and_read(trial, nursery, *files, read_flipped_states, store)
 
 
 def problems(say: Say, folder: str) -> int:
