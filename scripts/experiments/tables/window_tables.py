@@ -39,16 +39,20 @@ COUNTERS = (
 CHOSEN = ("model.temperature=0.4", "optim.table_rate=0", "model.item_start=user_factors")
 """By trials on the validation part of complete-journey (research log)."""
 MEAN = "model.mean_token=true"
-"""Chosen likewise. Without a summary, there is no such token."""
-HSTU_CHOSEN = CHOSEN
-"""Not yet chosen: replace it by the best of the trials of HSTU on validation."""
+"""Chosen on the same part, by single runs that the research log lists. Without a summary, there is no such token."""
+HSTU_CHOSEN: tuple[str, ...] = ()
+"""The best settings of the trials of HSTU on validation. Rows of HSTU with counters are in the table once it is set."""
+ITEM_STARTS = {
+    "user factors, table rate 0": ("model.item_start=user_factors", "optim.table_rate=0"),
+    "factors": ("model.item_start=factors", "optim.table_rate=1"),
+    "random start": ("model.item_start=random", "optim.table_rate=1"),
+}
 STEPS = {"complete-journey": ("data.tokens_per_batch=2048", "data.num_negatives=2048", "optim.epochs=3")}
 """Batches and epochs of the same trials, for all rows with counters. On other data, they are planned from the log."""
+TWICE_THE_EPOCHS = ("optim.epochs=6",)
 WITHOUT = "vista, same settings without counters"
-COUNTED = ("vista, counters", "tail-only, counters", "hstu, counters")
+COUNTED = ("vista, counters", "tail-only, counters", *(["hstu, counters"] if HSTU_CHOSEN else []))
 """Rows that are compared with every baseline."""
-
-
 LAST_MODEL = ("optim.validate_every=0",)
 """The last model is measured, in all rows."""
 
@@ -68,7 +72,7 @@ def _windows(data: str, minutes: float) -> Table:
     counters = (*COUNTERS, *STEPS.get(data, ()))
     counted_minutes = 0.5 * minutes if data in STEPS else minutes  # fewer epochs than planned from the log
     both, counted = 2 * minutes, 2 * counted_minutes
-    hstu_counters = (*counters, *HSTU_CHOSEN, "model=hstu")
+    hstu_counters = _hstu_counters(1.5 * counted, counters) if HSTU_CHOSEN else {}
     rows = {
         "vista": TableRow(both, LOSS),
         "tail-only": TableRow(0.5 * both, (*LOSS, *K0)),
@@ -78,9 +82,7 @@ def _windows(data: str, minutes: float) -> Table:
         "vista, counters, no mean": TableRow(counted, (*counters, *CHOSEN)),
         WITHOUT: TableRow(counted, (*counters, *CHOSEN, MEAN, "model.counters=false")),
         "tail-only, counters": TableRow(0.5 * counted, (*counters, *CHOSEN, *K0)),
-        "hstu, counters": TableRow(1.5 * counted, hstu_counters),
-        "hstu-1,000, counters": TableRow(3 * counted, (*hstu_counters, "model.history_limit=1000")),
-        "hstu-2,000, counters": TableRow(4 * counted, (*hstu_counters, "model.history_limit=2000")),
+        **hstu_counters,
         # Trained on next items only.
         "vista-next": TableRow(both),
         "tail-only-next": TableRow(0.5 * both, K0),
@@ -93,15 +95,23 @@ def _windows(data: str, minutes: float) -> Table:
     compared = {
         "vista": ("tail-only", "sasrec", "hstu", "vista-next"),
         "tail-only": ("tail-only-next",),
-        "hstu, counters": ("hstu", "hstu-2,000, counters"),
-        "vista, counters": (
-            *("vista", WITHOUT, "tail-only, counters", "vista, counters, no mean"),
-            *("hstu, counters", "hstu-1,000, counters", "hstu-2,000, counters"),
-        ),
+        "vista, counters": ("vista", WITHOUT, "tail-only, counters", "vista, counters, no mean", *hstu_counters),
     }
+    if hstu_counters:
+        compared["hstu, counters"] = ("hstu", "hstu-2,000, counters")
     pairs = [(row, other) for row, others in compared.items() for other in others]
     pairs += [(row, name) for row in COUNTED for name in BASELINE_MINUTES]
     return Table("", data, rows, LAST_MODEL, costs=True, windows=True, pairs=tuple(pairs))
+
+
+def _hstu_counters(minutes: float, counters: tuple[str, ...]) -> dict[str, TableRow]:
+    """HSTU with counters over 200, 1,000, and 2,000 events."""
+    words = (*counters, *HSTU_CHOSEN, "model=hstu")
+    return {
+        "hstu, counters": TableRow(minutes, words),
+        "hstu-1,000, counters": TableRow(2 * minutes, (*words, "model.history_limit=1000")),
+        "hstu-2,000, counters": TableRow(2.7 * minutes, (*words, "model.history_limit=2000")),
+    }
 
 
 def _trials(minutes: float, counters: tuple[str, ...]) -> dict[str, TableRow]:
@@ -116,7 +126,7 @@ def _trials(minutes: float, counters: tuple[str, ...]) -> dict[str, TableRow]:
         "table rate 0.1": (*LOSS, "optim.table_rate=0.1"),
         **{f"T = {t:g}": (*chosen, f"model.temperature={t:g}") for t in (0.1, 0.2, 0.8)},
         "no popularity": (*chosen, "model.popularity=false"),
-        "counters, table rate 0.1": (*chosen, "optim.table_rate=0.1"),
+        "counters, factors, table rate 0.1": (*chosen, "model.item_start=factors", "optim.table_rate=0.1"),
         "factors of co-occurrences": (*chosen, "model.item_start=factors"),
         "counters of 16 items": (*chosen, "model.counter_keys=16"),
         "counters of 256 items": (*chosen, "model.counter_keys=256"),
@@ -128,23 +138,26 @@ def _trials(minutes: float, counters: tuple[str, ...]) -> dict[str, TableRow]:
 
 
 def _hstu_trials(minutes: float, counters: tuple[str, ...]) -> dict[str, TableRow]:
-    """Temperatures and learning rates of the item table for HSTU, less those of the row `hstu, counters`."""
+    """Temperatures and item starts for HSTU, and one trial of twice the epochs that are set."""
     words = {
-        f"hstu, T = {t:g}, table rate {rate:g}": (f"model.temperature={t:g}", f"optim.table_rate={rate:g}")
+        f"hstu, T = {t:g}, {name}": (f"model.temperature={t:g}", *start)
         for t in (0.1, 0.2, 0.4)
-        for rate in (0, 1)
+        for name, start in ITEM_STARTS.items()
     }
-    return {
-        f"trial: {name}": TableRow(minutes, (*counters, *HSTU_CHOSEN, *own, "model=hstu"), trial=True)
-        for name, own in words.items()
-        if not set(own) <= set(HSTU_CHOSEN)
+    trials = {
+        f"trial: {name}": TableRow(minutes, (*counters, *own, "model=hstu"), trial=True) for name, own in words.items()
     }
+    if any(word.startswith("optim.epochs=") for word in counters):
+        longer = (*counters, *CHOSEN, *TWICE_THE_EPOCHS, "model=hstu")
+        trials["trial: hstu, T = 0.4, user factors, twice the epochs"] = TableRow(2 * minutes, longer, trial=True)
+    return trials
 
 
 def _newcomer(data: str, *, windows: bool) -> Table:
-    """What `vista train` reaches in ten minutes with its defaults, against counting.
+    """What `vista train` reaches in ten minutes without settings, against counting.
 
-    A row with `windows` trains two models, for ten minutes each.
+    A row with `windows` trains two models, for ten minutes each, and measures the last epoch of each: no validation
+    chooses an epoch, as it would by default.
     """
     names = list(BASELINE_MINUTES) if windows else ["popularity", "transitions", "item neighbors"]
     rows = {"vista": TableRow(22 if windows else 11, ("optim.minutes=10",)), **_baselines(*names)}
