@@ -20,7 +20,7 @@ from vista.config import (
     SimulateConfig,
     TrainConfig,
 )
-from vista.config.choices import Architecture, Codec, Decay, Mixing, OnBadRows, Split
+from vista.config.choices import Architecture, Codec, Decay, ItemStart, Mixing, OnBadRows, Split, Stage
 from vista.config.conversion import from_dict, to_dict
 from vista.counters.counter_spec import CounterSpec
 from vista.errors import ConfigError
@@ -98,8 +98,9 @@ def test_words_are_choices() -> None:
                 rf"model\.mean_token: takes the place of a seed .* got {got}; set",
             )
             for other, got in (
-                ({"mixing": "bidirectional"}, "mixing=bidirectional and num_seeds=16"),
-                ({"num_seeds": 0}, "mixing=separable and num_seeds=0"),
+                ({"mixing": "bidirectional"}, "architecture=vista, mixing=bidirectional, and num_seeds=16"),
+                ({"num_seeds": 0}, "architecture=vista, mixing=separable, and num_seeds=0"),
+                ({"architecture": "hstu", "history_limit": 9}, "architecture=hstu, mixing=separable, and num_seeds=16"),
             )
         ),
         (
@@ -174,6 +175,15 @@ def test_reconstructed_items_need_negatives() -> None:
     TrainConfig(model=replace(model, num_seeds=0), optim=OptimConfig(**tasks_only))
     with pytest.raises(ConfigError, match=r"model\.reconstruction_target: items needs negatives"):
         TrainConfig(model=model, optim=OptimConfig(**tasks_only))
+
+
+def test_user_factors_need_a_frozen_table() -> None:
+    model = ModelConfig(item_start=ItemStart.user_factors)
+    TrainConfig(model=model, optim=OptimConfig(table_rate=0.0))
+    with pytest.raises(ConfigError, match=r"model\.item_start: user_factors hold .* set optim\.table_rate=0, got 0\.1"):
+        TrainConfig(model=model, optim=OptimConfig(table_rate=0.1))
+    data = DataConfig(validation_from="2020-01-01", test_from="2020-02-01", split=Split.time)
+    TrainConfig(model=model, data=data, stage=Stage.downstream, base="base", store="store")  # the table is the base's
 
 
 def test_numbers_become_plain_ones() -> None:

@@ -310,10 +310,12 @@ class TestRefusals:
 
     def test_a_stage_1_that_differs_from_the_base(self, served_tasks: Served, past_store: Path, tmp_path: Path) -> None:
         changes = {"model__conv_width": 1, "model__num_seeds": 4, "model__decay_horizons": [1.0, 2.0]}
+        changes |= {"model__mean_token": True}
         config = downstream_config(served_tasks, past_store, tmp_path, **changes, model__num_target_layers=1)
         expected = (
-            "changes model.num_seeds (3 -> 4), model.conv_width (3 -> 1), model.decay_horizons ([] -> [1.0, 2.0]); "
-            "set model.num_seeds=3 model.conv_width=3 model.decay_horizons=[]"
+            "changes model.num_seeds (3 -> 4), model.conv_width (3 -> 1), model.decay_horizons ([] -> [1.0, 2.0]), "
+            "model.mean_token (False -> True); "
+            "set model.num_seeds=3 model.conv_width=3 model.decay_horizons=[] model.mean_token=false"
         )
         with pytest.raises(ConfigError, match=re.escape(expected)):
             train(config, served_tasks.log)

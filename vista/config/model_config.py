@@ -51,7 +51,7 @@ class ModelConfig:
     target_attention=quasi_linear."""
     mean_token: bool = False
     """Let the first summary token be the mean of the history's events, from which user vectors start. It needs
-    mixing=separable."""
+    architecture=vista and mixing=separable."""
     num_layers: int = 2
     """Number of layers of stage 1, or of SASRec, HSTU, and FuXi-Linear."""
     num_target_layers: int = 2
@@ -120,8 +120,9 @@ class ModelConfig:
     embedding_hashes: int = 2
     """Number of hash functions per value with embedding_rows. It must divide dim."""
     item_start: ItemStart | None = None
-    """What the vectors of items are before training: random, or factors of their co-occurrences in the training events.
-    null: factors, or random with embedding_rows."""
+    """What the vectors of items are before training: random, factors of their co-occurrences in the training events, or
+    user_factors, a factorization of which users had which items, which needs table_rate=0. null: factors, or random
+    with embedding_rows."""
     counters: bool = False
     """Score the items that a user had before by counters: how often and how recently the user had each of them. The
     store holds the counters of the user's most frequent items with each summary."""
@@ -155,7 +156,7 @@ class ModelConfig:
         if self.embedding_rows:
             self._check_divisor_of_dim("embedding_hashes")
             require(
-                self.item_start is not ItemStart.factors,
+                self.item_start in (None, ItemStart.random),
                 "model.item_start",
                 "factors need one row per item; set model.item_start=random, or model.embedding_rows=0",
             )
@@ -239,11 +240,11 @@ class ModelConfig:
 
     def _check_mean_token(self) -> None:
         require(
-            self.mixing is Mixing.separable and self.num_seeds > 0,
+            self.architecture is Architecture.vista and self.mixing is Mixing.separable and self.num_seeds > 0,
             "model.mean_token",
-            f"takes the place of a seed that reads the state of separable mixing, got mixing={self.mixing.value} and "
-            f"num_seeds={self.num_seeds}; set model.mixing=separable and model.num_seeds above 0, or "
-            "model.mean_token=false",
+            f"takes the place of a seed that reads the state of separable mixing, got "
+            f"architecture={self.architecture.value}, mixing={self.mixing.value}, and num_seeds={self.num_seeds}; set "
+            "model.architecture=vista, model.mixing=separable, and model.num_seeds above 0, or model.mean_token=false",
         )
 
     def _check_state_rows(self) -> None:

@@ -10,6 +10,7 @@ from vista.config.checks import MAX_THREADS, check_types, require, require_count
 from vista.config.choices import (
     Architecture,
     Counting,
+    ItemStart,
     Precision,
     ReconstructionTarget,
     Search,
@@ -70,6 +71,7 @@ class TrainConfig:
         self._check_data()
         self._check_stage()
         self._check_reconstruction()
+        self._check_item_start()
 
     def _check_search(self) -> None:
         hard = self.model.search is Search.hard
@@ -124,6 +126,15 @@ class TrainConfig:
             "model.reconstruction_target",
             "items needs negatives, which are only drawn if items are ranked; set optim.next_weight or "
             "optim.window_weight above 0, or use vectors",
+        )
+
+    def _check_item_start(self) -> None:
+        starts = self.stage is Stage.joint and self.model.item_start is ItemStart.user_factors
+        require(
+            not starts or self.optim.table_rate == 0,
+            "model.item_start",
+            f"user_factors hold the labels of the users that they are made from, so a table that starts from them is "
+            f"not trained; set optim.table_rate=0, got {self.optim.table_rate:g}, or model.item_start=factors",
         )
 
     @property

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 COUNTER_KEYS = ("counters", "counter_keys", "counter_days", "counter_events")
 KEPT_KEYS = (
     *(*STAGE1_KEYS, *COUNTER_KEYS),
-    *("activation", "tail_in_summary", "embedding_rows", "embedding_hashes"),
+    *("activation", "tail_in_summary", "mean_token", "embedding_rows", "embedding_hashes"),
     *("num_reconstruction_layers", "reconstruction_target"),
 )
 """Fields of ModelConfig that must be the base's."""
