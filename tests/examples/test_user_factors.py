@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tests.conftest import small_config
 from vista.arrays import Int
 from vista.config.choices import ItemStart
+from vista.errors import CheckpointError
 from vista.examples import user_factors
 from vista.examples.item_factors import START_RMS
 from vista.examples.user_factors import MIN_USERS, UserFactors
@@ -130,10 +131,26 @@ def test_a_frozen_table_is_trained_on_vectors_without_the_users_of_the_batch(tmp
     batch = trainer.source.batch(0, 0)
     with torch.no_grad():
         trainer.model.item_table.copy_(table)
-    assert trainer._frozen_items is not None
+    assert trainer._frozen_items is not None and trainer._frozen_items.change() == 0
     vectors = trainer._frozen_items.vectors(batch).numpy()
     known = factors.has_vector[batch.rows.numpy()]
     users = np.unique(batch.user.numpy())
     np.testing.assert_array_equal(vectors[known], factors.vectors(batch.rows.numpy()[known], users))
     np.testing.assert_array_equal(vectors[~known], table[batch.rows[torch.from_numpy(~known)]].numpy())
     assert not np.array_equal(vectors, table[batch.rows].numpy())
+
+
+def test_a_run_resumes_only_with_the_factors_that_it_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = log_of(tmp_path / "log")
+    config = small_config(
+        log, tmp_path / "run", model__item_start=ItemStart.user_factors, optim__table_rate=0.0, optim__epochs=1
+    )
+    first = train(config, log)
+    assert torch.equal(train(config, log).item_table, first.item_table)
+    whole = UserFactors.vectors
+    flip = np.where(np.arange(16) == 3, -1, 1).astype(np.float32)
+    monkeypatch.setattr(UserFactors, "vectors", lambda *given: whole(*given) * flip)
+    with pytest.raises(CheckpointError, match=r"its item vectors are factors that come out \d+% different here"):
+        train(config, log)

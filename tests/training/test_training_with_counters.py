@@ -14,7 +14,7 @@ import torch
 from tests.conftest import Served, draw_counter_weights, small_config
 from tests.counters.counter_histories import counters_of_request
 from vista.config import TrainConfig
-from vista.config.choices import Architecture
+from vista.config.choices import Architecture, ItemStart, Precision
 from vista.counters.user_counters import UserCounters
 from vista.evaluation.cases import NextItemCases
 from vista.examples.batch import Batch
@@ -23,6 +23,7 @@ from vista.log.event_log import EventLog
 from vista.log.histories import Histories
 from vista.log.splits import split_until, visible_counts
 from vista.model import inference
+from vista.model.anchor_losses import start_counted
 from vista.model.baselines.sequence_model import SequenceModel
 from vista.model.padded_tail import pad_tail
 from vista.model.ranking_model import RankingModel
@@ -76,6 +77,38 @@ def test_the_heads_start_from_the_training_part_and_have_their_own_rate(event_lo
         if name != "item_table":
             factor = 3.0 if name.startswith(("counted.", "popularity.")) else 1.0
             assert rates[id(parameter)] == pytest.approx(rate * factor), name
+
+
+def test_the_gate_starts_by_the_vectors_that_training_reads(event_log: EventLog, tmp_path: Path) -> None:
+    options = {"model__item_start": ItemStart.user_factors, "optim__table_rate": 0.0, "precision": Precision.float32}
+    made = Trainer(counting_config(event_log, tmp_path, **options), event_log)
+    with MetricsWriter(tmp_path, tensorboard=False) as metrics:
+        made._start(metrics)
+    batch, share = made.source.batch(0, 0), made.source.returning_share
+    assert made.model.counted is not None and made._frozen_items is not None
+    bias, started = made.model.counted.gate.bias, made.model.counted.gate.bias.item()
+    start_counted(made.model, batch, made._frozen_items.vectors(batch), share)
+    assert bias.item() == started
+    start_counted(made.model, batch, made.model.item_vectors(batch.rows), share)  # of all users
+    assert bias.item() != started
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_gate_starts_by_the_first_batch_with_a_question(
+    event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: bool
+) -> None:
+    made = Trainer(counting_config(event_log, tmp_path), event_log)
+    whole = made.source.batch
+
+    def without_questions(epoch: int, index: int) -> Batch:
+        batch = whole(epoch, index)
+        assert batch.anchors is not None
+        return batch if asked and index else replace(batch, anchors=replace(batch.anchors, window=torch.zeros(0)))
+
+    monkeypatch.setattr(made.source, "batch", without_questions)
+    with MetricsWriter(tmp_path, tensorboard=False) as metrics:
+        made._start(metrics)
+    assert made.model.counted is not None and bool(made.model.counted.gate.bias) == asked
 
 
 @torch.no_grad()

@@ -48,17 +48,18 @@ def anchor_losses(
 
 
 @torch.no_grad()
-def start_counted(model: RankingModel, batch: Batch, returning_share: float) -> None:
+def start_counted(model: RankingModel, batch: Batch, vectors: Tensor, returning_share: float) -> None:
     """Start the head of counted items: before training, they have their share of the labels as their probability.
 
     Args:
-        model: untrained, with the item vectors and the popularity of items that training starts from.
-        batch: the logits of other items are measured by its anchors.
+        model: untrained, with the popularity of items that training starts from.
+        batch: with at least one anchor. The logits of other items are measured by its anchors.
+        vectors: [R, M] vectors of the items `batch.rows` as the first step reads them.
         returning_share: `BatchSource.returning_share`.
     """
     anchors, negatives = batch.anchors, batch.negatives
     assert model.counted is not None and anchors is not None and anchors.counters is not None
-    vectors, counted = model.item_vectors(batch.rows), anchors.counters.item
+    counted = anchors.counters.item
     others = log_others(
         model.anchor_users(batch, vectors),
         model.retrieval_items(vectors, batch.rows),

@@ -13,58 +13,67 @@ from vista.arrays import Int
 from vista.config import TrainConfig
 from vista.config.choices import ItemStart, Stage
 from vista.examples.batch import Batch
-from vista.examples.item_factors import item_factors
+from vista.examples.item_factors import START_RMS, item_factors
 from vista.examples.user_factors import UserFactors
 from vista.log.event_log import EventLog
 from vista.model.ranking_model import RankingModel
 
+MOST_CHANGE = 0.01
+"""Root mean square of the change of factors that are computed again, relative to START_RMS, at most: what rounding may
+do. A column with the other sign changes them by 0.35 if there are 32."""
 logger = logging.getLogger(__name__)
 
 
 def start_from_factors(model: RankingModel, log: EventLog, counts: Int, seed: int) -> None:
-    """Replace the drawn vectors of a model's items by factors, where the visible events have any."""
+    """Replace the drawn vectors of a model's items by factors of their co-occurrences, where they have any."""
     began, table = time.perf_counter(), model.item_table
-    item_rows, dim = model.rows_of(log.items), table.shape[1]
-    if model.config.item_start is ItemStart.user_factors:
-        factors = UserFactors(log, item_rows, counts, dim, seed=seed)
-        rows = np.flatnonzero(factors.has_vector)
-        vectors = factors.vectors(rows)
-    else:
-        rows, vectors = item_factors(log, item_rows, counts, dim, seed=seed)
-    with torch.no_grad():
-        table[torch.from_numpy(rows).to(table.device)] = torch.from_numpy(vectors).to(table.device)
-    seconds = time.perf_counter() - began
-    logger.info("%d of %d items start from factors (%.1f s)", len(rows), len(table) - 1, seconds)
+    rows, vectors = item_factors(log, model.rows_of(log.items), counts, table.shape[1], seed=seed)
+    _write(table, rows, torch.from_numpy(vectors))
+    _log_start(len(rows), table, began)
 
 
 class FrozenItems:
-    """Item vectors for training on a frozen table of `UserFactors`. Each batch reads factors without its own users.
+    """Item vectors of a model whose table is frozen `UserFactors`. Training reads factors without a batch's own users.
 
     Factors of all users know who had which item, labels included. With them, the items of a training window have far
-    larger cosines than those of a later window, and training would learn to trust cosines too much.
+    larger cosines than those of a later window, and training would learn to trust cosines too much. Leaving out a
+    batch's users removes most of this difference, not all of it (`vista.examples.user_factors`).
     """
 
     def __init__(self, table: Tensor, factors: UserFactors) -> None:
         """
         Args:
             table: [V1, M] the model's table, for items without factors.
-            factors: those that the table started from.
+            factors: those that the table starts from.
         """
         self._table, self._factors = table.detach(), factors
 
     @classmethod
     def of(cls, model: RankingModel, log: EventLog, counts: Int, config: TrainConfig) -> FrozenItems | None:
-        """Those of a run; None if its table is trained or starts from something else, or belongs to a base.
+        """Those of a run; None if its table starts from something else, or belongs to a base.
 
         Args:
             counts: int64 [log.num_users], visible events per user.
         """
-        starts = config.stage is Stage.joint and config.model.item_start is ItemStart.user_factors
-        if not starts or config.optim.table_rate > 0:
+        if config.stage is not Stage.joint or config.model.item_start is not ItemStart.user_factors:
             return None
-        dim = model.item_table.shape[1]
-        factors = UserFactors(log, model.rows_of(log.items), counts, dim, seed=config.seed)
-        return cls(model.item_table, factors)
+        began, table = time.perf_counter(), model.item_table
+        factors = UserFactors(log, model.rows_of(log.items), counts, table.shape[1], seed=config.seed)
+        _log_start(int(factors.has_vector.sum()), table, began)
+        return cls(table, factors)
+
+    def start(self) -> None:
+        """Replace the drawn vectors in the table by the factors of all users."""
+        rows = np.flatnonzero(self._factors.has_vector)
+        _write(self._table, rows, torch.from_numpy(self._factors.vectors(rows)))
+
+    def change(self) -> float:
+        """Root mean square of the difference between the table and the factors of all users, relative to START_RMS."""
+        rows = np.flatnonzero(self._factors.has_vector)
+        if not len(rows):
+            return 0.0
+        found = self._table[torch.from_numpy(rows).to(self._table.device)].cpu().numpy()
+        return float(np.sqrt(np.mean((found - self._factors.vectors(rows)) ** 2)) / START_RMS)
 
     def vectors(self, batch: Batch) -> Tensor:
         """[R, M] of the items `batch.rows`."""
@@ -72,5 +81,19 @@ class FrozenItems:
         places = np.flatnonzero(known[np.minimum(rows, len(known) - 1)] & (rows < len(known)))
         own = self._factors.vectors(rows[places], np.unique(batch.user.cpu().numpy()))
         out = self._table[batch.rows]
-        out[torch.from_numpy(places).to(out.device)] = torch.from_numpy(own).to(out.device)
+        _write(out, places, torch.from_numpy(own))
         return out
+
+
+def training_vectors(model: RankingModel, batch: Batch, frozen: FrozenItems | None) -> Tensor:
+    """[R, M] vectors of the items `batch.rows` as training reads them: those of `frozen`, or the table's."""
+    return model.item_vectors(batch.rows) if frozen is None else frozen.vectors(batch)
+
+
+def _write(table: Tensor, rows: Int, vectors: Tensor) -> None:
+    with torch.no_grad():
+        table[torch.from_numpy(rows).to(table.device)] = vectors.to(table.device)
+
+
+def _log_start(num_rows: int, table: Tensor, began: float) -> None:
+    logger.info("%d of %d items have factors (%.1f s)", num_rows, len(table) - 1, time.perf_counter() - began)

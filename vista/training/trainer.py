@@ -37,7 +37,7 @@ from vista.training.checkpoint import (
     unpack_state,
 )
 from vista.training.downstream import Downstream
-from vista.training.item_start import FrozenItems
+from vista.training.item_start import MOST_CHANGE, FrozenItems, training_vectors
 from vista.training.log_schema import schema_of
 from vista.training.metrics_writer import MetricsWriter
 from vista.training.model_card import model_card
@@ -175,7 +175,7 @@ class Trainer:
         if newest is not None:
             self._restore(newest)
         else:
-            start_model(self.model, self.log, self.source, config, self.precision)
+            start_model(self.model, self.log, self.source, config, self.precision, self._frozen_items)
         if newest is None and not config.resume:
             # With resume=true an export stays until a better one replaces it, even if its checkpoints are gone.
             remove_checkpoints(self.run_dir / "checkpoints")
@@ -254,9 +254,9 @@ class Trainer:
         batch = batch.to(self.device)
         warmup = warmup_steps(self.config.optim, self.progress.planned_steps)
         rate = self.optimizers.schedule(self.progress.step, share_done, warmup)
-        # Only the rows of this batch take part: the table's gradient is sparse, so no pass reads the whole table.
+        # Only the rows of this batch take part. A trained table's gradient is sparse, so no pass reads the whole table.
         with autocast(self.precision, self.device):
-            vectors = self._frozen_items.vectors(batch) if self._frozen_items else self.model.item_vectors(batch.rows)
+            vectors = training_vectors(self.model, batch, self._frozen_items)
             losses = self.model.losses(batch, vectors, self.config.optim)
         parts = {name: float(value.detach()) for name, value in losses.parts.items()}
         row = {"loss": float(losses.total.detach()), **parts, "learning_rate": rate}
@@ -342,6 +342,12 @@ class Trainer:
             raise CheckpointError(
                 f"{path}: belongs to another version of the model ({error}); remove {self.run_dir}, or set resume=false"
             ) from error
+        if self._frozen_items is not None and (change := self._frozen_items.change()) > MOST_CHANGE:
+            raise CheckpointError(
+                f"{path}: its item vectors are factors that come out {change:.0%} different here, perhaps because of "
+                "another number of threads, processor, or version of torch; resume where the run began, or set "
+                "resume=false to start a new run"
+            )
         self.optimizers.dense.load_state_dict(state["optimizer"])
         self.optimizers.table.load_state_dict(state["table_optimizer"])
         torch.set_rng_state(state["rng"])
