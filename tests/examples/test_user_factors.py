@@ -102,12 +102,48 @@ def test_no_vector_depends_on_hidden_events(tmp_path: Path) -> None:
     assert not np.array_equal(UserFactors(first, ROWS, first.lengths, 8, seed=1).vectors(ROWS), made[0])
 
 
-def test_large_logs_read_some_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leaving_a_user_out_removes_most_of_what_vectors_know_of_pure_noise(tmp_path: Path) -> None:
+    """Users draw items by popularity, so their items should be no more alike than others of the same popularity."""
+    num_users, num_items, length = 300, 800, 40
+    rng = np.random.default_rng(1)
+    share = rng.gamma(0.7, size=num_items)
+    share /= share.sum()
+    items = np.stack([rng.choice(num_items, length, replace=False, p=share) for _ in range(num_users)])
+    frame = {"user": np.repeat(np.arange(num_users), length), "item": items.ravel()}
+    log = EventLog.from_frame(frame | {"timestamp": np.arange(items.size)}, tmp_path / "log", time_unit="s")
+    factors = UserFactors(log, np.arange(log.num_items) + 1, log.lengths, 64, seed=1)
+    rows = np.flatnonzero(factors.has_vector)
+    popularity = np.bincount(log.items.rows(items.ravel()) + 1, minlength=log.num_items + 1)[rows]
+
+    def excess(user: int, vectors: NDArray[np.float32]) -> float:
+        unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-30)
+        own = np.isin(rows, log.items.rows(items[user]) + 1)
+        history, labels = np.array_split(rng.permutation(np.flatnonzero(own)), 2)
+        mean = unit[history].mean(0)
+        cosine = unit @ mean / np.linalg.norm(mean)
+        differences = []
+        for label in labels:
+            others = ~own & (np.abs(popularity - popularity[label]) <= 1)
+            if others.any():
+                differences.append(cosine[label] - cosine[others].mean())
+        return float(np.mean(differences))
+
+    asked, everyone = rng.choice(num_users, 60, replace=False).tolist(), factors.vectors(rows)
+    with_user = np.mean([excess(user, everyone) for user in asked])
+    without = np.mean([excess(user, factors.vectors(rows, log.users.rows([user]))) for user in asked])
+    assert with_user > 0.1 and abs(without) < with_user / 3
+
+
+def test_large_logs_read_some_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     log = log_of(tmp_path / "log")
     whole = UserFactors(log, ROWS, visible(log), 4, seed=1)
     monkeypatch.setattr(user_factors, "MOST_EVENTS", 100)
     drawn = {UserFactors(log, ROWS, visible(log), 4, seed=seed).vectors(ROWS).tobytes() for seed in range(4)}
     assert len(drawn) > 1 and whole.vectors(ROWS).tobytes() not in drawn
+    assert caplog.text.count("random users of 12") == 4
 
 
 def test_a_log_without_visible_events_has_no_vectors(tmp_path: Path) -> None:
