@@ -50,7 +50,7 @@ _OVER_SEEDS = "Mean ± sample standard deviation over seeds"
 _OVER_USERS = "Mean over seeds ± standard error over users"
 _TWO_MODELS = (
     " The metrics on validation and on test are those of two models of the same settings, each trained on all events "
-    "before the labels of its part, which are also those that counting baselines count."
+    "before the labels of its part, which are also those that counting baselines count. Seconds are those of both."
 )
 _LEGEND = "; – where a metric is undefined. A command is as its commit has it."
 

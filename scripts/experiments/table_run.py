@@ -9,17 +9,19 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
+from scripts.experiments.baseline_settings import baseline_settings
 from scripts.experiments.results import changed_settings, hardware
 from scripts.experiments.row_origin import MACHINE
 from scripts.experiments.sets import SETS
 from scripts.experiments.tables import TABLES
 from scripts.experiments.tables.table import Table
 from scripts.experiments.tables.table_row import TableRow
-from vista.config import TrainConfig
-from vista.config.choices import Architecture, Split
+from vista.config import EvaluateConfig, TrainConfig
+from vista.config.choices import Architecture, Split, Target
 from vista.config.composition import compose_config
 from vista.config.conversion import to_dict
 from vista.errors import ConfigError
+from vista.evaluation.baseline_evaluation import asked_horizons
 from vista.log.repeats import RETURNING
 from vista.training import run_plan
 
@@ -121,6 +123,7 @@ def part_configs(table: Table, row: TableRow) -> dict[str, TrainConfig]:
     config = train_config(table, row)
     if not table.windows:
         return {"test": config}
+    assert row.untrained or config.optim.validate_every == 0, "a model for the test cannot be validated"
     if row.trial:
         return {"validation": config}
     changes: dict[str, Any] = (
@@ -144,7 +147,9 @@ def recorded_config(table: Table, row: TableRow) -> dict[str, Any]:
     # The log's size is part of the experiment.
     recorded = {"data": data} | ({} if table.simulation is None else {"simulation": table.simulation})
     if row.untrained:
-        return recorded
+        target = Target.window if table.windows else Target.next
+        settings = baseline_settings(row.untrained, asked_horizons(EvaluateConfig(target=target)))
+        return recorded | ({"baseline": settings} if settings else {})
     model = values["model"]
     if config.model.architecture is not Architecture.vista:
         model = {key: value for key, value in model.items() if key not in UNREAD_BY_BASELINES}

@@ -80,7 +80,7 @@ def test_a_simulated_table(
         "vista 1",
         "vista, float32 store 1",
         "vista, tail 4 1",
-        "vista, tail 4 not in the summary 1",
+        "vista, summary 4 events old, tail 4 1",
         "tail-only 1",
         "last-40 1",
         "sasrec 1",
@@ -91,10 +91,12 @@ def test_a_simulated_table(
     assert lines["last-40 1"]["config"]["model"]["tail_len"] == 40
     assert all(0 < lines[name]["metrics"]["auc/click"] < 1 for name in trained)
     assert lines["oracle 0"]["metrics"]["ne/click"] < min(lines[name]["metrics"]["ne/click"] for name in trained)
-    assert SIMULATION.rows["vista"].served("vista")["vista, tail 4 not in the summary"] == TableLine(
+    assert SIMULATION.rows["vista"].served("vista")["vista, summary 4 events old, tail 4"] == TableLine(
         tail_len=4, staleness=4
     )
-    quality = [lines[f"vista{how} 1"]["metrics"]["ne/click"] for how in ("", ", tail 4", ", tail 4 not in the summary")]
+    quality = [
+        lines[f"vista{how} 1"]["metrics"]["ne/click"] for how in ("", ", tail 4", ", summary 4 events old, tail 4")
+    ]
     assert len(set(quality)) == 3
     assert lines["popularity 0"]["metrics"].keys() == {f"{name}@{k}" for name in ("hr", "ndcg") for k in (10, 50, 200)}
     assert (
@@ -332,6 +334,18 @@ def test_a_row_with_planned_settings_depends_on_the_plan(monkeypatch: pytest.Mon
     assert changed_settings(before, recorded_config(table, newcomer)) == ["plan.steps (3000 -> 3001)"]
     assert recorded_config(SIMULATION, SIMULATION.rows["vista"]) == explicit
     assert json.loads(json.dumps(before)) == before
+
+
+def test_a_fitted_baseline_depends_on_its_settings() -> None:
+    """Lines without them were measured before baselines were fitted to each window. One that only counts has none."""
+    rows = TABLES["returns-cj"].rows
+    now = recorded_config(TABLES["returns-cj"], rows["EASE"])
+    before = {key: value for key, value in now.items() if key != "baseline"}
+    assert "baseline.ridges (None -> [1000.0, 200.0, 5000.0])" in changed_settings(before, now)
+    assert now["baseline"]["fitted_to"] == [50, 200] and json.loads(json.dumps(now)) == now
+    recorded = {name for name in rows if "baseline" in recorded_config(TABLES["returns-cj"], rows[name])}
+    counted = {name for name in rows if name.startswith("own frequency")} | {"popularity", "transitions"}
+    assert recorded == rows.keys() - counted - {"item neighbors"}
 
 
 def test_progress_corrects_its_estimates_by_finished_runs() -> None:

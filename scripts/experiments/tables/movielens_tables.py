@@ -70,7 +70,7 @@ ML_1M = {
     "softmax-raw-ids": TableRow(50, (*K0, *TWO_SOFTMAX, "model.tail_len=320", "data.label_spacing=160")),
     # Twice as wide. Events of unknown items, so that three times the weights do not learn histories by heart; and tails
     # of 1 to 64 events in training, so that the 32 that it is also served with are no longer than most. Its answer is
-    # "tail 32 not in the summary" (docs/research-log.md).
+    # "summary 32 events old, tail 32" (docs/research-log.md).
     "vista-wide": TableRow(
         85,
         (

@@ -50,7 +50,7 @@ class TableRow:
             name if codec is Codec.int8 else f"{name}, {codec.value} store": TableLine(codec) for codec in self.codecs
         }
         lines |= {f"{name}, tail {length}": TableLine(tail_len=length) for length in self.tails}
-        lines |= {f"{name}, tail {n} not in the summary": TableLine(tail_len=n, staleness=n) for n in self.apart}
+        lines |= {f"{name}, summary {n} events old, tail {n}": TableLine(tail_len=n, staleness=n) for n in self.apart}
         return lines | {f"{name}, {events:,} events old": TableLine(staleness=events) for events in self.staleness}
 
 

@@ -17,11 +17,11 @@ from vista.evaluation.baselines.tuned import Tuned
 
 LEARNED = (Tuned, PooledFactors, CounterTrees, NewItemTrees)
 """Baselines that are fitted to the length of the windows that are asked."""
-_WEIGHTS = (0.03, 0.3, 1.0, 3.0)
-_RIDGES = (1000.0, 200.0, 5000.0)
-_OWN_WEIGHTS = (0.3, 0.7, 0.9)
-_GROUP_DECAYS = (0.7, 0.9)
-_TEMPERATURES_AND_RATES = ((0.1, 0.001), (0.1, 0.003), (0.2, 0.003))
+TRANSITION_WEIGHTS = (0.03, 0.3, 1.0, 3.0)
+RIDGES = (1000.0, 200.0, 5000.0)
+OWN_WEIGHTS = (0.3, 0.7, 0.9)
+GROUP_DECAYS = (0.7, 0.9)
+TEMPERATURES_AND_RATES = ((0.1, 0.001), (0.1, 0.003), (0.2, 0.003))
 
 
 def counting_baselines(*, has_time: bool, horizon_events: int, returns: bool = True) -> list[CountingBaseline]:
@@ -37,7 +37,7 @@ def counting_baselines(*, has_time: bool, horizon_events: int, returns: bool = T
         chosen += [OwnFrequency(), OwnFrequency(last=200), OwnFrequency(events=200)]
         chosen += [OwnFrequency(days=90)] if has_time else []
     chosen += [Transitions(), ItemNeighbors()]
-    chosen += [Tuned(TransitionsAndOwn(1.0), _WEIGHTS, horizon_events=horizon_events)] if returns else []
+    chosen += [Tuned(TransitionsAndOwn(1.0), TRANSITION_WEIGHTS, horizon_events=horizon_events)] if returns else []
     return chosen
 
 
@@ -51,12 +51,12 @@ def trained_baselines(*, horizon_events: int, at_one_time: bool) -> list[Countin
     Raises:
         MissingDependencyError: if scikit-learn is not installed.
     """
-    decays_and_weights = [(decay, own) for decay in _GROUP_DECAYS for own in _OWN_WEIGHTS]
+    decays_and_weights = [(decay, own) for decay in GROUP_DECAYS for own in OWN_WEIGHTS]
     return [
-        Tuned(Ease(), _RIDGES, horizon_events=horizon_events),
+        Tuned(Ease(), RIDGES, horizon_events=horizon_events),
         Tuned(TifuKnn(), decays_and_weights, horizon_events=horizon_events),
         PooledFactors(horizon_events=horizon_events),
-        Tuned(PooledItemVectors(horizon_events=horizon_events), _TEMPERATURES_AND_RATES, horizon_events=horizon_events),
+        Tuned(PooledItemVectors(horizon_events=horizon_events), TEMPERATURES_AND_RATES, horizon_events=horizon_events),
         CounterTrees(horizon_events=horizon_events, at_one_time=at_one_time),
         NewItemTrees(horizon_events=horizon_events, at_one_time=at_one_time),
     ]
