@@ -1,4 +1,4 @@
-"""Item vectors from a factorization of who had what: singular vectors, users left out, and what they may read."""
+"""Item vectors from a factorization of which users had which items: values, users left out, what they may read."""
 
 from __future__ import annotations
 

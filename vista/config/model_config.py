@@ -50,8 +50,8 @@ class ModelConfig:
     """Number of summary tokens K per user. With 0, only the tail is read, and the state with
     target_attention=quasi_linear."""
     mean_token: bool = False
-    """Let the first summary token be the mean of the history's events, from which user vectors start. It needs
-    architecture=vista and mixing=separable."""
+    """Let the first summary token be the mean token, from which user vectors start: a learned map of the mean of all
+    events that the summary covers. It needs architecture=vista and mixing=separable."""
     num_layers: int = 2
     """Number of layers of stage 1, or of SASRec, HSTU, and FuXi-Linear."""
     num_target_layers: int = 2

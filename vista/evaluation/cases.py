@@ -137,7 +137,8 @@ def case_requests(
         seen: int64 [n] events before the question.
         now: int64 [n] ms of the questions; None if they have no time.
         covered: int64 [n] events that the user's record covers; None for all that come before the question.
-        tail_len: newest events before the question that the scorer is told of, if its record lacks them.
+        tail_len: newest events before the question that a request passes. Of these, the scorer counts those that the
+            record lacks.
     """
     histories, history = HistoryCounters.of(spec, log, item_rows, user, seen)
     return histories, CounterRequests(

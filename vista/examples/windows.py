@@ -37,8 +37,8 @@ class ChunkWindows:
 def divide_chunks(chunks: Chunks, label_spacing: int, phase: Int, *, cut_last: bool) -> ChunkWindows:
     """All windows. They begin at 0, phase, phase + W, … after a chunk's lead, and end before the next one.
 
-    The last one ends at the chunk's last position if `cut_last`. Otherwise it ends as if the chunk went on, so its tail
-    begins as far before its boundary as the tails of other windows.
+    The last one ends at the chunk's last position if `cut_last`. Otherwise it ends where it would if the chunk were
+    longer, so its tail begins as far before its boundary as the tails of other windows.
     """
     W, lead = label_spacing, chunks.num_context
     # A position after the last event has no next item, but impressions may lie there.
@@ -81,7 +81,7 @@ def window_requests(
         window: int64 [n].
         position: int64 [n] events of the chunk before the request.
         time: int64 [n] ms.
-        is_timed: bool [n]: False where the scorer would not be told the time.
+        is_timed: bool [n]: False where the scorer would not get the time of the request.
     """
     chunk = windows.chunk[window]
     start = counters.start[chunk]
@@ -106,7 +106,7 @@ def draw_windows(
 
 
 def add_anchored(keep: Int, anchor_window: Int, impression_window: Int, *, keeps_others: bool) -> Int:
-    """Sorted indices of the kept windows and those with anchors, less those with nothing to train.
+    """Sorted indices of the kept windows and of those with anchors, except windows with nothing to train.
 
     Args:
         keep: int64 sorted, from `draw_windows`.

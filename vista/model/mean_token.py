@@ -1,12 +1,14 @@
-"""The first summary token as the mean of the history's events, in the space of item vectors.
+"""The mean token: the first summary token as a mean over the history's events, in the space of item vectors.
 
 A user's next items are often like the items of the whole history. Seeds can learn to read such a mean, but through
-keys, queries, a gate, and a feed-forward block, which takes more steps than most logs pay for. So one key per head
-is constant, and the state of layer 1 then holds the sum of the values of all events:
+keys, queries, a gate, and a feed-forward block, which takes many training steps. So one key per head is constant, and
+the state of layer 1 then holds the sum of the values of all events:
 
     phi(k_0) = 1,  Z[0] = sum_i v_i,  token = W Z[0] / n
 
-It is a part of the state like any other: it can be appended to, decayed, and forgotten. Letters: T packed events,
+Before training, W Z[0] / n is the mean of the normalized events that the summary covers. Training changes W and the
+values. With decay, older events weigh less, and with tail_in_summary=false, the mean lacks the tail. The sum is a part
+of the state like any other: it can be appended to, decayed, and forgotten. Letters: T packed events,
 N histories, H heads, D head dim, M model dim.
 """
 
@@ -50,7 +52,7 @@ class MeanToken(nn.Module):
             n: [N, H] weight sums.
         """
         total = z[:, :, 0]
-        # Weights of decayed events may sum to almost 0, and their values with them.
+        # The weights of decayed events may sum to almost 0, and then so do their weighted values.
         mean = torch.where(n.unsqueeze(-1) > 0, total / n.clamp(min=torch.finfo(n.dtype).tiny).unsqueeze(-1), 0.0)
         token: Tensor = self.output(mean.flatten(1))
         return token

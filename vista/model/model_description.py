@@ -145,8 +145,8 @@ class ModelDescription:
 
 def checksum_of(fields: dict[str, Any]) -> str:
     """XXH3-64 of the fields of config.json except the checksum, as JSON with sorted keys and no spaces; in hex."""
-    told = {name: value for name, value in fields.items() if name != "checksum"}
-    return xxhash.xxh3_64_hexdigest(json.dumps(told, sort_keys=True, separators=(",", ":")).encode())
+    covered = {name: value for name, value in fields.items() if name != "checksum"}
+    return xxhash.xxh3_64_hexdigest(json.dumps(covered, sort_keys=True, separators=(",", ":")).encode())
 
 
 def _schema(fields: dict[str, Any]) -> Schema:

@@ -40,7 +40,7 @@ class TargetContext:
     state: Tensor | None = None
     """[B, L1, H, D, D] what queries read of the L1 layers of stage 1; None if they do not."""
     mean: Tensor | None = None
-    """[B, M] the summary's first token, if that is a mean (`vista.model.mean_token`)."""
+    """[B, M] the mean token (`vista.model.mean_token`); None without one."""
 
     def select(self, rows: slice | Tensor) -> TargetContext:
         """The context of adjacent rows, a view; or of rows int64 [N], a copy."""
@@ -105,7 +105,7 @@ class TargetAttention(nn.Module):
         return summary[:, self.num_seeds :].reshape(len(summary), *self.state_shape) if self.reads else None
 
     def mean(self, summary: Tensor) -> Tensor | None:
-        """[B, M] the mean of the history, from records [B, S, M]; None if the first token is not one."""
+        """[B, M] the mean token of records [B, S, M]; None without one."""
         return summary[:, 0] if self.has_mean else None
 
     def encode_context(

@@ -56,7 +56,8 @@ STAGE1_KEYS = (
 )
 """Fields of ModelConfig that a summary depends on."""
 MEAN_SCALE = 0.1
-"""Scale at first of the history's mean in a request token, where an item's vector has a root mean square of 0.05."""
+"""Initial scale of the mean token in a request token. Vectors of items have a root mean square of 0.05 if they start
+from factors, and of 0.02 if they start at random."""
 STAGE1_WEIGHTS = ("item_table", "encoder.", "summarizer.")
 """Prefixes of the names of the weights that a summary depends on."""
 
@@ -75,7 +76,7 @@ class VistaModel(RankingModel):
         self.request = nn.Parameter(torch.randn(dim) * dim**-0.5 / self.target_attention.scale)
         """The retrieval head's query token, to which the newest event is added."""
         self.mean_scale = nn.Parameter(torch.full((dim,), MEAN_SCALE)) if config.mean_token else None
-        """Scale of the history's mean, which is added to it too."""
+        """Scale of the mean token, which is added to it too."""
         self.task_head = nn.Linear(dim, len(schema.tasks)) if schema.tasks else None
         spec = self.counter_spec
         self.candidate_counters = CandidateCounters(spec.num_columns, 5 * dim) if spec and schema.tasks else None
@@ -90,7 +91,7 @@ class VistaModel(RankingModel):
         if optim.next_weight > 0 and self.counted is None:
             parts["next"] = self._next_loss(batch, item_vectors, context)
         if batch.anchors is not None:
-            users, items = self._anchor_users(batch, context), self.retrieval_items(item_vectors, batch.rows)
+            users, items = self._users_at_anchors(batch, context), self.retrieval_items(item_vectors, batch.rows)
             parts |= anchor_losses(self, batch, users, items, optim)
         if self.task_head is not None and optim.task_weight > 0 and impressions.item.shape[1]:
             logits = self.window_logits(batch, item_vectors, context)
@@ -101,7 +102,7 @@ class VistaModel(RankingModel):
         return weighted_losses(parts, optim)
 
     def anchor_users(self, batch: Batch, item_vectors: Tensor) -> Tensor:
-        return self._anchor_users(batch, self._contexts(batch, item_vectors)[2])
+        return self._users_at_anchors(batch, self._contexts(batch, item_vectors)[2])
 
     def _contexts(self, batch: Batch, item_vectors: Tensor) -> tuple[Tensor, Tensor, TargetContext]:
         """Event embeddings [T, M], summaries of the cuts, and contexts of the windows."""
@@ -153,7 +154,7 @@ class VistaModel(RankingModel):
         gap = self.encoder.gap_vectors(labels.gap)
         return self.user_vectors(gap, seen.clamp(min=0), context)
 
-    def _anchor_users(self, batch: Batch, context: TargetContext) -> Tensor:
+    def _users_at_anchors(self, batch: Batch, context: TargetContext) -> Tensor:
         """User vectors [NA, M'] of the anchors, at the times of their requests."""
         anchors = batch.anchors
         assert anchors is not None
@@ -205,8 +206,8 @@ class VistaModel(RankingModel):
         return self.retrieval_users(stage.query(x, stage.layers[0].project(x), gap, seen, context))
 
     def request_parts(self, seen: Tensor, context: TargetContext) -> list[Tensor]:
-        """What request tokens are the sum of: the token itself [M], the newest event [B, Q, M], and the mean of the
-        history [B, 1, M] if the summary has it.
+        """What request tokens are the sum of: the token itself [M], the newest event [B, Q, M], and the mean token
+        [B, 1, M] if the summary has one; in this order.
 
         The residual stream leads from these vectors to those of next items, in one space without a projection.
         """

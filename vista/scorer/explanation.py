@@ -31,7 +31,8 @@ class Explanation:
     value: NDArray[np.float32]
     """[C] the explained values: logits of a labeled task, whose sigmoid `score` returns, or the scores of `next`."""
     summary: NDArray[np.float32]
-    """[C, S] contributions of the summary's tokens."""
+    """[C, S] contributions of the summary's tokens. For `next`, that of the mean token includes what it adds to the
+    request token."""
     state: NDArray[np.float32]
     """[C] contribution of what candidates read of the state; 0 unless `model.target_attention=quasi_linear`."""
     tail: NDArray[np.float32]

@@ -77,11 +77,14 @@ class StatsRecorder:
     """Counts for all threads of a process. A forked child starts at zero."""
 
     def __init__(self) -> None:
-        self.after_fork()
+        self._reset()
         repair_after_fork(self)
 
     def after_fork(self) -> None:
         """Start at zero."""
+        self._reset()
+
+    def _reset(self) -> None:
         self._lock = threading.Lock()
         self._counts = dict.fromkeys(COUNTERS, 0)
         self._latencies = [0] * (len(LATENCY_BOUNDS_MS) + 1)

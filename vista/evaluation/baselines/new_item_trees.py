@@ -28,9 +28,10 @@ _TREES = {"max_iter": 100, "learning_rate": 0.05, "max_leaf_nodes": 8, "min_samp
 
 
 class NewItemTrees:
-    """Probability that a new item occurs in the next events, by scikit-learn's HistGradientBoosting.
+    """Score that grows with the probability that a new item occurs in the next events, by HistGradientBoosting.
 
-    Only the candidates of `NewItemFeatures` have one. Other new items rank below them, by popularity. Items of the
+    It is the probability in training (scikit-learn), where few of the candidates that do not occur are drawn. Only the
+    candidates of `NewItemFeatures` have one. Other new items rank below them, by popularity. Items of the
     history rank above all new ones, by own frequency that decays over 200 events.
 
     Raises:

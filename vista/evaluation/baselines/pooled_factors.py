@@ -75,6 +75,6 @@ class PooledFactors:
             features.append(np.column_stack([cosines, self._popularity[item], np.ones(len(row))]))
             labels.append(np.arange(len(row)) < len(positive))
         weights = fit_probability(np.concatenate(features), np.concatenate(labels).astype(np.float64))
-        # Among such negatives, popularity tells too little by exactly its logarithm.
+        # Negatives are drawn in proportion to 1 + popularity, so the fitted weight of log popularity is 1 too low.
         weights[-2] += 1
         return weights[:-1]
