@@ -148,7 +148,7 @@ class Trainer:
         self._budget = None if config.optim.minutes is None else TimeBudget(config.optim.minutes)
         self.precision = choose_precision(config.precision, self.device)
         self._identity = run_identity(config, log, downstream, self.precision)
-        self._frozen_items = FrozenItems.of(self.model, log, self.source.counts, config)
+        self._frozen_items: FrozenItems | None = None
 
     def run(self) -> RankingModel:
         """Train to the end, from the newest checkpoint if there is one; returns the exported model."""
@@ -174,6 +174,10 @@ class Trainer:
         newest = latest_checkpoint(self.run_dir / "checkpoints") if config.resume else None
         if newest is not None:
             self._restore(newest)
+        if not self.progress.finished(config.optim.epochs):
+            self._frozen_items = FrozenItems.of(self.model, self.log, self.source.counts, config)
+        if newest is not None:
+            self._check_frozen_items(newest)
         else:
             start_model(self.model, self.log, self.source, config, self.precision, self._frozen_items)
         if newest is None and not config.resume:
@@ -342,18 +346,21 @@ class Trainer:
             raise CheckpointError(
                 f"{path}: belongs to another version of the model ({error}); remove {self.run_dir}, or set resume=false"
             ) from error
-        if self._frozen_items is not None and (change := self._frozen_items.change()) > MOST_CHANGE:
-            raise CheckpointError(
-                f"{path}: its item vectors are factors that come out {change:.0%} different here, perhaps because of "
-                "another number of threads, processor, or version of torch; resume where the run began, or set "
-                "resume=false to start a new run"
-            )
         self.optimizers.dense.load_state_dict(state["optimizer"])
         self.optimizers.table.load_state_dict(state["table_optimizer"])
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] and self.device.type == "cuda":
             torch.cuda.set_rng_state_all(state["cuda_rng"])
         self.progress = Progress(**state["progress"])
+
+    def _check_frozen_items(self, path: Path) -> None:
+        """Refuse to resume if rounding gave other factors than those in the checkpoint, such as rotated ones."""
+        if self._frozen_items is not None and (change := self._frozen_items.change()) > MOST_CHANGE:
+            raise CheckpointError(
+                f"{path}: its item vectors are factors that come out {change:.0%} different here, perhaps because of "
+                "another number of threads, processor, or version of torch; resume where the run began, or set "
+                "resume=false to start a new run"
+            )
 
 
 def _validation(log: EventLog, item_rows: NDArray[np.int64], config: TrainConfig) -> Validation | None:
