@@ -63,11 +63,7 @@ class Explanation:
         """
         explained = _shares_of_next if task == NEXT_TASK else partial(_shares_of_task, task)
         value, shares = explained(snapshot, request, rows.to(snapshot.model.device))
-        summary, tail, own, counted = shares.summary.clone(), shares.tail.clone(), shares.query[0], shares.counters
-        if len(shares.query) > 1:  # The query token of `next` starts from the newest event, and from the mean token.
-            tail[:, -1] += shares.query[1]
-        if len(shares.query) > 2:
-            summary[:, 0] += shares.query[2]
+        summary, tail, own, counted = shares.summary, shares.tail, shares.query[0], shares.counters
         valid = request.tail.valid[0]
         items = request.tail.item[0][valid]
         ids = snapshot.model.items.ids(np.maximum(items - 1, 0)).tolist()
@@ -88,7 +84,8 @@ class Explanation:
 def _shares_of_next(snapshot: ServingSnapshot, request: Request, rows: Tensor) -> tuple[Tensor, Attribution]:
     """The scores [C] of `next`, and their contributions.
 
-    The query token has parts (`VistaModel.request_parts`). The score of a counted item has two terms: one of its
+    What the query token starts from (`VistaModel.request_parts`) counts as its own share, or as a share of the newest
+    event or of the mean token. The score of a counted item has two terms: one of its
     counters, and one of the user vector, which is broken down.
     """
     model, counters = snapshot.model, request.counters
@@ -114,7 +111,12 @@ def _shares_of_next(snapshot: ServingSnapshot, request: Request, rows: Tensor) -
 
     parts = [part.reshape(1, -1).expand(len(rows), -1) for part in model.request_parts(seen, context)]
     shares = attribute(model.target_attention, parts, None if gap is None else gap[0], context, head)
-    return value, replace(shares, counters=of_counters)
+    own, newest, *mean = shares.query
+    summary, tail = shares.summary.clone(), shares.tail.clone()
+    tail[:, -1] += newest
+    if mean:
+        summary[:, 0] += mean[0]
+    return value, replace(shares, summary=summary, tail=tail, query=[own], counters=of_counters)
 
 
 @torch.no_grad()
