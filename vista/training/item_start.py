@@ -35,9 +35,10 @@ def start_from_factors(model: RankingModel, log: EventLog, counts: Int, seed: in
 class FrozenItems:
     """Item vectors of a model whose table is frozen `UserFactors`. Training reads factors without a batch's own users.
 
-    Factors of all users know who had which item, labels included. With them, the items of a training window have far
-    larger cosines than those of a later window, and training would learn to trust cosines too much. Leaving out a
-    batch's users removes most of this difference, not all of it (`vista.examples.user_factors`).
+    Factors of all users are fitted to all of their items, labels included. With them, the items of a training window
+    have far larger cosines than those of a later window, and training would learn to trust cosines too much. Leaving
+    out a batch's users gives the factors of the other users approximately: in simulations of pure noise, it removes 69
+    to 88 % of the difference (`vista.examples.user_factors`).
     """
 
     def __init__(self, table: Tensor, factors: UserFactors) -> None:
