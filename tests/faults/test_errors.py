@@ -15,6 +15,7 @@ import shutil
 import signal
 import warnings
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from tests.faults.harness import Trial, promise
 from tests.faults.judging import MAX_MESSAGE, MAX_TEXT, UNTYPED, attempt, judge, outcomes
 from tests.faults.nursery import Nursery, Say
 from tests.faults.public_functions import NOT_CALLED, documented, public_functions
-from tests.faults.test_mutations import MOST_SECONDS, limit_resources
+from tests.faults.test_mutations import MOST_BYTES, MOST_SECONDS, limit_resources
 from vista.cli.command_table import COMMANDS
 from vista.cli.main import main
 from vista.config.config_keys import ConfigKeys, to_yaml
@@ -37,13 +38,16 @@ from vista.errors import shortened, shown
 HOSTILE_CALLS = [(name, place) for name, one in API_CALLS.items() for place in range(len(one.values))]
 random.Random(0).shuffle(HOSTILE_CALLS)
 CALLS = 50
+COMMAND_BYTES = 4 << 30
+"""Memory of a command. Ten epochs of a small training take more than 1 GiB, because torch keeps compiled products of
+each shape; then it ends the process."""
 
 
-def copies(world: str, scratch: str, numbers: list[int]) -> Iterator[tuple[int, Path]]:
-    """Each number with a copy of a world, which is the working directory meanwhile."""
+def copies(world: str, scratch: str, numbers: list[int], most_bytes: int = MOST_BYTES) -> Iterator[tuple[int, Path]]:
+    """Each number with a copy of a world, which is the working directory meanwhile; with limited memory."""
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
-    limit_resources()
+    limit_resources(most_bytes)
     for number in numbers:
         folder = Path(scratch, str(number))
         shutil.copytree(world, folder)
@@ -232,7 +236,7 @@ def call_commands(say: Say, world: str, scratch: str, numbers: list[int]) -> Non
     In the first round, no word is hostile, and the commands must succeed.
     """
     signal.signal(signal.SIGALRM, interrupt)
-    for number, folder in copies(world, scratch, numbers):
+    for number, folder in copies(world, scratch, numbers, COMMAND_BYTES):
         chance = random.Random(number)
         command, is_hostile = list(COMMANDS)[number % len(COMMANDS)], number >= len(COMMANDS)
         word = f"{chance.choice(list(ConfigKeys.of(COMMANDS[command].schema).keys))}={chance.choice(HOSTILE_VALUES)}"
@@ -260,5 +264,9 @@ def call_commands(say: Say, world: str, scratch: str, numbers: list[int]) -> Non
     each=len(COMMANDS),
 )
 def test_hostile_words(trial: Trial, nursery: Nursery, world_of_commands: Path) -> None:
-    numbers = list(trial.numbers)
-    judge(trial, outcomes(nursery, call_commands, world_of_commands, trial.folder, numbers=numbers, timeout_s=300))
+    # A child per word: what one command leaves in memory does not count against the next one's limit.
+    of_words = (
+        outcomes(nursery, call_commands, world_of_commands, trial.folder, numbers=[number], timeout_s=300)
+        for number in trial.numbers
+    )
+    judge(trial, chain.from_iterable(of_words))

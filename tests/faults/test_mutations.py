@@ -48,9 +48,9 @@ def whole(nursery: Nursery, world: Path, tmp_path_factory: pytest.TempPathFactor
     return make
 
 
-def limit_resources() -> None:
-    """Limit this process to MOST_BYTES of memory, without a core dump."""
-    resource.setrlimit(resource.RLIMIT_DATA, (MOST_BYTES, MOST_BYTES))
+def limit_resources(most_bytes: int = MOST_BYTES) -> None:
+    """Limit this process's memory, without a core dump."""
+    resource.setrlimit(resource.RLIMIT_DATA, (most_bytes, most_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
