@@ -234,13 +234,16 @@ def holds_watched(folder: Path) -> None:
     holds_all_events(folder)
 
 
-def checkpoints(folder: Path) -> None:
-    """Save three checkpoints, or as a resumed run, those after the newest one."""
-    root = folder / "run" / "checkpoints"
-    newest = latest_checkpoint(root)
-    done = 4 if newest is None else int(newest.name.removeprefix("step-"))
-    for step in range(done + 1, 8):
-        save_checkpoint(root, step, {"a": torch.full((1000,), float(step))}, {})
+def checkpoints(folder: Path, since: int = 5) -> None:
+    """Save the checkpoints of the steps up to 7."""
+    for step in range(since, 8):
+        save_checkpoint(folder / "run" / "checkpoints", step, {"a": torch.full((1000,), float(step))}, {})
+
+
+def resumed_checkpoints(folder: Path) -> None:
+    """Save those after the newest checkpoint, as a run that resumes: a save removes the checkpoints of later steps."""
+    newest = latest_checkpoint(folder / "run" / "checkpoints")
+    checkpoints(folder, 5 if newest is None else int(newest.name.removeprefix("step-")) + 1)
 
 
 def holds_checkpoints(folder: Path) -> None:
@@ -333,7 +336,7 @@ OPERATIONS: dict[str, Operation] = {
         lambda folder: compact_log(folder / "log") and None, holds_log_compacted, before=log_compact_before
     ),
     "a look of watch": Operation(watch_once, holds_watched, before=watch_before),
-    "three checkpoints": Operation(checkpoints, holds_checkpoints),
+    "three checkpoints": Operation(resumed_checkpoints, holds_checkpoints),
     "a training run": Operation(train_small, holds_trained),
     "a simulation": Operation(simulate_small, holds_simulated),
 }
