@@ -71,7 +71,9 @@ FILES = {
         lambda folder: operations.num_events(operations.log_of(folder)),
     ),
     "the state of a checkpoint": SmallFile(
-        "run/checkpoints/step-00000007/state.json", OPERATIONS["three checkpoints"], newest_checkpoint
+        "run/checkpoints/step-00000007/state.json",
+        Operation(operations.checkpoints, operations.holds_checkpoints),
+        newest_checkpoint,
     ),
 }
 
