@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from tests.conftest import small_config
+from tests.examples.grouped_logs import HIDDEN, grouped_log, visible
 from vista.arrays import Int
 from vista.config.choices import ItemStart
 from vista.examples.item_factors import SMOOTHING, START_RMS, item_factors
@@ -21,30 +22,12 @@ from vista.training.item_start import start_from_factors
 from vista.training.trainer import Trainer, train
 
 NUM_ITEMS = 40
-HIDDEN = 2
-"""Newest events of each user that training does not see."""
 
 
 def log_of(folder: Path, *, future: int = 0) -> EventLog:
-    """Histories that stay within two groups of items; `future` changes their newest HIDDEN events."""
-    rng = np.random.default_rng(3)
-    users, items = [], []
-    for user, length in enumerate([3, 30, 1, 25, 60, 45, 80]):
-        history = (user % 2) * NUM_ITEMS // 2 + rng.integers(0, NUM_ITEMS // 2, length)
-        history[-HIDDEN:] = (history[-HIDDEN:] + future) % NUM_ITEMS
-        users += [user] * length
-        items += history.tolist()
-    # Every item occurs, so that all logs have the same vocabulary.
-    users, items = [*users, *[99] * NUM_ITEMS], [*items, *range(NUM_ITEMS)]
-    return EventLog.from_frame(
-        {"user": users, "item": items, "timestamp": np.arange(len(users))}, folder, time_unit="s"
-    )
-
-
-def visible(log: EventLog) -> Int:
-    counts = np.maximum(log.lengths - HIDDEN, 0)
-    counts[log.users.rows([99])] = 0
-    return counts
+    half = NUM_ITEMS // 2
+    lengths = [3, 30, 1, 25, 60, 45, 80]
+    return grouped_log(folder, lengths, num_items=NUM_ITEMS, group_size=half, offset=half, future=future)
 
 
 def pairs_of(log: EventLog, counts: Int) -> Counter[tuple[int, int]]:

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from tests.conftest import small_config
-from vista.arrays import Int
+from tests.examples.grouped_logs import grouped_log, visible
 from vista.config.choices import ItemStart
 from vista.errors import CheckpointError
 from vista.examples import user_factors
@@ -22,31 +22,12 @@ from vista.training.metrics_writer import MetricsWriter
 from vista.training.trainer import Trainer, train
 
 NUM_ITEMS, NUM_USERS = 24, 12
-HIDDEN = 2
-"""Newest events of each user that are not visible."""
 ROWS = np.arange(NUM_ITEMS) + 1
 
 
 def log_of(folder: Path, *, future: int = 0) -> EventLog:
-    """Histories that stay within two groups of items; `future` changes their newest HIDDEN events."""
-    rng = np.random.default_rng(3)
-    users, items = [], []
-    for user in range(NUM_USERS):
-        history = (user % 2) * 8 + rng.integers(0, 16, 6 + 2 * user)
-        history[-HIDDEN:] = (history[-HIDDEN:] + future) % NUM_ITEMS
-        users += [user] * len(history)
-        items += history.tolist()
-    # Every item occurs, so that all logs have the same vocabulary.
-    users, items = [*users, *[99] * NUM_ITEMS], [*items, *range(NUM_ITEMS)]
-    return EventLog.from_frame(
-        {"user": users, "item": items, "timestamp": np.arange(len(users))}, folder, time_unit="s"
-    )
-
-
-def visible(log: EventLog) -> Int:
-    counts = np.maximum(log.lengths - HIDDEN, 0)
-    counts[log.users.rows([99])] = 0
-    return counts
+    lengths = [6 + 2 * user for user in range(NUM_USERS)]
+    return grouped_log(folder, lengths, num_items=NUM_ITEMS, group_size=16, offset=8, future=future)
 
 
 def matrix_of(log: EventLog) -> NDArray[np.float64]:
