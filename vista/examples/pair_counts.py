@@ -5,7 +5,6 @@ Letters: P pairs of items, T events of a block.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -14,13 +13,12 @@ import numpy as np
 from vista.arrays import Int
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories
-from vista.log.splits import visible_blocks
+from vista.log.splits import random_users_counts, visible_blocks
 
 REACH = 15
 """Two events of a history form a pair if one comes at most this many positions after the other."""
 BLOCK_EVENTS = 1 << 19
 """Events whose pairs are counted at once (a longer history is read alone)."""
-logger = logging.getLogger(__name__)
 
 
 class PairCounts(NamedTuple):
@@ -46,21 +44,7 @@ def pair_counts(
             pairs, which is at most REACH per event.
         rng: chooses these users.
     """
-    users = np.flatnonzero(counts > 1)
-    total = int(counts[users].sum())
-    if total > most_events:
-        order = rng.permutation(users)
-        chosen = order[np.cumsum(counts[order]) - counts[order] < most_events]
-        counted = np.zeros_like(counts)
-        counted[chosen] = counts[chosen]
-        logger.info(
-            "pairs of items are counted among %d of %d events: those of %d random users of %d",
-            counted.sum(),
-            total,
-            len(chosen),
-            len(users),
-        )
-        counts = counted
+    counts = random_users_counts(counts, most_events, rng, "pairs of items are counted among", least=2)
     width = int(item_rows.max(initial=0)) + 1
     blocks = visible_blocks(log, counts, BLOCK_EVENTS)
     key, times = distinct_counts(_near_keys(block, item_rows, width) for block in blocks)

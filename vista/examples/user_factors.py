@@ -20,16 +20,15 @@ Letters: N users, V1 model rows, E entries of W, M model dim, R rows.
 
 from __future__ import annotations
 
-import logging
-
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from vista.arrays import Int
-from vista.examples.item_factors import MOST_EVENTS, START_RMS
+from vista.arrays import Float32s, Int
+from vista.examples.item_factors import MOST_EVENTS, OVERSAMPLING, POWER_ITERATIONS, START_RMS
+from vista.examples.pair_counts import BLOCK_EVENTS
 from vista.log.event_log import EventLog
-from vista.log.histories import ranges, token_groups
+from vista.log.histories import ranges
+from vista.log.splits import random_users_counts, visible_blocks
 
 MIN_USERS = 3
 """Items with fewer users have no vector, because it would only identify those users.
@@ -39,13 +38,6 @@ with one of them, and only there, so that a missing vector would identify the it
 MOST_FACTORS = 32
 """Columns that are not 0, at most. On the validation part of complete-journey, 32 are as good as 16 and 64 (research
 log)."""
-OVERSAMPLING = 16
-"""Columns of the randomized SVD beyond M."""
-POWER_ITERATIONS = 4
-_BLOCK_EVENTS = 1 << 19
-
-Floats = NDArray[np.float32]
-logger = logging.getLogger(__name__)
 
 
 class UserFactors:
@@ -78,10 +70,10 @@ class UserFactors:
             torch.manual_seed(seed)
             left, scale, _ = torch.svd_lowrank(matrix, q=columns, niter=POWER_ITERATIONS)
         of_users = torch.where(scale > 1e-6 * scale.max(), left / scale, 0)[:, :size]
-        self._users: Floats = np.pad(of_users.numpy(), ((0, 0), (0, dim - of_users.shape[1])))
-        self._items: Floats = np.pad((matrix.t() @ of_users).numpy(), ((0, 0), (0, dim - of_users.shape[1])))
+        self._users, self._items, self._dim = of_users.numpy(), (matrix.t() @ of_users).numpy(), dim
+        self._size = self._rms(self._items)
 
-    def vectors(self, rows: Int, without: Int | None = None) -> Floats:
+    def vectors(self, rows: Int, without: Int | None = None) -> Float32s:
         """Vectors float32 [R, M] of sorted, distinct model rows int64 [R], each with the root mean square START_RMS.
 
         Rows without a vector, and items that only the users `without` had, are 0.
@@ -98,29 +90,23 @@ class UserFactors:
             inside = np.flatnonzero(rows[place] == self._row[entry])
             owner = np.repeat(without, count)[inside]
             np.subtract.at(found, place[inside], self._value[entry[inside], None] * self._users[owner])
-        size = np.sqrt(np.mean(found**2, axis=1, keepdims=True))
-        whole = np.sqrt(np.mean(self._items[rows] ** 2, axis=1, keepdims=True))
+        size = self._rms(found)
         # If all users of an item are left out, only rounding errors remain.
-        return np.where(size > 1e-4 * whole, found * (START_RMS / np.maximum(size, 1e-30)), 0).astype(np.float32)
+        scaled = np.where(size > 1e-4 * self._size[rows], found * (START_RMS / np.maximum(size, 1e-30)), 0)
+        return np.pad(scaled.astype(np.float32), ((0, 0), (0, self._dim - scaled.shape[1])))
+
+    def _rms(self, vectors: Float32s) -> Float32s:
+        """Root mean square of each row, [R, 1], over all M columns: those that are not kept are 0."""
+        size: Float32s = np.sqrt(np.sum(vectors**2, axis=1, keepdims=True) / np.float32(self._dim))
+        return size
 
 
 def _distinct_items(log: EventLog, item_rows: Int, counts: Int, num_rows: int, seed: int) -> tuple[Int, Int]:
     """Pairs of a user and a known model row of one of the user's items, each once, sorted."""
-    users = np.flatnonzero(counts > 0)
-    if (total := int(counts[users].sum())) > MOST_EVENTS:
-        order = np.random.default_rng(seed).permutation(users)
-        chosen = np.sort(order[np.cumsum(counts[order]) - counts[order] < MOST_EVENTS])
-        logger.info(
-            "items are factorized by %d of %d events: those of %d random users of %d",
-            counts[chosen].sum(),
-            total,
-            len(chosen),
-            len(users),
-        )
-        users = chosen
-    keys = [np.zeros(0, np.int64)]
-    for group in token_groups(counts[users], _BLOCK_EVENTS):
-        histories = log.gather(users[group], counts[users[group]])
-        item, owner = item_rows[histories.item], np.repeat(users[group], histories.lengths)
-        keys.append(np.unique((owner * num_rows + item)[item > 0]))
+    counts = random_users_counts(counts, MOST_EVENTS, np.random.default_rng(seed), "items are factorized by")
+    keys, begin = [np.zeros(0, np.int64)], 0
+    for histories in visible_blocks(log, counts, BLOCK_EVENTS):
+        item = item_rows[histories.item]
+        keys.append(np.unique(((begin + histories.owner) * num_rows + item)[item > 0]))
+        begin += histories.num_users
     return np.divmod(np.concatenate(keys), num_rows)

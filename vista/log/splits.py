@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,6 +15,7 @@ from vista.log.event_log import EventLog
 from vista.log.histories import Histories, token_groups
 from vista.log.until import Until, parse_time, parse_until
 
+logger = logging.getLogger(__name__)
 EVENTS_PER_BLOCK = 1 << 22
 """Events of histories that are read at once."""
 MIN_EVENTS = 3
@@ -59,6 +61,29 @@ def visible_blocks(log: EventLog, counts: NDArray[np.int64], events: int = EVENT
         raise ValueError(f"counts must have one entry per user, {log.num_users} in all, got shape {counts.shape}")
     for part in token_groups(counts, events):
         yield log.gather(np.arange(part.start, part.stop), counts[part])
+
+
+def random_users_counts(
+    counts: NDArray[np.int64], most_events: int, rng: np.random.Generator, what: str, *, least: int = 1
+) -> NDArray[np.int64]:
+    """Visible events per user, with 0 for some random users if all have more than `most_events`.
+
+    Args:
+        counts: int64 [num_users].
+        rng: chooses the users.
+        what: what is done with the events, for the log line that says how many are left.
+        least: users with fewer events take no part.
+    """
+    users = np.flatnonzero(counts >= least)
+    total = int(counts[users].sum())
+    if total <= most_events:
+        return counts
+    order = rng.permutation(users)
+    chosen = order[np.cumsum(counts[order]) - counts[order] < most_events]
+    left = np.zeros_like(counts)
+    left[chosen] = counts[chosen]
+    logger.info("%s %d of %d events: those of %d random users of %d", what, left.sum(), total, len(chosen), len(users))
+    return left
 
 
 def split_until(data: DataConfig, part: str) -> Until:
