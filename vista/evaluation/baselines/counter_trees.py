@@ -5,14 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vista.arrays import Floats, Int
-from vista.errors import MissingDependencyError
-from vista.evaluation.baselines.counter_features import CounterFeatures, counter_features
+from vista.evaluation.baselines.boosted_trees import boosted_trees, in_windows
+from vista.evaluation.baselines.counter_features import counter_features
 from vista.evaluation.baselines.popularity import tie_breaker
 from vista.evaluation.baselines.training_questions import training_questions
-from vista.evaluation.window_cases import WindowCases
 from vista.examples.frequency import item_counts
 from vista.log.event_log import EventLog
 
@@ -36,13 +34,7 @@ class CounterTrees:
             horizon_events: number of next events in which an item may return.
             at_one_time: whether all users are asked at one time (as in a split by time), or each after an event.
         """
-        try:
-            from sklearn.ensemble import HistGradientBoostingClassifier
-        except ImportError as error:
-            raise MissingDependencyError(
-                f"counter trees need scikit-learn ({error}); install it with: pip install 'vista-recsys[baselines]'"
-            ) from error
-        self._make: Any = HistGradientBoostingClassifier
+        self._make = boosted_trees(self.name)
         self._horizon, self._at_one_time = horizon_events, at_one_time
 
     def fit(self, log: EventLog, counts: Int, rng: np.random.Generator) -> None:
@@ -56,7 +48,7 @@ class CounterTrees:
                 part = cases.part(slice(begin, begin + _USERS_PER_BLOCK))
                 features = counter_features(log, part.user, part.seen, part.now, popularity)
                 inputs.append(features.value)
-                labels.append(_returns(features, part, log.num_items))
+                labels.append(in_windows(part, features.row, features.item, log.num_items))
         label = np.concatenate(labels) if labels else np.zeros(0, np.bool_)
         self._trees: Any = None
         if label.any() and not label.all():
@@ -70,9 +62,3 @@ class CounterTrees:
         if self._trees is not None and len(features.row):
             out[features.row, features.item] += self._trees.predict_proba(features.value)[:, 1]
         return out
-
-
-def _returns(features: CounterFeatures, cases: WindowCases, num_items: int) -> NDArray[np.bool_]:
-    """bool [E]: whether the item is in the user's window."""
-    label = np.repeat(np.arange(len(cases)), np.diff(cases.offsets)) * num_items + cases.item
-    return np.isin(features.row * num_items + features.item, label)

@@ -5,15 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vista.arrays import Floats, Int
-from vista.errors import MissingDependencyError
-from vista.evaluation.baselines.new_item_features import Candidates, NewItemFeatures, had_items
+from vista.evaluation.baselines.boosted_trees import boosted_trees, in_windows
+from vista.evaluation.baselines.new_item_features import NewItemFeatures, had_items
 from vista.evaluation.baselines.own_frequency import OwnFrequency
 from vista.evaluation.baselines.popularity import tie_breaker
 from vista.evaluation.baselines.training_questions import training_questions
-from vista.evaluation.window_cases import WindowCases
 from vista.examples.frequency import item_counts
 from vista.log.event_log import EventLog
 
@@ -46,13 +44,7 @@ class NewItemTrees:
             horizon_events: number of next events in which an item may occur.
             at_one_time: whether all users are asked at one time (as in a split by time), or each after an event.
         """
-        try:
-            from sklearn.ensemble import HistGradientBoostingClassifier
-        except ImportError as error:
-            raise MissingDependencyError(
-                f"new-item trees need scikit-learn ({error}); install it with: pip install 'vista-recsys[baselines]'"
-            ) from error
-        self._make: Any = HistGradientBoostingClassifier
+        self._make = boosted_trees(self.name)
         self._horizon, self._at_one_time = horizon_events, at_one_time
         self._own = OwnFrequency(events=_DECAY)
 
@@ -69,7 +61,7 @@ class NewItemTrees:
             for begin in blocks.tolist():
                 part = cases.part(slice(begin, begin + _USERS_PER_BLOCK))
                 found = features.candidates(part.user, part.seen, part.now)
-                label = _follows(found, part, log.num_items)
+                label = in_windows(part, np.arange(len(part))[:, None], found.item, log.num_items)
                 drawn = rng.random(label.shape) < _NEGATIVES / label.shape[1]
                 kept = found.is_new & (label | drawn)
                 inputs.append(found.value[kept])
@@ -90,9 +82,3 @@ class NewItemTrees:
                 out[row, found.item[row, place]] += self._trees.predict_proba(found.value[row, place])[:, 1]
         had = had_items(self._log, user, seen)
         return np.where(had, 1 + self._own.scores(user, seen, now), out)
-
-
-def _follows(found: Candidates, cases: WindowCases, num_items: int) -> NDArray[np.bool_]:
-    """bool [n, C]: whether the item is in the user's window."""
-    label = np.repeat(np.arange(len(cases)), np.diff(cases.offsets)) * num_items + cases.item
-    return np.isin(np.arange(len(cases))[:, None] * num_items + found.item, label)
