@@ -19,7 +19,7 @@ from vista.evaluation.per_user_metrics import mean_and_error
 from vista.evaluation.window_cases import WindowCases
 from vista.evaluation.window_metrics import window_metrics
 from vista.log.event_log import EventLog
-from vista.log.histories import token_groups
+from vista.log.histories import offsets_of, token_groups
 from vista.log.splits import EVENTS_PER_BLOCK
 
 SCORES_PER_BATCH = 1 << 25
@@ -117,7 +117,7 @@ def seen_columns(log: EventLog, cases: NextItemCases | WindowCases, item_columns
     columns = item_columns[history.item]
     known = columns >= 0
     # The number of known items among the first t packed events; at the histories' offsets it gives the new offsets.
-    known_before = np.concatenate([[0], np.cumsum(known)]).astype(np.int64)
+    known_before = offsets_of(known)
     return columns[known], known_before[history.offsets]
 
 

@@ -21,7 +21,7 @@ from vista.errors import ConfigError
 from vista.examples.frequency import item_counts
 from vista.log.event_log import EventLog
 from vista.log.gaps import history_gaps
-from vista.log.histories import Histories, ranges
+from vista.log.histories import Histories, offsets_of, ranges
 from vista.log.splits import split_until, visible_counts
 from vista.model.history_states import covered_lengths
 from vista.model.vista_model import VistaModel
@@ -190,7 +190,7 @@ def _share_beaten(
             gaps[:, None],
             None if rating is None else rating[:, None],
         )
-    offsets = tensor(np.concatenate([[0], np.cumsum(lengths)]))
+    offsets = tensor(offsets_of(lengths))
     age = tensor(histories.lengths[windows.row] - windows.start)
     judged = valid.any(1)
     shares = []

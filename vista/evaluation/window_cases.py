@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from vista.arrays import Int
 from vista.log.event_log import EventLog
 from vista.log.gaps import DAY_MS
-from vista.log.histories import Histories, token_groups
+from vista.log.histories import Histories, offsets_of, token_groups
 from vista.log.splits import EVENTS_PER_BLOCK
 
 
@@ -97,10 +97,10 @@ def window_cases(
         if horizon_days:
             begin = np.full(len(rows), now) if now is not None else before.timestamp[before.offsets[1:] - 1]
             after = _until(after, begin + math.ceil(horizon_days * DAY_MS))
-        keys = _distinct(after, log.num_items)
+        keys = distinct_items(after, log.num_items)
         owner, own = np.divmod(keys, log.num_items)
         item.append(own)
-        is_new.append(~np.isin(keys, _distinct(before, log.num_items), assume_unique=True))
+        is_new.append(~np.isin(keys, distinct_items(before, log.num_items), assume_unique=True))
         lengths.append(np.bincount(owner, minlength=len(rows)))
     return WindowCases(
         user,
@@ -108,16 +108,16 @@ def window_cases(
         None if now is None else np.full(len(user), now, np.int64),
         np.concatenate(item),
         np.concatenate(is_new),
-        np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64),
+        offsets_of(np.concatenate(lengths)),
     )
 
 
 def _until(events: Histories, end: Int) -> Histories:
     """The leading events of each history strictly before a time, int64 [B]."""
-    early = np.concatenate([[0], np.cumsum(events.timestamp < np.repeat(end, events.lengths))])
+    early = offsets_of(events.timestamp < np.repeat(end, events.lengths))
     return events.select(np.zeros(events.num_users, np.int64), np.diff(early[events.offsets]))
 
 
-def _distinct(events: Histories, num_items: int) -> Int:
+def distinct_items(events: Histories, num_items: int) -> Int:
     """int64: number of the history times num_items plus item, ascending, each once."""
     return np.unique(events.owner * num_items + events.item)

@@ -76,8 +76,8 @@ class Histories:
         return Histories(self.item[index], self.timestamp[index], self.action[index], rating, offsets)
 
 
-def offsets_of(lengths: Int) -> Int:
-    """Where packed parts with these lengths [B] begin and end: int64 [B + 1], from 0."""
+def offsets_of(lengths: Int | NDArray[np.bool_]) -> Int:
+    """Where packed parts with these lengths [B] begin and end: int64 [B + 1], from 0. A bool counts as its number."""
     offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
     return offsets

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vista.arrays import Floats, Int
 from vista.evaluation.baselines.pooled_means import NUM_MEANS, factor_vectors, mean_weights, pooled_means
+from vista.evaluation.window_cases import distinct_items
 from vista.examples.frequency import item_counts
 from vista.examples.negatives import NegativeSampler
 from vista.log.event_log import EventLog
@@ -143,7 +144,7 @@ def _wanted(unit: Tensor, maps: Tensor, before: Histories) -> Tensor:
 
 def _labels(after: Histories, num_items: int) -> Tensor:
     """int64 [B, P]: the distinct items of each window; -1 pads."""
-    owner, item = np.divmod(np.unique(after.owner * num_items + after.item), num_items)
+    owner, item = np.divmod(distinct_items(after, num_items), num_items)
     count = np.bincount(owner, minlength=after.num_users)
     labels = np.full((after.num_users, int(count.max())), -1)
     labels[owner, ranges(0, count)] = item
