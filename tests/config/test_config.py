@@ -161,10 +161,10 @@ def test_other_values_name_their_key(make: type, values: dict[str, Any], message
 
 def test_frequencies_are_counted_for_those_who_read_them() -> None:
     data = DataConfig(frequencies="count_min")  # type: ignore[arg-type]
-    for model in ({"popularity": True}, {"counters": True}):
-        TrainConfig(data=data, model=ModelConfig(**model))
+    for popularity, counters in ((True, False), (False, True), (None, None)):
+        TrainConfig(data=data, model=ModelConfig(popularity=popularity, counters=counters))
     with pytest.raises(ConfigError, match=r"data\.frequencies: frequencies are not used"):
-        TrainConfig(data=data)
+        TrainConfig(data=data, model=ModelConfig(popularity=False, counters=False))
 
 
 def test_reconstructed_items_need_negatives() -> None:

@@ -262,7 +262,7 @@ def test_training_at_a_position_is_a_request_after_its_events(
         for seen in range(int(packed.lengths[user])):
             before = asked.slice(user, 0, seen)
             label = packed.slice(user, seen, seen + 1)
-            scores = items @ model.user_vectors(before, label.timestamp)[0] / model.config.temperature
+            scores = items @ model.user_vectors(before, label.timestamp)[0] / model.config.softmax_temperature
             losses.append(F.cross_entropy(scores[None], torch.from_numpy(label.item.astype(np.int64)) - 1))
     torch.testing.assert_close(trained.parts["next"], torch.stack(losses).mean())
 
@@ -272,7 +272,7 @@ def test_training_at_a_position_is_a_request_after_its_events(
         seen = int(event - packed.offsets[user])
         users = model.user_vectors(asked.slice(user, 0, seen), packed.timestamp[[event]])
         window = np.unique(packed.slice(user, seen, seen + 6).item).astype(np.int64)
-        shares = torch.log_softmax(items @ users[0] / model.config.temperature, 0)
+        shares = torch.log_softmax(items @ users[0] / model.config.softmax_temperature, 0)
         losses.append(-shares[torch.from_numpy(window) - 1].sum())
     assert len(losses) == 3 + 1 + 2 + 1
     torch.testing.assert_close(trained.parts["window"], torch.stack(losses).mean())

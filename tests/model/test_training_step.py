@@ -35,7 +35,7 @@ def trainer(log: EventLog, run_dir: Path, num_rows: int) -> Trainer:
     """A trainer whose table has `num_rows` rows, over which the log's items are spread."""
     config = TrainConfig(
         model=ModelConfig(dim=DIM, num_heads=2, num_seeds=4, num_layers=1, num_target_layers=1, tail_len=8),
-        data=DataConfig(tokens_per_batch=256, label_spacing=8, num_negatives=64),
+        data=DataConfig(exclude_seen=True, tokens_per_batch=256, label_spacing=8, num_negatives=64),
         optim=OptimConfig(validate_every=0, warmup_steps=1),
         run_dir=str(run_dir),
         precision=Precision.float32,
@@ -144,7 +144,7 @@ def test_an_event_shown_as_unknown_acts_like_an_unknown_item(make: SimpleNamespa
     # As labels the items are known.
     is_label = batch.labels.item >= 0
     items = F.normalize(model.item_table.detach()[1:], dim=-1)
-    scores = make.outputs(model, shown)[0][is_label] @ items.T / model.config.temperature
+    scores = make.outputs(model, shown)[0][is_label] @ items.T / model.config.softmax_temperature
     with torch.no_grad():
         losses = model.losses(shown, model.item_vectors(shown.rows), OptimConfig())
     expected = F.cross_entropy(scores, batch.rows[batch.labels.item[is_label]] - 1)

@@ -281,7 +281,9 @@ class TestTraining:
             scores = scorer.score([103, 100], [0, 390, 7])
             users, (ids, items) = scorer.user_vectors([103, 100]), scorer.item_vectors()
         columns = [ids.tolist().index(item) for item in (0, 390)]
-        np.testing.assert_allclose(scores[:, :2], users @ items[columns].T / model.config.temperature, atol=1e-4)
+        np.testing.assert_allclose(
+            scores[:, :2], users @ items[columns].T / model.config.softmax_temperature, atol=1e-4
+        )
         assert not scores[:, 2].any() and np.abs(scores[:, :2]).min() > 0, "an unknown item is neutral"
         expected = model.item_vectors(torch.from_numpy(model.item_rows([0, 390]))).detach().numpy()
         np.testing.assert_allclose(

@@ -49,7 +49,7 @@ def expected_scores(
         lines: dict[str, list[float]] = {task: [] for task in scores}
         for row in model.item_rows(items).tolist():
             item = torch.nn.functional.normalize(model.item_table[row], dim=0)
-            lines["next"].append(float(vector @ item) / model.config.temperature)
+            lines["next"].append(float(vector @ item) / model.config.softmax_temperature)
             if model.schema.tasks:
                 logits = inference.candidate_logits(model, context, gap, torch.tensor([[row]]))[0, 0]
                 for task, logit in zip(model.schema.tasks, logits, strict=True):
@@ -152,7 +152,7 @@ class TestScores:
         assert ids.tolist() == served.log.items.ids(np.arange(served.log.num_items)).tolist()
         np.testing.assert_allclose(np.linalg.norm(users, axis=1), 1, atol=1e-5)
         scores = scorer.score(USERS, ids)
-        np.testing.assert_allclose(users @ items.T / scorer.model.config.temperature, scores, atol=1e-4)
+        np.testing.assert_allclose(users @ items.T / scorer.model.config.softmax_temperature, scores, atol=1e-4)
         items[:] = 0  # The array is the caller's own copy.
         np.testing.assert_array_equal(scorer.score(USERS, ids), scores)
 
@@ -160,7 +160,7 @@ class TestScores:
         now = START + 300 * DAY
         scores = scorer.catalog_scores(USERS, now=now)
         _, items = scorer.item_vectors()
-        users = scorer.user_vectors(USERS, now=now) / np.float32(scorer.model.config.temperature)
+        users = scorer.user_vectors(USERS, now=now) / np.float32(scorer.model.config.softmax_temperature)
         np.testing.assert_array_equal(scores, users @ items.T)
         np.testing.assert_allclose(scores, scorer.predict(USERS, scorer.item_vectors()[0], now=now)["next"], atol=1e-5)
         assert scores.dtype == np.float32 and (scores != scorer.catalog_scores(USERS)).any()

@@ -27,6 +27,11 @@ PLANNED = {
     "optim.epochs": 30,
     "optim.warmup_steps": 1,
     "model.item_start": ItemStart.factors,
+    "model.counters": True,
+    "model.popularity": True,
+    "model.mean_token": True,
+    "model.temperature": 0.3,
+    "optim.window_weight": 1.0,
 }
 """What the small log resolves to."""
 
@@ -55,7 +60,7 @@ def test_null_settings_follow_the_log(event_log: EventLog, caplog: pytest.LogCap
     assert all(value_of(config, key) is None for key in PLANNED)
     repeats, line = caplog.messages
     assert repeats.startswith("data.exclude_seen=false: ")
-    assert line.startswith("settings from the log: data.tokens_per_batch=512 (")
+    assert line.startswith("settings from the log: model.counters=true (users return to items), model.popularity=true")
     assert line.count("=") + repeats.count("=") == len(PLANNED)
     assert plan_run(resolved, event_log) == resolved and len(caplog.messages) == 2
 
@@ -69,6 +74,11 @@ def test_null_settings_follow_the_log(event_log: EventLog, caplog: pytest.LogCap
         ("optim.epochs", 0),
         ("optim.warmup_steps", 0),
         ("model.item_start", ItemStart.random),
+        ("model.counters", False),
+        ("model.popularity", False),
+        ("model.mean_token", False),
+        ("model.temperature", 0.05),
+        ("optim.window_weight", 0.0),
     ],
 )
 def test_explicit_settings_win(event_log: EventLog, key: str, value: Any) -> None:
@@ -76,6 +86,29 @@ def test_explicit_settings_win(event_log: EventLog, key: str, value: Any) -> Non
     group, _, name = key.partition(".")
     setattr(getattr(config, group), name, value)
     assert value_of(plan_run(config, event_log), key) == value
+
+
+def test_settings_that_the_plan_leaves_without_use_are_refused(event_log: EventLog) -> None:
+    data = DataConfig(exclude_seen=True, frequencies="count_min")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"data\.frequencies: frequencies are not used"):
+        plan_run(TrainConfig(data=data), event_log)
+
+
+def test_counters_are_for_logs_with_returns(event_log: EventLog, served_tasks: Served) -> None:
+    def plan(config: TrainConfig, log: EventLog = event_log) -> tuple[Any, ...]:
+        found = plan_run(config, log)
+        model = found.model
+        return model.counters, model.popularity, model.mean_token, model.temperature, found.optim.window_weight
+
+    off, on = (False, False, False, 0.05, 0.0), (True, True, True, 0.3, 1.0)
+    assert plan(TrainConfig(data=DataConfig(exclude_seen=True))) == off
+    assert plan(TrainConfig(optim=OptimConfig(next_weight=0, window_weight=0))) == off  # ranks no items
+    assert plan(TrainConfig(model=ModelConfig(counters=True), data=DataConfig(exclude_seen=True))) == on
+    assert plan(TrainConfig(model=ModelConfig(num_seeds=0))) == (True, True, False, 0.3, 1.0)
+    tasks = replace(
+        served_tasks.config, model=ModelConfig(), data=replace(served_tasks.config.data, exclude_seen=False)
+    )
+    assert plan(tasks, served_tasks.log) == off  # labeled impressions
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def counted_share(model: RankingModel, batch: Batch) -> float:
     """Mean probability that the items of users who have counters are counted items, in a softmax of the catalog."""
     assert model.counted is not None and batch.anchors is not None and batch.anchors.counters is not None
     vectors = model.item_vectors(batch.rows)
-    logits = model.anchor_users(batch, vectors) @ inference.item_vectors(model).t() / model.config.temperature
+    logits = model.anchor_users(batch, vectors) @ inference.item_vectors(model).t() / model.config.softmax_temperature
     shares = []
     for logit, slots in zip(logits, batch.anchors.counters.item, strict=True):
         own = batch.rows[slots[slots >= 0]] - 1

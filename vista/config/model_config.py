@@ -49,9 +49,10 @@ class ModelConfig:
     num_seeds: int = 16
     """Number of summary tokens K per user. With 0, only the tail is read, and the state with
     target_attention=quasi_linear."""
-    mean_token: bool = False
+    mean_token: bool | None = None
     """Let the first summary token be the mean token, from which user vectors start: a learned map of the mean of all
-    events that the summary covers. It needs architecture=vista and mixing=separable."""
+    events that the summary covers. It needs architecture=vista, mixing=separable, and num_seeds above 0. null: with
+    counters, where these hold."""
     num_layers: int = 2
     """Number of layers of stage 1, or of SASRec, HSTU, and FuXi-Linear."""
     num_target_layers: int = 2
@@ -99,8 +100,8 @@ class ModelConfig:
     stage 2."""
     dropout: float = 0.2
     """Share of activations, in [0, 1), that are dropped in training."""
-    temperature: float = 0.05
-    """Temperature by which the retrieval head divides its cosines."""
+    temperature: float | None = None
+    """Temperature by which the retrieval head divides its cosines. null: 0.05, or 0.3 with counters."""
     use_action: bool = True
     """Add the action to the event embedding, if the log has several actions."""
     use_rating: bool = True
@@ -123,18 +124,19 @@ class ModelConfig:
     """What the vectors of items are before training: random, factors of their co-occurrences in the training events, or
     user_factors, a factorization of which users had which items, which needs table_rate=0. null: factors, or random
     with embedding_rows."""
-    counters: bool = False
+    counters: bool | None = None
     """Score the items that a user had before by counters: how often and how recently the user had each of them. The
-    store holds the counters of the user's most frequent items with each summary."""
+    store holds the counters of the user's most frequent items with each summary. null: if items are ranked, users
+    return to them (`data.exclude_seen` is false), and no task is trained."""
     counter_keys: int = 64
     """With counters, number of items per user that are stored: the most frequent ones."""
-    counter_days: list[float] = field(default_factory=lambda: [30.0])
+    counter_days: list[float] = field(default_factory=lambda: [7.0, 30.0])
     """With counters, time constants in days of sums that decay with time. A log without times has none."""
-    counter_events: list[float] = field(default_factory=lambda: [200.0])
+    counter_events: list[float] = field(default_factory=lambda: [32.0, 200.0])
     """With counters, time constants in events of sums that decay with newer events."""
-    popularity: bool = False
+    popularity: bool | None = None
     """Let each user's next items follow the items' popularity in the training events by a learned amount. Retrieval
-    vectors then have dim + 1 entries."""
+    vectors then have dim + 1 entries. null: with counters."""
 
     def __post_init__(self) -> None:
         check_types(self, "model.")
@@ -176,6 +178,18 @@ class ModelConfig:
             "model.popularity",
             f"{self.architecture.value} does not rank next items; set model.popularity=false",
         )
+
+    @property
+    def softmax_temperature(self) -> float:
+        """`temperature`, with null resolved."""
+        if self.temperature is not None:
+            return self.temperature
+        return 0.3 if self.counters else 0.05
+
+    @property
+    def can_have_mean_token(self) -> bool:
+        """Whether a seed reads the state of separable mixing, which the mean token can take the place of."""
+        return self.architecture is Architecture.vista and self.mixing is Mixing.separable and self.num_seeds > 0
 
     @property
     def num_state_rows(self) -> int:
@@ -240,7 +254,7 @@ class ModelConfig:
 
     def _check_mean_token(self) -> None:
         require(
-            self.architecture is Architecture.vista and self.mixing is Mixing.separable and self.num_seeds > 0,
+            self.can_have_mean_token,
             "model.mean_token",
             f"takes the place of a seed that reads the state of separable mixing, got "
             f"architecture={self.architecture.value}, mixing={self.mixing.value}, and num_seeds={self.num_seeds}; set "

@@ -32,9 +32,9 @@ class OptimConfig:
     fit, and the learning rate falls over these steps. null: optim.epochs decides."""
     next_weight: float = 1.0
     """Weight of the sampled softmax over next items. 0 does not train next items, and validates windows instead."""
-    window_weight: float = 0.0
+    window_weight: float | None = None
     """Weight of the softmax over the items of the window that follows a question (`data.horizon_events`). 0 does not
-    train windows."""
+    train windows. null: 1 with model.counters, else 0."""
     logq_strength: float = 1.0
     """How much of the items' log popularity the next-item scores learn, in [0, 1]. 1 is the plain softmax; 0 removes
     popularity from the scores."""

@@ -94,7 +94,7 @@ class TrainConfig:
             "data.unknown_share",
             "only applies to architectures that rank next items; leave it out",
         )
-        reads_popularity = self.model.counters or self.model.popularity
+        reads_popularity = self.model.counters is not False or self.model.popularity is not False
         uses_frequencies = self.data.negative_power != 0 or self.optim.logq_strength != 1 or reads_popularity
         require(
             self.data.frequencies is Counting.exact or uses_frequencies,
@@ -145,7 +145,13 @@ class TrainConfig:
     @property
     def trains_window(self) -> bool:
         """Whether the items of the window that follows are predicted."""
-        return self.optim.window_weight > 0 and not self.model.architecture.ranks_only
+        return self.window_weight > 0 and not self.model.architecture.ranks_only
+
+    @property
+    def window_weight(self) -> float:
+        """`optim.window_weight`, with null resolved."""
+        weight = self.optim.window_weight
+        return float(bool(self.model.counters)) if weight is None else weight
 
 
 def without_places(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

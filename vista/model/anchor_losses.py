@@ -32,7 +32,7 @@ def anchor_losses(
     parts: dict[str, Tensor] = {}
 
     def loss(users: Tensor, label: Tensor, counted: CountedSlots | None) -> Tensor:
-        temperature = model.config.temperature
+        temperature = model.config.softmax_temperature
         return window_loss(
             users, items, label, negatives.item, negatives.log_weight, temperature, batch.logit_adjustment, counted
         )
@@ -41,7 +41,7 @@ def anchor_losses(
         known = (anchors.next_item >= 0).nonzero().squeeze(-1)
         label = anchors.next_item[known].unsqueeze(1)
         parts["next"] = loss(users[known], label, CountedSlots(counted.item[known], counted.logit[known]))
-    if optim.window_weight > 0:
+    if optim.window_weight:
         # Labels are summed. Their mean number is a constant, so that anchors with many labels weigh more.
         parts["window"] = loss(users, anchors.item, counted) / anchors.mean_labels
     return parts
@@ -66,7 +66,7 @@ def start_counted(model: RankingModel, batch: Batch, vectors: Tensor, returning_
         counted,
         negatives.item,
         negatives.log_weight,
-        model.config.temperature,
+        model.config.softmax_temperature,
         batch.logit_adjustment,
     )
     num_counted = (counted >= 0).sum(1)
@@ -84,7 +84,7 @@ def _counted_slots(
         return None
     full = torch.promote_types(users.dtype, torch.float32)
     with torch.autocast(users.device.type, enabled=False):
-        score = products(users.to(full), items.to(full), slots.item) / model.config.temperature
+        score = products(users.to(full), items.to(full), slots.item) / model.config.softmax_temperature
         popularity = model.item_popularity[batch.rows][slots.item.clamp(min=0)]
         logit = model.counted(slots.codes, score, popularity, slots.num_events, users.to(full))
     return CountedSlots(slots.item, logit)

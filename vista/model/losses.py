@@ -34,7 +34,7 @@ def weighted_losses(parts: dict[str, Tensor], optim: OptimConfig) -> Losses:
     """
     weights = {
         "next": optim.next_weight,
-        "window": optim.window_weight,
+        "window": optim.window_weight or 0.0,
         "reconstruction": optim.reconstruction_weight,
     }
     total = sum((weights.get(name, optim.task_weight) * part for name, part in parts.items()), torch.zeros(()))

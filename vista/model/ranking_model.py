@@ -81,7 +81,9 @@ class RankingModel(nn.Module):
         )
 
         retrieval, spec = schema.has_retrieval, self.counter_spec
-        self.popularity = PopularityTerm(config.dim, config.temperature) if config.popularity and retrieval else None
+        self.popularity = (
+            PopularityTerm(config.dim, config.softmax_temperature) if config.popularity and retrieval else None
+        )
         self.counted = CountedItemHead(spec.num_columns, self.retrieval_dim) if spec is not None and retrieval else None
         """Scores items that the user had before; None without counters."""
         if self.popularity is not None or self.counted is not None:

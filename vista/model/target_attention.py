@@ -69,7 +69,7 @@ class TargetAttention(nn.Module):
         super().__init__()
         self.tail_len = config.tail_len
         self.num_seeds = config.num_seeds
-        self.has_mean = config.mean_token
+        self.has_mean = bool(config.mean_token)
         self.layers = module_list([target_layer(config) for _ in range(config.num_target_layers)])
         num_reads, head_dim = config.num_layers if config.num_state_rows else 0, config.dim // config.num_heads
         self.reads = module_list([QuasiLinearRead(config) for _ in range(num_reads)])

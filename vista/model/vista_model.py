@@ -174,7 +174,7 @@ class VistaModel(RankingModel):
         label = batch.labels.item.flatten()
         known = (label >= 0).nonzero().squeeze(-1)
         items = self.retrieval_items(item_vectors, batch.rows)
-        return next_loss(batch, items, users.flatten(0, 1)[known], label[known], self.config.temperature)
+        return next_loss(batch, items, users.flatten(0, 1)[known], label[known], self.config.softmax_temperature)
 
     def _reconstruction(self, batch: Batch, item_vectors: Tensor, encoded: Tensor, summaries: Tensor) -> Tensor:
         assert self.decoder is not None
@@ -190,7 +190,7 @@ class VistaModel(RankingModel):
             label = events.item[index]
             known = (batch.rows[label] > 0).nonzero().squeeze(-1)
             users, items = self.retrieval_users(predicted[known]), self.retrieval_items(item_vectors, batch.rows)
-            return next_loss(batch, items, users, label[known], self.config.temperature)
+            return next_loss(batch, items, users, label[known], self.config.softmax_temperature)
         return reconstruction_loss(predicted, target, stop_gradient=self.config.stop_gradient)
 
     def user_vectors(self, gap: Tensor | None, seen: Tensor, context: TargetContext) -> Tensor:

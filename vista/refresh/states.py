@@ -26,7 +26,7 @@ def has_states(model: VistaModel) -> bool:
     """
     config = model.config
     if model.summarizer is None:
-        return config.counters
+        return bool(config.counters)
     return config.mixing is Mixing.separable and config.history_limit == 0
 
 

@@ -90,7 +90,7 @@ def _shares_of_next(snapshot: ServingSnapshot, request: Request, rows: Tensor) -
     """
     model, counters = snapshot.model, request.counters
     context, gap, seen = _inputs(model, request)
-    items = snapshot.retrieval_vectors()[rows] / model.config.temperature
+    items = snapshot.retrieval_vectors()[rows] / model.config.softmax_temperature
     user = inference.user_vectors(model, context, gap)
     value: Tensor = items @ user[0]
     of_counters = torch.zeros_like(value)

@@ -147,7 +147,8 @@ class Downstream:
 
 def _check_model(config: TrainConfig, base: VistaModel) -> None:
     asked, kept = to_dict(config.model), to_dict(base.config)
-    changed = [key for key in KEPT_KEYS if asked[key] != kept[key]]
+    # A mean token that is null has not been asked for.
+    changed = [key for key in KEPT_KEYS if (asked[key] or False) != (kept[key] or False)]
     if bool(config.model.num_state_rows) != bool(base.config.num_state_rows):
         changed.append("target_attention")  # The records hold a state, or they do not. Other kinds may differ.
     if config.model.summary_lag != base.config.summary_lag and "tail_in_summary" not in changed:

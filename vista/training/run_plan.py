@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import replace
+from typing import Any
 
-from vista.config import OptimConfig, TrainConfig
+from vista.config import ModelConfig, OptimConfig, TrainConfig
 from vista.config.choices import ItemStart, Stage
+from vista.examples.batch_source import trained_tasks
 from vista.log.event_log import EventLog
 from vista.log.repeats import leaves_out_seen
 from vista.log.splits import split_until, visible_counts
@@ -42,6 +44,9 @@ def plan_run(config: TrainConfig, log: EventLog, since: int | None = None) -> Tr
     data, optim, model = replace(config.data), replace(config.optim), replace(config.model)
 
     data.exclude_seen = leaves_out_seen(log, data)
+    if config.stage is Stage.joint:  # a downstream model has the counters of its base
+        excluded = data.exclude_seen or not config.ranks_items or trained_tasks(log, optim)
+        reasons += _plan_returns(model, optim, returns=not excluded)
     if data.tokens_per_batch is None:
         least, most = TOKENS_PER_BATCH
         nearest = 2 ** round(math.log2(max(num_events / BATCHES_PER_EPOCH, 1)))
@@ -66,6 +71,32 @@ def plan_run(config: TrainConfig, log: EventLog, since: int | None = None) -> Tr
     if reasons:
         logger.info("settings from the log: %s", ", ".join(reasons))
     return replace(config, data=data, optim=optim, model=model)
+
+
+def _plan_returns(model: ModelConfig, optim: OptimConfig, *, returns: bool) -> list[str]:
+    """Resolve the settings that counters decide; returns those that follow from the log, and why.
+
+    Args:
+        returns: whether what is trained is to rank items that users may have had before.
+    """
+    decided = []
+    if model.counters is None:
+        model.counters = returns
+        if returns:
+            decided.append("model.counters=true (users return to items)")
+    follows: dict[str, tuple[ModelConfig | OptimConfig, Any]] = {
+        "popularity": (model, model.counters),
+        "mean_token": (model, model.counters and model.can_have_mean_token),
+        "temperature": (model, model.softmax_temperature),
+        "window_weight": (optim, float(model.counters)),
+    }
+    for key, (group, value) in follows.items():
+        if getattr(group, key) is None:
+            setattr(group, key, value)
+            if model.counters:
+                name = "model" if group is model else "optim"
+                decided.append(f"{name}.{key}={str(value).lower()}")
+    return decided
 
 
 def warmup_steps(optim: OptimConfig, planned_steps: int) -> int:

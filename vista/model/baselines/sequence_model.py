@@ -163,7 +163,9 @@ class SequenceModel(HistoryModel):
         parts: dict[str, Tensor] = {}
         items = self.retrieval_items(item_vectors, batch.rows)
         if users:
-            parts["next"] = next_loss(batch, items, torch.cat(users), torch.cat(labels), self.config.temperature)
+            parts["next"] = next_loss(
+                batch, items, torch.cat(users), torch.cat(labels), self.config.softmax_temperature
+            )
         if askers:
             parts |= anchor_losses(self, batch, _in_order(askers), items, optim)
         if logits:
