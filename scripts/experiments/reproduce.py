@@ -130,6 +130,7 @@ def _line(settings: argparse.Namespace, run: TableRun, measured: RowMeasurement)
         "config": run.config,
         **measured.origin.fields(),
         **({"errors": defined(measured.errors)} if measured.errors else {}),
+        **({"curve": list(measured.origin.curve)} if table.curve and measured.origin.curve else {}),
     }
 
 

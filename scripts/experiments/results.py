@@ -42,7 +42,7 @@ _TYPE_OF_KEY: dict[str, type | tuple[type, ...]] = {
     "hardware": dict,
     "seconds": (int, float),
 }
-_OPTIONAL = {"completed": str, "errors": dict, "seeds": list, "resolved": dict}
+_OPTIONAL = {"completed": str, "errors": dict, "seeds": list, "resolved": dict, "curve": list}
 # Files that a result depends on. docs/results is not one of them: it changes with every result.
 _SOURCES = ("vista", "kernels", "conf", "scripts", "pyproject.toml")
 

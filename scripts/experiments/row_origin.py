@@ -39,6 +39,8 @@ class RowOrigin:
     """{commit, hardware} of these processes; empty for counting baselines and for runs without the file."""
     validation: Mapping[str, float] = field(default_factory=dict)
     """Validation metrics of the exported pass, the best one."""
+    curve: tuple[tuple[float, float], ...] = ()
+    """(seconds of the run, NDCG@10) of each validation that ranked next items, in a row with one model."""
     resolved: Mapping[str, Any] = field(default_factory=dict)
     """{part of the split: settings {model, data, optim} of its model}, with null settings as the run planned them."""
 
@@ -50,6 +52,7 @@ class RowOrigin:
             folders: {part of the split: folder of its model, whose run is in folder/run}.
         """
         seconds, validation, resolved = 0.0, dict[str, float](), dict[str, Any]()
+        curve = list[tuple[float, float]]()
         for part, folder in folders.items():
             run = folder / "run"
             newest = latest_checkpoint(run / "checkpoints")
@@ -60,10 +63,12 @@ class RowOrigin:
             best: dict[str, float | None] = next(
                 (row["validation"] for row in reversed(rows) if row.get("is_best")), {}
             )
+            validated = [row for row in rows if (row.get("validation") or {}).get("ndcg@10") is not None]
+            curve += [(row["seconds"], row["validation"]["ndcg@10"]) for row in validated]
             validation |= {name: value for name, value in best.items() if value is not None}
             resolved[part] = without_places(yaml.safe_load((run / "config.yaml").read_text()))
         origins = [json.loads(line) for folder in folders.values() for line in _text(folder / ORIGINS).splitlines()]
-        return cls(seconds, tuple(origins), validation, resolved)
+        return cls(seconds, tuple(origins), validation, tuple(curve) if len(folders) == 1 else (), resolved)
 
     def fields(self) -> dict[str, Any]:
         """commit, hardware, seconds and, of a trained row, `resolved` of a line that this process measures.

@@ -42,6 +42,10 @@ def test_who_trained_and_who_measures(
     fields = RowOrigin.read({"test": tmp_path}).fields()
     assert fields["commit"] == "aaa" and fields["hardware"] == MACHINE | {"precision": precision}
     assert fields["seconds"] > 0 and RowOrigin.read({"test": tmp_path}).validation.keys() == {"hr@10", "ndcg@10"}
+    ((seconds, value),) = RowOrigin.read({"test": tmp_path}).curve
+    assert 0 < seconds <= fields["seconds"] + 0.1
+    assert value == RowOrigin.read({"test": tmp_path}).validation["ndcg@10"]
+    assert RowOrigin.read({"validation": tmp_path, "test": tmp_path}).curve == ()  # two models
     now("bbb", "Second CPU")
     train_noted(config, event_log, tmp_path)  # the run is done: nothing is trained
     fields = RowOrigin.read({"test": tmp_path}).fields()

@@ -29,6 +29,8 @@ class Table:
     """Whether to report the recall of the summaries (`vista.evaluation.recall`)."""
     validation: bool = False
     """Whether to report the validation metrics of the exported pass, by which a row is chosen."""
+    curve: bool = False
+    """Whether a line lists the validations of its run, for `scripts.experiments.plot_minutes`."""
     windows: bool = False
     """Whether to measure the window after a question (`vista evaluate target=window`), on validation and test, instead
     of next items and impressions on test. Each part is answered by a model that is trained on all events before its

@@ -105,9 +105,15 @@ def _newcomer(data: str, *, windows: bool) -> Table:
     chooses an epoch, as it would by default.
     """
     names = list(BASELINE_MINUTES) if windows else ["popularity", "transitions", "item neighbors"]
-    rows = {"vista": TableRow(22 if windows else 11, ("optim.minutes=10",)), **_baselines(*names)}
+    minutes, budget = (22 if windows else 11), "optim.minutes=10"
+    others = () if windows else ("sasrec", "hstu")
+    rows = {
+        "vista": TableRow(minutes, (budget,)),
+        **{name: TableRow(minutes, (budget, f"model={name}")) for name in others},
+        **_baselines(*names),
+    }
     pairs = tuple(("vista", name) for name in names) if windows else ()
-    return Table("", data, rows, LAST_MODEL if windows else (), windows=windows, pairs=pairs)
+    return Table("", data, rows, LAST_MODEL if windows else (), windows=windows, pairs=pairs, curve=not windows)
 
 
 TABLES = {

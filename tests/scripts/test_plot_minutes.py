@@ -1,0 +1,30 @@
+"""The plot of quality against minutes draws the curves of result files, or says which table to run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts.experiments import plot_minutes
+
+pytestmark = pytest.mark.research
+TABLE = "newcomer-ml-latest-small"
+
+
+def line(model: str, **values: Any) -> str:
+    fields = {"table": TABLE, "data": "ml-latest-small", "model": model, "seed": 1, "config": {}, "command": "c"}
+    return json.dumps({**fields, "commit": "c", "hardware": {}, "seconds": 1.0, "metrics": {"ndcg@10": 0.1}, **values})
+
+
+def test_curves_become_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--results", str(tmp_path), "--out", str(tmp_path / "minutes.png")]
+    (tmp_path / f"{TABLE}.jsonl").write_text(line("popularity") + "\n")
+    assert plot_minutes.main(words) == 1
+    assert f"reproduce newcomer-ml-1m-half or {TABLE}" in capsys.readouterr().err
+    curves = [line("vista", curve=[[60, 0.1], [120, 0.2]]), line("hstu", curve=[[60, 0.05]]), line("popularity")]
+    (tmp_path / f"{TABLE}.jsonl").write_text("\n".join(curves) + "\n")
+    assert plot_minutes.main(words) == 0
+    assert (tmp_path / "minutes.png").read_bytes().startswith(b"\x89PNG")
