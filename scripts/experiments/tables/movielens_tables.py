@@ -81,7 +81,15 @@ ML_1M = {
         tails=(2, 4, 8, 16, 32),
         apart=(16, 32),
     ),
-    # Its baseline: the same width, passes and share of unknown items, over the last 200 events.
+    # The same without summaries that a caller has to make older: they leave the newest 64 events to the tail.
+    "vista-wide-apart": TableRow(
+        85,
+        (
+            *("model.dim=128", "model.dropout=0.25", "data.unknown_share=0.15"),
+            *("model.tail_len=64", "data.label_spacing=32", "model.tail_in_summary=false"),
+        ),
+    ),
+    # Their baseline: the same width, passes and share of unknown items, over the last 200 events.
     "hstu-wide": TableRow(
         65, ("model=hstu", "model.num_layers=8", "model.dim=128", "model.dropout=0.25", "data.unknown_share=0.15")
     ),
