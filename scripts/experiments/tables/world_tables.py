@@ -6,6 +6,8 @@ from scripts.experiments.tables.table import Table
 from scripts.experiments.tables.table_row import K0, ORACLE, TableRow
 
 WORLDS = ("returns", "sequence", "conjunction", "seasons", "drift")
+COUNTERS = ("model.counters=true", "optim.window_weight=0")
+"""Counters of candidates in ranking, and the losses of the rows without them."""
 REFERENCES = {
     "last 2,000 events": TableRow(1, untrained="last 2000"),
     "pooled": TableRow(1, untrained="pooled"),
@@ -17,7 +19,9 @@ def _world(name: str) -> Table:
     """Half as many users as in the table `simulation`, and twice as many passes."""
     rows = {
         "vista": TableRow(12),
+        "vista, counters": TableRow(13, COUNTERS),
         "tail-only": TableRow(7, K0),
+        "tail-only, counters": TableRow(8, (*K0, *COUNTERS)),
         "hstu": TableRow(20, ("model=hstu",)),
         "hstu-2,000": TableRow(60, ("model=hstu", "model.history_limit=2000")),
         # As large a share of the history as 100 of 1,000 events.
