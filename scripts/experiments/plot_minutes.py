@@ -2,22 +2,21 @@
 
     python -m scripts.experiments.plot_minutes
 
-A line is one run with the default settings and ten minutes: NDCG@10 of next items after each pass.
-Dotted lines are counting baselines on the test, which differs from the validation by one event per user.
+A line is one run with the default settings and ten minutes: NDCG@10 of next items after each epoch.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
 from scripts.experiments.results import newest_rows, read_results
 from scripts.experiments.tables import TABLES
+from vista.errors import DataError
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -33,12 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("docs/results/minutes.png"))
     settings = parser.parse_args(arguments)
     files = {name: settings.results / f"{name}.jsonl" for name, table in TABLES.items() if table.curve}
-    rows = {
-        name: [line for seeds in newest_rows(read_results(path)).values() for line in seeds]
-        for name, path in files.items()
-        if path.exists()
-    }
-    panels = {name: lines for name, lines in rows.items() if any("curve" in line for line in lines)}
+    try:
+        rows = {name: newest_rows(read_results(path)) for name, path in files.items() if path.exists()}
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    lines = {name: [line for seeds in models.values() for line in seeds] for name, models in rows.items()}
+    panels = {name: drawn for name, all_of in lines.items() if (drawn := [line for line in all_of if "curve" in line])}
     if not panels:
         names = " or ".join(files)
         print(
@@ -47,8 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 1
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), squeeze=False)
-    for axis, (name, lines) in zip(axes[0], panels.items(), strict=True):
-        _draw(axis, lines)
+    for axis, (name, drawn) in zip(axes[0], panels.items(), strict=True):
+        for line in drawn:
+            label, color = STYLES[line["model"]]
+            seconds, values = zip(*line["curve"], strict=True)
+            label = label if line["seed"] == drawn[0]["seed"] else "_"  # once in the legend
+            axis.plot([value / 60 for value in seconds], values, ".-", color=color, label=label)
         axis.set(xlabel="minutes of training", title=TABLES[name].data, ylim=(0, None))
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
@@ -57,21 +61,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     figure.savefig(settings.out, dpi=120)
     print(settings.out)
     return 0
-
-
-def _draw(axis: Any, lines: Sequence[Mapping[str, Any]]) -> None:
-    labeled = set[str]()
-    for line in lines:
-        model = line["model"]
-        if "curve" in line:
-            label, color = STYLES[model]
-            seconds, values = zip(*line["curve"], strict=True)
-            minutes = [value / 60 for value in seconds]
-            axis.plot(minutes, values, ".-", color=color, label=None if model in labeled else label)
-            labeled.add(model)
-        elif "ndcg@10" in line["metrics"]:
-            axis.axhline(line["metrics"]["ndcg@10"], linestyle=":", color="gray")
-            axis.annotate(model, (0, line["metrics"]["ndcg@10"]), fontsize="x-small")
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@
     python -m scripts.experiments.results docs/results/ml-1m.jsonl      # prints the table
 
 A row has the keys {table, data, model, seed, metrics: {"ndcg@10": …}, command, config, commit, hardware, seconds}, and
-may have four more:
+may have five more:
 
 - completed: the date on which settings that it had left to a default were written into its config;
 - errors: {metric: standard error over users}, where the metrics are means over users;
+- curve: [[seconds, NDCG@10], …] of the validations of its run;
 - seeds: all seeds, if the row is a mean over several; `seed` is then the first;
 - resolved: {part of the split: settings of the model that is measured there}, with those that `config` leaves to the
   plan of the run (null). Rows are compared by `config`, which then has the constants of the plan.

@@ -20,6 +20,7 @@ from vista.config import EvaluateConfig, TrainConfig
 from vista.config.choices import Architecture, Split, Target
 from vista.config.composition import compose_config
 from vista.config.conversion import to_dict
+from vista.config.model_config import TEMPERATURES
 from vista.errors import ConfigError
 from vista.evaluation.baseline_evaluation import asked_horizons
 from vista.log.repeats import RETURNING
@@ -32,8 +33,8 @@ UNREAD_BY_BASELINES = (
 UNTRAINED_SEED = 0
 PLANNED = {
     "data": ("exclude_seen", "num_negatives", "tokens_per_batch"),
-    "model": ("item_start",),
-    "optim": ("epochs", "warmup_steps"),
+    "model": ("item_start", "counters", "popularity", "mean_token", "temperature"),
+    "optim": ("epochs", "warmup_steps", "window_weight"),
 }
 """Settings that `vista.training.run_plan.plan_run` decides where they are null."""
 PLAN = {
@@ -47,6 +48,11 @@ PLAN = {
     "timed_warmup_share": run_plan.TIMED_WARMUP_SHARE,
     "returning": RETURNING,
 }
+OFF = (
+    *("model.counters=false", "model.popularity=false", "model.mean_token=false", "model.temperature=0.05"),
+    "optim.window_weight=0",
+)
+"""Settings of tables without windows, which were measured before training planned these from the log."""
 """Constants of that plan. A line of a row with planned settings does not count as done after one of them changed."""
 SPLIT = ("split", "validation_from", "test_from", "validation_share", "test_share", "exclude_seen")
 """Keys of DataConfig that the untrained rows depend on."""
@@ -110,7 +116,8 @@ def train_config(table: Table, row: TableRow) -> TrainConfig:
     """The training configuration of a row."""
     words = [f"experiment={table.experiment}"] if table.experiment else []
     words += SETS[table.data].words if table.simulation is None else ()
-    return compose_config(TrainConfig, [*words, *table.words, *row.words])
+    off = () if table.windows or table.curve else OFF
+    return compose_config(TrainConfig, [*words, *off, *table.words, *row.words])
 
 
 def part_configs(table: Table, row: TableRow) -> dict[str, TrainConfig]:
@@ -156,6 +163,8 @@ def recorded_config(table: Table, row: TableRow) -> dict[str, Any]:
     recorded |= {"model": model, "optim": values["optim"]}
     if any(recorded[group].get(key, "absent") is None for group, keys in PLANNED.items() for key in keys):
         recorded["plan"] = dict(PLAN)
+        if recorded["model"]["temperature"] is None:
+            recorded["plan"]["temperatures"] = list(TEMPERATURES)
     if row.base:
         kept = recorded_config(table, table.rows[row.base])
         flat = {f"{group}.{key}": value for group in kept for key, value in kept[group].items()}

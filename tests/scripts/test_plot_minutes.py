@@ -24,6 +24,8 @@ def test_curves_become_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (tmp_path / f"{TABLE}.jsonl").write_text(line("popularity") + "\n")
     assert plot_minutes.main(words) == 1
     assert f"reproduce newcomer-ml-1m-half or {TABLE}" in capsys.readouterr().err
+    (tmp_path / f"{TABLE}.jsonl").write_text("{}\n")
+    assert plot_minutes.main(words) == 1 and "line 1: result: missing keys" in capsys.readouterr().err
     curves = [line("vista", curve=[[60, 0.1], [120, 0.2]]), line("hstu", curve=[[60, 0.05]]), line("popularity")]
     (tmp_path / f"{TABLE}.jsonl").write_text("\n".join(curves) + "\n")
     assert plot_minutes.main(words) == 0

@@ -98,6 +98,18 @@ def test_the_base_stays_as_it_is(served_tasks: Served, liked: tuple[TrainConfig,
     assert model.schema.tasks == ["like"] and model.task_head is not None and model.task_head.out_features == 1
 
 
+def test_null_settings_are_those_of_the_base(served_tasks: Served, past_store: Path, tmp_path: Path) -> None:
+    null = {f"model__{key}": None for key in ("counters", "mean_token", "popularity", "temperature")}
+    unread = {"model__counter_days": [3.0], "model__counter_keys": 7}  # without counters
+    config = downstream_config(served_tasks, past_store, tmp_path, **null, **unread, optim__window_weight=None)
+    base = served_tasks.model.config
+    with Downstream.open(config, served_tasks.log) as downstream:
+        found = downstream.config.model
+        assert (found.counters, found.mean_token, found.popularity) == (False, False, False)
+        assert found.temperature == base.temperature
+        assert Trainer(downstream.config, served_tasks.log, downstream).config.optim.window_weight == 0
+
+
 def test_a_table_that_all_features_share_stays_too(served_tasks: Served, tmp_path: Path) -> None:
     log, given = served_tasks.log, served_tasks.config
     base = VistaModel(replace(given.model, embedding_rows=15), served_tasks.model.schema, log.items, given.data).eval()

@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import Served, small_config
 from vista.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 from vista.config.checks import planned
-from vista.config.choices import ItemStart, Stage
+from vista.config.choices import Architecture, ItemStart, Mixing, Stage
 from vista.config.composition import compose_config
 from vista.errors import ConfigError
 from vista.log.event_log import EventLog
@@ -60,8 +60,11 @@ def test_null_settings_follow_the_log(event_log: EventLog, caplog: pytest.LogCap
     assert all(value_of(config, key) is None for key in PLANNED)
     repeats, line = caplog.messages
     assert repeats.startswith("data.exclude_seen=false: ")
-    assert line.startswith("settings from the log: model.counters=true (users return to items), model.popularity=true")
-    assert line.count("=") + repeats.count("=") == len(PLANNED)
+    assert line.startswith(
+        "settings from the log: model.counters=true (data.exclude_seen=false), model.popularity=true"
+    )
+    assert "model.temperature=0.3, optim.window_weight=1, data.tokens_per_batch=512 (" in line
+    assert line.count("=") + repeats.count("=") == len(PLANNED) + 1
     assert plan_run(resolved, event_log) == resolved and len(caplog.messages) == 2
 
 
@@ -103,6 +106,10 @@ def test_counters_are_for_logs_with_returns(event_log: EventLog, served_tasks: S
     off, on = (False, False, False, 0.05, 0.0), (True, True, True, 0.3, 1.0)
     assert plan(TrainConfig(data=DataConfig(exclude_seen=True))) == off
     assert plan(TrainConfig(optim=OptimConfig(next_weight=0, window_weight=0))) == off  # ranks no items
+    assert plan(TrainConfig(optim=OptimConfig(next_weight=0))) == on  # windows only
+    assert plan(TrainConfig(model=ModelConfig(architecture=Architecture.sim))) == off  # ranks candidates only
+    bidirectional = ModelConfig(mixing=Mixing.bidirectional)
+    assert plan(TrainConfig(model=bidirectional)) == (True, True, False, 0.3, 1.0)
     assert plan(TrainConfig(model=ModelConfig(counters=True), data=DataConfig(exclude_seen=True))) == on
     assert plan(TrainConfig(model=ModelConfig(num_seeds=0))) == (True, True, False, 0.3, 1.0)
     tasks = replace(

@@ -29,8 +29,10 @@ from vista.model.padded_tail import pad_tail
 from vista.model.ranking_model import RankingModel
 from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
+from vista.refresh import refresh
+from vista.scorer import Scorer
 from vista.training.metrics_writer import MetricsWriter
-from vista.training.trainer import Trainer
+from vista.training.trainer import Trainer, train
 from vista.training.validation import Validation
 
 
@@ -224,3 +226,21 @@ def test_tasks_read_the_counters_of_candidates(served_tasks: Served, tmp_path: P
         np.testing.assert_allclose(predicted[n], asked.probabilities(int(cases.item[n])), rtol=1e-4, atol=1e-6)
         counted += int(model.rows_of(log.items)[cases.item[n]] in asked.counters().codes.key)
     assert counted > 3
+
+
+def test_a_log_with_returns_trains_counters_without_being_asked(event_log: EventLog, tmp_path: Path) -> None:
+    """From the settings that are null to scores from a store, and resumed without a change."""
+    null = {f"model__{key}": None for key in ("counters", "popularity", "mean_token", "temperature")}
+    config = small_config(event_log, tmp_path / "run", data__exclude_seen=None, optim__window_weight=None, **null)
+    model = train(config, event_log, metrics_every=1)
+    found = model.config
+    assert (found.counters, found.popularity, found.mean_token, found.temperature) == (True, True, True, 0.3)
+    assert '"window"' in (tmp_path / "run" / "metrics.jsonl").read_text()
+    weights = (tmp_path / "run" / "best" / "model.safetensors").read_bytes()
+    train(config, event_log)
+    assert (tmp_path / "run" / "best" / "model.safetensors").read_bytes() == weights
+    refresh(model, event_log, tmp_path / "store")
+    with Scorer.open(model, tmp_path / "store") as scorer:
+        users = event_log.users.ids(np.arange(3))
+        _, scores, offsets = scorer.counted_items(users)
+        assert np.isfinite(scores).all() and (np.diff(offsets) > 0).all()

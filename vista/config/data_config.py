@@ -63,7 +63,8 @@ class DataConfig:
     tail_len - W + 1 and tail_len events of the tail. Larger is faster."""
     windows_per_chunk: int = 0
     """Number of windows of label_spacing positions that are drawn from each chunk per epoch. Those with questions
-    (anchor_spacing) are added. 0 uses all windows, so every event is a label once per epoch."""
+    (anchor_spacing) are added. 0 uses all windows, so every event is a label once per epoch; with counters, only
+    windows with questions are used."""
     num_cuts: int = 2
     """Number of cuts per chunk and epoch in bidirectional mixing. Separable mixing has a cut every label_spacing
     events."""

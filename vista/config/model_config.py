@@ -32,6 +32,8 @@ MAX_COUNTER_KEYS = 2**16 - 1
 MAX_HORIZONS = 8
 """Most time constants of counters, so that the codes of an item fit into 64 bits."""
 MIN_COUNTER_DAYS = 1 / 24
+TEMPERATURES = 0.05, 0.3
+"""Temperatures without and with counters."""
 MAX_COUNTER_EVENTS = 1_000_000
 
 
@@ -127,12 +129,13 @@ class ModelConfig:
     counters: bool | None = None
     """Score the items that a user had before by counters: how often and how recently the user had each of them. The
     store holds the counters of the user's most frequent items with each summary. null: if items are ranked, users
-    return to them (`data.exclude_seen` is false), and no task is trained."""
+    return to them (`data.exclude_seen` is false), and no task is trained. With stage=downstream, null takes this and
+    the settings that follow from it from the base."""
     counter_keys: int = 64
     """With counters, number of items per user that are stored: the most frequent ones."""
-    counter_days: list[float] = field(default_factory=lambda: [7.0, 30.0])
+    counter_days: list[float] = field(default_factory=lambda: [30.0])
     """With counters, time constants in days of sums that decay with time. A log without times has none."""
-    counter_events: list[float] = field(default_factory=lambda: [32.0, 200.0])
+    counter_events: list[float] = field(default_factory=lambda: [200.0])
     """With counters, time constants in events of sums that decay with newer events."""
     popularity: bool | None = None
     """Let each user's next items follow the items' popularity in the training events by a learned amount. Retrieval
@@ -184,7 +187,7 @@ class ModelConfig:
         """`temperature`, with null resolved."""
         if self.temperature is not None:
             return self.temperature
-        return 0.3 if self.counters else 0.05
+        return TEMPERATURES[1] if self.counters else TEMPERATURES[0]
 
     @property
     def can_have_mean_token(self) -> bool:

@@ -39,6 +39,8 @@ KEPT_KEYS = (
     *("num_reconstruction_layers", "reconstruction_target"),
 )
 """Fields of ModelConfig that must be the base's."""
+INHERITED_KEYS = ("counters", "mean_token", "popularity", "temperature")
+"""Fields of ModelConfig that are the base's if they are null."""
 KEPT_WEIGHTS = (*STAGE1_WEIGHTS, "decoder.")
 """Prefixes of the names of the weights that the base provides. The decoder belongs to the summaries that it reads."""
 
@@ -47,7 +49,9 @@ class Downstream:
     """A base model, and the generation of its store that training reads. A context manager that closes the store."""
 
     def __init__(self, config: TrainConfig, log: EventLog, base: VistaModel, store: StoreReader, since: int) -> None:
-        self._config, self._log, self._base, self._store, self._since = config, log, base, store, since
+        self.config = config
+        """With the base's values for settings that are null."""
+        self._log, self._base, self._store, self._since = log, base, store, since
         self._seen = visible_counts(log, since)
         self._empty = empty_summary(base).numpy()
         self.summaries = StoredSummaries(since, self._read)
@@ -71,8 +75,10 @@ class Downstream:
             SummarizerMismatchError: if the store was written by another summarizer.
             CheckpointError, StoreError: if the base or the store is missing or damaged.
         """
-        assert config.base is not None and config.store is not None  # TrainConfig has checked
+        assert config.base is not None  # TrainConfig has checked
         base = VistaModel.from_pretrained(config.base)
+        config = _with_settings_of(base, config)
+        assert config.store is not None
         _check_model(config, base)
         check_log(base, log)
         end = split_until(config.data, "train").before
@@ -110,7 +116,7 @@ class Downstream:
     def model(self, schema: Schema) -> VistaModel:
         """The model to train: the base's weights, frozen, and a new stage 2 and heads for `schema`."""
         kept = replace(self._base.schema, tasks=schema.tasks, has_retrieval=schema.has_retrieval)
-        model = VistaModel(self._config.model, kept, self._base.items, self._config.data)
+        model = VistaModel(self.config.model, kept, self._base.items, self.config.data)
         weights = {name: value for name, value in self._base.state_dict().items() if name.startswith(KEPT_WEIGHTS)}
         model.load_state_dict(weights, strict=False)
         for name, parameter in model.named_parameters():
@@ -121,7 +127,7 @@ class Downstream:
         """What must not change between a run and its resumption."""
         manifest = self._store.manifest
         return {
-            "stage": self._config.stage.value,
+            "stage": self.config.stage.value,
             "base's summarizer": manifest.summarizer_id[:12],
             "store's generation": f"{manifest.generation} ({manifest.records_digest})",
         }
@@ -145,10 +151,16 @@ class Downstream:
         return np.where(stored.found[:, None, None], stored.summary, self._empty)
 
 
+def _with_settings_of(base: VistaModel, config: TrainConfig) -> TrainConfig:
+    """The configuration with the base's values for settings that are null."""
+    null = {key: getattr(base.config, key) for key in INHERITED_KEYS if getattr(config.model, key) is None}
+    return replace(config, model=replace(config.model, **null))
+
+
 def _check_model(config: TrainConfig, base: VistaModel) -> None:
     asked, kept = to_dict(config.model), to_dict(base.config)
-    # A mean token that is null has not been asked for.
-    changed = [key for key in KEPT_KEYS if (asked[key] or False) != (kept[key] or False)]
+    unread = COUNTER_KEYS[1:] if not (config.model.counters or base.config.counters) else ()
+    changed = [key for key in KEPT_KEYS if key not in unread and asked[key] != kept[key]]
     if bool(config.model.num_state_rows) != bool(base.config.num_state_rows):
         changed.append("target_attention")  # The records hold a state, or they do not. Other kinds may differ.
     if config.model.summary_lag != base.config.summary_lag and "tail_in_summary" not in changed:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import replace
-from typing import Any
 
 from vista.config import ModelConfig, OptimConfig, TrainConfig
 from vista.config.choices import ItemStart, Stage
@@ -44,9 +43,7 @@ def plan_run(config: TrainConfig, log: EventLog, since: int | None = None) -> Tr
     data, optim, model = replace(config.data), replace(config.optim), replace(config.model)
 
     data.exclude_seen = leaves_out_seen(log, data)
-    if config.stage is Stage.joint:  # a downstream model has the counters of its base
-        excluded = data.exclude_seen or not config.ranks_items or trained_tasks(log, optim)
-        reasons += _plan_returns(model, optim, returns=not excluded)
+    reasons += _plan_counters(config, model, optim, returns=not data.exclude_seen and not trained_tasks(log, optim))
     if data.tokens_per_batch is None:
         least, most = TOKENS_PER_BATCH
         nearest = 2 ** round(math.log2(max(num_events / BATCHES_PER_EPOCH, 1)))
@@ -73,30 +70,33 @@ def plan_run(config: TrainConfig, log: EventLog, since: int | None = None) -> Tr
     return replace(config, data=data, optim=optim, model=model)
 
 
-def _plan_returns(model: ModelConfig, optim: OptimConfig, *, returns: bool) -> list[str]:
-    """Resolve the settings that counters decide; returns those that follow from the log, and why.
+def _plan_counters(config: TrainConfig, model: ModelConfig, optim: OptimConfig, *, returns: bool) -> list[str]:
+    """Resolve whether a model has counters, and the settings that follow; what to log about them.
 
     Args:
-        returns: whether what is trained is to rank items that users may have had before.
+        config: as given.
+        model: a copy of its model, which is changed.
+        optim: likewise.
+        returns: whether items that users may have had before are all that is ranked.
     """
-    decided = []
     if model.counters is None:
-        model.counters = returns
-        if returns:
-            decided.append("model.counters=true (users return to items)")
-    follows: dict[str, tuple[ModelConfig | OptimConfig, Any]] = {
-        "popularity": (model, model.counters),
-        "mean_token": (model, model.counters and model.can_have_mean_token),
-        "temperature": (model, model.softmax_temperature),
-        "window_weight": (optim, float(model.counters)),
-    }
-    for key, (group, value) in follows.items():
-        if getattr(group, key) is None:
-            setattr(group, key, value)
-            if model.counters:
-                name = "model" if group is model else "optim"
-                decided.append(f"{name}.{key}={str(value).lower()}")
-    return decided
+        ranks_items = not model.architecture.ranks_only and (optim.next_weight > 0 or optim.window_weight != 0)
+        model.counters = returns and ranks_items and config.stage is Stage.joint
+    if model.popularity is None:
+        model.popularity = model.counters
+    if model.mean_token is None:
+        model.mean_token = model.counters and model.can_have_mean_token
+    model.temperature = model.softmax_temperature
+    if optim.window_weight is None:
+        optim.window_weight = float(model.counters)
+    planned = (
+        ("model.counters", config.model.counters, "true (data.exclude_seen=false)"),
+        ("model.popularity", config.model.popularity, str(model.popularity).lower()),
+        ("model.mean_token", config.model.mean_token, str(model.mean_token).lower()),
+        ("model.temperature", config.model.temperature, f"{model.temperature:g}"),
+        ("optim.window_weight", config.optim.window_weight, f"{optim.window_weight:g}"),
+    )
+    return [f"{name}={value}" for name, given, value in planned if given is None] if model.counters else []
 
 
 def warmup_steps(optim: OptimConfig, planned_steps: int) -> int:

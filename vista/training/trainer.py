@@ -103,7 +103,7 @@ def train_model(
         if config.stage is Stage.joint:
             return Trainer(config, log, metrics_every=metrics_every, began=began).run()
         with Downstream.open(config, log) as downstream:
-            return Trainer(config, log, downstream, metrics_every=metrics_every, began=began).run()
+            return Trainer(downstream.config, log, downstream, metrics_every=metrics_every, began=began).run()
 
 
 class Trainer:

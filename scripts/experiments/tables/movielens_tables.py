@@ -81,7 +81,7 @@ ML_1M = {
         tails=(2, 4, 8, 16, 32),
         apart=(16, 32),
     ),
-    # The same without summaries that a caller has to make older: they leave the newest 64 events to the tail.
+    # The same, but summaries leave the newest 64 events to the tail by themselves.
     "vista-wide-apart": TableRow(
         85,
         (

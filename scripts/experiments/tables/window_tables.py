@@ -27,23 +27,32 @@ BASELINE_MINUTES = {
     "counter trees": 6,
 }
 
-LOSS = ("optim.window_weight=1", "optim.next_weight=0.2", "model.counters=false")
-NEXT = ("optim.window_weight=0", "model.counters=false")
-COUNTERS = ("model.counters=true", "optim.next_weight=0")
-"""Counters, and what follows from them: the window loss, popularity, and the mean token."""
+WITHOUT_COUNTERS = (
+    "model.counters=false",
+    "model.popularity=false",
+    "model.mean_token=false",
+    "model.temperature=0.05",
+)
+LOSS = ("optim.window_weight=1", "optim.next_weight=0.2")
+NEXT = ("optim.window_weight=0", "optim.next_weight=1")
+COUNTERS = (
+    *("optim.window_weight=1", "optim.next_weight=0"),
+    *("model.counters=true", "model.popularity=true", "data.anchor_spacing=16"),
+)
+"""Counters, and the loss and the start from popularity that go with them."""
+MEAN, NO_MEAN = ("model.mean_token=true",), ("model.mean_token=false",)
 CHOSEN = {
     "complete-journey": (
         *("model.temperature=0.4", "optim.table_rate=0", "model.item_start=user_factors"),
-        *("model.counter_days=[30]", "model.counter_events=[200]"),
         *("data.tokens_per_batch=2048", "data.num_negatives=2048", "optim.epochs=3"),
     ),
-    # Nearly the defaults of logs with returns, in fewer steps than are planned.
-    "dev-packages": ("model.temperature=0.2", "data.tokens_per_batch=2048", "optim.epochs=6"),
+    "dev-packages": (
+        *("model.temperature=0.2", "optim.table_rate=1", "model.item_start=factors"),
+        *("data.tokens_per_batch=2048", "optim.epochs=6"),
+        *("model.counter_days=[7,30]", "model.counter_events=[32,200]"),
+    ),
 }
-"""By trials on the validation part of each log (research log)."""
-TEMPERATURE = {"complete-journey": 0.4, "dev-packages": 0.2}
-HSTU_TEMPERATURE = {"complete-journey": 0.4, "dev-packages": 0.2}
-"""The better ones of the trials below. All else is as chosen for vista."""
+"""By trials of vista on the validation part of each log (research log). HSTU has the same settings."""
 WITHOUT = "vista, same settings without counters"
 HSTU = ("hstu, counters", "hstu-1,000, counters", "hstu-2,000, counters")
 """HSTU over the newest 200, 1,000, and 2,000 events."""
@@ -66,21 +75,20 @@ def _returns(data: str) -> Table:
 def _windows(data: str, minutes: float) -> Table:
     """`minutes` is the estimated time of one model of the row `vista, counters`; a row trains two."""
     words, both = (*COUNTERS, *CHOSEN[data]), 2 * minutes
-    hstu = (*words, "model=hstu", f"model.temperature={HSTU_TEMPERATURE[data]}")
-    without = ("model.counters=false", "model.popularity=true", "model.mean_token=true", "optim.window_weight=1")
+    hstu = (*words, *NO_MEAN, "model=hstu")
     rows = {
-        "vista, counters": TableRow(both, words),
-        "tail-only, counters": TableRow(0.5 * both, (*words, *K0)),
-        "vista, counters, no mean": TableRow(both, (*words, "model.mean_token=false")),
-        WITHOUT: TableRow(both, (*words, *without, f"model.temperature={TEMPERATURE[data]}")),
+        "vista, counters": TableRow(both, (*words, *MEAN)),
+        "tail-only, counters": TableRow(0.5 * both, (*words, *NO_MEAN, *K0)),
+        "vista, counters, no mean": TableRow(both, (*words, *NO_MEAN)),
+        WITHOUT: TableRow(both, (*words, *MEAN, "model.counters=false")),
         "hstu, counters": TableRow(1.5 * both, hstu),
         "hstu-1,000, counters": TableRow(3 * both, (*hstu, "model.history_limit=1000")),
         "hstu-2,000, counters": TableRow(4 * both, (*hstu, "model.history_limit=2000")),
         # Without counters, and trained on windows, or on next items only.
-        "vista": TableRow(2 * both, LOSS),
-        "tail-only": TableRow(both, (*LOSS, *K0)),
-        "vista-next": TableRow(2 * both, NEXT),
-        "tail-only-next": TableRow(both, (*NEXT, *K0)),
+        "vista": TableRow(2 * both, (*WITHOUT_COUNTERS, *LOSS)),
+        "tail-only": TableRow(both, (*WITHOUT_COUNTERS, *LOSS, *K0)),
+        "vista-next": TableRow(2 * both, (*WITHOUT_COUNTERS, *NEXT)),
+        "tail-only-next": TableRow(both, (*WITHOUT_COUNTERS, *NEXT, *K0)),
         **{
             f"trial: hstu, T = {t:g}": TableRow(0.75 * both, (*hstu, f"model.temperature={t}"), trial=True)
             for t in (0.1, 0.2, 0.4)
