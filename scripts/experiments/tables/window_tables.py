@@ -47,7 +47,7 @@ CHOSEN = {
         *("data.tokens_per_batch=2048", "data.num_negatives=2048", "optim.epochs=3"),
     ),
     "dev-packages": (
-        *("model.temperature=0.2", "optim.table_rate=1", "model.item_start=factors"),
+        "model.temperature=0.2",
         *("data.tokens_per_batch=2048", "optim.epochs=6"),
         *("model.counter_days=[7,30]", "model.counter_events=[32,200]"),
     ),
