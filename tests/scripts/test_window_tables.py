@@ -95,7 +95,7 @@ def test_each_part_has_a_model_that_is_trained_until_its_labels(tmp_path: Path, 
     assert runs == {"validation", "test"} and str(tmp_path) not in json.dumps([vista, sasrec])
 
 
-@pytest.mark.parametrize("name", [name for name, table in TABLES.items() if table.windows])
+@pytest.mark.parametrize("name", ["returns-cj", "returns-dev", "window-cj", "window-dev"])
 def test_models_for_the_test_are_trained_until_the_test(name: str) -> None:
     for row in TABLES[name].rows.values():
         configs = part_configs(TABLES[name], row)
@@ -103,6 +103,13 @@ def test_models_for_the_test_are_trained_until_the_test(name: str) -> None:
         for part, config in configs.items():
             assert split_until(config.data, "train") == split_until(configs["validation"].data, part)
             assert config.optim == configs["validation"].optim and config.model == configs["validation"].model
+
+
+@pytest.mark.parametrize("name", ["newcomer-cj", "newcomer-dev"])
+def test_a_newcomer_has_one_model_whose_epoch_validation_chooses(name: str) -> None:
+    ((part, config),) = part_configs(TABLES[name], TABLES[name].rows["vista"]).items()
+    assert part == "test" and config.optim.validate_every == 1
+    assert split_until(config.data, "train") != split_until(config.data, "test")
 
 
 @pytest.mark.parametrize("name", [name for name, table in TABLES.items() if table.windows])

@@ -33,7 +33,7 @@ class Table:
     """Whether a line lists the validations of its run, for `scripts.experiments.plot_minutes`."""
     windows: bool = False
     """Whether to measure the window after a question (`vista evaluate target=window`), on validation and test, instead
-    of next items and impressions on test. Each part is answered by a model that is trained on all events before its
-    labels (`scripts.experiments.table_run.part_configs`), so its rows set optim.validate_every=0."""
+    of next items and impressions on test. With optim.validate_every=0, each part is answered by a model that is trained
+    on all events before its labels (`scripts.experiments.table_run.part_configs`)."""
     pairs: tuple[tuple[str, str], ...] = ()
     """With `windows`: (row, reference): the difference row − reference is reported, user by user."""
