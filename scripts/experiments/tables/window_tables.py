@@ -92,6 +92,7 @@ def _windows(data: str, minutes: float) -> Table:
         **{
             f"trial: hstu, T = {t:g}": TableRow(0.75 * both, (*hstu, f"model.temperature={t}"), trial=True)
             for t in (0.1, 0.2, 0.4)
+            if f"model.temperature={t}" not in words  # which the rows of hstu have
         },
         **_baselines(*BASELINE_MINUTES),
     }
