@@ -32,9 +32,9 @@ MAX_COUNTER_KEYS = 2**16 - 1
 MAX_HORIZONS = 8
 """Most time constants of counters, so that the codes of an item fit into 64 bits."""
 MIN_COUNTER_DAYS = 1 / 24
+MAX_COUNTER_EVENTS = 1_000_000
 TEMPERATURES = 0.05, 0.3
 """Temperatures without and with counters."""
-MAX_COUNTER_EVENTS = 1_000_000
 
 
 @dataclass(kw_only=True, slots=True)

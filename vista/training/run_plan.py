@@ -87,8 +87,7 @@ def _plan_counters(config: TrainConfig, model: ModelConfig, optim: OptimConfig, 
     if model.mean_token is None:
         model.mean_token = model.counters and model.can_have_mean_token
     model.temperature = model.softmax_temperature
-    if optim.window_weight is None:
-        optim.window_weight = float(model.counters)
+    optim.window_weight = replace(config, model=model).window_weight
     planned = (
         ("model.counters", config.model.counters, "true (data.exclude_seen=false)"),
         ("model.popularity", config.model.popularity, str(model.popularity).lower()),
