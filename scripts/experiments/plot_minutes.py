@@ -37,12 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    lines = {name: [line for seeds in models.values() for line in seeds] for name, models in rows.items()}
-    panels = {name: drawn for name, all_of in lines.items() if (drawn := [line for line in all_of if "curve" in line])}
+    lines = {
+        name: [line for seeds in models.values() for line in seeds if "curve" in line] for name, models in rows.items()
+    }
+    panels = {name: drawn for name, drawn in lines.items() if drawn}
     if not panels:
-        names = " or ".join(files)
         print(
-            f"error: no line in {settings.results} has a curve; run scripts.experiments.reproduce {names}",
+            f"error: no line in {settings.results} has a curve; run scripts.experiments.reproduce {' or '.join(files)}",
             file=sys.stderr,
         )
         return 1
@@ -51,11 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for line in drawn:
             label, color = STYLES[line["model"]]
             seconds, values = zip(*line["curve"], strict=True)
-            label = label if line["seed"] == drawn[0]["seed"] else "_"  # once in the legend
             axis.plot([value / 60 for value in seconds], values, ".-", color=color, label=label)
         axis.set(xlabel="minutes of training", title=TABLES[name].data, ylim=(0, None))
         axis.grid(alpha=0.3)
-        axis.legend(fontsize="small")
+        handles, names = axis.get_legend_handles_labels()
+        one_each = dict(zip(names, handles, strict=True))  # a model has a line per seed
+        axis.legend(list(one_each.values()), list(one_each), fontsize="small")
     axes[0][0].set_ylabel("NDCG@10, validation")
     figure.tight_layout()
     figure.savefig(settings.out, dpi=120)

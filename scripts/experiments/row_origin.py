@@ -63,8 +63,9 @@ class RowOrigin:
             best: dict[str, float | None] = next(
                 (row["validation"] for row in reversed(rows) if row.get("is_best")), {}
             )
-            validated = [row for row in rows if (row.get("validation") or {}).get("ndcg@10") is not None]
-            curve += [(row["seconds"], row["validation"]["ndcg@10"]) for row in validated]
+            for row in rows:
+                if (value := row.get("validation", {}).get("ndcg@10")) is not None:
+                    curve.append((row["seconds"], value))
             validation |= {name: value for name, value in best.items() if value is not None}
             resolved[part] = without_places(yaml.safe_load((run / "config.yaml").read_text()))
         origins = [json.loads(line) for folder in folders.values() for line in _text(folder / ORIGINS).splitlines()]

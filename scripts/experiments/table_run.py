@@ -15,7 +15,7 @@ from scripts.experiments.row_origin import MACHINE
 from scripts.experiments.sets import SETS
 from scripts.experiments.tables import TABLES
 from scripts.experiments.tables.table import Table
-from scripts.experiments.tables.table_row import TableRow
+from scripts.experiments.tables.table_row import WITHOUT_COUNTERS, TableRow
 from vista.config import EvaluateConfig, TrainConfig
 from vista.config.choices import Architecture, Split, Target
 from vista.config.composition import compose_config
@@ -48,12 +48,9 @@ PLAN = {
     "timed_warmup_share": run_plan.TIMED_WARMUP_SHARE,
     "returning": RETURNING,
 }
-OFF = (
-    *("model.counters=false", "model.popularity=false", "model.mean_token=false", "model.temperature=0.05"),
-    "optim.window_weight=0",
-)
-"""Settings of tables without windows, which were measured before training planned these from the log."""
 """Constants of that plan. A line of a row with planned settings does not count as done after one of them changed."""
+NO_RETURNS = (*WITHOUT_COUNTERS, "optim.window_weight=0")
+"""Settings of tables without windows, which were measured before training planned these from the log."""
 SPLIT = ("split", "validation_from", "test_from", "validation_share", "test_share", "exclude_seen")
 """Keys of DataConfig that the untrained rows depend on."""
 Line = Mapping[str, Any]
@@ -116,8 +113,8 @@ def train_config(table: Table, row: TableRow) -> TrainConfig:
     """The training configuration of a row."""
     words = [f"experiment={table.experiment}"] if table.experiment else []
     words += SETS[table.data].words if table.simulation is None else ()
-    off = () if table.windows or table.curve else OFF
-    return compose_config(TrainConfig, [*words, *off, *table.words, *row.words])
+    words += () if table.windows or table.curve else NO_RETURNS
+    return compose_config(TrainConfig, [*words, *table.words, *row.words])
 
 
 def part_configs(table: Table, row: TableRow) -> dict[str, TrainConfig]:

@@ -53,6 +53,7 @@ def _frequencies(minutes: float) -> dict[str, TableRow]:
 
 
 TWO_SOFTMAX = (*SOFTMAX, "model.num_target_layers=2")
+WIDE = ("model.dim=128", "model.dropout=0.25", "data.unknown_share=0.15")
 ML_1M = {
     "2-layers": TableRow(20, ("model.num_target_layers=2",)),
     "hstu-8-layers": TableRow(35, ("model=hstu", "model.num_layers=8")),
@@ -73,26 +74,17 @@ ML_1M = {
     # "summary 32 events old, tail 32" (docs/research-log.md).
     "vista-wide": TableRow(
         85,
-        (
-            *("model.dim=128", "model.dropout=0.25", "data.unknown_share=0.15"),
-            *("model.tail_len=64", "data.label_spacing=64"),
-        ),
+        (*WIDE, "model.tail_len=64", "data.label_spacing=64"),
         codecs=BOTH,
         tails=(2, 4, 8, 16, 32),
         apart=(16, 32),
     ),
     # The same, but summaries leave the newest 64 events to the tail by themselves.
     "vista-wide-apart": TableRow(
-        85,
-        (
-            *("model.dim=128", "model.dropout=0.25", "data.unknown_share=0.15"),
-            *("model.tail_len=64", "data.label_spacing=32", "model.tail_in_summary=false"),
-        ),
+        85, (*WIDE, "model.tail_len=64", "data.label_spacing=32", "model.tail_in_summary=false")
     ),
     # Their baseline: the same width, passes and share of unknown items, over the last 200 events.
-    "hstu-wide": TableRow(
-        65, ("model=hstu", "model.num_layers=8", "model.dim=128", "model.dropout=0.25", "data.unknown_share=0.15")
-    ),
+    "hstu-wide": TableRow(65, ("model=hstu", "model.num_layers=8", *WIDE)),
     "softmax-wide": TableRow(55, (*TWO_SOFTMAX, "model.dim=128", "model.dropout=0.3"), codecs=BOTH, tails=TAILS),
 }
 TABLES = {

@@ -8,7 +8,7 @@ baseline is counted on. No epoch is chosen by validation, for which the events b
 from __future__ import annotations
 
 from scripts.experiments.tables.table import Table
-from scripts.experiments.tables.table_row import K0, TableRow
+from scripts.experiments.tables.table_row import K0, WITHOUT_COUNTERS, TableRow
 
 BASELINE_MINUTES = {
     "popularity": 0.1,
@@ -27,12 +27,6 @@ BASELINE_MINUTES = {
     "counter trees": 6,
 }
 
-WITHOUT_COUNTERS = (
-    "model.counters=false",
-    "model.popularity=false",
-    "model.mean_token=false",
-    "model.temperature=0.05",
-)
 LOSS = ("optim.window_weight=1", "optim.next_weight=0.2")
 NEXT = ("optim.window_weight=0", "optim.next_weight=1")
 COUNTERS = (
