@@ -105,6 +105,10 @@ def small_frame(seed: int = 0) -> dict[str, Any]:
     }
 
 
+NEXT_ONLY = OptimConfig(next_weight=1.0, window_weight=0.0)
+"""Weights as training plans them where users do not return."""
+
+
 def small_config(log: EventLog, run_dir: str | Path, **changes: Any) -> TrainConfig:
     """A training run of about a second. `changes` are keys with two underscores for a dot, such as optim__epochs=1."""
     config = TrainConfig(
@@ -130,7 +134,7 @@ def small_config(log: EventLog, run_dir: str | Path, **changes: Any) -> TrainCon
             num_negatives=20,
             reconstruction_len=8,
         ),
-        optim=OptimConfig(epochs=2, warmup_steps=4, learning_rate=5e-3, window_weight=0.0),
+        optim=OptimConfig(epochs=2, warmup_steps=4, learning_rate=5e-3, next_weight=1.0, window_weight=0.0),
         run_dir=str(run_dir),
         device="cpu",
         num_threads=1,

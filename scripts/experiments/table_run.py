@@ -34,7 +34,7 @@ UNTRAINED_SEED = 0
 PLANNED = {
     "data": ("exclude_seen", "num_negatives", "tokens_per_batch"),
     "model": ("item_start", "counters", "popularity", "mean_token", "temperature"),
-    "optim": ("epochs", "warmup_steps", "window_weight"),
+    "optim": ("epochs", "warmup_steps", "next_weight", "window_weight"),
 }
 """Settings that `vista.training.run_plan.plan_run` decides where they are null."""
 PLAN = {
@@ -49,7 +49,7 @@ PLAN = {
     "returning": RETURNING,
 }
 """Constants of that plan. A line of a row with planned settings does not count as done after one of them changed."""
-NO_RETURNS = (*WITHOUT_COUNTERS, "optim.window_weight=0")
+NO_RETURNS = (*WITHOUT_COUNTERS, "optim.next_weight=1", "optim.window_weight=0")
 """Settings of tables without windows, which were measured before training planned these from the log."""
 SPLIT = ("split", "validation_from", "test_from", "validation_share", "test_share", "exclude_seen")
 """Keys of DataConfig that the untrained rows depend on."""

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vista.config import DataConfig, ModelConfig, OptimConfig
+from tests.conftest import NEXT_ONLY
+from vista.config import DataConfig, ModelConfig
 from vista.config.choices import Architecture, Search
 from vista.errors import ConfigError
 from vista.log.gaps import gap_bucket
@@ -282,7 +283,7 @@ def test_training_at_a_position_is_a_request_after_its_events(make: SimpleNamesp
     packed = make.histories([1, 11, 8, 0, 19], 5)
     chunks, shown_at = make.chunks(packed, 5, impressions=60)
     batch = make.batch(chunks, make.plan(model, timeless_share=0.0), 5)
-    losses = model.losses(batch, model.item_vectors(batch.rows), OptimConfig(task_weight=0.5))
+    losses = model.losses(batch, model.item_vectors(batch.rows), replace(NEXT_ONLY, task_weight=0.5))
 
     logits, search = [], []
     for n, (owner, seen) in enumerate(zip(chunks.impressions.chunk, chunks.impressions.position, strict=True)):
@@ -317,7 +318,7 @@ def test_every_parameter_is_trained(make: SimpleNamespace, name: str) -> None:
     chunks, _ = make.chunks(make.histories([5, 12, 8, 3], 7), 7, impressions=25)
     batch = make.batch(chunks, make.plan(model))
     vectors = model.item_table.detach()[batch.rows].requires_grad_()
-    torch.autograd.backward(model.losses(batch, vectors, OptimConfig()).total)
+    torch.autograd.backward(model.losses(batch, vectors, NEXT_ONLY).total)
     assert vectors.grad is not None and vectors.grad.any()
     idle = [n for n, p in model.named_parameters() if n != "item_table" and (p.grad is None or not p.grad.any())]
     assert idle == []
@@ -329,7 +330,7 @@ def test_a_batch_without_impressions_has_nothing_to_train(make: SimpleNamespace,
     chunks, _ = make.chunks(make.histories([5, 12], 7), 7, impressions=3)
     batch = make.batch(chunks, make.plan(model))
     batch = replace(batch, impressions=replace(batch.impressions, mask=torch.zeros_like(batch.impressions.mask)))
-    losses = model.losses(batch, model.item_vectors(batch.rows), OptimConfig())
+    losses = model.losses(batch, model.item_vectors(batch.rows), NEXT_ONLY)
     assert losses.parts == {} and not losses.total.requires_grad
 
 

@@ -18,7 +18,7 @@ from vista.examples.batch import Batch
 from vista.model.losses import reconstruction_loss
 from vista.model.vista_model import VistaModel
 
-ALONE = OptimConfig(next_weight=0.0, task_weight=0.0, reconstruction_weight=1.0)
+ALONE = OptimConfig(next_weight=0.0, window_weight=0.0, task_weight=0.0, reconstruction_weight=1.0)
 STEPS, LAST_STEPS, LR = 150, 20, 1.5e-2
 
 

@@ -254,7 +254,7 @@ def test_training_at_a_position_is_a_request_after_its_events(
     hidden = torch.from_numpy(~known) if unknown_share else None
     batch = replace(batch, events=replace(batch.events, hidden=hidden))
     asked = replace(packed, item=np.where(known, packed.item, 0))
-    trained = model.losses(batch, model.item_table[batch.rows], OptimConfig(window_weight=1.0))
+    trained = model.losses(batch, model.item_table[batch.rows], OptimConfig(next_weight=1.0, window_weight=1.0))
 
     items = F.normalize(model.item_table[1:], dim=-1)
     losses = []
@@ -297,7 +297,7 @@ def test_every_parameter_is_trained(make: SimpleNamespace, name: str) -> None:
     chunks, _ = make.chunks(make.histories([5, 12, 8, 3], 7), 7, impressions=25)
     batch = make.batch(chunks, make.plan(model, anchors=make.anchor_plan()))
     vectors = model.item_table.detach()[batch.rows].requires_grad_()
-    torch.autograd.backward(model.losses(batch, vectors, OptimConfig(window_weight=1.0)).total)
+    torch.autograd.backward(model.losses(batch, vectors, OptimConfig(next_weight=1.0, window_weight=1.0)).total)
     idle = [n for n, p in model.named_parameters() if n != "item_table" and (p.grad is None or not p.grad.any())]
     assert idle == []
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.conftest import NEXT_ONLY
 from vista.config import DataConfig, ModelConfig, OptimConfig, SourceColumns, TrainConfig
 from vista.config.choices import Decay, Mixing, Precision, TargetAttentionKind
 from vista.examples.batch_source import BatchSource
@@ -89,7 +90,7 @@ def test_users_without_events_are_trained_on_their_impressions(make: SimpleNames
     chunks, _ = make.chunks(make.histories([0, 0]), 1, impressions=5)
     batch = make.batch(chunks, make.plan(model))
     vectors = model.item_table[batch.rows]
-    losses = model.losses(batch, vectors, OptimConfig())
+    losses = model.losses(batch, vectors, NEXT_ONLY)
     assert set(losses.parts) == {"next", "click", "like"}
     losses.total.backward()
     assert torch.isfinite(losses.total) and float(losses.parts["next"].detach()) == 0.0
@@ -101,7 +102,7 @@ def test_the_configuration_selects_the_losses(make: SimpleNamespace) -> None:
     model = make.model(num_seeds=0)
     chunks, _ = make.chunks(make.histories([9, 4]), 1, impressions=5)
     batch = make.batch(chunks, make.plan(model, anchors=make.anchor_plan()))
-    optim = OptimConfig(next_weight=2.0, task_weight=3.0, reconstruction_weight=0.5)
+    optim = OptimConfig(next_weight=2.0, window_weight=0.0, task_weight=3.0, reconstruction_weight=0.5)
 
     def parts(model: object = model, optim: OptimConfig = optim, batch: object = batch) -> dict[str, float]:
         with torch.no_grad():
@@ -146,7 +147,7 @@ def test_an_event_shown_as_unknown_acts_like_an_unknown_item(make: SimpleNamespa
     items = F.normalize(model.item_table.detach()[1:], dim=-1)
     scores = make.outputs(model, shown)[0][is_label] @ items.T / model.config.softmax_temperature
     with torch.no_grad():
-        losses = model.losses(shown, model.item_vectors(shown.rows), OptimConfig())
+        losses = model.losses(shown, model.item_vectors(shown.rows), NEXT_ONLY)
     expected = F.cross_entropy(scores, batch.rows[batch.labels.item[is_label]] - 1)
     torch.testing.assert_close(losses.parts["next"], expected)
 
@@ -154,7 +155,7 @@ def test_an_event_shown_as_unknown_acts_like_an_unknown_item(make: SimpleNamespa
         """The items that get a gradient from a batch that shows all its events as unknown."""
         vectors = model.item_vectors(batch.rows).detach().requires_grad_()
         every = replace(batch, events=replace(batch.events, hidden=torch.ones_like(hidden)))
-        model.losses(every, vectors, OptimConfig(next_weight=0, **weights)).total.backward()
+        model.losses(every, vectors, OptimConfig(next_weight=0, window_weight=0, **weights)).total.backward()
         assert vectors.grad is not None
         return vectors.grad.any(1).nonzero().flatten()
 
@@ -178,7 +179,7 @@ def test_every_parameter_gets_a_gradient(make: SimpleNamespace, mixing: Mixing, 
     model = make.model(mixing=mixing, target_attention=kind, num_reconstruction_layers=2, **decay).train()
     chunks, _ = make.chunks(make.histories([20, 14], 2), 2, impressions=12)
     batch = make.batch(chunks, make.plan(model))
-    model.losses(batch, model.item_table[batch.rows], OptimConfig()).total.backward()
+    model.losses(batch, model.item_table[batch.rows], NEXT_ONLY).total.backward()
     without = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
     last = model.config.num_layers - 1
     # Separable mixing: events leave the last layer as keys and values, so its feed-forward of events is never used.
@@ -222,7 +223,7 @@ def test_counters_off_change_no_loss(
     batch = make.batch(
         chunks, make.plan(model, staleness_share=0.5, timeless_share=0.2, unknown_share=0.1, anchors=anchors), 6
     )
-    losses = model.losses(batch, model.item_vectors(batch.rows), OptimConfig(window_weight=0.7))
+    losses = model.losses(batch, model.item_vectors(batch.rows), replace(NEXT_ONLY, window_weight=0.7))
     measured = [float(value.detach()) for value in (losses.total, losses.parts["window"], losses.parts["click"])]
     assert measured == pytest.approx([total, window, click], rel=1e-6)
     assert batch.anchors.counters is None and batch.impressions.codes is None

@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import Served, small_config
 from vista.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 from vista.config.checks import planned
-from vista.config.choices import Architecture, ItemStart, Mixing, Stage
+from vista.config.choices import Architecture, ItemStart, Mixing, Split, Stage
 from vista.config.composition import compose_config
 from vista.errors import ConfigError
 from vista.log.event_log import EventLog
@@ -32,6 +32,7 @@ PLANNED = {
     "model.mean_token": True,
     "model.temperature": 0.3,
     "optim.window_weight": 1.0,
+    "optim.next_weight": 1.0,
 }
 """What the small log resolves to."""
 
@@ -63,8 +64,9 @@ def test_null_settings_follow_the_log(event_log: EventLog, caplog: pytest.LogCap
     assert line.startswith(
         "settings from the log: model.counters=true (data.exclude_seen=false), model.popularity=true"
     )
-    assert "model.temperature=0.3, optim.window_weight=1, data.tokens_per_batch=512 (" in line
-    assert line.count("=") + repeats.count("=") == len(PLANNED) + 1
+    weights = "optim.window_weight=1, optim.next_weight=1 (data.split=leave-last-out)"
+    assert f"model.temperature=0.3, {weights}, data.tokens_per_batch=512 (" in line
+    assert line.count("=") + repeats.count("=") == len(PLANNED) + 2
     assert plan_run(resolved, event_log) == resolved and len(caplog.messages) == 2
 
 
@@ -82,6 +84,7 @@ def test_null_settings_follow_the_log(event_log: EventLog, caplog: pytest.LogCap
         ("model.mean_token", False),
         ("model.temperature", 0.05),
         ("optim.window_weight", 0.0),
+        ("optim.next_weight", 0.0),
     ],
 )
 def test_explicit_settings_win(event_log: EventLog, key: str, value: Any) -> None:
@@ -116,6 +119,20 @@ def test_counters_are_for_logs_with_returns(event_log: EventLog, served_tasks: S
         served_tasks.config, model=ModelConfig(), data=replace(served_tasks.config.data, exclude_seen=False)
     )
     assert plan(tasks, served_tasks.log) == off  # labeled impressions
+
+
+def test_next_items_are_trained_where_validation_asks_for_them(event_log: EventLog) -> None:
+    share = DataConfig(split=Split.share, validation_share=0.1, test_share=0.1)
+
+    def weight(data: DataConfig, weights: OptimConfig | None = None, counters: bool | None = None) -> float | None:
+        config = TrainConfig(data=data, optim=weights or OptimConfig(), model=ModelConfig(counters=counters))
+        return plan_run(config, event_log).optim.next_weight
+
+    assert weight(DataConfig()) == 1  # one event per user
+    assert weight(share) == 0
+    assert weight(replace(share, exclude_seen=True)) == weight(share, counters=False) == 1  # no counters
+    assert weight(share, OptimConfig(window_weight=0)) == 1  # no windows
+    assert weight(share, OptimConfig(next_weight=0.2)) == 0.2
 
 
 @pytest.mark.parametrize(

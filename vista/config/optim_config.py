@@ -30,8 +30,9 @@ class OptimConfig:
     minutes: float | None = None
     """Number of minutes that training takes, validation included. The time of the first steps decides how many steps
     fit, and the learning rate falls over these steps. null: optim.epochs decides."""
-    next_weight: float = 1.0
-    """Weight of the sampled softmax over next items. 0 does not train next items, and validates windows instead."""
+    next_weight: float | None = None
+    """Weight of the sampled softmax over next items. 0 does not train next items, and validates windows instead. null:
+    0 if model.counters is on, windows are trained, and data.split holds out more than one event; else 1."""
     window_weight: float | None = None
     """Weight of the softmax over the items of the window that follows a question (`data.horizon_events`). 0 does not
     train windows. null: 1 with model.counters, else 0."""

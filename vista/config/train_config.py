@@ -140,12 +140,19 @@ class TrainConfig:
     @property
     def ranks_items(self) -> bool:
         """Whether items are predicted: the next one, or those of the window that follows."""
-        return (self.optim.next_weight > 0 or self.trains_window) and not self.model.architecture.ranks_only
+        return (self.next_weight > 0 or self.trains_window) and not self.model.architecture.ranks_only
 
     @property
     def trains_window(self) -> bool:
         """Whether the items of the window that follows are predicted."""
         return self.window_weight > 0 and not self.model.architecture.ranks_only
+
+    @property
+    def next_weight(self) -> float:
+        """`optim.next_weight`, with null resolved: what validation can ask decides."""
+        weight = self.optim.next_weight
+        only_windows = self.model.counters and self.trains_window and self.data.split is not Split.leave_last_out
+        return float(not only_windows) if weight is None else weight
 
     @property
     def window_weight(self) -> float:

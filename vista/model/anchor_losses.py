@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vista.config import OptimConfig
+from vista.config.checks import planned
 from vista.examples.batch import Batch, BatchAnchors
 from vista.model.ranking_model import RankingModel
 from vista.model.window_loss import CountedSlots, log_others, products, window_loss
@@ -37,11 +38,11 @@ def anchor_losses(
             users, items, label, negatives.item, negatives.log_weight, temperature, batch.logit_adjustment, counted
         )
 
-    if counted is not None and optim.next_weight > 0:
+    if counted is not None and planned(optim.next_weight, "optim.next_weight"):
         known = (anchors.next_item >= 0).nonzero().squeeze(-1)
         label = anchors.next_item[known].unsqueeze(1)
         parts["next"] = loss(users[known], label, CountedSlots(counted.item[known], counted.logit[known]))
-    if optim.window_weight:
+    if planned(optim.window_weight, "optim.window_weight"):
         # Labels are summed. Their mean number is a constant, so that anchors with many labels weigh more.
         parts["window"] = loss(users, anchors.item, counted) / anchors.mean_labels
     return parts

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vista.config import OptimConfig
+from vista.config.checks import planned
 from vista.examples.batch import Batch
 
 ROWS_PER_TILE = 256
@@ -33,8 +34,8 @@ def weighted_losses(parts: dict[str, Tensor], optim: OptimConfig) -> Losses:
         parts: the losses that are trained, as in `Losses`. Those of other names have `optim.task_weight`.
     """
     weights = {
-        "next": optim.next_weight,
-        "window": optim.window_weight or 0.0,
+        "next": planned(optim.next_weight, "optim.next_weight"),
+        "window": planned(optim.window_weight, "optim.window_weight"),
         "reconstruction": optim.reconstruction_weight,
     }
     total = sum((weights.get(name, optim.task_weight) * part for name, part in parts.items()), torch.zeros(()))

@@ -20,6 +20,7 @@ import xxhash
 from torch import Tensor, nn
 
 from vista.config import DataConfig, ModelConfig, OptimConfig
+from vista.config.checks import planned
 from vista.config.choices import Activation, Architecture, Mixing, Precision, ReconstructionTarget
 from vista.config.conversion import to_dict
 from vista.examples.batch import Batch
@@ -88,7 +89,7 @@ class VistaModel(RankingModel):
         impressions = batch.impressions
         encoded, summaries, context = self._contexts(batch, item_vectors)
         parts: dict[str, Tensor] = {}
-        if optim.next_weight > 0 and self.counted is None:
+        if planned(optim.next_weight, "optim.next_weight") and self.counted is None:
             parts["next"] = self._next_loss(batch, item_vectors, context)
         if batch.anchors is not None:
             users, items = self._users_at_anchors(batch, context), self.retrieval_items(item_vectors, batch.rows)

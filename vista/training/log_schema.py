@@ -48,7 +48,7 @@ def schema_of(log: EventLog, config: TrainConfig) -> Schema:
         )
     if not config.ranks_items and not tasks:
         raise ConfigError(
-            f"optim.next_weight={optim.next_weight:g}: {log.path} has no labeled task either, so no head would be "
+            f"optim.next_weight={config.next_weight:g}: {log.path} has no labeled task either, so no head would be "
             "trained; set optim.next_weight=1"
         )
     ratings = rating_range(log) if log.has_rating and model.use_rating else None

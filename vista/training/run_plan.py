@@ -80,20 +80,23 @@ def _plan_counters(config: TrainConfig, model: ModelConfig, optim: OptimConfig, 
         returns: whether items that users may have had before are all that is ranked.
     """
     if model.counters is None:
-        ranks_items = not model.architecture.ranks_only and (optim.next_weight > 0 or optim.window_weight != 0)
+        ranks_items = not model.architecture.ranks_only and (optim.next_weight != 0 or optim.window_weight != 0)
         model.counters = returns and ranks_items and config.stage is Stage.joint
     if model.popularity is None:
         model.popularity = model.counters
     if model.mean_token is None:
         model.mean_token = model.counters and model.can_have_mean_token
     model.temperature = model.softmax_temperature
-    optim.window_weight = replace(config, model=model).window_weight
+    resolved = replace(config, model=model)
+    optim.window_weight, optim.next_weight = resolved.window_weight, resolved.next_weight
+    next_weight = f"{optim.next_weight:g} (data.split={config.data.split.value})"
     planned = (
         ("model.counters", config.model.counters, "true (data.exclude_seen=false)"),
         ("model.popularity", config.model.popularity, str(model.popularity).lower()),
         ("model.mean_token", config.model.mean_token, str(model.mean_token).lower()),
         ("model.temperature", config.model.temperature, f"{model.temperature:g}"),
         ("optim.window_weight", config.optim.window_weight, f"{optim.window_weight:g}"),
+        ("optim.next_weight", config.optim.next_weight, next_weight),
     )
     return [f"{name}={value}" for name, given, value in planned if given is None] if model.counters else []
 

@@ -67,7 +67,7 @@ class Validation:
             shown = with_tasks(impression_cases(log, begin, end, max_cases=limit * 4), tasks)
             self._impressions = shown if len(shown.user) else None
         if config.ranks_items:
-            if optim.next_weight == 0:
+            if config.next_weight == 0:
                 self._ranked = self._window_cases(stop, begin, limit)
             if self._ranked is None:
                 cases = next_item_cases(log, self._cut, stop, max_users=limit)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vista.arrays import Int
 from vista.config import DataConfig, ModelConfig, OptimConfig
+from vista.config.checks import planned
 from vista.examples.batch import Batch
 from vista.log.gaps import history_gaps
 from vista.log.histories import Histories
@@ -143,7 +144,7 @@ class SequenceModel(HistoryModel):
         users, labels, logits, places, askers = [], [], [], [], []
         for tile in tiles(events.offsets, self.device, self.tile_tokens):
             states, memory = self._encode(events, tile)
-            if optim.next_weight > 0 and self.counted is None:
+            if planned(optim.next_weight, "optim.next_weight") and self.counted is None:
                 labeled = self._labeled(tile)
                 gap = self.encoder.gap_vectors(packed.gap[tile.index][labeled])
                 users.append(self._user(states[:, : labeled.shape[1]][labeled], gap))
