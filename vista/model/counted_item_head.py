@@ -26,7 +26,7 @@ HIDDEN = 64
 
 
 class CountedItemHead(nn.Module):
-    """A network over the counters of each item, and a gate over the user vector.
+    """A network over the counters of each item, and a gate over the user vector. It is called without autocast.
 
     Before training, all counted items of a user have the same logit, the gate's bias.
     """
@@ -69,17 +69,15 @@ class CountedItemHead(nn.Module):
         size = (num_events.double().log1p() - 6).to(dtype).unsqueeze(1).expand_as(score)
         # Constants that bring typical values near 0 ± 1.
         inputs = [codes.to(dtype) / 8 - 2, *(x.to(dtype).unsqueeze(-1) for x in (score / 5, popularity, size))]
-        with torch.autocast(score.device.type, enabled=False):
-            logit: Tensor = self.network(torch.cat(inputs, -1)).squeeze(-1)
+        logit: Tensor = self.network(torch.cat(inputs, -1)).squeeze(-1)
         return logit
 
     def from_user(self, user: Tensor) -> Tensor:
         """[B]: the gate g. user: [B, M']."""
-        with torch.autocast(user.device.type, enabled=False):
-            # User vectors have length 1; this brings their entries near 0 ± 1, like the network's inputs.
-            entries = user.double() * math.sqrt(user.shape[-1])
-            # In float64, so that the bits do not depend on the other users of a request.
-            logit = F.linear(entries, self.gate.weight.double(), self.gate.bias.double())
+        # User vectors have length 1; this brings their entries near 0 ± 1, like the network's inputs.
+        entries = user.double() * math.sqrt(user.shape[-1])
+        # In float64, so that the bits do not depend on the other users of a request.
+        logit = F.linear(entries, self.gate.weight.double(), self.gate.bias.double())
         return logit.squeeze(-1).to(self.gate.weight.dtype)
 
     @torch.no_grad()

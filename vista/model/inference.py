@@ -193,7 +193,10 @@ def counted_scores(model: RankingModel, users: Tensor, items: Tensor, counters: 
 
 def _whole_tiles(values: NDArray[Any]) -> NDArray[Any]:
     """Values [E, ...], padded with zeros to whole tiles."""
-    padded = np.zeros((len(values) + -len(values) % ROW_TILE, *values.shape[1:]), values.dtype)
+    missing = -len(values) % ROW_TILE
+    if not missing:
+        return values
+    padded = np.zeros((len(values) + missing, *values.shape[1:]), values.dtype)
     padded[: len(values)] = values
     return padded
 
