@@ -49,6 +49,11 @@ PLAN = {
     "returning": RETURNING,
 }
 """Constants of that plan. A line of a row with planned settings does not count as done after one of them changed."""
+PLAN_WITH_COUNTERS = {
+    "steps_with_counters": run_plan.STEPS_WITH_COUNTERS,
+    "batches_with_counters": run_plan.BATCHES_WITH_COUNTERS,
+}
+"""Those of models that may have counters, if steps or batches are planned."""
 NO_RETURNS = (*WITHOUT_COUNTERS, "optim.next_weight=1", "optim.window_weight=0")
 """Settings of tables without windows, which were measured before training planned these from the log."""
 SPLIT = ("split", "validation_from", "test_from", "validation_share", "test_share", "exclude_seen")
@@ -161,6 +166,8 @@ def recorded_config(table: Table, row: TableRow) -> dict[str, Any]:
         recorded["plan"] = dict(PLAN)
         if recorded["model"]["temperature"] is None:
             recorded["plan"]["temperatures"] = list(TEMPERATURES)
+        if config.model.counters is not False and None in (config.data.tokens_per_batch, config.optim.epochs):
+            recorded["plan"] |= PLAN_WITH_COUNTERS
     if row.base:
         kept = recorded_config(table, table.rows[row.base])
         flat = {f"{group}.{key}": value for group in kept for key, value in kept[group].items()}

@@ -145,8 +145,23 @@ def test_batches_and_epochs_follow_the_number_of_events(num_events: int, tokens:
     assert config.data.num_negatives == 4096
 
 
+@pytest.mark.parametrize(
+    ("num_events", "tokens", "epochs"), [(50_000, 512, 10), (100_000, 512, 5), (10**6, 4096, 4), (10**7, 8192, 1)]
+)
+def test_with_counters_a_run_is_shorter(num_events: int, tokens: int, epochs: int) -> None:
+    def planned(**optim: Any) -> TrainConfig:
+        data, model = DataConfig(exclude_seen=True), ModelConfig(counters=True)
+        return plan_run(TrainConfig(data=data, model=model, optim=OptimConfig(**optim)), log_with(num_events))
+
+    assert (planned().data.tokens_per_batch, planned().optim.epochs) == (tokens, epochs)
+    timed = planned(minutes=10).optim
+    assert (timed.epochs, timed.warmup_steps) == (epochs, None)
+    assert planned(epochs=7).optim.epochs == 7
+
+
 def test_the_warm_up_of_a_timed_run_is_a_tenth_at_most(event_log: EventLog) -> None:
-    optim = plan_run(TrainConfig(optim=OptimConfig(minutes=1)), event_log).optim
+    config = TrainConfig(optim=OptimConfig(minutes=1), model=ModelConfig(counters=False))
+    optim = plan_run(config, event_log).optim
     assert optim.warmup_steps is None and optim.epochs is None
     assert [warmup_steps(optim, steps) for steps in (0, 25, 179, 500, 10**6)] == [50, 3, 18, 50, 50]
     assert warmup_steps(replace(optim, warmup_steps=7), 10**6) == 7
@@ -162,6 +177,8 @@ def test_the_warm_up_of_a_timed_run_is_a_tenth_at_most(event_log: EventLog) -> N
         (OptimConfig(minutes=1), 299, "299 steps, of which 30 are warm-up: .* raise optim.minutes"),
         (OptimConfig(minutes=1), 300, ""),
         (OptimConfig(minutes=1, warmup_steps=200), 300, "300 steps, of which 200 are warm-up"),
+        (OptimConfig(minutes=1, epochs=2), 20, ""),
+        (OptimConfig(minutes=1, epochs=2), 19, "raise optim.epochs or optim.minutes"),
     ],
 )
 def test_short_runs_warn(optim: OptimConfig, steps: int, warns: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -16,6 +16,7 @@ from vista.errors import ConfigError
 from vista.log.event_log import EventLog
 from vista.training import trainer
 from vista.training.checkpoint import latest_checkpoint, load_checkpoint
+from vista.training.progress import Progress
 from vista.training.time_budget import RESERVE, SKIPPED_STEPS, TIMED_STEPS, TimeBudget
 from vista.training.trainer import train
 
@@ -34,11 +35,19 @@ def test_steps_share_the_time_with_validations() -> None:
     assert budget.steps_left(200, 1.0, 50) == 0
 
 
-def test_minutes_and_epochs_exclude_each_other() -> None:
-    with pytest.raises(ConfigError, match=r"optim\.minutes: decides the number of steps, but optim\.epochs is set too"):
-        OptimConfig(minutes=1, epochs=2)
+def test_minutes_are_positive() -> None:
     with pytest.raises(ConfigError, match=r"optim\.minutes: must be positive and finite, got 0"):
         OptimConfig(minutes=0)
+
+
+@pytest.mark.parametrize(("epochs", "fits"), [(None, 40), (100, 40), (3, 30)])
+def test_epochs_limit_the_steps(epochs: int | None, fits: int) -> None:
+    budget = TimeBudget(1.0)
+    for _ in range(PLANNED_AT):
+        budget.add(0.1)
+    spent = 60 * (1 - RESERVE) - 15 * 0.1 - 1e-9  # time for 15 more steps
+    progress = Progress(step=PLANNED_AT, seconds=spent)
+    assert budget.planned_steps(progress, 0.0, 10, OptimConfig(minutes=1, epochs=epochs)) == fits
 
 
 def test_a_timed_run_resumes_bit_identically(
@@ -81,3 +90,12 @@ def test_a_budget_that_is_spent_ends_the_run_after_the_timed_steps(event_log: Ev
     train(config, event_log)
     (validated,) = [row for row in metrics(tmp_path) if "validation" in row and row["step"] == PLANNED_AT]
     assert validated["is_best"] in (True, False) and (tmp_path / "best" / "README.md").is_file()
+
+
+def test_a_run_with_both_ends_after_its_epochs(event_log: EventLog, tmp_path: Path) -> None:
+    config = small_config(event_log, tmp_path, optim__epochs=4, optim__minutes=10.0, data__tokens_per_batch=32)
+    train(config, event_log, metrics_every=1)
+    last = load_checkpoint(latest_checkpoint(tmp_path / "checkpoints"))[1]["run"]["progress"]  # type: ignore[arg-type]
+    assert last["epoch"] == 4 and last["step"] == last["planned_steps"] > PLANNED_AT
+    rates = [row["learning_rate"] for row in metrics(tmp_path) if "learning_rate" in row]
+    assert rates[-1] < 0.05 * max(rates)

@@ -57,7 +57,7 @@ class DataConfig:
     chunks."""
     tokens_per_batch: int | None = None
     """Maximum number of events in a batch. A longer chunk is a batch by itself. null: the power of two from
-    512 to 8,192 that makes about 400 batches per epoch."""
+    512 to 8,192 that makes about 400 batches per epoch, or 200 with model.counters."""
     label_spacing: int = 32
     """Window length W: the number of label positions that share one summary and one tail. These positions see between
     tail_len - W + 1 and tail_len events of the tail. Larger is faster."""

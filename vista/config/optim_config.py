@@ -25,11 +25,11 @@ class OptimConfig:
     gradient_clip: float = 1.0
     """Maximum global norm of the gradient."""
     epochs: int | None = None
-    """Number of epochs, which are passes over the training histories. null: as many as make about 3,000 steps, or as
-    many as fit into optim.minutes."""
+    """Maximum number of epochs, which are passes over the training histories. null: as many as make about 1,000 steps
+    with model.counters; else as many as make about 3,000 steps, or as fit into optim.minutes."""
     minutes: float | None = None
-    """Number of minutes that training takes, validation included. The time of the first steps decides how many steps
-    fit, and the learning rate falls over these steps. null: optim.epochs decides."""
+    """Maximum number of minutes that training takes, validation included. The time of the first steps decides how many
+    steps fit, and the learning rate falls over these steps. null: optim.epochs decides alone."""
     next_weight: float | None = None
     """Weight of the sampled softmax over next items. 0 does not train next items, and validates windows instead. null:
     0 if model.counters is on, windows are trained, and data.split holds out more than one event; else 1."""
@@ -62,8 +62,3 @@ class OptimConfig:
         require_counts(self, "optim.", counts, least=0)
         require(self.task_weight > 0 or not self.tasks, "optim.tasks", "needs optim.task_weight above 0; set that to 1")
         require_share(self, "optim.", ("logq_strength",))
-        require(
-            self.minutes is None or self.epochs is None,
-            "optim.minutes",
-            "decides the number of steps, but optim.epochs is set too; set one of them to null",
-        )

@@ -38,12 +38,12 @@ class Progress:
         """Whether training ends here.
 
         Args:
-            epochs: optim.epochs; None with optim.minutes.
+            epochs: optim.epochs.
         """
         return self.stopped or self.planned_steps_done or (epochs is not None and self.epoch >= epochs)
 
     def share_done(self, epochs: int | None, batches: int) -> float:
-        """Share of the training that is done, in an epoch of this number of batches; 0 before the steps are planned."""
-        if epochs is not None:
-            return (self.epoch + self.batch / batches) / epochs
-        return self.step / self.planned_steps if self.planned_steps else 0.0
+        """Share of the training that is done, in an epoch of this number of batches; 0 if nothing is planned yet."""
+        if self.planned_steps:
+            return self.step / self.planned_steps
+        return 0.0 if epochs is None else (self.epoch + self.batch / batches) / epochs

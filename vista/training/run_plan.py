@@ -15,10 +15,11 @@ from vista.log.splits import split_until, visible_counts
 from vista.log.until import Until
 
 logger = logging.getLogger(__name__)
-BATCHES_PER_EPOCH = 400
+STEPS, BATCHES_PER_EPOCH = 3000, 400
+STEPS_WITH_COUNTERS, BATCHES_WITH_COUNTERS = 1000, 200
+"""With counters, models overfit in more steps, and in steps of fewer events (research log)."""
 TOKENS_PER_BATCH = 512, 8192
 """Smallest and largest planned batch, in events."""
-STEPS = 3000
 MOST_EPOCHS = 30
 MOST_NEGATIVES = 4096
 WARMUP_SHARE = 0.03
@@ -44,19 +45,22 @@ def plan_run(config: TrainConfig, log: EventLog, since: int | None = None) -> Tr
 
     data.exclude_seen = leaves_out_seen(log, data)
     reasons += _plan_counters(config, model, optim, returns=not data.exclude_seen and not trained_tasks(log, optim))
+    steps, batches_per_epoch = STEPS, BATCHES_PER_EPOCH
+    if model.counters:
+        steps, batches_per_epoch = STEPS_WITH_COUNTERS, BATCHES_WITH_COUNTERS
     if data.tokens_per_batch is None:
         least, most = TOKENS_PER_BATCH
-        nearest = 2 ** round(math.log2(max(num_events / BATCHES_PER_EPOCH, 1)))
+        nearest = 2 ** round(math.log2(max(num_events / batches_per_epoch, 1)))
         data.tokens_per_batch = min(max(nearest, least), most)
         reasons.append(f"data.tokens_per_batch={data.tokens_per_batch} ({num_events:,} training events)")
     if data.num_negatives is None:
         data.num_negatives = max(min(log.num_items, MOST_NEGATIVES), 1)
         reasons.append(f"data.num_negatives={data.num_negatives} ({log.num_items:,} items)")
     batches = max(math.ceil(num_events / data.tokens_per_batch), 1)
-    if optim.epochs is None and optim.minutes is None:
-        optim.epochs = min(max(round(STEPS / batches), 1), MOST_EPOCHS)
+    if optim.epochs is None and (optim.minutes is None or model.counters):
+        optim.epochs = min(max(round(steps / batches), 1), MOST_EPOCHS)
         reasons.append(f"optim.epochs={optim.epochs} (about {batches:,} steps per epoch)")
-    if optim.warmup_steps is None and optim.epochs is not None:
+    if optim.warmup_steps is None and optim.epochs is not None and optim.minutes is None:
         steps = batches * optim.epochs
         optim.warmup_steps = math.ceil(WARMUP_SHARE * steps)
         reasons.append(f"optim.warmup_steps={optim.warmup_steps} (about {steps:,} steps)")
@@ -119,12 +123,13 @@ def warn_of_few_steps(optim: OptimConfig, steps: int) -> None:
     Args:
         steps: of the whole run.
     """
-    warmup, is_timed = warmup_steps(optim, steps), optim.minutes is not None
-    if steps < max(2 * warmup, FEW_TIMED_STEPS if is_timed else FEW_STEPS):
+    warmup = warmup_steps(optim, steps)
+    limits = [name for name in ("epochs", "minutes") if getattr(optim, name) is not None]
+    if steps < max(2 * warmup, FEW_TIMED_STEPS if limits == ["minutes"] else FEW_STEPS):
         logger.warning(
             "the run has only about %d steps, of which %d are warm-up: too few to learn much; lower "
             "data.tokens_per_batch (to 512, say) and optim.warmup_steps, or raise %s",
             steps,
             warmup,
-            "optim.minutes" if is_timed else "optim.epochs",
+            " or ".join(f"optim.{name}" for name in limits),
         )

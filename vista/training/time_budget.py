@@ -34,7 +34,9 @@ class TimeBudget:
         return sum(timed) / len(timed)
 
     def planned_steps(self, progress: Progress, validation: float, batches: int, optim: OptimConfig) -> int:
-        """Steps of the run: those that are done, and those that fit into the rest of the time. They are logged.
+        """Steps of the run: those that are done, and those that fit into the rest of the time and into optim.epochs.
+
+        They are logged.
 
         Args:
             validation: seconds per validation; 0 without validations.
@@ -42,6 +44,8 @@ class TimeBudget:
         """
         left = self.steps_left(progress.seconds, validation, batches * max(optim.validate_every, 1))
         steps = progress.step + left
+        if optim.epochs is not None:
+            steps = min(steps, optim.epochs * batches)
         logger.info(
             "optim.minutes=%g: %.1f s spent, %.4f s per step, %.1f s per validation: %d steps, %.1f epochs",
             self.minutes,

@@ -198,7 +198,7 @@ class Trainer:
             *table.shape,
             f"resuming at step {self.progress.step} from {newest}" if newest else f"run folder {self.run_dir}",
         )
-        if config.optim.epochs is not None:
+        if config.optim.epochs is not None and config.optim.minutes is None:
             warn_of_few_steps(config.optim, config.optim.epochs * self.source.num_batches(0))
 
     def _plan_steps(self, budget: TimeBudget) -> None:
