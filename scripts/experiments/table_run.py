@@ -161,6 +161,8 @@ def recorded_config(table: Table, row: TableRow) -> dict[str, Any]:
     model = values["model"]
     if config.model.architecture is not Architecture.vista:
         model = {key: value for key, value in model.items() if key not in UNREAD_BY_BASELINES}
+    if config.model.counters is False:
+        model = {key: value for key, value in model.items() if key != "counted_dropout"}
     recorded |= {"model": model, "optim": values["optim"]}
     if any(recorded[group].get(key, "absent") is None for group, keys in PLANNED.items() for key in keys):
         recorded["plan"] = dict(PLAN)

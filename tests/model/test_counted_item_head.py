@@ -66,6 +66,19 @@ def test_a_logit_depends_on_its_own_inputs_only() -> None:
         assert not torch.allclose(head(**other), logits, atol=1e-3), name
 
 
+def test_training_leaves_out_the_cosines_of_some_requests() -> None:
+    torch.manual_seed(3)
+    head = CountedItemHead(4, 8, dropout=0.5)
+    for weight in head.parameters():
+        nn.init.normal_(weight)
+    inputs = asked(400, 5)
+    with_cosine = head.eval()(**inputs)
+    without = head(**inputs | {"score": torch.zeros_like(inputs["score"])})
+    trained = head.train()(**inputs)
+    dropped = (trained == without).all(1)
+    assert torch.equal(trained[~dropped], with_cosine[~dropped]) and 150 < dropped.sum() < 250
+
+
 def test_popularity_is_one_more_dimension() -> None:
     torch.manual_seed(2)
     term = PopularityTerm(8, temperature=0.05)

@@ -137,6 +137,9 @@ class ModelConfig:
     """With counters, time constants in days of sums that decay with time. A log without times has none."""
     counter_events: list[float] = field(default_factory=lambda: [200.0])
     """With counters, time constants in events of sums that decay with newer events."""
+    counted_dropout: float = 0.5
+    """With counters, share of training questions, in [0, 1), in which counted items are scored without their cosine to
+    the user vector, so that training does not rely on cosines that were fitted to the same labels."""
     popularity: bool | None = None
     """Let each user's next items follow the items' popularity in the training events by a learned amount. Retrieval
     vectors then have dim + 1 entries. null: with counters."""
@@ -155,7 +158,7 @@ class ModelConfig:
         require_finite(self, "model.", ("normalization_alpha",))
         require_finite(self, "model.", ("temperature",), positive=True)
         require_finite(self, "model.", ("feed_forward_ratio",), positive=True, most=64)
-        require_share(self, "model.", ("dropout",), below_one=True)
+        require_share(self, "model.", ("dropout", "counted_dropout"), below_one=True)
         require_share(self, "model.", ("search_share",))
         self._check_divisor_of_dim("num_heads")
         if self.embedding_rows:

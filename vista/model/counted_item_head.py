@@ -31,13 +31,16 @@ class CountedItemHead(nn.Module):
     Before training, all counted items of a user have the same logit, the gate's bias.
     """
 
-    def __init__(self, num_values: int, retrieval_dim: int) -> None:
+    def __init__(self, num_values: int, retrieval_dim: int, dropout: float = 0.0) -> None:
         """
         Args:
             num_values: F.
             retrieval_dim: M'.
+            dropout: share of the requests that training scores without `score`. Item vectors are fitted to the labels
+                that this head learns from, so it would trust cosines more than later windows justify.
         """
         super().__init__()
+        self.dropout = dropout
         last = nn.Linear(HIDDEN, 1, bias=False)  # the gate has the bias
         self.network = nn.Sequential(nn.Linear(num_values + 3, HIDDEN), SiLU(), nn.Linear(HIDDEN, HIDDEN), SiLU(), last)
         self.gate = nn.Linear(retrieval_dim, 1)
@@ -60,6 +63,8 @@ class CountedItemHead(nn.Module):
         Returns:
             float32 [B, S] (or the dtype of the weights if that is wider), on the scale of `score`.
         """
+        if self.training and self.dropout:
+            score = score * (torch.rand(len(score), 1, device=score.device) >= self.dropout)
         return self.from_counters(codes, score, popularity, num_events) + self.from_user(user).unsqueeze(1)
 
     def from_counters(self, codes: Tensor, score: Tensor, popularity: Tensor, num_events: Tensor) -> Tensor:

@@ -84,7 +84,11 @@ class RankingModel(nn.Module):
         self.popularity = (
             PopularityTerm(config.dim, config.softmax_temperature) if config.popularity and retrieval else None
         )
-        self.counted = CountedItemHead(spec.num_columns, self.retrieval_dim) if spec is not None and retrieval else None
+        self.counted = (
+            CountedItemHead(spec.num_columns, self.retrieval_dim, config.counted_dropout)
+            if spec is not None and retrieval
+            else None
+        )
         """Scores items that the user had before; None without counters."""
         if self.popularity is not None or self.counted is not None:
             self.register_buffer("item_popularity", torch.zeros(1 + len(items)))
