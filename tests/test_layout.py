@@ -26,7 +26,7 @@ LAYERS = (
 """A module imports from its own package and from the layers below it. `vista` only lists the public names."""
 SAME_LAYER = {("vista.model", "vista.examples")}
 BACKENDS = ("torch_backend", "triton_backend")
-COLLECTIONS = ("errors.py", "choices.py", "layers.py")
+COLLECTIONS = ("errors.py", "choices.py", "layers.py", "item_features.py")
 
 
 def sources(*folders: str) -> list[Path]:

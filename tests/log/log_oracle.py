@@ -140,6 +140,7 @@ def _write_events(folder: Path, step: Step, number: int) -> None:
         "timestamp": "milliseconds since 1970-01-01 UTC",
         "has_rating": False,
         "counts": {name: {"rows": count, "users": active.get(name, 0)} for name, count in rows.items()},
+        "features": [],
         "deletions": 0,
         "quarantined": 0,
         "sources": [

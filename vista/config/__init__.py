@@ -6,6 +6,7 @@ Only `vista.config.composition` uses Hydra: the command line turns its words int
 from vista.config.compare_config import CompareConfig
 from vista.config.data_config import DataConfig
 from vista.config.evaluate_config import EvaluateConfig
+from vista.config.item_table_config import ItemTableConfig
 from vista.config.log_configs import (
     LogCompactConfig,
     LogEraseConfig,
@@ -39,6 +40,7 @@ __all__ = [
     "CompareConfig",
     "DataConfig",
     "EvaluateConfig",
+    "ItemTableConfig",
     "LogCompactConfig",
     "LogEraseConfig",
     "LogForgetConfig",

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from vista.config.checks import check_types
 from vista.config.choices import IdType, OnBadRows
+from vista.config.item_table_config import ItemTableConfig
 from vista.config.source_columns import SourceColumns
 
 
@@ -41,8 +42,11 @@ class PrepareConfig:
     """Files of events."""
     impressions: SourceConfig | None = None
     """Files of impressions with labels; null if there are none."""
+    items: ItemTableConfig | None = None
+    """Files of item features; null if there are none."""
     append: bool = False
-    """Add a segment to an existing log. Sources that the log already contains are refused."""
+    """Add a segment to an existing log: events, item features, or both. Files of events or impressions that the log
+    already contains are refused. New features of an item replace its older ones."""
     on_bad_rows: OnBadRows = OnBadRows.error
     """What happens to invalid rows: raise writes nothing and reports the first; quarantine sets them aside in
     quarantine.csv."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from vista.arrays import Int
+from vista.arrays import Float32s, Int
 from vista.errors import LogFormatError, LogWriteError
 from vista.files import checked_path, sync
 from vista.log.event_log import EventLog
 from vista.log.histories import offsets_of, token_groups
 from vista.log.impressions import merged_columns
+from vista.log.item_features import VectorColumn
+from vista.log.merged_features import declared_columns, items_with_features, merged_column
 from vista.log.packed_table import PackedTable
 from vista.log.segment import segment_name, superseded_segments
+from vista.log.segment_features import SegmentColumn
 from vista.log.segment_files import EVENT_COLUMNS
 from vista.log.segment_manifest import LOG_FIELDS, QUARANTINE_FILE
-from vista.log.segment_writer import SegmentWriter, TableWriter, locked_log, staged_folder
+from vista.log.segment_writer import FeatureWriter, SegmentWriter, TableWriter, locked_log, staged_folder
 
 RUN_EVENTS = 1 << 20
 """Events that are read and written at once, about 40 bytes of memory each. A longer history is a run by itself."""
@@ -148,6 +151,7 @@ def _write(segment: SegmentWriter, log: EventLog, blanked: Int, run_events: int)
             "first_segment": 1,
             "last_segment": log.last_segment,
             "counts": {table: {"rows": rows[table], "users": active[table]} for table in rows},
+            "features": _write_features(segment, log, run_events),
             "deletions": 0,
             "quarantined": sum(manifest["quarantined"] for manifest in log.manifests),
             "sources": [source for manifest in log.manifests for source in manifest["sources"]],
@@ -179,6 +183,31 @@ def _write_impressions(segment: SegmentWriter, num_users: int, tables: list[Pack
         )
         writer.append(np.repeat(np.arange(run.start, run.stop), counts[run]), block)
     return writer.close()
+
+
+def _write_features(segment: SegmentWriter, log: EventLog, run_values: int) -> list[dict[str, str]]:
+    """Write the merged features; returns what the manifest says about their columns."""
+    declared = declared_columns(log.segments)
+    if not declared:
+        return []
+    items = items_with_features(log.segments)
+    writer = FeatureWriter(segment, items)
+    for name, parts in declared.items():
+        first = parts[0].column
+        if isinstance(first, VectorColumn):
+            rows = token_groups(np.full(len(items), first.vectors.shape[1]), run_values)
+            writer.add_vectors(name, first.vectors.shape[1], (_vectors(parts, items[run]) for run in rows))
+        else:
+            column = merged_column(parts, items)
+            assert not isinstance(column, VectorColumn)
+            writer.add(name, column)
+    return writer.columns
+
+
+def _vectors(parts: Sequence[SegmentColumn], items: Int) -> Float32s:
+    column = merged_column(parts, items)
+    assert isinstance(column, VectorColumn)
+    return column.vectors
 
 
 def _last_changes(log: EventLog) -> Int:

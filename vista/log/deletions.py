@@ -30,9 +30,14 @@ from vista.log.ingest.source_parser import SourceParser
 from vista.log.ingest.sources import Source, open_sources
 from vista.log.polars_extra import pl
 from vista.log.segment import segment_name
-from vista.log.segment_files import EVENT_COLUMNS, FORGOTTEN_COLUMNS
-from vista.log.segment_manifest import LOG_FIELDS
-from vista.log.segment_writer import SegmentWriter, TableWriter, locked_log, staged_folder
+from vista.log.segment_files import FORGOTTEN_COLUMNS
+from vista.log.segment_writer import (
+    SegmentWriter,
+    TableWriter,
+    locked_log,
+    staged_folder,
+    write_without_events,
+)
 
 _NAMED_ROWS = 3
 
@@ -235,11 +240,7 @@ def write_deletions(segment: SegmentWriter, log: EventLog, forgotten: EventKeys 
         forgotten: distinct keys, sorted by user, time, item, and action.
         erased: user rows, ascending.
     """
-    newest, number = log.manifests[-1], log.last_segment + 1
-    segment.save_vocabulary("new_users", log.users.tail(log.num_users))
-    segment.save_vocabulary("new_items", log.items.tail(log.num_items))
-    names = [name for name in EVENT_COLUMNS if name != "rating" or log.has_rating]
-    TableWriter(segment, "", 0, {name: (EVENT_COLUMNS[name], ()) for name in names}).close()
+    fields = write_without_events(segment, log.manifests[-1], log.users, log.items)
     num_forgotten = 0
     if forgotten is not None:
         num_forgotten = len(forgotten)
@@ -250,14 +251,4 @@ def write_deletions(segment: SegmentWriter, log: EventLog, forgotten: EventKeys 
         writer.close()
     if len(erased):
         segment.save("erased.npy", erased)
-    segment.write_manifest(
-        {name: newest[name] for name in LOG_FIELDS}
-        | {
-            "first_segment": number,
-            "last_segment": number,
-            "counts": {table: {"rows": 0, "users": 0} for table in ("events", "impressions")},
-            "deletions": num_forgotten + len(erased),
-            "quarantined": 0,
-            "sources": [],
-        }
-    )
+    segment.write_manifest(fields | {"deletions": num_forgotten + len(erased)})

@@ -18,6 +18,8 @@ from vista.files import checked_path
 from vista.log.deleted_rows import obey_deletions
 from vista.log.histories import Histories, slice_merged, take_range
 from vista.log.impressions import Impressions, read_impressions
+from vista.log.item_features import ItemFeatures
+from vista.log.merged_features import merged_features
 from vista.log.packed_table import PackedTable
 from vista.log.segment import Segment, read_segments, read_vocabularies
 
@@ -44,6 +46,7 @@ class EventLog:
         self._tables = _filled(self.segments)
         self._lengths: NDArray[np.int64] | None = None
         self._impressions: Impressions | None = None
+        self._item_features: ItemFeatures | None = None
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, last_segment: int | None = None) -> EventLog:
@@ -69,18 +72,21 @@ class EventLog:
         time_unit: str | None = None,
         columns: SourceColumns | None = None,
         impressions: Any = None,
+        items: Any = None,
         on_bad_rows: OnBadRows | str = "raise",
         append: bool = False,
     ) -> EventLog:
         """Write a log from a pandas or Polars frame (or a mapping of columns) and open it.
 
         Args:
-            frame: one row per event.
+            frame: one row per event. With `append` and `items`, None adds item features only.
             path: folder to make, or with `append` the log to extend by a segment.
             time_unit: s | ms | us | ns | iso; required if the timestamp column is numeric or text.
             columns: names of the columns; by default user, item, and timestamp. A log whose columns have no `timestamp`
                 (None) is ordered as the frame.
             impressions: a second frame with the same user, item, and timestamp columns, and the labels in `columns`.
+            items: a frame of item features with the item column of `columns` and one row per item. Text, booleans, and
+                lists of text are categories, floats are numbers, and lists of floats are vectors; integers are refused.
             on_bad_rows: raise | quarantine.
             append: add a segment to an existing log.
 
@@ -97,6 +103,7 @@ class EventLog:
             time_unit=time_unit,
             columns=columns or SourceColumns(),
             impressions=impressions,
+            items=items,
             on_bad_rows=on_bad_rows,
             append=append,
         )
@@ -183,6 +190,19 @@ class EventLog:
         if self._impressions is None and any(segment.impressions is not None for segment in self.segments):
             self._impressions = read_impressions(self.segments, self.num_users)
         return self._impressions
+
+    @property
+    def item_features(self) -> ItemFeatures | None:
+        """Features of all items, in the order of `items`; None without any.
+
+        They are verified, and merged over the segments, on first use.
+
+        Raises:
+            LogFormatError: if a file of them is damaged, or segments contradict each other.
+        """
+        if self._item_features is None:
+            self._item_features = merged_features(self.segments, self.num_items)
+        return self._item_features
 
     def gather(self, user_rows: Any, counts: Any = None) -> Histories:
         """Histories of several users.

@@ -59,7 +59,8 @@ def _series(name: str, values: Any, is_pandas: bool) -> pl.Series:
             return pl.Series(name, values.to_numpy())
         if isinstance(values.dtype, np.dtype) and values.dtype.kind == "M":
             return pl.Series(name, values.to_numpy().astype("datetime64[ms]"))
-        return pl.Series(name, values.astype(object).where(values.notna(), None).tolist())
+        cells = values.astype(object).where(values.notna(), None).tolist()
+        return pl.Series(name, [cell.tolist() if isinstance(cell, np.ndarray) else cell for cell in cells])
     except (TypeError, pl.exceptions.PolarsError) as error:
         raise DataError(
             f"column {name!r} mixes types ({str(error).splitlines()[0]}); convert it to one, such as text"

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,7 @@ from vista.log.vocabulary import Vocabulary
 class CategoryColumn:
     """Values of N items, packed: items end to end."""
 
+    kind: ClassVar[str] = "category"
     values: Vocabulary
     """The V distinct values, as text."""
     codes: NDArray[np.int32]
@@ -40,11 +41,17 @@ class CategoryColumn:
         index = ranges(np.where(rows < 0, 0, self.offsets[:-1][rows]), counts)
         return CategoryColumn(self.values, self.codes[index], offsets_of(counts))
 
+    @property
+    def is_known(self) -> NDArray[np.bool_]:
+        """Whether each item has a value: bool [N]."""
+        return np.diff(self.offsets) > 0
+
 
 @dataclass(frozen=True, slots=True)
 class NumberColumn:
     """One number per item."""
 
+    kind: ClassVar[str] = "number"
     numbers: Float32s
     """[N], NaN where it is missing."""
 
@@ -52,17 +59,28 @@ class NumberColumn:
         """The numbers of items int64 [n]; a row of -1 is missing."""
         return NumberColumn(np.where(rows < 0, np.float32(np.nan), self.numbers[rows]))
 
+    @property
+    def is_known(self) -> NDArray[np.bool_]:
+        """Whether each item has a number: bool [N]."""
+        return ~np.isnan(self.numbers)
+
 
 @dataclass(frozen=True, slots=True)
 class VectorColumn:
     """One vector per item."""
 
+    kind: ClassVar[str] = "vector"
     vectors: Float32s
     """[N, D], NaN in all of D where it is missing."""
 
     def select(self, rows: Int) -> VectorColumn:
         """The vectors of items int64 [n]; a row of -1 is missing."""
         return VectorColumn(np.where(rows[:, None] < 0, np.float32(np.nan), self.vectors[rows]))
+
+    @property
+    def is_known(self) -> NDArray[np.bool_]:
+        """Whether each item has a vector: bool [N]."""
+        return ~np.isnan(self.vectors[:, 0])
 
 
 FeatureColumn: TypeAlias = CategoryColumn | NumberColumn | VectorColumn
@@ -78,3 +96,28 @@ class ItemFeatures:
     def select(self, rows: Int) -> ItemFeatures:
         """Features of items int64 [n], such as those of a model's vocabulary; a row of -1 has none."""
         return ItemFeatures({name: column.select(rows) for name, column in self.columns.items()})
+
+    def described(self) -> list[str]:
+        """One line per column: its name, kind, and size, and the share of items that have a value."""
+        return [
+            feature_line(name, column.kind, _size(column), float(column.is_known.mean()))
+            for name, column in self.columns.items()
+        ]
+
+
+def feature_line(name: str, kind: str, size: int, share: float) -> str:
+    """A column in words.
+
+    Args:
+        size: number of values of a category, or dimensions of a vector.
+        share: of the items that have a value.
+    """
+    plural = "" if size == 1 else "s"
+    sizes = {"category": f" of {size:,} value{plural}", "vector": f" of {size:,} dimension{plural}"}
+    return f"{name}: {kind}{sizes.get(kind, '')}, {share:.0%} of items"
+
+
+def _size(column: FeatureColumn) -> int:
+    if isinstance(column, CategoryColumn):
+        return len(column.values)
+    return column.vectors.shape[1] if isinstance(column, VectorColumn) else 1

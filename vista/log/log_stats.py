@@ -15,9 +15,9 @@ class LogStats:
     """What a log contains.
 
     segments: names, oldest first; num_users: users with an id, with or without events; num_forgotten, num_erased:
-    deletion rows, of events and of users; num_deleted: deleted events and impressions that are still on disk;
-    size_bytes: of all files of the current segments; first_ms, last_ms: oldest and newest time, None in an empty log or
-    a log without times.
+    deletion rows, of events and of users; num_deleted: deleted events and impressions that are still on disk; features:
+    a line per column of item features; size_bytes: of all files of the current segments; first_ms, last_ms: oldest and
+    newest time, None in an empty log or a log without times.
     """
 
     path: Path
@@ -29,6 +29,7 @@ class LogStats:
     num_forgotten: int
     num_erased: int
     num_deleted: int
+    features: list[str]
     size_bytes: int
     first_ms: int | None
     last_ms: int | None
@@ -52,6 +53,7 @@ class LogStats:
                 for table in (segment.events, segment.impressions)
                 if table is not None
             ),
+            [] if log.item_features is None else log.item_features.described(),
             sum(file.stat().st_size for segment in log.segments for file in segment.path.rglob("*") if file.is_file()),
             first,
             last,
@@ -69,5 +71,6 @@ class LogStats:
                 f"{self.num_impressions:,} impressions",
                 f"deletions: {self.num_forgotten:,} events and {self.num_erased:,} users; {self.num_deleted:,} rows "
                 "still on disk until a compaction",
+                *(f"feature {line}" for line in self.features),
             ]
         )

@@ -12,6 +12,10 @@
         impressions/                    the same for impressions: users, offsets, item, timestamp, and
             label.npy   uint8 [N, tasks]; mask.npy uint8 [N, tasks]; probability.npy float32 [N, tasks], if known
         deletions/                      forgotten events: users, offsets, item, timestamp, action (event_keys.py)
+        features/                       of items; `K` counts the columns that the manifest lists under `features`
+            items.npy   int64 [F]       item rows with features here, ascending
+            K.numbers.npy float32 [F]; K.vectors.npy float32 [F, D]; or
+            K.codes.npy int32, K.offsets.npy int64 [F + 1], and the new values, K.values.ids.npy and .offsets
         erased.npy      int64 [E]       rows of erased users, ascending
         changed.npy     int64 [users]   after a compaction: the last segment that changed each user, or 0
         quarantine.csv                  rows that failed validation, if any
@@ -34,6 +38,7 @@ import numpy as np
 from vista.arrays import Int
 from vista.errors import LogFormatError
 from vista.log.packed_table import PackedTable
+from vista.log.segment_features import SegmentFeatures
 from vista.log.segment_files import EVENT_COLUMNS, FORGOTTEN_COLUMNS, IMPRESSION_COLUMNS, SegmentFiles
 from vista.log.segment_manifest import REMEDY, read_segment_manifest
 from vista.log.vocabulary import Vocabulary
@@ -63,6 +68,8 @@ class Segment:
     """int64 [E] users that this segment deletes from earlier segments."""
     changed: Int | None
     """int64 [users], if compacted: the last segment that changed each user, or 0."""
+    features: SegmentFeatures | None
+    """Features of items, which replace those of earlier segments."""
     new_users: Vocabulary
     new_items: Vocabulary
 
@@ -111,6 +118,7 @@ def _segment(path: Path, manifest: dict[str, Any], files: SegmentFiles) -> Segme
         files.table("deletions/", FORGOTTEN_COLUMNS) if "deletions/users.npy" in files else None,
         np.empty(0, np.int64) if erased is None else erased,
         files.rows("changed.npy"),
+        SegmentFeatures.read(path, files, manifest["features"]),
         files.vocabulary("new_users", kinds["users"]),
         files.vocabulary("new_items", kinds["items"]),
     )
@@ -229,6 +237,11 @@ def _check_counts(segment: Segment) -> None:
             raise LogFormatError(
                 f"{segment.path}: {what}: the manifest says {expected}, found {actual}; restore the folder, or {REMEDY}"
             )
+    if segment.features is not None and segment.features.items[-1] >= manifest["num_items"]:
+        raise LogFormatError(
+            f"{segment.path}: has features of item row {segment.features.items[-1]}, but the manifest says "
+            f"{manifest['num_items']} items; restore the folder, or {REMEDY}"
+        )
     tables = [segment.events, impressions, segment.forgotten]
     users = [table.users[-1:] for table in tables if table is not None]
     highest = max((int(rows[-1]) for rows in [*users, segment.erased[-1:]] if len(rows)), default=-1)

@@ -27,6 +27,8 @@ IMPRESSION_COLUMNS = {
     "probability": np.float32,
 }
 FORGOTTEN_COLUMNS = {"item": np.int32, "timestamp": np.int64, "action": np.uint8}
+FEATURES = "features/"
+"""Folder of item features."""
 _PER_TASK = ("label", "mask", "probability")
 """Columns with one value per row and task."""
 _OPTIONAL = ("rating", "probability")
@@ -35,7 +37,8 @@ _LARGE = {
     *(f"{name}.npy" for name in EVENT_COLUMNS),
     *(f"impressions/{name}.npy" for name in IMPRESSION_COLUMNS),
 }
-"""Files with an entry per event, impression, or quarantined row."""
+"""Files with an entry per event, impression, or quarantined row. Those of item features are large too, except for the
+values of categories, from which an appended segment continues."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +154,8 @@ class SegmentFiles:
         """Compare the content of every file with the manifest.
 
         Args:
-            large: also read the files with an entry per event, impression, or quarantined row. Without them, the ids,
-                the offsets, and the deletions are checked.
+            large: also read the files with an entry per event, impression, quarantined row, or item. Without them, the
+                ids, the offsets, and the deletions are checked.
 
         Returns:
             The number of bytes that were read.
@@ -160,4 +163,18 @@ class SegmentFiles:
         Raises:
             LogFormatError: naming the first file with a byte that has changed.
         """
-        return sum(file.verify() for name, file in self._files.items() if large or name not in _LARGE)
+        return sum(file.verify() for name, file in self._files.items() if large or not _is_large(name))
+
+    def verify_features(self) -> None:
+        """Compare the content of the files of item features with the manifest.
+
+        Raises:
+            LogFormatError: naming the first file with a byte that has changed.
+        """
+        for name, file in self._files.items():
+            if name.startswith(FEATURES):
+                file.verify()
+
+
+def _is_large(name: str) -> bool:
+    return name in _LARGE or (name.startswith(FEATURES) and ".values." not in name)

@@ -15,7 +15,7 @@ from vista.files import read_limited
 from vista.json_fields import TABLE, FieldRule, check_fields, hexadecimal, list_of, one_of, text, whole
 
 FORMAT = "vista-event-log"
-VERSION = 2
+VERSION = 3
 MANIFEST_FILE = "manifest.json"
 QUARANTINE_FILE = "quarantine.csv"
 LOG_FIELDS = ("num_users", "num_items", "id_types", "actions", "tasks", "has_time", "timestamp", "has_rating")
@@ -25,7 +25,12 @@ _MAX_BYTES = 64 << 20
 """A larger manifest is not read."""
 _MAX_ACTIONS = 256
 """Codes of actions are uint8."""
-_ARRAY_NAME = re.compile(r"(?:(?:impressions|deletions)/)?[a-z_]+(?:\.(?:ids|offsets|blank))?\.npy")
+MAX_FEATURES = 1_000
+"""Columns of item features: each is up to four files."""
+_ARRAY_NAME = re.compile(
+    r"((impressions|deletions)/)?[a-z_]+(\.(ids|offsets|blank))?\.npy"
+    r"|features/(items|[0-9]{1,3}\.(codes|offsets|numbers|vectors|values\.ids|values\.offsets))\.npy"
+)
 
 
 def _fields(rules: Mapping[str, FieldRule]) -> FieldRule:
@@ -42,7 +47,7 @@ def _fields(rules: Mapping[str, FieldRule]) -> FieldRule:
 _SEGMENT, _FLAG, _ID_KIND = whole(1, 999_999), one_of(True, False), one_of("int", "str")
 _COUNTS = _fields({"rows": whole(), "users": whole()})
 _SOURCE = {
-    "table": one_of("events", "impressions"),
+    "table": one_of("events", "impressions", "items"),
     "name": text(),
     "bytes": whole(),
     "sha256": hexadecimal(64),
@@ -64,6 +69,7 @@ _RULES = {
     "timestamp": text(),
     "has_rating": _FLAG,
     "counts": _fields({"events": _COUNTS, "impressions": _COUNTS}),
+    "features": list_of(_fields({"name": text(), "kind": one_of("category", "number", "vector")}), most=MAX_FEATURES),
     "deletions": whole(),
     "quarantined": whole(),
     "sources": list_of(_fields(_SOURCE)),

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,15 @@ import numpy as np
 import xxhash
 from numpy.typing import DTypeLike, NDArray
 
+from vista.arrays import Float32s, Int
 from vista.errors import DataError, LogBusyError, LogWriteError
 from vista.files import make_folders, sync
 from vista.log.array_file import ArrayWriter
 from vista.log.histories import offsets_of
+from vista.log.item_features import CategoryColumn, NumberColumn
 from vista.log.segment import find_segments
-from vista.log.segment_manifest import MANIFEST_FILE, QUARANTINE_FILE, check_manifest, manifest_bytes
+from vista.log.segment_files import EVENT_COLUMNS, FEATURES
+from vista.log.segment_manifest import LOG_FIELDS, MANIFEST_FILE, QUARANTINE_FILE, check_manifest, manifest_bytes
 from vista.log.vocabulary import Vocabulary
 
 
@@ -121,6 +124,72 @@ class TableWriter:
         self._segment.save(f"{self._prefix}users.npy", users)
         self._segment.save(f"{self._prefix}offsets.npy", offsets.astype(np.int64))
         return len(users)
+
+
+class FeatureWriter:
+    """Writes the files of item features, column by column.
+
+    Args:
+        segment: the segment with the features.
+        items: int64 [F] item rows, ascending and distinct, at least one.
+    """
+
+    def __init__(self, segment: SegmentWriter, items: Int, prefix: str = FEATURES) -> None:
+        (segment.folder / prefix).mkdir()
+        segment.save(f"{prefix}items.npy", items)
+        self.columns: list[dict[str, str]] = []
+        """What the manifest says about the columns that were written."""
+        self._segment, self._prefix, self._num_items = segment, prefix, len(items)
+
+    def add(self, name: str, column: CategoryColumn | NumberColumn) -> None:
+        """Write a column of F items. Of a category column, `values` are only those that the segment adds."""
+        place = self._begin(name, column.kind)
+        if isinstance(column, NumberColumn):
+            self._segment.save(f"{place}.numbers.npy", column.numbers)
+            return
+        self._segment.save(f"{place}.codes.npy", column.codes)
+        self._segment.save(f"{place}.offsets.npy", column.offsets)
+        self._segment.save_vocabulary(f"{place}.values", column.values)
+
+    def add_vectors(self, name: str, dim: int, blocks: Iterable[Float32s]) -> None:
+        """Write a column of F vectors, from blocks [n, dim] in the order of the items."""
+        writer = self._segment.array(f"{self._begin(name, 'vector')}.vectors.npy", np.float32, (self._num_items, dim))
+        for block in blocks:
+            writer.append(block)
+        writer.close()
+
+    def _begin(self, name: str, kind: str) -> str:
+        place = f"{self._prefix}{len(self.columns)}"
+        self.columns.append({"name": name, "kind": kind})
+        return place
+
+
+def write_without_events(
+    segment: SegmentWriter, newest: Mapping[str, Any], users: Vocabulary, items: Vocabulary
+) -> dict[str, Any]:
+    """Write the files of a log's next segment if it adds no ids and no events.
+
+    Args:
+        newest: the manifest of the log's newest segment.
+        users, items: the log's vocabularies.
+
+    Returns:
+        The fields of its manifest, for a segment that adds nothing at all.
+    """
+    segment.save_vocabulary("new_users", users.tail(len(users)))
+    segment.save_vocabulary("new_items", items.tail(len(items)))
+    names = [name for name in EVENT_COLUMNS if name != "rating" or newest["has_rating"]]
+    TableWriter(segment, "", 0, {name: (EVENT_COLUMNS[name], ()) for name in names}).close()
+    number = newest["last_segment"] + 1
+    return {name: newest[name] for name in LOG_FIELDS} | {
+        "first_segment": number,
+        "last_segment": number,
+        "counts": {table: {"rows": 0, "users": 0} for table in ("events", "impressions")},
+        "features": [],
+        "deletions": 0,
+        "quarantined": 0,
+        "sources": [],
+    }
 
 
 @contextmanager

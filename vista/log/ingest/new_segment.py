@@ -16,7 +16,7 @@ from vista.log.vocabulary import Vocabulary
 class NewSegment:
     """What one run of ingest writes into a segment.
 
-    before: the log without it; parts: by table, "events" and optionally "impressions"; users, items, actions, tasks: of
+    before: the log without it; parts: by table, "events", "impressions", and "items"; users, items, actions, tasks: of
     the log with this segment; time_range_ms: oldest and newest time of the events, None in a log without times.
     """
 
@@ -29,6 +29,20 @@ class NewSegment:
     tasks: list[str]
     time_range_ms: tuple[int | None, int | None]
 
+    @classmethod
+    def without_events(cls, before: ExistingLog, parts: Mapping[str, Sequence[Part]]) -> NewSegment:
+        """A segment that adds only item features to a log."""
+        return cls(
+            number=before.last_segment + 1,
+            before=before,
+            parts=parts,
+            users=before.users,
+            items=before.items,
+            actions=before.actions,
+            tasks=before.tasks,
+            time_range_ms=(None, None),
+        )
+
     def num_rows(self, table: str) -> int:
         """Good rows of a table; 0 without the table."""
         return sum(part.num_rows for part in self.parts.get(table, ()))
@@ -39,7 +53,7 @@ class NewSegment:
         return sum(part.num_bad for parts in self.parts.values() for part in parts)
 
     def manifest(self, active_users: Mapping[str, int]) -> dict[str, Any]:
-        """The manifest's entries (segment.py).
+        """The manifest's entries (segment.py) of a segment with events, except for what item features add.
 
         Args:
             active_users: by table, the number of users with rows.
@@ -61,20 +75,22 @@ class NewSegment:
                 for table in ("events", "impressions")
             },
             "deletions": 0,
-            "quarantined": self.num_bad,
-            "sources": [
-                {
-                    "table": table,
-                    "name": part.source.name,
-                    "bytes": part.source.size,
-                    "sha256": part.source.digest,
-                    "rows": part.num_rows,
-                    "bad_rows": part.num_bad,
-                }
-                for table, parts in self.parts.items()
-                for part in parts
-            ],
         }
+
+    def sources(self) -> list[dict[str, Any]]:
+        """The manifest's entries of all sources."""
+        return [
+            {
+                "table": table,
+                "name": part.source.name,
+                "bytes": part.source.size,
+                "sha256": part.source.digest,
+                "rows": part.num_rows,
+                "bad_rows": part.num_bad,
+            }
+            for table, parts in self.parts.items()
+            for part in parts
+        ]
 
     def warnings(self) -> list[str]:
         """What is allowed, but is probably a mistake or needs another step."""

@@ -72,7 +72,7 @@ def read_part(
     order = (pl.lit(number, pl.Int64) * 2**32 + pl.col(ROW).cast(pl.Int64)).alias(ORDER)
     try:
         frame.with_columns(order).drop(ROW).sink_ipc(file, maintain_order=False)
-        # The problem codes that occur, without reading the rows: one byte per row.
+        # The problem codes that occur, without reading the rows: two bytes per row.
         codes = pl.scan_ipc(file).group_by(PROBLEM).agg(pl.len(), pl.col(ORDER).min()).collect(engine="streaming")
     except (pl.exceptions.PolarsError, OSError) as error:
         raise unreadable(source, error) from error
@@ -125,17 +125,18 @@ def _set_aside(source: ScannedSource, rules: Sequence[RowRule], table: str, part
     """Stream a source's bad rows, in input order, into a CSV file without a header."""
     bad = part.filter((pl.col(PROBLEM) > 0) & (pl.col(PROBLEM) != BLANK))
     listed = bad.select((pl.col(ORDER) % 2**32).cast(pl.UInt32).alias(ROW), PROBLEM).collect(engine="streaming")
-    own = {name: source.columns.get(name, name) for name in source.frame.collect_schema().names() if name != ROW}
+    schema = source.frame.collect_schema()
+    own = {name: source.columns.get(name, name) for name in schema if name != ROW}
     value = pl.lit(None, pl.String)
     for code, rule in enumerate(rules, 1):
-        value = pl.when(pl.col(PROBLEM) == code).then(pl.col(rule.column).cast(pl.String)).otherwise(value)
+        value = pl.when(pl.col(PROBLEM) == code).then(_as_one_text(rule.column, schema[rule.column])).otherwise(value)
     table_of_reasons = pl.LazyFrame(
         {
             PROBLEM: list(range(1, len(rules) + 1)),
             "column": [source.columns.get(rule.column, rule.column) for rule in rules],
             "reason": [f"{rule.reason}; {rule.remedy}" for rule in rules],
         },
-        schema_overrides={PROBLEM: pl.UInt8},
+        schema_overrides={PROBLEM: pl.UInt16},
     )
     (
         source.frame.join(listed.lazy(), on=ROW, how="inner")
@@ -152,6 +153,13 @@ def _set_aside(source: ScannedSource, rules: Sequence[RowRule], table: str, part
         )
         .sink_csv(target, include_header=False)
     )
+
+
+def _as_one_text(column: str, dtype: pl.DataType) -> pl.Expr:
+    """A value as text; a list as its entries with spaces between them."""
+    if dtype.is_nested():
+        return pl.col(column).cast(pl.List(pl.String)).list.join(" ", ignore_nulls=True)
+    return pl.col(column).cast(pl.String)
 
 
 def _as_text(cell: pl.Expr) -> pl.Expr:

@@ -19,7 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vista.config import PrepareConfig, SourceColumns, SourceConfig
+from vista.config import ItemTableConfig, PrepareConfig, SourceColumns, SourceConfig
 from vista.config.choices import OnBadRows, choice_of
 from vista.errors import ConfigError, DataError
 from vista.files import checked_path
@@ -27,6 +27,8 @@ from vista.log.frames import to_polars
 from vista.log.ingest.columns import actions_of, event_columns, impression_columns, time_range
 from vista.log.ingest.distinct_ids import DistinctIds, extended
 from vista.log.ingest.existing_log import ExistingLog
+from vista.log.ingest.item_sources import items_of_frame
+from vista.log.ingest.new_features import NewFeatures, write_features
 from vista.log.ingest.new_segment import NewSegment
 from vista.log.ingest.packer import BUCKET_EVENTS, Packer
 from vista.log.ingest.parts import Part, read_part, write_quarantine
@@ -34,11 +36,11 @@ from vista.log.ingest.prepare_report import PrepareReport
 from vista.log.ingest.scanned_source import frame_source
 from vista.log.ingest.source_checks import check_sources, id_kinds, tasks_of
 from vista.log.ingest.source_parser import SourceParser
-from vista.log.ingest.sources import Source, open_sources
+from vista.log.ingest.sources import Source, open_item_tables, open_sources
 from vista.log.ingest.stage_times import StageTimes
 from vista.log.segment import segment_name
 from vista.log.segment_manifest import QUARANTINE_FILE
-from vista.log.segment_writer import SegmentWriter, TableWriter, locked_log, staged_folder
+from vista.log.segment_writer import SegmentWriter, TableWriter, locked_log, staged_folder, write_without_events
 
 __all__ = ["PrepareReport", "prepare", "prepare_frames"]
 _LOG = logging.getLogger("vista.prepare")
@@ -66,6 +68,10 @@ def prepare(
     )
     run.check_target()
     with SourceParser() if parser is None else nullcontext(parser) as files:
+        if config.items is not None:
+            run.add_items(open_item_tables(config.items, files), is_inferred=config.items.is_inferred)
+        if config.items is not None and config.append and not config.events.paths and config.impressions is None:
+            return run.ingest()
         run.add("events", config.events, open_sources(config.events, "events", files))
         if config.impressions is not None:
             run.add("impressions", config.impressions, open_sources(config.impressions, "impressions", files))
@@ -81,6 +87,7 @@ def prepare_frames(
     columns: SourceColumns,
     time_unit: str | None = None,
     impressions: Any = None,
+    items: Any = None,
     on_bad_rows: OnBadRows | str = OnBadRows.error,
     append: bool = False,
     bucket_events: int = BUCKET_EVENTS,
@@ -88,6 +95,8 @@ def prepare_frames(
     """Ingest frames in memory (pandas, Polars, or a mapping of columns) as `prepare` ingests files.
 
     Args:
+        frame: events; None with `append` and `items` adds item features only.
+        items: item features; the types of its columns decide what they are.
         columns: names of the frames' columns.
         bucket_events: see `prepare`.
     """
@@ -98,6 +107,11 @@ def prepare_frames(
         bucket_events=bucket_events,
     )
     run.check_target()
+    if items is not None:
+        table = ItemTableConfig(item=columns.item)
+        run.add_items([items_of_frame(to_polars(items), table)], is_inferred=True)
+    if items is not None and append and frame is None and impressions is None:
+        return run.ingest()
     keys: dict[str, Any] = {name: getattr(columns, name) for name in ("user", "item", "timestamp")}
     rest: dict[str, Any] = {name: getattr(columns, name) for name in ("action", "rating", "sequence")}
     config = SourceConfig(**keys, **rest, time_unit=time_unit)
@@ -142,14 +156,25 @@ class _Run:
             )
 
     def add(self, table: str, config: SourceConfig, sources: Sequence[Source]) -> None:
-        """Add the sources of a table: first "events", then optionally "impressions"."""
+        """Add the sources of "events" or "impressions"."""
         self.sources[table], self.configs[table] = list(sources), config
+
+    def add_items(self, sources: Sequence[Source], *, is_inferred: bool) -> None:
+        """Add the sources of item features; if the types decided what they are, say what that is."""
+        self.sources["items"] = list(sources)
+        if is_inferred:
+            kinds = [name.split(":", 1) for name in sources[0].columns if name != "item"]
+            named = ", ".join(f"{name} ({kind})" for kind, name in kinds)
+            _LOG.info("%s: features by the types of the columns: %s", sources[0].path, named)
 
     def ingest(self) -> PrepareReport:
         """Write the sources as one segment, and report it."""
         with self._locked_log() as log:
             check_sources(self.sources, log)
-            kinds = id_kinds(self.sources["events"][0], self.configs["events"], log)
+            if log is not None and "events" not in self.sources:
+                kinds = {"user": log.users.kind, "item": log.items.kind}
+            else:
+                kinds = id_kinds(self.sources["events"][0], self.configs["events"], log)
             before = log or ExistingLog.empty(kinds)
             name = segment_name(before.last_segment + 1)
             self.times.lap("open")
@@ -160,11 +185,11 @@ class _Run:
                 scratch = staging / "scratch"
                 scratch.mkdir()
                 parts = self._read_parts(kinds, scratch)
-                segment = self._write_segment(before, parts, folder, scratch)
+                segment, features = self._write_segment(before, parts, folder, scratch)
                 shutil.rmtree(scratch)
                 self.times.lap("write")
             self.times.lap("sync")
-        return self._report(segment, self.target / name / QUARANTINE_FILE)
+        return self._report(segment, features, self.target / name / QUARANTINE_FILE)
 
     @contextmanager
     def _locked_log(self) -> Iterator[ExistingLog | None]:
@@ -190,40 +215,47 @@ class _Run:
 
     def _write_segment(
         self, before: ExistingLog, parts: Mapping[str, Sequence[Part]], folder: Path, scratch: Path
-    ) -> NewSegment:
-        """Write vocabularies, packed tables, quarantined rows and manifest."""
-        ids = {table: DistinctIds.of(of_table) for table, of_table in parts.items()}
-        segment = NewSegment(
-            number=before.last_segment + 1,
-            before=before,
-            parts=parts,
-            users=extended(before.users, [of_table.users["user"] for of_table in ids.values()]),
-            items=extended(before.items, [of_table.items["item"] for of_table in ids.values()]),
-            actions=actions_of(parts["events"], before.actions),
-            tasks=tasks_of(parts["impressions"][0].source) if "impressions" in parts else before.tasks,
-            time_range_ms=time_range(parts["events"]),
-        )
+    ) -> tuple[NewSegment, NewFeatures]:
+        """Write vocabularies, packed tables, item features, quarantined rows and manifest."""
         writer = SegmentWriter(folder)
-        writer.save_vocabulary("new_users", segment.users.tail(len(before.users)))
-        writer.save_vocabulary("new_items", segment.items.tail(len(before.items)))
-        self.times.lap("vocabularies")
-        active_users = self._pack_tables(segment, ids, writer, scratch)
+        if "events" in parts:
+            ids = {table: DistinctIds.of(of_table) for table, of_table in parts.items() if table != "items"}
+            segment = NewSegment(
+                number=before.last_segment + 1,
+                before=before,
+                parts=parts,
+                users=extended(before.users, [of_table.users["user"] for of_table in ids.values()]),
+                items=extended(before.items, [of_table.items["item"] for of_table in ids.values()]),
+                actions=actions_of(parts["events"], before.actions),
+                tasks=tasks_of(parts["impressions"][0].source) if "impressions" in parts else before.tasks,
+                time_range_ms=time_range(parts["events"]),
+            )
+            writer.save_vocabulary("new_users", segment.users.tail(len(before.users)))
+            writer.save_vocabulary("new_items", segment.items.tail(len(before.items)))
+            self.times.lap("vocabularies")
+            fields = segment.manifest(self._pack_tables(segment, ids, writer, scratch))
+        else:
+            segment = NewSegment.without_events(before, parts)
+            fields = write_without_events(writer, before.manifests[-1], before.users, before.items)
+        features = write_features(parts.get("items", ()), segment.items, before.segments, writer, scratch)
         if segment.num_bad:
             write_quarantine([part for of_table in parts.values() for part in of_table], folder / QUARANTINE_FILE)
-        writer.write_manifest(segment.manifest(active_users))
-        return segment
+        what_is_new = {"features": features.columns, "quarantined": segment.num_bad, "sources": segment.sources()}
+        writer.write_manifest(fields | what_is_new)
+        return segment, features
 
     def _pack_tables(
         self, segment: NewSegment, ids: Mapping[str, DistinctIds], writer: SegmentWriter, scratch: Path
     ) -> dict[str, int]:
         """Write the packed tables; returns the number of users with rows in each."""
-        num_rows = sum(segment.num_rows(table) for table in segment.parts)
+        num_rows = sum(segment.num_rows(table) for table in ids)
         active_users = {}
         with tqdm(total=num_rows, desc="write", unit="row", unit_scale=True, disable=not self.progress) as bar:
             packer = Packer(
                 scratch=scratch, bucket_events=self.bucket_events, times=self.times, on_rows_written=bar.update
             )
-            for table, parts in segment.parts.items():
+            for table in ids:
+                parts = segment.parts[table]
                 if table == "events":
                     columns = event_columns(parts[0].source, segment.actions, segment.before.next_ordinals)
                     prefix = ""
@@ -239,7 +271,7 @@ class _Run:
                 )
         return active_users
 
-    def _report(self, segment: NewSegment, quarantine: Path) -> PrepareReport:
+    def _report(self, segment: NewSegment, features: NewFeatures, quarantine: Path) -> PrepareReport:
         first_ms, last_ms = segment.time_range_ms
         report = PrepareReport(
             path=self.target,
@@ -252,8 +284,9 @@ class _Run:
             quarantine=quarantine if segment.num_bad else None,
             first_ms=first_ms,
             last_ms=last_ms,
+            features=features.lines,
             stages=dict(self.times),
-            warnings=segment.warnings(),
+            warnings=[*segment.warnings(), *features.warnings],
         )
         for warning in report.warnings:
             _LOG.warning("%s: %s", self.target, warning)

@@ -12,8 +12,9 @@ class PrepareReport:
     """What `prepare` wrote, and how long each stage took.
 
     num_users and num_items count the whole log, the other numbers only the new segment. first_ms, last_ms: oldest and
-    newest time of the events, None in a log without times. stages: seconds for open (with digests), read (parse and
-    check), vocabularies, sort (join and sort), write, and sync (fsync and rename).
+    newest time of the events, None in a log without times. features: a line per column of item features. stages:
+    seconds for open (with digests), read (parse and check), vocabularies, sort (join and sort), write, and sync (fsync
+    and rename).
     """
 
     path: Path
@@ -26,6 +27,7 @@ class PrepareReport:
     quarantine: Path | None
     first_ms: int | None
     last_ms: int | None
+    features: list[str]
     stages: dict[str, float]
     warnings: list[str] = field(default_factory=list)
 
@@ -49,11 +51,15 @@ class PrepareReport:
         if self.first_ms is not None and self.last_ms is not None:
             days = [datetime.fromtimestamp(ms / 1000, UTC).date().isoformat() for ms in (self.first_ms, self.last_ms)]
             times = f"{days[0]} to {days[1]}"
+        content = f"{self.num_events:,} events ({times}) and {self.num_impressions:,} impressions"
+        if not self.num_events:
+            content = "item features only"
         lines = [
-            f"{self.path}: segment {self.segment} with {self.num_events:,} events ({times}) and "
-            f"{self.num_impressions:,} impressions; the log has {self.num_users:,} users and {self.num_items:,} items",
+            f"{self.path}: segment {self.segment} with {content}; the log has {self.num_users:,} users and "
+            f"{self.num_items:,} items",
             f"{self.seconds:.2f} s, {self.rows_per_second:,.0f} rows/s: "
             + ", ".join(f"{stage} {share:.0%}" for stage, share in self.shares.items()),
+            *(f"feature {line}" for line in self.features),
         ]
         if self.quarantine is not None:
             lines.append(f"{self.num_quarantined:,} bad rows set aside in {self.quarantine}")

@@ -7,6 +7,8 @@ timestamp: numbers in the given unit, ISO text with time_unit=iso, or dates and 
 rating: finite float; sequence: int64. Bad: missing, text, NaN, infinite.
 action: text, or numbers that are used as names. Bad: missing.
 label:*: 0, 1, or missing (or NaN), which means unknown. probability:*: in [0, 1], or missing. Bad: anything else.
+category:*: text, or lists of text. number:*: finite float, or missing (or NaN). Bad: text, infinite.
+vector:*: lists of finite floats, as many as in the file's first vector, or missing (or empty). Bad: anything else.
 
 Integers in us and ns are truncated to milliseconds. A float timestamp is scaled in float64 and rounded to the nearest
 millisecond. Blank lines of a text file are skipped, but they count in row numbers.
@@ -24,7 +26,7 @@ from vista.log.ingest.sources import FileSource, Source
 from vista.log.polars_extra import pl
 
 MAX_ID_BYTES = 500
-BLANK = 255
+BLANK = 65_535
 """Problem code of a blank line."""
 PROBLEM = "problem"
 _MS_PER_UNIT = {"s": 1000.0, "ms": 1.0, "us": 1e-3, "ns": 1e-6}
@@ -76,8 +78,9 @@ def parse(source: ScannedSource, kinds: Mapping[str, str], table: str) -> tuple[
 
     Returns:
         (the typed rows, the rules). Columns as in `sources`: ids int64 or str, timestamp int64 ms, rating float32,
-        action str, sequence int64, labels uint8, probabilities float32, `row`, and `problem` uint8: 0, BLANK, or the
-        1-based index of the first rule that a row breaks.
+        action str, sequence int64, labels uint8, probabilities float32, categories text or lists of text, numbers
+        float32, vectors lists of float32, `row`, and `problem` uint16: 0, BLANK, or the 1-based index of the first rule
+        that a row breaks.
 
     Raises:
         ConfigError: if times have no unit.
@@ -89,6 +92,10 @@ def parse(source: ScannedSource, kinds: Mapping[str, str], table: str) -> tuple[
     for column in source.columns:
         dtype = schema[column]
         role = column.split(":")[0]
+        if role in ("category", "number", "vector"):
+            typed[column], of_column = _feature(column, role, source)
+            rules += of_column
+            continue
         wrong = dtype.is_nested() or dtype.is_decimal() or dtype in (pl.Binary, pl.Object, pl.Duration, pl.Time)
         wrong |= role != "timestamp" and dtype.is_temporal()
         wrong |= role in ("user", "item", "timestamp", "sequence") and dtype == pl.Boolean
@@ -113,19 +120,18 @@ def parse(source: ScannedSource, kinds: Mapping[str, str], table: str) -> tuple[
         raise ConfigError(
             f"{table}.labels: too many labels ({len(rules)} rules, at most {BLANK - 1} are possible); name fewer"
         )
-    problem = pl.lit(0, pl.UInt8)
-    for code in range(len(rules), 0, -1):
-        problem = pl.when(rules[code - 1].bad).then(pl.lit(code, pl.UInt8)).otherwise(problem)
+    codes = (pl.when(rule.bad).then(pl.lit(code, pl.UInt16)) for code, rule in enumerate(rules, 1))
+    problem = pl.coalesce(*codes, pl.lit(0, pl.UInt16))
     if source.is_text:
         blank = pl.all_horizontal(pl.col(*source.columns, EXTRA).is_null())
-        problem = pl.when(blank).then(pl.lit(BLANK, pl.UInt8)).otherwise(problem)
+        problem = pl.when(blank).then(pl.lit(BLANK, pl.UInt16)).otherwise(problem)
     columns = [expression.alias(name) for name, expression in typed.items()]
     return source.frame.select(ROW, *columns, problem.alias(PROBLEM)), rules
 
 
 def _ids(column: str, dtype: pl.DataType, kind: str, table: str) -> tuple[pl.Expr, list[RowRule]]:
     raw = pl.col(column)
-    key = f"{table}.{column}_ids"
+    key = f"{'events' if table == 'items' else table}.{column}_ids"
     missing = RowRule(column, raw.is_null(), "is missing", f"give every row a {column} id")
     if kind == "str":
         text = raw.cast(pl.String)
@@ -269,3 +275,39 @@ def _number(column: str, role: str) -> tuple[pl.Expr, list[RowRule]]:
         text_rule,
         RowRule(column, outside, "is not a probability", "write a number in [0, 1]"),
     ]
+
+
+def _feature(column: str, kind: str, source: ScannedSource) -> tuple[pl.Expr, list[RowRule]]:
+    raw, dtype = pl.col(column), source.frame.collect_schema()[column]
+    if kind == "category":
+        return raw.cast(pl.List(pl.String) if dtype.is_nested() else pl.String), []
+    if kind == "number":
+        real = raw.cast(pl.Float64, strict=False)
+        number = real.cast(pl.Float32)
+        is_text = real.is_null() & (raw.cast(pl.String).fill_null("") != "")
+        return number.fill_nan(None), [
+            RowRule(column, is_text, "is not a number", "correct it, or name the column under items.categories"),
+            RowRule(column, number.is_infinite(), "is not a finite number", "correct it, or leave it empty"),
+        ]
+    vector = raw.cast(pl.List(pl.Float64), strict=False).cast(pl.List(pl.Float32))
+    length = _first_length(source, vector.list.len())
+    wrong = vector.list.eval(pl.element().is_finite().fill_null(False)).list.all().not_()
+    return pl.when(vector.list.len() > 0).then(vector), [
+        RowRule(column, wrong, "has an entry that is not a finite number", "correct it, or leave the vector empty"),
+        RowRule(
+            column,
+            (vector.list.len() > 0) & (vector.list.len() != length),
+            f"is not a vector of {length} numbers like the first one",
+            "write vectors of one length",
+        ),
+    ]
+
+
+def _first_length(source: ScannedSource, lengths: pl.Expr) -> int:
+    """The length of the first vector that is not empty; 0 if there is none."""
+    given = source.frame.select(length=lengths).filter(pl.col("length") > 0)
+    try:
+        first = given.head(1).collect(engine="streaming")
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise unreadable(source, error) from error
+    return int(first["length"][0]) if first.height else 0

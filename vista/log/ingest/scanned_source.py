@@ -32,9 +32,20 @@ class ScannedSource(Source):
 
 def frame_source(frame: pl.DataFrame, config: SourceConfig, table: str) -> ScannedSource:
     """A frame from `to_polars` as a source. Its digest covers the columns that are used."""
-    name = f"<{table} frame>"
     columns = needed_columns(config)
-    used = frame.select(pl.col(own).alias(canonical) for canonical, own in columns.items()).rechunk()
+    used = frame.select(pl.col(own).alias(canonical) for canonical, own in columns.items())
+    return source_of_frame(used, columns, table, config.time_unit)
+
+
+def source_of_frame(
+    frame: pl.DataFrame, columns: dict[str, str], table: str, time_unit: str | None = None
+) -> ScannedSource:
+    """A frame of canonical columns as a source.
+
+    Args:
+        columns: canonical names to those that the columns had.
+    """
+    name, used = f"<{table} frame>", frame.rechunk()
     hasher = _Hasher()
     used.write_ipc(cast(IO[bytes], hasher))
     return ScannedSource(
@@ -44,7 +55,7 @@ def frame_source(frame: pl.DataFrame, config: SourceConfig, table: str) -> Scann
         size=hasher.size,
         columns=columns,
         is_text=False,
-        time_unit=config.time_unit,
+        time_unit=time_unit,
         frame=used.lazy().with_row_index(ROW, 1),
     )
 

@@ -16,7 +16,7 @@ def check_sources(sources: Mapping[str, Sequence[Source]], log: ExistingLog | No
     """Refuse sources that the log already contains, that differ in their columns, or that do not match the log.
 
     Args:
-        sources: by table, "events" and optionally "impressions".
+        sources: by table: "events", "impressions", "items".
         log: the log to extend; None for a new one.
 
     Raises:
@@ -24,13 +24,15 @@ def check_sources(sources: Mapping[str, Sequence[Source]], log: ExistingLog | No
         DataError: naming the file.
     """
     for table, files in sources.items():
-        _refuse_repeated_content(table, files, log)
+        # Features of items may be given again: they replace what came in between.
+        _refuse_repeated_content(table, files, None if table == "items" else log)
         _refuse_other_columns(files)
         if log is not None and table == "events":
             _refuse_other_events(files[0], log)
-        elif log is not None:
+        elif log is not None and table == "impressions":
             _refuse_other_tasks(files[0], log)
-    if "impressions" in sources and any("timestamp" not in files[0].columns for files in sources.values()):
+    with_times = [files[0] for table, files in sources.items() if table != "items"]
+    if "impressions" in sources and any("timestamp" not in source.columns for source in with_times):
         raise ConfigError("impressions need times, and so do their events; set timestamp for both tables")
 
 

@@ -42,16 +42,24 @@ MAX_LINE_BYTES = 1 << 20
 """Longest line of a text file, its header included."""
 MAX_COLUMNS = 4096
 _DEFAULT = SourceConfig()
+_KEYS = {
+    "label": "labels",
+    "probability": "probabilities",
+    "category": "categories",
+    "number": "numbers",
+    "vector": "vectors",
+}
+"""Keys of the configuration by the role of a column, where they differ."""
 _Scan = tuple[pl.LazyFrame, dict[str, str], bool, str | None]
 """Canonical frame, names of the columns in the file, whether values are text, unit of time."""
 
 
 def column_types(file: Path) -> dict[str, str]:
     """Names and types of the columns of a Parquet file, or those in the header of a text file, which are text."""
-    if file.suffix in (".parquet", ".pq"):
+    if is_parquet(file):
         return {name: str(dtype) for name, dtype in pl.scan_parquet(file, glob=False).collect_schema().items()}
     separator = "\t" if file.name.removesuffix(".gz").endswith(".tsv") else ","
-    return dict.fromkeys(_header(file, separator, '"'), str(pl.String()))
+    return dict.fromkeys(read_header(file, separator, '"'), str(pl.String()))
 
 
 def scan_source(file: Path, config: SourceConfig, table: str, max_bytes: int) -> ScannedSource:
@@ -66,7 +74,7 @@ def scan_source(file: Path, config: SourceConfig, table: str, max_bytes: int) ->
     """
     try:
         frame, columns, is_text, time_unit = _scan(file, config, table, max_bytes)
-        size, digest = _digest(file, check_lines=is_text and file.suffix != ".gz")
+        size, digest = digest_of(file, check_lines=is_text and file.suffix != ".gz")
     except (OSError, pl.exceptions.PolarsError) as error:
         reason = str(error).partition("\n")[0]
         raise DataError(f"{file}: cannot be read as {config.kind}: {reason}; check {table}.kind") from error
@@ -82,7 +90,7 @@ def scan_source(file: Path, config: SourceConfig, table: str, max_bytes: int) ->
     )
 
 
-def _digest(file: Path, *, check_lines: bool) -> tuple[int, str]:
+def digest_of(file: Path, *, check_lines: bool) -> tuple[int, str]:
     """Size and hex SHA-256 of a file; refuses a line that is too long, which the parser would hold in memory."""
     sha, size, line_start = hashlib.sha256(), 0, 0
     with file.open("rb") as handle:
@@ -122,7 +130,7 @@ def _scan(file: Path, config: SourceConfig, table: str, max_bytes: int) -> _Scan
         # The reader takes `::` for two separators, so every second field must be empty.
         layout = [name for field in fields for name in (field, None)][:-1] if config.kind == "ml-1m" else fields
         separator = ":" if config.kind == "ml-1m" else "\t"
-        return _scan_text(file, layout, separator, None, 0), dict(zip(fields, fields, strict=True)), True, "s"
+        return scan_text(file, layout, separator, None, 0), dict(zip(fields, fields, strict=True)), True, "s"
     if config.kind == "ml-latest-small":
         config = replace(config, user="userId", item="movieId", rating="rating", timestamp="timestamp", time_unit="s")
         return _scan_delimited(file, config, table, ",", '"')
@@ -130,19 +138,33 @@ def _scan(file: Path, config: SourceConfig, table: str, max_bytes: int) -> _Scan
         return _scan_recbole(file, config, table)
     if config.kind == "simulated":
         config = _simulated(file, table)
-    if file.suffix in (".parquet", ".pq"):
+    if is_parquet(file):
         lazy = pl.scan_parquet(file, glob=False)
         names = lazy.collect_schema().names()
         columns = needed_columns(config)
-        _check_columns(str(file), columns, names, table)
+        check_columns(str(file), columns, names, table)
         chosen = lazy.select(pl.col(own).alias(canonical) for canonical, own in columns.items())
         return chosen.with_row_index(ROW, 1), columns, False, config.time_unit
-    separator = {"\\t": "\t", "tab": "\t"}.get(config.separator, config.separator)
+    return _scan_delimited(file, config, table, text_separator(file, config.separator, table), '"')
+
+
+def is_parquet(file: Path) -> bool:
+    """Whether the name of a file is that of a Parquet file; others are text."""
+    return file.suffix in (".parquet", ".pq")
+
+
+def text_separator(file: Path, configured: str, table: str) -> str:
+    """The character that separates the columns of a text file; by default a comma, or a tab in a TSV file.
+
+    Raises:
+        ConfigError: if it is not one character.
+    """
+    separator = {"\\t": "\t", "tab": "\t"}.get(configured, configured)
     if separator == _DEFAULT.separator and file.name.removesuffix(".gz").endswith(".tsv"):
         separator = "\t"
     if len(separator.encode()) != 1:
-        raise ConfigError(f"{table}.separator: must be one character, got {config.separator!r}")
-    return _scan_delimited(file, config, table, separator, '"')
+        raise ConfigError(f"{table}.separator: must be one character, got {configured!r}")
+    return separator
 
 
 def _simulated(file: Path, table: str) -> SourceConfig:
@@ -155,7 +177,7 @@ def _simulated(file: Path, table: str) -> SourceConfig:
 
 
 def _scan_recbole(file: Path, config: SourceConfig, table: str) -> _Scan:
-    header = _header(file, "\t", None)
+    header = read_header(file, "\t", None)
     by_field = {name.split(":")[0]: name for name in header}
     user = "user_id" if config.user == _DEFAULT.user else config.user
     item = "item_id" if config.item == _DEFAULT.item else config.item
@@ -172,17 +194,17 @@ def _scan_recbole(file: Path, config: SourceConfig, table: str) -> _Scan:
 
 def _scan_delimited(file: Path, config: SourceConfig, table: str, separator: str, quote: str | None) -> _Scan:
     """A text file with a header line."""
-    header = _header(file, separator, quote)
+    header = read_header(file, separator, quote)
     columns = needed_columns(config)
-    _check_columns(str(file), columns, header, table)
+    check_columns(str(file), columns, header, table)
     canonical = {own: name for name, own in columns.items()}
     if len(canonical) < len(columns):
         raise ConfigError(f"{table}: a column is named twice in {sorted(columns.values())}; name each column once")
     layout = [canonical.get(name, "") for name in header]
-    return _scan_text(file, layout, separator, quote, 1), columns, True, config.time_unit
+    return scan_text(file, layout, separator, quote, 1), columns, True, config.time_unit
 
 
-def _scan_text(
+def scan_text(
     file: Path, layout: Sequence[str | None], separator: str, quote: str | None, header_lines: int
 ) -> pl.LazyFrame:
     """Read all values as text. `layout` names the fields of a line: "" skips a field, None requires it to be empty."""
@@ -269,11 +291,20 @@ def _scan_npz(file: Path, max_bytes: int) -> _Scan:
     return frame.lazy().with_row_index(ROW, 1), columns, False, "s"
 
 
-def _check_columns(path: str, columns: Mapping[str, str], present: Iterable[str], table: str) -> None:
+def check_columns(path: str, columns: Mapping[str, str], present: Iterable[str], table: str) -> None:
+    """Refuse a table that does not have each of these columns once.
+
+    Args:
+        columns: canonical names to those of the table.
+        present: the table's columns.
+
+    Raises:
+        DataError: naming the key that sets the column.
+    """
     names = list(present)
     for canonical, own in columns.items():
         if names.count(own) != 1:
-            key = {"label": "labels", "probability": "probabilities"}.get(canonical.split(":")[0], canonical)
+            key = _KEYS.get(canonical.split(":")[0], canonical)
             raise DataError(
                 f"{path}: column {own!r} {'is missing' if own not in names else 'occurs twice'}, the file has: "
                 f"{', '.join(names)}; name the right one with {table}.{key}=..."
@@ -286,7 +317,7 @@ def _check_columns(path: str, columns: Mapping[str, str], present: Iterable[str]
             )
 
 
-def _header(file: Path, separator: str, quote: str | None) -> list[str]:
+def read_header(file: Path, separator: str, quote: str | None) -> list[str]:
     """Column names in the first line of a text file."""
     try:
         with open_binary(file) as handle:

@@ -1,8 +1,8 @@
 """Source files and their canonical columns: which files a config names, and what is known of each before it is read.
 
 Canonical columns are `user`, `item`, and, if the source has them, `timestamp`, `rating`, `action`, `sequence`,
-`label:<task>`, and `probability:<task>`. Files are opened and parsed in a child process (source_formats.py lists the
-formats), because a damaged one can end the process that parses it.
+`label:<task>`, and `probability:<task>`; for a table of item features see item_sources.py. Files are opened and parsed
+in a child process (source_formats.py lists the formats), because a damaged one can end the process that parses it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from enum import Enum
 from pathlib import Path
 from typing import IO, Any, cast
 
-from vista.config import SourceConfig
+from vista.config import ItemTableConfig, SourceConfig
 from vista.errors import ConfigError, DataError
 from vista.files import checked_path
 from vista.log.ingest.source_parser import SourceParser, npz_limit
@@ -50,7 +50,7 @@ class Source:
 class FileSource(Source):
     """A source file that is open in a parser.
 
-    parser: the parser; table: events | impressions.
+    parser: the parser; table: events | impressions | items.
     """
 
     parser: SourceParser
@@ -85,6 +85,19 @@ def open_sources(config: SourceConfig, table: str, parser: SourceParser) -> list
     if config.probabilities and len(config.probabilities) != len(config.labels):
         raise ConfigError(f"{table}.probabilities: name one column per label, or none")
     return [_open(file, config, table, parser) for file in _files(config, table)]
+
+
+def open_item_tables(config: ItemTableConfig, parser: SourceParser) -> list[FileSource]:
+    """Open the files of item features that `config` names, in the order of their names.
+
+    Raises:
+        ConfigError: if no file is named.
+        DataError: naming the file, if it is missing, empty, cannot be read, lacks a column, or has a column that cannot
+            be a feature.
+    """
+    if not config.paths:
+        raise ConfigError("items.paths: name at least one file, such as items.paths=[items.parquet]")
+    return [_open(file, config, "items", parser) for file in _files(SourceConfig(paths=config.paths), "items")]
 
 
 def detect_kind(path: str | Path) -> str:
@@ -131,13 +144,13 @@ def _files(config: SourceConfig, table: str) -> list[Path]:
     return sorted(files, key=lambda file: (file.name, str(file)))
 
 
-def _open(file: Path, config: SourceConfig, table: str, parser: SourceParser) -> FileSource:
+def _open(file: Path, config: SourceConfig | ItemTableConfig, table: str, parser: SourceParser) -> FileSource:
     max_bytes = npz_limit(file.stat().st_size)
     known, _ = parser.call("open_source", file, config=plain_settings(config), table=table, max_bytes=max_bytes)
     return FileSource(**known, parser=parser, table=table)
 
 
-def plain_settings(config: SourceConfig) -> dict[str, Any]:
+def plain_settings(config: SourceConfig | ItemTableConfig) -> dict[str, Any]:
     """The settings by name, as JSON has them."""
     values = {field.name: getattr(config, field.name) for field in fields(config)}
     return {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}

@@ -1,0 +1,230 @@
+"""Item features of a new segment: parsed tables become columns in the order of the log's items.
+
+Memory holds the ids of the tables, and of one column at a time the codes or numbers. Vectors pass through a file in the
+scratch folder.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vista.arrays import Float32s, Int
+from vista.errors import DataError, shown
+from vista.log.histories import offsets_of
+from vista.log.ingest.parts import ORDER, Part
+from vista.log.item_features import CategoryColumn, NumberColumn, feature_line
+from vista.log.merged_features import declared_columns, form_of, items_with_features
+from vista.log.polars_extra import pl
+from vista.log.segment import Segment
+from vista.log.segment_features import SegmentColumn
+from vista.log.segment_writer import FeatureWriter, SegmentWriter
+from vista.log.vocabulary import Vocabulary
+
+MAX_VALUES = 1_000_000
+"""Distinct values that a category column may have."""
+LEAST_COVERAGE = 0.5
+"""Share of the log's items that should have features."""
+BLOCK_NUMBERS = 1 << 20
+"""Numbers of vectors that are moved at once."""
+_PLACE = "place"
+_LOG = logging.getLogger("vista.prepare")
+
+
+@dataclass(frozen=True, slots=True)
+class NewFeatures:
+    """What was written.
+
+    columns: names and kinds, for the manifest; lines: a description of each column; warnings: what is allowed, but is
+    probably a mistake.
+    """
+
+    columns: list[dict[str, str]] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def write_features(
+    parts: Sequence[Part], vocabulary: Vocabulary, before: Sequence[Segment], writer: SegmentWriter, scratch: Path
+) -> NewFeatures:
+    """Write the features of a segment.
+
+    Args:
+        parts: tables of item features with the same columns; none if there are no features.
+        vocabulary: the log's items, with those of the new segment.
+        before: the earlier segments of the log.
+        scratch: folder for temporary files.
+
+    Raises:
+        DataError: if an item has two rows, no item is in the log, or a column does not fit that of the log, has too
+            many values, or has no vectors.
+    """
+    if not parts:
+        return NewFeatures()
+    earlier = declared_columns(before)
+    source = parts[0].source
+    columns = [(name, *name.split(":", 1)) for name in source.columns if name != "item"]
+    for _, kind, name in columns:
+        if name in earlier and earlier[name][0].column.kind != kind:
+            raise _other_form(source.path, name, kind, earlier[name])
+    places, items = _places(parts, vocabulary)
+    features = FeatureWriter(writer, items)
+    table = _Table(parts, places, len(items))
+    new = NewFeatures(features.columns)
+    for column, kind, name in columns:
+        if kind == "category":
+            category, size = table.category(column, name, earlier.get(name, ()))
+            features.add(name, category)
+            num_known, is_constant = int(category.is_known.sum()), len(np.unique(category.codes)) < 2
+        elif kind == "number":
+            number, size = table.number(column), 1
+            features.add(name, number)
+            known = number.numbers[number.is_known]
+            num_known, is_constant = len(known), len(known) == 0 or bool(known.min() == known.max())
+        else:
+            vectors = table.vectors(column, name, earlier.get(name, ()), scratch / "vectors")
+            size = vectors.shape[1]
+            features.add_vectors(name, size, _blocks(vectors))
+            num_known, is_constant = _spread(vectors)
+        new.lines.append(feature_line(name, kind, size, num_known / len(vocabulary)))
+        if is_constant and num_known in (0, len(items)) and len(items) > 1:
+            what = "the same value" if num_known else "no value"
+            new.warnings.append(f"column {name!r} of the item features has {what} for all items; leave it out")
+    covered = len(np.union1d(items_with_features(before), items))
+    if covered < LEAST_COVERAGE * len(vocabulary):
+        new.warnings.append(
+            f"only {covered:,} of the log's {len(vocabulary):,} items have features; check the ids in column "
+            f"{source.columns['item']!r}, or add the other items to the table"
+        )
+    return new
+
+
+def _places(parts: Sequence[Part], vocabulary: Vocabulary) -> tuple[pl.DataFrame, Int]:
+    """Where the rows of the tables go: columns ORDER and _PLACE, and the item rows int64 [F], ascending."""
+    ids = pl.concat([part.good().select(ORDER, "item") for part in parts]).collect(engine="streaming").sort(ORDER)
+    source = parts[0].source
+    twice = ids.filter(ids["item"].is_duplicated())
+    if len(twice):
+        item = twice["item"][0]
+        rows = twice.filter(pl.col("item") == item)[ORDER][:2].to_list()
+        first, second = (f"row {order % 2**32} of {parts[order // 2**32].source.path}" for order in rows)
+        raise DataError(
+            f"{second}, column {source.columns['item']!r}: item {shown(item)} is also in {first}; keep one row per item"
+        )
+    given = ids["item"]
+    rows_of_items = vocabulary.rows(given.to_numpy() if vocabulary.kind == "int" else given.to_list())
+    known = rows_of_items >= 0
+    if not known.any():
+        raise DataError(
+            f"{source.path}: column {source.columns['item']!r} contains none of the log's items, such as "
+            f"{shown(vocabulary.ids([0])[0])}; use the log's ids"
+        )
+    if not known.all():
+        _LOG.info("%s: left out %d items that the log does not contain", source.path, int((~known).sum()))
+    items = np.sort(rows_of_items[known])
+    place = np.searchsorted(items, rows_of_items[known])
+    return pl.DataFrame({ORDER: ids[ORDER].filter(pl.Series(known)), _PLACE: place}), items
+
+
+def _other_form(path: str, name: str, form: str, earlier: Sequence[SegmentColumn]) -> DataError:
+    return DataError(
+        f"{path}: column {name!r} is a {form}, but in the log it is a {form_of(earlier[0].column)}; give the column "
+        "another name, or prepare the log again"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """The columns of the tables. parts, places: see `_places`; num_items: F."""
+
+    parts: Sequence[Part]
+    places: pl.DataFrame
+    num_items: int
+
+    def _rows(self, column: str) -> pl.LazyFrame:
+        """Columns _PLACE and `value`, of the rows that have a value, in any order."""
+        rows = pl.concat([part.good().select(ORDER, pl.col(column).alias("value")) for part in self.parts])
+        return rows.drop_nulls("value").join(self.places.lazy(), on=ORDER, how="inner").select(_PLACE, "value")
+
+    def category(self, column: str, name: str, earlier: Sequence[SegmentColumn]) -> tuple[CategoryColumn, int]:
+        """A column with the values that it adds to those of the log, and the number of all of them."""
+        rows = self._rows(column)
+        if rows.collect_schema()["value"].is_nested():
+            rows = rows.explode("value")
+        rows = rows.filter(pl.col("value").fill_null("") != "").unique()
+        entries = rows.collect(engine="streaming")
+        texts = entries["value"].unique()
+        known = [part.column.values for part in earlier if isinstance(part.column, CategoryColumn)]
+        old = Vocabulary.concatenated(known) if known else Vocabulary.empty("str")
+        values = old if len(texts) > MAX_VALUES else old.extended(texts.to_list())
+        if max(len(texts), len(values)) > MAX_VALUES:
+            raise DataError(
+                f"{self.parts[0].source.path}: column {name!r} has {max(len(texts), len(values)):,} distinct values, "
+                f"but a category may have at most {MAX_VALUES:,}; leave it out, or merge rare values"
+            )
+        codes = pl.DataFrame({"value": texts, "code": values.rows(texts.to_list()).astype(np.int32)})
+        entries = entries.join(codes, on="value").select(_PLACE, "code").sort(_PLACE, "code")
+        counts = np.bincount(entries[_PLACE].to_numpy(), minlength=self.num_items)
+        new = CategoryColumn(values.tail(len(old)), entries["code"].to_numpy(), offsets_of(counts))
+        return new, len(values)
+
+    def number(self, column: str) -> NumberColumn:
+        entries = self._rows(column).collect(engine="streaming")
+        numbers = np.full(self.num_items, np.nan, np.float32)
+        numbers[entries[_PLACE].to_numpy()] = entries["value"].to_numpy()
+        return NumberColumn(numbers)
+
+    def vectors(self, column: str, name: str, earlier: Sequence[SegmentColumn], file: Path) -> NDArray[np.float32]:
+        """Vectors [F, D], in a temporary file that is mapped into memory."""
+        lengths = [
+            part.good().select(pl.col(column).list.len().max()).collect(engine="streaming").item() or 0
+            for part in self.parts
+        ]
+        given = [(length, part.source.path) for length, part in zip(lengths, self.parts, strict=True) if length]
+        if not given:
+            raise DataError(f"{self.parts[0].source.path}: column {name!r} has no vectors; leave it out")
+        dim, first = given[0]
+        for length, path in given:
+            if length != dim:
+                raise DataError(
+                    f"{path}: column {name!r} has vectors of {length} numbers, but {first} has {dim}; write vectors of "
+                    "one length"
+                )
+        if earlier and form_of(earlier[0].column) != f"vector of {dim} numbers":
+            raise _other_form(first, name, f"vector of {dim} numbers", earlier)
+        vectors = np.memmap(file, np.float32, "w+", shape=(self.num_items, dim))
+        for start in range(0, self.num_items, _rows_of_block(dim)):
+            vectors[start : start + _rows_of_block(dim)] = np.nan
+        for batch in self._rows(column).collect_batches(chunk_size=_rows_of_block(dim)):
+            numbers = batch["value"].explode().to_numpy().reshape(-1, dim)
+            vectors[batch[_PLACE].to_numpy()] = numbers
+        return vectors
+
+
+def _rows_of_block(dim: int) -> int:
+    return max(1, BLOCK_NUMBERS // dim)
+
+
+def _blocks(vectors: Float32s) -> Iterator[Float32s]:
+    step = _rows_of_block(vectors.shape[1])
+    for start in range(0, len(vectors), step):
+        yield vectors[start : start + step]
+
+
+def _spread(vectors: Float32s) -> tuple[int, bool]:
+    """The number of items with a vector, and whether these vectors are all equal."""
+    first: Any = None
+    num_known, is_constant = 0, True
+    for block in _blocks(vectors):
+        known = block[~np.isnan(block[:, 0])]
+        num_known += len(known)
+        if len(known):
+            first = known[0].copy() if first is None else first
+            is_constant = is_constant and bool((known == first).all())
+    return num_known, is_constant

@@ -1,0 +1,134 @@
+"""Item features of a log, merged over its segments: the newest row of an item counts, column by column. NumPy only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from vista.arrays import Int
+from vista.errors import LogFormatError
+from vista.log.histories import offsets_of, ranges
+from vista.log.item_features import CategoryColumn, FeatureColumn, ItemFeatures, NumberColumn, VectorColumn
+from vista.log.segment import Segment
+from vista.log.segment_features import SegmentColumn, SegmentFeatures
+from vista.log.segment_manifest import REMEDY
+from vista.log.vocabulary import Vocabulary
+
+
+def merged_features(segments: Sequence[Segment], num_items: int) -> ItemFeatures | None:
+    """Features of all items; None if no segment has any. Reads and verifies the files of features.
+
+    Args:
+        segments: oldest first.
+
+    Raises:
+        LogFormatError: if a file is damaged, or a column is not of one kind.
+    """
+    declared = declared_columns(segments)
+    if not declared:
+        return None
+    for segment in segments:
+        segment.files.verify_features()
+    rows = np.arange(num_items)
+    return ItemFeatures({name: merged_column(parts, rows) for name, parts in declared.items()})
+
+
+def declared_columns(segments: Sequence[Segment]) -> dict[str, list[SegmentColumn]]:
+    """The segments' columns by name, oldest first, in the order in which the names first occur.
+
+    Raises:
+        LogFormatError: if a column is not of one kind, its vectors are not of one length, or rows or offsets are not
+            ascending.
+    """
+    declared: dict[str, list[SegmentColumn]] = {}
+    for segment in segments:
+        if segment.features is None:
+            continue
+        _check_order(segment.path, segment.features)
+        for name, column in segment.features.columns.items():
+            parts = declared.setdefault(name, [])
+            if parts and form_of(parts[0].column) != form_of(column):
+                raise LogFormatError(
+                    f"{segment.path}: column {name!r} of the item features is a {form_of(column)}, but in an earlier "
+                    f"segment it is a {form_of(parts[0].column)}; {REMEDY}"
+                )
+            parts.append(SegmentColumn(segment.features.items, column))
+    return declared
+
+
+def _check_order(path: Path, features: SegmentFeatures) -> None:
+    columns = [column for column in features.columns.values() if isinstance(column, CategoryColumn)]
+    ascending = int(features.items[0]) >= 0 and bool((np.diff(features.items) > 0).all())
+    if not ascending or any(column.offsets[0] != 0 or (np.diff(column.offsets) < 0).any() for column in columns):
+        raise LogFormatError(f"{path}: item features: rows of items or offsets are not ascending; {REMEDY}")
+
+
+def form_of(column: FeatureColumn) -> str:
+    """What stays the same in all segments of a log: the kind, and the length of vectors."""
+    return f"vector of {column.vectors.shape[1]} numbers" if isinstance(column, VectorColumn) else column.kind
+
+
+def items_with_features(segments: Sequence[Segment]) -> Int:
+    """Rows of the items that have features in any segment: int64, ascending."""
+    rows = [segment.features.items for segment in segments if segment.features is not None]
+    return np.unique(np.concatenate([np.empty(0, np.int64), *rows]))
+
+
+def merged_column(parts: Sequence[SegmentColumn], rows: Int) -> FeatureColumn:
+    """Features of items int64 [n], ascending, in one column: each from the newest part that has a row for the item.
+
+    Args:
+        parts: of one kind, oldest first, at least one.
+
+    Returns:
+        The column of n items, a view if it equals the only part.
+
+    Raises:
+        LogFormatError: if a code has no value.
+    """
+    if len(parts) == 1 and np.array_equal(parts[0].items, rows):
+        merged = parts[0].column
+    else:
+        merged = _merged([part.column for part in parts], _places(parts, rows))
+    if isinstance(merged, CategoryColumn) and len(merged.codes):
+        low, high = int(merged.codes.min()), int(merged.codes.max())
+        if low < 0 or high >= len(merged.values):
+            raise LogFormatError(f"item features: codes {low} to {high} for {len(merged.values)} values; {REMEDY}")
+    return merged
+
+
+def _places(parts: Sequence[SegmentColumn], rows: Int) -> list[Int]:
+    """Per part, where it has each item: int64 [n]; -1 if it has none, or a newer part has it."""
+    places: list[Int] = []
+    taken = np.zeros(len(rows), np.bool_)
+    for part in reversed(parts):
+        at = np.minimum(np.searchsorted(part.items, rows), len(part.items) - 1)
+        mine = (part.items[at] == rows) & ~taken
+        taken |= mine
+        places.append(np.where(mine, at, -1))
+    return places[::-1]
+
+
+def _merged(columns: Sequence[FeatureColumn], places: Sequence[Int]) -> FeatureColumn:
+    num = len(places[0])
+    numbers = [column for column in columns if isinstance(column, NumberColumn)]
+    vectors = [column for column in columns if isinstance(column, VectorColumn)]
+    if numbers:
+        out = np.full(num, np.nan, np.float32)
+        for number, place in zip(numbers, places, strict=True):
+            out[place >= 0] = number.numbers[place[place >= 0]]
+        return NumberColumn(out)
+    if vectors:
+        out = np.full((num, vectors[0].vectors.shape[1]), np.nan, np.float32)
+        for vector, place in zip(vectors, places, strict=True):
+            out[place >= 0] = vector.vectors[place[place >= 0]]
+        return VectorColumn(out)
+    categories = [column for column in columns if isinstance(column, CategoryColumn)]
+    chosen = [category.select(place) for category, place in zip(categories, places, strict=True)]
+    offsets = offsets_of(sum((np.diff(part.offsets) for part in chosen), np.zeros(num, np.int64)))
+    codes = np.empty(int(offsets[-1]), np.int32)
+    for part in chosen:
+        codes[ranges(offsets[:-1], np.diff(part.offsets))] = part.codes
+    return CategoryColumn(Vocabulary.concatenated([part.values for part in chosen]), codes, offsets)
