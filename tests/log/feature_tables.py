@@ -1,13 +1,46 @@
-"""Item features as plain dictionaries, to compare with what a log holds."""
+"""Tables of item features, prepared for tests, and the features of a log as plain dictionaries."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 
+from tests.log.conftest import PARSER, write_csv
+from vista.config import ItemTableConfig, PrepareConfig, SourceConfig
 from vista.log.event_log import EventLog
+from vista.log.ingest.prepare import prepare
+from vista.log.ingest.prepare_report import PrepareReport
 from vista.log.item_features import CategoryColumn, FeatureColumn, NumberColumn, VectorColumn
+
+EVENTS = [(1, 10, 1), (1, 20, 2), (2, 30, 3), (2, 40, 4)]
+
+
+def add_items(
+    folder: Path, *files: Path, append: bool = False, on_bad_rows: str = "raise", events: Any = None, **items: Any
+) -> PrepareReport:
+    """Prepare item tables, with the events of EVENTS unless they are appended."""
+    source = SourceConfig(timestamp="timestamp", time_unit="s")
+    if not append or events:
+        source.paths = [str(write_csv(folder / f"events-{append}.csv", events or EVENTS))]
+    table = ItemTableConfig(paths=[str(file) for file in files], **items)
+    settings = PrepareConfig(
+        out=str(folder / "log"), events=source, items=table, append=append, on_bad_rows=on_bad_rows, progress=False
+    )  # type: ignore[arg-type]
+    return prepare(settings, parser=PARSER)
+
+
+def table_of(folder: Path, **columns: list[Any]) -> Path:
+    """A Parquet file of only these columns."""
+    pl.DataFrame(columns).write_parquet(folder / "items.parquet")
+    return folder / "items.parquet"
+
+
+def text_file(folder: Path, content: str, name: str = "items.csv") -> Path:
+    (folder / name).write_text(content)
+    return folder / name
 
 
 def features_of(log: EventLog) -> dict[str, dict[Any, Any]]:

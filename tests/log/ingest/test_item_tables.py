@@ -10,15 +10,10 @@ import pandas as pd
 import polars as pl
 import pytest
 
-from tests.log.conftest import PARSER, write_csv
-from tests.log.feature_tables import features_of
-from vista.config import ItemTableConfig, PrepareConfig, SourceConfig
+from tests.log.feature_tables import add_items, features_of, table_of, text_file
 from vista.log.event_log import EventLog
 from vista.log.ingest import new_features
-from vista.log.ingest.prepare import prepare
-from vista.log.ingest.prepare_report import PrepareReport
 
-EVENTS = [(1, 10, 1), (1, 20, 2), (2, 30, 3), (2, 40, 4)]
 TABLE: dict[str, list[Any]] = {
     "item": [40, 10, 99, 20],
     "brand": ["Ω", None, "x", "a b"],
@@ -53,33 +48,8 @@ def frame(**columns: Any) -> pl.DataFrame:
     return pl.DataFrame(TABLE | columns)
 
 
-def add_items(
-    folder: Path, *files: Path, append: bool = False, on_bad_rows: str = "raise", events: Any = None, **items: Any
-) -> PrepareReport:
-    """Prepare item tables, with the events of EVENTS unless they are appended."""
-    source = SourceConfig(timestamp="timestamp", time_unit="s")
-    if not append or events:
-        source.paths = [str(write_csv(folder / f"events-{append}.csv", events or EVENTS))]
-    table = ItemTableConfig(paths=[str(file) for file in files], **items)
-    settings = PrepareConfig(
-        out=str(folder / "log"), events=source, items=table, append=append, on_bad_rows=on_bad_rows, progress=False
-    )  # type: ignore[arg-type]
-    return prepare(settings, parser=PARSER)
-
-
 def parquet(folder: Path, name: str = "items.parquet", **columns: Any) -> Path:
     frame(**columns).write_parquet(folder / name)
-    return folder / name
-
-
-def table_of(folder: Path, **columns: list[Any]) -> Path:
-    """A Parquet file of only these columns."""
-    pl.DataFrame(columns).write_parquet(folder / "items.parquet")
-    return folder / "items.parquet"
-
-
-def text_file(folder: Path, content: str, name: str = "items.csv") -> Path:
-    (folder / name).write_text(content)
     return folder / name
 
 

@@ -96,6 +96,7 @@ def _split(frame: pl.LazyFrame, value_separator: str | None) -> pl.LazyFrame:
 def _feature_columns(path: str, types: _Types, config: ItemTableConfig) -> dict[str, str]:
     """The columns to read: canonical names to those of the table."""
     columns = {"item": config.item}
+    check_columns(path, columns, types, "items")
     if config.is_inferred:
         for name, dtype in types.items():
             if name != config.item:

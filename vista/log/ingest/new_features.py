@@ -113,9 +113,10 @@ def _places(parts: Sequence[Part], vocabulary: Vocabulary) -> tuple[pl.DataFrame
     if len(twice):
         item = twice["item"][0]
         rows = twice.filter(pl.col("item") == item)[ORDER][:2].to_list()
-        first, second = (f"row {order % 2**32} of {parts[order // 2**32].source.path}" for order in rows)
+        (first, row), (second, other_row) = ((parts[order // 2**32].source.path, order % 2**32) for order in rows)
         raise DataError(
-            f"{second}, column {source.columns['item']!r}: item {shown(item)} is also in {first}; keep one row per item"
+            f"{second}: row {other_row}, column {source.columns['item']!r}: item {shown(item)} is also in row {row} of "
+            f"{first}; keep one row per item"
         )
     given = ids["item"]
     rows_of_items = vocabulary.rows(given.to_numpy() if vocabulary.kind == "int" else given.to_list())
@@ -123,7 +124,7 @@ def _places(parts: Sequence[Part], vocabulary: Vocabulary) -> tuple[pl.DataFrame
     if not known.any():
         raise DataError(
             f"{source.path}: column {source.columns['item']!r} contains none of the log's items, such as "
-            f"{shown(vocabulary.ids([0])[0])}; use the log's ids"
+            f"{shown(vocabulary.ids([0]).tolist()[0])}; use the log's ids"
         )
     if not known.all():
         _LOG.info("%s: left out %d items that the log does not contain", source.path, int((~known).sum()))

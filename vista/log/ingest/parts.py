@@ -111,6 +111,8 @@ def _report(source: ScannedSource, rules: Sequence[RowRule], part: pl.LazyFrame,
     problem = part.filter(pl.col(ORDER) % 2**32 == row).select(PROBLEM).collect(engine="streaming")
     rule = rules[problem[PROBLEM][0] - 1]
     value = source.frame.filter(pl.col(ROW) == row).select(rule.column).collect(engine="streaming")[rule.column][0]
+    if isinstance(value, pl.Series):
+        value = value.to_list()
     given = shown(value) if value is not None else "the value"
     return f"{source.path}: row {row}, {_place(source, rule)}: {given} {rule.reason}; {rule.remedy}"
 
