@@ -38,7 +38,7 @@ def flip(file: Path, place: int, bit: int = 0) -> None:
 
 @pytest.fixture(scope="module")
 def full_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A log with every kind of file: two segments of events, one of forgotten events, one of erased users."""
+    """A log with every kind of file: two segments of events and features, one of deleted events, one of erasures."""
     path = tmp_path_factory.mktemp("verify") / "log"
     rng = np.random.default_rng(0)
     for number in range(2):
@@ -52,12 +52,14 @@ def full_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shown = {name: events[name][:20] for name in ("user", "item", "timestamp")}
         columns = SourceColumns(action="kind", rating="stars", labels=["like"], probabilities=["p"])
         shown |= {"like": rng.integers(0, 2, 20), "p": rng.random(20)}
+        items = {"item": np.arange(20), "kind": ["a", "b"] * 10, "price": rng.random(20), "v": rng.random((20, 3))}
         EventLog.from_frame(
             events,
             path,
             time_unit="ms",
             columns=columns,
             impressions=shown,
+            items=items,
             on_bad_rows="quarantine",
             append=number > 0,
         )
@@ -98,6 +100,7 @@ def test_one_changed_byte_in_any_file_is_an_error_that_names_it(log_folder: Path
         assert verify_log(log_folder).damaged == [str(file.relative_to(log_folder))]
     EventLog.open(log_folder).verify()
     expected = {"manifest.json", "new_users.offsets.npy", "offsets.npy", "rating.npy", "probability.npy"}
+    expected |= {"items.npy", "0.codes.npy", "0.offsets.npy", "0.values.ids.npy", "1.numbers.npy", "2.vectors.npy"}
     assert names >= expected | (
         {"changed.npy", "new_users.blank.npy"} if compacted else {"quarantine.csv", "erased.npy"}
     )

@@ -26,11 +26,11 @@ def merged_features(segments: Sequence[Segment], num_items: int) -> ItemFeatures
     Raises:
         LogFormatError: if a file is damaged, or a column is not of one kind.
     """
+    for segment in segments:
+        segment.files.verify_features()
     declared = declared_columns(segments)
     if not declared:
         return None
-    for segment in segments:
-        segment.files.verify_features()
     rows = np.arange(num_items)
     return ItemFeatures({name: merged_column(parts, rows) for name, parts in declared.items()})
 

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from vista.config import PrepareConfig, SourceConfig
+from vista.config import ItemTableConfig, PrepareConfig, SourceConfig
 from vista.config.choices import OnBadRows
 from vista.errors import ConfigError, DataError
+from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare
 from vista.log.ingest.source_parser import SourceParser
 
@@ -44,6 +45,25 @@ def _parquet(compression: str) -> bytes:
     return buffer.getvalue()
 
 
+def _items() -> pl.DataFrame:
+    chance = np.random.default_rng(0)
+    return pl.DataFrame(
+        {
+            "item": chance.permutation(200),
+            "kind": [("a", "b", None)[code] for code in chance.integers(0, 3, 200)],
+            "tags": [["x", "yy", "z"][:code] for code in chance.integers(0, 4, 200)],
+            "price": chance.random(200),
+            "vector": chance.random((200, 3)).astype(np.float32),
+        }
+    )
+
+
+def _items_parquet() -> bytes:
+    buffer = BytesIO()
+    _items().write_parquet(buffer, row_group_size=64)
+    return buffer.getvalue()
+
+
 def _npz() -> bytes:
     buffer, frame = BytesIO(), _frame()
     users, user = np.unique(frame["user"].to_numpy(), return_inverse=True)
@@ -60,6 +80,8 @@ FORMATS = {
     "events.csv.gz": lambda: gzip.compress(_frame().write_csv().encode(), mtime=0),
     "events.tsv": lambda: _frame().write_csv(separator="\t").encode(),
     "events.npz": _npz,
+    "items.parquet": _items_parquet,
+    "items.csv": lambda: _items().select("item", "kind", "price").write_csv().encode(),
 }
 """File name -> the undamaged content."""
 
@@ -105,13 +127,20 @@ def outcomes(name: str, count: int, folder: Path, parser: SourceParser, seed: in
     file, log = folder / name, folder / "log"
     kind = "npz" if name.endswith(".npz") else "table"
     source = SourceConfig(kind=kind, paths=[str(file)], **(COLUMNS if kind == "table" else {}))
+    items = None
+    if name.startswith("items"):
+        items = ItemTableConfig(paths=[str(file)])
+        source.paths = [str(folder / "whole.csv")]
+        (folder / "whole.csv").write_bytes(FORMATS["events.csv"]())
     for number in range(count):
         file.write_bytes(mutated(content, chance))
         bad_rows = OnBadRows.error if number % 2 else OnBadRows.quarantine
         began = time.monotonic()
         try:
-            prepare(PrepareConfig(out=str(log), events=source, on_bad_rows=bad_rows, progress=False), parser=parser)
+            settings = PrepareConfig(out=str(log), events=source, items=items, on_bad_rows=bad_rows, progress=False)
+            prepare(settings, parser=parser)
             counts["taken"] += 1
+            assert items is None or EventLog.open(log).item_features is not None
         except (DataError, ConfigError) as error:
             counts[type(error).__name__] += 1
             assert not log.exists() and "\n" not in str(error)
