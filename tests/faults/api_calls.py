@@ -55,6 +55,18 @@ FRAMES: list[Any] = [
     {"user": [1], "item": [1], "timestamp": [2**63 - 1]},
     {"user": [1, "a"], "item": [1, 2], "timestamp": [1, 2]},
 ]
+ITEMS: list[Any] = [
+    *({}, {"item": []}, {"item": [0]}, {"item": [0], "a": []}, {"item": [0], "a": ["x", "y"]}, {"a": ["x"]}, 1),
+    *({"item": [0, 0], "a": ["x", "y"]}, {"item": [None], "a": ["x"]}, {"item": [[1]], "a": ["x"]}),
+    *({"item": [0], "a": [value]} for value in (1, 10**30, LONG, "\0", None, [], [[]], [[1.0]], b"x", {}, {"b": 1.0})),
+    *({"item": [0], "a": [value]} for value in (float("inf"), 1e300, [], [None], [float("nan")], [1.0, "x"], object())),
+    {"item": [0, 1], "a": [[1.0], [1.0, 2.0]]},
+    {"item": [0], 5: [1.0]},
+    {"item": [0], LONG: [1.0]},
+    {"item": [0], "a": np.zeros((1, 2, 3))},
+    {"item": [0], "a": np.zeros((1, 0))},
+    {"item": [0]} | {f"c{number}": [1.0] for number in range(1_001)},
+]
 TAILS: list[Any] = [
     Tail(*(np.zeros(2, kind) for kind in (np.int64, np.int64, np.uint8)), np.array(offsets, np.int64))
     for offsets in ([0, 2], [0, 3], [2, 0], [0], [], [0, 1, 2], [-1, 2])
@@ -207,6 +219,7 @@ API_CALLS: dict[str, ApiCall] = {
         f"EventLog.from_frame(columns.{name})": ApiCall(EventLog.from_frame, WORDS, from_columns(name))
         for name in ("user", "timestamp", "action", "sequence")
     },
+    "EventLog.from_frame(items)": ApiCall(EventLog.from_frame, ITEMS, from_frame("items")),
     "EventLog[user]": ApiCall(
         EventLog.__getitem__, [1, -1, 10**18, 10**30, -(10**30), *WORDS], logged(lambda log, value: log[value])
     ),

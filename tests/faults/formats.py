@@ -150,6 +150,9 @@ def make_log_with_impressions(folder: Path) -> None:
     events = SourceConfig(kind="simulated", paths=[str(folder / "simulated" / "new")])
     both = PrepareConfig(out=str(folder / "shown"), events=events, impressions=events, progress=False)
     prepare(both, parser=operations.parser())
+    ids = EventLog.open(folder / "shown").items.ids(range(6))
+    features = {"kind": [*"abcabc"], "price": np.arange(6) / 2, "vector": np.ones((6, 2))}
+    EventLog.from_frame(None, folder / "shown", append=True, items={"item": ids} | features)
     deletions.erase_users(folder / "shown", EventLog.open(folder / "shown").users.ids([1]).tolist())
 
 
@@ -159,6 +162,9 @@ def read_log_with_impressions(folder: Path, world: Path) -> str:
     history, shown = log.gather(np.arange(log.num_users)), log.impressions
     assert shown is not None
     arrays = [getattr(shown, name) for name in ("offsets", "item", "timestamp", "label", "mask", "probability")]
+    assert log.item_features is not None
+    for column in log.item_features.columns.values():
+        arrays += [getattr(column, name) for name in column.__slots__ if name != "values"]
     return digest([history.item, history.timestamp, history.action, history.offsets, shown.tasks, *arrays])
 
 
@@ -242,8 +248,8 @@ FORMATS: dict[str, Format] = {
     "metrics per user": Format(("measured.npz",), read_metrics, make_metrics),
     "exports": Format(("exported.parquet",), read_export, operations.export),
     "event logs": Format(("log/**/*",), read_log, make_log),
-    "event logs with impressions": Format(
-        ("shown/**/impressions/*", "shown/**/erased.npy"),
+    "event logs with impressions and item features": Format(
+        ("shown/**/impressions/*", "shown/**/features/*", "shown/**/erased.npy"),
         read_log_with_impressions,
         make_log_with_impressions,
     ),

@@ -93,6 +93,7 @@ class EventLog:
         Raises:
             ConfigError: if arguments contradict each other, `on_bad_rows` is unknown, or times have no unit.
             DataError: naming row, column, value, and remedy.
+            TypeError: if a frame is of another type.
         """
         # Imported here because ingest loads Polars, which no reader of a log needs.
         from vista.log.ingest.prepare import prepare_frames

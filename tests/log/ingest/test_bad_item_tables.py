@@ -86,15 +86,15 @@ BAD_TABLES: dict[str, tuple[dict[str, list[Any]], dict[str, Any], str]] = {
     ),
     "a list as a number": ({"item": [10], "v": [[1.0]]}, {"numbers": ["v"]}, "has type List.* cannot be a number"),
     "a number as a vector": ({"item": [10], "p": [1.0]}, {"vectors": ["p"]}, "has type Float64 and cannot be a vector"),
-    "a list as an id": ({"item": [[10]], "p": [1.0]}, {}, "column 'item' has type List.* and cannot be a item"),
+    "a list as an id": ({"item": [[10]], "p": [1.0]}, {}, "column 'item' has type List.* and cannot be an item"),
     "no ids": ({"id": [10], "p": [1.0]}, {}, "column 'item' is missing, the file has: id, p; .* with items.item="),
     "no such column": (
         {"item": [10], "p": [1.0]},
         {"numbers": ["price"]},
         "column 'price' is missing, the file has: item, p; name the right one with items.numbers=",
     ),
-    "no features": ({"item": [10]}, {}, r"no column of features is named; name columns with items\.categories="),
-    "no named features": ({"item": [10], "p": [1.0]}, {"numbers": []}, r"no column of features is named"),
+    "no features": ({"item": [10]}, {}, "names no column but 'item'; add columns of features"),
+    "no named features": ({"item": [10], "p": [1.0]}, {"numbers": []}, "names no column but 'item'"),
     "no rows": ({"item": [], "brand": []}, {"categories": ["brand"]}, "has no rows; leave it out, or write it again"),
 }  # fmt: skip
 
@@ -215,6 +215,8 @@ def test_settings_that_contradict_each_other(tmp_path: Path) -> None:
         DataError, match=r"<items frame>: column 'year' has type Int64 .*convert it to text or to floats"
     ):
         EventLog.from_frame({}, tmp_path / "log", items={"item": [1], "year": [1]})
+    with pytest.raises(DataError, match=r"column 'item' is missing, the frame has: id, p; .*SourceColumns\(item="):
+        EventLog.from_frame({}, tmp_path / "log", items={"id": [1], "p": [1.0]})
     assert ItemTableConfig().is_inferred and not ItemTableConfig(numbers=[]).is_inferred
     assert not (tmp_path / "log").exists()
 

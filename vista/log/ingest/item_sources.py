@@ -76,8 +76,12 @@ def items_of_frame(frame: pl.DataFrame, config: ItemTableConfig) -> ScannedSourc
     Raises:
         DataError: as `scan_items`.
     """
+    if config.item not in frame.columns:
+        raise DataError(
+            f"<items frame>: column {config.item!r} is missing, the frame has: {', '.join(frame.columns)}; name the "
+            "column of ids as in SourceColumns(item=...)"
+        )
     columns = _feature_columns("<items frame>", frame.schema, config)
-    check_columns("<items frame>", columns, frame.columns, "items")
     return source_of_frame(frame.select(pl.col(own).alias(name) for name, own in columns.items()), columns, "items")
 
 
@@ -111,7 +115,7 @@ def _feature_columns(path: str, types: _Types, config: ItemTableConfig) -> dict[
                     )
                 columns[f"{kind}:{name}"] = name
     if len(columns) == 1:
-        raise DataError(f"{path}: no column of features is named; name columns with items.categories=[...]")
+        raise DataError(f"{path}: names no column but {config.item!r}; add columns of features")
     if len(columns) - 1 > MAX_FEATURES:
         raise ConfigError(
             f"{path}: has {len(columns) - 1:,} columns of features, but at most {MAX_FEATURES:,} are possible; name "

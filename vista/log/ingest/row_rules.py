@@ -101,7 +101,8 @@ def parse(source: ScannedSource, kinds: Mapping[str, str], table: str) -> tuple[
         wrong |= role in ("user", "item", "timestamp", "sequence") and dtype == pl.Boolean
         if wrong:
             raise DataError(
-                f"{source.path}: column {source.columns[column]!r} has type {dtype} and cannot be a {role}; convert it"
+                f"{source.path}: column {source.columns[column]!r} has type {dtype} and cannot be {_article(role)}; "
+                "convert it"
             )
         if role in kinds:
             typed[column], of_column = _ids(column, dtype, kinds[role], table)
@@ -129,10 +130,15 @@ def parse(source: ScannedSource, kinds: Mapping[str, str], table: str) -> tuple[
     return source.frame.select(ROW, *columns, problem.alias(PROBLEM)), rules
 
 
+def _article(role: str) -> str:
+    """The name of a role with its article."""
+    return f"{'an' if role[0] in 'ai' else 'a'} {role}"
+
+
 def _ids(column: str, dtype: pl.DataType, kind: str, table: str) -> tuple[pl.Expr, list[RowRule]]:
     raw = pl.col(column)
     key = f"{'events' if table == 'items' else table}.{column}_ids"
-    missing = RowRule(column, raw.is_null(), "is missing", f"give every row a {column} id")
+    missing = RowRule(column, raw.is_null(), "is missing", f"give every row {_article(column)} id")
     if kind == "str":
         text = raw.cast(pl.String)
         return text, [
