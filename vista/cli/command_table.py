@@ -49,6 +49,8 @@ COMMANDS: dict[str, Command] = {
             "vista prepare out=data/mine events.paths=[clicks.csv] events.user=customer events.item=product "
             "events.timestamp=time events.time_unit=s",
             "vista prepare out=data/mine events.paths=[new.csv] append=true on_bad_rows=quarantine --config mine.yaml",
+            "vista prepare out=data/mine items.paths=[items.csv] append=true items.categories=[brand] "
+            "items.numbers=[price]",
         ),
     ),
     "train": Command(

@@ -115,6 +115,14 @@ class TestRoundTrip:
             "pair": {10: [1, 2], 20: [3, 4]},
         }
 
+    def test_files_may_write_the_same_kind_differently(self, tmp_path: Path) -> None:
+        pl.DataFrame({"item": [10], "tag": ["x"], "v": [[1.0, 2.0]]}).write_parquet(tmp_path / "a.parquet")
+        other = pl.DataFrame({"item": ["20"], "tag": [["y", "x"]], "v": np.array([[3.0, 4.0]], np.float32)})
+        other.write_parquet(tmp_path / "b.parquet")
+        add_items(tmp_path, tmp_path / "a.parquet", tmp_path / "b.parquet")
+        expected = {"tag": {10: ["x"], 20: ["x", "y"]}, "v": {10: [1.0, 2.0], 20: [3.0, 4.0]}}
+        assert features_of(EventLog.open(tmp_path / "log")) == expected
+
     def test_text_ids(self, tmp_path: Path) -> None:
         file = text_file(tmp_path, "sku,kind\nb,x\n7,y\n")
         add_items(tmp_path, file, events=[("u", "a", 1), ("u", "b", 2), ("v", "7", 3)], item="sku")

@@ -1,7 +1,7 @@
 """Item features of a new segment: parsed tables become columns in the order of the log's items.
 
-Memory holds the ids of the tables, and of one column at a time the codes or numbers. Vectors pass through a file in the
-scratch folder.
+Memory holds the ids of the tables, and one column of categories or numbers at a time. Vectors pass through a file in
+the scratch folder.
 """
 
 from __future__ import annotations
@@ -155,11 +155,8 @@ class _Table:
 
     def category(self, column: str, name: str, earlier: Sequence[SegmentColumn]) -> tuple[CategoryColumn, int]:
         """A column with the values that it adds to those of the log, and the number of all of them."""
-        rows = self._rows(column)
-        if rows.collect_schema()["value"].is_nested():
-            rows = rows.explode("value")
-        rows = rows.filter(pl.col("value").fill_null("") != "").unique()
-        entries = rows.collect(engine="streaming")
+        rows = self._rows(column).explode("value").filter(pl.col("value").fill_null("") != "")
+        entries = rows.unique().collect(engine="streaming")
         texts = entries["value"].unique()
         known = [part.column.values for part in earlier if isinstance(part.column, CategoryColumn)]
         old = Vocabulary.concatenated(known) if known else Vocabulary.empty("str")
@@ -199,10 +196,12 @@ class _Table:
                 )
         if earlier and form_of(earlier[0].column) != f"vector of {dim} numbers":
             raise _other_form(first, name, f"vector of {dim} numbers", earlier)
-        vectors = np.memmap(file, np.float32, "w+", shape=(self.num_items, dim))
-        for start in range(0, self.num_items, _rows_of_block(dim)):
-            vectors[start : start + _rows_of_block(dim)] = np.nan
-        for batch in self._rows(column).collect_batches(chunk_size=_rows_of_block(dim)):
+        step = _rows_of_block(dim)
+        with file.open("wb") as handle:  # A full disk is an error here, but would be a signal in a mapped file.
+            for start in range(0, self.num_items, step):
+                handle.write(np.full((min(step, self.num_items - start), dim), np.nan, np.float32).data)
+        vectors = np.memmap(file, np.float32, "r+", shape=(self.num_items, dim))
+        for batch in self._rows(column).collect_batches(chunk_size=step):
             numbers = batch["value"].explode().to_numpy().reshape(-1, dim)
             vectors[batch[_PLACE].to_numpy()] = numbers
         return vectors

@@ -78,7 +78,7 @@ def parse(source: ScannedSource, kinds: Mapping[str, str], table: str) -> tuple[
 
     Returns:
         (the typed rows, the rules). Columns as in `sources`: ids int64 or str, timestamp int64 ms, rating float32,
-        action str, sequence int64, labels uint8, probabilities float32, categories text or lists of text, numbers
+        action str, sequence int64, labels uint8, probabilities float32, categories lists of text, numbers
         float32, vectors lists of float32, `row`, and `problem` uint16: 0, BLANK, or the 1-based index of the first rule
         that a row breaks.
 
@@ -286,7 +286,7 @@ def _number(column: str, role: str) -> tuple[pl.Expr, list[RowRule]]:
 def _feature(column: str, kind: str, source: ScannedSource) -> tuple[pl.Expr, list[RowRule]]:
     raw, dtype = pl.col(column), source.frame.collect_schema()[column]
     if kind == "category":
-        return raw.cast(pl.List(pl.String) if dtype.is_nested() else pl.String), []
+        return raw.cast(pl.List(pl.String)) if dtype.is_nested() else pl.concat_list(raw.cast(pl.String)), []
     if kind == "number":
         real = raw.cast(pl.Float64, strict=False)
         number = real.cast(pl.Float32)
