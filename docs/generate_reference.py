@@ -22,9 +22,10 @@ from vista.config.data_config import DataConfig
 from vista.config.model_config import ModelConfig
 from vista.config.optim_config import OptimConfig
 from vista.log.histories import Histories
+from vista.log.item_features import CategoryColumn, ItemFeatures, NumberColumn, VectorColumn
 
 API: dict[str, tuple[object, ...]] = {
-    "Event log": (vista.EventLog, Histories),
+    "Event log": (vista.EventLog, Histories, ItemFeatures, CategoryColumn, NumberColumn, VectorColumn),
     "Training": (vista.train, vista.TrainConfig, ModelConfig, DataConfig, OptimConfig),
     "Model": (vista.VistaModel,),
     "Refresh": (
