@@ -271,6 +271,17 @@ def test_a_compacted_log(tmp_path: Path, grow: SimpleNamespace) -> None:
         assert sorted(opened.keys()) == [1, 3] and opened.manifest.applied_segment == log.last_segment
 
 
+def test_a_segment_of_item_features_changes_no_user(tmp_path: Path, grow: SimpleNamespace) -> None:
+    model = grow.model()
+    log = grow.append(tmp_path / "log", grow.events({1: 12, 2: 3}))
+    store = full(model, log, tmp_path / "store")
+    log = EventLog.from_frame(None, log.path, append=True, items={"item": log.items.ids([0]), "price": [1.0]})
+    assert refresh_incremental(model, log, store).num_users == 0
+    log = grow.append(log.path, grow.events({1: 2}, grow.start + 500 * grow.hour))
+    assert refresh_incremental(model, log, store).counts["appended"] == 1
+    grow.assert_same(store, full(model, log, tmp_path / "expected"), atol=2e-5)
+
+
 def test_erased_users_stay_erased(tmp_path: Path, grow: SimpleNamespace) -> None:
     model = grow.model()
     log = grow.append(tmp_path / "log", grow.events({1: 7, 2: 7, 3: 7}))

@@ -21,7 +21,7 @@ class ItemTableConfig:
     item: str = "item"
     """Column of item ids. Items that the log does not contain are left out."""
     categories: list[str] | None = None
-    """Columns of categories: text, integers, booleans, or lists of these."""
+    """Columns of categories: text, integers, booleans, or lists of these, each with at most 1,000,000 values."""
     numbers: list[str] | None = None
     """Columns of numbers, such as a price. A number may be missing, but must not be infinite."""
     vectors: list[str] | None = None

@@ -11,6 +11,7 @@ import polars as pl
 import pytest
 
 from tests.log.feature_tables import add_items, features_of, table_of, text_file
+from vista.config import SourceColumns
 from vista.log.event_log import EventLog
 from vista.log.ingest import new_features
 
@@ -127,6 +128,13 @@ class TestRoundTrip:
         file = text_file(tmp_path, "sku,kind\nb,x\n7,y\n")
         add_items(tmp_path, file, events=[("u", "a", 1), ("u", "b", 2), ("v", "7", 3)], item="sku")
         assert features_of(EventLog.open(tmp_path / "log")) == {"kind": {"b": ["x"], "7": ["y"]}}
+
+    def test_a_frame_names_its_ids_as_the_events_do(self, tmp_path: Path) -> None:
+        events = {"user": [1], "movie": ["a"], "timestamp": [1]}
+        items = {"movie": ["a", "b"], "kind": ["x", "y"]}
+        columns = SourceColumns(item="movie")
+        log = EventLog.from_frame(events, tmp_path / "log", time_unit="s", columns=columns, items=items)
+        assert features_of(log) == {"kind": {"a": ["x"]}}
 
     def test_vectors_in_blocks(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(new_features, "BLOCK_NUMBERS", 6)
