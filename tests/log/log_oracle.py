@@ -119,8 +119,8 @@ def replace_array(segment: Path, name: str, values: np.ndarray) -> None:
 def _write_events(folder: Path, step: Step, number: int) -> None:
     users, items = Vocabulary("int", np.array(USER_IDS)), Vocabulary("int", np.arange(100, 100 + NUM_ITEMS))
     segment = SegmentWriter(folder)
-    segment.save_vocabulary("new_users", users.tail(0 if number == 1 else NUM_USERS))
-    segment.save_vocabulary("new_items", items.tail(0 if number == 1 else NUM_ITEMS))
+    segment.save_vocabulary("new_users", users.part(0 if number == 1 else NUM_USERS))
+    segment.save_vocabulary("new_items", items.part(0 if number == 1 else NUM_ITEMS))
     names = ("item", "timestamp", "action")
     active = {"events": _write_table(segment, "", step.events, {name: (EVENT_COLUMNS[name], ()) for name in names})}
     wide = {"item": (), "timestamp": (), "label": (1,), "mask": (1,)}

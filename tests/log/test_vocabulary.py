@@ -39,7 +39,7 @@ def _check_against_dict(kind: str, batches: tuple[list, list]) -> None:
     asked = [*batches[0], *batches[1], *([-77, 3, 2**62] if kind == "int" else ["", "nobody", "é"])]
     want = [expected.get(one, -1) for one in asked]
     assert vocabulary.rows(asked).tolist() == want  # many at once: table, dict or sorted order
-    fresh = Vocabulary.concatenated([vocabulary.tail(0)])
+    fresh = Vocabulary.concatenated([vocabulary.part(0)])
     assert [int(fresh.rows([one])[0]) for one in asked] == want  # one at a time: bisection
     assert vocabulary.ids(np.arange(len(vocabulary))).tolist() == list(expected)
     assert pickle.loads(pickle.dumps(vocabulary)).digest() == vocabulary.digest()
@@ -62,13 +62,13 @@ def test_rows_without_ids_are_unknown_and_keep_their_places(
     folder = tmp_path_factory.mktemp("vocabulary")
     vocabulary.save(folder, "users")
     cut = len(names) // 2
-    halves = Vocabulary.concatenated([Vocabulary.empty(kind), _head(vocabulary, cut), vocabulary.tail(cut)])
+    halves = Vocabulary.concatenated([Vocabulary.empty(kind), vocabulary.part(0, cut), vocabulary.part(cut)])
     asked = [*names, *([0, 2**62] if kind == "int" else ["", "nobody"])]
     want = [row if row not in blank else -1 for row in range(len(names))]
     want += [names.index(name) if name in names and names.index(name) not in blank else -1 for name in asked[-2:]]
     for one in (vocabulary, Vocabulary.load(folder, "users"), halves, pickle.loads(pickle.dumps(vocabulary))):
         assert one.rows(asked).tolist() == want
-        fresh = Vocabulary.concatenated([one.tail(0)])
+        fresh = Vocabulary.concatenated([one.part(0)])
         assert [int(fresh.rows([name])[0]) for name in asked] == want
         assert (np.flatnonzero(~one.has_ids(np.arange(len(names)))).tolist(), one.num_blank) == (
             sorted(blank),
@@ -88,13 +88,6 @@ def test_rows_without_ids_are_unknown_and_keep_their_places(
     assert len(grown) == len(names) + len(blank)
     rows = grown.rows(names)
     assert all((row >= len(names)) if old in blank else (row == old) for old, row in enumerate(rows.tolist()))
-
-
-def _head(vocabulary: Vocabulary, stop: int) -> Vocabulary:
-    offsets = None if vocabulary._offsets is None else vocabulary._offsets[: stop + 1]
-    data = vocabulary._data[:stop] if offsets is None else vocabulary._data[: offsets[-1]]
-    blank = None if vocabulary._blank is None else vocabulary._blank[vocabulary._blank < stop]
-    return Vocabulary(vocabulary.kind, data, offsets, blank)
 
 
 @pytest.mark.parametrize("ids", [[5, -3, 9_000_000_000], ["b", "a", "ü", "longer id"]])
@@ -132,7 +125,7 @@ def test_old_rows_stay_when_ids_are_added() -> None:
     new = old.extended([20, 10, 5])
     assert new.ids([0, 1, 2, 3]).tolist() == [10, 30, 5, 20]
     assert old.extended([30]) is old
-    assert new.tail(2).ids([0, 1]).tolist() == [5, 20]
+    assert new.part(2).ids([0, 1]).tolist() == [5, 20]
 
 
 def test_wrong_id_types_are_refused_with_a_remedy() -> None:

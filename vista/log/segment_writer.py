@@ -176,8 +176,8 @@ def write_without_events(
     Returns:
         The fields of its manifest, for a segment that adds nothing at all.
     """
-    segment.save_vocabulary("new_users", users.tail(len(users)))
-    segment.save_vocabulary("new_items", items.tail(len(items)))
+    segment.save_vocabulary("new_users", users.part(len(users)))
+    segment.save_vocabulary("new_items", items.part(len(items)))
     names = [name for name in EVENT_COLUMNS if name != "rating" or newest["has_rating"]]
     TableWriter(segment, "", 0, {name: (EVENT_COLUMNS[name], ()) for name in names}).close()
     number = newest["last_segment"] + 1

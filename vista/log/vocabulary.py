@@ -160,12 +160,14 @@ class Vocabulary:
         encoded = sorted({name.encode() for name, row in zip(names, known.tolist(), strict=True) if row < 0})
         return self if not encoded else Vocabulary.concatenated([self, _from_bytes(encoded)])
 
-    def tail(self, start: int) -> Vocabulary:
-        """The ids from row `start` on, as a separate vocabulary (which an appended segment stores)."""
-        blank = None if self._blank is None else self._blank[np.searchsorted(self._blank, start) :] - start
+    def part(self, start: int = 0, stop: int | None = None) -> Vocabulary:
+        """The ids of the rows [start, stop), as a separate vocabulary."""
+        stop, blank = len(self) if stop is None else stop, self._blank
+        if blank is not None:
+            blank = blank[slice(*np.searchsorted(blank, [start, stop]))] - start
         if self._offsets is None:
-            return Vocabulary("int", self._data[start:], None, blank)
-        offsets = self._offsets[start:]
+            return Vocabulary("int", self._data[start:stop], None, blank)
+        offsets = self._offsets[start : stop + 1]
         return Vocabulary("str", self._data[offsets[0] : offsets[-1]], offsets - offsets[0], blank)
 
     def without_ids(self, rows: NDArray[np.int64]) -> Vocabulary:

@@ -169,7 +169,7 @@ class _Table:
         codes = pl.DataFrame({"value": texts, "code": values.rows(texts.to_list()).astype(np.int32)})
         entries = entries.join(codes, on="value").select(_PLACE, "code").sort(_PLACE, "code")
         counts = np.bincount(entries[_PLACE].to_numpy(), minlength=self.num_items)
-        new = CategoryColumn(values.tail(len(old)), entries["code"].to_numpy(), offsets_of(counts))
+        new = CategoryColumn(values.part(len(old)), entries["code"].to_numpy(), offsets_of(counts))
         return new, len(values)
 
     def number(self, column: str) -> NumberColumn:

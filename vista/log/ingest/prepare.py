@@ -230,8 +230,8 @@ class _Run:
                 tasks=tasks_of(parts["impressions"][0].source) if "impressions" in parts else before.tasks,
                 time_range_ms=time_range(parts["events"]),
             )
-            writer.save_vocabulary("new_users", segment.users.tail(len(before.users)))
-            writer.save_vocabulary("new_items", segment.items.tail(len(before.items)))
+            writer.save_vocabulary("new_users", segment.users.part(len(before.users)))
+            writer.save_vocabulary("new_items", segment.items.part(len(before.items)))
             self.times.lap("vocabularies")
             fields = segment.manifest(self._pack_tables(segment, ids, writer, scratch))
         else:
