@@ -21,6 +21,7 @@ NOT_CALLED = {
     "Histories.select": _OF_ARRAYS,
     "ItemFeatures.select": _OF_ARRAYS,
     "ItemFeatures.described": "without arguments, from arrays in memory",
+    "CategoryColumn.recoded": _OF_ARRAYS,
     "CategoryColumn.select": _OF_ARRAYS,
     "NumberColumn.select": _OF_ARRAYS,
     "VectorColumn.select": _OF_ARRAYS,

@@ -35,6 +35,14 @@ class CategoryColumn:
     offsets: Int
     """[N + 1]."""
 
+    def recoded(self, values: Vocabulary) -> CategoryColumn:
+        """The same items with codes of other `values`; values that these lack are left out."""
+        code = values.rows(self.values.ids(np.arange(len(self.values))).tolist())[self.codes]
+        owner = np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))[code >= 0]
+        code = code[code >= 0]
+        counts = np.bincount(owner, minlength=len(self.offsets) - 1)
+        return CategoryColumn(values, code[np.lexsort((code, owner))].astype(np.int32), offsets_of(counts))
+
     def select(self, rows: Int) -> CategoryColumn:
         """The values of items int64 [n]; a row of -1 is an item without any."""
         counts = np.where(rows < 0, 0, np.diff(self.offsets)[rows])

@@ -1,0 +1,187 @@
+"""The part of item vectors that comes from features, against a plain reading in float64."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vista.errors import ConfigError
+from vista.log.histories import offsets_of
+from vista.log.item_features import CategoryColumn, ItemFeatures, NumberColumn, VectorColumn
+from vista.log.vocabulary import Vocabulary
+from vista.model.feature_encoder import FeatureEncoder
+from vista.model.item_feature import LARGEST_SCORE, ItemFeature
+from vista.model.item_feature_table import ItemFeatureTable
+
+DIM, NUM_ITEMS, WIDTH = 6, 9, 3
+GENRES = ["comedy", "drama", "war"]
+
+
+def category(values: list[list[int]]) -> CategoryColumn:
+    """A column of GENRES, by codes per item."""
+    counts = np.array([len(codes) for codes in values], np.int64)
+    codes = np.array([code for item in values for code in sorted(item)], np.int32)
+    return CategoryColumn(Vocabulary.from_ids(GENRES), codes, offsets_of(counts))
+
+
+@st.composite
+def drawn_features(draw: st.DrawFn) -> ItemFeatures:
+    codes = st.lists(st.integers(0, len(GENRES) - 1), max_size=3, unique=True)
+    number = st.one_of(st.just(math.nan), st.floats(-1e6, 1e6, width=32))
+    vector = st.one_of(st.just([math.nan] * WIDTH), st.lists(st.floats(-10, 10, width=32), min_size=3, max_size=3))
+    n = NUM_ITEMS
+    columns = {
+        "genres": category(draw(st.lists(codes, min_size=n, max_size=n))),
+        "price": NumberColumn(np.array(draw(st.lists(number, min_size=n, max_size=n)), np.float32)),
+        "text": VectorColumn(np.array(draw(st.lists(vector, min_size=n, max_size=n)), np.float32)),
+    }
+    names = draw(st.lists(st.sampled_from(list(columns)), min_size=1, unique=True))
+    return ItemFeatures({name: columns[name] for name in names})
+
+
+def encoder_of(features: ItemFeatures, seed: int = 0) -> tuple[FeatureEncoder, list[ItemFeature]]:
+    """A float64 encoder with drawn weights."""
+    columns = [ItemFeature.of(name, column) for name, column in features.columns.items()]
+    made = FeatureEncoder(columns, DIM).double()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in made.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator, dtype=torch.float64))
+    made.set_table(ItemFeatureTable.of(features, columns), 1 + NUM_ITEMS)
+    return made, columns
+
+
+def plain_vector(features: ItemFeatures, columns: list[ItemFeature], encoder: FeatureEncoder, item: int) -> np.ndarray:
+    """The vector of an item, one value after the other."""
+    values = encoder.values.detach().numpy()
+    dense = np.zeros((0, DIM)) if encoder.dense is None else encoder.dense.detach().numpy()
+    out, first, place = np.zeros(DIM), 0, 0
+    for column in columns:
+        given = features.columns[column.name]
+        if isinstance(given, CategoryColumn):
+            codes = given.codes[given.offsets[item] : given.offsets[item + 1]]
+            out += values[first + 1 + codes].mean(0) if len(codes) else values[first]
+        elif isinstance(given, NumberColumn):
+            number = float(given.numbers[item])
+            if math.isnan(number):
+                out += values[first]
+            else:
+                out += values[first + 1 + sum(number > bound for bound in column.bounds)]
+                score = np.float32(np.clip((number - column.mean) / column.scale, -LARGEST_SCORE, LARGEST_SCORE))
+                out += score * dense[place]
+        else:
+            vector = given.vectors[item].astype(np.float64)
+            if math.isnan(vector[0]):
+                out += values[first]
+            else:
+                out += (vector / column.scale).astype(np.float32).astype(np.float64) @ dense[place : place + WIDTH]
+        first, place = first + column.num_rows, place + column.num_dense
+    return out
+
+
+@settings(max_examples=60, deadline=None)
+@given(features=drawn_features(), rows=st.lists(st.integers(0, NUM_ITEMS), max_size=12))
+def test_vectors_are_those_of_a_plain_reading(features: ItemFeatures, rows: list[int]) -> None:
+    encoder, columns = encoder_of(features)
+    out = encoder(torch.tensor(rows, dtype=torch.int64)).detach().numpy()
+    assert out.shape == (len(rows), DIM)
+    expected = [plain_vector(features, columns, encoder, row - 1) if row else np.zeros(DIM) for row in rows]
+    np.testing.assert_allclose(out, np.array(expected).reshape(-1, DIM), rtol=1e-6, atol=1e-6)
+
+
+def test_rows_of_any_shape() -> None:
+    encoder, _ = encoder_of(ItemFeatures({"price": NumberColumn(np.arange(NUM_ITEMS, dtype=np.float32))}))
+    rows = torch.arange(1 + NUM_ITEMS).view(2, 5)
+    assert torch.equal(encoder(rows), encoder(rows.flatten()).view(2, 5, DIM))
+    assert encoder(rows[:0]).shape == (0, 5, DIM)
+
+
+def test_the_gradient_of_the_embeddings_is_sparse_and_right() -> None:
+    features = ItemFeatures({"genres": category([[0, 2], [1], [], [0], [1, 2], [2], [], [0, 1, 2], [1]])})
+    encoder, _ = encoder_of(features)
+    encoder(torch.tensor([1, 1, 3])).sum().backward()  # items 0, 0, and 2
+    gradient = encoder.values.grad
+    assert gradient is not None and gradient.is_sparse
+    expected = np.zeros((4, DIM))  # missing, comedy, drama, war
+    expected[0], expected[1], expected[3] = 1, 1, 1
+    np.testing.assert_allclose(gradient.to_dense().numpy(), expected)
+
+
+def test_numbers_have_buckets_of_equal_size() -> None:
+    feature = ItemFeature.of("price", NumberColumn(np.arange(6400, dtype=np.float32)))
+    bucket = np.searchsorted(np.array(feature.bounds), np.arange(6400), side="left")
+    assert feature.size == 32 and np.ptp(np.bincount(bucket)) <= 2
+    few = ItemFeature.of("price", NumberColumn(np.array([3] * 60 + [7] * 4 + [np.nan], np.float32)))
+    assert (few.bounds, few.size) == ([3.0], 2)
+    same = ItemFeature.of("price", NumberColumn(np.full(5, 2, np.float32)))
+    assert (same.bounds, same.size, same.mean, same.scale) == ([], 1, 2, 1)
+    assert ItemFeature.of("price", NumberColumn(np.full(5, np.nan, np.float32))).size == 1
+
+
+def test_vectors_are_scaled_to_length_one() -> None:
+    vectors = np.array([[3, 4], [np.nan, np.nan], [0, 5]], np.float32)
+    assert ItemFeature.of("text", VectorColumn(vectors)) == ItemFeature("text", "vector", 2, scale=5.0)
+    assert ItemFeature.of("text", VectorColumn(np.zeros((2, 4), np.float32))).scale == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "colour"}, "kind must be one of"),
+        ({"size": 0}, "size must be at least 1"),
+        ({"scale": 0.0}, "mean, scale, and bounds must be finite"),
+        ({"bounds": [math.nan]}, "mean, scale, and bounds must be finite"),
+        ({"kind": "number", "size": 3, "bounds": [1.0]}, "one bound less"),
+    ],
+)
+def test_impossible_columns_are_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ItemFeature(**{"name": "x", "kind": "category", "size": 2} | change)  # type: ignore[arg-type]
+
+
+def test_a_saved_table_is_the_same(tmp_path: Path) -> None:
+    features = ItemFeatures({"genres": category([[0, 2], [], [1]]), "price": NumberColumn(np.float32([1, np.nan, 3]))})
+    columns = [ItemFeature.of(name, column) for name, column in features.columns.items()]
+    table = ItemFeatureTable.of(features, columns)
+    table.save(tmp_path)
+    loaded = ItemFeatureTable.load(tmp_path, columns)
+    assert table.content(4) == loaded.content(4) and table.content(3) != table.content(4)
+    assert loaded.values["genres"].ids([0, 1, 2]).tolist() == GENRES
+    assert table.offsets.tolist() == [0, 0, 3, 5, 7] and table.dense.shape == (4, 1)
+
+
+def test_a_table_of_another_model_is_refused() -> None:
+    features = ItemFeatures({"genres": category([[2]] * NUM_ITEMS)})
+    columns = [ItemFeature.of(name, column) for name, column in features.columns.items()]
+    table = ItemFeatureTable.of(features, columns)
+    with pytest.raises(RuntimeError, match="do not fit the model"):
+        FeatureEncoder(columns, DIM).set_table(table, NUM_ITEMS)
+    with pytest.raises(RuntimeError, match="do not fit the model"):
+        FeatureEncoder([ItemFeature("genres", "category", 1)], DIM).set_table(table, 1 + NUM_ITEMS)
+    with pytest.raises(RuntimeError, match="do not fit the model"):
+        FeatureEncoder([*columns, ItemFeature("text", "vector", 2)], DIM).set_table(table, 1 + NUM_ITEMS)
+
+
+@settings(max_examples=40, deadline=None)
+@given(features=drawn_features(), stop=st.integers(0, NUM_ITEMS))
+def test_a_table_grows_item_by_item(features: ItemFeatures, stop: int) -> None:
+    columns = [ItemFeature.of(name, column) for name, column in features.columns.items()]
+    whole = ItemFeatureTable.of(features, columns)
+    first, rest = (features.select(rows) for rows in np.split(np.arange(NUM_ITEMS), [stop]))
+    grown = ItemFeatureTable.of(first, columns).extended(rest, columns)
+    assert grown.content(1 + NUM_ITEMS) == whole.content(1 + NUM_ITEMS)
+
+
+def test_unseen_values_are_missing() -> None:
+    known = ItemFeatures({"genres": category([[0, 2], [1]])})
+    columns = [ItemFeature.of("genres", known.columns["genres"])]
+    others = CategoryColumn(Vocabulary.from_ids(["anime", "war"]), np.int32([0, 0, 1]), np.array([0, 1, 3]))
+    grown = ItemFeatureTable.of(known, columns).extended(ItemFeatures({"genres": others}), columns)
+    missing, war = 0, 1 + GENRES.index("war")
+    assert grown.entry.tolist()[3:] == [missing, war] and grown.weight.tolist()[3:] == [1, 1]

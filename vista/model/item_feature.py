@@ -1,0 +1,73 @@
+"""What a model keeps of a column of item features: how its values become numbers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vista.arrays import Float32s
+from vista.config.checks import require
+from vista.log.item_features import CategoryColumn, FeatureColumn, NumberColumn
+
+MOST_BUCKETS = 32
+LARGEST_SCORE = 5.0
+"""Standardized numbers are clipped here."""
+KINDS = ("category", "number", "vector")
+
+
+@dataclass(frozen=True, slots=True)
+class ItemFeature:
+    """One column. A number has an embedding per bucket, and adds its standardized value along one direction."""
+
+    name: str
+    kind: str
+    """category, number, or vector."""
+    size: int
+    """Number of distinct values, of buckets, or of entries of a vector."""
+    bounds: list[float] = field(default_factory=list)
+    """Of a number: ascending upper bounds of all buckets but the last, [size - 1]."""
+    mean: float = 0.0
+    scale: float = 1.0
+    """Of a number: mean and standard deviation. Of a vector: 0, and the root mean square of its length."""
+
+    def __post_init__(self) -> None:
+        where = f"schema.item_features.{self.name}"
+        require(self.kind in KINDS, where, f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        require(type(self.size) is int and self.size > 0, where, f"size must be at least 1, got {self.size!r}")
+        numbers = (self.mean, self.scale, *self.bounds)
+        require(all(map(math.isfinite, numbers)) and self.scale > 0, where, "mean, scale, and bounds must be finite")
+        buckets = len(self.bounds) + 1 if self.kind == "number" else 1
+        require(self.kind != "number" or self.size == buckets, where, "a number has one bound less than buckets")
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the embedding: one per value or bucket, and one for items without a value."""
+        return 1 + (0 if self.kind == "vector" else self.size)
+
+    @property
+    def num_dense(self) -> int:
+        """Entries of the dense input."""
+        return {"category": 0, "number": 1, "vector": self.size}[self.kind]
+
+    @classmethod
+    def of(cls, name: str, column: FeatureColumn) -> ItemFeature:
+        """How to read a column, measured on its items."""
+        if isinstance(column, CategoryColumn):
+            return cls(name, column.kind, max(len(column.values), 1))
+        if isinstance(column, NumberColumn):
+            return _number(name, column.numbers)
+        known = column.vectors[column.is_known].astype(np.float64)
+        length = math.sqrt(np.square(known).sum(1).mean()) if len(known) else 0.0
+        return cls(name, column.kind, column.vectors.shape[1], scale=length or 1.0)
+
+
+def _number(name: str, numbers: Float32s) -> ItemFeature:
+    known = numbers[~np.isnan(numbers)].astype(np.float64)
+    if not len(known):
+        return ItemFeature(name, "number", 1)
+    bounds = np.unique(np.quantile(known, np.arange(1, MOST_BUCKETS) / MOST_BUCKETS, method="inverted_cdf"))
+    bounds = bounds[bounds < known.max()]  # the last bucket is not empty
+    scale = float(known.std())
+    return ItemFeature(name, "number", len(bounds) + 1, bounds.tolist(), float(known.mean()), scale or 1.0)
