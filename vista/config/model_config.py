@@ -110,6 +110,11 @@ class ModelConfig:
     """Add the rating to the event embedding of stage 1, if the log has ratings."""
     use_time: bool = True
     """Add the gap to the previous event, in logarithmic buckets, to the event embedding, if the log has times."""
+    use_item_features: bool = True
+    """Add the features of items to their vectors, if the log has any. It needs embedding_rows=0."""
+    id_dropout: float = 0.1
+    """With features of items: share of the items of a training batch, in [0, 1), whose own vectors are left out, so
+    that their features stand in for them."""
     num_reconstruction_layers: int = 1
     """Number of layers of the causal decoder of the reconstruction loss."""
     reconstruction_target: ReconstructionTarget = ReconstructionTarget.vectors

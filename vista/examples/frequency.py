@@ -21,7 +21,7 @@ _SEED = 9001
 
 
 def item_frequency(
-    log: EventLog, item_rows: NDArray[np.int64], counts: NDArray[np.int64], counting: Counting
+    log: EventLog, item_rows: NDArray[np.int64], counts: NDArray[np.int64], counting: Counting, *, least: int = 1
 ) -> NDArray[np.int64]:
     """Training events of each model row, as negatives are drawn by them.
 
@@ -29,6 +29,7 @@ def item_frequency(
         item_rows: int64 [num_items], the model row of each of the log's items; 0 is the unknown item.
         counts: int64 [num_users], visible events per user.
         counting: exactly, or by a count-min sketch.
+        least: frequency of items without training events.
 
     Returns:
         int64 [largest row + 1].
@@ -38,9 +39,9 @@ def item_frequency(
     np.add.at(frequency, item_rows, count(log, counts))
     frequency[0] = 0  # the unknown item is never a label, so it must not be a negative
     if frequency.any():
-        # An item without training events is a negative as often as the rarest items. Nothing else would keep its
-        # random vector out of the top of users' lists.
-        frequency[1:] = np.maximum(frequency[1:], 1)
+        # With a random vector, an item without training events must be a negative, as often as the rarest items are.
+        # Nothing else would keep it out of the top of users' lists.
+        frequency[1:] = np.maximum(frequency[1:], least)
     return frequency
 
 

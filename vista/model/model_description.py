@@ -16,9 +16,10 @@ from vista.config.conversion import from_dict, to_dict
 from vista.errors import CheckpointError
 from vista.files import checked_path, open_file, read_limited
 from vista.json_fields import TABLE, FieldRule, check_fields, either, hexadecimal, one_of, whole
+from vista.model.item_feature import ItemFeature
 from vista.model.schema import Schema
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 CONFIG_FILE = "config.json"
 MAX_BYTES = 16 << 20
 """Of config.json."""
@@ -28,6 +29,7 @@ _RULES = {
     "model": TABLE,
     "schema": TABLE,
     "data": TABLE,
+    "num_trained_items": whole(),
     "summarizer_id": either(one_of(None), hexadecimal(64)),
     "files": FieldRule(
         "a table of files",
@@ -62,6 +64,8 @@ class ModelDescription:
     config: ModelConfig
     schema: Schema
     data: DataConfig
+    num_trained_items: int
+    """Items of the log that the model was trained on, which come first in its vocabulary."""
     summarizer_id: str | None = None
     """64 hex digits; None for a baseline."""
     files: dict[str, FileEntry] = field(default_factory=dict)
@@ -75,6 +79,7 @@ class ModelDescription:
             "model": to_dict(self.config),
             "schema": asdict(self.schema),
             "data": to_dict(self.data),
+            "num_trained_items": self.num_trained_items,
             "summarizer_id": self.summarizer_id,
             "files": {name: asdict(files[name]) for name in sorted(files)},
         }
@@ -110,6 +115,7 @@ class ModelDescription:
                 from_dict(ModelConfig, fields["model"]),
                 _schema(fields["schema"]),
                 from_dict(DataConfig, fields["data"]),
+                fields["num_trained_items"],
                 fields["summarizer_id"],
                 {name: FileEntry(**entry) for name, entry in fields["files"].items()},
             )
@@ -150,8 +156,16 @@ def checksum_of(fields: dict[str, Any]) -> str:
 
 
 def _schema(fields: dict[str, Any]) -> Schema:
-    ratings = fields.get("rating_range")
-    return Schema(**fields | {"rating_range": tuple(ratings) if isinstance(ratings, list) else ratings})
+    ratings, features = fields.get("rating_range"), fields.get("item_features")
+    return Schema(
+        **fields
+        | {
+            "rating_range": tuple(ratings) if isinstance(ratings, list) else ratings,
+            "item_features": [ItemFeature(**feature) for feature in features]
+            if isinstance(features, list)
+            else features,
+        }
+    )
 
 
 def unreadable_model(folder: Path, error: Exception) -> CheckpointError:

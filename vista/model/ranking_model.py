@@ -29,6 +29,8 @@ from vista.model.allocation_limit import AllocationLimit
 from vista.model.counted_item_head import CountedItemHead
 from vista.model.embedding_feature import EmbeddingFeature
 from vista.model.event_encoder import EventEncoder
+from vista.model.feature_encoder import FeatureEncoder
+from vista.model.item_feature_table import FEATURES_FILE, ItemFeatureTable
 from vista.model.losses import Losses
 from vista.model.model_description import CONFIG_FILE, ModelDescription, unreadable_model
 from vista.model.popularity_term import PopularityTerm
@@ -62,6 +64,8 @@ class RankingModel(nn.Module):
         self.schema = schema
         self.items = items
         """The model's own item vocabulary."""
+        self.num_trained_items = len(items)
+        """Items of the log that it was trained on; others were added later, and have no row of their own."""
         self.data = data
         """How the training data were split, which decides what evaluation may use."""
         unified, hashes = config.embedding_rows > 0, config.embedding_hashes
@@ -69,8 +73,9 @@ class RankingModel(nn.Module):
         table = nn.init.normal_(torch.empty(shape), std=0.02)
         table[UNKNOWN_ITEM] = 0.0
         self.item_table = nn.Parameter(table)
-        """[1 + V, M], one row per item; or [1 + N, M / P], shared by all categorical features. Row 0 belongs to the
-        unknown item. `item_vectors` reads either kind."""
+        """[1 + V, M], one row per item; or [1 + N, M / P], shared by items, actions, and gaps. Row 0 belongs to the
+        unknown item. `id_vectors` reads either kind."""
+        self.features = FeatureEncoder(schema.item_features, config.dim) if schema.item_features else None
         self.encoder = EventEncoder(
             dim=config.dim,
             num_actions=len(schema.actions),
@@ -94,7 +99,18 @@ class RankingModel(nn.Module):
             self.register_buffer("item_popularity", torch.zeros(1 + len(items)))
 
     def item_vectors(self, rows: Tensor) -> Tensor:
-        """[..., M] vectors of model rows int64 [...]; 0 for the unknown item. The table's gradient is sparse."""
+        """[..., M] vectors of model rows int64 [...]; 0 for the unknown item."""
+        return self.with_features(self.id_vectors(rows), rows)
+
+    def with_features(self, vectors: Tensor, rows: Tensor) -> Tensor:
+        """What features add to `id_vectors` [..., M] of model rows int64 [...]."""
+        return vectors if self.features is None else vectors + self.features(rows)
+
+    def id_vectors(self, rows: Tensor) -> Tensor:
+        """[..., M] of model rows int64 [...], without their features; 0 for the unknown item.
+
+        The table's gradient is sparse.
+        """
         config = self.config
         if not config.embedding_rows:
             return F.embedding(rows, self.item_table, sparse=True)
@@ -139,6 +155,21 @@ class RankingModel(nn.Module):
         centered = log_frequency - log_frequency.mean()
         self.item_popularity[1:] = torch.from_numpy(centered / max(float(centered.std()), 1e-6))
 
+    def set_item_features(self, table: ItemFeatureTable | None) -> None:
+        """Set the encoded features of the items of the vocabulary; None for a model without features.
+
+        Raises:
+            RuntimeError: if they do not fit the model.
+        """
+        if self.features is not None:
+            assert table is not None
+            self.features.set_table(table, 1 + len(self.items))
+
+    @torch.no_grad()
+    def clear_ids(self, rows: NDArray[np.int64]) -> None:
+        """Make the features of model rows int64 [N] all of their vectors. Only with one row per item."""
+        self.item_table[torch.from_numpy(rows).to(self.device)] = 0.0
+
     @staticmethod
     def shown_vectors(events: BatchEvents, item_vectors: Tensor) -> Tensor:
         """[T, M] vectors of the items of a batch's events; 0 for items that training shows as unknown."""
@@ -168,7 +199,7 @@ class RankingModel(nn.Module):
 
     def description(self) -> ModelDescription:
         """What config.json says about the model."""
-        return ModelDescription(self.config, self.schema, self.data)
+        return ModelDescription(self.config, self.schema, self.data, self.num_trained_items)
 
     def save_pretrained(self, folder: str | Path, *, card: str | None = None) -> None:
         """Write config.json, model.safetensors, the item vocabulary and, if given, a card as README.md, atomically.
@@ -190,6 +221,8 @@ class RankingModel(nn.Module):
                 weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
                 save_file(weights, partial / WEIGHTS_FILE)
                 self.items.save(partial, "items")
+                if self.features is not None and self.features.table is not None:
+                    self.features.table.save(partial)
                 self.save_serving_tables(partial)
                 self.description().write(partial)
                 if card is not None:
@@ -219,9 +252,10 @@ class RankingModel(nn.Module):
                 f"{cls.architecture.value}"
             )
         try:
-            saved.check_files(folder, WEIGHTS_FILE, "items.*")
+            saved.check_files(folder, WEIGHTS_FILE, "items.*", "item_values_*", FEATURES_FILE)
             weights = load_file(folder / WEIGHTS_FILE)
             items = Vocabulary.load(folder, "items")
+            features = ItemFeatureTable.load(folder, saved.schema.item_features) if saved.schema.item_features else None
         except (OSError, ValueError, SafetensorError, LogFormatError) as error:
             raise unreadable_model(folder, error) from error
         _require_finite(weights, folder)
@@ -238,6 +272,10 @@ class RankingModel(nn.Module):
             # (A unified table is small, and its features refer to the table that the model was built with.)
             weights = {name: weight.float() for name, weight in weights.items()}
             model.load_state_dict(weights, assign=saved.config.embedding_rows == 0)
+            model.set_item_features(features)
+            if saved.num_trained_items > len(items):
+                raise RuntimeError(f"it knows {len(items)} items, but was trained on {saved.num_trained_items}")
+            model.num_trained_items = saved.num_trained_items
         except RuntimeError as error:
             raise CheckpointError(f"{folder}/{WEIGHTS_FILE} does not fit its config.json: {error}") from error
         return model.to(device).eval()

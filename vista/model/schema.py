@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vista.config.checks import require
+from vista.model.item_feature import ItemFeature
 
 MAX_ACTIONS = 256
 """Codes of actions are uint8."""
@@ -25,6 +26,8 @@ class Schema:
     """Labeled tasks that were trained."""
     has_retrieval: bool = True
     """Whether the retrieval head was trained on next items."""
+    item_features: list[ItemFeature] = field(default_factory=list)
+    """Columns of item features that are part of item vectors."""
 
     def __post_init__(self) -> None:
         for key, most in (("actions", MAX_ACTIONS), ("tasks", MAX_TASKS)):
@@ -38,6 +41,12 @@ class Schema:
                 f"schema.{key}",
                 f"a name has at most {MAX_NAME_BYTES} bytes",
             )
+        features = self.item_features
+        require(
+            type(features) is list and all(type(feature) is ItemFeature for feature in features),
+            "schema.item_features",
+            "must list columns",
+        )
         for key in ("has_time", "has_retrieval"):
             require(type(getattr(self, key)) is bool, f"schema.{key}", "must be true or false")
         if self.rating_range is not None:

@@ -59,7 +59,7 @@ STAGE1_KEYS = (
 MEAN_SCALE = 0.1
 """Initial scale of the mean token in a request token. Vectors of items have a root mean square of 0.05 if they start
 from factors, and of 0.02 if they start at random."""
-STAGE1_WEIGHTS = ("item_table", "encoder.", "summarizer.")
+STAGE1_WEIGHTS = ("item_table", "features.", "encoder.", "summarizer.")
 """Prefixes of the names of the weights that a summary depends on."""
 
 
@@ -311,13 +311,17 @@ class VistaModel(RankingModel):
         return replace(super().description(), summarizer_id=self.summarizer_id().hex())
 
     def summarizer_id(self) -> bytes:
-        """SHA-256 over everything that a summary depends on: stage 1, event encoder, item table and vocabulary.
+        """SHA-256 over everything that a summary depends on: stage 1, event encoder, item table, features, vocabulary.
 
         Downstream models freeze all of these, so they have the id of their base, and stores are checked against it.
+        Items that were added later (`vista.model.added_items`) do not count.
         """
+        count = self.num_trained_items
         facts = {key: to_dict(self.config)[key] for key in STAGE1_KEYS} | {"schema": asdict(self.schema)}
         for key in ("tasks", "has_retrieval"):
             facts["schema"].pop(key)
+        if not self.schema.item_features:
+            facts["schema"].pop("item_features")
         # These count only where they differ from the default, so that the ids of other models stay the same.
         if self.config.activation is not Activation.silu:
             facts["activation"] = self.config.activation.value
@@ -329,11 +333,17 @@ class VistaModel(RankingModel):
             facts["counters"] = self.counter_spec.to_dict()
         if self.config.embedding_rows:
             facts |= {key: to_dict(self.config)[key] for key in ("embedding_rows", "embedding_hashes")}
-        parts: list[bytes | memoryview] = [json.dumps(facts, sort_keys=True).encode() + self.items.digest().encode()]
+        parts: list[bytes | memoryview] = [
+            json.dumps(facts, sort_keys=True).encode() + self.items.part(0, count).digest().encode()
+        ]
         for name, tensor in sorted(self.state_dict().items()):
             if name.startswith(STAGE1_WEIGHTS):
+                if name == "item_table" and not self.config.embedding_rows:
+                    tensor = tensor[: 1 + count]
                 parts.append(name.encode() + str(tuple(tensor.shape)).encode())
                 parts.append(tensor.detach().cpu().contiguous().numpy().reshape(-1).view(np.uint8).data)
+        if self.features is not None and self.features.table is not None:
+            parts += self.features.table.content(1 + count)
         # SHA-256 takes half a second at 10^6 items, 30 times as long as the check whether anything has changed.
         quick = xxhash.xxh3_128()
         for part in parts:

@@ -87,8 +87,15 @@ class FrozenItems:
 
 
 def training_vectors(model: RankingModel, batch: Batch, frozen: FrozenItems | None) -> Tensor:
-    """[R, M] vectors of the items `batch.rows` as training reads them: those of `frozen`, or the table's."""
-    return model.item_vectors(batch.rows) if frozen is None else frozen.vectors(batch)
+    """[R, M] vectors of the items `batch.rows` as training reads them.
+
+    Those of `frozen`, or the table's; with features, which at random stand alone (`model.id_dropout`).
+    """
+    vectors = model.id_vectors(batch.rows) if frozen is None else frozen.vectors(batch)
+    if model.features is not None and model.training and model.config.id_dropout > 0:
+        dropped = torch.rand(len(vectors), 1, device=vectors.device) < model.config.id_dropout
+        vectors = vectors.masked_fill(dropped, 0.0)
+    return model.with_features(vectors, batch.rows)
 
 
 def _write(table: Tensor, rows: Int, vectors: Tensor) -> None:

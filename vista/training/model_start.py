@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from vista.config import TrainConfig
 from vista.config.choices import ItemStart, Precision, Stage
 from vista.device import autocast
 from vista.examples.batch_source import MEASURED_BATCHES, BatchSource
 from vista.log.event_log import EventLog
 from vista.model.anchor_losses import start_counted
-from vista.model.ranking_model import RankingModel
+from vista.model.ranking_model import UNKNOWN_ITEM, RankingModel
 from vista.training.item_start import FrozenItems, start_from_factors, training_vectors
 
 
@@ -32,6 +34,8 @@ def start_model(
             frozen.start()
         elif config.model.item_start is not ItemStart.random:
             start_from_factors(model, log, source.counts, config.seed)
+        if model.features is not None:
+            model.clear_ids(np.flatnonzero(source.frequency[UNKNOWN_ITEM + 1 :] == 0) + UNKNOWN_ITEM + 1)
     if model.counted is not None:  # last, because it is measured by the scores of other items
         model.eval()
         batches = (source.batch(0, index) for index in range(min(source.num_batches(0), MEASURED_BATCHES)))

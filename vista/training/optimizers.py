@@ -1,4 +1,4 @@
-"""The two optimizers of a model: AdamW for dense parameters, sparse Adam for the item table."""
+"""The two optimizers of a model: AdamW for dense parameters, sparse Adam for the tables of items and features."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ class Optimizers:
     """Updates all parameters of a model that require gradients."""
 
     def __init__(self, model: RankingModel, optim: OptimConfig) -> None:
-        self._model, self._optim = model, optim
-        self._dense = [p for name, p in model.named_parameters() if p.requires_grad and name != "item_table"]
+        self._optim = optim
+        self._tables = [model.item_table] + ([] if model.features is None else [model.features.values])
+        is_table = {id(p) for p in self._tables}
+        self._dense = [p for p in model.parameters() if p.requires_grad and id(p) not in is_table]
         counted = [p for head in (model.counted, model.popularity) if head is not None for p in head.parameters()]
         is_counted = {id(p) for p in counted}
         # Matrices of linear maps decay. Norms, biases, embeddings, seeds and position biases do not.
@@ -42,7 +44,12 @@ class Optimizers:
             betas=BETAS,
         )
         self.table = torch.optim.SparseAdam(
-            [{"params": [model.item_table], FACTOR: optim.table_rate}], lr=optim.learning_rate, betas=BETAS
+            [
+                {"params": [table], FACTOR: rate}
+                for table, rate in zip(self._tables, (optim.table_rate, 1.0), strict=False)
+            ],
+            lr=optim.learning_rate,
+            betas=BETAS,
         )
 
     def schedule(self, step: int, share_done: float, warmup_steps: int) -> float:
@@ -65,17 +72,18 @@ class Optimizers:
         self.dense.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         used: list[Tensor] = [p for p in self._dense if p.grad is not None]
-        table = self._model.item_table
-        if table.grad is not None:
-            table.grad = table.grad.coalesce()  # a row that was read twice counts once, with the sum
-            # torch computes no norm of sparse tensors: a stand-in shows the same memory as a dense gradient.
-            touched = torch.empty_like(table.grad.values())
-            touched.grad = table.grad.values()
-            used.append(touched)
+        for table in self._tables:
+            if table.grad is not None:
+                table.grad = table.grad.coalesce()  # a row that was read twice counts once, with the sum
+                # torch computes no norm of sparse tensors: a stand-in shows the same memory as a dense gradient.
+                touched = torch.empty_like(table.grad.values())
+                touched.grad = table.grad.values()
+                used.append(touched)
         return float(nn.utils.clip_grad_norm_(used, self._optim.gradient_clip))
 
     def step(self) -> None:
         """Update the parameters."""
         self.dense.step()
         self.table.step()  # type: ignore[no-untyped-call]
-        self._model.item_table.grad = None
+        for table in self._tables:
+            table.grad = None

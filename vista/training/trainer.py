@@ -38,7 +38,7 @@ from vista.training.checkpoint import (
 )
 from vista.training.downstream import Downstream
 from vista.training.item_start import MOST_CHANGE, FrozenItems, training_vectors
-from vista.training.log_schema import schema_of
+from vista.training.log_schema import encoded_features, schema_of
 from vista.training.metrics_writer import MetricsWriter
 from vista.training.model_card import model_card
 from vista.training.model_start import start_model
@@ -134,6 +134,7 @@ class Trainer:
         self.model: RankingModel
         if downstream is None:
             self.model = ARCHITECTURES[config.model.architecture](config.model, schema, log.items, config.data)
+            self.model.set_item_features(encoded_features(log, schema))
         else:
             self.model = downstream.model(schema)
         self.model.to(self.device)
@@ -141,7 +142,8 @@ class Trainer:
             self.model.item_table.requires_grad_(False)
         item_rows = self.model.rows_of(log.items)
         stored = downstream.summaries if downstream is not None else None
-        self.source = BatchSource(log, item_rows, config, stored, self.model.counter_spec)
+        has_features = self.model.features is not None
+        self.source = BatchSource(log, item_rows, config, stored, self.model.counter_spec, has_features=has_features)
         self.validation = _validation(log, item_rows, config)
         self.optimizers = Optimizers(self.model, config.optim)
         self.progress = Progress()
