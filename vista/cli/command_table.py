@@ -116,6 +116,12 @@ COMMANDS: dict[str, Command] = {
             "vista score users=[nobody] on_missing=raise",
         ),
     ),
+    "items add": Command(
+        config.ItemsAddConfig,
+        _handler("items_command", "run_items_add"),
+        "Let a trained model rank new items by their features, without training.",
+        ("vista items add model=runs/mine/best items.paths=[new.parquet] items.item=product",),
+    ),
     "store erase": Command(
         config.StoreEraseConfig,
         _handler("store_commands", "run_store_erase"),

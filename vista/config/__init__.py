@@ -7,6 +7,7 @@ from vista.config.compare_config import CompareConfig
 from vista.config.data_config import DataConfig
 from vista.config.evaluate_config import EvaluateConfig
 from vista.config.item_table_config import ItemTableConfig
+from vista.config.items_add_config import ItemsAddConfig
 from vista.config.log_configs import (
     LogCompactConfig,
     LogEraseConfig,
@@ -41,6 +42,7 @@ __all__ = [
     "DataConfig",
     "EvaluateConfig",
     "ItemTableConfig",
+    "ItemsAddConfig",
     "LogCompactConfig",
     "LogEraseConfig",
     "LogForgetConfig",

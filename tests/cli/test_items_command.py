@@ -1,0 +1,112 @@
+"""`vista items add`: a model in service ranks new items, and nothing else changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+from tests.conftest import small_config, small_frame
+from vista.cli.items_command import run_items_add
+from vista.config import ItemsAddConfig, ItemTableConfig
+from vista.errors import CheckpointError, ConfigError, DataError
+from vista.log.event_log import EventLog
+from vista.refresh import refresh
+from vista.scorer import Scorer
+from vista.training.trainer import train
+
+KNOWN = np.unique(small_frame()["item"])
+NEW = [5000, 5010, 7000]
+
+
+def table(items: Any, seed: int = 1) -> dict[str, Any]:
+    rng, count = np.random.default_rng(seed), len(items)
+    return {
+        "item": list(items),
+        "brand": [f"brand {value}" for value in rng.integers(0, 5, count)],
+        "price": rng.lognormal(size=count),
+        "text": rng.normal(size=(count, 3)).tolist(),
+    }
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> tuple[Path, Path]:
+    """A model with features, and its store."""
+    log = EventLog.from_frame(small_frame(), tmp_path / "log", time_unit="ms", items=table(KNOWN))
+    model = train(small_config(log, tmp_path / "run", optim__learning_rate=2e-2), log)
+    refresh(model, log, tmp_path / "store")
+    return tmp_path / "run" / "best", tmp_path / "store"
+
+
+def add(model: Path, rows: dict[str, Any], **changes: Any) -> str:
+    file = model.parent / "new.parquet"
+    pl.DataFrame(rows).write_parquet(file)
+    return str(run_items_add(ItemsAddConfig(model=str(model), items=ItemTableConfig(paths=[str(file)], **changes))))
+
+
+def test_a_scorer_in_service_ranks_new_items(served: tuple[Path, Path]) -> None:
+    model, store = served
+    with Scorer.open(model, store) as scorer:
+        before = scorer.score([100, 104], KNOWN)
+        unknown = scorer.score([100, 104], NEW)
+        assert (unknown == unknown[:, :1]).all()  # all of them are the unknown item
+        words = add(model, table([*NEW, *KNOWN[:4]]))
+        assert words == f"{model}: 3 items added, {len(KNOWN) + 3} in all; 4 were known already"
+        assert np.array_equal(scorer.score([100, 104], NEW), unknown)  # until it reloads
+        assert scorer.reload()
+        assert np.array_equal(scorer.score([100, 104], KNOWN), before)
+        ranked = scorer.score([100, 104], NEW)
+        assert len(np.unique(ranked)) == 6
+        items, _ = scorer.item_vectors()
+        assert set(NEW) <= set(items.tolist())
+    assert (model / "README.md").is_file()
+
+
+def test_items_come_in_parts(served: tuple[Path, Path]) -> None:
+    model, store = served
+    add(model, table(NEW[1:]))
+    add(model, table(NEW[:1]))
+    assert add(model, table(NEW)).endswith(f"0 items added, {len(KNOWN) + 3} in all; 3 were known already")
+    with Scorer.open(model, store) as scorer:
+        assert np.isfinite(scorer.score([100], NEW)).all()
+
+
+def test_a_value_that_training_did_not_see_is_missing(served: tuple[Path, Path]) -> None:
+    model, store = served
+    rows = table(NEW)
+    for name in ("price", "text"):
+        rows[name] = [rows[name][0]] * 3
+    rows["brand"] = ["a new brand", None, "brand 1"]
+    add(model, rows)
+    with Scorer.open(model, store) as scorer:
+        first, second, third = scorer.score([104], NEW)[0]
+    assert first == second != third
+
+
+def test_bad_tables_change_nothing(served: tuple[Path, Path]) -> None:
+    model, _ = served
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    rows = table(NEW)
+    with pytest.raises(DataError, match="column 'brand' is missing"):
+        add(model, {name: rows[name] for name in ("item", "price", "text")})
+    with pytest.raises(DataError, match="has vectors of 2 numbers, but the model's have 3"):
+        add(model, rows | {"text": [[1.0, 2.0]] * 3})
+    with pytest.raises(DataError, match="is also in row 1"):
+        add(model, table([5000, 5000]))
+    with pytest.raises(DataError, match="column 'price' has type List"):
+        add(model, rows | {"price": rows["text"]})
+    with pytest.raises(ConfigError, match="name no columns under categories"):
+        add(model, rows, categories=["brand"])
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+
+
+def test_a_model_without_features_is_refused(tmp_path: Path) -> None:
+    log = EventLog.from_frame(small_frame(), tmp_path / "log", time_unit="ms")
+    train(small_config(log, tmp_path / "run", optim__epochs=1), log)
+    with pytest.raises(ConfigError, match="was trained without features of items"):
+        add(tmp_path / "run" / "best", table(NEW))
+    with pytest.raises(CheckpointError, match="no readable model"):
+        run_items_add(ItemsAddConfig(model=str(tmp_path / "nothing")))

@@ -1,0 +1,107 @@
+"""Items that were added to a model after training: nothing else changes, and their features rank them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vista.config import DataConfig, ModelConfig
+from vista.log.histories import offsets_of
+from vista.log.item_features import CategoryColumn, ItemFeatures, NumberColumn, VectorColumn
+from vista.log.vocabulary import Vocabulary
+from vista.model.added_items import with_items
+from vista.model.item_feature import ItemFeature
+from vista.model.item_feature_table import ItemFeatureTable
+from vista.model.schema import Schema
+from vista.model.vista_model import VistaModel
+
+NUM_ITEMS, NEW = 12, [100, 101, 250]
+
+
+def drawn(count: int, seed: int) -> ItemFeatures:
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(0, 3, count)
+    codes = np.concatenate([np.sort(rng.permutation(4)[:n]) for n in counts] + [np.zeros(0)]).astype(np.int32)
+    columns = {
+        "brand": CategoryColumn(Vocabulary.from_ids(["a", "b", "c", "d"]), codes, offsets_of(counts)),
+        "price": NumberColumn(rng.random(count).astype(np.float32)),
+        "text": VectorColumn(rng.normal(size=(count, 5)).astype(np.float32)),
+    }
+    return ItemFeatures(columns)
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "popularity"])
+def model(request: pytest.FixtureRequest) -> VistaModel:
+    """With drawn weights."""
+    torch.manual_seed(0)
+    features = drawn(NUM_ITEMS, 0)
+    columns = [ItemFeature.of(name, column) for name, column in features.columns.items()]
+    schema = Schema(["view"], True, None, ["click"], True, columns)
+    config = ModelConfig(dim=8, num_heads=2, num_seeds=2, tail_len=4, counters=request.param, popularity=request.param)
+    made = VistaModel(config, schema, Vocabulary.from_ids(np.arange(NUM_ITEMS)), DataConfig())
+    made.set_item_features(ItemFeatureTable.of(features, columns))
+    with torch.no_grad():
+        for weight in made.features.parameters():  # type: ignore[union-attr]
+            weight.normal_()
+    made.set_item_frequency(np.arange(1 + NUM_ITEMS))
+    return made.eval()
+
+
+def test_only_the_catalog_grows(model: VistaModel) -> None:
+    grown = with_items(model, NEW, drawn(len(NEW), 1))
+    assert grown.items.ids(range(len(grown.items))).tolist() == [*range(NUM_ITEMS), *NEW]
+    assert grown.summarizer_id() == model.summarizer_id()
+    rows = torch.arange(1 + NUM_ITEMS)
+    for old, new in zip(model.project_items(rows), grown.project_items(rows), strict=True):
+        assert old is not None and new is not None and torch.equal(old, new)
+    twice = with_items(grown, [7000], drawn(1, 2))
+    assert twice.summarizer_id() == model.summarizer_id() and len(twice.items) == NUM_ITEMS + 4
+
+
+def test_added_items_are_their_features(model: VistaModel) -> None:
+    features = drawn(NUM_ITEMS, 0)
+    grown = with_items(model, NEW, features.select(np.array([4, 0, 11])))
+    added = grown.item_vectors(torch.arange(3) + 1 + NUM_ITEMS)
+    assert model.features is not None
+    assert torch.equal(added, model.features(torch.tensor([5, 1, 12])))
+    assert model.popularity is None or torch.equal(
+        grown.item_popularity[-3:], grown.item_popularity[1:].min().expand(3)
+    )
+
+
+def test_the_id_covers_the_features_of_trained_items(model: VistaModel) -> None:
+    before = model.summarizer_id()
+    assert model.features is not None and model.features.table is not None
+    model.features.table.dense[3] += 1
+    assert model.summarizer_id() != before
+    model.features.table.dense[3] -= 1
+    with torch.no_grad():
+        model.features.values[1] += 1
+    assert model.summarizer_id() != before
+
+
+def test_a_grown_model_is_saved(model: VistaModel, tmp_path: Path) -> None:
+    grown = with_items(model, NEW, drawn(len(NEW), 1))
+    grown.save_pretrained(tmp_path / "best")
+    loaded = VistaModel.from_pretrained(tmp_path / "best")
+    rows = torch.arange(1 + len(grown.items))
+    assert torch.equal(loaded.item_vectors(rows), grown.item_vectors(rows))
+    assert (loaded.summarizer_id(), loaded.num_trained_items) == (model.summarizer_id(), NUM_ITEMS)
+    again = with_items(loaded, [7000], drawn(1, 2))
+    assert again.summarizer_id() == model.summarizer_id()
+
+
+@pytest.mark.parametrize("ids", [[3], [100, 100], [101, 100], [5, 100]])
+def test_known_and_unsorted_ids_are_refused(model: VistaModel, ids: list[int]) -> None:
+    with pytest.raises(ValueError, match="ids must be new, distinct, and sorted"):
+        with_items(model, ids, drawn(len(ids), 1))
+
+
+def test_a_model_without_features_is_refused() -> None:
+    schema = Schema(["view"], True, None, [], True)
+    made = VistaModel(ModelConfig(dim=8, num_heads=2), schema, Vocabulary.from_ids([1, 2]), DataConfig())
+    with pytest.raises(ValueError, match="the model has no features of items"):
+        with_items(made, [3], drawn(1, 0))

@@ -1,0 +1,64 @@
+"""Items of a table that a vocabulary lacks, with their features."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from vista.config import ItemTableConfig
+from vista.config.choices import OnBadRows
+from vista.log.ingest.new_features import write_features
+from vista.log.ingest.parts import read_part
+from vista.log.ingest.source_parser import SourceParser
+from vista.log.ingest.sources import open_item_tables
+from vista.log.item_features import ItemFeatures
+from vista.log.polars_extra import pl
+from vista.log.segment_features import SegmentFeatures
+from vista.log.segment_files import SegmentFiles
+from vista.log.segment_writer import SegmentWriter
+from vista.log.vocabulary import Vocabulary
+
+
+def read_new_items(table: ItemTableConfig, known: Vocabulary) -> tuple[Vocabulary, ItemFeatures | None, int]:
+    """Read a table of items.
+
+    Args:
+        table: its files and columns.
+        known: items that are left out.
+
+    Returns:
+        The ids of the others, in sorted order; their features, None without any such item; the number of known items.
+
+    Raises:
+        ConfigError, DataError: naming file, row, column, and remedy, if the table is invalid.
+    """
+    with SourceParser() as parser, tempfile.TemporaryDirectory() as folder:
+        sources = open_item_tables(table, parser)
+        kinds = {"user": "str", "item": known.kind}
+        parts = [
+            read_part(source, kinds, "items", Path(folder), number, OnBadRows.error)
+            for number, source in enumerate(sources)
+        ]
+        ids = pl.concat([part.good().select("item") for part in parts]).unique().collect()["item"].to_list()
+        new = [one for one, row in zip(ids, known.rows(ids).tolist(), strict=True) if row < 0]
+        if not new:
+            return Vocabulary.empty(known.kind), None, len(ids)
+        items, writer = Vocabulary.empty(known.kind).extended(new), SegmentWriter(Path(folder))
+        written = write_features(parts, items, (), writer, Path(folder))
+        # The files stay mapped after the folder is removed.
+        features = SegmentFeatures.read(writer.folder, SegmentFiles(writer.folder, writer.entries), written.columns)
+        assert features is not None and np.array_equal(features.items, np.arange(len(items)))
+        return items, ItemFeatures(features.columns), len(ids) - len(new)
+
+
+def columns_of_model(table: ItemTableConfig, kinds: dict[str, str]) -> ItemTableConfig:
+    """The table with the columns that a model reads, if none are named.
+
+    Args:
+        kinds: name of each column -> category, number, or vector.
+    """
+    named = {kind: [name for name, its in kinds.items() if its == kind] for kind in ("category", "number", "vector")}
+    return replace(table, categories=named["category"], numbers=named["number"], vectors=named["vector"])

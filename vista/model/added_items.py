@@ -1,0 +1,37 @@
+"""Items that a model knows by their features alone, because they were added after training."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from vista.log.item_features import ItemFeatures
+from vista.log.vocabulary import Ids
+from vista.model.vista_model import VistaModel
+
+
+def with_items(model: VistaModel, ids: Ids, features: ItemFeatures) -> VistaModel:
+    """A model with more items. Its scores of other items and its summarizer stay the same, so stores stay valid.
+
+    Args:
+        model: with features of items.
+        ids: [n] distinct raw ids that its vocabulary lacks, in sorted order.
+        features: of these items. Values that training did not see are missing.
+
+    Raises:
+        ValueError: the model has no features, or an id is known, comes twice, or is out of order.
+    """
+    if model.features is None or model.features.table is None:
+        raise ValueError("the model has no features of items")
+    items, count = model.items.extended(ids), len(ids)
+    if len(items) != len(model.items) + count or items.part(len(model.items)).ids(range(count)).tolist() != list(ids):
+        raise ValueError("ids must be new, distinct, and sorted")
+    made = VistaModel(model.config, model.schema, items, model.data).to(model.device)
+    weights = model.state_dict() | {"item_table": F.pad(model.item_table.detach(), (0, 0, 0, count))}
+    if "item_popularity" in weights:
+        least = model.item_popularity[1:].min()  # that of an item with at most one event
+        weights["item_popularity"] = torch.cat([model.item_popularity, least.expand(count)])
+    made.load_state_dict(weights)
+    made.set_item_features(model.features.table.extended(features, model.schema.item_features))
+    made.num_trained_items = model.num_trained_items
+    return made.train(model.training)
