@@ -30,6 +30,8 @@ UNREAD_BY_BASELINES = (
     *("target_attention", "num_target_layers", "tail_in_summary", "mean_token", "reconstruction_target"),
 )
 """Keys of ModelConfig for what baselines do not have; their lines do not record these keys."""
+OF_FEATURES = ("use_item_features", "id_dropout")
+"""Keys of ModelConfig for features of items, which no log of the tables has; lines do not record these keys."""
 UNTRAINED_SEED = 0
 PLANNED = {
     "data": ("exclude_seen", "num_negatives", "tokens_per_batch"),
@@ -161,8 +163,8 @@ def recorded_config(table: Table, row: TableRow) -> dict[str, Any]:
     model = values["model"]
     if config.model.architecture is not Architecture.vista:
         model = {key: value for key, value in model.items() if key not in UNREAD_BY_BASELINES}
-    if config.model.counters is False:
-        model = {key: value for key, value in model.items() if key != "counted_dropout"}
+    unread = (*OF_FEATURES, *(("counted_dropout",) if config.model.counters is False else ()))
+    model = {key: value for key, value in model.items() if key not in unread}
     recorded |= {"model": model, "optim": values["optim"]}
     if any(recorded[group].get(key, "absent") is None for group, keys in PLANNED.items() for key in keys):
         recorded["plan"] = dict(PLAN)
