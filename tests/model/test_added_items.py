@@ -13,7 +13,7 @@ from vista.log.histories import offsets_of
 from vista.log.item_features import CategoryColumn, ItemFeatures, NumberColumn, VectorColumn
 from vista.log.vocabulary import Vocabulary
 from vista.model.added_items import with_items
-from vista.model.item_feature import ItemFeature
+from vista.model.feature_spec import FeatureSpec
 from vista.model.item_feature_table import ItemFeatureTable
 from vista.model.schema import Schema
 from vista.model.vista_model import VistaModel
@@ -38,7 +38,7 @@ def model(request: pytest.FixtureRequest) -> VistaModel:
     """With drawn weights."""
     torch.manual_seed(0)
     features = drawn(NUM_ITEMS, 0)
-    columns = [ItemFeature.of(name, column) for name, column in features.columns.items()]
+    columns = [FeatureSpec.of(name, column) for name, column in features.columns.items()]
     schema = Schema(["view"], True, None, ["click"], True, columns)
     config = ModelConfig(dim=8, num_heads=2, num_seeds=2, tail_len=4, counters=request.param, popularity=request.param)
     made = VistaModel(config, schema, Vocabulary.from_ids(np.arange(NUM_ITEMS)), DataConfig())

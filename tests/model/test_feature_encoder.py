@@ -10,14 +10,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from vista.errors import ConfigError
 from vista.log.histories import offsets_of
 from vista.log.item_features import CategoryColumn, ItemFeatures, NumberColumn, VectorColumn
 from vista.log.vocabulary import Vocabulary
 from vista.model.feature_encoder import FeatureEncoder
-from vista.model.item_feature import LARGEST_SCORE, ItemFeature
-from vista.model.item_feature_table import ItemFeatureTable
+from vista.model.feature_spec import MAX_ABS_SCORE, FeatureSpec
+from vista.model.item_feature_table import FEATURES_FILE, ItemFeatureTable
 
 DIM, NUM_ITEMS, WIDTH = 6, 9, 3
 GENRES = ["comedy", "drama", "war"]
@@ -45,9 +46,9 @@ def drawn_features(draw: st.DrawFn) -> ItemFeatures:
     return ItemFeatures({name: columns[name] for name in names})
 
 
-def encoder_of(features: ItemFeatures, seed: int = 0) -> tuple[FeatureEncoder, list[ItemFeature]]:
+def encoder_of(features: ItemFeatures, seed: int = 0) -> tuple[FeatureEncoder, list[FeatureSpec]]:
     """A float64 encoder with drawn weights."""
-    columns = [ItemFeature.of(name, column) for name, column in features.columns.items()]
+    columns = [FeatureSpec.of(name, column) for name, column in features.columns.items()]
     made = FeatureEncoder(columns, DIM).double()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -57,7 +58,7 @@ def encoder_of(features: ItemFeatures, seed: int = 0) -> tuple[FeatureEncoder, l
     return made, columns
 
 
-def plain_vector(features: ItemFeatures, columns: list[ItemFeature], encoder: FeatureEncoder, item: int) -> np.ndarray:
+def plain_vector(features: ItemFeatures, columns: list[FeatureSpec], encoder: FeatureEncoder, item: int) -> np.ndarray:
     """The vector of an item, one value after the other."""
     values = encoder.values.detach().numpy()
     dense = np.zeros((0, DIM)) if encoder.dense is None else encoder.dense.detach().numpy()
@@ -73,14 +74,14 @@ def plain_vector(features: ItemFeatures, columns: list[ItemFeature], encoder: Fe
                 out += values[first]
             else:
                 out += values[first + 1 + sum(number > bound for bound in column.bounds)]
-                score = np.float32(np.clip((number - column.mean) / column.scale, -LARGEST_SCORE, LARGEST_SCORE))
+                score = np.float32(np.clip((number - column.mean) / column.scale, -MAX_ABS_SCORE, MAX_ABS_SCORE))
                 out += score * dense[place]
         else:
             vector = given.vectors[item].astype(np.float64)
             if math.isnan(vector[0]):
                 out += values[first]
             else:
-                out += (vector / column.scale).astype(np.float32).astype(np.float64) @ dense[place : place + WIDTH]
+                out += vector / column.scale @ dense[place : place + WIDTH]
         first, place = first + column.num_rows, place + column.num_dense
     return out
 
@@ -89,10 +90,15 @@ def plain_vector(features: ItemFeatures, columns: list[ItemFeature], encoder: Fe
 @given(features=drawn_features(), rows=st.lists(st.integers(0, NUM_ITEMS), max_size=12))
 def test_vectors_are_those_of_a_plain_reading(features: ItemFeatures, rows: list[int]) -> None:
     encoder, columns = encoder_of(features)
-    out = encoder(torch.tensor(rows, dtype=torch.int64)).detach().numpy()
+    asked = torch.tensor(rows, dtype=torch.int64)
+    out = encoder(asked).detach().numpy()
     assert out.shape == (len(rows), DIM)
     expected = [plain_vector(features, columns, encoder, row - 1) if row else np.zeros(DIM) for row in rows]
-    np.testing.assert_allclose(out, np.array(expected).reshape(-1, DIM), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(out, np.array(expected).reshape(-1, DIM), rtol=1e-6, atol=1e-5)
+    with torch.inference_mode():
+        np.testing.assert_allclose(encoder.eval()(asked).numpy(), out, rtol=1e-6, atol=1e-9)
+    known = [any(column.is_known[item] for column in features.columns.values()) for item in range(NUM_ITEMS)]
+    assert encoder.rows_with_values().tolist() == [False, *known]
 
 
 def test_rows_of_any_shape() -> None:
@@ -114,20 +120,20 @@ def test_the_gradient_of_the_embeddings_is_sparse_and_right() -> None:
 
 
 def test_numbers_have_buckets_of_equal_size() -> None:
-    feature = ItemFeature.of("price", NumberColumn(np.arange(6400, dtype=np.float32)))
+    feature = FeatureSpec.of("price", NumberColumn(np.arange(6400, dtype=np.float32)))
     bucket = np.searchsorted(np.array(feature.bounds), np.arange(6400), side="left")
     assert feature.size == 32 and np.ptp(np.bincount(bucket)) <= 2
-    few = ItemFeature.of("price", NumberColumn(np.array([3] * 60 + [7] * 4 + [np.nan], np.float32)))
+    few = FeatureSpec.of("price", NumberColumn(np.array([3] * 60 + [7] * 4 + [np.nan], np.float32)))
     assert (few.bounds, few.size) == ([3.0], 2)
-    same = ItemFeature.of("price", NumberColumn(np.full(5, 2, np.float32)))
+    same = FeatureSpec.of("price", NumberColumn(np.full(5, 2, np.float32)))
     assert (same.bounds, same.size, same.mean, same.scale) == ([], 1, 2, 1)
-    assert ItemFeature.of("price", NumberColumn(np.full(5, np.nan, np.float32))).size == 1
+    assert FeatureSpec.of("price", NumberColumn(np.full(5, np.nan, np.float32))).size == 1
 
 
 def test_vectors_are_scaled_to_length_one() -> None:
     vectors = np.array([[3, 4], [np.nan, np.nan], [0, 5]], np.float32)
-    assert ItemFeature.of("text", VectorColumn(vectors)) == ItemFeature("text", "vector", 2, scale=5.0)
-    assert ItemFeature.of("text", VectorColumn(np.zeros((2, 4), np.float32))).scale == 1
+    assert FeatureSpec.of("text", VectorColumn(vectors)) == FeatureSpec("text", "vector", 2, scale=5.0)
+    assert FeatureSpec.of("text", VectorColumn(np.zeros((2, 4), np.float32))).scale == 1
 
 
 @pytest.mark.parametrize(
@@ -136,18 +142,23 @@ def test_vectors_are_scaled_to_length_one() -> None:
         ({"kind": "colour"}, "kind must be one of"),
         ({"size": 0}, "size must be at least 1"),
         ({"scale": 0.0}, "mean, scale, and bounds must be finite"),
+        ({"mean": 10**400}, "mean, scale, and bounds must be finite"),
         ({"bounds": [math.nan]}, "mean, scale, and bounds must be finite"),
-        ({"kind": "number", "size": 3, "bounds": [1.0]}, "one bound less"),
+        ({"bounds": 5}, "bounds must be a list"),
+        ({"bounds": [1.0]}, "others have none"),
+        ({"kind": "number", "size": 3, "bounds": [2.0, 1.0]}, "bounds must ascend"),
+        ({"name": ""}, "a name must be a text"),
+        ({"kind": "number", "size": 3, "bounds": [1.0]}, "one bound fewer"),
     ],
 )
 def test_impossible_columns_are_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        ItemFeature(**{"name": "x", "kind": "category", "size": 2} | change)  # type: ignore[arg-type]
+        FeatureSpec(**{"name": "x", "kind": "category", "size": 2} | change)  # type: ignore[arg-type]
 
 
 def test_a_saved_table_is_the_same(tmp_path: Path) -> None:
     features = ItemFeatures({"genres": category([[0, 2], [], [1]]), "price": NumberColumn(np.float32([1, np.nan, 3]))})
-    columns = [ItemFeature.of(name, column) for name, column in features.columns.items()]
+    columns = [FeatureSpec.of(name, column) for name, column in features.columns.items()]
     table = ItemFeatureTable.of(features, columns)
     table.save(tmp_path)
     loaded = ItemFeatureTable.load(tmp_path, columns)
@@ -158,20 +169,20 @@ def test_a_saved_table_is_the_same(tmp_path: Path) -> None:
 
 def test_a_table_of_another_model_is_refused() -> None:
     features = ItemFeatures({"genres": category([[2]] * NUM_ITEMS)})
-    columns = [ItemFeature.of(name, column) for name, column in features.columns.items()]
+    columns = [FeatureSpec.of(name, column) for name, column in features.columns.items()]
     table = ItemFeatureTable.of(features, columns)
     with pytest.raises(RuntimeError, match="do not fit the model"):
         FeatureEncoder(columns, DIM).set_table(table, NUM_ITEMS)
     with pytest.raises(RuntimeError, match="do not fit the model"):
-        FeatureEncoder([ItemFeature("genres", "category", 1)], DIM).set_table(table, 1 + NUM_ITEMS)
+        FeatureEncoder([FeatureSpec("genres", "category", 1)], DIM).set_table(table, 1 + NUM_ITEMS)
     with pytest.raises(RuntimeError, match="do not fit the model"):
-        FeatureEncoder([*columns, ItemFeature("text", "vector", 2)], DIM).set_table(table, 1 + NUM_ITEMS)
+        FeatureEncoder([*columns, FeatureSpec("text", "vector", 2)], DIM).set_table(table, 1 + NUM_ITEMS)
 
 
 @settings(max_examples=40, deadline=None)
 @given(features=drawn_features(), stop=st.integers(0, NUM_ITEMS))
 def test_a_table_grows_item_by_item(features: ItemFeatures, stop: int) -> None:
-    columns = [ItemFeature.of(name, column) for name, column in features.columns.items()]
+    columns = [FeatureSpec.of(name, column) for name, column in features.columns.items()]
     whole = ItemFeatureTable.of(features, columns)
     first, rest = (features.select(rows) for rows in np.split(np.arange(NUM_ITEMS), [stop]))
     grown = ItemFeatureTable.of(first, columns).extended(rest, columns)
@@ -180,8 +191,63 @@ def test_a_table_grows_item_by_item(features: ItemFeatures, stop: int) -> None:
 
 def test_unseen_values_are_missing() -> None:
     known = ItemFeatures({"genres": category([[0, 2], [1]])})
-    columns = [ItemFeature.of("genres", known.columns["genres"])]
+    columns = [FeatureSpec.of("genres", known.columns["genres"])]
     others = CategoryColumn(Vocabulary.from_ids(["anime", "war"]), np.int32([0, 0, 1]), np.array([0, 1, 3]))
     grown = ItemFeatureTable.of(known, columns).extended(ItemFeatures({"genres": others}), columns)
     missing, war = 0, 1 + GENRES.index("war")
     assert grown.entry.tolist()[3:] == [missing, war] and grown.weight.tolist()[3:] == [1, 1]
+
+
+def test_vectors_of_inference_follow_the_weights() -> None:
+    encoder, _ = encoder_of(ItemFeatures({"genres": category([[0, 2], [1], [], [0], [1, 2], [2], [], [0, 1, 2], [1]])}))
+    rows = torch.arange(1 + NUM_ITEMS)
+    with torch.inference_mode():
+        before = encoder.eval()(rows)
+        assert torch.equal(encoder(rows[3:5]), before[3:5])
+    with torch.no_grad():
+        encoder.values += 1
+        assert not torch.equal(encoder(rows), before) and not encoder(rows)[0].any()
+    with torch.no_grad():
+        encoder.train()(rows)
+    assert encoder(rows).requires_grad
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"offsets": torch.tensor([0, 2**62, -(2**63) + 10, 2])},
+        {"offsets": torch.tensor([0, 1, 0, 2])},
+        {"weight": torch.tensor([math.nan, 1.0])},
+        {"dense": torch.full((3, 1), math.inf)},
+        {"entry": torch.tensor([-1, 1])},
+        {"entry": torch.tensor([0, 2**40])},
+    ],
+)
+def test_impossible_tables_are_refused(change: dict[str, torch.Tensor]) -> None:
+    parts = {
+        "entry": torch.tensor([1, 2]),
+        "weight": torch.ones(2),
+        "offsets": torch.tensor([0, 0, 1, 2]),
+        "dense": torch.zeros(3, 1),
+    }
+    assert ItemFeatureTable(**parts, values={}).fits(3, 3, 1)
+    assert not ItemFeatureTable(**parts | change, values={}).fits(3, 3, 1)
+
+
+@pytest.mark.parametrize("damage", ["type", "tensor", "values", "integers"])
+def test_damaged_files_are_refused(tmp_path: Path, damage: str) -> None:
+    features = ItemFeatures({"genres": category([[0, 2], [], [1]])})
+    columns = [FeatureSpec.of(name, column) for name, column in features.columns.items()]
+    table = ItemFeatureTable.of(features, columns)
+    table.save(tmp_path)
+    tensors = load_file(tmp_path / FEATURES_FILE)
+    if damage == "type":
+        save_file(tensors | {"offsets": tensors["offsets"].float()}, tmp_path / FEATURES_FILE)
+    elif damage == "tensor":
+        save_file({"entry": tensors["entry"]}, tmp_path / FEATURES_FILE)
+    else:
+        (tmp_path / "item_values_0.offsets.npy").unlink()
+        other = Vocabulary.from_ids([1, 2, 3]) if damage == "integers" else Vocabulary.from_ids(["a", "b", "c", "d"])
+        other.save(tmp_path, "item_values_0")
+    with pytest.raises(ValueError, match="must hold"):
+        ItemFeatureTable.load(tmp_path, columns)

@@ -14,7 +14,7 @@ from vista.errors import CheckpointError, ConfigError, DataError
 from vista.log.ingest.new_items import columns_of_model, read_new_items
 from vista.log.item_features import ItemFeatures, VectorColumn
 from vista.model.added_items import with_items
-from vista.model.item_feature import ItemFeature
+from vista.model.feature_spec import FeatureSpec
 from vista.model.model_description import CONFIG_FILE
 from vista.model.vista_model import VistaModel
 
@@ -63,7 +63,7 @@ def run_items_add(config: ItemsAddConfig) -> ItemsAdded:
     return ItemsAdded(str(folder), len(items), num_known, len(model.items))
 
 
-def _check_vectors(features: ItemFeatures, columns: Sequence[ItemFeature]) -> None:
+def _check_vectors(features: ItemFeatures, columns: Sequence[FeatureSpec]) -> None:
     sizes = {column.name: column.size for column in columns}
     for name, column in features.columns.items():
         if isinstance(column, VectorColumn) and column.vectors.shape[1] != sizes[name]:

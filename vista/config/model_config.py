@@ -113,7 +113,7 @@ class ModelConfig:
     use_item_features: bool = True
     """Add the features of items to their vectors, if the log has any. It needs embedding_rows=0."""
     id_dropout: float = 0.1
-    """With features of items: share of the items of a training batch, in [0, 1), whose own vectors are left out, so
+    """With features of items: share of the items of a training batch, in [0, 1), whose ID embeddings are left out, so
     that their features stand in for them."""
     num_reconstruction_layers: int = 1
     """Number of layers of the causal decoder of the reconstruction loss."""
@@ -163,7 +163,7 @@ class ModelConfig:
         require_finite(self, "model.", ("normalization_alpha",))
         require_finite(self, "model.", ("temperature",), positive=True)
         require_finite(self, "model.", ("feed_forward_ratio",), positive=True, most=64)
-        require_share(self, "model.", ("dropout", "counted_dropout"), below_one=True)
+        require_share(self, "model.", ("dropout", "counted_dropout", "id_dropout"), below_one=True)
         require_share(self, "model.", ("search_share",))
         self._check_divisor_of_dim("num_heads")
         if self.embedding_rows:

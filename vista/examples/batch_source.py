@@ -47,14 +47,15 @@ class BatchSource:
         stored: StoredSummaries | None = None,
         spec: CounterSpec | None = None,
         *,
-        has_features: bool = False,
+        has_features: NDArray[np.bool_] | None = None,
     ) -> None:
         """
         Args:
             item_rows: int64 [log.num_items], the model row of each of the log's items; 0 is the unknown item.
             stored: summaries from a store; None computes them from the batch's own events.
             spec: what the model's counters count; None without counters.
-            has_features: whether item vectors contain features; items without training events are then no negatives.
+            has_features: bool [1 + V], the model rows whose vectors contain features; None is none. Such rows without
+                training events are not negatives.
 
         Raises:
             ConfigError: if `optim.tasks` names a task that the log lacks, if no label lies after the store's records,
@@ -70,7 +71,7 @@ class BatchSource:
         self._first = visible_counts(log, Until(before=since)) if stored else np.zeros(log.num_users, np.int64)
         """int64 [num_users]: events before a user's first label."""
         self._lead = config.model.tail_len if stored else 0
-        frequency = item_frequency(log, item_rows, self.counts, config.data.frequencies, least=1 - has_features)
+        frequency = item_frequency(log, item_rows, self.counts, config.data.frequencies, has_features)
         self.frequency = frequency
         """int64 [largest row + 1] training events of each model row."""
         self._sampler = NegativeSampler(

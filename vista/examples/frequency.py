@@ -21,7 +21,11 @@ _SEED = 9001
 
 
 def item_frequency(
-    log: EventLog, item_rows: NDArray[np.int64], counts: NDArray[np.int64], counting: Counting, *, least: int = 1
+    log: EventLog,
+    item_rows: NDArray[np.int64],
+    counts: NDArray[np.int64],
+    counting: Counting,
+    has_features: NDArray[np.bool_] | None = None,
 ) -> NDArray[np.int64]:
     """Training events of each model row, as negatives are drawn by them.
 
@@ -29,7 +33,7 @@ def item_frequency(
         item_rows: int64 [num_items], the model row of each of the log's items; 0 is the unknown item.
         counts: int64 [num_users], visible events per user.
         counting: exactly, or by a count-min sketch.
-        least: frequency of items without training events.
+        has_features: bool [at least largest row + 1], rows with a vector even without training events.
 
     Returns:
         int64 [largest row + 1].
@@ -41,7 +45,8 @@ def item_frequency(
     if frequency.any():
         # With a random vector, an item without training events must be a negative, as often as the rarest items are.
         # Nothing else would keep it out of the top of users' lists.
-        frequency[1:] = np.maximum(frequency[1:], least)
+        random = frequency == 0 if has_features is None else (frequency == 0) & ~has_features[: len(frequency)]
+        frequency[1:][random[1:]] = 1
     return frequency
 
 

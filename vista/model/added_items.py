@@ -26,10 +26,11 @@ def with_items(model: VistaModel, ids: Ids, features: ItemFeatures) -> VistaMode
     items, count = model.items.extended(ids), len(ids)
     if len(items) != len(model.items) + count or items.part(len(model.items)).ids(range(count)).tolist() != list(ids):
         raise ValueError("ids must be new, distinct, and sorted")
-    made = VistaModel(model.config, model.schema, items, model.data).to(model.device)
+    with torch.random.fork_rng(devices=[]):  # the drawn weights are replaced at once
+        made = VistaModel(model.config, model.schema, items, model.data).to(model.device)
     weights = model.state_dict() | {"item_table": F.pad(model.item_table.detach(), (0, 0, 0, count))}
     if "item_popularity" in weights:
-        least = model.item_popularity[1:].min()  # that of an item with at most one event
+        least = model.item_popularity[1:].min()  # that of the rarest items
         weights["item_popularity"] = torch.cat([model.item_popularity, least.expand(count)])
     made.load_state_dict(weights)
     made.set_item_features(model.features.table.extended(features, model.schema.item_features))

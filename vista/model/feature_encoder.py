@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vista.model.item_feature import ItemFeature
+from vista.model.feature_spec import FeatureSpec
 from vista.model.item_feature_table import ItemFeatureTable
+
+ROWS_AT_ONCE = 8192
 
 
 class FeatureEncoder(nn.Module):
@@ -22,7 +26,7 @@ class FeatureEncoder(nn.Module):
     All weights start at 0, so features change nothing before training.
     """
 
-    def __init__(self, columns: Sequence[ItemFeature], dim: int) -> None:
+    def __init__(self, columns: Sequence[FeatureSpec], dim: int) -> None:
         """
         Args:
             columns: at least one.
@@ -35,6 +39,11 @@ class FeatureEncoder(nn.Module):
         self.dense = nn.Parameter(torch.zeros(num_dense, dim)) if num_dense else None
         self.table: ItemFeatureTable | None = None
         """Encoded features of these columns, set before the first use."""
+        sizes = [column.num_rows for column in columns]
+        self._missing = [sum(sizes[:index]) for index in range(len(sizes))]
+        """The row of `values` for items without a value, of each column."""
+        self._of_rows: tuple[object, Tensor] | None = None
+        """What `forward` gives for all rows, and the state of the weights that it was computed from."""
 
     def set_table(self, table: ItemFeatureTable, num_rows: int) -> None:
         """Set the encoded features of `num_rows` model rows.
@@ -42,27 +51,46 @@ class FeatureEncoder(nn.Module):
         Raises:
             RuntimeError: if they are of other columns, or of another number of rows.
         """
-        entry, offsets = table.entry, table.offsets
-        fits = (
-            offsets.shape == (num_rows + 1,)
-            and table.dense.shape == (num_rows, 0 if self.dense is None else len(self.dense))
-            and entry.shape == table.weight.shape == (int(offsets[-1]),)
-            and int(offsets[0]) == 0
-            and bool((offsets.diff() >= 0).all())
-            and (not len(entry) or 0 <= int(entry.min()) <= int(entry.max()) < len(self.values))
-        )
-        if not fits:
+        if not table.fits(num_rows, len(self.values), 0 if self.dense is None else len(self.dense)):
             raise RuntimeError("the features of the items do not fit the model")
-        self.table = table
+        self.table, self._of_rows = table, None
+
+    def rows_with_values(self) -> NDArray[np.bool_]:
+        """bool [R]: model rows with a value in at least one column."""
+        assert self.table is not None
+        is_missing = torch.isin(self.table.entry, torch.tensor(self._missing, device=self.table.entry.device))
+        missing_before = F.pad(is_missing.cumsum(0), (1, 0))[self.table.offsets]
+        known: NDArray[np.bool_] = (missing_before.diff() < len(self._missing)).cpu().numpy()
+        known[0] = False
+        return known
 
     def forward(self, rows: Tensor) -> Tensor:
         """[..., M] of model rows int64 [...]; 0 for the unknown item."""
-        table, flat = self.table, rows.flatten()
+        if self.training or torch.is_grad_enabled():
+            return self._encode(rows.flatten()).view(*rows.shape, self.values.shape[1])
+        # For inference, all rows are encoded once: requests are fast, and bits do not depend on the other rows.
+        return F.embedding(rows, self._all_rows())
+
+    def _all_rows(self) -> Tensor:
+        """[R, M] of all model rows, of the current weights."""
+        weights = [(p.data_ptr(), p._version) for p in self.parameters()]
+        state = weights, self.values.device, id(self.table)
+        if self._of_rows is None or self._of_rows[0] != state:
+            assert self.table is not None
+            rows = torch.arange(len(self.table.offsets) - 1, device=self.values.device)
+            with torch.inference_mode(False), torch.no_grad():
+                blocks = [self._encode(rows[at : at + ROWS_AT_ONCE]) for at in range(0, len(rows), ROWS_AT_ONCE)]
+                self._of_rows = state, torch.cat(blocks)
+        return self._of_rows[1]
+
+    def _encode(self, rows: Tensor) -> Tensor:
+        """[N, M] of model rows int64 [N]."""
+        table = self.table
         assert table is not None
-        start = table.offsets[flat]
-        counts = table.offsets[flat + 1] - start
+        start = table.offsets[rows]
+        counts = table.offsets[rows + 1] - start
         bags = F.pad(counts.cumsum(0), (1, 0))
-        index = torch.arange(int(bags[-1]), device=flat.device) + (start - bags[:-1]).repeat_interleave(counts)
+        index = torch.arange(int(bags[-1]), device=rows.device) + (start - bags[:-1]).repeat_interleave(counts)
         out = F.embedding_bag(
             table.entry[index],
             self.values,
@@ -71,6 +99,4 @@ class FeatureEncoder(nn.Module):
             sparse=True,
             per_sample_weights=table.weight[index].to(self.values.dtype),
         )
-        if self.dense is not None:
-            out = out + table.dense[flat].to(out.dtype) @ self.dense
-        return out.view(*rows.shape, self.values.shape[1])
+        return out if self.dense is None else out + table.dense[rows].to(out.dtype) @ self.dense

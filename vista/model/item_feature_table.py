@@ -10,19 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vista.arrays import Int
+from vista.arrays import Float32s, Int
 from vista.log.histories import offsets_of
-from vista.log.item_features import CategoryColumn, FeatureColumn, ItemFeatures, VectorColumn
+from vista.log.item_features import CategoryColumn, FeatureColumn, ItemFeatures, NumberColumn, VectorColumn
 from vista.log.vocabulary import Vocabulary
-from vista.model.item_feature import LARGEST_SCORE, ItemFeature
+from vista.model.feature_spec import MAX_ABS_SCORE, FeatureSpec
 
 FEATURES_FILE = "item_features.safetensors"
 _VALUES_FILE = "item_values_{}"
-_NAMES = ("entry", "weight", "offsets", "dense")
+_DTYPES = {"entry": torch.int64, "weight": torch.float32, "offsets": torch.int64, "dense": torch.float32}
 
 
 class ItemFeatureTable(nn.Module):
@@ -44,42 +43,44 @@ class ItemFeatureTable(nn.Module):
         self, entry: Tensor, weight: Tensor, offsets: Tensor, dense: Tensor, values: Mapping[str, Vocabulary]
     ) -> None:
         super().__init__()
-        for name, tensor in zip(_NAMES, (entry, weight, offsets, dense), strict=True):
+        for name, tensor in zip(_DTYPES, (entry, weight, offsets, dense), strict=True):
             self.register_buffer(name, tensor, persistent=False)
         self.values = dict(values)
         """By name of a category column: the values that the model knows."""
 
     @classmethod
-    def of(cls, features: ItemFeatures, columns: Sequence[ItemFeature]) -> ItemFeatureTable:
+    def of(cls, features: ItemFeatures, columns: Sequence[FeatureSpec]) -> ItemFeatureTable:
         """Encode the features of N items; they have the rows 1 to N.
 
         Args:
             features: of the items, in the order of the model's vocabulary.
             columns: how to read them.
         """
-        owners, entries, weights, dense, first = [], [], [], [], 0
+        owners, entries, weights, first = [], [], [], 0
+        num_items = len(next(iter(features.columns.values())).is_known)
+        dense = np.zeros((1 + num_items, sum(column.num_dense for column in columns)), np.float32)
+        place = 0
         for column in columns:
             given = features.columns[column.name]
             owner, code = _codes(given, column)
-            counts = np.bincount(owner, minlength=len(given.is_known))
             missing = np.flatnonzero(~given.is_known)
             owners += [owner, missing]
             entries += [first + 1 + code, np.full(len(missing), first)]
-            weights += [1 / counts[owner], np.ones(len(missing))]
-            dense.append(_dense(given, column))
-            first += column.num_rows
+            weights += [1 / np.bincount(owner, minlength=num_items)[owner], np.ones(len(missing))]
+            _fill_dense(dense[1:, place : place + column.num_dense], given, column)
+            first, place = first + column.num_rows, place + column.num_dense
         owner = np.concatenate(owners)
         order = np.argsort(owner, kind="stable")
-        counts = np.bincount(owner + 1, minlength=1 + len(dense[0]))
+        counts = np.bincount(owner + 1, minlength=1 + num_items)
         return cls(
             torch.from_numpy(np.concatenate(entries)[order]),
             torch.from_numpy(np.concatenate(weights)[order].astype(np.float32)),
             torch.from_numpy(offsets_of(counts)),
-            torch.from_numpy(np.pad(np.concatenate(dense, 1), ((1, 0), (0, 0))).astype(np.float32)),
+            torch.from_numpy(dense),
             {name: column.values for name, column in features.columns.items() if isinstance(column, CategoryColumn)},
         )
 
-    def extended(self, features: ItemFeatures, columns: Sequence[ItemFeature]) -> ItemFeatureTable:
+    def extended(self, features: ItemFeatures, columns: Sequence[FeatureSpec]) -> ItemFeatureTable:
         """This table with the features of n more items in new rows. Values that the model does not know are missing.
 
         Args:
@@ -90,7 +91,7 @@ class ItemFeatureTable(nn.Module):
             name: column.recoded(self.values[name]) if isinstance(column, CategoryColumn) else column
             for name, column in features.columns.items()
         }
-        new = ItemFeatureTable.of(ItemFeatures(known), columns)
+        new = ItemFeatureTable.of(ItemFeatures(known), columns).to(self.entry.device)
         return ItemFeatureTable(
             torch.cat([self.entry, new.entry]),
             torch.cat([self.weight, new.weight]),
@@ -101,12 +102,12 @@ class ItemFeatureTable(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write the tensors and the values into a folder. Raises OSError, SafetensorError."""
-        save_file({name: getattr(self, name).cpu().contiguous() for name in _NAMES}, folder / FEATURES_FILE)
+        save_file({name: getattr(self, name).cpu().contiguous() for name in _DTYPES}, folder / FEATURES_FILE)
         for number, values in enumerate(self.values.values()):
             values.save(folder, _VALUES_FILE.format(number))
 
     @classmethod
-    def load(cls, folder: Path, columns: Sequence[ItemFeature]) -> ItemFeatureTable:
+    def load(cls, folder: Path, columns: Sequence[FeatureSpec]) -> ItemFeatureTable:
         """Map the files in a folder.
 
         Args:
@@ -115,14 +116,33 @@ class ItemFeatureTable(nn.Module):
 
         Raises:
             OSError, SafetensorError, LogFormatError: a file is missing or damaged.
-            ValueError: a tensor is missing.
+                ValueError: a tensor is missing or of another type, or the values do not fit the columns.
         """
         tensors = load_file(folder / FEATURES_FILE)
-        if sorted(tensors) != sorted(_NAMES):
-            raise ValueError(f"{FEATURES_FILE} must hold {', '.join(_NAMES)}")
-        names = [column.name for column in columns if column.kind == "category"]
-        values = {name: Vocabulary.load(folder, _VALUES_FILE.format(number)) for number, name in enumerate(names)}
+        if {name: tensor.dtype for name, tensor in tensors.items()} != _DTYPES:
+            raise ValueError(f"{FEATURES_FILE} must hold {', '.join(_DTYPES)}, of int64 and float32")
+        categories = [column for column in columns if column.kind == "category"]
+        values = {}
+        for number, column in enumerate(categories):
+            name = _VALUES_FILE.format(number)
+            values[column.name] = Vocabulary.load(folder, name)
+            if values[column.name].kind != "str" or len(values[column.name]) > column.size:
+                raise ValueError(f"{name} must hold at most {column.size} texts")
         return cls(**tensors, values=values)
+
+    def fits(self, num_rows: int, num_values: int, num_dense: int) -> bool:
+        """Whether it has this number of model rows and of dense inputs, and no other rows of an encoder's embedding."""
+        entry, weight, offsets, dense = self.entry, self.weight, self.offsets, self.dense
+        return (
+            offsets.shape == (num_rows + 1,)
+            and dense.shape == (num_rows, num_dense)
+            and entry.shape == weight.shape == (int(offsets[-1]),)
+            and int(offsets[0]) == 0
+            and bool((offsets[1:] >= offsets[:-1]).all())  # a difference might wrap around
+            and (not len(entry) or 0 <= int(entry.min()) <= int(entry.max()) < num_values)
+            and bool(weight.isfinite().all())
+            and bool(dense.isfinite().all())
+        )
 
     def content(self, num_rows: int) -> list[memoryview]:
         """The bytes of all tensors, of the first `num_rows` rows."""
@@ -131,23 +151,21 @@ class ItemFeatureTable(nn.Module):
         return [part.cpu().contiguous().numpy().reshape(-1).view(np.uint8).data for part in parts]
 
 
-def _codes(column: FeatureColumn, how: ItemFeature) -> tuple[Int, Int]:
+def _codes(column: FeatureColumn, spec: FeatureSpec) -> tuple[Int, Int]:
     """Item and code of each value that has a row of the embedding: int64 [E] each."""
     if isinstance(column, CategoryColumn):
         return np.repeat(np.arange(len(column.is_known)), np.diff(column.offsets)), column.codes.astype(np.int64)
     if isinstance(column, VectorColumn):
         return np.empty(0, np.int64), np.empty(0, np.int64)
     owner = np.flatnonzero(column.is_known)
-    return owner, np.searchsorted(np.array(how.bounds), column.numbers[owner].astype(np.float64), side="left")
+    return owner, np.searchsorted(np.array(spec.bounds), column.numbers[owner].astype(np.float64), side="left")
 
 
-def _dense(column: FeatureColumn, how: ItemFeature) -> NDArray[np.float64]:
-    """float64 [N, num_dense]."""
-    if isinstance(column, CategoryColumn):
-        return np.empty((len(column.is_known), 0))
+def _fill_dense(out: Float32s, column: FeatureColumn, spec: FeatureSpec) -> None:
+    """Write the dense inputs of a column into zeros [N, num_dense]."""
     if isinstance(column, VectorColumn):
-        scaled: NDArray[np.float64] = np.nan_to_num(column.vectors.astype(np.float64) / how.scale, nan=0.0)
-        return scaled
-    score = (column.numbers.astype(np.float64) - how.mean) / how.scale
-    clipped: NDArray[np.float64] = np.nan_to_num(score.clip(-LARGEST_SCORE, LARGEST_SCORE), nan=0.0)
-    return clipped[:, None]
+        np.divide(column.vectors, np.float32(spec.scale), out=out)
+        np.nan_to_num(out, copy=False, nan=0.0)
+    elif isinstance(column, NumberColumn):
+        score = (column.numbers.astype(np.float64) - spec.mean) / spec.scale
+        out[:, 0] = np.nan_to_num(score.clip(-MAX_ABS_SCORE, MAX_ABS_SCORE), nan=0.0)

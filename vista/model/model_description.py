@@ -16,7 +16,7 @@ from vista.config.conversion import from_dict, to_dict
 from vista.errors import CheckpointError
 from vista.files import checked_path, open_file, read_limited
 from vista.json_fields import TABLE, FieldRule, check_fields, either, hexadecimal, one_of, whole
-from vista.model.item_feature import ItemFeature
+from vista.model.feature_spec import FeatureSpec
 from vista.model.schema import Schema
 
 FORMAT_VERSION = 5
@@ -161,7 +161,7 @@ def _schema(fields: dict[str, Any]) -> Schema:
         **fields
         | {
             "rating_range": tuple(ratings) if isinstance(ratings, list) else ratings,
-            "item_features": [ItemFeature(**feature) for feature in features]
+            "item_features": [FeatureSpec(**feature) for feature in features]
             if isinstance(features, list)
             else features,
         }

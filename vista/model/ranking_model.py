@@ -103,7 +103,7 @@ class RankingModel(nn.Module):
         return self.with_features(self.id_vectors(rows), rows)
 
     def with_features(self, vectors: Tensor, rows: Tensor) -> Tensor:
-        """What features add to `id_vectors` [..., M] of model rows int64 [...]."""
+        """The sum of `id_vectors` [..., M] and the features of model rows int64 [...]."""
         return vectors if self.features is None else vectors + self.features(rows)
 
     def id_vectors(self, rows: Tensor) -> Tensor:
@@ -155,6 +155,11 @@ class RankingModel(nn.Module):
         centered = log_frequency - log_frequency.mean()
         self.item_popularity[1:] = torch.from_numpy(centered / max(float(centered.std()), 1e-6))
 
+    def take_catalog(self, other: RankingModel) -> None:
+        """Take the encoded features and the number of trained items of a model with the same vocabulary."""
+        self.set_item_features(None if other.features is None else other.features.table)
+        self.num_trained_items = other.num_trained_items
+
     def set_item_features(self, table: ItemFeatureTable | None) -> None:
         """Set the encoded features of the items of the vocabulary; None for a model without features.
 
@@ -165,9 +170,13 @@ class RankingModel(nn.Module):
             assert table is not None
             self.features.set_table(table, 1 + len(self.items))
 
+    def rows_with_features(self) -> NDArray[np.bool_] | None:
+        """bool [1 + V]: model rows with a value in at least one column; None for a model without features."""
+        return None if self.features is None else self.features.rows_with_values()
+
     @torch.no_grad()
-    def clear_ids(self, rows: NDArray[np.int64]) -> None:
-        """Make the features of model rows int64 [N] all of their vectors. Only with one row per item."""
+    def zero_id_embeddings(self, rows: NDArray[np.int64]) -> None:
+        """Zero the ID embeddings of model rows int64 [N], so that only features remain. Only with one row per item."""
         self.item_table[torch.from_numpy(rows).to(self.device)] = 0.0
 
     @staticmethod
@@ -283,6 +292,13 @@ class RankingModel(nn.Module):
     def item_rows(self, ids: Ids) -> NDArray[np.int64]:
         """Model rows int64 [N] of raw item ids; UNKNOWN_ITEM for ids that the vocabulary lacks."""
         return self.items.rows(ids) + 1
+
+    def history_rows(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Model rows [N] as histories have them: items that were added after training are unknown there.
+
+        So what a store holds depends only on what `summarizer_id` covers.
+        """
+        return np.where(rows > self.num_trained_items, UNKNOWN_ITEM, rows)
 
     def rows_of(self, items: Vocabulary) -> NDArray[np.int64]:
         """Model rows int64 [len(items)] of all items of a log's vocabulary, in its order."""

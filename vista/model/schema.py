@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from vista.config.checks import require
-from vista.model.item_feature import ItemFeature
+from vista.model.feature_spec import FeatureSpec
 
 MAX_ACTIONS = 256
 """Codes of actions are uint8."""
@@ -26,7 +26,7 @@ class Schema:
     """Labeled tasks that were trained."""
     has_retrieval: bool = True
     """Whether the retrieval head was trained on next items."""
-    item_features: list[ItemFeature] = field(default_factory=list)
+    item_features: list[FeatureSpec] = field(default_factory=list)
     """Columns of item features that are part of item vectors."""
 
     def __post_init__(self) -> None:
@@ -43,10 +43,12 @@ class Schema:
             )
         features = self.item_features
         require(
-            type(features) is list and all(type(feature) is ItemFeature for feature in features),
+            type(features) is list and all(type(feature) is FeatureSpec for feature in features),
             "schema.item_features",
             "must list columns",
         )
+        names = [feature.name for feature in features]
+        require(len(set(names)) == len(names), "schema.item_features", "two columns have one name")
         for key in ("has_time", "has_retrieval"):
             require(type(getattr(self, key)) is bool, f"schema.{key}", "must be true or false")
         if self.rating_range is not None:

@@ -290,6 +290,7 @@ class VistaModel(RankingModel):
             weights[name] = weights[name][:, : tail_len + 1]  # by distance; longer distances do not occur
         # A unified table is small, and its features refer to the table that the model was built with.
         shorter.load_state_dict(weights, assign=self.config.embedding_rows == 0)
+        shorter.take_catalog(self)
         return shorter.to(self.device).train(self.training)
 
     def with_frozen(self, part: Literal["summarizer", "target_attention"], precision: Precision) -> VistaModel:

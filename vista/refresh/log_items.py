@@ -51,7 +51,7 @@ class LogItems:
     def of(cls, model: VistaModel, log: EventLog) -> LogItems:
         """Look up all items of a log. Warns if the model knows fewer than half of them."""
         ids = log.items.ids(np.arange(log.num_items))
-        rows = model.item_rows(ids).astype(np.int32)
+        rows = model.history_rows(model.item_rows(ids)).astype(np.int32)
         known = int(np.count_nonzero(rows != UNKNOWN_ITEM))
         if 2 * known < log.num_items:
             logger.warning(

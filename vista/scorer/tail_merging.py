@@ -91,7 +91,7 @@ def with_fresh_events(
     bad[np.repeat(np.arange(num_users), lengths)[no_action | late]] = True
     kept = ~np.repeat(bad, lengths)
     ids = checked.items[kept]
-    rows = item_rows(model, ids, "tail.items")
+    rows = model.history_rows(item_rows(model, ids, "tail.items"))
     offsets = offsets_of(np.where(bad, 0, lengths))
     fresh = Tail(rows.astype(np.int32), checked.times[kept], checked.actions[kept].astype(np.uint8), offsets)
     names = np.unique(ids, return_inverse=True)[1]

@@ -119,7 +119,7 @@ class Downstream:
         model = VistaModel(self.config.model, kept, self._base.items, self.config.data)
         weights = {name: value for name, value in self._base.state_dict().items() if name.startswith(KEPT_WEIGHTS)}
         model.load_state_dict(weights, strict=False)
-        model.set_item_features(self._base.features.table if self._base.features is not None else None)
+        model.take_catalog(self._base)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not name.startswith(KEPT_WEIGHTS))
         return model

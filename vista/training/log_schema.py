@@ -12,7 +12,7 @@ from vista.errors import ConfigError, DataError
 from vista.examples.batch_source import trained_tasks
 from vista.log.event_log import EventLog
 from vista.log.splits import EVENTS_PER_BLOCK, visible_blocks
-from vista.model.item_feature import ItemFeature
+from vista.model.feature_spec import FeatureSpec
 from vista.model.item_feature_table import ItemFeatureTable
 from vista.model.ranking_model import NEXT_TASK
 from vista.model.schema import Schema
@@ -60,14 +60,14 @@ def schema_of(log: EventLog, config: TrainConfig) -> Schema:
             f"model.embedding_rows={model.embedding_rows}: a hashed table has no rows for features of items; set "
             "model.use_item_features=false, or model.embedding_rows=0"
         )
-    features = [] if given is None else [ItemFeature.of(name, column) for name, column in given.columns.items()]
+    features = [] if given is None else [FeatureSpec.of(name, column) for name, column in given.columns.items()]
     return Schema(list(log.actions), log.has_time, ratings, tasks, config.ranks_items, features)
 
 
 def encoded_features(log: EventLog, schema: Schema) -> ItemFeatureTable | None:
     """What a model with this schema reads of a log's item features; None if it reads none."""
-    given = log.item_features
-    return None if given is None or not schema.item_features else ItemFeatureTable.of(given, schema.item_features)
+    given = log.item_features if schema.item_features else None
+    return None if given is None else ItemFeatureTable.of(given, schema.item_features)
 
 
 def rating_range(log: EventLog, *, events_per_batch: int = EVENTS_PER_BLOCK) -> tuple[float, float] | None:

@@ -35,7 +35,7 @@ def start_model(
         elif config.model.item_start is not ItemStart.random:
             start_from_factors(model, log, source.counts, config.seed)
         if model.features is not None:
-            model.clear_ids(np.flatnonzero(source.frequency[UNKNOWN_ITEM + 1 :] == 0) + UNKNOWN_ITEM + 1)
+            model.zero_id_embeddings(np.flatnonzero(source.frequency[UNKNOWN_ITEM + 1 :] == 0) + UNKNOWN_ITEM + 1)
     if model.counted is not None:  # last, because it is measured by the scores of other items
         model.eval()
         batches = (source.batch(0, index) for index in range(min(source.num_batches(0), MEASURED_BATCHES)))

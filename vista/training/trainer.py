@@ -142,8 +142,14 @@ class Trainer:
             self.model.item_table.requires_grad_(False)
         item_rows = self.model.rows_of(log.items)
         stored = downstream.summaries if downstream is not None else None
-        has_features = self.model.features is not None
-        self.source = BatchSource(log, item_rows, config, stored, self.model.counter_spec, has_features=has_features)
+        self.source = BatchSource(
+            log,
+            item_rows,
+            config,
+            stored,
+            self.model.counter_spec,
+            has_features=self.model.rows_with_features(),
+        )
         self.validation = _validation(log, item_rows, config)
         self.optimizers = Optimizers(self.model, config.optim)
         self.progress = Progress()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -11,14 +12,14 @@ from vista.arrays import Float32s
 from vista.config.checks import require
 from vista.log.item_features import CategoryColumn, FeatureColumn, NumberColumn
 
-MOST_BUCKETS = 32
-LARGEST_SCORE = 5.0
+MAX_BUCKETS = 32
+MAX_ABS_SCORE = 5.0
 """Standardized numbers are clipped here."""
 KINDS = ("category", "number", "vector")
 
 
 @dataclass(frozen=True, slots=True)
-class ItemFeature:
+class FeatureSpec:
     """One column. A number has an embedding per bucket, and adds its standardized value along one direction."""
 
     name: str
@@ -33,13 +34,17 @@ class ItemFeature:
     """Of a number: mean and standard deviation. Of a vector: 0, and the root mean square of its length."""
 
     def __post_init__(self) -> None:
+        require(type(self.name) is str and self.name != "", "schema.item_features", "a name must be a text")
         where = f"schema.item_features.{self.name}"
         require(self.kind in KINDS, where, f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
         require(type(self.size) is int and self.size > 0, where, f"size must be at least 1, got {self.size!r}")
+        require(type(self.bounds) is list, where, "bounds must be a list")
         numbers = (self.mean, self.scale, *self.bounds)
-        require(all(map(math.isfinite, numbers)) and self.scale > 0, where, "mean, scale, and bounds must be finite")
-        buckets = len(self.bounds) + 1 if self.kind == "number" else 1
-        require(self.kind != "number" or self.size == buckets, where, "a number has one bound less than buckets")
+        finite = all(type(number) is float and math.isfinite(number) for number in numbers)
+        require(finite and self.scale > 0, where, "mean, scale, and bounds must be finite floats, and scale positive")
+        buckets = self.size - 1 if self.kind == "number" else 0
+        require(len(self.bounds) == buckets, where, "a number has one bound fewer than buckets, and others have none")
+        require(all(low < high for low, high in pairwise(self.bounds)), where, "bounds must ascend")
 
     @property
     def num_rows(self) -> int:
@@ -52,7 +57,7 @@ class ItemFeature:
         return {"category": 0, "number": 1, "vector": self.size}[self.kind]
 
     @classmethod
-    def of(cls, name: str, column: FeatureColumn) -> ItemFeature:
+    def of(cls, name: str, column: FeatureColumn) -> FeatureSpec:
         """How to read a column, measured on its items."""
         if isinstance(column, CategoryColumn):
             return cls(name, column.kind, max(len(column.values), 1))
@@ -63,11 +68,11 @@ class ItemFeature:
         return cls(name, column.kind, column.vectors.shape[1], scale=length or 1.0)
 
 
-def _number(name: str, numbers: Float32s) -> ItemFeature:
+def _number(name: str, numbers: Float32s) -> FeatureSpec:
     known = numbers[~np.isnan(numbers)].astype(np.float64)
     if not len(known):
-        return ItemFeature(name, "number", 1)
-    bounds = np.unique(np.quantile(known, np.arange(1, MOST_BUCKETS) / MOST_BUCKETS, method="inverted_cdf"))
+        return FeatureSpec(name, "number", 1)
+    bounds = np.unique(np.quantile(known, np.arange(1, MAX_BUCKETS) / MAX_BUCKETS, method="inverted_cdf"))
     bounds = bounds[bounds < known.max()]  # the last bucket is not empty
     scale = float(known.std())
-    return ItemFeature(name, "number", len(bounds) + 1, bounds.tolist(), float(known.mean()), scale or 1.0)
+    return FeatureSpec(name, "number", len(bounds) + 1, bounds.tolist(), float(known.mean()), scale or 1.0)
