@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import polars as pl
 import pytest
 
 from tests.conftest import small_config, small_frame
-from vista.cli.items_command import run_items_add
+from vista.cli.items_command import _locked, run_items_add
 from vista.config import ItemsAddConfig, ItemTableConfig
 from vista.errors import CheckpointError, ConfigError, DataError
 from vista.log.event_log import EventLog
+from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
-from vista.scorer import Scorer
+from vista.scorer import Scorer, Tail
 from vista.training.trainer import train
 
 KNOWN = np.unique(small_frame()["item"])
@@ -80,10 +82,48 @@ def test_a_value_that_training_did_not_see_is_missing(served: tuple[Path, Path])
     for name in ("price", "text"):
         rows[name] = [rows[name][0]] * 3
     rows["brand"] = ["a new brand", None, "brand 1"]
-    add(model, rows)
+    words = add(model, rows)
+    assert words.endswith("brand: 1 of 2 values, such as 'a new brand', were not seen in training and are missing")
     with Scorer.open(model, store) as scorer:
         first, second, third = scorer.score([104], NEW)[0]
     assert first == second != third
+
+
+def test_items_without_any_value(served: tuple[Path, Path]) -> None:
+    model, store = served
+    missing = {"item": NEW, "brand": [None] * 3, "price": [None] * 3, "text": [None] * 3}
+    add(model, missing)
+    with Scorer.open(model, store) as scorer:
+        assert len(np.unique(scorer.score([104], NEW))) == 1
+
+
+def test_histories_do_not_know_added_items(served: tuple[Path, Path], tmp_path: Path) -> None:
+    """A store that the extended model refreshes serves the model without the added items, and the other way round."""
+    model, _ = served
+    shutil.copytree(model, tmp_path / "old")
+    frame = small_frame()
+    frame["item"][-3:] = NEW
+    log = EventLog.from_frame(frame, tmp_path / "later", time_unit="ms")
+    add(model, table(NEW))
+    grown = VistaModel.from_pretrained(model)
+    refresh(grown, log, tmp_path / "both")
+    refresh(VistaModel.from_pretrained(tmp_path / "old"), log, tmp_path / "before")
+    user = int(frame["user"][-1])
+    fresh = Tail(items=NEW[:1], times=[int(frame["timestamp"][-1]) + 1], actions=[0], offsets=[0, 1])
+    scores = []
+    for folder in (model, tmp_path / "old"):
+        for store in ("both", "before"):
+            with Scorer.open(folder, tmp_path / store) as scorer:
+                scores += [scorer.score([user], KNOWN), scorer.score([user], KNOWN, tail=fresh)]
+    for one in range(2):
+        assert all(np.array_equal(other, scores[one]) for other in scores[one::2])
+
+
+def test_one_process_extends_a_model_at_a_time(served: tuple[Path, Path]) -> None:
+    model, _ = served
+    with _locked(model), pytest.raises(CheckpointError, match="another process is extending this model"):
+        add(model, table(NEW))
+    add(model, table(NEW))
 
 
 def test_bad_tables_change_nothing(served: tuple[Path, Path]) -> None:
@@ -92,7 +132,7 @@ def test_bad_tables_change_nothing(served: tuple[Path, Path]) -> None:
     rows = table(NEW)
     with pytest.raises(DataError, match="column 'brand' is missing"):
         add(model, {name: rows[name] for name in ("item", "price", "text")})
-    with pytest.raises(DataError, match="has vectors of 2 numbers, but the model's have 3"):
+    with pytest.raises(DataError, match="has vectors of 2 numbers, but the model expects 3"):
         add(model, rows | {"text": [[1.0, 2.0]] * 3})
     with pytest.raises(DataError, match="is also in row 1"):
         add(model, table([5000, 5000]))

@@ -105,3 +105,24 @@ def test_a_model_without_features_is_refused() -> None:
     made = VistaModel(ModelConfig(dim=8, num_heads=2), schema, Vocabulary.from_ids([1, 2]), DataConfig())
     with pytest.raises(ValueError, match="the model has no features of items"):
         with_items(made, [3], drawn(1, 0))
+
+
+def test_a_shorter_tail_keeps_features_and_added_items(model: VistaModel) -> None:
+    grown = with_items(model, NEW, drawn(len(NEW), 1))
+    shorter = grown.with_tail(2)
+    rows = torch.arange(1 + len(grown.items))
+    assert torch.equal(shorter.item_vectors(rows), grown.item_vectors(rows))
+    assert shorter.summarizer_id() == model.summarizer_id() and shorter.num_trained_items == NUM_ITEMS
+
+
+def test_the_random_state_stays(model: VistaModel) -> None:
+    before = torch.get_rng_state()
+    with_items(model, NEW, drawn(len(NEW), 1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_histories_know_trained_items_only(model: VistaModel) -> None:
+    grown = with_items(model, NEW, drawn(len(NEW), 1))
+    rows = grown.item_rows([0, *NEW, 11])
+    assert rows.tolist() == [1, 13, 14, 15, 12]
+    assert grown.history_rows(rows).tolist() == [1, 0, 0, 0, 12]

@@ -167,6 +167,24 @@ def test_dropped_ids_leave_the_features(log: EventLog, tmp_path: Path) -> None:
     assert torch.equal(training_vectors(model.eval(), batch, None), model.item_vectors(batch.rows))
 
 
+def test_items_without_events_and_features_are_negatives(tmp_path: Path) -> None:
+    frame = small_frame()
+    last = np.flatnonzero(np.diff(frame["user"], append=-1))
+    frame["item"][last[2:8:2]] = 1000, 2000, 3000
+    rows = feature_frame(np.unique(frame["item"]))
+    for name in ("brand", "price"):
+        rows[name] = list(rows[name])
+        rows[name][-1] = None
+    rows["tags"][-1], rows["text"][-1] = [], None  # nothing is known of item 3000
+    log = EventLog.from_frame(frame, tmp_path / "log", time_unit="ms", items=rows)
+    made = trainer.Trainer(feature_config(log, tmp_path, data__num_negatives=100), log)
+    count = log.num_items
+    assert made.source.batch(0, 0).negatives.item.numel() == count - 2
+    known = made.model.rows_with_features()
+    assert known is not None and known.tolist() == [False, *[True] * (count - 1), False]
+    assert made.source.frequency[-3:].tolist() == [0, 0, 1]
+
+
 def test_a_hashed_table_has_no_features(log: EventLog, tmp_path: Path) -> None:
     config = feature_config(log, tmp_path)
     config.model = replace(config.model, embedding_rows=32)

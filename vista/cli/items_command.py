@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from vista.config import ItemsAddConfig
-from vista.errors import CheckpointError, ConfigError, DataError
-from vista.log.ingest.new_items import columns_of_model, read_new_items
-from vista.log.item_features import ItemFeatures, VectorColumn
+from vista.errors import CheckpointError, ConfigError, shown
+from vista.files import checked_path
+from vista.log.ingest.new_items import read_new_items, with_columns
+from vista.log.item_features import CategoryColumn, ItemFeatures
 from vista.model.added_items import with_items
-from vista.model.feature_spec import FeatureSpec
-from vista.model.model_description import CONFIG_FILE
 from vista.model.vista_model import VistaModel
 
 CARD_FILE = "README.md"
@@ -31,10 +30,14 @@ class ItemsAdded:
     """Items of the table that the model knew already."""
     num_items: int
     """Items that the model ranks now."""
+    unseen: dict[str, str]
+    """By name of a category column: values that are missing to the model, because training did not see them."""
 
     def __str__(self) -> str:
         known = f"; {self.num_known:,} were known already" if self.num_known else ""
-        return f"{self.model}: {self.num_added:,} items added, {self.num_items:,} in all{known}"
+        lines = [f"{self.model}: {self.num_added:,} items added, {self.num_items:,} in all{known}"]
+        lines += [f"{name}: {what}, were not seen in training and are missing" for name, what in self.unseen.items()]
+        return "\n".join(lines)
 
 
 def run_items_add(config: ItemsAddConfig) -> ItemsAdded:
@@ -46,7 +49,8 @@ def run_items_add(config: ItemsAddConfig) -> ItemsAdded:
         DataError: the table is invalid.
     """
     folder = Path(config.model)
-    with _locked(folder):
+    unseen: dict[str, str] = {}
+    with _locked(checked_path(folder, CheckpointError)):
         model = VistaModel.from_pretrained(folder)
         columns = {column.name: column.kind for column in model.schema.item_features}
         if not columns:
@@ -54,37 +58,46 @@ def run_items_add(config: ItemsAddConfig) -> ItemsAdded:
                 f"model={folder}: was trained without features of items, so it cannot rank an item that it was not "
                 "trained on; add features with `vista prepare items.paths=[…]`, and train again"
             )
-        items, features, num_known = read_new_items(columns_of_model(config.items, columns), model.items)
+        dims = {column.name: column.size for column in model.schema.item_features if column.kind == "vector"}
+        items, features, num_known = read_new_items(with_columns(config.items, columns), model.items, dims)
         if features is not None:
-            _check_vectors(features, model.schema.item_features)
+            unseen = _unseen_values(features, model)
             model = with_items(model, items.ids(range(len(items))).tolist(), features)
             card = folder / CARD_FILE
             model.save_pretrained(folder, card=card.read_text(encoding="utf-8") if card.is_file() else None)
-    return ItemsAdded(str(folder), len(items), num_known, len(model.items))
+    return ItemsAdded(str(folder), len(items), num_known, len(model.items), unseen)
 
 
-def _check_vectors(features: ItemFeatures, columns: Sequence[FeatureSpec]) -> None:
-    sizes = {column.name: column.size for column in columns}
+def _unseen_values(features: ItemFeatures, model: VistaModel) -> dict[str, str]:
+    """By name of a category column: how many of its values training did not see, with an example."""
+    assert model.features is not None and model.features.table is not None
+    unseen = {}
     for name, column in features.columns.items():
-        if isinstance(column, VectorColumn) and column.vectors.shape[1] != sizes[name]:
-            raise DataError(
-                f"items: column {name!r} has vectors of {column.vectors.shape[1]} numbers, but the model's have "
-                f"{sizes[name]}; compute them as those of the log"
-            )
+        if isinstance(column, CategoryColumn) and len(column.values):
+            values = column.values.ids(range(len(column.values)))
+            new = values[model.features.table.values[name].rows(values.tolist()) < 0]
+            if len(new):
+                unseen[name] = f"{len(new):,} of {len(values):,} values, such as {shown(new[0])}"
+    return unseen
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from extending the model. The lock ends with the process."""
-    try:
-        handle = os.open(folder / CONFIG_FILE, os.O_RDONLY)
-    except OSError:
-        yield  # reading the model says what is wrong
-        return
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    """Keep other processes from extending the model. The lock ends with the process.
+
+    It is on the parent folder, because an export replaces the model's own folder.
+    """
+    with ExitStack() as stack:
+        try:
+            handle = os.open(folder.parent, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"{folder}: another process is extending this model; wait until it finishes"
+            ) from None
+        except OSError as error:
+            raise CheckpointError(
+                f"{folder}: cannot be locked ({error}); check the path and its permissions"
+            ) from error
         yield
-    except BlockingIOError:
-        raise CheckpointError(f"{folder}: another process extends this model; wait until it is done") from None
-    finally:
-        os.close(handle)

@@ -148,7 +148,7 @@ def _fits(kind: str, dtype: pl.DataType) -> bool:
         return _is_text(inner) or inner.is_integer()
     if kind == "number":
         return not is_list and (inner.is_numeric() or inner in (pl.Boolean, pl.String, pl.Null))
-    return (is_list and inner.is_numeric()) or (not is_list and inner == pl.String)
+    return inner == pl.Null or (is_list and inner.is_numeric()) or (not is_list and inner == pl.String)
 
 
 def _is_text(dtype: pl.DataType) -> bool:

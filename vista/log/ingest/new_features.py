@@ -7,9 +7,10 @@ the scratch folder.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,14 @@ class NewFeatures:
 
 
 def write_features(
-    parts: Sequence[Part], vocabulary: Vocabulary, before: Sequence[Segment], writer: SegmentWriter, scratch: Path
+    parts: Sequence[Part],
+    vocabulary: Vocabulary,
+    before: Sequence[Segment],
+    writer: SegmentWriter,
+    scratch: Path,
+    *,
+    dims: Mapping[str, int] = MappingProxyType({}),
+    left_out: str = "items that the log does not contain",
 ) -> NewFeatures:
     """Write the features of a segment.
 
@@ -60,6 +68,8 @@ def write_features(
         vocabulary: the log's items, with those of the new segment.
         before: the earlier segments of the log.
         scratch: folder for temporary files.
+        dims: by name of a column, the length that its vectors must have, even if there are none.
+        left_out: what rows of the tables are that the vocabulary lacks.
 
     Raises:
         DataError: if an item has two rows, no item is in the log, or a column does not fit that of the log, has too
@@ -73,7 +83,7 @@ def write_features(
     for _, kind, name in columns:
         if name in earlier and earlier[name][0].column.kind != kind:
             raise _other_form(source.path, name, kind, earlier[name])
-    places, items = _places(parts, vocabulary)
+    places, items = _places(parts, vocabulary, left_out)
     features = FeatureWriter(writer, items)
     table = _Table(parts, places, len(items))
     new = NewFeatures(features.columns)
@@ -88,7 +98,7 @@ def write_features(
             known = number.numbers[number.is_known]
             num_known, is_constant = len(known), len(known) == 0 or bool(known.min() == known.max())
         else:
-            vectors = table.vectors(column, name, earlier.get(name, ()), scratch / "vectors")
+            vectors = table.vectors(column, name, earlier.get(name, ()), scratch / "vectors", dims.get(name))
             size = vectors.shape[1]
             features.add_vectors(name, size, _blocks(vectors))
             num_known, is_constant = _spread(vectors)
@@ -105,7 +115,7 @@ def write_features(
     return new
 
 
-def _places(parts: Sequence[Part], vocabulary: Vocabulary) -> tuple[pl.DataFrame, Int]:
+def _places(parts: Sequence[Part], vocabulary: Vocabulary, left_out: str) -> tuple[pl.DataFrame, Int]:
     """Where the rows of the tables go: columns ORDER and _PLACE, and the item rows int64 [F], ascending."""
     ids = pl.concat([part.good().select(ORDER, "item") for part in parts]).collect(engine="streaming").sort(ORDER)
     source = parts[0].source
@@ -127,7 +137,7 @@ def _places(parts: Sequence[Part], vocabulary: Vocabulary) -> tuple[pl.DataFrame
             f"{shown(vocabulary.ids([0]).tolist()[0])}; use the log's ids"
         )
     if not known.all():
-        _LOG.info("%s: left out %d items that the log does not contain", source.path, int((~known).sum()))
+        _LOG.info("%s: left out %d %s", source.path, int((~known).sum()), left_out)
     items = np.sort(rows_of_items[known])
     place = np.searchsorted(items, rows_of_items[known])
     return pl.DataFrame({ORDER: ids[ORDER].filter(pl.Series(known)), _PLACE: place}), items
@@ -178,16 +188,23 @@ class _Table:
         numbers[entries[_PLACE].to_numpy()] = entries["value"].to_numpy()
         return NumberColumn(numbers)
 
-    def vectors(self, column: str, name: str, earlier: Sequence[SegmentColumn], file: Path) -> NDArray[np.float32]:
-        """Vectors [F, D], in a temporary file that is mapped into memory."""
+    def vectors(
+        self, column: str, name: str, earlier: Sequence[SegmentColumn], file: Path, needed: int | None
+    ) -> NDArray[np.float32]:
+        """Vectors [F, D], in a temporary file that is mapped into memory; `needed` is D, if that is known."""
         lengths = [
             part.good().select(pl.col(column).list.len().max()).collect(engine="streaming").item() or 0
             for part in self.parts
         ]
         given = [(length, part.source.path) for length, part in zip(lengths, self.parts, strict=True) if length]
-        if not given:
+        if not given and needed is None:
             raise DataError(f"{self.parts[0].source.path}: column {name!r} has no vectors; leave it out")
-        dim, first = given[0]
+        dim, first = given[0] if given else (needed or 0, "")
+        if needed not in (dim, None):
+            raise DataError(
+                f"{first}: column {name!r} has vectors of {dim} numbers, but the model expects {needed}; compute them "
+                "as for the training log"
+            )
         for length, path in given:
             if length != dim:
                 raise DataError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,12 +23,15 @@ from vista.log.segment_writer import SegmentWriter
 from vista.log.vocabulary import Vocabulary
 
 
-def read_new_items(table: ItemTableConfig, known: Vocabulary) -> tuple[Vocabulary, ItemFeatures | None, int]:
+def read_new_items(
+    table: ItemTableConfig, known: Vocabulary, dims: Mapping[str, int]
+) -> tuple[Vocabulary, ItemFeatures | None, int]:
     """Read a table of items.
 
     Args:
         table: its files and columns.
         known: items that are left out.
+        dims: by name of a column of vectors, their length.
 
     Returns:
         The ids of the others, in sorted order; their features, None without any such item; the number of known items.
@@ -47,15 +51,16 @@ def read_new_items(table: ItemTableConfig, known: Vocabulary) -> tuple[Vocabular
         if not new:
             return Vocabulary.empty(known.kind), None, len(ids)
         items, writer = Vocabulary.empty(known.kind).extended(new), SegmentWriter(Path(folder))
-        written = write_features(parts, items, (), writer, Path(folder))
+        scratch, left_out = Path(folder), "items that are known already"
+        written = write_features(parts, items, (), writer, scratch, dims=dims, left_out=left_out)
         # The files stay mapped after the folder is removed.
         features = SegmentFeatures.read(writer.folder, SegmentFiles(writer.folder, writer.entries), written.columns)
         assert features is not None and np.array_equal(features.items, np.arange(len(items)))
         return items, ItemFeatures(features.columns), len(ids) - len(new)
 
 
-def columns_of_model(table: ItemTableConfig, kinds: dict[str, str]) -> ItemTableConfig:
-    """The table with the columns that a model reads, if none are named.
+def with_columns(table: ItemTableConfig, kinds: Mapping[str, str]) -> ItemTableConfig:
+    """The table with these columns in place of its own.
 
     Args:
         kinds: name of each column -> category, number, or vector.

@@ -88,7 +88,8 @@ def read_part(
         message = _report(source, rules, pl.scan_ipc(file), first)
         if on_bad_rows is OnBadRows.error:
             more = f" (bad rows: {num_bad})" if num_bad > 1 else ""
-            raise DataError(f"{message}; on_bad_rows=quarantine sets bad rows aside instead{more}")
+            remedy = "correct it" if table == "items" else "on_bad_rows=quarantine sets bad rows aside instead"
+            raise DataError(f"{message}; {remedy}{more}")
         if not num_good:
             raise DataError(f"{message}; the file has no valid rows (bad rows: {num_bad})")
         quarantine = folder / f"{table}-{number:06d}.csv"
