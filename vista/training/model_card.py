@@ -152,7 +152,10 @@ def _model(model: RankingModel, config: TrainConfig) -> Iterable[tuple[str, obje
 
 
 def _limits(model: RankingModel, log: EventLog) -> Iterable[str]:
-    yield "Items that training did not have get a neutral score. `items.ids.npy` lists those that it had."
+    yield (
+        "Items that the model does not know get a neutral score. `items.ids.npy` lists those that it knows; "
+        f"it was trained on the first {model.num_trained_items:,}."
+    )
     if model.schema.has_time and model.config.use_time:
         yield "The model reads times. Pass the time of the request (`now`)."
     if len(log.actions) > 1 and model.config.use_action:
