@@ -69,6 +69,16 @@ def test_every_split_can_be_composed(name: str) -> None:
         assert parse_time(str(data.validation_from)) < parse_time(data.test_from)
 
 
+def test_the_experiment_splits_where_the_tables_do() -> None:
+    given, named = SETS["complete-journey"].words, ["experiment=complete-journey"]
+    ours, theirs = (compose_config(TrainConfig, words).data for words in (given, named))
+    assert (ours.split, ours.validation_from, ours.test_from) == (
+        theirs.split,
+        theirs.validation_from,
+        theirs.test_from,
+    )
+
+
 def test_the_folder_is_given_or_below_that_of_all_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "ml-1m").mkdir()
     monkeypatch.setenv("VISTA_DATA_DIR", str(tmp_path))

@@ -15,8 +15,9 @@ class SourceConfig(SourceColumns):
     """Files of one table and the names of their columns."""
 
     kind: str = "table"
-    """Format of the files: table (Parquet, CSV, or TSV with the columns named below), a known data set (ml-1m,
-    ml-latest-small, ml-100k, recbole, npz, simulated), or auto, which recognizes the data set by its file names."""
+    """Format of the files: table (Parquet, CSV, or TSV with the columns named below), a known format (recbole, npz,
+    simulated), a public data set (ml-1m, ml-latest-small, ml-100k, complete-journey), or auto, which recognizes these
+    by their file names."""
     paths: list[str] = field(default_factory=list)
     """Files or folders to read. Several files are read in the order of their names."""
     timestamp: str | None = None
@@ -43,7 +44,7 @@ class PrepareConfig:
     impressions: SourceConfig | None = None
     """Files of impressions with labels; null if there are none."""
     items: ItemTableConfig | None = None
-    """Files of item features; null if there are none."""
+    """Files of item features; null for those that a public data set has next to its events, or for none."""
     append: bool = False
     """Add a segment to an existing log: events, item features, or both. Files of events or impressions that the log
     already contains are refused. New features of an item replace its older ones."""

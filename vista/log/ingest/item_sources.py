@@ -11,6 +11,7 @@ from typing import Any
 
 from vista.config import ItemTableConfig
 from vista.errors import ConfigError, DataError
+from vista.log.ingest.public_sets import remedy_of_kind
 from vista.log.ingest.scanned_source import ROW, ScannedSource, source_of_frame
 from vista.log.ingest.source_formats import (
     check_columns,
@@ -30,8 +31,11 @@ _NUMBERS_OF_TEXT = r"[^\s,\[\]]+"
 """What is between the spaces, commas, and brackets of a vector that is written as text."""
 
 
-def scan_items(file: Path, config: ItemTableConfig) -> ScannedSource:
+def scan_items(file: Path, config: ItemTableConfig, kind: str) -> ScannedSource:
     """Open a file of item features.
+
+    Args:
+        kind: the data set that the file is part of; "table" for a table of the user's own.
 
     Raises:
         ConfigError: if the separator is not one character.
@@ -47,8 +51,9 @@ def scan_items(file: Path, config: ItemTableConfig) -> ScannedSource:
             lazy = pl.scan_parquet(file, glob=False)
             types = lazy.collect_schema()
             header = list(types)
+        check_columns(str(file), {"item": config.item}, types, "items", remedy_of_kind(kind))
         columns = _feature_columns(str(file), types, config)
-        check_columns(str(file), columns, header, "items")
+        check_columns(str(file), columns, header, "items", remedy_of_kind(kind))
         if is_text:
             canonical = {own: name for name, own in columns.items()}
             frame = scan_text(file, [canonical.get(name, "") for name in header], separator, '"', 1)
@@ -100,7 +105,6 @@ def _split(frame: pl.LazyFrame, value_separator: str | None) -> pl.LazyFrame:
 def _feature_columns(path: str, types: _Types, config: ItemTableConfig) -> dict[str, str]:
     """The columns to read: canonical names to those of the table."""
     columns = {"item": config.item}
-    check_columns(path, columns, types, "items")
     if config.is_inferred:
         for name, dtype in types.items():
             if name != config.item:

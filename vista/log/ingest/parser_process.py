@@ -39,11 +39,13 @@ class ParserProcess:
         """By table and path."""
         self._batches: Iterator[pl.DataFrame] = iter(())
 
-    def open_source(self, path: str, config: Mapping[str, Any], table: str, max_bytes: int) -> dict[str, Any]:
-        """Open a source file; returns the fields of a Source."""
+    def open_source(
+        self, path: str, config: Mapping[str, Any], table: str, max_bytes: int, kind: str
+    ) -> dict[str, Any]:
+        """Open a source file; returns the fields of a Source. `kind` is that of item features."""
         version = _version(path)
         if table == "items":
-            source = scan_items(Path(path), ItemTableConfig(**config))
+            source = scan_items(Path(path), ItemTableConfig(**config), kind)
         else:
             source = scan_source(Path(path), SourceConfig(**config), table, max_bytes)
         self._sources[table, path] = source, version

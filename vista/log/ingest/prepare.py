@@ -36,7 +36,7 @@ from vista.log.ingest.prepare_report import PrepareReport
 from vista.log.ingest.scanned_source import frame_source
 from vista.log.ingest.source_checks import check_sources, id_kinds, tasks_of
 from vista.log.ingest.source_parser import SourceParser
-from vista.log.ingest.sources import Source, open_item_tables, open_sources
+from vista.log.ingest.sources import Source, open_item_tables, open_set_items, open_sources, with_kind
 from vista.log.ingest.stage_times import StageTimes
 from vista.log.segment import segment_name
 from vista.log.segment_manifest import QUARANTINE_FILE
@@ -72,11 +72,14 @@ def prepare(
             run.add_items(open_item_tables(config.items, files), is_inferred=config.items.is_inferred)
         if config.items is not None and config.append and not config.events.paths and config.impressions is None:
             return run.ingest()
-        run.add("events", config.events, open_sources(config.events, "events", files))
+        events = with_kind(config.events)
+        run.add("events", events, open_sources(events, "events", files))
+        if config.items is None and (items := open_set_items(events, files)):
+            run.add_items(items, is_inferred=False)
         if config.impressions is not None:
             run.add("impressions", config.impressions, open_sources(config.impressions, "impressions", files))
-        elif _is_simulated_with_impressions(config.events, run.sources["events"][0]):
-            run.add("impressions", config.events, open_sources(config.events, "impressions", files))
+        elif _is_simulated_with_impressions(events, run.sources["events"][0]):
+            run.add("impressions", events, open_sources(events, "impressions", files))
         return run.ingest()
 
 
@@ -127,8 +130,7 @@ def prepare_frames(
 
 
 def _is_simulated_with_impressions(config: SourceConfig, source: Source) -> bool:
-    is_simulated = config.kind == "simulated" or (config.kind == "auto" and Path(config.paths[0]).is_dir())
-    return is_simulated and (Path(source.path).parent / "impressions.parquet").is_file()
+    return config.kind == "simulated" and (Path(source.path).parent / "impressions.parquet").is_file()
 
 
 @dataclass(kw_only=True, slots=True)

@@ -13,6 +13,8 @@ fields than the header.
 | recbole | *.inter, tabs, typed header (`user_id:token`) | timestamp in seconds unless `time_unit` says otherwise |
 | npz | events.npz: user, item, user_raw, item_raw [, time in seconds, rating] | read into memory |
 | simulated | folder of `vista simulate`: events.parquet, impressions.parquet | ms, actions, labels, probabilities |
+
+The other kinds are tables, whose columns public_sets.py names.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from numpy.typing import NDArray
 
 from vista.config import SourceConfig
 from vista.errors import ConfigError, DataError
+from vista.log.ingest.public_sets import PUBLIC_SETS, remedy_of_kind
 from vista.log.ingest.scanned_source import EXTRA, ROW, ScannedSource
 from vista.log.ingest.sources import needed_columns, open_binary
 from vista.log.polars_extra import pl
@@ -131,18 +134,17 @@ def _scan(file: Path, config: SourceConfig, table: str, max_bytes: int) -> _Scan
         layout = [name for field in fields for name in (field, None)][:-1] if config.kind == "ml-1m" else fields
         separator = ":" if config.kind == "ml-1m" else "\t"
         return scan_text(file, layout, separator, None, 0), dict(zip(fields, fields, strict=True)), True, "s"
-    if config.kind == "ml-latest-small":
-        config = replace(config, user="userId", item="movieId", rating="rating", timestamp="timestamp", time_unit="s")
-        return _scan_delimited(file, config, table, ",", '"')
     if config.kind == "recbole":
         return _scan_recbole(file, config, table)
     if config.kind == "simulated":
         config = _simulated(file, table)
+    elif config.kind in PUBLIC_SETS:
+        config = replace(config, **PUBLIC_SETS[config.kind].event_columns(file.name))
     if is_parquet(file):
         lazy = pl.scan_parquet(file, glob=False)
         names = lazy.collect_schema().names()
         columns = needed_columns(config)
-        check_columns(str(file), columns, names, table)
+        check_columns(str(file), columns, names, table, remedy_of_kind(config.kind))
         chosen = lazy.select(pl.col(own).alias(canonical) for canonical, own in columns.items())
         return chosen.with_row_index(ROW, 1), columns, False, config.time_unit
     return _scan_delimited(file, config, table, text_separator(file, config.separator, table), '"')
@@ -196,7 +198,7 @@ def _scan_delimited(file: Path, config: SourceConfig, table: str, separator: str
     """A text file with a header line."""
     header = read_header(file, separator, quote)
     columns = needed_columns(config)
-    check_columns(str(file), columns, header, table)
+    check_columns(str(file), columns, header, table, remedy_of_kind(config.kind))
     canonical = {own: name for name, own in columns.items()}
     if len(canonical) < len(columns):
         raise ConfigError(f"{table}: a column is named twice in {sorted(columns.values())}; name each column once")
@@ -291,30 +293,33 @@ def _scan_npz(file: Path, max_bytes: int) -> _Scan:
     return frame.lazy().with_row_index(ROW, 1), columns, False, "s"
 
 
-def check_columns(path: str, columns: Mapping[str, str], present: Iterable[str], table: str) -> None:
+def check_columns(path: str, columns: Mapping[str, str], present: Iterable[str], table: str, remedy: str = "") -> None:
     """Refuse a table that does not have each of these columns once.
 
     Args:
         columns: canonical names to those of the table.
         present: the table's columns.
+        remedy: what to do; by default, to set the key of the column.
 
     Raises:
-        DataError: naming the key that sets the column.
+        DataError: naming the column, with the remedy.
     """
     names = list(present)
     for canonical, own in columns.items():
         if names.count(own) != 1:
-            key = _KEYS.get(canonical.split(":")[0], canonical)
             raise DataError(
                 f"{path}: column {own!r} {'is missing' if own not in names else 'occurs twice'}, the file has: "
-                f"{', '.join(names)}; name the right one with {table}.{key}=..."
-                + (f", or set {table}.separator=..." if len(names) == 1 else "")
-                + (
-                    ", or leave it out for a log without times"
-                    if canonical == "timestamp" and table == "events"
-                    else ""
-                )
+                f"{', '.join(names)}; {remedy or _key_to_set(canonical, names, table)}"
             )
+
+
+def _key_to_set(canonical: str, names: Sequence[str], table: str) -> str:
+    key = _KEYS.get(canonical.split(":")[0], canonical)
+    return (
+        f"name the right one with {table}.{key}=..."
+        + (f", or set {table}.separator=..." if len(names) == 1 else "")
+        + (", or leave it out for a log without times" if canonical == "timestamp" and table == "events" else "")
+    )
 
 
 def read_header(file: Path, separator: str, quote: str | None) -> list[str]:

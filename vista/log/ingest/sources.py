@@ -16,17 +16,11 @@ from typing import IO, Any, cast
 from vista.config import ItemTableConfig, SourceConfig
 from vista.errors import ConfigError, DataError
 from vista.files import checked_path
+from vista.log.ingest.public_sets import PUBLIC_SETS, FileForm, first_form, remedy_of_kind
 from vista.log.ingest.source_parser import SourceParser, npz_limit
 
-_FILE_OF_KIND = {
-    "ml-1m": "ratings.dat",
-    "ml-latest-small": "ratings.csv",
-    "ml-100k": "u.data",
-    "recbole": "*.inter",
-    "npz": "events.npz",
-    "simulated": "events.parquet",
-}
-KINDS = ("auto", "table", *_FILE_OF_KIND)
+KINDS = ("auto", "table", *PUBLIC_SETS)
+_TABLES = FileForm(("*.parquet", "*.csv", "*.csv.gz", "*.tsv"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,8 +67,7 @@ def open_sources(config: SourceConfig, table: str, parser: SourceParser) -> list
         raise ConfigError(f"{table}.kind: unknown kind {config.kind!r}; use one of {', '.join(KINDS)}")
     if not config.paths:
         raise ConfigError(f"{table}.paths: name at least one file, such as {table}.paths=[ratings.csv]")
-    if config.kind == "auto":
-        config = replace(config, kind=detect_kind(config.paths[0]))
+    config = with_kind(config)
     if table == "impressions" and config.kind not in ("table", "simulated"):
         raise ConfigError(f"{table}.kind: {config.kind} has no impressions; use table or simulated")
     if table == "impressions" and config.kind == "table":
@@ -100,6 +93,41 @@ def open_item_tables(config: ItemTableConfig, parser: SourceParser) -> list[File
     return [_open(file, config, "items", parser) for file in _files(SourceConfig(paths=config.paths), "items")]
 
 
+def open_set_items(config: SourceConfig, parser: SourceParser) -> list[FileSource]:
+    """Open the files of item features that a data set has next to its events, in the order of their names.
+
+    Returns:
+        The open files; none if the kind of `config` has no item features, or these files are not there.
+
+    Raises:
+        DataError: as `open_item_tables`.
+    """
+    config = with_kind(config)
+    if config.kind not in PUBLIC_SETS:
+        return []
+    folders = {path if path.is_dir() else path.parent for path in map(Path, config.paths)}
+    form_of_file = {
+        file: form
+        for folder in folders
+        for form, files in [first_form(PUBLIC_SETS[config.kind].items, folder)]
+        for file in files
+        if form is not None
+    }
+    files = sorted(form_of_file, key=lambda file: (file.name, str(file)))
+    return [
+        _open(file, ItemTableConfig(**form_of_file[file].columns), "items", parser, kind=config.kind) for file in files
+    ]
+
+
+def with_kind(config: SourceConfig) -> SourceConfig:
+    """The config with the detected kind in place of `auto`.
+
+    Raises:
+        DataError: as `detect_kind`.
+    """
+    return replace(config, kind=detect_kind(config.paths[0])) if config.kind == "auto" and config.paths else config
+
+
 def detect_kind(path: str | Path) -> str:
     """Detect the kind of source at a path, which is a file or the folder of a data set.
 
@@ -107,14 +135,13 @@ def detect_kind(path: str | Path) -> str:
         DataError: if no known file is there.
     """
     path = checked_path(path, DataError)
-    for kind, pattern in _FILE_OF_KIND.items():
-        if path.is_dir() and any(path.glob(pattern)):
-            return kind
-        if path.is_file() and path.match(pattern) and kind != "simulated":
+    for kind, known in PUBLIC_SETS.items():
+        if path.exists() and known.is_at(path):
             return kind
     if path.is_file():
         return "table"
-    problem = f"contains none of {', '.join(_FILE_OF_KIND.values())}" if path.is_dir() else "no such file"
+    names = dict.fromkeys(name for known in PUBLIC_SETS.values() for name in known.event_patterns)
+    problem = f"contains none of {', '.join(names)}" if path.is_dir() else "no such file"
     raise DataError(f"{path}: {problem}; to read a table of your own, name the file, kind=table, and its columns")
 
 
@@ -122,13 +149,12 @@ def _files(config: SourceConfig, table: str) -> list[Path]:
     files: list[Path] = []
     for path in map(Path, config.paths):
         if path.is_dir():
-            patterns = [_FILE_OF_KIND.get(config.kind, "")]
-            if config.kind == "table":
-                patterns = ["*.parquet", "*.csv", "*.csv.gz", "*.tsv"]
-            matching = [file for pattern in patterns for file in path.glob(pattern)]
+            forms = PUBLIC_SETS[config.kind].events if config.kind in PUBLIC_SETS else (_TABLES,)
+            matching = first_form(forms, path)[1]
             if not matching:
-                wanted = " or ".join(patterns)
-                raise DataError(f"{path}: has no {wanted}, which {table}.kind={config.kind} reads; check {table}.paths")
+                wanted = " or ".join(pattern for form in forms for pattern in form.patterns)
+                remedy = remedy_of_kind(config.kind) or f"check {table}.paths"
+                raise DataError(f"{path}: has no {wanted}, which {table}.kind={config.kind} reads; {remedy}")
         elif path.is_file():
             matching = [path]
         else:
@@ -144,9 +170,11 @@ def _files(config: SourceConfig, table: str) -> list[Path]:
     return sorted(files, key=lambda file: (file.name, str(file)))
 
 
-def _open(file: Path, config: SourceConfig | ItemTableConfig, table: str, parser: SourceParser) -> FileSource:
-    max_bytes = npz_limit(file.stat().st_size)
-    known, _ = parser.call("open_source", file, config=plain_settings(config), table=table, max_bytes=max_bytes)
+def _open(
+    file: Path, config: SourceConfig | ItemTableConfig, table: str, parser: SourceParser, kind: str = "table"
+) -> FileSource:
+    settings, max_bytes = plain_settings(config), npz_limit(file.stat().st_size)
+    known, _ = parser.call("open_source", file, config=settings, table=table, max_bytes=max_bytes, kind=kind)
     return FileSource(**known, parser=parser, table=table)
 
 

