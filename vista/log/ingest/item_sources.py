@@ -11,6 +11,7 @@ from typing import Any
 
 from vista.config import ItemTableConfig
 from vista.errors import ConfigError, DataError
+from vista.log.ingest.movielens_items import MOVIELENS, movielens_items
 from vista.log.ingest.public_sets import remedy_of_kind
 from vista.log.ingest.scanned_source import ROW, ScannedSource, source_of_frame
 from vista.log.ingest.source_formats import (
@@ -41,24 +42,8 @@ def scan_items(file: Path, config: ItemTableConfig, kind: str) -> ScannedSource:
         ConfigError: if the separator is not one character.
         DataError: if the file cannot be read, lacks a column, or has a column that cannot be a feature.
     """
-    is_text = not is_parquet(file)
     try:
-        if is_text:
-            separator = text_separator(file, config.separator, "items")
-            header = read_header(file, separator, '"')
-            types: _Types = dict.fromkeys(header, pl.String())
-        else:
-            lazy = pl.scan_parquet(file, glob=False)
-            types = lazy.collect_schema()
-            header = list(types)
-        check_columns(str(file), {"item": config.item}, types, "items", remedy_of_kind(kind))
-        columns = _feature_columns(str(file), types, config)
-        check_columns(str(file), columns, header, "items", remedy_of_kind(kind))
-        if is_text:
-            canonical = {own: name for name, own in columns.items()}
-            frame = scan_text(file, [canonical.get(name, "") for name in header], separator, '"', 1)
-        else:
-            frame = lazy.select(pl.col(own).alias(name) for name, own in columns.items()).with_row_index(ROW, 1)
+        frame, columns, is_text = _scan(file, config, kind)
         size, digest = digest_of(file, check_lines=is_text and file.suffix != ".gz")
     except (OSError, pl.exceptions.PolarsError) as error:
         reason = str(error).partition("\n")[0]
@@ -73,6 +58,32 @@ def scan_items(file: Path, config: ItemTableConfig, kind: str) -> ScannedSource:
         time_unit=None,
         frame=_split(frame, config.value_separator),
     )
+
+
+def _scan(file: Path, config: ItemTableConfig, kind: str) -> tuple[pl.LazyFrame, dict[str, str], bool]:
+    """Canonical frame, names of the columns in the file, whether values are text."""
+    if kind in MOVIELENS:
+        rows = movielens_items(file, kind)
+        columns = _feature_columns(str(file), rows.collect_schema(), config)
+        return rows.rename({own: name for name, own in columns.items()}), columns, True
+    is_text = not is_parquet(file)
+    if is_text:
+        separator = text_separator(file, config.separator, "items")
+        header = read_header(file, separator, '"')
+        types: _Types = dict.fromkeys(header, pl.String())
+    else:
+        lazy = pl.scan_parquet(file, glob=False)
+        types = lazy.collect_schema()
+        header = list(types)
+    check_columns(str(file), {"item": config.item}, types, "items", remedy_of_kind(kind))
+    columns = _feature_columns(str(file), types, config)
+    check_columns(str(file), columns, header, "items", remedy_of_kind(kind))
+    if is_text:
+        canonical = {own: name for name, own in columns.items()}
+        frame = scan_text(file, [canonical.get(name, "") for name in header], separator, '"', 1)
+    else:
+        frame = lazy.select(pl.col(own).alias(name) for name, own in columns.items()).with_row_index(ROW, 1)
+    return frame, columns, is_text
 
 
 def items_of_frame(frame: pl.DataFrame, config: ItemTableConfig) -> ScannedSource:

@@ -67,9 +67,12 @@ def first_form(forms: Iterable[FileForm], folder: Path) -> tuple[FileForm | None
     return None, []
 
 
+_MOVIES = {"item": "movieId", "categories": ["genres"]}
 _MOVIELENS = "https://grouplens.org/datasets/movielens"
 PUBLIC_SETS = {
-    "ml-1m": PublicSet(events=(FileForm(("ratings.dat",)),), url=_MOVIELENS),
+    "ml-1m": PublicSet(
+        events=(FileForm(("ratings.dat",)),), items=(FileForm(("movies.dat",), _MOVIES),), url=_MOVIELENS
+    ),
     "ml-latest-small": PublicSet(
         events=(
             FileForm(
@@ -77,9 +80,10 @@ PUBLIC_SETS = {
                 {"user": "userId", "item": "movieId", "rating": "rating", "timestamp": "timestamp", "time_unit": "s"},
             ),
         ),
+        items=(FileForm(("movies.csv",), _MOVIES),),
         url=_MOVIELENS,
     ),
-    "ml-100k": PublicSet(events=(FileForm(("u.data",)),), url=_MOVIELENS),
+    "ml-100k": PublicSet(events=(FileForm(("u.data",)),), items=(FileForm(("u.item",), _MOVIES),), url=_MOVIELENS),
     "recbole": PublicSet(events=(FileForm(("*.inter",)),)),
     "npz": PublicSet(events=(FileForm(("events.npz",)),)),
     "simulated": PublicSet(events=(FileForm(("events.parquet",)),), marker="simulation.json"),

@@ -26,7 +26,7 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -207,7 +207,12 @@ def _scan_delimited(file: Path, config: SourceConfig, table: str, separator: str
 
 
 def scan_text(
-    file: Path, layout: Sequence[str | None], separator: str, quote: str | None, header_lines: int
+    file: Path,
+    layout: Sequence[str | None],
+    separator: str,
+    quote: str | None,
+    header_lines: int,
+    encoding: Literal["utf8", "utf8-lossy"] = "utf8",
 ) -> pl.LazyFrame:
     """Read all values as text. `layout` names the fields of a line: "" skips a field, None requires it to be empty."""
     schema = {f"field_{index}": pl.String for index in range(len(layout) + 1)}
@@ -223,6 +228,7 @@ def scan_text(
         extra_columns="ignore",
         row_index_name=ROW,
         row_index_offset=1,
+        encoding=encoding,
         glob=False,
     )
     empty = [f"field_{index}" for index, name in enumerate(layout) if name is None]
@@ -322,19 +328,24 @@ def _key_to_set(canonical: str, names: Sequence[str], table: str) -> str:
     )
 
 
-def read_header(file: Path, separator: str, quote: str | None) -> list[str]:
-    """Column names in the first line of a text file."""
+def first_line(file: Path, encoding: str = "utf-8-sig") -> str:
+    """The first line of a text file, without its end."""
     try:
         with open_binary(file) as handle:
             content = handle.readline(MAX_LINE_BYTES + 1)
-            line = content.decode("utf-8-sig")
+            line = content.decode(encoding)
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: the header is not UTF-8 text ({error}); convert the file to UTF-8") from error
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{file}: the header cannot be read ({error}); write the file again") from error
     if len(content) > MAX_LINE_BYTES:
         raise _too_long(file, 1)
-    line = line.rstrip("\r\n")
+    return line.rstrip("\r\n")
+
+
+def read_header(file: Path, separator: str, quote: str | None) -> list[str]:
+    """Column names in the first line of a text file."""
+    line = first_line(file)
     names = line.split(separator)
     if quote is not None:
         try:
