@@ -25,9 +25,9 @@ from vista.config.choices import OnBadRows
 from vista.errors import DataError
 from vista.log.event_log import EventLog
 from vista.log.ingest.parts import read_part
-from vista.log.ingest.source_formats import MAX_COLUMNS, MAX_LINE_BYTES
 from vista.log.ingest.source_parser import SourceParser, memory_limit
 from vista.log.ingest.sources import open_sources
+from vista.log.ingest.text_files import MAX_COLUMNS, MAX_LINE_BYTES
 
 ROWS = [(1, 10, 5), (2, 20, 6)]
 BOMB_ROWS = 40_000_000

@@ -11,17 +11,12 @@ from typing import Any
 
 from vista.config import ItemTableConfig
 from vista.errors import ConfigError, DataError
+from vista.log.ingest.column_names import check_columns
 from vista.log.ingest.movielens_items import MOVIELENS, movielens_items
 from vista.log.ingest.public_sets import remedy_of_kind
 from vista.log.ingest.scanned_source import ROW, ScannedSource, source_of_frame
-from vista.log.ingest.source_formats import (
-    check_columns,
-    digest_of,
-    is_parquet,
-    read_header,
-    scan_text,
-    text_separator,
-)
+from vista.log.ingest.source_formats import is_parquet, text_separator
+from vista.log.ingest.text_files import digest_of, read_header, scan_text
 from vista.log.polars_extra import pl
 from vista.log.segment_manifest import MAX_FEATURES
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from vista.errors import DataError
+from vista.log.ingest.column_names import check_columns
 from vista.log.ingest.public_sets import remedy_of_kind
 from vista.log.ingest.scanned_source import EXTRA, ROW
-from vista.log.ingest.source_formats import check_columns, first_line, read_header, scan_text
+from vista.log.ingest.text_files import first_line, read_header, scan_text
 from vista.log.polars_extra import pl
 
 MOVIELENS = ("ml-1m", "ml-latest-small", "ml-100k")
