@@ -16,8 +16,8 @@ class SourceConfig(SourceColumns):
 
     kind: str = "table"
     """Format of the files: table (Parquet, CSV, or TSV with the columns named below), a known format (recbole, npz,
-    simulated), a public data set (ml-1m, ml-latest-small, ml-100k, complete-journey, amazon-reviews-2023), or auto,
-    which recognizes these by their file names."""
+    simulated), a public data set (ml-1m, ml-latest-small, ml-100k, complete-journey, amazon-reviews-2023,
+    kuairand), or auto, which recognizes these by their file names."""
     paths: list[str] = field(default_factory=list)
     """Files or folders to read. Several files are read in the order of their names."""
     timestamp: str | None = None
@@ -42,7 +42,7 @@ class PrepareConfig:
     events: SourceConfig = field(default_factory=SourceConfig)
     """Files of events."""
     impressions: SourceConfig | None = None
-    """Files of impressions with labels; null if there are none."""
+    """Files of impressions with labels; null for those of the data set of the events, or for none."""
     items: ItemTableConfig | None = None
     """Files of item features; null for those that a public data set has next to its events, or for none."""
     append: bool = False

@@ -33,6 +33,7 @@ from vista.log.ingest.new_segment import NewSegment
 from vista.log.ingest.packer import BUCKET_EVENTS, Packer
 from vista.log.ingest.parts import Part, read_part, write_quarantine
 from vista.log.ingest.prepare_report import PrepareReport
+from vista.log.ingest.public_sets import PUBLIC_SETS
 from vista.log.ingest.scanned_source import frame_source
 from vista.log.ingest.source_checks import check_sources, id_kinds, tasks_of
 from vista.log.ingest.source_parser import SourceParser
@@ -78,7 +79,7 @@ def prepare(
             run.add_items(items, is_inferred=False)
         if config.impressions is not None:
             run.add("impressions", config.impressions, open_sources(config.impressions, "impressions", files))
-        elif _is_simulated_with_impressions(events, run.sources["events"][0]):
+        elif _has_impressions(events, run.sources["events"][0]):
             run.add("impressions", events, open_sources(events, "impressions", files))
         return run.ingest()
 
@@ -129,8 +130,11 @@ def prepare_frames(
     return run.ingest()
 
 
-def _is_simulated_with_impressions(config: SourceConfig, source: Source) -> bool:
-    return config.kind == "simulated" and (Path(source.path).parent / "impressions.parquet").is_file()
+def _has_impressions(config: SourceConfig, source: Source) -> bool:
+    """Whether the set of the events also has impressions."""
+    if config.kind == "simulated":
+        return (Path(source.path).parent / "impressions.parquet").is_file()
+    return config.kind in PUBLIC_SETS and bool(PUBLIC_SETS[config.kind].labels)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -34,6 +34,8 @@ class PublicSet:
 
     events: tuple[FileForm, ...]
     """Forms of the files of events. A folder is read in the first form that it has."""
+    labels: tuple[str, ...] = ()
+    """Columns of labels, if the same files also hold impressions."""
     items: tuple[FileForm, ...] = ()
     """The same for item features, in the same folders."""
     marker: str = ""
@@ -144,6 +146,27 @@ PUBLIC_SETS = {
         marker="meta_*.jsonl*",
         has_text_ids=True,
         url="https://huggingface.co/datasets/McAuley-Lab/Amazon-Reviews-2023",
+    ),
+    "kuairand": PublicSet(
+        events=(
+            FileForm(
+                ("log_standard_*.csv",),
+                {"user": "user_id", "item": "video_id", "timestamp": "time_ms", "time_unit": "ms"},
+            ),
+        ),
+        labels=("is_click", "is_like", "is_follow", "is_comment", "is_forward", "is_hate", "long_view"),
+        items=(
+            FileForm(
+                ("video_features_basic_*.csv",),
+                {
+                    "item": "video_id",
+                    "categories": ["video_type", "upload_type", "music_type", "tag"],
+                    "numbers": ["video_duration", "server_width", "server_height"],
+                    "value_separator": ",",
+                },
+            ),
+        ),
+        url="https://zenodo.org/records/10439422",
     ),
 }
 """By the value of `kind`. `auto` takes the first that is recognized."""

@@ -32,6 +32,7 @@ from vista.config import SourceConfig
 from vista.errors import ConfigError, DataError
 from vista.log.ingest.column_names import check_columns
 from vista.log.ingest.json_lines import AMAZON, is_json_lines, scan_json_lines
+from vista.log.ingest.kuairand import KUAIRAND, kuairand_events
 from vista.log.ingest.public_sets import PUBLIC_SETS, remedy_of_kind
 from vista.log.ingest.scanned_source import ROW, ScannedSource
 from vista.log.ingest.sources import needed_columns
@@ -96,7 +97,11 @@ def _scan(file: Path, config: SourceConfig, table: str, max_bytes: int) -> _Scan
     if config.kind == "simulated":
         config = _simulated(file, table)
     elif config.kind in PUBLIC_SETS:
-        config = replace(config, **PUBLIC_SETS[config.kind].event_columns(file.name))
+        known = PUBLIC_SETS[config.kind]
+        labels = list(known.labels) if table == "impressions" else []
+        config = replace(config, **known.event_columns(file.name), labels=labels)
+    if config.kind == KUAIRAND and table == "events":
+        return *kuairand_events(file), True, config.time_unit
     if config.kind == AMAZON and is_json_lines(file):
         columns = needed_columns(config)
         rows = scan_json_lines(file, list(columns.values()), remedy_of_kind(config.kind))

@@ -21,6 +21,7 @@ from vista.log.ingest.public_sets import PUBLIC_SETS, FileForm, first_form, reme
 from vista.log.ingest.source_parser import SourceParser, npz_limit
 
 KINDS = ("auto", "table", *PUBLIC_SETS)
+KINDS_WITH_IMPRESSIONS = ("table", "simulated", *(kind for kind, known in PUBLIC_SETS.items() if known.labels))
 _TABLES = FileForm(("*.parquet", "*.csv", "*.csv.gz", "*.tsv"))
 
 
@@ -69,8 +70,10 @@ def open_sources(config: SourceConfig, table: str, parser: SourceParser) -> list
     if not config.paths:
         raise ConfigError(f"{table}.paths: name at least one file, such as {table}.paths=[ratings.csv]")
     config = with_kind(config)
-    if table == "impressions" and config.kind not in ("table", "simulated"):
-        raise ConfigError(f"{table}.kind: {config.kind} has no impressions; use table or simulated")
+    if table == "impressions" and config.kind not in KINDS_WITH_IMPRESSIONS:
+        raise ConfigError(
+            f"{table}.kind: {config.kind} has no impressions; use one of {', '.join(KINDS_WITH_IMPRESSIONS)}"
+        )
     if table == "impressions" and config.kind == "table":
         if not config.labels:
             raise ConfigError("impressions.labels: name at least one column of 0/1 labels")
