@@ -79,6 +79,7 @@ _REVIEWS = {
     "timestamp": "timestamp",
     "time_unit": "ms",
 }
+_PLAYS = {"user": "uid", "item": "item_id", "timestamp": "timestamp", "time_unit": "s"}
 PUBLIC_SETS = {
     "ml-1m": PublicSet(
         events=(FileForm(("ratings.dat",)),), items=(FileForm(("movies.dat",), _MOVIES),), url=_MOVIELENS
@@ -167,6 +168,22 @@ PUBLIC_SETS = {
             ),
         ),
         url="https://zenodo.org/records/10439422",
+    ),
+    "yambda": PublicSet(
+        events=(
+            FileForm(("multi_event.parquet",), {**_PLAYS, "action": "event_type"}),
+            FileForm(
+                (
+                    "listens.parquet",
+                    "likes.parquet",
+                    "dislikes.parquet",
+                    "unlikes.parquet",
+                    "undislikes.parquet",
+                ),
+                _PLAYS,
+            ),
+        ),
+        url="https://huggingface.co/datasets/yandex/yambda",
     ),
 }
 """By the value of `kind`. `auto` takes the first that is recognized."""

@@ -37,6 +37,7 @@ from vista.log.ingest.public_sets import PUBLIC_SETS, remedy_of_kind
 from vista.log.ingest.scanned_source import ROW, ScannedSource
 from vista.log.ingest.sources import needed_columns
 from vista.log.ingest.text_files import digest_of, read_header, scan_text
+from vista.log.ingest.yambda import YAMBDA, yambda_events
 from vista.log.polars_extra import pl
 
 MOVIELENS_COLUMNS = ("user", "item", "rating", "timestamp")
@@ -102,6 +103,8 @@ def _scan(file: Path, config: SourceConfig, table: str, max_bytes: int) -> _Scan
         config = replace(config, **known.event_columns(file.name), labels=labels)
     if config.kind == KUAIRAND and table == "events":
         return *kuairand_events(file), True, config.time_unit
+    if config.kind == YAMBDA:
+        return *yambda_events(file), False, config.time_unit
     if config.kind == AMAZON and is_json_lines(file):
         columns = needed_columns(config)
         rows = scan_json_lines(file, list(columns.values()), remedy_of_kind(config.kind))
