@@ -88,7 +88,10 @@ def test_kinds_are_recognized(tmp_path: Path) -> None:
         assert detect_kind(folder) == kind
     (tmp_path / "mine.csv").write_text("user,item\n1,2\n")
     assert detect_kind(tmp_path / "mine.csv") == "table"
-    with pytest.raises(DataError, match=r"contains none of ratings\.dat, ratings\.csv, u\.data"):
+    with pytest.raises(DataError, match="has the files of none of ml-1m, ml-latest-small, ml-100k, recbole"):
+        detect_kind(tmp_path)
+    (tmp_path / "events.parquet").touch()  # not enough for a simulation or for Complete Journey
+    with pytest.raises(DataError, match=r"has the files of none of .*; name the kind, or to read a table of your own"):
         detect_kind(tmp_path)
     with pytest.raises(DataError, match="no such file"):
         detect_kind(tmp_path / "absent")

@@ -45,11 +45,6 @@ class PublicSet:
     url: str = ""
     """Where to get the set; "" for a format."""
 
-    @property
-    def event_patterns(self) -> list[str]:
-        """Names of the files of events."""
-        return [pattern for form in self.events for pattern in form.patterns]
-
     def is_at(self, path: Path) -> bool:
         """Whether a folder, or else a file, is recognizably of this set."""
         if path.is_dir():

@@ -148,9 +148,10 @@ def detect_kind(path: str | Path) -> str:
             return kind
     if path.is_file():
         return "table"
-    names = dict.fromkeys(name for known in PUBLIC_SETS.values() for name in known.event_patterns)
-    problem = f"contains none of {', '.join(names)}" if path.is_dir() else "no such file"
-    raise DataError(f"{path}: {problem}; to read a table of your own, name the file, kind=table, and its columns")
+    problem = f"has the files of none of {', '.join(PUBLIC_SETS)}" if path.is_dir() else "no such file"
+    raise DataError(
+        f"{path}: {problem}; name the kind, or to read a table of your own, the file, kind=table, and its columns"
+    )
 
 
 def _files(config: SourceConfig, table: str) -> list[Path]:
