@@ -31,7 +31,7 @@ UNREAD_BY_BASELINES = (
 )
 """Keys of ModelConfig for what baselines do not have; their lines do not record these keys."""
 OF_FEATURES = ("use_item_features", "id_dropout")
-"""Keys of ModelConfig for features of items, which no log of the tables has; lines do not record these keys."""
+"""Keys of ModelConfig for features of items, which no row of the tables reads; lines do not record these keys."""
 UNTRAINED_SEED = 0
 PLANNED = {
     "data": ("exclude_seen", "num_negatives", "tokens_per_batch"),
@@ -120,6 +120,7 @@ def train_config(table: Table, row: TableRow) -> TrainConfig:
     """The training configuration of a row."""
     words = [f"experiment={table.experiment}"] if table.experiment else []
     words += SETS[table.data].words if table.simulation is None else ()
+    words += ["model.use_item_features=false"]
     words += () if table.windows or table.curve else NO_RETURNS
     return compose_config(TrainConfig, [*words, *table.words, *row.words])
 
