@@ -13,12 +13,13 @@ import torch
 
 from tests.conftest import small_config, small_frame
 from tests.training.test_trainer import assert_same_result
-from vista.config import EvaluateConfig, SourceColumns
-from vista.config.choices import Architecture, Codec, ItemStart
+from vista.config import EvaluateConfig, SourceColumns, TrainConfig
+from vista.config.choices import Architecture, Codec, ItemStart, Split, Stage
 from vista.errors import ConfigError
 from vista.evaluation.evaluate import evaluate_scorer
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until, visible_counts
+from vista.model.added_items import with_items
 from vista.model.ranking_model import RankingModel
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh
@@ -190,3 +191,57 @@ def test_a_hashed_table_has_no_features(log: EventLog, tmp_path: Path) -> None:
     config.model = replace(config.model, embedding_rows=32)
     with pytest.raises(ConfigError, match=r"model\.embedding_rows=32: a hashed table has no rows for features"):
         trainer.Trainer(config, log)
+
+
+@pytest.fixture(scope="module")
+def shown_log(impression_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> EventLog:
+    """The log with impressions, with features of its items in a segment of its own."""
+    path = tmp_path_factory.mktemp("shown") / "log"
+    shutil.copytree(impression_log.path, path)
+    items = impression_log.items.ids(range(impression_log.num_items))
+    return EventLog.from_frame(None, path, append=True, items=feature_frame(items))
+
+
+def shown_config(log: EventLog, run_dir: Path, **changes: Any) -> TrainConfig:
+    times = np.sort(np.asarray(log.impressions.timestamp))  # type: ignore[union-attr]
+    split = {
+        "data__split": Split.time,
+        "data__validation_from": str(times[int(0.6 * len(times))]),
+        "data__test_from": str(times[int(0.8 * len(times))]),
+    }
+    return feature_config(log, run_dir, **split, optim__epochs=1, **changes)
+
+
+@pytest.mark.parametrize("architecture", [Architecture.din, Architecture.sim, Architecture.twin])
+def test_models_that_rank_only_learn_features(shown_log: EventLog, tmp_path: Path, architecture: Architecture) -> None:
+    limits = {"model__history_limit": 8} if architecture is Architecture.din else {"model__search_top_k": 4}
+    config = shown_config(shown_log, tmp_path, model__architecture=architecture, **limits)
+    model = train_model(config, shown_log)
+    assert model.features is not None and model.features.values.any()
+    assert len(model.schema.item_features) == 4
+
+
+@pytest.mark.parametrize("is_extended", [False, True])
+def test_downstream_models_keep_the_features_of_their_base(
+    shown_log: EventLog, tmp_path: Path, is_extended: bool
+) -> None:
+    config = shown_config(shown_log, tmp_path / "base", optim__tasks=["click"])
+    base = train(config, shown_log)
+    cut = int(np.sort(np.asarray(shown_log.impressions.timestamp))[len(shown_log.impressions.timestamp) // 3])  # type: ignore[union-attr]
+    refresh(base, shown_log, tmp_path / "store", until=cut)
+    if is_extended:
+        assert shown_log.item_features is not None
+        base = with_items(base, [10**6, 10**6 + 1], shown_log.item_features.select(np.array([3, 5])))
+        base.save_pretrained(tmp_path / "base" / "best")
+    later = replace(
+        config,
+        optim=replace(config.optim, tasks=["like"], next_weight=0.0),
+        stage=Stage.downstream,
+        base=str(tmp_path / "base" / "best"),
+        store=str(tmp_path / "store"),
+        run_dir=str(tmp_path / "later"),
+    )
+    model = train(later, shown_log)
+    assert model.summarizer_id() == base.summarizer_id() and model.num_trained_items == base.num_trained_items
+    rows = torch.arange(1 + len(base.items))
+    assert torch.equal(model.item_vectors(rows), base.item_vectors(rows))
