@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from tests.conftest import sign_model
 from vista.config import DataConfig, ModelConfig
+from vista.errors import CheckpointError
 from vista.log.histories import offsets_of
 from vista.log.item_features import CategoryColumn, ItemFeatures, NumberColumn, VectorColumn
 from vista.log.vocabulary import Vocabulary
 from vista.model.added_items import with_items
 from vista.model.feature_spec import FeatureSpec
-from vista.model.item_feature_table import ItemFeatureTable
+from vista.model.item_feature_table import FEATURES_FILE, ItemFeatureTable
 from vista.model.schema import Schema
 from vista.model.vista_model import VistaModel
 
@@ -126,3 +132,48 @@ def test_histories_know_trained_items_only(model: VistaModel) -> None:
     rows = grown.item_rows([0, *NEW, 11])
     assert rows.tolist() == [1, 13, 14, 15, 12]
     assert grown.history_rows(rows).tolist() == [1, 0, 0, 0, 12]
+
+
+DAMAGE: dict[str, Any] = {
+    "offsets that wrap": lambda t: t["offsets"].__setitem__(slice(1, 3), torch.tensor([2**62, -(2**62)])),
+    "an entry of another model": lambda t: t["entry"].__setitem__(0, 10_000),
+    "a weight that is not a number": lambda t: t["weight"].__setitem__(0, math.nan),
+    "floats for integers": lambda t: t.update(offsets=t["offsets"].float()),
+    "a missing tensor": lambda t: t.pop("dense"),
+    "another number of items": lambda t: t.update(offsets=t["offsets"][:-1]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_features_are_refused(model: VistaModel, tmp_path: Path, damage: str) -> None:
+    model.save_pretrained(tmp_path)
+    file = tmp_path / FEATURES_FILE
+    content = file.read_bytes()
+    tensors = load_file(file)
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match="its content is not what was exported"):
+        VistaModel.from_pretrained(tmp_path)
+    DAMAGE[damage](tensors)
+    save_file(tensors, file)
+    sign_model(tmp_path)
+    with pytest.raises(CheckpointError, match=r"do not fit the model|must hold"):
+        VistaModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda fields: fields.update(num_trained_items=13), "but was trained on 13"),
+        (lambda fields: fields["schema"]["item_features"][1].update(mean=10**400), "must be finite floats"),
+        (lambda fields: fields["schema"]["item_features"][1].update(name="brand"), "two columns have one name"),
+        (lambda fields: fields["schema"]["item_features"].pop(), "does not fit its config.json"),
+        (lambda fields: fields["schema"].update(item_features=[3]), "must be a mapping"),
+    ],
+)
+def test_a_description_that_does_not_fit_is_refused(
+    model: VistaModel, tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    model.save_pretrained(tmp_path)
+    sign_model(tmp_path, change)
+    with pytest.raises(CheckpointError, match=message):
+        VistaModel.from_pretrained(tmp_path)
