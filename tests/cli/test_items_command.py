@@ -54,12 +54,14 @@ def test_a_scorer_in_service_ranks_new_items(served: tuple[Path, Path]) -> None:
     with Scorer.open(model, store) as scorer:
         before = scorer.score([100, 104], KNOWN)
         unknown = scorer.score([100, 104], NEW)
+        encoded = scorer.encode(KNOWN)
         assert (unknown == unknown[:, :1]).all()  # all of them are the unknown item
         words = add(model, table([*NEW, *KNOWN[:4]]))
         assert words == f"{model}: 3 items added, {len(KNOWN) + 3} in all; 4 were known already"
         assert np.array_equal(scorer.score([100, 104], NEW), unknown)  # until it reloads
         assert scorer.reload()
         assert np.array_equal(scorer.score([100, 104], KNOWN), before)
+        assert np.array_equal(scorer.score([100, 104], encoded), before)
         ranked = scorer.score([100, 104], NEW)
         assert len(np.unique(ranked)) == 6
         items, _ = scorer.item_vectors()

@@ -22,12 +22,14 @@ class CandidateSet:
 
     rows: NDArray[np.int64]
     """Model rows, [C] (the same for every user) or [B, C]."""
-    vocabulary: str
-    """Digest of the item vocabulary that the rows refer to."""
+    vocabulary: tuple[int, str]
+    """Number of items and digest of the vocabulary that the rows refer to."""
 
     @classmethod
     def of(cls, snapshot: ServingSnapshot, candidates: Any, on_missing: OnMissing) -> CandidateSet:
-        """Look up item ids [C] or [B, C] in the vocabulary in service; a `CandidateSet` of it is returned as it is.
+        """Look up item ids [C] or [B, C] in the vocabulary in service.
+
+        A `CandidateSet` of it, or of its first items, is returned as it is: items that are added to a model come last.
 
         Raises:
             UnknownItemError: an id is unknown, and `on_missing` is "raise".
@@ -35,7 +37,7 @@ class CandidateSet:
                 many, or the set was encoded for another vocabulary.
         """
         if isinstance(candidates, CandidateSet):
-            if candidates.vocabulary != snapshot.vocabulary:
+            if not snapshot.begins_with(*candidates.vocabulary):
                 raise ValueError("candidates: were encoded for another model; call encode again after a reload")
             return candidates
         require_most(length_of(candidates), MAX_IDS, "candidates")

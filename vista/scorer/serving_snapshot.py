@@ -67,7 +67,9 @@ class ServingSnapshot:
         self.identity = identity
         self._pairs_per_pass = pairs_per_pass
         self._cosines_per_pass = cosines_per_pass
-        self.vocabulary = model.items.digest()
+        self.vocabulary = len(model.items), model.items.digest()
+        self._digests = dict([self.vocabulary])
+        """By number of items: digest of so many first items of the vocabulary."""
         self.tasks = [*model.schema.tasks, *([NEXT_TASK] if model.has_retrieval else [])]
         self.empty = inference.empty_summary(model)
         self.calls: set[object] = set()
@@ -88,6 +90,12 @@ class ServingSnapshot:
         none = np.zeros(0, np.int64)
         tail = pad_tail(model, none, none, none, np.zeros(2, np.int64))
         self.scores(Request(self.empty, tail, None, np.ones(1, bool)), torch.zeros(1, dtype=torch.int64), self.tasks)
+
+    def begins_with(self, num_items: int, digest: str) -> bool:
+        """Whether the vocabulary's first items are those of a vocabulary with this number of items and digest."""
+        if num_items not in self._digests and num_items < len(self.model.items):
+            self._digests[num_items] = self.model.items.part(0, num_items).digest()
+        return self._digests.get(num_items) == digest
 
     def require_task(self, task: str) -> None:
         """Raise ValueError if the model lacks a task."""
