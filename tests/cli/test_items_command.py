@@ -85,7 +85,7 @@ def test_a_value_that_training_did_not_see_is_missing(served: tuple[Path, Path])
         rows[name] = [rows[name][0]] * 3
     rows["brand"] = ["a new brand", None, "brand 1"]
     words = add(model, rows)
-    assert words.endswith("brand: 1 of 2 values, such as 'a new brand', were not seen in training and are missing")
+    assert words.endswith("brand: not seen in training, treated as missing: 1 of 2 values, such as 'a new brand'")
     with Scorer.open(model, store) as scorer:
         first, second, third = scorer.score([104], NEW)[0]
     assert first == second != third
@@ -140,7 +140,7 @@ def test_bad_tables_change_nothing(served: tuple[Path, Path]) -> None:
         add(model, table([5000, 5000]))
     with pytest.raises(DataError, match="column 'price' has type List"):
         add(model, rows | {"price": rows["text"]})
-    with pytest.raises(ConfigError, match="name no columns under categories"):
+    with pytest.raises(ConfigError, match="do not set categories"):
         add(model, rows, categories=["brand"])
     assert {path.name: path.read_bytes() for path in model.iterdir()} == before
 
@@ -148,7 +148,7 @@ def test_bad_tables_change_nothing(served: tuple[Path, Path]) -> None:
 def test_a_model_without_features_is_refused(tmp_path: Path) -> None:
     log = EventLog.from_frame(small_frame(), tmp_path / "log", time_unit="ms")
     train(small_config(log, tmp_path / "run", optim__epochs=1), log)
-    with pytest.raises(ConfigError, match="was trained without features of items"):
+    with pytest.raises(ConfigError, match="was trained without item features"):
         add(tmp_path / "run" / "best", table(NEW))
     with pytest.raises(CheckpointError, match="no readable model"):
         run_items_add(ItemsAddConfig(model=str(tmp_path / "nothing")))

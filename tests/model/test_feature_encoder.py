@@ -145,10 +145,10 @@ def test_vectors_are_scaled_to_length_one() -> None:
         ({"mean": 10**400}, "mean, scale, and bounds must be finite"),
         ({"bounds": [math.nan]}, "mean, scale, and bounds must be finite"),
         ({"bounds": 5}, "bounds must be a list"),
-        ({"bounds": [1.0]}, "others have none"),
+        ({"bounds": [1.0]}, "other kinds take none"),
         ({"kind": "number", "size": 3, "bounds": [2.0, 1.0]}, "bounds must ascend"),
-        ({"name": ""}, "a name must be a text"),
-        ({"kind": "number", "size": 3, "bounds": [1.0]}, "one bound fewer"),
+        ({"name": ""}, "a name must be a non-empty string"),
+        ({"kind": "number", "size": 3, "bounds": [1.0]}, "a number needs size - 1 bounds"),
     ],
 )
 def test_impossible_columns_are_refused(change: dict[str, object], message: str) -> None:

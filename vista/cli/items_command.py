@@ -36,7 +36,7 @@ class ItemsAdded:
     def __str__(self) -> str:
         known = f"; {self.num_known:,} were known already" if self.num_known else ""
         lines = [f"{self.model}: {self.num_added:,} items added, {self.num_items:,} in all{known}"]
-        lines += [f"{name}: {what}, were not seen in training and are missing" for name, what in self.unseen.items()]
+        lines += [f"{name}: not seen in training, treated as missing: {what}" for name, what in self.unseen.items()]
         return "\n".join(lines)
 
 
@@ -55,8 +55,8 @@ def run_items_add(config: ItemsAddConfig) -> ItemsAdded:
         columns = {column.name: column.kind for column in model.schema.item_features}
         if not columns:
             raise ConfigError(
-                f"model={folder}: was trained without features of items, so it cannot rank an item that it was not "
-                "trained on; add features with `vista prepare items.paths=[…]`, and train again"
+                f"model={folder}: was trained without item features, so it cannot rank new items; add features to the "
+                "log with `vista prepare append=true items.paths=[…]`, then retrain"
             )
         dims = {column.name: column.size for column in model.schema.item_features if column.kind == "vector"}
         items, features, num_known = read_new_items(with_columns(config.items, columns), model.items, dims)

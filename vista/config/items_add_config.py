@@ -22,5 +22,5 @@ class ItemsAddConfig:
         require(
             self.items.is_inferred,
             "items",
-            "name no columns under categories, numbers, or vectors: those of the model are read",
+            "do not set categories, numbers, or vectors; the model's own columns are read",
         )

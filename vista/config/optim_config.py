@@ -25,14 +25,16 @@ class OptimConfig:
     gradient_clip: float = 1.0
     """Maximum global norm of the gradient."""
     epochs: int | None = None
-    """Maximum number of epochs, which are passes over the training histories. null: as many as make about 1,000 steps
-    with model.counters; else as many as make about 3,000 steps, or as fit into optim.minutes."""
+    """Maximum number of epochs, which are passes over the training histories. null: enough for about 1,000 steps with
+    model.counters, else about 3,000, and at most 30 epochs. With optim.minutes and no counters, only the time limits
+    training."""
     minutes: float | None = None
-    """Maximum number of minutes that training takes, validation included. The time of the first steps decides how many
-    steps fit, and the learning rate falls over these steps. null: optim.epochs decides alone."""
+    """Maximum number of minutes that training takes, validation included. vista times the first steps to decide how
+    many fit, and decays the learning rate over them. If optim.epochs or model.counters limits training further, it ends
+    earlier. null: no time limit."""
     next_weight: float | None = None
-    """Weight of the sampled softmax over next items. 0 does not train next items, and validates windows instead. null:
-    0 if model.counters is on, windows are trained, and data.split holds out more than one event; else 1."""
+    """Weight of the sampled softmax over next items. 0 turns off next-item training and validates on windows instead.
+    null: 0 if model.counters is on, windows are trained, and data.split is time or share; else 1."""
     window_weight: float | None = None
     """Weight of the softmax over the items of the window that follows a question (`data.horizon_events`). 0 does not
     train windows. null: 1 with model.counters, else 0."""

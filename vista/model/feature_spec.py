@@ -1,4 +1,4 @@
-"""What a model keeps of a column of item features: how its values become numbers."""
+"""How a model encodes one column of item features."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class FeatureSpec:
     """Of a number: mean and standard deviation. Of a vector: 0, and the root mean square of its length."""
 
     def __post_init__(self) -> None:
-        require(type(self.name) is str and self.name != "", "schema.item_features", "a name must be a text")
+        require(type(self.name) is str and self.name != "", "schema.item_features", "a name must be a non-empty string")
         where = f"schema.item_features.{self.name}"
         require(self.kind in KINDS, where, f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
         require(type(self.size) is int and self.size > 0, where, f"size must be at least 1, got {self.size!r}")
@@ -43,7 +43,7 @@ class FeatureSpec:
         finite = all(type(number) is float and math.isfinite(number) for number in numbers)
         require(finite and self.scale > 0, where, "mean, scale, and bounds must be finite floats, and scale positive")
         buckets = self.size - 1 if self.kind == "number" else 0
-        require(len(self.bounds) == buckets, where, "a number has one bound fewer than buckets, and others have none")
+        require(len(self.bounds) == buckets, where, "a number needs size - 1 bounds; other kinds take none")
         require(all(low < high for low, high in pairwise(self.bounds)), where, "bounds must ascend")
 
     @property

@@ -131,7 +131,7 @@ class ItemFeatureTable(nn.Module):
         return cls(**tensors, values=values)
 
     def fits(self, num_rows: int, num_values: int, num_dense: int) -> bool:
-        """Whether it has this number of model rows and of dense inputs, and no other rows of an encoder's embedding."""
+        """Whether it has `num_rows` rows and `num_dense` dense inputs, and all entries are below `num_values`."""
         entry, weight, offsets, dense = self.entry, self.weight, self.offsets, self.dense
         return (
             offsets.shape == (num_rows + 1,)

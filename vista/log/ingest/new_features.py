@@ -69,7 +69,7 @@ def write_features(
         before: the earlier segments of the log.
         scratch: folder for temporary files.
         dims: by name of a column, the length that its vectors must have, even if there are none.
-        left_out: what rows of the tables are that the vocabulary lacks.
+        left_out: how a log message calls rows whose item is not in the vocabulary.
 
     Raises:
         DataError: if an item has two rows, no item is in the log, or a column does not fit that of the log, has too
