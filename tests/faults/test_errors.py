@@ -19,9 +19,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from tests.conftest import small_config
+from tests.conftest import small_config, small_frame
 from tests.faults import operations
 from tests.faults.api_calls import API_CALLS, ApiCall
 from tests.faults.harness import Trial, promise
@@ -33,6 +34,8 @@ from vista.cli.command_table import COMMANDS
 from vista.cli.main import main
 from vista.config.config_keys import ConfigKeys, to_yaml
 from vista.errors import shortened, shown
+from vista.log.event_log import EventLog
+from vista.training.trainer import train
 
 """Of a message: hostile values must not fill a log."""
 HOSTILE_CALLS = [(name, place) for name, one in API_CALLS.items() for place in range(len(one.values))]
@@ -177,6 +180,8 @@ def words_of(command: str, folder: Path) -> list[str]:
             return [places[0], f"events={folder}/deletions.csv", "time_unit=ms"]
         case "log erase":
             return [places[0], "users=[101]"]
+        case "items add":
+            return [f"model={folder}/featured/best", f"items.paths=[{folder}/new-items.csv]"]
         case "store erase":
             return [places[2], places[0], "users=[101]"]
         case "store get":
@@ -205,6 +210,13 @@ def make_world_of_commands(say: Say, folder: str) -> None:
     pl.DataFrame(operations.first_event()).write_csv(root / "deletions.csv")
     config = small_config(operations.log_of(root), "unused", optim__epochs=1)
     (root / "train.yaml").write_text(to_yaml(config))
+
+    frame = small_frame()
+    items = np.unique(frame["item"])
+    features = {"item": items, "brand": [f"brand {item % 7}" for item in items]}
+    log = EventLog.from_frame(frame, root / "featured-log", time_unit="ms", items=features)
+    train(small_config(log, root / "featured", optim__epochs=1), log)
+    pl.DataFrame({"item": [7000, 7001], "brand": ["brand 3", "brand 9"]}).write_csv(root / "new-items.csv")
 
 
 @pytest.fixture(scope="module")
