@@ -206,6 +206,8 @@ def our_config(options: argparse.Namespace, log: EventLog, seed: int, run_dir: P
             warmup_steps=WARMUP_STEPS,
             gradient_clip=GRADIENT_CLIP,
             epochs=options.epochs,
+            next_weight=1.0,
+            window_weight=0.0,
             validate_every=0,
         ),
         run_dir=str(run_dir),
