@@ -161,11 +161,12 @@ def recorded_config(table: Table, row: TableRow) -> dict[str, Any]:
         target = Target.window if table.windows else Target.next
         settings = baseline_settings(row.untrained, asked_horizons(EvaluateConfig(target=target)))
         return recorded | ({"baseline": settings} if settings else {})
-    model = values["model"]
+    unread = set(OF_FEATURES)
     if config.model.architecture is not Architecture.vista:
-        model = {key: value for key, value in model.items() if key not in UNREAD_BY_BASELINES}
-    unread = (*OF_FEATURES, *(("counted_dropout",) if config.model.counters is False else ()))
-    model = {key: value for key, value in model.items() if key not in unread}
+        unread.update(UNREAD_BY_BASELINES)
+    if config.model.counters is False:
+        unread.add("counted_dropout")
+    model = {key: value for key, value in values["model"].items() if key not in unread}
     recorded |= {"model": model, "optim": values["optim"]}
     if any(recorded[group].get(key, "absent") is None for group, keys in PLANNED.items() for key in keys):
         recorded["plan"] = dict(PLAN)

@@ -70,12 +70,12 @@ def run_items_add(config: ItemsAddConfig) -> ItemsAdded:
 
 def _unseen_values(features: ItemFeatures, model: VistaModel) -> dict[str, str]:
     """By name of a category column: how many of its values training did not see, with an example."""
-    assert model.features is not None and model.features.table is not None
-    unseen = {}
+    assert model.feature_table is not None
+    known, unseen = model.feature_table.values, {}
     for name, column in features.columns.items():
         if isinstance(column, CategoryColumn) and len(column.values):
             values = column.values.ids(range(len(column.values)))
-            new = values[model.features.table.values[name].rows(values.tolist()) < 0]
+            new = values[known[name].rows(values.tolist()) < 0]
             if len(new):
                 unseen[name] = f"{len(new):,} of {len(values):,} values, such as {shown(new[0])}"
     return unseen

@@ -12,9 +12,9 @@ class ItemTableConfig:
     """Files of a table with one row per item, and which of its columns are features.
 
     If `categories`, `numbers`, and `vectors` are all null, every column is read and its type decides: text, booleans,
-    and lists of text are categories, floats are numbers, and lists of floats are vectors. In
-    Parquet files, integer columns are then refused, because they could be categories or numbers. In CSV and TSV files,
-    every column counts as text and becomes a category, so name the columns. Otherwise only the named columns are read.
+    and lists of text are categories, floats are numbers, and lists of floats are vectors. In Parquet files, integer
+    columns are then refused, because they could be categories or numbers. In CSV and TSV files, every column counts as
+    text and becomes a category, so name the columns. Otherwise only the named columns are read.
     """
 
     paths: list[str] = field(default_factory=list)

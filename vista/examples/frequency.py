@@ -45,8 +45,11 @@ def item_frequency(
     if frequency.any():
         # With a random vector, an item without training events must be a negative, as often as the rarest items are.
         # Nothing else would keep it out of the top of users' lists.
-        random = frequency == 0 if has_features is None else (frequency == 0) & ~has_features[: len(frequency)]
-        frequency[1:][random[1:]] = 1
+        is_random = frequency == 0
+        is_random[0] = False
+        if has_features is not None:
+            is_random &= ~has_features[: len(frequency)]
+        frequency[is_random] = 1
     return frequency
 
 

@@ -21,7 +21,7 @@ def with_items(model: VistaModel, ids: Ids, features: ItemFeatures) -> VistaMode
     Raises:
         ValueError: the model has no features, or an id is known, comes twice, or is out of order.
     """
-    if model.features is None or model.features.table is None:
+    if model.feature_table is None:
         raise ValueError("the model has no features of items")
     items, count = model.items.extended(ids), len(ids)
     if len(items) != len(model.items) + count or items.part(len(model.items)).ids(range(count)).tolist() != list(ids):
@@ -33,6 +33,6 @@ def with_items(model: VistaModel, ids: Ids, features: ItemFeatures) -> VistaMode
         least = model.item_popularity[1:].min()  # that of the rarest items
         weights["item_popularity"] = torch.cat([model.item_popularity, least.expand(count)])
     made.load_state_dict(weights)
-    made.set_item_features(model.features.table.extended(features, model.schema.item_features))
+    made.set_item_features(model.feature_table.extended(features, model.schema.item_features))
     made.num_trained_items = model.num_trained_items
     return made.train(model.training)

@@ -157,15 +157,11 @@ def checksum_of(fields: dict[str, Any]) -> str:
 
 def _schema(fields: dict[str, Any]) -> Schema:
     ratings, features = fields.get("rating_range"), fields.get("item_features")
-    return Schema(
-        **fields
-        | {
-            "rating_range": tuple(ratings) if isinstance(ratings, list) else ratings,
-            "item_features": [FeatureSpec(**feature) for feature in features]
-            if isinstance(features, list)
-            else features,
-        }
-    )
+    if isinstance(ratings, list):
+        fields = fields | {"rating_range": tuple(ratings)}
+    if isinstance(features, list):
+        fields = fields | {"item_features": [FeatureSpec(**feature) for feature in features]}
+    return Schema(**fields)
 
 
 def unreadable_model(folder: Path, error: Exception) -> CheckpointError:

@@ -155,9 +155,14 @@ class RankingModel(nn.Module):
         centered = log_frequency - log_frequency.mean()
         self.item_popularity[1:] = torch.from_numpy(centered / max(float(centered.std()), 1e-6))
 
+    @property
+    def feature_table(self) -> ItemFeatureTable | None:
+        """The encoded features of the items; None for a model without features."""
+        return None if self.features is None else self.features.table
+
     def take_catalog(self, other: RankingModel) -> None:
         """Take the encoded features and the number of trained items of a model with the same vocabulary."""
-        self.set_item_features(None if other.features is None else other.features.table)
+        self.set_item_features(other.feature_table)
         self.num_trained_items = other.num_trained_items
 
     def set_item_features(self, table: ItemFeatureTable | None) -> None:
@@ -230,8 +235,8 @@ class RankingModel(nn.Module):
                 weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
                 save_file(weights, partial / WEIGHTS_FILE)
                 self.items.save(partial, "items")
-                if self.features is not None and self.features.table is not None:
-                    self.features.table.save(partial)
+                if self.feature_table is not None:
+                    self.feature_table.save(partial)
                 self.save_serving_tables(partial)
                 self.description().write(partial)
                 if card is not None:

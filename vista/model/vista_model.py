@@ -343,8 +343,8 @@ class VistaModel(RankingModel):
                     tensor = tensor[: 1 + count]
                 parts.append(name.encode() + str(tuple(tensor.shape)).encode())
                 parts.append(tensor.detach().cpu().contiguous().numpy().reshape(-1).view(np.uint8).data)
-        if self.features is not None and self.features.table is not None:
-            parts += self.features.table.content(1 + count)
+        if self.feature_table is not None:
+            parts += self.feature_table.content(1 + count)
         # SHA-256 takes half a second at 10^6 items, 30 times as long as the check whether anything has changed.
         quick = xxhash.xxh3_128()
         for part in parts:

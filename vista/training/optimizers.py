@@ -22,7 +22,10 @@ class Optimizers:
 
     def __init__(self, model: RankingModel, optim: OptimConfig) -> None:
         self._optim = optim
-        self._tables = [model.item_table] + ([] if model.features is None else [model.features.values])
+        tables = [(model.item_table, optim.table_rate)]
+        if model.features is not None:
+            tables.append((model.features.values, 1.0))
+        self._tables = [table for table, _ in tables]
         is_table = {id(p) for p in self._tables}
         self._dense = [p for p in model.parameters() if p.requires_grad and id(p) not in is_table]
         counted = [p for head in (model.counted, model.popularity) if head is not None for p in head.parameters()]
@@ -44,10 +47,7 @@ class Optimizers:
             betas=BETAS,
         )
         self.table = torch.optim.SparseAdam(
-            [
-                {"params": [table], FACTOR: rate}
-                for table, rate in zip(self._tables, (optim.table_rate, 1.0), strict=False)
-            ],
+            [{"params": [table], FACTOR: rate} for table, rate in tables],
             lr=optim.learning_rate,
             betas=BETAS,
         )

@@ -45,9 +45,9 @@ def plan_run(config: TrainConfig, log: EventLog, since: int | None = None) -> Tr
 
     data.exclude_seen = leaves_out_seen(log, data)
     reasons += _plan_counters(config, model, optim, returns=not data.exclude_seen and not trained_tasks(log, optim))
-    steps, batches_per_epoch = STEPS, BATCHES_PER_EPOCH
+    wanted_steps, batches_per_epoch = STEPS, BATCHES_PER_EPOCH
     if model.counters:
-        steps, batches_per_epoch = STEPS_WITH_COUNTERS, BATCHES_WITH_COUNTERS
+        wanted_steps, batches_per_epoch = STEPS_WITH_COUNTERS, BATCHES_WITH_COUNTERS
     if data.tokens_per_batch is None:
         least, most = TOKENS_PER_BATCH
         nearest = 2 ** round(math.log2(max(num_events / batches_per_epoch, 1)))
@@ -58,7 +58,7 @@ def plan_run(config: TrainConfig, log: EventLog, since: int | None = None) -> Tr
         reasons.append(f"data.num_negatives={data.num_negatives} ({log.num_items:,} items)")
     batches = max(math.ceil(num_events / data.tokens_per_batch), 1)
     if optim.epochs is None and (optim.minutes is None or model.counters):
-        optim.epochs = min(max(round(steps / batches), 1), MOST_EPOCHS)
+        optim.epochs = min(max(round(wanted_steps / batches), 1), MOST_EPOCHS)
         reasons.append(f"optim.epochs={optim.epochs} (about {batches:,} steps per epoch)")
     if optim.warmup_steps is None and optim.epochs is not None and optim.minutes is None:
         steps = batches * optim.epochs

@@ -17,7 +17,7 @@ from vista.log.ingest.movielens_items import MOVIELENS, movielens_items
 from vista.log.ingest.public_sets import remedy_of_kind
 from vista.log.ingest.scanned_source import EXTRA, ROW, ScannedSource, source_of_frame
 from vista.log.ingest.source_formats import is_parquet, text_separator
-from vista.log.ingest.text_files import digest_of, read_header, scan_text
+from vista.log.ingest.text_files import file_source, read_header, scan_text
 from vista.log.polars_extra import pl
 from vista.log.segment_manifest import MAX_FEATURES
 
@@ -40,20 +40,10 @@ def scan_items(file: Path, config: ItemTableConfig, kind: str) -> ScannedSource:
     """
     try:
         frame, columns, is_text = _scan(file, config, kind)
-        size, digest = digest_of(file, check_lines=is_text and file.suffix != ".gz")
+        return file_source(file, _split(frame, config.value_separator), columns, is_text=is_text)
     except (OSError, pl.exceptions.PolarsError) as error:
         reason = str(error).partition("\n")[0]
         raise DataError(f"{file}: cannot be read: {reason}; write the file again") from error
-    return ScannedSource(
-        path=str(file),
-        name=file.name,
-        digest=digest,
-        size=size,
-        columns=columns,
-        is_text=is_text,
-        time_unit=None,
-        frame=_split(frame, config.value_separator),
-    )
 
 
 def _scan(file: Path, config: ItemTableConfig, kind: str) -> tuple[pl.LazyFrame, dict[str, str], bool]:

@@ -93,7 +93,7 @@ def parse(source: ScannedSource, kinds: Mapping[str, str], table: str) -> tuple[
         dtype = schema[column]
         role = column.split(":")[0]
         if role in ("category", "number", "vector"):
-            typed[column], of_column = _feature(column, role, source)
+            typed[column], of_column = _feature(column, role, dtype, source)
             rules += of_column
             continue
         wrong = dtype.is_nested() or dtype.is_decimal() or dtype in (pl.Binary, pl.Object, pl.Duration, pl.Time)
@@ -283,8 +283,8 @@ def _number(column: str, role: str) -> tuple[pl.Expr, list[RowRule]]:
     ]
 
 
-def _feature(column: str, kind: str, source: ScannedSource) -> tuple[pl.Expr, list[RowRule]]:
-    raw, dtype = pl.col(column), source.frame.collect_schema()[column]
+def _feature(column: str, kind: str, dtype: pl.DataType, source: ScannedSource) -> tuple[pl.Expr, list[RowRule]]:
+    raw = pl.col(column)
     if kind == "category":
         return raw.cast(pl.List(pl.String)) if dtype.is_nested() else pl.concat_list(raw.cast(pl.String)), []
     if kind == "number":

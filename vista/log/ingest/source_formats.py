@@ -36,7 +36,7 @@ from vista.log.ingest.kuairand import KUAIRAND, kuairand_events
 from vista.log.ingest.public_sets import PUBLIC_SETS, remedy_of_kind
 from vista.log.ingest.scanned_source import ROW, ScannedSource
 from vista.log.ingest.sources import needed_columns
-from vista.log.ingest.text_files import digest_of, read_header, scan_text
+from vista.log.ingest.text_files import file_source, read_header, scan_text
 from vista.log.ingest.yambda import YAMBDA, yambda_events
 from vista.log.polars_extra import pl
 
@@ -68,20 +68,10 @@ def scan_source(file: Path, config: SourceConfig, table: str, max_bytes: int) ->
     """
     try:
         frame, columns, is_text, time_unit = _scan(file, config, table, max_bytes)
-        size, digest = digest_of(file, check_lines=is_text and file.suffix != ".gz")
+        return file_source(file, frame, columns, is_text=is_text, time_unit=time_unit)
     except (OSError, pl.exceptions.PolarsError) as error:
         reason = str(error).partition("\n")[0]
         raise DataError(f"{file}: cannot be read as {config.kind}: {reason}; check {table}.kind") from error
-    return ScannedSource(
-        path=str(file),
-        name=file.name,
-        digest=digest,
-        size=size,
-        columns=columns,
-        is_text=is_text,
-        time_unit=time_unit,
-        frame=frame,
-    )
 
 
 def _scan(file: Path, config: SourceConfig, table: str, max_bytes: int) -> _Scan:
