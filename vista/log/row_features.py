@@ -1,0 +1,44 @@
+"""Features of the rows of a table, such as a log's events: one value per row and column. NumPy only.
+
+N rows. A column has one of two kinds: a *category*, such as a device, or a *number*, such as a dwell time. Features of
+items, which can have several values, or vectors, are in `vista.log.item_features`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vista.arrays import Float32s
+from vista.log.vocabulary import Vocabulary
+
+RowColumn: TypeAlias = NDArray[np.int32] | Float32s
+"""[N]: int32 codes of a category, -1 where it is missing; or float32 numbers, NaN where they are missing."""
+ColumnValues: TypeAlias = Mapping[str, Vocabulary | None]
+"""By name of a column: the distinct values of a category, as text, whose rows are the codes; None for a number."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowFeatures:
+    """Features of N rows. What the codes stand for is told by a `ColumnValues` with the same names."""
+
+    columns: Mapping[str, RowColumn]
+    """By name, in the order in which they were declared."""
+
+    def select(self, index: Any) -> RowFeatures:
+        """Features of the rows at `index`, as NumPy indexes; views if it is a slice."""
+        return RowFeatures({name: column[index] for name, column in self.columns.items()})
+
+    @classmethod
+    def missing(cls, values: ColumnValues, num_rows: int) -> RowFeatures:
+        """Rows without any value."""
+        return cls(
+            {
+                name: np.full(num_rows, np.nan, np.float32) if known is None else np.full(num_rows, -1, np.int32)
+                for name, known in values.items()
+            }
+        )

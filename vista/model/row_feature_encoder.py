@@ -1,0 +1,36 @@
+"""Vectors of features of rows: of events, of requests, or of users. C columns, F dense inputs, M model dim."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vista.model.feature_spec import FeatureSpec
+
+
+class RowFeatureEncoder(nn.Module):
+    """Sum over columns: the embedding of a row's value or bucket, and a linear map of its numbers.
+
+    All weights start at 0, so features change nothing before training. `RowFeatureReader.encode` gives the inputs.
+    """
+
+    def __init__(self, columns: Sequence[FeatureSpec], dim: int) -> None:
+        """
+        Args:
+            columns: at least one, in the order of the reader's.
+            dim: M.
+        """
+        super().__init__()
+        self.values = nn.Parameter(torch.zeros(sum(column.num_rows for column in columns), dim))
+        """Per column, a row for rows without a value, then one per value or bucket."""
+        num_dense = sum(column.num_dense for column in columns)
+        self.dense = nn.Parameter(torch.zeros(num_dense, dim)) if num_dense else None
+
+    def forward(self, entry: Tensor, dense: Tensor) -> Tensor:
+        """[..., M] of entries int64 [..., C] and dense inputs float32 [..., F]."""
+        bags = F.embedding_bag(entry.reshape(-1, entry.shape[-1]), self.values, mode="sum")
+        out = bags.view(*entry.shape[:-1], -1)
+        return out if self.dense is None else out + dense.to(out.dtype) @ self.dense

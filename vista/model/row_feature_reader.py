@@ -1,0 +1,187 @@
+"""How a model reads features of rows: of events, of requests, or of users.
+
+N rows, C columns, F dense inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vista.arrays import Float32s, Int
+from vista.errors import shown
+from vista.log.item_features import NumberColumn
+from vista.log.row_features import ColumnValues, RowFeatures
+from vista.log.vocabulary import Vocabulary
+from vista.model.feature_spec import MAX_ABS_SCORE, FeatureSpec
+
+_VALUES_FILE = "{}_values_{}"
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedRows:
+    """What a `RowFeatureEncoder` reads of N rows."""
+
+    entry: Int
+    """int64 [N, C] rows of the encoder's embedding, one per column."""
+    dense: Float32s
+    """float32 [N, F] standardized numbers, 0 where they are missing."""
+
+
+class RowFeatureReader:
+    """The columns that a model reads, and the values that it knows.
+
+    Its codes are rows of its own values, because a log may have more. Values that it does not know are missing.
+    """
+
+    def __init__(self, columns: Sequence[FeatureSpec], values: ColumnValues) -> None:
+        """
+        Args:
+            columns: categories and numbers.
+            values: of these columns, as the model knows them.
+
+        Raises:
+            ValueError: if the values do not fit the columns.
+        """
+        for column in columns:
+            known = values[column.name]
+            fits = known is None if column.kind == "number" else known is not None and len(known) <= column.size
+            if column.kind == "vector" or not fits:
+                raise ValueError(f"the values of {column.name!r} do not fit a {column.kind} of size {column.size}")
+        self.columns = list(columns)
+        self.values = {column.name: values[column.name] for column in columns}
+
+    @classmethod
+    def of(cls, features: RowFeatures, values: ColumnValues) -> RowFeatureReader:
+        """All columns of a log, measured on the rows that training may see."""
+        columns = [
+            FeatureSpec.of(name, NumberColumn(features.columns[name].astype(np.float32)))
+            if known is None
+            else FeatureSpec(name, "category", max(len(known), 1))
+            for name, known in values.items()
+        ]
+        return cls(columns, values)
+
+    def codes_of(self, values: ColumnValues) -> dict[str, NDArray[np.int32]]:
+        """By category: the model's code of each of a log's values, int32 [V + 1]; -1 if it is unknown, and at the end.
+
+        Columns that the log lacks are left out.
+        """
+        codes = {}
+        for name, known in self.values.items():
+            given = values.get(name)
+            if known is not None and given is not None:
+                rows = known.rows(given.ids(np.arange(len(given))).tolist())
+                codes[name] = np.append(rows, -1).astype(np.int32)
+        return codes
+
+    def recoded(self, features: RowFeatures, codes: Mapping[str, NDArray[np.int32]], num_rows: int) -> RowFeatures:
+        """Features of N rows of a log, with the model's codes. Columns that the log lacks are missing.
+
+        Args:
+            features: of the log.
+            codes: `codes_of` the log's values.
+            num_rows: N.
+        """
+        given = features.columns
+        out = dict(RowFeatures.missing(self.values, num_rows).columns)
+        for name, known in self.values.items():
+            if name in codes:
+                out[name] = codes[name][given[name]]  # -1 reads the last entry
+            elif known is None and name in given:
+                out[name] = given[name].astype(np.float32)
+        return RowFeatures(out)
+
+    def parse(self, given: Mapping[str, Any], num_rows: int) -> RowFeatures:
+        """Features that a caller names by their values. Columns and values that are not given are missing.
+
+        Args:
+            given: by name of a column: N values each, texts, integers or booleans for a category, floats for a number;
+                None or NaN where a value is missing.
+            num_rows: N.
+
+        Raises:
+            ValueError: if a column is unknown, has another length, or holds something other than its kind of values.
+        """
+        unknown = [name for name in given if name not in self.values]
+        if unknown:
+            raise ValueError(f"{shown(unknown[0])} is not one of this model's features, {list(self.values)}")
+        out = dict(RowFeatures.missing(self.values, num_rows).columns)
+        for name, values in given.items():
+            if len(values) != num_rows:
+                raise ValueError(f"{name!r} has {len(values)} values, but {num_rows} are needed")
+            known = self.values[name]
+            out[name] = _numbers(name, values) if known is None else _codes(name, values, known)
+        return RowFeatures(out)
+
+    def encode(self, features: RowFeatures, num_rows: int) -> EncodedRows:
+        """What the encoder reads of N rows with the model's codes."""
+        entry = np.empty((num_rows, len(self.columns)), np.int64)
+        dense = np.zeros((num_rows, sum(column.num_dense for column in self.columns)), np.float32)
+        first = place = 0
+        for index, column in enumerate(self.columns):
+            given = features.columns[column.name]
+            if column.kind == "number":
+                numbers = given.astype(np.float64)
+                is_known = ~np.isnan(numbers)
+                bucket = np.searchsorted(np.array(column.bounds), numbers, side="left")
+                entry[:, index] = np.where(is_known, first + 1 + bucket, first)
+                score = ((numbers - column.mean) / column.scale).clip(-MAX_ABS_SCORE, MAX_ABS_SCORE)
+                dense[:, place] = np.where(is_known, score, 0.0)
+                place += 1
+            else:
+                entry[:, index] = first + 1 + given
+            first += column.num_rows
+        return EncodedRows(entry, dense)
+
+    def save(self, folder: Path, name: str) -> None:
+        """Write the values of categories into a folder, in files whose names begin with `name`. Raises OSError."""
+        for number, known in enumerate(self.values.values()):
+            if known is not None:
+                known.save(folder, _VALUES_FILE.format(name, number))
+
+    @classmethod
+    def load(cls, folder: Path, name: str, columns: Sequence[FeatureSpec]) -> RowFeatureReader:
+        """Read the files of `save`.
+
+        Raises:
+            OSError, LogFormatError: a file is missing or damaged.
+            ValueError: the values do not fit the columns.
+        """
+        values: dict[str, Vocabulary | None] = {}
+        for number, column in enumerate(columns):
+            file = _VALUES_FILE.format(name, number)
+            values[column.name] = Vocabulary.load(folder, file) if column.kind == "category" else None
+        return cls(columns, values)
+
+
+def _numbers(name: str, values: Any) -> Float32s:
+    try:
+        numbers = np.array([np.nan if value is None else value for value in values], np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name!r} needs numbers: {error}") from error
+    if np.isinf(numbers).any():
+        raise ValueError(f"{name!r}: value number {int(np.isinf(numbers).argmax())} is infinite")
+    return numbers.astype(np.float32)
+
+
+def _codes(name: str, values: Any, known: Vocabulary) -> NDArray[np.int32]:
+    texts = [_text(name, value) for value in values]
+    rows = known.rows([text or "" for text in texts])
+    return np.where([text is None for text in texts], -1, rows).astype(np.int32)
+
+
+def _text(name: str, value: Any) -> str | None:
+    """A value of a category as logs hold it: text."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, (bool, np.bool_)):
+        return "true" if value else "false"
+    if isinstance(value, (int, np.integer)):
+        return str(int(value))
+    raise ValueError(f"{name!r} is a category and needs texts, integers, or booleans, got {shown(value)}")
