@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 
 from tests.conftest import Served, small_config
 from vista.arrays import Float32s
-from vista.config import EvaluateConfig
+from vista.config import DataConfig, EvaluateConfig
 from vista.config.choices import Codec, Split, Target
 from vista.errors import ConfigError, LeakageError
 from vista.evaluation.evaluate import evaluate, evaluate_model, evaluate_scorer
 from vista.evaluation.evaluation_report import EvaluationReport
 from vista.evaluation.per_user_metrics import PerUserMetrics
-from vista.evaluation.window_evaluation import split_windows
+from vista.evaluation.window_cases import WindowCases
+from vista.evaluation.window_evaluation import measure_windows, split_windows
 from vista.log.event_log import EventLog
 from vista.log.gaps import DAY_MS
 from vista.log.splits import split_until, visible_counts
@@ -41,13 +43,15 @@ ASKED: dict[str, Any] = {
 def plain_precision(
     log: EventLog, seen: np.ndarray, end: np.ndarray, scores: dict[int, Float32s], horizon: int
 ) -> dict[str, list[float]]:
-    """Precision@4 of all, returning and new items, one user and one list at a time; scores by log row."""
-    values: dict[str, list[float]] = {"": [], ":returns": [], ":new": []}
+    """Precision@4 of all, returning, new, and cold items, one user and one list at a time; scores by log row."""
+    values: dict[str, list[float]] = {"": [], ":returns": [], ":new": [], ":cold": []}
+    visible = {item for user, count in enumerate(seen) for item in log.slice(user, 0, count).item.tolist()}
+    cold = set(range(log.num_items)) - visible
     for user, own in scores.items():
         history = log.slice(user).item.tolist()
         had, window = set(history[: seen[user]]), set(history[seen[user] : min(seen[user] + horizon, end[user])])
-        for kind, shown in (("", None), (":returns", True), (":new", False)):
-            listed = [item for item in range(log.num_items) if shown is None or (item in had) == shown]
+        every = set(range(log.num_items))
+        for kind, listed in (("", every), (":returns", had), (":new", every - had), (":cold", cold)):
             labels = [item for item in window if item in listed]
             best = sorted(listed, key=lambda item: -own[item])[:4]
             values[kind].append(sum(item in labels for item in best) / 4 if labels else float("nan"))
@@ -57,6 +61,9 @@ def plain_precision(
 def assert_same(evaluation: EvaluationReport, want: dict[str, list[float]], window: str) -> None:
     assert evaluation.per_user is not None
     for kind, values in want.items():
+        if kind == ":cold" and np.isnan(values).all():
+            assert f"precision@4:cold/{window}" not in evaluation.metrics
+            continue
         np.testing.assert_allclose(evaluation.per_user.values[f"precision@4{kind}/{window}"], values, atol=1e-9)
         mean = evaluation.metrics[f"precision@4{kind}/{window}"]
         assert mean == pytest.approx(np.nanmean(values))
@@ -91,6 +98,33 @@ def test_a_store_against_a_loop(
     for horizon in (3, 8):
         want = plain_precision(log, seen, end, dict(zip(users.tolist(), scored, strict=True)), horizon)
         assert_same(evaluation, want, f"{horizon}-events")
+
+
+def test_items_without_events_before_the_part(tmp_path: Path) -> None:
+    """They are ranked among themselves, and only if someone has one of them afterwards."""
+    before, after = [0, 1, 2] * 4, [0, 7, 8, 1]
+    frame = {
+        "user": [1] * 16 + [2] * 16,
+        "item": [*before, *after, *before, *after[::-1]],
+        "timestamp": [*range(16)] * 2,
+    }
+    log = EventLog.from_frame(pl.DataFrame(frame), tmp_path / "log", time_unit="s")
+    data = DataConfig(split=Split.share, test_share=0.25, validation_share=0.25)
+    config = EvaluateConfig(**ASKED | {"horizon_events": [2], "top_k": [1]})
+    column = log.items.rows([7])[0]
+
+    def scores(cases: WindowCases) -> np.ndarray:
+        return np.where(np.arange(log.num_items) == column, 1.0, 2.0 + np.arange(log.num_items))[None].repeat(2, 0)
+
+    report, per_user = measure_windows(log, data, np.arange(log.num_items), config, scores)
+    # The first user has 7, the second one has 8, and 8 is ranked first.
+    np.testing.assert_array_equal(per_user.values["precision@1:cold/2-events"], [0.0, 1.0])
+    assert "cold" in str(report).splitlines()[0]
+    unknown = np.where(np.arange(log.num_items) == column, -1, np.arange(log.num_items))
+    _, per_user = measure_windows(log, data, unknown, config, scores)
+    np.testing.assert_array_equal(per_user.values["recall@1:cold/2-events"], [0.0, 1.0])
+    _, validation = measure_windows(log, data, unknown, dataclasses.replace(config, split="validation"), scores)
+    assert not any(name.partition("/")[0].endswith(":cold") for name in validation.values)
 
 
 def test_days(served_tasks: Served) -> None:

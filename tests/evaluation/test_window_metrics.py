@@ -15,7 +15,7 @@ from tests.log.conftest import run
 from vista.arrays import Int
 from vista.evaluation.protocol import case_batches, seen_columns
 from vista.evaluation.window_cases import WindowCases, window_cases
-from vista.evaluation.window_metrics import KINDS, window_metrics
+from vista.evaluation.window_metrics import COLD, KINDS, window_metrics
 from vista.examples.frequency import item_counts
 from vista.log.event_log import EventLog
 from vista.log.splits import visible_counts
@@ -106,10 +106,14 @@ def test_equal_to_a_loop_over_all_orders_of_ties(data: st.DataObject) -> None:
     labels = [sorted(data.draw(st.sets(items))) for _ in range(num)]
     seen = [data.draw(st.lists(items, max_size=6)) for _ in range(num)]
     ks = data.draw(st.sampled_from([[1], [2, 4], [7, 3]]))
+    cold = np.array(data.draw(st.lists(st.booleans(), min_size=5, max_size=5)))
     cases, columns = cases_of(labels, seen)
-    got = window_metrics(np.array(scores, np.float32), cases, np.arange(5), columns, ks)
+    got = window_metrics(np.array(scores, np.float32), cases, np.arange(5), columns, ks, cold)
+    without = window_metrics(np.array(scores, np.float32), cases, np.arange(5), columns, ks)
+    assert list(without) == [name for name in got if not name.endswith(COLD)]
     for row, had in enumerate(seen):
         lists = [range(5), [item for item in range(5) if item in had], [item for item in range(5) if item not in had]]
+        lists.append(np.flatnonzero(cold).tolist())
         for kind, shown in zip(KINDS, map(list, lists), strict=True):
             wanted = [item for item in labels[row] if item in shown]
             for k in ks:

@@ -29,7 +29,8 @@ class EvaluateConfig:
     """Labels that are evaluated: test or validation, according to the data split of the model's training."""
     target: Target = Target.next
     """What is asked about each user: the very next event and the impressions (next), or the distinct items of the next
-    events or days (window), separately for items that the user had before (returns) and for new ones."""
+    events or days (window), separately for items that the user had before (returns), for new ones, and for items that
+    nobody had before (cold)."""
     horizon_events: list[int] = field(default_factory=lambda: [50, 200])
     """With target=window: lengths of the windows, in events."""
     horizon_days: float = 0.0
@@ -47,8 +48,8 @@ class EvaluateConfig:
     popularity: bool = False
     """Also report how closely the retrieval head's lists follow training popularity."""
     baselines: bool = False
-    """Also measure counting baselines on the same users: popularity, own frequency, transitions, item neighbors. Takes
-    seconds for a million events."""
+    """Also measure counting baselines on the same users: popularity, own frequency, transitions, item neighbors,
+    and with features of items, content neighbors. Takes seconds for a million events."""
     staleness: int = 0
     """Number of each user's newest visible events that the store's summaries lack; the tail has them. Refresh with
     until=leave-last-N-out, where N is 1 + staleness (validation: 2 + staleness), or for another split with

@@ -72,12 +72,14 @@ def rank_windows(
     score: Callable[[WindowCases], NDArray[np.floating[Any]]],
     batches: Iterable[slice],
     top_k: Sequence[int],
+    cold: NDArray[np.bool_] | None = None,
 ) -> dict[str, dict[str, Floats]]:
     """Metrics of each case by `window_metrics`, over windows of one or several lengths.
 
     Args:
         cases: the same users and questions for all lengths, at least one of them.
         item_columns, score, batches: as in `rank_next_items`.
+        cold: as in `window_metrics`.
 
     Returns:
         {length: {metric: float64 [N]}}; no metrics without cases.
@@ -88,7 +90,7 @@ def rank_windows(
         asked = first.part(batch)
         scores, seen = score(asked), seen_columns(log, asked, item_columns)
         for name, each in cases.items():
-            parts[name].append(window_metrics(scores, each.part(batch), item_columns, seen, top_k))
+            parts[name].append(window_metrics(scores, each.part(batch), item_columns, seen, top_k, cold))
     return {
         name: {metric: np.concatenate([part[metric] for part in own]) for metric in (own[0] if own else ())}
         for name, own in parts.items()

@@ -17,9 +17,10 @@ from vista.evaluation.per_user_metrics import PerUserMetrics
 from vista.evaluation.protocol import case_batches, rank_windows
 from vista.evaluation.window_cases import WindowCases, window_cases
 from vista.evaluation.window_report import WindowReport
+from vista.examples.frequency import item_counts
 from vista.log.event_log import EventLog
 from vista.log.gaps import DAY_MS
-from vista.log.splits import part_counts, part_times, split_until
+from vista.log.splits import part_counts, part_times, split_until, visible_counts
 
 Scores = NDArray[np.floating[Any]]
 
@@ -83,6 +84,8 @@ def measure_windows(
 ) -> tuple[WindowReport, PerUserMetrics]:
     """Ask all cases of `split_windows`, and compute the metrics of each user.
 
+    If a label is an item without events before the part, the metrics include those of cold items.
+
     Args:
         data: the split.
         columns: int64 [log.num_items], the column of each of the log's items in the scores; -1 where the model does
@@ -96,7 +99,9 @@ def measure_windows(
     first = next(iter(cases.values()))
     batches = case_batches(first, log.num_items, config.users_per_batch)
     shown = tqdm(batches, desc="ranking", unit="batch", disable=not config.progress, leave=False)
-    report = WindowReport(rank_windows(log, cases, columns, score, shown, config.top_k))
+    cold = item_counts(log, visible_counts(log, split_until(data, config.split))) == 0
+    asked = any(cold[each.item].any() for each in cases.values())
+    report = WindowReport(rank_windows(log, cases, columns, score, shown, config.top_k, cold if asked else None))
     question = {
         "target": config.target.value,
         "split": config.split,

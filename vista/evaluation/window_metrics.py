@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 from vista.arrays import Floats, Int
 from vista.evaluation.window_cases import WindowCases
 
-KINDS = ("", ":returns", ":new")
-"""Suffixes of the metrics: all items, the items that the user had before, the items that are new to the user."""
+COLD = ":cold"
+KINDS = ("", ":returns", ":new", COLD)
+"""Suffixes of the metrics: all items, the items that the user had before, the items that are new to the user, and those
+that no user had before."""
 SCORES_PER_CHUNK = 1 << 22
 
 
@@ -25,8 +27,9 @@ def window_metrics(
     columns: Int,
     seen_columns: tuple[Int, Int],
     ks: Sequence[int],
+    cold: NDArray[np.bool_] | None = None,
 ) -> dict[str, Floats]:
-    """Metrics per case, for lists of all items, of items that the user had before, and of items new to the user.
+    """Metrics per case, for lists of all items, and of each other of KINDS.
 
     With n labels, precision@k is hits / k, recall@k is hits / min(k, n), so that a perfect list reaches 1, and ndcg@k
     is the discounted gain of the hits over that of a perfect list. Equal scores count as if they were in random order:
@@ -39,6 +42,7 @@ def window_metrics(
             know the item, which then is a miss.
         seen_columns: (columns of the items before each question, repeats allowed; offsets int64 [n + 1]).
         ks: lengths of the lists.
+        cold: bool [log.num_items], the log's items that no user had before; None leaves out their metrics.
 
     Returns:
         {"precision@10": float64 [n], "precision@10:returns": …, "precision@10:new": …, …}; NaN where a case has no
@@ -50,7 +54,8 @@ def window_metrics(
     owner = np.repeat(np.arange(len(cases)), np.diff(cases.offsets))
     column = columns[cases.item]
     seen_row = np.repeat(np.arange(len(cases)), np.diff(seen_columns[1]))
-    metrics = {f"{name}@{k}{kind}": np.full(len(cases), np.nan) for name in _NAMES for k in ks for kind in KINDS}
+    kinds = KINDS if cold is not None else KINDS[:-1]
+    metrics = {f"{name}@{k}{kind}": np.full(len(cases), np.nan) for name in _NAMES for k in ks for kind in kinds}
     step = max(1, SCORES_PER_CHUNK // max(scores.shape[1], 1))
     for start in range(0, len(cases), step):
         stop = min(start + step, len(cases))
@@ -66,7 +71,13 @@ def window_metrics(
         fresh[seen] = -np.inf
         labels = slice(cases.offsets[start], cases.offsets[stop])
         is_new = cases.is_new[labels]
-        for kind, part, wanted in zip(KINDS, (chunk, had, fresh), (np.ones_like(is_new), ~is_new, is_new), strict=True):
+        lists = [(chunk, np.ones_like(is_new)), (had, ~is_new), (fresh, is_new)]
+        if cold is not None:
+            of_cold = columns[cold & (columns >= 0)]
+            never = np.full_like(chunk, -np.inf)
+            never[:, of_cold] = chunk[:, of_cold]
+            lists.append((never, cold[cases.item[labels]]))
+        for kind, (part, wanted) in zip(kinds, lists, strict=True):
             values = _list_metrics(part, owner[labels][wanted] - start, column[labels][wanted], ks)
             for name, value in values.items():
                 metrics[name + kind][start:stop] = value

@@ -34,12 +34,12 @@ class WindowReport:
         lines = []
         for window, metrics in self.windows.items():
             names = [name for name in metrics if ":" not in name]
-            head = f"next {window}"
-            lines.append(f"{head:<20}" + "".join(f"{kind[1:] or 'all':>18}" for kind in KINDS).rstrip())
-            counts = [np.count_nonzero(~np.isnan(metrics[names[0] + kind])) for kind in KINDS]
+            head, kinds = f"next {window}", [kind for kind in KINDS if names[0] + kind in metrics]
+            lines.append(f"{head:<20}" + "".join(f"{kind[1:] or 'all':>18}" for kind in kinds).rstrip())
+            counts = [np.count_nonzero(~np.isnan(metrics[names[0] + kind])) for kind in kinds]
             lines.append(f"  {'users':<18}" + "".join(f"{count:>18}" for count in counts))
             for name in names:
-                lines.append(f"  {name:<18}" + mean_cells([metrics[name + kind] for kind in KINDS]))
+                lines.append(f"  {name:<18}" + mean_cells([metrics[name + kind] for kind in kinds]))
         return "\n".join(lines)
 
 
