@@ -36,7 +36,8 @@ def measure_baselines(model: RankingModel, log: EventLog, config: EvaluateConfig
     returns = is_window or not excludes_seen(log, model.data, config)
     columns = model.rows_of(log.items) - 1
     horizons = asked_horizons(config)
-    by_horizon = [counting_baselines(has_time=log.has_time, horizon_events=n, returns=returns) for n in horizons]
+    known = {"has_time": log.has_time, "returns": returns, "has_features": log.item_features is not None}
+    by_horizon = [counting_baselines(horizon_events=n, **known) for n in horizons]
     measured = {}
     for versions in zip(*by_horizon, strict=True):
         by_length = dict(zip(horizons, versions, strict=True))
@@ -45,6 +46,10 @@ def measure_baselines(model: RankingModel, log: EventLog, config: EvaluateConfig
     if is_window:  # too many to print all
         k = config.top_k[0]
         heads = [f"precision@{k}", f"precision@{k}:returns", *(f"recall@{k}:new" for k in config.top_k)]
+        values = measured[versions[0].name].values
+        heads += [
+            head for head in (f"recall@{k}:cold" for k in config.top_k) if any(n.startswith(head) for n in values)
+        ]
         tables = {
             f"next {window}": {head: window_metric(head, window) for head in heads} for window in window_lengths(config)
         }

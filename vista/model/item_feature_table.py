@@ -62,7 +62,7 @@ class ItemFeatureTable(nn.Module):
         place = 0
         for column in columns:
             given = features.columns[column.name]
-            owner, code = _codes(given, column)
+            owner, code = value_codes(given, column)
             missing = np.flatnonzero(~given.is_known)
             owners += [owner, missing]
             entries += [first + 1 + code, np.full(len(missing), first)]
@@ -151,7 +151,7 @@ class ItemFeatureTable(nn.Module):
         return [part.cpu().contiguous().numpy().reshape(-1).view(np.uint8).data for part in parts]
 
 
-def _codes(column: FeatureColumn, spec: FeatureSpec) -> tuple[Int, Int]:
+def value_codes(column: FeatureColumn, spec: FeatureSpec) -> tuple[Int, Int]:
     """Item and code of each value that has a row of the embedding: int64 [E] each."""
     if isinstance(column, CategoryColumn):
         return np.repeat(np.arange(len(column.is_known)), np.diff(column.offsets)), column.codes.astype(np.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vista.evaluation.baselines.content_neighbors import ContentNeighbors
 from vista.evaluation.baselines.counter_trees import CounterTrees
 from vista.evaluation.baselines.counting_baseline import CountingBaseline
 from vista.evaluation.baselines.ease import Ease
@@ -24,19 +25,23 @@ GROUP_DECAYS = (0.7, 0.9)
 TEMPERATURES_AND_RATES = ((0.1, 0.001), (0.1, 0.003), (0.2, 0.003))
 
 
-def counting_baselines(*, has_time: bool, horizon_events: int, returns: bool = True) -> list[CountingBaseline]:
+def counting_baselines(
+    *, has_time: bool, horizon_events: int, returns: bool = True, has_features: bool = False
+) -> list[CountingBaseline]:
     """Baselines that need no fit beyond counting: seconds for a million events, and at most 3 GB of memory.
 
     Args:
         has_time: whether the log has times.
         horizon_events: number of next events whose items are predicted; 1 for the next item.
         returns: whether items of the history are ranked. If not, those that count the user's own items are left out.
+        has_features: whether the log has features of items, and their neighbors are asked for.
     """
     chosen: list[CountingBaseline] = [Popularity()]
     if returns:
         chosen += [OwnFrequency(), OwnFrequency(last=200), OwnFrequency(events=200)]
         chosen += [OwnFrequency(days=90)] if has_time else []
     chosen += [Transitions(), ItemNeighbors()]
+    chosen += [ContentNeighbors()] if has_features else []
     chosen += [Tuned(TransitionsAndOwn(1.0), TRANSITION_WEIGHTS, horizon_events=horizon_events)] if returns else []
     return chosen
 
