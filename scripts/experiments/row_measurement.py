@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from scripts.experiments.popularity_afterwards import PopularityAfterwards
 from scripts.experiments.row_origin import RowOrigin, train_noted
 from scripts.experiments.row_progress import RowProgress
 from scripts.experiments.serving_cost import history_model_latency_ms, scorer_latency_ms, training_speed
@@ -58,6 +59,8 @@ WINDOW_METRICS = (
     *("recall@50:new/200-events", "ndcg@50:new/200-events"),
 )
 """Metrics of a line of a table with `windows`; the file of `per_user_file` has all."""
+COLD_METRICS = (*WINDOW_METRICS, "recall@50:cold/200-events", "ndcg@50:cold/200-events")
+"""Those of a line of a table with `cold`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,11 +144,12 @@ def _measurement(
         return RowMeasurement(name, {**reports["test"].metrics, **costs}, origin)
     metrics: dict[str, float] = {}
     errors: dict[str, float] = {}
+    reported = COLD_METRICS if table.cold else WINDOW_METRICS
     for part, report in reports.items():
         assert report.per_user is not None
         prefix, error = "" if part == "test" else f"{part} ", report.per_user.standard_errors()
-        metrics |= {prefix + metric: report.metrics[metric] for metric in WINDOW_METRICS}
-        errors |= {prefix + metric: error[metric] for metric in WINDOW_METRICS}
+        metrics |= {prefix + metric: report.metrics[metric] for metric in reported}
+        errors |= {prefix + metric: error[metric] for metric in reported}
         file = per_user_file(folder, name, part)
         make_folders(file.parent)
         report.per_user.save(file)
@@ -162,7 +166,11 @@ def _counted(name: str, log: EventLog, data: DataConfig, asked: EvaluateConfig) 
 
 def _baseline(name: str, log: EventLog, data: DataConfig, horizon: int) -> CountingBaseline:
     """A baseline by its name, made for the items of so many next events."""
-    known = counting_baselines(has_time=log.has_time, horizon_events=horizon)
+    if name == PopularityAfterwards.name:
+        return PopularityAfterwards()
+    known = counting_baselines(
+        has_time=log.has_time, horizon_events=horizon, has_features=log.item_features is not None
+    )
     if name not in [baseline.name for baseline in known]:  # these need scikit-learn
         known = trained_baselines(horizon_events=horizon, at_one_time=data.split is Split.time)
     (chosen,) = (baseline for baseline in known if baseline.name == name)

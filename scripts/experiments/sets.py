@@ -49,7 +49,6 @@ SETS = {
     # Baskets of a year. The order inside a basket is shuffled, so the question is asked at a time, for all users.
     "complete-journey": DataSet(
         words=("data=time", "data.validation_from=2017-10-01", "data.test_from=2017-11-01"),
-        columns={"user": "household_id", "item": "product_id", **SECONDS},
         items="products.parquet",
         item="product_id",
         categories=("product_type", "product_category"),

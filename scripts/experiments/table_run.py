@@ -31,7 +31,7 @@ UNREAD_BY_BASELINES = (
 )
 """Keys of ModelConfig for what baselines do not have; their lines do not record these keys."""
 OF_FEATURES = ("use_item_features", "id_dropout")
-"""Keys of ModelConfig for features of items, which no row of the tables reads; lines do not record these keys."""
+"""Keys of ModelConfig for features of items; lines of rows that do not read them do not record these keys."""
 UNTRAINED_SEED = 0
 PLANNED = {
     "data": ("exclude_seen", "num_negatives", "tokens_per_batch"),
@@ -161,7 +161,7 @@ def recorded_config(table: Table, row: TableRow) -> dict[str, Any]:
         target = Target.window if table.windows else Target.next
         settings = baseline_settings(row.untrained, asked_horizons(EvaluateConfig(target=target)))
         return recorded | ({"baseline": settings} if settings else {})
-    unread = set(OF_FEATURES)
+    unread = set() if config.model.use_item_features else set(OF_FEATURES)
     if config.model.architecture is not Architecture.vista:
         unread.update(UNREAD_BY_BASELINES)
     if config.model.counters is False:

@@ -35,5 +35,7 @@ class Table:
     """Whether to measure the window after a question (`vista evaluate target=window`), on validation and test, instead
     of next items and impressions on test. With optim.validate_every=0, each part is answered by a model that is trained
     on all events before its labels (`scripts.experiments.table_run.part_configs`)."""
+    cold: bool = False
+    """With `windows`: whether to report items without events before the part, too."""
     pairs: tuple[tuple[str, str], ...] = ()
     """With `windows`: (row, reference): the difference row − reference is reported, user by user."""

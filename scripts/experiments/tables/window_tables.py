@@ -48,6 +48,8 @@ CHOSEN = {
     ),
 }
 """By trials of vista on the validation part of each log (research log). HSTU has the same settings."""
+COLD_BASELINES = ("popularity", "popularity afterwards", "content neighbors", "item neighbors")
+"""Baselines of items without events, which only the second and the third can order."""
 WITHOUT = "vista, same settings without counters"
 HSTU = ("hstu, counters", "hstu-1,000, counters", "hstu-2,000, counters")
 """HSTU over the newest 200, 1,000, and 2,000 events."""
@@ -120,11 +122,25 @@ def _newcomer(data: str, *, windows: bool) -> Table:
     return Table("", data, rows, windows=windows, pairs=pairs, curve=True)
 
 
+def _cold() -> Table:
+    """Items that appear in the last fifth of the time, ranked by their features: among themselves, and among others."""
+    split = ("data.validation_from=2017-09-15", "data.test_from=2017-10-20")
+    counted = {name: TableRow(0.5, untrained=name) for name in COLD_BASELINES}
+    rows = {
+        "vista": TableRow(12, ("model.use_item_features=true",)),
+        "vista, ids alone": TableRow(12),
+        **counted,
+    }
+    pairs = tuple(("vista", name) for name in rows if name != "vista")
+    return Table("", "complete-journey", rows, (*LAST_MODEL, *split), windows=True, cold=True, pairs=pairs)
+
+
 TABLES = {
     "returns-cj": _returns("complete-journey"),
     "returns-dev": _returns("dev-packages"),
     "window-cj": _windows("complete-journey", 4),
     "window-dev": _windows("dev-packages", 3),
+    "cold-cj": _cold(),
     "newcomer-cj": _newcomer("complete-journey", windows=True),
     "newcomer-dev": _newcomer("dev-packages", windows=True),
     "newcomer-ml-1m-half": _newcomer("ml-1m-half", windows=False),
