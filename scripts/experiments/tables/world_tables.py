@@ -20,6 +20,12 @@ def _world(name: str) -> Table:
     rows = {
         "vista": TableRow(12),
         "vista, counters": TableRow(13, COUNTERS),
+        # All items that a user can return to, with time constants from which the mean gap of an item follows.
+        "vista, 1,024 counted items": TableRow(
+            25, (*COUNTERS, "model.counter_keys=1024", "model.counter_events=[250,1000,2500]")
+        ),
+        # Candidates also read the state of stage 1, which associates what follows what.
+        "vista, counters and state": TableRow(20, (*COUNTERS, "model.target_attention=quasi_linear")),
         "tail-only": TableRow(7, K0),
         "tail-only, counters": TableRow(8, (*K0, *COUNTERS)),
         "hstu": TableRow(20, ("model=hstu",)),
