@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import sign_model
+from vista.arrays import offsets_of
 from vista.config import DataConfig, ModelConfig
 from vista.errors import CheckpointError
-from vista.log.histories import offsets_of
 from vista.log.item_features import CategoryColumn, ItemFeatures, NumberColumn, VectorColumn
 from vista.log.vocabulary import Vocabulary
 from vista.model.added_items import with_items

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from vista.arrays import offsets_of
 from vista.errors import ConfigError
-from vista.log.histories import offsets_of
 from vista.log.item_features import CategoryColumn, ItemFeatures, NumberColumn, VectorColumn
 from vista.log.vocabulary import Vocabulary
 from vista.model.feature_encoder import FeatureEncoder

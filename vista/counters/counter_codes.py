@@ -12,9 +12,9 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.arrays import Int
+from vista.arrays import Int, offsets_of
 from vista.counters.counter_spec import CounterSpec
-from vista.log.histories import offsets_of, ranges
+from vista.log.histories import ranges
 
 CODE_BITS = 6
 MAX_CODE = 2**CODE_BITS - 1

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.arrays import Int
+from vista.arrays import Int, offsets_of
 from vista.counters.counter_codes import CounterCodes, encode_values
 from vista.counters.counter_rows import CounterRows
 from vista.counters.counter_spec import CounterSpec
 from vista.log.gaps import NO_TIMESTAMP
-from vista.log.histories import offsets_of, ranges
+from vista.log.histories import ranges
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from vista.arrays import Int
+from vista.arrays import Int, offsets_of
 from vista.counters.counter_rows import CounterRows
 from vista.counters.counter_spec import CounterSpec
 from vista.counters.counter_table import CounterTable, offsets_of_owners
 from vista.log.gaps import NO_TIMESTAMP
-from vista.log.histories import offsets_of
 
 
 class OccurrenceIndex:

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.arrays import Float32s, Floats, Int
+from vista.arrays import Float32s, Floats, Int, offsets_of
 from vista.evaluation.cases import ImpressionCases, NextItemCases
 from vista.evaluation.metrics import auc, calibration, gauc, normalized_entropy, ranks_of_targets
 from vista.evaluation.per_user_metrics import mean_and_error
 from vista.evaluation.window_cases import WindowCases
 from vista.evaluation.window_metrics import window_metrics
 from vista.log.event_log import EventLog
-from vista.log.histories import offsets_of, token_groups
+from vista.log.histories import token_groups
 from vista.log.splits import EVENTS_PER_BLOCK
 
 SCORES_PER_BATCH = 1 << 25

@@ -15,13 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vista.arrays import Floats, Int
+from vista.arrays import Floats, Int, offsets_of
 from vista.config.choices import ReconstructionTarget
 from vista.errors import ConfigError
 from vista.examples.frequency import item_counts
 from vista.log.event_log import EventLog
 from vista.log.gaps import history_gaps
-from vista.log.histories import Histories, offsets_of, ranges
+from vista.log.histories import Histories, ranges
 from vista.log.splits import split_until, visible_counts
 from vista.model.history_states import covered_lengths
 from vista.model.vista_model import VistaModel

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.arrays import Int
+from vista.arrays import Int, offsets_of
 from vista.log.event_log import EventLog
 from vista.log.gaps import DAY_MS
-from vista.log.histories import Histories, offsets_of, token_groups
+from vista.log.histories import Histories, token_groups
 from vista.log.splits import EVENTS_PER_BLOCK
 
 

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vista.arrays import Int
+from vista.arrays import Int, offsets_of
 from vista.config import TrainConfig
 from vista.config.choices import Architecture, Mixing
 from vista.counters.user_counters import UserCounters
@@ -41,7 +41,7 @@ from vista.examples.batch import (
 )
 from vista.examples.chunks import ChunkImpressions, Chunks
 from vista.examples.windows import ChunkWindows, add_anchored, divide_chunks, draw_windows, window_requests, windows_at
-from vista.log.histories import offsets_of, ranges
+from vista.log.histories import ranges
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.arrays import Int
+from vista.arrays import Int, offsets_of
 from vista.counters.counter_codes import CounterCodes
 from vista.counters.counter_spec import CounterSpec
 from vista.counters.occurrence_index import OccurrenceIndex
 from vista.counters.user_counters import UserCounters
 from vista.log.event_log import EventLog
-from vista.log.histories import offsets_of, ranges
+from vista.log.histories import ranges
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.arrays import Int
+from vista.arrays import Int, offsets_of
 from vista.config import TrainConfig
 from vista.log.event_log import EventLog
 from vista.log.gaps import gap_bucket
-from vista.log.histories import offsets_of
 from vista.log.splits import split_until
 
 

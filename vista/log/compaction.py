@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from vista.arrays import Float32s, Int
+from vista.arrays import Float32s, Int, offsets_of
 from vista.errors import LogFormatError, LogWriteError
 from vista.files import checked_path, sync
 from vista.log.event_log import EventLog
-from vista.log.histories import offsets_of, token_groups
+from vista.log.histories import token_groups
 from vista.log.impressions import merged_columns
 from vista.log.item_features import VectorColumn
 from vista.log.merged_features import declared_columns, items_with_features, merged_column

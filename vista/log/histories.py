@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.arrays import Int
+from vista.arrays import Int, offsets_of
 from vista.log.packed_table import PackedTable
 
 
@@ -74,13 +74,6 @@ class Histories:
         """The events at `index` (views if it is a slice), with new offsets."""
         rating = None if self.rating is None else self.rating[index]
         return Histories(self.item[index], self.timestamp[index], self.action[index], rating, offsets)
-
-
-def offsets_of(lengths: Int | NDArray[np.bool_]) -> Int:
-    """Where packed parts with these lengths [B] begin and end: int64 [B + 1], from 0. A bool counts as its number."""
-    offsets = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    return offsets
 
 
 def ranges(starts: Int | int, counts: Int) -> Int:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.log.histories import offsets_of, ranges
+from vista.arrays import offsets_of
+from vista.log.histories import ranges
 from vista.log.packed_table import PackedTable
 from vista.log.segment import Segment
 

@@ -18,8 +18,8 @@ from typing import ClassVar, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.arrays import Float32s, Int
-from vista.log.histories import offsets_of, ranges
+from vista.arrays import Float32s, Int, offsets_of
+from vista.log.histories import ranges
 from vista.log.vocabulary import Vocabulary
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from vista.arrays import Int
+from vista.arrays import Int, offsets_of
 from vista.errors import LogFormatError
-from vista.log.histories import offsets_of, ranges
+from vista.log.histories import ranges
 from vista.log.item_features import CategoryColumn, FeatureColumn, ItemFeatures, NumberColumn, VectorColumn
 from vista.log.segment import Segment
 from vista.log.segment_features import SegmentColumn, SegmentFeatures

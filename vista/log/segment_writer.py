@@ -16,11 +16,10 @@ import numpy as np
 import xxhash
 from numpy.typing import DTypeLike, NDArray
 
-from vista.arrays import Float32s, Int
+from vista.arrays import Float32s, Int, offsets_of
 from vista.errors import DataError, LogBusyError, LogWriteError
 from vista.files import make_folders, sync
 from vista.log.array_file import ArrayWriter
-from vista.log.histories import offsets_of
 from vista.log.item_features import CategoryColumn, NumberColumn
 from vista.log.segment import find_segments
 from vista.log.segment_files import EVENT_COLUMNS, FEATURES

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vista.arrays import offsets_of
 from vista.errors import ConfigError, LogFormatError, shown
 from vista.log.array_file import map_array
-from vista.log.histories import offsets_of
 
 Ids = Sequence[int] | Sequence[str] | Sequence[int | str] | NDArray[Any]
 """Raw ids: all integers, or all strings."""

@@ -13,8 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vista.arrays import Float32s, Int
-from vista.log.histories import offsets_of
+from vista.arrays import Float32s, Int, offsets_of
 from vista.log.item_features import CategoryColumn, FeatureColumn, ItemFeatures, NumberColumn, VectorColumn
 from vista.log.vocabulary import Vocabulary
 from vista.model.feature_spec import MAX_ABS_SCORE, FeatureSpec

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from vista.arrays import offsets_of
 from vista.config.choices import Codec, Precision, StateDtype
 from vista.config.refresh_options import RefreshOptions
 from vista.errors import ConfigError, StoreError
 from vista.log.event_log import EventLog
-from vista.log.histories import Histories, offsets_of
+from vista.log.histories import Histories
 from vista.model.state_updates import merge_histories
 from vista.model.summary_state import SummaryState
 from vista.model.vista_model import VistaModel

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.arrays import Int
-from vista.log.histories import offsets_of
+from vista.arrays import Int, offsets_of
 from vista.model.ranking_model import RankingModel
 from vista.scorer.request_arguments import (
     MAX_TAIL_EVENTS,

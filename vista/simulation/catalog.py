@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from vista.arrays import offsets_of
 from vista.config import SimulateConfig
-from vista.log.histories import offsets_of
 from vista.simulation.period import period
 
 NUM_PERIODS = 24

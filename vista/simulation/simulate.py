@@ -31,10 +31,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from vista.arrays import offsets_of
 from vista.config import SimulateConfig
 from vista.errors import ConfigError, DataError
 from vista.files import checked_path, create_file, make_folders, replace_text, sync
-from vista.log.histories import offsets_of
 from vista.simulation.catalog import Catalog, make_catalog
 from vista.simulation.event_stream import ACTIONS
 from vista.simulation.oracle import OracleMetrics, oracle_metrics

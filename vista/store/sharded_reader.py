@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vista.arrays import offsets_of
 from vista.counters.counter_codes import CounterCodes
 from vista.errors import StoreError
-from vista.log.histories import offsets_of, ranges
+from vista.log.histories import ranges
 from vista.store.format.keys import common_kind, user_keys
 from vista.store.layout import store_path
 from vista.store.manifest import Manifest

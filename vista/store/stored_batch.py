@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vista.arrays import offsets_of
 from vista.counters.counter_codes import CounterCodes
 from vista.log.gaps import NO_TIMESTAMP
-from vista.log.histories import offsets_of
 from vista.store.tail import Tail
 
 CLOCK_SKEW_MS = 300_000

@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.arrays import Float32s, Int
+from vista.arrays import Float32s, Int, offsets_of
 from vista.errors import DataError, shown
-from vista.log.histories import offsets_of
 from vista.log.ingest.parts import ORDER, Part
 from vista.log.item_features import CategoryColumn, NumberColumn, feature_line
 from vista.log.merged_features import declared_columns, form_of, items_with_features

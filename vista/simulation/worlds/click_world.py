@@ -8,8 +8,8 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from vista.arrays import offsets_of
 from vista.config import SimulateConfig
-from vista.log.histories import offsets_of
 from vista.logistic_regression import binned_features
 from vista.simulation.catalog import Catalog
 from vista.simulation.event_stream import EventStream

@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from vista.arrays import offsets_of
 from vista.config import SimulateConfig
-from vista.log.histories import offsets_of
 from vista.simulation.catalog import Catalog, draw_items
 from vista.simulation.event_stream import draw_events
 from vista.simulation.interests import Interests, draw_interests, draw_orders, other_topics

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vista.arrays import offsets_of
 from vista.counters.counter_codes import CODE_BITS, MAX_CODE, CounterCodes
-from vista.log.histories import offsets_of
 from vista.store.format.counter_layout import CounterLayout
 from vista.store.format.field_checks import check_field
 from vista.store.format.joined_records import JoinedRecords

@@ -11,10 +11,10 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from vista.arrays import offsets_of
 from vista.counters.counter_rows import CounterRows
 from vista.counters.counter_spec import CounterSpec
 from vista.counters.counter_table import CounterTable
-from vista.log.histories import offsets_of
 from vista.store.format.joined_records import JoinedRecords
 
 _HEAD = np.dtype([("clock", "<i8"), ("num_events", "<i8"), ("size", "<u4")])

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.log.histories import offsets_of, ranges
+from vista.arrays import offsets_of
+from vista.log.histories import ranges
 from vista.store.format.joined_records import JoinedRecords
 from vista.store.format.record_spec import SHORT_TIMES
 from vista.store.tail import Tail
