@@ -163,6 +163,7 @@ def test_a_class_that_other_packages_use_lives_in_a_file_of_its_name() -> None:
 FOLDER_MAKERS = ("vista/files.py", "vista/store/lmdb/permissions.py")
 STAGING_FOLDERS = {
     "vista/log/ingest/prepare.py": {"folder", "scratch"},
+    "vista/log/row_feature_writer.py": {"segment.folder / prefix"},
     "vista/log/segment_writer.py": {"folder", "segment.folder / prefix"},
     "vista/training/checkpoint.py": {"temporary"},
 }

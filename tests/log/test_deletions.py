@@ -40,12 +40,14 @@ EVENTS = st.tuples(
 @st.composite
 def logs(draw: st.DrawFn) -> list[Step]:
     """Segments of events with ties and repeats, not ordered by time, with deletions of existing rows between them."""
-    steps = [Step(events=draw(st.lists(EVENTS, max_size=20)), impressions=draw(st.lists(EVENTS, max_size=4)))]
+    columns = st.sampled_from([(), ("device",), ("dwell", "device"), ("device", "dwell")])
+    events, impressions = draw(st.lists(EVENTS, max_size=20)), draw(st.lists(EVENTS, max_size=4))
+    steps = [Step(events=events, impressions=impressions, columns=draw(columns))]
     for kind in draw(st.lists(st.sampled_from(["append", "append", "forget", "erase"]), max_size=5)):
         here: list[Event] = [row for user in range(NUM_USERS) for row in Oracle(steps).history(user)]
         if kind == "append":
             events, impressions = draw(st.lists(EVENTS, max_size=9)), draw(st.lists(EVENTS, max_size=2))
-            steps.append(Step(events=events, impressions=impressions))
+            steps.append(Step(events=events, impressions=impressions, columns=draw(columns)))
         elif kind == "erase":
             steps.append(Step(erased=draw(st.lists(st.integers(0, NUM_USERS - 1), min_size=1, max_size=2))))
         elif here:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import DTypeLike
 
 from vista.arrays import Float32s, Int, offsets_of
 from vista.errors import LogFormatError, LogWriteError
@@ -25,9 +24,10 @@ from vista.log.impressions import merged_columns
 from vista.log.item_features import VectorColumn
 from vista.log.merged_features import declared_columns, items_with_features, merged_column
 from vista.log.packed_table import PackedTable
+from vista.log.row_feature_writer import RowFeatureWriter
 from vista.log.segment import segment_name, superseded_segments
 from vista.log.segment_features import SegmentColumn
-from vista.log.segment_files import EVENT_COLUMNS
+from vista.log.segment_files import EVENT_COLUMNS, EVENT_FEATURES, REQUEST_FEATURES
 from vista.log.segment_manifest import LOG_FIELDS, QUARANTINE_FILE
 from vista.log.segment_writer import FeatureWriter, SegmentWriter, TableWriter, locked_log, staged_folder
 
@@ -137,14 +137,17 @@ def _write(segment: SegmentWriter, log: EventLog, blanked: Int, run_events: int)
     """Write the merged segment; returns whether quarantined rows were omitted."""
     segment.save_vocabulary("new_users", log.users.without_ids(blanked))
     segment.save_vocabulary("new_items", log.items)
-    active = {"events": _write_events(segment, log, run_events), "impressions": 0}
+    of_events = RowFeatureWriter(segment, EVENT_FEATURES, log.num_events, log.event_features)
+    active = {"events": _write_events(segment, log, of_events, run_events), "impressions": 0}
     tables = _impression_tables(log)
+    num_impressions = sum(table.num_rows for table in tables)
+    of_requests = RowFeatureWriter(segment, REQUEST_FEATURES, num_impressions, log.request_features)
     if tables:
-        active["impressions"] = _write_impressions(segment, log.num_users, tables, run_events)
+        active["impressions"] = _write_impressions(segment, log.num_users, tables, of_requests, run_events)
     segment.save("changed.npy", _last_changes(log))
     quarantine_removed = _join_quarantines(segment.folder, log)
     newest = log.manifests[-1]
-    rows = {"events": log.num_events, "impressions": sum(table.num_rows for table in tables)}
+    rows = {"events": log.num_events, "impressions": num_impressions}
     segment.write_manifest(
         {name: newest[name] for name in LOG_FIELDS}
         | {
@@ -152,6 +155,8 @@ def _write(segment: SegmentWriter, log: EventLog, blanked: Int, run_events: int)
             "last_segment": log.last_segment,
             "counts": {table: {"rows": rows[table], "users": active[table]} for table in rows},
             "features": _write_features(segment, log, run_events),
+            "event_features": of_events.columns,
+            "request_features": of_requests.columns,
             "deletions": 0,
             "quarantined": sum(manifest["quarantined"] for manifest in log.manifests),
             "sources": [source for manifest in log.manifests for source in manifest["sources"]],
@@ -160,17 +165,21 @@ def _write(segment: SegmentWriter, log: EventLog, blanked: Int, run_events: int)
     return quarantine_removed
 
 
-def _write_events(segment: SegmentWriter, log: EventLog, run_events: int) -> int:
+def _write_events(segment: SegmentWriter, log: EventLog, features: RowFeatureWriter, run_events: int) -> int:
     names = [name for name in EVENT_COLUMNS if name != "rating" or log.has_rating]
     writer = TableWriter(segment, "", log.num_events, {name: (EVENT_COLUMNS[name], ()) for name in names})
     for run in token_groups(log.lengths, run_events):
         users = np.arange(run.start, run.stop)
         histories = log.gather(users)
         writer.append(np.repeat(users, histories.lengths), {name: getattr(histories, name) for name in names})
+        features.append(histories.features)
+    features.close()
     return writer.close()
 
 
-def _write_impressions(segment: SegmentWriter, num_users: int, tables: list[PackedTable], run_rows: int) -> int:
+def _write_impressions(
+    segment: SegmentWriter, num_users: int, tables: list[PackedTable], features: RowFeatureWriter, run_rows: int
+) -> int:
     counts = sum((table.counts(num_users) for table in tables), np.zeros(num_users, np.int64))
     columns: dict[str, tuple[DTypeLike, tuple[int, ...]]] = {}
     for table in tables:
@@ -178,10 +187,10 @@ def _write_impressions(segment: SegmentWriter, num_users: int, tables: list[Pack
     writer = TableWriter(segment, "impressions/", int(counts.sum()), columns)
     for run in token_groups(counts, run_rows):
         offsets = offsets_of(counts[run])
-        block: Mapping[str, NDArray[Any]] = merged_columns(
-            [table.of_users(run.start, run.stop) for table in tables], offsets
-        )
+        block, of_rows = merged_columns([table.of_users(run.start, run.stop) for table in tables], offsets)
         writer.append(np.repeat(np.arange(run.start, run.stop), counts[run]), block)
+        features.append(of_rows)
+    features.close()
     return writer.close()
 
 

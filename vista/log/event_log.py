@@ -20,7 +20,9 @@ from vista.log.histories import Histories, slice_merged, take_range
 from vista.log.impressions import Impressions, read_impressions
 from vista.log.item_features import ItemFeatures
 from vista.log.merged_features import merged_features
+from vista.log.merged_row_features import event_values, request_values, with_row_features
 from vista.log.packed_table import PackedTable
+from vista.log.row_features import ColumnValues
 from vista.log.segment import Segment, read_segments, read_vocabularies
 
 
@@ -40,13 +42,15 @@ class EventLog:
         self.last_segment = segments[-1].last
         self.num_users = len(self.users)
         self.num_items = len(self.items)
-        self.segments = obey_deletions(segments)
+        self.segments = obey_deletions(with_row_features(segments))
         """Oldest first, without the rows that later segments delete."""
         self.num_events = sum(segment.events.num_rows for segment in self.segments)
         self._tables = _filled(self.segments)
         self._lengths: NDArray[np.int64] | None = None
         self._impressions: Impressions | None = None
         self._item_features: ItemFeatures | None = None
+        self._event_features: ColumnValues | None = None
+        self._request_features: ColumnValues | None = None
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, last_segment: int | None = None) -> EventLog:
@@ -204,6 +208,20 @@ class EventLog:
         if self._item_features is None:
             self._item_features = merged_features(self.segments, self.num_items)
         return self._item_features
+
+    @property
+    def event_features(self) -> ColumnValues:
+        """The columns of `Histories.features`, with the values of each category; empty without any."""
+        if self._event_features is None:
+            self._event_features = event_values(self.segments)
+        return self._event_features
+
+    @property
+    def request_features(self) -> ColumnValues:
+        """The columns of `Impressions.features`, with the values of each category; empty without any."""
+        if self._request_features is None:
+            self._request_features = request_values(self.segments)
+        return self._request_features
 
     def gather(self, user_rows: Any, counts: Any = None) -> Histories:
         """Histories of several users.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vista.arrays import Int, offsets_of
 from vista.log.packed_table import PackedTable
+from vista.log.row_features import RowFeatures
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +20,7 @@ class Histories:
 
     item: int32 [T] item rows of the log; timestamp: int64 [T] milliseconds, or ordinals in a log without times;
     action: uint8 [T] codes into `EventLog.actions`; rating: float32 [T], or None if the log has no ratings; offsets:
-    int64 [B + 1].
+    int64 [B + 1]; features: of T rows, with the names of `EventLog.event_features`.
     """
 
     item: NDArray[np.int32]
@@ -27,6 +28,7 @@ class Histories:
     action: NDArray[np.uint8]
     rating: NDArray[np.float32] | None
     offsets: Int
+    features: RowFeatures = field(default_factory=lambda: RowFeatures({}))
 
     @property
     def num_users(self) -> int:
@@ -55,12 +57,12 @@ class Histories:
         """Events [start, stop) of history number `user`, as views (B = 1), with bounds like a list's."""
         begin, end = int(self.offsets[user]), int(self.offsets[user + 1])
         low, high, _ = slice(start, stop).indices(end - begin)
-        return self._at(slice(begin + low, begin + max(low, high)), np.array([0, max(high - low, 0)], np.int64))
+        return self.at(slice(begin + low, begin + max(low, high)), np.array([0, max(high - low, 0)], np.int64))
 
     def select_users(self, begin: int, end: int) -> Histories:
         """Histories begin .. end - 1, as views."""
         first, last = int(self.offsets[begin]), int(self.offsets[end])
-        return self._at(slice(first, last), self.offsets[begin : end + 1] - first)
+        return self.at(slice(first, last), self.offsets[begin : end + 1] - first)
 
     def select(self, starts: Int, stops: Int) -> Histories:
         """Events [starts[b], stops[b]) of each history; returns self if these are all events."""
@@ -68,12 +70,18 @@ class Histories:
         if np.array_equal(counts, self.lengths):
             return self
         offsets = offsets_of(counts)
-        return self._at(ranges(self.offsets[:-1] + starts, counts), offsets)
+        return self.at(ranges(self.offsets[:-1] + starts, counts), offsets)
 
-    def _at(self, index: builtins.slice | Int, offsets: Int) -> Histories:
+    def at(self, index: builtins.slice | Int, offsets: Int) -> Histories:
         """The events at `index` (views if it is a slice), with new offsets."""
-        rating = None if self.rating is None else self.rating[index]
-        return Histories(self.item[index], self.timestamp[index], self.action[index], rating, offsets)
+        return Histories(
+            self.item[index],
+            self.timestamp[index],
+            self.action[index],
+            None if self.rating is None else self.rating[index],
+            offsets,
+            self.features.select(index),
+        )
 
 
 def ranges(starts: Int | int, counts: Int) -> Int:
@@ -106,9 +114,15 @@ def take(table: PackedTable, starts: Int, counts: Int) -> Histories:
         index = table.span(int(starts[0]), int(starts[-1] + counts[-1]))
     else:
         index = table.places(ranges(starts, counts))
-    columns = table.columns
-    whole = Histories(columns["item"], columns["timestamp"], columns["action"], columns.get("rating"), offsets)
-    return whole._at(index, offsets)
+    columns = {name: column[index] for name, column in table.columns.items()}
+    return Histories(
+        columns["item"],
+        columns["timestamp"],
+        columns["action"],
+        columns.get("rating"),
+        offsets,
+        table.features_at(index),
+    )
 
 
 def take_range(tables: Sequence[PackedTable], rows: Int, low: Int, high: Int) -> Histories:
@@ -131,7 +145,7 @@ def take_merged(tables: Sequence[PackedTable], rows: Int, low: Int, high: Int) -
     begin = np.where(in_order, np.clip(low - before, 0, total), 0)
     counts = np.where(in_order, np.clip(high - before, 0, total), total) - begin
     offsets = offsets_of(counts.sum(0))
-    out = _empty(int(offsets[-1]), all("rating" in table.columns for table in tables), offsets)
+    out = _empty(int(offsets[-1]), tables, offsets)
     next_free = offsets[:-1].copy()
     for number, (table, (start, _)) in enumerate(zip(tables, located, strict=True)):
         _copy(take(table, start + begin[number], counts[number]), out, ranges(next_free, counts[number]))
@@ -159,7 +173,7 @@ def _by_time(out: Histories) -> Histories:
     falls[inner[(inner > 0) & (inner < len(out.timestamp))] - 1] = False  # between users, time may fall
     if not falls.any():
         return out
-    return out._at(np.lexsort((out.timestamp, out.owner)), offsets)
+    return out.at(np.lexsort((out.timestamp, out.owner)), offsets)
 
 
 def slice_merged(tables: Sequence[PackedTable], row: int, low: int, high: int) -> Histories:
@@ -188,23 +202,24 @@ def slice_merged(tables: Sequence[PackedTable], row: int, low: int, high: int) -
         parts = [take(*place) for place in located]
         bounds = np.cumsum([0, *(part.num_events for part in parts)])
         order = np.argsort(np.concatenate([part.timestamp for part in parts]), kind="stable")[low:high]
-    out = _empty(high - low, parts[0].rating is not None, offsets)
+    out = _empty(high - low, [table for table, _, _ in located], offsets)
     source = np.searchsorted(bounds, order, side="right") - 1
     for number, part in enumerate(parts):
         here = np.flatnonzero(source == number)
         index = order[here] - bounds[number]
-        _copy(part._at(index, np.array([0, len(index)], np.int64)), out, here)
+        _copy(part.at(index, np.array([0, len(index)], np.int64)), out, here)
     return out
 
 
-def _empty(num_events: int, has_rating: bool, offsets: Int) -> Histories:
-    rating = np.empty(num_events, np.float32) if has_rating else None
+def _empty(num_events: int, tables: Sequence[PackedTable], offsets: Int) -> Histories:
+    """Histories to be filled from these tables."""
     return Histories(
         np.empty(num_events, np.int32),
         np.empty(num_events, np.int64),
         np.empty(num_events, np.uint8),
-        rating,
+        np.empty(num_events, np.float32) if all("rating" in table.columns for table in tables) else None,
         offsets,
+        tables[0].features_at(slice(0, 0)).empty(num_events),
     )
 
 
@@ -214,3 +229,5 @@ def _copy(source: Histories, target: Histories, index: Int) -> None:
     target.action[index] = source.action
     if target.rating is not None and source.rating is not None:
         target.rating[index] = source.rating
+    for name, column in target.features.columns.items():
+        column[index] = source.features.columns[name]

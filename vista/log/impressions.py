@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from vista.arrays import offsets_of
 from vista.log.histories import ranges
 from vista.log.packed_table import PackedTable
+from vista.log.row_features import RowFeatures
 from vista.log.segment import Segment
 
 
@@ -21,7 +22,8 @@ class Impressions:
 
     offsets: int64 [num_users + 1]; item: int32 [N] item rows; timestamp: int64 [N] ms; label: uint8 [N, num_tasks], 0
     where unknown; mask: uint8 [N, num_tasks], 1 where the label is known; tasks: names of the tasks; probability:
-    float32 [N, num_tasks] true probabilities of a simulation (NaN where unknown), or None.
+    float32 [N, num_tasks] true probabilities of a simulation (NaN where unknown), or None; features: of N rows, with
+    the names of `EventLog.request_features`.
     """
 
     offsets: NDArray[np.int64]
@@ -31,6 +33,7 @@ class Impressions:
     mask: NDArray[np.uint8]
     tasks: list[str]
     probability: NDArray[np.float32] | None
+    features: RowFeatures = field(default_factory=lambda: RowFeatures({}))
 
     @property
     def num_impressions(self) -> int:
@@ -46,7 +49,7 @@ def read_impressions(segments: Sequence[Segment], num_users: int) -> Impressions
     tasks: list[str] = next(s.manifest["tasks"] for s in reversed(segments) if s.impressions is not None)
     counts = sum((table.counts(num_users) for table in tables), np.zeros(num_users, np.int64))
     offsets = offsets_of(counts)
-    columns = merged_columns([table.of_users(0, num_users) for table in tables], offsets)
+    columns, features = merged_columns([table.of_users(0, num_users) for table in tables], offsets)
     return Impressions(
         offsets,
         columns["item"],
@@ -55,18 +58,21 @@ def read_impressions(segments: Sequence[Segment], num_users: int) -> Impressions
         columns["mask"],
         list(tasks),
         columns.get("probability"),
+        features,
     )
 
 
-def merged_columns(tables: Sequence[PackedTable], offsets: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-    """Merge the columns of users 0 .. U - 1 from several tables, by time; equal times are in the order of tables.
+def merged_columns(
+    tables: Sequence[PackedTable], offsets: NDArray[np.int64]
+) -> tuple[dict[str, NDArray[Any]], RowFeatures]:
+    """Merge the columns and features of users 0 .. U - 1 from several tables, by time, then in the order of tables.
 
     Args:
-        tables: tables without deleted rows.
+        tables: tables without deleted rows, with the same features.
         offsets: int64 [U + 1] of the merged rows.
     """
     if len(tables) == 1:
-        return tables[0].columns
+        return tables[0].columns, tables[0].features_at(slice(None))
     num_users = len(offsets) - 1
     next_free = offsets[:-1].copy()
     places = []
@@ -82,6 +88,10 @@ def merged_columns(tables: Sequence[PackedTable], offsets: NDArray[np.int64]) ->
         for table, place in zip(tables, places, strict=True):
             if name in table.columns:
                 out[name][place] = table.columns[name]
+    features = tables[0].features_at(slice(0, 0)).empty(int(offsets[-1]))
+    for table, place in zip(tables, places, strict=True):
+        for name, column in features.columns.items():
+            column[place] = table.features[name]
     owner = np.repeat(np.arange(num_users), np.diff(offsets))
     order = np.lexsort((out["timestamp"], owner))
-    return {name: column[order] for name, column in out.items()}
+    return {name: column[order] for name, column in out.items()}, features.select(order)

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vista.arrays import Int
+from vista.log.row_features import RowColumn, RowFeatures
 
 
 @dataclass(frozen=True, slots=True)
 class PackedTable:
-    """Rows of several users, concatenated. Row numbers count remaining rows; `columns` still contain deleted ones.
+    """Rows of several users, concatenated. Row numbers count remaining rows; columns still contain deleted ones.
 
     Args:
         users: int64 [U] user rows, ascending.
         offsets: int64 [U + 1], where each user's rows start.
         columns: arrays with one entry per row, including deleted rows.
+        features: likewise, by name: float32 numbers, or the codes of a category in any signed integer type.
         deleted_at: int64 [R], ascending: the number of remaining rows before each deleted row; None without any.
     """
 
     users: Int
     offsets: Int
     columns: dict[str, NDArray[Any]]
+    features: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     deleted_at: Int | None = None
 
     @property
@@ -69,6 +73,10 @@ class PackedTable:
         gaps = self.deleted_at[low:high] + np.arange(low, high) - (first + low)
         return np.delete(np.arange(first + low, end + high), gaps)
 
+    def features_at(self, index: slice | Int) -> RowFeatures:
+        """Features at an index into the columns; views if it is a slice and codes are stored as int32."""
+        return RowFeatures({name: _widened(column[index]) for name, column in self.features.items()})
+
     def first_since(self, low: Int, high: Int, times: Int) -> Int:
         """The first of rows low[i] .. high[i] - 1 (of one user) at times[i] or later, or else high[i]: int64 [N]."""
         column = self.columns["timestamp"]
@@ -93,4 +101,9 @@ class PackedTable:
         first = int(self.offsets[low])
         span = self.span(first, int(self.offsets[high]))
         columns = {name: column[span] for name, column in self.columns.items()}
-        return PackedTable(self.users[low:high] - begin, self.offsets[low : high + 1] - first, columns)
+        features = {name: column[span] for name, column in self.features.items()}
+        return PackedTable(self.users[low:high] - begin, self.offsets[low : high + 1] - first, columns, features)
+
+
+def _widened(column: NDArray[Any]) -> RowColumn:
+    return column if column.dtype.kind == "f" else column.astype(np.int32, copy=False)

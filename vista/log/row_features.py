@@ -33,6 +33,13 @@ class RowFeatures:
         """Features of the rows at `index`, as NumPy indexes; views if it is a slice."""
         return RowFeatures({name: column[index] for name, column in self.columns.items()})
 
+    def empty(self, num_rows: int) -> RowFeatures:
+        """Columns of the same types for `num_rows` rows, to be filled."""
+        columns: dict[str, RowColumn] = {
+            name: np.empty_like(part, shape=num_rows) for name, part in self.columns.items()
+        }
+        return RowFeatures(columns)
+
     @classmethod
     def missing(cls, values: ColumnValues, num_rows: int) -> RowFeatures:
         """Rows without any value."""

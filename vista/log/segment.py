@@ -16,6 +16,10 @@
             items.npy   int64 [F]       item rows with features here, ascending
             K.numbers.npy float32 [F]; K.vectors.npy float32 [F, D]; or
             K.codes.npy int32, K.offsets.npy int64 [F + 1], and the new values, K.values.ids.npy and .offsets
+        event_features/                 of events; `K` counts the columns that the manifest lists under `event_features`
+            K.numbers.npy float32 [T]; or
+            K.codes.npy int8, int16, or int32 [T], and the new values, K.values.ids.npy and .offsets
+        request_features/               the same for impressions
         erased.npy      int64 [E]       rows of erased users, ascending
         changed.npy     int64 [users]   after a compaction: the last segment that changed each user, or 0
         quarantine.csv                  rows that failed validation, if any
@@ -29,7 +33,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +42,18 @@ import numpy as np
 from vista.arrays import Int
 from vista.errors import LogFormatError
 from vista.log.packed_table import PackedTable
+from vista.log.row_features import ColumnValues
 from vista.log.segment_features import SegmentFeatures
-from vista.log.segment_files import EVENT_COLUMNS, FORGOTTEN_COLUMNS, IMPRESSION_COLUMNS, SegmentFiles
+from vista.log.segment_files import (
+    EVENT_COLUMNS,
+    EVENT_FEATURES,
+    FORGOTTEN_COLUMNS,
+    IMPRESSION_COLUMNS,
+    REQUEST_FEATURES,
+    SegmentFiles,
+)
 from vista.log.segment_manifest import REMEDY, read_segment_manifest
+from vista.log.segment_row_features import SegmentRowFeatures
 from vista.log.vocabulary import Vocabulary
 
 _NAME = re.compile(r"segment-(\d{6})(?:-(\d{6}))?")
@@ -70,6 +83,10 @@ class Segment:
     """int64 [users], if compacted: the last segment that changed each user, or 0."""
     features: SegmentFeatures | None
     """Features of items, which replace those of earlier segments."""
+    event_values: ColumnValues
+    """The columns of `events.features`, with the values that this segment adds to those of earlier segments."""
+    request_values: ColumnValues
+    """Likewise of `impressions.features`."""
     new_users: Vocabulary
     new_items: Vocabulary
 
@@ -107,18 +124,26 @@ def read_segment(path: Path) -> Segment:
 
 def _segment(path: Path, manifest: dict[str, Any], files: SegmentFiles) -> Segment:
     erased, kinds = files.rows("erased.npy"), manifest["id_types"]
+    events, impressions = files.table("", EVENT_COLUMNS), None
+    if "impressions/users.npy" in files:
+        impressions = files.table("impressions/", IMPRESSION_COLUMNS)
+    of_events = SegmentRowFeatures.read(path, files, EVENT_FEATURES, manifest["event_features"], events.num_rows)
+    num_impressions = 0 if impressions is None else impressions.num_rows
+    of_requests = SegmentRowFeatures.read(path, files, REQUEST_FEATURES, manifest["request_features"], num_impressions)
     return Segment(
         path,
         manifest["first_segment"],
         manifest["last_segment"],
         manifest,
         files,
-        files.table("", EVENT_COLUMNS),
-        files.table("impressions/", IMPRESSION_COLUMNS) if "impressions/users.npy" in files else None,
+        replace(events, features=of_events.columns),
+        None if impressions is None else replace(impressions, features=of_requests.columns),
         files.table("deletions/", FORGOTTEN_COLUMNS) if "deletions/users.npy" in files else None,
         np.empty(0, np.int64) if erased is None else erased,
         files.rows("changed.npy"),
         SegmentFeatures.read(path, files, manifest["features"]),
+        of_events.new_values,
+        of_requests.new_values,
         files.vocabulary("new_users", kinds["users"]),
         files.vocabulary("new_items", kinds["items"]),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ IMPRESSION_COLUMNS = {
 FORGOTTEN_COLUMNS = {"item": np.int32, "timestamp": np.int64, "action": np.uint8}
 FEATURES = "features/"
 """Folder of item features."""
+EVENT_FEATURES, REQUEST_FEATURES = "event_features/", "request_features/"
+"""Folders of the features of events and of impressions."""
 _PER_TASK = ("label", "mask", "probability")
 """Columns with one value per row and task."""
 _OPTIONAL = ("rating", "probability")
@@ -37,8 +39,8 @@ _LARGE = {
     *(f"{name}.npy" for name in EVENT_COLUMNS),
     *(f"impressions/{name}.npy" for name in IMPRESSION_COLUMNS),
 }
-"""Files with an entry per event, impression, or quarantined row. Those of item features are large too, except for the
-values of categories, from which an appended segment continues."""
+"""Files with an entry per event, impression, or quarantined row. Those of features are large too, except for the values
+of categories, from which an appended segment continues."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +117,11 @@ class SegmentFiles:
             raise LogFormatError(f"{self._folder / MANIFEST_FILE}: does not list {name}; {REMEDY}")
         return self._files[name].array(dtype, num_dims)
 
+    def type_of(self, name: str, allowed: Sequence[type[np.generic]]) -> DTypeLike:
+        """The one of these types that an array has by the manifest; the first if it has none of them."""
+        entry = self._files[name].entry if name in self._files else {}
+        return next((dtype for dtype in allowed if np.dtype(dtype).str == entry.get("dtype")), allowed[0])
+
     def table(self, prefix: str, columns: Mapping[str, DTypeLike]) -> PackedTable:
         """A table, with these columns. Ratings and probabilities may be missing.
 
@@ -177,4 +184,5 @@ class SegmentFiles:
 
 
 def _is_large(name: str) -> bool:
-    return name in _LARGE or (name.startswith(FEATURES) and ".values." not in name)
+    in_features = name.startswith((FEATURES, EVENT_FEATURES, REQUEST_FEATURES))
+    return name in _LARGE or (in_features and ".values." not in name)

@@ -15,7 +15,7 @@ from vista.files import read_limited
 from vista.json_fields import TABLE, FieldRule, check_fields, hexadecimal, list_of, one_of, text, whole
 
 FORMAT = "vista-event-log"
-VERSION = 3
+VERSION = 4
 MANIFEST_FILE = "manifest.json"
 QUARANTINE_FILE = "quarantine.csv"
 LOG_FIELDS = ("num_users", "num_items", "id_types", "actions", "tasks", "has_time", "timestamp", "has_rating")
@@ -26,10 +26,11 @@ _MAX_BYTES = 64 << 20
 _MAX_ACTIONS = 256
 """Codes of actions are uint8."""
 MAX_FEATURES = 1_000
-"""Columns of item features: each is up to four files."""
+"""Columns of features of one kind: each is up to four files."""
 _ARRAY_NAME = re.compile(
     r"((impressions|deletions)/)?[a-z_]+(\.(ids|offsets|blank))?\.npy"
     r"|features/(items|[0-9]{1,3}\.(codes|offsets|numbers|vectors|values\.ids|values\.offsets))\.npy"
+    r"|(event|request)_features/[0-9]{1,3}\.(codes|numbers|values\.ids|values\.offsets)\.npy"
 )
 
 
@@ -42,6 +43,10 @@ def _fields(rules: Mapping[str, FieldRule]) -> FieldRule:
         return True
 
     return FieldRule(f"a mapping with the fields {', '.join(rules)}", holds)
+
+
+def _features(*kinds: str) -> FieldRule:
+    return list_of(_fields({"name": text(), "kind": one_of(*kinds)}), most=MAX_FEATURES)
 
 
 _SEGMENT, _FLAG, _ID_KIND = whole(1, 999_999), one_of(True, False), one_of("int", "str")
@@ -69,7 +74,9 @@ _RULES = {
     "timestamp": text(),
     "has_rating": _FLAG,
     "counts": _fields({"events": _COUNTS, "impressions": _COUNTS}),
-    "features": list_of(_fields({"name": text(), "kind": one_of("category", "number", "vector")}), most=MAX_FEATURES),
+    "features": _features("category", "number", "vector"),
+    "event_features": _features("category", "number"),
+    "request_features": _features("category", "number"),
     "deletions": whole(),
     "quarantined": whole(),
     "sources": list_of(_fields(_SOURCE)),

@@ -185,6 +185,8 @@ def write_without_events(
         "last_segment": number,
         "counts": {table: {"rows": 0, "users": 0} for table in ("events", "impressions")},
         "features": [],
+        "event_features": [],
+        "request_features": [],
         "deletions": 0,
         "quarantined": 0,
         "sources": [],

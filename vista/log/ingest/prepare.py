@@ -246,7 +246,13 @@ class _Run:
         features = write_features(parts.get("items", ()), segment.items, before.segments, writer, scratch)
         if segment.num_bad:
             write_quarantine([part for of_table in parts.values() for part in of_table], folder / QUARANTINE_FILE)
-        what_is_new = {"features": features.columns, "quarantined": segment.num_bad, "sources": segment.sources()}
+        what_is_new = {
+            "features": features.columns,
+            "event_features": [],
+            "request_features": [],
+            "quarantined": segment.num_bad,
+            "sources": segment.sources(),
+        }
         writer.write_manifest(fields | what_is_new)
         return segment, features
 
