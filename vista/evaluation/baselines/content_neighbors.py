@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from vista.arrays import Floats, Int
+from vista.arrays import Floats, Int, offsets_of
 from vista.evaluation.baselines.popularity import tie_breaker
 from vista.evaluation.baselines.sparse_rows import SparseRows
 from vista.examples.frequency import item_counts
 from vista.log.event_log import EventLog
-from vista.log.histories import offsets_of
 from vista.log.item_features import FeatureColumn, VectorColumn
 from vista.model.feature_spec import FeatureSpec
 from vista.model.item_feature_table import value_codes
