@@ -6,18 +6,18 @@ Canonical columns are `item`, `category:<name>`, `number:<name>`, and `vector:<n
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from vista.config import ItemTableConfig
 from vista.errors import ConfigError, DataError
 from vista.log.ingest.column_names import check_columns
-from vista.log.ingest.json_lines import AMAZON, amazon_products
-from vista.log.ingest.movielens_items import MOVIELENS, movielens_items
-from vista.log.ingest.public_sets import remedy_of_kind
-from vista.log.ingest.scanned_source import EXTRA, ROW, ScannedSource, source_of_frame
+from vista.log.ingest.file_scan import ROW, FileScan
+from vista.log.ingest.public.public_sets import PUBLIC_SETS, remedy_of_kind
+from vista.log.ingest.scanned_source import ScannedSource, file_source, source_of_frame
 from vista.log.ingest.source_formats import is_parquet, text_separator
-from vista.log.ingest.text_files import file_source, read_header, scan_text
+from vista.log.ingest.text_files import read_header, scan_text
 from vista.log.polars_extra import pl
 from vista.log.segment_manifest import MAX_FEATURES
 
@@ -39,20 +39,19 @@ def scan_items(file: Path, config: ItemTableConfig, kind: str) -> ScannedSource:
         DataError: if the file cannot be read, lacks a column, or has a column that cannot be a feature.
     """
     try:
-        frame, columns, is_text = _scan(file, config, kind)
-        return file_source(file, _split(frame, config.value_separator), columns, is_text=is_text)
+        scan = _scan(file, config, kind)
+        return file_source(file, replace(scan, frame=_split(scan.frame, config.value_separator)))
     except (OSError, pl.exceptions.PolarsError) as error:
         reason = str(error).partition("\n")[0]
         raise DataError(f"{file}: cannot be read: {reason}; write the file again") from error
 
 
-def _scan(file: Path, config: ItemTableConfig, kind: str) -> tuple[pl.LazyFrame, dict[str, str], bool]:
-    """Canonical frame, names of the columns in the file, whether values are text."""
-    if kind in MOVIELENS or kind == AMAZON:
-        rows = amazon_products(file, remedy_of_kind(kind)) if kind == AMAZON else movielens_items(file, kind)
-        schema = rows.collect_schema()
-        columns = _feature_columns(str(file), schema, config)
-        return rows.rename({own: name for name, own in columns.items()}), columns, EXTRA in schema
+def _scan(file: Path, config: ItemTableConfig, kind: str) -> FileScan:
+    read = PUBLIC_SETS[kind].form_of(file, "items").read if kind in PUBLIC_SETS else None
+    if read is not None:
+        scan = read(file)
+        columns = _feature_columns(str(file), scan.frame.collect_schema(), config)
+        return replace(scan, frame=scan.frame.rename({own: name for name, own in columns.items()}), columns=columns)
     is_text = not is_parquet(file)
     if is_text:
         separator = text_separator(file, config.separator, "items")
@@ -70,7 +69,7 @@ def _scan(file: Path, config: ItemTableConfig, kind: str) -> tuple[pl.LazyFrame,
         frame = scan_text(file, [canonical.get(name, "") for name in header], separator, '"', 1)
     else:
         frame = lazy.select(pl.col(own).alias(name) for name, own in columns.items()).with_row_index(ROW, 1)
-    return frame, columns, is_text
+    return FileScan(frame, columns, is_text)
 
 
 def items_of_frame(frame: pl.DataFrame, config: ItemTableConfig) -> ScannedSource:

@@ -8,22 +8,16 @@ from pathlib import Path
 
 from vista.errors import DataError
 from vista.log.ingest.column_names import check_columns
-from vista.log.ingest.scanned_source import ROW
+from vista.log.ingest.file_scan import ROW
 from vista.log.ingest.text_files import first_line, scan_text
 from vista.log.polars_extra import pl
 
-AMAZON = "amazon-reviews-2023"
 
-
-def is_json_lines(file: Path) -> bool:
-    """Whether the name of a file is that of JSON Lines."""
-    return file.name.removesuffix(".gz").endswith(".jsonl")
-
-
-def scan_json_lines(file: Path, fields: Sequence[str], remedy: str) -> pl.LazyFrame:
+def scan_json_lines(file: Path, fields: Sequence[str], table: str, remedy: str) -> pl.LazyFrame:
     """Read fields of all objects as text. A line that is not an object has no fields.
 
     Args:
+        table: events | items, for messages.
         remedy: what to do about a file whose first object lacks a field.
 
     Returns:
@@ -38,24 +32,7 @@ def scan_json_lines(file: Path, fields: Sequence[str], remedy: str) -> pl.LazyFr
         first = None
     if not isinstance(first, dict):
         raise DataError(f"{file}: line 1 is not a JSON object; {remedy}")
-    check_columns(str(file), {field: field for field in fields}, first, "events", remedy)
+    check_columns(str(file), {field: field for field in fields}, first, table, remedy)
     # A control character separates the columns, because JSON has none outside of line ends.
     lines = scan_text(file, ["line"], "\x1f", None, 0)
     return lines.select(ROW, *(pl.col("line").str.json_path_match(f"$.{field}").alias(field) for field in fields))
-
-
-def amazon_products(file: Path, remedy: str) -> pl.LazyFrame:
-    """The products of Amazon Reviews 2023.
-
-    Returns:
-        ROW, `parent_asin`, `main_category`, `brand` (the store), `categories` as lists of text, and `price`, which is
-        missing where it is not one number.
-
-    Raises:
-        DataError: as `scan_json_lines`.
-    """
-    rows = scan_json_lines(file, ["parent_asin", "main_category", "store", "categories", "price"], remedy)
-    price = pl.col("price").str.strip_prefix("$").str.replace_all(",", "", literal=True)
-    return rows.with_columns(
-        pl.col("categories").str.json_decode(pl.List(pl.String)), price.cast(pl.Float64, strict=False)
-    ).rename({"store": "brand"})

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from vista.config.choices import OnBadRows
 from vista.errors import DataError, shown
+from vista.log.ingest.file_scan import EXTRA, ROW
 from vista.log.ingest.row_rules import BLANK, PROBLEM, RowRule, parse
-from vista.log.ingest.scanned_source import EXTRA, ROW, ScannedSource, unreadable
+from vista.log.ingest.scanned_source import ScannedSource, unreadable
 from vista.log.ingest.sources import FileSource, Source
 from vista.log.polars_extra import pl
 

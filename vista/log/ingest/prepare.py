@@ -33,11 +33,17 @@ from vista.log.ingest.new_segment import NewSegment
 from vista.log.ingest.packer import BUCKET_EVENTS, Packer
 from vista.log.ingest.parts import Part, read_part, write_quarantine
 from vista.log.ingest.prepare_report import PrepareReport
-from vista.log.ingest.public_sets import PUBLIC_SETS
 from vista.log.ingest.scanned_source import frame_source
 from vista.log.ingest.source_checks import check_sources, id_kinds, tasks_of
 from vista.log.ingest.source_parser import SourceParser
-from vista.log.ingest.sources import Source, open_item_tables, open_set_items, open_sources, with_kind
+from vista.log.ingest.sources import (
+    Source,
+    open_item_tables,
+    open_set_impressions,
+    open_set_items,
+    open_sources,
+    with_kind,
+)
 from vista.log.ingest.stage_times import StageTimes
 from vista.log.segment import segment_name
 from vista.log.segment_manifest import QUARANTINE_FILE
@@ -79,8 +85,8 @@ def prepare(
             run.add_items(items, is_inferred=False)
         if config.impressions is not None:
             run.add("impressions", config.impressions, open_sources(config.impressions, "impressions", files))
-        elif _has_impressions(events, run.sources["events"][0]):
-            run.add("impressions", events, open_sources(events, "impressions", files))
+        elif shown := open_set_impressions(events, files):
+            run.add("impressions", events, shown)
         return run.ingest()
 
 
@@ -128,13 +134,6 @@ def prepare_frames(
         names = [name for name in (*keys.values(), *columns.labels, *columns.probabilities) if name is not None]
         run.add("impressions", config, [frame_source(to_polars(impressions, names), config, "impressions")])
     return run.ingest()
-
-
-def _has_impressions(config: SourceConfig, source: Source) -> bool:
-    """Whether the set of the events also has impressions."""
-    if config.kind == "simulated":
-        return (Path(source.path).parent / "impressions.parquet").is_file()
-    return config.kind in PUBLIC_SETS and bool(PUBLIC_SETS[config.kind].labels)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 
 from vista.errors import ConfigError, DataError
 from vista.log.gaps import LATEST_MS
-from vista.log.ingest.scanned_source import EXTRA, ROW, ScannedSource, unreadable
+from vista.log.ingest.file_scan import EXTRA, ROW
+from vista.log.ingest.scanned_source import ScannedSource, unreadable
 from vista.log.ingest.sources import FileSource, Source
 from vista.log.polars_extra import pl
 

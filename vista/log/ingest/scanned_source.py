@@ -10,10 +10,10 @@ from typing import IO, Any, cast
 
 from vista.config import SourceConfig
 from vista.errors import DataError, LogWriteError, shown
-from vista.log.ingest.sources import Source, needed_columns, open_binary
+from vista.log.ingest.file_scan import ROW, FileScan
+from vista.log.ingest.sources import Source, needed_columns
+from vista.log.ingest.text_files import digest_of, open_binary
 from vista.log.polars_extra import pl
-
-ROW, EXTRA = "row", "extra"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +35,25 @@ def frame_source(frame: pl.DataFrame, config: SourceConfig, table: str) -> Scann
     columns = needed_columns(config)
     used = frame.select(pl.col(own).alias(canonical) for canonical, own in columns.items())
     return source_of_frame(used, columns, table, config.time_unit)
+
+
+def file_source(file: Path, scan: FileScan) -> ScannedSource:
+    """A file as a source; its digest and its lines are checked by `digest_of`.
+
+    Args:
+        scan: its rows, with canonical columns.
+    """
+    size, digest = digest_of(file, check_lines=scan.is_text and file.suffix != ".gz")
+    return ScannedSource(
+        path=str(file),
+        name=file.name,
+        digest=digest,
+        size=size,
+        columns=dict(scan.columns),
+        is_text=scan.is_text,
+        time_unit=scan.time_unit,
+        frame=scan.frame,
+    )
 
 
 def source_of_frame(

@@ -7,14 +7,11 @@ fields than the header.
 | kind | files | columns |
 |---|---|---|
 | table | Parquet, CSV, TSV (also .gz) | named in the config |
-| ml-1m | ratings.dat, `user::item::rating::timestamp` | seconds, ratings; ml-10m has the same format |
-| ml-latest-small | ratings.csv, `userId,movieId,rating,timestamp` | seconds, ratings; ml-20m, -25m, -32m too |
-| ml-100k | u.data, tabs: user, item, rating, timestamp | seconds, ratings |
 | recbole | *.inter, tabs, typed header (`user_id:token`) | timestamp in seconds unless `time_unit` says otherwise |
 | npz | events.npz: user, item, user_raw, item_raw [, time in seconds, rating] | read into memory |
 | simulated | folder of `vista simulate`: events.parquet, impressions.parquet | ms, actions, labels, probabilities |
 
-The other kinds are tables, whose columns public_sets.py names.
+The other kinds are public data sets, which the modules in `public` describe.
 """
 
 from __future__ import annotations
@@ -31,21 +28,16 @@ from numpy.typing import NDArray
 from vista.config import SourceConfig
 from vista.errors import ConfigError, DataError
 from vista.log.ingest.column_names import check_columns
-from vista.log.ingest.json_lines import AMAZON, is_json_lines, scan_json_lines
-from vista.log.ingest.kuairand import KUAIRAND, kuairand_events
-from vista.log.ingest.public_sets import PUBLIC_SETS, remedy_of_kind
-from vista.log.ingest.scanned_source import ROW, ScannedSource
+from vista.log.ingest.file_scan import ROW, FileScan
+from vista.log.ingest.public.public_sets import PUBLIC_SETS, remedy_of_kind
+from vista.log.ingest.scanned_source import ScannedSource, file_source
 from vista.log.ingest.sources import needed_columns
-from vista.log.ingest.text_files import file_source, read_header, scan_text
-from vista.log.ingest.yambda import YAMBDA, yambda_events
+from vista.log.ingest.text_files import read_header, scan_text
 from vista.log.polars_extra import pl
 
-MOVIELENS_COLUMNS = ("user", "item", "rating", "timestamp")
 SIMULATED_TASKS = ("click", "like", "long_view")
 NPZ_ARRAYS = ("user", "item", "user_raw", "item_raw", "time", "rating")
 _DEFAULT = SourceConfig()
-_Scan = tuple[pl.LazyFrame, dict[str, str], bool, str | None]
-"""Canonical frame, names of the columns in the file, whether values are text, unit of time."""
 
 
 def column_types(file: Path) -> dict[str, str]:
@@ -67,45 +59,31 @@ def scan_source(file: Path, config: SourceConfig, table: str, max_bytes: int) ->
         DataError: if the file cannot be read, lacks a column, or has a line longer than `MAX_LINE_BYTES`.
     """
     try:
-        frame, columns, is_text, time_unit = _scan(file, config, table, max_bytes)
-        return file_source(file, frame, columns, is_text=is_text, time_unit=time_unit)
+        return file_source(file, _scan(file, config, table, max_bytes))
     except (OSError, pl.exceptions.PolarsError) as error:
         reason = str(error).partition("\n")[0]
         raise DataError(f"{file}: cannot be read as {config.kind}: {reason}; check {table}.kind") from error
 
 
-def _scan(file: Path, config: SourceConfig, table: str, max_bytes: int) -> _Scan:
+def _scan(file: Path, config: SourceConfig, table: str, max_bytes: int) -> FileScan:
     if config.kind == "npz":
         return _scan_npz(file, max_bytes)
-    if config.kind in ("ml-1m", "ml-100k"):
-        fields = list(MOVIELENS_COLUMNS)
-        # The reader takes `::` for two separators, so every second field must be empty.
-        layout = [name for field in fields for name in (field, None)][:-1] if config.kind == "ml-1m" else fields
-        separator = ":" if config.kind == "ml-1m" else "\t"
-        return scan_text(file, layout, separator, None, 0), dict(zip(fields, fields, strict=True)), True, "s"
     if config.kind == "recbole":
         return _scan_recbole(file, config, table)
     if config.kind == "simulated":
         config = _simulated(file, table)
     elif config.kind in PUBLIC_SETS:
-        known = PUBLIC_SETS[config.kind]
-        labels = list(known.labels) if table == "impressions" else []
-        config = replace(config, **known.event_columns(file.name), labels=labels)
-    if config.kind == KUAIRAND and table == "events":
-        return *kuairand_events(file), True, config.time_unit
-    if config.kind == YAMBDA:
-        return *yambda_events(file), False, config.time_unit
-    if config.kind == AMAZON and is_json_lines(file):
-        columns = needed_columns(config)
-        rows = scan_json_lines(file, list(columns.values()), remedy_of_kind(config.kind))
-        return rows.rename({own: canonical for canonical, own in columns.items()}), columns, False, config.time_unit
+        form = PUBLIC_SETS[config.kind].form_of(file, table)
+        if form.read is not None:
+            return form.read(file)
+        config = replace(config, **form.columns)
     if is_parquet(file):
         lazy = pl.scan_parquet(file, glob=False)
         names = lazy.collect_schema().names()
         columns = needed_columns(config)
         check_columns(str(file), columns, names, table, remedy_of_kind(config.kind))
         chosen = lazy.select(pl.col(own).alias(canonical) for canonical, own in columns.items())
-        return chosen.with_row_index(ROW, 1), columns, False, config.time_unit
+        return FileScan(chosen.with_row_index(ROW, 1), columns, False, config.time_unit)
     return _scan_delimited(file, config, table, text_separator(file, config.separator, table), '"')
 
 
@@ -137,7 +115,7 @@ def _simulated(file: Path, table: str) -> SourceConfig:
     return SourceConfig(timestamp="timestamp", time_unit="ms", labels=tasks, probabilities=probabilities)
 
 
-def _scan_recbole(file: Path, config: SourceConfig, table: str) -> _Scan:
+def _scan_recbole(file: Path, config: SourceConfig, table: str) -> FileScan:
     header = read_header(file, "\t", None)
     by_field = {name.split(":")[0]: name for name in header}
     user = "user_id" if config.user == _DEFAULT.user else config.user
@@ -153,7 +131,7 @@ def _scan_recbole(file: Path, config: SourceConfig, table: str) -> _Scan:
     return _scan_delimited(file, named, table, "\t", None)
 
 
-def _scan_delimited(file: Path, config: SourceConfig, table: str, separator: str, quote: str | None) -> _Scan:
+def _scan_delimited(file: Path, config: SourceConfig, table: str, separator: str, quote: str | None) -> FileScan:
     """A text file with a header line."""
     header = read_header(file, separator, quote)
     columns = needed_columns(config)
@@ -162,7 +140,7 @@ def _scan_delimited(file: Path, config: SourceConfig, table: str, separator: str
     if len(canonical) < len(columns):
         raise ConfigError(f"{table}: a column is named twice in {sorted(columns.values())}; name each column once")
     layout = [canonical.get(name, "") for name in header]
-    return scan_text(file, layout, separator, quote, 1), columns, True, config.time_unit
+    return FileScan(scan_text(file, layout, separator, quote, 1), columns, True, config.time_unit)
 
 
 def _npz_arrays(file: Path, max_bytes: int) -> dict[str, NDArray[Any]]:
@@ -202,7 +180,7 @@ def _npz_arrays(file: Path, max_bytes: int) -> dict[str, NDArray[Any]]:
     return arrays
 
 
-def _scan_npz(file: Path, max_bytes: int) -> _Scan:
+def _scan_npz(file: Path, max_bytes: int) -> FileScan:
     arrays = _npz_arrays(file, max_bytes)
     for name in ("user", "item"):
         raw = arrays.get(f"{name}_raw")
@@ -225,4 +203,4 @@ def _scan_npz(file: Path, max_bytes: int) -> _Scan:
     if len(set(lengths.values())) != 1:
         raise DataError(f"{file}: the arrays differ in length ({lengths}); write the file again")
     frame = pl.DataFrame({canonical: arrays[name] for canonical, name in columns.items()})
-    return frame.lazy().with_row_index(ROW, 1), columns, False, "s"
+    return FileScan(frame.lazy().with_row_index(ROW, 1), columns, False, "s")

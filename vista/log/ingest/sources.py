@@ -7,21 +7,21 @@ in a child process (source_formats.py lists the formats), because a damaged one 
 
 from __future__ import annotations
 
-import gzip
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 from vista.config import ItemTableConfig, SourceConfig
 from vista.config.choices import IdType
 from vista.errors import ConfigError, DataError
 from vista.files import checked_path
-from vista.log.ingest.public_sets import PUBLIC_SETS, FileForm, first_form, remedy_of_kind
+from vista.log.ingest.public.file_form import FileForm, first_form
+from vista.log.ingest.public.public_sets import PUBLIC_SETS, remedy_of_kind
 from vista.log.ingest.source_parser import SourceParser, npz_limit
 
 KINDS = ("auto", "table", *PUBLIC_SETS)
-KINDS_WITH_IMPRESSIONS = ("table", "simulated", *(kind for kind, known in PUBLIC_SETS.items() if known.labels))
+KINDS_WITH_IMPRESSIONS = ("table", *(kind for kind, known in PUBLIC_SETS.items() if known.impressions))
 _TABLES = FileForm(("*.parquet", "*.csv", "*.csv.gz", "*.tsv"))
 
 
@@ -97,6 +97,24 @@ def open_item_tables(config: ItemTableConfig, parser: SourceParser) -> list[File
     return [_open(file, config, "items", parser) for file in _files(SourceConfig(paths=config.paths), "items")]
 
 
+def open_set_impressions(config: SourceConfig, parser: SourceParser) -> list[FileSource]:
+    """Open the files of impressions that a data set has next to its events, or in the same files.
+
+    Returns:
+        The open files; none if the kind of `config` has no impressions, or these files are not there.
+
+    Raises:
+        DataError: as `open_sources`.
+    """
+    config = with_kind(config)
+    if config.kind not in PUBLIC_SETS or not (forms := PUBLIC_SETS[config.kind].impressions):
+        return []
+    if {form.patterns for form in forms} != {form.patterns for form in PUBLIC_SETS[config.kind].events}:
+        folders = [folder for folder in _folders(config) if first_form(forms, folder)[1]]
+        config = replace(config, paths=[str(folder) for folder in folders])
+    return open_sources(config, "impressions", parser) if config.paths else []
+
+
 def open_set_items(config: SourceConfig, parser: SourceParser) -> list[FileSource]:
     """Open the files of item features that a data set has next to its events, in the order of their names.
 
@@ -109,10 +127,9 @@ def open_set_items(config: SourceConfig, parser: SourceParser) -> list[FileSourc
     config = with_kind(config)
     if config.kind not in PUBLIC_SETS:
         return []
-    folders = {path if path.is_dir() else path.parent for path in map(Path, config.paths)}
     form_of_file = {
         file: form
-        for folder in folders
+        for folder in _folders(config)
         for form, files in [first_form(PUBLIC_SETS[config.kind].items, folder)]
         for file in files
         if form is not None
@@ -121,6 +138,11 @@ def open_set_items(config: SourceConfig, parser: SourceParser) -> list[FileSourc
     return [
         _open(file, ItemTableConfig(**form_of_file[file].columns), "items", parser, kind=config.kind) for file in files
     ]
+
+
+def _folders(config: SourceConfig) -> list[Path]:
+    """The folders that `paths` names, or that hold the files that it names, each once."""
+    return list(dict.fromkeys(path if path.is_dir() else path.parent for path in map(Path, config.paths)))
 
 
 def with_kind(config: SourceConfig) -> SourceConfig:
@@ -158,7 +180,7 @@ def _files(config: SourceConfig, table: str) -> list[Path]:
     files: list[Path] = []
     for path in map(Path, config.paths):
         if path.is_dir():
-            forms = PUBLIC_SETS[config.kind].events if config.kind in PUBLIC_SETS else (_TABLES,)
+            forms = PUBLIC_SETS[config.kind].forms(table) if config.kind in PUBLIC_SETS else (_TABLES,)
             matching = first_form(forms, path)[1]
             if not matching:
                 wanted = " or ".join(pattern for form in forms for pattern in form.patterns)
@@ -168,8 +190,6 @@ def _files(config: SourceConfig, table: str) -> list[Path]:
             matching = [path]
         else:
             raise DataError(f"{path}: no such file or folder; check {table}.paths")
-        if table == "impressions" and config.kind == "simulated":
-            matching = [file.with_name("impressions.parquet") for file in matching]
         files.extend(matching)
     for file in files:
         if not file.is_file():
@@ -200,8 +220,3 @@ def needed_columns(config: SourceConfig) -> dict[str, str]:
     columns |= {f"label:{own}": own for own in config.labels}
     columns |= {f"probability:{task}": own for task, own in zip(config.labels, config.probabilities, strict=False)}
     return columns
-
-
-def open_binary(file: Path) -> IO[bytes]:
-    """Open a text file, decompressed if its name ends in .gz."""
-    return cast(IO[bytes], gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb"))

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import hashlib
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal, cast
 
 from vista.errors import DataError
-from vista.log.ingest.scanned_source import EXTRA, ROW, ScannedSource
-from vista.log.ingest.sources import open_binary
+from vista.log.ingest.file_scan import EXTRA, ROW
 from vista.log.polars_extra import pl
 
 MAX_LINE_BYTES = 1 << 20
 """Longest line of a text file, its header included."""
 MAX_COLUMNS = 4096
+
+
+def open_binary(file: Path) -> IO[bytes]:
+    """Open a text file, decompressed if its name ends in .gz."""
+    return cast(IO[bytes], gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb"))
 
 
 def digest_of(file: Path, *, check_lines: bool) -> tuple[int, str]:
@@ -33,29 +38,6 @@ def digest_of(file: Path, *, check_lines: bool) -> tuple[int, str]:
                     line_start = size + last + 1
             size += len(block)
     return size, sha.hexdigest()
-
-
-def file_source(
-    file: Path, frame: pl.LazyFrame, columns: dict[str, str], *, is_text: bool, time_unit: str | None = None
-) -> ScannedSource:
-    """A file as a source; its digest and its lines are checked by `digest_of`.
-
-    Args:
-        frame: canonical columns.
-        columns: canonical names to those in the file.
-        is_text: whether values are text.
-    """
-    size, digest = digest_of(file, check_lines=is_text and file.suffix != ".gz")
-    return ScannedSource(
-        path=str(file),
-        name=file.name,
-        digest=digest,
-        size=size,
-        columns=columns,
-        is_text=is_text,
-        time_unit=time_unit,
-        frame=frame,
-    )
 
 
 def _too_long(file: Path, line: int) -> DataError:
