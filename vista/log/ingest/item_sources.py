@@ -50,7 +50,8 @@ def _scan(file: Path, config: ItemTableConfig, kind: str) -> FileScan:
     read = PUBLIC_SETS[kind].form_of(file, "items").read if kind in PUBLIC_SETS else None
     if read is not None:
         scan = read(file)
-        columns = _feature_columns(str(file), scan.frame.collect_schema(), config)
+        schema = scan.frame.collect_schema()
+        columns = _feature_columns(str(file), {name: schema[name] for name in scan.columns}, config)
         return replace(scan, frame=scan.frame.rename({own: name for name, own in columns.items()}), columns=columns)
     is_text = not is_parquet(file)
     if is_text:

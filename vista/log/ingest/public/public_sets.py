@@ -6,6 +6,7 @@ from vista.log.ingest.public.amazon_reviews import AMAZON_REVIEWS
 from vista.log.ingest.public.complete_journey import COMPLETE_JOURNEY
 from vista.log.ingest.public.file_form import FileForm
 from vista.log.ingest.public.kuairand import KUAIRAND
+from vista.log.ingest.public.longctr import LONGCTR
 from vista.log.ingest.public.movielens import ML_1M, ML_100K, ML_LATEST_SMALL
 from vista.log.ingest.public.public_set import PublicSet
 from vista.log.ingest.public.yambda import YAMBDA
@@ -25,6 +26,7 @@ PUBLIC_SETS = {
     "amazon-reviews-2023": AMAZON_REVIEWS,
     "kuairand": KUAIRAND,
     "yambda": YAMBDA,
+    "longctr": LONGCTR,
 }
 """By the value of `kind`. `auto` takes the first that is recognized."""
 
