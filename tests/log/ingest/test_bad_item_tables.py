@@ -34,7 +34,7 @@ BAD_TABLES: dict[str, tuple[dict[str, list[Any]], dict[str, Any], str]] = {
     "NaN in a vector": (
         {"item": [10, 20], "v": [[1.0, 2.0], [1.0, NAN]]},
         {},
-        r"row 2, column 'v': \[1\.0, nan\] has an entry that is not a finite number; correct it, or leave the vector",
+        r": item 20 in row 2, column 'v': \[1\.0, nan\] has an entry that is not a finite number; correct it, or leave",
     ),
     "infinity in a vector": ({"item": [10], "v": [[INF, 1.0]]}, {}, "row 1, column 'v': .* has an entry that is not a"),
     "nothing in a vector": ({"item": [10], "v": [[None, 1.0]]}, {}, "row 1, column 'v': .* has an entry that is not a"),

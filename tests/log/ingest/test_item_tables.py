@@ -21,7 +21,7 @@ TABLE: dict[str, list[Any]] = {
     "new": [True, False, True, None],
     "genres": [["Drama", "Comedy", "Drama"], [], ["War"], ["Comedy", "", None]],
     "price": [1.5, float("nan"), 7.0, None],
-    "text": [[1.0, -2.5], None, [0.0, 0.0], [3.0, 4.0]],
+    "text": [[1.0, -2.5], [float("nan")] * 2, [0.0, 0.0], [3.0, 4.0]],
 }
 FEATURES = {
     "brand": {40: ["Ω"], 20: ["a b"]},
@@ -31,7 +31,8 @@ FEATURES = {
     "text": {40: [1.0, -2.5], 20: [3.0, 4.0]},
 }
 AS_TEXT = "item,brand,new,genres,price,text\n" + (
-    '40,Ω,true,Drama|Comedy|Drama,1.5,"[1.0, -2.5]"\n10,,false,,NaN,\n99,x,true,War,7,0 0\n20,a b,,Comedy|,,3 4.0\n'
+    '40,Ω,true,Drama|Comedy|Drama,1.5,"[1.0, -2.5]"\n10,,false,,NaN,NaN NaN\n99,x,true,War,7,0 0\n'
+    "20,a b,,Comedy|,,3 4.0\n"
 )
 NAMED: dict[str, Any] = {
     "categories": ["brand", "new", "genres"], "numbers": ["price"], "vectors": ["text"], "value_separator": "|"

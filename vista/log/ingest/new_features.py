@@ -117,16 +117,8 @@ def write_features(
 def _places(parts: Sequence[Part], vocabulary: Vocabulary, left_out: str) -> tuple[pl.DataFrame, Int]:
     """Where the rows of the tables go: columns ORDER and _PLACE, and the item rows int64 [F], ascending."""
     ids = pl.concat([part.good().select(ORDER, "item") for part in parts]).collect(engine="streaming").sort(ORDER)
+    check_one_row_per_item(ids, parts)
     source = parts[0].source
-    twice = ids.filter(ids["item"].is_duplicated())
-    if len(twice):
-        item = twice["item"][0]
-        rows = twice.filter(pl.col("item") == item)[ORDER][:2].to_list()
-        (first, row), (second, other_row) = ((parts[order // 2**32].source.path, order % 2**32) for order in rows)
-        raise DataError(
-            f"{second}: row {other_row}, column {source.columns['item']!r}: item {shown(item)} is also in row {row} of "
-            f"{first}; keep one row per item"
-        )
     given = ids["item"]
     rows_of_items = vocabulary.rows(given.to_numpy() if vocabulary.kind == "int" else given.to_list())
     known = rows_of_items >= 0
@@ -140,6 +132,26 @@ def _places(parts: Sequence[Part], vocabulary: Vocabulary, left_out: str) -> tup
     items = np.sort(rows_of_items[known])
     place = np.searchsorted(items, rows_of_items[known])
     return pl.DataFrame({ORDER: ids[ORDER].filter(pl.Series(known)), _PLACE: place}), items
+
+
+def check_one_row_per_item(ids: pl.DataFrame, parts: Sequence[Part]) -> None:
+    """Refuse tables of items in which an item has two rows.
+
+    Args:
+        ids: columns ORDER and `item` of all good rows of the parts, sorted by ORDER.
+
+    Raises:
+        DataError: naming both rows.
+    """
+    twice = ids.filter(ids["item"].is_duplicated())
+    if len(twice):
+        item, column = twice["item"][0], parts[0].source.columns["item"]
+        rows = twice.filter(pl.col("item") == item)[ORDER][:2].to_list()
+        (first, row), (second, other_row) = ((parts[order // 2**32].source.path, order % 2**32) for order in rows)
+        raise DataError(
+            f"{second}: row {other_row}, column {column!r}: item {shown(item)} is also in row {row} of {first}; keep "
+            "one row per item"
+        )
 
 
 def _other_form(path: str, name: str, form: str, earlier: Sequence[SegmentColumn]) -> DataError:

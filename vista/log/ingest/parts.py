@@ -109,14 +109,15 @@ def write_quarantine(parts: Sequence[Part], target: Path) -> None:
 
 
 def _report(source: ScannedSource, rules: Sequence[RowRule], part: pl.LazyFrame, row: int) -> str:
-    """What is wrong with a row: file, row, column, value, reason, and remedy."""
+    """What is wrong with a row: file, row, column, value, reason, and remedy; in a table of items also the item."""
     problem = part.filter(pl.col(ORDER) % 2**32 == row).select(PROBLEM).collect(engine="streaming")
     rule = rules[problem[PROBLEM][0] - 1]
-    value = source.frame.filter(pl.col(ROW) == row).select(rule.column).collect(engine="streaming")[rule.column][0]
-    if isinstance(value, pl.Series):
-        value = value.to_list()
+    is_feature = "user" not in source.columns and rule.column not in ("item", EXTRA)
+    columns = [rule.column, "item"] if is_feature else [rule.column]
+    value, *item = source.frame.filter(pl.col(ROW) == row).select(columns).collect(engine="streaming").row(0)
     given = shown(value) if value is not None else "the value"
-    return f"{source.path}: row {row}, {_place(source, rule)}: {given} {rule.reason}; {rule.remedy}"
+    item_in = f"item {shown(item[0])} in " if item else ""
+    return f"{source.path}: {item_in}row {row}, {_place(source, rule)}: {given} {rule.reason}; {rule.remedy}"
 
 
 def _place(source: Source, rule: RowRule) -> str:

@@ -8,7 +8,8 @@ rating: finite float; sequence: int64. Bad: missing, text, NaN, infinite.
 action: text, or numbers that are used as names. Bad: missing.
 label:*: 0, 1, or missing (or NaN), which means unknown. probability:*: in [0, 1], or missing. Bad: anything else.
 category:*: text, or lists of text. number:*: finite float, or missing (or NaN). Bad: text, infinite.
-vector:*: lists of finite floats, as many as in the file's first vector, or missing (or empty). Bad: anything else.
+vector:*: lists of finite floats, as many as in the file's first vector, or missing (or empty, or only NaN). Bad:
+    anything else.
 
 Integers in us and ns are truncated to milliseconds. A float timestamp is scaled in float64 and rounded to the nearest
 millisecond. Blank lines of a text file are skipped, but they count in row numbers.
@@ -296,14 +297,17 @@ def _feature(column: str, kind: str, dtype: pl.DataType, source: ScannedSource) 
             RowRule(column, is_text, "is not a number", "correct it, or name the column under items.categories"),
             RowRule(column, number.is_infinite(), "is not a finite number", "correct it, or leave it empty"),
         ]
-    vector = raw.cast(pl.List(pl.Float64), strict=False).cast(pl.List(pl.Float32))
+    entries = raw.cast(pl.List(pl.Float64), strict=False).cast(pl.List(pl.Float32))
+    # An empty vector has only NaN, too.
+    is_missing = entries.list.eval(pl.element().is_nan().fill_null(False)).list.all()
+    vector = pl.when(is_missing.not_()).then(entries)
     length = _first_length(source, vector.list.len())
     wrong = vector.list.eval(pl.element().is_finite().fill_null(False)).list.all().not_()
-    return pl.when(vector.list.len() > 0).then(vector), [
+    return vector, [
         RowRule(column, wrong, "has an entry that is not a finite number", "correct it, or leave the vector empty"),
         RowRule(
             column,
-            (vector.list.len() > 0) & (vector.list.len() != length),
+            vector.list.len() != length,
             f"is not a vector of {length} numbers like the first one",
             "write vectors of one length",
         ),
@@ -311,8 +315,8 @@ def _feature(column: str, kind: str, dtype: pl.DataType, source: ScannedSource) 
 
 
 def _first_length(source: ScannedSource, lengths: pl.Expr) -> int:
-    """The length of the first vector that is not empty; 0 if there is none."""
-    given = source.frame.select(length=lengths).filter(pl.col("length") > 0)
+    """The length of the first vector that is not missing; 0 if there is none."""
+    given = source.frame.select(length=lengths).drop_nulls()
     try:
         first = given.head(1).collect(engine="streaming")
     except (pl.exceptions.PolarsError, OSError) as error:
