@@ -11,16 +11,19 @@ from vista.store.format.counter_layout import CounterLayout
 from vista.store.format.record_spec import HEADER
 
 
-def decode_record_reference(record: bytes, counters: CounterLayout | None = None) -> dict[str, Any]:
+def decode_record_reference(
+    record: bytes, counters: CounterLayout | None = None, features: dict[str, str] | None = None
+) -> dict[str, Any]:
     """Decode one record; the checksum and lengths are not checked.
 
     Args:
         record: the stored value.
         counters: how the record's counters are stored.
+        features: by name of a column of the tail's features, the dtype in the record.
 
     Returns:
-        Every header field by name; `summary` [K, d] float32; `items`, `times`, `actions` of the tail; and `counters`, a
-        dict from keys to lists of codes for each field.
+        Every header field by name; `summary` [K, d] float32; `items`, `times`, `actions` of the tail, and its
+        features, as stored; and `counters`, a dict from keys to lists of codes for each field.
     """
     header = np.frombuffer(record, dtype=HEADER, count=1)[0]
     fields: dict[str, Any] = {name: header[name].item() for name in HEADER.names or () if name != "summarizer_id"}
@@ -56,7 +59,8 @@ def decode_record_reference(record: bytes, counters: CounterLayout | None = None
             position += counters.code_bytes
         fields["counters"].append(held)
     short_times = fields["flags"] & 2
-    for name, dtype in (("items", "<i4"), ("times", "<u4" if short_times else "<i8"), ("actions", "u1")):
+    columns = {"items": "<i4", "times": "<u4" if short_times else "<i8", "actions": "u1"} | (features or {})
+    for name, dtype in columns.items():
         fields[name] = np.frombuffer(record, dtype, length, position)
         position += np.dtype(dtype).itemsize * length
     if short_times:

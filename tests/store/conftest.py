@@ -20,9 +20,11 @@ from vista.counters.counter_spec import CounterSpec
 from vista.errors import StoreError
 from vista.store import Manifest, RecordSpec, StoreWriter, Tail, UserSummaries, encode_records, user_keys
 from vista.store.format.counter_layout import CounterLayout
+from vista.store.format.tail_column import TailColumn
 from vista.store.update import StoreUpdate
 
 NUM_TOKENS, DIM = 2, 8
+TAIL_COLUMNS = [{"name": "surface", "size": 3}, {"name": "dwell", "size": None}]
 COUNTERS = CounterLayout.of(CounterSpec(("item", "genre"), (4, 2)), [60_000, 20])
 
 
@@ -66,6 +68,13 @@ def counters(users: range, layout: CounterLayout, salt: int = 0) -> tuple[Counte
     return tuple(fields)
 
 
+def feature_of(column: TailColumn, values: np.ndarray) -> np.ndarray:
+    """A function of the user of each event; users whose number is a multiple of 3 have no value."""
+    if column.size is None:
+        return np.where(values % 3, values / 2, np.nan).astype(np.float32)
+    return np.where(values % 3, values % column.size, -1).astype(np.int32)
+
+
 def records_of(users: range, spec: RecordSpec, salt: int = 0) -> tuple[list[bytes], list[bytes]]:
     """Keys and records; the tail of user u holds u % 4 events."""
     lengths = np.array(users) % 4
@@ -75,6 +84,7 @@ def records_of(users: range, spec: RecordSpec, salt: int = 0) -> tuple[list[byte
         np.repeat(np.array(users), lengths).astype(np.int64),
         np.ones(int(offsets[-1]), np.uint8),
         offsets,
+        {column.name: feature_of(column, np.repeat(np.array(users), lengths)) for column in spec.tail_columns},
     )
     keys = user_keys(list(users))
     return keys, encode_records(
@@ -122,6 +132,8 @@ def build() -> SimpleNamespace:
         update=update,
         counters=counters,
         layout=COUNTERS,
+        tail_columns=TAIL_COLUMNS,
+        feature_of=feature_of,
         summaries=summaries,
         summarizer=summarizer,
         write_store=write_store,

@@ -42,7 +42,7 @@ def test_round_trip(tmp_path, build):
 
 
 def test_batches_larger_than_one_transaction_and_empty_ones(tmp_path, build):
-    build.write_store(tmp_path, codec="float32")
+    build.write_store(tmp_path, codec="float32", tail_columns=build.tail_columns)
     with StoreReader.open(tmp_path) as store:
         users = np.random.default_rng(0).integers(-5, TOTAL + 5, 2500)
         batch = store.get_many(users)
@@ -52,6 +52,12 @@ def test_batches_larger_than_one_transaction_and_empty_ones(tmp_path, build):
         lengths = np.where(batch.found, users % 4, 0)
         assert batch.tail.offsets.tolist() == [0, *np.cumsum(lengths).tolist()]
         assert batch.tail.items.tolist() == np.repeat(users, lengths).tolist()
+        for column in store.manifest.tail_layout():
+            expected = build.feature_of(column, np.repeat(users, lengths))
+            np.testing.assert_array_equal(batch.tail.features[column.name], expected)
+        rest = batch.without(users < 20)
+        kept = np.repeat(users >= 20, lengths)
+        assert rest.tail.features["surface"].tolist() == batch.tail.features["surface"][kept].tolist()
         assert list(store.keys()) == list(range(TOTAL))
         none = store.get_many([])
         assert none.summary.shape == (0, 2, 8) and none.tail.offsets.tolist() == [0]

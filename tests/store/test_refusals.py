@@ -114,11 +114,13 @@ def test_ids_that_are_too_long(tmp_path, build):
         ({"num_tokens": 65_535, "dim": 65_535}, "do not fit a record"),
         ({"summarizer_id": "zz" * 32}, "summarizer_id: expected 64 hex digits"),
         ({"summarizer_id": "00"}, "summarizer_id: expected 64 hex digits"),
-        ({"format_version": 1}, "format version 1, but this version of vista reads 2"),
+        ({"format_version": 1}, "format version 1, but this version of vista reads 3"),
         ({"dim": "8"}, "another version of vista, or is damaged"),
         ({"surplus": 1}, "surplus"),
         ({"counters": {"key_bytes": [2]}}, "the field 'spec' is missing"),
         ({"counters": {"spec": CounterSpec().to_dict(), "key_bytes": []}}, "key_bytes: expected 1 to 4"),
+        ({"tail_columns": [{"name": "surface", "size": 0}]}, "size: expected a whole number from 1"),
+        ({"tail_columns": [{"name": "surface", "size": None}] * 2}, "two columns have one name"),
     ],
 )
 def test_an_invalid_manifest_with_a_valid_checksum(tmp_path, build, change, named):

@@ -182,6 +182,7 @@ def _record_text(user: int | str, raw: RawRecords, reader: GenerationReader, mod
     items: list[Any] = [f"row {row}" for row in raw.tail.items.tolist()]
     if model is not None:
         items = _item_ids(model, raw, reader)
+    features = "".join(f", {name}" for name in raw.tail.features)
     fields = {
         "generation": f"{header['generation']}, until {manifest.until or 'the end of the log'}",
         "summarizer": bytes(header["summarizer_id"]).hex(),
@@ -194,11 +195,12 @@ def _record_text(user: int | str, raw: RawRecords, reader: GenerationReader, mod
         "payload": f"{header['payload_length']} bytes",
         "norms of rows": " ".join(f"{norm:.3f}" for norm in norms.tolist()) or "none",
         **({"counted keys": _counted(raw)} if raw.counters else {}),
-        "tail": f"{len(items)} events, oldest first (item, time, action code)",
+        "tail": f"{len(items)} events, oldest first (item, time, action code{features})",
     }
     lines = [f"user {user!r}", *(f"  {name + ':':<19}{value}" for name, value in fields.items())]
-    events = zip(items, raw.tail.times.tolist(), raw.tail.actions.tolist(), strict=True)
-    return "\n".join([*lines, *(f"    {item}  {_time(time)}  {action}" for item, time, action in events)])
+    times = map(_time, raw.tail.times.tolist())
+    columns = [items, times, raw.tail.actions.tolist(), *(column.tolist() for column in raw.tail.features.values())]
+    return "\n".join([*lines, *("    " + "  ".join(map(str, event)) for event in zip(*columns, strict=True))])
 
 
 def _counted(raw: RawRecords) -> str:

@@ -33,19 +33,13 @@ def assembled(num_users: int, parts: Sequence[tuple[Int, RawRecords]], spec: Rec
         summary = np.zeros((num_users, spec.num_tokens, spec.dim), np.float32)
         for positions, raw in parts:
             summary[positions] = decode_rows(raw, spec)
-    tails = [raw.tail for _, raw in parts]
-    tail_length, event_count, last_event_ts, created_at = (
-        headers[name].astype(np.int64) for name in ("tail_length", "event_count", "last_event_ts", "created_at")
+    event_count, last_event_ts, created_at = (
+        headers[name].astype(np.int64) for name in ("event_count", "last_event_ts", "created_at")
     )
     found = StoredBatch(
         found=np.ones(len(rows), np.bool_),
         summary=np.empty((len(rows), 0, spec.dim), np.float32),  # the large part, which is already in its place
-        tail=Tail(
-            _join([tail.items for tail in tails]),
-            _join([tail.times for tail in tails]),
-            _join([tail.actions for tail in tails]),
-            offsets_of(tail_length),
-        ),
+        tail=Tail.concatenated([raw.tail for _, raw in parts]),
         event_count=event_count,
         last_event_ts=last_event_ts,
         created_at=created_at,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from vista.store.format.keys import COMPLETE_KEY, CURSOR_KEY, KINDS, MANIFEST_KE
 from vista.store.format.record import sum_of_checksums
 from vista.store.format.record_spec import FORMAT_VERSION, MAX_RECORD_BYTES, RecordSpec
 from vista.store.format.state_record import StateSpec
+from vista.store.format.tail_column import TailColumn
 from vista.store.layout import MAX_GENERATION
 from vista.store.lmdb.data_file import REMEDY
 
@@ -49,6 +50,7 @@ _RULES = {
     "state_dtype": one_of(*(dtype.value for dtype in StateDtype)),
     "state_shape": list_of(whole(0, 65_535), 3, 3),
     "counters": either(TABLE, one_of(None)),
+    "tail_columns": list_of(TABLE),
     "log_digest": text(),
     "going_to": whole(),
     "going_to_digest": text(),
@@ -97,6 +99,8 @@ class Manifest:
     """Layers, heads and head dim of a state."""
     counters: dict[str, Any] | None = None
     """How counters are stored, from `CounterLayout.to_dict`; None if the generation has no counters."""
+    tail_columns: list[dict[str, Any]] = field(default_factory=list)
+    """Features of the tail's events, from `TailColumn.to_dict`."""
     log_digest: str = ""
     """Digest of the log's sources up to `applied_segment` (`EventLog.sources_digest`); another log is refused."""
     going_to: int = 0
@@ -140,12 +144,20 @@ class Manifest:
             created_at=self.created_at,
             applied_segment=self.applied_segment,
             counters=self.counter_layout(),
+            tail_columns=self.tail_layout(),
             key=key,
         )
 
     def counter_layout(self) -> CounterLayout | None:
         """How counters are stored; None without counters."""
         return None if self.counters is None else CounterLayout.from_dict(self.counters)
+
+    def tail_layout(self) -> tuple[TailColumn, ...]:
+        """Features of the tail's events."""
+        columns = tuple(map(TailColumn.from_dict, self.tail_columns))
+        if len({column.name for column in columns}) < len(columns):
+            raise ValueError("tail_columns: two columns have one name")
+        return columns
 
     def state_spec(self) -> StateSpec | None:
         """What each state of the generation must hold; None if it keeps no states."""

@@ -66,7 +66,7 @@ class ShardedReader:
                 readers.append(StoreReader.open(path, summarizer_id=summarizer_id, key=key, tail_len=tail_len))
             first = readers[0].manifest
             for reader in readers[1:]:
-                for field in ("summarizer_id", "num_tokens", "dim", "until", "counters"):
+                for field in ("summarizer_id", "num_tokens", "dim", "until", "counters", "tail_columns"):
                     if getattr(reader.manifest, field) != getattr(first, field):
                         raise StoreError(
                             f"{reader.path}: {field} differs from that of shard 0; refresh all shards alike"
@@ -148,18 +148,12 @@ def _in_order(batches: Sequence[StoredBatch], place: NDArray[np.int64]) -> Store
         joined: NDArray[Any] = np.concatenate([getattr(batch, name) for batch in batches])[place]
         return joined
 
-    lengths = np.concatenate([np.diff(batch.tail.offsets) for batch in batches])
-    starts, counts = (np.cumsum(lengths) - lengths)[place], lengths[place]
-    offsets = offsets_of(counts)
-    index = ranges(starts, counts)
-    items, times, actions = (
-        np.concatenate([getattr(batch.tail, name) for batch in batches])[index]
-        for name in ("items", "times", "actions")
-    )
+    tail = Tail.concatenated([batch.tail for batch in batches])
+    counts = np.diff(tail.offsets)[place]
     return StoredBatch(
         found=column("found"),
         summary=column("summary"),
-        tail=Tail(items, times, actions, offsets),
+        tail=tail.select(ranges(tail.offsets[:-1][place], counts), offsets_of(counts)),
         event_count=column("event_count"),
         last_event_ts=column("last_event_ts"),
         created_at=column("created_at"),

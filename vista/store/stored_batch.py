@@ -101,7 +101,7 @@ class StoredBatch:
         return StoredBatch(
             found=self.found & ~users,
             summary=cleared(self.summary, 0),
-            tail=Tail(self.tail.items[kept], self.tail.times[kept], self.tail.actions[kept], offsets),
+            tail=self.tail.select(kept, offsets),
             event_count=cleared(self.event_count, 0),
             last_event_ts=cleared(self.last_event_ts, NO_TIMESTAMP),
             created_at=cleared(self.created_at, NO_TIMESTAMP),

@@ -80,6 +80,17 @@ def test_counters_are_columns_too(tmp_path, build):
     assert records(tmp_path / "new") == records(tmp_path / "store")
 
 
+def test_features_of_the_tail_are_columns_too(tmp_path, build):
+    build.write_store(tmp_path / "store", tail_columns=build.tail_columns)
+    export_store(tmp_path / "store", tmp_path / "out.parquet")
+    frame = pl.read_parquet(tmp_path / "out.parquet")
+    assert frame.schema["tail.surface"] == pl.List(pl.Int32) and frame.schema["tail.dwell"] == pl.List(pl.Float32)
+    assert frame["tail.surface"].to_list()[:4] == [[], [1], [2, 2], [-1, -1, -1]]
+    assert frame["tail.dwell"].to_list()[:3] == [[], [0.5], [1.0, 1.0]] and frame["tail.dwell"][3].is_nan().all()
+    import_store(tmp_path / "out.parquet", tmp_path / "new", parser=PARSER)
+    assert records(tmp_path / "new") == records(tmp_path / "store")
+
+
 @pytest.mark.parametrize("key", [None, KEY], ids=["plain", "keyed"])
 @pytest.mark.parametrize("codec", Codec)
 def test_import_restores_the_records_with_a_new_generation(tmp_path, build, codec, key):

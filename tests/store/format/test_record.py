@@ -17,6 +17,7 @@ from vista.log.gaps import NO_TIMESTAMP
 from vista.store.format.keys import user_keys
 from vista.store.format.record import decode_rows, encode_records, read_records
 from vista.store.format.record_spec import HEADER, HEADER_BYTES, MAX_RECORD_BYTES, RecordSpec
+from vista.store.format.tail_column import TailColumn
 from vista.store.tail import Tail
 from vista.store.user_summaries import UserSummaries
 
@@ -28,10 +29,21 @@ SUMMARY = np.array(
 TAIL = Tail(
     np.array([9, 1], np.int32), np.array([-1, 1 << 40], np.int64), np.array([0, 255], np.uint8), np.array([0, 2, 2])
 )
+COLUMNS = (TailColumn("surface", 255), TailColumn("page", 256), TailColumn("dwell", None))
+DTYPES = {"surface": "u1", "page": "<u2", "dwell": "<f4"}
+FEATURES = {
+    "surface": np.array([254, -1], np.int32),
+    "page": np.array([-1, 255], np.int32),
+    "dwell": np.array([np.nan, 1.5], np.float32),
+}
+TAILS = {
+    "plain": (SPEC, TAIL),
+    "with features": (dataclasses.replace(SPEC, tail_columns=COLUMNS), dataclasses.replace(TAIL, features=FEATURES)),
+}
 
 GOLDEN_HEADER = (
     "5653554d"  # magic "VSUM"
-    "0200"  # format version
+    "0300"  # format version
     "8000"  # header length
     "00000000"  # flags
     "{codec}0002000400{scale}00"  # codec, tokens, dim, scale dtype
@@ -51,7 +63,7 @@ GOLDEN_HEADER = (
 GOLDEN_TAIL = "0900000001000000ffffffffffffffff000000000001000000ff"
 GOLDEN_INT8 = (
     GOLDEN_HEADER.format(
-        codec="01", scale="01", payload="32000000", key_hash="a624af5bb76f6e4f", checksum="1f584b2142739785"
+        codec="01", scale="01", payload="32000000", key_hash="a624af5bb76f6e4f", checksum="c969e24b7c61db45"
     )
     + "000102ff"
     "0000803f"
@@ -63,21 +75,21 @@ GOLDEN_INT8 = (
 )
 GOLDEN_FLOAT32 = (
     GOLDEN_HEADER.format(
-        codec="00", scale="00", payload="3a000000", key_hash="a624af5bb76f6e4f", checksum="7d16486fd57e0123"
+        codec="00", scale="00", payload="3a000000", key_hash="a624af5bb76f6e4f", checksum="39ed0b8f187788e9"
     )
     + "000000000000803f0000004000007f43"
     "000080bf0000803e0000003f0000803f" + GOLDEN_TAIL
 )
 GOLDEN_FLOAT16 = (
     GOLDEN_HEADER.format(
-        codec="02", scale="00", payload="2a000000", key_hash="a624af5bb76f6e4f", checksum="a0e0c7ffe518540b"
+        codec="02", scale="00", payload="2a000000", key_hash="a624af5bb76f6e4f", checksum="3b3a330a3ce12a84"
     )
     + "0000003c0040f85b"
     "00bc00340038003c" + GOLDEN_TAIL
 )
 GOLDEN_INT4 = (
     GOLDEN_HEADER.format(
-        codec="03", scale="02", payload="26000000", key_hash="a624af5bb76f6e4f", checksum="d9fdffd6c3c2c814"
+        codec="03", scale="02", payload="26000000", key_hash="a624af5bb76f6e4f", checksum="96d22fc16350437b"
     )
     + "00f0"  # two values per byte, the first one in the low half
     "404c"
@@ -86,6 +98,15 @@ GOLDEN_INT4 = (
     "4430"
     "00bc"  # scale 2 / 15, bias -1
      + GOLDEN_TAIL
+)
+GOLDEN_FEATURES = (
+    GOLDEN_HEADER.format(
+        codec="00", scale="00", payload="48000000", key_hash="a624af5bb76f6e4f", checksum="b68522dc1ad93a07"
+    )
+    + GOLDEN_FLOAT32[256:]
+    + "ff00"
+    "00000001"
+    "0000c07f0000c03f"
 )
 GOLDEN = {
     Codec.int8: GOLDEN_INT8,
@@ -118,8 +139,13 @@ def test_golden_bytes(codec):
     assert encode(dataclasses.replace(SPEC, codec=codec))[0].hex() == GOLDEN[codec]
 
 
+def test_golden_bytes_of_features():
+    spec, tail = TAILS["with features"]
+    assert encode(dataclasses.replace(spec, codec=Codec.float32), tail=tail)[0].hex() == GOLDEN_FEATURES
+
+
 def test_golden_checksum_is_xxh3_of_the_rest():
-    for golden in GOLDEN.values():
+    for golden in (*GOLDEN.values(), GOLDEN_FEATURES):
         assert with_checksum(bytearray.fromhex(golden)).hex() == golden
     key_hash = struct.unpack_from("<Q", bytes.fromhex(GOLDEN_INT8), 64)[0]
     assert key_hash == xxhash.xxh3_64_intdigest(bytes.fromhex("7569800000000000002a"))
@@ -176,15 +202,24 @@ def test_round_trip_agrees_with_the_reference(data, codec, shape):
     lengths = data.draw(hnp.arrays(np.int64, num_users, elements=st.integers(0, 5)))
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     total = int(offsets[-1])
+    columns = COLUMNS[: data.draw(st.integers(0, 3))]
+    codes = {column.name: column.size for column in columns}
+    features = {
+        name: data.draw(hnp.arrays(np.float32, total))
+        if size is None
+        else data.draw(hnp.arrays(np.int32, total, elements=st.integers(-1, size - 1)))
+        for name, size in codes.items()
+    }
     tail = Tail(
         data.draw(hnp.arrays(np.int32, total)),
         data.draw(hnp.arrays(np.int64, total)),
         data.draw(hnp.arrays(np.uint8, total)),
         offsets,
+        features,
     )
     counts = data.draw(hnp.arrays(np.int64, num_users, elements=st.integers(0, 1 << 62)))
     digests = data.draw(hnp.arrays(np.uint64, num_users))
-    spec = RecordSpec(bytes(32), 1, num_tokens, dim, codec)
+    spec = RecordSpec(bytes(32), 1, num_tokens, dim, codec, tail_columns=columns)
     keys = user_keys([f"user {number}" for number in range(num_users)])
     users = UserSummaries(
         keys=keys, summary=summary, tail=tail, event_count=counts, last_event_ts=counts, history_digest=digests
@@ -194,11 +229,18 @@ def test_round_trip_agrees_with_the_reference(data, codec, shape):
     decoded = decode_rows(raw, spec)
     for name in ("items", "times", "actions", "offsets"):
         np.testing.assert_array_equal(getattr(raw.tail, name), getattr(tail, name))
+    assert list(raw.tail.features) == list(features)
+    for name, values in features.items():
+        np.testing.assert_array_equal(raw.tail.features[name], values)
+        assert raw.tail.features[name].dtype == values.dtype
     np.testing.assert_array_equal(raw.headers["event_count"], counts)
     np.testing.assert_array_equal(raw.headers["history_digest"], digests)
     span = np.ptp(summary.astype(np.float64), axis=2)
     for index, record in enumerate(records):
-        reference = decode_record_reference(record)
+        reference = decode_record_reference(record, features={name: DTYPES[name] for name in features})
+        for name, values in features.items():
+            own = values[offsets[index] : offsets[index + 1]]
+            np.testing.assert_array_equal(reference[name], own if name == "dwell" else own + 1)
         # Both round once, as a fused multiply-add does; a processor without it may differ in the last bit.
         np.testing.assert_allclose(
             decoded[index], reference["summary"], rtol=2e-7, atol=float(np.max(span, initial=0)) * 2e-7
@@ -271,6 +313,28 @@ def test_inconsistent_tails_are_refused():
         encode(tail=dataclasses.replace(TAIL, offsets=np.array([0, 1, 1])))
 
 
+def test_tails_with_other_features_are_refused():
+    spec, tail = TAILS["with features"]
+    with pytest.raises(
+        ValueError, match=r"features are \[\], but records of this store hold \['surface', 'page', 'dwell'"
+    ):
+        encode(spec)
+    with pytest.raises(
+        ValueError, match=r"features are \['surface', 'page', 'dwell'\], but records of this store hold \[\]"
+    ):
+        encode(tail=tail)
+    with pytest.raises(ValueError, match="lengths"):
+        encode(spec, tail=dataclasses.replace(tail, features=FEATURES | {"page": FEATURES["page"][:1]}))
+
+
+def test_a_stored_category_beyond_its_size_is_refused():
+    spec, tail = TAILS["with features"]
+    records = encode(spec, tail=tail)
+    narrow = dataclasses.replace(spec, tail_columns=(TailColumn("surface", 254), *COLUMNS[1:]))
+    with pytest.raises(RecordError, match=r"user 42 .*feature 'surface' is 255, expected at most 254"):
+        read_records(records, user_keys(USERS), narrow)
+
+
 @pytest.mark.parametrize("field", HEADER.names)
 def test_every_flipped_header_field_is_detected(field):
     records, keys = encode(), user_keys(USERS)
@@ -294,30 +358,37 @@ def test_a_wrong_field_with_a_valid_checksum_is_named(field):
         read_records([records[0], with_checksum(bad)], keys, SPEC)
 
 
-def test_all_bit_flips_are_detected():
-    records, keys = encode(), user_keys(USERS)
+@pytest.mark.parametrize("kind", TAILS)
+def test_all_bit_flips_are_detected(kind):
+    spec, tail = TAILS[kind]
+    records, keys = encode(spec, tail=tail), user_keys(USERS)
     random = np.random.default_rng(0)
     for bit in random.choice(8 * len(records[0]), 200, replace=False).tolist():
         bad = bytearray(records[0])
         bad[bit // 8] ^= 1 << bit % 8
         with pytest.raises(RecordError):
-            read_records([bytes(bad), records[1]], keys, SPEC)
+            read_records([bytes(bad), records[1]], keys, spec)
 
 
-def test_truncated_extended_and_swapped_records_are_detected():
-    records, keys = encode(), user_keys(USERS)
+@pytest.mark.parametrize("kind", TAILS)
+def test_truncated_extended_and_swapped_records_are_detected(kind):
+    spec, tail = TAILS[kind]
+    records, keys = encode(spec, tail=tail), user_keys(USERS)
     for length in range(len(records[0])):
         with pytest.raises(RecordError):
-            read_records([records[0][:length], records[1]], keys, SPEC)
+            read_records([records[0][:length], records[1]], keys, spec)
     with pytest.raises(RecordError, match="payload_length"):
-        read_records([records[0] + b"\0", records[1]], keys, SPEC)
+        read_records([records[0] + b"\0", records[1]], keys, spec)
     with pytest.raises(RecordError, match="key_hash"):
-        read_records(records[::-1], keys, SPEC)
+        read_records(records[::-1], keys, spec)
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"summarizer_id": bytes(32)}, {"generation": 8}, {"num_tokens": 1}, {"dim": 3}, {"codec": Codec.float32}],
+    [
+        *({"summarizer_id": bytes(32)}, {"generation": 8}, {"num_tokens": 1}, {"dim": 3}, {"codec": Codec.float32}),
+        {"tail_columns": COLUMNS},
+    ],
 )
 def test_records_of_another_spec_are_refused(change):
     with pytest.raises(RecordError):
@@ -340,9 +411,10 @@ def test_tails_are_aligned_arrays_of_their_own(count, alike):
     lengths = np.full(count, 3) if alike else 3 + 2 * np.arange(count)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     values = np.arange(offsets[-1])
-    tail = Tail(values.astype(np.int32), values + (1 << 40), values.astype(np.uint8), offsets)
+    features = {"surface": values % 255, "page": values % 256, "dwell": values.astype(np.float32)}
+    tail = Tail(values.astype(np.int32), values + (1 << 40), values.astype(np.uint8), offsets, features)
     spec, keys, zeros = (
-        dataclasses.replace(SPEC, codec=Codec.int8),
+        dataclasses.replace(SPEC, codec=Codec.int8, tail_columns=COLUMNS),
         user_keys(list(range(count))),
         np.zeros(count, np.int64),
     )
@@ -359,6 +431,9 @@ def test_tails_are_aligned_arrays_of_their_own(count, alike):
         np.testing.assert_array_equal(column, getattr(tail, name))
         assert column.flags.aligned and column.flags.c_contiguous and column.flags.writeable
         assert not np.shares_memory(column, raw.rows)
+    for name, column in raw.tail.features.items():
+        np.testing.assert_array_equal(column, features[name])
+        assert column.flags.aligned and column.flags.c_contiguous and not np.shares_memory(column, raw.rows)
 
 
 def test_a_spec_refuses_values_that_do_not_fit_the_header():

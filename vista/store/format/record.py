@@ -84,7 +84,7 @@ def encode_records(users: UserSummaries, spec: RecordSpec) -> list[bytes]:
     keys, tail, num_users = users.keys, users.tail, len(users)
     if users.summary.shape != (num_users, spec.num_tokens, spec.dim):
         raise ValueError(f"summary must be {(num_users, spec.num_tokens, spec.dim)}, got {users.summary.shape}")
-    check_tail(tail, num_users)
+    check_tail(tail, spec.tail_columns, num_users)
     rows_KD = np.ascontiguousarray(users.summary, dtype="<f4").reshape(num_users * spec.num_tokens, spec.dim)
     try:
         rows = quantize_rows(rows_KD, spec.codec)
@@ -101,7 +101,8 @@ def encode_records(users: UserSummaries, spec: RecordSpec) -> list[bytes]:
         counters = encode_counters(users.counters, spec.counters, num_users)
         short_times = have_short_times(tail, users.last_event_ts)
     counters_length = np.fromiter(map(len, counters), np.int64, num_users)
-    payload_length = spec.rows_bytes + counters_length + event_bytes(short_times) * tail_length + spec.code_bytes
+    tail_bytes = event_bytes(short_times, spec.tail_columns) * tail_length
+    payload_length = spec.rows_bytes + counters_length + tail_bytes + spec.code_bytes
     _require_size(HEADER_BYTES + payload_length, keys)
     headers = np.full(num_users, _template(spec))
     headers["flags"] |= np.where(short_times, SHORT_TIMES, 0).astype(np.uint32)
@@ -118,7 +119,8 @@ def encode_records(users: UserSummaries, spec: RecordSpec) -> list[bytes]:
     header_bytes, summary_bytes = headers.tobytes(), rows.reshape(-1).view(np.uint8).data
     size = spec.rows_bytes
     records = []
-    for index, tail_parts in enumerate(encode_tails(tail, users.last_event_ts, short_times)):
+    tails = encode_tails(tail, users.last_event_ts, short_times, spec.tail_columns)
+    for index, tail_parts in enumerate(tails):
         header = header_bytes[HEADER_BYTES * index : HEADER_BYTES * (index + 1)]
         payload: list[bytes | memoryview]
         payload = [summary_bytes[size * index : size * (index + 1)], counters[index], *tail_parts]
@@ -160,7 +162,8 @@ def read_records(values: Sequence[bytes | memoryview], keys: Sequence[bytes], sp
     rows = records.cut(HEADER_BYTES, first).reshape(len(values), spec.rows_bytes)
     counters = () if spec.counters is None else read_counters(records, first, spec.counters, sizes)
     tail_at = first + headers["counters_length"].astype(np.int64)
-    return RawRecords(headers, rows, read_tails(records, tail_at, headers["tail_length"].astype(np.int64)), counters)
+    tails = read_tails(records, tail_at, headers["tail_length"].astype(np.int64), spec.tail_columns, keys)
+    return RawRecords(headers, rows, tails, counters)
 
 
 def decode_rows(raw: RawRecords, spec: RecordSpec) -> NDArray[np.float32]:
@@ -223,7 +226,7 @@ def _checked(
         check_field(length <= tail_bytes, keys, length, "counters_length", tail_bytes)
         sizes = counter_sizes(records, HEADER_BYTES + spec.rows_bytes, spec.counters, keys)
         tail_bytes -= length
-    bytes_per_event = event_bytes(headers["flags"] & SHORT_TIMES != 0)
+    bytes_per_event = event_bytes(headers["flags"] & SHORT_TIMES != 0, spec.tail_columns)
     require("tail_length", tail_bytes // bytes_per_event)
     check_field(tail_bytes % bytes_per_event == 0, keys, lengths, "length", "whole tail events")
     if spec.key is not None:

@@ -10,12 +10,13 @@ from vista.config.choices import Codec
 from vista.store.format.authentication import CODE_BYTES
 from vista.store.format.codecs import row_bytes
 from vista.store.format.counter_layout import CounterLayout
+from vista.store.format.tail_column import TailColumn
 
 MAX_RECORD_BYTES = 1 << 24
 """Largest record, header included. Larger ones are refused when written, and when read before anything is decoded."""
 
 MAGIC = b"VSUM"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 HEADER_BYTES = 128
 CHECKSUM_OFFSET = 120
 AUTHENTICATED = 1
@@ -67,6 +68,8 @@ class RecordSpec:
     """Newest segment of the log that the records cover. Written, not checked."""
     counters: CounterLayout | None = None
     """How counters are stored; None if records have no counters."""
+    tail_columns: tuple[TailColumn, ...] = ()
+    """Features of the tail's events."""
     key: bytes | None = field(default=None, repr=False)
     """32 bytes: records end with a code that only holders of the key can make (`vista.store.format.authentication`)."""
 

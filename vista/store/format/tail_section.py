@@ -1,7 +1,11 @@
-"""The tail of a record: items, times and actions of the last events, in columns (docs/reference/file-formats.md)."""
+"""The tail of a record: items, times, actions and features of the last events, in columns.
+
+docs/reference/file-formats.md has the layout. B tails.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -10,23 +14,28 @@ from numpy.typing import NDArray
 
 from vista.arrays import offsets_of
 from vista.log.histories import ranges
+from vista.store.format.field_checks import check_field
 from vista.store.format.joined_records import JoinedRecords
 from vista.store.format.record_spec import SHORT_TIMES
+from vista.store.format.tail_column import TailColumn
 from vista.store.tail import Tail
 
 ITEM_BYTES, TIME_BYTES, SHORT_TIME_BYTES, ACTION_BYTES = 4, 8, 4, 1
 
 
-def event_bytes(short_times: NDArray[np.bool_]) -> NDArray[np.int64]:
+def event_bytes(short_times: NDArray[np.bool_], columns: Sequence[TailColumn]) -> NDArray[np.int64]:
     """Bytes of one event in each of B tails, by whether its times are short."""
-    return ITEM_BYTES + ACTION_BYTES + np.where(short_times, SHORT_TIME_BYTES, TIME_BYTES)
+    fixed = ITEM_BYTES + ACTION_BYTES + sum(column.dtype.itemsize for column in columns)
+    return fixed + np.where(short_times, SHORT_TIME_BYTES, TIME_BYTES)
 
 
-def check_tail(tail: Tail, num_users: int) -> None:
-    """Raise ValueError unless the arrays of a tail belong to `num_users` users."""
-    if len(tail.offsets) != num_users + 1 or not (
-        len(tail.items) == len(tail.times) == len(tail.actions) == tail.offsets[-1]
-    ):
+def check_tail(tail: Tail, columns: Sequence[TailColumn], num_users: int) -> None:
+    """Raise ValueError unless a tail has these columns of features, and its arrays belong to `num_users` users."""
+    names = [column.name for column in columns]
+    if sorted(tail.features) != sorted(names):
+        raise ValueError(f"tail: its features are {list(tail.features)}, but records of this store hold {names}")
+    arrays = (tail.items, tail.times, tail.actions, *tail.features.values())
+    if len(tail.offsets) != num_users + 1 or any(len(array) != tail.offsets[-1] for array in arrays):
         raise ValueError(f"tail: the lengths of its arrays do not match each other, or the {num_users} users")
 
 
@@ -40,7 +49,7 @@ def have_short_times(tail: Tail, last_event_ts: NDArray[np.int64]) -> NDArray[np
 
 
 def encode_tails(
-    tail: Tail, last_event_ts: NDArray[np.int64], short_times: NDArray[np.bool_]
+    tail: Tail, last_event_ts: NDArray[np.int64], short_times: NDArray[np.bool_], columns: Sequence[TailColumn]
 ) -> list[list[memoryview]]:
     """The parts of each user's tail section.
 
@@ -48,17 +57,20 @@ def encode_tails(
         tail: of B users.
         last_event_ts: [B] times that short times count from.
         short_times: [B] whether a tail is stored with short times.
+        columns: of the tail's features.
     """
     lengths = np.diff(tail.offsets)
     items = _flat(np.ascontiguousarray(tail.items, dtype="<i4"))
     times = _flat(np.ascontiguousarray(tail.times, dtype="<i8"))
     short = _flat((np.repeat(last_event_ts, lengths) - tail.times).astype("<u4")) if short_times.any() else times
     actions = _flat(np.ascontiguousarray(tail.actions, dtype=np.uint8))
+    features = [(column.dtype.itemsize, _flat(column.stored(tail.features[column.name]))) for column in columns]
     return [
         [
             items[4 * first : 4 * last],
             short[4 * first : 4 * last] if is_short else times[8 * first : 8 * last],
             actions[first:last],
+            *(values[size * first : size * last] for size, values in features),
         ]
         for (first, last), is_short in zip(
             pairwise(np.asarray(tail.offsets).tolist()), short_times.tolist(), strict=True
@@ -66,33 +78,66 @@ def encode_tails(
     ]
 
 
-def read_tails(records: JoinedRecords, first: NDArray[np.int64] | int, lengths: NDArray[np.int64]) -> Tail:
-    """The tails of checked records.
+def read_tails(
+    records: JoinedRecords,
+    first: NDArray[np.int64] | int,
+    lengths: NDArray[np.int64],
+    columns: Sequence[TailColumn],
+    keys: Sequence[bytes],
+) -> Tail:
+    """The tails of records whose lengths were checked.
 
     Args:
         records: B records.
         first: place of the section in each record, [B] or the same for all.
         lengths: [B] events of each tail.
+        columns: of the tails' features.
+        keys: the B users' keys, for errors.
+
+    Raises:
+        RecordError: a category has a value that the generation does not know; the message names the user.
     """
     offsets = offsets_of(lengths)
     headers = records.headers
     short = (headers["flags"] & SHORT_TIMES) != 0
     times_at = first + ITEM_BYTES * lengths
-    actions_at = first + (event_bytes(short) - ACTION_BYTES) * lengths
+    actions_at = first + (event_bytes(short, ()) - ACTION_BYTES) * lengths
     items = np.array(records.cut(first, times_at)).reshape(-1).view("<i4")
     actions = np.array(records.cut(actions_at, actions_at + lengths)).reshape(-1)
+    features = _read_features(records, actions_at + lengths, lengths, columns, keys)
     if not short.any():
         times = np.array(records.cut(times_at, actions_at)).reshape(-1).view("<i8")
-        return Tail(items, times, actions, offsets)
+        return Tail(items, times, actions, offsets, features)
     times = np.repeat(headers["last_event_ts"].astype(np.int64), lengths)
     if short.all():
         times -= np.ascontiguousarray(records.cut(times_at, actions_at)).reshape(-1).view("<u4")
-        return Tail(items, times, actions, offsets)
+        return Tail(items, times, actions, offsets, features)
     content, is_short = np.frombuffer(records.content, np.uint8), np.repeat(short, lengths)
     start = records.starts + times_at
     times[is_short] -= content[ranges(start[short], SHORT_TIME_BYTES * lengths[short])].view("<u4")
     times[~is_short] = content[ranges(start[~short], TIME_BYTES * lengths[~short])].view("<i8")
-    return Tail(items, times, actions, offsets)
+    return Tail(items, times, actions, offsets, features)
+
+
+def _read_features(
+    records: JoinedRecords,
+    first: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    columns: Sequence[TailColumn],
+    keys: Sequence[bytes],
+) -> dict[str, NDArray[Any]]:
+    """The features of B tails, whose columns begin at `first` [B] in each record."""
+    features = {}
+    for column in columns:
+        last = first + column.dtype.itemsize * lengths
+        stored = np.array(records.cut(first, last)).reshape(-1).view(column.dtype)
+        if column.size is not None:
+            largest = np.zeros(len(lengths), stored.dtype)
+            np.maximum.at(largest, np.repeat(np.arange(len(lengths)), lengths), stored)
+            check_field(largest <= column.size, keys, largest, f"feature {column.name!r}", f"at most {column.size}")
+        features[column.name] = column.read(stored)
+        first = last
+    return features
 
 
 def _flat(array: NDArray[Any]) -> memoryview:
