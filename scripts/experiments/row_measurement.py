@@ -25,7 +25,15 @@ from scripts.experiments.sets import prepare_set, set_folder, source_folder
 from scripts.experiments.table_run import TableRun, part_configs, recorded_config, train_config
 from scripts.experiments.tables import TABLES
 from scripts.experiments.tables.table import Table
-from vista.config import DataConfig, EvaluateConfig, PrepareConfig, SimulateConfig, SourceConfig, TrainConfig
+from vista.config import (
+    DataConfig,
+    EvaluateConfig,
+    ItemTableConfig,
+    PrepareConfig,
+    SimulateConfig,
+    SourceConfig,
+    TrainConfig,
+)
 from vista.config.choices import Split, Stage, Target
 from vista.evaluation.baseline_evaluation import asked_horizons, measure_by_horizon
 from vista.evaluation.baselines.all_baselines import counting_baselines, trained_baselines
@@ -287,7 +295,8 @@ def table_log(settings: argparse.Namespace) -> EventLog:
             source = source_folder(path)
             simulate(SimulateConfig(out=str(source), **table.simulation))
             events = SourceConfig(kind="simulated", paths=[str(source)])
-            prepare(PrepareConfig(out=str(path), events=events, progress=False))
+            topics = ItemTableConfig(paths=[str(source / "items.parquet")], categories=["topic"])
+            prepare(PrepareConfig(out=str(path), events=events, items=topics, progress=False))
     return EventLog.open(path)
 
 

@@ -8,6 +8,9 @@ from scripts.experiments.tables.table import Table
 from scripts.experiments.tables.table_row import AGES, BOTH, K0, ORACLE, SOFTMAX, TableRow
 from vista.config.choices import Codec
 
+SIM_HARD = ("model=sim", "model.search=hard", "data.item_categories=items.parquet", "data.category_column=topic")
+"""SIM that finds events by the simulation's true topics."""
+
 
 def _simulation(data: str, num_users: int, events_per_user: int) -> Table:
     """A log of about 4.8M events and 360,000 impressions, for any history length.
@@ -31,9 +34,7 @@ def _simulation(data: str, num_users: int, events_per_user: int) -> Table:
         "din": TableRow(10, ("model=din",)),
         "sim": TableRow(10, ("model=sim",)),
         # Uses the simulation's true topics, which no other model gets.
-        "sim-hard": TableRow(
-            10, ("model=sim", "model.search=hard", "data.item_categories=items.parquet", "data.category_column=topic")
-        ),
+        "sim-hard": TableRow(10, SIM_HARD),
         "twin": TableRow(8, ("model=twin",)),
         # With the learning rate that the table `tuning` chooses for all three, and about equal training times.
         "vista-tuned": TableRow(16, ("optim.learning_rate=0.004",)),
@@ -132,6 +133,25 @@ def _trials() -> dict[str, TableRow]:
     }
 
 
+def _features() -> dict[str, TableRow]:
+    """Every model without and with the true topic of each item as a feature."""
+    models = {
+        "vista": (5, ("model=vista",)),
+        "tail-only": (5, K0),
+        "sasrec": (6, ("model=sasrec",)),
+        "hstu": (4, ("model=hstu",)),
+        "din": (6, ("model=din",)),
+        "sim": (7, ("model=sim",)),
+        "sim-hard": (7, SIM_HARD),
+        "twin": (8, ("model=twin",)),
+    }
+    return {
+        name + suffix: TableRow(4.5, (*words, f"optim.epochs={passes}", f"model.use_item_features={on}"))
+        for name, (passes, words) in models.items()
+        for suffix, on in (("", "false"), (", topics", "true"))
+    }
+
+
 TABLES = {
     "simulation": SIMULATION,
     # The same simulation with shorter and longer histories; the table `simulation` has 4,000 events.
@@ -155,6 +175,15 @@ TABLES = {
         "simulation",
         "simulation-2k-600",
         _trials() | ORACLE,
+        ("data.windows_per_chunk=32", "data.staleness_events=150", "optim.validate_every=1"),
+        {"num_users": 600, "events_per_user": 2000},
+        validation=True,
+    ),
+    # The same log.
+    "features-simulation": Table(
+        "simulation",
+        "simulation-2k-600",
+        _features() | ORACLE,
         ("data.windows_per_chunk=32", "data.staleness_events=150", "optim.validate_every=1"),
         {"num_users": 600, "events_per_user": 2000},
         validation=True,
