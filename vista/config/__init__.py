@@ -6,6 +6,7 @@ Only `vista.config.composition` uses Hydra: the command line turns its words int
 from vista.config.compare_config import CompareConfig
 from vista.config.data_config import DataConfig
 from vista.config.evaluate_config import EvaluateConfig
+from vista.config.event_filter_config import EventFilterConfig
 from vista.config.item_table_config import ItemTableConfig
 from vista.config.items_add_config import ItemsAddConfig
 from vista.config.log_configs import (
@@ -41,6 +42,7 @@ __all__ = [
     "CompareConfig",
     "DataConfig",
     "EvaluateConfig",
+    "EventFilterConfig",
     "ItemTableConfig",
     "ItemsAddConfig",
     "LogCompactConfig",

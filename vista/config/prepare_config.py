@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vista.config.checks import check_types
+from vista.config.checks import check_types, require
 from vista.config.choices import IdType, OnBadRows
+from vista.config.event_filter_config import EventFilterConfig
 from vista.config.item_table_config import ItemTableConfig
 from vista.config.source_columns import SourceColumns
 
@@ -45,6 +46,8 @@ class PrepareConfig:
     """Files of impressions with labels; null for those of the data set of the events, or for none."""
     items: ItemTableConfig | None = None
     """Files of item features; null for those that a public data set has next to its events, or for none."""
+    filter: EventFilterConfig = field(default_factory=EventFilterConfig)
+    """Which events of the files are kept."""
     append: bool = False
     """Add a segment to an existing log: events, item features, or both. Files of events or impressions that the log
     already contains are refused. New features of an item replace its older ones."""
@@ -56,3 +59,9 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        require(
+            not (self.append and self.filter.counts),
+            "filter",
+            "min_item_events and min_user_events would count the events of the new files alone; prepare all files "
+            "together without append, or leave these out",
+        )

@@ -19,13 +19,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vista.config import ItemTableConfig, PrepareConfig, SourceColumns, SourceConfig
+from vista.config import EventFilterConfig, ItemTableConfig, PrepareConfig, SourceColumns, SourceConfig
 from vista.config.choices import OnBadRows, choice_of
 from vista.errors import ConfigError, DataError
 from vista.files import checked_path
 from vista.log.frames import to_polars
 from vista.log.ingest.columns import actions_of, event_columns, impression_columns, time_range
 from vista.log.ingest.distinct_ids import DistinctIds, extended
+from vista.log.ingest.event_filter import filtered
 from vista.log.ingest.existing_log import ExistingLog
 from vista.log.ingest.item_sources import items_of_frame
 from vista.log.ingest.new_features import NewFeatures, write_features
@@ -70,6 +71,7 @@ def prepare(
         target=checked_path(config.out, ConfigError),
         append=config.append,
         on_bad_rows=config.on_bad_rows,
+        event_filter=config.filter,
         bucket_events=bucket_events,
         progress=config.progress,
     )
@@ -143,6 +145,7 @@ class _Run:
     target: Path
     append: bool
     on_bad_rows: OnBadRows
+    event_filter: EventFilterConfig = field(default_factory=EventFilterConfig)
     bucket_events: int = BUCKET_EVENTS
     progress: bool = False
     sources: dict[str, list[Source]] = field(default_factory=dict)
@@ -189,12 +192,13 @@ class _Run:
                 folder.mkdir(exist_ok=True)
                 scratch = staging / "scratch"
                 scratch.mkdir()
-                parts = self._read_parts(kinds, scratch)
+                parts, kept = filtered(self._read_parts(kinds, scratch), self.event_filter)
+                self.times.lap("read")
                 segment, features = self._write_segment(before, parts, folder, scratch)
                 shutil.rmtree(scratch)
                 self.times.lap("write")
             self.times.lap("sync")
-        return self._report(segment, features, self.target / name / QUARANTINE_FILE)
+        return self._report(segment, features, self.target / name / QUARANTINE_FILE, kept)
 
     @contextmanager
     def _locked_log(self) -> Iterator[ExistingLog | None]:
@@ -215,7 +219,6 @@ class _Run:
                 for number, source in enumerate(files):
                     parts[table].append(read_part(source, kinds, table, scratch, number, self.on_bad_rows))
                     bar.update(source.size)
-        self.times.lap("read")
         return parts
 
     def _write_segment(
@@ -282,7 +285,7 @@ class _Run:
                 )
         return active_users
 
-    def _report(self, segment: NewSegment, features: NewFeatures, quarantine: Path) -> PrepareReport:
+    def _report(self, segment: NewSegment, features: NewFeatures, quarantine: Path, kept: str) -> PrepareReport:
         first_ms, last_ms = segment.time_range_ms
         report = PrepareReport(
             path=self.target,
@@ -293,6 +296,7 @@ class _Run:
             num_impressions=segment.num_rows("impressions"),
             num_quarantined=segment.num_bad,
             quarantine=quarantine if segment.num_bad else None,
+            kept=kept,
             first_ms=first_ms,
             last_ms=last_ms,
             features=features.lines,

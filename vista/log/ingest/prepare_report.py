@@ -11,10 +11,10 @@ from pathlib import Path
 class PrepareReport:
     """What `prepare` wrote, and how long each stage took.
 
-    num_users and num_items count the whole log, the other numbers only the new segment. first_ms, last_ms: oldest and
-    newest time of the events, None in a log without times. features: a line per column of item features. stages:
-    seconds for open (with digests), read (parse and check), vocabularies, sort (join and sort), write, and sync (fsync
-    and rename).
+    num_users and num_items count the whole log, the other numbers only the new segment. kept: how many rows a filter
+    kept, as text; empty without one. first_ms, last_ms: oldest and newest time of the events, None in a log without
+    times. features: a line per column of item features. stages: seconds for open (with digests), read (parse, check,
+    and filter), vocabularies, sort (join and sort), write, and sync (fsync and rename).
     """
 
     path: Path
@@ -25,6 +25,7 @@ class PrepareReport:
     num_impressions: int
     num_quarantined: int
     quarantine: Path | None
+    kept: str
     first_ms: int | None
     last_ms: int | None
     features: list[str]
@@ -59,6 +60,7 @@ class PrepareReport:
             f"{self.num_items:,} items",
             f"{self.seconds:.2f} s, {self.rows_per_second:,.0f} rows/s: "
             + ", ".join(f"{stage} {share:.0%}" for stage, share in self.shares.items()),
+            *([self.kept] if self.kept else []),
             *(f"feature {line}" for line in self.features),
         ]
         if self.quarantine is not None:
