@@ -21,7 +21,8 @@ from vista.config.choices import Decay, Mixing
 from vista.examples.anchors import AnchorPlan
 from vista.examples.batch import Batch
 from vista.examples.chunks import ChunkImpressions, Chunks, ChunkTimeline, decay_clock
-from vista.examples.cuts import CutPlan, cut_batch
+from vista.examples.cut_plan import CutPlan
+from vista.examples.cuts import cut_batch
 from vista.log.histories import ranges
 
 NUM_TASKS = 2

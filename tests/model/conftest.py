@@ -19,7 +19,8 @@ from vista.counters.counter_spec import CounterSpec
 from vista.examples.anchors import AnchorPlan
 from vista.examples.batch import Batch
 from vista.examples.chunks import ChunkCounters, ChunkImpressions, Chunks, ChunkTimeline, decay_clock
-from vista.examples.cuts import CutPlan, cut_batch
+from vista.examples.cut_plan import CutPlan
+from vista.examples.cuts import cut_batch
 from vista.examples.history_counters import HistoryCounters
 from vista.log.gaps import gap_bucket, history_gaps
 from vista.log.histories import Histories, ranges

@@ -19,7 +19,8 @@ from vista.counters.counter_spec import CounterSpec
 from vista.errors import ConfigError
 from vista.examples.batch import Batch
 from vista.examples.chunks import ChunkCounters, ChunkImpressions, Chunks, ChunkTimeline, decay_clock
-from vista.examples.cuts import CutPlan, cut_batch
+from vista.examples.cut_plan import CutPlan
+from vista.examples.cuts import cut_batch
 from vista.examples.frequency import item_frequency
 from vista.examples.history_counters import HistoryCounters
 from vista.examples.negatives import NegativeSampler
