@@ -24,8 +24,10 @@ from vista.examples.cuts import cut_batch
 from vista.examples.history_counters import HistoryCounters
 from vista.log.gaps import gap_bucket, history_gaps
 from vista.log.histories import Histories, ranges
+from vista.log.row_features import RowFeatures
 from vista.log.vocabulary import Vocabulary
 from vista.model.padded_tail import PaddedTail, pad_tail
+from vista.model.row_feature_reader import RowFeatureReader
 from vista.model.schema import Schema
 from vista.model.vista_model import VistaModel
 
@@ -40,6 +42,7 @@ def model(
     num_items: int = NUM_ITEMS,
     has_time: bool = True,
     rating_range: tuple[float, float] | None = (1.0, 5.0),
+    request_features: bool = False,
     **config: Any,
 ) -> VistaModel:
     """A model in eval mode in which every parameter matters: noise keeps biases and the like from being 0."""
@@ -47,14 +50,28 @@ def model(
     options = {"dim": 16, "num_heads": 2, "num_seeds": 3, "tail_len": 5, "conv_width": 3, "dropout": 0.0} | config
     built = VistaModel(
         ModelConfig(**options),
-        Schema(ACTIONS, has_time, rating_range, tasks),
+        Schema(ACTIONS, has_time, rating_range, tasks, request_features=REQUESTS.columns if request_features else []),
         Vocabulary.from_ids(np.arange(num_items) + 100),
         DataConfig(),
     )
     with torch.no_grad():
         for parameter in built.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
+    built.request_features = REQUESTS if request_features else None
     return built.eval()
+
+
+def drawn_requests(count: int, seed: int = 0) -> RowFeatures:
+    """Features of requests, a quarter of them missing."""
+    rng = np.random.default_rng([seed, 2])
+    hour = np.where(rng.random(count) < 0.25, np.nan, rng.integers(0, 24, count))
+    return RowFeatures({"device": rng.integers(-1, 3, count).astype(np.int32), "hour": hour.astype(np.float32)})
+
+
+REQUESTS = RowFeatureReader.of(
+    drawn_requests(100), {"device": Vocabulary.from_ids(["desktop", "phone", "tv"]), "hour": None}
+)
+"""How the models of this module read features of requests."""
 
 
 def histories(lengths: list[int], seed: int = 0, *, num_items: int = NUM_ITEMS, days: float = 30.0) -> Histories:
@@ -83,10 +100,12 @@ def chunks(
     decay: Decay = Decay.none,
     chunk_len: int = 10**6,
     spec: CounterSpec | None = None,
+    requests: bool = False,
 ) -> tuple[Chunks, Int]:
     """Histories in chunks, with impressions at random positions; and the times of the impressions in ms.
 
-    Anchors may ask about the rest of a chunk's history. With a spec, chunks have the counters of their users.
+    Anchors may ask about the rest of a chunk's history. With a spec, chunks have the counters of their users; with
+    requests, impressions have features.
     """
     rng = np.random.default_rng([seed, 1])
     pieces = np.maximum(1, -(-packed.lengths // chunk_len))
@@ -99,6 +118,7 @@ def chunks(
     before = offsets[:-1][owner] + position - 1
     last = packed.timestamp[np.maximum(before, 0)] if packed.num_events else np.zeros(len(owner), np.int64)
     time = last + rng.integers(0, 48 * HOUR, len(owner))
+    features = [REQUESTS.encode(drawn_requests(len(owner), seed), len(owner)), REQUESTS.missing(1)]
     rest = packed.offsets[1:][user] - offsets[:-1]
     index = ranges(offsets[:-1], rest)
     item = packed.item.astype(np.int64)
@@ -120,6 +140,8 @@ def chunks(
             label=rng.integers(0, 2, (len(owner), len(TASKS))).astype(np.float32),
             mask=rng.random((len(owner), len(TASKS))) < 0.8,
             time=time,
+            entry=np.concatenate([part.entry for part in features]) if requests else None,
+            dense=np.concatenate([part.dense for part in features]) if requests else None,
         ),
         counters=None
         if spec is None
@@ -139,6 +161,7 @@ def plan(model: VistaModel, **changes: Any) -> CutPlan:
         "staleness_events": 8.0,
         "staleness_share": 0.0,
         "unknown_share": 0.0,
+        "featureless_share": 0.0,
         "reconstruction_len": 6,
         "summary_lag": model.config.summary_lag,
     }
@@ -251,5 +274,7 @@ def make() -> SimpleNamespace:
         outputs=outputs,
         anchor_users=anchor_users,
         tail=tail,
+        requests=lambda count: REQUESTS.encode(drawn_requests(count), count),
+        request_reader=REQUESTS,
         num_items=NUM_ITEMS,
     )

@@ -25,6 +25,7 @@ from vista.model.baselines.search_model import newest_of_highest
 from vista.model.baselines.sim import SIM
 from vista.model.baselines.twin import TWIN
 from vista.model.registry import ARCHITECTURES, load_model
+from vista.model.row_feature_reader import EncodedRows
 from vista.model.schema import Schema
 
 LENGTHS = [0, 1, 9, 4, 0, 7, 12, 30]
@@ -42,6 +43,7 @@ def baseline(
     share: float = 0.0,
     has_time: bool = True,
     embedding_rows: int = 0,
+    request_features: bool = False,
 ) -> CandidateModel:
     """A small float64 model in which every parameter matters."""
     torch.manual_seed(1)
@@ -59,7 +61,15 @@ def baseline(
         dropout=0.0,
     )
     items = Vocabulary.from_ids(np.arange(make.num_items) + 100)
-    schema = Schema(["view", "click", "buy"], has_time, (1.0, 5.0), ["click", "like"], has_retrieval=False)
+    columns = make.request_reader.columns if request_features else []
+    schema = Schema(
+        ["view", "click", "buy"],
+        has_time,
+        (1.0, 5.0),
+        ["click", "like"],
+        has_retrieval=False,
+        request_features=columns,
+    )
     model = ARCHITECTURES[config.architecture](config, schema, items, DataConfig()).double().eval()
     assert isinstance(model, CandidateModel)
     with torch.no_grad():
@@ -67,6 +77,7 @@ def baseline(
             parameter.add_(torch.randn_like(parameter) * 0.1)
         if isinstance(model, SIM) and model.category is not None:
             model.category.copy_(torch.randint(0, 4, model.category.shape))
+    model.request_features = make.request_reader if request_features else None
     return model
 
 
@@ -279,9 +290,9 @@ def test_users_without_events_are_scored_by_the_candidate(make: SimpleNamespace,
 @pytest.mark.parametrize(("name", "limit"), LIMITED)
 def test_training_at_a_position_is_a_request_after_its_events(make: SimpleNamespace, name: str, limit: int) -> None:
     """Losses of a batch equal those of single requests, also for windows that begin inside a chunk."""
-    model = baseline(make, name, limit=limit)
+    model = baseline(make, name, limit=limit, request_features=True)
     packed = make.histories([1, 11, 8, 0, 19], 5)
-    chunks, shown_at = make.chunks(packed, 5, impressions=60)
+    chunks, shown_at = make.chunks(packed, 5, impressions=60, requests=True)
     batch = make.batch(chunks, make.plan(model, timeless_share=0.0), 5)
     losses = model.losses(batch, model.item_vectors(batch.rows), replace(NEXT_ONLY, task_weight=0.5))
 
@@ -289,11 +300,12 @@ def test_training_at_a_position_is_a_request_after_its_events(make: SimpleNamesp
     for n, (owner, seen) in enumerate(zip(chunks.impressions.chunk, chunks.impressions.position, strict=True)):
         before = packed.slice(int(owner), 0, int(seen))
         item = torch.from_numpy(chunks.impressions.item[None, n : n + 1])
-        logits.append(model.candidate_logits(before, item, shown_at[n : n + 1])[0, 0])
+        features = EncodedRows(chunks.impressions.entry[[n]], chunks.impressions.dense[[n]])
+        logits.append(model.candidate_logits(before, item, shown_at[n : n + 1], features=features)[0, 0])
         if isinstance(model, SIM) and model.category is None:
-            gap = model.request_gap(before, shown_at[n : n + 1])
-            assert gap is not None
-            search.append(sim_search_by_event(model, before, item_of(model, int(item[0, 0])) + 4 * gap[0]))
+            asked = model.vectors_of_requests(before, shown_at[n : n + 1], features)
+            assert asked is not None
+            search.append(sim_search_by_event(model, before, item_of(model, int(item[0, 0])) + 4 * asked[0]))
 
     def means(each: list[Tensor]) -> Tensor:
         label, mask = torch.from_numpy(chunks.impressions.label), torch.from_numpy(chunks.impressions.mask)
@@ -314,8 +326,8 @@ def test_training_at_a_position_is_a_request_after_its_events(make: SimpleNamesp
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_parameter_is_trained(make: SimpleNamespace, name: str) -> None:
-    model = baseline(make, name).float().train()
-    chunks, _ = make.chunks(make.histories([5, 12, 8, 3], 7), 7, impressions=25)
+    model = baseline(make, name, request_features=True).float().train()
+    chunks, _ = make.chunks(make.histories([5, 12, 8, 3], 7), 7, impressions=25, requests=True)
     batch = make.batch(chunks, make.plan(model))
     vectors = model.item_table.detach()[batch.rows].requires_grad_()
     torch.autograd.backward(model.losses(batch, vectors, NEXT_ONLY).total)

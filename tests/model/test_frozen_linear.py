@@ -114,7 +114,7 @@ def test_a_model_with_a_frozen_stage_computes_the_same(
         assert model.with_frozen("summarizer", precision).summarizer is None
     other = model.with_frozen("target_attention", precision)
     assert other.summarizer is model.summarizer and other.task_head is model.task_head
-    assert not isinstance(model.target_attention.query_gap, FrozenLinear)
+    assert not isinstance(model.target_attention.request_projection, FrozenLinear)
     asked = [(one, inference.request_context(one, summary, tail)) for one in (model, other)]
     gap = inference.request_gap(model, tail.last_time + 3_600_000, tail)
     (expected, actual) = (inference.user_vectors(one, context, gap) for one, context in asked)

@@ -53,6 +53,7 @@ def test_loading_keeps_the_callers_random_state_and_a_shorter_tail_shares_the_we
         {"num_seeds": 0, "tasks": []},
         {"num_seeds": 0, "target_attention": TargetAttentionKind.quasi_linear},
         {"rating_range": None, "has_time": False},
+        {"request_features": True},
     ],
     ids=str,
 )
@@ -70,6 +71,20 @@ def test_a_round_trip_keeps_every_bit(make: SimpleNamespace, tmp_path: Path, opt
     packed = make.histories([0, 5, 30], 2)
     assert torch.equal(inference.summarize(back, packed), inference.summarize(model, packed))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best"], "no temporary files are left"
+
+
+def test_features_of_requests_are_saved_and_leave_the_summarizer(make: SimpleNamespace, tmp_path: Path) -> None:
+    plain, model = make.model(seed=1), make.model(seed=2, request_features=True)
+    model.load_state_dict(plain.state_dict(), strict=False)
+    assert model.summarizer_id() == plain.summarizer_id()
+    model.save_pretrained(tmp_path / "best")
+    for back in (VistaModel.from_pretrained(tmp_path / "best"), model.with_tail(3)):
+        assert back.request_features is not None and back.request_features.columns == model.request_features.columns
+        found, expected = (one.request_features.parse({"device": ["phone"]}, 1).columns for one in (back, model))
+        assert found["device"] == expected["device"] == [1]
+    (tmp_path / "best" / "request_values_0.ids.npy").unlink()
+    with pytest.raises(CheckpointError, match=r"request_values_0\.ids\.npy"):
+        VistaModel.from_pretrained(tmp_path / "best")
 
 
 def test_a_key_that_config_json_lacks_is_named(make: SimpleNamespace, tmp_path: Path) -> None:
@@ -177,7 +192,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (without("config.json"), "no readable model"),
     "no vocabulary": (without("items.ids.npy"), r"no readable model .*items\.ids\.npy"),
     "no folder": (shutil.rmtree, "no readable model .*vista train"),
-    "another format": (edited(lambda d: d.update(format_version=99)), "format 99, but this version of vista reads 5"),
+    "another format": (edited(lambda d: d.update(format_version=99)), "format 99, but this version of vista reads 6"),
     "not a description": (lambda folder: (folder / "config.json").write_text('["a list"]'), "format None"),
     "no schema": (edited(lambda d: d.pop("schema")), r"config\.json: the field 'schema' is missing"),
     "no data": (

@@ -27,6 +27,7 @@ from vista.model.baselines.padded_tiles import TILE_TOKENS
 from vista.model.baselines.sasrec import LONGEST_HELD, SASRec, attend_causally
 from vista.model.baselines.sequence_model import SequenceModel
 from vista.model.registry import ARCHITECTURES, load_model
+from vista.model.row_feature_reader import EncodedRows
 from vista.model.schema import Schema
 
 LENGTHS = [0, 1, 9, 4, 0, 7, 12]
@@ -35,7 +36,12 @@ NAMES = ["sasrec", "hstu", "fuxi_linear"]
 
 
 def baseline(
-    make: SimpleNamespace, name: str, *, has_time: bool = True, tasks: tuple[str, ...] = ("click", "like")
+    make: SimpleNamespace,
+    name: str,
+    *,
+    has_time: bool = True,
+    tasks: tuple[str, ...] = ("click", "like"),
+    request_features: bool = False,
 ) -> SequenceModel:
     """A small float64 model in which every parameter matters."""
     torch.manual_seed(1)
@@ -43,12 +49,14 @@ def baseline(
         architecture=Architecture(name), dim=16, num_heads=2, history_limit=LIMIT, tail_len=5, dropout=0.0
     )
     items = Vocabulary.from_ids(np.arange(make.num_items) + 100)
-    schema = Schema(["view", "click", "buy"], has_time, (1.0, 5.0), list(tasks))
+    columns = make.request_reader.columns if request_features else []
+    schema = Schema(["view", "click", "buy"], has_time, (1.0, 5.0), list(tasks), request_features=columns)
     model = ARCHITECTURES[config.architecture](config, schema, items, DataConfig()).double().eval()
     assert isinstance(model, SequenceModel)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.request_features = make.request_reader if request_features else None
     return model
 
 
@@ -236,14 +244,17 @@ def test_training_at_a_position_is_a_request_after_its_events(
 
     The first impression, whose index pads others, sees more events than the smaller tiles hold.
     """
-    model = baseline(make, name)
+    model = baseline(make, name, request_features=True)
     model.tile_tokens = tile_tokens
     packed = make.histories([11, 1, 8, 4], 5)
-    chunks, shown_at = make.chunks(packed, 5, impressions=40)
+    chunks, shown_at = make.chunks(packed, 5, impressions=40, requests=True)
     late = (chunks.impressions.chunk > 0) | (chunks.impressions.position > 8)
     assert not late.all() and chunks.impressions.chunk[late][0] == 0
     shown = chunks.impressions
-    shown = replace(shown, **{field.name: getattr(shown, field.name)[late] for field in fields(shown)})
+    parts = {field.name: getattr(shown, field.name) for field in fields(shown)}
+    # Of the features, the last row is that of requests without them.
+    kept = {"entry": np.append(late, True), "dense": np.append(late, True)}
+    shown = replace(shown, **{name: part[kept.get(name, late)] for name, part in parts.items()})
     chunks, shown_at = replace(chunks, impressions=shown), shown_at[late]
     plan = make.plan(model, timeless_share=0.0, anchors=make.anchor_plan())
     batch = make.batch(chunks, plan, 5)
@@ -281,7 +292,8 @@ def test_training_at_a_position_is_a_request_after_its_events(
     for n, (owner, seen) in enumerate(zip(chunks.impressions.chunk, chunks.impressions.position, strict=True)):
         before = asked.slice(int(owner), 0, int(seen))
         item = torch.from_numpy(chunks.impressions.item[None, n : n + 1])
-        logits = model.candidate_logits(before, item, shown_at[n : n + 1])[0, 0]
+        features = EncodedRows(chunks.impressions.entry[[n]], chunks.impressions.dense[[n]])
+        logits = model.candidate_logits(before, item, shown_at[n : n + 1], features=features)[0, 0]
         for index, task in enumerate(model.schema.tasks):
             if chunks.impressions.mask[n, index]:
                 label = torch.tensor(chunks.impressions.label[n, index]).double()
@@ -293,8 +305,8 @@ def test_training_at_a_position_is_a_request_after_its_events(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_parameter_is_trained(make: SimpleNamespace, name: str) -> None:
-    model = baseline(make, name).float().train()
-    chunks, _ = make.chunks(make.histories([5, 12, 8, 3], 7), 7, impressions=25)
+    model = baseline(make, name, request_features=True).float().train()
+    chunks, _ = make.chunks(make.histories([5, 12, 8, 3], 7), 7, impressions=25, requests=True)
     batch = make.batch(chunks, make.plan(model, anchors=make.anchor_plan()))
     vectors = model.item_table.detach()[batch.rows].requires_grad_()
     torch.autograd.backward(model.losses(batch, vectors, OptimConfig(next_weight=1.0, window_weight=1.0)).total)

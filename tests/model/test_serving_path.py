@@ -27,6 +27,7 @@ from vista.log.histories import Histories
 from vista.model import inference
 from vista.model.history_states import pick_events
 from vista.model.padded_tail import PaddedTail, pad_tail
+from vista.model.row_feature_reader import EncodedRows
 from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
 
@@ -41,6 +42,8 @@ SHAPES = {
     "tail not in the summary, bidirectional": {"tail_in_summary": False, "mixing": Mixing.bidirectional},
     "one layer": {"num_layers": 1, "num_target_layers": 1},
     "no times": {"has_time": False, "conv_width": 1},
+    "request features": {"request_features": True},
+    "request features, no times": {"request_features": True, "has_time": False, "conv_width": 1},
     "unified table": {"embedding_rows": 23},
     "another phi": {"activation": Activation.relu},
     "three layers": {"num_target_layers": 3},
@@ -67,6 +70,7 @@ SOME_SHAPES = [
     "quasi-linear",
     "quasi-linear, no tokens",
     "mean token",
+    "request features",
 ]
 LENGTHS = [0, 1, 2, 23, 7, 0, 12]
 """Events per user: empty histories, some shorter than the tail, some longer."""
@@ -83,12 +87,19 @@ class Answers:
     """[B, C, num_tasks]."""
 
 
-def serve(model: VistaModel, packed: Histories, tail: PaddedTail, candidates: np.ndarray) -> Answers:
+def serve(
+    model: VistaModel,
+    packed: Histories,
+    tail: PaddedTail,
+    candidates: np.ndarray,
+    features: EncodedRows | None = None,
+) -> Answers:
     """Requests of the users of `packed`, one day after the tail's newest event, for candidates [B, C]."""
     context = inference.request_context(model, inference.summarize(model, packed), tail)
-    gap = inference.request_gap(model, tail.last_time + DAY, tail)
-    users = inference.user_vectors(model, context, gap)
-    return Answers(context, users, inference.candidate_logits(model, context, gap, torch.from_numpy(candidates)))
+    now = tail.last_time + DAY
+    users = inference.user_vectors(model, context, inference.request_gap(model, now, tail))
+    asked = inference.request_vectors(model, now, tail, features)
+    return Answers(context, users, inference.candidate_logits(model, context, asked, torch.from_numpy(candidates)))
 
 
 def served_context(
@@ -116,7 +127,7 @@ def test_training_at_a_position_is_serving_after_its_events(make: SimpleNamespac
     """Every next item, impression, and anchor of a batch, each compared with a request of its own."""
     model = make.model(seed=3, **SHAPES[shape])
     packed = make.histories([1, 23, 8, 4], 5)
-    chunks, shown_at = make.chunks(packed, 5, impressions=30, decay=model.config.decay)
+    chunks, shown_at = make.chunks(packed, 5, impressions=30, decay=model.config.decay, requests=True)
     if model.encoder.gap is None:
         shown = replace(chunks.impressions, gap=chunks.impressions.gap * 0)
         chunks = replace(chunks, gap=chunks.gap * 0, impressions=shown)
@@ -142,9 +153,10 @@ def test_training_at_a_position_is_serving_after_its_events(make: SimpleNamespac
         owner, position = impressions.chunk[window, place], impressions.position[window, place]
         context, tail = served_context(make, model, packed, batch, window, owner, position)
         number = impressions.number[window, place]
-        gap = inference.request_gap(model, shown_at[[number]], tail)
+        features = EncodedRows(chunks.impressions.entry[[number]], chunks.impressions.dense[[number]])
+        asked = inference.request_vectors(model, shown_at[[number]], tail, features)
         candidate = torch.from_numpy(chunks.impressions.item[[[number]]])
-        close(trained_logits[window, place], inference.candidate_logits(model, context, gap, candidate)[0, 0])
+        close(trained_logits[window, place], inference.candidate_logits(model, context, asked, candidate)[0, 0])
     assert len(labeled) == packed.num_events and len(impressed) == 30
 
     asked, predicted = make.anchor_users(model, batch), make.anchor_predictions(chunks, plan, 5)
@@ -162,10 +174,11 @@ def test_a_batch_equals_users_one_at_a_time(make: SimpleNamespace, shape: str) -
     model = make.model(seed=4, **SHAPES[shape])
     packed = make.histories(LENGTHS, 6)
     candidates = np.random.default_rng(0).integers(0, make.num_items + 1, (len(LENGTHS), 6))
-    together = serve(model, packed, make.tail(model, packed), candidates)
+    features = make.requests(len(LENGTHS))
+    together = serve(model, packed, make.tail(model, packed), candidates, features)
     for row in range(len(LENGTHS)):
-        own = packed.select_users(row, row + 1)
-        alone = serve(model, own, make.tail(model, own), candidates[row : row + 1])
+        own, some = packed.select_users(row, row + 1), slice(row, row + 1)
+        alone = serve(model, own, make.tail(model, own), candidates[some], features.select(some))
         torch.testing.assert_close(together.users[row], alone.users[0], atol=2e-6, rtol=1e-5)
         torch.testing.assert_close(together.logits[row], alone.logits[0], atol=5e-6, rtol=1e-5)
 
@@ -176,11 +189,11 @@ def test_a_training_batch_equals_its_chunks_one_at_a_time(make: SimpleNamespace,
     model = make.model(seed=5, **SHAPES[shape])
     packed = make.histories([0, 9, 3, 14], 7)
     plan = make.plan(model, label_spacing=1, num_cuts=500, timeless_share=0.0)
-    together, _ = make.outputs(model, make.batch(make.chunks(packed, 7)[0], plan))
+    together, _ = make.outputs(model, make.batch(make.chunks(packed, 7, requests=True)[0], plan))
     assert len(together) == packed.num_events
     for row in range(packed.num_users):
         own = packed.select_users(row, row + 1)
-        alone, _ = make.outputs(model, make.batch(make.chunks(own, 7)[0], plan))
+        alone, _ = make.outputs(model, make.batch(make.chunks(own, 7, requests=True)[0], plan))
         windows = slice(packed.offsets[row], packed.offsets[row + 1])
         torch.testing.assert_close(together[windows], alone, atol=2e-6, rtol=1e-5)
 
@@ -211,7 +224,8 @@ def test_many_impressions_of_one_user_do_not_change_another_users_logits(make: S
     shown = chunks.impressions
     second_users_first = np.searchsorted(shown.chunk, 1)
     repeats = np.where(np.arange(len(shown.chunk)) == second_users_first, 31, 1)
-    crowded = replace(shown, **{f.name: np.repeat(getattr(shown, f.name), repeats, axis=0) for f in fields(shown)})
+    parts = {f.name: getattr(shown, f.name) for f in fields(shown) if f.name not in ("entry", "dense")}
+    crowded = replace(shown, **{name: np.repeat(part, repeats, axis=0) for name, part in parts.items()})
     _, wide = make.outputs(model, make.batch(replace(chunks, impressions=crowded), make.plan(model)))
     width = narrow.shape[1]
     assert wide.shape[1] > width + 20
@@ -227,10 +241,10 @@ def test_candidates_do_not_see_one_another(make: SimpleNamespace, shape: str) ->
     rng = np.random.default_rng(1)
     candidates = rng.integers(0, make.num_items + 1, (len(LENGTHS), 30))
     answers = serve(model, packed, tail, candidates)
-    gap = inference.request_gap(model, tail.last_time + DAY, tail)
+    asked = inference.request_vectors(model, tail.last_time + DAY, tail)
 
     def logits(candidates: np.ndarray) -> Tensor:
-        return inference.candidate_logits(model, answers.context, gap, torch.from_numpy(candidates))
+        return inference.candidate_logits(model, answers.context, asked, torch.from_numpy(candidates))
 
     order = rng.permutation(30)
     torch.testing.assert_close(logits(candidates[:, order]), answers.logits[:, order], atol=2e-6, rtol=1e-5)
@@ -354,3 +368,31 @@ def test_a_tail_longer_than_trained_or_empty_is_refused(make: SimpleNamespace) -
     for length in (0, model.config.tail_len + 1):
         with pytest.raises(ValueError, match=r"must lie in 1 … \d+, the trained length"):
             model.with_tail(length)
+
+
+def test_features_of_requests_change_logits_and_not_user_vectors(make: SimpleNamespace) -> None:
+    """Requests that bring no features have the vector of missing ones, which training learns."""
+    model = make.model(seed=15, request_features=True)
+    packed = make.histories([9, 2, 4], 16)
+    tail, candidates = make.tail(model, packed), np.array([[3, 4], [5, 6], [7, 8]])
+    bare = serve(model, packed, tail, candidates)
+    missing = serve(model, packed, tail, candidates, model.request_features.missing(3))
+    asked = serve(model, packed, tail, candidates, make.requests(3))
+    assert torch.equal(bare.logits, missing.logits)
+    assert torch.equal(bare.users, asked.users)
+    # The first request that is drawn has no features.
+    assert ((bare.logits - asked.logits).abs().amax((1, 2)) > 1e-3).tolist() == [False, True, True]
+
+
+def test_a_share_of_the_windows_trains_requests_without_features(make: SimpleNamespace) -> None:
+    model = make.model(seed=16, request_features=True)
+    chunks, _ = make.chunks(make.histories([60, 60, 60], 17), 17, impressions=200, requests=True)
+    bare = make.batch(chunks, make.plan(model, featureless_share=0.5)).impressions
+    full = make.batch(chunks, make.plan(model)).impressions
+    is_missing = (bare.entry == torch.from_numpy(chunks.impressions.entry[-1])).all(-1)
+    is_shown = full.mask.any(-1)
+    by_window = (is_missing & is_shown).sum(1) / is_shown.sum(1).clamp(min=1)
+    assert 0.3 < (by_window == 1).float().mean() < 0.7
+    kept = ~is_missing & is_shown
+    assert torch.equal(bare.entry[kept], full.entry[kept]) and torch.equal(bare.dense[kept], full.dense[kept])
+    assert torch.equal(bare.gap, full.gap) and torch.equal(bare.item, full.item)

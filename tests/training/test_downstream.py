@@ -121,7 +121,9 @@ def test_a_table_that_all_features_share_stays_too(served_tasks: Served, tmp_pat
         train(config, log)
     model = train(replace(config, model=base.config), log)
     assert torch.equal(model.item_table, base.item_table) and model.summarizer_id() == base.summarizer_id()
-    assert not torch.equal(model.target_attention.query_gap.weight, base.target_attention.query_gap.weight)
+    assert not torch.equal(
+        model.target_attention.request_projection.weight, base.target_attention.request_projection.weight
+    )
 
 
 def test_frozen_weights_are_in_no_optimizer(served_tasks: Served, past_store: Path, tmp_path: Path) -> None:

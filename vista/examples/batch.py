@@ -1,8 +1,9 @@
 """A training batch: packed events, the cuts at which summaries are read, and windows of label positions.
 
 Letters: B chunks, T packed events, NS segments between cuts, NC cuts, NW windows, W positions per window, L tail
-length, I impressions per window, J negatives, NA anchors, P labels and S counted items per anchor, F values per
-counter, NR reconstructed stretches, R distinct item rows, S seeds of stored summaries, M model dim.
+length, I impressions per window, C columns and D dense inputs of their requests' features, J negatives, NA anchors, P
+labels and S counted items per anchor, F values per counter, NR reconstructed stretches, R distinct item rows, S seeds
+of stored summaries, M model dim.
 """
 
 from __future__ import annotations
@@ -103,6 +104,10 @@ class BatchImpressions:
     codes: Tensor | None = None
     """uint8 [NW, I, F] from `CounterCodes`: the user's counters of each item, 0 if it is not counted. None without
     counters."""
+    entry: Tensor | None = None
+    """int64 [NW, I, C], like `dense` from `RowFeatureReader.encode`: features of the requests. None without them."""
+    dense: Tensor | None = None
+    """float32 [NW, I, D]."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,9 @@ So a resumed run needs only its position in the data, and makes the same batches
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -34,6 +36,8 @@ from vista.log.until import Until
 
 MEASURED_BATCHES = 16
 """Batches that the mean number of labels per anchor is measured by."""
+EncodeRequests: TypeAlias = Callable[[Int], tuple[Int, NDArray[np.float32]]]
+"""From rows int64 [N] of a log's impressions to `ChunkImpressions.entry` and `dense`."""
 NO_NEGATIVES = np.zeros(0, np.int64), np.zeros(0, np.float32)
 
 
@@ -49,6 +53,7 @@ class BatchSource:
         spec: CounterSpec | None = None,
         *,
         has_features: NDArray[np.bool_] | None = None,
+        encode_requests: EncodeRequests | None = None,
     ) -> None:
         """
         Args:
@@ -57,6 +62,7 @@ class BatchSource:
             spec: what the model's counters count; None without counters.
             has_features: bool [1 + V], the model rows whose vectors contain features; None is none. Such rows without
                 training events are not negatives.
+            encode_requests: features of the requests of the log's impressions; None if the model reads none.
 
         Raises:
             ConfigError: if `optim.tasks` names a task that the log lacks, if no label lies after the store's records,
@@ -67,6 +73,7 @@ class BatchSource:
         self._config = config
         self._stored = stored
         self._spec = spec
+        self._encode_requests = encode_requests
         since = stored.since if stored else None
         self.counts = visible_counts(log, split_until(config.data, "train"))
         self._first = visible_counts(log, Until(before=since)) if stored else np.zeros(log.num_users, np.int64)
@@ -167,6 +174,7 @@ class BatchSource:
         index = ranges(low, high - low)
         owner = np.repeat(np.arange(len(user)), high - low)
         position = seen.position[index] - (start - lead)[owner]
+        entry, dense = (None, None) if self._encode_requests is None else self._encode_requests(seen.row[index])
         model = self._config.model
         # Baselines have no decay; they read times.
         decay = model.decay if model.architecture is Architecture.vista else Decay.none
@@ -186,6 +194,8 @@ class BatchSource:
                 label=seen.label[index],
                 mask=seen.mask[index],
                 time=seen.time[index],
+                entry=entry,
+                dense=dense,
             ),
             timeline=None
             if anchors is None

@@ -1,6 +1,6 @@
 """Chunks: packed stretches of users' histories, from which training batches are cut.
 
-Letters: B chunks, T packed events, N impressions, S seeds, M model dim.
+Letters: B chunks, T packed events, N impressions, C columns and D dense inputs of features, S seeds, M model dim.
 """
 
 from __future__ import annotations
@@ -33,6 +33,11 @@ class ChunkImpressions:
     """bool [N, num_tasks]: True where a task's label is known."""
     time: Int
     """int64 [N] ms."""
+    entry: Int | None = None
+    """int64 [N + 1, C] features of their requests; the last row is that of a request without features. None for a model
+    that reads none."""
+    dense: NDArray[np.float32] | None = None
+    """float32 [N + 1, D], like `entry`."""
 
 
 @dataclass(frozen=True, slots=True)

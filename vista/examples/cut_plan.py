@@ -24,6 +24,8 @@ class CutPlan:
     reconstruction_len: int
     timeless_share: float = 0.1
     """Share of windows whose requests have no time, because callers of the scorer may not pass one."""
+    featureless_share: float = 0.1
+    """The same for features of requests."""
     anchors: AnchorPlan | None = None
     """None draws no anchors."""
     summary_lag: int = 0

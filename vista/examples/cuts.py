@@ -53,7 +53,8 @@ def cut_batch(
         chunks: packed histories and their impressions.
         plan: sizes and shares.
         rng: draws where windows begin, the windows to keep, staleness, requests without a time, the events to
-            reconstruct, and the items shown as unknown. Anchors are drawn from a child of it, and change no other draw.
+            reconstruct, the items shown as unknown, and requests without features. Anchors are drawn from a child of
+            it, and change no other draw.
         negatives: int64 [J] model item rows, shared by the batch; negative_log_weight: float32 [J].
     """
     phase = rng.integers(1, plan.label_spacing + 1, len(chunks.offsets) - 1)
@@ -74,6 +75,7 @@ def cut_batch(
     is_timeless = rng.random(len(keep)) < plan.timeless_share
     reconstruction = _draw_reconstruction(plan, rng, cuts)
     hidden = rng.random(len(chunks.item)) < plan.unknown_share if plan.unknown_share > 0 else None
+    is_featureless = rng.random(len(keep)) < plan.featureless_share  # the last draw, so that it changes no other
 
     impression = _impressions_by_window(keep, impression_window, len(all_windows.chunk))
     impressed = np.where(impression >= 0, chunks.impressions.item[impression], 0)
@@ -114,7 +116,14 @@ def cut_batch(
         labels=_labels(chunks, plan, windows, item, is_timeless),
         negatives=BatchNegatives(_tensor(negative), _tensor(negative_log_weight)),
         impressions=_impressions(
-            chunks, plan, windows, covered, impression, candidate.reshape(impression.shape), is_timeless
+            chunks,
+            plan,
+            windows,
+            covered,
+            impression,
+            candidate.reshape(impression.shape),
+            is_timeless,
+            is_featureless,
         ),
         reconstruction=reconstruction,
         anchors=of_anchors,
@@ -248,9 +257,10 @@ def _impressions(
     impression: Int,
     item: Int,
     is_timeless: NDArray[np.bool_],
+    is_featureless: NDArray[np.bool_],
 ) -> BatchImpressions:
     """covered: from `_covered`; impression: int64 [NW, I], -1 pads; item: int64 [NW, I] indices into the batch's rows;
-    is_timeless: bool [NW]."""
+    is_timeless and is_featureless: bool [NW]."""
     shown, is_shown = chunks.impressions, impression >= 0
     position = shown.position[impression] - windows.end[:, None] + plan.label_spacing - 1
     codes = None
@@ -269,6 +279,8 @@ def _impressions(
         found = counters.histories.of_items(requests, shown.item[own])
         codes = np.zeros((*impression.shape, found.shape[1]), np.uint8)
         codes[is_shown] = found
+    described = np.where(is_featureless[:, None], -1, impression)  # -1 reads the last row: no features
+    entry, dense = (None if part is None else _tensor(part[described]) for part in (shown.entry, shown.dense))
     return BatchImpressions(
         item=_tensor(item),
         position=_tensor(np.where(is_shown, position, 0)),
@@ -276,6 +288,8 @@ def _impressions(
         label=_tensor(np.where(is_shown[..., None], shown.label[impression], np.float32(0))),
         mask=_tensor(shown.mask[impression] & is_shown[..., None]),
         codes=None if codes is None else _tensor(codes),
+        entry=entry,
+        dense=dense,
     )
 
 

@@ -32,6 +32,8 @@ class VisibleImpressions:
     """[N, num_tasks]: True where the label is known."""
     time: Int
     """int64 [N] ms."""
+    row: Int
+    """int64 [N] rows of the log's impressions."""
     offsets: Int
     """int64 [num_users + 1]: user u has the impressions [offsets[u], offsets[u + 1])."""
 
@@ -51,7 +53,7 @@ class VisibleImpressions:
         if table is None:
             none = np.zeros(0, np.int64)
             empty = np.zeros((0, 0), np.float32)
-            return cls(none, none, none, none, empty, empty > 0, none, np.zeros(log.num_users + 1, np.int64))
+            return cls(none, none, none, none, empty, empty > 0, none, none, np.zeros(log.num_users + 1, np.int64))
         # An impression between the last visible event and a hidden one may show the hidden label itself.
         hides = counts < log.lengths
         until = split_until(config.data, "train")
@@ -84,6 +86,7 @@ class VisibleImpressions:
             np.asarray(table.label)[kept][:, columns].astype(np.float32),
             mask[kept],
             timestamp[kept],
+            kept,
             offsets_of(np.bincount(user[kept], minlength=log.num_users)),
         )
 

@@ -36,7 +36,7 @@ class Attribution:
     tail: Tensor
     """[C, L]; 0 in the padding."""
     query: list[Tensor]
-    """[C] for each part of the query token's vector; the first one includes the time of the request."""
+    """[C] for each part of the query token's vector; the first one includes the vector of the request."""
     counters: Tensor
     """[C] what the user's counters of the candidates add; 0 without them."""
 
@@ -44,7 +44,7 @@ class Attribution:
 def attribute(
     stage: TargetAttention,
     parts: Sequence[Tensor],
-    gap: Tensor | None,
+    request: Tensor | None,
     context: TargetContext,
     head: Callable[[Tensor], Tensor],
     counters: tuple[Tensor, Tensor] | None = None,
@@ -53,16 +53,18 @@ def attribute(
 
     Args:
         parts: [C, M] each; their sum is the query tokens' vectors.
-        gap: [1, M] embedding of the request's time, or None.
+        request: [1, M] vector of the request, or None.
         context: of one request.
         head: a linear function with a bias, [C, M] -> [C] scores.
         counters: what counters add to the vectors, [C, M], and to their projections in layer 1, [C, 4M]; or None.
     """
     with torch.inference_mode(False), torch.enable_grad():
         x = torch.stack([part.clone() for part in parts]).sum(0).requires_grad_()
-        added = [] if gap is None else [(gap.expand_as(x), stage.query_gap(gap).expand(len(x), -1))]
+        added = []
+        if request is not None:
+            added = [(request.expand_as(x), stage.request_projection(request).expand(len(x), -1))]
         added += [] if counters is None else [counters]
-        # In layer 1 time and counters do not pass the norm of the vector (`TargetAttention.query`).
+        # In layer 1 requests and counters do not pass the norm of the vector (`TargetAttention.query`).
         vectors = [vector.clone().requires_grad_() for vector, _ in added]
         first_values = [projected[:, -x.shape[1] :].clone().requires_grad_() for _, projected in added]
         sources = [x, *vectors, *first_values]

@@ -21,6 +21,7 @@ from vista.log.histories import Histories, token_groups
 from vista.model.history_states import covered_events, default_slice_len, embed, history_states, reach
 from vista.model.padded_tail import PaddedTail
 from vista.model.ranking_model import UNKNOWN_ITEM, RankingModel
+from vista.model.row_feature_reader import EncodedRows
 from vista.model.summarizer import Summarizer
 from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
@@ -121,9 +122,44 @@ def request_bucket(model: VistaModel, now: Int | None, tail: PaddedTail) -> Tens
 
 
 def request_gap(model: VistaModel, now: Int | None, tail: PaddedTail) -> Tensor | None:
-    """[B, 1, M] embeddings of `request_bucket`."""
+    """[B, 1, M] embeddings of `request_bucket`, which user vectors read."""
     bucket = request_bucket(model, now, tail)
     return None if bucket is None else model.encoder.gap_vectors(bucket)
+
+
+def request_vectors(
+    model: VistaModel, now: Int | None, tail: PaddedTail, features: EncodedRows | None = None
+) -> Tensor | None:
+    """[B, 1, M] vectors of requests, which candidates read; None if the model reads nothing of requests.
+
+    Args:
+        now: as in `request_bucket`.
+        features: of the B requests; None if all are missing.
+    """
+    gap = request_gap(model, now, tail)
+    of_features = request_feature_vectors(model, features, len(tail.last_time))
+    if gap is None or of_features is None:
+        return gap if of_features is None else of_features[:, None]
+    return gap + of_features[:, None]
+
+
+def request_feature_vectors(model: RankingModel, features: EncodedRows | None, num_requests: int) -> Tensor | None:
+    """[B, M] vectors of the features of B requests; None for a model that reads none.
+
+    Args:
+        features: None if all are missing.
+        num_requests: B.
+    """
+    if model.request_encoder is None:
+        return None
+    if features is None:
+        assert model.request_features is not None
+        features = model.request_features.missing(num_requests)
+    device = model.device
+    vectors: Tensor = model.request_encoder(
+        torch.from_numpy(features.entry).to(device), torch.from_numpy(features.dense).to(device)
+    )
+    return vectors
 
 
 @torch.inference_mode()
@@ -203,9 +239,14 @@ def _whole_tiles(values: NDArray[Any]) -> NDArray[Any]:
 
 @torch.inference_mode()
 def candidate_logits(
-    model: VistaModel, context: TargetContext, gap: Tensor | None, candidates: Tensor, codes: Tensor | None = None
+    model: VistaModel, context: TargetContext, request: Tensor | None, candidates: Tensor, codes: Tensor | None = None
 ) -> Tensor:
-    """Task logits [B, C, num_tasks] of candidates int64 [B, C] (model rows); codes as in `VistaModel`."""
+    """Task logits [B, C, num_tasks] of candidates int64 [B, C] (model rows).
+
+    Args:
+        request: [B, 1, M] from `request_vectors`.
+        codes: as in `VistaModel.candidate_logits`.
+    """
     seen = torch.full((1,), model.config.tail_len, device=model.device)
-    gap = None if gap is None else gap.expand(-1, candidates.shape[1], -1)
-    return model.candidate_logits(model.item_vectors(candidates), gap, seen, context, codes=codes)
+    request = None if request is None else request.expand(-1, candidates.shape[1], -1)
+    return model.candidate_logits(model.item_vectors(candidates), request, seen, context, codes=codes)

@@ -17,9 +17,9 @@ from vista.errors import CheckpointError
 from vista.files import checked_path, open_file, read_limited
 from vista.json_fields import TABLE, FieldRule, check_fields, either, hexadecimal, one_of, whole
 from vista.model.feature_spec import FeatureSpec
-from vista.model.schema import Schema
+from vista.model.schema import FEATURE_KEYS, Schema
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 CONFIG_FILE = "config.json"
 MAX_BYTES = 16 << 20
 """Of config.json."""
@@ -156,11 +156,12 @@ def checksum_of(fields: dict[str, Any]) -> str:
 
 
 def _schema(fields: dict[str, Any]) -> Schema:
-    ratings, features = fields.get("rating_range"), fields.get("item_features")
+    ratings = fields.get("rating_range")
     if isinstance(ratings, list):
         fields = fields | {"rating_range": tuple(ratings)}
-    if isinstance(features, list):
-        fields = fields | {"item_features": [FeatureSpec(**feature) for feature in features]}
+    for key in FEATURE_KEYS:
+        if isinstance(features := fields.get(key), list):
+            fields = fields | {key: [FeatureSpec(**feature) for feature in features]}
     return Schema(**fields)
 
 

@@ -34,6 +34,8 @@ from vista.model.item_feature_table import FEATURES_FILE, ItemFeatureTable
 from vista.model.losses import Losses
 from vista.model.model_description import CONFIG_FILE, ModelDescription, unreadable_model
 from vista.model.popularity_term import PopularityTerm
+from vista.model.row_feature_encoder import RowFeatureEncoder
+from vista.model.row_feature_reader import RowFeatureReader
 from vista.model.schema import Schema
 from vista.model.unified_embedding import gather, hashed_rows
 
@@ -84,6 +86,10 @@ class RankingModel(nn.Module):
             rating_range=schema.rating_range if config.use_rating else None,
             shared=self.item_table if unified else None,
         )
+        columns = schema.request_features
+        self.request_encoder = RowFeatureEncoder(columns, config.dim) if columns else None
+        self.request_features: RowFeatureReader | None = None
+        """How features of requests are read, set before the first use; None for a model without them."""
 
         retrieval, spec = schema.has_retrieval, self.counter_spec
         self.popularity = (
@@ -116,6 +122,20 @@ class RankingModel(nn.Module):
             return F.embedding(rows, self.item_table, sparse=True)
         hashed = hashed_rows(rows, EmbeddingFeature.item, config.embedding_hashes, config.embedding_rows)
         return gather(self.item_table, torch.where((rows == UNKNOWN_ITEM).unsqueeze(-1), UNKNOWN_ITEM, hashed))
+
+    def request_vectors(self, gap: Tensor, entry: Tensor | None, dense: Tensor | None) -> Tensor | None:
+        """[..., M] vectors of requests, which are added to their candidates; None if the model reads nothing of them.
+
+        Args:
+            gap: int64 [...] log buckets of the time from the newest event to the request.
+            entry: int64 [..., C], and dense: float32 [..., F], from `RowFeatureReader.encode`; None for a model that
+                reads no features of requests.
+        """
+        vectors = self.encoder.gap_vectors(gap)
+        if self.request_encoder is None:
+            return vectors
+        features: Tensor = self.request_encoder(entry, dense)
+        return features if vectors is None else vectors + features
 
     def catalog_vectors(self) -> Tensor:
         """[V, M] vectors of the vocabulary's items, in the order of its rows (without the unknown item)."""
@@ -161,7 +181,9 @@ class RankingModel(nn.Module):
         return None if self.features is None else self.features.table
 
     def take_catalog(self, other: RankingModel) -> None:
-        """Take the encoded features and the number of trained items of a model with the same vocabulary."""
+        """Take the encoded features of items, their trained number, and the readers of features of another model with
+        the same vocabulary."""
+        self.request_features = other.request_features
         self.set_item_features(other.feature_table)
         self.num_trained_items = other.num_trained_items
 
@@ -237,6 +259,8 @@ class RankingModel(nn.Module):
                 self.items.save(partial, "items")
                 if self.feature_table is not None:
                     self.feature_table.save(partial)
+                if self.request_features is not None:
+                    self.request_features.save(partial, "request")
                 self.save_serving_tables(partial)
                 self.description().write(partial)
                 if card is not None:
@@ -266,10 +290,12 @@ class RankingModel(nn.Module):
                 f"{cls.architecture.value}"
             )
         try:
-            saved.check_files(folder, WEIGHTS_FILE, "items.*", "item_values_*", FEATURES_FILE)
+            saved.check_files(folder, WEIGHTS_FILE, "items.*", "item_values_*", "request_values_*", FEATURES_FILE)
             weights = load_file(folder / WEIGHTS_FILE)
             items = Vocabulary.load(folder, "items")
             features = ItemFeatureTable.load(folder, saved.schema.item_features) if saved.schema.item_features else None
+            columns = saved.schema.request_features
+            requests = RowFeatureReader.load(folder, "request", columns) if columns else None
         except (OSError, ValueError, SafetensorError, LogFormatError) as error:
             raise unreadable_model(folder, error) from error
         _require_finite(weights, folder)
@@ -287,6 +313,7 @@ class RankingModel(nn.Module):
             weights = {name: weight.float() for name, weight in weights.items()}
             model.load_state_dict(weights, assign=saved.config.embedding_rows == 0)
             model.set_item_features(features)
+            model.request_features = requests
             if saved.num_trained_items > len(items):
                 raise RuntimeError(f"it knows {len(items)} items, but was trained on {saved.num_trained_items}")
             model.num_trained_items = saved.num_trained_items

@@ -32,5 +32,5 @@ class RowFeatureEncoder(nn.Module):
     def forward(self, entry: Tensor, dense: Tensor) -> Tensor:
         """[..., M] of entries int64 [..., C] and dense inputs float32 [..., F]."""
         bags = F.embedding_bag(entry.reshape(-1, entry.shape[-1]), self.values, mode="sum")
-        out = bags.view(*entry.shape[:-1], -1)
+        out = bags.view(*entry.shape[:-1], self.values.shape[1])
         return out if self.dense is None else out + dense.to(out.dtype) @ self.dense

@@ -32,6 +32,10 @@ class EncodedRows:
     dense: Float32s
     """float32 [N, F] standardized numbers, 0 where they are missing."""
 
+    def select(self, rows: slice | Int) -> EncodedRows:
+        """Some of the rows, or all of them in another order."""
+        return EncodedRows(self.entry[rows], self.dense[rows])
+
 
 class RowFeatureReader:
     """The columns that a model reads, and the values that it knows.
@@ -139,6 +143,10 @@ class RowFeatureReader:
             first += column.num_rows
         return EncodedRows(entry, dense)
 
+    def missing(self, num_rows: int) -> EncodedRows:
+        """What the encoder reads of N rows without values."""
+        return self.encode(RowFeatures.missing(self.values, num_rows), num_rows)
+
     def save(self, folder: Path, name: str) -> None:
         """Write the values of categories into a folder, in files whose names begin with `name`. Raises OSError."""
         for number, known in enumerate(self.values.values()):
@@ -165,9 +173,13 @@ def _numbers(name: str, values: Any) -> Float32s:
         numbers = np.array([np.nan if value is None else value for value in values], np.float64)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name!r} needs numbers: {error}") from error
-    if np.isinf(numbers).any():
-        raise ValueError(f"{name!r}: value number {int(np.isinf(numbers).argmax())} is infinite")
-    return numbers.astype(np.float32)
+    if numbers.ndim != 1:
+        raise ValueError(f"{name!r} needs numbers, one per row")
+    with np.errstate(over="ignore"):
+        rounded = numbers.astype(np.float32)
+    if np.isinf(rounded).any():
+        raise ValueError(f"{name!r}: value number {int(np.isinf(rounded).argmax())} is infinite, or too large")
+    return rounded
 
 
 def _codes(name: str, values: Any, known: Vocabulary) -> NDArray[np.int32]:

@@ -12,6 +12,8 @@ MAX_ACTIONS = 256
 """Codes of actions are uint8."""
 MAX_TASKS = 64
 MAX_NAME_BYTES = 500
+FEATURE_KEYS = ("item_features", "request_features")
+"""Fields of Schema that list columns of features."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,8 @@ class Schema:
     """Whether the retrieval head was trained on next items."""
     item_features: list[FeatureSpec] = field(default_factory=list)
     """Columns of item features that are part of item vectors."""
+    request_features: list[FeatureSpec] = field(default_factory=list)
+    """Categories and numbers of requests, which labeled tasks read."""
 
     def __post_init__(self) -> None:
         for key, most in (("actions", MAX_ACTIONS), ("tasks", MAX_TASKS)):
@@ -41,14 +45,15 @@ class Schema:
                 f"schema.{key}",
                 f"a name has at most {MAX_NAME_BYTES} bytes",
             )
-        features = self.item_features
-        require(
-            type(features) is list and all(type(feature) is FeatureSpec for feature in features),
-            "schema.item_features",
-            "must list columns",
-        )
-        names = [feature.name for feature in features]
-        require(len(set(names)) == len(names), "schema.item_features", "two columns have one name")
+        for key in FEATURE_KEYS:
+            features = getattr(self, key)
+            require(
+                type(features) is list and all(type(feature) is FeatureSpec for feature in features),
+                f"schema.{key}",
+                "must list columns",
+            )
+            names = [feature.name for feature in features]
+            require(len(set(names)) == len(names), f"schema.{key}", "two columns have one name")
         for key in ("has_time", "has_retrieval"):
             require(type(getattr(self, key)) is bool, f"schema.{key}", "must be true or false")
         if self.rating_range is not None:

@@ -79,8 +79,8 @@ class TargetAttention(nn.Module):
         """Factor of tail and query tokens, whose vectors start small; pointwise layers keep HSTU's inputs."""
         self.summary_norm = norm(config.dim)
         self.summary_kind = nn.Parameter(torch.randn(config.num_seeds, config.dim) * 0.02)
-        self.query_gap = nn.Linear(config.dim, 4 * config.dim, bias=False)
-        """Projections of the request's gap in layer 1, apart from the item's, which are precomputed."""
+        self.request_projection = nn.Linear(config.dim, 4 * config.dim, bias=False)
+        """Projections of the request's vector in layer 1, apart from the item's, which are precomputed."""
         self.dropout = Dropout(config.dropout)
         self.final_norm = norm(config.dim)
         seen = torch.arange(config.tail_len + 1)[:, None]
@@ -203,7 +203,7 @@ class TargetAttention(nn.Module):
         self,
         x: Tensor,
         projections: Tensor,
-        gap: Tensor | None,
+        request: Tensor | None,
         seen: Tensor,
         context: TargetContext,
         biases: list[Tensor] | None = None,
@@ -213,7 +213,7 @@ class TargetAttention(nn.Module):
         Args:
             x: [B, Q, M] candidates' item vectors, or request tokens.
             projections: [B, Q, 4M] of x in layer 1 (`layers[0].project`), which may be precomputed.
-            gap: [B, Q, M] embeddings of the request's gap, or None.
+            request: [B, Q, M] vectors of the requests (`RankingModel.request_vectors`), or None.
             seen: int64 [Q] or [B, Q] number of tail columns that a query sees (L for all); [1] if all see the same.
             context: of the same B rows.
             biases: `query_biases` of `seen`; None computes them.
@@ -221,8 +221,8 @@ class TargetAttention(nn.Module):
         Returns:
             [B, Q, M], normalized.
         """
-        if gap is not None:
-            x, projections = x + gap, projections + self.query_gap(gap)
+        if request is not None:
+            x, projections = x + request, projections + self.request_projection(request)
         x = self.dropout(self._scaled(x))
         context_mask = F.pad(context.tail_valid, (self.num_seeds, 0), value=True)
         biases = self.query_biases(seen) if biases is None else biases

@@ -166,9 +166,9 @@ class VistaModel(RankingModel):
     def window_logits(self, batch: Batch, item_vectors: Tensor, context: TargetContext) -> Tensor:
         """Task logits [NW, I, num_tasks] of the windows' impressions; item_vectors [R, M]."""
         seen = self.config.tail_len - batch.labels.item.shape[1] + 1 + batch.impressions.position
-        vectors = item_vectors[batch.impressions.item]
-        gap = self.encoder.gap_vectors(batch.impressions.gap)
-        return self.candidate_logits(vectors, gap, seen.clamp(min=0), context, codes=batch.impressions.codes)
+        shown = batch.impressions
+        vectors, requests = item_vectors[shown.item], self.request_vectors(shown.gap, shown.entry, shown.dense)
+        return self.candidate_logits(vectors, requests, seen.clamp(min=0), context, codes=shown.codes)
 
     def _next_loss(self, batch: Batch, item_vectors: Tensor, context: TargetContext) -> Tensor:
         users = self.window_users(batch, context)
@@ -221,7 +221,7 @@ class VistaModel(RankingModel):
     def candidate_logits(
         self,
         vectors: Tensor,
-        gap: Tensor | None,
+        request: Tensor | None,
         seen: Tensor,
         context: TargetContext,
         projections: Tensor | None = None,
@@ -232,7 +232,7 @@ class VistaModel(RankingModel):
 
         Args:
             vectors: [B, C, M] item vectors.
-            gap: [B, C, M] embeddings of the request's gap, or None.
+            request: [B, C, M] `request_vectors`, or None.
             seen: int64 [C], [1] or [B, C] tail columns that a candidate sees.
             context: of the B rows.
             projections: [B, C, 4M] of the vectors in layer 1 (`ItemProjections`); None computes them.
@@ -246,7 +246,7 @@ class VistaModel(RankingModel):
         if self.candidate_counters is not None and codes is not None:
             of_vectors, of_projections = self.candidate_counters(codes).split([self.config.dim, own.shape[-1]], -1)
             vectors, own = vectors + of_vectors, own + of_projections
-        out = stage.query(vectors, own, gap, seen, context, biases)
+        out = stage.query(vectors, own, request, seen, context, biases)
         logits: Tensor = self.task_head(out)
         return logits
 
@@ -319,7 +319,7 @@ class VistaModel(RankingModel):
         """
         count = self.num_trained_items
         facts = {key: to_dict(self.config)[key] for key in STAGE1_KEYS} | {"schema": asdict(self.schema)}
-        for key in ("tasks", "has_retrieval"):
+        for key in ("tasks", "has_retrieval", "request_features"):
             facts["schema"].pop(key)
         if not self.schema.item_features:
             facts["schema"].pop("item_features")

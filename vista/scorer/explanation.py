@@ -40,8 +40,8 @@ class Explanation:
     tail_items: list[Any]
     """[L'] ids of their items; None for items that the model does not know."""
     own: NDArray[np.float32]
-    """[C] contribution of the candidate itself and the time of the request; for `next`, of the request alone, because
-    all contributions are measured along the candidate's vector."""
+    """[C] contribution of the candidate itself, and of the time and the features of the request; for `next`, of the
+    request alone, because all contributions are measured along the candidate's vector."""
     counted: NDArray[np.float32]
     """[C] contribution of the user's counters of the candidate; 0 if it is not counted. For `next`, it is the score of
     a counted item except for what the user vector adds, and the other contributions are shares of that."""
@@ -89,7 +89,8 @@ def _shares_of_next(snapshot: ServingSnapshot, request: Request, rows: Tensor) -
     counters, and one of the user vector, which is broken down.
     """
     model, counters = snapshot.model, request.counters
-    context, gap, seen = _inputs(model, request)
+    context, seen = _inputs(model, request)
+    gap = inference.request_gap(model, request.now, request.tail)
     items = snapshot.retrieval_vectors()[rows] / model.config.softmax_temperature
     user = inference.user_vectors(model, context, gap)
     value: Tensor = items @ user[0]
@@ -124,23 +125,24 @@ def _shares_of_task(task: str, snapshot: ServingSnapshot, request: Request, rows
     """The logits [C] of a labeled task, and their contributions."""
     model, dim = snapshot.model, snapshot.model.config.dim
     assert model.task_head is not None
-    context, gap, seen = _inputs(model, request)
+    context, seen = _inputs(model, request)
+    asked = inference.request_vectors(model, request.now, request.tail, request.features)
     index, codes, added = model.schema.tasks.index(task), None, None
     if request.counters is not None:
         of_items = request.counters.of_items(rows.cpu().numpy())
         both = snapshot.added_by(of_items)
         codes, added = torch.from_numpy(of_items).to(model.device)[None], (both[:, :dim], both[:, dim:])
     vectors, weight = model.item_vectors(rows), model.task_head.weight[index : index + 1]
-    value = model.candidate_logits(vectors[None], gap, seen, context, codes=codes)[0, :, index]
+    value = model.candidate_logits(vectors[None], asked, seen, context, codes=codes)[0, :, index]
 
     def head(out: Tensor) -> Tensor:
         return F.linear(out, weight)[:, 0]
 
-    return value, attribute(model.target_attention, [vectors], None if gap is None else gap[0], context, head, added)
+    asked = None if asked is None else asked[0]
+    return value, attribute(model.target_attention, [vectors], asked, context, head, added)
 
 
-def _inputs(model: VistaModel, request: Request) -> tuple[TargetContext, Tensor | None, Tensor]:
-    """The context of a request, the embedding of its time, and the number of events that query tokens see."""
+def _inputs(model: VistaModel, request: Request) -> tuple[TargetContext, Tensor]:
+    """The context of a request, and the number of events that query tokens see."""
     context = inference.request_context(model, request.summary, request.tail)
-    gap = inference.request_gap(model, request.now, request.tail)
-    return context, gap, torch.full((1,), model.config.tail_len, device=model.device)
+    return context, torch.full((1,), model.config.tail_len, device=model.device)

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from vista.arrays import Int
 from vista.model.padded_tail import PaddedTail
+from vista.model.row_feature_reader import EncodedRows
 from vista.scorer.request_counters import RequestCounters
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Summaries, tails and times of B users."""
+    """Summaries, tails, times and features of B users' requests."""
 
     summary: Tensor
     """float32 [B, S, M]."""
@@ -26,6 +27,8 @@ class Request:
     """[B] users without a usable record, whose summary is that of an empty history."""
     counters: RequestCounters | None = None
     """Of the B users; None without counters."""
+    features: EncodedRows | None = None
+    """Of the B requests; None if all are missing."""
 
     def __len__(self) -> int:
         return len(self.missing)
@@ -34,4 +37,5 @@ class Request:
         """Some of the users, or all of them in another order."""
         now = None if self.now is None else self.now[users]
         counters = None if self.counters is None else self.counters.select(users)
-        return Request(self.summary[users], self.tail.select(users), now, self.missing[users], counters)
+        features = None if self.features is None else self.features.select(users)
+        return Request(self.summary[users], self.tail.select(users), now, self.missing[users], counters, features)

@@ -81,7 +81,7 @@ class ServingSnapshot:
         with torch.inference_mode():
             self._masks, self._biases = stage.request_masks(), stage.query_biases(self._seen)
             gaps = model.encoder.gap_vectors(torch.arange(NUM_GAPS, device=model.device))
-            self._time_projections = None if gaps is None else torch.cat([gaps, stage.query_gap(gaps)], -1)
+            self._time_projections = None if gaps is None else torch.cat([gaps, stage.request_projection(gaps)], -1)
             """[NUM_GAPS, 5M] projections of the request's time, like those of items in `ItemProjections.candidate`."""
             added = model.candidate_counters
             self._code_vectors = None if added is None else added.of_each_code()
@@ -172,7 +172,7 @@ class ServingSnapshot:
             context, bucket = self.context(part)
             own = rows if rows is None or rows.ndim == 1 else rows[users]
             if labeled:
-                for cells, logits in self._logits(context, bucket, part.counters, own, wanted):
+                for cells, logits in self._logits(context, self._request_projections(part, bucket), part, own, wanted):
                     # The last bit of a float32 sigmoid depends on the position in a vector; float64 rounds it away.
                     probability = logits.double().sigmoid().float().cpu()
                     for task in labeled:
@@ -220,6 +220,27 @@ class ServingSnapshot:
             users = slice(first, min(first + step, len(request)))
             yield users, request.select(users)
 
+    @torch.inference_mode()
+    def _request_projections(self, request: Request, bucket: Tensor | None) -> Tensor | None:
+        """[B, 1, 5M] what times and features of requests add to the rows of `ItemProjections.candidate`; None if the
+        model reads neither.
+
+        Args:
+            bucket: int64 [B, 1] from `context`.
+        """
+        times = None if bucket is None or self._time_projections is None else self._time_projections[bucket]
+        if self.model.request_encoder is None:
+            return times
+        # Repeated requests fill the last tile.
+        count = len(request)
+        rows = np.arange(-(-count // ROW_TILE) * ROW_TILE) % count
+        features = None if request.features is None else request.features.select(rows)
+        vectors = inference.request_feature_vectors(self.model, features, len(rows))
+        assert vectors is not None
+        projections = self.model.target_attention.request_projection(vectors)
+        added = torch.cat([vectors, projections], -1)[:count, None]
+        return added if times is None else times + added
+
     def _user_vectors(self, context: TargetContext, bucket: Tensor | None) -> Tensor:
         gap = None if bucket is None else self.model.encoder.gap_vectors(bucket)
         vectors: Tensor = inference.user_vectors(self._scoring, context, gap)
@@ -229,36 +250,36 @@ class ServingSnapshot:
     def _logits(
         self,
         context: TargetContext,
-        bucket: Tensor | None,
-        counters: RequestCounters | None,
+        added: Tensor | None,
+        request: Request,
         rows: Tensor | None,
         lengths: Int,
     ) -> Iterator[tuple[Cells, Tensor]]:
-        """Ranges of users and columns, and their logits, float32 [users, columns, num_tasks]."""
+        """Ranges of users and columns, and their logits, float32 [users, columns, num_tasks]; added [B, 1, 5M] from
+        `_request_projections`."""
         model, table, dim = self._scoring, self.items.candidate, self.model.config.dim
         assert table is not None
-        projected_time = None if bucket is None or self._time_projections is None else self._time_projections[bucket]
         for users, columns in _parts(lengths, self._pairs_per_pass):
             some = context.select(users)
             items = _take(table, rows, users, columns).expand(len(some.tail), -1, -1)
             vectors, projections = items[..., :dim], items[..., dim:]
             dtype = some.keys[0].dtype
-            if projected_time is None:
+            if added is None:
                 projections = projections.to(dtype)
             else:
-                vectors = vectors + projected_time[users, :, :dim]
+                vectors = vectors + added[users, :, :dim]
                 summed = torch.empty(projections.shape, dtype=dtype, device=model.device)
                 # Add and convert in one pass.
-                projections = torch.add(projections, projected_time[users, :, dim:], out=summed)
-            if counters is not None:
-                user, column, place = counters.find(users, rows, columns)
+                projections = torch.add(projections, added[users, :, dim:], out=summed)
+            if request.counters is not None:
+                user, column, place = request.counters.find(users, rows, columns)
                 if len(place):
-                    if projected_time is None:
+                    if added is None:
                         vectors, projections = vectors.clone(), projections.clone()
-                    added = self.added_by(counters.codes.codes[place])
+                    counted = self.added_by(request.counters.codes.codes[place])
                     index = torch.from_numpy(user * vectors.shape[1] + column).to(model.device)
-                    vectors.view(-1, dim).index_add_(0, index, added[:, :dim])
-                    projections.view(-1, 4 * dim).index_add_(0, index, added[:, dim:].to(dtype))
+                    vectors.view(-1, dim).index_add_(0, index, counted[:, :dim])
+                    projections.view(-1, 4 * dim).index_add_(0, index, counted[:, dim:].to(dtype))
             logits = model.candidate_logits(vectors, None, self._seen, some, projections, self._biases)
             yield (users, columns), logits[:, : columns.stop - columns.start]
 

@@ -70,8 +70,8 @@ class SummaryAnswers:
                 of_items = histories.of_items(requests, self._item_rows[item])
                 codes = torch.from_numpy(of_items[:, None]).to(model.device)
             candidates = torch.from_numpy(self._item_rows[item, None]).to(model.device)
-            gap = inference.request_gap(model, time, tail)
-            logits = inference.candidate_logits(model, self._context(user, tail), gap, candidates, codes)
+            asked = inference.request_vectors(model, time, tail)
+            logits = inference.candidate_logits(model, self._context(user, tail), asked, candidates, codes)
             out[part] = logits[:, 0].sigmoid().float().cpu().numpy()
         return out
 

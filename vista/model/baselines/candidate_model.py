@@ -28,6 +28,7 @@ from vista.model.baselines.shown_candidates import ShownCandidates, in_place
 from vista.model.inference import newest
 from vista.model.layers import Dropout
 from vista.model.losses import Losses, task_losses, weighted_losses
+from vista.model.row_feature_reader import EncodedRows
 from vista.model.schema import Schema
 
 HIDDEN = (200, 80)
@@ -117,8 +118,8 @@ class CandidateModel(HistoryModel):
             clock=self.clock(batch.events.clock),
             offsets=batch.events.offsets,
         )
-        vectors, gap = item_vectors[shown.item], self.encoder.gap_vectors(shown.gap)
-        vectors = (vectors if gap is None else vectors + gap) * self.scale
+        vectors, requests = item_vectors[shown.item], self.request_vectors(shown.gap, shown.entry, shown.dense)
+        vectors = (vectors if requests is None else vectors + requests) * self.scale
         queries = EventQueries(vectors, batch.rows[shown.item], shown.chunk, shown.seen)
         label, mask = batch.impressions.label, batch.impressions.mask
         losses = task_losses(in_place(self.logits(events, queries), shown.place, batch), label, mask)
@@ -130,7 +131,12 @@ class CandidateModel(HistoryModel):
 
     @torch.inference_mode()
     def candidate_logits(
-        self, histories: Histories, candidates: Tensor, now: Int | None, codes: Tensor | None = None
+        self,
+        histories: Histories,
+        candidates: Tensor,
+        now: Int | None,
+        codes: Tensor | None = None,
+        features: EncodedRows | None = None,
     ) -> Tensor:
         histories = newest(histories, self.config.history_limit)
         rows, item = torch.unique(self._tensor(histories.item).long(), return_inverse=True)
@@ -143,8 +149,8 @@ class CandidateModel(HistoryModel):
             clock=self.clock(self._tensor(np.asarray(histories.timestamp))),
             offsets=self._tensor(histories.offsets),
         )
-        vectors, gap = self.item_vectors(candidates), self.request_gap(histories, now)
-        vectors = (vectors if gap is None else vectors + gap[:, None]) * self.scale
+        vectors, requests = self.item_vectors(candidates), self.vectors_of_requests(histories, now, features)
+        vectors = (vectors if requests is None else vectors + requests[:, None]) * self.scale
         count = candidates.shape[1]
         history = torch.arange(histories.num_users, device=self.device).repeat_interleave(count)
         seen = events.offsets.diff().repeat_interleave(count)

@@ -15,7 +15,9 @@ from vista.errors import ConfigError
 from vista.log.gaps import NUM_GAPS, UNKNOWN_GAP, gap_bucket
 from vista.log.histories import Histories
 from vista.model.baselines.padded_tiles import TILE_TOKENS
+from vista.model.inference import request_feature_vectors
 from vista.model.ranking_model import RankingModel
+from vista.model.row_feature_reader import EncodedRows
 
 
 class HistoryModel(RankingModel):
@@ -41,13 +43,19 @@ class HistoryModel(RankingModel):
         )
 
     def candidate_logits(
-        self, histories: Histories, candidates: Tensor, now: Int | None, codes: Tensor | None = None
+        self,
+        histories: Histories,
+        candidates: Tensor,
+        now: Int | None,
+        codes: Tensor | None = None,
+        features: EncodedRows | None = None,
     ) -> Tensor:
         """Task logits [B, C, num_tasks] of candidates int64 [B, C] (model rows).
 
         Args:
             histories: as in `user_vectors`, like `now`.
             codes: uint8 [B, C, F] the users' counters of the candidates; None without counters.
+            features: of the B requests; None if all are missing.
         """
         raise NotImplementedError
 
@@ -60,6 +68,17 @@ class HistoryModel(RankingModel):
             last = np.asarray(histories.timestamp)[np.maximum(histories.offsets[1:] - 1, 0)]
             bucket = np.where(histories.lengths > 0, gap_bucket(now - last), UNKNOWN_GAP)
         return self.encoder.gap_vectors(self._tensor(bucket))
+
+    def vectors_of_requests(self, histories: Histories, now: Int | None, features: EncodedRows | None) -> Tensor | None:
+        """[B, M] vectors of requests, which are added to their candidates; None if the model reads nothing of them.
+
+        Arguments are those of `candidate_logits`.
+        """
+        gap = self.request_gap(histories, now)
+        of_features = request_feature_vectors(self, features, histories.num_users)
+        if gap is None or of_features is None:
+            return of_features if gap is None else gap
+        return gap + of_features
 
     def _tensor(self, values: NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(np.require(values, requirements=["C", "W"])).to(self.device)

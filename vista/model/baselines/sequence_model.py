@@ -30,6 +30,7 @@ from vista.model.candidate_counters import CandidateCounters
 from vista.model.inference import newest
 from vista.model.layers import Dropout
 from vista.model.losses import Losses, next_loss, task_losses, weighted_losses
+from vista.model.row_feature_reader import EncodedRows
 from vista.model.schema import Schema
 
 
@@ -124,7 +125,7 @@ class SequenceModel(HistoryModel):
         Args:
             states: [n, L+1, M], first the start.
             memory: from `states`; None without events.
-            candidates: [n, C, M], including the gap of their request.
+            candidates: [n, C, M], including the vector of their request.
             seen: int64 [n, C] events that a candidate sees.
 
         By default, `task_head` reads the state, the candidate, and their product.
@@ -137,9 +138,10 @@ class SequenceModel(HistoryModel):
 
     def losses(self, batch: Batch, item_vectors: Tensor, optim: OptimConfig) -> Losses:
         packed, events = batch.events, self._embedded(batch, item_vectors)
-        shown = None
+        shown = requests = None
         if self.schema.tasks and optim.task_weight > 0:
             batch, shown = _encoded_impressions(batch, self.config.history_limit)
+            requests = self.request_vectors(shown.gap, shown.entry, shown.dense)
         asked = _AskedAnchors.of(batch)
         users, labels, logits, places, askers = [], [], [], [], []
         for tile in tiles(events.offsets, self.device, self.tile_tokens):
@@ -153,8 +155,7 @@ class SequenceModel(HistoryModel):
             if shown is not None and (part := tile.entries(shown.chunk)) is not None:
                 index, valid = part
                 vector = item_vectors[shown.item[index]]
-                gap = self.encoder.gap_vectors(shown.gap[index])
-                vector = vector if gap is None else vector + gap
+                vector = vector if requests is None else vector + requests[index]
                 if self.candidate_counters is not None and batch.impressions.codes is not None:
                     vector = vector + self.candidate_counters(batch.impressions.codes.flatten(0, 1)[shown.place[index]])
                 # Padding may name an impression that sees more events than the tile has.
@@ -242,14 +243,19 @@ class SequenceModel(HistoryModel):
 
     @torch.inference_mode()
     def candidate_logits(
-        self, histories: Histories, candidates: Tensor, now: Int | None, codes: Tensor | None = None
+        self,
+        histories: Histories,
+        candidates: Tensor,
+        now: Int | None,
+        codes: Tensor | None = None,
+        features: EncodedRows | None = None,
     ) -> Tensor:
-        events, gap = self.embed(histories), self.request_gap(histories, now)
+        events, requests = self.embed(histories), self.vectors_of_requests(histories, now, features)
         out = events.vectors.new_empty(*candidates.shape, len(self.schema.tasks))
         for tile in tiles(events.offsets, self.device, self.tile_tokens):
             states, memory = self._encode(events, tile)
             vectors = self.item_vectors(candidates[tile.rows])
-            vectors = vectors if gap is None else vectors + gap[tile.rows, None]
+            vectors = vectors if requests is None else vectors + requests[tile.rows, None]
             if self.candidate_counters is not None and codes is not None:
                 vectors = vectors + self.candidate_counters(codes[tile.rows])
             seen = tile.valid.sum(1, keepdim=True).expand(-1, candidates.shape[1])

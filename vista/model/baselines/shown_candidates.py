@@ -1,6 +1,6 @@
 """The labeled impressions of a batch as one list of candidates.
 
-Letters: N candidates, NW windows, I impressions per window.
+Letters: N candidates, NW windows, I impressions per window, C columns and D dense inputs of features.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ class ShownCandidates:
     """Events of the chunk before the request."""
     place: Tensor
     """Flat index into the batch's [NW, I]."""
+    entry: Tensor | None
+    """[N, C] features of the requests, like `dense`, float32 [N, D]; None without them."""
+    dense: Tensor | None
 
     @classmethod
     def of(cls, batch: Batch) -> ShownCandidates:
@@ -34,7 +37,10 @@ class ShownCandidates:
         place = impressions.mask.any(-1).flatten().nonzero().squeeze(-1)
         window = place // max(impressions.item.shape[1], 1)
         chunk, seen = seen_in_chunk(batch, window, impressions.position.flatten()[place])
-        return cls(impressions.item.flatten()[place], impressions.gap.flatten()[place], chunk, seen, place)
+        features = (
+            None if part is None else part.flatten(0, 1)[place] for part in (impressions.entry, impressions.dense)
+        )
+        return cls(impressions.item.flatten()[place], impressions.gap.flatten()[place], chunk, seen, place, *features)
 
 
 def seen_in_chunk(batch: Batch, window: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
