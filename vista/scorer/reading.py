@@ -1,4 +1,4 @@
-"""Reads what a request needs: users' records, and the times and tails that the caller passes. B users."""
+"""Reads what a request needs: users' records, and the times, tails and features that the caller passes. B users."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vista.config.choices import OnMissing
 from vista.errors import RecordError, UnknownUserError
 from vista.model.padded_tail import pad_tail
 from vista.scorer.request import Request
-from vista.scorer.request_arguments import ids_of, impossible_times, not_a_time, request_times
+from vista.scorer.request_arguments import ids_of, impossible_times, not_a_time, request_features, request_times
 from vista.scorer.request_counters import RequestCounters
 from vista.scorer.scorer_stats import StatsRecorder
 from vista.scorer.serving_snapshot import ServingSnapshot
@@ -30,6 +30,7 @@ def read_request(
     users: Any,
     tail: Tail | None,
     now: Any,
+    features: Any,
     on_missing: OnMissing,
     max_age_s: float | None,
     recorder: StatsRecorder,
@@ -40,6 +41,7 @@ def read_request(
     refreshed_at = 0 if max_age_s is None else snapshot.store.manifest.refreshed_at
     stored, bad = _stored(snapshot, ids, on_missing)
     times = request_times(now, len(bad))
+    encoded = request_features(model.request_features, features, len(bad))
     if times is not None and model.schema.has_time:
         wrong = impossible_times(times, stored.last_event_ts)
         if wrong.any() and on_missing is not OnMissing.nan:
@@ -69,7 +71,7 @@ def read_request(
     if unknown.any():
         summary[torch.from_numpy(unknown).to(summary.device)] = snapshot.empty
     counters = RequestCounters.of(stored, merged, is_fresh, times) if model.counter_spec is not None else None
-    return Request(summary, padded, times, unknown | bad, counters)
+    return Request(summary, padded, times, unknown | bad, counters, encoded)
 
 
 def _stored(snapshot: ServingSnapshot, ids: Any, on_missing: OnMissing) -> tuple[StoredBatch, NDArray[np.bool_]]:

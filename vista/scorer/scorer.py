@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -173,16 +173,33 @@ class Scorer:
         """What this scorer has done in this process."""
         return self._recorder.snapshot()
 
-    def score(self, users: Ids, candidates: Any, *, tail: Tail | None = None, now: Any = None) -> Any:
+    def score(
+        self,
+        users: Ids,
+        candidates: Any,
+        *,
+        tail: Tail | None = None,
+        now: Any = None,
+        request: Mapping[str, Any] | None = None,
+    ) -> Any:
         """Scores of the configured task: `predict(…)[task]` without the work for the other tasks.
 
         Raises:
             UnknownUserError, UnknownItemError, StoreError, ValueError, TypeError: as in `predict`.
         """
         with self._call() as snapshot:
-            return self._predict(snapshot, users, candidates, tail, now, [self.task])[self.task]
+            asked = self._request(snapshot, users, tail, now, request)
+            return predict(snapshot, asked, candidates, [self.task], self.on_missing, self._recorder)[self.task]
 
-    def predict(self, users: Ids, candidates: Any, *, tail: Tail | None = None, now: Any = None) -> dict[str, Any]:
+    def predict(
+        self,
+        users: Ids,
+        candidates: Any,
+        *,
+        tail: Tail | None = None,
+        now: Any = None,
+        request: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """Scores of all tasks.
 
         Args:
@@ -193,6 +210,8 @@ class Scorer:
                 the order of `users`. They may include events that the record covers. They are merged with the stored
                 tail by time, item and action, and the newest tail_len events are kept.
             now: time of the request in ms, one or [B]; None if unknown.
+            request: features of the request by name, such as {"device": "phone"}: one value, or one per user. Features
+                that are not given, and values that the model does not know, are missing. Only labeled tasks read them.
 
         Returns:
             {task: float32 [B, C], or [N] for ragged candidates}; NumPy arrays, or tensors if `candidates` is a tensor.
@@ -205,7 +224,8 @@ class Scorer:
             ValueError, TypeError: an argument is invalid or too long; the message names it.
         """
         with self._call() as snapshot:
-            return self._predict(snapshot, users, candidates, tail, now, snapshot.tasks)
+            asked = self._request(snapshot, users, tail, now, request)
+            return predict(snapshot, asked, candidates, snapshot.tasks, self.on_missing, self._recorder)
 
     def rank(
         self,
@@ -217,6 +237,7 @@ class Scorer:
         exclude_tail: bool = False,
         tail: Tail | None = None,
         now: int | None = None,
+        request: Mapping[str, Any] | None = None,
     ) -> Ranking:
         """The best items for a user; unknown candidates and those without a finite score are left out and counted.
 
@@ -226,16 +247,15 @@ class Scorer:
             candidates: item ids, or None for the whole catalog.
             exclude: item ids to leave out.
             exclude_tail: leave out the items of the user's tail.
-            tail: as in `predict`, like `now`.
+            tail: as in `predict`, like `now` and `request`.
 
         Raises:
             ValueError: `top_k` is below 1. Others as in `predict`.
         """
         with self._call() as snapshot:
-            request = self._request(snapshot, [user], tail, now)
             return ranked(
                 snapshot,
-                request,
+                self._request(snapshot, [user], tail, now, request),
                 self.task,
                 top_k,
                 candidates,
@@ -329,6 +349,7 @@ class Scorer:
         task: str | None = None,
         tail: Tail | None = None,
         now: int | None = None,
+        request: Mapping[str, Any] | None = None,
     ) -> Explanation:
         """Contributions of the summary's tokens, the tail's events and the candidate itself to a user's scores.
 
@@ -338,7 +359,7 @@ class Scorer:
             user: an id as in the log.
             candidates: item ids [C], or a `CandidateSet` of them.
             task: one of `tasks`; by default the scorer's own.
-            tail: as in `predict`, like `now`.
+            tail: as in `predict`, like `now` and `request`.
 
         Raises:
             UnknownUserError: with on_missing="raise". Others as in `predict`.
@@ -349,8 +370,8 @@ class Scorer:
             rows = CandidateSet.of(snapshot, candidates, self.on_missing).rows
             if rows.ndim != 1:
                 raise ValueError(f"candidates: must be of shape [C], got {rows.shape}")
-            request = self._request(snapshot, [user], tail, now)
-            explanation = Explanation.of(snapshot, request, torch.from_numpy(rows), task)
+            asked = self._request(snapshot, [user], tail, now, request)
+            explanation = Explanation.of(snapshot, asked, torch.from_numpy(rows), task)
             self._recorder.add(candidates=len(rows), unknown_candidates=int((rows == UNKNOWN_ITEM).sum()))
             return explanation
 
@@ -365,11 +386,12 @@ class Scorer:
         finally:
             self._recorder.called(time.perf_counter() - began, failed=failed)
 
-    def _predict(
-        self, snapshot: ServingSnapshot, users: Ids, candidates: Any, tail: Tail | None, now: Any, tasks: list[str]
-    ) -> dict[str, Any]:
-        request = self._request(snapshot, users, tail, now)
-        return predict(snapshot, request, candidates, tasks, self.on_missing, self._recorder)
-
-    def _request(self, snapshot: ServingSnapshot, users: Ids, tail: Tail | None, now: Any) -> Request:
-        return read_request(snapshot, users, tail, now, self.on_missing, self.max_age_s, self._recorder)
+    def _request(
+        self,
+        snapshot: ServingSnapshot,
+        users: Ids,
+        tail: Tail | None,
+        now: Any,
+        features: Mapping[str, Any] | None = None,
+    ) -> Request:
+        return read_request(snapshot, users, tail, now, features, self.on_missing, self.max_age_s, self._recorder)
