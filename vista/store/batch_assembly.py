@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.arrays import Int, offsets_of
+from vista.arrays import Int
 from vista.counters.counter_codes import CounterCodes
 from vista.store.format.record import RawRecords, decode_rows
 from vista.store.format.record_spec import RecordSpec
