@@ -32,6 +32,24 @@ class SourceConfig(SourceColumns):
     """Type of user ids: int or str. auto uses the column's type, or in text files the first value."""
     item_ids: IdType = IdType.auto
     """Type of item ids: int or str. auto uses the column's type, or in text files the first value."""
+    categories: list[str] = field(default_factory=list)
+    """Columns of features with one value per row, such as a device or a domain: text, integers, or booleans, each with
+    at most 1,000,000 values. A value may be missing. No other columns than those that are named here are read."""
+    numbers: list[str] = field(default_factory=list)
+    """Columns of features that are numbers, such as a dwell time or the price paid. A number may be missing, but must
+    not be infinite."""
+
+    def __post_init__(self) -> None:
+        SourceColumns.__post_init__(self)
+        features = [*self.categories, *self.numbers]
+        single = [self.user, self.item, self.timestamp, self.action, self.rating, self.sequence]
+        others = [*single, *self.labels, *self.probabilities]
+        twice = sorted({name for name in features if features.count(name) > 1 or name in others})
+        require(
+            not twice,
+            "categories, numbers",
+            f"name the column {', '.join(map(repr, twice))}, which is named twice; name each column once",
+        )
 
 
 @dataclass(kw_only=True, slots=True)

@@ -30,6 +30,7 @@ from vista.log.segment_features import SegmentColumn
 from vista.log.segment_files import EVENT_COLUMNS, EVENT_FEATURES, REQUEST_FEATURES
 from vista.log.segment_manifest import LOG_FIELDS, QUARANTINE_FILE
 from vista.log.segment_writer import FeatureWriter, SegmentWriter, TableWriter, locked_log, staged_folder
+from vista.log.used_values import UsedValues
 
 RUN_EVENTS = 1 << 20
 """Events that are read and written at once, about 40 bytes of memory each. A longer history is a run by itself."""
@@ -137,17 +138,16 @@ def _write(segment: SegmentWriter, log: EventLog, blanked: Int, run_events: int)
     """Write the merged segment; returns whether quarantined rows were omitted."""
     segment.save_vocabulary("new_users", log.users.without_ids(blanked))
     segment.save_vocabulary("new_items", log.items)
-    of_events = RowFeatureWriter(segment, EVENT_FEATURES, log.num_events, log.event_features)
-    active = {"events": _write_events(segment, log, of_events, run_events), "impressions": 0}
+    active_users, of_events = _write_events(segment, log, run_events)
+    active = {"events": active_users, "impressions": 0}
+    of_requests: list[dict[str, str]] = []
     tables = _impression_tables(log)
-    num_impressions = sum(table.num_rows for table in tables)
-    of_requests = RowFeatureWriter(segment, REQUEST_FEATURES, num_impressions, log.request_features)
     if tables:
-        active["impressions"] = _write_impressions(segment, log.num_users, tables, of_requests, run_events)
+        active["impressions"], of_requests = _write_impressions(segment, log, tables, run_events)
     segment.save("changed.npy", _last_changes(log))
     quarantine_removed = _join_quarantines(segment.folder, log)
     newest = log.manifests[-1]
-    rows = {"events": log.num_events, "impressions": num_impressions}
+    rows = {"events": log.num_events, "impressions": sum(table.num_rows for table in tables)}
     segment.write_manifest(
         {name: newest[name] for name in LOG_FIELDS}
         | {
@@ -155,8 +155,8 @@ def _write(segment: SegmentWriter, log: EventLog, blanked: Int, run_events: int)
             "last_segment": log.last_segment,
             "counts": {table: {"rows": rows[table], "users": active[table]} for table in rows},
             "features": _write_features(segment, log, run_events),
-            "event_features": of_events.columns,
-            "request_features": of_requests.columns,
+            "event_features": of_events,
+            "request_features": of_requests,
             "deletions": 0,
             "quarantined": sum(manifest["quarantined"] for manifest in log.manifests),
             "sources": [source for manifest in log.manifests for source in manifest["sources"]],
@@ -165,22 +165,28 @@ def _write(segment: SegmentWriter, log: EventLog, blanked: Int, run_events: int)
     return quarantine_removed
 
 
-def _write_events(segment: SegmentWriter, log: EventLog, features: RowFeatureWriter, run_events: int) -> int:
+def _write_events(segment: SegmentWriter, log: EventLog, run_events: int) -> tuple[int, list[dict[str, str]]]:
+    """Write the events; returns the number of users with any, and the manifest's entries of their features."""
+    used = UsedValues.of(_event_tables(log), log.event_features, run_events)
+    features = RowFeatureWriter(segment, EVENT_FEATURES, log.num_events, used.values)
     names = [name for name in EVENT_COLUMNS if name != "rating" or log.has_rating]
     writer = TableWriter(segment, "", log.num_events, {name: (EVENT_COLUMNS[name], ()) for name in names})
     for run in token_groups(log.lengths, run_events):
         users = np.arange(run.start, run.stop)
         histories = log.gather(users)
         writer.append(np.repeat(users, histories.lengths), {name: getattr(histories, name) for name in names})
-        features.append(histories.features)
+        features.append(used.recoded(histories.features))
     features.close()
-    return writer.close()
+    return writer.close(), features.columns
 
 
 def _write_impressions(
-    segment: SegmentWriter, num_users: int, tables: list[PackedTable], features: RowFeatureWriter, run_rows: int
-) -> int:
-    counts = sum((table.counts(num_users) for table in tables), np.zeros(num_users, np.int64))
+    segment: SegmentWriter, log: EventLog, tables: list[PackedTable], run_rows: int
+) -> tuple[int, list[dict[str, str]]]:
+    """Write the impressions; returns the number of users with any, and the manifest's entries of their features."""
+    counts = sum((table.counts(log.num_users) for table in tables), np.zeros(log.num_users, np.int64))
+    used = UsedValues.of(tables, log.request_features, run_rows)
+    features = RowFeatureWriter(segment, REQUEST_FEATURES, int(counts.sum()), used.values)
     columns: dict[str, tuple[DTypeLike, tuple[int, ...]]] = {}
     for table in tables:
         columns |= {name: (column.dtype, column.shape[1:]) for name, column in table.columns.items()}
@@ -189,9 +195,9 @@ def _write_impressions(
         offsets = offsets_of(counts[run])
         block, of_rows = merged_columns([table.of_users(run.start, run.stop) for table in tables], offsets)
         writer.append(np.repeat(np.arange(run.start, run.stop), counts[run]), block)
-        features.append(of_rows)
+        features.append(used.recoded(of_rows))
     features.close()
-    return writer.close()
+    return writer.close(), features.columns
 
 
 def _write_features(segment: SegmentWriter, log: EventLog, run_values: int) -> list[dict[str, str]]:

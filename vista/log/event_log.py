@@ -77,6 +77,10 @@ class EventLog:
         columns: SourceColumns | None = None,
         impressions: Any = None,
         items: Any = None,
+        categories: Sequence[str] = (),
+        numbers: Sequence[str] = (),
+        request_categories: Sequence[str] = (),
+        request_numbers: Sequence[str] = (),
         on_bad_rows: OnBadRows | str = "raise",
         append: bool = False,
     ) -> EventLog:
@@ -91,6 +95,9 @@ class EventLog:
             impressions: a second frame with the same user, item, and timestamp columns, and the labels in `columns`.
             items: a frame of item features with the item column of `columns` and one row per item. Text, booleans, and
                 lists of text are categories, floats are numbers, and lists of floats are vectors; integers are refused.
+            categories: columns of `frame` that are features of events with one value each: text, integers, or booleans.
+            numbers: columns of `frame` that are features of events, such as a dwell time. NaN is missing.
+            request_categories, request_numbers: the same for `impressions`, such as the device of a request.
             on_bad_rows: raise | quarantine.
             append: add a segment to an existing log.
 
@@ -109,6 +116,10 @@ class EventLog:
             columns=columns or SourceColumns(),
             impressions=impressions,
             items=items,
+            categories=categories,
+            numbers=numbers,
+            request_categories=request_categories,
+            request_numbers=request_numbers,
             on_bad_rows=on_bad_rows,
             append=append,
         )

@@ -113,16 +113,17 @@ class ItemFeatures:
         ]
 
 
-def feature_line(name: str, kind: str, size: int, share: float) -> str:
+def feature_line(name: str, kind: str, size: int, share: float, owners: str = "items") -> str:
     """A column in words.
 
     Args:
         size: number of values of a category, or dimensions of a vector.
-        share: of the items that have a value.
+        share: of the items, events, or impressions that have a value.
+        owners: items | events | impressions.
     """
     plural = "" if size == 1 else "s"
     sizes = {"category": f" of {size:,} value{plural}", "vector": f" of {size:,} dimension{plural}"}
-    return f"{name}: {kind}{sizes.get(kind, '')}, {share:.0%} of items"
+    return f"{name}: {kind}{sizes.get(kind, '')}, {share:.0%} of {owners}"
 
 
 def _size(column: FeatureColumn) -> int:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import vista
 from tests.log.conftest import run, write_csv
+from tests.log.log_oracle import values_of
 from vista.config import SourceColumns
 from vista.config.choices import IdType
 from vista.errors import ConfigError, DataError
@@ -32,7 +33,9 @@ def items_of(log: EventLog, user: int | str) -> list:
 
 
 EVENTS = st.one_of(
-    st.lists(st.tuples(*ids, st.integers(0, 4), st.integers(-2, 2), st.sampled_from("xyz"), st.floats(-9, 9, width=32)),
+    st.lists(st.tuples(*ids, st.integers(0, 4), st.integers(-2, 2), st.sampled_from("xyz"), st.floats(-9, 9, width=32),
+                       st.sampled_from([None, "", "é", "é ", "b", "1"]),
+                       st.one_of(st.none(), st.floats(-9, 9, width=32))),
              min_size=1, max_size=40)
     for ids in (
         (st.integers(-3, 4), st.integers(-(2**63), 2**63 - 1)),
@@ -43,36 +46,48 @@ EVENTS = st.one_of(
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(rows=EVENTS, cut=st.integers(0, 40), bucket=st.integers(1, 50))
+@given(rows=EVENTS, cut=st.integers(0, 40), bucket=st.integers(1, 50), named=st.tuples(st.booleans(), st.booleans()))
 def test_any_frame_round_trips(
-    rows: list[tuple], cut: int, bucket: int, tmp_path_factory: pytest.TempPathFactory
+    rows: list[tuple], cut: int, bucket: int, named: tuple[bool, bool], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """One segment or two, any bucket size: histories equal a stable sort by time, then sequence."""
+    """One segment or two, any bucket size: histories equal a stable sort by time, then sequence.
+
+    Args:
+        named: whether the features of events are read, in each part.
+    """
     path = tmp_path_factory.mktemp("round") / "log"
-    names = ["user", "item", "timestamp", "step", "kind", "stars"]
+    names = ["user", "item", "timestamp", "step", "kind", "stars", "device", "dwell"]
     parts = [part for part in (rows[:cut], rows[cut:]) if part]
     assume(len(parts) < 2 or parts[0] != parts[1])  # equal parts would be refused as the same source
     for number, part in enumerate(parts):
         frame = {name: [row[place] for row in part] for place, name in enumerate(names)}
         columns = SourceColumns(sequence="step", action="kind", rating="stars")
-        prepare_frames(frame, path, columns=columns, time_unit="s", append=number > 0, bucket_events=bucket)
+        features = {"categories": ["device"], "numbers": ["dwell"]} if named[number] else {}
+        prepare_frames(frame, path, columns=columns, time_unit="s", append=number > 0, bucket_events=bucket, **features)
     log = EventLog.open(path)
+    any_named = any(named[: len(parts)])
+    assert list(log.event_features) == (["device", "dwell"] if any_named else [])
     assert log.num_users == len({row[0] for row in rows})
     assert log.num_items == len({row[1] for row in rows})
     for user in {row[0] for row in rows}:
         placed = [
-            ((row[2], number, row[3], place), row)  # time, segment, sequence, input order
+            ((row[2], number, row[3], place), row, named[number])  # time, segment, sequence, input order
             for number, part in enumerate(parts)
             for place, row in enumerate(part)
             if row[0] == user
         ]
-        want = [row for _, row in sorted(placed)]
+        placed.sort(key=lambda entry: entry[0])
+        want = [row for _, row, _ in placed]
         history = log[user]
         assert log.items.ids(history.item).tolist() == [row[1] for row in want]
         assert history.timestamp.tolist() == [row[2] * 1000 for row in want]
         assert [log.actions[code] for code in history.action] == [row[4] for row in want]
         assert history.rating is not None
         assert history.rating.tolist() == [row[5] for row in want]
+        if any_named:
+            features = [(row[6] or None, row[7]) if is_named else (None, None) for _, row, is_named in placed]
+            values = values_of(history.features, log.event_features)
+            assert [(row["device"], row["dwell"]) for row in values] == features
 
 
 def test_appending_equals_one_prepare_of_all(tmp_path: Path) -> None:
@@ -108,6 +123,7 @@ from vista.config import PrepareConfig, SourceConfig
 from vista.log.ingest.prepare import prepare
 out, bucket, *paths = sys.argv[1:]
 source = SourceConfig(paths=paths, timestamp="timestamp", time_unit="s", action="kind", rating="stars")
+source.categories, source.numbers = ["device", "hour"], ["dwell"]
 prepare(PrepareConfig(out=out, events=source, progress=False), bucket_events=int(bucket))
 """
 
@@ -124,6 +140,9 @@ def test_the_same_files_give_the_same_bytes(tmp_path: Path) -> None:
                 "timestamp": rng.integers(0, 500, num),
                 "kind": rng.choice(["view", "buy", "like"], num),
                 "stars": rng.integers(1, 6, num),
+                "device": rng.choice(["", *(f"device {name} {number}" for number in range(400))], num),
+                "hour": rng.integers(0, 24, num),
+                "dwell": rng.random(num).astype(np.float32),
             }
         )
         frame.write_csv(tmp_path / f"{name}.csv")
@@ -142,7 +161,7 @@ def test_the_same_files_give_the_same_bytes(tmp_path: Path) -> None:
             command = [sys.executable, "-c", DETERMINISM, str(out), str(bucket), *paths]
             subprocess.run(command, env=environment, check=True)
             prints.append(fingerprint(out))
-        assert len(prints[0]) >= 9
+        assert len(prints[0]) >= 16
         assert prints[0] == prints[1]
 
 

@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.log.deleted_rows import obey_deletions
+from vista.log.merged_row_features import event_values, request_values
+from vista.log.row_features import ColumnValues
 from vista.log.segment import Segment, read_segments, read_vocabularies
 from vista.log.vocabulary import Vocabulary
 
@@ -62,6 +64,10 @@ class ExistingLog:
     def tasks(self) -> list[str]:
         """Names of the impressions' labels; empty without impressions."""
         return list(self.manifests[-1]["tasks"]) if self.segments else []
+
+    def row_values(self, table: str) -> ColumnValues:
+        """The columns of features of "events" or "impressions", with the values of each category."""
+        return event_values(self.segments) if table == "events" else request_values(self.segments)
 
     def next_ordinals(self) -> NDArray[np.int64]:
         """In a log without times: one more than the last ordinal of each user, int64 [num_users]."""

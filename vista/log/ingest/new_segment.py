@@ -52,11 +52,14 @@ class NewSegment:
         """Number of bad rows in all tables."""
         return sum(part.num_bad for parts in self.parts.values() for part in parts)
 
-    def manifest(self, active_users: Mapping[str, int]) -> dict[str, Any]:
+    def manifest(
+        self, active_users: Mapping[str, int], row_features: Mapping[str, list[dict[str, str]]]
+    ) -> dict[str, Any]:
         """The manifest's entries (segment.py) of a segment with events, except for what item features add.
 
         Args:
             active_users: by table, the number of users with rows.
+            row_features: by table, the names and kinds of the features of its rows.
         """
         has_time = self.time_range_ms != (None, None)
         return {
@@ -74,6 +77,8 @@ class NewSegment:
                 table: {"rows": self.num_rows(table), "users": active_users.get(table, 0)}
                 for table in ("events", "impressions")
             },
+            "event_features": row_features["events"],
+            "request_features": row_features.get("impressions", []),
             "deletions": 0,
         }
 

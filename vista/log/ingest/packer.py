@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from vista.log.ingest.columns import TableColumns
 from vista.log.ingest.distinct_ids import USER_ROW
+from vista.log.ingest.new_row_features import NewRowFeatures
 from vista.log.ingest.parts import ORDER, Part
 from vista.log.ingest.stage_times import StageTimes
 from vista.log.polars_extra import pl
@@ -48,6 +49,7 @@ class Packer:
         items: pl.DataFrame,
         columns: TableColumns,
         writer: TableWriter,
+        features: NewRowFeatures,
     ) -> int:
         """Write one packed table.
 
@@ -57,6 +59,7 @@ class Packer:
             items: columns `item` and `item_row` of every item in the parts.
             columns: how to make the columns of the table.
             writer: of the table.
+            features: of the table.
 
         Returns:
             The number of users.
@@ -65,7 +68,7 @@ class Packer:
         bucket = _buckets(users["len"].to_numpy(), self.bucket_events)
         keys = users.select("user", USER_ROW, pl.Series(BUCKET, bucket))
         joined = (
-            pl.concat([part.good() for part in parts])
+            features.encoded(pl.concat([part.good() for part in parts]))
             .join(keys.lazy(), on="user", how="inner", maintain_order="none")
             .join(items.lazy(), on="item", how="inner", maintain_order="none")
             .drop("user", "item")
@@ -74,8 +77,10 @@ class Packer:
             block = _sorted(frame)
             self.times.lap("sort")
             writer.append(block[USER_ROW].to_numpy(), columns.of_block(block))
+            features.append(block)
             self.times.lap("write")
             self.on_rows_written(block.height)
+        features.close()
         return writer.close()
 
 

@@ -30,6 +30,7 @@ from vista.log.ingest.event_filter import filtered
 from vista.log.ingest.existing_log import ExistingLog
 from vista.log.ingest.item_sources import items_of_frame
 from vista.log.ingest.new_features import NewFeatures, write_features
+from vista.log.ingest.new_row_features import NewRowFeatures
 from vista.log.ingest.new_segment import NewSegment
 from vista.log.ingest.packer import BUCKET_EVENTS, Packer
 from vista.log.ingest.parts import Part, read_part, write_quarantine
@@ -39,6 +40,7 @@ from vista.log.ingest.source_checks import check_sources, id_kinds, tasks_of
 from vista.log.ingest.source_parser import SourceParser
 from vista.log.ingest.sources import (
     Source,
+    needed_columns,
     open_item_tables,
     open_set_impressions,
     open_set_items,
@@ -47,6 +49,7 @@ from vista.log.ingest.sources import (
 )
 from vista.log.ingest.stage_times import StageTimes
 from vista.log.segment import segment_name
+from vista.log.segment_files import EVENT_FEATURES, REQUEST_FEATURES
 from vista.log.segment_manifest import QUARANTINE_FILE
 from vista.log.segment_writer import SegmentWriter, TableWriter, locked_log, staged_folder, write_without_events
 
@@ -100,6 +103,10 @@ def prepare_frames(
     time_unit: str | None = None,
     impressions: Any = None,
     items: Any = None,
+    categories: Sequence[str] = (),
+    numbers: Sequence[str] = (),
+    request_categories: Sequence[str] = (),
+    request_numbers: Sequence[str] = (),
     on_bad_rows: OnBadRows | str = OnBadRows.error,
     append: bool = False,
     bucket_events: int = BUCKET_EVENTS,
@@ -110,6 +117,8 @@ def prepare_frames(
         frame: events; None with `append` and `items` adds item features only.
         items: item features; the types of its columns decide what they are.
         columns: names of the frames' columns.
+        categories, numbers: columns of `frame` that are features of events; request_categories, request_numbers: of
+            `impressions` that are features of requests.
         bucket_events: see `prepare`.
     """
     run = _Run(
@@ -119,6 +128,8 @@ def prepare_frames(
         bucket_events=bucket_events,
     )
     run.check_target()
+    if impressions is None and (request_categories or request_numbers):
+        raise ConfigError("request_categories, request_numbers: name columns of impressions; give these, or no columns")
     if items is not None:
         table = ItemTableConfig(item=columns.item)
         run.add_items([items_of_frame(to_polars(items), table)], is_inferred=True)
@@ -126,16 +137,25 @@ def prepare_frames(
         return run.ingest()
     keys: dict[str, Any] = {name: getattr(columns, name) for name in ("user", "item", "timestamp")}
     rest: dict[str, Any] = {name: getattr(columns, name) for name in ("action", "rating", "sequence")}
-    config = SourceConfig(**keys, **rest, time_unit=time_unit)
-    names = [name for name in (*keys.values(), *rest.values()) if name is not None]
-    run.add("events", config, [frame_source(to_polars(frame, names), config, "events")])
+    config = SourceConfig(**keys, **rest, time_unit=time_unit, categories=list(categories), numbers=list(numbers))
+    run.add("events", config, [_frame_source(frame, config, "events")])
     if impressions is not None:
         if not columns.labels:
             raise ConfigError("columns.labels: name at least one column of 0/1 labels")
-        config = SourceConfig(**keys, time_unit=time_unit, labels=columns.labels, probabilities=columns.probabilities)
-        names = [name for name in (*keys.values(), *columns.labels, *columns.probabilities) if name is not None]
-        run.add("impressions", config, [frame_source(to_polars(impressions, names), config, "impressions")])
+        config = SourceConfig(
+            **keys,
+            time_unit=time_unit,
+            labels=columns.labels,
+            probabilities=columns.probabilities,
+            categories=list(request_categories),
+            numbers=list(request_numbers),
+        )
+        run.add("impressions", config, [_frame_source(impressions, config, "impressions")])
     return run.ingest()
+
+
+def _frame_source(frame: Any, config: SourceConfig, table: str) -> Source:
+    return frame_source(to_polars(frame, needed_columns(config).values()), config, table)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -223,7 +243,7 @@ class _Run:
 
     def _write_segment(
         self, before: ExistingLog, parts: Mapping[str, Sequence[Part]], folder: Path, scratch: Path
-    ) -> tuple[NewSegment, NewFeatures]:
+    ) -> tuple[NewSegment, list[NewFeatures]]:
         """Write vocabularies, packed tables, item features, quarantined rows and manifest."""
         writer = SegmentWriter(folder)
         if "events" in parts:
@@ -241,29 +261,24 @@ class _Run:
             writer.save_vocabulary("new_users", segment.users.part(len(before.users)))
             writer.save_vocabulary("new_items", segment.items.part(len(before.items)))
             self.times.lap("vocabularies")
-            fields = segment.manifest(self._pack_tables(segment, ids, writer, scratch))
+            active_users, of_rows = self._pack_tables(segment, ids, writer, scratch)
+            fields = segment.manifest(active_users, {table: features.columns for table, features in of_rows.items()})
         else:
-            segment = NewSegment.without_events(before, parts)
+            segment, of_rows = NewSegment.without_events(before, parts), {}
             fields = write_without_events(writer, before.manifests[-1], before.users, before.items)
-        features = write_features(parts.get("items", ()), segment.items, before.segments, writer, scratch)
+        of_items = write_features(parts.get("items", ()), segment.items, before.segments, writer, scratch)
         if segment.num_bad:
             write_quarantine([part for of_table in parts.values() for part in of_table], folder / QUARANTINE_FILE)
-        what_is_new = {
-            "features": features.columns,
-            "event_features": [],
-            "request_features": [],
-            "quarantined": segment.num_bad,
-            "sources": segment.sources(),
-        }
+        what_is_new = {"features": of_items.columns, "quarantined": segment.num_bad, "sources": segment.sources()}
         writer.write_manifest(fields | what_is_new)
-        return segment, features
+        return segment, [*of_rows.values(), of_items]
 
     def _pack_tables(
         self, segment: NewSegment, ids: Mapping[str, DistinctIds], writer: SegmentWriter, scratch: Path
-    ) -> dict[str, int]:
-        """Write the packed tables; returns the number of users with rows in each."""
+    ) -> tuple[dict[str, int], dict[str, NewFeatures]]:
+        """Write the packed tables; returns the number of users with rows in each, and the features of its rows."""
         num_rows = sum(segment.num_rows(table) for table in ids)
-        active_users = {}
+        active_users, of_rows = {}, {}
         with tqdm(total=num_rows, desc="write", unit="row", unit_scale=True, disable=not self.progress) as bar:
             packer = Packer(
                 scratch=scratch, bucket_events=self.bucket_events, times=self.times, on_rows_written=bar.update
@@ -272,20 +287,25 @@ class _Run:
                 parts = segment.parts[table]
                 if table == "events":
                     columns = event_columns(parts[0].source, segment.actions, segment.before.next_ordinals)
-                    prefix = ""
+                    prefix, folder = "", EVENT_FEATURES
                 else:
                     columns = impression_columns(parts[0].source, segment.tasks)
-                    prefix = "impressions/"
+                    prefix, folder = "impressions/", REQUEST_FEATURES
+                features = NewRowFeatures(table, parts, segment.before.row_values(table), writer, folder)
                 active_users[table] = packer.pack(
                     parts,
                     ids[table].user_rows(segment.users),
                     ids[table].item_rows(segment.items),
                     columns,
                     TableWriter(writer, prefix, segment.num_rows(table), columns.types),
+                    features,
                 )
-        return active_users
+                of_rows[table] = features.written()
+        return active_users, of_rows
 
-    def _report(self, segment: NewSegment, features: NewFeatures, quarantine: Path, kept: str) -> PrepareReport:
+    def _report(
+        self, segment: NewSegment, features: Sequence[NewFeatures], quarantine: Path, kept: str
+    ) -> PrepareReport:
         first_ms, last_ms = segment.time_range_ms
         report = PrepareReport(
             path=self.target,
@@ -299,9 +319,9 @@ class _Run:
             kept=kept,
             first_ms=first_ms,
             last_ms=last_ms,
-            features=features.lines,
+            features=[line for written in features for line in written.lines],
             stages=dict(self.times),
-            warnings=[*segment.warnings(), *features.warnings],
+            warnings=[*segment.warnings(), *(warning for written in features for warning in written.warnings)],
         )
         for warning in report.warnings:
             _LOG.warning("%s: %s", self.target, warning)

@@ -7,7 +7,7 @@ timestamp: numbers in the given unit, ISO text with time_unit=iso, or dates and 
 rating: finite float; sequence: int64. Bad: missing, text, NaN, infinite.
 action: text, or numbers that are used as names. Bad: missing.
 label:*: 0, 1, or missing (or NaN), which means unknown. probability:*: in [0, 1], or missing. Bad: anything else.
-category:*: text, or lists of text. number:*: finite float, or missing (or NaN). Bad: text, infinite.
+category:*: text, of items also lists of text. number:*: finite float, or missing (or NaN). Bad: text, infinite.
 vector:*: lists of finite floats, as many as in the file's first vector, or missing (or empty, or only NaN). Bad:
     anything else.
 
@@ -80,9 +80,9 @@ def parse(source: ScannedSource, kinds: Mapping[str, str], table: str) -> tuple[
 
     Returns:
         (the typed rows, the rules). Columns as in `sources`: ids int64 or str, timestamp int64 ms, rating float32,
-        action str, sequence int64, labels uint8, probabilities float32, categories lists of text, numbers
-        float32, vectors lists of float32, `row`, and `problem` uint16: 0, BLANK, or the 1-based index of the first rule
-        that a row breaks.
+        action str, sequence int64, labels uint8, probabilities float32, categories str (of items
+        lists of str), numbers float32, vectors lists of float32, `row`, and `problem` uint16: 0, BLANK, or the 1-based
+        index of the first rule that a row breaks.
 
     Raises:
         ConfigError: if times have no unit.
@@ -95,7 +95,9 @@ def parse(source: ScannedSource, kinds: Mapping[str, str], table: str) -> tuple[
         dtype = schema[column]
         role = column.split(":")[0]
         if role in ("category", "number", "vector"):
-            typed[column], of_column = _feature(column, role, dtype, source)
+            if "user" in source.columns:
+                _check_row_feature(column, role, dtype, source, table)
+            typed[column], of_column = _feature(column, role, dtype, source, table)
             rules += of_column
             continue
         wrong = dtype.is_nested() or dtype.is_decimal() or dtype in (pl.Binary, pl.Object, pl.Duration, pl.Time)
@@ -285,8 +287,29 @@ def _number(column: str, role: str) -> tuple[pl.Expr, list[RowRule]]:
     ]
 
 
-def _feature(column: str, kind: str, dtype: pl.DataType, source: ScannedSource) -> tuple[pl.Expr, list[RowRule]]:
+def _check_row_feature(column: str, kind: str, dtype: pl.DataType, source: Source, table: str) -> None:
+    """Refuse a column of events or impressions whose type cannot be a category, or a number."""
+    if dtype in (pl.String, pl.Boolean, pl.Null) or dtype.is_integer():
+        return
+    if dtype in (pl.Categorical, pl.Enum) if kind == "category" else dtype.is_numeric():
+        return
+    key, other = ("categories", "numbers") if kind == "category" else ("numbers", "categories")
+    remedy = (
+        f"name it under {table}.{other}" if dtype.is_float() or dtype in (pl.Categorical, pl.Enum) else "convert it"
+    )
+    raise DataError(
+        f"{source.path}: column {source.columns[column]!r} has type {dtype} and cannot be a {kind}; {remedy}, or leave "
+        f"it out of {table}.{key}"
+    )
+
+
+def _feature(
+    column: str, kind: str, dtype: pl.DataType, source: ScannedSource, table: str
+) -> tuple[pl.Expr, list[RowRule]]:
     raw = pl.col(column)
+    if kind == "category" and "user" in source.columns:
+        text = raw.cast(pl.String)
+        return pl.when(text != "").then(text), []
     if kind == "category":
         return raw.cast(pl.List(pl.String)) if dtype.is_nested() else pl.concat_list(raw.cast(pl.String)), []
     if kind == "number":
@@ -294,7 +317,7 @@ def _feature(column: str, kind: str, dtype: pl.DataType, source: ScannedSource) 
         number = real.cast(pl.Float32)
         is_text = real.is_null() & (raw.cast(pl.String).fill_null("") != "")
         return number.fill_nan(None), [
-            RowRule(column, is_text, "is not a number", "correct it, or name the column under items.categories"),
+            RowRule(column, is_text, "is not a number", f"correct it, or name the column under {table}.categories"),
             RowRule(column, number.is_infinite(), "is not a finite number", "correct it, or leave it empty"),
         ]
     entries = raw.cast(pl.List(pl.Float64), strict=False).cast(pl.List(pl.Float32))

@@ -10,6 +10,7 @@ from vista.log.ingest.columns import NO_ACTION
 from vista.log.ingest.existing_log import ExistingLog
 from vista.log.ingest.row_rules import id_kind
 from vista.log.ingest.sources import Source
+from vista.log.segment_manifest import MAX_FEATURES
 
 
 def check_sources(sources: Mapping[str, Sequence[Source]], log: ExistingLog | None) -> None:
@@ -20,7 +21,7 @@ def check_sources(sources: Mapping[str, Sequence[Source]], log: ExistingLog | No
         log: the log to extend; None for a new one.
 
     Raises:
-        ConfigError: if there are impressions, but a table has no times.
+        ConfigError: if there are impressions, but a table has no times, or a table has too many columns of features.
         DataError: naming the file.
     """
     for table, files in sources.items():
@@ -31,9 +32,22 @@ def check_sources(sources: Mapping[str, Sequence[Source]], log: ExistingLog | No
             _refuse_other_events(files[0], log)
         elif log is not None and table == "impressions":
             _refuse_other_tasks(files[0], log)
+        if table in ("events", "impressions"):
+            _refuse_too_many(table, files[0])
+        if log is not None and table in ("events", "impressions"):
+            _refuse_other_kinds(table, files[0], log)
     with_times = [files[0] for table, files in sources.items() if table != "items"]
     if "impressions" in sources and any("timestamp" not in source.columns for source in with_times):
         raise ConfigError("impressions need times, and so do their events; set timestamp for both tables")
+
+
+def _refuse_too_many(table: str, source: Source) -> None:
+    num_features = sum(name.startswith(("category:", "number:")) for name in source.columns)
+    if num_features > MAX_FEATURES:
+        raise ConfigError(
+            f"{table}.categories, {table}.numbers: name {num_features:,} columns, but at most {MAX_FEATURES:,} are "
+            "possible; name fewer"
+        )
 
 
 def _refuse_repeated_content(table: str, files: Sequence[Source], log: ExistingLog | None) -> None:
@@ -81,6 +95,21 @@ def _refuse_other_tasks(source: Source, log: ExistingLog) -> None:
         raise DataError(
             f"{source.path}: the labels {tasks} differ from the log's {log.tasks}; name the log's labels in that order"
         )
+
+
+def _refuse_other_kinds(table: str, source: Source, log: ExistingLog) -> None:
+    """Refuse features whose kind is not that of the log's column."""
+    known = log.row_values(table)
+    for canonical in source.columns:
+        kind, _, name = canonical.partition(":")
+        if kind in ("category", "number") and name in known:
+            in_log = "number" if known[name] is None else "category"
+            if kind != in_log:
+                key = "numbers" if in_log == "number" else "categories"
+                raise DataError(
+                    f"{source.path}: column {name!r} of the {table} is a {kind}, but in the log it is a {in_log}; name "
+                    f"it under {table}.{key}, or give the column another name"
+                )
 
 
 def tasks_of(source: Source) -> list[str]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from vista.log.ingest.column_names import check_columns
 from vista.log.ingest.file_scan import ROW, FileScan
 from vista.log.ingest.public.public_sets import PUBLIC_SETS, remedy_of_kind
 from vista.log.ingest.scanned_source import ScannedSource, file_source
-from vista.log.ingest.sources import needed_columns
+from vista.log.ingest.sources import feature_columns, needed_columns
 from vista.log.ingest.text_files import read_header, scan_text
 from vista.log.polars_extra import pl
 
@@ -59,10 +60,23 @@ def scan_source(file: Path, config: SourceConfig, table: str, max_bytes: int) ->
         DataError: if the file cannot be read, lacks a column, or has a line longer than `MAX_LINE_BYTES`.
     """
     try:
-        return file_source(file, _scan(file, config, table, max_bytes))
+        scan = _scan(file, config, table, max_bytes)
+        _check_features(config, scan.columns, table)
+        return file_source(file, scan)
     except (OSError, pl.exceptions.PolarsError) as error:
         reason = str(error).partition("\n")[0]
         raise DataError(f"{file}: cannot be read as {config.kind}: {reason}; check {table}.kind") from error
+
+
+def _check_features(config: SourceConfig, columns: Mapping[str, str], table: str) -> None:
+    """Refuse columns of features that the reader of a kind of files does not read."""
+    for canonical, own in feature_columns(config).items():
+        if canonical not in columns:
+            key = "categories" if canonical.startswith("category:") else "numbers"
+            raise ConfigError(
+                f"{table}.{key}: column {own!r} cannot be read, because {table}.kind={config.kind} has fixed columns; "
+                f"leave it out, or read the file as a table with {table}.kind=table"
+            )
 
 
 def _scan(file: Path, config: SourceConfig, table: str, max_bytes: int) -> FileScan:
@@ -84,7 +98,8 @@ def _scan(file: Path, config: SourceConfig, table: str, max_bytes: int) -> FileS
         check_columns(str(file), columns, names, table, remedy_of_kind(config.kind))
         chosen = lazy.select(pl.col(own).alias(canonical) for canonical, own in columns.items())
         return FileScan(chosen.with_row_index(ROW, 1), columns, False, config.time_unit)
-    return _scan_delimited(file, config, table, text_separator(file, config.separator, table), '"')
+    separator = text_separator(file, config.separator, table)
+    return _scan_delimited(file, config, needed_columns(config), table, separator, '"')
 
 
 def is_parquet(file: Path) -> bool:
@@ -128,13 +143,16 @@ def _scan_recbole(file: Path, config: SourceConfig, table: str) -> FileScan:
         rating=by_field.get(config.rating or "rating"),
         time_unit=config.time_unit or "s",
     )
-    return _scan_delimited(file, named, table, "\t", None)
+    columns = needed_columns(replace(named, categories=[], numbers=[]))
+    columns |= {canonical: by_field.get(own, own) for canonical, own in feature_columns(config).items()}
+    return _scan_delimited(file, named, columns, table, "\t", None)
 
 
-def _scan_delimited(file: Path, config: SourceConfig, table: str, separator: str, quote: str | None) -> FileScan:
+def _scan_delimited(
+    file: Path, config: SourceConfig, columns: dict[str, str], table: str, separator: str, quote: str | None
+) -> FileScan:
     """A text file with a header line."""
     header = read_header(file, separator, quote)
-    columns = needed_columns(config)
     check_columns(str(file), columns, header, table, remedy_of_kind(config.kind))
     canonical = {own: name for name, own in columns.items()}
     if len(canonical) < len(columns):

@@ -1,8 +1,9 @@
 """Source files and their canonical columns: which files a config names, and what is known of each before it is read.
 
 Canonical columns are `user`, `item`, and, if the source has them, `timestamp`, `rating`, `action`, `sequence`,
-`label:<task>`, and `probability:<task>`; for a table of item features see item_sources.py. Files are opened and parsed
-in a child process (source_formats.py lists the formats), because a damaged one can end the process that parses it.
+`label:<task>`, `probability:<task>`, `category:<name>`, and `number:<name>`; for a table of item features see
+item_sources.py. Files are opened and parsed in a child process (source_formats.py lists the formats), because a damaged
+one can end the process that parses it.
 """
 
 from __future__ import annotations
@@ -106,7 +107,8 @@ def open_set_impressions(config: SourceConfig, parser: SourceParser) -> list[Fil
     Raises:
         DataError: as `open_sources`.
     """
-    config = with_kind(config)
+    # What is known of an event is often known only after it, so features of events are not those of requests.
+    config = replace(with_kind(config), categories=[], numbers=[])
     if config.kind not in PUBLIC_SETS or not (forms := PUBLIC_SETS[config.kind].impressions):
         return []
     if {form.patterns for form in forms} != {form.patterns for form in PUBLIC_SETS[config.kind].events}:
@@ -219,4 +221,9 @@ def needed_columns(config: SourceConfig) -> dict[str, str]:
     columns = {name: own for name in single if (own := getattr(config, name)) is not None}
     columns |= {f"label:{own}": own for own in config.labels}
     columns |= {f"probability:{task}": own for task, own in zip(config.labels, config.probabilities, strict=False)}
-    return columns
+    return columns | feature_columns(config)
+
+
+def feature_columns(config: SourceConfig) -> dict[str, str]:
+    """The columns of features that a config names: canonical names to those of the table."""
+    return {f"category:{own}": own for own in config.categories} | {f"number:{own}": own for own in config.numbers}
