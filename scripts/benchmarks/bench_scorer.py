@@ -12,6 +12,7 @@ nothing is cached between calls.
   machine, for several numbers of candidates and users, encoded beforehand.
 - layers: pointwise layers, the default, against equally many softmax layers with feed-forward networks.
 - counters: models with counters of 64 items per user, the default, against the same models without.
+- features: models with eight features of items and four of requests, against the same models with ids alone.
 - recompute: the same scorer without a store, which reads and summarizes the history in the request, with bidirectional
   mixing (the paper without a cache) and with separable mixing.
 - baselines: HSTU and SASRec of the same width and depth, which read the whole history in the request.
@@ -38,6 +39,7 @@ import torch
 
 from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser
 from scripts.benchmarks.requests_with_counters import bench_counters
+from scripts.benchmarks.requests_with_features import bench_features, untrained_with_features
 from scripts.benchmarks.scorer_worker import WorkerAnswer, WorkerOpening, WorkerOrder
 from scripts.benchmarks.scorer_workloads import (
     ScorerWorkload,
@@ -363,6 +365,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 untrained(log, dim=dim, num_seeds=num_seeds, counters=True), log, root / f"users-{dim}-counters"
             )
             bench_counters(recorder, pointwise, counted, NUM_CANDIDATES)
+            model = untrained_with_features(log, dim=dim, num_seeds=num_seeds)
+            bench_features(recorder, pointwise, ScorerWorkload.make(model, log, root / f"users-{dim}-features"))
         bench_batches(recorder, ours)
         keep_freed_memory()  # A service does not do this, but models that read histories are slow without it.
         for mixing in (Mixing.bidirectional, Mixing.separable):
