@@ -279,8 +279,8 @@ def test_a_changed_value_in_the_state_is_detected(tmp_path: Path) -> None:
 def test_another_format_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path, 8)
     file = path / "state.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 2}))
-    with pytest.raises(CheckpointError, match="has format 2"):
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 1}))
+    with pytest.raises(CheckpointError, match="has format 1"):
         load_checkpoint(path)
     file.write_text("[]")
     with pytest.raises(CheckpointError, match=r"is not the state of a checkpoint"):
@@ -296,7 +296,7 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
         {"state": 7},
         {"step": "1"},
         {"step": math.nan},
-        {"format_version": True},
+        {"format_version": 2.0},
         {"surplus": 1},
     ],
 )

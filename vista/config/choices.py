@@ -67,6 +67,16 @@ class Stage(Enum):
     """Stage 2 and heads, over the summaries of a store. The base model that made them stays unchanged."""
 
 
+class InitFreeze(Enum):
+    """What a warm start keeps as it is."""
+
+    none = "none"
+    """Nothing: everything trains, and stores need a full refresh."""
+    summarizer = "summarizer"
+    """Stage 1, the event encoder, and the vectors of the items that summaries know. Stores stay valid. New items train,
+    but summaries show them as unknown."""
+
+
 class Mixing(Enum):
     """How the tokens of stage 1 mix: bidirectional as in the paper, or separable, which allows incremental updates."""
 

@@ -10,6 +10,7 @@ from vista.config.checks import MAX_THREADS, check_types, require, require_count
 from vista.config.choices import (
     Architecture,
     Counting,
+    InitFreeze,
     ItemStart,
     Precision,
     ReconstructionTarget,
@@ -38,6 +39,13 @@ class TrainConfig:
     store: str | None = None
     """With stage=downstream: folder of the base model's store. Training labels begin at the `until` of its refresh.
     null with stage=joint."""
+    init_from: str | None = None
+    """Folder of an exported model to start from, such as runs/yesterday/best. Items, features, actions, and tasks are
+    matched by name, and the optimizers start from the newest checkpoint of that run if there is one. null draws new
+    weights."""
+    init_freeze: InitFreeze = InitFreeze.none
+    """With init_from: train everything (none), or keep what summaries depend on (summarizer), so that stores stay
+    valid."""
     authentication_key_file: str | None = None
     """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
     VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
@@ -70,6 +78,7 @@ class TrainConfig:
         self._check_search()
         self._check_data()
         self._check_stage()
+        self._check_init()
         self._check_reconstruction()
         self._check_item_start()
 
@@ -116,6 +125,32 @@ class TrainConfig:
             not downstream or self.data.split is Split.time,
             "data.split",
             "stage=downstream needs time, because labels lie between the store's `until` and data.validation_from",
+        )
+
+    def _check_init(self) -> None:
+        warm, freezes = self.init_from is not None, self.init_freeze is InitFreeze.summarizer
+        require(
+            not warm or self.stage is Stage.joint,
+            "init_from",
+            "stage=downstream starts from `base`; leave this out, or set stage=joint",
+        )
+        require(
+            not warm or self.model.item_start is not ItemStart.user_factors,
+            "model.item_start",
+            "user_factors of another log have other directions than those that a trained model reads; leave out "
+            "init_from, or set model.item_start=factors",
+        )
+        require(not freezes or warm, "init_freeze", "only applies with init_from; set that, or leave this out")
+        require(
+            not freezes or self.model.architecture is Architecture.vista,
+            "init_freeze",
+            "a baseline has no summarizer; set init_freeze=none, or model.architecture=vista",
+        )
+        require(
+            not freezes or not self.model.embedding_rows,
+            "init_freeze",
+            "items share the rows of a hashed table, so new ones cannot train while it is frozen; set "
+            "init_freeze=none, or train only stage 2 with stage=downstream",
         )
 
     def _check_reconstruction(self) -> None:

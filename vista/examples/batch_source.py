@@ -12,6 +12,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from vista.arrays import Int
 from vista.config import OptimConfig, TrainConfig
@@ -54,6 +55,7 @@ class BatchSource:
         *,
         has_features: NDArray[np.bool_] | None = None,
         encode_requests: EncodeRequests | None = None,
+        num_known: int | None = None,
     ) -> None:
         """
         Args:
@@ -63,6 +65,8 @@ class BatchSource:
             has_features: bool [1 + V], the model rows whose vectors contain features; None is none. Such rows without
                 training events are not negatives.
             encode_requests: features of the requests of the log's impressions; None if the model reads none.
+            num_known: items that histories and counters know. They show the items of later rows as unknown, while
+                labels, candidates, and negatives have them. None knows all.
 
         Raises:
             ConfigError: if `optim.tasks` names a task that the log lacks, if no label lies after the store's records,
@@ -70,6 +74,7 @@ class BatchSource:
         """
         self._log = log
         self._item_rows = item_rows
+        self._num_known = num_known if num_known is not None and num_known < item_rows.max(initial=0) else None
         self._config = config
         self._stored = stored
         self._spec = spec
@@ -121,6 +126,8 @@ class BatchSource:
         # If no items are predicted, negatives would still be gathered, and moved by Adam's momentum.
         negatives, log_weight = self._sampler.draw(rng) if self._config.ranks_items else NO_NEGATIVES
         batch = cut_batch(self._pack(user, start, stop), self._plan, rng, negatives, log_weight)
+        if self._num_known is not None:
+            batch = _with_hidden(batch, batch.rows[batch.events.item] > self._num_known)
         if self._adjustment is None:
             return batch
         return replace(batch, logit_adjustment=torch.from_numpy(self._adjustment[batch.rows.numpy()]))
@@ -209,8 +216,17 @@ class BatchSource:
         """Counters of chunks, which hold the events [start, stop) of their users."""
         if self._spec is None:
             return None
-        histories, history = HistoryCounters.of(self._spec, self._log, self._item_rows, user, stop)
+        rows = self._item_rows
+        if self._num_known is not None:
+            rows = np.where(rows > self._num_known, 0, rows)
+        histories, history = HistoryCounters.of(self._spec, self._log, rows, user, stop)
         return ChunkCounters(histories, history, start, self._first[user] if self._stored else None)
+
+
+def _with_hidden(batch: Batch, hidden: Tensor) -> Batch:
+    """A batch that shows the items of some more events, bool [T], as unknown."""
+    before = batch.events.hidden
+    return replace(batch, events=replace(batch.events, hidden=hidden if before is None else before | hidden))
 
 
 def chunk_len(config: TrainConfig) -> int:

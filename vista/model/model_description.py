@@ -65,7 +65,7 @@ class ModelDescription:
     schema: Schema
     data: DataConfig
     num_trained_items: int
-    """Items of the log that the model was trained on, which come first in its vocabulary."""
+    """Items that stage 1 was trained on, which come first in the model's vocabulary."""
     summarizer_id: str | None = None
     """64 hex digits; None for a baseline."""
     files: dict[str, FileEntry] = field(default_factory=dict)

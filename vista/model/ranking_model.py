@@ -67,7 +67,7 @@ class RankingModel(nn.Module):
         self.items = items
         """The model's own item vocabulary."""
         self.num_trained_items = len(items)
-        """Items of the log that it was trained on; others were added later, and have no row of their own."""
+        """Items that stage 1 was trained on. Later ones are unknown in histories (`history_rows`)."""
         self.data = data
         """How the training data were split, which decides what evaluation may use."""
         unified, hashes = config.embedding_rows > 0, config.embedding_hashes
@@ -326,7 +326,7 @@ class RankingModel(nn.Module):
         return self.items.rows(ids) + 1
 
     def history_rows(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Model rows [N] as histories have them: items that were added after training are unknown there.
+        """Model rows [N] as histories have them: items that stage 1 was not trained on are unknown there.
 
         So what a store holds depends only on what `summarizer_id` covers.
         """

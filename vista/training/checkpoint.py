@@ -35,7 +35,7 @@ from vista.errors import CheckpointError
 from vista.files import make_folders, read_limited, remove_folder, remove_renamed, sync
 from vista.json_fields import TABLE, check_fields, hexadecimal, one_of, whole
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TENSOR_FILE = "tensors.safetensors"
 STATE_FILE = "state.json"
 
@@ -138,10 +138,14 @@ def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     No process may save to the folder at the same time.
     """
     root = Path(folder)
-    if not root.is_dir():
-        return None
-    _recover(root)
-    steps = _steps(root)
+    if root.is_dir():
+        _recover(root)
+    return newest_checkpoint(root)
+
+
+def newest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
+    """The complete checkpoint of the highest step, or None. It changes nothing, so another run may use the folder."""
+    steps = _steps(Path(folder)) if Path(folder).is_dir() else {}
     return steps[max(steps)] if steps else None
 
 

@@ -25,6 +25,7 @@ from vista.log.event_log import EventLog
 from vista.log.splits import split_until, visible_counts
 from vista.log.until import parse_until
 from vista.model.inference import empty_summary
+from vista.model.ranking_model import RankingModel
 from vista.model.schema import Schema
 from vista.model.vista_model import STAGE1_KEYS, STAGE1_WEIGHTS, VistaModel
 from vista.refresh import check_log
@@ -77,7 +78,7 @@ class Downstream:
         """
         assert config.base is not None  # TrainConfig has checked
         base = VistaModel.from_pretrained(config.base)
-        config = _with_settings_of(base, config)
+        config = with_settings_of(base, config)
         assert config.store is not None
         _check_model(config, base)
         check_log(base, log)
@@ -152,7 +153,7 @@ class Downstream:
         return np.where(stored.found[:, None, None], stored.summary, self._empty)
 
 
-def _with_settings_of(base: VistaModel, config: TrainConfig) -> TrainConfig:
+def with_settings_of(base: RankingModel, config: TrainConfig) -> TrainConfig:
     """The configuration with the base's values for settings that are null."""
     null = {key: getattr(base.config, key) for key in INHERITED_KEYS if getattr(config.model, key) is None}
     return replace(config, model=replace(config.model, **null))

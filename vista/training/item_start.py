@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vista.arrays import Int
@@ -24,11 +25,22 @@ do. A column with the other sign changes them by 0.35 if there are 32."""
 logger = logging.getLogger(__name__)
 
 
-def start_from_factors(model: RankingModel, log: EventLog, counts: Int, seed: int) -> None:
-    """Replace the drawn vectors of a model's items by factors of their co-occurrences, where they have any."""
+def start_from_factors(model: RankingModel, log: EventLog, counts: Int, seed: int, new_rows: Int | None = None) -> None:
+    """Replace the drawn vectors of a model's items by factors of their co-occurrences, where they have any.
+
+    Args:
+        counts: int64 [log.num_users], visible events per user.
+        new_rows: model rows to start. The vectors of other rows are trained: factors are rotated and scaled to fit
+            these, because the directions of factors are arbitrary. None starts all rows.
+    """
     began, table = time.perf_counter(), model.item_table
     rows, vectors = item_factors(log, model.rows_of(log.items), counts, table.shape[1], seed=seed)
-    _write(table, rows, torch.from_numpy(vectors))
+    factors = torch.from_numpy(vectors)
+    if new_rows is not None:
+        is_new = np.isin(rows, new_rows)
+        factors = _fitted_factors(model, rows, factors, is_new)
+        rows = rows[is_new]
+    _write(table, rows, factors)
     _log_start(len(rows), table, began)
 
 
@@ -96,6 +108,23 @@ def training_vectors(model: RankingModel, batch: Batch, frozen: FrozenItems | No
         dropped = torch.rand(len(vectors), 1, device=vectors.device) < model.config.id_dropout
         vectors = vectors.masked_fill(dropped, 0.0)
     return model.with_features(vectors, batch.rows)
+
+
+@torch.no_grad()
+def _fitted_factors(model: RankingModel, rows: Int, factors: Tensor, is_new: NDArray[np.bool_]) -> Tensor:
+    """ID embeddings [n, M] of the new ones among `rows`: orthogonal Procrustes with a scale (Schönemann, 1966).
+
+    Vectors of items include their features, so these are subtracted.
+    """
+    known = torch.from_numpy(~is_new)
+    places = torch.from_numpy(rows).to(model.device)
+    target = model.item_vectors(places).cpu().double()
+    left, stretch, right = torch.linalg.svd(factors[known].double().T @ target[known])
+    square = float(factors[known].double().square().sum())
+    scale = float(stretch.sum()) / square if square else 1.0
+    features = model.with_features(torch.zeros_like(model.id_vectors(places)), places).cpu().double()
+    fitted: Tensor = scale * factors.double() @ (left @ right) - features
+    return fitted[~known].float()
 
 
 def _write(table: Tensor, rows: Int, vectors: Tensor) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 
-from vista.config.choices import Architecture, Split, Stage
+from vista.config.choices import Architecture, InitFreeze, Split, Stage
 from vista.config.train_config import TrainConfig
 from vista.log.event_log import EventLog
 from vista.log.until import parse_time
@@ -147,6 +147,9 @@ def _model(model: RankingModel, config: TrainConfig) -> Iterable[tuple[str, obje
         yield "newest events read with the summary (`model.tail_len`)", own.tail_len
         yield "mixing (`model.mixing`)", own.mixing.value
     yield "seed", config.seed
+    if config.init_from is not None:
+        kept = "; stage 1 is unchanged, so stores serve both" if config.init_freeze is InitFreeze.summarizer else ""
+        yield "trained", f"from an earlier model (`init_from`){kept}"
     if config.stage is Stage.downstream:
         yield "trained", "stage 2 and heads; items, events, and stage 1 are those of the base, whose stores serve both"
 
@@ -154,7 +157,7 @@ def _model(model: RankingModel, config: TrainConfig) -> Iterable[tuple[str, obje
 def _limits(model: RankingModel, log: EventLog) -> Iterable[str]:
     yield (
         "Items that the model does not know get a neutral score. `items.ids.npy` lists those that it knows; "
-        f"it was trained on the first {model.num_trained_items:,}."
+        f"in histories, it knows the first {model.num_trained_items:,}."
     )
     if model.schema.has_time and model.config.use_time:
         yield "The model reads times. Pass the time of the request (`now`)."

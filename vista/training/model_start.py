@@ -11,7 +11,18 @@ from vista.examples.batch_source import MEASURED_BATCHES, BatchSource
 from vista.log.event_log import EventLog
 from vista.model.anchor_losses import start_counted
 from vista.model.ranking_model import UNKNOWN_ITEM, RankingModel
+from vista.model.registry import ARCHITECTURES
+from vista.model.schema import Schema
 from vista.training.item_start import FrozenItems, start_from_factors, training_vectors
+from vista.training.log_schema import encoded_features
+from vista.training.warm_start import WarmStart
+
+
+def drawn_model(config: TrainConfig, log: EventLog, schema: Schema) -> RankingModel:
+    """A model of a log with drawn weights."""
+    model = ARCHITECTURES[config.model.architecture](config.model, schema, log.items, config.data)
+    model.set_item_features(encoded_features(log, schema))
+    return model
 
 
 def start_model(
@@ -21,11 +32,13 @@ def start_model(
     config: TrainConfig,
     precision: Precision,
     frozen: FrozenItems | None,
+    warm: WarmStart | None,
 ) -> None:
     """Give a model what it takes from the training part: the popularity of items, their vectors, and its gate.
 
     Args:
         frozen: `FrozenItems.of` the run.
+        warm: the earlier model of a warm start, which only new items and new heads are started in.
     """
     model.set_item_frequency(source.frequency)
     if config.stage is Stage.joint:  # a base contains what is read here
@@ -33,10 +46,13 @@ def start_model(
         if frozen is not None:
             frozen.start()
         elif config.model.item_start is not ItemStart.random:
-            start_from_factors(model, log, source.counts, config.seed)
+            start_from_factors(model, log, source.counts, config.seed, None if warm is None else warm.new_rows)
         if model.features is not None:
-            model.zero_id_embeddings(np.flatnonzero(source.frequency[UNKNOWN_ITEM + 1 :] == 0) + UNKNOWN_ITEM + 1)
-    if model.counted is not None:  # last, because it is measured by the scores of other items
+            unseen = np.flatnonzero(source.frequency[UNKNOWN_ITEM + 1 :] == 0) + UNKNOWN_ITEM + 1
+            model.zero_id_embeddings(unseen if warm is None else np.intersect1d(unseen, warm.new_rows))
+    if model.counted is not None and (
+        warm is None or warm.base.counted is None
+    ):  # last, because it is measured by the scores of other items
         model.eval()
         batches = (source.batch(0, index) for index in range(min(source.num_batches(0), MEASURED_BATCHES)))
         asked = next((batch for batch in batches if batch.anchors is not None and len(batch.anchors.window)), None)

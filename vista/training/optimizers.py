@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,38 +18,50 @@ FINAL_RATE = 0.01
 FACTOR = "rate_factor"
 """Key of a parameter group: its learning rate as a multiple of the network's."""
 
+Moments: TypeAlias = dict[str, dict[str, Any]]
+"""By name of a parameter: what an optimizer keeps about it, which is moving averages of its shape, and numbers."""
+
 
 class Optimizers:
     """Updates all parameters of a model that require gradients."""
 
-    def __init__(self, model: RankingModel, optim: OptimConfig) -> None:
-        self._optim = optim
+    def __init__(self, model: RankingModel, optim: OptimConfig, *, frozen_rows: int = 0) -> None:
+        """
+        Args:
+            frozen_rows: leading rows of the item table that stay as they are.
+        """
+        self._optim, self._frozen_rows = optim, frozen_rows
+        self._item_table = model.item_table
+        names = {id(p): name for name, p in model.named_parameters()}
         tables = [(model.item_table, optim.table_rate)]
         if model.features is not None:
             tables.append((model.features.values, 1.0))
         self._tables = [table for table, _ in tables]
         is_table = {id(p) for p in self._tables}
-        self._dense = [p for p in model.parameters() if p.requires_grad and id(p) not in is_table]
-        counted = [p for head in (model.counted, model.popularity) if head is not None for p in head.parameters()]
+        self._dense: list[Tensor] = [p for p in model.parameters() if p.requires_grad and id(p) not in is_table]
+        counted: list[Tensor] = [
+            p for head in (model.counted, model.popularity) if head is not None for p in head.parameters()
+        ]
         is_counted = {id(p) for p in counted}
         # Matrices of linear maps decay. Norms, biases, embeddings, seeds and position biases do not.
         linear = (module.weight for module in model.modules() if isinstance(module, nn.Linear))
-        decayed = [weight for weight in linear if weight.requires_grad and id(weight) not in is_counted]
+        decayed: list[Tensor] = [weight for weight in linear if weight.requires_grad and id(weight) not in is_counted]
         is_decayed = {id(p) for p in decayed}
         plain = [p for p in self._dense if id(p) not in is_decayed | is_counted]
-        groups = [
-            {"params": decayed, "weight_decay": optim.weight_decay, FACTOR: 1.0},
-            {"params": plain, "weight_decay": 0.0, FACTOR: 1.0},
-        ]
+        groups: list[tuple[list[Tensor], float, float]] = [(decayed, optim.weight_decay, 1.0), (plain, 0.0, 1.0)]
         if counted:
-            groups.append({"params": counted, "weight_decay": optim.weight_decay, FACTOR: optim.counted_rate})
+            groups.append((counted, optim.weight_decay, optim.counted_rate))
+        # With names, so that a checkpoint says whose moments it holds.
         self.dense = torch.optim.AdamW(
-            groups,
+            [
+                {"params": [(names[id(p)], p) for p in group], "weight_decay": decay, FACTOR: rate}
+                for group, decay, rate in groups
+            ],
             lr=optim.learning_rate,
             betas=BETAS,
         )
         self.table = torch.optim.SparseAdam(
-            [{"params": [table], FACTOR: rate} for table, rate in tables],
+            [{"params": [(names[id(table)], table)], FACTOR: rate} for table, rate in tables],
             lr=optim.learning_rate,
             betas=BETAS,
         )
@@ -75,6 +89,8 @@ class Optimizers:
         for table in self._tables:
             if table.grad is not None:
                 table.grad = table.grad.coalesce()  # a row that was read twice counts once, with the sum
+                if self._frozen_rows and table is self._item_table:
+                    table.grad = _rows_from(table.grad, self._frozen_rows)
                 # torch computes no norm of sparse tensors: a stand-in shows the same memory as a dense gradient.
                 touched = torch.empty_like(table.grad.values())
                 touched.grad = table.grad.values()
@@ -87,3 +103,44 @@ class Optimizers:
         self.table.step()  # type: ignore[no-untyped-call]
         for table in self._tables:
             table.grad = None
+
+    def start_from(self, moments: Moments, fitted: Callable[[str, Tensor], Tensor]) -> int:
+        """Start from the moments of another run.
+
+        Args:
+            moments: by name; parameters that are not in here start without moments.
+            fitted: makes a parameter's moving average, as a run kept it, fit the parameter of this run.
+
+        Returns:
+            The number of parameters that have moments.
+        """
+        count = 0
+        for optimizer in (self.dense, self.table):
+            state = optimizer.state_dict()
+            for index, name in _names(state).items():
+                if name in moments:
+                    count += 1
+                    state["state"][index] = {
+                        key: fitted(name, value) if isinstance(value, Tensor) and value.dim() else value
+                        for key, value in moments[name].items()
+                    }
+            optimizer.load_state_dict(state)
+        return count
+
+
+def moments_of(state: Mapping[str, Any]) -> Moments:
+    """Those in an optimizer's `state_dict`."""
+    return {name: state["state"][index] for index, name in _names(state).items() if index in state["state"]}
+
+
+def _names(state: Mapping[str, Any]) -> dict[int, str]:
+    """The names of the parameters in an optimizer's `state_dict`, by index."""
+    pairs = (zip(group["params"], group["param_names"], strict=True) for group in state["param_groups"])
+    return {index: name for group in pairs for index, name in group}
+
+
+def _rows_from(gradient: Tensor, first: int) -> Tensor:
+    """A coalesced gradient without the rows before `first`. Adam would move these even by a gradient of 0."""
+    kept = gradient.indices()[0] >= first
+    index, values = gradient.indices()[:, kept], gradient.values()[kept]
+    return torch.sparse_coo_tensor(index, values, gradient.shape, is_coalesced=True, check_invariants=False)

@@ -13,10 +13,11 @@ from vista.config.train_config import without_places
 from vista.errors import ConfigError
 from vista.log.event_log import EventLog
 from vista.training.downstream import Downstream
+from vista.training.warm_start import WarmStart
 
 
 def run_identity(
-    config: TrainConfig, log: EventLog, downstream: Downstream | None, precision: Precision
+    config: TrainConfig, log: EventLog, origin: Downstream | WarmStart | None, precision: Precision
 ) -> dict[str, Any]:
     """Settings and data that decide the bits of a run, flat: {"model.dim": 64, …}."""
     values = to_dict(config)
@@ -24,7 +25,7 @@ def run_identity(
     flat: dict[str, Any] = {"seed": values["seed"], "log": hashlib.sha256(manifests).hexdigest()[:12]}
     for group, own in without_places(values).items():
         flat |= {f"{group}.{key}": value for key, value in own.items()}
-    flat |= downstream.identity() if downstream is not None else {}
+    flat |= origin.identity() if origin is not None else {}
     return flat | {"precision": precision.value}
 
 

@@ -39,6 +39,7 @@ class SummaryAnswers:
             events_per_batch: most events that are summarized at once (a longer history is summarized alone).
         """
         self._model, self._log, self._item_rows = model, log, item_rows
+        self._history_rows = model.history_rows(item_rows)
         self._users, self._covered = users, covered
         groups = [users[part] for part in token_groups(covered[users], events_per_batch)]
         histories = (self._model_rows(log.gather(group, covered[group])) for group in groups)
@@ -82,7 +83,11 @@ class SummaryAnswers:
     def _tail(self, user: Int, seen: Int) -> PaddedTail:
         tail = self._log.gather_ranges(user, seen - self._model.config.tail_len, seen)
         return pad_tail(
-            self._model, self._item_rows[tail.item], np.asarray(tail.timestamp), np.asarray(tail.action), tail.offsets
+            self._model,
+            self._history_rows[tail.item],
+            np.asarray(tail.timestamp),
+            np.asarray(tail.action),
+            tail.offsets,
         )
 
     def _requests(
@@ -90,7 +95,7 @@ class SummaryAnswers:
     ) -> tuple[HistoryCounters, CounterRequests]:
         """Requests for counters of the events that summaries cover, and of the tail."""
         covered, tail_len = self._covered[user], self._model.config.tail_len
-        return case_requests(spec, self._log, self._item_rows, user, seen, now, covered=covered, tail_len=tail_len)
+        return case_requests(spec, self._log, self._history_rows, user, seen, now, covered=covered, tail_len=tail_len)
 
     def _model_rows(self, histories: Histories) -> Histories:
-        return dataclasses.replace(histories, item=self._item_rows[histories.item].astype(np.int32))
+        return dataclasses.replace(histories, item=self._history_rows[histories.item].astype(np.int32))

@@ -25,7 +25,7 @@ from vista.examples.batch_source import BatchSource
 from vista.files import remove_leftovers, replace_file, replace_text, writable_folder
 from vista.log.event_log import EventLog
 from vista.model.ranking_model import RankingModel
-from vista.model.registry import ARCHITECTURES, load_model
+from vista.model.registry import load_model
 from vista.model.vista_model import VistaModel
 from vista.training.baseline_check import compare_with_baselines, measured_baselines
 from vista.training.checkpoint import (
@@ -38,10 +38,10 @@ from vista.training.checkpoint import (
 )
 from vista.training.downstream import Downstream
 from vista.training.item_start import MOST_CHANGE, FrozenItems, training_vectors
-from vista.training.log_schema import encoded_features, schema_of
+from vista.training.log_schema import schema_of
 from vista.training.metrics_writer import MetricsWriter
 from vista.training.model_card import model_card
-from vista.training.model_start import start_model
+from vista.training.model_start import drawn_model, start_model
 from vista.training.optimizers import Optimizers
 from vista.training.progress import Progress
 from vista.training.run_folder import deferred_interrupt, log_file
@@ -49,6 +49,7 @@ from vista.training.run_identity import check_identity, run_identity
 from vista.training.run_plan import plan_run, warmup_steps, warn_of_few_steps
 from vista.training.time_budget import TimeBudget
 from vista.training.validation import Validation
+from vista.training.warm_start import WarmStart
 
 logger = logging.getLogger(__name__)
 METRICS_EVERY = 20
@@ -90,8 +91,8 @@ def train_model(
         ConfigError: if `run_dir` holds a run of another configuration or log, or cannot be written, or the log lacks
             what the configuration needs.
         LogFormatError: if a file of the log is damaged.
-        LeakageError: if stage=downstream, and the base or the store covers the labels.
-        CheckpointError: if the newest checkpoint is damaged; the message has the remedy.
+        LeakageError: if the base or the store of stage=downstream, or the model of init_from, covers the labels.
+        CheckpointError: if the newest checkpoint or the model of init_from is damaged; the message has the remedy.
         NonFiniteLossError: if a loss or gradient is NaN or infinite; the batch is saved and its users are named.
     """
     began = time.perf_counter()
@@ -100,10 +101,12 @@ def train_model(
         log.verify()
     writable_folder(Path(config.run_dir), "run_dir")
     with log_file(Path(config.run_dir) / "train.log"), cpu_settings(config.num_threads):
-        if config.stage is Stage.joint:
-            return Trainer(config, log, metrics_every=metrics_every, began=began).run()
-        with Downstream.open(config, log) as downstream:
-            return Trainer(downstream.config, log, downstream, metrics_every=metrics_every, began=began).run()
+        if config.stage is Stage.downstream:
+            with Downstream.open(config, log) as downstream:
+                return Trainer(downstream.config, log, downstream, metrics_every=metrics_every, began=began).run()
+        warm = WarmStart.open(config, log) if config.init_from is not None else None
+        config = config if warm is None else warm.config
+        return Trainer(config, log, warm, metrics_every=metrics_every, began=began).run()
 
 
 class Trainer:
@@ -113,35 +116,31 @@ class Trainer:
         self,
         config: TrainConfig,
         log: EventLog,
-        downstream: Downstream | None = None,
+        origin: Downstream | WarmStart | None = None,
         *,
         metrics_every: int = METRICS_EVERY,
         began: float | None = None,
     ) -> None:
         """
         Args:
-            downstream: the base model and its store; None trains all stages.
+            origin: the base model and its store, or the model of a warm start; None draws all weights.
             metrics_every: steps between two lines of metrics.jsonl.
             began: `time.perf_counter` when the run began, from which optim.minutes counts; None is now.
         """
         self._counted_until = time.perf_counter() if began is None else began
-        config = plan_run(config, log, downstream.summaries.since if downstream is not None else None)
-        self.config, self.log, self.downstream, self.metrics_every = config, log, downstream, metrics_every
+        stored = origin.summaries if isinstance(origin, Downstream) else None
+        config = plan_run(config, log, stored.since if stored is not None else None)
+        self.config, self.log, self.metrics_every = config, log, metrics_every
+        self._warm = origin if isinstance(origin, WarmStart) else None
         self.run_dir = Path(config.run_dir)
         self.device = resolve_device(config.device)
         torch.manual_seed(config.seed)
         schema = schema_of(log, config)
-        self.model: RankingModel
-        if downstream is None:
-            self.model = ARCHITECTURES[config.model.architecture](config.model, schema, log.items, config.data)
-            self.model.set_item_features(encoded_features(log, schema))
-        else:
-            self.model = downstream.model(schema)
+        self.model: RankingModel = drawn_model(config, log, schema) if origin is None else origin.model(schema)
         self.model.to(self.device)
         if config.optim.table_rate == 0:
             self.model.item_table.requires_grad_(False)
         item_rows = self.model.rows_of(log.items)
-        stored = downstream.summaries if downstream is not None else None
         self.source = BatchSource(
             log,
             item_rows,
@@ -149,13 +148,15 @@ class Trainer:
             stored,
             self.model.counter_spec,
             has_features=self.model.rows_with_features(),
+            num_known=self.model.num_trained_items,
         )
         self.validation = _validation(log, item_rows, config)
-        self.optimizers = Optimizers(self.model, config.optim)
+        frozen_rows = self._warm.frozen_rows if self._warm is not None else 0
+        self.optimizers = Optimizers(self.model, config.optim, frozen_rows=frozen_rows)
         self.progress = Progress()
         self._budget = None if config.optim.minutes is None else TimeBudget(config.optim.minutes)
         self.precision = choose_precision(config.precision, self.device)
-        self._identity = run_identity(config, log, downstream, self.precision)
+        self._identity = run_identity(config, log, origin, self.precision)
         self._frozen_items: FrozenItems | None = None
 
     def run(self) -> RankingModel:
@@ -187,7 +188,9 @@ class Trainer:
         if newest is not None:
             self._check_frozen_items(newest)
         else:
-            start_model(self.model, self.log, self.source, config, self.precision, self._frozen_items)
+            start_model(self.model, self.log, self.source, config, self.precision, self._frozen_items, self._warm)
+            if self._warm is not None:
+                self._warm.start_optimizers(self.optimizers)
         if newest is None and not config.resume:
             # With resume=true an export stays until a better one replaces it, even if its checkpoints are gone.
             remove_checkpoints(self.run_dir / "checkpoints")
