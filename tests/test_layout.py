@@ -164,7 +164,7 @@ FOLDER_MAKERS = ("vista/files.py", "vista/store/lmdb/permissions.py")
 STAGING_FOLDERS = {
     "vista/log/ingest/prepare.py": {"folder", "scratch"},
     "vista/log/row_feature_writer.py": {"segment.folder / prefix"},
-    "vista/log/segment_writer.py": {"folder", "segment.folder / prefix"},
+    "vista/log/segment_writer.py": {"folder", "segment.folder / prefix", "segment.folder / owner.folder"},
     "vista/training/checkpoint.py": {"temporary"},
 }
 """Folders that other modules make inside of a temporary folder, which is synced as a whole before it gets its name."""

@@ -177,6 +177,7 @@ def _write_events(folder: Path, step: Step, number: int, log: EventLog | None) -
         "has_rating": False,
         "counts": {name: {"rows": count, "users": active.get(name, 0)} for name, count in rows.items()},
         "features": [],
+        "user_features": [],
         "event_features": of_events,
         "request_features": of_requests,
         "deletions": 0,

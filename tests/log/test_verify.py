@@ -53,6 +53,7 @@ def full_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
         columns = SourceColumns(action="kind", rating="stars", labels=["like"], probabilities=["p"])
         shown |= {"like": rng.integers(0, 2, 20), "p": rng.random(20)}
         items = {"item": np.arange(20), "kind": ["a", "b"] * 10, "price": rng.random(20), "v": rng.random((20, 3))}
+        users = {"user": [f"u{user}" for user in range(9)], "region": ["n", "s", "e"] * 3, "age": rng.random(9)}
         EventLog.from_frame(
             events,
             path,
@@ -60,6 +61,7 @@ def full_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
             columns=columns,
             impressions=shown,
             items=items,
+            users=users,
             on_bad_rows="quarantine",
             append=number > 0,
         )

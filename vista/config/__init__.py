@@ -7,6 +7,7 @@ from vista.config.compare_config import CompareConfig
 from vista.config.data_config import DataConfig
 from vista.config.evaluate_config import EvaluateConfig
 from vista.config.event_filter_config import EventFilterConfig
+from vista.config.feature_table_config import FeatureTableConfig
 from vista.config.item_table_config import ItemTableConfig
 from vista.config.items_add_config import ItemsAddConfig
 from vista.config.log_configs import (
@@ -36,6 +37,7 @@ from vista.config.store_configs import (
     StoreVerifyConfig,
 )
 from vista.config.train_config import TrainConfig
+from vista.config.user_table_config import UserTableConfig
 from vista.config.watch_config import WatchConfig
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "DataConfig",
     "EvaluateConfig",
     "EventFilterConfig",
+    "FeatureTableConfig",
     "ItemTableConfig",
     "ItemsAddConfig",
     "LogCompactConfig",
@@ -69,5 +72,6 @@ __all__ = [
     "StoreStatsConfig",
     "StoreVerifyConfig",
     "TrainConfig",
+    "UserTableConfig",
     "WatchConfig",
 ]

@@ -9,6 +9,7 @@ from vista.config.choices import IdType, OnBadRows
 from vista.config.event_filter_config import EventFilterConfig
 from vista.config.item_table_config import ItemTableConfig
 from vista.config.source_columns import SourceColumns
+from vista.config.user_table_config import UserTableConfig
 
 
 @dataclass(kw_only=True, slots=True)
@@ -64,11 +65,13 @@ class PrepareConfig:
     """Files of impressions with labels; null for those of the data set of the events, or for none."""
     items: ItemTableConfig | None = None
     """Files of item features; null for those that a public data set has next to its events, or for none."""
+    users: UserTableConfig | None = None
+    """Files of user features; null for none."""
     filter: EventFilterConfig = field(default_factory=EventFilterConfig)
     """Which events of the files are kept."""
     append: bool = False
-    """Add a segment to an existing log: events, item features, or both. Files of events or impressions that the log
-    already contains are refused. New features of an item replace its older ones."""
+    """Add a segment to an existing log: events, features, or both. Files of events or impressions that the log already
+    contains are refused. New features of an item or a user replace its older ones."""
     on_bad_rows: OnBadRows = OnBadRows.error
     """What happens to invalid rows: raise writes nothing and reports the first; quarantine sets them aside in
     quarantine.csv."""

@@ -19,10 +19,11 @@ from vista.arrays import Float32s, Int, offsets_of
 from vista.errors import LogFormatError, LogWriteError
 from vista.files import checked_path, sync
 from vista.log.event_log import EventLog
+from vista.log.feature_owner import ITEMS, USERS, FeatureOwner
 from vista.log.histories import token_groups
 from vista.log.impressions import merged_columns
-from vista.log.item_features import VectorColumn
-from vista.log.merged_features import declared_columns, items_with_features, merged_column
+from vista.log.item_features import CategoryColumn, VectorColumn
+from vista.log.merged_features import declared_columns, merged_column, rows_with_features
 from vista.log.packed_table import PackedTable
 from vista.log.row_feature_writer import RowFeatureWriter
 from vista.log.segment import segment_name, superseded_segments
@@ -123,6 +124,7 @@ def _blankable(log: EventLog) -> Int:
     left = log.lengths.copy()
     for table in _impression_tables(log):
         left += table.counts(log.num_users)
+    left[rows_with_features(log.segments, USERS)] += 1
     return np.array([row for row in erased[log.users.has_ids(erased)] if left[row] == 0], np.int64)
 
 
@@ -154,7 +156,8 @@ def _write(segment: SegmentWriter, log: EventLog, blanked: Int, run_events: int)
             "first_segment": 1,
             "last_segment": log.last_segment,
             "counts": {table: {"rows": rows[table], "users": active[table]} for table in rows},
-            "features": _write_features(segment, log, run_events),
+            ITEMS.field: _write_features(segment, log, ITEMS, run_events),
+            USERS.field: _write_features(segment, log, USERS, run_events),
             "event_features": of_events,
             "request_features": of_requests,
             "deletions": 0,
@@ -200,27 +203,30 @@ def _write_impressions(
     return writer.close(), features.columns
 
 
-def _write_features(segment: SegmentWriter, log: EventLog, run_values: int) -> list[dict[str, str]]:
-    """Write the merged features; returns what the manifest says about their columns."""
-    declared = declared_columns(log.segments)
-    if not declared:
+def _write_features(
+    segment: SegmentWriter, log: EventLog, owner: FeatureOwner, run_values: int
+) -> list[dict[str, str]]:
+    """Write the merged features of items or users; returns what the manifest says about their columns."""
+    declared, owners = declared_columns(log.segments, owner), rows_with_features(log.segments, owner)
+    if not len(owners):  # also if all users with features were erased
         return []
-    items = items_with_features(log.segments)
-    writer = FeatureWriter(segment, items)
+    writer = FeatureWriter(segment, owner, owners)
     for name, parts in declared.items():
         first = parts[0].column
         if isinstance(first, VectorColumn):
-            rows = token_groups(np.full(len(items), first.vectors.shape[1]), run_values)
-            writer.add_vectors(name, first.vectors.shape[1], (_vectors(parts, items[run]) for run in rows))
+            rows = token_groups(np.full(len(owners), first.vectors.shape[1]), run_values)
+            writer.add_vectors(name, first.vectors.shape[1], (_vectors(parts, owners[run]) for run in rows))
         else:
-            column = merged_column(parts, items)
+            column = merged_column(parts, owners)
             assert not isinstance(column, VectorColumn)
+            if owner is USERS and isinstance(column, CategoryColumn):
+                column = column.with_used_values()  # A value of erased users alone may identify them.
             writer.add(name, column)
     return writer.columns
 
 
-def _vectors(parts: Sequence[SegmentColumn], items: Int) -> Float32s:
-    column = merged_column(parts, items)
+def _vectors(parts: Sequence[SegmentColumn], rows: Int) -> Float32s:
+    column = merged_column(parts, rows)
     assert isinstance(column, VectorColumn)
     return column.vectors
 

@@ -1,7 +1,7 @@
 """How deletion rows take effect on the segments before them. NumPy only.
 
-A forgotten event is removed from every earlier segment, however often it occurs there. An erased user loses all events
-and impressions in earlier segments. Rows that are added again in the same or a later segment count.
+A forgotten event is removed from every earlier segment, however often it occurs there. An erased user loses all events,
+impressions, and features in earlier segments. Rows that are added again in the same or a later segment count.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 
 from vista.arrays import Int
 from vista.log.event_keys import EventKeys, equal_events, forgotten_events
+from vista.log.feature_owner import USERS
 from vista.log.histories import ranges
 from vista.log.packed_table import PackedTable
 from vista.log.segment import Segment
@@ -22,7 +23,8 @@ def obey_deletions(segments: Sequence[Segment]) -> tuple[Segment, ...]:
     """The segments, oldest first, without the rows that later segments delete. Reads only the affected users.
 
     Raises:
-        LogFormatError: if there are deletions, and the ids, offsets, or deletions of a segment are damaged.
+        LogFormatError: if there are deletions, and the ids, offsets, deletions, or user features of a segment are
+            damaged.
     """
     if not any(segment.num_deletions for segment in segments[1:]):
         return tuple(segments)
@@ -37,7 +39,12 @@ def obey_deletions(segments: Sequence[Segment]) -> tuple[Segment, ...]:
         impressions = segment.impressions
         if impressions is not None:
             impressions = impressions.without(_rows_of(impressions, erased))
-        left.append(replace(segment, events=events, impressions=impressions))
+        features = segment.user_features
+        if features is not None and np.isin(features.rows, erased).any():
+            segment.files.verify_features(USERS)
+            features.check_order(segment.path)
+            features = features.without(erased)
+        left.append(replace(segment, events=events, impressions=impressions, user_features=features))
         forgotten += [forgotten_events(segment)] if segment.forgotten is not None else []
         erased = np.union1d(erased, segment.erased)
     return tuple(reversed(left))

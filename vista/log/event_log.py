@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -16,6 +17,7 @@ from vista.config.source_columns import SourceColumns
 from vista.errors import LogFormatError, UnknownUserError, shown
 from vista.files import checked_path
 from vista.log.deleted_rows import obey_deletions
+from vista.log.feature_owner import ITEMS
 from vista.log.histories import Histories, slice_merged, take_range
 from vista.log.impressions import Impressions, read_impressions
 from vista.log.item_features import ItemFeatures
@@ -24,6 +26,7 @@ from vista.log.merged_row_features import event_values, request_values, with_row
 from vista.log.packed_table import PackedTable
 from vista.log.row_features import ColumnValues
 from vista.log.segment import Segment, read_segments, read_vocabularies
+from vista.log.user_features import UserFeatures
 
 
 class EventLog:
@@ -49,8 +52,6 @@ class EventLog:
         self._lengths: NDArray[np.int64] | None = None
         self._impressions: Impressions | None = None
         self._item_features: ItemFeatures | None = None
-        self._event_features: ColumnValues | None = None
-        self._request_features: ColumnValues | None = None
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, last_segment: int | None = None) -> EventLog:
@@ -77,6 +78,7 @@ class EventLog:
         columns: SourceColumns | None = None,
         impressions: Any = None,
         items: Any = None,
+        users: Any = None,
         categories: Sequence[str] = (),
         numbers: Sequence[str] = (),
         request_categories: Sequence[str] = (),
@@ -87,7 +89,7 @@ class EventLog:
         """Write a log from a pandas or Polars frame (or a mapping of columns) and open it.
 
         Args:
-            frame: one row per event. With `append` and `items`, None adds item features only.
+            frame: one row per event. With `append`, None adds only features of `items` or `users`.
             path: folder to make, or with `append` the log to extend by a segment.
             time_unit: s | ms | us | ns | iso; required if the timestamp column is numeric or text.
             columns: names of the columns; by default user, item, and timestamp. A log whose columns have no `timestamp`
@@ -95,6 +97,7 @@ class EventLog:
             impressions: a second frame with the same user, item, and timestamp columns, and the labels in `columns`.
             items: a frame of item features with the item column of `columns` and one row per item. Text, booleans, and
                 lists of text are categories, floats are numbers, and lists of floats are vectors; integers are refused.
+            users: a frame of user features with the user column of `columns`, likewise, but without lists.
             categories: columns of `frame` that are features of events with one value each: text, integers, or booleans.
             numbers: columns of `frame` that are features of events, such as a dwell time. NaN is missing.
             request_categories, request_numbers: the same for `impressions`, such as the device of a request.
@@ -116,6 +119,7 @@ class EventLog:
             columns=columns or SourceColumns(),
             impressions=impressions,
             items=items,
+            users=users,
             categories=categories,
             numbers=numbers,
             request_categories=request_categories,
@@ -216,23 +220,24 @@ class EventLog:
         Raises:
             LogFormatError: if a file of them is damaged, or segments contradict each other.
         """
-        if self._item_features is None:
-            self._item_features = merged_features(self.segments, self.num_items)
+        if self._item_features is None and (columns := merged_features(self.segments, ITEMS, self.num_items)):
+            self._item_features = ItemFeatures(columns)
         return self._item_features
 
-    @property
+    @cached_property
     def event_features(self) -> ColumnValues:
         """The columns of `Histories.features`, with the values of each category; empty without any."""
-        if self._event_features is None:
-            self._event_features = event_values(self.segments)
-        return self._event_features
+        return event_values(self.segments)
 
-    @property
+    @cached_property
     def request_features(self) -> ColumnValues:
         """The columns of `Impressions.features`, with the values of each category; empty without any."""
-        if self._request_features is None:
-            self._request_features = request_values(self.segments)
-        return self._request_features
+        return request_values(self.segments)
+
+    @cached_property
+    def user_features(self) -> UserFeatures:
+        """Features of all users, in the order of `users`; read like `item_features`."""
+        return UserFeatures.of(self.segments, self.num_users)
 
     def gather(self, user_rows: Any, counts: Any = None) -> Histories:
         """Histories of several users.
@@ -285,7 +290,7 @@ class EventLog:
         return digest.hexdigest()
 
     def changed_users(self, after: int) -> NDArray[np.int64]:
-        """Users with new events or deletions in segments numbered above `after` (0: in any segment).
+        """Users with new events, features, or deletions in segments numbered above `after` (0: in any segment).
 
         This also works inside a compacted range. The result includes users without remaining events, and erased users
         whose ids a compaction has removed (`users.has_ids`).

@@ -1,4 +1,4 @@
-"""Features of items, as a log holds them and as a model keeps them. NumPy only.
+"""Features of items, as a log holds them and as a model keeps them; a log holds those of users alike. NumPy only.
 
 N items, V values of a column, E entries of all items together, D entries of a vector. A column has one of three kinds:
 
@@ -43,10 +43,19 @@ class CategoryColumn:
         counts = np.bincount(owner, minlength=len(self.offsets) - 1)
         return CategoryColumn(values, code[np.lexsort((code, owner))].astype(np.int32), offsets_of(counts))
 
+    def with_used_values(self) -> CategoryColumn:
+        """The same items, without values that none of them has."""
+        used = np.unique(self.codes)
+        return (
+            self
+            if len(used) == len(self.values)
+            else self.recoded(Vocabulary.empty("str").extended(self.values.ids(used).tolist()))
+        )
+
     def select(self, rows: Int) -> CategoryColumn:
         """The values of items int64 [n]; a row of -1 is an item without any."""
-        counts = np.where(rows < 0, 0, np.diff(self.offsets)[rows])
-        index = ranges(np.where(rows < 0, 0, self.offsets[:-1][rows]), counts)
+        counts = np.append(np.diff(self.offsets), 0)[rows]  # -1 reads the last entry
+        index = ranges(self.offsets[rows], counts)
         return CategoryColumn(self.values, self.codes[index], offsets_of(counts))
 
     @property
@@ -118,8 +127,8 @@ def feature_line(name: str, kind: str, size: int, share: float, owners: str = "i
 
     Args:
         size: number of values of a category, or dimensions of a vector.
-        share: of the items, events, or impressions that have a value.
-        owners: items | events | impressions.
+        share: of the items, users, events, or impressions that have a value.
+        owners: items | users | events | impressions.
     """
     plural = "" if size == 1 else "s"
     sizes = {"category": f" of {size:,} value{plural}", "vector": f" of {size:,} dimension{plural}"}

@@ -15,9 +15,9 @@ class LogStats:
     """What a log contains.
 
     segments: names, oldest first; num_users: users with an id, with or without events; num_forgotten, num_erased:
-    deletion rows, of events and of users; num_deleted: deleted events and impressions that are still on disk; features:
-    a line per column of item features; size_bytes: of all files of the current segments; first_ms, last_ms: oldest and
-    newest time, None in an empty log or a log without times.
+    deletion rows, of events and of users; num_deleted: deleted events and impressions that are still on disk; features,
+    user_features: a line per column, of items and of users; size_bytes: of all files of the current segments; first_ms,
+    last_ms: oldest and newest time, None in an empty log or a log without times.
     """
 
     path: Path
@@ -30,6 +30,7 @@ class LogStats:
     num_erased: int
     num_deleted: int
     features: list[str]
+    user_features: list[str]
     size_bytes: int
     first_ms: int | None
     last_ms: int | None
@@ -54,6 +55,7 @@ class LogStats:
                 if table is not None
             ),
             [] if log.item_features is None else log.item_features.described(),
+            log.user_features.described(),
             sum(file.stat().st_size for segment in log.segments for file in segment.path.rglob("*") if file.is_file()),
             first,
             last,
@@ -71,6 +73,6 @@ class LogStats:
                 f"{self.num_impressions:,} impressions",
                 f"deletions: {self.num_forgotten:,} events and {self.num_erased:,} users; {self.num_deleted:,} rows "
                 "still on disk until a compaction",
-                *(f"feature {line}" for line in self.features),
+                *(f"feature {line}" for line in (*self.features, *self.user_features)),
             ]
         )

@@ -1,41 +1,40 @@
-"""Item features of a log, merged over its segments: the newest row of an item counts, column by column. NumPy only."""
+"""Features of a log's items or users, merged over its segments: the newest row counts, column by column. NumPy only."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from vista.arrays import Int, offsets_of
 from vista.errors import LogFormatError
+from vista.log.feature_owner import FeatureOwner
 from vista.log.histories import ranges
-from vista.log.item_features import CategoryColumn, FeatureColumn, ItemFeatures, NumberColumn, VectorColumn
+from vista.log.item_features import CategoryColumn, FeatureColumn, NumberColumn, VectorColumn
 from vista.log.segment import Segment
-from vista.log.segment_features import SegmentColumn, SegmentFeatures
+from vista.log.segment_features import SegmentColumn
 from vista.log.segment_manifest import REMEDY
 from vista.log.vocabulary import Vocabulary
 
 
-def merged_features(segments: Sequence[Segment], num_items: int) -> ItemFeatures | None:
-    """Features of all items; None if no segment has any. Reads and verifies the files of features.
+def merged_features(segments: Sequence[Segment], owner: FeatureOwner, num_rows: int) -> dict[str, FeatureColumn]:
+    """Features of all items or users by column; empty if no segment has any. Reads and verifies their files.
 
     Args:
         segments: oldest first.
+        owner: items or users.
+        num_rows: how many the log has.
 
     Raises:
         LogFormatError: if a file is damaged, or a column is not of one kind.
     """
     for segment in segments:
-        segment.files.verify_features()
-    declared = declared_columns(segments)
-    if not declared:
-        return None
-    rows = np.arange(num_items)
-    return ItemFeatures({name: merged_column(parts, rows) for name, parts in declared.items()})
+        segment.files.verify_features(owner)
+    rows = np.arange(num_rows)
+    return {name: merged_column(parts, rows) for name, parts in declared_columns(segments, owner).items()}
 
 
-def declared_columns(segments: Sequence[Segment]) -> dict[str, list[SegmentColumn]]:
+def declared_columns(segments: Sequence[Segment], owner: FeatureOwner) -> dict[str, list[SegmentColumn]]:
     """The segments' columns by name, oldest first, in the order in which the names first occur.
 
     Raises:
@@ -44,25 +43,19 @@ def declared_columns(segments: Sequence[Segment]) -> dict[str, list[SegmentColum
     """
     declared: dict[str, list[SegmentColumn]] = {}
     for segment in segments:
-        if segment.features is None:
+        features = segment.features_of(owner)
+        if features is None:
             continue
-        _check_order(segment.path, segment.features)
-        for name, column in segment.features.columns.items():
+        features.check_order(segment.path)
+        for name, column in features.columns.items():
             parts = declared.setdefault(name, [])
             if parts and form_of(parts[0].column) != form_of(column):
                 raise LogFormatError(
-                    f"{segment.path}: column {name!r} of the item features is a {form_of(column)}, but in an earlier "
-                    f"segment it is a {form_of(parts[0].column)}; {REMEDY}"
+                    f"{segment.path}: column {name!r} of the {owner.name} features is a {form_of(column)}, but in an "
+                    f"earlier segment it is a {form_of(parts[0].column)}; {REMEDY}"
                 )
-            parts.append(SegmentColumn(segment.features.items, column))
+            parts.append(SegmentColumn(features.rows, column))
     return declared
-
-
-def _check_order(path: Path, features: SegmentFeatures) -> None:
-    columns = [column for column in features.columns.values() if isinstance(column, CategoryColumn)]
-    ascending = int(features.items[0]) >= 0 and bool((np.diff(features.items) > 0).all())
-    if not ascending or any(column.offsets[0] != 0 or (np.diff(column.offsets) < 0).any() for column in columns):
-        raise LogFormatError(f"{path}: item features: rows of items or offsets are not ascending; {REMEDY}")
 
 
 def form_of(column: FeatureColumn) -> str:
@@ -70,42 +63,44 @@ def form_of(column: FeatureColumn) -> str:
     return f"vector of {column.vectors.shape[1]} numbers" if isinstance(column, VectorColumn) else column.kind
 
 
-def items_with_features(segments: Sequence[Segment]) -> Int:
-    """Rows of the items that have features in any segment: int64, ascending."""
-    rows = [segment.features.items for segment in segments if segment.features is not None]
+def rows_with_features(segments: Sequence[Segment], owner: FeatureOwner) -> Int:
+    """Rows of the items or users that have features in any segment: int64, ascending."""
+    rows = [features.rows for segment in segments if (features := segment.features_of(owner)) is not None]
     return np.unique(np.concatenate([np.empty(0, np.int64), *rows]))
 
 
 def merged_column(parts: Sequence[SegmentColumn], rows: Int) -> FeatureColumn:
-    """Features of items int64 [n], ascending, in one column: each from the newest part that has a row for the item.
+    """Features of the rows int64 [n], ascending, in one column: each from the newest part that has the row.
 
     Args:
         parts: of one kind, oldest first, at least one.
 
     Returns:
-        The column of n items, a view if it equals the only part.
+        The column of n rows, a view if it equals the only part.
 
     Raises:
         LogFormatError: if a code has no value.
     """
-    if len(parts) == 1 and np.array_equal(parts[0].items, rows):
+    if len(parts) == 1 and np.array_equal(parts[0].rows, rows):
         merged = parts[0].column
     else:
         merged = _merged([part.column for part in parts], _places(parts, rows))
     if isinstance(merged, CategoryColumn) and len(merged.codes):
         low, high = int(merged.codes.min()), int(merged.codes.max())
         if low < 0 or high >= len(merged.values):
-            raise LogFormatError(f"item features: codes {low} to {high} for {len(merged.values)} values; {REMEDY}")
+            raise LogFormatError(
+                f"features of items or users: codes {low} to {high} for {len(merged.values)} values; {REMEDY}"
+            )
     return merged
 
 
 def _places(parts: Sequence[SegmentColumn], rows: Int) -> list[Int]:
-    """Per part, where it has each item: int64 [n]; -1 if it has none, or a newer part has it."""
+    """Per part, where it has each row: int64 [n]; -1 if it does not, or a newer part has it."""
     places: list[Int] = []
     taken = np.zeros(len(rows), np.bool_)
     for part in reversed(parts):
-        at = np.minimum(np.searchsorted(part.items, rows), len(part.items) - 1)
-        mine = (part.items[at] == rows) & ~taken
+        at = np.searchsorted(part.rows, rows)
+        mine = np.isin(rows, part.rows) & ~taken
         taken |= mine
         places.append(np.where(mine, at, -1))
     return places[::-1]

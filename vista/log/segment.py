@@ -16,6 +16,7 @@
             items.npy   int64 [F]       item rows with features here, ascending
             K.numbers.npy float32 [F]; K.vectors.npy float32 [F, D]; or
             K.codes.npy int32, K.offsets.npy int64 [F + 1], and the new values, K.values.ids.npy and .offsets
+        user_features/                  the same for users, whose rows are in users.npy; under `user_features`
         event_features/                 of events; `K` counts the columns that the manifest lists under `event_features`
             K.numbers.npy float32 [T]; or
             K.codes.npy int8, int16, or int32 [T], and the new values, K.values.ids.npy and .offsets
@@ -41,6 +42,7 @@ import numpy as np
 
 from vista.arrays import Int
 from vista.errors import LogFormatError
+from vista.log.feature_owner import ITEMS, USERS, FeatureOwner
 from vista.log.packed_table import PackedTable
 from vista.log.row_features import ColumnValues
 from vista.log.segment_features import SegmentFeatures
@@ -81,8 +83,10 @@ class Segment:
     """int64 [E] users that this segment deletes from earlier segments."""
     changed: Int | None
     """int64 [users], if compacted: the last segment that changed each user, or 0."""
-    features: SegmentFeatures | None
+    item_features: SegmentFeatures | None
     """Features of items, which replace those of earlier segments."""
+    user_features: SegmentFeatures | None
+    """The same for users."""
     event_values: ColumnValues
     """The columns of `events.features`, with the values that this segment adds to those of earlier segments."""
     request_values: ColumnValues
@@ -95,14 +99,19 @@ class Segment:
         """Number of forgotten events and erased users."""
         return len(self.erased) + (0 if self.forgotten is None else self.forgotten.num_rows)
 
+    def features_of(self, owner: FeatureOwner) -> SegmentFeatures | None:
+        """Features of items, or of users."""
+        return self.item_features if owner is ITEMS else self.user_features
+
     def changed_users(self, after: int) -> Int:
-        """Users with new events or deletions here, in segments numbered above `after`: int64 [U], ascending."""
+        """Users with new events, features, or deletions here, in segments above `after`: int64 [U], ascending."""
         if self.changed is not None:
             return np.flatnonzero(self.changed > after)
         if self.last <= after:
             return np.empty(0, np.int64)
-        forgotten = [] if self.forgotten is None else [self.forgotten.users]
-        return np.unique(np.concatenate([self.events.users, self.erased, *forgotten]))
+        others = [] if self.forgotten is None else [self.forgotten.users]
+        others += [] if self.user_features is None else [self.user_features.rows]
+        return np.unique(np.concatenate([self.events.users, self.erased, *others]))
 
 
 def read_segment(path: Path) -> Segment:
@@ -141,7 +150,8 @@ def _segment(path: Path, manifest: dict[str, Any], files: SegmentFiles) -> Segme
         files.table("deletions/", FORGOTTEN_COLUMNS) if "deletions/users.npy" in files else None,
         np.empty(0, np.int64) if erased is None else erased,
         files.rows("changed.npy"),
-        SegmentFeatures.read(path, files, manifest["features"]),
+        SegmentFeatures.read(path, files, ITEMS, manifest[ITEMS.field]),
+        SegmentFeatures.read(path, files, USERS, manifest[USERS.field]),
         of_events.new_values,
         of_requests.new_values,
         files.vocabulary("new_users", kinds["users"]),
@@ -262,11 +272,13 @@ def _check_counts(segment: Segment) -> None:
             raise LogFormatError(
                 f"{segment.path}: {what}: the manifest says {expected}, found {actual}; restore the folder, or {REMEDY}"
             )
-    if segment.features is not None and segment.features.items[-1] >= manifest["num_items"]:
-        raise LogFormatError(
-            f"{segment.path}: has features of item row {segment.features.items[-1]}, but the manifest says "
-            f"{manifest['num_items']} items; restore the folder, or {REMEDY}"
-        )
+    for owner in (ITEMS, USERS):
+        features, count = segment.features_of(owner), manifest[f"num_{owner.table}"]
+        if features is not None and features.rows[-1] >= count:
+            raise LogFormatError(
+                f"{segment.path}: has features of {owner.name} row {features.rows[-1]}, but the manifest says {count} "
+                f"{owner.table}; restore the folder, or {REMEDY}"
+            )
     tables = [segment.events, impressions, segment.forgotten]
     users = [table.users[-1:] for table in tables if table is not None]
     highest = max((int(rows[-1]) for rows in [*users, segment.erased[-1:]] if len(rows)), default=-1)

@@ -1,4 +1,4 @@
-"""The item features that one segment adds to a log. NumPy only."""
+"""The features that one segment adds to a log, of items or of users. NumPy only."""
 
 from __future__ import annotations
 
@@ -10,31 +10,35 @@ import numpy as np
 
 from vista.arrays import Int
 from vista.errors import LogFormatError
+from vista.log.feature_owner import FeatureOwner
 from vista.log.item_features import CategoryColumn, FeatureColumn, NumberColumn, VectorColumn
-from vista.log.segment_files import FEATURES, SegmentFiles
+from vista.log.segment_files import SegmentFiles
 from vista.log.segment_manifest import REMEDY
 
 
 @dataclass(frozen=True, slots=True)
 class SegmentColumn:
-    """A column as one segment has it: `items` int64 [F] item rows, ascending, and the features of these F items."""
+    """A column as one segment has it: int64 [F] rows of items or users, ascending, and their features."""
 
-    items: Int
+    rows: Int
     column: FeatureColumn
 
 
 @dataclass(frozen=True, slots=True)
 class SegmentFeatures:
-    """Features of F items, which replace those of earlier segments in the same columns."""
+    """Features of F items or users, which replace those of earlier segments in the same columns."""
 
-    items: Int
-    """int64 [F] item rows, ascending and distinct, at least one."""
+    owner: FeatureOwner
+    rows: Int
+    """int64 [F] rows of items or users, ascending and distinct; at least one, unless a later segment erased them."""
     columns: Mapping[str, FeatureColumn]
     """By name. Codes of a category are rows of the values of all segments; `values` are those that this segment adds,
     and come after those of earlier segments."""
 
     @classmethod
-    def read(cls, folder: Path, files: SegmentFiles, columns: Sequence[Mapping[str, str]]) -> SegmentFeatures | None:
+    def read(
+        cls, folder: Path, files: SegmentFiles, owner: FeatureOwner, columns: Sequence[Mapping[str, str]]
+    ) -> SegmentFeatures | None:
         """The features of a segment; None without any.
 
         Args:
@@ -44,26 +48,43 @@ class SegmentFeatures:
         Raises:
             LogFormatError: if a file is missing, or does not match the others or the manifest.
         """
-        if not columns and f"{FEATURES}items.npy" not in files:
+        if not columns and owner.rows_file not in files:
             return None
         names = [column["name"] for column in columns]
-        items = files.array(f"{FEATURES}items.npy", np.int64)
-        if len(set(names)) < len(names) or not names or not len(items):
+        rows = files.array(owner.rows_file, np.int64)
+        if len(set(names)) < len(names) or not names or not len(rows):
             raise LogFormatError(
-                f"{folder}: {len(items)} items with features in the columns {names}: both must not be empty, and names "
-                f"must differ; {REMEDY}"
+                f"{folder}: {len(rows)} {owner.table} with features in the columns {names}: both must not be empty, "
+                f"and names must differ; {REMEDY}"
             )
         read = {
-            column["name"]: _read_column(files, f"{FEATURES}{number}", column["kind"])
+            column["name"]: _read_column(files, f"{owner.folder}{number}", column["kind"])
             for number, column in enumerate(columns)
         }
         for number, (name, column) in enumerate(read.items()):
-            if _num_items(column) != len(items):
+            if _num_rows(column) != len(rows):
                 raise LogFormatError(
-                    f"{folder / FEATURES}: the files of column {number} ({name!r}) do not match the {len(items)} rows "
-                    f"of items.npy; {REMEDY}"
+                    f"{folder / owner.folder}: the files of column {number} ({name!r}) do not match the {len(rows)} "
+                    f"rows of {owner.table}.npy; {REMEDY}"
                 )
-        return cls(items, read)
+        return cls(owner, rows, read)
+
+    def check_order(self, path: Path) -> None:
+        """Raise LogFormatError, naming the segment at `path`, if rows or offsets are not ascending."""
+        columns = [column for column in self.columns.values() if isinstance(column, CategoryColumn)]
+        ascending = bool((np.diff(self.rows, prepend=-1) > 0).all())
+        if not ascending or any(column.offsets[0] != 0 or (np.diff(column.offsets) < 0).any() for column in columns):
+            raise LogFormatError(
+                f"{path}: {self.owner.name} features: rows of {self.owner.table} or offsets are not ascending; {REMEDY}"
+            )
+
+    def without(self, rows: Int) -> SegmentFeatures:
+        """These features, whose order was checked, without those of some items or users (int64)."""
+        kept = np.flatnonzero(~np.isin(self.rows, rows))
+        if len(kept) == len(self.rows):
+            return self
+        columns = {name: column.select(kept) for name, column in self.columns.items()}
+        return SegmentFeatures(self.owner, self.rows[kept], columns)
 
 
 def _read_column(files: SegmentFiles, place: str, kind: str) -> FeatureColumn:
@@ -75,8 +96,8 @@ def _read_column(files: SegmentFiles, place: str, kind: str) -> FeatureColumn:
     return CategoryColumn(files.vocabulary(f"{place}.values", "str"), codes, offsets)
 
 
-def _num_items(column: FeatureColumn) -> int:
-    """Number of items of a column as read; -1 if its arrays contradict each other."""
+def _num_rows(column: FeatureColumn) -> int:
+    """Number of rows of a column as read; -1 if its arrays contradict each other."""
     if isinstance(column, NumberColumn):
         return len(column.numbers)
     if isinstance(column, VectorColumn):

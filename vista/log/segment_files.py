@@ -14,6 +14,7 @@ from numpy.typing import DTypeLike, NDArray
 from vista.arrays import Int
 from vista.errors import LogFormatError
 from vista.log.array_file import Content, array_in, map_file
+from vista.log.feature_owner import ITEMS, USERS, FeatureOwner
 from vista.log.packed_table import PackedTable
 from vista.log.segment_manifest import MANIFEST_FILE, QUARANTINE_FILE, REMEDY
 from vista.log.vocabulary import Vocabulary
@@ -27,8 +28,6 @@ IMPRESSION_COLUMNS = {
     "probability": np.float32,
 }
 FORGOTTEN_COLUMNS = {"item": np.int32, "timestamp": np.int64, "action": np.uint8}
-FEATURES = "features/"
-"""Folder of item features."""
 EVENT_FEATURES, REQUEST_FEATURES = "event_features/", "request_features/"
 """Folders of the features of events and of impressions."""
 _PER_TASK = ("label", "mask", "probability")
@@ -161,8 +160,8 @@ class SegmentFiles:
         """Compare the content of every file with the manifest.
 
         Args:
-            large: also read the files with an entry per event, impression, quarantined row, or item. Without them, the
-                ids, the offsets, and the deletions are checked.
+            large: also read the files with an entry per event, impression, quarantined row, item, or user. Without
+                them, the ids, the offsets, and the deletions are checked.
 
         Returns:
             The number of bytes that were read.
@@ -172,17 +171,17 @@ class SegmentFiles:
         """
         return sum(file.verify() for name, file in self._files.items() if large or not _is_large(name))
 
-    def verify_features(self) -> None:
-        """Compare the content of the files of item features with the manifest.
+    def verify_features(self, owner: FeatureOwner) -> None:
+        """Compare the content of the files of features with the manifest.
 
         Raises:
             LogFormatError: naming the first file with a byte that has changed.
         """
         for name, file in self._files.items():
-            if name.startswith(FEATURES):
+            if name.startswith(owner.folder):
                 file.verify()
 
 
 def _is_large(name: str) -> bool:
-    in_features = name.startswith((FEATURES, EVENT_FEATURES, REQUEST_FEATURES))
+    in_features = name.startswith((ITEMS.folder, USERS.folder, EVENT_FEATURES, REQUEST_FEATURES))
     return name in _LARGE or (in_features and ".values." not in name)

@@ -29,7 +29,7 @@ MAX_FEATURES = 1_000
 """Columns of features of one kind: each is up to four files."""
 _ARRAY_NAME = re.compile(
     r"((impressions|deletions)/)?[a-z_]+(\.(ids|offsets|blank))?\.npy"
-    r"|features/(items|[0-9]{1,3}\.(codes|offsets|numbers|vectors|values\.ids|values\.offsets))\.npy"
+    r"|(user_)?features/(items|users|[0-9]{1,3}\.(codes|offsets|numbers|vectors|values\.ids|values\.offsets))\.npy"
     r"|(event|request)_features/[0-9]{1,3}\.(codes|numbers|values\.ids|values\.offsets)\.npy"
 )
 
@@ -52,7 +52,7 @@ def _features(*kinds: str) -> FieldRule:
 _SEGMENT, _FLAG, _ID_KIND = whole(1, 999_999), one_of(True, False), one_of("int", "str")
 _COUNTS = _fields({"rows": whole(), "users": whole()})
 _SOURCE = {
-    "table": one_of("events", "impressions", "items"),
+    "table": one_of("events", "impressions", "items", "users"),
     "name": text(),
     "bytes": whole(),
     "sha256": hexadecimal(64),
@@ -75,6 +75,7 @@ _RULES = {
     "has_rating": _FLAG,
     "counts": _fields({"events": _COUNTS, "impressions": _COUNTS}),
     "features": _features("category", "number", "vector"),
+    "user_features": _features("category", "number"),
     "event_features": _features("category", "number"),
     "request_features": _features("category", "number"),
     "deletions": whole(),

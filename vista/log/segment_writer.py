@@ -20,9 +20,10 @@ from vista.arrays import Float32s, Int, offsets_of
 from vista.errors import DataError, LogBusyError, LogWriteError
 from vista.files import make_folders, sync
 from vista.log.array_file import ArrayWriter
+from vista.log.feature_owner import ITEMS, USERS, FeatureOwner
 from vista.log.item_features import CategoryColumn, NumberColumn
 from vista.log.segment import find_segments
-from vista.log.segment_files import EVENT_COLUMNS, FEATURES
+from vista.log.segment_files import EVENT_COLUMNS
 from vista.log.segment_manifest import LOG_FIELDS, MANIFEST_FILE, QUARANTINE_FILE, check_manifest, manifest_bytes
 from vista.log.vocabulary import Vocabulary
 
@@ -126,22 +127,23 @@ class TableWriter:
 
 
 class FeatureWriter:
-    """Writes the files of item features, column by column.
+    """Writes the files of features of items or users, column by column.
 
     Args:
         segment: the segment with the features.
-        items: int64 [F] item rows, ascending and distinct, at least one.
+        owner: items or users.
+        rows: int64 [F] their rows, ascending and distinct, at least one.
     """
 
-    def __init__(self, segment: SegmentWriter, items: Int, prefix: str = FEATURES) -> None:
-        (segment.folder / prefix).mkdir()
-        segment.save(f"{prefix}items.npy", items)
+    def __init__(self, segment: SegmentWriter, owner: FeatureOwner, rows: Int) -> None:
+        (segment.folder / owner.folder).mkdir()
+        segment.save(owner.rows_file, rows)
         self.columns: list[dict[str, str]] = []
         """What the manifest says about the columns that were written."""
-        self._segment, self._prefix, self._num_items = segment, prefix, len(items)
+        self._segment, self._prefix, self._num_rows = segment, owner.folder, len(rows)
 
     def add(self, name: str, column: CategoryColumn | NumberColumn) -> None:
-        """Write a column of F items. Of a category column, `values` are only those that the segment adds."""
+        """Write a column of F rows. Of a category column, `values` are only those that the segment adds."""
         place = self._begin(name, column.kind)
         if isinstance(column, NumberColumn):
             self._segment.save(f"{place}.numbers.npy", column.numbers)
@@ -151,8 +153,8 @@ class FeatureWriter:
         self._segment.save_vocabulary(f"{place}.values", column.values)
 
     def add_vectors(self, name: str, dim: int, blocks: Iterable[Float32s]) -> None:
-        """Write a column of F vectors, from blocks [n, dim] in the order of the items."""
-        writer = self._segment.array(f"{self._begin(name, 'vector')}.vectors.npy", np.float32, (self._num_items, dim))
+        """Write a column of F vectors, from blocks [n, dim] in the order of the rows."""
+        writer = self._segment.array(f"{self._begin(name, 'vector')}.vectors.npy", np.float32, (self._num_rows, dim))
         for block in blocks:
             writer.append(block)
         writer.close()
@@ -184,7 +186,8 @@ def write_without_events(
         "first_segment": number,
         "last_segment": number,
         "counts": {table: {"rows": 0, "users": 0} for table in ("events", "impressions")},
-        "features": [],
+        ITEMS.field: [],
+        USERS.field: [],
         "event_features": [],
         "request_features": [],
         "deletions": 0,

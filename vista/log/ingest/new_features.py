@@ -1,4 +1,4 @@
-"""Item features of a new segment: parsed tables become columns in the order of the log's items.
+"""Features of a new segment: parsed tables become columns in the order of the log's items, or of its users.
 
 Memory holds the ids of the tables, and one column of categories or numbers at a time. Vectors pass through a file in
 the scratch folder.
@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from vista.arrays import Float32s, Int, offsets_of
 from vista.errors import DataError, shown
+from vista.log.feature_owner import FeatureOwner
 from vista.log.ingest.parts import ORDER, Part
 from vista.log.item_features import CategoryColumn, NumberColumn, feature_line
-from vista.log.merged_features import declared_columns, form_of, items_with_features
+from vista.log.merged_features import declared_columns, form_of, rows_with_features
 from vista.log.polars_extra import pl
 from vista.log.segment import Segment
 from vista.log.segment_features import SegmentColumn
@@ -30,7 +31,7 @@ from vista.log.vocabulary import Vocabulary
 MAX_VALUES = 1_000_000
 """Distinct values that a category column may have."""
 LEAST_COVERAGE = 0.5
-"""Share of the log's items that should have features."""
+"""Share of the log's items, or users, that should have features."""
 BLOCK_NUMBERS = 1 << 20
 """Numbers of vectors that are moved at once."""
 _PLACE = "place"
@@ -51,6 +52,7 @@ class NewFeatures:
 
 
 def write_features(
+    owner: FeatureOwner,
     parts: Sequence[Part],
     vocabulary: Vocabulary,
     before: Sequence[Segment],
@@ -58,33 +60,35 @@ def write_features(
     scratch: Path,
     *,
     dims: Mapping[str, int] = MappingProxyType({}),
-    left_out: str = "items that the log does not contain",
+    left_out: str = "",
 ) -> NewFeatures:
     """Write the features of a segment.
 
     Args:
-        parts: tables of item features with the same columns; none if there are no features.
-        vocabulary: the log's items, with those of the new segment.
+        owner: items or users.
+        parts: tables of features with the same columns; none if there are no features.
+        vocabulary: the log's items or users, with those of the new segment.
         before: the earlier segments of the log.
         scratch: folder for temporary files.
         dims: by name of a column, the length that its vectors must have, even if there are none.
-        left_out: how a log message calls rows whose item is not in the vocabulary.
+        left_out: how a log message calls rows whose id is not in the vocabulary; by default, those that the log lacks.
 
     Raises:
-        DataError: if an item has two rows, no item is in the log, or a column does not fit that of the log, has too
-            many values, or has no vectors.
+        DataError: if an item or user has two rows, none is in the log, or a column does not fit that of the log, has
+            too many values, or has no vectors.
     """
     if not parts:
         return NewFeatures()
-    earlier = declared_columns(before)
+    earlier = declared_columns(before, owner)
     source = parts[0].source
-    columns = [(name, *name.split(":", 1)) for name in source.columns if name != "item"]
+    columns = [(name, *name.split(":", 1)) for name in source.columns if name != owner.name]
     for _, kind, name in columns:
         if name in earlier and earlier[name][0].column.kind != kind:
             raise _other_form(source.path, name, kind, earlier[name])
-    places, items = _places(parts, vocabulary, left_out)
-    features = FeatureWriter(writer, items)
-    table = _Table(parts, places, len(items))
+    left_out = left_out or f"{owner.table} that the log does not contain"
+    places, rows = _places(owner, parts, vocabulary, left_out)
+    features = FeatureWriter(writer, owner, rows)
+    table = _Table(parts, places, len(rows))
     new = NewFeatures(features.columns)
     for column, kind, name in columns:
         if kind == "category":
@@ -101,56 +105,63 @@ def write_features(
             size = vectors.shape[1]
             features.add_vectors(name, size, _blocks(vectors))
             num_known, is_constant = _spread(vectors)
-        new.lines.append(feature_line(name, kind, size, num_known / len(vocabulary)))
-        if is_constant and num_known in (0, len(items)) and len(items) > 1:
+        new.lines.append(feature_line(name, kind, size, num_known / len(vocabulary), owner.table))
+        if is_constant and num_known in (0, len(rows)) and len(rows) > 1:
             what = "the same value" if num_known else "no value"
-            new.warnings.append(f"column {name!r} of the item features has {what} for all items; leave it out")
-    covered = len(np.union1d(items_with_features(before), items))
+            new.warnings.append(
+                f"column {name!r} of the {owner.name} features has {what} for all {owner.table}; leave it out"
+            )
+    covered = len(np.union1d(rows_with_features(before, owner), rows))
     if covered < LEAST_COVERAGE * len(vocabulary):
         new.warnings.append(
-            f"only {covered:,} of the log's {len(vocabulary):,} items have features; check the ids in column "
-            f"{source.columns['item']!r}, or add the other items to the table"
+            f"only {covered:,} of the log's {len(vocabulary):,} {owner.table} have features; check the ids in column "
+            f"{source.columns[owner.name]!r}, or add the other {owner.table} to the table"
         )
     return new
 
 
-def _places(parts: Sequence[Part], vocabulary: Vocabulary, left_out: str) -> tuple[pl.DataFrame, Int]:
-    """Where the rows of the tables go: columns ORDER and _PLACE, and the item rows int64 [F], ascending."""
-    ids = pl.concat([part.good().select(ORDER, "item") for part in parts]).collect(engine="streaming").sort(ORDER)
-    check_one_row_per_item(ids, parts)
-    source = parts[0].source
-    given = ids["item"]
-    rows_of_items = vocabulary.rows(given.to_numpy() if vocabulary.kind == "int" else given.to_list())
-    known = rows_of_items >= 0
+def _places(
+    owner: FeatureOwner, parts: Sequence[Part], vocabulary: Vocabulary, left_out: str
+) -> tuple[pl.DataFrame, Int]:
+    """Where the rows of the tables go: columns ORDER and _PLACE, and the vocabulary's rows int64 [F], ascending."""
+    name, source = owner.name, parts[0].source
+    ids = pl.concat([part.good().select(ORDER, name) for part in parts]).collect(engine="streaming").sort(ORDER)
+    check_one_row_each(ids, parts)
+    given = ids[name]
+    found = vocabulary.rows(given.to_numpy() if vocabulary.kind == "int" else given.to_list())
+    known = found >= 0
     if not known.any():
+        example = vocabulary.ids(np.flatnonzero(vocabulary.has_ids(np.arange(len(vocabulary))))[:1]).tolist()
+        such_as = f", such as {shown(example[0])}" if example else ""
         raise DataError(
-            f"{source.path}: column {source.columns['item']!r} contains none of the log's items, such as "
-            f"{shown(vocabulary.ids([0]).tolist()[0])}; use the log's ids"
+            f"{source.path}: column {source.columns[name]!r} contains none of the log's {owner.table}{such_as}; use "
+            "the log's ids"
         )
     if not known.all():
         _LOG.info("%s: left out %d %s", source.path, int((~known).sum()), left_out)
-    items = np.sort(rows_of_items[known])
-    place = np.searchsorted(items, rows_of_items[known])
-    return pl.DataFrame({ORDER: ids[ORDER].filter(pl.Series(known)), _PLACE: place}), items
+    rows_with_values = np.sort(found[known])
+    place = np.searchsorted(rows_with_values, found[known])
+    return pl.DataFrame({ORDER: ids[ORDER].filter(pl.Series(known)), _PLACE: place}), rows_with_values
 
 
-def check_one_row_per_item(ids: pl.DataFrame, parts: Sequence[Part]) -> None:
-    """Refuse tables of items in which an item has two rows.
+def check_one_row_each(ids: pl.DataFrame, parts: Sequence[Part]) -> None:
+    """Refuse tables in which an item, or a user, has two rows.
 
     Args:
-        ids: columns ORDER and `item` of all good rows of the parts, sorted by ORDER.
+        ids: columns ORDER and `item` or `user` of all good rows of the parts, sorted by ORDER.
 
     Raises:
         DataError: naming both rows.
     """
-    twice = ids.filter(ids["item"].is_duplicated())
+    (name,) = (column for column in ids.columns if column != ORDER)
+    twice = ids.filter(ids[name].is_duplicated())
     if len(twice):
-        item, column = twice["item"][0], parts[0].source.columns["item"]
-        rows = twice.filter(pl.col("item") == item)[ORDER][:2].to_list()
+        repeated, column = twice[name][0], parts[0].source.columns[name]
+        rows = twice.filter(pl.col(name) == repeated)[ORDER][:2].to_list()
         (first, row), (second, other_row) = ((parts[order // 2**32].source.path, order % 2**32) for order in rows)
         raise DataError(
-            f"{second}: row {other_row}, column {column!r}: item {shown(item)} is also in row {row} of {first}; keep "
-            "one row per item"
+            f"{second}: row {other_row}, column {column!r}: {name} {shown(repeated)} is also in row {row} of {first}; "
+            f"keep one row per {name}"
         )
 
 
@@ -163,11 +174,11 @@ def _other_form(path: str, name: str, form: str, earlier: Sequence[SegmentColumn
 
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """The columns of the tables. parts, places: see `_places`; num_items: F."""
+    """The columns of the tables. parts, places: see `_places`; num_rows: F."""
 
     parts: Sequence[Part]
     places: pl.DataFrame
-    num_items: int
+    num_rows: int
 
     def _rows(self, column: str) -> pl.LazyFrame:
         """Columns _PLACE and `value`, of the rows that have a value, in any order."""
@@ -189,13 +200,13 @@ class _Table:
             )
         codes = pl.DataFrame({"value": texts, "code": values.rows(texts.to_list()).astype(np.int32)})
         entries = entries.join(codes, on="value").select(_PLACE, "code").sort(_PLACE, "code")
-        counts = np.bincount(entries[_PLACE].to_numpy(), minlength=self.num_items)
+        counts = np.bincount(entries[_PLACE].to_numpy(), minlength=self.num_rows)
         new = CategoryColumn(values.part(len(old)), entries["code"].to_numpy(), offsets_of(counts))
         return new, len(values)
 
     def number(self, column: str) -> NumberColumn:
         entries = self._rows(column).collect(engine="streaming")
-        numbers = np.full(self.num_items, np.nan, np.float32)
+        numbers = np.full(self.num_rows, np.nan, np.float32)
         numbers[entries[_PLACE].to_numpy()] = entries["value"].to_numpy()
         return NumberColumn(numbers)
 
@@ -226,9 +237,9 @@ class _Table:
             raise _other_form(first, name, f"vector of {dim} numbers", earlier)
         step = _rows_of_block(dim)
         with file.open("wb") as handle:  # A full disk is an error here, but would be a signal in a mapped file.
-            for start in range(0, self.num_items, step):
-                handle.write(np.full((min(step, self.num_items - start), dim), np.nan, np.float32).data)
-        vectors = np.memmap(file, np.float32, "r+", shape=(self.num_items, dim))
+            for start in range(0, self.num_rows, step):
+                handle.write(np.full((min(step, self.num_rows - start), dim), np.nan, np.float32).data)
+        vectors = np.memmap(file, np.float32, "r+", shape=(self.num_rows, dim))
         for batch in self._rows(column).collect_batches(chunk_size=step):
             numbers = batch["value"].explode().to_numpy().reshape(-1, dim)
             vectors[batch[_PLACE].to_numpy()] = numbers

@@ -11,10 +11,11 @@ import numpy as np
 
 from vista.config import ItemTableConfig
 from vista.config.choices import OnBadRows
+from vista.log.feature_owner import ITEMS
 from vista.log.ingest.new_features import write_features
 from vista.log.ingest.parts import read_part
 from vista.log.ingest.source_parser import SourceParser
-from vista.log.ingest.sources import open_item_tables
+from vista.log.ingest.sources import open_feature_tables
 from vista.log.item_features import ItemFeatures
 from vista.log.polars_extra import pl
 from vista.log.segment_features import SegmentFeatures
@@ -40,7 +41,7 @@ def read_new_items(
         ConfigError, DataError: naming file, row, column, and remedy, if the table is invalid.
     """
     with SourceParser() as parser, tempfile.TemporaryDirectory() as folder:
-        sources = open_item_tables(table, parser)
+        sources = open_feature_tables(table, parser)
         kinds = {"user": "str", "item": known.kind}
         parts = [
             read_part(source, kinds, "items", Path(folder), number, OnBadRows.error)
@@ -52,10 +53,11 @@ def read_new_items(
             return Vocabulary.empty(known.kind), None, len(ids)
         items, writer = Vocabulary.empty(known.kind).extended(new), SegmentWriter(Path(folder))
         scratch, left_out = Path(folder), "items that are known already"
-        written = write_features(parts, items, (), writer, scratch, dims=dims, left_out=left_out)
+        written = write_features(ITEMS, parts, items, (), writer, scratch, dims=dims, left_out=left_out)
         # The files stay mapped after the folder is removed.
-        features = SegmentFeatures.read(writer.folder, SegmentFiles(writer.folder, writer.entries), written.columns)
-        assert features is not None and np.array_equal(features.items, np.arange(len(items)))
+        files = SegmentFiles(writer.folder, writer.entries)
+        features = SegmentFeatures.read(writer.folder, files, ITEMS, written.columns)
+        assert features is not None and np.array_equal(features.rows, np.arange(len(items)))
         return items, ItemFeatures(features.columns), len(ids) - len(new)
 
 

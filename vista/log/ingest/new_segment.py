@@ -16,8 +16,9 @@ from vista.log.vocabulary import Vocabulary
 class NewSegment:
     """What one run of ingest writes into a segment.
 
-    before: the log without it; parts: by table, "events", "impressions", and "items"; users, items, actions, tasks: of
-    the log with this segment; time_range_ms: oldest and newest time of the events, None in a log without times.
+    before: the log without it; parts: by table, "events", "impressions", "items", and "users"; users, items, actions,
+    tasks: of the log with this segment; time_range_ms: oldest and newest time of the events, None in a log without
+    times.
     """
 
     number: int
@@ -31,7 +32,7 @@ class NewSegment:
 
     @classmethod
     def without_events(cls, before: ExistingLog, parts: Mapping[str, Sequence[Part]]) -> NewSegment:
-        """A segment that adds only item features to a log."""
+        """A segment that adds only features to a log."""
         return cls(
             number=before.last_segment + 1,
             before=before,
@@ -55,7 +56,7 @@ class NewSegment:
     def manifest(
         self, active_users: Mapping[str, int], row_features: Mapping[str, list[dict[str, str]]]
     ) -> dict[str, Any]:
-        """The manifest's entries (segment.py) of a segment with events, except for what item features add.
+        """The manifest's entries (segment.py) of a segment with events, except for features of items and users.
 
         Args:
             active_users: by table, the number of users with rows.

@@ -14,11 +14,11 @@ from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
 
-from vista.config import ItemTableConfig, SourceConfig
+from vista.config import SourceConfig
 from vista.config.choices import OnBadRows
 from vista.errors import ConfigError, DataError, LogWriteError, VistaError
 from vista.log.category_table import category_table
-from vista.log.ingest.item_sources import scan_items
+from vista.log.ingest.feature_sources import CONFIGS, scan_features
 from vista.log.ingest.parts import read_part
 from vista.log.ingest.row_rules import id_kind
 from vista.log.ingest.scanned_source import ScannedSource
@@ -42,10 +42,10 @@ class ParserProcess:
     def open_source(
         self, path: str, config: Mapping[str, Any], table: str, max_bytes: int, kind: str
     ) -> dict[str, Any]:
-        """Open a source file; returns the fields of a Source. `kind` is that of item features."""
+        """Open a source file; returns the fields of a Source. `kind` is that of features."""
         version = _version(path)
-        if table == "items":
-            source = scan_items(Path(path), ItemTableConfig(**config), kind)
+        if table in CONFIGS:
+            source = scan_features(Path(path), CONFIGS[table](**config), kind)
         else:
             source = scan_source(Path(path), SourceConfig(**config), table, max_bytes)
         self._sources[table, path] = source, version

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from vista.config.choices import OnBadRows
 from vista.errors import DataError, shown
+from vista.log.feature_owner import OWNERS
 from vista.log.ingest.file_scan import EXTRA, ROW
 from vista.log.ingest.row_rules import BLANK, PROBLEM, RowRule, parse
 from vista.log.ingest.scanned_source import ScannedSource, unreadable
@@ -89,7 +90,7 @@ def read_part(
         message = _report(source, rules, pl.scan_ipc(file), first)
         if on_bad_rows is OnBadRows.error:
             more = f" (bad rows: {num_bad})" if num_bad > 1 else ""
-            remedy = "correct it" if table == "items" else "on_bad_rows=quarantine sets bad rows aside instead"
+            remedy = "correct it" if table in OWNERS else "on_bad_rows=quarantine sets bad rows aside instead"
             raise DataError(f"{message}; {remedy}{more}")
         if not num_good:
             raise DataError(f"{message}; the file has no valid rows (bad rows: {num_bad})")

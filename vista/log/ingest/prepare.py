@@ -19,16 +19,24 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vista.config import EventFilterConfig, ItemTableConfig, PrepareConfig, SourceColumns, SourceConfig
+from vista.config import (
+    EventFilterConfig,
+    ItemTableConfig,
+    PrepareConfig,
+    SourceColumns,
+    SourceConfig,
+    UserTableConfig,
+)
 from vista.config.choices import OnBadRows, choice_of
 from vista.errors import ConfigError, DataError
 from vista.files import checked_path
+from vista.log.feature_owner import ITEMS, OWNERS, USERS
 from vista.log.frames import to_polars
 from vista.log.ingest.columns import actions_of, event_columns, impression_columns, time_range
 from vista.log.ingest.distinct_ids import DistinctIds, extended
 from vista.log.ingest.event_filter import filtered
 from vista.log.ingest.existing_log import ExistingLog
-from vista.log.ingest.item_sources import items_of_frame
+from vista.log.ingest.feature_sources import features_of_frame
 from vista.log.ingest.new_features import NewFeatures, write_features
 from vista.log.ingest.new_row_features import NewRowFeatures
 from vista.log.ingest.new_segment import NewSegment
@@ -41,7 +49,7 @@ from vista.log.ingest.source_parser import SourceParser
 from vista.log.ingest.sources import (
     Source,
     needed_columns,
-    open_item_tables,
+    open_feature_tables,
     open_set_impressions,
     open_set_items,
     open_sources,
@@ -80,14 +88,15 @@ def prepare(
     )
     run.check_target()
     with SourceParser() if parser is None else nullcontext(parser) as files:
-        if config.items is not None:
-            run.add_items(open_item_tables(config.items, files), is_inferred=config.items.is_inferred)
-        if config.items is not None and config.append and not config.events.paths and config.impressions is None:
+        for table in (config.items, config.users):
+            if table is not None:
+                run.add_features(table.table, open_feature_tables(table, files), is_inferred=table.is_inferred)
+        if run.sources and config.append and not config.events.paths and config.impressions is None:
             return run.ingest()
         events = with_kind(config.events)
         run.add("events", events, open_sources(events, "events", files))
         if config.items is None and (items := open_set_items(events, files)):
-            run.add_items(items, is_inferred=False)
+            run.add_features("items", items, is_inferred=False)
         if config.impressions is not None:
             run.add("impressions", config.impressions, open_sources(config.impressions, "impressions", files))
         elif shown := open_set_impressions(events, files):
@@ -103,6 +112,7 @@ def prepare_frames(
     time_unit: str | None = None,
     impressions: Any = None,
     items: Any = None,
+    users: Any = None,
     categories: Sequence[str] = (),
     numbers: Sequence[str] = (),
     request_categories: Sequence[str] = (),
@@ -114,8 +124,8 @@ def prepare_frames(
     """Ingest frames in memory (pandas, Polars, or a mapping of columns) as `prepare` ingests files.
 
     Args:
-        frame: events; None with `append` and `items` adds item features only.
-        items: item features; the types of its columns decide what they are.
+        frame: events; None with `append` adds only features of `items` or `users`.
+        items, users: features; the types of their columns decide what they are.
         columns: names of the frames' columns.
         categories, numbers: columns of `frame` that are features of events; request_categories, request_numbers: of
             `impressions` that are features of requests.
@@ -130,10 +140,11 @@ def prepare_frames(
     run.check_target()
     if impressions is None and (request_categories or request_numbers):
         raise ConfigError("request_categories, request_numbers: name columns of impressions; give these, or no columns")
-    if items is not None:
-        table = ItemTableConfig(item=columns.item)
-        run.add_items([items_of_frame(to_polars(items), table)], is_inferred=True)
-    if items is not None and append and frame is None and impressions is None:
+    tables = ((items, ItemTableConfig(item=columns.item)), (users, UserTableConfig(user=columns.user)))
+    for features, table in tables:
+        if features is not None:
+            run.add_features(table.table, [features_of_frame(to_polars(features), table)], is_inferred=True)
+    if run.sources and append and frame is None and impressions is None:
         return run.ingest()
     keys: dict[str, Any] = {name: getattr(columns, name) for name in ("user", "item", "timestamp")}
     rest: dict[str, Any] = {name: getattr(columns, name) for name in ("action", "rating", "sequence")}
@@ -187,11 +198,11 @@ class _Run:
         """Add the sources of "events" or "impressions"."""
         self.sources[table], self.configs[table] = list(sources), config
 
-    def add_items(self, sources: Sequence[Source], *, is_inferred: bool) -> None:
-        """Add the sources of item features; if the types decided what they are, say what that is."""
-        self.sources["items"] = list(sources)
+    def add_features(self, table: str, sources: Sequence[Source], *, is_inferred: bool) -> None:
+        """Add the sources of "items" or "users"; if the types decided what features they are, say what that is."""
+        self.sources[table] = list(sources)
         if is_inferred:
-            kinds = [name.split(":", 1) for name in sources[0].columns if name != "item"]
+            kinds = [name.split(":", 1) for name in sources[0].columns if ":" in name]
             named = ", ".join(f"{name} ({kind})" for kind, name in kinds)
             _LOG.info("%s: features by the types of the columns: %s", sources[0].path, named)
 
@@ -244,10 +255,10 @@ class _Run:
     def _write_segment(
         self, before: ExistingLog, parts: Mapping[str, Sequence[Part]], folder: Path, scratch: Path
     ) -> tuple[NewSegment, list[NewFeatures]]:
-        """Write vocabularies, packed tables, item features, quarantined rows and manifest."""
+        """Write vocabularies, packed tables, features, quarantined rows and manifest."""
         writer = SegmentWriter(folder)
         if "events" in parts:
-            ids = {table: DistinctIds.of(of_table) for table, of_table in parts.items() if table != "items"}
+            ids = {table: DistinctIds.of(of_table) for table, of_table in parts.items() if table not in OWNERS}
             segment = NewSegment(
                 number=before.last_segment + 1,
                 before=before,
@@ -266,12 +277,20 @@ class _Run:
         else:
             segment, of_rows = NewSegment.without_events(before, parts), {}
             fields = write_without_events(writer, before.manifests[-1], before.users, before.items)
-        of_items = write_features(parts.get("items", ()), segment.items, before.segments, writer, scratch)
+        of_items, of_users = (
+            write_features(owner, parts.get(owner.table, ()), vocabulary, before.segments, writer, scratch)
+            for owner, vocabulary in ((ITEMS, segment.items), (USERS, segment.users))
+        )
         if segment.num_bad:
             write_quarantine([part for of_table in parts.values() for part in of_table], folder / QUARANTINE_FILE)
-        what_is_new = {"features": of_items.columns, "quarantined": segment.num_bad, "sources": segment.sources()}
+        what_is_new = {
+            ITEMS.field: of_items.columns,
+            USERS.field: of_users.columns,
+            "quarantined": segment.num_bad,
+            "sources": segment.sources(),
+        }
         writer.write_manifest(fields | what_is_new)
-        return segment, [*of_rows.values(), of_items]
+        return segment, [*of_rows.values(), of_items, of_users]
 
     def _pack_tables(
         self, segment: NewSegment, ids: Mapping[str, DistinctIds], writer: SegmentWriter, scratch: Path

@@ -13,8 +13,8 @@ class PrepareReport:
 
     num_users and num_items count the whole log, the other numbers only the new segment. kept: how many rows a filter
     kept, as text; empty without one. first_ms, last_ms: oldest and newest time of the events, None in a log without
-    times. features: a line per column of item features. stages: seconds for open (with digests), read (parse, check,
-    and filter), vocabularies, sort (join and sort), write, and sync (fsync and rename).
+    times. features: a line per column of features of items and users. stages: seconds for open (with digests), read
+    (parse, check, and filter), vocabularies, sort (join and sort), write, and sync (fsync and rename).
     """
 
     path: Path
@@ -54,7 +54,7 @@ class PrepareReport:
             times = f"{days[0]} to {days[1]}"
         content = f"{self.num_events:,} events ({times}) and {self.num_impressions:,} impressions"
         if not self.num_events:
-            content = "item features only"
+            content = "features only"
         lines = [
             f"{self.path}: segment {self.segment} with {content}; the log has {self.num_users:,} users and "
             f"{self.num_items:,} items",

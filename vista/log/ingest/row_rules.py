@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vista.errors import ConfigError, DataError
+from vista.log.feature_owner import OWNERS
 from vista.log.gaps import LATEST_MS
 from vista.log.ingest.file_scan import EXTRA, ROW
 from vista.log.ingest.scanned_source import ScannedSource, unreadable
@@ -76,7 +77,7 @@ def parse(source: ScannedSource, kinds: Mapping[str, str], table: str) -> tuple[
 
     Args:
         kinds: kinds of ids, "int" or "str", of "user" and "item".
-        table: events | impressions, for messages.
+        table: events | impressions | items | users, for messages.
 
     Returns:
         (the typed rows, the rules). Columns as in `sources`: ids int64 or str, timestamp int64 ms, rating float32,
@@ -95,7 +96,7 @@ def parse(source: ScannedSource, kinds: Mapping[str, str], table: str) -> tuple[
         dtype = schema[column]
         role = column.split(":")[0]
         if role in ("category", "number", "vector"):
-            if "user" in source.columns:
+            if table not in OWNERS:
                 _check_row_feature(column, role, dtype, source, table)
             typed[column], of_column = _feature(column, role, dtype, source, table)
             rules += of_column
@@ -141,7 +142,7 @@ def _article(role: str) -> str:
 
 def _ids(column: str, dtype: pl.DataType, kind: str, table: str) -> tuple[pl.Expr, list[RowRule]]:
     raw = pl.col(column)
-    key = f"{'events' if table == 'items' else table}.{column}_ids"
+    key = f"{'events' if table in OWNERS else table}.{column}_ids"
     missing = RowRule(column, raw.is_null(), "is missing", f"give every row {_article(column)} id")
     if kind == "str":
         text = raw.cast(pl.String)
@@ -307,7 +308,7 @@ def _feature(
     column: str, kind: str, dtype: pl.DataType, source: ScannedSource, table: str
 ) -> tuple[pl.Expr, list[RowRule]]:
     raw = pl.col(column)
-    if kind == "category" and "user" in source.columns:
+    if kind == "category" and table not in OWNERS:
         text = raw.cast(pl.String)
         return pl.when(text != "").then(text), []
     if kind == "category":

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from vista.config import SourceConfig
 from vista.errors import ConfigError, DataError, TakenError
+from vista.log.feature_owner import OWNERS
 from vista.log.ingest.columns import NO_ACTION
 from vista.log.ingest.existing_log import ExistingLog
 from vista.log.ingest.row_rules import id_kind
@@ -17,7 +18,7 @@ def check_sources(sources: Mapping[str, Sequence[Source]], log: ExistingLog | No
     """Refuse sources that the log already contains, that differ in their columns, or that do not match the log.
 
     Args:
-        sources: by table: "events", "impressions", "items".
+        sources: by table: "events", "impressions", "items", "users".
         log: the log to extend; None for a new one.
 
     Raises:
@@ -25,8 +26,8 @@ def check_sources(sources: Mapping[str, Sequence[Source]], log: ExistingLog | No
         DataError: naming the file.
     """
     for table, files in sources.items():
-        # Features of items may be given again: they replace what came in between.
-        _refuse_repeated_content(table, files, None if table == "items" else log)
+        # Features may be given again: they replace what came in between.
+        _refuse_repeated_content(table, files, None if table in OWNERS else log)
         _refuse_other_columns(files)
         if log is not None and table == "events":
             _refuse_other_events(files[0], log)
@@ -36,7 +37,7 @@ def check_sources(sources: Mapping[str, Sequence[Source]], log: ExistingLog | No
             _refuse_too_many(table, files[0])
         if log is not None and table in ("events", "impressions"):
             _refuse_other_kinds(table, files[0], log)
-    with_times = [files[0] for table, files in sources.items() if table != "items"]
+    with_times = [files[0] for table, files in sources.items() if table not in OWNERS]
     if "impressions" in sources and any("timestamp" not in source.columns for source in with_times):
         raise ConfigError("impressions need times, and so do their events; set timestamp for both tables")
 

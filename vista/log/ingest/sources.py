@@ -1,9 +1,9 @@
 """Source files and their canonical columns: which files a config names, and what is known of each before it is read.
 
 Canonical columns are `user`, `item`, and, if the source has them, `timestamp`, `rating`, `action`, `sequence`,
-`label:<task>`, `probability:<task>`, `category:<name>`, and `number:<name>`; for a table of item features see
-item_sources.py. Files are opened and parsed in a child process (source_formats.py lists the formats), because a damaged
-one can end the process that parses it.
+`label:<task>`, `probability:<task>`, `category:<name>`, and `number:<name>`; for a table of features of items or users
+see feature_sources.py. Files are opened and parsed in a child process (source_formats.py lists the formats), because a
+damaged one can end the process that parses it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from vista.config import ItemTableConfig, SourceConfig
+from vista.config import FeatureTableConfig, ItemTableConfig, SourceConfig
 from vista.config.choices import IdType
 from vista.errors import ConfigError, DataError
 from vista.files import checked_path
@@ -47,7 +47,7 @@ class Source:
 class FileSource(Source):
     """A source file that is open in a parser.
 
-    parser: the parser; table: events | impressions | items.
+    parser: the parser; table: events | impressions | items | users.
     """
 
     parser: SourceParser
@@ -85,17 +85,18 @@ def open_sources(config: SourceConfig, table: str, parser: SourceParser) -> list
     return [_open(file, config, table, parser) for file in _files(config, table)]
 
 
-def open_item_tables(config: ItemTableConfig, parser: SourceParser) -> list[FileSource]:
-    """Open the files of item features that `config` names, in the order of their names.
+def open_feature_tables(config: FeatureTableConfig, parser: SourceParser) -> list[FileSource]:
+    """Open the files of features of items or users that `config` names, in the order of their names.
 
     Raises:
         ConfigError: if no file is named.
         DataError: naming the file, if it is missing, empty, cannot be read, lacks a column, or has a column that cannot
             be a feature.
     """
+    table = config.table
     if not config.paths:
-        raise ConfigError("items.paths: name at least one file, such as items.paths=[items.parquet]")
-    return [_open(file, config, "items", parser) for file in _files(SourceConfig(paths=config.paths), "items")]
+        raise ConfigError(f"{table}.paths: name at least one file, such as {table}.paths=[{table}.parquet]")
+    return [_open(file, config, table, parser) for file in _files(SourceConfig(paths=config.paths), table)]
 
 
 def open_set_impressions(config: SourceConfig, parser: SourceParser) -> list[FileSource]:
@@ -124,7 +125,7 @@ def open_set_items(config: SourceConfig, parser: SourceParser) -> list[FileSourc
         The open files; none if the kind of `config` has no item features, or these files are not there.
 
     Raises:
-        DataError: as `open_item_tables`.
+        DataError: as `open_feature_tables`.
     """
     config = with_kind(config)
     if config.kind not in PUBLIC_SETS:
@@ -202,14 +203,14 @@ def _files(config: SourceConfig, table: str) -> list[Path]:
 
 
 def _open(
-    file: Path, config: SourceConfig | ItemTableConfig, table: str, parser: SourceParser, kind: str = "table"
+    file: Path, config: SourceConfig | FeatureTableConfig, table: str, parser: SourceParser, kind: str = "table"
 ) -> FileSource:
     settings, max_bytes = plain_settings(config), npz_limit(file.stat().st_size)
     known, _ = parser.call("open_source", file, config=settings, table=table, max_bytes=max_bytes, kind=kind)
     return FileSource(**known, parser=parser, table=table)
 
 
-def plain_settings(config: SourceConfig | ItemTableConfig) -> dict[str, Any]:
+def plain_settings(config: SourceConfig | FeatureTableConfig) -> dict[str, Any]:
     """The settings by name, as JSON has them."""
     values = {field.name: getattr(config, field.name) for field in fields(config)}
     return {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}

@@ -1,6 +1,6 @@
-"""Sources of item features: which columns of a table are features, and of which kind.
+"""Sources of features of items and users: which columns of a table are features, and of which kind.
 
-Canonical columns are `item`, `category:<name>`, `number:<name>`, and `vector:<name>`.
+Canonical columns are `item` or `user`, `category:<name>`, `number:<name>`, and `vector:<name>`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vista.config import ItemTableConfig
+from vista.config import FeatureTableConfig, ItemTableConfig, UserTableConfig
 from vista.errors import ConfigError, DataError
+from vista.log.feature_owner import OWNERS
 from vista.log.ingest.column_names import check_columns
 from vista.log.ingest.file_scan import ROW, FileScan
 from vista.log.ingest.public.public_sets import PUBLIC_SETS, remedy_of_kind
@@ -21,15 +22,16 @@ from vista.log.ingest.text_files import read_header, scan_text
 from vista.log.polars_extra import pl
 from vista.log.segment_manifest import MAX_FEATURES
 
-_LIST_OF_KIND = {"category": "categories", "number": "numbers", "vector": "vectors"}
-FEATURE_KINDS = tuple(_LIST_OF_KIND)
+_KIND_OF_KEY = {"categories": "category", "numbers": "number", "vectors": "vector"}
+CONFIGS: Mapping[str, type[FeatureTableConfig]] = {"items": ItemTableConfig, "users": UserTableConfig}
+"""By table."""
 _Types = Mapping[str, pl.DataType]
 _NUMBERS_OF_TEXT = r"[^\s,\[\]]+"
 """What is between the spaces, commas, and brackets of a vector that is written as text."""
 
 
-def scan_items(file: Path, config: ItemTableConfig, kind: str) -> ScannedSource:
-    """Open a file of item features.
+def scan_features(file: Path, config: FeatureTableConfig, kind: str) -> ScannedSource:
+    """Open a file of features.
 
     Args:
         kind: the data set that the file is part of; "table" for a table of the user's own.
@@ -40,13 +42,14 @@ def scan_items(file: Path, config: ItemTableConfig, kind: str) -> ScannedSource:
     """
     try:
         scan = _scan(file, config, kind)
-        return file_source(file, replace(scan, frame=_split(scan.frame, config.value_separator)))
+        separator = config.value_separator if isinstance(config, ItemTableConfig) else None
+        return file_source(file, replace(scan, frame=_split(scan.frame, separator)))
     except (OSError, pl.exceptions.PolarsError) as error:
         reason = str(error).partition("\n")[0]
         raise DataError(f"{file}: cannot be read: {reason}; write the file again") from error
 
 
-def _scan(file: Path, config: ItemTableConfig, kind: str) -> FileScan:
+def _scan(file: Path, config: FeatureTableConfig, kind: str) -> FileScan:
     read = PUBLIC_SETS[kind].form_of(file, "items").read if kind in PUBLIC_SETS else None
     if read is not None:
         scan = read(file)
@@ -55,16 +58,17 @@ def _scan(file: Path, config: ItemTableConfig, kind: str) -> FileScan:
         return replace(scan, frame=scan.frame.rename({own: name for name, own in columns.items()}), columns=columns)
     is_text = not is_parquet(file)
     if is_text:
-        separator = text_separator(file, config.separator, "items")
+        separator = text_separator(file, config.separator, config.table)
         header = read_header(file, separator, '"')
         types: _Types = dict.fromkeys(header, pl.String())
     else:
         lazy = pl.scan_parquet(file, glob=False)
         types = lazy.collect_schema()
         header = list(types)
-    check_columns(str(file), {"item": config.item}, types, "items", remedy_of_kind(kind))
+    owner = OWNERS[config.table].name
+    check_columns(str(file), {owner: config.id_column}, types, config.table, remedy_of_kind(kind))
     columns = _feature_columns(str(file), types, config)
-    check_columns(str(file), columns, header, "items", remedy_of_kind(kind))
+    check_columns(str(file), columns, header, config.table, remedy_of_kind(kind))
     if is_text:
         canonical = {own: name for name, own in columns.items()}
         frame = scan_text(file, [canonical.get(name, "") for name in header], separator, '"', 1)
@@ -73,19 +77,21 @@ def _scan(file: Path, config: ItemTableConfig, kind: str) -> FileScan:
     return FileScan(frame, columns, is_text)
 
 
-def items_of_frame(frame: pl.DataFrame, config: ItemTableConfig) -> ScannedSource:
-    """A frame of item features from `to_polars` as a source.
+def features_of_frame(frame: pl.DataFrame, config: FeatureTableConfig) -> ScannedSource:
+    """A frame of features from `to_polars` as a source.
 
     Raises:
-        DataError: as `scan_items`.
+        DataError: as `scan_features`.
     """
-    if config.item not in frame.columns:
+    path, ids = f"<{config.table} frame>", config.id_column
+    if ids not in frame.columns:
         raise DataError(
-            f"<items frame>: column {config.item!r} is missing, the frame has: {', '.join(frame.columns)}; name the "
-            "column of ids as in SourceColumns(item=...)"
+            f"{path}: column {ids!r} is missing, the frame has: {', '.join(frame.columns)}; name the column of ids as "
+            f"in SourceColumns({OWNERS[config.table].name}=...)"
         )
-    columns = _feature_columns("<items frame>", frame.schema, config)
-    return source_of_frame(frame.select(pl.col(own).alias(name) for name, own in columns.items()), columns, "items")
+    columns = _feature_columns(path, frame.schema, config)
+    chosen = frame.select(pl.col(own).alias(name) for name, own in columns.items())
+    return source_of_frame(chosen, columns, config.table)
 
 
 def _split(frame: pl.LazyFrame, value_separator: str | None) -> pl.LazyFrame:
@@ -100,34 +106,45 @@ def _split(frame: pl.LazyFrame, value_separator: str | None) -> pl.LazyFrame:
     return frame.with_columns(split)
 
 
-def _feature_columns(path: str, types: _Types, config: ItemTableConfig) -> dict[str, str]:
+def _feature_columns(path: str, types: _Types, config: FeatureTableConfig) -> dict[str, str]:
     """The columns to read: canonical names to those of the table."""
-    columns = {"item": config.item}
+    columns = {OWNERS[config.table].name: config.id_column}
     if config.is_inferred:
         for name, dtype in types.items():
-            if name != config.item:
-                columns[f"{_inferred_kind(path, name, dtype)}:{name}"] = name
+            if name != config.id_column:
+                columns[f"{_inferred_kind(path, name, dtype, config)}:{name}"] = name
     else:
-        for kind, key in _LIST_OF_KIND.items():
-            for name in getattr(config, key) or ():
-                if name in types and not _fits(kind, types[name]):
+        for key, names in config.named.items():
+            kind = _KIND_OF_KEY[key]
+            for name in names or ():
+                if name in types and not _fits(kind, types[name], config):
                     raise DataError(
                         f"{path}: column {name!r} has type {types[name]} and cannot be a {kind}; convert it, or leave "
-                        f"it out of items.{key}"
+                        f"it out of {config.table}.{key}"
                     )
                 columns[f"{kind}:{name}"] = name
     if len(columns) == 1:
-        raise DataError(f"{path}: names no column but {config.item!r}; add columns of features")
+        raise DataError(f"{path}: names no column but {config.id_column!r}; add columns of features")
     if len(columns) - 1 > MAX_FEATURES:
         raise ConfigError(
             f"{path}: has {len(columns) - 1:,} columns of features, but at most {MAX_FEATURES:,} are possible; name "
-            "fewer, or join numbers to vectors"
+            f"fewer{', or join numbers to vectors' if _can_be_lists(config) else ''}"
         )
     return columns
 
 
-def _inferred_kind(path: str, name: str, dtype: pl.DataType) -> str:
+def _can_be_lists(config: FeatureTableConfig) -> bool:
+    """Whether a row can have several values, or a vector."""
+    return "vectors" in config.named
+
+
+def _inferred_kind(path: str, name: str, dtype: pl.DataType, config: FeatureTableConfig) -> str:
     is_list, inner = _inner(dtype)
+    if is_list and not _can_be_lists(config):
+        raise DataError(
+            f"{path}: column {name!r} has type {dtype}, but a user has one value per column; name the other columns "
+            "under users.categories or users.numbers"
+        )
     if _is_text(inner):
         return "category"
     if inner.is_float():
@@ -136,16 +153,19 @@ def _inferred_kind(path: str, name: str, dtype: pl.DataType) -> str:
         other = "vectors" if is_list else "numbers"
         raise DataError(
             f"{path}: column {name!r} has type {dtype} and may hold categories or numbers; name the columns to read, "
-            f"and this one under items.categories or items.{other} (in a frame, convert it to text or to floats)"
+            f"and this one under {config.table}.categories or {config.table}.{other} (in a frame, convert it to text "
+            "or to floats)"
         )
     raise DataError(
         f"{path}: column {name!r} has type {dtype} and cannot be a feature; convert it, or name the other columns "
-        "under items.categories, items.numbers, or items.vectors"
+        f"under {', '.join(f'{config.table}.{key}' for key in config.named)}"
     )
 
 
-def _fits(kind: str, dtype: pl.DataType) -> bool:
+def _fits(kind: str, dtype: pl.DataType, config: FeatureTableConfig) -> bool:
     is_list, inner = _inner(dtype)
+    if is_list and not _can_be_lists(config):
+        return False
     if kind == "category":
         return _is_text(inner) or inner.is_integer()
     if kind == "number":

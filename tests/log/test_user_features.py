@@ -1,0 +1,291 @@
+"""User features of a log: prepared, merged over segments, erased, compacted, and refused if invalid or damaged."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+from tests.log.conftest import PARSER, write_csv
+from tests.log.log_oracle import contents, replace_array
+from tests.log.test_verify import flip
+from vista.config import ItemTableConfig, PrepareConfig, SourceConfig, UserTableConfig
+from vista.errors import ConfigError, DataError, LogFormatError
+from vista.log.compaction import compact_log
+from vista.log.deletions import erase_users
+from vista.log.event_log import EventLog
+from vista.log.ingest.prepare import prepare
+from vista.log.ingest.prepare_report import PrepareReport
+from vista.log.log_stats import LogStats
+
+EVENTS = [(1, 10, 1), (1, 20, 2), (2, 30, 3), (3, 40, 4)]
+
+
+def add_users(folder: Path, *, append: bool = False, events: Any = None, named: Any = None, **columns: Any) -> Any:
+    """Prepare a table of users, with the events of EVENTS unless it is appended; returns the report."""
+    pl.DataFrame(columns).write_parquet(folder / "users.parquet")
+    return add_file(folder, folder / "users.parquet", append=append, events=events, **(named or {}))
+
+
+def add_file(folder: Path, file: Path, *, append: bool = False, events: Any = None, **named: Any) -> PrepareReport:
+    source = SourceConfig(timestamp="timestamp", time_unit="s")
+    if not append or events:
+        source.paths = [str(write_csv(folder / f"events-{append}.csv", events or EVENTS))]
+    users = UserTableConfig(paths=[str(file)], **named)
+    out = str(folder / "log")
+    return prepare(PrepareConfig(out=out, events=source, users=users, append=append, progress=False), parser=PARSER)
+
+
+def features_of(log: EventLog) -> dict[str, dict[Any, Any]]:
+    """The features of users that are not missing: column -> id -> value."""
+    features = log.user_features
+    rows = np.flatnonzero(log.users.has_ids(np.arange(log.num_users)))
+    ids, chosen = log.users.ids(rows).tolist(), features.rows.select(rows)
+    found: dict[str, dict[Any, Any]] = {}
+    for name, values in features.values.items():
+        column = chosen.columns[name].tolist()
+        texts = column if values is None else [None if code < 0 else values.ids([code])[0] for code in column]
+        found[name] = {user: text for user, text in zip(ids, texts, strict=True) if text is not None and text == text}
+    return found
+
+
+def test_a_table_of_users_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "vista.prepare")
+    report = add_users(tmp_path, user=[3, 1, 9], region=["north", None, "south"], paying=[True, False, None],
+                       age=[30.0, None, 50.0])  # fmt: skip
+    log = EventLog.open(tmp_path / "log")
+    assert features_of(log) == {"region": {3: "north"}, "paying": {3: "true", 1: "false"}, "age": {3: 30.0}}
+    assert log.item_features is None
+    file = tmp_path / "users.parquet"
+    assert f"{file}: left out 1 users that the log does not contain" in caplog.messages
+    assert f"{file}: features by the types of the columns: region (category), paying (category), age (number)" in (
+        caplog.messages
+    )
+    assert report.features == [
+        "region: category of 1 value, 33% of users",
+        "paying: category of 2 values, 67% of users",
+        "age: number, 33% of users",
+    ]
+    assert LogStats.of(log).user_features == report.features
+    assert "feature age: number, 33% of users" in str(LogStats.of(log))
+    assert log.manifests[0]["sources"][0]["table"] == "users"
+    log.verify()
+
+
+def test_integers_and_text_files_are_read_as_named(tmp_path: Path) -> None:
+    add_users(tmp_path, user=[1, 2], plan=[1, 2], band=[20, 30], other=[5, 6],
+              named={"categories": ["plan"], "numbers": ["band"]})  # fmt: skip
+    assert features_of(EventLog.open(tmp_path / "log")) == {"plan": {1: "1", 2: "2"}, "band": {1: 20.0, 2: 30.0}}
+    file = tmp_path / "users.tsv"
+    file.write_text("id\tplan\tband\n3\t\t40\n1\t3\t\n")
+    add_file(tmp_path, file, append=True, user="id", categories=["plan"], numbers=["band"], separator="\t")
+    assert features_of(EventLog.open(tmp_path / "log")) == {"plan": {1: "3", 2: "2"}, "band": {2: 30.0, 3: 40.0}}
+
+
+def test_the_newest_row_of_a_user_counts_in_each_column(tmp_path: Path) -> None:
+    add_users(tmp_path, user=[1, 2], region=["n", "s"], age=[1.0, 2.0])
+    report = add_users(tmp_path, append=True, user=[2, 3], region=["w", None], plan=["a", "b"])
+    assert report.num_events == 0 and "segment 2 with features only" in str(report)
+    add_users(tmp_path, append=True, events=[(4, 10, 9)], user=[4], age=[4.0])
+    log = EventLog.open(tmp_path / "log")
+    expected = {"region": {1: "n", 2: "w"}, "age": {1: 1.0, 2: 2.0, 4: 4.0}, "plan": {2: "a", 3: "b"}}
+    assert features_of(log) == expected
+    assert features_of(EventLog.open(log.path, last_segment=1)) == {"region": {1: "n", 2: "s"}, "age": {1: 1, 2: 2}}
+    assert [log.users.ids(log.changed_users(after)).tolist() for after in range(4)] == [
+        [1, 2, 3, 4],
+        [2, 3, 4],
+        [4],
+        [],
+    ]
+    compact_log(log.path)
+    log = EventLog.open(log.path)
+    assert features_of(log) == expected
+    assert [log.users.ids(log.changed_users(after)).tolist() for after in range(4)] == [
+        [1, 2, 3, 4],
+        [2, 3, 4],
+        [4],
+        [],
+    ]
+    again = EventLog.from_frame(None, log.path, append=True, users={"user": [1], "region": ["s"]})
+    assert features_of(again)["region"] == {1: "s", 2: "w"}  # a value that no user had when the log was compacted
+    log.verify()
+
+
+@pytest.mark.parametrize("user", [1, 2])
+def test_erasing_a_user_drops_the_row(tmp_path: Path, user: int) -> None:
+    add_users(tmp_path, user=[1, 2], region=["secret-1", "secret-2"], age=[1.0, 2.0])
+    path, other = tmp_path / "log", 3 - user
+    erase_users(path, [user])
+    rest = {"region": {other: f"secret-{other}"}, "age": {other: float(other)}}
+    assert features_of(EventLog.open(path)) == rest
+    assert EventLog.open(path).changed_users(1).tolist() == [user - 1]
+    compact_log(path)
+    assert features_of(EventLog.open(path)) == rest
+    content = b"".join(file.read_bytes() for file in path.rglob("*.npy"))
+    assert f"secret-{user}".encode() not in content and f"secret-{other}".encode() in content
+    with pytest.raises(DataError, match="none of the log's users"):  # the id is gone
+        add_users(tmp_path, append=True, user=[user], age=[9.0])
+
+
+def test_erasing_all_users_with_features_leaves_none(tmp_path: Path) -> None:
+    add_users(tmp_path, user=[1, 2], region=["n", "s"])
+    path = tmp_path / "log"
+    erase_users(path, [1, 2])
+    assert features_of(EventLog.open(path)) == {"region": {}}
+    add_users(tmp_path, append=True, user=[3], region=["n"])
+    assert features_of(EventLog.open(path)) == {"region": {3: "n"}}
+    erase_users(path, [3])
+    compact_log(path)
+    assert features_of(EventLog.open(path)) == {}
+    EventLog.open(path).verify()
+
+
+def test_features_after_an_erasure_count(tmp_path: Path) -> None:
+    add_users(tmp_path, user=[1, 2], region=["n", "s"], age=[1.0, 2.0])
+    path = tmp_path / "log"
+    erase_users(path, [1])
+    add_users(tmp_path, append=True, user=[1], region=["e"])
+    expected = {"region": {1: "e", 2: "s"}, "age": {2: 2.0}}
+    assert features_of(EventLog.open(path)) == expected
+    compact_log(path)
+    assert features_of(EventLog.open(path)) == expected  # the id stays, because the user has a row
+
+
+BAD: dict[str, tuple[dict[str, list[Any]], dict[str, Any], str]] = {
+    "two rows": ({"user": [1, 2, 1], "p": ["a", "b", "a"]}, {}, "row 3, column 'user': user 1 is also in row 1 of"),
+    "no user of the log": ({"user": [8], "p": ["a"]}, {}, "contains none of the log's users, such as 1; use the log's"),
+    "no id": ({"id": [1], "p": ["a"]}, {}, r"column 'user' is missing, the file has: id, p; .* with users\.user="),
+    "missing id": ({"user": [1, None], "p": ["a", "b"]}, {}, "row 2, column 'user': the value is missing; give every"),
+    "text id": ({"user": ["x"], "p": ["a"]}, {}, r"'x' is not an integer id; correct it, or set events\.user_ids=str"),
+    "infinite": ({"user": [1], "age": [float("inf")]}, {}, "row 1, column 'age': inf is not a finite number; correct"),
+    "text number": (
+        {"user": [1], "age": ["old"]}, {"numbers": ["age"]}, r"'old' is not a number; .* under users\.categories"
+    ),
+    "lists": (
+        {"user": [1], "tags": [["a"]]}, {},
+        r"column 'tags' has type List\(String\), but a user has one value per column; name the other columns under "
+        r"users\.categories or users\.numbers",
+    ),
+    "vectors": ({"user": [1], "v": [[1.0]]}, {}, r"has type List\(Float64\), but a user has one value per column"),
+    "named lists": (
+        {"user": [1], "tags": [["a"]]}, {"categories": ["tags"]},
+        r"column 'tags' has type List\(String\) and cannot be a category; .* leave it out of users\.categories",
+    ),
+    "integers": (
+        {"user": [1], "zip": [1]}, {},
+        r"column 'zip' has type Int64 and may hold .* under users\.categories or users\.numbers",
+    ),
+    "dates": (
+        {"user": [1], "since": [pl.date(2020, 1, 1)]}, {},
+        r"cannot be a feature; convert it, or name the other columns under users\.categories, users\.numbers",
+    ),
+    "no such column": ({"user": [1], "p": ["a"]}, {"numbers": ["age"]}, r"column 'age' is missing, .*users\.numbers="),
+    "no features": ({"user": [1]}, {}, "names no column but 'user'; add columns of features"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_table_is_refused_and_nothing_is_written(tmp_path: Path, name: str) -> None:
+    columns, named, message = BAD[name]
+    if name == "dates":
+        columns = {"user": [1], "since": pl.select(pl.date(2020, 1, 1)).to_series().to_list()}
+    with pytest.raises(DataError, match=rf"users\.parquet.*{message}"):
+        add_users(tmp_path, **columns, named=named)  # type: ignore[arg-type]
+    assert not (tmp_path / "log").exists()
+
+
+def test_settings_that_contradict_each_other(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="users: names the column 'a' twice; name each column once"):
+        UserTableConfig(categories=["a"], numbers=["a"])
+    with pytest.raises(ConfigError, match="users: names the column 'user' twice"):
+        UserTableConfig(categories=["user"])
+    with pytest.raises(ConfigError, match=r"users\.paths: name at least one file, such as users\.paths=\[users\.parq"):
+        prepare(PrepareConfig(out=str(tmp_path / "log"), users=UserTableConfig(), progress=False), parser=PARSER)
+    with pytest.raises(DataError, match=r"<users frame>: column 'user' is missing, .*SourceColumns\(user="):
+        EventLog.from_frame({}, tmp_path / "log", users={"id": [1], "p": [1.0]})
+
+
+@pytest.mark.parametrize(("columns", "form", "before"), [
+    ({"region": [1.0]}, "number", "category"), ({"age": ["a"]}, "category", "number"),
+])  # fmt: skip
+def test_a_column_keeps_its_kind(tmp_path: Path, columns: dict[str, Any], form: str, before: str) -> None:
+    add_users(tmp_path, user=[1, 2], region=["n", "s"], age=[1.0, 2.0])
+    was = contents(tmp_path / "log")
+    (name,) = columns
+    with pytest.raises(DataError, match=rf"column '{name}' is a {form}, but in the log it is a {before}; give the col"):
+        add_users(tmp_path, append=True, user=[1], **columns)
+    assert contents(tmp_path / "log") == was
+
+
+def test_probable_mistakes_are_warnings(tmp_path: Path) -> None:
+    assert add_users(tmp_path, user=[1, 9], region=["n", "s"]).warnings[1:] == [
+        "only 1 of the log's 3 users have features; check the ids in column 'user', or add the other users to the table"
+    ]
+    again = add_users(tmp_path, append=True, user=[2, 3], region=["s", "s"])
+    assert again.warnings == ["column 'region' of the user features has the same value for all users; leave it out"]
+
+
+def test_items_and_users_are_prepared_together(tmp_path: Path) -> None:
+    pl.DataFrame({"item": [10, 20], "brand": ["a", "b"]}).write_parquet(tmp_path / "items.parquet")
+    pl.DataFrame({"user": [1, 2], "region": ["n", "s"]}).write_parquet(tmp_path / "users.parquet")
+    events = SourceConfig(timestamp="timestamp", time_unit="s", paths=[str(write_csv(tmp_path / "e.csv", EVENTS))])
+    items, users = ItemTableConfig(paths=[str(tmp_path / "items.parquet")]), UserTableConfig()
+    users.paths = [str(tmp_path / "users.parquet")]
+    config = PrepareConfig(out=str(tmp_path / "log"), events=events, items=items, users=users, progress=False)
+    report = prepare(config, parser=PARSER)
+    assert report.features == [
+        "brand: category of 2 values, 50% of items",
+        "region: category of 2 values, 67% of users",
+    ]
+    log = EventLog.open(tmp_path / "log")
+    assert features_of(log) == {"region": {1: "n", 2: "s"}}
+    assert log.item_features is not None and list(log.item_features.columns) == ["brand"]
+    same = EventLog.from_frame(None, log.path, append=True, users={"user": [1], "region": ["s"]})
+    assert same.last_segment == 2 and features_of(same) == {"region": {1: "s", 2: "s"}}
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+def test_a_changed_byte_is_found_when_features_are_read(tmp_path: Path, compacted: bool) -> None:
+    add_users(tmp_path, user=[1, 2], region=["n", "s"], age=[1.0, 2.0])
+    add_users(tmp_path, append=True, user=[2, 3], region=["e", "s"], age=[1.0, 2.0])
+    path = tmp_path / "log"
+    if compacted:
+        compact_log(path)
+    files = sorted(path.glob("*/user_features/*"))
+    assert len(files) == (6 if compacted else 12)
+    for file in files:
+        content = file.read_bytes()
+        flip(file, len(content) - 1)
+        with pytest.raises(LogFormatError, match=file.name):
+            _ = EventLog.open(path).user_features
+        with pytest.raises(LogFormatError, match=file.name):
+            EventLog.open(path).verify()
+        file.write_bytes(content)
+
+
+@pytest.mark.parametrize(("name", "array", "message"), [
+    ("users", [1, 0], "rows of users or offsets are not ascending"),
+    ("users", [0, 3], "features of user row 3, but the manifest says 3 users"),
+    ("users", [0], r"column 0 \('region'\) do not match the 1 rows of users\.npy"),
+    ("0.offsets", [0, 2, 2], "column 'region' of the user features does not hold one number or category per user"),
+])  # fmt: skip
+def test_arrays_that_contradict_each_other_are_refused(
+    tmp_path: Path, name: str, array: list[int], message: str
+) -> None:
+    add_users(tmp_path, user=[1, 2], region=["n", "s"])
+    replace_array(tmp_path / "log" / "segment-000001", f"user_features/{name}.npy", np.array(array))
+    with pytest.raises(LogFormatError, match=message):
+        _ = EventLog.open(tmp_path / "log").user_features
+
+
+def test_damage_is_found_before_the_row_of_an_erased_user_is_dropped(tmp_path: Path) -> None:
+    add_users(tmp_path, user=[1, 2], region=["n", "s"])
+    path = tmp_path / "log"
+    erase_users(path, [1])
+    replace_array(path / "segment-000001", "user_features/0.offsets.npy", np.array([0, 9, 2]))
+    with pytest.raises(LogFormatError, match="offsets are not ascending"):
+        EventLog.open(path)
