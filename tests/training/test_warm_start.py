@@ -1,4 +1,4 @@
-"""Warm starts: what is matched by id, what stays frozen, resumption, and what is refused."""
+"""Warm starts: what is matched by id, and resumption."""
 
 from __future__ import annotations
 
@@ -11,283 +11,181 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import DAY, small_config, small_frame
+from tests.conftest import small_config
 from tests.training.test_trainer import assert_same_result
-from tests.training.test_training_with_features import feature_frame
-from vista.config import EvaluateConfig, SourceColumns, TrainConfig
-from vista.config.choices import Architecture, Codec, InitFreeze, ItemStart, Split, Stage
-from vista.errors import CheckpointError, ConfigError, LeakageError
-from vista.evaluation.evaluate import evaluate_scorer
+from tests.training.warm_logs import (
+    COLUMNS,
+    NEW_ITEMS,
+    Run,
+    begun,
+    kept_ids,
+    more_events,
+    saved_moments,
+    warm_config,
+)
+from vista.config.choices import Architecture, InitFreeze, ItemStart
+from vista.errors import ConfigError
 from vista.examples.item_factors import item_factors
 from vista.log.event_log import EventLog
-from vista.log.splits import split_until
+from vista.log.vocabulary import Vocabulary
 from vista.model.added_items import with_items
-from vista.model.vista_model import STAGE1_WEIGHTS, VistaModel
-from vista.refresh import RefreshOptions, refresh
-from vista.scorer import Scorer
-from vista.store import StoreReader
+from vista.model.feature_spec import FeatureSpec
+from vista.model.row_feature_reader import RowFeatureReader
+from vista.model.schema import Schema
+from vista.model.vista_model import VistaModel
 from vista.training import trainer
-from vista.training.checkpoint import latest_checkpoint, load_checkpoint, unpack_state
 from vista.training.item_start import start_from_factors
-from vista.training.optimizers import Moments, moments_of
 from vista.training.trainer import Trainer, train, train_model
 from vista.training.validation import Validation
 from vista.training.warm_start import WarmStart
 
-COLUMNS = SourceColumns(action="action", rating="rating")
-NEW_ITEMS = [5, 1000, 2000]
-"""Items that only the grown logs have; the first one is in the middle of the old ids."""
+
+def test_the_same_log_gives_the_same_model(feature_log: EventLog, earlier: Run, tmp_path: Path) -> None:
+    config, base = earlier
+    _, made = begun(warm_config(config, feature_log, tmp_path), feature_log)
+    made.model.set_item_frequency(made.source.frequency)
+    weights, expected = made.model.state_dict(), base.state_dict()
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    validation = Validation(feature_log, made.model.rows_of(feature_log.items), config)
+    assert validation(made.model) == validation(base)
+    assert isinstance(made.model, VistaModel) and made.model.summarizer_id() == base.summarizer_id()
 
 
-def part(frame: dict[str, Any], kept: np.ndarray) -> dict[str, Any]:
-    return {name: np.asarray(column)[kept] for name, column in frame.items()}
+def test_items_keep_their_vectors_in_a_log_of_another_order(
+    reordered_log: EventLog, earlier: Run, tmp_path: Path
+) -> None:
+    config, base = earlier
+    _, made = begun(warm_config(config, reordered_log, tmp_path), reordered_log)
+    model, ids = made.model.eval(), kept_ids(base)
+    rows, old = torch.from_numpy(model.item_rows(ids)), torch.from_numpy(base.item_rows(ids))
+    log_rows = reordered_log.items.rows(ids)
+    assert -1 in log_rows and not np.all(np.diff(log_rows[log_rows >= 0]) > 0)
+    with torch.no_grad():
+        torch.testing.assert_close(model.item_vectors(rows), base.item_vectors(old), rtol=0, atol=1e-6)
+        assert torch.equal(model.id_vectors(rows), base.id_vectors(old))
+    assert model.num_trained_items == len(model.items) == len(ids) + len(NEW_ITEMS)
+    assert (model.item_rows(NEW_ITEMS) > len(ids)).all()
 
 
-def more_events() -> dict[str, Any]:
-    """Later events of some users, and new users; a fifth is of new items, and some have a new action."""
-    frame, rng = small_frame(seed=1), np.random.default_rng(2)
-    frame["user"] = frame["user"] + 8
-    frame["timestamp"] = frame["timestamp"] + 500 * DAY
-    is_new = rng.random(len(frame["user"])) < 0.2
-    frame["item"] = np.where(is_new, rng.choice(NEW_ITEMS, len(is_new)), frame["item"])
-    return frame
+def test_features_keep_their_meaning(reordered_log: EventLog, earlier: Run, tmp_path: Path) -> None:
+    config, base = earlier
+    _, made = begun(warm_config(config, reordered_log, tmp_path), reordered_log)
+    before, after = base.schema.item_features, made.model.schema.item_features
+    assert [column.name for column in after] == ["brand", "tags", "price", "text", "color"]
+    assert after[2:4] == before[2:4] and after[0].size == before[0].size + 1
+    assert made.model.features is not None and made.model.feature_table is not None
+    assert made.model.feature_table.values["brand"].rows(["brand 9"]).tolist() == [before[0].size]
+    new = made.model.features.values[1 + before[0].size]
+    assert not new.any(), "a new value starts at 0"
+    assert not made.model.features.values[-3:].any(), "and so does a new column"
 
 
-def features(items: np.ndarray) -> dict[str, Any]:
-    """A table of items, the same for an item in every log. New items have new values, and larger numbers."""
-    known = np.arange(0, 400, 10)
-    table, place = feature_frame(known), {int(item): row for row, item in enumerate(known)}
-    rows = [place.get(int(item), 3) for item in items]
-    chosen = {name: [column[row] for row in rows] for name, column in table.items()}
-    is_new = ~np.isin(items, known)
-    chosen["item"] = items
-    chosen["brand"] = ["brand 9" if new else brand for new, brand in zip(is_new, chosen["brand"], strict=True)]
-    chosen["price"] = np.where(is_new, 1000.0, np.array(chosen["price"], np.float64))
-    return chosen
+def test_actions_and_moments_are_matched_by_name(reordered_log: EventLog, earlier: Run, tmp_path: Path) -> None:
+    config, base = earlier
+    warm, made = begun(warm_config(config, reordered_log, tmp_path), reordered_log)
+    warm.start_optimizers(made.optimizers)
+    model, moments, ids = made.model, saved_moments(config), kept_ids(base)
+    assert base.schema.actions == ["click", "like"] and model.schema.actions == ["like", "buy", "click"]
+    assert isinstance(model.encoder.action, torch.nn.Embedding) and isinstance(base.encoder.action, torch.nn.Embedding)
+    assert torch.equal(model.encoder.action.weight[[2, 0]], base.encoder.action.weight)
+    state = made.optimizers.dense.state[model.encoder.action.weight]
+    assert torch.equal(state["exp_avg"][[2, 0]], moments["encoder.action.weight"]["exp_avg"])
+    assert state["exp_avg"].any() and not state["exp_avg"][1].any()
+    state, rows = made.optimizers.table.state[model.item_table], model.item_rows(ids)
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(state[key][rows], moments["item_table"][key][base.item_rows(ids)])
+        assert not state[key][model.item_rows(NEW_ITEMS)].any()
+    assert state["step"] == moments["item_table"]["step"] > 0
+    assert model.features is not None
+    values = made.optimizers.table.state[model.features.values]["exp_avg"]
+    brands = base.schema.item_features[0].num_rows
+    assert torch.equal(values[:brands], moments["features.values"]["exp_avg"][:brands])
+    assert not values[brands].any() and not values[-3:].any()
 
 
-def grow(path: Path, to: Path, **changes: Any) -> EventLog:
-    """A copy of a log with `more_events`, and features of their items if the log has any."""
-    shutil.copytree(path, to)
-    frame = more_events() | changes
-    has_features = EventLog.open(path).item_features is not None
-    items = features(np.unique(frame["item"])) if has_features else None
-    return EventLog.from_frame(frame, to, time_unit="ms", columns=COLUMNS, items=items, append=True)
-
-
-@pytest.fixture(scope="module")
-def log(tmp_path_factory: pytest.TempPathFactory) -> EventLog:
-    """The small log with features of its items."""
-    frame, path = small_frame(), tmp_path_factory.mktemp("warm") / "log"
-    items = features(np.unique(frame["item"]))
-    return EventLog.from_frame(frame, path, time_unit="ms", columns=COLUMNS, items=items)
-
-
-@pytest.fixture(scope="module")
-def grown(log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> EventLog:
-    """The log, and what has happened since."""
-    return grow(log.path, tmp_path_factory.mktemp("grown") / "log")
-
-
-@pytest.fixture(scope="module")
-def other(tmp_path_factory: pytest.TempPathFactory) -> EventLog:
-    """A log of the same items, a few excepted, and more: its rows, actions, and features have another order."""
-    frame, path = small_frame(), tmp_path_factory.mktemp("other") / "log"
-    likes = (frame["user"] >= 108) & (frame["action"] == "like") & (frame["item"] < 350)
-    table = features(np.unique(frame["item"][likes])[::-1])
-    mixed = {name: table[name] for name in ("item", "text", "price", "tags", "brand")} | {
-        "color": ["red"] * len(table["item"])
-    }
-    first = EventLog.from_frame(part(frame, likes), path, time_unit="ms", columns=COLUMNS, items=mixed)
-    later = more_events()
-    later["action"] = np.where(np.arange(len(later["item"])) % 9 == 0, "buy", later["action"])
-    later["item"] = np.where(later["item"] == 390, 0, later["item"])
-    rest = features(np.setdiff1d(later["item"], first.items.ids(np.arange(first.num_items))))
-    rest["color"] = ["blue"] * len(rest["item"])
-    return EventLog.from_frame(later, path, time_unit="ms", columns=COLUMNS, items=rest, append=True)
-
-
-@pytest.fixture(scope="module")
-def earlier(log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, VistaModel]:
-    """The earlier run, and its model."""
-    config = small_config(
-        log,
-        tmp_path_factory.mktemp("earlier") / "run",
-        optim__learning_rate=2e-2,
-        optim__window_weight=0.5,
-        model__counters=True,
-        model__popularity=True,
-        model__counter_keys=5,
-    )
-    return config, train(config, log)
-
-
-def warm_config(config: TrainConfig, log: EventLog, run_dir: Path, **changes: Any) -> TrainConfig:
-    """A run that starts from the run of `config`."""
-    warm = replace(
-        config,
-        model=replace(config.model),
-        data=replace(config.data, path=str(log.path)),
-        optim=replace(config.optim),
-        init_from=str(Path(config.run_dir) / "best"),
-        run_dir=str(run_dir),
-    )
-    for key, value in changes.items():
-        group, _, name = key.rpartition("__")
-        setattr(getattr(warm, group) if group else warm, name, value)
-    return warm
-
-
-FROZEN = {"init_freeze": InitFreeze.summarizer}
-
-
-@pytest.fixture(scope="module")
-def later(
-    grown: EventLog, earlier: tuple[TrainConfig, VistaModel], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[TrainConfig, VistaModel]:
-    """A run on the grown log with a frozen summarizer, and its model."""
-    config = warm_config(earlier[0], grown, tmp_path_factory.mktemp("frozen") / "run", **FROZEN)
-    return config, train(config, grown)
-
-
-def begun(config: TrainConfig, log: EventLog) -> tuple[WarmStart, Trainer]:
-    """A warm start before its first step."""
-    warm = WarmStart.open(config, log)
-    return warm, Trainer(warm.config, log, warm)
-
-
-def saved_moments(config: TrainConfig) -> Moments:
-    newest = latest_checkpoint(Path(config.run_dir) / "checkpoints")
-    assert newest is not None
-    tensors, body = load_checkpoint(newest)
-    state = unpack_state(body["run"], tensors)
-    return moments_of(state["optimizer"]) | moments_of(state["table_optimizer"])
-
-
-def kept_ids(base: VistaModel) -> Any:
-    return base.items.ids(np.arange(len(base.items)))
-
-
-class TestMatching:
-    def test_the_same_log_gives_the_same_model(
-        self, log: EventLog, earlier: tuple[TrainConfig, VistaModel], tmp_path: Path
-    ) -> None:
-        config, base = earlier
-        _, made = begun(warm_config(config, log, tmp_path), log)
-        made.model.set_item_frequency(made.source.frequency)
-        weights, expected = made.model.state_dict(), base.state_dict()
-        assert weights.keys() == expected.keys()
-        assert all(torch.equal(weights[name], expected[name]) for name in expected)
-        validation = Validation(log, made.model.rows_of(log.items), config)
-        assert validation(made.model) == validation(base)
-        assert isinstance(made.model, VistaModel) and made.model.summarizer_id() == base.summarizer_id()
-
-    def test_items_keep_their_vectors_in_a_log_of_another_order(
-        self, other: EventLog, earlier: tuple[TrainConfig, VistaModel], tmp_path: Path
-    ) -> None:
-        config, base = earlier
-        _, made = begun(warm_config(config, other, tmp_path), other)
-        model, ids = made.model.eval(), kept_ids(base)
-        rows, old = torch.from_numpy(model.item_rows(ids)), torch.from_numpy(base.item_rows(ids))
-        log_rows = other.items.rows(ids)
-        assert -1 in log_rows and not np.all(np.diff(log_rows[log_rows >= 0]) > 0)
-        with torch.no_grad():
-            torch.testing.assert_close(model.item_vectors(rows), base.item_vectors(old), rtol=0, atol=1e-6)
-            assert torch.equal(model.id_vectors(rows), base.id_vectors(old))
-        assert model.num_trained_items == len(model.items) == len(ids) + len(NEW_ITEMS)
-        assert (model.item_rows(NEW_ITEMS) > len(ids)).all()
-
-    def test_features_keep_their_meaning(
-        self, other: EventLog, earlier: tuple[TrainConfig, VistaModel], tmp_path: Path
-    ) -> None:
-        config, base = earlier
-        _, made = begun(warm_config(config, other, tmp_path), other)
-        before, after = base.schema.item_features, made.model.schema.item_features
-        assert [column.name for column in after] == ["brand", "tags", "price", "text", "color"]
-        assert after[2:4] == before[2:4] and after[0].size == before[0].size + 1
-        assert made.model.features is not None and made.model.feature_table is not None
-        assert made.model.feature_table.values["brand"].rows(["brand 9"]).tolist() == [before[0].size]
-        new = made.model.features.values[1 + before[0].size]
-        assert not new.any(), "a new value starts at 0"
-        assert not made.model.features.values[-3:].any(), "and so does a new column"
-
-    def test_actions_and_moments_are_matched_by_name(
-        self, other: EventLog, earlier: tuple[TrainConfig, VistaModel], tmp_path: Path
-    ) -> None:
-        config, base = earlier
-        warm, made = begun(warm_config(config, other, tmp_path), other)
+def test_without_a_checkpoint_the_optimizers_start_empty(
+    feature_log: EventLog, earlier: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, _ = earlier
+    copied = shutil.copytree(Path(config.run_dir) / "best", tmp_path / "best")
+    warm, made = begun(warm_config(config, feature_log, tmp_path / "run", init_from=str(copied)), feature_log)
+    with caplog.at_level("INFO", logger="vista"):
         warm.start_optimizers(made.optimizers)
-        model, moments, ids = made.model, saved_moments(config), kept_ids(base)
-        assert base.schema.actions == ["click", "like"] and model.schema.actions == ["like", "buy", "click"]
-        assert isinstance(model.encoder.action, torch.nn.Embedding) and isinstance(
-            base.encoder.action, torch.nn.Embedding
-        )
-        assert torch.equal(model.encoder.action.weight[[2, 0]], base.encoder.action.weight)
-        state = made.optimizers.dense.state[model.encoder.action.weight]
-        assert torch.equal(state["exp_avg"][[2, 0]], moments["encoder.action.weight"]["exp_avg"])
-        assert state["exp_avg"].any() and not state["exp_avg"][1].any()
-        state, rows = made.optimizers.table.state[model.item_table], model.item_rows(ids)
-        for key in ("exp_avg", "exp_avg_sq"):
-            assert torch.equal(state[key][rows], moments["item_table"][key][base.item_rows(ids)])
-            assert not state[key][model.item_rows(NEW_ITEMS)].any()
-        assert state["step"] == moments["item_table"]["step"] > 0
-        assert model.features is not None
-        values = made.optimizers.table.state[model.features.values]["exp_avg"]
-        brands = base.schema.item_features[0].num_rows
-        assert torch.equal(values[:brands], moments["features.values"]["exp_avg"][:brands])
-        assert not values[brands].any() and not values[-3:].any()
-
-    def test_without_a_checkpoint_the_optimizers_start_empty(
-        self, log: EventLog, earlier: tuple[TrainConfig, VistaModel], tmp_path: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        config, _ = earlier
-        copied = shutil.copytree(Path(config.run_dir) / "best", tmp_path / "best")
-        warm, made = begun(warm_config(config, log, tmp_path / "run", init_from=str(copied)), log)
-        with caplog.at_level("INFO", logger="vista"):
-            warm.start_optimizers(made.optimizers)
-        assert not made.optimizers.dense.state and "start without moments" in caplog.text
-
-    def test_items_that_the_logs_table_lacks_keep_their_features(
-        self, log: EventLog, earlier: tuple[TrainConfig, VistaModel], tmp_path: Path
-    ) -> None:
-        """The model knows an item from a newer table than that of the log."""
-        config, base = earlier
-        assert log.item_features is not None
-        added = with_items(base, [7777], log.item_features.select(np.array([4])))
-        added.save_pretrained(tmp_path / "best")
-        frame = more_events()
-        frame["item"] = np.where(frame["item"] == 1000, 7777, frame["item"])
-        shutil.copytree(log.path, tmp_path / "log")
-        later = EventLog.from_frame(frame, tmp_path / "log", time_unit="ms", columns=COLUMNS, append=True)
-        config = warm_config(config, later, tmp_path / "run", init_from=str(tmp_path / "best"))
-        warm, made = begun(config, later)
-        row = torch.from_numpy(made.model.item_rows([7777]))
-        assert made.model.features is not None and base.features is not None
-        with torch.no_grad():
-            torch.testing.assert_close(made.model.features(row), base.features(torch.tensor([5])), rtol=0, atol=1e-6)
-            assert made.model.features(torch.from_numpy(made.model.item_rows([2000]))).abs().sum() > 0, "missing values"
-        assert int(row) in warm.new_rows, "it has no ID embedding yet"
-
-    @pytest.mark.parametrize("architecture", [Architecture.sasrec, Architecture.hstu])
-    def test_baselines_start_warm_too(
-        self, log: EventLog, grown: EventLog, tmp_path: Path, architecture: Architecture
-    ) -> None:
-        config = small_config(
-            log, tmp_path / "first", model__architecture=architecture, model__history_limit=8, optim__epochs=1
-        )
-        base = train_model(config, log)
-        config = warm_config(config, grown, tmp_path / "second")
-        _, made = begun(config, grown)
-        ids = base.items.ids(np.arange(len(base.items)))
-        assert torch.equal(made.model.item_table[made.model.item_rows(ids)], base.item_table[base.item_rows(ids)])
-        assert len(train_model(config, grown).items) == len(ids) + len(NEW_ITEMS)
+    assert not made.optimizers.dense.state and "start without moments" in caplog.text
 
 
-def test_factors_of_new_items_fit_the_trained_vectors(grown: EventLog, tmp_path: Path) -> None:
+def test_items_that_the_logs_table_lacks_keep_their_features(
+    feature_log: EventLog, earlier: Run, tmp_path: Path
+) -> None:
+    """The model knows an item from a newer table than that of the log."""
+    config, base = earlier
+    assert feature_log.item_features is not None
+    added = with_items(base, [7777], feature_log.item_features.select(np.array([4])))
+    added.save_pretrained(tmp_path / "best")
+    frame = more_events()
+    frame["item"] = np.where(frame["item"] == 1000, 7777, frame["item"])
+    shutil.copytree(feature_log.path, tmp_path / "log")
+    later = EventLog.from_frame(frame, tmp_path / "log", time_unit="ms", columns=COLUMNS, append=True)
+    config = warm_config(config, later, tmp_path / "run", init_from=str(tmp_path / "best"))
+    warm, made = begun(config, later)
+    row = torch.from_numpy(made.model.item_rows([7777]))
+    assert made.model.features is not None and base.features is not None
+    with torch.no_grad():
+        torch.testing.assert_close(made.model.features(row), base.features(torch.tensor([5])), rtol=0, atol=1e-6)
+        assert made.model.features(torch.from_numpy(made.model.item_rows([2000]))).abs().sum() > 0, "missing values"
+    assert int(row) in warm.new_rows, "it has no ID embedding yet"
+
+
+def test_features_of_requests_are_matched_by_value(
+    event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are not part of stage 1, so they grow with a frozen summarizer too."""
+
+    def schema(*columns: FeatureSpec) -> Schema:
+        return Schema(["click", "like"], True, None, ["click"], True, [], list(columns))
+
+    config, columns = small_config(event_log, tmp_path), [FeatureSpec("place", "category", 2)]
+    base = VistaModel(config.model, schema(*columns), event_log.items, config.data)
+    base.request_features = RowFeatureReader(columns, {"place": Vocabulary.from_ids(["home", "search"])})
+    assert base.request_encoder is not None
+    torch.nn.init.normal_(base.request_encoder.values)
+    base.save_pretrained(tmp_path / "best")
+    given = {"hour": None, "place": Vocabulary.from_ids(["cart", "search"])}
+    monkeypatch.setattr(EventLog, "request_features", given)
+    for freeze in InitFreeze:
+        config = replace(config, init_from=str(tmp_path / "best"), run_dir=str(tmp_path / "run"), init_freeze=freeze)
+        now = schema(FeatureSpec("hour", "number", 1), FeatureSpec("place", "category", 2))
+        made = WarmStart.open(config, event_log).model(now)
+        assert made.request_features is not None and made.request_encoder is not None
+        place = made.request_features.values["place"]
+        assert place is not None and place.ids(range(3)).tolist() == ["home", "search", "cart"]
+        assert [column.name for column in made.request_features.columns] == ["place", "hour"]
+        assert torch.equal(made.request_encoder.values[:3], base.request_encoder.values)
+        assert made.request_encoder.values.shape == (4 + 2, 16) and not made.request_encoder.values[3:].any()
+        assert made.request_encoder.values.requires_grad
+
+
+@pytest.mark.parametrize("architecture", [Architecture.sasrec, Architecture.hstu])
+def test_baselines_start_warm_too(
+    feature_log: EventLog, grown_log: EventLog, tmp_path: Path, architecture: Architecture
+) -> None:
+    config = small_config(
+        feature_log, tmp_path / "first", model__architecture=architecture, model__history_limit=8, optim__epochs=1
+    )
+    base = train_model(config, feature_log)
+    config = warm_config(config, grown_log, tmp_path / "second")
+    _, made = begun(config, grown_log)
+    ids = base.items.ids(np.arange(len(base.items)))
+    assert torch.equal(made.model.item_table[made.model.item_rows(ids)], base.item_table[base.item_rows(ids)])
+    assert len(train_model(config, grown_log).items) == len(ids) + len(NEW_ITEMS)
+
+
+def test_factors_of_new_items_fit_the_trained_vectors(grown_log: EventLog, tmp_path: Path) -> None:
     """If the trained vectors are factors, rotated and scaled, the new ones are rotated and scaled alike."""
-    made = Trainer(small_config(grown, tmp_path, model__use_item_features=False), grown)
+    made = Trainer(small_config(grown_log, tmp_path, model__use_item_features=False), grown_log)
     counts = made.source.counts
-    rows, vectors = item_factors(grown, made.model.rows_of(grown.items), counts, 16, seed=1)
+    rows, vectors = item_factors(grown_log, made.model.rows_of(grown_log.items), counts, 16, seed=1)
     turn = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(0))).Q
     expected = 3 * torch.from_numpy(vectors) @ turn
     new = rows[::5]
@@ -295,105 +193,16 @@ def test_factors_of_new_items_fit_the_trained_vectors(grown: EventLog, tmp_path:
     with torch.no_grad():
         made.model.item_table[torch.from_numpy(rows[~is_new])] = expected[~is_new]
     before = made.model.item_table.detach().clone()
-    start_from_factors(made.model, grown, counts, 1, new)
+    start_from_factors(made.model, grown_log, counts, 1, new)
     torch.testing.assert_close(made.model.item_table[torch.from_numpy(new)], expected[is_new], rtol=1e-4, atol=1e-5)
     others = np.setdiff1d(np.arange(len(before)), new)
     assert torch.equal(made.model.item_table[torch.from_numpy(others)], before[torch.from_numpy(others)])
 
 
-class TestFrozen:
-    def test_only_stage_2_and_new_items_train(
-        self, earlier: tuple[TrainConfig, VistaModel], later: tuple[TrainConfig, VistaModel], grown: EventLog
-    ) -> None:
-        base, model = earlier[1], later[1]
-        assert model.summarizer_id() == base.summarizer_id()
-        before, after = base.state_dict(), model.state_dict()
-        count = 1 + base.num_trained_items
-        assert torch.equal(after["item_table"][:count], before["item_table"])
-        _, made = begun(replace(later[0], run_dir=f"{later[0].run_dir}-again"), grown)
-        start = made.model.state_dict()
-        assert (after["item_table"][count:] != start["item_table"][count:]).any(1).all()
-        for name in before.keys() - {"item_table", "item_popularity"}:
-            is_kept = name.startswith((*STAGE1_WEIGHTS, "decoder."))
-            assert torch.equal(after[name], before[name]) == is_kept, name
-
-    def test_stores_stay_valid_and_exact(
-        self,
-        earlier: tuple[TrainConfig, VistaModel],
-        later: tuple[TrainConfig, VistaModel],
-        grown: EventLog,
-        tmp_path: Path,
-    ) -> None:
-        """On a log with events of the new items, both models write the same records, bit for bit."""
-        options, digests = RefreshOptions(codec=Codec.float32), []
-        for name, (_, model) in {"old": earlier, "new": later}.items():
-            refresh(model, grown, tmp_path / name, options=options, created_at=0)
-            with StoreReader.open(tmp_path / name, summarizer_id=later[1].summarizer_id()) as store:
-                digests.append(store.manifest.records_digest)
-        assert digests[0] == digests[1]
-        folders = [Path(config.run_dir) / "best" for config in (earlier[0], later[0])]
-        users = grown.users.ids(np.arange(grown.num_users)).tolist()
-        scores = []
-        for store in ("old", "new"):
-            with Scorer.open(folders[1], tmp_path / store) as scorer:
-                scores.append(scorer.score(users, NEW_ITEMS))
-        np.testing.assert_array_equal(scores[0], scores[1])
-        assert len(np.unique(scores[0])) == scores[0].size, "new items have scores of their own"
-
-    def test_validation_is_what_the_scorer_reaches(
-        self,
-        earlier: tuple[TrainConfig, VistaModel],
-        later: tuple[TrainConfig, VistaModel],
-        grown: EventLog,
-        tmp_path: Path,
-    ) -> None:
-        config, model = later
-        until = split_until(config.data, "validation")
-        refresh(earlier[1], grown, tmp_path / "store", until=until, options=RefreshOptions(codec=Codec.float32))
-        asked = EvaluateConfig(split="validation", top_k=[10], progress=False)
-        with Scorer.open(Path(config.run_dir) / "best", tmp_path / "store") as scorer:
-            served = evaluate_scorer(scorer, grown, asked).metrics
-        measured = Validation(grown, model.rows_of(grown.items), config)(model)
-        assert measured["ndcg@10"] == pytest.approx(served["ndcg@10"], abs=1e-6)
-
-    def test_histories_show_new_items_as_unknown_and_labels_do_not(
-        self, earlier: tuple[TrainConfig, VistaModel], grown: EventLog, tmp_path: Path
-    ) -> None:
-        config, base = earlier
-        _, made = begun(warm_config(config, grown, tmp_path, **FROZEN), grown)
-        seen = 0
-        for index in range(made.source.num_batches(0)):
-            batch = made.source.batch(0, index)
-            rows, anchors = batch.rows, batch.anchors
-            is_new = rows[batch.events.item] > base.num_trained_items
-            assert batch.events.hidden is not None and torch.equal(batch.events.hidden, is_new)
-            assert anchors is not None and anchors.counters is not None
-            counted = anchors.counters.item
-            assert not (rows[counted[counted >= 0]] > base.num_trained_items).any()
-            label = anchors.next_item
-            seen += int((rows[label[label >= 0]] > base.num_trained_items).sum())
-        assert seen > 5
-
-    def test_a_second_start_continues_new_items(
-        self,
-        earlier: tuple[TrainConfig, VistaModel],
-        later: tuple[TrainConfig, VistaModel],
-        grown: EventLog,
-        tmp_path: Path,
-    ) -> None:
-        config, model = later
-        frozen, made = begun(warm_config(config, grown, tmp_path / "frozen", **FROZEN), grown)
-        assert torch.equal(made.model.item_table, model.item_table) and not len(frozen.new_rows)
-        assert made.model.num_trained_items == earlier[1].num_trained_items
-        _, made = begun(warm_config(config, grown, tmp_path / "all", init_freeze=InitFreeze.none), grown)
-        assert torch.equal(made.model.item_table, model.item_table)
-        assert made.model.num_trained_items == len(model.items)
-
-
 @pytest.mark.parametrize("freeze", list(InitFreeze))
 def test_a_run_resumes_bit_identically(
-    grown: EventLog,
-    earlier: tuple[TrainConfig, VistaModel],
+    grown_log: EventLog,
+    earlier: Run,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     freeze: InitFreeze,
@@ -412,161 +221,12 @@ def test_a_run_resumes_bit_identically(
     }
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "save_checkpoint", copied)
-        train(warm_config(earlier[0], grown, tmp_path / "whole", **changes), grown, metrics_every=1)
+        train(warm_config(earlier[0], grown_log, tmp_path / "whole", **changes), grown_log, metrics_every=1)
     assert len(killed) > 2
-    train(warm_config(earlier[0], grown, killed[1], **changes), grown, metrics_every=1)
+    train(warm_config(earlier[0], grown_log, killed[1], **changes), grown_log, metrics_every=1)
     assert_same_result(killed[1], tmp_path / "whole")
     model = shutil.copytree(Path(earlier[0].run_dir) / "best", tmp_path / "best")
     VistaModel.from_pretrained(model).with_tail(5).save_pretrained(model)
-    another = warm_config(earlier[0], grown, killed[1], init_from=str(model), **changes)
+    another = warm_config(earlier[0], grown_log, killed[1], init_from=str(model), **changes)
     with pytest.raises(ConfigError, match=r"a run with another .*init_from \(\w+ -> \w+\)"):
-        train(replace(another, model=replace(another.model, tail_len=5)), grown)
-
-
-class TestRefused:
-    @pytest.mark.parametrize(
-        ("changes", "message"),
-        [
-            ({"model__dim": 8}, r"changes model\.dim \(16 -> 8\); set model\.dim=16"),
-            ({"model__num_seeds": 2, "model__tail_len": 5}, r"model\.num_seeds \(3 -> 2\), model\.tail_len \(6 -> 5\)"),
-            ({"model__use_item_features": False}, r"set model\.use_item_features=true"),
-        ],
-    )
-    def test_another_shape(
-        self,
-        log: EventLog,
-        earlier: tuple[TrainConfig, VistaModel],
-        tmp_path: Path,
-        changes: dict[str, Any],
-        message: str,
-    ) -> None:
-        with pytest.raises(ConfigError, match=message):
-            train(warm_config(earlier[0], log, tmp_path / "run", **changes), log)
-
-    @pytest.mark.parametrize(
-        ("changes", "message"),
-        [
-            (
-                {"stage": Stage.downstream, "base": "a", "store": "b", "data__split": Split.time},
-                "^init_from: stage=down",
-            ),
-            ({"init_from": None, **FROZEN}, "^init_freeze: only applies with init_from"),
-            ({"model__architecture": Architecture.hstu, "model__history_limit": 8, **FROZEN}, "a baseline has no summ"),
-            ({"model__embedding_rows": 8, **FROZEN}, "items share the rows of a hashed table"),
-            (
-                {"model__item_start": ItemStart.user_factors, "optim__table_rate": 0.0},
-                "^model.item_start: user_factors",
-            ),
-        ],
-    )
-    def test_settings_that_contradict_each_other(
-        self,
-        log: EventLog,
-        earlier: tuple[TrainConfig, VistaModel],
-        tmp_path: Path,
-        changes: dict[str, Any],
-        message: str,
-    ) -> None:
-        config = warm_config(earlier[0], log, tmp_path, **changes)
-        with pytest.raises(ConfigError, match=message):
-            replace(config)
-
-    def test_a_model_of_user_factors(self, event_log: EventLog, tmp_path: Path) -> None:
-        factors = {"model__item_start": ItemStart.user_factors, "optim__table_rate": 0.0, "optim__epochs": 1}
-        config = small_config(event_log, tmp_path / "first", **factors)
-        train(config, event_log)
-        config = small_config(event_log, tmp_path / "second", init_from=str(tmp_path / "first" / "best"))
-        with pytest.raises(ConfigError, match="its item vectors are user factors"):
-            train(config, event_log)
-
-    def test_a_log_that_lacks_a_feature(
-        self, log: EventLog, event_log: EventLog, earlier: tuple[TrainConfig, VistaModel], tmp_path: Path
-    ) -> None:
-        with pytest.raises(
-            ConfigError, match="the model reads the feature 'brand', which the log lacks; append a table"
-        ):
-            train(warm_config(earlier[0], event_log, tmp_path / "run"), event_log)
-        frame = small_frame()
-        table = features(np.unique(frame["item"]))
-        table["text"] = [row[:2] for row in table["text"]]
-        path = tmp_path / "log"
-        short = EventLog.from_frame(frame, path, time_unit="ms", columns=COLUMNS, items=table)
-        with pytest.raises(ConfigError, match=r"the feature 'text' is a vector of 2, but was a vector of 3"):
-            train(warm_config(earlier[0], short, tmp_path / "run"), short)
-
-    def test_a_log_of_other_ids_or_without_times(
-        self, order_log: EventLog, event_log: EventLog, tmp_path: Path
-    ) -> None:
-        config = small_config(order_log, tmp_path / "first", optim__epochs=1)
-        train(config, order_log)
-        with pytest.raises(ConfigError, match=r"its item ids are str, but those of .* are int"):
-            train(warm_config(config, event_log, tmp_path / "second"), event_log)
-        frame = small_frame()
-        named = {"user": frame["user"], "item": [f"i{item}" for item in frame["item"]], "timestamp": frame["timestamp"]}
-        timed = EventLog.from_frame(named, tmp_path / "log", time_unit="ms")
-        with pytest.raises(ConfigError, match=r"has times, but the log of init_from=.* has no times"):
-            train(warm_config(config, timed, tmp_path / "second"), timed)
-
-    def test_new_actions_of_a_frozen_summarizer(
-        self, other: EventLog, earlier: tuple[TrainConfig, VistaModel], tmp_path: Path
-    ) -> None:
-        with pytest.raises(ConfigError, match=r"the actions of .* are \['like', 'buy', 'click'\], but summaries know"):
-            train(warm_config(earlier[0], other, tmp_path, **FROZEN), other)
-
-    def test_a_model_in_the_run_folder(self, log: EventLog, earlier: tuple[TrainConfig, VistaModel]) -> None:
-        with pytest.raises(ConfigError, match="holds the model of init_from, which this run would replace"):
-            train(warm_config(earlier[0], log, Path(earlier[0].run_dir)), log)
-
-    def test_a_damaged_checkpoint(self, log: EventLog, earlier: tuple[TrainConfig, VistaModel], tmp_path: Path) -> None:
-        shutil.copytree(earlier[0].run_dir, tmp_path / "first")
-        newest = latest_checkpoint(tmp_path / "first" / "checkpoints")
-        assert newest is not None
-        (newest / "tensors.safetensors").write_bytes(b"")
-        config = warm_config(earlier[0], log, tmp_path / "second", init_from=str(tmp_path / "first" / "best"))
-        with pytest.raises(CheckpointError, match="holds 0 bytes instead of"):
-            train(config, log)
-
-    @pytest.mark.parametrize(
-        ("split", "message"),
-        [
-            (
-                {"validation_from": "2020-10-01", "test_from": "2020-10-20"},
-                "trained on events until leave-last-two-out",
-            ),
-            (
-                {"validation_share": 0.1, "test_share": 0.1},
-                "but this run holds out what comes after leave-last-20-percent",
-            ),
-        ],
-    )
-    def test_a_model_that_may_know_the_labels(
-        self,
-        log: EventLog,
-        earlier: tuple[TrainConfig, VistaModel],
-        tmp_path: Path,
-        split: dict[str, Any],
-        message: str,
-    ) -> None:
-        kind = Split.time if "test_from" in split else Split.share
-        config = warm_config(earlier[0], log, tmp_path)
-        with pytest.raises(LeakageError, match=message):
-            train(replace(config, data=replace(config.data, split=kind, **split)), log)
-
-    def test_a_model_of_later_labels(self, event_log: EventLog, tmp_path: Path) -> None:
-        def dated(day: int) -> dict[str, Any]:
-            return {"split": Split.time, "validation_from": f"2020-10-{day}", "test_from": "2020-10-25"}
-
-        config = small_config(event_log, tmp_path / "first", optim__epochs=1)
-        config = replace(config, data=replace(config.data, **dated(10)))
-        train(config, event_log)
-        warm = warm_config(config, event_log, tmp_path / "second")
-        train(replace(warm, data=replace(warm.data, **dated(12))), event_log)
-        with pytest.raises(LeakageError, match=r"was trained on events until \d+, but this run holds out"):
-            train(
-                replace(
-                    warm,
-                    data=replace(warm.data, **dated(10) | {"validation_from": "2020-10-09"}),
-                    run_dir=str(tmp_path / "third"),
-                ),
-                event_log,
-            )
+        train(replace(another, model=replace(another.model, tail_len=5)), grown_log)

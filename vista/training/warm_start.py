@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,30 +19,31 @@ import torch
 from torch import Tensor
 
 from vista.arrays import Int
-from vista.config import DataConfig, TrainConfig
-from vista.config.choices import Architecture, InitFreeze, ItemStart, Split
-from vista.config.config_keys import value_text
-from vista.config.conversion import to_dict
-from vista.errors import CheckpointError, ConfigError, LeakageError
+from vista.config import TrainConfig
+from vista.config.choices import Architecture, InitFreeze
+from vista.errors import CheckpointError, ConfigError
 from vista.log.event_log import EventLog
 from vista.log.item_features import CategoryColumn, ItemFeatures
-from vista.log.splits import split_until
+from vista.log.row_features import ColumnValues
 from vista.model.grown_columns import GrownColumns
 from vista.model.item_feature_table import ItemFeatureTable
 from vista.model.joined_item_features import joined_features
 from vista.model.model_description import CONFIG_FILE
 from vista.model.ranking_model import RankingModel
 from vista.model.registry import ARCHITECTURES, load_model
+from vista.model.row_feature_reader import RowFeatureReader
 from vista.model.schema import Schema
+from vista.model.vista_model import STAGE1_WEIGHTS
 from vista.training.checkpoint import load_checkpoint, newest_checkpoint, unpack_state
-from vista.training.downstream import COUNTER_KEYS, KEPT_WEIGHTS, with_settings_of
+from vista.training.downstream import KEPT_WEIGHTS, with_settings_of
 from vista.training.optimizers import Optimizers, moments_of
+from vista.training.start_checks import check_start
 
 logger = logging.getLogger(__name__)
-FREE_KEYS = ("dropout", "counted_dropout", "id_dropout", "item_start")
-"""Fields of ModelConfig that may differ from the earlier model's."""
 MEASURED_WEIGHTS = ("item_popularity", "category")
 """Names of buffers that training makes from the log, or reads from a file."""
+ENCODERS = {"item_features": "features", "request_features": "request_encoder"}
+"""By field of Schema that lists columns of features: the module that encodes them."""
 ACTION_WEIGHTS = ("encoder.action.weight", "action_bias.weight")
 TASK_WEIGHTS = ("task_head.weight", "task_head.bias")
 """Names of weights with a row per action, and per task."""
@@ -85,9 +87,7 @@ class WarmStart:
         config = with_settings_of(base, config)
         if config.init_freeze is InitFreeze.summarizer:  # the decoder belongs to the summaries that it reads
             config = replace(config, optim=replace(config.optim, reconstruction_weight=0.0))
-        _check_model(config, base)
-        _check_split(config, base.data)
-        _check_log(config, base, log)
+        check_start(config, base, log)
         return cls(config, log, base)
 
     @property
@@ -110,15 +110,7 @@ class WarmStart:
                 f"{schema.tasks}; a model of architecture {config.model.architecture.value} keeps its tasks"
             )
         grown = self._grown_columns(schema)
-        if self.freezes:
-            schema = replace(base.schema, tasks=schema.tasks, has_retrieval=schema.has_retrieval)
-            table = self._extended_table()
-        else:
-            schema, table = self._grown_schema(schema, grown), base.feature_table
-            if grown is not None:
-                self._rows["features.values"] = torch.from_numpy(grown.value_rows)
-                self._rows["features.dense"] = torch.from_numpy(grown.dense_rows)
-                table = joined_features(grown, table, self._features())
+        schema = self._joined_schema(schema, grown)
         made = ARCHITECTURES[config.model.architecture](config.model, schema, self._items, config.data)
         weights, earlier = made.state_dict(), base.state_dict()
         self._match(ACTION_WEIGHTS, base.schema.actions, schema.actions)
@@ -127,7 +119,10 @@ class WarmStart:
         for name in weights.keys() & earlier.keys() - set(MEASURED_WEIGHTS):
             weights[name] = self._fitted(name, earlier[name], weights[name].clone())
         made.load_state_dict(weights)
-        made.set_item_features(table)
+        made.set_item_features(self._item_features(grown.get("item_features")))
+        if (requests := grown.get("request_features")) is not None:
+            values = {column.name: requests.values.get(column.name) for column in requests.columns}
+            made.request_features = RowFeatureReader(requests.columns, values)
         if self.freezes:
             made.num_trained_items = base.num_trained_items
             for name, parameter in made.named_parameters():
@@ -191,29 +186,55 @@ class WarmStart:
         start[known] = old[rows[known]]
         return start
 
-    def _grown_columns(self, schema: Schema) -> GrownColumns | None:
-        """The columns of item features of the model and of a log with this schema; None without any."""
-        known, table = self.base.schema.item_features, self.base.feature_table
-        if not known and not schema.item_features:
-            return None
-        given = {} if self._log.item_features is None else self._log.item_features.columns
-        values = {name: column.values for name, column in given.items() if isinstance(column, CategoryColumn)}
-        return GrownColumns.of(known, {} if table is None else table.values, schema.item_features, values)
+    def _grown_columns(self, schema: Schema) -> dict[str, GrownColumns]:
+        """By field of Schema: the columns of features of the model and of a log with this schema, if there are any.
 
-    def _grown_schema(self, schema: Schema, grown: GrownColumns | None) -> Schema:
-        """The schema of a model of which everything trains."""
+        Those that a frozen summarizer reads are checked, but left out, because they do not grow.
+        """
+        found, base, log = {}, self.base, self._log
+        items = {} if log.item_features is None else log.item_features.columns
+        of_log: dict[str, ColumnValues] = {
+            "item_features": {name: own.values for name, own in items.items() if isinstance(own, CategoryColumn)},
+            "request_features": log.request_features,
+        }
+        of_model: dict[str, ColumnValues] = {
+            "item_features": {} if base.feature_table is None else base.feature_table.values,
+            "request_features": {} if base.request_features is None else base.request_features.values,
+        }
+        for key, module in ENCODERS.items():
+            known, given = getattr(base.schema, key), getattr(schema, key)
+            if not known and not given:
+                continue
+            columns = GrownColumns.of(known, of_model[key], given, of_log[key])
+            if self.freezes and f"{module}.".startswith(STAGE1_WEIGHTS):
+                continue
+            found[key] = columns
+            self._rows[f"{module}.values"] = torch.from_numpy(columns.value_rows)
+            self._rows[f"{module}.dense"] = torch.from_numpy(columns.dense_rows)
+        return found
+
+    def _joined_schema(self, schema: Schema, grown: Mapping[str, GrownColumns]) -> Schema:
+        """The schema of the model to train, from that of the log."""
         known = self.base.schema
+        features: dict[str, Any] = {key: columns.columns for key, columns in grown.items()}
+        if self.freezes:
+            return replace(known, tasks=schema.tasks, has_retrieval=schema.has_retrieval, **features)
         # Codes of actions are those of the log, so actions that only the model knows come last.
         actions = [*schema.actions, *(name for name in known.actions if name not in schema.actions)]
-        ratings, columns = known.rating_range or schema.rating_range, [] if grown is None else grown.columns
-        return replace(schema, actions=actions, rating_range=ratings, item_features=columns)
+        return replace(schema, actions=actions, rating_range=known.rating_range or schema.rating_range, **features)
 
-    def _extended_table(self) -> ItemFeatureTable | None:
-        """The features of a model whose summarizer is frozen: those of known items stay."""
-        table, columns = self.base.feature_table, self.base.schema.item_features
-        if table is None or len(self._items) == len(self.base.items):
+    def _item_features(self, grown: GrownColumns | None) -> ItemFeatureTable | None:
+        """Encoded features of the items of the model to train.
+
+        Args:
+            grown: its columns; None if they are those of the earlier model, whose items then keep their features.
+        """
+        table, known, columns = self.base.feature_table, len(self.base.items), self.base.schema.item_features
+        if grown is not None:
+            return joined_features(grown, table, self._features())
+        if table is None or len(self._items) == known:
             return table
-        features = self._features(len(self.base.items)).columns
+        features = self._features(known).columns
         return table.extended(ItemFeatures({column.name: features[column.name] for column in columns}), columns)
 
     def _features(self, first: int = 0) -> ItemFeatures:
@@ -221,53 +242,3 @@ class WarmStart:
         assert self._log.item_features is not None
         ids = self._items.ids(np.arange(first, len(self._items)))
         return self._log.item_features.select(self._log.items.rows(ids))
-
-
-def _check_model(config: TrainConfig, base: RankingModel) -> None:
-    asked, kept = to_dict(config.model), to_dict(base.config)
-    unread = COUNTER_KEYS[1:] if not (config.model.counters or base.config.counters) else ()
-    changed = [key for key in asked if key not in (*FREE_KEYS, *unread) and asked[key] != kept[key]]
-    if changed:
-        differences = ", ".join(f"model.{key} ({kept[key]} -> {asked[key]})" for key in changed)
-        words = " ".join(f"model.{key}={value_text(kept[key])}" for key in changed)
-        raise ConfigError(
-            f"init_from={config.init_from}: the model stays, but this run changes {differences}; set {words}"
-        )
-    if base.config.item_start is ItemStart.user_factors:
-        raise ConfigError(
-            f"init_from={config.init_from}: its item vectors are user factors, which hold the labels of its log and "
-            "have no vectors of new items; train without init_from"
-        )
-
-
-def _check_split(config: TrainConfig, before: DataConfig) -> None:
-    """Refuse a model that was trained on labels which this run holds out, assuming that the log has only grown."""
-    was, now = split_until(before, "train"), split_until(config.data, "train")
-    fits = before.split is config.data.split and was.held_share >= now.held_share
-    if before.split is Split.time and now.before is not None and was.before is not None:
-        fits = fits and was.before <= now.before
-    if not fits:
-        raise LeakageError(
-            f"init_from={config.init_from}: was trained on events until {was}, but this run holds out what comes after "
-            f"{now}; use the same split, with times or shares that hold out no more"
-        )
-
-
-def _check_log(config: TrainConfig, base: RankingModel, log: EventLog) -> None:
-    where, known = f"init_from={config.init_from}", base.schema
-    if log.items.kind != base.items.kind:
-        raise ConfigError(f"{where}: its item ids are {base.items.kind}, but those of {log.path} are {log.items.kind}")
-    if log.has_time != known.has_time:
-        has = ("has no times", "has times")
-        raise ConfigError(f"{log.path}: {has[log.has_time]}, but the log of {where} {has[known.has_time]}")
-    keeps_codes = config.init_freeze is InitFreeze.summarizer
-    if keeps_codes and log.actions != known.actions[: len(log.actions)]:
-        raise ConfigError(
-            f"init_freeze=summarizer: the actions of {log.path} are {log.actions}, but summaries know {known.actions}; "
-            "set init_freeze=none, and refresh all stores"
-        )
-    if config.model.embedding_rows and known.actions != log.actions[: len(known.actions)]:
-        raise ConfigError(
-            f"{where}: a hashed table reads actions by their place, but {log.path} has {log.actions} instead of "
-            f"{known.actions}; train without init_from"
-        )

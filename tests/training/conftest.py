@@ -1,0 +1,58 @@
+"""Logs for warm starts, and the run that these start from. Tests must not change them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.conftest import small_config, small_frame
+from tests.training.warm_logs import COLUMNS, Run, features, grow, more_events, part
+from vista.log.event_log import EventLog
+from vista.training.trainer import train
+
+
+@pytest.fixture(scope="session")
+def feature_log(tmp_path_factory: pytest.TempPathFactory) -> EventLog:
+    """The small log with features of its items."""
+    frame, path = small_frame(), tmp_path_factory.mktemp("warm") / "log"
+    items = features(np.unique(frame["item"]))
+    return EventLog.from_frame(frame, path, time_unit="ms", columns=COLUMNS, items=items)
+
+
+@pytest.fixture(scope="session")
+def grown_log(feature_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> EventLog:
+    """The log, and what has happened since."""
+    return grow(feature_log.path, tmp_path_factory.mktemp("grown") / "log")
+
+
+@pytest.fixture(scope="session")
+def reordered_log(tmp_path_factory: pytest.TempPathFactory) -> EventLog:
+    """A log of the same items, a few excepted, and more: its rows, actions, and features have another order."""
+    frame, path = small_frame(), tmp_path_factory.mktemp("other") / "log"
+    likes = (frame["user"] >= 108) & (frame["action"] == "like") & (frame["item"] < 350)
+    table = features(np.unique(frame["item"][likes])[::-1])
+    mixed = {name: table[name] for name in ("item", "text", "price", "tags", "brand")} | {
+        "color": ["red"] * len(table["item"])
+    }
+    first = EventLog.from_frame(part(frame, likes), path, time_unit="ms", columns=COLUMNS, items=mixed)
+    later = more_events()
+    later["action"] = np.where(np.arange(len(later["item"])) % 9 == 0, "buy", later["action"])
+    later["item"] = np.where(later["item"] == 390, 0, later["item"])
+    rest = features(np.setdiff1d(later["item"], first.items.ids(np.arange(first.num_items))))
+    rest["color"] = ["blue"] * len(rest["item"])
+    return EventLog.from_frame(later, path, time_unit="ms", columns=COLUMNS, items=rest, append=True)
+
+
+@pytest.fixture(scope="session")
+def earlier(feature_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The earlier run, and its model."""
+    config = small_config(
+        feature_log,
+        tmp_path_factory.mktemp("earlier") / "run",
+        optim__learning_rate=2e-2,
+        optim__window_weight=0.5,
+        model__counters=True,
+        model__popularity=True,
+        model__counter_keys=5,
+    )
+    return config, train(config, feature_log)
