@@ -112,6 +112,8 @@ class ModelConfig:
     """Add the gap to the previous event, in logarithmic buckets, to the event embedding, if the log has times."""
     use_item_features: bool = True
     """Add the features of items to their vectors, if the log has any. It needs embedding_rows=0."""
+    use_request_features: bool = True
+    """Let labeled tasks read the features of requests, if the log's impressions have any."""
     id_dropout: float = 0.1
     """With features of items: share of the items of a training batch, in [0, 1), whose ID embeddings are left out, so
     that their features stand in for them."""

@@ -16,6 +16,7 @@ from vista.counters.counter_spec import CounterSpec
 from vista.examples.batch_source import events_before
 from vista.examples.history_counters import CounterRequests, HistoryCounters
 from vista.log.event_log import EventLog
+from vista.log.row_features import RowFeatures
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,8 @@ class ImpressionCases:
     probability: Float32s | None
     """[N, num_tasks] true probabilities of a simulated log."""
     tasks: list[str]
+    features: RowFeatures
+    """Of the requests, N rows with the log's codes."""
 
 
 def next_item_cases(log: EventLog, seen: Int, end: Int | None = None, *, max_users: int = 0) -> NextItemCases:
@@ -108,12 +111,21 @@ def impression_cases(log: EventLog, begin: int, end: int | None, *, max_cases: i
         np.asarray(table.mask)[chosen].astype(np.bool_),
         probability,
         list(table.tasks),
+        table.features.select(chosen),
     )
 
 
 def request_starts(cases: ImpressionCases) -> Int:
-    """int64 [R]: the first impression of each request. A request is what a user was shown at one time."""
-    return np.flatnonzero(np.diff(cases.user, prepend=-1) | np.diff(cases.timestamp, prepend=-1))
+    """int64 [R]: the first impression of each request, which is what a user was shown at one time.
+
+    Impressions whose requests have other features are another request.
+    """
+    starts = np.ones(len(cases.user), np.bool_)
+    starts[1:] = (np.diff(cases.user) != 0) | (np.diff(cases.timestamp) != 0)
+    for column in cases.features.columns.values():
+        bits = column.view(np.int32) if column.dtype.kind == "f" else column  # missing numbers are equal too
+        starts[1:] |= bits[1:] != bits[:-1]
+    return np.flatnonzero(starts)
 
 
 def case_requests(

@@ -20,6 +20,7 @@ from vista.log.event_log import EventLog
 from vista.log.histories import Histories, token_groups
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.inference import catalog_scores, item_vectors
+from vista.model.row_feature_reader import log_encoder
 
 
 class RawHistoryAnswers:
@@ -34,6 +35,7 @@ class RawHistoryAnswers:
         self._model, self._log, self._item_rows = model, log, item_rows
         self._events_per_batch = events_per_batch
         self._items = item_vectors(model) if model.has_retrieval else None
+        self._encode_requests = log_encoder(model.request_features, log.request_features)
 
     def catalog_scores(self, cases: NextItemCases | WindowCases) -> Float32s:
         """Scores float32 [N, V] of all items for the users of some cases, at the times of the questions."""
@@ -66,8 +68,9 @@ class RawHistoryAnswers:
             index = np.minimum(first[:, None] + np.arange(width), len(cases.user) - 1)
             candidates = torch.from_numpy(self._item_rows[cases.item[index]]).to(self._model.device)
             histories = self.histories(cases.user[first], cases.seen[first])
+            features = self._encode_requests(cases.features.select(first), len(first))
             logits = self._model.candidate_logits(
-                histories, candidates, cases.timestamp[first], self._candidate_codes(cases, index)
+                histories, candidates, cases.timestamp[first], self._candidate_codes(cases, index), features
             )
             predicted = logits[..., columns].sigmoid().float().cpu().numpy()
             for row, part in enumerate(parts):

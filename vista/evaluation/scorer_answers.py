@@ -5,6 +5,8 @@ Letters: N cases, V items of the model.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from tqdm import tqdm
 
@@ -13,6 +15,7 @@ from vista.errors import LeakageError
 from vista.evaluation.cases import ImpressionCases, NextItemCases, request_starts
 from vista.evaluation.window_cases import WindowCases
 from vista.log.event_log import EventLog
+from vista.log.row_features import RowFeatures
 from vista.scorer import Scorer
 from vista.store import Tail
 
@@ -55,10 +58,17 @@ class ScorerAnswers:
                 (log.items.ids(cases.item[shown]), offsets - offsets[0]),
                 tail=self._fresh_tail(user, cases.seen[first], now),
                 now=now,
+                request=self._request(cases.features.select(first)),
             )
             for index, task in enumerate(cases.tasks):
                 out[shown, index] = predicted[task]
         return out
+
+    def _request(self, features: RowFeatures) -> dict[str, Any]:
+        """What a caller passes of features of n requests: the columns that the model reads."""
+        read = {column.name for column in self._scorer.model.schema.request_features}
+        named = features.named(self._log.request_features)
+        return {name: values for name, values in named.items() if name in read}
 
     def _fresh_tail(self, user: Int, seen: Int, label_time: Int | None) -> Tail | None:
         """The newest events before each label that its record does not cover, with the log's ids; None without any.

@@ -8,10 +8,61 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.arrays import Int, offsets_of
-from vista.config import TrainConfig
+from vista.config import DataConfig, TrainConfig
 from vista.log.event_log import EventLog
 from vista.log.gaps import gap_bucket
+from vista.log.impressions import Impressions
 from vista.log.splits import split_until
+
+
+@dataclass(frozen=True, slots=True)
+class VisibleRows:
+    """Impressions that training may see, in the log's order; int64 [N] each."""
+
+    row: Int
+    """Rows of the log's impressions."""
+    user: Int
+    """Rows of the log."""
+    position: Int
+    """Events of the user strictly before the impression."""
+    before: Int
+    """Time of the newest of these (ms); arbitrary if there is none."""
+
+    def select(self, index: Int) -> VisibleRows:
+        """Some of the rows."""
+        return VisibleRows(self.row[index], self.user[index], self.position[index], self.before[index])
+
+
+def visible_rows(log: EventLog, table: Impressions, counts: Int, data: DataConfig, since: int | None) -> VisibleRows:
+    """The impressions of the training part, with or without a known label.
+
+    Args:
+        table: the log's impressions.
+        counts: int64 [num_users] events of each user that training may use.
+        since: leave out the impressions before this time (ms).
+    """
+    # An impression between the last visible event and a hidden one may show the hidden label itself.
+    hides = counts < log.lengths
+    until = split_until(data, "train")
+    timestamp = np.asarray(table.timestamp)
+    user = np.repeat(np.arange(log.num_users), np.diff(table.offsets))
+    position = np.zeros(len(timestamp), np.int64)
+    before = np.zeros(len(timestamp), np.int64)
+    for row in np.flatnonzero(np.diff(table.offsets)):
+        low, high = table.offsets[row], table.offsets[row + 1]
+        times = np.asarray(log.slice(row).timestamp)
+        at = np.searchsorted(times, timestamp[low:high], side="left")
+        position[low:high] = at
+        before[low:high] = times[np.maximum(at - 1, 0)] if len(times) else timestamp[low:high]
+    visible = position <= counts[user]
+    if until.before is not None:
+        visible &= timestamp < until.before
+    else:
+        visible &= (position < counts[user]) | ~hides[user]
+    if since is not None:
+        visible &= timestamp >= since
+    kept = np.flatnonzero(visible)
+    return VisibleRows(kept, user[kept], position[kept], before[kept])
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,45 +100,28 @@ class VisibleImpressions:
             tasks: the labels that are trained.
             since: leave out the impressions before this time (ms).
         """
-        table = log.impressions
+        table, data = log.impressions, config.data
         if table is None:
             none = np.zeros(0, np.int64)
             empty = np.zeros((0, 0), np.float32)
             return cls(none, none, none, none, empty, empty > 0, none, none, np.zeros(log.num_users + 1, np.int64))
-        # An impression between the last visible event and a hidden one may show the hidden label itself.
-        hides = counts < log.lengths
-        until = split_until(config.data, "train")
-        timestamp = np.asarray(table.timestamp)
-        user = np.repeat(np.arange(log.num_users), np.diff(table.offsets))
-        position = np.zeros(len(timestamp), np.int64)
-        before = np.zeros(len(timestamp), np.int64)
-        for row in np.flatnonzero(np.diff(table.offsets)):
-            low, high = table.offsets[row], table.offsets[row + 1]
-            times = np.asarray(log.slice(row).timestamp)
-            at = np.searchsorted(times, timestamp[low:high], side="left")
-            position[low:high] = at
-            before[low:high] = times[np.maximum(at - 1, 0)] if len(times) else timestamp[low:high]
-        visible = position <= counts[user]
-        if until.before is not None:
-            visible &= timestamp < until.before
-        else:
-            visible &= (position < counts[user]) | ~hides[user]
-        if since is not None:
-            visible &= timestamp >= since
+        visible = visible_rows(log, table, counts, data, since)
         columns = [table.tasks.index(task) for task in tasks]
-        mask = np.asarray(table.mask)[:, columns].astype(np.bool_)
-        kept = np.flatnonzero(visible & mask.any(1))
-        gap = gap_bucket(timestamp - before) if log.has_time and config.model.use_time else position * 0
+        mask = np.asarray(table.mask)[visible.row][:, columns].astype(np.bool_)
+        kept = visible.select(np.flatnonzero(mask.any(1)))
+        time = np.asarray(table.timestamp)[kept.row]
+        use_time = log.has_time and config.model.use_time
+        gap = np.where(kept.position > 0, gap_bucket(time - kept.before), 0) if use_time else kept.position * 0
         return cls(
-            user[kept],
-            position[kept],
-            item_rows[table.item[kept]],
-            np.where(position > 0, gap, 0)[kept],
-            np.asarray(table.label)[kept][:, columns].astype(np.float32),
-            mask[kept],
-            timestamp[kept],
-            kept,
-            offsets_of(np.bincount(user[kept], minlength=log.num_users)),
+            kept.user,
+            kept.position,
+            item_rows[table.item[kept.row]],
+            gap,
+            np.asarray(table.label)[kept.row][:, columns].astype(np.float32),
+            mask[mask.any(1)],
+            time,
+            kept.row,
+            offsets_of(np.bincount(kept.user, minlength=log.num_users)),
         )
 
     def ranges(self, user: Int, start: Int, stop: Int, first: Int) -> tuple[Int, Int]:

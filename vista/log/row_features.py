@@ -40,6 +40,23 @@ class RowFeatures:
         }
         return RowFeatures(columns)
 
+    def named(self, values: ColumnValues) -> dict[str, NDArray[Any]]:
+        """The values themselves, [N] by name: texts of a category, None where they are missing; numbers as they are.
+
+        Args:
+            values: what the codes stand for.
+        """
+        named: dict[str, NDArray[Any]] = {}
+        for name, column in self.columns.items():
+            known = values[name]
+            if known is None:
+                named[name] = column
+                continue
+            named[name] = np.full(len(column), None, object)
+            is_known = np.flatnonzero(column >= 0)
+            named[name][is_known] = known.ids(column[is_known])
+        return named
+
     @classmethod
     def missing(cls, values: ColumnValues, num_rows: int) -> RowFeatures:
         """Rows without any value."""

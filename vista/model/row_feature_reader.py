@@ -5,7 +5,7 @@ N rows, C columns, F dense inputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,6 +166,20 @@ class RowFeatureReader:
             file = _VALUES_FILE.format(name, number)
             values[column.name] = Vocabulary.load(folder, file) if column.kind == "category" else None
         return cls(columns, values)
+
+
+def log_encoder(
+    reader: RowFeatureReader | None, values: ColumnValues
+) -> Callable[[RowFeatures, int], EncodedRows | None]:
+    """`encode` for N rows of a log, whose codes may differ from the model's; without a reader, it gives None.
+
+    Args:
+        values: of the log.
+    """
+    if reader is None:
+        return lambda features, num_rows: None
+    codes = reader.codes_of(values)
+    return lambda features, num_rows: reader.encode(reader.recoded(features, codes, num_rows), num_rows)
 
 
 def _numbers(name: str, values: Any) -> Float32s:

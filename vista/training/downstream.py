@@ -31,6 +31,7 @@ from vista.model.vista_model import STAGE1_KEYS, STAGE1_WEIGHTS, VistaModel
 from vista.refresh import check_log
 from vista.store.format.authentication import read_key
 from vista.store.reader import StoreReader
+from vista.training.request_features import request_reader
 
 logger = logging.getLogger(__name__)
 COUNTER_KEYS = ("counters", "counter_keys", "counter_days", "counter_events")
@@ -116,11 +117,17 @@ class Downstream:
 
     def model(self, schema: Schema) -> VistaModel:
         """The model to train: the base's weights, frozen, and a new stage 2 and heads for `schema`."""
-        kept = replace(self._base.schema, tasks=schema.tasks, has_retrieval=schema.has_retrieval)
+        kept = replace(
+            self._base.schema,
+            tasks=schema.tasks,
+            has_retrieval=schema.has_retrieval,
+            request_features=schema.request_features,
+        )
         model = VistaModel(self.config.model, kept, self._base.items, self.config.data)
         weights = {name: value for name, value in self._base.state_dict().items() if name.startswith(KEPT_WEIGHTS)}
         model.load_state_dict(weights, strict=False)
         model.take_catalog(self._base)
+        model.request_features = request_reader(self._log, kept)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not name.startswith(KEPT_WEIGHTS))
         return model

@@ -16,6 +16,7 @@ from vista.model.feature_spec import FeatureSpec
 from vista.model.item_feature_table import ItemFeatureTable
 from vista.model.ranking_model import NEXT_TASK
 from vista.model.schema import Schema
+from vista.training.request_features import request_columns
 
 RESERVED_TASKS = {
     *(NEXT_TASK, "window", "reconstruction", "search_unit", "loss"),
@@ -25,8 +26,11 @@ RESERVED_TASKS = {
 """Names that no task may have: a line of metrics.jsonl has keys of these names, and one per task."""
 
 
-def schema_of(log: EventLog, config: TrainConfig) -> Schema:
+def schema_of(log: EventLog, config: TrainConfig, since: int | None = None) -> Schema:
     """What a model may use of a log.
+
+    Args:
+        since: with stage=downstream, the time (ms) at which labels begin.
 
     Raises:
         ConfigError: if the log lacks what the configuration needs, or nothing would be trained.
@@ -61,7 +65,15 @@ def schema_of(log: EventLog, config: TrainConfig) -> Schema:
             "model.use_item_features=false, or model.embedding_rows=0"
         )
     features = [] if given is None else [FeatureSpec.of(name, column) for name, column in given.columns.items()]
-    return Schema(list(log.actions), log.has_time, ratings, tasks, config.ranks_items, features)
+    return Schema(
+        list(log.actions),
+        log.has_time,
+        ratings,
+        tasks,
+        config.ranks_items,
+        features,
+        request_features=request_columns(log, config, since),
+    )
 
 
 def encoded_features(log: EventLog, schema: Schema) -> ItemFeatureTable | None:

@@ -15,6 +15,7 @@ from vista.model.registry import ARCHITECTURES
 from vista.model.schema import Schema
 from vista.training.item_start import FrozenItems, start_from_factors, training_vectors
 from vista.training.log_schema import encoded_features
+from vista.training.request_features import request_reader
 from vista.training.warm_start import WarmStart
 
 
@@ -22,6 +23,7 @@ def drawn_model(config: TrainConfig, log: EventLog, schema: Schema) -> RankingMo
     """A model of a log with drawn weights."""
     model = ARCHITECTURES[config.model.architecture](config.model, schema, log.items, config.data)
     model.set_item_features(encoded_features(log, schema))
+    model.request_features = request_reader(log, schema)
     return model
 
 

@@ -19,6 +19,7 @@ from vista.log.event_log import EventLog
 from vista.log.histories import Histories, token_groups
 from vista.model import inference
 from vista.model.padded_tail import PaddedTail, pad_tail
+from vista.model.row_feature_reader import log_encoder
 from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
 
@@ -45,6 +46,7 @@ class SummaryAnswers:
         histories = (self._model_rows(log.gather(group, covered[group])) for group in groups)
         self._summaries = torch.cat([inference.summarize(model, each) for each in histories])
         self._items = inference.item_vectors(model) if model.has_retrieval else None
+        self._encode_requests = log_encoder(model.request_features, log.request_features)
 
     def catalog_scores(self, cases: NextItemCases | WindowCases) -> Float32s:
         """Scores float32 [N, V] of all items for the users of some cases, at the times of the questions."""
@@ -71,7 +73,8 @@ class SummaryAnswers:
                 of_items = histories.of_items(requests, self._item_rows[item])
                 codes = torch.from_numpy(of_items[:, None]).to(model.device)
             candidates = torch.from_numpy(self._item_rows[item, None]).to(model.device)
-            asked = inference.request_vectors(model, time, tail)
+            features = self._encode_requests(cases.features.select(part), len(user))
+            asked = inference.request_vectors(model, time, tail, features)
             logits = inference.candidate_logits(model, self._context(user, tail), asked, candidates, codes)
             out[part] = logits[:, 0].sigmoid().float().cpu().numpy()
         return out

@@ -44,6 +44,7 @@ from vista.training.model_card import model_card
 from vista.training.model_start import drawn_model, start_model
 from vista.training.optimizers import Optimizers
 from vista.training.progress import Progress
+from vista.training.request_features import request_encoding
 from vista.training.run_folder import deferred_interrupt, log_file
 from vista.training.run_identity import check_identity, run_identity
 from vista.training.run_plan import plan_run, warmup_steps, warn_of_few_steps
@@ -129,13 +130,14 @@ class Trainer:
         """
         self._counted_until = time.perf_counter() if began is None else began
         stored = origin.summaries if isinstance(origin, Downstream) else None
-        config = plan_run(config, log, stored.since if stored is not None else None)
+        since = stored.since if stored is not None else None
+        config = plan_run(config, log, since)
         self.config, self.log, self.metrics_every = config, log, metrics_every
         self._warm = origin if isinstance(origin, WarmStart) else None
         self.run_dir = Path(config.run_dir)
         self.device = resolve_device(config.device)
         torch.manual_seed(config.seed)
-        schema = schema_of(log, config)
+        schema = schema_of(log, config, since)
         self.model: RankingModel = drawn_model(config, log, schema) if origin is None else origin.model(schema)
         self.model.to(self.device)
         if config.optim.table_rate == 0:
@@ -149,6 +151,7 @@ class Trainer:
             self.model.counter_spec,
             has_features=self.model.rows_with_features(),
             num_known=self.model.num_trained_items,
+            encode_requests=request_encoding(self.model, log),
         )
         self.validation = _validation(log, item_rows, config)
         frozen_rows = self._warm.frozen_rows if self._warm is not None else 0

@@ -1,0 +1,248 @@
+"""Training, validating, and serving with features of requests."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import DAY, small_config, small_frame
+from vista.config import EvaluateConfig, SourceColumns, TrainConfig
+from vista.config.choices import Architecture, Codec, InitFreeze, Split, Stage
+from vista.evaluation.cases import impression_cases, request_starts
+from vista.evaluation.evaluate import evaluate_model, evaluate_scorer
+from vista.log.event_log import EventLog
+from vista.log.row_features import ColumnValues, RowFeatures
+from vista.log.splits import split_until
+from vista.log.vocabulary import Vocabulary
+from vista.model.baselines.history_model import HistoryModel
+from vista.model.inference import request_feature_vectors
+from vista.model.registry import load_model
+from vista.model.vista_model import VistaModel
+from vista.refresh import RefreshOptions, refresh
+from vista.scorer import Scorer
+from vista.training.log_schema import schema_of
+from vista.training.request_features import request_columns
+from vista.training.trainer import Trainer, train, train_model
+from vista.training.validation import Validation
+from vista.training.warm_start import WarmStart
+
+VALUES: ColumnValues = {"device": Vocabulary.from_ids(["desktop", "phone", "tv"]), "hour": None}
+
+
+def with_features(log: EventLog, features: RowFeatures, values: ColumnValues = VALUES) -> EventLog:
+    """The same log and labels, with other features of requests."""
+    assert log.impressions is not None
+    changed = EventLog.open(log.path)
+    changed._impressions = replace(log.impressions, features=features)
+    changed._request_features = values
+    return changed
+
+
+@pytest.fixture(scope="module")
+def log(impression_log: EventLog) -> EventLog:
+    """The simulated log, with features of requests that differ between the impressions of one time. Some are missing.
+
+    Three quarters of the clicks are those on a phone.
+    """
+    table = impression_log.impressions
+    assert table is not None
+    rng, count = np.random.default_rng(4), table.num_impressions
+    device, hour = rng.integers(-1, 3, count).astype(np.int32), rng.integers(0, 24, count).astype(np.float32)
+    click = np.where(rng.random(count) < 0.75, device == 1, table.label[:, 0])
+    hour[rng.random(count) < 0.2] = np.nan
+    made = with_features(impression_log, RowFeatures({"device": device, "hour": hour}))
+    assert made._impressions is not None
+    label = np.column_stack([click.astype(np.uint8), np.asarray(table.label)[:, 1:]])
+    made._impressions = replace(made._impressions, label=label, mask=np.ones_like(label))
+    return made
+
+
+def config_of(log: EventLog, run_dir: Path, **changes: Any) -> TrainConfig:
+    """A run that is split by time, at 60 % and 80 % of the impressions."""
+    assert log.impressions is not None
+    times = np.sort(np.asarray(log.impressions.timestamp))
+    split = {
+        "data__split": Split.time,
+        "data__validation_from": str(times[int(0.6 * len(times))]),
+        "data__test_from": str(times[int(0.8 * len(times))]),
+        "data__tokens_per_batch": 256,
+        "optim__learning_rate": 2e-2,
+    }
+    return small_config(log, run_dir, **(split | changes))
+
+
+@pytest.mark.parametrize("architecture", Architecture)
+def test_every_model_learns_features_of_requests(log: EventLog, tmp_path: Path, architecture: Architecture) -> None:
+    limit = 0 if architecture in (Architecture.vista, Architecture.sim, Architecture.twin) else 8
+    changes = {"model__architecture": architecture, "model__history_limit": limit, "optim__epochs": 1}
+    config = config_of(log, tmp_path / "run", **changes)
+    model = train_model(config, log)
+    assert [(one.name, one.kind) for one in model.schema.request_features] == [
+        ("device", "category"),
+        ("hour", "number"),
+    ]
+    assert model.request_encoder is not None and model.request_encoder.dense is not None
+    assert model.request_encoder.values.abs().sum() > 0 and model.request_encoder.dense.abs().sum() > 0
+    assert model.request_features is not None and model.request_features.columns == model.schema.request_features
+    if isinstance(model, HistoryModel):
+        asked = EvaluateConfig(split="validation", progress=False)
+        before = evaluate_model(model, log, asked).metrics
+        loaded = load_model(tmp_path / "run" / "best")
+        assert isinstance(loaded, HistoryModel)
+        assert evaluate_model(loaded, log, asked).metrics == before
+        with torch.no_grad():
+            model.request_encoder.values.mul_(-1)
+        assert evaluate_model(model, log, asked).metrics["ne/click"] != before["ne/click"]
+
+
+def test_a_feature_that_decides_clicks_predicts_them(log: EventLog, tmp_path: Path) -> None:
+    quality = {}
+    for use in (True, False):
+        config = config_of(log, tmp_path / str(use), model__use_request_features=use, optim__epochs=5)
+        model = train(config, log)
+        assert bool(model.schema.request_features) == use
+        quality[use] = Validation(log, model.rows_of(log.items), config)(model)["auc/click"]
+        card = (tmp_path / str(use) / "best" / "README.md").read_text()
+        assert ("Labeled tasks read features of requests: `device`, `hour`. Pass them (`request`)." in card) == use
+    assert quality[True] > 0.8 > quality[False]
+
+
+def test_without_features_nothing_changes(log: EventLog, tmp_path: Path) -> None:
+    off = train(config_of(log, tmp_path / "off", model__use_request_features=False), log)
+    plain = train(config_of(log, tmp_path / "plain"), with_features(log, RowFeatures({}), {}))
+    assert off.request_encoder is None and off.request_features is None
+    for (name, one), other in zip(off.state_dict().items(), plain.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_serving_predicts_what_validation_predicts(log: EventLog, tmp_path: Path) -> None:
+    """Validation reads the log, and the scorer gets values by name. Codes of the log differ from those of the model."""
+    config = config_of(log, tmp_path / "run")
+    model = train(config, log)
+    options = RefreshOptions(codec=Codec.float32)
+    refresh(model, log, tmp_path / "store", until=split_until(config.data, "validation"), options=options)
+    asked = EvaluateConfig(split="validation", progress=False)
+    assert log.impressions is not None
+    features = log.impressions.features.columns
+    code = features["device"]
+    grown = RowFeatures({"hour": features["hour"], "device": np.where(code < 0, code, 3 - code).astype(np.int32)})
+    values = {"hour": None, "device": Vocabulary.empty("str").extended(["watch"]).extended(["tv"])}
+    values["device"] = values["device"].extended(["phone"]).extended(["desktop"])  # type: ignore[union-attr]
+    measured = Validation(log, model.rows_of(log.items), config)(model)
+    assert {"auc/click", "ne/click"} <= measured.keys()
+    with Scorer.open(tmp_path / "run" / "best", tmp_path / "store") as scorer:
+        for one in (log, with_features(log, grown, values)):
+            served = evaluate_scorer(scorer, one, asked).metrics
+            again = Validation(one, model.rows_of(log.items), config)(model)
+            for name, value in measured.items():
+                assert served[name] == pytest.approx(value, abs=1e-6), name
+                assert again[name] == value, name
+        silent = evaluate_scorer(scorer, with_features(log, RowFeatures({}), {}), asked).metrics
+        assert silent["ne/click"] > measured["ne/click"]
+
+
+def test_numbers_are_measured_on_the_impressions_of_training(log: EventLog, tmp_path: Path) -> None:
+    config = config_of(log, tmp_path / "run")
+    assert log.impressions is not None and config.data.validation_from is not None
+    hidden = np.asarray(log.impressions.timestamp) >= int(config.data.validation_from)
+    assert 0 < hidden.sum() < len(hidden)
+    columns = log.impressions.features.columns
+    for changed, is_same in ((hidden, True), (~hidden, False)):
+        other = dict(columns) | {"hour": np.where(changed, np.float32(1000), columns["hour"])}
+        found = request_columns(with_features(log, RowFeatures(other), VALUES), config, None)
+        assert (found == schema_of(log, config).request_features) == is_same
+
+
+def test_requests_are_told_apart_by_their_features(log: EventLog) -> None:
+    cases = impression_cases(log, 0, None)
+    starts = request_starts(cases)
+    device, hour = (cases.features.columns[name].tolist() for name in ("device", "hour"))
+    keys = [
+        (user, time, kind, str(number))
+        for user, time, kind, number in zip(cases.user, cases.timestamp, device, hour, strict=True)
+    ]
+    expected = [n for n, key in enumerate(keys) if n == 0 or key != keys[n - 1]]
+    assert starts.tolist() == expected
+    by_time = request_starts(replace(cases, features=RowFeatures({})))
+    missing = request_starts(replace(cases, features=RowFeatures({"hour": np.full(len(hour), np.nan, np.float32)})))
+    assert by_time.tolist() == missing.tolist() and len(by_time) < len(starts)
+
+
+def test_downstream_models_have_their_own(log: EventLog, tmp_path: Path) -> None:
+    """The base was trained without features of requests; models of both kinds are served by one store."""
+    assert log.impressions is not None
+    times = np.sort(np.asarray(log.impressions.timestamp))
+    early = str(times[int(0.3 * len(times))])
+    base = train(config_of(log, tmp_path / "base", data__validation_from=early, model__use_request_features=False), log)
+    refresh(base, log, tmp_path / "store", until=early)
+    config = config_of(
+        log,
+        tmp_path / "run",
+        stage=Stage.downstream,
+        base=str(tmp_path / "base" / "best"),
+        store=str(tmp_path / "store"),
+    )
+    model = train(config, log)
+    assert isinstance(model, VistaModel) and model.request_encoder is not None
+    assert model.request_encoder.values.abs().sum() > 0
+    assert model.summarizer_id() == base.summarizer_id()
+    since = int(early)
+    assert model.schema.request_features == request_columns(log, config, since) != request_columns(log, config, None)
+    user = log.users.ids([0])
+    with Scorer.open(tmp_path / "run" / "best", tmp_path / "store") as scorer:
+        phone, tv = (scorer.score(user, [1, 2], request={"device": each}) for each in ("phone", "tv"))
+        assert np.abs(phone - tv).max() > 1e-4
+
+
+def test_a_run_without_tasks_reads_none(log: EventLog, tmp_path: Path) -> None:
+    made = Trainer(config_of(log, tmp_path, optim__task_weight=0.0), log)
+    assert made.model.schema.request_features == [] and made.source.batch(0, 0).impressions.entry is None
+
+
+def impressions_of(frame: dict[str, Any], devices: list[str], **more: Any) -> dict[str, Any]:
+    """An impression at the time of each event, with features of its request."""
+    rng, count = np.random.default_rng(5), len(frame["user"])
+    hour = np.where(rng.random(count) < 0.2, np.nan, rng.integers(0, 24, count))
+    shown = {name: frame[name] for name in ("user", "item", "timestamp")}
+    return shown | {"click": rng.integers(0, 2, count), "device": rng.choice(devices, count), "hour": hour} | more
+
+
+@pytest.mark.parametrize("freeze", InitFreeze)
+def test_a_warm_start_matches_values_by_name(tmp_path: Path, freeze: InitFreeze) -> None:
+    """The grown log has a new value, in front of the known ones, and a new column."""
+    columns = SourceColumns(action="action", rating="rating", labels=["click"])
+    options: dict[str, Any] = {"time_unit": "ms", "columns": columns, "request_numbers": ["hour"]}
+    frame = small_frame()
+    shown = impressions_of(frame, ["phone", "tv"])
+    log = EventLog.from_frame(frame, tmp_path / "log", impressions=shown, request_categories=["device"], **options)
+    base = train(small_config(log, tmp_path / "base", optim__epochs=1), log)
+    later = small_frame(seed=1) | {"user": frame["user"] + 8, "timestamp": frame["timestamp"] + 500 * DAY}
+    shown = impressions_of(later, ["desktop", "tv"], app=["web"] * len(later["user"]))
+    log = EventLog.from_frame(
+        later, tmp_path / "log", impressions=shown, request_categories=["device", "app"], append=True, **options
+    )
+    config = small_config(
+        log, tmp_path / "run", optim__epochs=1, init_from=str(tmp_path / "base" / "best"), init_freeze=freeze
+    )
+    warm = WarmStart.open(config, log)
+    made = warm.model(schema_of(log, warm.config))
+    for before, after in ((base, made), (base, train(config, log))):
+        assert [column.name for column in after.schema.request_features] == ["device", "hour", "app"]
+        assert after.schema.request_features[1] == before.schema.request_features[1]
+        assert after.request_features is not None and before.request_features is not None
+        device = after.request_features.values["device"]
+        assert device is not None and device.ids(np.arange(3)).tolist() == ["phone", "tv", "desktop"]
+    request = {"device": ["phone", "tv", None], "hour": [1.0, 20.0, None]}
+    vectors = [
+        request_feature_vectors(one, one.request_features.encode(one.request_features.parse(request, 3), 3), 3)
+        for one in (base, made)
+        if one.request_features is not None
+    ]
+    torch.testing.assert_close(vectors[0], vectors[1])
+    assert vectors[0] is not None and vectors[0].abs().sum() > 0
+    assert made.summarizer_id() == base.summarizer_id() or freeze is InitFreeze.none

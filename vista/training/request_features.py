@@ -1,0 +1,54 @@
+"""Features of requests in a log's impressions, as a model is built for them and reads them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from vista.arrays import Float32s, Int
+from vista.config import TrainConfig
+from vista.examples.batch_source import EncodeRequests, trained_tasks
+from vista.examples.visible_impressions import visible_rows
+from vista.log.event_log import EventLog
+from vista.log.splits import split_until, visible_counts
+from vista.model.feature_spec import FeatureSpec
+from vista.model.ranking_model import RankingModel
+from vista.model.row_feature_reader import RowFeatureReader, log_encoder
+from vista.model.schema import Schema
+
+MEASURED_REQUESTS = 1_000_000
+"""Most impressions by which the distribution of a number is measured."""
+
+
+def request_columns(log: EventLog, config: TrainConfig, since: int | None) -> list[FeatureSpec]:
+    """The features of requests that a model reads. Numbers are measured on the impressions that training may see.
+
+    Args:
+        since: leave out the impressions before this time (ms).
+    """
+    table, values = log.impressions, log.request_features
+    if table is None or not values or not config.model.use_request_features or not trained_tasks(log, config.optim):
+        return []
+    counts = visible_counts(log, split_until(config.data, "train"))
+    rows = visible_rows(log, table, counts, config.data, since).row
+    step = max(1, -(-len(rows) // MEASURED_REQUESTS))
+    return RowFeatureReader.of(table.features.select(rows[::step]), values).columns
+
+
+def request_reader(log: EventLog, schema: Schema) -> RowFeatureReader | None:
+    """How a model with this schema, made for this log, reads features of requests; None if it reads none."""
+    return RowFeatureReader(schema.request_features, log.request_features) if schema.request_features else None
+
+
+def request_encoding(model: RankingModel, log: EventLog) -> EncodeRequests | None:
+    """What a model reads of a log's impressions; None if it reads no features of requests."""
+    reader, table = model.request_features, log.impressions
+    if reader is None or table is None:
+        return None
+    read, missing = log_encoder(reader, log.request_features), reader.missing(1)
+
+    def encode(rows: Int) -> tuple[Int, Float32s]:
+        asked = read(table.features.select(rows), len(rows))
+        assert asked is not None
+        return np.concatenate([asked.entry, missing.entry]), np.concatenate([asked.dense, missing.dense])
+
+    return encode
