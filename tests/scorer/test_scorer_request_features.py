@@ -12,6 +12,10 @@ import torch
 
 from tests.conftest import DAY, small_config
 from tests.scorer.test_scorer_exactness import same
+from vista.cli.score_command import run_score
+from vista.config import ScoreConfig
+from vista.config.composition import compose_config
+from vista.errors import ConfigError
 from vista.log.event_log import EventLog
 from vista.log.row_features import RowFeatures
 from vista.log.vocabulary import Vocabulary
@@ -164,6 +168,31 @@ def test_features_that_are_refused(
     for call in (opened.score, opened.predict, lambda users, items, **asked: opened.explain(users[0], items, **asked)):
         with pytest.raises(error, match=message):
             call(users[:1], items, request=request_features)
+
+
+def test_the_command_reads_them_from_words(opened: Scorer, ids: tuple[list[Any], Any, int]) -> None:
+    users, items, now = ids
+    settings: dict[str, Any] = {
+        "model": str(opened.store.path.parent / "model"),
+        "store": str(opened.store.path),
+        "users": [str(users[0])],
+        "now": str(now),
+    }
+    words = compose_config(ScoreConfig, ["request=[device:phone,hour:14.5]"]).request
+    line = run_score(ScoreConfig(**settings, candidates=[str(items[3])], request=words)).splitlines()[1]
+    score = opened.score(users[:1], items[3:4], now=now, request={"device": "phone", "hour": 14.5})[0, 0]
+    assert line == f"user {users[0]}: {items[3]} {score:.4f}"
+    best = opened.rank(users[0], top_k=1, now=now, request={"device": "phone"})
+    line = run_score(ScoreConfig(**settings, top_k=1, request=["device:phone"])).splitlines()[1]
+    assert line == f"user {users[0]}: {best.items[0]} {best.scores[0]:.4f}"
+    for words, message in (
+        (["device"], "request: 'device' must be name:value, such as device:phone"),
+        (["hour:1", "hour:2"], "request: 'hour:2' names 'hour' twice"),
+        (["devise:tv"], "request: 'devise' is not one of this model's features"),
+        (["hour:noon"], "request: 'hour' needs numbers"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            run_score(ScoreConfig(**settings, request=words))
 
 
 def test_a_model_without_them_refuses_them(task_scorer: Scorer) -> None:

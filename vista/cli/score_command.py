@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from vista.config import ScoreConfig
@@ -19,12 +20,13 @@ def run_score(config: ScoreConfig) -> str:
     """`vista score`: a line of items and scores per user, as text.
 
     Raises:
-        ConfigError: no user is named, `now` is not a time in milliseconds, or an id is text although the store's or the
-            model's ids are integers.
+        ConfigError: no user is named, `now` is not a time in milliseconds, an id is text although the store's or the
+            model's ids are integers, or the model does not read a feature of `request`.
     """
     if not config.users:
         raise ConfigError("users: name at least one user, such as users=[1,2]")
     now = None if config.now is None else parse_time(config.now)
+    request = _features(config.request)
     with (
         cpu_settings(config.num_threads),
         Scorer.open(
@@ -44,14 +46,28 @@ def run_score(config: ScoreConfig) -> str:
             name = f"user {user}{_problem(scorer, user)}"
             try:
                 if candidates:
-                    pairs = zip(items, scorer.score([user], candidates, now=now)[0].tolist(), strict=True)
+                    pairs = zip(
+                        items, scorer.score([user], candidates, now=now, request=request)[0].tolist(), strict=True
+                    )
                 else:
-                    ranking = scorer.rank(user, top_k=config.top_k, now=now)
+                    ranking = scorer.rank(user, top_k=config.top_k, now=now, request=request)
                     pairs = zip(ranking.items.tolist(), ranking.scores.tolist(), strict=True)
             except ValueError as error:  # The message names the argument, which has the name of the key.
                 raise ConfigError(str(error)) from error
             lines += [f"{name}: " + ", ".join(f"{item} {score:.4f}" for item, score in pairs)]
         return "\n".join(lines)
+
+
+def _features(words: Sequence[str]) -> dict[str, str]:
+    """Features of the request by name, from words such as device:phone."""
+    features: dict[str, str] = {}
+    for word in words:
+        name, colon, value = word.partition(":")
+        if not colon or name in features:
+            problem = "must be name:value, such as device:phone" if not colon else f"names {name!r} twice"
+            raise ConfigError(f"request: {word!r} {problem}")
+        features[name] = value
+    return features
 
 
 def _problem(scorer: Scorer, user: Any) -> str:

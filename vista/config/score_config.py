@@ -27,6 +27,8 @@ class ScoreConfig:
     """Number of items to list per user if no candidates are given."""
     now: str | None = None
     """Time of the request: ISO date or time (UTC), or integer milliseconds. null if it is unknown."""
+    request: list[str] = field(default_factory=list)
+    """Features of the request, each as name:value, such as [device:phone,hour:14]. Others are missing."""
     on_missing: OnMissing = OnMissing.empty
     """What an unknown user or item gets: the summary of an empty history (empty), NaN scores (nan), or an error
     (raise)."""
