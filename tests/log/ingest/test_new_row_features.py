@@ -13,12 +13,12 @@ import pytest
 
 from tests.log.conftest import PARSER, run
 from tests.log.log_oracle import Values, contents, values_of
-from vista.config import PrepareConfig, SourceColumns, SourceConfig
+from vista.config import EventFilterConfig, PrepareConfig, SourceColumns, SourceConfig
 from vista.errors import ConfigError, DataError
 from vista.log.compaction import compact_log
 from vista.log.deletions import erase_users
 from vista.log.event_log import EventLog
-from vista.log.ingest import new_row_features
+from vista.log.ingest import category_encoder, part_codes
 from vista.log.ingest.prepare import prepare
 from vista.log.ingest.prepare_report import PrepareReport
 
@@ -243,6 +243,22 @@ def test_rows_with_bad_numbers_are_set_aside(tmp_path: Path, form: str) -> None:
     assert features_of(tmp_path) == [{"dwell": 1.0}]
 
 
+def test_values_of_rows_that_are_left_out_are_no_values(tmp_path: Path) -> None:
+    """Of rows that are set aside, and of those that a filter drops."""
+    columns = {"dwell": ["1", "soon", "2"], "device": ["tv", "app", "web"]}
+    add(tmp_path, **columns, categories=["device"], numbers=["dwell"], on_bad_rows="quarantine")
+    pl.DataFrame(KEYS | {"device": ["car", "tv", "watch"]}).write_parquet(tmp_path / "more.parquet")
+    events = SourceConfig(
+        paths=[str(tmp_path / "more.parquet")], timestamp="timestamp", time_unit="s", categories=["device"]
+    )
+    out = str(tmp_path / "filtered")
+    chosen = EventFilterConfig(min_user_events=2)
+    prepare(PrepareConfig(out=out, events=events, filter=chosen, progress=False), parser=PARSER)
+    for folder, want in (("log", ["tv", "web"]), ("filtered", ["car", "tv"])):
+        device = EventLog.open(tmp_path / folder).event_features["device"]
+        assert device is not None and device.ids(np.arange(len(device))).tolist() == want
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [
@@ -267,25 +283,27 @@ def test_too_many_columns_are_refused(tmp_path: Path) -> None:
         add(tmp_path, **{name: [1, 2, 3] for name in names}, numbers=names)
 
 
-@pytest.mark.parametrize(("num_values", "count"), [(1000, "1,000"), (90_000, r"about \d\d,\d\d\d")])
+@pytest.mark.parametrize(("num_values", "count"), [(1000, "1,000"), (90_000, r"about \d\d,\d\d\d or more")])
 def test_too_many_values_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_values: int, count: str
 ) -> None:
     """If there are far too many, their number is estimated, so that they need no memory."""
-    monkeypatch.setattr(new_row_features, "MAX_VALUES", 900)
+    for module in (category_encoder, part_codes):
+        monkeypatch.setattr(module, "MAX_VALUES", 900)
+    monkeypatch.setattr(category_encoder, "_FIRST_ROWS", 500)
     keys = {"user": [1] * num_values, "item": [7] * num_values, "timestamp": np.arange(num_values)}
-    pl.DataFrame(keys | {"url": [f"page {n}" for n in range(num_values)]}).write_parquet(tmp_path / "events.parquet")
+    frame = keys | {"url": [f"page {n}" for n in range(num_values)], "few": [f"{n % 300}" for n in range(num_values)]}
     message = (
-        rf"events\.parquet: with column 'url' the log would have {count} distinct values, but a category may have "
-        r"at most 900; leave it out of events\.categories, or merge rare values"
+        rf"<events frame>: with column 'url' the log would have {count} distinct values, but a category may have at "
+        r"most 900; leave it out of events\.categories, or merge rare values"
     )
     with pytest.raises(DataError, match=message):
-        run(tmp_path / "log", [tmp_path / "events.parquet"], categories=["url"])
+        EventLog.from_frame(frame, tmp_path / "log", time_unit="s", categories=["few", "url"])
     assert not (tmp_path / "log").exists()
 
 
 def test_values_of_all_segments_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(new_row_features, "MAX_VALUES", 4)
+    monkeypatch.setattr(part_codes, "MAX_VALUES", 4)
     add(tmp_path, x=["a", "b", "c"], categories=["x"])
     before = contents(tmp_path / "log")
     with pytest.raises(DataError, match="with column 'x' the log would have 5 distinct values"):

@@ -106,7 +106,7 @@ def _rewritten(part: Part, rows: pl.LazyFrame) -> Part:
     rows.with_columns(pl.lit(0, pl.UInt16).alias(PROBLEM)).sink_ipc(file, maintain_order=False)
     part.file.unlink()
     num_rows = pl.scan_ipc(file).select(pl.len()).collect(engine="streaming").item()
-    return replace(part, file=file, num_rows=num_rows)
+    return replace(part, file=file, num_rows=num_rows, is_filtered=True)
 
 
 def _total(parts: Sequence[Part]) -> int:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from vista.arrays import Float32s, Int, offsets_of
 from vista.errors import DataError, shown
 from vista.log.feature_owner import FeatureOwner
+from vista.log.ingest.category_encoder import MAX_VALUES
 from vista.log.ingest.parts import ORDER, Part
 from vista.log.item_features import CategoryColumn, NumberColumn, feature_line
 from vista.log.merged_features import declared_columns, form_of, rows_with_features
@@ -28,8 +29,6 @@ from vista.log.segment_features import SegmentColumn
 from vista.log.segment_writer import FeatureWriter, SegmentWriter
 from vista.log.vocabulary import Vocabulary
 
-MAX_VALUES = 1_000_000
-"""Distinct values that a category column may have."""
 LEAST_COVERAGE = 0.5
 """Share of the log's items, or users, that should have features."""
 BLOCK_NUMBERS = 1 << 20

@@ -9,14 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.arrays import Int
-from vista.errors import DataError
-from vista.log.ingest.new_features import MAX_VALUES, NewFeatures
+from vista.log.ingest.new_features import NewFeatures
+from vista.log.ingest.part_codes import PartCodes
 from vista.log.ingest.parts import Part
 from vista.log.item_features import feature_line
 from vista.log.polars_extra import pl
 from vista.log.row_feature_writer import RowFeatureWriter
 from vista.log.row_features import ColumnValues, RowColumn, RowFeatures
-from vista.log.segment_row_features import code_type
 from vista.log.segment_writer import SegmentWriter
 from vista.log.vocabulary import Vocabulary
 
@@ -45,27 +44,22 @@ class NewRowFeatures:
     ) -> None:
         roles = [name.partition(":") for name in parts[0].source.columns]
         kinds = {name: role for role, _, name in roles if role in ("category", "number")}
-        texts = _distinct(table, parts, [name for name, kind in kinds.items() if kind == "category"])
-        self._values: dict[str, Vocabulary | None] = dict.fromkeys(kinds)
-        for name, new in texts.items():
-            known = (before.get(name) or Vocabulary.empty("str")).extended(new.to_list())
-            if len(known) > MAX_VALUES:
-                raise _too_many(table, parts, name, f"{len(known):,}")
-            self._values[name] = known
+        self._values: dict[str, Vocabulary | None] = {}
+        self._codes: dict[str, PartCodes] = {}
+        for name, kind in kinds.items():
+            self._values[name] = None
+            if kind == "category":
+                known = before.get(name) or Vocabulary.empty("str")
+                self._codes[name], self._values[name] = PartCodes.of(table, parts, name, known)
         self._table, self._before = table, before
         self._num_rows = sum(part.num_rows for part in parts)
         self._writer = RowFeatureWriter(segment, folder, self._num_rows, self._values, before)
         self._seen = {name: _Seen(1 if known is None else len(known)) for name, known in self._values.items()}
 
-    def encoded(self, rows: pl.LazyFrame) -> pl.LazyFrame:
-        """Parsed rows with the codes of categories in place of their values, -1 where they are missing."""
-        codes = []
-        for name, known in self._values.items():
-            if known is not None:
-                values = pl.Enum(known.ids(np.arange(len(known))).tolist())
-                code = pl.col(f"category:{name}").cast(values, strict=False).to_physical().cast(pl.Int32)
-                codes.append(code.fill_null(-1).cast(_POLARS_TYPES[code_type(len(known))]))
-        return rows.with_columns(codes)
+    def rows(self, part: Part) -> pl.LazyFrame:
+        """The good rows of a part, with the codes of categories that `append` takes."""
+        codes = [codes.of_part(name, part) for name, codes in self._codes.items()]
+        return part.good().with_columns(codes)
 
     def append(self, block: pl.DataFrame) -> None:
         """Write the features of the next rows."""
@@ -73,9 +67,9 @@ class NewRowFeatures:
         labels = {name.partition(":")[2]: block[name].to_numpy() for name in block.columns if name.startswith("label:")}
         for name, known in self._values.items():
             if known is None:
-                columns[name] = block[f"number:{name}"].fill_null(np.nan).to_numpy()
+                columns[name] = block[f"number:{name}"].to_numpy()
             else:
-                columns[name] = block[f"category:{name}"].to_numpy()
+                columns[name] = self._codes[name].row_of_code[block[f"category:{name}"].to_numpy()]
             self._seen[name].add(columns[name], labels)
         self._writer.append(RowFeatures(columns))
 
@@ -121,9 +115,6 @@ class NewRowFeatures:
         return warnings
 
 
-_POLARS_TYPES = {np.int8: pl.Int8, np.int16: pl.Int16, np.int32: pl.Int32}
-
-
 @dataclass(slots=True)
 class _Seen:
     """What the blocks of a column had. A category has V values; of a number, "not 0" counts as its only value."""
@@ -137,10 +128,12 @@ class _Seen:
 
     def add(self, column: RowColumn, labels: Mapping[str, NDArray[np.floating]]) -> None:
         is_number = column.dtype.kind == "f"
-        known = column[~np.isnan(column)] if is_number else column[column >= 0]
-        self.num_known += len(known)
-        if len(known):
-            self.low, self.high = min(self.low, float(known.min())), max(self.high, float(known.max()))
+        num_known = int(np.count_nonzero(~np.isnan(column) if is_number else column >= 0))
+        if num_known:
+            self.num_known += num_known
+            low = column if num_known == len(column) or is_number else column[column >= 0]
+            self.low = min(self.low, float(np.fmin.reduce(low)))
+            self.high = max(self.high, float(np.fmax.reduce(column)))
         if labels:
             code = np.where(np.nan_to_num(column) != 0, 0, -1) if is_number else column
             for task, label in labels.items():
@@ -167,24 +160,3 @@ class _Seen:
                 if (one_way | other_way).any():
                     tasks.append(task)
         return tasks
-
-
-def _distinct(table: str, parts: Sequence[Part], names: Sequence[str]) -> dict[str, pl.Series]:
-    """The distinct values of categories, by name."""
-    if not names:
-        return {}
-    rows = pl.concat([part.good().select(pl.col(f"category:{name}").alias(name) for name in names) for part in parts])
-    # The estimate takes no memory, however many values there are. It is right within a few percent.
-    about = rows.select(pl.all().approx_n_unique()).collect(engine="streaming").row(0, named=True)
-    for name, count in about.items():
-        if count > 2 * MAX_VALUES:
-            raise _too_many(table, parts, name, f"about {count:,}")
-    columns = [rows.select(pl.col(name).drop_nulls().unique()) for name in names]
-    return {frame.columns[0]: frame.to_series() for frame in pl.collect_all(columns, engine="streaming")}
-
-
-def _too_many(table: str, parts: Sequence[Part], name: str, count: str) -> DataError:
-    return DataError(
-        f"{parts[0].source.path}: with column {name!r} the log would have {count} distinct values, but a category may "
-        f"have at most {MAX_VALUES:,}; leave it out of {table}.categories, or merge rare values"
-    )

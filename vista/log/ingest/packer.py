@@ -68,7 +68,7 @@ class Packer:
         bucket = _buckets(users["len"].to_numpy(), self.bucket_events)
         keys = users.select("user", USER_ROW, pl.Series(BUCKET, bucket))
         joined = (
-            features.encoded(pl.concat([part.good() for part in parts]))
+            pl.concat([features.rows(part) for part in parts])
             .join(keys.lazy(), on="user", how="inner", maintain_order="none")
             .join(items.lazy(), on="item", how="inner", maintain_order="none")
             .drop("user", "item")

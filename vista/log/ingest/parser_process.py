@@ -68,6 +68,7 @@ class ParserProcess:
             "num_rows": part.num_rows,
             "num_bad": part.num_bad,
             "quarantine": None if part.quarantine is None else str(part.quarantine),
+            "values": {column: str(file) for column, file in part.values.items()},
         }
 
     def column_types(self, path: str) -> dict[str, str]:

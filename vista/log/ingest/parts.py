@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vista.config.choices import OnBadRows
 from vista.errors import DataError, shown
 from vista.log.feature_owner import OWNERS
+from vista.log.ingest.category_encoder import CategoryEncoder, refuse_many_values
 from vista.log.ingest.file_scan import EXTRA, ROW
-from vista.log.ingest.row_rules import BLANK, PROBLEM, RowRule, parse
+from vista.log.ingest.row_rules import BLANK, PROBLEM, ROW_TABLES, RowRule, parse
 from vista.log.ingest.scanned_source import ScannedSource, unreadable
 from vista.log.ingest.sources import FileSource, Source
 from vista.log.polars_extra import pl
@@ -30,7 +31,8 @@ class Part:
     """A parsed source.
 
     file: all its rows, good and bad; num_rows: number of good rows; num_bad: number of bad rows; quarantine: CSV file
-    of the bad rows, or None.
+    of the bad rows, or None; values: of events and impressions, by canonical column of a category, the file of the
+    values whose codes the rows have (category_encoder.py); is_filtered: whether good rows were left out of `file`.
     """
 
     source: Source
@@ -38,6 +40,8 @@ class Part:
     num_rows: int
     num_bad: int
     quarantine: Path | None
+    values: Mapping[str, Path] = field(default_factory=dict)
+    is_filtered: bool = False
 
     def good(self) -> pl.LazyFrame:
         """The good rows."""
@@ -67,14 +71,19 @@ def read_part(
             on_bad_rows=on_bad_rows.value,
         )
         quarantine = None if result["quarantine"] is None else Path(result["quarantine"])
-        return Part(source, Path(result["file"]), result["num_rows"], result["num_bad"], quarantine)
+        values = {column: Path(file) for column, file in result["values"].items()}
+        return Part(source, Path(result["file"]), result["num_rows"], result["num_bad"], quarantine, values)
     assert isinstance(source, ScannedSource)
     frame, rules = parse(source, kinds, table)
     file = folder / f"{table}-{number:06d}.arrow"
     order = (pl.lit(number, pl.Int64) * 2**32 + pl.col(ROW).cast(pl.Int64)).alias(ORDER)
+    categories = [name for name in source.columns if table in ROW_TABLES and name.startswith("category:")]
+    encoder = CategoryEncoder(categories)
     try:
-        frame.with_columns(order).drop(ROW).sink_ipc(file, maintain_order=False)
+        refuse_many_values(frame, categories, source.path, table)
+        encoder.encoded(frame).with_columns(order).drop(ROW).sink_ipc(file, maintain_order=False)
         # The problem codes that occur, without reading the rows: two bytes per row.
+        values = encoder.save_values(file.with_suffix(""))
         codes = pl.scan_ipc(file).group_by(PROBLEM).agg(pl.len(), pl.col(ORDER).min()).collect(engine="streaming")
     except (pl.exceptions.PolarsError, OSError) as error:
         raise unreadable(source, error) from error
@@ -96,7 +105,7 @@ def read_part(
             raise DataError(f"{message}; the file has no valid rows (bad rows: {num_bad})")
         quarantine = folder / f"{table}-{number:06d}.csv"
         _set_aside(source, rules, table, pl.scan_ipc(file), quarantine)
-    return Part(source, file, num_good, num_bad, quarantine)
+    return Part(source, file, num_good, num_bad, quarantine, values)
 
 
 def write_quarantine(parts: Sequence[Part], target: Path) -> None:

@@ -20,6 +20,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from vista.errors import ConfigError, DataError
 from vista.log.feature_owner import OWNERS
 from vista.log.gaps import LATEST_MS
@@ -32,6 +34,8 @@ MAX_ID_BYTES = 500
 BLANK = 65_535
 """Problem code of a blank line."""
 PROBLEM = "problem"
+ROW_TABLES = ("events", "impressions")
+"""Tables whose rows have features of their own. Those of other tables belong to what the row is about."""
 _MS_PER_UNIT = {"s": 1000.0, "ms": 1.0, "us": 1e-3, "ns": 1e-6}
 TIME_UNITS = (*_MS_PER_UNIT, "iso")
 _ISO_FORMATS = ("%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d", "%Y-%m-%dT%H:%M")
@@ -96,7 +100,7 @@ def parse(source: ScannedSource, kinds: Mapping[str, str], table: str) -> tuple[
         dtype = schema[column]
         role = column.split(":")[0]
         if role in ("category", "number", "vector"):
-            if table not in OWNERS:
+            if table in ROW_TABLES:
                 _check_row_feature(column, role, dtype, source, table)
             typed[column], of_column = _feature(column, role, dtype, source, table)
             rules += of_column
@@ -308,19 +312,20 @@ def _feature(
     column: str, kind: str, dtype: pl.DataType, source: ScannedSource, table: str
 ) -> tuple[pl.Expr, list[RowRule]]:
     raw = pl.col(column)
-    if kind == "category" and table not in OWNERS:
-        text = raw.cast(pl.String)
-        return pl.when(text != "").then(text), []
+    if kind == "category" and table in ROW_TABLES:
+        return raw.cast(pl.String), []
     if kind == "category":
         return raw.cast(pl.List(pl.String)) if dtype.is_nested() else pl.concat_list(raw.cast(pl.String)), []
     if kind == "number":
         real = raw.cast(pl.Float64, strict=False)
         number = real.cast(pl.Float32)
+        finite = RowRule(column, number.is_infinite(), "is not a finite number", "correct it, or leave it empty")
+        number = number.fill_null(np.nan) if table in ROW_TABLES else number.fill_nan(None)
+        if dtype.is_numeric():
+            return number, [finite]
         is_text = real.is_null() & (raw.cast(pl.String).fill_null("") != "")
-        return number.fill_nan(None), [
-            RowRule(column, is_text, "is not a number", f"correct it, or name the column under {table}.categories"),
-            RowRule(column, number.is_infinite(), "is not a finite number", "correct it, or leave it empty"),
-        ]
+        remedy = f"correct it, or name the column under {table}.categories"
+        return number, [RowRule(column, is_text, "is not a number", remedy), finite]
     entries = raw.cast(pl.List(pl.Float64), strict=False).cast(pl.List(pl.Float32))
     # An empty vector has only NaN, too.
     is_missing = entries.list.eval(pl.element().is_nan().fill_null(False)).list.all()
