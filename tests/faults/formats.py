@@ -21,7 +21,7 @@ import numpy as np
 from tests.conftest import small_frame
 from tests.faults import operations
 from tests.faults.operations import USERS, served_users
-from vista.config import PrepareConfig, SourceConfig, TrainConfig
+from vista.config import PrepareConfig, SourceColumns, SourceConfig, TrainConfig
 from vista.config.composition import compose_config
 from vista.config.config_keys import to_yaml
 from vista.evaluation.per_user_metrics import PerUserMetrics
@@ -150,9 +150,25 @@ def make_log_with_impressions(folder: Path) -> None:
     events = SourceConfig(kind="simulated", paths=[str(folder / "simulated" / "new")])
     both = PrepareConfig(out=str(folder / "shown"), events=events, impressions=events, progress=False)
     prepare(both, parser=operations.parser())
-    ids = EventLog.open(folder / "shown").items.ids(range(6))
+    log = EventLog.open(folder / "shown")
+    ids = log.items.ids(range(6))
     features = {"kind": [*"abcabc"], "price": np.arange(6) / 2, "vector": np.ones((6, 2))}
     EventLog.from_frame(None, folder / "shown", append=True, items={"item": ids} | features)
+    assert log.impressions is not None
+    tasks = log.impressions.tasks
+    rows = {"user": log.users.ids([0, 1, 2] * 2), "item": ids, "timestamp": np.arange(6) + 2**40}
+    EventLog.from_frame(
+        rows | {"action": log.actions[:1] * 6, "device": [*"abcab", None], "dwell": np.arange(6) / 2},
+        folder / "shown",
+        append=True,
+        time_unit="ms",
+        columns=SourceColumns(action="action", labels=tasks),
+        impressions=rows | {"surface": [*"ababab"], "load": np.arange(6) / 4} | {task: [0, 1] * 3 for task in tasks},
+        categories=["device"],
+        numbers=["dwell"],
+        request_categories=["surface"],
+        request_numbers=["load"],
+    )
     deletions.erase_users(folder / "shown", EventLog.open(folder / "shown").users.ids([1]).tolist())
 
 
@@ -165,6 +181,9 @@ def read_log_with_impressions(folder: Path, world: Path) -> str:
     assert log.item_features is not None
     for column in log.item_features.columns.values():
         arrays += [getattr(column, name) for name in column.__slots__ if name != "values"]
+    arrays += [*history.features.columns.values(), *shown.features.columns.values()]
+    for values in (*log.event_features.values(), *log.request_features.values()):
+        arrays += [] if values is None else [values.ids(np.arange(len(values))).tolist()]
     return digest([history.item, history.timestamp, history.action, history.offsets, shown.tasks, *arrays])
 
 
@@ -228,10 +247,20 @@ def make_yaml(folder: Path) -> None:
 
 FORMATS: dict[str, Format] = {
     "Parquet sources": source(
-        "day.parquet", lambda path: frame().write_parquet(path), timestamp="timestamp", time_unit="ms", action="action"
+        "day.parquet",
+        lambda path: frame().write_parquet(path),
+        timestamp="timestamp",
+        time_unit="ms",
+        action="action",
+        numbers=["rating"],
     ),
     "CSV sources": source(
-        "day.csv", lambda path: frame().write_csv(path), timestamp="timestamp", time_unit="ms", rating="rating"
+        "day.csv",
+        lambda path: frame().write_csv(path),
+        timestamp="timestamp",
+        time_unit="ms",
+        rating="rating",
+        categories=["action"],
     ),
     "CSV sources with gzip": source(
         "day.csv.gz",
@@ -248,8 +277,8 @@ FORMATS: dict[str, Format] = {
     "metrics per user": Format(("measured.npz",), read_metrics, make_metrics),
     "exports": Format(("exported.parquet",), read_export, operations.export),
     "event logs": Format(("log/**/*",), read_log, make_log),
-    "event logs with impressions and item features": Format(
-        ("shown/**/impressions/*", "shown/**/features/*", "shown/**/erased.npy"),
+    "event logs with impressions and features": Format(
+        ("shown/**/impressions/*", "shown/**/features/*", "shown/**/*_features/*", "shown/**/erased.npy"),
         read_log_with_impressions,
         make_log_with_impressions,
     ),

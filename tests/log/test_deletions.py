@@ -280,7 +280,14 @@ class TestCommands:
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str
     ) -> None:
         path, file = tmp_path / "log", tmp_path / f"deletions.{form}"
-        EventLog.from_frame({"user": [1, 1, 2], "item": [1, 2, 3], "timestamp": [10, 20, 30]}, path, time_unit="s")
+        events = {
+            "user": [1, 1, 2],
+            "item": [1, 2, 3],
+            "timestamp": [10, 20, 30],
+            "at": ["a", "b", "c"],
+            "n": [1, 2, 3],
+        }
+        EventLog.from_frame(events, path, time_unit="s", categories=["at"], numbers=["n"])
         frame = pl.DataFrame({"user": [1], "item": [2], "timestamp": [20]})
         frame.write_csv(file) if form == "csv" else frame.write_parquet(file)
         data = f"data={path}"
@@ -291,6 +298,7 @@ class TestCommands:
         assert "segment 2 deletes 1 events of 1 users" in text and "segment 3 deletes 1 events of 1 users" in text
         assert "3 segment(s)" in text and "2 users, 3 items, 1 events (1970-01-01 00:00:10 to " in text
         assert "deletions: 1 events and 1 users; 2 rows still on disk until a compaction" in text
+        assert "feature at: category of 3 values per event" in text and "feature n: number per event" in text
         assert main(["log", "compact", data]) == 0
         assert main(["log", "compact", data]) == 0
         text = capsys.readouterr().out

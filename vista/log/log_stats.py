@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from vista.log.event_log import EventLog
+from vista.log.row_features import ColumnValues
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,9 +16,9 @@ class LogStats:
     """What a log contains.
 
     segments: names, oldest first; num_users: users with an id, with or without events; num_forgotten, num_erased:
-    deletion rows, of events and of users; num_deleted: deleted events and impressions that are still on disk; features,
-    user_features: a line per column, of items and of users; size_bytes: of all files of the current segments; first_ms,
-    last_ms: oldest and newest time, None in an empty log or a log without times.
+    deletion rows, of events and of users; num_deleted: deleted events and impressions that are still on disk; features:
+    a line per column, of items, users, events, and impressions; size_bytes: of all files of the current segments;
+    first_ms, last_ms: oldest and newest time, None in an empty log or a log without times.
     """
 
     path: Path
@@ -30,7 +31,6 @@ class LogStats:
     num_erased: int
     num_deleted: int
     features: list[str]
-    user_features: list[str]
     size_bytes: int
     first_ms: int | None
     last_ms: int | None
@@ -54,8 +54,12 @@ class LogStats:
                 for table in (segment.events, segment.impressions)
                 if table is not None
             ),
-            [] if log.item_features is None else log.item_features.described(),
-            log.user_features.described(),
+            [
+                *([] if log.item_features is None else log.item_features.described()),
+                *log.user_features.described(),
+                *_lines(log.event_features, "event"),
+                *_lines(log.request_features, "impression"),
+            ],
             sum(file.stat().st_size for segment in log.segments for file in segment.path.rglob("*") if file.is_file()),
             first,
             last,
@@ -73,6 +77,13 @@ class LogStats:
                 f"{self.num_impressions:,} impressions",
                 f"deletions: {self.num_forgotten:,} events and {self.num_erased:,} users; {self.num_deleted:,} rows "
                 "still on disk until a compaction",
-                *(f"feature {line}" for line in (*self.features, *self.user_features)),
+                *(f"feature {line}" for line in self.features),
             ]
         )
+
+
+def _lines(columns: ColumnValues, row: str) -> list[str]:
+    return [
+        f"{name}: number per {row}" if known is None else f"{name}: category of {len(known):,} values per {row}"
+        for name, known in columns.items()
+    ]
