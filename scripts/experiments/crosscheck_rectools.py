@@ -134,7 +134,7 @@ def cut_log(log: EventLog, folder: Path, *, length: int = LENGTH) -> EventLog:
 def cases_of(log: EventLog) -> dict[str, NextItemCases]:
     """The labels of both parts, as in vista's evaluation."""
     return {
-        part: next_item_cases(log, visible_counts(log, before), visible_counts(log, end))
+        part: next_item_cases(log, visible_counts(log, before), end=visible_counts(log, end))
         for part, (before, end) in PARTS.items()
     }
 

@@ -58,7 +58,7 @@ PLAN_WITH_COUNTERS = {
 """Those of models that may have counters, if steps or batches are planned."""
 NO_RETURNS = (*WITHOUT_COUNTERS, "optim.next_weight=1", "optim.window_weight=0")
 """Settings of tables without windows, which were measured before training planned these from the log."""
-SPLIT = ("split", "validation_from", "test_from", "validation_share", "test_share", "exclude_seen")
+SPLIT = ("split", "validation_from", "test_from", "gap_minutes", "validation_share", "test_share", "exclude_seen")
 """Keys of DataConfig that the untrained rows depend on."""
 Line = Mapping[str, Any]
 

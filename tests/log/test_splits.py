@@ -15,7 +15,7 @@ from vista.config.choices import Split
 from vista.errors import ConfigError
 from vista.examples.frequency import item_counts
 from vista.log.event_log import EventLog
-from vista.log.splits import MIN_EVENTS, split_until, visible_counts
+from vista.log.splits import MIN_EVENTS, part_counts, part_times, split_until, visible_counts
 from vista.log.until import Until, parse_time, parse_until
 
 DAY = 86_400_000
@@ -124,3 +124,40 @@ def test_item_counts(log: EventLog, block_events: int, until: str | None) -> Non
 def test_item_counts_refuse_a_wrong_shape(log: EventLog) -> None:
     with pytest.raises(ValueError, match=r"one entry per user, 10 in all.*\(3,\)"):
         item_counts(log, np.zeros(3, np.int64))
+
+
+def gap_split(minutes: float) -> DataConfig:
+    return DataConfig(split=Split.time, validation_from="1970-01-05", test_from="1970-01-08", gap_minutes=minutes)
+
+
+@pytest.mark.parametrize(("part", "begin", "end"), [("validation", 4, 7), ("test", 7, 10)])
+def test_events_of_the_gap_are_neither_visible_nor_labels(log: EventLog, part: str, begin: int, end: int) -> None:
+    """A gap of a day and a half has two events of a user with an event per day, at 2.5 and 3 days or later."""
+    data = gap_split(36 * 60)
+    seen, first, stop = part_counts(log, data, part)
+    lengths = log.lengths
+    assert seen.tolist() == np.minimum(lengths, begin - 1).tolist()  # events at days 0 … begin - 2
+    assert first.tolist() == np.minimum(lengths, begin).tolist()
+    before_gap = end if part == "test" else end - 1
+    assert stop.tolist() == np.maximum(first, np.minimum(lengths, before_gap)).tolist()
+    assert part_times(data, part) == (begin * DAY, None if part == "test" else end * DAY - 36 * 3_600_000)
+    assert split_until(data, part) == Until(before=begin * DAY - 36 * 3_600_000)
+
+
+def test_training_ends_before_the_gap(log: EventLog) -> None:
+    assert split_until(gap_split(1), "train") == Until(before=4 * DAY - 60_000)
+    assert split_until(gap_split(0), "train") == Until(before=4 * DAY)
+
+
+def test_a_gap_reaches_past_the_validation_labels(log: EventLog) -> None:
+    seen, first, stop = part_counts(log, gap_split(4 * 24 * 60), "validation")
+    assert seen.tolist() == [0] * 10
+    assert (stop == first).all()
+
+
+def test_a_gap_without_times() -> None:
+    with pytest.raises(ConfigError, match=r"data\.gap_minutes: only applies with data\.split=time; set that"):
+        DataConfig(gap_minutes=30)
+    for bad in (-1.0, math.inf):
+        with pytest.raises(ConfigError, match=r"data\.gap_minutes: must be"):
+            gap_split(bad)

@@ -37,6 +37,10 @@ class DataConfig:
     test_from: str | None = None
     """With split=time: labels from this time on are test labels. ISO date or time (UTC), or integer milliseconds. null
     with any other split."""
+    gap_minutes: float = 0.0
+    """With split=time: number of minutes before the validation labels, and before the test labels, whose events are
+    left out: they are not labels, and no model or summary sees them. With impressions, it needs
+    optim.task_weight=0."""
     validation_share: float | None = None
     """With split=share: share of each user's events, in [0, 1), that are validation labels. They come just before the
     test labels. 0 trains on all events before the test labels. null with any other split."""
@@ -105,12 +109,13 @@ class DataConfig:
         require_counts(self, "data.", ("horizon_events",), most=MAX_HORIZON_EVENTS)
         require_finite(self, "data.", ("staleness_events", "negative_power"))
         require_finite(self, "data.", ("horizon_days",), most=MAX_DAYS)
+        require_finite(self, "data.", ("gap_minutes",), most=MAX_DAYS * 24 * 60)
+        is_timed = self.split is Split.time
+        require(is_timed or not self.gap_minutes, "data.gap_minutes", "only applies with data.split=time; set that")
         require_share(self, "data.", ("staleness_share",))
         require_share(self, "data.", ("unknown_share",), below_one=True)
         for key in ("validation_from", "test_from"):
-            require_only_with(
-                getattr(self, key) is not None, self.split is Split.time, f"data.{key}", "data.split=time"
-            )
+            require_only_with(getattr(self, key) is not None, is_timed, f"data.{key}", "data.split=time")
         self._check_shares()
 
     def _check_shares(self) -> None:

@@ -26,7 +26,7 @@ class NextItemCases:
     user: Int
     """int64 [N] rows of the log."""
     seen: Int
-    """int64 [N] events before the label."""
+    """int64 [N] visible events before the label."""
     item: Int
     """int64 [N] labels, rows of the log."""
     now: Int | None
@@ -64,19 +64,23 @@ class ImpressionCases:
     """Of the requests, N rows with the log's codes."""
 
 
-def next_item_cases(log: EventLog, seen: Int, end: Int | None = None, *, max_users: int = 0) -> NextItemCases:
-    """The event after the first `seen` events of every user that has one.
+def next_item_cases(
+    log: EventLog, seen: Int, first: Int | None = None, end: Int | None = None, *, max_users: int = 0
+) -> NextItemCases:
+    """The first label of every user that has one.
 
     Args:
-        seen: int64 [num_users].
+        seen: int64 [num_users], events that are visible.
+        first: int64 [num_users], events before the label; None if they are all visible.
         end: int64 [num_users]: only events before it can be labels (in validation, those before the test labels); None
             allows all events.
         max_users: draw at most so many users, the same ones at every call; 0 takes all.
     """
-    users = np.flatnonzero(seen < (log.lengths if end is None else end))
+    first = seen if first is None else first
+    users = np.flatnonzero(first < (log.lengths if end is None else end))
     if max_users and len(users) > max_users:
         users = np.sort(np.random.default_rng(0).choice(users, max_users, replace=False))
-    labels = log.gather_ranges(users, seen[users], seen[users] + 1)
+    labels = log.gather_ranges(users, first[users], first[users] + 1)
     now = np.asarray(labels.timestamp) if log.has_time else None
     return NextItemCases(users, seen[users], np.asarray(labels.item).astype(np.int64), now)
 

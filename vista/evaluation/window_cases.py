@@ -25,13 +25,13 @@ class WindowCases:
     user: Int
     """int64 [N] rows of the log."""
     seen: Int
-    """int64 [N] events before the question."""
+    """int64 [N] visible events before the question."""
     now: Int | None
     """int64 [N] times of the questions (ms), or None if the split gives no time."""
     item: Int
     """int64 [L] labels: rows of the log, distinct and ascending per case."""
     is_new: NDArray[np.bool_]
-    """bool [L]: the item is not among the events before the question."""
+    """bool [L]: the item is not among the visible events before the question."""
     offsets: Int
     """int64 [N + 1]: the labels of case n are item[offsets[n]:offsets[n + 1]]."""
 
@@ -54,6 +54,7 @@ def window_cases(
     seen: Int,
     end: Int | None,
     *,
+    first: Int | None = None,
     horizon_events: int = 0,
     horizon_days: float = 0,
     now: int | None = None,
@@ -61,20 +62,21 @@ def window_cases(
     min_after: int,
     max_users: int = 0,
 ) -> WindowCases:
-    """Ask every user with enough events what follows the first `seen` events.
+    """Ask every user with enough events what follows the question.
 
     All items of the window are labels, also those that a model does not know.
 
     Args:
-        seen: int64 [num_users], events before the question (`visible_counts`).
+        seen: int64 [num_users], events that are visible before the question (`part_counts`).
         end: int64 [num_users], where windows stop at the latest (in validation, at the test labels); None for the end
             of the log.
+        first: int64 [num_users], events before the window; None if they are all visible.
         horizon_events: length of the window in events, or 0.
         horizon_days: length of the window in days, or 0, as in a log without times. The window begins at `now`, or
             without it at the time of the newest event before the question. Exactly one of the two lengths is above 0.
         now: time of the question in ms; None asks each user just after the newest event before it.
-        min_seen: fewest events before the question, at least 1.
-        min_after: fewest events between the question and `end`, at least 1.
+        min_seen: fewest visible events before the question, at least 1.
+        min_after: fewest events between the start of the window and `end`, at least 1.
         max_users: draw at most so many users, the same ones at every call; 0 asks all.
 
     Raises:
@@ -85,15 +87,16 @@ def window_cases(
             f"horizon_events={horizon_events}, horizon_days={horizon_days}: set exactly one of them above 0"
         )
     stop = log.lengths if end is None else end
-    user = np.flatnonzero((seen >= min_seen) & (stop - seen >= min_after))
+    first = seen if first is None else first
+    user = np.flatnonzero((seen >= min_seen) & (stop - first >= min_after))
     if max_users and len(user) > max_users:
         user = np.sort(np.random.default_rng(0).choice(user, max_users, replace=False))
-    high = np.minimum(seen + horizon_events, stop) if horizon_events else stop
+    high = np.minimum(first + horizon_events, stop) if horizon_events else stop
     item, is_new, lengths = [np.zeros(0, np.int64)], [np.zeros(0, np.bool_)], [np.zeros(0, np.int64)]
     for part in token_groups(high[user], EVENTS_PER_BLOCK):
         rows = user[part]
         before = log.gather(rows, seen[rows])
-        after = log.gather_ranges(rows, seen[rows], high[rows])
+        after = log.gather_ranges(rows, first[rows], high[rows])
         if horizon_days:
             begin = np.full(len(rows), now) if now is not None else before.timestamp[before.offsets[1:] - 1]
             after = _until(after, begin + math.ceil(horizon_days * DAY_MS))

@@ -36,19 +36,18 @@ def split_windows(log: EventLog, data: DataConfig, config: EvaluateConfig) -> di
     """
     if config.horizon_days:
         _check_days(log, data, config)
-    limit = split_until(data, config.split)
-    seen, end = part_counts(log, data, config.split)
+    seen, first, end = part_counts(log, data, config.split)
+    now, _ = part_times(data, config.split)
+    least = {"min_seen": config.min_seen, "min_after": config.min_after}
     cases = {
-        name: window_cases(
-            log, seen, end, now=limit.before, min_seen=config.min_seen, min_after=config.min_after, **length
-        )
+        name: window_cases(log, seen, end, first=first, now=now, **least, **length)
         for name, length in window_lengths(config).items()
     }
     if not len(next(iter(cases.values()))):
         raise ConfigError(
-            f"{log.path}: no user has min_seen={config.min_seen} events until {limit} and min_after={config.min_after} "
-            f"later events that are {config.split} labels; lower these, or train with data=time or data=share, which "
-            "hold out more than one event"
+            f"{log.path}: no user has min_seen={config.min_seen} events until {split_until(data, config.split)} and "
+            f"min_after={config.min_after} later events that are {config.split} labels; lower these, or train with "
+            "data=time or data=share, which hold out more than one event"
         )
     return cases
 

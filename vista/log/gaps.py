@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+MINUTE_MS = 60_000
 DAY_MS = 86_400_000
 UNKNOWN_GAP = 0
 NUM_GAPS = 40

@@ -12,6 +12,7 @@ from vista.config import DataConfig
 from vista.config.choices import Split
 from vista.errors import ConfigError
 from vista.log.event_log import EventLog
+from vista.log.gaps import MINUTE_MS
 from vista.log.histories import Histories, token_groups
 from vista.log.until import Until, parse_time, parse_until
 
@@ -87,24 +88,18 @@ def random_users_counts(
 
 
 def split_until(data: DataConfig, part: str) -> Until:
-    """The events that are visible to a part of a split: those before its labels.
+    """The events that are visible to a part of a split: those before its labels, and before the gap.
 
     Args:
         data: configuration of the split.
         part: "train" for the events that training uses, "validation" or "test" for those that summaries may cover.
 
     Raises:
-        ConfigError: if test labels begin before validation labels, because training would then use them.
+        ConfigError: as `_label_starts`.
     """
     if data.split is Split.time:
-        assert data.validation_from is not None and data.test_from is not None  # DataConfig has checked
-        validation, test = parse_time(data.validation_from), parse_time(data.test_from)
-        if test < validation:
-            raise ConfigError(
-                f"data.test_from={data.test_from}: is before data.validation_from={data.validation_from}; set a later "
-                "time"
-            )
-        return Until(before=test if part == "test" else validation)
+        validation, test = _label_starts(data)
+        return Until(before=(test if part == "test" else validation) - round(data.gap_minutes * MINUTE_MS))
     if data.split is Split.share:
         assert data.validation_share is not None and data.test_share is not None  # DataConfig has checked
         # In binary, 0.1 + 0.2 is not 0.3, and the text of `until` shows all digits.
@@ -114,10 +109,28 @@ def split_until(data: DataConfig, part: str) -> Until:
     return Until(held_out=1 if part == "test" else 2)
 
 
-def part_counts(log: EventLog, data: DataConfig, part: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Events of each user before the labels of a part ("validation" or "test"), and before the end of these labels.
+def _label_starts(data: DataConfig) -> tuple[int, int]:
+    """When the validation and the test labels of a split by time begin (ms).
 
-    The labels of validation end where those of test begin.
+    Raises:
+        ConfigError: if test labels begin before validation labels, because training would then use them.
+    """
+    assert data.validation_from is not None and data.test_from is not None  # DataConfig has checked
+    validation, test = parse_time(data.validation_from), parse_time(data.test_from)
+    if test < validation:
+        raise ConfigError(
+            f"data.test_from={data.test_from}: is before data.validation_from={data.validation_from}; set a later time"
+        )
+    return validation, test
+
+
+def part_counts(
+    log: EventLog, data: DataConfig, part: str
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Events of each user that a part ("validation" or "test") sees, before its first label, and before their end.
+
+    The first two differ by the events of the gap. The labels of validation end where the gap before those of test
+    begins.
 
     Returns:
         int64 [num_users] each.
@@ -125,8 +138,12 @@ def part_counts(log: EventLog, data: DataConfig, part: str) -> tuple[NDArray[np.
     Raises:
         ConfigError: as `visible_counts` and `split_until`.
     """
-    seen = visible_counts(log, split_until(data, part))
-    return seen, visible_counts(log, split_until(data, "test")) if part == "validation" else log.lengths
+    seen = first = visible_counts(log, split_until(data, part))
+    begin, _ = part_times(data, part)
+    if data.gap_minutes and begin is not None:
+        first = log.counts_before(begin)
+    end = visible_counts(log, split_until(data, "test")) if part == "validation" else log.lengths
+    return seen, first, np.maximum(first, end)
 
 
 def part_times(data: DataConfig, part: str) -> tuple[int | None, int | None]:
@@ -135,4 +152,7 @@ def part_times(data: DataConfig, part: str) -> tuple[int | None, int | None]:
     Raises:
         ConfigError: as `split_until`.
     """
-    return split_until(data, part).before, split_until(data, "test").before if part == "validation" else None
+    if data.split is not Split.time:
+        return None, None
+    begin = _label_starts(data)[part == "test"]
+    return begin, split_until(data, "test").before if part == "validation" else None

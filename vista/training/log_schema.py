@@ -45,6 +45,11 @@ def schema_of(log: EventLog, config: TrainConfig, since: int | None = None) -> S
             f"{log.path}: a label cannot be named {name!r}, which names the retrieval head or another key of "
             "metrics.jsonl; rename the label"
         )
+    if tasks and config.data.gap_minutes:
+        raise ConfigError(
+            f"data.gap_minutes={config.data.gap_minutes:g}: impressions would be asked with the events of the gap; set "
+            "optim.task_weight=0, or leave the gap out"
+        )
     if model.architecture.ranks_only and not tasks:
         why = "optim.task_weight=0" if log.impressions is not None else f"{log.path} has none"
         raise ConfigError(

@@ -112,11 +112,15 @@ def _held_out(config: TrainConfig) -> str:
     data = config.data
     if data.split is Split.time:
         assert data.validation_from is not None and data.test_from is not None  # DataConfig has checked
+        gap = f" Events of the {data.gap_minutes:g} minutes before are left out." if data.gap_minutes else ""
         if parse_time(data.validation_from) == parse_time(data.test_from):
-            return f"Labels from {data.test_from} on are not trained on: all are for the test, and none for validation."
+            return (
+                f"Labels from {data.test_from} on are not trained on: all are for the test, and none for "
+                f"validation.{gap}"
+            )
         return (
             f"Labels from {data.validation_from} on are not trained on: those before {data.test_from} are for "
-            "validation, later ones for the test."
+            f"validation, later ones for the test.{gap}"
         )
     if data.split is Split.share:
         assert data.test_share is not None and data.validation_share is not None  # DataConfig has checked

@@ -58,7 +58,7 @@ class Validation:
         self._events_per_batch = events_per_batch
         self._exclude_seen = leaves_out_seen(log, config.data)
         optim, limit = config.optim, config.optim.validation_users
-        self._cut, stop = part_counts(log, config.data, "validation")
+        self._cut, self._first, stop = part_counts(log, config.data, "validation")
         begin, end = part_times(config.data, "validation")
         self._impressions: ImpressionCases | None = None
         self._ranked: NextItemCases | WindowCases | None = None
@@ -70,7 +70,7 @@ class Validation:
             if config.next_weight == 0:
                 self._ranked = self._window_cases(stop, begin, limit)
             if self._ranked is None:
-                cases = next_item_cases(log, self._cut, stop, max_users=limit)
+                cases = next_item_cases(log, self._cut, self._first, stop, max_users=limit)
                 self._ranked = cases if len(cases.user) else None
         self.ranking_metric = ""
         """NDCG@10 of the ranked items, by its name in `vista evaluate`; empty if the log has no such cases."""
@@ -85,7 +85,9 @@ class Validation:
         """The cases of `vista evaluate target=window split=validation` for the trained length; None without any."""
         least = {"min_seen": self._windows.min_seen, "min_after": self._windows.min_after}
         length = window_lengths(self._windows)[self._length]
-        cases = window_cases(self._log, self._cut, stop, now=now, max_users=max_users, **least, **length)
+        cases = window_cases(
+            self._log, self._cut, stop, first=self._first, now=now, max_users=max_users, **least, **length
+        )
         if len(cases.item):
             logger.info("validation asks %d users for the items of their next %s", len(cases), self._length)
             return cases
