@@ -19,7 +19,7 @@ class SourceConfig(SourceColumns):
     kind: str = "table"
     """Format of the files: table (Parquet, CSV, or TSV with the columns named below), a known format (recbole, npz,
     simulated), a public data set (ml-1m, ml-latest-small, ml-100k, complete-journey, amazon-reviews-2023,
-    kuairand, yambda, longctr), or auto, which recognizes these by their file names."""
+    kuairand, yambda, longctr, t-ecd), or auto, which recognizes these by their file names."""
     paths: list[str] = field(default_factory=list)
     """Files or folders to read. Several files are read in the order of their names."""
     timestamp: str | None = None

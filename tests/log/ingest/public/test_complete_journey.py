@@ -9,11 +9,13 @@ from typing import Any
 import polars as pl
 import pytest
 
-from tests.log.conftest import write_csv
+from tests.log.conftest import PARSER, write_csv
 from tests.log.feature_tables import features_of
 from tests.log.ingest.set_logs import events_of, load, load_real
-from vista.config import ItemTableConfig
+from vista.config import ItemTableConfig, PrepareConfig, SourceConfig
 from vista.errors import DataError
+from vista.log.event_log import EventLog
+from vista.log.ingest.prepare import prepare
 from vista.log.ingest.sources import detect_kind
 
 PRODUCTS = pl.DataFrame(
@@ -83,6 +85,15 @@ def test_a_table_that_is_named_replaces_that_of_the_set(tmp_path: Path) -> None:
     table.item = "product_id"
     log = load(write(tmp_path / "cj", "events.parquet"), items=table)
     assert features_of(log) == {"shelf": {26093: ["x"]}}
+
+
+def test_other_columns_can_be_features_of_events(tmp_path: Path) -> None:
+    folder = write(tmp_path / "cj", "transactions.parquet")
+    events = SourceConfig(kind="auto", paths=[str(folder)], numbers=["quantity", "sales_value"])
+    prepare(PrepareConfig(out=str(tmp_path / "log"), events=events, progress=False), parser=PARSER)
+    features = EventLog.open(tmp_path / "log")[2].features
+    assert features is not None and features.columns["quantity"].tolist() == [1, 2]
+    assert features.columns["sales_value"].tolist() == pytest.approx([12.99, 3.18])
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from vista.log.ingest.public.kuairand import KUAIRAND
 from vista.log.ingest.public.longctr import LONGCTR
 from vista.log.ingest.public.movielens import ML_1M, ML_100K, ML_LATEST_SMALL
 from vista.log.ingest.public.public_set import PublicSet
+from vista.log.ingest.public.t_ecd import T_ECD
 from vista.log.ingest.public.yambda import YAMBDA
 
 PUBLIC_SETS = {
@@ -27,6 +28,7 @@ PUBLIC_SETS = {
     "kuairand": KUAIRAND,
     "yambda": YAMBDA,
     "longctr": LONGCTR,
+    "t-ecd": T_ECD,
 }
 """By the value of `kind`. `auto` takes the first that is recognized."""
 
