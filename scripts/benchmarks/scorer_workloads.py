@@ -151,7 +151,7 @@ def recomputed_summaries(workload: ScorerWorkload, precision: Precision) -> Call
         return StoredBatch(
             found=np.ones(count, bool),
             summary=summary,
-            tail=stored_tail(histories, model.config.tail_len),
+            tail=stored_tail(model, histories),
             event_count=histories.lengths,
             last_event_ts=last_times(histories),
             created_at=np.full(count, NO_TIMESTAMP),

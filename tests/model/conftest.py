@@ -43,35 +43,48 @@ def model(
     has_time: bool = True,
     rating_range: tuple[float, float] | None = (1.0, 5.0),
     request_features: bool = False,
+    num_tail_features: int | None = None,
     **config: Any,
 ) -> VistaModel:
-    """A model in eval mode in which every parameter matters: noise keeps biases and the like from being 0."""
+    """A model in eval mode in which every parameter matters: noise keeps biases and the like from being 0.
+
+    With `num_tail_features`, it reads features of events, and so many of them in stage 2.
+    """
     torch.manual_seed(seed)
     options = {"dim": 16, "num_heads": 2, "num_seeds": 3, "tail_len": 5, "conv_width": 3, "dropout": 0.0} | config
     built = VistaModel(
         ModelConfig(**options),
-        Schema(ACTIONS, has_time, rating_range, tasks, request_features=REQUESTS.columns if request_features else []),
+        Schema(
+            ACTIONS,
+            has_time,
+            rating_range,
+            tasks,
+            event_features=[] if num_tail_features is None else READER.columns,
+            num_tail_features=num_tail_features or 0,
+            request_features=READER.columns if request_features else [],
+        ),
         Vocabulary.from_ids(np.arange(num_items) + 100),
         DataConfig(),
     )
     with torch.no_grad():
         for parameter in built.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    built.request_features = REQUESTS if request_features else None
+    built.event_features = None if num_tail_features is None else READER
+    built.request_features = READER if request_features else None
     return built.eval()
 
 
-def drawn_requests(count: int, seed: int = 0) -> RowFeatures:
-    """Features of requests, a quarter of them missing."""
+def drawn_features(count: int, seed: int = 0) -> RowFeatures:
+    """Features of requests or events, a quarter of them missing."""
     rng = np.random.default_rng([seed, 2])
     hour = np.where(rng.random(count) < 0.25, np.nan, rng.integers(0, 24, count))
     return RowFeatures({"device": rng.integers(-1, 3, count).astype(np.int32), "hour": hour.astype(np.float32)})
 
 
-REQUESTS = RowFeatureReader.of(
-    drawn_requests(100), {"device": Vocabulary.from_ids(["desktop", "phone", "tv"]), "hour": None}
+READER = RowFeatureReader.of(
+    drawn_features(100), {"device": Vocabulary.from_ids(["desktop", "phone", "tv"]), "hour": None}
 )
-"""How the models of this module read features of requests."""
+"""How the models of this module read features of events and of requests."""
 
 
 def histories(lengths: list[int], seed: int = 0, *, num_items: int = NUM_ITEMS, days: float = 30.0) -> Histories:
@@ -88,6 +101,7 @@ def histories(lengths: list[int], seed: int = 0, *, num_items: int = NUM_ITEMS, 
         rng.integers(0, len(ACTIONS), total).astype(np.uint8),
         rng.integers(1, 6, total).astype(np.float32),
         offsets,
+        drawn_features(total, seed),
     )
 
 
@@ -118,7 +132,8 @@ def chunks(
     before = offsets[:-1][owner] + position - 1
     last = packed.timestamp[np.maximum(before, 0)] if packed.num_events else np.zeros(len(owner), np.int64)
     time = last + rng.integers(0, 48 * HOUR, len(owner))
-    features = [REQUESTS.encode(drawn_requests(len(owner), seed), len(owner)), REQUESTS.missing(1)]
+    features = [READER.encode(drawn_features(len(owner), seed), len(owner)), READER.missing(1)]
+    of_events = READER.encode(packed.features, packed.num_events)
     rest = packed.offsets[1:][user] - offsets[:-1]
     index = ranges(offsets[:-1], rest)
     item = packed.item.astype(np.int64)
@@ -146,6 +161,8 @@ def chunks(
         counters=None
         if spec is None
         else ChunkCounters(HistoryCounters(spec, item, packed.timestamp, packed.offsets), user, start, None),
+        entry=of_events.entry,
+        dense=of_events.dense,
     )
     return made, time
 
@@ -241,7 +258,7 @@ def outputs(model: VistaModel, cut: Batch) -> tuple[Tensor, Tensor]:
         vectors = model.item_vectors(cut.rows)
         events = cut.events
         shown = model.shown_vectors(events, vectors)
-        encoded = model.encoder(shown, events.action, events.gap, events.rating)
+        encoded = model.encoder(shown, events.action, events.gap, events.rating, events.entry, events.dense)
         context = model.window_context(cut, shown, model.cut_summaries(cut, encoded))
         return model.window_users(cut, context), model.window_logits(cut, vectors, context)
 
@@ -256,7 +273,7 @@ def tail(model: VistaModel, packed: Histories, lengths: Int | int | None = None)
     """Padded tails of the newest `lengths` (model.tail_len) events of each history."""
     keep = np.minimum(packed.lengths, model.config.tail_len if lengths is None else lengths)
     last = packed.select(packed.lengths - keep, packed.lengths)
-    return pad_tail(model, last.item, last.timestamp, last.action, last.offsets)
+    return pad_tail(model, last.item, last.timestamp, last.action, last.offsets, last.features.columns)
 
 
 @pytest.fixture(scope="session")
@@ -274,7 +291,7 @@ def make() -> SimpleNamespace:
         outputs=outputs,
         anchor_users=anchor_users,
         tail=tail,
-        requests=lambda count: REQUESTS.encode(drawn_requests(count), count),
-        request_reader=REQUESTS,
+        requests=lambda count: READER.encode(drawn_features(count), count),
+        request_reader=READER,
         num_items=NUM_ITEMS,
     )

@@ -15,6 +15,7 @@ from vista.config.choices import Decay, Mixing, Normalization, TargetAttentionKi
 from vista.examples.batch import Batch
 from vista.examples.chunks import Chunks
 from vista.log.histories import Histories
+from vista.log.row_features import RowFeatures
 
 YEAR = 365 * 86_400_000
 SHAPES = {
@@ -23,6 +24,7 @@ SHAPES = {
     "bidirectional": {"mixing": Mixing.bidirectional, "normalization": Normalization.none},
     "mean token": {"mean_token": True},
     "no summary": {"num_seeds": 0},
+    "event features": {"num_tail_features": 1},
     "softmax": {"target_attention": TargetAttentionKind.softmax},
     "quasi-linear": {"target_attention": TargetAttentionKind.quasi_linear},
     "quasi-linear, no tokens": {"target_attention": TargetAttentionKind.quasi_linear, "num_seeds": 0},
@@ -42,7 +44,10 @@ def with_another_future(packed: Histories, label: int, owner: int, num_items: in
     rating[later] = 6 - rating[later]
     moved = slice(label + same_time, packed.offsets[owner + 1])
     time[moved] += np.cumsum(np.full(len(time[moved]), YEAR))  # so every gap from here on changes
-    return Histories(item, time, action, rating, packed.offsets)
+    device, hour = (column.copy() for column in packed.features.columns.values())
+    device[later], hour[later] = 1 - device[later], np.nan_to_num(hour[later]) + 7
+    features = RowFeatures({"device": device, "hour": hour})
+    return Histories(item, time, action, rating, packed.offsets, features)
 
 
 def with_other_impressions(chunks: Chunks, label: int, owner: int, num_items: int) -> Chunks:
@@ -101,26 +106,29 @@ def test_the_future_changes_no_bit_of_a_prediction(make: SimpleNamespace, shape:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("field", ["item", "time"])
+@pytest.mark.parametrize("field", ["item", "time", "device", "hour"])
 def test_the_past_does_change_predictions(make: SimpleNamespace, shape: str, field: str) -> None:
     """So the test above can fail: one position later, the tail and the summary show the changed event."""
-    model = make.model(seed=1, tail_len=3, **SHAPES[shape])
+    model = make.model(seed=1, tail_len=3, **{"num_tail_features": 2} | SHAPES[shape])
     anchors = make.anchor_plan(spacing=1)
     plan = make.plan(model, label_spacing=2, num_cuts=300, timeless_share=0.0, anchors=anchors)
     packed = make.histories([30], 4)
     item, time = packed.item.copy(), packed.timestamp.copy()
+    features = {name: column.copy() for name, column in packed.features.columns.items()}
     if field == "item":
         item[9] = item[9] % make.num_items + 1
-    else:
+    elif field == "time":
         time[9:] += YEAR
-    changed = replace(packed, item=item, timestamp=time)
+    else:
+        features[field][9] = 1 if features[field][9] == 0 else 0
+    changed = replace(packed, item=item, timestamp=time, features=RowFeatures(features))
     chunks, other = (make.chunks(each, 4, impressions=60, decay=model.config.decay)[0] for each in (packed, changed))
     cuts = make.batch(chunks, plan, 4), make.batch(other, plan, 4)
     before, after = ((*make.outputs(model, cut), make.anchor_users(model, cut)) for cut in cuts)
     next_items, impressions = make.predictions(chunks, plan, 4)
     predictions = (next_items, impressions, make.anchor_predictions(chunks, plan, 4))
     # The tail's first event has no gap, so without a summary a changed time is visible for one position less.
-    reach = 30 if model.config.num_seeds else 11 if field == "item" else 10
+    reach = 30 if model.config.num_seeds else 10 if field == "time" else 11
     for one, two, predicted in zip(before, after, predictions, strict=True):
         seen = torch.from_numpy((predicted.position > 9) & (predicted.position <= reach))
         moved = (one != two).any(-1)

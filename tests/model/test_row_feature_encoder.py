@@ -120,6 +120,7 @@ def test_a_saved_reader_reads_the_same(tmp_path: Path) -> None:
     reader = RowFeatureReader.of(features, VALUES)
     reader.save(tmp_path, "event")
     loaded = RowFeatureReader.load(tmp_path, "event", reader.columns)
+    assert loaded is not None
     for expected, found in zip(reader.columns, loaded.columns, strict=True):
         assert expected == found
     assert (loaded.encode(features, 3).entry == reader.encode(features, 3).entry).all()

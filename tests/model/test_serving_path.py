@@ -25,7 +25,6 @@ from vista.config.choices import Activation, Decay, Mixing, TargetAttentionKind
 from vista.examples.batch import Batch
 from vista.log.histories import Histories
 from vista.model import inference
-from vista.model.history_states import pick_events
 from vista.model.padded_tail import PaddedTail, pad_tail
 from vista.model.row_feature_reader import EncodedRows
 from vista.model.target_attention import TargetContext
@@ -60,6 +59,9 @@ SHAPES = {
         "decay": Decay.time,
         "decay_horizons": [0.0, 3.0],
     },
+    "event features": {"num_tail_features": 2},
+    "event features, one in the tail": {"num_tail_features": 1, "decay": Decay.time, "decay_horizons": [0.0, 3.0]},
+    "event features, none in the tail": {"num_tail_features": 0, "mixing": Mixing.bidirectional},
     "no phi, bidirectional": {"activation": Activation.identity, "mixing": Mixing.bidirectional, "num_layers": 3},
 }
 SOME_SHAPES = [
@@ -71,6 +73,7 @@ SOME_SHAPES = [
     "quasi-linear, no tokens",
     "mean token",
     "request features",
+    "event features",
 ]
 LENGTHS = [0, 1, 2, 23, 7, 0, 12]
 """Events per user: empty histories, some shorter than the tail, some longer."""
@@ -118,7 +121,7 @@ def served_context(
     tail = make.tail(model, history.slice(0, position - visible, position))
     # A summary leaves out as many newest events, of any kind.
     whole = np.append(np.arange(covered), np.zeros(model.config.summary_lag, np.int64))
-    summary = inference.summarize(model, pick_events(history, whole, np.array([0, len(whole)])))
+    summary = inference.summarize(model, history.at(whole, np.array([0, len(whole)])))
     return inference.request_context(model, summary, tail), tail
 
 

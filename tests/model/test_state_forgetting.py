@@ -23,6 +23,7 @@ DAY = 86_400_000
 SHAPES = {
     "plain sums": {"conv_width": 1, "has_time": False},
     "gaps": {"conv_width": 1},
+    "event features": {"conv_width": 3, "num_tail_features": 1},
     "convolution": {"conv_width": 3, "has_time": False},
     "convolution, gaps and decay": {"conv_width": 3, "decay": Decay.time, "decay_horizons": [2.0, 30.0]},
 }
@@ -32,14 +33,7 @@ positions = st.sets(st.integers(0, LENGTH - 1)).map(sorted)
 
 def without(history: Histories, gone: list[int]) -> Histories:
     kept = np.setdiff1d(np.arange(history.num_events), gone)
-    assert history.rating is not None
-    return Histories(
-        history.item[kept],
-        history.timestamp[kept],
-        history.action[kept],
-        history.rating[kept],
-        np.array([0, len(kept)], np.int64),
-    )
+    return history.at(kept, np.array([0, len(kept)], np.int64))
 
 
 def assert_equal_within_rounding(state: SummaryState, exact: SummaryState, before: SummaryState) -> None:

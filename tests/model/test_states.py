@@ -32,6 +32,7 @@ SHAPES = {
     "convolution and gaps": {"conv_width": 3},
     "decay by time": {"conv_width": 3, "decay": Decay.time, "decay_horizons": [0.5, 10.0]},
     "decay by position": {"conv_width": 2, "decay": Decay.position, "decay_horizons": [0.0, 9.0]},
+    "event features": {"conv_width": 3, "num_tail_features": 0},
     "mean token": {"conv_width": 2, "mean_token": True, "decay": Decay.time, "decay_horizons": [0.5, 10.0]},
 }
 

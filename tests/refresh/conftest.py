@@ -12,7 +12,9 @@ import torch
 
 from vista.config import DataConfig, ModelConfig, SourceColumns
 from vista.log.event_log import EventLog
+from vista.log.row_features import RowFeatures
 from vista.log.vocabulary import Vocabulary
+from vista.model.row_feature_reader import RowFeatureReader
 from vista.model.schema import Schema
 from vista.model.vista_model import VistaModel
 from vista.store import StoreReader
@@ -22,19 +24,37 @@ START = 1_700_000_000_000
 NUM_ITEMS = 30
 
 
-def model(seed: int = 0, **config: Any) -> VistaModel:
-    """An untrained model with every parameter moved away from its initial value."""
+READER = RowFeatureReader.of(
+    RowFeatures({"surface": np.zeros(9, np.int32), "dwell": np.linspace(-1, 1, 9, dtype=np.float32)}),
+    {"surface": Vocabulary.from_ids(["web", "app"]), "dwell": None},
+)
+"""How models read features of events. The log has more surfaces, and in another order."""
+
+
+def model(seed: int = 0, num_tail_features: int | None = None, **config: Any) -> VistaModel:
+    """An untrained model with every parameter moved away from its initial value.
+
+    With `num_tail_features`, it reads features of events, and so many of them in stage 2.
+    """
     torch.manual_seed(seed)
     options = {"dim": 16, "num_heads": 2, "num_seeds": 3, "tail_len": 5, "conv_width": 3, "dropout": 0.0} | config
     built = VistaModel(
         ModelConfig(**options),
-        Schema(["click", "like"], True, (1.0, 5.0), []),
+        Schema(
+            ["click", "like"],
+            True,
+            (1.0, 5.0),
+            [],
+            event_features=[] if num_tail_features is None else READER.columns,
+            num_tail_features=num_tail_features or 0,
+        ),
         Vocabulary.from_ids(np.arange(NUM_ITEMS) * 10),
         DataConfig(),
     )
     with torch.no_grad():
         for parameter in built.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
+    built.event_features = None if num_tail_features is None else READER
     return built.eval()
 
 
@@ -42,6 +62,7 @@ def events(counts: dict[int, int], start: int = START, seed: int = 0, spread: in
     """A frame of `counts[user]` events per user, at distinct times after `start`."""
     rng = np.random.default_rng([seed, start])
     user = np.repeat(np.array(list(counts), np.int64), list(counts.values()))
+    dwell, surface = rng.normal(size=len(user)).astype(np.float32), np.array(["tv", "app", "", "web"])
     time = [start + np.sort(rng.choice(spread, n, replace=False)) for n in counts.values()]
     return {
         "user": user,
@@ -49,22 +70,27 @@ def events(counts: dict[int, int], start: int = START, seed: int = 0, spread: in
         "timestamp": np.concatenate([np.zeros(0, np.int64), *time]),
         "action": np.where(np.arange(len(user)) == 0, "click", rng.choice(["click", "like"], len(user))),
         "rating": rng.integers(1, 6, len(user)).astype(np.float32),
+        "surface": surface[rng.integers(0, 4, len(user))],
+        "dwell": np.where(rng.random(len(user)) < 0.2, np.nan, dwell),
     }
 
 
 def append(path: Path, frame: dict[str, Any]) -> EventLog:
     """Make a log from a frame, or append the frame to it as a segment."""
     return EventLog.from_frame(
-        frame,
+        frame | {"surface": [name or None for name in frame["surface"].tolist()]},
         path,
         time_unit="ms",
         columns=SourceColumns(action="action", rating="rating"),
+        categories=["surface"],
+        numbers=["dwell"],
         append=any(path.glob("segment-*")),
     )
 
 
 def assert_same(path: Path, expected: Path, atol: float) -> None:
-    """Both stores hold the same users, tails, times, counts, digests, counters; summaries differ by up to `atol`."""
+    """Both stores hold the same users, tails with features, times, counts, digests, counters; summaries differ by up to
+    `atol`."""
     with StoreReader.open(path) as store, StoreReader.open(expected) as other:
         users = list(other.keys())
         assert list(store.keys()) == users and len(store) == len(other)
@@ -75,6 +101,9 @@ def assert_same(path: Path, expected: Path, atol: float) -> None:
             assert getattr(batch, name).tolist() == getattr(wanted, name).tolist(), name
         for name in ("items", "times", "actions", "offsets"):
             assert getattr(batch.tail, name).tolist() == getattr(wanted.tail, name).tolist(), name
+        assert list(batch.tail.features) == list(wanted.tail.features)
+        for name, column in batch.tail.features.items():
+            np.testing.assert_array_equal(column, wanted.tail.features[name], name)
         for counters, others in zip(batch.counters, wanted.counters, strict=True):
             for name in ("key", "codes", "offsets", "clock"):
                 np.testing.assert_array_equal(getattr(counters, name), getattr(others, name), name)

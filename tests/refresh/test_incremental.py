@@ -36,6 +36,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "quasi-linear": {"target_attention": TargetAttentionKind.quasi_linear},
     "quasi-linear, no tokens": {"target_attention": TargetAttentionKind.quasi_linear, "num_seeds": 0},
     "mean token": {"mean_token": True, "decay": Decay.time, "decay_horizons": [3.0, 0.0]},
+    "event features": {"num_tail_features": 1},
+    "event features, decay by time": {
+        "num_tail_features": 2,
+        "tail_in_summary": False,
+        "decay": Decay.time,
+        "decay_horizons": [3.0, 0.0],
+    },
     "counters": {"counters": True, "counter_keys": 4},
     "tail not in the summary": {"tail_in_summary": False, "counters": True, "counter_keys": 4},
     "tail not in the summary, decay by time": {

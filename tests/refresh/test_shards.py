@@ -28,7 +28,7 @@ from vista.store.update import StoreUpdate
 
 
 def test_shards_are_read_as_one_store(tmp_path: Path, grow: SimpleNamespace) -> None:
-    model = grow.model()
+    model = grow.model(num_tail_features=2)
     log = grow.append(tmp_path / "log", grow.events({user: 1 + user % 9 for user in range(40)}))
     for index in range(3):
         refresh(model, log, tmp_path / "sharded", options=RefreshOptions(codec=Codec.float32), shard=Shard(index, 3))
@@ -46,6 +46,9 @@ def test_shards_are_read_as_one_store(tmp_path: Path, grow: SimpleNamespace) -> 
         np.testing.assert_allclose(batch.summary, wanted.summary, atol=2e-5)
         for name in ("items", "times", "actions", "offsets"):
             assert getattr(batch.tail, name).tolist() == getattr(wanted.tail, name).tolist(), name
+        assert list(batch.tail.features) == ["surface", "dwell"]
+        for name, column in batch.tail.features.items():
+            np.testing.assert_array_equal(column, wanted.tail.features[name])
         assert sharded.get_many([]).summary.shape == (0, 3, 16) and not sharded.reload()
     with Scorer.open(model, tmp_path / "whole") as one, Scorer.open(model, tmp_path / "sharded") as many:
         np.testing.assert_allclose(many.score(users, [0, 10, 20]), one.score(users, [0, 10, 20]), atol=1e-4)
@@ -101,6 +104,9 @@ def test_a_sharded_and_an_unsharded_store_cannot_share_a_folder(tmp_path: Path, 
         assert len(one) == len(many) == 9
 
 
+features = st.sampled_from([None, 0, 1, 2])
+
+
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), decay=st.sampled_from([Decay.none, Decay.time]), tail_in_summary=st.booleans())
 def test_merged_stores_equal_the_store_of_all_events(
@@ -111,7 +117,9 @@ def test_merged_stores_equal_the_store_of_all_events(
     tail_in_summary: bool,
 ) -> None:
     folder, horizons = tmp_path_factory.mktemp("merge"), [20.0, 0.0] if decay is Decay.time else []
-    model = grow.model(decay=decay, decay_horizons=horizons, tail_in_summary=tail_in_summary)
+    model = grow.model(
+        decay=decay, decay_horizons=horizons, tail_in_summary=tail_in_summary, num_tail_features=data.draw(features)
+    )
     frame = grow.events(data.draw(st.dictionaries(st.integers(1, 6), st.integers(1, 20), min_size=1)), spread=10**7)
     owner = np.array(data.draw(st.lists(st.integers(0, 2), min_size=len(frame["user"]), max_size=len(frame["user"]))))
     if data.draw(st.booleans()):

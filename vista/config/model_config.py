@@ -112,6 +112,11 @@ class ModelConfig:
     """Add the gap to the previous event, in logarithmic buckets, to the event embedding, if the log has times."""
     use_item_features: bool = True
     """Add the features of items to their vectors, if the log has any. It needs embedding_rows=0."""
+    use_event_features: bool = True
+    """Add the features of events to the event embedding, if the log has any. It needs embedding_rows=0."""
+    tail_features: list[str] | None = None
+    """With features of events: those that stage 2 reads too. The store holds them for each event of a tail. null: all.
+    With stage=downstream, null takes those of the base."""
     use_request_features: bool = True
     """Let labeled tasks read the features of requests, if the log's impressions have any."""
     id_dropout: float = 0.1
@@ -175,6 +180,8 @@ class ModelConfig:
                 "model.item_start",
                 "factors need one row per item; set model.item_start=random, or model.embedding_rows=0",
             )
+        features = self.tail_features or []
+        require(len({*features}) == len(features), "model.tail_features", f"names a column twice, got {features}")
         self._check_history_limit()
         self._check_tail()
         self._check_fuxi_linear()

@@ -36,6 +36,7 @@ class RawHistoryAnswers:
         self._events_per_batch = events_per_batch
         self._items = item_vectors(model) if model.has_retrieval else None
         self._encode_requests = log_encoder(model.request_features, log.request_features)
+        self._recode = model.event_recoder(log.event_features)
 
     def catalog_scores(self, cases: NextItemCases | WindowCases) -> Float32s:
         """Scores float32 [N, V] of all items for the users of some cases, at the times of the questions."""
@@ -92,7 +93,8 @@ class RawHistoryAnswers:
         """What the model reads of the first `seen` events int64 [B] of users int64 [B] (rows of the log)."""
         limit = self._model.config.history_limit
         events = self._log.gather_ranges(user, np.maximum(seen - limit, 0) if limit else seen * 0, seen)
-        return dataclasses.replace(events, item=self._item_rows[events.item].astype(np.int32))
+        features = self._recode(events.features, events.num_events)
+        return dataclasses.replace(events, item=self._item_rows[events.item].astype(np.int32), features=features)
 
     def _groups(self, seen: Int, num_shown: Int) -> Iterator[slice]:
         """Requests with about `events_per_batch` events and candidates together; num_shown: candidates of each."""

@@ -100,4 +100,8 @@ class ScorerAnswers:
         if (start >= seen).all():
             return None
         events = log.gather_ranges(user, np.minimum(start, seen), seen)
-        return Tail(log.items.ids(events.item), np.asarray(events.timestamp), np.asarray(events.action), events.offsets)
+        items, times, actions = log.items.ids(events.item), np.asarray(events.timestamp), np.asarray(events.action)
+        read = {column.name for column in self._scorer.model.schema.event_features}
+        values = events.features.named(log.event_features)
+        features = {name: column for name, column in values.items() if name in read}
+        return Tail(items, times, actions, events.offsets, features)

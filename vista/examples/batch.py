@@ -1,9 +1,9 @@
 """A training batch: packed events, the cuts at which summaries are read, and windows of label positions.
 
 Letters: B chunks, T packed events, NS segments between cuts, NC cuts, NW windows, W positions per window, L tail
-length, I impressions per window, C columns and D dense inputs of their requests' features, J negatives, NA anchors, P
-labels and S counted items per anchor, F values per counter, NR reconstructed stretches, R distinct item rows, S seeds
-of stored summaries, M model dim.
+length, I impressions per window, C columns and D dense inputs of features, J negatives, NA anchors, P labels and S
+counted items per anchor, F values per counter, NR reconstructed stretches, R distinct item rows, S seeds of stored
+summaries, M model dim.
 """
 
 from __future__ import annotations
@@ -38,6 +38,10 @@ class BatchEvents:
     """int64 [B+1]: chunk i holds the events [offsets[i], offsets[i+1])."""
     hidden: Tensor | None
     """bool [T]: True where training shows the event's item as unknown (`data.unknown_share`); None hides no item."""
+    entry: Tensor | None = None
+    """int64 [T, C], like `dense` from `RowFeatureReader.encode`: features of the events. None without them."""
+    dense: Tensor | None = None
+    """float32 [T, D]."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ from vista.examples.visible_impressions import VisibleImpressions
 from vista.log.event_log import EventLog
 from vista.log.gaps import history_gaps
 from vista.log.histories import ranges, token_groups
+from vista.log.row_features import RowFeatures
 from vista.log.splits import split_until, visible_counts
 from vista.log.until import Until
 
@@ -39,6 +40,8 @@ MEASURED_BATCHES = 16
 """Batches that the mean number of labels per anchor is measured by."""
 EncodeRequests: TypeAlias = Callable[[Int], tuple[Int, NDArray[np.float32]]]
 """From rows int64 [N] of a log's impressions to `ChunkImpressions.entry` and `dense`."""
+EncodeEvents: TypeAlias = Callable[[RowFeatures, int], tuple[Int, NDArray[np.float32]]]
+"""From features of T events of a log to `Chunks.entry` and `dense`."""
 NO_NEGATIVES = np.zeros(0, np.int64), np.zeros(0, np.float32)
 
 
@@ -56,6 +59,7 @@ class BatchSource:
         has_features: NDArray[np.bool_] | None = None,
         encode_requests: EncodeRequests | None = None,
         num_known: int | None = None,
+        encode_events: EncodeEvents | None = None,
     ) -> None:
         """
         Args:
@@ -67,6 +71,7 @@ class BatchSource:
             encode_requests: features of the requests of the log's impressions; None if the model reads none.
             num_known: items that histories and counters know. They show the items of later rows as unknown, while
                 labels, candidates, and negatives have them. None knows all.
+            encode_events: features of the log's events; None if the model reads none.
 
         Raises:
             ConfigError: if `optim.tasks` names a task that the log lacks, if no label lies after the store's records,
@@ -79,6 +84,7 @@ class BatchSource:
         self._stored = stored
         self._spec = spec
         self._encode_requests = encode_requests
+        self._encode_events = encode_events
         since = stored.since if stored else None
         self.counts = visible_counts(log, split_until(config.data, "train"))
         self._first = visible_counts(log, Until(before=since)) if stored else np.zeros(log.num_users, np.int64)
@@ -181,7 +187,9 @@ class BatchSource:
         index = ranges(low, high - low)
         owner = np.repeat(np.arange(len(user)), high - low)
         position = seen.position[index] - (start - lead)[owner]
-        entry, dense = (None, None) if self._encode_requests is None else self._encode_requests(seen.row[index])
+        requests = (None, None) if self._encode_requests is None else self._encode_requests(seen.row[index])
+        encode, num_events = self._encode_events, histories.num_events
+        events = (None, None) if encode is None else encode(histories.features, num_events)
         model = self._config.model
         # Baselines have no decay; they read times.
         decay = model.decay if model.architecture is Architecture.vista else Decay.none
@@ -201,8 +209,8 @@ class BatchSource:
                 label=seen.label[index],
                 mask=seen.mask[index],
                 time=seen.time[index],
-                entry=entry,
-                dense=dense,
+                entry=requests[0],
+                dense=requests[1],
             ),
             timeline=None
             if anchors is None
@@ -210,6 +218,8 @@ class BatchSource:
             lead=lead if self._stored else None,
             summary=self._stored.read(user) if self._stored else None,
             counters=self._counters(user, start - lead, stop),
+            entry=events[0],
+            dense=events[1],
         )
 
     def _counters(self, user: Int, start: Int, stop: Int) -> ChunkCounters | None:

@@ -95,6 +95,10 @@ class Chunks:
     """float32 [B, S, M] stored summaries; None computes them from the batch's own events."""
     counters: ChunkCounters | None = None
     """Counters of the chunks' users; None without counters."""
+    entry: Int | None = None
+    """int64 [T, C] features of the events, as in `BatchEvents`; None for a model that reads none."""
+    dense: NDArray[np.float32] | None = None
+    """float32 [T, D], like `entry`."""
 
     @property
     def num_context(self) -> Int:

@@ -211,6 +211,8 @@ def _events(chunks: Chunks, item: Int, hidden: NDArray[np.bool_] | None) -> Batc
         clock=_tensor(chunks.clock),
         offsets=_tensor(chunks.offsets),
         hidden=None if hidden is None else _tensor(hidden),
+        entry=None if chunks.entry is None else _tensor(chunks.entry),
+        dense=None if chunks.dense is None else _tensor(chunks.dense),
     )
 
 

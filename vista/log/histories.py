@@ -84,6 +84,20 @@ class Histories:
         )
 
 
+def concatenated(parts: Sequence[Histories]) -> Histories:
+    """The histories of all parts, end to end; at least one part, all with the same columns of features."""
+    columns = parts[0].features.columns
+    ratings = [part.rating for part in parts if part.rating is not None]
+    return Histories(
+        np.concatenate([part.item for part in parts]),
+        np.concatenate([np.asarray(part.timestamp) for part in parts]),
+        np.concatenate([part.action for part in parts]),
+        np.concatenate(ratings) if len(ratings) == len(parts) else None,
+        offsets_of(np.concatenate([part.lengths for part in parts])),
+        RowFeatures({name: np.concatenate([part.features.columns[name] for part in parts]) for name in columns}),
+    )
+
+
 def ranges(starts: Int | int, counts: Int) -> Int:
     """The integers starts[b] .. starts[b] + counts[b] - 1 of all b, concatenated: int64 [sum of counts]."""
     ends = np.cumsum(counts)

@@ -34,5 +34,6 @@ def with_items(model: VistaModel, ids: Ids, features: ItemFeatures) -> VistaMode
         weights["item_popularity"] = torch.cat([model.item_popularity, least.expand(count)])
     made.load_state_dict(weights)
     made.set_item_features(model.feature_table.extended(features, model.schema.item_features))
+    made.event_features, made.request_features = model.event_features, model.request_features
     made.num_trained_items = model.num_trained_items
     return made.train(model.training)

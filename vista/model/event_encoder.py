@@ -1,6 +1,6 @@
-"""Embeddings of events: item, action, gap to the event before, rating.
+"""Embeddings of events: item, action, gap to the event before, rating, features.
 
-Letters: T packed events, M model dim, R item rows of a batch.
+Letters: T packed events, M model dim, R item rows of a batch, C columns and D dense inputs of features.
 
 Every function takes item vectors as an argument instead of reading the table. The model gathers the rows of a batch
 once, for events, labels and negatives alike, so the cost of a step depends on these rows and not on the table's size.
@@ -8,11 +8,15 @@ once, for events, labels and negatives alike, so the cost of a step depends on t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from vista.log.gaps import NUM_GAPS
 from vista.model.embedding_feature import EmbeddingFeature
+from vista.model.feature_spec import FeatureSpec
+from vista.model.row_feature_encoder import RowFeatureEncoder
 from vista.model.unified_embedding import HashedEmbedding
 
 
@@ -30,6 +34,7 @@ class EventEncoder(nn.Module):
         use_action: bool,
         use_time: bool,
         rating_range: tuple[float, float] | None,
+        features: Sequence[FeatureSpec] = (),
         shared: nn.Parameter | None = None,
     ) -> None:
         super().__init__()
@@ -43,13 +48,22 @@ class EventEncoder(nn.Module):
         self.gap = embedding(EmbeddingFeature.gap, NUM_GAPS) if use_time else None
         self.rating = nn.Parameter(torch.zeros(dim)) if rating_range is not None else None
         self.rating_range = rating_range
+        self.features = RowFeatureEncoder(features, dim) if features else None
         for table in (self.action, self.gap):
             if isinstance(table, nn.Embedding):
                 nn.init.normal_(table.weight, std=0.02)
         if self.rating is not None:
             nn.init.normal_(self.rating, std=0.02)
 
-    def forward(self, item_vectors: Tensor, action: Tensor, gap: Tensor | None, rating: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        item_vectors: Tensor,
+        action: Tensor,
+        gap: Tensor | None,
+        rating: Tensor | None = None,
+        entry: Tensor | None = None,
+        dense: Tensor | None = None,
+    ) -> Tensor:
         """Embed events.
 
         Args:
@@ -57,6 +71,9 @@ class EventEncoder(nn.Module):
             action: int64 [...].
             gap: int64 [...] buckets of `gap_bucket`; None leaves times out.
             rating: float32 [...], NaN if an event has none; None leaves ratings out.
+            entry: int64 [..., C] of `RowFeatureReader.encode`, of all columns or the first ones; None leaves features
+                out.
+            dense: float32 [..., D], like `entry`.
 
         Returns:
             [..., M].
@@ -70,6 +87,8 @@ class EventEncoder(nn.Module):
             low, high = self.rating_range
             centered = (rating - (low + high) / 2) * (2 / (high - low) if low < high else 0.0)
             x = x + torch.nan_to_num(centered, nan=0.0).unsqueeze(-1).to(x.dtype) * self.rating
+        if self.features is not None and entry is not None:
+            x = x + self.features(entry, dense)
         return x
 
     def gap_vectors(self, gap: Tensor) -> Tensor | None:

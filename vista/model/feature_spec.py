@@ -1,4 +1,4 @@
-"""How a model encodes one column of item features."""
+"""How a model encodes one column of features."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class FeatureSpec:
     """Of a number: mean and standard deviation. Of a vector: 0, and the root mean square of its length."""
 
     def __post_init__(self) -> None:
-        require(type(self.name) is str and self.name != "", "schema.item_features", "a name must be a non-empty string")
-        where = f"schema.item_features.{self.name}"
+        require(type(self.name) is str and self.name != "", "schema", "a feature's name must be a non-empty string")
+        where = f"schema: feature {self.name}"
         require(self.kind in KINDS, where, f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
         require(type(self.size) is int and self.size > 0, where, f"size must be at least 1, got {self.size!r}")
         require(type(self.bounds) is list, where, "bounds must be a list")
@@ -48,7 +48,7 @@ class FeatureSpec:
 
     @property
     def num_rows(self) -> int:
-        """Rows of the embedding: one per value or bucket, and one for items without a value."""
+        """Rows of the embedding: one per value or bucket, and one for rows without a value."""
         return 1 + (0 if self.kind == "vector" else self.size)
 
     @property

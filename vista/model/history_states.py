@@ -152,7 +152,7 @@ def sum_of_ranges(
         limit = ends[begin] - counts[begin] + size
         end = min(max(begin + 1, int(np.searchsorted(ends, limit, side="right"))), begin + RANGES_PER_PASS)
         first, count = (start - context)[begin:end], counts[begin:end]
-        part = pick_events(history, ranges(first, count), offsets_of(count))
+        part = history.at(ranges(first, count), offsets_of(count))
         terms = range_states(model, part, context[begin:end], first)
         terms = terms.seen_from(clock.expand(end - begin), summarizer.decay_rate).total()
         total = merge_states(total, terms, summarizer.decay_rate)
@@ -165,7 +165,7 @@ def embed(model: VistaModel, histories: Histories, start: Int | None = None) -> 
 
     Args:
         model: its encoder and item table are used.
-        histories: items as model rows.
+        histories: items as model rows, features with the model's codes.
         start: int64 [B] position of each range's first event in its history; None means 0.
     """
     device = model.device
@@ -186,6 +186,7 @@ def embed(model: VistaModel, histories: Histories, start: Int | None = None) -> 
         torch.from_numpy(histories.action.astype(np.int64)).to(device),
         torch.from_numpy(gap).to(device),
         rating,
+        *model.encoded_events(histories.features, histories.num_events),
     )
     return events, torch.from_numpy(inside).to(device), torch.from_numpy(np.array(clock)).to(device)
 
@@ -199,9 +200,3 @@ def clock_after(model: VistaModel, history: Histories) -> Tensor:
     else:
         newest = int(history.timestamp[-1])
     return torch.tensor([newest], device=model.device)
-
-
-def pick_events(history: Histories, index: Int, offsets: Int) -> Histories:
-    """The events of a history (B = 1) at some positions, as histories with the given offsets."""
-    rating = None if history.rating is None else history.rating[index]
-    return Histories(history.item[index], history.timestamp[index], history.action[index], rating, offsets)

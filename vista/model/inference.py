@@ -101,10 +101,10 @@ def request_context(
     device = model.device
     vectors = model.item_vectors(torch.from_numpy(tail.item).to(device))
     action, gap = torch.from_numpy(tail.action).to(device), torch.from_numpy(tail.gap).to(device)
+    entry, dense = (None if part is None else torch.from_numpy(part).to(device) for part in (tail.entry, tail.dense))
+    events = model.encoder(vectors, action, gap, entry=entry, dense=dense)
     stage = model.target_attention
-    return stage.encode_request(
-        summary.to(device), model.encoder(vectors, action, gap), torch.from_numpy(tail.valid).to(device), masks
-    )
+    return stage.encode_request(summary.to(device), events, torch.from_numpy(tail.valid).to(device), masks)
 
 
 def request_bucket(model: VistaModel, now: Int | None, tail: PaddedTail) -> Tensor | None:

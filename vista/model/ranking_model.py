@@ -24,6 +24,7 @@ from vista.counters.counter_spec import ITEM, CounterSpec
 from vista.errors import CheckpointError, LogFormatError
 from vista.examples.batch import Batch, BatchEvents
 from vista.files import checked_path, replaced_folder
+from vista.log.row_features import ColumnValues, RowFeatures
 from vista.log.vocabulary import Ids, Vocabulary
 from vista.model.allocation_limit import AllocationLimit
 from vista.model.counted_item_head import CountedItemHead
@@ -35,7 +36,7 @@ from vista.model.losses import Losses
 from vista.model.model_description import CONFIG_FILE, ModelDescription, unreadable_model
 from vista.model.popularity_term import PopularityTerm
 from vista.model.row_feature_encoder import RowFeatureEncoder
-from vista.model.row_feature_reader import RowFeatureReader
+from vista.model.row_feature_reader import Recode, RowFeatureReader
 from vista.model.schema import Schema
 from vista.model.unified_embedding import gather, hashed_rows
 
@@ -84,12 +85,15 @@ class RankingModel(nn.Module):
             use_action=config.use_action,
             use_time=config.use_time and schema.has_time,
             rating_range=schema.rating_range if config.use_rating else None,
+            features=schema.event_features,
             shared=self.item_table if unified else None,
         )
         columns = schema.request_features
         self.request_encoder = RowFeatureEncoder(columns, config.dim) if columns else None
         self.request_features: RowFeatureReader | None = None
         """How features of requests are read, set before the first use; None for a model without them."""
+        self.event_features: RowFeatureReader | None = None
+        """How features of events are read, set before the first use; None for a model without them."""
 
         retrieval, spec = schema.has_retrieval, self.counter_spec
         self.popularity = (
@@ -181,9 +185,9 @@ class RankingModel(nn.Module):
         return None if self.features is None else self.features.table
 
     def take_catalog(self, other: RankingModel) -> None:
-        """Take the encoded features of items, their trained number, and the readers of features of another model with
-        the same vocabulary."""
-        self.request_features = other.request_features
+        """Take what is not a weight of a model with the same vocabulary: the encoded features of items, their trained
+        number, and how the model reads other features."""
+        self.event_features, self.request_features = other.event_features, other.request_features
         self.set_item_features(other.feature_table)
         self.num_trained_items = other.num_trained_items
 
@@ -261,6 +265,8 @@ class RankingModel(nn.Module):
                     self.feature_table.save(partial)
                 if self.request_features is not None:
                     self.request_features.save(partial, "request")
+                if self.event_features is not None:
+                    self.event_features.save(partial, "event")
                 self.save_serving_tables(partial)
                 self.description().write(partial)
                 if card is not None:
@@ -290,12 +296,13 @@ class RankingModel(nn.Module):
                 f"{cls.architecture.value}"
             )
         try:
-            saved.check_files(folder, WEIGHTS_FILE, "items.*", "item_values_*", "request_values_*", FEATURES_FILE)
+            patterns = "items.*", "item_values_*", "event_values_*", "request_values_*", FEATURES_FILE
+            saved.check_files(folder, WEIGHTS_FILE, *patterns)
             weights = load_file(folder / WEIGHTS_FILE)
             items = Vocabulary.load(folder, "items")
             features = ItemFeatureTable.load(folder, saved.schema.item_features) if saved.schema.item_features else None
-            columns = saved.schema.request_features
-            requests = RowFeatureReader.load(folder, "request", columns) if columns else None
+            events = RowFeatureReader.load(folder, "event", saved.schema.event_features)
+            requests = RowFeatureReader.load(folder, "request", saved.schema.request_features)
         except (OSError, ValueError, SafetensorError, LogFormatError) as error:
             raise unreadable_model(folder, error) from error
         _require_finite(weights, folder)
@@ -313,7 +320,7 @@ class RankingModel(nn.Module):
             weights = {name: weight.float() for name, weight in weights.items()}
             model.load_state_dict(weights, assign=saved.config.embedding_rows == 0)
             model.set_item_features(features)
-            model.request_features = requests
+            model.event_features, model.request_features = events, requests
             if saved.num_trained_items > len(items):
                 raise RuntimeError(f"it knows {len(items)} items, but was trained on {saved.num_trained_items}")
             model.num_trained_items = saved.num_trained_items
@@ -335,6 +342,27 @@ class RankingModel(nn.Module):
     def rows_of(self, items: Vocabulary) -> NDArray[np.int64]:
         """Model rows int64 [len(items)] of all items of a log's vocabulary, in its order."""
         return self.item_rows(items.ids(np.arange(len(items))))
+
+    def event_recoder(self, values: ColumnValues) -> Recode:
+        """Features of a log's events with the model's codes; empty for a model that reads none.
+
+        Args:
+            values: `EventLog.event_features` of the log.
+        """
+        if self.event_features is None:
+            return lambda features, num_rows: RowFeatures({})
+        return self.event_features.recoder(values)
+
+    def encoded_events(self, features: RowFeatures, num_events: int) -> tuple[Tensor | None, Tensor | None]:
+        """What `encoder` reads of features with the model's codes; None for a model that reads none.
+
+        Returns:
+            (entries int64 [T, C], dense inputs float32 [T, D]).
+        """
+        if self.event_features is None:
+            return None, None
+        encoded = self.event_features.encode(features, num_events)
+        return torch.from_numpy(encoded.entry).to(self.device), torch.from_numpy(encoded.dense).to(self.device)
 
     @property
     def counter_spec(self) -> CounterSpec | None:

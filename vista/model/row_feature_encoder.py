@@ -25,12 +25,16 @@ class RowFeatureEncoder(nn.Module):
         """
         super().__init__()
         self.values = nn.Parameter(torch.zeros(sum(column.num_rows for column in columns), dim))
-        """Per column, a row for rows without a value, then one per value or bucket."""
+        """Per column, a row for rows without a value, then one per value or bucket. Its gradient is sparse."""
         num_dense = sum(column.num_dense for column in columns)
         self.dense = nn.Parameter(torch.zeros(num_dense, dim)) if num_dense else None
 
     def forward(self, entry: Tensor, dense: Tensor) -> Tensor:
-        """[..., M] of entries int64 [..., C] and dense inputs float32 [..., F]."""
-        bags = F.embedding_bag(entry.reshape(-1, entry.shape[-1]), self.values, mode="sum")
+        """[..., M] of entries int64 [..., C] and dense inputs float32 [..., F], of all columns or of the first ones."""
+        bags = F.embedding_bag(entry.reshape(-1, entry.shape[-1]), self.values, mode="sum", sparse=True)
         out = bags.view(*entry.shape[:-1], self.values.shape[1])
-        return out if self.dense is None else out + dense.to(out.dtype) @ self.dense
+        # Not a matrix product, whose bits would depend on the number of rows.
+        for place in range(dense.shape[-1]):
+            assert self.dense is not None
+            out = out + dense[..., place : place + 1].to(out.dtype) * self.dense[place]
+        return out

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,8 @@ from vista.log.row_features import ColumnValues, RowFeatures
 from vista.log.vocabulary import Vocabulary
 from vista.model.feature_spec import MAX_ABS_SCORE, FeatureSpec
 
+Recode: TypeAlias = Callable[[RowFeatures, int], RowFeatures]
+"""From features of N rows of a log to the same features with a model's codes."""
 _VALUES_FILE = "{}_values_{}"
 
 
@@ -84,6 +86,11 @@ class RowFeatureReader:
                 codes[name] = np.append(rows, -1).astype(np.int32)
         return codes
 
+    def recoder(self, values: ColumnValues) -> Recode:
+        """`recoded` of features of one log with these values."""
+        codes = self.codes_of(values)
+        return lambda features, num_rows: self.recoded(features, codes, num_rows)
+
     def recoded(self, features: RowFeatures, codes: Mapping[str, NDArray[np.int32]], num_rows: int) -> RowFeatures:
         """Features of N rows of a log, with the model's codes. Columns that the log lacks are missing.
 
@@ -95,7 +102,7 @@ class RowFeatureReader:
         given = features.columns
         out = dict(RowFeatures.missing(self.values, num_rows).columns)
         for name, known in self.values.items():
-            if name in codes:
+            if name in codes and name in given:
                 out[name] = codes[name][given[name]]  # -1 reads the last entry
             elif known is None and name in given:
                 out[name] = given[name].astype(np.float32)
@@ -123,14 +130,21 @@ class RowFeatureReader:
             out[name] = _numbers(name, values) if known is None else _codes(name, values, known)
         return RowFeatures(out)
 
+    def first(self, count: int) -> RowFeatureReader:
+        """The reader of the first columns, whose entries are the same rows of the encoder's embedding."""
+        return RowFeatureReader(self.columns[:count], self.values)
+
     def encode(self, features: RowFeatures, num_rows: int) -> EncodedRows:
-        """What the encoder reads of N rows with the model's codes."""
+        """What the encoder reads of N rows with the model's codes. Columns that are not given are missing."""
         entry = np.empty((num_rows, len(self.columns)), np.int64)
         dense = np.zeros((num_rows, sum(column.num_dense for column in self.columns)), np.float32)
         first = place = 0
         for index, column in enumerate(self.columns):
-            given = features.columns[column.name]
-            if column.kind == "number":
+            given = features.columns.get(column.name)
+            if given is None:
+                entry[:, index] = first
+                place += column.num_dense
+            elif column.kind == "number":
                 numbers = given.astype(np.float64)
                 is_known = ~np.isnan(numbers)
                 bucket = np.searchsorted(np.array(column.bounds), numbers, side="left")
@@ -154,8 +168,8 @@ class RowFeatureReader:
                 known.save(folder, _VALUES_FILE.format(name, number))
 
     @classmethod
-    def load(cls, folder: Path, name: str, columns: Sequence[FeatureSpec]) -> RowFeatureReader:
-        """Read the files of `save`.
+    def load(cls, folder: Path, name: str, columns: Sequence[FeatureSpec]) -> RowFeatureReader | None:
+        """Read the files of `save`; None without columns.
 
         Raises:
             OSError, LogFormatError: a file is missing or damaged.
@@ -165,7 +179,7 @@ class RowFeatureReader:
         for number, column in enumerate(columns):
             file = _VALUES_FILE.format(name, number)
             values[column.name] = Vocabulary.load(folder, file) if column.kind == "category" else None
-        return cls(columns, values)
+        return cls(columns, values) if columns else None
 
 
 def log_encoder(

@@ -12,7 +12,7 @@ MAX_ACTIONS = 256
 """Codes of actions are uint8."""
 MAX_TASKS = 64
 MAX_NAME_BYTES = 500
-FEATURE_KEYS = ("item_features", "request_features")
+FEATURE_KEYS = ("item_features", "event_features", "request_features")
 """Fields of Schema that list columns of features."""
 
 
@@ -30,6 +30,10 @@ class Schema:
     """Whether the retrieval head was trained on next items."""
     item_features: list[FeatureSpec] = field(default_factory=list)
     """Columns of item features that are part of item vectors."""
+    event_features: list[FeatureSpec] = field(default_factory=list)
+    """Categories and numbers that are part of event embeddings in stage 1, and in baselines."""
+    num_tail_features: int = 0
+    """How many of `event_features`, counted from the first, stage 2 reads too, and the tails of records hold."""
     request_features: list[FeatureSpec] = field(default_factory=list)
     """Categories and numbers of requests, which labeled tasks read."""
 
@@ -54,6 +58,11 @@ class Schema:
             )
             names = [feature.name for feature in features]
             require(len(set(names)) == len(names), f"schema.{key}", "two columns have one name")
+        require(
+            type(self.num_tail_features) is int and 0 <= self.num_tail_features <= len(self.event_features),
+            "schema.num_tail_features",
+            f"must lie in 0 … {len(self.event_features)}, got {self.num_tail_features!r}",
+        )
         for key in ("has_time", "has_retrieval"):
             require(type(getattr(self, key)) is bool, f"schema.{key}", "must be true or false")
         if self.rating_range is not None:
@@ -65,3 +74,13 @@ class Schema:
                 "schema.rating_range",
                 "must be two finite numbers",
             )
+
+    @property
+    def tail_features(self) -> list[FeatureSpec]:
+        """The `event_features` that stage 2 reads too."""
+        return self.event_features[: self.num_tail_features]
+
+    @property
+    def tail_sizes(self) -> dict[str, int | None]:
+        """Their number of distinct values by name; None for a number."""
+        return {column.name: column.size if column.kind == "category" else None for column in self.tail_features}

@@ -15,12 +15,11 @@ from numpy.typing import ArrayLike, NDArray
 from vista.arrays import Int
 from vista.config.choices import Decay
 from vista.errors import ConfigError
-from vista.log.histories import Histories
+from vista.log.histories import Histories, concatenated
 from vista.model.history_states import (
     clock_after,
     covered_events,
     history_states,
-    pick_events,
     reach,
     separable_summarizer,
     sum_of_ranges,
@@ -136,20 +135,12 @@ def _exchanged(model: VistaModel, state: SummaryState, old: _Ranges, new: _Range
 
 def _interleaved(parts: Sequence[Histories]) -> tuple[Histories, list[Int]]:
     """Histories (B = 1 each) merged by time, and for each part the positions of its events in the result."""
-    rating = None if any(part.rating is None for part in parts) else np.concatenate([p.rating for p in parts])
-    times = np.concatenate([np.asarray(part.timestamp) for part in parts])
-    order = np.argsort(times, kind="stable")
-    end_to_end = Histories(
-        np.concatenate([part.item for part in parts]),
-        times,
-        np.concatenate([part.action for part in parts]),
-        rating,
-        np.array([0, len(times)], np.int64),
-    )
+    end_to_end = concatenated(parts)
+    order = np.argsort(end_to_end.timestamp, kind="stable")
     place = np.empty(len(order), np.int64)
     place[order] = np.arange(len(order))
     bounds = np.cumsum([part.num_events for part in parts])[:-1]
-    return pick_events(end_to_end, order, end_to_end.offsets), np.split(place, bounds)
+    return end_to_end.at(order, np.array([0, len(order)], np.int64)), np.split(place, bounds)
 
 
 def _runs(marked: NDArray[np.bool_]) -> tuple[Int, Int]:
@@ -173,7 +164,7 @@ def _touched(marked: Int, r: int, num_events: int) -> tuple[tuple[Int, Int], tup
 
 def _without(history: Histories, positions: Int) -> Histories:
     kept = np.delete(np.arange(history.num_events), positions)
-    return pick_events(history, kept, np.array([0, len(kept)], np.int64))
+    return history.at(kept, np.array([0, len(kept)], np.int64))
 
 
 def _checked(positions: ArrayLike, name: str, history: Histories, state: SummaryState, expected: int) -> Int:

@@ -23,7 +23,7 @@ from vista.config import DataConfig, ModelConfig, OptimConfig
 from vista.config.checks import planned
 from vista.config.choices import Activation, Architecture, Mixing, Precision, ReconstructionTarget
 from vista.config.conversion import to_dict
-from vista.examples.batch import Batch
+from vista.examples.batch import Batch, BatchEvents
 from vista.log.gaps import UNKNOWN_GAP
 from vista.log.vocabulary import Vocabulary
 from vista.model.anchor_losses import anchor_losses
@@ -34,6 +34,7 @@ from vista.model.losses import Losses, next_loss, reconstruction_loss, task_loss
 from vista.model.model_description import ModelDescription
 from vista.model.ranking_model import RankingModel
 from vista.model.reconstruction import ReconstructionDecoder
+from vista.model.row_feature_reader import RowFeatureReader
 from vista.model.schema import Schema
 from vista.model.summarizer import Summarizer
 from vista.model.target_attention import TargetAttention, TargetContext
@@ -85,6 +86,12 @@ class VistaModel(RankingModel):
         self._identified = b"", b""
         """Hash of the inputs that `summarizer_id` was last computed from, and the id."""
 
+    @property
+    def tail_features(self) -> RowFeatureReader | None:
+        """How stage 2 reads features of events; None if it reads none."""
+        count, events = self.schema.num_tail_features, self.event_features
+        return events.first(count) if events is not None and count else None
+
     def losses(self, batch: Batch, item_vectors: Tensor, optim: OptimConfig) -> Losses:
         impressions = batch.impressions
         encoded, summaries, context = self._contexts(batch, item_vectors)
@@ -109,7 +116,7 @@ class VistaModel(RankingModel):
         """Event embeddings [T, M], summaries of the cuts, and contexts of the windows."""
         events = batch.events
         shown = self.shown_vectors(events, item_vectors)
-        encoded = self.encoder(shown, events.action, events.gap, events.rating)
+        encoded = self.encoder(shown, events.action, events.gap, events.rating, events.entry, events.dense)
         summaries = self.cut_summaries(batch, encoded)
         return encoded, summaries, self.window_context(batch, shown, summaries)
 
@@ -138,7 +145,8 @@ class VistaModel(RankingModel):
         first = valid & ~F.pad(valid[:, :-1], (1, 0))
         if len(events.item):
             gap = torch.where(first, UNKNOWN_GAP, events.gap[index])
-            tail = self.encoder(shown[index], events.action[index], gap)
+            entry, dense = self._tail_inputs(events, index)
+            tail = self.encoder(shown[index], events.action[index], gap, entry=entry, dense=dense)
         else:
             tail = shown.new_zeros(*index.shape, self.config.dim)
         by_cut = self.target_attention.encode_summary(summaries)
@@ -146,6 +154,14 @@ class VistaModel(RankingModel):
         of_cuts = self.target_attention.state(summaries), self.target_attention.mean(summaries)
         state, mean = (None if part is None else part.index_select(0, windows.cut) for part in of_cuts)
         return self.target_attention.encode_context(summary, tail, valid, state, mean)
+
+    def _tail_inputs(self, events: BatchEvents, index: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Entries int64 [NW, L, C] and dense inputs float32 [NW, L, D] of the features that stage 2 reads."""
+        columns = self.schema.tail_features
+        if events.entry is None or events.dense is None or not columns:
+            return None, None
+        num_dense = sum(column.num_dense for column in columns)
+        return events.entry[index][..., : len(columns)], events.dense[index][..., :num_dense]
 
     def window_users(self, batch: Batch, context: TargetContext) -> Tensor:
         """User vectors [NW, W, M'] at the positions of the windows, at the times of their labels."""
@@ -182,7 +198,9 @@ class VistaModel(RankingModel):
         events, part = batch.events, batch.reconstruction
         index, _, offsets = _gather_ranges(part.start, part.start + part.length)
         target = encoded[index]
-        if events.hidden is not None:  # the decoder reconstructs the events themselves, hidden items included
+        # The decoder reconstructs the events themselves, hidden items included, but not their features, which tell how
+        # an event came about, such as the device, rather than what the user is interested in.
+        if events.hidden is not None or events.entry is not None:
             rating = None if events.rating is None else events.rating[index]
             target = self.encoder(item_vectors[events.item[index]], events.action[index], events.gap[index], rating)
         age = batch.cuts.stop[part.cut] - part.start
@@ -319,10 +337,11 @@ class VistaModel(RankingModel):
         """
         count = self.num_trained_items
         facts = {key: to_dict(self.config)[key] for key in STAGE1_KEYS} | {"schema": asdict(self.schema)}
-        for key in ("tasks", "has_retrieval", "request_features"):
+        for key in ("tasks", "has_retrieval", "request_features", "num_tail_features"):
             facts["schema"].pop(key)
-        if not self.schema.item_features:
-            facts["schema"].pop("item_features")
+        for key in ("item_features", "event_features"):
+            if not getattr(self.schema, key):
+                facts["schema"].pop(key)
         # These count only where they differ from the default, so that the ids of other models stay the same.
         if self.config.activation is not Activation.silu:
             facts["activation"] = self.config.activation.value
@@ -345,6 +364,9 @@ class VistaModel(RankingModel):
                 parts.append(tensor.detach().cpu().contiguous().numpy().reshape(-1).view(np.uint8).data)
         if self.feature_table is not None:
             parts += self.feature_table.content(1 + count)
+        if self.event_features is not None:
+            categories = [known for known in self.event_features.values.values() if known is not None]
+            parts += [known.part(0, len(known)).digest().encode() for known in categories]
         # SHA-256 takes half a second at 10^6 items, 30 times as long as the check whether anything has changed.
         quick = xxhash.xxh3_128()
         for part in parts:

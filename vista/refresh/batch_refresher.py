@@ -152,12 +152,11 @@ class BatchRefresher:
         with self._run.stage("read"):
             old, new = self._plan.log_at(group.segment).slice(user), self._log.slice(user)
             digest, whole = self._items.digests(new), self._items.model_rows(new)
-            old, new = covered_events(self._model, old), covered_events(self._model, new)
+            old, new = covered_events(self._model, self._items.model_rows(old)), covered_events(self._model, whole)
             changed = changed_positions(old, new)
         if changed is None or sum(map(len, changed)) * 2 * (1 + reach(self._model)) >= new.num_events:
             return self._recompute(RecomputeGroup(group.users))
         deleted, late = changed
-        old, new = self._items.model_rows(old), self._items.model_rows(new)
         with self._run.stage("summarize"):
             counters = count_histories(self._model.counter_spec, whole)
             state = from_arrays(group.states, self._model.device)
@@ -204,7 +203,7 @@ class BatchRefresher:
             return UserSummaries(
                 keys=self._keys(users),
                 summary=summary,
-                tail=stored_tail(newest, tail_len),
+                tail=stored_tail(self._model, newest),
                 event_count=lengths,
                 last_event_ts=last_times(newest),
                 history_digest=digest,

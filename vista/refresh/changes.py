@@ -15,7 +15,7 @@ def changed_positions(old: Histories, new: Histories) -> tuple[Int, Int] | None:
 
     Args:
         old: B = 1.
-        new: B = 1.
+        new: B = 1, with the same columns of features.
 
     Returns:
         (deleted, added), ascending; None if the other events changed their order, as events of one time can.
@@ -34,10 +34,11 @@ def changed_positions(old: Histories, new: Histories) -> tuple[Int, Int] | None:
 
 
 def _rows(history: Histories) -> Int:
-    """The events of a history as rows, int64 [T, 3 or 4]."""
+    """The events of a history as rows of integers, int64 [T, columns]."""
     columns = [history.item, history.timestamp, history.action]
     if history.rating is not None:
         columns.append(np.asarray(history.rating, np.float32).view(np.int32))
+    columns += [column.view(np.int32) for column in map(np.ascontiguousarray, history.features.columns.values())]
     return np.stack([np.asarray(column).astype(np.int64) for column in columns], axis=1)
 
 

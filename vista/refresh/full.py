@@ -133,7 +133,7 @@ class _FullBatches:
             return UserSummaries(
                 keys=user_keys(self.log.users.ids(users)),
                 summary=summary,
-                tail=stored_tail(model_rows, self.model.config.tail_len),
+                tail=stored_tail(self.model, model_rows),
                 event_count=histories.lengths,
                 last_event_ts=last_times(model_rows),
                 history_digest=digests,

@@ -1,4 +1,4 @@
-"""How a model reads a log: whether it can read it at all, and which row of the model each item has."""
+"""How a model reads a log: whether it can read it at all, and what items and features are to the model."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from vista.errors import ConfigError
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories
 from vista.model.ranking_model import UNKNOWN_ITEM, RankingModel
+from vista.model.row_feature_reader import Recode
 from vista.model.vista_model import VistaModel
 from vista.store.format.digest import history_digests, item_keys
 
@@ -40,12 +41,14 @@ def check_log(model: RankingModel, log: EventLog) -> None:
 
 @dataclass(frozen=True, slots=True)
 class LogItems:
-    """What each item of a log becomes: its row in the model, and its key in history digests."""
+    """What each item of a log becomes: its row in the model, and its key in history digests. Likewise for features."""
 
     rows: NDArray[np.int32]
     """[num_items] rows of the model; 0 for items it does not know."""
     keys: NDArray[np.uint64]
     """[num_items] keys of `vista.store.format.digest.item_keys`."""
+    recode: Recode
+    """Features of events with the model's codes."""
 
     @classmethod
     def of(cls, model: VistaModel, log: EventLog) -> LogItems:
@@ -61,11 +64,12 @@ class LogItems:
                 known,
                 log.num_items,
             )
-        return cls(rows, item_keys(ids))
+        return cls(rows, item_keys(ids), model.event_recoder(log.event_features))
 
     def model_rows(self, histories: Histories) -> Histories:
-        """The same histories with items as rows of the model."""
-        return dataclasses.replace(histories, item=self.rows[histories.item])
+        """The same histories with items as rows of the model, and features with the model's codes."""
+        features = self.recode(histories.features, histories.num_events)
+        return dataclasses.replace(histories, item=self.rows[histories.item], features=features)
 
     def digests(self, histories: Histories) -> NDArray[np.uint64]:
         """History digests, uint64 [B], of histories whose items are rows of the log."""

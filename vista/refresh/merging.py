@@ -12,14 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from vista.arrays import offsets_of
 from vista.config.choices import Codec, Precision, StateDtype
 from vista.config.refresh_options import RefreshOptions
 from vista.errors import ConfigError, StoreError
 from vista.log.event_log import EventLog
-from vista.log.histories import Histories
+from vista.log.histories import Histories, concatenated
 from vista.model.state_updates import merge_histories
 from vista.model.summary_state import SummaryState
 from vista.model.vista_model import VistaModel
@@ -196,26 +194,18 @@ def _merge_user(model: VistaModel, parts: Sequence[dict[Any, _UserState]], user:
 
 def _summarize(model: VistaModel, keys: list[bytes], users: Sequence[_UserState]) -> UserSummaries:
     names = ("z", "n", "removed", "clock", "num_events")
-    tables = count_histories(model.counter_spec, _end_to_end([user.history for user in users]))
+    tables = count_histories(model.counter_spec, concatenated([user.history for user in users]))
     state = SummaryState(*(torch.cat([getattr(user.state, name) for user in users]) for name in names))
     digest = np.array([user.digest for user in users], np.uint64)
     tail_len = model.config.tail_len
-    newest = _end_to_end([user.history.slice(0, max(user.history.num_events - tail_len, 0)) for user in users])
+    newest = concatenated([user.history.slice(0, max(user.history.num_events - tail_len, 0)) for user in users])
     return UserSummaries(
         keys=keys,
         summary=read_summaries(model, state),
-        tail=stored_tail(newest, tail_len),
+        tail=stored_tail(model, newest),
         event_count=np.array([user.history.num_events for user in users], np.int64),
         last_event_ts=last_times(newest),
         history_digest=digest,
         counters=stored_codes(tables),
         states=to_arrays(state, 0, digest, tables),
     )
-
-
-def _end_to_end(histories: Sequence[Histories]) -> Histories:
-    def column(name: str) -> NDArray[Any]:
-        return np.concatenate([np.asarray(getattr(history, name)) for history in histories])
-
-    offsets = offsets_of(np.array([history.num_events for history in histories], np.int64))
-    return Histories(column("item"), column("timestamp"), column("action"), None, offsets)

@@ -13,6 +13,7 @@ from vista.refresh.refresh_progress import RefreshProgress
 from vista.refresh.refresh_report import RefreshReport
 from vista.refresh.user_records import UserRecords
 from vista.store.format.counter_layout import CounterLayout
+from vista.store.format.tail_column import TailColumn
 from vista.store.manifest import Manifest
 from vista.store.writer import StoreWriter
 
@@ -59,6 +60,7 @@ def new_manifest(
         state_dtype=state.value,
         state_shape=shape if has_sums else (0, 0, 0),
         counters=counters,
+        tail_columns=[TailColumn(*column).to_dict() for column in model.schema.tail_sizes.items()],
         total_users=total_users,
         run_digest=run_digest,
     )

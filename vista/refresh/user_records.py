@@ -10,6 +10,7 @@ from vista.arrays import Int
 from vista.errors import RecordError
 from vista.log.gaps import NO_TIMESTAMP
 from vista.log.histories import Histories
+from vista.model.vista_model import VistaModel
 from vista.refresh.refresh_progress import RefreshProgress
 from vista.store.format.keys import user_id
 from vista.store.format.record import encode_records
@@ -61,10 +62,12 @@ def encode_users(users: UserSummaries, writer: StoreWriter | StoreUpdate, run: R
     return UserRecords(users.keys, records, states)
 
 
-def stored_tail(newest: Histories, tail_len: int) -> Tail:
-    """The last `tail_len` events of histories whose items are rows of the model, in the form of a record."""
-    last = newest.select(np.maximum(newest.lengths - tail_len, 0), newest.lengths)
-    return Tail(last.item.astype(np.int32), np.asarray(last.timestamp), np.asarray(last.action), last.offsets)
+def stored_tail(model: VistaModel, newest: Histories) -> Tail:
+    """The last `tail_len` events of histories as `LogItems.model_rows` gives them, in the form of a record."""
+    last = newest.select(np.maximum(newest.lengths - model.config.tail_len, 0), newest.lengths)
+    features = {name: last.features.columns[name] for name in model.schema.tail_sizes}
+    times, actions = np.asarray(last.timestamp), np.asarray(last.action)
+    return Tail(last.item.astype(np.int32), times, actions, last.offsets, features)
 
 
 def last_times(histories: Histories) -> Int:

@@ -66,7 +66,7 @@ def read_request(
         merged, is_fresh, wrong = with_fresh_events(model, stored, tail, refuse=refuse)
         bad = bad | wrong
     recorder.add(hits=num_hits, stale=num_found - num_hits, misses=len(unknown) - num_found, bad_users=int(bad.sum()))
-    padded = pad_tail(model, merged.items, merged.times, merged.actions, merged.offsets)
+    padded = pad_tail(model, merged.items, merged.times, merged.actions, merged.offsets, merged.features)
     summary = torch.from_numpy(stored.summary).to(model.device)
     if unknown.any():
         summary[torch.from_numpy(unknown).to(summary.device)] = snapshot.empty

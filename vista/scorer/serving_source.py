@@ -14,6 +14,7 @@ from vista.model.item_projections import ItemProjections
 from vista.model.model_description import CONFIG_FILE, ModelDescription
 from vista.model.vista_model import VistaModel
 from vista.scorer.serving_snapshot import ServingSnapshot
+from vista.store.format.tail_column import TailColumn
 from vista.store.sharded_reader import open_store
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,11 @@ class ServingSource:
             model = VistaModel.from_pretrained(self.model, resolve_device(self.device))
             items = ItemProjections.load(Path(self.model), model)
         opened = open_store(
-            self.store, summarizer_id=model.summarizer_id(), key=self.key, tail_len=model.config.tail_len
+            self.store,
+            summarizer_id=model.summarizer_id(),
+            key=self.key,
+            tail_len=model.config.tail_len,
+            tail_columns=[TailColumn(*column) for column in model.schema.tail_sizes.items()],
         )
         try:
             return ServingSnapshot(model, items, opened, choose_precision(self.precision, model.device), identity)

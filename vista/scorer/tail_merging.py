@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vista.arrays import Int, offsets_of
-from vista.model.ranking_model import RankingModel
+from vista.errors import shown
+from vista.log.row_features import RowColumn
+from vista.model.vista_model import VistaModel
 from vista.scorer.request_arguments import (
     MAX_TAIL_EVENTS,
     array_of,
@@ -27,13 +30,15 @@ Bools = NDArray[np.bool_]
 
 
 def checked_tail(tail: Tail, num_users: int) -> Tail:
-    """Convert a caller's tail to NumPy arrays: raw item ids, and int64 for everything else.
+    """Convert a caller's tail to NumPy arrays: raw item ids, and int64 for everything else except features.
 
     Raises:
         ValueError, TypeError: a part of the tail is invalid for `num_users` users; the message names it.
     """
     if not isinstance(tail, Tail):
         raise TypeError(f"tail: must be a Tail(items, times, actions, offsets), got a {type(tail).__name__}")
+    if not isinstance(tail.features, Mapping):
+        raise TypeError(f"tail.features: must be a mapping of names to values, got a {type(tail.features).__name__}")
     require_most(length_of(tail.items), MAX_TAIL_EVENTS, "tail.items", "events")
     arrays = {
         "items": array_of(tail.items, "tail.items"),
@@ -54,12 +59,21 @@ def checked_tail(tail: Tail, num_users: int) -> Tail:
             f"tail.offsets: must be {num_users + 1} values that rise from 0 to {count}, got {len(offsets)} values that "
             f"start with {offsets.tolist()[:6]}"
         )
-    return Tail(arrays["items"], arrays["times"], actions, offsets)
+    features = {name: _column(name, values) for name, values in tail.features.items()}
+    return Tail(arrays["items"], arrays["times"], actions, offsets, features)
 
 
-def with_fresh_events(
-    model: RankingModel, stored: StoredBatch, tail: Tail, *, refuse: bool
-) -> tuple[Tail, Bools, Bools]:
+def _column(name: Any, values: Any) -> Any:
+    """A caller's values of a feature, with a length."""
+    if isinstance(values, (list, tuple)):
+        return values
+    array = array_of(values, f"tail.features: {name!r}")
+    if array.ndim != 1:
+        raise ValueError(f"tail.features: {name!r} must be a list of values, or one-dimensional, got {shown(values)}")
+    return array
+
+
+def with_fresh_events(model: VistaModel, stored: StoredBatch, tail: Tail, *, refuse: bool) -> tuple[Tail, Bools, Bools]:
     """Merge the stored tails of a batch with a caller's tail, whose items are raw ids.
 
     Args:
@@ -92,7 +106,8 @@ def with_fresh_events(
     ids = checked.items[kept]
     rows = model.history_rows(item_rows(model, ids, "tail.items"))
     offsets = offsets_of(np.where(bad, 0, lengths))
-    fresh = Tail(rows.astype(np.int32), checked.times[kept], checked.actions[kept].astype(np.uint8), offsets)
+    features = {name: column[kept] for name, column in _model_features(model, checked).items()}
+    fresh = Tail(rows.astype(np.int32), checked.times[kept], checked.actions[kept].astype(np.uint8), offsets, features)
     names = np.unique(ids, return_inverse=True)[1]
     return *merge_tails(stored.tail, stored.event_count, fresh, model.config.tail_len, names), bad
 
@@ -107,10 +122,11 @@ def merge_tails(
     the record covers it. That is so if the stored tail holds it (same time, item and action). The tail does not show
     covered events before its own. If there are some, all fresh events at the time of the tail's oldest event, or
     earlier, are taken for covered: of a basket with one time and more items than the tail, it holds only a part.
-    Events with equal times keep their order, stored ones first.
+    Events with equal times keep their order, stored ones first. The features of an event are not part of its identity:
+    those of the event that is kept count.
 
     Args:
-        stored, fresh: with items as model rows.
+        stored, fresh: with items as model rows, and features with the model's codes. The result has those of `fresh`.
         event_count: int64 [B] events that the records cover.
         tail_len: events to keep per user.
         names: [N] numbers that tell the fresh events' items apart, including unknown items, which share a row; None if
@@ -134,7 +150,27 @@ def merge_tails(
     from_end = np.repeat(ends, counts) - np.arange(len(order))
     order = order[from_end <= tail_len]
     offsets = offsets_of(np.minimum(counts, tail_len))
-    return Tail(item[order], time[order], action[order], offsets), is_fresh[order]
+    features = {name: np.concatenate([stored.features[name], fresh.features[name]])[order] for name in fresh.features}
+    return Tail(item[order], time[order], action[order], offsets, features), is_fresh[order]
+
+
+def _model_features(model: VistaModel, tail: Tail) -> Mapping[str, RowColumn]:
+    """Features of a caller's events, with the model's codes, in the columns that stage 2 reads.
+
+    Callers may also name the columns that only stage 1 reads.
+
+    Raises:
+        ValueError: a column is unknown to the model, or has other values than its kind.
+    """
+    if model.event_features is None:
+        for name in tail.features:
+            raise ValueError(f"tail.features: {shown(name)} is not a feature that this model reads; it reads none")
+        return {}
+    try:
+        parsed = model.event_features.parse(tail.features, len(tail.items)).columns
+    except ValueError as error:
+        raise ValueError(f"tail.features: {error}") from None
+    return {name: parsed[name] for name in model.schema.tail_sizes}
 
 
 def _may_precede(stored: Tail, event_count: Int, user: Integers, time: Integers) -> Bools:

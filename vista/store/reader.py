@@ -24,6 +24,7 @@ from vista.store.format.keys import INT_PREFIX, STR_PREFIX, user_id, user_keys
 from vista.store.format.record import RawRecords, check_keys, read_records
 from vista.store.format.record_spec import RecordSpec
 from vista.store.format.state_record import StateArrays, StateSpec, decode_states
+from vista.store.format.tail_column import TailColumn
 from vista.store.layout import (
     environment_path,
     list_generations,
@@ -67,11 +68,18 @@ class _Generation:
 class StoreReader:
     """One published generation of a store; `reload` follows CURRENT. Safe with threads, after fork, and to pickle."""
 
-    def __init__(self, path: Path, summarizer_id: bytes | None, key: bytes | None, tail_len: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        summarizer_id: bytes | None,
+        key: bytes | None,
+        tail_len: int,
+        tail_columns: Sequence[TailColumn],
+    ) -> None:
         self.path = path
         self._wanted = summarizer_id
         self._key = key
-        self._tail_len = tail_len
+        self._tail_len, self._tail_columns = tail_len, tail_columns
         self._opened: _Generation | None = self._open()
 
     @classmethod
@@ -82,6 +90,7 @@ class StoreReader:
         summarizer_id: bytes | None = None,
         key: bytes | None = None,
         tail_len: int = 0,
+        tail_columns: Sequence[TailColumn] = (),
     ) -> StoreReader:
         """Open the generation that CURRENT names.
 
@@ -91,12 +100,13 @@ class StoreReader:
                 one, but an earlier generation matches (a two-step rollout), the matching one is opened.
             key: 32 bytes, to refuse records that were not written with this key (`authentication.read_key`).
             tail_len: events of a tail that the model reads, to refuse generations with shorter tails.
+            tail_columns: features of these events that the model reads, to refuse generations without them.
 
         Raises:
             SummarizerMismatchError: no generation is of that summarizer; the message names both summarizers.
             StoreError: missing, unpublished, truncated, not a store, or of another key; the message has the remedy.
         """
-        return cls(store_path(path), summarizer_id, key, tail_len)
+        return cls(store_path(path), summarizer_id, key, tail_len, tail_columns)
 
     @property
     def manifest(self) -> Manifest:
@@ -220,7 +230,7 @@ class StoreReader:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _open_pickled, (self.path, self._wanted, self._key, self._tail_len)
+        return _open_pickled, (self.path, self._wanted, self._key, self._tail_len, self._tail_columns)
 
     def _current(self) -> _Generation:
         opened = self._opened
@@ -286,9 +296,15 @@ class StoreReader:
 
     def _with_tails(self, opened: _Generation) -> _Generation:
         stored = opened.manifest.tail_len
-        if stored >= self._tail_len:
+        lacking = [column.name for column in self._tail_columns if column not in opened.spec.tail_columns]
+        if stored >= self._tail_len and not lacking:
             return opened
         opened.environment.release()
+        if lacking:
+            raise StoreError(
+                f"{self.path}: its tails do not hold the event features {', '.join(lacking)} as the model reads them; "
+                "refresh the store with this model"
+            )
         raise StoreError(
             f"{self.path} holds tails of {stored} events, but the model reads {self._tail_len}; refresh the store with "
             "this model"

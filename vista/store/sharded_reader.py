@@ -17,6 +17,7 @@ from vista.counters.counter_codes import CounterCodes
 from vista.errors import StoreError
 from vista.log.histories import ranges
 from vista.store.format.keys import common_kind, user_keys
+from vista.store.format.tail_column import TailColumn
 from vista.store.layout import store_path
 from vista.store.manifest import Manifest
 from vista.store.reader import StoreReader
@@ -26,13 +27,17 @@ from vista.store.tail import Tail
 
 
 def open_store(
-    path: str | Path, *, summarizer_id: bytes | None = None, key: bytes | None = None, tail_len: int = 0
+    path: str | Path,
+    *,
+    summarizer_id: bytes | None = None,
+    key: bytes | None = None,
+    tail_len: int = 0,
+    tail_columns: Sequence[TailColumn] = (),
 ) -> StoreReader | ShardedReader:
     """Open a store, sharded or not; arguments and errors as of `StoreReader.open`."""
     root = store_path(path)
-    if shards_in(root):
-        return ShardedReader.open(root, summarizer_id=summarizer_id, key=key, tail_len=tail_len)
-    return StoreReader.open(root, summarizer_id=summarizer_id, key=key, tail_len=tail_len)
+    open_one = ShardedReader.open if shards_in(root) else StoreReader.open
+    return open_one(root, summarizer_id=summarizer_id, key=key, tail_len=tail_len, tail_columns=tail_columns)
 
 
 class ShardedReader:
@@ -44,7 +49,13 @@ class ShardedReader:
 
     @classmethod
     def open(
-        cls, path: str | Path, *, summarizer_id: bytes | None = None, key: bytes | None = None, tail_len: int = 0
+        cls,
+        path: str | Path,
+        *,
+        summarizer_id: bytes | None = None,
+        key: bytes | None = None,
+        tail_len: int = 0,
+        tail_columns: Sequence[TailColumn] = (),
     ) -> ShardedReader:
         """Open every shard.
 
@@ -63,7 +74,10 @@ class ShardedReader:
         try:
             for index in range(count):
                 path = Shard(index, count).path(root)
-                readers.append(StoreReader.open(path, summarizer_id=summarizer_id, key=key, tail_len=tail_len))
+                reader = StoreReader.open(
+                    path, summarizer_id=summarizer_id, key=key, tail_len=tail_len, tail_columns=tail_columns
+                )
+                readers.append(reader)
             first = readers[0].manifest
             for reader in readers[1:]:
                 for field in ("summarizer_id", "num_tokens", "dim", "until", "counters", "tail_columns"):

@@ -38,10 +38,10 @@ COUNTER_KEYS = ("counters", "counter_keys", "counter_days", "counter_events")
 KEPT_KEYS = (
     *(*STAGE1_KEYS, *COUNTER_KEYS),
     *("activation", "tail_in_summary", "mean_token", "embedding_rows", "embedding_hashes"),
-    *("num_reconstruction_layers", "reconstruction_target"),
+    *("num_reconstruction_layers", "reconstruction_target", "tail_features"),
 )
 """Fields of ModelConfig that must be the base's."""
-INHERITED_KEYS = ("counters", "mean_token", "popularity", "temperature")
+INHERITED_KEYS = ("counters", "mean_token", "popularity", "temperature", "tail_features")
 """Fields of ModelConfig that are the base's if they are null."""
 KEPT_WEIGHTS = (*STAGE1_WEIGHTS, "decoder.")
 """Prefixes of the names of the weights that the base provides. The decoder belongs to the summaries that it reads."""

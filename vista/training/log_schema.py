@@ -16,6 +16,7 @@ from vista.model.feature_spec import FeatureSpec
 from vista.model.item_feature_table import ItemFeatureTable
 from vista.model.ranking_model import NEXT_TASK
 from vista.model.schema import Schema
+from vista.training.event_features import event_columns
 from vista.training.request_features import request_columns
 
 RESERVED_TASKS = {
@@ -77,6 +78,7 @@ def schema_of(log: EventLog, config: TrainConfig, since: int | None = None) -> S
         tasks,
         config.ranks_items,
         features,
+        *event_columns(log, config),
         request_features=request_columns(log, config, since),
     )
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from vista.config import OptimConfig
+from vista.model.feature_encoder import FeatureEncoder
 from vista.model.ranking_model import RankingModel
+from vista.model.row_feature_encoder import RowFeatureEncoder
 
 BETAS = (0.9, 0.98)
 FINAL_RATE = 0.01
@@ -34,8 +36,8 @@ class Optimizers:
         self._item_table = model.item_table
         names = {id(p): name for name, p in model.named_parameters()}
         tables = [(model.item_table, optim.table_rate)]
-        if model.features is not None:
-            tables.append((model.features.values, 1.0))
+        encoders = [part for part in model.modules() if isinstance(part, FeatureEncoder | RowFeatureEncoder)]
+        tables += [(encoder.values, 1.0) for encoder in encoders]
         self._tables = [table for table, _ in tables]
         is_table = {id(p) for p in self._tables}
         self._dense: list[Tensor] = [p for p in model.parameters() if p.requires_grad and id(p) not in is_table]

@@ -42,6 +42,7 @@ class SummaryAnswers:
         self._model, self._log, self._item_rows = model, log, item_rows
         self._history_rows = model.history_rows(item_rows)
         self._users, self._covered = users, covered
+        self._recode = model.event_recoder(log.event_features)
         groups = [users[part] for part in token_groups(covered[users], events_per_batch)]
         histories = (self._model_rows(log.gather(group, covered[group])) for group in groups)
         self._summaries = torch.cat([inference.summarize(model, each) for each in histories])
@@ -84,13 +85,14 @@ class SummaryAnswers:
         return inference.request_context(self._model, self._summaries[own], tail)
 
     def _tail(self, user: Int, seen: Int) -> PaddedTail:
-        tail = self._log.gather_ranges(user, seen - self._model.config.tail_len, seen)
+        tail = self._model_rows(self._log.gather_ranges(user, seen - self._model.config.tail_len, seen))
         return pad_tail(
             self._model,
-            self._history_rows[tail.item],
+            tail.item,
             np.asarray(tail.timestamp),
             np.asarray(tail.action),
             tail.offsets,
+            tail.features.columns,
         )
 
     def _requests(
@@ -101,4 +103,6 @@ class SummaryAnswers:
         return case_requests(spec, self._log, self._history_rows, user, seen, now, covered=covered, tail_len=tail_len)
 
     def _model_rows(self, histories: Histories) -> Histories:
-        return dataclasses.replace(histories, item=self._history_rows[histories.item].astype(np.int32))
+        features = self._recode(histories.features, histories.num_events)
+        item = self._history_rows[histories.item].astype(np.int32)
+        return dataclasses.replace(histories, item=item, features=features)

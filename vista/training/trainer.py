@@ -37,6 +37,7 @@ from vista.training.checkpoint import (
     unpack_state,
 )
 from vista.training.downstream import Downstream
+from vista.training.event_features import event_encoding
 from vista.training.item_start import MOST_CHANGE, FrozenItems, training_vectors
 from vista.training.log_schema import schema_of
 from vista.training.metrics_writer import MetricsWriter
@@ -151,6 +152,7 @@ class Trainer:
             self.model.counter_spec,
             has_features=self.model.rows_with_features(),
             num_known=self.model.num_trained_items,
+            encode_events=event_encoding(self.model, log),
             encode_requests=request_encoding(self.model, log),
         )
         self.validation = _validation(log, item_rows, config)

@@ -42,7 +42,11 @@ from vista.training.start_checks import check_start
 logger = logging.getLogger(__name__)
 MEASURED_WEIGHTS = ("item_popularity", "category")
 """Names of buffers that training makes from the log, or reads from a file."""
-ENCODERS = {"item_features": "features", "request_features": "request_encoder"}
+ENCODERS = {
+    "item_features": "features",
+    "event_features": "encoder.features",
+    "request_features": "request_encoder",
+}
 """By field of Schema that lists columns of features: the module that encodes them."""
 ACTION_WEIGHTS = ("encoder.action.weight", "action_bias.weight")
 TASK_WEIGHTS = ("task_head.weight", "task_head.bias")
@@ -120,9 +124,8 @@ class WarmStart:
             weights[name] = self._fitted(name, earlier[name], weights[name].clone())
         made.load_state_dict(weights)
         made.set_item_features(self._item_features(grown.get("item_features")))
-        if (requests := grown.get("request_features")) is not None:
-            values = {column.name: requests.values.get(column.name) for column in requests.columns}
-            made.request_features = RowFeatureReader(requests.columns, values)
+        made.event_features = _reader(grown.get("event_features"), base.event_features)
+        made.request_features = _reader(grown.get("request_features"), base.request_features)
         if self.freezes:
             made.num_trained_items = base.num_trained_items
             for name, parameter in made.named_parameters():
@@ -195,10 +198,12 @@ class WarmStart:
         items = {} if log.item_features is None else log.item_features.columns
         of_log: dict[str, ColumnValues] = {
             "item_features": {name: own.values for name, own in items.items() if isinstance(own, CategoryColumn)},
+            "event_features": log.event_features,
             "request_features": log.request_features,
         }
         of_model: dict[str, ColumnValues] = {
             "item_features": {} if base.feature_table is None else base.feature_table.values,
+            "event_features": {} if base.event_features is None else base.event_features.values,
             "request_features": {} if base.request_features is None else base.request_features.values,
         }
         for key, module in ENCODERS.items():
@@ -221,6 +226,7 @@ class WarmStart:
             return replace(known, tasks=schema.tasks, has_retrieval=schema.has_retrieval, **features)
         # Codes of actions are those of the log, so actions that only the model knows come last.
         actions = [*schema.actions, *(name for name in known.actions if name not in schema.actions)]
+        features["num_tail_features"] = known.num_tail_features  # new columns come last, so stage 2 does not read them
         return replace(schema, actions=actions, rating_range=known.rating_range or schema.rating_range, **features)
 
     def _item_features(self, grown: GrownColumns | None) -> ItemFeatureTable | None:
@@ -242,3 +248,10 @@ class WarmStart:
         assert self._log.item_features is not None
         ids = self._items.ids(np.arange(first, len(self._items)))
         return self._log.item_features.select(self._log.items.rows(ids))
+
+
+def _reader(grown: GrownColumns | None, known: RowFeatureReader | None) -> RowFeatureReader | None:
+    """How the model to train reads features of rows: columns that did not grow as in the earlier model."""
+    if grown is None or not grown.columns:
+        return known
+    return RowFeatureReader(grown.columns, {column.name: grown.values.get(column.name) for column in grown.columns})

@@ -83,10 +83,13 @@ class CandidateModel(HistoryModel):
         used = is_used.nonzero().squeeze(-1)
         place = (is_used.cumsum(0) - 1)[picked.index]
         age = time_bucket(events.newest_clock(queries)[:, None] - events.clock[picked.index])
-        items, rating = events.table[events.item[used]], None if events.rating is None else events.rating[used]
+        items, action = events.table[events.item[used]], events.action[used]
+        rating, entry, dense = (
+            None if part is None else part[used] for part in (events.rating, events.entry, events.dense)
+        )
         # The gap to the event before would depend on where a window begins. Ages depend on the query only.
-        vectors = self.encoder(items, events.action[used], None, rating)
-        memory = self.memory(items * self.scale, vectors * self.scale, events.action[used])
+        vectors = self.encoder(items, action, None, rating, entry, dense)
+        memory = self.memory(items * self.scale, vectors * self.scale, action)
         parts = [queries.vectors.new_empty(0, len(self.schema.tasks))]
         step = max(1, self.found_at_once // max(1, place.shape[1]))
         for low in range(0, len(place), step):
@@ -117,6 +120,8 @@ class CandidateModel(HistoryModel):
             rating=batch.events.rating,
             clock=self.clock(batch.events.clock),
             offsets=batch.events.offsets,
+            entry=batch.events.entry,
+            dense=batch.events.dense,
         )
         vectors, requests = item_vectors[shown.item], self.request_vectors(shown.gap, shown.entry, shown.dense)
         vectors = (vectors if requests is None else vectors + requests) * self.scale
@@ -140,6 +145,7 @@ class CandidateModel(HistoryModel):
     ) -> Tensor:
         histories = newest(histories, self.config.history_limit)
         rows, item = torch.unique(self._tensor(histories.item).long(), return_inverse=True)
+        entry, dense = self.encoded_events(histories.features, histories.num_events)
         events = PackedEvents(
             table=self.item_vectors(rows),
             rows=rows,
@@ -148,6 +154,8 @@ class CandidateModel(HistoryModel):
             rating=None if histories.rating is None else self._tensor(histories.rating),
             clock=self.clock(self._tensor(np.asarray(histories.timestamp))),
             offsets=self._tensor(histories.offsets),
+            entry=entry,
+            dense=dense,
         )
         vectors, requests = self.item_vectors(candidates), self.vectors_of_requests(histories, now, features)
         vectors = (vectors if requests is None else vectors + requests[:, None]) * self.scale

@@ -1,4 +1,6 @@
-"""Packed histories. Letters: B histories, T packed events, R rows of an item table, N queries, M model dim."""
+"""Packed histories. Letters: B histories, T packed events, R rows of an item table, N queries, M model dim, C
+columns and D dense inputs of features.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +30,10 @@ class PackedEvents:
     """int64 [T] ms; ages are differences of it."""
     offsets: Tensor
     """int64 [B+1]."""
+    entry: Tensor | None
+    """int64 [T, C] features of the events, as in `BatchEvents`; None for a model that reads none."""
+    dense: Tensor | None
+    """float32 [T, D], like `entry`."""
 
     def newest_clock(self, queries: EventQueries) -> Tensor:
         """int64 [N]: the clock of the newest event that each query sees; arbitrary if it sees none."""

@@ -186,7 +186,8 @@ class SequenceModel(HistoryModel):
     def _embedded(self, batch: Batch, item_vectors: Tensor) -> EmbeddedSequences:
         """The events of a batch."""
         events = batch.events
-        vectors = self.encoder(self.shown_vectors(events, item_vectors), events.action, events.gap, events.rating)
+        shown = self.shown_vectors(events, item_vectors)
+        vectors = self.encoder(shown, events.action, events.gap, events.rating, events.entry, events.dense)
         return EmbeddedSequences(vectors, events.clock, events.offsets.cpu().numpy())
 
     def _asked_users(
@@ -228,7 +229,9 @@ class SequenceModel(HistoryModel):
         gap = history_gaps(time, histories.offsets) if self.encoder.gap is not None else np.zeros(len(time), np.int64)
         rating = None if histories.rating is None else self._tensor(histories.rating)
         vectors = self.item_vectors(self._tensor(histories.item).long())
-        vectors = self.encoder(vectors, self._tensor(histories.action).long(), self._tensor(gap), rating)
+        action = self._tensor(histories.action).long()
+        features = self.encoded_events(histories.features, histories.num_events)
+        vectors = self.encoder(vectors, action, self._tensor(gap), rating, *features)
         return EmbeddedSequences(vectors, self._tensor(time), histories.offsets)
 
     @torch.inference_mode()

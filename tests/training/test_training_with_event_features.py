@@ -1,0 +1,197 @@
+"""Training, saving, and serving with features of events."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import small_config, small_frame
+from tests.training.test_trainer import assert_same_result
+from vista.config import EvaluateConfig, SourceColumns
+from vista.config.choices import Architecture, Codec
+from vista.errors import ConfigError
+from vista.evaluation.evaluate import evaluate_scorer
+from vista.log.event_log import EventLog
+from vista.log.splits import split_until, visible_counts
+from vista.model.vista_model import VistaModel
+from vista.refresh import RefreshOptions, refresh
+from vista.scorer import Scorer
+from vista.training import event_features, trainer
+from vista.training.event_features import event_columns
+from vista.training.trainer import train, train_model
+from vista.training.validation import Validation
+
+SEQUENCE_MODELS = (Architecture.vista, Architecture.sasrec, Architecture.hstu, Architecture.fuxi_linear)
+
+
+def event_frame(seed: int = 0) -> dict[str, Any]:
+    """The small frame, with a category and a number per event; some are missing."""
+    frame, rng = small_frame(seed), np.random.default_rng([seed, 9])
+    count = len(frame["user"])
+    surface = np.array(["", "app", "tv", "web"])[frame["item"] // 10 % 4]  # which tells about the item
+    dwell = np.where(rng.random(count) < 0.2, np.nan, rng.lognormal(size=count))
+    return frame | {"surface": [name or None for name in surface.tolist()], "dwell": dwell}
+
+
+def log_of(frame: dict[str, Any], path: Path, *, append: bool = False) -> EventLog:
+    return EventLog.from_frame(
+        frame,
+        path,
+        time_unit="ms",
+        columns=SourceColumns(action="action", rating="rating"),
+        categories=["surface"],
+        numbers=["dwell"],
+        append=append,
+    )
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> EventLog:
+    """The small log, with features of its events."""
+    return log_of(event_frame(), tmp_path_factory.mktemp("event-features") / "log")
+
+
+def feature_config(log: EventLog, run_dir: Path, **changes: Any) -> Any:
+    return small_config(log, run_dir, **{"optim__epochs": 2, "optim__learning_rate": 2e-2, **changes})
+
+
+@pytest.mark.parametrize("architecture", SEQUENCE_MODELS)
+def test_every_model_learns_features(log: EventLog, tmp_path: Path, architecture: Architecture) -> None:
+    limit = 0 if architecture is Architecture.vista else 8
+    changes = {"model__architecture": architecture, "model__history_limit": limit, "optim__epochs": 1}
+    model = train_model(feature_config(log, tmp_path / "run", **changes), log)
+    assert [(one.name, one.kind) for one in model.schema.event_features] == [
+        ("surface", "category"),
+        ("dwell", "number"),
+    ]
+    encoder = model.encoder.features
+    assert encoder is not None and encoder.dense is not None
+    assert encoder.values.abs().sum() > 0 and encoder.dense.abs().sum() > 0
+
+
+def test_without_features_nothing_changes(log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    off = train(feature_config(log, tmp_path / "off", model__use_event_features=False), log)
+    monkeypatch.setattr(EventLog, "event_features", {})
+    plain = train(feature_config(log, tmp_path / "plain"), log)
+    assert off.encoder.features is None and off.event_features is None
+    for (name, one), other in zip(off.state_dict().items(), plain.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_numbers_are_measured_on_events_that_training_sees(
+    log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = feature_config(log, tmp_path / "run", model__tail_features=["dwell"])
+    columns, num_tail = event_columns(log, config)
+    assert [column.name for column in columns] == ["dwell", "surface"] and num_tail == 1
+    counts = visible_counts(log, split_until(config.data, "train"))
+    dwell = log.gather(np.arange(log.num_users), counts).features.columns["dwell"]
+    known = dwell[~np.isnan(dwell)].astype(np.float64)
+    assert 0 < len(known) < np.isfinite(log.gather(np.arange(log.num_users)).features.columns["dwell"]).sum()
+    assert columns[0].mean == pytest.approx(known.mean()) and columns[0].scale == pytest.approx(known.std())
+    monkeypatch.setattr(event_features, "MEASURED_EVENTS", 50)
+    step = -(-int(counts.sum()) // 50)
+    sample = dwell[::step]
+    assert event_columns(log, config)[0][0].mean == pytest.approx(np.nanmean(sample.astype(np.float64)))
+
+
+def test_columns_that_cannot_be_read_are_refused(log: EventLog, tmp_path: Path) -> None:
+    for changes, message in (
+        (
+            {"model__tail_features": ["device"]},
+            r"model.tail_features: 'device' is not a feature .* has: surface, dwell",
+        ),
+        (
+            {"model__tail_features": ["dwell"], "model__use_event_features": False},
+            r"model.tail_features: 'dwell' is not a feature of events that the model reads",
+        ),
+        ({"model__embedding_rows": 50}, r"model.embedding_rows=50: a hashed table has no rows for features of events"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            event_columns(log, feature_config(log, tmp_path / "run", **changes))
+
+
+@pytest.mark.parametrize("tail_features", [None, ["dwell"], []])
+def test_validation_is_what_the_scorer_reaches(log: EventLog, tmp_path: Path, tail_features: list[str] | None) -> None:
+    """The store ends two events before the questions of the test, so the scorer takes the last ones from a caller."""
+    config = feature_config(log, tmp_path / "run", model__tail_features=tail_features, optim__epochs=1)
+    model = train(config, log)
+    assert isinstance(model, VistaModel) and model.encoder.features is not None
+    with torch.no_grad():  # so that features matter
+        for weight in model.encoder.features.parameters():
+            weight.normal_(std=0.3)
+    model.save_pretrained(tmp_path / "best")
+    until = split_until(config.data, "validation")
+    refresh(model, log, tmp_path / "store", until=until, options=RefreshOptions(codec=Codec.float32))
+    asked = EvaluateConfig(split="validation", top_k=[10], progress=False)
+    with Scorer.open(tmp_path / "best", tmp_path / "store") as scorer:
+        served = evaluate_scorer(scorer, log, asked).metrics
+        columns = scorer.manifest.tail_columns
+    assert [column["name"] for column in columns] == (["surface", "dwell"] if tail_features is None else tail_features)
+    validation = Validation(log, model.rows_of(log.items), config)
+    assert validation(model)["ndcg@10"] == pytest.approx(served["ndcg@10"], abs=1e-6)
+    loaded = VistaModel.from_pretrained(tmp_path / "best")
+    assert loaded.summarizer_id() == model.summarizer_id()
+    assert validation(loaded) == validation(model)
+    loaded.event_features = None  # which leaves all features out
+    assert validation(loaded) != validation(model)
+
+
+def test_the_summarizers_id_covers_values_but_not_what_the_tail_reads(log: EventLog, tmp_path: Path) -> None:
+    model = train_model(feature_config(log, tmp_path / "run", optim__epochs=1), log)
+    assert isinstance(model, VistaModel)
+    before = model.summarizer_id()
+    object.__setattr__(model.schema, "num_tail_features", 1)
+    assert model.summarizer_id() == before
+    assert model.event_features is not None
+    values = model.event_features.values["surface"]
+    assert values is not None
+    model.event_features.values["surface"] = type(values).from_ids([f"{name}!" for name in values.ids(range(3))])
+    assert model.summarizer_id() != before
+
+
+def test_a_run_resumes_bit_identically(log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = feature_config(log, tmp_path / "whole", checkpoint_every=5)
+    train(config, log)
+    stopped = feature_config(log, tmp_path / "stopped", checkpoint_every=5)
+    save = trainer.save_checkpoint
+
+    def save_once(*arguments: Any, **options: Any) -> Path:
+        save(*arguments, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "save_checkpoint", save_once)
+        with pytest.raises(KeyboardInterrupt):
+            train(stopped, log)
+    train(stopped, log)
+    assert_same_result(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_a_warm_start_keeps_what_values_mean(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    log = log_of(event_frame(), path)
+    earlier = train(feature_config(log, tmp_path / "run"), log)
+    shutil.copytree(path, tmp_path / "grown")
+    more = event_frame(1)
+    more["timestamp"] = more["timestamp"] + 10**11
+    more["surface"] = ["watch" if name == "tv" else name for name in more["surface"]]
+    grown = log_of(more, tmp_path / "grown", append=True)
+    config = feature_config(grown, tmp_path / "next", init_from=str(tmp_path / "run" / "best"), optim__epochs=1)
+    config.optim.learning_rate = 1e-9
+    later = train_model(config, grown)
+    assert earlier.event_features is not None and later.event_features is not None
+    assert earlier.encoder.features is not None and later.encoder.features is not None
+    known, now = earlier.event_features.values["surface"], later.event_features.values["surface"]
+    assert known is not None and now is not None
+    assert now.ids(range(len(now))).tolist() == [*known.ids(range(len(known))).tolist(), "watch"]
+    old, new = earlier.encoder.features.values, later.encoder.features.values
+    rows = [0, 1, 2, 3]
+    torch.testing.assert_close(new[rows], old[rows], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(new[5:], old[4:], atol=1e-4, rtol=1e-4)
+    assert new[4].abs().max() < 1e-4

@@ -1,0 +1,86 @@
+"""Features of a log's events, as a model is built for them and reads them."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vista.arrays import Float32s, Int
+from vista.config import TrainConfig
+from vista.errors import ConfigError
+from vista.examples.batch_source import EncodeEvents
+from vista.log.event_log import EventLog
+from vista.log.row_features import RowColumn, RowFeatures
+from vista.log.splits import split_until, visible_blocks, visible_counts
+from vista.model.feature_spec import FeatureSpec
+from vista.model.ranking_model import RankingModel
+from vista.model.row_feature_reader import RowFeatureReader
+from vista.model.schema import Schema
+
+MEASURED_EVENTS = 1_000_000
+"""Most events by which the distribution of a number is measured."""
+
+
+def event_columns(log: EventLog, config: TrainConfig) -> tuple[list[FeatureSpec], int]:
+    """The columns of events that a model reads, and how many of them, the first ones, its stage 2 reads too.
+
+    Raises:
+        ConfigError: if `model.tail_features` names a column that the model does not read, or the model has a hashed
+            table.
+    """
+    model = config.model
+    values = log.event_features if model.use_event_features else {}
+    in_tail = [*values] if model.tail_features is None else model.tail_features
+    for name in in_tail:
+        if name not in values:
+            raise ConfigError(
+                f"model.tail_features: {name!r} is not a feature of events that the model reads; {log.path} has: "
+                f"{', '.join(log.event_features) or 'none'}"
+            )
+    if not values:
+        return [], 0
+    if model.embedding_rows:
+        raise ConfigError(
+            f"model.embedding_rows={model.embedding_rows}: a hashed table has no rows for features of events; set "
+            "model.use_event_features=false, or model.embedding_rows=0"
+        )
+    ordered = {name: values[name] for name in sorted(values, key=lambda name: name not in in_tail)}
+    counts = visible_counts(log, split_until(config.data, "train"))
+    return RowFeatureReader.of(_sampled(log, counts), ordered).columns, len(in_tail)
+
+
+def event_reader(log: EventLog, schema: Schema) -> RowFeatureReader | None:
+    """How a model with this schema, made for this log, reads features of events; None if it reads none."""
+    return RowFeatureReader(schema.event_features, log.event_features) if schema.event_features else None
+
+
+def event_encoding(model: RankingModel, log: EventLog) -> EncodeEvents | None:
+    """What a model reads of a log's events; None if it reads no features of them."""
+    reader = model.event_features
+    if reader is None:
+        return None
+    recode = reader.recoder(log.event_features)
+
+    def encode(features: RowFeatures, num_events: int) -> tuple[Int, Float32s]:
+        encoded = reader.encode(recode(features, num_events), num_events)
+        return encoded.entry, encoded.dense
+
+    return encode
+
+
+def _sampled(log: EventLog, counts: NDArray[np.int64]) -> RowFeatures:
+    """Features of the events that training may see, or of every n-th one if these are more than MEASURED_EVENTS.
+
+    Args:
+        counts: int64 [num_users] events that training may see.
+    """
+    step = max(1, -(-int(counts.sum()) // MEASURED_EVENTS))
+    parts: dict[str, list[RowColumn]] = {
+        name: [column] for name, column in RowFeatures.missing(log.event_features, 0).columns.items()
+    }
+    before = 0
+    for block in visible_blocks(log, counts):
+        for name, column in block.features.columns.items():
+            parts[name].append(column[-before % step :: step].copy())
+        before += block.num_events
+    return RowFeatures({name: np.concatenate(columns) for name, columns in parts.items()})  # type: ignore[misc]
