@@ -39,7 +39,7 @@ def with_features(log: EventLog, features: RowFeatures, values: ColumnValues = V
     assert log.impressions is not None
     changed = EventLog.open(log.path)
     changed._impressions = replace(log.impressions, features=features)
-    changed._request_features = values
+    changed.request_features = values
     return changed
 
 

@@ -143,7 +143,7 @@ def test_features_of_requests_are_matched_by_value(
     """They are not part of stage 1, so they grow with a frozen summarizer too."""
 
     def schema(*columns: FeatureSpec) -> Schema:
-        return Schema(["click", "like"], True, None, ["click"], True, [], list(columns))
+        return Schema(["click", "like"], True, None, ["click"], True, request_features=list(columns))
 
     config, columns = small_config(event_log, tmp_path), [FeatureSpec("place", "category", 2)]
     base = VistaModel(config.model, schema(*columns), event_log.items, config.data)
