@@ -35,6 +35,7 @@ from vista.model.schema import Schema
 from vista.model.vista_model import VistaModel
 from vista.training import trainer
 from vista.training.item_start import start_from_factors
+from vista.training.metrics_writer import MetricsWriter
 from vista.training.trainer import Trainer, train, train_model
 from vista.training.validation import Validation
 from vista.training.warm_start import WarmStart
@@ -164,6 +165,22 @@ def test_features_of_requests_are_matched_by_value(
         assert torch.equal(made.request_encoder.values[:3], base.request_encoder.values)
         assert made.request_encoder.values.shape == (4 + 2, 16) and not made.request_encoder.values[3:].any()
         assert made.request_encoder.values.requires_grad
+
+
+def test_added_items_that_the_log_lacks_are_their_features(feature_log: EventLog, earlier: Run, tmp_path: Path) -> None:
+    config, base = earlier
+    assert feature_log.item_features is not None
+    added = with_items(base, [7777], feature_log.item_features.select(np.array([4])))
+    added.save_pretrained(tmp_path / "best")
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    _, made = begun(warm_config(config, feature_log, run_dir, init_from=str(tmp_path / "best")), feature_log)
+    with MetricsWriter(run_dir, tensorboard=False) as metrics:
+        made._start(metrics)
+    row = torch.from_numpy(made.model.item_rows([7777]))
+    with torch.no_grad():
+        assert not made.model.id_vectors(row).any()
+        torch.testing.assert_close(made.model.item_vectors(row), added.item_vectors(row), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("architecture", [Architecture.sasrec, Architecture.hstu])

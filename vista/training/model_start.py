@@ -52,7 +52,7 @@ def start_model(
         elif config.model.item_start is not ItemStart.random:
             start_from_factors(model, log, source.counts, config.seed, None if warm is None else warm.new_rows)
         if model.features is not None:
-            unseen = np.flatnonzero(source.frequency[UNKNOWN_ITEM + 1 :] == 0) + UNKNOWN_ITEM + 1
+            unseen = np.setdiff1d(np.arange(UNKNOWN_ITEM + 1, 1 + len(model.items)), np.flatnonzero(source.frequency))
             model.zero_id_embeddings(unseen if warm is None else np.intersect1d(unseen, warm.new_rows))
     if model.counted is not None and (
         warm is None or warm.base.counted is None
