@@ -165,6 +165,8 @@ def test_features_of_requests_are_matched_by_value(
         assert torch.equal(made.request_encoder.values[:3], base.request_encoder.values)
         assert made.request_encoder.values.shape == (4 + 2, 16) and not made.request_encoder.values[3:].any()
         assert made.request_encoder.values.requires_grad
+        without_tasks = WarmStart.open(config, event_log).model(replace(now, tasks=[], request_features=[]))
+        assert without_tasks.request_encoder is None and not without_tasks.schema.request_features
 
 
 def test_added_items_that_the_log_lacks_are_their_features(feature_log: EventLog, earlier: Run, tmp_path: Path) -> None:

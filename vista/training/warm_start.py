@@ -208,7 +208,8 @@ class WarmStart:
         }
         for key, module in ENCODERS.items():
             known, given = getattr(base.schema, key), getattr(schema, key)
-            if not known and not given:
+            only_tasks_read = key == "request_features"
+            if not given and (not known or (only_tasks_read and not schema.tasks)):
                 continue
             columns = GrownColumns.of(known, of_model[key], given, of_log[key])
             if self.freezes and f"{module}.".startswith(STAGE1_WEIGHTS):
@@ -223,6 +224,7 @@ class WarmStart:
         known = self.base.schema
         features: dict[str, Any] = {key: columns.columns for key, columns in grown.items()}
         if self.freezes:
+            features = {"request_features": schema.request_features} | features
             return replace(known, tasks=schema.tasks, has_retrieval=schema.has_retrieval, **features)
         # Codes of actions are those of the log, so actions that only the model knows come last.
         actions = [*schema.actions, *(name for name in known.actions if name not in schema.actions)]
