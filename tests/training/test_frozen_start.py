@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from tests.training.warm_logs import FROZEN, NEW_ITEMS, Run, begun, warm_config
+from tests.conftest import small_config
+from tests.training.test_training_with_event_features import event_frame, log_of
+from tests.training.warm_logs import FROZEN, NEW_ITEMS, Run, begun, more_events, warm_config
 from vista.config import EvaluateConfig
 from vista.config.choices import Codec, InitFreeze
 from vista.evaluation.evaluate import evaluate_scorer
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until
-from vista.model.vista_model import STAGE1_WEIGHTS
+from vista.model.vista_model import STAGE1_WEIGHTS, VistaModel
 from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer
 from vista.store import StoreReader
@@ -28,6 +30,13 @@ def later(grown_log: EventLog, earlier: Run, tmp_path_factory: pytest.TempPathFa
     """A run on the grown log with a frozen summarizer, and its model."""
     config = warm_config(earlier[0], grown_log, tmp_path_factory.mktemp("frozen") / "run", **FROZEN)
     return config, train(config, grown_log)
+
+
+def digest_of(model: VistaModel, log: EventLog, store: Path) -> tuple[bytes, str]:
+    """What a full refresh writes: the summarizer's id, and the digest of all records."""
+    refresh(model, log, store, options=RefreshOptions(codec=Codec.float32), created_at=0)
+    with StoreReader.open(store, summarizer_id=model.summarizer_id()) as reader:
+        return model.summarizer_id(), reader.manifest.records_digest
 
 
 def test_only_stage_2_and_new_items_train(earlier: Run, later: Run, grown_log: EventLog) -> None:
@@ -51,12 +60,7 @@ def test_stores_stay_valid_and_exact(
     tmp_path: Path,
 ) -> None:
     """On a log with events of the new items, both models write the same records, bit for bit."""
-    options, digests = RefreshOptions(codec=Codec.float32), []
-    for name, (_, model) in {"old": earlier, "new": later}.items():
-        refresh(model, grown_log, tmp_path / name, options=options, created_at=0)
-        with StoreReader.open(tmp_path / name, summarizer_id=later[1].summarizer_id()) as store:
-            digests.append(store.manifest.records_digest)
-    assert digests[0] == digests[1]
+    assert digest_of(later[1], grown_log, tmp_path / "new") == digest_of(earlier[1], grown_log, tmp_path / "old")
     folders = [Path(config.run_dir) / "best" for config in (earlier[0], later[0])]
     users = grown_log.users.ids(np.arange(grown_log.num_users)).tolist()
     scores = []
@@ -65,6 +69,19 @@ def test_stores_stay_valid_and_exact(
             scores.append(scorer.score(users, NEW_ITEMS))
     np.testing.assert_array_equal(scores[0], scores[1])
     assert len(np.unique(scores[0])) == scores[0].size, "new items have scores of their own"
+
+
+def test_stores_stay_exact_with_features_of_events(tmp_path: Path) -> None:
+    """Values that only the grown log has are missing to both models."""
+    log = log_of(event_frame(), tmp_path / "log")
+    config = small_config(log, tmp_path / "first", optim__epochs=1, optim__learning_rate=2e-2)
+    base = train(config, log)
+    later = event_frame(seed=1) | more_events()
+    later["surface"] = ["car" if place % 3 == 0 else name for place, name in enumerate(later["surface"])]
+    grown = log_of(later, tmp_path / "log", append=True)
+    model = train(warm_config(config, grown, tmp_path / "second", **FROZEN), grown)
+    assert len(model.items) > len(base.items) and "car" in grown.event_features["surface"].ids(range(4)).tolist()  # type: ignore[union-attr]
+    assert digest_of(model, grown, tmp_path / "new") == digest_of(base, grown, tmp_path / "old")
 
 
 def test_validation_is_what_the_scorer_reaches(

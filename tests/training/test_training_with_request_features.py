@@ -246,3 +246,6 @@ def test_a_warm_start_matches_values_by_name(tmp_path: Path, freeze: InitFreeze)
     torch.testing.assert_close(vectors[0], vectors[1])
     assert vectors[0] is not None and vectors[0].abs().sum() > 0
     assert made.summarizer_id() == base.summarizer_id() or freeze is InitFreeze.none
+    config = replace(config, optim=replace(config.optim, task_weight=0.0))
+    without_tasks = WarmStart.open(config, log).model(schema_of(log, config))
+    assert without_tasks.request_encoder is without_tasks.request_features is None

@@ -27,18 +27,13 @@ from vista.config.choices import Architecture, InitFreeze, ItemStart
 from vista.errors import ConfigError
 from vista.examples.item_factors import item_factors
 from vista.log.event_log import EventLog
-from vista.log.vocabulary import Vocabulary
 from vista.model.added_items import with_items
-from vista.model.feature_spec import FeatureSpec
-from vista.model.row_feature_reader import RowFeatureReader
-from vista.model.schema import Schema
 from vista.model.vista_model import VistaModel
 from vista.training import trainer
 from vista.training.item_start import start_from_factors
 from vista.training.metrics_writer import MetricsWriter
 from vista.training.trainer import Trainer, train, train_model
 from vista.training.validation import Validation
-from vista.training.warm_start import WarmStart
 
 
 def test_the_same_log_gives_the_same_model(feature_log: EventLog, earlier: Run, tmp_path: Path) -> None:
@@ -136,37 +131,6 @@ def test_items_that_the_logs_table_lacks_keep_their_features(
         torch.testing.assert_close(made.model.features(row), base.features(torch.tensor([5])), rtol=0, atol=1e-6)
         assert made.model.features(torch.from_numpy(made.model.item_rows([2000]))).abs().sum() > 0, "missing values"
     assert int(row) in warm.new_rows, "it has no ID embedding yet"
-
-
-def test_features_of_requests_are_matched_by_value(
-    event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They are not part of stage 1, so they grow with a frozen summarizer too."""
-
-    def schema(*columns: FeatureSpec) -> Schema:
-        return Schema(["click", "like"], True, None, ["click"], True, request_features=list(columns))
-
-    config, columns = small_config(event_log, tmp_path), [FeatureSpec("place", "category", 2)]
-    base = VistaModel(config.model, schema(*columns), event_log.items, config.data)
-    base.request_features = RowFeatureReader(columns, {"place": Vocabulary.from_ids(["home", "search"])})
-    assert base.request_encoder is not None
-    torch.nn.init.normal_(base.request_encoder.values)
-    base.save_pretrained(tmp_path / "best")
-    given = {"hour": None, "place": Vocabulary.from_ids(["cart", "search"])}
-    monkeypatch.setattr(EventLog, "request_features", given)
-    for freeze in InitFreeze:
-        config = replace(config, init_from=str(tmp_path / "best"), run_dir=str(tmp_path / "run"), init_freeze=freeze)
-        now = schema(FeatureSpec("hour", "number", 1), FeatureSpec("place", "category", 2))
-        made = WarmStart.open(config, event_log).model(now)
-        assert made.request_features is not None and made.request_encoder is not None
-        place = made.request_features.values["place"]
-        assert place is not None and place.ids(range(3)).tolist() == ["home", "search", "cart"]
-        assert [column.name for column in made.request_features.columns] == ["place", "hour"]
-        assert torch.equal(made.request_encoder.values[:3], base.request_encoder.values)
-        assert made.request_encoder.values.shape == (4 + 2, 16) and not made.request_encoder.values[3:].any()
-        assert made.request_encoder.values.requires_grad
-        without_tasks = WarmStart.open(config, event_log).model(replace(now, tasks=[], request_features=[]))
-        assert without_tasks.request_encoder is None and not without_tasks.schema.request_features
 
 
 def test_added_items_that_the_log_lacks_are_their_features(feature_log: EventLog, earlier: Run, tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ class WarmStart:
         made.load_state_dict(weights)
         made.set_item_features(self._item_features(grown.get("item_features")))
         made.event_features = _reader(grown.get("event_features"), base.event_features)
-        made.request_features = _reader(grown.get("request_features"), base.request_features)
+        made.request_features = _reader(grown.get("request_features"), None)
         if self.freezes:
             made.num_trained_items = base.num_trained_items
             for name, parameter in made.named_parameters():
@@ -253,7 +253,7 @@ class WarmStart:
 
 
 def _reader(grown: GrownColumns | None, known: RowFeatureReader | None) -> RowFeatureReader | None:
-    """How the model to train reads features of rows: columns that did not grow as in the earlier model."""
-    if grown is None or not grown.columns:
+    """How the model to train reads features of rows: as `known` if `grown` is None."""
+    if grown is None:
         return known
     return RowFeatureReader(grown.columns, {column.name: grown.values.get(column.name) for column in grown.columns})
