@@ -109,12 +109,12 @@ def config_page() -> str:
         "`\"key='a=b'\"`. An unknown key or a value of the wrong type stops the command before it does anything.",
         "Values come from three places, and later ones win: the defaults below, the YAML file of `--config FILE`, and "
         "the words on the command line. `--cfg` prints the resolved configuration as YAML that `--config` can read.",
-        "`vista train` also takes `GROUP=OPTION` words, which set several keys at once: see "
+        "`vista prepare` and `vista train` also take `GROUP=OPTION` words, which set several keys at once: see "
         "[groups and experiments](#groups-and-experiments).",
     ]
     for name, command in COMMANDS.items():
         parts += [f"## {name}", _text(command.summary), *_key_tables(ConfigKeys.of(command.schema), name)]
-    parts += ["## Groups and experiments", *_groups("train")]
+    parts += ["## Groups and experiments", *_groups("prepare"), *_groups("train")]
     return _page(parts)
 
 

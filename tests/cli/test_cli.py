@@ -68,13 +68,22 @@ class TestConf:
     def test_every_command_has_its_schema_and_file(self) -> None:
         assert {name: command_name(command.schema) for name, command in COMMANDS.items()} == {n: n for n in NAMES}
         assert {path.stem for path in conf_dir().glob("*.yaml")} == set(map(config_file_name, NAMES))
-        assert {path.name for path in conf_dir().iterdir() if path.is_dir()} == set(groups_of("train"))
+        assert {path.name for path in conf_dir().iterdir() if path.is_dir()} == {
+            *groups_of("train"),
+            *groups_of("prepare"),
+        }
 
     @pytest.mark.parametrize("word", [f"{g}={o}" for g in groups_of("train") for o in options_of(g)])
     def test_every_option_composes_and_is_described(self, word: str) -> None:
         group, _, option = word.partition("=")
         assert isinstance(compose_config(config.TrainConfig, [word, *NEEDED.get(option, [])]), config.TrainConfig)
         assert len(options_of(group)[option]) > 10
+
+    @pytest.mark.parametrize("name", sorted(options_of("set")))
+    def test_every_data_set_is_prepared_where_its_experiment_reads_it(self, name: str) -> None:
+        prepared = compose_config(config.PrepareConfig, [f"set={name}"])
+        assert prepared.out == compose_config(config.TrainConfig, [f"experiment={name}"]).data.path
+        assert len(options_of("set")[name]) > 10
 
     def test_every_experiment_has_its_own_folders_and_words_override_it(self) -> None:
         composed = [compose_config(config.TrainConfig, ["model.num_seeds=7", f"experiment={e}"]) for e in EXPERIMENTS]

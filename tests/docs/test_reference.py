@@ -64,7 +64,8 @@ def test_every_number_has_a_unit_or_none_on_purpose() -> None:
 
 
 def test_every_option_of_conf_is_documented() -> None:
-    options = [(group, option) for group in groups_of("train") for option in options_of(group)]
+    groups = [*groups_of("train"), *groups_of("prepare")]
+    options = [(group, option) for group in groups for option in options_of(group)]
     assert len(options) == len(list(conf_dir().glob("*/*.yaml")))
     for group, option in options:
         text = PAGES["reference/config.md"].split(f"**`{group}={option}`**: ")[1]

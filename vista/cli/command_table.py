@@ -46,6 +46,7 @@ COMMANDS: dict[str, Command] = {
         "Convert source tables (Parquet, CSV, MovieLens, ...) into an EventLog, or append them to one.",
         (
             "vista prepare out=data/ml-1m events.kind=auto events.paths=[path/to/ml-1m]",
+            "vista prepare set=kuairand events.paths=[path/to/KuaiRand-27K/data]",
             "vista prepare out=data/mine events.paths=[clicks.csv] events.user=customer events.item=product "
             "events.timestamp=time events.time_unit=s",
             "vista prepare out=data/mine events.paths=[new.csv] append=true on_bad_rows=quarantine --config mine.yaml",

@@ -70,6 +70,10 @@ def group_help(group: str, summaries: Mapping[str, str]) -> str:
     )
 
 
+TITLES = {"experiment": "Experiments (complete runs by name)", "set": "Data sets (kind and filter by name)"}
+"""Titles of groups."""
+
+
 def command_help(name: str, summary: str, schema: type, examples: Sequence[str]) -> str:
     """The text of `vista COMMAND --help`: options, groups, experiments, all keys, and examples."""
     groups = groups_of(name)
@@ -82,9 +86,9 @@ def command_help(name: str, summary: str, schema: type, examples: Sequence[str])
         _table(OPTIONS, 20),
     ]
     for group in groups:
-        title = "Experiments (complete runs by name)" if group == "experiment" else f"Group {group}"
+        title = TITLES.get(group, f"Group {group}")
         options = options_of(group).items()
-        parts += ["", f"{title}:", _table(((f"{group}={option}", doc) for option, doc in options), 32)]
+        parts += ["", f"{title}:", _table(((f"{group}={option}", doc) for option, doc in options), 34)]
     parts += ["", "Keys and defaults (write a list as [a,b], and special characters 'in quotes'):"]
     parts += [_table(_key_rows(ConfigKeys.of(schema)), 34)]
     parts += ["", "Examples:", *(f"  {example}" for example in examples)]

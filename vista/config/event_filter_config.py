@@ -14,8 +14,8 @@ class EventFilterConfig:
     actions: list[str] = field(default_factory=list)
     """Actions whose events are kept. Empty keeps all."""
     min_item_events: int = 1
-    """Least number of events of an item. Events of rarer items are left out, and so are their impressions. Together
-    with min_user_events, it holds for the events that are left."""
+    """Least number of events of an item. Events and impressions of rarer items are left out. Together with
+    min_user_events, it holds for the events that are left."""
     min_user_events: int = 1
     """Least number of events of a user. Events and impressions of users with fewer are left out."""
 

@@ -1,0 +1,154 @@
+"""Folders of the public data sets, in exactly their form, with enough events for a training run."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import polars as pl
+
+from tests.log.conftest import write_csv
+from tests.log.ingest.public import test_kuairand, test_t_ecd, test_yambda
+
+USERS, ITEMS, EVENTS = range(1, 9), range(10, 22), 40
+Draws = list[tuple[int, int, float]]
+
+
+def draws(seed: int = 0) -> Draws:
+    """User, item, and time of each event. Times are in [0, 1], in order per user, and the last one is 1."""
+    chance = random.Random(seed)
+    times = [sorted([*(chance.random() for _ in range(EVENTS - 1)), 1.0]) for _ in USERS]
+    return [(user, chance.choice(ITEMS), time) for user, own in zip(USERS, times, strict=True) for time in own]
+
+
+def movielens_dat(folder: Path) -> None:
+    """Also ml-1m-half, whose ratings have the same form."""
+    lines = [f"{user}::{item}::{item % 5 + 1}::{978300000 + int(1e6 * time)}\n" for user, item, time in draws()]
+    (folder / "ratings.dat").write_text("".join(lines))
+    (folder / "movies.dat").write_text("".join(f"{item}::Title: {item}::Drama|War\n" for item in ITEMS))
+
+
+def movielens_csv(folder: Path) -> None:
+    rows = [(user, item, 3.5, 978300000 + int(1e6 * time)) for user, item, time in draws()]
+    write_csv(folder / "ratings.csv", rows, "userId,movieId,rating,timestamp")
+    write_csv(folder / "movies.csv", [(item, f"Title {item}", "Drama|War") for item in ITEMS], "movieId,title,genres")
+
+
+def movielens_100k(folder: Path) -> None:
+    rows = [f"{user}\t{item}\t3\t{978300000 + int(1e6 * time)}\n" for user, item, time in draws()]
+    (folder / "u.data").write_text("".join(rows))
+
+
+def complete_journey(folder: Path) -> None:
+    year = timedelta(days=364)
+    user, product, time = zip(*draws(), strict=True)
+    times = [datetime(2017, 1, 1) + at * year for at in time]
+    columns = {"household_id": user, "store_id": [1] * len(user), "basket_id": range(len(user)), "product_id": product}
+    more = {"quantity": [1] * len(user), "sales_value": [2.5] * len(user), "transaction_timestamp": times}
+    pl.DataFrame(columns | more).write_parquet(folder / "transactions.parquet")
+    names = ("department", "brand", "product_category", "product_type", "package_size")
+    texts = {name: [f"{name} {item % 3}" for item in ITEMS] for name in names}
+    pl.DataFrame({"product_id": ITEMS, "manufacturer_id": [item % 4 for item in ITEMS]} | texts).write_parquet(
+        folder / "products.parquet"
+    )
+
+
+def amazon_reviews(folder: Path) -> None:
+    rows = [(f"A{user}", f"B{item}", 4.0, 1_500_000_000_000 + int(1e10 * time)) for user, item, time in draws()]
+    write_csv(folder / "All_Beauty.csv", rows, "user_id,parent_asin,rating,timestamp")
+    products = [
+        {"main_category": "All Beauty", "price": 2.5 * item, "store": f"Shop {item % 3}", "categories": ["a", "b"]}
+        | {"parent_asin": f"B{item}"}
+        for item in ITEMS
+    ]
+    (folder / "meta_All_Beauty.jsonl").write_text("".join(json.dumps(product) + "\n" for product in products))
+
+
+def kuairand(folder: Path) -> None:
+    """Every second row is a click; every fifth was not played, so that it is no event."""
+    rows = [
+        test_kuairand.shown(user, item, int(2.5e6 * time), f"{number % 2}000000", 0 if number % 5 == 0 else 900)
+        for number, (user, item, time) in enumerate(draws())
+    ]
+    write_csv(folder / "log_standard_4_08_to_4_21_1k.csv", rows, ",".join(test_kuairand.COLUMNS))
+    videos = [
+        (item, 1, "NORMAL", "2022-03-25", "Web", 0, 9000, 720, 1280, 5, item % 3, '"12,65"' if item % 2 else 39)
+        for item in ITEMS
+    ]
+    write_csv(folder / "video_features_basic_1k.csv", videos, ",".join(test_kuairand.VIDEO_COLUMNS))
+
+
+def yambda(folder: Path) -> None:
+    """The newest event of each user is at 26,000,000 seconds; some listens are short."""
+    last = 26_000_000
+    rows = [
+        (user, last - 5 * int((1 - time) * 40_000), item, 1, "listen", 100 * (number % 4 > 0), 200)
+        for number, (user, item, time) in enumerate(draws())
+    ]
+    pl.DataFrame(rows, schema=test_yambda.ROWS.schema, orient="row").write_parquet(folder / "multi_event.parquet")
+
+
+def t_ecd(folder: Path) -> None:
+    """The marketplace and retail from day 1280 to day 1308."""
+    for domain, prefix in (("marketplace", "nfmcg"), ("retail", "fmcg")):
+        (folder / domain / "events").mkdir(parents=True)
+        schema = test_t_ecd.EVENTS[f"{domain}/events"][1]
+        rows = [
+            (timedelta(days=1280 + 28.5 * time), user, f"{prefix}_{item}", "catalog", "view", "ios")
+            for user, item, time in draws(len(domain))
+        ]
+        events = pl.DataFrame(rows, schema=schema, orient="row")
+        for (day,), of_day in events.group_by(pl.col("timestamp").dt.total_days()):
+            of_day.write_parquet(folder / domain / "events" / f"{day:05d}.pq")
+        items = {"item_id": [f"{prefix}_{item}" for item in ITEMS], "brand_id": [item % 3 for item in ITEMS]}
+        more = {"category": ["c"] * len(ITEMS), "subcategory": ["s"] * len(ITEMS), "price": [1.0 * i for i in ITEMS]}
+        vectors = {"embedding": [[1.0 * item, -1.0] for item in ITEMS]}
+        pl.DataFrame(items | more | vectors).write_parquet(folder / domain / "items.pq")
+    pl.DataFrame({"user_id": USERS}).write_parquet(folder / "users.pq")
+
+
+def longctr(folder: Path, has_category: bool = True) -> None:
+    """Of each user's sequence, the last tenth comes after the first impression of the test, as in a split in time."""
+    chance = random.Random(0)
+    sequences = [[], *([chance.choice(ITEMS) for _ in range(EVENTS)] for _ in USERS)]
+    pl.DataFrame({"full_item_seq": sequences}).write_parquet(folder / "user_info.parquet")
+    for part, places in (("train", range(32)), ("valid", range(32, 36)), ("test", range(36, EVENTS))):
+        rows = [(user, chance.choice(ITEMS), place, chance.randrange(2)) for user in USERS for place in places]
+        schema = {"user_index": pl.Int32, "item_index": pl.Int32, "seq_len": pl.Int32, "is_click": pl.Float32}
+        pl.DataFrame(rows, schema=schema, orient="row").write_parquet(folder / f"{part}.parquet")
+    index = [0, *ITEMS]
+    vectors = [[item / 10 + place for place in range(64)] for item in index]
+    items = {"item_index": index, "item_id": index, "image_emb_dim64": vectors}
+    items |= {"cate_id": [item % 3 for item in index]} if has_category else {}
+    pl.DataFrame(items).write_parquet(folder / "item_info.parquet")
+
+
+def kuaivideo(folder: Path) -> None:
+    longctr(folder, has_category=False)
+
+
+def dev_packages(folder: Path) -> None:
+    user, item, time = zip(*draws(), strict=True)
+    seconds = [1_500_000_000 + int(1e8 * at) for at in time]
+    columns = {"user": user, "item": item, "timestamp": seconds, "collection": [0] * len(user)}
+    pl.DataFrame(columns).write_parquet(folder / "events.parquet")
+
+
+SAMPLES: dict[str, Callable[[Path], None]] = {
+    "ml-1m": movielens_dat,
+    "ml-1m-half": movielens_dat,
+    "ml-latest-small": movielens_csv,
+    "ml-100k": movielens_100k,
+    "complete-journey": complete_journey,
+    "amazon-reviews-2023": amazon_reviews,
+    "kuairand": kuairand,
+    "yambda": yambda,
+    "t-ecd": t_ecd,
+    "microvideo": longctr,
+    "kuaivideo": kuaivideo,
+    "dev-packages": dev_packages,
+}
+"""Writes a sample into an empty folder, by the name of the experiment on the set."""
