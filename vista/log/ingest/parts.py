@@ -16,7 +16,7 @@ from vista.errors import DataError, shown
 from vista.log.feature_owner import OWNERS
 from vista.log.ingest.category_encoder import CategoryEncoder, refuse_many_values
 from vista.log.ingest.file_scan import EXTRA, ROW
-from vista.log.ingest.row_rules import BLANK, PROBLEM, ROW_TABLES, RowRule, parse
+from vista.log.ingest.row_rules import BLANK, PROBLEM, RowRule, parse
 from vista.log.ingest.scanned_source import ScannedSource, unreadable
 from vista.log.ingest.sources import FileSource, Source
 from vista.log.polars_extra import pl

@@ -34,8 +34,6 @@ MAX_ID_BYTES = 500
 BLANK = 65_535
 """Problem code of a blank line."""
 PROBLEM = "problem"
-ROW_TABLES = ("events", "impressions")
-"""Tables whose rows have features of their own. Those of other tables belong to what the row is about."""
 _MS_PER_UNIT = {"s": 1000.0, "ms": 1.0, "us": 1e-3, "ns": 1e-6}
 TIME_UNITS = (*_MS_PER_UNIT, "iso")
 _ISO_FORMATS = ("%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d", "%Y-%m-%dT%H:%M")
@@ -100,7 +98,7 @@ def parse(source: ScannedSource, kinds: Mapping[str, str], table: str) -> tuple[
         dtype = schema[column]
         role = column.split(":")[0]
         if role in ("category", "number", "vector"):
-            if table in ROW_TABLES:
+            if table not in OWNERS:
                 _check_row_feature(column, role, dtype, source, table)
             typed[column], of_column = _feature(column, role, dtype, source, table)
             rules += of_column
