@@ -70,7 +70,7 @@ def test_a_table_of_users_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         "paying: category of 2 values, 67% of users",
         "age: number, 33% of users",
     ]
-    assert LogStats.of(log).user_features == report.features
+    assert LogStats.of(log).features == report.features
     assert "feature age: number, 33% of users" in str(LogStats.of(log))
     assert log.manifests[0]["sources"][0]["table"] == "users"
     log.verify()
