@@ -1,0 +1,90 @@
+"""Benchmark `vista prepare`: the rows per second of events with ten columns of features, against ids and times only.
+
+    python -m scripts.benchmarks.bench_ingest
+
+Both read the same generated Parquet file, in a parser that has started before. They run in alternation, so that other
+load on the machine affects both.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser
+from scripts.benchmarks.timing import interleaved
+from vista.config import PrepareConfig, SourceConfig
+from vista.log.ingest.prepare import prepare
+from vista.log.ingest.source_parser import SourceParser
+
+NUM_EVENTS, QUICK_EVENTS = 2_000_000, 100_000
+NUM_VALUES = {"device": 8, "surface": 30, "region": 1000, "domain": 50_000}
+CATEGORIES = [*NUM_VALUES, "hour", "is_member"]
+NUMBERS = ["dwell", "price", "position", "discount"]
+
+
+def generated(num: int) -> pl.DataFrame:
+    """Events of 50,000 users on 100,000 items; values of categories and items are as skewed as a Zipf law."""
+    rng = np.random.default_rng(0)
+    columns = {
+        "user": rng.integers(0, 50_000, num),
+        "item": rng.zipf(1.2, num) % 100_000,
+        "timestamp": np.sort(rng.integers(1_600_000_000, 1_700_000_000, num)),
+        "hour": rng.integers(0, 24, num),
+        "is_member": rng.random(num) < 0.3,
+        "dwell": rng.exponential(30, num),
+        "price": rng.exponential(9, num).round(2),
+        "position": rng.integers(0, 50, num),
+        "discount": np.where(rng.random(num) < 0.8, np.nan, rng.random(num)),
+    }
+    texts = {
+        name: pl.Series([f"{name} {value}" for value in range(size)]).gather(rng.zipf(1.3, num) % size)
+        for name, size in NUM_VALUES.items()
+    }
+    return pl.DataFrame(columns | texts)
+
+
+def measure(recorder: BenchmarkRecorder, folder: Path, parser: SourceParser) -> None:
+    """Run the case."""
+    num = QUICK_EVENTS if recorder.quick else NUM_EVENTS
+    file, numbers = folder / "events.parquet", count()
+    generated(num).write_parquet(file)
+
+    def ingest(**features: list[str]) -> None:
+        events = SourceConfig(paths=[str(file)], timestamp="timestamp", time_unit="s", **features)  # type: ignore[arg-type]
+        prepare(PrepareConfig(out=str(folder / f"log-{next(numbers)}"), events=events, progress=False), parser=parser)
+
+    timing = interleaved(
+        {"ids": ingest, "features": lambda: ingest(categories=CATEGORIES, numbers=NUMBERS)},
+        rounds=3,
+        warmup=1,
+    )
+    ids, features = timing["ids"], timing["features"]
+    recorder.add(
+        f"ingest of {num:,} events with 6 categories and 4 numbers, Parquet, against ids and times only",
+        num / features.median_s,
+        "events/s",
+        baseline=num / ids.median_s,
+        bar="value >= 0.5 * baseline",
+        spread=num / features.median_s * features.spread_s / features.median_s,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark."""
+    options = benchmark_parser("ingest", __doc__).parse_args(arguments)
+    recorder = BenchmarkRecorder("ingest", out=options.out, quick=options.quick)
+    with tempfile.TemporaryDirectory(prefix="vista-bench-") as folder, SourceParser() as parser:
+        measure(recorder, Path(folder), parser)
+    recorder.print_summary()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
