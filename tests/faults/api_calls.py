@@ -15,8 +15,12 @@ from tests.conftest import small_config, small_frame
 from tests.faults.operations import COLUMNS, first_event, log_of, model_of
 from vista import EventLog, Scorer, StoreReader, VistaModel, train
 from vista.config import SourceColumns
+from vista.log.row_features import RowFeatures
+from vista.log.vocabulary import Vocabulary
+from vista.model.row_feature_reader import RowFeatureReader
 from vista.refresh import RefreshOptions, erase, forget, merge, refresh, refresh_incremental
 from vista.scorer import ScorerStats, Tail
+from vista.scorer.request_arguments import request_features
 
 LONG = "x" * 100_000
 PATHS: list[Any] = [
@@ -94,6 +98,18 @@ TIMES: list[Any] = [
 
 EARLIER = ["nothing", "closed", "no store", "empty CURRENT", "CURRENT without a generation"]
 """What happened since the store was opened, for calls without arguments."""
+FEATURES: list[Any] = [
+    *(5, "device", ["device"], {5: 1}, {"devise": "tv"}, {"device": "tv", LONG: 1}, [("device", "tv")]),
+    *({"device": one} for one in (1.5, b"x", [], [[]], [["tv"]], LONG, "\0", "\ud800", object(), 10**30, {}, {"tv"})),
+    *({"device": one} for one in (float("nan"), [None], [LONG], np.array(["tv"]), np.array([[1]]), ["tv", "tv"])),
+    *({"hour": one} for one in ("noon", 1e300, 10**400, float("inf"), [[1.0]], b"x", object(), [], "", {}, [1, "x"])),
+    {"hour": np.zeros((1, 1))},
+    {"hour": np.array(["2024-01-01"], "datetime64[D]")},
+]
+FEATURE_READER = RowFeatureReader.of(
+    RowFeatures({"device": np.zeros(1, np.int32), "hour": np.ones(1, np.float32)}),
+    {"device": Vocabulary.from_ids(["phone", "tv"]), "hour": None},
+)
 REQUESTS: dict[str, list[Any]] = {"users": IDS, "tail": TAILS, "now": TIMES}
 
 
@@ -273,6 +289,12 @@ API_CALLS: dict[str, ApiCall] = {
     ),
     "Scorer.predict(now)": ApiCall(
         Scorer.predict, TIMES, scored(lambda scorer, value: scorer.predict([100], [0], now=value))
+    ),
+    "Scorer.predict(request)": ApiCall(
+        Scorer.predict, FEATURES, scored(lambda scorer, value: scorer.predict([100], [0], request=value))
+    ),
+    "Scorer.predict(request) of a model with request features": ApiCall(
+        Scorer.predict, FEATURES, lambda folder, value: request_features(FEATURE_READER, value, 1)
     ),
     "Scorer.rank(top_k)": ApiCall(Scorer.rank, INTS, scored(lambda scorer, value: scorer.rank(100, top_k=value))),
     "Scorer.encode(candidates)": ApiCall(Scorer.encode, IDS, scored(lambda scorer, value: scorer.encode(value))),

@@ -81,9 +81,9 @@ def test_parsed_values_equal_those_of_the_log() -> None:
 
 def test_unknown_values_and_columns_that_are_not_given_are_missing() -> None:
     reader = RowFeatureReader.of(features_of([0], [1.0]), VALUES)
-    parsed = reader.parse({"device": ["watch"]}, 1)
-    assert parsed.columns["device"][0] == -1
-    assert np.isnan(parsed.columns["seconds"][0])
+    parsed = reader.parse({"device": ["watch", None, math.nan]}, 3)
+    assert parsed.columns["device"].tolist() == [-1, -1, -1]
+    assert np.isnan(parsed.columns["seconds"]).all()
 
 
 @pytest.mark.parametrize(
@@ -94,6 +94,9 @@ def test_unknown_values_and_columns_that_are_not_given_are_missing() -> None:
         ({"device": [1.5]}, "'device' is a category and needs texts, integers, or booleans, got 1.5"),
         ({"seconds": ["soon"]}, "'seconds' needs numbers"),
         ({"seconds": [math.inf]}, "'seconds': value number 0 is infinite"),
+        ({"seconds": [1e300]}, "'seconds': value number 0 is infinite, or too large"),
+        ({"seconds": [10**400]}, "'seconds' needs numbers"),
+        ({"seconds": [[1.0]]}, "'seconds' needs numbers, one per row"),
     ],
 )
 def test_values_that_are_refused(given: dict[str, Any], problem: str) -> None:

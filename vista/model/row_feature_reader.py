@@ -5,6 +5,7 @@ N rows, C columns, F dense inputs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,7 +200,7 @@ def log_encoder(
 def _numbers(name: str, values: Any) -> Float32s:
     try:
         numbers = np.array([np.nan if value is None else value for value in values], np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{name!r} needs numbers: {error}") from error
     if numbers.ndim != 1:
         raise ValueError(f"{name!r} needs numbers, one per row")
@@ -220,6 +221,8 @@ def _text(name: str, value: Any) -> str | None:
     """A value of a category as logs hold it: text."""
     if value is None or isinstance(value, str):
         return value
+    if isinstance(value, float) and math.isnan(value):  # how pandas marks a missing value
+        return None
     if isinstance(value, (bool, np.bool_)):
         return "true" if value else "false"
     if isinstance(value, (int, np.integer)):
