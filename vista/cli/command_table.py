@@ -114,6 +114,7 @@ COMMANDS: dict[str, Command] = {
         (
             "vista score model=runs/ml-1m/best store=stores/ml-1m users=[1,2] top_k=20",
             "vista score users=[1] candidates=[1193,661,914]",
+            "vista score users=[1] request=[device:phone,hour:14]",
             "vista score users=[nobody] on_missing=raise",
         ),
     ),
