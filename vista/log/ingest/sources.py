@@ -118,8 +118,11 @@ def open_set_impressions(config: SourceConfig, parser: SourceParser) -> list[Fil
     return open_sources(config, "impressions", parser) if config.paths else []
 
 
-def open_set_items(config: SourceConfig, parser: SourceParser) -> list[FileSource]:
+def open_set_items(config: SourceConfig, parser: SourceParser, texts: list[str] | None = None) -> list[FileSource]:
     """Open the files of item features that a data set has next to its events, in the order of their names.
+
+    Args:
+        texts: columns to read as categories, in place of the features.
 
     Returns:
         The open files; none if the kind of `config` has no item features, or these files are not there.
@@ -137,10 +140,11 @@ def open_set_items(config: SourceConfig, parser: SourceParser) -> list[FileSourc
         for file in files
         if form is not None
     }
-    files = sorted(form_of_file, key=lambda file: (file.name, str(file)))
-    return [
-        _open(file, ItemTableConfig(**form_of_file[file].columns), "items", parser, kind=config.kind) for file in files
-    ]
+    tables = {file: ItemTableConfig(**form.columns) for file, form in form_of_file.items()}
+    if texts is not None:
+        tables = {file: replace(table, categories=texts, numbers=None, vectors=None) for file, table in tables.items()}
+    files = sorted(tables, key=lambda file: (file.name, str(file)))
+    return [_open(file, tables[file], "items", parser, kind=config.kind) for file in files]
 
 
 def _folders(config: SourceConfig) -> list[Path]:

