@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from tests.conftest import real_set
 from tests.log.conftest import PARSER
 from tests.log.feature_tables import table_of, text_file
 from tests.log.ingest.public.test_movielens import MOVIES, write
@@ -80,6 +81,19 @@ class TestTexts:
             tmp_path / "products.parquet"
         )
         assert texts_of(tmp_path, kind="complete-journey") == {26093: "DAIRY. MILK"}
+
+    @pytest.mark.data
+    @pytest.mark.parametrize(
+        ("kind", "count", "item", "text"),
+        [
+            ("ml-1m", 3883, "29", "City of Lost Children, The (1995). Adventure, Sci-Fi"),
+            ("ml-latest-small", 9742, "73", "Misérables, Les (1995). Drama, War"),
+            ("complete-journey", 53182, 26093, "PASTRY. BREAD. BREAD:ITALIAN/FRENCH"),
+        ],
+    )
+    def test_real_sets(self, kind: str, count: int, item: Any, text: str) -> None:
+        texts = texts_of(real_set(kind), kind=kind)
+        assert len(texts) == count and texts[item] == text
 
     @pytest.mark.parametrize(
         ("arguments", "error", "message"),
