@@ -77,7 +77,7 @@ def read_part(
     frame, rules = parse(source, kinds, table)
     file = folder / f"{table}-{number:06d}.arrow"
     order = (pl.lit(number, pl.Int64) * 2**32 + pl.col(ROW).cast(pl.Int64)).alias(ORDER)
-    categories = [name for name in source.columns if table in ROW_TABLES and name.startswith("category:")]
+    categories = [name for name in source.columns if table not in OWNERS and name.startswith("category:")]
     encoder = CategoryEncoder(categories)
     try:
         refuse_many_values(frame, categories, source.path, table)

@@ -310,7 +310,7 @@ def _feature(
     column: str, kind: str, dtype: pl.DataType, source: ScannedSource, table: str
 ) -> tuple[pl.Expr, list[RowRule]]:
     raw = pl.col(column)
-    if kind == "category" and table in ROW_TABLES:
+    if kind == "category" and table not in OWNERS:
         return raw.cast(pl.String), []
     if kind == "category":
         return raw.cast(pl.List(pl.String)) if dtype.is_nested() else pl.concat_list(raw.cast(pl.String)), []
@@ -318,7 +318,7 @@ def _feature(
         real = raw.cast(pl.Float64, strict=False)
         number = real.cast(pl.Float32)
         finite = RowRule(column, number.is_infinite(), "is not a finite number", "correct it, or leave it empty")
-        number = number.fill_null(np.nan) if table in ROW_TABLES else number.fill_nan(None)
+        number = number.fill_null(np.nan) if table not in OWNERS else number.fill_nan(None)
         if dtype.is_numeric():
             return number, [finite]
         is_text = real.is_null() & (raw.cast(pl.String).fill_null("") != "")
