@@ -118,7 +118,6 @@ def test_columns_that_cannot_be_read_are_refused(log: EventLog, tmp_path: Path) 
 
 @pytest.mark.parametrize("tail_features", [None, ["dwell"], []])
 def test_validation_is_what_the_scorer_reaches(log: EventLog, tmp_path: Path, tail_features: list[str] | None) -> None:
-    """The store ends two events before the questions of the test, so the scorer takes the last ones from a caller."""
     config = feature_config(log, tmp_path / "run", model__tail_features=tail_features, optim__epochs=1)
     model = train(config, log)
     assert isinstance(model, VistaModel) and model.encoder.features is not None
