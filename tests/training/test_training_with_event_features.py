@@ -76,7 +76,7 @@ def test_every_model_learns_features(log: EventLog, tmp_path: Path, architecture
 
 def test_without_features_nothing_changes(log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     off = train(feature_config(log, tmp_path / "off", model__use_event_features=False), log)
-    monkeypatch.setattr(EventLog, "event_features", {})
+    monkeypatch.setattr(log, "event_features", {})
     plain = train(feature_config(log, tmp_path / "plain"), log)
     assert off.encoder.features is None and off.event_features is None
     for (name, one), other in zip(off.state_dict().items(), plain.state_dict().values(), strict=True):
