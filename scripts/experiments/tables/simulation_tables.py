@@ -115,8 +115,11 @@ def _five_minutes() -> Table:
     budget = ("optim.epochs=null", "optim.minutes=5")
     rows = {
         "vista": TableRow(5, budget),
+        "factors": TableRow(5, (*budget, "model.item_start=factors")),
         # Without the parts of stage 1 that a plain mean of item vectors does not have.
-        "vista-means": TableRow(5, (*budget, "model.conv_width=1", "model.activation=identity")),
+        "factors-means": TableRow(
+            5, (*budget, "model.item_start=factors", "model.conv_width=1", "model.activation=identity")
+        ),
     }
     return replace(SIMULATION, rows=rows | ORACLE, costs=False, validation=True)
 
