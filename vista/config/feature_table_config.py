@@ -13,9 +13,8 @@ class FeatureTableConfig:
     """Files of a table with one row per item or user, and which of its columns are features.
 
     If no column is named, every column is read and its type decides: text and booleans are categories, and floats are
-    numbers. In Parquet files, integer columns are then refused, because they could be categories or numbers. In CSV and
-    TSV files, every column counts as text and becomes a category, so name the columns. Otherwise only the named columns
-    are read.
+    numbers. In Parquet files, integer columns are then refused, because they could be categories or numbers; in CSV and
+    TSV files, so are columns of only numbers. Otherwise only the named columns are read.
     """
 
     table: ClassVar[str]

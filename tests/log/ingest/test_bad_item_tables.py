@@ -115,6 +115,13 @@ def test_a_bad_table_is_refused_and_nothing_is_written(tmp_path: Path, name: str
         ("item,brand\n10,a,b\n", {}, "row 1, beyond the last column: 'b' is one field too many; quote text"),
         ("item,price\n10,inf\n", {"numbers": ["price"]}, "row 1, column 'price': 'inf' is not a finite number"),
         ("item,v\n10,1 2\n20,1\n", {"vectors": ["v"]}, r"row 2, column 'v': \['1'\] is not a vector of 2 numbers"),
+        (
+            "item,kind,price\n10,a,0.25\n20,b,\n30,c,1e3\n",
+            {},
+            r"column 'price' has only numbers, such as '0\.25', and may hold categories or numbers; name the columns "
+            r"to read, and this one under items\.categories or items\.numbers",
+        ),
+        ("item,kind,year\n10,a,-1999\n", {}, "column 'year' has only numbers, such as '-1999'"),
         ("item,a,a\n10,x,y\n", {}, "column 'a' occurs twice, the file has: item, a, a"),
         ("item;a\n10;x\n", {}, "column 'item' is missing, the file has: item;a; .*, or set items.separator="),
         ("\x00\n\xff", {}, "column 'item' is missing|cannot be read"),
@@ -130,6 +137,9 @@ def test_a_bad_text_file_is_refused(tmp_path: Path, content: str, settings: dict
 def test_an_unreadable_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"absent\.parquet: no such file or folder; check items\.paths"):
         add_items(tmp_path, tmp_path / "absent.parquet")
+    (tmp_path / "items.csv").write_bytes(b"item,kind\n10,a\n20,\xff\n")
+    with pytest.raises(DataError, match=r"items\.csv: line 3: .* is not UTF-8; convert the file to UTF-8"):
+        add_items(tmp_path, tmp_path / "items.csv")
     (tmp_path / "items.parquet").write_bytes(b"PAR1" + b"\x00\xff" * 40 + b"PAR1")
     with pytest.raises(DataError, match=r"items\.parquet: cannot be read"):
         add_items(tmp_path, tmp_path / "items.parquet")

@@ -130,6 +130,17 @@ class TestRoundTrip:
         add_items(tmp_path, file, events=[("u", "a", 1), ("u", "b", 2), ("v", "7", 3)], item="sku")
         assert features_of(EventLog.open(tmp_path / "log")) == {"kind": {"b": ["x"], "7": ["y"]}}
 
+    def test_text_that_is_not_only_numbers_is_a_category(self, tmp_path: Path) -> None:
+        lines = ["item,size,zip,code,empty", "10,1.5,01234,1e,", "20,L,90210,.,", "30,,05,2,"]
+        file = text_file(tmp_path, "\n".join(lines) + "\n")
+        report = add_items(tmp_path, file)
+        assert [line.partition(",")[0] for line in report.features] == [
+            "size: category of 2 values",
+            "zip: category of 3 values",
+            "code: category of 3 values",
+            "empty: category of 0 values",
+        ]
+
     def test_a_frame_names_its_ids_as_the_events_do(self, tmp_path: Path) -> None:
         events = {"user": [1], "movie": ["a"], "timestamp": [1]}
         items = {"movie": ["a", "b"], "kind": ["x", "y"]}

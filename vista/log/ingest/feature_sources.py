@@ -18,6 +18,7 @@ from vista.log.ingest.file_scan import EXTRA, ROW, FileScan
 from vista.log.ingest.public.public_sets import PUBLIC_SETS, remedy_of_kind
 from vista.log.ingest.scanned_source import ScannedSource, file_source, source_of_frame
 from vista.log.ingest.source_formats import is_parquet, text_separator
+from vista.log.ingest.text_features import refuse_numbers
 from vista.log.ingest.text_files import read_header, scan_text
 from vista.log.polars_extra import pl
 from vista.log.segment_manifest import MAX_FEATURES
@@ -43,7 +44,10 @@ def scan_features(file: Path, config: FeatureTableConfig, kind: str) -> ScannedS
     try:
         scan = _scan(file, config, kind)
         separator = config.value_separator if isinstance(config, ItemTableConfig) else None
-        return file_source(file, replace(scan, frame=_split(scan.frame, separator)))
+        source = file_source(file, replace(scan, frame=_split(scan.frame, separator)))
+        if scan.is_text and config.is_inferred:
+            refuse_numbers(source, scan.frame, config.table)
+        return source
     except (OSError, pl.exceptions.PolarsError) as error:
         reason = str(error).partition("\n")[0]
         raise DataError(f"{file}: cannot be read: {reason}; write the file again") from error
