@@ -14,7 +14,7 @@ import pytest
 from tests.log.conftest import PARSER, run
 from tests.log.log_oracle import Values, contents, values_of
 from vista.config import EventFilterConfig, PrepareConfig, SourceColumns, SourceConfig
-from vista.errors import ConfigError, DataError
+from vista.errors import ConfigError, DataError, LogFormatError
 from vista.log.compaction import compact_log
 from vista.log.deletions import erase_users
 from vista.log.event_log import EventLog
@@ -387,6 +387,15 @@ def test_erased_users_leave_no_values_behind(tmp_path: Path) -> None:
     compact_log(tmp_path / "log")
     assert [row["device"] for row in features_of(tmp_path)] == ["web", "app"]
     assert not any(b"secret" in content for content in contents(tmp_path / "log").values())
+
+
+def test_an_append_finds_damaged_values(tmp_path: Path) -> None:
+    """Otherwise, new values could get the codes of other ones."""
+    add(tmp_path, device=["web", "app", "web"], categories=["device"])
+    file = tmp_path / "log" / "segment-000001" / "event_features" / "0.values.ids.npy"
+    file.write_bytes(file.read_bytes()[:-1] + b"q")
+    with pytest.raises(LogFormatError, match=r"0\.values\.ids\.npy: its content has changed"):
+        add(tmp_path, append=True, device=["web", "app", "tv"], categories=["device"])
 
 
 def test_a_set_with_fixed_columns_has_no_others(tmp_path: Path) -> None:
