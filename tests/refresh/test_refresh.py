@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -190,6 +191,7 @@ def test_report(event_log: EventLog, tmp_path: Path, capfd: pytest.CaptureFixtur
     assert "refresh: 100%" in capfd.readouterr().err
     text = str(report)
     assert f"generation 1 of {tmp_path / 'store'}: 16 users, 233 events in " in text and "users/s (read " in text
+    assert re.search(r"\), [1-9][\d,]* bytes per user; 16 written$", text)
     assert "(5 of them by an earlier run)" in str(RefreshReport("s", 2, 16, 5, 100, 1.0, {"read": 1.0}))
 
 

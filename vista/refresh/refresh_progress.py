@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -44,6 +45,7 @@ class RefreshProgress:
         self._done, self._resumed_at, self.num_events = done, done, 0
         self.counts: Counter[str] = Counter()
         self.failures: dict[str, str] = {}
+        self._num_records = self._num_bytes = 0
 
     def stage(self, name: str) -> RefreshProgress:
         """Context whose time counts toward a stage."""
@@ -57,6 +59,11 @@ class RefreshProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._seconds[self._stage] += time.perf_counter() - self._entered
+
+    def encoded(self, records: Sequence[bytes]) -> None:
+        """Count the sizes of records."""
+        self._num_records += len(records)
+        self._num_bytes += sum(map(len, records))
 
     def failed(self, user: object, reason: str) -> None:
         """Record that one user could not be refreshed."""
@@ -117,4 +124,5 @@ class RefreshProgress:
             shares,
             dict(self.counts),
             self.failures,
+            self._num_bytes / max(self._num_records, 1),
         )

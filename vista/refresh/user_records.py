@@ -56,6 +56,7 @@ def encode_users(users: UserSummaries, writer: StoreWriter | StoreUpdate, run: R
         for row in range(len(users)):
             encoded.extend(encode_users(users[row], writer, run))
         return encoded
+    run.encoded(records)
     states = []
     if users.states is not None and writer.state_spec is not None:
         states = encode_states(users.keys, users.states, writer.state_spec)
