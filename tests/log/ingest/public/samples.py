@@ -68,7 +68,7 @@ def amazon_reviews(folder: Path) -> None:
 
 
 def kuairand(folder: Path) -> None:
-    """Every second row is a click; every fifth was not played, so that it is no event."""
+    """Every second row is a click; every fifth was not played, so it is not an event."""
     rows = [
         test_kuairand.shown(user, item, int(2.5e6 * time), f"{number % 2}000000", 0 if number % 5 == 0 else 900)
         for number, (user, item, time) in enumerate(draws())
