@@ -194,6 +194,7 @@ def _record_text(user: int | str, raw: RawRecords, reader: GenerationReader, mod
         "summary": f"{summary.shape[0]} x {summary.shape[1]} {manifest.codec}",
         "payload": f"{header['payload_length']} bytes",
         "norms of rows": " ".join(f"{norm:.3f}" for norm in norms.tolist()) or "none",
+        **({"features": _features(raw)} if raw.features else {}),
         **({"counted keys": _counted(raw)} if raw.counters else {}),
         "tail": f"{len(items)} events, oldest first (item, time, action code{features})",
     }
@@ -201,6 +202,10 @@ def _record_text(user: int | str, raw: RawRecords, reader: GenerationReader, mod
     times = map(_time, raw.tail.times.tolist())
     columns = [items, times, raw.tail.actions.tolist(), *(column.tolist() for column in raw.tail.features.values())]
     return "\n".join([*lines, *("    " + "  ".join(map(str, event)) for event in zip(*columns, strict=True))])
+
+
+def _features(raw: RawRecords) -> str:
+    return ", ".join(f"{name} {values[0]}" for name, values in raw.features.items())
 
 
 def _counted(raw: RawRecords) -> str:

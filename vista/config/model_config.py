@@ -119,6 +119,9 @@ class ModelConfig:
     With stage=downstream, null takes those of the base."""
     use_request_features: bool = True
     """Let labeled tasks read the features of requests, if the log's impressions have any."""
+    use_user_features: bool = True
+    """Let candidates and user vectors read the features of users, if the log has any. Summaries do not depend on
+    them."""
     id_dropout: float = 0.1
     """With features of items: share of the items of a training batch, in [0, 1), whose ID embeddings are left out, so
     that their features stand in for them."""

@@ -20,6 +20,7 @@ from vista.log.event_log import EventLog
 from vista.log.histories import Histories, token_groups
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.inference import catalog_scores, item_vectors
+from vista.model.log_users import LogUsers
 from vista.model.row_feature_reader import log_encoder
 
 
@@ -37,12 +38,17 @@ class RawHistoryAnswers:
         self._items = item_vectors(model) if model.has_retrieval else None
         self._encode_requests = log_encoder(model.request_features, log.request_features)
         self._recode = model.event_recoder(log.event_features)
+        self._log_users = LogUsers(model.user_features, log)
 
     def catalog_scores(self, cases: NextItemCases | WindowCases) -> Float32s:
         """Scores float32 [N, V] of all items for the users of some cases, at the times of the questions."""
         user, seen, now = cases.user, cases.seen, cases.now
         users = [
-            self._model.user_vectors(self.histories(user[part], seen[part]), None if now is None else now[part])
+            self._model.user_vectors(
+                self.histories(user[part], seen[part]),
+                None if now is None else now[part],
+                self._log_users.encoded(user[part]),
+            )
             for part in self._groups(seen, np.ones_like(seen))
         ]
         assert self._items is not None
@@ -71,7 +77,12 @@ class RawHistoryAnswers:
             histories = self.histories(cases.user[first], cases.seen[first])
             features = self._encode_requests(cases.features.select(first), len(first))
             logits = self._model.candidate_logits(
-                histories, candidates, cases.timestamp[first], self._candidate_codes(cases, index), features
+                histories,
+                candidates,
+                cases.timestamp[first],
+                self._candidate_codes(cases, index),
+                features,
+                self._log_users.encoded(cases.user[first]),
             )
             predicted = logits[..., columns].sigmoid().float().cpu().numpy()
             for row, part in enumerate(parts):

@@ -61,9 +61,21 @@ class BatchCuts:
 
 
 @dataclass(frozen=True, slots=True)
+class BatchUsers:
+    """Features of the chunks' users, from `RowFeatureReader.encode`."""
+
+    entry: Tensor
+    """int64 [B, C]."""
+    dense: Tensor
+    """float32 [B, D]."""
+
+
+@dataclass(frozen=True, slots=True)
 class BatchWindows:
     """What each window of label positions reads."""
 
+    chunk: Tensor
+    """int64 [NW]."""
     cut: Tensor
     """int64 [NW]: the cut whose summary the window reads; with stored summaries, the chunk."""
     tail_index: Tensor
@@ -175,6 +187,8 @@ class Batch:
     reconstruction: BatchReconstruction
     anchors: BatchAnchors | None = None
     """None without the window loss."""
+    user_features: BatchUsers | None = None
+    """None for a model that reads none."""
     logit_adjustment: Tensor | None = None
     """float32 [R], added during training to an item's logits as label and as negative (`optim.logq_strength`)."""
     stored_summary: Tensor | None = None

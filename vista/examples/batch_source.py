@@ -38,8 +38,8 @@ from vista.log.until import Until
 
 MEASURED_BATCHES = 16
 """Batches that the mean number of labels per anchor is measured by."""
-EncodeRequests: TypeAlias = Callable[[Int], tuple[Int, NDArray[np.float32]]]
-"""From rows int64 [N] of a log's impressions to `ChunkImpressions.entry` and `dense`."""
+EncodeRows: TypeAlias = Callable[[Int], tuple[Int, NDArray[np.float32]]]
+"""From rows int64 [N] of a log's impressions or users to `entry` and `dense` of chunks."""
 EncodeEvents: TypeAlias = Callable[[RowFeatures, int], tuple[Int, NDArray[np.float32]]]
 """From features of T events of a log to `Chunks.entry` and `dense`."""
 NO_NEGATIVES = np.zeros(0, np.int64), np.zeros(0, np.float32)
@@ -57,7 +57,8 @@ class BatchSource:
         spec: CounterSpec | None = None,
         *,
         has_features: NDArray[np.bool_] | None = None,
-        encode_requests: EncodeRequests | None = None,
+        encode_requests: EncodeRows | None = None,
+        encode_users: EncodeRows | None = None,
         num_known: int | None = None,
         encode_events: EncodeEvents | None = None,
     ) -> None:
@@ -69,6 +70,7 @@ class BatchSource:
             has_features: bool [1 + V], the model rows whose vectors contain features; None is none. Such rows without
                 training events are not negatives.
             encode_requests: features of the requests of the log's impressions; None if the model reads none.
+            encode_users: the same for the log's users.
             num_known: items that histories and counters know. They show the items of later rows as unknown, while
                 labels, candidates, and negatives have them. None knows all.
             encode_events: features of the log's events; None if the model reads none.
@@ -85,6 +87,7 @@ class BatchSource:
         self._spec = spec
         self._encode_requests = encode_requests
         self._encode_events = encode_events
+        self._encode_users = encode_users
         since = stored.since if stored else None
         self.counts = visible_counts(log, split_until(config.data, "train"))
         self._first = visible_counts(log, Until(before=since)) if stored else np.zeros(log.num_users, np.int64)
@@ -188,6 +191,7 @@ class BatchSource:
         owner = np.repeat(np.arange(len(user)), high - low)
         position = seen.position[index] - (start - lead)[owner]
         requests = (None, None) if self._encode_requests is None else self._encode_requests(seen.row[index])
+        users = (None, None) if self._encode_users is None else self._encode_users(user)
         encode, num_events = self._encode_events, histories.num_events
         events = (None, None) if encode is None else encode(histories.features, num_events)
         model = self._config.model
@@ -220,6 +224,8 @@ class BatchSource:
             counters=self._counters(user, start - lead, stop),
             entry=events[0],
             dense=events[1],
+            user_entry=users[0],
+            user_dense=users[1],
         )
 
     def _counters(self, user: Int, start: Int, stop: Int) -> ChunkCounters | None:

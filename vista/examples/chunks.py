@@ -99,6 +99,11 @@ class Chunks:
     """int64 [T, C] features of the events, as in `BatchEvents`; None for a model that reads none."""
     dense: NDArray[np.float32] | None = None
     """float32 [T, D], like `entry`."""
+    user_entry: Int | None = None
+    """int64 [B + 1, C] features of the users; the last row is that of an unknown user. None for a model that reads
+    none."""
+    user_dense: NDArray[np.float32] | None = None
+    """float32 [B + 1, D], like `user_entry`."""
 
     @property
     def num_context(self) -> Int:

@@ -25,7 +25,8 @@ class CutPlan:
     timeless_share: float = 0.1
     """Share of windows whose requests have no time, because callers of the scorer may not pass one."""
     featureless_share: float = 0.1
-    """The same for features of requests."""
+    """The same for features of requests; and the share of chunks without features of their users, because the scorer
+    does not know those of users without a record."""
     anchors: AnchorPlan | None = None
     """None draws no anchors."""
     summary_lag: int = 0

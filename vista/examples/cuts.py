@@ -36,6 +36,7 @@ from vista.examples.batch import (
     BatchLabels,
     BatchNegatives,
     BatchReconstruction,
+    BatchUsers,
     BatchWindows,
 )
 from vista.examples.chunks import ChunkImpressions, Chunks
@@ -75,7 +76,9 @@ def cut_batch(
     is_timeless = rng.random(len(keep)) < plan.timeless_share
     reconstruction = _draw_reconstruction(plan, rng, cuts)
     hidden = rng.random(len(chunks.item)) < plan.unknown_share if plan.unknown_share > 0 else None
-    is_featureless = rng.random(len(keep)) < plan.featureless_share  # the last draw, so that it changes no other
+    is_featureless = rng.random(len(keep)) < plan.featureless_share
+    # The last draws, so that they change no other.
+    is_unknown = rng.random(len(chunks.user)) < plan.featureless_share
 
     impression = _impressions_by_window(keep, impression_window, len(all_windows.chunk))
     impressed = np.where(impression >= 0, chunks.impressions.item[impression], 0)
@@ -112,7 +115,7 @@ def cut_batch(
         rows=_tensor(rows),
         events=_events(chunks, item, hidden),
         cuts=cuts,
-        windows=BatchWindows(_tensor(window_cut), _tail_index(chunks, plan, windows)),
+        windows=BatchWindows(_tensor(windows.chunk), _tensor(window_cut), _tail_index(chunks, plan, windows)),
         labels=_labels(chunks, plan, windows, item, is_timeless),
         negatives=BatchNegatives(_tensor(negative), _tensor(negative_log_weight)),
         impressions=_impressions(
@@ -127,6 +130,7 @@ def cut_batch(
         ),
         reconstruction=reconstruction,
         anchors=of_anchors,
+        user_features=_user_features(chunks, is_unknown),
         stored_summary=None if chunks.summary is None else _tensor(chunks.summary),
     )
 
@@ -293,6 +297,14 @@ def _impressions(
         entry=entry,
         dense=dense,
     )
+
+
+def _user_features(chunks: Chunks, is_unknown: NDArray[np.bool_]) -> BatchUsers | None:
+    """is_unknown: bool [B] chunks without features of their users."""
+    if chunks.user_entry is None or chunks.user_dense is None:
+        return None
+    row = np.where(is_unknown, -1, np.arange(len(is_unknown)))  # -1 reads the last row: no features
+    return BatchUsers(_tensor(chunks.user_entry[row]), _tensor(chunks.user_dense[row]))
 
 
 def _covered(chunks: Chunks, plan: CutPlan, windows: ChunkWindows, cuts: BatchCuts, window_cut: Int) -> Int | None:

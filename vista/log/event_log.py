@@ -52,6 +52,8 @@ class EventLog:
         self._lengths: NDArray[np.int64] | None = None
         self._impressions: Impressions | None = None
         self._item_features: ItemFeatures | None = None
+        self._event_features: ColumnValues | None = None
+        self._request_features: ColumnValues | None = None
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, last_segment: int | None = None) -> EventLog:
@@ -224,15 +226,19 @@ class EventLog:
             self._item_features = ItemFeatures(columns)
         return self._item_features
 
-    @cached_property
+    @property
     def event_features(self) -> ColumnValues:
         """The columns of `Histories.features`, with the values of each category; empty without any."""
-        return event_values(self.segments)
+        if self._event_features is None:
+            self._event_features = event_values(self.segments)
+        return self._event_features
 
-    @cached_property
+    @property
     def request_features(self) -> ColumnValues:
         """The columns of `Impressions.features`, with the values of each category; empty without any."""
-        return request_values(self.segments)
+        if self._request_features is None:
+            self._request_features = request_values(self.segments)
+        return self._request_features
 
     @cached_property
     def user_features(self) -> UserFeatures:

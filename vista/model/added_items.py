@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from vista.log.item_features import ItemFeatures
 from vista.log.vocabulary import Ids
+from vista.model.ranking_model import ROW_FEATURES
 from vista.model.vista_model import VistaModel
 
 
@@ -34,6 +35,7 @@ def with_items(model: VistaModel, ids: Ids, features: ItemFeatures) -> VistaMode
         weights["item_popularity"] = torch.cat([model.item_popularity, least.expand(count)])
     made.load_state_dict(weights)
     made.set_item_features(model.feature_table.extended(features, model.schema.item_features))
-    made.event_features, made.request_features = model.event_features, model.request_features
+    for name in ROW_FEATURES:
+        setattr(made, name, getattr(model, name))
     made.num_trained_items = model.num_trained_items
     return made.train(model.training)

@@ -36,7 +36,8 @@ class Attribution:
     tail: Tensor
     """[C, L]; 0 in the padding."""
     query: list[Tensor]
-    """[C] for each part of the query token's vector; the first one includes the vector of the request."""
+    """[C] for each part of the query token's vector; the first one includes the vector of the request and
+    the features of the user."""
     counters: Tensor
     """[C] what the user's counters of the candidates add; 0 without them."""
 
@@ -63,8 +64,11 @@ def attribute(
         added = []
         if request is not None:
             added = [(request.expand_as(x), stage.request_projection(request).expand(len(x), -1))]
+        if context.user is not None:
+            user = context.user.expand(len(x), -1)
+            added.append((user[:, : x.shape[1]], user[:, x.shape[1] :]))
         added += [] if counters is None else [counters]
-        # In layer 1 requests and counters do not pass the norm of the vector (`TargetAttention.query`).
+        # In layer 1 requests, users, and counters do not pass the norm of the vector (`TargetAttention.query`).
         vectors = [vector.clone().requires_grad_() for vector, _ in added]
         first_values = [projected[:, -x.shape[1] :].clone().requires_grad_() for _, projected in added]
         sources = [x, *vectors, *first_values]

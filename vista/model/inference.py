@@ -6,6 +6,7 @@ V items of the vocabulary, E counted items of all users together.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -89,7 +90,11 @@ def _summarize_set(model: VistaModel, summarizer: Summarizer, histories: Histori
 
 @torch.inference_mode()
 def request_context(
-    model: VistaModel, summary: Tensor, tail: PaddedTail, masks: list[Tensor] | None = None
+    model: VistaModel,
+    summary: Tensor,
+    tail: PaddedTail,
+    masks: list[Tensor] | None = None,
+    users: EncodedRows | None = None,
 ) -> TargetContext:
     """Keys and values that all candidates of a request share.
 
@@ -97,6 +102,7 @@ def request_context(
         summary: [B, S, M].
         tail: of the B users.
         masks: of `TargetAttention.request_masks`; None computes them.
+        users: features of the B users; None if all are missing.
     """
     device = model.device
     vectors = model.item_vectors(torch.from_numpy(tail.item).to(device))
@@ -104,7 +110,8 @@ def request_context(
     entry, dense = (None if part is None else torch.from_numpy(part).to(device) for part in (tail.entry, tail.dense))
     events = model.encoder(vectors, action, gap, entry=entry, dense=dense)
     stage = model.target_attention
-    return stage.encode_request(summary.to(device), events, torch.from_numpy(tail.valid).to(device), masks)
+    context = stage.encode_request(summary.to(device), events, torch.from_numpy(tail.valid).to(device), masks)
+    return replace(context, user=user_feature_vectors(model, users, len(summary)))
 
 
 def request_bucket(model: VistaModel, now: Int | None, tail: PaddedTail) -> Tensor | None:
@@ -160,6 +167,25 @@ def request_feature_vectors(model: RankingModel, features: EncodedRows | None, n
         torch.from_numpy(features.entry).to(device), torch.from_numpy(features.dense).to(device)
     )
     return vectors
+
+
+def user_feature_vectors(model: RankingModel, users: EncodedRows | None, num_users: int) -> Tensor | None:
+    """[B, user_parts * M] vectors of the features of B users; None for a model that reads none.
+
+    Their bits do not depend on the other users (`ROW_TILE`).
+
+    Args:
+        users: None if all are missing.
+        num_users: B.
+    """
+    if model.user_encoder is None:
+        return None
+    if users is None:
+        assert model.user_features is not None
+        users = model.user_features.missing(num_users)
+    entry, dense = (torch.from_numpy(_whole_tiles(part)).to(model.device) for part in (users.entry, users.dense))
+    vectors: Tensor = model.user_encoder(entry, dense)
+    return vectors[:num_users]
 
 
 @torch.inference_mode()

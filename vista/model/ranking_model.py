@@ -6,7 +6,6 @@ dim, M' width of retrieval vectors, V items of the vocabulary; N rows and P hash
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vista.config import DataConfig, ModelConfig, OptimConfig
@@ -31,6 +30,7 @@ from vista.model.counted_item_head import CountedItemHead
 from vista.model.embedding_feature import EmbeddingFeature
 from vista.model.event_encoder import EventEncoder
 from vista.model.feature_encoder import FeatureEncoder
+from vista.model.finite_weights import finite_weights
 from vista.model.item_feature_table import FEATURES_FILE, ItemFeatureTable
 from vista.model.losses import Losses
 from vista.model.model_description import CONFIG_FILE, ModelDescription, unreadable_model
@@ -43,6 +43,8 @@ from vista.model.unified_embedding import gather, hashed_rows
 WEIGHTS_FILE = "model.safetensors"
 _SPARE_VALUES = 1 << 22
 """What building a small model may allocate in addition, such as temporary tensors: 16 MiB."""
+ROW_FEATURES = "event_features", "request_features", "user_features"
+"""Attributes of a model with readers of features, and fields of its schema with their columns."""
 NEXT_TASK = "next"
 """Name of the retrieval head's scores among those of the labeled tasks."""
 UNKNOWN_ITEM = 0
@@ -57,6 +59,8 @@ class RankingModel(nn.Module):
 
     architecture: ClassVar[Architecture]
     """Of the models that the class builds."""
+    user_parts: ClassVar[int] = 1
+    """Features of a user are encoded as so many vectors of width M."""
     item_popularity: Tensor
     """[1 + V] standardized log frequencies of the items in the training events; 0 for the unknown item. Only with
     counters or popularity."""
@@ -90,10 +94,12 @@ class RankingModel(nn.Module):
         )
         columns = schema.request_features
         self.request_encoder = RowFeatureEncoder(columns, config.dim) if columns else None
-        self.request_features: RowFeatureReader | None = None
-        """How features of requests are read, set before the first use; None for a model without them."""
+        columns = schema.user_features
+        self.user_encoder = RowFeatureEncoder(columns, self.user_parts * config.dim) if columns else None
         self.event_features: RowFeatureReader | None = None
         """How features of events are read, set before the first use; None for a model without them."""
+        self.request_features: RowFeatureReader | None = None
+        self.user_features: RowFeatureReader | None = None
 
         retrieval, spec = schema.has_retrieval, self.counter_spec
         self.popularity = (
@@ -187,7 +193,8 @@ class RankingModel(nn.Module):
     def take_catalog(self, other: RankingModel) -> None:
         """Take what is not a weight of a model with the same vocabulary: the encoded features of items, their trained
         number, and how the model reads other features."""
-        self.event_features, self.request_features = other.event_features, other.request_features
+        for name in ROW_FEATURES:
+            setattr(self, name, getattr(other, name))
         self.set_item_features(other.feature_table)
         self.num_trained_items = other.num_trained_items
 
@@ -263,10 +270,9 @@ class RankingModel(nn.Module):
                 self.items.save(partial, "items")
                 if self.feature_table is not None:
                     self.feature_table.save(partial)
-                if self.request_features is not None:
-                    self.request_features.save(partial, "request")
-                if self.event_features is not None:
-                    self.event_features.save(partial, "event")
+                for name in ROW_FEATURES:
+                    if (reader := getattr(self, name)) is not None:
+                        reader.save(partial, name.removesuffix("_features"))
                 self.save_serving_tables(partial)
                 self.description().write(partial)
                 if card is not None:
@@ -296,16 +302,17 @@ class RankingModel(nn.Module):
                 f"{cls.architecture.value}"
             )
         try:
-            patterns = "items.*", "item_values_*", "event_values_*", "request_values_*", FEATURES_FILE
+            patterns = "items.*", "*_values_*", FEATURES_FILE
             saved.check_files(folder, WEIGHTS_FILE, *patterns)
-            weights = load_file(folder / WEIGHTS_FILE)
+            weights = finite_weights(folder / WEIGHTS_FILE)
             items = Vocabulary.load(folder, "items")
             features = ItemFeatureTable.load(folder, saved.schema.item_features) if saved.schema.item_features else None
-            events = RowFeatureReader.load(folder, "event", saved.schema.event_features)
-            requests = RowFeatureReader.load(folder, "request", saved.schema.request_features)
+            readers = {
+                name: RowFeatureReader.load(folder, name.removesuffix("_features"), getattr(saved.schema, name))
+                for name in ROW_FEATURES
+            }
         except (OSError, ValueError, SafetensorError, LogFormatError) as error:
             raise unreadable_model(folder, error) from error
-        _require_finite(weights, folder)
         num_values = sum(weight.numel() for weight in weights.values())
         too_large = CheckpointError(
             f"{folder}/{WEIGHTS_FILE} does not fit its config.json, which asks for far more than its {num_values} "
@@ -320,7 +327,8 @@ class RankingModel(nn.Module):
             weights = {name: weight.float() for name, weight in weights.items()}
             model.load_state_dict(weights, assign=saved.config.embedding_rows == 0)
             model.set_item_features(features)
-            model.event_features, model.request_features = events, requests
+            for name, reader in readers.items():
+                setattr(model, name, reader)
             if saved.num_trained_items > len(items):
                 raise RuntimeError(f"it knows {len(items)} items, but was trained on {saved.num_trained_items}")
             model.num_trained_items = saved.num_trained_items
@@ -387,12 +395,3 @@ class RankingModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.item_table.device
-
-
-def _require_finite(weights: dict[str, Tensor], folder: Path) -> None:
-    for name, weight in weights.items():
-        bounds = weight.aminmax() if weight.is_floating_point() and weight.numel() else ()  # NaN if any value is
-        if not all(math.isfinite(bound.item()) for bound in bounds):
-            raise CheckpointError(
-                f"{folder}/{WEIGHTS_FILE}: {name} is not finite; export an earlier checkpoint, or train the model again"
-            )

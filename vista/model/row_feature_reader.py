@@ -131,6 +131,16 @@ class RowFeatureReader:
             out[name] = _numbers(name, values) if known is None else _codes(name, values, known)
         return RowFeatures(out)
 
+    def digests(self) -> list[tuple[str, int | None, str]]:
+        """Per column: its name, and the size of a category with the digest of its values, or None and "" for a number.
+
+        Readers with the same digests have the same codes.
+        """
+        return [
+            (column.name, None if known is None else column.size, "" if known is None else known.digest())
+            for column, known in zip(self.columns, self.values.values(), strict=True)
+        ]
+
     def first(self, count: int) -> RowFeatureReader:
         """The reader of the first columns, whose entries are the same rows of the encoder's embedding."""
         return RowFeatureReader(self.columns[:count], self.values)

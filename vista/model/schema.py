@@ -12,7 +12,7 @@ MAX_ACTIONS = 256
 """Codes of actions are uint8."""
 MAX_TASKS = 64
 MAX_NAME_BYTES = 500
-FEATURE_KEYS = ("item_features", "event_features", "request_features")
+FEATURE_KEYS = ("item_features", "event_features", "request_features", "user_features")
 """Fields of Schema that list columns of features."""
 
 
@@ -36,6 +36,8 @@ class Schema:
     """How many of `event_features`, counted from the first, stage 2 reads too, and the tails of records hold."""
     request_features: list[FeatureSpec] = field(default_factory=list)
     """Categories and numbers of requests, which labeled tasks read."""
+    user_features: list[FeatureSpec] = field(default_factory=list)
+    """Categories and numbers of users, which stage 2 and the retrieval head read."""
 
     def __post_init__(self) -> None:
         for key, most in (("actions", MAX_ACTIONS), ("tasks", MAX_TASKS)):

@@ -6,8 +6,9 @@ H heads, D head dim, M model dim.
 Summary tokens attend to one another. Tail tokens attend to the summary, and causally to the tail. A query token attends
 to the context (summary and tail) and to itself, never to another query. So the context's keys and values are computed
 once per request, and a query's output does not depend on the others. Tail and queries see relative positions by a
-learned bias per head and distance. With target_attention=quasi_linear, queries also read the state of stage 1
-(`vista.model.quasi_linear_read`).
+learned bias per head and distance. Features of the user are added to every query token and to its projections in layer
+1, which are precomputed for items; so a candidate reads them from the first layer on. With
+target_attention=quasi_linear, queries also read the state of stage 1 (`vista.model.quasi_linear_read`).
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ class TargetContext:
     """[B, L1, H, D, D] what queries read of the L1 layers of stage 1; None if they do not."""
     mean: Tensor | None = None
     """[B, M] the mean token (`vista.model.mean_token`); None without one."""
+    user: Tensor | None = None
+    """[B, 5M] what features of the user add to query tokens: to their vectors [M] and to the projections of these in
+    layer 1 [4M]; None without them."""
 
     def select(self, rows: slice | Tensor) -> TargetContext:
         """The context of adjacent rows, a view; or of rows int64 [N], a copy."""
@@ -51,6 +55,7 @@ class TargetContext:
             self.tail[rows],
             None if self.state is None else self.state[rows],
             None if self.mean is None else self.mean[rows],
+            None if self.user is None else self.user[rows],
         )
 
     def newest(self, seen: Tensor) -> Tensor:
@@ -223,6 +228,9 @@ class TargetAttention(nn.Module):
         """
         if request is not None:
             x, projections = x + request, projections + self.request_projection(request)
+        if context.user is not None:
+            user = context.user.unsqueeze(1)
+            x, projections = x + user[..., : x.shape[-1]], projections + user[..., x.shape[-1] :].to(projections.dtype)
         x = self.dropout(self._scaled(x))
         context_mask = F.pad(context.tail_valid, (self.num_seeds, 0), value=True)
         biases = self.query_biases(seen) if biases is None else biases

@@ -68,6 +68,7 @@ class VistaModel(RankingModel):
     """VISTA: a summarizer of histories, a reconstruction decoder, target attention, and the heads."""
 
     architecture = Architecture.vista
+    user_parts = 5  # `TargetContext.user`
 
     def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
         super().__init__(config, schema, items, data)
@@ -153,7 +154,12 @@ class VistaModel(RankingModel):
         summary = [(key.index_select(0, windows.cut), value.index_select(0, windows.cut)) for key, value in by_cut]
         of_cuts = self.target_attention.state(summaries), self.target_attention.mean(summaries)
         state, mean = (None if part is None else part.index_select(0, windows.cut) for part in of_cuts)
-        return self.target_attention.encode_context(summary, tail, valid, state, mean)
+        context = self.target_attention.encode_context(summary, tail, valid, state, mean)
+        if self.user_encoder is None:
+            return context
+        assert batch.user_features is not None
+        users = self.user_encoder(batch.user_features.entry, batch.user_features.dense)
+        return replace(context, user=users.index_select(0, windows.chunk))
 
     def _tail_inputs(self, events: BatchEvents, index: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Entries int64 [NW, L, C] and dense inputs float32 [NW, L, D] of the features that stage 2 reads."""
@@ -337,7 +343,7 @@ class VistaModel(RankingModel):
         """
         count = self.num_trained_items
         facts = {key: to_dict(self.config)[key] for key in STAGE1_KEYS} | {"schema": asdict(self.schema)}
-        for key in ("tasks", "has_retrieval", "request_features", "num_tail_features"):
+        for key in ("tasks", "has_retrieval", "request_features", "user_features", "num_tail_features"):
             facts["schema"].pop(key)
         for key in ("item_features", "event_features"):
             if not getattr(self.schema, key):

@@ -25,6 +25,7 @@ from vista.model.history_states import (
     reach,
     separable_summarizer,
 )
+from vista.model.log_users import LogUsers
 from vista.model.state_updates import insert_events, remove_events
 from vista.model.summary_state import SummaryState, merge_states
 from vista.model.vista_model import VistaModel
@@ -68,7 +69,7 @@ class BatchRefresher:
     ) -> None:
         self._log, self._update, self._run = log, update, run
         self._model = model.with_frozen("summarizer", Precision.float32)
-        self._items = LogItems.of(model, log)
+        self._items, self._users = LogItems.of(model, log), LogUsers(model.user_features, log)
         self._plan = UpdatePlan(model, log, update, tokens_per_batch, run)
 
     def refresh(self, users: Int) -> None:
@@ -208,6 +209,7 @@ class BatchRefresher:
                 last_event_ts=last_times(newest),
                 history_digest=digest,
                 counters=stored_codes(tables),
+                features=self._users.features(users).columns,
                 states=states,
             )
 

@@ -18,6 +18,7 @@ from vista.log.histories import token_groups
 from vista.log.splits import visible_counts
 from vista.log.until import Until, parse_until
 from vista.model import inference
+from vista.model.log_users import LogUsers
 from vista.model.vista_model import VistaModel
 from vista.refresh.counting import count_histories, stored_codes
 from vista.refresh.log_items import LogItems, check_log
@@ -90,7 +91,8 @@ def refresh(
         created_at=created_at,
     )
     frozen = model.with_frozen("summarizer", precision)
-    batches = _FullBatches(frozen, log, LogItems.of(model, log), users, counts, options.tokens_per_batch)
+    items, features = LogItems.of(model, log), LogUsers(model.user_features, log)
+    batches = _FullBatches(frozen, log, items, features, users, counts, options.tokens_per_batch)
     return write_generation(store, manifest, "full", batches.encode, options=options, key=key)
 
 
@@ -101,6 +103,7 @@ class _FullBatches:
     model: VistaModel
     log: EventLog
     items: LogItems
+    features: LogUsers
     users: Int
     """Rows of the log: all users of the run, in its fixed order."""
     counts: Int
@@ -138,6 +141,7 @@ class _FullBatches:
                 last_event_ts=last_times(model_rows),
                 history_digest=digests,
                 counters=stored_codes(tables),
+                features=self.features.features(users).columns,
                 states=arrays,
             )
 

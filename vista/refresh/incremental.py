@@ -19,6 +19,7 @@ from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
 from vista.refresh.batch_refresher import BatchRefresher
 from vista.refresh.log_items import check_log
+from vista.refresh.new_generation import user_columns
 from vista.refresh.refresh_progress import RefreshProgress
 from vista.refresh.refresh_report import RefreshReport
 from vista.store.format.keys import user_id, user_keys
@@ -55,8 +56,8 @@ def refresh_incremental(
         ConfigError: the model cannot read this log; the store was refreshed with `until`; the store is sharded and no
             shard is named; or `options` holds what only a full refresh sets.
         LogFormatError: a file of the log with new events, ids or deletions is damaged.
-        StoreError: nothing is published there; the store is of another summarizer, or covers a longer log; or it cannot
-            be written.
+        StoreError: nothing is published there; the store is of another summarizer, holds other features of users, or
+            covers a longer log; or it cannot be written.
     """
     options = options or RefreshOptions()
     options.require_only(INCREMENTAL_OPTIONS, SET_BY_FULL_REFRESH)
@@ -68,6 +69,11 @@ def refresh_incremental(
         store, summarizer_id=model.summarizer_id(), applied_segment=log.last_segment, created_at=now, key=key
     ) as update:
         check_updatable(update.manifest, store)
+        if list(update.manifest.user_layout()) != user_columns(model):
+            raise StoreError(
+                f"{store}: its records do not hold the features of users that the model reads, or hold others; run a "
+                "full refresh with this model"
+            )
         _check_same_log(update.manifest, log, store)
         if options.verify_log:
             log.verify(newer_than=update.manifest.applied_segment)

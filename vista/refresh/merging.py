@@ -18,6 +18,8 @@ from vista.config.refresh_options import RefreshOptions
 from vista.errors import ConfigError, StoreError
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories, concatenated
+from vista.log.row_features import RowFeatures
+from vista.model.log_users import LogUsers
 from vista.model.state_updates import merge_histories
 from vista.model.summary_state import SummaryState
 from vista.model.vista_model import VistaModel
@@ -46,6 +48,8 @@ class _UserState:
     history: Histories
     """B = 1, with items as rows of the model."""
     digest: np.uint64
+    features: RowFeatures
+    """One row, with the model's codes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,7 @@ class _MergeSource:
     store: StoreReader
     log: EventLog
     items: LogItems
+    features: LogUsers
 
     def check(self) -> None:
         """Raise StoreError unless the states cover the whole log."""
@@ -86,7 +91,8 @@ class _MergeSource:
                     f"{self.store.path}: the state of user {user!r} does not cover the events in {self.log.path}; "
                     "refresh that store first, and do not refresh it during the merge"
                 )
-            read[user] = _UserState(from_arrays(state, model.device), self.items.model_rows(history), digest)
+            features = self.features.features(self.log.users.rows([user]))
+            read[user] = _UserState(from_arrays(state, model.device), self.items.model_rows(history), digest, features)
         return read
 
 
@@ -154,7 +160,7 @@ def _open_source(
     if verify_log:
         log.verify()
     store = stack.enter_context(StoreReader.open(path, summarizer_id=model.summarizer_id(), key=key))
-    source = _MergeSource(store, log, LogItems.of(model, log))
+    source = _MergeSource(store, log, LogItems.of(model, log), LogUsers(model.user_features, log))
     source.check()
     return source
 
@@ -189,7 +195,18 @@ def _merge_user(model: VistaModel, parts: Sequence[dict[Any, _UserState]], user:
     if len(held) == 1:
         return held[0]
     state, history = merge_histories(model, [one.state for one in held], [one.history for one in held])
-    return _UserState(state, history, np.add.reduce(np.array([one.digest for one in held], np.uint64)))
+    digest = np.add.reduce(np.array([one.digest for one in held], np.uint64))
+    return _UserState(state, history, digest, _newest_features([one.features for one in held]))
+
+
+def _newest_features(logs: Sequence[RowFeatures]) -> RowFeatures:
+    """A user's features from several logs: in each column, that of the last log with a value."""
+    newest = dict(logs[0].columns)
+    for features in logs[1:]:
+        for name, column in features.columns.items():
+            is_missing = np.isnan(column) if column.dtype.kind == "f" else column < 0
+            newest[name] = np.where(is_missing, newest[name], column)
+    return RowFeatures(newest)
 
 
 def _summarize(model: VistaModel, keys: list[bytes], users: Sequence[_UserState]) -> UserSummaries:
@@ -197,7 +214,7 @@ def _summarize(model: VistaModel, keys: list[bytes], users: Sequence[_UserState]
     tables = count_histories(model.counter_spec, concatenated([user.history for user in users]))
     state = SummaryState(*(torch.cat([getattr(user.state, name) for user in users]) for name in names))
     digest = np.array([user.digest for user in users], np.uint64)
-    tail_len = model.config.tail_len
+    tail_len, names_of_features = model.config.tail_len, users[0].features.columns
     newest = concatenated([user.history.slice(0, max(user.history.num_events - tail_len, 0)) for user in users])
     return UserSummaries(
         keys=keys,
@@ -207,5 +224,6 @@ def _summarize(model: VistaModel, keys: list[bytes], users: Sequence[_UserState]
         last_event_ts=last_times(newest),
         history_digest=digest,
         counters=stored_codes(tables),
+        features={name: np.concatenate([user.features.columns[name] for user in users]) for name in names_of_features},
         states=to_arrays(state, 0, digest, tables),
     )

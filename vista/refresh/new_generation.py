@@ -14,6 +14,7 @@ from vista.refresh.refresh_report import RefreshReport
 from vista.refresh.user_records import UserRecords
 from vista.store.format.counter_layout import CounterLayout
 from vista.store.format.tail_column import TailColumn
+from vista.store.format.user_column import UserColumn
 from vista.store.manifest import Manifest
 from vista.store.writer import StoreWriter
 
@@ -60,10 +61,16 @@ def new_manifest(
         state_dtype=state.value,
         state_shape=shape if has_sums else (0, 0, 0),
         counters=counters,
+        user_columns=[column.to_dict() for column in user_columns(model)],
         tail_columns=[TailColumn(*column).to_dict() for column in model.schema.tail_sizes.items()],
         total_users=total_users,
         run_digest=run_digest,
     )
+
+
+def user_columns(model: VistaModel) -> list[UserColumn]:
+    """What records of a model hold of users' features."""
+    return [] if model.user_features is None else [UserColumn(*column) for column in model.user_features.digests()]
 
 
 def write_generation(

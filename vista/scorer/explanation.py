@@ -40,8 +40,9 @@ class Explanation:
     tail_items: list[Any]
     """[L'] ids of their items; None for items that the model does not know."""
     own: NDArray[np.float32]
-    """[C] contribution of the candidate itself, and of the time and the features of the request; for `next`, of the
-    request alone, because all contributions are measured along the candidate's vector."""
+    """[C] contribution of the candidate itself, the features of the user, and the time and the features of the request;
+    for `next`, of the user and the request alone, because all contributions are measured along the candidate's
+    vector."""
     counted: NDArray[np.float32]
     """[C] contribution of the user's counters of the candidate; 0 if it is not counted. For `next`, it is the score of
     a counted item except for what the user vector adds, and the other contributions are shares of that."""
@@ -144,5 +145,5 @@ def _shares_of_task(task: str, snapshot: ServingSnapshot, request: Request, rows
 
 def _inputs(model: VistaModel, request: Request) -> tuple[TargetContext, Tensor]:
     """The context of a request, and the number of events that query tokens see."""
-    context = inference.request_context(model, request.summary, request.tail)
+    context = inference.request_context(model, request.summary, request.tail, users=request.users)
     return context, torch.full((1,), model.config.tail_len, device=model.device)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from vista.config.choices import OnMissing
 from vista.errors import RecordError, UnknownUserError
+from vista.log.row_features import RowFeatures
 from vista.model.padded_tail import pad_tail
 from vista.scorer.request import Request
 from vista.scorer.request_arguments import ids_of, impossible_times, not_a_time, request_features, request_times
@@ -71,7 +72,9 @@ def read_request(
     if unknown.any():
         summary[torch.from_numpy(unknown).to(summary.device)] = snapshot.empty
     counters = RequestCounters.of(stored, merged, is_fresh, times) if model.counter_spec is not None else None
-    return Request(summary, padded, times, unknown | bad, counters, encoded)
+    reader = model.user_features
+    own = None if reader is None else reader.encode(RowFeatures(stored.features), len(unknown))
+    return Request(summary, padded, times, unknown | bad, counters, encoded, own)
 
 
 def _stored(snapshot: ServingSnapshot, ids: Any, on_missing: OnMissing) -> tuple[StoredBatch, NDArray[np.bool_]]:

@@ -29,6 +29,8 @@ class Request:
     """Of the B users; None without counters."""
     features: EncodedRows | None = None
     """Of the B requests; None if all are missing."""
+    users: EncodedRows | None = None
+    """Features of the B users; None if all are missing."""
 
     def __len__(self) -> int:
         return len(self.missing)
@@ -37,5 +39,5 @@ class Request:
         """Some of the users, or all of them in another order."""
         now = None if self.now is None else self.now[users]
         counters = None if self.counters is None else self.counters.select(users)
-        features = None if self.features is None else self.features.select(users)
-        return Request(self.summary[users], self.tail.select(users), now, self.missing[users], counters, features)
+        features, own = (None if part is None else part.select(users) for part in (self.features, self.users))
+        return Request(self.summary[users], self.tail.select(users), now, self.missing[users], counters, features, own)

@@ -110,7 +110,7 @@ class ServingSnapshot:
 
     def context(self, request: Request) -> tuple[TargetContext, Tensor | None]:
         """Keys and values of a request, and the gap buckets of its time, int64 [B, 1] or None."""
-        context = inference.request_context(self._scoring, request.summary, request.tail, self._masks)
+        context = inference.request_context(self._scoring, request.summary, request.tail, self._masks, request.users)
         return context, inference.request_bucket(self.model, request.now, request.tail)
 
     def user_vectors(self, request: Request) -> Tensor:

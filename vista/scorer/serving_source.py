@@ -15,6 +15,7 @@ from vista.model.model_description import CONFIG_FILE, ModelDescription
 from vista.model.vista_model import VistaModel
 from vista.scorer.serving_snapshot import ServingSnapshot
 from vista.store.format.tail_column import TailColumn
+from vista.store.format.user_column import UserColumn
 from vista.store.sharded_reader import open_store
 
 logger = logging.getLogger(__name__)
@@ -42,12 +43,14 @@ class ServingSource:
         else:
             model = VistaModel.from_pretrained(self.model, resolve_device(self.device))
             items = ItemProjections.load(Path(self.model), model)
+        users = model.user_features
         opened = open_store(
             self.store,
             summarizer_id=model.summarizer_id(),
             key=self.key,
             tail_len=model.config.tail_len,
             tail_columns=[TailColumn(*column) for column in model.schema.tail_sizes.items()],
+            user_columns=[] if users is None else [UserColumn(*column) for column in users.digests()],
         )
         try:
             return ServingSnapshot(model, items, opened, choose_precision(self.precision, model.device), identity)

@@ -22,6 +22,7 @@ from vista.store.format.record import sum_of_checksums
 from vista.store.format.record_spec import FORMAT_VERSION, MAX_RECORD_BYTES, RecordSpec
 from vista.store.format.state_record import StateSpec
 from vista.store.format.tail_column import TailColumn
+from vista.store.format.user_column import UserColumn
 from vista.store.layout import MAX_GENERATION
 from vista.store.lmdb.data_file import REMEDY
 
@@ -50,6 +51,7 @@ _RULES = {
     "state_dtype": one_of(*(dtype.value for dtype in StateDtype)),
     "state_shape": list_of(whole(0, 65_535), 3, 3),
     "counters": either(TABLE, one_of(None)),
+    "user_columns": list_of(TABLE),
     "tail_columns": list_of(TABLE),
     "log_digest": text(),
     "going_to": whole(),
@@ -99,6 +101,8 @@ class Manifest:
     """Layers, heads and head dim of a state."""
     counters: dict[str, Any] | None = None
     """How counters are stored, from `CounterLayout.to_dict`; None if the generation has no counters."""
+    user_columns: list[dict[str, Any]] = field(default_factory=list)
+    """Features of the users, from `UserColumn.to_dict`."""
     tail_columns: list[dict[str, Any]] = field(default_factory=list)
     """Features of the tail's events, from `TailColumn.to_dict`."""
     log_digest: str = ""
@@ -144,6 +148,7 @@ class Manifest:
             created_at=self.created_at,
             applied_segment=self.applied_segment,
             counters=self.counter_layout(),
+            user_columns=self.user_layout(),
             tail_columns=self.tail_layout(),
             key=key,
         )
@@ -151,6 +156,13 @@ class Manifest:
     def counter_layout(self) -> CounterLayout | None:
         """How counters are stored; None without counters."""
         return None if self.counters is None else CounterLayout.from_dict(self.counters)
+
+    def user_layout(self) -> tuple[UserColumn, ...]:
+        """Features of the users."""
+        columns = tuple(map(UserColumn.from_dict, self.user_columns))
+        if len({column.name for column in columns}) < len(columns):
+            raise ValueError("user_columns: two columns have one name")
+        return columns
 
     def tail_layout(self) -> tuple[TailColumn, ...]:
         """Features of the tail's events."""

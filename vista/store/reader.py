@@ -25,6 +25,7 @@ from vista.store.format.record import RawRecords, check_keys, read_records
 from vista.store.format.record_spec import RecordSpec
 from vista.store.format.state_record import StateArrays, StateSpec, decode_states
 from vista.store.format.tail_column import TailColumn
+from vista.store.format.user_column import UserColumn
 from vista.store.layout import (
     environment_path,
     list_generations,
@@ -75,11 +76,12 @@ class StoreReader:
         key: bytes | None,
         tail_len: int,
         tail_columns: Sequence[TailColumn],
+        user_columns: Sequence[UserColumn],
     ) -> None:
         self.path = path
         self._wanted = summarizer_id
         self._key = key
-        self._tail_len, self._tail_columns = tail_len, tail_columns
+        self._tail_len, self._tail_columns, self._user_columns = tail_len, tail_columns, user_columns
         self._opened: _Generation | None = self._open()
 
     @classmethod
@@ -91,6 +93,7 @@ class StoreReader:
         key: bytes | None = None,
         tail_len: int = 0,
         tail_columns: Sequence[TailColumn] = (),
+        user_columns: Sequence[UserColumn] = (),
     ) -> StoreReader:
         """Open the generation that CURRENT names.
 
@@ -101,12 +104,13 @@ class StoreReader:
             key: 32 bytes, to refuse records that were not written with this key (`authentication.read_key`).
             tail_len: events of a tail that the model reads, to refuse generations with shorter tails.
             tail_columns: features of these events that the model reads, to refuse generations without them.
+            user_columns: the same for features of users.
 
         Raises:
             SummarizerMismatchError: no generation is of that summarizer; the message names both summarizers.
             StoreError: missing, unpublished, truncated, not a store, or of another key; the message has the remedy.
         """
-        return cls(store_path(path), summarizer_id, key, tail_len, tail_columns)
+        return cls(store_path(path), summarizer_id, key, tail_len, tail_columns, user_columns)
 
     @property
     def manifest(self) -> Manifest:
@@ -230,7 +234,8 @@ class StoreReader:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _open_pickled, (self.path, self._wanted, self._key, self._tail_len, self._tail_columns)
+        reads = self._tail_len, self._tail_columns, self._user_columns
+        return _open_pickled, (self.path, self._wanted, self._key, *reads)
 
     def _current(self) -> _Generation:
         opened = self._opened
@@ -274,7 +279,7 @@ class StoreReader:
     def _matching(self, current: int) -> _Generation:
         newest = self._open_generation(current)
         if self._wanted is None or newest.spec.summarizer_id == self._wanted:
-            return self._with_tails(newest)
+            return self._with_contents(newest)
         current_id = newest.manifest.summarizer_id
         newest.environment.release()
         for generation in reversed([number for number in list_generations(self.path) if number < current]):
@@ -287,23 +292,30 @@ class StoreReader:
                     "%s: CURRENT is gen-%d of summarizer %s; opening gen-%d of the requested %s",
                     self.path, current, current_id, generation, self._wanted.hex(),
                 )  # fmt: skip
-                return self._with_tails(older)
+                return self._with_contents(older)
             older.environment.release()
         raise SummarizerMismatchError(
             f"{self.path} was written by summarizer {current_id}, but the model's is {self._wanted.hex()}; open it "
             "with the model that wrote it, or run `vista refresh` with this model"
         )
 
-    def _with_tails(self, opened: _Generation) -> _Generation:
-        stored = opened.manifest.tail_len
-        lacking = [column.name for column in self._tail_columns if column not in opened.spec.tail_columns]
-        if stored >= self._tail_len and not lacking:
+    def _with_contents(self, opened: _Generation) -> _Generation:
+        """The generation, if its records hold what the model reads."""
+        held, stored = opened.spec, opened.manifest.tail_len
+        lacking = [column.name for column in self._tail_columns if column not in held.tail_columns]
+        unlike = [column.name for column in self._user_columns if column not in held.user_columns]
+        if stored >= self._tail_len and not lacking and not unlike:
             return opened
         opened.environment.release()
         if lacking:
             raise StoreError(
                 f"{self.path}: its tails do not hold the event features {', '.join(lacking)} as the model reads them; "
                 "refresh the store with this model"
+            )
+        if unlike:
+            raise StoreError(
+                f"{self.path}: its records do not hold the user features {', '.join(unlike)} as the model reads them; "
+                "run a full refresh with this model"
             )
         raise StoreError(
             f"{self.path} holds tails of {stored} events, but the model reads {self._tail_len}; refresh the store with "

@@ -18,6 +18,7 @@ from vista.errors import StoreError
 from vista.log.histories import ranges
 from vista.store.format.keys import common_kind, user_keys
 from vista.store.format.tail_column import TailColumn
+from vista.store.format.user_column import UserColumn
 from vista.store.layout import store_path
 from vista.store.manifest import Manifest
 from vista.store.reader import StoreReader
@@ -33,11 +34,13 @@ def open_store(
     key: bytes | None = None,
     tail_len: int = 0,
     tail_columns: Sequence[TailColumn] = (),
+    user_columns: Sequence[UserColumn] = (),
 ) -> StoreReader | ShardedReader:
     """Open a store, sharded or not; arguments and errors as of `StoreReader.open`."""
     root = store_path(path)
     open_one = ShardedReader.open if shards_in(root) else StoreReader.open
-    return open_one(root, summarizer_id=summarizer_id, key=key, tail_len=tail_len, tail_columns=tail_columns)
+    reads: dict[str, Any] = {"tail_len": tail_len, "tail_columns": tail_columns, "user_columns": user_columns}
+    return open_one(root, summarizer_id=summarizer_id, key=key, **reads)
 
 
 class ShardedReader:
@@ -56,6 +59,7 @@ class ShardedReader:
         key: bytes | None = None,
         tail_len: int = 0,
         tail_columns: Sequence[TailColumn] = (),
+        user_columns: Sequence[UserColumn] = (),
     ) -> ShardedReader:
         """Open every shard.
 
@@ -75,12 +79,18 @@ class ShardedReader:
             for index in range(count):
                 path = Shard(index, count).path(root)
                 reader = StoreReader.open(
-                    path, summarizer_id=summarizer_id, key=key, tail_len=tail_len, tail_columns=tail_columns
+                    path,
+                    summarizer_id=summarizer_id,
+                    key=key,
+                    tail_len=tail_len,
+                    tail_columns=tail_columns,
+                    user_columns=user_columns,
                 )
                 readers.append(reader)
             first = readers[0].manifest
             for reader in readers[1:]:
-                for field in ("summarizer_id", "num_tokens", "dim", "until", "counters", "tail_columns"):
+                shared = ("summarizer_id", "num_tokens", "dim", "until", "counters", "user_columns", "tail_columns")
+                for field in shared:
                     if getattr(reader.manifest, field) != getattr(first, field):
                         raise StoreError(
                             f"{reader.path}: {field} differs from that of shard 0; refresh all shards alike"
@@ -172,6 +182,9 @@ def _in_order(batches: Sequence[StoredBatch], place: NDArray[np.int64]) -> Store
         last_event_ts=column("last_event_ts"),
         created_at=column("created_at"),
         history_digest=column("history_digest"),
+        features={
+            name: np.concatenate([batch.features[name] for batch in batches])[place] for name in batches[0].features
+        },
         counters=tuple(
             CounterCodes.concatenated(fields).select(place)
             for fields in zip(*(batch.counters for batch in batches), strict=True)

@@ -36,6 +36,8 @@ class StoredBatch:
     """[B] start of the refresh, ms; NO_TIMESTAMP if not found."""
     history_digest: NDArray[np.uint64]
     """[B]; 0 if not found."""
+    features: dict[str, NDArray[Any]] = dataclasses.field(default_factory=dict)
+    """Of the users, [B] by name: the model's codes int32, or float32 numbers; -1 or NaN if missing, or not found."""
     counters: tuple[CounterCodes, ...] = ()
     """Counters as of the refresh, one per field of their spec; without keys if not found. Empty if the store keeps no
     counters."""
@@ -54,7 +56,7 @@ class StoredBatch:
     def spread(self, rows: NDArray[np.int64], num_users: int) -> StoredBatch:
         """A batch of `num_users` with these records at `rows` (ascending), and no records elsewhere."""
 
-        def column(values: NDArray[Any], missing: int = 0) -> NDArray[Any]:
+        def column(values: NDArray[Any], missing: float = 0) -> NDArray[Any]:
             spread = np.full((num_users, *values.shape[1:]), missing, values.dtype)
             spread[rows] = values
             return spread
@@ -70,6 +72,7 @@ class StoredBatch:
             last_event_ts=column(self.last_event_ts, NO_TIMESTAMP),
             created_at=column(self.created_at, NO_TIMESTAMP),
             history_digest=column(self.history_digest),
+            features={name: column(values, _missing(values)) for name, values in self.features.items()},
             counters=tuple(
                 dataclasses.replace(one, offsets=spread_offsets(one.offsets), clock=column(one.clock, NO_TIMESTAMP))
                 for one in self.counters
@@ -86,7 +89,7 @@ class StoredBatch:
             lengths = np.diff(offsets)
             return np.repeat(~users, lengths), offsets_of(np.where(users, 0, lengths))
 
-        def cleared(values: NDArray[Any], missing: int) -> NDArray[Any]:
+        def cleared(values: NDArray[Any], missing: float) -> NDArray[Any]:
             return np.where(users.reshape(-1, *[1] * (values.ndim - 1)), values.dtype.type(missing), values)
 
         kept, offsets = remaining(self.tail.offsets)
@@ -106,5 +109,11 @@ class StoredBatch:
             last_event_ts=cleared(self.last_event_ts, NO_TIMESTAMP),
             created_at=cleared(self.created_at, NO_TIMESTAMP),
             history_digest=cleared(self.history_digest, 0),
+            features={name: cleared(values, _missing(values)) for name, values in self.features.items()},
             counters=tuple(counters),
         )
+
+
+def _missing(values: NDArray[Any]) -> float:
+    """How a column of features says that a value is missing."""
+    return np.nan if values.dtype.kind == "f" else -1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +32,9 @@ class UserSummaries:
     """[N] digests of these events, from `vista.store.format.digest.history_digests`."""
     counters: tuple[CounterCodes, ...] = ()
     """The counters of the N users, one for each field; empty if the model has no counters."""
+    features: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    """Of the N users, [N] by name: the model's codes int32, -1 for a missing value, or float32 numbers, NaN for a
+    missing one."""
     states: StateArrays | None = None
     """The states of the N users; None if the store keeps no states."""
 
@@ -47,5 +52,6 @@ class UserSummaries:
             last_event_ts=self.last_event_ts[one],
             history_digest=self.history_digest[one],
             counters=tuple(one.select(np.array([row])) for one in self.counters),
+            features={name: values[one] for name, values in self.features.items()},
             states=None if self.states is None else self.states[one],
         )

@@ -122,12 +122,14 @@ class Downstream:
             tasks=schema.tasks,
             has_retrieval=schema.has_retrieval,
             request_features=schema.request_features,
+            user_features=self._base.schema.user_features if self.config.model.use_user_features else [],
         )
         model = VistaModel(self.config.model, kept, self._base.items, self.config.data)
         weights = {name: value for name, value in self._base.state_dict().items() if name.startswith(KEPT_WEIGHTS)}
         model.load_state_dict(weights, strict=False)
         model.take_catalog(self._base)
         model.request_features = request_reader(self._log, kept)
+        model.user_features = self._base.user_features if kept.user_features else None
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not name.startswith(KEPT_WEIGHTS))
         return model

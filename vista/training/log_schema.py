@@ -15,6 +15,7 @@ from vista.log.splits import EVENTS_PER_BLOCK, visible_blocks
 from vista.model.feature_spec import FeatureSpec
 from vista.model.item_feature_table import ItemFeatureTable
 from vista.model.ranking_model import NEXT_TASK
+from vista.model.row_feature_reader import RowFeatureReader
 from vista.model.schema import Schema
 from vista.training.event_features import event_columns
 from vista.training.request_features import request_columns
@@ -80,6 +81,7 @@ def schema_of(log: EventLog, config: TrainConfig, since: int | None = None) -> S
         features,
         *event_columns(log, config),
         request_features=request_columns(log, config, since),
+        user_features=user_columns(log) if model.use_user_features else [],
     )
 
 
@@ -87,6 +89,17 @@ def encoded_features(log: EventLog, schema: Schema) -> ItemFeatureTable | None:
     """What a model with this schema reads of a log's item features; None if it reads none."""
     given = log.item_features if schema.item_features else None
     return None if given is None else ItemFeatureTable.of(given, schema.item_features)
+
+
+def user_columns(log: EventLog) -> list[FeatureSpec]:
+    """What a model reads of a log's user features."""
+    features = log.user_features
+    return RowFeatureReader.of(features.rows, features.values).columns
+
+
+def user_reader(log: EventLog, schema: Schema) -> RowFeatureReader | None:
+    """How a model with this schema, made for this log, reads features of users; None if it reads none."""
+    return RowFeatureReader(schema.user_features, log.user_features.values) if schema.user_features else None
 
 
 def rating_range(log: EventLog, *, events_per_batch: int = EVENTS_PER_BLOCK) -> tuple[float, float] | None:

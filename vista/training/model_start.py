@@ -15,7 +15,7 @@ from vista.model.registry import ARCHITECTURES
 from vista.model.schema import Schema
 from vista.training.event_features import event_reader
 from vista.training.item_start import FrozenItems, start_from_factors, training_vectors
-from vista.training.log_schema import encoded_features
+from vista.training.log_schema import encoded_features, user_reader
 from vista.training.request_features import request_reader
 from vista.training.warm_start import WarmStart
 
@@ -25,7 +25,7 @@ def drawn_model(config: TrainConfig, log: EventLog, schema: Schema) -> RankingMo
     model = ARCHITECTURES[config.model.architecture](config.model, schema, log.items, config.data)
     model.set_item_features(encoded_features(log, schema))
     model.event_features = event_reader(log, schema)
-    model.request_features = request_reader(log, schema)
+    model.request_features, model.user_features = request_reader(log, schema), user_reader(log, schema)
     return model
 
 

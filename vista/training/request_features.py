@@ -6,7 +6,7 @@ import numpy as np
 
 from vista.arrays import Float32s, Int
 from vista.config import TrainConfig
-from vista.examples.batch_source import EncodeRequests, trained_tasks
+from vista.examples.batch_source import EncodeRows, trained_tasks
 from vista.examples.visible_impressions import visible_rows
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until, visible_counts
@@ -39,7 +39,7 @@ def request_reader(log: EventLog, schema: Schema) -> RowFeatureReader | None:
     return RowFeatureReader(schema.request_features, log.request_features) if schema.request_features else None
 
 
-def request_encoding(model: RankingModel, log: EventLog) -> EncodeRequests | None:
+def request_encoding(model: RankingModel, log: EventLog) -> EncodeRows | None:
     """What a model reads of a log's impressions; None if it reads no features of requests."""
     reader, table = model.request_features, log.impressions
     if reader is None or table is None:

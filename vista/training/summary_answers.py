@@ -18,6 +18,7 @@ from vista.examples.history_counters import CounterRequests, HistoryCounters
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories, token_groups
 from vista.model import inference
+from vista.model.log_users import LogUsers
 from vista.model.padded_tail import PaddedTail, pad_tail
 from vista.model.row_feature_reader import log_encoder
 from vista.model.target_attention import TargetContext
@@ -48,6 +49,7 @@ class SummaryAnswers:
         self._summaries = torch.cat([inference.summarize(model, each) for each in histories])
         self._items = inference.item_vectors(model) if model.has_retrieval else None
         self._encode_requests = log_encoder(model.request_features, log.request_features)
+        self._log_users = LogUsers(model.user_features, log)
 
     def catalog_scores(self, cases: NextItemCases | WindowCases) -> Float32s:
         """Scores float32 [N, V] of all items for the users of some cases, at the times of the questions."""
@@ -82,7 +84,8 @@ class SummaryAnswers:
 
     def _context(self, user: Int, tail: PaddedTail) -> TargetContext:
         own = torch.from_numpy(np.searchsorted(self._users, user)).to(self._model.device)
-        return inference.request_context(self._model, self._summaries[own], tail)
+        users = self._log_users.encoded(user)
+        return inference.request_context(self._model, self._summaries[own], tail, users=users)
 
     def _tail(self, user: Int, seen: Int) -> PaddedTail:
         tail = self._model_rows(self._log.gather_ranges(user, seen - self._model.config.tail_len, seen))

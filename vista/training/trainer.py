@@ -24,6 +24,7 @@ from vista.examples.batch import Batch
 from vista.examples.batch_source import BatchSource
 from vista.files import remove_leftovers, replace_file, replace_text, writable_folder
 from vista.log.event_log import EventLog
+from vista.model.log_users import LogUsers
 from vista.model.ranking_model import RankingModel
 from vista.model.registry import load_model
 from vista.model.vista_model import VistaModel
@@ -154,6 +155,7 @@ class Trainer:
             num_known=self.model.num_trained_items,
             encode_events=event_encoding(self.model, log),
             encode_requests=request_encoding(self.model, log),
+            encode_users=LogUsers(self.model.user_features, log).encoding(),
         )
         self.validation = _validation(log, item_rows, config)
         frozen_rows = self._warm.frozen_rows if self._warm is not None else 0

@@ -46,6 +46,7 @@ ENCODERS = {
     "item_features": "features",
     "event_features": "encoder.features",
     "request_features": "request_encoder",
+    "user_features": "user_encoder",
 }
 """By field of Schema that lists columns of features: the module that encodes them."""
 ACTION_WEIGHTS = ("encoder.action.weight", "action_bias.weight")
@@ -126,6 +127,7 @@ class WarmStart:
         made.set_item_features(self._item_features(grown.get("item_features")))
         made.event_features = _reader(grown.get("event_features"), base.event_features)
         made.request_features = _reader(grown.get("request_features"), None)
+        made.user_features = _reader(grown.get("user_features"), None)
         if self.freezes:
             made.num_trained_items = base.num_trained_items
             for name, parameter in made.named_parameters():
@@ -200,11 +202,13 @@ class WarmStart:
             "item_features": {name: own.values for name, own in items.items() if isinstance(own, CategoryColumn)},
             "event_features": log.event_features,
             "request_features": log.request_features,
+            "user_features": log.user_features.values,
         }
         of_model: dict[str, ColumnValues] = {
             "item_features": {} if base.feature_table is None else base.feature_table.values,
             "event_features": {} if base.event_features is None else base.event_features.values,
             "request_features": {} if base.request_features is None else base.request_features.values,
+            "user_features": {} if base.user_features is None else base.user_features.values,
         }
         for key, module in ENCODERS.items():
             known, given = getattr(base.schema, key), getattr(schema, key)

@@ -25,7 +25,7 @@ from vista.model.baselines.found_events import FoundEvents
 from vista.model.baselines.history_model import HistoryModel, time_bucket
 from vista.model.baselines.packed_events import PackedEvents
 from vista.model.baselines.shown_candidates import ShownCandidates, in_place
-from vista.model.inference import newest
+from vista.model.inference import newest, user_feature_vectors
 from vista.model.layers import Dropout
 from vista.model.losses import Losses, task_losses, weighted_losses
 from vista.model.row_feature_reader import EncodedRows
@@ -124,6 +124,8 @@ class CandidateModel(HistoryModel):
             dense=batch.events.dense,
         )
         vectors, requests = item_vectors[shown.item], self.request_vectors(shown.gap, shown.entry, shown.dense)
+        users = self.vectors_of_users(batch)
+        vectors = vectors if users is None else vectors + users[shown.chunk]
         vectors = (vectors if requests is None else vectors + requests) * self.scale
         queries = EventQueries(vectors, batch.rows[shown.item], shown.chunk, shown.seen)
         label, mask = batch.impressions.label, batch.impressions.mask
@@ -142,6 +144,7 @@ class CandidateModel(HistoryModel):
         now: Int | None,
         codes: Tensor | None = None,
         features: EncodedRows | None = None,
+        users: EncodedRows | None = None,
     ) -> Tensor:
         histories = newest(histories, self.config.history_limit)
         rows, item = torch.unique(self._tensor(histories.item).long(), return_inverse=True)
@@ -158,6 +161,8 @@ class CandidateModel(HistoryModel):
             dense=dense,
         )
         vectors, requests = self.item_vectors(candidates), self.vectors_of_requests(histories, now, features)
+        user = user_feature_vectors(self, users, histories.num_users)
+        vectors = vectors if user is None else vectors + user[:, None]
         vectors = (vectors if requests is None else vectors + requests[:, None]) * self.scale
         count = candidates.shape[1]
         history = torch.arange(histories.num_users, device=self.device).repeat_interleave(count)

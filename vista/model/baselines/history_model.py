@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vista.arrays import Int
 from vista.errors import ConfigError
+from vista.examples.batch import Batch
 from vista.log.gaps import NUM_GAPS, UNKNOWN_GAP, gap_bucket
 from vista.log.histories import Histories
 from vista.model.baselines.padded_tiles import TILE_TOKENS
@@ -26,12 +27,13 @@ class HistoryModel(RankingModel):
     tile_tokens: int = TILE_TOKENS
     """Most tokens in a tile of histories that are encoded or searched at once."""
 
-    def user_vectors(self, histories: Histories, now: Int | None) -> Tensor:
+    def user_vectors(self, histories: Histories, now: Int | None, users: EncodedRows | None = None) -> Tensor:
         """User vectors [B, M'] of the retrieval head (`RankingModel.retrieval_users`).
 
         Args:
             histories: items as model rows (`item_rows`).
             now: int64 [B] ms of the requests; None if unknown.
+            users: features of the B users; None if all are missing.
 
         Raises:
             ConfigError: if the architecture only ranks candidates.
@@ -49,11 +51,12 @@ class HistoryModel(RankingModel):
         now: Int | None,
         codes: Tensor | None = None,
         features: EncodedRows | None = None,
+        users: EncodedRows | None = None,
     ) -> Tensor:
         """Task logits [B, C, num_tasks] of candidates int64 [B, C] (model rows).
 
         Args:
-            histories: as in `user_vectors`, like `now`.
+            histories: as in `user_vectors`, like `now` and `users`.
             codes: uint8 [B, C, F] the users' counters of the candidates; None without counters.
             features: of the B requests; None if all are missing.
         """
@@ -79,6 +82,14 @@ class HistoryModel(RankingModel):
         if gap is None or of_features is None:
             return of_features if gap is None else gap
         return gap + of_features
+
+    def vectors_of_users(self, batch: Batch) -> Tensor | None:
+        """[B, M] features of the users of a batch's chunks, which are added to every token; None without them."""
+        if self.user_encoder is None:
+            return None
+        assert batch.user_features is not None
+        vectors: Tensor = self.user_encoder(batch.user_features.entry, batch.user_features.dense)
+        return vectors
 
     def _tensor(self, values: NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(np.require(values, requirements=["C", "W"])).to(self.device)

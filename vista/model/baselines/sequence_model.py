@@ -27,7 +27,7 @@ from vista.model.baselines.history_model import HistoryModel
 from vista.model.baselines.padded_tiles import PaddedTile, tiles
 from vista.model.baselines.shown_candidates import ShownCandidates, in_place, seen_in_chunk
 from vista.model.candidate_counters import CandidateCounters
-from vista.model.inference import newest
+from vista.model.inference import newest, user_feature_vectors
 from vista.model.layers import Dropout
 from vista.model.losses import Losses, next_loss, task_losses, weighted_losses
 from vista.model.row_feature_reader import EncodedRows
@@ -44,6 +44,8 @@ class EmbeddedSequences:
     """int64 [T] ms, or positions in a log without times."""
     offsets: Int
     """int64 [B+1], on the host."""
+    user: Tensor | None = None
+    """[B, M] features of the users, which are added to every token; None without them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +158,7 @@ class SequenceModel(HistoryModel):
                 index, valid = part
                 vector = item_vectors[shown.item[index]]
                 vector = vector if requests is None else vector + requests[index]
+                vector = vector if events.user is None else vector + events.user[tile.rows, None]
                 if self.candidate_counters is not None and batch.impressions.codes is not None:
                     vector = vector + self.candidate_counters(batch.impressions.codes.flatten(0, 1)[shown.place[index]])
                 # Padding may name an impression that sees more events than the tile has.
@@ -186,9 +189,9 @@ class SequenceModel(HistoryModel):
     def _embedded(self, batch: Batch, item_vectors: Tensor) -> EmbeddedSequences:
         """The events of a batch."""
         events = batch.events
-        shown = self.shown_vectors(events, item_vectors)
+        shown, user = self.shown_vectors(events, item_vectors), self.vectors_of_users(batch)
         vectors = self.encoder(shown, events.action, events.gap, events.rating, events.entry, events.dense)
-        return EmbeddedSequences(vectors, events.clock, events.offsets.cpu().numpy())
+        return EmbeddedSequences(vectors, events.clock, events.offsets.cpu().numpy(), user)
 
     def _asked_users(
         self, states: Tensor, tile: PaddedTile, asked: _AskedAnchors | None
@@ -211,10 +214,13 @@ class SequenceModel(HistoryModel):
         """
         index = tile.index[:, : self.config.history_limit]
         n, length = index.shape
-        start = self.start.expand(n, 1, -1)
+        start, vectors = self.start.expand(n, 1, -1), events.vectors[index]
+        if events.user is not None:
+            user = events.user[tile.rows, None]
+            start, vectors = start + user * self.config.dim**0.5, vectors + user
         if length == 0:
             return start, None
-        x = self.dropout(events.vectors[index] * self.config.dim**0.5 + self.position[:length])
+        x = self.dropout(vectors * self.config.dim**0.5 + self.position[:length])
         states, memory = self.states(x, events.time[index])
         return torch.cat([start.to(states.dtype), states], 1), memory
 
@@ -222,8 +228,8 @@ class SequenceModel(HistoryModel):
         # No projection: states lie in the space of item vectors, where the residual stream starts.
         return self.retrieval_users(states if gap is None else states + self.gap_scale * gap)
 
-    def embed(self, histories: Histories) -> EmbeddedSequences:
-        """The newest `history_limit` events of each history."""
+    def embed(self, histories: Histories, users: EncodedRows | None = None) -> EmbeddedSequences:
+        """The newest `history_limit` events of each history, and the features of its user; None if all are missing."""
         histories = newest(histories, self.config.history_limit)
         time = np.asarray(histories.timestamp)
         gap = history_gaps(time, histories.offsets) if self.encoder.gap is not None else np.zeros(len(time), np.int64)
@@ -232,11 +238,12 @@ class SequenceModel(HistoryModel):
         action = self._tensor(histories.action).long()
         features = self.encoded_events(histories.features, histories.num_events)
         vectors = self.encoder(vectors, action, self._tensor(gap), rating, *features)
-        return EmbeddedSequences(vectors, self._tensor(time), histories.offsets)
+        user = user_feature_vectors(self, users, histories.num_users)
+        return EmbeddedSequences(vectors, self._tensor(time), histories.offsets, user)
 
     @torch.inference_mode()
-    def user_vectors(self, histories: Histories, now: Int | None) -> Tensor:
-        events, gap = self.embed(histories), self.request_gap(histories, now)
+    def user_vectors(self, histories: Histories, now: Int | None, users: EncodedRows | None = None) -> Tensor:
+        events, gap = self.embed(histories, users), self.request_gap(histories, now)
         out = events.vectors.new_empty(histories.num_users, self.retrieval_dim)
         for tile in tiles(events.offsets, self.device, self.tile_tokens):
             states, _ = self._encode(events, tile)
@@ -252,13 +259,15 @@ class SequenceModel(HistoryModel):
         now: Int | None,
         codes: Tensor | None = None,
         features: EncodedRows | None = None,
+        users: EncodedRows | None = None,
     ) -> Tensor:
-        events, requests = self.embed(histories), self.vectors_of_requests(histories, now, features)
+        events, requests = self.embed(histories, users), self.vectors_of_requests(histories, now, features)
         out = events.vectors.new_empty(*candidates.shape, len(self.schema.tasks))
         for tile in tiles(events.offsets, self.device, self.tile_tokens):
             states, memory = self._encode(events, tile)
             vectors = self.item_vectors(candidates[tile.rows])
             vectors = vectors if requests is None else vectors + requests[tile.rows, None]
+            vectors = vectors if events.user is None else vectors + events.user[tile.rows, None]
             if self.candidate_counters is not None and codes is not None:
                 vectors = vectors + self.candidate_counters(codes[tile.rows])
             seen = tile.valid.sum(1, keepdim=True).expand(-1, candidates.shape[1])

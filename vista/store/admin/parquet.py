@@ -64,8 +64,8 @@ def export_store(
     Columns: `user` (int64, or string), `event_count`, `last_event_ts` (null without events), `tail_item` (model rows
     int32), `tail_time` int64, `tail_action` uint8, `summary` (K * d float32, decoded), `key` and `record` (bytes). With
     counters also `counter_field` uint8 (number of the key's field), `counter_key` int32, and `counter_value` (F float32
-    per key, decoded). With features of the tail's events also `tail.NAME`: the model's codes of a category int32, -1 if
-    missing, or float32 numbers, NaN if missing.
+    per key, decoded). With features of users also `user.NAME`, and with features of the tail's events `tail.NAME`: the
+    model's codes of a category int32, -1 if missing, or float32 numbers, NaN if missing.
 
     Args:
         root: the store's folder.
@@ -200,6 +200,7 @@ def _schema(source: GenerationReader) -> dict[str, Any]:
         "tail_item": pl.List(pl.Int32),
         "tail_time": pl.List(pl.Int64),
         "tail_action": pl.List(pl.UInt8),
+        **{f"user.{one.name}": pl.Float32 if one.size is None else pl.Int32 for one in source.spec.user_columns},
         **{
             f"tail.{column.name}": pl.List(pl.Float32 if column.size is None else pl.Int32)
             for column in source.spec.tail_columns
@@ -223,6 +224,7 @@ def _frame(keys: list[bytes], records: list[bytes], source: GenerationReader, sc
         "tail_item": _lists(raw.tail.items, bounds),
         "tail_time": _lists(raw.tail.times, bounds),
         "tail_action": _lists(raw.tail.actions, bounds),
+        **{f"user.{name}": values for name, values in raw.features.items()},
         **{f"tail.{name}": _lists(values, bounds) for name, values in raw.tail.features.items()},
         "summary": decode_rows(raw, source.spec).reshape(len(keys), -1),
         **_counter_columns(raw.counters),
@@ -256,8 +258,8 @@ def _lists(values: NDArray[Any], bounds: NDArray[np.int64]) -> list[NDArray[Any]
 
 def _group_rows(source: GenerationReader, group_bytes: int) -> int:
     spec = source.spec
-    event_bytes = 26 + 8 * len(spec.tail_columns)
-    size = 4 * spec.num_tokens * spec.dim + spec.rows_bytes + event_bytes * source.manifest.tail_len + 256
+    event_bytes, user_bytes = 26 + 8 * len(spec.tail_columns), 256 + 8 * len(spec.user_columns)
+    size = 4 * spec.num_tokens * spec.dim + spec.rows_bytes + event_bytes * source.manifest.tail_len + user_bytes
     if spec.counters is not None:
         size += sum(spec.counters.spec.keys) * (8 + 5 * spec.counters.spec.num_columns)
     return max(1, group_bytes // size)

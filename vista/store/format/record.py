@@ -1,4 +1,4 @@
-"""The bytes of one user's record: header, K summary rows, counters, tail, code (docs/reference/file-formats.md).
+"""The bytes of one user's record: header, K summary rows, user, counters, tail, code (docs/reference/file-formats.md).
 
 B users, K summary tokens, d model width, R bytes of all rows of one user, n events of one tail.
 """
@@ -41,6 +41,7 @@ from vista.store.format.record_spec import (
     RecordSpec,
 )
 from vista.store.format.tail_section import check_tail, encode_tails, event_bytes, have_short_times, read_tails
+from vista.store.format.user_section import encode_users, read_users
 from vista.store.tail import Tail
 from vista.store.user_summaries import UserSummaries
 
@@ -64,6 +65,8 @@ class RawRecords:
     tail: Tail
     counters: tuple[CounterCodes, ...]
     """One per field; empty if the generation has no counters."""
+    features: dict[str, NDArray[Any]]
+    """Of the users, [B] by name: codes or numbers; empty if the generation has none."""
 
 
 def encode_records(users: UserSummaries, spec: RecordSpec) -> list[bytes]:
@@ -85,6 +88,7 @@ def encode_records(users: UserSummaries, spec: RecordSpec) -> list[bytes]:
     if users.summary.shape != (num_users, spec.num_tokens, spec.dim):
         raise ValueError(f"summary must be {(num_users, spec.num_tokens, spec.dim)}, got {users.summary.shape}")
     check_tail(tail, spec.tail_columns, num_users)
+    features = encode_users(users.features, spec.user_columns, num_users).tobytes()
     rows_KD = np.ascontiguousarray(users.summary, dtype="<f4").reshape(num_users * spec.num_tokens, spec.dim)
     try:
         rows = quantize_rows(rows_KD, spec.codec)
@@ -102,7 +106,7 @@ def encode_records(users: UserSummaries, spec: RecordSpec) -> list[bytes]:
         short_times = have_short_times(tail, users.last_event_ts)
     counters_length = np.fromiter(map(len, counters), np.int64, num_users)
     tail_bytes = event_bytes(short_times, spec.tail_columns) * tail_length
-    payload_length = spec.rows_bytes + counters_length + tail_bytes + spec.code_bytes
+    payload_length = spec.rows_bytes + spec.user_bytes + counters_length + tail_bytes + spec.code_bytes
     _require_size(HEADER_BYTES + payload_length, keys)
     headers = np.full(num_users, _template(spec))
     headers["flags"] |= np.where(short_times, SHORT_TIMES, 0).astype(np.uint32)
@@ -117,13 +121,14 @@ def encode_records(users: UserSummaries, spec: RecordSpec) -> list[bytes]:
     headers["counters_length"] = counters_length
 
     header_bytes, summary_bytes = headers.tobytes(), rows.reshape(-1).view(np.uint8).data
-    size = spec.rows_bytes
+    size, user_size = spec.rows_bytes, spec.user_bytes
     records = []
     tails = encode_tails(tail, users.last_event_ts, short_times, spec.tail_columns)
     for index, tail_parts in enumerate(tails):
         header = header_bytes[HEADER_BYTES * index : HEADER_BYTES * (index + 1)]
         payload: list[bytes | memoryview]
-        payload = [summary_bytes[size * index : size * (index + 1)], counters[index], *tail_parts]
+        of_user = features[user_size * index : user_size * (index + 1)]
+        payload = [summary_bytes[size * index : size * (index + 1)], of_user, counters[index], *tail_parts]
         records.append(seal_record(header, payload, keys[index], spec.key))
     return records
 
@@ -158,12 +163,13 @@ def read_records(values: Sequence[bytes | memoryview], keys: Sequence[bytes], sp
             user and the field.
     """
     records, sizes = _checked(values, keys, spec)
-    headers, first = records.headers, HEADER_BYTES + spec.rows_bytes
-    rows = records.cut(HEADER_BYTES, first).reshape(len(values), spec.rows_bytes)
+    headers, user_at = records.headers, HEADER_BYTES + spec.rows_bytes
+    rows = records.cut(HEADER_BYTES, user_at).reshape(len(values), spec.rows_bytes)
+    features, first = read_users(records, user_at, spec.user_columns, keys), user_at + spec.user_bytes
     counters = () if spec.counters is None else read_counters(records, first, spec.counters, sizes)
     tail_at = first + headers["counters_length"].astype(np.int64)
     tails = read_tails(records, tail_at, headers["tail_length"].astype(np.int64), spec.tail_columns, keys)
-    return RawRecords(headers, rows, tails, counters)
+    return RawRecords(headers, rows, tails, counters, features)
 
 
 def decode_rows(raw: RawRecords, spec: RecordSpec) -> NDArray[np.float32]:
@@ -215,7 +221,8 @@ def _checked(
         same = np.array(summarizer_ids) == spec.summarizer_id.hex()
         check_field(same, keys, summarizer_ids, "summarizer_id", spec.summarizer_id.hex())
     require("key_hash", _key_hashes(keys))
-    tail_bytes = lengths - HEADER_BYTES - spec.rows_bytes - spec.code_bytes
+    counters_at = HEADER_BYTES + spec.rows_bytes + spec.user_bytes
+    tail_bytes = lengths - counters_at - spec.code_bytes
     sizes: list[NDArray[np.int64]] = []
     if spec.counters is None:
         require("flags", template["flags"])
@@ -224,7 +231,7 @@ def _checked(
         require("flags", template["flags"] | headers["flags"] & SHORT_TIMES)
         length = headers["counters_length"].astype(np.int64)
         check_field(length <= tail_bytes, keys, length, "counters_length", tail_bytes)
-        sizes = counter_sizes(records, HEADER_BYTES + spec.rows_bytes, spec.counters, keys)
+        sizes = counter_sizes(records, counters_at, spec.counters, keys)
         tail_bytes -= length
     bytes_per_event = event_bytes(headers["flags"] & SHORT_TIMES != 0, spec.tail_columns)
     require("tail_length", tail_bytes // bytes_per_event)

@@ -11,6 +11,7 @@ from vista.store.format.authentication import CODE_BYTES
 from vista.store.format.codecs import row_bytes
 from vista.store.format.counter_layout import CounterLayout
 from vista.store.format.tail_column import TailColumn
+from vista.store.format.user_column import UserColumn
 
 MAX_RECORD_BYTES = 1 << 24
 """Largest record, header included. Larger ones are refused when written, and when read before anything is decoded."""
@@ -68,6 +69,8 @@ class RecordSpec:
     """Newest segment of the log that the records cover. Written, not checked."""
     counters: CounterLayout | None = None
     """How counters are stored; None if records have no counters."""
+    user_columns: tuple[UserColumn, ...] = ()
+    """Features of the user."""
     tail_columns: tuple[TailColumn, ...] = ()
     """Features of the tail's events."""
     key: bytes | None = field(default=None, repr=False)
@@ -80,7 +83,7 @@ class RecordSpec:
             raise ValueError(
                 f"num_tokens must lie in [0, 65535] and dim in [1, 65535], got {self.num_tokens} and {self.dim}"
             )
-        if HEADER_BYTES + self.rows_bytes + self.code_bytes > MAX_RECORD_BYTES:
+        if HEADER_BYTES + self.rows_bytes + self.user_bytes + self.code_bytes > MAX_RECORD_BYTES:
             raise ValueError(
                 f"{self.num_tokens} rows of {self.row_bytes} bytes do not fit a record of {MAX_RECORD_BYTES} bytes; "
                 "use fewer tokens, a smaller dim or a smaller codec"
@@ -95,6 +98,11 @@ class RecordSpec:
     def rows_bytes(self) -> int:
         """R: bytes of all rows of one user."""
         return self.num_tokens * self.row_bytes
+
+    @property
+    def user_bytes(self) -> int:
+        """Bytes of the features of one user."""
+        return sum(column.dtype.itemsize for column in self.user_columns)
 
     @property
     def code_bytes(self) -> int:
