@@ -15,6 +15,7 @@ import shutil
 import signal
 import warnings
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -238,8 +239,6 @@ def world_of_commands(nursery: Nursery, world: Path, tmp_path_factory: pytest.Te
     folder = tmp_path_factory.mktemp("commands") / "world"
     shutil.copytree(world, folder)
     nursery.imports("torch._dynamo")  # Optimizers import it.
-    if "items embed" in RUN:
-        nursery.imports(PACKAGES["items embed"])  # takes seconds
     nursery.call(make_world_of_commands, folder)
     return folder
 
@@ -270,6 +269,8 @@ def call_commands(say: Say, world: str, scratch: str, numbers: list[int]) -> Non
         if chance.random() < 0.1:
             word = chance.choice(HOSTILE_WORDS)
         words = [*command.split(), *words_of(command, folder), *([word] if is_hostile else [])]
+        if command in PACKAGES and not is_hostile:
+            import_module(PACKAGES[command])  # Takes seconds, which do not count.
         signal.alarm(3 if is_hostile else MOST_SECONDS)
         code: int | None = None
         try:
