@@ -21,6 +21,7 @@ import numpy as np
 from tests.conftest import small_frame
 from tests.faults import operations
 from tests.faults.operations import USERS, served_users
+from tests.log.ingest.public.samples import SAMPLES
 from vista.config import PrepareConfig, SourceColumns, SourceConfig, TrainConfig
 from vista.config.composition import compose_config
 from vista.config.config_keys import to_yaml
@@ -89,6 +90,22 @@ def source(name: str, write: Callable[[Path], None], *, checked: bool = False, *
         return f"{log.num_users} users, {operations.num_events(log)} events, {contents(log)}"
 
     return Format((name,), read, lambda folder: write(folder / name), checked)
+
+
+def public_set(name: str) -> Format:
+    """The files of a public data set, of which any may be damaged."""
+
+    def make(folder: Path) -> None:
+        (folder / name).mkdir()
+        SAMPLES[name](folder / name)
+
+    def read(folder: Path, world: Path) -> str:
+        words = [f"set={name}", f"events.paths=['{folder / name}']", f"out='{made(folder)}'", "progress=false"]
+        settings = compose_config(PrepareConfig, [*words, "filter.min_item_events=1", "filter.min_user_events=1"])
+        prepare(settings, parser=operations.parser())
+        return contents(EventLog.open(folder / "made"))
+
+    return Format((f"{name}/**/*",), read, make, checked=False)
 
 
 def frame() -> Any:
@@ -245,6 +262,8 @@ def make_yaml(folder: Path) -> None:
     (folder / "train.yaml").write_text(to_yaml(TrainConfig(run_dir="runs/mine")))
 
 
+PUBLIC_SETS = ("amazon-reviews-2023", "kuairand", "yambda", "microvideo", "t-ecd")
+"""Sets whose readers differ from that of a table."""
 FORMATS: dict[str, Format] = {
     "Parquet sources": source(
         "day.parquet",
@@ -271,6 +290,7 @@ FORMATS: dict[str, Format] = {
         rating="rating",
     ),
     "npz sources": source("events.npz", write_npz, checked=True, kind="npz"),
+    **{f"files of {name}": public_set(name) for name in PUBLIC_SETS},
     "deletions to forget": Format(("deletions.csv",), read_deletions, write_deletions, checked=False),
     "categories in CSV": categories("kinds.csv", lambda table, path: table.write_csv(path)),
     "categories in Parquet": categories("kinds.parquet", lambda table, path: table.write_parquet(path)),

@@ -92,12 +92,12 @@ def yambda(folder: Path) -> None:
 
 
 def t_ecd(folder: Path) -> None:
-    """The marketplace and retail from day 1280 to day 1308."""
+    """The marketplace and retail on every fourth day from 1280 to 1308."""
     for domain, prefix in (("marketplace", "nfmcg"), ("retail", "fmcg")):
         (folder / domain / "events").mkdir(parents=True)
         schema = test_t_ecd.EVENTS[f"{domain}/events"][1]
         rows = [
-            (timedelta(days=1280 + 28.5 * time), user, f"{prefix}_{item}", "catalog", "view", "ios")
+            (timedelta(days=1280 + 4 * int(7 * time) + time / 2), user, f"{prefix}_{item}", "catalog", "view", "ios")
             for user, item, time in draws(len(domain))
         ]
         events = pl.DataFrame(rows, schema=schema, orient="row")
