@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -95,6 +96,21 @@ def test_union_equals_that_of_a_loop(users: list[tuple[list[Event], list[Event],
             event for event in user_events if event not in stored
         ]
     assert (merged.items.dtype, merged.times.dtype, merged.actions.dtype) == (np.int32, np.int64, np.uint8)
+
+
+def test_features_follow_their_events() -> None:
+    """The features of the stored event count where a caller sends it again."""
+
+    def with_names(tail: Tail, names: list[str]) -> Tail:
+        return replace(tail, features={"name": np.array(names), "unread": np.zeros(len(names))})
+
+    stored = with_names(tail([(1, 5, 0), (3, 6, 0)], [(2, 7, 0)]), ["a", "b", "c"])
+    fresh = tail([(3, 6, 0), (2, 8, 0), (3, 6, 1)], [(1, 1, 0)])
+    fresh = replace(fresh, features={"name": np.array(["again", "late", "new", "old"])})
+    merged, _ = merge_tails(stored, whole(stored), fresh, 3)
+    assert {name: column.tolist() for name, column in merged.features.items()} == {
+        "name": ["late", "b", "new", "old", "c"]
+    }
 
 
 GOOD = {"items": [1, 2], "times": [5, 6], "actions": [0, 1], "offsets": [0, 1, 2]}

@@ -208,7 +208,8 @@ class Scorer:
                 offsets int64 [B+1]).
             tail: events since the refresh, with ids as in the log (`Tail(items, times, actions, offsets)`), packed in
                 the order of `users`. They may include events that the record covers. They are merged with the stored
-                tail by time, item and action, and the newest tail_len events are kept.
+                tail by time, item and action, and the newest tail_len events are kept. `features` has the values of
+                features of events by name; values that are not given, or that the model does not know, are missing.
             now: time of the request in ms, one or [B]; None if unknown.
             request: features of the request by name, such as {"device": "phone"}: one value, or one per user. Features
                 that are not given, and values that the model does not know, are missing. Only labeled tasks read them.
