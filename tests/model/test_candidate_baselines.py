@@ -43,9 +43,9 @@ def baseline(
     share: float = 0.0,
     has_time: bool = True,
     embedding_rows: int = 0,
-    request_features: bool = False,
+    features: bool = False,
 ) -> CandidateModel:
-    """A small float64 model in which every parameter matters."""
+    """A small float64 model in which every parameter matters, with features of events and requests if `features`."""
     torch.manual_seed(1)
     limit = limit or (6 if name == "din" else 0)
     config = ModelConfig(
@@ -61,13 +61,14 @@ def baseline(
         dropout=0.0,
     )
     items = Vocabulary.from_ids(np.arange(make.num_items) + 100)
-    columns = make.request_reader.columns if request_features else []
+    columns = make.request_reader.columns if features else []
     schema = Schema(
         ["view", "click", "buy"],
         has_time,
         (1.0, 5.0),
         ["click", "like"],
         has_retrieval=False,
+        event_features=columns,
         request_features=columns,
     )
     model = ARCHITECTURES[config.architecture](config, schema, items, DataConfig()).double().eval()
@@ -77,7 +78,7 @@ def baseline(
             parameter.add_(torch.randn_like(parameter) * 0.1)
         if isinstance(model, SIM) and model.category is not None:
             model.category.copy_(torch.randint(0, 4, model.category.shape))
-    model.request_features = make.request_reader if request_features else None
+    model.event_features = model.request_features = make.request_reader if features else None
     return model
 
 
@@ -290,7 +291,7 @@ def test_users_without_events_are_scored_by_the_candidate(make: SimpleNamespace,
 @pytest.mark.parametrize(("name", "limit"), LIMITED)
 def test_training_at_a_position_is_a_request_after_its_events(make: SimpleNamespace, name: str, limit: int) -> None:
     """Losses of a batch equal those of single requests, also for windows that begin inside a chunk."""
-    model = baseline(make, name, limit=limit, request_features=True)
+    model = baseline(make, name, limit=limit, features=True)
     packed = make.histories([1, 11, 8, 0, 19], 5)
     chunks, shown_at = make.chunks(packed, 5, impressions=60, requests=True)
     batch = make.batch(chunks, make.plan(model, timeless_share=0.0), 5)
@@ -326,7 +327,7 @@ def test_training_at_a_position_is_a_request_after_its_events(make: SimpleNamesp
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_parameter_is_trained(make: SimpleNamespace, name: str) -> None:
-    model = baseline(make, name, request_features=True).float().train()
+    model = baseline(make, name, features=True).float().train()
     chunks, _ = make.chunks(make.histories([5, 12, 8, 3], 7), 7, impressions=25, requests=True)
     batch = make.batch(chunks, make.plan(model))
     vectors = model.item_table.detach()[batch.rows].requires_grad_()

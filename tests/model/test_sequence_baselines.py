@@ -41,22 +41,24 @@ def baseline(
     *,
     has_time: bool = True,
     tasks: tuple[str, ...] = ("click", "like"),
-    request_features: bool = False,
+    features: bool = False,
 ) -> SequenceModel:
-    """A small float64 model in which every parameter matters."""
+    """A small float64 model in which every parameter matters, with features of events and requests if `features`."""
     torch.manual_seed(1)
     config = ModelConfig(
         architecture=Architecture(name), dim=16, num_heads=2, history_limit=LIMIT, tail_len=5, dropout=0.0
     )
     items = Vocabulary.from_ids(np.arange(make.num_items) + 100)
-    columns = make.request_reader.columns if request_features else []
-    schema = Schema(["view", "click", "buy"], has_time, (1.0, 5.0), list(tasks), request_features=columns)
+    columns = make.request_reader.columns if features else []
+    schema = Schema(
+        ["view", "click", "buy"], has_time, (1.0, 5.0), list(tasks), event_features=columns, request_features=columns
+    )
     model = ARCHITECTURES[config.architecture](config, schema, items, DataConfig()).double().eval()
     assert isinstance(model, SequenceModel)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.request_features = make.request_reader if request_features else None
+    model.event_features = model.request_features = make.request_reader if features else None
     return model
 
 
@@ -244,7 +246,7 @@ def test_training_at_a_position_is_a_request_after_its_events(
 
     The first impression, whose index pads others, sees more events than the smaller tiles hold.
     """
-    model = baseline(make, name, request_features=True)
+    model = baseline(make, name, features=True)
     model.tile_tokens = tile_tokens
     packed = make.histories([11, 1, 8, 4], 5)
     chunks, shown_at = make.chunks(packed, 5, impressions=40, requests=True)
@@ -305,7 +307,7 @@ def test_training_at_a_position_is_a_request_after_its_events(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_parameter_is_trained(make: SimpleNamespace, name: str) -> None:
-    model = baseline(make, name, request_features=True).float().train()
+    model = baseline(make, name, features=True).float().train()
     chunks, _ = make.chunks(make.histories([5, 12, 8, 3], 7), 7, impressions=25, requests=True)
     batch = make.batch(chunks, make.plan(model, anchors=make.anchor_plan()))
     vectors = model.item_table.detach()[batch.rows].requires_grad_()
