@@ -14,7 +14,7 @@ import torch
 from tests.conftest import small_config
 from tests.scorer.test_scorer_exactness import same
 from vista.config import EvaluateConfig, SourceColumns, TrainConfig
-from vista.config.choices import Architecture, Codec, Split, Stage
+from vista.config.choices import Architecture, Codec, InitFreeze, Split, Stage
 from vista.errors import CheckpointError, StoreError
 from vista.evaluation.evaluate import evaluate_model, evaluate_scorer
 from vista.log.deletions import erase_users
@@ -337,3 +337,20 @@ def test_a_warm_start_keeps_values_and_adds_new_ones(log: EventLog, tmp_path: Pa
     assert region is not None and region.ids([0, 1, 2]).tolist() == ["north", "south", "east"]
     torch.testing.assert_close(made.user_encoder.values[:3], first.user_encoder.values[:3])
     assert not made.user_encoder.values[3].any()
+
+
+def test_a_frozen_start_keeps_the_values_that_records_name(log: EventLog, tmp_path: Path) -> None:
+    """So a store that was written before a new region appeared still serves both models."""
+    config = config_of(log, tmp_path / "first", optim__epochs=1)
+    train(config, log)
+    refresh(load_model(tmp_path / "first" / "best"), log, tmp_path / "store")
+    grown = made_log(tmp_path / "log")
+    table = {"user": [0, 2], "region": ["west", "west"], "age": [30.0, 31.0]}
+    grown = EventLog.from_frame(None, grown.path, users=pl.DataFrame(table), append=True)
+    warm = config_of(grown, tmp_path / "second", optim__epochs=1)
+    warm = replace(warm, init_from=str(tmp_path / "first" / "best"), init_freeze=InitFreeze.summarizer)
+    model = train_model(warm, grown)
+    assert grown.user_features.values["region"].ids(range(3)).tolist()[-1] == "west"  # type: ignore[union-attr]
+    assert model.user_features is not None and len(model.user_features.values["region"]) == 2  # type: ignore[arg-type]
+    with Scorer.open(tmp_path / "second" / "best", tmp_path / "store") as scorer:
+        assert np.isfinite(scorer.score([0, 1], [3])).all()

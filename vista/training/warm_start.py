@@ -49,6 +49,8 @@ ENCODERS = {
     "user_features": "user_encoder",
 }
 """By field of Schema that lists columns of features: the module that encodes them."""
+RECORDED = ("user_features",)
+"""Fields of Schema whose columns and values records name, in addition to those that a summary depends on."""
 ACTION_WEIGHTS = ("encoder.action.weight", "action_bias.weight")
 TASK_WEIGHTS = ("task_head.weight", "task_head.bias")
 """Names of weights with a row per action, and per task."""
@@ -127,7 +129,7 @@ class WarmStart:
         made.set_item_features(self._item_features(grown.get("item_features")))
         made.event_features = _reader(grown.get("event_features"), base.event_features)
         made.request_features = _reader(grown.get("request_features"), None)
-        made.user_features = _reader(grown.get("user_features"), None)
+        made.user_features = _reader(grown.get("user_features"), base.user_features)
         if self.freezes:
             made.num_trained_items = base.num_trained_items
             for name, parameter in made.named_parameters():
@@ -194,7 +196,8 @@ class WarmStart:
     def _grown_columns(self, schema: Schema) -> dict[str, GrownColumns]:
         """By field of Schema: the columns of features of the model and of a log with this schema, if there are any.
 
-        Those that a frozen summarizer reads are checked, but left out, because they do not grow.
+        With a frozen summarizer, those that it reads, and those that records name, are checked but left out, because
+        they do not grow.
         """
         found, base, log = {}, self.base, self._log
         items = {} if log.item_features is None else log.item_features.columns
@@ -216,7 +219,7 @@ class WarmStart:
             if not given and (not known or (only_tasks_read and not schema.tasks)):
                 continue
             columns = GrownColumns.of(known, of_model[key], given, of_log[key])
-            if self.freezes and f"{module}.".startswith(STAGE1_WEIGHTS):
+            if self.freezes and (f"{module}.".startswith(STAGE1_WEIGHTS) or key in RECORDED):
                 continue
             found[key] = columns
             self._rows[f"{module}.values"] = torch.from_numpy(columns.value_rows)
