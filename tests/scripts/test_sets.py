@@ -33,6 +33,7 @@ def test_baskets_keep_their_order_and_products_their_categories(
     }
     pl.DataFrame(events).write_parquet(folder / "events.parquet")
     products = {"product_id": [10, 40], "product_type": ["RYE", None], "product_category": ["BREAD", "MILK"]}
+    products |= {name: ["x", "y"] for name in ("manufacturer_id", "department", "brand", "package_size")}
     pl.DataFrame(products).write_parquet(folder / "products.parquet")
     assert sets.main(["complete-journey", "--data", str(folder), "--out", str(out)]) == 0
     printed = capsys.readouterr().out
@@ -69,14 +70,13 @@ def test_every_split_can_be_composed(name: str) -> None:
         assert parse_time(str(data.validation_from)) < parse_time(data.test_from)
 
 
-def test_the_experiment_splits_where_the_tables_do() -> None:
-    given, named = SETS["complete-journey"].words, ["experiment=complete-journey"]
-    ours, theirs = (compose_config(TrainConfig, words).data for words in (given, named))
-    assert (ours.split, ours.validation_from, ours.test_from) == (
-        theirs.split,
-        theirs.validation_from,
-        theirs.test_from,
-    )
+@pytest.mark.parametrize("name", ["complete-journey", "dev-packages"])
+def test_the_experiment_splits_where_the_tables_do(name: str) -> None:
+    splits = []
+    for words in (SETS[name].words, [f"experiment={name}"]):
+        data = compose_config(TrainConfig, words).data
+        splits.append((data.split, data.validation_from, data.test_from, data.validation_share, data.test_share))
+    assert splits[0] == splits[1]
 
 
 def test_the_folder_is_given_or_below_that_of_all_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
