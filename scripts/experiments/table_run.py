@@ -32,6 +32,8 @@ UNREAD_BY_BASELINES = (
 """Keys of ModelConfig for what baselines do not have; their lines do not record these keys."""
 OF_FEATURES = ("use_item_features", "id_dropout")
 """Keys of ModelConfig for features of items; lines of rows that do not read them do not record these keys."""
+OF_ROW_FEATURES = ("use_event_features", "tail_features", "use_request_features", "use_user_features")
+"""Keys of ModelConfig for features of events, requests, and users, which no table's log has."""
 UNTRAINED_SEED = 0
 PLANNED = {
     "data": ("exclude_seen", "num_negatives", "tokens_per_batch"),
@@ -153,6 +155,8 @@ def recorded_config(table: Table, row: TableRow) -> dict[str, Any]:
     data = {
         key: value for key, value in values["data"].items() if key in SPLIT or (not row.untrained and key != "path")
     }
+    if not config.data.gap_minutes:
+        del data["gap_minutes"]  # lines from before the key existed have no gap either
     if config.model.architecture.ranks_only or row.untrained == "oracle":
         del data["exclude_seen"]  # it applies only to next items
     # The log's size is part of the experiment.
@@ -161,7 +165,7 @@ def recorded_config(table: Table, row: TableRow) -> dict[str, Any]:
         target = Target.window if table.windows else Target.next
         settings = baseline_settings(row.untrained, asked_horizons(EvaluateConfig(target=target)))
         return recorded | ({"baseline": settings} if settings else {})
-    unread = set() if config.model.use_item_features else set(OF_FEATURES)
+    unread = {*OF_ROW_FEATURES, *(() if config.model.use_item_features else OF_FEATURES)}
     if config.model.architecture is not Architecture.vista:
         unread.update(UNREAD_BY_BASELINES)
     if config.model.counters is False:

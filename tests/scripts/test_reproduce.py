@@ -320,6 +320,9 @@ def test_any_setting_that_differs_is_a_change() -> None:
     assert changed_settings({**now, "base": {"row": "vista"}}, now) == ["base.row (vista -> None)"]
     assert "simulation.num_users" in changed_settings(now, {k: v for k, v in now.items() if k != "simulation"})[0]
     assert changed_settings({**now, "seed": 1}, {**now, "seed": 2}) == []
+    # Keys for what no table has would outdate the lines that were measured before these keys existed.
+    assert "gap_minutes" not in now["data"]
+    assert [key for key in now["model"] if key.endswith("_features")] == []
     assert "target_attention" not in recorded_config(SIMULATION, SIMULATION.rows["sasrec"])["model"]
     for name in ("din", "sim-hard", "oracle"):
         assert "exclude_seen" not in recorded_config(SIMULATION, SIMULATION.rows[name])["data"]
