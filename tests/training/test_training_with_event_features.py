@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 
 from tests.conftest import small_config, small_frame
 from tests.training.test_trainer import assert_same_result
+from vista.cli.main import main
 from vista.config import EvaluateConfig, SourceColumns
-from vista.config.choices import Architecture, Codec
+from vista.config.choices import Architecture, Codec, Split, Stage
 from vista.errors import ConfigError
 from vista.evaluation.evaluate import evaluate_scorer
 from vista.log.event_log import EventLog
@@ -74,10 +76,10 @@ def test_every_model_learns_features(log: EventLog, tmp_path: Path, architecture
     assert encoder.values.abs().sum() > 0 and encoder.dense.abs().sum() > 0
 
 
-def test_without_features_nothing_changes(log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_features_nothing_changes(log: EventLog, event_log: EventLog, tmp_path: Path) -> None:
+    """`event_log` has the same events without features."""
     off = train(feature_config(log, tmp_path / "off", model__use_event_features=False), log)
-    monkeypatch.setattr(log, "event_features", {})
-    plain = train(feature_config(log, tmp_path / "plain"), log)
+    plain = train(feature_config(event_log, tmp_path / "plain"), event_log)
     assert off.encoder.features is None and off.event_features is None
     for (name, one), other in zip(off.state_dict().items(), plain.state_dict().values(), strict=True):
         assert torch.equal(one, other), name
@@ -152,6 +154,41 @@ def test_the_summarizers_id_covers_values_but_not_what_the_tail_reads(log: Event
     assert values is not None
     model.event_features.values["surface"] = type(values).from_ids([f"{name}!" for name in values.ids(range(3))])
     assert model.summarizer_id() != before
+
+
+def test_downstream_models_keep_the_features_of_their_base(
+    log: EventLog, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    times = np.sort(log.gather(np.arange(log.num_users)).timestamp)
+    split = {
+        "data__split": Split.time,
+        "data__validation_from": str(times[int(0.6 * len(times))]),
+        "data__test_from": str(times[int(0.8 * len(times))]),
+    }
+    config = feature_config(log, tmp_path / "base", **split, model__tail_features=["dwell"], optim__epochs=1)
+    base = train(config, log)
+    assert isinstance(base, VistaModel)
+    refresh(base, log, tmp_path / "store", until=int(times[int(0.3 * len(times))]))
+    later = replace(
+        config,
+        model=replace(config.model, tail_features=None),
+        optim=replace(config.optim, reconstruction_weight=0.0),
+        stage=Stage.downstream,
+        base=str(tmp_path / "base" / "best"),
+        store=str(tmp_path / "store"),
+        run_dir=str(tmp_path / "later"),
+    )
+    model = train(later, log)
+    assert isinstance(model, VistaModel)
+    assert model.config.tail_features == ["dwell"] and model.schema.tail_sizes == {"dwell": None}
+    assert model.summarizer_id() == base.summarizer_id()
+    with Scorer.open(model, tmp_path / "store") as scorer:  # which holds one column per event of a tail
+        assert scorer.score([100, 101], [0, 10], now=int(times[-1])).shape == (2, 2)
+    with pytest.raises(ConfigError, match=r"model.tail_features \(\['dwell'\] -> \['surface'\]\)"):
+        train(replace(later, model=replace(config.model, tail_features=["surface"]), run_dir=str(tmp_path / "x")), log)
+    capsys.readouterr()
+    assert main(["store", "get", f"store={tmp_path / 'store'}", "user=115"]) == 0
+    assert "events, oldest first (item, time, action code, dwell)" in capsys.readouterr().out
 
 
 def test_a_run_resumes_bit_identically(log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
