@@ -8,6 +8,7 @@ import os
 import re
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -180,6 +181,24 @@ def test_bfloat16_products_change_summaries_little(event_log: EventLog, tmp_path
     exact, rounded = summaries
     error = np.abs(rounded - exact).max()
     assert 0 < error < 0.1 * np.abs(exact).max()
+
+
+def test_a_log_with_other_event_features(
+    tmp_path: Path, grow: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
+    frame, columns = grow.events({1: 5, 2: 3}), SourceColumns(action="action", rating="rating")
+    frame = {name: frame[name] for name in ("user", "item", "timestamp", "action", "rating")}
+    plain = EventLog.from_frame(frame, tmp_path / "plain", time_unit="ms", columns=columns)
+    frame |= {"dwell": ["long", "short"] * 4}
+    other = EventLog.from_frame(frame, tmp_path / "log", time_unit="ms", columns=columns, categories=["dwell"])
+    model = grow.model(num_tail_features=2)
+    with pytest.raises(ConfigError, match=r"the feature 'dwell' is a category, but a number to the model; prepare"):
+        refresh(model, other, tmp_path / "store")
+    refresh(model, plain, tmp_path / "store")
+    assert "lacks the event features surface, dwell, so the model takes them as missing" in caplog.text
+    with StoreReader.open(tmp_path / "store") as store:
+        tail = store.get_many([1, 2]).tail
+    assert (tail.features["surface"] == -1).all() and np.isnan(tail.features["dwell"]).all() and len(tail.items) == 8
 
 
 def test_report(event_log: EventLog, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

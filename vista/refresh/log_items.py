@@ -25,7 +25,8 @@ def check_log(model: RankingModel, log: EventLog) -> None:
     """Refuse a log whose events the model would misread.
 
     Raises:
-        ConfigError: the log's action codes differ from the model's, or the model reads times and the log has none.
+        ConfigError: the log's action codes differ from the model's, the model reads times and the log has none, or a
+            feature of events or requests is a category to one and a number to the other.
     """
     known = model.schema.actions
     if model.encoder.action is not None and log.actions != known[: len(log.actions)]:
@@ -37,6 +38,14 @@ def check_log(model: RankingModel, log: EventLog) -> None:
     reads_times = config.use_time or config.decay is Decay.time or config.counters
     if model.schema.has_time and not log.has_time and reads_times:
         raise ConfigError(f"{log.path}: has no times, which this model reads; train a model on this log")
+    for reader, values in ((model.event_features, log.event_features), (model.request_features, log.request_features)):
+        for name, own in {} if reader is None else reader.values.items():
+            if name in values and (own is None) != (values[name] is None):
+                kinds = ("a category", "a number")
+                raise ConfigError(
+                    f"{log.path}: the feature {name!r} is {kinds[values[name] is None]}, but {kinds[own is None]} to "
+                    "the model; prepare the log with the same kind of feature, or train a model on this log"
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +61,8 @@ class LogItems:
 
     @classmethod
     def of(cls, model: VistaModel, log: EventLog) -> LogItems:
-        """Look up all items of a log. Warns if the model knows fewer than half of them."""
+        """Look up all items of a log. Warns if the model knows fewer than half of them, or reads features that the log
+        lacks."""
         ids = log.items.ids(np.arange(log.num_items))
         rows = model.history_rows(model.item_rows(ids)).astype(np.int32)
         known = int(np.count_nonzero(rows != UNKNOWN_ITEM))
@@ -63,6 +73,11 @@ class LogItems:
                 log.path,
                 known,
                 log.num_items,
+            )
+        lacking = [one.name for one in model.schema.event_features if one.name not in log.event_features]
+        if lacking:
+            logger.warning(
+                "%s: lacks the event features %s, so the model takes them as missing", log.path, ", ".join(lacking)
             )
         return cls(rows, item_keys(ids), model.event_recoder(log.event_features))
 
