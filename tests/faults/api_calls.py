@@ -79,6 +79,8 @@ TAILS: list[Any] = [
     Tail(np.array([0]), np.array([0.5]), np.array([0]), np.array([0, 1])),
     Tail(np.array([0]), np.array([0]), np.array([300]), np.array([0, 1])),
     Tail(np.array([[0]]), np.array([0]), np.array([0]), np.array([0, 1])),
+    Tail(np.array([0]), np.array([0]), np.array([0]), np.array([0, 1]), {"surface": [None]}),
+    Tail(np.array([0]), np.array([0]), np.array([0]), np.array([0, 1]), [("surface", [None])]),  # type: ignore[arg-type]
     Tail(*(np.zeros(10**7, kind) for kind in (np.int64, np.int64, np.uint8)), np.array([0, 10**7])),
 ]
 TIMES: list[Any] = [
