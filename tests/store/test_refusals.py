@@ -121,6 +121,11 @@ def test_ids_that_are_too_long(tmp_path, build):
         ({"counters": {"spec": CounterSpec().to_dict(), "key_bytes": []}}, "key_bytes: expected 1 to 4"),
         ({"tail_columns": [{"name": "surface", "size": 0}]}, "size: expected a whole number from 1"),
         ({"tail_columns": [{"name": "surface", "size": None}] * 2}, "two columns have one name"),
+        ({"user_columns": [{"name": "region", "size": 1, "values": "x"}]}, "values: expected"),
+        (
+            {"user_columns": [{"name": "age", "size": None, "values": ""}] * 2},
+            "user_columns: two columns have one name",
+        ),
     ],
 )
 def test_an_invalid_manifest_with_a_valid_checksum(tmp_path, build, change, named):

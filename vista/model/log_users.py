@@ -21,26 +21,31 @@ class LogUsers:
         """
         self._reader = reader
         self._rows = RowFeatures({})
+        """Of all users, and of an unknown one in the last row."""
         if reader is not None:
-            known = log.user_features
-            self._rows = reader.recoded(known.rows, reader.codes_of(known.values), log.num_users)
+            features = log.user_features
+            known = reader.recoded(features.rows, reader.codes_of(features.values), log.num_users).columns
+            missing = RowFeatures.missing(reader.values, 1).columns
+            self._rows = RowFeatures({name: np.concatenate([known[name], missing[name]]) for name in known})
 
     def features(self, users: Int) -> RowFeatures:
-        """Features of users int64 [B] (rows of the log); no columns for a model that reads none."""
+        """Features of users int64 [B] (rows of the log, or -1 for an unknown user); no columns for a model that reads
+        none."""
         return self._rows.select(users)
+
+    def encoded(self, users: Int) -> EncodedRows | None:
+        """What the model's encoder reads of users, as in `features`; None for a model that reads none."""
+        return None if self._reader is None else self._reader.encode(self._rows.select(users), len(users))
 
     def encoding(self) -> EncodeRows | None:
         """What training reads of users and, in a last row, of an unknown user; None for a model that reads none."""
         if self._reader is None:
             return None
-        reader, missing = self._reader, self._reader.missing(1)
+        reader = self._reader
 
         def encode(users: Int) -> tuple[Int, Float32s]:
-            known = reader.encode(self._rows.select(users), len(users))
-            return np.concatenate([known.entry, missing.entry]), np.concatenate([known.dense, missing.dense])
+            with_unknown = np.append(users, -1)
+            encoded = reader.encode(self._rows.select(with_unknown), len(with_unknown))
+            return encoded.entry, encoded.dense
 
         return encode
-
-    def encoded(self, users: Int) -> EncodedRows | None:
-        """What the model's encoder reads of users int64 [B]; None for a model that reads none."""
-        return None if self._reader is None else self._reader.encode(self._rows.select(users), len(users))

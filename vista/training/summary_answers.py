@@ -84,7 +84,8 @@ class SummaryAnswers:
 
     def _context(self, user: Int, tail: PaddedTail) -> TargetContext:
         own = torch.from_numpy(np.searchsorted(self._users, user)).to(self._model.device)
-        users = self._log_users.encoded(user)
+        # A store has no record of a user without covered events, so the scorer does not know the user's features.
+        users = self._log_users.encoded(np.where(self._covered[user] > 0, user, -1))
         return inference.request_context(self._model, self._summaries[own], tail, users=users)
 
     def _tail(self, user: Int, seen: Int) -> PaddedTail:

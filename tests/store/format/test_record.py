@@ -18,6 +18,7 @@ from vista.store.format.keys import user_keys
 from vista.store.format.record import decode_rows, encode_records, read_records
 from vista.store.format.record_spec import HEADER, HEADER_BYTES, MAX_RECORD_BYTES, RecordSpec
 from vista.store.format.tail_column import TailColumn
+from vista.store.format.user_column import UserColumn
 from vista.store.tail import Tail
 from vista.store.user_summaries import UserSummaries
 
@@ -29,6 +30,16 @@ SUMMARY = np.array(
 TAIL = Tail(
     np.array([9, 1], np.int32), np.array([-1, 1 << 40], np.int64), np.array([0, 255], np.uint8), np.array([0, 2, 2])
 )
+USER_COLUMNS = (
+    UserColumn("region", 255, "ab" * 32),
+    UserColumn("city", 256, "cd" * 32),
+    UserColumn("age", None),
+)
+USER_FEATURES = {
+    "region": np.array([254, -1], np.int32),
+    "city": np.array([-1, 255], np.int32),
+    "age": np.array([1.5, np.nan], np.float32),
+}
 COLUMNS = (TailColumn("surface", 255), TailColumn("page", 256), TailColumn("dwell", None))
 DTYPES = {"surface": "u1", "page": "<u2", "dwell": "<f4"}
 FEATURES = {
@@ -116,7 +127,9 @@ GOLDEN = {
 }
 
 
-def encode(spec: RecordSpec = SPEC, summary: np.ndarray = SUMMARY, tail: Tail = TAIL) -> list[bytes]:
+def encode(
+    spec: RecordSpec = SPEC, summary: np.ndarray = SUMMARY, tail: Tail = TAIL, features: dict | None = None
+) -> list[bytes]:
     users = UserSummaries(
         keys=user_keys(USERS),
         summary=summary,
@@ -124,6 +137,7 @@ def encode(spec: RecordSpec = SPEC, summary: np.ndarray = SUMMARY, tail: Tail = 
         event_count=np.array([2, 0]),
         last_event_ts=np.array([1 << 40, NO_TIMESTAMP]),
         history_digest=np.array([0x0123456789ABCDEF, 0], dtype=np.uint64),
+        features=features or {},
     )
     return encode_records(users, spec)
 
@@ -142,6 +156,50 @@ def test_golden_bytes(codec):
 def test_golden_bytes_of_features():
     spec, tail = TAILS["with features"]
     assert encode(dataclasses.replace(spec, codec=Codec.float32), tail=tail)[0].hex() == GOLDEN_FEATURES
+
+
+def test_golden_bytes_of_a_user():
+    """Between the rows and the tail."""
+    spec = dataclasses.replace(SPEC, codec=Codec.float32, user_columns=USER_COLUMNS)
+    first, second = encode(spec, features=USER_FEATURES)
+    plain, other = encode(dataclasses.replace(spec, user_columns=()))
+    rows = 128 + spec.rows_bytes
+    assert first[rows : rows + 7].hex() == "ff" + "0000" + "0000c03f"
+    assert second[rows : rows + 7].hex() == "00" + "0001" + "0000c07f"
+    assert (first[128:rows] + first[rows + 7 :], second[128:rows] + second[rows + 7 :]) == (plain[128:], other[128:])
+    raw = read_records([first, second], user_keys(USERS), spec)
+    for name, values in USER_FEATURES.items():
+        np.testing.assert_array_equal(raw.features[name], values)
+        assert raw.features[name].dtype == values.dtype
+    np.testing.assert_array_equal(raw.tail.items, TAIL.items)
+    empty = read_records([], [], spec)
+    assert {name: len(values) for name, values in empty.features.items()} == {"region": 0, "city": 0, "age": 0}
+
+
+@pytest.mark.parametrize(
+    ("place", "content", "message"),
+    [
+        (0, "ff", r"feature 'region' of the user.*at most 254"),
+        (3, "0000807f", r"feature 'age' of the user.*a finite number"),
+    ],
+)
+def test_features_of_a_user_that_no_writer_stores_are_refused(place, content, message):
+    columns = (dataclasses.replace(USER_COLUMNS[0], size=254), *USER_COLUMNS[1:])
+    spec = dataclasses.replace(SPEC, user_columns=columns)
+    record = bytearray(encode(spec, features=USER_FEATURES | {"region": np.array([3, 4], np.int32)})[0])
+    at = 128 + spec.rows_bytes + place
+    record[at : at + len(content) // 2] = bytes.fromhex(content)
+    with pytest.raises(RecordError, match=message):
+        read_records([with_checksum(record)], user_keys(USERS[:1]), spec)
+
+
+def test_users_with_other_features_are_refused():
+    spec = dataclasses.replace(SPEC, user_columns=USER_COLUMNS)
+    for features in ({}, {"age": USER_FEATURES["age"]}, USER_FEATURES | {"age": USER_FEATURES["age"][:1]}):
+        with pytest.raises(ValueError, match=r"features of users: expected \['region', 'city', 'age'\] of 2 users"):
+            encode(spec, features=features)
+    with pytest.raises(RecordError, match=r"length"):
+        read_records(encode(spec, features=USER_FEATURES), user_keys(USERS), SPEC)
 
 
 def test_golden_checksum_is_xxh3_of_the_rest():
