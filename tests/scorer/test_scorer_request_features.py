@@ -86,7 +86,7 @@ def test_scores_are_those_of_the_model(opened: Scorer, ids: tuple[list[Any], Any
     predicted = opened.predict(users, items, now=now, request=features)
     encoded = READER.encode(READER.parse(features, len(users)), len(users))
     snapshot = opened._snapshots.current
-    request = read_request(snapshot, users, None, now, features, opened.on_missing, None, opened._recorder)
+    request = read_request(snapshot, users, None, now, opened.on_missing, None, opened._recorder)
     context = inference.request_context(model, request.summary, request.tail)
     candidates = torch.arange(1, 22).expand(len(users), -1)
     asked = inference.request_vectors(model, request.now, request.tail, encoded)
@@ -150,13 +150,17 @@ def test_what_is_not_given_is_missing(opened: Scorer, ids: tuple[list[Any], Any,
     ("request_features", "error", "message"),
     [
         ({"devise": ["tv"]}, ValueError, r"request: 'devise' is not one of this model's features, \['device', "),
-        ({"device": ["tv", "tv"]}, ValueError, "request: 'device' has 2 values, but 1 are needed"),
+        (
+            {"device": ["tv", "tv"]},
+            ValueError,
+            r"request: 'device' has shape \[2\], but must be one value, \[1\] \(one",
+        ),
         ({"device": 1.5}, ValueError, "request: 'device' is a category and needs texts, integers, or booleans, got"),
-        ({"device": [["tv"]]}, ValueError, "request: 'device' is a category and needs"),
+        ({"device": [[["tv"]] * 21]}, ValueError, "request: 'device' is a category and needs"),
         ({"hour": "noon"}, ValueError, "request: 'hour' needs numbers"),
-        ({"hour": [[1.0, 2.0]]}, ValueError, "request: 'hour' needs numbers"),
+        ({"hour": [[[1.0]] * 21]}, ValueError, "request: 'hour' needs numbers"),
         ({"hour": 1e300}, ValueError, "request: 'hour': value number 0 is infinite, or too large"),
-        ({"hour": {3}}, TypeError, "request: 'hour' must be one value, or one per user, got"),
+        ({"hour": {3}}, TypeError, "request: 'hour' must be one value, one per user, or one per candidate, got"),
         (["device"], TypeError, "request: must be a mapping from names of features to values, got"),
     ],
 )

@@ -54,7 +54,7 @@ def attribute(
 
     Args:
         parts: [C, M] each; their sum is the query tokens' vectors.
-        request: [1, M] vector of the request, or None.
+        request: [1, M] vector of the request, or [C, M] if its features differ between candidates; or None.
         context: of one request.
         head: a linear function with a bias, [C, M] -> [C] scores.
         counters: what counters add to the vectors, [C, M], and to their projections in layer 1, [C, 4M]; or None.

@@ -127,19 +127,21 @@ def _shares_of_task(task: str, snapshot: ServingSnapshot, request: Request, rows
     model, dim = snapshot.model, snapshot.model.config.dim
     assert model.task_head is not None
     context, seen = _inputs(model, request)
-    asked = inference.request_vectors(model, request.now, request.tail, request.features)
+    features = None if request.features is None else request.features.rows  # one row, or one per candidate
+    asked = inference.request_vectors(model, request.now, request.tail, features)
+    asked = None if asked is None else asked[:, 0]
     index, codes, added = model.schema.tasks.index(task), None, None
     if request.counters is not None:
         of_items = request.counters.of_items(rows.cpu().numpy())
         both = snapshot.added_by(of_items)
         codes, added = torch.from_numpy(of_items).to(model.device)[None], (both[:, :dim], both[:, dim:])
     vectors, weight = model.item_vectors(rows), model.task_head.weight[index : index + 1]
-    value = model.candidate_logits(vectors[None], asked, seen, context, codes=codes)[0, :, index]
+    of_pairs = None if asked is None else asked.expand_as(vectors)[None]
+    value = model.candidate_logits(vectors[None], of_pairs, seen, context, codes=codes)[0, :, index]
 
     def head(out: Tensor) -> Tensor:
         return F.linear(out, weight)[:, 0]
 
-    asked = None if asked is None else asked[0]
     return value, attribute(model.target_attention, [vectors], asked, context, head, added)
 
 

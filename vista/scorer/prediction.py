@@ -21,6 +21,7 @@ def predict(
     snapshot: ServingSnapshot,
     request: Request,
     candidates: Any,
+    features: Any,
     tasks: list[str],
     on_missing: OnMissing,
     recorder: StatsRecorder,
@@ -30,6 +31,7 @@ def predict(
     rows, missing = CandidateSet.of(snapshot, values, on_missing).rows, request.missing
     if given is not None:
         offsets = ragged_offsets(rows, given, len(request))
+        request = request.with_features(snapshot.model, features, offsets)
         scores = snapshot.ragged_scores(request, rows, offsets, tasks)
         missing = np.repeat(missing, np.diff(offsets))
     else:
@@ -38,6 +40,7 @@ def predict(
                 f"candidates: shape {rows.shape} does not match {len(request)} users; pass [C], or one row per user"
             )
         require_most(len(request) * rows.shape[-1], MAX_SCORES, "candidates", "pairs of a user and a candidate")
+        request = request.with_features(snapshot.model, features, rows.shape[-1])
         scores = snapshot.scores(request, torch.from_numpy(rows), tasks)
         missing = missing[:, None]
     unknown = np.broadcast_to(rows == UNKNOWN_ITEM, scores[tasks[0]].shape)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ def ranked(
     task: str,
     top_k: int,
     candidates: Any,
+    features: Any,
     exclude: Any,
     on_missing: OnMissing,
     recorder: StatsRecorder,
@@ -50,12 +51,17 @@ def ranked(
     left_out = np.zeros(len(items) + 1, bool)
     left_out[UNKNOWN_ITEM] = True
     num_unknown, rows = 0, None
-    if candidates is not None:
+    if candidates is None:
+        request = request.with_features(snapshot.model, features, None)
+    else:
         chosen = CandidateSet.of(snapshot, candidates, on_missing).rows
         if chosen.ndim != 1:
             raise ValueError(f"candidates: must be of shape [C], got {chosen.shape}")
         num_unknown = int((chosen == UNKNOWN_ITEM).sum())
-        rows = np.unique(chosen)
+        request = request.with_features(snapshot.model, features, len(chosen))
+        rows, first = np.unique(chosen, return_index=True)
+        if request.features is not None:
+            request = replace(request, features=request.features.of_candidates(first))
     left_out[item_rows(snapshot.model, ids_of(exclude, "exclude"), "exclude")] = True
     if exclude_tail:
         left_out[request.tail.item[request.tail.valid]] = True

@@ -1,4 +1,4 @@
-"""Reads what a request needs: users' records, and the times, tails and features that the caller passes. B users."""
+"""Reads what a request needs: users' records, and the times and tails that the caller passes. B users."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vista.errors import RecordError, UnknownUserError
 from vista.log.row_features import RowFeatures
 from vista.model.padded_tail import pad_tail
 from vista.scorer.request import Request
-from vista.scorer.request_arguments import ids_of, impossible_times, not_a_time, request_features, request_times
+from vista.scorer.request_arguments import ids_of, impossible_times, not_a_time, request_times
 from vista.scorer.request_counters import RequestCounters
 from vista.scorer.scorer_stats import StatsRecorder
 from vista.scorer.serving_snapshot import ServingSnapshot
@@ -31,7 +31,6 @@ def read_request(
     users: Any,
     tail: Tail | None,
     now: Any,
-    features: Any,
     on_missing: OnMissing,
     max_age_s: float | None,
     recorder: StatsRecorder,
@@ -42,7 +41,6 @@ def read_request(
     refreshed_at = 0 if max_age_s is None else snapshot.store.manifest.refreshed_at
     stored, bad = _stored(snapshot, ids, on_missing)
     times = request_times(now, len(bad))
-    encoded = request_features(model.request_features, features, len(bad))
     if times is not None and model.schema.has_time:
         wrong = impossible_times(times, stored.last_event_ts)
         if wrong.any() and on_missing is not OnMissing.nan:
@@ -74,7 +72,7 @@ def read_request(
     counters = RequestCounters.of(stored, merged, is_fresh, times) if model.counter_spec is not None else None
     reader = model.user_features
     own = None if reader is None else reader.encode(RowFeatures(stored.features), len(unknown))
-    return Request(summary, padded, times, unknown | bad, counters, encoded, own)
+    return Request(summary, padded, times, unknown | bad, counters, users=own)
 
 
 def _stored(snapshot: ServingSnapshot, ids: Any, on_missing: OnMissing) -> tuple[StoredBatch, NDArray[np.bool_]]:

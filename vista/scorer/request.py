@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,8 @@ from torch import Tensor
 from vista.arrays import Int
 from vista.model.padded_tail import PaddedTail
 from vista.model.row_feature_reader import EncodedRows
+from vista.model.vista_model import VistaModel
+from vista.scorer.pair_features import PairFeatures
 from vista.scorer.request_counters import RequestCounters
 
 
@@ -27,7 +30,7 @@ class Request:
     """[B] users without a usable record, whose summary is that of an empty history."""
     counters: RequestCounters | None = None
     """Of the B users; None without counters."""
-    features: EncodedRows | None = None
+    features: PairFeatures | None = None
     """Of the B requests; None if all are missing."""
     users: EncodedRows | None = None
     """Features of the B users; None if all are missing."""
@@ -35,9 +38,14 @@ class Request:
     def __len__(self) -> int:
         return len(self.missing)
 
+    def with_features(self, model: VistaModel, given: Any, candidates: int | Int | None) -> Request:
+        """The same request with the features that a caller passes; arguments and errors are those of `PairFeatures`."""
+        return replace(self, features=PairFeatures.of(model.request_features, given, len(self), candidates))
+
     def select(self, users: slice | Int) -> Request:
         """Some of the users, or all of them in another order."""
         now = None if self.now is None else self.now[users]
         counters = None if self.counters is None else self.counters.select(users)
-        features, own = (None if part is None else part.select(users) for part in (self.features, self.users))
+        features = None if self.features is None else self.features.select(users)
+        own = None if self.users is None else self.users.select(users)
         return Request(self.summary[users], self.tail.select(users), now, self.missing[users], counters, features, own)

@@ -1,11 +1,11 @@
-"""Checks of what callers pass to the scorer: ids, candidates, times and features.
+"""Checks of what callers pass to the scorer: ids, candidates, and times.
 
 B users, C candidates, N ragged values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vista.arrays import Int
-from vista.errors import shown
 from vista.log.gaps import LATEST_MS, YEAR_1971_MS
 from vista.model.ranking_model import RankingModel
-from vista.model.row_feature_reader import EncodedRows, RowFeatureReader
 
 UNITS = {"seconds": 1e3, "microseconds": 1e-3, "nanoseconds": 1e-6}
 """Factors to milliseconds."""
@@ -96,38 +94,6 @@ def request_times(now: Any, num_users: int) -> Int | None:
     if times.shape not in ((), (num_users,)):
         raise ValueError(f"now: must be one time, or one for each of {num_users} users, got shape {times.shape}")
     return np.broadcast_to(times, (num_users,))
-
-
-def request_features(reader: RowFeatureReader | None, given: Any, num_users: int) -> EncodedRows | None:
-    """Features of B requests, as a model reads them; None for a model that reads none.
-
-    Args:
-        reader: of the model.
-        given: by name, one value, or one for each of the B users; None gives none.
-        num_users: B.
-    """
-    if given is not None and not isinstance(given, Mapping):
-        raise TypeError(f"request: must be a mapping from names of features to values, got {shown(given)}")
-    if reader is None:
-        if given:
-            raise ValueError("request: this model reads no features of requests; leave the argument out")
-        return None
-    columns = {name: _one_per_user(name, values, num_users) for name, values in (given or {}).items()}
-    try:
-        return reader.encode(reader.parse(columns, num_users), num_users)
-    except ValueError as error:
-        raise ValueError(f"request: {error}") from error
-
-
-def _one_per_user(name: Any, values: Any, num_users: int) -> Sequence[Any]:
-    """Values [B] of one feature."""
-    values = values.to_numpy() if hasattr(values, "to_numpy") else values  # a column of pandas or Polars
-    values = values.tolist() if isinstance(values, (Tensor, np.ndarray)) else values
-    if np.isscalar(values) or values is None:
-        return [values] * num_users
-    if not isinstance(values, Sequence):
-        raise TypeError(f"request: {shown(name)} must be one value, or one per user, got {shown(values)}")
-    return values
 
 
 def impossible_times(times: Int, newest: Int) -> NDArray[np.bool_]:

@@ -188,8 +188,10 @@ class Scorer:
             UnknownUserError, UnknownItemError, StoreError, ValueError, TypeError: as in `predict`.
         """
         with self._call() as snapshot:
-            asked = self._request(snapshot, users, tail, now, request)
-            return predict(snapshot, asked, candidates, [self.task], self.on_missing, self._recorder)[self.task]
+            asked = self._request(snapshot, users, tail, now)
+            return predict(snapshot, asked, candidates, request, [self.task], self.on_missing, self._recorder)[
+                self.task
+            ]
 
     def predict(
         self,
@@ -211,8 +213,9 @@ class Scorer:
                 tail by time, item and action, and the newest tail_len events are kept. `features` has the values of
                 features of events by name; values that are not given, or that the model does not know, are missing.
             now: time of the request in ms, one or [B]; None if unknown.
-            request: features of the request by name, such as {"device": "phone"}: one value, or one per user. Features
-                that are not given, and values that the model does not know, are missing. Only labeled tasks read them.
+            request: features of the request by name, such as {"device": "phone"}: one value, one per user [B], or one
+                per candidate, such as its price: [B, C], or (values [N], offsets) for ragged candidates. Features that
+                are not given, and values that the model does not know, are missing. Only labeled tasks read them.
 
         Returns:
             {task: float32 [B, C], or [N] for ragged candidates}; NumPy arrays, or tensors if `candidates` is a tensor.
@@ -225,8 +228,8 @@ class Scorer:
             ValueError, TypeError: an argument is invalid or too long; the message names it.
         """
         with self._call() as snapshot:
-            asked = self._request(snapshot, users, tail, now, request)
-            return predict(snapshot, asked, candidates, snapshot.tasks, self.on_missing, self._recorder)
+            asked = self._request(snapshot, users, tail, now)
+            return predict(snapshot, asked, candidates, request, snapshot.tasks, self.on_missing, self._recorder)
 
     def rank(
         self,
@@ -245,10 +248,11 @@ class Scorer:
         Args:
             user: an id as in the log.
             top_k: return at most this many items.
-            candidates: item ids, or None for the whole catalog.
+            candidates: item ids, or None for the whole catalog. Of an item that is listed twice, the first one counts.
             exclude: item ids to leave out.
             exclude_tail: leave out the items of the user's tail.
-            tail: as in `predict`, like `now` and `request`.
+            tail: as in `predict`, like `now`.
+            request: as in `predict`; features with one value per candidate, [1, C], need `candidates`.
 
         Raises:
             ValueError: `top_k` is below 1. Others as in `predict`.
@@ -256,10 +260,11 @@ class Scorer:
         with self._call() as snapshot:
             return ranked(
                 snapshot,
-                self._request(snapshot, [user], tail, now, request),
+                self._request(snapshot, [user], tail, now),
                 self.task,
                 top_k,
                 candidates,
+                request,
                 exclude,
                 self.on_missing,
                 self._recorder,
@@ -371,7 +376,7 @@ class Scorer:
             rows = CandidateSet.of(snapshot, candidates, self.on_missing).rows
             if rows.ndim != 1:
                 raise ValueError(f"candidates: must be of shape [C], got {rows.shape}")
-            asked = self._request(snapshot, [user], tail, now, request)
+            asked = self._request(snapshot, [user], tail, now).with_features(snapshot.model, request, len(rows))
             explanation = Explanation.of(snapshot, asked, torch.from_numpy(rows), task)
             self._recorder.add(candidates=len(rows), unknown_candidates=int((rows == UNKNOWN_ITEM).sum()))
             return explanation
@@ -387,12 +392,5 @@ class Scorer:
         finally:
             self._recorder.called(time.perf_counter() - began, failed=failed)
 
-    def _request(
-        self,
-        snapshot: ServingSnapshot,
-        users: Ids,
-        tail: Tail | None,
-        now: Any,
-        features: Mapping[str, Any] | None = None,
-    ) -> Request:
-        return read_request(snapshot, users, tail, now, features, self.on_missing, self.max_age_s, self._recorder)
+    def _request(self, snapshot: ServingSnapshot, users: Ids, tail: Tail | None, now: Any) -> Request:
+        return read_request(snapshot, users, tail, now, self.on_missing, self.max_age_s, self._recorder)

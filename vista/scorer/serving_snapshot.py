@@ -24,8 +24,10 @@ from vista.model.inference import ROW_TILE
 from vista.model.item_projections import ItemProjections
 from vista.model.padded_tail import pad_tail
 from vista.model.ranking_model import NEXT_TASK, UNKNOWN_ITEM
+from vista.model.row_feature_reader import EncodedRows
 from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
+from vista.scorer.pair_features import PairFeatures
 from vista.scorer.request import Request
 from vista.scorer.request_counters import RequestCounters
 from vista.store.reader import StoreReader
@@ -223,23 +225,52 @@ class ServingSnapshot:
     @torch.inference_mode()
     def _request_projections(self, request: Request, bucket: Tensor | None) -> Tensor | None:
         """[B, 1, 5M] what times and features of requests add to the rows of `ItemProjections.candidate`; None if the
-        model reads neither.
+        model reads neither. Features that differ between candidates are left out (`_added`).
 
         Args:
             bucket: int64 [B, 1] from `context`.
         """
         times = None if bucket is None or self._time_projections is None else self._time_projections[bucket]
-        if self.model.request_encoder is None:
+        given = request.features
+        if self.model.request_encoder is None or (given is not None and given.per_candidate):
             return times
         # Repeated requests fill the last tile.
         count = len(request)
         rows = np.arange(-(-count // ROW_TILE) * ROW_TILE) % count
-        features = None if request.features is None else request.features.select(rows)
-        vectors = inference.request_feature_vectors(self.model, features, len(rows))
-        assert vectors is not None
-        projections = self.model.target_attention.request_projection(vectors)
-        added = torch.cat([vectors, projections], -1)[:count, None]
+        added = self._feature_projections(None if given is None else given.of_users(rows), len(rows))[:count, None]
         return added if times is None else times + added
+
+    def _feature_projections(self, features: EncodedRows | None, count: int) -> Tensor:
+        """[N, 5M] what the features of N requests add to the rows of `ItemProjections.candidate`; N in whole tiles.
+
+        Args:
+            features: None if all are missing.
+            count: N.
+        """
+        vectors = inference.request_feature_vectors(self.model, features, count)
+        assert vectors is not None
+        return torch.cat([vectors, self.model.target_attention.request_projection(vectors)], -1)
+
+    def _added(
+        self, of_requests: Tensor | None, features: PairFeatures | None, users: slice, start: int, count: int
+    ) -> Tensor | None:
+        """[users, count, 5M] what requests add to `count` candidates from `start` on; [users, 1, 5M] if they add the
+        same to all; None if nothing.
+
+        Args:
+            of_requests: from `_request_projections`.
+            features: of the same B requests.
+            users: a range of them.
+            start: first candidate.
+            count: number of candidates, in whole tiles.
+        """
+        added = None if of_requests is None else of_requests[users]
+        if features is None or not features.per_candidate:
+            return added
+        rows = features.of_pairs(users, start, count)
+        projections = self._feature_projections(rows, len(rows.entry))
+        of_pairs = projections.view(-1, count, projections.shape[1])
+        return of_pairs if added is None else added + of_pairs
 
     def _user_vectors(self, context: TargetContext, bucket: Tensor | None) -> Tensor:
         gap = None if bucket is None else self.model.encoder.gap_vectors(bucket)
@@ -250,27 +281,28 @@ class ServingSnapshot:
     def _logits(
         self,
         context: TargetContext,
-        added: Tensor | None,
+        of_requests: Tensor | None,
         request: Request,
         rows: Tensor | None,
         lengths: Int,
     ) -> Iterator[tuple[Cells, Tensor]]:
-        """Ranges of users and columns, and their logits, float32 [users, columns, num_tasks]; added [B, 1, 5M] from
-        `_request_projections`."""
+        """Ranges of users and columns, and their logits, float32 [users, columns, num_tasks]; of_requests [B, 1, 5M]
+        from `_request_projections`."""
         model, table, dim = self._scoring, self.items.candidate, self.model.config.dim
         assert table is not None
         for users, columns in _parts(lengths, self._pairs_per_pass):
             some = context.select(users)
             items = _take(table, rows, users, columns).expand(len(some.tail), -1, -1)
             vectors, projections = items[..., :dim], items[..., dim:]
+            added = self._added(of_requests, request.features, users, columns.start, items.shape[1])
             dtype = some.keys[0].dtype
             if added is None:
                 projections = projections.to(dtype)
             else:
-                vectors = vectors + added[users, :, :dim]
+                vectors = vectors + added[..., :dim]
                 summed = torch.empty(projections.shape, dtype=dtype, device=model.device)
                 # Add and convert in one pass.
-                projections = torch.add(projections, added[users, :, dim:], out=summed)
+                projections = torch.add(projections, added[..., dim:], out=summed)
             if request.counters is not None:
                 user, column, place = request.counters.find(users, rows, columns)
                 if len(place):
