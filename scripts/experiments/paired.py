@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.experiments.results import defined, newest_rows
-from scripts.experiments.row_measurement import WINDOW_METRICS, per_user_file, row_folder
+from scripts.experiments.row_measurement import per_user_file, reported_metrics, row_folder
 from scripts.experiments.row_origin import RowOrigin
 from scripts.experiments.table_run import UNTRAINED_SEED, command_of
 from scripts.experiments.tables import TABLES
@@ -34,15 +34,15 @@ def paired_lines(settings: argparse.Namespace, lines: Sequence[Mapping[str, Any]
         if not seeds or not all(file.exists() for own in files.values() for file in own):
             continue
         row, reference = ([PerUserMetrics.load(file) for file in own] for own in files.values())
-        differences = Comparison.of(reference, row).differences
+        differences, reported = Comparison.of(reference, row).differences, reported_metrics(table)
         line = {
             "table": title,
             "data": table.data,
             "model": " − ".join(pair),
             "seed": seeds[0],
             "seeds": seeds,
-            "metrics": defined({name: differences[name].difference for name in WINDOW_METRICS}),
-            "errors": defined({name: differences[name].standard_error for name in WINDOW_METRICS}),
+            "metrics": defined({name: differences[name].difference for name in reported}),
+            "errors": defined({name: differences[name].standard_error for name in reported}),
             "command": command_of(settings, pair, seeds),
             "config": {"seeds": seeds, "runs": {row: own[0].parts[-3] for row, own in files.items()}},
             **RowOrigin(0.0).fields(),

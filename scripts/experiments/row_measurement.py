@@ -67,8 +67,8 @@ WINDOW_METRICS = (
     *("recall@50:new/200-events", "ndcg@50:new/200-events"),
 )
 """Metrics of a line of a table with `windows`; the file of `per_user_file` has all."""
-COLD_METRICS = (*WINDOW_METRICS, "recall@50:cold/200-events", "ndcg@50:cold/200-events")
-"""Those of a line of a table with `cold`."""
+COLD_METRICS = ("recall@50:cold/200-events", "ndcg@50:cold/200-events")
+"""More metrics of a line of a table with `cold`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +129,11 @@ def measure(
         yield _measurement(table, run.name, reports, costs, trained, folder)
 
 
+def reported_metrics(table: Table) -> tuple[str, ...]:
+    """Metrics of a line of a table with `windows`."""
+    return (*WINDOW_METRICS, *COLD_METRICS) if table.cold else WINDOW_METRICS
+
+
 def per_user_file(folder: Path, line: str, part: str) -> Path:
     """Where a line of a table with `windows` keeps the metrics per user, for paired comparisons."""
     return folder / "per-user" / f"{line}, {part}.npz"
@@ -152,7 +157,7 @@ def _measurement(
         return RowMeasurement(name, {**reports["test"].metrics, **costs}, origin)
     metrics: dict[str, float] = {}
     errors: dict[str, float] = {}
-    reported = COLD_METRICS if table.cold else WINDOW_METRICS
+    reported = reported_metrics(table)
     for part, report in reports.items():
         assert report.per_user is not None
         prefix, error = "" if part == "test" else f"{part} ", report.per_user.standard_errors()
