@@ -29,7 +29,7 @@ RUN = [
 @pytest.mark.docs
 @pytest.mark.timeout(TIME_LIMIT_S + 60)
 def test_readme(tmp_path: Path) -> None:
-    assert check_page(README, tmp_path) >= 5
+    assert check_page(README, tmp_path) >= 4
 
 
 @pytest.mark.docs
