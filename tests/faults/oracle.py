@@ -24,6 +24,7 @@ from vista.store import StoreReader, StoreWriter, Tail, UserSummaries, encode_re
 from vista.store.format.counter_layout import CounterLayout
 from vista.store.format.keys import CURSOR_KEY, MANIFEST_KEY
 from vista.store.format.record_spec import RecordSpec
+from vista.store.format.tail_column import TailColumn
 from vista.store.layout import environment_path
 from vista.store.lmdb.data_file import open_environment
 from vista.store.manifest import Manifest
@@ -31,6 +32,7 @@ from vista.store.stored_batch import StoredBatch
 
 SUMMARIZER = bytes(range(32))
 COUNTERS = CounterLayout.of(CounterSpec(keys=(4,)), [60_000])
+TAIL_COLUMNS = (TailColumn("surface", 300), TailColumn("dwell", None))
 CREATED_AT = 1_700_000_000_000
 
 
@@ -67,6 +69,7 @@ class Run:
             total_users=self.total,
             run_digest=f"log of salt {self.salt}",
             counters=COUNTERS.to_dict(),
+            tail_columns=[column.to_dict() for column in TAIL_COLUMNS],
             created_at=CREATED_AT + self.salt,
             **options,
         )
@@ -83,7 +86,13 @@ class Run:
         lengths = np.minimum((np.array(users) + self.salt) % 5, 4)
         owner = np.repeat(np.array(users), lengths)
         offsets = np.concatenate([[0], np.cumsum(lengths)])
-        return Tail(owner.astype(np.int32), owner.astype(np.int64) * 1000 + self.salt, owner.astype(np.uint8), offsets)
+        event = 4 * owner + np.arange(len(owner)) - np.repeat(offsets[:-1], lengths)
+        features = {
+            "surface": ((7 * event + self.salt) % 301 - 1).astype(np.int32),
+            "dwell": np.where(event % 3, np.sin(event), np.nan).astype(np.float32),
+        }
+        times = owner.astype(np.int64) * 1000 + self.salt
+        return Tail(owner.astype(np.int32), times, owner.astype(np.uint8), offsets, features)
 
     def counters(self, users: range) -> CounterCodes:
         """Counters: user u has (u + salt) % 5 keys, at most 4."""
@@ -197,6 +206,8 @@ def fields(batch: StoredBatch, row: int) -> tuple[Any, ...]:
         batch.tail.items[tail].tobytes(),
         batch.tail.times[tail].tobytes(),
         batch.tail.actions[tail].tobytes(),
+        batch.tail.features["surface"][tail].tobytes(),
+        batch.tail.features["dwell"][tail].tobytes(),
         int(batch.event_count[row]),
         int(batch.last_event_ts[row]),
         int(batch.created_at[row]),
@@ -214,7 +225,8 @@ def expected_batch(run: Run, spec: RecordSpec) -> StoredBatch:
     """All users of a run as a reader must return them, decoded by the reference decoder of the format."""
     if (run, spec) not in _expected:
         _, records = run.records(range(run.total), spec)
-        decoded = [decode_record_reference(record, COUNTERS) for record in records]
+        columns = {"surface": "<u2", "dwell": "<f4"}
+        decoded = [decode_record_reference(record, COUNTERS, columns) for record in records]
         counted = [one["counters"][0] for one in decoded]
         lengths = [len(one["items"]) for one in decoded]
         _expected[run, spec] = StoredBatch(
@@ -225,6 +237,10 @@ def expected_batch(run: Run, spec: RecordSpec) -> StoredBatch:
                 np.concatenate([one["times"] for one in decoded]),
                 np.concatenate([one["actions"] for one in decoded]),
                 np.concatenate([[0], np.cumsum(lengths)]),
+                {
+                    "surface": np.concatenate([one["surface"].astype(np.int32) - 1 for one in decoded]),
+                    "dwell": np.concatenate([one["dwell"] for one in decoded]),
+                },
             ),
             event_count=np.array([one["event_count"] for one in decoded]),
             last_event_ts=np.array([one["last_event_ts"] for one in decoded]),

@@ -98,6 +98,7 @@ MANIFEST_FIELDS: dict[str, Callable[[Trial], Any]] = {
     "counters": lambda trial: trial.random.choice([None, COUNTERS.to_dict() | {"key_bytes": [3]}]),
     "generation": lambda trial: trial.random.randrange(2, 9),
     "format_version": lambda trial: trial.random.choice([0, 1, 9]),
+    "tail_columns": lambda trial: trial.random.choice([[], [{"name": "surface", "size": 3}]]),
 }
 
 
