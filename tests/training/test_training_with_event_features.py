@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -165,7 +166,7 @@ def test_downstream_models_keep_the_features_of_their_base(
         "data__validation_from": str(times[int(0.6 * len(times))]),
         "data__test_from": str(times[int(0.8 * len(times))]),
     }
-    config = feature_config(log, tmp_path / "base", **split, model__tail_features=["dwell"], optim__epochs=1)
+    config = feature_config(log, tmp_path / "base", **split, model__tail_features=["surface"], optim__epochs=1)
     base = train(config, log)
     assert isinstance(base, VistaModel)
     refresh(base, log, tmp_path / "store", until=int(times[int(0.3 * len(times))]))
@@ -180,15 +181,19 @@ def test_downstream_models_keep_the_features_of_their_base(
     )
     model = train(later, log)
     assert isinstance(model, VistaModel)
-    assert model.config.tail_features == ["dwell"] and model.schema.tail_sizes == {"dwell": None}
+    assert model.config.tail_features == ["surface"] and model.schema.tail_sizes == {"surface": 3}
     assert model.summarizer_id() == base.summarizer_id()
     with Scorer.open(model, tmp_path / "store") as scorer:  # which holds one column per event of a tail
         assert scorer.score([100, 101], [0, 10], now=int(times[-1])).shape == (2, 2)
-    with pytest.raises(ConfigError, match=r"model.tail_features \(\['dwell'\] -> \['surface'\]\)"):
-        train(replace(later, model=replace(config.model, tail_features=["surface"]), run_dir=str(tmp_path / "x")), log)
+    with pytest.raises(ConfigError, match=r"model.tail_features \(\['surface'\] -> \['dwell'\]\)"):
+        train(replace(later, model=replace(config.model, tail_features=["dwell"]), run_dir=str(tmp_path / "x")), log)
     capsys.readouterr()
-    assert main(["store", "get", f"store={tmp_path / 'store'}", "user=115"]) == 0
-    assert "events, oldest first (item, time, action code, dwell)" in capsys.readouterr().out
+    words = ["store", "get", f"store={tmp_path / 'store'}", "user=115"]
+    for more, shown in (([], "0|1|2|-1"), ([f"model={tmp_path / 'base' / 'best'}"], "app|tv|web|None")):
+        assert main([*words, *more]) == 0
+        head, *events = capsys.readouterr().out.partition("  tail:")[2].splitlines()
+        assert "events, oldest first (item, time, action code, surface)" in head
+        assert events and all(re.search(rf"  ({shown})$", event) for event in events)
 
 
 def test_a_run_resumes_bit_identically(log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from vista.errors import ConfigError, StoreError, UnknownUserError
 from vista.log.deletions import erase_users, rows_to_erase
 from vista.log.event_log import EventLog
 from vista.log.gaps import LATEST_MS, NO_TIMESTAMP, YEAR_1971_MS
+from vista.log.row_features import RowFeatures
 from vista.log.vocabulary import ids_of_words
 from vista.model.vista_model import VistaModel
 from vista.store.admin.copying import copy_generation
@@ -180,9 +181,10 @@ def _record_text(user: int | str, raw: RawRecords, reader: GenerationReader, mod
     summary = decode_rows(raw, reader.spec)[0]
     norms = np.linalg.norm(summary.astype(np.float64), axis=1)
     items: list[Any] = [f"row {row}" for row in raw.tail.items.tolist()]
+    features = raw.tail.features
     if model is not None:
-        items = _item_ids(model, raw, reader)
-    features = "".join(f", {name}" for name in raw.tail.features)
+        items, features = _named(model, raw, reader)
+    names = ", ".join(["item", "time", "action code", *features])
     fields = {
         "generation": f"{header['generation']}, until {manifest.until or 'the end of the log'}",
         "summarizer": bytes(header["summarizer_id"]).hex(),
@@ -196,11 +198,11 @@ def _record_text(user: int | str, raw: RawRecords, reader: GenerationReader, mod
         "norms of rows": " ".join(f"{norm:.3f}" for norm in norms.tolist()) or "none",
         **({"features": _features(raw)} if raw.features else {}),
         **({"counted keys": _counted(raw)} if raw.counters else {}),
-        "tail": f"{len(items)} events, oldest first (item, time, action code{features})",
+        "tail": f"{len(items)} events, oldest first ({names})",
     }
     lines = [f"user {user!r}", *(f"  {name + ':':<19}{value}" for name, value in fields.items())]
     times = map(_time, raw.tail.times.tolist())
-    columns = [items, times, raw.tail.actions.tolist(), *(column.tolist() for column in raw.tail.features.values())]
+    columns = [items, times, raw.tail.actions.tolist(), *(column.tolist() for column in features.values())]
     return "\n".join([*lines, *("    " + "  ".join(map(str, event)) for event in zip(*columns, strict=True))])
 
 
@@ -214,7 +216,8 @@ def _counted(raw: RawRecords) -> str:
     return ", ".join(f"{len(one.key)} ({field})" for field, one in zip(spec.fields, raw.counters, strict=True))
 
 
-def _item_ids(folder: str, raw: RawRecords, reader: GenerationReader) -> list[Any]:
+def _named(folder: str, raw: RawRecords, reader: GenerationReader) -> tuple[list[Any], Mapping[str, Any]]:
+    """Ids of the items of a tail, and the values of its features instead of the model's codes."""
     model = VistaModel.from_pretrained(folder)
     if model.summarizer_id() != reader.spec.summarizer_id:
         raise ConfigError(
@@ -223,7 +226,9 @@ def _item_ids(folder: str, raw: RawRecords, reader: GenerationReader) -> list[An
         )
     rows = raw.tail.items
     ids = model.items.ids(np.maximum(rows, 1) - 1).tolist() if len(rows) else []
-    return [item if row else "unknown" for row, item in zip(rows.tolist(), ids, strict=True)]
+    items = [item if row else "unknown" for row, item in zip(rows.tolist(), ids, strict=True)]
+    events = model.event_features
+    return items, {} if events is None else RowFeatures(raw.tail.features).named(events.values)
 
 
 def _time(time_ms: int) -> str:
