@@ -27,7 +27,7 @@ from vista.log.histories import Histories, ranges
 from vista.log.row_features import RowFeatures
 from vista.log.vocabulary import Vocabulary
 from vista.model.padded_tail import PaddedTail, pad_tail
-from vista.model.row_feature_reader import RowFeatureReader
+from vista.model.row_feature_reader import EncodedRows, RowFeatureReader
 from vista.model.schema import Schema
 from vista.model.vista_model import VistaModel
 
@@ -44,6 +44,7 @@ def model(
     rating_range: tuple[float, float] | None = (1.0, 5.0),
     request_features: bool = False,
     num_tail_features: int | None = None,
+    user_features: bool = False,
     **config: Any,
 ) -> VistaModel:
     """A model in eval mode in which every parameter matters: noise keeps biases and the like from being 0.
@@ -62,6 +63,7 @@ def model(
             event_features=[] if num_tail_features is None else READER.columns,
             num_tail_features=num_tail_features or 0,
             request_features=READER.columns if request_features else [],
+            user_features=READER.columns if user_features else [],
         ),
         Vocabulary.from_ids(np.arange(num_items) + 100),
         DataConfig(),
@@ -71,11 +73,12 @@ def model(
             parameter.add_(torch.randn_like(parameter) * 0.1)
     built.event_features = None if num_tail_features is None else READER
     built.request_features = READER if request_features else None
+    built.user_features = READER if user_features else None
     return built.eval()
 
 
 def drawn_features(count: int, seed: int = 0) -> RowFeatures:
-    """Features of requests or events, a quarter of them missing."""
+    """Features of requests, events, or users, a quarter of them missing."""
     rng = np.random.default_rng([seed, 2])
     hour = np.where(rng.random(count) < 0.25, np.nan, rng.integers(0, 24, count))
     return RowFeatures({"device": rng.integers(-1, 3, count).astype(np.int32), "hour": hour.astype(np.float32)})
@@ -84,7 +87,7 @@ def drawn_features(count: int, seed: int = 0) -> RowFeatures:
 READER = RowFeatureReader.of(
     drawn_features(100), {"device": Vocabulary.from_ids(["desktop", "phone", "tv"]), "hour": None}
 )
-"""How the models of this module read features of events and of requests."""
+"""How the models of this module read features of events, of requests, and of users."""
 
 
 def histories(lengths: list[int], seed: int = 0, *, num_items: int = NUM_ITEMS, days: float = 30.0) -> Histories:
@@ -103,6 +106,12 @@ def histories(lengths: list[int], seed: int = 0, *, num_items: int = NUM_ITEMS, 
         offsets,
         drawn_features(total, seed),
     )
+
+
+def users(packed: Histories) -> EncodedRows:
+    """Features of the users of histories. Users with as many events have the same, also if they are alone."""
+    features = drawn_features(32, 9).select(packed.lengths % 32)
+    return READER.encode(features, packed.num_users)
 
 
 def chunks(
@@ -133,7 +142,7 @@ def chunks(
     last = packed.timestamp[np.maximum(before, 0)] if packed.num_events else np.zeros(len(owner), np.int64)
     time = last + rng.integers(0, 48 * HOUR, len(owner))
     features = [READER.encode(drawn_features(len(owner), seed), len(owner)), READER.missing(1)]
-    of_events = READER.encode(packed.features, packed.num_events)
+    of_events, of_users = READER.encode(packed.features, packed.num_events), users(packed).select(user)
     rest = packed.offsets[1:][user] - offsets[:-1]
     index = ranges(offsets[:-1], rest)
     item = packed.item.astype(np.int64)
@@ -163,6 +172,8 @@ def chunks(
         else ChunkCounters(HistoryCounters(spec, item, packed.timestamp, packed.offsets), user, start, None),
         entry=of_events.entry,
         dense=of_events.dense,
+        user_entry=np.concatenate([of_users.entry, READER.missing(1).entry]),
+        user_dense=np.concatenate([of_users.dense, READER.missing(1).dense]),
     )
     return made, time
 
@@ -293,5 +304,6 @@ def make() -> SimpleNamespace:
         tail=tail,
         requests=lambda count: READER.encode(drawn_features(count), count),
         request_reader=READER,
+        users=users,
         num_items=NUM_ITEMS,
     )

@@ -24,6 +24,7 @@ from vista.model.baselines.din import DIN
 from vista.model.baselines.search_model import newest_of_highest
 from vista.model.baselines.sim import SIM
 from vista.model.baselines.twin import TWIN
+from vista.model.inference import user_feature_vectors
 from vista.model.registry import ARCHITECTURES, load_model
 from vista.model.row_feature_reader import EncodedRows
 from vista.model.schema import Schema
@@ -45,7 +46,7 @@ def baseline(
     embedding_rows: int = 0,
     features: bool = False,
 ) -> CandidateModel:
-    """A small float64 model in which every parameter matters, with features of events and requests if `features`."""
+    """A small float64 model in which every parameter matters, with features of all kinds of rows if `features`."""
     torch.manual_seed(1)
     limit = limit or (6 if name == "din" else 0)
     config = ModelConfig(
@@ -70,6 +71,7 @@ def baseline(
         has_retrieval=False,
         event_features=columns,
         request_features=columns,
+        user_features=columns,
     )
     model = ARCHITECTURES[config.architecture](config, schema, items, DataConfig()).double().eval()
     assert isinstance(model, CandidateModel)
@@ -78,7 +80,7 @@ def baseline(
             parameter.add_(torch.randn_like(parameter) * 0.1)
         if isinstance(model, SIM) and model.category is not None:
             model.category.copy_(torch.randint(0, 4, model.category.shape))
-    model.event_features = model.request_features = make.request_reader if features else None
+    model.event_features = model.request_features = model.user_features = make.request_reader if features else None
     return model
 
 
@@ -302,11 +304,13 @@ def test_training_at_a_position_is_a_request_after_its_events(make: SimpleNamesp
         before = packed.slice(int(owner), 0, int(seen))
         item = torch.from_numpy(chunks.impressions.item[None, n : n + 1])
         features = EncodedRows(chunks.impressions.entry[[n]], chunks.impressions.dense[[n]])
-        logits.append(model.candidate_logits(before, item, shown_at[n : n + 1], features=features)[0, 0])
+        now, user = shown_at[n : n + 1], make.users(packed).select([owner])
+        logits.append(model.candidate_logits(before, item, now, features=features, users=user)[0, 0])
         if isinstance(model, SIM) and model.category is None:
-            asked = model.vectors_of_requests(before, shown_at[n : n + 1], features)
-            assert asked is not None
-            search.append(sim_search_by_event(model, before, item_of(model, int(item[0, 0])) + 4 * asked[0]))
+            asked, own = model.vectors_of_requests(before, now, features), user_feature_vectors(model, user, 1)
+            assert asked is not None and own is not None
+            query = item_of(model, int(item[0, 0])) + 4 * (asked[0] + own[0])
+            search.append(sim_search_by_event(model, before, query))
 
     def means(each: list[Tensor]) -> Tensor:
         label, mask = torch.from_numpy(chunks.impressions.label), torch.from_numpy(chunks.impressions.mask)

@@ -43,7 +43,7 @@ def baseline(
     tasks: tuple[str, ...] = ("click", "like"),
     features: bool = False,
 ) -> SequenceModel:
-    """A small float64 model in which every parameter matters, with features of events and requests if `features`."""
+    """A small float64 model in which every parameter matters, with features of all kinds of rows if `features`."""
     torch.manual_seed(1)
     config = ModelConfig(
         architecture=Architecture(name), dim=16, num_heads=2, history_limit=LIMIT, tail_len=5, dropout=0.0
@@ -51,14 +51,20 @@ def baseline(
     items = Vocabulary.from_ids(np.arange(make.num_items) + 100)
     columns = make.request_reader.columns if features else []
     schema = Schema(
-        ["view", "click", "buy"], has_time, (1.0, 5.0), list(tasks), event_features=columns, request_features=columns
+        ["view", "click", "buy"],
+        has_time,
+        (1.0, 5.0),
+        list(tasks),
+        event_features=columns,
+        request_features=columns,
+        user_features=columns,
     )
     model = ARCHITECTURES[config.architecture](config, schema, items, DataConfig()).double().eval()
     assert isinstance(model, SequenceModel)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.event_features = model.request_features = make.request_reader if features else None
+    model.event_features = model.request_features = model.user_features = make.request_reader if features else None
     return model
 
 
@@ -269,13 +275,14 @@ def test_training_at_a_position_is_a_request_after_its_events(
     asked = replace(packed, item=np.where(known, packed.item, 0))
     trained = model.losses(batch, model.item_table[batch.rows], OptimConfig(next_weight=1.0, window_weight=1.0))
 
-    items = F.normalize(model.item_table[1:], dim=-1)
+    items, own = F.normalize(model.item_table[1:], dim=-1), make.users(packed)
     losses = []
     for user in range(packed.num_users):
         for seen in range(int(packed.lengths[user])):
             before = asked.slice(user, 0, seen)
             label = packed.slice(user, seen, seen + 1)
-            scores = items @ model.user_vectors(before, label.timestamp)[0] / model.config.softmax_temperature
+            users = model.user_vectors(before, label.timestamp, own.select([user]))
+            scores = items @ users[0] / model.config.softmax_temperature
             losses.append(F.cross_entropy(scores[None], torch.from_numpy(label.item.astype(np.int64)) - 1))
     torch.testing.assert_close(trained.parts["next"], torch.stack(losses).mean())
 
@@ -283,7 +290,7 @@ def test_training_at_a_position_is_a_request_after_its_events(
     for event in make.anchor_predictions(chunks, plan, 5).number:
         user = int(np.searchsorted(packed.offsets, event, side="right")) - 1
         seen = int(event - packed.offsets[user])
-        users = model.user_vectors(asked.slice(user, 0, seen), packed.timestamp[[event]])
+        users = model.user_vectors(asked.slice(user, 0, seen), packed.timestamp[[event]], own.select([user]))
         window = np.unique(packed.slice(user, seen, seen + 6).item).astype(np.int64)
         shares = torch.log_softmax(items @ users[0] / model.config.softmax_temperature, 0)
         losses.append(-shares[torch.from_numpy(window) - 1].sum())
@@ -295,7 +302,8 @@ def test_training_at_a_position_is_a_request_after_its_events(
         before = asked.slice(int(owner), 0, int(seen))
         item = torch.from_numpy(chunks.impressions.item[None, n : n + 1])
         features = EncodedRows(chunks.impressions.entry[[n]], chunks.impressions.dense[[n]])
-        logits = model.candidate_logits(before, item, shown_at[n : n + 1], features=features)[0, 0]
+        now, user = shown_at[n : n + 1], own.select([owner])
+        logits = model.candidate_logits(before, item, now, features=features, users=user)[0, 0]
         for index, task in enumerate(model.schema.tasks):
             if chunks.impressions.mask[n, index]:
                 label = torch.tensor(chunks.impressions.label[n, index]).double()

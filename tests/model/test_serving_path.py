@@ -62,6 +62,16 @@ SHAPES = {
     "event features": {"num_tail_features": 2},
     "event features, one in the tail": {"num_tail_features": 1, "decay": Decay.time, "decay_horizons": [0.0, 3.0]},
     "event features, none in the tail": {"num_tail_features": 0, "mixing": Mixing.bidirectional},
+    "user features": {"user_features": True},
+    "user features, bidirectional": {"user_features": True, "mixing": Mixing.bidirectional, "has_time": False},
+    "user features, no summary": {"user_features": True, "num_seeds": 0},
+    "user features, quasi-linear": {"user_features": True, "target_attention": TargetAttentionKind.quasi_linear},
+    "user features, softmax": {
+        "user_features": True,
+        "request_features": True,
+        "mean_token": True,
+        "target_attention": TargetAttentionKind.softmax,
+    },
     "no phi, bidirectional": {"activation": Activation.identity, "mixing": Mixing.bidirectional, "num_layers": 3},
 }
 SOME_SHAPES = [
@@ -74,6 +84,7 @@ SOME_SHAPES = [
     "mean token",
     "request features",
     "event features",
+    "user features",
 ]
 LENGTHS = [0, 1, 2, 23, 7, 0, 12]
 """Events per user: empty histories, some shorter than the tail, some longer."""
@@ -96,9 +107,14 @@ def serve(
     tail: PaddedTail,
     candidates: np.ndarray,
     features: EncodedRows | None = None,
+    own: EncodedRows | None = None,
 ) -> Answers:
-    """Requests of the users of `packed`, one day after the tail's newest event, for candidates [B, C]."""
-    context = inference.request_context(model, inference.summarize(model, packed), tail)
+    """Requests of the users of `packed`, one day after the tail's newest event, for candidates [B, C].
+
+    Args:
+        features: of the requests; own: of the users.
+    """
+    context = inference.request_context(model, inference.summarize(model, packed), tail, users=own)
     now = tail.last_time + DAY
     users = inference.user_vectors(model, context, inference.request_gap(model, now, tail))
     asked = inference.request_vectors(model, now, tail, features)
@@ -122,7 +138,8 @@ def served_context(
     # A summary leaves out as many newest events, of any kind.
     whole = np.append(np.arange(covered), np.zeros(model.config.summary_lag, np.int64))
     summary = inference.summarize(model, history.at(whole, np.array([0, len(whole)])))
-    return inference.request_context(model, summary, tail), tail
+    own = make.users(packed).select(np.array([owner]))
+    return inference.request_context(model, summary, tail, users=own), tail
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -177,11 +194,11 @@ def test_a_batch_equals_users_one_at_a_time(make: SimpleNamespace, shape: str) -
     model = make.model(seed=4, **SHAPES[shape])
     packed = make.histories(LENGTHS, 6)
     candidates = np.random.default_rng(0).integers(0, make.num_items + 1, (len(LENGTHS), 6))
-    features = make.requests(len(LENGTHS))
-    together = serve(model, packed, make.tail(model, packed), candidates, features)
+    features, users = make.requests(len(LENGTHS)), make.users(packed)
+    together = serve(model, packed, make.tail(model, packed), candidates, features, users)
     for row in range(len(LENGTHS)):
         own, some = packed.select_users(row, row + 1), slice(row, row + 1)
-        alone = serve(model, own, make.tail(model, own), candidates[some], features.select(some))
+        alone = serve(model, own, make.tail(model, own), candidates[some], features.select(some), users.select(some))
         torch.testing.assert_close(together.users[row], alone.users[0], atol=2e-6, rtol=1e-5)
         torch.testing.assert_close(together.logits[row], alone.logits[0], atol=5e-6, rtol=1e-5)
 

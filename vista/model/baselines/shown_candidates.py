@@ -50,9 +50,7 @@ def seen_in_chunk(batch: Batch, window: Tensor, position: Tensor) -> tuple[Tenso
     # The tail's last W columns are the events before each position of its window.
     last = tail_index[window, tail_index.shape[1] - batch.labels.item.shape[1] + position]
     seen = torch.where(last >= 0, last + 1 - chunk_start, 0)
-    # Chunks without events share a start. Any of them will do, but the last chunk must not be exceeded.
-    chunk = torch.searchsorted(batch.events.offsets, chunk_start, right=True) - 1
-    return chunk.clamp(max=len(batch.events.offsets) - 2), seen
+    return batch.windows.chunk[window], seen
 
 
 def in_place(logits: Tensor, place: Tensor, batch: Batch) -> Tensor:
