@@ -195,7 +195,7 @@ def test_a_log_with_other_event_features(
     with pytest.raises(ConfigError, match=r"the feature 'dwell' is a category, but a number to the model; prepare"):
         refresh(model, other, tmp_path / "store")
     refresh(model, plain, tmp_path / "store")
-    assert "lacks the event features surface, dwell, so the model takes them as missing" in caplog.text
+    assert "lacks the features surface of events, dwell of events, so the model takes them as missing" in caplog.text
     with StoreReader.open(tmp_path / "store") as store:
         tail = store.get_many([1, 2]).tail
     assert (tail.features["surface"] == -1).all() and np.isnan(tail.features["dwell"]).all() and len(tail.items) == 8

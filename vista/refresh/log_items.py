@@ -26,7 +26,7 @@ def check_log(model: RankingModel, log: EventLog) -> None:
 
     Raises:
         ConfigError: the log's action codes differ from the model's, the model reads times and the log has none, or a
-            feature of events or requests is a category to one and a number to the other.
+            feature of events, requests, or users is a category to one and a number to the other.
     """
     known = model.schema.actions
     if model.encoder.action is not None and log.actions != known[: len(log.actions)]:
@@ -38,7 +38,12 @@ def check_log(model: RankingModel, log: EventLog) -> None:
     reads_times = config.use_time or config.decay is Decay.time or config.counters
     if model.schema.has_time and not log.has_time and reads_times:
         raise ConfigError(f"{log.path}: has no times, which this model reads; train a model on this log")
-    for reader, values in ((model.event_features, log.event_features), (model.request_features, log.request_features)):
+    readers = (
+        (model.event_features, log.event_features),
+        (model.request_features, log.request_features),
+        (model.user_features, {} if model.user_features is None else log.user_features.values),
+    )
+    for reader, values in readers:
         for name, own in {} if reader is None else reader.values.items():
             if name in values and (own is None) != (values[name] is None):
                 kinds = ("a category", "a number")
@@ -74,10 +79,12 @@ class LogItems:
                 known,
                 log.num_items,
             )
-        lacking = [one.name for one in model.schema.event_features if one.name not in log.event_features]
+        of_events, of_users = model.schema.event_features, model.schema.user_features
+        lacking = [f"{one.name} of events" for one in of_events if one.name not in log.event_features]
+        lacking += [f"{one.name} of users" for one in of_users if one.name not in log.user_features.values]
         if lacking:
             logger.warning(
-                "%s: lacks the event features %s, so the model takes them as missing", log.path, ", ".join(lacking)
+                "%s: lacks the features %s, so the model takes them as missing", log.path, ", ".join(lacking)
             )
         return cls(rows, item_keys(ids), model.event_recoder(log.event_features))
 
