@@ -309,7 +309,7 @@ def test_training_at_a_position_is_a_request_after_its_events(make: SimpleNamesp
         if isinstance(model, SIM) and model.category is None:
             asked, own = model.vectors_of_requests(before, now, features), user_feature_vectors(model, user, 1)
             assert asked is not None and own is not None
-            query = item_of(model, int(item[0, 0])) + 4 * (asked[0] + own[0])
+            query = item_of(model, int(item[0, 0])) + 4 * (asked[0, 0] + own[0])
             search.append(sim_search_by_event(model, before, query))
 
     def means(each: list[Tensor]) -> Tensor:

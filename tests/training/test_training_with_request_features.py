@@ -13,10 +13,10 @@ import torch
 from tests.conftest import DAY, small_config, small_frame
 from vista.config import EvaluateConfig, SourceColumns, TrainConfig
 from vista.config.choices import Architecture, Codec, InitFreeze, Split, Stage
-from vista.evaluation.cases import impression_cases, request_starts
+from vista.evaluation.cases import ImpressionCases, impression_cases, request_starts
 from vista.evaluation.evaluate import evaluate_model, evaluate_scorer
+from vista.evaluation.raw_history import RawHistoryAnswers
 from vista.log.event_log import EventLog
-from vista.log.row_features import RowFeatures
 from vista.log.splits import split_until
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.inference import request_feature_vectors
@@ -103,6 +103,15 @@ def config_of(log: EventLog, run_dir: Path, **changes: Any) -> TrainConfig:
     return small_config(log, run_dir, **(split | changes))
 
 
+def only(cases: ImpressionCases, n: int) -> ImpressionCases:
+    """One of the impressions, with no other of its request."""
+    each = ("user", "seen", "item", "timestamp", "label", "mask")
+    probability = None if cases.probability is None else cases.probability[n : n + 1]
+    features = cases.features.select(slice(n, n + 1))
+    parts = {name: getattr(cases, name)[n : n + 1] for name in each}
+    return replace(cases, **parts, probability=probability, features=features)
+
+
 @pytest.mark.parametrize("architecture", Architecture)
 def test_every_model_learns_features_of_requests(log: EventLog, tmp_path: Path, architecture: Architecture) -> None:
     limit = 0 if architecture in (Architecture.vista, Architecture.sim, Architecture.twin) else 8
@@ -122,6 +131,11 @@ def test_every_model_learns_features_of_requests(log: EventLog, tmp_path: Path, 
         loaded = load_model(tmp_path / "run" / "best")
         assert isinstance(loaded, HistoryModel)
         assert evaluate_model(loaded, log, asked).metrics == before
+        rows = model.rows_of(log.items)
+        cases, answers = impression_cases(log, 0, None), RawHistoryAnswers(model, log, rows, events_per_batch=300)
+        together = answers.probabilities(cases)
+        for n in range(0, len(cases.user), 37):
+            np.testing.assert_allclose(answers.probabilities(only(cases, n))[0], together[n], atol=1e-6)
         with torch.no_grad():
             model.request_encoder.values.mul_(-1)
         assert evaluate_model(model, log, asked).metrics["ne/click"] != before["ne/click"]
@@ -184,19 +198,13 @@ def test_numbers_are_measured_on_the_impressions_of_training(log: EventLog, fram
         assert (request_columns(other, config, None) == expected) == (name == "hidden")
 
 
-def test_requests_are_told_apart_by_their_features(log: EventLog) -> None:
+def test_what_a_user_was_shown_at_one_time_is_one_request(log: EventLog) -> None:
     cases = impression_cases(log, 0, None)
+    keys = list(zip(cases.user.tolist(), cases.timestamp.tolist(), strict=True))
     starts = request_starts(cases)
-    device, hour = (cases.features.columns[name].tolist() for name in ("device", "hour"))
-    keys = [
-        (user, time, kind, str(number))
-        for user, time, kind, number in zip(cases.user, cases.timestamp, device, hour, strict=True)
-    ]
-    expected = [n for n, key in enumerate(keys) if n == 0 or key != keys[n - 1]]
-    assert starts.tolist() == expected
-    by_time = request_starts(replace(cases, features=RowFeatures({})))
-    missing = request_starts(replace(cases, features=RowFeatures({"hour": np.full(len(hour), np.nan, np.float32)})))
-    assert by_time.tolist() == missing.tolist() and len(by_time) < len(starts)
+    assert starts.tolist() == [n for n, key in enumerate(keys) if n == 0 or key != keys[n - 1]]
+    device = cases.features.columns["device"]
+    assert (device[starts[starts < len(device) - 1]] != device[starts[starts < len(device) - 1] + 1]).any()
 
 
 def test_downstream_models_have_their_own(log: EventLog, tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ class ImpressionCases:
     """[N, num_tasks] true probabilities of a simulated log."""
     tasks: list[str]
     features: RowFeatures
-    """Of the requests, N rows with the log's codes."""
+    """Of the requests and their candidates, N rows with the log's codes."""
 
 
 def next_item_cases(
@@ -120,15 +120,9 @@ def impression_cases(log: EventLog, begin: int, end: int | None, *, max_cases: i
 
 
 def request_starts(cases: ImpressionCases) -> Int:
-    """int64 [R]: the first impression of each request, which is what a user was shown at one time.
-
-    Impressions whose requests have other features are another request.
-    """
+    """int64 [R]: the first impression of each request, which is what a user was shown at one time."""
     starts = np.ones(len(cases.user), np.bool_)
     starts[1:] = (np.diff(cases.user) != 0) | (np.diff(cases.timestamp) != 0)
-    for column in cases.features.columns.values():
-        bits = column.view(np.int32) if column.dtype.kind == "f" else column  # missing numbers are equal too
-        starts[1:] |= bits[1:] != bits[:-1]
     return np.flatnonzero(starts)
 
 

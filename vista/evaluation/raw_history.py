@@ -75,7 +75,8 @@ class RawHistoryAnswers:
             index = np.minimum(first[:, None] + np.arange(width), len(cases.user) - 1)
             candidates = torch.from_numpy(self._item_rows[cases.item[index]]).to(self._model.device)
             histories = self.histories(cases.user[first], cases.seen[first])
-            features = self._encode_requests(cases.features.select(first), len(first))
+            features = self._encode_requests(cases.features.select(index.ravel()), index.size)
+            features = None if features is None else features.reshape(*index.shape)
             logits = self._model.candidate_logits(
                 histories,
                 candidates,

@@ -58,17 +58,29 @@ class ScorerAnswers:
                 (log.items.ids(cases.item[shown]), offsets - offsets[0]),
                 tail=self._fresh_tail(user, cases.seen[first], now),
                 now=now,
-                request=self._request(cases.features.select(first)),
+                request=self._request(cases.features.select(shown), offsets - offsets[0]),
             )
             for index, task in enumerate(cases.tasks):
                 out[shown, index] = predicted[task]
         return out
 
-    def _request(self, features: RowFeatures) -> dict[str, Any]:
-        """What a caller passes of features of n requests: the columns that the model reads."""
+    def _request(self, features: RowFeatures, offsets: Int) -> dict[str, Any]:
+        """What a caller passes of features of requests: the columns that the model reads.
+
+        A column has one value per request if no request has several, and otherwise one per impression.
+
+        Args:
+            features: of the impressions.
+            offsets: int64 [n + 1], the impressions of n requests.
+        """
         read = {column.name for column in self._scorer.model.schema.request_features}
-        named = features.named(self._log.request_features)
-        return {name: values for name, values in named.items() if name in read}
+        first, request = np.repeat(offsets[:-1], np.diff(offsets)), {}
+        for name, values in features.named(self._log.request_features).items():
+            bits = features.columns[name].view(np.int32)  # missing numbers are equal too
+            if name in read:
+                is_shared = np.array_equal(bits, bits[first])
+                request[name] = values[offsets[:-1]] if is_shared else (values, offsets)
+        return request
 
     def _fresh_tail(self, user: Int, seen: Int, label_time: Int | None) -> Tail | None:
         """The newest events before each label that its record does not cover, with the log's ids; None without any.

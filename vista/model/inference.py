@@ -151,7 +151,7 @@ def request_vectors(
 
 
 def request_feature_vectors(model: RankingModel, features: EncodedRows | None, num_requests: int) -> Tensor | None:
-    """[B, M] vectors of the features of B requests; None for a model that reads none.
+    """[B, M] vectors of the features of B requests, or [B, C, M] of rows [B, C]; None for a model that reads none.
 
     Args:
         features: None if all are missing.

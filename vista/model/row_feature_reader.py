@@ -39,6 +39,12 @@ class EncodedRows:
         """Some of the rows, or all of them in another order."""
         return EncodedRows(self.entry[rows], self.dense[rows])
 
+    def reshape(self, *shape: int) -> EncodedRows:
+        """The rows with other leading axes instead of N."""
+        return EncodedRows(
+            self.entry.reshape(*shape, self.entry.shape[-1]), self.dense.reshape(*shape, self.dense.shape[-1])
+        )
+
 
 class RowFeatureReader:
     """The columns that a model reads, and the values that it knows.

@@ -163,7 +163,7 @@ class CandidateModel(HistoryModel):
         vectors, requests = self.item_vectors(candidates), self.vectors_of_requests(histories, now, features)
         user = user_feature_vectors(self, users, histories.num_users)
         vectors = vectors if user is None else vectors + user[:, None]
-        vectors = (vectors if requests is None else vectors + requests[:, None]) * self.scale
+        vectors = (vectors if requests is None else vectors + requests) * self.scale
         count = candidates.shape[1]
         history = torch.arange(histories.num_users, device=self.device).repeat_interleave(count)
         seen = events.offsets.diff().repeat_interleave(count)

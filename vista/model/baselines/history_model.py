@@ -58,7 +58,7 @@ class HistoryModel(RankingModel):
         Args:
             histories: as in `user_vectors`, like `now` and `users`.
             codes: uint8 [B, C, F] the users' counters of the candidates; None without counters.
-            features: of the B requests; None if all are missing.
+            features: rows [B] of the requests, or [B, C] of their candidates; None if all are missing.
         """
         raise NotImplementedError
 
@@ -73,15 +73,18 @@ class HistoryModel(RankingModel):
         return self.encoder.gap_vectors(self._tensor(bucket))
 
     def vectors_of_requests(self, histories: Histories, now: Int | None, features: EncodedRows | None) -> Tensor | None:
-        """[B, M] vectors of requests, which are added to their candidates; None if the model reads nothing of them.
+        """[B, 1, M] or [B, C, M] vectors of requests, which are added to their candidates; None if the model reads
+        nothing of them.
 
         Arguments are those of `candidate_logits`.
         """
         gap = self.request_gap(histories, now)
+        gap = None if gap is None else gap[:, None]
         of_features = request_feature_vectors(self, features, histories.num_users)
-        if gap is None or of_features is None:
-            return of_features if gap is None else gap
-        return gap + of_features
+        if of_features is None:
+            return gap
+        of_features = of_features[:, None] if of_features.dim() == 2 else of_features
+        return of_features if gap is None else gap + of_features
 
     def vectors_of_users(self, batch: Batch) -> Tensor | None:
         """[B, M] features of the users of a batch's chunks, which are added to every token; None without them."""

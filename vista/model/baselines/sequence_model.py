@@ -266,7 +266,7 @@ class SequenceModel(HistoryModel):
         for tile in tiles(events.offsets, self.device, self.tile_tokens):
             states, memory = self._encode(events, tile)
             vectors = self.item_vectors(candidates[tile.rows])
-            vectors = vectors if requests is None else vectors + requests[tile.rows, None]
+            vectors = vectors if requests is None else vectors + requests[tile.rows]
             vectors = vectors if events.user is None else vectors + events.user[tile.rows, None]
             if self.candidate_counters is not None and codes is not None:
                 vectors = vectors + self.candidate_counters(codes[tile.rows])
