@@ -106,7 +106,7 @@ def test_impressions_are_refused(tmp_path: Path) -> None:
     log = gap_log(tmp_path / "log", 0, impressions=shown, columns=SourceColumns(labels=["click"]))
     config = gap_config(log, tmp_path)
     with pytest.raises(
-        ConfigError, match=r"data\.gap_minutes=180: impressions would be asked with the events of the gap"
+        ConfigError, match=r"data\.gap_minutes=180: impressions would be scored with events from the gap"
     ):
         schema_of(log, config)
     assert schema_of(log, replace(config, optim=replace(config.optim, task_weight=0.0))).tasks == []

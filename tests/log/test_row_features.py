@@ -102,7 +102,7 @@ def _twice(segment: Path) -> None:
         (lambda segment: replace_array(segment, "event_features/0.codes.npy", np.zeros(4, np.int64)), "of int8"),
         (lambda segment: replace_array(segment, "event_features/0.codes.npy", np.zeros(3, np.int8)), "has 3 rows, but"),
         (lambda segment: replace_array(segment, "event_features/1.numbers.npy", np.zeros(4)), "instead of float32"),
-        (_twice, "two columns of event_features have one name"),
+        (_twice, "column names of event_features must be unique"),
     ],
 )
 def test_contradictions_are_refused(tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:

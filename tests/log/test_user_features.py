@@ -177,7 +177,7 @@ BAD: dict[str, tuple[dict[str, list[Any]], dict[str, Any], str]] = {
     ),
     "integers": (
         {"user": [1], "zip": [1]}, {},
-        r"column 'zip' has type Int64 and may hold .* under users\.categories or users\.numbers",
+        r"column 'zip' has type Int64 and could be categories or numbers; .* under users\.categories or users\.numbers",
     ),
     "dates": (
         {"user": [1], "since": [pl.date(2020, 1, 1)]}, {},

@@ -165,7 +165,7 @@ def test_damaged_features_are_refused(model: VistaModel, tmp_path: Path, damage:
     [
         (lambda fields: fields.update(num_trained_items=13), "but was trained on 13"),
         (lambda fields: fields["schema"]["item_features"][1].update(mean=10**400), "must be finite floats"),
-        (lambda fields: fields["schema"]["item_features"][1].update(name="brand"), "two columns have one name"),
+        (lambda fields: fields["schema"]["item_features"][1].update(name="brand"), "column names must be unique"),
         (lambda fields: fields["schema"]["item_features"].pop(), "does not fit its config.json"),
         (lambda fields: fields["schema"].update(item_features=[3]), "must be a mapping"),
     ],

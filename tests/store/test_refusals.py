@@ -120,11 +120,11 @@ def test_ids_that_are_too_long(tmp_path, build):
         ({"counters": {"key_bytes": [2]}}, "the field 'spec' is missing"),
         ({"counters": {"spec": CounterSpec().to_dict(), "key_bytes": []}}, "key_bytes: expected 1 to 4"),
         ({"tail_columns": [{"name": "surface", "size": 0}]}, "size: expected a whole number from 1"),
-        ({"tail_columns": [{"name": "surface", "size": None}] * 2}, "two columns have one name"),
+        ({"tail_columns": [{"name": "surface", "size": None}] * 2}, "column names must be unique"),
         ({"user_columns": [{"name": "region", "size": 1, "values": "x"}]}, "values: expected"),
         (
             {"user_columns": [{"name": "age", "size": None, "values": ""}] * 2},
-            "user_columns: two columns have one name",
+            "user_columns: column names must be unique",
         ),
     ],
 )

@@ -14,10 +14,10 @@ class EventFilterConfig:
     actions: list[str] = field(default_factory=list)
     """Actions whose events are kept. Empty keeps all."""
     min_item_events: int = 1
-    """Least number of events of an item. Events and impressions of rarer items are left out. Together with
-    min_user_events, it holds for the events that are left."""
+    """Minimum number of events per item. Rarer items are dropped with their events and impressions, repeatedly, until
+    this and min_user_events both hold."""
     min_user_events: int = 1
-    """Least number of events of a user. Events and impressions of users with fewer are left out."""
+    """Minimum number of events per user. Users with fewer are dropped with their events and impressions."""
 
     def __post_init__(self) -> None:
         check_types(self, "filter.")

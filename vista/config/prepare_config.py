@@ -35,7 +35,7 @@ class SourceConfig(SourceColumns):
     """Type of item ids: int or str. auto uses the column's type, or in text files the first value."""
     categories: list[str] = field(default_factory=list)
     """Columns of features with one value per row, such as a device or a domain: text, integers, or booleans, each with
-    at most 1,000,000 values. A value may be missing. No other columns than those that are named here are read."""
+    at most 1,000,000 values. A value may be missing. Only feature columns named here or in numbers are read."""
     numbers: list[str] = field(default_factory=list)
     """Columns of features that are numbers, such as a dwell time or the price paid. A number may be missing, but must
     not be infinite."""
@@ -49,7 +49,8 @@ class SourceConfig(SourceColumns):
         require(
             not twice,
             "categories, numbers",
-            f"name the column {', '.join(map(repr, twice))}, which is named twice; name each column once",
+            f"list {', '.join(map(repr, twice))} twice, or list a column that already has another role; name each "
+            "column once",
         )
 
 

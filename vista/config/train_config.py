@@ -137,8 +137,8 @@ class TrainConfig:
         require(
             not warm or self.model.item_start is not ItemStart.user_factors,
             "model.item_start",
-            "user_factors of another log have other directions than those that a trained model reads; leave out "
-            "init_from, or set model.item_start=factors",
+            "user_factors of a new log do not align with the vectors of the trained model; leave out init_from, or set "
+            "model.item_start=factors",
         )
         require(not freezes or warm, "init_freeze", "only applies with init_from; set that, or leave this out")
         require(

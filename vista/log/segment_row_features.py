@@ -61,7 +61,7 @@ class SegmentRowFeatures:
                     f"{num_rows}; {REMEDY}"
                 )
         if len(read) < len(columns):
-            raise LogFormatError(f"{folder}: two columns of {prefix[:-1]} have one name; {REMEDY}")
+            raise LogFormatError(f"{folder}: column names of {prefix[:-1]} must be unique; {REMEDY}")
         return cls(read, values)
 
 

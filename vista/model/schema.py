@@ -59,7 +59,7 @@ class Schema:
                 "must list columns",
             )
             names = [feature.name for feature in features]
-            require(len(set(names)) == len(names), f"schema.{key}", "two columns have one name")
+            require(len(set(names)) == len(names), f"schema.{key}", "column names must be unique")
         require(
             type(self.num_tail_features) is int and 0 <= self.num_tail_features <= len(self.event_features),
             "schema.num_tail_features",

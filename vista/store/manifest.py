@@ -161,14 +161,14 @@ class Manifest:
         """Features of the users."""
         columns = tuple(map(UserColumn.from_dict, self.user_columns))
         if len({column.name for column in columns}) < len(columns):
-            raise ValueError("user_columns: two columns have one name")
+            raise ValueError("user_columns: column names must be unique")
         return columns
 
     def tail_layout(self) -> tuple[TailColumn, ...]:
         """Features of the tail's events."""
         columns = tuple(map(TailColumn.from_dict, self.tail_columns))
         if len({column.name for column in columns}) < len(columns):
-            raise ValueError("tail_columns: two columns have one name")
+            raise ValueError("tail_columns: column names must be unique")
         return columns
 
     def state_spec(self) -> StateSpec | None:

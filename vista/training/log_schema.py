@@ -49,7 +49,7 @@ def schema_of(log: EventLog, config: TrainConfig, since: int | None = None) -> S
         )
     if tasks and config.data.gap_minutes:
         raise ConfigError(
-            f"data.gap_minutes={config.data.gap_minutes:g}: impressions would be asked with the events of the gap; set "
+            f"data.gap_minutes={config.data.gap_minutes:g}: impressions would be scored with events from the gap; set "
             "optim.task_weight=0, or leave the gap out"
         )
     if model.architecture.ranks_only and not tasks:

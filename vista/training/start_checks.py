@@ -41,12 +41,13 @@ def _check_model(config: TrainConfig, base: RankingModel) -> None:
         differences = ", ".join(f"model.{key} ({kept[key]} -> {asked[key]})" for key in changed)
         words = " ".join(f"model.{key}={value_text(kept[key])}" for key in changed)
         raise ConfigError(
-            f"init_from={config.init_from}: the model stays, but this run changes {differences}; set {words}"
+            f"init_from={config.init_from}: model settings must match the earlier model, but these differ: "
+            f"{differences}; set {words}"
         )
     if base.config.item_start is ItemStart.user_factors:
         raise ConfigError(
-            f"init_from={config.init_from}: its item vectors are user factors, which hold the labels of its log and "
-            "have no vectors of new items; train without init_from"
+            f"init_from={config.init_from}: its item vectors are user factors, which contain the labels of its log "
+            "and cannot be extended to new items; train without init_from"
         )
 
 

@@ -64,13 +64,14 @@ BAD_TABLES: dict[str, tuple[dict[str, list[Any]], dict[str, Any], str]] = {
     "integers that are not named": (
         {"item": [10], "year": [1999]},
         {},
-        r"column 'year' has type Int64 and may hold categories or numbers; name the columns to read, and this one "
+        r"column 'year' has type Int64 and could be categories or numbers; list all columns to read, this one "
         r"under items\.categories or items\.numbers \(in a frame, convert it to text or to floats\)",
     ),
     "lists of integers that are not named": (
         {"item": [10], "tags": [[1, 2]]},
         {},
-        r"column 'tags' has type List\(Int64\) and may hold .* items\.categories or items\.vectors",
+        r"column 'tags' has type List\(Int64\) and could be categories or vectors; .* under items\.categories or "
+        r"items\.vectors",
     ),
     "dates": (
         {"item": [10], "since": [datetime.date(2020, 1, 1)]},
@@ -118,8 +119,8 @@ def test_a_bad_table_is_refused_and_nothing_is_written(tmp_path: Path, name: str
         (
             "item,kind,price\n10,a,0.25\n20,b,\n30,c,1e3\n",
             {},
-            r"column 'price' has only numbers, such as '0\.25', and may hold categories or numbers; name the columns "
-            r"to read, and this one under items\.categories or items\.numbers",
+            r"column 'price' has only numbers, such as '0\.25', and could be categories or numbers; list all "
+            r"columns to read, this one under items\.categories or items\.numbers",
         ),
         ("item,kind,year\n10,a,-1999\n", {}, "column 'year' has only numbers, such as '-1999'"),
         ("item,a,a\n10,x,y\n", {}, "column 'a' occurs twice, the file has: item, a, a"),

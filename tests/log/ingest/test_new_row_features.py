@@ -263,9 +263,9 @@ def test_values_of_rows_that_are_left_out_are_no_values(tmp_path: Path) -> None:
     ("names", "message"),
     [
         ({"categories": ["surface"]}, r"column 'surface' is missing, the file has: user, .*name .*"),
-        ({"categories": ["x"], "numbers": ["x"]}, "name the column 'x', which is named twice; name each column once"),
-        ({"categories": ["item"]}, "name the column 'item', which is named twice"),
-        ({"numbers": ["x"], "rating": "x"}, "name the column 'x', which is named twice"),
+        ({"categories": ["x"], "numbers": ["x"]}, "list 'x' twice, or list a column .* role; name each column once"),
+        ({"categories": ["item"]}, "list 'item' twice"),
+        ({"numbers": ["x"], "rating": "x"}, "list 'x' twice, or list a column that already has another role"),
     ],
 )
 def test_names_that_do_not_fit(tmp_path: Path, names: dict[str, Any], message: str) -> None:

@@ -159,8 +159,8 @@ def _inferred_kind(path: str, name: str, dtype: pl.DataType, config: FeatureTabl
     if inner.is_integer():
         other = "vectors" if is_list else "numbers"
         raise DataError(
-            f"{path}: column {name!r} has type {dtype} and may hold categories or numbers; name the columns to read, "
-            f"and this one under {config.table}.categories or {config.table}.{other} (in a frame, convert it to text "
+            f"{path}: column {name!r} has type {dtype} and could be categories or {other}; list all columns to "
+            f"read, this one under {config.table}.categories or {config.table}.{other} (in a frame, convert it to text "
             "or to floats)"
         )
     raise DataError(

@@ -32,7 +32,7 @@ def refuse_numbers(source: ScannedSource, rows: pl.LazyFrame, table: str) -> Non
         if has_only_numbers:
             value = given.select(pl.col(column).drop_nulls().first()).collect(engine="streaming").item()
             raise DataError(
-                f"{source.path}: column {source.columns[column]!r} has only numbers, such as {shown(value)}, and may "
-                f"hold categories or numbers; name the columns to read, and this one under {table}.categories or "
+                f"{source.path}: column {source.columns[column]!r} has only numbers, such as {shown(value)}, and "
+                f"could be categories or numbers; list all columns to read, this one under {table}.categories or "
                 f"{table}.numbers"
             )
