@@ -1,4 +1,4 @@
-"""What a log keeps a table of features of: items, or users. NumPy only."""
+"""The two kinds of rows that a feature table describes: items and users. NumPy only."""
 
 from __future__ import annotations
 

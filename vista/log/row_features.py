@@ -24,7 +24,7 @@ ColumnValues: TypeAlias = Mapping[str, Vocabulary | None]
 
 @dataclass(frozen=True, slots=True)
 class RowFeatures:
-    """Features of N rows. What the codes stand for is told by a `ColumnValues` with the same names."""
+    """Features of N rows. A `ColumnValues` with the same names maps the codes to values."""
 
     columns: Mapping[str, RowColumn]
     """By name, in the order in which they were declared."""

@@ -60,7 +60,7 @@ class RankingModel(nn.Module):
     architecture: ClassVar[Architecture]
     """Of the models that the class builds."""
     user_parts: ClassVar[int] = 1
-    """Features of a user are encoded as so many vectors of width M."""
+    """Number of vectors of width M that encode a user's features."""
     item_popularity: Tensor
     """[1 + V] standardized log frequencies of the items in the training events; 0 for the unknown item. Only with
     counters or popularity."""

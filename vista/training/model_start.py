@@ -42,7 +42,7 @@ def start_model(
 
     Args:
         frozen: `FrozenItems.of` the run.
-        warm: the earlier model of a warm start, which only new items and new heads are started in.
+        warm: the warm start, if there is one; only its new items and heads are initialized.
     """
     model.set_item_frequency(source.frequency)
     if config.stage is Stage.joint:  # a base contains what is read here

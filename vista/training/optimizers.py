@@ -21,7 +21,7 @@ FACTOR = "rate_factor"
 """Key of a parameter group: its learning rate as a multiple of the network's."""
 
 Moments: TypeAlias = dict[str, dict[str, Any]]
-"""By name of a parameter: what an optimizer keeps about it, which is moving averages of its shape, and numbers."""
+"""Optimizer state by parameter name: moving averages with the parameter's shape, and scalars."""
 
 
 class Optimizers:

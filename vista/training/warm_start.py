@@ -99,7 +99,7 @@ class WarmStart:
 
     @property
     def new_rows(self) -> Int:
-        """Sorted rows of the item table that start as in a model without an earlier one."""
+        """Sorted rows of the item table that are initialized from scratch."""
         rows = self._rows.get("item_table")
         return np.empty(0, np.int64) if rows is None else np.flatnonzero(rows.numpy() < 0)
 

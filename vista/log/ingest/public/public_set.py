@@ -19,7 +19,7 @@ class PublicSet:
     items: tuple[FileForm, ...] = ()
     """The same for item features."""
     texts: tuple[str, ...] = ()
-    """Columns in these files that `vista items embed` joins to a text, if it is not told others."""
+    """Columns in these files that `vista items embed` joins to a text, unless `columns` names others."""
     marker: str = ""
     """Pattern of a file without which `auto` does not recognize a folder. If set, it recognizes no single file."""
     has_text_ids: bool = False
