@@ -75,6 +75,11 @@ def test_features_keep_their_meaning(reordered_log: EventLog, earlier: Run, tmp_
     new = made.model.features.values[1 + before[0].size]
     assert not new.any(), "a new value starts at 0"
     assert not made.model.features.values[-3:].any(), "and so does a new column"
+    made.model.save_pretrained(tmp_path / "saved")
+    loaded = VistaModel.from_pretrained(tmp_path / "saved")
+    assert loaded.feature_table is not None
+    for name, values in made.model.feature_table.values.items():
+        assert loaded.feature_table.values[name].digest() == values.digest(), name
 
 
 def test_actions_and_moments_are_matched_by_name(reordered_log: EventLog, earlier: Run, tmp_path: Path) -> None:

@@ -55,12 +55,15 @@ class ItemFeatureTable(nn.Module):
             features: of the items, in the order of the model's vocabulary.
             columns: how to read them.
         """
+        values: dict[str, Vocabulary] = {}  # in the order of `columns`, by which `load` numbers the files
         owners, entries, weights, first = [], [], [], 0
         num_items = len(next(iter(features.columns.values())).is_known)
         dense = np.zeros((1 + num_items, sum(column.num_dense for column in columns)), np.float32)
         place = 0
         for column in columns:
             given = features.columns[column.name]
+            if isinstance(given, CategoryColumn):
+                values[column.name] = given.values
             owner, code = value_codes(given, column)
             missing = np.flatnonzero(~given.is_known)
             owners += [owner, missing]
@@ -76,7 +79,7 @@ class ItemFeatureTable(nn.Module):
             torch.from_numpy(np.concatenate(weights)[order].astype(np.float32)),
             torch.from_numpy(offsets_of(counts)),
             torch.from_numpy(dense),
-            {name: column.values for name, column in features.columns.items() if isinstance(column, CategoryColumn)},
+            values,
         )
 
     def extended(self, features: ItemFeatures, columns: Sequence[FeatureSpec]) -> ItemFeatureTable:
