@@ -147,7 +147,7 @@ def test_vectors_are_scaled_to_length_one() -> None:
         ({"bounds": 5}, "bounds must be a list"),
         ({"bounds": [1.0]}, "other kinds take none"),
         ({"kind": "number", "size": 3, "bounds": [2.0, 1.0]}, "bounds must ascend"),
-        ({"name": ""}, "a name must be a non-empty string"),
+        ({"name": ""}, "a feature's name must be a non-empty string"),
         ({"kind": "number", "size": 3, "bounds": [1.0]}, "a number needs size - 1 bounds"),
     ],
 )
