@@ -14,10 +14,11 @@ from vista.log.compaction import compact_log
 from vista.log.event_log import EventLog
 from vista.log.log_verification import verify_log
 from vista.log.row_feature_writer import RowFeatureWriter
-from vista.log.row_features import RowFeatures
+from vista.log.row_features import RowFeatures, rows_that_fit
 from vista.log.segment_files import EVENT_FEATURES
 from vista.log.segment_row_features import code_type
 from vista.log.segment_writer import SegmentWriter
+from vista.log.splits import visible_blocks
 from vista.log.vocabulary import Vocabulary
 
 BOTH = ("device", "dwell")
@@ -51,6 +52,16 @@ def test_numbers_of_one_segment_are_views(tmp_path: Path) -> None:
     log = write(tmp_path / "log", STEPS[:1])
     column = log.gather(np.arange(log.num_users)).features.columns["dwell"]
     assert np.shares_memory(column, log.segments[0].events.features["dwell"])
+
+
+def test_blocks_read_features_only_on_demand_and_are_then_smaller(tmp_path: Path) -> None:
+    log = write(tmp_path / "log", STEPS)
+    blocks = list(visible_blocks(log, log.lengths, 6))
+    assert len(blocks) == 1 and blocks[0].features.columns == {}
+    read = list(visible_blocks(log, log.lengths, 6, features=True))
+    assert len(read) > 1 and all(list(block.features.columns) == list(BOTH) for block in read)
+    assert sum(block.num_events for block in read) == log.num_events
+    assert (rows_that_fit(1000, 20, 0), rows_that_fit(1000, 20, 5), rows_that_fit(1, 20, 100)) == (1000, 250, 1)
 
 
 def test_a_log_without_features_has_none(tmp_path: Path) -> None:

@@ -95,8 +95,8 @@ def window_cases(
     item, is_new, lengths = [np.zeros(0, np.int64)], [np.zeros(0, np.bool_)], [np.zeros(0, np.int64)]
     for part in token_groups(high[user], EVENTS_PER_BLOCK):
         rows = user[part]
-        before = log.gather(rows, seen[rows])
-        after = log.gather_ranges(rows, first[rows], high[rows])
+        before = log.gather(rows, seen[rows], features=False)
+        after = log.gather_ranges(rows, first[rows], high[rows], features=False)
         if horizon_days:
             begin = np.full(len(rows), now) if now is not None else before.timestamp[before.offsets[1:] - 1]
             after = _until(after, begin + math.ceil(horizon_days * DAY_MS))

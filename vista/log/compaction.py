@@ -26,6 +26,7 @@ from vista.log.item_features import CategoryColumn, VectorColumn
 from vista.log.merged_features import declared_columns, merged_column, rows_with_features
 from vista.log.packed_table import PackedTable
 from vista.log.row_feature_writer import RowFeatureWriter
+from vista.log.row_features import rows_that_fit
 from vista.log.segment import segment_name, superseded_segments
 from vista.log.segment_features import SegmentColumn
 from vista.log.segment_files import EVENT_COLUMNS, EVENT_FEATURES, REQUEST_FEATURES
@@ -34,7 +35,9 @@ from vista.log.segment_writer import FeatureWriter, SegmentWriter, TableWriter, 
 from vista.log.used_values import UsedValues
 
 RUN_EVENTS = 1 << 20
-"""Events that are read and written at once, about 40 bytes of memory each. A longer history is a run by itself."""
+"""Events without features that are read and written at once. A longer history is a run by itself."""
+ROW_BYTES = 40
+"""Memory of an event or impression without features while it is read and written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +77,8 @@ def compact_log(path: str | os.PathLike[str], *, run_events: int = RUN_EVENTS) -
     Readers that have the log open keep reading what they opened. The result depends only on the log.
 
     Args:
-        run_events: events that are read at once; it never changes the result.
+        run_events: events without features that are read at once; it never changes the result. Of rows with features,
+            as many are read as take the same memory.
 
     Raises:
         LogFormatError: if there is no log, or a file of it is damaged.
@@ -174,6 +178,7 @@ def _write_events(segment: SegmentWriter, log: EventLog, run_events: int) -> tup
     features = RowFeatureWriter(segment, EVENT_FEATURES, log.num_events, used.values)
     names = [name for name in EVENT_COLUMNS if name != "rating" or log.has_rating]
     writer = TableWriter(segment, "", log.num_events, {name: (EVENT_COLUMNS[name], ()) for name in names})
+    run_events = rows_that_fit(run_events, ROW_BYTES, len(log.event_features))
     for run in token_groups(log.lengths, run_events):
         users = np.arange(run.start, run.stop)
         histories = log.gather(users)
@@ -194,6 +199,7 @@ def _write_impressions(
     for table in tables:
         columns |= {name: (column.dtype, column.shape[1:]) for name, column in table.columns.items()}
     writer = TableWriter(segment, "impressions/", int(counts.sum()), columns)
+    run_rows = rows_that_fit(run_rows, ROW_BYTES, len(log.request_features))
     for run in token_groups(counts, run_rows):
         offsets = offsets_of(counts[run])
         block, of_rows = merged_columns([table.of_users(run.start, run.stop) for table in tables], offsets)

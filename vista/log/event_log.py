@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -52,8 +53,6 @@ class EventLog:
         self._lengths: NDArray[np.int64] | None = None
         self._impressions: Impressions | None = None
         self._item_features: ItemFeatures | None = None
-        self._event_features: ColumnValues | None = None
-        self._request_features: ColumnValues | None = None
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, last_segment: int | None = None) -> EventLog:
@@ -226,31 +225,28 @@ class EventLog:
             self._item_features = ItemFeatures(columns)
         return self._item_features
 
-    @property
+    @cached_property
     def event_features(self) -> ColumnValues:
         """The columns of `Histories.features`, with the values of each category; empty without any."""
-        if self._event_features is None:
-            self._event_features = event_values(self.segments)
-        return self._event_features
+        return event_values(self.segments)
 
-    @property
+    @cached_property
     def request_features(self) -> ColumnValues:
         """The columns of `Impressions.features`, with the values of each category; empty without any."""
-        if self._request_features is None:
-            self._request_features = request_values(self.segments)
-        return self._request_features
+        return request_values(self.segments)
 
     @cached_property
     def user_features(self) -> UserFeatures:
         """Features of all users, in the order of `users`; read like `item_features`."""
         return UserFeatures.of(self.segments, self.num_users)
 
-    def gather(self, user_rows: Any, counts: Any = None) -> Histories:
+    def gather(self, user_rows: Any, counts: Any = None, *, features: bool = True) -> Histories:
         """Histories of several users.
 
         Args:
             user_rows: int [B] rows of `users`.
             counts: int [B], the number of leading events of each user to return; None returns all.
+            features: whether to read features of events; without them, `Histories.features` has no columns.
 
         Returns:
             B histories, without copying if the log has one segment and the users are complete and consecutive.
@@ -261,9 +257,9 @@ class EventLog:
         """
         rows = self._checked_rows(user_rows)
         stops = self.lengths[rows] if counts is None else counts
-        return self.gather_ranges(rows, np.zeros(len(rows), np.int64), stops)
+        return self.gather_ranges(rows, np.zeros(len(rows), np.int64), stops, features=features)
 
-    def gather_ranges(self, user_rows: Any, starts: Any, stops: Any) -> Histories:
+    def gather_ranges(self, user_rows: Any, starts: Any, stops: Any, *, features: bool = True) -> Histories:
         """Events [starts[b], stops[b]) of each user in `user_rows` [B]; bounds are clipped to the history.
 
         Raises:
@@ -274,7 +270,8 @@ class EventLog:
         lengths = self.lengths[rows]
         low = np.clip(low, 0, lengths)
         high = np.clip(high, low, lengths)
-        return take_range(self._tables, rows, low, high)
+        tables = self._tables if features else [replace(table, features={}) for table in self._tables]
+        return take_range(tables, rows, low, high)
 
     def has_boundary(self, after: int) -> bool:
         """Whether `EventLog.open(path, last_segment=after)` can read the log as it was after segment `after`.

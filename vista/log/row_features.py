@@ -18,6 +18,8 @@ from vista.log.vocabulary import Vocabulary
 
 RowColumn: TypeAlias = NDArray[np.int32] | Float32s
 """[N]: int32 codes of a category, -1 where it is missing; or float32 numbers, NaN where they are missing."""
+BYTES_WHILE_COPIED = 12
+"""Memory of one value while rows are merged, sorted, and written: up to three copies of 4 bytes."""
 ColumnValues: TypeAlias = Mapping[str, Vocabulary | None]
 """By name of a column: the distinct values of a category, as text, whose rows are the codes; None for a number."""
 
@@ -66,3 +68,13 @@ class RowFeatures:
                 for name, known in values.items()
             }
         )
+
+
+def rows_that_fit(rows: int, row_bytes: int, num_features: int) -> int:
+    """How many rows with features take the memory of `rows` rows without any, at least 1.
+
+    Args:
+        row_bytes: memory of a row without features.
+        num_features: number of columns of features.
+    """
+    return max(1, rows * row_bytes // (row_bytes + BYTES_WHILE_COPIED * num_features))

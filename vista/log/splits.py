@@ -14,11 +14,13 @@ from vista.errors import ConfigError
 from vista.log.event_log import EventLog
 from vista.log.gaps import MINUTE_MS
 from vista.log.histories import Histories, token_groups
+from vista.log.row_features import rows_that_fit
 from vista.log.until import Until, parse_time, parse_until
 
 logger = logging.getLogger(__name__)
 EVENTS_PER_BLOCK = 1 << 22
-"""Events of histories that are read at once."""
+"""Events of histories that are read at once, about 20 bytes of memory each without features."""
+EVENT_BYTES = 20
 MIN_EVENTS = 3
 """Users with fewer events are not used for validation and testing, so leave-last-out hides none of their events."""
 
@@ -48,20 +50,25 @@ def visible_counts(log: EventLog, until: Until | str | int | None) -> NDArray[np
     return np.where(lengths >= MIN_EVENTS, np.maximum(kept - limit.held_out, 0), lengths)
 
 
-def visible_blocks(log: EventLog, counts: NDArray[np.int64], events: int = EVENTS_PER_BLOCK) -> Iterator[Histories]:
+def visible_blocks(
+    log: EventLog, counts: NDArray[np.int64], events: int = EVENTS_PER_BLOCK, *, features: bool = False
+) -> Iterator[Histories]:
     """The first counts[u] events of every user u, some users at a time.
 
     Args:
         counts: int64 [num_users].
         events: most events of a block (a longer history is a block by itself).
+        features: whether to read features of events; a block then has fewer events, so that it takes as much memory.
 
     Raises:
         ValueError: if counts has another shape.
     """
     if counts.shape != (log.num_users,):
         raise ValueError(f"counts must have one entry per user, {log.num_users} in all, got shape {counts.shape}")
+    if features:
+        events = rows_that_fit(events, EVENT_BYTES, len(log.event_features))
     for part in token_groups(counts, events):
-        yield log.gather(np.arange(part.start, part.stop), counts[part])
+        yield log.gather(np.arange(part.start, part.stop), counts[part], features=features)
 
 
 def random_users_counts(

@@ -79,7 +79,7 @@ def _sampled(log: EventLog, counts: NDArray[np.int64]) -> RowFeatures:
         name: [column] for name, column in RowFeatures.missing(log.event_features, 0).columns.items()
     }
     before = 0
-    for block in visible_blocks(log, counts):
+    for block in visible_blocks(log, counts, features=True):
         for name, column in block.features.columns.items():
             parts[name].append(column[-before % step :: step].copy())
         before += block.num_events

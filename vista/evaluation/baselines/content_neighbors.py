@@ -39,7 +39,7 @@ class ContentNeighbors:
                 self._values.append(_weighted_values(name, column))
 
     def scores(self, user: Int, seen: Int, now: Int | None) -> Floats:
-        events = self._log.gather(user, seen)
+        events = self._log.gather(user, seen, features=False)
         out = np.tile(self._tie, (len(user), 1))
         for row, (begin, end) in enumerate(zip(events.offsets[:-1], events.offsets[1:], strict=True)):
             item, times = np.unique(events.item[begin:end], return_counts=True)

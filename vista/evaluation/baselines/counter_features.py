@@ -40,7 +40,7 @@ def counter_features(log: EventLog, user: Int, seen: Int, now: Int | None, popul
         now: int64 [n] ms, the time from which ages in days count; None counts from each user's newest event.
         popularity: int64 [V] visible events of each item, in all histories.
     """
-    events = log.gather(user, seen)
+    events = log.gather(user, seen, features=False)
     owner, age = events.owner, events.age
     cell, inverse = np.unique(owner * log.num_items + events.item, return_inverse=True)
     row, item = np.divmod(cell, log.num_items)

@@ -68,7 +68,7 @@ class Ease:
 
     def _had(self, user: Int, seen: Int) -> NDArray[np.bool_]:
         """bool [n, items of the model]: which of them each user had."""
-        events = self._log.gather(user, seen)
+        events = self._log.gather(user, seen, features=False)
         column = self._column[events.item]
         out = np.zeros((len(user), len(self._items)), np.bool_)
         out[events.owner[column >= 0], column[column >= 0]] = True

@@ -73,7 +73,7 @@ class _RecentEvents:
     """Counts the events of an item in the 30 days up to a time, over all users."""
 
     def __init__(self, log: EventLog, counts: Int) -> None:
-        events = log.gather(np.arange(log.num_users), counts)
+        events = log.gather(np.arange(log.num_users), counts, features=False)
         self._log = log
         self._latest = int(events.timestamp.max(initial=0))
         self._origin = int(events.timestamp.min(initial=self._latest))
@@ -98,7 +98,7 @@ class _RecentEvents:
 
 def had_items(log: EventLog, user: Int, seen: Int) -> NDArray[np.bool_]:
     """bool [n, V]: the items of the first `seen` events of users [n]."""
-    events = log.gather(user, seen)
+    events = log.gather(user, seen, features=False)
     had = np.zeros((len(user), log.num_items), np.bool_)
     had[events.owner, events.item] = True
     return had

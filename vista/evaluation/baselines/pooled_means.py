@@ -29,7 +29,7 @@ def pooled_means(log: EventLog, vectors: Floats, user: Int, seen: Int) -> Floats
 
     Users without events have 0.
     """
-    events = log.gather(user, seen)
+    events = log.gather(user, seen, features=False)
     # One more row, because reduceat needs an event after the last offset.
     of_events = np.append(vectors[events.item], np.zeros((1, vectors.shape[1])), axis=0)
     empty = np.diff(events.offsets) == 0

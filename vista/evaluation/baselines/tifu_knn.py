@@ -82,7 +82,7 @@ class TifuKnn:
 
     def _vectors(self, user: Int, seen: Int) -> SparseRows:
         """v_u of users [n]."""
-        events = self._log.gather(user, seen)
+        events = self._log.gather(user, seen, features=False)
         first = np.zeros(len(events.item), np.bool_)
         first[events.offsets[:-1][np.diff(events.offsets) > 0]] = True
         gap = np.diff(events.timestamp, prepend=0)

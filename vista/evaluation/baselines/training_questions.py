@@ -26,7 +26,7 @@ def training_questions(
         at_one_time: ask all users at the time when this share of all visible events has occurred; otherwise ask each
             user after this share of their own events.
     """
-    time = log.gather(np.arange(log.num_users), counts).timestamp if at_one_time else None
+    time = log.gather(np.arange(log.num_users), counts, features=False).timestamp if at_one_time else None
     questions = []
     for share in SHARES:
         if time is None:

@@ -56,6 +56,10 @@ class NewRowFeatures:
         self._writer = RowFeatureWriter(segment, folder, self._num_rows, self._values, before)
         self._seen = {name: _Seen(1 if known is None else len(known)) for name, known in self._values.items()}
 
+    @property
+    def num_columns(self) -> int:
+        return len(self._values)
+
     def rows(self, part: Part) -> pl.LazyFrame:
         """The good rows of a part, with the codes of categories that `append` takes."""
         codes = [codes.of_part(name, part) for name, codes in self._codes.items()]

@@ -2,8 +2,8 @@
 
 This works out of core: users are split into buckets of at most `bucket_events` rows, and buckets are sorted one at a
 time. The order of rows is total (user, time, sequence, input order), so threads, chunks, and buckets never change a
-byte. Memory holds the distinct ids of the new parts with their rows, and one bucket with about 150 bytes per row. A
-user with more rows than that is a bucket by itself.
+byte. Memory holds the distinct ids of the new parts with their rows, and one bucket, about 150 bytes per row and 12
+per feature of it. A user with more rows than that is a bucket by itself.
 """
 
 from __future__ import annotations
@@ -22,10 +22,13 @@ from vista.log.ingest.new_row_features import NewRowFeatures
 from vista.log.ingest.parts import ORDER, Part
 from vista.log.ingest.stage_times import StageTimes
 from vista.log.polars_extra import pl
+from vista.log.row_features import rows_that_fit
 from vista.log.segment_writer import TableWriter
 
 BUCKET_EVENTS = 1 << 22
-"""Default maximum number of rows in a bucket."""
+"""Default maximum number of rows without features in a bucket."""
+ROW_BYTES = 150
+"""Memory of a row without features while it is sorted and written."""
 BUCKET = "bucket"
 
 
@@ -36,7 +39,7 @@ class Packer:
     scratch: Path
     """Folder for buckets."""
     bucket_events: int
-    """Rows that are sorted at once; it never changes the result."""
+    """Rows without features that are sorted at once; it never changes the result. With features, there are fewer."""
     times: StageTimes
     """Receives the seconds of "sort" and "write"."""
     on_rows_written: Callable[[int], object]
@@ -65,7 +68,8 @@ class Packer:
             The number of users.
         """
         users = users.sort(USER_ROW)
-        bucket = _buckets(users["len"].to_numpy(), self.bucket_events)
+        bucket_rows = rows_that_fit(self.bucket_events, ROW_BYTES, features.num_columns)
+        bucket = _buckets(users["len"].to_numpy(), bucket_rows)
         keys = users.select("user", USER_ROW, pl.Series(BUCKET, bucket))
         joined = (
             pl.concat([features.rows(part) for part in parts])

@@ -71,7 +71,8 @@ def prepare(
     """Ingest source files into a new EventLog, or with `append` into a new segment of an existing one.
 
     Args:
-        bucket_events: rows that are sorted at once, about 150 bytes of memory each; it never changes the result.
+        bucket_events: rows without features that are sorted at once, about 150 bytes of memory each; it never changes
+            the result. Of rows with features, as many are sorted as take the same memory.
         parser: reads the files, and stays open for other calls; None starts one, which takes about half a second.
 
     Raises:
