@@ -21,6 +21,7 @@ from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare
 from vista.log.ingest.prepare_report import PrepareReport
 from vista.log.log_stats import LogStats
+from vista.log.user_feature_parts import UserFeatureParts
 
 EVENTS = [(1, 10, 1), (1, 20, 2), (2, 30, 3), (3, 40, 4)]
 
@@ -94,6 +95,11 @@ def test_the_newest_row_of_a_user_counts_in_each_column(tmp_path: Path) -> None:
     log = EventLog.open(tmp_path / "log")
     expected = {"region": {1: "n", 2: "w"}, "age": {1: 1.0, 2: 2.0, 4: 4.0}, "plan": {2: "a", 3: "b"}}
     assert features_of(log) == expected
+    users = np.array([3, 0, 2, 1, 0])  # in any order
+    some, every = UserFeatureParts.of(log.segments).rows(users), log.user_features.rows.select(users)
+    assert list(some.columns) == list(every.columns)
+    for name, column in some.columns.items():
+        np.testing.assert_array_equal(column, every.columns[name])
     assert features_of(EventLog.open(log.path, last_segment=1)) == {"region": {1: "n", 2: "s"}, "age": {1: 1, 2: 2}}
     assert [log.users.ids(log.changed_users(after)).tolist() for after in range(4)] == [
         [1, 2, 3, 4],

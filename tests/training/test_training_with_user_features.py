@@ -240,6 +240,7 @@ def test_a_changed_feature_is_refreshed_without_new_events(tmp_path: Path) -> No
     moved = {"user": [0, 1], "region": ["south", "elsewhere"], "age": [np.nan, 30.0]}  # one value is new to the model
     grown = EventLog.from_frame(None, log.path, append=True, users=moved)
     report = refresh_incremental(model, grown, store)
+    assert "user_features" not in grown.__dict__  # Those of all users were not read.
     assert report.num_users == 2 and report.num_events == 0
     with Scorer.open(best, store) as scorer:
         after = scorer.score(users, np.arange(8))

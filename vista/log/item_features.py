@@ -54,8 +54,9 @@ class CategoryColumn:
 
     def select(self, rows: Int) -> CategoryColumn:
         """The values of items int64 [n]; a row of -1 is an item without any."""
-        counts = np.append(np.diff(self.offsets), 0)[rows]  # -1 reads the last entry
-        index = ranges(self.offsets[rows], counts)
+        starts = self.offsets[rows]
+        counts = np.where(rows < 0, 0, self.offsets[rows + 1] - starts)
+        index = ranges(starts, counts)
         return CategoryColumn(self.values, self.codes[index], offsets_of(counts))
 
     @property

@@ -70,7 +70,9 @@ def rows_with_features(segments: Sequence[Segment], owner: FeatureOwner) -> Int:
 
 
 def merged_column(parts: Sequence[SegmentColumn], rows: Int) -> FeatureColumn:
-    """Features of the rows int64 [n], ascending, in one column: each from the newest part that has the row.
+    """Features of the rows int64 [n] in one column, each from the newest part that has the row.
+
+    The time depends on n, but hardly on the size of the parts.
 
     Args:
         parts: of one kind, oldest first, at least one.
@@ -99,8 +101,11 @@ def _places(parts: Sequence[SegmentColumn], rows: Int) -> list[Int]:
     places: list[Int] = []
     taken = np.zeros(len(rows), np.bool_)
     for part in reversed(parts):
-        at = np.searchsorted(part.rows, rows)
-        mine = np.isin(rows, part.rows) & ~taken
+        if not len(part.rows):
+            places.append(np.full(len(rows), -1))
+            continue
+        at = np.minimum(np.searchsorted(part.rows, rows), len(part.rows) - 1)
+        mine = (part.rows[at] == rows) & ~taken
         taken |= mine
         places.append(np.where(mine, at, -1))
     return places[::-1]

@@ -5,7 +5,7 @@ users -> groups by outcome -> updated states -> summaries -> records -> one dura
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,8 @@ from vista.arrays import Int
 from vista.config.choices import Precision
 from vista.counters.counter_table import CounterTable
 from vista.log.event_log import EventLog
+from vista.log.row_features import RowFeatures
+from vista.log.user_feature_parts import UserFeatureParts
 from vista.model import inference
 from vista.model.history_states import (
     covered_events,
@@ -25,7 +27,6 @@ from vista.model.history_states import (
     reach,
     separable_summarizer,
 )
-from vista.model.log_users import LogUsers
 from vista.model.state_updates import insert_events, remove_events
 from vista.model.summary_state import SummaryState, merge_states
 from vista.model.vista_model import VistaModel
@@ -69,7 +70,7 @@ class BatchRefresher:
     ) -> None:
         self._log, self._update, self._run = log, update, run
         self._model = model.with_frozen("summarizer", Precision.float32)
-        self._items, self._users = LogItems.of(model, log), LogUsers(model.user_features, log)
+        self._items, self._features = LogItems.of(model, log), _user_features(model, log)
         self._plan = UpdatePlan(model, log, update, tokens_per_batch, run)
 
     def refresh(self, users: Int) -> None:
@@ -209,7 +210,7 @@ class BatchRefresher:
                 last_event_ts=last_times(newest),
                 history_digest=digest,
                 counters=stored_codes(tables),
-                features=self._users.features(users).columns,
+                features=self._features(users).columns,
                 states=states,
             )
 
@@ -221,3 +222,13 @@ class BatchRefresher:
             self._update.put_batch(encoded.keys, encoded.records, encoded.states)
             # Without a state, a user who failed is recomputed from the log at the next event.
             self._update.remove_states(sorted(set(users.keys) - set(encoded.keys)))
+
+
+def _user_features(model: VistaModel, log: EventLog) -> Callable[[Int], RowFeatures]:
+    """Features of users (rows of the log) with the model's codes, read on demand: few users may have changed."""
+    reader = model.user_features
+    if reader is None:
+        return lambda users: RowFeatures({})
+    parts = UserFeatureParts.of(log.segments)
+    recode = reader.recoder(parts.values)
+    return lambda users: recode(parts.rows(users), len(users))
