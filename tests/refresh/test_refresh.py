@@ -192,10 +192,11 @@ def test_a_log_with_other_event_features(
     frame |= {"dwell": ["long", "short"] * 4}
     other = EventLog.from_frame(frame, tmp_path / "log", time_unit="ms", columns=columns, categories=["dwell"])
     model = grow.model(num_tail_features=2)
-    with pytest.raises(ConfigError, match=r"the feature 'dwell' is a category, but a number to the model; prepare"):
+    message = r"'dwell' of events is a category, but a number to the model; prepare .* events.numbers=\[dwell\], or"
+    with pytest.raises(ConfigError, match=message):
         refresh(model, other, tmp_path / "store")
     refresh(model, plain, tmp_path / "store")
-    assert "lacks the features surface of events, dwell of events, so the model takes them as missing" in caplog.text
+    assert caplog.text.count("lacks the features surface, dwell of events, so the model takes them as missing") == 1
     with StoreReader.open(tmp_path / "store") as store:
         tail = store.get_many([1, 2]).tail
     assert (tail.features["surface"] == -1).all() and np.isnan(tail.features["dwell"]).all() and len(tail.items) == 8

@@ -13,6 +13,7 @@ import torch
 from tests.conftest import DAY, small_config, small_frame
 from vista.config import EvaluateConfig, SourceColumns, TrainConfig
 from vista.config.choices import Architecture, Codec, InitFreeze, Split, Stage
+from vista.errors import ConfigError
 from vista.evaluation.cases import ImpressionCases, impression_cases, request_starts
 from vista.evaluation.evaluate import evaluate_model, evaluate_scorer
 from vista.evaluation.raw_history import RawHistoryAnswers
@@ -73,14 +74,15 @@ def log_of(frames: Frames, path: Path, **changes: Any) -> EventLog:
     """
     events, shown = frames
     shown = {name: column for name, column in (shown | changes).items() if column is not None}
+    features = [name for name in ("device", "hour") if name in shown]
     return EventLog.from_frame(
         events,
         path,
         time_unit="ms",
         columns=SourceColumns(action="action", labels=TASKS),
         impressions=shown,
-        request_categories=[name for name in ("device",) if name in shown],
-        request_numbers=[name for name in ("hour",) if name in shown],
+        request_categories=[name for name in features if isinstance(shown[name], list)],
+        request_numbers=[name for name in features if not isinstance(shown[name], list)],
     )
 
 
@@ -162,7 +164,9 @@ def test_without_features_nothing_changes(log: EventLog, frames: Frames, tmp_pat
         assert torch.equal(one, weight), name
 
 
-def test_serving_predicts_what_validation_predicts(log: EventLog, frames: Frames, tmp_path: Path) -> None:
+def test_serving_predicts_what_validation_predicts(
+    log: EventLog, frames: Frames, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Validation reads the log, and the scorer gets values by name, also if the log's codes are not the model's."""
     config = config_of(log, tmp_path / "run")
     model = train(config, log)
@@ -186,6 +190,11 @@ def test_serving_predicts_what_validation_predicts(log: EventLog, frames: Frames
                 assert again[name] == value, name
         silent = log_of(frames, tmp_path / "silent", device=None, hour=None)
         assert evaluate_scorer(scorer, silent, asked).metrics["ne/click"] > measured["ne/click"]
+        assert "silent: lacks the features device, hour of impressions, so the model" in caplog.text
+        texts = log_of(frames, tmp_path / "texts", hour=["noon"] * len(devices))
+        message = r"'hour' of impressions is a category, but a number to .* impressions\.numbers=\[hour\], or train"
+        with pytest.raises(ConfigError, match=message):
+            evaluate_scorer(scorer, texts, asked)
 
 
 def test_numbers_are_measured_on_the_impressions_of_training(log: EventLog, frames: Frames, tmp_path: Path) -> None:

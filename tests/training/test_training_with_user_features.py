@@ -276,6 +276,20 @@ def test_a_store_with_other_features_is_refused(tmp_path: Path) -> None:
         Scorer.open(model, tmp_path / "store")
 
 
+def test_a_log_with_other_features_is_refused(log: EventLog, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = Trainer(config_of(log, tmp_path / "run"), log).model
+    assert isinstance(model, VistaModel)
+    events, _, table = frames()
+    path = tmp_path / "other"
+    other = EventLog.from_frame(events, path, time_unit="s", users={"user": table["user"], "region": table["age"]})
+    message = r"'region' of users is a number, but a category to .* users\.categories=\[region\], or train a model"
+    with pytest.raises(ConfigError, match=message):
+        refresh(model, other, tmp_path / "store")
+    assert not (tmp_path / "store").exists() and "lacks" not in caplog.text
+    refresh(model, made_log(tmp_path / "plain", users=False), tmp_path / "store")
+    assert caplog.text.count("plain: lacks the features region, age of users, so") == 1
+
+
 def copy_without_features(model: VistaModel) -> VistaModel:
     plain = VistaModel(model.config, replace(model.schema, user_features=[]), model.items, model.data).eval()
     weights = {name: one for name, one in model.state_dict().items() if not name.startswith("user_encoder")}

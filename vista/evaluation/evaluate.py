@@ -36,7 +36,7 @@ from vista.model.baselines.history_model import HistoryModel
 from vista.model.ranking_model import RankingModel
 from vista.model.registry import load_model
 from vista.model.vista_model import VistaModel
-from vista.refresh import check_log
+from vista.refresh import check_log, check_requests
 from vista.scorer import Scorer
 from vista.store.format.authentication import read_key
 
@@ -131,6 +131,7 @@ def _check(model: RankingModel, log: EventLog, config: EvaluateConfig) -> None:
     if config.recall and not (isinstance(model, VistaModel) and model.decoder is not None):
         raise ConfigError("recall=true: this model has no summaries; set recall=false")
     check_log(model, log)
+    check_requests(model, log)
 
 
 def _check_store(scorer: Scorer, config: EvaluateConfig) -> None:

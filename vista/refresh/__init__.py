@@ -14,7 +14,7 @@ from vista.config.refresh_options import RefreshOptions
 from vista.refresh.forgetting import forget
 from vista.refresh.full import refresh
 from vista.refresh.incremental import refresh_incremental
-from vista.refresh.log_items import check_log
+from vista.refresh.log_items import check_log, check_requests
 from vista.refresh.merging import merge
 from vista.refresh.refresh_report import RefreshReport
 from vista.store.erasure import erase
@@ -23,6 +23,7 @@ __all__ = [
     "RefreshOptions",
     "RefreshReport",
     "check_log",
+    "check_requests",
     "erase",
     "forget",
     "merge",

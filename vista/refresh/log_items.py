@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,8 @@ from vista.config.choices import Decay
 from vista.errors import ConfigError
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories
+from vista.log.row_features import ColumnValues
+from vista.model.feature_spec import FeatureSpec
 from vista.model.ranking_model import UNKNOWN_ITEM, RankingModel
 from vista.model.row_feature_reader import Recode
 from vista.model.vista_model import VistaModel
@@ -22,11 +25,12 @@ logger = logging.getLogger(__name__)
 
 
 def check_log(model: RankingModel, log: EventLog) -> None:
-    """Refuse a log whose events the model would misread.
+    """Refuse a log whose events or users the model would misread. Warns about features of them that the log lacks.
 
     Raises:
         ConfigError: the log's action codes differ from the model's, the model reads times and the log has none, or a
-            feature of events, requests, or users is a category to one and a number to the other.
+            feature of events or users is of another kind than the model's.
+        LogFormatError: a file of user features is damaged.
     """
     known = model.schema.actions
     if model.encoder.action is not None and log.actions != known[: len(log.actions)]:
@@ -38,19 +42,35 @@ def check_log(model: RankingModel, log: EventLog) -> None:
     reads_times = config.use_time or config.decay is Decay.time or config.counters
     if model.schema.has_time and not log.has_time and reads_times:
         raise ConfigError(f"{log.path}: has no times, which this model reads; train a model on this log")
-    readers = (
-        (model.event_features, log.event_features),
-        (model.request_features, log.request_features),
-        (model.user_features, {} if model.user_features is None else log.user_features.values),
-    )
-    for reader, values in readers:
-        for name, own in {} if reader is None else reader.values.items():
-            if name in values and (own is None) != (values[name] is None):
-                kinds = ("a category", "a number")
-                raise ConfigError(
-                    f"{log.path}: the feature {name!r} is {kinds[values[name] is None]}, but {kinds[own is None]} to "
-                    "the model; prepare the log with the same kind of feature, or train a model on this log"
-                )
+    _check_features(log, "events", model.schema.event_features, log.event_features)
+    if model.schema.user_features:
+        _check_features(log, "users", model.schema.user_features, log.user_features.values)
+
+
+def check_requests(model: RankingModel, log: EventLog) -> None:
+    """Refuse a log whose impressions the model would misread. Warns about features of requests that the log lacks.
+
+    Raises:
+        ConfigError: a feature of requests is of another kind than the model's.
+    """
+    if any(segment.impressions is not None for segment in log.segments):
+        _check_features(log, "impressions", model.schema.request_features, log.request_features)
+
+
+def _check_features(log: EventLog, table: str, columns: Sequence[FeatureSpec], values: ColumnValues) -> None:
+    """Compare the columns that a model reads of a table with those of a log."""
+    for column in columns:
+        kind = "number" if values.get(column.name) is None else "category"
+        if column.name in values and kind != column.kind:
+            key = {"number": "numbers", "category": "categories"}[column.kind]
+            raise ConfigError(
+                f"{log.path}: the feature {column.name!r} of {table} is a {kind}, but a {column.kind} to the model; "
+                f"prepare the log with {table}.{key}=[{column.name}], or train a model on this log"
+            )
+    if lacking := [column.name for column in columns if column.name not in values]:
+        logger.warning(
+            "%s: lacks the features %s of %s, so the model takes them as missing", log.path, ", ".join(lacking), table
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +86,7 @@ class LogItems:
 
     @classmethod
     def of(cls, model: VistaModel, log: EventLog) -> LogItems:
-        """Look up all items of a log. Warns if the model knows fewer than half of them, or reads features that the log
-        lacks."""
+        """Look up all items of a log. Warns if the model knows fewer than half of them."""
         ids = log.items.ids(np.arange(log.num_items))
         rows = model.history_rows(model.item_rows(ids)).astype(np.int32)
         known = int(np.count_nonzero(rows != UNKNOWN_ITEM))
@@ -78,13 +97,6 @@ class LogItems:
                 log.path,
                 known,
                 log.num_items,
-            )
-        of_events, of_users = model.schema.event_features, model.schema.user_features
-        lacking = [f"{one.name} of events" for one in of_events if one.name not in log.event_features]
-        lacking += [f"{one.name} of users" for one in of_users if one.name not in log.user_features.values]
-        if lacking:
-            logger.warning(
-                "%s: lacks the features %s, so the model takes them as missing", log.path, ", ".join(lacking)
             )
         return cls(rows, item_keys(ids), model.event_recoder(log.event_features))
 
