@@ -415,19 +415,3 @@ def test_shards_exports_and_copies_hold_features(log: EventLog, tmp_path: Path) 
         np.testing.assert_array_equal(imported.score(users, np.arange(5)), sharded_scorer.score(users, np.arange(5)))
     text = run_store_get(StoreGetConfig(store=str(tmp_path / "store"), user="3"))
     assert f"features:          region 1, age {held['age'][0]}" in text
-
-
-def test_a_log_with_other_features_is_refused_or_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    log = made_log(tmp_path / "log")
-    model = train(config_of(log, tmp_path / "run", optim__epochs=1), log)
-    events, impressions, _ = frames()
-    columns, settings = SourceColumns(labels=["click"]), {"time_unit": "s", "impressions": impressions}
-    users = {"user": np.arange(3), "region": [1.0, 2.0, 3.0]}
-    other = EventLog.from_frame(events, tmp_path / "other", columns=columns, users=users, **settings)
-    with pytest.raises(ConfigError, match="the feature 'region' is a number, but a category to the model; prepare the"):
-        refresh(model, other, tmp_path / "store")
-    plain = made_log(tmp_path / "plain", users=False)
-    refresh(model, plain, tmp_path / "store")
-    assert f"{plain.path}: lacks the features region of users, age of users, so the model takes" in caplog.text
-    with Scorer.open(model, tmp_path / "store") as scorer:
-        assert np.isfinite(scorer.score([0, 1], [1, 2])).all()

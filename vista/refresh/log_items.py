@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from vista.config.choices import Decay
 from vista.errors import ConfigError
 from vista.log.event_log import EventLog
+from vista.log.feature_owner import USERS
 from vista.log.histories import Histories
+from vista.log.merged_features import declared_columns
 from vista.log.row_features import ColumnValues
 from vista.model.feature_spec import FeatureSpec
 from vista.model.ranking_model import UNKNOWN_ITEM, RankingModel
@@ -30,7 +32,6 @@ def check_log(model: RankingModel, log: EventLog) -> None:
     Raises:
         ConfigError: the log's action codes differ from the model's, the model reads times and the log has none, or a
             feature of events or users is of another kind than the model's.
-        LogFormatError: a file of user features is damaged.
     """
     known = model.schema.actions
     if model.encoder.action is not None and log.actions != known[: len(log.actions)]:
@@ -42,9 +43,11 @@ def check_log(model: RankingModel, log: EventLog) -> None:
     reads_times = config.use_time or config.decay is Decay.time or config.counters
     if model.schema.has_time and not log.has_time and reads_times:
         raise ConfigError(f"{log.path}: has no times, which this model reads; train a model on this log")
-    _check_features(log, "events", model.schema.event_features, log.event_features)
+    _check_features(log, "events", model.schema.event_features, _kinds(log.event_features))
     if model.schema.user_features:
-        _check_features(log, "users", model.schema.user_features, log.user_features.values)
+        columns = declared_columns(log.segments, USERS)  # without reading the features of all users
+        of_log = {name: parts[0].column.kind for name, parts in columns.items()}
+        _check_features(log, "users", model.schema.user_features, of_log)
 
 
 def check_requests(model: RankingModel, log: EventLog) -> None:
@@ -54,20 +57,24 @@ def check_requests(model: RankingModel, log: EventLog) -> None:
         ConfigError: a feature of requests is of another kind than the model's.
     """
     if any(segment.impressions is not None for segment in log.segments):
-        _check_features(log, "impressions", model.schema.request_features, log.request_features)
+        _check_features(log, "impressions", model.schema.request_features, _kinds(log.request_features))
 
 
-def _check_features(log: EventLog, table: str, columns: Sequence[FeatureSpec], values: ColumnValues) -> None:
-    """Compare the columns that a model reads of a table with those of a log."""
+def _kinds(values: ColumnValues) -> dict[str, str]:
+    return {name: "number" if known is None else "category" for name, known in values.items()}
+
+
+def _check_features(log: EventLog, table: str, columns: Sequence[FeatureSpec], kinds: Mapping[str, str]) -> None:
+    """Compare the columns that a model reads of a table with those of a log, which have these kinds."""
     for column in columns:
-        kind = "number" if values.get(column.name) is None else "category"
-        if column.name in values and kind != column.kind:
+        kind = kinds.get(column.name, column.kind)
+        if kind != column.kind:
             key = {"number": "numbers", "category": "categories"}[column.kind]
             raise ConfigError(
                 f"{log.path}: the feature {column.name!r} of {table} is a {kind}, but a {column.kind} to the model; "
                 f"prepare the log with {table}.{key}=[{column.name}], or train a model on this log"
             )
-    if lacking := [column.name for column in columns if column.name not in values]:
+    if lacking := [column.name for column in columns if column.name not in kinds]:
         logger.warning(
             "%s: lacks the features %s of %s, so the model takes them as missing", log.path, ", ".join(lacking), table
         )
