@@ -101,7 +101,8 @@ class EventLog:
             users: a frame of user features with the user column of `columns`, likewise, but without lists.
             categories: columns of `frame` that are features of events with one value each: text, integers, or booleans.
             numbers: columns of `frame` that are features of events, such as a dwell time. NaN is missing.
-            request_categories, request_numbers: the same for `impressions`, such as the device of a request.
+            request_categories: the same for `impressions`, such as the device of a request.
+            request_numbers: likewise.
             on_bad_rows: raise | quarantine.
             append: add a segment to an existing log.
 
