@@ -14,7 +14,7 @@ VALUE = "value"
 """Column of a file of values, whose rows are the codes of a part."""
 _FIRST_ROWS, _MORE_ROWS = 100_000, 2_000_000
 """Rows that are looked at for a column with far too many values: all columns first, then those with many values."""
-_MARGIN = 1.25
+MARGIN = 1.25
 """Estimates of the number of values are closer than this factor."""
 
 
@@ -55,7 +55,7 @@ def refuse_many_values(rows: pl.LazyFrame, columns: Sequence[str], path: str, ta
     Raises:
         DataError: naming the column.
     """
-    for num_rows, limit in ((_FIRST_ROWS, _FIRST_ROWS // 2), (_MORE_ROWS, MAX_VALUES * _MARGIN)):
+    for num_rows, limit in ((_FIRST_ROWS, _FIRST_ROWS // 2), (_MORE_ROWS, MAX_VALUES * MARGIN)):
         if columns:
             counts = rows.head(num_rows).select(pl.col(columns).approx_n_unique()).collect(engine="streaming")
             columns = [column for column, count in counts.row(0, named=True).items() if count > limit]
