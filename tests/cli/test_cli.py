@@ -338,7 +338,7 @@ class TestHelp:
     def test_a_repeated_section_takes_one_row(self, capsys: pytest.CaptureFixture[str]) -> None:
         main(["prepare", "--help"])
         text = capsys.readouterr().out
-        assert text.count("impressions.") == 1 and "null unless one is set" in text
+        assert text.count("\n  impressions.") == 1 and "null unless one is set" in text
 
     @pytest.mark.parametrize("name", NAMES)
     def test_examples_compose(self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
