@@ -12,7 +12,7 @@ from vista.arrays import Float32s
 from vista.config import ItemsEmbedConfig
 from vista.device import cpu_settings, resolve_device
 from vista.files import writable_file
-from vista.log.ingest.item_values import check_not_a_source, read_texts, write_values
+from vista.log.ingest.item_values import read_texts, write_values
 from vista.log.ingest.source_parser import SourceParser
 from vista.log.polars_extra import pl
 from vista.model.text_encoder import TextEncoder
@@ -59,7 +59,6 @@ def run_items_embed(config: ItemsEmbedConfig, encoder: Encoder | None = None) ->
     """
     out = Path(config.out)
     writable_file(out, "out")
-    check_not_a_source(out, config.items.paths)
     with SourceParser() as parser:
         ids, texts = read_texts(config, parser)
     with cpu_settings(config.num_threads):

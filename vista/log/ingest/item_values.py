@@ -30,19 +30,21 @@ def read_texts(config: ItemsEmbedConfig, parser: SourceParser) -> tuple[pl.Serie
     """Read one text per item: the values of each column joined by commas, the columns by periods.
 
     Args:
-        config: kind, files, columns.
+        config: kind, files, columns, and `out`, which must not be one of the files.
         parser: reads the files.
 
     Returns:
         The ids, int64 or text, with the name of their column; and the texts, null for an item without any.
 
     Raises:
-        ConfigError: if the kind is unknown, or no file or column is named.
+        ConfigError: if the kind is unknown, no file or column is named, or `out` is one of the files.
         DataError: naming file, row, and column, if a table is invalid; or if no item has a text.
     """
     if config.kind not in KINDS:
         raise ConfigError(f"kind: unknown kind {config.kind!r}; use one of {', '.join(KINDS)}")
     sources = _open_texts(config, parser)
+    # A public data set may have its items in a file next to the one that is named.
+    check_not_a_source(Path(config.out), [*config.items.paths, *(source.path for source in sources)])
     rows = _rows(sources)
     columns = [name for name in sources[0].columns if name != "item"]
     text = pl.concat_str(map(_joined, columns), separator=". ", ignore_nulls=True)
