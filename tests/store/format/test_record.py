@@ -393,6 +393,14 @@ def test_a_stored_category_beyond_its_size_is_refused():
         read_records(records, user_keys(USERS), narrow)
 
 
+def test_an_infinite_number_of_an_event_is_refused():
+    spec, tail = TAILS["with features"]
+    features = FEATURES | {"dwell": np.array([np.nan, -np.inf], np.float32)}
+    tail = dataclasses.replace(tail, offsets=np.array([0, 1, 2]), features=features)
+    with pytest.raises(RecordError, match=r"user -5 .*feature 'dwell' is -inf, expected a finite number"):
+        read_records(encode(spec, tail=tail), user_keys(USERS), spec)
+
+
 @pytest.mark.parametrize("field", HEADER.names)
 def test_every_flipped_header_field_is_detected(field):
     records, keys = encode(), user_keys(USERS)

@@ -95,7 +95,8 @@ def read_tails(
         keys: the B users' keys, for errors.
 
     Raises:
-        RecordError: a category has a value that the generation does not know; the message names the user.
+        RecordError: a category has a value that the generation does not know, or a number is infinite; the message
+            names the user.
     """
     offsets = offsets_of(lengths)
     headers = records.headers
@@ -131,10 +132,13 @@ def _read_features(
     for column in columns:
         last = first + column.dtype.itemsize * lengths
         stored = np.array(records.cut(first, last)).reshape(-1).view(column.dtype)
-        if column.size is not None:
-            largest = np.zeros(len(lengths), stored.dtype)
-            np.maximum.at(largest, np.repeat(np.arange(len(lengths)), lengths), stored)
-            check_field(largest <= column.size, keys, largest, f"feature {column.name!r}", f"at most {column.size}")
+        is_number = column.size is None
+        is_valid = ~np.isinf(stored) if is_number else stored <= column.size
+        if not is_valid.all():
+            event = np.flatnonzero(~is_valid)[:1]
+            users = [keys[user] for user in np.repeat(np.arange(len(lengths)), lengths)[event]]
+            expected = "a finite number" if is_number else f"at most {column.size}"
+            check_field(is_valid[event], users, stored[event], f"feature {column.name!r}", expected)
         features[column.name] = column.read(stored)
         first = last
     return features
