@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vista.arrays import Floats, Int, offsets_of
+from vista.arrays import Float32s, Floats, Int, offsets_of
 from vista.evaluation.baselines.popularity import tie_breaker
 from vista.evaluation.baselines.sparse_rows import SparseRows
 from vista.examples.frequency import item_counts
@@ -12,6 +12,9 @@ from vista.log.event_log import EventLog
 from vista.log.item_features import FeatureColumn, VectorColumn
 from vista.model.feature_spec import FeatureSpec
 from vista.model.item_feature_table import value_codes
+
+_ITEMS_AT_ONCE = 1 << 14
+"""Vectors that are held in float64 at once: float32 sums would differ between items that tie."""
 
 
 class ContentNeighbors:
@@ -30,26 +33,39 @@ class ContentNeighbors:
             raise ValueError(f"{log.path} has no features of items")
         self._tie = tie_breaker(item_counts(log, counts))
         self._values: list[SparseRows] = []
-        self._vectors: list[Floats] = []
+        self._vectors: list[Float32s] = []
         for name, column in features.columns.items():
             if isinstance(column, VectorColumn):
-                vectors = np.nan_to_num(column.vectors.astype(np.float64), nan=0.0)
-                self._vectors.append(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12))
+                self._vectors.append(_unit_vectors(column))
             else:
                 self._values.append(_weighted_values(name, column))
 
     def scores(self, user: Int, seen: Int, now: Int | None) -> Floats:
         events = self._log.gather(user, seen, features=False)
         out = np.tile(self._tie, (len(user), 1))
+        profiles = [np.zeros((len(user), vectors.shape[1])) for vectors in self._vectors]
         for row, (begin, end) in enumerate(zip(events.offsets[:-1], events.offsets[1:], strict=True)):
             item, times = np.unique(events.item[begin:end], return_counts=True)
             weight = times.astype(np.float64)
             for values in self._values:
                 profile = values.weighted_sum(item, weight)
                 out[row] += np.bincount(values.row, values.value * profile[values.column], len(out[row]))
-            for vectors in self._vectors:
-                out[row] += vectors @ (weight @ vectors[item])
+            for profile, vectors in zip(profiles, self._vectors, strict=True):
+                profile[row] = weight @ vectors[item]
+        for profile, vectors in zip(profiles, self._vectors, strict=True):
+            for begin in range(0, len(vectors), _ITEMS_AT_ONCE):
+                block = vectors[begin : begin + _ITEMS_AT_ONCE].astype(np.float64)
+                out[:, begin : begin + len(block)] += profile @ block.T
         return out
+
+
+def _unit_vectors(column: VectorColumn) -> Float32s:
+    """Vectors of length 1, or 0 where one is missing: a single copy."""
+    vectors: Float32s = np.nan_to_num(column.vectors, nan=0.0)
+    largest = np.maximum(vectors.max(axis=1), -vectors.min(axis=1))
+    vectors /= np.maximum(largest, np.finfo(np.float32).tiny)[:, None]  # Squares then neither overflow nor vanish.
+    vectors /= np.maximum(np.sqrt(np.einsum("vd,vd->v", vectors, vectors)), 1e-12)[:, None]
+    return vectors
 
 
 def _weighted_values(name: str, column: FeatureColumn) -> SparseRows:
