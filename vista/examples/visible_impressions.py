@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,8 +12,9 @@ from vista.arrays import Int, offsets_of
 from vista.config import DataConfig, TrainConfig
 from vista.log.event_log import EventLog
 from vista.log.gaps import gap_bucket
+from vista.log.histories import token_groups
 from vista.log.impressions import Impressions
-from vista.log.splits import split_until
+from vista.log.splits import EVENTS_PER_BLOCK, split_until
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +50,17 @@ def visible_rows(log: EventLog, table: Impressions, counts: Int, data: DataConfi
     user = np.repeat(np.arange(log.num_users), np.diff(table.offsets))
     position = np.zeros(len(timestamp), np.int64)
     before = np.zeros(len(timestamp), np.int64)
-    for row in np.flatnonzero(np.diff(table.offsets)):
-        low, high = table.offsets[row], table.offsets[row + 1]
-        times = np.asarray(log.slice(row).timestamp)
-        at = np.searchsorted(times, timestamp[low:high], side="left")
-        position[low:high] = at
-        before[low:high] = times[np.maximum(at - 1, 0)] if len(times) else timestamp[low:high]
+    shown = np.flatnonzero(np.diff(table.offsets))
+    for part in token_groups(log.lengths[shown], EVENTS_PER_BLOCK):
+        users = shown[part]
+        events = log.gather(users, features=False)
+        begins, times_of_all = events.offsets.tolist(), np.asarray(events.timestamp)
+        bounds = zip(table.offsets[users].tolist(), table.offsets[users + 1].tolist(), pairwise(begins), strict=True)
+        for low, high, (begin, end) in bounds:
+            times = times_of_all[begin:end]
+            at = times.searchsorted(timestamp[low:high], side="left")
+            position[low:high] = at
+            before[low:high] = times[np.maximum(at - 1, 0)] if begin < end else timestamp[low:high]
     visible = position <= counts[user]
     if until.before is not None:
         visible &= timestamp < until.before
