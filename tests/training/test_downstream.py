@@ -29,7 +29,7 @@ from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer
 from vista.store import StoreReader, Tail
 from vista.training.downstream import KEPT_WEIGHTS, Downstream
-from vista.training.log_schema import schema_of
+from vista.training.log_schema import schema_and_readers, schema_of
 from vista.training.trainer import Trainer, train
 
 PAST_SHARE = 0.4
@@ -92,7 +92,7 @@ def test_the_base_stays_as_it_is(served_tasks: Served, liked: tuple[TrainConfig,
     learned = [name for name in weights if not name.startswith(KEPT_WEIGHTS)]
     torch.manual_seed(config.seed)
     with Downstream.open(config, served_tasks.log) as downstream:
-        fresh = downstream.model(schema_of(served_tasks.log, config)).state_dict()
+        fresh = downstream.model(*schema_and_readers(served_tasks.log, config)).state_dict()
     moved = [name for name in learned if not torch.equal(weights[name], fresh[name])]
     assert moved == learned, "all other weights were trained"
     assert model.schema.tasks == ["like"] and model.task_head is not None and model.task_head.out_features == 1
@@ -357,7 +357,7 @@ class TestRefusals:
         softmax = {"model__target_attention": TargetAttentionKind.softmax}
         config = downstream_config(served_tasks, past_store, tmp_path, **softmax)
         with Downstream.open(config, served_tasks.log) as downstream:
-            assert len(downstream.model(schema_of(served_tasks.log, config)).target_attention.reads) == 0
+            assert len(downstream.model(*schema_and_readers(served_tasks.log, config)).target_attention.reads) == 0
 
     def test_the_store_of_another_model(self, served_tasks: Served, served: Served, tmp_path: Path) -> None:
         with pytest.raises(SummarizerMismatchError):

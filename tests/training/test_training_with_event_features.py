@@ -20,12 +20,13 @@ from vista.config.choices import Architecture, Codec, Split, Stage
 from vista.errors import ConfigError
 from vista.evaluation.evaluate import evaluate_scorer
 from vista.log.event_log import EventLog
-from vista.log.splits import split_until, visible_counts
+from vista.log.row_features import RowFeatures
+from vista.log.splits import MIN_EVENTS, split_until, visible_counts
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer
 from vista.training import event_features, trainer
-from vista.training.event_features import event_columns
+from vista.training.event_features import event_reader
 from vista.training.trainer import train, train_model
 from vista.training.validation import Validation
 
@@ -90,7 +91,9 @@ def test_numbers_are_measured_on_events_that_training_sees(
     log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = feature_config(log, tmp_path / "run", model__tail_features=["dwell"])
-    columns, num_tail = event_columns(log, config)
+    reader, num_tail = event_reader(log, config)
+    assert reader is not None
+    columns = reader.columns
     assert [column.name for column in columns] == ["dwell", "surface"] and num_tail == 1
     counts = visible_counts(log, split_until(config.data, "train"))
     dwell = log.gather(np.arange(log.num_users), counts).features.columns["dwell"]
@@ -100,7 +103,27 @@ def test_numbers_are_measured_on_events_that_training_sees(
     monkeypatch.setattr(event_features, "MEASURED_EVENTS", 50)
     step = -(-int(counts.sum()) // 50)
     sample = dwell[::step]
-    assert event_columns(log, config)[0][0].mean == pytest.approx(np.nanmean(sample.astype(np.float64)))
+    reader, _ = event_reader(log, config)
+    assert reader is not None and reader.columns[0].mean == pytest.approx(np.nanmean(sample.astype(np.float64)))
+
+
+def test_values_that_only_hidden_events_have_are_missing(tmp_path: Path) -> None:
+    frame = event_frame()
+    order = np.lexsort((frame["timestamp"], frame["user"]))
+    is_last = np.zeros(len(order), np.bool_)
+    is_last[order[np.flatnonzero(np.diff(frame["user"][order], append=-1))]] = True
+    is_last &= np.bincount(frame["user"])[frame["user"]] >= MIN_EVENTS  # others have no hidden events
+    surface = ["car" if last else name for last, name in zip(is_last, frame["surface"], strict=True)]
+    log = log_of(frame | {"surface": surface}, tmp_path / "log")
+    whole = log.event_features["surface"]
+    assert whole is not None and whole.ids(range(4)).tolist() == ["app", "car", "tv", "web"]
+    model = train(feature_config(log, tmp_path / "run", optim__epochs=1), log)
+    assert model.event_features is not None and model.encoder.features is not None
+    known = model.event_features.values["surface"]
+    assert known is not None and known.ids(range(len(known))).tolist() == ["app", "tv", "web"]
+    assert model.schema.event_features[0].size == 3
+    given = RowFeatures({"surface": whole.rows(["car", "web"]).astype(np.int32)})
+    assert model.event_recoder(log.event_features)(given, 2).columns["surface"].tolist() == [-1, 2]
 
 
 def test_columns_that_cannot_be_read_are_refused(log: EventLog, tmp_path: Path) -> None:
@@ -116,7 +139,7 @@ def test_columns_that_cannot_be_read_are_refused(log: EventLog, tmp_path: Path) 
         ({"model__embedding_rows": 50}, r"model.embedding_rows=50: a hashed table has no rows for features of events"),
     ):
         with pytest.raises(ConfigError, match=message):
-            event_columns(log, feature_config(log, tmp_path / "run", **changes))
+            event_reader(log, feature_config(log, tmp_path / "run", **changes))
 
 
 @pytest.mark.parametrize("tail_features", [None, ["dwell"], []])

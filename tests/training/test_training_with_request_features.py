@@ -25,8 +25,8 @@ from vista.model.registry import load_model
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer
-from vista.training.log_schema import schema_of
-from vista.training.request_features import request_columns
+from vista.training.log_schema import schema_and_readers, schema_of
+from vista.training.request_features import request_reader
 from vista.training.trainer import Trainer, train, train_model
 from vista.training.validation import Validation
 from vista.training.warm_start import WarmStart
@@ -204,7 +204,19 @@ def test_numbers_are_measured_on_the_impressions_of_training(log: EventLog, fram
     expected = schema_of(log, config).request_features
     for name, changed in (("hidden", hidden), ("seen", ~hidden)):
         other = log_of(frames, tmp_path / name, hour=np.where(changed, 1000, shown["hour"]))
-        assert (request_columns(other, config, None) == expected) == (name == "hidden")
+        assert (schema_of(other, config).request_features == expected) == (name == "hidden")
+
+
+def test_values_that_only_hidden_impressions_have_are_missing(log: EventLog, frames: Frames, tmp_path: Path) -> None:
+    config, shown = config_of(log, tmp_path / "run"), frames[1]
+    hidden = shown["timestamp"] >= int(str(config.data.validation_from))
+    devices = ["app" if late else name for late, name in zip(hidden, shown["device"], strict=True)]
+    other = log_of(frames, tmp_path / "other", device=devices)
+    whole, reader = other.request_features["device"], request_reader(other, config, None)
+    assert whole is not None and len(whole) == 4 and reader is not None
+    known = reader.values["device"]
+    assert known is not None and known.ids(range(len(known))).tolist() == ["desktop", "phone", "tv"]
+    assert Trainer(config, other).model.schema.request_features == reader.columns
 
 
 def test_what_a_user_was_shown_at_one_time_is_one_request(log: EventLog) -> None:
@@ -235,7 +247,8 @@ def test_downstream_models_have_their_own(log: EventLog, tmp_path: Path) -> None
     assert model.request_encoder.values.abs().sum() > 0
     assert model.summarizer_id() == base.summarizer_id()
     since = int(early)
-    assert model.schema.request_features == request_columns(log, config, since) != request_columns(log, config, None)
+    recent, all_of_them = (schema_of(log, config, begin).request_features for begin in (since, None))
+    assert model.schema.request_features == recent != all_of_them
     user = log.users.ids([0])
     with Scorer.open(tmp_path / "run" / "best", tmp_path / "store") as scorer:
         phone, tv = (scorer.score(user, [1, 2], request={"device": each}) for each in ("phone", "tv"))
@@ -273,7 +286,7 @@ def test_a_warm_start_matches_values_by_name(tmp_path: Path, freeze: InitFreeze)
         log, tmp_path / "run", optim__epochs=1, init_from=str(tmp_path / "base" / "best"), init_freeze=freeze
     )
     warm = WarmStart.open(config, log)
-    made = warm.model(schema_of(log, warm.config))
+    made = warm.model(*schema_and_readers(log, warm.config))
     for before, after in ((base, made), (base, train(config, log))):
         assert [column.name for column in after.schema.request_features] == ["device", "hour", "app"]
         assert after.schema.request_features[1] == before.schema.request_features[1]

@@ -374,6 +374,18 @@ def test_a_warm_start_keeps_values_and_adds_new_ones(log: EventLog, tmp_path: Pa
     assert not made.user_encoder.values[3].any()
 
 
+def test_values_of_users_without_visible_events_are_missing(log: EventLog, tmp_path: Path) -> None:
+    grown = made_log(tmp_path / "log")
+    late = {"user": [10**6], "item": [1], "timestamp": [START + 10**7]}
+    table = {"user": [10**6], "region": ["west"], "age": [200.0]}
+    grown = EventLog.from_frame(late, grown.path, time_unit="s", users=table, append=True)
+    model, before = (Trainer(config_of(one, tmp_path / "run"), one).model for one in (grown, log))
+    assert len(grown.user_features.values["region"] or ()) == 3
+    assert model.schema.user_features == before.schema.user_features
+    assert model.user_features is not None and before.user_features is not None
+    assert model.user_features.digests() == before.user_features.digests()
+
+
 def test_a_frozen_start_keeps_the_values_that_records_name(log: EventLog, tmp_path: Path) -> None:
     """So a store that was written before a new region appeared still serves both models."""
     config = config_of(log, tmp_path / "first", optim__epochs=1)

@@ -199,6 +199,10 @@ class RowFeatureReader:
         return cls(columns, values) if columns else None
 
 
+RowReaders: TypeAlias = Mapping[str, RowFeatureReader]
+"""By field of Schema that lists columns of rows, such as "event_features", if it lists any."""
+
+
 def log_encoder(
     reader: RowFeatureReader | None, values: ColumnValues
 ) -> Callable[[RowFeatures, int], EncodedRows | None]:

@@ -26,12 +26,12 @@ from vista.log.splits import split_until, visible_counts
 from vista.log.until import parse_until
 from vista.model.inference import empty_summary
 from vista.model.ranking_model import RankingModel
+from vista.model.row_feature_reader import RowReaders
 from vista.model.schema import Schema
 from vista.model.vista_model import STAGE1_KEYS, STAGE1_WEIGHTS, VistaModel
 from vista.refresh import check_log
 from vista.store.format.authentication import read_key
 from vista.store.reader import StoreReader
-from vista.training.request_features import request_reader
 
 logger = logging.getLogger(__name__)
 COUNTER_KEYS = ("counters", "counter_keys", "counter_days", "counter_events")
@@ -115,8 +115,12 @@ class Downstream:
     ) -> None:
         self._store.close()
 
-    def model(self, schema: Schema) -> VistaModel:
-        """The model to train: the base's weights, frozen, and a new stage 2 and heads for `schema`."""
+    def model(self, schema: Schema, readers: RowReaders) -> VistaModel:
+        """The model to train: the base's weights, frozen, and a new stage 2 and heads for `schema`.
+
+        Args:
+            schema: of the log, and readers: of its features.
+        """
         kept = replace(
             self._base.schema,
             tasks=schema.tasks,
@@ -128,7 +132,7 @@ class Downstream:
         weights = {name: value for name, value in self._base.state_dict().items() if name.startswith(KEPT_WEIGHTS)}
         model.load_state_dict(weights, strict=False)
         model.take_catalog(self._base)
-        model.request_features = request_reader(self._log, kept)
+        model.request_features = readers.get("request_features")
         model.user_features = self._base.user_features if kept.user_features else None
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not name.startswith(KEPT_WEIGHTS))

@@ -12,17 +12,19 @@ from vista.examples.batch_source import EncodeEvents
 from vista.log.event_log import EventLog
 from vista.log.row_features import RowColumn, RowFeatures
 from vista.log.splits import split_until, visible_blocks, visible_counts
-from vista.model.feature_spec import FeatureSpec
 from vista.model.ranking_model import RankingModel
 from vista.model.row_feature_reader import RowFeatureReader
-from vista.model.schema import Schema
+from vista.training.seen_values import SeenValues
 
 MEASURED_EVENTS = 1_000_000
 """Most events by which the distribution of a number is measured."""
 
 
-def event_columns(log: EventLog, config: TrainConfig) -> tuple[list[FeatureSpec], int]:
-    """The columns of events that a model reads, and how many of them, the first ones, its stage 2 reads too.
+def event_reader(log: EventLog, config: TrainConfig) -> tuple[RowFeatureReader | None, int]:
+    """How a model reads features of events, and how many columns, the first ones, its stage 2 reads too.
+
+    It knows the values, and the distribution of numbers, of the events that training may see. Without columns, the
+    reader is None.
 
     Raises:
         ConfigError: if `model.tail_features` names a column that the model does not read, or the model has a hashed
@@ -38,7 +40,7 @@ def event_columns(log: EventLog, config: TrainConfig) -> tuple[list[FeatureSpec]
                 f"{', '.join(log.event_features) or 'none'}"
             )
     if not values:
-        return [], 0
+        return None, 0
     if model.embedding_rows:
         raise ConfigError(
             f"model.embedding_rows={model.embedding_rows}: a hashed table has no rows for features of events; set "
@@ -46,12 +48,9 @@ def event_columns(log: EventLog, config: TrainConfig) -> tuple[list[FeatureSpec]
         )
     ordered = {name: values[name] for name in sorted(values, key=lambda name: name not in in_tail)}
     counts = visible_counts(log, split_until(config.data, "train"))
-    return RowFeatureReader.of(_sampled(log, counts), ordered).columns, len(in_tail)
-
-
-def event_reader(log: EventLog, schema: Schema) -> RowFeatureReader | None:
-    """How a model with this schema, made for this log, reads features of events; None if it reads none."""
-    return RowFeatureReader(schema.event_features, log.event_features) if schema.event_features else None
+    seen = SeenValues(ordered)
+    numbers = _read(log, counts, seen)
+    return RowFeatureReader.of(numbers, seen.values), len(in_tail)
 
 
 def event_encoding(model: RankingModel, log: EventLog) -> EncodeEvents | None:
@@ -68,19 +67,24 @@ def event_encoding(model: RankingModel, log: EventLog) -> EncodeEvents | None:
     return encode
 
 
-def _sampled(log: EventLog, counts: NDArray[np.int64]) -> RowFeatures:
-    """Features of the events that training may see, or of every n-th one if these are more than MEASURED_EVENTS.
+def _read(log: EventLog, counts: NDArray[np.int64], seen: SeenValues) -> RowFeatures:
+    """Collect the values of the events that training may see.
 
     Args:
         counts: int64 [num_users] events that training may see.
+        seen: takes their categories.
+
+    Returns:
+        The numbers of these events, or of every n-th one if there are more than MEASURED_EVENTS.
     """
     step = max(1, -(-int(counts.sum()) // MEASURED_EVENTS))
     parts: dict[str, list[RowColumn]] = {
-        name: [column] for name, column in RowFeatures.missing(log.event_features, 0).columns.items()
+        name: [np.empty(0, np.float32)] for name, known in log.event_features.items() if known is None
     }
     before = 0
     for block in visible_blocks(log, counts, features=True):
-        for name, column in block.features.columns.items():
-            parts[name].append(column[-before % step :: step].copy())
+        seen.add(block.features)
+        for name, columns in parts.items():
+            columns.append(block.features.columns[name][-before % step :: step].copy())
         before += block.num_events
     return RowFeatures({name: np.concatenate(columns) for name, columns in parts.items()})  # type: ignore[misc]

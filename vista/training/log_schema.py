@@ -11,14 +11,15 @@ from vista.config.choices import Decay
 from vista.errors import ConfigError, DataError
 from vista.examples.batch_source import trained_tasks
 from vista.log.event_log import EventLog
-from vista.log.splits import EVENTS_PER_BLOCK, visible_blocks
+from vista.log.splits import EVENTS_PER_BLOCK, split_until, visible_blocks, visible_counts
 from vista.model.feature_spec import FeatureSpec
 from vista.model.item_feature_table import ItemFeatureTable
 from vista.model.ranking_model import NEXT_TASK
-from vista.model.row_feature_reader import RowFeatureReader
+from vista.model.row_feature_reader import RowFeatureReader, RowReaders
 from vista.model.schema import Schema
-from vista.training.event_features import event_columns
-from vista.training.request_features import request_columns
+from vista.training.event_features import event_reader
+from vista.training.request_features import request_reader
+from vista.training.seen_values import SeenValues
 
 RESERVED_TASKS = {
     *(NEXT_TASK, "window", "reconstruction", "search_unit", "loss"),
@@ -29,7 +30,12 @@ RESERVED_TASKS = {
 
 
 def schema_of(log: EventLog, config: TrainConfig, since: int | None = None) -> Schema:
-    """What a model may use of a log.
+    """What a model may use of a log, as `schema_and_readers`."""
+    return schema_and_readers(log, config, since)[0]
+
+
+def schema_and_readers(log: EventLog, config: TrainConfig, since: int | None = None) -> tuple[Schema, RowReaders]:
+    """What a model may use of a log, and how it reads features of the rows that training may see.
 
     Args:
         since: with stage=downstream, the time (ms) at which labels begin.
@@ -72,17 +78,21 @@ def schema_of(log: EventLog, config: TrainConfig, since: int | None = None) -> S
             "model.use_item_features=false, or model.embedding_rows=0"
         )
     features = [] if given is None else [FeatureSpec.of(name, column) for name, column in given.columns.items()]
-    return Schema(
+    of_events, num_tail_features = event_reader(log, config)
+    of_requests, of_users = request_reader(log, config, since), user_reader(log, config)
+    found = {"event_features": of_events, "request_features": of_requests, "user_features": of_users}
+    readers = {name: reader for name, reader in found.items() if reader is not None}
+    schema = Schema(
         list(log.actions),
         log.has_time,
         ratings,
         tasks,
         config.ranks_items,
         features,
-        *event_columns(log, config),
-        request_features=request_columns(log, config, since),
-        user_features=user_columns(log) if model.use_user_features else [],
+        num_tail_features=num_tail_features,
+        **{name: reader.columns for name, reader in readers.items()},
     )
+    return schema, readers
 
 
 def encoded_features(log: EventLog, schema: Schema) -> ItemFeatureTable | None:
@@ -91,15 +101,17 @@ def encoded_features(log: EventLog, schema: Schema) -> ItemFeatureTable | None:
     return None if given is None else ItemFeatureTable.of(given, schema.item_features)
 
 
-def user_columns(log: EventLog) -> list[FeatureSpec]:
-    """What a model reads of a log's user features."""
-    features = log.user_features
-    return RowFeatureReader.of(features.rows, features.values).columns
+def user_reader(log: EventLog, config: TrainConfig) -> RowFeatureReader | None:
+    """How a model reads features of users; None if it reads none.
 
-
-def user_reader(log: EventLog, schema: Schema) -> RowFeatureReader | None:
-    """How a model with this schema, made for this log, reads features of users; None if it reads none."""
-    return RowFeatureReader(schema.user_features, log.user_features.values) if schema.user_features else None
+    It knows the values, and the distribution of numbers, of the users with events that training may see.
+    """
+    if not config.model.use_user_features or not log.user_features.values:
+        return None
+    users = np.flatnonzero(visible_counts(log, split_until(config.data, "train")))
+    features, seen = log.user_features.rows.select(users), SeenValues(log.user_features.values)
+    seen.add(features)
+    return RowFeatureReader.of(features, seen.values)
 
 
 def rating_range(log: EventLog, *, events_per_batch: int = EVENTS_PER_BLOCK) -> tuple[float, float] | None:

@@ -12,20 +12,19 @@ from vista.log.event_log import EventLog
 from vista.model.anchor_losses import start_counted
 from vista.model.ranking_model import UNKNOWN_ITEM, RankingModel
 from vista.model.registry import ARCHITECTURES
+from vista.model.row_feature_reader import RowReaders
 from vista.model.schema import Schema
-from vista.training.event_features import event_reader
 from vista.training.item_start import FrozenItems, start_from_factors, training_vectors
-from vista.training.log_schema import encoded_features, user_reader
-from vista.training.request_features import request_reader
+from vista.training.log_schema import encoded_features
 from vista.training.warm_start import WarmStart
 
 
-def drawn_model(config: TrainConfig, log: EventLog, schema: Schema) -> RankingModel:
+def drawn_model(config: TrainConfig, log: EventLog, schema: Schema, readers: RowReaders) -> RankingModel:
     """A model of a log with drawn weights."""
     model = ARCHITECTURES[config.model.architecture](config.model, schema, log.items, config.data)
     model.set_item_features(encoded_features(log, schema))
-    model.event_features = event_reader(log, schema)
-    model.request_features, model.user_features = request_reader(log, schema), user_reader(log, schema)
+    for name, reader in readers.items():
+        setattr(model, name, reader)
     return model
 
 

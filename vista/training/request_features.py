@@ -10,33 +10,31 @@ from vista.examples.batch_source import EncodeRows, trained_tasks
 from vista.examples.visible_impressions import visible_rows
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until, visible_counts
-from vista.model.feature_spec import FeatureSpec
 from vista.model.ranking_model import RankingModel
 from vista.model.row_feature_reader import RowFeatureReader, log_encoder
-from vista.model.schema import Schema
+from vista.training.seen_values import SeenValues
 
 MEASURED_REQUESTS = 1_000_000
 """Most impressions by which the distribution of a number is measured."""
 
 
-def request_columns(log: EventLog, config: TrainConfig, since: int | None) -> list[FeatureSpec]:
-    """The features of requests that a model reads. Numbers are measured on the impressions that training may see.
+def request_reader(log: EventLog, config: TrainConfig, since: int | None) -> RowFeatureReader | None:
+    """How a model reads features of requests; None if it reads none.
+
+    It knows the values, and the distribution of numbers, of the impressions that training may see.
 
     Args:
         since: leave out the impressions before this time (ms).
     """
     table, values = log.impressions, log.request_features
     if table is None or not values or not config.model.use_request_features or not trained_tasks(log, config.optim):
-        return []
+        return None
     counts = visible_counts(log, split_until(config.data, "train"))
     rows = visible_rows(log, table, counts, config.data, since).row
-    step = max(1, -(-len(rows) // MEASURED_REQUESTS))
-    return RowFeatureReader.of(table.features.select(rows[::step]), values).columns
-
-
-def request_reader(log: EventLog, schema: Schema) -> RowFeatureReader | None:
-    """How a model with this schema, made for this log, reads features of requests; None if it reads none."""
-    return RowFeatureReader(schema.request_features, log.request_features) if schema.request_features else None
+    features, step = table.features.select(rows), max(1, -(-len(rows) // MEASURED_REQUESTS))
+    seen = SeenValues(values)
+    seen.add(features)
+    return RowFeatureReader.of(features.select(slice(None, None, step)), seen.values)
 
 
 def request_encoding(model: RankingModel, log: EventLog) -> EncodeRows | None:

@@ -40,7 +40,7 @@ from vista.training.checkpoint import (
 from vista.training.downstream import Downstream
 from vista.training.event_features import event_encoding
 from vista.training.item_start import MOST_CHANGE, FrozenItems, training_vectors
-from vista.training.log_schema import schema_of
+from vista.training.log_schema import schema_and_readers
 from vista.training.metrics_writer import MetricsWriter
 from vista.training.model_card import model_card
 from vista.training.model_start import drawn_model, start_model
@@ -139,8 +139,8 @@ class Trainer:
         self.run_dir = Path(config.run_dir)
         self.device = resolve_device(config.device)
         torch.manual_seed(config.seed)
-        schema = schema_of(log, config, since)
-        self.model: RankingModel = drawn_model(config, log, schema) if origin is None else origin.model(schema)
+        fields = schema_and_readers(log, config, since)
+        self.model: RankingModel = drawn_model(config, log, *fields) if origin is None else origin.model(*fields)
         self.model.to(self.device)
         if config.optim.table_rate == 0:
             self.model.item_table.requires_grad_(False)

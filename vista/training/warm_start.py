@@ -31,7 +31,7 @@ from vista.model.joined_item_features import joined_features
 from vista.model.model_description import CONFIG_FILE
 from vista.model.ranking_model import RankingModel
 from vista.model.registry import ARCHITECTURES, load_model
-from vista.model.row_feature_reader import RowFeatureReader
+from vista.model.row_feature_reader import RowFeatureReader, RowReaders
 from vista.model.schema import Schema
 from vista.model.vista_model import STAGE1_WEIGHTS
 from vista.training.checkpoint import load_checkpoint, newest_checkpoint, unpack_state
@@ -103,11 +103,11 @@ class WarmStart:
         rows = self._rows.get("item_table")
         return np.empty(0, np.int64) if rows is None else np.flatnonzero(rows.numpy() < 0)
 
-    def model(self, schema: Schema) -> RankingModel:
+    def model(self, schema: Schema, readers: RowReaders) -> RankingModel:
         """The model to train.
 
         Args:
-            schema: of the log.
+            schema: of the log, and readers: of its features.
         """
         base, config = self.base, self.config
         has_task_rows = config.model.architecture in (Architecture.vista, Architecture.hstu)
@@ -116,7 +116,7 @@ class WarmStart:
                 f"optim.tasks: init_from={config.init_from} was trained for {base.schema.tasks}, but this run trains "
                 f"{schema.tasks}; a model of architecture {config.model.architecture.value} keeps its tasks"
             )
-        grown = self._grown_columns(schema)
+        grown = self._grown_columns(schema, readers)
         schema = self._joined_schema(schema, grown)
         made = ARCHITECTURES[config.model.architecture](config.model, schema, self._items, config.data)
         weights, earlier = made.state_dict(), base.state_dict()
@@ -193,7 +193,7 @@ class WarmStart:
         start[known] = old[rows[known]]
         return start
 
-    def _grown_columns(self, schema: Schema) -> dict[str, GrownColumns]:
+    def _grown_columns(self, schema: Schema, readers: RowReaders) -> dict[str, GrownColumns]:
         """By field of Schema: the columns of features of the model and of a log with this schema, if there are any.
 
         With a frozen summarizer, those that it reads, and those that records name, are checked but left out, because
@@ -203,9 +203,7 @@ class WarmStart:
         items = {} if log.item_features is None else log.item_features.columns
         of_log: dict[str, ColumnValues] = {
             "item_features": {name: own.values for name, own in items.items() if isinstance(own, CategoryColumn)},
-            "event_features": log.event_features,
-            "request_features": log.request_features,
-            "user_features": log.user_features.values,
+            **{key: reader.values for key, reader in readers.items()},
         }
         of_model: dict[str, ColumnValues] = {
             "item_features": {} if base.feature_table is None else base.feature_table.values,
@@ -218,7 +216,7 @@ class WarmStart:
             only_tasks_read = key == "request_features"
             if not given and (not known or (only_tasks_read and not schema.tasks)):
                 continue
-            columns = GrownColumns.of(known, of_model[key], given, of_log[key])
+            columns = GrownColumns.of(known, of_model[key], given, of_log.get(key, {}))
             if self.freezes and (f"{module}.".startswith(STAGE1_WEIGHTS) or key in RECORDED):
                 continue
             found[key] = columns
