@@ -129,3 +129,7 @@ def test_a_saved_reader_reads_the_same(tmp_path: Path) -> None:
     assert (loaded.encode(features, 3).entry == reader.encode(features, 3).entry).all()
     with pytest.raises(ValueError, match="do not fit"):
         RowFeatureReader(reader.columns[:1], {"device": None})
+    Vocabulary.from_ids([1, 2]).save(tmp_path, "event_values_0")
+    (tmp_path / "event_values_0.offsets.npy").unlink()
+    with pytest.raises(ValueError, match="the values of 'device' do not fit"):
+        RowFeatureReader.load(tmp_path, "event", reader.columns)

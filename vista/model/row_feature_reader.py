@@ -63,8 +63,8 @@ class RowFeatureReader:
         """
         for column in columns:
             known = values[column.name]
-            fits = known is None if column.kind == "number" else known is not None and len(known) <= column.size
-            if column.kind == "vector" or not fits:
+            has_texts = known is not None and known.kind == "str" and len(known) <= column.size
+            if column.kind == "vector" or not (known is None if column.kind == "number" else has_texts):
                 raise ValueError(f"the values of {column.name!r} do not fit a {column.kind} of size {column.size}")
         self.columns = list(columns)
         self.values = {column.name: values[column.name] for column in columns}
