@@ -27,7 +27,7 @@ from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer
 from vista.training import event_features, trainer
 from vista.training.event_features import event_reader
-from vista.training.trainer import train, train_model
+from vista.training.trainer import Trainer, train, train_model
 from vista.training.validation import Validation
 
 SEQUENCE_MODELS = (Architecture.vista, Architecture.sasrec, Architecture.hstu, Architecture.fuxi_linear)
@@ -76,6 +76,17 @@ def test_every_model_learns_features(log: EventLog, tmp_path: Path, architecture
     encoder = model.encoder.features
     assert encoder is not None and encoder.dense is not None
     assert encoder.values.abs().sum() > 0 and encoder.dense.abs().sum() > 0
+
+
+@pytest.mark.parametrize("architecture", [Architecture.vista, Architecture.sasrec])
+def test_a_batch_without_features_is_refused(log: EventLog, tmp_path: Path, architecture: Architecture) -> None:
+    limit = 0 if architecture is Architecture.vista else 8
+    changes = {"model__architecture": architecture, "model__history_limit": limit}
+    made = Trainer(feature_config(log, tmp_path / "run", **changes), log)
+    batch = made.source.batch(0, 0)
+    bare = replace(batch, events=replace(batch.events, entry=None, dense=None))
+    with pytest.raises(ValueError, match="has no features of events, which the model reads"):
+        made.model.losses(bare, made.model.item_vectors(bare.rows), made.config.optim)
 
 
 def test_without_features_nothing_changes(log: EventLog, event_log: EventLog, tmp_path: Path) -> None:

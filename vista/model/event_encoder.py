@@ -91,6 +91,20 @@ class EventEncoder(nn.Module):
             x = x + self.features(entry, dense)
         return x
 
+    def check_batch(self, entry: Tensor | None) -> None:
+        """Refuse a batch without the features that the encoder reads, since it would train without them silently.
+
+        Args:
+            entry: of the batch's events, as in `forward`.
+
+        Raises:
+            ValueError: if they lack features.
+        """
+        if self.features is not None and entry is None:
+            raise ValueError(
+                "the batch has no features of events, which the model reads; give BatchSource encode_events"
+            )
+
     def gap_vectors(self, gap: Tensor) -> Tensor | None:
         """[..., M] embeddings of request gaps; None if the model uses no times."""
         return None if self.gap is None else self.gap(gap)

@@ -116,6 +116,7 @@ class VistaModel(RankingModel):
     def _contexts(self, batch: Batch, item_vectors: Tensor) -> tuple[Tensor, Tensor, TargetContext]:
         """Event embeddings [T, M], summaries of the cuts, and contexts of the windows."""
         events = batch.events
+        self.encoder.check_batch(events.entry)
         shown = self.shown_vectors(events, item_vectors)
         encoded = self.encoder(shown, events.action, events.gap, events.rating, events.entry, events.dense)
         summaries = self.cut_summaries(batch, encoded)

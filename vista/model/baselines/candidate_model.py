@@ -109,6 +109,7 @@ class CandidateModel(HistoryModel):
         return time if self.encoder.gap is not None else torch.arange(len(time), device=time.device) * 1000
 
     def losses(self, batch: Batch, item_vectors: Tensor, optim: OptimConfig) -> Losses:
+        self.encoder.check_batch(batch.events.entry)
         shown = ShownCandidates.of(batch)
         if len(shown.place) == 0:
             return weighted_losses({}, optim)

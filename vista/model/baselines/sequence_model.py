@@ -189,6 +189,7 @@ class SequenceModel(HistoryModel):
     def _embedded(self, batch: Batch, item_vectors: Tensor) -> EmbeddedSequences:
         """The events of a batch."""
         events = batch.events
+        self.encoder.check_batch(events.entry)
         shown, user = self.shown_vectors(events, item_vectors), self.vectors_of_users(batch)
         vectors = self.encoder(shown, events.action, events.gap, events.rating, events.entry, events.dense)
         return EmbeddedSequences(vectors, events.clock, events.offsets.cpu().numpy(), user)
