@@ -111,6 +111,24 @@ def test_negatives_are_about_as_popular(served: Served) -> None:
     assert step.min() == 1 and step.max() == 2
 
 
+def test_items_that_histories_show_as_unknown_are_not_judged(served: Served) -> None:
+    log, model = served.log, copy.deepcopy(served.model)
+    is_known = model.rows_of(log.items) <= 20
+    model.num_trained_items = 20
+    items = recall._Items(model, log)
+    assert 0 < is_known.sum() < len(is_known)
+    np.testing.assert_array_equal(items.rows > 0, is_known)
+    assert np.sort(items.by_popularity).tolist() == list(range(1, 21))
+    histories = log.gather(np.arange(log.num_users))
+    windows = recall._random_windows(histories.lengths, 0, 32, np.random.default_rng(3))
+    with Scorer.open(served.model, served.exact_store) as scorer:
+        summary = torch.from_numpy(scorer.store.get_many(log.users.ids(np.arange(log.num_users))).summary)
+    shares = recall._share_beaten(model, items, histories, windows, [summary], np.random.default_rng(4))
+    index = recall.ranges(histories.offsets[:-1][windows.row] + windows.start, windows.stop - windows.start)
+    asked = is_known[histories.item[index]]
+    assert 0 < shares.shape[1] <= asked.sum() < len(asked)
+
+
 def test_equal_summaries_recall_nothing(served: Served) -> None:
     """If all records hold one summary, own and other are the same."""
     with Scorer.open(served.model, served.exact_store) as scorer:

@@ -105,11 +105,11 @@ def measure_recall(scorer: Scorer, log: EventLog, *, max_users: int = 2000, seed
 
 
 class _Items:
-    """The model's items in order of popularity, and the model rows of the log's items."""
+    """The items of the model's histories in order of popularity, and the rows that these have for the log's items."""
 
     def __init__(self, model: VistaModel, log: EventLog) -> None:
-        self.rows = model.rows_of(log.items)
-        counts = np.zeros(len(model.items) + 1, np.int64)
+        self.rows = model.history_rows(model.rows_of(log.items))  # summaries hold items as histories show them
+        counts = np.zeros(1 + model.num_trained_items, np.int64)
         np.add.at(counts, self.rows, item_counts(log, visible_counts(log, split_until(model.data, "train"))))
         self.by_popularity = np.argsort(-counts[1:], kind="stable") + 1
         """int64 [V] model rows, most popular first."""
