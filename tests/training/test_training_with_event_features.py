@@ -161,6 +161,10 @@ def test_validation_is_what_the_scorer_reaches(log: EventLog, tmp_path: Path, ta
     with torch.no_grad():  # so that features matter
         for weight in model.encoder.features.parameters():
             weight.normal_(std=0.3)
+    card, line = (tmp_path / "run" / "best" / "README.md").read_text(), "Stage 2 reads features of events: "
+    names = "`dwell`" if tail_features else "`surface`, `dwell`"
+    assert (f"{line}{names}. Pass those of fresh events (`Tail(features=…)`)." in card) == (tail_features != [])
+    assert (line in card) == (tail_features != [])
     model.save_pretrained(tmp_path / "best")
     until = split_until(config.data, "validation")
     refresh(model, log, tmp_path / "store", until=until, options=RefreshOptions(codec=Codec.float32))

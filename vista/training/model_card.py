@@ -167,6 +167,9 @@ def _limits(model: RankingModel, log: EventLog) -> Iterable[str]:
         yield "The model reads times. Pass the time of the request (`now`)."
     if features := model.schema.request_features:
         yield f"Labeled tasks read features of requests: {_code(one.name for one in features)}. Pass them (`request`)."
+    if (features := model.schema.tail_features) and model.config.architecture is Architecture.vista:
+        names = _code(one.name for one in features)
+        yield f"Stage 2 reads features of events: {names}. Pass those of fresh events (`Tail(features=…)`)."
     if features := model.schema.user_features:
         yield f"The model reads features of users, as of the last refresh: {_code(one.name for one in features)}."
     if len(log.actions) > 1 and model.config.use_action:
