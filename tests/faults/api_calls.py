@@ -20,7 +20,7 @@ from vista.log.vocabulary import Vocabulary
 from vista.model.row_feature_reader import RowFeatureReader
 from vista.refresh import RefreshOptions, erase, forget, merge, refresh, refresh_incremental
 from vista.scorer import ScorerStats, Tail
-from vista.scorer.request_arguments import request_features
+from vista.scorer.pair_features import PairFeatures
 
 LONG = "x" * 100_000
 PATHS: list[Any] = [
@@ -296,7 +296,7 @@ API_CALLS: dict[str, ApiCall] = {
         Scorer.predict, FEATURES, scored(lambda scorer, value: scorer.predict([100], [0], request=value))
     ),
     "Scorer.predict(request) of a model with request features": ApiCall(
-        Scorer.predict, FEATURES, lambda folder, value: request_features(FEATURE_READER, value, 1)
+        Scorer.predict, FEATURES, lambda folder, value: PairFeatures.of(FEATURE_READER, value, 1, 1)
     ),
     "Scorer.rank(top_k)": ApiCall(Scorer.rank, INTS, scored(lambda scorer, value: scorer.rank(100, top_k=value))),
     "Scorer.encode(candidates)": ApiCall(Scorer.encode, IDS, scored(lambda scorer, value: scorer.encode(value))),

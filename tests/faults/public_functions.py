@@ -19,10 +19,12 @@ NOT_CALLED = {
     "Histories.slice": _OF_ARRAYS,
     "Histories.select_users": _OF_ARRAYS,
     "Histories.select": _OF_ARRAYS,
+    "Histories.at": _OF_ARRAYS,
     "ItemFeatures.select": _OF_ARRAYS,
     "ItemFeatures.described": "without arguments, from arrays in memory",
     "CategoryColumn.recoded": _OF_ARRAYS,
     "CategoryColumn.select": _OF_ARRAYS,
+    "CategoryColumn.with_used_values": "without arguments, from arrays in memory",
     "NumberColumn.select": _OF_ARRAYS,
     "VectorColumn.select": _OF_ARRAYS,
     "VistaModel.summarizer_id": "without arguments, from a model in memory",
@@ -40,6 +42,7 @@ NOT_CALLED = {
     "Manifest.spec": _INTERNAL,
     "Manifest.counter_layout": _FIELDS,
     "Manifest.tail_layout": _FIELDS,
+    "Manifest.user_layout": _FIELDS,
     "Manifest.state_spec": _FIELDS,
     "Manifest.without_states": _FIELDS,
     "Manifest.with_records": _INTERNAL,
@@ -58,9 +61,14 @@ def public_functions() -> dict[str, Callable[..., Any]]:
             found[one.__name__] = one
         elif inspect.isclass(one):
             members = MEMBERS.get(one, [name for name in vars(one) if not name.startswith("_")])
-            routines = {name: getattr(one, name) for name in members if inspect.isroutine(getattr(one, name))}
-            found |= {f"{one.__name__}.{name}": routine for name, routine in routines.items()}
+            functions = {name: own for name in members if _is_function(own := getattr(one, name))}
+            found |= {f"{one.__name__}.{name}": function for name, function in functions.items()}
     return found
+
+
+def _is_function(member: Any) -> bool:
+    # `isroutine` also takes a `cached_property`.
+    return inspect.isfunction(member) or inspect.ismethod(member)
 
 
 def documented(function: Callable[..., Any]) -> tuple[type[Exception], ...]:
