@@ -82,8 +82,8 @@ class TestTexts:
         )
         assert texts_of(tmp_path, kind="complete-journey") == {26093: "DAIRY. MILK"}
         (tmp_path / "events.parquet").touch()
-        beside = ItemTableConfig(paths=[str(tmp_path / "events.parquet")])
-        config = ItemsEmbedConfig(kind="complete-journey", items=beside, out=str(tmp_path / "products.parquet"))
+        items = ItemTableConfig(paths=[str(tmp_path / "events.parquet")])
+        config = ItemsEmbedConfig(kind="complete-journey", items=items, out=str(tmp_path / "products.parquet"))
         with pytest.raises(ConfigError, match=r"out=.*products\.parquet: is one of the files that are read"):
             read_texts(config, PARSER)
 
