@@ -219,7 +219,8 @@ def test_states_are_those_that_training_reads(make: SimpleNamespace) -> None:
         with torch.no_grad():
             events = batch.events
             gap = events.gap if model.encoder.gap is not None else events.gap * 0
-            encoded = model.encoder(model.item_table[batch.rows][events.item], events.action, gap, events.rating)
+            vectors = model.item_table[batch.rows][events.item]
+            encoded = model.encoder(vectors, events.action, gap, events.rating, events.entry, events.dense)
             position = torch.from_numpy(np.concatenate([np.arange(n) for n in packed.lengths]))
             tokens = model.summarizer.tokens(encoded, position)
             blocks = model.summarizer.segment_states(tokens, events.clock, batch.cuts.segment_offsets)

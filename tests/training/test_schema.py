@@ -31,9 +31,9 @@ class TestSchema:
     def test_ratings_are_read_in_blocks(self, event_log: EventLog, monkeypatch: pytest.MonkeyPatch) -> None:
         whole, read = EventLog.gather, []
 
-        def gather(log: EventLog, users: np.ndarray, *rest: np.ndarray) -> Histories:
+        def gather(log: EventLog, users: np.ndarray, *rest: np.ndarray, features: bool = True) -> Histories:
             read.append(len(users))
-            return whole(log, users, *rest)
+            return whole(log, users, *rest, features=features)
 
         monkeypatch.setattr(EventLog, "gather", gather)
         ratings = [event_log.slice(user).rating for user in range(event_log.num_users)]

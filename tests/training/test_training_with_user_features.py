@@ -113,7 +113,7 @@ def test_every_model_learns_features_of_users(log: EventLog, tmp_path: Path, arc
 def test_a_feature_that_decides_clicks_predicts_them(log: EventLog, tmp_path: Path, architecture: Architecture) -> None:
     limit, quality = 0 if architecture is Architecture.vista else 8, {}
     for use in (True, False):
-        changes = {"model__architecture": architecture, "model__history_limit": limit, "optim__epochs": 4}
+        changes = {"model__architecture": architecture, "model__history_limit": limit, "optim__epochs": 8}
         config = config_of(log, tmp_path / str(use), model__use_user_features=use, **changes)
         model = train_model(config, log)
         assert bool(model.schema.user_features) == use
