@@ -80,7 +80,7 @@ def next_item_cases(
     users = np.flatnonzero(first < (log.lengths if end is None else end))
     if max_users and len(users) > max_users:
         users = np.sort(np.random.default_rng(0).choice(users, max_users, replace=False))
-    labels = log.gather_ranges(users, first[users], first[users] + 1)
+    labels = log.gather_ranges(users, first[users], first[users] + 1, features=False)
     now = np.asarray(labels.timestamp) if log.has_time else None
     return NextItemCases(users, seen[users], np.asarray(labels.item).astype(np.int64), now)
 

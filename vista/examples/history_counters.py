@@ -71,7 +71,7 @@ class HistoryCounters:
         users, history = np.unique(user, return_inverse=True)
         last = np.zeros(len(users), np.int64)
         np.maximum.at(last, history, stop)
-        events = log.gather_ranges(users, np.zeros_like(last), last)
+        events = log.gather_ranges(users, np.zeros_like(last), last, features=False)
         return cls(spec, item_rows[events.item], np.asarray(events.timestamp), events.offsets), history
 
     def at(self, requests: CounterRequests) -> UserCounters:

@@ -36,7 +36,7 @@ from vista.log.used_values import UsedValues
 
 RUN_EVENTS = 1 << 20
 """Events without features that are read and written at once. A longer history is a run by itself."""
-ROW_BYTES = 40
+MERGED_ROW_BYTES = 40
 """Memory of an event or impression without features while it is read and written."""
 
 
@@ -178,7 +178,7 @@ def _write_events(segment: SegmentWriter, log: EventLog, run_events: int) -> tup
     features = RowFeatureWriter(segment, EVENT_FEATURES, log.num_events, used.values)
     names = [name for name in EVENT_COLUMNS if name != "rating" or log.has_rating]
     writer = TableWriter(segment, "", log.num_events, {name: (EVENT_COLUMNS[name], ()) for name in names})
-    run_events = rows_that_fit(run_events, ROW_BYTES, len(log.event_features))
+    run_events = rows_that_fit(run_events, MERGED_ROW_BYTES, len(log.event_features))
     for run in token_groups(log.lengths, run_events):
         users = np.arange(run.start, run.stop)
         histories = log.gather(users)
@@ -199,7 +199,7 @@ def _write_impressions(
     for table in tables:
         columns |= {name: (column.dtype, column.shape[1:]) for name, column in table.columns.items()}
     writer = TableWriter(segment, "impressions/", int(counts.sum()), columns)
-    run_rows = rows_that_fit(run_rows, ROW_BYTES, len(log.request_features))
+    run_rows = rows_that_fit(run_rows, MERGED_ROW_BYTES, len(log.request_features))
     for run in token_groups(counts, run_rows):
         offsets = offsets_of(counts[run])
         block, of_rows = merged_columns([table.of_users(run.start, run.stop) for table in tables], offsets)

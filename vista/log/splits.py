@@ -20,7 +20,7 @@ from vista.log.until import Until, parse_time, parse_until
 logger = logging.getLogger(__name__)
 EVENTS_PER_BLOCK = 1 << 22
 """Events of histories that are read at once, about 20 bytes of memory each without features."""
-EVENT_BYTES = 20
+READ_EVENT_BYTES = 20
 MIN_EVENTS = 3
 """Users with fewer events are not used for validation and testing, so leave-last-out hides none of their events."""
 
@@ -66,7 +66,7 @@ def visible_blocks(
     if counts.shape != (log.num_users,):
         raise ValueError(f"counts must have one entry per user, {log.num_users} in all, got shape {counts.shape}")
     if features:
-        events = rows_that_fit(events, EVENT_BYTES, len(log.event_features))
+        events = rows_that_fit(events, READ_EVENT_BYTES, len(log.event_features))
     for part in token_groups(counts, events):
         yield log.gather(np.arange(part.start, part.stop), counts[part], features=features)
 

@@ -17,6 +17,8 @@ from vista.evaluation.window_cases import WindowCases
 from vista.examples.history_counters import CounterRequests, HistoryCounters
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories, token_groups
+from vista.log.row_features import rows_that_fit
+from vista.log.splits import READ_EVENT_BYTES
 from vista.model import inference
 from vista.model.log_users import LogUsers
 from vista.model.padded_tail import PaddedTail, pad_tail
@@ -38,13 +40,15 @@ class SummaryAnswers:
             item_rows: int64 [log.num_items], the model row of each of the log's items.
             users: int64 sorted rows of the log, those of all cases.
             covered: int64 [num_users] events that summaries cover.
-            events_per_batch: most events that are summarized at once (a longer history is summarized alone).
+            events_per_batch: most events that are summarized at once (a longer history is summarized alone); fewer of
+                events with features.
         """
         self._model, self._log, self._item_rows = model, log, item_rows
         self._history_rows = model.history_rows(item_rows)
         self._users, self._covered = users, covered
         self._recode = model.event_recoder(log.event_features)
-        groups = [users[part] for part in token_groups(covered[users], events_per_batch)]
+        most = rows_that_fit(events_per_batch, READ_EVENT_BYTES, len(log.event_features))
+        groups = [users[part] for part in token_groups(covered[users], most)]
         histories = (self._model_rows(log.gather(group, covered[group])) for group in groups)
         self._summaries = torch.cat([inference.summarize(model, each) for each in histories])
         self._items = inference.item_vectors(model) if model.has_retrieval else None

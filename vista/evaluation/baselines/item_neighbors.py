@@ -37,7 +37,7 @@ class ItemNeighbors:
 
     def scores(self, user: Int, seen: Int, now: Int | None) -> Floats:
         start = np.zeros_like(seen) if self._last is None else seen - self._last
-        events = self._log.gather_ranges(user, start, seen)
+        events = self._log.gather_ranges(user, start, seen, features=False)
         out = np.empty((len(user), self._log.num_items))
         for row, (begin, end) in enumerate(zip(events.offsets[:-1], events.offsets[1:], strict=True)):
             item, times = np.unique(events.item[begin:end], return_counts=True)

@@ -35,7 +35,7 @@ class OwnFrequency:
 
     def scores(self, user: Int, seen: Int, now: Int | None) -> Floats:
         start = np.zeros_like(seen) if self._last is None else seen - self._last
-        events = self._log.gather_ranges(user, start, seen)
+        events = self._log.gather_ranges(user, start, seen, features=False)
         owner, exponent = events.owner, np.zeros(events.num_events)
         if self._events is not None:
             exponent += events.age / self._events

@@ -27,7 +27,7 @@ from vista.log.segment_writer import TableWriter
 
 BUCKET_EVENTS = 1 << 22
 """Default maximum number of rows without features in a bucket."""
-ROW_BYTES = 150
+SORTED_ROW_BYTES = 150
 """Memory of a row without features while it is sorted and written."""
 BUCKET = "bucket"
 
@@ -68,7 +68,7 @@ class Packer:
             The number of users.
         """
         users = users.sort(USER_ROW)
-        bucket_rows = rows_that_fit(self.bucket_events, ROW_BYTES, features.num_columns)
+        bucket_rows = rows_that_fit(self.bucket_events, SORTED_ROW_BYTES, features.num_columns)
         bucket = _buckets(users["len"].to_numpy(), bucket_rows)
         keys = users.select("user", USER_ROW, pl.Series(BUCKET, bucket))
         joined = (
