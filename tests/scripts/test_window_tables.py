@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from scripts.experiments import reproduce
+from scripts.experiments.popularity_afterwards import PopularityAfterwards
 from scripts.experiments.results import changed_settings, read_results
 from scripts.experiments.row_measurement import SIMULATED, WINDOW_METRICS
 from scripts.experiments.table_run import part_configs, recorded_config
@@ -140,8 +141,7 @@ def test_one_setting_tells_a_row_from_the_row_without_counters(name: str) -> Non
 
 @pytest.mark.parametrize("name", TABLES)
 def test_baselines_are_known(name: str) -> None:
-    known = counting_baselines(has_time=True, horizon_events=50) + trained_baselines(
-        horizon_events=50, at_one_time=True
-    )
+    known = counting_baselines(has_time=True, horizon_events=50, has_features=True)
+    known += [PopularityAfterwards(), *trained_baselines(horizon_events=50, at_one_time=True)]
     named = {row.untrained for row in TABLES[name].rows.values()} - {"", "oracle", *SIMULATED}
     assert named <= {baseline.name for baseline in known}
