@@ -170,7 +170,7 @@ def test_serving_predicts_what_validation_predicts(log: EventLog, tmp_path: Path
     with Scorer.open(tmp_path / "run" / "best", tmp_path / "store") as scorer:
         served = evaluate_scorer(scorer, log, asked).metrics
         for name, value in measured.items():
-            swapped = 0.01 if "auc" in name else 1e-6  # rounding may swap a pair of equal scores
+            swapped = 0.03 if "auc" in name else 1e-5  # rounding swaps equal scores, and GAUC has few pairs per user
             assert served[name] == pytest.approx(value, abs=swapped), name
     store, until = tmp_path / "other", split_until(config.data, "validation")
     refresh(model, other, store, until=until, options=RefreshOptions(codec=Codec.float32))
