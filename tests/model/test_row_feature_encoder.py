@@ -108,14 +108,13 @@ def test_values_that_are_refused(given: dict[str, Any], problem: str) -> None:
 def test_a_log_with_other_codes_reads_the_same() -> None:
     reader = RowFeatureReader.of(features_of([0], [1.0]), VALUES)
     grown = {"seconds": None, "device": Vocabulary.from_ids(["watch", *reversed(DEVICES)])}
-    codes = reader.codes_of(grown)
     log = RowFeatures({"device": np.array([0, 1, 2, 3, -1], np.int32), "seconds": np.zeros(5, np.float32)})
     kept = grown["device"]
     assert kept is not None
     names = [*kept.ids(range(4)), None]
     expected = [-1 if name in (None, "watch") else DEVICES.index(name) for name in names]
-    assert reader.recoded(log, codes, 5).columns["device"].tolist() == expected
-    assert np.isnan(reader.recoded(RowFeatures({}), {}, 2).columns["seconds"]).all()
+    assert reader.recoder(grown)(log, 5).columns["device"].tolist() == expected
+    assert np.isnan(reader.recoder({})(RowFeatures({}), 2).columns["seconds"]).all()
 
 
 def test_a_saved_reader_reads_the_same(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from vista.log.histories import Histories, token_groups
 from vista.model.history_states import covered_events, default_slice_len, embed, history_states, reach
 from vista.model.padded_tail import PaddedTail
 from vista.model.ranking_model import UNKNOWN_ITEM, RankingModel
-from vista.model.row_feature_reader import EncodedRows
+from vista.model.row_feature_reader import EncodedRows, RowFeatureReader
 from vista.model.summarizer import Summarizer
 from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
@@ -159,14 +159,18 @@ def request_feature_vectors(model: RankingModel, features: EncodedRows | None, n
     """
     if model.request_encoder is None:
         return None
-    if features is None:
-        assert model.request_features is not None
-        features = model.request_features.missing(num_requests)
-    device = model.device
+    features, device = _given_or_missing(features, model.request_features, num_requests), model.device
     vectors: Tensor = model.request_encoder(
         torch.from_numpy(features.entry).to(device), torch.from_numpy(features.dense).to(device)
     )
     return vectors
+
+
+def _given_or_missing(given: EncodedRows | None, reader: RowFeatureReader | None, num_rows: int) -> EncodedRows:
+    if given is not None:
+        return given
+    assert reader is not None
+    return reader.missing(num_rows)
 
 
 def user_feature_vectors(model: RankingModel, users: EncodedRows | None, num_users: int) -> Tensor | None:
@@ -180,9 +184,7 @@ def user_feature_vectors(model: RankingModel, users: EncodedRows | None, num_use
     """
     if model.user_encoder is None:
         return None
-    if users is None:
-        assert model.user_features is not None
-        users = model.user_features.missing(num_users)
+    users = _given_or_missing(users, model.user_features, num_users)
     entry, dense = (torch.from_numpy(_whole_tiles(part)).to(model.device) for part in (users.entry, users.dense))
     vectors: Tensor = model.user_encoder(entry, dense)
     return vectors[:num_users]

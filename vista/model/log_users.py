@@ -24,7 +24,7 @@ class LogUsers:
         """Of all users, and of an unknown one in the last row."""
         if reader is not None:
             features = log.user_features
-            known = reader.recoded(features.rows, reader.codes_of(features.values), log.num_users).columns
+            known = reader.recoder(features.values)(features.rows, log.num_users).columns
             missing = RowFeatures.missing(reader.values, 1).columns
             self._rows = RowFeatures({name: np.concatenate([known[name], missing[name]]) for name in known})
 

@@ -80,7 +80,7 @@ class RowFeatureReader:
         ]
         return cls(columns, values)
 
-    def codes_of(self, values: ColumnValues) -> dict[str, NDArray[np.int32]]:
+    def _codes_of(self, values: ColumnValues) -> dict[str, NDArray[np.int32]]:
         """By category: the model's code of each of a log's values, int32 [V + 1]; -1 if it is unknown, and at the end.
 
         Columns that the log lacks are left out.
@@ -94,18 +94,11 @@ class RowFeatureReader:
         return codes
 
     def recoder(self, values: ColumnValues) -> Recode:
-        """`recoded` of features of one log with these values."""
-        codes = self.codes_of(values)
-        return lambda features, num_rows: self.recoded(features, codes, num_rows)
+        """Gives features of N rows of a log with these values the model's codes. Columns that it lacks are missing."""
+        codes = self._codes_of(values)
+        return lambda features, num_rows: self._recoded(features, codes, num_rows)
 
-    def recoded(self, features: RowFeatures, codes: Mapping[str, NDArray[np.int32]], num_rows: int) -> RowFeatures:
-        """Features of N rows of a log, with the model's codes. Columns that the log lacks are missing.
-
-        Args:
-            features: of the log.
-            codes: `codes_of` the log's values.
-            num_rows: N.
-        """
+    def _recoded(self, features: RowFeatures, codes: Mapping[str, NDArray[np.int32]], num_rows: int) -> RowFeatures:
         given = features.columns
         out = dict(RowFeatures.missing(self.values, num_rows).columns)
         for name, known in self.values.items():
@@ -213,8 +206,8 @@ def log_encoder(
     """
     if reader is None:
         return lambda features, num_rows: None
-    codes = reader.codes_of(values)
-    return lambda features, num_rows: reader.encode(reader.recoded(features, codes, num_rows), num_rows)
+    recode = reader.recoder(values)
+    return lambda features, num_rows: reader.encode(recode(features, num_rows), num_rows)
 
 
 def _numbers(name: str, values: Any) -> Float32s:

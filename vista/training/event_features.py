@@ -13,7 +13,7 @@ from vista.log.event_log import EventLog
 from vista.log.row_features import RowColumn, RowFeatures
 from vista.log.splits import split_until, visible_blocks, visible_counts
 from vista.model.ranking_model import RankingModel
-from vista.model.row_feature_reader import RowFeatureReader
+from vista.model.row_feature_reader import RowFeatureReader, log_encoder
 from vista.training.seen_values import SeenValues
 
 MEASURED_EVENTS = 1_000_000
@@ -55,13 +55,13 @@ def event_reader(log: EventLog, config: TrainConfig) -> tuple[RowFeatureReader |
 
 def event_encoding(model: RankingModel, log: EventLog) -> EncodeEvents | None:
     """What a model reads of a log's events; None if it reads no features of them."""
-    reader = model.event_features
-    if reader is None:
+    if model.event_features is None:
         return None
-    recode = reader.recoder(log.event_features)
+    read = log_encoder(model.event_features, log.event_features)
 
     def encode(features: RowFeatures, num_events: int) -> tuple[Int, Float32s]:
-        encoded = reader.encode(recode(features, num_events), num_events)
+        encoded = read(features, num_events)
+        assert encoded is not None
         return encoded.entry, encoded.dense
 
     return encode
