@@ -155,6 +155,16 @@ def _features() -> dict[str, TableRow]:
     }
 
 
+TUNING = Table(
+    "simulation",
+    "simulation-2k-600",
+    _trials() | ORACLE,
+    ("data.windows_per_chunk=32", "data.staleness_events=150", "optim.validate_every=1"),
+    {"num_users": 600, "events_per_user": 2000},
+    validation=True,
+)
+"""A quarter of the events of the table `simulation`."""
+
 TABLES = {
     "simulation": SIMULATION,
     # The same simulation with shorter and longer histories; the table `simulation` has 4,000 events.
@@ -173,24 +183,8 @@ TABLES = {
         {"num_users": 1200, "events_per_user": 2000},
         recall=True,
     ),
-    # A quarter of the events of the table `simulation`.
-    "tuning": Table(
-        "simulation",
-        "simulation-2k-600",
-        _trials() | ORACLE,
-        ("data.windows_per_chunk=32", "data.staleness_events=150", "optim.validate_every=1"),
-        {"num_users": 600, "events_per_user": 2000},
-        validation=True,
-    ),
-    # The same log.
-    "features-simulation": Table(
-        "simulation",
-        "simulation-2k-600",
-        _features() | ORACLE,
-        ("data.windows_per_chunk=32", "data.staleness_events=150", "optim.validate_every=1"),
-        {"num_users": 600, "events_per_user": 2000},
-        validation=True,
-    ),
+    "tuning": TUNING,
+    "features-simulation": replace(TUNING, rows=_features() | ORACLE),
 }
 
 LENGTHS = {"length-200": 200, "length-1k": 1_000, "simulation": 4_000, "length-16k": 16_000, "length-64k": 64_000}
