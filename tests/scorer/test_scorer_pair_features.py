@@ -24,7 +24,7 @@ from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer
 from vista.scorer.reading import read_request
-from vista.scorer.serving_snapshot import ServingSnapshot
+from vista.scorer.request_projections import RequestProjections
 from vista.training.log_schema import schema_of
 
 Known = tuple[list[Any], NDArray[Any], int]
@@ -150,13 +150,13 @@ def test_passes_are_bounded(opened: Scorer, ids: Known, monkeypatch: pytest.Monk
     columns = np.arange(count) % NUM_ITEMS
     hours = np.arange(2 * count).reshape(2, count) % 24.0
     whole = opened.score(users[:2], items[columns], now=now, request={"hour": hours})
-    projected, rows_of = [], ServingSnapshot._feature_projections
+    projected, rows_of = [], RequestProjections.of
 
-    def counted(snapshot: ServingSnapshot, features: Any, num_rows: int) -> torch.Tensor:
+    def counted(projections: RequestProjections, features: Any, num_rows: int) -> torch.Tensor:
         projected.append(num_rows)
-        return rows_of(snapshot, features, num_rows)
+        return rows_of(projections, features, num_rows)
 
-    monkeypatch.setattr(ServingSnapshot, "_feature_projections", counted)
+    monkeypatch.setattr(RequestProjections, "of", counted)
     same(opened.score(users[:2], items[columns], now=now, request={"hour": hours}), whole)
     assert max(projected) <= 1024 and 2 * count <= sum(projected) < 2 * count + 16 * len(projected)
     few = opened.score(users[:1], items[columns[2990:2995]], now=now, request={"hour": hours[:1, 2990:2995]})

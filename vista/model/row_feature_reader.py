@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from vista.arrays import Float32s, Int
 from vista.errors import shown
 from vista.log.item_features import NumberColumn
-from vista.log.row_features import ColumnValues, RowFeatures
+from vista.log.row_features import ColumnValues, RowColumn, RowFeatures
 from vista.log.vocabulary import Vocabulary
 from vista.model.feature_spec import MAX_ABS_SCORE, FeatureSpec
 
@@ -68,6 +68,7 @@ class RowFeatureReader:
                 raise ValueError(f"the values of {column.name!r} do not fit a {column.kind} of size {column.size}")
         self.columns = list(columns)
         self.values = {column.name: values[column.name] for column in columns}
+        self._bounds = {column.name: np.array(column.bounds) for column in columns}
 
     @classmethod
     def of(cls, features: RowFeatures, values: ColumnValues) -> RowFeatureReader:
@@ -122,11 +123,14 @@ class RowFeatureReader:
         unknown = [name for name in given if name not in self.values]
         if unknown:
             raise ValueError(f"{shown(unknown[0])} is not one of this model's features, {list(self.values)}")
-        out = dict(RowFeatures.missing(self.values, num_rows).columns)
-        for name, values in given.items():
+        out: dict[str, RowColumn] = {}
+        for name, known in self.values.items():
+            if name not in given:
+                out |= RowFeatures.missing({name: known}, num_rows).columns
+                continue
+            values = given[name]
             if len(values) != num_rows:
                 raise ValueError(f"{name!r} has {len(values)} values, but {num_rows} are needed")
-            known = self.values[name]
             out[name] = _numbers(name, values) if known is None else _codes(name, values, known)
         return RowFeatures(out)
 
@@ -156,11 +160,11 @@ class RowFeatureReader:
                 place += column.num_dense
             elif column.kind == "number":
                 numbers = given.astype(np.float64)
-                is_known = ~np.isnan(numbers)
-                bucket = np.searchsorted(np.array(column.bounds), numbers, side="left")
-                entry[:, index] = np.where(is_known, first + 1 + bucket, first)
-                score = ((numbers - column.mean) / column.scale).clip(-MAX_ABS_SCORE, MAX_ABS_SCORE)
-                dense[:, place] = np.where(is_known, score, 0.0)
+                entry[:, index] = self._bounds[column.name].searchsorted(numbers) + (first + 1)
+                score = np.maximum((numbers - column.mean) / column.scale, -MAX_ABS_SCORE)
+                dense[:, place] = np.minimum(score, MAX_ABS_SCORE)
+                is_missing = np.isnan(numbers)
+                entry[is_missing, index], dense[is_missing, place] = first, 0.0
                 place += 1
             else:
                 entry[:, index] = first + 1 + given
@@ -212,7 +216,7 @@ def log_encoder(
 
 def _numbers(name: str, values: Any) -> Float32s:
     try:
-        numbers = np.array([np.nan if value is None else value for value in values], np.float64)
+        numbers = np.array(values, np.float64)  # None becomes NaN
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{name!r} needs numbers: {error}") from error
     if numbers.ndim != 1:
@@ -225,9 +229,8 @@ def _numbers(name: str, values: Any) -> Float32s:
 
 
 def _codes(name: str, values: Any, known: Vocabulary) -> NDArray[np.int32]:
-    texts = [_text(name, value) for value in values]
-    rows = known.rows([text or "" for text in texts])
-    return np.where([text is None for text in texts], -1, rows).astype(np.int32)
+    # Empty text is missing too, so that no known value is empty.
+    return known.rows([_text(name, value) or "" for value in values]).astype(np.int32)
 
 
 def _text(name: str, value: Any) -> str | None:

@@ -73,9 +73,9 @@ class PairFeatures:
         """Those of some users, or of all of them in another order."""
         return replace(self, first=self.first[users])
 
-    def of_users(self, users: Int) -> EncodedRows:
-        """The rows of some users, which are the same for all their candidates."""
-        return self.rows.select(self.first[users])
+    def of_users(self) -> EncodedRows:
+        """The rows [B] of the users, which are the same for all their candidates."""
+        return self.rows.select(self.first)
 
     def of_pairs(self, users: slice, start: int, count: int) -> EncodedRows:
         """The rows of `count` candidates of each user, from candidate `start` on; of candidates that a user does not

@@ -24,12 +24,12 @@ from vista.model.inference import ROW_TILE
 from vista.model.item_projections import ItemProjections
 from vista.model.padded_tail import pad_tail
 from vista.model.ranking_model import NEXT_TASK, UNKNOWN_ITEM
-from vista.model.row_feature_reader import EncodedRows
 from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
 from vista.scorer.pair_features import PairFeatures
 from vista.scorer.request import Request
 from vista.scorer.request_counters import RequestCounters
+from vista.scorer.request_projections import RequestProjections
 from vista.store.reader import StoreReader
 from vista.store.sharded_reader import ShardedReader
 
@@ -85,6 +85,7 @@ class ServingSnapshot:
             gaps = model.encoder.gap_vectors(torch.arange(NUM_GAPS, device=model.device))
             self._time_projections = None if gaps is None else torch.cat([gaps, stage.request_projection(gaps)], -1)
             """[NUM_GAPS, 5M] projections of the request's time, like those of items in `ItemProjections.candidate`."""
+            self._of_features = None if model.request_encoder is None else RequestProjections(model)
             added = model.candidate_counters
             self._code_vectors = None if added is None else added.of_each_code()
             """[F * 64, 5M] what each code of each column adds to the rows of `ItemProjections.candidate`."""
@@ -232,24 +233,10 @@ class ServingSnapshot:
         """
         times = None if bucket is None or self._time_projections is None else self._time_projections[bucket]
         given = request.features
-        if self.model.request_encoder is None or (given is not None and given.per_candidate):
+        if self._of_features is None or (given is not None and given.per_candidate):
             return times
-        # Repeated requests fill the last tile.
-        count = len(request)
-        rows = np.arange(-(-count // ROW_TILE) * ROW_TILE) % count
-        added = self._feature_projections(None if given is None else given.of_users(rows), len(rows))[:count, None]
-        return added if times is None else times + added
-
-    def _feature_projections(self, features: EncodedRows | None, count: int) -> Tensor:
-        """[N, 5M] what the features of N requests add to the rows of `ItemProjections.candidate`; N in whole tiles.
-
-        Args:
-            features: None if all are missing.
-            count: N.
-        """
-        vectors = inference.request_feature_vectors(self.model, features, count)
-        assert vectors is not None
-        return torch.cat([vectors, self.model.target_attention.request_projection(vectors)], -1)
+        of_features = self._of_features.of(None if given is None else given.of_users(), len(request))[:, None]
+        return of_features if times is None else times + of_features
 
     def _added(
         self, of_requests: Tensor | None, features: PairFeatures | None, users: slice, start: int, count: int
@@ -267,8 +254,9 @@ class ServingSnapshot:
         added = None if of_requests is None else of_requests[users]
         if features is None or not features.per_candidate:
             return added
+        assert self._of_features is not None
         rows = features.of_pairs(users, start, count)
-        projections = self._feature_projections(rows, len(rows.entry))
+        projections = self._of_features.of(rows, len(rows.entry))
         of_pairs = projections.view(-1, count, projections.shape[1])
         return of_pairs if added is None else added + of_pairs
 
