@@ -169,7 +169,7 @@ def _similar_age(report: DemoReport, cases: NextItemCases) -> Int:
 def _plot_losses(axes: Axes, path: Path) -> None:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     steps = [row for row in rows if "loss" in row]
-    others = ("step", "epoch", "learning_rate", "gradient_norm", "tokens_per_s")
+    others = ("step", "epoch", "learning_rate", "gradient_norm", "tokens_per_s", "waiting_share")
     for name in [name for name in (steps[0] if steps else ()) if name not in others]:
         values = np.array([row[name] for row in steps if name in row])
         axes.plot(

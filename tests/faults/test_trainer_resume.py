@@ -20,7 +20,7 @@ from vista.training import trainer
 from vista.training.checkpoint import latest_checkpoint, load_checkpoint
 
 MOST_CALLS, MOST_SECONDS = 160, 0.8
-TIMED = ("tokens_per_s", "epoch_seconds", "seconds")
+TIMED = ("tokens_per_s", "waiting_share", "epoch_seconds", "seconds")
 
 
 def train(say: Say, log: str, run_dir: str, kill_at: int = 0) -> None:

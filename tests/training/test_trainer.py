@@ -25,7 +25,7 @@ from vista.model.vista_model import VistaModel
 from vista.training import trainer
 from vista.training.checkpoint import TENSOR_FILE, latest_checkpoint, load_checkpoint
 from vista.training.log_schema import schema_of
-from vista.training.trainer import train
+from vista.training.trainer import Trainer, train
 from vista.training.validation import Validation
 
 
@@ -37,7 +37,7 @@ def result(run_dir: Path) -> tuple[dict[str, torch.Tensor], Any, bytes, list[dic
     """The result of a run without times: tensors and state of the last checkpoint, the export, and the metrics."""
     newest = latest_checkpoint(run_dir / "checkpoints")
     assert newest is not None
-    timed = ("tokens_per_s", "epoch_seconds", "seconds")
+    timed = ("tokens_per_s", "waiting_share", "epoch_seconds", "seconds")
     rows = [{key: value for key, value in row.items() if key not in timed} for row in metrics(run_dir)]
     tensors, state = load_checkpoint(newest)
     assert state["run"]["progress"].pop("seconds") > 0
@@ -149,22 +149,23 @@ def test_each_step_has_one_line_in_metrics(uninterrupted: Path) -> None:
     assert steps == list(range(1, steps[-1] + 1)) and len(steps) > 10
     assert [row["epoch"] for row in rows if "validation" in row] == [1, 2, 3, 4, 5, 6]
     assert all(row["loss"] > 0 and row["gradient_norm"] > 0 for row in rows if "validation" not in row)
+    assert all(0 <= row["waiting_share"] < 1 for row in rows if "validation" not in row)
 
 
 @pytest.mark.processor
 def test_an_interrupt_leaves_a_checkpoint_of_the_current_step(
     event_log: EventLog, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make = BatchSource.batch
+    make = Trainer._step
 
-    def batch(source: BatchSource, epoch: int, index: int) -> Any:
-        if (epoch, index) == (1, 1):
+    def step(self: Trainer, *arguments: Any) -> dict[str, float]:
+        if (self.progress.epoch, self.progress.batch) == (1, 1):
             os.kill(os.getpid(), signal.SIGINT)
-        return make(source, epoch, index)
+        return make(self, *arguments)
 
     config = small_config(event_log, tmp_path, **LONG | {"checkpoint_every": 1000})
     with monkeypatch.context() as patch:
-        patch.setattr(BatchSource, "batch", batch)
+        patch.setattr(Trainer, "_step", step)
         with pytest.raises(KeyboardInterrupt, match=r"stopped at step \d+; rerun the same command to resume"):
             train(config, event_log, metrics_every=1)
     newest = latest_checkpoint(tmp_path / "checkpoints")

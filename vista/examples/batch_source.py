@@ -46,7 +46,7 @@ NO_NEGATIVES = np.zeros(0, np.int64), np.zeros(0, np.float32)
 
 
 class BatchSource:
-    """Cuts the visible part of a log into batches."""
+    """Cuts the visible part of a log into batches. Threads may share it while all of them ask for the same epoch."""
 
     def __init__(
         self,

@@ -7,12 +7,10 @@ import math
 import shutil
 import time
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save
 from tqdm import tqdm
 
 from vista.config import TrainConfig
@@ -22,13 +20,14 @@ from vista.device import announce, autocast, choose_precision, cpu_settings, res
 from vista.errors import CheckpointError, ConfigError, NonFiniteLossError
 from vista.examples.batch import Batch
 from vista.examples.batch_source import BatchSource
-from vista.files import remove_leftovers, replace_file, replace_text, writable_folder
+from vista.files import remove_leftovers, replace_text, writable_folder
 from vista.log.event_log import EventLog
 from vista.model.log_users import LogUsers
 from vista.model.ranking_model import RankingModel
 from vista.model.registry import load_model
 from vista.model.vista_model import VistaModel
 from vista.training.baseline_check import compare_with_baselines, measured_baselines
+from vista.training.batch_prefetcher import BatchPrefetcher
 from vista.training.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
@@ -46,6 +45,7 @@ from vista.training.model_card import model_card
 from vista.training.model_start import drawn_model, start_model
 from vista.training.optimizers import Optimizers
 from vista.training.progress import Progress
+from vista.training.refused_batch import non_finite
 from vista.training.request_features import request_encoding
 from vista.training.run_folder import deferred_interrupt, log_file
 from vista.training.run_identity import check_identity, run_identity
@@ -56,8 +56,6 @@ from vista.training.warm_start import WarmStart
 
 logger = logging.getLogger(__name__)
 METRICS_EVERY = 20
-NAMED_USERS = 20
-"""Most users of a refused batch that the error names."""
 
 
 def train(config: TrainConfig, log: EventLog | None = None, *, metrics_every: int = METRICS_EVERY) -> VistaModel:
@@ -165,6 +163,8 @@ class Trainer:
         self.precision = choose_precision(config.precision, self.device)
         self._identity = run_identity(config, log, origin, self.precision)
         self._frozen_items: FrozenItems | None = None
+        self._waited_s, self._steps_s = 0.0, 0.0
+        """Time that this process has spent on steps, and the part of it in which they waited for their batches."""
 
     def run(self) -> RankingModel:
         """Train to the end, from the newest checkpoint if there is one; returns the exported model."""
@@ -182,7 +182,12 @@ class Trainer:
                 self._export()
             if self.validation is not None:
                 compare_with_baselines(self.progress, self.validation.metric, self.validation.ranking_metric)
-            logger.info("done: %d steps; model in %s", self.progress.step, best)
+            waited = (
+                f", {self._waited_s / self._steps_s:.1%} of their time spent waiting for batches"
+                if self._steps_s
+                else ""
+            )
+            logger.info("done: %d steps%s; model in %s", self.progress.step, waited, best)
             return load_model(best, self.device)
 
     def _start(self, metrics: MetricsWriter) -> None:
@@ -243,18 +248,21 @@ class Trainer:
         )
         self.model.train()
         began, tokens = time.perf_counter(), 0
-        with bar:
+        with bar, BatchPrefetcher(self.source, progress.epoch, progress.batch) as batches:
             while progress.batch < total and not progress.planned_steps_done:
                 step_began = time.perf_counter()
-                batch = self.source.batch(progress.epoch, progress.batch)
+                batch = next(batches)
+                self._waited_s += time.perf_counter() - step_began
                 row = self._step(batch, progress.share_done(config.optim.epochs, total))
                 progress.batch += 1
                 progress.step += 1
                 step_seconds = time.perf_counter() - step_began
+                self._steps_s += step_seconds
                 tokens += len(batch.events.item)
                 bar.update()
                 if progress.step % self.metrics_every == 0:
                     row["tokens_per_s"] = tokens / (time.perf_counter() - began)
+                    row["waiting_share"] = self._waited_s / self._steps_s
                     metrics.write({"step": progress.step, "epoch": progress.epoch, **row})
                     bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
                 if self._budget and not progress.planned_steps and self._budget.add(step_seconds):
@@ -283,12 +291,12 @@ class Trainer:
         parts = {name: float(value.detach()) for name, value in losses.parts.items()}
         row = {"loss": float(losses.total.detach()), **parts, "learning_rate": rate}
         if not math.isfinite(row["loss"]):
-            self._refuse(batch, "loss", parts)
+            raise self._non_finite(batch, "loss", parts)
         if not losses.total.requires_grad:  # a batch without a single label
             return {**row, "gradient_norm": 0.0}
         norm = self.optimizers.backward(losses.total)
         if not math.isfinite(norm):
-            self._refuse(batch, "gradient", parts)
+            raise self._non_finite(batch, "gradient", parts)
         self.optimizers.step()
         return {**row, "gradient_norm": norm}
 
@@ -319,21 +327,8 @@ class Trainer:
         """Write the model, with a card, to <run_dir>/best."""
         self.model.save_pretrained(self.run_dir / "best", card=model_card(self.model, self.config, self.log, validated))
 
-    def _refuse(self, batch: Batch, what: str, parts: dict[str, float]) -> NoReturn:
-        path = self.run_dir / f"nonfinite-step-{self.progress.step}.safetensors"
-        try:
-            replace_file(path, save({name: tensor.cpu().contiguous() for name, tensor in batch.tensors().items()}))
-            saved = f"the batch is saved in {path}"
-        except OSError as error:
-            saved = f"the batch cannot be saved in {path} ({error.strerror})"
-        users = np.unique(batch.user.cpu().numpy())
-        named = self.log.users.ids(users[:NAMED_USERS]).tolist()
-        losses = ", ".join(f"{name} {value:.4g}" for name, value in parts.items())
-        raise NonFiniteLossError(
-            f"step {self.progress.step}: the {what} is not finite ({losses}); {saved}, its "
-            f"{len(users)} users are {named}{' …' if len(users) > NAMED_USERS else ''}. Lower optim.learning_rate, or "
-            f"look at the features of these users; the last checkpoint is in {self.run_dir / 'checkpoints'}"
-        )
+    def _non_finite(self, batch: Batch, what: str, parts: dict[str, float]) -> NonFiniteLossError:
+        return non_finite(batch, what, parts, step=self.progress.step, run_dir=self.run_dir, log=self.log)
 
     def _count_seconds(self) -> None:
         now = time.perf_counter()
