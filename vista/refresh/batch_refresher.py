@@ -216,8 +216,8 @@ class BatchRefresher:
 
     def _write(self, users: UserSummaries) -> None:
         with self._run.stage("encode"):
-            encoded = encode_users(users, self._update, self._run)
-        self._run.check_failures()
+            encoded = encode_users(users, self._update.spec, self._update.state_spec)
+        self._run.encoded(encoded)
         with self._run.stage("write"):
             self._update.put_batch(encoded.keys, encoded.records, encoded.states)
             # Without a state, a user who failed is recomputed from the log at the next event.

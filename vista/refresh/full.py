@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -14,22 +14,19 @@ from vista.config.choices import Precision, StateDtype
 from vista.config.refresh_options import RefreshOptions
 from vista.device import choose_precision
 from vista.log.event_log import EventLog
-from vista.log.histories import token_groups
 from vista.log.splits import visible_counts
 from vista.log.until import Until, parse_until
-from vista.model import inference
-from vista.model.log_users import LogUsers
 from vista.model.vista_model import VistaModel
-from vista.refresh.counting import count_histories, stored_codes
-from vista.refresh.log_items import LogItems, check_log
+from vista.refresh.batch_encoder import BatchEncoder
+from vista.refresh.log_items import check_log
 from vista.refresh.new_generation import new_manifest, write_generation
-from vista.refresh.refresh_progress import RefreshProgress
+from vista.refresh.refresh_engine import LocalEngine, RefreshEngine
 from vista.refresh.refresh_report import RefreshReport
-from vista.refresh.states import has_states, read_summaries, state_of, to_arrays
-from vista.refresh.user_records import UserRecords, encode_users, last_times, stored_tail
+from vista.refresh.stage_clock import StageClock
+from vista.refresh.states import has_states
+from vista.refresh.user_records import UserRecords
 from vista.store.format.keys import user_keys
 from vista.store.shards import Shard, shard_to_write
-from vista.store.user_summaries import UserSummaries
 from vista.store.writer import StoreWriter
 
 
@@ -41,6 +38,7 @@ def refresh(
     until: str | int | Until | None = None,
     options: RefreshOptions | None = None,
     shard: Shard | None = None,
+    engine: RefreshEngine | None = None,
     key: bytes | None = None,
     created_at: int | None = None,
 ) -> RefreshReport:
@@ -58,6 +56,8 @@ def refresh(
         options: what is stored and how the work is batched. States are kept only where incremental refreshes can use
             them: not with bidirectional mixing, a history limit, K = 0 or `until`.
         shard: write only the users of this shard, into the folder `<store>/part-i-of-n`.
+        engine: what encodes the batches: by default this process; `vista.refresh.ray_engine.RayEngine` uses others. It
+            does not change a byte of the store, and a run can resume with another one.
         key: 32 bytes, to authenticate the records with.
         created_at: start of the run in ms, which records state; by default now. A resumed run keeps its own.
 
@@ -90,60 +90,15 @@ def refresh(
         run_digest=_run_digest(log, counts, precision, shard),
         created_at=created_at,
     )
-    frozen = model.with_frozen("summarizer", precision)
-    items, features = LogItems.of(model, log), LogUsers(model.user_features, log)
-    batches = _FullBatches(frozen, log, items, features, users, counts, options.tokens_per_batch)
-    return write_generation(store, manifest, "full", batches.encode, options=options, key=key)
+    encoder, encoding = BatchEncoder.of(model, log, precision, options.tokens_per_batch), engine or LocalEngine()
 
+    def encode_batches(
+        batches: Iterable[slice], writer: StoreWriter, clock: StageClock
+    ) -> Generator[UserRecords, None, None]:
+        with_counts = ((users[batch], counts[users[batch]]) for batch in batches)
+        return encoding.encode(encoder, with_counts, writer.spec, writer.state_spec, clock)
 
-@dataclass(frozen=True, slots=True)
-class _FullBatches:
-    """Encodes the users of a full refresh, one batch at a time."""
-
-    model: VistaModel
-    log: EventLog
-    items: LogItems
-    features: LogUsers
-    users: Int
-    """Rows of the log: all users of the run, in its fixed order."""
-    counts: Int
-    """How many events are summarized for each row of the log, oldest first."""
-    tokens_per_batch: int
-
-    def encode(self, batch: slice, writer: StoreWriter, run: RefreshProgress) -> tuple[UserRecords, int]:
-        """The records of a slice of the users, and the number of events that were summarized."""
-        users, encoded = self.users[batch], UserRecords.empty()
-        for part in token_groups(self.counts[users], self.tokens_per_batch):
-            summaries = self._summarize(users[part], writer, run)
-            with run.stage("encode"):
-                encoded.extend(encode_users(summaries, writer, run))
-        return encoded, int(self.counts[users].sum())
-
-    def _summarize(self, users: Int, writer: StoreWriter, run: RefreshProgress) -> UserSummaries:
-        with run.stage("read"):
-            histories = self.log.gather(users, self.counts[users])
-            model_rows, digests = self.items.model_rows(histories), self.items.digests(histories)
-        arrays = None
-        with run.stage("summarize"):
-            tables = count_histories(self.model.counter_spec, model_rows)
-            if writer.state_spec is None:
-                summary = inference.summarize(self.model, model_rows).cpu().numpy()
-            else:
-                states = state_of(self.model, model_rows)
-                summary = read_summaries(self.model, states)
-                arrays = to_arrays(states, self.log.last_segment, digests, tables)
-        with run.stage("encode"):
-            return UserSummaries(
-                keys=user_keys(self.log.users.ids(users)),
-                summary=summary,
-                tail=stored_tail(self.model, model_rows),
-                event_count=histories.lengths,
-                last_event_ts=last_times(model_rows),
-                history_digest=digests,
-                counters=stored_codes(tables),
-                features=self.features.features(users).columns,
-                states=arrays,
-            )
+    return write_generation(store, manifest, "full", encode_batches, options=options, key=key)
 
 
 def _run_digest(log: EventLog, counts: Int, precision: Precision, shard: Shard | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -26,8 +26,8 @@ from vista.model.vista_model import VistaModel
 from vista.refresh.counting import count_histories, stored_codes
 from vista.refresh.log_items import LogItems, check_log
 from vista.refresh.new_generation import new_manifest, write_generation
-from vista.refresh.refresh_progress import RefreshProgress
 from vista.refresh.refresh_report import RefreshReport
+from vista.refresh.stage_clock import StageClock
 from vista.refresh.states import from_arrays, has_states, read_summaries, to_arrays
 from vista.refresh.user_records import UserRecords, encode_users, last_times, stored_tail
 from vista.store.format.keys import user_keys
@@ -149,8 +149,8 @@ def merge(
             run_digest=_run_digest(sources),
             created_at=created_at,
         )
-        encode_batch = partial(_encode_batch, model.with_frozen("summarizer", Precision.float32), sources, users)
-        return write_generation(store, manifest, "merge", encode_batch, options=options, key=key)
+        encode_batches = partial(_encode_batches, model.with_frozen("summarizer", Precision.float32), sources, users)
+        return write_generation(store, manifest, "merge", encode_batches, options=options, key=key)
 
 
 def _open_source(
@@ -170,22 +170,23 @@ def _run_digest(sources: Sequence[_MergeSource]) -> str:
     return hashlib.sha256("".join(source.store.manifest.records_digest for source in sources).encode()).hexdigest()
 
 
-def _encode_batch(
+def _encode_batches(
     model: VistaModel,
     sources: Sequence[_MergeSource],
     all_users: Sequence[Any],
-    batch: slice,
+    batches: Iterable[slice],
     writer: StoreWriter,
-    run: RefreshProgress,
-) -> tuple[UserRecords, int]:
-    """The records of a slice of the users, and the number of events that they cover."""
-    users = all_users[batch]
-    with run.stage("summarize"):
-        read = [source.read(model, users) for source in sources]
-        merged = [_merge_user(model, read, user) for user in users]
-    with run.stage("encode"):
-        summaries = _summarize(model, user_keys(users), merged)
-        return encode_users(summaries, writer, run), int(summaries.event_count.sum())
+    clock: StageClock,
+) -> Generator[UserRecords, None, None]:
+    """The records of slices of the users."""
+    for batch in batches:
+        users = all_users[batch]
+        with clock.stage("summarize"):
+            read = [source.read(model, users) for source in sources]
+            merged = [_merge_user(model, read, user) for user in users]
+        with clock.stage("encode"):
+            encoded = encode_users(_summarize(model, user_keys(users), merged), writer.spec, writer.state_spec)
+        yield encoded
 
 
 def _merge_user(model: VistaModel, parts: Sequence[dict[Any, _UserState]], user: Any) -> _UserState:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing
 from pathlib import Path
 
 from vista.config.choices import Codec, StateDtype
@@ -11,6 +12,7 @@ from vista.config.refresh_options import RefreshOptions
 from vista.model.vista_model import VistaModel
 from vista.refresh.refresh_progress import RefreshProgress
 from vista.refresh.refresh_report import RefreshReport
+from vista.refresh.stage_clock import StageClock
 from vista.refresh.user_records import UserRecords
 from vista.store.format.counter_layout import CounterLayout
 from vista.store.format.tail_column import TailColumn
@@ -18,8 +20,8 @@ from vista.store.format.user_column import UserColumn
 from vista.store.manifest import Manifest
 from vista.store.writer import StoreWriter
 
-EncodeBatch = Callable[[slice, StoreWriter, RefreshProgress], tuple[UserRecords, int]]
-"""Encodes a slice of the run's users; returns their records and the number of events that were summarized."""
+EncodeBatches = Callable[[Iterable[slice], StoreWriter, StageClock], Generator[UserRecords, None, None]]
+"""Encodes slices of the run's users, in their order."""
 
 
 def new_manifest(
@@ -77,7 +79,7 @@ def write_generation(
     store: str | Path,
     manifest: Manifest,
     kind: str,
-    encode_batch: EncodeBatch,
+    encode_batches: EncodeBatches,
     *,
     options: RefreshOptions,
     key: bytes | None,
@@ -88,7 +90,7 @@ def write_generation(
         store: the store's folder.
         manifest: what the generation will be.
         kind: kind of the refresh in its log, full or merge.
-        encode_batch: makes the records of up to `options.users_per_batch` of the run's users.
+        encode_batches: makes the records of each batch of up to `options.users_per_batch` of the run's users.
         options: users_per_batch, progress, and shared_with_group.
         key: 32 bytes, to authenticate the records with.
 
@@ -98,15 +100,17 @@ def write_generation(
     """
     with StoreWriter.open(store, manifest, key=key, shared_with_group=options.shared_with_group) as writer:
         run = RefreshProgress(store, kind, manifest.total_users, writer.cursor, progress=options.progress)
-        for begin in range(writer.cursor, manifest.total_users, options.users_per_batch):
-            end = min(begin + options.users_per_batch, manifest.total_users)
-            encoded, num_events = encode_batch(slice(begin, end), writer, run)
-            run.check_failures()
-            with run.stage("write"):
-                written = writer.put_batch(encoded.keys, encoded.records, end, encoded.states)
-            run.counts["written"] += written
-            run.counts["erased"] += len(encoded.keys) - written
-            run.batch(writer.generation, end - begin, num_events)
+        total, size = manifest.total_users, options.users_per_batch
+        batches = (slice(begin, min(begin + size, total)) for begin in range(writer.cursor, total, size))
+        with closing(encode_batches(batches, writer, run)) as batches_of_records:
+            for encoded in batches_of_records:
+                run.encoded(encoded)
+                begin, end = writer.cursor, min(writer.cursor + size, total)
+                with run.stage("write"):
+                    written = writer.put_batch(encoded.keys, encoded.records, end, encoded.states)
+                run.counts["written"] += written
+                run.counts["erased"] += len(encoded.keys) - written
+                run.batch(writer.generation, end - begin, encoded.num_events)
         with run.stage("publish"):
             writer.publish()
         return run.report(writer.generation)

@@ -6,25 +6,24 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 
 from tqdm import tqdm
 
 from vista.errors import RecordError
 from vista.refresh.refresh_report import RefreshReport
+from vista.refresh.stage_clock import StageClock
+from vista.refresh.user_records import UserRecords
 from vista.store.lmdb.permissions import open_private
 
 logger = logging.getLogger(__name__)
-STAGES = ("read", "summarize", "encode", "write", "publish")
 MAX_FAILED_SHARE, MAX_FAILED_USERS = 0.01, 10
 """A run stops if more users fail than both limits allow, or if all of them fail."""
 NAMED_FAILURES = 20
 """A report names at most this many failed users."""
 
 
-class RefreshProgress:
+class RefreshProgress(StageClock):
     """Seconds per stage, users by outcome, a progress bar, and `<store>/refresh.jsonl`, which keeps every run's log.
 
     Args:
@@ -36,47 +35,29 @@ class RefreshProgress:
     """
 
     def __init__(self, store: str | Path, kind: str, total: int, done: int, *, progress: bool) -> None:
+        super().__init__()
         self._store = Path(store)
         self._kind, self._total = kind, total
         self._began = time.perf_counter()
-        self._seconds = dict.fromkeys(STAGES, 0.0)
-        self._stage, self._entered = "", 0.0
         self._bar = tqdm(total=total, initial=done, desc="refresh", unit="user", disable=not progress)
         self._done, self._resumed_at, self.num_events = done, done, 0
         self.counts: Counter[str] = Counter()
         self.failures: dict[str, str] = {}
         self._num_records = self._num_bytes = 0
 
-    def stage(self, name: str) -> RefreshProgress:
-        """Context whose time counts toward a stage."""
-        self._stage = name
-        return self
-
-    def __enter__(self) -> None:
-        self._entered = time.perf_counter()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._seconds[self._stage] += time.perf_counter() - self._entered
-
-    def encoded(self, records: Sequence[bytes]) -> None:
-        """Count the sizes of records."""
-        self._num_records += len(records)
-        self._num_bytes += sum(map(len, records))
-
-    def failed(self, user: object, reason: str) -> None:
-        """Record that one user could not be refreshed."""
-        self.counts["failed"] += 1
-        if len(self.failures) < NAMED_FAILURES:
-            self.failures[str(user)] = reason
-
-    def check_failures(self) -> None:
-        """Stop a run in which more than a few users fail: the cause is then the model or the code, not their events.
+    def encoded(self, records: UserRecords) -> None:
+        """Count the sizes of records, and the users that failed.
 
         Raises:
-            RecordError: too many users failed; the message has the first one's reason.
+            RecordError: too many users failed, so the cause is the model or the code, not their events. The message has
+                the first one's reason.
         """
+        self._num_records += len(records.records)
+        self._num_bytes += sum(map(len, records.records))
+        for user, reason in records.failures.items():
+            self.counts["failed"] += 1
+            if len(self.failures) < NAMED_FAILURES:
+                self.failures[user] = reason
         failed = self.counts["failed"]
         if failed == self._total > 0 or failed > max(MAX_FAILED_USERS, MAX_FAILED_SHARE * self._total):
             user, reason = next(iter(self.failures.items()))
@@ -99,7 +80,7 @@ class RefreshProgress:
             "seconds": round(seconds, 3),
             "users_per_s": round(rate, 1),
             "seconds_left": round((self._total - self._done) / max(rate, 1e-9), 1),
-            "stages": {name: round(value, 3) for name, value in self._seconds.items()},
+            "stages": {name: round(value, 3) for name, value in self.seconds.items()},
         }
         path = self._store / "refresh.jsonl"
         try:
@@ -112,7 +93,7 @@ class RefreshProgress:
         """End the run."""
         self._bar.close()
         seconds = time.perf_counter() - self._began
-        shares = {stage: value / max(seconds, 1e-9) for stage, value in self._seconds.items()}
+        shares = {stage: value / max(seconds, 1e-9) for stage, value in self.seconds.items()}
         shares["other"] = 1 - sum(shares.values())
         return RefreshReport(
             str(self._store),

@@ -29,7 +29,7 @@ class RefreshReport:
 
     def __str__(self) -> str:
         done = self.num_users - self.resumed_at
-        stages = ", ".join(f"{name} {share:.0%}" for name, share in self.shares.items())
+        stages = ", ".join(f"{name} {share:.0%}" for name, share in self.shares.items() if share)
         resumed = f" ({self.resumed_at} of them by an earlier run)" if self.resumed_at else ""
         size = f", {self.bytes_per_user:,.0f} bytes per user" if self.bytes_per_user else ""
         counts = "".join(f"; {number} {what}" for what, number in self.counts.items() if number)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -11,23 +11,25 @@ from vista.errors import RecordError
 from vista.log.gaps import NO_TIMESTAMP
 from vista.log.histories import Histories
 from vista.model.vista_model import VistaModel
-from vista.refresh.refresh_progress import RefreshProgress
 from vista.store.format.keys import user_id
 from vista.store.format.record import encode_records
-from vista.store.format.state_record import encode_states
+from vista.store.format.record_spec import RecordSpec
+from vista.store.format.state_record import StateSpec, encode_states
 from vista.store.tail import Tail
-from vista.store.update import StoreUpdate
 from vista.store.user_summaries import UserSummaries
-from vista.store.writer import StoreWriter
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class UserRecords:
     """What one batch writes: a key, a record and, if the store keeps states, a state per user."""
 
     keys: list[bytes]
     records: list[bytes]
     states: list[bytes]
+    num_events: int = 0
+    """Events that were summarized, with those of users that failed."""
+    failures: dict[str, str] = field(default_factory=dict)
+    """Users whose summary cannot be stored, with the reason; they have no record."""
 
     @classmethod
     def empty(cls) -> UserRecords:
@@ -39,28 +41,26 @@ class UserRecords:
         self.keys.extend(other.keys)
         self.records.extend(other.records)
         self.states.extend(other.states)
+        self.num_events += other.num_events
+        self.failures.update(other.failures)
 
 
-def encode_users(users: UserSummaries, writer: StoreWriter | StoreUpdate, run: RefreshProgress) -> UserRecords:
-    """Encode records and states as `writer` expects them.
-
-    Users whose summary cannot be stored are left out and reported to `run` as failed.
-    """
+def encode_users(users: UserSummaries, spec: RecordSpec, state_spec: StateSpec | None) -> UserRecords:
+    """Encode records and, if there is a `state_spec`, states. Users whose summary cannot be stored are `failures`."""
+    num_events = int(users.event_count.sum())
     try:
-        records = encode_records(users, writer.spec)
+        records = encode_records(users, spec)
     except RecordError as error:
-        encoded = UserRecords.empty()
         if len(users) == 1:
-            run.failed(user_id(users.keys[0]), str(error))
-            return encoded
+            return UserRecords([], [], [], num_events, {str(user_id(users.keys[0])): str(error)})
+        encoded = UserRecords.empty()
         for row in range(len(users)):
-            encoded.extend(encode_users(users[row], writer, run))
+            encoded.extend(encode_users(users[row], spec, state_spec))
         return encoded
-    run.encoded(records)
     states = []
-    if users.states is not None and writer.state_spec is not None:
-        states = encode_states(users.keys, users.states, writer.state_spec)
-    return UserRecords(users.keys, records, states)
+    if users.states is not None and state_spec is not None:
+        states = encode_states(users.keys, users.states, state_spec)
+    return UserRecords(users.keys, records, states, num_events)
 
 
 def stored_tail(model: VistaModel, newest: Histories) -> Tail:
