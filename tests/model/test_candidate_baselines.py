@@ -322,10 +322,11 @@ def test_training_at_a_position_is_a_request_after_its_events(make: SimpleNamesp
     for index, task in enumerate(model.schema.tasks):
         torch.testing.assert_close(losses.parts[task], expected[index], **close)
     total = expected.sum()
-    if search:
-        torch.testing.assert_close(losses.parts["search_unit"], means(search).sum(), **close)
-        total = total + means(search).sum()
-    assert set(losses.parts) == {*model.schema.tasks, *(["search_unit"] if search else [])}
+    units = [f"search_unit/{task}" for task in model.schema.tasks] if search else []
+    for name, mean in zip(units, means(search) if search else [], strict=True):
+        torch.testing.assert_close(losses.parts[name], mean, **close)
+        total = total + mean
+    assert set(losses.parts) == {*model.schema.tasks, *units}
     torch.testing.assert_close(losses.total, 0.5 * total, **close)
 
 

@@ -135,7 +135,7 @@ def test_predicted_items_train_the_summary(make: SimpleNamespace) -> None:
     for known in (0.7, 0.0):
         batch = item_batch(make, model, known)
         encoded, summaries, _ = model._contexts(batch, model.item_vectors(batch.rows))
-        loss = model._reconstruction(batch, model.item_vectors(batch.rows), encoded, summaries)
+        loss = model._reconstruction(batch, model.item_vectors(batch.rows), encoded, summaries).mean
         (gradient,) = torch.autograd.grad(loss, summaries)
         if known:
             read = torch.arange(len(summaries))[:, None] == batch.reconstruction.cut

@@ -11,13 +11,14 @@ from torch import Tensor
 from vista.config import OptimConfig
 from vista.config.checks import planned
 from vista.examples.batch import Batch, BatchAnchors
+from vista.model.losses import LossPart
 from vista.model.ranking_model import RankingModel
 from vista.model.window_loss import CountedSlots, log_others, products, window_loss
 
 
 def anchor_losses(
     model: RankingModel, batch: Batch, users: Tensor, items: Tensor, optim: OptimConfig
-) -> dict[str, Tensor]:
+) -> dict[str, LossPart]:
     """The losses of a batch's anchors, by name: "window", and "next" if the model has counters.
 
     Args:
@@ -30,7 +31,7 @@ def anchor_losses(
     anchors, negatives = batch.anchors, batch.negatives
     assert anchors is not None
     counted = _counted_slots(model, batch, anchors, users, items)
-    parts: dict[str, Tensor] = {}
+    parts: dict[str, LossPart] = {}
 
     def loss(users: Tensor, label: Tensor, counted: CountedSlots | None) -> Tensor:
         temperature = model.config.softmax_temperature
@@ -41,10 +42,11 @@ def anchor_losses(
     if counted is not None and planned(optim.next_weight, "optim.next_weight"):
         known = (anchors.next_item >= 0).nonzero().squeeze(-1)
         label = anchors.next_item[known].unsqueeze(1)
-        parts["next"] = loss(users[known], label, CountedSlots(counted.item[known], counted.logit[known]))
+        mean = loss(users[known], label, CountedSlots(counted.item[known], counted.logit[known]))
+        parts["next"] = LossPart(mean, len(known))
     if planned(optim.window_weight, "optim.window_weight"):
         # Labels are summed. Their mean number is a constant, so that anchors with many labels weigh more.
-        parts["window"] = loss(users, anchors.item, counted) / anchors.mean_labels
+        parts["window"] = LossPart(loss(users, anchors.item, counted) / anchors.mean_labels, len(users))
     return parts
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,15 @@ ROWS_PER_TILE = 256
 """Rows of the softmax that are held at once: 1 MiB with 1,024 negatives, which stays in a core's cache."""
 
 
+class LossPart(NamedTuple):
+    """One loss of a batch."""
+
+    mean: Tensor
+    """Scalar."""
+    count: Tensor | int
+    """Number of labels that it is the mean of."""
+
+
 @dataclass(frozen=True, slots=True)
 class Losses:
     """Scalar losses of one batch."""
@@ -24,22 +34,40 @@ class Losses:
     total: Tensor
     """The weighted sum that training minimizes."""
     parts: dict[str, Tensor]
-    """By name: "next", "window", "reconstruction", and one per labeled task."""
+    """By name: "next", "window", "reconstruction", one per labeled task, and "search_unit/TASK" per task of SIM."""
+    counts: dict[str, Tensor | int]
+    """Number of labels that each part is the mean of."""
 
 
-def weighted_losses(parts: dict[str, Tensor], optim: OptimConfig) -> Losses:
+def loss_names(tasks: Iterable[str]) -> list[str]:
+    """All names that `Losses.parts` can have, in a fixed order.
+
+    Args:
+        tasks: of the model.
+    """
+    return ["next", "window", "reconstruction", *tasks, *map(search_unit, tasks)]
+
+
+def search_unit(task: str) -> str:
+    """Name of the loss of SIM's search for a task."""
+    return f"search_unit/{task}"
+
+
+def weighted_losses(parts: Mapping[str, LossPart], optim: OptimConfig) -> Losses:
     """The losses of one batch and their weighted sum.
 
     Args:
-        parts: the losses that are trained, as in `Losses`. Those of other names have `optim.task_weight`.
+        parts: the losses that are trained, by the names of `Losses.parts`. Those of tasks have `optim.task_weight`.
     """
     weights = {
         "next": planned(optim.next_weight, "optim.next_weight"),
         "window": planned(optim.window_weight, "optim.window_weight"),
         "reconstruction": optim.reconstruction_weight,
     }
-    total = sum((weights.get(name, optim.task_weight) * part for name, part in parts.items()), torch.zeros(()))
-    return Losses(total, parts)
+    weighted = (weights.get(name, optim.task_weight) * part.mean for name, part in parts.items())
+    total = sum(weighted, torch.zeros(()))
+    means = {name: part.mean for name, part in parts.items()}
+    return Losses(total, means, {name: part.count for name, part in parts.items()})
 
 
 def next_loss(batch: Batch, items: Tensor, users: Tensor, label: Tensor, temperature: float) -> Tensor:
@@ -155,6 +183,12 @@ def task_losses(logits: Tensor, label: Tensor, mask: Tensor) -> Tensor:
     loss = F.binary_cross_entropy_with_logits(logits.float(), label, reduction="none")
     loss = torch.where(mask, loss, loss.new_zeros(())).reshape(-1, num_tasks)
     return loss.sum(0) / mask.reshape(-1, num_tasks).sum(0).clamp(min=1)
+
+
+def task_parts(names: Iterable[str], logits: Tensor, label: Tensor, mask: Tensor) -> dict[str, LossPart]:
+    """`task_losses` by name, in the order of the tasks."""
+    means, counts = task_losses(logits, label, mask), mask.reshape(-1, logits.shape[-1]).sum(0)
+    return {name: LossPart(mean, count) for name, mean, count in zip(names, means, counts, strict=True)}
 
 
 def reconstruction_loss(predicted: Tensor, target: Tensor, *, stop_gradient: bool) -> Tensor:

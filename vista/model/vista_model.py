@@ -30,7 +30,7 @@ from vista.model.anchor_losses import anchor_losses
 from vista.model.candidate_counters import CandidateCounters
 from vista.model.frozen_linear import frozen
 from vista.model.item_projections import save_item_projections
-from vista.model.losses import Losses, next_loss, reconstruction_loss, task_losses, weighted_losses
+from vista.model.losses import Losses, LossPart, next_loss, reconstruction_loss, task_parts, weighted_losses
 from vista.model.model_description import ModelDescription
 from vista.model.ranking_model import RankingModel
 from vista.model.reconstruction import ReconstructionDecoder
@@ -96,7 +96,7 @@ class VistaModel(RankingModel):
     def losses(self, batch: Batch, item_vectors: Tensor, optim: OptimConfig) -> Losses:
         impressions = batch.impressions
         encoded, summaries, context = self._contexts(batch, item_vectors)
-        parts: dict[str, Tensor] = {}
+        parts: dict[str, LossPart] = {}
         if planned(optim.next_weight, "optim.next_weight") and self.counted is None:
             parts["next"] = self._next_loss(batch, item_vectors, context)
         if batch.anchors is not None:
@@ -104,8 +104,7 @@ class VistaModel(RankingModel):
             parts |= anchor_losses(self, batch, users, items, optim)
         if self.task_head is not None and optim.task_weight > 0 and impressions.item.shape[1]:
             logits = self.window_logits(batch, item_vectors, context)
-            losses = task_losses(logits, impressions.label, impressions.mask)
-            parts.update(zip(self.schema.tasks, losses, strict=True))
+            parts |= task_parts(self.schema.tasks, logits, impressions.label, impressions.mask)
         if self.decoder is not None and optim.reconstruction_weight > 0 and len(batch.reconstruction.cut):
             parts["reconstruction"] = self._reconstruction(batch, item_vectors, encoded, summaries)
         return weighted_losses(parts, optim)
@@ -193,14 +192,15 @@ class VistaModel(RankingModel):
         vectors, requests = item_vectors[shown.item], self.request_vectors(shown.gap, shown.entry, shown.dense)
         return self.candidate_logits(vectors, requests, seen.clamp(min=0), context, codes=shown.codes)
 
-    def _next_loss(self, batch: Batch, item_vectors: Tensor, context: TargetContext) -> Tensor:
+    def _next_loss(self, batch: Batch, item_vectors: Tensor, context: TargetContext) -> LossPart:
         users = self.window_users(batch, context)
         label = batch.labels.item.flatten()
         known = (label >= 0).nonzero().squeeze(-1)
         items = self.retrieval_items(item_vectors, batch.rows)
-        return next_loss(batch, items, users.flatten(0, 1)[known], label[known], self.config.softmax_temperature)
+        mean = next_loss(batch, items, users.flatten(0, 1)[known], label[known], self.config.softmax_temperature)
+        return LossPart(mean, len(known))
 
-    def _reconstruction(self, batch: Batch, item_vectors: Tensor, encoded: Tensor, summaries: Tensor) -> Tensor:
+    def _reconstruction(self, batch: Batch, item_vectors: Tensor, encoded: Tensor, summaries: Tensor) -> LossPart:
         assert self.decoder is not None
         events, part = batch.events, batch.reconstruction
         index, _, offsets = _gather_ranges(part.start, part.start + part.length)
@@ -216,8 +216,10 @@ class VistaModel(RankingModel):
             label = events.item[index]
             known = (batch.rows[label] > 0).nonzero().squeeze(-1)
             users, items = self.retrieval_users(predicted[known]), self.retrieval_items(item_vectors, batch.rows)
-            return next_loss(batch, items, users, label[known], self.config.softmax_temperature)
-        return reconstruction_loss(predicted, target, stop_gradient=self.config.stop_gradient)
+            mean = next_loss(batch, items, users, label[known], self.config.softmax_temperature)
+            return LossPart(mean, len(known))
+        mean = reconstruction_loss(predicted, target, stop_gradient=self.config.stop_gradient)
+        return LossPart(mean, len(target))
 
     def user_vectors(self, gap: Tensor | None, seen: Tensor, context: TargetContext) -> Tensor:
         """Vectors [B, Q, M'] of request tokens over contexts of B rows (`retrieval_users`).

@@ -22,7 +22,7 @@ from vista.training.request_features import request_reader
 from vista.training.seen_values import SeenValues
 
 RESERVED_TASKS = {
-    *(NEXT_TASK, "window", "reconstruction", "search_unit", "loss"),
+    *(NEXT_TASK, "window", "reconstruction", "loss"),
     *("step", "epoch", "learning_rate", "gradient_norm", "tokens_per_s", "validation", "is_best"),
     *("epoch_seconds", "seconds"),
 }

@@ -27,7 +27,7 @@ from vista.model.baselines.packed_events import PackedEvents
 from vista.model.baselines.shown_candidates import ShownCandidates, in_place
 from vista.model.inference import newest, user_feature_vectors
 from vista.model.layers import Dropout
-from vista.model.losses import Losses, task_losses, weighted_losses
+from vista.model.losses import Losses, search_unit, task_parts, weighted_losses
 from vista.model.row_feature_reader import EncodedRows
 from vista.model.schema import Schema
 
@@ -130,11 +130,11 @@ class CandidateModel(HistoryModel):
         vectors = (vectors if requests is None else vectors + requests) * self.scale
         queries = EventQueries(vectors, batch.rows[shown.item], shown.chunk, shown.seen)
         label, mask = batch.impressions.label, batch.impressions.mask
-        losses = task_losses(in_place(self.logits(events, queries), shown.place, batch), label, mask)
-        parts = dict(zip(self.schema.tasks, losses, strict=True))
+        tasks = self.schema.tasks
+        parts = task_parts(tasks, in_place(self.logits(events, queries), shown.place, batch), label, mask)
         search = self.search_logits(events, queries)
         if search is not None:
-            parts["search_unit"] = task_losses(in_place(search, shown.place, batch), label, mask).sum()
+            parts |= task_parts(map(search_unit, tasks), in_place(search, shown.place, batch), label, mask)
         return weighted_losses(parts, optim)
 
     @torch.inference_mode()

@@ -29,7 +29,7 @@ from vista.model.baselines.shown_candidates import ShownCandidates, in_place, se
 from vista.model.candidate_counters import CandidateCounters
 from vista.model.inference import newest, user_feature_vectors
 from vista.model.layers import Dropout
-from vista.model.losses import Losses, next_loss, task_losses, weighted_losses
+from vista.model.losses import Losses, LossPart, next_loss, task_parts, weighted_losses
 from vista.model.row_feature_reader import EncodedRows
 from vista.model.schema import Schema
 
@@ -165,18 +165,17 @@ class SequenceModel(HistoryModel):
                 seen = torch.where(valid, shown.seen[index], 0)
                 logits.append(self.impression_logits(states, memory, vector, seen)[valid])
                 places.append(shown.place[index][valid])
-        parts: dict[str, Tensor] = {}
+        parts: dict[str, LossPart] = {}
         items = self.retrieval_items(item_vectors, batch.rows)
         if users:
-            parts["next"] = next_loss(
-                batch, items, torch.cat(users), torch.cat(labels), self.config.softmax_temperature
-            )
+            label = torch.cat(labels)
+            mean = next_loss(batch, items, torch.cat(users), label, self.config.softmax_temperature)
+            parts["next"] = LossPart(mean, len(label))
         if askers:
             parts |= anchor_losses(self, batch, _in_order(askers), items, optim)
         if logits:
             shown_logits = in_place(torch.cat(logits), torch.cat(places), batch)
-            losses = task_losses(shown_logits, batch.impressions.label, batch.impressions.mask)
-            parts.update(zip(self.schema.tasks, losses, strict=True))
+            parts |= task_parts(self.schema.tasks, shown_logits, batch.impressions.label, batch.impressions.mask)
         return weighted_losses(parts, optim)
 
     def anchor_users(self, batch: Batch, item_vectors: Tensor) -> Tensor:
