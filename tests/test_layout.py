@@ -18,7 +18,7 @@ LAYERS = (
     ("vista.examples", "vista.model", "vista.store", "vista.simulation"),
     ("vista.counters",),
     ("vista.log",),
-    ("vista.device",),
+    ("vista.device", "vista.ranks"),
     ("vista.config",),
     ("vista.files", "vista.json_fields", "vista.arrays", "vista.logistic_regression"),
     ("vista.errors", "vista.version", "vista_kernels"),

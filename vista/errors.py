@@ -122,6 +122,14 @@ class NonFiniteLossError(VistaError):
     """
 
 
+class RankError(VistaError):
+    """Another process of a torchrun job has ended, or cannot be reached.
+
+    Remedy: read the message of the rank that ended first; torchrun names it. Then rerun the command to resume from the
+    last checkpoint.
+    """
+
+
 class StoreError(VistaError):
     """A summary store is missing, damaged, closed, or does not fit the log or the model.
 

@@ -48,7 +48,8 @@ def _run_command(name: str, words: Sequence[str]) -> None:
 
         print(to_yaml(settings), end="")
         return
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # Of a torchrun job, only the first process reports.
+    logging.basicConfig(level=logging.ERROR if _rank() else logging.INFO, format="%(message)s")
     report = command.run(settings)
     if report is not None:
         print(report)
@@ -86,8 +87,16 @@ def _dispatch(words: Sequence[str]) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print(" ".join(line.strip() for line in message.splitlines()), file=sys.stderr)
+    rank = _rank()
+    name = "" if rank is None else f"rank {rank}: "
+    print(name + " ".join(line.strip() for line in message.splitlines()), file=sys.stderr)
     return code
+
+
+def _rank() -> int | None:
+    """Number of this process among those that torchrun has started; None without torchrun."""
+    is_several = "TORCHELASTIC_RUN_ID" in os.environ and os.environ["WORLD_SIZE"] != "1"
+    return int(os.environ["RANK"]) if is_several else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

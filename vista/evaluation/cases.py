@@ -63,6 +63,13 @@ class ImpressionCases:
     features: RowFeatures
     """Of the requests and their candidates, N rows with the log's codes."""
 
+    def part(self, cases: slice) -> ImpressionCases:
+        """Consecutive cases."""
+        names = ("user", "seen", "item", "timestamp", "label", "mask")
+        probability = None if self.probability is None else self.probability[cases]
+        own = {name: getattr(self, name)[cases] for name in names}
+        return replace(self, **own, probability=probability, features=self.features.select(cases))
+
 
 def next_item_cases(
     log: EventLog, seen: Int, first: Int | None = None, end: Int | None = None, *, max_users: int = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,8 @@ ROWS_PER_TILE = 256
 """Rows of the softmax that are held at once: 1 MiB with 1,024 negatives, which stays in a core's cache."""
 
 
-class LossPart(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class LossPart:
     """One loss of a batch."""
 
     mean: Tensor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from vista.arrays import Int
 from vista.config import TrainConfig
 from vista.config.choices import ItemStart, Stage
+from vista.errors import CheckpointError
 from vista.examples.batch import Batch
 from vista.examples.item_factors import START_RMS, item_factors
 from vista.examples.user_factors import UserFactors
@@ -87,6 +89,22 @@ class FrozenItems:
             return 0.0
         found = self._table[torch.from_numpy(rows).to(self._table.device)].cpu().numpy()
         return float(np.sqrt(np.mean((found - self._factors.vectors(rows)) ** 2)) / START_RMS)
+
+    def check(self, place: Path) -> None:
+        """Refuse to train if rounding gave other factors than those in the table, such as rotated ones.
+
+        Args:
+            place: where the table comes from, for the message.
+
+        Raises:
+            CheckpointError: if they differ by more than MOST_CHANGE.
+        """
+        if (change := self.change()) > MOST_CHANGE:
+            raise CheckpointError(
+                f"{place}: its item vectors are factors that come out {change:.0%} different here, perhaps because of "
+                "another number of threads, processor, or version of torch; resume where the run began, or set "
+                "resume=false to start a new run"
+            )
 
     def vectors(self, batch: Batch) -> Tensor:
         """[R, M] of the items `batch.rows`."""

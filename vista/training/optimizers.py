@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -27,12 +27,21 @@ Moments: TypeAlias = dict[str, dict[str, Any]]
 class Optimizers:
     """Updates all parameters of a model that require gradients."""
 
-    def __init__(self, model: RankingModel, optim: OptimConfig, *, frozen_rows: int = 0) -> None:
+    def __init__(
+        self,
+        model: RankingModel,
+        optim: OptimConfig,
+        *,
+        frozen_rows: int = 0,
+        combine: Callable[[Sequence[Tensor], Sequence[Tensor]], None] | None = None,
+    ) -> None:
         """
         Args:
             frozen_rows: leading rows of the item table that stay as they are.
+            combine: replaces the gradients of dense parameters and of tables by those of all ranks; None for a single
+                process.
         """
-        self._optim, self._frozen_rows = optim, frozen_rows
+        self._optim, self._frozen_rows, self._combine = optim, frozen_rows, combine
         self._item_table = model.item_table
         names = {id(p): name for name, p in model.named_parameters()}
         tables = [(model.item_table, optim.table_rate)]
@@ -87,12 +96,16 @@ class Optimizers:
         """Compute the gradient, scale it to a norm of `optim.gradient_clip` at most, and return its norm before."""
         self.dense.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
-        used: list[Tensor] = [p for p in self._dense if p.grad is not None]
         for table in self._tables:
             if table.grad is not None:
                 table.grad = table.grad.coalesce()  # a row that was read twice counts once, with the sum
                 if self._frozen_rows and table is self._item_table:
                     table.grad = _rows_from(table.grad, self._frozen_rows)
+        if self._combine is not None:
+            self._combine(self._dense, self._tables)
+        used: list[Tensor] = [p for p in self._dense if p.grad is not None]
+        for table in self._tables:
+            if table.grad is not None:
                 # torch computes no norm of sparse tensors: a stand-in shows the same memory as a dense gradient.
                 touched = torch.empty_like(table.grad.values())
                 touched.grad = table.grad.values()

@@ -6,6 +6,8 @@ import hashlib
 import json
 from typing import Any
 
+import torch
+
 from vista.config import TrainConfig
 from vista.config.choices import Precision
 from vista.config.conversion import to_dict
@@ -14,6 +16,7 @@ from vista.errors import ConfigError
 from vista.log.event_log import EventLog
 from vista.training.downstream import Downstream
 from vista.training.warm_start import WarmStart
+from vista.version import __version__
 
 
 def run_identity(
@@ -27,6 +30,17 @@ def run_identity(
         flat |= {f"{group}.{key}": value for key, value in own.items()}
     flat |= origin.identity() if origin is not None else {}
     return flat | {"precision": precision.value}
+
+
+def facts_of_rank(config: TrainConfig, identity: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """What all ranks of a job must have in common, flat: that of a run and its resumption, versions, and the folder.
+
+    Args:
+        identity: `run_identity`.
+    """
+    versions = {"vista": __version__, "torch": torch.__version__}
+    own = {"run_dir": config.run_dir, "resume": config.resume, "device": device.type}
+    return versions | own | identity
 
 
 def check_identity(here: dict[str, Any], there: dict[str, Any], run_dir: str) -> None:

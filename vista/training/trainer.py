@@ -6,39 +6,35 @@ import logging
 import math
 import shutil
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from vista.config import TrainConfig
 from vista.config.choices import Architecture, Stage
 from vista.config.config_keys import to_yaml
 from vista.device import announce, autocast, choose_precision, cpu_settings, resolve_device
-from vista.errors import CheckpointError, ConfigError, NonFiniteLossError
+from vista.errors import ConfigError, NonFiniteLossError
 from vista.examples.batch import Batch
 from vista.examples.batch_source import BatchSource
 from vista.files import remove_leftovers, replace_text, writable_folder
 from vista.log.event_log import EventLog
 from vista.model.log_users import LogUsers
+from vista.model.losses import weighted_losses
 from vista.model.ranking_model import RankingModel
 from vista.model.registry import load_model
 from vista.model.vista_model import VistaModel
+from vista.ranks import Ranks
 from vista.training.baseline_check import compare_with_baselines, measured_baselines
 from vista.training.batch_prefetcher import BatchPrefetcher
-from vista.training.checkpoint import (
-    latest_checkpoint,
-    load_checkpoint,
-    pack_state,
-    remove_checkpoints,
-    save_checkpoint,
-    unpack_state,
-)
+from vista.training.checkpoint import latest_checkpoint, remove_checkpoints
+from vista.training.data_parallel import DataParallel
 from vista.training.downstream import Downstream
 from vista.training.event_features import event_encoding
-from vista.training.item_start import MOST_CHANGE, FrozenItems, training_vectors
+from vista.training.item_start import FrozenItems, training_vectors
 from vista.training.log_schema import schema_and_readers
 from vista.training.metrics_writer import MetricsWriter
 from vista.training.model_card import model_card
@@ -48,8 +44,9 @@ from vista.training.progress import Progress
 from vista.training.refused_batch import non_finite
 from vista.training.request_features import request_encoding
 from vista.training.run_folder import deferred_interrupt, log_file
-from vista.training.run_identity import check_identity, run_identity
+from vista.training.run_identity import facts_of_rank, run_identity
 from vista.training.run_plan import plan_run, warmup_steps, warn_of_few_steps
+from vista.training.run_state import restore_run, save_run
 from vista.training.time_budget import TimeBudget
 from vista.training.validation import Validation
 from vista.training.warm_start import WarmStart
@@ -78,7 +75,7 @@ def train_model(
     """Train a model of any architecture and export the best one to `<run_dir>/best`.
 
     A run that was stopped or killed resumes from its newest checkpoint. With the same number of threads the result is
-    bit-identical to that of an uninterrupted run.
+    bit-identical to that of an uninterrupted run. The processes of a torchrun job train one model together.
 
     Args:
         config: everything; the defaults alone run.
@@ -95,19 +92,23 @@ def train_model(
         LeakageError: if the base or the store of stage=downstream, or the model of init_from, covers the labels.
         CheckpointError: if the newest checkpoint or the model of init_from is damaged; the message has the remedy.
         NonFiniteLossError: if a loss or gradient is NaN or infinite; the batch is saved and its users are named.
+        RankError: if another process of the job has ended.
     """
     began = time.perf_counter()
     log = EventLog.open(config.data.path) if log is None else log
-    if config.verify_log:
-        log.verify()
-    writable_folder(Path(config.run_dir), "run_dir")
-    with log_file(Path(config.run_dir) / "train.log"), cpu_settings(config.num_threads):
-        if config.stage is Stage.downstream:
-            with Downstream.open(config, log) as downstream:
-                return Trainer(downstream.config, log, downstream, metrics_every=metrics_every, began=began).run()
-        warm = WarmStart.open(config, log) if config.init_from is not None else None
-        config = config if warm is None else warm.config
-        return Trainer(config, log, warm, metrics_every=metrics_every, began=began).run()
+    with Ranks.joined(resolve_device(config.device)) as ranks:
+        if config.verify_log and (ranks is None or ranks.checks_files):
+            log.verify()
+        leads = ranks is None or ranks.leads
+        if leads:
+            writable_folder(Path(config.run_dir), "run_dir")
+        with log_file(Path(config.run_dir) / "train.log") if leads else nullcontext(), cpu_settings(config.num_threads):
+            if config.stage is Stage.downstream:
+                with Downstream.open(config, log) as downstream:
+                    return Trainer(downstream.config, log, downstream, ranks, metrics_every, began=began).run()
+            warm = WarmStart.open(config, log) if config.init_from is not None else None
+            config = config if warm is None else warm.config
+            return Trainer(config, log, warm, ranks, metrics_every, began=began).run()
 
 
 class Trainer:
@@ -118,13 +119,15 @@ class Trainer:
         config: TrainConfig,
         log: EventLog,
         origin: Downstream | WarmStart | None = None,
-        *,
+        ranks: Ranks | None = None,
         metrics_every: int = METRICS_EVERY,
+        *,
         began: float | None = None,
     ) -> None:
         """
         Args:
             origin: the base model and its store, or the model of a warm start; None draws all weights.
+            ranks: the processes that train together; None for a single process.
             metrics_every: steps between two lines of metrics.jsonl.
             began: `time.perf_counter` when the run began, from which optim.minutes counts; None is now.
         """
@@ -135,7 +138,8 @@ class Trainer:
         self.config, self.log, self.metrics_every = config, log, metrics_every
         self._warm = origin if isinstance(origin, WarmStart) else None
         self.run_dir = Path(config.run_dir)
-        self.device = resolve_device(config.device)
+        self.device = resolve_device(config.device) if ranks is None else ranks.device
+        self._ranks, self._leads = ranks, ranks is None or ranks.leads
         torch.manual_seed(config.seed)
         fields = schema_and_readers(log, config, since)
         self.model: RankingModel = drawn_model(config, log, *fields) if origin is None else origin.model(*fields)
@@ -155,13 +159,21 @@ class Trainer:
             encode_requests=request_encoding(self.model, log),
             encode_users=LogUsers(self.model.user_features, log).encoding(),
         )
-        self.validation = _validation(log, item_rows, config)
-        frozen_rows = self._warm.frozen_rows if self._warm is not None else 0
-        self.optimizers = Optimizers(self.model, config.optim, frozen_rows=frozen_rows)
+        self.validation = Validation.of(log, item_rows, config, ranks)
+        tasks = self.model.schema.tasks
+        self._parallel = None if ranks is None else DataParallel(ranks, tasks, config.optim, config.seed)
+        self.optimizers = Optimizers(
+            self.model,
+            config.optim,
+            frozen_rows=self._warm.frozen_rows if self._warm is not None else 0,
+            combine=None if self._parallel is None else self._parallel.combine_gradients,
+        )
         self.progress = Progress()
         self._budget = None if config.optim.minutes is None else TimeBudget(config.optim.minutes)
         self.precision = choose_precision(config.precision, self.device)
         self._identity = run_identity(config, log, origin, self.precision)
+        if ranks is not None:
+            ranks.agree(facts_of_rank(config, self._identity, self.device))
         self._frozen_items: FrozenItems | None = None
         self._waited_s, self._steps_s = 0.0, 0.0
         """Time that this process has spent on steps, and the part of it in which they waited for their batches."""
@@ -180,6 +192,8 @@ class Trainer:
             if self.progress.best is None:
                 self.model.eval()
                 self._export()
+            if self._ranks is not None:
+                self._ranks.wait()
             if self.validation is not None:
                 compare_with_baselines(self.progress, self.validation.metric, self.validation.ranking_metric)
             waited = (
@@ -192,25 +206,23 @@ class Trainer:
 
     def _start(self, metrics: MetricsWriter) -> None:
         config = self.config
-        newest = latest_checkpoint(self.run_dir / "checkpoints") if config.resume else None
+        newest = latest_checkpoint(self.run_dir / "checkpoints") if config.resume and self._leads else None
+        if self._ranks is not None:
+            newest = self._ranks.from_first(newest)
         if newest is not None:
-            self._restore(newest)
+            self.progress = restore_run(newest, config.run_dir, self.model, self.optimizers, self._identity)
         if not self.progress.finished(config.optim.epochs):
             self._frozen_items = FrozenItems.of(self.model, self.log, self.source.counts, config)
-        if newest is not None:
-            self._check_frozen_items(newest)
-        else:
+        if newest is None:
             start_model(self.model, self.log, self.source, config, self.precision, self._frozen_items, self._warm)
             if self._warm is not None:
                 self._warm.start_optimizers(self.optimizers)
-        if newest is None and not config.resume:
-            # With resume=true an export stays until a better one replaces it, even if its checkpoints are gone.
-            remove_checkpoints(self.run_dir / "checkpoints")
-            for name in ("best", "best.old"):
-                shutil.rmtree(self.run_dir / name, ignore_errors=True)
-        remove_leftovers(self.run_dir)
-        replace_text(self.run_dir / "config.yaml", to_yaml(config))
-        metrics.rewind(self.progress.step, {int(row["step"]) for row in self.progress.history})
+        if self._ranks is not None:
+            self._ranks.share_weights(self.model)
+        if self._frozen_items is not None and (newest is not None or self._ranks is not None):
+            self._frozen_items.check(newest or self.run_dir)
+        if self._leads:
+            self._start_folder(newest, metrics)
         table = self.model.item_table
         announce(self.device)
         logger.info(
@@ -221,8 +233,21 @@ class Trainer:
             *table.shape,
             f"resuming at step {self.progress.step} from {newest}" if newest else f"run folder {self.run_dir}",
         )
+        if self._parallel is not None:
+            self._parallel.log_balance(self.source)
         if config.optim.epochs is not None and config.optim.minutes is None:
             warn_of_few_steps(config.optim, config.optim.epochs * self.source.num_batches(0))
+
+    def _start_folder(self, newest: Path | None, metrics: MetricsWriter) -> None:
+        """Remove from the run folder what does not belong to the run that starts or resumes from `newest`."""
+        if newest is None and not self.config.resume:
+            # With resume=true an export stays until a better one replaces it, even if its checkpoints are gone.
+            remove_checkpoints(self.run_dir / "checkpoints")
+            for name in ("best", "best.old"):
+                shutil.rmtree(self.run_dir / name, ignore_errors=True)
+        remove_leftovers(self.run_dir)
+        replace_text(self.run_dir / "config.yaml", to_yaml(self.config))
+        metrics.rewind(self.progress.step, {int(row["step"]) for row in self.progress.history})
 
     def _plan_steps(self, budget: TimeBudget) -> None:
         """Fix the number of steps, and save it before it is used: a resumed run must end at the same step."""
@@ -232,7 +257,8 @@ class Trainer:
             seconds = time.perf_counter() - began
         self._count_seconds()
         batches = self.source.num_batches(self.progress.epoch)
-        self.progress.planned_steps = budget.planned_steps(self.progress, seconds, batches, self.config.optim)
+        planned = budget.planned_steps(self.progress, seconds, batches, self.config.optim)
+        self.progress.planned_steps = planned if self._ranks is None else self._ranks.from_first(planned)
         warn_of_few_steps(self.config.optim, self.progress.planned_steps)
         self._save()
 
@@ -244,7 +270,7 @@ class Trainer:
             initial=progress.batch,
             desc=f"epoch {progress.epoch + 1}" + (f"/{config.optim.epochs}" if config.optim.epochs else ""),
             unit="batch",
-            disable=not config.progress,
+            disable=not (config.progress and self._leads),
         )
         self.model.train()
         began, tokens = time.perf_counter(), 0
@@ -263,11 +289,11 @@ class Trainer:
                 if progress.step % self.metrics_every == 0:
                     row["tokens_per_s"] = tokens / (time.perf_counter() - began)
                     row["waiting_share"] = self._waited_s / self._steps_s
-                    metrics.write({"step": progress.step, "epoch": progress.epoch, **row})
+                    self._write(metrics, {"step": progress.step, "epoch": progress.epoch, **row})
                     bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
                 if self._budget and not progress.planned_steps and self._budget.add(step_seconds):
                     self._plan_steps(self._budget)
-                if interrupted:
+                if self._is_stopped(interrupted):
                     self._save()
                     raise _stopped(progress)
                 if progress.step % config.checkpoint_every == 0:
@@ -276,25 +302,37 @@ class Trainer:
         progress.batch = 0
         self._validate(metrics, time.perf_counter() - began)
         self._save()
-        if interrupted and not self.progress.finished(config.optim.epochs):
+        if self._is_stopped(interrupted) and not self.progress.finished(config.optim.epochs):
             raise _stopped(progress)
+
+    def _is_stopped(self, interrupted: list[bool]) -> bool:
+        """Whether Ctrl-C was pressed: ranks notice it in different steps, and must stop after the same one."""
+        return bool(interrupted) if self._ranks is None else self._ranks.any(bool(interrupted))
 
     def _step(self, batch: Batch, share_done: float) -> dict[str, float]:
         """One update; returns the losses as numbers."""
-        batch = batch.to(self.device)
+        part: Batch | None = batch
+        if self._parallel is not None:
+            part = self._parallel.part(batch, self.progress.step)
         warmup = warmup_steps(self.config.optim, self.progress.planned_steps)
         rate = self.optimizers.schedule(self.progress.step, share_done, warmup)
         # Only the rows of this batch take part. A trained table's gradient is sparse, so no pass reads the whole table.
-        with autocast(self.precision, self.device):
-            vectors = training_vectors(self.model, batch, self._frozen_items)
-            losses = self.model.losses(batch, vectors, self.config.optim)
+        losses = weighted_losses({}, self.config.optim)
+        if part is not None:
+            part = part.to(self.device)
+            with autocast(self.precision, self.device):
+                vectors = training_vectors(self.model, part, self._frozen_items)
+                losses = self.model.losses(part, vectors, self.config.optim)
+        objective = losses.total
+        if self._parallel is not None:
+            losses, objective = self._parallel.combined(losses)
         parts = {name: float(value.detach()) for name, value in losses.parts.items()}
         row = {"loss": float(losses.total.detach()), **parts, "learning_rate": rate}
         if not math.isfinite(row["loss"]):
             raise self._non_finite(batch, "loss", parts)
-        if not losses.total.requires_grad:  # a batch without a single label
+        if not objective.requires_grad:  # a batch without a single label
             return {**row, "gradient_norm": 0.0}
-        norm = self.optimizers.backward(losses.total)
+        norm = self.optimizers.backward(objective)
         if not math.isfinite(norm):
             raise self._non_finite(batch, "gradient", parts)
         self.optimizers.step()
@@ -311,7 +349,7 @@ class Trainer:
         self._count_seconds()
         times = {"epoch_seconds": seconds, "seconds": progress.seconds}
         row = {"step": progress.step, "epoch": progress.epoch, "validation": measured, "is_best": is_best}
-        metrics.write({**row, **times})
+        self._write(metrics, {**row, **times})
         numbers = ", ".join(f"{name} {number:.4f}" for name, number in measured.items())
         logger.info("epoch %d (%.1f s): %s", progress.epoch, seconds, numbers)
         if is_best:
@@ -323,11 +361,19 @@ class Trainer:
             if progress.stopped:
                 logger.info("%s has not improved in %d validations: stopping", self.validation.metric, optim.patience)
 
+    def _write(self, metrics: MetricsWriter, row: dict[str, Any]) -> None:
+        if self._leads:
+            metrics.write(row)
+
     def _export(self, validated: dict[str, float] | None = None) -> None:
         """Write the model, with a card, to <run_dir>/best."""
+        if not self._leads:
+            return
         self.model.save_pretrained(self.run_dir / "best", card=model_card(self.model, self.config, self.log, validated))
 
     def _non_finite(self, batch: Batch, what: str, parts: dict[str, float]) -> NonFiniteLossError:
+        if not self._leads:
+            return NonFiniteLossError(f"step {self.progress.step}: the {what} is not finite; see the message of rank 0")
         return non_finite(batch, what, parts, step=self.progress.step, run_dir=self.run_dir, log=self.log)
 
     def _count_seconds(self) -> None:
@@ -337,53 +383,9 @@ class Trainer:
 
     def _save(self) -> None:
         self._count_seconds()
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizers.dense.state_dict(),
-            "table_optimizer": self.optimizers.table.state_dict(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
-            "progress": {name: getattr(self.progress, name) for name in Progress.__slots__},
-            "config": self._identity,
-        }
-        tensors, skeleton = pack_state(state, "state")
-        save_checkpoint(self.run_dir / "checkpoints", self.progress.step, tensors, {"run": skeleton})
-
-    def _restore(self, path: Path) -> None:
-        tensors, body = load_checkpoint(path)
-        state = unpack_state(body["run"], tensors)
-        check_identity(self._identity, state["config"], self.config.run_dir)
-        try:
-            self.model.load_state_dict(state["model"])
-        except RuntimeError as error:
-            raise CheckpointError(
-                f"{path}: belongs to another version of the model ({error}); remove {self.run_dir}, or set resume=false"
-            ) from error
-        self.optimizers.dense.load_state_dict(state["optimizer"])
-        self.optimizers.table.load_state_dict(state["table_optimizer"])
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] and self.device.type == "cuda":
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
-        self.progress = Progress(**state["progress"])
-
-    def _check_frozen_items(self, path: Path) -> None:
-        """Refuse to resume if rounding gave other factors than those in the checkpoint, such as rotated ones."""
-        if self._frozen_items is not None and (change := self._frozen_items.change()) > MOST_CHANGE:
-            raise CheckpointError(
-                f"{path}: its item vectors are factors that come out {change:.0%} different here, perhaps because of "
-                "another number of threads, processor, or version of torch; resume where the run began, or set "
-                "resume=false to start a new run"
-            )
-
-
-def _validation(log: EventLog, item_rows: NDArray[np.int64], config: TrainConfig) -> Validation | None:
-    if config.optim.validate_every == 0:
-        return None
-    validation = Validation(log, item_rows, config)
-    if not validation.metric:
-        logger.warning("%s has no case to validate on: the last model will be exported, not the best", log)
-        return None
-    return validation
+        if not self._leads:
+            return
+        save_run(self.run_dir, self.model, self.optimizers, self.progress, self._identity)
 
 
 def _stopped(progress: Progress) -> KeyboardInterrupt:

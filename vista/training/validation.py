@@ -35,6 +35,7 @@ from vista.log.splits import EVENTS_PER_BLOCK, part_counts, part_times
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.ranking_model import RankingModel
 from vista.model.vista_model import VistaModel
+from vista.ranks import Ranks
 from vista.training.summary_answers import SummaryAnswers
 
 USERS_PER_BATCH = 512
@@ -42,17 +43,24 @@ logger = logging.getLogger(__name__)
 
 
 class Validation:
-    """Validation metrics of a model. The cases are chosen once."""
+    """Validation metrics of a model. The cases are chosen once. Several ranks each answer some of them."""
 
     def __init__(
-        self, log: EventLog, item_rows: Int, config: TrainConfig, *, events_per_batch: int = EVENTS_PER_BLOCK
+        self,
+        log: EventLog,
+        item_rows: Int,
+        config: TrainConfig,
+        ranks: Ranks | None = None,
+        *,
+        events_per_batch: int = EVENTS_PER_BLOCK,
     ) -> None:
         """
         Args:
             item_rows: int64 [log.num_items], the model row of each of the log's items.
+            ranks: processes that measure together; None for a single process.
             events_per_batch: most events of histories that are read at once (a longer history is read alone).
         """
-        self._log, self._item_rows, data = log, item_rows, config.data
+        self._log, self._item_rows, self._ranks, data = log, item_rows, ranks, config.data
         self._windows = EvaluateConfig(horizon_events=[data.horizon_events], horizon_days=data.horizon_days)
         ((self._length, _),) = window_lengths(self._windows).items()
         self._events_per_batch = events_per_batch
@@ -80,6 +88,17 @@ class Validation:
         self.metric = self._deciding_metric()
         """The metric that decides which model is best: NE of the first task with labels of both kinds (smaller is
         better), else `ranking_metric`; empty if the log has no cases."""
+
+    @classmethod
+    def of(cls, log: EventLog, item_rows: Int, config: TrainConfig, ranks: Ranks | None) -> Validation | None:
+        """That of a run; None without validations, or if the log has no case."""
+        if config.optim.validate_every == 0:
+            return None
+        validation = cls(log, item_rows, config, ranks)
+        if not validation.metric:
+            logger.warning("%s has no case to validate on: the last model will be exported, not the best", log)
+            return None
+        return validation
 
     def _window_cases(self, stop: Int, now: int | None, max_users: int) -> WindowCases | None:
         """The cases of `vista evaluate target=window split=validation` for the trained length; None without any."""
@@ -136,11 +155,13 @@ class Validation:
         score: Callable[[NextItemCases | WindowCases], NDArray[np.floating[Any]]],
     ) -> dict[str, float]:
         columns = self._item_rows - 1
+        cases = cases.part(self._own_part(cases.seen + 1))
         batches = case_batches(cases, self._log.num_items, USERS_PER_BATCH, self._events_per_batch)
         if isinstance(cases, NextItemCases):
             ranks = rank_next_items(self._log, cases, columns, score, batches, exclude_seen=self._exclude_seen)
-            return ranking_metrics(ranks, [10])
-        report = WindowReport(rank_windows(self._log, {self._length: cases}, columns, score, batches, [10]))
+            return ranking_metrics(self._joined({"rank": ranks})["rank"], [10])
+        measured = rank_windows(self._log, {self._length: cases}, columns, score, batches, [10])[self._length]
+        report = WindowReport({self._length: self._joined(measured)})
         # NaN if no window has items of the kind.
         return {k: v for k, v in report.metrics().items() if k.startswith("ndcg@10") and not math.isnan(v)}
 
@@ -148,26 +169,53 @@ class Validation:
         """All metrics of the validation split."""
         was_training = model.training
         model.eval()
-        answers = self._answers(model)
         metrics: dict[str, float] = {}
+        users, shown = [], None
         if self._ranked is not None:
-            metrics |= self._ranking_metrics(
-                self._ranked, lambda cases: self._finite(answers.catalog_scores(cases), cases.user)
-            )
+            users.append(self._ranked.user[self._own_part(self._ranked.seen + 1)])
         if self._impressions is not None:
-            predicted = self._finite(answers.probabilities(self._impressions), self._impressions.user)
-            metrics |= impression_metrics(self._impressions, predicted)
+            shown = self._impressions.part(self._own_part(np.ones_like(self._impressions.user)))
+            users.append(shown.user)
+        answers = self._answers(model, np.unique(np.concatenate(users)))
+
+        def score(cases: NextItemCases | WindowCases) -> Float32s:
+            assert answers is not None  # a rank without cases does not score
+            return self._finite(answers.catalog_scores(cases), cases.user)
+
+        if self._ranked is not None:
+            metrics |= self._ranking_metrics(self._ranked, score)
+        if self._impressions is not None and shown is not None:
+            predicted = np.zeros(shown.label.shape, np.float32)
+            if answers is not None:
+                predicted = self._finite(answers.probabilities(shown), shown.user)
+            metrics |= impression_metrics(self._impressions, self._joined({"predicted": predicted})["predicted"])
         model.train(was_training)
         return metrics
 
-    def _answers(self, model: RankingModel) -> RawHistoryAnswers | SummaryAnswers:
+    def _answers(self, model: RankingModel, users: Int) -> RawHistoryAnswers | SummaryAnswers | None:
+        """None without users."""
+        if not len(users):
+            return None
         if isinstance(model, HistoryModel):
             return RawHistoryAnswers(model, self._log, self._item_rows)
         assert isinstance(model, VistaModel)
-        users = [cases.user for cases in (self._ranked, self._impressions) if cases is not None]
-        return SummaryAnswers(
-            model, self._log, self._item_rows, np.unique(np.concatenate(users)), self._cut, self._events_per_batch
-        )
+        return SummaryAnswers(model, self._log, self._item_rows, users, self._cut, self._events_per_batch)
+
+    def _own_part(self, work: Int) -> slice:
+        """The cases that this rank answers: consecutive ones, with its share of the work int64 [N]."""
+        if self._ranks is None:
+            return slice(0, len(work))
+        done = np.cumsum(work)
+        rank_of_case = (done - work) * self._ranks.size // done[-1]
+        low, high = np.searchsorted(rank_of_case, [self._ranks.rank, self._ranks.rank + 1]).tolist()
+        return slice(low, high)
+
+    def _joined(self, own: dict[str, Any]) -> dict[str, Any]:
+        """Arrays by name, with rows for this rank's cases (if it has any), as those of all cases."""
+        if self._ranks is None:
+            return own
+        parts = [part for part in self._ranks.gather(own) if part]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _finite(self, scores: Float32s, users: Int) -> Float32s:
         bad = users[~np.isfinite(scores).all(axis=1)]

@@ -1,0 +1,185 @@
+"""The ranks of a torchrun job: processes that train one model together.
+
+`torchrun --nproc-per-node=2 -m vista.cli train …` starts two. They talk through gloo on CPUs, and through NCCL on GPUs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from vista.errors import ConfigError, RankError
+
+TIMEOUT = timedelta(minutes=10)
+"""Longest time that a rank waits for another one, for example while that one writes a checkpoint. A rank that ends is
+noticed at once, because its connections close."""
+
+
+class Ranks:
+    """This process among those of its job. All methods except the properties are called by all ranks in one order.
+
+    Raises:
+        RankError: from all methods, if another rank has ended or cannot be reached.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        """Where this rank computes."""
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self._is_first_of_machine = os.environ["LOCAL_RANK"] == "0"
+
+    @classmethod
+    @contextmanager
+    def joined(cls, device: torch.device) -> Iterator[Ranks | None]:
+        """Join the other ranks for a block; None if torchrun has not started this process, or only this one.
+
+        Args:
+            device: each rank of a machine takes a GPU of its own if this is cuda.
+
+        Raises:
+            ConfigError: if the machine has fewer GPUs than ranks.
+        """
+        if not is_launched():
+            yield None
+            return
+        backend = "gloo"
+        if device.type == "cuda":
+            device, backend = _own_gpu(device), "nccl"
+            torch.cuda.set_device(device)
+        with _talking():
+            dist.init_process_group(backend, timeout=TIMEOUT)
+        try:
+            yield cls(device)
+        finally:
+            dist.destroy_process_group()
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank writes the run folder."""
+        return self.rank == 0
+
+    @property
+    def checks_files(self) -> bool:
+        """Whether this rank checks files for its machine."""
+        return self._is_first_of_machine
+
+    def agree(self, facts: Mapping[str, Any]) -> None:
+        """Check that all ranks run the same thing.
+
+        Raises:
+            ConfigError: on every rank, if the facts of a rank differ from those of rank 0.
+        """
+        all_facts = self.gather(dict(facts))
+        first = all_facts[0]
+        for rank, own in enumerate(all_facts):
+            changed = [f"{k} ({first.get(k)} -> {own.get(k)})" for k in first | own if first.get(k) != own.get(k)]
+            if changed:
+                raise ConfigError(
+                    f"rank {rank} differs from rank 0 in {', '.join(changed)}; start all ranks with the same command, "
+                    "log, and versions"
+                )
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, in their order."""
+        values: list[Any] = [None] * self.size
+        with _talking():
+            dist.all_gather_object(values, value)
+        return values
+
+    def from_first(self, value: Any) -> Any:
+        """The value of rank 0."""
+        values = [value]
+        with _talking():
+            dist.broadcast_object_list(values)
+        return values[0]
+
+    def share_weights(self, model: nn.Module) -> None:
+        """Give all ranks the parameters and buffers of rank 0."""
+        with _talking():
+            for tensor in (*model.parameters(), *model.buffers()):
+                dist.broadcast(tensor.detach(), 0)
+
+    def sum(self, tensor: Tensor) -> None:
+        """Replace a tensor by its sum over all ranks, which has the same bits on all of them."""
+        with _talking():
+            dist.all_reduce(tensor)
+
+    def any(self, value: bool) -> bool:
+        """Whether a value is True on any rank."""
+        count = torch.tensor(int(value), device=self.device)
+        self.sum(count)
+        return bool(count > 0)
+
+    def sum_sparse(self, tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
+        """Sums over all ranks of coalesced sparse tensors with one sparse dimension; None stands for zeros.
+
+        Args:
+            like: dense tensors of their shapes.
+        """
+        counts = torch.tensor([0 if each is None else len(each.values()) for each in tensors], device=self.device)
+        all_counts = torch.stack(self._gathered(counts)).cpu()
+        sums: list[Tensor | None] = []
+        for each, table, own_counts in zip(tensors, like, all_counts.T, strict=True):
+            most = int(own_counts.max())
+            if most == 0:
+                sums.append(None)
+                continue
+            index = torch.zeros(most, dtype=torch.int64, device=self.device)
+            values = torch.zeros(most, *table.shape[1:], dtype=table.dtype, device=self.device)
+            if each is not None:
+                index[: len(each.values())] = each.indices()[0]
+                values[: len(each.values())] = each.values()
+            of_ranks = zip(self._gathered(index), self._gathered(values), own_counts.tolist(), strict=True)
+            rows, entries = zip(*((rows[:count], entries[:count]) for rows, entries, count in of_ranks), strict=True)
+            total = torch.sparse_coo_tensor(
+                torch.cat(rows)[None], torch.cat(entries), table.shape, check_invariants=False
+            )
+            sums.append(total.coalesce())
+        return sums
+
+    def wait(self) -> None:
+        """Wait until all ranks are here."""
+        self.any(False)
+
+    def _gathered(self, tensor: Tensor) -> list[Tensor]:
+        """A tensor of all ranks; it has the same shape on all of them."""
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        with _talking():
+            dist.all_gather(parts, tensor)
+        return parts
+
+
+def is_launched() -> bool:
+    """Whether torchrun has started this process and at least one other."""
+    return dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
+
+
+def _own_gpu(device: torch.device) -> torch.device:
+    """The GPU of this rank."""
+    local, on_machine, count = int(os.environ["LOCAL_RANK"]), os.environ["LOCAL_WORLD_SIZE"], torch.cuda.device_count()
+    if device.index is not None:
+        raise ConfigError(f"device={device}: each rank takes a GPU of its own; write device=cuda")
+    if local >= count:
+        raise ConfigError(
+            f"device=cuda: this machine has {count} GPUs for {on_machine} ranks; lower --nproc-per-node, or set "
+            "device=cpu"
+        )
+    return torch.device("cuda", local)
+
+
+@contextmanager
+def _talking() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # gloo and NCCL raise nothing more specific
+        reason = str(error).partition("\n")[0]
+        raise RankError(
+            f"another rank has ended or cannot be reached ({reason}); see its message, then rerun the command to resume"
+        ) from error
