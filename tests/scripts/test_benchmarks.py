@@ -92,6 +92,7 @@ CASES = {
         "separable, d=256, K=128, 3 layers, bfloat16: peak memory beyond the log",
         "bidirectional, d=256, K=128, 3 layers, float32: rate",
     ],
+    "training_features": ["400 items, training step, d=64: with 8 features of items, 2 of events, and 4 of requests"],
 }
 
 
