@@ -55,6 +55,10 @@ CASES = {
         "share of the SHA-256 of the source",
         "verify a log of 0.6 MB, in the page cache",
     ],
+    "items_add": [
+        "items add of 500 items to a catalog of 5,000 under load: time",
+        "items add of 500 items to a catalog of 5,000 under load: wrong answers",
+    ],
     "lengths": ["200 events: vista", "1,000 events: tail-only", "200 events: sim-hard", "1,000 events: twin"],
     "scorer": [
         "a user of 20,000 events against one of 200",
@@ -146,6 +150,7 @@ def test_a_benchmark_runs_and_writes_its_cases(subject: str, tmp_path: Path) -> 
     assert len({row["case"] for row in rows}) == len(rows)
     assert "bars: " in done.stdout and str(out) in done.stdout
     assert all(row["met"] for row in rows if "users without new events" in row["case"])
+    assert all(row["value"] == 0 for row in rows if "wrong answers" in row["case"])
     memory = [row for row in rows if "peak memory" in row["case"]]
     assert all(row["met"] for row in memory) and bool(memory) == (subject == "summarizer")
     for whole in {row["case"].split(": share of ")[0] for row in rows if ": share of " in row["case"]}:
