@@ -55,10 +55,23 @@ MEMBERS: dict[object, list[str]] = {
     vista.VistaModel: ["from_pretrained", "save_pretrained", "with_tail", "summarizer_id"],
 }
 """Members to document, where it is not all public ones."""
-UNIT_OF_SUFFIX = {"_s": "s", "_ms": "ms", "_bytes": "bytes"}
-"""Units that the end of a key's name says."""
+UNIT_OF_SUFFIX = {
+    "_mb_per_s": "MB per s",
+    "_gbit_per_s": "Gbit per s",
+    "_per_s": "per s",
+    "_per_day": "per day",
+    "_s": "s",
+    "_ms": "ms",
+    "_us": "µs",
+    "_ns": "ns",
+    "_hours": "hours",
+    "_bytes": "bytes",
+    "_gb": "GB",
+    "_tb": "TB",
+}
+"""Units that the end of a key's name says, the longest end first."""
 _COUNTED = re.compile(
-    r"(?:\b[Nn]umber of|\bin) (?:[\w'-]+ ){0,4}?((?:candidate|code|cut|day|epoch|event|function|head|impression|"
+    r"(?:\b[Nn]umber of|\bin) (?:[\w'-]+ ){0,4}?((?:candidate|code|core|cut|day|epoch|event|function|head|impression|"
     r"interest|item|layer|level|minute|negative|position|question|row|step|text|thread|token|topic|user|validation|"
     r"window)s)\b"
 )

@@ -14,7 +14,7 @@ LAYERS = (
     ("vista.cli",),
     ("vista.training",),
     ("vista.evaluation",),
-    ("vista.refresh", "vista.scorer"),
+    ("vista.refresh", "vista.scorer", "vista.planning"),
     ("vista.examples", "vista.model", "vista.store", "vista.simulation"),
     ("vista.counters",),
     ("vista.log",),

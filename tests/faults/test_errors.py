@@ -180,6 +180,8 @@ def words_of(command: str, folder: Path) -> list[str]:
             return [*places, f"store={folder}/test-store", f"out={folder}/metrics.json"]
         case "compare":
             return [f"a=[{folder}/measured.json]", f"b=[{folder}/measured.json]"]
+        case "plan":
+            return [f"out={folder}/plan.json"]
         case "score":
             return [*places[1:4], "users=[100]"]
         case "log forget":

@@ -118,6 +118,16 @@ COMMANDS: dict[str, Command] = {
             "vista score users=[nobody] on_missing=raise",
         ),
     ),
+    "plan": Command(
+        config.PlanConfig,
+        _handler("plan_command", "run_plan"),
+        "Estimate the cores, machines, disk, memory, and network that a deployment needs.",
+        (
+            "vista plan users=1e6 events_per_day=5e7 requests_per_s=1000",
+            "vista plan users=1e9 events_per_day=5e10 requests_per_s=1e5 model.dim=256 model.num_seeds=128",
+            "vista plan users=1e8 events_per_day=5e9 remote_store=true burst=3 failures_per_day=2 out=plan.json",
+        ),
+    ),
     "items add": Command(
         config.ItemsAddConfig,
         _handler("items_command", "run_items_add"),

@@ -21,6 +21,7 @@ from vista.config.log_configs import (
 )
 from vista.config.model_config import ModelConfig
 from vista.config.optim_config import OptimConfig
+from vista.config.plan_config import PlanConfig
 from vista.config.prepare_config import PrepareConfig, SourceConfig
 from vista.config.refresh_config import RefreshConfig
 from vista.config.refresh_options import RefreshOptions
@@ -59,6 +60,7 @@ __all__ = [
     "LogVerifyConfig",
     "ModelConfig",
     "OptimConfig",
+    "PlanConfig",
     "PrepareConfig",
     "RefreshConfig",
     "RefreshOptions",

@@ -22,6 +22,12 @@ SIZE_BYTES = 2
 """The number of keys of a field, uint16."""
 
 
+def most_bytes(layout: CounterLayout) -> int:
+    """Bytes of the section of a user who has all keys that a record keeps."""
+    fields = zip(layout.spec.keys, layout.key_bytes, strict=True)
+    return sum(SIZE_BYTES + keys * (key_bytes + layout.code_bytes) for keys, key_bytes in fields)
+
+
 def encode_counters(counters: Sequence[CounterCodes], layout: CounterLayout, num_users: int) -> list[bytes]:
     """The counters section of each of B users.
 

@@ -20,6 +20,11 @@ from vista.store.format.joined_records import JoinedRecords
 _HEAD = np.dtype([("clock", "<i8"), ("num_events", "<i8"), ("size", "<u4")])
 
 
+def tables_bytes(spec: CounterSpec, num_keys: Sequence[int]) -> int:
+    """Bytes of the counters of a user with `num_keys[f]` keys of each field f."""
+    return len(spec.fields) * _HEAD.itemsize + sum(num_keys) * _entry(spec).itemsize
+
+
 def encode_tables(tables: Sequence[CounterTable], num_users: int) -> list[bytes]:
     """The counters of each of N users: per field a head, then the entries.
 

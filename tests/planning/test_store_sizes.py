@@ -1,0 +1,64 @@
+"""Planned bytes per user are those that a refresh and LMDB write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lmdb
+import pytest
+
+from scripts.benchmarks.store_workloads import user_values
+from scripts.benchmarks.workloads import lifelong_log, untrained
+from vista.config.choices import Codec, StateDtype
+from vista.config.model_config import ModelConfig
+from vista.errors import ConfigError
+from vista.planning.store_sizes import StoreSizes, lmdb_bytes
+from vista.refresh import RefreshOptions, refresh
+from vista.store.format.keys import user_keys
+from vista.store.layout import environment_path, read_current, state_path
+
+NUM_ITEMS, LENGTH = 1_000, 300
+
+
+@pytest.mark.parametrize("counters", [False, True])
+@pytest.mark.parametrize(("codec", "state"), [("int8", "float32"), ("float16", "float16"), ("int4", "none")])
+def test_sizes_are_those_that_a_refresh_writes(tmp_path: Path, counters: bool, codec: str, state: str) -> None:
+    log = lifelong_log(tmp_path / "log", [LENGTH] * 3, num_items=NUM_ITEMS)
+    model = untrained(log, dim=16, num_seeds=4, counters=counters)
+    options = RefreshOptions(codec=Codec(codec), state=StateDtype(state))
+    refresh(model, log, tmp_path / "store", options=options)
+    sizes = StoreSizes.of(model.config, options.codec, options.state, num_items=NUM_ITEMS, history_events=LENGTH)
+    generation = read_current(tmp_path / "store")
+    records = user_values(environment_path(tmp_path / "store", generation)).values()
+    if counters:  # Events that lie 49 days back have longer times.
+        assert all(0 <= len(record) - sizes.record <= 4 * model.config.tail_len for record in records)
+    else:
+        assert {len(record) for record in records} == {sizes.record}
+    if state == "none":
+        assert (sizes.state, sizes.state_on_disk) == (0, 0)
+        return
+    states = [len(one) for one in user_values(state_path(tmp_path / "store", generation)).values()]
+    if counters:  # The plan counts each event as another item.
+        assert all(0.8 * sizes.state < size <= sizes.state for size in states)
+    else:
+        assert set(states) == {sizes.state}
+
+
+@pytest.mark.parametrize("value_bytes", [100, 900, 1_890, 2_020, 2_021, 4_080, 4_081, 34_336, 131_352])
+def test_pages_are_those_that_lmdb_writes(tmp_path: Path, value_bytes: int) -> None:
+    num_users = 20_000 if value_bytes < 1_000 else 2_000
+    keys = user_keys(range(num_users))
+    with lmdb.open(str(tmp_path), map_size=1 << 32, lib_version=0, sync=False) as environment:
+        for first in range(0, num_users, 500):
+            with environment.begin(write=True) as transaction:
+                for key in keys[first : first + 500]:
+                    transaction.put(key, bytes(value_bytes), append=True)
+        pages = environment.stat()
+    live = pages["psize"] * (pages["branch_pages"] + pages["leaf_pages"] + pages["overflow_pages"])
+    assert lmdb_bytes(value_bytes) == pytest.approx(live / num_users, rel=0.01)
+
+
+def test_too_large_a_record_is_refused() -> None:
+    model = ModelConfig(dim=1024, num_seeds=65_535)
+    with pytest.raises(ConfigError, match=r"model\.num_seeds: 65535 rows of 1032 bytes do not fit a record"):
+        StoreSizes.of(model, Codec.int8, StateDtype.none, num_items=1, history_events=1)
