@@ -24,11 +24,14 @@ from vista.config.choices import (
     Search,
     TargetAttentionKind,
 )
+from vista.errors import shown
 
 MAX_DIM = 2**16 - 1
 """The header of a record holds the shape of a summary as two uint16."""
 MAX_COUNTER_KEYS = 2**16 - 1
 """A record holds the number of its counted items as uint16."""
+MAX_HASHED_ROWS = 2**31 - 1
+"""Codes of categories are int32."""
 MAX_HORIZONS = 8
 """Most time constants of counters, so that the codes of an item fit into 64 bits."""
 MIN_COUNTER_DAYS = 1 / 24
@@ -122,6 +125,9 @@ class ModelConfig:
     use_user_features: bool = True
     """Let candidates and user vectors read the features of users, if the log has any. Summaries do not depend on
     them."""
+    hashed_features: list[str] = field(default_factory=list)
+    """Categories whose values share a fixed number of rows by their hash, each as name:rows, such as [url:10000].
+    Values that training did not see then have a row too. Values of other categories have a row each."""
     id_dropout: float = 0.1
     """With features of items: share of the items of a training batch, in [0, 1), whose ID embeddings are left out, so
     that their features stand in for them."""
@@ -185,6 +191,7 @@ class ModelConfig:
             )
         features = self.tail_features or []
         require(len({*features}) == len(features), "model.tail_features", f"names a column twice, got {features}")
+        self._check_hashed_features()
         self._check_history_limit()
         self._check_tail()
         self._check_fuxi_linear()
@@ -224,6 +231,25 @@ class ModelConfig:
     def summary_lag(self) -> int:
         """How many of a user's newest events a summary leaves to the tail."""
         return 0 if self.tail_in_summary else self.tail_len
+
+    @property
+    def hashed_rows(self) -> dict[str, int]:
+        """By name of the features of `hashed_features`: the number of rows."""
+        parts = [word.rpartition(":") for word in self.hashed_features]
+        return {name: int(rows) for name, _, rows in parts}
+
+    def _check_hashed_features(self) -> None:
+        names = set()
+        for word in self.hashed_features:
+            name, colon, rows = str(word).rpartition(":")
+            is_count = rows.isascii() and rows.isdigit() and len(rows) <= 10 and 0 < int(rows) <= MAX_HASHED_ROWS
+            require(
+                bool(colon and name) and is_count and name not in names,
+                "model.hashed_features",
+                f"must list features once each as name:rows, with 1 to {MAX_HASHED_ROWS:,} rows, such as url:10000, "
+                f"got {shown(word)}",
+            )
+            names.add(name)
 
     def _check_divisor_of_dim(self, key: str) -> None:
         value = getattr(self, key)

@@ -26,12 +26,14 @@ class FeatureSpec:
     kind: str
     """category, number, or vector."""
     size: int
-    """Number of distinct values, of buckets, or of entries of a vector."""
+    """Number of distinct values, of rows that hashed values share, of buckets, or of entries of a vector."""
     bounds: list[float] = field(default_factory=list)
     """Of a number: ascending upper bounds of all buckets but the last, [size - 1]."""
     mean: float = 0.0
     scale: float = 1.0
     """Of a number: mean and standard deviation. Of a vector: 0, and the root mean square of its length."""
+    hashed: bool = False
+    """Of a category: whether its values share `size` rows by their hash (`HashedVocabulary`)."""
 
     def __post_init__(self) -> None:
         require(type(self.name) is str and self.name != "", "schema", "a feature's name must be a non-empty string")
@@ -45,6 +47,8 @@ class FeatureSpec:
         buckets = self.size - 1 if self.kind == "number" else 0
         require(len(self.bounds) == buckets, where, "a number needs size - 1 bounds; other kinds take none")
         require(all(low < high for low, high in pairwise(self.bounds)), where, "bounds must ascend")
+        is_valid = type(self.hashed) is bool and (self.kind == "category" or not self.hashed)
+        require(is_valid, where, "hashed must be true or false, and only a category can be hashed")
 
     @property
     def num_rows(self) -> int:

@@ -15,6 +15,7 @@ from vista.arrays import Int
 from vista.errors import ConfigError
 from vista.log.vocabulary import Vocabulary
 from vista.model.feature_spec import FeatureSpec
+from vista.model.hashed_vocabulary import HashedVocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +49,12 @@ class GrownColumns:
         """
         _check(known, {column.name: column for column in given})
         names = {column.name for column in known}
-        columns, values = [], {}
+        columns: list[FeatureSpec] = []
+        values: dict[str, Vocabulary] = {}
         for column in (*known, *(column for column in given if column.name not in names)):
-            if (more := given_values.get(column.name)) is not None:
+            if column.hashed:
+                values[column.name] = HashedVocabulary(column.size)
+            elif (more := given_values.get(column.name)) is not None:
                 own = known_values.get(column.name) or Vocabulary.empty("str")
                 values[column.name] = own.extended(more.ids(np.arange(len(more))).tolist())
                 column = replace(column, size=max(len(values[column.name]), 1))
@@ -73,6 +77,8 @@ class GrownColumns:
 
 def _check(known: Sequence[FeatureSpec], given: Mapping[str, FeatureSpec]) -> None:
     def described(column: FeatureSpec) -> str:
+        if column.hashed:
+            return f"category of {column.size} hashed rows"
         return f"vector of {column.size}" if column.kind == "vector" else column.kind
 
     for column in known:
@@ -85,7 +91,8 @@ def _check(known: Sequence[FeatureSpec], given: Mapping[str, FeatureSpec]) -> No
         if described(found) != described(column):
             raise ConfigError(
                 f"init_from: the feature {column.name!r} is a {described(found)}, but was a {described(column)} in "
-                "training; prepare the log with the same kind of feature"
+                "training; prepare the log with the same kind of feature, and hash the same features "
+                "(model.hashed_features)"
             )
 
 

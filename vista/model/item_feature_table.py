@@ -17,6 +17,7 @@ from vista.arrays import Float32s, Int, offsets_of
 from vista.log.item_features import CategoryColumn, FeatureColumn, ItemFeatures, NumberColumn, VectorColumn
 from vista.log.vocabulary import Vocabulary
 from vista.model.feature_spec import MAX_ABS_SCORE, FeatureSpec
+from vista.model.hashed_vocabulary import HashedVocabulary, load_values
 
 FEATURES_FILE = "item_features.safetensors"
 _VALUES_FILE = "item_values_{}"
@@ -63,6 +64,8 @@ class ItemFeatureTable(nn.Module):
         for column in columns:
             given = features.columns[column.name]
             if isinstance(given, CategoryColumn):
+                if column.hashed and not isinstance(given.values, HashedVocabulary):
+                    given = given.recoded(HashedVocabulary(column.size))
                 values[column.name] = given.values
             owner, code = value_codes(given, column)
             missing = np.flatnonzero(~given.is_known)
@@ -126,10 +129,7 @@ class ItemFeatureTable(nn.Module):
         categories = [column for column in columns if column.kind == "category"]
         values = {}
         for number, column in enumerate(categories):
-            name = _VALUES_FILE.format(number)
-            values[column.name] = Vocabulary.load(folder, name)
-            if values[column.name].kind != "str" or len(values[column.name]) > column.size:
-                raise ValueError(f"{name} must hold at most {column.size} texts")
+            values[column.name] = load_values(folder, _VALUES_FILE.format(number), column)
         return cls(**tensors, values=values)
 
     def fits(self, num_rows: int, num_values: int, num_dense: int) -> bool:

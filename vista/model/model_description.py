@@ -19,7 +19,7 @@ from vista.json_fields import TABLE, FieldRule, check_fields, either, hexadecima
 from vista.model.feature_spec import FeatureSpec
 from vista.model.schema import FEATURE_KEYS, Schema
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 CONFIG_FILE = "config.json"
 MAX_BYTES = 16 << 20
 """Of config.json."""

@@ -20,6 +20,7 @@ from vista.log.item_features import NumberColumn
 from vista.log.row_features import ColumnValues, RowColumn, RowFeatures
 from vista.log.vocabulary import Vocabulary
 from vista.model.feature_spec import MAX_ABS_SCORE, FeatureSpec
+from vista.model.hashed_vocabulary import HashedVocabulary, load_values
 
 Recode: TypeAlias = Callable[[RowFeatures, int], RowFeatures]
 """From features of N rows of a log to the same features with a model's codes."""
@@ -76,7 +77,7 @@ class RowFeatureReader:
         columns = [
             FeatureSpec.of(name, NumberColumn(features.columns[name].astype(np.float32)))
             if known is None
-            else FeatureSpec(name, "category", max(len(known), 1))
+            else FeatureSpec(name, "category", max(len(known), 1), hashed=isinstance(known, HashedVocabulary))
             for name, known in values.items()
         ]
         return cls(columns, values)
@@ -192,7 +193,7 @@ class RowFeatureReader:
         values: dict[str, Vocabulary | None] = {}
         for number, column in enumerate(columns):
             file = _VALUES_FILE.format(name, number)
-            values[column.name] = Vocabulary.load(folder, file) if column.kind == "category" else None
+            values[column.name] = load_values(folder, file, column) if column.kind == "category" else None
         return cls(columns, values) if columns else None
 
 

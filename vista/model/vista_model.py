@@ -351,6 +351,9 @@ class VistaModel(RankingModel):
         for key in ("item_features", "event_features"):
             if not getattr(self.schema, key):
                 facts["schema"].pop(key)
+            for column in facts["schema"].get(key, ()):
+                if not column["hashed"]:
+                    column.pop("hashed")
         # These count only where they differ from the default, so that the ids of other models stay the same.
         if self.config.activation is not Activation.silu:
             facts["activation"] = self.config.activation.value
@@ -375,7 +378,7 @@ class VistaModel(RankingModel):
             parts += self.feature_table.content(1 + count)
         if self.event_features is not None:
             categories = [known for known in self.event_features.values.values() if known is not None]
-            parts += [known.part(0, len(known)).digest().encode() for known in categories]
+            parts += [known.digest().encode() for known in categories]
         # SHA-256 takes half a second at 10^6 items, 30 times as long as the check whether anything has changed.
         quick = xxhash.xxh3_128()
         for part in parts:

@@ -48,7 +48,7 @@ def event_reader(log: EventLog, config: TrainConfig) -> tuple[RowFeatureReader |
         )
     ordered = {name: values[name] for name in sorted(values, key=lambda name: name not in in_tail)}
     counts = visible_counts(log, split_until(config.data, "train"))
-    seen = SeenValues(ordered)
+    seen = SeenValues(ordered, model.hashed_rows)
     numbers = _read(log, counts, seen)
     return RowFeatureReader.of(numbers, seen.values), len(in_tail)
 

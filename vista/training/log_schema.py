@@ -18,6 +18,7 @@ from vista.model.ranking_model import NEXT_TASK
 from vista.model.row_feature_reader import RowFeatureReader, RowReaders
 from vista.model.schema import Schema
 from vista.training.event_features import event_reader
+from vista.training.hashed_features import check_hashed_features
 from vista.training.request_features import request_reader
 from vista.training.seen_values import SeenValues
 
@@ -77,7 +78,12 @@ def schema_and_readers(log: EventLog, config: TrainConfig, since: int | None = N
             f"model.embedding_rows={model.embedding_rows}: a hashed table has no rows for features of items; set "
             "model.use_item_features=false, or model.embedding_rows=0"
         )
-    features = [] if given is None else [FeatureSpec.of(name, column) for name, column in given.columns.items()]
+    hashed = model.hashed_rows
+    check_hashed_features(hashed, log)
+    features = [
+        FeatureSpec(name, "category", hashed[name], hashed=True) if name in hashed else FeatureSpec.of(name, column)
+        for name, column in ({} if given is None else given.columns).items()
+    ]
     of_events, num_tail_features = event_reader(log, config)
     of_requests, of_users = request_reader(log, config, since), user_reader(log, config)
     found = {"event_features": of_events, "request_features": of_requests, "user_features": of_users}
@@ -109,7 +115,10 @@ def user_reader(log: EventLog, config: TrainConfig) -> RowFeatureReader | None:
     if not config.model.use_user_features or not log.user_features.values:
         return None
     users = np.flatnonzero(visible_counts(log, split_until(config.data, "train")))
-    features, seen = log.user_features.rows.select(users), SeenValues(log.user_features.values)
+    features, seen = (
+        log.user_features.rows.select(users),
+        SeenValues(log.user_features.values, config.model.hashed_rows),
+    )
     seen.add(features)
     return RowFeatureReader.of(features, seen.values)
 

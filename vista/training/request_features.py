@@ -32,7 +32,7 @@ def request_reader(log: EventLog, config: TrainConfig, since: int | None) -> Row
     counts = visible_counts(log, split_until(config.data, "train"))
     rows = visible_rows(log, table, counts, config.data, since).row
     features, step = table.features.select(rows), max(1, -(-len(rows) // MEASURED_REQUESTS))
-    seen = SeenValues(values)
+    seen = SeenValues(values, config.model.hashed_rows)
     seen.add(features)
     return RowFeatureReader.of(features.select(slice(None, None, step)), seen.values)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from vista.log.row_features import ColumnValues, RowFeatures
 from vista.log.vocabulary import Vocabulary
+from vista.model.hashed_vocabulary import HashedVocabulary
 
 
 class SeenValues:
@@ -15,14 +18,19 @@ class SeenValues:
     missing to the model, as a new value is in production.
     """
 
-    def __init__(self, values: ColumnValues) -> None:
+    def __init__(self, values: ColumnValues, hashed: Mapping[str, int]) -> None:
         """
         Args:
             values: of the log.
+            hashed: by name of a category whose values are hashed: the number of their rows. It knows all values.
         """
-        self._values = values
+        self._values = dict(values)
+        for name in hashed.keys() & values.keys():
+            self._values[name] = HashedVocabulary(hashed[name])
         self._is_seen = {
-            name: np.zeros(len(known) + 1, np.bool_) for name, known in values.items() if known is not None
+            name: np.zeros(len(known) + 1, np.bool_)
+            for name, known in self._values.items()
+            if known is not None and name not in hashed
         }
 
     def add(self, features: RowFeatures) -> None:

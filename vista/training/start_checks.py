@@ -12,7 +12,7 @@ from vista.log.splits import split_until
 from vista.model.ranking_model import RankingModel
 from vista.training.downstream import COUNTER_KEYS
 
-FREE_KEYS = ("dropout", "counted_dropout", "id_dropout", "item_start")
+FREE_KEYS = ("dropout", "counted_dropout", "id_dropout", "item_start", "hashed_features")
 """Fields of ModelConfig that may differ from the earlier model's."""
 
 
