@@ -104,6 +104,24 @@ class UnknownItemError(VistaError, KeyError):
     """
 
 
+class StreamError(VistaError):
+    """A Kafka server cannot be reached, refuses the client, or has no such topic.
+
+    Nothing is lost: a watch retries at its next check and continues with the message after the newest in the log.
+
+    Remedy: check the address, the network, and the settings in `stream.client_file`, such as the password.
+    """
+
+
+class StreamOffsetError(StreamError):
+    """The log's offsets do not fit the topic: events were lost, or it is not the topic that the log was made from.
+
+    For example, the server deleted messages (retention) before the watch read them. The watch ends.
+
+    Remedy: check the topic and the log. To accept the gap, run the watch once with `stream.reset_offsets=true`.
+    """
+
+
 class CheckpointError(VistaError):
     """A checkpoint or an exported model is missing, damaged, or does not fit its configuration.
 

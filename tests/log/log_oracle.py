@@ -182,6 +182,7 @@ def _write_events(folder: Path, step: Step, number: int, log: EventLog | None) -
         "request_features": of_requests,
         "deletions": 0,
         "quarantined": 0,
+        "offsets": [],
         "sources": [
             {
                 "table": "events",

@@ -282,7 +282,7 @@ def tear_manifest(folder: Path) -> None:
         (delete_column, r"timestamp\.npy: missing; prepare the log again"),
         (delete_segment, r"segment-000001 is missing, but segment-000002"),
         (manifest_says(deletions=3), r"deletions: the manifest says 3, found 0; restore the folder"),
-        (manifest_says(version=2), r"format version 2, but this version of vista reads 4"),
+        (manifest_says(version=2), r"format version 2, but this version of vista reads 5"),
         (manifest_says(format="other"), r"not the manifest of an EventLog"),
         (tear_manifest, r"manifest\.json: cannot be read"),
     ],

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from vista.config import DataConfig, ModelConfig, SourceColumns
+from tests.refresh.mock_kafka import MockKafka
+from tests.refresh.streams import TOPIC, watch_of
+from vista.config import DataConfig, ModelConfig, SourceColumns, WatchConfig
 from vista.log.event_log import EventLog
 from vista.log.row_features import RowFeatures
 from vista.log.vocabulary import Vocabulary
@@ -114,3 +119,18 @@ def assert_same(path: Path, expected: Path, atol: float) -> None:
 def grow() -> SimpleNamespace:
     """The functions above."""
     return SimpleNamespace(model=model, events=events, append=append, assert_same=assert_same, start=START, hour=HOUR)
+
+
+@pytest.fixture
+def kafka() -> Iterator[MockKafka]:
+    """A Kafka cluster."""
+    if find_spec("confluent_kafka") is None and not os.environ.get("CI"):
+        pytest.skip("the extra `kafka` is not installed")
+    with MockKafka() as started:
+        yield started
+
+
+@pytest.fixture
+def streamed(tmp_path: Path, grow: SimpleNamespace, kafka: MockKafka) -> WatchConfig:
+    """A watch of a topic with two partitions, with features of events."""
+    return watch_of(tmp_path, kafka.create(TOPIC), grow)

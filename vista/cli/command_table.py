@@ -80,10 +80,12 @@ COMMANDS: dict[str, Command] = {
     "watch": Command(
         config.WatchConfig,
         _handler("refresh_commands", "run_watch"),
-        "Append files as they arrive in a folder, and keep the store up to date.",
+        "Append files or Kafka messages as they arrive, and keep the store up to date.",
         (
             "vista watch folder=incoming data=data/mine model=runs/mine/best store=stores/mine events.timestamp=time "
             "events.time_unit=s",
+            "vista watch source=kafka://broker:9092/clicks data=data/mine model=runs/mine/best store=stores/mine "
+            "events.timestamp=time events.time_unit=s",
             "vista watch data=data/mine model=runs/mine/best store=stores/mine once=true",
         ),
         resumes=True,

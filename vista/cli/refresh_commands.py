@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
+from contextlib import closing
+from pathlib import Path
 
 from vista.config import RefreshConfig, WatchConfig
 from vista.device import announce, cpu_settings, keep_freed_memory, resolve_device
-from vista.errors import VistaError
+from vista.errors import ConfigError, DataError, LogBusyError, LogWriteError, StreamOffsetError, VistaError
+from vista.files import replace_text, writable_file
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshReport, refresh, refresh_incremental
@@ -34,25 +38,39 @@ def run_refresh(config: RefreshConfig) -> RefreshReport:
 
 
 def run_watch(config: WatchConfig) -> WatchReport:
-    """`vista watch`: look every `poll_s` seconds until interrupted, or once.
+    """`vista watch`: look every `poll_s` seconds until interrupted, or once. While messages wait, it looks at once.
 
     Raises:
         ConfigError, CheckpointError: the folder or the model does not exist.
-        VistaError: with `once`, a look failed. Without it, the error is logged and the watch continues.
+        StreamOffsetError, DataError: the topics do not fit the log, or with on_bad_rows=raise a message is invalid.
+        VistaError: with `once`, a look failed. Without it, other errors are logged and the watch continues.
     """
     keep_freed_memory()
+    if config.report_file is not None:
+        writable_file(Path(config.report_file), "report_file")
     with cpu_settings(config.num_threads):
         announce(resolve_device(config.device))
-        watching = Watch(config)
-        while True:
-            try:
-                report = watching.look()
-                if config.once:
-                    return report
-                if report.files or report.refused or report.refreshes:
-                    logger.info("%s", report)
-            except (VistaError, OSError) as error:
-                if config.once:
-                    raise
-                logger.error("%s", error)
-            time.sleep(config.poll_s)
+        with closing(Watch(config)) as watching:
+            while True:
+                try:
+                    report = watching.look()
+                    if config.report_file is not None:
+                        replace_text(Path(config.report_file), json.dumps(report.as_json(), indent=2) + "\n")
+                    if config.once and not report.is_behind:
+                        return report
+                    if not report.is_empty:
+                        logger.info("%s", report)
+                    if report.is_behind:
+                        continue
+                except (VistaError, OSError) as error:
+                    if config.once or (config.source is not None and _is_lasting(error)):
+                        raise
+                    logger.error("%s", error)
+                time.sleep(config.poll_s)
+
+
+def _is_lasting(error: Exception) -> bool:
+    """Whether an error of topics remains until somebody corrects its cause, so that retries are useless."""
+    return isinstance(error, StreamOffsetError | DataError | ConfigError) and not isinstance(
+        error, LogBusyError | LogWriteError
+    )

@@ -154,6 +154,13 @@ class Decay(Enum):
     position = "position"
 
 
+class StreamStart(Enum):
+    """Where a watch starts in a topic that the log has no messages of."""
+
+    oldest = "oldest"
+    newest = "newest"
+
+
 class Arrival(Enum):
     """How a watch tells that a file in its folder is complete."""
 

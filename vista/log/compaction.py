@@ -30,8 +30,9 @@ from vista.log.row_features import rows_that_fit
 from vista.log.segment import segment_name, superseded_segments
 from vista.log.segment_features import SegmentColumn
 from vista.log.segment_files import EVENT_COLUMNS, EVENT_FEATURES, REQUEST_FEATURES
-from vista.log.segment_manifest import LOG_FIELDS, QUARANTINE_FILE
+from vista.log.segment_manifest import LOG_FIELDS, QUARANTINE_FILE, SET_ASIDE_FILES
 from vista.log.segment_writer import FeatureWriter, SegmentWriter, TableWriter, locked_log, staged_folder
+from vista.log.stream_offsets import offset_entries, stream_offsets
 from vista.log.used_values import UsedValues
 
 RUN_EVENTS = 1 << 20
@@ -67,7 +68,7 @@ class CompactionReport:
             "users"
         ]
         if self.quarantine_removed:
-            lines.append("also removed quarantine.csv, which may name erased users")
+            lines.append("also removed the rows and messages that were set aside, which may name erased users")
         return "\n".join(lines)
 
 
@@ -141,7 +142,7 @@ def _impression_tables(log: EventLog) -> list[PackedTable]:
 
 
 def _write(segment: SegmentWriter, log: EventLog, blanked: Int, run_events: int) -> bool:
-    """Write the merged segment; returns whether quarantined rows were omitted."""
+    """Write the merged segment; returns whether invalid rows and messages were omitted."""
     segment.save_vocabulary("new_users", log.users.without_ids(blanked))
     segment.save_vocabulary("new_items", log.items)
     active_users, of_events = _write_events(segment, log, run_events)
@@ -167,6 +168,7 @@ def _write(segment: SegmentWriter, log: EventLog, blanked: Int, run_events: int)
             "deletions": 0,
             "quarantined": sum(manifest["quarantined"] for manifest in log.manifests),
             "sources": [source for manifest in log.manifests for source in manifest["sources"]],
+            "offsets": offset_entries(stream_offsets(log.manifests)),
         }
     )
     return quarantine_removed
@@ -247,13 +249,14 @@ def _last_changes(log: EventLog) -> Int:
 
 
 def _join_quarantines(folder: Path, log: EventLog) -> bool:
-    """Join all quarantine.csv files, unless users were erased; returns whether rows were omitted."""
-    files = [segment.path / QUARANTINE_FILE for segment in log.segments if QUARANTINE_FILE in segment.files]
+    """Join all files of invalid rows and messages, unless users were erased; returns whether any were omitted."""
+    files = [segment.path / name for segment in log.segments for name in SET_ASIDE_FILES if name in segment.files]
     if any(len(segment.erased) for segment in log.segments):
         return bool(files)
-    for number, file in enumerate(files):
-        with file.open("rb") as source, (folder / QUARANTINE_FILE).open("ab") as target:
-            if number:
-                source.readline()
+    for file in files:
+        joined = folder / file.name
+        with file.open("rb") as source, joined.open("ab") as target:
+            if file.name == QUARANTINE_FILE and joined.stat().st_size:
+                source.readline()  # the header
             shutil.copyfileobj(source, target)
     return False

@@ -27,6 +27,7 @@ from vista.log.merged_row_features import event_values, request_values, with_row
 from vista.log.packed_table import PackedTable
 from vista.log.row_features import ColumnValues
 from vista.log.segment import Segment, read_segments, read_vocabularies
+from vista.log.stream_offsets import stream_offsets
 from vista.log.user_features import UserFeatures
 
 
@@ -282,15 +283,16 @@ class EventLog:
         return any(segment.last == after for segment in self.segments)
 
     def sources_digest(self, upto: int) -> str:
-        """Identity of the log: SHA-256 over the digests of all sources of the segments numbered up to `upto`.
+        """Identity of the log: SHA-256 over sources' digests and topics' offsets of the segments numbered up to `upto`.
 
         Deletions and compactions do not change it. It requires `has_boundary(upto)`.
         """
         digest = hashlib.sha256()
-        for segment in self.segments:
-            if segment.last <= upto:
-                for source in segment.manifest["sources"]:
-                    digest.update(f"{source['table']} {source['sha256']}\n".encode())
+        manifests = [segment.manifest for segment in self.segments if segment.last <= upto]
+        for source in (source for manifest in manifests for source in manifest["sources"]):
+            digest.update(f"{source['table']} {source['sha256']}\n".encode())
+        for partition, offset in sorted(stream_offsets(manifests).items()):
+            digest.update(f"{offset.cluster} {partition.topic} {partition.number} {offset.next}\n".encode())
         return digest.hexdigest()
 
     def changed_users(self, after: int) -> NDArray[np.int64]:

@@ -24,6 +24,7 @@
         erased.npy      int64 [E]       rows of erased users, ascending
         changed.npy     int64 [users]   after a compaction: the last segment that changed each user, or 0
         quarantine.csv                  rows that failed validation, if any
+        dead_letters.jsonl              messages of Kafka topics that failed it, if any
 
 A user's events are contiguous and sorted by time, then sequence, then input order. A vocabulary is the concatenation of
 the segments' new ids, so that renaming one folder publishes everything at once. The manifest's `deletions` counts

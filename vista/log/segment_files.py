@@ -16,7 +16,7 @@ from vista.errors import LogFormatError
 from vista.log.array_file import Content, array_in, map_file
 from vista.log.feature_owner import ITEMS, USERS, FeatureOwner
 from vista.log.packed_table import PackedTable
-from vista.log.segment_manifest import MANIFEST_FILE, QUARANTINE_FILE, REMEDY
+from vista.log.segment_manifest import MANIFEST_FILE, REMEDY, SET_ASIDE_FILES
 from vista.log.vocabulary import Vocabulary
 
 EVENT_COLUMNS = {"item": np.int32, "timestamp": np.int64, "action": np.uint8, "rating": np.float32}
@@ -34,11 +34,11 @@ _PER_TASK = ("label", "mask", "probability")
 """Columns with one value per row and task."""
 _OPTIONAL = ("rating", "probability")
 _LARGE = {
-    QUARANTINE_FILE,
+    *SET_ASIDE_FILES,
     *(f"{name}.npy" for name in EVENT_COLUMNS),
     *(f"impressions/{name}.npy" for name in IMPRESSION_COLUMNS),
 }
-"""Files with an entry per event, impression, or quarantined row. Those of features are large too, except for the values
+"""Files with an entry per event, impression, or invalid row. Those of features are large too, except for the values
 of categories, from which an appended segment continues."""
 
 

@@ -15,9 +15,12 @@ from vista.files import read_limited
 from vista.json_fields import TABLE, FieldRule, check_fields, hexadecimal, list_of, one_of, text, whole
 
 FORMAT = "vista-event-log"
-VERSION = 4
+VERSION = 5
 MANIFEST_FILE = "manifest.json"
 QUARANTINE_FILE = "quarantine.csv"
+DEAD_LETTERS_FILE = "dead_letters.jsonl"
+SET_ASIDE_FILES = (QUARANTINE_FILE, DEAD_LETTERS_FILE)
+"""Files of invalid rows, and of invalid messages of topics."""
 LOG_FIELDS = ("num_users", "num_items", "id_types", "actions", "tasks", "has_time", "timestamp", "has_rating")
 """Entries that describe the log up to the segment; segments without new sources copy them."""
 REMEDY = "prepare the log again from its sources"
@@ -59,6 +62,7 @@ _SOURCE = {
     "rows": whole(),
     "bad_rows": whole(),
 }
+_OFFSET = {"cluster": text(), "topic": text(), "partition": whole(), "next": whole()}
 _RULES = {
     "format": one_of(FORMAT),
     "version": one_of(VERSION),
@@ -81,6 +85,7 @@ _RULES = {
     "deletions": whole(),
     "quarantined": whole(),
     "sources": list_of(_fields(_SOURCE)),
+    "offsets": list_of(_fields(_OFFSET)),
     "files": TABLE,
 }
 _FILE = {"bytes": whole(), "xxh3": hexadecimal(16)}
@@ -142,10 +147,10 @@ def check_manifest(manifest: Mapping[str, Any], content: bytes) -> None:
 
 
 def _check_file(name: str, entry: object) -> None:
-    if name != QUARANTINE_FILE and not _ARRAY_NAME.fullmatch(name):
+    if name not in SET_ASIDE_FILES and not _ARRAY_NAME.fullmatch(name):
         raise ValueError(f"files: {shown(name)} is not a file of a segment")
     try:
-        check_fields(entry, _FILE if name == QUARANTINE_FILE else _ARRAY_FILE)
+        check_fields(entry, _FILE if name in SET_ASIDE_FILES else _ARRAY_FILE)
     except ValueError as error:
         raise ValueError(f"files: {name}: {error}") from None
 

@@ -24,7 +24,7 @@ from vista.log.feature_owner import ITEMS, USERS, FeatureOwner
 from vista.log.item_features import CategoryColumn, NumberColumn
 from vista.log.segment import find_segments
 from vista.log.segment_files import EVENT_COLUMNS
-from vista.log.segment_manifest import LOG_FIELDS, MANIFEST_FILE, QUARANTINE_FILE, check_manifest, manifest_bytes
+from vista.log.segment_manifest import LOG_FIELDS, MANIFEST_FILE, SET_ASIDE_FILES, check_manifest, manifest_bytes
 from vista.log.vocabulary import Vocabulary
 
 
@@ -57,7 +57,7 @@ class SegmentWriter:
         return {name: array.entry for name, array in self._arrays.items()}
 
     def write_manifest(self, fields: Mapping[str, Any]) -> None:
-        """Write the manifest, after all other files. quarantine.csv is listed too if the folder has one.
+        """Write the manifest, after all other files. Files of invalid rows in the folder are listed too.
 
         Args:
             fields: all fields except `format`, `version`, `files`, and `checksum`.
@@ -66,11 +66,11 @@ class SegmentWriter:
             DataError: if no reader would accept the manifest, for example because of the name of an action.
         """
         files = self.entries
-        quarantine = self.folder / QUARANTINE_FILE
-        if quarantine.exists():
-            with quarantine.open("rb") as file:
-                xxh3 = hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()
-            files[QUARANTINE_FILE] = {"bytes": quarantine.stat().st_size, "xxh3": xxh3}
+        for path in (self.folder / name for name in SET_ASIDE_FILES):
+            if path.exists():
+                with path.open("rb") as file:
+                    xxh3 = hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()
+                files[path.name] = {"bytes": path.stat().st_size, "xxh3": xxh3}
         content = manifest_bytes({**fields, "files": files})
         try:
             check_manifest(json.loads(content), content)
@@ -193,6 +193,7 @@ def write_without_events(
         "deletions": 0,
         "quarantined": 0,
         "sources": [],
+        "offsets": [],
     }
 
 

@@ -1,10 +1,10 @@
-"""Watch: bring files that arrive in a folder, or segments that other processes append to a log, into the store.
+"""Watch: bring arriving files or messages, or segments that other processes append to a log, into the store.
 
-    file -> segment of the log (prepare, append) -> incremental refresh -> the published generation
+    file or messages -> segment of the log (prepare, append) -> incremental refresh -> the published generation
 
-Each complete file enters once: the log remembers its digest, and users' states remember the newest segment that they
-cover. So a watch can be killed and restarted at any time. A file that cannot be read is listed in `<folder>/refused`
-with the reason, and does not hold up the others.
+Each complete file and each message enters once: the log remembers the files' digests and the topics' offsets, and
+users' states remember the newest segment that they cover. So a watch can be killed and restarted at any time. A file
+that cannot be read is listed in `<folder>/refused` with the reason, and does not hold up the others.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from vista.log.ingest.source_parser import SourceParser
 from vista.log.ingest.sources import plain_settings
 from vista.log.segment_manifest import MANIFEST_FILE
 from vista.model.vista_model import VistaModel
+from vista.refresh.arriving_messages import ArrivingMessages
 from vista.refresh.file_version import FileVersion
 from vista.refresh.incremental import refresh_incremental
 from vista.refresh.refused_files import RefusedFiles
@@ -42,13 +43,16 @@ _PATIENCE_S = 60.0
 
 
 class Watch:
-    """Watches one folder and one log for one store, or for those of its shards that are on this machine.
+    """Watches one folder or some topics, and one log, for one store or for those of its shards on this machine.
+
+    Close it at the end.
 
     Args:
-        config: the settings of `vista watch`; `poll_s` and `once` are not used here.
+        config: the settings of `vista watch`; `poll_s`, `once`, and `report_file` are not used here.
 
     Raises:
-        ConfigError, CheckpointError: the folder or the model does not exist.
+        ConfigError, CheckpointError: the folder or the model does not exist, or the settings of the topics are wrong.
+        MissingDependencyError: with `source`, the extra `kafka` is not installed.
     """
 
     def __init__(self, config: WatchConfig) -> None:
@@ -67,18 +71,25 @@ class Watch:
         self._waited_for: set[str] = set()
         """Names of files that a warning was logged for."""
         self._waiting: list[float] = []
-        """Arrival times of files that are in the log but not yet published."""
+        """Arrival times of files and messages that are in the log but not yet published."""
+        self._messages = None if config.source is None else ArrivingMessages(config)
+
+    def close(self) -> None:
+        """Close the connections to the servers of topics."""
+        if self._messages is not None:
+            self._messages.close()
 
     def look(self) -> WatchReport:
-        """Append the files that have arrived to the log, and refresh each store that does not cover the log.
+        """Append what has arrived to the log, and refresh each store that does not cover the log.
 
         A file that cannot be appended for a temporary reason (another writer, a full disk) is retried by the next look.
 
         Raises:
-            VistaError, OSError: the log, the model, or the store cannot be read or written at the moment. Nothing is
-                lost, and the next look resumes.
+            VistaError, OSError: the topics, the log, the model, or the store cannot be read or written at the moment.
+                Nothing is lost, and the next look resumes.
+            StreamOffsetError, DataError: the topics do not fit the log, or with on_bad_rows=raise a message is invalid.
         """
-        files, refused = 0, 0
+        began, files, refused = time.monotonic(), 0, 0
         arrived = self._arrived()
         with SourceParser() as parser:
             for arrived_at, path, version in arrived:
@@ -96,6 +107,11 @@ class Watch:
                     self._refused.add(version, str(error))
                     refused += 1
                     logger.error("%s", error)
+        stream = None
+        if self._messages is not None:
+            stream = self._messages.append()
+            if stream.oldest_ms is not None:
+                self._waiting.append(min(stream.oldest_ms / 1000, time.time()))
         log = EventLog.open(self.config.data)
         reports, since = [], list(self._waiting)
         options = RefreshOptions(progress=self.config.progress)
@@ -104,10 +120,9 @@ class Watch:
             if covered < log.last_segment:
                 since.append(_written_at(log, covered))
                 reports.append(refresh_incremental(self.model, log, root, options=options, key=self._key))
-        if not reports:
-            return WatchReport(files, refused, [], None)
         self._waiting.clear()
-        return WatchReport(files, refused, reports, time.time() - min(since))
+        lag_s = time.time() - min(since) if reports else None
+        return WatchReport(files, refused, reports, lag_s, stream, time.monotonic() - began)
 
     def _arrived(self) -> list[tuple[float, Path, FileVersion]]:
         """Time of arrival (s), path and version of each complete file that is not taken or refused, oldest first."""

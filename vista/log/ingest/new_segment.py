@@ -81,6 +81,7 @@ class NewSegment:
             "event_features": row_features["events"],
             "request_features": row_features.get("impressions", []),
             "deletions": 0,
+            "offsets": [],
         }
 
     def sources(self) -> list[dict[str, Any]]:

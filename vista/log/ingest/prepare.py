@@ -28,7 +28,7 @@ from vista.config import (
     UserTableConfig,
 )
 from vista.config.choices import OnBadRows, choice_of
-from vista.errors import ConfigError, DataError
+from vista.errors import ConfigError, DataError, LogBusyError
 from vista.files import checked_path
 from vista.log.feature_owner import ITEMS, OWNERS, USERS
 from vista.log.frames import to_polars
@@ -37,6 +37,8 @@ from vista.log.ingest.distinct_ids import DistinctIds, extended
 from vista.log.ingest.event_filter import filtered
 from vista.log.ingest.existing_log import ExistingLog
 from vista.log.ingest.feature_sources import features_of_frame
+from vista.log.ingest.kafka.dead_letters import write_dead_letters
+from vista.log.ingest.kafka.message_rows import MessageRows
 from vista.log.ingest.new_features import NewFeatures, write_features
 from vista.log.ingest.new_row_features import NewRowFeatures
 from vista.log.ingest.new_segment import NewSegment
@@ -58,10 +60,11 @@ from vista.log.ingest.sources import (
 from vista.log.ingest.stage_times import StageTimes
 from vista.log.segment import segment_name
 from vista.log.segment_files import EVENT_FEATURES, REQUEST_FEATURES
-from vista.log.segment_manifest import QUARANTINE_FILE
+from vista.log.segment_manifest import DEAD_LETTERS_FILE, QUARANTINE_FILE
 from vista.log.segment_writer import SegmentWriter, TableWriter, locked_log, staged_folder, write_without_events
+from vista.log.stream_offsets import offset_entries, stream_offsets
 
-__all__ = ["PrepareReport", "prepare", "prepare_frames"]
+__all__ = ["PrepareReport", "prepare", "prepare_frames", "prepare_messages"]
 _LOG = logging.getLogger("vista.prepare")
 
 
@@ -166,6 +169,23 @@ def prepare_frames(
     return run.ingest()
 
 
+def prepare_messages(rows: MessageRows, path: str | os.PathLike[str], *, events: SourceConfig) -> PrepareReport:
+    """Append the events of messages to a log, together with their dead letters and the offsets after them.
+
+    Args:
+        events: names of the columns.
+
+    Raises:
+        ConfigError, DataError: if the events do not fit the log.
+        LogBusyError: if another process is writing the log, or has appended these messages.
+    """
+    run = _Run(target=checked_path(path, ConfigError), append=True, on_bad_rows=OnBadRows.error, messages=rows)
+    run.check_target()
+    if rows.events is not None:
+        run.add("events", events, [rows.events])
+    return run.ingest()
+
+
 def _frame_source(frame: Any, config: SourceConfig, table: str) -> Source:
     return frame_source(to_polars(frame, needed_columns(config).values()), config, table)
 
@@ -180,6 +200,8 @@ class _Run:
     event_filter: EventFilterConfig = field(default_factory=EventFilterConfig)
     bucket_events: int = BUCKET_EVENTS
     progress: bool = False
+    messages: MessageRows | None = None
+    """The messages that `sources` come from."""
     sources: dict[str, list[Source]] = field(default_factory=dict)
     configs: dict[str, SourceConfig] = field(default_factory=dict)
     times: StageTimes = field(default_factory=StageTimes)
@@ -210,6 +232,7 @@ class _Run:
     def ingest(self) -> PrepareReport:
         """Write the sources as one segment, and report it."""
         with self._locked_log() as log:
+            self._check_offsets(log)
             check_sources(self.sources, log)
             if log is not None and "events" not in self.sources:
                 kinds = {"user": log.users.kind, "item": log.items.kind}
@@ -240,6 +263,16 @@ class _Run:
             return
         with locked_log(self.target):
             yield ExistingLog.open(self.target)
+
+    def _check_offsets(self, log: ExistingLog | None) -> None:
+        """Refuse messages that another process has appended since they were read."""
+        if log is not None and self.messages is not None:
+            batch = self.messages.batch
+            if not batch.continues(stream_offsets(log.manifests)):
+                raise LogBusyError(
+                    f"{self.target}: another process appended messages of {batch.source} meanwhile; run one watch per "
+                    "topic and log"
+                )
 
     def _read_parts(self, kinds: Mapping[str, str], scratch: Path) -> dict[str, list[Part]]:
         """Parse and check every source."""
@@ -290,6 +323,13 @@ class _Run:
             "quarantined": segment.num_bad,
             "sources": segment.sources(),
         }
+        if self.messages is not None:
+            letters = self.messages.letters
+            # Offsets identify messages, so that there is no entry per batch in the manifest of a compacted log.
+            offsets = offset_entries(self.messages.batch.offsets)
+            what_is_new |= {"quarantined": len(letters), "sources": [], "offsets": offsets}
+            if letters:
+                write_dead_letters(letters, folder / DEAD_LETTERS_FILE)
         writer.write_manifest(fields | what_is_new)
         return segment, [*of_rows.values(), of_items, of_users]
 
@@ -341,7 +381,11 @@ class _Run:
             last_ms=last_ms,
             features=[line for written in features for line in written.lines],
             stages=dict(self.times),
-            warnings=[*segment.warnings(), *(warning for written in features for warning in written.warnings)],
+            warnings=[
+                *segment.warnings(),
+                # A batch of messages is too small to say anything about features.
+                *(warning for written in features if self.messages is None for warning in written.warnings),
+            ],
         )
         for warning in report.warnings:
             _LOG.warning("%s: %s", self.target, warning)

@@ -1,0 +1,112 @@
+"""Servers and settings that a watch of topics cannot use: each is a typed error without the password."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.refresh.mock_kafka import MockKafka
+from tests.refresh.sasl_server import SaslServer
+from tests.refresh.streams import TOPIC, look
+from vista.cli.refresh_commands import run_watch
+from vista.config import WatchConfig
+from vista.config.stream_config import StreamConfig
+from vista.errors import ConfigError, StreamError, StreamOffsetError
+from vista.refresh.watch import Watch
+
+PASSWORD = "s3cret"
+CLIENT = f"""# The shop's user.
+security.protocol=sasl_plaintext
+sasl.mechanism=PLAIN
+
+sasl.username=vista
+sasl.password = {PASSWORD}
+"""
+
+
+class _Web(BaseHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        return
+
+
+@pytest.fixture(params=["nothing", "http", "password"])
+def unreachable(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
+    """A server that cannot serve, and what the error says."""
+    if request.param == "nothing":
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        yield f"127.0.0.1:{port}", "Connection refused"
+    elif request.param == "http":
+        with ThreadingHTTPServer(("127.0.0.1", 0), _Web) as web:
+            thread = threading.Thread(target=web.serve_forever, args=(0.05,))
+            thread.start()
+            yield f"127.0.0.1:{web.server_port}", "cannot be read: .*(timed out|[Ff]ailed|ApiVersion)"
+            web.shutdown()
+            thread.join()
+    else:
+        with SaslServer() as broker:
+            yield broker.servers, "Invalid username or password"
+
+
+def test_servers_that_cannot_be_used(
+    tmp_path: Path, streamed: WatchConfig, unreachable: tuple[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    servers, reason = unreachable
+    client = tmp_path / "client.properties"
+    client.write_text(CLIENT)
+    streamed.source = f"kafka://{servers}/{TOPIC}"
+    streamed.stream = StreamConfig(max_s=1.5, client_file=str(client) if "password" in reason else None)
+    with caplog.at_level(logging.DEBUG), pytest.raises(StreamError, match=reason) as failure:
+        run_watch(streamed)
+    assert not isinstance(failure.value, StreamOffsetError) and "stream.client_file" in str(failure.value)
+    assert PASSWORD not in str(failure.value) + caplog.text + repr(streamed)
+
+
+def test_a_topic_that_does_not_exist(kafka: MockKafka, streamed: WatchConfig) -> None:
+    streamed.source = f"kafka://{kafka.servers}/nowhere"
+    with pytest.raises(StreamError, match="topic nowhere: Broker: Unknown topic or partition; create the topic"):
+        look(streamed)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"source": "localhost:9092/a"}, "does not begin with kafka://"),
+        ({"source": "kafka://localhost/a"}, "'localhost' is not a server with its port"),
+        ({"source": "kafka://localhost:99999/a"}, "is not a server with its port"),
+        ({"source": "kafka://localhost:9092"}, "'' cannot be the name of a topic"),
+        ({"source": "kafka://localhost:9092/a,a"}, "names a topic twice"),
+        ({"source": "kafka://me:s3cret@localhost:9092/a"}, "put sasl.username and sasl.password into"),
+        ({"lines": "security.protocol"}, "line 1: is not of the form name=value"),
+        ({"lines": "sasl.username=a\nsasl.username=b"}, "line 2: sets 'sasl.username' again"),
+        ({"lines": "enable.auto.commit=true"}, "leave enable.auto.commit out: the log holds the offsets"),
+        ({"lines": "no.such.setting=s3cret"}, 'No such configuration property: "no.such.setting"'),
+        ({"lines": "security.protocol=none"}, "Invalid value"),
+        ({"lines": None}, "cannot be read"),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_be_used(
+    tmp_path: Path, streamed: WatchConfig, changes: dict[str, Any], problem: str
+) -> None:
+    if "lines" in changes:
+        client = tmp_path / "client.properties"
+        if (text := changes.pop("lines")) is not None:
+            client.write_text(text)
+        changes = {"stream": StreamConfig(client_file=str(client))}
+    with pytest.raises(ConfigError) as failure:
+        Watch(replace(streamed, **changes))
+    assert problem in str(failure.value)
+    assert PASSWORD not in str(failure.value)
+
+
+def test_a_folder_and_a_source_exclude_each_other(tmp_path: Path, streamed: WatchConfig) -> None:
+    with pytest.raises(ConfigError, match=r"source: folder=.* is set too"):
+        replace(streamed, folder=str(tmp_path))

@@ -1,0 +1,353 @@
+"""Watching topics: each message enters the log once, invalid ones become dead letters, and servers may fail."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.refresh.mock_kafka import MockKafka, lines
+from tests.refresh.streams import TOPIC, dead_letters, expect, look, offsets
+from vista.cli.refresh_commands import run_watch
+from vista.config import WatchConfig
+from vista.config.choices import OnBadRows, StreamStart
+from vista.config.stream_config import StreamConfig
+from vista.errors import DataError, LogBusyError, StreamError, StreamOffsetError
+from vista.log.compaction import compact_log
+from vista.log.deletions import erase_users
+from vista.log.event_log import EventLog
+from vista.log.ingest.kafka.dead_letters import MAX_KEPT_BYTES
+from vista.log.stream_offsets import StreamPartition, stream_offsets
+from vista.refresh.watch import Watch
+from vista.scorer import Scorer
+from vista.store import StoreReader
+
+
+def test_from_events_to_scores(
+    tmp_path: Path, grow: SimpleNamespace, kafka: MockKafka, streamed: WatchConfig
+) -> None:  # fmt: skip
+    frame = grow.events({1: 5, 2: 3, 3: 4}, grow.start + 500 * grow.hour)
+    kafka.send_events(TOPIC, frame)
+    streamed.report_file = str(tmp_path / "report.json")
+    report = run_watch(streamed)
+    assert report.stream is not None and (report.stream.messages, report.stream.dead_letters) == (12, 0)
+    assert report.lag_s is not None and 0 <= report.lag_s < 60
+    assert str(report).startswith("12 message(s) (") and "/s), " in str(report)
+    expect(streamed, grow, tmp_path, frame)
+    assert offsets(streamed) == [3, 9]
+    manifest = EventLog.open(streamed.data).segments[-1].manifest
+    assert list(stream_offsets([manifest])) == [StreamPartition(TOPIC, 0), StreamPartition(TOPIC, 1)]
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert written["refreshed_users"] == 3 and written["stream"]["behind"] == {TOPIC: {"0": 0, "1": 0}}
+    assert written["stream"]["messages"] == 12 and written["stream"]["messages_per_s"] > 0
+    log = EventLog.open(streamed.data)
+    assert list(log.event_features) == ["surface", "dwell"]
+    with Scorer.open(streamed.model, streamed.store) as scorer:
+        scores = scorer.score([1, 2, 3], [10, 20, 30])
+    assert scores.shape == (3, 3) and np.isfinite(np.asarray(scores)).all()
+    again = look(streamed)
+    assert again.is_empty and again.refreshes == [] and EventLog.open(streamed.data).last_segment == log.last_segment
+
+
+def test_the_group_shows_how_far_the_log_is_but_decides_nothing(
+    kafka: MockKafka, streamed: WatchConfig, grow: SimpleNamespace
+) -> None:
+    from confluent_kafka import Consumer, TopicPartition
+
+    kafka.send_events(TOPIC, grow.events({1: 5, 2: 3}, grow.start + 500 * grow.hour))
+    run_watch(streamed)
+    group = Consumer({"bootstrap.servers": kafka.servers, "group.id": "vista"})
+    committed = group.committed([TopicPartition(TOPIC, 0), TopicPartition(TOPIC, 1)], timeout=5)
+    assert [place.offset for place in committed] == [3, 5]
+    group.commit(offsets=[TopicPartition(TOPIC, 0, 0), TopicPartition(TOPIC, 1, 1)], asynchronous=False)
+    group.close()
+    assert look(streamed).is_empty
+
+
+def test_a_check_is_limited_and_the_next_one_continues(
+    tmp_path: Path, grow: SimpleNamespace, kafka: MockKafka, streamed: WatchConfig
+) -> None:
+    frame = grow.events({1: 30, 2: 20}, grow.start + 500 * grow.hour)
+    kafka.send_events(TOPIC, frame)
+    streamed.stream.max_messages = 15
+    watching = Watch(streamed)
+    report = watching.look()
+    assert report.stream is not None and report.stream.messages == 15 and report.is_behind
+    assert sum(report.stream.behind.values()) == 35 and "35 behind (shop.events, partition" in str(report)
+    watching.close()
+    assert not run_watch(streamed).is_behind  # it reads to the end
+    expect(streamed, grow, tmp_path, frame)
+    assert EventLog.open(streamed.data).last_segment == 5
+    streamed.stream = StreamConfig(max_s=3.0, max_bytes=1)
+    kafka.send_events(TOPIC, grow.events({1: 3}, grow.start + 950 * grow.hour))
+    assert sum(offsets(streamed)) == 50 and not run_watch(streamed).is_behind and sum(offsets(streamed)) == 53
+
+
+FIELDS = {"user": 1, "item": 10, "timestamp": 1_800_000_000_000, "action": "click", "rating": 1}
+
+
+def changed(**fields: Any) -> bytes:
+    """A valid event with some fields changed."""
+    return json.dumps(FIELDS | fields).encode()
+
+
+BAD = {
+    b"\xff\xfe": "is not UTF-8",
+    b"{": "is not JSON",
+    b"[" * 100_000: "is not JSON",
+    b"[1]": "is not a JSON object",
+    b"{}{}": "is not JSON",
+    b"{}": "column 'user': the value is missing",
+    changed(rating=None): "column 'rating': the value is missing",
+    changed(user="x"): "column 'user': 'x' is not an integer id",
+    changed(user=1.5): "column 'user': '1.5' is not an integer id",
+    changed(user=True): "column 'user': True is not a text or a number",
+    changed(user=[1]): "column 'user': ['1'] is not a text or a number",
+    changed(timestamp="soon"): "column 'timestamp': 'soon' is not a number",
+    changed(timestamp=-1): "column 'timestamp': '-1' is negative",
+    changed(action="\ud800"): "column 'action': '\\ud800' is not a text or a number",
+    changed(rating=math.inf): "column 'rating': 'Infinity' is not a finite number",
+    changed(dwell="long"): "column 'dwell': 'long' is not a number",
+    changed(surface={"a": 1}): "column 'surface': {'a': '1'} is not a text or a number",
+    changed(user=10**3_000): "column 'user': '1000",
+    b" " * (MAX_KEPT_BYTES + 1): "is not JSON",
+    None: "has no value (a tombstone)",
+}
+"""Message -> what is wrong with it."""
+
+
+def test_invalid_messages_become_dead_letters_once(
+    tmp_path: Path, grow: SimpleNamespace, kafka: MockKafka, streamed: WatchConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    frame = grow.events({1: 4}, grow.start + 500 * grow.hour)
+    good = [line for _, line in lines(frame)]
+    kafka.send(TOPIC, [good[0], *BAD, *good[1:]], partition=1)
+    streamed.on_bad_rows = OnBadRows.quarantine
+    report = run_watch(streamed)
+    assert report.stream is not None and (report.stream.messages, report.stream.dead_letters) == (
+        4 + len(BAD),
+        len(BAD),
+    )
+    letters = dead_letters(streamed)
+    assert [(letter["topic"], letter["partition"], letter["offset"]) for letter in letters] == [
+        (TOPIC, 1, 1 + number) for number in range(len(BAD))
+    ]
+    for letter, (message, reason) in zip(letters, BAD.items(), strict=True):
+        assert reason in letter["reason"], letter
+        kept = None if letter["value"] is None else base64.b64decode(letter["value"])
+        assert kept == (None if message is None else message[:MAX_KEPT_BYTES])
+        assert letter["bytes"] == len(message or b"")
+    assert f"the first of {len(BAD)} dead letters: topic {TOPIC}, partition 1, offset 1: " in caplog.text
+    expect(streamed, grow, tmp_path, frame)
+    log = EventLog.open(streamed.data)
+    assert log.segments[-1].manifest["quarantined"] == len(BAD) and log.verify() > 0
+    assert look(streamed).is_empty and len(dead_letters(streamed)) == len(BAD)
+
+
+def test_a_batch_of_dead_letters_alone_advances_the_offsets(
+    tmp_path: Path, grow: SimpleNamespace, kafka: MockKafka, streamed: WatchConfig
+) -> None:
+    kafka.send(TOPIC, [b"{", b"}"])
+    streamed.on_bad_rows = OnBadRows.quarantine
+    run_watch(streamed)
+    assert len(dead_letters(streamed)) == 2 and offsets(streamed) == [2, 0]
+    frame = grow.events({1: 2}, grow.start + 500 * grow.hour)
+    kafka.send_events(TOPIC, frame)
+    run_watch(streamed)
+    expect(streamed, grow, tmp_path, frame)
+
+
+def test_an_invalid_message_ends_the_watch_and_nothing_is_written(
+    grow: SimpleNamespace, kafka: MockKafka, streamed: WatchConfig
+) -> None:
+    frame = grow.events({1: 2, 2: 2}, grow.start + 500 * grow.hour)
+    kafka.send_events(TOPIC, frame)
+    kafka.send(TOPIC, [b"{", b"}"])
+    streamed.once = False  # it would run forever
+    with pytest.raises(
+        DataError, match=r"topic shop\.events, partition 0, offset 2: .* is not JSON.*\(invalid messages: 2"
+    ):
+        run_watch(streamed)
+    assert EventLog.open(streamed.data).last_segment == 1
+    streamed.on_bad_rows, streamed.once = OnBadRows.quarantine, True
+    run_watch(streamed)
+    assert EventLog.open(streamed.data).num_events == 18 and len(dead_letters(streamed)) == 2
+
+
+def test_two_producers_with_skewed_clocks(
+    tmp_path: Path, grow: SimpleNamespace, kafka: MockKafka, streamed: WatchConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Late and early events end in the order of their times. A clock in the future is reported once."""
+    now = int(time.time() * 1000)
+    slow = grow.events({1: 6, 2: 6}, now - 300 * grow.hour, seed=1, spread=200 * grow.hour)
+    fast = grow.events({1: 6, 3: 6}, now + grow.hour, seed=2, spread=grow.hour)
+    watching = Watch(streamed)
+    for half in (slice(0, None, 2), slice(1, None, 2)):
+        for partition, frame in ((0, fast), (1, slow)):
+            kafka.send(TOPIC, [line for _, line in lines(frame)][half], partition)
+        watching.look()
+    watching.close()
+    expect(streamed, grow, tmp_path, fast, slow)
+    log = EventLog.open(streamed.data)
+    history = log.gather(log.users.rows([1]))
+    assert history.lengths.tolist() == [19] and (np.diff(history.timestamp) >= 0).all()
+    assert caplog.text.count("in the future; correct the clock of its producer") == 1
+
+
+def test_equal_messages_are_different_events(kafka: MockKafka, streamed: WatchConfig, grow: SimpleNamespace) -> None:
+    line = lines(grow.events({1: 1}, grow.start + 500 * grow.hour))[0][1]
+    for _ in range(2):
+        kafka.send(TOPIC, [line])
+        run_watch(streamed)
+    assert EventLog.open(streamed.data).num_events == 16
+
+
+def test_killed_and_restarted(tmp_path: Path, grow: SimpleNamespace, kafka: MockKafka, streamed: WatchConfig) -> None:
+    """SIGKILL of the command while it reads; tests/faults repeats this at all points."""
+    words = [f"{key}={getattr(streamed, key)}" for key in ("data", "model", "store", "source")]
+    words += ["events.timestamp=timestamp", "events.time_unit=ms", "events.action=action", "events.rating=rating"]
+    words += ["events.categories=[surface]", "events.numbers=[dwell]", "stream.max_messages=2"]
+    command = [sys.executable, "-m", "vista.cli.main", "watch", *words, "poll_s=0.01", "device=cpu", "num_threads=1"]
+    frame = grow.events({1: 6, 3: 5}, grow.start + 500 * grow.hour)
+    kafka.send_events(TOPIC, frame)
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    began = time.monotonic()
+    while EventLog.open(streamed.data).last_segment == 1 and time.monotonic() - began < 60:
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL, "the watch ended by itself"
+    assert EventLog.open(streamed.data).last_segment > 1
+    run_watch(streamed)
+    expect(streamed, grow, tmp_path, frame)
+    with StoreReader.open(streamed.store) as store:
+        assert store.manifest.applied_segment == EventLog.open(streamed.data).last_segment
+
+
+def test_a_broker_that_is_gone_and_comes_back(
+    tmp_path: Path, grow: SimpleNamespace, kafka: MockKafka, streamed: WatchConfig
+) -> None:
+    first, second = (grow.events({1: 4}, grow.start + hours * grow.hour, seed=hours) for hours in (500, 950))
+    kafka.send_events(TOPIC, first)
+    streamed.stream.max_s, streamed.stream.max_messages = 1.0, 2
+    watching = Watch(streamed)
+    watching.look()
+    kafka.set_down()
+    with pytest.raises(StreamError, match=r"cannot be read: .*Connection refused"):
+        watching.look()
+    kafka.set_up()
+    kafka.send_events(TOPIC, second)
+    streamed.stream.max_s = 5.0
+    while watching.look().is_behind:
+        pass
+    watching.close()
+    expect(streamed, grow, tmp_path, first, second)
+
+
+def test_deleted_messages_are_reported_with_their_number(
+    tmp_path: Path, grow: SimpleNamespace, kafka: MockKafka, streamed: WatchConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The mock cluster keeps 5 MB per partition and deletes the oldest messages."""
+    frame = grow.events({1: 3, 2: 2}, grow.start + 500 * grow.hour)
+    kafka.send_events(TOPIC, frame)
+    run_watch(streamed)
+    for _ in range(30):
+        kafka.send(TOPIC, [b" " * 500_000], partition=1)
+    streamed.once, streamed.on_bad_rows = False, OnBadRows.quarantine
+    with pytest.raises(StreamOffsetError, match=r"[0-9]+ messages were deleted on the server before they were read"):
+        run_watch(streamed)
+    assert offsets(streamed) == [2, 3]
+    report = run_watch(replace(streamed, once=True, stream=StreamConfig(max_s=5.0, reset_offsets=True)))
+    assert report.stream is not None and 0 < report.stream.messages < 30 and offsets(streamed) == [2, 33]
+    assert "stream.reset_offsets=true: " in caplog.text
+    expect(streamed, grow, tmp_path, frame)
+    assert look(streamed).is_empty
+
+
+def test_another_topic_and_another_cluster_are_refused(
+    tmp_path: Path, grow: SimpleNamespace, kafka: MockKafka, streamed: WatchConfig
+) -> None:
+    frame = grow.events({1: 3, 2: 2}, grow.start + 500 * grow.hour)
+    kafka.send_events(TOPIC, frame)
+    run_watch(streamed)
+    other = replace(streamed, source=kafka.create("other"))
+    with pytest.raises(StreamOffsetError, match=r"holds messages of topic shop\.events, not of topic other"):
+        look(other)
+    later = grow.events({2: 2}, grow.start + 950 * grow.hour)
+    kafka.send_events("other", later)
+    both = replace(streamed, source=f"{streamed.source},other")
+    run_watch(both)
+    expect(streamed, grow, tmp_path, frame, later)
+    assert look(other).is_empty and look(streamed).is_empty
+    with MockKafka() as copy:
+        copied = replace(streamed, source=copy.create(TOPIC))
+        with pytest.raises(
+            StreamOffsetError, match=r"from the cluster mockCluster.*, but the server belongs to the clus"
+        ):
+            look(copied)
+
+
+def test_newest_starts_after_the_messages_of_the_first_check(
+    tmp_path: Path, grow: SimpleNamespace, kafka: MockKafka, streamed: WatchConfig
+) -> None:
+    kafka.send_events(TOPIC, grow.events({1: 3}, grow.start + 500 * grow.hour))
+    streamed.stream.start = StreamStart.newest
+    assert look(streamed).stream is not None and offsets(streamed) == [0, 3]
+    later = grow.events({1: 2, 2: 1}, grow.start + 950 * grow.hour)
+    kafka.send_events(TOPIC, later)
+    run_watch(streamed)
+    expect(streamed, grow, tmp_path, later)
+
+
+def test_a_second_watch_of_the_same_log_adds_nothing_twice(
+    tmp_path: Path, grow: SimpleNamespace, kafka: MockKafka, streamed: WatchConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vista.log.ingest.kafka.kafka_reader import KafkaReader
+
+    frame = grow.events({1: 3, 2: 2}, grow.start + 500 * grow.hour)
+    kafka.send_events(TOPIC, frame)
+    read = KafkaReader.read
+
+    def read_and_wait(reader: KafkaReader, stored: Any) -> Any:
+        batch = read(reader, stored)
+        with monkeypatch.context() as patch:
+            patch.setattr(KafkaReader, "read", read)
+            look(streamed)
+        return batch
+
+    watching = Watch(streamed)
+    with monkeypatch.context() as patch:
+        patch.setattr(KafkaReader, "read", read_and_wait)
+        with pytest.raises(LogBusyError, match="another process appended messages of kafka://"):
+            watching.look()
+    watching.look()
+    watching.close()
+    expect(streamed, grow, tmp_path, frame)
+
+
+def test_a_compaction_keeps_offsets_and_dead_letters_unless_users_were_erased(
+    kafka: MockKafka, streamed: WatchConfig, grow: SimpleNamespace
+) -> None:
+    streamed.on_bad_rows = OnBadRows.quarantine
+    for turn in (1, 2):
+        kafka.send(TOPIC, [b"{"])
+        kafka.send_events(TOPIC, grow.events({turn: 2}, grow.start + 500 * turn * grow.hour))
+        run_watch(streamed)
+    letters, stored = dead_letters(streamed), offsets(streamed)
+    identity = EventLog.open(streamed.data).sources_digest(3)
+    compact_log(streamed.data)
+    assert EventLog.open(streamed.data).sources_digest(3) == identity
+    assert dead_letters(streamed) == letters and len(letters) == 2 and offsets(streamed) == stored == [4, 2]
+    erase_users(streamed.data, [1])
+    assert "which may name erased users" in str(compact_log(streamed.data))
+    assert dead_letters(streamed) == [] and offsets(streamed) == stored and look(streamed).stream is not None

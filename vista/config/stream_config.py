@@ -1,0 +1,39 @@
+"""Configuration of `vista watch source=kafka://...`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vista.config.checks import check_types, require_counts, require_finite
+from vista.config.choices import StreamStart
+
+_MOST_MESSAGES = 10_000_000
+_MOST_BYTES = 1 << 34
+_MOST_SECONDS = 86_400
+
+
+@dataclass(kw_only=True, slots=True)
+class StreamConfig:
+    """How the messages of Kafka topics are read."""
+
+    client_file: str | None = None
+    """File with settings of the Kafka client, one name=value per line, such as security.protocol, sasl.username,
+    sasl.password, or ssl.ca.location, as librdkafka names them. Passwords belong here: nothing prints them."""
+    start: StreamStart = StreamStart.oldest
+    """Where to start in topics that the log has no messages of: oldest (the oldest messages that the server still has)
+    or newest (messages sent after the first check). From then on, the log says where to continue."""
+    reset_offsets: bool = False
+    """Continue at the oldest message where the log's offsets do not fit the topic: the server has deleted the next
+    messages, the topic was created again, or it is another topic. Set it for one run only: it accepts lost events."""
+    max_messages: int = 200_000
+    """Number of messages that one check reads at most; they become one segment of the log."""
+    max_bytes: int = 64 << 20
+    """Number of bytes of messages after which a check stops reading."""
+    max_s: float = 10.0
+    """Number of seconds that a check waits for messages, and for each answer of the server."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "stream.")
+        require_counts(self, "stream.", ("max_messages",), most=_MOST_MESSAGES)
+        require_counts(self, "stream.", ("max_bytes",), most=_MOST_BYTES)
+        require_finite(self, "stream.", ("max_s",), positive=True, most=_MOST_SECONDS)

@@ -1,0 +1,1 @@
+"""Messages of Kafka topics as a source of a log's segments (extra `kafka`)."""

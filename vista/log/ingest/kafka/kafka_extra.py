@@ -1,0 +1,24 @@
+"""The only module that imports the Kafka client."""
+
+from __future__ import annotations
+
+from vista.errors import MissingDependencyError
+
+try:
+    from confluent_kafka import Consumer, IsolationLevel, KafkaError, KafkaException, Message, TopicPartition
+    from confluent_kafka.admin import AdminClient, OffsetSpec
+except ImportError as error:
+    raise MissingDependencyError(
+        f"source=kafka://... needs the Kafka client ({error}); install it with: pip install 'vista-recsys[kafka]'"
+    ) from error
+
+__all__ = [
+    "AdminClient",
+    "Consumer",
+    "IsolationLevel",
+    "KafkaError",
+    "KafkaException",
+    "Message",
+    "OffsetSpec",
+    "TopicPartition",
+]
