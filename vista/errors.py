@@ -189,6 +189,14 @@ class StoreWriteError(StoreError):
     """
 
 
+class StoreUnavailableError(StoreError):
+    """The server of a remote store cannot be reached, does not answer in time, or is still loading its data.
+
+    Remedy: check that the server runs, the host and the port, the network, and its load. A reader keeps its generation
+    and works again as soon as the server answers. Rerun a command that was interrupted to resume it.
+    """
+
+
 class StoreBusyError(StoreError):
     """A command tried to read a whole generation, but the generation changed during every attempt.
 

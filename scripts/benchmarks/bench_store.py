@@ -124,7 +124,7 @@ def bench_reads(recorder: BenchmarkRecorder, path: Path, raw: RawLmdb, shape: St
         timing = interleaved(
             {
                 # The part of get_many that reads and checks records, without the conversion to float32.
-                "read": lambda: store._current().read(keys[next(turns["read"])], 0),
+                "read": lambda: store._current().read(keys[next(turns["read"])]),
                 "raw": lambda: raw.copies(keys[next(turns["raw"])]),
                 "get_many": lambda: store.get_many(batches[next(turns["get_many"])]),
                 "roofline": roofline,

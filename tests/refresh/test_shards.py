@@ -22,7 +22,7 @@ from vista.store.admin.copying import copy_generation
 from vista.store.admin.parquet import export_store, import_store
 from vista.store.layout import environment_path
 from vista.store.sharded_reader import ShardedReader, open_store
-from vista.store.shards import Shard, stores_in, users_by_folder
+from vista.store.shards import Shard, stores_in, users_by_store
 from vista.store.tombstones import Tombstones
 from vista.store.update import StoreUpdate
 
@@ -266,12 +266,12 @@ def test_commands_handle_all_shards(tmp_path: Path, grow: SimpleNamespace, capsy
     gone = [3, 17, 25]
     assert f"{store}: 3 of 3 users had a record" in said("erase", f"users={gone}")[0]
     for path in stores_in(store):
-        assert len(Tombstones(path)) == len(dict(users_by_folder(store, gone)).get(path, []))
+        assert len(Tombstones(path)) == len(dict(users_by_store(store, gone)).get(path, []))
     assert [report.count("is published") for report in said("compact")] == [1] * 3
     with open_store(store) as sharded:
         assert len(sharded) == 37 and not sharded.get_many(gone).found.any()
     with pytest.raises(StoreError, match=r"belongs to shard \d of 3, which is missing"):
-        users_by_folder(stores_in(store)[0], list(range(9)))
+        users_by_store(stores_in(store)[0], list(range(9)))
 
     # Either all shards are rolled back, or none of them.
     for index in range(3):

@@ -17,7 +17,7 @@ import pytest
 
 import vista
 from vista.errors import StoreLockedError, StoreWriteError
-from vista.store import StoreReader, StoreWriter, locks, user_keys
+from vista.store import RecordSpec, StoreReader, StoreWriter, locked_folder, locks, user_keys
 from vista.store.admin.rollback import roll_back
 from vista.store.admin.verification import verify_store
 from vista.store.erasure import erase
@@ -40,20 +40,20 @@ def all_put(build: Any, root: Path) -> StoreWriter:
 def test_an_erasure_does_not_wait_for_checks(tmp_path, build, monkeypatch):
     """It proceeds at once while the records of a generation are counted, and while its structure is checked."""
     build.write_store(tmp_path)
-    users, check, take = list(range(10)), check_structure, StoreWriter._count_records
+    users, check, take = list(range(10)), check_structure, locked_folder.count_records
 
     def check_and_erase(folder: Path) -> None:
         erase(tmp_path, [users.pop(0)])
         check(folder)
 
-    def count_and_erase(writer: StoreWriter) -> Any:
-        tally = take(writer)
+    def count_and_erase(files: GenerationFiles, spec: RecordSpec) -> Any:
+        tally = take(files, spec)
         if len(users) > 8:
             erase(tmp_path, [users.pop(0)])
         return tally
 
-    monkeypatch.setattr("vista.store.writer.check_structure", check_and_erase)
-    monkeypatch.setattr(StoreWriter, "_count_records", count_and_erase)
+    monkeypatch.setattr("vista.store.locked_folder.check_structure", check_and_erase)
+    monkeypatch.setattr(locked_folder, "count_records", count_and_erase)
     with all_put(build, tmp_path) as writer:
         writer.publish()
     gone = 10 - len(users)
@@ -66,7 +66,7 @@ def test_an_erasure_does_not_wait_for_checks(tmp_path, build, monkeypatch):
 
 def test_erasures_without_a_pause_do_not_prevent_a_publication(tmp_path, build, monkeypatch):
     build.write_store(tmp_path)
-    users, count, sweep = list(range(TOTAL)), StoreWriter._count_records, GenerationFiles.remove_erased
+    users, count, sweep = list(range(TOTAL)), locked_folder.count_records, GenerationFiles.remove_erased
     refused: list[StoreLockedError] = []
 
     def erase_one() -> None:
@@ -76,15 +76,15 @@ def test_erasures_without_a_pause_do_not_prevent_a_publication(tmp_path, build, 
         except StoreLockedError as error:
             refused.append(error)
 
-    def count_and_erase(writer: StoreWriter) -> Any:
+    def count_and_erase(files: GenerationFiles, spec: RecordSpec) -> Any:
         erase_one()
-        return count(writer)
+        return count(files, spec)
 
     def sweep_and_erase(files: GenerationFiles, stones: Tombstones) -> None:
         sweep(files, stones)
         erase_one()
 
-    monkeypatch.setattr(StoreWriter, "_count_records", count_and_erase)
+    monkeypatch.setattr(locked_folder, "count_records", count_and_erase)
     monkeypatch.setattr(GenerationFiles, "remove_erased", sweep_and_erase)
     with all_put(build, tmp_path) as writer:
         writer.publish()

@@ -40,7 +40,7 @@ from vista.store.format.authentication import read_key
 from vista.store.format.keys import user_key
 from vista.store.format.record import RawRecords, decode_rows, read_records
 from vista.store.layout import read_current
-from vista.store.shards import shards_in, stores_in, user_kind, users_by_folder
+from vista.store.shards import shards_in, stores_in, user_kind, users_by_store
 
 
 def run_store_stats(config: StoreStatsConfig) -> str:
@@ -134,7 +134,7 @@ def run_store_erase(config: StoreEraseConfig) -> str:
     users: Sequence[Any] = ids_of_words(config.users, "users", user_kind(config.store))
     if config.data is not None:
         rows_to_erase(EventLog.open(config.data), users)  # If the log refuses a user, the store must keep the user.
-    count = sum(erase(root, own) for root, own in users_by_folder(config.store, users))
+    count = sum(erase(root, own) for root, own in users_by_store(config.store, users))
     lines = [
         f"{config.store}: {count} of {len(users)} users had a record; readers miss them from now on. Their bytes stay "
         f"in free pages until `vista store compact store={config.store}`"
@@ -158,7 +158,7 @@ def run_store_get(config: StoreGetConfig) -> str:
     """
     if config.user is None:
         raise ConfigError("user: name a user, such as user=42")
-    ((root, (user,)),) = users_by_folder(config.store, ids_of_words([config.user], "user", user_kind(config.store)))
+    ((root, (user,)),) = users_by_store(config.store, ids_of_words([config.user], "user", user_kind(config.store)))
     with open_generation(root, read_current(root), read_key(config.authentication_key_file)) as reader:
         key = user_key(user)
         raw = reader.environment.read(lambda transaction: _read(transaction, key, reader))

@@ -11,10 +11,21 @@ from numpy.typing import NDArray
 
 from vista.arrays import Int
 from vista.counters.counter_codes import CounterCodes
-from vista.store.format.record import RawRecords, decode_rows
+from vista.store.format.record import RawRecords, decode_rows, read_records
 from vista.store.format.record_spec import RecordSpec
 from vista.store.stored_batch import StoredBatch
 from vista.store.tail import Tail
+
+
+def present_records(
+    values: Sequence[bytes | memoryview | None], keys: list[bytes], first: int, spec: RecordSpec
+) -> tuple[Int, RawRecords]:
+    """Positions of the values that are not None, counted from `first`, and the records that they hold, checked."""
+    present = [value for value in values if value is not None]
+    if len(present) == len(keys):
+        return first + np.arange(len(keys)), read_records(present, keys, spec)
+    rows = [row for row, value in enumerate(values) if value is not None]
+    return first + np.array(rows, np.int64), read_records(present, [keys[row] for row in rows], spec)
 
 
 def assembled(num_users: int, parts: Sequence[tuple[Int, RawRecords]], spec: RecordSpec) -> StoredBatch:

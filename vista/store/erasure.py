@@ -9,15 +9,16 @@ from pathlib import Path
 from vista.errors import StoreError
 from vista.store.format.keys import user_keys
 from vista.store.generation_files import GenerationFiles
-from vista.store.layout import environment_path, list_generations, published_or_none, store_path
+from vista.store.layout import environment_path, list_generations, published_or_none, store_address
 from vista.store.lmdb.flock import WAIT_S
 from vista.store.locks import erasure_lock
+from vista.store.remote.store_url import StoreUrl
 from vista.store.tombstones import Tombstones
 
 logger = logging.getLogger(__name__)
 
 
-def erase(path: str | Path, user_ids: Sequence[int] | Sequence[str], *, wait_s: float = WAIT_S) -> int:
+def erase(path: str | Path | StoreUrl, user_ids: Sequence[int] | Sequence[str], *, wait_s: float = WAIT_S) -> int:
     """Erase users: readers miss them at once, and no later refresh of this store brings them back.
 
     A tombstone is written first. Then their records and states are removed from every generation, including one that is
@@ -25,9 +26,9 @@ def erase(path: str | Path, user_ids: Sequence[int] | Sequence[str], *, wait_s: 
     compacted.
 
     Args:
-        path: the store's folder.
+        path: the store's folder or URL.
         user_ids: ids as in the log; users without a record will not get one either.
-        wait_s: seconds to wait for another erasure, a publication, or a writer's batch to end.
+        wait_s: seconds to wait for another erasure, a publication, or a writer's batch to end, in a folder.
 
     Returns:
         How many of them had a record in the published generation.
@@ -38,7 +39,12 @@ def erase(path: str | Path, user_ids: Sequence[int] | Sequence[str], *, wait_s: 
             again, as after a kill. Until then, whatever publishes a generation, an incremental refresh that visits the
             user, or a compaction removes what is left.
     """
-    root, keys = store_path(path), list(dict.fromkeys(user_keys(user_ids)))
+    keys = list(dict.fromkeys(user_keys(user_ids)))
+    root = store_address(path)
+    if isinstance(root, StoreUrl):
+        from vista.store.remote.remote_erasure import erase_on_server
+
+        return erase_on_server(root, keys)
     if not root.is_dir() or not list_generations(root):
         raise StoreError(f"{root} is not a store; check the path")
     count = 0

@@ -7,7 +7,7 @@ resumed refresh sees from a state's `applied_segment` that the same events must 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,17 @@ import lmdb
 
 from vista.errors import StoreError
 from vista.files import sync
+from vista.store.backend import ErasedUsers, FoundStates
 from vista.store.format.keys import COMPLETE_KEY, CURSOR_KEY, MANIFEST_KEY
+from vista.store.format.record_spec import HEADER_BYTES
+from vista.store.format.state_record import StateSpec
 from vista.store.layout import environment_path, generation_path, state_path
 from vista.store.lmdb.data_file import REMEDY
 from vista.store.lmdb.environment import SharedEnvironment
 from vista.store.lmdb.flock import WAIT_S
 from vista.store.lmdb.permissions import Permissions, make_folder
 from vista.store.lmdb.transactions import walk
+from vista.store.local_generation import read_states
 from vista.store.locks import cannot_write
 from vista.store.manifest import Manifest, read_cursor
 from vista.store.tombstones import Tombstones
@@ -93,7 +97,7 @@ class GenerationFiles:
 
     def put(
         self,
-        tombstones: Tombstones,
+        erased_users: ErasedUsers,
         keys: Sequence[bytes],
         records: Sequence[bytes],
         states: Sequence[bytes],
@@ -102,7 +106,7 @@ class GenerationFiles:
         """Write a batch durably, without erased users: first the states, then records, manifest and `meta` together.
 
         Args:
-            tombstones: of the store.
+            erased_users: of the store.
             keys: N user keys.
             records: N records.
             states: N states, or none if the store keeps no states.
@@ -115,13 +119,13 @@ class GenerationFiles:
             raise ValueError(f"states: got {len(states)} for {len(keys)} records of {self.path}")
 
         def put_states(transaction: lmdb.Transaction[memoryview]) -> None:
-            erased = tombstones.erased(keys)
+            erased = erased_users.erased(keys)
             remaining = [place for place, gone in enumerate(erased) if not gone]
             _put(transaction, [keys[place] for place in remaining], [states[place] for place in remaining])
 
         def put_records(transaction: lmdb.Transaction[memoryview]) -> tuple[Manifest, int]:
             # An erasure that began earlier is seen here; a later one deletes the user after this transaction.
-            erased = tombstones.erased(keys)
+            erased = erased_users.erased(keys)
             remaining = [place for place, gone in enumerate(erased) if not gone]
             put_keys, put_values = [keys[place] for place in remaining], [records[place] for place in remaining]
             old = _put(transaction, put_keys, put_values)
@@ -186,6 +190,23 @@ class GenerationFiles:
             return self._put_manifest(transaction, change(self._manifest_in(transaction)))
 
         self.manifest = self._write(self.summary, put)
+
+    def headers(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """Header of each user's record; None without a record."""
+
+        def read(transaction: lmdb.Transaction[memoryview]) -> list[bytes | None]:
+            values = [transaction.get(key) for key in keys]
+            return [None if value is None else bytes(value[:HEADER_BYTES]) for value in values]
+
+        return self.summary.read(read)
+
+    def key_batches(self) -> Iterator[list[bytes]]:
+        """Keys of all users in ascending order, a batch at a time."""
+        return (keys for keys, _ in walk(self.summary.read, lambda keys, _: None))
+
+    def states(self, keys: Sequence[bytes], spec: StateSpec) -> FoundStates | None:
+        """Rows of the keys that have a state, and these states; None if the generation keeps no states."""
+        return None if self.state is None else read_states(self.state, keys, spec)
 
     def read_manifest(self) -> Manifest:
         """The manifest as it is stored now."""

@@ -37,6 +37,7 @@ from vista.store.lmdb.permissions import (
     set_mode,
     set_tree_permissions,
 )
+from vista.store.remote.store_url import StoreUrl
 
 CURRENT = "CURRENT"
 LAST = "LAST"
@@ -60,9 +61,26 @@ def store_path(path: str | os.PathLike[str]) -> Path:
     """Absolute path of a store, whether it exists or not.
 
     Raises:
+        StoreError: the system accepts no such path, or it is the URL of a remote store.
+    """
+    if StoreUrl.matches(path):
+        raise StoreError(
+            f"{StoreUrl.parse(path)} is a remote store, but this works on a folder; copy the store to one with "
+            "`vista store copy` first"
+        )
+    return checked_path(path, StoreError).absolute()
+
+
+def store_address(store: str | os.PathLike[str] | StoreUrl) -> Path | StoreUrl:
+    """A store's URL, parsed, or the absolute path of its folder.
+
+    Raises:
+        ConfigError: the URL has another form than those of stores.
         StoreError: the system accepts no such path.
     """
-    return checked_path(path, StoreError).absolute()
+    if isinstance(store, StoreUrl) or StoreUrl.matches(store):
+        return StoreUrl.parse(store)
+    return store_path(store)
 
 
 def generation_path(root: Path, generation: int) -> Path:
@@ -212,7 +230,15 @@ def _write_pointer(path: Path, generation: int) -> None:
 
 
 def _read_pointer(path: Path) -> int:
-    content = read_limited(path, _POINTER_BYTES, follow=False)
+    return parse_pointer(read_limited(path, _POINTER_BYTES, follow=False))
+
+
+def parse_pointer(content: bytes) -> int:
+    """The generation that the bytes of `pointer_to` name.
+
+    Raises:
+        ValueError: they are damaged; the message says what they hold.
+    """
     match = _NAME.fullmatch(content.partition(b" ")[0].decode("ascii", errors="replace"))
     if match is None or content != pointer_to(int(match[1])):
         text = shown(content.decode("ascii", errors="replace").strip(), 40)

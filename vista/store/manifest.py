@@ -25,6 +25,7 @@ from vista.store.format.tail_column import TailColumn
 from vista.store.format.user_column import UserColumn
 from vista.store.layout import MAX_GENERATION
 from vista.store.lmdb.data_file import REMEDY
+from vista.store.remote.store_url import StoreUrl
 
 NOT_IDENTITY = (
     *("generation", "created_at", "refreshed_at", "log_digest", "going_to", "going_to_digest"),
@@ -200,7 +201,7 @@ class Manifest:
         return xxhash.xxh3_64_hexdigest(content).encode() + b"\n" + content
 
     @staticmethod
-    def from_bytes(value: bytes, path: Path) -> Manifest:
+    def from_bytes(value: bytes, path: Path | StoreUrl) -> Manifest:
         """Parse and check the bytes of `to_bytes`; `path` names the store in errors.
 
         Raises:
@@ -216,7 +217,7 @@ class Manifest:
         return Manifest.from_dict(fields, path)
 
     @staticmethod
-    def from_dict(fields: object, path: Path) -> Manifest:
+    def from_dict(fields: object, path: Path | StoreUrl) -> Manifest:
         """Check the fields of a manifest that is stored outside of a generation, such as in an export.
 
         Raises:
@@ -260,7 +261,11 @@ def read_cursor(transaction: lmdb.Transaction[memoryview], manifest: Manifest, p
     Raises:
         StoreError: it is not a number up to the users of the run.
     """
-    value = bytes(transaction.get(CURSOR_KEY, b"0"))
+    return parse_cursor(bytes(transaction.get(CURSOR_KEY, b"0")), manifest, path)
+
+
+def parse_cursor(value: bytes, manifest: Manifest, path: Path | StoreUrl) -> int:
+    """The number that a cursor's bytes hold; errors as of `read_cursor`."""
     if len(value) > 19 or not value.isdigit() or int(value) > manifest.total_users:
         raise StoreError(f"{path}: the cursor {shown(value, 40)} is corrupt; {REMEDY}")
     return int(value)

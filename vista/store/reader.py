@@ -6,64 +6,31 @@ width.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
 from vista.errors import StoreClosedError, StoreError, SummarizerMismatchError, UserKeyError
+from vista.store.backend import Generations, OpenGeneration
 from vista.store.batch_assembly import assembled
 from vista.store.format.keys import INT_PREFIX, STR_PREFIX, user_id, user_keys
-from vista.store.format.record import RawRecords, check_keys, read_records
-from vista.store.format.record_spec import RecordSpec
-from vista.store.format.state_record import StateArrays, StateSpec, decode_states
+from vista.store.format.state_record import StateArrays
 from vista.store.format.tail_column import TailColumn
 from vista.store.format.user_column import UserColumn
-from vista.store.layout import (
-    environment_path,
-    list_generations,
-    missing_generation,
-    read_current,
-    state_path,
-    store_path,
-)
-from vista.store.lmdb.environment import SharedEnvironment, exclusive
-from vista.store.lmdb.transactions import walk
-from vista.store.manifest import Manifest, read_manifest
+from vista.store.layout import store_address
+from vista.store.lmdb.environment import exclusive
+from vista.store.local_generation import LocalGenerations
+from vista.store.manifest import Manifest
+from vista.store.remote.store_url import StoreUrl
 from vista.store.stored_batch import StoredBatch
 
-_READ_RECORDS = 1024
-"""Most records per read transaction, so that transactions stay short for any batch size."""
 _OPEN_ATTEMPTS = 5
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _Generation:
-    environment: SharedEnvironment
-    manifest: Manifest
-    spec: RecordSpec
-
-    def read(self, all_keys: list[bytes], first: int) -> tuple[NDArray[np.int64], RawRecords]:
-        """Positions of the keys that have a record, and their records, of _READ_RECORDS keys from `first`."""
-        keys = all_keys[first : first + _READ_RECORDS]
-
-        def copy(transaction: lmdb.Transaction[memoryview]) -> tuple[NDArray[np.int64], RawRecords]:
-            values = [transaction.get(key) for key in keys]
-            present = [value for value in values if value is not None]
-            if len(present) == len(keys):
-                return first + np.arange(len(keys)), read_records(present, keys, self.spec)
-            rows = [row for row, value in enumerate(values) if value is not None]
-            return first + np.array(rows, np.int64), read_records(present, [keys[row] for row in rows], self.spec)
-
-        return self.environment.read(copy)
 
 
 class StoreReader:
@@ -71,7 +38,7 @@ class StoreReader:
 
     def __init__(
         self,
-        path: Path,
+        path: Path | StoreUrl,
         summarizer_id: bytes | None,
         key: bytes | None,
         tail_len: int,
@@ -79,15 +46,16 @@ class StoreReader:
         user_columns: Sequence[UserColumn],
     ) -> None:
         self.path = path
+        self._generations = generations_of(path)
         self._wanted = summarizer_id
         self._key = key
         self._tail_len, self._tail_columns, self._user_columns = tail_len, tail_columns, user_columns
-        self._opened: _Generation | None = self._open()
+        self._opened: OpenGeneration | None = self._open()
 
     @classmethod
     def open(
         cls,
-        path: str | Path,
+        path: str | Path | StoreUrl,
         *,
         summarizer_id: bytes | None = None,
         key: bytes | None = None,
@@ -98,7 +66,7 @@ class StoreReader:
         """Open the generation that CURRENT names.
 
         Args:
-            path: the store's folder.
+            path: the store's folder, or its URL (redis://host:6379/name) if a Valkey or Redis server holds it.
             summarizer_id: 32 bytes, to refuse records of another summarizer. If CURRENT names a generation of another
                 one, but an earlier generation matches (a two-step rollout), the matching one is opened.
             key: 32 bytes, to refuse records that were not written with this key (`authentication.read_key`).
@@ -110,7 +78,7 @@ class StoreReader:
             SummarizerMismatchError: no generation is of that summarizer; the message names both summarizers.
             StoreError: missing, unpublished, truncated, not a store, or of another key; the message has the remedy.
         """
-        return cls(store_path(path), summarizer_id, key, tail_len, tail_columns, user_columns)
+        return cls(store_address(path), summarizer_id, key, tail_len, tail_columns, user_columns)
 
     @property
     def manifest(self) -> Manifest:
@@ -157,12 +125,11 @@ class StoreReader:
             opened = self._current()
             _require_kind(keys, opened.manifest)
             try:
-                firsts = range(0, max(len(keys), 1), _READ_RECORDS)
-                parts = [opened.read(keys, first) for first in firsts]
+                parts = opened.read(keys)
             except StoreClosedError:
-                if self._opened is opened:
+                if self._opened is opened and not self.reload():
                     raise
-                continue  # Another thread reloaded meanwhile: read the whole batch from the new generation.
+                continue  # It was removed, or another thread reloaded: read the whole batch from the new generation.
             return assembled(len(keys), parts, opened.spec)
 
     def states(self, user_ids: Sequence[int] | Sequence[str]) -> tuple[NDArray[np.int64], StateArrays] | None:
@@ -173,15 +140,7 @@ class StoreReader:
         Raises:
             RecordError: a state is damaged; the message names the user.
         """
-        manifest = self.manifest
-        spec, keys = manifest.state_spec(), user_keys(user_ids)
-        if spec is None:
-            return None
-        environment = SharedEnvironment.acquire(state_path(self.path, manifest.generation))
-        try:
-            return read_states(environment, keys, spec)
-        finally:
-            environment.release()
+        return self._current().states(user_keys(user_ids))
 
     def keys(self) -> Iterator[int | str]:
         """User ids of all records of one generation, in the order of their keys, read in short transactions.
@@ -189,13 +148,8 @@ class StoreReader:
         Raises:
             RecordError, StoreError: a key, or the order of the keys, is damaged.
         """
-        environment = self._current().environment
-        environment.retain()
-        try:
-            for keys, _ in walk(environment.read, check_keys):
-                yield from map(user_id, keys)
-        finally:
-            environment.release()
+        for keys in self._current().key_batches():
+            yield from map(user_id, keys)
 
     def reload(self) -> bool:
         """Follow CURRENT to another generation; the old one is closed after its last transaction.
@@ -210,13 +164,12 @@ class StoreReader:
             StoreError: CURRENT or its generation is damaged, or the store is closed; the old generation stays open.
         """
         before = self._current()
-        current = read_current(self.path)
-        if current == before.manifest.generation and before.environment.is_at(environment_path(self.path, current)):
+        if before.is_published():
             self._reread_manifest(before)
             return False
         opened = self._open()
-        if opened.environment is before.environment:
-            opened.environment.release()
+        if opened.is_same(before):
+            opened.release()
             return False
         self._replace(opened)
         return True
@@ -224,6 +177,7 @@ class StoreReader:
     def close(self) -> None:
         """Close the generation; closing twice is allowed."""
         self._replace(None)
+        self._generations.close()
 
     def __enter__(self) -> StoreReader:
         return self
@@ -237,54 +191,50 @@ class StoreReader:
         reads = self._tail_len, self._tail_columns, self._user_columns
         return _open_pickled, (self.path, self._wanted, self._key, *reads)
 
-    def _current(self) -> _Generation:
+    def _current(self) -> OpenGeneration:
         opened = self._opened
         if opened is None:
             raise StoreError(f"{self.path} is closed; open the store again")
-        if opened.environment.inherited:
-            try:
-                opened.environment.reopen()
-            except StoreError:
-                opened = self._open()  # It was removed after the parent opened it: follow CURRENT.
-                self._replace(opened)
+        try:
+            opened.reopen()
+        except StoreError:
+            opened = self._open()  # It was removed after the parent opened it: follow CURRENT.
+            self._replace(opened)
         return opened
 
-    def _replace(self, opened: _Generation | None) -> None:
+    def _replace(self, opened: OpenGeneration | None) -> None:
         with exclusive():
             old, self._opened = self._opened, opened
         if old is not None:
-            old.environment.release()
+            old.release()
 
-    def _reread_manifest(self, opened: _Generation) -> None:
+    def _reread_manifest(self, opened: OpenGeneration) -> None:
         """Read what an incremental refresh has changed in place."""
-        manifest = opened.environment.read(lambda transaction: read_manifest(transaction, self.path))
+        reread = opened.reread()
         with exclusive():
             if self._opened is opened:
-                self._opened = dataclasses.replace(opened, manifest=manifest)
+                self._opened = reread
 
-    def _open(self) -> _Generation:
-        generation = read_current(self.path)
+    def _open(self) -> OpenGeneration:
+        generation = self._generations.current()
         for _ in range(_OPEN_ATTEMPTS):
-            if environment_path(self.path, generation).is_dir():
-                try:
-                    return self._matching(generation)
-                except StoreError:
-                    if read_current(self.path) == generation:
-                        raise
-            elif read_current(self.path) == generation:
-                raise missing_generation(self.path, generation)
-            generation = read_current(self.path)  # CURRENT changed since it was read.
+            try:
+                return self._matching(generation)
+            except StoreError:
+                if self._generations.current() == generation:
+                    raise
+            generation = self._generations.current()  # CURRENT changed since it was read.
         raise StoreError(f"{self.path}: CURRENT changes faster than its generations can be opened; try again")
 
-    def _matching(self, current: int) -> _Generation:
-        newest = self._open_generation(current)
+    def _matching(self, current: int) -> OpenGeneration:
+        newest = self._generations.open(current, self._key)
         if self._wanted is None or newest.spec.summarizer_id == self._wanted:
             return self._with_contents(newest)
         current_id = newest.manifest.summarizer_id
-        newest.environment.release()
-        for generation in reversed([number for number in list_generations(self.path) if number < current]):
+        newest.release()
+        for generation in reversed([number for number in self._generations.numbers() if number < current]):
             try:
-                older = self._open_generation(generation)
+                older = self._generations.open(generation, self._key)
             except StoreError:
                 continue  # unfinished or damaged
             if older.spec.summarizer_id == self._wanted:
@@ -293,20 +243,20 @@ class StoreReader:
                     self.path, current, current_id, generation, self._wanted.hex(),
                 )  # fmt: skip
                 return self._with_contents(older)
-            older.environment.release()
+            older.release()
         raise SummarizerMismatchError(
             f"{self.path} was written by summarizer {current_id}, but the model's is {self._wanted.hex()}; open it "
             "with the model that wrote it, or run `vista refresh` with this model"
         )
 
-    def _with_contents(self, opened: _Generation) -> _Generation:
+    def _with_contents(self, opened: OpenGeneration) -> OpenGeneration:
         """The generation, if its records hold what the model reads."""
         held, stored = opened.spec, opened.manifest.tail_len
         lacking = [column.name for column in self._tail_columns if column not in held.tail_columns]
         unlike = [column.name for column in self._user_columns if column not in held.user_columns]
         if stored >= self._tail_len and not lacking and not unlike:
             return opened
-        opened.environment.release()
+        opened.release()
         if lacking:
             raise StoreError(
                 f"{self.path}: its tails do not hold the event features {', '.join(lacking)} as the model reads them; "
@@ -322,51 +272,35 @@ class StoreReader:
             "this model"
         )
 
-    def _open_generation(self, generation: int) -> _Generation:
-        path = environment_path(self.path, generation)
-        environment = SharedEnvironment.acquire(path)
-        try:
-            manifest = environment.read(lambda transaction: read_manifest(transaction, path))
-            return _Generation(environment, manifest, manifest.spec(self._key))
-        except BaseException:
-            environment.release()
-            raise
-
 
 def _open_pickled(*arguments: Any) -> StoreReader:
     return StoreReader(*arguments)
 
 
-def published_manifest(path: str | Path) -> Manifest:
+def generations_of(path: Path | StoreUrl) -> Generations:
+    """The generations of a store, in a folder or on a server.
+
+    Raises:
+        MissingDependencyError: the store is on a server, and the extra `redis` is not installed.
+    """
+    if isinstance(path, StoreUrl):
+        from vista.store.remote.remote_store import RemoteStore
+
+        return RemoteStore.connect(path)
+    return LocalGenerations(path)
+
+
+def published_manifest(path: str | Path | StoreUrl) -> Manifest:
     """Manifest of the published generation; no key is needed.
 
     Raises:
         StoreError: nothing is published, or it is damaged.
     """
-    root = store_path(path)
-    environment = SharedEnvironment.acquire(environment_path(root, read_current(root)))
+    generations = generations_of(store_address(path))
     try:
-        return environment.read(lambda transaction: read_manifest(transaction, root))
+        return generations.manifest(generations.current())
     finally:
-        environment.release()
-
-
-def read_states(
-    environment: SharedEnvironment, keys: Sequence[bytes], spec: StateSpec
-) -> tuple[NDArray[np.int64], StateArrays]:
-    """Rows of the keys that have a state, and these states, read in one transaction.
-
-    Raises:
-        RecordError: a state is damaged; the message names the user.
-    """
-
-    def read(transaction: lmdb.Transaction[memoryview]) -> tuple[NDArray[np.int64], StateArrays]:
-        values = [transaction.get(key) for key in keys]
-        rows = [row for row, value in enumerate(values) if value is not None]
-        present = [value for value in values if value is not None]
-        return np.array(rows, np.int64), decode_states(present, [keys[row] for row in rows], spec)
-
-    return environment.read(read)
+        generations.close()
 
 
 def _require_kind(keys: list[bytes], manifest: Manifest) -> None:

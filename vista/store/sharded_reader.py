@@ -19,16 +19,17 @@ from vista.log.histories import ranges
 from vista.store.format.keys import common_kind, user_keys
 from vista.store.format.tail_column import TailColumn
 from vista.store.format.user_column import UserColumn
-from vista.store.layout import store_path
+from vista.store.layout import store_address, store_path
 from vista.store.manifest import Manifest
 from vista.store.reader import StoreReader
+from vista.store.remote.store_url import StoreUrl
 from vista.store.shards import Shard, shards_in, shards_of
 from vista.store.stored_batch import StoredBatch
 from vista.store.tail import Tail
 
 
 def open_store(
-    path: str | Path,
+    path: str | Path | StoreUrl,
     *,
     summarizer_id: bytes | None = None,
     key: bytes | None = None,
@@ -36,11 +37,12 @@ def open_store(
     tail_columns: Sequence[TailColumn] = (),
     user_columns: Sequence[UserColumn] = (),
 ) -> StoreReader | ShardedReader:
-    """Open a store, sharded or not; arguments and errors as of `StoreReader.open`."""
-    root = store_path(path)
-    open_one = ShardedReader.open if shards_in(root) else StoreReader.open
+    """Open a store, sharded or not, or on a server; arguments and errors as of `StoreReader.open`."""
+    address = store_address(path)
     reads: dict[str, Any] = {"tail_len": tail_len, "tail_columns": tail_columns, "user_columns": user_columns}
-    return open_one(root, summarizer_id=summarizer_id, key=key, **reads)
+    if isinstance(address, Path) and shards_in(address):
+        return ShardedReader.open(address, summarizer_id=summarizer_id, key=key, **reads)
+    return StoreReader.open(address, summarizer_id=summarizer_id, key=key, **reads)
 
 
 class ShardedReader:

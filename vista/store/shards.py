@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 from vista.errors import ConfigError, StoreError, shortened
 from vista.store.format.keys import common_kind, user_keys
-from vista.store.layout import CURRENT, store_path
+from vista.store.layout import CURRENT, store_address, store_path
 from vista.store.reader import published_manifest
+from vista.store.remote.store_url import StoreUrl
 
 MAX_SHARDS = 65_536
 _NUMBER = "(0|[1-9][0-9]{0,4})"
@@ -71,13 +72,15 @@ class Shard:
         return own
 
 
-def shards_in(store: str | Path) -> list[Shard]:
-    """The shards in a store's folder, ascending; none if the store is not sharded.
+def shards_in(store: str | Path | StoreUrl) -> list[Shard]:
+    """The shards in a store's folder, ascending; none if the store is not sharded, as no store on a server is.
 
     Raises:
         StoreError: there are shards of different counts.
     """
-    root = store_path(store)
+    root = store_address(store)
+    if isinstance(root, StoreUrl):
+        return []
     if (root / CURRENT).exists() or not root.is_dir():
         return []
     shards = _shards_at(root)
@@ -94,25 +97,32 @@ def _shards_at(root: Path) -> list[Shard]:
     return sorted(shards, key=lambda shard: shard.index)
 
 
-def stores_in(store: str | Path) -> list[Path]:
-    """Folders of the shards in a store's folder, or the folder itself if the store is not sharded."""
+def stores_in(store: str | Path) -> list[Path] | list[StoreUrl]:
+    """Folders of the shards in a store's folder, or the folder or URL itself if the store is not sharded."""
+    if StoreUrl.matches(store):
+        return [StoreUrl.parse(store)]
     return [shard.path(store) for shard in shards_in(store)] or [Path(store)]
 
 
-def shard_to_write(store: str | Path, shard: Shard | None) -> tuple[Path, Shard | None]:
-    """The folder that a refresh of a store or shard writes to, and the shard that it holds.
+def shard_to_write(store: str | Path | StoreUrl, shard: Shard | None) -> tuple[Path | StoreUrl, Shard | None]:
+    """The folder or URL that a refresh of a store or shard writes to, and the shard that it holds.
 
     Raises:
-        ConfigError: `store` is the folder of a shard, and `shard` is another one; or as of `check_place`.
+        ConfigError: a shard of a store on a server is named; `store` is the folder of a shard, and `shard` is another
+            one; or as of `check_place`.
     """
-    root = store_path(store)
+    root = store_address(store)
+    if isinstance(root, StoreUrl):
+        if shard is not None:
+            raise ConfigError(f"shard: a store on a server has no shards; leave it out to refresh {root}")
+        return root, None
     own = Shard.named(root.name)
     if own is not None:
         if shard not in (None, own):
             raise ConfigError(f"store={store}: is the folder of one shard; name the folder above it")
         path, shard = root, own
     else:
-        path = Path(store) if shard is None else shard.path(store)
+        path = Path(str(store)) if shard is None else shard.path(str(store))
     check_place(path)
     return path, shard
 
@@ -146,13 +156,15 @@ def user_kind(store: str | Path) -> str | None:
     return common_kind(published_manifest(root).user_kind for root in stores_in(store))
 
 
-def users_by_folder(store: str | Path, users: Sequence[int] | Sequence[str]) -> list[tuple[Path, list[Any]]]:
-    """Group users by the folder of a store, sharded or not, that they belong to.
+def users_by_store(store: str | Path, users: Sequence[int] | Sequence[str]) -> list[tuple[Path | StoreUrl, list[Any]]]:
+    """Group users by the shard of a store that they belong to, or by the store itself if it is not sharded.
 
     Raises:
         StoreError: the shard of a user is missing; the message names it.
     """
-    root, shards = store_path(store), shards_in(store)
+    root, shards = store_address(store), shards_in(store)
+    if isinstance(root, StoreUrl):
+        return [(root, list(users))]
     named = Shard.named(root.name)
     if named is not None:
         root, shards = root.parent, [named]

@@ -53,7 +53,7 @@ class Tombstones:
         self._reread()
         if not len(self._known):
             return [False] * len(keys)
-        erased: list[bool] = self._holds(_digests(keys)).tolist()
+        erased: list[bool] = self._holds(digests_of(keys)).tolist()
         return erased
 
     def add(self, keys: Sequence[bytes]) -> None:
@@ -63,7 +63,7 @@ class Tombstones:
             StoreWriteError: the disk failed, or does not hold what was written.
         """
         self._reread()
-        asked = np.unique(_digests(keys))
+        asked = np.unique(digests_of(keys))
         new = asked[~self._holds(asked)]
         content = packed(np.insert(self._known, np.searchsorted(self._known, new), new))
         if len(content) > MAX_BYTES:
@@ -126,7 +126,8 @@ class Tombstones:
             ) from None
 
 
-def _digests(keys: Sequence[bytes]) -> NDArray[Any]:
+def digests_of(keys: Sequence[bytes]) -> NDArray[Any]:
+    """BLAKE2b-128 of each key, 16 bytes, [N]."""
     return np.array([hashlib.blake2b(key, digest_size=_DIGEST_BYTES).digest() for key in keys], _DIGEST)
 
 

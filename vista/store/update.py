@@ -7,20 +7,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
-import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
 from vista.errors import SummarizerMismatchError
-from vista.store.format.record_spec import HEADER, HEADER_BYTES
-from vista.store.format.state_record import StateArrays
-from vista.store.generation_files import GenerationFiles
-from vista.store.layout import generation_path, missing_generation, read_current, remove_store_leftovers, store_path
-from vista.store.lmdb.transactions import walk
-from vista.store.locks import WriterLock, lock_store
+from vista.store.backend import FoundStates, WritableGeneration, WritableStore
+from vista.store.format.record_spec import HEADER
+from vista.store.layout import store_address
+from vista.store.locked_folder import LockedFolder
 from vista.store.manifest import Manifest
-from vista.store.reader import read_states
-from vista.store.tombstones import Tombstones
+from vista.store.remote.store_url import StoreUrl
 
 
 class StoreUpdate:
@@ -32,22 +28,20 @@ class StoreUpdate:
 
     def __init__(
         self,
-        root: Path,
-        lock: WriterLock,
-        files: GenerationFiles,
+        store: WritableStore,
+        generation: WritableGeneration,
         created_at: int,
         applied_segment: int,
         key: bytes | None,
     ) -> None:
-        self.path = root
-        self._lock = lock
-        self._files = files
-        self._tombstones = Tombstones(root)
+        self.path = store.path
+        self._store = store
+        self._generation = generation
         self.created_at = created_at
         """Start of the run, ms."""
         self.applied_segment = applied_segment
         """Newest segment of the log that new records cover."""
-        manifest = files.manifest
+        manifest = generation.manifest
         self.spec = dataclasses.replace(manifest.spec(key), created_at=created_at, applied_segment=applied_segment)
         """What each new record must hold."""
         state_spec = manifest.state_spec()
@@ -56,12 +50,18 @@ class StoreUpdate:
 
     @classmethod
     def open(
-        cls, path: str | Path, *, summarizer_id: bytes, applied_segment: int, created_at: int, key: bytes | None = None
+        cls,
+        path: str | Path | StoreUrl,
+        *,
+        summarizer_id: bytes,
+        applied_segment: int,
+        created_at: int,
+        key: bytes | None = None,
     ) -> StoreUpdate:
         """Open the published generation for writing.
 
         Args:
-            path: the store's folder.
+            path: the store's folder or URL.
             summarizer_id: of the model, 32 bytes.
             applied_segment: newest segment of the log that the new records will cover.
             created_at: start of the run, ms.
@@ -72,65 +72,54 @@ class StoreUpdate:
             SummarizerMismatchError: the generation is of another summarizer.
             StoreError: nothing is published there, its states are missing, or it cannot be written.
         """
-        root = store_path(path)
-        read_current(root)  # first, so that no lock file is made in a folder that is not a store
-        lock = lock_store(root)
+        store: WritableStore
+        address = store_address(path)
+        if isinstance(address, StoreUrl):
+            from vista.store.remote.locked_server import LockedServer
+
+            store = LockedServer.lock(address)
+        else:
+            store = LockedFolder.lock(address)
         try:
-            remove_store_leftovers(root)
-            generation = read_current(root)
-            if not generation_path(root, generation).is_dir():
-                raise missing_generation(root, generation)
-            files = GenerationFiles.open(root, generation)
-            try:
-                if files.manifest.summarizer_id != summarizer_id.hex():
-                    raise SummarizerMismatchError(
-                        f"{root} was written by summarizer {files.manifest.summarizer_id}, but the model's is "
-                        f"{summarizer_id.hex()}; run a full `vista refresh` with this model"
-                    )
-                files.require_states()
-                return cls(root, lock, files, created_at, applied_segment, key)
-            except BaseException:
-                files.close()
-                raise
+            generation = store.published()
+            if generation.manifest.summarizer_id != summarizer_id.hex():
+                raise SummarizerMismatchError(
+                    f"{store.path} was written by summarizer {generation.manifest.summarizer_id}, but the model's is "
+                    f"{summarizer_id.hex()}; run a full `vista refresh` with this model"
+                )
+            return cls(store, generation, created_at, applied_segment, key)
         except BaseException:
-            lock.release()
+            store.release()
             raise
 
     @property
     def manifest(self) -> Manifest:
         """Of the generation, as the last transaction left it."""
-        return self._files.manifest
+        return self._generation.manifest
 
     def erased(self, keys: Sequence[bytes]) -> NDArray[np.bool_]:
         """Whether each user is erased, [N]."""
-        return np.array(self._tombstones.erased(keys), bool)
+        return np.array(self._store.erased_users.erased(keys), bool)
 
     def applied_segments(self, keys: Sequence[bytes]) -> NDArray[np.int64]:
         """Newest segment that each user's record covers, [N]; -1 without a record."""
-
-        def read_headers(transaction: lmdb.Transaction[memoryview]) -> list[bytes | None]:
-            values = [transaction.get(key) for key in keys]
-            return [None if value is None else bytes(value[:HEADER_BYTES]) for value in values]
-
         applied = np.full(len(keys), -1, np.int64)
-        for row, header in enumerate(self._files.summary.read(read_headers)):
+        for row, header in enumerate(self._generation.headers(keys)):
             if header is not None:
                 applied[row] = np.frombuffer(header, HEADER)[0]["applied_segment"]
         return applied
 
     def key_batches(self) -> Iterator[list[bytes]]:
         """Keys of all users in ascending order, a batch at a time."""
-        return (keys for keys, _ in walk(self._files.summary.read, lambda keys, _: None))
+        return self._generation.key_batches()
 
-    def states(self, keys: Sequence[bytes]) -> tuple[NDArray[np.int64], StateArrays] | None:
+    def states(self, keys: Sequence[bytes]) -> FoundStates | None:
         """Rows of the keys that have a state, and these states; None if the generation keeps no states.
 
         Raises:
             RecordError: a state is damaged; the message names the user.
         """
-        if self._files.state is None or self.state_spec is None:
-            return None
-        return read_states(self._files.state, keys, self.state_spec)
+        return None if self.state_spec is None else self._generation.states(keys, self.state_spec)
 
     def put_batch(self, keys: Sequence[bytes], records: Sequence[bytes], states: Sequence[bytes] = ()) -> None:
         """Add or replace users durably, states first; erased users are left out.
@@ -138,25 +127,25 @@ class StoreUpdate:
         Raises:
             StoreError: the records are unchanged (disk full, input/output error); the message has the remedy.
         """
-        self._files.put(self._tombstones, keys, records, states, {})
+        self._generation.put(self._store.erased_users, keys, records, states, {})
 
     def remove(self, keys: Sequence[bytes]) -> int:
         """Remove users durably; returns how many had a record."""
-        return self._files.remove(keys)
+        return self._generation.remove(keys)
 
     def remove_states(self, keys: Sequence[bytes]) -> None:
         """Remove the states of users, who are then recomputed from the log by their next refresh."""
-        self._files.remove_states(keys)
+        self._generation.remove_states(keys)
 
     def begin(self, log_digest: str) -> None:
         """Record that from now on some records may cover the log up to `applied_segment`."""
-        self._files.put_manifest(
+        self._generation.put_manifest(
             lambda manifest: dataclasses.replace(manifest, going_to=self.applied_segment, going_to_digest=log_digest)
         )
 
     def finish(self) -> Manifest:
         """Record that all users are done: as of this run's start, the generation covers `applied_segment`."""
-        self._files.put_manifest(
+        self._generation.put_manifest(
             lambda manifest: dataclasses.replace(
                 manifest,
                 applied_segment=self.applied_segment,
@@ -170,8 +159,7 @@ class StoreUpdate:
 
     def close(self) -> None:
         """Close the store."""
-        self._files.close()
-        self._lock.release()
+        self._store.release()
 
     def __enter__(self) -> StoreUpdate:
         return self

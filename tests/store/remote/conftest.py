@@ -1,0 +1,50 @@
+"""A server for each test."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.store.remote.valkey_server import Proxy, ValkeyServer
+
+pytest.importorskip("redis", reason="the extra `redis` is not installed")
+
+
+@pytest.fixture
+def start_server() -> Iterator[Callable[..., ValkeyServer]]:
+    """Starts servers; all of them are killed at the end."""
+    servers: list[ValkeyServer] = []
+    with tempfile.TemporaryDirectory(prefix="valkey-") as folder:
+
+        def start(*options: str) -> ValkeyServer:
+            servers.append(ValkeyServer(Path(folder) / str(len(servers)), *options))
+            return servers[-1]
+
+        try:
+            yield start
+        finally:
+            for server in servers:
+                server.kill()
+
+
+@pytest.fixture
+def server(start_server: Callable[..., ValkeyServer]) -> ValkeyServer:
+    """A server that appends to its log at once, so that a kill loses nothing."""
+    return start_server("--appendonly", "yes", "--appendfsync", "always")
+
+
+@pytest.fixture
+def proxy(server: ValkeyServer) -> Iterator[Proxy]:
+    """A proxy in front of the server."""
+    proxy = Proxy(server.port)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture(autouse=True)
+def short_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed writer's lock expires soon."""
+    monkeypatch.setattr("vista.store.remote.server_lock.LOCK_S", 1.5)

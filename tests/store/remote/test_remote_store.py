@@ -1,0 +1,296 @@
+"""Stores on a real server: what is written is read, generations are published atomically, and readers follow them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vista.errors import (
+    ConfigError,
+    RecordError,
+    StoreError,
+    StoreLockedError,
+    StoreWriteError,
+    SummarizerMismatchError,
+    UserKeyError,
+)
+from vista.store import NO_TIMESTAMP, StoreReader, StoreWriter
+from vista.store.erasure import erase
+from vista.store.manifest import Manifest
+from vista.store.reader import published_manifest
+from vista.store.remote.remote_store import RemoteStore
+from vista.store.remote.server_lock import ServerLock
+from vista.store.remote.store_url import StoreUrl
+from vista.store.sharded_reader import open_store
+
+TOTAL = 40
+
+
+def store_at(url: str) -> RemoteStore:
+    return RemoteStore.connect(StoreUrl.parse(url))
+
+
+def key_names(server: Any) -> list[bytes]:
+    return sorted(server.command("KEYS", "*"))
+
+
+def test_what_is_written_is_read(server, build, tmp_path):
+    url = server.url()
+    manifest = build.write_store(url, tail_columns=build.tail_columns)
+    build.write_store(tmp_path / "local", tail_columns=build.tail_columns)
+    assert (manifest.count, manifest.user_kind, manifest.generation) == (TOTAL, "int", 1)
+    users = [3, 99, 0, 39, 3, -1]
+    with open_store(url, summarizer_id=build.summarizer(), tail_len=4) as store:
+        with StoreReader.open(tmp_path / "local") as local:
+            assert store.manifest == local.manifest == published_manifest(url)
+            assert list(store.keys()) == list(local.keys()) == list(range(TOTAL))
+            ours, theirs = store.get_many(users), local.get_many(users)
+        assert ours.found.tolist() == [True, False, True, True, True, False]
+        assert ours.last_event_ts.tolist() == [8, NO_TIMESTAMP, 5, 44, 8, NO_TIMESTAMP]
+        np.testing.assert_array_equal(ours.summary, theirs.summary)
+        np.testing.assert_array_equal(ours.tail.features["dwell"], theirs.tail.features["dwell"])
+        assert store.get_many([]).summary.shape == (0, 2, 8)
+        assert not store.get_many([-1]).found.any()
+        with pytest.raises(UserKeyError, match=r"user 'a': .* type int"):
+            store.get_many(["a"])
+        assert str(store.path) == url and len(store) == TOTAL
+
+
+def test_a_request_is_one_command_and_large_batches_are_bounded(server, build, monkeypatch):
+    url = server.url()
+    build.write_store(url, codec="float32")
+    with StoreReader.open(url) as store:
+        server.command("CONFIG", "RESETSTAT")
+        store.get_many(range(TOTAL))
+        stats = server.command("INFO", "commandstats")
+        assert {name for name in stats if "|" not in name} == {"cmdstat_mget"} and stats["cmdstat_mget"]["calls"] == 1
+        monkeypatch.setattr(store._current().records, "batch_size", 16)
+        users = np.random.default_rng(0).integers(-5, TOTAL + 5, 100)
+        batch = store.get_many(users)
+        assert batch.found.tolist() == [0 <= user < TOTAL for user in users.tolist()]
+        expected = build.summaries(range(TOTAL))[users.clip(0, TOTAL - 1)] * batch.found[:, None, None]
+        np.testing.assert_array_equal(batch.summary, expected)
+        assert list(store.keys()) == list(range(TOTAL))
+    assert server.command("INFO", "commandstats")["cmdstat_mget"]["calls"] == 1 + 7
+
+
+def test_readers_follow_generations_and_never_miss_in_silence(server, build):
+    url = server.url()
+    build.write_store(url)
+    with StoreReader.open(url) as first, StoreReader.open(url) as idle:
+        assert not first.reload()
+        build.write_store(url, 1, run_digest="log-2")
+        assert first.generation == 1 and first.get_many([5]).summary.max() < 100, "until it reloads"
+        assert first.reload() and first.generation == 2 and first.get_many([5]).summary.max() > 900
+        build.write_store(url, 2, run_digest="log-3")
+        assert store_at(url).numbers() == [2, 3], "two are kept"
+        batch = idle.get_many([5, 99])  # Its generation is gone, so that none of its users would be found there.
+        assert idle.generation == 3 and batch.found.tolist() == [True, False] and batch.summary.max() > 1900
+    names = [name for name in key_names(server) if b":gen-1:" in name]
+    assert names == []
+
+
+def test_a_reader_is_pickled_and_forked(server, build):
+    url = server.url()
+    build.write_store(url)
+    with StoreReader.open(url) as store:
+        with pickle.loads(pickle.dumps(store)) as copy:
+            assert copy.get_many([1]).found.all()
+        with multiprocessing.get_context("fork").Pool(2) as pool:
+            assert all(pool.map(lambda_free_read, [store] * 4))
+        failures: list[BaseException] = []
+
+        def read() -> None:
+            try:
+                for _ in range(20):
+                    assert store.get_many(range(TOTAL)).found.all()
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=read) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failures
+    store.close()
+    with pytest.raises(StoreError, match="is closed"):
+        store.get_many([1])
+
+
+def lambda_free_read(store: StoreReader) -> bool:
+    return bool(store.get_many([1, 2]).found.all())
+
+
+def test_an_unfinished_generation_is_resumed_and_another_run_starts_over(server, build, caplog):
+    url = server.url()
+    with build.open_writer(url) as writer:
+        build.put_users(writer, range(16))
+    with pytest.raises(StoreError, match="holds no published generation"):
+        StoreReader.open(url)
+    with build.open_writer(url) as writer:
+        assert (writer.generation, writer.cursor) == (1, 16)
+        with pytest.raises(StoreError, match="16 of 40 users are done"):
+            writer.publish()
+    with build.open_writer(url, run_digest="log-2") as writer:
+        assert (writer.generation, writer.cursor) == (1, 0)
+    assert "belongs to another run" in caplog.text
+    manifest = build.write_store(url, run_digest="log-2")
+    assert manifest.count == TOTAL and len(key_names(server)) == TOTAL + 7
+    with pytest.raises(ValueError, match="put_batch"), build.open_writer(url, run_digest="log-3") as writer:
+        writer.put_batch([b"ui"], [], 1)
+
+
+def test_a_store_of_another_summarizer_is_refused_and_an_older_one_found(server, build):
+    url = server.url()
+    build.write_store(url)
+    with pytest.raises(SummarizerMismatchError, match="was written by summarizer"):
+        StoreReader.open(url, summarizer_id=build.summarizer("b"))
+    build.write_store(url, summarizer_id=build.summarizer("b").hex())
+    with StoreReader.open(url, summarizer_id=build.summarizer()) as store:
+        assert store.generation == 1 and not store.reload()
+    with pytest.raises(StoreError, match="tails of 4 events, but the model reads 5"):
+        StoreReader.open(url, tail_len=5)
+    with pytest.raises(StoreError, match="without an authentication key"):
+        StoreReader.open(url, key=bytes(32))
+
+
+def test_a_store_with_states_is_refused(server, build):
+    with pytest.raises(ConfigError, match=r"keeps no states.*state=none"):
+        build.open_writer(server.url(), state_dtype="float32", state_shape=(1, 2, 3))
+
+
+def test_updates_in_place(server, build):
+    url = server.url()
+    build.write_store(url)
+    with StoreReader.open(url) as store:
+        build.update(url, range(30, 50), salt=1)
+        assert store.get_many(range(50)).found.all()
+        assert store.get_many([35]).summary.max() > 900 and store.get_many([5]).summary.max() < 100
+        assert not store.reload() and len(store) == 50
+    assert published_manifest(url).applied_segment == 1
+
+
+def test_erased_users_are_missed_at_once_and_never_come_back(server, build):
+    url = server.url()
+    build.write_store(url)
+    with StoreReader.open(url) as store, build.open_writer(url, run_digest="log-2") as writer:
+        build.put_users(writer, range(20))
+        assert erase(url, [3, 30, 99]) == 2
+        assert store.get_many([3, 30, 4]).found.tolist() == [False, False, True]
+        build.put_users(writer, range(20, 40))
+        assert writer.publish().count == TOTAL - 2
+        assert store.reload() and list(store.keys()) == [user for user in range(TOTAL) if user not in (3, 30)]
+    build.update(url, range(40), salt=1)
+    with StoreReader.open(url) as store:
+        assert not store.get_many([3, 30]).found.any() and len(store) == TOTAL - 2
+    assert not [name for name in key_names(server) if name.endswith(b"ui" + (3 + 2**63).to_bytes(8, "big"))]
+    with pytest.raises(StoreError, match="holds no store"):
+        erase(server.url("other"), [1])
+
+
+def test_an_interrupted_erasure_is_completed_by_a_publication(server, build):
+    url = server.url()
+    build.write_store(url)
+    with build.open_writer(url, run_digest="log-2") as writer:
+        build.put_users(writer, range(40))
+        store_at(url).tombstones.add(build.records_of(range(5, 6), writer.spec)[0])  # and then it was killed
+        assert writer.publish().count == TOTAL - 1
+
+
+def test_one_writer_at_a_time(server, build, monkeypatch):
+    url = server.url()
+    with build.open_writer(url) as writer:
+        build.put_users(writer, range(16))
+        with pytest.raises(StoreLockedError, match=r"is being written by process \d+ on "):
+            build.open_writer(url)
+        writer._store._lock._stopped.set()  # The holder is killed, so nobody renews its lock.
+        with build.open_writer(url) as second:
+            assert second.cursor == 16
+            with pytest.raises(StoreLockedError, match="has taken over"):
+                build.put_users(writer, range(16, 32))
+            with pytest.raises(StoreLockedError, match="has taken over"):
+                writer._store.remove(1)
+            build.put_users(second, range(16, 40))
+            assert second.publish().count == TOTAL
+        with pytest.raises(StoreWriteError, match="the lock expired, or the server lost"):
+            build.put_users(writer, range(16, 32))
+    assert published_manifest(url).count == TOTAL
+
+
+def test_a_lock_is_renewed_while_its_holder_computes(server):
+    url = StoreUrl.parse(server.url())
+    lock = ServerLock(RemoteStore.connect(url).server, b"{mine}:writer")
+    lock.acquire()
+    for _ in range(20):
+        assert 0 < int(server.command("PTTL", "{mine}:writer")) <= 1500
+        threading.Event().wait(0.1)
+    lock.release()
+    assert server.command("EXISTS", "{mine}:writer") == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("SET", "{mine}:CURRENT", "gen-7"), "CURRENT holds 'gen-7' instead of the name"),
+        (("SET", "{mine}:gen-1:!manifest", "x"), "the manifest is corrupt"),
+        (("DEL", "{mine}:gen-1:!complete"), "gen-1 was never finished"),
+        (("DEL", "{mine}:CURRENT"), "holds no published generation"),
+        (("SADD", "{mine}:CURRENT2", "x"), None),
+        (("DEL", "{mine}:CURRENT2"), None),
+    ],
+)
+def test_damage_is_named(server, build, change, message):
+    build.write_store(server.url())
+    server.command(*change)
+    if message is None:
+        StoreReader.open(server.url()).close()
+        return
+    with pytest.raises(StoreError, match=message):
+        StoreReader.open(server.url())
+
+
+def test_a_damaged_or_lost_record_is_named(server, build):
+    url = server.url()
+    build.write_store(url)
+    name = b"{mine}:gen-1:ui" + (5 + 2**63).to_bytes(8, "big")
+    server.command("SETRANGE", name, 140, b"\xff\xfe")
+    with StoreReader.open(url) as store:
+        with pytest.raises(RecordError, match="user 5"):
+            store.get_many([4, 5])
+        assert store.get_many([4, 6]).found.all()
+        server.command("DEL", name)
+        with pytest.raises(RecordError, match="lists user 5, but the server has lost the record"):
+            list(store._current().raw_batches())
+
+
+def test_stores_of_two_names_and_databases_do_not_meet(server, build):
+    build.write_store(server.url("one"))
+    build.write_store(server.url("1/one"), 1)
+    with StoreReader.open(server.url("one")) as first, StoreReader.open(server.url("1/one")) as second:
+        assert first.get_many([5]).summary.max() < 100 < second.get_many([5]).summary.max()
+    with pytest.raises(StoreError, match="holds no published generation"):
+        StoreReader.open(server.url("two"))
+
+
+def test_functions_on_folders_refuse_a_url(tmp_path: Path) -> None:
+    from vista.store.admin.store_compaction import compact_store
+
+    with pytest.raises(StoreError, match=r"redis://host:6379/mine is a remote store.*vista store copy"):
+        compact_store("redis://user:secret@host/mine")
+
+
+def test_a_generation_of_the_writer_is_what_its_manifest_says(server, build):
+    url = server.url()
+    with build.open_writer(url) as writer:
+        assert isinstance(writer, StoreWriter) and isinstance(writer.manifest, Manifest)
+        build.put_users(writer, range(40))
+        server.command("DEL", b"{mine}:gen-1:ui" + (5 + 2**63).to_bytes(8, "big"))
+        with pytest.raises(RecordError, match="user 5"):
+            writer.publish()

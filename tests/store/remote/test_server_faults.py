@@ -1,0 +1,284 @@
+"""Servers that fail: typed errors within a bounded time, no wrong byte, and the previous generation in service."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from tests.store.remote.valkey_server import Proxy
+from vista.errors import StoreError, StoreLockedError, StoreUnavailableError, StoreWriteError
+from vista.store import StoreReader
+from vista.store.layout import pointer_to
+from vista.store.manifest import Manifest
+from vista.store.reader import published_manifest
+
+TOTAL = 40
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    begin = time.monotonic()
+    yield
+    assert time.monotonic() - begin < seconds
+
+
+def served(url: str) -> int:
+    """Salt of the run whose records are served; all of them must be of this run."""
+    with StoreReader.open(url) as store:
+        batch = store.get_many(range(TOTAL))
+        assert batch.found.all()
+        salts = np.rint((batch.summary[:, 0, 0] - np.arange(TOTAL)) / 1000)
+        assert len(set(salts.tolist())) == 1, salts
+        return int(salts[0])
+
+
+def test_a_server_that_cannot_be_reached(start_server):
+    server = start_server()
+    server.kill()
+    with within(5), pytest.raises(StoreUnavailableError, match=r"127\.0\.0\.1:\d+/mine: the server cannot be reached"):
+        StoreReader.open(server.url(user=":secret@"))
+    with within(8), pytest.raises(StoreUnavailableError):
+        StoreReader.open("redis://store.invalid/mine")
+
+
+def test_a_server_that_does_not_answer(proxy, build, server):
+    build.write_store(server.url())
+    with StoreReader.open(proxy.url(options="?timeout_s=0.3")) as store:
+        proxy.silent = True
+        with within(3), pytest.raises(StoreUnavailableError, match=r"did not answer within 0\.3 s"):
+            store.get_many([1])
+        proxy.silent = False
+        assert store.get_many([1, 99]).found.tolist() == [True, False], "and works again without being opened again"
+
+
+@pytest.mark.parametrize(
+    "greeting", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"220 mail ready\r\n", b"$x\r\n", b"\0\1\2\r\n"]
+)
+def test_another_protocol_on_the_port(greeting):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            while True:
+                try:
+                    client, _ = listener.accept()
+                    with client:
+                        client.recv(1000)
+                        client.sendall(greeting)
+                        client.recv(1000)
+                except OSError:
+                    return
+
+        threading.Thread(target=answer, daemon=True).start()
+        url = f"redis://127.0.0.1:{listener.getsockname()[1]}/mine?timeout_s=1"
+        with within(6), pytest.raises(StoreError, match=r"not a Valkey or Redis server|cannot be reached"):
+            StoreReader.open(url)
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def test_passwords(start_server, build, monkeypatch, caplog):
+    server = start_server("--requirepass", "hunter2")
+    with pytest.raises(StoreError, match=r"refuses the user or the password.*VISTA_REDIS_PASSWORD"):
+        StoreReader.open(server.url())
+    with pytest.raises(StoreError, match="refuses the user or the password") as caught:
+        StoreReader.open(server.url(user=":wrong-one@"))
+    assert "wrong-one" not in f"{caught.value!r} {caught.value.__cause__!r}"
+    build.write_store(server.url(user=":hunter2@"))
+    monkeypatch.setenv("VISTA_REDIS_PASSWORD", "hunter2")
+    with StoreReader.open(server.url()) as store:
+        assert store.get_many([1]).found.all() and "hunter2" not in f"{store.path} {store.path!r} {caplog.text}"
+
+
+def test_tls(start_server, build, tmp_path, monkeypatch):
+    words = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost".split()  # noqa: SIM905
+    names = ["-addext", "subjectAltName=DNS:localhost", "-keyout", tmp_path / "key", "-out", tmp_path / "certificate"]
+    try:
+        subprocess.run(["openssl", *words, *names], check=True, capture_output=True)
+    except FileNotFoundError:
+        pytest.skip("needs openssl")
+    files = ["--tls-cert-file", tmp_path / "certificate", "--tls-key-file", tmp_path / "key"]
+    server = start_server("--tls-auth-clients", "no", *map(str, files))
+    port = server.port + 1 if server.port < 65535 else server.port - 1
+    server.command("CONFIG", "SET", "tls-port", port)
+    url = f"rediss://localhost:{port}/mine"
+    with pytest.raises(StoreUnavailableError, match=r"cannot be reached.*certificate"):
+        StoreReader.open(url)
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "certificate"))
+    build.write_store(url, 1)
+    assert served(url) == 1 == served(server.url())
+    with pytest.raises(StoreUnavailableError, match=r"did not answer within 0\.3 s.*TLS"):
+        StoreReader.open(f"rediss://localhost:{server.port}/mine?timeout_s=0.3")
+
+
+def test_a_reply_that_is_cut(server, proxy, build):
+    """A request repeats once over a new connection; if that is cut too, it fails, and no byte of either is served."""
+    build.write_store(server.url(), codec="float32")
+    with StoreReader.open(proxy.url()) as store:
+        proxy.cuts = [(0, 1000)]
+        np.testing.assert_array_equal(store.get_many(range(TOTAL)).summary, build.summaries(range(TOTAL)))
+        assert not proxy.cuts
+        for size in (1, 20, 1000, 5000):
+            proxy.cuts = [(0, size)] * 2
+            with within(5), pytest.raises(StoreUnavailableError, match="closed the connection"):
+                store.get_many(range(TOTAL))
+            np.testing.assert_array_equal(store.get_many(range(TOTAL)).summary, build.summaries(range(TOTAL)))
+
+
+@pytest.mark.parametrize("replies", range(0, 60, 6))
+def test_a_writer_whose_connection_is_cut_can_resume(server, proxy, build, replies):
+    """Wherever the connection breaks, the same run resumes and nothing is written twice or lost."""
+    build.write_store(server.url())
+    proxy.cuts = [(replies, 0), (0, 0)]
+    try:
+        build.write_store(proxy.url(), 1, batch=8, run_digest="log-2")
+        assert not proxy.cuts, "the run was over before the cut"
+    except StoreError as error:
+        assert isinstance(error, StoreUnavailableError | StoreWriteError | StoreLockedError), error
+        assert served(server.url()) in (0, 1)
+    proxy.cuts = []
+    assert build.write_store(proxy.url(), 1, batch=8, run_digest="log-2").count == TOTAL
+    assert served(server.url()) == 1
+
+
+def test_a_server_that_is_killed_and_restarted_during_a_refresh(server, build):
+    url = server.url()
+    build.write_store(url)
+    reader = StoreReader.open(url)
+    with build.open_writer(url, run_digest="log-2") as writer:
+        build.put_users(writer, range(16), 1)
+        server.kill()
+        with within(5), pytest.raises(StoreUnavailableError):
+            reader.get_many([1])
+        with within(5), pytest.raises(StoreUnavailableError):
+            build.put_users(writer, range(16, 32), 1)
+        server.start()
+        assert reader.get_many(range(TOTAL)).found.all() and reader.generation == 1
+    with build.open_writer(url, run_digest="log-2") as writer:
+        assert writer.cursor == 16
+    assert build.write_store(url, 1, run_digest="log-2").count == TOTAL
+    assert reader.reload() and served(url) == 1
+    reader.close()
+
+
+def test_a_writer_notices_that_the_server_lost_its_last_batches(start_server, build):
+    """As after a restart without a recent snapshot: what is missing would otherwise never be written."""
+    server = start_server()
+    url = server.url()
+    build.write_store(url)
+    with build.open_writer(url, run_digest="log-2") as writer:
+        build.put_users(writer, range(16), 1)
+        server.command("SAVE")
+        build.put_users(writer, range(16, 32), 1)
+        server.kill()
+        server.start()
+        with pytest.raises(StoreWriteError, match=r"the server lost some of the last writes.*rerun the command"):
+            build.put_users(writer, range(32, 40), 1)
+        assert served(url) == 0
+    with build.open_writer(url, run_digest="log-2") as writer:
+        assert writer.cursor == 16
+    assert build.write_store(url, 1, run_digest="log-2").count == TOTAL and served(url) == 1
+
+
+def test_a_server_without_memory_keeps_serving_the_previous_generation(start_server, build):
+    server = start_server()
+    url = server.url()
+    build.write_store(url)
+    with build.open_writer(url, run_digest="log-2") as writer:
+        build.put_users(writer, range(16), 1)
+        server.command("CONFIG", "SET", "maxmemory", 100_000)
+        with pytest.raises(StoreWriteError, match=r"no memory left \(maxmemory\).*raise maxmemory"):
+            build.put_users(writer, range(16, 32), 1)
+        assert served(url) == 0
+    with pytest.raises(StoreWriteError, match="no memory left"):
+        build.open_writer(url, run_digest="log-2")
+    server.command("CONFIG", "SET", "maxmemory", 0)
+    assert build.write_store(url, 1, run_digest="log-2").count == TOTAL and served(url) == 1
+
+
+def test_a_server_that_evicts_records_is_refused(start_server, build):
+    server = start_server("--maxmemory", "50mb", "--maxmemory-policy", "allkeys-lru")
+    for use in (StoreReader.open, build.write_store):
+        with pytest.raises(StoreError, match=r"evicts records .*allkeys-lru.*set maxmemory-policy to noeviction"):
+            use(server.url())
+
+
+def replicated(primary: object, replica: object) -> None:
+    """Wait until a replica has everything."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        theirs, ours = (each.command("INFO", "replication") for each in (primary, replica))  # type: ignore[attr-defined]
+        if ours.get("master_link_status") == "up" and ours["slave_repl_offset"] >= theirs["master_repl_offset"]:
+            return
+        time.sleep(0.05)
+    pytest.fail("the replica does not follow")
+
+
+@pytest.fixture
+def pair(start_server):
+    """A primary and its replica."""
+    primary, replica = start_server("--repl-diskless-sync-delay", "0"), start_server()
+    replica.command("REPLICAOF", "127.0.0.1", primary.port)
+    replicated(primary, replica)
+    return primary, replica
+
+
+def test_a_replica_that_lags_serves_an_older_generation_wholly(pair, build):
+    primary, replica = pair
+    build.write_store(primary.url())
+    replicated(primary, replica)
+    replica.process.send_signal(signal.SIGSTOP)
+    build.write_store(primary.url(), 1, run_digest="log-2")
+    build.write_store(primary.url(), 2, run_digest="log-3")
+    replica.process.send_signal(signal.SIGCONT)
+    seen = []
+    while not seen or seen[-1] < 2:
+        seen.append(served(replica.url()))  # asserts that all records are of one run
+    assert seen == sorted(seen)
+    with pytest.raises(StoreWriteError, match="is a read-only replica; write to its primary"):
+        build.open_writer(replica.url())
+
+
+def test_a_replica_that_has_a_part_of_a_generation_refuses_it(start_server, build):
+    """CURRENT and some records are there, but not all of the generation: no user is taken for missing."""
+    server = start_server()
+    with build.open_writer(server.url()) as writer:
+        build.put_users(writer, range(16))
+    server.command("SET", "{mine}:CURRENT", pointer_to(1))
+    with pytest.raises(StoreError, match="gen-1 was never finished"):
+        StoreReader.open(server.url())
+    server.command("SET", "{mine}:CURRENT", pointer_to(2))
+    with pytest.raises(StoreError, match="has no gen-2; existing generations: gen-1"):
+        StoreReader.open(server.url())
+
+
+def test_failover_to_a_replica_that_lacks_the_last_batches(pair, build):
+    """The replica is promoted while a writer is at work; the address, here a proxy's, moves to it."""
+    primary, replica = pair
+    build.write_store(primary.url())
+    address = Proxy(primary.port)
+    try:
+        with build.open_writer(address.url(), run_digest="log-2") as writer:
+            build.put_users(writer, range(16), 1)
+            replicated(primary, replica)
+            replica.command("REPLICAOF", "NO", "ONE")
+            build.put_users(writer, range(16, 32), 1)  # acknowledged by the primary, but the replica never gets it
+            primary.kill()
+            address.server_port = replica.port
+            with pytest.raises((StoreWriteError, StoreUnavailableError)) as caught:
+                build.put_users(writer, range(32, 40), 1)
+            if isinstance(caught.value, StoreUnavailableError):
+                with pytest.raises(StoreWriteError, match="a failover"):
+                    build.put_users(writer, range(32, 40), 1)
+        assert served(address.url()) == 0
+        manifest = build.write_store(address.url(), 1, run_digest="log-2")
+        assert isinstance(manifest, Manifest) and manifest.count == TOTAL
+        assert served(replica.url()) == 1 and published_manifest(replica.url()) == manifest
+    finally:
+        address.close()

@@ -1,0 +1,241 @@
+"""One generation on a server, open for writing (`vista.store.backend.WritableGeneration`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from vista.errors import StoreWriteError
+from vista.store.backend import ErasedUsers, FoundStates
+from vista.store.format.record import check_records
+from vista.store.format.record_spec import HEADER_BYTES, RecordSpec
+from vista.store.format.state_record import StateSpec
+from vista.store.layout import pointer_to
+from vista.store.manifest import Manifest, parse_cursor
+from vista.store.remote.remote_records import BATCH_BYTES, RemoteRecords
+from vista.store.remote.remote_store import RemoteStore
+from vista.store.remote.server_connection import Command
+from vista.store.remote.server_lock import ServerLock
+from vista.store.tally import Tally
+
+Plan = tuple[Manifest, list[Command], int]
+"""The manifest after a write, its other commands, and a number to return."""
+
+
+class GenerationOnServer:
+    """Every write is one atomic change of records, the list of users, and the manifest, so that all three always agree.
+
+    Args:
+        lock: of the writer; None for an erasure, which works beside a writer.
+    """
+
+    def __init__(self, store: RemoteStore, number: int, lock: ServerLock | None) -> None:
+        self.names = store.names.generation(number)
+        self._store = store
+        self._server = store.server
+        self._number = number
+        self._lock = lock
+        self.manifest = self.read_manifest()
+        self.records = RemoteRecords(self._server, self.names, self.manifest, None)
+
+    @classmethod
+    def create(cls, store: RemoteStore, manifest: Manifest, lock: ServerLock) -> GenerationOnServer:
+        """Make an empty generation."""
+        names = store.names.generation(manifest.generation)
+
+        def plan() -> tuple[list[Command], None]:
+            lock.require(store.server.command("GET", lock.name))
+            return [
+                ("SADD", store.names.generations, manifest.generation),
+                ("SET", names.manifest, manifest.to_bytes()),
+                ("SET", names.cursor, 0),
+                lock.next_write(),
+            ], None
+
+        store.server.change([lock.name], plan)
+        lock.wrote()
+        return cls(store, manifest.generation, lock)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all its records are written and checked."""
+        return bool(self._server.command("EXISTS", self.names.complete))
+
+    def put(
+        self,
+        erased_users: ErasedUsers,
+        keys: Sequence[bytes],
+        records: Sequence[bytes],
+        states: Sequence[bytes],
+        meta: Mapping[bytes, bytes],
+    ) -> int:
+        """Add or replace users without the erased ones, in bounded parts; the last part also puts `meta`.
+
+        Args:
+            erased_users: of this store.
+            keys: N user keys.
+            records: N records.
+            states: none, because a store on a server keeps no states.
+            meta: further keys of the generation and their values.
+
+        Returns:
+            How many users were written.
+        """
+        if states:
+            raise ValueError(f"states: {self._store.url} keeps no states, got {len(states)}")
+        parts = _parts(keys, records) or [(keys, records)]
+        return sum(
+            self._put(part_keys, part_records, meta if place == len(parts) else {})
+            for place, (part_keys, part_records) in enumerate(parts, start=1)
+        )
+
+    def remove(self, keys: Sequence[bytes]) -> int:
+        """Remove users; returns how many had a record."""
+        size = self.records.batch_size
+        return sum(self._remove(keys[first : first + size]) for first in range(0, len(keys), size))
+
+    def remove_states(self, keys: Sequence[bytes]) -> None:
+        """Nothing to remove."""
+
+    def remove_erased(self) -> int:
+        """Remove erased users who still have a record, because their erasure was interrupted; returns how many."""
+        if not len(self._store.tombstones):
+            return 0
+        count = 0
+        for keys in self.key_batches():
+            erased = self._store.tombstones.erased(keys)
+            count += self.remove([key for key, gone in zip(keys, erased, strict=True) if gone])
+        return count
+
+    def put_manifest(self, change: Callable[[Manifest], Manifest]) -> None:
+        """Change the manifest."""
+        self._write([], lambda manifest: (change(manifest), [], 0))
+
+    def mark_complete(self, wanted: Manifest, num_erased: int, *, publish: bool) -> bool:
+        """Let readers open the generation once CURRENT names it, and make CURRENT name it with `publish`, atomically.
+
+        Args:
+            wanted: what the manifest must be now, because the records were compared with it.
+            num_erased: number of erased users that the records were checked for.
+            publish: change CURRENT too.
+
+        Returns:
+            False if users were erased meanwhile; nothing is changed then.
+        """
+
+        def plan(manifest: Manifest) -> Plan:
+            if manifest != wanted or len(self._store.tombstones) != num_erased:
+                return manifest, [], 0
+            pointer = pointer_to(self._number)
+            commands: list[Command] = [("SET", self.names.complete, secrets.token_hex(8))] if not self.complete else []
+            if self._store.last_complete() < self._number:
+                commands.append(("SET", self._store.names.last, pointer))
+            if publish:
+                commands.append(("SET", self._store.names.current, pointer))
+            return dataclasses.replace(manifest, refreshed_at=manifest.refreshed_at or manifest.created_at), commands, 1
+
+        return bool(self._write([self._store.tombstones.name], plan))
+
+    def headers(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """Header of each user's record; None without a record."""
+        replies = self._server.pipeline([self._header(key) for key in keys]) if keys else []
+        return [reply or None for reply in replies]
+
+    def key_batches(self) -> Iterator[list[bytes]]:
+        """Keys of all users in ascending order."""
+        return self.records.key_batches()
+
+    def states(self, keys: Sequence[bytes], spec: StateSpec) -> FoundStates | None:
+        """None: a store on a server keeps no states."""
+        return None
+
+    def tally(self, spec: RecordSpec) -> Tally:
+        """Check and count all records.
+
+        Raises:
+            RecordError: a record is corrupt or lost; the message names the user.
+        """
+        tally = Tally()
+        for keys, records in self.records.batches():
+            check_records(records, keys, spec)
+            tally.add(keys, records)
+        return tally
+
+    def read_manifest(self) -> Manifest:
+        """The manifest as it is stored now."""
+        return self._parsed(self._server.command("GET", self.names.manifest))
+
+    def read_cursor(self) -> int:
+        """Users done, in the run's fixed order."""
+        value = self._server.command("GET", self.names.cursor)
+        return parse_cursor(value or b"0", self.manifest, self._store.url)
+
+    def _put(self, keys: Sequence[bytes], records: Sequence[bytes], meta: Mapping[bytes, bytes]) -> int:
+        def plan(manifest: Manifest) -> Plan:
+            erased = self._store.tombstones.erased(keys)
+            remaining = [place for place, gone in enumerate(erased) if not gone]
+            put_keys, put_records = [keys[place] for place in remaining], [records[place] for place in remaining]
+            old = [header for header in self.headers(put_keys) if header is not None]
+            commands: list[Command] = [("SET", self.names.prefix + key, value) for key, value in meta.items()]
+            if put_keys:
+                pairs = zip(put_keys, put_records, strict=True)
+                commands += [
+                    ("MSET", *(part for key, record in pairs for part in (self.names.record(key), record))),
+                    ("ZADD", self.names.users, *(part for key in put_keys for part in (0, key))),
+                ]
+            return manifest.with_records(old, put_keys, put_records), commands, len(put_keys)
+
+        return self._write([self._store.tombstones.name], plan)
+
+    def _remove(self, keys: Sequence[bytes]) -> int:
+        def plan(manifest: Manifest) -> Plan:
+            old = [header for header in self.headers(keys) if header is not None]
+            commands: list[Command] = [
+                ("UNLINK", *map(self.names.record, keys)),
+                ("ZREM", self.names.users, *keys),
+            ]
+            return manifest.with_records(old, [], []), commands, len(old)
+
+        return self._write([], plan) if keys else 0
+
+    def _write(self, watched: list[bytes], plan: Callable[[Manifest], Plan]) -> int:
+        """Change the manifest and other keys atomically, under the lock if this is its holder."""
+        lock = self._lock
+
+        def planned() -> tuple[list[Command], tuple[Manifest, int]]:
+            if lock is not None:
+                lock.require(self._server.command("GET", lock.name))
+            before = self.read_manifest()
+            manifest, commands, count = plan(before)
+            counted = [] if lock is None else [lock.next_write()]
+            return [*commands, ("SET", self.names.manifest, manifest.to_bytes()), *counted], (manifest, count)
+
+        keys = [self.names.manifest, *watched, *([] if lock is None else [lock.name])]
+        self.manifest, count = self._server.change(keys, planned)
+        if lock is not None:
+            lock.wrote()
+        return count
+
+    def _header(self, key: bytes) -> Command:
+        return "GETRANGE", self.names.record(key), 0, HEADER_BYTES - 1
+
+    def _parsed(self, value: bytes | None) -> Manifest:
+        if value is None:
+            raise StoreWriteError(
+                f"{self._store.url}: gen-{self._number} is missing: another writer removed it, or the server lost it; "
+                "rerun the command"
+            )
+        return self._store.parsed(value, self._number)
+
+
+def _parts(keys: Sequence[bytes], records: Sequence[bytes]) -> list[tuple[Sequence[bytes], Sequence[bytes]]]:
+    """The records in parts of about BATCH_BYTES, each of at least one record."""
+    bounds, size = [0], 0
+    for place, record in enumerate(records):
+        if size and size + len(record) > BATCH_BYTES:
+            bounds.append(place)
+            size = 0
+        size += len(record)
+    ends = [*bounds[1:], len(records)]
+    return [(keys[first:end], records[first:end]) for first, end in zip(bounds, ends, strict=True) if end > first]

@@ -1,0 +1,176 @@
+"""A store on a server whose one writer is this process (`vista.store.backend.WritableStore`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Collection
+
+from vista.errors import ConfigError, StoreBusyError, StoreError
+from vista.store.format.record_spec import RecordSpec
+from vista.store.layout import pointer_to
+from vista.store.manifest import Manifest
+from vista.store.remote.generation_on_server import GenerationOnServer
+from vista.store.remote.remote_store import RemoteStore
+from vista.store.remote.remote_tombstones import RemoteTombstones
+from vista.store.remote.server_connection import Command
+from vista.store.remote.server_lock import ServerLock
+from vista.store.remote.store_url import StoreUrl
+
+_CHECKS_BESIDE_ERASURES = 5
+_REMOVED_AT_ONCE = 1000
+
+logger = logging.getLogger(__name__)
+
+
+class LockedServer:
+    """From `lock` to `release`. After a kill, the lock expires within seconds, and the next writer resumes."""
+
+    def __init__(self, store: RemoteStore, lock: ServerLock) -> None:
+        self.path = store.url
+        self.store = store
+        self._lock = lock
+        self._published = 0
+        self._generation: GenerationOnServer | None = None
+
+    @classmethod
+    def lock(cls, url: StoreUrl) -> LockedServer:
+        """Become the one writer.
+
+        Raises:
+            StoreLockedError: another writer holds the store; the message has its host and process.
+            StoreError: the server cannot be used; the message has the remedy.
+        """
+        store = RemoteStore.connect(url)
+        lock = ServerLock(store.server, store.names.writer)
+        lock.acquire()
+        locked = cls(store, lock)
+        try:
+            locked._remove_leftovers()
+            return locked
+        except BaseException:
+            locked.release()
+            raise
+
+    @property
+    def erased_users(self) -> RemoteTombstones:
+        """The store's tombstones."""
+        return self.store.tombstones
+
+    def start(self, wanted: Manifest) -> GenerationOnServer:
+        """Resume the newest unfinished generation if it has the wanted identity; otherwise start a new one.
+
+        Raises:
+            ConfigError: `wanted` keeps states.
+        """
+        if wanted.state_spec() is not None:
+            raise ConfigError(f"{self.path}: a store on a server keeps no states; leave them out with state=none")
+        self._published = self.store.published_or_none() or 0
+        for number in reversed([number for number in self.store.numbers() if number > self._published]):
+            generation = GenerationOnServer(self.store, number, self._lock)
+            if generation.manifest.identity() == wanted.identity():
+                self._generation = generation
+                return generation
+            logger.warning(
+                "%s: the unfinished gen-%d belongs to another run; it is removed, and a new one starts",
+                self.path, number,
+            )  # fmt: skip
+            self.remove(number)
+        manifest = dataclasses.replace(wanted, generation=self.store.next_number())
+        self._generation = GenerationOnServer.create(self.store, manifest, self._lock)
+        return self._generation
+
+    def published(self) -> GenerationOnServer:
+        """Open the published generation, to write it in place."""
+        return self.open(self.store.current())
+
+    def open(self, number: int) -> GenerationOnServer:
+        """Open a generation for writing."""
+        return GenerationOnServer(self.store, number, self._lock)
+
+    def publish(self, spec: RecordSpec, wait_s: float) -> Manifest:
+        """Check every record, publish the generation, and remove all others except the one published before.
+
+        Args:
+            spec: what each record must hold.
+            wait_s: not used: nobody waits for erasures here.
+
+        Raises:
+            StoreBusyError: erasures follow one another without a pause; the generation stays.
+            StoreWriteError, StoreUnavailableError: the generation stays, and the same run can resume.
+            StoreError: the count or a record is wrong; the generation is removed.
+        """
+        assert self._generation is not None
+        manifest = self.finish(self._generation, spec, publish=True)
+        self.remove_others((manifest.generation, self._published))
+        return manifest
+
+    def finish(self, generation: GenerationOnServer, spec: RecordSpec, *, publish: bool) -> Manifest:
+        """Check every record of a generation and mark it as complete; with `publish`, CURRENT then names it.
+
+        Raises:
+            StoreError: as of `publish`.
+        """
+        for _ in range(_CHECKS_BESIDE_ERASURES):
+            num_erased = len(self.store.tombstones)
+            generation.remove_erased()
+            manifest, tally = generation.read_manifest(), generation.tally(spec)
+            agrees = (manifest.count, manifest.records_digest) == (tally.count, tally.records_digest)
+            if agrees and generation.mark_complete(manifest, num_erased, publish=publish):
+                return generation.manifest
+            if not agrees and generation.read_manifest() == manifest:
+                self.remove(manifest.generation)
+                raise StoreError(
+                    f"{self.path}: gen-{manifest.generation} holds {tally.count} records, but {manifest.count} "
+                    "records, or other ones, were written. It was removed, and CURRENT is unchanged; check whether "
+                    "others write to its keys, then rerun the command"
+                )
+        raise StoreBusyError(f"{self.path}: users are being erased without a pause; rerun the command to resume")
+
+    def remove_others(self, keep: Collection[int]) -> None:
+        """Remove all generations except those in `keep`, in short commands, as readers may use the server meanwhile."""
+        for number in self.store.numbers():
+            if number not in keep:
+                logger.info("%s: removing gen-%d", self.path, number)
+                self.remove(number)
+
+    def remove(self, number: int) -> None:
+        """Remove a generation. Readers that use it see first that it is gone, and do not take its users for missing."""
+        names = self.store.names.generation(number)
+        self._change(lambda: [("DEL", names.manifest, names.complete, names.cursor)])
+
+        def some_records() -> list[Command]:
+            keys = self.store.server.command("ZRANGE", names.users, 0, _REMOVED_AT_ONCE - 1)
+            if not keys:
+                return [("SREM", self.store.names.generations, number)]
+            return [("UNLINK", *map(names.record, keys)), ("ZREM", names.users, *keys)]
+
+        while number in self.store.numbers():
+            self._change(some_records)
+
+    def publish_existing(self, number: int) -> None:
+        """Make CURRENT name a complete generation that is there already."""
+        pointer = pointer_to(number)
+        self._change(lambda: [("SET", self.store.names.current, pointer)])
+
+    def _change(self, plan: Callable[[], list[Command]]) -> None:
+        """Run commands atomically, if this process still holds the lock."""
+        server, lock = self.store.server, self._lock
+
+        def planned() -> tuple[list[Command], None]:
+            lock.require(server.command("GET", lock.name))
+            return [*plan(), lock.next_write()], None
+
+        server.change([lock.name], planned)
+        lock.wrote()
+
+    def release(self) -> None:
+        """Let other writers in; an unpublished generation stays for the next run of the same refresh."""
+        self._lock.release()
+        self.store.close()
+
+    def _remove_leftovers(self) -> None:
+        """Remove the generations whose removal a killed writer did not end."""
+        for number in self.store.numbers():
+            if not self.store.server.command("EXISTS", self.store.names.generation(number).manifest):
+                self.remove(number)

@@ -1,0 +1,76 @@
+"""One complete generation on a server, open for reading."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from vista.arrays import Int
+from vista.store.backend import FoundStates, OpenGeneration
+from vista.store.batch_assembly import present_records
+from vista.store.format.record import RawRecords, check_records
+from vista.store.format.record_spec import RecordSpec
+from vista.store.manifest import Manifest
+from vista.store.remote.remote_records import RemoteRecords
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteGeneration:
+    """See `vista.store.backend.OpenGeneration`. Its connections belong to the store, so there is nothing to release."""
+
+    records: RemoteRecords
+    manifest: Manifest
+    spec: RecordSpec
+    read_current: Callable[[], tuple[int, Manifest, bytes]]
+    """Number, manifest and stamp of the published generation."""
+
+    def read(self, keys: list[bytes]) -> list[tuple[Int, RawRecords]]:
+        """Positions of the keys that have a record, and the records, in a part per round trip."""
+        size = self.records.batch_size
+        return [
+            present_records(self.records.get(part), part, first, self.spec)
+            for first in range(0, max(len(keys), 1), size)
+            for part in [keys[first : first + size]]
+        ]
+
+    def key_batches(self) -> Iterator[list[bytes]]:
+        """Keys of all users in ascending order."""
+        return self.records.key_batches()
+
+    def raw_batches(self, after: bytes = b"") -> Iterator[tuple[list[bytes], list[bytes]]]:
+        """Keys beyond `after` and their unchecked records, ascending."""
+        return self.records.batches(after)
+
+    def batches(self, after: bytes = b"") -> Iterator[tuple[list[bytes], list[bytes]]]:
+        """As `raw_batches`, with every record checked.
+
+        Raises:
+            RecordError: a record is corrupt or lost; the message names the user.
+        """
+        for keys, records in self.raw_batches(after):
+            check_records(records, keys, self.spec)
+            yield keys, records
+
+    def states(self, keys: Sequence[bytes]) -> FoundStates | None:
+        """None: a store on a server keeps no states."""
+        return None
+
+    def is_same(self, other: OpenGeneration) -> bool:
+        """Whether both hold the same records."""
+        return isinstance(other, RemoteGeneration) and other.records.stamp == self.records.stamp
+
+    def is_published(self) -> bool:
+        """Whether CURRENT names this generation."""
+        return self.read_current()[2] == self.records.stamp
+
+    def reread(self) -> RemoteGeneration:
+        """The same generation with the manifest as an incremental refresh has left it."""
+        _, manifest, stamp = self.read_current()
+        return dataclasses.replace(self, manifest=manifest) if stamp == self.records.stamp else self
+
+    def reopen(self) -> None:
+        """Nothing to do: the client opens new connections after a fork."""
+
+    def release(self) -> None:
+        """Nothing to do."""

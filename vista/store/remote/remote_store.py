@@ -1,0 +1,115 @@
+"""A store on a Valkey or Redis server: its generations, CURRENT, and tombstones."""
+
+from __future__ import annotations
+
+from vista.errors import StoreError, UnfinishedError
+from vista.store.layout import parse_pointer
+from vista.store.manifest import Manifest
+from vista.store.remote.key_names import KeyNames
+from vista.store.remote.remote_generation import RemoteGeneration
+from vista.store.remote.remote_records import RemoteRecords
+from vista.store.remote.remote_tombstones import RemoteTombstones
+from vista.store.remote.server_connection import ServerConnection
+from vista.store.remote.store_url import StoreUrl
+
+
+class RemoteStore:
+    """One store on a server (`vista.store.backend.Generations`)."""
+
+    def __init__(self, server: ServerConnection) -> None:
+        self.server = server
+        self.url = server.url
+        self.names = KeyNames(server.url.name)
+        self.tombstones = RemoteTombstones(server, self.names.tombstones)
+
+    @classmethod
+    def connect(cls, url: StoreUrl) -> RemoteStore:
+        """Connect to the server; errors as of `ServerConnection.check` and `command`."""
+        server = ServerConnection(url)
+        server.check()
+        return cls(server)
+
+    def current(self) -> int:
+        """Number of the published generation.
+
+        Raises:
+            StoreError: nothing is published, or CURRENT is damaged.
+        """
+        value = self.server.command("GET", self.names.current)
+        if value is None:
+            raise StoreError(
+                f"{self.url} holds no published generation; check the store's name, or run `vista refresh "
+                f"store={self.url}` or `vista store copy to={self.url}` first"
+            )
+        return self._pointer(value, "CURRENT")
+
+    def published_or_none(self) -> int | None:
+        """Like `current`, but None if nothing is published."""
+        value = self.server.command("GET", self.names.current)
+        return None if value is None else self._pointer(value, "CURRENT")
+
+    def last_complete(self) -> int:
+        """The highest generation number that was ever complete; 0 if there was none."""
+        value = self.server.command("GET", self.names.last)
+        return 0 if value is None else self._pointer(value, "LAST")
+
+    def numbers(self) -> list[int]:
+        """Numbers of all generations, finished or not, ascending."""
+        return sorted(map(int, self.server.command("SMEMBERS", self.names.generations)))
+
+    def next_number(self, least: int = 1) -> int:
+        """A generation number above all existing ones, above all that were ever complete, and not below `least`."""
+        return max(least, 1 + max([self.last_complete(), *self.numbers()]))
+
+    def manifest(self, number: int) -> Manifest:
+        """Manifest of a complete generation; no key is needed."""
+        return self._complete(number)[0]
+
+    def open(self, number: int, key: bytes | None) -> RemoteGeneration:
+        """Open a complete generation.
+
+        Raises:
+            StoreError: missing, unfinished, damaged, or of another key.
+        """
+        manifest, stamp = self._complete(number)
+        records = RemoteRecords(self.server, self.names.generation(number), manifest, stamp)
+        return RemoteGeneration(records, manifest, manifest.spec(key), self._current_and_stamp)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self.server.close()
+
+    def _current_and_stamp(self) -> tuple[int, Manifest, bytes]:
+        number = self.current()
+        return number, *self._complete(number)
+
+    def _complete(self, number: int) -> tuple[Manifest, bytes]:
+        """Manifest and stamp of a complete generation."""
+        names = self.names.generation(number)
+        manifest, stamp = self.server.command("MGET", names.manifest, names.complete)
+        if manifest is None or stamp is None:
+            existing = ", ".join(f"gen-{each}" for each in self.numbers()) or "none"
+            if number in self.numbers():
+                raise UnfinishedError(f"{self.url}: gen-{number} was never finished; refresh the store again")
+            raise StoreError(f"{self.url} has no gen-{number}; existing generations: {existing}")
+        return self.parsed(manifest, number), stamp
+
+    def parsed(self, value: bytes, number: int) -> Manifest:
+        """A generation's manifest from its bytes.
+
+        Raises:
+            StoreError: it is damaged.
+        """
+        manifest = Manifest.from_bytes(value, self.url)
+        if manifest.generation != number:
+            raise StoreError(f"{self.url}: the manifest of gen-{number} is that of gen-{manifest.generation}")
+        return manifest
+
+    def _pointer(self, value: bytes, name: str) -> int:
+        try:
+            return parse_pointer(value)
+        except ValueError as error:
+            raise StoreError(
+                f"{self.url}: {name} {error}; publish a generation with `vista store rollback store={self.url} to=N`, "
+                "or refresh the store again"
+            ) from None

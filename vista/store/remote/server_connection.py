@@ -1,0 +1,151 @@
+"""The connection to a Valkey or Redis server: bounded waits, typed errors, atomic changes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from vista.errors import StoreBusyError, StoreError, StoreUnavailableError, StoreWriteError, shown
+from vista.store.remote.redis_extra import NoBackoff, Retry, redis
+from vista.store.remote.store_url import PASSWORD_VARIABLE, StoreUrl
+
+T = TypeVar("T")
+Command = tuple[Any, ...]
+"""Name and arguments."""
+
+_CHANGE_ATTEMPTS = 100
+_READ_BYTES = 1 << 16
+
+
+class ServerConnection:
+    """A pool of connections to one server. It may be shared by threads, and works in forked processes.
+
+    A command whose connection breaks is sent once more over a new connection. A command that times out is not.
+    """
+
+    def __init__(self, url: StoreUrl) -> None:
+        self.url = url
+        errors = redis.exceptions
+        self._client: Any = redis.Redis(
+            host=url.host,
+            port=url.port,
+            db=url.database,
+            username=url.user,
+            password=url.password or os.environ.get(PASSWORD_VARIABLE) or None,
+            ssl=url.tls,
+            socket_timeout=url.timeout_s,
+            socket_connect_timeout=url.timeout_s,
+            socket_keepalive=True,
+            socket_read_size=_READ_BYTES,
+            retry=Retry(NoBackoff(), 1, (errors.ConnectionError,)),
+            client_name="vista",
+            protocol=2,
+        )
+
+    def check(self) -> None:
+        """Check that the server answers, and that it never removes records to save memory.
+
+        Raises:
+            StoreError: it would evict records, which readers would take for missing users; or as of `command`.
+        """
+        memory = self.command("INFO", "memory")
+        policy = memory.get("maxmemory_policy", "") if isinstance(memory, dict) else ""
+        if memory and int(memory.get("maxmemory", 0)) and str(policy).startswith("allkeys"):
+            raise StoreError(
+                f"{self.url}: the server evicts records when its memory is full (maxmemory-policy {policy}), and "
+                "readers could not tell them from missing users; set maxmemory-policy to noeviction"
+            )
+
+    def command(self, *command: Any) -> Any:
+        """Run one command.
+
+        Raises:
+            StoreUnavailableError: the server cannot be reached, or does not answer in time.
+            StoreWriteError: the server has no memory left, or is a replica.
+            StoreError: it refuses the password or the command, or is not a Valkey or Redis server.
+        """
+        with self._typed_errors():
+            return self._client.execute_command(*command)
+
+    def pipeline(self, commands: Sequence[Command]) -> list[Any]:
+        """Run commands in one round trip, not atomically; errors as of `command`."""
+        with self._typed_errors(), self._client.pipeline(transaction=False) as pipeline:
+            for command in commands:
+                pipeline.execute_command(*command)
+            replies: list[Any] = pipeline.execute()
+            return replies
+
+    def change(self, watched: Sequence[bytes], plan: Callable[[], tuple[Sequence[Command], T]]) -> T:
+        """Run commands atomically, based on what was read from keys that nobody changed meanwhile.
+
+        Args:
+            watched: keys; if one of them changes after `plan` began, nothing is run, and `plan` is called again.
+            plan: reads what it needs with the other methods; returns the commands, and a result.
+
+        Raises:
+            StoreBusyError: others changed the keys at every attempt.
+        """
+        for _ in range(_CHANGE_ATTEMPTS):
+            with self._client.pipeline(transaction=True) as pipeline:
+                with self._typed_errors():
+                    pipeline.watch(*watched)
+                commands, result = plan()
+                pipeline.multi()
+                for command in commands:
+                    pipeline.execute_command(*command)
+                with self._typed_errors():
+                    try:
+                        pipeline.execute()
+                    except redis.exceptions.WatchError:
+                        continue
+                return result
+        raise StoreBusyError(f"{self.url} is written by others without a pause; try again")
+
+    def close(self) -> None:
+        """Close all connections; the next command would open new ones."""
+        self._client.close()
+
+    @contextmanager
+    def _typed_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except redis.exceptions.WatchError:
+            raise
+        except (redis.exceptions.RedisError, OSError, ValueError) as error:  # ValueError: a number that is not one
+            raise self._typed(error) from error
+
+    def _typed(self, error: Exception) -> StoreError:
+        errors, url, reason = redis.exceptions, self.url, shown(str(error), 200)
+        if isinstance(error, errors.AuthenticationError | errors.AuthorizationError):
+            return StoreError(
+                f"{url}: the server refuses the user or the password; give them in the URL "
+                f"(redis://user:password@host), or the password in the environment variable {PASSWORD_VARIABLE}"
+            )
+        if isinstance(error, errors.NoPermissionError):
+            return StoreError(f"{url}: the server does not permit a command ({reason}); extend the rights of the user")
+        if isinstance(error, errors.BusyLoadingError):
+            return StoreUnavailableError(f"{url}: the server is still loading its data; try again in a while")
+        if isinstance(error, errors.TimeoutError):
+            return StoreUnavailableError(
+                f"{url}: the server did not answer within {url.timeout_s:g} s; check its load, the network, and "
+                "whether the port expects TLS (rediss://), or allow more time with ?timeout_s=… at the end of the URL"
+            )
+        if isinstance(error, errors.ConnectionError | OSError):
+            return StoreUnavailableError(
+                f"{url}: the server cannot be reached, or closed the connection ({reason}); check that it runs, the "
+                "host, the port, and whether it needs TLS (rediss://)"
+            )
+        if isinstance(error, errors.OutOfMemoryError):
+            return StoreWriteError(
+                f"{url}: the server has no memory left (maxmemory), so nothing was written; raise maxmemory or remove "
+                "other data, then rerun the command to resume: the published generation is unchanged"
+            )
+        if isinstance(error, errors.ReadOnlyError):
+            return StoreWriteError(f"{url} is a read-only replica; write to its primary")
+        if isinstance(error, errors.InvalidResponse | ValueError):
+            return StoreError(
+                f"{url}: what answers there is not a Valkey or Redis server ({reason}); check the host and the port"
+            )
+        return StoreError(f"{url}: the server refuses a command ({reason}); check the server and the store's name")
