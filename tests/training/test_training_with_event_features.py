@@ -147,7 +147,6 @@ def test_columns_that_cannot_be_read_are_refused(log: EventLog, tmp_path: Path) 
             {"model__tail_features": ["dwell"], "model__use_event_features": False},
             r"model.tail_features: 'dwell' is not a feature of events that the model reads",
         ),
-        ({"model__embedding_rows": 50}, r"model.embedding_rows=50: a hashed table has no rows for features of events"),
     ):
         with pytest.raises(ConfigError, match=message):
             event_reader(log, feature_config(log, tmp_path / "run", **changes))

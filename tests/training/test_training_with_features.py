@@ -15,7 +15,6 @@ from tests.conftest import small_config, small_frame
 from tests.training.test_trainer import assert_same_result
 from vista.config import EvaluateConfig, SourceColumns, TrainConfig
 from vista.config.choices import Architecture, Codec, ItemStart, Split, Stage
-from vista.errors import ConfigError
 from vista.evaluation.evaluate import evaluate_scorer
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until, visible_counts
@@ -184,13 +183,6 @@ def test_items_without_events_and_features_are_negatives(tmp_path: Path) -> None
     known = made.model.rows_with_features()
     assert known is not None and known.tolist() == [False, *[True] * (count - 1), False]
     assert made.source.frequency[-3:].tolist() == [0, 0, 1]
-
-
-def test_a_hashed_table_has_no_features(log: EventLog, tmp_path: Path) -> None:
-    config = feature_config(log, tmp_path)
-    config.model = replace(config.model, embedding_rows=32)
-    with pytest.raises(ConfigError, match=r"model\.embedding_rows=32: a hashed table has no rows for features"):
-        trainer.Trainer(config, log)
 
 
 @pytest.fixture(scope="module")

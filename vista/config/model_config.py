@@ -114,9 +114,9 @@ class ModelConfig:
     use_time: bool = True
     """Add the gap to the previous event, in logarithmic buckets, to the event embedding, if the log has times."""
     use_item_features: bool = True
-    """Add the features of items to their vectors, if the log has any. It needs embedding_rows=0."""
+    """Add the features of items to their vectors, if the log has any."""
     use_event_features: bool = True
-    """Add the features of events to the event embedding, if the log has any. It needs embedding_rows=0."""
+    """Add the features of events to the event embedding, if the log has any."""
     tail_features: list[str] | None = None
     """With features of events: those that stage 2 reads too. The store holds them for each event of a tail. null: all.
     With stage=downstream, null takes those of the base."""
@@ -139,8 +139,8 @@ class ModelConfig:
     stop_gradient: bool = True
     """With reconstruction_target=vectors, stop the gradient at the target. Without this, embeddings can collapse."""
     embedding_rows: int = 0
-    """Number of rows of one hashed table that items, actions, and gaps share; each row is dim / embedding_hashes wide.
-    0 uses separate tables with one row per value."""
+    """Number of rows of one hashed table that item IDs, actions, and gaps share; each row is dim / embedding_hashes
+    wide. 0 uses separate tables with one row per value. Features have tables of their own (hashed_features)."""
     embedding_hashes: int = 2
     """Number of hash functions per value with embedding_rows. It must divide dim."""
     item_start: ItemStart | None = None

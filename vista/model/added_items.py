@@ -29,7 +29,11 @@ def with_items(model: VistaModel, ids: Ids, features: ItemFeatures) -> VistaMode
         raise ValueError("ids must be new, distinct, and sorted")
     with torch.random.fork_rng(devices=[]):  # the drawn weights are replaced at once
         made = VistaModel(model.config, model.schema, items, model.data).to(model.device)
-    weights = model.state_dict() | {"item_table": F.pad(model.item_table.detach(), (0, 0, 0, count))}
+    weights = model.state_dict()
+    if model.id_mask is None:
+        weights["item_table"] = F.pad(model.item_table.detach(), (0, 0, 0, count))
+    else:
+        weights["id_mask"] = F.pad(model.id_mask, (0, count))
     if "item_popularity" in weights:
         least = model.item_popularity[1:].min()  # that of the rarest items
         weights["item_popularity"] = torch.cat([model.item_popularity, least.expand(count)])

@@ -61,6 +61,8 @@ class RankingModel(nn.Module):
     """Of the models that the class builds."""
     user_parts: ClassVar[int] = 1
     """Number of vectors of width M that encode a user's features."""
+    id_mask: Tensor | None
+    """[1 + V] 0 for items with only features, else 1; None unless a table of shared rows (unified) has features."""
     item_popularity: Tensor
     """[1 + V] standardized log frequencies of the items in the training events; 0 for the unknown item. Only with
     counters or popularity."""
@@ -82,6 +84,7 @@ class RankingModel(nn.Module):
         self.item_table = nn.Parameter(table)
         """[1 + V, M], one row per item; or [1 + N, M / P], shared by items, actions, and gaps. Row 0 belongs to the
         unknown item. `id_vectors` reads either kind."""
+        self.register_buffer("id_mask", torch.ones(1 + len(items)) if unified and schema.item_features else None)
         self.features = FeatureEncoder(schema.item_features, config.dim) if schema.item_features else None
         self.encoder = EventEncoder(
             dim=config.dim,
@@ -131,7 +134,8 @@ class RankingModel(nn.Module):
         if not config.embedding_rows:
             return F.embedding(rows, self.item_table, sparse=True)
         hashed = hashed_rows(rows, EmbeddingFeature.item, config.embedding_hashes, config.embedding_rows)
-        return gather(self.item_table, torch.where((rows == UNKNOWN_ITEM).unsqueeze(-1), UNKNOWN_ITEM, hashed))
+        vectors = gather(self.item_table, torch.where((rows == UNKNOWN_ITEM).unsqueeze(-1), UNKNOWN_ITEM, hashed))
+        return vectors if self.id_mask is None else vectors * self.id_mask[rows].unsqueeze(-1)
 
     def request_vectors(self, gap: Tensor, entry: Tensor | None, dense: Tensor | None) -> Tensor | None:
         """[..., M] vectors of requests, which are added to their candidates; None if the model reads nothing of them.
@@ -191,8 +195,7 @@ class RankingModel(nn.Module):
         return None if self.features is None else self.features.table
 
     def take_catalog(self, other: RankingModel) -> None:
-        """Take what is not a weight of a model with the same vocabulary: the encoded features of items, their trained
-        number, and how the model reads other features."""
+        """Take what is not a weight of a model with the same vocabulary: features, and the number of trained items."""
         for name in ROW_FEATURES:
             setattr(self, name, getattr(other, name))
         self.set_item_features(other.feature_table)
@@ -214,8 +217,8 @@ class RankingModel(nn.Module):
 
     @torch.no_grad()
     def zero_id_embeddings(self, rows: NDArray[np.int64]) -> None:
-        """Zero the ID embeddings of model rows int64 [N], so that only features remain. Only with one row per item."""
-        self.item_table[torch.from_numpy(rows).to(self.device)] = 0.0
+        """Zero the ID embeddings of model rows int64 [N], so that only features remain."""
+        (self.item_table if self.id_mask is None else self.id_mask)[torch.from_numpy(rows).to(self.device)] = 0.0
 
     @staticmethod
     def shown_vectors(events: BatchEvents, item_vectors: Tensor) -> Tensor:

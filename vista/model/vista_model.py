@@ -60,7 +60,7 @@ STAGE1_KEYS = (
 MEAN_SCALE = 0.1
 """Initial scale of the mean token in a request token. Vectors of items have a root mean square of 0.05 if they start
 from factors, and of 0.02 if they start at random."""
-STAGE1_WEIGHTS = ("item_table", "features.", "encoder.", "summarizer.")
+STAGE1_WEIGHTS = ("item_table", "id_mask", "features.", "encoder.", "summarizer.")
 """Prefixes of the names of the weights that a summary depends on."""
 
 
@@ -370,7 +370,7 @@ class VistaModel(RankingModel):
         ]
         for name, tensor in sorted(self.state_dict().items()):
             if name.startswith(STAGE1_WEIGHTS):
-                if name == "item_table" and not self.config.embedding_rows:
+                if name == "id_mask" or (name == "item_table" and not self.config.embedding_rows):
                     tensor = tensor[: 1 + count]
                 parts.append(name.encode() + str(tuple(tensor.shape)).encode())
                 parts.append(tensor.detach().cpu().contiguous().numpy().reshape(-1).view(np.uint8).data)

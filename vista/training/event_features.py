@@ -27,8 +27,7 @@ def event_reader(log: EventLog, config: TrainConfig) -> tuple[RowFeatureReader |
     reader is None.
 
     Raises:
-        ConfigError: if `model.tail_features` names a column that the model does not read, or the model has a hashed
-            table.
+        ConfigError: if `model.tail_features` names a column that the model does not read.
     """
     model = config.model
     values = log.event_features if model.use_event_features else {}
@@ -41,11 +40,6 @@ def event_reader(log: EventLog, config: TrainConfig) -> tuple[RowFeatureReader |
             )
     if not values:
         return None, 0
-    if model.embedding_rows:
-        raise ConfigError(
-            f"model.embedding_rows={model.embedding_rows}: a hashed table has no rows for features of events; set "
-            "model.use_event_features=false, or model.embedding_rows=0"
-        )
     ordered = {name: values[name] for name in sorted(values, key=lambda name: name not in in_tail)}
     counts = visible_counts(log, split_until(config.data, "train"))
     seen = SeenValues(ordered, model.hashed_rows)

@@ -73,11 +73,6 @@ def schema_and_readers(log: EventLog, config: TrainConfig, since: int | None = N
         )
     ratings = rating_range(log) if log.has_rating and model.use_rating else None
     given = log.item_features if model.use_item_features else None
-    if given is not None and model.embedding_rows:
-        raise ConfigError(
-            f"model.embedding_rows={model.embedding_rows}: a hashed table has no rows for features of items; set "
-            "model.use_item_features=false, or model.embedding_rows=0"
-        )
     hashed = model.hashed_rows
     check_hashed_features(hashed, log)
     features = [

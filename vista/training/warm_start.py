@@ -70,7 +70,9 @@ class WarmStart:
         self._folder = Path(str(config.init_from))
         self._items = base.items.extended(log.items.ids(np.arange(log.num_items)))
         self._digest = hashlib.sha256((self._folder / CONFIG_FILE).read_bytes()).hexdigest()[:12]
-        self._rows: dict[str, Tensor] = {} if config.model.embedding_rows else {"item_table": self._item_rows()}
+        self._items_in = "id_mask" if config.model.embedding_rows else "item_table"
+        """The weight with a row per item."""
+        self._rows: dict[str, Tensor] = {self._items_in: self._item_rows()}
         """By name of a weight: for each of its rows, int64, the earlier model's row, or -1. Other weights are taken
         as they are."""
         self._shapes: dict[str, torch.Size] = {}
@@ -99,9 +101,8 @@ class WarmStart:
 
     @property
     def new_rows(self) -> Int:
-        """Sorted rows of the item table that are initialized from scratch."""
-        rows = self._rows.get("item_table")
-        return np.empty(0, np.int64) if rows is None else np.flatnonzero(rows.numpy() < 0)
+        """Sorted model rows of the items that are initialized from scratch."""
+        return np.flatnonzero(self._rows[self._items_in].numpy() < 0)
 
     def model(self, schema: Schema, readers: RowReaders) -> RankingModel:
         """The model to train.
@@ -171,7 +172,12 @@ class WarmStart:
         """int64 [1 + V]: the earlier row of each model row, or -1."""
         known = torch.arange(1 + len(self.base.items))
         # Items that were added, or that had no events, have no vector of their own yet.
-        is_empty = ~self.base.item_table.detach().any(1) & (known >= max(self.frozen_rows, 1))
+        is_empty = torch.zeros(len(known), dtype=torch.bool)
+        if self._items_in == "item_table":
+            is_empty = ~self.base.item_table.detach().any(1)
+        elif self.base.id_mask is not None:
+            is_empty = self.base.id_mask == 0
+        is_empty &= known >= max(self.frozen_rows, 1)
         new = torch.full((len(self._items) - len(self.base.items),), -1)
         return torch.cat([known.masked_fill(is_empty, -1), new])
 
