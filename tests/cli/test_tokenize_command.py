@@ -59,6 +59,7 @@ def test_the_new_table_and_the_report(tmp_path: Path, name: str) -> None:
         f"6 distinct full codes of {count} distinct vectors; {count} items share theirs with others, at most "
         f"{counts.max()} have the same"
     )
+    assert words[3] == f"codebooks: {tmp_path}/codes.codebooks.safetensors"
     before = (tmp_path / "codes.parquet").read_bytes()
     tokenize(tmp_path, name=name, codes=6, levels=1)
     assert (tmp_path / "codes.parquet").read_bytes() == before
@@ -101,6 +102,46 @@ def test_codes_of_a_model(tmp_path: Path) -> None:
     assert f"{len(ITEMS)} distinct full codes of {len(ITEMS)} distinct vectors; 0 items share theirs" in words
     with pytest.raises(CheckpointError):
         tokenize(tmp_path, vectors=None, model=str(tmp_path / "nothing"))
+
+
+def test_kept_codebooks_give_old_items_their_codes(tmp_path: Path) -> None:
+    pytest.importorskip("faiss")
+    vectors_file(tmp_path)
+    first = tokenize(tmp_path, codes=4)
+    old = dict(pl.read_parquet(tmp_path / "codes.parquet").rows())
+    known = pl.read_parquet(tmp_path / "vectors.parquet")
+    new = pl.DataFrame({"sku": [9001, 9002, 9003], "v": [[0.5, 0.1], [1e9, -1e9], None]})
+    pl.concat([new, known.reverse()]).write_parquet(tmp_path / "more.parquet")
+    codebooks = tmp_path / "codes.codebooks.safetensors"
+    before = codebooks.read_bytes()
+    changes = {
+        "vectors": str(tmp_path / "more.parquet"),
+        "codebooks": str(codebooks),
+        "out": str(tmp_path / "all.parquet"),
+    }
+    words = tokenize(tmp_path, **changes, levels=9, codes=9)
+    found = dict(pl.read_parquet(tmp_path / "all.parquet").rows())
+    assert {item: found[item] for item in old} == old and found[9003] is None
+    assert all(len(found[item]) == 2 for item in (9001, 9002))
+    assert f"column codes with 2 levels of 4 codes for {len(ITEMS) + 3} items" in words
+    assert words.splitlines()[-1] == first.splitlines()[-1] == f"codebooks: {codebooks}"
+    assert codebooks.read_bytes() == before and not (tmp_path / "all.codebooks.safetensors").exists()
+
+
+def test_codebooks_of_other_vectors_are_refused(tmp_path: Path) -> None:
+    pytest.importorskip("faiss")
+    vectors_file(tmp_path)
+    tokenize(tmp_path)
+    (tmp_path / "codes.parquet").unlink()
+    vectors_file(tmp_path, [[1.0, 2.0, 3.0], [3.0, 4.0, 5.0]])
+    codebooks = str(tmp_path / "codes.codebooks.safetensors")
+    with pytest.raises(
+        DataError, match="has codebooks for vectors of 2 numbers, but those of the items have 3; encode"
+    ):
+        tokenize(tmp_path, codebooks=codebooks)
+    with pytest.raises(DataError, match="no readable codebooks"):
+        tokenize(tmp_path, codebooks=str(tmp_path / "vectors.parquet"))
+    assert not (tmp_path / "codes.parquet").exists()
 
 
 def test_bad_input_writes_nothing(tmp_path: Path) -> None:

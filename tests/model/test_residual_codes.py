@@ -9,12 +9,14 @@ import pytest
 
 from vista.arrays import Float32s
 from vista.errors import MissingDependencyError
+from vista.model.codebooks import Codebooks
 from vista.model.residual_codes import ResidualCodes
 
 
 def learn(vectors: Float32s, levels: int = 2, num_codes: int = 4, seed: int = 0) -> ResidualCodes:
     pytest.importorskip("faiss")
-    return ResidualCodes.learn(np.asarray(vectors, np.float32), levels=levels, num_codes=num_codes, seed=seed)
+    given = np.asarray(vectors, np.float32)
+    return ResidualCodes.of(given, Codebooks.learn(given, levels=levels, num_codes=num_codes, seed=seed))
 
 
 def noise(count: int, dim: int, seed: int = 0) -> Float32s:
@@ -109,4 +111,4 @@ def test_usage_and_groups() -> None:
 def test_without_faiss(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(MissingDependencyError, match=r"need faiss .*pip install 'vista-recsys\[tokens\]'"):
-        ResidualCodes.learn(noise(3, 2), levels=1, num_codes=2, seed=0)
+        Codebooks.learn(noise(3, 2), levels=1, num_codes=2, seed=0)

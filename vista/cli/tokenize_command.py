@@ -13,13 +13,16 @@ from numpy.typing import NDArray
 from vista.arrays import Float32s
 from vista.config import ItemsTokenizeConfig
 from vista.config.checks import require
-from vista.errors import DataError
+from vista.errors import ConfigError, DataError
 from vista.files import checked_path, writable_file
 from vista.log.ingest.item_values import check_not_a_source, read_vectors, write_values
 from vista.log.ingest.source_parser import SourceParser
 from vista.log.polars_extra import pl
+from vista.model.codebooks import Codebooks
 from vista.model.registry import load_model
 from vista.model.residual_codes import ResidualCodes
+
+CODEBOOKS_SUFFIX = ".codebooks.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,8 @@ class ItemsTokenized:
     name: str
     num_codes: int
     """Codes per level that were asked for."""
+    codebooks: str
+    """File of the codebooks, which were learned or read."""
     num_items: int
     codes: ResidualCodes
     """Those of the items with a vector."""
@@ -51,21 +56,25 @@ class ItemsTokenized:
             f"{len(groups):,} distinct full codes of {self.codes.num_distinct:,} distinct vectors; {shared.sum():,} "
             f"items share theirs with others, at most {groups.max():,} have the same"
         )
+        lines.append(f"codebooks: {self.codebooks}")
         return "\n".join(lines)
 
 
 def run_items_tokenize(config: ItemsTokenizeConfig) -> ItemsTokenized:
     """`vista items tokenize`: write the codes of items, as prefixes in text, and null for items without a vector.
 
+    Codebooks are learned and written too, unless the configuration names some.
+
     Raises:
         CheckpointError: if the model cannot be read.
         ConfigError: if not exactly one of `vectors` and `model` is set, or `out` cannot be written.
-        DataError: if the file of vectors is invalid.
+        DataError: if the file of vectors or of codebooks is invalid, or the two have vectors of different lengths.
         MissingDependencyError: if faiss is not installed.
     """
     require((config.vectors is None) != (config.model is None), "vectors", "set either vectors or model")
     out = Path(config.out)
     writable_file(out, "out")
+    codebooks = None if config.codebooks is None else Codebooks.load(config.codebooks)
     if config.vectors is not None:
         check_not_a_source(out, [config.vectors])
         with SourceParser() as parser:
@@ -75,11 +84,27 @@ def run_items_tokenize(config: ItemsTokenizeConfig) -> ItemsTokenized:
         ids, vectors = _vectors_of_model(config.model)
     start = time.perf_counter()
     is_known = ~np.isnan(vectors[:, 0])
-    codes = ResidualCodes.learn(vectors[is_known], levels=config.levels, num_codes=config.codes, seed=config.seed)
+    known, file = vectors[is_known], config.codebooks or str(out.with_suffix(CODEBOOKS_SUFFIX))
+    if codebooks is None:
+        codebooks = Codebooks.learn(known, levels=config.levels, num_codes=config.codes, seed=config.seed)
+        _write(codebooks, Path(file))
+    elif codebooks.dim != known.shape[1]:
+        raise DataError(
+            f"{file}: has codebooks for vectors of {codebooks.dim} numbers, but those of the items have "
+            f"{known.shape[1]}; encode the items as for these codebooks, or leave out codebooks"
+        )
+    codes = ResidualCodes.of(known, codebooks)
     seconds = time.perf_counter() - start
     values = _prefixes(codes.codes, is_known).alias(config.name)
     write_values(pl.DataFrame([ids.alias(config.item), values]), out)
-    return ItemsTokenized(str(out), config.name, config.codes, len(ids), codes, seconds)
+    return ItemsTokenized(str(out), config.name, codebooks.num_codes, file, len(ids), codes, seconds)
+
+
+def _write(codebooks: Codebooks, file: Path) -> None:
+    try:
+        codebooks.save(file)
+    except OSError as error:
+        raise ConfigError(f"out: {file} cannot be written ({error}); free space, or name another file") from error
 
 
 @torch.inference_mode()

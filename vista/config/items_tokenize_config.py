@@ -19,6 +19,10 @@ class ItemsTokenizeConfig:
     """Column of item ids in that file, and in the new one."""
     model: str | None = None
     """Folder of an exported model, whose item vectors get codes. Set either this or `vectors`."""
+    codebooks: str | None = None
+    """File of codebooks that an earlier run wrote, which gives old items the same codes as then, and new ones codes of
+    the same meaning. levels, codes, and seed are then those of the earlier run. null learns new ones, and writes them
+    alongside `out`, as codes.codebooks.safetensors for codes.parquet."""
     levels: int = 3
     """Number of levels, which is how many codes an item has. Each level encodes what the levels before it leave."""
     codes: int = 256
