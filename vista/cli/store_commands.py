@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import lmdb
 import numpy as np
 
 from vista.config import (
@@ -29,17 +28,19 @@ from vista.log.row_features import RowFeatures
 from vista.log.vocabulary import ids_of_words
 from vista.model.vista_model import VistaModel
 from vista.store.admin.copying import copy_generation
-from vista.store.admin.generation_reader import GenerationReader, open_generation
+from vista.store.admin.managed_store import managed_store
 from vista.store.admin.publish_report import PublishReport
 from vista.store.admin.rollback import roll_back
 from vista.store.admin.store_compaction import compact_store
 from vista.store.admin.store_stats import store_stats
 from vista.store.admin.verification import verify_store
+from vista.store.admin.whole_generation import WholeGeneration
 from vista.store.erasure import erase
 from vista.store.format.authentication import read_key
 from vista.store.format.keys import user_key
 from vista.store.format.record import RawRecords, decode_rows, read_records
-from vista.store.layout import read_current
+from vista.store.layout import store_address
+from vista.store.remote.store_url import StoreUrl
 from vista.store.shards import shards_in, stores_in, user_kind, users_by_store
 
 
@@ -78,7 +79,7 @@ def run_store_export(config: StoreExportConfig) -> str:
 
     key, out, stores = read_key(config.authentication_key_file), Path(config.out), stores_in(config.store)
     sharded = bool(shards_in(config.store))
-    files = [out.with_name(f"{out.stem}.{root.name}{out.suffix}") if sharded else out for root in stores]
+    files = [out.with_name(f"{out.stem}.{Path(str(root)).name}{out.suffix}") if sharded else out for root in stores]
     reports = [export_store(root, file, key=key) for root, file in zip(stores, files, strict=True)]
     return _lines(
         f"{report.num_records:,} records of generation {report.generation} in {report.path}: "
@@ -102,14 +103,16 @@ def run_store_copy(config: StoreCopyConfig) -> str:
         ConfigError: no target folder is named.
     """
     if not config.to:
-        raise ConfigError("to: name the folder of the target store, such as to=/srv/stores/mine")
+        raise ConfigError(
+            "to: name the folder or the URL of the target store, such as to=/srv/stores/mine or to=redis://host/mine"
+        )
     key, sharded = read_key(config.authentication_key_file), bool(shards_in(config.store))
 
     def copy(publish: bool) -> str:
         return _lines(
             copy_generation(
                 root,
-                Path(config.to) / root.name if sharded else config.to,
+                Path(config.to) / Path(str(root)).name if sharded else config.to,
                 generation=config.generation,
                 publish=publish,
                 key=key,
@@ -135,10 +138,13 @@ def run_store_erase(config: StoreEraseConfig) -> str:
     if config.data is not None:
         rows_to_erase(EventLog.open(config.data), users)  # If the log refuses a user, the store must keep the user.
     count = sum(erase(root, own) for root, own in users_by_store(config.store, users))
-    lines = [
-        f"{config.store}: {count} of {len(users)} users had a record; readers miss them from now on. Their bytes stay "
-        f"in free pages until `vista store compact store={config.store}`"
-    ]
+    store = store_address(config.store)
+    done = f"{count} of {len(users)} users had a record; readers miss them from now on"
+    if isinstance(store, StoreUrl):
+        lines = [f"{store}: {done}"]
+    else:
+        rest = f"Their bytes stay in free pages until `vista store compact store={config.store}`"
+        lines = [f"{config.store}: {done}. {rest}"]
     if count < len(users):
         lines.append(
             f"Check the ids: {len(users) - count} users had no record. No refresh will write any of the {len(users)}"
@@ -159,24 +165,19 @@ def run_store_get(config: StoreGetConfig) -> str:
     if config.user is None:
         raise ConfigError("user: name a user, such as user=42")
     ((root, (user,)),) = users_by_store(config.store, ids_of_words([config.user], "user", user_kind(config.store)))
-    with open_generation(root, read_current(root), read_key(config.authentication_key_file)) as reader:
-        key = user_key(user)
-        raw = reader.environment.read(lambda transaction: _read(transaction, key, reader))
-        if raw is None:
+    store, key = managed_store(root), user_key(user)
+    with store.open(store.current(), read_key(config.authentication_key_file)) as reader:
+        value = reader.value(key)
+        if value is None:
             raise UnknownUserError(f"user {user!r} has no record in {root}, generation {reader.manifest.generation}")
-        return _record_text(user, raw, reader, config.model)
+        return _record_text(user, read_records([value], [key], reader.spec), reader, config.model)
 
 
 def _lines(reports: Iterable[object]) -> str:
     return "\n".join(map(str, reports))
 
 
-def _read(transaction: lmdb.Transaction[memoryview], key: bytes, reader: GenerationReader) -> RawRecords | None:
-    value = transaction.get(key)
-    return None if value is None else read_records([value], [key], reader.spec)
-
-
-def _record_text(user: int | str, raw: RawRecords, reader: GenerationReader, model: str | None) -> str:
+def _record_text(user: int | str, raw: RawRecords, reader: WholeGeneration, model: str | None) -> str:
     header, manifest = raw.headers[0], reader.manifest
     summary = decode_rows(raw, reader.spec)[0]
     norms = np.linalg.norm(summary.astype(np.float64), axis=1)
@@ -216,7 +217,7 @@ def _counted(raw: RawRecords) -> str:
     return ", ".join(f"{len(one.key)} ({field})" for field, one in zip(spec.fields, raw.counters, strict=True))
 
 
-def _named(folder: str, raw: RawRecords, reader: GenerationReader) -> tuple[list[Any], Mapping[str, Any]]:
+def _named(folder: str, raw: RawRecords, reader: WholeGeneration) -> tuple[list[Any], Mapping[str, Any]]:
     """Ids of the items of a tail, and the values of its features instead of the model's codes."""
     model = VistaModel.from_pretrained(folder)
     if model.summarizer_id() != reader.spec.summarizer_id:

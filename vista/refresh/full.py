@@ -26,6 +26,7 @@ from vista.refresh.stage_clock import StageClock
 from vista.refresh.states import has_states
 from vista.refresh.user_records import UserRecords
 from vista.store.format.keys import user_keys
+from vista.store.remote.store_url import StoreUrl
 from vista.store.shards import Shard, shard_to_write
 from vista.store.writer import StoreWriter
 
@@ -33,7 +34,7 @@ from vista.store.writer import StoreWriter
 def refresh(
     model: VistaModel,
     log: EventLog,
-    store: str | Path,
+    store: str | Path | StoreUrl,
     *,
     until: str | int | Until | None = None,
     options: RefreshOptions | None = None,
@@ -50,11 +51,11 @@ def refresh(
     Args:
         model: it is left in eval mode.
         log: items outside the model's vocabulary count as unknown items.
-        store: the store's folder; made if it does not exist.
+        store: the store's folder, made if it does not exist, or its URL.
         until: which events summaries may cover: None (all), "leave-last-out", "leave-last-N-out", an ISO time, ms, or
             "TIME-less-N".
         options: what is stored and how the work is batched. States are kept only where incremental refreshes can use
-            them: not with bidirectional mixing, a history limit, K = 0 or `until`.
+            them: not with bidirectional mixing, a history limit, K = 0 or `until`, and not on a server.
         shard: write only the users of this shard, into the folder `<store>/part-i-of-n`.
         engine: what encodes the batches: by default this process; `vista.refresh.ray_engine.RayEngine` uses others. It
             does not change a byte of the store, and a run can resume with another one.
@@ -72,7 +73,8 @@ def refresh(
     check_log(model, log)
     if options.verify_log:
         log.verify()
-    store, shard = shard_to_write(store, shard)
+    target, shard = shard_to_write(store, shard)
+    keeps_states = has_states(model) and limit == Until() and not isinstance(target, StoreUrl)
     model.eval()
     precision = choose_precision(options.precision, model.device)
     counts = visible_counts(log, limit)
@@ -82,7 +84,7 @@ def refresh(
     manifest = new_manifest(
         model,
         codec=options.codec,
-        state=options.state if has_states(model) and limit == Until() else StateDtype.none,
+        state=options.state if keeps_states else StateDtype.none,
         until=str(limit) if limit.held_out or limit.before is None else limit.before,
         applied_segment=log.last_segment,
         log_digest=log.sources_digest(log.last_segment),
@@ -98,7 +100,7 @@ def refresh(
         with_counts = ((users[batch], counts[users[batch]]) for batch in batches)
         return encoding.encode(encoder, with_counts, writer.spec, writer.state_spec, clock)
 
-    return write_generation(store, manifest, "full", encode_batches, options=options, key=key)
+    return write_generation(target, manifest, "full", encode_batches, options=options, key=key)
 
 
 def _run_digest(log: EventLog, counts: Int, precision: Precision, shard: Shard | None) -> str:

@@ -24,6 +24,7 @@ from vista.refresh.refresh_progress import RefreshProgress
 from vista.refresh.refresh_report import RefreshReport
 from vista.store.format.keys import user_id, user_keys
 from vista.store.manifest import Manifest
+from vista.store.remote.store_url import StoreUrl
 from vista.store.shards import Shard, shard_to_write
 from vista.store.update import StoreUpdate
 
@@ -31,7 +32,7 @@ from vista.store.update import StoreUpdate
 def refresh_incremental(
     model: VistaModel,
     log: EventLog,
-    store: str | Path,
+    store: str | Path | StoreUrl,
     *,
     options: RefreshOptions | None = None,
     shard: Shard | None = None,
@@ -46,7 +47,7 @@ def refresh_incremental(
     Args:
         model: the one whose full refresh made the store; it is left in eval mode.
         log: the same log, with new segments.
-        store: the store's folder.
+        store: the store's folder or URL.
         options: tokens_per_batch, users_per_batch, verify_log, and progress; the full refresh set the others for good.
         shard: refresh only this shard, in the folder `<store>/part-i-of-n`.
         key: 32 bytes, if the store's records are authenticated.
@@ -63,23 +64,23 @@ def refresh_incremental(
     options.require_only(INCREMENTAL_OPTIONS, SET_BY_FULL_REFRESH)
     check_log(model, log)
     model.eval()
-    store, shard = shard_to_write(store, shard)
+    target, shard = shard_to_write(store, shard)
     now = time.time_ns() // 1_000_000 if created_at is None else created_at
     with StoreUpdate.open(
-        store, summarizer_id=model.summarizer_id(), applied_segment=log.last_segment, created_at=now, key=key
+        target, summarizer_id=model.summarizer_id(), applied_segment=log.last_segment, created_at=now, key=key
     ) as update:
-        check_updatable(update.manifest, store)
+        check_updatable(update.manifest, target)
         if list(update.manifest.user_layout()) != user_columns(model):
             raise StoreError(
-                f"{store}: its records do not hold the features of users that the model reads, or hold others; run a "
+                f"{target}: its records do not hold the features of users that the model reads, or hold others; run a "
                 "full refresh with this model"
             )
-        _check_same_log(update.manifest, log, store)
+        _check_same_log(update.manifest, log, target)
         if options.verify_log:
             log.verify(newer_than=update.manifest.applied_segment)
         update.begin(log.sources_digest(log.last_segment))
         users, num_removed = _changed_users(update, log, shard)
-        run = RefreshProgress(store, "incremental", len(users), 0, progress=options.progress)
+        run = RefreshProgress(target, "incremental", len(users), 0, progress=options.progress)
         run.counts["removed"] += num_removed
         refresher = BatchRefresher(model, log, update, options.tokens_per_batch, run)
         for begin in range(0, len(users), options.users_per_batch):
@@ -89,7 +90,7 @@ def refresh_incremental(
         return run.report(update.manifest.generation)
 
 
-def check_updatable(manifest: Manifest, store: str | Path) -> None:
+def check_updatable(manifest: Manifest, store: Path | StoreUrl) -> None:
     """Raise ConfigError for a store that covers only a part of its log, because it was refreshed with `until`."""
     if manifest.until not in (None, "all"):
         raise ConfigError(
@@ -97,7 +98,7 @@ def check_updatable(manifest: Manifest, store: str | Path) -> None:
         )
 
 
-def _check_same_log(manifest: Manifest, log: EventLog, store: str | Path) -> None:
+def _check_same_log(manifest: Manifest, log: EventLog, store: Path | StoreUrl) -> None:
     for segment, digest in (
         (manifest.applied_segment, manifest.log_digest),
         (manifest.going_to, manifest.going_to_digest),  # of a run that was interrupted

@@ -150,7 +150,7 @@ def merge(
             created_at=created_at,
         )
         encode_batches = partial(_encode_batches, model.with_frozen("summarizer", Precision.float32), sources, users)
-        return write_generation(store, manifest, "merge", encode_batches, options=options, key=key)
+        return write_generation(Path(store), manifest, "merge", encode_batches, options=options, key=key)
 
 
 def _open_source(

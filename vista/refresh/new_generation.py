@@ -18,6 +18,7 @@ from vista.store.format.counter_layout import CounterLayout
 from vista.store.format.tail_column import TailColumn
 from vista.store.format.user_column import UserColumn
 from vista.store.manifest import Manifest
+from vista.store.remote.store_url import StoreUrl
 from vista.store.writer import StoreWriter
 
 EncodeBatches = Callable[[Iterable[slice], StoreWriter, StageClock], Generator[UserRecords, None, None]]
@@ -76,7 +77,7 @@ def user_columns(model: VistaModel) -> list[UserColumn]:
 
 
 def write_generation(
-    store: str | Path,
+    store: Path | StoreUrl,
     manifest: Manifest,
     kind: str,
     encode_batches: EncodeBatches,
@@ -87,7 +88,7 @@ def write_generation(
     """Fill a new generation in durable batches and publish it; an interrupted run resumes.
 
     Args:
-        store: the store's folder.
+        store: the store's folder or URL.
         manifest: what the generation will be.
         kind: kind of the refresh in its log, full or merge.
         encode_batches: makes the records of each batch of up to `options.users_per_batch` of the run's users.

@@ -15,6 +15,7 @@ from vista.refresh.refresh_report import RefreshReport
 from vista.refresh.stage_clock import StageClock
 from vista.refresh.user_records import UserRecords
 from vista.store.lmdb.permissions import open_private
+from vista.store.remote.store_url import StoreUrl
 
 logger = logging.getLogger(__name__)
 MAX_FAILED_SHARE, MAX_FAILED_USERS = 0.01, 10
@@ -27,16 +28,16 @@ class RefreshProgress(StageClock):
     """Seconds per stage, users by outcome, a progress bar, and `<store>/refresh.jsonl`, which keeps every run's log.
 
     Args:
-        store: the store's folder.
+        store: the store's folder. Of a store on a server, given by its URL, no log is kept.
         kind: kind of the refresh in the log: full, incremental or merge.
         total: how many users the run covers.
         done: how many of them an earlier, interrupted run had written.
         progress: show the bar.
     """
 
-    def __init__(self, store: str | Path, kind: str, total: int, done: int, *, progress: bool) -> None:
+    def __init__(self, store: Path | StoreUrl, kind: str, total: int, done: int, *, progress: bool) -> None:
         super().__init__()
-        self._store = Path(store)
+        self._store = store
         self._kind, self._total = kind, total
         self._began = time.perf_counter()
         self._bar = tqdm(total=total, initial=done, desc="refresh", unit="user", disable=not progress)
@@ -70,6 +71,8 @@ class RefreshProgress(StageClock):
         self._bar.update(num_users)
         seconds = time.perf_counter() - self._began
         rate = (self._done - self._resumed_at) / max(seconds, 1e-9)
+        if isinstance(self._store, StoreUrl):
+            return
         line = {
             "time_ms": time.time_ns() // 1_000_000,
             "kind": self._kind,

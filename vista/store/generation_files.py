@@ -15,7 +15,7 @@ import lmdb
 
 from vista.errors import StoreError
 from vista.files import sync
-from vista.store.backend import ErasedUsers, FoundStates
+from vista.store.erased_users import ErasedUsers
 from vista.store.format.keys import COMPLETE_KEY, CURSOR_KEY, MANIFEST_KEY
 from vista.store.format.record_spec import HEADER_BYTES
 from vista.store.format.state_record import StateSpec
@@ -28,6 +28,7 @@ from vista.store.lmdb.transactions import walk
 from vista.store.local_generation import read_states
 from vista.store.locks import cannot_write
 from vista.store.manifest import Manifest, read_cursor
+from vista.store.open_generation import FoundStates
 from vista.store.tombstones import Tombstones
 
 

@@ -57,13 +57,13 @@ _POINTER_BYTES = 64
 """CURRENT and LAST are shorter."""
 
 
-def store_path(path: str | os.PathLike[str]) -> Path:
+def store_path(path: str | os.PathLike[str] | StoreUrl) -> Path:
     """Absolute path of a store, whether it exists or not.
 
     Raises:
         StoreError: the system accepts no such path, or it is the URL of a remote store.
     """
-    if StoreUrl.matches(path):
+    if isinstance(path, StoreUrl) or StoreUrl.matches(path):
         raise StoreError(
             f"{StoreUrl.parse(path)} is a remote store, but this works on a folder; copy the store to one with "
             "`vista store copy` first"

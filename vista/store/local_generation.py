@@ -11,7 +11,6 @@ import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.store.backend import FoundStates, OpenGeneration
 from vista.store.batch_assembly import present_records
 from vista.store.format.record import RawRecords, check_keys
 from vista.store.format.record_spec import RecordSpec
@@ -26,6 +25,7 @@ from vista.store.layout import (
 from vista.store.lmdb.environment import SharedEnvironment
 from vista.store.lmdb.transactions import walk
 from vista.store.manifest import Manifest, read_manifest
+from vista.store.open_generation import FoundStates, OpenGeneration
 
 _READ_RECORDS = 1024
 """Most records per read transaction, so that transactions stay short for any batch size."""
@@ -33,7 +33,7 @@ _READ_RECORDS = 1024
 
 @dataclass(frozen=True, slots=True)
 class LocalGeneration:
-    """One complete generation, open for reading (`vista.store.backend.OpenGeneration`)."""
+    """One complete generation, open for reading (`vista.store.open_generation.OpenGeneration`)."""
 
     root: Path
     """Folder of the store."""
@@ -99,7 +99,7 @@ class LocalGeneration:
 
 @dataclass(frozen=True, slots=True)
 class LocalGenerations:
-    """All generations of a store in a folder (`vista.store.backend.Generations`)."""
+    """All generations of a store in a folder (`vista.store.open_generation.Generations`)."""
 
     root: Path
 

@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 class LockedFolder:
-    """A store's folder, from `lock` to `release` (`vista.store.backend.WritableStore`)."""
+    """A store's folder, from `lock` to `release` (`vista.store.writable_store.WritableStore`)."""
 
     def __init__(self, root: Path, lock: WriterLock, permissions: Permissions | None) -> None:
         self.path = root

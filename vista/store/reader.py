@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.errors import StoreClosedError, StoreError, SummarizerMismatchError, UserKeyError
-from vista.store.backend import Generations, OpenGeneration
 from vista.store.batch_assembly import assembled
 from vista.store.format.keys import INT_PREFIX, STR_PREFIX, user_id, user_keys
 from vista.store.format.state_record import StateArrays
@@ -26,6 +25,7 @@ from vista.store.layout import store_address
 from vista.store.lmdb.environment import exclusive
 from vista.store.local_generation import LocalGenerations
 from vista.store.manifest import Manifest
+from vista.store.open_generation import Generations, OpenGeneration
 from vista.store.remote.store_url import StoreUrl
 from vista.store.stored_batch import StoredBatch
 

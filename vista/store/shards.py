@@ -97,11 +97,11 @@ def _shards_at(root: Path) -> list[Shard]:
     return sorted(shards, key=lambda shard: shard.index)
 
 
-def stores_in(store: str | Path) -> list[Path] | list[StoreUrl]:
+def stores_in(store: str | Path) -> list[Path | StoreUrl]:
     """Folders of the shards in a store's folder, or the folder or URL itself if the store is not sharded."""
     if StoreUrl.matches(store):
         return [StoreUrl.parse(store)]
-    return [shard.path(store) for shard in shards_in(store)] or [Path(store)]
+    return [*(shard.path(store) for shard in shards_in(store))] or [Path(store)]
 
 
 def shard_to_write(store: str | Path | StoreUrl, shard: Shard | None) -> tuple[Path | StoreUrl, Shard | None]:

@@ -11,12 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.errors import SummarizerMismatchError
-from vista.store.backend import FoundStates, WritableGeneration, WritableStore
 from vista.store.format.record_spec import HEADER
 from vista.store.layout import store_address
 from vista.store.locked_folder import LockedFolder
 from vista.store.manifest import Manifest
+from vista.store.open_generation import FoundStates
 from vista.store.remote.store_url import StoreUrl
+from vista.store.writable_store import WritableGeneration, WritableStore
 
 
 class StoreUpdate:

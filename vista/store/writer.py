@@ -8,7 +8,6 @@ from pathlib import Path
 from types import TracebackType
 
 from vista.errors import StoreError
-from vista.store.backend import WritableGeneration, WritableStore
 from vista.store.format.authentication import key_id
 from vista.store.format.keys import CURSOR_KEY
 from vista.store.layout import store_address
@@ -17,6 +16,7 @@ from vista.store.lmdb.permissions import GROUP, PRIVATE
 from vista.store.locked_folder import LockedFolder
 from vista.store.manifest import Manifest
 from vista.store.remote.store_url import StoreUrl
+from vista.store.writable_store import WritableGeneration, WritableStore
 
 
 class StoreWriter:

@@ -196,7 +196,7 @@ def test_invalid_copies_are_refused(tmp_path, build):
     build.write_store(source)
     with pytest.raises(StoreError, match="is the source store itself"):
         copy_generation(source, source)
-    with pytest.raises(StoreError, match=r"gen-5.*No such file"):
+    with pytest.raises(StoreError, match="has no gen-5"):
         copy_generation(source, target, generation=5)
     with pytest.raises(StoreError, match="none does not exist"):
         copy_generation(tmp_path / "none", target)

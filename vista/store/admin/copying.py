@@ -10,35 +10,24 @@ from pathlib import Path
 import lmdb
 
 from vista.errors import StoreError
-from vista.store.admin.generation_builder import GenerationBuilder, restamp_records
-from vista.store.admin.generation_reader import Batch, GenerationReader, open_generation, read_settled
+from vista.store.admin.generation_builder import restamp_records
+from vista.store.admin.generation_reader import Batch
+from vista.store.admin.managed_store import ManagedStore, managed_store
 from vista.store.admin.publish_report import PublishReport
+from vista.store.admin.whole_generation import NewGeneration, WholeGeneration
+from vista.store.erased_users import ErasedUsers
 from vista.store.format.record_spec import RecordSpec
-from vista.store.layout import (
-    PARTIAL_PREFIX,
-    environment_path,
-    generations_to_keep,
-    list_generations,
-    next_number,
-    published_or_none,
-    read_current,
-    remove_store_leftovers,
-    store_path,
-)
-from vista.store.lmdb.data_file import check_structure
-from vista.store.lmdb.permissions import GROUP, PRIVATE, Permissions
-from vista.store.locks import locked
+from vista.store.layout import store_address
+from vista.store.lmdb.permissions import GROUP, PRIVATE
 from vista.store.manifest import Manifest
-from vista.store.publication import publish_generation
-from vista.store.shards import check_place
-from vista.store.tombstones import Tombstones
+from vista.store.remote.store_url import StoreUrl
 
 logger = logging.getLogger(__name__)
 
 
 def copy_generation(
-    root: str | Path,
-    to: str | Path,
+    root: str | Path | StoreUrl,
+    to: str | Path | StoreUrl,
     *,
     generation: int | None = None,
     publish: bool = True,
@@ -55,8 +44,8 @@ def copy_generation(
     records. The source is only read.
 
     Args:
-        root: folder of the source store.
-        to: folder of the target store, made if it does not exist; write only copies to it.
+        root: folder or URL of the source store.
+        to: folder of the target store, made if it does not exist, or its URL; write only copies to it.
         generation: of the source; by default the published one.
         publish: publish the copy, and keep the generation that the target published before.
         key: 32 bytes, if the source's records are authenticated.
@@ -69,71 +58,78 @@ def copy_generation(
         StoreError: the source is damaged or holds users who were erased in the target, or the target cannot be written.
             The target's published generation is unchanged.
     """
-    root, to = store_path(root), store_path(to)
-    if root.resolve() == to.resolve():
-        raise StoreError(f"to={to} is the source store itself; name another folder")
-    number = read_current(root) if generation is None else generation
-    check_structure(environment_path(root, number))  # before a folder is made
-    check_place(to)
-    permissions = GROUP if shared_with_group else PRIVATE
-    with locked(to, permissions):
-        copy = read_settled(root, number, lambda: _copy(root, number, to, key, permissions))
-        before = published_or_none(to)
+    ends = [store_address(end) for end in (root, to)]
+    resolved = [end.resolve() if isinstance(end, Path) else end for end in ends]
+    if resolved[0] == resolved[1]:
+        raise StoreError(f"to={ends[1]} is the source store itself; name another one")
+    source, target = map(managed_store, ends)
+    number = source.current() if generation is None else generation
+    source.check_structure(number)
+    with source.open(number, key):
+        pass  # It exists, so the target may be made.
+    with target.locked(GROUP if shared_with_group else PRIVATE):
+        copy = source.settled(number, lambda: _copy(source, number, target, key))
+        before = target.published_or_none()
         if publish and before != copy.generation:
-            publish_generation(to, copy.generation, generations_to_keep(to))
+            target.publish(copy.generation, target.numbers() if before is None else [before])
     return dataclasses.replace(copy, published=publish or before == copy.generation)
 
 
-def _copy(root: Path, number: int, to: Path, key: bytes | None, permissions: Permissions) -> PublishReport:
+def _copy(source_store: ManagedStore, number: int, target: ManagedStore, key: bytes | None) -> PublishReport:
     """Find or make a complete generation of the target with the source's records."""
-    check_structure(environment_path(root, number))
-    with open_generation(root, number, key) as source:
-        manifest, tombstones = source.manifest.without_states(), Tombstones(to)
-        for existing in reversed(list_generations(to)):
-            if _is_equal(source, to, existing, key):
-                return PublishReport.of(to, existing, manifest.count, num_resumed=manifest.count)
-        wanted = dataclasses.replace(manifest, generation=next_number(to, least=number))
-        remove_store_leftovers(to, except_for=f"{PARTIAL_PREFIX}gen-{wanted.generation}")
-        builder = _resume_or_start(source, to, wanted, key, permissions)
+    source_store.check_structure(number)
+    with source_store.open(number, key) as source:
+        manifest, erased_users = source.manifest.without_states(), target.erased_users
+        for existing in reversed(target.numbers()):
+            if _is_equal(source, target, existing, key):
+                return _report(target, existing, manifest.count, num_resumed=manifest.count)
+        wanted = dataclasses.replace(manifest, generation=target.number_for(manifest))
+        target.remove_leftovers(except_for=wanted.generation)
+        builder = _resume_or_start(source, target, wanted, key)
         num_resumed = builder.tally.count
         try:
             for keys, records in _restamped(source, builder.spec, builder.last_key):
-                if any(tombstones.erased(keys)):
+                if any(erased_users.erased(keys)):
                     raise StoreError(
-                        f"{to}: some users were erased here, but are still in {root}; erase them there too, then copy "
-                        "again"
+                        f"{target.address}: some users were erased here, but are still in {source_store.address}; "
+                        "erase them there too, then copy again"
                     )
                 builder.put(keys, records)
             if not _same(_restamped(source, builder.spec), builder.held_batches()):
-                raise StoreError(f"{root} was written while it was copied; rerun the command")
+                raise StoreError(f"{source_store.address} was written while it was copied; rerun the command")
             builder.finish()
         finally:
             builder.close()
-    return PublishReport.of(to, wanted.generation, builder.manifest.count, num_resumed=num_resumed)
+    return _report(target, wanted.generation, builder.manifest.count, num_resumed=num_resumed)
+
+
+def _report(target: ManagedStore, number: int, num_records: int, *, num_resumed: int) -> PublishReport:
+    size = target.size_bytes(number)
+    return PublishReport(target.address, number, num_records, size, num_resumed=num_resumed)
 
 
 def _resume_or_start(
-    source: GenerationReader, to: Path, wanted: Manifest, key: bytes | None, permissions: Permissions
-) -> GenerationBuilder:
+    source: WholeGeneration, target: ManagedStore, wanted: Manifest, key: bytes | None
+) -> NewGeneration:
     """A builder that continues an earlier, interrupted copy, or a new one if that copy is of no use."""
     builder, reason = None, "is not what the source holds"
     try:
-        builder = GenerationBuilder(to, wanted, key, permissions, resume=True)
-        if _take_held(builder, source, Tombstones(to)):
+        builder = target.builder(wanted, key, resume=True)
+        if _take_held(builder, source, target.erased_users):
             return builder
     except (StoreError, lmdb.Error) as error:  # such as a file that was truncated within its first page
         reason = f"cannot be read: {error}"
     if builder is not None:
         builder.discard()
-    logger.warning("%s: what an earlier run copied %s; the copy starts over", to, reason)
-    return GenerationBuilder(to, wanted, key, permissions)
+    logger.warning("%s: what an earlier run copied %s; the copy starts over", target.address, reason)
+    return target.builder(wanted, key, resume=False)
 
 
-def _take_held(builder: GenerationBuilder, source: GenerationReader, tombstones: Tombstones) -> bool:
+def _take_held(builder: NewGeneration, source: WholeGeneration, erased_users: ErasedUsers) -> bool:
     """Let a builder continue after the records it holds, if they are the source's first ones and nobody was erased."""
     theirs = _flat(_restamped(source, builder.spec))
     for keys, records in builder.held_batches():
-        if any(tombstones.erased(keys)):
+        if any(erased_users.erased(keys)):
             return False
         for pair in zip(keys, records, strict=True):
             if next(theirs, None) != pair:
@@ -143,15 +139,15 @@ def _take_held(builder: GenerationBuilder, source: GenerationReader, tombstones:
     return True
 
 
-def _is_equal(source: GenerationReader, to: Path, number: int, key: bytes | None) -> bool:
+def _is_equal(source: WholeGeneration, target: ManagedStore, number: int, key: bytes | None) -> bool:
     """Whether a generation of the target is complete and holds the source's records, apart from the number."""
     try:
-        with open_generation(to, number, key) as held:
+        with target.open(number, key) as held:
             return _comparable(source.manifest) == _comparable(held.manifest) and _same(
                 _restamped(source, held.spec), held.batches()
             )
     except StoreError as error:
-        logger.info("%s: gen-%d differs from the source: %s", to, number, error)
+        logger.info("%s: gen-%d differs from the source: %s", target.address, number, error)
         return False
 
 
@@ -161,7 +157,7 @@ def _comparable(manifest: Manifest) -> Manifest:
     return dataclasses.replace(manifest.without_states(), generation=0, records_digest="", user_kind=None)
 
 
-def _restamped(source: GenerationReader, spec: RecordSpec, after: bytes = b"u") -> Iterator[Batch]:
+def _restamped(source: WholeGeneration, spec: RecordSpec, after: bytes = b"u") -> Iterator[Batch]:
     """The source's records beyond a key, moved to the generation of `spec`; unchanged if it has the same number."""
     for keys, records in source.batches(after):
         yield keys, records if spec.generation == source.spec.generation else restamp_records(keys, records, spec)

@@ -37,6 +37,15 @@ class GenerationReader:
     manifest: Manifest
     spec: RecordSpec
 
+    def value(self, key: bytes) -> bytes | None:
+        """A user's unchecked record; None without one."""
+
+        def copy(transaction: lmdb.Transaction[memoryview]) -> bytes | None:
+            value = transaction.get(key)
+            return None if value is None else bytes(value)
+
+        return self.environment.read(copy)
+
     def raw_batches(self, after: bytes = b"u") -> Iterator[Batch]:
         """Keys beyond `after` and their unchecked values, ascending; each batch in a short transaction."""
         return walk(self.environment.read, copied, after)
@@ -103,17 +112,20 @@ def read_settled(root: Path, generation: int, read: Callable[[], T]) -> T:
         StoreBusyError: it failed three times, and the generation was written each time.
         StoreError: it failed, and nobody wrote the generation meanwhile.
     """
+    return settled(lambda: _last_transactions(root, generation), read, f"{root}: gen-{generation}")
+
+
+def settled(version: Callable[[], object], read: Callable[[], T], name: str) -> T:
+    """As `read_settled`, of a generation whose every write changes `version()`; `name` names it in the error."""
     for _ in range(ATTEMPTS):
-        before = _last_transactions(root, generation)
+        before = version()
         try:
             return read()
         except StoreError as error:
-            if _last_transactions(root, generation) == before:
+            if version() == before:
                 raise
             last = error
-    raise StoreBusyError(
-        f"{root}: gen-{generation} is being written by a refresh or an erasure; try again when that has ended"
-    ) from last
+    raise StoreBusyError(f"{name} is being written by a refresh or an erasure; try again when that has ended") from last
 
 
 def _last_transactions(root: Path, generation: int) -> list[int]:

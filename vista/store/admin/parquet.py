@@ -26,6 +26,7 @@ from vista.files import check_replaceable, create_file, sync
 from vista.log.gaps import NO_TIMESTAMP
 from vista.log.ingest.source_parser import SourceParser
 from vista.log.polars_extra import pl, register_io_source
+from vista.store.admin.folder_store import FolderStore
 from vista.store.admin.generation_builder import GenerationBuilder, restamp_records
 from vista.store.admin.generation_reader import GenerationReader, open_generation, read_settled
 from vista.store.admin.publish_report import PublishReport
@@ -44,6 +45,7 @@ from vista.store.lmdb.permissions import GROUP, PRIVATE, Permissions
 from vista.store.locks import locked
 from vista.store.manifest import Manifest
 from vista.store.publication import publish_generation
+from vista.store.remote.store_url import StoreUrl
 from vista.store.shards import check_place
 from vista.store.tally import Tally
 from vista.store.tombstones import Tombstones
@@ -57,7 +59,7 @@ GROUP_BYTES = 1 << 24
 
 
 def export_store(
-    root: str | Path, out: str | Path, *, key: bytes | None = None, group_bytes: int = GROUP_BYTES
+    root: str | Path | StoreUrl, out: str | Path, *, key: bytes | None = None, group_bytes: int = GROUP_BYTES
 ) -> PublishReport:
     """Write the published generation to a Parquet file, atomically.
 
@@ -188,7 +190,7 @@ def _import(file: Path, root: Path, key: bytes | None, permissions: Permissions,
             builder.discard()
             raise
         publish_generation(root, manifest.generation, generations_to_keep(root))
-    return PublishReport.of(root, manifest.generation, manifest.count)
+    return PublishReport(root, manifest.generation, manifest.count, FolderStore(root).size_bytes(manifest.generation))
 
 
 def _schema(source: GenerationReader) -> dict[str, Any]:

@@ -5,28 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from vista.store.layout import generation_path
+from vista.store.remote.store_url import StoreUrl
 
 
 @dataclass(frozen=True, slots=True)
 class PublishReport:
     """Result of a compaction, rollback, copy, export or import."""
 
-    path: Path
+    path: Path | StoreUrl
     generation: int
     num_records: int
     size_bytes: int
-    """Of the generation's files."""
+    """Of the generation's files; on a server, of its records, about."""
     published: bool = True
     num_resumed: int = 0
     """Records of a copy that an earlier, interrupted run had copied."""
-
-    @classmethod
-    def of(cls, root: Path, generation: int, num_records: int, *, num_resumed: int = 0) -> PublishReport:
-        """Report of an existing generation, with the size of its files."""
-        files = generation_path(root, generation).rglob("*")
-        size = sum(file.stat().st_size for file in files if file.is_file())
-        return cls(root, generation, num_records, size, num_resumed=num_resumed)
 
     def __str__(self) -> str:
         resumed = f" ({self.num_resumed:,} of them by an earlier run)" if self.num_resumed else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from vista.store.admin.folder_store import FolderStore
 from vista.store.admin.generation_builder import GenerationBuilder, restamp_records
 from vista.store.admin.generation_reader import GenerationReader, open_generation
 from vista.store.admin.publish_report import PublishReport
@@ -22,10 +23,11 @@ from vista.store.lmdb.permissions import permissions_of
 from vista.store.locks import locked
 from vista.store.manifest import Manifest
 from vista.store.publication import publish_generation
+from vista.store.remote.store_url import StoreUrl
 from vista.store.tombstones import Tombstones
 
 
-def compact_store(root: str | Path, *, key: bytes | None = None) -> PublishReport:
+def compact_store(root: str | Path | StoreUrl, *, key: bytes | None = None) -> PublishReport:
     """Rewrite the published generation under the next number without free pages, publish it, and remove all others.
 
     Afterwards no file holds bytes of records that were removed before, because pages in use are the only ones copied.
@@ -51,7 +53,7 @@ def compact_store(root: str | Path, *, key: bytes | None = None) -> PublishRepor
         with open_generation(root, current, key) as source:
             manifest = _compacted(root, source, key)
         publish_generation(root, manifest.generation, ())
-    return PublishReport.of(root, manifest.generation, manifest.count)
+    return PublishReport(root, manifest.generation, manifest.count, FolderStore(root).size_bytes(manifest.generation))
 
 
 def _compacted(root: Path, source: GenerationReader, key: bytes | None) -> Manifest:

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-import lmdb
-
-from vista.errors import StoreError, UnfinishedError
-from vista.store.format.keys import MANIFEST_KEY
-from vista.store.layout import environment_path, generation_path, list_generations, read_current, store_path
+from vista.errors import StoreError, StoreUnavailableError
+from vista.store.admin.managed_store import ManagedStore, managed_store
+from vista.store.layout import environment_path, generation_path
 from vista.store.lmdb.environment import SharedEnvironment
 from vista.store.lmdb.flock import lock_holders
-from vista.store.manifest import Manifest, read_cursor, read_manifest
+from vista.store.manifest import Manifest
+from vista.store.remote.store_url import StoreUrl
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +27,9 @@ class GenerationStats:
     num_records: int = 0
     """In an unfinished generation, the number of users done."""
     live_bytes: int = 0
-    """Of the pages in use."""
-    size_bytes: int = 0
-    """What the files take on disk."""
+    """Of the pages in use; on a server, of the records, from the mean of the first 1,000."""
+    size_bytes: int | None = 0
+    """What the files take on disk; None if there are no files."""
     num_open: int | None = 0
     """Other processes on this machine that have it open; None if the system does not tell."""
     problem: str = ""
@@ -40,7 +39,7 @@ class GenerationStats:
 class StoreStats:
     """What a store holds."""
 
-    path: Path
+    path: Path | StoreUrl
     published: int | None
     """Number of the published generation; None if CURRENT is damaged, which `problem` then describes."""
     generations: list[GenerationStats]
@@ -65,7 +64,9 @@ class StoreStats:
                 f"states {manifest.state_dtype}",
                 f"until {manifest.until or 'the end of the log'}",
                 f"started {made:%Y-%m-%d %H:%M} UTC ({(self.now - manifest.created_at) / 3_600_000:.1f} h ago)",
-                f"{stats.live_bytes:,} bytes in use of {stats.size_bytes:,} on disk",
+                f"about {stats.live_bytes:,} bytes of records"
+                if stats.size_bytes is None
+                else f"{stats.live_bytes:,} bytes in use of {stats.size_bytes:,} on disk",
                 *([f"open in {stats.num_open} other processes"] if stats.num_open is not None else []),
                 f"summarizer {manifest.summarizer_id[:12]}…",
                 *([f"key {manifest.key_id}"] if manifest.key_id else []),
@@ -73,55 +74,50 @@ class StoreStats:
         )
 
 
-def store_stats(root: str | Path) -> StoreStats:
+def store_stats(root: str | Path | StoreUrl) -> StoreStats:
     """Describe a store; nothing is changed, and no key is needed.
 
     Raises:
         StoreError: there is no store.
     """
-    root = store_path(root)
+    store = managed_store(root)
     published, problem = None, ""
     try:
-        published = read_current(root)
+        published = store.current()
     except StoreError as error:
-        if not root.is_dir() or not list_generations(root):
+        if not store.numbers():
             raise
         problem = str(error)
-    generations = [_generation_stats(root, number) for number in list_generations(root)]
-    return StoreStats(root, published, generations, time.time_ns() // 1_000_000, problem)
+    generations = [_generation_stats(store, number) for number in store.numbers()]
+    return StoreStats(store.address, published, generations, time.time_ns() // 1_000_000, problem)
 
 
-def _generation_stats(root: Path, number: int) -> GenerationStats:
-    path = environment_path(root, number)
+def _generation_stats(store: ManagedStore, number: int) -> GenerationStats:
     try:
-        environment = SharedEnvironment.acquire(path)
+        live, size, num_open = store.size_bytes(number), None, None
+        if isinstance(store.address, Path):
+            live, size, num_open = _of_files(store.address, number)
+        manifest, complete, num_records = store.progress(number)
+    except StoreUnavailableError:
+        raise
     except StoreError as error:
         return GenerationStats(number, None, problem=str(error))
+    return GenerationStats(number, manifest, complete, num_records, live, size, num_open)
+
+
+def _of_files(root: Path, number: int) -> tuple[int, int, int | None]:
+    """Bytes in use, bytes on disk, and the number of other processes that have the generation open."""
+    path = environment_path(root, number)
+    environment = SharedEnvironment.acquire(path)
     try:
         live, num_open = environment.live_bytes(), _num_open(path)
-        manifest, complete, num_records = environment.read(lambda transaction: _progress(transaction, path))
-    except StoreError as error:
-        return GenerationStats(number, None, problem=str(error))
     finally:
         environment.release()
     size = sum(512 * file.stat().st_blocks for file in generation_path(root, number).rglob("*") if file.is_file())
-    return GenerationStats(number, manifest, complete, num_records, live, size, num_open)
+    return live, size, num_open
 
 
 def _num_open(path: Path) -> int | None:
     """Number of other processes that hold LMDB's lock on a lock file; its reader table lists only open transactions."""
     holders = lock_holders(path / "lock.mdb")
     return None if holders is None else len(holders - {os.getpid()})
-
-
-def _progress(transaction: lmdb.Transaction[memoryview], path: Path) -> tuple[Manifest, bool, int]:
-    """Manifest, whether the generation is complete, and the number of records or of users done."""
-    try:
-        manifest = read_manifest(transaction, path)
-        return manifest, True, manifest.count
-    except UnfinishedError:
-        value = transaction.get(MANIFEST_KEY)
-        if value is None:
-            raise
-        manifest = Manifest.from_bytes(bytes(value), path)
-        return manifest, False, read_cursor(transaction, manifest, path)

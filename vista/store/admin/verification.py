@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vista.errors import RecordError, StoreBusyError, StoreError, UnfinishedError
-from vista.store.admin.generation_reader import GenerationReader, open_generation, read_settled
+from vista.errors import RecordError, StoreBusyError, StoreError, StoreUnavailableError, UnfinishedError
+from vista.store.admin.managed_store import ManagedStore, managed_store
+from vista.store.admin.whole_generation import WholeGeneration
 from vista.store.format.record import check_records
-from vista.store.layout import (
-    CURRENT,
-    TOMBSTONES,
-    entries_like_generations,
-    environment_path,
-    environments_of,
-    generation_path,
-    last_complete,
-    list_generations,
-    read_current,
-    store_path,
-)
-from vista.store.lmdb.data_file import check_structure
+from vista.store.remote.store_url import StoreUrl
 from vista.store.tally import Tally
-from vista.store.tombstones import Tombstones
 
 _LISTED = 20
 
@@ -32,7 +19,7 @@ _LISTED = 20
 class VerificationReport:
     """What a verification found."""
 
-    path: Path
+    path: Path | StoreUrl
     records: dict[int, int] = field(default_factory=dict)
     """Number of valid records per complete generation that could be opened."""
     unfinished: list[int] = field(default_factory=list)
@@ -63,46 +50,39 @@ class VerificationReport:
         return "\n".join([f"{self.path}: {problems}; valid: {valid}{rest}", *self.problems])
 
 
-def verify_store(root: str | Path, *, key: bytes | None = None) -> VerificationReport:
+def verify_store(root: str | Path | StoreUrl, *, key: bytes | None = None) -> VerificationReport:
     """Check CURRENT, LAST, the tombstones and every complete generation; nothing is changed, and readers can continue.
 
     The structure of each file is checked before LMDB opens it. Then each record is checked: length, format, checksum,
     user, generation and, with a key, its authentication code.
 
     Args:
-        root: the store's folder.
+        root: the store's folder or URL.
         key: 32 bytes, if the store's records are authenticated.
 
     Raises:
         StoreBusyError: a refresh writes the published generation without a pause.
         StoreError: there is no store, or it is of another key. All other problems are in the report.
     """
-    root = store_path(root)
-    report = VerificationReport(root)
-    if not root.is_dir():
-        read_current(root)
-    published = None
+    store = managed_store(root)
+    report = VerificationReport(store.address)
+    published, generations = None, store.numbers()
     try:
-        published = read_current(root)
+        published = store.current()
+    except StoreUnavailableError:
+        raise
     except StoreError as error:
+        is_folder = isinstance(store.address, Path) and store.address.is_dir()
+        if not generations and not is_folder:
+            raise
         report.add(str(error))
-    try:
-        last_complete(root)
-    except StoreError as error:
-        report.add(str(error))
-    if os.access(root / TOMBSTONES, os.R_OK):  # They are the owner's alone: another account cannot check them.
-        try:
-            len(Tombstones(root))
-        except StoreError as error:
-            report.add(str(error))
-    for name in entries_like_generations(root):
-        report.add(f"{root / name} is ignored, because it is not the folder of a generation; rename or remove it")
-    generations = list_generations(root)
+    for problem in store.problems():
+        report.add(problem)
     if published is not None and published not in generations:
-        report.add(f"{root / CURRENT} names gen-{published}, which does not exist")
+        report.add(f"{store.address}: CURRENT names gen-{published}, which does not exist")
     for generation in generations:
         try:
-            report.include(verify_generation(root, generation, key=key, must_be_complete=generation == published))
+            report.include(verify_generation(store, generation, key=key, must_be_complete=generation == published))
         except StoreBusyError:
             if published is None or generation <= published:
                 raise
@@ -117,12 +97,12 @@ class _ProblemsError(StoreError):
 
 
 def verify_generation(
-    root: Path, generation: int, *, key: bytes | None = None, must_be_complete: bool = True
+    store: ManagedStore, generation: int, *, key: bytes | None = None, must_be_complete: bool = True
 ) -> VerificationReport:
     """Check one generation.
 
     Args:
-        root: the store's folder.
+        store: where it is.
         generation: its number.
         key: 32 bytes, if the store's records are authenticated.
         must_be_complete: report an unfinished or missing generation as a problem.
@@ -132,25 +112,25 @@ def verify_generation(
     """
 
     def check() -> VerificationReport:
-        report = VerificationReport(root)
-        if must_be_complete or generation_path(root, generation).is_dir():  # otherwise removed since it was listed
-            _verify(root, generation, report, key, must_be_complete)
+        report = VerificationReport(store.address)
+        if must_be_complete or generation in store.numbers():  # otherwise removed since it was listed
+            _verify(store, generation, report, key, must_be_complete)
         if report.num_problems:
             raise _ProblemsError(report)
         return report
 
     try:
-        return read_settled(root, generation, check)
+        return store.settled(generation, check)
     except _ProblemsError as error:
         return error.report
 
 
-def _verify(root: Path, generation: int, report: VerificationReport, key: bytes | None, must_be_complete: bool) -> None:
-    folder = environment_path(root, generation)
+def _verify(
+    store: ManagedStore, generation: int, report: VerificationReport, key: bytes | None, must_be_complete: bool
+) -> None:
     try:
-        for environment in environments_of(root, generation):
-            check_structure(environment)
-        with open_generation(root, generation, key) as reader:
+        store.check_structure(generation)
+        with store.open(generation, key) as reader:
             report.records[generation] = _verify_records(reader, report).count
             num_states = sum(len(keys) for keys, _ in reader.state_batches())
             # There may be a few more states than records, after an incremental refresh that was interrupted between the
@@ -160,7 +140,11 @@ def _verify(root: Path, generation: int, report: VerificationReport, key: bytes 
                 report.add(f"gen-{generation} holds {num_states} states for {count} records")
             for name in reader.other_keys():
                 if not name.startswith(b"!"):
-                    report.add(f"{folder}: key {name[:40]!r} is neither a user key nor one of the store's own keys")
+                    report.add(
+                        f"gen-{generation}: key {name[:40]!r} is neither a user key nor one of the store's own keys"
+                    )
+    except StoreUnavailableError:
+        raise
     except UnfinishedError as error:
         if must_be_complete:
             report.add(f"gen-{generation}: {error}")
@@ -169,7 +153,7 @@ def _verify(root: Path, generation: int, report: VerificationReport, key: bytes 
         report.add(f"gen-{generation}: {error}")
 
 
-def _verify_records(reader: GenerationReader, report: VerificationReport) -> Tally:
+def _verify_records(reader: WholeGeneration, report: VerificationReport) -> Tally:
     tally, num_invalid = Tally(), 0
     for keys, records in reader.raw_batches():
         for index in _invalid(keys, records, reader, report):
@@ -184,9 +168,7 @@ def _verify_records(reader: GenerationReader, report: VerificationReport) -> Tal
     return tally
 
 
-def _invalid(
-    keys: list[bytes], records: list[bytes], reader: GenerationReader, report: VerificationReport
-) -> list[int]:
+def _invalid(keys: list[bytes], records: list[bytes], reader: WholeGeneration, report: VerificationReport) -> list[int]:
     """Positions of the invalid records, descending."""
     try:
         check_records(records, keys, reader.spec)

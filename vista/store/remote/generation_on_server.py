@@ -1,4 +1,4 @@
-"""One generation on a server, open for writing (`vista.store.backend.WritableGeneration`)."""
+"""One generation on a server, open for writing (`vista.store.writable_store.WritableGeneration`)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from vista.errors import StoreWriteError
-from vista.store.backend import ErasedUsers, FoundStates
+from vista.store.erased_users import ErasedUsers
 from vista.store.format.record import check_records
 from vista.store.format.record_spec import HEADER_BYTES, RecordSpec
 from vista.store.format.state_record import StateSpec
 from vista.store.layout import pointer_to
 from vista.store.manifest import Manifest, parse_cursor
+from vista.store.open_generation import FoundStates
 from vista.store.remote.remote_records import BATCH_BYTES, RemoteRecords
 from vista.store.remote.remote_store import RemoteStore
 from vista.store.remote.server_connection import Command
@@ -27,7 +28,7 @@ class GenerationOnServer:
     """Every write is one atomic change of records, the list of users, and the manifest, so that all three always agree.
 
     Args:
-        lock: of the writer; None for an erasure, which works beside a writer.
+        lock: of the writer; None for an erasure, which works alongside a writer.
     """
 
     def __init__(self, store: RemoteStore, number: int, lock: ServerLock | None) -> None:

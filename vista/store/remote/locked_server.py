@@ -1,4 +1,4 @@
-"""A store on a server whose one writer is this process (`vista.store.backend.WritableStore`)."""
+"""A store on a server whose one writer is this process (`vista.store.writable_store.WritableStore`)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection
 
 from vista.errors import ConfigError, StoreBusyError, StoreError
 from vista.store.format.record_spec import RecordSpec
-from vista.store.layout import pointer_to
 from vista.store.manifest import Manifest
 from vista.store.remote.generation_on_server import GenerationOnServer
 from vista.store.remote.remote_store import RemoteStore
@@ -76,9 +75,29 @@ class LockedServer:
                 self.path, number,
             )  # fmt: skip
             self.remove(number)
-        manifest = dataclasses.replace(wanted, generation=self.store.next_number())
-        self._generation = GenerationOnServer.create(self.store, manifest, self._lock)
+        self._generation = self.create(dataclasses.replace(wanted, generation=self.store.next_number()))
         return self._generation
+
+    def create(self, manifest: Manifest) -> GenerationOnServer:
+        """Make an empty generation."""
+        return GenerationOnServer.create(self.store, manifest, self._lock)
+
+    def number_for(self, manifest: Manifest) -> int:
+        """Number for a copy: that of an unfinished generation with this identity, or one that was never complete."""
+        for number in reversed(self._unfinished()):
+            if self.open(number).manifest.identity() == manifest.identity():
+                return number
+        self.remove_unfinished(0)
+        return self.store.next_number(manifest.generation)
+
+    def remove_unfinished(self, except_for: int) -> None:
+        """Remove unfinished generations, except for one."""
+        for number in self._unfinished():
+            if number != except_for:
+                self.remove(number)
+
+    def _unfinished(self) -> list[int]:
+        return [number for number in self.store.numbers() if not self.open(number).complete]
 
     def published(self) -> GenerationOnServer:
         """Open the published generation, to write it in place."""
@@ -125,7 +144,7 @@ class LockedServer:
                     "records, or other ones, were written. It was removed, and CURRENT is unchanged; check whether "
                     "others write to its keys, then rerun the command"
                 )
-        raise StoreBusyError(f"{self.path}: users are being erased without a pause; rerun the command to resume")
+        raise self._busy()
 
     def remove_others(self, keep: Collection[int]) -> None:
         """Remove all generations except those in `keep`, in short commands, as readers may use the server meanwhile."""
@@ -149,9 +168,18 @@ class LockedServer:
             self._change(some_records)
 
     def publish_existing(self, number: int) -> None:
-        """Make CURRENT name a complete generation that is there already."""
-        pointer = pointer_to(number)
-        self._change(lambda: [("SET", self.store.names.current, pointer)])
+        """Make CURRENT name a complete generation, after users were removed from it who have been erased since.
+
+        Raises:
+            StoreBusyError: erasures follow one another without a pause.
+        """
+        generation = self.open(number)
+        for _ in range(_CHECKS_BESIDE_ERASURES):
+            num_erased = len(self.store.tombstones)
+            generation.remove_erased()
+            if generation.mark_complete(generation.read_manifest(), num_erased, publish=True):
+                return
+        raise self._busy()
 
     def _change(self, plan: Callable[[], list[Command]]) -> None:
         """Run commands atomically, if this process still holds the lock."""
@@ -168,6 +196,9 @@ class LockedServer:
         """Let other writers in; an unpublished generation stays for the next run of the same refresh."""
         self._lock.release()
         self.store.close()
+
+    def _busy(self) -> StoreBusyError:
+        return StoreBusyError(f"{self.path}: users are being erased without a pause; rerun the command to resume")
 
     def _remove_leftovers(self) -> None:
         """Remove the generations whose removal a killed writer did not end."""

@@ -7,17 +7,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from vista.arrays import Int
-from vista.store.backend import FoundStates, OpenGeneration
 from vista.store.batch_assembly import present_records
 from vista.store.format.record import RawRecords, check_records
 from vista.store.format.record_spec import RecordSpec
 from vista.store.manifest import Manifest
+from vista.store.open_generation import FoundStates, OpenGeneration
 from vista.store.remote.remote_records import RemoteRecords
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteGeneration:
-    """See `vista.store.backend.OpenGeneration`. Its connections belong to the store, so there is nothing to release."""
+    """As `OpenGeneration` says. The connections belong to the store, so there is nothing to release."""
 
     records: RemoteRecords
     manifest: Manifest
@@ -38,11 +38,15 @@ class RemoteGeneration:
         """Keys of all users in ascending order."""
         return self.records.key_batches()
 
-    def raw_batches(self, after: bytes = b"") -> Iterator[tuple[list[bytes], list[bytes]]]:
+    def value(self, key: bytes) -> bytes | None:
+        """A user's unchecked record; None without one."""
+        return self.records.get([key])[0]
+
+    def raw_batches(self, after: bytes = b"u") -> Iterator[tuple[list[bytes], list[bytes]]]:
         """Keys beyond `after` and their unchecked records, ascending."""
         return self.records.batches(after)
 
-    def batches(self, after: bytes = b"") -> Iterator[tuple[list[bytes], list[bytes]]]:
+    def batches(self, after: bytes = b"u") -> Iterator[tuple[list[bytes], list[bytes]]]:
         """As `raw_batches`, with every record checked.
 
         Raises:
@@ -51,6 +55,14 @@ class RemoteGeneration:
         for keys, records in self.raw_batches(after):
             check_records(records, keys, self.spec)
             yield keys, records
+
+    def state_batches(self) -> Iterator[tuple[list[bytes], list[bytes]]]:
+        """Nothing: a store on a server keeps no states."""
+        return iter(())
+
+    def other_keys(self) -> list[bytes]:
+        """Nothing: keys under a generation's prefix cannot be listed without looking at all keys of the server."""
+        return []
 
     def states(self, keys: Sequence[bytes]) -> FoundStates | None:
         """None: a store on a server keeps no states."""

@@ -49,11 +49,10 @@ class RemoteRecords:
         self._require_stamp(values.pop())
         return values
 
-    def key_batches(self, after: bytes = b"") -> Iterator[list[bytes]]:
+    def key_batches(self, after: bytes = b"u") -> Iterator[list[bytes]]:
         """Keys beyond `after` of the users who have a record, ascending."""
         while True:
-            begin = b"(" + after if after else b"-"
-            listed = ("ZRANGEBYLEX", self._names.users, begin, "+", "LIMIT", 0, self.batch_size)
+            listed = ("ZRANGEBYLEX", self._names.users, b"(" + after, "+", "LIMIT", 0, self.batch_size)
             keys, stamp = self._server.pipeline([listed, ("GET", self._names.complete)])
             self._require_stamp(stamp)
             if not keys:
@@ -61,7 +60,7 @@ class RemoteRecords:
             after = keys[-1]
             yield keys
 
-    def batches(self, after: bytes = b"") -> Iterator[tuple[list[bytes], list[bytes]]]:
+    def batches(self, after: bytes = b"u") -> Iterator[tuple[list[bytes], list[bytes]]]:
         """Keys beyond `after` and their unchecked values, ascending.
 
         Raises:

@@ -14,7 +14,7 @@ from vista.store.remote.store_url import StoreUrl
 
 
 class RemoteStore:
-    """One store on a server (`vista.store.backend.Generations`)."""
+    """One store on a server (`vista.store.open_generation.Generations`)."""
 
     def __init__(self, server: ServerConnection) -> None:
         self.server = server

@@ -9,7 +9,7 @@ from vista.store.tombstones import digests_of
 
 
 class RemoteTombstones:
-    """See `vista.store.backend.ErasedUsers`."""
+    """See `vista.store.erased_users.ErasedUsers`."""
 
     def __init__(self, server: ServerConnection, name: bytes) -> None:
         self.name = name
