@@ -164,7 +164,7 @@ def is_launched() -> bool:
 def _own_gpu(device: torch.device) -> torch.device:
     """The GPU of this rank."""
     local, on_machine, count = int(os.environ["LOCAL_RANK"]), os.environ["LOCAL_WORLD_SIZE"], torch.cuda.device_count()
-    if device.index is not None:
+    if device != torch.device("cuda"):
         raise ConfigError(f"device={device}: each rank takes a GPU of its own; write device=cuda")
     if local >= count:
         raise ConfigError(

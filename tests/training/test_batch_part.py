@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from torch import Tensor
 
 from tests.conftest import Served, small_config
@@ -107,19 +106,18 @@ def losses_and_gradients(made: Trainer, parts: list[Batch]) -> tuple[dict[str, f
 
 def assert_parts_equal_the_whole(made: Trainer) -> None:
     batch = made.source.batch(0, 0)
-    made.model.double()
     expected, whole = losses_and_gradients(made, [batch])
     whole = {name: gradient.clone() for name, gradient in whole.items()}
+    longest = max(gradient.norm() for gradient in whole.values())
     assert len(batch.user) > 3 and expected
     for divided in (balanced_parts(chunk_work(batch), 3), np.split(np.arange(len(batch.user)), len(batch.user))):
         assert np.array_equal(np.sort(np.concatenate(divided)), np.arange(len(batch.user)))
         found, gradients = losses_and_gradients(made, [batch_part(batch, chunks) for chunks in divided])
-        assert found == pytest.approx(expected, rel=1e-6)
+        assert found == pytest.approx(expected, rel=1e-5)
         assert gradients.keys() == whole.keys()
         for name, gradient in gradients.items():
-            torch.testing.assert_close(
-                gradient, whole[name], rtol=1e-5, atol=1e-8, msg=lambda text, n=name: f"{n}: {text}"
-            )
+            error = (gradient - whole[name]).norm()
+            assert error <= 1e-4 * whole[name].norm() + 1e-6 * longest, (name, error)
 
 
 @pytest.mark.parametrize("name", MODELS)

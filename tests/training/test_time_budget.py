@@ -14,7 +14,7 @@ from tests.training.test_trainer import assert_same_result, metrics
 from vista.config import OptimConfig
 from vista.errors import ConfigError
 from vista.log.event_log import EventLog
-from vista.training import trainer
+from vista.training import run_state, trainer
 from vista.training.checkpoint import latest_checkpoint, load_checkpoint
 from vista.training.progress import Progress
 from vista.training.time_budget import RESERVE, SKIPPED_STEPS, TIMED_STEPS, TimeBudget
@@ -53,7 +53,7 @@ def test_epochs_limit_the_steps(epochs: int | None, fits: int) -> None:
 def test_a_timed_run_resumes_bit_identically(
     event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save, killed = trainer.save_checkpoint, []
+    save, killed = run_state.save_checkpoint, []
 
     def copied(folder: Path, step: int, *rest: Any) -> None:
         save(folder, step, *rest)
@@ -62,7 +62,7 @@ def test_a_timed_run_resumes_bit_identically(
     changes = {"optim__epochs": None, "optim__minutes": 1.0, "data__unknown_share": 0.2, "checkpoint_every": 7}
     whole = tmp_path / "whole"
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "save_checkpoint", copied)
+        patch.setattr(run_state, "save_checkpoint", copied)
         patch.setattr(TimeBudget, "steps_left", lambda *_: 13)  # only here: a resumed run must not plan again
         train(small_config(event_log, whole, **changes), event_log, metrics_every=1)
     last = load_checkpoint(latest_checkpoint(whole / "checkpoints"))[1]["run"]["progress"]  # type: ignore[arg-type]

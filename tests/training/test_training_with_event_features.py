@@ -25,7 +25,7 @@ from vista.log.splits import MIN_EVENTS, split_until, visible_counts
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer
-from vista.training import event_features, trainer
+from vista.training import event_features, run_state
 from vista.training.event_features import event_reader
 from vista.training.trainer import Trainer, train, train_model
 from vista.training.validation import Validation
@@ -237,14 +237,14 @@ def test_a_run_resumes_bit_identically(log: EventLog, tmp_path: Path, monkeypatc
     config = feature_config(log, tmp_path / "whole", checkpoint_every=5)
     train(config, log)
     stopped = feature_config(log, tmp_path / "stopped", checkpoint_every=5)
-    save = trainer.save_checkpoint
+    save = run_state.save_checkpoint
 
     def save_once(*arguments: Any, **options: Any) -> Path:
         save(*arguments, **options)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "save_checkpoint", save_once)
+        patch.setattr(run_state, "save_checkpoint", save_once)
         with pytest.raises(KeyboardInterrupt):
             train(stopped, log)
     train(stopped, log)

@@ -23,7 +23,7 @@ from vista.model.ranking_model import RankingModel
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer
-from vista.training import trainer
+from vista.training import run_state, trainer
 from vista.training.item_start import training_vectors
 from vista.training.log_schema import encoded_features
 from vista.training.trainer import train, train_model
@@ -137,7 +137,7 @@ def test_items_without_training_events_are_their_features(log: EventLog, tmp_pat
 
 
 def test_a_run_resumes_bit_identically(log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save, killed = trainer.save_checkpoint, []
+    save, killed = run_state.save_checkpoint, []
 
     def copied(folder: Path, step: int, *rest: Any) -> None:
         save(folder, step, *rest)
@@ -145,7 +145,7 @@ def test_a_run_resumes_bit_identically(log: EventLog, tmp_path: Path, monkeypatc
 
     changes, whole = {"model__id_dropout": 0.5, "checkpoint_every": 3}, tmp_path / "whole"
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "save_checkpoint", copied)
+        patch.setattr(run_state, "save_checkpoint", copied)
         train(feature_config(log, whole, **changes), log, metrics_every=1)
     assert len(killed) > 2
     for run_dir in (killed[0], killed[-2]):

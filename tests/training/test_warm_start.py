@@ -29,7 +29,7 @@ from vista.examples.item_factors import item_factors
 from vista.log.event_log import EventLog
 from vista.model.added_items import with_items
 from vista.model.vista_model import VistaModel
-from vista.training import trainer
+from vista.training import run_state
 from vista.training.item_start import start_from_factors
 from vista.training.metrics_writer import MetricsWriter
 from vista.training.trainer import Trainer, train, train_model
@@ -195,7 +195,7 @@ def test_a_run_resumes_bit_identically(
     monkeypatch: pytest.MonkeyPatch,
     freeze: InitFreeze,
 ) -> None:
-    save, killed = trainer.save_checkpoint, []
+    save, killed = run_state.save_checkpoint, []
 
     def copied(folder: Path, step: int, *rest: Any) -> None:
         save(folder, step, *rest)
@@ -208,7 +208,7 @@ def test_a_run_resumes_bit_identically(
         "model__item_start": ItemStart.factors,
     }
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "save_checkpoint", copied)
+        patch.setattr(run_state, "save_checkpoint", copied)
         train(warm_config(earlier[0], grown_log, tmp_path / "whole", **changes), grown_log, metrics_every=1)
     assert len(killed) > 2
     train(warm_config(earlier[0], grown_log, killed[1], **changes), grown_log, metrics_every=1)

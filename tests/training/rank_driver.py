@@ -1,0 +1,45 @@
+"""A command of vista in a torchrun job, for tests.
+
+It takes the words of `vista train`, and writes a line of metrics.jsonl per step. A word such as 1:model.dim=8 is only
+for rank 1. With the environment variable KILL=1:7, rank 1 kills itself at its step 7. Each rank prints a digest of its
+weights at the end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import signal
+import sys
+from functools import partial
+
+from vista.cli import train_commands
+from vista.cli.main import main
+from vista.examples.batch import Batch
+from vista.model.ranking_model import RankingModel
+from vista.training.trainer import Trainer, train_model
+
+RANK = os.environ["RANK"]
+
+
+class WatchedTrainer(Trainer):
+    """Kills itself where it is asked to, and prints its weights."""
+
+    def _step(self, batch: Batch, share_done: float) -> dict[str, float]:
+        if os.environ.get("KILL") == f"{RANK}:{self.progress.step}":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super()._step(batch, share_done)
+
+    def run(self) -> RankingModel:
+        best = super().run()
+        weights = b"".join(weight.detach().numpy().tobytes() for weight in self.model.state_dict().values())
+        print(f"weights {hashlib.sha256(weights).hexdigest()}", flush=True)
+        return best
+
+
+if __name__ == "__main__":
+    words = [re.sub(rf"^{RANK}:", "", word) for word in sys.argv[1:]]
+    train_model.__globals__["Trainer"] = WatchedTrainer
+    train_commands.train_model = partial(train_model, metrics_every=1)
+    sys.exit(main(["train", *(word for word in words if not re.match(r"\d+:", word))]))

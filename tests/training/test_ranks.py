@@ -1,0 +1,111 @@
+"""Training in the processes of a torchrun job: the run of one process, and how it ends if a rank does."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.conftest import small_config
+from tests.training.test_trainer import assert_same_result, metrics
+from vista.config import TrainConfig
+from vista.config.choices import Precision
+from vista.config.config_keys import to_yaml
+from vista.log.event_log import EventLog
+from vista.training.checkpoint import latest_checkpoint
+from vista.training.trainer import train
+
+EXACT = {
+    "precision": Precision.float32,
+    "model__dropout": 0.0,
+    "model__counted_dropout": 0.0,
+    "model__counters": True,
+    "optim__window_weight": 0.5,
+    "optim__epochs": 14,
+    "optim__learning_rate": 1e-3,
+    "optim__validate_every": 7,
+    "checkpoint_every": 7,
+}
+"""A run of 57 steps, without draws in its steps: each rank makes its own."""
+
+
+def config_of(log: EventLog, run_dir: Path, **changes: Any) -> TrainConfig:
+    return small_config(log, run_dir, **(EXACT | changes))
+
+
+def start(config: TrainConfig, num_ranks: int, *words: str, kill: str = "") -> subprocess.CompletedProcess[str]:
+    """Train under torchrun on loopback."""
+    path = Path(config.run_dir).with_suffix(".yaml")
+    path.write_text(to_yaml(config))
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "tests.training.rank_driver"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "KILL": kill}
+    command += [f"--config={path}", *words]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+
+
+def curve(run_dir: Path) -> list[float]:
+    return [row["loss"] for row in metrics(run_dir) if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def runs(event_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """By number of ranks: the folder of a finished run."""
+    folder = tmp_path_factory.mktemp("ranks")
+    train(config_of(event_log, folder / "1"), event_log, metrics_every=1)
+    for num_ranks in (2, 4):
+        done = start(config_of(event_log, folder / str(num_ranks)), num_ranks)
+        assert done.returncode == 0, done.stderr
+        weights = re.findall("weights ([0-9a-f]{64})", done.stdout)
+        assert len(weights) == num_ranks and len(set(weights)) == 1, "all ranks have the same weights"
+        assert done.stderr.count("done: 57 steps") == 1, "only rank 0 reports"
+    return {num_ranks: folder / str(num_ranks) for num_ranks in (1, 2, 4)}
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_the_loss_curve_does_not_depend_on_the_number_of_ranks(runs: dict[int, Path], num_ranks: int) -> None:
+    expected, found = curve(runs[1]), curve(runs[num_ranks])
+    assert len(expected) == 57
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    assert sorted(path.name for path in runs[num_ranks].iterdir()) == sorted(path.name for path in runs[1].iterdir())
+    measured, single = (
+        [row["validation"] for row in metrics(folder) if "validation" in row] for folder in (runs[num_ranks], runs[1])
+    )
+    for own, other in zip(measured, single, strict=True):
+        assert own == pytest.approx(other, abs=1e-3)
+
+
+def test_a_killed_rank_ends_the_job_and_the_run_resumes(
+    event_log: EventLog, runs: dict[int, Path], tmp_path: Path
+) -> None:
+    config = config_of(event_log, tmp_path / "run")
+    began = time.perf_counter()
+    killed = start(config, 2, kill="1:17")
+    assert killed.returncode != 0 and "Signal 9 (SIGKILL)" in killed.stderr and "rank      : 1" in killed.stderr
+    assert time.perf_counter() - began < 60
+    newest = latest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert newest is not None and newest.name.endswith("16")
+    shutil.copytree(tmp_path / "run", tmp_path / "alone")
+    resumed = start(config, 2)
+    assert resumed.returncode == 0 and "resuming at step 16" in resumed.stderr, resumed.stderr
+    assert_same_result(tmp_path / "run", runs[2])
+    # Another number of ranks resumes too.
+    train(config_of(event_log, tmp_path / "alone"), event_log, metrics_every=1)
+    np.testing.assert_allclose(curve(tmp_path / "alone"), curve(runs[1]), rtol=1e-4)
+
+
+def test_ranks_that_differ_are_refused_by_name(event_log: EventLog, tmp_path: Path) -> None:
+    done = start(config_of(event_log, tmp_path / "run"), 2, "1:model.dim=8", "0:data.num_negatives=7")
+    assert done.returncode != 0
+    differences = r"rank 1 differs from rank 0 in model.dim \(16 -> 8\), data.num_negatives \(7 -> 20\)"
+    for rank in (0, 1):
+        assert re.search(f"rank {rank}: error: {differences}", done.stderr), done.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
