@@ -236,6 +236,14 @@ class SummarizerMismatchError(StoreError):
     """
 
 
+class WorkerDiedError(VistaError):
+    """A process that does part of the work died, and so did those that replaced it.
+
+    Remedy: look for the cause in the system's log, most often too little memory. Then run the same command again; it
+    resumes where it stopped.
+    """
+
+
 class LeakageError(VistaError):
     """A summary or a model covers the events that it is asked to predict.
 

@@ -20,10 +20,13 @@ REASONS = (
     "needs a GPU",
     "needs a scheduler",
     "needs a second machine",
+    "needs Feast",
+    "needs Spark",
     "runs for minutes",
     "runs until stopped",
 )
-"""Why a block may not be run. `runs until stopped`: a service; a test of its own must run it."""
+"""Why a block may not be run. `runs until stopped`: a service; a test of its own must run it. `needs
+Feast` and `needs Spark`: tests/refresh/test_recipes.py runs it where the package is installed."""
 
 _COMMAND = re.compile(r"(\$ )?(vista|make|python -m) ")
 _UNTESTED = ("", "bash", "sh", "shell", "zsh")

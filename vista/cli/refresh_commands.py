@@ -8,13 +8,17 @@ import time
 from contextlib import closing
 from pathlib import Path
 
+import torch
+
 from vista.config import RefreshConfig, WatchConfig
+from vista.config.choices import EngineName
 from vista.device import announce, cpu_settings, keep_freed_memory, resolve_device
 from vista.errors import ConfigError, DataError, LogBusyError, LogWriteError, StreamOffsetError, VistaError
 from vista.files import replace_text, writable_file
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshReport, refresh, refresh_incremental
+from vista.refresh.refresh_engine import LocalEngine, RefreshEngine
 from vista.refresh.watch import Watch
 from vista.refresh.watch_report import WatchReport
 from vista.store.format.authentication import read_key
@@ -34,7 +38,18 @@ def run_refresh(config: RefreshConfig) -> RefreshReport:
         key = read_key(config.authentication_key_file)
         if config.incremental:
             return refresh_incremental(model, log, config.store, options=config, shard=shard, key=key)
-        return refresh(model, log, config.store, until=config.until, options=config, shard=shard, key=key)
+        engine = _engine(config, device)
+        return refresh(
+            model, log, config.store, until=config.until, options=config, shard=shard, engine=engine, key=key
+        )
+
+
+def _engine(config: RefreshConfig, device: torch.device) -> RefreshEngine:
+    if config.engine is EngineName.local:
+        return LocalEngine()
+    from vista.refresh.ray_engine import RayEngine  # needs the extra `ray`
+
+    return RayEngine(config.model, config.ray, device=device, num_threads=config.num_threads or 1)
 
 
 def run_watch(config: WatchConfig) -> WatchReport:

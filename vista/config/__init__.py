@@ -23,6 +23,7 @@ from vista.config.model_config import ModelConfig
 from vista.config.optim_config import OptimConfig
 from vista.config.plan_config import PlanConfig
 from vista.config.prepare_config import PrepareConfig, SourceConfig
+from vista.config.ray_config import RayConfig
 from vista.config.refresh_config import RefreshConfig
 from vista.config.refresh_options import RefreshOptions
 from vista.config.score_config import ScoreConfig
@@ -62,6 +63,7 @@ __all__ = [
     "OptimConfig",
     "PlanConfig",
     "PrepareConfig",
+    "RayConfig",
     "RefreshConfig",
     "RefreshOptions",
     "ScoreConfig",

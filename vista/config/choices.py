@@ -41,6 +41,15 @@ class Architecture(Enum):
         return self in (Architecture.din, Architecture.sim, Architecture.twin)
 
 
+class EngineName(Enum):
+    """Which processes encode the batches of a full refresh."""
+
+    local = "local"
+    """This process."""
+    ray = "ray"
+    """Actors of Ray, on this machine or in a cluster."""
+
+
 class WorldName(Enum):
     """What decides a click in the simulation."""
 

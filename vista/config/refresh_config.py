@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vista.config.checks import MAX_THREADS, require, require_counts
+from vista.config.choices import EngineName
+from vista.config.ray_config import RayConfig
 from vista.config.refresh_options import INCREMENTAL_OPTIONS, SET_BY_FULL_REFRESH, RefreshOptions
 
 
@@ -32,10 +34,15 @@ class RefreshConfig(RefreshOptions):
     shard: str | None = None
     """Written i/n: refresh only the users of shard i of n, into <store>/part-i-of-n, so that several machines can share
     the work. null refreshes all users."""
+    engine: EngineName = EngineName.local
+    """What computes a full refresh: local (this process) or ray (several processes, on one machine or in a cluster). It
+    does not change the store."""
+    ray: RayConfig = field(default_factory=RayConfig)
+    """With engine=ray: where Ray runs, and how many processes share the work."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N. auto uses a GPU if there is one."""
     num_threads: int = 0
-    """Number of CPU threads. 0 leaves the choice to PyTorch."""
+    """Number of CPU threads. 0 leaves the choice to PyTorch. With engine=ray, of each actor; 0 is one."""
     progress: bool = True
     """Show a progress bar."""
 
@@ -45,4 +52,6 @@ class RefreshConfig(RefreshOptions):
         if self.incremental:
             reason = f"{SET_BY_FULL_REFRESH} with incremental=true"
             require(self.until is None, "until", reason)
+            full_only = "works only for a full refresh; shard=i/n shares an incremental one among machines"
+            require(self.engine is EngineName.local, "engine", full_only)
             self.require_only(INCREMENTAL_OPTIONS, reason, prefix="")

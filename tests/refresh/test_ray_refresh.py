@@ -1,0 +1,297 @@
+"""A full refresh in actors of Ray: the same bytes as in one process, also after kills; errors keep their types."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from importlib import import_module, reload
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vista.config import RayConfig, RefreshConfig
+from vista.config.choices import Codec, Precision
+from vista.errors import (
+    CheckpointError,
+    ConfigError,
+    LogFormatError,
+    MissingDependencyError,
+    SummarizerMismatchError,
+    VistaError,
+    WorkerDiedError,
+)
+from vista.log.event_log import EventLog
+from vista.refresh import RefreshOptions, refresh
+from vista.refresh.refresh_actor import ActorJob, ActorResult, RefreshActor, log_digest
+from vista.refresh.refresh_engine import RefreshEngine
+from vista.store import StoreReader
+from vista.store.format.record_spec import RecordSpec
+from vista.store.layout import environment_path, state_path
+from vista.store.lmdb.environment import SharedEnvironment
+
+ray_extra = pytest.importorskip(
+    "vista.refresh.ray_extra", reason="the extra `ray` is not installed", exc_type=ImportError
+)
+
+
+ray = ray_extra.ray
+ray_engine = import_module("vista.refresh.ray_engine")
+RayEngine = ray_engine.RayEngine
+
+NOW = 1_800_000_000_000
+KEY = bytes(range(32))
+NUM_USERS = 150
+OPTIONS = RefreshOptions(codec=Codec.int8, users_per_batch=5, tokens_per_batch=64)
+"""Twelve batches of the sixty users."""
+
+
+@pytest.fixture(scope="module")
+def short_folder() -> Iterator[Path]:
+    """Ray's sockets must have short paths."""
+    folder = Path(tempfile.mkdtemp(prefix="vr-"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def running_ray(short_folder: Path) -> Iterator[None]:
+    ray.init(
+        num_cpus=2,
+        object_store_memory=80_000_000,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        _temp_dir=str(short_folder / "module"),
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, grow: SimpleNamespace) -> SimpleNamespace:
+    """A model in a folder, a log of two segments, and the store that this process writes. User 7's is not finite."""
+    folder = tmp_path_factory.mktemp("made")
+    model = grow.model(num_tail_features=2, counters=True)
+    frames = [
+        grow.events({user: 1 + user % 9 for user in range(60)}),
+        grow.events({3: 2}, grow.start + 500 * grow.hour),
+    ]
+    for frame in frames:
+        frame["item"] = np.where(frame["item"] == 0, 10, frame["item"])
+    frame = frames[0]
+    frame["item"][np.flatnonzero(frame["user"] == 7)[0]] = 0
+    with torch.no_grad():
+        model.item_table[int(model.item_rows([0])[0])] = 1e38
+    model.save_pretrained(folder / "model")
+    log = [grow.append(folder / "log", frame) for frame in frames][-1]
+    report = refresh(model, log, folder / "local", options=OPTIONS, key=KEY, created_at=NOW)
+    return SimpleNamespace(folder=folder, model=model, log=log, report=report, local=folder / "local")
+
+
+def contents(store: Path) -> dict[str, dict[bytes, bytes]]:
+    """All keys and values of generation 1, with its manifest and cursor."""
+    found = {}
+    for path in filter(Path.exists, (environment_path(store, 1), state_path(store, 1))):
+        shared = SharedEnvironment.acquire(path)
+        try:
+            found[path.name] = shared.read(lambda transaction: {bytes(k): bytes(v) for k, v in transaction.cursor()})
+        finally:
+            shared.release()
+    return found
+
+
+def engine(made: SimpleNamespace, **config: Any) -> RefreshEngine:
+    return RayEngine(made.folder / "model", RayConfig(**{"num_actors": 2, **config}))
+
+
+def test_the_store_is_that_of_the_local_refresh(running_ray: None, made: SimpleNamespace, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"options": OPTIONS, "key": KEY, "created_at": NOW}
+    report = refresh(made.model, made.log, tmp_path / "store", engine=engine(made), **options)
+    assert contents(tmp_path / "store") == contents(made.local)
+    assert len(contents(made.local)["summary"]) == 59 + 3 and len(contents(made.local)["state"]) == 59
+    same = ("num_users", "num_events", "counts", "failures", "bytes_per_user")
+    assert [getattr(report, name) for name in same] == [getattr(made.report, name) for name in same]
+    assert set(report.failures) == {"7"} and "NaN" in report.failures["7"]
+    assert report.shares["wait"] > 0 and report.shares["summarize"] == 0
+
+
+class Kills:
+    """Kills the actors of some of the results, as soon as the caller has them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, numbers: set[int]) -> None:
+        self.number, self.numbers, self.get = 0, numbers, ray_engine._get
+        monkeypatch.setattr(ray_engine, "_get", self)
+
+    def __call__(self, task: Any, log: EventLog) -> ActorResult:
+        result = self.get(task, log)
+        self.number += 1
+        if self.number in self.numbers:
+            os.kill(result.process, signal.SIGKILL)
+        return result
+
+
+def test_a_killed_actor_loses_nothing(
+    running_ray: None,
+    made: SimpleNamespace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    Kills(monkeypatch, {3})
+    refresh(
+        made.model,
+        made.log,
+        tmp_path / "store",
+        options=OPTIONS,
+        engine=engine(made, num_actors=1),
+        key=KEY,
+        created_at=NOW,
+    )
+    assert contents(tmp_path / "store") == contents(made.local)
+    assert "of an actor ended; its batches were repeated" in caplog.text
+
+
+def test_a_batch_whose_actors_die_ends_the_run_which_resumes(
+    running_ray: None, made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"options": OPTIONS, "key": KEY, "created_at": NOW}
+    with monkeypatch.context() as patch:
+        patch.setattr(ray_engine, "MAX_RETRIES", 0)
+        Kills(patch, {3})
+        with pytest.raises(WorkerDiedError, match=r"from user \d+ to user \d+ died 1 time.*again to resume"):
+            refresh(made.model, made.log, tmp_path / "store", engine=engine(made, num_actors=1), **options)
+    report = refresh(made.model, made.log, tmp_path / "store", **options)  # another engine
+    assert report.resumed_at >= 10
+    assert contents(tmp_path / "store") == contents(made.local)
+
+
+def test_an_error_of_an_actor_keeps_type_and_message(running_ray: None, made: SimpleNamespace, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nowhere"):
+        one = RayEngine(tmp_path / "nowhere", RayConfig(num_actors=1))
+        refresh(made.model, made.log, tmp_path / "store", options=OPTIONS, engine=one)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"log_digest": "0"}, LogFormatError, "is not the log with which this refresh began"),
+        ({"last_segment": 3}, LogFormatError, "3"),
+        ({"log": "/nowhere"}, LogFormatError, "/nowhere"),
+        ({"spec": RecordSpec(bytes(32), 1, 3, 16, Codec.int8)}, SummarizerMismatchError, "is not the model with which"),
+    ],
+)
+def test_an_actor_refuses_another_log_or_model(
+    made: SimpleNamespace, change: dict[str, Any], error: type[VistaError], message: str
+) -> None:
+    job = ActorJob(
+        model=str(made.folder / "model"),
+        device="cpu",
+        num_threads=1,
+        log=str(made.folder / "log"),
+        last_segment=2,
+        log_digest=log_digest(made.log),
+        precision=Precision.float32,
+        tokens_per_batch=64,
+        spec=RecordSpec(made.model.summarizer_id(), 1, 3, 16, Codec.int8),
+        state_spec=None,
+    )
+    users, counts = np.arange(2), np.array([1, 1])
+    with pytest.raises(error, match=message):
+        result = RefreshActor(replace(job, **change)).encode(users, counts).records
+        assert isinstance(result, VistaError)
+        raise result
+
+
+def test_more_actors_than_the_cluster_has_room_for(running_ray: None, made: SimpleNamespace, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"ray\.num_actors=9: Ray at local has 2 CPUs, and each actor needs 1; name fewer"
+    ):
+        refresh(made.model, made.log, tmp_path / "store", engine=engine(made, num_actors=9))
+
+
+def test_bad_configurations_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"engine: works only for a full refresh; shard=i/n"):
+        RefreshConfig(engine="ray", incremental=True)
+    with pytest.raises(ConfigError, match=r"ray\.address: write host:port of the head"):
+        RayConfig(address="ray://head:10001")
+    with pytest.raises(ConfigError, match=r"ray\.object_store_bytes: must be at least 80000000"):
+        RayConfig(object_store_bytes=1)
+
+
+def test_the_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'vista-recsys\[ray\]'"):
+        reload(ray_extra)
+
+
+def wait_for_the_end_of(folder: Path) -> None:
+    """Wait until no service of the Ray that was started in a folder is running."""
+    until = time.monotonic() + 60
+    while any(str(folder).encode() in command for command in commands()):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def commands() -> Iterator[bytes]:
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            yield path.read_bytes()
+
+
+def start_refresh(folder: Path, store: Path, temporary: Path) -> subprocess.Popen[str]:
+    """`vista refresh engine=ray` in a process with a Ray of its own; returns it with some batches done."""
+    words = [f"data={folder / 'log'}", f"model={folder / 'model'}", f"store={store}", "users_per_batch=1"]
+    words += ["tokens_per_batch=64", "device=cpu", "num_threads=1", "progress=false", "engine=ray", "ray.num_actors=1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vista.cli.main", "refresh", *words],
+        env={**os.environ, "TMPDIR": str(temporary)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    progress, until = store / "refresh.jsonl", time.monotonic() + 120
+    before = len(progress.read_text().splitlines()) if progress.exists() else 0
+    while not (progress.exists() and len(progress.read_text().splitlines()) >= before + 3):
+        assert process.poll() is None and time.monotonic() < until, process.communicate()
+        time.sleep(0.005)
+    return process
+
+
+def test_a_killed_and_an_interrupted_run_resume(tmp_path: Path, grow: SimpleNamespace, short_folder: Path) -> None:
+    model = grow.model()
+    model.save_pretrained(tmp_path / "model")
+    log = grow.append(tmp_path / "log", grow.events({user: 1 + user % 9 for user in range(NUM_USERS)}))
+    temporary = short_folder / "own"
+    temporary.mkdir()
+    killed = start_refresh(tmp_path, tmp_path / "store", temporary)
+    killed.kill()
+    killed.communicate()
+    wait_for_the_end_of(temporary)
+    shutil.rmtree(temporary)
+    temporary.mkdir()
+    interrupted = start_refresh(tmp_path, tmp_path / "store", temporary)
+    interrupted.send_signal(signal.SIGINT)
+    _, errors = interrupted.communicate(timeout=60)
+    assert interrupted.returncode == 130 and errors.splitlines()[-1] == "interrupted; rerun the command to resume"
+    wait_for_the_end_of(temporary)
+    assert not list(temporary.iterdir())
+    options = RefreshOptions(users_per_batch=1, tokens_per_batch=64)
+    report = refresh(model, log, tmp_path / "store", options=options)
+    assert 6 <= report.resumed_at < NUM_USERS
+    with StoreReader.open(tmp_path / "store") as store:
+        created_at = store.manifest.created_at
+    refresh(model, log, tmp_path / "local", options=options, created_at=created_at)
+    assert contents(tmp_path / "store") == contents(tmp_path / "local")

@@ -1,0 +1,218 @@
+"""Ray as the engine of a full refresh: actors encode batches of users, and the caller writes what they return."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import socket
+import tempfile
+from collections import Counter, deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vista.arrays import Int
+from vista.config.ray_config import RayConfig
+from vista.errors import ConfigError, VistaError, WorkerDiedError, shown
+from vista.log.event_log import EventLog
+from vista.refresh.batch_encoder import BatchEncoder
+from vista.refresh.ray_extra import ray
+from vista.refresh.refresh_actor import ActorJob, ActorResult, RefreshActor, log_digest
+from vista.refresh.stage_clock import StageClock
+from vista.refresh.user_records import UserRecords
+from vista.store.format.record_spec import RecordSpec
+from vista.store.format.state_record import StateSpec
+
+logger = logging.getLogger(__name__)
+QUEUED = 2
+"""Batches that an actor has at once: the one that it encodes, and the next."""
+AHEAD = 4
+"""Batches per actor that are encoded or wait for the writer, so that a long history holds up no other batch."""
+CONNECT_S = 10.0
+MAX_RETRIES = 10
+"""How often a batch is repeated whose actor dies. More deaths are the fault of the batch, such as too little memory."""
+
+
+class RayEngine:
+    """Encodes batches in actors of Ray, each of which loads the model and maps the log.
+
+    If an actor or its node dies, Ray starts the actor again and repeats the batches that it had not returned. Uses the
+    Ray instance of this process if there is one, else starts or joins one for the time of the refresh.
+
+    Args:
+        model: folder of the model that `refresh` gets. Actors read it and the log's folder by these paths.
+        config: address and number of actors.
+        device: where actors compute; on cuda, each actor has one GPU.
+        num_threads: CPU threads per actor.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        config: RayConfig | None = None,
+        *,
+        device: torch.device | None = None,
+        num_threads: int = 1,
+    ) -> None:
+        self._model = Path(model).absolute()
+        self._config = config or RayConfig()
+        self._device = "cpu" if device is None else device.type
+        self._num_threads = num_threads
+
+    def encode(
+        self,
+        encoder: BatchEncoder,
+        batches: Iterable[tuple[Int, Int]],
+        spec: RecordSpec,
+        state_spec: StateSpec | None,
+        clock: StageClock,
+    ) -> Generator[UserRecords, None, None]:
+        """As of `RefreshEngine`.
+
+        Raises:
+            ConfigError: Ray cannot be started or reached, or has too few CPUs or GPUs for the actors.
+            WorkerDiedError: the actor of a batch died more than `MAX_RETRIES` times.
+            VistaError: as raised in an actor.
+        """
+        job = ActorJob(
+            model=str(self._model),
+            device=self._device,
+            num_threads=self._num_threads,
+            log=os.path.abspath(encoder.log.path),
+            last_segment=encoder.log.last_segment,
+            log_digest=log_digest(encoder.log),
+            precision=encoder.precision,
+            tokens_per_batch=encoder.tokens_per_batch,
+            spec=spec,
+            state_spec=state_spec,
+        )
+        with self._instance(), self._actors(job) as actors:
+            yield from _in_order(actors, encoder.log, batches, clock)
+
+    @contextmanager
+    def _instance(self) -> Iterator[None]:
+        """Ray, started or joined if this process has not done so; what is started here is stopped."""
+        if ray.is_initialized():
+            yield
+            return
+        arguments: dict[str, Any] = {"address": self._config.address}
+        folder = None
+        if self._config.address == "local":
+            folder = tempfile.mkdtemp(prefix="vista-ray-")
+            cores = len(os.sched_getaffinity(0))
+            arguments |= {
+                "num_cpus": self._config.num_actors * self._num_threads or max(cores, self._num_threads),
+                "object_store_memory": self._config.object_store_bytes,
+                "include_dashboard": False,
+                "_temp_dir": folder,
+            }
+        try:
+            try:
+                _check_port(self._config.address)
+                ray.init(**arguments, log_to_driver=False, logging_level=logging.ERROR)
+            except (OSError, RuntimeError, ValueError) as error:
+                raise ConfigError(
+                    f"ray.address={shown(self._config.address)}: Ray cannot be started or reached there: {error}"
+                ) from error
+            yield
+        finally:
+            ray.shutdown()
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    @contextmanager
+    def _actors(self, job: ActorJob) -> Iterator[list[Any]]:
+        """Handles of the actors, which end with the context."""
+        num_gpus = int(self._device == "cuda")
+        resource, each = ("GPU", num_gpus) if num_gpus else ("CPU", self._num_threads)
+        available = int(ray.cluster_resources().get(resource, 0))
+        wanted = self._config.num_actors or available // each
+        if not 0 < wanted * each <= available:
+            raise ConfigError(
+                f"ray.num_actors={self._config.num_actors}: Ray at {self._config.address} has {available} {resource}s, "
+                f"and each actor needs {each}; name fewer actors, or add machines to the cluster"
+            )
+        logger.info("ray: %d actors, each with %d thread(s) on %s", wanted, self._num_threads, self._device)
+        remote = ray.remote(RefreshActor).options(
+            num_cpus=self._num_threads, num_gpus=num_gpus, max_restarts=-1, max_task_retries=MAX_RETRIES
+        )
+        actors = [remote.remote(job) for _ in range(wanted)]
+        try:
+            yield actors
+        finally:
+            for actor in actors:
+                ray.kill(actor)
+
+
+def _check_port(address: str) -> None:
+    """Raise OSError if nothing answers at host:port: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """A batch that an actor has."""
+
+    result: Any
+    """Reference to the ActorResult."""
+    place: int
+    """Of the actor."""
+    users: Int
+
+
+def _in_order(
+    actors: Sequence[Any], log: EventLog, batches: Iterable[tuple[Int, Int]], clock: StageClock
+) -> Iterator[UserRecords]:
+    """The records of batches in their order, with a bounded number of batches underway."""
+    remaining = iter(batches)
+    underway: deque[_Task] = deque()
+    unfinished: set[Any] = set()
+    processes: dict[int, int] = {}
+    while True:
+        load = Counter(task.place for task in underway if task.result in unfinished)
+        while len(underway) < AHEAD * len(actors):
+            place = min(range(len(actors)), key=load.__getitem__)
+            batch = next(remaining, None) if load[place] < QUEUED else None
+            if batch is None:
+                break
+            task = _Task(actors[place].encode.remote(*batch), place, batch[0])
+            underway.append(task)
+            unfinished.add(task.result)
+            load[place] += 1
+        if not underway:
+            return
+        with clock.stage("wait"):
+            finished, _ = ray.wait(list(unfinished), fetch_local=False)
+        unfinished.difference_update(finished)
+        while underway and underway[0].result not in unfinished:
+            task = underway.popleft()
+            with clock.stage("wait"):
+                result = _get(task, log)
+            before = processes.setdefault(task.place, result.process)
+            if result.process != before:
+                logger.warning("ray: the process %d of an actor ended; its batches were repeated", before)
+                processes[task.place] = result.process
+            if isinstance(result.records, VistaError):
+                raise result.records
+            yield result.records
+
+
+def _get(task: _Task, log: EventLog) -> ActorResult:
+    try:
+        result: ActorResult = ray.get(task.result)
+        return result
+    except ray.exceptions.RayTaskError:  # an error of the code, with the actor's traceback
+        raise
+    except ray.exceptions.RayError as error:
+        first, last = log.users.ids(task.users[[0, -1]]).tolist()
+        raise WorkerDiedError(
+            f"the actor of the batch from user {first!r} to user {last!r} died {MAX_RETRIES + 1} time(s), perhaps for "
+            f"lack of memory; lower tokens_per_batch or ray.num_actors, then run the refresh again to resume: {error}"
+        ) from error
