@@ -100,7 +100,7 @@ def test_a_remote_store_needs_memory_instead_of_disks() -> None:
         (["replicas=0"], r"replicas: must be at least 1, got 0"),
         (["model=tail-only"], r"model\.architecture: only vista with num_seeds above 0 stores summaries"),
         (["model=hstu"], r"model\.architecture: only vista"),
-        (["items=1e9"], r"machine\.memory_gb: the vectors of the items take 1\.5e\+03 GB on each machine"),
+        (["items=1e9"], r"machine\.memory_gb: the vectors of the items take 1\.5 TB on each machine"),
         (["measured.token_ns=0"], r"measured\.token_ns: must be positive and finite, got 0"),
         (["machine.cores=0"], r"machine\.cores: must be at least 1, got 0"),
         (["full_refresh_hours=0"], r"full_refresh_hours: must be positive and finite, got 0"),

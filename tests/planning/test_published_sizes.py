@@ -1,8 +1,8 @@
 """The plan against what is published about VISTA's deployment (Chen et al., ICLR 2026, arXiv 2510.22049).
 
-From the title and the abstract: "hundreds of trillions of parameters", and a platform that serves billions of users,
-with summaries of "a few hundred tokens". Its configuration has 128 tokens of width 256, refreshed every two hours. The
-cache takes 100 TB to 1 PB per deployment: this figure is quoted from a summary of the paper, not from its text
+Title and abstract: "hundreds of trillions of parameters", a platform of "billions of users", "a few hundred tokens".
+Our notes on the text: K = 128, d = 256, a refresh every two hours, 94 % less inference cost, histories of up to 16,000
+events. A reader's summary, not checked against the text: a cache of 100 TB to 1 PB per deployment
 (https://www.hotmolts.com/post/why-meta-caches-1-petabyte-of-user-embeddings-and--832574c8-b20e-49f1-8acf-e7e514b0490d).
 """
 
@@ -51,9 +51,9 @@ def test_refreshed_every_two_hours() -> None:
 
 
 def test_stored_summaries_save_what_is_published() -> None:
-    """The paper reports 94 % less inference cost, with histories of up to 16,000 events.
+    """94 % less: without a store, a request would summarize the history first.
 
-    Without a store, a request would summarize the history first. bench_scorer.jsonl measures 95 % on two threads.
+    bench_scorer.jsonl measures 94 % (separable mixing, float32, two threads).
     """
     config = PlanConfig(model=ModelConfig(dim=256, num_seeds=128))
     stored_s = request_core_s(config)

@@ -66,8 +66,8 @@ class PlanConfig:
     utilization: float = 0.6
     """Share of the time, in (0, 1), that cores are busy in the busiest hour."""
     remote_store: bool = False
-    """Whether summaries are in the memory of a Valkey or Redis server, and not on the disks of the machines
-    that serve."""
+    """Whether summaries are in the memory of Valkey or Redis servers, and not on the disks of the machines that
+    serve."""
     replicas: int = 2
     """Number of copies of each summary."""
     hot_share: float = 0.2
@@ -91,7 +91,8 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        require_finite(self, "", ("users", "events_per_day", "items"), positive=True, most=1e15)
+        require_finite(self, "", ("users", "events_per_day"), positive=True, most=1e15)
+        require_finite(self, "", ("items",), positive=True, most=2**31 - 1)
         require_finite(self, "", ("history_events", "requests_per_s"), most=1e12)
         require_counts(self, "", ("candidates",), most=2**24)
         require_counts(self, "", ("replicas",), most=100)

@@ -13,6 +13,7 @@ from vista.log.segment_files import EVENT_COLUMNS
 from vista.planning.arrival_rate import DAY_S, ArrivalRate
 from vista.planning.lag_simulation import Fleet, LagReport, simulate_lag
 from vista.planning.machine_group import MachineGroup
+from vista.planning.plan_text import size
 from vista.planning.refresh_cost import RefreshCost, changed_users, token_s
 from vista.planning.store_sizes import KEY_BYTES, StoreSizes
 from vista.store.lmdb.data_file import MAP_SIZE_BYTES
@@ -154,7 +155,7 @@ def _groups(plan: CapacityPlan) -> tuple[MachineGroup, ...]:
     free_bytes = machine.memory_gb * 1e9 - plan.item_bytes
     if free_bytes <= 0:
         raise ConfigError(
-            f"machine.memory_gb: the vectors of the items take {plan.item_bytes / 1e9:.2g} GB on each machine that "
+            f"machine.memory_gb: the vectors of the items take {size(plan.item_bytes)} on each machine that "
             f"serves, but it has {machine.memory_gb:g} GB; use fewer items or more memory"
         )
     refresh = MachineGroup.of(

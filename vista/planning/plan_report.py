@@ -44,10 +44,13 @@ def _section(title: str, rows: Sequence[tuple[str, str]]) -> list[str]:
 
 def _disk(plan: CapacityPlan) -> list[tuple[str, str]]:
     sizes = plan.sizes
-    rows = [
-        ("record of a user", f"{size(sizes.record)}, in pages {size(sizes.record_on_disk)}"),
-        ("summaries, one generation", size(plan.summary_bytes)),
-    ]
+    if plan.writes_to_server:
+        rows = [("record of a user", size(sizes.record))]
+    else:
+        rows = [
+            ("record of a user", f"{size(sizes.record)}, in pages {size(sizes.record_on_disk)}"),
+            ("summaries, one generation", size(plan.summary_bytes)),
+        ]
     if sizes.state:
         rows.append(("state of a user", f"{size(sizes.state)}, in pages {size(sizes.state_on_disk)}"))
         rows.append(("states, one generation", size(plan.state_bytes)))

@@ -55,10 +55,11 @@ class StoreSizes:
         Raises:
             ConfigError: a record would exceed the format's limit.
         """
-        spec = CounterSpec(
-            keys=(model.counter_keys,), days=tuple(model.counter_days), events=tuple(model.counter_events)
-        )
-        layout = CounterLayout.of(spec, [num_items]) if model.counters else None
+        spec, layout = None, None
+        if model.counters:
+            keys, days, events = (model.counter_keys,), tuple(model.counter_days), tuple(model.counter_events)
+            spec = CounterSpec(keys=keys, days=days, events=events)
+            layout = CounterLayout.of(spec, [num_items])
         try:
             record_spec = RecordSpec(
                 summarizer_id=bytes(32),
@@ -82,7 +83,7 @@ class StoreSizes:
                 head_dim=model.dim // model.num_heads,
                 dtype=state,
             )
-            state_bytes = state_spec.least_bytes + (tables_bytes(spec, [history_events]) if model.counters else 0)
+            state_bytes = state_spec.least_bytes + (0 if spec is None else tables_bytes(spec, [history_events]))
         on_disk = [lmdb_bytes(size) if size else 0.0 for size in (record, state_bytes)]
         return cls(record, on_disk[0], state_bytes, on_disk[1])
 
