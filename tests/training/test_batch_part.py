@@ -15,7 +15,8 @@ from vista.config.choices import Architecture, Mixing, Precision, Reconstruction
 from vista.examples.batch import Batch
 from vista.examples.batch_part import balanced_parts, batch_part, chunk_work
 from vista.log.event_log import EventLog
-from vista.model.losses import LossPart, loss_names, weighted_losses
+from vista.model.loss_part import LossPart
+from vista.model.losses import loss_names, weighted_losses
 from vista.refresh import refresh
 from vista.training.downstream import Downstream
 from vista.training.item_start import training_vectors

@@ -9,19 +9,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from tests.conftest import small_config
+from tests.conftest import small_config, small_frame
 from tests.training.test_trainer import assert_same_result, metrics
-from vista.config import TrainConfig
+from vista.config import SourceColumns, TrainConfig
 from vista.config.choices import Precision
 from vista.config.config_keys import to_yaml
 from vista.log.event_log import EventLog
 from vista.training.checkpoint import latest_checkpoint
-from vista.training.trainer import train
+from vista.training.data_parallel import DataParallel
+from vista.training.trainer import Trainer, train
 
 EXACT = {
     "precision": Precision.float32,
@@ -35,6 +38,8 @@ EXACT = {
     "checkpoint_every": 7,
 }
 """A run of 57 steps, without draws in its steps: each rank makes its own."""
+
+WEIGHTS = "weights ([0-9a-f]{64})"
 
 
 def config_of(log: EventLog, run_dir: Path, **changes: Any) -> TrainConfig:
@@ -64,7 +69,7 @@ def runs(event_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> dict[
     for num_ranks in (2, 4):
         done = start(config_of(event_log, folder / str(num_ranks)), num_ranks)
         assert done.returncode == 0, done.stderr
-        weights = re.findall("weights ([0-9a-f]{64})", done.stdout)
+        weights = re.findall(WEIGHTS, done.stdout)
         assert len(weights) == num_ranks and len(set(weights)) == 1, "all ranks have the same weights"
         assert done.stderr.count("done: 57 steps") == 1, "only rank 0 reports"
     return {num_ranks: folder / str(num_ranks) for num_ranks in (1, 2, 4)}
@@ -103,9 +108,40 @@ def test_a_killed_rank_ends_the_job_and_the_run_resumes(
 
 
 def test_ranks_that_differ_are_refused_by_name(event_log: EventLog, tmp_path: Path) -> None:
-    done = start(config_of(event_log, tmp_path / "run"), 2, "1:model.dim=8", "0:data.num_negatives=7")
+    other = EventLog.from_frame(
+        small_frame(seed=1),
+        tmp_path / "other",
+        time_unit="ms",
+        columns=SourceColumns(action="action", rating="rating"),
+    )
+    config = config_of(event_log, tmp_path / "run")
+    done = start(config, 2, f"1:data.path={other.path}", "1:model.dim=8", "0:data.num_negatives=7")
     assert done.returncode != 0
-    differences = r"rank 1 differs from rank 0 in model.dim \(16 -> 8\), data.num_negatives \(7 -> 20\)"
+    differences = r"log \(\w+ -> \w+\), model.dim \(16 -> 8\), data.num_negatives \(7 -> 20\)"
     for rank in (0, 1):
-        assert re.search(f"rank {rank}: error: {differences}", done.stderr), done.stderr
+        expected = f"rank {rank}: error: rank 1 differs from rank 0 in {differences}; start all ranks with the same"
+        assert re.search(expected, done.stderr), done.stderr
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_all_ranks_plan_the_same_steps(event_log: EventLog, tmp_path: Path) -> None:
+    config = config_of(event_log, tmp_path / "run", optim__epochs=None, optim__minutes=0.15)
+    done = start(config, 2)
+    assert done.returncode == 0 and len(set(re.findall(WEIGHTS, done.stdout))) == 1, done.stderr
+    planned = re.search(r"optim.minutes=0.15: .* per validation: (\d+) steps", done.stderr)
+    assert planned is not None and f"done: {planned[1]} steps" in done.stderr
+
+
+def test_draws_of_a_step_depend_on_seed_step_and_rank(event_log: EventLog, tmp_path: Path) -> None:
+    """So a resumed run makes them again, and ranks make different ones."""
+    made = Trainer(config_of(event_log, tmp_path / "run"), event_log)
+    batch = made.source.batch(0, 0)
+
+    def drawn(seed: int, step: int, rank: int) -> tuple[float, ...]:
+        ranks: Any = SimpleNamespace(rank=rank, size=2, device=torch.device("cpu"))
+        part = DataParallel(ranks, [], made.config.optim, seed).part(batch, step)
+        assert part is not None and 0 < len(part.events.item) < len(batch.events.item)
+        return tuple(torch.rand(3).tolist())
+
+    draws = [drawn(*each) for each in ((1, 5, 0), (1, 5, 1), (1, 6, 0), (2, 5, 0))]
+    assert len(set(draws)) == 4 and draws[0] == drawn(1, 5, 0)

@@ -13,19 +13,10 @@ from torch import Tensor
 from vista.config import OptimConfig
 from vista.config.checks import planned
 from vista.examples.batch import Batch
+from vista.model.loss_part import LossPart
 
 ROWS_PER_TILE = 256
 """Rows of the softmax that are held at once: 1 MiB with 1,024 negatives, which stays in a core's cache."""
-
-
-@dataclass(frozen=True, slots=True)
-class LossPart:
-    """One loss of a batch."""
-
-    mean: Tensor
-    """Scalar."""
-    count: Tensor | int
-    """Number of labels that it is the mean of."""
 
 
 @dataclass(frozen=True, slots=True)

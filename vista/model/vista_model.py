@@ -30,7 +30,8 @@ from vista.model.anchor_losses import anchor_losses
 from vista.model.candidate_counters import CandidateCounters
 from vista.model.frozen_linear import frozen
 from vista.model.item_projections import save_item_projections
-from vista.model.losses import Losses, LossPart, next_loss, reconstruction_loss, task_parts, weighted_losses
+from vista.model.loss_part import LossPart
+from vista.model.losses import Losses, next_loss, reconstruction_loss, task_parts, weighted_losses
 from vista.model.model_description import ModelDescription
 from vista.model.ranking_model import RankingModel
 from vista.model.reconstruction import ReconstructionDecoder

@@ -29,7 +29,8 @@ from vista.model.baselines.shown_candidates import ShownCandidates, in_place, se
 from vista.model.candidate_counters import CandidateCounters
 from vista.model.inference import newest, user_feature_vectors
 from vista.model.layers import Dropout
-from vista.model.losses import Losses, LossPart, next_loss, task_parts, weighted_losses
+from vista.model.loss_part import LossPart
+from vista.model.losses import Losses, next_loss, task_parts, weighted_losses
 from vista.model.row_feature_reader import EncodedRows
 from vista.model.schema import Schema
 
