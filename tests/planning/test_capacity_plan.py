@@ -74,8 +74,11 @@ def test_a_remote_store_needs_memory_instead_of_disks() -> None:
     assert [group.name for group in remote.groups] == ["refresh", "serving", "store"]
     store = remote.groups[2]
     assert store.bound_by == "memory"
-    assert store.machines == -(-3 * 2 * 1e8 * (remote.sizes.record + 110) // 256e9)
+    assert store.machines == -(-3 * 2 * 1e8 * remote.sizes.on_server // 256e9)
+    assert remote.sizes.record < remote.sizes.on_server < 1.3 * remote.sizes.record
     assert remote.copied_bytes_per_s == local.copied_bytes_per_s
+    assert (local.stores_on_servers, remote.stores_on_servers) == (0, max(remote.shards, -(-store.machines // 2)))
+    assert f"divided among {remote.stores_on_servers} stores on servers" in " ".join(str(PlanReport(remote)).split())
     # Without states, the refresh writes to the server: only what changed, after reading whole histories again.
     assert direct.writes_to_server and not remote.writes_to_server
     assert direct.copied_bytes_per_s < remote.copied_bytes_per_s

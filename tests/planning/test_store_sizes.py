@@ -1,4 +1,4 @@
-"""Planned bytes per user are those that a refresh and LMDB write."""
+"""Planned bytes per user are those that a refresh writes, and that LMDB and a server take for them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from pathlib import Path
 import lmdb
 import pytest
 
-from scripts.benchmarks.store_workloads import user_values
+from scripts.benchmarks.store_workloads import StoreShape, user_values, write_store
 from scripts.benchmarks.workloads import lifelong_log, untrained
+from tests.store.remote.valkey_server import ValkeyServer
 from vista.config.choices import Codec, StateDtype
 from vista.config.model_config import ModelConfig
 from vista.errors import ConfigError
-from vista.planning.store_sizes import StoreSizes, lmdb_bytes
+from vista.planning.store_sizes import StoreSizes, lmdb_bytes, server_bytes
 from vista.refresh import RefreshOptions, refresh
 from vista.store.format.keys import user_keys
 from vista.store.layout import environment_path, read_current, state_path
@@ -56,6 +57,27 @@ def test_pages_are_those_that_lmdb_writes(tmp_path: Path, value_bytes: int) -> N
         pages = environment.stat()
     live = pages["psize"] * (pages["branch_pages"] + pages["leaf_pages"] + pages["overflow_pages"])
     assert lmdb_bytes(value_bytes) == pytest.approx(live / num_users, rel=0.01)
+
+
+def used_memory(server: ValkeyServer) -> int:
+    import redis
+
+    with redis.Redis(port=server.port) as client:
+        return int(client.info("memory")["used_memory"])
+
+
+@pytest.mark.parametrize(("num_tokens", "dim"), [(16, 64), (32, 128)])
+def test_memory_is_what_a_server_uses(tmp_path: Path, num_tokens: int, dim: int) -> None:
+    pytest.importorskip("redis", reason="the extra `redis` is not installed")
+    server, num_users = ValkeyServer(tmp_path / "server"), 6_000
+    try:
+        before = used_memory(server)
+        write_store(server.url(), StoreShape(num_tokens, dim), num_users)
+        used = used_memory(server) - before
+    finally:
+        server.kill()
+    record_bytes = 128 + num_tokens * (dim + 8) + 32 * 13
+    assert server_bytes(record_bytes) == pytest.approx(used / num_users, rel=0.04)
 
 
 def test_too_large_a_record_is_refused() -> None:

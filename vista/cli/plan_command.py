@@ -25,6 +25,7 @@ def run_plan(config: PlanConfig) -> PlanReport:
         values = to_dict(plan) | {
             "mean_lag_s": plan.mean_lag_s,
             "longest_lag_s": plan.longest_lag_s,
+            "stores_on_servers": plan.stores_on_servers,
             "assumptions": assumptions(plan),
         }
         replace_text(Path(config.out), json.dumps(values, indent=2) + "\n")

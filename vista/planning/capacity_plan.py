@@ -15,7 +15,7 @@ from vista.planning.lag_simulation import Fleet, LagReport, simulate_lag
 from vista.planning.machine_group import MachineGroup
 from vista.planning.plan_text import size
 from vista.planning.refresh_cost import RefreshCost, changed_users, token_s
-from vista.planning.store_sizes import KEY_BYTES, StoreSizes
+from vista.planning.store_sizes import StoreSizes
 from vista.store.lmdb.data_file import MAP_SIZE_BYTES
 
 GENERATIONS = 3
@@ -24,8 +24,6 @@ EVENT_BYTES = sum(np.dtype(dtype).itemsize for dtype in EVENT_COLUMNS.values())
 """Of an event in the log, with a rating and without features."""
 CANDIDATE_BYTES = 8 + 4
 """Network bytes per candidate: its id, and its score as float32."""
-REMOTE_BYTES = 100
-"""Memory that Valkey and Redis need per key, besides key and value. An assumption, not measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +72,14 @@ class CapacityPlan:
         """Whether refreshes write to the remote store, which keeps no states. Otherwise they write to a store on their
         own disks, which is copied."""
         return self.config.remote_store and not self.sizes.state
+
+    @property
+    def stores_on_servers(self) -> int:
+        """Stores on servers: one per shard, because such a store is not divided, and each fits one server's memory."""
+        if not self.config.remote_store:
+            return 0
+        needed_bytes = GENERATIONS * self.config.users * self.sizes.on_server
+        return max(self.shards, math.ceil(needed_bytes / (self.config.machine.memory_gb * 1e9)))
 
     @property
     def mean_lag_s(self) -> float:
@@ -180,11 +186,10 @@ def _groups(plan: CapacityPlan) -> tuple[MachineGroup, ...]:
         )
         return refresh, serving
     serving = MachineGroup.of("serving", serving_machine, cores=plan.serving_cores, network_bytes_per_s=received)
-    record_bytes = plan.sizes.record + KEY_BYTES + REMOTE_BYTES
     store = MachineGroup.of(
         "store",
         machine,
-        memory_bytes=GENERATIONS * config.replicas * config.users * record_bytes,
+        memory_bytes=GENERATIONS * config.replicas * config.users * plan.sizes.on_server,
         network_bytes_per_s=config.requests_per_s * plan.sizes.record + plan.copied_bytes_per_s,
     )
     return refresh, serving, store

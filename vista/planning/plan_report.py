@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from textwrap import fill
 
 from vista.config.choices import Mixing
-from vista.planning.capacity_plan import EVENT_BYTES, GENERATIONS, REMOTE_BYTES, CapacityPlan
+from vista.planning.capacity_plan import EVENT_BYTES, GENERATIONS, CapacityPlan
 from vista.planning.lag_simulation import NUM_DAYS
 from vista.planning.plan_text import cores, count, duration, hours, size
 
@@ -124,7 +124,12 @@ def assumptions(plan: CapacityPlan) -> list[str]:
         f"up to {GENERATIONS} generations at a time, {config.replicas} copies of each summary",
     ]
     if config.remote_store:
-        lines.append(f"a remote store keeps summaries in memory, with {REMOTE_BYTES} bytes per key (not measured)")
+        lines.append(f"summaries are in the memory of servers, {size(plan.sizes.on_server)} per record")
+        if plan.stores_on_servers > 1:
+            lines.append(
+                f"the users are divided among {count(plan.stores_on_servers)} stores on servers, because such a store "
+                "has no shards; the client knows the store of each user"
+            )
     else:
         lines.append(
             f"summaries are on the disks of the machines that serve, {100 * config.hot_share:g} % of them in the "

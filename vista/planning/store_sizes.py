@@ -24,6 +24,11 @@ _PAGE_BYTES, _PAGE_HEADER_BYTES, _NODE_HEADER_BYTES, _POINTER_BYTES, _PAGE_NUMBE
 """Of LMDB 0.9 (`lmdb.h`, `mdb.c`)."""
 _MOST_NODE_BYTES = (_PAGE_BYTES - _PAGE_HEADER_BYTES) // 2 // 2 * 2 - _POINTER_BYTES
 """A value that does not fit a node of this size has pages of its own."""
+_SERVER_HEADER_BYTES = 20
+"""Of a string in Valkey or Redis, allocated together with it."""
+_SERVER_BYTES_PER_USER = 180
+"""Of everything else that a server holds per user: the key, its hash entry, and its entry in the set of users. Measured
+with Valkey 8.1 (tests/planning/test_store_sizes.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +43,8 @@ class StoreSizes:
     """Of the state; 0 if none are kept."""
     state_on_disk: float
     """Of the state's share of LMDB pages."""
+    on_server: float
+    """Of the record in the memory of a Valkey or Redis server."""
 
     @classmethod
     def of(
@@ -85,7 +92,7 @@ class StoreSizes:
             )
             state_bytes = state_spec.least_bytes + (0 if spec is None else tables_bytes(spec, [history_events]))
         on_disk = [lmdb_bytes(size) if size else 0.0 for size in (record, state_bytes)]
-        return cls(record, on_disk[0], state_bytes, on_disk[1])
+        return cls(record, on_disk[0], state_bytes, on_disk[1], server_bytes(record))
 
 
 def lmdb_bytes(value_bytes: int, key_bytes: int = KEY_BYTES) -> float:
@@ -98,6 +105,13 @@ def lmdb_bytes(value_bytes: int, key_bytes: int = KEY_BYTES) -> float:
     leaves = 1 / _per_page(inline)
     branches = leaves / _per_page(_NODE_HEADER_BYTES + key_bytes)
     return _PAGE_BYTES * (own_pages + leaves + branches)
+
+
+def server_bytes(value_bytes: int) -> int:
+    """Memory of a Valkey or Redis server per value of a user: its allocator (jemalloc) has four sizes per doubling."""
+    needed = value_bytes + _SERVER_HEADER_BYTES
+    step = 1 << max(0, (needed - 1).bit_length() - 3)
+    return math.ceil(needed / step) * step + _SERVER_BYTES_PER_USER
 
 
 def _per_page(node_bytes: int) -> int:
