@@ -105,9 +105,9 @@ def _run_all(
     limit_s = None if settings.minutes is None else 60 * settings.minutes
     try:
         with logging_redirect_tqdm(), progress_of([run.estimate_s for run in runs], limit_s) as progress:
-            log = table_log(settings)
             for run in runs:
                 with progress.run(run.label):
+                    log = table_log(settings, run.row.texts)
                     for measured in measure(settings, run, log, progress):
                         append_result(results, _line(settings, run, measured))
     except KeyboardInterrupt as interrupt:

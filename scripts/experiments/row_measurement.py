@@ -21,6 +21,7 @@ from scripts.experiments.popularity_afterwards import PopularityAfterwards
 from scripts.experiments.row_origin import RowOrigin, train_noted
 from scripts.experiments.row_progress import RowProgress
 from scripts.experiments.serving_cost import history_model_latency_ms, scorer_latency_ms, training_speed
+from scripts.experiments.set_texts import prepare_with_texts
 from scripts.experiments.sets import prepare_set, set_folder, source_folder
 from scripts.experiments.table_run import TableRun, part_configs, recorded_config, train_config
 from scripts.experiments.tables import TABLES
@@ -287,14 +288,16 @@ def _reference_metrics(table: Table, predictor: str) -> dict[str, float]:
     return {f"{metric}/{row.task}": getattr(row, metric) for metric in ("auc", "ne") for row in own}
 
 
-def table_log(settings: argparse.Namespace) -> EventLog:
-    """The table's EventLog, which is created if missing."""
+def table_log(settings: argparse.Namespace, texts: str = "") -> EventLog:
+    """The table's EventLog, which is created if missing; with features of texts as in `TableRow.texts`."""
     table = TABLES[settings.table]
     # Simulations of different sizes may share a name but not a log.
     name = table.data if table.simulation is None else f"{table.data}-{_digest(table.simulation)}"
-    path = settings.work / "logs" / name
+    path = settings.work / "logs" / (f"{name}-text-{texts}" if texts else name)
     if not path.exists():
-        if table.simulation is None:
+        if texts:
+            prepare_with_texts(table.data, set_folder(table.data, settings.data), path, texts)
+        elif table.simulation is None:
             prepare_set(table.data, set_folder(table.data, settings.data), path)
         else:
             source = source_folder(path)

@@ -32,8 +32,11 @@ UNREAD_BY_BASELINES = (
 """Keys of ModelConfig for what baselines do not have; their lines do not record these keys."""
 OF_FEATURES = ("use_item_features", "id_dropout")
 """Keys of ModelConfig for features of items; lines of rows that do not read them do not record these keys."""
-OF_ROW_FEATURES = ("use_event_features", "tail_features", "use_request_features", "use_user_features")
-"""Keys of ModelConfig for features of events, requests, and users, which no table's log has."""
+OF_ROW_FEATURES = (
+    *("use_event_features", "tail_features", "use_request_features", "use_user_features"),
+    "hashed_features",
+)
+"""Keys of ModelConfig for features of events, requests, and users, which no table's log has, and for hashed ones."""
 UNTRAINED_SEED = 0
 PLANNED = {
     "data": ("exclude_seen", "num_negatives", "tokens_per_batch"),
@@ -172,6 +175,8 @@ def recorded_config(table: Table, row: TableRow) -> dict[str, Any]:
         unread.add("counted_dropout")
     model = {key: value for key, value in values["model"].items() if key not in unread}
     recorded |= {"model": model, "optim": values["optim"]}
+    if row.texts:
+        recorded["texts"] = row.texts
     if any(recorded[group].get(key, "absent") is None for group, keys in PLANNED.items() for key in keys):
         recorded["plan"] = dict(PLAN)
         if recorded["model"]["temperature"] is None:

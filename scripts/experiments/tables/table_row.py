@@ -39,6 +39,9 @@ class TableRow:
     (`vista.simulation.oracle`), such as "oracle". They are measured once, without training."""
     base: str = ""
     """Row of the same table and seed whose model stays frozen: this row is trained on it with stage=downstream."""
+    texts: str = ""
+    """What the features of items have of their texts, in addition to the set's: "vectors", or semantic ids of these
+    ("codes"); "" for neither. Only for sets of which `vista items embed` knows the columns of text."""
     until: str = ""
     """`until` of the base's summaries on which a downstream model is trained."""
     trial: bool = False

@@ -126,13 +126,12 @@ def _cold() -> Table:
     """Items that appear in the last fifth of the time, ranked by their features: among themselves, and among others."""
     split = ("data.validation_from=2017-09-15", "data.test_from=2017-10-20")
     counted = {name: TableRow(0.5, untrained=name) for name in COLD_BASELINES}
-    rows = {
-        "vista": TableRow(12, ("model.use_item_features=true",)),
-        "vista, ids alone": TableRow(12),
-        **counted,
-    }
-    pairs = tuple(("vista", name) for name in rows if name != "vista")
-    return Table("", "complete-journey", rows, (*LAST_MODEL, *split), windows=True, cold=True, pairs=pairs)
+    features = ("model.use_item_features=true",)
+    with_texts = {f"vista, text {texts}": TableRow(14, features, texts=texts) for texts in ("vectors", "codes")}
+    rows = {"vista": TableRow(12, features), "vista, ids alone": TableRow(12), **with_texts, **counted}
+    pairs = [("vista", name) for name in rows if name != "vista" and name not in with_texts]
+    pairs += [(name, "vista") for name in with_texts]
+    return Table("", "complete-journey", rows, (*LAST_MODEL, *split), windows=True, cold=True, pairs=tuple(pairs))
 
 
 TABLES = {
