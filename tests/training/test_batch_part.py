@@ -31,7 +31,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "lag": {"model__tail_in_summary": False},
     "counters": COUNTERS,
     "items": {"model__reconstruction_target": ReconstructionTarget.items, "data__unknown_share": 0.3},
-    "hashed": {"model__embedding_rows": 30, "model__use_item_features": False, "model__use_event_features": False},
+    "hashed": {"model__embedding_rows": 30, "model__hashed_features": ["surface:2", "device:2"]},
     "sasrec": {"model__architecture": Architecture.sasrec, "model__history_limit": 9},
     "hstu": {"model__architecture": Architecture.hstu, "model__history_limit": 9, **COUNTERS},
     "fuxi_linear": {"model__architecture": Architecture.fuxi_linear, "model__history_limit": 9},
@@ -118,7 +118,9 @@ def assert_parts_equal_the_whole(made: Trainer) -> None:
         assert gradients.keys() == whole.keys()
         for name, gradient in gradients.items():
             error = (gradient - whole[name]).norm()
-            assert error <= 1e-4 * whole[name].norm() + 1e-6 * longest, (name, error)
+            # The rates of FuXi-Linear multiply times of 10^5 seconds, which cancel out.
+            rounding = 1e-2 if name.endswith("time_rate") else 1e-4
+            assert error <= rounding * whole[name].norm() + 1e-6 * longest, (name, error)
 
 
 @pytest.mark.parametrize("name", MODELS)
