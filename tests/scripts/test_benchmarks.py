@@ -42,6 +42,7 @@ CASES = {
         "accumulate and read, 2,000 users of 0 to 50 events",
         "time per event at 10,000 over that at 1,000 events",
     ],
+    "kafka": ["Kafka to the store, against watch folder= with csv", "against watch folder= with parquet"],
     "refresh": [
         "ingest of 20,000 events, ratings.dat",
         "ratings.csv: share of read",
