@@ -170,8 +170,10 @@ def _parse(word: str) -> tuple[str, Any, str]:
     if override.package is not None:
         raise ConfigError(f"cannot read '{word}': groups cannot be moved; write it without @")
     if override.is_sweep_override():
+        key, _, text = word.partition("=")
         raise ConfigError(
-            f"cannot read '{word}': sweeps are not supported; write a list as {override.key_or_group}=[a,b]"
+            f"cannot read '{word}': sweeps are not supported; write a list as {override.key_or_group}=[a,b], and quote "
+            f"text with commas: \"{key}='{text}'\""
         )
     return override.key_or_group, override.value(), word.partition("=")[2]
 

@@ -25,7 +25,7 @@ class StreamConfig:
     reset_offsets: bool = False
     """Continue at the oldest message where the log's offsets do not fit the topic: the server has deleted the next
     messages, the topic was created again, or it is another topic. Set it for one run only: it accepts lost events."""
-    max_messages: int = 200_000
+    max_messages: int = 100_000
     """Number of messages that one check reads at most; they become one segment of the log."""
     max_bytes: int = 64 << 20
     """Number of bytes of messages after which a check stops reading."""

@@ -33,8 +33,8 @@ class ArrivingMessages:
         self._reader = KafkaReader(config.source, config.stream)
         self._has_warned = False
 
-    def append(self) -> StreamReport:
-        """Read the next messages and append them as one segment.
+    def append(self, log: EventLog) -> StreamReport:
+        """Read the messages after those in the log, and append them as one segment.
 
         Raises:
             StreamError, StreamOffsetError: see `KafkaReader.read`.
@@ -42,7 +42,6 @@ class ArrivingMessages:
             LogBusyError, LogWriteError: the log cannot be written at the moment.
         """
         config = self._config
-        log = EventLog.open(config.data)
         batch = self._reader.read(stream_offsets(segment.manifest for segment in log.segments))
         num_letters, oldest_ms = 0, None
         if batch.messages or batch.is_start:

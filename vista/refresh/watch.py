@@ -107,12 +107,12 @@ class Watch:
                     self._refused.add(version, str(error))
                     refused += 1
                     logger.error("%s", error)
-        stream = None
+        log, stream = EventLog.open(self.config.data), None
         if self._messages is not None:
-            stream = self._messages.append()
+            stream = self._messages.append(log)
             if stream.oldest_ms is not None:
                 self._waiting.append(min(stream.oldest_ms / 1000, time.time()))
-        log = EventLog.open(self.config.data)
+                log = EventLog.open(self.config.data)
         reports, since = [], list(self._waiting)
         options = RefreshOptions(progress=self.config.progress)
         for root in stores_in(self.config.store):

@@ -171,6 +171,8 @@ class KafkaReader:
                 error, place = message.error(), StreamPartition(message.topic() or "", message.partition() or 0)
                 if error is None:
                     value, offset = message.value(), message.offset()
+                    if offset < positions[place]:
+                        continue  # fetched before the client was sent back; the log or this batch has it
                     messages.append(StreamMessage(*place, offset, value, message.timestamp()[1]))
                     num_bytes += len(value or b"")
                     positions[place] = offset + 1
