@@ -216,9 +216,7 @@ def test_an_actor_refuses_another_log_or_model(
 
 
 def test_more_actors_than_the_cluster_has_room_for(running_ray: None, made: SimpleNamespace, tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"ray\.num_actors=9: Ray at local has 2 CPUs, and each actor needs 1; name fewer"
-    ):
+    with pytest.raises(ConfigError, match=r"ray\.num_actors=9: Ray at local has room for 2 actors of 1 CPU"):
         refresh(made.model, made.log, tmp_path / "store", engine=engine(made, num_actors=9))
 
 

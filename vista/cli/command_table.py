@@ -74,6 +74,7 @@ COMMANDS: dict[str, Command] = {
             "vista refresh data=data/mine model=runs/mine/best store=stores/mine incremental=true",
             "vista refresh data=data/ml-1m model=runs/ml-1m/best store=stores/ml-1m until=leave-last-out",
             "vista refresh store=stores/exact codec=float32",
+            "vista refresh data=data/mine model=runs/mine/best store=stores/mine engine=ray ray.num_actors=8",
         ),
         resumes=True,
     ),

@@ -130,12 +130,13 @@ class RayEngine:
         """Handles of the actors, which end with the context."""
         num_gpus = int(self._device == "cuda")
         resource, each = ("GPU", num_gpus) if num_gpus else ("CPU", self._num_threads)
-        available = int(ray.cluster_resources().get(resource, 0))
-        wanted = self._config.num_actors or available // each
-        if not 0 < wanted * each <= available:
+        # An actor does not span machines.
+        room = sum(int(node["Resources"].get(resource, 0)) // each for node in ray.nodes() if node["Alive"])
+        wanted = self._config.num_actors or room
+        if not 0 < wanted <= room:
             raise ConfigError(
-                f"ray.num_actors={self._config.num_actors}: Ray at {self._config.address} has {available} {resource}s, "
-                f"and each actor needs {each}; name fewer actors, or add machines to the cluster"
+                f"ray.num_actors={self._config.num_actors}: Ray at {self._config.address} has room for {room} actors "
+                f"of {each} {resource}(s); name fewer actors, or add machines to the cluster"
             )
         logger.info("ray: %d actors, each with %d thread(s) on %s", wanted, self._num_threads, self._device)
         remote = ray.remote(RefreshActor).options(
