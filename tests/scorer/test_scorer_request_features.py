@@ -186,12 +186,18 @@ def test_the_command_reads_them_from_words(opened: Scorer, ids: tuple[list[Any],
     line = run_score(ScoreConfig(**settings, candidates=[str(items[3])], request=words)).splitlines()[1]
     score = opened.score(users[:1], items[3:4], now=now, request={"device": "phone", "hour": 14.5})[0, 0]
     assert line == f"user {users[0]}: {items[3]} {score:.4f}"
+    three = [str(item) for item in items[3:6]]
+    words = ["hour:1", "device:tv", "hour:2", "hour:23.5"]
+    line = run_score(ScoreConfig(**settings, candidates=three, request=words)).splitlines()[1]
+    scores = opened.score(users[:1], items[3:6], now=now, request={"device": "tv", "hour": [[1, 2, 23.5]]})[0].tolist()
+    named = ", ".join(f"{item} {score:.4f}" for item, score in zip(three, scores, strict=True))
+    assert line == f"user {users[0]}: {named}" and len({*scores}) == 3
     best = opened.rank(users[0], top_k=1, now=now, request={"device": "phone"})
     line = run_score(ScoreConfig(**settings, top_k=1, request=["device:phone"])).splitlines()[1]
     assert line == f"user {users[0]}: {best.items[0]} {best.scores[0]:.4f}"
     for words, message in (
         (["device"], "request: 'device' must be name:value, such as device:phone"),
-        (["hour:1", "hour:2"], "request: 'hour:2' names 'hour' twice"),
+        (["hour:1", "hour:2"], "request: 'hour' has 2 values, but there are 0 candidates; give it once, or once per"),
         (["devise:tv"], "request: 'devise' is not one of this model's features"),
         (["hour:noon"], "request: 'hour' needs numbers"),
     ):

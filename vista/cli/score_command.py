@@ -21,12 +21,12 @@ def run_score(config: ScoreConfig) -> str:
 
     Raises:
         ConfigError: no user is named, `now` is not a time in milliseconds, an id is text although the store's or the
-            model's ids are integers, or the model does not read a feature of `request`.
+            model's ids are integers, or the model does not read a feature of `request` as it is given.
     """
     if not config.users:
         raise ConfigError("users: name at least one user, such as users=[1,2]")
     now = None if config.now is None else parse_time(config.now)
-    request = _features(config.request)
+    request = _features(config.request, len(config.candidates))
     with (
         cpu_settings(config.num_threads),
         Scorer.open(
@@ -58,16 +58,21 @@ def run_score(config: ScoreConfig) -> str:
         return "\n".join(lines)
 
 
-def _features(words: Sequence[str]) -> dict[str, str]:
-    """Features of the request by name, from words such as device:phone."""
-    features: dict[str, str] = {}
+def _features(words: Sequence[str], num_candidates: int) -> dict[str, Any]:
+    """Features of the request of one user by name, from words such as device:phone: one value, or one per candidate."""
+    given: dict[str, list[str]] = {}
     for word in words:
         name, colon, value = word.partition(":")
-        if not colon or name in features:
-            problem = "must be name:value, such as device:phone" if not colon else f"names {name!r} twice"
-            raise ConfigError(f"request: {word!r} {problem}")
-        features[name] = value
-    return features
+        if not colon:
+            raise ConfigError(f"request: {word!r} must be name:value, such as device:phone")
+        given.setdefault(name, []).append(value)
+    for name, values in given.items():
+        if len(values) not in (1, num_candidates):
+            raise ConfigError(
+                f"request: {name!r} has {len(values)} values, but there are {num_candidates} candidates; give it once, "
+                "or once per candidate"
+            )
+    return {name: values[0] if len(values) == 1 else [values] for name, values in given.items()}
 
 
 def _problem(scorer: Scorer, user: Any) -> str:
