@@ -427,3 +427,43 @@ def test_shards_exports_and_copies_hold_features(log: EventLog, tmp_path: Path) 
         np.testing.assert_array_equal(imported.score(users, np.arange(5)), sharded_scorer.score(users, np.arange(5)))
     text = run_store_get(StoreGetConfig(store=str(tmp_path / "store"), user="3"))
     assert f"features:          region 1, age {held['age'][0]}" in text
+
+
+def test_a_call_may_pass_features_of_users(log: EventLog, tmp_path: Path) -> None:
+    """They replace those of the record, so a user without a record scores as one with an empty history."""
+    changes = {"optim__next_weight": 0.5, "model__counters": False}
+    model = train(config_of(log, tmp_path / "run", **changes), log)
+    assert isinstance(model, VistaModel) and model.user_features is not None
+    refresh(model, log, tmp_path / "store", options=RefreshOptions(codec=Codec.float32))
+    names, now, unknown = [*model.user_features.values], 1000 * (START + 10**7), 10_000
+    known = log.user_features.rows.named(log.user_features.values)
+    with Scorer.open(model, tmp_path / "store") as scorer:
+        items = scorer.model.items.ids(np.arange(5))
+        users = [int(user) for user in list(scorer.store.keys())[:3]]
+        own = {name: [column[row] for row in log.users.rows(users)] for name, column in known.items()}
+        expected = scorer.predict(users, items, now=now)
+        for task, scores in scorer.predict(users, items, now=now, request=own).items():
+            same(scores, expected[task])
+        one = {"region": own["region"]}  # the other columns stay
+        same(scorer.score(users, items, now=now, request=one), expected[scorer.task])
+        swapped = {"region": ["south" if region == "north" else "north" for region in own["region"]]}
+        for task, scores in scorer.predict(users, items, now=now, request=swapped).items():
+            assert (scores != expected[task]).any(1).all(), task
+
+        north, south, missing = (
+            scorer.score([unknown], items, now=now, request=request)[0]
+            for request in ({"region": "north"}, {"region": "south"}, None)
+        )
+        assert (north > south + 0.03).all() and (north != missing).all()
+        ranking = scorer.rank(unknown, candidates=items, now=now, request={"region": "north"})
+        same(ranking.scores, np.sort(north)[::-1])
+        told = scorer.explain(unknown, items, now=now, request={"region": "north"})
+        np.testing.assert_allclose(1 / (1 + np.exp(-told.value)), north, atol=2e-5)
+        assert "region" in names
+        for request, message in (
+            ({"region": [["north"] * 5]}, "request: 'region' has shape .* one value, or .* name a feature of requests"),
+            ({"region": 1.5}, "request: 'region' is a category"),
+            ({"rainfall": 1}, "request: this model reads no features of requests"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                scorer.score([unknown], items, now=now, request=request)

@@ -88,6 +88,23 @@ class PairFeatures:
         return replace(self, rows=self.rows.select(candidates)) if self.per_candidate else self
 
 
+def of_users(reader: RowFeatureReader, rows: EncodedRows, given: Mapping[str, Any]) -> EncodedRows:
+    """Features of B users, with the values that a caller passes in place of those of their records.
+
+    Args:
+        rows: of the records.
+        given: by name: one value, or [B].
+
+    Raises:
+        TypeError, ValueError: a value, or the shape of the values is wrong.
+    """
+    values = {name: _flat(name, column, len(rows.entry), None)[0] for name, column in given.items()}
+    try:
+        return reader.with_values(rows, values)
+    except ValueError as error:
+        raise ValueError(f"request: {error}") from error
+
+
 def _flat(name: Any, values: Any, num_users: int, candidates: int | Int | None) -> tuple[Sequence[Any], bool]:
     """Values of one feature, and whether they are one per candidate instead of one per user."""
     if isinstance(candidates, np.ndarray) and isinstance(values, tuple) and len(values) == 2 and _is_row(values[1]):
@@ -107,7 +124,10 @@ def _flat(name: Any, values: Any, num_users: int, candidates: int | Int | None) 
     if isinstance(candidates, int) and shape == (num_users, candidates):
         return flat, True
     if candidates is None:
-        expected = f"one value, or [{num_users}] (one per user); for one value per candidate, pass candidates"
+        expected = (
+            f"one value, or [{num_users}] (one per user); for one value per candidate, name a feature of requests, and "
+            "pass candidates"
+        )
     elif isinstance(candidates, int):
         expected = f"one value, [{num_users}] (one per user), or [{num_users}, {candidates}] (one per candidate)"
     else:

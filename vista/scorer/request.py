@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from vista.arrays import Int
 from vista.model.padded_tail import PaddedTail
 from vista.model.row_feature_reader import EncodedRows
 from vista.model.vista_model import VistaModel
-from vista.scorer.pair_features import PairFeatures
+from vista.scorer.pair_features import PairFeatures, of_users
 from vista.scorer.request_counters import RequestCounters
 
 
@@ -39,8 +40,17 @@ class Request:
         return len(self.missing)
 
     def with_features(self, model: VistaModel, given: Any, candidates: int | Int | None) -> Request:
-        """The same request with the features that a caller passes; arguments and errors are those of `PairFeatures`."""
-        return replace(self, features=PairFeatures.of(model.request_features, given, len(self), candidates))
+        """The same request with the features that a caller passes, of the request and of the users.
+
+        Arguments and errors are those of `PairFeatures`. A name that both have belongs to the request.
+        """
+        of_request, own, users = model.request_features, model.user_features, self.users
+        if isinstance(given, Mapping) and own is not None and users is not None:
+            known = {} if of_request is None else of_request.values
+            of_user = {name: values for name, values in given.items() if name in own.values and name not in known}
+            users = of_users(own, users, of_user) if of_user else users
+            given = {name: values for name, values in given.items() if name not in of_user}
+        return replace(self, users=users, features=PairFeatures.of(of_request, given, len(self), candidates))
 
     def select(self, users: slice | Int) -> Request:
         """Some of the users, or all of them in another order."""

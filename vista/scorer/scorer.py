@@ -215,7 +215,8 @@ class Scorer:
             now: time of the request in ms, one or [B]; None if unknown.
             request: features of the request by name, such as {"device": "phone"}: one value, one per user [B], or one
                 per candidate, such as its price: [B, C], or (values [N], offsets) for ragged candidates. Features that
-                are not given, and values that the model does not know, are missing. Only labeled tasks read them.
+                are not given, and values that the model does not know, are missing. Only labeled tasks read them. It
+                may also name features of users, which replace those of the records: one value, or [B].
 
         Returns:
             {task: float32 [B, C], or [N] for ragged candidates}; NumPy arrays, or tensors if `candidates` is a tensor.
