@@ -15,7 +15,7 @@ class ScoreConfig:
     model: str = "runs/vista/best"
     """Folder of the exported model."""
     store: str = "stores/vista"
-    """Folder of the summary store."""
+    """Folder of the summary store, or its URL, such as redis://host:6379/mine."""
     authentication_key_file: str | None = None
     """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
     VISTA_AUTHENTICATION_KEY, or no key if that is unset."""

@@ -12,7 +12,7 @@ class StoreStatsConfig:
     """Statistics of a store and its generations."""
 
     store: str = "stores/vista"
-    """Folder of the summary store."""
+    """Folder of the summary store, or its URL, such as redis://host:6379/mine."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -23,7 +23,7 @@ class StoreVerifyConfig:
     """Check a store's files and every record."""
 
     store: str = "stores/vista"
-    """Folder of the summary store."""
+    """Folder of the summary store, or its URL, such as redis://host:6379/mine."""
     authentication_key_file: str | None = None
     """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
     VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
@@ -85,9 +85,9 @@ class StoreCopyConfig:
     """Copy one generation to the store of a serving host."""
 
     store: str = "stores/vista"
-    """Folder of the summary store to copy from."""
+    """Folder of the summary store to copy from, or its URL, such as redis://host:6379/mine."""
     to: str = ""
-    """Folder of the summary store to copy to; made if it does not exist."""
+    """Folder of the summary store to copy to, made if it does not exist, or its URL, such as redis://host:6379/mine."""
     generation: int | None = None
     """Number of the generation; null copies the published one."""
     publish: bool = True
@@ -107,7 +107,7 @@ class StoreRollbackConfig:
     """Publish an earlier generation again."""
 
     store: str = "stores/vista"
-    """Folder of the summary store."""
+    """Folder of the summary store, or its URL, such as redis://host:6379/mine."""
     to: int | None = None
     """Number of the generation; null takes the newest one before the published one."""
     authentication_key_file: str | None = None
@@ -123,7 +123,7 @@ class StoreGetConfig:
     """Print one user's record."""
 
     store: str = "stores/vista"
-    """Folder of the summary store."""
+    """Folder of the summary store, or its URL, such as redis://host:6379/mine."""
     user: str | None = None
     """Id as in the log."""
     model: str | None = None
@@ -141,7 +141,7 @@ class StoreEraseConfig:
     """Remove users from a store for good."""
 
     store: str = "stores/vista"
-    """Folder of the summary store."""
+    """Folder of the summary store, or its URL, such as redis://host:6379/mine."""
     users: list[str] = field(default_factory=list)
     """Ids of the users to erase, at least one."""
     data: str | None = None

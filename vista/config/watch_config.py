@@ -19,7 +19,7 @@ class WatchConfig:
     model: str = "runs/vista/best"
     """Folder of the exported model whose full refresh made the store."""
     store: str = "stores/vista"
-    """Folder of the summary store."""
+    """Folder of the summary store, or its URL, such as redis://host:6379/mine."""
     folder: str | None = None
     """Folder in which Parquet, CSV, or TSV files arrive. Files that cannot be read are listed in its folder `refused`,
     with the reason. Without folder and source, the watch follows a log to which other processes append."""

@@ -1,0 +1,174 @@
+"""Refreshes into a server, scorers that read from it, and the commands: only `store=redis://…` differs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.conftest import Served
+from tests.refresh import conftest as growing
+from tests.store.remote.valkey_server import ValkeyServer
+from vista.cli import main as cli
+from vista.config import EvaluateConfig, RefreshOptions
+from vista.config.choices import StateDtype
+from vista.errors import ConfigError, SummarizerMismatchError
+from vista.log.until import parse_until
+from vista.refresh import refresh, refresh_incremental
+from vista.scorer import Scorer
+from vista.store import StoreReader
+from vista.store.admin.copying import copy_generation
+from vista.store.reader import published_manifest
+from vista.store.shards import Shard
+
+ROOT = Path(__file__).parents[3]
+DRIVER = """
+import json, os, random, signal, sys, time
+from vista.log.event_log import EventLog
+from vista.model.vista_model import VistaModel
+from vista.refresh import RefreshOptions, refresh, refresh_incremental
+from vista.store.remote import server_lock
+
+kind, log, model, store, warm = sys.argv[1:]
+server_lock.LOCK_S = 0.3
+log, model, chance = EventLog.open(log), VistaModel.from_pretrained(model), random.Random(3)
+options = RefreshOptions(users_per_batch=1)
+
+def run():
+    if kind == "full":
+        return refresh(model, log, store, options=options, created_at=1)
+    return refresh_incremental(model, log, store, options=options, created_at=2)
+
+refresh(model, log, warm, options=options)
+codes = []
+for _ in range(6):
+    child = os.fork()
+    if child == 0:
+        run()
+        os._exit(0)
+    time.sleep(chance.uniform(0.02, 0.15))
+    os.kill(child, signal.SIGKILL)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+report = run()
+print(json.dumps({"codes": codes, "resumed_at": report.resumed_at}))
+"""
+
+
+def records(store: str | Path) -> dict[int | str, Any]:
+    """The bytes of every user's record in the published generation, by user."""
+    with StoreReader.open(store) as reader:
+        users = list(reader.keys())
+        batch = reader.get_many(users)
+        columns = (batch.summary, batch.event_count, batch.history_digest, np.diff(batch.tail.offsets))
+        return {user: tuple(column[row].tobytes() for column in columns) for row, user in enumerate(users)}
+
+
+def killed_at_random(kind: str, log: Path, model: Path, url: str, folder: Path) -> dict[str, Any]:
+    """Kill a refresh six times and then let it end; the exit codes, and where the last run resumed."""
+    words = [sys.executable, "-c", DRIVER, kind, str(log), str(model), url, str(folder / "warm")]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=200)
+    assert done.returncode == 0, done.stderr
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert report["codes"].count(-9) >= 2, report
+    return report
+
+
+def test_a_refresh_into_a_server_writes_the_same_records(served: Served, server: ValkeyServer, tmp_path: Path) -> None:
+    url = server.url(user=":secret@", options="?timeout_s=10")
+    server.command("CONFIG", "SET", "requirepass", "secret")
+    options = RefreshOptions(state=StateDtype.none)
+    report = refresh(served.model, served.log, url, created_at=1)
+    refresh(served.model, served.log, tmp_path / "local", options=options, created_at=1)
+    assert report.store == server.url() and "secret" not in str(report)
+    copy_generation(url, tmp_path / "copy")
+    ours, theirs = published_manifest(tmp_path / "copy"), published_manifest(tmp_path / "local")
+    assert ours == theirs and records(url) == records(tmp_path / "local")
+
+
+def test_a_scorer_reads_from_a_server(served: Served, server: ValkeyServer) -> None:
+    url = server.url()
+    copy_generation(served.store, url)
+    users = served.log.users.ids(np.arange(served.log.num_users))[:50]
+    with Scorer.open(served.model_dir, served.store) as local, Scorer.open(served.model_dir, url) as remote:
+        items = local.model.items.ids(np.arange(20))
+        np.testing.assert_array_equal(remote.score(users, items), local.score(users, items))
+        assert remote.rank(users[0], top_k=5).items.tolist() == local.rank(users[0], top_k=5).items.tolist()
+        assert not remote.reload()
+        refresh(served.model, served.log, url)
+        assert remote.reload() and remote.manifest.generation == 2
+        np.testing.assert_array_equal(remote.score(users, items), local.score(users, items))
+    other = growing.model(seed=5)
+    with pytest.raises(SummarizerMismatchError):
+        Scorer.open(other, url)
+
+
+def test_a_killed_refresh_resumes(served: Served, server: ValkeyServer, tmp_path: Path) -> None:
+    url, options = server.url(), RefreshOptions(state=StateDtype.none, users_per_batch=1)
+    refresh(served.model, served.log, tmp_path / "local", options=options, created_at=1)
+    report = killed_at_random("full", served.log.path, served.model_dir, url, tmp_path)
+    assert records(url) == records(tmp_path / "local"), report
+    assert published_manifest(url).records_digest == published_manifest(tmp_path / "local").records_digest
+
+
+def test_incremental_refreshes(server: ValkeyServer, tmp_path: Path) -> None:
+    """As in a folder without states: users with new events are computed again from the log, and killed runs resume."""
+    url, model, options = server.url(), growing.model(), RefreshOptions(state=StateDtype.none, codec="float32")  # type: ignore[arg-type]
+    log = growing.append(tmp_path / "log", growing.events(dict.fromkeys(range(1, 40), 6)))
+    refresh(model, log, url, options=options)
+    model.save_pretrained(tmp_path / "model")
+    log = growing.append(
+        tmp_path / "log",
+        growing.events({3: 4, 41: 5, **dict.fromkeys(range(10, 40), 2)}, start=growing.START + 500 * growing.HOUR),
+    )
+    with StoreReader.open(url) as reader:
+        killed_at_random("incremental", log.path, tmp_path / "model", url, tmp_path)
+        assert reader.get_many([41]).found.all()
+    refresh(model, log, tmp_path / "full", options=options)
+    growing.assert_same(url, tmp_path / "full", 1e-6)  # type: ignore[arg-type]
+    manifest = published_manifest(url)
+    assert (manifest.applied_segment, manifest.going_to, manifest.generation) == (2, 0, 1)
+    assert refresh_incremental(model, log, url).num_users == 0
+
+
+def test_what_a_server_does_not_have(served: Served, server: ValkeyServer) -> None:
+    with pytest.raises(ConfigError, match="a store on a server has no shards"):
+        refresh(served.model, served.log, server.url(), shard=Shard(0, 2))
+    report = refresh(served.model, served.log, server.url(), until=parse_until("leave-last-out"))
+    with pytest.raises(ConfigError, match="until=leave-last-out"):
+        refresh_incremental(served.model, served.log, server.url())
+    assert report.generation == 1 and published_manifest(server.url()).state_dtype == "none"
+
+
+def test_commands(served: Served, server: ValkeyServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    url = server.url(user=":secret@")
+    server.command("CONFIG", "SET", "requirepass", "secret")
+    model, data = f"model={served.model_dir}", f"data={served.log.path}"
+
+    def said(*words: str, code: int = 0) -> str:
+        assert cli.main(list(words)) == code, capsys.readouterr()
+        printed = capsys.readouterr()
+        assert "secret" not in printed.out + printed.err
+        return printed.err if code else printed.out
+
+    assert "generation 1 of redis://127.0.0.1" in said("refresh", model, data, f"store={url}", "until=leave-last-out")
+    user = served.log.users.ids(np.arange(1))[0]
+    assert f"user {user}: " in said("score", model, f"store={url}", f"users=[{user}]", "top_k=3")
+    said("evaluate", model, data, f"store={url}", f"out={tmp_path / 'report.json'}")
+    assert "secret" not in (tmp_path / "report.json").read_text() and json.loads((tmp_path / "report.json").read_text())
+    with Scorer.open(served.model, url) as scorer:
+        assert scorer.store.generation == 1 and EvaluateConfig().store
+    assert "gen-1 (published)" in said("store", "stats", f"store={url}")
+    assert "no problem found" in said("store", "verify", f"store={url}")
+    assert f"user {user}" in said("store", "get", f"store={url}", f"user={user}")
+    assert "is published" in said("store", "copy", f"store={url}", f"to={tmp_path / 'copy'}")
+    assert "is published" in said("store", "copy", f"store={tmp_path / 'copy'}", f"to={url}2")
+    assert "1 of 1 users had a record" in said("store", "erase", f"store={url}", f"users=[{user}]")
+    assert "(no record)" in said("score", model, f"store={url}", f"users=[{user}]", "top_k=3", "on_missing=nan")
+    assert "no complete generation before" in said("store", "rollback", f"store={url}", code=1)
+    assert "works on a folder" in said("store", "compact", f"store={url}", code=1)
+    assert "its path must end in the store's name" in said("store", "stats", "store=redis://:secret@host", code=2)
