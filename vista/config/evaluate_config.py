@@ -21,8 +21,8 @@ class EvaluateConfig:
     model: str = "runs/vista/best"
     """Folder of the exported model."""
     store: str = "stores/vista"
-    """Folder of the summary store, or its URL, such as redis://host:6379/mine. Not used for baselines, which read the raw
-    history."""
+    """Folder of the summary store, or its URL, such as redis://host:6379/mine. Not used for baselines, which read the
+    raw history."""
     authentication_key_file: str | None = None
     """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
     VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
