@@ -66,7 +66,7 @@ class StoreShape:
     def __str__(self) -> str:
         return f"K={self.num_tokens}, d={self.dim}"
 
-    def writer(self, path: Path, num_users: int, state: StateDtype = StateDtype.none) -> StoreWriter:
+    def writer(self, path: Path | str, num_users: int, state: StateDtype = StateDtype.none) -> StoreWriter:
         """A new generation for users 1, 2, …"""
         manifest = Manifest(
             created_at=START_MS,

