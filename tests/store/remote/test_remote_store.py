@@ -142,7 +142,7 @@ def test_an_unfinished_generation_is_resumed_and_another_run_starts_over(server,
         assert (writer.generation, writer.cursor) == (1, 0)
     assert "belongs to another run" in caplog.text
     manifest = build.write_store(url, run_digest="log-2")
-    assert manifest.count == TOTAL and len(key_names(server)) == TOTAL + 7
+    assert manifest.count == TOTAL and len(key_names(server)) == TOTAL + 8
     with pytest.raises(ValueError, match="put_batch"), build.open_writer(url, run_digest="log-3") as writer:
         writer.put_batch([b"ui"], [], 1)
 
@@ -193,6 +193,15 @@ def test_erased_users_are_missed_at_once_and_never_come_back(server, build):
     assert not [name for name in key_names(server) if name.endswith(b"ui" + (3 + 2**63).to_bytes(8, "big"))]
     with pytest.raises(StoreError, match="holds no store"):
         erase(server.url("other"), [1])
+
+
+@pytest.mark.parametrize("append_only", ["no", "yes"])
+def test_publications_and_erasures_wait_for_the_disk(start_server, build, append_only):
+    server = start_server("--appendonly", append_only)
+    build.write_store(server.url())
+    erase(server.url(), [3])
+    waits = server.command("INFO", "commandstats").get("cmdstat_waitaof", {"calls": 0})["calls"]
+    assert waits >= 2 if append_only == "yes" else waits == 0
 
 
 def test_an_interrupted_erasure_is_completed_by_a_publication(server, build):

@@ -55,6 +55,8 @@ class KeyNames:
         """Set of the numbers of all generations, finished or not."""
         self.tombstones = self._prefix + b"tombstones"
         self.writer = self._prefix + b"writer"
+        self.synced = self._prefix + b"synced"
+        """Written to wait for the server's disk; its value has no meaning."""
 
     def generation(self, number: int) -> GenerationKeys:
         """Names of the keys of a generation."""

@@ -121,6 +121,7 @@ class LockedServer:
         """
         assert self._generation is not None
         manifest = self.finish(self._generation, spec, publish=True)
+        self.store.make_durable()
         self.remove_others((manifest.generation, self._published))
         return manifest
 
@@ -178,7 +179,7 @@ class LockedServer:
             num_erased = len(self.store.tombstones)
             generation.remove_erased()
             if generation.mark_complete(generation.read_manifest(), num_erased, publish=True):
-                return
+                return self.store.make_durable()
         raise self._busy()
 
     def _change(self, plan: Callable[[], list[Command]]) -> None:

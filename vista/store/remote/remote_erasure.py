@@ -17,7 +17,8 @@ def erase_on_server(url: StoreUrl, keys: Sequence[bytes]) -> int:
     is late repeats its own atomic change.
 
     Raises:
-        StoreError: there is no store, or the server cannot be used. Call it again, as after a kill.
+        StoreError: there is no store, or the server cannot be used, or did not bring it to its disk. Call it again, as
+            after a kill.
     """
     store = RemoteStore.connect(url)
     numbers = store.numbers()
@@ -35,4 +36,5 @@ def erase_on_server(url: StoreUrl, keys: Sequence[bytes]) -> int:
                 raise
             continue  # It was removed by a publication meanwhile.
         count = removed if number == published else count
+    store.make_durable()
     return count

@@ -75,6 +75,10 @@ class RemoteStore:
         records = RemoteRecords(self.server, self.names.generation(number), manifest, stamp)
         return RemoteGeneration(records, manifest, manifest.spec(key), self._current_and_stamp)
 
+    def make_durable(self) -> None:
+        """Wait until all that was written so far is on the server's disk, if it keeps an append-only file."""
+        self.server.make_durable(self.names.synced)
+
     def close(self) -> None:
         """Close the connections."""
         self.server.close()

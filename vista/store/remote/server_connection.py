@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ Command = tuple[Any, ...]
 
 _CHANGE_ATTEMPTS = 100
 _READ_BYTES = 1 << 16
+_DURABLE_S = 30.0
 
 
 class ServerConnection:
@@ -102,6 +104,27 @@ class ServerConnection:
                         continue
                 return result
         raise StoreBusyError(f"{self.url} is written by others without a pause; try again")
+
+    def make_durable(self, name: bytes) -> None:
+        """Wait until all that was written so far is on the server's disk, if the server keeps an append-only file.
+
+        Args:
+            name: of a key to write, because the server waits for the last write of the same connection.
+
+        Raises:
+            StoreUnavailableError: it is not on the disk after 30 seconds.
+        """
+        if not int(self.command("INFO", "persistence").get("aof_enabled", 0)):
+            return
+        deadline, wait_ms = time.monotonic() + _DURABLE_S, max(int(500 * self.url.timeout_s), 1)
+        while time.monotonic() < deadline:
+            _, (num_synced, _) = self.pipeline([("SET", name, 1), ("WAITAOF", 1, 0, wait_ms)])
+            if num_synced:
+                return
+        raise StoreUnavailableError(
+            f"{self.url}: the server has executed the command, but not synced its append-only file within "
+            f"{_DURABLE_S:g} s; check its disk, then rerun the command"
+        )
 
     def close(self) -> None:
         """Close all connections; the next command would open new ones."""
