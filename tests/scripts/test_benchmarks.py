@@ -43,6 +43,7 @@ CASES = {
         "time per event at 10,000 over that at 1,000 events",
     ],
     "kafka": ["Kafka to the store, against watch folder= with csv", "against watch folder= with parquet"],
+    "ranks": ["2 ranks, generated: against 2 independent processes"],
     "refresh": [
         "ingest of 20,000 events, ratings.dat",
         "ratings.csv: share of read",
