@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import math
 import signal
 import subprocess
@@ -23,11 +24,12 @@ from vista.cli.refresh_commands import run_watch
 from vista.config import WatchConfig
 from vista.config.choices import OnBadRows, StreamStart
 from vista.config.stream_config import StreamConfig
-from vista.errors import DataError, LogBusyError, StreamError, StreamOffsetError
+from vista.errors import DataError, LogBusyError, LogFormatError, StreamError, StreamOffsetError
 from vista.log.compaction import compact_log
 from vista.log.deletions import erase_users
 from vista.log.event_log import EventLog
 from vista.log.ingest.kafka.dead_letters import MAX_KEPT_BYTES
+from vista.log.segment_manifest import DEAD_LETTERS_FILE
 from vista.log.stream_offsets import StreamPartition, stream_offsets
 from vista.refresh.watch import Watch
 from vista.scorer import Scorer
@@ -153,6 +155,10 @@ def test_invalid_messages_become_dead_letters_once(
     log = EventLog.open(streamed.data)
     assert log.segments[-1].manifest["quarantined"] == len(BAD) and log.verify() > 0
     assert look(streamed).is_empty and len(dead_letters(streamed)) == len(BAD)
+    (file,) = Path(streamed.data).glob(f"*/{DEAD_LETTERS_FILE}")
+    file.write_bytes(file.read_bytes()[:-2] + b" \n")
+    with pytest.raises(LogFormatError, match=DEAD_LETTERS_FILE):
+        EventLog.open(streamed.data).verify()
 
 
 def test_a_batch_of_dead_letters_alone_advances_the_offsets(
@@ -252,6 +258,30 @@ def test_a_broker_that_is_gone_and_comes_back(
         pass
     watching.close()
     expect(streamed, grow, tmp_path, first, second)
+
+
+def test_the_command_retries_while_the_broker_is_gone(
+    tmp_path: Path, grow: SimpleNamespace, kafka: MockKafka, streamed: WatchConfig, caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    frame = grow.events({1: 4}, grow.start + 500 * grow.hour)
+    kafka.send_events(TOPIC, frame)
+    kafka.set_down()
+    pauses = []
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 2:
+            raise KeyboardInterrupt
+        kafka.set_up()
+
+    streamed.once = False
+    monkeypatch.setattr("vista.cli.refresh_commands.time", SimpleNamespace(sleep=sleep))
+    with caplog.at_level(logging.INFO), pytest.raises(KeyboardInterrupt):
+        run_watch(streamed)
+    assert pauses == [5.0, 5.0] and "shop.events: cannot be read: " in caplog.text
+    assert "4 message(s) (" in caplog.text
+    expect(streamed, grow, tmp_path, frame)
 
 
 def test_deleted_messages_are_reported_with_their_number(
