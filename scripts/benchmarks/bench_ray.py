@@ -149,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = benchmark_parser("ray", __doc__).parse_args(arguments)
     recorder = BenchmarkRecorder("ray", out=options.out, quick=options.quick)
     with tempfile.TemporaryDirectory(prefix="vista-bench-") as name:
-        num_users, rounds = (500, 1) if options.quick else (16_000, 3)
+        num_users, rounds = (500, 1) if options.quick else (24_000, 3)
         bench_ray(recorder, Path(name), num_users, rounds)
     recorder.print_summary()
     return 0
