@@ -6,23 +6,22 @@ import shutil
 from pathlib import Path
 
 from scripts.experiments.sets import SETS, prepare_set, source_folder
-from vista.cli.embed_command import Encoder, run_items_embed
+from vista.cli.embed_command import run_items_embed
 from vista.cli.tokenize_command import run_items_tokenize
 from vista.config import ItemsEmbedConfig, ItemsTokenizeConfig, ItemTableConfig, PrepareConfig
 from vista.log.ingest.prepare import prepare
 
 
-def prepare_with_texts(name: str, folder: Path, out: Path, texts: str, encoder: Encoder | None = None) -> None:
+def prepare_with_texts(name: str, folder: Path, out: Path, texts: str) -> None:
     """Make the log of a set, as `prepare_set`, with one more feature of items.
 
     Args:
         name: of the set, which `vista items embed` knows as a kind.
         texts: vectors | codes, as in `TableRow`.
-        encoder: of texts; None for the one of the extra `text`.
 
     Raises:
         ConfigError, DataError: if a file is missing or has other columns.
-        MissingDependencyError: if an extra is not installed.
+        MissingDependencyError: if the extra `text` or `tokens` is not installed.
     """
     partial, item = out.with_name(f"{out.name}.partial"), SETS[name].item
     for leftover in (partial, source_folder(partial)):
@@ -30,7 +29,7 @@ def prepare_with_texts(name: str, folder: Path, out: Path, texts: str, encoder: 
     prepare_set(name, folder, partial)
     file = source_folder(partial) / "vectors.parquet"
     source = ItemTableConfig(paths=[str(folder)], item=item)
-    run_items_embed(ItemsEmbedConfig(kind=name, items=source, out=str(file), progress=False), encoder)
+    run_items_embed(ItemsEmbedConfig(kind=name, items=source, out=str(file), progress=False))
     if texts == "codes":
         codes = file.with_name("codes.parquet")
         run_items_tokenize(ItemsTokenizeConfig(vectors=str(file), item=item, out=str(codes)))

@@ -14,6 +14,7 @@ from scripts.experiments.table_run import recorded_config
 from scripts.experiments.tables import TABLES
 from tests.cli.test_embed_command import LettersEncoder
 from tests.log.ingest.public.samples import complete_journey
+from vista.cli import embed_command
 from vista.log.event_log import EventLog
 
 SET = "complete-journey"
@@ -28,12 +29,13 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("texts", ["vectors", "codes"])
-def test_a_log_gets_one_more_feature(folder: Path, tmp_path: Path, texts: str) -> None:
+def test_a_log_gets_one_more_feature(folder: Path, tmp_path: Path, texts: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embed_command, "TextEncoder", lambda device: LettersEncoder())
     if texts == "codes":
         pytest.importorskip("faiss")
     prepare_set(SET, folder, tmp_path / "plain")
     (tmp_path / "log.partial").mkdir()  # of a run that was killed
-    prepare_with_texts(SET, folder, tmp_path / "log", texts, LettersEncoder())
+    prepare_with_texts(SET, folder, tmp_path / "log", texts)
     plain, log = EventLog.open(tmp_path / "plain"), EventLog.open(tmp_path / "log")
     assert not (tmp_path / "log.partial").exists()
     assert log.num_events == plain.num_events and log.items.digest() == plain.items.digest()
