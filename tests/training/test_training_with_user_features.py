@@ -461,7 +461,7 @@ def test_a_call_may_pass_features_of_users(log: EventLog, tmp_path: Path) -> Non
         np.testing.assert_allclose(1 / (1 + np.exp(-told.value)), north, atol=2e-5)
         assert "region" in names
         for request, message in (
-            ({"region": [["north"] * 5]}, "request: 'region' has shape .* one value, or .* name a feature of requests"),
+            ({"region": [["north"] * 5]}, "request: 'region' has shape .* one value, or .* it is a feature of users"),
             ({"region": 1.5}, "request: 'region' is a category"),
             ({"rainfall": 1}, "request: this model reads no features of requests"),
         ):

@@ -98,7 +98,15 @@ def of_users(reader: RowFeatureReader, rows: EncodedRows, given: Mapping[str, An
     Raises:
         TypeError, ValueError: a value, or the shape of the values is wrong.
     """
-    values = {name: _flat(name, column, len(rows.entry), None)[0] for name, column in given.items()}
+    values, num_users = {}, len(rows.entry)
+    for name, column in given.items():
+        shape, flat = _shaped(name, column)
+        if shape not in ((), (num_users,)):
+            raise ValueError(
+                f"request: {shown(name)} has shape {list(shape)}, but must be one value, or [{num_users}] (one per "
+                "user), because it is a feature of users"
+            )
+        values[name] = flat if shape else [*flat] * num_users
     try:
         return reader.with_values(rows, values)
     except ValueError as error:
@@ -124,10 +132,7 @@ def _flat(name: Any, values: Any, num_users: int, candidates: int | Int | None) 
     if isinstance(candidates, int) and shape == (num_users, candidates):
         return flat, True
     if candidates is None:
-        expected = (
-            f"one value, or [{num_users}] (one per user); for one value per candidate, name a feature of requests, and "
-            "pass candidates"
-        )
+        expected = f"one value, or [{num_users}] (one per user); for one value per candidate, pass candidates"
     elif isinstance(candidates, int):
         expected = f"one value, [{num_users}] (one per user), or [{num_users}, {candidates}] (one per candidate)"
     else:
