@@ -33,6 +33,9 @@ NOT_IDENTITY = (
 )
 """Fields of a manifest that may differ between two runs of the same refresh."""
 
+CHECKSUM_DIGITS = 16
+"""Hexadecimal digits with which the bytes of a manifest begin."""
+
 _MOST_MS = 253_402_300_799_999
 """End of the year 9999, the last that can be shown."""
 _RULES = {

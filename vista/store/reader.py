@@ -286,7 +286,7 @@ def generations_of(path: Path | StoreUrl) -> Generations:
     if isinstance(path, StoreUrl):
         from vista.store.remote.remote_store import RemoteStore
 
-        return RemoteStore.connect(path)
+        return RemoteStore.connect(path, cached=True)
     return LocalGenerations(path)
 
 

@@ -18,6 +18,7 @@ from vista.store.remote.store_url import StoreUrl
         ("redis://host:7000/2/mine", StoreUrl("host", "mine", 7000, 2)),
         ("rediss://me:a%40b@host/my-store.1", StoreUrl("host", "my-store.1", user="me", password="a@b", tls=True)),
         ("redis://:secret@[::1]:7/mine?timeout_s=0.5", StoreUrl("::1", "mine", 7, password="secret", timeout_s=0.5)),
+        ("redis://host/mine?cache=/a/b&cache_mb=5", StoreUrl("host", "mine", cache="/a/b", cache_mb=5)),
         (Path("redis://host/mine"), StoreUrl("host", "mine")),
     ],
 )  # fmt: skip
@@ -39,10 +40,11 @@ def test_urls(text, expected):
         ("redis://host/1/2/mine", "only the number of a database"),
         ("redis://:1/mine", "it names no host"),
         ("redis://:secret@host:port/mine", "cannot be read"),
-        ("redis://:secret@host/mine?ttl=1", "timeout_s is its only option"),
+        ("redis://:secret@host/mine?ttl=1", "its only options are timeout_s"),
         ("redis://host/mine?timeout_s=0", "timeout_s must be a positive number"),
         ("redis://host/mine?timeout_s=nan", "timeout_s must be a positive number"),
         ("redis://host/mine?secret", "cannot be read"),
+        ("redis://host/mine?cache_mb=-1", "cache_mb must be a positive number"),
     ],
 )
 def test_other_urls_are_refused(text, message):

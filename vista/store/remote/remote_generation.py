@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from vista.arrays import Int
+from vista.errors import RecordError
 from vista.store.batch_assembly import present_records
 from vista.store.format.record import RawRecords, check_records
 from vista.store.format.record_spec import RecordSpec
@@ -28,11 +29,15 @@ class RemoteGeneration:
     def read(self, keys: list[bytes]) -> list[tuple[Int, RawRecords]]:
         """Positions of the keys that have a record, and the records, in a part per round trip."""
         size = self.records.batch_size
-        return [
-            present_records(self.records.get(part), part, first, self.spec)
-            for first in range(0, max(len(keys), 1), size)
-            for part in [keys[first : first + size]]
-        ]
+        return [self._read_part(keys[first : first + size], first) for first in range(0, max(len(keys), 1), size)]
+
+    def _read_part(self, keys: list[bytes], first: int) -> tuple[Int, RawRecords]:
+        try:
+            return present_records(self.records.get(keys), keys, first, self.spec)
+        except RecordError:
+            if not self.records.forget_cached(keys):
+                raise
+            return present_records(self.records.get_from_server(keys), keys, first, self.spec)
 
     def key_batches(self) -> Iterator[list[bytes]]:
         """Keys of all users in ascending order."""

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from vista.errors import RecordError, StoreClosedError
 from vista.store.format.field_checks import user_of
 from vista.store.format.record_spec import HEADER_BYTES
-from vista.store.manifest import Manifest
+from vista.store.manifest import CHECKSUM_DIGITS, Manifest
 from vista.store.remote.key_names import GenerationKeys
+from vista.store.remote.record_cache import RecordCache
 from vista.store.remote.server_connection import ServerConnection
 
 BATCH_BYTES = 1 << 23
@@ -22,14 +23,23 @@ class RemoteRecords:
     """Reads records in bounded batches, one round trip per batch.
 
     Args:
+        cache: of this host, for readers; None always asks the server.
         stamp: what the generation's key `!complete` holds. A read fails if it has changed, because the records may then
             have been removed. None does not check.
     """
 
     def __init__(
-        self, server: ServerConnection, names: GenerationKeys, manifest: Manifest, stamp: bytes | None
+        self,
+        server: ServerConnection,
+        names: GenerationKeys,
+        manifest: Manifest,
+        stamp: bytes | None,
+        cache: RecordCache | None = None,
     ) -> None:
         self.stamp = stamp
+        self._cache = cache
+        self._version = b""
+        """Of the records, as last seen: the stamp and the checksum of the manifest, which every write changes."""
         self._server = server
         self._names = names
         self._number = manifest.generation
@@ -44,10 +54,21 @@ class RemoteRecords:
         Raises:
             StoreClosedError: the generation was removed.
         """
+        return self.get_from_server(keys) if self._cache is None else self._get_cached(self._cache, keys)
+
+    def get_from_server(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """As `get`, without the cache."""
         names = [self._names.record(key) for key in keys]
         values: list[bytes | None] = self._server.command("MGET", *names, self._names.complete)
         self._require_stamp(values.pop())
         return values
+
+    def forget_cached(self, keys: Sequence[bytes]) -> bool:
+        """Remove users from the cache, because a record is damaged; False if there is no cache."""
+        if self._cache is None:
+            return False
+        self._cache.forget(self._version, keys)
+        return True
 
     def key_batches(self, after: bytes = b"u") -> Iterator[list[bytes]]:
         """Keys beyond `after` of the users who have a record, ascending."""
@@ -80,6 +101,29 @@ class RemoteRecords:
             present = [(key, value) for key, value in zip(keys, values, strict=True) if value is not None]
             if present:
                 yield [key for key, _ in present], [value for _, value in present]
+
+    def _get_cached(self, cache: RecordCache, keys: Sequence[bytes]) -> list[bytes | None]:
+        """One round trip, which also tells whether the cached records are still those of the server."""
+        version = self._version
+        held = cache.get(version, keys)
+        while True:
+            wanted = [key for key, value in zip(keys, held, strict=True) if value is None]
+            # The version first: records that are read after it may be newer, but never older.
+            checksum, values = self._server.pipeline(
+                [
+                    ("GETRANGE", self._names.manifest, 0, CHECKSUM_DIGITS - 1),
+                    ("MGET", *map(self._names.record, wanted), self._names.complete),
+                ]
+            )
+            stamp = values.pop()
+            self._require_stamp(stamp)
+            self._version = stamp + checksum
+            if self._version == version or len(wanted) == len(keys):
+                break
+            version, held = self._version, [None] * len(keys)  # Records have changed since they were cached.
+        fetched = dict(zip(wanted, values, strict=True))
+        cache.put(self._version, {key: value for key, value in fetched.items() if value is not None})
+        return [fetched.get(key) if value is None else value for key, value in zip(keys, held, strict=True)]
 
     def _require_stamp(self, stamp: bytes | None) -> None:
         if self.stamp is not None and stamp != self.stamp:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import xxhash
+
 from vista.errors import StoreError, UnfinishedError
+from vista.files import checked_path
 from vista.store.layout import parse_pointer
 from vista.store.manifest import Manifest
 from vista.store.remote.key_names import KeyNames
+from vista.store.remote.record_cache import RecordCache
 from vista.store.remote.remote_generation import RemoteGeneration
 from vista.store.remote.remote_records import RemoteRecords
 from vista.store.remote.remote_tombstones import RemoteTombstones
@@ -16,18 +20,27 @@ from vista.store.remote.store_url import StoreUrl
 class RemoteStore:
     """One store on a server (`vista.store.open_generation.Generations`)."""
 
-    def __init__(self, server: ServerConnection) -> None:
+    def __init__(self, server: ServerConnection, cache: RecordCache | None = None) -> None:
         self.server = server
+        self._cache = cache
         self.url = server.url
         self.names = KeyNames(server.url.name)
         self.tombstones = RemoteTombstones(server, self.names.tombstones)
 
     @classmethod
-    def connect(cls, url: StoreUrl) -> RemoteStore:
-        """Connect to the server; errors as of `ServerConnection.check` and `command`."""
+    def connect(cls, url: StoreUrl, *, cached: bool = False) -> RemoteStore:
+        """Connect to the server; errors as of `ServerConnection.check` and `command`.
+
+        Args:
+            url: of the store.
+            cached: read through the cache that the URL names, if it names one.
+        """
         server = ServerConnection(url)
         server.check()
-        return cls(server)
+        if not cached or url.cache is None:
+            return cls(server)
+        folder = checked_path(url.cache, StoreError) / xxhash.xxh3_64_hexdigest(str(url).encode())
+        return cls(server, RecordCache(folder.absolute(), int(1e6 * url.cache_mb)))
 
     def current(self) -> int:
         """Number of the published generation.
@@ -72,7 +85,7 @@ class RemoteStore:
             StoreError: missing, unfinished, damaged, or of another key.
         """
         manifest, stamp = self._complete(number)
-        records = RemoteRecords(self.server, self.names.generation(number), manifest, stamp)
+        records = RemoteRecords(self.server, self.names.generation(number), manifest, stamp, self._cache)
         return RemoteGeneration(records, manifest, manifest.spec(key), self._current_and_stamp)
 
     def make_durable(self) -> None:
@@ -80,8 +93,10 @@ class RemoteStore:
         self.server.make_durable(self.names.synced)
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections and the cache."""
         self.server.close()
+        if self._cache is not None:
+            self._cache.close()
 
     def _current_and_stamp(self) -> tuple[int, Manifest, bytes]:
         number = self.current()

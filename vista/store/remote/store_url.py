@@ -1,8 +1,7 @@
-"""URLs of remote stores: redis://[user[:password]@]host[:port]/[database/]name."""
+"""URLs of remote stores: redis://[user[:password]@]host[:port]/[database/]name[?timeout_s=…&cache=…&cache_mb=…]."""
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from vista.errors import ConfigError
 PASSWORD_VARIABLE = "VISTA_REDIS_PASSWORD"
 DEFAULT_PORT = 6379
 DEFAULT_TIMEOUT_S = 5.0
+DEFAULT_CACHE_MB = 1000.0
 EXAMPLE = "redis://host:6379/mine, or rediss://host:6379/mine with TLS"
 
 _SCHEME = re.compile(r"(rediss?):/+")  # pathlib makes one slash out of two
@@ -34,6 +34,10 @@ class StoreUrl:
     tls: bool = False
     timeout_s: float = DEFAULT_TIMEOUT_S
     """Longest wait for a connection, and for each reply."""
+    cache: str | None = None
+    """Folder in which readers keep the records that they have read; None keeps none."""
+    cache_mb: float = DEFAULT_CACHE_MB
+    """Size of the cache, 10^6 bytes."""
 
     @staticmethod
     def matches(store: object) -> bool:
@@ -56,7 +60,8 @@ class StoreUrl:
         except ValueError as error:
             raise ConfigError(f"store: the URL cannot be read ({type(error).__name__}); write {EXAMPLE}") from None
         *database, name = [unquote(word) for word in parts.path.strip("/").split("/")]
-        timeout = options.pop("timeout_s", str(DEFAULT_TIMEOUT_S))
+        timeout, cache = options.pop("timeout_s", str(DEFAULT_TIMEOUT_S)), options.pop("cache", None)
+        cache_mb = options.pop("cache_mb", str(DEFAULT_CACHE_MB))
         if parts.scheme not in ("redis", "rediss"):
             problem = "it does not begin with redis:// or rediss://"
         elif not parts.hostname:
@@ -66,9 +71,11 @@ class StoreUrl:
         elif len(database) > 1 or not all(re.fullmatch("[0-9]{1,5}", word) for word in database):
             problem = "only the number of a database may come before the store's name"
         elif options or parts.fragment:
-            problem = "timeout_s is its only option"
-        elif not _is_timeout(timeout):
+            problem = "its only options are timeout_s, cache, and cache_mb"
+        elif not _is_number(timeout, 3600):
             problem = "timeout_s must be a positive number of seconds, at most 3600"
+        elif not _is_number(cache_mb, 1e9):
+            problem = "cache_mb must be a positive number of megabytes"
         if problem:
             raise ConfigError(f"store: the URL cannot be used: {problem}; write {EXAMPLE}")
         return cls(
@@ -80,6 +87,8 @@ class StoreUrl:
             password=unquote(parts.password) if parts.password else None,
             tls=parts.scheme == "rediss",
             timeout_s=float(timeout),
+            cache=cache,
+            cache_mb=float(cache_mb),
         )
 
     def __str__(self) -> str:
@@ -88,9 +97,9 @@ class StoreUrl:
         return f"redis{'s' * self.tls}://{host}:{self.port}/{database}{self.name}"
 
 
-def _is_timeout(text: str) -> bool:
+def _is_number(text: str, most: float) -> bool:
+    """Whether a text is a number above 0, up to `most`."""
     try:
-        seconds = float(text)
+        return 0 < float(text) <= most
     except ValueError:
         return False
-    return math.isfinite(seconds) and 0 < seconds <= 3600
