@@ -166,7 +166,7 @@ def test_killed_stream(trial: Trial, nursery: Nursery, base: Path, kafka: MockKa
             turn -= heard == step
             if turn <= 0 or (heard == "read" and trial.random.random() < 0.02):
                 break
-        time.sleep(trial.random.choice([0, 0, trial.random.uniform(0, 0.02)]))
+        time.sleep(trial.random.choice([0, trial.random.uniform(0, 0.02), trial.random.uniform(0, 0.5)]))
         child.kill()
         child.end()
         assert child.exit_code == -9, child.raised

@@ -29,6 +29,7 @@ from vista.log.compaction import compact_log
 from vista.log.deletions import erase_users
 from vista.log.event_log import EventLog
 from vista.log.ingest.kafka.dead_letters import MAX_KEPT_BYTES
+from vista.log.log_stats import LogStats
 from vista.log.segment_manifest import DEAD_LETTERS_FILE
 from vista.log.stream_offsets import StreamPartition, stream_offsets
 from vista.refresh.watch import Watch
@@ -55,6 +56,7 @@ def test_from_events_to_scores(
     assert written["stream"]["messages"] == 12 and written["stream"]["messages_per_s"] > 0
     log = EventLog.open(streamed.data)
     assert list(log.event_features) == ["surface", "dwell"]
+    assert f"\ntopic {TOPIC} of cluster mockCluster" in str(LogStats.of(log)) and "offsets 3 9" in str(LogStats.of(log))
     with Scorer.open(streamed.model, streamed.store) as scorer:
         scores = scorer.score([1, 2, 3], [10, 20, 30])
     assert scores.shape == (3, 3) and np.isfinite(np.asarray(scores)).all()

@@ -40,6 +40,7 @@ from vista.config.store_configs import (
     StoreStatsConfig,
     StoreVerifyConfig,
 )
+from vista.config.stream_config import StreamConfig
 from vista.config.train_config import TrainConfig
 from vista.config.user_table_config import UserTableConfig
 from vista.config.watch_config import WatchConfig
@@ -79,6 +80,7 @@ __all__ = [
     "StoreRollbackConfig",
     "StoreStatsConfig",
     "StoreVerifyConfig",
+    "StreamConfig",
     "TrainConfig",
     "UserTableConfig",
     "WatchConfig",

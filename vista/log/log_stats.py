@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from vista.log.event_log import EventLog
 from vista.log.row_features import ColumnValues
+from vista.log.stream_offsets import StreamOffset, StreamPartition, stream_offsets
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,8 +19,8 @@ class LogStats:
 
     segments: names, oldest first; num_users: users with an id, with or without events; num_forgotten, num_erased:
     deletion rows, of events and of users; num_deleted: deleted events and impressions that are still on disk; features:
-    a line per column, of items, users, events, and impressions; size_bytes: of all files of the current segments;
-    first_ms, last_ms: oldest and newest time, None in an empty log or a log without times.
+    a line per column, of items, users, events, and impressions; topics: a line per Kafka topic; size_bytes: of the
+    current segments; first_ms, last_ms: oldest and newest time, None in an empty log or a log without times.
     """
 
     path: Path
@@ -31,6 +33,7 @@ class LogStats:
     num_erased: int
     num_deleted: int
     features: list[str]
+    topics: list[str]
     size_bytes: int
     first_ms: int | None
     last_ms: int | None
@@ -60,6 +63,7 @@ class LogStats:
                 *_lines(log.event_features, "event"),
                 *_lines(log.request_features, "impression"),
             ],
+            _topics(stream_offsets(segment.manifest for segment in log.segments)),
             sum(file.stat().st_size for segment in log.segments for file in segment.path.rglob("*") if file.is_file()),
             first,
             last,
@@ -78,6 +82,7 @@ class LogStats:
                 f"deletions: {self.num_forgotten:,} events and {self.num_erased:,} users; {self.num_deleted:,} rows "
                 "still on disk until a compaction",
                 *(f"feature {line}" for line in self.features),
+                *(f"topic {line}" for line in self.topics),
             ]
         )
 
@@ -86,4 +91,15 @@ def _lines(columns: ColumnValues, row: str) -> list[str]:
     return [
         f"{name}: number per {row}" if known is None else f"{name}: category of {len(known):,} values per {row}"
         for name, known in columns.items()
+    ]
+
+
+def _topics(offsets: Mapping[StreamPartition, StreamOffset]) -> list[str]:
+    """Where the next read of each topic begins."""
+    next_offsets: dict[tuple[str, str], list[str]] = {}
+    for partition, offset in sorted(offsets.items()):
+        next_offsets.setdefault((partition.topic, offset.cluster), []).append(f"{offset.next:,}")
+    return [
+        f"{topic} of cluster {cluster}: next offsets {' '.join(numbers)}"
+        for (topic, cluster), numbers in next_offsets.items()
     ]

@@ -51,6 +51,8 @@ class KafkaReader:
         self._settings = read_client_file(config.client_file)
         self._problems: dict[str, None] = {}
         """What the client reported during this check, in order, each text once."""
+        self._cannot_commit = False
+        """Whether a warning was logged."""
         own: dict[str, Any] = {
             "bootstrap.servers": self.address.servers,
             "error_cb": self._note,
@@ -63,7 +65,7 @@ class KafkaReader:
             "enable.auto.offset.store": False,
             "auto.offset.reset": "error",
             "enable.partition.eof": True,
-            "on_commit": _warn_of_commit,
+            "on_commit": self._warn_of_commit,
         }
         of_all = {name: value for name, value in own.items() if not name.startswith(_OF_CONSUMERS)}
         try:
@@ -115,7 +117,7 @@ class KafkaReader:
         try:
             self._consumer.commit(offsets=offsets, asynchronous=True)
         except KafkaException as error:
-            _warn_of_commit(error.args[0], offsets)
+            self._warn_of_commit(error.args[0], offsets)
 
     def close(self) -> None:
         """Close the connections, after commits that are on the way."""
@@ -191,6 +193,14 @@ class KafkaReader:
     def _note(self, error: KafkaError) -> None:
         self._problems[without_secrets(error.str(), self._settings)] = None
 
+    def _warn_of_commit(self, error: KafkaError | None, offsets: Sequence[TopicPartition]) -> None:
+        failed = error or next((place.error for place in offsets if place.error is not None), None)
+        if failed is not None and not self._cannot_commit:
+            self._cannot_commit = True
+            logger.warning(
+                "offsets of the group cannot be committed (%s); only monitoring depends on them", failed.str()
+            )
+
     def _noted(self) -> str:
         return f" ({'; '.join(list(self._problems)[-3:])})" if self._problems else ""
 
@@ -209,9 +219,3 @@ class KafkaReader:
                 f"{self.address}: cannot be read: {reason}{self._noted()}; check source, the network, and the user, "
                 "the password, and the security.protocol in stream.client_file"
             ) from None
-
-
-def _warn_of_commit(error: KafkaError | None, offsets: Sequence[TopicPartition]) -> None:
-    failed = error or next((place.error for place in offsets if place.error is not None), None)
-    if failed is not None:
-        logger.warning("offsets of the group cannot be committed (%s); only monitoring depends on them", failed.str())
