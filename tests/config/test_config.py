@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from vista.config import (
     DataConfig,
@@ -21,6 +22,7 @@ from vista.config import (
     TrainConfig,
 )
 from vista.config.choices import Architecture, Codec, Decay, ItemStart, Mixing, OnBadRows, Split, Stage
+from vista.config.config_keys import to_yaml
 from vista.config.conversion import from_dict, to_dict
 from vista.counters.counter_spec import CounterSpec
 from vista.errors import ConfigError
@@ -222,3 +224,17 @@ def test_fuxi_linear_splits_each_head_in_two() -> None:
     with pytest.raises(ConfigError, match=message):
         ModelConfig(architecture=Architecture.fuxi_linear, dim=24, num_heads=8, history_limit=5)
     ModelConfig(architecture=Architecture.fuxi_linear, dim=24, num_heads=6, history_limit=5)
+
+
+@pytest.mark.parametrize(
+    ("store", "written"),
+    [
+        ("redis://:hunter2@host:6379/mine", "redis://@host:6379/mine"),
+        ("rediss://me:hunter2@[::1]/mine?timeout_s=1", "rediss://me@[::1]/mine?timeout_s=1"),
+        ("redis:/me:hunter2/@@host/mine", "redis:/me@host/mine"),  # Not a valid URL, but --cfg prints it.
+        ("redis://host:6379/mine", "redis://host:6379/mine"),
+        ("stores/mine:1@2", "stores/mine:1@2"),
+    ],
+)
+def test_yaml_holds_no_passwords(store: str, written: str) -> None:
+    assert yaml.safe_load(to_yaml(ScoreConfig(store=store)))["store"] == written

@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import re
 import sys
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -20,6 +21,9 @@ import yaml
 
 from vista.config.checks import without_none
 from vista.config.conversion import to_dict
+
+_PASSWORD = re.compile(r"^(rediss?:/+[^/:]*):.*(?=@)")
+"""In the URL of a store, what comes before the password, and the password."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +160,14 @@ def _docs_of_fields(schema: type) -> dict[str, str]:
 
 
 def to_yaml(config: Any) -> str:
-    """A config as YAML, from which `vista COMMAND --config FILE` makes an equal one."""
-    text: str = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    """A config as YAML, from which `vista COMMAND --config FILE` makes an equal one, but without passwords in URLs."""
+    text: str = yaml.safe_dump(_without_passwords(to_dict(config)), sort_keys=False, allow_unicode=True)
     return text
+
+
+def _without_passwords(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_passwords(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_passwords(inner) for inner in value]
+    return _PASSWORD.sub(r"\1", value) if isinstance(value, str) else value

@@ -62,7 +62,7 @@ class Downstream:
             config.base,
             len(store),
             store.generation,
-            config.store,
+            store.path,
             since,
         )
 
@@ -98,7 +98,7 @@ class Downstream:
             seen = parse_until(store.manifest.until)
             if seen.before is None or seen.before > end:
                 raise LeakageError(
-                    f"store={config.store}: was refreshed with until={seen}, but labels must lie between that and "
+                    f"store={store.path}: was refreshed with until={seen}, but labels must lie between that and "
                     f"data.validation_from={config.data.validation_from}; run `vista refresh until=…` with an earlier "
                     "time into a store of its own"
                 )
