@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 import threading
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import xxhash
 
+from vista import files
 from vista.errors import DataError, StoreError, UnknownUserError
 from vista.files import (
     HashedFile,
@@ -20,6 +24,7 @@ from vista.files import (
     make_folders,
     open_file,
     read_limited,
+    recover_folder,
     remove_folder,
     replace_file,
     replaced_folder,
@@ -97,6 +102,79 @@ class TestCheckedPath:
 def test_only_a_folder_with_a_name_can_be_replaced(folder: str) -> None:
     with pytest.raises(OSError, match="by its name only"), replaced_folder(Path(folder)):
         pytest.fail("replaced")
+
+
+class Stopped(BaseException):
+    """Stands for the end of a killed process."""
+
+
+class TestReplacedFolder:
+    """A folder with one file, which is replaced. `NAMES` are the calls that change names."""
+
+    NAMES = ("_exchanged", "remove_renamed", "sync")
+
+    @staticmethod
+    def write(folder: Path, content: str) -> None:
+        with replaced_folder(folder) as partial:
+            (partial / "file").write_text(content)
+
+    def test_the_folder_is_there_at_any_time(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.write(tmp_path / "folder", "old")
+        seen = []
+        for name in self.NAMES:
+            call = getattr(files, name)
+
+            def watched(*paths: Path, call: Callable[..., Any] = call) -> Any:
+                seen.append((tmp_path / "folder" / "file").read_text())
+                done = call(*paths)
+                seen.append((tmp_path / "folder" / "file").read_text())
+                return done
+
+            monkeypatch.setattr(files, name, watched)
+        self.write(tmp_path / "folder", "new")
+        assert seen == sorted(seen, reverse=True) and set(seen) == {"old", "new"}
+        assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+    def test_where_names_cannot_be_exchanged_a_kill_between_two_renames_is_undone(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.write(tmp_path / "folder", "old")
+        rename = Path.rename
+
+        def stop(path: Path, target: Path) -> Path:
+            if target.name == "folder":
+                raise Stopped
+            return rename(path, target)
+
+        monkeypatch.setattr(files, "_exchanged", lambda one, other: False)
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            patch.setattr(Path, "rename", stop)
+            self.write(tmp_path / "folder", "new")
+        assert [path.name for path in tmp_path.iterdir()] == ["folder.old"]
+        recover_folder(tmp_path / "folder")
+        assert (tmp_path / "folder" / "file").read_text() == "old"
+        self.write(tmp_path / "folder", "new")
+        assert (tmp_path / "folder" / "file").read_text() == "new"
+        assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+    def test_leftovers_of_killed_processes_are_removed_and_those_of_others_stay(self, tmp_path: Path) -> None:
+        left, busy = tmp_path / ".folder.1.tmp", tmp_path / ".folder.2.tmp"
+        left.mkdir()
+        busy.mkdir()
+        handle = os.open(busy, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        self.write(tmp_path / "folder", "new")
+        assert sorted(path.name for path in tmp_path.iterdir()) == [busy.name, "folder"]
+        os.close(handle)
+        self.write(tmp_path / "folder", "newer")
+        assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+    def test_a_link_is_replaced_and_its_target_stays(self, tmp_path: Path) -> None:
+        self.write(tmp_path / "target", "old")
+        (tmp_path / "folder").symlink_to("target")
+        self.write(tmp_path / "folder", "new")
+        assert (tmp_path / "target" / "file").read_text() == "old"
+        assert not (tmp_path / "folder").is_symlink() and (tmp_path / "folder" / "file").read_text() == "new"
 
 
 class TestReplaceFile:

@@ -5,7 +5,9 @@ A write is durable once its content and its name are on the disk: fsync of the f
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import fcntl
 import os
 import re
 import shutil
@@ -20,6 +22,8 @@ import xxhash
 from vista.errors import ConfigError, VistaError, shown
 
 _PARTIAL_NAME = re.compile(r"\.(.+)\.\d+\.tmp")
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
+_LIBC = ctypes.CDLL(None, use_errno=True)
 _LONGEST_NAME = "-" * 64
 """Vista gives no file a longer name, and a temporary name is not longer than the path's own by more than this."""
 
@@ -262,38 +266,94 @@ def remove_leftovers(folder: Path, *names: str) -> None:
     """Remove what `replace_file` and `replaced_folder` left behind in killed processes.
 
     Args:
-        folder: no other process may write these names in it.
+        folder: no other process may write files of these names in it. Folders that a process is writing stay.
         names: of files and folders; if none are given, the leftovers of all names are removed.
     """
     for path in folder.iterdir():
         match = _PARTIAL_NAME.fullmatch(path.name)
-        if match is not None and (not names or match[1] in names):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        if match is None or (names and match[1] not in names):
+            continue
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+            continue
+        with suppress(BlockingIOError, FileNotFoundError), _locked_folder(path):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder that replaces `folder` when the `with` block ends without an error.
 
-    A crash leaves the old folder, the new one, or (between two renames) the old one as `<name>.old`, never a mixture.
+    A crash leaves the old folder or the new one, never a mixture. Other processes find one of the two at any time where
+    the file system can exchange two names (ext4, XFS, Btrfs, tmpfs). Elsewhere, there is neither between two renames. A
+    crash in between leaves the old folder as `<name>.old`, and `recover_folder` gives it its name back.
     """
     if folder.name in ("", ".."):
         raise OSError(errno.EINVAL, "a folder can be replaced by its name only", str(folder))
     make_folders(folder.parent)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)
+    recover_folder(folder)
     partial.mkdir()
     try:
-        yield partial
-        for file in partial.rglob("*"):
-            sync(file)
-        sync(partial)
-        old = folder.with_name(f"{folder.name}.old")
-        if folder.exists():
+        with _locked_folder(partial):
+            yield partial
+            for file in partial.rglob("*"):
+                sync(file)
+            sync(partial)
+            old = _old_name(folder)
+            if not os.path.lexists(folder):
+                partial.rename(folder)
+            elif not _exchanged(partial, folder):
+                folder.rename(old)
+                partial.rename(folder)
+            sync(folder.parent)
             remove_renamed(old)
-            folder.rename(old)
-        partial.rename(folder)
-        sync(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_renamed(partial)
+
+
+def recover_folder(folder: Path) -> None:
+    """Finish or undo a `replaced_folder` that was killed: the folder has its name again, and nothing is left over.
+
+    No other process may be replacing the folder by two renames.
+    """
+    if os.path.lexists(folder):
+        remove_renamed(_old_name(folder))
+    elif _old_name(folder).is_dir():
+        _old_name(folder).rename(folder)
+    if folder.parent.is_dir():
+        remove_leftovers(folder.parent, folder.name)
+
+
+def _old_name(folder: Path) -> Path:
+    return folder.parent / f"{folder.name}.old"
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Exchange the names of two folders atomically. False if the system or the file system cannot."""
+    if not hasattr(_LIBC, "renameat2"):
+        return False
+    if (
+        _LIBC.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), ctypes.c_uint(_RENAME_EXCHANGE))
+        == 0
+    ):
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(number, os.strerror(number), str(other))
+
+
+@contextmanager
+def _locked_folder(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder that is being written, which ends with the process.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)

@@ -11,10 +11,12 @@ import polars as pl
 import pytest
 
 from tests.conftest import small_config, small_frame
+from vista import files
 from vista.cli.items_command import _locked, run_items_add
 from vista.config import ItemsAddConfig, ItemTableConfig
 from vista.errors import CheckpointError, ConfigError, DataError
 from vista.log.event_log import EventLog
+from vista.model.item_projections import ItemProjections
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer, Tail
@@ -67,6 +69,52 @@ def test_a_scorer_in_service_ranks_new_items(served: tuple[Path, Path]) -> None:
         items, _ = scorer.item_vectors()
         assert set(NEW) <= set(items.tolist())
     assert (model / "README.md").is_file()
+
+
+def test_a_scorer_opens_at_every_step_of_the_replacement(
+    served: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, store = served
+    kinds = []
+    for name in ("_exchanged", "remove_renamed"):
+        call = getattr(files, name)
+
+        def watched(*paths: Path, call: Any = call) -> Any:
+            done = call(*paths)
+            with Scorer.open(model, store) as scorer:
+                kinds.append(len(np.unique(scorer.score([100], NEW))))
+            return done
+
+        monkeypatch.setattr(files, name, watched)
+    add(model, table(NEW))
+    assert kinds == sorted(kinds) and set(kinds) == {1, 3}  # the old model, then the new one
+
+
+def test_a_scorer_opens_again_if_the_model_is_replaced_meanwhile(
+    served: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, store = served
+    load, added = ItemProjections.load, []
+
+    def load_late(folder: Path, its: VistaModel) -> ItemProjections:
+        if not added:
+            added.append(add(model, table(NEW)))
+        return load(folder, its)
+
+    monkeypatch.setattr(ItemProjections, "load", load_late)
+    with Scorer.open(model, store) as scorer:
+        assert len(np.unique(scorer.score([100], NEW))) == 3
+
+
+def test_an_addition_that_was_killed_between_two_renames_is_repeated(served: tuple[Path, Path]) -> None:
+    model, store = served
+    model.rename(model.with_name("best.old"))  # what a file system that cannot exchange names may leave
+    with pytest.raises(CheckpointError, match="no readable model"):
+        Scorer.open(model, store)
+    assert "3 items added" in add(model, table(NEW))
+    assert not model.with_name("best.old").exists()
+    with Scorer.open(model, store) as scorer:
+        assert len(np.unique(scorer.score([100], NEW))) == 3
 
 
 def test_items_come_in_parts(served: tuple[Path, Path]) -> None:

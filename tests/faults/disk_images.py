@@ -78,7 +78,7 @@ class Folder:
     entries: dict[str, File | Folder] = field(default_factory=dict)
     durable: dict[str, File | Folder] = field(default_factory=dict)
     pending: list[list[tuple[str, File | Folder | None]]] = field(default_factory=list)
-    """Each list is one atomic change; a rename has two parts."""
+    """Each list is one atomic change; a rename or an exchange has two parts."""
 
     def change(self, *changes: tuple[str, File | Folder | None]) -> None:
         _change(self.entries, changes)
@@ -117,11 +117,12 @@ class Disk:
                 self._folder(path.parent).change((path.name, Folder()))
             case "u":
                 self._folder(path.parent).change((path.name, None))
-            case "r":
+            case "r" | "x":
                 other = PurePosixPath(call.other)
                 assert other.parent == path.parent, "renames across folders are not modeled"
                 folder = self._folder(path.parent)
-                folder.change((other.name, folder.entries[path.name]), (path.name, None))
+                left = folder.entries[other.name] if call.name == "x" else None
+                folder.change((other.name, folder.entries[path.name]), (path.name, left))
             case "w" | "t":
                 file = self._folder(path.parent).entries[path.name]
                 assert isinstance(file, File)

@@ -35,6 +35,7 @@ from vista.store.layout import list_generations
 from vista.store.shards import Shard
 from vista.store.tombstones import Tombstones
 from vista.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from vista.training.log_schema import schema_of
 
 USERS = range(100, 100 + len(LENGTHS))
 COLUMNS: dict[str, Any] = {"time_unit": "ms", "columns": SourceColumns(action="action", rating="rating")}
@@ -268,6 +269,59 @@ def holds_trained(folder: Path) -> None:
     VistaModel.from_pretrained(folder / "runs" / "new" / "best")
 
 
+ADDED = [5000, 5010, 7000]
+"""Items that `vista items add` adds to the model."""
+
+
+def item_table(items: Any) -> dict[str, Any]:
+    """A table with a feature of each kind."""
+    rng = np.random.default_rng(len(items))
+    brands = [f"brand {value}" for value in rng.integers(0, 5, len(items))]
+    texts = rng.normal(size=(len(items), 3)).tolist()
+    return {"item": list(items), "brand": brands, "price": rng.lognormal(size=len(items)), "text": texts}
+
+
+def add_items_before(folder: Path) -> None:
+    """Make featured/ with a model of items with features, its store, and a table of new items."""
+    import polars as pl
+
+    from vista.training.model_start import drawn_model
+
+    made = folder / "featured"
+    known = np.unique(small_frame()["item"])
+    log = EventLog.from_frame(small_frame(), made / "log", items=item_table(known), **COLUMNS)
+    config = small_config(log, "unused")
+    torch.manual_seed(0)
+    model = drawn_model(config, log, schema_of(log, config), {})
+    with torch.no_grad():
+        for weight in model.parameters():  # heads start at zero
+            weight.add_(0.1 * torch.randn_like(weight))
+    model.save_pretrained(made / "model", card="A card.")
+    refresh(VistaModel.from_pretrained(made / "model"), log, made / "store")
+    pl.DataFrame(item_table(ADDED)).write_parquet(made / "new.parquet")
+
+
+def add_items(folder: Path) -> None:
+    from vista.cli.items_command import run_items_add
+    from vista.config import ItemsAddConfig, ItemTableConfig
+
+    made = folder / "featured"
+    table = ItemTableConfig(paths=[str(made / "new.parquet")])
+    run_items_add(ItemsAddConfig(model=str(made / "model"), items=table))
+
+
+def ranked(folder: Path) -> list[float]:
+    """Scores of the added items and a known one for a user. Added items score alike while the model lacks them."""
+    from vista.scorer import Scorer
+
+    with Scorer.open(folder / "featured" / "model", folder / "featured" / "store") as scorer:
+        return scorer.score([100], [*ADDED, int(small_frame()["item"][0])])[0].tolist()  # type: ignore[no-any-return]
+
+
+def holds_added(folder: Path) -> None:
+    assert len(set(ranked(folder)[:3])) == 3, "the model does not rank the added items"
+
+
 def simulate_small(folder: Path) -> None:
     from vista.simulation.simulate import simulate
 
@@ -337,6 +391,7 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "a look of watch": Operation(watch_once, holds_watched, before=watch_before),
     "three checkpoints": Operation(resumed_checkpoints, holds_checkpoints),
+    "an addition of items": Operation(add_items, holds_added, before=add_items_before, store="featured/store"),
     "a training run": Operation(train_small, holds_trained),
     "a simulation": Operation(simulate_small, holds_simulated),
 }

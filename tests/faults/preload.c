@@ -29,7 +29,7 @@ enum { WRITES = 1, SYNCS = 2, NAMES = 4 };
 enum { SYNCHRONOUS = 1, FAILED = 2 };
 
 struct record {
-    uint32_t call; /* w(rite) t(runcate) s(ync) c(reate) m(kdir) r(ename) u(nlink) */
+    uint32_t call; /* w(rite) t(runcate) s(ync) c(reate) m(kdir) r(ename) x: exchange of names, u(nlink) */
     uint32_t flags;
     int64_t offset;
     uint64_t path_length, other_length, data_length;
@@ -352,6 +352,23 @@ static void note_rename(const char *path, int folder, const char *name) {
 
 int renameat(int from, const char *name, int to, const char *other) {
     ON_NAME(from, name, REAL(renameat)(from, name, to, other), note_rename(path, to, other))
+}
+
+static void note_renameat2(const char *path, int folder, const char *name, unsigned flags) {
+    if (!(flags & RENAME_EXCHANGE)) {
+        note_rename(path, folder, name);
+        return;
+    }
+    char other[PATH_MAX];
+    path_at(folder, name, other);
+    move(path, "\n"); /* no such path */
+    move(other, path);
+    move("\n", other);
+    note('x', 0, 0, path, other, 0, 0);
+}
+
+int renameat2(int from, const char *name, int to, const char *other, unsigned flags) {
+    ON_NAME(from, name, REAL(renameat2)(from, name, to, other, flags), note_renameat2(path, to, other, flags))
 }
 int rename(const char *name, const char *other) { return renameat(AT_FDCWD, name, AT_FDCWD, other); }
 

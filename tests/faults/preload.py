@@ -25,10 +25,10 @@ class Call:
     """A system call in the log."""
 
     name: str
-    """w(rite), t(runcate), s(ync), c(reate), m(kdir), r(ename), u(nlink, rmdir)."""
+    """w(rite), t(runcate), s(ync), c(reate), m(kdir), r(ename), x (exchange of names), u(nlink, rmdir)."""
     path: str
     other: str
-    """The new name of a renamed file."""
+    """The new name of a renamed file, or the name that is exchanged with `path`."""
     offset: int
     """Start of a write; the size after a truncation; the size of a synced file, or -1 for a synced folder."""
     data: bytes

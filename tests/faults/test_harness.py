@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import random
+import shutil
 import signal
 from dataclasses import replace
 from functools import partial
@@ -22,6 +23,7 @@ from tests.faults.nursery import Nursery, Say
 from tests.faults.preload import Call
 from tests.faults.table import BARS, bars, import_promises, own_rows, problems, row_of, summary
 from tests.faults.test_power_loss import check_images, runs_of, traced_writer
+from vista import files
 from vista.errors import StoreError
 
 PROMISE = Promise("name", "text", "fault", full=6, short=2, each=1, shares={"even": 0.5})
@@ -125,6 +127,30 @@ def test_the_disk_loses_tears_and_keeps_what_it_may(tmp_path: Path) -> None:
     halves = {left * 512 + right * 512 for left in (b"a", b"b") for right in (b"a", b"b")}
     assert contents == halves
     assert names == {("x",), ("x", "y"), ("x", "z")}
+
+
+def exchange(say: Say, folder: str, log: str) -> None:
+    preload.watch(folder, log)
+    assert files._exchanged(Path(folder, "x"), Path(folder, "y"))
+
+
+def test_two_names_are_exchanged_both_or_neither(tmp_path: Path, traced: Nursery) -> None:
+    for name in ("x", "y"):
+        (tmp_path / "before" / name).mkdir(parents=True)
+    shutil.copytree(tmp_path / "before", tmp_path / "disk")
+    (tmp_path / "before" / "x" / "file").write_bytes(b"1")
+    (tmp_path / "disk" / "x" / "file").write_bytes(b"1")
+    traced.start(exchange, tmp_path / "disk", tmp_path / "log").result()
+    disk = Disk(tmp_path / "disk", tmp_path / "before")
+    disk.take(preload.read_log(tmp_path / "log"))
+    assert not disk.unseen(tmp_path / "disk") and disk.not_durable() == ["the name x", "the name y"]
+    seen = set()
+    for seed in range(20):
+        image = tmp_path / str(seed)
+        image.mkdir()
+        disk.write_image(image, random.Random(seed))
+        seen.add(tuple(sorted(str(path.relative_to(image)) for path in image.rglob("*"))))
+    assert seen == {("x", "x/file", "y"), ("x", "y", "y/file")}
 
 
 def test_a_write_that_was_not_seen_is_noticed(tmp_path: Path) -> None:

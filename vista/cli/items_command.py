@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vista.config import ItemsAddConfig
 from vista.errors import CheckpointError, ConfigError, shown
-from vista.files import checked_path
+from vista.files import checked_path, recover_folder
 from vista.log.ingest.new_items import read_new_items, with_columns
 from vista.log.item_features import CategoryColumn, ItemFeatures
 from vista.model.added_items import with_items
@@ -51,6 +51,7 @@ def run_items_add(config: ItemsAddConfig) -> ItemsAdded:
     folder = Path(config.model)
     unseen: dict[str, str] = {}
     with _locked(checked_path(folder, CheckpointError)):
+        recover_folder(folder)
         model = VistaModel.from_pretrained(folder)
         columns = {column.name: column.kind for column in model.schema.item_features}
         if not columns:

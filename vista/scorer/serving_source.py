@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vista.config.choices import Precision
 from vista.device import choose_precision, resolve_device
-from vista.errors import CheckpointError, SummarizerMismatchError
+from vista.errors import CheckpointError, SummarizerMismatchError, VistaError
 from vista.files import checked_path
 from vista.model.item_projections import ItemProjections
 from vista.model.model_description import CONFIG_FILE, ModelDescription
@@ -32,12 +32,24 @@ class ServingSource:
     precision: Precision
 
     def open(self) -> ServingSnapshot:
-        """Open both.
+        """Open both. Opens them again if the model is replaced meanwhile, as by an export or `vista items add`.
 
         Raises:
             StoreError, CheckpointError: the model or the store is missing or damaged, or they do not match.
         """
-        identity = self._identity()
+        while True:
+            identity = self._identity()
+            try:
+                opened = self._open(identity)
+            except VistaError:
+                if self._identity() == identity:
+                    raise
+            else:
+                if self._identity() == identity:
+                    return opened
+                opened.store.close()
+
+    def _open(self, identity: tuple[int, ...]) -> ServingSnapshot:
         if isinstance(self.model, VistaModel):
             model, items = self.model.eval(), ItemProjections.of(self.model)
         else:
@@ -103,5 +115,5 @@ class ServingSource:
         try:
             status = (checked_path(self.model, CheckpointError) / CONFIG_FILE).stat()
         except OSError:
-            return ()  # such as between the two renames of an export
+            return ()  # such as between the two renames of an export, where names cannot be exchanged
         return status.st_dev, status.st_ino, status.st_mtime_ns

@@ -20,7 +20,7 @@ from vista.device import announce, autocast, choose_precision, cpu_settings, res
 from vista.errors import ConfigError, NonFiniteLossError
 from vista.examples.batch import Batch
 from vista.examples.batch_source import BatchSource
-from vista.files import remove_leftovers, replace_text, writable_folder
+from vista.files import recover_folder, remove_leftovers, replace_text, writable_folder
 from vista.log.event_log import EventLog
 from vista.model.log_users import LogUsers
 from vista.model.losses import weighted_losses
@@ -245,6 +245,7 @@ class Trainer:
             remove_checkpoints(self.run_dir / "checkpoints")
             for name in ("best", "best.old"):
                 shutil.rmtree(self.run_dir / name, ignore_errors=True)
+        recover_folder(self.run_dir / "best")
         remove_leftovers(self.run_dir)
         replace_text(self.run_dir / "config.yaml", to_yaml(self.config))
         metrics.rewind(self.progress.step, {int(row["step"]) for row in self.progress.history})
