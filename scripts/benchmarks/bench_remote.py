@@ -118,7 +118,7 @@ def bench_shape(recorder: BenchmarkRecorder, folder: Path, port: int, shape: Sto
                 "cached": lambda: cached.get_many(users[next(turns["cached"])]),
                 "lmdb": lambda: lmdb.get_many(users[next(turns["lmdb"])]),
             },
-            rounds=9 if recorder.quick else 61,
+            rounds=9 if recorder.quick else 151,
         )
         assert np.array_equal(store.get_many(users[0]).summary, lmdb.get_many(users[0]).summary)
     case = f"{shape}: reads of {RECORDS_PER_READ} users"

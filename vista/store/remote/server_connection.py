@@ -17,8 +17,18 @@ Command = tuple[Any, ...]
 """Name and arguments."""
 
 _CHANGE_ATTEMPTS = 100
-_READ_BYTES = 1 << 16
+_READ_BYTES = 1 << 18
 _DURABLE_S = 30.0
+
+
+class _CommandPacker:
+    """Packs each command into one piece, so that a request of many keys wakes the server once."""
+
+    def pack(self, *words: Any) -> list[bytes]:
+        """Bytes of a command in the protocol RESP; a name of several words, such as CLIENT SETINFO, is divided."""
+        name = str(words[0]).encode().split()
+        encoded = [*name, *(word if isinstance(word, bytes) else str(word).encode() for word in words[1:])]
+        return [b"".join([b"*%d\r\n" % len(encoded), *(b"$%d\r\n%b\r\n" % (len(word), word) for word in encoded)])]
 
 
 class ServerConnection:
@@ -30,13 +40,13 @@ class ServerConnection:
     def __init__(self, url: StoreUrl) -> None:
         self.url = url
         errors = redis.exceptions
-        self._client: Any = redis.Redis(
+        pool = redis.ConnectionPool(
+            redis.SSLConnection if url.tls else redis.Connection,
             host=url.host,
             port=url.port,
             db=url.database,
             username=url.user,
             password=url.password or os.environ.get(PASSWORD_VARIABLE) or None,
-            ssl=url.tls,
             socket_timeout=url.timeout_s,
             socket_connect_timeout=url.timeout_s,
             socket_keepalive=True,
@@ -44,7 +54,9 @@ class ServerConnection:
             retry=Retry(NoBackoff(), 1, (errors.ConnectionError,)),
             client_name="vista",
             protocol=2,
+            command_packer=_CommandPacker(),
         )
+        self._client: Any = redis.Redis.from_pool(pool)
 
     def check(self) -> None:
         """Check that the server answers, and that it never removes records to save memory.
