@@ -26,6 +26,8 @@ from vista.training.checkpoint import latest_checkpoint
 from vista.training.data_parallel import DataParallel
 from vista.training.trainer import Trainer, train
 
+pytestmark = pytest.mark.timeout(900)
+"""Each job imports torch in several processes, which takes long on a busy machine."""
 EXACT = {
     "precision": Precision.float32,
     "model__dropout": 0.0,
