@@ -286,6 +286,24 @@ def test_the_command_retries_while_the_broker_is_gone(
     expect(streamed, grow, tmp_path, frame)
 
 
+def test_the_store_covers_the_log_while_the_broker_is_gone(
+    tmp_path: Path, grow: SimpleNamespace, kafka: MockKafka, streamed: WatchConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a kill between the segment and the refresh, with the broker down when the watch starts again."""
+    frame = grow.events({1: 4}, grow.start + 500 * grow.hour)
+    kafka.send_events(TOPIC, frame)
+    with monkeypatch.context() as patch:
+        patch.setattr("vista.refresh.watch.refresh_incremental", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            look(streamed)
+    kafka.set_down()
+    streamed.stream.max_s = 1.0
+    with pytest.raises(StreamError, match="cannot be read"):
+        look(streamed)
+    expect(streamed, grow, tmp_path, frame)
+    kafka.set_up()
+
+
 def test_deleted_messages_are_reported_with_their_number(
     tmp_path: Path, grow: SimpleNamespace, kafka: MockKafka, streamed: WatchConfig, caplog: pytest.LogCaptureFixture
 ) -> None:

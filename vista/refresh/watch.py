@@ -18,7 +18,7 @@ from vista.config import PrepareConfig, WatchConfig
 from vista.config.choices import Arrival
 from vista.config.refresh_options import RefreshOptions
 from vista.device import resolve_device
-from vista.errors import ConfigError, DataError, LogBusyError, LogWriteError, TakenError
+from vista.errors import ConfigError, DataError, LogBusyError, LogWriteError, TakenError, VistaError
 from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare
 from vista.log.ingest.source_parser import SourceParser
@@ -88,6 +88,7 @@ class Watch:
             VistaError, OSError: the topics, the log, the model, or the store cannot be read or written at the moment.
                 Nothing is lost, and the next look resumes.
             StreamOffsetError, DataError: the topics do not fit the log, or with on_bad_rows=raise a message is invalid.
+                Errors of the topics are raised after the stores cover the log.
         """
         began, files, refused = time.monotonic(), 0, 0
         arrived = self._arrived()
@@ -107,12 +108,15 @@ class Watch:
                     self._refused.add(version, str(error))
                     refused += 1
                     logger.error("%s", error)
-        log, stream = EventLog.open(self.config.data), None
+        log, stream, failure = EventLog.open(self.config.data), None, None
         if self._messages is not None:
-            stream = self._messages.append(log)
-            if stream.oldest_ms is not None:
-                self._waiting.append(min(stream.oldest_ms / 1000, time.time()))
-                log = EventLog.open(self.config.data)
+            try:
+                stream = self._messages.append(log)
+                if stream.oldest_ms is not None:
+                    self._waiting.append(min(stream.oldest_ms / 1000, time.time()))
+            except VistaError as error:
+                failure = error  # The store must cover what is in the log even while the server is down.
+            log = EventLog.open(self.config.data)
         reports, since = [], list(self._waiting)
         options = RefreshOptions(progress=self.config.progress)
         for root in stores_in(self.config.store):
@@ -121,6 +125,8 @@ class Watch:
                 since.append(_written_at(log, covered))
                 reports.append(refresh_incremental(self.model, log, root, options=options, key=self._key))
         self._waiting.clear()
+        if failure is not None:
+            raise failure
         lag_s = time.time() - min(since) if reports else None
         return WatchReport(files, refused, reports, lag_s, stream, time.monotonic() - began)
 
