@@ -347,6 +347,26 @@ def test_another_topic_and_another_cluster_are_refused(
             look(copied)
 
 
+def test_a_reset_is_stored_although_the_topic_is_empty(
+    tmp_path: Path, grow: SimpleNamespace, kafka: MockKafka, streamed: WatchConfig
+) -> None:
+    frame = grow.events({1: 3, 2: 2}, grow.start + 500 * grow.hour)
+    kafka.send_events(TOPIC, frame)
+    run_watch(streamed)
+    later = grow.events({1: 1, 2: 2}, grow.start + 950 * grow.hour)
+    with MockKafka() as other:
+        moved = replace(streamed, source=other.create(TOPIC))
+        reset = replace(moved, stream=StreamConfig(max_s=3.0, reset_offsets=True))
+        run_watch(reset)
+        assert offsets(streamed) == [0, 0]
+        segment = EventLog.open(streamed.data).last_segment
+        assert look(moved).is_empty and look(reset).is_empty
+        assert EventLog.open(streamed.data).last_segment == segment
+        other.send_events(TOPIC, later)
+        run_watch(moved)
+    expect(streamed, grow, tmp_path, frame, later)
+
+
 def test_newest_starts_after_the_messages_of_the_first_check(
     tmp_path: Path, grow: SimpleNamespace, kafka: MockKafka, streamed: WatchConfig
 ) -> None:

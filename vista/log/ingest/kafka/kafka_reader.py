@@ -101,14 +101,15 @@ class KafkaReader:
                 self._consumer.assign([TopicPartition(*partition, offset) for partition, offset in begin.items()])
             messages, positions = self._consume(begin, ranges)
         self._positions = positions
-        known = {partition.topic for partition in stored}
+        own = {partition: offset for partition, offset in stored.items() if partition.topic in self.address.topics}
+        begins = {partition: StreamOffset(cluster, offset) for partition, offset in begin.items()}
         return MessageBatch(
             source=str(self.address),
             messages=sorted(messages, key=lambda message: message[:3]),
             stored=dict(stored),
             offsets={partition: StreamOffset(cluster, offset) for partition, offset in positions.items()},
             behind={partition: max(0, ranges[partition].end - offset) for partition, offset in positions.items()},
-            is_start=config.start is StreamStart.newest and not known.issuperset(self.address.topics),
+            is_start=(config.start is StreamStart.newest or config.reset_offsets) and begins != own,
         )
 
     def commit(self, batch: MessageBatch) -> None:
