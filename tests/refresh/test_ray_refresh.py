@@ -132,14 +132,16 @@ class Kills:
     """Kills the actors of some of the results, as soon as the caller has them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, numbers: set[int]) -> None:
-        self.number, self.numbers, self.get = 0, numbers, ray_engine._get
+        self.number, self.numbers, self.killed, self.get = 0, numbers, 0, ray_engine._get
         monkeypatch.setattr(ray_engine, "_get", self)
 
     def __call__(self, task: Any, log: EventLog) -> ActorResult:
         result = self.get(task, log)
         self.number += 1
         if self.number in self.numbers:
-            os.kill(result.process, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # It died after a result before this one.
+                os.kill(result.process, signal.SIGKILL)
+                self.killed += 1
         return result
 
 
@@ -176,6 +178,19 @@ def test_a_batch_whose_actors_die_ends_the_run_which_resumes(
     report = refresh(made.model, made.log, tmp_path / "store", **options)  # another engine
     assert report.resumed_at >= 10
     assert contents(tmp_path / "store") == contents(made.local)
+
+
+@pytest.mark.research
+@pytest.mark.timeout(1200)
+def test_many_kills_lose_nothing(
+    running_ray: None, made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = RefreshOptions(users_per_batch=1, tokens_per_batch=64)
+    kills = Kills(monkeypatch, set(range(3, 61, 3)))
+    refresh(made.model, made.log, tmp_path / "store", options=options, engine=engine(made), created_at=NOW)
+    refresh(made.model, made.log, tmp_path / "local", options=options, created_at=NOW)
+    assert kills.killed >= 10
+    assert contents(tmp_path / "store") == contents(tmp_path / "local")
 
 
 def test_an_error_of_an_actor_keeps_type_and_message(running_ray: None, made: SimpleNamespace, tmp_path: Path) -> None:

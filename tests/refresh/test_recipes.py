@@ -40,7 +40,7 @@ def check_shards(shop: SimpleNamespace) -> None:
 
 
 def test_the_function_of_the_spark_recipe_refreshes_all_shards(shop: SimpleNamespace) -> None:
-    page: dict[str, Any] = {}
+    page: dict[str, Any] = {"__name__": "__main__"}
     exec(block_with("def refresh_shards"), page)
     frames = [pd.DataFrame({"id": [0, 1]}), pd.DataFrame({"id": [2, 3]})]
     done = pd.concat(page["refresh_shards"](frames))
@@ -51,7 +51,7 @@ def test_the_function_of_the_spark_recipe_refreshes_all_shards(shop: SimpleNames
 
 def test_the_spark_recipe(shop: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("pyspark")
-    page: dict[str, Any] = {}
+    page: dict[str, Any] = {"__name__": "__main__"}
     exec(block_with("def refresh_shards"), page)
     exec(block_with("mapInPandas"), page)
     assert capsys.readouterr().out.split()[-2:] == ["20", str(shop.log.num_events)]
@@ -60,7 +60,7 @@ def test_the_spark_recipe(shop: SimpleNamespace, capsys: pytest.CaptureFixture[s
 
 def test_the_feast_recipe(shop: SimpleNamespace) -> None:
     pytest.importorskip("feast")
-    page: dict[str, Any] = {}
+    page: dict[str, Any] = {"__name__": "__main__"}
     exec(block_with("StoreReader.open"), page)
     exec(block_with("FeatureView("), page)
     with StoreReader.open("stores/shop") as store:

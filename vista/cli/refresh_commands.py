@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from contextlib import closing
 from pathlib import Path
@@ -47,6 +48,9 @@ def run_refresh(config: RefreshConfig) -> RefreshReport:
 def _engine(config: RefreshConfig, device: torch.device) -> RefreshEngine:
     if config.engine is EngineName.local:
         return LocalEngine()
+    # Ray reads these when it is imported. It would print messages of its services to stdout, and warnings.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     from vista.refresh.ray_engine import RayEngine  # needs the extra `ray`
 
     return RayEngine(config.model, config.ray, device=device, num_threads=config.num_threads or 1)

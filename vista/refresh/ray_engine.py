@@ -103,6 +103,7 @@ class RayEngine:
         arguments: dict[str, Any] = {"address": self._config.address}
         folder = None
         if self._config.address == "local":
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             folder = tempfile.mkdtemp(prefix="vista-ray-")
             cores = len(os.sched_getaffinity(0))
             arguments |= {
@@ -138,7 +139,6 @@ class RayEngine:
                 f"ray.num_actors={self._config.num_actors}: Ray at {self._config.address} has room for {room} actors "
                 f"of {each} {resource}(s); name fewer actors, or add machines to the cluster"
             )
-        logger.info("ray: %d actors, each with %d thread(s) on %s", wanted, self._num_threads, self._device)
         remote = ray.remote(RefreshActor).options(
             num_cpus=self._num_threads, num_gpus=num_gpus, max_restarts=-1, max_task_retries=MAX_RETRIES
         )
