@@ -36,6 +36,12 @@ def table(items: Any, seed: int = 1) -> dict[str, Any]:
     }
 
 
+def with_known(rows: dict[str, Any], count: int) -> dict[str, Any]:
+    """The table with the first known items, as the model has them."""
+    known = table(KNOWN)
+    return {name: [*values, *list(known[name])[:count]] for name, values in rows.items()}
+
+
 @pytest.fixture
 def served(tmp_path: Path) -> tuple[Path, Path]:
     """A model with features, and its store."""
@@ -58,7 +64,7 @@ def test_a_scorer_in_service_ranks_new_items(served: tuple[Path, Path]) -> None:
         unknown = scorer.score([100, 104], NEW)
         encoded = scorer.encode(KNOWN)
         assert (unknown == unknown[:, :1]).all()  # all of them are the unknown item
-        words = add(model, table([*NEW, *KNOWN[:4]]))
+        words = add(model, with_known(table(NEW), 4))
         assert words == f"{model}: 3 items added, {len(KNOWN) + 3} in all; 4 were known already"
         assert np.array_equal(scorer.score([100, 104], NEW), unknown)  # until it reloads
         assert scorer.reload()
@@ -119,8 +125,8 @@ def test_an_addition_that_was_killed_between_two_renames_is_repeated(served: tup
 
 def test_items_come_in_parts(served: tuple[Path, Path]) -> None:
     model, store = served
-    add(model, table(NEW[1:]))
-    add(model, table(NEW[:1]))
+    for part in (slice(1, None), slice(1)):
+        add(model, {name: values[part] for name, values in table(NEW).items()})
     assert add(model, table(NEW)).endswith(f"0 items added, {len(KNOWN) + 3} in all; 3 were known already")
     with Scorer.open(model, store) as scorer:
         assert np.isfinite(scorer.score([100], NEW)).all()
@@ -137,6 +143,20 @@ def test_a_value_that_training_did_not_see_is_missing(served: tuple[Path, Path])
     with Scorer.open(model, store) as scorer:
         first, second, third = scorer.score([104], NEW)[0]
     assert first == second != third
+
+
+@pytest.mark.parametrize("change", [("brand", "brand 9"), ("brand", None), ("price", 0.5), ("text", [0.0, 0.0, 1.0])])
+def test_a_table_of_another_age_than_the_model_is_reported(served: tuple[Path, Path], change: tuple[str, Any]) -> None:
+    model, store = served
+    rows = with_known(table(NEW), 4)
+    rows[change[0]][-1] = change[1]
+    with Scorer.open(model, store) as scorer:
+        before = scorer.score([100], KNOWN)
+        words = add(model, rows)
+        assert "\n1 of the known items have other features in the table than in the model, which keeps its own" in words
+        scorer.reload()
+        assert np.array_equal(scorer.score([100], KNOWN), before)
+    assert "1 of the known items" in add(model, {name: values[-1:] for name, values in rows.items()})
 
 
 def test_items_without_any_value(served: tuple[Path, Path]) -> None:

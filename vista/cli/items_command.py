@@ -9,10 +9,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from vista.config import ItemsAddConfig
 from vista.errors import CheckpointError, ConfigError, shown
 from vista.files import checked_path, recover_folder
-from vista.log.ingest.new_items import read_new_items, with_columns
+from vista.log.ingest.new_items import read_items, with_columns
 from vista.log.item_features import CategoryColumn, ItemFeatures
 from vista.model.added_items import with_items
 from vista.model.vista_model import VistaModel
@@ -28,6 +30,8 @@ class ItemsAdded:
     num_added: int
     num_known: int
     """Items of the table that the model knew already."""
+    num_differing: int
+    """Of these, items with other features than in the model, which stay as they are in the model."""
     num_items: int
     """Items that the model ranks now."""
     unseen: dict[str, str]
@@ -36,6 +40,11 @@ class ItemsAdded:
     def __str__(self) -> str:
         known = f"; {self.num_known:,} were known already" if self.num_known else ""
         lines = [f"{self.model}: {self.num_added:,} items added, {self.num_items:,} in all{known}"]
+        if self.num_differing:
+            lines.append(
+                f"{self.num_differing:,} of the known items have other features in the table than in the model, which "
+                "keeps its own; if the table is the newer one, append it to the log and retrain"
+            )
         lines += [f"{name}: not seen in training, treated as missing: {what}" for name, what in self.unseen.items()]
         return "\n".join(lines)
 
@@ -60,13 +69,21 @@ def run_items_add(config: ItemsAddConfig) -> ItemsAdded:
                 "log with `vista prepare append=true items.paths=[…]`, then retrain"
             )
         dims = {column.name: column.size for column in model.schema.item_features if column.kind == "vector"}
-        items, features, num_known = read_new_items(with_columns(config.items, columns), model.items, dims)
-        if features is not None:
+        items, features = read_items(with_columns(config.items, columns), model.items.kind, dims)
+        ids = items.ids(np.arange(len(items)))
+        rows = model.items.rows(ids.tolist())
+        known, new = np.flatnonzero(rows >= 0), np.flatnonzero(rows < 0)
+        differing = 0
+        if features is not None and model.feature_table is not None:
+            given = features.select(known)
+            differing = int(model.feature_table.differs(1 + rows[known], given, model.schema.item_features).sum())
+        if features is not None and len(new):
+            features = features.select(new)
             unseen = _unseen_values(features, model)
-            model = with_items(model, items.ids(range(len(items))).tolist(), features)
+            model = with_items(model, ids[new].tolist(), features)
             card = folder / CARD_FILE
             model.save_pretrained(folder, card=card.read_text(encoding="utf-8") if card.is_file() else None)
-    return ItemsAdded(str(folder), len(items), num_known, len(model.items), unseen)
+    return ItemsAdded(str(folder), len(new), len(known), differing, len(model.items), unseen)
 
 
 def _unseen_values(features: ItemFeatures, model: VistaModel) -> dict[str, str]:
@@ -74,8 +91,9 @@ def _unseen_values(features: ItemFeatures, model: VistaModel) -> dict[str, str]:
     assert model.feature_table is not None
     known, unseen = model.feature_table.values, {}
     for name, column in features.columns.items():
-        if isinstance(column, CategoryColumn) and len(column.values):
-            values = column.values.ids(range(len(column.values)))
+        if isinstance(column, CategoryColumn) and len(column.codes):
+            used = column.with_used_values().values
+            values = used.ids(np.arange(len(used)))
             new = values[known[name].rows(values.tolist()) < 0]
             if len(new):
                 unseen[name] = f"{len(new):,} of {len(values):,} values, such as {shown(new[0])}"

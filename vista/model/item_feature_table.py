@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vista.arrays import Float32s, Int, offsets_of
+from vista.log.histories import ranges
 from vista.log.item_features import CategoryColumn, FeatureColumn, ItemFeatures, NumberColumn, VectorColumn
 from vista.log.vocabulary import Vocabulary
 from vista.model.feature_spec import MAX_ABS_SCORE, FeatureSpec
@@ -92,11 +94,7 @@ class ItemFeatureTable(nn.Module):
             features: of the new items.
             columns: as in `of`.
         """
-        known = {
-            name: column.recoded(self.values[name]) if isinstance(column, CategoryColumn) else column
-            for name, column in features.columns.items()
-        }
-        new = ItemFeatureTable.of(ItemFeatures(known), columns).to(self.entry.device)
+        new = self._encoded(features, columns).to(self.entry.device)
         return ItemFeatureTable(
             torch.cat([self.entry, new.entry]),
             torch.cat([self.weight, new.weight]),
@@ -104,6 +102,33 @@ class ItemFeatureTable(nn.Module):
             torch.cat([self.dense, new.dense[1:]]),
             self.values,
         )
+
+    def differs(self, rows: Int, features: ItemFeatures, columns: Sequence[FeatureSpec]) -> NDArray[np.bool_]:
+        """Which of n items have other features than this table: bool [n]. Values that it does not know are missing.
+
+        Args:
+            rows: int64 [n], those of the items.
+            features: of these items.
+            columns: as in `of`.
+        """
+        new = self._encoded(features, columns)
+        own, given = self.offsets.cpu().numpy(), new.offsets.numpy()[1:]
+        starts, counts = own[rows], np.diff(given)
+        same: NDArray[np.bool_] = (own[rows + 1] - starts == counts) & (
+            self.dense.cpu().numpy()[rows] == new.dense.numpy()[1:]
+        ).all(1)
+        index, other = ranges(starts[same], counts[same]), ranges(given[:-1][same], counts[same])
+        unequal = self.entry.cpu().numpy()[index] != new.entry.numpy()[other]
+        same[np.repeat(np.flatnonzero(same), counts[same])[unequal]] = False
+        return ~same
+
+    def _encoded(self, features: ItemFeatures, columns: Sequence[FeatureSpec]) -> ItemFeatureTable:
+        """A table of other items, with the values of this one."""
+        known = {
+            name: column.recoded(self.values[name]) if isinstance(column, CategoryColumn) else column
+            for name, column in features.columns.items()
+        }
+        return ItemFeatureTable.of(ItemFeatures(known), columns)
 
     def save(self, folder: Path) -> None:
         """Write the tensors and the values into a folder. Raises OSError, SafetensorError."""

@@ -59,7 +59,6 @@ def write_features(
     scratch: Path,
     *,
     dims: Mapping[str, int] = MappingProxyType({}),
-    left_out: str = "",
 ) -> NewFeatures:
     """Write the features of a segment.
 
@@ -70,7 +69,6 @@ def write_features(
         before: the earlier segments of the log.
         scratch: folder for temporary files.
         dims: by name of a column, the length that its vectors must have, even if there are none.
-        left_out: how a log message calls rows whose id is not in the vocabulary; by default, those that the log lacks.
 
     Raises:
         DataError: if an item or user has two rows, none is in the log, or a column does not fit that of the log, has
@@ -84,8 +82,7 @@ def write_features(
     for _, kind, name in columns:
         if name in earlier and earlier[name][0].column.kind != kind:
             raise _other_form(source.path, name, kind, earlier[name])
-    left_out = left_out or f"{owner.table} that the log does not contain"
-    places, rows = _places(owner, parts, vocabulary, left_out)
+    places, rows = _places(owner, parts, vocabulary)
     features = FeatureWriter(writer, owner, rows)
     table = _Table(parts, places, len(rows))
     new = NewFeatures(features.columns)
@@ -119,9 +116,7 @@ def write_features(
     return new
 
 
-def _places(
-    owner: FeatureOwner, parts: Sequence[Part], vocabulary: Vocabulary, left_out: str
-) -> tuple[pl.DataFrame, Int]:
+def _places(owner: FeatureOwner, parts: Sequence[Part], vocabulary: Vocabulary) -> tuple[pl.DataFrame, Int]:
     """Where the rows of the tables go: columns ORDER and _PLACE, and the vocabulary's rows int64 [F], ascending."""
     name, source = owner.name, parts[0].source
     ids = pl.concat([part.good().select(ORDER, name) for part in parts]).collect(engine="streaming").sort(ORDER)
@@ -137,7 +132,8 @@ def _places(
             "the log's ids"
         )
     if not known.all():
-        _LOG.info("%s: left out %d %s", source.path, int((~known).sum()), left_out)
+        left_out = int((~known).sum())
+        _LOG.info("%s: left out %d %s that the log does not contain", source.path, left_out, owner.table)
     rows_with_values = np.sort(found[known])
     place = np.searchsorted(rows_with_values, found[known])
     return pl.DataFrame({ORDER: ids[ORDER].filter(pl.Series(known)), _PLACE: place}), rows_with_values

@@ -1,4 +1,4 @@
-"""Items of a table that a vocabulary lacks, with their features."""
+"""A table of items for a trained model, which has no log."""
 
 from __future__ import annotations
 
@@ -24,41 +24,38 @@ from vista.log.segment_writer import SegmentWriter
 from vista.log.vocabulary import Vocabulary
 
 
-def read_new_items(
-    table: ItemTableConfig, known: Vocabulary, dims: Mapping[str, int]
-) -> tuple[Vocabulary, ItemFeatures | None, int]:
+def read_items(table: ItemTableConfig, kind: str, dims: Mapping[str, int]) -> tuple[Vocabulary, ItemFeatures | None]:
     """Read a table of items.
 
     Args:
         table: its files and columns.
-        known: items that are left out.
+        kind: of its ids, int or str.
         dims: by name of a column of vectors, their length.
 
     Returns:
-        The ids of the others, in sorted order; their features, None without any such item; the number of known items.
+        The ids in sorted order, and the features of these items; None if there are no items.
 
     Raises:
         ConfigError, DataError: naming file, row, column, and remedy, if the table is invalid.
     """
     with SourceParser() as parser, tempfile.TemporaryDirectory() as folder:
         sources = open_feature_tables(table, parser)
-        kinds = {"user": "str", "item": known.kind}
+        kinds = {"user": "str", "item": kind}
         parts = [
             read_part(source, kinds, "items", Path(folder), number, OnBadRows.error)
             for number, source in enumerate(sources)
         ]
-        ids = pl.concat([part.good().select("item") for part in parts]).unique().collect()["item"].to_list()
-        new = [one for one, row in zip(ids, known.rows(ids).tolist(), strict=True) if row < 0]
-        if not new:
-            return Vocabulary.empty(known.kind), None, len(ids)
-        items, writer = Vocabulary.empty(known.kind).extended(new), SegmentWriter(Path(folder))
-        scratch, left_out = Path(folder), "items that are known already"
-        written = write_features(ITEMS, parts, items, (), writer, scratch, dims=dims, left_out=left_out)
+        ids = pl.concat([part.good().select("item") for part in parts]).unique().collect()["item"]
+        items = Vocabulary.empty(kind).extended(ids.to_numpy() if kind == "int" else ids.to_list())
+        if not len(items):
+            return items, None
+        writer = SegmentWriter(Path(folder))
+        written = write_features(ITEMS, parts, items, (), writer, Path(folder), dims=dims)
         # The files stay mapped after the folder is removed.
         files = SegmentFiles(writer.folder, writer.entries)
         features = SegmentFeatures.read(writer.folder, files, ITEMS, written.columns)
         assert features is not None and np.array_equal(features.rows, np.arange(len(items)))
-        return items, ItemFeatures(features.columns), len(ids) - len(new)
+        return items, ItemFeatures(features.columns)
 
 
 def with_columns(table: ItemTableConfig, kinds: Mapping[str, str]) -> ItemTableConfig:
