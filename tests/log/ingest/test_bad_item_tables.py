@@ -256,5 +256,6 @@ def test_a_table_of_few_items_is_a_warning_and_others_are_counted(
     ]
     assert f"{few}: left out 2 items that the log does not contain" in caplog.messages
     assert f"{few}: features by the types of the columns: brand (category), price (number)" in caplog.messages
-    more = table_of(tmp_path, item=[20], brand=["a"])
-    assert add_items(tmp_path, more, append=True).warnings == []  # two of four by now
+    for item, count in ((20, 2), (30, 3)):
+        warnings = add_items(tmp_path, table_of(tmp_path, item=[item], brand=["a"]), append=True).warnings
+        assert [text[:37] for text in warnings] == ["only 2 of the log's 4 items have feat"] * (count == 2)

@@ -30,7 +30,7 @@ from vista.log.segment_writer import FeatureWriter, SegmentWriter
 from vista.log.vocabulary import Vocabulary
 
 LEAST_COVERAGE = 0.5
-"""Share of the log's items, or users, that should have features."""
+"""More than this share of the log's items, or users, should have features."""
 BLOCK_NUMBERS = 1 << 20
 """Numbers of vectors that are moved at once."""
 _PLACE = "place"
@@ -108,7 +108,7 @@ def write_features(
                 f"column {name!r} of the {owner.name} features has {what} for all {owner.table}; leave it out"
             )
     covered = len(np.union1d(rows_with_features(before, owner), rows))
-    if covered < LEAST_COVERAGE * len(vocabulary):
+    if covered <= LEAST_COVERAGE * len(vocabulary):
         new.warnings.append(
             f"only {covered:,} of the log's {len(vocabulary):,} {owner.table} have features; check the ids in column "
             f"{source.columns[owner.name]!r}, or add the other {owner.table} to the table"
