@@ -43,7 +43,7 @@ class ArrivingMessages:
         """
         config = self._config
         batch = self._reader.read(stream_offsets(segment.manifest for segment in log.segments))
-        num_letters, oldest_ms = 0, None
+        num_letters = 0
         if batch.messages or batch.is_start:
             kinds = {"user": log.users.kind, "item": log.items.kind}
             rows = message_rows(batch, config.events, kinds, config.on_bad_rows)
@@ -53,9 +53,7 @@ class ArrivingMessages:
             if num_letters:
                 logger.warning("%s: the first of %d dead letters: %s", config.data, num_letters, rows.letters[0])
             self._warn_of_clocks(report.last_ms)
-        if batch.messages:
-            oldest_ms = batch.oldest_ms
-        return StreamReport(len(batch.messages), num_letters, batch.behind, oldest_ms)
+        return StreamReport(len(batch.messages), num_letters, batch.behind, batch.oldest_ms)
 
     def close(self) -> None:
         """Close the connections."""

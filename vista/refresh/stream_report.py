@@ -21,7 +21,7 @@ class StreamReport:
     behind: Mapping[StreamPartition, int]
     """Messages per partition that the topic held when the look began, but that it did not read."""
     oldest_ms: int | None
-    """Time of the oldest message in ms; None without messages."""
+    """Time of the oldest message in ms; None if no message has a time."""
 
     def described(self, seconds: float) -> str:
         """One line, with the rate of a look that took so many seconds."""

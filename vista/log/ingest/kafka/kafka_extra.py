@@ -5,7 +5,15 @@ from __future__ import annotations
 from vista.errors import MissingDependencyError
 
 try:
-    from confluent_kafka import Consumer, IsolationLevel, KafkaError, KafkaException, Message, TopicPartition
+    from confluent_kafka import (
+        TIMESTAMP_NOT_AVAILABLE,
+        Consumer,
+        IsolationLevel,
+        KafkaError,
+        KafkaException,
+        Message,
+        TopicPartition,
+    )
     from confluent_kafka.admin import AdminClient, OffsetSpec
 except ImportError as error:
     raise MissingDependencyError(
@@ -13,6 +21,7 @@ except ImportError as error:
     ) from error
 
 __all__ = [
+    "TIMESTAMP_NOT_AVAILABLE",
     "AdminClient",
     "Consumer",
     "IsolationLevel",

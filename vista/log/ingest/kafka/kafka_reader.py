@@ -15,6 +15,7 @@ from vista.errors import ConfigError, StreamError
 from vista.log.ingest.kafka.client_settings import read_client_file, without_secrets
 from vista.log.ingest.kafka.kafka_address import KafkaAddress
 from vista.log.ingest.kafka.kafka_extra import (
+    TIMESTAMP_NOT_AVAILABLE,
     AdminClient,
     Consumer,
     IsolationLevel,
@@ -176,19 +177,26 @@ class KafkaReader:
                     value, offset = message.value(), message.offset()
                     if offset < positions[place]:
                         continue  # fetched before the client was sent back; the log or this batch has it
-                    messages.append(StreamMessage(*place, offset, value, message.timestamp()[1]))
+                    kind, time_ms = message.timestamp()
+                    at_ms = None if kind == TIMESTAMP_NOT_AVAILABLE else time_ms
+                    messages.append(StreamMessage(*place, offset, value, at_ms))
                     num_bytes += len(value or b"")
                     positions[place] = offset + 1
                 elif error.code() == KafkaError._PARTITION_EOF:
                     positions[place] = max(positions[place], message.offset())
                 else:
                     self._note(error)
-        behind = [partition for partition, offset in positions.items() if offset < ranges[partition].end]
-        if behind and positions == begin:
-            raise StreamError(
-                f"{self.address}: no message of {behind[0]} arrived within {config.max_s:g} s, although there are "
+        stuck = [
+            partition for partition, offset in positions.items() if offset == begin[partition] < ranges[partition].end
+        ]
+        if stuck and (positions == begin or self._problems):
+            problem = (
+                f"{self.address}: no message of {stuck[0]} arrived within {config.max_s:g} s, although there are "
                 f"some{self._noted()}; check the server, or raise stream.max_s"
             )
+            if positions == begin:
+                raise StreamError(problem)
+            logger.warning("%s; other partitions continue", problem)
         return messages, positions
 
     def _note(self, error: KafkaError) -> None:
@@ -211,7 +219,10 @@ class KafkaReader:
         try:
             yield
         except (KafkaException, FutureTimeoutError) as error:
-            self._consumer.consume(_CHUNK, _WAIT_S)  # calls error_cb; the next check starts from the log's offsets
+            try:
+                self._consumer.consume(_CHUNK, _WAIT_S)  # calls error_cb; the next check starts from the log's offsets
+            except KafkaException as another:
+                self._note(another.args[0])
             if isinstance(error, KafkaException):
                 reason = without_secrets(error.args[0].str(), self._settings)
             else:

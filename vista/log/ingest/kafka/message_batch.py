@@ -10,13 +10,13 @@ from vista.log.stream_offsets import StreamOffset, StreamPartition
 
 
 class StreamMessage(NamedTuple):
-    """A message: value None for one without a value (a tombstone); time in ms since 1970 as the server has it."""
+    """A message: value None for one without a value (a tombstone); the server's time in ms since 1970, or None."""
 
     topic: str
     partition: int
     offset: int
     value: bytes | None
-    time_ms: int
+    time_ms: int | None
 
     @property
     def place(self) -> str:
@@ -46,9 +46,9 @@ class MessageBatch:
         return sum(len(message.value) for message in self.messages if message.value is not None)
 
     @property
-    def oldest_ms(self) -> int:
-        """Time of the oldest message in ms; there must be one."""
-        return min(message.time_ms for message in self.messages)
+    def oldest_ms(self) -> int | None:
+        """Time of the oldest message in ms; None if no message has a time."""
+        return min((message.time_ms for message in self.messages if message.time_ms is not None), default=None)
 
     def continues(self, offsets: Mapping[StreamPartition, StreamOffset]) -> bool:
         """Whether a log with these offsets still ends where the batch begins."""

@@ -92,9 +92,9 @@ def starting_offsets(
         named = [f"{partition}: {wanted} to {oldest - 1}" for partition, (wanted, oldest) in sorted(lost.items())]
         shown = "; ".join(named[:_NAMED]) + (f"; and {len(named) - _NAMED} more" if len(named) > _NAMED else "")
         _refuse(
-            f"{total:,} messages were deleted on the server before they were read (offsets of {shown}); add "
-            f"these events with `vista prepare append=true` if another copy exists, and {_RESET} to "
-            "continue after them. Then raise the topic's retention, or run the watch more often",
+            f"up to {total:,} messages were deleted on the server before they were read (offsets of {shown}; "
+            "ends of transactions count too); add these events with `vista prepare append=true` if another copy exists, "
+            f"and {_RESET} to continue after them. Then raise the topic's retention, or run the watch more often",
             reset,
         )
     return begin
