@@ -36,7 +36,7 @@ OF_ROW_FEATURES = (
     *("use_event_features", "tail_features", "use_request_features", "use_user_features"),
     "hashed_features",
 )
-"""Keys of ModelConfig for features of events, requests, and users, which no table's log has, and for hashed ones."""
+"""Keys of ModelConfig for features of events, requests, and users, which no table's rows read, and for hashed ones."""
 UNTRAINED_SEED = 0
 PLANNED = {
     "data": ("exclude_seen", "num_negatives", "tokens_per_batch"),
@@ -125,7 +125,7 @@ def train_config(table: Table, row: TableRow) -> TrainConfig:
     """The training configuration of a row."""
     words = [f"experiment={table.experiment}"] if table.experiment else []
     words += SETS[table.data].words if table.simulation is None else ()
-    words += ["model.use_item_features=false"]
+    words += ["model.use_item_features=false", "model.use_user_features=false"]
     words += () if table.windows or table.curve else NO_RETURNS
     return compose_config(TrainConfig, [*words, *table.words, *row.words])
 

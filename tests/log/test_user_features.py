@@ -13,6 +13,7 @@ import pytest
 from tests.log.conftest import PARSER, write_csv
 from tests.log.log_oracle import contents, replace_array
 from tests.log.test_verify import flip
+from tests.log.user_values import user_features_of
 from vista.config import ItemTableConfig, PrepareConfig, SourceConfig, UserTableConfig
 from vista.errors import ConfigError, DataError, LogFormatError
 from vista.log.compaction import compact_log
@@ -41,25 +42,12 @@ def add_file(folder: Path, file: Path, *, append: bool = False, events: Any = No
     return prepare(PrepareConfig(out=out, events=source, users=users, append=append, progress=False), parser=PARSER)
 
 
-def features_of(log: EventLog) -> dict[str, dict[Any, Any]]:
-    """The features of users that are not missing: column -> id -> value."""
-    features = log.user_features
-    rows = np.flatnonzero(log.users.has_ids(np.arange(log.num_users)))
-    ids, chosen = log.users.ids(rows).tolist(), features.rows.select(rows)
-    found: dict[str, dict[Any, Any]] = {}
-    for name, values in features.values.items():
-        column = chosen.columns[name].tolist()
-        texts = column if values is None else [None if code < 0 else values.ids([code])[0] for code in column]
-        found[name] = {user: text for user, text in zip(ids, texts, strict=True) if text is not None and text == text}
-    return found
-
-
 def test_a_table_of_users_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "vista.prepare")
     report = add_users(tmp_path, user=[3, 1, 9], region=["north", None, "south"], paying=[True, False, None],
                        age=[30.0, None, 50.0])  # fmt: skip
     log = EventLog.open(tmp_path / "log")
-    assert features_of(log) == {"region": {3: "north"}, "paying": {3: "true", 1: "false"}, "age": {3: 30.0}}
+    assert user_features_of(log) == {"region": {3: "north"}, "paying": {3: "true", 1: "false"}, "age": {3: 30.0}}
     assert log.item_features is None
     file = tmp_path / "users.parquet"
     assert f"{file}: left out 1 users that the log does not contain" in caplog.messages
@@ -80,11 +68,11 @@ def test_a_table_of_users_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixtu
 def test_integers_and_text_files_are_read_as_named(tmp_path: Path) -> None:
     add_users(tmp_path, user=[1, 2], plan=[1, 2], band=[20, 30], other=[5, 6],
               named={"categories": ["plan"], "numbers": ["band"]})  # fmt: skip
-    assert features_of(EventLog.open(tmp_path / "log")) == {"plan": {1: "1", 2: "2"}, "band": {1: 20.0, 2: 30.0}}
+    assert user_features_of(EventLog.open(tmp_path / "log")) == {"plan": {1: "1", 2: "2"}, "band": {1: 20.0, 2: 30.0}}
     file = tmp_path / "users.tsv"
     file.write_text("id\tplan\tband\n3\t\t40\n1\t3\t\n")
     add_file(tmp_path, file, append=True, user="id", categories=["plan"], numbers=["band"], separator="\t")
-    assert features_of(EventLog.open(tmp_path / "log")) == {"plan": {1: "3", 2: "2"}, "band": {2: 30.0, 3: 40.0}}
+    assert user_features_of(EventLog.open(tmp_path / "log")) == {"plan": {1: "3", 2: "2"}, "band": {2: 30.0, 3: 40.0}}
 
 
 def test_the_newest_row_of_a_user_counts_in_each_column(tmp_path: Path) -> None:
@@ -94,13 +82,16 @@ def test_the_newest_row_of_a_user_counts_in_each_column(tmp_path: Path) -> None:
     add_users(tmp_path, append=True, events=[(4, 10, 9)], user=[4], age=[4.0])
     log = EventLog.open(tmp_path / "log")
     expected = {"region": {1: "n", 2: "w"}, "age": {1: 1.0, 2: 2.0, 4: 4.0}, "plan": {2: "a", 3: "b"}}
-    assert features_of(log) == expected
+    assert user_features_of(log) == expected
     users = np.array([3, 0, 2, 1, 0])  # in any order
     some, every = UserFeatureParts.of(log.segments).rows(users), log.user_features.rows.select(users)
     assert list(some.columns) == list(every.columns)
     for name, column in some.columns.items():
         np.testing.assert_array_equal(column, every.columns[name])
-    assert features_of(EventLog.open(log.path, last_segment=1)) == {"region": {1: "n", 2: "s"}, "age": {1: 1, 2: 2}}
+    assert user_features_of(EventLog.open(log.path, last_segment=1)) == {
+        "region": {1: "n", 2: "s"},
+        "age": {1: 1, 2: 2},
+    }
     assert [log.users.ids(log.changed_users(after)).tolist() for after in range(4)] == [
         [1, 2, 3, 4],
         [2, 3, 4],
@@ -109,7 +100,7 @@ def test_the_newest_row_of_a_user_counts_in_each_column(tmp_path: Path) -> None:
     ]
     compact_log(log.path)
     log = EventLog.open(log.path)
-    assert features_of(log) == expected
+    assert user_features_of(log) == expected
     assert [log.users.ids(log.changed_users(after)).tolist() for after in range(4)] == [
         [1, 2, 3, 4],
         [2, 3, 4],
@@ -117,7 +108,7 @@ def test_the_newest_row_of_a_user_counts_in_each_column(tmp_path: Path) -> None:
         [],
     ]
     again = EventLog.from_frame(None, log.path, append=True, users={"user": [1], "region": ["s"]})
-    assert features_of(again)["region"] == {1: "s", 2: "w"}  # a value that no user had when the log was compacted
+    assert user_features_of(again)["region"] == {1: "s", 2: "w"}  # a value that no user had when the log was compacted
     log.verify()
 
 
@@ -127,10 +118,10 @@ def test_erasing_a_user_drops_the_row(tmp_path: Path, user: int) -> None:
     path, other = tmp_path / "log", 3 - user
     erase_users(path, [user])
     rest = {"region": {other: f"secret-{other}"}, "age": {other: float(other)}}
-    assert features_of(EventLog.open(path)) == rest
+    assert user_features_of(EventLog.open(path)) == rest
     assert EventLog.open(path).changed_users(1).tolist() == [user - 1]
     compact_log(path)
-    assert features_of(EventLog.open(path)) == rest
+    assert user_features_of(EventLog.open(path)) == rest
     content = b"".join(file.read_bytes() for file in path.rglob("*.npy"))
     assert f"secret-{user}".encode() not in content and f"secret-{other}".encode() in content
     with pytest.raises(DataError, match="none of the log's users"):  # the id is gone
@@ -141,12 +132,12 @@ def test_erasing_all_users_with_features_leaves_none(tmp_path: Path) -> None:
     add_users(tmp_path, user=[1, 2], region=["n", "s"])
     path = tmp_path / "log"
     erase_users(path, [1, 2])
-    assert features_of(EventLog.open(path)) == {"region": {}}
+    assert user_features_of(EventLog.open(path)) == {"region": {}}
     add_users(tmp_path, append=True, user=[3], region=["n"])
-    assert features_of(EventLog.open(path)) == {"region": {3: "n"}}
+    assert user_features_of(EventLog.open(path)) == {"region": {3: "n"}}
     erase_users(path, [3])
     compact_log(path)
-    assert features_of(EventLog.open(path)) == {}
+    assert user_features_of(EventLog.open(path)) == {}
     EventLog.open(path).verify()
 
 
@@ -156,9 +147,9 @@ def test_features_after_an_erasure_count(tmp_path: Path) -> None:
     erase_users(path, [1])
     add_users(tmp_path, append=True, user=[1], region=["e"])
     expected = {"region": {1: "e", 2: "s"}, "age": {2: 2.0}}
-    assert features_of(EventLog.open(path)) == expected
+    assert user_features_of(EventLog.open(path)) == expected
     compact_log(path)
-    assert features_of(EventLog.open(path)) == expected  # the id stays, because the user has a row
+    assert user_features_of(EventLog.open(path)) == expected  # the id stays, because the user has a row
 
 
 BAD: dict[str, tuple[dict[str, list[Any]], dict[str, Any], str]] = {
@@ -248,10 +239,10 @@ def test_items_and_users_are_prepared_together(tmp_path: Path) -> None:
         "region: category of 2 values, 67% of users",
     ]
     log = EventLog.open(tmp_path / "log")
-    assert features_of(log) == {"region": {1: "n", 2: "s"}}
+    assert user_features_of(log) == {"region": {1: "n", 2: "s"}}
     assert log.item_features is not None and list(log.item_features.columns) == ["brand"]
     same = EventLog.from_frame(None, log.path, append=True, users={"user": [1], "region": ["s"]})
-    assert same.last_segment == 2 and features_of(same) == {"region": {1: "s", 2: "s"}}
+    assert same.last_segment == 2 and user_features_of(same) == {"region": {1: "s", 2: "s"}}
 
 
 @pytest.mark.parametrize("compacted", [False, True])

@@ -67,7 +67,7 @@ class PrepareConfig:
     items: ItemTableConfig | None = None
     """Files of item features; null for those that a public data set has next to its events, or for none."""
     users: UserTableConfig | None = None
-    """Files of user features; null for none."""
+    """Files of user features; null for those that a public data set has next to its events, or for none."""
     filter: EventFilterConfig = field(default_factory=EventFilterConfig)
     """Which events of the files are kept."""
     append: bool = False

@@ -12,10 +12,10 @@ from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare
 
 
-def load(folder: Path, kind: str = "auto", items: ItemTableConfig | None = None) -> EventLog:
-    """Prepare a folder, or a file, into a log next to it."""
+def load(folder: Path, kind: str = "auto", items: ItemTableConfig | None = None, **columns: list[str]) -> EventLog:
+    """Prepare a folder, or a file, into a log next to it. `columns` are those of features of events."""
     out = folder.with_name(f"{folder.name}-log")
-    events = SourceConfig(kind=kind, paths=[str(folder)])
+    events = SourceConfig(kind=kind, paths=[str(folder)], **columns)  # type: ignore[arg-type]
     prepare(PrepareConfig(out=str(out), events=events, items=items, progress=False), parser=PARSER)
     return EventLog.open(out)
 

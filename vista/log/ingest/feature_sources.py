@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vista.config import FeatureTableConfig, ItemTableConfig, UserTableConfig
+from vista.config import FeatureTableConfig, ItemTableConfig
 from vista.errors import ConfigError, DataError
 from vista.log.feature_owner import OWNERS
 from vista.log.ingest.column_names import check_columns
@@ -24,8 +24,6 @@ from vista.log.polars_extra import pl
 from vista.log.segment_manifest import MAX_FEATURES
 
 _KIND_OF_KEY = {"categories": "category", "numbers": "number", "vectors": "vector"}
-CONFIGS: Mapping[str, type[FeatureTableConfig]] = {"items": ItemTableConfig, "users": UserTableConfig}
-"""By table."""
 _Types = Mapping[str, pl.DataType]
 _NUMBERS_OF_TEXT = r"[^\s,\[\]]+"
 """What is between the spaces, commas, and brackets of a vector that is written as text."""
@@ -45,7 +43,7 @@ def scan_features(file: Path, config: FeatureTableConfig, kind: str) -> ScannedS
         scan = _scan(file, config, kind)
         separator = config.value_separator if isinstance(config, ItemTableConfig) else None
         source = file_source(file, replace(scan, frame=_split(scan.frame, separator)))
-        if scan.is_text and config.is_inferred:
+        if scan.is_text and config.is_inferred and kind not in PUBLIC_SETS:
             refuse_numbers(source, scan.frame, config.table)
         return source
     except (OSError, pl.exceptions.PolarsError) as error:
@@ -54,9 +52,11 @@ def scan_features(file: Path, config: FeatureTableConfig, kind: str) -> ScannedS
 
 
 def _scan(file: Path, config: FeatureTableConfig, kind: str) -> FileScan:
-    read = PUBLIC_SETS[kind].form_of(file, "items").read if kind in PUBLIC_SETS else None
+    read = PUBLIC_SETS[kind].form_of(file, config.table).read if kind in PUBLIC_SETS else None
     if read is not None:
         scan = read(file)
+        if scan.is_text and config.is_inferred:  # the file says what its columns are
+            return scan
         schema = scan.frame.collect_schema()
         columns = _feature_columns(str(file), {name: schema[name] for name in scan.columns}, config)
         check_columns(str(file), columns, scan.columns, config.table)

@@ -22,7 +22,7 @@ from vista.log.ingest.public.public_sets import PUBLIC_SETS
 from vista.log.ingest.row_rules import id_kind
 from vista.log.ingest.source_formats import is_parquet
 from vista.log.ingest.source_parser import SourceParser
-from vista.log.ingest.sources import KINDS, FileSource, open_feature_tables, open_set_items, with_kind
+from vista.log.ingest.sources import KINDS, FileSource, open_feature_tables, open_set_features, with_kind
 from vista.log.polars_extra import pl
 
 
@@ -62,7 +62,7 @@ def _open_texts(config: ItemsEmbedConfig, parser: SourceParser) -> list[FileSour
         raise ConfigError("columns: name the columns of text, such as columns=[title,brand]")
     if files.kind == "table":
         return open_feature_tables(replace(config.items, categories=columns), parser)
-    sources = open_set_items(files, parser, columns)
+    sources = open_set_features(files, "items", parser, columns)
     if not sources:
         raise ConfigError(
             f"kind={files.kind}: finds no table of items at items.paths=[{','.join(files.paths)}]; name the folder of "

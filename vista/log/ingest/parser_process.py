@@ -18,11 +18,12 @@ from vista.config import SourceConfig
 from vista.config.choices import OnBadRows
 from vista.errors import ConfigError, DataError, LogWriteError, VistaError
 from vista.log.category_table import category_table
-from vista.log.ingest.feature_sources import CONFIGS, scan_features
+from vista.log.ingest.feature_sources import scan_features
 from vista.log.ingest.parts import read_part
 from vista.log.ingest.row_rules import id_kind
 from vista.log.ingest.scanned_source import ScannedSource
 from vista.log.ingest.source_formats import column_types, scan_source
+from vista.log.ingest.sources import CONFIGS
 from vista.log.polars_extra import pl
 
 _Version = tuple[int, int, int]

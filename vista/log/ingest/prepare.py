@@ -52,8 +52,8 @@ from vista.log.ingest.sources import (
     Source,
     needed_columns,
     open_feature_tables,
+    open_set_features,
     open_set_impressions,
-    open_set_items,
     open_sources,
     with_kind,
 )
@@ -99,8 +99,9 @@ def prepare(
             return run.ingest()
         events = with_kind(config.events)
         run.add("events", events, open_sources(events, "events", files))
-        if config.items is None and (items := open_set_items(events, files)):
-            run.add_features("items", items, is_inferred=False)
+        for owner, given in (("items", config.items), ("users", config.users)):
+            if given is None and (features := open_set_features(events, owner, files)):
+                run.add_features(owner, features, is_inferred=False)
         if config.impressions is not None:
             run.add("impressions", config.impressions, open_sources(config.impressions, "impressions", files))
         elif shown := open_set_impressions(events, files):

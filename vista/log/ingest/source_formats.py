@@ -90,7 +90,11 @@ def _scan(file: Path, config: SourceConfig, table: str, max_bytes: int) -> FileS
         form = PUBLIC_SETS[config.kind].form_of(file, table)
         if form.read is not None:
             return form.read(file)
+        if form.read_named is not None:
+            return form.read_named(file, feature_columns(config))
+        more = [name for name in config.categories if name not in form.columns.get("categories", ())]
         config = replace(config, **form.columns)
+        config.categories = [*config.categories, *more] if "categories" in form.columns else more
     if is_parquet(file):
         lazy = pl.scan_parquet(file, glob=False)
         names = lazy.collect_schema().names()

@@ -8,12 +8,13 @@ damaged one can end the process that parses it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from vista.config import FeatureTableConfig, ItemTableConfig, SourceConfig
+from vista.config import FeatureTableConfig, ItemTableConfig, SourceConfig, UserTableConfig
 from vista.config.choices import IdType
 from vista.errors import ConfigError, DataError
 from vista.files import checked_path
@@ -23,6 +24,8 @@ from vista.log.ingest.source_parser import SourceParser, npz_limit
 
 KINDS = ("auto", "table", *PUBLIC_SETS)
 KINDS_WITH_IMPRESSIONS = ("table", *(kind for kind, known in PUBLIC_SETS.items() if known.impressions))
+CONFIGS: Mapping[str, type[FeatureTableConfig]] = {"items": ItemTableConfig, "users": UserTableConfig}
+"""Of tables of features, by table."""
 _TABLES = FileForm(("*.parquet", "*.csv", "*.csv.gz", "*.tsv"))
 
 
@@ -118,14 +121,17 @@ def open_set_impressions(config: SourceConfig, parser: SourceParser) -> list[Fil
     return open_sources(config, "impressions", parser) if config.paths else []
 
 
-def open_set_items(config: SourceConfig, parser: SourceParser, texts: list[str] | None = None) -> list[FileSource]:
-    """Open the files of item features that a data set has next to its events, in the order of their names.
+def open_set_features(
+    config: SourceConfig, table: str, parser: SourceParser, texts: list[str] | None = None
+) -> list[FileSource]:
+    """Open the files of item or user features that a data set has next to its events, in the order of their names.
 
     Args:
-        texts: columns to read as categories, in place of the features.
+        table: items | users.
+        texts: of items, columns to read as categories, in place of the features.
 
     Returns:
-        The open files; none if the kind of `config` has no item features, or these files are not there.
+        The open files; none if the kind of `config` has no such features, or these files are not there.
 
     Raises:
         DataError: as `open_feature_tables`.
@@ -136,15 +142,14 @@ def open_set_items(config: SourceConfig, parser: SourceParser, texts: list[str] 
     form_of_file = {
         file: form
         for folder in _folders(config)
-        for form, files in [first_form(PUBLIC_SETS[config.kind].items, folder)]
+        for form, files in [first_form(PUBLIC_SETS[config.kind].forms(table), folder)]
         for file in files
         if form is not None
     }
-    tables = {file: ItemTableConfig(**form.columns) for file, form in form_of_file.items()}
-    if texts is not None:
-        tables = {file: replace(table, categories=texts, numbers=None, vectors=None) for file, table in tables.items()}
+    only = {} if texts is None else {"categories": texts, "numbers": None, "vectors": None}
+    tables = {file: CONFIGS[table](**{**form.columns, **only}) for file, form in form_of_file.items()}
     files = sorted(tables, key=lambda file: (file.name, str(file)))
-    return [_open(file, tables[file], "items", parser, kind=config.kind) for file in files]
+    return [_open(file, tables[file], table, parser, kind=config.kind) for file in files]
 
 
 def _folders(config: SourceConfig) -> list[Path]:

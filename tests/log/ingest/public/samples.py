@@ -11,9 +11,10 @@ from pathlib import Path
 import polars as pl
 
 from tests.log.conftest import write_csv
-from tests.log.ingest.public import test_kuairand, test_t_ecd, test_yambda
+from tests.log.ingest.public import test_complete_journey, test_kuairand, test_t_ecd, test_yambda
 
 USERS, ITEMS, EVENTS = range(1, 9), range(10, 22), 40
+HOUSEHOLD = test_complete_journey.HOUSEHOLDS.columns[1:]
 Draws = list[tuple[int, int, float]]
 
 
@@ -28,6 +29,7 @@ def movielens_dat(folder: Path) -> None:
     """Also ml-1m-half, whose ratings have the same form."""
     lines = [f"{user}::{item}::{item % 5 + 1}::{978300000 + int(1e6 * time)}\n" for user, item, time in draws()]
     (folder / "ratings.dat").write_text("".join(lines))
+    (folder / "users.dat").write_text("".join(f"{user}::F::{user % 3}::{user % 4}::48067\n" for user in USERS))
     (folder / "movies.dat").write_text("".join(f"{item}::Title: {item}::Drama|War\n" for item in ITEMS))
 
 
@@ -40,6 +42,7 @@ def movielens_csv(folder: Path) -> None:
 def movielens_100k(folder: Path) -> None:
     rows = [f"{user}\t{item}\t3\t{978300000 + int(1e6 * time)}\n" for user, item, time in draws()]
     (folder / "u.data").write_text("".join(rows))
+    (folder / "u.user").write_text("".join(f"{user}|{20 + user}|M|writer|85711\n" for user in USERS))
 
 
 def complete_journey(folder: Path) -> None:
@@ -54,6 +57,8 @@ def complete_journey(folder: Path) -> None:
     pl.DataFrame({"product_id": ITEMS, "manufacturer_id": [item % 4 for item in ITEMS]} | texts).write_parquet(
         folder / "products.parquet"
     )
+    households = {name: [test_complete_journey.HOUSEHOLDS[name][user % 2] for user in USERS] for name in HOUSEHOLD}
+    pl.DataFrame({"household_id": USERS} | households).write_parquet(folder / "demographics.parquet")
 
 
 def amazon_reviews(folder: Path) -> None:
@@ -78,6 +83,8 @@ def kuairand(folder: Path) -> None:
         (item, 1, "NORMAL", "2022-03-25", "Web", 0, 9000, 720, 1280, 5, item % 3, '"12,65"' if item % 2 else 39)
         for item in ITEMS
     ]
+    profiles = [(user, "full_active", *[0] * 29) for user in USERS]
+    write_csv(folder / "user_features_1k.csv", profiles, ",".join(test_kuairand.USER_COLUMNS))
     write_csv(folder / "video_features_basic_1k.csv", videos, ",".join(test_kuairand.VIDEO_COLUMNS))
 
 
@@ -107,7 +114,8 @@ def t_ecd(folder: Path) -> None:
         more = {"category": ["c"] * len(ITEMS), "subcategory": ["s"] * len(ITEMS), "price": [1.0 * i for i in ITEMS]}
         vectors = {"embedding": [[1.0 * item, -1.0] for item in ITEMS]}
         pl.DataFrame(items | more | vectors).write_parquet(folder / domain / "items.pq")
-    pl.DataFrame({"user_id": USERS}).write_parquet(folder / "users.pq")
+    users = {"user_id": USERS, "socdem_cluster": [user % 3 for user in USERS], "region": [None, *USERS[1:]]}
+    pl.DataFrame(users).write_parquet(folder / "users.pq")
 
 
 def longctr(folder: Path, has_category: bool = True) -> None:

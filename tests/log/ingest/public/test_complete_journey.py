@@ -9,13 +9,12 @@ from typing import Any
 import polars as pl
 import pytest
 
-from tests.log.conftest import PARSER, write_csv
+from tests.log.conftest import write_csv
 from tests.log.feature_tables import features_of
 from tests.log.ingest.set_logs import events_of, load, load_real
-from vista.config import ItemTableConfig, PrepareConfig, SourceConfig
+from tests.log.user_values import user_features_of
+from vista.config import ItemTableConfig
 from vista.errors import DataError
-from vista.log.event_log import EventLog
-from vista.log.ingest.prepare import prepare
 from vista.log.ingest.sources import detect_kind
 
 PRODUCTS = pl.DataFrame(
@@ -29,12 +28,25 @@ PRODUCTS = pl.DataFrame(
         "package_size": [None, None, "9.7 OZ"],
     }
 )
+HOUSEHOLDS = pl.DataFrame(
+    {
+        "household_id": [2, 7],
+        "age": ["25-34", "65+"],
+        "income": ["50-74K", "Under 15K"],
+        "home_ownership": [None, "Homeowner"],
+        "marital_status": ["Married", None],
+        "household_size": ["2", "1"],
+        "household_comp": ["2 Adults No Kids", "1 Adult No Kids"],
+        "kids_count": ["0", "0"],
+    }
+)
 
 
 def write(folder: Path, events: str) -> Path:
     folder.mkdir()
     PRODUCTS.write_parquet(folder / "products.parquet")
-    pl.DataFrame({"household_id": [2], "age": ["25-34"]}).write_parquet(folder / "households.parquet")
+    name = "households.parquet" if events == "events.parquet" else "demographics.parquet"
+    HOUSEHOLDS.write_parquet(folder / name)
     kind = pl.Int32 if events == "events.parquet" else pl.Int64
     rows: dict[str, Any] = {
         "household_id": pl.Series([2, 2, 4], dtype=kind),
@@ -78,6 +90,10 @@ def test_baskets_and_products(tmp_path: Path, events: str) -> None:
         "manufacturer_id": {26093: ["69"], 26636: ["69"], 27021: ["2"]},
         "package_size": {27021: ["9.7 OZ"]},
     }
+    household = HOUSEHOLDS.row(0, named=True)
+    assert user_features_of(log) == {
+        name: {2: value} if value else {} for name, value in household.items() if name != "household_id"
+    }
 
 
 def test_a_table_that_is_named_replaces_that_of_the_set(tmp_path: Path) -> None:
@@ -89,9 +105,7 @@ def test_a_table_that_is_named_replaces_that_of_the_set(tmp_path: Path) -> None:
 
 def test_other_columns_can_be_features_of_events(tmp_path: Path) -> None:
     folder = write(tmp_path / "cj", "transactions.parquet")
-    events = SourceConfig(kind="auto", paths=[str(folder)], numbers=["quantity", "sales_value"])
-    prepare(PrepareConfig(out=str(tmp_path / "log"), events=events, progress=False), parser=PARSER)
-    features = EventLog.open(tmp_path / "log")[2].features
+    features = load(folder, numbers=["quantity", "sales_value"])[2].features
     assert features is not None and features.columns["quantity"].tolist() == [1, 2]
     assert features.columns["sales_value"].tolist() == pytest.approx([12.99, 3.18])
 
@@ -105,6 +119,11 @@ def test_other_columns_can_be_features_of_events(tmp_path: Path) -> None:
             r"events\.parquet: column 'household_id' is missing, the file has: store",
         ),
         ("products.parquet", "product_id", r"products\.parquet: column 'product_id' is missing, the file has: man"),
+        (
+            "households.parquet",
+            "income",
+            r"households\.parquet: column 'income' is missing, the file has: household_id",
+        ),
         ("products.parquet", "brand", r"products\.parquet: column 'brand' is missing, the file has: product_id, "),
     ],
 )
@@ -128,3 +147,6 @@ def test_the_real_set(tmp_path: Path) -> None:
     assert (log.num_users, log.num_items, log.num_events) == (1238, 53_185, 738_201)
     assert log.item_features is not None
     assert log.item_features.described()[1] == "brand: category of 2 values, 100% of items"
+    known = {name: len(values) for name, values in user_features_of(log).items()}
+    missing = {"home_ownership": 419 - 296, "marital_status": 419 - 338}
+    assert known == {name: 419 - missing.get(name, 0) for name in HOUSEHOLDS.columns[1:]}

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.log.conftest import PARSER, write_csv
 from tests.log.feature_tables import features_of
 from tests.log.ingest.set_logs import events_of, load
+from tests.log.log_oracle import values_of
+from tests.log.user_values import user_features_of
 from vista.config import PrepareConfig, SourceConfig
 from vista.errors import DataError
+from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare
 from vista.log.ingest.sources import detect_kind
 
@@ -23,6 +27,12 @@ VIDEO_COLUMNS = (
     *("video_id", "author_id", "video_type", "upload_dt", "upload_type", "visible_status", "video_duration"),
     *("server_width", "server_height", "music_id", "music_type", "tag"),
 )
+USER_COLUMNS = (
+    *("user_id", "user_active_degree", "is_lowactive_period", "is_live_streamer", "is_video_author"),
+    *("follow_user_num", "follow_user_num_range", "fans_user_num", "fans_user_num_range"),
+    *("friend_user_num", "friend_user_num_range", "register_days", "register_days_range"),
+    *(f"onehot_feat{number}" for number in range(18)),
+)
 NAMES = {
     "pure": ("log_standard_4_08_to_4_21_pure.csv", "log_standard_4_22_to_5_08_pure.csv"),
     "27k": ("log_standard_4_08_to_4_21_27k_part1.csv", "log_standard_4_08_to_4_21_27k_part2.csv"),
@@ -33,7 +43,7 @@ TIME = 1649400000000
 def shown(user: int, video: int, seconds: int, flags: str, play_time_ms: int) -> tuple[int, ...]:
     """A row of the log; `flags` has one digit per name of FLAGS."""
     time = TIME + 1000 * seconds
-    return (user, video, 20220408, 1400, time, *map(int, flags), play_time_ms, 9000, 0, 0, 0, 0, 1)
+    return (user, video, 20220408, 1400, time, *map(int, flags), play_time_ms, 9000, 0, 0, 0, 0, video % 3)
 
 
 EARLIER = [
@@ -49,6 +59,10 @@ VIDEOS = [
     (11, 2, "AD", "2022-03-26", "LongImport", 0, "", 1080, 1920, 6, "", 39),
     (99, 2, "NORMAL", "2022-03-26", "Web", 0, 1.0, 1080, 1920, 6, 4, ""),
 ]
+PROFILES = [
+    (7, "full_active", 0, 0, 1, 52, "(50,100]", 0, "0", 3, "[1,5)", 107, "61-90", 0, *[1] * 16, ""),
+    (8, "UNKNOWN", 0, 0, 0, 5, "(0,10]", 1, "[1,10)", 0, "0", 8, "8-14", 1, *[0] * 16, 2.0),
+]
 
 
 def write(folder: Path, names: tuple[str, str]) -> Path:
@@ -58,7 +72,8 @@ def write(folder: Path, names: tuple[str, str]) -> Path:
         write_csv(folder / name, rows, ",".join(COLUMNS))
     write_csv(folder / f"log_random_4_22_to_5_08_{size}.csv", LATER, ",".join(COLUMNS))
     write_csv(folder / f"video_features_basic_{size}.csv", VIDEOS, ",".join(VIDEO_COLUMNS))
-    write_csv(folder / f"user_features_{size}.csv", [(7, "full_active")], "user_id,user_active_degree")
+    profiles = [[f'"{value}"' if "," in str(value) else value for value in row] for row in PROFILES]
+    write_csv(folder / f"user_features_{size}.csv", profiles, ",".join(USER_COLUMNS))
     return folder
 
 
@@ -91,6 +106,37 @@ def test_events_impressions_and_videos(tmp_path: Path, size: str) -> None:
         "server_width": {10: 720, 11: 1080},
         "server_height": {10: 1280, 11: 1920},
     }
+    assert values_of(shown.features, log.request_features) == [
+        {"tab": str(video % 3)} for video in (10, 11, 12, 13, 10, 12, 11)
+    ]
+    numbers = ("follow_user_num", "fans_user_num", "friend_user_num", "register_days")
+    assert (
+        user_features_of(log)
+        == {
+            name: {} if value == "" else {7: float(value) if name in numbers else str(value)}  # type: ignore[arg-type]
+            for name, value in zip(USER_COLUMNS[1:], PROFILES[0][1:], strict=True)
+        }
+    )
+
+
+def test_columns_of_plays_can_be_features_of_events(tmp_path: Path) -> None:
+    folder = write(tmp_path / "data", NAMES["pure"])
+    log = load(folder, categories=["tab"], numbers=["play_time_ms"])
+    features = values_of(log.gather(np.arange(2)).features, log.event_features)
+    assert [(row["tab"], row["play_time_ms"]) for row in features] == [
+        *(("1", 9000), ("0", 500)),
+        *(("1", 9000), ("0", 4000), ("2", 100)),
+    ]
+    with pytest.raises(DataError, match="column 'dwell' is missing, the file has: user_id,"):
+        load(folder.rename(tmp_path / "other"), numbers=["dwell"])
+
+
+def test_more_columns_of_impressions_can_be_features_of_requests(tmp_path: Path) -> None:
+    folder = write(tmp_path / "data", NAMES["pure"])
+    events = SourceConfig(kind="kuairand", paths=[str(folder)])
+    shown = SourceConfig(kind="kuairand", paths=[str(folder)], categories=["tab", "is_rand"], numbers=["duration_ms"])
+    prepare(PrepareConfig(out=str(tmp_path / "log"), events=events, impressions=shown, progress=False), parser=PARSER)
+    assert list(EventLog.open(tmp_path / "log").request_features) == ["tab", "is_rand", "duration_ms"]
 
 
 def test_random_exposures_can_be_named_as_impressions(tmp_path: Path) -> None:

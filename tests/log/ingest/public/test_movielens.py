@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.conftest import real_set
 from tests.log.feature_tables import features_of
 from tests.log.ingest.set_logs import events_of, load, load_real
+from tests.log.user_values import user_features_of
 from vista.errors import DataError
 
 RATINGS = {
@@ -35,6 +38,14 @@ MOVIES = {
         "movies.csv",
         'movieId,title,genres\r\n1,Toy Story (1995),Animation|Children\'s\r\n260,"Épisode, IV (1977)",Sci-Fi\r\n'
         "9,Café (2000),(no genres listed)\r\n",
+    ),
+}
+USERS = {
+    "ml-1m": ("users.dat", "1::F::1::10::48067\n2::M::56::16::70072\n9::M::25::15::55117-2401\n"),
+    "ml-100k": ("u.user", "1|24|F|technician|85711\n2|53|M|other|V3N4P\n9|23|M|writer|32067\n"),
+    "recbole": (
+        "ml-100k.user",
+        "user_id:token\tage:float\tgender:token\ttags:token_seq\n1\t24\tF\ta b\n2\t53\tM\t\n9\t23\tM\tc\n",
     ),
 }
 
@@ -79,6 +90,59 @@ def test_other_columns(tmp_path: Path, kind: str, movies: str, message: str) -> 
     (folder / MOVIES[kind][0]).write_text(movies)
     with pytest.raises(DataError, match=message + r".*; get the set from https://grouplens\.org/datasets/movielens"):
         load(folder, kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("ml-1m", {"gender": {1: "F", 2: "M"}, "age": {1: "1", 2: "56"}, "occupation": {1: "10", 2: "16"}}),
+        ("ml-100k", {"gender": {1: "F", 2: "M"}, "occupation": {1: "technician", 2: "other"}, "age": {1: 24, 2: 53}}),
+        ("recbole", {"age": {1: 24, 2: 53}, "gender": {1: "F", 2: "M"}}),
+    ],
+)
+def test_users(tmp_path: Path, kind: str, expected: Any) -> None:
+    if kind == "recbole":
+        folder = tmp_path / "set"
+        folder.mkdir()
+        header = "user_id:token\titem_id:token\ttimestamp:float\n"
+        (folder / "ml-100k.inter").write_text(f"{header}1\t1\t978300760\n2\t9\t978300762\n")
+    else:
+        folder = write(tmp_path / "set", kind)
+    name, users = USERS[kind]
+    (folder / name).write_text(users)
+    assert user_features_of(load(folder)) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "users", "message"),
+    [
+        ("ml-1m", "users.dat", "1,F,1\n", r"users\.dat: line 1 has 1 columns separated by '::', but users.dat of .* 5"),
+        ("ml-100k", "u.user", "1|24|F\n", r"u\.user: line 1 has 3 columns separated by '\|', but u\.user of .* 5"),
+        ("ml-100k", "u.user", "1|x|F|other|1\n", r"u\.user: row 1, column 'age': 'x' is not a number"),
+    ],
+)
+def test_a_bad_file_of_users(tmp_path: Path, kind: str, name: str, users: str, message: str) -> None:
+    folder = write(tmp_path / "set", kind)
+    (folder / name).write_text(users)
+    with pytest.raises(DataError, match=message):
+        load(folder)
+
+
+@pytest.mark.data
+def test_the_real_users(tmp_path: Path) -> None:
+    """The ratings of the first half, with all users."""
+    folder = tmp_path / "ml-1m"
+    folder.mkdir()
+    (folder / "ratings.dat").symlink_to(real_set("ml-1m-half") / "ratings.dat")
+    for name in ("users.dat", "movies.dat"):
+        (folder / name).symlink_to(real_set("ml-1m") / name)
+    for log, columns in (
+        (load(folder), ["gender", "age", "occupation"]),
+        (load_real("ml-100k", tmp_path / "ml-100k-log"), ["age", "gender", "occupation", "zip_code"]),
+    ):
+        found = user_features_of(log)
+        assert list(found) == columns
+        assert {len(of_column) for of_column in found.values()} == {log.num_users}
 
 
 @pytest.mark.data

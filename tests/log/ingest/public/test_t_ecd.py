@@ -13,6 +13,7 @@ import pytest
 from tests.log.feature_tables import features_of
 from tests.log.ingest.set_logs import events_of, load
 from tests.log.log_oracle import values_of
+from tests.log.user_values import user_features_of
 from vista.errors import DataError
 from vista.log.ingest.sources import detect_kind
 
@@ -80,7 +81,8 @@ def write(folder: Path) -> Path:
     pl.DataFrame({"user_id": [5]}).write_parquet(folder / "payments" / "receipts" / f"{DAY:05d}.pq")
     for domain, items in ITEMS.items():
         items.write_parquet(folder / domain / "items.pq")
-    pl.DataFrame({"user_id": [5], "region": [1]}).write_parquet(folder / "users.pq")
+    users = {"user_id": [5, 9, 77], "socdem_cluster": [3.0, None, 1.0], "region": [1, 22, None]}
+    pl.DataFrame(users).write_parquet(folder / "users.pq")
     pl.DataFrame({"brand_id": [11], "embedding": [[0.0]]}).write_parquet(folder / "brands.pq")
     return folder
 
@@ -96,6 +98,7 @@ def test_events_of_all_domains(tmp_path: Path) -> None:
     features = values_of(log.gather(np.arange(log.num_users)).features, log.event_features)
     found = [(*event, *more.values()) for event, more in zip(events_of(log), features, strict=True)]
     assert found == expected
+    assert user_features_of(log) == {"socdem_cluster": {5: "3"}, "region": {5: "1", 9: "22"}}
 
 
 def test_items_of_all_domains(tmp_path: Path) -> None:

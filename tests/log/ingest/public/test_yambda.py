@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 
 from tests.log.ingest.set_logs import events_of, load
+from tests.log.log_oracle import values_of
 from vista.errors import DataError
 from vista.log.ingest.sources import detect_kind
 
@@ -54,7 +56,7 @@ def sequential(rows: pl.DataFrame) -> pl.DataFrame:
 
 @pytest.mark.parametrize("form", ["flat", "sequential"])
 @pytest.mark.parametrize("files", ["multi_event", "one per type"])
-def test_events(tmp_path: Path, form: str, files: str) -> None:
+def test_events_and_named_features(tmp_path: Path, form: str, files: str) -> None:
     folder = tmp_path / "50m"
     folder.mkdir()
     tables = {f"{kind}s": ROWS.filter(pl.col("event_type") == kind).drop("event_type") for kind in TYPES}
@@ -68,11 +70,15 @@ def test_events(tmp_path: Path, form: str, files: str) -> None:
     for name, table in tables.items():
         (table if form == "flat" else sequential(table)).write_parquet(folder / f"{name}.parquet")
     assert detect_kind(folder) == "yambda"
-    log = load(folder)
+    log = load(folder, categories=["is_organic"], numbers=["played_ratio_pct"])
     assert (log.num_users, log.num_events) == (2, len(EVENTS))
     if files == "multi_event":
         assert events_of(log) == EVENTS
     assert set(events_of(log)) == set(EVENTS)
+    features = values_of(log.gather(np.arange(2)).features, log.event_features)
+    found = {event: tuple(row.values()) for event, row in zip(events_of(log), features, strict=True)}
+    of_rows = [(str(row["is_organic"]), row["played_ratio_pct"]) for row in ROWS.rows(named=True)]
+    assert found == dict(zip(EVENTS, of_rows, strict=True))
 
 
 @pytest.mark.parametrize(

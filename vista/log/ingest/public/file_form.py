@@ -15,13 +15,16 @@ class FileForm:
     """Files of one form.
 
     patterns: their names, with the last folders of the path if these tell them apart; columns: keys of SourceConfig, or
-    of ItemTableConfig for item features; read: how a file is read, if it is not simply a table with these columns. It
-    gives canonical columns, or for item features the columns that `columns` names.
+    of ItemTableConfig or UserTableConfig for features; read: how a file is read, if it is not simply a table with these
+    columns. It gives canonical columns, or for features of items and users those that `columns` names, or if it names
+    none, all that are features; read_named: the same, for events whose other columns can be features. It also takes the
+    columns that the user names as features, canonical names to those of the file.
     """
 
     patterns: tuple[str, ...]
     columns: Mapping[str, Any] = field(default_factory=dict)
     read: Callable[[Path], FileScan] | None = None
+    read_named: Callable[[Path, Mapping[str, str]], FileScan] | None = None
 
     def files(self, folder: Path) -> list[Path]:
         """The files of this form in a folder."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from vista.log.ingest.column_names import check_columns
@@ -20,28 +21,32 @@ _SHOWN = {**_COLUMNS, "time_unit": "ms"}
 _LABELS = ["is_click", "is_like", "is_follow", "is_comment", "is_forward", "is_hate", "long_view"]
 
 
-def read_plays(file: Path) -> FileScan:
+def read_plays(file: Path, features: Mapping[str, str]) -> FileScan:
     """The rows that are events: those with a play time, and without the flag `is_hate`.
+
+    Args:
+        features: other columns to read, canonical names to those of the file.
 
     Raises:
         DataError: if the file lacks a column.
     """
-    canonical = {own: name for name, own in _COLUMNS.items()}
-    canonical |= {name: name for name in (*_FLAGS, "play_time_ms", "is_hate")}
+    columns = {**_COLUMNS, **features}
+    used = {*columns.values(), *_FLAGS, "play_time_ms", "is_hate"}
     header = read_header(file, ",", '"')
-    check_columns(str(file), {name: own for own, name in canonical.items()}, header, "events", KUAIRAND.remedy)
-    rows = scan_text(file, [canonical.get(name, "") for name in header], ",", '"', 1)
+    check_columns(str(file), columns | {name: name for name in used}, header, "events", KUAIRAND.remedy)
+    rows = scan_text(file, [name if name in used else "" for name in header], ",", '"', 1)
     is_event = pl.col("play_time_ms").ne_missing("0") & pl.col("is_hate").ne_missing("1")
     # A row without flags gets no action, so that a short or blank line does not become an event.
     flagged = [pl.when(pl.col(flag) == "1").then(pl.lit(action)) for flag, action in _FLAGS.items()]
     action = pl.coalesce(*flagged, pl.when(pl.col("is_click").is_not_null()).then(pl.lit(VIEW)))
-    frame = rows.filter(is_event).select(ROW, *_COLUMNS, action.alias("action"), EXTRA)
-    return FileScan(frame, _COLUMNS | {"action": "is_click"}, is_text=True, time_unit="ms")
+    values = [pl.col(own).alias(name) for name, own in columns.items()]
+    frame = rows.filter(is_event).select(ROW, *values, action.alias("action"), EXTRA)
+    return FileScan(frame, columns | {"action": "is_click"}, is_text=True, time_unit="ms")
 
 
 KUAIRAND = PublicSet(
-    events=(FileForm(("log_standard_*.csv",), _SHOWN, read_plays),),
-    impressions=(FileForm(("log_standard_*.csv",), {**_SHOWN, "labels": _LABELS}),),
+    events=(FileForm(("log_standard_*.csv",), _SHOWN, read_named=read_plays),),
+    impressions=(FileForm(("log_standard_*.csv",), {**_SHOWN, "labels": _LABELS, "categories": ["tab"]}),),
     items=(
         FileForm(
             ("video_features_basic_*.csv",),
@@ -50,6 +55,20 @@ KUAIRAND = PublicSet(
                 "categories": ["video_type", "upload_type", "music_type", "tag"],
                 "numbers": ["video_duration", "server_width", "server_height"],
                 "value_separator": ",",
+            },
+        ),
+    ),
+    users=(
+        FileForm(
+            ("user_features_*.csv",),
+            {
+                "user": "user_id",
+                "categories": [
+                    *("user_active_degree", "is_lowactive_period", "is_live_streamer", "is_video_author"),
+                    *("follow_user_num_range", "fans_user_num_range", "friend_user_num_range", "register_days_range"),
+                    *(f"onehot_feat{number}" for number in range(18)),
+                ],
+                "numbers": ["follow_user_num", "fans_user_num", "friend_user_num", "register_days"],
             },
         ),
     ),

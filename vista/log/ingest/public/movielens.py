@@ -82,6 +82,31 @@ def read_u_item(file: Path) -> FileScan:
     return _movies(rows.select(ROW, "movieId", "title", genres, EXTRA))
 
 
+def read_users_dat(file: Path) -> FileScan:
+    """The users of ml-1m, `user::gender::age::occupation::zip`. Age and occupation are codes.
+
+    Raises:
+        DataError: if the first line has another number of fields.
+    """
+    _check_fields(file, "::", 5, ML_1M.remedy)
+    return _users(file, ["user", None, "gender", None, "age", None, "occupation", None, ""], ":")
+
+
+def read_u_user(file: Path) -> FileScan:
+    """The users of ml-100k, `user|age|gender|occupation|zip`.
+
+    Raises:
+        DataError: if the first line has another number of fields.
+    """
+    _check_fields(file, "|", 5, ML_100K.remedy)
+    return _users(file, ["user", "age", "gender", "occupation", ""], "|")
+
+
+def _users(file: Path, layout: list[str | None] | list[str], separator: str) -> FileScan:
+    names = {name: name for name in layout if name}
+    return FileScan(scan_text(as_utf8(file), layout, separator, None, 0), names, is_text=True)
+
+
 def _movies(frame: pl.LazyFrame) -> FileScan:
     return FileScan(frame, {name: name for name in MOVIE_COLUMNS}, is_text=True)
 
@@ -103,12 +128,14 @@ def _check_fields(file: Path, separator: str, count: int, remedy: str) -> None:
 ML_1M = PublicSet(
     events=(FileForm(("ratings.dat",), read=read_ratings_dat),),
     items=(FileForm(("movies.dat",), _MOVIES, read_movies_dat),),
+    users=(FileForm(("users.dat",), {"categories": ["gender", "age", "occupation"]}, read_users_dat),),
     texts=_TEXTS,
     url=_URL,
 )
 ML_100K = PublicSet(
     events=(FileForm(("u.data",), read=read_u_data),),
     items=(FileForm(("u.item",), _MOVIES, read_u_item),),
+    users=(FileForm(("u.user",), {"categories": ["gender", "occupation"], "numbers": ["age"]}, read_u_user),),
     texts=_TEXTS,
     url=_URL,
 )

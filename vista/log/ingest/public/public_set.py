@@ -18,8 +18,10 @@ class PublicSet:
     """The same for impressions, in the same folders."""
     items: tuple[FileForm, ...] = ()
     """The same for item features."""
+    users: tuple[FileForm, ...] = ()
+    """The same for user features."""
     texts: tuple[str, ...] = ()
-    """Columns in these files that `vista items embed` joins to a text, unless `columns` names others."""
+    """Columns in the files of item features that `vista items embed` joins to a text, unless `columns` names others."""
     marker: str = ""
     """Pattern of a file without which `auto` does not recognize a folder. If set, it recognizes no single file."""
     has_text_ids: bool = False
@@ -35,8 +37,13 @@ class PublicSet:
         return not self.marker and any(form.has(path) for form in self.events)
 
     def forms(self, table: str) -> tuple[FileForm, ...]:
-        """Forms of the files of "events", "impressions", or "items"."""
-        return {"events": self.events, "impressions": self.impressions, "items": self.items}[table]
+        """Forms of the files of "events", "impressions", "items", or "users"."""
+        return {
+            "events": self.events,
+            "impressions": self.impressions,
+            "items": self.items,
+            "users": self.users,
+        }[table]
 
     def form_of(self, file: Path, table: str) -> FileForm:
         """The form of a file; the first form of the table if the file has another name."""

@@ -9,6 +9,7 @@ from vista.log.ingest.public.kuairand import KUAIRAND
 from vista.log.ingest.public.longctr import LONGCTR
 from vista.log.ingest.public.movielens import ML_1M, ML_100K, ML_LATEST_SMALL
 from vista.log.ingest.public.public_set import PublicSet
+from vista.log.ingest.public.recbole import RECBOLE
 from vista.log.ingest.public.t_ecd import T_ECD
 from vista.log.ingest.public.yambda import YAMBDA
 
@@ -16,7 +17,7 @@ PUBLIC_SETS = {
     "ml-1m": ML_1M,
     "ml-latest-small": ML_LATEST_SMALL,
     "ml-100k": ML_100K,
-    "recbole": PublicSet(events=(FileForm(("*.inter",)),)),
+    "recbole": RECBOLE,
     "npz": PublicSet(events=(FileForm(("events.npz",)),)),
     "simulated": PublicSet(
         events=(FileForm(("events.parquet",)),),

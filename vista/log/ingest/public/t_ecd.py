@@ -23,6 +23,8 @@ OPTIONAL = ("subdomain", "os")
 """Features of events besides the domain."""
 CATEGORIES, PRICE, VECTOR = ("brand_id", "category", "subcategory"), "price", "embedding"
 """Features of items. Only the vector is in every domain."""
+OF_USERS = ("socdem_cluster", "region")
+"""Features of users."""
 
 
 def read_domain(file: Path) -> FileScan:
@@ -76,6 +78,20 @@ def read_catalog(file: Path) -> FileScan:
     return FileScan(frame, dict(zip(names, names, strict=True)), is_text=False)
 
 
+def read_users(file: Path) -> FileScan:
+    """The users and their categories.
+
+    Raises:
+        DataError: if the file lacks a column.
+    """
+    rows = pl.scan_parquet(file, glob=False)
+    types = rows.collect_schema()
+    names = {name: name for name in ("user_id", *OF_USERS)}
+    check_columns(str(file), names, types, "users", T_ECD.remedy)
+    frame = rows.select(pl.col("user_id"), *(_text(name, types).alias(name) for name in OF_USERS))
+    return FileScan(frame.with_row_index(ROW, 1), names, is_text=False)
+
+
 def _text(name: str, types: pl.Schema) -> pl.Expr:
     """A column of ids as text; whole numbers may be floats where some are missing."""
     ids = pl.col(name)
@@ -117,6 +133,7 @@ T_ECD = PublicSet(
         )
         for patterns in (tuple(f"{domain}/items.pq" for domain in DOMAINS_OF_ITEMS), ("items.pq",))
     ),
+    users=(FileForm(("users.pq",), {"user": "user_id", "categories": list(OF_USERS)}, read_users),),
     marker="users.pq",
     url="https://huggingface.co/datasets/t-tech/T-ECD",
 )
