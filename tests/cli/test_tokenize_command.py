@@ -16,6 +16,8 @@ from vista.cli.tokenize_command import run_items_tokenize
 from vista.config import ItemsTokenizeConfig
 from vista.errors import CheckpointError, ConfigError, DataError
 from vista.log.event_log import EventLog
+from vista.log.ingest import item_values
+from vista.model.codebooks import Codebooks
 from vista.training.trainer import train
 
 ITEMS = np.unique(small_frame()["item"])
@@ -126,6 +128,28 @@ def test_kept_codebooks_give_old_items_their_codes(tmp_path: Path) -> None:
     assert f"column codes with 2 levels of 4 codes for {len(ITEMS) + 3} items" in words
     assert words.splitlines()[-1] == first.splitlines()[-1] == f"codebooks: {codebooks}"
     assert codebooks.read_bytes() == before and not (tmp_path / "all.codebooks.safetensors").exists()
+
+
+def test_codes_never_lie_beside_codebooks_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("faiss")
+    vectors_file(tmp_path)
+    tokenize(tmp_path)
+    files = [tmp_path / name for name in ("codes.parquet", "codes.codebooks.safetensors")]
+    before = [file.read_bytes() for file in files]
+
+    def fail(*_: Any) -> None:
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="the disk is full"):
+        patch.setattr(item_values, "sync", fail)
+        tokenize(tmp_path, codes=4)
+    assert [file.read_bytes() for file in files] == before
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match=r"codebooks.* cannot be written"):
+        patch.setattr(Codebooks, "save", fail)
+        tokenize(tmp_path, codes=4)
+    assert files[0].read_bytes() != before[0] and not files[1].exists()
+    tokenize(tmp_path)
+    assert [file.read_bytes() for file in files] == before
 
 
 def test_codebooks_of_other_vectors_are_refused(tmp_path: Path) -> None:

@@ -87,7 +87,6 @@ def run_items_tokenize(config: ItemsTokenizeConfig) -> ItemsTokenized:
     known, file = vectors[is_known], config.codebooks or str(out.with_suffix(CODEBOOKS_SUFFIX))
     if codebooks is None:
         codebooks = Codebooks.learn(known, levels=config.levels, num_codes=config.codes, seed=config.seed)
-        _write(codebooks, Path(file))
     elif codebooks.dim != known.shape[1]:
         raise DataError(
             f"{file}: has codebooks for vectors of {codebooks.dim} numbers, but those of the items have "
@@ -97,13 +96,18 @@ def run_items_tokenize(config: ItemsTokenizeConfig) -> ItemsTokenized:
     seconds = time.perf_counter() - start
     values = _prefixes(codes.codes, is_known).alias(config.name)
     write_values(pl.DataFrame([ids.alias(config.item), values]), out)
+    if config.codebooks is None:
+        _write(codebooks, Path(file))
     return ItemsTokenized(str(out), config.name, codebooks.num_codes, file, len(ids), codes, seconds)
 
 
 def _write(codebooks: Codebooks, file: Path) -> None:
+    """Write the codebooks of codes that are written already. If that fails, those of earlier codes must not stay."""
     try:
         codebooks.save(file)
     except OSError as error:
+        if file.is_file():
+            file.unlink()
         raise ConfigError(f"out: {file} cannot be written ({error}); free space, or name another file") from error
 
 
