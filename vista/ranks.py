@@ -11,10 +11,13 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from vista.arrays import Int
 from vista.errors import ConfigError, RankError
 
 TIMEOUT = timedelta(minutes=10)
@@ -92,6 +95,26 @@ class Ranks:
         with _talking():
             dist.all_gather_object(values, value)
         return values
+
+    def part_of(self, work: Int) -> slice:
+        """The cases of this rank among all of an evaluation: consecutive ones, with its share of the work.
+
+        Args:
+            work: int64 [N] of each case, at least 1.
+        """
+        done = np.cumsum(work)
+        rank_of_case = (done - work) * self.size // done[-1] if len(work) else work
+        low, high = np.searchsorted(rank_of_case, [self.rank, self.rank + 1]).tolist()
+        return slice(low, high)
+
+    def of_all_cases(self, own: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+        """Arrays with a row per case, by name: those of all cases, from those of this rank's `part_of` the cases.
+
+        Args:
+            own: by name. A rank without cases may pass no arrays.
+        """
+        parts = [part for part in self.gather(dict(own)) if part]
+        return {name: np.concatenate([part[name] for part in parts]) for name in (parts[0] if parts else ())}
 
     def from_first(self, value: Any) -> Any:
         """The value of rank 0."""

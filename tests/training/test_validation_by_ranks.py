@@ -2,53 +2,29 @@
 
 from __future__ import annotations
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.conftest import Served, small_config
+from tests.thread_ranks import on_ranks
 from vista.config.choices import Architecture, Split
 from vista.log.event_log import EventLog
-from vista.model.ranking_model import RankingModel
+from vista.ranks import Ranks
 from vista.training.trainer import Trainer
 from vista.training.validation import Validation
 
 
-class ThreadRank:
-    """A rank that is a thread of this process."""
-
-    def __init__(self, rank: int, values: list[Any], barrier: threading.Barrier) -> None:
-        self.rank, self.size, self._values, self._barrier = rank, len(values), values, barrier
-
-    def gather(self, value: Any) -> list[Any]:
-        self._values[self.rank] = value
-        self._barrier.wait(timeout=60)
-        values = list(self._values)
-        self._barrier.wait(timeout=60)
-        return values
-
-
-def measured_by_ranks(made: Trainer, model: RankingModel, num_ranks: int) -> list[dict[str, float]]:
-    """The metrics that each of some ranks gets."""
-    values, barrier = [None] * num_ranks, threading.Barrier(num_ranks)
-
-    def measure(rank: int) -> dict[str, float]:
-        ranks: Any = ThreadRank(rank, values, barrier)
-        return Validation(made.log, model.rows_of(made.log.items), made.config, ranks)(model)
-
-    with ThreadPoolExecutor(num_ranks) as threads:
-        return list(threads.map(measure, range(num_ranks)))
-
-
 def assert_ranks_measure_the_same(made: Trainer) -> None:
     model = made.model.eval()
-    expected = Validation(made.log, model.rows_of(made.log.items), made.config)(model)
+
+    def measured(ranks: Ranks | None) -> dict[str, float]:
+        return Validation(made.log, model.rows_of(made.log.items), made.config, ranks)(model)
+
+    expected = measured(None)
     assert expected
     for num_ranks in (2, 13):
-        for found in measured_by_ranks(made, model, num_ranks):
+        for found in on_ranks(num_ranks, measured):
             assert found == pytest.approx(expected, rel=1e-5, nan_ok=True)
 
 

@@ -51,7 +51,7 @@ def _run_command(name: str, words: Sequence[str]) -> None:
     # Of a torchrun job, only the first process reports.
     logging.basicConfig(level=logging.ERROR if _rank() else logging.INFO, format="%(message)s")
     report = command.run(settings)
-    if report is not None:
+    if report is not None and not _rank():
         print(report)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from dataclasses import replace
@@ -13,6 +14,7 @@ import numpy as np
 from vista.arrays import Int
 from vista.config import EvaluateConfig
 from vista.config.choices import Target
+from vista.config.conversion import to_dict
 from vista.device import cpu_settings, resolve_device
 from vista.errors import ConfigError, LeakageError
 from vista.evaluation.baseline_evaluation import measure_baselines
@@ -30,16 +32,25 @@ from vista.evaluation.window_evaluation import measure_windows
 from vista.examples.frequency import item_counts
 from vista.files import replace_text, writable_file
 from vista.log.event_log import EventLog
+from vista.log.log_digest import log_digest
 from vista.log.splits import part_times, split_until, visible_counts
 from vista.log.until import parse_until
 from vista.model.baselines.history_model import HistoryModel
+from vista.model.model_description import CONFIG_FILE
 from vista.model.ranking_model import RankingModel
 from vista.model.registry import load_model
 from vista.model.vista_model import VistaModel
+from vista.ranks import Ranks
 from vista.refresh import check_log, check_requests
 from vista.scorer import Scorer
 from vista.store.format.authentication import read_key
+from vista.version import __version__
 
+PLACES = (
+    *("data", "model", "store", "out", "authentication_key_file"),
+    *("verify_log", "device", "num_threads", "progress"),
+)
+"""Fields of EvaluateConfig that may differ between ranks."""
 NO_STORE = "none"
 """Written in place of a codec for a baseline."""
 
@@ -47,27 +58,36 @@ NO_STORE = "none"
 def evaluate(config: EvaluateConfig) -> EvaluationReport:
     """`vista evaluate`: measure, and write the result as JSON to `out` if it is set.
 
+    The ranks of a torchrun job divide the cases. Only rank 0 writes, and only its report has recall and baselines.
+
     Raises:
         LeakageError: if the store, or a record, covers a label's event.
         ConfigError: if the store was refreshed for another split, or there is nothing to measure.
         LogFormatError: if a file of the log is damaged.
+        RankError: if another process of the job has ended.
     """
-    if config.out is not None:
-        writable_file(Path(config.out), "out")
-        writable_file(per_user_path(config.out), "out")
-    log = EventLog.open(config.data)
-    if config.verify_log:
-        log.verify()
-    with cpu_settings(config.num_threads):
-        model = load_model(config.model, resolve_device(config.device))
-        if isinstance(model, HistoryModel):
-            result, codec = evaluate_model(model, log, config), NO_STORE
-        else:
-            assert isinstance(model, VistaModel)
-            with Scorer.open(model, config.store, key=read_key(config.authentication_key_file)) as scorer:
-                result = evaluate_scorer(scorer, log, config)
-                codec = scorer.store.manifest.codec
-    if config.out is not None:
+    device = resolve_device(config.device)
+    with Ranks.joined(device) as ranks:
+        leads = ranks is None or ranks.leads
+        if config.out is not None and leads:
+            writable_file(Path(config.out), "out")
+            writable_file(per_user_path(config.out), "out")
+        log = EventLog.open(config.data)
+        if config.verify_log and (ranks is None or ranks.checks_files):
+            log.verify()
+        config = config if leads else replace(config, progress=False)
+        with cpu_settings(config.num_threads):
+            model = load_model(config.model, device if ranks is None else ranks.device)
+            if isinstance(model, HistoryModel):
+                _agree(ranks, config, log, NO_STORE)
+                result, codec = evaluate_model(model, log, config, ranks), NO_STORE
+            else:
+                assert isinstance(model, VistaModel)
+                with Scorer.open(model, config.store, key=read_key(config.authentication_key_file)) as scorer:
+                    _agree(ranks, config, log, scorer.store.manifest.records_digest)
+                    result = evaluate_scorer(scorer, log, config, ranks)
+                    codec = scorer.store.manifest.codec
+    if config.out is not None and leads:
         asked: dict[str, Any] = {
             name: getattr(config, name) for name in ("data", "model", "split", "top_k", "staleness")
         }
@@ -86,11 +106,14 @@ def evaluate(config: EvaluateConfig) -> EvaluationReport:
     return result
 
 
-def evaluate_scorer(scorer: Scorer, log: EventLog, config: EvaluateConfig) -> EvaluationReport:
+def evaluate_scorer(
+    scorer: Scorer, log: EventLog, config: EvaluateConfig, ranks: Ranks | None = None
+) -> EvaluationReport:
     """Measure a scorer on a part of its model's split of `log`.
 
     Args:
         config: how to measure; what it says about files is not read.
+        ranks: processes that measure together; None for a single process.
 
     Raises:
         LeakageError, ConfigError: as `evaluate`.
@@ -98,25 +121,36 @@ def evaluate_scorer(scorer: Scorer, log: EventLog, config: EvaluateConfig) -> Ev
     _check(scorer.model, log, config)
     _check_store(scorer, config)
     evaluation = _measure(
-        scorer.model, log, config, ScorerAnswers(scorer, log, requests_per_batch=config.users_per_batch)
+        scorer.model, log, config, ScorerAnswers(scorer, log, requests_per_batch=config.users_per_batch), ranks
     )
-    if not config.recall:
+    if not config.recall or (ranks is not None and not ranks.leads):
         return evaluation
     recall = measure_recall(scorer, log)
     return replace(evaluation, metrics=evaluation.metrics | recall.metrics(), recall=recall)
 
 
-def evaluate_model(model: HistoryModel, log: EventLog, config: EvaluateConfig) -> EvaluationReport:
+def evaluate_model(
+    model: HistoryModel, log: EventLog, config: EvaluateConfig, ranks: Ranks | None = None
+) -> EvaluationReport:
     """Measure a baseline on a part of its split of `log`. It reads the raw history up to each label.
 
     Args:
         config: how to measure; what it says about files and staleness is not read.
+        ranks: processes that measure together; None for a single process.
 
     Raises:
         ConfigError: if there is nothing to measure.
     """
     _check(model, log, config)
-    return _measure(model, log, config, RawHistoryAnswers(model, log, model.rows_of(log.items)))
+    return _measure(model, log, config, RawHistoryAnswers(model, log, model.rows_of(log.items)), ranks)
+
+
+def _agree(ranks: Ranks | None, config: EvaluateConfig, log: EventLog, store: str) -> None:
+    """Check that all ranks measure the same thing; store: digest of its records."""
+    if ranks is not None:
+        asked = {key: value for key, value in to_dict(config).items() if key not in PLACES}
+        model = hashlib.sha256((Path(config.model) / CONFIG_FILE).read_bytes()).hexdigest()[:12]
+        ranks.agree({"vista": __version__, "log": log_digest(log), "model": model, "store": store, **asked})
 
 
 def _check(model: RankingModel, log: EventLog, config: EvaluateConfig) -> None:
@@ -154,47 +188,69 @@ def _check_store(scorer: Scorer, config: EvaluateConfig) -> None:
 
 
 def _measure(
-    model: RankingModel, log: EventLog, config: EvaluateConfig, answers: ScorerAnswers | RawHistoryAnswers
+    model: RankingModel,
+    log: EventLog,
+    config: EvaluateConfig,
+    answers: ScorerAnswers | RawHistoryAnswers,
+    ranks: Ranks | None,
 ) -> EvaluationReport:
     """Ask all cases, and the counting baselines too if they are asked for, and compute the metrics."""
     measure = _measure_windows if config.target is Target.window else _measure_next_items
-    evaluation = measure(model, log, config, answers)
-    return replace(evaluation, baselines=measure_baselines(model, log, config)) if config.baselines else evaluation
+    evaluation = measure(model, log, config, answers, ranks)
+    if not config.baselines or (ranks is not None and not ranks.leads):
+        return evaluation
+    return replace(evaluation, baselines=measure_baselines(model, log, config))
 
 
 def _measure_windows(
-    model: RankingModel, log: EventLog, config: EvaluateConfig, answers: ScorerAnswers | RawHistoryAnswers
+    model: RankingModel,
+    log: EventLog,
+    config: EvaluateConfig,
+    answers: ScorerAnswers | RawHistoryAnswers,
+    ranks: Ranks | None,
 ) -> EvaluationReport:
     began = time.perf_counter()
     columns = model.rows_of(log.items) - 1
-    windows, per_user = measure_windows(log, model.data, columns, config, answers.catalog_scores)
+    windows, per_user = measure_windows(log, model.data, columns, config, answers.catalog_scores, ranks)
     seconds = time.perf_counter() - began
     return EvaluationReport(windows.metrics(), len(per_user.users), seconds, per_user=per_user, windows=windows)
 
 
 def _measure_next_items(
-    model: RankingModel, log: EventLog, config: EvaluateConfig, answers: ScorerAnswers | RawHistoryAnswers
+    model: RankingModel,
+    log: EventLog,
+    config: EvaluateConfig,
+    answers: ScorerAnswers | RawHistoryAnswers,
+    ranks: Ranks | None,
 ) -> EvaluationReport:
     """Also the labels of impressions."""
     began = time.perf_counter()
     columns = model.rows_of(log.items) - 1
     metrics: dict[str, float] = {}
-    ranks = impressions = probabilities = report = per_user = None
+    places = impressions = probabilities = report = per_user = None
     num_cases = 0
     if model.has_retrieval:
         lists = RecommendedLists(len(model.items), config.top_k[0]) if config.popularity else None
-        ranks, per_user = measure_next_items(
-            log, model.data, columns, config, answers.catalog_scores, observe=lists.add if lists is not None else None
+        observe = None if lists is None else lists.add
+        places, per_user = measure_next_items(
+            log, model.data, columns, config, answers.catalog_scores, ranks, observe=observe
         )
         metrics |= per_user.means()
         if lists is not None:
-            report = _popularity(model, log, columns, lists, ranks)
+            if ranks is not None:
+                lists.take_all(ranks)
+            report = _popularity(model, log, columns, lists, places)
             metrics |= report.metrics()
-        num_cases += len(ranks)
+        num_cases += len(places)
     begin, end = part_times(model.data, config.split)
     if log.impressions is not None and model.schema.tasks and begin is not None:
         impressions = with_tasks(impression_cases(log, begin, end), model.schema.tasks)
-        probabilities = answers.probabilities(impressions, progress=config.progress)
+        if ranks is None:
+            probabilities = answers.probabilities(impressions, progress=config.progress)
+        else:
+            own = impressions.part(ranks.part_of(np.ones_like(impressions.user)))
+            answered = answers.probabilities(own, progress=config.progress)
+            probabilities = ranks.of_all_cases({"probability": answered})["probability"]
         metrics |= impression_metrics(impressions, probabilities)
         num_cases += len(impressions.user)
     if num_cases == 0:
@@ -203,7 +259,7 @@ def _measure_next_items(
             f"{split_until(model.data, config.split)}, and no impression of its tasks; choose another split"
         )
     seconds = time.perf_counter() - began
-    return EvaluationReport(metrics, num_cases, seconds, ranks, impressions, probabilities, report, per_user=per_user)
+    return EvaluationReport(metrics, num_cases, seconds, places, impressions, probabilities, report, per_user=per_user)
 
 
 def _popularity(

@@ -18,6 +18,7 @@ from vista.evaluation.protocol import case_batches, rank_next_items, ranking_val
 from vista.log.event_log import EventLog
 from vista.log.repeats import leaves_out_seen
 from vista.log.splits import part_counts
+from vista.ranks import Ranks
 
 
 def measure_next_items(
@@ -26,6 +27,7 @@ def measure_next_items(
     columns: Int,
     config: EvaluateConfig,
     score: Callable[[NextItemCases], NDArray[np.floating[Any]]],
+    ranks: Ranks | None = None,
     *,
     observe: Callable[[NDArray[np.float32], Int, tuple[Int, Int] | None], None] | None = None,
 ) -> tuple[Int, PerUserMetrics]:
@@ -35,30 +37,34 @@ def measure_next_items(
         data: the split, and whether to leave out seen items.
         columns: int64 [log.num_items], the column of each of the log's items in the scores; -1 for items without one.
         score: some cases -> [n, V] scores.
+        ranks: processes that each answer a part of the cases; None for a single process.
         observe: as in `rank_next_items`.
 
     Returns:
         0-based ranks of the labels, int64 [N], and each user's metrics.
     """
     cases = next_item_cases(log, *part_counts(log, data, config.split))
-    batches = case_batches(cases, log.num_items, config.users_per_batch)
+    own = cases if ranks is None else cases.part(ranks.part_of(cases.seen + 1))
+    batches = case_batches(own, log.num_items, config.users_per_batch)
     exclude_seen = excludes_seen(log, data, config)
-    ranks = rank_next_items(
+    places = rank_next_items(
         log,
-        cases,
+        own,
         columns,
         score,
         tqdm(batches, desc="ranking", unit="batch", disable=not config.progress, leave=False),
         exclude_seen=exclude_seen,
         observe=observe,
     )
+    if ranks is not None:
+        places = ranks.of_all_cases({"place": places})["place"]
     question = {
         "target": config.target.value,
         "split": config.split,
         "exclude_seen": exclude_seen,
         "cases": [cases_digest(log, cases.user, cases.item, cases.seen)],
     }
-    return ranks, PerUserMetrics(log.users.ids(cases.user), ranking_values(ranks, config.top_k), question)
+    return places, PerUserMetrics(log.users.ids(cases.user), ranking_values(places, config.top_k), question)
 
 
 def excludes_seen(log: EventLog, data: DataConfig, config: EvaluateConfig) -> bool:

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from vista.arrays import Floats, Int
 from vista.evaluation.metrics import top_items
+from vista.ranks import Ranks
 
 
 class RecommendedLists:
@@ -33,6 +34,13 @@ class RecommendedLists:
         self._score_sum += scores.sum(axis=0, dtype=np.float64)
         self.num_lists += len(scores)
         self._targets.append(target)
+
+    def take_all(self, ranks: Ranks) -> None:
+        """Take in the lists of the other ranks, whose cases follow one another."""
+        all_lists = ranks.gather((self.num_lists, self.counts, self._score_sum, self.target))
+        numbers, counts, score_sums, targets = zip(*all_lists, strict=True)
+        self.num_lists, self._targets = sum(numbers), list(targets)
+        self.counts, self._score_sum = np.sum(counts, axis=0), np.sum(score_sums, axis=0)
 
     @property
     def target(self) -> Int:

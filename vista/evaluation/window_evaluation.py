@@ -21,6 +21,7 @@ from vista.examples.frequency import item_counts
 from vista.log.event_log import EventLog
 from vista.log.gaps import DAY_MS
 from vista.log.splits import part_counts, part_times, split_until, visible_counts
+from vista.ranks import Ranks
 
 Scores = NDArray[np.floating[Any]]
 
@@ -79,7 +80,12 @@ def _check_days(log: EventLog, data: DataConfig, config: EvaluateConfig) -> None
 
 
 def measure_windows(
-    log: EventLog, data: DataConfig, columns: Int, config: EvaluateConfig, score: Callable[[WindowCases], Scores]
+    log: EventLog,
+    data: DataConfig,
+    columns: Int,
+    config: EvaluateConfig,
+    score: Callable[[WindowCases], Scores],
+    ranks: Ranks | None = None,
 ) -> tuple[WindowReport, PerUserMetrics]:
     """Ask all cases of `split_windows`, and compute the metrics of each user.
 
@@ -90,17 +96,23 @@ def measure_windows(
         columns: int64 [log.num_items], the column of each of the log's items in the scores; -1 where the model does
             not know the item.
         score: some cases -> [n, V] scores of the model's items.
+        ranks: processes that each answer a part of the cases; None for a single process.
 
     Raises:
         ConfigError: as `split_windows`.
     """
     cases = split_windows(log, data, config)
     first = next(iter(cases.values()))
-    batches = case_batches(first, log.num_items, config.users_per_batch)
+    own = slice(0, len(first)) if ranks is None else ranks.part_of(first.seen + 1)
+    batches = case_batches(first.part(own), log.num_items, config.users_per_batch)
     shown = tqdm(batches, desc="ranking", unit="batch", disable=not config.progress, leave=False)
     cold = item_counts(log, visible_counts(log, split_until(data, config.split))) == 0
     asked = any(cold[each.item].any() for each in cases.values())
-    report = WindowReport(rank_windows(log, cases, columns, score, shown, config.top_k, cold if asked else None))
+    parts = {name: each.part(own) for name, each in cases.items()}
+    measured = rank_windows(log, parts, columns, score, shown, config.top_k, cold if asked else None)
+    if ranks is not None:
+        measured = {name: ranks.of_all_cases(metrics) for name, metrics in measured.items()}
+    report = WindowReport(measured)
     question = {
         "target": config.target.value,
         "split": config.split,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from vista.config.conversion import to_dict
 from vista.config.train_config import without_places
 from vista.errors import ConfigError
 from vista.log.event_log import EventLog
+from vista.log.log_digest import log_digest
 from vista.training.downstream import Downstream
 from vista.training.warm_start import WarmStart
 from vista.version import __version__
@@ -24,8 +23,7 @@ def run_identity(
 ) -> dict[str, Any]:
     """Settings and data that decide the bits of a run, flat: {"model.dim": 64, …}."""
     values = to_dict(config)
-    manifests = json.dumps(log.manifests, sort_keys=True, default=str).encode()
-    flat: dict[str, Any] = {"seed": values["seed"], "log": hashlib.sha256(manifests).hexdigest()[:12]}
+    flat: dict[str, Any] = {"seed": values["seed"], "log": log_digest(log)}
     for group, own in without_places(values).items():
         flat |= {f"{group}.{key}": value for key, value in own.items()}
     flat |= origin.identity() if origin is not None else {}

@@ -202,20 +202,11 @@ class Validation:
         return SummaryAnswers(model, self._log, self._item_rows, users, self._cut, self._events_per_batch)
 
     def _own_part(self, work: Int) -> slice:
-        """The cases that this rank answers: consecutive ones, with its share of the work int64 [N]."""
-        if self._ranks is None:
-            return slice(0, len(work))
-        done = np.cumsum(work)
-        rank_of_case = (done - work) * self._ranks.size // done[-1]
-        low, high = np.searchsorted(rank_of_case, [self._ranks.rank, self._ranks.rank + 1]).tolist()
-        return slice(low, high)
+        """The cases that this process answers; `Ranks.part_of`."""
+        return slice(0, len(work)) if self._ranks is None else self._ranks.part_of(work)
 
     def _joined(self, own: dict[str, Any]) -> dict[str, Any]:
-        """Arrays by name, with rows for this rank's cases (if it has any), as those of all cases."""
-        if self._ranks is None:
-            return own
-        parts = [part for part in self._ranks.gather(own) if part]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return own if self._ranks is None else self._ranks.of_all_cases(own)
 
     def _finite(self, scores: Float32s, users: Int) -> Float32s:
         bad = users[~np.isfinite(scores).all(axis=1)]

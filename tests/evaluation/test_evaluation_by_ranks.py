@@ -1,0 +1,85 @@
+"""An evaluation that is divided among ranks: the report of one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import Served, small_config
+from tests.thread_ranks import on_ranks
+from vista.config import EvaluateConfig
+from vista.config.choices import Architecture, Target
+from vista.evaluation.evaluate import evaluate_model, evaluate_scorer
+from vista.evaluation.evaluation_report import EvaluationReport
+from vista.model.baselines.history_model import HistoryModel
+from vista.ranks import Ranks
+from vista.scorer import Scorer
+from vista.training.trainer import train_model
+
+
+def assert_same_metrics(found: dict[str, float], expected: dict[str, float]) -> None:
+    assert found.keys() == expected.keys() and expected
+    for name, value in expected.items():
+        # Rounding may break a tie of two impressions.
+        tolerance = {"abs": 0.005} if "auc/" in name else {"rel": 1e-5}
+        assert found[name] == pytest.approx(value, nan_ok=True, **tolerance), name
+
+
+def assert_same_report(found: EvaluationReport, expected: EvaluationReport) -> None:
+    assert_same_metrics(found.metrics, expected.metrics)
+    if expected.probabilities is not None:
+        assert found.probabilities is not None
+        np.testing.assert_allclose(found.probabilities, expected.probabilities, rtol=1e-5)
+    assert found.num_cases == expected.num_cases
+    assert found.per_user is not None and expected.per_user is not None
+    assert np.array_equal(found.per_user.users, expected.per_user.users)
+    for name, values in expected.per_user.values.items():
+        np.testing.assert_allclose(found.per_user.values[name], values, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 30])
+def test_next_items_popularity_and_impressions(served_tasks: Served, num_ranks: int) -> None:
+    """Of 30 ranks, most have no user to rank items for."""
+    config = EvaluateConfig(top_k=[5, 10], popularity=True, recall=True, baselines=True, progress=False)
+
+    def measured(ranks: Ranks | None) -> EvaluationReport:
+        with Scorer.open(served_tasks.model_dir, served_tasks.test_store) as scorer:
+            return evaluate_scorer(scorer, served_tasks.log, config, ranks)
+
+    expected = measured(None)
+    leading, *others = on_ranks(num_ranks, measured)
+    assert_same_report(leading, expected)
+    assert leading.recall is not None and leading.baselines is not None
+    own = {name: value for name, value in expected.metrics.items() if name in others[0].metrics}
+    for found in others:
+        assert_same_metrics(found.metrics, own)
+        assert found.recall is None and found.baselines is None
+
+
+def test_windows(served: Served) -> None:
+    config = EvaluateConfig(
+        target=Target.window, horizon_events=[1, 2], min_seen=2, min_after=1, top_k=[5], progress=False
+    )
+
+    def measured(ranks: Ranks | None) -> EvaluationReport:
+        with Scorer.open(served.model_dir, served.test_store) as scorer:
+            return evaluate_scorer(scorer, served.log, config, ranks)
+
+    expected = measured(None)
+    for num_ranks in (3, 20):
+        for found in on_ranks(num_ranks, measured):
+            assert_same_report(found, expected)
+
+
+def test_baselines_of_raw_histories(served_tasks: Served, tmp_path: Path) -> None:
+    changes = {"model__architecture": Architecture.sasrec, "model__history_limit": 9, "optim__epochs": 1}
+    data = served_tasks.config.data
+    changes |= {f"data__{name}": getattr(data, name) for name in ("split", "validation_from", "test_from")}
+    model = train_model(small_config(served_tasks.log, tmp_path / "run", **changes), served_tasks.log)
+    assert isinstance(model, HistoryModel)
+    config = EvaluateConfig(top_k=[5], progress=False)
+    expected = evaluate_model(model, served_tasks.log, config)
+    for found in on_ranks(3, lambda ranks: evaluate_model(model, served_tasks.log, config, ranks)):
+        assert_same_report(found, expected)
