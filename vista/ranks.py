@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from vista.arrays import Int
 from vista.errors import ConfigError, RankError
 
-TIMEOUT = timedelta(minutes=10)
-"""Longest time that a rank waits for another one, for example while that one writes a checkpoint. A rank that ends is
-noticed at once, because its connections close."""
+TIMEOUT = timedelta(days=1)
+"""Longest time that a rank waits for another one, for example while that one checks a large log or writes a checkpoint.
+A rank that ends is noticed at once, because its connections close, and torchrun ends the others."""
 
 
 class Ranks:
