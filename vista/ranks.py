@@ -141,25 +141,29 @@ class Ranks:
         return bool(count > 0)
 
     def sum_sparse(self, tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
-        """Sums over all ranks of coalesced sparse tensors with one sparse dimension; None stands for zeros.
+        """Sums over all ranks of coalesced sparse tensors with one sparse dimension. None stands for zeros; the sum
+        is None where all ranks have None.
 
         Args:
             like: dense tensors of their shapes.
         """
-        counts = torch.tensor([0 if each is None else len(each.values()) for each in tensors], device=self.device)
+        if not tensors:
+            return []
+        counts = torch.tensor([-1 if each is None else len(each.values()) for each in tensors], device=self.device)
         all_counts = torch.stack(self._gathered(counts)).cpu()
         sums: list[Tensor | None] = []
         for each, table, own_counts in zip(tensors, like, all_counts.T, strict=True):
             most = int(own_counts.max())
-            if most == 0:
+            if most < 0:
                 sums.append(None)
                 continue
-            index = torch.zeros(most, dtype=torch.int64, device=self.device)
-            values = torch.zeros(most, *table.shape[1:], dtype=table.dtype, device=self.device)
+            # A gradient without rows counts as a step of the optimizer, as in a single process; None does not.
+            index = torch.zeros(max(most, 1), dtype=torch.int64, device=self.device)
+            values = torch.zeros(max(most, 1), *table.shape[1:], dtype=table.dtype, device=self.device)
             if each is not None:
                 index[: len(each.values())] = each.indices()[0]
                 values[: len(each.values())] = each.values()
-            of_ranks = zip(self._gathered(index), self._gathered(values), own_counts.tolist(), strict=True)
+            of_ranks = zip(self._gathered(index), self._gathered(values), own_counts.clamp(min=0).tolist(), strict=True)
             rows, entries = zip(*((rows[:count], entries[:count]) for rows, entries, count in of_ranks), strict=True)
             total = torch.sparse_coo_tensor(
                 torch.cat(rows)[None], torch.cat(entries), table.shape, check_invariants=False
@@ -201,6 +205,8 @@ def _own_gpu(device: torch.device) -> torch.device:
 def _talking() -> Iterator[None]:
     try:
         yield
+    except torch.OutOfMemoryError:  # of this rank
+        raise
     except RuntimeError as error:  # gloo and NCCL raise nothing more specific
         reason = str(error).partition("\n")[0]
         raise RankError(

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,13 +16,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from tests.conftest import small_config, small_frame
+from tests.conftest import Served, small_config, small_frame
+from tests.training.test_downstream import downstream_config, past_of
 from tests.training.test_trainer import assert_same_result, metrics
 from vista.config import SourceColumns, TrainConfig
-from vista.config.choices import Precision
+from vista.config.choices import ItemStart, Precision
 from vista.config.config_keys import to_yaml
+from vista.errors import RankError
 from vista.log.event_log import EventLog
+from vista.ranks import Ranks
+from vista.refresh import refresh
 from vista.training.checkpoint import latest_checkpoint
 from vista.training.data_parallel import DataParallel
 from vista.training.trainer import Trainer, train
@@ -88,6 +94,64 @@ def test_the_loss_curve_does_not_depend_on_the_number_of_ranks(runs: dict[int, P
     )
     for own, other in zip(measured, single, strict=True):
         assert own == pytest.approx(other, abs=1e-3)
+
+
+def test_a_table_that_no_rank_trains(event_log: EventLog, tmp_path: Path) -> None:
+    changes = {"model__item_start": ItemStart.user_factors, "optim__table_rate": 0.0, "optim__epochs": 2}
+    config = config_of(event_log, tmp_path / "two", **changes)
+    done = start(config, 2)
+    assert done.returncode == 0 and len(set(re.findall(WEIGHTS, done.stdout))) == 1, done.stderr
+    train(replace(config, run_dir=str(tmp_path / "one")), event_log, metrics_every=1)
+    np.testing.assert_allclose(curve(tmp_path / "two"), curve(tmp_path / "one"), rtol=1e-4)
+
+
+def test_downstream_training(served_tasks: Served, tmp_path: Path) -> None:
+    refresh(served_tasks.model, served_tasks.log, tmp_path / "store", until=past_of(served_tasks))
+    changes = {"model__dropout": 0.0, "precision": Precision.float32, "optim__epochs": 2}
+    config = downstream_config(served_tasks, tmp_path / "store", tmp_path / "two", **changes)
+    done = start(config, 2)
+    assert done.returncode == 0 and len(set(re.findall(WEIGHTS, done.stdout))) == 1, done.stderr
+    train(replace(config, run_dir=str(tmp_path / "one")), served_tasks.log, metrics_every=1)
+    np.testing.assert_allclose(curve(tmp_path / "two"), curve(tmp_path / "one"), rtol=1e-4)
+
+
+class TwoEqualRanks(Ranks):
+    """This rank, and another one that has the same tensors."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+
+    def _gathered(self, tensor: Tensor) -> list[Tensor]:
+        return [tensor, tensor.clone()]
+
+
+def test_sums_of_sparse_gradients_have_the_rows_of_a_single_process() -> None:
+    """Sparse Adam counts a step for a gradient without rows, but not for None."""
+    table = torch.zeros(5, 2)
+
+    def gradient(*rows: int) -> Tensor:
+        index = torch.tensor([rows], dtype=torch.int64)
+        return torch.sparse_coo_tensor(index, torch.ones(len(rows), 2), table.shape, check_invariants=True).coalesce()
+
+    ranks = TwoEqualRanks()
+    full, empty, none = ranks.sum_sparse([gradient(1, 3), gradient(), None], [table] * 3)
+    assert full is not None and full.indices().tolist() == [[1, 3]] and full.values().tolist() == [[2.0, 2.0]] * 2
+    assert empty is not None and empty.is_coalesced() and empty.shape == table.shape and len(empty.values()) == 0
+    assert none is None and ranks.sum_sparse([], []) == []
+
+
+def test_only_errors_of_others_are_reported_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(error: Exception) -> None:
+        def all_reduce(tensor: Tensor) -> None:
+            raise error
+
+        monkeypatch.setattr("vista.ranks.dist.all_reduce", all_reduce)
+        TwoEqualRanks().sum(torch.zeros(1))
+
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+        fail(torch.OutOfMemoryError("Tried to allocate 2 GiB"))
+    with pytest.raises(RankError, match=r"another rank has ended .*\(Connection closed by peer\)"):
+        fail(RuntimeError("Connection closed by peer"))
 
 
 def test_a_killed_rank_ends_the_job_and_the_run_resumes(
