@@ -93,7 +93,7 @@ def starting_offsets(
         shown = "; ".join(named[:_NAMED]) + (f"; and {len(named) - _NAMED} more" if len(named) > _NAMED else "")
         _refuse(
             f"up to {total:,} messages were deleted on the server before they were read (offsets of {shown}; "
-            "ends of transactions count too); add these events with `vista prepare append=true` if another copy exists, "
+            "ends of transactions count too); add these events with `vista prepare append=true` if another copy exists "
             f"and {_RESET} to continue after them. Then raise the topic's retention, or run the watch more often",
             reset,
         )
