@@ -21,6 +21,7 @@ from vista.errors import (
     UserKeyError,
 )
 from vista.store import NO_TIMESTAMP, StoreReader, StoreWriter
+from vista.store.admin.copying import copy_generation
 from vista.store.erasure import erase
 from vista.store.manifest import Manifest
 from vista.store.reader import published_manifest
@@ -145,6 +146,22 @@ def test_an_unfinished_generation_is_resumed_and_another_run_starts_over(server,
     assert manifest.count == TOTAL and len(key_names(server)) == TOTAL + 8
     with pytest.raises(ValueError, match="put_batch"), build.open_writer(url, run_digest="log-3") as writer:
         writer.put_batch([b"ui"], [], 1)
+
+
+def test_a_damaged_unfinished_generation_starts_over(server, build, tmp_path, caplog):
+    """As one of another format version does after an upgrade."""
+    url = server.url()
+    build.write_store(url)
+    build.write_store(tmp_path, 2)
+    for write in (
+        lambda: build.write_store(url, 1, run_digest="log-2").count,
+        lambda: copy_generation(tmp_path, url).num_records,
+    ):
+        with build.open_writer(url, run_digest="log-2") as writer:
+            build.put_users(writer, range(16))
+            server.command("SET", f"{{mine}}:gen-{writer.generation}:!manifest", "x")
+        assert write() == TOTAL
+    assert "the manifest is corrupt" in caplog.text and not store_at(url).numbers()[2:]
 
 
 def test_a_store_of_another_summarizer_is_refused_and_an_older_one_found(server, build):

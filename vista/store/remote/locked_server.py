@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Collection
 
-from vista.errors import ConfigError, StoreBusyError, StoreError
+from vista.errors import ConfigError, StoreBusyError, StoreError, StoreUnavailableError
 from vista.store.format.record_spec import RecordSpec
 from vista.store.manifest import Manifest
 from vista.store.remote.generation_on_server import GenerationOnServer
@@ -66,12 +66,13 @@ class LockedServer:
             raise ConfigError(f"{self.path}: a store on a server keeps no states; leave them out with state=none")
         self._published = self.store.published_or_none() or 0
         for number in reversed([number for number in self.store.numbers() if number > self._published]):
-            generation = GenerationOnServer(self.store, number, self._lock)
-            if generation.manifest.identity() == wanted.identity():
+            generation = self._readable(number)
+            if generation is not None and generation.manifest.identity() == wanted.identity():
                 self._generation = generation
                 return generation
             logger.warning(
-                "%s: the unfinished gen-%d belongs to another run; it is removed, and a new one starts",
+                "%s: gen-%d, which was never published, belongs to another run or is damaged; it is removed, and a new "
+                "one starts",
                 self.path, number,
             )  # fmt: skip
             self.remove(number)
@@ -85,9 +86,10 @@ class LockedServer:
     def number_for(self, manifest: Manifest) -> int:
         """Number for a copy: that of an unfinished generation with this identity, or one that was never complete."""
         for number in reversed(self._unfinished()):
-            if self.open(number).manifest.identity() == manifest.identity():
+            generation = self._readable(number)
+            if generation is not None and generation.manifest.identity() == manifest.identity():
                 return number
-        self.remove_unfinished(0)
+        self.remove_unfinished(except_for=0)
         return self.store.next_number(manifest.generation)
 
     def remove_unfinished(self, except_for: int) -> None:
@@ -97,7 +99,18 @@ class LockedServer:
                 self.remove(number)
 
     def _unfinished(self) -> list[int]:
-        return [number for number in self.store.numbers() if not self.open(number).complete]
+        names, exists = self.store.names, self.store.server.command
+        return [number for number in self.store.numbers() if not exists("EXISTS", names.generation(number).complete)]
+
+    def _readable(self, number: int) -> GenerationOnServer | None:
+        """A generation, open for writing; None if its manifest is damaged, or of another format version."""
+        try:
+            return self.open(number)
+        except StoreUnavailableError:
+            raise
+        except StoreError as error:
+            logger.warning("%s", error)
+            return None
 
     def published(self) -> GenerationOnServer:
         """Open the published generation, to write it in place."""
