@@ -72,6 +72,7 @@ def test_a_request_is_one_command_and_large_batches_are_bounded(server, build, m
         stats = server.command("INFO", "commandstats")
         assert {name for name in stats if "|" not in name} == {"cmdstat_mget"} and stats["cmdstat_mget"]["calls"] == 1
         monkeypatch.setattr(store._current().records, "batch_size", 16)
+        monkeypatch.setattr(store._current().records, "part_size", 5)
         users = np.random.default_rng(0).integers(-5, TOTAL + 5, 100)
         batch = store.get_many(users)
         assert batch.found.tolist() == [0 <= user < TOTAL for user in users.tolist()]

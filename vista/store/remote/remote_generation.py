@@ -27,17 +27,26 @@ class RemoteGeneration:
     """Number, manifest and stamp of the published generation."""
 
     def read(self, keys: list[bytes]) -> list[tuple[Int, RawRecords]]:
-        """Positions of the keys that have a record, and the records, in a part per round trip."""
+        """Positions of the keys that have a record, and the records, a round trip per batch."""
         size = self.records.batch_size
-        return [self._read_part(keys[first : first + size], first) for first in range(0, max(len(keys), 1), size)]
+        batches = [self._read_batch(keys[first : first + size], first) for first in range(0, max(len(keys), 1), size)]
+        return [part for batch in batches for part in batch]
 
-    def _read_part(self, keys: list[bytes], first: int) -> tuple[Int, RawRecords]:
+    def _read_batch(self, keys: list[bytes], first: int) -> list[tuple[Int, RawRecords]]:
+        """Parts of a batch that one command reads; it has position `first` in the request."""
         try:
-            return present_records(self.records.get(keys), keys, first, self.spec)
+            return self._parts(self.records.get(keys), keys, first)
         except RecordError:
             if not self.records.forget_cached(keys):
                 raise
-            return present_records(self.records.get_from_server(keys), keys, first, self.spec)
+            return self._parts(self.records.get_from_server(keys), keys, first)
+
+    def _parts(self, values: list[bytes | None], keys: list[bytes], first: int) -> list[tuple[Int, RawRecords]]:
+        size = self.records.part_size
+        return [
+            present_records(values[start : start + size], keys[start : start + size], first + start, self.spec)
+            for start in range(0, max(len(keys), 1), size)
+        ]
 
     def key_batches(self) -> Iterator[list[bytes]]:
         """Keys of all users in ascending order."""

@@ -17,6 +17,8 @@ BATCH_BYTES = 1 << 23
 """About how many bytes one command reads or writes."""
 _BATCH_RECORDS = 1024
 _EVENT_BYTES = 13
+_PART_BYTES = 1 << 20
+"""Fits the processor's cache, so that the copy of large records costs little after their arrival."""
 
 
 class RemoteRecords:
@@ -47,6 +49,8 @@ class RemoteRecords:
         size = HEADER_BYTES + spec.rows_bytes + spec.user_bytes + _EVENT_BYTES * manifest.tail_len
         self.batch_size = min(max(BATCH_BYTES // size, 1), _BATCH_RECORDS)
         """Most records per read."""
+        self.part_size = max(_PART_BYTES // size, 1)
+        """Records that are checked and copied at once."""
 
     def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """Values of at most `batch_size` keys, unchecked; None for a user without a record.
