@@ -281,7 +281,11 @@ def test_validation_scores_as_a_store_does(
     until = split_until(config.data, "validation")
     refresh(model, log, tmp_path / "store", until=until, options=RefreshOptions(codec=Codec.float32))
     with Scorer.open(model, tmp_path / "store") as scorer:
-        stored, raw = ScorerAnswers(scorer, log, requests_per_batch=50), validation._answers(model)
+        stored, raw = (
+            ScorerAnswers(scorer, log, requests_per_batch=50),
+            validation._answers(model, np.arange(log.num_users)),
+        )
+        assert raw is not None
         assert validation._ranked is not None
         scores = stored.catalog_scores(validation._ranked)
         np.testing.assert_allclose(raw.catalog_scores(validation._ranked), scores, atol=1e-3, rtol=1e-4)
