@@ -35,8 +35,10 @@ from vista.errors import (
 )
 from vista.log.event_log import EventLog
 from vista.refresh import RefreshOptions, refresh
+from vista.refresh.batch_encoder import BatchEncoder
 from vista.refresh.refresh_actor import ActorJob, ActorResult, RefreshActor, log_digest
 from vista.refresh.refresh_engine import RefreshEngine
+from vista.refresh.stage_clock import StageClock
 from vista.store import StoreReader
 from vista.store.format.record_spec import RecordSpec
 from vista.store.layout import environment_path, state_path
@@ -233,6 +235,13 @@ def test_an_actor_refuses_another_log_or_model(
 def test_more_actors_than_the_cluster_has_room_for(running_ray: None, made: SimpleNamespace, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"ray\.num_actors=9: Ray at local has room for 2 actors of 1 CPU"):
         refresh(made.model, made.log, tmp_path / "store", engine=engine(made, num_actors=9))
+
+
+def test_ray_is_not_started_for_nothing(made: SimpleNamespace) -> None:
+    encoder = BatchEncoder.of(made.model, made.log, Precision.float32, 64)
+    spec = RecordSpec(made.model.summarizer_id(), 1, 3, 16, Codec.int8)
+    one = engine(made, address="127.0.0.1:1")
+    assert list(one.encode(encoder, [], spec, None, StageClock())) == []
 
 
 def test_bad_configurations_are_refused() -> None:

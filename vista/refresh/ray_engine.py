@@ -11,6 +11,7 @@ from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,11 @@ class RayEngine:
             spec=spec,
             state_spec=state_spec,
         )
-        with self._instance(), self._actors(job) as actors:
-            yield from _in_order(actors, encoder.log, batches, clock)
+        remaining = iter(batches)
+        first = next(remaining, None)
+        if first is not None:  # A run that was killed before it published has none left.
+            with self._instance(), self._actors(job) as actors:
+                yield from _in_order(actors, encoder.log, chain([first], remaining), clock)
 
     @contextmanager
     def _instance(self) -> Iterator[None]:
