@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from vista.config.checks import check_types, require
+from vista.config.max_values import MAX_VALUES, check_max_values
 
 
 @dataclass(kw_only=True, slots=True)
@@ -23,15 +24,19 @@ class FeatureTableConfig:
     paths: list[str] = field(default_factory=list)
     """Parquet, CSV, or TSV files, or folders of them. Together they are one table."""
     categories: list[str] | None = None
-    """Columns of categories: text, integers, or booleans, each with at most 1,000,000 values. Of items, also lists of
-    these."""
+    """Columns of categories: text, integers, or booleans, each with at most `max_values` values. Of items, also lists
+    of these."""
     numbers: list[str] | None = None
     """Columns of numbers, such as a price. A number may be missing, but must not be infinite."""
+    max_values: int = MAX_VALUES
+    """Distinct values that a category of this table may have. Raise it for categories that the model hashes
+    (`model.hashed_features`). `vista prepare` holds all values of one category in memory."""
     separator: str = ","
     """Character that separates the columns of text files, such as ';' or tab."""
 
     def __post_init__(self) -> None:
         check_types(self)
+        check_max_values(self.max_values, f"{self.table}.max_values")
         named = [self.id_column, *(column for columns in self.named.values() for column in columns or ())]
         twice = sorted({name for name in named if named.count(name) > 1})
         require(not twice, self.table, f"names the column {', '.join(map(repr, twice))} twice; name each column once")

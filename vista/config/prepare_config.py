@@ -8,6 +8,7 @@ from vista.config.checks import check_types, require
 from vista.config.choices import IdType, OnBadRows
 from vista.config.event_filter_config import EventFilterConfig
 from vista.config.item_table_config import ItemTableConfig
+from vista.config.max_values import MAX_VALUES, check_max_values
 from vista.config.source_columns import SourceColumns
 from vista.config.user_table_config import UserTableConfig
 
@@ -35,13 +36,17 @@ class SourceConfig(SourceColumns):
     """Type of item ids: int or str. auto uses the column's type, or in text files the first value."""
     categories: list[str] = field(default_factory=list)
     """Columns of features with one value per row, such as a device or a domain: text, integers, or booleans, each with
-    at most 1,000,000 values. A value may be missing. Only feature columns named here or in numbers are read."""
+    at most `max_values` values. A value may be missing. Only feature columns named here or in numbers are read."""
     numbers: list[str] = field(default_factory=list)
     """Columns of features that are numbers, such as a dwell time or the price paid. A number may be missing, but must
     not be infinite."""
+    max_values: int = MAX_VALUES
+    """Distinct values that a category of this table may have. Raise it for categories that the model hashes
+    (`model.hashed_features`). `vista prepare` holds all values of one category in memory."""
 
     def __post_init__(self) -> None:
         SourceColumns.__post_init__(self)
+        check_max_values(self.max_values, "max_values")
         features = [*self.categories, *self.numbers]
         single = [self.user, self.item, self.timestamp, self.action, self.rating, self.sequence]
         others = [*single, *self.labels, *self.probabilities]

@@ -15,7 +15,6 @@ from tests.log.log_oracle import contents
 from vista.config import ItemTableConfig
 from vista.errors import ConfigError, DataError
 from vista.log.event_log import EventLog
-from vista.log.ingest import new_features
 
 INF, NAN = float("inf"), float("nan")
 
@@ -164,15 +163,20 @@ def test_files_must_fit_each_other(tmp_path: Path) -> None:
             add_items(tmp_path, tmp_path / "a.parquet", tmp_path / f"{other}.parquet")
 
 
-def test_a_category_has_a_limited_number_of_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_category_has_a_limited_number_of_values(tmp_path: Path) -> None:
     """If there are far too many, their number is estimated, so that they need no memory."""
-    monkeypatch.setattr(new_features, "MAX_VALUES", 2)
-    message = r"column 'brand' has {}3 distinct values, but a category may have at most 2; leave it out, or merge rare"
+    message = (
+        r"column 'brand' the log would have {}3 distinct values, but a category may have at most 2; .*, raise items"
+    )
     with pytest.raises(DataError, match=message.format("about ")):
-        add_items(tmp_path, table_of(tmp_path, item=[10, 20, 30], brand=["a", "b", "c"]))
-    add_items(tmp_path, table_of(tmp_path, item=[10, 20, 99], brand=["a", "b", "c"]))  # 99 is not in the log
+        add_items(tmp_path, table_of(tmp_path, item=[10, 20, 30], brand=["a", "b", "c"]), max_values=2)
+    table = table_of(tmp_path, item=[10, 20, 99], brand=["a", "b", "c"])
+    add_items(tmp_path, table, max_values=2)  # 99 is not in the log
     with pytest.raises(DataError, match=message.format("")):
-        add_items(tmp_path, table_of(tmp_path, item=[30], brand=["d"]), append=True)
+        add_items(tmp_path, table_of(tmp_path, item=[30], brand=["d"]), append=True, max_values=2)
+    add_items(tmp_path, table_of(tmp_path, item=[30], brand=["d"]), append=True, max_values=3)
+    with pytest.raises(ConfigError, match=r"items\.max_values: must lie in 1 … 2,147,483,646"):
+        add_items(tmp_path, table, max_values=0)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from vista.errors import ConfigError, DataError, LogFormatError
 from vista.log.compaction import compact_log
 from vista.log.deletions import erase_users
 from vista.log.event_log import EventLog
-from vista.log.ingest import category_encoder, part_codes
+from vista.log.ingest import category_encoder
 from vista.log.ingest.prepare import prepare
 from vista.log.ingest.prepare_report import PrepareReport
 
@@ -28,7 +28,9 @@ NAN, INF = float("nan"), float("inf")
 
 def add(folder: Path, form: str = "parquet", *, append: bool = False, **columns: Any) -> PrepareReport:
     """Prepare three events with these columns; `categories` and `numbers` name the features."""
-    settings = {name: columns.pop(name) for name in ("categories", "numbers", "on_bad_rows") if name in columns}
+    settings = {
+        name: columns.pop(name) for name in ("categories", "numbers", "on_bad_rows", "max_values") if name in columns
+    }
     file = folder / f"events-{append}.{form}"
     frame = pl.DataFrame(KEYS | columns)
     frame.write_csv(file) if form == "csv" else frame.write_parquet(file)
@@ -288,27 +290,27 @@ def test_too_many_values_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_values: int, count: str
 ) -> None:
     """If there are far too many, their number is estimated, so that they need no memory."""
-    for module in (category_encoder, part_codes):
-        monkeypatch.setattr(module, "MAX_VALUES", 900)
     monkeypatch.setattr(category_encoder, "_FIRST_ROWS", 500)
     keys = {"user": [1] * num_values, "item": [7] * num_values, "timestamp": np.arange(num_values)}
     frame = keys | {"url": [f"page {n}" for n in range(num_values)], "few": [f"{n % 300}" for n in range(num_values)]}
+    pl.DataFrame(frame).write_parquet(tmp_path / "events.parquet")
     message = (
-        rf"<events frame>: with column 'url' the log would have {count} distinct values, but a category may have at "
-        r"most 900; leave it out of events\.categories, or merge rare values"
+        rf"events\.parquet: with column 'url' the log would have {count} distinct values, but a category may have at "
+        r"most 900; leave it out, merge rare values, or, for a category that .*, raise events\.max_values"
     )
     with pytest.raises(DataError, match=message):
-        EventLog.from_frame(frame, tmp_path / "log", time_unit="s", categories=["few", "url"])
+        run(tmp_path / "log", [tmp_path / "events.parquet"], categories=["few", "url"], max_values=900)
     assert not (tmp_path / "log").exists()
 
 
-def test_values_of_all_segments_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(part_codes, "MAX_VALUES", 4)
+def test_values_of_all_segments_count(tmp_path: Path) -> None:
     add(tmp_path, x=["a", "b", "c"], categories=["x"])
     before = contents(tmp_path / "log")
     with pytest.raises(DataError, match="with column 'x' the log would have 5 distinct values"):
-        add(tmp_path, append=True, x=["c", "d", "e"], categories=["x"])
+        add(tmp_path, append=True, x=["c", "d", "e"], categories=["x"], max_values=4)
     assert contents(tmp_path / "log") == before
+    add(tmp_path, append=True, x=["c", "d", "e"], categories=["x"], max_values=5)
+    assert {values["x"] for values in features_of(tmp_path)} == set("abcde")
 
 
 @pytest.mark.parametrize(

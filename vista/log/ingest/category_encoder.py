@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vista.errors import DataError
+from vista.log.ingest.sources import Source
 from vista.log.polars_extra import pl
 
-MAX_VALUES = 1_000_000
-"""Distinct values that a category may have."""
 VALUE = "value"
 """Column of a file of values, whose rows are the codes of a part."""
 _FIRST_ROWS, _MORE_ROWS = 100_000, 2_000_000
@@ -45,27 +44,29 @@ class CategoryEncoder:
         return files
 
 
-def refuse_many_values(rows: pl.LazyFrame, columns: Sequence[str], path: str, table: str) -> None:
+def refuse_many_values(rows: pl.LazyFrame, columns: Sequence[str], source: Source, table: str) -> None:
     """Refuse a category with far too many values in the first rows, before all values are held in memory.
 
     Args:
         rows: with the text of categories.
-        path, table: for the error.
+        source: of the rows.
+        table: for the error.
 
     Raises:
         DataError: naming the column.
     """
-    for num_rows, limit in ((_FIRST_ROWS, _FIRST_ROWS // 2), (_MORE_ROWS, MAX_VALUES * MARGIN)):
+    for num_rows, limit in ((_FIRST_ROWS, _FIRST_ROWS // 2), (_MORE_ROWS, source.max_values * MARGIN)):
         if columns:
             counts = rows.head(num_rows).select(pl.col(columns).approx_n_unique()).collect(engine="streaming")
             columns = [column for column, count in counts.row(0, named=True).items() if count > limit]
     for column in columns:
-        raise too_many_values(path, table, column.partition(":")[2], f"about {counts[column][0]:,} or more")
+        raise too_many_values(source, table, column.partition(":")[2], f"about {counts[column][0]:,} or more")
 
 
-def too_many_values(path: str, table: str, name: str, count: str) -> DataError:
+def too_many_values(source: Source, table: str, name: str, count: str) -> DataError:
     """The error for a category with this number of values."""
     return DataError(
-        f"{path}: with column {name!r} the log would have {count} distinct values, but a category may have at most "
-        f"{MAX_VALUES:,}; leave it out of {table}.categories, or merge rare values"
+        f"{source.path}: with column {name!r} the log would have {count} distinct values, but a category may have at "
+        f"most {source.max_values:,}; leave it out, merge rare values, or, for a category that the model hashes "
+        f"(model.hashed_features), raise {table}.max_values"
     )

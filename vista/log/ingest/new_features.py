@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from vista.arrays import Float32s, Int, offsets_of
 from vista.errors import DataError, shown
 from vista.log.feature_owner import FeatureOwner
-from vista.log.ingest.category_encoder import MARGIN, MAX_VALUES
+from vista.log.ingest.category_encoder import MARGIN, too_many_values
 from vista.log.ingest.parts import ORDER, Part
 from vista.log.item_features import CategoryColumn, NumberColumn, feature_line
 from vista.log.merged_features import declared_columns, form_of, rows_with_features
@@ -88,7 +88,7 @@ def write_features(
     new = NewFeatures(features.columns)
     for column, kind, name in columns:
         if kind == "category":
-            category, size = table.category(column, name, earlier.get(name, ()))
+            category, size = table.category(column, name, earlier.get(name, ()), owner.table)
             features.add(name, category)
             num_known, is_constant = int(category.is_known.sum()), len(np.unique(category.codes)) < 2
         elif kind == "number":
@@ -180,20 +180,26 @@ class _Table:
         rows = pl.concat([part.good().select(ORDER, pl.col(column).alias("value")) for part in self.parts])
         return rows.drop_nulls("value").join(self.places.lazy(), on=ORDER, how="inner").select(_PLACE, "value")
 
-    def category(self, column: str, name: str, earlier: Sequence[SegmentColumn]) -> tuple[CategoryColumn, int]:
-        """A column with the values that it adds to those of the log, and the number of all of them."""
+    def category(
+        self, column: str, name: str, earlier: Sequence[SegmentColumn], table: str
+    ) -> tuple[CategoryColumn, int]:
+        """A column with the values that it adds to those of the log, and the number of all of them.
+
+        Args:
+            table: items | users, for the error.
+        """
         rows = self._rows(column).explode("value").filter(pl.col("value").fill_null("") != "")
-        path = self.parts[0].source.path
+        source = self.parts[0].source
         about = rows.select(pl.col("value").approx_n_unique()).collect(engine="streaming").item()
-        if about > MAX_VALUES * MARGIN:  # before all values are held in memory
-            raise _too_many_values(path, name, f"about {about:,}")
+        if about > source.max_values * MARGIN:  # before all values are held in memory
+            raise too_many_values(source, table, name, f"about {about:,}")
         entries = rows.unique().collect(engine="streaming")
         texts = entries["value"].unique()
         known = [part.column.values for part in earlier if isinstance(part.column, CategoryColumn)]
         old = Vocabulary.concatenated(known) if known else Vocabulary.empty("str")
-        values = old if len(texts) > MAX_VALUES else old.extended(texts.to_list())
-        if max(len(texts), len(values)) > MAX_VALUES:
-            raise _too_many_values(path, name, f"{max(len(texts), len(values)):,}")
+        values = old if len(texts) > source.max_values else old.extended(texts.to_list())
+        if max(len(texts), len(values)) > source.max_values:
+            raise too_many_values(source, table, name, f"{max(len(texts), len(values)):,}")
         codes = pl.DataFrame({"value": texts, "code": values.rows(texts.to_list()).astype(np.int32)})
         entries = entries.join(codes, on="value").select(_PLACE, "code").sort(_PLACE, "code")
         counts = np.bincount(entries[_PLACE].to_numpy(), minlength=self.num_rows)
@@ -240,13 +246,6 @@ class _Table:
             numbers = batch["value"].explode().to_numpy().reshape(-1, dim)
             vectors[batch[_PLACE].to_numpy()] = numbers
         return vectors
-
-
-def _too_many_values(path: str, name: str, count: str) -> DataError:
-    return DataError(
-        f"{path}: column {name!r} has {count} distinct values, but a category may have at most {MAX_VALUES:,}; leave "
-        "it out, or merge rare values"
-    )
 
 
 def _rows_of_block(dim: int) -> int:

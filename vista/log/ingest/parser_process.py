@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
@@ -49,6 +50,7 @@ class ParserProcess:
             source = scan_features(Path(path), CONFIGS[table](**config), kind)
         else:
             source = scan_source(Path(path), SourceConfig(**config), table, max_bytes)
+        source = replace(source, max_values=config["max_values"])
         self._sources[table, path] = source, version
         return source.described()
 

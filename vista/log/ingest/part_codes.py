@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.log.ingest.category_encoder import MAX_VALUES, VALUE, too_many_values
+from vista.log.ingest.category_encoder import VALUE, too_many_values
 from vista.log.ingest.parts import Part
 from vista.log.polars_extra import pl
 from vista.log.segment_row_features import code_type
@@ -47,11 +47,12 @@ class PartCodes:
             used = pl.arange(len(values), eager=True)
             if part.num_bad or part.is_filtered:  # other rows had values too
                 used = part.good().select(pl.col(column).drop_nulls().unique()).collect(engine="streaming").to_series()
-            if len(used) <= MAX_VALUES:
+            limit = part.source.max_values
+            if len(used) <= limit:
                 texts = values.gather(used).fill_null("").to_list()
                 known = known.extended([text for text in texts if text])
-            if max(len(used), len(known)) > MAX_VALUES:
-                raise too_many_values(part.source.path, table, name, f"{max(len(used), len(known)):,}")
+            if max(len(used), len(known)) > limit:
+                raise too_many_values(part.source, table, name, f"{max(len(used), len(known)):,}")
             rows = np.full(len(values), -1, np.int32)
             rows[used.to_numpy()] = known.rows(texts)  # -1 for "", which is missing
             rows_of_parts.append(rows)

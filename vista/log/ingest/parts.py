@@ -80,7 +80,7 @@ def read_part(
     categories = [name for name in source.columns if table not in OWNERS and name.startswith("category:")]
     encoder = CategoryEncoder(categories)
     try:
-        refuse_many_values(frame, categories, source.path, table)
+        refuse_many_values(frame, categories, source, table)
         encoder.encoded(frame).with_columns(order).drop(ROW).sink_ipc(file, maintain_order=False)
         # The problem codes that occur, without reading the rows: two bytes per row.
         values = encoder.save_values(file.with_suffix(""))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -34,7 +34,7 @@ def frame_source(frame: pl.DataFrame, config: SourceConfig, table: str) -> Scann
     """A frame from `to_polars` as a source. Its digest covers the columns that are used."""
     columns = needed_columns(config)
     used = frame.select(pl.col(own).alias(canonical) for canonical, own in columns.items())
-    return source_of_frame(used, columns, table, config.time_unit)
+    return replace(source_of_frame(used, columns, table, config.time_unit), max_values=config.max_values)
 
 
 def file_source(file: Path, scan: FileScan) -> ScannedSource:

@@ -16,6 +16,7 @@ from typing import Any
 
 from vista.config import FeatureTableConfig, ItemTableConfig, SourceConfig, UserTableConfig
 from vista.config.choices import IdType
+from vista.config.max_values import MAX_VALUES
 from vista.errors import ConfigError, DataError
 from vista.files import checked_path
 from vista.log.ingest.public.file_form import FileForm, first_form
@@ -34,7 +35,8 @@ class Source:
     """A source file or frame, ready to be read.
 
     path: name in errors; name: name in the manifest; digest: hex SHA-256; size: bytes; columns: canonical column names
-    to those of the source; is_text: whether values are text to parse; time_unit: unit of numeric and text timestamps.
+    to those of the source; is_text: whether values are text to parse; time_unit: unit of numeric and text timestamps;
+    max_values: distinct values that a category may have.
     """
 
     path: str
@@ -44,6 +46,7 @@ class Source:
     columns: dict[str, str]
     is_text: bool
     time_unit: str | None
+    max_values: int = MAX_VALUES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
