@@ -11,7 +11,7 @@ import hashlib
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from vista.config import DataConfig, ModelConfig, OptimConfig
 from vista.config.checks import planned
-from vista.config.choices import Activation, Architecture, Mixing, Precision, ReconstructionTarget
+from vista.config.choices import Architecture, Mixing, Precision, ReconstructionTarget
 from vista.config.conversion import to_dict
 from vista.examples.batch import Batch, BatchEvents
 from vista.log.gaps import UNKNOWN_GAP
@@ -56,8 +56,12 @@ STAGE1_KEYS = (
     "use_action",
     "use_rating",
     "use_time",
+    "activation",
+    "embedding_rows",
 )
 """Fields of ModelConfig that a summary depends on."""
+SCHEMA_KEYS = ("actions", "has_time", "rating_range", "item_features", "event_features")
+"""Fields of Schema that a summary depends on."""
 MEAN_SCALE = 0.1
 """Initial scale of the mean token in a request token. Vectors of items have a root mean square of 0.05 if they start
 from factors, and of 0.02 if they start at random."""
@@ -346,26 +350,13 @@ class VistaModel(RankingModel):
         Items that were added later (`vista.model.added_items`) do not count.
         """
         count = self.num_trained_items
-        facts = {key: to_dict(self.config)[key] for key in STAGE1_KEYS} | {"schema": asdict(self.schema)}
-        for key in ("tasks", "has_retrieval", "request_features", "user_features", "num_tail_features"):
-            facts["schema"].pop(key)
-        for key in ("item_features", "event_features"):
-            if not getattr(self.schema, key):
-                facts["schema"].pop(key)
-            for column in facts["schema"].get(key, ()):
-                if not column["hashed"]:
-                    column.pop("hashed")
-        # These count only where they differ from the default, so that the ids of other models stay the same.
-        if self.config.activation is not Activation.silu:
-            facts["activation"] = self.config.activation.value
-        if self.config.summary_lag:
-            facts["summary_lag"] = self.config.summary_lag
-        if self.config.num_state_rows:
-            facts["num_state_rows"] = self.config.num_state_rows
-        if self.counter_spec is not None:
-            facts["counters"] = self.counter_spec.to_dict()
+        config, schema = to_dict(self.config), asdict(self.schema)
+        facts: dict[str, Any] = {key: config[key] for key in STAGE1_KEYS} | {key: schema[key] for key in SCHEMA_KEYS}
+        facts["summary_lag"] = self.config.summary_lag
+        facts["num_state_rows"] = self.config.num_state_rows
+        facts["counters"] = None if self.counter_spec is None else self.counter_spec.to_dict()
         if self.config.embedding_rows:
-            facts |= {key: to_dict(self.config)[key] for key in ("embedding_rows", "embedding_hashes")}
+            facts["embedding_hashes"] = self.config.embedding_hashes
         parts: list[bytes | memoryview] = [
             json.dumps(facts, sort_keys=True).encode() + self.items.part(0, count).digest().encode()
         ]

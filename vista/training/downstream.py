@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 COUNTER_KEYS = ("counters", "counter_keys", "counter_days", "counter_events")
 KEPT_KEYS = (
     *(*STAGE1_KEYS, *COUNTER_KEYS),
-    *("activation", "tail_in_summary", "mean_token", "embedding_rows", "embedding_hashes"),
+    *("embedding_hashes", "tail_in_summary", "mean_token"),
     *("num_reconstruction_layers", "reconstruction_target", "tail_features"),
 )
 """Fields of ModelConfig that must be the base's."""
