@@ -57,8 +57,9 @@ def refresh(
         options: what is stored and how the work is batched. States are kept only where incremental refreshes can use
             them: not with bidirectional mixing, a history limit, K = 0 or `until`, and not on a server.
         shard: write only the users of this shard, into the folder `<store>/part-i-of-n`.
-        engine: what encodes the batches: by default this process; `vista.refresh.ray_engine.RayEngine` uses others. It
-            does not change a byte of the store, and a run can resume with another one.
+        engine: what encodes the batches: by default this process; `vista.refresh.ray_engine.RayEngine` uses others. A
+            run can resume with another one. The bytes of the store are the same if both compute with the same number
+            of threads on the same kind of processor.
         key: 32 bytes, to authenticate the records with.
         created_at: start of the run in ms, which records state; by default now. A resumed run keeps its own.
 
