@@ -130,6 +130,13 @@ def test_the_store_is_that_of_the_local_refresh(running_ray: None, made: SimpleN
     assert report.shares["wait"] > 0 and report.shares["summarize"] == 0
 
 
+class SleepingActor:
+    """Work of others."""
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
 class Kills:
     """Kills the actors of some of the results, as soon as the caller has them."""
 
@@ -193,6 +200,56 @@ def test_many_kills_lose_nothing(
     refresh(made.model, made.log, tmp_path / "local", options=options, created_at=NOW)
     assert kills.killed >= 10
     assert contents(tmp_path / "store") == contents(tmp_path / "local")
+
+
+def test_a_batch_that_ray_loses_is_not_a_death(made: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    def get(reference: Any) -> None:
+        raise ray.exceptions.ObjectLostError("ab" * 28, None, "")
+
+    monkeypatch.setattr(ray, "get", get)
+    with pytest.raises(
+        WorkerDiedError, match="Ray did not return the batch from user 3 to user 5; check its nodes"
+    ) as e:
+        ray_engine._get(ray_engine._Task(None, 0, np.array([3, 4, 5])), made.log)
+    assert "died" not in str(e.value)
+
+
+def test_a_refresh_that_waits_for_other_work_says_so(
+    running_ray: None,
+    made: SimpleNamespace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    other = ray.remote(SleepingActor).options(num_cpus=2).remote()
+    ray.get(other.sleep.remote(0))
+    other.sleep.remote(4)
+    other.__ray_terminate__.remote()
+    monkeypatch.setattr(ray_engine, "PATIENCE_S", 0.5)
+    refresh(made.model, made.log, tmp_path / "store", engine=engine(made), options=OPTIONS, key=KEY, created_at=NOW)
+    assert contents(tmp_path / "store") == contents(made.local)
+    assert "ray: no batch has returned for 0.5 s; 4 pending, the first from user 0 to user" in caplog.text
+    assert "0 actor(s) have returned batches so far, and 0 of 2 CPU(s) are free" in caplog.text
+
+
+def test_a_cluster_that_is_gone_does_not_hide_the_error(
+    running_ray: None,
+    made: SimpleNamespace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    kill = ray.kill
+
+    def kill_and_fail(actor: Any) -> None:
+        kill(actor)
+        raise ray.exceptions.RaySystemError("the head is gone")
+
+    monkeypatch.setattr(ray, "kill", kill_and_fail)
+    with pytest.raises(CheckpointError, match="nowhere"):
+        one = RayEngine(tmp_path / "nowhere", RayConfig(num_actors=1))
+        refresh(made.model, made.log, tmp_path / "store", options=OPTIONS, engine=one)
+    assert "an actor could not be ended (System error: the head is gone)" in caplog.text
 
 
 def test_an_error_of_an_actor_keeps_type_and_message(running_ray: None, made: SimpleNamespace, tmp_path: Path) -> None:

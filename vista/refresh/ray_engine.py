@@ -35,6 +35,8 @@ QUEUED = 2
 AHEAD = 4
 """Batches per actor that are encoded or wait for the writer, so that a long history holds up no other batch."""
 CONNECT_S = 10.0
+PATIENCE_S = 60.0
+"""If no batch returns for so long, a warning says what is pending."""
 MAX_RETRIES = 10
 """How often a batch is repeated whose actor dies. More deaths are the fault of the batch, such as too little memory."""
 
@@ -151,7 +153,15 @@ class RayEngine:
             yield actors
         finally:
             for actor in actors:
-                ray.kill(actor)
+                _end(actor)
+
+
+def _end(actor: Any) -> None:
+    """End an actor. A cluster that is gone does not hide the error with which the refresh ended."""
+    try:
+        ray.kill(actor)
+    except (ray.exceptions.RayError, RuntimeError, ValueError, OSError) as error:
+        logger.warning("ray: an actor could not be ended (%s); it ends with Ray", error)
 
 
 def _check_port(address: str) -> None:
@@ -194,7 +204,9 @@ def _in_order(
         if not underway:
             return
         with clock.stage("wait"):
-            finished, _ = ray.wait(list(unfinished), fetch_local=False)
+            finished, _ = ray.wait(list(unfinished), fetch_local=False, timeout=PATIENCE_S)
+        if not finished:
+            _warn_of_pending(log, [task for task in underway if task.result in unfinished], len(processes))
         unfinished.difference_update(finished)
         while underway and underway[0].result not in unfinished:
             task = underway.popleft()
@@ -209,15 +221,42 @@ def _in_order(
             yield result.records
 
 
+def _warn_of_pending(log: EventLog, tasks: Sequence[_Task], num_active: int) -> None:
+    """Warn that no batch has returned for a while.
+
+    Args:
+        tasks: the pending batches, oldest first.
+        num_active: actors that have returned a batch before.
+    """
+    users = log.users.ids(tasks[0].users[[0, -1]]).tolist()
+    free, total = ray.available_resources(), ray.cluster_resources()
+    resources = ", ".join(
+        f"{free.get(name, 0):g} of {total[name]:g} {name}(s)" for name in ("CPU", "GPU") if name in total
+    )
+    logger.warning(
+        "ray: no batch has returned for %g s; %d pending, the first from user %r to user %r; %d actor(s) have returned "
+        "batches so far, and %s are free: if others use them, the actors cannot start",
+        PATIENCE_S, len(tasks), *users, num_active, resources,
+    )  # fmt: skip
+
+
 def _get(task: _Task, log: EventLog) -> ActorResult:
+    exceptions = ray.exceptions
     try:
         result: ActorResult = ray.get(task.result)
         return result
-    except ray.exceptions.RayTaskError:  # an error of the code, with the actor's traceback
+    except exceptions.RayTaskError:  # an error of the code, with the actor's traceback
         raise
-    except ray.exceptions.RayError as error:
+    except exceptions.RayError as error:
         first, last = log.users.ids(task.users[[0, -1]]).tolist()
+        batch = f"the batch from user {first!r} to user {last!r}"
+        deaths = (exceptions.RayActorError, exceptions.WorkerCrashedError, exceptions.OutOfMemoryError)
+        if isinstance(error, deaths):
+            raise WorkerDiedError(
+                f"the actor of {batch} died {MAX_RETRIES + 1} time(s), perhaps for lack of memory; lower "
+                f"tokens_per_batch or ray.num_actors, then run the refresh again to resume: {error}"
+            ) from error
         raise WorkerDiedError(
-            f"the actor of the batch from user {first!r} to user {last!r} died {MAX_RETRIES + 1} time(s), perhaps for "
-            f"lack of memory; lower tokens_per_batch or ray.num_actors, then run the refresh again to resume: {error}"
+            f"Ray did not return {batch}; check its nodes, memory, and disks, then run the refresh again to resume: "
+            f"{error}"
         ) from error
