@@ -19,6 +19,8 @@ from vista.store.remote.server_connection import Command, ServerConnection
 LOCK_S = 15.0
 """The lock of a killed writer expires after this time. A live one renews it three times as often."""
 _POLL_S = 0.1
+_NEVER = -1
+"""Reply to PTTL for a key that does not expire."""
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +41,7 @@ class ServerLock:
 
         Raises:
             StoreLockedError: another writer renews it, so it is alive; the message has its host and process.
+            StoreError: the key does not expire.
         """
         found, expires_ms = None, 0
         while self._server.command("SET", self.name, self._value(), "NX", "PX", _lock_ms()) is None:
@@ -46,6 +49,11 @@ class ServerLock:
             if holder is not None:
                 if found is not None and (holder != found or left_ms > expires_ms):
                     raise StoreLockedError(f"{self._server.url} is being written by {_holder(holder)}; wait for it")
+                if left_ms == _NEVER:
+                    raise StoreError(
+                        f"{self._server.url}: the lock {self.name.decode()} never expires, so no writer of vista made "
+                        "it; remove this key if nothing writes to the store"
+                    )
                 found, expires_ms = holder, left_ms
                 time.sleep(min(_POLL_S, max(left_ms, 1) / 1000))
         self._thread.start()
