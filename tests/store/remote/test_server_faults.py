@@ -19,6 +19,8 @@ from vista.store import StoreReader
 from vista.store.layout import pointer_to
 from vista.store.manifest import Manifest
 from vista.store.reader import published_manifest
+from vista.store.remote.server_connection import ServerConnection
+from vista.store.remote.store_url import StoreUrl
 
 TOTAL = 40
 
@@ -145,6 +147,27 @@ def test_a_writer_whose_connection_is_cut_can_resume(server, proxy, build, repli
     proxy.cuts = []
     assert build.write_store(proxy.url(), 1, batch=8, run_digest="log-2").count == TOTAL
     assert served(server.url()) == 1
+
+
+def test_a_server_that_stalls_within_a_change(proxy):
+    """The client also waits for a reply when it leaves the change."""
+    server = ServerConnection(StoreUrl.parse(proxy.url(options="?timeout_s=0.3")))
+
+    def stall():
+        proxy.silent = True
+        return [("SET", b"a", 1)], None
+
+    with within(5), pytest.raises(StoreUnavailableError, match=r"did not answer within 0\.3 s"):
+        server.change([b"a"], stall)
+    proxy.silent = False
+    assert server.change([b"a"], lambda: ([("SET", b"a", 2)], 5)) == 5 and server.command("GET", b"a") == b"2"
+
+
+def test_a_lock_that_never_expires_is_refused(server, build):
+    build.write_store(server.url())
+    server.command("SET", "{mine}:writer", "somebody")
+    with within(5), pytest.raises(StoreError, match=r"the lock \{mine\}:writer never expires.*remove this key"):
+        build.open_writer(server.url(), run_digest="log-2")
 
 
 def test_a_server_that_is_killed_and_restarted_during_a_refresh(server, build):

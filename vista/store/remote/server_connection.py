@@ -102,7 +102,8 @@ class ServerConnection:
             StoreBusyError: others changed the keys at every attempt.
         """
         for _ in range(_CHANGE_ATTEMPTS):
-            with self._client.pipeline(transaction=True) as pipeline:
+            pipeline = self._client.pipeline(transaction=True)
+            try:
                 with self._typed_errors():
                     pipeline.watch(*watched)
                 commands, result = plan()
@@ -115,6 +116,9 @@ class ServerConnection:
                     except redis.exceptions.WatchError:
                         continue
                 return result
+            finally:
+                with self._typed_errors():
+                    pipeline.reset()  # It waits for a reply too.
         raise StoreBusyError(f"{self.url} is written by others without a pause; try again")
 
     def make_durable(self, name: bytes) -> None:
