@@ -228,14 +228,6 @@ def test_a_user_without_a_record_has_the_empty_historys_summary(
     np.testing.assert_array_equal(summaries[without], np.repeat(empty_summary(served_tasks.model).numpy(), 6, 0))
 
 
-def test_a_password_in_the_stores_url_is_refused(served_tasks: Served, tmp_path: Path) -> None:
-    """Because the run keeps its configuration as text."""
-    config = downstream_config(served_tasks, Path("redis://:secret@host/mine"), tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"leave the password out of the URL.* VISTA_REDIS_PASSWORD"):
-        train(config, served_tasks.log)
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"secret" in path.read_bytes()]
-
-
 class TestLeakage:
     def test_a_store_that_covers_labels_is_refused(self, served_tasks: Served, tmp_path: Path) -> None:
         log = served_tasks.log

@@ -32,7 +32,6 @@ from vista.model.vista_model import STAGE1_KEYS, STAGE1_WEIGHTS, VistaModel
 from vista.refresh import check_log
 from vista.store.format.authentication import read_key
 from vista.store.reader import StoreReader
-from vista.store.remote.store_url import PASSWORD_VARIABLE, StoreUrl
 
 logger = logging.getLogger(__name__)
 COUNTER_KEYS = ("counters", "counter_keys", "counter_days", "counter_events")
@@ -92,11 +91,6 @@ class Downstream:
                 f"base={config.base}: was trained on events until {trained}, which include labels that "
                 f"data.validation_from={config.data.validation_from} hides; train it with this data.validation_from, "
                 "or an earlier one"
-            )
-        if StoreUrl.matches(config.store) and StoreUrl.parse(config.store).password:
-            raise ConfigError(
-                f"store: a run keeps its configuration in {config.run_dir}, so leave the password out of the URL and "
-                f"set the environment variable {PASSWORD_VARIABLE}"
             )
         key = read_key(config.authentication_key_file)
         store = StoreReader.open(config.store, summarizer_id=base.summarizer_id(), key=key)
