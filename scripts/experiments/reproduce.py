@@ -1,12 +1,14 @@
-"""Reproduce a table of docs/results, or some of its rows: train, refresh a store, evaluate through the scorer.
+"""Reproduce a table, or some of its rows: prepare the log, train, refresh a store, evaluate through the scorer.
 
 A baseline has no store; it is evaluated on the raw history up to each label.
 
     python -m scripts.experiments.reproduce ml-1m --list
     python -m scripts.experiments.reproduce ml-1m --data path/to/ml-1m --seeds 1 2 3
+    python -m scripts.experiments.reproduce kuairand --data path/to/KuaiRand-27K/data --rows vista hstu
     python -m scripts.experiments.reproduce simulation --rows vista tail-only --minutes 30
 
-Every model and seed adds lines to docs/results/<table>.jsonl; at the end docs/results/<table>.md is written from it.
+Every model and seed adds lines to docs/results/<table>.jsonl; at the end docs/results/<table>.md is written from it,
+and the metrics of the new lines are printed.
 Lines that exist with the same configuration are not run again, and a stopped run resumes. The exit status is 0 if all
 lines exist, 1 after an error, and 130 after the time limit or Ctrl-C. scripts/experiments/tables defines the tables.
 """
@@ -102,6 +104,7 @@ def _run_all(
     if not runs:
         print(f"{settings.table}: all runs are done")
         return 0
+    lines = []
     limit_s = None if settings.minutes is None else 60 * settings.minutes
     try:
         with logging_redirect_tqdm(), progress_of([run.estimate_s for run in runs], limit_s) as progress:
@@ -109,10 +112,15 @@ def _run_all(
                 with progress.run(run.label):
                     log = table_log(settings, run.row.texts)
                     for measured in measure(settings, run, log, progress):
-                        append_result(results, _line(settings, run, measured))
+                        lines.append(_line(settings, run, measured))
+                        append_result(results, lines[-1])
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "stopped; rerun the command to resume")
         return 130
+    for line in lines:
+        print(f"{settings.table}, {line['model']}, seed {line['seed']}")
+        for name, value in line["metrics"].items():
+            print(f"  {name:<22} {'–' if value is None else format(value, '.4f')}")
     return 0
 
 

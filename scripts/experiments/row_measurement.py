@@ -26,6 +26,7 @@ from scripts.experiments.sets import prepare_set, set_folder, source_folder
 from scripts.experiments.table_run import TableRun, part_configs, recorded_config, train_config
 from scripts.experiments.tables import TABLES
 from scripts.experiments.tables.table import Table
+from scripts.experiments.yambda_metrics import yambda_metrics
 from vista.config import (
     DataConfig,
     EvaluateConfig,
@@ -121,7 +122,8 @@ def measure(
         for part, one in models.items():
             progress.check()
             assert isinstance(one.model, HistoryModel)
-            reports[part] = evaluate_model(one.model, log, _asked(table, part))
+            asked = _asked(table, part)
+            reports[part] = _reported(table, evaluate_model(one.model, log, asked), log, one.model.data, asked)
             if table.costs:
                 costs = {
                     "train events/s": training_speed(one.folder / "run" / "metrics.jsonl"),
@@ -141,8 +143,19 @@ def per_user_file(folder: Path, line: str, part: str) -> Path:
 
 
 def _asked(table: Table, part: str) -> EvaluateConfig:
-    target = Target.window if table.windows else Target.next
-    return EvaluateConfig(split=part, target=target, top_k=TOP_K, popularity=table.popularity, progress=False)
+    target = Target.window if table.windows or table.as_yambda else Target.next
+    usual = {"target": target, "top_k": TOP_K, "popularity": table.popularity}
+    return EvaluateConfig(**{**usual, **table.asked}, split=part, progress=False)
+
+
+def _reported(
+    table: Table, report: EvaluationReport, log: EventLog, data: DataConfig, asked: EvaluateConfig
+) -> EvaluationReport:
+    """The report with the metrics that the table asks for."""
+    if not table.as_yambda:
+        return report
+    assert report.per_user is not None
+    return replace(report, metrics=yambda_metrics(report.per_user.values, log, data, asked))
 
 
 def _measurement(
@@ -260,7 +273,7 @@ def _served(
             asked.recall = table.recall and model.summarizer is not None and optim["reconstruction_weight"] > 0
             asked.staleness = how.staleness
             with Scorer.open(shown, store) as scorer:
-                reports[part] = evaluate_scorer(scorer, log, asked)
+                reports[part] = _reported(table, evaluate_scorer(scorer, log, asked), log, model.data, asked)
                 if table.costs:
                     costs = {
                         "train events/s": training_speed(one.folder / "run" / "metrics.jsonl"),

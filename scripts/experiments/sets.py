@@ -13,11 +13,11 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from vista.config import PrepareConfig, SourceConfig
+from vista.config import PrepareConfig
+from vista.config.composition import compose_config
 from vista.errors import ConfigError, VistaError
 from vista.files import writable_folder
 from vista.log.ingest.prepare import prepare
@@ -30,8 +30,8 @@ class DataSet:
 
     words: tuple[str, ...] = ()
     """Arguments of `vista train` for its split; leave-last-out without any."""
-    columns: dict[str, Any] = field(default_factory=dict)
-    """Keys of SourceConfig that name the columns of events.parquet; empty for a set that vista recognizes."""
+    prepare: tuple[str, ...] = ()
+    """Arguments of `vista prepare` for its files and filter; empty for a set that vista recognizes."""
     items: str = ""
     """File of the set from which the item table is made; "" for a set without categories."""
     item: str = "item"
@@ -40,7 +40,6 @@ class DataSet:
     """Columns of the item table."""
 
 
-SECONDS = {"timestamp": "timestamp", "time_unit": "s"}
 SETS = {
     "ml-1m": DataSet(),
     "ml-1m-half": DataSet(),
@@ -54,7 +53,13 @@ SETS = {
         categories=("product_type", "product_category"),
     ),
     # Developer activity: which package a maintainer touches next, of 13 collections, from 2002 to 2026.
-    "dev-packages": DataSet(words=("data=share",), columns=SECONDS, items="events.parquet", categories=("collection",)),
+    "dev-packages": DataSet(
+        words=("data=share",), prepare=("set=dev-packages",), items="events.parquet", categories=("collection",)
+    ),
+    **{
+        name: DataSet(words=(f"experiment={name}",), prepare=(f"set={name}",))
+        for name in ("amazon-reviews-2023", "kuairand", "yambda", "microvideo", "kuaivideo", "t-ecd")
+    },
 }
 """Name of the folder -> data set."""
 
@@ -100,12 +105,10 @@ def prepare_set(name: str, folder: Path, out: Path) -> None:
         except (OSError, pl.exceptions.PolarsError) as error:
             raise ConfigError(f"{folder / data.items}: cannot be read ({error}); give the folder of {name}") from error
         rows.rename({data.item: "item"}).unique().sort("item").write_parquet(target / "items.parquet")
-    events = (
-        SourceConfig(paths=[str(folder / "events.parquet")], **data.columns)
-        if data.columns
-        else SourceConfig(kind="auto", paths=[str(folder)])
-    )
-    prepare(PrepareConfig(out=str(out), events=events, progress=False))
+    config = compose_config(PrepareConfig, data.prepare or ["events.kind=auto"])
+    source = folder / "events.parquet" if config.events.kind == "table" else folder
+    events = replace(config.events, paths=[str(source)])
+    prepare(replace(config, out=str(out), events=events, progress=False))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

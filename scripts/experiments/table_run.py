@@ -164,6 +164,7 @@ def recorded_config(table: Table, row: TableRow) -> dict[str, Any]:
         del data["exclude_seen"]  # it applies only to next items
     # The log's size is part of the experiment.
     recorded = {"data": data} | ({} if table.simulation is None else {"simulation": table.simulation})
+    recorded |= {"asked": dict(table.asked)} if table.asked else {}
     if row.untrained:
         target = Target.window if table.windows else Target.next
         settings = baseline_settings(row.untrained, asked_horizons(EvaluateConfig(target=target)))

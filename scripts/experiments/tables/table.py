@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from scripts.experiments.tables.table_row import TableRow
@@ -37,5 +38,10 @@ class Table:
     on all events before its labels (`scripts.experiments.table_run.part_configs`)."""
     cold: bool = False
     """With `windows`: whether to report items without events before the part, too."""
+    asked: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of EvaluateConfig that differ from those of the other tables."""
+    as_yambda: bool = False
+    """Whether to measure the window after a question on test, and to report the metrics of Yambda's benchmark
+    (`scripts.experiments.yambda_metrics`) alone."""
     pairs: tuple[tuple[str, str], ...] = ()
     """With `windows`: (row, reference): the difference row − reference is reported, user by user."""
