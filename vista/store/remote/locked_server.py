@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Collection
 
-from vista.errors import ConfigError, StoreBusyError, StoreError, StoreUnavailableError
+from vista.errors import ConfigError, RecordError, StoreBusyError, StoreError, StoreUnavailableError
 from vista.store.format.record_spec import RecordSpec
 from vista.store.manifest import Manifest
 from vista.store.remote.generation_on_server import GenerationOnServer
@@ -147,7 +147,14 @@ class LockedServer:
         for _ in range(_CHECKS_BESIDE_ERASURES):
             num_erased = len(self.store.tombstones)
             generation.remove_erased()
-            manifest, tally = generation.read_manifest(), generation.tally(spec)
+            manifest = generation.read_manifest()
+            try:
+                tally = generation.tally(spec)
+            except RecordError as error:
+                self.remove(manifest.generation)
+                raise StoreError(
+                    f"{error}. gen-{manifest.generation} was removed, and CURRENT is unchanged; rerun the command"
+                ) from error
             agrees = (manifest.count, manifest.records_digest) == (tally.count, tally.records_digest)
             if agrees and generation.mark_complete(manifest, num_erased, publish=publish):
                 return generation.manifest
