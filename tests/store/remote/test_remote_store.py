@@ -20,10 +20,9 @@ from vista.errors import (
     SummarizerMismatchError,
     UserKeyError,
 )
-from vista.store import NO_TIMESTAMP, StoreReader, StoreWriter
+from vista.store import NO_TIMESTAMP, StoreReader
 from vista.store.admin.copying import copy_generation
 from vista.store.erasure import erase
-from vista.store.manifest import Manifest
 from vista.store.reader import published_manifest
 from vista.store.remote.remote_store import RemoteStore
 from vista.store.remote.server_lock import ServerLock
@@ -297,6 +296,46 @@ def test_a_damaged_or_lost_record_is_named(server, build):
             list(store._current().raw_batches())
 
 
+@pytest.mark.parametrize("change", [("DEL",), ("SETRANGE", 140, b"\xff\xfe")])
+def test_a_generation_with_a_damaged_record_is_removed_and_the_next_run_starts_over(server, build, change):
+    url = server.url()
+    build.write_store(url)
+    with build.open_writer(url, run_digest="log-2") as writer:
+        build.put_users(writer, range(TOTAL))
+        server.command(change[0], b"{mine}:gen-2:ui" + (5 + 2**63).to_bytes(8, "big"), *change[1:])
+        with pytest.raises(StoreError, match=r"user 5.*gen-2 was removed, and CURRENT is unchanged; rerun"):
+            writer.publish()
+    assert store_at(url).numbers() == [1]
+    assert build.write_store(url, 1, run_digest="log-2").count == TOTAL
+    with StoreReader.open(url) as store:
+        assert store.generation == 2 and store.get_many(range(TOTAL)).found.all()
+
+
+def test_a_damaged_current_does_not_hinder_writers(server, build, caplog):
+    url = server.url()
+    build.write_store(url)
+    server.command("SET", "{mine}:CURRENT", "gen-7")
+    assert erase(url, [3]) == 0, "no generation is known to be published"
+    build.write_store(url, 1, run_digest="log-2")
+    assert "CURRENT holds 'gen-7'" in caplog.text and "continues after the newest complete generation" in caplog.text
+    assert store_at(url).numbers() == [1, 2]
+    with StoreReader.open(url) as store:
+        assert store.generation == 2 and store.get_many([2, 3, 4]).found.tolist() == [True, False, True]
+
+
+def test_the_remedy_for_a_damaged_last_works(server, build):
+    url = server.url()
+    build.write_store(url)
+    server.command("SET", "{mine}:LAST", "gen-x")
+    with pytest.raises(
+        StoreWriteError, match=r"LAST holds 'gen-x'.*remove the key \{mine\}:LAST.* after gen-1"
+    ) as error:
+        build.write_store(url, 1, run_digest="log-2")
+    assert "rollback" not in str(error.value)
+    server.command("DEL", "{mine}:LAST")
+    assert build.write_store(url, 1, run_digest="log-2").generation == 2
+
+
 def test_stores_of_two_names_and_databases_do_not_meet(server, build):
     build.write_store(server.url("one"))
     build.write_store(server.url("1/one"), 1)
@@ -311,13 +350,3 @@ def test_functions_on_folders_refuse_a_url(tmp_path: Path) -> None:
 
     with pytest.raises(StoreError, match=r"redis://host:6379/mine is a remote store.*vista store copy"):
         compact_store("redis://user:secret@host/mine")
-
-
-def test_a_generation_of_the_writer_is_what_its_manifest_says(server, build):
-    url = server.url()
-    with build.open_writer(url) as writer:
-        assert isinstance(writer, StoreWriter) and isinstance(writer.manifest, Manifest)
-        build.put_users(writer, range(40))
-        server.command("DEL", b"{mine}:gen-1:ui" + (5 + 2**63).to_bytes(8, "big"))
-        with pytest.raises(RecordError, match="user 5"):
-            writer.publish()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from vista.errors import StoreError, StoreUnavailableError
+from vista.errors import StoreError
 from vista.store.admin.generation_reader import settled
 from vista.store.lmdb.permissions import Permissions
 from vista.store.manifest import Manifest
@@ -46,12 +46,7 @@ class ServerStore:
 
     def published_or_none(self) -> int | None:
         """Like `current`, but None if nothing is published or CURRENT is damaged."""
-        try:
-            return self._store.current()
-        except StoreUnavailableError:
-            raise
-        except StoreError:
-            return None
+        return self._store.published_or_none()
 
     def numbers(self) -> list[int]:
         """Numbers of all generations."""

@@ -64,7 +64,7 @@ class LockedServer:
         """
         if wanted.state_spec() is not None:
             raise ConfigError(f"{self.path}: a store on a server keeps no states; leave them out with state=none")
-        self._published = self.store.published_or_none() or 0
+        self._published = self._published_or_newest()
         for number in reversed([number for number in self.store.numbers() if number > self._published]):
             generation = self._readable(number)
             if generation is not None and generation.manifest.identity() == wanted.identity():
@@ -78,6 +78,18 @@ class LockedServer:
             self.remove(number)
         self._generation = self.create(dataclasses.replace(wanted, generation=self.store.next_number()))
         return self._generation
+
+    def _published_or_newest(self) -> int:
+        """The generation that CURRENT names, 0 for none; if CURRENT is damaged, the newest complete one."""
+        exists, names = self.store.server.command, self.store.names
+        try:
+            return self.store.current() if exists("EXISTS", names.current) else 0
+        except StoreUnavailableError:
+            raise
+        except StoreError as error:
+            logger.warning("%s; this refresh continues after the newest complete generation", error)
+        numbers = reversed(self.store.numbers())
+        return next((number for number in numbers if exists("EXISTS", names.generation(number).complete)), 0)
 
     def create(self, manifest: Manifest) -> GenerationOnServer:
         """Make an empty generation."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import xxhash
 
-from vista.errors import StoreError, UnfinishedError
+from vista.errors import StoreError, StoreUnavailableError, StoreWriteError, UnfinishedError
 from vista.files import checked_path
 from vista.store.layout import parse_pointer
 from vista.store.manifest import Manifest
@@ -54,17 +54,37 @@ class RemoteStore:
                 f"{self.url} holds no published generation; check the store's name, or run `vista refresh "
                 f"store={self.url}` or `vista store copy to={self.url}` first"
             )
-        return self._pointer(value, "CURRENT")
+        try:
+            return parse_pointer(value)
+        except ValueError as error:
+            raise StoreError(
+                f"{self.url}: CURRENT {error}; publish a generation with `vista store rollback store={self.url} to=N`, "
+                "or refresh the store again"
+            ) from None
 
     def published_or_none(self) -> int | None:
-        """Like `current`, but None if nothing is published."""
-        value = self.server.command("GET", self.names.current)
-        return None if value is None else self._pointer(value, "CURRENT")
+        """Like `current`, but None if nothing is published or CURRENT is damaged."""
+        try:
+            return self.current()
+        except StoreUnavailableError:
+            raise
+        except StoreError:
+            return None
 
     def last_complete(self) -> int:
-        """The highest generation number that was ever complete; 0 if there was none."""
+        """The highest generation number that was ever complete; 0 if there was none.
+
+        Raises:
+            StoreWriteError: LAST is damaged.
+        """
         value = self.server.command("GET", self.names.last)
-        return 0 if value is None else self._pointer(value, "LAST")
+        try:
+            return 0 if value is None else parse_pointer(value)
+        except ValueError as error:
+            raise StoreWriteError(
+                f"{self.url}: LAST {error}; remove the key {self.names.last.decode()} from the server, and numbering "
+                f"continues after gen-{max(self.numbers(), default=0)}, the newest generation there"
+            ) from None
 
     def numbers(self) -> list[int]:
         """Numbers of all generations, finished or not, ascending."""
@@ -123,12 +143,3 @@ class RemoteStore:
         if manifest.generation != number:
             raise StoreError(f"{self.url}: the manifest of gen-{number} is that of gen-{manifest.generation}")
         return manifest
-
-    def _pointer(self, value: bytes, name: str) -> int:
-        try:
-            return parse_pointer(value)
-        except ValueError as error:
-            raise StoreError(
-                f"{self.url}: {name} {error}; publish a generation with `vista store rollback store={self.url} to=N`, "
-                "or refresh the store again"
-            ) from None
