@@ -73,7 +73,7 @@ UNIT_OF_SUFFIX = {
 _COUNTED = re.compile(
     r"(?:\b[Nn]umber of|\bin) (?:[\w'-]+ ){0,4}?((?:actor|candidate|code|core|cut|day|epoch|event|function|head|"
     r"impression|interest|item|layer|level|message|minute|negative|position|question|row|step|text|thread|token|topic|user|"
-    r"validation|window)s)\b"
+    r"validation|value|window)s)\b"
 )
 """How the docstring of a number says its unit: "Number of newest events", "Mean length, in events"."""
 

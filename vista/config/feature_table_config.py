@@ -29,7 +29,7 @@ class FeatureTableConfig:
     numbers: list[str] | None = None
     """Columns of numbers, such as a price. A number may be missing, but must not be infinite."""
     max_values: int = MAX_VALUES
-    """Distinct values that a category of this table may have. Raise it for categories that the model hashes
+    """Maximum number of values of a category of this table. Raise it for categories that the model hashes
     (`model.hashed_features`). `vista prepare` holds all values of one category in memory."""
     separator: str = ","
     """Character that separates the columns of text files, such as ';' or tab."""

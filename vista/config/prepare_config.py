@@ -41,7 +41,7 @@ class SourceConfig(SourceColumns):
     """Columns of features that are numbers, such as a dwell time or the price paid. A number may be missing, but must
     not be infinite."""
     max_values: int = MAX_VALUES
-    """Distinct values that a category of this table may have. Raise it for categories that the model hashes
+    """Maximum number of values of a category of this table. Raise it for categories that the model hashes
     (`model.hashed_features`). `vista prepare` holds all values of one category in memory."""
 
     def __post_init__(self) -> None:
