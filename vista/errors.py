@@ -107,7 +107,7 @@ class UnknownItemError(VistaError, KeyError):
 class StreamError(VistaError):
     """A Kafka server cannot be reached, refuses the client, or has no such topic.
 
-    Nothing is lost: a watch retries at its next check and continues with the message after the newest in the log.
+    Nothing is lost: a watch retries at its next check and continues after the newest message in the log.
 
     Remedy: check the address, the network, and the settings in `stream.client_file`, such as the password.
     """
@@ -192,8 +192,8 @@ class StoreWriteError(StoreError):
 class StoreUnavailableError(StoreError):
     """The server of a remote store cannot be reached, does not answer in time, or is still loading its data.
 
-    Remedy: check that the server runs, the host and the port, the network, and its load. A reader keeps its generation
-    and works again as soon as the server answers. Rerun a command that was interrupted to resume it.
+    Remedy: check that the server is running, and check the host, the port, the network, and the server's load. A reader
+    keeps its generation and works again as soon as the server answers. Rerun an interrupted command to resume it.
     """
 
 
@@ -237,10 +237,10 @@ class SummarizerMismatchError(StoreError):
 
 
 class WorkerDiedError(VistaError):
-    """A process that does part of the work died, and so did those that replaced it.
+    """A process that does part of the work died, and so did its replacements.
 
-    Remedy: look for the cause in the system's log, most often too little memory. Then run the same command again; it
-    resumes where it stopped.
+    Remedy: look for the cause in the system's log. Most often, there was too little memory. Then rerun the command to
+    resume.
     """
 
 

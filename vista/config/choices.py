@@ -164,7 +164,7 @@ class Decay(Enum):
 
 
 class StreamStart(Enum):
-    """Where a watch starts in a topic that the log has no messages of."""
+    """Where a watch starts in a topic that has no messages in the log."""
 
     oldest = "oldest"
     newest = "newest"

@@ -20,9 +20,9 @@ class ItemsTokenizeConfig:
     model: str | None = None
     """Folder of an exported model, whose item vectors get codes. Set either this or `vectors`."""
     codebooks: str | None = None
-    """File of codebooks that an earlier run wrote, which gives old items the same codes as then, and new ones codes of
-    the same meaning. levels, codes, and seed are then those of the earlier run. null learns new ones, and writes them
-    alongside `out`, as codes.codebooks.safetensors for codes.parquet."""
+    """File of codebooks from an earlier run. Old items keep their codes, and the codes of new items have the same
+    meaning. levels, codes, and seed are then those of the earlier run. null learns new codebooks and writes them
+    alongside `out`, such as codes.codebooks.safetensors for codes.parquet."""
     levels: int = 3
     """Number of levels, which is how many codes an item has. Each level encodes what the levels before it leave."""
     codes: int = 256

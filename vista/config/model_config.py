@@ -126,8 +126,8 @@ class ModelConfig:
     """Let candidates and user vectors read the features of users, if the log has any. Summaries do not depend on
     them."""
     hashed_features: list[str] = field(default_factory=list)
-    """Categories whose values share a fixed number of rows by their hash, each as name:rows, such as [url:10000].
-    Values that training did not see then have a row too. Values of other categories have a row each."""
+    """Categories whose values share a fixed number of rows by hashing, each written as name:rows, such as [url:10000].
+    Values that did not occur in training then have a row too. In other categories, each value has its own row."""
     id_dropout: float = 0.1
     """With features of items: share of the items of a training batch, in [0, 1), whose ID embeddings are left out, so
     that their features stand in for them."""
@@ -234,7 +234,7 @@ class ModelConfig:
 
     @property
     def hashed_rows(self) -> dict[str, int]:
-        """By name of the features of `hashed_features`: the number of rows."""
+        """Number of rows of each feature of `hashed_features`, by name."""
         parts = [word.rpartition(":") for word in self.hashed_features]
         return {name: int(rows) for name, _, rows in parts}
 

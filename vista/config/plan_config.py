@@ -34,7 +34,7 @@ class MachineConfig:
 class PlanConfig:
     """What a deployment would need: cores, machines, disk, memory, network, and how old summaries become.
 
-    Nothing is read from the disk or measured. Keys of `model` that change neither sizes nor times are not used.
+    The plan reads no data and measures nothing. It ignores keys of `model` that change neither sizes nor times.
     """
 
     users: float = 1e6
@@ -66,22 +66,22 @@ class PlanConfig:
     utilization: float = 0.6
     """Share of the time, in (0, 1), that cores are busy in the busiest hour."""
     remote_store: bool = False
-    """Whether summaries are in the memory of Valkey or Redis servers, and not on the disks of the machines that
-    serve."""
+    """Whether summaries are in the memory of Valkey or Redis servers instead of on the disks of the serving
+    machines."""
     replicas: int = 2
     """Number of copies of each summary."""
     hot_share: float = 0.2
     """Without remote_store: share of the summaries that stays in the page cache, because their users return soon."""
     machine: MachineConfig = field(default_factory=MachineConfig)
-    """What a machine has."""
+    """Resources of each machine."""
     measured: MeasuredConfig = field(default_factory=MeasuredConfig)
-    """What one core does, as measured by the benchmarks of vista."""
+    """Speed of one core, as measured by vista's benchmarks."""
     burst: float = 1.0
-    """Simulate the lag with a burst in the busiest hour: events during the burst, divided by those without it."""
+    """Events during a burst in the busiest hour, divided by those without it. Above 1, the plan simulates the lag."""
     burst_minutes: float = 60.0
     """Length of the burst, in minutes."""
     failures_per_day: float = 0.0
-    """Simulate the lag with failures of refresh workers, this many per day in the whole fleet."""
+    """Failures of refresh workers per day, in the whole fleet. Above 0, the plan simulates the lag."""
     restart_minutes: float = 10.0
     """Time from a worker's failure to its restart, in minutes."""
     seed: int = 0
@@ -99,14 +99,14 @@ class PlanConfig:
         require_counts(self, "", ("seed",), least=0)
         require_share(self, "", ("active_share", "hot_share", "utilization"))
         require(self.users >= 1, "users", f"must be at least 1, got {self.users}")
-        require(self.active_share > 0, "active_share", "must be above 0: somebody has the day's events")
+        require(self.active_share > 0, "active_share", "must be above 0, because some users have the day's events")
         require(0 < self.utilization < 1, "utilization", f"must lie in (0, 1), got {self.utilization}")
         require(1 <= self.peak <= 2, "peak", f"must lie in [1, 2], got {self.peak}")
         require(1 <= self.burst <= 1000, "burst", f"must lie in [1, 1000], got {self.burst}")
         require(
             1 <= self.refresh_every_s <= 86_400,
             "refresh_every_s",
-            f"must lie in [1, 86400], got {self.refresh_every_s}; plan rarer refreshes as full ones",
+            f"must lie in [1, 86400], got {self.refresh_every_s}; for less frequent refreshes, plan full ones",
         )
         require_finite(self, "", ("full_refresh_hours",), positive=True, most=8760)
         require_finite(self, "", ("burst_minutes",), positive=True, most=720)

@@ -35,14 +35,15 @@ class RefreshConfig(RefreshOptions):
     """Written i/n: refresh only the users of shard i of n, into <store>/part-i-of-n, so that several machines can share
     the work. null refreshes all users."""
     engine: EngineName = EngineName.local
-    """What computes a full refresh: local (this process) or ray (several processes, on one machine or in a cluster). It
-    does not change the store."""
+    """What computes a full refresh: local (this process) or ray (several processes, on one machine or in a cluster).
+    Both write the same store."""
     ray: RayConfig = field(default_factory=RayConfig)
     """With engine=ray: where Ray runs, and how many processes share the work."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N. auto uses a GPU if there is one."""
     num_threads: int = 0
-    """Number of CPU threads. 0 leaves the choice to PyTorch. With engine=ray, of each actor; 0 is one."""
+    """Number of CPU threads. 0 leaves the choice to PyTorch. With engine=ray, the number is per
+    actor, and 0 means one."""
     progress: bool = True
     """Show a progress bar."""
 
@@ -52,6 +53,6 @@ class RefreshConfig(RefreshOptions):
         if self.incremental:
             reason = f"{SET_BY_FULL_REFRESH} with incremental=true"
             require(self.until is None, "until", reason)
-            full_only = "works only for a full refresh; shard=i/n shares an incremental one among machines"
+            full_only = "works only for a full refresh; use shard=i/n to divide an incremental one"
             require(self.engine is EngineName.local, "engine", full_only)
             self.require_only(INCREMENTAL_OPTIONS, reason, prefix="")

@@ -28,9 +28,9 @@ class ScoreConfig:
     now: str | None = None
     """Time of the request: ISO date or time (UTC), or integer milliseconds. null if it is unknown."""
     request: list[str] = field(default_factory=list)
-    """Features of the request, or of the users, each as name:value, such as [device:phone,hour:14]. Give a name once
-    per candidate, in their order, for values that differ, such as [price:2.99,price:3.49]. Features of the request that
-    you leave out are treated as missing."""
+    """Features of the request or of the users, each written as name:value, such as [device:phone,hour:14]. If a value
+    differs between candidates, give the name once per candidate, in their order, such as [price:2.99,price:3.49].
+    Request features that you leave out are treated as missing."""
     on_missing: OnMissing = OnMissing.empty
     """What an unknown user or item gets: the summary of an empty history (empty), NaN scores (nan), or an error
     (raise)."""

@@ -18,19 +18,20 @@ class StreamConfig:
 
     client_file: str | None = None
     """File with settings of the Kafka client, one name=value per line, such as security.protocol, sasl.username,
-    sasl.password, or ssl.ca.location, as librdkafka names them. Passwords belong here: nothing prints them."""
+    sasl.password, or ssl.ca.location, as librdkafka names them. Put passwords here; they are never printed."""
     start: StreamStart = StreamStart.oldest
-    """Where to start in topics that the log has no messages of: oldest (the oldest messages that the server still has)
-    or newest (messages sent after the first check). From then on, the log says where to continue."""
+    """Where to start in topics that have no messages in the log: oldest (the oldest messages that the server still has)
+    or newest (messages sent after the first check). Later checks continue from the log's offsets."""
     reset_offsets: bool = False
-    """Continue at the oldest message where the log's offsets do not fit the topic: the server has deleted the next
-    messages, the topic was created again, or it is another topic. Set it for one run only: it accepts lost events."""
+    """Continue at the oldest message if the log's offsets do not fit the topic: the server has deleted the next
+    messages, the topic was created again, or it is another topic. Set this for one run only, because it accepts lost
+    events."""
     max_messages: int = 100_000
-    """Number of messages that one check reads at most; they become one segment of the log."""
+    """Maximum number of messages per check. They become one segment of the log."""
     max_bytes: int = 64 << 20
-    """Number of bytes of messages after which a check stops reading."""
+    """A check stops reading after this many bytes of messages."""
     max_s: float = 10.0
-    """Number of seconds that a check waits for messages, and for each answer of the server."""
+    """Number of seconds that a check waits for messages, and for each reply of the server."""
 
     def __post_init__(self) -> None:
         check_types(self, "stream.")

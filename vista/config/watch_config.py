@@ -12,7 +12,7 @@ from vista.config.stream_config import StreamConfig
 
 @dataclass(kw_only=True, slots=True)
 class WatchConfig:
-    """Bring arriving files or messages, or what is appended to a log, into the store."""
+    """Keep a store up to date with arriving files or messages, or with a log to which other processes append."""
 
     data: str = "data/log"
     """Folder of the EventLog."""
@@ -24,8 +24,8 @@ class WatchConfig:
     """Folder in which Parquet, CSV, or TSV files arrive. Files that cannot be read are listed in its folder `refused`,
     with the reason. Without folder and source, the watch follows a log to which other processes append."""
     source: str | None = None
-    """Kafka topics to read, as kafka://server:port/topic; several servers, or topics, are separated by commas. Needs
-    the extra `kafka`. Each message is a JSON object with the columns of `events`."""
+    """Kafka topics to read, as kafka://server:port/topic. Separate several servers or topics by commas. Needs the
+    extra `kafka`. Each message is a JSON object with the columns of `events`."""
     stream: StreamConfig = field(default_factory=StreamConfig)
     """How the messages of `source` are read."""
     arrival: Arrival = Arrival.done
@@ -37,8 +37,8 @@ class WatchConfig:
     events: SourceConfig = field(default_factory=SourceConfig)
     """Columns of the files or messages. events.paths is not used."""
     on_bad_rows: OnBadRows = OnBadRows.error
-    """What happens to invalid rows and messages. raise refuses the file and continues with the other files; at a bad
-    message, it ends the watch. quarantine sets them aside."""
+    """What happens to invalid rows and messages. raise refuses the file and continues with the other files;
+    an invalid message ends the watch. quarantine sets them aside."""
     authentication_key_file: str | None = None
     """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
     VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
@@ -46,9 +46,9 @@ class WatchConfig:
     """Number of seconds between two checks of the folder, the topics, or the log."""
     report_file: str | None = None
     """JSON file with the report of the last successful check, for monitoring: its time, what it appended, and for
-    topics the rate and the messages behind per partition."""
+    topics the rate and the number of waiting messages per partition."""
     once: bool = False
-    """Check once and exit, as a scheduled job does. Topics are read to their ends."""
+    """Check once and exit, as a scheduled job does. Topics are read to the end."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N. auto uses a GPU if there is one."""
     num_threads: int = 0
