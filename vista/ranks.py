@@ -1,6 +1,7 @@
 """The ranks of a torchrun job: processes that train one model together.
 
-`torchrun --nproc-per-node=2 -m vista.cli train …` starts two. They talk through gloo on CPUs, and through NCCL on GPUs.
+`torchrun --nproc-per-node=2 -m vista.cli train …` starts two. They communicate through gloo on CPUs and NCCL
+on GPUs.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Ranks:
         """Join the other ranks for a block; None if torchrun has not started this process, or only this one.
 
         Args:
-            device: each rank of a machine takes a GPU of its own if this is cuda.
+            device: if this is cuda, each rank of a machine uses its own GPU.
 
         Raises:
             ConfigError: if the machine has fewer GPUs than ranks.
@@ -74,7 +75,7 @@ class Ranks:
         return self._is_first_of_machine
 
     def agree(self, facts: Mapping[str, Any]) -> None:
-        """Check that all ranks run the same thing.
+        """Check that all ranks have the same configuration, log, and versions.
 
         Raises:
             ConfigError: on every rank, if the facts of a rank differ from those of rank 0.
@@ -97,7 +98,7 @@ class Ranks:
         return values
 
     def part_of(self, work: Int) -> slice:
-        """The cases of this rank among all of an evaluation: consecutive ones, with its share of the work.
+        """This rank's cases among all cases of an evaluation: consecutive ones, with its share of the work.
 
         Args:
             work: int64 [N] of each case, at least 1.
@@ -108,7 +109,7 @@ class Ranks:
         return slice(low, high)
 
     def of_all_cases(self, own: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
-        """Arrays with a row per case, by name: those of all cases, from those of this rank's `part_of` the cases.
+        """Arrays with one row per case, by name: combine those of each rank's `part_of` the cases.
 
         Args:
             own: by name. A rank without cases may pass no arrays.
@@ -130,7 +131,7 @@ class Ranks:
                 dist.broadcast(tensor.detach(), 0)
 
     def sum(self, tensor: Tensor) -> None:
-        """Replace a tensor by its sum over all ranks, which has the same bits on all of them."""
+        """Replace a tensor by its sum over all ranks, which is bit-identical on all of them."""
         with _talking():
             dist.all_reduce(tensor)
 
@@ -172,11 +173,11 @@ class Ranks:
         return sums
 
     def wait(self) -> None:
-        """Wait until all ranks are here."""
+        """Wait until all ranks have called this."""
         self.any(False)
 
     def _gathered(self, tensor: Tensor) -> list[Tensor]:
-        """A tensor of all ranks; it has the same shape on all of them."""
+        """The tensors of all ranks, which have the same shape."""
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
         with _talking():
             dist.all_gather(parts, tensor)
@@ -192,7 +193,7 @@ def _own_gpu(device: torch.device) -> torch.device:
     """The GPU of this rank."""
     local, on_machine, count = int(os.environ["LOCAL_RANK"]), os.environ["LOCAL_WORLD_SIZE"], torch.cuda.device_count()
     if device != torch.device("cuda"):
-        raise ConfigError(f"device={device}: each rank takes a GPU of its own; write device=cuda")
+        raise ConfigError(f"device={device}: each rank uses its own GPU; write device=cuda")
     if local >= count:
         raise ConfigError(
             f"device=cuda: this machine has {count} GPUs for {on_machine} ranks; lower --nproc-per-node, or set "

@@ -31,7 +31,7 @@ class ItemsAdded:
     num_known: int
     """Items of the table that the model knew already."""
     num_differing: int
-    """Of these, items with other features than in the model, which stay as they are in the model."""
+    """Known items whose features differ from those in the model. The model keeps its own."""
     num_items: int
     """Items that the model ranks now."""
     unseen: dict[str, str]

@@ -48,7 +48,7 @@ def run_refresh(config: RefreshConfig) -> RefreshReport:
 def _engine(config: RefreshConfig, device: torch.device) -> RefreshEngine:
     if config.engine is EngineName.local:
         return LocalEngine()
-    # Ray reads these when it is imported. It would print messages of its services to stdout, and warnings.
+    # Ray reads these when it is imported. Without them, it prints warnings, and messages of its services to stdout.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     from vista.refresh.ray_engine import RayEngine  # needs the extra `ray`
@@ -57,12 +57,12 @@ def _engine(config: RefreshConfig, device: torch.device) -> RefreshEngine:
 
 
 def run_watch(config: WatchConfig) -> WatchReport:
-    """`vista watch`: look every `poll_s` seconds until interrupted, or once. While messages wait, it looks at once.
+    """`vista watch`: check every `poll_s` seconds until interrupted, or once. While messages wait, it does not pause.
 
     Raises:
         ConfigError, CheckpointError: the folder or the model does not exist.
         StreamOffsetError, DataError: the topics do not fit the log, or with on_bad_rows=raise a message is invalid.
-        VistaError: with `once`, a look failed. Without it, other errors are logged and the watch continues.
+        VistaError: with `once`, a check failed. Without it, other errors are logged and the watch continues.
     """
     keep_freed_memory()
     if config.report_file is not None:
@@ -89,7 +89,7 @@ def run_watch(config: WatchConfig) -> WatchReport:
 
 
 def _is_lasting(error: Exception) -> bool:
-    """Whether an error of topics remains until somebody corrects its cause, so that retries are useless."""
+    """Whether an error of topics persists until someone corrects its cause, so that retries do not help."""
     return isinstance(error, StreamOffsetError | DataError | ConfigError) and not isinstance(
         error, LogBusyError | LogWriteError
     )

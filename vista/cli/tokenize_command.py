@@ -90,7 +90,7 @@ def run_items_tokenize(config: ItemsTokenizeConfig) -> ItemsTokenized:
     elif codebooks.dim != known.shape[1]:
         raise DataError(
             f"{file}: has codebooks for vectors of {codebooks.dim} numbers, but those of the items have "
-            f"{known.shape[1]}; encode the items as for these codebooks, or leave out codebooks"
+            f"{known.shape[1]}; use the encoder that these codebooks were learned with, or omit codebooks"
         )
     codes = ResidualCodes.of(known, codebooks)
     seconds = time.perf_counter() - start
@@ -102,7 +102,7 @@ def run_items_tokenize(config: ItemsTokenizeConfig) -> ItemsTokenized:
 
 
 def _write(codebooks: Codebooks, file: Path) -> None:
-    """Write the codebooks of codes that are written already. If that fails, those of earlier codes must not stay."""
+    """Write the codebooks after their codes. If this fails, remove codebooks of earlier codes, which no longer fit."""
     try:
         codebooks.save(file)
     except OSError as error:

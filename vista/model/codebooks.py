@@ -125,7 +125,7 @@ class Codebooks:
 
 
 def distinct_rows(vectors: Float32s) -> NDArray[np.int64]:
-    """The rows of the first of each distinct vector [N, D]."""
+    """The row of the first occurrence of each distinct vector [N, D]."""
     # Rows as bytes are sorted faster than rows of numbers. Adding 0 makes -0 the same as 0.
     as_bytes = (vectors + np.float32(0)).view(f"V{vectors.itemsize * vectors.shape[1]}")[:, 0]
     return np.unique(as_bytes, return_index=True)[1]
@@ -168,7 +168,7 @@ def _single_thread() -> Iterator[Any]:
 
 def _nearest(faiss: Any, vectors: Float32s, centroids: Float32s) -> NDArray[np.int64]:
     """The nearest centroid of each vector, int64 [N]."""
-    # Searches for many vectors use matrix products otherwise, whose rounding depends on the number of vectors.
+    # Otherwise, searches for many vectors use matrix products, whose rounding depends on the number of vectors.
     faiss.cvar.distance_compute_blas_threshold = _NEVER
     index = faiss.IndexFlatL2(vectors.shape[1])
     index.add(np.ascontiguousarray(centroids))

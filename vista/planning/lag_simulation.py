@@ -37,7 +37,7 @@ class Fleet:
     failures_per_day: float = 0.0
     """Of all workers together."""
     restart_s: float = 0.0
-    """Time from a failure to the restart. The refresh that failed begins again."""
+    """Time from a failure to the restart. The interrupted refresh starts over."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,7 +108,7 @@ def _machine_title(plan: CapacityPlan) -> str:
 
 
 def assumptions(plan: CapacityPlan) -> list[str]:
-    """What the plan takes for granted, one sentence each."""
+    """The assumptions of the plan, one sentence each."""
     config, measured = plan.config, plan.config.measured
     model = config.model
     lines = [

@@ -31,21 +31,21 @@ from vista.store.format.state_record import StateSpec
 
 logger = logging.getLogger(__name__)
 QUEUED = 2
-"""Batches that an actor has at once: the one that it encodes, and the next."""
+"""Batches that an actor holds: the one that it encodes, and the next one."""
 AHEAD = 4
-"""Batches per actor that are encoded or wait for the writer, so that a long history holds up no other batch."""
+"""Batches per actor that are being encoded or wait for the writer, so that a long history does not delay others."""
 CONNECT_S = 10.0
 PATIENCE_S = 60.0
 """If no batch returns for so long, a warning says what is pending."""
 MAX_RETRIES = 10
-"""How often a batch is repeated whose actor dies. More deaths are the fault of the batch, such as too little memory."""
+"""How often a batch is repeated if its actor dies. After that, the batch is likely the cause, such as by its memory."""
 
 
 class RayEngine:
     """Encodes batches in actors of Ray, each of which loads the model and maps the log.
 
-    If an actor or its node dies, Ray starts the actor again and repeats the batches that it had not returned. Uses the
-    Ray instance of this process if there is one, else starts or joins one for the time of the refresh.
+    If an actor or its node dies, Ray restarts the actor and repeats the batches that it had not returned. The engine
+    uses the Ray instance of this process if there is one. Otherwise it starts or joins one for the refresh.
 
     Args:
         model: folder of the model that `refresh` gets. Actors read it and the log's folder by these paths.
@@ -143,7 +143,7 @@ class RayEngine:
         if not 0 < wanted <= room:
             raise ConfigError(
                 f"ray.num_actors={self._config.num_actors}: Ray at {self._config.address} has room for {room} actors "
-                f"of {each} {resource}(s); name fewer actors, or add machines to the cluster"
+                f"of {each} {resource}(s); request fewer actors, or add machines to the cluster"
             )
         remote = ray.remote(RefreshActor).options(
             num_cpus=self._num_threads, num_gpus=num_gpus, max_restarts=-1, max_task_retries=MAX_RETRIES
@@ -185,7 +185,7 @@ class _Task:
 def _in_order(
     actors: Sequence[Any], log: EventLog, batches: Iterable[tuple[Int, Int]], clock: StageClock
 ) -> Iterator[UserRecords]:
-    """The records of batches in their order, with a bounded number of batches underway."""
+    """The records of batches in their order, with a bounded number of batches in progress."""
     remaining = iter(batches)
     underway: deque[_Task] = deque()
     unfinished: set[Any] = set()

@@ -46,7 +46,7 @@ class ActorResult:
     """What an actor returns for a batch."""
 
     process: int
-    """Its process id: another one means that the actor was restarted."""
+    """Process id of the actor. It changes if the actor is restarted."""
     records: UserRecords | VistaError
     """An error is returned and raised by the caller, because Ray would change its class and message."""
 

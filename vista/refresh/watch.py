@@ -115,7 +115,7 @@ class Watch:
                 if stream.oldest_ms is not None:
                     self._waiting.append(min(stream.oldest_ms / 1000, time.time()))
             except VistaError as error:
-                failure = error  # The store must cover what is in the log even while the server is down.
+                failure = error  # The store must cover the log even while the server is down.
             log = EventLog.open(self.config.data)
         reports, since = [], list(self._waiting)
         options = RefreshOptions(progress=self.config.progress)

@@ -10,16 +10,16 @@ from vista.examples.batch import Batch
 from vista.examples.batch_source import BatchSource
 
 NUM_AHEAD = 2
-"""Batches in memory besides that of the current step: one that is ready, and one that is being built. If a batch takes
-longer to build than a step, as the first one of a long history may, the next step still has the one that is ready."""
+"""Batches in memory besides that of the current step: one that is ready, and one that is being built. If building a
+batch takes longer than a step, as for the first batch of a long history, the next step uses the one that is ready."""
 
 
 class BatchPrefetcher:
     """An iterator over the batches of an epoch. One thread builds them in order, at most NUM_AHEAD ahead.
 
-    The batches are those of `BatchSource.batch`, bit for bit. `next` raises an error of the thread, with its type and
-    traceback, when it comes to the batch that failed. Use this as a context manager, at whose end the thread has ended;
-    until then, do not ask the source for another epoch.
+    The batches are those of `BatchSource.batch`, bit for bit. If building a batch fails, `next` raises the
+    error of the thread, with its type and traceback, at that batch. Use this as a context manager, which ends the
+    thread; until then, do not ask the source for another epoch.
 
     A thread is enough. Steps release the interpreter's lock in every operation of torch, and building releases it in
     NumPy and while it reads the log. A process would need its own copy of the source, and seconds to start.

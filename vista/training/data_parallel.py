@@ -23,11 +23,11 @@ from vista.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 MOST_IDLE = 0.2
-"""Share of their time that ranks may wait for the one with the largest part before a run warns."""
+"""Share of time that ranks may wait for the one with the largest part. Above it, a run warns."""
 
 
 class DataParallel:
-    """What a rank does for a training step besides what a single process does."""
+    """The part of a training step that only ranks need: divide batches, and combine losses and gradients."""
 
     def __init__(self, ranks: Ranks, tasks: list[str], optim: OptimConfig, seed: int) -> None:
         """
@@ -41,7 +41,7 @@ class DataParallel:
     def part(self, batch: Batch, step: int) -> Batch | None:
         """This rank's part of a batch; None if it has none. Also seeds what the model draws in this step.
 
-        A seed per step and rank, so that a run resumes bit for bit without the random states of all ranks.
+        There is a seed per step and rank, so a resumed run is bit-identical without storing each rank's random state.
         """
         drawn = np.random.SeedSequence([self._seed, step, self._ranks.rank]).generate_state(1, np.uint64)
         torch.manual_seed(int(drawn[0]))

@@ -101,8 +101,8 @@ class FrozenItems:
         """
         if (change := self.change()) > MOST_CHANGE:
             raise CheckpointError(
-                f"{place}: its item vectors are factors that come out {change:.0%} different here, perhaps because of "
-                "another number of threads, processor, or version of torch; resume where the run began, or set "
+                f"{place}: its item vectors are factors that come out {change:.0%} different here, perhaps because the "
+                "number of threads, the processor, or the version of torch differs; resume where the run began, or set "
                 "resume=false to start a new run"
             )
 

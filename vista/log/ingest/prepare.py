@@ -271,7 +271,7 @@ class _Run:
             batch = self.messages.batch
             if not batch.continues(stream_offsets(log.manifests)):
                 raise LogBusyError(
-                    f"{self.target}: another process appended messages of {batch.source} meanwhile; run one watch per "
+                    f"{self.target}: another process appended messages of {batch.source}; run one watch per "
                     "topic and log"
                 )
 

@@ -187,7 +187,7 @@ class LockedServer:
                 self.remove(number)
 
     def remove(self, number: int) -> None:
-        """Remove a generation. Readers that use it see first that it is gone, and do not take its users for missing."""
+        """Remove a generation. Its marker goes first, so readers that use it do not report its users as missing."""
         names = self.store.names.generation(number)
         self._change(lambda: [("DEL", names.manifest, names.complete, names.cursor)])
 
@@ -231,10 +231,10 @@ class LockedServer:
         self.store.close()
 
     def _busy(self) -> StoreBusyError:
-        return StoreBusyError(f"{self.path}: users are being erased without a pause; rerun the command to resume")
+        return StoreBusyError(f"{self.path}: users are being erased all the time; rerun the command to resume")
 
     def _remove_leftovers(self) -> None:
-        """Remove the generations whose removal a killed writer did not end."""
+        """Finish the removal of generations that a killed writer began to remove."""
         for number in self.store.numbers():
             if not self.store.server.command("EXISTS", self.store.names.generation(number).manifest):
                 self.remove(number)

@@ -22,7 +22,7 @@ from vista.store.lmdb.permissions import PRIVATE, make_folder
 
 _KEY_BYTES = 16
 _WAIT_S = 0.05
-"""A read does not wait longer for another process that writes the cache."""
+"""Longest time that a read waits for another process that writes the cache."""
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ class RecordCache:
 
 
 def _evict(transaction: lmdb.Transaction[memoryview], count: int) -> None:
-    """Remove `count` entries from a random place on; entries are in the order of their hashes."""
+    """Remove `count` entries, starting at a random place; entries are in the order of their hashes."""
     cursor = transaction.cursor()
     for start in (secrets.token_bytes(_KEY_BYTES), b"\0"):
         found = cursor.set_range(start)

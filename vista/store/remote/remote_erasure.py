@@ -15,12 +15,12 @@ _REMOVED_AT_ONCE = 1000
 def erase_on_server(url: StoreUrl, keys: Sequence[bytes]) -> int:
     """Erase users as `vista.store.erasure.erase` does; returns how many had a record in the published generation.
 
-    The tombstones come first, so that no later write brings the users back. Writers are not stopped: whoever of the two
-    is late repeats its own atomic change.
+    The tombstones come first, so that no later write brings the users back. Writers are not stopped: if a
+    writer and an erasure collide, the later one repeats its own atomic change.
 
     Raises:
-        StoreError: there is no store, or the server cannot be used, or did not bring it to its disk. Call it again, as
-            after a kill.
+        StoreError: there is no store, or the server cannot be used, or did not sync to disk in time. Call this again,
+            as after a kill.
     """
     store = RemoteStore.connect(url)
     if not store.numbers():

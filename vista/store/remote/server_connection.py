@@ -34,7 +34,7 @@ class _CommandPacker:
 class ServerConnection:
     """A pool of connections to one server. It may be shared by threads, and works in forked processes.
 
-    A command whose connection breaks is sent once more over a new connection. A command that times out is not.
+    A command whose connection breaks is retried once over a new connection. A command that times out is not retried.
     """
 
     def __init__(self, url: StoreUrl) -> None:
@@ -119,13 +119,13 @@ class ServerConnection:
             finally:
                 with self._typed_errors():
                     pipeline.reset()  # It waits for a reply too.
-        raise StoreBusyError(f"{self.url} is written by others without a pause; try again")
+        raise StoreBusyError(f"{self.url} is being changed by other processes all the time; try again")
 
     def make_durable(self, name: bytes) -> None:
         """Wait until all that was written so far is on the server's disk, if the server keeps an append-only file.
 
         Args:
-            name: of a key to write, because the server waits for the last write of the same connection.
+            name: key to write, because the server waits only for earlier writes of the same connection.
 
         Raises:
             StoreUnavailableError: it is not on the disk after 30 seconds.
@@ -163,7 +163,7 @@ class ServerConnection:
                 f"(redis://user:password@host), or the password in the environment variable {PASSWORD_VARIABLE}"
             )
         if isinstance(error, errors.NoPermissionError):
-            return StoreError(f"{url}: the server does not permit a command ({reason}); extend the rights of the user")
+            return StoreError(f"{url}: the server does not permit a command ({reason}); grant it to the user")
         if isinstance(error, errors.BusyLoadingError):
             return StoreUnavailableError(f"{url}: the server is still loading its data; try again in a while")
         if isinstance(error, errors.TimeoutError):
@@ -185,6 +185,6 @@ class ServerConnection:
             return StoreWriteError(f"{url} is a read-only replica; write to its primary")
         if isinstance(error, errors.InvalidResponse | ValueError):
             return StoreError(
-                f"{url}: what answers there is not a Valkey or Redis server ({reason}); check the host and the port"
+                f"{url}: the service there is not a Valkey or Redis server ({reason}); check the host and the port"
             )
         return StoreError(f"{url}: the server refuses a command ({reason}); check the server and the store's name")

@@ -69,8 +69,8 @@ class ServerLock:
             return
         if value is not None and not value.startswith(self._token.encode()):
             raise StoreLockedError(
-                f"{self._server.url}: {_holder(value)} has taken over, because this process stood still for more than "
-                f"{LOCK_S:g} s; nothing more is written here"
+                f"{self._server.url}: {_holder(value)} has taken over, because this process was suspended for more "
+                f"than {LOCK_S:g} s; this process writes nothing more"
             )
         raise StoreWriteError(
             f"{self._server.url}: the lock expired, or the server lost some of the last writes (a restart, a failover, "
@@ -111,7 +111,7 @@ class ServerLock:
                     return
                 self._server.command("PEXPIRE", self.name, _lock_ms())
             except StoreError as error:
-                logger.warning("the lock of a writer is not renewed: %s", error)
+                logger.warning("the writer's lock cannot be renewed: %s", error)
 
 
 def _lock_ms() -> int:

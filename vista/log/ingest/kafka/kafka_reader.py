@@ -1,4 +1,4 @@
-"""Reads the messages of topics from the offsets that a log holds. Kafka's own bookkeeping (groups) decides nothing."""
+"""Reads the messages of topics from the offsets in a log. The offsets of Kafka's consumer groups are not read."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from vista.log.stream_offsets import StreamOffset, StreamPartition
 
 logger = logging.getLogger(__name__)
 _GROUP = "vista"
-"""The group whose offsets show tools how far the log is, unless the client file names another."""
+"""The group whose offsets show in Kafka tools how far the log is, unless the client file names another group."""
 _CHUNK = 10_000
 """Messages that are taken from the client at once."""
 _WAIT_S = 0.2
@@ -88,7 +88,7 @@ class KafkaReader:
             stored: the log's offsets.
 
         Raises:
-            StreamError: the server cannot be reached, refuses the client, or sends no message although there are some.
+            StreamError: the server cannot be reached, refuses the client, or sends none of the waiting messages.
             StreamOffsetError: see `starting_offsets`.
         """
         config, continues_at = self._config, self._positions
@@ -122,7 +122,7 @@ class KafkaReader:
             self._warn_of_commit(error.args[0], offsets)
 
     def close(self) -> None:
-        """Close the connections, after commits that are on the way."""
+        """Close the connections after pending commits."""
         self._consumer.close()
 
     def _partitions(self) -> tuple[str, list[StreamPartition]]:
@@ -191,8 +191,8 @@ class KafkaReader:
         ]
         if stuck and (positions == begin or self._problems):
             problem = (
-                f"{self.address}: no message of {stuck[0]} arrived within {config.max_s:g} s, although there are "
-                f"some{self._noted()}; check the server, or raise stream.max_s"
+                f"{self.address}: no message of {stuck[0]} arrived within {config.max_s:g} s, although some "
+                f"are waiting{self._noted()}; check the server, or raise stream.max_s"
             )
             if positions == begin:
                 raise StreamError(problem)

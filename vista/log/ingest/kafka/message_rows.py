@@ -52,7 +52,7 @@ def message_rows(
         DataError: naming topic, partition, offset, column, value, and remedy.
     """
     if config.kind != "table":
-        raise ConfigError(f"events.kind={config.kind}: messages have columns of their own; leave events.kind out")
+        raise ConfigError(f"events.kind={config.kind}: messages are not files of a public data set; omit events.kind")
     columns = needed_columns(config)
     messages, objects, letters = [], [], []
     for message in batch.messages:

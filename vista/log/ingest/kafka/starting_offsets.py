@@ -32,7 +32,7 @@ def starting_offsets(
 ) -> dict[StreamPartition, int]:
     """Where reading begins in each partition of `ranges`.
 
-    A topic that the log has no offsets of begins where `start` says. A partition that was added to a known topic begins
+    A topic without offsets in the log begins where `start` says. A partition that was added to a known topic begins
     at offset 0, because all of its messages are new.
 
     Args:
