@@ -80,7 +80,7 @@ def untrained_model(config: TrainConfig, log: EventLog, source: Path) -> Ranking
     if config.data.item_categories is not None:
         config.data.item_categories = str(source / config.data.item_categories)
     made = ARCHITECTURES[config.model.architecture](config.model, schema_of(log, config), log.items, config.data)
-    made.read_item_table(config.data)
+    made.read_item_table(config.data, log.item_features)
     return made.eval()
 
 

@@ -96,7 +96,6 @@ class TestConfig:
             (["device=tpu"], r"device=tpu: write auto, cpu, cuda or cuda:N"),
             (["data.split=time"], r"data\.validation_from: is required with data\.split=time"),
             (["model.search=hard"], r"model\.search: only SIM can search by category; set model\.architecture=sim"),
-            (["model=sim", "model.search=hard"], r"data\.item_categories: is required with model\.search=hard"),
             (
                 ["data.item_categories=items.csv"],
                 r"data\.item_categories: only applies with model\.search=hard; set that, or",

@@ -18,6 +18,7 @@ from vista.config.choices import Architecture, Search
 from vista.errors import ConfigError
 from vista.log.gaps import gap_bucket
 from vista.log.histories import Histories
+from vista.log.item_features import CategoryColumn, ItemFeatures, NumberColumn
 from vista.log.vocabulary import Vocabulary
 from vista.model.baselines.candidate_model import CandidateModel
 from vista.model.baselines.din import DIN
@@ -367,3 +368,29 @@ def test_a_baseline_survives_saving_and_loading(make: SimpleNamespace, name: str
 def test_they_have_no_user_vectors(make: SimpleNamespace) -> None:
     with pytest.raises(ConfigError, match=r"model\.architecture=twin: only ranks candidates"):
         baseline(make, "twin").user_vectors(make.histories([3]), None)
+
+
+def test_hard_search_reads_a_category_of_the_log(make: SimpleNamespace) -> None:
+    """The first item has no value, and the others have one of three."""
+    model, count = baseline(make, "sim-hard"), make.num_items
+    assert isinstance(model, SIM) and model.category is not None
+    codes = (np.arange(count - 1) % 3).astype(np.int32)
+    topic = CategoryColumn(
+        Vocabulary.empty("str").extended(["a", "b", "c"]), codes, np.r_[0, 0, 1 + np.arange(count - 1)]
+    )
+    tags = CategoryColumn(topic.values, np.tile(np.int32([0, 2]), count), 2 * np.arange(count + 1))
+    price = NumberColumn(np.ones(count, np.float32))
+    features = ItemFeatures({"topic": topic, "tags": tags, "price": price})
+    model.read_item_table(DataConfig(category_column="topic"), features)
+    assert model.category.tolist() == [0, 0, *(1 + codes)]
+    for name, given, message in (
+        (
+            "price",
+            features,
+            "data.category_column=price: is not a category of the log's items, which have topic, tags;",
+        ),
+        ("category", None, "data.category_column=category: is not a category of the log's items, which have none;"),
+        ("tags", features, "data.category_column=tags: some items have several values"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            model.read_item_table(DataConfig(category_column=name), given)

@@ -113,7 +113,7 @@ class Search(Enum):
     soft = "soft"
     """The events with the largest learned inner product."""
     hard = "hard"
-    """The newest events of the candidate's category (`data.item_categories`)."""
+    """The newest events of the candidate's category (`data.category_column`)."""
 
 
 class ItemStart(Enum):

@@ -53,9 +53,9 @@ class DataConfig:
     the user had before."""
     item_categories: str | None = None
     """With model.search=hard: Parquet or CSV file with a column `item` of ids and a column of categories. It is read
-    when training starts and kept in the model. null with any other search."""
+    when training starts and kept in the model. null reads the log's item features; null with any other search."""
     category_column: str = "category"
-    """Name of the column of categories in item_categories."""
+    """With model.search=hard: name of the column of categories in item_categories, or among the log's item features."""
     chunk_len: int = 16384
     """Maximum length, in events, of a stretch of one history in a training batch. Longer histories are cut into several
     chunks."""

@@ -90,7 +90,7 @@ class ModelConfig:
     sasrec, hstu, fuxi_linear, and din need one."""
     search: Search = Search.soft
     """How sim finds events for a candidate: soft by a learned inner product, hard by category
-    (`data.item_categories`)."""
+    (`data.category_column`)."""
     search_top_k: int = 100
     """For sim and twin: number of events that the search finds per candidate and that its attention reads."""
     search_share: float = 0.0

@@ -89,7 +89,11 @@ class TrainConfig:
             "model.search",
             "only SIM can search by category; set model.architecture=sim",
         )
-        require_only_with(self.data.item_categories is not None, hard, "data.item_categories", "model.search=hard")
+        require(
+            hard or self.data.item_categories is None,
+            "data.item_categories",
+            "only applies with model.search=hard; set that, or leave this out",
+        )
 
     def _check_data(self) -> None:
         spacing, tail_len = self.data.label_spacing, self.model.tail_len

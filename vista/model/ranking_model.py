@@ -23,6 +23,7 @@ from vista.counters.counter_spec import ITEM, CounterSpec
 from vista.errors import CheckpointError, LogFormatError
 from vista.examples.batch import Batch, BatchEvents
 from vista.files import checked_path, replaced_folder
+from vista.log.item_features import ItemFeatures
 from vista.log.row_features import ColumnValues, RowFeatures
 from vista.log.vocabulary import Ids, Vocabulary
 from vista.model.allocation_limit import AllocationLimit
@@ -64,8 +65,7 @@ class RankingModel(nn.Module):
     id_mask: Tensor | None
     """[1 + V] 0 for items with only features, else 1; None unless a table of shared rows (unified) has features."""
     item_popularity: Tensor
-    """[1 + V] standardized log frequencies of the items in the training events; 0 for the unknown item. Only with
-    counters or popularity."""
+    """[1 + V] standardized log training frequencies; 0 for the unknown item. Only with counters or popularity."""
 
     def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
         super().__init__()
@@ -240,11 +240,11 @@ class RankingModel(nn.Module):
         """[NA, M'] user vectors of a batch's anchors, as in `losses`. Only with the retrieval head."""
         raise NotImplementedError
 
-    def read_item_table(self, data: DataConfig) -> None:
-        """Read item properties other than the id when training starts. Most architectures need none.
+    def read_item_table(self, data: DataConfig, features: ItemFeatures | None) -> None:
+        """Read item properties when training starts, from a file or the features of the model's items. Most need none.
 
         Raises:
-            DataError: if the file that `data` names lacks them.
+            ConfigError, DataError: if the column or the file that `data` names lacks them.
         """
 
     def description(self) -> ModelDescription:

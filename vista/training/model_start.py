@@ -45,7 +45,7 @@ def start_model(
     """
     model.set_item_frequency(source.frequency)
     if config.stage is Stage.joint:  # a base contains what is read here
-        model.read_item_table(config.data)
+        model.read_item_table(config.data, log.item_features)
         if frozen is not None:
             frozen.start()
         elif config.model.item_start is not ItemStart.random:

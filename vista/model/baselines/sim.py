@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vista.arrays import Int
 from vista.config import DataConfig, ModelConfig
 from vista.config.choices import Architecture, Search
+from vista.errors import ConfigError
+from vista.log.item_features import CategoryColumn, ItemFeatures
 from vista.log.vocabulary import Vocabulary
 from vista.model.baselines.candidate_model import age_table, network
 from vista.model.baselines.event_queries import EventQueries
@@ -50,13 +54,16 @@ class SIM(SearchModel):
         self.key, self.value = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
         self.age_key, self.age_value = age_table(dim), age_table(dim)
 
-    def read_item_table(self, data: DataConfig) -> None:
-        if self.category is not None:
+    def read_item_table(self, data: DataConfig, features: ItemFeatures | None) -> None:
+        if self.category is None:
+            return
+        if data.item_categories is None:
+            codes = _category_codes(features, data.category_column)
+        else:
             from vista.log.item_categories import read_categories  # imports Polars, an optional package
 
-            assert data.item_categories is not None
             codes = read_categories(Path(data.item_categories), data.category_column, self.items)
-            self.category.copy_(torch.from_numpy(codes))
+        self.category.copy_(torch.from_numpy(codes))
 
     def search_query(self, query: Tensor) -> Tensor:
         projected: Tensor = self.of_candidate(query)
@@ -114,3 +121,23 @@ class SIM(SearchModel):
         # A matrix times [event, age] is the sum of a matrix times each.
         key, value = key + self.age_key(age), value + self.age_value(age)
         return attend(self.query(query), key, value, None, valid, self.config.num_heads)
+
+
+def _category_codes(features: ItemFeatures | None, name: str) -> Int:
+    """Codes int64 [1 + V] of a category of the log's items, from 1; NO_CATEGORY for items without a value."""
+    columns = {} if features is None else features.columns
+    column = columns.get(name)
+    if not isinstance(column, CategoryColumn):
+        known = ", ".join(each for each, own in columns.items() if isinstance(own, CategoryColumn))
+        raise ConfigError(
+            f"data.category_column={name}: is not a category of the log's items, which have "
+            f"{known or 'none'}; name one, or a table of categories with data.item_categories"
+        )
+    counts = np.diff(column.offsets)
+    if counts.max(initial=0) > 1:
+        raise ConfigError(
+            f"data.category_column={name}: some items have several values; name a category with one value per item"
+        )
+    codes = np.full(1 + len(counts), NO_CATEGORY, np.int64)
+    codes[1:][counts == 1] = 1 + column.codes
+    return codes
