@@ -42,8 +42,8 @@ class RefreshConfig(RefreshOptions):
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N. auto uses a GPU if there is one."""
     num_threads: int = 0
-    """Number of CPU threads. 0 leaves the choice to PyTorch. With engine=ray, the number is per
-    actor, and 0 means one."""
+    """Number of CPU threads. 0 leaves the choice to PyTorch. With engine=ray, the number is per actor, and 0 means
+    one."""
     progress: bool = True
     """Show a progress bar."""
 

@@ -37,8 +37,8 @@ class WatchConfig:
     events: SourceConfig = field(default_factory=SourceConfig)
     """Columns of the files or messages. events.paths is not used."""
     on_bad_rows: OnBadRows = OnBadRows.error
-    """What happens to invalid rows and messages. raise refuses the file and continues with the other files;
-    an invalid message ends the watch. quarantine sets them aside."""
+    """What happens to invalid rows and messages. raise refuses the file and continues with the other files; an
+    invalid message ends the watch. quarantine sets them aside."""
     authentication_key_file: str | None = None
     """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
     VISTA_AUTHENTICATION_KEY, or no key if that is unset."""

@@ -38,7 +38,7 @@ CONNECT_S = 10.0
 PATIENCE_S = 60.0
 """If no batch returns for so long, a warning says what is pending."""
 MAX_RETRIES = 10
-"""How often a batch is repeated if its actor dies. After that, the batch is likely the cause, such as by its memory."""
+"""How often a batch is repeated if its actor dies. After that, the batch is the likely cause, such as by its size."""
 
 
 class RayEngine:
