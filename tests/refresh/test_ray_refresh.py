@@ -24,6 +24,7 @@ import torch
 
 from vista.config import RayConfig, RefreshConfig
 from vista.config.choices import Codec, Precision
+from vista.device import cpu_settings
 from vista.errors import (
     CheckpointError,
     ConfigError,
@@ -283,7 +284,8 @@ def test_an_actor_refuses_another_log_or_model(
         state_spec=None,
     )
     users, counts = np.arange(2), np.array([1, 1])
-    with pytest.raises(error, match=message):
+    # An actor changes the settings of its process, which is this one here.
+    with cpu_settings(1), pytest.raises(error, match=message):
         result = RefreshActor(replace(job, **change)).encode(users, counts).records
         assert isinstance(result, VistaError)
         raise result

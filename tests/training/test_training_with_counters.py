@@ -218,7 +218,7 @@ def test_tasks_read_the_counters_of_candidates(served_tasks: Served, tmp_path: P
     validation = Validation(log, model.rows_of(log.items), config)
     cut, cases = visible_counts(log, split_until(data, "validation")), validation._impressions
     assert cases is not None
-    predicted = validation._answers(model).probabilities(cases)
+    predicted = validation._answers(model, np.arange(log.num_users)).probabilities(cases)
     counted = 0
     for n in range(0, len(cases.user), 3):
         user, seen = int(cases.user[n]), int(cases.seen[n])
