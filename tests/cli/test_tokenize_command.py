@@ -160,7 +160,7 @@ def test_codebooks_of_other_vectors_are_refused(tmp_path: Path) -> None:
     vectors_file(tmp_path, [[1.0, 2.0, 3.0], [3.0, 4.0, 5.0]])
     codebooks = str(tmp_path / "codes.codebooks.safetensors")
     with pytest.raises(
-        DataError, match="has codebooks for vectors of 2 numbers, but those of the items have 3; encode"
+        DataError, match="has codebooks for vectors of 2 numbers, but those of the items have 3; use the encoder"
     ):
         tokenize(tmp_path, codebooks=codebooks)
     with pytest.raises(DataError, match="no readable codebooks"):

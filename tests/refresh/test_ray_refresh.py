@@ -304,7 +304,7 @@ def test_ray_is_not_started_for_nothing(made: SimpleNamespace) -> None:
 
 
 def test_bad_configurations_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"engine: works only for a full refresh; shard=i/n"):
+    with pytest.raises(ConfigError, match=r"engine: works only for a full refresh; use shard=i/n"):
         RefreshConfig(engine="ray", incremental=True)
     with pytest.raises(ConfigError, match=r"ray\.address: write host:port of the head"):
         RayConfig(address="ray://head:10001")

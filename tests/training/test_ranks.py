@@ -191,11 +191,11 @@ def test_ranks_that_differ_are_refused_by_name(event_log: EventLog, tmp_path: Pa
 
 
 def test_all_ranks_plan_the_same_steps(event_log: EventLog, tmp_path: Path) -> None:
-    config = config_of(event_log, tmp_path / "run", optim__epochs=None, optim__minutes=0.15)
+    config = config_of(event_log, tmp_path / "run", optim__epochs=1000, optim__minutes=0.15)
     done = start(config, 2)
     assert done.returncode == 0 and len(set(re.findall(WEIGHTS, done.stdout))) == 1, done.stderr
     planned = re.search(r"optim.minutes=0.15: .* per validation: (\d+) steps", done.stderr)
-    assert planned is not None and f"done: {planned[1]} steps" in done.stderr
+    assert planned is not None and f"done: {planned[1]} steps" in done.stderr, done.stderr
 
 
 def test_draws_of_a_step_depend_on_seed_step_and_rank(event_log: EventLog, tmp_path: Path) -> None:

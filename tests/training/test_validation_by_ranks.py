@@ -25,7 +25,11 @@ def assert_ranks_measure_the_same(made: Trainer) -> None:
     assert expected
     for num_ranks in (2, 13):
         for found in on_ranks(num_ranks, measured):
-            assert found == pytest.approx(expected, rel=1e-5, nan_ok=True)
+            assert found.keys() == expected.keys()
+            for name, value in found.items():
+                # Other batches round otherwise, which may swap two scores that are almost equal.
+                rel = 1e-2 if "auc" in name else 1e-5
+                assert value == pytest.approx(expected[name], rel=rel, nan_ok=True), name
 
 
 @pytest.mark.parametrize("architecture", [Architecture.vista, Architecture.sasrec])
