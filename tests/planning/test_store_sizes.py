@@ -28,7 +28,7 @@ def test_sizes_are_those_that_a_refresh_writes(tmp_path: Path, counters: bool, c
     model = untrained(log, dim=16, num_seeds=4, counters=counters)
     options = RefreshOptions(codec=Codec(codec), state=StateDtype(state))
     refresh(model, log, tmp_path / "store", options=options)
-    sizes = StoreSizes.of(model.config, options.codec, options.state, num_items=NUM_ITEMS, history_events=LENGTH)
+    sizes = StoreSizes.of(model.config, options.codec, StateDtype(state), num_items=NUM_ITEMS, history_events=LENGTH)
     generation = read_current(tmp_path / "store")
     records = user_values(environment_path(tmp_path / "store", generation)).values()
     if counters:  # Events that lie 49 days back have longer times.

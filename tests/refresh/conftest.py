@@ -93,7 +93,7 @@ def append(path: Path, frame: dict[str, Any]) -> EventLog:
     )
 
 
-def assert_same(path: Path, expected: Path, atol: float) -> None:
+def assert_same(path: str | Path, expected: Path, atol: float) -> None:
     """Both stores hold the same users, tails with features, times, counts, digests, counters; summaries differ by up to
     `atol`."""
     with StoreReader.open(path) as store, StoreReader.open(expected) as other:

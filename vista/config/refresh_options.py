@@ -20,8 +20,9 @@ class RefreshOptions:
     codec: Codec = Codec.int8
     """How the values of a summary are stored: float32, float16, or as quantized rows of 8 bits (int8) or 4 bits
     (int4)."""
-    state: StateDtype = StateDtype.float32
-    """How states are stored for incremental refreshes: float32, float16, or none."""
+    state: StateDtype | None = None
+    """How states are stored for incremental refreshes: float32, float16, or none. null stores them as float32 in a
+    folder if the model and `until` permit, and not at all on a server, whose memory they would fill."""
     precision: Precision = Precision.float32
     """Precision of matrix products. bfloat16 is faster on devices that support it, and changes summaries by about
     0.3 %. auto uses bfloat16 where the device multiplies it fast."""

@@ -69,8 +69,8 @@ class CapacityPlan:
 
     @property
     def writes_to_server(self) -> bool:
-        """Whether refreshes write to the remote store, which keeps no states. Otherwise they write to a store on their
-        own disks, which is copied."""
+        """Whether refreshes write to the remote store, whose memory states would fill. With states, they write to a
+        store on their own disks, which is copied."""
         return self.config.remote_store and not self.sizes.state
 
     @property

@@ -13,6 +13,7 @@ from vista.arrays import Int
 from vista.config.choices import Precision, StateDtype
 from vista.config.refresh_options import RefreshOptions
 from vista.device import choose_precision
+from vista.errors import ConfigError
 from vista.log.event_log import EventLog
 from vista.log.splits import visible_counts
 from vista.log.until import Until, parse_until
@@ -55,7 +56,7 @@ def refresh(
         until: which events summaries may cover: None (all), "leave-last-out", "leave-last-N-out", an ISO time, ms, or
             "TIME-less-N".
         options: what is stored and how the work is batched. States are kept only where incremental refreshes can use
-            them: not with bidirectional mixing, a history limit, K = 0 or `until`, and not on a server.
+            them: not with bidirectional mixing, a history limit, K = 0 without counters, or `until`.
         shard: write only the users of this shard, into the folder `<store>/part-i-of-n`.
         engine: what encodes the batches: by default this process; `vista.refresh.ray_engine.RayEngine` uses others. A
             run can resume with another one. The bytes of the store are the same if both compute with the same number
@@ -64,8 +65,8 @@ def refresh(
         created_at: start of the run in ms, which records state; by default now. A resumed run keeps its own.
 
     Raises:
-        ConfigError: the model cannot read this log, `until` is not valid for it, or the store is sharded and no shard
-            is named.
+        ConfigError: the model cannot read this log, `until` is not valid for it, the store is sharded and no shard is
+            named, or `options.state` asks for states that cannot be kept.
         LogFormatError: a file of the log is damaged.
         StoreLockedError, StoreError, RecordError: the previous generation stays in service.
     """
@@ -75,7 +76,7 @@ def refresh(
     if options.verify_log:
         log.verify()
     target, shard = shard_to_write(store, shard)
-    keeps_states = has_states(model) and limit == Until() and not isinstance(target, StoreUrl)
+    state = _stored_state(options.state, target, can_keep=has_states(model) and limit == Until())
     model.eval()
     precision = choose_precision(options.precision, model.device)
     counts = visible_counts(log, limit)
@@ -85,7 +86,7 @@ def refresh(
     manifest = new_manifest(
         model,
         codec=options.codec,
-        state=options.state if keeps_states else StateDtype.none,
+        state=state,
         until=str(limit) if limit.held_out or limit.before is None else limit.before,
         applied_segment=log.last_segment,
         log_digest=log.sources_digest(log.last_segment),
@@ -102,6 +103,18 @@ def refresh(
         return encoding.encode(encoder, with_counts, writer.spec, writer.state_spec, clock)
 
     return write_generation(target, manifest, "full", encode_batches, options=options, key=key)
+
+
+def _stored_state(wanted: StateDtype | None, target: Path | StoreUrl, *, can_keep: bool) -> StateDtype:
+    if wanted is None:
+        return StateDtype.float32 if can_keep and isinstance(target, Path) else StateDtype.none
+    if wanted is not StateDtype.none and not can_keep:
+        raise ConfigError(
+            f"state={wanted.value}: no incremental refresh can add events to these states, because the model mixes "
+            "bidirectionally, has a history limit, or has neither a summary nor counters, or because `until` hides "
+            "events; leave it out"
+        )
+    return wanted
 
 
 def _run_digest(log: EventLog, counts: Int, precision: Precision, shard: Shard | None) -> str:

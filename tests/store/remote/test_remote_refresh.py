@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,19 @@ from tests.refresh import conftest as growing
 from tests.store.remote.valkey_server import ValkeyServer
 from vista.cli import main as cli
 from vista.config import EvaluateConfig, RefreshOptions
-from vista.config.choices import StateDtype
-from vista.errors import ConfigError, SummarizerMismatchError
+from vista.config.choices import Codec, Mixing, StateDtype
+from vista.errors import ConfigError, RecordError, StoreError, SummarizerMismatchError
+from vista.log.deletions import forget_events
+from vista.log.event_log import EventLog
 from vista.log.until import parse_until
 from vista.refresh import refresh, refresh_incremental
 from vista.scorer import Scorer
 from vista.store import StoreReader
 from vista.store.admin.copying import copy_generation
+from vista.store.admin.managed_store import managed_store
+from vista.store.admin.verification import verify_store
+from vista.store.erasure import erase
+from vista.store.format.state_record import StateArrays, StateSpec, encode_states
 from vista.store.reader import published_manifest
 from vista.store.shards import Shard
 
@@ -131,9 +138,10 @@ def test_a_killed_refresh_resumes(served: Served, server: ValkeyServer, tmp_path
     assert published_manifest(url).records_digest == published_manifest(tmp_path / "local").records_digest
 
 
-def test_incremental_refreshes(server: ValkeyServer, tmp_path: Path) -> None:
-    """As in a folder without states: users with new events are computed again from the log, and killed runs resume."""
-    url, model, options = server.url(), growing.model(), RefreshOptions(state=StateDtype.none, codec="float32")  # type: ignore[arg-type]
+@pytest.mark.parametrize("state", [StateDtype.none, StateDtype.float32])
+def test_incremental_refreshes(server: ValkeyServer, tmp_path: Path, state: StateDtype) -> None:
+    """As in a folder, with states or without them, and killed runs resume."""
+    url, model, options = server.url(), growing.model(), RefreshOptions(state=state, codec=Codec.float32)
     log = growing.append(tmp_path / "log", growing.events(dict.fromkeys(range(1, 40), 6)))
     refresh(model, log, url, options=options)
     model.save_pretrained(tmp_path / "model")
@@ -142,13 +150,91 @@ def test_incremental_refreshes(server: ValkeyServer, tmp_path: Path) -> None:
         growing.events({3: 4, 41: 5, **dict.fromkeys(range(10, 40), 2)}, start=growing.START + 500 * growing.HOUR),
     )
     with StoreReader.open(url) as reader:
-        killed_at_random("incremental", log.path, tmp_path / "model", url, tmp_path)
+        if state is StateDtype.none:
+            assert refresh_incremental(model, log, url).counts["recomputed"] == 32
+        else:
+            killed_at_random("incremental", log.path, tmp_path / "model", url, tmp_path)
         assert reader.get_many([41]).found.all()
     refresh(model, log, tmp_path / "full", options=options)
-    growing.assert_same(url, tmp_path / "full", 1e-6)  # type: ignore[arg-type]
+    growing.assert_same(url, tmp_path / "full", 1e-6 if state is StateDtype.none else 2e-5)
     manifest = published_manifest(url)
     assert (manifest.applied_segment, manifest.going_to, manifest.generation) == (2, 0, 1)
     assert refresh_incremental(model, log, url).num_users == 0
+
+
+def test_states_on_a_server_are_those_of_a_folder(server: ValkeyServer, tmp_path: Path) -> None:
+    """Byte for byte, after new, late, and forgotten events, and an erasure."""
+    url, folder, model = server.url(), tmp_path / "store", growing.model()
+    log = growing.append(tmp_path / "log", growing.events({1: 12, 2: 3, 3: 30, 4: 1, 5: 9}))
+    options = RefreshOptions(state=StateDtype.float32, users_per_batch=2)
+    for store in (url, folder):
+        refresh(model, log, store, options=options, created_at=1)
+    growing.append(tmp_path / "log", growing.events({1: 5, 3: 1, 6: 4}, growing.START + 500 * growing.HOUR))
+    growing.append(tmp_path / "log", growing.events({2: 2, 5: 1}, growing.START - 100 * growing.HOUR))
+    newest = log[3].slice(0, log[3].num_events - 1)
+    columns = {"item": log.items.ids(newest.item), "timestamp": newest.timestamp}
+    forget_events(log.path, {"user": np.array([3]), **columns})
+    log = EventLog.open(tmp_path / "log")
+    reports = [refresh_incremental(model, log, store, created_at=2) for store in (url, folder)]
+    assert reports[0].counts == reports[1].counts and reports[0].counts["exchanged"] == 2
+    assert [erase(store, [2]) for store in (url, folder)] == [1, 1]
+    ours, theirs = (list(all_values(store)) for store in (url, folder))
+    assert ours == theirs and [len(values) for values in ours] == [5, 5]
+    assert b"!state:" + b"ui" + (2 + 2**63).to_bytes(8, "big") not in b"".join(server.command("KEYS", "*"))  # type: ignore[arg-type]
+    assert "no problem found" in str(verify_store(url))
+
+
+def all_values(store: str | Path) -> Iterator[dict[bytes, bytes]]:
+    """Records and states of the published generation."""
+    managed = managed_store(store)
+    with managed.open(managed.current(), None) as held:
+        for batches in (held.batches(), held.state_batches()):
+            yield dict(pair for batch in batches for pair in zip(*batch, strict=True))
+
+
+def test_states_that_cannot_be_kept_are_refused(served: Served, server: ValkeyServer, tmp_path: Path) -> None:
+    options, model = RefreshOptions(state=StateDtype.float16), growing.model(mixing=Mixing.bidirectional)
+    log = growing.append(tmp_path / "log", growing.events({1: 3}))
+    for store in (server.url(), tmp_path / "store"):
+        with pytest.raises(ConfigError, match=r"state=float16: no incremental refresh can add events.*leave it out"):
+            refresh(model, log, store, options=options)
+        with pytest.raises(ConfigError, match=r"state=float16: .*`until` hides events"):
+            refresh(served.model, served.log, store, options=options, until="leave-last-out")
+    refresh(model, log, server.url())
+    assert published_manifest(server.url()).state_dtype == "none"
+
+
+@pytest.mark.parametrize(("lose", "message"), [("DEL", r"39 states, but 40 records"), ("SET", None)])
+def test_lost_and_damaged_states(server, build, lose, message):
+    """A publication notices that a state was lost. A damaged one is named when an incremental refresh reads it."""
+    options = {"state_dtype": "float32", "state_shape": (1, 2, 3)}
+    with build.open_writer(server.url(), **options) as writer:
+        keys, records = build.records_of(range(40), writer.spec)
+        writer.put_batch(keys, records, 40, states_of(keys, writer.state_spec))
+        with pytest.raises(ValueError, match="states: got 0 for 40 records"):
+            writer.put_batch(keys, records, 40)
+        name = b"{mine}:gen-1:!state:" + keys[5]
+        server.command(*[lose, name, b"x"][: 3 if lose == "SET" else 2])
+        if message is not None:
+            with pytest.raises(StoreError, match=message):
+                writer.publish()
+            assert server.command("KEYS", "*gen-1*") == []
+            return
+        writer.publish()
+    with StoreReader.open(server.url()) as store:
+        assert store.states([4, 99]) is not None
+        with pytest.raises(RecordError, match="the state of user 5 is corrupt"):
+            store.states([4, 5])
+    assert "the state of user 5 is corrupt" in str(verify_store(server.url()))
+
+
+def states_of(keys: list[bytes], spec: StateSpec) -> list[bytes]:
+    """States whose numbers depend only on the user's place."""
+    count = len(keys)
+    z = np.arange(count * 18, dtype=np.float32).reshape(count, 1, 2, 3, 3)
+    weights, whole = z[:, 0, :, 0, 0], np.arange(count)
+    arrays = StateArrays(z, weights, weights, whole, whole, whole, whole.astype(np.uint64))
+    return encode_states(keys, arrays, spec)
 
 
 def test_what_a_server_does_not_have(served: Served, server: ValkeyServer) -> None:

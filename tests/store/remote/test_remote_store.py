@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from vista.errors import (
-    ConfigError,
     RecordError,
     StoreError,
     StoreLockedError,
@@ -176,11 +175,6 @@ def test_a_store_of_another_summarizer_is_refused_and_an_older_one_found(server,
         StoreReader.open(url, tail_len=5)
     with pytest.raises(StoreError, match="without an authentication key"):
         StoreReader.open(url, key=bytes(32))
-
-
-def test_a_store_with_states_is_refused(server, build):
-    with pytest.raises(ConfigError, match=r"keeps no states.*state=none"):
-        build.open_writer(server.url(), state_dtype="float32", state_shape=(1, 2, 3))
 
 
 def test_updates_in_place(server, build):

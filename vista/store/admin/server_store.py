@@ -101,13 +101,13 @@ class ServerStore:
         return manifest, complete, manifest.count if complete else generation.read_cursor()
 
     def size_bytes(self, number: int) -> int:
-        """Size of the records, from the mean of the first 1,000."""
+        """Size of records and states, from the mean of the first 1,000 users."""
         server, names = self._store.server, self._store.names.generation(number)
         keys = server.command("ZRANGE", names.users, 0, _SAMPLE - 1)
         if not keys:
             return 0
-        sizes = server.pipeline([("STRLEN", names.record(key)) for key in keys])
-        return int(sum(sizes) / len(sizes) * int(server.command("ZCARD", names.users)))
+        sizes = server.pipeline([("STRLEN", name) for name in names.values(keys)])
+        return int(sum(sizes) / len(keys) * int(server.command("ZCARD", names.users)))
 
     def problems(self) -> list[str]:
         """What is wrong with LAST."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain, pairwise
 
 from vista.errors import StoreWriteError
 from vista.store.erased_users import ErasedUsers
@@ -77,18 +78,17 @@ class GenerationOnServer:
             erased_users: of this store.
             keys: N user keys.
             records: N records.
-            states: none, because a store on a server keeps no states.
+            states: N states, or none if the generation keeps no states.
             meta: further keys of the generation and their values.
 
         Returns:
             How many users were written.
         """
-        if states:
-            raise ValueError(f"states: {self._store.url} keeps no states, got {len(states)}")
-        parts = _parts(keys, records) or [(keys, records)]
+        if keys and bool(states) != self._keeps_states:
+            raise ValueError(f"states: got {len(states)} for {len(keys)} records of {self._store.url}")
+        parts = _parts([*map(len, records)] if not states else [*map(_both_lengths, records, states)])
         return sum(
-            self._put(part_keys, part_records, meta if place == len(parts) else {})
-            for place, (part_keys, part_records) in enumerate(parts, start=1)
+            self._put(keys[part], records[part], states[part], meta if part == parts[-1] else {}) for part in parts
         )
 
     def remove(self, keys: Sequence[bytes]) -> int:
@@ -97,7 +97,9 @@ class GenerationOnServer:
         return sum(self._remove(keys[first : first + size]) for first in range(0, len(keys), size))
 
     def remove_states(self, keys: Sequence[bytes]) -> None:
-        """Nothing to remove."""
+        """Remove users' states alone."""
+        if self._keeps_states and keys:
+            self._write([], lambda manifest: (manifest, [("UNLINK", *map(self.names.state, keys))], 0))
 
     def remove_erased(self) -> int:
         """Remove erased users who still have a record, because their erasure was interrupted; returns how many."""
@@ -148,8 +150,15 @@ class GenerationOnServer:
         return self.records.key_batches()
 
     def states(self, keys: Sequence[bytes], spec: StateSpec) -> FoundStates | None:
-        """None: a store on a server keeps no states."""
-        return None
+        """Rows of the keys that have a state, and these states; None if the generation keeps no states."""
+        return self.records.states(keys, spec) if self._keeps_states else None
+
+    def num_states(self) -> int:
+        """How many users have a state."""
+        return sum(
+            int(self._server.command("EXISTS", *map(self.names.state, keys)))
+            for keys in (self.key_batches() if self._keeps_states else ())
+        )
 
     def tally(self, spec: RecordSpec) -> Tally:
         """Check and count all records.
@@ -172,7 +181,13 @@ class GenerationOnServer:
         value = self._server.command("GET", self.names.cursor)
         return parse_cursor(value or b"0", self.manifest, self._store.url)
 
-    def _put(self, keys: Sequence[bytes], records: Sequence[bytes], meta: Mapping[bytes, bytes]) -> int:
+    @property
+    def _keeps_states(self) -> bool:
+        return self.manifest.state_spec() is not None
+
+    def _put(
+        self, keys: Sequence[bytes], records: Sequence[bytes], states: Sequence[bytes], meta: Mapping[bytes, bytes]
+    ) -> int:
         def plan(manifest: Manifest) -> Plan:
             erased = self._store.tombstones.erased(keys)
             remaining = [place for place, gone in enumerate(erased) if not gone]
@@ -180,9 +195,11 @@ class GenerationOnServer:
             old = [header for header in self.headers(put_keys) if header is not None]
             commands: list[Command] = [("SET", self.names.prefix + key, value) for key, value in meta.items()]
             if put_keys:
-                pairs = zip(put_keys, put_records, strict=True)
+                pairs = [*zip(map(self.names.record, put_keys), put_records, strict=True)]
+                if states:
+                    pairs += zip(map(self.names.state, put_keys), (states[place] for place in remaining), strict=True)
                 commands += [
-                    ("MSET", *(part for key, record in pairs for part in (self.names.record(key), record))),
+                    ("MSET", *chain.from_iterable(pairs)),
                     ("ZADD", self.names.users, *(part for key in put_keys for part in (0, key))),
                 ]
             return manifest.with_records(old, put_keys, put_records), commands, len(put_keys)
@@ -193,7 +210,7 @@ class GenerationOnServer:
         def plan(manifest: Manifest) -> Plan:
             old = [header for header in self.headers(keys) if header is not None]
             commands: list[Command] = [
-                ("UNLINK", *map(self.names.record, keys)),
+                ("UNLINK", *self.names.values(keys)),
                 ("ZREM", self.names.users, *keys),
             ]
             return manifest.with_records(old, [], []), commands, len(old)
@@ -230,13 +247,16 @@ class GenerationOnServer:
         return self._store.parsed(value, self._number)
 
 
-def _parts(keys: Sequence[bytes], records: Sequence[bytes]) -> list[tuple[Sequence[bytes], Sequence[bytes]]]:
-    """The records in parts of about BATCH_BYTES, each of at least one record."""
+def _both_lengths(record: bytes, state: bytes) -> int:
+    return len(record) + len(state)
+
+
+def _parts(lengths: Sequence[int]) -> list[slice]:
+    """Parts of about BATCH_BYTES, each of at least one user; an empty part if there are no users."""
     bounds, size = [0], 0
-    for place, record in enumerate(records):
-        if size and size + len(record) > BATCH_BYTES:
+    for place, length in enumerate(lengths):
+        if size and size + length > BATCH_BYTES:
             bounds.append(place)
             size = 0
-        size += len(record)
-    ends = [*bounds[1:], len(records)]
-    return [(keys[first:end], records[first:end]) for first, end in zip(bounds, ends, strict=True) if end > first]
+        size += length
+    return [slice(first, end) for first, end in pairwise([*bounds, len(lengths)])]

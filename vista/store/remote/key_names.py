@@ -5,12 +5,15 @@ All of a store's keys have its name in braces, so that a cluster keeps them on o
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from vista.store.format.keys import COMPLETE_KEY, CURSOR_KEY, MANIFEST_KEY
 
 USERS_KEY = b"!users"
 """Sorted set of the keys of all users who have a record; no user's key begins with an exclamation mark."""
+STATE_PREFIX = b"!state:"
+"""Comes before a user's key in the name of the user's state."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,14 @@ class GenerationKeys:
     def record(self, key: bytes) -> bytes:
         """The record of a user."""
         return self.prefix + key
+
+    def state(self, key: bytes) -> bytes:
+        """The state of a user, if the generation keeps states."""
+        return self.prefix + STATE_PREFIX + key
+
+    def values(self, keys: Iterable[bytes]) -> list[bytes]:
+        """The records and the states of users, whether they exist or not."""
+        return [name(key) for key in keys for name in (self.record, self.state)]
 
 
 class KeyNames:

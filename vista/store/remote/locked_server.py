@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Collection
 
-from vista.errors import ConfigError, RecordError, StoreBusyError, StoreError, StoreUnavailableError
+from vista.errors import RecordError, StoreBusyError, StoreError, StoreUnavailableError
 from vista.store.format.record_spec import RecordSpec
 from vista.store.manifest import Manifest
 from vista.store.remote.generation_on_server import GenerationOnServer
@@ -57,13 +57,7 @@ class LockedServer:
         return self.store.tombstones
 
     def start(self, wanted: Manifest) -> GenerationOnServer:
-        """Resume the newest unfinished generation if it has the wanted identity; otherwise start a new one.
-
-        Raises:
-            ConfigError: `wanted` keeps states.
-        """
-        if wanted.state_spec() is not None:
-            raise ConfigError(f"{self.path}: a store on a server keeps no states; leave them out with state=none")
+        """Resume the newest unfinished generation if it has the wanted identity; otherwise start a new one."""
         self._published = self._published_or_newest()
         for number in reversed([number for number in self.store.numbers() if number > self._published]):
             generation = self._readable(number)
@@ -167,15 +161,17 @@ class LockedServer:
                 raise StoreError(
                     f"{error}. gen-{manifest.generation} was removed, and CURRENT is unchanged; rerun the command"
                 ) from error
+            num_states = generation.num_states()
             agrees = (manifest.count, manifest.records_digest) == (tally.count, tally.records_digest)
+            agrees &= manifest.state_spec() is None or num_states == tally.count
             if agrees and generation.mark_complete(manifest, num_erased, publish=publish):
                 return generation.manifest
             if not agrees and generation.read_manifest() == manifest:
                 self.remove(manifest.generation)
                 raise StoreError(
-                    f"{self.path}: gen-{manifest.generation} holds {tally.count} records, but {manifest.count} "
-                    "records, or other ones, were written. It was removed, and CURRENT is unchanged; check whether "
-                    "others write to its keys, then rerun the command"
+                    f"{self.path}: gen-{manifest.generation} holds {tally.count} records and {num_states} states, but "
+                    f"{manifest.count} records, or other ones, were written. It was removed, and CURRENT is unchanged; "
+                    "check whether others write to its keys, then rerun the command"
                 )
         raise self._busy()
 
@@ -195,7 +191,7 @@ class LockedServer:
             keys = self.store.server.command("ZRANGE", names.users, 0, _REMOVED_AT_ONCE - 1)
             if not keys:
                 return [("SREM", self.store.names.generations, number)]
-            return [("UNLINK", *map(names.record, keys)), ("ZREM", names.users, *keys)]
+            return [("UNLINK", *names.values(keys)), ("ZREM", names.users, *keys)]
 
         while number in self.store.numbers():
             self._change(some_records)

@@ -48,4 +48,4 @@ def _remove_remains(store: RemoteStore, number: int, keys: Sequence[bytes]) -> N
     names = store.names.generation(number)
     for first in range(0, len(keys), _REMOVED_AT_ONCE):
         part = keys[first : first + _REMOVED_AT_ONCE]
-        store.server.pipeline([("UNLINK", *map(names.record, part)), ("ZREM", names.users, *part)])
+        store.server.pipeline([("UNLINK", *names.values(part)), ("ZREM", names.users, *part)])

@@ -71,16 +71,16 @@ class RemoteGeneration:
             yield keys, records
 
     def state_batches(self) -> Iterator[tuple[list[bytes], list[bytes]]]:
-        """Nothing: a store on a server keeps no states."""
-        return iter(())
+        """Keys and states, ascending, checked; nothing if the generation keeps no states."""
+        return iter(()) if (spec := self.manifest.state_spec()) is None else self.records.state_batches(spec)
 
     def other_keys(self) -> list[bytes]:
         """Nothing: keys under a generation's prefix cannot be listed without looking at all keys of the server."""
         return []
 
     def states(self, keys: Sequence[bytes]) -> FoundStates | None:
-        """None: a store on a server keeps no states."""
-        return None
+        """The stored states of some users; None if the generation keeps no states."""
+        return None if (spec := self.manifest.state_spec()) is None else self.records.states(keys, spec)
 
     def is_same(self, other: OpenGeneration) -> bool:
         """Whether both hold the same records."""

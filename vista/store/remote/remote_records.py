@@ -5,10 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from vista.errors import RecordError, StoreClosedError
 from vista.store.format.field_checks import user_of
 from vista.store.format.record_spec import HEADER_BYTES
+from vista.store.format.state_record import StateSpec, decode_states
 from vista.store.manifest import CHECKSUM_DIGITS, Manifest
+from vista.store.open_generation import FoundStates
 from vista.store.remote.key_names import GenerationKeys
 from vista.store.remote.record_cache import RecordCache
 from vista.store.remote.server_connection import ServerConnection
@@ -62,10 +66,29 @@ class RemoteRecords:
 
     def get_from_server(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """As `get`, without the cache."""
-        names = [self._names.record(key) for key in keys]
-        values: list[bytes | None] = self._server.command("MGET", *names, self._names.complete)
-        self._require_stamp(values.pop())
-        return values
+        return self._values([self._names.record(key) for key in keys])
+
+    def states(self, keys: Sequence[bytes], spec: StateSpec) -> FoundStates:
+        """Rows of the keys that have a state, and these states.
+
+        Raises:
+            RecordError: a state is damaged; the message names the user.
+            StoreClosedError: the generation was removed.
+        """
+        rows: list[int] = []
+        values: list[bytes] = []
+        for first, part in self._state_parts(keys, spec):
+            rows += [row for row, value in enumerate(part, first) if value is not None]
+            values += [value for value in part if value is not None]
+        return np.array(rows, np.int64), decode_states(values, [keys[row] for row in rows], spec)
+
+    def state_batches(self, spec: StateSpec) -> Iterator[tuple[list[bytes], list[bytes]]]:
+        """Keys and states of all users who have one, ascending; errors as of `states`."""
+        for keys in self.key_batches():
+            for first, part in self._state_parts(keys, spec):
+                found = {keys[row]: value for row, value in enumerate(part, first) if value is not None}
+                decode_states([*found.values()], [*found], spec)
+                yield [*found], [*found.values()]
 
     def forget_cached(self, keys: Sequence[bytes]) -> bool:
         """Remove users from the cache, because a record is damaged; False if there is no cache."""
@@ -105,6 +128,17 @@ class RemoteRecords:
             present = [(key, value) for key, value in zip(keys, values, strict=True) if value is not None]
             if present:
                 yield [key for key, _ in present], [value for _, value in present]
+
+    def _state_parts(self, keys: Sequence[bytes], spec: StateSpec) -> Iterator[tuple[int, list[bytes | None]]]:
+        """The unchecked states of some users in bounded parts, each with the position of its first user."""
+        size = max(BATCH_BYTES // spec.least_bytes, 1)
+        for first in range(0, len(keys), size):
+            yield first, self._values([self._names.state(key) for key in keys[first : first + size]])
+
+    def _values(self, names: Sequence[bytes]) -> list[bytes | None]:
+        values: list[bytes | None] = self._server.command("MGET", *names, self._names.complete)
+        self._require_stamp(values.pop())
+        return values
 
     def _get_cached(self, cache: RecordCache, keys: Sequence[bytes]) -> list[bytes | None]:
         """One round trip, which also tells whether the cached records are still those of the server."""
