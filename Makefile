@@ -6,7 +6,7 @@ SHELL := bash
 
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS ?= baselines,data,dev,docs,kafka,ray,redis,report,sketches,tensorboard,text,tokens
+EXTRAS ?= baselines,data,dev,docs,kafka,ray,redis,report,serve,sketches,tensorboard,text,tokens
 # Options of pip install, such as PIP_OPTIONS="--index-url URL" for an index with torch's CPU build.
 PIP_OPTIONS ?=
 PYTEST_ARGS ?=

@@ -13,7 +13,7 @@ LAYERS = (
     ("vista",),
     ("vista.cli",),
     ("vista.training",),
-    ("vista.evaluation",),
+    ("vista.evaluation", "vista.serve"),
     ("vista.refresh", "vista.scorer", "vista.planning"),
     ("vista.examples", "vista.model", "vista.store", "vista.simulation"),
     ("vista.counters",),

@@ -236,6 +236,36 @@ class SummarizerMismatchError(StoreError):
     """
 
 
+class OverloadedError(VistaError):
+    """The service has as many requests as it may keep waiting.
+
+    Remedy: send the request again after the time that the header Retry-After names. If this lasts, add workers or
+    machines, or send fewer candidates.
+    """
+
+
+class DeadlineError(VistaError):
+    """The service did not compute a request within the request's deadline.
+
+    Remedy: send fewer candidates, or allow more time with `deadline_s`. If requests wait for others, add workers or
+    machines.
+    """
+
+
+class BodyTooLargeError(VistaError):
+    """A request has a larger body, or more users or candidates, than the service accepts.
+
+    Remedy: send several requests, or raise the limit that the message names.
+    """
+
+
+class SlowBodyError(VistaError):
+    """The body of a request did not arrive within the request's deadline.
+
+    Remedy: check the network between the client and the service, or raise `deadline_s`.
+    """
+
+
 class WorkerDiedError(VistaError):
     """A process that does part of the work died, and so did its replacements.
 

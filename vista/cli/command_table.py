@@ -121,6 +121,16 @@ COMMANDS: dict[str, Command] = {
             "vista score users=[nobody] on_missing=raise",
         ),
     ),
+    "serve": Command(
+        config.ServeConfig,
+        _handler("serve_command", "run_serve"),
+        "Answer requests over HTTP: score, rank, predict, explain.",
+        (
+            "vista serve model=runs/mine/best store=stores/mine",
+            "vista serve model=runs/mine/best store=stores/mine host=0.0.0.0 port=8000 workers=4 token_file=token",
+            "vista serve model=runs/mine/best store=stores/mine on_missing=nan deadline_s=0.2 max_waiting=16",
+        ),
+    ),
     "plan": Command(
         config.PlanConfig,
         _handler("plan_command", "run_plan"),

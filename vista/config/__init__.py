@@ -27,6 +27,7 @@ from vista.config.ray_config import RayConfig
 from vista.config.refresh_config import RefreshConfig
 from vista.config.refresh_options import RefreshOptions
 from vista.config.score_config import ScoreConfig
+from vista.config.serve_config import ServeConfig
 from vista.config.simulate_config import SimulateConfig
 from vista.config.source_columns import SourceColumns
 from vista.config.store_configs import (
@@ -68,6 +69,7 @@ __all__ = [
     "RefreshConfig",
     "RefreshOptions",
     "ScoreConfig",
+    "ServeConfig",
     "SimulateConfig",
     "SourceColumns",
     "SourceConfig",

@@ -1,0 +1,77 @@
+"""Which status and which text a client gets for an error."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+
+from vista.errors import (
+    BodyTooLargeError,
+    DeadlineError,
+    OverloadedError,
+    SlowBodyError,
+    StoreUnavailableError,
+    UnknownItemError,
+    UnknownUserError,
+    UserKeyError,
+    VistaError,
+    shortened,
+)
+from vista.serve.serve_extra import msgspec
+
+logger = logging.getLogger(__name__)
+
+_OF_ARGUMENT = re.compile(r"(users?|candidates|tail|now|request|exclude|top_k|task|item ids|ids)\b")
+"""How the messages of errors begin that the arguments of a request cause."""
+MAX_TEXT = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorAnswer:
+    """An error as a client gets it."""
+
+    status: int
+    name: str
+    message: str
+    retry_after_s: int | None = None
+
+    def as_json(self) -> bytes:
+        """The body."""
+        return msgspec.json.encode({"error": {"type": self.name, "message": shortened(self.message, MAX_TEXT)}})
+
+
+def answer_of(error: Exception, store: str) -> ErrorAnswer:
+    """The answer to a request that failed. Errors that the request did not cause are logged, and their text is kept
+    from the client.
+
+    Args:
+        error: what was raised.
+        store: path of the store, which clients do not learn.
+    """
+    name, message = type(error).__name__, str(error)
+    match error:
+        case BodyTooLargeError():
+            return ErrorAnswer(413, name, message)
+        case SlowBodyError():
+            return ErrorAnswer(408, name, message)
+        case msgspec.ValidationError():
+            return ErrorAnswer(422, name, f"{message}; see /docs for the fields")
+        case msgspec.DecodeError():
+            return ErrorAnswer(400, name, f"the body is not valid: {message}")
+        case UnknownUserError() | UnknownItemError():
+            return ErrorAnswer(404, name, message.replace(store, "the store"))
+        case OverloadedError():
+            return ErrorAnswer(429, name, message, retry_after_s=1)
+        case DeadlineError():
+            return ErrorAnswer(504, name, message)
+        case UserKeyError():
+            return ErrorAnswer(422, name, message)
+        case StoreUnavailableError():
+            logger.error("%s: %s", name, message)
+            return ErrorAnswer(503, name, "the store does not answer; send the request again later", retry_after_s=1)
+        case ValueError() | TypeError() if not isinstance(error, VistaError) and _OF_ARGUMENT.match(message):
+            return ErrorAnswer(422, name, message)
+        case _:
+            logger.error("a request failed", exc_info=error)
+            return ErrorAnswer(500, name, "internal error; the log of the service has more")

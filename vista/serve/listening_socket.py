@@ -1,0 +1,40 @@
+"""The sockets on which the service listens."""
+
+from __future__ import annotations
+
+import socket
+
+from vista.errors import ConfigError
+
+
+def bound_socket(host: str, port: int, *, shared: bool = False) -> socket.socket:
+    """A socket that is bound to an address; it does not listen yet, so that nobody waits for it.
+
+    Args:
+        host: address of this machine.
+        port: 0 for any free one.
+        shared: whether further sockets of this user may be bound to the address; the kernel distributes connections
+            among those that listen.
+
+    Raises:
+        ConfigError: the address cannot be used.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except OSError as error:
+        raise ConfigError(f"host: {host} is not an address of this machine ({error.strerror})") from error
+    bound = socket.socket(family, kind, protocol)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        raise ConfigError(
+            f"port: cannot listen on {host}:{port} ({error.strerror}); choose another port, or end the process that "
+            "uses it"
+        ) from error
+    return bound

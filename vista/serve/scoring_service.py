@@ -1,0 +1,228 @@
+"""What each endpoint computes: from the bytes of a request to the bytes of its answer.
+
+B users, C candidates. All methods run in threads of the queue.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vista.config import ServeConfig
+from vista.errors import BodyTooLargeError, UnknownUserError
+from vista.log.vocabulary import ids_of_words
+from vista.model.model_description import CONFIG_FILE
+from vista.scorer import Scorer
+from vista.serve.request_bodies import (
+    JSON,
+    MSGPACK,
+    ExplainBody,
+    RankBody,
+    ScoreBody,
+    candidate_ids,
+    decoded,
+    request_features,
+    tail_of,
+)
+from vista.serve.serve_extra import msgspec
+from vista.serve.user_record import user_record
+from vista.version import __version__
+
+MAX_EXPLAINED = 100
+"""Most candidates of an explanation, which takes several times as long as their scores."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The body of an answer."""
+
+    body: bytes
+    media_type: str = JSON
+    num_candidates: int = 0
+    """Pairs of a user and a candidate that were scored."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringService:
+    """Answers requests with a scorer."""
+
+    scorer: Scorer
+    config: ServeConfig
+
+    def score(self, body: bytes, media_type: str) -> Answer:
+        """Scores of one task; errors of this and all other methods are those of the scorer and of `decoded`."""
+        asked = decoded(body, ScoreBody, media_type)
+        users, candidates, arguments = self._arguments(asked)
+        scores = self.scorer.score(users, candidates, **arguments)
+        return _answer({"task": self.scorer.task, "scores": scores}, media_type, candidates, scores.size)
+
+    def predict(self, body: bytes, media_type: str) -> Answer:
+        """Scores of all tasks."""
+        asked = decoded(body, ScoreBody, media_type)
+        users, candidates, arguments = self._arguments(asked)
+        scores = self.scorer.predict(users, candidates, **arguments)
+        return _answer({"scores": scores}, media_type, candidates, next(iter(scores.values())).size)
+
+    def rank(self, body: bytes, media_type: str) -> Answer:
+        """The best items for a user."""
+        asked = decoded(body, RankBody, media_type)
+        candidates = None if asked.candidates is None else candidate_ids(asked.candidates)
+        num_candidates = len(self.scorer.model.items) if candidates is None else len(candidates)
+        if candidates is not None:
+            self._require_most(num_candidates, 1)
+        ranking = self.scorer.rank(
+            asked.user,
+            top_k=asked.top_k,
+            candidates=candidates,
+            exclude=asked.exclude,
+            exclude_tail=asked.exclude_tail,
+            **self._of_one(asked),
+        )
+        held = {"items": ranking.items.tolist(), "scores": ranking.scores, "num_dropped": ranking.num_dropped}
+        return _answer({"task": self.scorer.task, **held}, media_type, None, num_candidates)
+
+    def explain(self, body: bytes, media_type: str) -> Answer:
+        """Shares of scores, per part of the model's input."""
+        asked = decoded(body, ExplainBody, media_type)
+        if len(asked.candidates) > MAX_EXPLAINED:
+            raise BodyTooLargeError(
+                f"candidates: {len(asked.candidates):,} ids, but an explanation takes at most {MAX_EXPLAINED}; send "
+                "several requests"
+            )
+        told = self.scorer.explain(asked.user, asked.candidates, task=asked.task, **self._of_one(asked))
+        shares = {name: getattr(told, name) for name in type(told).__dataclass_fields__}
+        held = {"task": asked.task or self.scorer.task, **shares}
+        return _answer(held, media_type, None, len(asked.candidates))
+
+    def user(self, word: str) -> Answer:
+        """What the record of a user holds, readable.
+
+        Args:
+            word: the id, as it is written in the path.
+        """
+        store = self.scorer.store
+        users = ids_of_words([word], "user", store.manifest.user_kind)
+        record = user_record(store, self.scorer.model, users[0])
+        if record is None:
+            raise UnknownUserError(f"user {users[0]!r} has no record in {store.path}")
+        return Answer(msgspec.json.encode(record))
+
+    def model(self) -> Answer:
+        """What is in service."""
+        scorer = self.scorer
+        model, manifest = scorer.model, scorer.manifest
+        schema, config = model.schema, model.config
+        names = {
+            key: [column.name for column in getattr(schema, key)]
+            for key in ("item_features", "event_features", "request_features", "user_features")
+        }
+        return Answer(
+            msgspec.json.encode(
+                {
+                    "version": __version__,
+                    "task": scorer.task,
+                    "tasks": scorer.tasks,
+                    "on_missing": scorer.on_missing.value,
+                    "num_items": len(model.items),
+                    "item_ids": model.items.kind,
+                    "user_ids": manifest.user_kind,
+                    "actions": schema.actions,
+                    "has_time": schema.has_time,
+                    **names,
+                    "dim": config.dim,
+                    "num_seeds": config.num_seeds,
+                    "tail_len": config.tail_len,
+                    "summarizer_id": model.summarizer_id().hex(),
+                    "generation": manifest.generation,
+                    "refreshed_at": manifest.refreshed_at,
+                    "num_users": manifest.count,
+                    "max_candidates": self.config.max_candidates,
+                    "max_users": self.config.max_users,
+                }
+            )
+        )
+
+    def problems(self) -> list[str]:
+        """What keeps the service from moving to a newer model or generation; empty if nothing does."""
+        found = []
+        if not (Path(self.config.model) / CONFIG_FILE).is_file():
+            found.append("the folder of the model cannot be read; the loaded model stays in service")
+        if self.scorer.stats().last_reload_error is not None:
+            found.append("the last reload failed; the loaded model and generation stay in service (see the log)")
+        return found
+
+    def _arguments(self, asked: ScoreBody) -> tuple[list[Any], Any, dict[str, Any]]:
+        """Users, candidates, and the other arguments of a call."""
+        most = self.config.max_users
+        if len(asked.users) > most:
+            raise BodyTooLargeError(f"users: {len(asked.users):,} ids, but at most {most:,} (max_users); send several")
+        candidates = candidate_ids(asked.candidates)
+        ragged = isinstance(candidates, tuple)
+        self._require_most(len(candidates[0] if ragged else candidates), 1 if ragged else len(asked.users))
+        arguments = {
+            "tail": tail_of(asked.tail, self.scorer.model.schema),
+            "now": self._time(asked.now),
+            "request": request_features(asked.request, candidates),
+        }
+        return asked.users, candidates, arguments
+
+    def _of_one(self, asked: RankBody | ExplainBody) -> dict[str, Any]:
+        """The other arguments of a call for one user."""
+        features = {name: [value] if isinstance(value, list) else value for name, value in asked.request.items()}
+        tail = None if asked.tail is None else [asked.tail]
+        return {
+            "tail": tail_of(tail, self.scorer.model.schema),
+            "now": self._time(asked.now),
+            "request": features,
+        }
+
+    def _time(self, now: Any) -> Any:
+        """The time of a request in ms; None for a model without times."""
+        if now is None and self.scorer.model.schema.has_time:
+            return time.time_ns() // 1_000_000
+        return now
+
+    def _require_most(self, num_candidates: int, num_users: int) -> None:
+        most = self.config.max_candidates
+        if num_candidates * num_users > most:
+            raise BodyTooLargeError(
+                f"candidates: {num_candidates:,} ids for {num_users} users, but at most {most:,} pairs per request "
+                "(max_candidates); send several requests"
+            )
+
+
+def _answer(held: dict[str, Any], media_type: str, candidates: Any, num_candidates: int) -> Answer:
+    """An answer with arrays: as lists in JSON, and in MessagePack as the bytes of float32 numbers, row by row."""
+    if media_type == MSGPACK:
+        body = msgspec.msgpack.encode(held, enc_hook=_as_bytes)
+    else:
+        offsets = candidates[1] if isinstance(candidates, tuple) else None
+        body = msgspec.json.encode(_as_lists(held, offsets))
+    return Answer(body, media_type, num_candidates)
+
+
+def _as_bytes(array: NDArray[Any]) -> bytes:
+    return array.astype("<f4", copy=False).tobytes()
+
+
+def _as_lists(value: Any, offsets: NDArray[np.int64] | None) -> Any:
+    """The same with lists instead of arrays; an array of ragged scores becomes one list per user."""
+    if isinstance(value, dict):
+        return {name: _as_lists(one, offsets) for name, one in value.items()}
+    if not isinstance(value, np.ndarray):
+        return value
+    if offsets is None:
+        return value.tolist()
+    return [value[start:stop].tolist() for start, stop in _spans(offsets)]
+
+
+def _spans(offsets: NDArray[np.int64]) -> Sequence[tuple[int, int]]:
+    bounds = offsets.tolist()
+    return list(pairwise(bounds))

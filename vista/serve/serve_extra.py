@@ -1,0 +1,20 @@
+"""The only module that imports the packages of the extra `serve`."""
+
+from __future__ import annotations
+
+from vista.errors import MissingDependencyError
+
+try:
+    import fastapi
+    import httptools  # noqa: F401  uvicorn parses requests with it, many times faster than without
+    import msgspec
+    import prometheus_client
+    import prometheus_client.multiprocess
+    import uvicorn
+    import uvloop  # noqa: F401  uvicorn's event loop
+except ImportError as error:
+    raise MissingDependencyError(
+        f"vista serve needs FastAPI, uvicorn and others ({error}); install them with: pip install 'vista-recsys[serve]'"
+    ) from error
+
+__all__ = ["fastapi", "msgspec", "prometheus_client", "uvicorn"]

@@ -1,0 +1,166 @@
+"""Several workers on one port: started, replaced when they die, and stopped together."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing import connection, get_context, parent_process
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from types import FrameType
+
+from vista.config import ServeConfig
+from vista.errors import VistaError, WorkerDiedError
+
+logger = logging.getLogger(__name__)
+
+LONGEST_PAUSE_S = 30.0
+"""Between two starts of a worker that dies again and again."""
+GRACE_S = 5.0
+"""Time that workers have, after `stop_s`, before they are killed."""
+
+
+@dataclass
+class _Worker:
+    """A process, and whether it has started to listen."""
+
+    process: SpawnProcess
+    started: Connection | None
+    """Receives a message when the worker listens; None after that, or if the worker has closed it."""
+    is_ready: bool = False
+
+
+class WorkerPool:
+    """Workers that share an address. Each is a fresh process with a scorer of its own.
+
+    The kernel assigns each connection to a worker. If a worker dies, its connections break, and clients that connect
+    again reach the others.
+    """
+
+    def __init__(self, config: ServeConfig, host: str, port: int) -> None:
+        self._config = config
+        self._address = host, port
+        self._context = get_context("spawn")
+        self._workers: list[_Worker] = []
+        self._pauses: list[float] = []
+        """When workers that died may start again, s of the monotonic clock."""
+        self._failures = 0
+        self._stopping = False
+
+    def run(self, on_startup: Callable[[], None]) -> None:
+        """Keep the workers running until SIGTERM or SIGINT, then wait until they have stopped.
+
+        Args:
+            on_startup: called once all workers listen.
+
+        Raises:
+            WorkerDiedError: the first worker died before it listened.
+        """
+        before = {one: signal.signal(one, self._stop) for one in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            self._start()
+            while not self._stopping and not self._workers[0].is_ready:
+                if self._watch():
+                    raise WorkerDiedError("the first worker ended before it could listen; its message is above")
+            for _ in range(1, self._config.workers):
+                self._start()
+            told = False
+            while not self._stopping:
+                for dead in self._watch():
+                    self._replace_later(dead)
+                if not told and len(self._workers) == self._config.workers and all(w.is_ready for w in self._workers):
+                    on_startup()
+                    told = True
+                while self._pauses and self._pauses[0] <= time.monotonic() and not self._stopping:
+                    self._pauses.pop(0)
+                    self._start()
+        finally:
+            self._end()
+            for one, handler in before.items():
+                signal.signal(one, handler)
+
+    def _start(self) -> None:
+        started, ours = self._context.Pipe(duplex=False)
+        process = self._context.Process(target=_work, args=(self._config, *self._address, ours), name="vista-worker")
+        process.start()
+        ours.close()
+        self._workers.append(_Worker(process, started))
+        if self._stopping:  # The signal arrived before the worker was in the list.
+            process.terminate()
+
+    def _watch(self) -> list[_Worker]:
+        """Wait a little, notice who listens, and return the workers that died, which leave the list."""
+        starting = {worker.started: worker for worker in self._workers if worker.started is not None}
+        events = connection.wait([*starting, *(worker.process.sentinel for worker in self._workers)], timeout=0.2)
+        for started, worker in starting.items():
+            if started in events:
+                try:
+                    started.recv_bytes()
+                    worker.is_ready, self._failures = True, 0
+                except EOFError:
+                    pass  # It has died, as its exit code will show.
+                started.close()
+                worker.started = None
+        dead = [worker for worker in self._workers if worker.process.exitcode is not None]
+        self._workers = [worker for worker in self._workers if worker not in dead]
+        return dead
+
+    def _replace_later(self, dead: _Worker) -> None:
+        """Plan the start of another worker: at once if this one has listened, otherwise after a pause."""
+        from prometheus_client.multiprocess import mark_process_dead  # reads the folder that `run_server` sets
+
+        pid = dead.process.pid
+        assert pid is not None
+        mark_process_dead(pid)  # type: ignore[no-untyped-call]
+        pause = 0.0 if dead.is_ready else min(LONGEST_PAUSE_S, 2.0**self._failures)
+        self._failures += not dead.is_ready
+        self._pauses.append(time.monotonic() + pause)
+        self._pauses.sort()
+        logger.error("worker %d ended with status %s; another one starts in %.0f s", pid, dead.process.exitcode, pause)
+
+    def _stop(self, signum: int, frame: FrameType | None) -> None:
+        self._stopping = True
+        for worker in self._workers:
+            worker.process.terminate()
+
+    def _end(self) -> None:
+        """Ask all workers to stop, and kill those that do not."""
+        self._stopping = True
+        for worker in self._workers:
+            worker.process.terminate()
+        deadline = time.monotonic() + self._config.stop_s + GRACE_S
+        for worker in self._workers:
+            worker.process.join(max(0.0, deadline - time.monotonic()))
+            if worker.process.exitcode is None:
+                logger.error("worker %s did not stop in time and is killed", worker.process.pid)
+                worker.process.kill()
+                worker.process.join()
+
+
+def _work(config: ServeConfig, host: str, port: int, started: Connection) -> None:
+    """The main function of a worker."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    threading.Thread(target=_stop_with_parent, name="vista-parent", daemon=True).start()
+    from vista.serve.listening_socket import bound_socket
+    from vista.serve.worker import run_worker
+
+    try:
+        with bound_socket(host, port, shared=True) as listening:
+            run_worker(config, listening, lambda: started.send_bytes(b"listening"))
+    except VistaError as error:
+        logger.error("error: %s", " ".join(str(error).split()))
+        sys.exit(1)
+
+
+def _stop_with_parent() -> None:
+    """Stop this worker when its parent dies, for example because it was killed."""
+    parent = parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
