@@ -1,0 +1,205 @@
+"""The decoder in C++ (docs/reference/record_decoder.hpp) against vista's own reader: same values, same refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import numpy as np
+import pyarrow
+import pytest
+
+from tests.conftest import Served
+from tests.store.format import test_counters_section as counted
+from tests.store.format import test_record as plain
+from tests.store.format.test_record import with_checksum
+from vista.config.choices import Codec
+from vista.errors import RecordError
+from vista.store.format.codecs import CODEC_NUMBERS
+from vista.store.format.keys import user_keys
+from vista.store.format.record import decode_rows, read_records
+from vista.store.format.record_spec import HEADER_BYTES, RecordSpec
+from vista.store.reader import StoreReader
+
+SOURCES = Path(__file__).parents[3] / "docs" / "reference"
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+KEYS = user_keys(plain.USERS)
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """docs/reference/record_to_json.cpp, compiled to stop at any access out of bounds and any undefined behavior."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    folder = tmp_path_factory.mktemp("record-decoder")
+    include = Path(pyarrow.get_include(), "arrow", "vendored", "xxhash")  # has xxhash.h of libxxhash-dev
+    command = ["g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{include}"]
+    source, out = str(SOURCES / "record_to_json.cpp"), folder / "record_to_json"
+    (folder / "empty.cpp").write_text("int main() {}")
+    checked = ["g++", *SANITIZERS, str(folder / "empty.cpp"), "-o", str(folder / "empty")]
+    has_sanitizers = subprocess.run(checked, capture_output=True).returncode == 0
+    subprocess.run([*command, *(SANITIZERS if has_sanitizers else []), source, "-o", str(out)], check=True)
+    return out
+
+
+def decode(program: Path, records: Sequence[bytes], keys: Sequence[bytes], spec: RecordSpec) -> list[dict[str, Any]]:
+    """What the program prints of each record."""
+    layout: dict[str, Any] = {
+        "tokens": spec.num_tokens,
+        "dim": spec.dim,
+        "codec": CODEC_NUMBERS[spec.codec],
+        "generation": spec.generation,
+        "summarizer_id": spec.summarizer_id.hex(),
+        "user_columns": ",".join(str(column.size or 0) for column in spec.user_columns),
+        "tail_columns": ",".join(str(column.size or 0) for column in spec.tail_columns),
+        "authenticated": int(spec.key is not None),
+    }
+    if spec.counters is not None:
+        layout["counter_key_bytes"] = ",".join(map(str, spec.counters.key_bytes))
+        layout["counter_values"] = spec.counters.spec.num_columns
+    lines = "".join(f"{key.hex()} {record.hex()}\n" for key, record in zip(keys, records, strict=True))
+    command = [str(program), *(f"{name}={value}" for name, value in layout.items())]
+    done = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=120)
+    decoded = [json.loads(line) for line in done.stdout.splitlines()]
+    assert not done.stderr
+    assert done.returncode == any("error" in record for record in decoded)
+    assert len(decoded) == len(records)
+    return decoded
+
+
+def assert_same(decoded: dict[str, Any], record: bytes, key: bytes, spec: RecordSpec) -> None:
+    """The program's output and vista's reading of one record agree in every bit."""
+    raw = read_records([record], [key], spec)
+    header = raw.headers[0]
+    for name in ("generation", "applied_segment", "history_digest", "created_at", "last_event_ts", "event_count"):
+        assert decoded[name] == header[name].item(), name
+    summary, expected = np.array(decoded["summary"], np.float32), decode_rows(raw, spec).ravel()
+    same = summary.view(np.uint32) == expected.view(np.uint32)
+    assert (same | (np.isnan(summary) & np.isnan(expected))).all()  # NaN occurs only in mutated rows
+    assert decoded["items"] == raw.tail.items.tolist()
+    assert decoded["times"] == raw.tail.times.tolist()
+    assert decoded["actions"] == raw.tail.actions.tolist()
+    read = [raw.features[column.name] for column in spec.user_columns]
+    read += [raw.tail.features[column.name] for column in spec.tail_columns]
+    for values, expected in zip(decoded["user"] + decoded["tail"], read, strict=True):
+        np.testing.assert_array_equal(np.array(values, expected.dtype), expected)
+    for codes, values in zip(raw.counters, decoded["counters"], strict=True):
+        assert values == [[key, row] for key, row in zip(codes.key.tolist(), codes.codes.tolist(), strict=True)]
+
+
+PLAIN = {codec.value: (dataclasses.replace(plain.SPEC, codec=codec), plain.TAIL, {}) for codec in Codec}
+GOLDEN = PLAIN | {
+    "tail features": (*plain.TAILS["with features"], {}),
+    "user features": (
+        dataclasses.replace(plain.SPEC, user_columns=plain.USER_COLUMNS),
+        plain.TAIL,
+        plain.USER_FEATURES,
+    ),
+    "authenticated": (dataclasses.replace(plain.SPEC, key=bytes(range(32))), plain.TAIL, {}),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_records(program: Path, name: str) -> None:
+    spec, tail, features = GOLDEN[name]
+    records = plain.encode(spec, tail=tail, features=features)
+    if name in PLAIN:
+        assert records[0].hex() == plain.GOLDEN[spec.codec]
+    for decoded, record, key in zip(decode(program, records, KEYS, spec), records, KEYS, strict=True):
+        assert_same(decoded, record, key, spec)
+
+
+@pytest.mark.parametrize("key", [None, bytes(range(32))], ids=["plain", "authenticated"])
+@pytest.mark.parametrize("layout", [counted.ITEMS, counted.CATEGORIES], ids=["items", "categories"])
+def test_golden_counters(program: Path, layout: Any, key: bytes | None) -> None:
+    spec, records, users = counted.spec_of(layout, key), counted.encode(layout, key), counted.USERS
+    for decoded, record, user in zip(decode(program, records, users, spec), records, users, strict=True):
+        assert_same(decoded, record, user, spec)
+
+
+@pytest.mark.parametrize("codec", Codec)
+@pytest.mark.parametrize("dim", [1, 7, 8, 33])
+def test_rows_with_any_values(program: Path, codec: Codec, dim: int) -> None:
+    """Also values below the smallest normal number of float16, and an odd number of int4 values."""
+    rng = np.random.default_rng(dim)
+    summary = (rng.standard_normal((2, 6, dim)) * 10.0 ** rng.integers(-7, 4, (2, 6, 1))).astype(np.float32)
+    spec = dataclasses.replace(plain.SPEC, codec=codec, dim=dim, num_tokens=6)
+    records = plain.encode(spec, summary)
+    for decoded, record, key in zip(decode(program, records, KEYS, spec), records, KEYS, strict=True):
+        assert_same(decoded, record, key, spec)
+
+
+def test_a_refreshed_store(program: Path, served_tasks: Served) -> None:
+    with StoreReader.open(served_tasks.store) as reader:
+        spec, users = reader.manifest.spec(), list(reader.keys())
+        path = served_tasks.store / f"gen-{reader.generation}" / "summary"
+    keys = user_keys(users)
+    with lmdb.open(str(path), readonly=True, lock=False) as environment, environment.begin() as transaction:
+        records = [bytes(transaction.get(key) or b"") for key in keys]
+    for decoded, record, key in zip(decode(program, records, keys, spec), records, keys, strict=True):
+        assert_same(decoded, record, key, spec)
+
+
+def mutated(record: bytes, rng: np.random.Generator) -> bytes:
+    """A record with some other bytes or another length; most have a right checksum and payload length nevertheless."""
+    damaged = bytearray(record)
+    for _ in range(rng.integers(1, 4)):
+        place = int(rng.integers(0, HEADER_BYTES if rng.random() < 0.5 else len(damaged)))
+        damaged[place] = int(rng.choice([0, 1, 2, 127, 128, 255, rng.integers(0, 256)]))
+    if rng.random() < 0.4:
+        keep = int(rng.integers(0, len(damaged) + 1))
+        damaged = damaged[:keep] if rng.random() < 0.5 else damaged + bytes(int(rng.integers(1, 40)))
+    if rng.random() < 0.9 and len(damaged) >= HEADER_BYTES:
+        damaged[20:24] = (len(damaged) - HEADER_BYTES).to_bytes(4, "little")
+        return with_checksum(damaged)
+    return bytes(damaged)
+
+
+def cases() -> dict[str, tuple[RecordSpec, list[bytes], list[bytes]]]:
+    """Spec, records, and keys."""
+    golden = {
+        name: (spec, plain.encode(spec, tail=tail, features=features), KEYS)
+        for name, (spec, tail, features) in GOLDEN.items()
+        if spec.key is None
+    }
+    layout = counted.CATEGORIES
+    return golden | {"counters": (counted.spec_of(layout), counted.encode(layout), counted.USERS)}
+
+
+@pytest.mark.parametrize("name", cases())
+def test_damaged_records_are_refused_where_vista_refuses_them(program: Path, name: str) -> None:
+    spec, records, keys = cases()[name]
+    rng = np.random.default_rng(0)
+    which = rng.integers(0, len(records), 400)
+    damaged, owners = [mutated(records[index], rng) for index in which], [keys[index] for index in which]
+    num_refused = 0
+    for decoded, record, key in zip(decode(program, damaged, owners, spec), damaged, owners, strict=True):
+        try:
+            read_records([record], [key], spec)
+        except RecordError:
+            assert "error" in decoded, record.hex()
+            num_refused += 1
+        else:
+            assert_same(decoded, record, key, spec)
+    assert 50 < num_refused < 400
+
+
+def test_the_records_of_others_are_refused(program: Path) -> None:
+    (record, _), (key, other) = plain.encode(), KEYS
+    for spec, user, reason in (
+        (plain.SPEC, other, "key_hash"),
+        (dataclasses.replace(plain.SPEC, generation=8), key, "generation"),
+        (dataclasses.replace(plain.SPEC, summarizer_id=bytes(32)), key, "summarizer_id"),
+        (dataclasses.replace(plain.SPEC, key=bytes(32)), key, "flags"),
+    ):
+        assert decode(program, [record], [user], spec)[0]["error"].startswith(reason)
+
+
+def test_the_decoder_stays_short() -> None:
+    assert len((SOURCES / "record_decoder.hpp").read_text().splitlines()) <= 200
