@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from tests.faults.harness import Promise, Trials, share, single_item, work_folde
 from tests.faults.nursery import Nursery
 from tests.faults.operations import COLUMNS
 from tests.faults.preload import compiled
+from tests.faults.server_kills import Growth
+from tests.store.remote.valkey_server import ValkeyServer
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
@@ -55,6 +58,23 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
         pytest.skip("no C compiler (cc): system calls cannot be intercepted")
     with Nursery(LD_PRELOAD=str(compiled(tmp_path_factory.mktemp("preload")))) as started:
         yield started
+
+
+@pytest.fixture(scope="session")
+def valkey() -> Iterator[ValkeyServer]:
+    """A server that appends to its log at once, so that a kill loses nothing. Tests empty it first."""
+    require_linux()
+    pytest.importorskip("redis", reason="the extra `redis` is not installed")
+    with tempfile.TemporaryDirectory(prefix="valkey-") as folder:
+        started = ValkeyServer(Path(folder), "--appendonly", "yes", "--appendfsync", "always")
+        yield started
+        started.kill()
+
+
+@pytest.fixture(scope="session")
+def growth(valkey: ValkeyServer, nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Growth:
+    """A log that grew, and what refreshes of it into the server leave."""
+    return Growth.make(tmp_path_factory.mktemp("growth"), valkey, nursery)
 
 
 @pytest.fixture(scope="session")

@@ -10,12 +10,13 @@ from tests.faults.harness import Trial
 from tests.faults.nursery import Nursery
 from vista.errors import VistaError, shortened
 
-LOST, STUCK, UNTYPED, SIGNAL, DIFFERENT, MEMORY, TIME = (
-    *("lost", "stuck", "untyped", "signal", "silently different", "over 1 GiB", "over 10 s"),
+LOST, DUPLICATED, STUCK, UNTYPED, SIGNAL, DIFFERENT, MEMORY, TIME = (
+    *("lost", "duplicated", "stuck", "untyped", "signal", "silently different", "over 1 GiB", "over 10 s"),
 )
-BROKEN = (LOST, STUCK, UNTYPED, SIGNAL, DIFFERENT, MEMORY, TIME)
-"""Outcomes that break a promise: what was acknowledged is lost; the command cannot be repeated; an exception that is
-neither a VistaError nor documented; the process was ended by a signal; a wrong answer; and the two limits."""
+BROKEN = (LOST, DUPLICATED, STUCK, UNTYPED, SIGNAL, DIFFERENT, MEMORY, TIME)
+"""Outcomes that break a promise: what was acknowledged is lost, or is there twice; the command cannot be repeated; an
+exception that is neither a VistaError nor documented; the process was ended by a signal; a wrong answer; and the two
+limits."""
 MAX_TEXT = 1_500
 MAX_MESSAGE = 10_000
 """Characters of the message of an exception."""

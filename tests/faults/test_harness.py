@@ -242,8 +242,8 @@ def test_the_summary_adds_up_the_outcomes_of_judged_promises() -> None:
         {"promise": "c", "judged": False, "repetitions": 9},
     ]
     assert summary(rows).splitlines()[-2:] == [
-        "| a | 1,500 | 3 | 0 | 1 | 0 | 0 | 0 | 0 |",
-        "| b | 0 | 0 | 0 | 0 | 0 | 0 | 0 | 0 |",
+        "| a | 1,500 | 3 | 0 | 0 | 1 | 0 | 0 | 0 | 0 |",
+        "| b | 0 | 0 | 0 | 0 | 0 | 0 | 0 | 0 | 0 |",
     ]
 
 

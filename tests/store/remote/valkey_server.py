@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,12 +57,16 @@ class ValkeyServer:
     def url(self, name: str = "mine", *, user: str = "", options: str = "") -> str:
         return f"redis://{user}127.0.0.1:{self.port}/{name}{options}"
 
-    def command(self, *words: str | bytes | int) -> object:
-        """Reply to one command, without vista."""
+    def client(self) -> Any:
+        """A client without vista; close it at the end."""
         import redis
 
-        with redis.Redis(port=self.port, protocol=2) as client:
-            return client.execute_command(*words)  # type: ignore[no-untyped-call]
+        return redis.Redis(port=self.port, protocol=2)
+
+    def command(self, *words: str | bytes | int) -> object:
+        """Reply to one command, without vista."""
+        with self.client() as client:
+            return client.execute_command(*words)
 
     def kill(self) -> None:
         assert self.process is not None
