@@ -7,6 +7,9 @@ SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= baselines,data,dev,docs,kafka,ray,redis,report,serve,sketches,tensorboard,text,tokens
+# Spark and Feast need older versions of packages that vista's tools need, so they have an environment of their own.
+RECIPES_VENV ?= .venv-recipes
+RECIPES := 'pyspark>=4.1,<5' 'feast>=0.67,<1'
 # Options of pip install, such as PIP_OPTIONS="--index-url URL" for an index with torch's CPU build.
 PIP_OPTIONS ?=
 PYTEST_ARGS ?=
@@ -21,11 +24,11 @@ RUN_BENCHMARKS := failed=0; \
 	$(BIN)/python -m scripts.benchmarks.bench_summary; exit $$failed
 
 # Tests that `make test` leaves out; each group has a target of its own.
-SLOW_GROUPS := gpu or aot or faults or research or docs
+SLOW_GROUPS := gpu or aot or faults or research or docs or recipes
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 ON_CPU := CUDA_VISIBLE_DEVICES= $(PYTEST)
 
-.PHONY: help setup test test-research test-processors test-gpu test-aot test-faults lint docs demo bench bench-gpu clean
+.PHONY: help setup test test-recipes test-research test-processors test-gpu test-aot test-faults lint docs demo bench bench-gpu clean
 
 help: ## list targets and variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -46,6 +49,14 @@ test: setup ## run the fast tests on all cores (a few minutes, no GPU)
 
 test-research: setup ## run the tests of benchmarks, result tables and documentation pages (some minutes, no GPU)
 	$(ON_CPU) -n auto --dist worksteal -m "(research or docs) and not (gpu or aot)" $(PYTEST_ARGS)
+
+$(RECIPES_VENV)/.installed: pyproject.toml
+	test -x $(RECIPES_VENV)/bin/python || $(PYTHON) -m venv $(RECIPES_VENV)
+	$(RECIPES_VENV)/bin/python -m pip install $(PIP_OPTIONS) -e '.[data]' pytest pytest-timeout $(RECIPES)
+	@touch $@
+
+test-recipes: $(RECIPES_VENV)/.installed ## run the recipes for Spark (needs Java) and Feast in an environment of their own (2 GB, some minutes)
+	OMP_NUM_THREADS=1 $(RECIPES_VENV)/bin/python -m pytest -m recipes tests/refresh/test_recipes.py $(PYTEST_ARGS)
 
 test-processors: setup ## run the tests marked `processor` once per profile in vista_kernels.processor (VISTA_PROCESSOR)
 	@profiles=$$(PYTHONPATH=kernels $(BIN)/python -c 'from vista_kernels.processor import PROFILES; print(*PROFILES)'); \
@@ -83,6 +94,6 @@ bench-gpu: setup ## run all benchmarks on the GPU
 	@$(BIN)/python scripts/describe_environment.py --require-gpu
 	@$(RUN_BENCHMARKS)
 
-clean: ## remove caches and build files; keep .venv, data, runs and stores
+clean: ## remove caches and build files; keep environments, data, runs and stores
 	rm -rf build dist *.egg-info .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
+	find . -path ./$(VENV) -prune -o -path ./$(RECIPES_VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf

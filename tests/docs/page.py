@@ -26,7 +26,7 @@ REASONS = (
     "runs until stopped",
 )
 """Why a block may not be run. `runs until stopped`: a service; a test of its own must run it. `needs
-Feast` and `needs Spark`: tests/refresh/test_recipes.py runs it where the package is installed."""
+Feast` and `needs Spark`: `make test-recipes` runs it."""
 
 _COMMAND = re.compile(r"(\$ )?(vista|make|python -m) ")
 _UNTESTED = ("", "bash", "sh", "shell", "zsh")

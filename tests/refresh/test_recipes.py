@@ -1,69 +1,132 @@
-"""The recipes for Spark and Feast in docs/guides/ray-spark-feast.md."""
+"""The recipes for Spark and Feast in docs/guides/ray-spark-feast.md, whose code runs as the page shows it.
+
+`make test-recipes` installs both packages in an environment of its own and runs the tests marked `recipes`.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from tests.docs.page import blocks_of
 from vista.refresh import refresh
+from vista.scorer import Scorer
 from vista.store import StoreReader
+from vista.store.layout import environment_path
+from vista.store.lmdb.environment import SharedEnvironment
 from vista.store.sharded_reader import open_store
+from vista.store.shards import Shard
 
-PAGE = Path(__file__).parents[2] / "docs" / "guides" / "ray-spark-feast.md"
-CODE = [block for block in blocks_of(PAGE) if block.language == "python"]
+ROOT = Path(__file__).parents[2]
+CODE = [
+    block
+    for block in blocks_of(ROOT / "docs" / "guides" / "ray-spark-feast.md")
+    if block.language == "python" and "RayEngine" not in block.code
+]
+USERS = list(range(60))
 
 
-def block_with(text: str) -> str:
-    (found,) = (block.code for block in CODE if text in block.code)
-    return found
+def need(package: str, *programs: str) -> None:
+    """Skip a test without the package and the programs; continuous integration installs them."""
+    missing = [name for name in programs if shutil.which(name) is None]
+    if find_spec(package) is None:
+        missing.append(package)
+    if missing and "CI" not in os.environ:
+        pytest.skip(f"needs {' and '.join(missing)}; see `make test-recipes`")
+
+
+def run(page: dict[str, Any], *texts: str) -> None:
+    """Run the blocks of the page that contain these texts, one block per text."""
+    for text in texts:
+        (code,) = (block.code for block in CODE if text in block.code)
+        exec(code, page)
 
 
 @pytest.fixture
-def shop(tmp_path: Path, grow: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The page's working directory, with its log, model, and store."""
+def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Names of the page's code after its first block, in a folder that also has the store of the Ray recipe."""
     monkeypatch.chdir(tmp_path)
-    model = grow.model()
-    model.save_pretrained(tmp_path / "runs" / "shop" / "best")
-    log = grow.append(tmp_path / "data" / "shop", grow.events({user: 1 + user % 5 for user in range(20)}))
-    refresh(model, log, tmp_path / "stores" / "shop")
-    return SimpleNamespace(log=log, folder=tmp_path)
+    names: dict[str, Any] = {"__name__": "__main__"}
+    run(names, "EventLog.from_frame")
+    refresh(names["model"], names["log"], "stores/shop")
+    return names
 
 
-def check_shards(shop: SimpleNamespace) -> None:
+def records(store: Path) -> dict[bytes, bytes]:
+    shared = SharedEnvironment.acquire(environment_path(store, 1))
+    try:
+        return shared.read(lambda transaction: {bytes(key): bytes(value) for key, value in transaction.cursor()})
+    finally:
+        shared.release()
+
+
+def check_shards(page: dict[str, Any]) -> None:
+    """Each shard is byte for byte that of a local refresh, and together they are the whole store."""
+    for index in range(page["NUM_SHARDS"]):
+        shard = Shard(index, page["NUM_SHARDS"])
+        refresh(page["model"], page["log"], "stores/local", shard=shard, created_at=page["STARTED_MS"])
+        assert records(shard.path("stores/spark")) == records(shard.path("stores/local"))
     with open_store("stores/spark") as sharded, StoreReader.open("stores/shop") as whole:
-        assert sorted(sharded.keys()) == sorted(whole.keys()) == list(range(20))
+        assert sorted(sharded.keys()) == sorted(whole.keys()) == USERS
+        np.testing.assert_allclose(sharded.get_many(USERS).summary, whole.get_many(USERS).summary, atol=2e-2)
 
 
-def test_the_function_of_the_spark_recipe_refreshes_all_shards(shop: SimpleNamespace) -> None:
-    page: dict[str, Any] = {"__name__": "__main__"}
-    exec(block_with("def refresh_shards"), page)
+def test_the_function_of_the_spark_recipe_refreshes_all_shards(page: dict[str, Any]) -> None:
+    run(page, "def refresh_shards")
     frames = [pd.DataFrame({"id": [0, 1]}), pd.DataFrame({"id": [2, 3]})]
     done = pd.concat(page["refresh_shards"](frames))
     assert done["id"].tolist() == [0, 1, 2, 3]
-    assert done["users"].sum() == 20 and done["events"].sum() == shop.log.num_events
-    check_shards(shop)
+    assert done["users"].sum() == len(USERS) and done["events"].sum() == page["log"].num_events
+    check_shards(page)
 
 
-def test_the_spark_recipe(shop: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("pyspark")
-    page: dict[str, Any] = {"__name__": "__main__"}
-    exec(block_with("def refresh_shards"), page)
-    exec(block_with("mapInPandas"), page)
-    assert capsys.readouterr().out.split()[-2:] == ["20", str(shop.log.num_events)]
-    check_shards(shop)
+@pytest.fixture
+def local_spark(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Spark on the loopback address, with this interpreter and checkout in its tasks."""
+    need("pyspark", "java")
+    monkeypatch.setenv("SPARK_LOCAL_IP", "127.0.0.1")
+    monkeypatch.setenv("PYSPARK_PYTHON", sys.executable)
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'kernels'}")
+    yield
+    from pyspark import SparkContext
+
+    if SparkContext._gateway is not None:
+        SparkContext._gateway.shutdown()
 
 
-def test_the_feast_recipe(shop: SimpleNamespace) -> None:
-    pytest.importorskip("feast")
-    page: dict[str, Any] = {"__name__": "__main__"}
-    exec(block_with("StoreReader.open"), page)
-    exec(block_with("FeatureView("), page)
-    with StoreReader.open("stores/shop") as store:
-        batch = store.get_many([3])
-    assert page["answer"]["summary"] == [pytest.approx(batch.summary[0].ravel().tolist())]
-    assert page["answer"]["event_count"] == batch.event_count.tolist()
+@pytest.mark.recipes
+def test_the_spark_recipe(local_spark: None, page: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    run(page, "def refresh_shards", "mapInPandas")
+    assert capsys.readouterr().out.split()[-2:] == ["60", "1200"]
+    check_shards(page)
+
+
+@pytest.mark.recipes
+def test_the_feast_recipe(page: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    need("feast")
+    run(page, "StoreReader.open", "FeatureView(")
+    with Scorer.open("runs/shop/best", "stores/shop") as scorer:
+        stored = scorer.store.get_many(USERS)
+        assert page["online"].tobytes() == stored.summary[3:5].tobytes()
+        assert page["answer"]["event_count"] == stored.event_count[3:5].tolist()
+        answer = page["features"].get_online_features(
+            features=["user_summary:summary"], entity_rows=[{"user": user} for user in [*USERS, 999]]
+        )
+        *served, unknown = answer.to_dict()["summary"]
+        assert unknown is None
+        expected = scorer.score(USERS, [1, 2, 3])
+        summary = np.array(served, np.float32).reshape(stored.summary.shape)
+        for scale in (1, 0):  # Without summaries, scores differ.
+            changed = dataclasses.replace(stored, summary=scale * summary)
+            monkeypatch.setattr(StoreReader, "get_many", lambda self, users, changed=changed: changed)
+            assert (scorer.score(USERS, [1, 2, 3]).tobytes() == expected.tobytes()) == (scale == 1)
