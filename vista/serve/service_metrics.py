@@ -25,7 +25,7 @@ class ServiceMetrics:
 
     def __init__(self, before: ScorerStats) -> None:
         # Without a registry of its own, a second service in one process would find the names taken.
-        prometheus_client.disable_created_metrics()
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = own = prometheus_client.CollectorRegistry()
         self.seconds = prometheus_client.Histogram(
             "vista_request_seconds",

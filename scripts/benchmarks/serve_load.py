@@ -1,0 +1,163 @@
+"""A service in a process of its own, and clients that cost little: requests are encoded beforehand."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+_LISTENING = re.compile(r"listening on http://127\.0\.0\.1:(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceProcess:
+    """A running `vista serve`."""
+
+    pid: int
+    port: int
+
+    def cpu_s(self) -> float:
+        """Seconds of CPU time that the process has used."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@contextmanager
+def serving(model: Path, store: Path, *words: str, cores: set[int] | None = None) -> Iterator[ServiceProcess]:
+    """`vista serve` on a free port, until the context ends.
+
+    Raises:
+        SystemExit: it could not start.
+    """
+    command = [sys.executable, "-m", "vista.cli", "serve", f"model={model}", f"store={store}", "port=0", *words]
+    path = os.pathsep.join(str(REPOSITORY / folder) for folder in (".", "kernels"))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        if cores is not None:
+            os.sched_setaffinity(process.pid, cores)
+        try:
+            said = []
+            for line in process.stderr:
+                said.append(line)
+                if found := _LISTENING.search(line):
+                    break
+            else:
+                raise SystemExit("error: the service could not start: " + "".join(said))
+            threading.Thread(target=process.stderr.read, daemon=True).start()  # so that its log never blocks it
+            yield ServiceProcess(process.pid, int(found[1]))
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(30)
+
+
+def encoded(path: str, body: bytes, media_type: str = "application/json") -> bytes:
+    """A POST request."""
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {media_type}\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+class Connection:
+    """A connection that stays open."""
+
+    def __init__(self, port: int) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", port))
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def send(self, request: bytes) -> tuple[int, bytes]:
+        """Status and body of the answer."""
+        self._socket.sendall(request)
+        held = b""
+        while (end := held.find(b"\r\n\r\n")) < 0:
+            held += self._received()
+        head = held[:end].lower()
+        size = int(head.partition(b"content-length:")[2].partition(b"\r\n")[0])
+        body = held[end + 4 :]
+        while len(body) < size:
+            body += self._received()
+        return int(head[9:12]), body
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._socket.close()
+
+    def _received(self) -> bytes:
+        received = self._socket.recv(1 << 18)
+        if not received:
+            raise ConnectionError("the service has closed the connection")
+        return received
+
+
+def closed_loop(port: int, requests: Sequence[bytes], num_clients: int, seconds: float) -> tuple[int, float]:
+    """Send requests from clients that each wait for an answer before the next one.
+
+    Returns:
+        The number of answers with status 200, and the seconds they took. SystemExit if there is another status.
+    """
+    counts, stop = [0] * num_clients, time.perf_counter() + seconds
+    refused: list[int] = []
+
+    def work(client: int) -> None:
+        connection, place = Connection(port), client
+        while time.perf_counter() < stop:
+            status, _ = connection.send(requests[place % len(requests)])
+            if status != 200:
+                refused.append(status)
+                return
+            counts[client] += 1
+            place += num_clients
+        connection.close()
+
+    began = time.perf_counter()
+    threads = [threading.Thread(target=work, args=(client,)) for client in range(num_clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if refused:
+        raise SystemExit(f"error: the service answered with status {refused[0]}")
+    return sum(counts), time.perf_counter() - began
+
+
+def paced(port: int, requests: Sequence[bytes], gaps_s: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Latencies in s of requests that are sent after these gaps, whether or not earlier ones were answered.
+
+    A latency counts from the time at which the request was due.
+    """
+    due = time.perf_counter() + 0.1 + np.cumsum(gaps_s)
+    latencies, places = np.zeros(len(due)), iter(range(len(due)))
+    lock = threading.Lock()
+
+    def work() -> None:
+        connection = Connection(port)
+        while True:
+            with lock:
+                place = next(places, None)
+            if place is None:
+                return connection.close()
+            wait = due[place] - time.perf_counter()
+            if wait > 0:
+                time.sleep(wait)
+            status, _ = connection.send(requests[place % len(requests)])
+            latencies[place] = time.perf_counter() - due[place]
+            assert status == 200, status
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return latencies
