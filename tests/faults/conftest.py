@@ -51,12 +51,18 @@ def nursery() -> Iterator[Nursery]:
 
 
 @pytest.fixture(scope="session")
-def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    """A nursery whose children can record their system calls, or get errors or SIGKILL from them (`preload`)."""
+def library(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The library of `preload`, for LD_PRELOAD."""
     require_linux()
     if shutil.which("cc") is None:
         pytest.skip("no C compiler (cc): system calls cannot be intercepted")
-    with Nursery(LD_PRELOAD=str(compiled(tmp_path_factory.mktemp("preload")))) as started:
+    return str(compiled(tmp_path_factory.mktemp("preload")))
+
+
+@pytest.fixture(scope="session")
+def traced(library: str) -> Iterator[Nursery]:
+    """A nursery whose children can record their system calls, or get errors or SIGKILL from them (`preload`)."""
+    with Nursery(LD_PRELOAD=library) as started:
         yield started
 
 

@@ -29,6 +29,8 @@ import vista
 Say = Callable[[Any], None]
 TIMEOUT_S = 60.0
 _PR_SET_PDEATHSIG = 1
+_messages = 1
+"""Descriptor for messages to the tests."""
 
 
 @dataclass
@@ -173,7 +175,7 @@ def die_with_parent() -> None:
 def _tell(job: int, **message: Any) -> None:
     line = json.dumps({"job": job, **message}).encode() + b"\n"
     assert len(line) <= select.PIPE_BUF, "only short messages are written atomically"
-    os.write(1, line)
+    os.write(_messages, line)
 
 
 def _run(job: int, module: str, function: str, arguments: list[Any]) -> int:
@@ -190,6 +192,7 @@ def _run(job: int, module: str, function: str, arguments: list[Any]) -> int:
 
 def main() -> None:
     """Fork a child per line of standard input."""
+    global _messages
     import torch
 
     import vista.refresh
@@ -197,6 +200,8 @@ def main() -> None:
     import vista.training.trainer  # noqa: F401
 
     torch.set_num_threads(1)
+    _messages = os.dup(1)
+    os.dup2(2, 1)  # Libraries print.
     die_with_parent()
     gc.freeze()
     jobs: dict[int, int] = {}
