@@ -243,6 +243,13 @@ class TestRefusals:
     def test_a_value_with_special_characters_in_quotes(self) -> None:
         assert compose_config(config.TrainConfig, ["run_dir='a(b=c'"]).run_dir == "a(b=c"
 
+    @pytest.mark.parametrize(
+        "url", ["redis://host:1/2/mine?ttl_days=30&cache=/a(b", "rediss://:p{,=}w@h/m", "kafka://a:1,b:2/clicks,views"]
+    )
+    def test_urls_need_no_quotes(self, url: str) -> None:
+        assert compose_config(config.WatchConfig, [f"store={url}"]).store == url
+        assert compose_config(config.WatchConfig, [f"source='{url}'", "folder=null"]).source == url
+
     def test_nothing_runs_when_the_configuration_is_refused(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -39,6 +39,9 @@ MAX_WORD = 1 << 17
 MAX_COMMAS = 4_096
 """Most commas of a word, because parsing takes time that grows with the square of the number of values."""
 
+_URL = re.compile(r"([a-z_.]+)=([a-z]+://\S+)")
+"""A word whose value is a URL. It is read as written: Hydra's grammar would demand quotes around `=` and commas."""
+
 
 class _Written(yaml.SafeLoader):  # type: ignore[misc]
     """A YAML loader that keeps every scalar as written, as text. Merge keys (<<) work as usual."""
@@ -160,6 +163,8 @@ def _parse(word: str) -> tuple[str, Any, str]:
         )
     if "=" not in word:
         raise ConfigError(f"cannot read '{word}': write it as key=value")
+    if (url := _URL.fullmatch(word)) is not None:
+        return url[1], url[2], url[2]
     try:
         override = OverridesParser.create().parse_override(word)
     except (HydraException, ValueError, RecursionError) as error:  # ValueError: an integer of thousands of digits
