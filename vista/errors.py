@@ -174,9 +174,9 @@ class StoreClosedError(StoreError):
 
 
 class UnfinishedError(StoreError):
-    """A generation of a store was never finished, so no reader opens it.
+    """A generation of a store was never finished, so no reader opens it; or it has expired on its server.
 
-    Remedy: run the same refresh again; it resumes the unfinished generation.
+    Remedy: run the same refresh again; it resumes the unfinished generation. After an expiry, run a full refresh.
     """
 
 

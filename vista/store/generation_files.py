@@ -184,6 +184,9 @@ class GenerationFiles:
 
         self.manifest = self._write(self.summary, put)
 
+    def renew(self) -> None:
+        """Nothing to do: files do not expire."""
+
     def put_manifest(self, change: Callable[[Manifest], Manifest]) -> None:
         """Change the manifest durably."""
 

@@ -48,6 +48,9 @@ class WritableGeneration(Protocol):
     def states(self, keys: Sequence[bytes], spec: StateSpec) -> FoundStates | None:
         """The stored states of some users; None if the generation keeps no states."""
 
+    def renew(self) -> None:
+        """Let its time to live begin now, if it has one."""
+
     def put_manifest(self, change: Callable[[Manifest], Manifest]) -> None:
         """Change the manifest."""
 

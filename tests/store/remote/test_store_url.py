@@ -44,6 +44,8 @@ def test_urls(text, expected):
         ("redis://host/mine?timeout_s=0", "timeout_s must be a positive number"),
         ("redis://host/mine?timeout_s=nan", "timeout_s must be a positive number"),
         ("redis://host/mine?secret", "cannot be read"),
+        ("redis://host/mine?ttl_days=0", "ttl_days must be a positive number of days"),
+        ("redis://host/mine?ttl_days=40000", "ttl_days must be a positive number of days"),
         ("redis://host/mine?cache_mb=-1", "cache_mb must be a positive number"),
     ],
 )

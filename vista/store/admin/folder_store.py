@@ -114,6 +114,10 @@ class FolderStore:
         finally:
             environment.release()
 
+    def expires_at(self, number: int) -> int | None:
+        """None: files do not expire."""
+        return None
+
     def size_bytes(self, number: int) -> int:
         """Size of the generation's files."""
         files = generation_path(self.address, number).rglob("*")

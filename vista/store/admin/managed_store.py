@@ -65,6 +65,9 @@ class ManagedStore(Protocol):
     def progress(self, number: int) -> tuple[Manifest, bool, int]:
         """Manifest, whether the generation is complete, and the number of records or of users done."""
 
+    def expires_at(self, number: int) -> int | None:
+        """When a generation expires, in ms; None if it does not."""
+
     def size_bytes(self, number: int) -> int:
         """Bytes that a generation takes, about."""
 

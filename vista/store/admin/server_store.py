@@ -100,6 +100,11 @@ class ServerStore:
         manifest, complete = generation.manifest, generation.complete
         return manifest, complete, manifest.count if complete else generation.read_cursor()
 
+    def expires_at(self, number: int) -> int | None:
+        """When the generation expires by the server's clock, in ms; None if it does not."""
+        time_ms = int(self._store.server.command("PEXPIRETIME", self._store.names.generation(number).manifest))
+        return None if time_ms < 0 else time_ms
+
     def size_bytes(self, number: int) -> int:
         """Size of records and states, from the mean of the first 1,000 users."""
         server, names = self._store.server, self._store.names.generation(number)

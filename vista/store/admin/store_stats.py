@@ -33,6 +33,8 @@ class GenerationStats:
     num_open: int | None = 0
     """Other processes on this machine that have it open; None if the system does not tell."""
     problem: str = ""
+    expires_at: int | None = None
+    """ms; None if it does not expire."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +58,18 @@ class StoreStats:
             return f"gen-{stats.number}: {stats.problem}"
         manifest = stats.manifest
         state = "published" if stats.number == self.published else "kept" if stats.complete else "unfinished"
-        made = datetime.fromtimestamp(manifest.created_at / 1000, UTC)
         return ", ".join(
             [
                 f"gen-{stats.number} ({state}): {stats.num_records:,} {'records' if stats.complete else 'users done'}",
                 f"{manifest.codec} {manifest.num_tokens} x {manifest.dim}, tails of {manifest.tail_len}",
                 f"states {manifest.state_dtype}",
                 f"until {manifest.until or 'the end of the log'}",
-                f"started {made:%Y-%m-%d %H:%M} UTC ({(self.now - manifest.created_at) / 3_600_000:.1f} h ago)",
+                f"started {_date(manifest.created_at)} ({(self.now - manifest.created_at) / 3_600_000:.1f} h ago)",
                 f"about {stats.live_bytes:,} bytes of records"
                 if stats.size_bytes is None
                 else f"{stats.live_bytes:,} bytes in use of {stats.size_bytes:,} on disk",
                 *([f"open in {stats.num_open} other processes"] if stats.num_open is not None else []),
+                *([f"expires {_date(stats.expires_at)} unless it is refreshed"] if stats.expires_at else []),
                 f"summarizer {manifest.summarizer_id[:12]}…",
                 *([f"key {manifest.key_id}"] if manifest.key_id else []),
             ]
@@ -98,11 +100,16 @@ def _generation_stats(store: ManagedStore, number: int) -> GenerationStats:
         if isinstance(store.address, Path):
             live, size, num_open = _of_files(store.address, number)
         manifest, complete, num_records = store.progress(number)
+        expires_at = store.expires_at(number)
     except StoreUnavailableError:
         raise
     except StoreError as error:
         return GenerationStats(number, None, problem=str(error))
-    return GenerationStats(number, manifest, complete, num_records, live, size, num_open)
+    return GenerationStats(number, manifest, complete, num_records, live, size, num_open, "", expires_at)
+
+
+def _date(time_ms: int) -> str:
+    return f"{datetime.fromtimestamp(time_ms / 1000, UTC):%Y-%m-%d %H:%M} UTC"
 
 
 def _of_files(root: Path, number: int) -> tuple[int, int, int | None]:

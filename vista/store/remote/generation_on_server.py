@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, pairwise
 
 from vista.errors import StoreWriteError
@@ -21,8 +21,10 @@ from vista.store.remote.server_connection import Command
 from vista.store.remote.server_lock import ServerLock
 from vista.store.tally import Tally
 
-Plan = tuple[Manifest, list[Command], int]
-"""The manifest after a write, its other commands, and a number to return."""
+Plan = tuple[Manifest, dict[bytes, bytes], list[Command], int]
+"""The manifest after a write, other values to set by name, other commands, and a number to return."""
+_RENEWED_AFTER = 0.1
+"""Share of the time to live after which a refresh renews it, so that frequent refreshes need not visit all users."""
 
 
 class GenerationOnServer:
@@ -38,20 +40,29 @@ class GenerationOnServer:
         self._server = store.server
         self._number = number
         self._lock = lock
-        self.manifest = self.read_manifest()
+        manifest, ttl = self._server.command("MGET", self.names.manifest, self.names.ttl)
+        self.manifest = self._parsed(manifest)
+        self.ttl_ms = None if ttl is None else int(ttl)
+        """Time from the last refresh until the generation expires; None if it does not."""
         self.records = RemoteRecords(self._server, self.names, self.manifest, None)
 
     @classmethod
     def create(cls, store: RemoteStore, manifest: Manifest, lock: ServerLock) -> GenerationOnServer:
-        """Make an empty generation."""
-        names = store.names.generation(manifest.generation)
+        """Make an empty generation, which expires if the store's URL says so."""
+        names, ttl_ms = store.names.generation(manifest.generation), store.url.ttl_ms
+        values: dict[bytes, bytes] = {names.manifest: manifest.to_bytes(), names.cursor: b"0"}
+        expires_at = None
+        if ttl_ms is not None:
+            store.require_no_eviction()
+            values[names.ttl] = b"%d" % ttl_ms
+            expires_at = store.server.now_ms() + ttl_ms
 
         def plan() -> tuple[list[Command], None]:
             lock.require(store.server.command("GET", lock.name))
             return [
                 ("SADD", store.names.generations, manifest.generation),
-                ("SET", names.manifest, manifest.to_bytes()),
-                ("SET", names.cursor, 0),
+                ("MSET", *chain.from_iterable(values.items())),
+                *_expiries(values, expires_at),
                 lock.next_write(),
             ], None
 
@@ -63,6 +74,21 @@ class GenerationOnServer:
     def complete(self) -> bool:
         """Whether all its records are written and checked."""
         return bool(self._server.command("EXISTS", self.names.complete))
+
+    def renew(self) -> None:
+        """Let the time to live begin now, if the generation expires; not if a tenth of it has not passed yet.
+
+        The generation's own keys come last: as long as they exist, so do the users'.
+        """
+        if self.ttl_ms is None:
+            return
+        expires_at = self._server.now_ms() + self.ttl_ms
+        if expires_at - self._server.command("PEXPIRETIME", self.names.manifest) < _RENEWED_AFTER * self.ttl_ms:
+            return
+        for keys in self.key_batches():
+            names = self.names.values(keys) if self._keeps_states else [*map(self.names.record, keys)]
+            self._expire(names, expires_at)
+        self._expire(self.names.own, expires_at)
 
     def put(
         self,
@@ -99,7 +125,7 @@ class GenerationOnServer:
     def remove_states(self, keys: Sequence[bytes]) -> None:
         """Remove users' states alone."""
         if self._keeps_states and keys:
-            self._write([], lambda manifest: (manifest, [("UNLINK", *map(self.names.state, keys))], 0))
+            self._write([], lambda manifest: (manifest, {}, [("UNLINK", *map(self.names.state, keys))], 0))
 
     def remove_erased(self) -> int:
         """Remove erased users who still have a record, because their erasure was interrupted; returns how many."""
@@ -113,7 +139,7 @@ class GenerationOnServer:
 
     def put_manifest(self, change: Callable[[Manifest], Manifest]) -> None:
         """Change the manifest."""
-        self._write([], lambda manifest: (change(manifest), [], 0))
+        self._write([], lambda manifest: (change(manifest), {}, [], 0))
 
     def mark_complete(self, wanted: Manifest, num_erased: int, *, publish: bool) -> bool:
         """Let readers open the generation once CURRENT names it, and make CURRENT name it with `publish`, atomically.
@@ -129,14 +155,15 @@ class GenerationOnServer:
 
         def plan(manifest: Manifest) -> Plan:
             if manifest != wanted or len(self._store.tombstones) != num_erased:
-                return manifest, [], 0
-            pointer = pointer_to(self._number)
-            commands: list[Command] = [("SET", self.names.complete, secrets.token_hex(8))] if not self.complete else []
+                return manifest, {}, [], 0
+            pointer, commands = pointer_to(self._number), list[Command]()
+            values = {} if self.complete else {self.names.complete: secrets.token_hex(8).encode()}
             if self._store.last_complete() < self._number:
                 commands.append(("SET", self._store.names.last, pointer))
             if publish:
                 commands.append(("SET", self._store.names.current, pointer))
-            return dataclasses.replace(manifest, refreshed_at=manifest.refreshed_at or manifest.created_at), commands, 1
+            refreshed_at = manifest.refreshed_at or manifest.created_at
+            return dataclasses.replace(manifest, refreshed_at=refreshed_at), values, commands, 1
 
         return bool(self._write([self._store.tombstones.name], plan))
 
@@ -193,18 +220,18 @@ class GenerationOnServer:
             remaining = [place for place, gone in enumerate(erased) if not gone]
             put_keys, put_records = [keys[place] for place in remaining], [records[place] for place in remaining]
             old = [header for header in self.headers(put_keys) if header is not None]
-            commands: list[Command] = [("SET", self.names.prefix + key, value) for key, value in meta.items()]
-            if put_keys:
-                pairs = [*zip(map(self.names.record, put_keys), put_records, strict=True)]
-                if states:
-                    pairs += zip(map(self.names.state, put_keys), (states[place] for place in remaining), strict=True)
-                commands += [
-                    ("MSET", *chain.from_iterable(pairs)),
-                    ("ZADD", self.names.users, *(part for key in put_keys for part in (0, key))),
-                ]
-            return manifest.with_records(old, put_keys, put_records), commands, len(put_keys)
+            values = {self.names.prefix + key: value for key, value in meta.items()}
+            values.update(zip(map(self.names.record, put_keys), put_records, strict=True))
+            if states:
+                values.update((self.names.state(keys[place]), states[place]) for place in remaining)
+            listed: Command = ("ZADD", self.names.users, *(part for key in put_keys for part in (0, key)))
+            commands = [listed] if put_keys else []
+            return manifest.with_records(old, put_keys, put_records), values, commands, len(put_keys)
 
         return self._write([self._store.tombstones.name], plan)
+
+    def _expire(self, names: Sequence[bytes], expires_at: int) -> None:
+        self._write([], lambda manifest: (manifest, {}, _expiries(names, expires_at), 0))
 
     def _remove(self, keys: Sequence[bytes]) -> int:
         def plan(manifest: Manifest) -> Plan:
@@ -213,7 +240,7 @@ class GenerationOnServer:
                 ("UNLINK", *self.names.values(keys)),
                 ("ZREM", self.names.users, *keys),
             ]
-            return manifest.with_records(old, [], []), commands, len(old)
+            return manifest.with_records(old, [], []), {}, commands, len(old)
 
         return self._write([], plan) if keys else 0
 
@@ -224,10 +251,17 @@ class GenerationOnServer:
         def planned() -> tuple[list[Command], tuple[Manifest, int]]:
             if lock is not None:
                 lock.require(self._server.command("GET", lock.name))
-            before = self.read_manifest()
-            manifest, commands, count = plan(before)
+            value, expires_at = self._server.pipeline(
+                [("GET", self.names.manifest), ("PEXPIRETIME", self.names.manifest)]
+            )
+            manifest, values, commands, count = plan(self._parsed(value))
+            commands = [*commands, ("SET", self.names.manifest, manifest.to_bytes(), "KEEPTTL")]
+            if values:
+                commands.append(("MSET", *chain.from_iterable(values.items())))
+                # The list of users too, because this write may have made it.
+                commands += _expiries([*values, self.names.users], expires_at if expires_at >= 0 else None)
             counted = [] if lock is None else [lock.next_write()]
-            return [*commands, ("SET", self.names.manifest, manifest.to_bytes()), *counted], (manifest, count)
+            return [*commands, *counted], (manifest, count)
 
         keys = [self.names.manifest, *watched, *([] if lock is None else [lock.name])]
         self.manifest, count = self._server.change(keys, planned)
@@ -241,14 +275,19 @@ class GenerationOnServer:
     def _parsed(self, value: bytes | None) -> Manifest:
         if value is None:
             raise StoreWriteError(
-                f"{self._store.url}: gen-{self._number} is missing: another writer removed it, or the server lost it; "
-                "rerun the command"
+                f"{self._store.url}: gen-{self._number} is missing: it has expired (ttl_days), another writer removed "
+                "it, or the server lost it; rerun the command, or run a full refresh if nothing else is published"
             )
         return self._store.parsed(value, self._number)
 
 
 def _both_lengths(record: bytes, state: bytes) -> int:
     return len(record) + len(state)
+
+
+def _expiries(names: Iterable[bytes], expires_at: int | None) -> list[Command]:
+    """Commands that let keys expire at a time in ms by the server's clock; None lets them stay."""
+    return [] if expires_at is None else [("PEXPIREAT", name, expires_at) for name in names]
 
 
 def _parts(lengths: Sequence[int]) -> list[slice]:

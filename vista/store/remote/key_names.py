@@ -12,6 +12,7 @@ from vista.store.format.keys import COMPLETE_KEY, CURSOR_KEY, MANIFEST_KEY
 
 USERS_KEY = b"!users"
 """Sorted set of the keys of all users who have a record; no user's key begins with an exclamation mark."""
+TTL_KEY = b"!ttl"
 STATE_PREFIX = b"!state:"
 """Comes before a user's key in the name of the user's state."""
 
@@ -41,6 +42,16 @@ class GenerationKeys:
     def users(self) -> bytes:
         """Keys of all users who have a record."""
         return self.prefix + USERS_KEY
+
+    @property
+    def ttl(self) -> bytes:
+        """Time to live in ms, if the generation expires."""
+        return self.prefix + TTL_KEY
+
+    @property
+    def own(self) -> list[bytes]:
+        """All names but those of users."""
+        return [self.manifest, self.complete, self.cursor, self.users, self.ttl]
 
     def record(self, key: bytes) -> bytes:
         """The record of a user."""

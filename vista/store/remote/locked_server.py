@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Collection
 
-from vista.errors import RecordError, StoreBusyError, StoreError, StoreUnavailableError
+from vista.errors import ConfigError, RecordError, StoreBusyError, StoreError, StoreUnavailableError
 from vista.store.format.record_spec import RecordSpec
 from vista.store.manifest import Manifest
 from vista.store.remote.generation_on_server import GenerationOnServer
@@ -14,7 +14,7 @@ from vista.store.remote.remote_store import RemoteStore
 from vista.store.remote.remote_tombstones import RemoteTombstones
 from vista.store.remote.server_connection import Command
 from vista.store.remote.server_lock import ServerLock
-from vista.store.remote.store_url import StoreUrl
+from vista.store.remote.store_url import DAY_MS, StoreUrl
 
 _CHECKS_BESIDE_ERASURES = 5
 _REMOVED_AT_ONCE = 1000
@@ -61,8 +61,9 @@ class LockedServer:
         self._published = self._published_or_newest()
         for number in reversed([number for number in self.store.numbers() if number > self._published]):
             generation = self._readable(number)
-            if generation is not None and generation.manifest.identity() == wanted.identity():
+            if generation is not None and self._is_of(generation, wanted):
                 self._generation = generation
+                generation.renew()
                 return generation
             logger.warning(
                 "%s: gen-%d, which was never published, belongs to another run or is damaged; it is removed, and a new "
@@ -93,7 +94,7 @@ class LockedServer:
         """Number for a copy: that of an unfinished generation with this identity, or one that was never complete."""
         for number in reversed(self._unfinished()):
             generation = self._readable(number)
-            if generation is not None and generation.manifest.identity() == manifest.identity():
+            if generation is not None and self._is_of(generation, manifest):
                 return number
         self.remove_unfinished(except_for=0)
         return self.store.next_number(manifest.generation)
@@ -108,6 +109,10 @@ class LockedServer:
         names, exists = self.store.names, self.store.server.command
         return [number for number in self.store.numbers() if not exists("EXISTS", names.generation(number).complete)]
 
+    def _is_of(self, generation: GenerationOnServer, wanted: Manifest) -> bool:
+        """Whether an unfinished generation is what a run with this manifest would write."""
+        return generation.manifest.identity() == wanted.identity() and generation.ttl_ms == self.path.ttl_ms
+
     def _readable(self, number: int) -> GenerationOnServer | None:
         """A generation, open for writing; None if its manifest is damaged, or of another format version."""
         try:
@@ -119,8 +124,20 @@ class LockedServer:
             return None
 
     def published(self) -> GenerationOnServer:
-        """Open the published generation, to write it in place."""
-        return self.open(self.store.current())
+        """Open the published generation, to write it in place.
+
+        Raises:
+            ConfigError: the URL names another time to live than the generation has.
+        """
+        generation = self.open(self.store.current())
+        ttl_ms, wanted_ms = generation.ttl_ms, self.path.ttl_ms
+        if wanted_ms not in (None, ttl_ms):
+            held = "does not expire" if ttl_ms is None else f"has ttl_days={ttl_ms / DAY_MS:g}"
+            raise ConfigError(
+                f"{self.path}: gen-{generation.manifest.generation} {held}, as the full refresh or the copy that made "
+                "it said; leave ttl_days out, or run a full refresh"
+            )
+        return generation
 
     def open(self, number: int) -> GenerationOnServer:
         """Open a generation for writing."""
@@ -150,6 +167,7 @@ class LockedServer:
         Raises:
             StoreError: as of `publish`.
         """
+        generation.renew()
         for _ in range(_CHECKS_BESIDE_ERASURES):
             num_erased = len(self.store.tombstones)
             generation.remove_erased()
@@ -185,7 +203,7 @@ class LockedServer:
     def remove(self, number: int) -> None:
         """Remove a generation. Its marker goes first, so readers that use it do not report its users as missing."""
         names = self.store.names.generation(number)
-        self._change(lambda: [("DEL", names.manifest, names.complete, names.cursor)])
+        self._change(lambda: [("DEL", names.manifest, names.complete, names.cursor, names.ttl)])
 
         def some_records() -> list[Command]:
             keys = self.store.server.command("ZRANGE", names.users, 0, _REMOVED_AT_ONCE - 1)

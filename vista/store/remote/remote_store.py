@@ -13,7 +13,7 @@ from vista.store.remote.record_cache import RecordCache
 from vista.store.remote.remote_generation import RemoteGeneration
 from vista.store.remote.remote_records import RemoteRecords
 from vista.store.remote.remote_tombstones import RemoteTombstones
-from vista.store.remote.server_connection import ServerConnection
+from vista.store.remote.server_connection import Command, ServerConnection, evicting
 from vista.store.remote.store_url import StoreUrl
 
 
@@ -125,13 +125,26 @@ class RemoteStore:
     def _complete(self, number: int) -> tuple[Manifest, bytes]:
         """Manifest and stamp of a complete generation."""
         names = self.names.generation(number)
-        manifest, stamp = self.server.command("MGET", names.manifest, names.complete)
+        commands: list[Command] = [("MGET", names.manifest, names.complete), ("PTTL", names.complete)]
+        (manifest, stamp), left_ms = self.server.pipeline(commands)
         if manifest is None or stamp is None:
-            existing = ", ".join(f"gen-{each}" for each in self.numbers()) or "none"
-            if number in self.numbers():
-                raise UnfinishedError(f"{self.url}: gen-{number} was never finished; refresh the store again")
-            raise StoreError(f"{self.url} has no gen-{number}; existing generations: {existing}")
+            numbers = self.numbers()
+            existing = ", ".join(f"gen-{each}" for each in numbers) or "none"
+            if number not in numbers:
+                raise StoreError(
+                    f"{self.url} has no gen-{number}; existing generations: {existing}. If it has expired (ttl_days), "
+                    "run a full refresh"
+                )
+            reason = "was never finished" if manifest is not None else "has expired (ttl_days) or was removed"
+            raise UnfinishedError(f"{self.url}: gen-{number} {reason}; refresh the store again")
+        if left_ms >= 0:
+            self.require_no_eviction()
         return self.parsed(manifest, number), stamp
+
+    def require_no_eviction(self) -> None:
+        """Raise StoreError if the server could evict the records of a generation that expires."""
+        if self.server.evicts_expiring:
+            raise evicting(self.url, "volatile-…")
 
     def parsed(self, value: bytes, number: int) -> Manifest:
         """A generation's manifest from its bytes.

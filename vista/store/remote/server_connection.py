@@ -39,6 +39,8 @@ class ServerConnection:
 
     def __init__(self, url: StoreUrl) -> None:
         self.url = url
+        self.evicts_expiring = False
+        """Whether the server removes keys that expire already before, if its memory is full; known after `check`."""
         errors = redis.exceptions
         pool = redis.ConnectionPool(
             redis.SSLConnection if url.tls else redis.Connection,
@@ -65,12 +67,16 @@ class ServerConnection:
             StoreError: it would evict records, which readers would take for missing users; or as of `command`.
         """
         memory = self.command("INFO", "memory")
-        policy = memory.get("maxmemory_policy", "") if isinstance(memory, dict) else ""
-        if memory and int(memory.get("maxmemory", 0)) and str(policy).startswith("allkeys"):
-            raise StoreError(
-                f"{self.url}: the server evicts records when its memory is full (maxmemory-policy {policy}), and "
-                "readers could not tell them from missing users; set maxmemory-policy to noeviction"
-            )
+        policy = str(memory.get("maxmemory_policy", "")) if isinstance(memory, dict) else ""
+        is_limited = bool(memory and int(memory.get("maxmemory", 0)))
+        self.evicts_expiring = is_limited and policy.startswith("volatile")
+        if is_limited and policy.startswith("allkeys"):
+            raise evicting(self.url, policy)
+
+    def now_ms(self) -> int:
+        """The server's clock, by which keys expire."""
+        seconds, microseconds = self.command("TIME")
+        return 1000 * int(seconds) + int(microseconds) // 1000
 
     def command(self, *command: Any) -> Any:
         """Run one command.
@@ -188,3 +194,11 @@ class ServerConnection:
                 f"{url}: the service there is not a Valkey or Redis server ({reason}); check the host and the port"
             )
         return StoreError(f"{url}: the server refuses a command ({reason}); check the server and the store's name")
+
+
+def evicting(url: StoreUrl, policy: str) -> StoreError:
+    """The error for a server that would evict records."""
+    return StoreError(
+        f"{url}: the server evicts records when its memory is full (maxmemory-policy {policy}), and readers could not "
+        "tell them from missing users; set maxmemory-policy to noeviction"
+    )

@@ -1,4 +1,4 @@
-"""URLs of remote stores: redis://[user[:password]@]host[:port]/[database/]name[?timeout_s=…&cache=…&cache_mb=…]."""
+"""URLs of remote stores: redis://[user[:password]@]host[:port]/[database/]name[?timeout_s=…&cache=…&cache_mb=…&ttl_days=…]."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import re
 from dataclasses import dataclass, field
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+from vista.config.checks import MAX_DAYS
 from vista.errors import ConfigError
 
 PASSWORD_VARIABLE = "VISTA_REDIS_PASSWORD"
 DEFAULT_PORT = 6379
 DEFAULT_TIMEOUT_S = 5.0
 DEFAULT_CACHE_MB = 1000.0
+DAY_MS = 86_400_000
 EXAMPLE = "redis://host:6379/mine, or rediss://host:6379/mine with TLS"
 
 _SCHEME = re.compile(r"(rediss?):/+")  # pathlib makes one slash out of two
@@ -38,6 +40,14 @@ class StoreUrl:
     """Folder in which readers keep the records that they have read; None keeps none."""
     cache_mb: float = DEFAULT_CACHE_MB
     """Size of the cache, 10^6 bytes."""
+    ttl_days: float | None = None
+    """Time from the last refresh until the server removes a generation that a full refresh or a copy writes to this
+    URL; None keeps it."""
+
+    @property
+    def ttl_ms(self) -> int | None:
+        """`ttl_days` in ms."""
+        return None if self.ttl_days is None else max(round(DAY_MS * self.ttl_days), 1)
 
     @staticmethod
     def matches(store: object) -> bool:
@@ -61,7 +71,7 @@ class StoreUrl:
             raise ConfigError(f"store: the URL cannot be read ({type(error).__name__}); write {EXAMPLE}") from None
         *database, name = [unquote(word) for word in parts.path.strip("/").split("/")]
         timeout, cache = options.pop("timeout_s", str(DEFAULT_TIMEOUT_S)), options.pop("cache", None)
-        cache_mb = options.pop("cache_mb", str(DEFAULT_CACHE_MB))
+        cache_mb, ttl = options.pop("cache_mb", str(DEFAULT_CACHE_MB)), options.pop("ttl_days", None)
         if parts.scheme not in ("redis", "rediss"):
             problem = "it does not begin with redis:// or rediss://"
         elif not parts.hostname:
@@ -71,11 +81,13 @@ class StoreUrl:
         elif len(database) > 1 or not all(re.fullmatch("[0-9]{1,5}", word) for word in database):
             problem = "only the number of a database may come before the store's name"
         elif options or parts.fragment:
-            problem = "its only options are timeout_s, cache, and cache_mb"
+            problem = "its only options are timeout_s, cache, cache_mb, and ttl_days"
         elif not _is_number(timeout, 3600):
             problem = "timeout_s must be a positive number of seconds, at most 3600"
         elif not _is_number(cache_mb, 1e9):
             problem = "cache_mb must be a positive number of megabytes"
+        elif ttl is not None and not _is_number(ttl, MAX_DAYS):
+            problem = f"ttl_days must be a positive number of days, at most {MAX_DAYS}"
         if problem:
             raise ConfigError(f"store: the URL cannot be used: {problem}; write {EXAMPLE}")
         return cls(
@@ -89,6 +101,7 @@ class StoreUrl:
             timeout_s=float(timeout),
             cache=cache,
             cache_mb=float(cache_mb),
+            ttl_days=None if ttl is None else float(ttl),
         )
 
     def __str__(self) -> str:
