@@ -91,9 +91,12 @@ def decoded(body: bytes, kind: type[Body], media_type: str) -> Body:
         msgspec.DecodeError: the bytes are not valid JSON or MessagePack.
         msgspec.ValidationError: a field is missing, unknown, or has another type.
     """
-    if media_type == MSGPACK:
-        return msgspec.msgpack.decode(body, type=kind)
-    held = msgspec.json.decode(body, type=kind)
+    try:
+        if media_type == MSGPACK:
+            return msgspec.msgpack.decode(body, type=kind)
+        held = msgspec.json.decode(body, type=kind)
+    except RecursionError:
+        raise msgspec.DecodeError("its values are nested too deeply") from None
     if isinstance(getattr(held, "candidates", None), bytes):  # msgspec reads a text as base64 here
         raise msgspec.ValidationError("Expected `array`, got `str` - at `$.candidates`")
     return held

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.config import ServeConfig
-from vista.errors import BodyTooLargeError, UnknownUserError
+from vista.errors import BodyTooLargeError, ConfigError, UnknownUserError
 from vista.log.vocabulary import ids_of_words
 from vista.model.model_description import CONFIG_FILE
 from vista.scorer import Scorer
@@ -108,7 +108,10 @@ class ScoringService:
             word: the id, as it is written in the path.
         """
         store = self.scorer.store
-        users = ids_of_words([word], "user", store.manifest.user_kind)
+        try:
+            users = ids_of_words([word], "user", store.manifest.user_kind)
+        except ConfigError as error:  # which would be the operator's fault
+            raise ValueError(str(error)) from None
         record = user_record(store, self.scorer.model, users[0])
         if record is None:
             raise UnknownUserError(f"user {users[0]!r} has no record in {store.path}")

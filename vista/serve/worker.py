@@ -15,6 +15,7 @@ from vista.device import set_threads
 from vista.scorer import Scorer
 from vista.serve.application import make_application
 from vista.serve.bearer_token import read_token
+from vista.serve.http_protocol import BoundedHttpProtocol
 from vista.serve.scoring_queue import ScoringQueue
 from vista.serve.scoring_service import ScoringService
 from vista.serve.serve_extra import uvicorn
@@ -60,7 +61,7 @@ def run_worker(config: ServeConfig, listening: socket.socket, on_startup: Callab
             uvicorn.Config(
                 app,
                 loop="uvloop",
-                http="httptools",
+                http=BoundedHttpProtocol,
                 ws="none",
                 lifespan="off",
                 log_config=None,
