@@ -6,17 +6,18 @@ on GPUs.
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from vista.arrays import Int
 from vista.errors import ConfigError, RankError
@@ -24,6 +25,9 @@ from vista.errors import ConfigError, RankError
 TIMEOUT = timedelta(days=1)
 """Longest time that a rank waits for another one, for example while that one checks a large log or writes a checkpoint.
 A rank that ends is noticed at once, because its connections close, and torchrun ends the others."""
+
+PIECE_BYTES = 1 << 26
+"""Most bytes of a table that one rank sends to another at a time."""
 
 
 class Ranks:
@@ -33,36 +37,50 @@ class Ranks:
         RankError: from all methods, if another rank has ended or cannot be reached.
     """
 
+    _current: ClassVar[Ranks | None] = None
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
         """Where this rank computes."""
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self._is_first_of_machine = os.environ["LOCAL_RANK"] == "0"
+        self._is_first_of_machine = os.environ.get("LOCAL_RANK", "0") == "0"
 
     @classmethod
     @contextmanager
-    def joined(cls, device: torch.device) -> Iterator[Ranks | None]:
+    def joined(cls, device: torch.device, *, alone: bool = False) -> Iterator[Ranks | None]:
         """Join the other ranks for a block; None if torchrun has not started this process, or only this one.
 
         Args:
             device: if this is cuda, each rank of a machine uses its own GPU.
+            alone: whether a process without others is a job of one rank, instead of None.
 
         Raises:
             ConfigError: if the machine has fewer GPUs than ranks.
         """
-        if not is_launched():
+        launched = is_launched()
+        if not launched and not alone:
             yield None
             return
         backend = "gloo"
         if device.type == "cuda":
-            device, backend = _own_gpu(device), "nccl"
+            device, backend = _own_gpu(device) if launched else torch.device("cuda", device.index or 0), "nccl"
             torch.cuda.set_device(device)
-        with _talking():
-            dist.init_process_group(backend, timeout=TIMEOUT)
+        with talking():
+            if launched:
+                dist.init_process_group(backend, timeout=TIMEOUT)
+            else:
+                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
         try:
-            yield cls(device)
+            cls._current = cls(device)
+            yield cls._current
         finally:
+            cls._current = None
             dist.destroy_process_group()
+
+    @classmethod
+    def current(cls) -> Ranks | None:
+        """The ranks that this process has joined; None outside of `joined`."""
+        return cls._current
 
     @property
     def leads(self) -> bool:
@@ -93,7 +111,7 @@ class Ranks:
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, in their order."""
         values: list[Any] = [None] * self.size
-        with _talking():
+        with talking():
             dist.all_gather_object(values, value)
         return values
 
@@ -120,19 +138,19 @@ class Ranks:
     def from_first(self, value: Any) -> Any:
         """The value of rank 0."""
         values = [value]
-        with _talking():
+        with talking():
             dist.broadcast_object_list(values)
         return values[0]
 
-    def share_weights(self, model: nn.Module) -> None:
-        """Give all ranks the parameters and buffers of rank 0."""
-        with _talking():
-            for tensor in (*model.parameters(), *model.buffers()):
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Give all ranks the tensors of rank 0, such as parameters and buffers."""
+        with talking():
+            for tensor in tensors:
                 dist.broadcast(tensor.detach(), 0)
 
     def sum(self, tensor: Tensor) -> None:
         """Replace a tensor by its sum over all ranks, which is bit-identical on all of them."""
-        with _talking():
+        with talking():
             dist.all_reduce(tensor)
 
     def any(self, value: bool) -> bool:
@@ -172,6 +190,29 @@ class Ranks:
             sums.append(total.coalesce())
         return sums
 
+    def rows_at_first(self, own: Tensor) -> Iterator[Tensor]:
+        """The rows of all ranks in their order, at rank 0, on its CPU, at most PIECE_BYTES at a time.
+
+        Other ranks send theirs while rank 0 iterates, and get no tensors.
+
+        Args:
+            own: [n, ...] rows of this rank. The ranks have the same trailing sizes and dtype.
+        """
+        step = max(PIECE_BYTES // (own.element_size() * math.prod(own.shape[1:])), 1)
+        for rank, count in enumerate(self.gather(len(own))):
+            for begin in range(0, count, step):
+                if rank == self.rank:
+                    piece = own[begin : begin + step].contiguous()
+                elif self.leads:
+                    piece = own.new_empty(min(step, count - begin), *own.shape[1:])
+                with talking():
+                    if rank == self.rank and not self.leads:
+                        dist.send(piece, 0)
+                    elif rank != self.rank and self.leads:
+                        dist.recv(piece, rank)
+                if self.leads:
+                    yield piece.cpu()
+
     def wait(self) -> None:
         """Wait until all ranks have called this."""
         self.any(False)
@@ -179,7 +220,7 @@ class Ranks:
     def _gathered(self, tensor: Tensor) -> list[Tensor]:
         """The tensors of all ranks, which have the same shape."""
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        with _talking():
+        with talking():
             dist.all_gather(parts, tensor)
         return parts
 
@@ -203,7 +244,12 @@ def _own_gpu(device: torch.device) -> torch.device:
 
 
 @contextmanager
-def _talking() -> Iterator[None]:
+def talking() -> Iterator[None]:
+    """In a `with` block of communication, errors are those of other ranks.
+
+    Raises:
+        RankError: in place of RuntimeError.
+    """
     try:
         yield
     except torch.OutOfMemoryError:  # of this rank

@@ -127,6 +127,31 @@ class ItemStart(Enum):
     """A factorization of which users had which items; random for items that fewer than three users had."""
 
 
+class TableKind(Enum):
+    """Where the rows of the item table are while a model trains."""
+
+    plain = "plain"
+    """All of them in every process."""
+    torchrec = "torchrec"
+    """Divided among the ranks of a job by TorchRec (extra torchrec). The exported model is the same."""
+
+
+class TablePrecision(Enum):
+    """Data type of the item table while a model trains."""
+
+    float32 = "float32"
+    float16 = "float16"
+
+
+class TableOptimizer(Enum):
+    """What trains the item table."""
+
+    adam = "adam"
+    """Sparse Adam: two numbers per weight."""
+    rowwise_adagrad = "rowwise_adagrad"
+    """Row-wise Adagrad of FBGEMM: one number per row."""
+
+
 class ReconstructionTarget(Enum):
     """What the decoder predicts of each event from a summary and the events before it."""
 

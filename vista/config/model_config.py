@@ -22,6 +22,8 @@ from vista.config.choices import (
     Normalization,
     ReconstructionTarget,
     Search,
+    TableKind,
+    TablePrecision,
     TargetAttentionKind,
 )
 from vista.errors import shown
@@ -143,6 +145,12 @@ class ModelConfig:
     wide. 0 uses separate tables with one row per value. Features have tables of their own (hashed_features)."""
     embedding_hashes: int = 2
     """Number of hash functions per value with embedding_rows. It must divide dim."""
+    table: TableKind = TableKind.plain
+    """Where the rows of the item table are in training: in every process (plain), or divided among the ranks of a job
+    (torchrec). The exported model is the same."""
+    table_precision: TablePrecision = TablePrecision.float32
+    """Data type of the item table in training. float16 needs table=torchrec and optim.table_optimizer=rowwise_adagrad.
+    The exported table is float32."""
     item_start: ItemStart | None = None
     """What the vectors of items are before training: random, factors of their co-occurrences in the training events, or
     user_factors, a factorization of which users had which items, which needs table_rate=0. null: factors, or random

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from vista.config.checks import check_types, require, require_counts, require_finite, require_share
+from vista.config.choices import TableOptimizer
 
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW for the network, SparseAdam for the item table, the losses, and the schedule."""
+    """AdamW for the network, the optimizer of the item table, the losses, and the schedule."""
 
     learning_rate: float = 2e-3
     """Peak learning rate, reached after the warm-up and followed by cosine decay."""
@@ -17,6 +18,8 @@ class OptimConfig:
     """Decoupled weight decay (AdamW) of the network. The item table has none."""
     table_rate: float = 1.0
     """Learning rate of the item table, as a multiple of the network's. 0 keeps the table as it is before training."""
+    table_optimizer: TableOptimizer = TableOptimizer.adam
+    """Optimizer of the item table. rowwise_adagrad takes less memory, and needs model.table=torchrec."""
     counted_rate: float = 5.0
     """With model.counters or model.popularity: learning rate of their heads, as a multiple of the network's."""
     warmup_steps: int | None = None

@@ -17,6 +17,9 @@ from vista.config.choices import (
     Search,
     Split,
     Stage,
+    TableKind,
+    TableOptimizer,
+    TablePrecision,
 )
 from vista.config.data_config import PLACES, DataConfig
 from vista.config.model_config import ModelConfig
@@ -81,6 +84,7 @@ class TrainConfig:
         self._check_init()
         self._check_reconstruction()
         self._check_item_start()
+        self._check_table()
 
     def _check_search(self) -> None:
         hard = self.model.search is Search.hard
@@ -174,6 +178,29 @@ class TrainConfig:
             "model.item_start",
             f"user_factors hold the labels of the users that they are made from, so a table that starts from them is "
             f"not trained; set optim.table_rate=0, got {self.optim.table_rate:g}, or model.item_start=factors",
+        )
+
+    def _check_table(self) -> None:
+        sharded = self.model.table is TableKind.torchrec
+        by_row = self.optim.table_optimizer is TableOptimizer.rowwise_adagrad
+        require(
+            not by_row or sharded,
+            "optim.table_optimizer",
+            "rowwise_adagrad needs model.table=torchrec; set that, or optim.table_optimizer=adam",
+        )
+        require(
+            self.model.table_precision is TablePrecision.float32 or by_row,
+            "model.table_precision",
+            "float16 needs row-wise Adagrad, because Adam keeps its moments in the precision of the table; set "
+            "optim.table_optimizer=rowwise_adagrad, or model.table_precision=float32",
+        )
+        start = "model.table=torchrec trains a table from its start; set model.table=plain"
+        require(not sharded or self.stage is Stage.joint, "stage", f"{start}, or stage=joint")
+        require(not sharded or self.init_from is None, "init_from", f"{start}, or leave this out")
+        require(
+            not sharded or self.model.item_start is not ItemStart.user_factors,
+            "model.item_start",
+            f"user_factors are not trained, and {start}, or model.item_start=factors",
         )
 
     @property

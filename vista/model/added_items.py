@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from vista.log.item_features import ItemFeatures
 from vista.log.vocabulary import Ids
-from vista.model.ranking_model import ROW_FEATURES
+from vista.model.saved_parts import ROW_FEATURES
 from vista.model.vista_model import VistaModel
 
 

@@ -36,13 +36,18 @@ class EventEncoder(nn.Module):
         rating_range: tuple[float, float] | None,
         features: Sequence[FeatureSpec] = (),
         shared: nn.Parameter | None = None,
+        shared_rows: int = 0,
     ) -> None:
+        """
+        Args:
+            shared_rows: N of the table `shared`, of which a sharded one has only a part here.
+        """
         super().__init__()
 
         def embedding(feature: EmbeddingFeature, num_values: int) -> nn.Embedding | HashedEmbedding:
             if shared is None:
                 return nn.Embedding(num_values, dim)
-            return HashedEmbedding(shared, feature, num_values, dim // shared.shape[1])
+            return HashedEmbedding(shared, feature, num_values, dim // shared.shape[1], shared_rows)
 
         self.action = embedding(EmbeddingFeature.action, num_actions) if use_action and num_actions > 1 else None
         self.gap = embedding(EmbeddingFeature.gap, NUM_GAPS) if use_time else None
@@ -90,6 +95,11 @@ class EventEncoder(nn.Module):
         if self.features is not None and entry is not None:
             x = x + self.features(entry, dense)
         return x
+
+    @property
+    def hashed(self) -> list[HashedEmbedding]:
+        """The embeddings that read `shared`."""
+        return [table for table in (self.action, self.gap) if isinstance(table, HashedEmbedding)]
 
     def check_batch(self, entry: Tensor | None) -> None:
         """Refuse a batch without the features that the encoder reads, since it would train without them silently.

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 
@@ -30,3 +32,16 @@ class PopularityTerm(nn.Module):
             unit = unit.to(self.weight.weight.dtype)
             strength = self.weight(unit * math.sqrt(unit.shape[-1]))  # entries near 0 ± 1
             return torch.cat([unit, self.temperature * strength], -1)
+
+
+def standardized_popularity(frequency: NDArray[np.int64], num_items: int) -> NDArray[np.float64]:
+    """float64 [num_items] log frequencies with mean 0 and standard deviation 1.
+
+    Args:
+        frequency: int64 [at most num_items] events of each item; items beyond have none.
+    """
+    log_frequency = np.zeros(num_items)
+    log_frequency[: len(frequency)] = np.log(np.maximum(frequency, 1))
+    centered = log_frequency - log_frequency.mean()
+    standardized: NDArray[np.float64] = centered / max(float(centered.std()), 1e-6)
+    return standardized

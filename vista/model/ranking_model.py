@@ -6,8 +6,9 @@ dim, M' width of retrieval vectors, V items of the vocabulary; N rows and P hash
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
 import torch
@@ -18,34 +19,32 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vista.config import DataConfig, ModelConfig, OptimConfig
-from vista.config.choices import Architecture
+from vista.config.choices import Architecture, TableKind
 from vista.counters.counter_spec import ITEM, CounterSpec
-from vista.errors import CheckpointError, LogFormatError
+from vista.errors import CheckpointError
 from vista.examples.batch import Batch, BatchEvents
 from vista.files import checked_path, replaced_folder
 from vista.log.item_features import ItemFeatures
 from vista.log.row_features import ColumnValues, RowFeatures
 from vista.log.vocabulary import Ids, Vocabulary
-from vista.model.allocation_limit import AllocationLimit
 from vista.model.counted_item_head import CountedItemHead
+from vista.model.drawn_table import drawn_table
 from vista.model.embedding_feature import EmbeddingFeature
 from vista.model.event_encoder import EventEncoder
 from vista.model.feature_encoder import FeatureEncoder
-from vista.model.finite_weights import finite_weights
-from vista.model.item_feature_table import FEATURES_FILE, ItemFeatureTable
+from vista.model.item_feature_table import ItemFeatureTable
 from vista.model.losses import Losses
-from vista.model.model_description import CONFIG_FILE, ModelDescription, unreadable_model
-from vista.model.popularity_term import PopularityTerm
+from vista.model.model_description import CONFIG_FILE, ModelDescription
+from vista.model.popularity_term import PopularityTerm, standardized_popularity
 from vista.model.row_feature_encoder import RowFeatureEncoder
 from vista.model.row_feature_reader import Recode, RowFeatureReader
+from vista.model.saved_parts import ROW_FEATURES, WEIGHTS_FILE, opened_model
 from vista.model.schema import Schema
-from vista.model.unified_embedding import gather, hashed_rows
+from vista.model.unified_embedding import gather, hashed_rows, read_together
 
-WEIGHTS_FILE = "model.safetensors"
-_SPARE_VALUES = 1 << 22
-"""What building a small model may allocate in addition, such as temporary tensors: 16 MiB."""
-ROW_FEATURES = "event_features", "request_features", "user_features"
-"""Attributes of a model with readers of features, and fields of its schema with their columns."""
+if TYPE_CHECKING:
+    from vista.model.sharded_table import ShardedTable
+
 NEXT_TASK = "next"
 """Name of the retrieval head's scores among those of the labeled tasks."""
 UNKNOWN_ITEM = 0
@@ -77,11 +76,14 @@ class RankingModel(nn.Module):
         """Items that stage 1 was trained on. Later ones are unknown in histories (`history_rows`)."""
         self.data = data
         """How the training data were split, which decides what evaluation may use."""
-        unified, hashes = config.embedding_rows > 0, config.embedding_hashes
-        shape = (1 + config.embedding_rows, config.dim // hashes) if unified else (1 + len(items), config.dim)
-        table = nn.init.normal_(torch.empty(shape), std=0.02)
-        table[UNKNOWN_ITEM] = 0.0
-        self.item_table = nn.Parameter(table)
+        unified, shape = config.embedding_rows > 0, self.table_shape
+        self.sharded_table: ShardedTable | None = None
+        """The table whose rows of this rank `item_table` holds; None for a plain one, as exported models have."""
+        if config.table is TableKind.torchrec:
+            from vista.model.sharded_table import ShardedTable  # needs an extra
+
+            self.sharded_table = ShardedTable.drawn(shape, config.table_precision)
+        self.item_table = nn.Parameter(drawn_table(shape)) if self.sharded_table is None else self.sharded_table.weight
         """[1 + V, M], one row per item; or [1 + N, M / P], shared by items, actions, and gaps. Row 0 belongs to the
         unknown item. `id_vectors` reads either kind."""
         self.register_buffer("id_mask", torch.ones(1 + len(items)) if unified and schema.item_features else None)
@@ -94,11 +96,11 @@ class RankingModel(nn.Module):
             rating_range=schema.rating_range if config.use_rating else None,
             features=schema.event_features,
             shared=self.item_table if unified else None,
+            shared_rows=config.embedding_rows,
         )
-        columns = schema.request_features
+        columns, of_users = schema.request_features, schema.user_features
         self.request_encoder = RowFeatureEncoder(columns, config.dim) if columns else None
-        columns = schema.user_features
-        self.user_encoder = RowFeatureEncoder(columns, self.user_parts * config.dim) if columns else None
+        self.user_encoder = RowFeatureEncoder(of_users, self.user_parts * config.dim) if of_users else None
         self.event_features: RowFeatureReader | None = None
         """How features of events are read, set before the first use; None for a model without them."""
         self.request_features: RowFeatureReader | None = None
@@ -128,13 +130,17 @@ class RankingModel(nn.Module):
     def id_vectors(self, rows: Tensor) -> Tensor:
         """[..., M] of model rows int64 [...], without their features; 0 for the unknown item.
 
-        The table's gradient is sparse.
+        The table's gradient is sparse. A sharded table is read by all ranks together, in the same order.
         """
-        config = self.config
+        config, sharded = self.config, self.sharded_table
         if not config.embedding_rows:
-            return F.embedding(rows, self.item_table, sparse=True)
+            return F.embedding(rows, self.item_table, sparse=True) if sharded is None else sharded.read(rows)
         hashed = hashed_rows(rows, EmbeddingFeature.item, config.embedding_hashes, config.embedding_rows)
-        vectors = gather(self.item_table, torch.where((rows == UNKNOWN_ITEM).unsqueeze(-1), UNKNOWN_ITEM, hashed))
+        hashed = torch.where((rows == UNKNOWN_ITEM).unsqueeze(-1), UNKNOWN_ITEM, hashed)
+        if sharded is None:
+            vectors = gather(self.item_table, hashed)
+        else:
+            vectors = read_together(sharded.read, hashed, self.encoder.hashed)
         return vectors if self.id_mask is None else vectors * self.id_mask[rows].unsqueeze(-1)
 
     def request_vectors(self, gap: Tensor, entry: Tensor | None, dense: Tensor | None) -> Tensor | None:
@@ -184,10 +190,7 @@ class RankingModel(nn.Module):
         """
         if self.popularity is None and self.counted is None:
             return
-        log_frequency = np.zeros(len(self.items))
-        log_frequency[: len(frequency) - 1] = np.log(np.maximum(frequency[1:], 1))
-        centered = log_frequency - log_frequency.mean()
-        self.item_popularity[1:] = torch.from_numpy(centered / max(float(centered.std()), 1e-6))
+        self.item_popularity[1:] = torch.from_numpy(standardized_popularity(frequency[1:], len(self.items)))
 
     @property
     def feature_table(self) -> ItemFeatureTable | None:
@@ -218,7 +221,18 @@ class RankingModel(nn.Module):
     @torch.no_grad()
     def zero_id_embeddings(self, rows: NDArray[np.int64]) -> None:
         """Zero the ID embeddings of model rows int64 [N], so that only features remain."""
-        (self.item_table if self.id_mask is None else self.id_mask)[torch.from_numpy(rows).to(self.device)] = 0.0
+        if self.id_mask is not None:
+            self.id_mask[torch.from_numpy(rows).to(self.device)] = 0.0
+        else:
+            self.write_id_vectors(rows, torch.zeros(len(rows), self.item_table.shape[1]))
+
+    @torch.no_grad()
+    def write_id_vectors(self, rows: NDArray[np.int64], vectors: Tensor) -> None:
+        """Replace rows int64 [N] of a table with one row per item by vectors [N, M]."""
+        if self.sharded_table is not None:
+            self.sharded_table.write_rows(torch.from_numpy(rows), vectors)
+        else:
+            self.item_table[torch.from_numpy(rows).to(self.device)] = vectors.to(self.item_table)
 
     @staticmethod
     def shown_vectors(events: BatchEvents, item_vectors: Tensor) -> Tensor:
@@ -251,10 +265,12 @@ class RankingModel(nn.Module):
         """What config.json says about the model."""
         return ModelDescription(self.config, self.schema, self.data, self.num_trained_items)
 
-    def save_pretrained(self, folder: str | Path, *, card: str | None = None) -> None:
+    def save_pretrained(self, folder: str | Path, *, card: str | None = None, weights_file: Path | None = None) -> None:
         """Write config.json, model.safetensors, the item vocabulary and, if given, a card as README.md, atomically.
 
-        A model in the folder is replaced.
+        Args:
+            folder: a model in it is replaced.
+            weights_file: a file on the same disk that already has the weights, and becomes model.safetensors.
 
         Raises:
             CheckpointError: if they cannot be written, for example because the disk is full, or if the folder holds
@@ -268,8 +284,11 @@ class RankingModel(nn.Module):
                     "remove this one"
                 )
             with replaced_folder(folder) as partial:
-                weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-                save_file(weights, partial / WEIGHTS_FILE)
+                if weights_file is None:
+                    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+                    save_file(weights, partial / WEIGHTS_FILE)
+                else:
+                    weights_file.rename(partial / WEIGHTS_FILE)
                 self.items.save(partial, "items")
                 if self.feature_table is not None:
                     self.feature_table.save(partial)
@@ -297,47 +316,17 @@ class RankingModel(nn.Module):
             CheckpointError: if the folder is missing, damaged, of another format, or of another architecture; if its
                 config.json asks for a larger model than its weights are; or if a weight is not finite.
         """
-        folder = Path(folder)
-        saved = ModelDescription.read(folder)
-        if saved.config.architecture is not cls.architecture:
-            raise CheckpointError(
-                f"{folder}: holds a model of architecture {saved.config.architecture.value}, but {cls.__name__} needs "
-                f"{cls.architecture.value}"
-            )
-        try:
-            patterns = "items.*", "*_values_*", FEATURES_FILE
-            saved.check_files(folder, WEIGHTS_FILE, *patterns)
-            weights = finite_weights(folder / WEIGHTS_FILE)
-            items = Vocabulary.load(folder, "items")
-            features = ItemFeatureTable.load(folder, saved.schema.item_features) if saved.schema.item_features else None
-            readers = {
-                name: RowFeatureReader.load(folder, name.removesuffix("_features"), getattr(saved.schema, name))
-                for name in ROW_FEATURES
-            }
-        except (OSError, ValueError, SafetensorError, LogFormatError) as error:
-            raise unreadable_model(folder, error) from error
-        num_values = sum(weight.numel() for weight in weights.values())
-        too_large = CheckpointError(
-            f"{folder}/{WEIGHTS_FILE} does not fit its config.json, which asks for far more than its {num_values} "
-            "values; export the model again"
-        )
-        try:
-            # The drawn weights are replaced at once, so the caller's random state must not advance.
-            with torch.random.fork_rng(devices=[]), AllocationLimit(4 * num_values + _SPARE_VALUES, too_large):
-                model = cls(saved.config, saved.schema, items, saved.data)
-            # Assigned, not copied: a table of one row per item stays mapped from the file, shared by all processes.
-            # (A unified table is small, and its features refer to the table that the model was built with.)
-            weights = {name: weight.float() for name, weight in weights.items()}
-            model.load_state_dict(weights, assign=saved.config.embedding_rows == 0)
-            model.set_item_features(features)
-            for name, reader in readers.items():
-                setattr(model, name, reader)
-            if saved.num_trained_items > len(items):
-                raise RuntimeError(f"it knows {len(items)} items, but was trained on {saved.num_trained_items}")
-            model.num_trained_items = saved.num_trained_items
-        except RuntimeError as error:
-            raise CheckpointError(f"{folder}/{WEIGHTS_FILE} does not fit its config.json: {error}") from error
-        return model.to(device).eval()
+        return opened_model(cls, Path(folder)).to(device).eval()
+
+    def take_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Take all weights by name, as they are: a table stays mapped from its file, shared by all processes.
+
+        Raises:
+            RuntimeError: if they do not fit the model.
+        """
+        self.load_state_dict(weights, assign=True)
+        for embedding in self.encoder.hashed:
+            embedding.set_table(self.item_table)
 
     def item_rows(self, ids: Ids) -> NDArray[np.int64]:
         """Model rows int64 [N] of raw item ids; UNKNOWN_ITEM for ids that the vocabulary lacks."""
@@ -394,6 +383,17 @@ class RankingModel(nn.Module):
     def retrieval_dim(self) -> int:
         """M', the width of user and item vectors of the retrieval head."""
         return self.config.dim + (self.popularity is not None)
+
+    def replicated(self) -> Iterator[Tensor]:
+        """Parameters and buffers that all ranks hold: all but a sharded table."""
+        sharded = self.sharded_table is not None
+        return (t for t in (*self.parameters(), *self.buffers()) if not (sharded and t is self.item_table))
+
+    @property
+    def table_shape(self) -> torch.Size:
+        """Shape of the whole item table, of which `item_table` may have only some rows."""
+        rows, dim = self.config.embedding_rows, self.config.dim
+        return torch.Size((1 + rows, dim // self.config.embedding_hashes) if rows else (1 + len(self.items), dim))
 
     @property
     def device(self) -> torch.device:

@@ -9,6 +9,8 @@ Letters: N rows that are hashed to, P hash functions, M model dim; a row is M / 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -46,17 +48,43 @@ class HashedEmbedding(nn.Module):
 
     rows: Tensor
 
-    def __init__(self, table: nn.Parameter, feature: EmbeddingFeature, num_values: int, num_hashes: int) -> None:
+    def __init__(
+        self, table: nn.Parameter, feature: EmbeddingFeature, num_values: int, num_hashes: int, num_rows: int
+    ) -> None:
+        """
+        Args:
+            num_rows: N of the whole table, of which a sharded one has only a part here.
+        """
         super().__init__()
+        self.set_table(table)
+        rows = hashed_rows(torch.arange(num_values), feature, num_hashes, num_rows)
+        self.register_buffer("rows", rows, persistent=False)
+        self.read: Tensor | None = None
+        """[num_values, M] vectors of all values, as `read_together` has read them from a sharded table."""
+
+    def set_table(self, table: nn.Parameter) -> None:
+        """Read another table."""
         # In a tuple, hidden from torch: the parameter belongs to the model, which moves and saves it once.
         self._table = (table,)
-        rows = hashed_rows(torch.arange(num_values), feature, num_hashes, len(table) - 1)
-        self.register_buffer("rows", rows, persistent=False)
 
     def forward(self, values: Tensor) -> Tensor:
         """[..., M] vectors of values int64 [...]."""
         # All values first, then each event's, so that the table's gradient has these few rows instead of every event's.
-        return F.embedding(values, gather(self._table[0], self.rows))
+        return F.embedding(values, gather(self._table[0], self.rows) if self.read is None else self.read)
+
+
+def read_together(read: Callable[[Tensor], Tensor], rows: Tensor, embeddings: Sequence[HashedEmbedding]) -> Tensor:
+    """[..., M] vectors of rows int64 [..., P], and those of all values of `embeddings`, from one read of a table.
+
+    Args:
+        read: vectors [K, M / P] of rows int64 [K].
+    """
+    asked = [rows, *(embedding.rows for embedding in embeddings)]
+    read_rows = torch.split(read(torch.cat([each.flatten() for each in asked])), [each.numel() for each in asked])
+    vectors = [part.view(*each.shape, -1).flatten(-2) for part, each in zip(read_rows, asked, strict=True)]
+    for embedding, own in zip(embeddings, vectors[1:], strict=True):
+        embedding.read = own
+    return vectors[0]
 
 
 def _signed(word: int) -> int:

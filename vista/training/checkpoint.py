@@ -21,7 +21,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from torch import Tensor
 from vista.errors import CheckpointError
 from vista.files import make_folders, read_limited, remove_folder, remove_renamed, sync
 from vista.json_fields import TABLE, check_fields, hexadecimal, one_of, whole
+from vista.training.row_shards import RowShards, write_tensors
 
 FORMAT_VERSION = 2
 TENSOR_FILE = "tensors.safetensors"
@@ -46,7 +47,12 @@ _REPLACED = ".replaced-"
 
 
 def save_checkpoint(
-    folder: str | os.PathLike[str], step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, keep: int = 2
+    folder: str | os.PathLike[str],
+    step: int,
+    tensors: Mapping[str, Tensor | RowShards],
+    state: Mapping[str, Any],
+    *,
+    keep: int = 2,
 ) -> Path:
     """Write one checkpoint atomically, then remove those that are no longer needed.
 
@@ -56,7 +62,8 @@ def save_checkpoint(
     Args:
         folder: parent of all checkpoints of one run; created if absent.
         step: training steps done, at least 0.
-        tensors: name -> tensor of any device and dtype; tensors that share memory are stored separately.
+        tensors: name -> tensor of any device and dtype; tensors that share memory are stored separately. With sharded
+            ones, only rank 0 saves, and the other ranks call `send_rows`.
         state: values that JSON returns unchanged (no tuples, string keys, finite numbers), as `pack_state` makes them.
         keep: checkpoints to keep in the folder, at least 1.
 
@@ -80,7 +87,12 @@ def save_checkpoint(
         _recover(root)
         temporary.mkdir()
         tensor_path, state_path = temporary / TENSOR_FILE, temporary / STATE_FILE
-        save_file(_storable(tensors), tensor_path)
+        sharded = {name: value for name, value in tensors.items() if isinstance(value, RowShards)}
+        storable = _storable({name: value for name, value in tensors.items() if not isinstance(value, RowShards)})
+        if sharded:
+            write_tensors(tensor_path, {**storable, **sharded})
+        else:
+            save_file(storable, tensor_path)
         body["tensors"] = {"bytes": tensor_path.stat().st_size, "sha256": _file_digest(tensor_path)}
         body["sha256"] = _body_digest(body)
         state_path.write_text(json.dumps(body, allow_nan=False, indent=1) + "\n", encoding="utf-8")
@@ -102,14 +114,17 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_checkpoint(
+    path: str | os.PathLike[str], *, mapped: Callable[[str], bool] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read one checkpoint, after checking both files against their sizes and SHA-256.
 
     Args:
         path: a folder from `save_checkpoint` or `latest_checkpoint`.
+        mapped: whether a tensor of a name stays mapped from the file; None reads all of them.
 
     Returns:
-        (tensors on the CPU, independent of the file; the caller's state).
+        (tensors on the CPU, independent of the file except for mapped ones; the caller's state).
 
     Raises:
         CheckpointError: if a file is missing, truncated, modified or of another format; names the file and a remedy.
@@ -125,7 +140,10 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
         if _file_digest(tensor_path) != expected["sha256"]:
             raise _damaged(tensor_path, "does not match the SHA-256 in its state.json")
         # Cloned, because the loaded tensors are views of a memory map of the file.
-        tensors = {name: tensor.clone() for name, tensor in load_file(tensor_path).items()}
+        tensors = {
+            name: tensor if mapped is not None and mapped(name) else tensor.clone()
+            for name, tensor in load_file(tensor_path).items()
+        }
     except (OSError, SafetensorError) as error:
         raise _damaged(tensor_path, f"cannot be read ({error})") from error
     state: dict[str, Any] = body["state"]
@@ -156,7 +174,7 @@ def remove_checkpoints(folder: str | os.PathLike[str]) -> None:
             _remove(path)
 
 
-def pack_state(tree: Any, prefix: str) -> tuple[dict[str, Tensor], Any]:
+def pack_state(tree: Any, prefix: str) -> tuple[dict[str, Tensor | RowShards], Any]:
     """Split nested state into tensors by name and a skeleton for JSON. `unpack_state` is the exact inverse.
 
     Dicts (keys: strings or integers), lists, tuples, tensors, NumPy arrays and scalars, None, bool, int, float
@@ -170,13 +188,13 @@ def pack_state(tree: Any, prefix: str) -> tuple[dict[str, Tensor], Any]:
     Raises:
         TypeError: for any other type, naming its place.
     """
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor | RowShards] = {}
 
     def pack(value: Any, name: str) -> Any:
         while name in tensors:  # {"a.b": …} next to {"a": {"b": …}}
             name += "'"
         match value:
-            case Tensor():
+            case Tensor() | RowShards():
                 tensors[name] = value
                 return {"$tensor": name}
             case np.ndarray():

@@ -35,15 +35,15 @@ def start_from_factors(model: RankingModel, log: EventLog, counts: Int, seed: in
         new_rows: model rows to start. The vectors of other rows are trained: factors are rotated and scaled to fit
             these, because the directions of factors are arbitrary. None starts all rows.
     """
-    began, table = time.perf_counter(), model.item_table
-    rows, vectors = item_factors(log, model.rows_of(log.items), counts, table.shape[1], seed=seed)
+    began = time.perf_counter()
+    rows, vectors = item_factors(log, model.rows_of(log.items), counts, model.item_table.shape[1], seed=seed)
     factors = torch.from_numpy(vectors)
     if new_rows is not None:
         is_new = np.isin(rows, new_rows)
         factors = _fitted_factors(model, rows, factors, is_new)
         rows = rows[is_new]
-    _write(table, rows, factors)
-    _log_start(len(rows), table, began)
+    model.write_id_vectors(rows, factors)
+    _log_start(len(rows), len(model.items), began)
 
 
 class FrozenItems:
@@ -74,7 +74,7 @@ class FrozenItems:
             return None
         began, table = time.perf_counter(), model.item_table
         factors = UserFactors(log, model.rows_of(log.items), counts, table.shape[1], seed=config.seed)
-        _log_start(int(factors.has_vector.sum()), table, began)
+        _log_start(int(factors.has_vector.sum()), len(model.items), began)
         return cls(table, factors)
 
     def start(self) -> None:
@@ -150,5 +150,5 @@ def _write(table: Tensor, rows: Int, vectors: Tensor) -> None:
         table[torch.from_numpy(rows).to(table.device)] = vectors.to(table.device)
 
 
-def _log_start(num_rows: int, table: Tensor, began: float) -> None:
-    logger.info("%d of %d items have factors (%.1f s)", num_rows, len(table) - 1, time.perf_counter() - began)
+def _log_start(num_rows: int, num_items: int, began: float) -> None:
+    logger.info("%d of %d items have factors (%.1f s)", num_rows, num_items, time.perf_counter() - began)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vista.config import OptimConfig
+from vista.config.choices import TableOptimizer
 from vista.model.feature_encoder import FeatureEncoder
 from vista.model.ranking_model import RankingModel
 from vista.model.row_feature_encoder import RowFeatureEncoder
@@ -19,6 +20,9 @@ FINAL_RATE = 0.01
 """Share of the learning rate that remains at the end."""
 FACTOR = "rate_factor"
 """Key of a parameter group: its learning rate as a multiple of the network's."""
+
+CLIP_EPSILON = 1e-6
+"""Added to the norm by which gradients are divided, as torch does."""
 
 Moments: TypeAlias = dict[str, dict[str, Any]]
 """Optimizer state by parameter name: moving averages with the parameter's shape, and scalars."""
@@ -42,7 +46,9 @@ class Optimizers:
                 process.
         """
         self._optim, self._frozen_rows, self._combine = optim, frozen_rows, combine
-        self._item_table = model.item_table
+        self._item_table, self._sharded = model.item_table, model.sharded_table
+        self._by_row = optim.table_optimizer is TableOptimizer.rowwise_adagrad
+        self._row_rate, self._row_scale = 0.0, 1.0
         names = {id(p): name for name, p in model.named_parameters()}
         tables = [(model.item_table, optim.table_rate)]
         encoders = [part for part in model.modules() if isinstance(part, FeatureEncoder | RowFeatureEncoder)]
@@ -90,19 +96,22 @@ class Optimizers:
         rate = self._optim.learning_rate * warm * (FINAL_RATE + (1 - FINAL_RATE) * cosine)
         for group in (*self.dense.param_groups, *self.table.param_groups):
             group["lr"] = rate * group[FACTOR]
+        self._row_rate = rate * self._optim.table_rate
         return rate
 
     def backward(self, loss: Tensor) -> float:
         """Compute the gradient, scale it to a norm of `optim.gradient_clip` at most, and return its norm before."""
         self.dense.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
+        sharded = None if self._sharded is None else self._sharded.take_gradient()
         for table in self._tables:
             if table.grad is not None:
                 table.grad = table.grad.coalesce()  # a row that was read twice counts once, with the sum
                 if self._frozen_rows and table is self._item_table:
                     table.grad = _rows_from(table.grad, self._frozen_rows)
         if self._combine is not None:
-            self._combine(self._dense, self._tables)
+            # That of a sharded table is a sum already.
+            self._combine(self._dense, self._tables if self._sharded is None else self._tables[1:])
         used: list[Tensor] = [p for p in self._dense if p.grad is not None]
         for table in self._tables:
             if table.grad is not None:
@@ -110,12 +119,23 @@ class Optimizers:
                 touched = torch.empty_like(table.grad.values())
                 touched.grad = table.grad.values()
                 used.append(touched)
-        return float(nn.utils.clip_grad_norm_(used, self._optim.gradient_clip))
+        if sharded is None or self._sharded is None:
+            return float(nn.utils.clip_grad_norm_(used, self._optim.gradient_clip))
+        replicated = nn.utils.get_total_norm([p.grad for p in used if p.grad is not None])
+        norm = math.hypot(float(replicated), self._sharded.norm_of_ranks(sharded.values()))
+        nn.utils.clip_grads_with_norm_(used, self._optim.gradient_clip, torch.tensor(norm))
+        self._row_scale = min(self._optim.gradient_clip / (norm + CLIP_EPSILON), 1.0)
+        if not self._by_row:
+            sharded.values().mul_(self._row_scale)
+            self._item_table.grad = sharded
+        return norm
 
     def step(self) -> None:
         """Update the parameters."""
         self.dense.step()
         self.table.step()  # type: ignore[no-untyped-call]
+        if self._by_row and self._sharded is not None and self._item_table.requires_grad:
+            self._sharded.step_by_row(self._row_rate, self._row_scale)
         for table in self._tables:
             table.grad = None
 

@@ -1,16 +1,18 @@
-"""The text files that a run appends to, and how it takes Ctrl-C."""
+"""The folder of a run, the text files that it appends to, and how it takes Ctrl-C."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 from vista.errors import ConfigError
-from vista.files import open_file
+from vista.files import open_file, recover_folder, remove_leftovers
+from vista.training.checkpoint import remove_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +59,21 @@ def log_file(path: Path) -> Iterator[None]:
         root.removeHandler(handler)
         handler.close()
         file.close()
+
+
+def clean_folder(run_dir: Path, *, starts_over: bool) -> None:
+    """Remove what killed processes left in a run folder.
+
+    Args:
+        starts_over: whether to remove the checkpoints and the export too. Otherwise an export stays until a better one
+            replaces it, even if its checkpoints are gone.
+    """
+    if starts_over:
+        remove_checkpoints(run_dir / "checkpoints")
+        for name in ("best", "best.old"):
+            shutil.rmtree(run_dir / name, ignore_errors=True)
+    recover_folder(run_dir / "best")
+    remove_leftovers(run_dir)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,8 @@ import math
 from dataclasses import replace
 
 from vista.config import ModelConfig, OptimConfig, TrainConfig
-from vista.config.choices import ItemStart, Stage
+from vista.config.checks import require
+from vista.config.choices import ItemStart, Stage, TableKind
 from vista.examples.batch_source import trained_tasks
 from vista.log.event_log import EventLog
 from vista.log.repeats import leaves_out_seen
@@ -56,6 +57,12 @@ def plan_run(config: TrainConfig, log: EventLog, since: int | None = None) -> Tr
     if data.num_negatives is None:
         data.num_negatives = max(min(log.num_items, MOST_NEGATIVES), 1)
         reasons.append(f"data.num_negatives={data.num_negatives} ({log.num_items:,} items)")
+    require(
+        model.table is TableKind.plain or not config.ranks_items or data.num_negatives < log.num_items,
+        "data.num_negatives",
+        f"{data.num_negatives} of the log's {log.num_items:,} items make an exact softmax, which reads the whole table "
+        "in every step; with model.table=torchrec set fewer negatives than items, or set model.table=plain",
+    )
     batches = max(math.ceil(num_events / data.tokens_per_batch), 1)
     if optim.epochs is None and (optim.minutes is None or model.counters):
         optim.epochs = min(max(round(wanted_steps / batches), 1), MOST_EPOCHS)

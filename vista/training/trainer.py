@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,13 +13,13 @@ import torch
 from tqdm import tqdm
 
 from vista.config import TrainConfig
-from vista.config.choices import Architecture, Stage
+from vista.config.choices import Architecture, Stage, TableKind
 from vista.config.config_keys import to_yaml
 from vista.device import announce, autocast, choose_precision, cpu_settings, resolve_device
 from vista.errors import ConfigError, NonFiniteLossError
 from vista.examples.batch import Batch
 from vista.examples.batch_source import BatchSource
-from vista.files import recover_folder, remove_leftovers, replace_text, writable_folder
+from vista.files import replace_text, writable_folder
 from vista.log.event_log import EventLog
 from vista.model.log_users import LogUsers
 from vista.model.losses import weighted_losses
@@ -30,7 +29,7 @@ from vista.model.vista_model import VistaModel
 from vista.ranks import Ranks
 from vista.training.baseline_check import compare_with_baselines, measured_baselines
 from vista.training.batch_prefetcher import BatchPrefetcher
-from vista.training.checkpoint import latest_checkpoint, remove_checkpoints
+from vista.training.checkpoint import latest_checkpoint
 from vista.training.data_parallel import DataParallel
 from vista.training.downstream import Downstream
 from vista.training.event_features import event_encoding
@@ -40,10 +39,11 @@ from vista.training.metrics_writer import MetricsWriter
 from vista.training.model_card import model_card
 from vista.training.model_start import drawn_model, start_model
 from vista.training.optimizers import Optimizers
+from vista.training.plain_model import PLAIN_WEIGHTS, plain_model
 from vista.training.progress import Progress
 from vista.training.refused_batch import non_finite
 from vista.training.request_features import request_encoding
-from vista.training.run_folder import deferred_interrupt, log_file
+from vista.training.run_folder import clean_folder, deferred_interrupt, log_file
 from vista.training.run_identity import facts_of_rank, run_identity
 from vista.training.run_plan import plan_run, warmup_steps, warn_of_few_steps
 from vista.training.run_state import restore_run, save_run
@@ -96,7 +96,8 @@ def train_model(
     """
     began = time.perf_counter()
     log = EventLog.open(config.data.path) if log is None else log
-    with Ranks.joined(resolve_device(config.device)) as ranks:
+    sharded = config.model.table is TableKind.torchrec
+    with Ranks.joined(resolve_device(config.device), alone=sharded) as ranks:
         if config.verify_log and (ranks is None or ranks.checks_files):
             log.verify()
         leads = ranks is None or ranks.leads
@@ -190,8 +191,7 @@ class Trainer:
                     self._run_epoch(metrics, interrupted)
             best = self.run_dir / "best"
             if self.progress.best is None:
-                self.model.eval()
-                self._export()
+                self._export(plain_model(self.model, self.run_dir, self._ranks))
             if self._ranks is not None:
                 self._ranks.wait()
             if self.validation is not None:
@@ -218,19 +218,19 @@ class Trainer:
             if self._warm is not None:
                 self._warm.start_optimizers(self.optimizers)
         if self._ranks is not None:
-            self._ranks.share_weights(self.model)
+            self._ranks.share(self.model.replicated())
         if self._frozen_items is not None and (newest is not None or self._ranks is not None):
             self._frozen_items.check(newest or self.run_dir)
         if self._leads:
             self._start_folder(newest, metrics)
-        table = self.model.item_table
+        shape = self.model.table_shape
         announce(self.device)
         logger.info(
             "%s; %d parameters, %d of them in a table of %d x %d; %s",
             self.log,
-            sum(p.numel() for p in self.model.parameters()),
-            table.numel(),
-            *table.shape,
+            sum(p.numel() for p in self.model.parameters()) - self.model.item_table.numel() + shape.numel(),
+            shape.numel(),
+            *shape,
             f"resuming at step {self.progress.step} from {newest}" if newest else f"run folder {self.run_dir}",
         )
         if self._parallel is not None:
@@ -240,13 +240,7 @@ class Trainer:
 
     def _start_folder(self, newest: Path | None, metrics: MetricsWriter) -> None:
         """Remove from the run folder what does not belong to the run that starts or resumes from `newest`."""
-        if newest is None and not self.config.resume:
-            # With resume=true an export stays until a better one replaces it, even if its checkpoints are gone.
-            remove_checkpoints(self.run_dir / "checkpoints")
-            for name in ("best", "best.old"):
-                shutil.rmtree(self.run_dir / name, ignore_errors=True)
-        recover_folder(self.run_dir / "best")
-        remove_leftovers(self.run_dir)
+        clean_folder(self.run_dir, starts_over=newest is None and not self.config.resume)
         replace_text(self.run_dir / "config.yaml", to_yaml(self.config))
         metrics.rewind(self.progress.step, {int(row["step"]) for row in self.progress.history})
 
@@ -254,7 +248,7 @@ class Trainer:
         """Fix the number of steps, and save it before it is used: a resumed run must end at the same step."""
         began, seconds = time.perf_counter(), 0.0
         if self.validation is not None:
-            self.validation(self.model)
+            self.validation(plain_model(self.model, self.run_dir, self._ranks))
             seconds = time.perf_counter() - began
         self._count_seconds()
         batches = self.source.num_batches(self.progress.epoch)
@@ -324,6 +318,8 @@ class Trainer:
             with autocast(self.precision, self.device):
                 vectors = training_vectors(self.model, part, self._frozen_items)
                 losses = self.model.losses(part, vectors, self.config.optim)
+        elif self.model.sharded_table is not None:  # all ranks read together
+            self.model.id_vectors(torch.zeros(0, dtype=torch.int64, device=self.device))
         objective = losses.total
         if self._parallel is not None:
             losses, objective = self._parallel.combined(losses)
@@ -343,7 +339,8 @@ class Trainer:
         progress, optim = self.progress, self.config.optim
         if self.validation is None or (progress.epoch % optim.validate_every and not progress.finished(optim.epochs)):
             return
-        measured = self.validation(self.model)
+        model = plain_model(self.model, self.run_dir, self._ranks)
+        measured = self.validation(model)
         value = measured[self.validation.metric]
         is_best = self.validation.better(value, progress.best)
         progress.history.append({"epoch": progress.epoch, "step": progress.step, **measured})
@@ -355,9 +352,11 @@ class Trainer:
         logger.info("epoch %d (%.1f s): %s", progress.epoch, seconds, numbers)
         if is_best:
             progress.best, progress.bad_validations = value, 0
-            self._export(progress.history[-1])
+            self._export(model, progress.history[-1])
         else:
             progress.bad_validations += 1
+            if self._leads:
+                (self.run_dir / PLAIN_WEIGHTS).unlink(missing_ok=True)
             progress.stopped = 0 < optim.patience <= progress.bad_validations
             if progress.stopped:
                 logger.info("%s has not improved in %d validations: stopping", self.validation.metric, optim.patience)
@@ -366,11 +365,17 @@ class Trainer:
         if self._leads:
             metrics.write(row)
 
-    def _export(self, validated: dict[str, float] | None = None) -> None:
-        """Write the model, with a card, to <run_dir>/best."""
+    def _export(self, model: RankingModel, validated: dict[str, float] | None = None) -> None:
+        """Write the model, with a card, to <run_dir>/best.
+
+        Args:
+            model: from `plain_model`.
+        """
         if not self._leads:
             return
-        self.model.save_pretrained(self.run_dir / "best", card=model_card(self.model, self.config, self.log, validated))
+        card = model_card(model, self.config, self.log, validated)
+        file = None if model is self.model else self.run_dir / PLAIN_WEIGHTS
+        model.save_pretrained(self.run_dir / "best", card=card, weights_file=file)
 
     def _non_finite(self, batch: Batch, what: str, parts: dict[str, float]) -> NonFiniteLossError:
         if not self._leads:
@@ -384,7 +389,7 @@ class Trainer:
 
     def _save(self) -> None:
         self._count_seconds()
-        if not self._leads:
+        if not self._leads and self.model.sharded_table is None:
             return
         save_run(self.run_dir, self.model, self.optimizers, self.progress, self._identity)
 

@@ -1,0 +1,36 @@
+"""The only module that imports TorchRec and FBGEMM."""
+
+from __future__ import annotations
+
+from vista.errors import MissingDependencyError
+
+try:
+    from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
+    from torchrec.distributed.comm_ops import set_gradient_division
+    from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
+    from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise
+    from torchrec.distributed.types import ShardingEnv
+    from torchrec.modules.embedding_configs import DataType, EmbeddingConfig
+    from torchrec.modules.embedding_modules import EmbeddingCollection
+    from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+except (ImportError, OSError) as error:  # OSError: a library of another version or for GPUs
+    raise MissingDependencyError(
+        f"model.table=torchrec needs TorchRec 1.8 and FBGEMM 1.8, which fit torch 2.13 ({error}); install them in a "
+        "virtual environment of their own with: pip install 'vista-recsys[torchrec]' torch==2.13.* && pip install "
+        "--no-deps torchrec==1.8.0"
+    ) from error
+
+__all__ = [
+    "DataType",
+    "EmbOptimType",
+    "EmbeddingCollection",
+    "EmbeddingCollectionSharder",
+    "EmbeddingConfig",
+    "KeyedJaggedTensor",
+    "ShardedEmbeddingCollection",
+    "ShardingEnv",
+    "SparseType",
+    "construct_module_sharding_plan",
+    "row_wise",
+    "set_gradient_division",
+]
