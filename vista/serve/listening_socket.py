@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 
 from vista.errors import ConfigError
@@ -33,8 +34,9 @@ def bound_socket(host: str, port: int, *, shared: bool = False) -> socket.socket
         bound.bind(address)
     except OSError as error:
         bound.close()
+        key = "host" if error.errno == errno.EADDRNOTAVAIL else "port"
         raise ConfigError(
-            f"port: cannot listen on {host}:{port} ({error.strerror}); choose another port, or end the process that "
+            f"{key}: cannot listen on {host}:{port} ({error.strerror}); choose another {key}, or end the process that "
             "uses it"
         ) from error
     return bound

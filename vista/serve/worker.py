@@ -11,7 +11,8 @@ from collections.abc import Callable
 from contextlib import closing
 
 from vista.config import ServeConfig
-from vista.device import set_threads
+from vista.device import cpu_settings
+from vista.errors import ConfigError, VistaError
 from vista.scorer import Scorer
 from vista.serve.application import make_application
 from vista.serve.bearer_token import read_token
@@ -39,18 +40,9 @@ def run_worker(config: ServeConfig, listening: socket.socket, on_startup: Callab
         VistaError: the model, the store, or the token cannot be used.
     """
     token = read_token(config.token_file)
-    set_threads(config.num_threads)
     with (
-        Scorer.open(
-            config.model,
-            config.store,
-            on_missing=config.on_missing,
-            task=config.task,
-            device=config.device,
-            key=read_key(config.authentication_key_file),
-            max_age_s=config.max_age_s,
-            precision=config.precision,
-        ) as scorer,
+        cpu_settings(config.num_threads),
+        _opened(config) as scorer,
         closing(ScoringQueue(config.scoring_threads, config.max_waiting)) as queue,
     ):
         _warm_up(scorer)
@@ -96,6 +88,24 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
         self._on_startup()
+
+
+def _opened(config: ServeConfig) -> Scorer:
+    try:
+        return Scorer.open(
+            config.model,
+            config.store,
+            on_missing=config.on_missing,
+            task=config.task,
+            device=config.device,
+            key=read_key(config.authentication_key_file),
+            max_age_s=config.max_age_s,
+            precision=config.precision,
+        )
+    except ValueError as error:
+        if isinstance(error, VistaError):
+            raise
+        raise ConfigError(str(error)) from error  # The message names the argument, which has the name of the key.
 
 
 async def _update(metrics: ServiceMetrics, scorer: Scorer, queue: ScoringQueue) -> None:
