@@ -1,128 +1,49 @@
-"""The service of docs/guides/serve.md runs as it is, and what that page says about fork is true."""
+"""The commands of docs/guides/serve.md print what the page shows, and what it says about fork is true."""
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import socket
+import re
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
-import vista
-from tests.conftest import ITEMS, Served, run_python
+from tests.conftest import Served, run_python
 from tests.docs.page import blocks_of
-from vista.refresh import refresh
-from vista.scorer import Scorer
+from tests.serve.running_service import environment, running
 
 pytestmark = pytest.mark.research
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "guides" / "serve.md"
-TIMEOUT_S = 60
+NUMBER = re.compile(r"-?\d+\.\d+(e-?\d+)?|sku-\d+")
+"""What depends on the trained weights."""
 
 
-@pytest.fixture
-def process(served: Served, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """The page's program, which serves `runs/mine/best` and `stores/mine` of the temporary folder, and its port."""
-    (service,) = (block for block in blocks_of(PAGE) if block.no_run == "runs until stopped")
-    (tmp_path / "service.py").write_text(service.code)
-    (tmp_path / "runs" / "mine").mkdir(parents=True)
-    (tmp_path / "runs" / "mine" / "best").symlink_to(served.model_dir)
-    refresh(served.model, served.log, tmp_path / "stores" / "mine")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    root = Path(vista.__file__).parents[1]
-    process = subprocess.Popen(
-        [sys.executable, "service.py"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": f"{root}:{root / 'kernels'}", "PORT": str(port), "RELOAD_S": "0.2"},
-    )
-    try:
-        yield process, port
-    finally:
-        process.terminate()  # and its workers
-        try:
-            process.wait(TIMEOUT_S)
-        finally:
-            process.kill()
+def masked(text: str) -> str:
+    return NUMBER.sub("…", text).strip()
 
 
-@pytest.fixture
-def service(process: tuple[subprocess.Popen[bytes], int]) -> Iterator[int]:
-    """Port of the program, which is told to end and does."""
-    yield process[1]
-    process[0].send_signal(signal.SIGTERM)
-    assert process[0].wait(TIMEOUT_S) == 0
-
-
-def fetch(port: int, body: Any = None) -> tuple[int, Any]:
-    """Status and body of the answer; waits for the service to start."""
-    data = None if body is None else json.dumps(body).encode()
-    deadline = time.monotonic() + TIMEOUT_S
-    while True:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/", data, timeout=TIMEOUT_S) as reply:
-                return reply.status, json.loads(reply.read())
-        except urllib.error.HTTPError as error:
-            return error.code, json.loads(error.read())
-        except urllib.error.URLError:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-
-
-def test_the_service(served: Served, service: int, tmp_path: Path) -> None:
-    with Scorer.open(served.model, tmp_path / "stores" / "mine") as scorer:
-        expected = scorer.score([103], ITEMS, now=time.time_ns() // 1_000_000)[0]
-    status, body = fetch(service, {"user": 103, "items": ITEMS})
-    assert status == 200
-    np.testing.assert_allclose(body["scores"], expected, atol=2e-5)
-    assert fetch(service, {"user": 999, "items": [0, 10]}) == (200, {"scores": [None, None]})
-    assert fetch(service, {"user": 103, "items": [0, 7]})[1]["scores"][1] is None
-    for bad, word in (
-        ({"user": "bob", "items": [0]}, "bob"),
-        ({"user": 103, "items": ["a"]}, "integer ids"),
-        ({}, "user"),
-    ):
-        status, body = fetch(service, bad)
-        assert status == 400 and word in body["error"]
-    assert fetch(service)[1]["generation"] == 1
-
-    refresh(served.model, served.log, tmp_path / "stores" / "mine")
-    deadline, in_a_row = time.monotonic() + TIMEOUT_S, 0
-    while in_a_row < 10:  # both workers
-        assert time.monotonic() < deadline
-        _, watched = fetch(service)
-        in_a_row = in_a_row + 1 if watched["generation"] == 2 else 0
-    np.testing.assert_allclose(fetch(service, {"user": 103, "items": ITEMS})[1]["scores"], expected, atol=2e-5)
-    assert 0 <= watched["age_s"] < TIMEOUT_S * 10 and watched["calls"] > 0 and watched["p99_ms"] > 0
-    assert watched["failed_reloads"] == 0
-
-
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_where_one_worker_dies_the_service_ends(
-    process: tuple[subprocess.Popen[bytes], int], how: signal.Signals
-) -> None:
-    parent, port = process
-    assert fetch(port)[0] == 200
-    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
-    deadline = time.monotonic() + TIMEOUT_S
-    while len(children.read_text().split()) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    first, second = map(int, children.read_text().split())
-    os.kill(first, how)
-    assert parent.wait(TIMEOUT_S) == 1
-    assert not Path(f"/proc/{second}").exists()
-    socket.create_server(("127.0.0.1", port)).close()
+def test_the_commands_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = blocks_of(PAGE)
+    first = next(block for block in blocks if block.language == "python")
+    subprocess.run([sys.executable, "-c", first.code], cwd=tmp_path, env=environment(), check=True, capture_output=True)
+    unrun = [place for place, block in enumerate(blocks) if block.no_run == "runs until stopped"]
+    console, client = unrun
+    serve, *requests = re.split(r"^\$ ", blocks[console].code, flags=re.MULTILINE)[1:]
+    words = serve.split()
+    assert words[:2] == ["vista", "serve"]
+    monkeypatch.chdir(tmp_path)
+    with running(*(word for word in words[2:] if not word.startswith("port="))) as service:
+        assert len(requests) >= 5
+        for request in requests:
+            command, shown = request.split("\n", 1)
+            command = command.replace("localhost:8000", f"127.0.0.1:{service.port}")
+            done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+            assert masked(done.stdout) == masked(shown), command
+        code = blocks[client].code.replace("localhost:8000", f"127.0.0.1:{service.port}")
+        printed = subprocess.run([sys.executable, "-c", code], env=environment(), check=True, capture_output=True)
+        assert masked(printed.stdout.decode()) == masked(blocks[client + 1].code)
 
 
 FORKED = """
