@@ -148,6 +148,22 @@ class RankError(VistaError):
     """
 
 
+class ItemIndexError(VistaError):
+    """An index over item vectors is missing, damaged, belongs to another model, or cannot be written.
+
+    Remedy: run `vista index model=…` for the model in service, then open the scorer with `index=…` and the folder that
+    the command wrote. Scores and rankings of given candidates need no index.
+    """
+
+
+class ItemIndexMismatchError(ItemIndexError):
+    """An index over item vectors belongs to another model than the one in service.
+
+    Remedy: run `vista index model=…` for the model in service. A scorer that is running keeps its model and its index
+    until the new model has an index too.
+    """
+
+
 class StoreError(VistaError):
     """A summary store is missing, damaged, closed, or does not fit the log or the model.
 

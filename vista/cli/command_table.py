@@ -131,6 +131,15 @@ COMMANDS: dict[str, Command] = {
             "vista serve model=runs/mine/best store=stores/mine on_missing=nan deadline_s=0.2 max_waiting=16",
         ),
     ),
+    "index": Command(
+        config.IndexConfig,
+        _handler("index_command", "run_index"),
+        "Index a model's item vectors, so that a scorer retrieves candidates from a large catalog.",
+        (
+            "vista index model=runs/mine/best",
+            "vista index model=runs/mine/best kind=hnsw out=indexes/mine",
+        ),
+    ),
     "plan": Command(
         config.PlanConfig,
         _handler("plan_command", "run_plan"),

@@ -8,6 +8,7 @@ from vista.config.data_config import DataConfig
 from vista.config.evaluate_config import EvaluateConfig
 from vista.config.event_filter_config import EventFilterConfig
 from vista.config.feature_table_config import FeatureTableConfig
+from vista.config.index_config import IndexConfig
 from vista.config.item_table_config import ItemTableConfig
 from vista.config.items_add_config import ItemsAddConfig
 from vista.config.items_embed_config import ItemsEmbedConfig
@@ -52,6 +53,7 @@ __all__ = [
     "EvaluateConfig",
     "EventFilterConfig",
     "FeatureTableConfig",
+    "IndexConfig",
     "ItemTableConfig",
     "ItemsAddConfig",
     "ItemsEmbedConfig",

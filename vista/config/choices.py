@@ -267,3 +267,14 @@ class StateDtype(Enum):
     float32 = "float32"
     float16 = "float16"
     """Half the bytes, with one scale per matrix."""
+
+
+class IndexKind(Enum):
+    """How an index over item vectors finds the nearest ones."""
+
+    flat = "flat"
+    """Compare all items: exact, and no files beyond the model's own table."""
+    hnsw = "hnsw"
+    """Walk a graph of neighbors (HNSW). Fast, but slow to build, and larger than the table."""
+    ivfpq = "ivfpq"
+    """Compare the compressed vectors of the nearest clusters (IVF-PQ). Half the table's size, or less."""

@@ -7,7 +7,6 @@ level l.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from vista.arrays import Float32s
-from vista.errors import DataError, MissingDependencyError
+from vista.errors import DataError
 from vista.files import checked_path, read_limited, replace_file
 
 MAX_LEVELS, MAX_CODES = 16, 1 << 16
@@ -150,19 +149,13 @@ def _fit(centroids: list[NDArray[Any]], exponent: int, num_codes: int) -> bool:
 @contextmanager
 def _single_thread() -> Iterator[Any]:
     """The package faiss, whose results then do not depend on the number of threads, or of vectors in a search."""
-    logging.getLogger("faiss").setLevel(logging.WARNING)
+    from vista.model.faiss_extra import faiss, one_thread
+
+    blas_from = faiss.cvar.distance_compute_blas_threshold
     try:
-        import faiss
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"codes of items need faiss ({error}); install it with: pip install 'vista-recsys[tokens]'"
-        ) from error
-    threads, blas_from = faiss.omp_get_max_threads(), faiss.cvar.distance_compute_blas_threshold
-    faiss.omp_set_num_threads(1)
-    try:
-        yield faiss
+        with one_thread():
+            yield faiss
     finally:
-        faiss.omp_set_num_threads(threads)
         faiss.cvar.distance_compute_blas_threshold = blas_from
 
 

@@ -12,13 +12,36 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vista.config.choices import OnMissing
 from vista.model import inference
 from vista.model.attribution import Attribution, attribute
 from vista.model.ranking_model import NEXT_TASK, UNKNOWN_ITEM
 from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
+from vista.scorer.candidate_set import CandidateSet
 from vista.scorer.request import Request
+from vista.scorer.scorer_stats import StatsRecorder
 from vista.scorer.serving_snapshot import ServingSnapshot
+
+
+def explained(
+    snapshot: ServingSnapshot,
+    request: Request,
+    candidates: Any,
+    features: Any,
+    task: str,
+    on_missing: OnMissing,
+    recorder: StatsRecorder,
+) -> Explanation:
+    """What `Scorer.explain` returns for the one user of a request; arguments and errors are those of that."""
+    snapshot.require_task(task)
+    rows = CandidateSet.of(snapshot, candidates, on_missing).rows
+    if rows.ndim != 1:
+        raise ValueError(f"candidates: must be of shape [C], got {rows.shape}")
+    asked = request.with_features(snapshot.model, features, len(rows))
+    explanation = Explanation.of(snapshot, asked, torch.from_numpy(rows), task)
+    recorder.add(candidates=len(rows), unknown_candidates=int((rows == UNKNOWN_ITEM).sum()))
+    return explanation
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +85,8 @@ class Explanation:
             rows: model rows of the candidates, int64 [C].
             task: one of `snapshot.tasks`.
         """
-        explained = _shares_of_next if task == NEXT_TASK else partial(_shares_of_task, task)
-        value, shares = explained(snapshot, request, rows.to(snapshot.model.device))
+        shares_of = _shares_of_next if task == NEXT_TASK else partial(_shares_of_task, task)
+        value, shares = shares_of(snapshot, request, rows.to(snapshot.model.device))
         summary, tail, own, counted = shares.summary, shares.tail, shares.query[0], shares.counters
         valid = request.tail.valid[0]
         items = request.tail.item[0][valid]

@@ -96,3 +96,10 @@ def _is_damaged(snapshot: ServingSnapshot, user: Any) -> bool:
     except RecordError:
         return True
     return False
+
+
+def nan_for(missing: NDArray[np.bool_], values: NDArray[np.float32], on_missing: OnMissing) -> NDArray[np.float32]:
+    """Values [N] or [N, D], which become NaN where bool [N] is set, if the policy says so."""
+    if on_missing is OnMissing.nan:
+        values[missing] = np.nan
+    return values

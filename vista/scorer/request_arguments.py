@@ -5,6 +5,7 @@ B users, C candidates, N ragged values.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +31,14 @@ def require_most(count: int, most: int, name: str, unit: str = "ids") -> None:
     """Raise a ValueError if an argument is too long."""
     if count > most:
         raise ValueError(f"{name}: {count:,} {unit}, but at most {most:,} per call; make several calls")
+
+
+def require_max_age(max_age_s: Any) -> None:
+    """Raise a TypeError or ValueError unless this is a positive number of seconds, or None."""
+    if max_age_s is not None and not isinstance(max_age_s, (int, float)):
+        raise TypeError(f"max_age_s: must be a number of seconds, got {max_age_s!r}")
+    if max_age_s is not None and not 0 < max_age_s < math.inf:
+        raise ValueError(f"max_age_s: must be positive and finite, got {max_age_s}; use None for no limit")
 
 
 def length_of(values: Any) -> int:

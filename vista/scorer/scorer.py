@@ -1,38 +1,32 @@
 """The scorer: what ranking code calls. Its cost does not depend on the length of a user's history.
 
-    scorer = Scorer.open("runs/ml-1m/best", "stores/ml-1m")
-    scores = scorer.score(users, candidates)
-
 B users, C candidates, V items of the vocabulary, S seeds, L tail length, M' width of retrieval vectors.
 """
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from vista.config.choices import OnMissing, Precision, choice_of
 from vista.device import reuse_freed_memory
 from vista.log.vocabulary import Ids
-from vista.model.ranking_model import UNKNOWN_ITEM
 from vista.model.vista_model import VistaModel
 from vista.scorer.candidate_set import CandidateSet
-from vista.scorer.explanation import Explanation
+from vista.scorer.explanation import Explanation, explained
 from vista.scorer.follower import Follower
+from vista.scorer.item_filter import ItemFilter
 from vista.scorer.prediction import predict
 from vista.scorer.ranking import Ranking, ranked
-from vista.scorer.reading import read_request
+from vista.scorer.reading import nan_for, read_request
 from vista.scorer.request import Request
-from vista.scorer.request_arguments import MAX_SCORES, require_most
+from vista.scorer.request_arguments import MAX_SCORES, require_max_age, require_most
+from vista.scorer.retrieval import retrieved
 from vista.scorer.scorer_stats import ScorerStats, StatsRecorder
 from vista.scorer.serving_snapshot import ServingSnapshot
 from vista.scorer.serving_source import ServingSource
@@ -75,6 +69,7 @@ class Scorer:
         key: bytes | None = None,
         max_age_s: float | None = None,
         precision: Precision | str = "float32",
+        index: str | Path | None = None,
     ) -> Scorer:
         """Open a model and the store that its summarizer wrote.
 
@@ -90,17 +85,15 @@ class Scorer:
             max_age_s: treat records as missing if both they and the last refresh of the store are older than this
                 (`reload` notices incremental refreshes); use None for no limit.
             precision: of matrix products: float32, bfloat16, or auto (bfloat16 if the device multiplies it natively).
+            index: the folder that `vista index` wrote for this model, for `retrieve`.
 
         Raises:
-            StoreError, CheckpointError: the store or the model is missing or damaged, or the two do not match.
+            StoreError, CheckpointError, ItemIndexError: one of them is missing or damaged, or they do not match.
             ValueError: on_missing, task or precision is not one of the allowed values; max_age_s is not positive.
         """
         policy = choice_of(OnMissing, on_missing, "on_missing")
-        if max_age_s is not None and not isinstance(max_age_s, (int, float)):
-            raise TypeError(f"max_age_s: must be a number of seconds, got {max_age_s!r}")
-        if max_age_s is not None and not 0 < max_age_s < math.inf:
-            raise ValueError(f"max_age_s: must be positive and finite, got {max_age_s}; use None for no limit")
-        source = ServingSource(model, store, device, key, choice_of(Precision, precision, "precision"))
+        require_max_age(max_age_s)
+        source = ServingSource(model, store, device, key, choice_of(Precision, precision, "precision"), index)
         reuse_freed_memory()
         return cls(source, policy, task, max_age_s)
 
@@ -112,9 +105,7 @@ class Scorer:
     def __enter__(self) -> Scorer:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     @property
@@ -142,10 +133,11 @@ class Scorer:
         """Move to a new generation of the store or a new model in the model's folder; returns whether there was one.
 
         Calls that are running finish with what they started with. A new model goes into service once a generation of
-        its summarizer is published; until then, the old one stays in service, and a warning is logged.
+        its summarizer is published and, for a scorer with an index, `vista index` has run; until then, the old one
+        stays in service, and a warning is logged.
 
         Raises:
-            StoreError, CheckpointError: the new generation or model is damaged, its tails are shorter than the model
+            StoreError, CheckpointError, ItemIndexError: what is new is damaged, its tails are shorter than the model
                 reads, the new model lacks this scorer's task, or the scorer is closed. The old one stays in service.
         """
         try:
@@ -259,17 +251,47 @@ class Scorer:
             ValueError: `top_k` is below 1. Others as in `predict`.
         """
         with self._call() as snapshot:
-            return ranked(
-                snapshot,
-                self._request(snapshot, [user], tail, now),
-                self.task,
-                top_k,
-                candidates,
-                request,
-                exclude,
-                self.on_missing,
-                self._recorder,
-                exclude_tail=exclude_tail,
+            asked, task = self._request(snapshot, [user], tail, now), self.task
+            wanted = ItemFilter(exclude, exclude_tail)
+            return ranked(snapshot, asked, task, top_k, candidates, request, wanted, self.on_missing, self._recorder)
+
+    def retrieve(
+        self,
+        users: Ids,
+        *,
+        top_k: int = 10,
+        num_candidates: int = 500,
+        within: Any = None,
+        where: Mapping[str, Any] | None = None,
+        exclude: Ids = (),
+        exclude_tail: bool = False,
+        tail: Tail | None = None,
+        now: Any = None,
+        request: Mapping[str, Any] | None = None,
+    ) -> list[Ranking]:
+        """The best items of a large catalog for each user: what `rank` returns for the candidates that an index finds.
+
+        Candidates are the items that are nearest to the user vector, and those of the user's counters and tail.
+
+        Args:
+            users: B ids as in the log.
+            top_k: return at most this many items per user.
+            num_candidates: nearest items per user, or top_k if that is more.
+            within: ids of the items that may be returned, such as those in stock, or a `CandidateSet` of them.
+            where: by name of a category of items, the values that may be returned, such as {"brand": ["a", "b"]}. An
+                item needs one of the values of each name.
+            exclude: as in `rank`, like `exclude_tail`.
+            tail: as in `predict`, like `now` and `request`, whose features cannot differ between candidates.
+
+        Raises:
+            ItemIndexError: the scorer was opened without an index.
+            ValueError: the model lacks a retrieval head, or a category or value of `where`. Others as in `rank`.
+        """
+        with self._call() as snapshot:
+            asked, task = self._request(snapshot, users, tail, now), self.task
+            wanted = ItemFilter(exclude, exclude_tail, within, where)
+            return retrieved(
+                snapshot, asked, task, top_k, num_candidates, wanted, request, self.on_missing, self._recorder
             )
 
     def encode(self, candidates: Any) -> CandidateSet:
@@ -294,10 +316,7 @@ class Scorer:
         with self._call() as snapshot:
             snapshot.retrieval_vectors()
             request = self._request(snapshot, users, tail, now)
-            vectors: NDArray[np.float32] = snapshot.user_vectors(request).cpu().numpy()
-            if self.on_missing is OnMissing.nan:
-                vectors[request.missing] = np.nan
-            return vectors
+            return nan_for(request.missing, snapshot.user_vectors(request).cpu().numpy(), self.on_missing)
 
     def item_vectors(self) -> tuple[NDArray[Any], NDArray[np.float32]]:
         """(ids [V], vectors float32 [V, M']) of the vocabulary, for an index by inner product.
@@ -306,7 +325,7 @@ class Scorer:
             ValueError: the model was trained without a retrieval head.
         """
         with self._snapshots.use() as snapshot:
-            vectors = snapshot.retrieval_vectors()[UNKNOWN_ITEM + 1 :].cpu().numpy().copy()
+            vectors = snapshot.retrieval_vectors()[1:].cpu().numpy().copy()
             return snapshot.model.items.ids(np.arange(len(snapshot.model.items))), vectors
 
     def counted_items(
@@ -325,8 +344,7 @@ class Scorer:
         with self._call() as snapshot:
             request = self._request(snapshot, users, tail, now)
             rows, scores, offsets = snapshot.counted_items(request)
-            if self.on_missing is OnMissing.nan:
-                scores[np.repeat(request.missing, np.diff(offsets))] = np.nan
+            scores = nan_for(np.repeat(request.missing, np.diff(offsets)), scores, self.on_missing)
             return snapshot.model.items.ids(rows - 1), scores, offsets
 
     def catalog_scores(self, users: Ids, *, tail: Tail | None = None, now: Any = None) -> NDArray[np.float32]:
@@ -340,11 +358,8 @@ class Scorer:
         """
         with self._call() as snapshot:
             request = self._request(snapshot, users, tail, now)
-            num_items = len(snapshot.model.items)
-            require_most(len(request) * num_items, MAX_SCORES, "users", "pairs of a user and an item")
-            scores = snapshot.catalog_scores(request)
-            if self.on_missing is OnMissing.nan:
-                scores[request.missing] = np.nan
+            require_most(len(request) * len(snapshot.model.items), MAX_SCORES, "users", "pairs of a user and an item")
+            scores = nan_for(request.missing, snapshot.catalog_scores(request), self.on_missing)
             self._recorder.add(candidates=scores.size)
             return scores
 
@@ -372,26 +387,14 @@ class Scorer:
             UnknownUserError: with on_missing="raise". Others as in `predict`.
         """
         with self._call() as snapshot:
-            task = task or self.task
-            snapshot.require_task(task)
-            rows = CandidateSet.of(snapshot, candidates, self.on_missing).rows
-            if rows.ndim != 1:
-                raise ValueError(f"candidates: must be of shape [C], got {rows.shape}")
-            asked = self._request(snapshot, [user], tail, now).with_features(snapshot.model, request, len(rows))
-            explanation = Explanation.of(snapshot, asked, torch.from_numpy(rows), task)
-            self._recorder.add(candidates=len(rows), unknown_candidates=int((rows == UNKNOWN_ITEM).sum()))
-            return explanation
+            asked = self._request(snapshot, [user], tail, now)
+            return explained(snapshot, asked, candidates, request, task or self.task, self.on_missing, self._recorder)
 
     @contextmanager
     def _call(self) -> Iterator[ServingSnapshot]:
         """The snapshot in service, for one call, which is counted and timed."""
-        began, failed = time.perf_counter(), True
-        try:
-            with self._snapshots.use() as snapshot:
-                yield snapshot
-            failed = False
-        finally:
-            self._recorder.called(time.perf_counter() - began, failed=failed)
+        with self._recorder.timed(), self._snapshots.use() as snapshot:
+            yield snapshot
 
     def _request(self, snapshot: ServingSnapshot, users: Ids, tail: Tail | None, now: Any) -> Request:
         return read_request(snapshot, users, tail, now, self.on_missing, self.max_age_s, self._recorder)

@@ -6,6 +6,8 @@ import bisect
 import math
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from vista.scorer.forks import repair_after_fork
@@ -96,6 +98,16 @@ class StatsRecorder:
         with self._lock:
             for name, count in counts.items():
                 self._counts[name] += count
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Count and time the call that a block makes."""
+        began, failed = time.perf_counter(), True
+        try:
+            yield
+            failed = False
+        finally:
+            self.called(time.perf_counter() - began, failed=failed)
 
     def called(self, seconds: float, *, failed: bool) -> None:
         """Count a call."""

@@ -17,11 +17,13 @@ from torch import Tensor
 from vista.arrays import Int
 from vista.config.choices import Precision
 from vista.counters.counter_codes import MAX_CODE
-from vista.errors import shown
+from vista.errors import ItemIndexError, shown
 from vista.log.gaps import NUM_GAPS
 from vista.model import inference
 from vista.model.inference import ROW_TILE
+from vista.model.item_index import ItemIndex
 from vista.model.item_projections import ItemProjections
+from vista.model.items_by_value import ItemsByValue
 from vista.model.padded_tail import pad_tail
 from vista.model.ranking_model import NEXT_TASK, UNKNOWN_ITEM
 from vista.model.target_attention import TargetContext
@@ -46,7 +48,8 @@ class ServingSnapshot:
         items: projections of the model's items.
         store: open; its summaries are of this model.
         precision: of matrix products.
-        identity: of the model's export (`ServingSource`).
+        identity: of the model's export and of the index (`ServingSource`).
+        index: over the items, of this model; None without one.
         pairs_per_pass: pairs of user and candidate per pass through stage 2, so that its intermediates fit a cache for
             any request.
         cosines_per_pass: the same for the retrieval head, which computes only one product per candidate.
@@ -59,6 +62,7 @@ class ServingSnapshot:
         store: StoreReader | ShardedReader,
         precision: Precision,
         identity: tuple[int, ...],
+        index: ItemIndex | None = None,
         *,
         pairs_per_pass: int = 1024,
         cosines_per_pass: int = 65_536,
@@ -67,6 +71,8 @@ class ServingSnapshot:
         self.items = items
         self.store = store
         self.identity = identity
+        self._index = index
+        self.items_by_value = ItemsByValue(model.feature_table, model.schema.item_features)
         self._pairs_per_pass = pairs_per_pass
         self._cosines_per_pass = cosines_per_pass
         self.vocabulary = len(model.items), model.items.digest()
@@ -110,6 +116,16 @@ class ServingSnapshot:
         if self.items.retrieval is None:
             raise ValueError("this model has no retrieval head; train it with optim.next_weight above 0")
         return self.items.retrieval
+
+    def item_index(self) -> ItemIndex:
+        """The index over the items; ItemIndexError without one, ValueError without the retrieval head."""
+        self.retrieval_vectors()
+        if self._index is None:
+            raise ItemIndexError(
+                "this scorer has no index of items; run `vista index model=…`, then open the scorer with index=… and "
+                "the folder that the command wrote"
+            )
+        return self._index
 
     def context(self, request: Request) -> tuple[TargetContext, Tensor | None]:
         """Keys and values of a request, and the gap buckets of its time, int64 [B, 1] or None."""

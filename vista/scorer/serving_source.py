@@ -6,10 +6,19 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from vista.config.choices import Precision
+from vista.config.choices import IndexKind, Precision
 from vista.device import choose_precision, resolve_device
-from vista.errors import CheckpointError, SummarizerMismatchError, VistaError
+from vista.errors import (
+    CheckpointError,
+    ConfigError,
+    ItemIndexError,
+    ItemIndexMismatchError,
+    SummarizerMismatchError,
+    VistaError,
+)
 from vista.files import checked_path
+from vista.model.item_index import ItemIndex
+from vista.model.item_index_manifest import MANIFEST_FILE
 from vista.model.item_projections import ItemProjections
 from vista.model.model_description import CONFIG_FILE, ModelDescription
 from vista.model.vista_model import VistaModel
@@ -19,6 +28,8 @@ from vista.store.format.user_column import UserColumn
 from vista.store.sharded_reader import open_store
 
 logger = logging.getLogger(__name__)
+WARNED_SHARE = 0.1
+"""Of the items of an index: if more were added to the model later, requests become slower."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +41,7 @@ class ServingSource:
     device: str
     key: bytes | None
     precision: Precision
+    index: str | Path | None = None
 
     def open(self) -> ServingSnapshot:
         """Open both. Opens them again if the model is replaced meanwhile, as by an export or `vista items add`.
@@ -55,6 +67,7 @@ class ServingSource:
         else:
             model = VistaModel.from_pretrained(self.model, resolve_device(self.device))
             items = ItemProjections.load(Path(self.model), model)
+        index = None if self.index is None else self._opened_index(items)
         users = model.user_features
         opened = open_store(
             self.store,
@@ -65,13 +78,31 @@ class ServingSource:
             user_columns=[] if users is None else [UserColumn(*column) for column in users.digests()],
         )
         try:
-            return ServingSnapshot(model, items, opened, choose_precision(self.precision, model.device), identity)
+            precision = choose_precision(self.precision, model.device)
+            return ServingSnapshot(model, items, opened, precision, identity, index)
         except BaseException:
             opened.close()
             raise
 
+    def _opened_index(self, items: ItemProjections) -> ItemIndex:
+        assert self.index is not None
+        if items.retrieval is None:
+            raise ConfigError(f"index={self.index}: this model has no retrieval head; open the scorer without an index")
+        index = ItemIndex.load(self.index)
+        index.require(items.retrieval, str(self.index))
+        num_later = len(items.retrieval) - 1 - index.num_items
+        if num_later > WARNED_SHARE * index.num_items and index.manifest.kind is not IndexKind.flat:
+            logger.warning(
+                "%s lacks %d items that were added to the model later, so each request compares all of them; run "
+                "`vista index` again",
+                self.index,
+                num_later,
+            )
+        return index
+
     def open_newer(self, snapshot: ServingSnapshot, task: str) -> ServingSnapshot | None:
-        """Open both again if the folder holds another model and its summaries are published; None otherwise.
+        """Open all again if the folder holds another model, whose summaries are published and whose index is there, or
+        if the index was replaced; None otherwise.
 
         Args:
             snapshot: what is in service.
@@ -85,7 +116,7 @@ class ServingSource:
         try:
             self._require_summaries()
             opened = self.open()
-        except SummarizerMismatchError as error:
+        except (SummarizerMismatchError, ItemIndexMismatchError) as error:
             logger.warning("%s holds a new model, but the old one stays in service: %s", self.model, error)
             return None
         if task not in opened.tasks:
@@ -109,11 +140,14 @@ class ServingSource:
             open_store(self.store, summarizer_id=bytes.fromhex(claimed), key=self.key).close()
 
     def _identity(self) -> tuple[int, ...]:
-        """Identifies the export in the folder, which another export may replace; () if there is none."""
+        """Identifies the export in the folder and the index, either of which may be replaced; () if there is none."""
         if isinstance(self.model, VistaModel):
             return ()
+        files = [checked_path(self.model, CheckpointError) / CONFIG_FILE]
+        if self.index is not None:
+            files.append(checked_path(self.index, ItemIndexError) / MANIFEST_FILE)
         try:
-            status = (checked_path(self.model, CheckpointError) / CONFIG_FILE).stat()
+            found = [file.stat() for file in files]
         except OSError:
             return ()  # such as between the two renames of an export, where names cannot be exchanged
-        return status.st_dev, status.st_ino, status.st_mtime_ns
+        return tuple(number for status in found for number in (status.st_dev, status.st_ino, status.st_mtime_ns))

@@ -1,0 +1,273 @@
+"""An index over the vectors of a model's items: the items with the largest inner products with a user vector.
+
+A request for next items ranks by these inner products (`RankingModel.retrieval_items`), so an index finds what a scan
+of all items would. The scores that it ranks by are exact, because they are computed from the model's own table.
+Letters: V items of the model, N items of the index, M' width of retrieval vectors.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vista.arrays import Float32s, Int
+from vista.config.choices import IndexKind
+from vista.errors import ItemIndexError, ItemIndexMismatchError
+from vista.files import checked_path, replaced_folder
+from vista.model.item_index_manifest import CHECK_FILE, FAISS_FILE, ItemIndexManifest, unreadable_index
+from vista.model.ranking_model import UNKNOWN_ITEM
+
+FLAT_ITEMS, HNSW_ITEMS = 50_000, 2_000_000
+"""Most items for which `flat` and `hnsw` are chosen."""
+NUM_LINKS, BUILD_EFFORT, SEARCH_EFFORT = 32, 80, 200
+"""HNSW: links per node (twice as many on the lowest level), and the sizes of the lists of a build and of a search."""
+LISTS_PER_ROOT, POINTS_PER_LIST, PROBED_SHARE = 4, 64, 1 / 32
+"""IVF-PQ: lists per square root of the number of items, items per list that training reads, and share of the lists that
+a search reads."""
+NUM_COMPARED = 8
+"""IVF-PQ: for each item that a search returns, so many are found by their codes and compared exactly."""
+SEED = 1234
+TOLERANCE = 1e-4
+"""Of inner products of unit vectors, between processors."""
+
+
+class ItemIndex:
+    """The first N items of a model, and how to find the nearest of them. Thread-safe.
+
+    Args:
+        manifest: what the index is.
+        check: float32 [N] from `_check_values`, which tells whether a table is the one that was indexed.
+        index: of faiss; None if flat.
+    """
+
+    def __init__(self, manifest: ItemIndexManifest, check: Float32s, index: Any) -> None:
+        self.manifest = manifest
+        self.check = check
+        self._index = index
+
+    @property
+    def num_items(self) -> int:
+        """N."""
+        return self.manifest.num_items
+
+    @classmethod
+    def build(cls, vectors: Float32s, kind: IndexKind | None = None, *, last_scale: float = 1.0) -> ItemIndex:
+        """Build an index in memory, in one thread. The same vectors give the same index.
+
+        Args:
+            vectors: [N, M'] of the items, in the order of the vocabulary.
+            kind: None chooses by N.
+            last_scale: the last entry of vectors is multiplied by this, and that of user vectors is divided by it. It
+                leaves inner products as they are, but for the popularity it makes items comparable with users.
+
+        Raises:
+            MissingDependencyError: faiss is not installed, and the kind is not flat.
+        """
+        count, dim = vectors.shape
+        kind = kind_for(count) if kind is None else kind
+        manifest = ItemIndexManifest(kind, count, dim, last_scale)
+        check = _check_values(torch.from_numpy(vectors)).numpy()
+        if kind is IndexKind.flat or not count:
+            return cls(manifest, check, None)
+        scaled = _with_last_times(vectors, last_scale)
+        return cls(manifest, check, (_hnsw if kind is IndexKind.hnsw else _ivfpq)(scaled))
+
+    def save(self, folder: str | Path) -> None:
+        """Write the index atomically; an index in the folder is replaced.
+
+        Raises:
+            ItemIndexError: it cannot be written, or the folder holds something other than an index.
+        """
+        folder = checked_path(folder, ItemIndexError)
+        ItemIndexManifest.require_replaceable(folder)
+        try:
+            with replaced_folder(folder) as partial:
+                np.save(partial / CHECK_FILE, self.check, allow_pickle=False)
+                if self._index is not None:
+                    from vista.model.faiss_extra import faiss
+
+                    faiss.write_index(self._index, str(partial / FAISS_FILE))
+                self.manifest.write(partial)
+        except (OSError, RuntimeError) as error:  # faiss raises a RuntimeError if the disk is full
+            raise ItemIndexError(
+                f"{folder}: the index could not be written ({error}); free space or correct the permissions, then try "
+                "again"
+            ) from error
+
+    @classmethod
+    def load(cls, folder: str | Path) -> ItemIndex:
+        """Map the files of a folder of `save`, after comparing them with their digests.
+
+        Raises:
+            ItemIndexError: the folder is missing, damaged, or in another format.
+            MissingDependencyError: faiss is not installed, and the kind is not flat.
+        """
+        folder = checked_path(folder, ItemIndexError)
+        manifest = ItemIndexManifest.read(folder)
+        try:
+            check = np.load(folder / CHECK_FILE, allow_pickle=False)
+            if check.shape != (manifest.num_items,) or check.dtype != np.float32:
+                raise ValueError(f"{CHECK_FILE} holds {check.dtype} {check.shape}")
+            index = None
+            if FAISS_FILE in manifest.files:
+                from vista.model.faiss_extra import faiss
+
+                index = faiss.read_index(str(folder / FAISS_FILE), faiss.IO_FLAG_MMAP_IFC)
+                if (index.ntotal, index.d) != (manifest.num_items, manifest.dim):
+                    raise ValueError(f"{FAISS_FILE} holds {index.ntotal} vectors of {index.d} numbers")
+        except (OSError, ValueError, RuntimeError) as error:
+            raise unreadable_index(folder, error) from error
+        return cls(manifest, check, index)
+
+    def require(self, table: Tensor, name: str) -> None:
+        """Require that the index was built from the first rows of a model's table [1 + V, M'].
+
+        Args:
+            table: `ItemProjections.retrieval`.
+            name: of the index, for the error.
+
+        Raises:
+            ItemIndexMismatchError: it was not.
+        """
+        vectors = table[UNKNOWN_ITEM + 1 :][: self.num_items]
+        if vectors.shape != (self.num_items, self.manifest.dim):
+            raise ItemIndexMismatchError(
+                f"{name}: belongs to another model, of at least {self.num_items:,} items with vectors of "
+                f"{self.manifest.dim} numbers, not {len(table) - 1:,} with {table.shape[1]}; run `vista index model=…` "
+                "for the model in service"
+            )
+        wrong = (_check_values(vectors) - torch.from_numpy(self.check).to(table.device)).abs() > TOLERANCE
+        if wrong.any():
+            raise ItemIndexMismatchError(
+                f"{name}: belongs to another model, whose vectors differ in {int(wrong.sum()):,} of "
+                f"{self.num_items:,} items; run `vista index model=…` for the model in service"
+            )
+
+    def nearest(self, table: Tensor, user: Tensor, count: int, allowed: NDArray[np.bool_] | None = None) -> Int:
+        """Model rows of the nearest items, at most `count`, best first; the result does not depend on other calls.
+
+        Items of the table that the index lacks, because they were added to the model later, are all compared.
+
+        Args:
+            table: [1 + V, M'], which `require` accepts.
+            user: [M'] a user vector.
+            count: at least 1.
+            allowed: bool [1 + V]: rows that may be returned; None allows all.
+        """
+        if self._index is None:
+            if allowed is not None:
+                return _best(table, user, torch.from_numpy(np.flatnonzero(allowed)), count)
+            scores = torch.mv(table, user)
+            scores[UNKNOWN_ITEM] = -math.inf
+            return scores.topk(min(count, len(scores) - 1)).indices.numpy()
+        later = np.arange(self.num_items + 1, len(table))
+        if allowed is not None:
+            later = later[allowed[later]]
+            num_allowed = int(allowed[: self.num_items + 1].sum())
+            if num_allowed <= max(count, self._least_searched()):
+                return _best(table, user, torch.from_numpy(np.flatnonzero(allowed)), count)
+        query = _with_last_times(user.cpu().numpy()[None], 1 / self.manifest.last_scale)
+        found = self._search(query, count, allowed)
+        return _best(table, user, torch.from_numpy(np.concatenate([found, later])), count)
+
+    def _least_searched(self) -> int:
+        """Up to so many allowed items, comparing all of them costs less than a search.
+
+        A search must look at num_items / allowed times as many items as without a filter, to find as many allowed ones.
+        """
+        return int(math.sqrt(SEARCH_EFFORT * 20 * self.num_items))
+
+    def _search(self, query: Float32s, count: int, allowed: NDArray[np.bool_] | None) -> Int:
+        """Model rows of about the nearest `count` items (IVF-PQ: a few times as many) of a query [1, M']."""
+        from vista.model.faiss_extra import faiss, one_thread
+
+        options: dict[str, Any] = {}
+        effort = 1.0
+        if allowed is not None:
+            part = allowed[UNKNOWN_ITEM + 1 : self.num_items + 1]
+            bits = np.packbits(part, bitorder="little")
+            options["sel"] = faiss.IDSelectorBitmap(len(part), faiss.swig_ptr(bits))
+            effort = len(part) / max(int(part.sum()), 1)
+        if self.manifest.kind is IndexKind.hnsw:
+            size = min(int(max(SEARCH_EFFORT, count) * effort), self.num_items)
+            parameters = faiss.SearchParametersHNSW(efSearch=size, **options)
+        else:
+            probed = min(math.ceil(self._index.nlist * PROBED_SHARE * effort), self._index.nlist)
+            parameters = faiss.SearchParametersIVF(nprobe=probed, **options)
+            count *= NUM_COMPARED
+        with one_thread():
+            rows = self._index.search(query, min(count, self.num_items), params=parameters)[1][0]
+        found: Int = rows[rows >= 0] + (UNKNOWN_ITEM + 1)
+        return found
+
+    def recall(self, table: Tensor, queries: Float32s, count: int) -> float:
+        """Share of the exact nearest `count` items of queries [Q, M'] that the index finds; 1 if it is exact."""
+        shares = []
+        exact = ItemIndex(self.manifest, self.check, None)
+        for query in torch.from_numpy(queries):
+            wanted = exact.nearest(table, query, count)
+            shares.append(np.isin(wanted, self.nearest(table, query, count)).mean())
+        return float(np.mean(shares)) if shares else 1.0
+
+
+def kind_for(num_items: int) -> IndexKind:
+    """The kind that suits a number of items."""
+    if num_items <= FLAT_ITEMS:
+        return IndexKind.flat
+    return IndexKind.hnsw if num_items <= HNSW_ITEMS else IndexKind.ivfpq
+
+
+def _best(table: Tensor, user: Tensor, rows: Tensor, count: int) -> Int:
+    scores = torch.mv(table.index_select(0, rows.to(table.device)), user)
+    best: Int = rows[scores.topk(min(count, len(rows))).indices.cpu()].numpy()
+    return best
+
+
+def _check_values(vectors: Tensor) -> Tensor:
+    """float32 [N]: the products of vectors [N, M'] with a fixed vector of length 1, in which no two entries are alike.
+
+    They tell vectors of different models apart, but not those that two processors compute.
+    """
+    direction = torch.arange(1, vectors.shape[1] + 1, dtype=torch.float64).sqrt().frac() - 0.5
+    direction = (direction / direction.norm()).float().to(vectors.device)
+    return torch.mv(vectors, direction)
+
+
+def _with_last_times(vectors: Float32s, scale: float) -> Float32s:
+    """Vectors [N, M'] whose last entries are multiplied by `scale`."""
+    if scale == 1.0:
+        return np.ascontiguousarray(vectors)
+    scaled = vectors.copy()
+    scaled[:, -1] *= np.float32(scale)
+    return scaled
+
+
+def _hnsw(vectors: Float32s) -> Any:
+    from vista.model.faiss_extra import faiss, one_thread
+
+    index = faiss.IndexHNSWFlat(vectors.shape[1], NUM_LINKS, faiss.METRIC_INNER_PRODUCT)
+    index.hnsw.efConstruction = BUILD_EFFORT
+    with one_thread():
+        index.add(vectors)
+    return index
+
+
+def _ivfpq(vectors: Float32s) -> Any:
+    from vista.model.faiss_extra import faiss, one_thread
+
+    count, dim = vectors.shape
+    num_lists = max(1, min(int(LISTS_PER_ROOT * math.sqrt(count)), count // POINTS_PER_LIST))
+    index = faiss.index_factory(dim, f"IVF{num_lists},PQ{dim}x4fs", faiss.METRIC_INNER_PRODUCT)
+    for parameters in (index.cp, index.pq.cp):
+        parameters.seed, parameters.min_points_per_centroid = SEED, 1
+    sample = np.random.default_rng(SEED).permutation(count)[: max(POINTS_PER_LIST * num_lists, 16_384)]
+    with one_thread():
+        index.train(vectors[np.sort(sample)])
+        index.add(vectors)
+    return index
