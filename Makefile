@@ -10,6 +10,7 @@ EXTRAS ?= baselines,data,dev,docs,kafka,ray,redis,report,serve,sketches,tensorbo
 # Spark and Feast need older versions of packages that vista's tools need, so they have an environment of their own.
 RECIPES_VENV ?= .venv-recipes
 RECIPES := 'pyspark>=4.1,<5' 'feast>=0.67,<1'
+TORCHREC_VENV ?= .venv-torchrec
 # Options of pip install, such as PIP_OPTIONS="--index-url URL" for an index with torch's CPU build.
 PIP_OPTIONS ?=
 PYTEST_ARGS ?=
@@ -18,7 +19,7 @@ DATA ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-BENCHMARKS := $(filter-out bench_summary,$(basename $(notdir $(sort $(wildcard scripts/benchmarks/bench_*.py)))))
+BENCHMARKS := $(filter-out bench_summary bench_torchrec,$(basename $(notdir $(sort $(wildcard scripts/benchmarks/bench_*.py)))))
 RUN_BENCHMARKS := failed=0; \
 	for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m scripts.benchmarks.$$name $(BENCH_ARGS) || failed=1; done; \
 	$(BIN)/python -m scripts.benchmarks.bench_summary; exit $$failed
@@ -28,7 +29,7 @@ SLOW_GROUPS := gpu or aot or faults or research or docs or recipes
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 ON_CPU := CUDA_VISIBLE_DEVICES= $(PYTEST)
 
-.PHONY: help setup test test-recipes test-research test-processors test-gpu test-aot test-faults lint docs demo bench bench-gpu clean
+.PHONY: help setup test test-recipes test-research test-processors test-torchrec test-gpu test-aot test-faults lint docs demo bench bench-torchrec bench-gpu clean
 
 help: ## list targets and variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -69,6 +70,17 @@ test-gpu: setup ## run the tests that need a GPU
 	@$(BIN)/python scripts/describe_environment.py --require-gpu
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
+# TorchRec requires FBGEMM for GPUs, whose files would replace those of fbgemm-gpu-cpu.
+$(TORCHREC_VENV)/.installed: pyproject.toml
+	test -x $(TORCHREC_VENV)/bin/python || $(PYTHON) -m venv $(TORCHREC_VENV)
+	$(TORCHREC_VENV)/bin/python -m pip install $(PIP_OPTIONS) -e '.[baselines,data,dev,torchrec]'
+	$(TORCHREC_VENV)/bin/python -m pip install $(PIP_OPTIONS) --no-deps torchrec==1.8.0
+	@touch $@
+
+test-torchrec: $(TORCHREC_VENV)/.installed ## run the tests of item tables that are divided among ranks, in a virtual environment of their own (no GPU)
+	@$(TORCHREC_VENV)/bin/python -c 'import torchrec'  # without it, the tests are skipped
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(TORCHREC_VENV)/bin/python -m pytest -m "torchrec and not gpu" $(PYTEST_ARGS)
+
 test-aot: setup ## compile the Triton kernels for every target, width and dtype (some minutes, no GPU)
 	$(PYTEST) -m aot $(PYTEST_ARGS)
 
@@ -90,10 +102,13 @@ demo: setup ## train, refresh, score and write a report on simulated data, or on
 bench: setup ## run all benchmarks on the CPU and list the targets met and missed; BENCH_ARGS=--quick for a first look
 	@export CUDA_VISIBLE_DEVICES=; $(RUN_BENCHMARKS)
 
+bench-torchrec: $(TORCHREC_VENV)/.installed ## run the benchmark of item tables that are divided among ranks
+	@CUDA_VISIBLE_DEVICES= $(TORCHREC_VENV)/bin/python -m scripts.benchmarks.bench_torchrec $(BENCH_ARGS)
+
 bench-gpu: setup ## run all benchmarks on the GPU
 	@$(BIN)/python scripts/describe_environment.py --require-gpu
 	@$(RUN_BENCHMARKS)
 
 clean: ## remove caches and build files; keep environments, data, runs and stores
 	rm -rf build dist *.egg-info .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -path ./$(VENV) -prune -o -path ./$(RECIPES_VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
+	find . -path ./$(VENV) -prune -o -path ./$(RECIPES_VENV) -prune -o -path ./$(TORCHREC_VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf

@@ -21,7 +21,19 @@ from vista.config import (
     SimulateConfig,
     TrainConfig,
 )
-from vista.config.choices import Architecture, Codec, Decay, ItemStart, Mixing, OnBadRows, Split, Stage
+from vista.config.choices import (
+    Architecture,
+    Codec,
+    Decay,
+    ItemStart,
+    Mixing,
+    OnBadRows,
+    Split,
+    Stage,
+    TableKind,
+    TableOptimizer,
+    TablePrecision,
+)
 from vista.config.config_keys import to_yaml
 from vista.config.conversion import from_dict, to_dict
 from vista.counters.counter_spec import CounterSpec
@@ -177,6 +189,40 @@ def test_reconstructed_items_need_negatives() -> None:
     TrainConfig(model=replace(model, num_seeds=0), optim=OptimConfig(**tasks_only))
     with pytest.raises(ConfigError, match=r"model\.reconstruction_target: items needs negatives"):
         TrainConfig(model=model, optim=OptimConfig(**tasks_only))
+
+
+TIME = DataConfig(split=Split.time, validation_from="2024-01-01", test_from="2024-02-01")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"optim": OptimConfig(table_optimizer=TableOptimizer.rowwise_adagrad)},
+            r"optim\.table_optimizer: .* set that, or optim\.table_optimizer=adam",
+        ),
+        (
+            {"model": ModelConfig(table=TableKind.torchrec, table_precision=TablePrecision.float16)},
+            r"model\.table_precision: .* set optim\.table_optimizer=rowwise_adagrad, or model\.table_precision=float32",
+        ),
+        ({"init_from": "runs/base/best"}, r"init_from: .* set model\.table=plain, or leave this out"),
+        (
+            {"stage": Stage.downstream, "base": "b", "store": "s", "data": TIME},
+            r"stage: .* set model\.table=plain, or stage=joint",
+        ),
+        (
+            {
+                "model": ModelConfig(table=TableKind.torchrec, item_start=ItemStart.user_factors),
+                "optim": OptimConfig(table_rate=0.0),
+            },
+            r"model\.item_start: .* or model\.item_start=factors",
+        ),
+    ],
+)
+def test_what_a_sharded_table_cannot_do(changes: dict[str, Any], message: str) -> None:
+    sharded = {"model": ModelConfig(table=TableKind.torchrec)}
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(**(changes if "optim" in changes else sharded | changes))
 
 
 def test_user_factors_need_a_frozen_table() -> None:

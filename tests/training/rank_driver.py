@@ -1,8 +1,8 @@
 """A command of vista in a torchrun job, for tests.
 
 It takes the words of `vista train`, and writes a line of metrics.jsonl per step. A word such as 1:model.dim=8 is only
-for rank 1. With the environment variable KILL=1:7, rank 1 kills itself at its step 7. Each rank prints a digest of its
-weights at the end.
+for rank 1. With the environment variable KILL=1:7, rank 1 kills itself at its step 7. Each rank prints at the end
+how many rows of the item table it holds, and a digest of its weights.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class WatchedTrainer(Trainer):
     def run(self) -> RankingModel:
         best = super().run()
         weights = b"".join(weight.detach().numpy().tobytes() for weight in self.model.state_dict().values())
+        print(f"rows {len(self.model.item_table)}", flush=True)
         print(f"weights {hashlib.sha256(weights).hexdigest()}", flush=True)
         return best
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,9 @@ import pytest
 from tests.conftest import Served, small_config
 from vista.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 from vista.config.checks import planned
-from vista.config.choices import Architecture, ItemStart, Mixing, Split, Stage
+from vista.config.choices import Architecture, ItemStart, Mixing, Split, Stage, TableKind
 from vista.config.composition import compose_config
-from vista.errors import ConfigError
+from vista.errors import ConfigError, MissingDependencyError
 from vista.log.event_log import EventLog
 from vista.training.run_plan import plan_run, warmup_steps, warn_of_few_steps
 from vista.training.trainer import train
@@ -215,3 +216,18 @@ def test_a_null_setting_that_was_not_resolved_is_refused() -> None:
     assert planned(3, "data.num_negatives") == 3
     with pytest.raises(ConfigError, match=r"data\.num_negatives: is null, .*call plan_run"):
         planned(DataConfig().num_negatives, "data.num_negatives")
+
+
+def test_a_sharded_table_refuses_the_exact_softmax(event_log: EventLog, tmp_path: Path) -> None:
+    config = small_config(event_log, tmp_path / "run", model__table=TableKind.torchrec, data__num_negatives=40)
+    with pytest.raises(ConfigError, match=r"data\.num_negatives: 40 of the log's 40 items make an exact softmax"):
+        plan_run(config, event_log)
+    plan_run(replace(config, data=replace(config.data, num_negatives=39)), event_log)
+    plan_run(replace(config, model=replace(config.model, table=TableKind.plain)), event_log)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchrec") is not None, reason="TorchRec is installed")
+def test_a_missing_torchrec_is_named(event_log: EventLog, tmp_path: Path) -> None:
+    config = small_config(event_log, tmp_path / "run", model__table=TableKind.torchrec)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'vista-recsys\[torchrec\]'"):
+        train(config, event_log)

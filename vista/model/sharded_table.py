@@ -11,9 +11,11 @@ rows by all ranks.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +73,7 @@ class ShardedTable:
                 "model.table=plain, or start fewer ranks"
             )
         self._ranks, self.shape = ranks, shape
-        with torch.random.fork_rng(devices=[]):  # FBGEMM draws values that nothing uses
+        with torch.random.fork_rng(devices=[]), _without_info():  # FBGEMM draws values that nothing uses
             self._sharded = _sharded(self.shape, ranks, precision)
         (stored,) = self._sharded.state_dict().values()
         (shard,) = stored.local_shards()
@@ -150,17 +152,19 @@ class ShardedTable:
         sums: Tensor = state[f"{NAME}.momentum1"].local_shards()[0].tensor
         return sums
 
-    def step_by_row(self, rate: float, scale: float) -> None:
-        """Update the rows of the last read by FBGEMM's row-wise Adagrad.
-
-        Args:
-            rate: the learning rate.
-            scale: multiplies the gradient.
-        """
-        assert self._read is not None and self._read.sent.grad is not None
+    def set_rate(self, rate: float) -> None:
+        """Set the learning rate of row-wise Adagrad for the rows that are read from now on: FBGEMM takes it then."""
         optimizer = self._sharded.fused_optimizer
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()  # only takes the rate: the backward pass updates
+
+    def step_by_row(self, scale: float) -> None:
+        """Update the rows of the last read by FBGEMM's row-wise Adagrad.
+
+        Args:
+            scale: multiplies the gradient.
+        """
+        assert self._read is not None and self._read.sent.grad is not None
         torch.autograd.backward(self._read.looked_up, [self._read.sent.grad * scale])
         self._read = None
 
@@ -186,6 +190,17 @@ class ShardedTable:
             own: [n, ...] of this rank.
         """
         return self._ranks.rows_at_first(own.detach())
+
+
+@contextmanager
+def _without_info() -> Iterator[None]:
+    """Without log records of level INFO, of which FBGEMM writes pages."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.INFO))
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _sharded(shape: torch.Size, ranks: Ranks, precision: TablePrecision) -> Any:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+
 from vista.errors import MissingDependencyError
 
+_before = logging.root.manager.disable
+logging.disable(max(_before, logging.INFO))  # FBGEMM logs each of its libraries
 try:
     from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
     from torchrec.distributed.comm_ops import set_gradient_division
@@ -19,6 +23,11 @@ except (ImportError, OSError) as error:  # OSError: a library of another version
         "virtual environment of their own with: pip install 'vista-recsys[torchrec]' torch==2.13.* && pip install "
         "--no-deps torchrec==1.8.0"
     ) from error
+finally:
+    logging.disable(_before)
+
+# It warns of a function that TorchRec calls.
+logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 
 __all__ = [
     "DataType",

@@ -48,7 +48,7 @@ class Optimizers:
         self._optim, self._frozen_rows, self._combine = optim, frozen_rows, combine
         self._item_table, self._sharded = model.item_table, model.sharded_table
         self._by_row = optim.table_optimizer is TableOptimizer.rowwise_adagrad
-        self._row_rate, self._row_scale = 0.0, 1.0
+        self._row_scale = 1.0
         names = {id(p): name for name, p in model.named_parameters()}
         tables = [(model.item_table, optim.table_rate)]
         encoders = [part for part in model.modules() if isinstance(part, FeatureEncoder | RowFeatureEncoder)]
@@ -96,7 +96,8 @@ class Optimizers:
         rate = self._optim.learning_rate * warm * (FINAL_RATE + (1 - FINAL_RATE) * cosine)
         for group in (*self.dense.param_groups, *self.table.param_groups):
             group["lr"] = rate * group[FACTOR]
-        self._row_rate = rate * self._optim.table_rate
+        if self._sharded is not None:
+            self._sharded.set_rate(rate * self._optim.table_rate)
         return rate
 
     def backward(self, loss: Tensor) -> float:
@@ -135,7 +136,7 @@ class Optimizers:
         self.dense.step()
         self.table.step()  # type: ignore[no-untyped-call]
         if self._by_row and self._sharded is not None and self._item_table.requires_grad:
-            self._sharded.step_by_row(self._row_rate, self._row_scale)
+            self._sharded.step_by_row(self._row_scale)
         for table in self._tables:
             table.grad = None
 
