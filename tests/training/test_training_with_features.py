@@ -86,7 +86,7 @@ def test_every_model_learns_features(log: EventLog, tmp_path: Path, architecture
     assert model.features is not None and model.features.dense is not None
     assert model.features.values.abs().sum() > 0 and model.features.dense.abs().sum() > 0
     rows = torch.arange(1 + len(model.items))
-    expected = encoded_features(log, model.schema)
+    expected = encoded_features(log, model.items, model.schema)
     assert expected is not None and model.features.table is not None
     assert model.features.table.content(len(rows)) == expected.content(len(rows))
     before = model.item_vectors(rows)

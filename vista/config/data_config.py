@@ -51,6 +51,10 @@ class DataConfig:
     """Whether validation and evaluation exclude items of the visible history from rankings (never the label). null
     follows the log: false if users return to items, which is if at least 1 % of the training events repeat an item that
     the user had before."""
+    min_item_events: int = 0
+    """Number of training events from which on an item has a row of its own in the model. Other items are unknown to the
+    model, in training as in serving. With init_from, the items of the earlier model keep their rows. 0 gives all items
+    of the log a row. Must be 0 with stage=downstream, which has the items of its base."""
     item_categories: str | None = None
     """With model.search=hard: Parquet or CSV file with a column `item` of ids and a column of categories. It is read
     when training starts and kept in the model. null reads the log's item features; null with any other search."""
@@ -105,7 +109,7 @@ class DataConfig:
         check_types(self, "data.")
         counts = ("chunk_len", "tokens_per_batch", "label_spacing", "num_cuts", "num_negatives", "reconstruction_len")
         require_counts(self, "data.", (*counts, "anchor_spacing"))
-        require_counts(self, "data.", ("windows_per_chunk",), least=0)
+        require_counts(self, "data.", ("windows_per_chunk", "min_item_events"), least=0)
         require_counts(self, "data.", ("horizon_events",), most=MAX_HORIZON_EVENTS)
         require_finite(self, "data.", ("staleness_events", "negative_power"))
         require_finite(self, "data.", ("horizon_days",), most=MAX_DAYS)

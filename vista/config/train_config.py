@@ -134,6 +134,11 @@ class TrainConfig:
             "data.split",
             "stage=downstream needs time, because labels lie between the store's `until` and data.validation_from",
         )
+        require(
+            not downstream or not self.data.min_item_events,
+            "data.min_item_events",
+            "stage=downstream has the items of its base; leave it out",
+        )
 
     def _check_init(self) -> None:
         warm, freezes = self.init_from is not None, self.init_freeze is InitFreeze.summarizer

@@ -130,11 +130,14 @@ class RankingModel(nn.Module):
     def id_vectors(self, rows: Tensor) -> Tensor:
         """[..., M] of model rows int64 [...], without their features; 0 for the unknown item.
 
-        The table's gradient is sparse. A sharded table is read by all ranks together, in the same order.
+        The table's gradient is sparse. The unknown item has none, so it stays 0. A sharded table is read by all ranks
+        together, in the same order.
         """
         config, sharded = self.config, self.sharded_table
         if not config.embedding_rows:
-            return F.embedding(rows, self.item_table, sparse=True) if sharded is None else sharded.read(rows)
+            if sharded is None:
+                return F.embedding(rows, self.item_table, padding_idx=UNKNOWN_ITEM, sparse=True)
+            return sharded.read(rows).masked_fill((rows == UNKNOWN_ITEM).unsqueeze(-1), 0.0)
         hashed = hashed_rows(rows, EmbeddingFeature.item, config.embedding_hashes, config.embedding_rows)
         hashed = torch.where((rows == UNKNOWN_ITEM).unsqueeze(-1), UNKNOWN_ITEM, hashed)
         if sharded is None:

@@ -39,8 +39,11 @@ def hashed_rows(values: Tensor, feature: EmbeddingFeature, num_hashes: int, num_
 
 
 def gather(table: Tensor, rows: Tensor) -> Tensor:
-    """[..., M] vectors of rows int64 [..., P] of a table [1 + N, M / P], whose gradient is sparse."""
-    return F.embedding(rows, table, sparse=True).flatten(-2)
+    """[..., M] vectors of rows int64 [..., P] of a table [1 + N, M / P], whose gradient is sparse.
+
+    Row 0 belongs to no value. It has no gradient, so it stays 0.
+    """
+    return F.embedding(rows, table, padding_idx=0, sparse=True).flatten(-2)
 
 
 class HashedEmbedding(nn.Module):

@@ -97,7 +97,8 @@ class LogItems:
         ids = log.items.ids(np.arange(log.num_items))
         rows = model.history_rows(model.item_rows(ids)).astype(np.int32)
         known = int(np.count_nonzero(rows != UNKNOWN_ITEM))
-        if 2 * known < log.num_items:
+        # With min_item_events, a model is meant to know few of the items.
+        if 2 * known < log.num_items and not (known and model.data.min_item_events):
             logger.warning(
                 "%s: the model knows only %d of %d items, and summarizes the others as one unknown item; train a model "
                 "on this log",

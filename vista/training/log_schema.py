@@ -12,12 +12,14 @@ from vista.errors import ConfigError, DataError
 from vista.examples.batch_source import trained_tasks
 from vista.log.event_log import EventLog
 from vista.log.splits import EVENTS_PER_BLOCK, split_until, visible_blocks, visible_counts
+from vista.log.vocabulary import Vocabulary
 from vista.model.feature_spec import FeatureSpec
 from vista.model.item_feature_table import ItemFeatureTable
 from vista.model.ranking_model import NEXT_TASK
 from vista.model.row_feature_reader import RowFeatureReader, RowReaders
 from vista.model.schema import Schema
 from vista.training.event_features import event_reader
+from vista.training.frequent_items import features_of
 from vista.training.hashed_features import check_hashed_features
 from vista.training.request_features import request_reader
 from vista.training.seen_values import SeenValues
@@ -96,9 +98,9 @@ def schema_and_readers(log: EventLog, config: TrainConfig, since: int | None = N
     return schema, readers
 
 
-def encoded_features(log: EventLog, schema: Schema) -> ItemFeatureTable | None:
-    """What a model with this schema reads of a log's item features; None if it reads none."""
-    given = log.item_features if schema.item_features else None
+def encoded_features(log: EventLog, items: Vocabulary, schema: Schema) -> ItemFeatureTable | None:
+    """What a model of these items, with this schema, reads of a log's item features; None if it reads none."""
+    given = features_of(items, log) if schema.item_features else None
     return None if given is None else ItemFeatureTable.of(given, schema.item_features)
 
 

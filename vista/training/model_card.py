@@ -58,7 +58,7 @@ def model_card(
         architecture=config.model.architecture.value,
         version=__version__,
         use=_use(model),
-        data=_table(_data(log)),
+        data=_table(_data(model, config, log)),
         held_out=_held_out(config),
         validation=_validation(validated),
         model=_table(_model(model, config)),
@@ -96,9 +96,11 @@ def _use(model: RankingModel) -> str:
     )
 
 
-def _data(log: EventLog) -> Iterable[tuple[str, object]]:
+def _data(model: RankingModel, config: TrainConfig, log: EventLog) -> Iterable[tuple[str, object]]:
     yield "users", f"{log.num_users:,}"
     yield "items", f"{log.num_items:,}"
+    if least := config.data.min_item_events:
+        yield f"items known to the model (`data.min_item_events={least}`)", f"{len(model.items):,}"
     yield "events", f"{log.num_events:,}"
     times = log.time_range() if log.has_time else None
     yield "time of events", "no times" if times is None else " to ".join(map(_day, times))

@@ -14,6 +14,7 @@ from vista.model.ranking_model import UNKNOWN_ITEM, RankingModel
 from vista.model.registry import ARCHITECTURES
 from vista.model.row_feature_reader import RowReaders
 from vista.model.schema import Schema
+from vista.training.frequent_items import features_of, frequent_items
 from vista.training.item_start import FrozenItems, start_from_factors, training_vectors
 from vista.training.log_schema import encoded_features
 from vista.training.warm_start import WarmStart
@@ -21,8 +22,9 @@ from vista.training.warm_start import WarmStart
 
 def drawn_model(config: TrainConfig, log: EventLog, schema: Schema, readers: RowReaders) -> RankingModel:
     """A model of a log with drawn weights."""
-    model = ARCHITECTURES[config.model.architecture](config.model, schema, log.items, config.data)
-    model.set_item_features(encoded_features(log, schema))
+    items = frequent_items(log, config.data)
+    model = ARCHITECTURES[config.model.architecture](config.model, schema, items, config.data)
+    model.set_item_features(encoded_features(log, items, schema))
     for name, reader in readers.items():
         setattr(model, name, reader)
     return model
@@ -45,7 +47,7 @@ def start_model(
     """
     model.set_item_frequency(source.frequency)
     if config.stage is Stage.joint:  # a base contains what is read here
-        model.read_item_table(config.data, log.item_features)
+        model.read_item_table(config.data, features_of(model.items, log))
         if frozen is not None:
             frozen.start()
         elif config.model.item_start is not ItemStart.random:

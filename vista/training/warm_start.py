@@ -36,6 +36,7 @@ from vista.model.schema import Schema
 from vista.model.vista_model import STAGE1_WEIGHTS
 from vista.training.checkpoint import load_checkpoint, newest_checkpoint, unpack_state
 from vista.training.downstream import KEPT_WEIGHTS, with_settings_of
+from vista.training.frequent_items import features_of, frequent_items
 from vista.training.optimizers import Optimizers, moments_of
 from vista.training.start_checks import check_start
 
@@ -68,7 +69,8 @@ class WarmStart:
         """Leading rows of the item table that do not train."""
         self._log = log
         self._folder = Path(str(config.init_from))
-        self._items = base.items.extended(log.items.ids(np.arange(log.num_items)))
+        items = frequent_items(log, config.data)
+        self._items = base.items.extended(items.ids(np.arange(len(items))))
         self._digest = hashlib.sha256((self._folder / CONFIG_FILE).read_bytes()).hexdigest()[:12]
         self._items_in = "id_mask" if config.model.embedding_rows else "item_table"
         """The weight with a row per item."""
@@ -258,9 +260,9 @@ class WarmStart:
 
     def _features(self, first: int = 0) -> ItemFeatures:
         """The log's features of the model's items, from the row `first` of the vocabulary on."""
-        assert self._log.item_features is not None
-        ids = self._items.ids(np.arange(first, len(self._items)))
-        return self._log.item_features.select(self._log.items.rows(ids))
+        features = features_of(self._items, self._log, first)
+        assert features is not None
+        return features
 
 
 def _reader(grown: GrownColumns | None, known: RowFeatureReader | None) -> RowFeatureReader | None:
