@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -16,8 +17,11 @@ import numpy as np
 import pytest
 
 from tests.conftest import DAY, START, small_config, small_frame
+from tests.faults import preload
 from tests.faults.harness import Trial, promise
+from tests.faults.losses import compare_events
 from tests.faults.nursery import Nursery, Say
+from tests.faults.test_killed_server_refresh import LOSES_NOTHING
 from tests.refresh.mock_kafka import MockKafka
 from vista.cli.refresh_commands import run_watch
 from vista.config import SourceColumns, SourceConfig, WatchConfig
@@ -43,8 +47,10 @@ def kafka() -> Iterator[MockKafka]:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(traced: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """log/, model/, and store/ before the first message."""
+    for module in ("tests.faults.test_killed_stream", "vista.log.ingest.kafka.kafka_reader"):
+        traced.imports(module)
     folder = tmp_path_factory.mktemp("stream")
     columns = SourceColumns(action="action", rating="rating")
     log = EventLog.from_frame(small_frame(), folder / "log", time_unit="ms", columns=columns)
@@ -55,48 +61,61 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def watch(say: Say, folder: str, source: str, once: bool) -> None:
-    """Run the watch; says "read", "appended", "begin", and "done" when it has read a batch, published its segment, and
-    around each transaction of the store."""
-    if not once:
-        report_steps(say)
+def watch(say: Say, folder: str, source: str, kill: tuple[str, int, int] = ("", 0, 0)) -> None:
+    """Read and apply all messages of the topic; says each step.
+
+    Args:
+        kill: a step, its turn, and the number of the system call that changes the folder after this turn, at which this
+            process is killed; 0 kills it in the step. Steps are "read", "appended", "begin", and "done": a batch is
+            read, its segment is published, and a transaction of the store begins and ends.
+    """
+    report_steps(say, folder, *kill)
     run_watch(
         WatchConfig(
             data=f"{folder}/log",
             model=f"{folder}/model",
             store=f"{folder}/store",
             source=source,
-            stream=StreamConfig(max_messages=1_000 if once else 6),
+            stream=StreamConfig(max_messages=6),
             events=SourceConfig(timestamp="timestamp", time_unit="ms", action="action", rating="rating"),
             on_bad_rows=OnBadRows.quarantine,
-            poll_s=0.01,
-            once=once,
+            once=True,
             device="cpu",
             num_threads=1,
         )
     )
 
 
-def report_steps(say: Say) -> None:
-    """Have the steps of a watch say when they happen."""
+def report_steps(say: Say, folder: str, at_step: str, turn: int, at_call: int) -> None:
+    """Have the steps of a watch say when they happen, and be killed as `watch` describes."""
     from vista.log.ingest.kafka.kafka_reader import KafkaReader
     from vista.store.lmdb.environment import SharedEnvironment
 
     read, commit, write = KafkaReader.read, KafkaReader.commit, SharedEnvironment.write
+    preload.watch(folder)
+
+    def tell(step: str) -> None:
+        nonlocal turn
+        say(step)
+        turn -= step == at_step
+        if step == at_step and turn == 0:
+            if at_call == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            preload.kill_at(preload.WRITES | preload.SYNCS | preload.NAMES, at_call, signal.SIGKILL)
 
     def read_and_tell(reader: KafkaReader, *arguments: Any) -> Any:
         batch = read(reader, *arguments)
-        say("read")
+        tell("read")
         return batch
 
     def tell_and_commit(reader: KafkaReader, *arguments: Any) -> None:
-        say("appended")
+        tell("appended")
         commit(reader, *arguments)
 
     def write_and_tell(environment: SharedEnvironment, *arguments: Any) -> Any:
-        say("begin")
+        tell("begin")
         written = write(environment, *arguments)
-        say("done")
+        tell("done")
         return written
 
     for owner, name, function in (
@@ -129,14 +148,19 @@ def held(folder: Path) -> tuple[Counter[tuple[int, int, int]], list[tuple[int, i
 
 
 @promise(
-    "Each message enters once",
-    fault="kill -9 of `watch source=kafka://`, six times per repetition, by step; messages arrive in between",
-    full=100,
-    short=5,
+    LOSES_NOTHING,
+    fault="beyond one machine, kill -9 of `watch source=kafka://`, by step and system call; messages arrive in between",
+    full=60,
+    short=6,
+    each=KILLS,
+    judged=True,
     shares={"while a segment is written": 0.1, "while the store is updated": 0.1},
 )
-def test_killed_stream(trial: Trial, nursery: Nursery, base: Path, kafka: MockKafka) -> None:
-    folder, topic = trial.folder / "watched", f"events-{trial.promise.full}-{trial.number}-{time.monotonic_ns()}"
+def test_killed_stream(trial: Trial, traced: Nursery, kafka: MockKafka, base: Path) -> None:
+    folder, topic = (
+        trial.folder.resolve() / "watched",
+        f"events-{trial.promise.full}-{trial.number}-{time.monotonic_ns()}",
+    )
     shutil.copytree(base, folder)
     source = kafka.create(topic, PARTITIONS)
     sent = Counter(zip(*(small_frame()[name].tolist() for name in ("user", "item", "timestamp")), strict=True))
@@ -156,29 +180,23 @@ def test_killed_stream(trial: Trial, nursery: Nursery, base: Path, kafka: MockKa
                 sent[event] += 1
             offsets[partition] += 1
 
-    for _ in range(KILLS):
+    num_kills = 0
+    while num_kills < KILLS:
         send(trial.random.randrange(4, 14))
-        child = nursery.start(watch, folder, source, False)
         step, turn = trial.random.choice(["read", "appended", "begin", "done"]), trial.random.randrange(1, 3)
-        while True:
-            heard = child.hear()
-            assert heard is not None, child.raised
-            turn -= heard == step
-            if turn <= 0 or (heard == "read" and trial.random.random() < 0.02):
-                break
-        time.sleep(trial.random.choice([0, trial.random.uniform(0, 0.02), trial.random.uniform(0, 0.5)]))
-        child.kill()
-        child.end()
-        assert child.exit_code == -9, child.raised
-        trial.count(
-            {
-                "read": "while a segment is written",
-                "appended": "after a segment",
-                "begin": "while the store is updated",
-                "done": "after an update of the store",
-            }[child.messages[-1]]
-        )
-    nursery.call(watch, folder, source, True)
+        child = traced.start(watch, folder, source, [step, turn, trial.random.choice([0, *range(1, 25)])]).end()
+        assert child.exit_code in (0, -9), child.raised
+        if child.exit_code:
+            num_kills += 1
+            trial.count(
+                {
+                    "read": "while a segment is written",
+                    "appended": "after a segment",
+                    "begin": "while the store is updated",
+                    "done": "after an update of the store",
+                }[child.messages[-1]]
+            )
+    traced.call(watch, folder, source)
     events, letters = held(folder)
-    assert events == sent
-    assert sorted(letters) == sorted(places)
+    compare_events(trial, events, sent)
+    compare_events(trial, Counter(letters), Counter(places))
