@@ -31,6 +31,10 @@ from typing import Any
 import pytest
 
 from scripts.experiments.results import commit, hardware
+from vista.log import segment_manifest
+from vista.model import model_description
+from vista.store.format import record_spec, state_record
+from vista.training import checkpoint
 
 MAX_FAILURES = 5
 """The full form of a promise stops after this many failed repetitions."""
@@ -171,7 +175,7 @@ class Trials:
         self._promise, self._wanted, self._notes, self._scratch = promise, wanted, notes, scratch
         self._keeps_going = keeps_going
         notes.parent.mkdir(parents=True, exist_ok=True)
-        header = {"promise": promise.name, "commit": commit(), "hardware": hardware()}
+        header = {"promise": promise.name, "commit": commit(), "formats": formats(), "hardware": hardware()}
         record = read_record(notes)
         if record is None or record.header["commit"] != header["commit"]:
             notes.write_text(json.dumps(header), encoding="utf-8")
@@ -225,6 +229,17 @@ class Trials:
         self.record.take(row)
         with self._notes.open("a", encoding="utf-8") as file:
             file.write("\n" + json.dumps(row))  # A kill may have truncated the previous line.
+
+
+def formats() -> dict[str, int]:
+    """Versions of the formats of files that the promises are about."""
+    return {
+        "log": segment_manifest.VERSION,
+        "record": record_spec.FORMAT_VERSION,
+        "state": state_record.FORMAT_VERSION,
+        "model": model_description.FORMAT_VERSION,
+        "checkpoint": checkpoint.FORMAT_VERSION,
+    }
 
 
 def missed_shares(promise: Promise, record: Record) -> str:

@@ -2,8 +2,9 @@
 
     python -m tests.faults.table
 
-faults.jsonl has one object per promise and fault. Missing repetitions count as not done. The exit code is 1 if a
-promise failed or is not complete, or if there are fewer repetitions than BARS require.
+faults.jsonl has one object per promise and fault. Missing repetitions count as not done; a promise without any keeps
+its row. The exit code is 1 if a promise failed, is not complete, or was tested with older formats of files, or if there
+are fewer repetitions than BARS require.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from scripts.experiments.results import describe_hardware
-from tests.faults.harness import PROMISES, Promise, missed_shares, read_record, work_folder
+from tests.faults.harness import PROMISES, Promise, formats, missed_shares, read_record, work_folder
 from tests.faults.judging import BROKEN
 from vista.files import replace_text
 
@@ -53,7 +54,11 @@ class Bar(NamedTuple):
     least: int
 
 
-BARS = {"power-loss images": Bar("power cut", 10_000), "damaged files": Bar("changed bytes in", 20_000)}
+BARS = {
+    "power-loss images": Bar("power cut", 10_000),
+    "damaged files": Bar("changed bytes in", 20_000),
+    "kills of ranks, actors, streams, servers, and their clients": Bar("beyond one machine, kill -9", 200),
+}
 """By what a repetition is. None of them may be broken."""
 
 
@@ -64,9 +69,13 @@ def import_promises() -> list[Promise]:
     return sorted(PROMISES, key=lambda promise: (promise.text, promise.fault))
 
 
-def row_of(promise: Promise, folder: Path) -> dict[str, Any]:
-    """The row of a promise, from its recorded repetitions."""
+def row_of(promise: Promise, folder: Path, earlier: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    """The row of a promise, from its recorded repetitions or else from an earlier table."""
     record = read_record(folder / f"{promise.name}.jsonl")
+    if record is None or not record.done:
+        for row in earlier:
+            if (row["promise"], row["fault"]) == (promise.text, promise.fault) and row["repetitions"]:
+                return row
     row: dict[str, Any] = {"promise": promise.text, "fault": promise.fault, "wanted": promise.full, "repetitions": 0}
     row["judged"] = promise.judged
     if record is None:
@@ -87,6 +96,7 @@ def row_of(promise: Promise, folder: Path) -> dict[str, Any]:
         "counts": dict(record.counts.most_common()),
         "failures": list(record.failures.values()),
         "commit": record.header["commit"],
+        "formats": record.header["formats"],
         "hardware": record.header["hardware"],
         "seconds": round(record.seconds, 1),
     }
@@ -99,14 +109,27 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         done, wanted = row["repetitions"], row["wanted"]
         times = f"{done:,}" if done == wanted else f"{done:,} of {wanted:,}"
         counts = ", ".join(f"{what} {number:,}" for what, number in row.get("counts", {}).items())
-        cells = [row["promise"], row["fault"], times, row["outcome"], counts]
+        outcome = row["outcome"] + (", older formats" if is_old(row) else "")
+        cells = [row["promise"], row["fault"], times, outcome, counts]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     ran = [row for row in rows if "commit" in row]
     commits = ", ".join(dict.fromkeys(row["commit"] for row in ran))
+    versions = "; ".join(
+        dict.fromkeys(", ".join(f"{name} {number}" for name, number in row["formats"].items()) for row in ran)
+    )
     machines = "; ".join(dict.fromkeys(describe_hardware(row["hardware"]) for row in ran))
     seconds = sum(row["seconds"] for row in ran)
-    origin = f"Commit {commits}; {machines}; {seconds / 60:.0f} minutes of all processes together.\n" if ran else ""
+    origin = (
+        f"Commit {commits}; formats: {versions}; {machines}; {seconds / 60:.0f} minutes of all processes together.\n"
+        if ran
+        else ""
+    )
     return HEAD.format(bars=bars(rows), summary=summary(rows)) + "\n".join(lines) + "\n\n" + origin
+
+
+def is_old(row: dict[str, Any]) -> bool:
+    """Whether a row was made with other formats of files than this version of vista writes."""
+    return "formats" in row and row["formats"] != formats()
 
 
 def own_rows(rows: Sequence[dict[str, Any]], bar: Bar) -> list[dict[str, Any]]:
@@ -132,7 +155,8 @@ def bars(rows: Sequence[dict[str, Any]]) -> str:
     """The sentence that compares the repetitions with BARS."""
     sums = [f"{repetitions(own_rows(rows, bar)):,} {what} (at least {bar.least:,})" for what, bar in BARS.items()]
     number = sum(broken(own_rows(rows, bar)) for bar in BARS.values())
-    return f"Together, there are {' and '.join(sums)}; {number:,} of them broke a promise (at most 0)."
+    listed = ", ".join(sums[:-1]) + f", and {sums[-1]}"
+    return f"Together, there are {listed}; {number:,} of them broke a promise (at most 0)."
 
 
 def problems(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -145,6 +169,7 @@ def problems(rows: Sequence[dict[str, Any]]) -> list[str]:
         for row in rows
         if row["outcome"] != "held" and not row["outcome"].startswith("skipped")
     ]
+    found += [f"{row['promise']}, {row['fault']}: older formats" for row in rows if is_old(row)]
     for what, bar in BARS.items():
         own = own_rows(rows, bar)
         if repetitions(own) < bar.least or broken(own):
@@ -165,7 +190,8 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
 
 def main() -> int:
     """Write both files and print what is missing; returns 1 if anything is."""
-    rows = [row_of(promise, work_folder()) for promise in import_promises()]
+    earlier = [json.loads(line) for line in (RESULTS / "faults.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [row_of(promise, work_folder(), earlier) for promise in import_promises()]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     replace_text(RESULTS / "faults.jsonl", lines)
     replace_text(RESULTS / "faults.md", markdown(rows))

@@ -18,10 +18,10 @@ import pytest
 
 from tests.faults import preload
 from tests.faults.disk_images import Disk
-from tests.faults.harness import Promise, Trial, Trials, missed_shares, read_record
+from tests.faults.harness import Promise, Trial, Trials, formats, missed_shares, read_record
 from tests.faults.nursery import Nursery, Say
 from tests.faults.preload import Call
-from tests.faults.table import BARS, bars, import_promises, own_rows, problems, row_of, summary
+from tests.faults.table import BARS, bars, import_promises, is_old, markdown, own_rows, problems, row_of, summary
 from tests.faults.test_power_loss import check_images, runs_of, traced_writer
 from vista import files
 from vista.errors import StoreError
@@ -262,11 +262,12 @@ def row(fault: str, repetitions: int, **others: Any) -> dict[str, Any]:
 
 def test_the_repetitions_are_compared_with_the_bars() -> None:
     rows = [row("power cut: images", 9_000, judged=False), row("power cut during a copy: images", 1_000)]
-    rows += [row("changed bytes in YAML", 20_000), row("kill -9", 5)]
+    rows += [row("changed bytes in YAML", 20_000), row("kill -9", 5), row("beyond one machine, kill -9 of a rank", 201)]
     assert not problems(rows)
     assert bars(rows) == (
-        "Together, there are 10,000 power-loss images (at least 10,000) and 20,000 damaged files (at least 20,000); "
-        "0 of them broke a promise (at most 0)."
+        "Together, there are 10,000 power-loss images (at least 10,000), 20,000 damaged files (at least 20,000), and "
+        "201 kills of ranks, actors, streams, servers, and their clients (at least 200); 0 of them broke a promise (at "
+        "most 0)."
     )
     rows[1] = row("power cut during a copy: images", 999, counts={"held": 997, "lost": 2})
     rows[2] = row("changed bytes in YAML", 20_000, judged=False, failures=["one"])
@@ -278,10 +279,23 @@ def test_the_repetitions_are_compared_with_the_bars() -> None:
 
 
 def test_promises_that_are_not_complete_are_problems(tmp_path: Path) -> None:
-    (tmp_path / "name.jsonl").write_text(json.dumps({"commit": "x", "hardware": {}}))
+    (tmp_path / "name.jsonl").write_text(json.dumps({"commit": "x", "formats": formats(), "hardware": {}}))
     found = [row_of(PROMISE, tmp_path), row_of(replace(PROMISE, name="other"), tmp_path)]
     found.append(row("fault", 0, outcome="skipped: no compiler"))
-    assert problems(found)[:-2] == ["text, fault: held so far", "text, fault: not run"]
+    assert problems(found)[:-3] == ["text, fault: held so far", "text, fault: not run"]
+
+
+def test_a_promise_that_was_not_run_keeps_its_row(tmp_path: Path) -> None:
+    """Its formats say whether it still counts."""
+    before = row("fault", 6, promise="text", commit="x", formats=formats(), hardware={}, seconds=1.0, wanted=6)
+    old = before | {"formats": {"log": 1}}
+    assert row_of(PROMISE, tmp_path, [row("another", 3), before]) == before and not is_old(before)
+    assert row_of(PROMISE, tmp_path, [old]) == old and problems([old])[0] == "text, fault: older formats"
+    assert "| held, older formats |" in markdown([old]) and "formats: log 1;" in markdown([old])
+    header = {"commit": "y", "formats": formats(), "hardware": {}}
+    lines = [header, {"trial": 0, "seconds": 1, "counts": {"even": 1}, "failure": ""}]
+    (tmp_path / "name.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert row_of(PROMISE, tmp_path, [before])["commit"] == "y"
 
 
 def test_the_full_forms_suffice_for_the_bars() -> None:
