@@ -14,6 +14,8 @@ from tests.serve.running_service import RunningService, running
 from vista.scorer import Scorer, Tail
 
 NOW = START + 200 * 86_400_000
+TOLERANCE = 2e-5
+"""Between calls with other users, for a model whose K is below 16 (docs/guides/serve.md)."""
 MSGPACK = {"Content-Type": "application/msgpack"}
 
 
@@ -149,14 +151,15 @@ def test_examples_of_the_openapi_page(service: RunningService) -> None:
 
 
 def test_many_clients_at_once(service: RunningService, scorer: Scorer) -> None:
-    expected = [bits(scorer.score([user], ITEMS, now=NOW)[0]) for user in USERS]
+    """Their requests may be scored in one call, so bits may differ as for any other users in a call."""
+    expected = [scorer.score([user], ITEMS, now=NOW)[0] for user in USERS]
     wrong: list[Any] = []
 
     def work(place: int) -> None:
         for turn in range(10):
             user = (place + turn) % len(USERS)
             status, answer = service.fetch("/v1/score", {"users": [USERS[user]], "candidates": ITEMS, "now": NOW})
-            if status != 200 or not np.array_equal(bits(answer["scores"][0]), expected[user]):
+            if status != 200 or not np.allclose(answer["scores"][0], expected[user], atol=TOLERANCE):
                 wrong.append(answer)
 
     threads = [threading.Thread(target=work, args=(place,)) for place in range(8)]

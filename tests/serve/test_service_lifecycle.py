@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.conftest import ITEMS, START, USERS, Served
@@ -27,6 +28,8 @@ from vista.scorer import Scorer
 from vista.store.erasure import erase
 
 NOW = START + 200 * 86_400_000
+TOLERANCE = 2e-5
+"""Between calls with other users, for a model whose K is below 16 (docs/guides/serve.md)."""
 NUMBERS = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(tempfile.gettempdir())
 """Where the workers share what they count."""
 
@@ -85,9 +88,12 @@ class Load:
             self.counts["answered"] += 1
             if answer.status == 429:
                 self.counts["refused"] += 1
-            elif answer.status != 200 or held["scores"][0] not in self._expected[user]:
+            elif answer.status != 200 or not self._is_right(user, held["scores"][0]):
                 self.wrong.append((user, answer.status, held))
         connection.close()
+
+    def _is_right(self, user: int, scores: list[float]) -> bool:
+        return any(np.allclose(scores, expected, atol=TOLERANCE) for expected in self._expected[user])
 
     def _connection(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection("127.0.0.1", self._service.port, timeout=60)
@@ -126,9 +132,8 @@ def test_reloads_erasures_and_killed_workers(served: Served, tmp_path: Path) -> 
         assert load.counts["broken"] <= 4  # one request of each client was running, or on its way
         assert second in service.workers()
         assert f"worker {first} ended with status -9; another one starts" in service.log
-        assert service.fetch("/v1/score", {"users": [108], "candidates": ITEMS, "now": NOW})[1]["scores"] == [
-            expected[108][1]
-        ]
+        answer = service.fetch("/v1/score", {"users": [108], "candidates": ITEMS, "now": NOW})[1]
+        assert answer["scores"][0] == expected[108][1]
         total = sum(
             service.number(f'vista_requests_total{{endpoint="score",status="{status}"}}')
             for status in ([200, 429] if load.counts["refused"] else [200])

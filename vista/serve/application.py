@@ -14,6 +14,7 @@ from vista.serve.bearer_token import is_authorized
 from vista.serve.error_answer import ErrorAnswer, answer_of
 from vista.serve.openapi import DESCRIPTION, operation, schemas
 from vista.serve.request_bodies import JSON, MSGPACK, ExplainBody, RankBody, ScoreBody
+from vista.serve.score_batches import ScoreBatches
 from vista.serve.scoring_queue import ScoringQueue
 from vista.serve.scoring_service import Answer, ScoringService
 from vista.serve.serve_extra import fastapi
@@ -25,6 +26,8 @@ OPEN_PATHS = ("/healthz", "/readyz")
 """Paths that need no token, for the probes of load balancers."""
 NO_TOKEN = ErrorAnswer(401, "Unauthorized", "send the token as the header `Authorization: Bearer TOKEN`")
 Endpoint = Callable[[fastapi.Request], Awaitable[fastapi.Response]]
+Computation = Callable[[bytes, str, float], Awaitable[Answer]]
+"""From a body, its media type, and the seconds that are left, to an answer."""
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Scope]]
 Send = Callable[[Scope], Awaitable[None]]
@@ -58,7 +61,19 @@ def make_application(
         app.add_middleware(TokenCheck, token=token)
     store = str(service.scorer.store.path)
 
-    def scored(name: str, compute: Callable[[bytes, str], Answer]) -> Endpoint:
+    batches = ScoreBatches(service)
+
+    async def score(body: bytes, media_type: str, timeout_s: float) -> Answer:
+        entry = batches.enter(body, media_type)
+        try:
+            return await queue.run(partial(batches.answer, entry), timeout_s)
+        finally:
+            batches.leave(entry)
+
+    def queued(compute: Callable[[bytes, str], Answer]) -> Computation:
+        return lambda body, media_type, timeout_s: queue.run(partial(compute, body, media_type), timeout_s)
+
+    def endpoint(name: str, compute: Computation) -> Endpoint:
         """The endpoint of a computation."""
 
         async def answer(request: fastapi.Request) -> fastapi.Response:
@@ -67,7 +82,7 @@ def make_application(
             try:
                 media_type = _media_type(request)
                 body = await _body(request, config.max_body_bytes, deadline)
-                held = await queue.run(partial(compute, body, media_type), deadline - time.perf_counter())
+                held = await compute(body, media_type, deadline - time.perf_counter())
                 num_candidates = held.num_candidates
                 response = fastapi.Response(held.body, media_type=held.media_type)
             except Exception as error:
@@ -77,23 +92,23 @@ def make_application(
 
         return answer
 
-    for name, compute, kind in (
-        ("score", service.score, ScoreBody),
-        ("predict", service.predict, ScoreBody),
-        ("rank", service.rank, RankBody),
-        ("explain", service.explain, ExplainBody),
+    for name, compute, kind, summary in (
+        ("score", score, ScoreBody, "Scores of one task."),
+        ("predict", queued(service.predict), ScoreBody, "Scores of all tasks."),
+        ("rank", queued(service.rank), RankBody, "The best items for a user."),
+        ("explain", queued(service.explain), ExplainBody, "Shares of scores, per part of the model's input."),
     ):
-        app.post(f"/v1/{name}", summary=compute.__doc__, openapi_extra=operation(name, kind))(scored(name, compute))
+        app.post(f"/v1/{name}", summary=summary, openapi_extra=operation(name, kind))(endpoint(name, compute))
 
     @app.get("/v1/users/{user:path}")
     async def user(request: fastapi.Request, user: str) -> fastapi.Response:
         """What the record of a user holds: the events it covers, the tail, and the norms of the summary."""
-        return await scored("users", lambda *_: service.user(user))(request)
+        return await endpoint("users", queued(lambda *_: service.user(user)))(request)
 
     @app.get("/v1/model")
     async def model(request: fastapi.Request) -> fastapi.Response:
         """What is in service: tasks, actions, features, sizes, and the generation of the store."""
-        return await scored("model", lambda *_: service.model())(request)
+        return await endpoint("model", queued(lambda *_: service.model()))(request)
 
     @app.get("/healthz")
     async def health() -> dict[str, str]:

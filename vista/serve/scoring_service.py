@@ -56,18 +56,39 @@ class ScoringService:
     scorer: Scorer
     config: ServeConfig
 
-    def score(self, body: bytes, media_type: str) -> Answer:
-        """Scores of one task; errors of this and all other methods are those of the scorer and of `decoded`."""
+    def checked(self, body: bytes, media_type: str) -> ScoreBody:
+        """The body of a request for scores, within the limits.
+
+        Raises:
+            BodyTooLargeError: it has too many users or candidates. Others as of `decoded` and `candidate_ids`.
+        """
         asked = decoded(body, ScoreBody, media_type)
-        users, candidates, arguments = self._arguments(asked)
-        scores = self.scorer.score(users, candidates, **arguments)
+        most, candidates = self.config.max_users, candidate_ids(asked.candidates)
+        if len(asked.users) > most:
+            raise BodyTooLargeError(f"users: {len(asked.users):,} ids, but at most {most:,} (max_users); send several")
+        ragged = isinstance(candidates, tuple)
+        self._require_most(len(candidates[0] if ragged else candidates), 1 if ragged else len(asked.users))
+        return asked
+
+    def scores(self, asked: ScoreBody, candidates: Any) -> NDArray[np.float32]:
+        """Scores of one task; `candidates` are those of the body, or others in their place."""
+        scores: NDArray[np.float32] = self.scorer.score(asked.users, candidates, **self._arguments(asked, candidates))
+        return scores
+
+    def scored(self, asked: ScoreBody, media_type: str) -> Answer:
+        """Scores of one task; errors of this and all other methods are those of the scorer and of `decoded`."""
+        candidates = candidate_ids(asked.candidates)
+        return self.answer(self.scores(asked, candidates), candidates, media_type)
+
+    def answer(self, scores: NDArray[np.float32], candidates: Any, media_type: str) -> Answer:
+        """An answer with scores in the shape of the candidates."""
         return _answer({"task": self.scorer.task, "scores": scores}, media_type, candidates, scores.size)
 
     def predict(self, body: bytes, media_type: str) -> Answer:
         """Scores of all tasks."""
-        asked = decoded(body, ScoreBody, media_type)
-        users, candidates, arguments = self._arguments(asked)
-        scores = self.scorer.predict(users, candidates, **arguments)
+        asked = self.checked(body, media_type)
+        candidates = candidate_ids(asked.candidates)
+        scores = self.scorer.predict(asked.users, candidates, **self._arguments(asked, candidates))
         return _answer({"scores": scores}, media_type, candidates, next(iter(scores.values())).size)
 
     def rank(self, body: bytes, media_type: str) -> Answer:
@@ -161,20 +182,13 @@ class ScoringService:
             found.append("the last reload failed; the loaded model and generation stay in service (see the log)")
         return found
 
-    def _arguments(self, asked: ScoreBody) -> tuple[list[Any], Any, dict[str, Any]]:
-        """Users, candidates, and the other arguments of a call."""
-        most = self.config.max_users
-        if len(asked.users) > most:
-            raise BodyTooLargeError(f"users: {len(asked.users):,} ids, but at most {most:,} (max_users); send several")
-        candidates = candidate_ids(asked.candidates)
-        ragged = isinstance(candidates, tuple)
-        self._require_most(len(candidates[0] if ragged else candidates), 1 if ragged else len(asked.users))
-        arguments = {
+    def _arguments(self, asked: ScoreBody, candidates: Any) -> dict[str, Any]:
+        """The other arguments of a call."""
+        return {
             "tail": tail_of(asked.tail, self.scorer.model.schema),
             "now": self._time(asked.now),
             "request": request_features(asked.request, candidates),
         }
-        return asked.users, candidates, arguments
 
     def _of_one(self, asked: RankBody | ExplainBody) -> dict[str, Any]:
         """The other arguments of a call for one user."""
