@@ -275,6 +275,6 @@ class IndexKind(Enum):
     flat = "flat"
     """Compare all items: exact, and no files beyond the model's own table."""
     hnsw = "hnsw"
-    """Walk a graph of neighbors (HNSW). Fast, but slow to build, and larger than the table."""
+    """Walk a graph of neighbors (HNSW). Slow to build, and larger than the table."""
     ivfpq = "ivfpq"
-    """Compare the compressed vectors of the nearest clusters (IVF-PQ). Half the table's size, or less."""
+    """Compare the compressed vectors of the nearest clusters (IVF-PQ). A quarter of the table's size, or less."""

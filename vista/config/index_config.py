@@ -18,8 +18,8 @@ class IndexConfig:
     """Folder to write; an earlier index there is replaced. null takes the model's folder with .index appended, such as
     runs/vista/best.index."""
     kind: IndexKind | None = None
-    """flat (exact), hnsw (a graph), or ivfpq (clusters of compressed vectors). null chooses by the number of items:
-    flat up to 50,000, hnsw up to 2,000,000, and ivfpq above."""
+    """flat (exact), hnsw (a graph), or ivfpq (clusters of compressed vectors). null chooses flat up to 50,000 items,
+    and ivfpq above."""
 
     def __post_init__(self) -> None:
         check_types(self)

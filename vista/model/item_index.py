@@ -23,14 +23,16 @@ from vista.files import checked_path, replaced_folder
 from vista.model.item_index_manifest import CHECK_FILE, FAISS_FILE, ItemIndexManifest, unreadable_index
 from vista.model.ranking_model import UNKNOWN_ITEM
 
-FLAT_ITEMS, HNSW_ITEMS = 50_000, 2_000_000
-"""Most items for which `flat` and `hnsw` are chosen."""
-NUM_LINKS, BUILD_EFFORT, SEARCH_EFFORT = 32, 80, 200
+FLAT_ITEMS = 50_000
+"""Most items for which `flat` is chosen. Beyond, `ivfpq` is as fast as `hnsw` at the same recall, is built in half the
+time, and takes a tenth of the memory."""
+NUM_LINKS, BUILD_EFFORT, SEARCH_EFFORT = 32, 80, 250
 """HNSW: links per node (twice as many on the lowest level), and the sizes of the lists of a build and of a search."""
-LISTS_PER_ROOT, POINTS_PER_LIST, PROBED_SHARE = 4, 64, 1 / 32
-"""IVF-PQ: lists per square root of the number of items, items per list that training reads, and share of the lists that
-a search reads."""
-NUM_COMPARED = 8
+LISTS_PER_ROOT, POINTS_PER_LIST = 4, 64
+"""IVF-PQ: lists per square root of the number of items, and items per list that training reads."""
+PROBED_SHARE, LEAST_PROBED = 1 / 6, 32
+"""IVF-PQ: share of the lists that a search reads, and the least number of them."""
+NUM_COMPARED = 4
 """IVF-PQ: for each item that a search returns, so many are found by their codes and compared exactly."""
 SEED = 1234
 TOLERANCE = 1e-4
@@ -62,7 +64,7 @@ class ItemIndex:
 
         Args:
             vectors: [N, M'] of the items, in the order of the vocabulary.
-            kind: None chooses by N.
+            kind: None chooses by N; without items, it is flat.
             last_scale: the last entry of vectors is multiplied by this, and that of user vectors is divided by it. It
                 leaves inner products as they are, but for the popularity it makes items comparable with users.
 
@@ -70,10 +72,10 @@ class ItemIndex:
             MissingDependencyError: faiss is not installed, and the kind is not flat.
         """
         count, dim = vectors.shape
-        kind = kind_for(count) if kind is None else kind
+        kind = kind_for(count) if kind is None or not count else kind
         manifest = ItemIndexManifest(kind, count, dim, last_scale)
         check = _check_values(torch.from_numpy(vectors)).numpy()
-        if kind is IndexKind.flat or not count:
+        if kind is IndexKind.flat:
             return cls(manifest, check, None)
         scaled = _with_last_times(vectors, last_scale)
         return cls(manifest, check, (_hnsw if kind is IndexKind.hnsw else _ivfpq)(scaled))
@@ -198,7 +200,8 @@ class ItemIndex:
             size = min(int(max(SEARCH_EFFORT, count) * effort), self.num_items)
             parameters = faiss.SearchParametersHNSW(efSearch=size, **options)
         else:
-            probed = min(math.ceil(self._index.nlist * PROBED_SHARE * effort), self._index.nlist)
+            probed = max(LEAST_PROBED, math.ceil(self._index.nlist * PROBED_SHARE))
+            probed = min(math.ceil(probed * effort), self._index.nlist)
             parameters = faiss.SearchParametersIVF(nprobe=probed, **options)
             count *= NUM_COMPARED
         with one_thread():
@@ -218,9 +221,7 @@ class ItemIndex:
 
 def kind_for(num_items: int) -> IndexKind:
     """The kind that suits a number of items."""
-    if num_items <= FLAT_ITEMS:
-        return IndexKind.flat
-    return IndexKind.hnsw if num_items <= HNSW_ITEMS else IndexKind.ivfpq
+    return IndexKind.flat if num_items <= FLAT_ITEMS else IndexKind.ivfpq
 
 
 def _best(table: Tensor, user: Tensor, rows: Tensor, count: int) -> Int:

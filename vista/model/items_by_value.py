@@ -52,8 +52,11 @@ class ItemsByValue:
             if name not in self._columns:
                 known = ", ".join(self._columns) or "none"
                 raise ValueError(f"where: {shown(name)} is not a category of this model's items, which are: {known}")
-            values = [given] if isinstance(given, (str, int, np.integer)) else list(given)
-            mask &= self._has_value(name, values, num_rows)
+            if isinstance(given, (str, int, np.integer)):
+                given = [given]
+            elif not isinstance(given, (list, tuple, set, frozenset, np.ndarray)):
+                raise TypeError(f"where: {name} must be a value or a list of values, got {shown(given)}")
+            mask &= self._has_value(name, list(given), num_rows)
         return mask
 
     def _has_value(self, name: str, values: list[Any], num_rows: int) -> NDArray[np.bool_]:

@@ -71,7 +71,7 @@ def _candidates(
     """Model rows of each user's candidates, ascending: the nearest items, and those of the counters and the tail.
 
     Args:
-        count: nearest items per user.
+        count: nearest items per user, besides their own.
         allowed: bool [1 + V] rows that may be returned; None allows all.
         excluded: rows that may not, in addition.
         exclude_tail: whether those of the user's tail may not either.
@@ -84,9 +84,10 @@ def _candidates(
             first, stop = counters.codes.offsets[user : user + 2].tolist()
             own = np.union1d(own, counters.codes.key[first:stop].astype(np.int64))
         left_out = np.union1d(excluded, own_tail if exclude_tail else own_tail[:0])
-        # Any of the nearest items may be left out, so that many more are searched for.
-        nearest = index.nearest(table, vectors[user], count + len(left_out), allowed)
-        nearest = nearest[~np.isin(nearest, left_out)][:count]
+        # The user's own items may be the nearest, and counted ones have other scores than by this distance.
+        others = np.union1d(left_out, own)
+        nearest = index.nearest(table, vectors[user], count + len(others), allowed)
+        nearest = nearest[~np.isin(nearest, others)][:count]
         own = own[(own != UNKNOWN_ITEM) & ~np.isin(own, left_out)]
         candidates.append(np.union1d(nearest, own if allowed is None else own[allowed[own]]))
     return candidates

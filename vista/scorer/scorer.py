@@ -271,12 +271,12 @@ class Scorer:
     ) -> list[Ranking]:
         """The best items of a large catalog for each user: what `rank` returns for the candidates that an index finds.
 
-        Candidates are the items that are nearest to the user vector, and those of the user's counters and tail.
+        Candidates are the items of the user's counters and tail, and the nearest others to the user vector.
 
         Args:
             users: B ids as in the log.
             top_k: return at most this many items per user.
-            num_candidates: nearest items per user, or top_k if that is more.
+            num_candidates: number of these others per user, or top_k if that is more.
             within: ids of the items that may be returned, such as those in stock, or a `CandidateSet` of them.
             where: by name of a category of items, the values that may be returned, such as {"brand": ["a", "b"]}. An
                 item needs one of the values of each name.
