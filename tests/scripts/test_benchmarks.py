@@ -57,6 +57,12 @@ CASES = {
         "share of the SHA-256 of the source",
         "verify a log of 0.6 MB, in the page cache",
     ],
+    "index": [
+        "20,000 items, ivfpq: recall@100",
+        "20,000 items, hnsw: size, against the vectors",
+        "20,000 items, ivfpq: a query, against a scan of 1",
+        "20,000 items, hnsw: a query, against a scan of 32",
+    ],
     "items_add": [
         "items add of 500 items to a catalog of 5,000 under load: time",
         "items add of 500 items to a catalog of 5,000 under load: wrong answers",
