@@ -12,7 +12,7 @@ REPOSITORY = Path(__file__).parents[1]
 LAYERS = (
     ("vista",),
     ("vista.cli",),
-    ("vista.training",),
+    ("vista.training", "vista.export"),
     ("vista.evaluation", "vista.serve"),
     ("vista.refresh", "vista.scorer", "vista.planning"),
     ("vista.examples", "vista.model", "vista.store", "vista.simulation"),

@@ -130,6 +130,13 @@ class CheckpointError(VistaError):
     """
 
 
+class ExportError(VistaError):
+    """A model cannot be exported, or its export does not give the scorer's scores. Nothing is written.
+
+    Remedy: do what the message says. If scores differ, report the difference and the model's config.json.
+    """
+
+
 class NonFiniteLossError(VistaError):
     """The loss, its gradients or the scores of a validation became infinite or NaN during training.
 

@@ -140,6 +140,15 @@ COMMANDS: dict[str, Command] = {
             "vista index model=runs/mine/best kind=hnsw out=indexes/mine",
         ),
     ),
+    "export": Command(
+        config.ExportConfig,
+        _handler("export_command", "run_export"),
+        "Export stage 2 with its tables as ONNX or AOTInductor, and compare it with the scorer.",
+        (
+            "vista export model=runs/mine/best out=exports/mine store=stores/mine",
+            "vista export model=runs/mine/best out=exports/mine format=aotinductor",
+        ),
+    ),
     "plan": Command(
         config.PlanConfig,
         _handler("plan_command", "run_plan"),

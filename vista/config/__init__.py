@@ -7,6 +7,7 @@ from vista.config.compare_config import CompareConfig
 from vista.config.data_config import DataConfig
 from vista.config.evaluate_config import EvaluateConfig
 from vista.config.event_filter_config import EventFilterConfig
+from vista.config.export_config import ExportConfig
 from vista.config.feature_table_config import FeatureTableConfig
 from vista.config.index_config import IndexConfig
 from vista.config.item_table_config import ItemTableConfig
@@ -52,6 +53,7 @@ __all__ = [
     "DataConfig",
     "EvaluateConfig",
     "EventFilterConfig",
+    "ExportConfig",
     "FeatureTableConfig",
     "IndexConfig",
     "ItemTableConfig",

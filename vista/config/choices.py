@@ -248,6 +248,15 @@ class Precision(Enum):
     bfloat16 = "bfloat16"
 
 
+class ExportFormat(Enum):
+    """What runs an exported model without vista."""
+
+    onnx = "onnx"
+    """onnxruntime, in Python, C++, Java, C#, or JavaScript."""
+    aotinductor = "aotinductor"
+    """PyTorch, in Python or C++."""
+
+
 class Codec(Enum):
     """How the rows of a summary are stored."""
 

@@ -107,7 +107,7 @@ class TargetAttention(nn.Module):
 
     def state(self, summary: Tensor) -> Tensor | None:
         """[B, L1, H, D, D] what queries read of stage 1, from records [B, S + L1 * D, M]; None if they do not."""
-        return summary[:, self.num_seeds :].reshape(len(summary), *self.state_shape) if self.reads else None
+        return summary[:, self.num_seeds :].reshape(summary.shape[0], *self.state_shape) if self.reads else None
 
     def mean(self, summary: Tensor) -> Tensor | None:
         """[B, M] the mean token of records [B, S, M]; None without one."""

@@ -202,6 +202,22 @@ class ServingSnapshot:
                     scores[NEXT_TASK][users][cells] = cosine.cpu()
         return scores
 
+    def logits(self, request: Request, rows: Tensor) -> Tensor:
+        """Logits of the labeled tasks, float32 [B, C, num_tasks] on the CPU, whose sigmoid `scores` gives.
+
+        Args:
+            request: of B users.
+            rows: int64 model rows [B, C].
+        """
+        logits = torch.empty(*rows.shape, len(self.model.schema.tasks))
+        for users, part in self._portions(request):
+            context, bucket = self.context(part)
+            wanted = np.full(len(part), rows.shape[1])
+            added = self._request_projections(part, bucket)
+            for cells, of_cells in self._logits(context, added, part, rows[users], wanted):
+                logits[users][cells] = of_cells.cpu()
+        return logits
+
     def ragged_scores(self, request: Request, rows: Int, offsets: Int, tasks: list[str]) -> dict[str, Tensor]:
         """Scores per task, float32 [N] on the CPU, of rows int64 [N], user b's from offsets[b] to offsets[b + 1].
 

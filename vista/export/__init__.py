@@ -1,0 +1,1 @@
+"""Exports of stage 2 that score without vista: ONNX and AOTInductor."""

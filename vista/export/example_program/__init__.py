@@ -1,0 +1,1 @@
+"""Programs that call an export without vista. `vista export` copies one alongside its graph."""

@@ -1,0 +1,139 @@
+"""Requests that an export is compared on: random ones, for the users of a store.
+
+B users, C candidates, V items of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vista.arrays import Int, offsets_of
+from vista.config.choices import OnMissing
+from vista.export.request_arrays import Arrays, request_arrays
+from vista.log.gaps import DAY_MS, YEAR_1971_MS
+from vista.model.hashed_vocabulary import HashedVocabulary
+from vista.model.row_feature_reader import RowFeatureReader
+from vista.model.vista_model import VistaModel
+from vista.scorer.reading import read_request
+from vista.scorer.request import Request
+from vista.scorer.scorer_stats import StatsRecorder
+from vista.scorer.serving_snapshot import ServingSnapshot
+from vista.scorer.tail_merging import with_fresh_events
+from vista.store.stored_batch import StoredBatch
+from vista.store.tail import Tail
+
+USERS_PER_BATCH = 1, 2, 7, 32
+CANDIDATES = 1, 2, 17, 100
+NEW_EVENTS = 4
+MISSING = 0.1
+"""Share of values, times, and users that requests do not have."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrialRequests:
+    """A batch of requests: for the graph, and for the scorer."""
+
+    arrays: Arrays
+    request: Request
+    rows: Tensor
+    """int64 [B, C] candidates."""
+
+
+def trial_requests(snapshot: ServingSnapshot, num_requests: int, seed: int = 0) -> Iterator[TrialRequests]:
+    """Batches of requests, `num_requests` in all, each read by the scorer's own path.
+
+    Users have records or not; requests have a time, features, and new events or not. Candidates include unknown items
+    and those of the user's own tail.
+    """
+    rng, left = np.random.default_rng(seed), num_requests
+    known = list(islice(snapshot.store.keys(), num_requests))
+    while left:
+        size = min(int(rng.choice(USERS_PER_BATCH)), left)
+        left -= size
+        yield _batch(snapshot, [_user(known, rng) for _ in range(size)], int(rng.choice(CANDIDATES)), rng)
+
+
+def _user(known: list[Any], rng: np.random.Generator) -> Any:
+    if known and rng.random() > MISSING:
+        return known[int(rng.integers(len(known)))]
+    is_text = bool(known) and isinstance(known[0], str)
+    return "nobody (a trial of an export)" if is_text else -(2**62)
+
+
+def _batch(snapshot: ServingSnapshot, users: list[Any], num_candidates: int, rng: np.random.Generator) -> TrialRequests:
+    model, num_users = snapshot.model, len(users)
+    stored = snapshot.store.get_many(users)
+    now = None
+    if model.schema.has_time and rng.random() > MISSING:
+        after = rng.exponential(10 * DAY_MS, num_users).astype(np.int64)
+        now = np.maximum(stored.last_event_ts, 2 * YEAR_1971_MS) + after
+    tail = _new_events(model, stored, now, rng) if rng.random() < 0.5 else None
+    request = read_request(snapshot, users, tail, now, OnMissing.empty, None, StatsRecorder())
+    merged, is_new = stored.tail, np.zeros(len(stored.tail.items), np.bool_)
+    if tail is not None:
+        merged, is_new, _ = with_fresh_events(model, stored, tail, refuse=True)
+    rows = _candidates(model, merged, num_users, num_candidates, rng)
+    request, codes = _with_features(request, model, num_candidates, rng)
+    arrays = request_arrays(model, stored, merged, is_new, now, rows, codes)
+    return TrialRequests(arrays, request, torch.from_numpy(rows))
+
+
+def _candidates(model: VistaModel, tail: Tail, num_users: int, count: int, rng: np.random.Generator) -> Int:
+    """Rows int64 [B, C], a part of them of the users' own tails."""
+    rows = rng.integers(0, len(model.items) + 1, (num_users, count))
+    for user, (start, stop) in enumerate(zip(tail.offsets[:-1], tail.offsets[1:], strict=True)):
+        if stop > start:
+            own = rng.choice(tail.items[start:stop], count)
+            rows[user] = np.where(rng.random(count) < 0.3, own, rows[user])
+    return rows
+
+
+def _new_events(model: VistaModel, stored: StoredBatch, now: Int | None, rng: np.random.Generator) -> Tail:
+    """Events since the records, up to the time of the request, as a caller passes them."""
+    lengths = rng.integers(0, NEW_EVENTS, len(stored.found))
+    total = int(lengths.sum())
+    first = np.maximum(stored.last_event_ts, 2 * YEAR_1971_MS if model.schema.has_time else 0)
+    last = first + DAY_MS if now is None else now
+    times = rng.integers(np.repeat(first, lengths), np.repeat(last, lengths) + 1)
+    named = np.flatnonzero(model.items.has_ids(np.arange(len(model.items))))
+    items = model.items.ids(rng.choice(named, total))
+    actions = rng.integers(0, len(model.schema.actions), total).astype(np.uint8)
+    reader = model.tail_features
+    features = {} if reader is None else _values(reader, total, rng)
+    return Tail(items, times, actions, offsets_of(lengths), features)
+
+
+def _with_features(
+    request: Request, model: VistaModel, count: int, rng: np.random.Generator
+) -> tuple[Request, dict[str, NDArray[Any]]]:
+    """The request with features that differ between candidates, and their codes [B, C] by name."""
+    reader, shape = model.request_features, (len(request), count)
+    if reader is None:
+        return request.with_features(model, {}, count), {}
+    given = _values(reader, len(request) * count, rng)
+    codes = reader.parse(given, len(request) * count).columns
+    by_pair = {name: np.array(values, object).reshape(shape) for name, values in given.items()}
+    return request.with_features(model, by_pair, count), {name: own.reshape(shape) for name, own in codes.items()}
+
+
+def _values(reader: RowFeatureReader, count: int, rng: np.random.Generator) -> dict[str, list[Any]]:
+    """Values of N rows by name, as a caller passes them."""
+    values: dict[str, list[Any]] = {}
+    for column in reader.columns:
+        known = reader.values[column.name]
+        if known is None:
+            drawn: list[Any] = (column.mean + column.scale * rng.standard_normal(count)).tolist()
+        elif isinstance(known, HashedVocabulary) or not len(known):
+            drawn = [f"value {number}" for number in rng.integers(0, 1000, count).tolist()]
+        else:
+            drawn = known.ids(rng.integers(0, len(known), count)).tolist()
+        values[column.name] = [None if rng.random() < MISSING else value for value in drawn]
+    return values
