@@ -91,6 +91,7 @@ def host_ray(say: Say, folder: str) -> None:
     import ray
 
     del os.environ["LD_PRELOAD"]  # Ray's processes need none of it.
+    os.setsid()  # Ray signals process groups.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
     ray.init(num_cpus=1, object_store_memory=80_000_000, _temp_dir=folder, **quiet)
@@ -101,10 +102,10 @@ def host_ray(say: Say, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def drivers(library: str) -> Iterator[Nursery]:
-    """A nursery whose children may all use one Ray, without a token."""
+    """A nursery whose children may all use one Ray, without a token, and without a limit of memory."""
     if find_spec("ray") is None:
         pytest.skip("the extra `ray` is not installed")
-    with Nursery(LD_PRELOAD=library, RAY_AUTH_MODE="disabled") as started:
+    with Nursery(LD_PRELOAD=library, RAY_AUTH_MODE="disabled", RAY_memory_monitor_refresh_ms="0") as started:
         for module in ("tests.faults.test_killed_actors", "vista.refresh.ray_engine"):
             started.imports(module)
         yield started
@@ -121,9 +122,9 @@ def cluster(drivers: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Itera
     num_calls = drivers.call(refresh_by_actors, folder, folder / "store", "", 0, [])
     with tempfile.TemporaryDirectory(prefix="vr-", ignore_cleanup_errors=True) as sockets:  # Their paths must be short.
         host = drivers.start(host_ray, sockets)
-        yield Cluster(host.hear(), folder, folder_contents(folder / "store"), num_calls)
+        yield Cluster(host.hear(300), folder, folder_contents(folder / "store"), num_calls)
         host.kill(signal.SIGTERM)
-        host.result()
+        host.result(300)
 
 
 @promise(
