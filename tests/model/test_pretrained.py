@@ -50,6 +50,7 @@ def test_loading_keeps_the_callers_random_state_and_a_shorter_tail_shares_the_we
         {"mixing": Mixing.bidirectional},
         {"decay": Decay.time, "decay_horizons": [1.5, 0.0]},
         {"mean_token": True},
+        {"num_interests": 11},
         {"num_seeds": 0, "tasks": []},
         {"num_seeds": 0, "target_attention": TargetAttentionKind.quasi_linear},
         {"rating_range": None, "has_time": False},

@@ -20,6 +20,7 @@ from vista.store.format.codecs import dequantize_rows, quantize_rows
     [
         {"mixing": Mixing.separable},
         {"mean_token": True},
+        {"num_interests": 11},
         {"mixing": Mixing.bidirectional},
         {"target_attention": TargetAttentionKind.quasi_linear},
         {"target_attention": TargetAttentionKind.quasi_linear, "num_seeds": 0},

@@ -46,6 +46,8 @@ SHAPES = {
     "unified table": {"embedding_rows": 23},
     "another phi": {"activation": Activation.relu},
     "three layers": {"num_target_layers": 3},
+    "interests": {"num_interests": 11},
+    "interests, quasi-linear": {"num_interests": 16, "target_attention": TargetAttentionKind.quasi_linear},
     "mean token": {"mean_token": True, "decay": Decay.time, "decay_horizons": [0.0, 3.0]},
     "softmax": {"target_attention": TargetAttentionKind.softmax, "num_target_layers": 3},
     "softmax, no summary": {"target_attention": TargetAttentionKind.softmax, "num_seeds": 0},

@@ -35,6 +35,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "no summary": {"num_seeds": 0},
     "quasi-linear": {"target_attention": TargetAttentionKind.quasi_linear},
     "quasi-linear, no tokens": {"target_attention": TargetAttentionKind.quasi_linear, "num_seeds": 0},
+    "interests": {"num_interests": 7},
     "mean token": {"mean_token": True, "decay": Decay.time, "decay_horizons": [3.0, 0.0]},
     "event features": {"num_tail_features": 1},
     "event features, decay by time": {

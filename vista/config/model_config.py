@@ -60,6 +60,10 @@ class ModelConfig:
     """Let the first summary token be the mean token, from which user vectors start: a learned map of the mean of all
     events that the summary covers. It needs architecture=vista, mixing=separable, and num_seeds above 0. null: with
     counters, where these hold."""
+    num_interests: int = 0
+    """Number of interests C whose events summaries count, at most dim: the seeds then start from the logarithms of how
+    many events belong to each of C clusters of items. The clusters are those of the item vectors that training starts
+    from (item_start). It needs what mean_token needs, and decay=none. With 0, seeds start from parameters alone."""
     num_layers: int = 2
     """Number of layers of stage 1, or of SASRec, HSTU, and FuXi-Linear."""
     num_target_layers: int = 2
@@ -178,6 +182,7 @@ class ModelConfig:
         require_counts(self, "model.", ("dim",), most=MAX_DIM)
         require_counts(self, "model.", ("num_seeds",), least=0, most=MAX_DIM)
         require_counts(self, "model.", ("num_heads", "embedding_hashes"), most=self.dim)
+        require_counts(self, "model.", ("num_interests",), least=0, most=self.dim)
         layers = ("num_layers", "num_target_layers", "num_reconstruction_layers")
         require_counts(self, "model.", layers, most=64)
         require_counts(self, "model.", ("conv_width",), most=1024)
@@ -209,6 +214,8 @@ class ModelConfig:
             self._check_state_rows()
         if self.mean_token:
             self._check_mean_token()
+        if self.num_interests:
+            self._check_interests()
         if self.counters:
             self._check_counters()
         require(
@@ -228,6 +235,11 @@ class ModelConfig:
     def can_have_mean_token(self) -> bool:
         """Whether a seed reads the state of separable mixing, which the mean token can take the place of."""
         return self.architecture is Architecture.vista and self.mixing is Mixing.separable and self.num_seeds > 0
+
+    @property
+    def num_state_layers(self) -> int:
+        """Matrices per head in a state of stage 1: one per layer, and one that counts interests."""
+        return self.num_layers + (self.num_interests > 0)
 
     @property
     def num_state_rows(self) -> int:
@@ -316,6 +328,16 @@ class ModelConfig:
             f"takes the place of a seed that reads the state of separable mixing, got "
             f"architecture={self.architecture.value}, mixing={self.mixing.value}, and num_seeds={self.num_seeds}; set "
             "model.architecture=vista, model.mixing=separable, and model.num_seeds above 0, or model.mean_token=false",
+        )
+
+    def _check_interests(self) -> None:
+        require(
+            self.can_have_mean_token and self.decay is Decay.none,
+            "model.num_interests",
+            f"counts events in the state of separable mixing without decay, got architecture={self.architecture.value}, "
+            f"mixing={self.mixing.value}, decay={self.decay.value}, and num_seeds={self.num_seeds}; set "
+            "model.architecture=vista, model.mixing=separable, model.decay=none, and model.num_seeds above 0, or "
+            "model.num_interests=0",
         )
 
     def _check_state_rows(self) -> None:

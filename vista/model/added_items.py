@@ -34,6 +34,8 @@ def with_items(model: VistaModel, ids: Ids, features: ItemFeatures) -> VistaMode
         weights["item_table"] = F.pad(model.item_table.detach(), (0, 0, 0, count))
     else:
         weights["id_mask"] = F.pad(model.id_mask, (0, count))
+    if "item_interest" in weights:  # stage 1 does not know them
+        weights["item_interest"] = F.pad(weights["item_interest"], (0, count))
     if "item_popularity" in weights:
         least = model.item_popularity[1:].min()  # that of the rarest items
         weights["item_popularity"] = torch.cat([model.item_popularity, least.expand(count)])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vista.config import ModelConfig
 from vista.config.choices import Decay, Mixing
 from vista.log.gaps import DAY_MS
+from vista.model.interest_counts import InterestCounts
 from vista.model.layers import CausalConvolution, Dropout, FeedForward, GatedOutput, module_list, norm, split_heads
 from vista.model.mean_token import MeanToken
 from vista.model.quasi_linear_read import state_rows
@@ -53,12 +54,15 @@ class Summarizer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.seeds = nn.Parameter(torch.randn(config.num_seeds, config.dim))
+        # With interests, what the seeds add to their parameters should not be lost beside these.
+        self.seeds = nn.Parameter(torch.randn(config.num_seeds, config.dim) * (0.1 if config.num_interests else 1.0))
         self.convolution = CausalConvolution(config.dim, config.conv_width) if config.conv_width > 1 else None
         self.layers = module_list([SummarizerLayer(config) for _ in range(config.num_layers)])
         self.final_norm = norm(config.dim)
         self.mean = MeanToken(self.layers[0].key_value, config) if config.mean_token else None
         """Makes the first token; None if a seed reads it, as the others."""
+        self.interests = InterestCounts(config) if config.num_interests else None
+        """What the seeds start from besides parameters; None if from nothing."""
         self.dropout = Dropout(config.dropout)
         self.register_buffer("decay_rate", _decay_rate(config), persistent=False)
         self.decay_rate: Tensor
@@ -70,13 +74,16 @@ class Summarizer(nn.Module):
             x = self.convolution(x, position)
         return x
 
-    def segment_states(self, tokens: Tensor, clock: Tensor, offsets: Tensor) -> SummaryState:
+    def segment_states(
+        self, tokens: Tensor, clock: Tensor, offsets: Tensor, interest: Tensor | None = None
+    ) -> SummaryState:
         """State of each packed segment alone (separable mixing), seen from its last event.
 
         Args:
             tokens: [T, M] from `tokens`.
             clock: int64 [T] milliseconds or positions.
             offsets: int64 [N+1] of the segments.
+            interest: int64 [T] of the events' items, 0 for none; only for a model that counts interests.
         """
         lengths = offsets.diff()
         reference = torch.where(lengths > 0, clock[(offsets[1:] - 1).clamp(min=0)], 0) if len(clock) else lengths * 0
@@ -92,6 +99,10 @@ class Summarizer(nn.Module):
             states.append(z)
             if index + 1 < len(self.layers):
                 x = layer.feed_forward(x)
+        if self.interests is not None:
+            assert interest is not None
+            key, value = self.interests.keys_values(interest, tokens.dtype)
+            states.append(accumulate_state(key, value, offsets, weight=weight, activation="identity")[0])
         assert n is not None
         return SummaryState(torch.stack(states, 1), n, torch.zeros_like(n), reference, lengths)
 
@@ -107,7 +118,7 @@ class Summarizer(nn.Module):
         age[starts] = 0
         log_decay = -(age.unsqueeze(-1).double() * self.decay_rate).float()
         layers, n = [], segments.n
-        for index in range(len(self.layers)):
+        for index in range(self.config.num_state_layers):
             z, n = scan_states(segments.z[:, index].contiguous(), segments.n, log_decay, user_offsets)
             layers.append(z)
         total = segments.num_events.cumsum(0)
@@ -124,7 +135,7 @@ class Summarizer(nn.Module):
     def empty_state(self, count: int) -> SummaryState:
         """The state of `count` empty histories: zeros."""
         H, D = self.config.num_heads, self.config.dim // self.config.num_heads
-        return SummaryState.empty(count, len(self.layers), H, D, device=self.seeds.device)
+        return SummaryState.empty(count, self.config.num_state_layers, H, D, device=self.seeds.device)
 
     def read(self, z: Tensor, n: Tensor) -> Tensor:
         """Summaries [N, S, M] that the seeds read from states (separable mixing), z [N, L, H, D, D] and n [N, H].
@@ -134,6 +145,8 @@ class Summarizer(nn.Module):
         count, num_seeds = len(n), len(self.seeds)
         offsets = torch.arange(count + 1, device=n.device) * num_seeds
         x = self.seeds.repeat(count, 1)
+        if self.interests is not None:
+            x = x + self.interests(z[:, len(self.layers)], n[:, 0]).flatten(0, 1)
         for index, layer in enumerate(self.layers):
             query, gate = layer.query_gate(layer.seed_norm(x)).chunk(2, -1)
             heads = self._read(layer.heads(query), z[:, index].contiguous(), n, offsets)
@@ -141,7 +154,7 @@ class Summarizer(nn.Module):
         summary: Tensor = self.final_norm(x).view(count, num_seeds, self.config.dim)
         if self.mean is not None:
             summary = torch.cat([self.final_norm(self.mean(z[:, 0], n)).unsqueeze(1), summary[:, 1:]], 1)
-        return torch.cat([summary, state_rows(self.config, z, n)], 1) if self.config.num_state_rows else summary
+        return torch.cat([summary, state_rows(self.config, z[:, : len(self.layers)], n)], 1) if self.config.num_state_rows else summary
 
     def summarize_set(self, tokens: Tensor, offsets: Tensor) -> Tensor:
         """Bidirectional mixing: packed tokens [T, M] with offsets int64 [B+1] -> summaries [B, S, M]."""

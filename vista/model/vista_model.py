@@ -44,6 +44,7 @@ STAGE1_KEYS = (
     "dim",
     "num_heads",
     "num_seeds",
+    "num_interests",
     "num_layers",
     "mixing",
     "conv_width",
@@ -65,7 +66,7 @@ SCHEMA_KEYS = ("actions", "has_time", "rating_range", "item_features", "event_fe
 MEAN_SCALE = 0.1
 """Initial scale of the mean token in a request token. Vectors of items have a root mean square of 0.05 if they start
 from factors, and of 0.02 if they start at random."""
-STAGE1_WEIGHTS = ("item_table", "id_mask", "features.", "encoder.", "summarizer.")
+STAGE1_WEIGHTS = ("item_table", "id_mask", "item_interest", "features.", "encoder.", "summarizer.")
 """Prefixes of the names of the weights that a summary depends on."""
 
 
@@ -79,6 +80,9 @@ class VistaModel(RankingModel):
         super().__init__(config, schema, items, data)
         dim = config.dim
         self.summarizer = Summarizer(config) if config.num_seeds + config.num_state_rows else None
+        if config.num_interests:
+            # A float, like all that a model's file holds.
+            self.register_buffer("item_interest", torch.zeros(1 + len(items)))
         self.decoder = ReconstructionDecoder(config) if config.num_seeds else None
         self.target_attention = TargetAttention(config)
         self.request = nn.Parameter(torch.randn(dim) * dim**-0.5 / self.target_attention.scale)
@@ -126,6 +130,10 @@ class VistaModel(RankingModel):
         summaries = self.cut_summaries(batch, encoded)
         return encoded, summaries, self.window_context(batch, shown, summaries)
 
+    def interests(self, rows: Tensor) -> Tensor | None:
+        """int64 [T] interests of model rows int64 [T], 0 for none; None for a model that counts no interests."""
+        return self.item_interest[rows].long() if self.config.num_interests else None
+
     def cut_summaries(self, batch: Batch, encoded: Tensor) -> Tensor:
         """[NC, S, M] summaries at the cuts of a batch, from event embeddings [T, M]; or the store's [B, S, M]."""
         if batch.stored_summary is not None:
@@ -139,7 +147,10 @@ class VistaModel(RankingModel):
         position = torch.arange(len(encoded), device=encoded.device)
         position = position - events.offsets[:-1].repeat_interleave(events.offsets.diff())
         tokens = self.summarizer.tokens(encoded, position)
-        segments = self.summarizer.segment_states(tokens, events.clock, cuts.segment_offsets)
+        interest = self.interests(batch.rows[events.item])
+        if interest is not None and events.hidden is not None:
+            interest = interest.masked_fill(events.hidden, 0)
+        segments = self.summarizer.segment_states(tokens, events.clock, cuts.segment_offsets, interest)
         states = self.summarizer.prefix_states(segments, cuts.chunk_offsets)
         return self.summarizer.read_at(states, cuts.segment)
 
@@ -362,7 +373,7 @@ class VistaModel(RankingModel):
         ]
         for name, tensor in sorted(self.state_dict().items()):
             if name.startswith(STAGE1_WEIGHTS):
-                if name == "id_mask" or (name == "item_table" and not self.config.embedding_rows):
+                if name in ("id_mask", "item_interest") or (name == "item_table" and not self.config.embedding_rows):
                     tensor = tensor[: 1 + count]
                 parts.append(name.encode() + str(tuple(tensor.shape)).encode())
                 parts.append(tensor.detach().cpu().contiguous().numpy().reshape(-1).view(np.uint8).data)

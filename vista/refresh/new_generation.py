@@ -47,7 +47,7 @@ def new_manifest(
     The other arguments are those of `Manifest`.
     """
     config = model.config
-    shape = (config.num_layers, config.num_heads, config.dim // config.num_heads)
+    shape = (config.num_state_layers, config.num_heads, config.dim // config.num_heads)
     has_sums = state is not StateDtype.none and model.summarizer is not None
     counted = model.counter_spec
     counters = None if counted is None else CounterLayout.of(counted, [len(model.items)]).to_dict()

@@ -8,6 +8,7 @@ from scripts.experiments.tables.table_row import K0, ORACLE, TableRow
 WORLDS = ("returns", "sequence", "conjunction", "seasons", "drift")
 COUNTERS = ("model.counters=true",)
 """Without what counters turn on by default. Next items are trained at the anchors only, as always with counters."""
+INTERESTS = ("model.item_start=factors", "model.num_interests=64")
 REFERENCES = {
     "last 2,000 events": TableRow(1, untrained="last 2000"),
     "pooled": TableRow(1, untrained="pooled"),
@@ -26,6 +27,9 @@ def _world(name: str) -> Table:
         ),
         # Candidates also read the state of stage 1, which associates what follows what.
         "vista, counters and state": TableRow(20, (*COUNTERS, "model.target_attention=quasi_linear")),
+        # Items start from co-occurrences, and seeds from how many events belong to each cluster of items.
+        "vista, interests": TableRow(9, INTERESTS),
+        "vista, counters and interests": TableRow(15, (*COUNTERS, *INTERESTS)),
         "tail-only": TableRow(7, K0),
         "tail-only, counters": TableRow(8, (*K0, *COUNTERS)),
         "hstu": TableRow(20, ("model=hstu",)),
