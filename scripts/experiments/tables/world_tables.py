@@ -29,6 +29,7 @@ def _world(name: str) -> Table:
         "vista, counters and state": TableRow(20, (*COUNTERS, "model.target_attention=quasi_linear")),
         # Items start from co-occurrences, and seeds from how many events belong to each cluster of items.
         "vista, interests": TableRow(9, INTERESTS),
+        "vista, interests, 16 epochs": TableRow(17, (*INTERESTS, "optim.epochs=16")),
         "vista, counters and interests": TableRow(15, (*COUNTERS, *INTERESTS)),
         "tail-only": TableRow(7, K0),
         "tail-only, counters": TableRow(8, (*K0, *COUNTERS)),
