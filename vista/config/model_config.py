@@ -334,8 +334,9 @@ class ModelConfig:
         require(
             self.can_have_mean_token and self.decay is Decay.none,
             "model.num_interests",
-            f"counts events in the state of separable mixing without decay, got architecture={self.architecture.value}, "
-            f"mixing={self.mixing.value}, decay={self.decay.value}, and num_seeds={self.num_seeds}; set "
+            "counts events in the state of separable mixing without decay, got "
+            f"architecture={self.architecture.value}, mixing={self.mixing.value}, decay={self.decay.value}, and "
+            f"num_seeds={self.num_seeds}; set "
             "model.architecture=vista, model.mixing=separable, model.decay=none, and model.num_seeds above 0, or "
             "model.num_interests=0",
         )

@@ -10,7 +10,7 @@ from vista.config.choices import Architecture, ExportFormat, Precision
 from vista.errors import ExportError
 from vista.export.export_folder import check_replaceable, write_description
 from vista.export.graph_input import graph_inputs
-from vista.export.parity import Comparison, compare
+from vista.export.parity import Parity, compare
 from vista.export.serving_graph import ServingGraph
 from vista.export.trial_store import write_trial_store
 from vista.files import checked_path, replaced_folder
@@ -26,7 +26,7 @@ class ExportReport:
     out: str
     kind: ExportFormat
     size_bytes: int
-    compared: Comparison
+    compared: Parity
 
     def __str__(self) -> str:
         differences = ", ".join(f"{name} {difference:.1e}" for name, difference in self.compared.max_difference.items())

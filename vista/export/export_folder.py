@@ -15,7 +15,7 @@ from vista.config.choices import ExportFormat
 from vista.errors import ExportError
 from vista.export import example_program
 from vista.export.graph_input import CANDIDATES, REQUEST, TAIL, USER, USERS, GraphInput
-from vista.export.parity import Comparison
+from vista.export.parity import Parity
 from vista.export.request_arrays import Arrays
 from vista.log.vocabulary import Vocabulary
 from vista.model.hashed_vocabulary import HashedVocabulary
@@ -43,7 +43,7 @@ def write_description(
     inputs: list[GraphInput],
     outputs: list[str],
     kind: ExportFormat,
-    compared: Comparison,
+    compared: Parity,
     example: Arrays,
 ) -> None:
     """Write everything but the graph, which is already in the folder.

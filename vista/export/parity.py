@@ -17,7 +17,7 @@ LOGITS = "logits"
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class Parity:
     """How an export differs from the scorer."""
 
     num_requests: int
@@ -28,7 +28,7 @@ class Comparison:
 
 def compare(
     run: ExportRunner, snapshot: ServingSnapshot, num_requests: int, max_difference: float
-) -> tuple[Comparison, Arrays]:
+) -> tuple[Parity, Arrays]:
     """The differences, and the inputs and outputs of one batch, as an example.
 
     Args:
@@ -54,7 +54,7 @@ def compare(
                 )
         if not example or 3 <= len(trial.rows) < 10:
             example = trial.arrays | outputs
-    return Comparison(num_requests, worst), example
+    return Parity(num_requests, worst), example
 
 
 def scorer_outputs(snapshot: ServingSnapshot, trial: TrialRequests) -> Arrays:

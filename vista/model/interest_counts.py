@@ -88,4 +88,4 @@ def clusters(vectors: Tensor, count: int, seed: int) -> Tensor:
 
 def nearest(unit: Tensor, centroids: Tensor) -> Tensor:
     """int64 [R] the centroid [C, M] with the largest inner product, for each vector [R, M]."""
-    return torch.cat([(part @ centroids.T).argmax(1) for part in unit.split(_CHUNK)])
+    return torch.cat([(part @ centroids.T).argmax(1) for part in torch.split(unit, _CHUNK)])

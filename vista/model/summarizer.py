@@ -154,7 +154,9 @@ class Summarizer(nn.Module):
         summary: Tensor = self.final_norm(x).view(count, num_seeds, self.config.dim)
         if self.mean is not None:
             summary = torch.cat([self.final_norm(self.mean(z[:, 0], n)).unsqueeze(1), summary[:, 1:]], 1)
-        return torch.cat([summary, state_rows(self.config, z[:, : len(self.layers)], n)], 1) if self.config.num_state_rows else summary
+        if self.config.num_state_rows:
+            summary = torch.cat([summary, state_rows(self.config, z[:, : len(self.layers)], n)], 1)
+        return summary
 
     def summarize_set(self, tokens: Tensor, offsets: Tensor) -> Tensor:
         """Bidirectional mixing: packed tokens [T, M] with offsets int64 [B+1] -> summaries [B, S, M]."""

@@ -75,13 +75,15 @@ class VistaModel(RankingModel):
 
     architecture = Architecture.vista
     user_parts = 5  # `TargetContext.user`
+    item_interest: Tensor
+    """float32 [1 + V] interest of each model row, 0 for none; only in models that count interests. A float, like all
+    that a model's file holds."""
 
     def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
         super().__init__(config, schema, items, data)
         dim = config.dim
         self.summarizer = Summarizer(config) if config.num_seeds + config.num_state_rows else None
         if config.num_interests:
-            # A float, like all that a model's file holds.
             self.register_buffer("item_interest", torch.zeros(1 + len(items)))
         self.decoder = ReconstructionDecoder(config) if config.num_seeds else None
         self.target_attention = TargetAttention(config)
