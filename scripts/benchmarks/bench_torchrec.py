@@ -37,7 +37,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = benchmark_parser("torchrec", __doc__)
     parser.add_argument("--ranks", type=int, default=2, help="number of ranks")
     parser.add_argument("--repeats", type=int, default=3, help="epochs of each kind, in alternation")
-    parser.add_argument("--users", type=int, default=1000, help="users of the log")
+    parser.add_argument("--users", type=int, default=1080, help="users of the log")
     return parser.parse_args(arguments)
 
 

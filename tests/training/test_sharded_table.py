@@ -21,6 +21,7 @@ from vista.config.choices import TableKind, TableOptimizer, TablePrecision
 from vista.errors import ConfigError
 from vista.log.event_log import EventLog
 from vista.model.drawn_table import drawn_table
+from vista.model.vista_model import VistaModel
 from vista.ranks import Ranks
 from vista.refresh import refresh
 from vista.scorer import Scorer
@@ -77,7 +78,7 @@ def test_two_ranks_train_and_export_the_same_model(event_log: EventLog, plain: P
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == sorted(path.name for path in plain.iterdir())
     scores = []
     for run in (tmp_path / "run", plain):
-        refresh(run / "best", event_log, tmp_path / f"store-{run.parent.name}")
+        refresh(VistaModel.from_pretrained(run / "best"), event_log, tmp_path / f"store-{run.parent.name}")
         with Scorer.open(run / "best", tmp_path / f"store-{run.parent.name}") as scorer:
             scores.append(np.asarray(scorer.score(USERS, ITEMS)))
     np.testing.assert_allclose(*scores, rtol=1e-3)
