@@ -22,11 +22,13 @@ REASONS = (
     "needs a second machine",
     "needs Feast",
     "needs Spark",
+    "needs TorchRec",
     "runs for minutes",
     "runs until stopped",
 )
 """Why a block may not be run. `runs until stopped`: a service; a test of its own must run it. `needs
-Feast` and `needs Spark`: `make test-recipes` runs it."""
+Feast` and `needs Spark`: `make test-recipes` runs it. `needs TorchRec`: tests/training/test_sharded_table.py makes
+the same runs."""
 
 _COMMAND = re.compile(r"(\$ )?(vista|make|python -m) ")
 _UNTESTED = ("", "bash", "sh", "shell", "zsh")
