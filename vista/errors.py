@@ -148,7 +148,7 @@ class NonFiniteLossError(VistaError):
 
 
 class RankError(VistaError):
-    """Another process of a torchrun job has ended, or cannot be reached.
+    """Another process of a torchrun job has ended, cannot be reached, or has other weights after the same steps.
 
     Remedy: read the message of the rank that ended first; torchrun names it. Then rerun the command to resume from the
     last checkpoint.

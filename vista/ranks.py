@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import torch.distributed as dist
+import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -141,6 +142,29 @@ class Ranks:
         with talking():
             dist.broadcast_object_list(values)
         return values[0]
+
+    def check_weights(self, tensors: Iterable[Tensor], step: int) -> None:
+        """Check that all ranks have the same tensors, bit for bit, as they must after the same steps.
+
+        Args:
+            tensors: parameters and buffers that every rank holds whole.
+            step: steps done, for the message.
+
+        Raises:
+            RankError: on every rank, if those of a rank differ from those of rank 0.
+        """
+        own = [
+            xxhash.xxh3_128_hexdigest(tensor.detach().cpu().flatten().view(torch.uint8).numpy().data)
+            for tensor in tensors
+        ]
+        first, *others = self.gather(own)
+        for rank, digests in enumerate(others, 1):
+            if changed := sum(mine != theirs for mine, theirs in zip(digests, first, strict=True)):
+                raise RankError(
+                    f"step {step}: rank {rank} has other weights than rank 0 ({changed} of {len(first)} tensors); a "
+                    "machine may have faulty memory or another kind of processor. Rerun the command on other machines to "
+                    "resume from the last checkpoint, up to which the ranks agreed"
+                )
 
     def share(self, tensors: Iterable[Tensor]) -> None:
         """Give all ranks the tensors of rank 0, such as parameters and buffers."""

@@ -1,8 +1,8 @@
 """A command of vista in a torchrun job, for tests.
 
 It takes the words of `vista train`, and writes a line of metrics.jsonl per step. A word such as 1:model.dim=8 is only
-for rank 1. With the environment variable KILL=1:7, rank 1 kills itself at its step 7. Each rank prints at the end
-how many rows of the item table it holds, and a digest of its weights.
+for rank 1. With the environment variable KILL=1:7, rank 1 kills itself at its step 7; with CHANGE=1:7, it changes one
+of its weights there. Each rank prints at the end how many rows of the item table it holds, and a digest of its weights.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import re
 import signal
 import sys
 from functools import partial
+
+import torch
 
 from vista.cli import train_commands
 from vista.cli.main import main
@@ -29,6 +31,9 @@ class WatchedTrainer(Trainer):
     def _step(self, batch: Batch, share_done: float) -> dict[str, float]:
         if os.environ.get("KILL") == f"{RANK}:{self.progress.step}":
             os.kill(os.getpid(), signal.SIGKILL)
+        if os.environ.get("CHANGE") == f"{RANK}:{self.progress.step}":
+            with torch.no_grad():
+                self.model.item_table[1, 0] += 1e-6  # what one flipped bit may change
         return super()._step(batch, share_done)
 
     def run(self) -> RankingModel:

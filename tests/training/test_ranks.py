@@ -54,13 +54,15 @@ def config_of(log: EventLog, run_dir: Path, **changes: Any) -> TrainConfig:
     return small_config(log, run_dir, **(EXACT | changes))
 
 
-def start(config: TrainConfig, num_ranks: int, *words: str, kill: str = "") -> subprocess.CompletedProcess[str]:
+def start(
+    config: TrainConfig, num_ranks: int, *words: str, kill: str = "", change: str = ""
+) -> subprocess.CompletedProcess[str]:
     """Train under torchrun on loopback."""
     path = Path(config.run_dir).with_suffix(".yaml")
     path.write_text(to_yaml(config))
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "tests.training.rank_driver"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "KILL": kill}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "KILL": kill, "CHANGE": change}
     command += [f"--config={path}", *words]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
 
@@ -171,6 +173,22 @@ def test_a_killed_rank_ends_the_job_and_the_run_resumes(
     # Another number of ranks resumes too.
     train(config_of(event_log, tmp_path / "alone"), event_log, metrics_every=1)
     np.testing.assert_allclose(curve(tmp_path / "alone"), curve(runs[1]), rtol=1e-4)
+
+
+def test_a_rank_with_other_weights_ends_the_job_and_the_run_resumes(
+    event_log: EventLog, runs: dict[int, Path], tmp_path: Path
+) -> None:
+    config = config_of(event_log, tmp_path / "run")
+    done = start(config, 2, change="1:17")
+    assert done.returncode != 0
+    for rank in (0, 1):
+        expected = rf"rank {rank}: error: step 20: rank 1 has other weights than rank 0 \(\d+ of \d+ tensors\)"
+        assert re.search(expected, done.stderr), done.stderr
+    newest = latest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert newest is not None and newest.name.endswith("16"), "the step before the change"
+    resumed = start(config, 2)
+    assert resumed.returncode == 0 and "resuming at step 16" in resumed.stderr, resumed.stderr
+    assert_same_result(tmp_path / "run", runs[2])
 
 
 def test_ranks_that_differ_are_refused_by_name(event_log: EventLog, tmp_path: Path) -> None:

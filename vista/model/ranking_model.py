@@ -128,10 +128,9 @@ class RankingModel(nn.Module):
         return vectors if self.features is None else vectors + self.features(rows)
 
     def id_vectors(self, rows: Tensor) -> Tensor:
-        """[..., M] of model rows int64 [...], without their features; 0 for the unknown item.
+        """[..., M] of model rows int64 [...], without their features; 0, with no gradient, for the unknown item.
 
-        The table's gradient is sparse. The unknown item has none, so it stays 0. A sharded table is read by all ranks
-        together, in the same order.
+        The table's gradient is sparse. A sharded table is read by all ranks together, in the same order.
         """
         config, sharded = self.config, self.sharded_table
         if not config.embedding_rows:
@@ -139,7 +138,7 @@ class RankingModel(nn.Module):
                 return F.embedding(rows, self.item_table, padding_idx=UNKNOWN_ITEM, sparse=True)
             return sharded.read(rows).masked_fill((rows == UNKNOWN_ITEM).unsqueeze(-1), 0.0)
         hashed = hashed_rows(rows, EmbeddingFeature.item, config.embedding_hashes, config.embedding_rows)
-        hashed = torch.where((rows == UNKNOWN_ITEM).unsqueeze(-1), UNKNOWN_ITEM, hashed)
+        hashed.masked_fill_((rows == UNKNOWN_ITEM).unsqueeze(-1), UNKNOWN_ITEM)
         if sharded is None:
             vectors = gather(self.item_table, hashed)
         else:
@@ -191,9 +190,8 @@ class RankingModel(nn.Module):
         Args:
             frequency: int64 [at most 1 + V] events of each model row in the training part, from `item_frequency`.
         """
-        if self.popularity is None and self.counted is None:
-            return
-        self.item_popularity[1:] = torch.from_numpy(standardized_popularity(frequency[1:], len(self.items)))
+        if self.popularity is not None or self.counted is not None:
+            self.item_popularity[1:] = torch.from_numpy(standardized_popularity(frequency[1:], len(self.items)))
 
     @property
     def feature_table(self) -> ItemFeatureTable | None:
@@ -241,7 +239,6 @@ class RankingModel(nn.Module):
     def shown_vectors(events: BatchEvents, item_vectors: Tensor) -> Tensor:
         """[T, M] vectors of the items of a batch's events; 0 for items that training shows as unknown."""
         vectors = item_vectors[events.item]
-        # Reading the unknown item's row instead would give that row a gradient, and it must stay 0.
         return vectors if events.hidden is None else vectors.masked_fill(events.hidden.unsqueeze(-1), 0.0)
 
     def losses(self, batch: Batch, item_vectors: Tensor, optim: OptimConfig) -> Losses:
@@ -389,8 +386,8 @@ class RankingModel(nn.Module):
 
     def replicated(self) -> Iterator[Tensor]:
         """Parameters and buffers that all ranks hold: all but a sharded table."""
-        sharded = self.sharded_table is not None
-        return (t for t in (*self.parameters(), *self.buffers()) if not (sharded and t is self.item_table))
+        sharded = None if self.sharded_table is None else self.item_table
+        return (t for t in (*self.parameters(), *self.buffers()) if t is not sharded)
 
     @property
     def table_shape(self) -> torch.Size:

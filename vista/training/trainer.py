@@ -92,7 +92,7 @@ def train_model(
         LeakageError: if the base or the store of stage=downstream, or the model of init_from, covers the labels.
         CheckpointError: if the newest checkpoint or the model of init_from is damaged; the message has the remedy.
         NonFiniteLossError: if a loss or gradient is NaN or infinite; the batch is saved and its users are named.
-        RankError: if another process of the job has ended.
+        RankError: if another process of the job has ended, or has other weights after the same steps.
     """
     began = time.perf_counter()
     log = EventLog.open(config.data.path) if log is None else log
@@ -306,9 +306,7 @@ class Trainer:
 
     def _step(self, batch: Batch, share_done: float) -> dict[str, float]:
         """One update; returns the losses as numbers."""
-        part: Batch | None = batch
-        if self._parallel is not None:
-            part = self._parallel.part(batch, self.progress.step)
+        part = batch if self._parallel is None else self._parallel.part(batch, self.progress.step)
         warmup = warmup_steps(self.config.optim, self.progress.planned_steps)
         rate = self.optimizers.schedule(self.progress.step, share_done, warmup)
         # Only the rows of this batch take part. A trained table's gradient is sparse, so no pass reads the whole table.
@@ -339,6 +337,8 @@ class Trainer:
         progress, optim = self.progress, self.config.optim
         if self.validation is None or (progress.epoch % optim.validate_every and not progress.finished(optim.epochs)):
             return
+        if self._ranks is not None:
+            self._ranks.check_weights(self.model.replicated(), progress.step)
         model = plain_model(self.model, self.run_dir, self._ranks)
         measured = self.validation(model)
         value = measured[self.validation.metric]
@@ -389,6 +389,8 @@ class Trainer:
 
     def _save(self) -> None:
         self._count_seconds()
+        if self._ranks is not None:
+            self._ranks.check_weights(self.model.replicated(), self.progress.step)
         if not self._leads and self.model.sharded_table is None:
             return
         save_run(self.run_dir, self.model, self.optimizers, self.progress, self._identity)
