@@ -162,8 +162,8 @@ class Ranks:
             if changed := sum(mine != theirs for mine, theirs in zip(digests, first, strict=True)):
                 raise RankError(
                     f"step {step}: rank {rank} has other weights than rank 0 ({changed} of {len(first)} tensors); a "
-                    "machine may have faulty memory or another kind of processor. Rerun the command on other machines to "
-                    "resume from the last checkpoint, up to which the ranks agreed"
+                    "machine may have faulty memory or another kind of processor. Rerun the command on other machines "
+                    "to resume from the last checkpoint, up to which the ranks agreed"
                 )
 
     def share(self, tensors: Iterable[Tensor]) -> None:

@@ -92,13 +92,15 @@ def test_every_kind_of_feature_can_be_hashed(
         (model.user_encoder, 7),
     ):
         assert encoder is not None and len(encoder.values) == 1 + rows and encoder.values[1:].any(1).sum() > 1
-    with caplog.at_level(logging.INFO, "vista.training.hashed_features"):
+    with caplog.at_level(logging.INFO, "vista.training.hash_collisions"):
         train(config_of(log, tmp_path, optim__epochs=1), log)
-    brands = log.item_features.columns["brand"].values  # type: ignore[union-attr]
-    rows_of = HashedVocabulary(4).rows(brands.ids(range(len(brands))).tolist())
-    share = (np.bincount(rows_of)[rows_of] > 1).mean()
-    message = f"feature brand of items: {len(brands)} values in 4 hashed rows; {share:.0%} of the values share a row"
-    assert message in caplog.messages
+    features = ["brand of items", "surface of events", "device of impressions", "region of users"]
+    messages = [message for message in caplog.messages if message.startswith("feature ")]
+    assert [message.split(":")[0] for message in messages] == [f"feature {name}" for name in features]
+    card = (Path(config_of(log, tmp_path).run_dir) / "best" / "README.md").read_text()
+    for message in messages:
+        feature, _, what = message.partition(": ")
+        assert f"| hashed {feature} | {what} |" in card
 
 
 def new_value(name: str, known: str) -> str:

@@ -5,7 +5,7 @@ It holds nothing of when or where a run took place, so that a resumed run export
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 
 from vista.config.choices import Architecture, InitFreeze, Split, Stage
@@ -13,6 +13,7 @@ from vista.config.train_config import TrainConfig
 from vista.log.event_log import EventLog
 from vista.log.until import parse_time
 from vista.model.ranking_model import RankingModel
+from vista.training.hash_collisions import HashCollisions
 from vista.version import __version__
 
 _TEMPLATE = """# Model card: {architecture}
@@ -44,7 +45,11 @@ Exported by `vista train`, version {version}. `config.json` holds all settings o
 
 
 def model_card(
-    model: RankingModel, config: TrainConfig, log: EventLog, validated: Mapping[str, float] | None = None
+    model: RankingModel,
+    config: TrainConfig,
+    log: EventLog,
+    validated: Mapping[str, float] | None = None,
+    collisions: Sequence[HashCollisions] = (),
 ) -> str:
     """Describe a trained model in Markdown.
 
@@ -53,6 +58,7 @@ def model_card(
         config: configuration of its run.
         log: the event log that it was trained on.
         validated: metrics of the validation that chose the model, with its `epoch`; None if there was none.
+        collisions: of its hashed features.
     """
     return _TEMPLATE.format(
         architecture=config.model.architecture.value,
@@ -61,7 +67,7 @@ def model_card(
         data=_table(_data(model, config, log)),
         held_out=_held_out(config),
         validation=_validation(validated),
-        model=_table(_model(model, config)),
+        model=_table([*_model(model, config), *_hashed(collisions)]),
         limits="\n".join(f"- {limit}" for limit in _limits(model, log)),
     )
 
@@ -158,6 +164,12 @@ def _model(model: RankingModel, config: TrainConfig) -> Iterable[tuple[str, obje
         yield "trained", f"from an earlier model (`init_from`){kept}"
     if config.stage is Stage.downstream:
         yield "trained", "stage 2 and heads; items, events, and stage 1 are those of the base, whose stores serve both"
+
+
+def _hashed(collisions: Sequence[HashCollisions]) -> Iterable[tuple[str, object]]:
+    for each in collisions:
+        feature, _, what = str(each).partition(": ")
+        yield f"hashed {feature}", what
 
 
 def _limits(model: RankingModel, log: EventLog) -> Iterable[str]:

@@ -33,6 +33,7 @@ from vista.training.checkpoint import latest_checkpoint
 from vista.training.data_parallel import DataParallel
 from vista.training.downstream import Downstream
 from vista.training.event_features import event_encoding
+from vista.training.hash_collisions import hash_collisions
 from vista.training.item_start import FrozenItems, training_vectors
 from vista.training.log_schema import schema_and_readers
 from vista.training.metrics_writer import MetricsWriter
@@ -160,6 +161,7 @@ class Trainer:
             encode_requests=request_encoding(self.model, log),
             encode_users=LogUsers(self.model.user_features, log).encoding(),
         )
+        self._collisions = hash_collisions(self.model, log, config, self.source.frequency, since) if self._leads else []
         self.validation = Validation.of(log, item_rows, config, ranks)
         tasks = self.model.schema.tasks
         self._parallel = None if ranks is None else DataParallel(ranks, tasks, config.optim, config.seed)
@@ -373,7 +375,7 @@ class Trainer:
         """
         if not self._leads:
             return
-        card = model_card(model, self.config, self.log, validated)
+        card = model_card(model, self.config, self.log, validated, self._collisions)
         file = None if model is self.model else self.run_dir / PLAIN_WEIGHTS
         model.save_pretrained(self.run_dir / "best", card=card, weights_file=file)
 
