@@ -2,7 +2,8 @@
 
 It takes the words of `vista train`, and writes a line of metrics.jsonl per step. A word such as 1:model.dim=8 is only
 for rank 1. With the environment variable KILL=1:7, rank 1 kills itself at its step 7; with CHANGE=1:7, it changes one
-of its weights there. Each rank prints at the end how many rows of the item table it holds, and a digest of its weights.
+of its weights there; and with VERSION=1:9.9, it has that version of vista. Each rank prints at the end how many rows of
+the item table it holds, and a digest of its weights.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from vista.cli import train_commands
 from vista.cli.main import main
 from vista.examples.batch import Batch
 from vista.model.ranking_model import RankingModel
+from vista.training import run_identity
 from vista.training.trainer import Trainer, train_model
 
 RANK = os.environ["RANK"]
@@ -46,6 +48,8 @@ class WatchedTrainer(Trainer):
 
 if __name__ == "__main__":
     words = [re.sub(rf"^{RANK}:", "", word) for word in sys.argv[1:]]
+    if os.environ.get("VERSION", "").startswith(f"{RANK}:"):
+        run_identity.__version__ = os.environ["VERSION"].partition(":")[2]
     train_model.__globals__["Trainer"] = WatchedTrainer
     train_commands.train_model = partial(train_model, metrics_every=1)
     sys.exit(main(["train", *(word for word in words if not re.match(r"\d+:", word))]))

@@ -31,6 +31,7 @@ from vista.refresh import refresh
 from vista.training.checkpoint import latest_checkpoint
 from vista.training.data_parallel import DataParallel
 from vista.training.trainer import Trainer, train
+from vista.version import __version__
 
 pytestmark = pytest.mark.timeout(900)
 """Each job imports torch in several processes, which takes long on a busy machine."""
@@ -55,14 +56,14 @@ def config_of(log: EventLog, run_dir: Path, **changes: Any) -> TrainConfig:
 
 
 def start(
-    config: TrainConfig, num_ranks: int, *words: str, kill: str = "", change: str = ""
+    config: TrainConfig, num_ranks: int, *words: str, kill: str = "", change: str = "", version: str = ""
 ) -> subprocess.CompletedProcess[str]:
     """Train under torchrun on loopback."""
     path = Path(config.run_dir).with_suffix(".yaml")
     path.write_text(to_yaml(config))
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "tests.training.rank_driver"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "KILL": kill, "CHANGE": change}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "KILL": kill, "CHANGE": change, "VERSION": version}
     command += [f"--config={path}", *words]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
 
@@ -199,9 +200,12 @@ def test_ranks_that_differ_are_refused_by_name(event_log: EventLog, tmp_path: Pa
         columns=SourceColumns(action="action", rating="rating"),
     )
     config = config_of(event_log, tmp_path / "run")
-    done = start(config, 2, f"1:data.path={other.path}", "1:model.dim=8", "0:data.num_negatives=7")
+    done = start(config, 2, f"1:data.path={other.path}", "1:model.dim=8", "0:data.num_negatives=7", version="1:9.9")
     assert done.returncode != 0
-    differences = r"log \(\w+ -> \w+\), model.dim \(16 -> 8\), data.num_negatives \(7 -> 20\)"
+    differences = (
+        rf"vista \({re.escape(__version__)} -> 9\.9\), "
+        r"log \(\w+ -> \w+\), model.dim \(16 -> 8\), data.num_negatives \(7 -> 20\)"
+    )
     for rank in (0, 1):
         expected = f"rank {rank}: error: rank 1 differs from rank 0 in {differences}; start all ranks with the same"
         assert re.search(expected, done.stderr), done.stderr

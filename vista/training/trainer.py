@@ -368,11 +368,7 @@ class Trainer:
             metrics.write(row)
 
     def _export(self, model: RankingModel, validated: dict[str, float] | None = None) -> None:
-        """Write the model, with a card, to <run_dir>/best.
-
-        Args:
-            model: from `plain_model`.
-        """
+        """Write a model from `plain_model`, with a card, to <run_dir>/best."""
         if not self._leads:
             return
         card = model_card(model, self.config, self.log, validated, self._collisions)
