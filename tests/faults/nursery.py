@@ -27,7 +27,7 @@ from typing import Any
 import vista
 
 Say = Callable[[Any], None]
-TIMEOUT_S = 60.0
+TIMEOUT_S = 240.0
 _PR_SET_PDEATHSIG = 1
 _messages = 1
 """Descriptor for messages to the tests."""
@@ -61,7 +61,7 @@ class Child:
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Send a signal, unless the child has ended."""
-        if self.exit_code is None:
+        if self.exit_code is None and self.pid:  # 0 would be the process group of the tests.
             with suppress(ProcessLookupError):  # It ended, but its last message was not read yet.
                 os.kill(self.pid, number)
 

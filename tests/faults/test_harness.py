@@ -19,7 +19,7 @@ import pytest
 from tests.faults import preload
 from tests.faults.disk_images import Disk
 from tests.faults.harness import Promise, Trial, Trials, formats, missed_shares, read_record
-from tests.faults.nursery import Nursery, Say
+from tests.faults.nursery import Child, Nursery, Say
 from tests.faults.preload import Call
 from tests.faults.table import BARS, bars, import_promises, is_old, markdown, own_rows, problems, row_of, summary
 from tests.faults.test_power_loss import check_images, runs_of, traced_writer
@@ -85,6 +85,11 @@ def test_how_a_child_ended_is_told_apart(nursery: Nursery, how: str, code: int, 
     child = nursery.start(leave, how).end()
     assert (child.messages, child.exit_code, child.typed) == (["began"], code, typed)
     assert nursery.start(leave, how).pid != child.pid
+
+
+def test_a_child_that_has_not_started_is_not_killed(nursery: Nursery) -> None:
+    """Its process id is 0, which is the process group of the tests."""
+    Child(nursery, job=0).kill(signal.SIGKILL)
 
 
 def unsynced_writer(say: Say, *arguments: Any) -> None:

@@ -91,7 +91,6 @@ def host_ray(say: Say, folder: str) -> None:
     import ray
 
     del os.environ["LD_PRELOAD"]  # Ray's processes need none of it.
-    os.setsid()  # Ray signals process groups.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
     ray.init(num_cpus=1, object_store_memory=80_000_000, _temp_dir=folder, **quiet)
