@@ -121,7 +121,9 @@ def cluster(drivers: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Itera
     num_calls = drivers.call(refresh_by_actors, folder, folder / "store", "", 0, [])
     with tempfile.TemporaryDirectory(prefix="vr-", ignore_cleanup_errors=True) as sockets:  # Their paths must be short.
         host = drivers.start(host_ray, sockets)
-        yield Cluster(host.hear(300), folder, folder_contents(folder / "store"), num_calls)
+        address = host.hear(300)
+        assert address, host.raised
+        yield Cluster(address, folder, folder_contents(folder / "store"), num_calls)
         host.kill(signal.SIGTERM)
         host.result(300)
 
