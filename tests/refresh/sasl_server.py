@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import socketserver
+import ssl
 import struct
 import threading
+from pathlib import Path
 from types import TracebackType
 
 _API_VERSIONS, _HANDSHAKE, _AUTHENTICATE = 18, 17, 36
@@ -14,10 +16,14 @@ _AUTHENTICATION_FAILED = 58
 
 
 class SaslServer:
-    """Serves on a loopback port. Use it in a `with` block."""
+    """Serves on a loopback port, over TLS if it has a certificate. Use it in a `with` block."""
 
-    def __init__(self) -> None:
+    def __init__(self, certificate: Path | None = None, key: Path | None = None) -> None:
         self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), _Connection)
+        if certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate, key)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
         self.servers = f"127.0.0.1:{self._server.server_address[1]}"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import socket
+import subprocess
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -68,6 +70,30 @@ def test_servers_that_cannot_be_used(
         run_watch(streamed)
     assert not isinstance(failure.value, StreamOffsetError) and "stream.client_file" in str(failure.value)
     assert PASSWORD not in str(failure.value) + caplog.text + repr(streamed)
+
+
+def test_tls(tmp_path: Path, streamed: WatchConfig) -> None:
+    """The password arrives over TLS, but not at a server whose certificate is unknown or that does not speak TLS."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl")
+    certificate, key, client = tmp_path / "certificate", tmp_path / "key", tmp_path / "client.properties"
+    words = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=vista".split()  # noqa: SIM905
+    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate]
+    subprocess.run(["openssl", *words, *names], check=True, capture_output=True)
+    streamed.stream = StreamConfig(max_s=3.0, client_file=str(client))
+    unverified = CLIENT.replace("sasl_plaintext", "sasl_ssl")
+    verified = f"{unverified}ssl.ca.location={certificate}\n"
+    with SaslServer(certificate, key) as secure, SaslServer() as plain:
+        for broker, settings, reason in (
+            (secure, verified, "Invalid username or password"),
+            (secure, unverified, "certificate verify failed"),
+            (plain, verified, "cannot be read: .*(transport failure|SSL handshake failed)"),
+        ):
+            client.write_text(settings)
+            streamed.source = f"kafka://{broker.servers}/{TOPIC}"
+            with pytest.raises(StreamError, match=reason) as failure:
+                run_watch(streamed)
+            assert PASSWORD not in str(failure.value)
 
 
 def test_a_topic_that_does_not_exist(kafka: MockKafka, streamed: WatchConfig) -> None:

@@ -105,6 +105,7 @@ def local_spark(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.recipes
+@pytest.mark.timeout(900)
 def test_the_spark_recipe(local_spark: None, page: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     run(page, "def refresh_shards", "mapInPandas")
     assert capsys.readouterr().out.split()[-2:] == ["60", "1200"]
