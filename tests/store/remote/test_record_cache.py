@@ -63,6 +63,27 @@ def test_every_change_is_seen_at_once(server, build, cached):
     assert verify_store(cached).num_problems == 0
 
 
+def test_threads_that_see_different_versions_do_not_mix_them(server, build, cached, monkeypatch):
+    """One thread has read records; before it caches them, a user is erased, and another thread sees the new version."""
+    build.write_store(cached)
+    with StoreReader.open(cached) as store:
+        records, erased = store._current().records, []
+
+        def set_version(one: Any, version: bytes) -> None:
+            one.version = version
+            if one is records and not erased:
+                erased.append(5)
+                assert erase(server.url(), erased) == 1
+                assert store.get_many([7]).found.all()
+
+        records.version = b""
+        versions = property(lambda one: one.version, set_version)
+        monkeypatch.setattr(type(records), "_version", versions, raising=False)
+        assert store.get_many(range(TOTAL)).found.all() and erased
+        for _ in range(2):
+            assert store.get_many([4, 5]).found.tolist() == [True, False]
+
+
 def test_processes_share_it_and_forks_use_it(server, build, cached):
     build.write_store(cached)
     with StoreReader.open(cached) as store:

@@ -155,12 +155,13 @@ class RemoteRecords:
             )
             stamp = values.pop()
             self._require_stamp(stamp)
-            self._version = stamp + checksum
-            if self._version == version or len(wanted) == len(keys):
+            seen, version = version, stamp + checksum
+            if seen == version or len(wanted) == len(keys):
                 break
-            version, held = self._version, [None] * len(keys)  # Records have changed since they were cached.
+            held = [None] * len(keys)  # Records have changed since they were cached.
         fetched = dict(zip(wanted, values, strict=True))
-        cache.put(self._version, {key: value for key, value in fetched.items() if value is not None})
+        self._version = version  # Other threads may set a newer one, to which these records do not belong.
+        cache.put(version, {key: value for key, value in fetched.items() if value is not None})
         return [fetched.get(key) if value is None else value for key, value in zip(keys, held, strict=True)]
 
     def _require_stamp(self, stamp: bytes | None) -> None:
