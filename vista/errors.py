@@ -213,10 +213,11 @@ class StoreWriteError(StoreError):
 
 
 class StoreUnavailableError(StoreError):
-    """The server of a remote store cannot be reached, does not answer in time, or is still loading its data.
+    """The server of a remote store cannot be reached, does not answer in time, or refuses the password or a command.
 
-    Remedy: check that the server is running, and check the host, the port, the network, and the server's load. A reader
-    keeps its generation and works again as soon as the server answers. Rerun an interrupted command to resume it.
+    Remedy: check that the server is running, and check the host, the port, the password, the network, and the server's
+    load. A reader keeps its generation and works again as soon as the server answers. Rerun an interrupted command to
+    resume it.
     """
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.errors import StoreClosedError, StoreError, SummarizerMismatchError, UserKeyError
+from vista.errors import StoreClosedError, StoreError, StoreUnavailableError, SummarizerMismatchError, UserKeyError
 from vista.store.batch_assembly import assembled
 from vista.store.format.keys import INT_PREFIX, STR_PREFIX, user_id, user_keys
 from vista.store.format.state_record import StateArrays
@@ -235,6 +235,8 @@ class StoreReader:
         for generation in reversed([number for number in self._generations.numbers() if number < current]):
             try:
                 older = self._generations.open(generation, self._key)
+            except StoreUnavailableError:
+                raise
             except StoreError:
                 continue  # unfinished or damaged
             if older.spec.summarizer_id == self._wanted:

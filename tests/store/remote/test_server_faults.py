@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from tests.store.remote.valkey_server import Proxy
+from tests.store.remote.valkey_server import Proxy, free_port
 from vista.errors import StoreError, StoreLockedError, StoreUnavailableError, StoreWriteError
 from vista.store import StoreReader
 from vista.store.layout import pointer_to
@@ -107,7 +107,7 @@ def test_tls(start_server, build, tmp_path, monkeypatch):
         pytest.skip("needs openssl")
     files = ["--tls-cert-file", tmp_path / "certificate", "--tls-key-file", tmp_path / "key"]
     server = start_server("--tls-auth-clients", "no", *map(str, files))
-    port = server.port + 1 if server.port < 65535 else server.port - 1
+    port = free_port()
     server.command("CONFIG", "SET", "tls-port", port)
     url = f"rediss://localhost:{port}/mine"
     with pytest.raises(StoreUnavailableError, match=r"cannot be reached.*certificate"):

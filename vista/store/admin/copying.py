@@ -9,7 +9,7 @@ from pathlib import Path
 
 import lmdb
 
-from vista.errors import StoreError
+from vista.errors import StoreError, StoreUnavailableError
 from vista.store.admin.generation_builder import restamp_records
 from vista.store.admin.generation_reader import Batch
 from vista.store.admin.managed_store import ManagedStore, managed_store
@@ -117,6 +117,8 @@ def _resume_or_start(
         builder = target.builder(wanted, key, resume=True)
         if _take_held(builder, source, target.erased_users):
             return builder
+    except StoreUnavailableError:
+        raise
     except (StoreError, lmdb.Error) as error:  # such as a file that was truncated within its first page
         reason = f"cannot be read: {error}"
     if builder is not None:
@@ -146,6 +148,8 @@ def _is_equal(source: WholeGeneration, target: ManagedStore, number: int, key: b
             return _comparable(source.manifest) == _comparable(held.manifest) and _same(
                 _restamped(source, held.spec), held.batches()
             )
+    except StoreUnavailableError:
+        raise
     except StoreError as error:
         logger.info("%s: gen-%d differs from the source: %s", target.address, number, error)
         return False

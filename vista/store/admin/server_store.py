@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from vista.errors import StoreError
+from vista.errors import StoreError, StoreUnavailableError
 from vista.store.admin.generation_reader import settled
 from vista.store.lmdb.permissions import Permissions
 from vista.store.manifest import Manifest
@@ -119,6 +119,8 @@ class ServerStore:
         try:
             self._store.last_complete()
             return []
+        except StoreUnavailableError:
+            raise
         except StoreError as error:
             return [str(error)]
 

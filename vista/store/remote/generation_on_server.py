@@ -42,7 +42,7 @@ class GenerationOnServer:
         self._lock = lock
         manifest, ttl = self._server.command("MGET", self.names.manifest, self.names.ttl)
         self.manifest = self._parsed(manifest)
-        self.ttl_ms = None if ttl is None else int(ttl)
+        self.ttl_ms = None if ttl is None else store.whole_number(ttl, self.names.ttl)
         """Time from the last refresh until the generation expires; None if it does not."""
         self.records = RemoteRecords(self._server, self.names, self.manifest, None)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import xxhash
 
-from vista.errors import StoreError, StoreUnavailableError, StoreWriteError, UnfinishedError
+from vista.errors import StoreError, StoreUnavailableError, StoreWriteError, UnfinishedError, shown
 from vista.files import checked_path
 from vista.store.layout import parse_pointer
 from vista.store.manifest import Manifest
@@ -88,7 +88,21 @@ class RemoteStore:
 
     def numbers(self) -> list[int]:
         """Numbers of all generations, finished or not, ascending."""
-        return sorted(map(int, self.server.command("SMEMBERS", self.names.generations)))
+        name = self.names.generations
+        return sorted(self.whole_number(member, name) for member in self.server.command("SMEMBERS", name))
+
+    def whole_number(self, value: bytes, name: bytes) -> int:
+        """The number above 0 in a key of this name.
+
+        Raises:
+            StoreError: there is none.
+        """
+        if not 0 < len(value) < 19 or not value.isdigit() or not int(value):
+            raise StoreError(
+                f"{self.url}: the key {name.decode()} holds {shown(value, 40)}; check whether other programs write to "
+                "the keys of this store, and mend it, or refresh into a store of another name"
+            )
+        return int(value)
 
     def next_number(self, least: int = 1) -> int:
         """A generation number above all existing ones, above all that were ever complete, and not below `least`."""

@@ -19,6 +19,8 @@ Command = tuple[Any, ...]
 _CHANGE_ATTEMPTS = 100
 _READ_BYTES = 1 << 18
 _DURABLE_S = 30.0
+_REFUSED_WRITES = ("MISCONF", "NOREPLICAS")
+"""First words of error replies if the server could not save, or has lost the replicas that it must have."""
 
 
 class _CommandPacker:
@@ -82,9 +84,9 @@ class ServerConnection:
         """Run one command.
 
         Raises:
-            StoreUnavailableError: the server cannot be reached, or does not answer in time.
-            StoreWriteError: the server has no memory left, or is a replica.
-            StoreError: it refuses the password or the command, or is not a Valkey or Redis server.
+            StoreWriteError: the server cannot write at the moment, such as without memory left, or is a replica.
+            StoreUnavailableError: anything else: the server cannot be reached, does not answer in time, refuses the
+                password or the command, or is not a Valkey or Redis server. It says nothing about the store.
         """
         with self._typed_errors():
             return self._client.execute_command(*command)
@@ -162,14 +164,17 @@ class ServerConnection:
             raise self._typed(error) from error
 
     def _typed(self, error: Exception) -> StoreError:
-        errors, url, reason = redis.exceptions, self.url, shown(str(error), 200)
+        reply = str(error).rpartition(" caused error: ")[2]  # without the command, which holds records
+        errors, url, reason = redis.exceptions, self.url, shown(reply, 200)
         if isinstance(error, errors.AuthenticationError | errors.AuthorizationError):
-            return StoreError(
+            return StoreUnavailableError(
                 f"{url}: the server refuses the user or the password; give them in the URL "
                 f"(redis://user:password@host), or the password in the environment variable {PASSWORD_VARIABLE}"
             )
         if isinstance(error, errors.NoPermissionError):
-            return StoreError(f"{url}: the server does not permit a command ({reason}); grant it to the user")
+            return StoreUnavailableError(
+                f"{url}: the server does not permit a command ({reason}); grant it to the user"
+            )
         if isinstance(error, errors.BusyLoadingError):
             return StoreUnavailableError(f"{url}: the server is still loading its data; try again in a while")
         if isinstance(error, errors.TimeoutError):
@@ -190,10 +195,22 @@ class ServerConnection:
         if isinstance(error, errors.ReadOnlyError):
             return StoreWriteError(f"{url} is a read-only replica; write to its primary")
         if isinstance(error, errors.InvalidResponse | ValueError):
-            return StoreError(
+            return StoreUnavailableError(
                 f"{url}: the service there is not a Valkey or Redis server ({reason}); check the host and the port"
             )
-        return StoreError(f"{url}: the server refuses a command ({reason}); check the server and the store's name")
+        if isinstance(error, errors.AskError):  # also of MOVED
+            return StoreUnavailableError(
+                f"{url}: the server is a node of a cluster, and the store's keys are on another node; write "
+                f"{error.host}:{error.port} in the URL, because vista does not follow redirections"
+            )
+        if reply.startswith(_REFUSED_WRITES):
+            return StoreWriteError(
+                f"{url}: the server accepts no writes at the moment ({reason}); mend that, then rerun the command: the "
+                "published generation is unchanged"
+            )
+        return StoreUnavailableError(
+            f"{url}: the server refuses a command ({reason}); check the server and the store's name"
+        )
 
 
 def evicting(url: StoreUrl, policy: str) -> StoreError:
