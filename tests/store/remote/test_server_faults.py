@@ -20,6 +20,7 @@ from vista.store.layout import pointer_to
 from vista.store.manifest import Manifest
 from vista.store.reader import published_manifest
 from vista.store.remote.server_connection import ServerConnection
+from vista.store.remote.server_lock import ServerLock
 from vista.store.remote.store_url import StoreUrl
 
 TOTAL = 40
@@ -147,6 +148,20 @@ def test_a_writer_whose_connection_is_cut_can_resume(server, proxy, build, repli
     proxy.cuts = []
     assert build.write_store(proxy.url(), 1, batch=8, run_digest="log-2").count == TOTAL
     assert served(server.url()) == 1
+
+
+def test_a_lock_whose_reply_is_lost_is_held(server, proxy):
+    connection = ServerConnection(StoreUrl.parse(proxy.url()))
+    connection.check()
+    lock = ServerLock(connection, b"{mine}:writer")
+    server.command("CONFIG", "RESETSTAT")
+    proxy.cuts = [(0, 0)]
+    lock.acquire()
+    stats = server.command("INFO", "commandstats")
+    assert stats["cmdstat_set"]["calls"] == 2 and stats["cmdstat_get"]["calls"] == 1, "it does not wait for itself"
+    lock.require(server.command("GET", "{mine}:writer"))
+    lock.release()
+    assert not server.command("EXISTS", "{mine}:writer")
 
 
 def test_a_server_that_stalls_within_a_change(proxy):

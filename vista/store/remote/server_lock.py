@@ -46,6 +46,8 @@ class ServerLock:
         found, expires_ms = None, 0
         while self._server.command("SET", self.name, self._value(), "NX", "PX", _lock_ms()) is None:
             holder, left_ms = self._server.pipeline([("GET", self.name), ("PTTL", self.name)])
+            if holder == self._value():
+                break  # The reply to the first attempt was lost, and the client had sent the command again.
             if holder is not None:
                 if found is not None and (holder != found or left_ms > expires_ms):
                     raise StoreLockedError(f"{self._server.url} is being written by {_holder(holder)}; wait for it")
