@@ -12,12 +12,10 @@ from numpy.typing import NDArray
 
 from vista.errors import SummarizerMismatchError
 from vista.store.format.record_spec import HEADER
-from vista.store.layout import store_address
-from vista.store.locked_folder import LockedFolder
 from vista.store.manifest import Manifest
 from vista.store.open_generation import FoundStates
 from vista.store.remote.store_url import StoreUrl
-from vista.store.writable_store import WritableGeneration, WritableStore
+from vista.store.writable_store import WritableGeneration, WritableStore, lock_for_writing
 
 
 class StoreUpdate:
@@ -73,14 +71,7 @@ class StoreUpdate:
             SummarizerMismatchError: the generation is of another summarizer.
             StoreError: nothing is published there, its states are missing, or it cannot be written.
         """
-        store: WritableStore
-        address = store_address(path)
-        if isinstance(address, StoreUrl):
-            from vista.store.remote.locked_server import LockedServer
-
-            store = LockedServer.lock(address)
-        else:
-            store = LockedFolder.lock(address)
+        store = lock_for_writing(path)
         try:
             generation = store.published()
             if generation.manifest.summarizer_id != summarizer_id.hex():

@@ -12,6 +12,9 @@ from typing import Protocol
 from vista.store.erased_users import ErasedUsers
 from vista.store.format.record_spec import RecordSpec
 from vista.store.format.state_record import StateSpec
+from vista.store.layout import store_address
+from vista.store.lmdb.permissions import Permissions
+from vista.store.locked_folder import LockedFolder
 from vista.store.manifest import Manifest
 from vista.store.open_generation import FoundStates
 from vista.store.remote.store_url import StoreUrl
@@ -80,3 +83,22 @@ class WritableStore(Protocol):
 
     def release(self) -> None:
         """Close what is open and let other writers in; releasing twice is allowed."""
+
+
+def lock_for_writing(store: str | Path | StoreUrl, permissions: Permissions | None = None) -> WritableStore:
+    """Become the one writer of a store.
+
+    Args:
+        store: its folder or URL.
+        permissions: make the folder if it does not exist, and set these on it; None changes nothing.
+
+    Raises:
+        StoreLockedError: another writer holds the store.
+        StoreError: it cannot be written; the message has the remedy.
+    """
+    address = store_address(store)
+    if isinstance(address, StoreUrl):
+        from vista.store.remote.locked_server import LockedServer
+
+        return LockedServer.lock(address)
+    return LockedFolder.lock(address, permissions)

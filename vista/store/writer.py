@@ -10,13 +10,11 @@ from types import TracebackType
 from vista.errors import StoreError
 from vista.store.format.authentication import key_id
 from vista.store.format.keys import CURSOR_KEY
-from vista.store.layout import store_address
 from vista.store.lmdb.flock import WAIT_S
 from vista.store.lmdb.permissions import GROUP, PRIVATE
-from vista.store.locked_folder import LockedFolder
 from vista.store.manifest import Manifest
 from vista.store.remote.store_url import StoreUrl
-from vista.store.writable_store import WritableGeneration, WritableStore
+from vista.store.writable_store import WritableGeneration, WritableStore, lock_for_writing
 
 
 class StoreWriter:
@@ -60,14 +58,7 @@ class StoreWriter:
             StoreError: the path cannot be written; the message has the remedy.
         """
         wanted = dataclasses.replace(manifest, key_id=None if key is None else key_id(key))
-        store: WritableStore
-        address = store_address(path)
-        if isinstance(address, StoreUrl):
-            from vista.store.remote.locked_server import LockedServer
-
-            store = LockedServer.lock(address)
-        else:
-            store = LockedFolder.lock(address, GROUP if shared_with_group else PRIVATE)
+        store = lock_for_writing(path, GROUP if shared_with_group else PRIVATE)
         try:
             return cls(store, store.start(wanted), key)
         except BaseException:
