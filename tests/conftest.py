@@ -73,6 +73,13 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def same_settings(one_thread: None) -> None:
+    """Begin each test with one thread and with denormal numbers, both of which an earlier test may have changed."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(False)
+
+
 @pytest.fixture
 def force_processor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
     """Force a processor profile for the rest of a test; "" detects the processor."""
