@@ -69,6 +69,12 @@ CASES = {
     ],
     "lengths": ["200 events: vista", "1,000 events: tail-only", "200 events: sim-hard", "1,000 events: twin"],
     "ray": ["in two actors of Ray against two processes: rate", "memory", "first batch"],
+    "serve": [
+        "500 candidates, JSON: requests per second over HTTP against in process",
+        "5,000 candidates, MessagePack: CPU time per request",
+        "500 candidates: p99 at half load, equal gaps, against the median",
+        "4 requests of 10 candidates in one call against a call each",
+    ],
     "scorer": [
         "a user of 20,000 events against one of 200",
         "50 candidates: median",

@@ -19,7 +19,7 @@ from typing import Any
 
 import vista
 
-TIMEOUT_S = 60
+TIMEOUT_S = 120
 _LISTENING = re.compile(r"listening on http://127\.0\.0\.1:(\d+)")
 
 
@@ -103,9 +103,9 @@ def environment(**more: str) -> dict[str, str]:
 
 @contextmanager
 def running(*words: str, **variables: str) -> Iterator[RunningService]:
-    """A service on a free port, which is killed in the end if it still runs."""
+    """A service on a free port, which is killed in the end if it still runs. Its deadline suits a busy machine."""
     with subprocess.Popen(
-        command("port=0", *words), env=environment(**variables), stderr=subprocess.PIPE, text=True
+        command("port=0", *words, "deadline_s=100"), env=environment(**variables), stderr=subprocess.PIPE, text=True
     ) as process:
         service = RunningService(process)
         try:

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import ITEMS, START, USERS, Served
-from tests.serve.running_service import RunningService, command, environment, running, until
+from tests.serve.running_service import TIMEOUT_S, RunningService, command, environment, running, until
 from vista.cli.main import main
 from vista.refresh import refresh
 from vista.scorer import Scorer
@@ -96,7 +96,7 @@ class Load:
         return any(np.allclose(scores, expected, atol=TOLERANCE) for expected in self._expected[user])
 
     def _connection(self) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection("127.0.0.1", self._service.port, timeout=60)
+        return http.client.HTTPConnection("127.0.0.1", self._service.port, timeout=TIMEOUT_S)
 
 
 def scores_of(scorer: Scorer) -> dict[int, list[Any]]:
@@ -147,17 +147,19 @@ def test_reloads_erasures_and_killed_workers(served: Served, tmp_path: Path) -> 
 
 
 def test_running_requests_finish_after_sigterm(served: Served) -> None:
-    with running(f"model={served.model_dir}", f"store={served.store}", "deadline_s=30", "stop_s=30") as service:
+    with running(f"model={served.model_dir}", f"store={served.store}", "stop_s=100") as service:
         body = json.dumps({"users": [103], "candidates": ITEMS}).encode()
         with service.connect() as connection, service.connect() as idle:
             head = f"POST /v1/score HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: {len(body)}\r\n\r\n"
             connection.sendall(head.encode())
             assert connection.recv(1000).startswith(b"HTTP/1.1 100")  # The service waits for the body.
+            idle.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert idle.recv(1000).startswith(b"HTTP/1.1 200")
             service.process.send_signal(signal.SIGTERM)
-            assert idle.recv(1000) == b""  # It closes connections without a request.
+            assert idle.recv(1000) == b""  # It closes connections without a running request.
             connection.sendall(body)
             assert connection.recv(10_000).startswith(b"HTTP/1.1 200")
-        assert service.process.wait(60) == 0
+        assert service.process.wait(TIMEOUT_S) == 0
         assert "stopped" in service.log
 
 
@@ -187,7 +189,7 @@ def test_a_full_disk_for_logs(served: Served) -> None:
     """Messages that cannot be written are lost; requests are not."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    words = command(f"port={port}", f"model={served.model_dir}", f"store={served.store}")
+    words = command(f"port={port}", "deadline_s=100", f"model={served.model_dir}", f"store={served.store}")
     with (
         open("/dev/full", "w") as full,
         subprocess.Popen(words, env=environment(), stderr=full, stdout=full) as process,
@@ -196,18 +198,18 @@ def test_a_full_disk_for_logs(served: Served) -> None:
             until(lambda: _answers(port) or process.poll() is not None)
             assert process.poll() is None
             for _ in range(3):
-                with socket.create_connection(("127.0.0.1", port), 60) as connection:
+                with socket.create_connection(("127.0.0.1", port), TIMEOUT_S) as connection:
                     connection.sendall(b"not HTTP\r\n\r\n")  # which is logged
                     assert connection.recv(1000).startswith(b"HTTP/1.1 400")
             assert _answers(port)
             process.send_signal(signal.SIGTERM)
-            assert process.wait(60) == 0
+            assert process.wait(TIMEOUT_S) == 0
         finally:
             process.kill()
 
 
 def _answers(port: int) -> bool:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
     try:
         connection.request("POST", "/v1/score", json.dumps({"users": [103], "candidates": [0]}))
         return connection.getresponse().status == 200

@@ -2,7 +2,7 @@
 
 There is no pause for others to arrive: a request that finds a free thread is scored alone. If requests wait, those that
 are next in line join the first one, because one call for several users costs much less than a call for each
-(docs/research-log.md has the figures). Scores do not depend on the other users of a call.
+(docs/research-log.md has the figures). Scores do not depend on the other users of a call, beyond rounding.
 """
 
 from __future__ import annotations
