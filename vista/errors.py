@@ -284,7 +284,7 @@ class BodyTooLargeError(VistaError):
 
 
 class SlowBodyError(VistaError):
-    """The body of a request did not arrive within the request's deadline.
+    """The body of a request did not arrive within the request's deadline, or its connection was closed before its end.
 
     Remedy: check the network between the client and the service, or raise `deadline_s`.
     """

@@ -135,6 +135,7 @@ def test_broken_connections(service: RunningService) -> None:
             connection.sendall(sent)
     assert service.fetch("/v1/score", GOOD)[0] == 200
     until(lambda: service.number("vista_queue_depth") == 0)
+    assert "a request failed" not in service.log
 
 
 def test_endless_headers_are_refused(service: RunningService) -> None:

@@ -17,7 +17,7 @@ from vista.serve.request_bodies import JSON, MSGPACK, ExplainBody, RankBody, Sco
 from vista.serve.score_batches import ScoreBatches
 from vista.serve.scoring_queue import ScoringQueue
 from vista.serve.scoring_service import Answer, ScoringService
-from vista.serve.serve_extra import fastapi
+from vista.serve.serve_extra import ClientDisconnect, fastapi
 from vista.serve.service_metrics import ServiceMetrics
 from vista.version import __version__
 
@@ -160,7 +160,7 @@ async def _body(request: fastapi.Request, limit: int, deadline: float) -> bytes:
 
     Raises:
         BodyTooLargeError: it is longer than the limit; the rest is not kept.
-        SlowBodyError: it is not complete at the deadline.
+        SlowBodyError: it is not complete at the deadline, or the client has closed the connection.
     """
     said = request.headers.get("content-length", "0")
     too_large = BodyTooLargeError(f"the body has more than {limit:,} bytes (max_body_bytes); send several requests")
@@ -176,4 +176,6 @@ async def _body(request: fastapi.Request, limit: int, deadline: float) -> bytes:
                 parts.append(part)
     except TimeoutError:
         raise SlowBodyError("the body did not arrive within the deadline of the request") from None
+    except ClientDisconnect:
+        raise SlowBodyError("the connection was closed before the end of the body") from None
     return b"".join(parts)

@@ -5,11 +5,11 @@ B users, C candidates. All methods run in threads of the queue.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -176,7 +176,9 @@ class ScoringService:
     def problems(self) -> list[str]:
         """What keeps the service from moving to a newer model or generation; empty if nothing does."""
         found = []
-        if not (Path(self.config.model) / CONFIG_FILE).is_file():
+        if not os.path.isfile(
+            os.path.join(self.config.model, CONFIG_FILE)
+        ):  # False, too, where permissions are lacking
             found.append("the folder of the model cannot be read; the loaded model stays in service")
         if self.scorer.stats().last_reload_error is not None:
             found.append("the last reload failed; the loaded model and generation stay in service (see the log)")

@@ -1,4 +1,4 @@
-"""The only module that imports the packages of the extra `serve`."""
+"""Imports the packages of the extra `serve`, or says which one is missing."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ try:
     import prometheus_client.multiprocess
     import uvicorn
     import uvloop  # noqa: F401  uvicorn's event loop
+    from starlette.requests import ClientDisconnect
 except ImportError as error:
     raise MissingDependencyError(
         f"vista serve needs FastAPI, uvicorn and others ({error}); install them with: pip install 'vista-recsys[serve]'"
     ) from error
 
-__all__ = ["fastapi", "msgspec", "prometheus_client", "uvicorn"]
+__all__ = ["ClientDisconnect", "fastapi", "msgspec", "prometheus_client", "uvicorn"]
