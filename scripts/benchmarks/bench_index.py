@@ -2,11 +2,12 @@
 
     python -m scripts.benchmarks.bench_index [--vectors runs/ml-1m/best/item_retrieval_vectors.npy] [--large]
 
-The vectors are synthetic, because no trained catalog is as large. They have the mean and the covariance of trained item
-vectors, and cluster as these do: each is a mixture of a center and noise, both drawn from that normal distribution,
-with ten centers per thousand items, and has length 1. Without --vectors, the eigenvalues of the covariance fall as
-those of ml-1m's do (`SPECTRUM_POWER`). Queries are drawn as items are, from the same centers, since the vector of a
-user lies among those of the items that the user likes. Parameters of the index were tuned on vectors of other seeds.
+The vectors are synthetic, because no trained catalog is as large. They have the mean and the covariance of trained
+item vectors, and cluster as these do: each is a mixture of a center and noise, both drawn from that normal
+distribution, with ten centers per thousand items, and has length 1. Without --vectors, the eigenvalues of the
+covariance fall as those of ml-1m's do (`SPECTRUM_POWER`). Queries are drawn as items are, from the same centers,
+since the vector of a user lies among those of the items that the user likes. Parameters of the index were tuned on
+vectors of other seeds.
 
 A scan is torch's product of the table with the queries and topk, in one thread: of one query, and of 32 at once, per
 query. The index searches one query after another, as the scorer does. Contestants alternate.

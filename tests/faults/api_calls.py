@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tests.conftest import small_config, small_frame
-from tests.faults.operations import COLUMNS, first_event, log_of, model_of
+from tests.faults.operations import COLUMNS, first_event, index_items, log_of, model_of
 from vista import EventLog, Scorer, StoreReader, VistaModel, train
 from vista.config import SourceColumns
 from vista.log.row_features import RowFeatures
@@ -129,6 +129,17 @@ def scored(call: Callable[[Scorer, Any], Any]) -> Callable[[Path, Any], Any]:
 
     def run(folder: Path, value: Any) -> None:
         with Scorer.open(model_of(folder), folder / "store") as scorer:
+            call(scorer, value)
+
+    return run
+
+
+def retrieving(call: Callable[[Scorer, Any], Any]) -> Callable[[Path, Any], Any]:
+    """A call of a scorer with an index of items."""
+
+    def run(folder: Path, value: Any) -> None:
+        index_items(folder)
+        with Scorer.open(folder / "model", folder / "store", index=folder / "model.index") as scorer:
             call(scorer, value)
 
     return run
@@ -299,6 +310,19 @@ API_CALLS: dict[str, ApiCall] = {
         Scorer.predict, FEATURES, lambda folder, value: PairFeatures.of(FEATURE_READER, value, 1, 1)
     ),
     "Scorer.rank(top_k)": ApiCall(Scorer.rank, INTS, scored(lambda scorer, value: scorer.rank(100, top_k=value))),
+    "Scorer.retrieve(users)": ApiCall(Scorer.retrieve, IDS, retrieving(lambda scorer, value: scorer.retrieve(value))),
+    "Scorer.retrieve(top_k)": ApiCall(
+        Scorer.retrieve, INTS, retrieving(lambda scorer, value: scorer.retrieve([100], top_k=value))
+    ),
+    "Scorer.retrieve(num_candidates)": ApiCall(
+        Scorer.retrieve, INTS, retrieving(lambda scorer, value: scorer.retrieve([100], num_candidates=value))
+    ),
+    "Scorer.retrieve(within)": ApiCall(
+        Scorer.retrieve, IDS, retrieving(lambda scorer, value: scorer.retrieve([100], within=value))
+    ),
+    "Scorer.retrieve(where)": ApiCall(
+        Scorer.retrieve, [*FEATURES, *WORDS], retrieving(lambda scorer, value: scorer.retrieve([100], where=value))
+    ),
     "Scorer.encode(candidates)": ApiCall(Scorer.encode, IDS, scored(lambda scorer, value: scorer.encode(value))),
     "Scorer.user_vectors(users)": ApiCall(
         Scorer.user_vectors, IDS, scored(lambda scorer, value: scorer.user_vectors(value))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -234,6 +235,20 @@ def categories(name: str, write: Callable[[Any, Path], None]) -> Format:
     return Format((name,), read, make, checked=False)
 
 
+def make_index(folder: Path) -> None:
+    from vista.cli.index_command import run_index
+    from vista.config import IndexConfig
+    from vista.config.choices import IndexKind
+
+    kind = IndexKind.hnsw if find_spec("faiss") else IndexKind.flat
+    run_index(IndexConfig(model=str(folder / "model"), kind=kind))
+
+
+def read_index(folder: Path, world: Path) -> str:
+    with Scorer.open(world / "model", world / "store", index=folder / "model.index") as scorer:
+        return digest(ranking.items for ranking in scorer.retrieve(list(USERS), top_k=5))
+
+
 def make_metrics(folder: Path) -> None:
     values = {name: np.random.default_rng(0).random(len(USERS)) for name in ("ndcg@10", "recall@50", "mrr")}
     question = {"data": "log", "until": "leave-last-out", "top_k": [10, 50]}
@@ -303,6 +318,7 @@ FORMATS: dict[str, Format] = {
         make_log_with_impressions,
     ),
     "models": Format(("model/*",), read_model),
+    "indexes of items": Format(("model.index/*",), read_index, make_index),
     "CURRENT, LAST and tombstones": Format(
         ("store/CURRENT", "store/LAST", "store/tombstones"), read_small_files, make_two_generations
     ),

@@ -322,6 +322,22 @@ def holds_added(folder: Path) -> None:
     assert len(set(ranked(folder)[:3])) == 3, "the model does not rank the added items"
 
 
+def index_items(folder: Path) -> None:
+    from vista.cli.index_command import run_index
+    from vista.config import IndexConfig
+
+    run_index(IndexConfig(model=str(folder / "model")))
+
+
+def holds_index(folder: Path) -> None:
+    """A scorer of the index retrieves what a scan finds."""
+    from vista.scorer import Scorer
+
+    with Scorer.open(folder / "model", folder / "store", index=folder / "model.index") as scorer:
+        best = scorer.retrieve([100], top_k=5)[0].items
+        assert best.tolist() == scorer.rank(100, top_k=5).items.tolist()
+
+
 def simulate_small(folder: Path) -> None:
     from vista.simulation.simulate import simulate
 
@@ -392,6 +408,7 @@ OPERATIONS: dict[str, Operation] = {
     "a look of watch": Operation(watch_once, holds_watched, before=watch_before),
     "three checkpoints": Operation(resumed_checkpoints, holds_checkpoints),
     "an addition of items": Operation(add_items, holds_added, before=add_items_before, store="featured/store"),
+    "an index of items": Operation(index_items, holds_index),
     "a training run": Operation(train_small, holds_trained),
     "a simulation": Operation(simulate_small, holds_simulated),
 }

@@ -6,7 +6,6 @@ import logging
 import shutil
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from vista.cli.index_command import run_index
 from vista.cli.items_command import run_items_add
 from vista.config import IndexConfig, ItemsAddConfig, ItemTableConfig
 from vista.config.choices import IndexKind
-from vista.errors import ConfigError, ItemIndexError, UnknownUserError
+from vista.errors import ItemIndexError, UnknownUserError
 from vista.log.event_log import EventLog
 from vista.model.feature_spec import FeatureSpec
 from vista.model.item_feature_table import ItemFeatureTable
@@ -335,14 +334,3 @@ class TestReload:
                     thread.join()
             assert not failures and min(num_calls) > 0
             assert scorer.stats().reloads == 6
-
-
-def test_a_model_without_a_retrieval_head_is_refused(folder: Path, tmp_path: Path) -> None:
-    saved = VistaModel.from_pretrained(folder / "model")
-    torch.manual_seed(0)
-    schema = replace(saved.schema, has_retrieval=False, tasks=["click"])
-    other = VistaModel(saved.config, schema, saved.items, saved.data).eval()
-    other.set_item_features(saved.feature_table)
-    other.save_pretrained(tmp_path / "labeled")
-    with pytest.raises(ConfigError, match="has no retrieval head"):
-        run_index(IndexConfig(model=str(tmp_path / "labeled")))

@@ -5,16 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from vista.errors import MissingDependencyError
 
 logging.getLogger("faiss").setLevel(logging.WARNING)
 try:
-    import faiss
+    import faiss as _faiss
 except ImportError as error:
     raise MissingDependencyError(
         f"indexes and codes of items need faiss ({error}); install it with: pip install 'vista-recsys[faiss]'"
     ) from error
+faiss: Any = _faiss
+"""Its type stubs lack classes and attributes that vista uses."""
 
 
 @contextmanager
