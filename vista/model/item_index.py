@@ -30,8 +30,9 @@ NUM_LINKS, BUILD_EFFORT, SEARCH_EFFORT = 32, 80, 250
 """HNSW: links per node (twice as many on the lowest level), and the sizes of the lists of a build and of a search."""
 LISTS_PER_ROOT, POINTS_PER_LIST = 4, 64
 """IVF-PQ: lists per square root of the number of items, and items per list that training reads."""
-PROBED_SHARE, LEAST_PROBED = 1 / 6, 32
-"""IVF-PQ: share of the lists that a search reads, and the least number of them."""
+NUM_PROBED = 192
+"""IVF-PQ: lists that a search reads. The recall hardly depends on the number of items, because larger catalogs have
+larger lists."""
 NUM_COMPARED = 4
 """IVF-PQ: for each item that a search returns, so many are found by their codes and compared exactly."""
 SEED = 1234
@@ -167,7 +168,8 @@ class ItemIndex:
                 return _best(table, user, torch.from_numpy(np.flatnonzero(allowed)), count)
             scores = torch.mv(table, user)
             scores[UNKNOWN_ITEM] = -math.inf
-            return scores.topk(min(count, len(scores) - 1)).indices.numpy()
+            rows: Int = scores.topk(min(count, len(scores) - 1)).indices.cpu().numpy()
+            return rows
         later = np.arange(self.num_items + 1, len(table))
         if allowed is not None:
             later = later[allowed[later]]
@@ -200,8 +202,7 @@ class ItemIndex:
             size = min(int(max(SEARCH_EFFORT, count) * effort), self.num_items)
             parameters = faiss.SearchParametersHNSW(efSearch=size, **options)
         else:
-            probed = max(LEAST_PROBED, math.ceil(self._index.nlist * PROBED_SHARE))
-            probed = min(math.ceil(probed * effort), self._index.nlist)
+            probed = min(math.ceil(NUM_PROBED * effort), self._index.nlist)
             parameters = faiss.SearchParametersIVF(nprobe=probed, **options)
             count *= NUM_COMPARED
         with one_thread():
