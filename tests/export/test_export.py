@@ -1,0 +1,283 @@
+"""`vista export`: files that score without vista, in a fresh process; and what happens if something fails."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.conftest import run_python, small_config
+from tests.export.models import drawn_model
+from vista.cli.main import main
+from vista.config.choices import Architecture, ExportFormat, Precision, TargetAttentionKind
+from vista.errors import ExportError, MissingDependencyError
+from vista.export.export import export
+from vista.export.parity import scorer_outputs
+from vista.export.trial_requests import trial_requests
+from vista.export.trial_store import write_trial_store
+from vista.log.event_log import EventLog
+from vista.model.baselines.hstu import HSTU
+from vista.model.vista_model import VistaModel
+from vista.scorer.serving_source import ServingSource
+from vista.training.log_schema import schema_of
+
+BLOCKER = """
+import runpy, sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in sys.argv[1].split(","):
+            raise ImportError(f"{name} is not installed here")
+
+sys.meta_path.insert(0, Blocker())
+script, sys.argv = sys.argv[2], sys.argv[2:]
+runpy.run_path(script, run_name="__main__")
+"""
+"""Runs a program in a process where some packages cannot be imported: blocked names, the program, its arguments."""
+ALL_SHAPES = """
+import sys
+from pathlib import Path
+import numpy as np
+import onnxruntime
+
+folder = Path(sys.argv[1])
+session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+for path in sorted(Path(sys.argv[2]).glob("*.npz")):
+    arrays = np.load(path)
+    given = {name: array for name, array in arrays.items() if not name.startswith("output:")}
+    outputs = dict(zip([one.name for one in session.get_outputs()], session.run(None, given)))
+    for name, expected in arrays.items():
+        if name.startswith("output:"):
+            difference = np.abs(outputs[name.removeprefix("output:")] - expected).max()
+            assert difference <= 1e-4, (path, name, difference)
+print("ok")
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("export")
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> VistaModel:
+    """With everything that a model can read, saved as `model`, with a store of its summaries as `store`."""
+    made = drawn_model(kind=TargetAttentionKind.softmax, num_layers=1)
+    made.save_pretrained(folder / "model")
+    write_trial_store(made, folder / "store", seed=1)
+    return made
+
+
+@pytest.fixture(scope="module")
+def exported(model: VistaModel, folder: Path) -> Path:
+    """An ONNX export of `model`, made by the command."""
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    words = [f"model={folder / 'model'}", f"store={folder / 'store'}", f"out={folder / 'onnx'}", "num_requests=100"]
+    assert main(["export", *words]) == 0
+    return folder / "onnx"
+
+
+@pytest.fixture(scope="module")
+def small(folder: Path) -> Path:
+    """A model that takes less time to export: it reads candidates and the items and actions of tails."""
+    made = drawn_model(counters=False, features=False, has_time=False, has_retrieval=False, num_seeds=0, num_layers=1)
+    made.save_pretrained(folder / "small")
+    return folder / "small"
+
+
+def run_blocked(script: Path, *arguments: object, blocked: str) -> subprocess.CompletedProcess[str]:
+    """Run a program in isolated mode (-I), in which no path of the checkout is searched."""
+    command = [sys.executable, "-I", "-c", BLOCKER, blocked, str(script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd="/")
+
+
+def test_the_example_runs_without_vista_and_torch(exported: Path) -> None:
+    done = run_blocked(exported / "example.py", blocked="vista,vista_kernels,torch,onnx")
+    assert done.returncode == 0, done.stderr
+    assert [line.split(" [")[0] for line in done.stdout.splitlines()] == ["logits", "probabilities", "next"]
+
+
+def test_any_number_of_users_candidates_events_and_keys(exported: Path, folder: Path, tmp_path: Path) -> None:
+    """Also one user without events and keys, in a process without vista and torch."""
+    snapshot = ServingSource(folder / "model", folder / "store", "cpu", None, Precision.float32).open()
+    shapes = set()
+    for number, trial in enumerate(trial_requests(snapshot, 120, seed=7)):
+        expected = {f"output:{name}": values for name, values in scorer_outputs(snapshot, trial).items()}
+        shapes.add((*trial.arrays["candidates"].shape, *trial.arrays["tail_items"].shape[1:]))
+        np.savez(tmp_path / f"{number}.npz", **trial.arrays, **expected)  # type: ignore[arg-type]
+    snapshot.store.close()
+    assert {users for users, *_ in shapes} >= {1, 2, 7}
+    assert {candidates for _, candidates, _ in shapes} >= {1, 2, 17}
+    assert min(events for *_, events in shapes) == 0
+    (tmp_path / "all.py").write_text(ALL_SHAPES)
+    done = run_blocked(tmp_path / "all.py", exported, tmp_path, blocked="vista,vista_kernels,torch,onnx")
+    assert done.stdout == "ok\n", done.stderr
+
+
+def test_the_manifest_says_what_the_inputs_are(exported: Path, model: VistaModel) -> None:
+    manifest = json.loads((exported / "export.json").read_text())
+    example = np.load(exported / "example.npz")
+    for place, one in enumerate(manifest["inputs"]):
+        array = example[f"input_{place}"]
+        assert (array.dtype.name, array.ndim) == (one["dtype"], len(one["shape"])), one
+        assert all(
+            length == size for length, size in zip(one["shape"], array.shape, strict=True) if type(length) is int
+        )
+    values = {one["name"]: one for one in manifest["inputs"]}
+    assert json.loads((exported / values["request.device"]["values"]).read_text()) == ["phone", "tablet", "tv"]
+    assert values["request.page"]["hashed"] == 5
+    assert json.loads((exported / "items.json").read_text()) == model.items.ids(np.arange(100)).tolist()
+    assert manifest["tasks"] == ["click", "buy"]
+    assert manifest["summarizer_id"] == model.summarizer_id().hex()
+    assert manifest["compared"]["num_requests"] == 100
+    assert set(manifest["compared"]["max_difference"]) == {"logits", "next"}
+    assert all(difference <= 1e-4 for difference in manifest["compared"]["max_difference"].values())
+
+
+def test_the_graph_names_its_axes(exported: Path) -> None:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(exported / "model.onnx", providers=["CPUExecutionProvider"])
+    manifest = json.loads((exported / "export.json").read_text())
+    shapes = {one.name: one.shape for one in session.get_inputs()}
+    assert shapes == {one["name"]: one["shape"] for one in manifest["inputs"]}
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "items.json"])
+def test_a_damaged_file_is_noticed(exported: Path, tmp_path: Path, name: str) -> None:
+    copy = shutil.copytree(exported, tmp_path / "copy")
+    content = bytearray((copy / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (copy / name).write_bytes(content)
+    done = run_blocked(copy / "example.py", blocked="vista,torch")
+    assert (done.returncode, done.stderr.strip()) == (1, f"{name}: damaged; copy the export again")
+
+
+def written(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_export_that_differs_leaves_the_earlier_one(exported: Path, folder: Path, small: Path, capsys: Any) -> None:
+    """max_difference=1e-12 is below the rounding of float32."""
+    before = written(exported)
+    assert main(["export", f"model={small}", f"out={exported}", "num_requests=20", "max_difference=1e-12"]) == 1
+    assert "but at most 1e-12 is allowed (max_difference); nothing was written" in capsys.readouterr().err
+    assert written(exported) == before
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_full_disk_leaves_nothing(small: Path, tmp_path: Path) -> None:
+    """The graph exceeds the limit of the process on the size of files; writing it fails as on a full disk."""
+    pytest.importorskip("onnxscript")
+    code = (
+        "import resource, signal, sys\n"
+        "from vista.config.choices import ExportFormat\n"
+        "from vista.export.export import export\n"
+        "from vista.errors import ExportError\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "from vista.export import onnx_export\n"
+        "write = onnx_export.write_onnx\n"
+        "def limited(*arguments):\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))\n"
+        "    return write(*arguments)\n"
+        "onnx_export.write_onnx = limited\n"
+        "try:\n"
+        "    export(sys.argv[1], sys.argv[2], ExportFormat.onnx, num_requests=5)\n"
+        "except ExportError as error:\n"
+        "    print(error)\n"
+    )
+    done = run_python(code, str(small), str(tmp_path / "out"))
+    assert "the export could not be written" in done.stdout, done.stderr
+    assert "free space" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_export_leaves_the_earlier_one(exported: Path, small: Path, tmp_path: Path) -> None:
+    """Killed when only the manifest and the example are missing."""
+    out = shutil.copytree(exported, tmp_path / "out")
+    before = written(out)
+    code = (
+        "import os, signal, sys\n"
+        "from vista.config.choices import ExportFormat\n"
+        "from vista.export import export\n"
+        "def killed(*arguments):\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "export.write_description = killed\n"
+        "export.export(sys.argv[1], sys.argv[2], ExportFormat.onnx, num_requests=5)\n"
+    )
+    done = run_python(code, str(small), str(out))
+    assert done.returncode == -9, done.stderr
+    assert written(out) == before
+    assert len(list(tmp_path.iterdir())) == 2  # what was left has a name that begins with a dot
+
+
+@pytest.mark.parametrize("kind", ExportFormat)
+def test_a_folder_with_something_else_is_not_replaced(folder: Path, model: VistaModel, kind: ExportFormat) -> None:
+    for out, message in ((folder / "model", "holds something other than an export"), (folder / "f", "is a file")):
+        (folder / "f").write_text("")
+        with pytest.raises(ExportError, match=message):
+            export(folder / "model", out, kind)
+
+
+def test_a_baseline_is_refused_by_name(tmp_path: Path, event_log: EventLog) -> None:
+    config = small_config(event_log, tmp_path / "run", model__architecture=Architecture.hstu)
+    HSTU(config.model, schema_of(event_log, config), event_log.items, config.data).save_pretrained(tmp_path / "model")
+    with pytest.raises(ExportError, match=r"is a baseline \(hstu\), which reads raw histories"):
+        export(tmp_path / "model", tmp_path / "out", ExportFormat.onnx)
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, model: VistaModel, folder: Path) -> None:
+    for name in ("vista.export.onnx_export", "vista.export.onnx_extra"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'vista-recsys\[onnx\]'"):
+        export(folder / "model", folder / "none", ExportFormat.onnx)
+
+
+def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, model: VistaModel, folder: Path) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ExportError, match=r"needs a C\+\+ compiler"):
+        export(folder / "model", folder / "none", ExportFormat.aotinductor, store=str(folder / "store"))
+    assert not (folder / "none").exists()
+
+
+@pytest.mark.research
+@pytest.mark.parametrize("kind", TargetAttentionKind)
+def test_aotinductor_scores_without_vista(tmp_path: Path, kind: TargetAttentionKind) -> None:
+    """Compiles for about a minute."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    drawn_model(kind=kind, num_layers=1).save_pretrained(tmp_path / "model")
+    report = export(tmp_path / "model", tmp_path / "out", ExportFormat.aotinductor, num_requests=100)
+    assert max(report.compared.max_difference.values()) <= 1e-4
+    done = run_blocked(tmp_path / "out" / "example.py", blocked="vista,vista_kernels,onnxruntime")
+    assert done.returncode == 0, done.stderr
+    assert [line.split(" [")[0] for line in done.stdout.splitlines()] == ["logits", "probabilities", "next"]
+
+
+@pytest.mark.research
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kind": TargetAttentionKind.pointwise, "num_layers": 2},
+        {"kind": TargetAttentionKind.quasi_linear, "mean_token": True},
+        {"num_seeds": 0},
+        {"tasks": (), "features": False},
+        {"has_retrieval": False, "counters": False},
+        {"counters": False, "features": False, "has_time": False, "num_seeds": 0},
+    ],
+)
+def test_every_kind_of_model_as_onnx(tmp_path: Path, changes: dict[str, Any]) -> None:
+    drawn_model(**changes).save_pretrained(tmp_path / "model")
+    report = export(tmp_path / "model", tmp_path / "out", ExportFormat.onnx)
+    assert report.compared.num_requests == 1000
+    assert max(report.compared.max_difference.values()) <= 1e-4
+    done = run_blocked(tmp_path / "out" / "example.py", blocked="vista,vista_kernels,torch,onnx")
+    assert done.returncode == 0, done.stderr
