@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -29,9 +30,10 @@ def write_aotinductor(graph: ServingGraph, inputs: list[GraphInput], folder: Pat
     compilers = (config.cpp.cxx,) if isinstance(config.cpp.cxx, str) else config.cpp.cxx
     if not any(name and shutil.which(name) for name in compilers):
         raise ExportError("format=aotinductor needs a C++ compiler, such as g++; install one, or use format=onnx")
-    program = traced(graph, inputs)
-    path = folder / FILE
-    aoti_compile_and_package(program, package_path=str(path))
+    program, path = traced(graph, inputs), folder / FILE
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)  # of torch about itself
+        aoti_compile_and_package(program, package_path=str(path))
     package = aoti_load_package(str(path))
 
     def run(arrays: Arrays) -> Arrays:
