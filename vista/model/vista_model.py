@@ -33,6 +33,7 @@ from vista.model.item_projections import save_item_projections
 from vista.model.loss_part import LossPart
 from vista.model.losses import Losses, next_loss, reconstruction_loss, task_parts, weighted_losses
 from vista.model.model_description import ModelDescription
+from vista.model.packed_ranges import packed_ranges
 from vista.model.ranking_model import RankingModel
 from vista.model.reconstruction import ReconstructionDecoder
 from vista.model.row_feature_reader import RowFeatureReader
@@ -144,7 +145,7 @@ class VistaModel(RankingModel):
         if self.summarizer is None:
             return encoded.new_zeros(len(cuts.segment), 0, self.config.dim)
         if self.config.mixing is Mixing.bidirectional:
-            index, position, offsets = _gather_ranges(cuts.start, cuts.stop)
+            index, position, offsets = packed_ranges(cuts.start, cuts.stop)
             return self.summarizer.summarize_set(self.summarizer.tokens(encoded[index], position), offsets)
         position = torch.arange(len(encoded), device=encoded.device)
         position = position - events.offsets[:-1].repeat_interleave(events.offsets.diff())
@@ -221,7 +222,7 @@ class VistaModel(RankingModel):
     def _reconstruction(self, batch: Batch, item_vectors: Tensor, encoded: Tensor, summaries: Tensor) -> LossPart:
         assert self.decoder is not None
         events, part = batch.events, batch.reconstruction
-        index, _, offsets = _gather_ranges(part.start, part.start + part.length)
+        index, _, offsets = packed_ranges(part.start, part.start + part.length)
         target = encoded[index]
         # The decoder reconstructs the events themselves, hidden items included, but not their features, which tell how
         # an event came about, such as the device, rather than what the user is interested in.
@@ -394,11 +395,3 @@ class VistaModel(RankingModel):
                 digest.update(part)
             self._identified = quick.digest(), digest.digest()
         return self._identified[1]
-
-
-def _gather_ranges(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices of N packed ranges, end to end; positions within their range; and offsets int64 [N+1]."""
-    lengths = stop - start
-    offsets = F.pad(lengths.cumsum(0), (1, 0))
-    position = torch.arange(int(offsets[-1]), device=start.device) - offsets[:-1].repeat_interleave(lengths)
-    return position + start.repeat_interleave(lengths), position, offsets
