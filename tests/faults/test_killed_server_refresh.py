@@ -67,7 +67,7 @@ def read_until_the_end(trial: Trial, reader: StoreReader, child: Child, expected
 
 @promise(
     LOSES_NOTHING,
-    fault="beyond one machine, kill -9 of a {kind} into a Valkey server: at any request, after any part of its bytes",
+    fault="beyond one machine, kill -9 of a refresh into a Valkey server ({kind}) at any request, whole or in part",
     full=40,
     short=1,
     kinds=[FULL, INCREMENTAL],
@@ -79,7 +79,7 @@ def test_killed_refresh_into_server(trial: Trial, nursery: Nursery, growth: Grow
 
 @promise(
     LOSES_NOTHING,
-    fault="beyond one machine, kill -9 of the Valkey server, which restarts, at any request of a {kind}",
+    fault="beyond one machine, kill -9 of the Valkey server, which restarts, at any request of a refresh ({kind})",
     full=20,
     short=1,
     kinds=[FULL, INCREMENTAL],
