@@ -35,7 +35,13 @@ SHORT = EXACT | {"optim__epochs": 6, "optim__validate_every": 3, "checkpoint_eve
 """A run of 25 steps."""
 SHARDED = {"model__table": TableKind.torchrec}
 BY_ROW = SHARDED | {"optim__table_optimizer": TableOptimizer.rowwise_adagrad, "optim__table_rate": 5.0}
-HASHED = {"model__embedding_rows": 50}
+HASHED = {
+    "model__embedding_rows": 50,
+    "data__tokens_per_batch": 16,
+    "optim__epochs": 2,
+    "optim__validate_every": 1,
+}
+"""Some of the batches have a single chunk, so one of two ranks has none, and yet reads with the other one."""
 
 
 def short_config(log: EventLog, run_dir: Path, **changes: Any) -> TrainConfig:
@@ -49,7 +55,7 @@ def trained(log: EventLog, run_dir: Path, **changes: Any) -> Path:
 
 
 def assert_same_run(found: Path, expected: Path, rtol: float = 1e-4) -> None:
-    assert len(curve(expected)) == 25
+    assert len(curve(expected)) > 20
     np.testing.assert_allclose(curve(found), curve(expected), rtol=rtol)
     measured, others = ([row["validation"] for row in metrics(run) if "validation" in row] for run in (found, expected))
     assert len(measured) == 2 and measured == [pytest.approx(other, abs=1e-3) for other in others]

@@ -84,7 +84,7 @@ def read_together(read: Callable[[Tensor], Tensor], rows: Tensor, embeddings: Se
     """
     asked = [rows, *(embedding.rows for embedding in embeddings)]
     read_rows = torch.split(read(torch.cat([each.flatten() for each in asked])), [each.numel() for each in asked])
-    vectors = [part.view(*each.shape, -1).flatten(-2) for part, each in zip(read_rows, asked, strict=True)]
+    vectors = [part.view(*each.shape, part.shape[1]).flatten(-2) for part, each in zip(read_rows, asked, strict=True)]
     for embedding, own in zip(embeddings, vectors[1:], strict=True):
         embedding.read = own
     return vectors[0]
