@@ -192,11 +192,18 @@ class Ranks:
         """
         if not tensors:
             return []
-        counts = torch.tensor([-1 if each is None else len(each.values()) for each in tensors], device=self.device)
-        all_counts = torch.stack(self._gathered(counts)).cpu()
+        facts = torch.tensor([_num_rows_and_key(each) for each in tensors], device=self.device)
+        all_facts = torch.stack(self._gathered(facts)).cpu()
         sums: list[Tensor | None] = []
-        for each, table, own_counts in zip(tensors, like, all_counts.T, strict=True):
+        for each, table, own_facts in zip(tensors, like, all_facts.unbind(1), strict=True):
+            own_counts = own_facts[:, 0]
             most = int(own_counts.max())
+            if each is not None and most > 0 and bool((own_facts == own_facts[0]).all()):
+                # The usual case: all ranks have the rows of the whole batch's items.
+                total = each.clone()
+                self.sum(total.values())
+                sums.append(total)
+                continue
             if most < 0:
                 sums.append(None)
                 continue
@@ -252,6 +259,14 @@ class Ranks:
 def is_launched() -> bool:
     """Whether torchrun has started this process and at least one other."""
     return dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
+
+
+def _num_rows_and_key(tensor: Tensor | None) -> tuple[int, int]:
+    """Number of rows of a coalesced sparse tensor, and a hash of which ones; -1 and 0 for None."""
+    if tensor is None:
+        return -1, 0
+    index = tensor.indices()[0].cpu()
+    return len(index), xxhash.xxh3_64_intdigest(index.contiguous().numpy().data) >> 1  # as int64
 
 
 def _own_gpu(device: torch.device) -> torch.device:

@@ -127,6 +127,19 @@ class TwoEqualRanks(Ranks):
     def _gathered(self, tensor: Tensor) -> list[Tensor]:
         return [tensor, tensor.clone()]
 
+    def sum(self, tensor: Tensor) -> None:
+        tensor *= 2
+
+
+class TwoRanks(Ranks):
+    """This rank, and another one with given tensors."""
+
+    def __init__(self, *of_other: Tensor) -> None:
+        self.device, self._of_other = torch.device("cpu"), iter(of_other)
+
+    def _gathered(self, tensor: Tensor) -> list[Tensor]:
+        return [tensor, next(self._of_other)]
+
 
 def test_sums_of_sparse_gradients_have_the_rows_of_a_single_process() -> None:
     """Sparse Adam counts a step for a gradient without rows, but not for None."""
@@ -141,6 +154,10 @@ def test_sums_of_sparse_gradients_have_the_rows_of_a_single_process() -> None:
     assert full is not None and full.indices().tolist() == [[1, 3]] and full.values().tolist() == [[2.0, 2.0]] * 2
     assert empty is not None and empty.is_coalesced() and empty.shape == table.shape and len(empty.values()) == 0
     assert none is None and ranks.sum_sparse([], []) == []
+    other = torch.tensor([[2, 0]]), torch.tensor([3, 4]), torch.tensor([[5.0, 5.0], [7.0, 7.0]])
+    (mixed,) = TwoRanks(*other).sum_sparse([gradient(1, 3)], [table])
+    assert mixed is not None and mixed.is_coalesced() and mixed.indices().tolist() == [[1, 3, 4]]
+    assert mixed.values()[:, 0].tolist() == [1.0, 6.0, 7.0], "as many rows, but others"
 
 
 def test_only_errors_of_others_are_reported_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +166,7 @@ def test_only_errors_of_others_are_reported_as_such(monkeypatch: pytest.MonkeyPa
             raise error
 
         monkeypatch.setattr("vista.ranks.dist.all_reduce", all_reduce)
-        TwoEqualRanks().sum(torch.zeros(1))
+        TwoRanks().sum(torch.zeros(1))
 
     with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
         fail(torch.OutOfMemoryError("Tried to allocate 2 GiB"))
