@@ -133,7 +133,7 @@ def test_a_full_refresh_or_a_copy_decides(server, build, url, tmp_path):
     roll_back(url, to=2)
     with StoreReader.open(url) as store:
         assert store.generation == 2 and store.get_many(range(TOTAL)).found.all()
-    assert verify_store(url).num_problems == 0, "an expired generation that is not published is no problem"
+    assert verify_store(url).num_problems == 0, "an expired generation is not a problem unless it is published"
     build.write_store(server.url(), 1, run_digest="log-3")
     assert server.command("SMEMBERS", "{mine}:generations") == {b"2", b"3"}
 
