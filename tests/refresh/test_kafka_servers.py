@@ -80,7 +80,7 @@ def test_tls(tmp_path: Path, streamed: WatchConfig) -> None:
     words = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=vista".split()  # noqa: SIM905
     names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate]
     subprocess.run(["openssl", *words, *names], check=True, capture_output=True)
-    streamed.stream = StreamConfig(max_s=3.0, client_file=str(client))
+    streamed.stream = StreamConfig(max_s=8.0, client_file=str(client))
     unverified = CLIENT.replace("sasl_plaintext", "sasl_ssl")
     verified = f"{unverified}ssl.ca.location={certificate}\n"
     with SaslServer(certificate, key) as secure, SaslServer() as plain:

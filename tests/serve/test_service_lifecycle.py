@@ -87,7 +87,7 @@ class Load:
                     if attempt == ATTEMPTS - 1:
                         self.wrong.append(error)
                         return
-                    time.sleep(0.05 * 2**attempt)  # The port of a dying process stays open for a moment.
+                    time.sleep(0.1 * 2**attempt)  # The port of a dying process stays open for a moment.
             self.counts["answered"] += 1
             if answer.status == 429:
                 self.counts["refused"] += 1

@@ -28,6 +28,10 @@ logger = logging.getLogger(__name__)
 UPDATE_S = 1.0
 """Seconds between two updates of the metrics that several workers share."""
 
+KEEP_ALIVE_S = 75
+"""An idle connection is closed after this time: later than load balancers do (60 s or less), so that they do not send a
+request into a connection that is being closed."""
+
 
 def run_worker(config: ServeConfig, listening: socket.socket, on_startup: Callable[[], None]) -> None:
     """Answer requests until SIGTERM or SIGINT, then finish those that are running.
@@ -61,6 +65,7 @@ def run_worker(config: ServeConfig, listening: socket.socket, on_startup: Callab
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
+                timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=math.ceil(config.stop_s),
             ),
             on_startup,

@@ -172,7 +172,7 @@ def test_a_server_that_loads_its_data(start_server, build):
     server.command("SAVE")
     with StoreReader.open(server.url()) as store:
         server.kill()
-        server.options = (*server.options, "--key-load-delay", "5000")
+        server.options = (*server.options, "--key-load-delay", "100000")
         server.start()
         with pytest.raises(StoreUnavailableError, match="is still loading its data"):
             store.get_many([1])
