@@ -148,7 +148,7 @@ class NonFiniteLossError(VistaError):
 
 
 class RankError(VistaError):
-    """Another process of a torchrun job has ended, cannot be reached, or has other weights after the same steps.
+    """Another process of a torchrun job has ended, cannot be reached, or has different weights after the same steps.
 
     Remedy: read the message of the rank that ended first; torchrun names it. Then rerun the command to resume from the
     last checkpoint.
@@ -164,7 +164,7 @@ class ItemIndexError(VistaError):
 
 
 class ItemIndexMismatchError(ItemIndexError):
-    """An index over item vectors belongs to another model than the one in service.
+    """An index over item vectors belongs to a different model than the one in service.
 
     Remedy: run `vista index model=…` for the model in service. A scorer that is running keeps its model and its index
     until the new model has an index too.
@@ -261,9 +261,9 @@ class SummarizerMismatchError(StoreError):
 
 
 class OverloadedError(VistaError):
-    """The service has as many requests as it may keep waiting.
+    """The maximum number of requests is already waiting.
 
-    Remedy: send the request again after the time that the header Retry-After names. If this lasts, add workers or
+    Remedy: send the request again after the time in the header Retry-After. If this persists, add workers or
     machines, or send fewer candidates.
     """
 

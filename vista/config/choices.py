@@ -144,12 +144,12 @@ class TablePrecision(Enum):
 
 
 class TableOptimizer(Enum):
-    """What trains the item table."""
+    """Optimizer of the item table."""
 
     adam = "adam"
-    """Sparse Adam: two numbers per weight."""
+    """Sparse Adam, whose state is two numbers per weight."""
     rowwise_adagrad = "rowwise_adagrad"
-    """Row-wise Adagrad of FBGEMM: one number per row."""
+    """FBGEMM's row-wise Adagrad, whose state is one number per row."""
 
 
 class ReconstructionTarget(Enum):

@@ -52,9 +52,9 @@ class DataConfig:
     follows the log: false if users return to items, which is if at least 1 % of the training events repeat an item that
     the user had before."""
     min_item_events: int = 0
-    """Number of training events from which on an item has a row of its own in the model. Other items are unknown to the
-    model, in training as in serving. With init_from, the items of the earlier model keep their rows. 0 gives all items
-    of the log a row. Must be 0 with stage=downstream, which has the items of its base."""
+    """Number of training events that an item needs to have a row of its own in the model. Other items are unknown to
+    the model, both in training and in serving. With init_from, the items of the earlier model keep their rows. 0 gives
+    all items of the log a row. Must be 0 with stage=downstream, which has the items of its base."""
     item_categories: str | None = None
     """With model.search=hard: Parquet or CSV file with a column `item` of ids and a column of categories. It is read
     when training starts and kept in the model. null reads the log's item features; null with any other search."""

@@ -23,7 +23,7 @@ class ExportConfig:
     """Folder or URL of a store of the model's summaries, whose users make the requests of the comparison. null makes
     random users."""
     num_requests: int = 1000
-    """Random requests that the export is compared on with the scorer."""
+    """Number of random requests on which the export is compared with the scorer."""
     max_difference: float = 1e-4
     """Largest absolute difference of a logit, or of a score of `next`. If there is a larger one, nothing is written."""
     authentication_key_file: str | None = None

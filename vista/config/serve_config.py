@@ -48,12 +48,12 @@ class ServeConfig:
     """Number of requests that a worker computes at the same time. More than one helps if requests wait for a store on
     another machine."""
     reload_s: float = 30.0
-    """Number of seconds between two checks for a new generation of the store and a new model."""
+    """Number of seconds between checks for a new generation of the store and a new model."""
     deadline_s: float = 1.0
     """Number of seconds after which a request gets status 504. A client can ask for less with the header
     Vista-Timeout-Ms."""
     max_waiting: int = 64
-    """Most requests per worker that wait or are computed. Further ones get status 429."""
+    """Most requests per worker that are waiting or being computed. Further ones get status 429."""
     max_body_bytes: int = 4 << 20
     """Largest body of a request. Larger ones get status 413."""
     max_candidates: int = 10_000

@@ -199,7 +199,7 @@ class TrainConfig:
             "float16 needs row-wise Adagrad, because Adam keeps its moments in the precision of the table; set "
             "optim.table_optimizer=rowwise_adagrad, or model.table_precision=float32",
         )
-        start = "model.table=torchrec trains a table from its start; set model.table=plain"
+        start = "model.table=torchrec can only train a table from scratch; set model.table=plain"
         require(not sharded or self.stage is Stage.joint, "stage", f"{start}, or stage=joint")
         require(not sharded or self.init_from is None, "init_from", f"{start}, or leave this out")
         require(

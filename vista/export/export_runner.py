@@ -1,4 +1,4 @@
-"""How an export that was just written is called."""
+"""The callable that runs an export that was just written."""
 
 from __future__ import annotations
 

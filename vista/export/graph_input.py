@@ -1,6 +1,7 @@
 """The inputs of an exported graph: which arrays a model reads, and their dtypes and axes.
 
-They hold what a record holds, and what a request adds, as plain arrays. Whoever can decode a record can call a graph.
+They are plain arrays of what a record holds and what a request adds, so any program that decodes records can call
+a graph.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class GraphInput:
     shape: tuple[str | int, ...]
     """Length per axis; the name of the axis if a caller chooses it."""
     meaning: str
-    """For people."""
+    """Description for readers of `export.json`."""
 
 
 def graph_inputs(model: VistaModel) -> list[GraphInput]:
@@ -57,7 +58,7 @@ def graph_inputs(model: VistaModel) -> list[GraphInput]:
     if counted is not None:
         keys = USERS, KEYS
         inputs += [
-            GraphInput("tail_is_new", "bool", events, "whether the record's counters lack the event"),
+            GraphInput("tail_is_new", "bool", events, "whether the record's counters do not include the event"),
             GraphInput("event_count", "int64", (USERS,), "events that the record covers"),
             GraphInput("last_event_ts", "int64", (USERS,), "time of the newest of them in ms"),
             GraphInput("counter_keys", "int64", keys, "item rows that the record counts; 0 is padding"),

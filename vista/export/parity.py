@@ -29,7 +29,7 @@ class Parity:
 def compare(
     run: ExportRunner, snapshot: ServingSnapshot, num_requests: int, max_difference: float
 ) -> tuple[Parity, Arrays]:
-    """The differences, and the inputs and outputs of one batch, as an example.
+    """Differences between the export and the scorer, and the inputs and outputs of one batch as an example.
 
     Args:
         run: the export.

@@ -47,7 +47,7 @@ class ServingGraph(nn.Module):
     def _build(self, model: VistaModel, items: ItemProjections) -> None:
         config, schema, count = model.config, model.schema, len(model.items)
         self.names = [given.name for given in graph_inputs(model)]
-        """Of the inputs."""
+        """Names of the inputs."""
         labeled = ["logits", "probabilities"] if schema.tasks else []
         self.outputs = [*labeled, *(["next"] if model.has_retrieval else [])]
         self.tail_len, self.temperature, self.dim = config.tail_len, config.softmax_temperature, config.dim

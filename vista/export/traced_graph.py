@@ -18,7 +18,7 @@ _TRACED = {USERS: 2, CANDIDATES: 3, EVENTS: 4, KEYS: 5}
 
 
 def traced(graph: ServingGraph, inputs: list[GraphInput]) -> ExportedProgram:
-    """Record a graph, whose operators then no longer depend on vista.
+    """Trace a graph into operators that do not depend on vista.
 
     Args:
         graph: on the CPU.

@@ -1,4 +1,4 @@
-"""Requests that an export is compared on: random ones, for the users of a store.
+"""Random requests, for the users of a store, on which an export is compared with the scorer.
 
 B users, C candidates, V items of the vocabulary.
 """

@@ -1,4 +1,4 @@
-"""A store of random users, for an export that is given none."""
+"""A store of random users, for exports without a store."""
 
 from __future__ import annotations
 

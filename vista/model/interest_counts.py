@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from vista.config import ModelConfig
 
 SCALE = 8.0
-"""Of logarithms of counts: about log(3,000)."""
+"""Divisor of logarithms of counts: about log(3,000)."""
 MOST_ITEMS = 50_000
-"""Items that are clustered: random ones if there are more."""
+"""Most items that are clustered; if there are more, a random sample."""
 ITERATIONS = 20
 _CHUNK = 65_536
 

@@ -34,10 +34,10 @@ NUM_PROBED = 192
 """IVF-PQ: lists that a search reads. The recall hardly depends on the number of items, because larger catalogs have
 larger lists."""
 NUM_COMPARED = 4
-"""IVF-PQ: for each item that a search returns, so many are found by their codes and compared exactly."""
+"""IVF-PQ: number of items that are found by their codes and compared exactly, per item that a search returns."""
 SEED = 1234
 TOLERANCE = 1e-4
-"""Of inner products of unit vectors, between processors."""
+"""Largest difference of inner products of unit vectors between processors."""
 
 
 class ItemIndex:
@@ -181,7 +181,7 @@ class ItemIndex:
         return _best(table, user, torch.from_numpy(np.concatenate([found, later])), count)
 
     def _least_searched(self) -> int:
-        """Up to so many allowed items, comparing all of them costs less than a search.
+        """Number of allowed items up to which comparing all of them costs less than a search.
 
         A search must look at num_items / allowed times as many items as without a filter, to find as many allowed ones.
         """

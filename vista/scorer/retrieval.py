@@ -73,8 +73,8 @@ def _candidates(
     Args:
         count: nearest items per user, besides their own.
         allowed: bool [1 + V] rows that may be returned; None allows all.
-        excluded: rows that may not, in addition.
-        exclude_tail: whether those of the user's tail may not either.
+        excluded: rows that may not be returned, even if allowed.
+        exclude_tail: whether to leave out the items of the user's tail too.
     """
     index, table = snapshot.item_index(), snapshot.retrieval_vectors()
     vectors, counters, tail, candidates = snapshot.user_vectors(request), request.counters, request.tail, []
@@ -84,7 +84,7 @@ def _candidates(
             first, stop = counters.codes.offsets[user : user + 2].tolist()
             own = np.union1d(own, counters.codes.key[first:stop].astype(np.int64))
         left_out = np.union1d(excluded, own_tail if exclude_tail else own_tail[:0])
-        # The user's own items may be the nearest, and counted ones have other scores than by this distance.
+        # The user's own items may be among the nearest, and the scores of counted items do not follow from distances.
         others = np.union1d(left_out, own)
         nearest = index.nearest(table, vectors[user], count + len(others), allowed)
         nearest = nearest[~np.isin(nearest, others)][:count]

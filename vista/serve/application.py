@@ -27,7 +27,7 @@ OPEN_PATHS = ("/healthz", "/readyz")
 NO_TOKEN = ErrorAnswer(401, "Unauthorized", "send the token as the header `Authorization: Bearer TOKEN`")
 Endpoint = Callable[[fastapi.Request], Awaitable[fastapi.Response]]
 Computation = Callable[[bytes, str, float], Awaitable[Answer]]
-"""From a body, its media type, and the seconds that are left, to an answer."""
+"""Maps a body, its media type, and the remaining seconds to an answer."""
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Scope]]
 Send = Callable[[Scope], Awaitable[None]]

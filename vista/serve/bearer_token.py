@@ -17,7 +17,7 @@ _MOST_BYTES = 4096
 
 
 def read_token(path: str | None) -> bytes | None:
-    """Read the token from a file or, without a path, from VISTA_SERVE_TOKEN; space around it does not belong to it.
+    """Read the token from a file or, without a path, from VISTA_SERVE_TOKEN; surrounding whitespace is removed.
 
     Returns:
         The token; None without a path if the variable is not set.

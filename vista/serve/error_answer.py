@@ -23,7 +23,7 @@ from vista.serve.serve_extra import msgspec
 logger = logging.getLogger(__name__)
 
 _OF_ARGUMENT = re.compile(r"(users?|candidates|tail|now|request|exclude|top_k|task|item ids|ids)\b")
-"""How the messages of errors begin that the arguments of a request cause."""
+"""How error messages begin if the arguments of a request cause them."""
 MAX_TEXT = 1000
 
 
@@ -74,4 +74,4 @@ def answer_of(error: Exception, store: str) -> ErrorAnswer:
             return ErrorAnswer(422, name, message)
         case _:
             logger.error("a request failed", exc_info=error)
-            return ErrorAnswer(500, name, "internal error; the log of the service has more")
+            return ErrorAnswer(500, name, "internal error; see the log of the service")

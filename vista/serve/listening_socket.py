@@ -9,7 +9,7 @@ from vista.errors import ConfigError
 
 
 def bound_socket(host: str, port: int, *, shared: bool = False) -> socket.socket:
-    """A socket that is bound to an address; it does not listen yet, so that nobody waits for it.
+    """A socket that is bound to an address; it does not listen yet, so no client connects too early.
 
     Args:
         host: address of this machine.

@@ -8,7 +8,7 @@ from vista.serve.request_bodies import JSON, MSGPACK, ExplainBody, RankBody, Sco
 from vista.serve.serve_extra import msgspec
 
 DESCRIPTION = """
-Scores candidates for users from their cached summaries. Users and items have the ids of your log: integers, or strings.
+Scores candidates for users from their cached summaries. Users and items have the ids of your log: integers or strings.
 
 Bodies are JSON. With `Content-Type: application/msgpack`, they are MessagePack, and scores come back as the bytes of
 float32 numbers in little-endian order, row by row.

@@ -47,14 +47,14 @@ class ScoreBatches:
         self._lock = threading.Lock()
 
     def enter(self, body: bytes, media_type: str) -> Entry:
-        """A request that waits from now on."""
+        """Add a request to those that wait."""
         entry = Entry(body, media_type)
         with self._lock:
             self._waiting[entry] = None
         return entry
 
     def leave(self, entry: Entry) -> None:
-        """Forget a request whose client waits no longer."""
+        """Remove a request whose client no longer waits."""
         with self._lock:
             self._waiting.pop(entry, None)
 
@@ -65,7 +65,7 @@ class ScoreBatches:
         return entry.result.result()
 
     def _take(self, first: Entry) -> list[Entry]:
-        """The request and some that wait, which leave the waiting ones; empty if another thread has taken it."""
+        """Remove the request and some that wait behind it from the queue; empty if another thread has taken it."""
         with self._lock:
             if first not in self._waiting:
                 return []
@@ -94,7 +94,7 @@ class ScoreBatches:
             try:
                 answers = self._together([asked[entry] for entry in together], [entry.media_type for entry in together])
             except Exception:
-                pass  # One of them is at fault. Alone, each gets its own error or answer.
+                pass  # One of the requests is invalid. Computed alone, each gets its own error or answer.
             else:
                 for entry, answer in zip(together, answers, strict=True):
                     entry.result.set_result(answer)

@@ -43,7 +43,7 @@ class ScoringQueue:
         """
         with self._lock:
             if self._depth >= self._limit:
-                raise OverloadedError(f"{self._depth} requests are waiting already; send this one again later")
+                raise OverloadedError(f"{self._depth} requests are already waiting; send this one again later")
             self._depth += 1
         future: Future[Result] = self._pool.submit(call)
         future.add_done_callback(self._finished)

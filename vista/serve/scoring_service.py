@@ -123,7 +123,7 @@ class ScoringService:
         return _answer(held, media_type, None, len(asked.candidates))
 
     def user(self, word: str) -> Answer:
-        """What the record of a user holds, readable.
+        """The record of a user in readable form.
 
         Args:
             word: the id, as it is written in the path.
@@ -176,9 +176,7 @@ class ScoringService:
     def problems(self) -> list[str]:
         """What keeps the service from moving to a newer model or generation; empty if nothing does."""
         found = []
-        if not os.path.isfile(
-            os.path.join(self.config.model, CONFIG_FILE)
-        ):  # False, too, where permissions are lacking
+        if not os.path.isfile(os.path.join(self.config.model, CONFIG_FILE)):  # also False without permissions
             found.append("the folder of the model cannot be read; the loaded model stays in service")
         if self.scorer.stats().last_reload_error is not None:
             found.append("the last reload failed; the loaded model and generation stay in service (see the log)")

@@ -6,7 +6,7 @@ from vista.errors import MissingDependencyError
 
 try:
     import fastapi
-    import httptools  # noqa: F401  uvicorn parses requests with it, many times faster than without
+    import httptools  # noqa: F401  uvicorn's HTTP parser, many times faster than its default
     import msgspec
     import prometheus_client
     import prometheus_client.multiprocess
@@ -15,7 +15,8 @@ try:
     from starlette.requests import ClientDisconnect
 except ImportError as error:
     raise MissingDependencyError(
-        f"vista serve needs FastAPI, uvicorn and others ({error}); install them with: pip install 'vista-recsys[serve]'"
+        f"vista serve needs FastAPI, uvicorn, and other packages ({error}); install them with: "
+        "pip install 'vista-recsys[serve]'"
     ) from error
 
 __all__ = ["ClientDisconnect", "fastapi", "msgspec", "prometheus_client", "uvicorn"]

@@ -1,4 +1,4 @@
-"""How several workers share what they count. This does not import prometheus_client."""
+"""Lets several workers share their metrics. This module does not import prometheus_client."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a store holds of a user, readable."""
+"""The record of a user in readable form."""
 
 from __future__ import annotations
 

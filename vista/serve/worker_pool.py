@@ -21,7 +21,7 @@ from vista.errors import VistaError, WorkerDiedError
 logger = logging.getLogger(__name__)
 
 LONGEST_PAUSE_S = 30.0
-"""Between two starts of a worker that dies again and again."""
+"""Pause between two starts of a worker that keeps dying."""
 GRACE_S = 5.0
 """Time that workers have, after `stop_s`, before they are killed."""
 
@@ -95,7 +95,7 @@ class WorkerPool:
             process.terminate()
 
     def _watch(self) -> list[_Worker]:
-        """Wait a little, notice who listens, and return the workers that died, which leave the list."""
+        """Wait briefly, note which workers listen, and remove and return those that died."""
         starting = {worker.started: worker for worker in self._workers if worker.started is not None}
         events = connection.wait([*starting, *(worker.process.sentinel for worker in self._workers)], timeout=0.2)
         for started, worker in starting.items():
