@@ -23,9 +23,11 @@ import pytest
 
 from tests.conftest import ITEMS, START, USERS, Served
 from tests.serve.running_service import TIMEOUT_S, RunningService, command, environment, running, until
+from tests.store.remote.valkey_server import ValkeyServer
 from vista.cli.main import main
 from vista.refresh import refresh
 from vista.scorer import Scorer
+from vista.store.admin.copying import copy_generation
 from vista.store.erasure import erase
 
 NOW = START + 200 * 86_400_000
@@ -188,6 +190,29 @@ def test_a_model_that_vanishes_stays_in_service(served: Served, tmp_path: Path) 
         until(lambda: any("reload failed" in problem for problem in service.fetch("/readyz")[1]["problems"]))
         assert service.fetch("/v1/score", asked) == before
         assert service.number('vista_reloads_total{outcome="failed"}') >= 1
+
+
+def test_a_server_of_the_store_that_stops(served: Served, tmp_path: Path) -> None:
+    """Requests and readiness fail with 503 until the server is back; the process stays."""
+    pytest.importorskip("redis", reason="the extra `redis` is not installed")
+    server = ValkeyServer(tmp_path / "server", "--appendonly", "yes", "--appendfsync", "always")
+    try:
+        copy_generation(served.store, server.url())
+        with running(f"model={served.model_dir}", f"store={server.url(options='?timeout_s=1')}") as service:
+            asked = {"users": USERS, "candidates": ITEMS, "now": NOW}
+            before = service.fetch("/v1/score", asked)
+            assert before[0] == 200 and service.fetch("/readyz")[0] == 200
+            server.kill()
+            status, answer = service.fetch("/v1/score", asked)
+            assert status == 503 and answer["error"]["type"] == "StoreUnavailableError"
+            status, ready = service.fetch("/readyz")
+            assert status == 503 and not ready["ready"] and "does not answer" in ready["problems"][0]
+            assert service.fetch("/healthz")[0] == 200
+            server.start()
+            until(lambda: service.fetch("/readyz")[0] == 200)
+            assert service.fetch("/v1/score", asked) == before
+    finally:
+        server.kill()
 
 
 def test_a_full_disk_for_logs(served: Served) -> None:

@@ -116,10 +116,14 @@ def make_application(
         return {"status": "ok"}
 
     @app.get("/readyz")
-    async def ready() -> dict[str, Any]:
-        """Whether the service can score, and what keeps it from following the model or the store."""
-        problems = await asyncio.to_thread(service.problems)
-        return {"ready": True, "generation": service.scorer.manifest.generation, "problems": problems}
+    async def ready(response: fastapi.Response) -> dict[str, Any]:
+        """Whether the service can score (503 if the store does not answer), and what keeps it from following the model
+        or the store."""
+        reads, problems = await asyncio.to_thread(lambda: (service.reads_store(), service.problems()))
+        if not reads:
+            response.status_code = 503
+            problems = ["the store does not answer (see the log)", *problems]
+        return {"ready": reads, "generation": service.scorer.manifest.generation, "problems": problems}
 
     @app.get("/metrics")
     async def numbers() -> fastapi.Response:

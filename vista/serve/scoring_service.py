@@ -5,6 +5,7 @@ B users, C candidates. All methods run in threads of the queue.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.config import ServeConfig
-from vista.errors import BodyTooLargeError, ConfigError, UnknownUserError
+from vista.errors import BodyTooLargeError, ConfigError, RecordError, StoreUnavailableError, UnknownUserError
 from vista.log.vocabulary import ids_of_words
 from vista.model.model_description import CONFIG_FILE
 from vista.scorer import Scorer
@@ -34,6 +35,8 @@ from vista.serve.request_bodies import (
 from vista.serve.serve_extra import msgspec
 from vista.serve.user_record import user_record
 from vista.version import __version__
+
+logger = logging.getLogger(__name__)
 
 MAX_EXPLAINED = 100
 """Most candidates of an explanation, which takes several times as long as their scores."""
@@ -172,6 +175,18 @@ class ScoringService:
                 }
             )
         )
+
+    def reads_store(self) -> bool:
+        """Whether the store answers now. A folder always does; a server may not."""
+        store = self.scorer.store
+        try:
+            store.get_many(ids_of_words(["0"], "user", store.manifest.user_kind))
+        except StoreUnavailableError as error:
+            logger.error("%s", error)
+            return False
+        except RecordError:  # of this user alone
+            return True
+        return True
 
     def problems(self) -> list[str]:
         """What keeps the service from moving to a newer model or generation; empty if nothing does."""
