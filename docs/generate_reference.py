@@ -72,7 +72,7 @@ UNIT_OF_SUFFIX = {
 """Units that the end of a key's name says, the longest end first."""
 _COUNTED = re.compile(
     r"(?:\b[Nn]umber of|\bin) (?:[\w'-]+ ){0,4}?((?:actor|candidate|code|core|cut|day|epoch|event|function|head|"
-    r"impression|interest|item|layer|level|message|minute|negative|position|question|row|step|text|thread|token|topic|user|"
+    r"impression|interest|item|layer|level|message|minute|negative|pair|position|question|request|row|step|text|thread|token|topic|user|"
     r"validation|value|window)s)\b"
 )
 """How the docstring of a number says its unit: "Number of newest events", "Mean length, in events"."""

@@ -43,9 +43,11 @@ from vista.training.trainer import train
 HOSTILE_CALLS = [(name, place) for name, one in API_CALLS.items() for place in range(len(one.values))]
 random.Random(0).shuffle(HOSTILE_CALLS)
 CALLS = 50
-PACKAGES = {"items embed": "sentence_transformers", "items tokenize": "faiss"}
+PACKAGES = {"items embed": "sentence_transformers", "items tokenize": "faiss", "index": "faiss"}
 """Packages of extras without which a command cannot succeed."""
-RUN = [command for command in COMMANDS if find_spec(PACKAGES.get(command, "vista"))]
+LONG = ("serve", "export")
+"""Commands that run until they are stopped, or longer than a repetition may."""
+RUN = [command for command in COMMANDS if command not in LONG and find_spec(PACKAGES.get(command, "vista"))]
 """The commands that run here."""
 COMMAND_BYTES = 4 << 30
 """Memory of a command. Ten epochs of a small training take more than 1 GiB, because torch keeps compiled products of
@@ -188,6 +190,8 @@ def words_of(command: str, folder: Path) -> list[str]:
             return [places[0], f"events={folder}/deletions.csv", "time_unit=ms"]
         case "log erase":
             return [places[0], "users=[101]"]
+        case "index":
+            return [places[1], f"out={folder}/best.index"]
         case "items add":
             return [f"model={folder}/featured/best", f"items.paths=[{folder}/new-items.csv]"]
         case "items embed":

@@ -226,7 +226,8 @@ def test_states_are_those_that_training_reads(make: SimpleNamespace) -> None:
             encoded = model.encoder(vectors, events.action, gap, events.rating, events.entry, events.dense)
             position = torch.from_numpy(np.concatenate([np.arange(n) for n in packed.lengths]))
             tokens = model.summarizer.tokens(encoded, position)
-            blocks = model.summarizer.segment_states(tokens, events.clock, batch.cuts.segment_offsets)
+            interest = model.interests(batch.rows[events.item])
+            blocks = model.summarizer.segment_states(tokens, events.clock, batch.cuts.segment_offsets, interest)
             states = model.summarizer.prefix_states(blocks, batch.cuts.chunk_offsets)
         offsets = batch.cuts.segment_offsets.tolist()
         owners = np.searchsorted(packed.offsets, offsets[:-1], side="right") - 1

@@ -53,13 +53,13 @@ class ServeConfig:
     """Number of seconds after which a request gets status 504. A client can ask for less with the header
     Vista-Timeout-Ms."""
     max_waiting: int = 64
-    """Most requests per worker that are waiting or being computed. Further ones get status 429."""
+    """Maximum number of requests per worker that are waiting or being computed. Further ones get status 429."""
     max_body_bytes: int = 4 << 20
     """Largest body of a request. Larger ones get status 413."""
     max_candidates: int = 10_000
-    """Most pairs of a user and a candidate per request. This does not limit rank without candidates."""
+    """Maximum number of pairs of a user and a candidate per request. This does not limit rank without candidates."""
     max_users: int = 256
-    """Most users per request."""
+    """Maximum number of users per request."""
     stop_s: float = 10.0
     """Number of seconds that running requests have to finish after SIGTERM."""
 

@@ -54,7 +54,7 @@ class Summarizer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        # With interests, what the seeds add to their parameters should not be lost beside these.
+        # With interests, seeds start small, so that the counts that are added to them matter from the start.
         self.seeds = nn.Parameter(torch.randn(config.num_seeds, config.dim) * (0.1 if config.num_interests else 1.0))
         self.convolution = CausalConvolution(config.dim, config.conv_width) if config.conv_width > 1 else None
         self.layers = module_list([SummarizerLayer(config) for _ in range(config.num_layers)])

@@ -1,4 +1,4 @@
-"""Which items a request may return. V items of the vocabulary."""
+"""Which items a request may return. Letters: V items in the vocabulary."""
 
 from __future__ import annotations
 

@@ -135,10 +135,12 @@ def test_rows_with_any_values(program: Path, codec: Codec, dim: int) -> None:
         assert_same(decoded, record, key, spec)
 
 
-def test_a_refreshed_store(program: Path, served_tasks: Served) -> None:
+def test_a_refreshed_store(program: Path, served_tasks: Served, tmp_path: Path) -> None:
     with StoreReader.open(served_tasks.store) as reader:
         spec, users = reader.manifest.spec(), list(reader.keys())
         path = served_tasks.store / f"gen-{reader.generation}" / "summary"
+    # A copy, because a process may open an environment only once, and scorers of other tests hold this one.
+    path = shutil.copytree(path, tmp_path / "summary")
     keys = user_keys(users)
     with lmdb.open(str(path), readonly=True, lock=False) as environment, environment.begin() as transaction:
         records = [bytes(transaction.get(key) or b"") for key in keys]
