@@ -1,4 +1,4 @@
-"""Which items a request may return. Letters: V items in the vocabulary."""
+"""Filters of the items that a request may return. Letters: V items of the vocabulary."""
 
 from __future__ import annotations
 
