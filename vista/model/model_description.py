@@ -48,6 +48,12 @@ class FileEntry:
     xxh3: str
 
     @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> FileEntry:
+        """The entry that JSON holds. Raises ValueError or TypeError."""
+        check_fields(fields, _FILE_RULES)
+        return cls(**fields)
+
+    @classmethod
     def of(cls, path: Path) -> FileEntry:
         """Read a regular file. Raises OSError."""
         digest = xxhash.xxh3_64()
@@ -109,15 +115,14 @@ class ModelDescription:
             check_fields(fields, _RULES)
             if checksum_of(fields) != fields["checksum"]:
                 raise ValueError("its checksum does not match; the file is damaged or was edited")
-            for entry in fields["files"].values():
-                check_fields(entry, _FILE_RULES)
+            files = {name: FileEntry.from_dict(entry) for name, entry in fields["files"].items()}
             return cls(
                 from_dict(ModelConfig, fields["model"]),
                 _schema(fields["schema"]),
                 from_dict(DataConfig, fields["data"]),
                 fields["num_trained_items"],
                 fields["summarizer_id"],
-                {name: FileEntry(**entry) for name, entry in fields["files"].items()},
+                files,
             )
         except (TypeError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: {error}; export the model again") from error
