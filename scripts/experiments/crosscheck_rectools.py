@@ -48,7 +48,7 @@ from scripts.benchmarks.rectools_process import (
     words_of,
 )
 from scripts.experiments.like_rectools import LikeRecTools
-from scripts.experiments.results import append_result, commit, hardware, markdown_table, read_results
+from scripts.experiments.results import append_result, hardware, markdown_table, read_results
 from scripts.experiments.sets import set_folder
 from vista.arrays import Int
 from vista.config import (
@@ -75,6 +75,7 @@ from vista.log.ingest.prepare import prepare
 from vista.log.splits import visible_counts
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.registry import ARCHITECTURES
+from vista.source_commit import source_commit
 from vista.training.trainer import train_model
 
 HELD_OUT = 2
@@ -365,7 +366,7 @@ def _line(
         "metrics": dict(metrics),
         "command": command,
         "config": dict(config),
-        "commit": commit(),
+        "commit": source_commit(),
         "hardware": hardware() | {"threads": options.threads},
         "seconds": round(seconds, 1),
     }

@@ -16,13 +16,11 @@ may have five more:
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import math
 import os
 import platform
 import re
-import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +28,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from vista.errors import DataError, VistaError
+from vista.machine import cpu_name, usable_cores
 
 _TYPE_OF_KEY: dict[str, type | tuple[type, ...]] = {
     "table": str,
@@ -44,8 +43,6 @@ _TYPE_OF_KEY: dict[str, type | tuple[type, ...]] = {
     "seconds": (int, float),
 }
 _OPTIONAL = {"completed": str, "errors": dict, "seeds": list, "resolved": dict, "curve": list}
-# Files that a result depends on. docs/results is not one of them: it changes with every result.
-_SOURCES = ("vista", "kernels", "conf", "scripts", "pyproject.toml")
 
 _OVER_SEEDS = "Mean ± sample standard deviation over seeds"
 _OVER_USERS = "Mean over seeds ± standard error over users"
@@ -297,10 +294,9 @@ def hardware() -> dict[str, Any]:
 
     from vista_kernels.processor import processor
 
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
     return {
-        "cpu": _cpu_name() or platform.processor() or platform.machine(),
-        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "cpu": cpu_name() or platform.processor() or platform.machine(),
+        "cores": usable_cores(),
         "processor": processor().name,
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -310,44 +306,6 @@ def hardware() -> dict[str, Any]:
         "numpy": numpy.__version__,
         "threads": torch.get_num_threads(),
     }
-
-
-def _cpu_name() -> str:
-    """The first processor's name in /proc/cpuinfo; "" where there is none, as on Arm."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return ""
-    name = re.search(r"^model name\s*:(.*)$", text, flags=re.M)
-    return name[1].strip() if name else ""
-
-
-def commit() -> str:
-    """Short hash of this file's checkout, with "+dirty" if its sources were changed.
-
-    Sources are the package, kernels, conf and scripts, including untracked files. Outside a checkout: "v" and the
-    version of the installed package.
-    """
-    file = Path(__file__).resolve()
-    root = file.parents[2]
-    # This file may lie inside another repository, so it counts only if it is tracked.
-    if _git(root, "ls-files", "--error-unmatch", str(file.relative_to(root))) is not None:
-        short = _git(root, "rev-parse", "--short", "HEAD")
-        changes = _git(root, "status", "--porcelain", "--", *_SOURCES)
-        if short is not None and changes is not None:
-            return short + ("+dirty" if changes else "")
-    try:
-        return "v" + importlib.metadata.version("vista-recsys")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=30)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from scripts.experiments.popularity_afterwards import PopularityAfterwards
+from scripts.experiments.refreshed_store import scheduled_metrics
 from scripts.experiments.row_origin import RowOrigin, train_noted
 from scripts.experiments.row_progress import RowProgress
 from scripts.experiments.serving_cost import history_model_latency_ms, scorer_latency_ms, training_speed
@@ -274,6 +275,10 @@ def _served(
             asked.staleness = how.staleness
             with Scorer.open(shown, store) as scorer:
                 reports[part] = _reported(table, evaluate_scorer(scorer, log, asked), log, model.data, asked)
+                if model.data.refresh_days and not how.staleness:
+                    options, place = RefreshOptions(codec=how.codec), store.with_name(f"{store.name}-scheduled")
+                    scheduled = scheduled_metrics(shown, log, place, options, part, asked.users_per_batch)
+                    reports[part] = replace(reports[part], metrics=reports[part].metrics | scheduled)
                 if table.costs:
                     costs = {
                         "train events/s": training_speed(one.folder / "run" / "metrics.jsonl"),

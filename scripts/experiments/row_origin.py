@@ -14,13 +14,14 @@ from typing import Any
 
 import yaml
 
-from scripts.experiments.results import commit, describe_hardware, hardware
+from scripts.experiments.results import describe_hardware, hardware
 from vista.config import TrainConfig
 from vista.config.train_config import without_places
 from vista.device import choose_precision, resolve_device
 from vista.files import replace_text
 from vista.log.event_log import EventLog
 from vista.model.ranking_model import RankingModel
+from vista.source_commit import source_commit
 from vista.training.checkpoint import latest_checkpoint, load_checkpoint
 from vista.training.trainer import train_model
 
@@ -76,7 +77,7 @@ class RowOrigin:
 
         The hardware is that of the last training process; other machines are listed under "elsewhere".
         """
-        measured, at = hardware(), commit()
+        measured, at = hardware(), source_commit()
         commits = list(dict.fromkeys(origin["commit"] for origin in self.origins))
         machines = [origin["hardware"] for origin in self.origins]
         machine = machines[-1] if machines else measured
@@ -95,7 +96,7 @@ def train_noted(config: TrainConfig, log: EventLog, folder: Path) -> RankingMode
     metrics, origins = folder / "run" / "metrics.jsonl", folder / ORIGINS
     trained, known = _text(metrics), _text(origins)
     precision = choose_precision(config.precision, resolve_device(config.device)).value
-    origin = {"commit": commit(), "hardware": hardware() | {"precision": precision}}
+    origin = {"commit": source_commit(), "hardware": hardware() | {"precision": precision}}
     # Written before training, so that a killed process is recorded too.
     folder.mkdir(parents=True, exist_ok=True)
     replace_text(origins, known + json.dumps(origin) + "\n")

@@ -158,8 +158,9 @@ def recorded_config(table: Table, row: TableRow) -> dict[str, Any]:
     data = {
         key: value for key, value in values["data"].items() if key in SPLIT or (not row.untrained and key != "path")
     }
-    if not config.data.gap_minutes:
-        del data["gap_minutes"]  # lines from before the key existed have no gap either
+    for key in ("gap_minutes", "refresh_days"):
+        if not getattr(config.data, key):
+            data.pop(key, None)  # lines from before the key existed have none either
     if config.model.architecture.ranks_only or row.untrained == "oracle":
         del data["exclude_seen"]  # it applies only to next items
     # The log's size is part of the experiment.

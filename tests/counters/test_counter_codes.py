@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.counters.counter_histories import DAY, SPECS, packed
-from vista.counters.counter_codes import MAX_CODE, CounterCodes, code_scales, decode_values, encode_values
+from vista.counters.counter_codes import (
+    MAX_CODE,
+    CounterCodes,
+    code_scales,
+    decode_values,
+    encode_event_counts,
+    encode_values,
+)
 from vista.counters.counter_spec import CounterSpec
 
 
@@ -161,3 +168,12 @@ def test_padding_and_selection() -> None:
     assert (padded[key >= 0] == codes.codes[[1, 2, 1, 2, 0]]).all()
     assert (padded[key < 0] == 0).all()
     assert stored(spec, [{}, {}]).padded()[0].shape == (2, 0)
+
+
+def test_codes_of_numbers_of_events_keep_their_order() -> None:
+    numbers = np.concatenate([np.arange(2_000), np.geomspace(2_000, 1e8, 500).astype(np.int64)])
+    codes = encode_event_counts(numbers).astype(int)
+    assert codes[0] == 0 and (np.diff(codes) >= 0).all() and codes[-1] == MAX_CODE
+    assert set(codes) == set(range(MAX_CODE + 1))
+    many = numbers[(numbers >= 50) & (numbers < 900_000)]
+    assert (encode_event_counts((many * 1.25).astype(np.int64)) > encode_event_counts(many)).all()

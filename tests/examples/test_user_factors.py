@@ -170,17 +170,15 @@ def test_a_run_resumes_only_with_the_factors_that_it_began_with(
     whole = UserFactors.vectors
     flip = np.where(np.arange(16) == 3, -1, 1).astype(np.float32)
     (tmp_path / "run").mkdir()
-    with MetricsWriter(tmp_path / "run", tensorboard=False) as metrics:
-        begun = Trainer(config, log)
-        begun._start(metrics)
-        begun._save()
-        Trainer(config, log)._start(metrics)
-        with monkeypatch.context() as patched:
-            patched.setattr(UserFactors, "vectors", lambda *given: whole(*given) * flip)
-            with pytest.raises(
-                CheckpointError, match=r"its item vectors are factors that come out \d+% different here"
-            ):
-                train(config, log)
+    metrics = MetricsWriter(tmp_path / "run")
+    begun = Trainer(config, log)
+    begun._start(metrics)
+    begun._save()
+    Trainer(config, log)._start(metrics)
+    with monkeypatch.context() as patched:
+        patched.setattr(UserFactors, "vectors", lambda *given: whole(*given) * flip)
+        with pytest.raises(CheckpointError, match=r"its item vectors are factors that come out \d+% different here"):
+            train(config, log)
     finished = train(config, log)
     monkeypatch.setattr(UserFactors, "vectors", lambda *given: whole(*given) * flip)
     assert torch.equal(train(config, log).item_table, finished.item_table), "a finished run needs no factors"

@@ -173,7 +173,7 @@ def test_impressions_have_the_counters_of_their_items(make: SimpleNamespace, dat
         now = shown_at[[number]] if drawn["is_timed"] else None
         asked = request(packed, batch, window, position, now)
         item = chunks.impressions.item[[number]]
-        codes = asked.counters(model.counter_spec).codes.lookup(np.zeros(1, np.int64), item)
+        codes = asked.counters(model.counter_spec).of_pairs(np.zeros(1, np.int64), item)
         np.testing.assert_array_equal(batch.impressions.codes[window, column], codes[0])
 
         tail = make.tail(model, asked.history.slice(0, asked.gap_start, asked.seen))

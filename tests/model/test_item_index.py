@@ -15,6 +15,7 @@ from torch import Tensor
 from vista.arrays import Float32s
 from vista.config.choices import IndexKind
 from vista.errors import ItemIndexError, ItemIndexMismatchError
+from vista.model import item_index
 from vista.model.item_index import FLAT_ITEMS, ItemIndex, kind_for
 from vista.model.item_index_manifest import MANIFEST_FILE, ItemIndexManifest
 from vista.model.model_description import checksum_of
@@ -122,6 +123,21 @@ def test_two_builds_have_the_same_bytes(index: ItemIndex, vectors: Float32s, tmp
     ItemIndex.build(vectors, index.manifest.kind).save(tmp_path / "two")
     one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
     assert one == two
+
+
+@pytest.mark.parametrize("kind", [IndexKind.hnsw, IndexKind.ivfpq])
+def test_items_that_are_added_in_parts_are_all_found(
+    table: Tensor, vectors: Float32s, users: Tensor, monkeypatch: pytest.MonkeyPatch, kind: IndexKind
+) -> None:
+    pytest.importorskip("faiss")
+    whole = ItemIndex.build(vectors, kind)
+    monkeypatch.setattr(item_index, "ADDED_AT_ONCE", 999)
+    parts = ItemIndex.build(vectors, kind)
+    if kind is IndexKind.ivfpq:  # whose items do not depend on each other
+        same = [np.isin(parts.nearest(table, user, 50), whole.nearest(table, user, 50)).mean() for user in users]
+        assert np.mean(same) > 0.98
+    found = [np.isin(expected(table, user, 50), parts.nearest(table, user, 50)).mean() for user in users]
+    assert np.mean(found) > 0.9
 
 
 def test_a_saved_index_finds_the_same(index: ItemIndex, table: Tensor, users: Tensor, tmp_path: Path) -> None:

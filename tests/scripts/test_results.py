@@ -15,10 +15,8 @@ import numpy as np
 import pytest
 
 import vista
-from scripts.experiments import results
 from scripts.experiments.results import (
     append_result,
-    commit,
     describe_hardware,
     hardware,
     main,
@@ -210,31 +208,6 @@ def git(folder: Path, *arguments: str) -> str:
     done = run_git(folder, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
-
-
-@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
-def test_commit_distinguishes_sources_from_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = tmp_path / "scripts" / "experiments" / "results.py"
-    module.parent.mkdir(parents=True)
-    (tmp_path / "vista").mkdir()
-    module.write_text("")
-    (tmp_path / "docs").mkdir()
-    (tmp_path / "docs" / "results.jsonl").write_text("")
-    git(tmp_path, "init", "-q")
-    monkeypatch.setattr(results, "__file__", str(module))
-    outside = commit()  # nothing is tracked yet
-    assert outside.startswith("v") or outside == "unknown"
-    git(tmp_path, "add", ".")
-    git(tmp_path, "commit", "-q", "-m", "first")
-    short = git(tmp_path, "rev-parse", "--short", "HEAD")
-    assert commit() == short
-    (tmp_path / "docs" / "results.jsonl").write_text("a result\n")
-    assert commit() == short
-    (tmp_path / "vista" / "new.py").write_text("")
-    assert commit() == short + "+dirty"
-    (tmp_path / "vista" / "new.py").unlink()
-    module.write_text("# changed\n")
-    assert commit() == short + "+dirty"
 
 
 def test_seeds_of_another_configuration_are_another_mean() -> None:

@@ -33,7 +33,7 @@ def test_who_trained_and_who_measures(
     force_processor(profile)
 
     def now(commit: str, cpu: str) -> None:
-        monkeypatch.setattr(row_origin, "commit", lambda: commit)
+        monkeypatch.setattr(row_origin, "source_commit", lambda: commit)
         monkeypatch.setattr(row_origin, "hardware", lambda: MACHINE | {"cpu": cpu})
 
     config = small_config(event_log, tmp_path / "run", optim__epochs=1)
@@ -72,11 +72,11 @@ def test_a_killed_run_is_named_and_resumes(
     config = small_config(event_log, tmp_path / "run", optim__epochs=1)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 20, "epoch": 0}\n{"step": 4')
-    monkeypatch.setattr(row_origin, "commit", lambda: "aaa")
+    monkeypatch.setattr(row_origin, "source_commit", lambda: "aaa")
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(row_origin, "train_model", lambda config, log: sys.exit(137))
         train_noted(config, event_log, tmp_path)
-    monkeypatch.setattr(row_origin, "commit", lambda: "bbb")
+    monkeypatch.setattr(row_origin, "source_commit", lambda: "bbb")
     train_noted(config, event_log, tmp_path)
     assert [origin["commit"] for origin in RowOrigin.read({"test": tmp_path}).origins] == ["aaa", "bbb"]
     (tmp_path / "origins.jsonl").unlink()
@@ -98,10 +98,10 @@ def test_an_interrupted_run_names_both_commits(
 
     config = small_config(event_log, tmp_path / "run", optim__epochs=4, checkpoint_every=1)
     monkeypatch.setattr(trainer.Trainer, "_step", stopped)
-    monkeypatch.setattr(row_origin, "commit", lambda: "aaa")
+    monkeypatch.setattr(row_origin, "source_commit", lambda: "aaa")
     with pytest.raises(KeyboardInterrupt):
         train_noted(config, event_log, tmp_path)
-    monkeypatch.setattr(row_origin, "commit", lambda: "bbb")
+    monkeypatch.setattr(row_origin, "source_commit", lambda: "bbb")
     train_noted(config, event_log, tmp_path)
     assert [origin["commit"] for origin in RowOrigin.read({"test": tmp_path}).origins] == ["aaa", "bbb"]
     assert RowOrigin.read({"test": tmp_path}).fields()["commit"] == "bbb (trained at aaa, bbb)"

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,8 @@ from vista.log.histories import ranges
 
 CODE_BITS = 6
 MAX_CODE = 2**CODE_BITS - 1
+EVENTS_RESOLUTION, MAX_EVENTS = 10.0, 1e6
+"""ε and n_max of `encode_event_counts`."""
 
 _SECONDS_PER_DAY = 86_400
 
@@ -52,7 +55,18 @@ def encode_values(spec: CounterSpec, values: NDArray[np.float64]) -> NDArray[np.
     code = round(63 · ln(1 + c/ε) / ln(1 + c_max/ε)), at most 63, with ε and c_max from `code_scales`. A count of at
     least 1 has a code of at least 7, so count code 0 marks an absent key.
     """
-    resolution, largest = code_scales(spec)
+    return _codes(values, *code_scales(spec))
+
+
+def encode_event_counts(num_events: Int) -> NDArray[np.uint8]:
+    """Quantize users' numbers of events int64 [n]: uint8 [n] from 0 to 63, in steps of about a fifth from 50 events on.
+
+    code = round(63 · ln(1 + n/ε) / ln(1 + n_max/ε)), at most 63, with ε = `EVENTS_RESOLUTION` and n_max = `MAX_EVENTS`.
+    """
+    return _codes(num_events, EVENTS_RESOLUTION, MAX_EVENTS)
+
+
+def _codes(values: NDArray[Any], resolution: NDArray[np.float64] | float, largest: Any) -> NDArray[np.uint8]:
     levels = np.rint(np.log1p(values / resolution) * (MAX_CODE / np.log1p(largest / resolution)))
     codes: NDArray[np.uint8] = np.minimum(levels, MAX_CODE).astype(np.uint8)
     return codes

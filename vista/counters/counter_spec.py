@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from vista.arrays import Int
 from vista.config.checks import MAX_DAYS
 from vista.config.model_config import MAX_COUNTER_EVENTS, MAX_COUNTER_KEYS, MAX_HORIZONS, MIN_COUNTER_DAYS
-from vista.json_fields import FieldRule, check_fields, list_of, one_of, text, whole
+from vista.json_fields import NUMBER, check_fields, list_of, one_of, text, whole
 from vista.log.gaps import DAY_MS
 
 ITEM = "item"
@@ -21,8 +21,6 @@ ITEM = "item"
 
 STEPS_PER_EVENT = 1_000_000
 """Positions are scaled by this, so that half-lives in events are whole numbers of steps, as those in ms are."""
-
-_NUMBER = FieldRule("a finite number", lambda value: type(value) in (int, float) and math.isfinite(value))
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +128,7 @@ class CounterSpec:
 _RULES = {
     "fields": list_of(text(), least=1),
     "keys": list_of(whole(1, MAX_COUNTER_KEYS)),
-    "days": list_of(_NUMBER),
-    "events": list_of(_NUMBER),
+    "days": list_of(NUMBER),
+    "events": list_of(NUMBER),
     "has_time": one_of(True, False),
 }

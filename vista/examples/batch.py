@@ -118,8 +118,8 @@ class BatchImpressions:
     mask: Tensor
     """bool [NW, I, num_tasks]: True where a task's label is known."""
     codes: Tensor | None = None
-    """uint8 [NW, I, F] from `CounterCodes`: the user's counters of each item, 0 if it is not counted. None without
-    counters."""
+    """uint8 [NW, I, F + 1] from `UserCounters.of_pairs`: the user's counters of each item, 0 if it is not counted. None
+    without counters."""
     entry: Tensor | None = None
     """int64 [NW, I, C], like `dense` from `RowFeatureReader.encode`: features of the requests. None without them."""
     dense: Tensor | None = None

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from vista.config.choices import Counting
 from vista.errors import MissingDependencyError
+from vista.install_command import install_command
 from vista.log.event_log import EventLog
 from vista.log.splits import EVENTS_PER_BLOCK, visible_blocks
 
@@ -96,8 +97,8 @@ def sketched_item_counts(
         from datasketches import count_min_sketch
     except ImportError as error:
         raise MissingDependencyError(
-            "data.frequencies=count_min needs the extra: pip install 'vista-recsys[sketches]'; or set "
-            "data.frequencies=exact"
+            f"data.frequencies=count_min needs datasketches ({error}); install it with: {install_command('sketches')}; "
+            "or set data.frequencies=exact"
         ) from error
     num_hashes = count_min_sketch.suggest_num_hashes(confidence)
     num_buckets = count_min_sketch.suggest_num_buckets(relative_error)

@@ -82,7 +82,7 @@ class HistoryCounters:
         return UserCounters(codes, requests.covered + np.diff(offsets))
 
     def of_items(self, requests: CounterRequests, item: Int) -> NDArray[np.uint8]:
-        """Codes uint8 [n, F] of one item int64 [n] per request; 0 if it is not counted.
+        """Codes uint8 [n, F + 1] of one item int64 [n] per request (`UserCounters.of_pairs`); 0 if it is not counted.
 
         Those of `at`, but in half the time, and in memory for one item per request.
         """
@@ -96,7 +96,8 @@ class HistoryCounters:
         )
         # Other items are events too, but not counted: as the unknown item.
         new = np.where(new == np.repeat(item, np.diff(offsets)), new, 0)
-        return own.advanced(now, new, time, offsets).lookup(np.arange(len(item)), item)
+        counters = UserCounters(own.advanced(now, new, time, offsets), requests.covered + np.diff(offsets))
+        return counters.of_pairs(np.arange(len(item)), item)
 
     def _stored(self, requests: CounterRequests) -> tuple[CounterCodes, Int]:
         """What records hold, and int64 [n], the record of each request."""

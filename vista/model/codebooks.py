@@ -21,6 +21,7 @@ from safetensors.numpy import load, save
 from vista.arrays import Float32s
 from vista.errors import DataError
 from vista.files import checked_path, read_limited, replace_file
+from vista.progress_bar import progress_bar
 
 MAX_LEVELS, MAX_CODES = 16, 1 << 16
 MAX_BYTES = 1 << 30
@@ -69,7 +70,7 @@ class Codebooks:
         exponent = int(np.frexp(np.abs(vectors).max())[1])  # so that no number is above 1
         residuals, centroids = np.ldexp(vectors, -exponent), []
         with _single_thread() as faiss:
-            for _ in range(levels):
+            for _ in progress_bar(range(levels), desc="learn codes", unit="level"):
                 first = distinct_rows(residuals)
                 few = len(first) <= num_codes
                 centroids.append(residuals[first] if few else _clusters(faiss, residuals, num_codes, seed))

@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from vista.errors import MissingDependencyError
+from vista.install_command import install_command
 
 logging.getLogger("faiss").setLevel(logging.WARNING)
 try:
     import faiss as _faiss
 except ImportError as error:
     raise MissingDependencyError(
-        f"indexes and codes of items need faiss ({error}); install it with: pip install 'vista-recsys[faiss]'"
+        f"indexes and codes of items need faiss ({error}); install it with: {install_command('faiss')}"
     ) from error
 faiss: Any = _faiss
 """Its type stubs lack classes and attributes that vista uses."""

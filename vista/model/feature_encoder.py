@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vista.model.feature_spec import FeatureSpec
 from vista.model.item_feature_table import ItemFeatureTable
+from vista.model.shared_tables import SharedTables
 
 ROWS_AT_ONCE = 8192
 
@@ -70,6 +71,13 @@ class FeatureEncoder(nn.Module):
             return self._encode(rows.flatten()).view(*rows.shape, self.values.shape[1])
         # For inference, all rows are encoded once: requests are fast, and bits do not depend on the other rows.
         return F.embedding(rows, self._all_rows())
+
+    def share_rows(self, tables: SharedTables) -> None:
+        """Compute what `forward` gives for all rows, and hold it once with the other models that have the same."""
+        rows = self._all_rows()
+        assert self._of_rows is not None
+        if rows.device.type == "cpu":
+            self._of_rows = self._of_rows[0], tables.take_tensors({"": rows}, lambda: {"": rows})[""]
 
     def _all_rows(self) -> Tensor:
         """[R, M] of all model rows, of the current weights."""

@@ -255,6 +255,14 @@ def counted_scores(model: RankingModel, users: Tensor, items: Tensor, counters: 
     return (logit[:, 0] + model.counted.from_user(users).index_select(0, owner))[: len(counters.codes.key)]
 
 
+def counter_logits(model: VistaModel, codes: NDArray[np.uint8]) -> Tensor:
+    """Terms that counters uint8 [n, F + 1] of candidates add to their logits, float32 [n, num_tasks], row by row."""
+    assert model.candidate_counters is not None
+    rows = torch.from_numpy(_whole_tiles(codes)).to(model.device)
+    logits: Tensor = model.candidate_counters.logits(rows)[: len(codes)]
+    return logits
+
+
 def _whole_tiles(values: NDArray[Any]) -> NDArray[Any]:
     """Values [E, ...], padded with zeros to whole tiles."""
     missing = -len(values) % ROW_TILE

@@ -22,19 +22,23 @@ from vista.errors import ItemIndexError, ItemIndexMismatchError
 from vista.files import checked_path, replaced_folder
 from vista.model.item_index_manifest import CHECK_FILE, FAISS_FILE, ItemIndexManifest, unreadable_index
 from vista.model.ranking_model import UNKNOWN_ITEM
+from vista.progress_bar import elapsed_time, progress_bar, ticking
 
 FLAT_ITEMS = 50_000
 """Most items for which `flat` is chosen. Beyond, `ivfpq` is as fast as `hnsw` at the same recall, is built in half the
 time, and takes a tenth of the memory."""
 NUM_LINKS, BUILD_EFFORT, SEARCH_EFFORT = 32, 80, 250
 """HNSW: links per node (twice as many on the lowest level), and the sizes of the lists of a build and of a search."""
-LISTS_PER_ROOT, POINTS_PER_LIST = 4, 64
-"""IVF-PQ: lists per square root of the number of items, and items per list that training reads."""
-NUM_PROBED = 832
-"""IVF-PQ: lists that a search reads. With 192, 448, and 832 lists, recall@100 among 10^6 items was 0.80, 0.90, and 0.94
-(`bench_index`); among 10^5 items, 0.91, 0.98, and 0.99."""
+POINTS_PER_LIST = 64
+"""IVF-PQ: items per list that training reads. There are √N lists: at the same recall, more of them cost as much or more
+time per search (docs/research-log.md)."""
+PROBED_FACTOR, PROBED_POWER = 10.5, 0.4
+"""IVF-PQ: of L lists, a search reads 10.5 L^0.4. Recall@100 is 0.97 among 10^5 items (105 of 316 lists), and 0.96 among
+10^6 (167 of 1,000; `bench_index`)."""
 NUM_COMPARED = 4
 """IVF-PQ: number of items that are found by their codes and compared exactly, per item that a search returns."""
+ADDED_AT_ONCE = 1 << 16
+"""Items between two steps of the progress bar of a build."""
 SEED = 1234
 TOLERANCE = 1e-4
 """Largest difference of inner products of unit vectors between processors."""
@@ -202,8 +206,9 @@ class ItemIndex:
             size = min(int(max(SEARCH_EFFORT, count) * effort), self.num_items)
             parameters = faiss.SearchParametersHNSW(efSearch=size, **options)
         else:
-            probed = min(math.ceil(NUM_PROBED * effort), self._index.nlist)
-            parameters = faiss.SearchParametersIVF(nprobe=probed, **options)
+            num_lists = self._index.nlist
+            probed = math.ceil(PROBED_FACTOR * num_lists**PROBED_POWER * effort)
+            parameters = faiss.SearchParametersIVF(nprobe=min(probed, num_lists), **options)
             count *= NUM_COMPARED
         with one_thread():
             rows = self._index.search(query, min(count, self.num_items), params=parameters)[1][0]
@@ -214,7 +219,7 @@ class ItemIndex:
         """Share of the exact nearest `count` items of queries [Q, M'] that the index finds; 1 if it is exact."""
         shares = []
         exact = ItemIndex(self.manifest, self.check, None)
-        for query in torch.from_numpy(queries):
+        for query in progress_bar(torch.from_numpy(queries), desc="recall", unit="query"):
             wanted = exact.nearest(table, query, count)
             shares.append(np.isin(wanted, self.nearest(table, query, count)).mean())
         return float(np.mean(shares)) if shares else 1.0
@@ -256,7 +261,7 @@ def _hnsw(vectors: Float32s) -> Any:
     index = faiss.IndexHNSWFlat(vectors.shape[1], NUM_LINKS, faiss.METRIC_INNER_PRODUCT)
     index.hnsw.efConstruction = BUILD_EFFORT
     with one_thread():
-        index.add(vectors)
+        _add(index, vectors)
     return index
 
 
@@ -264,12 +269,22 @@ def _ivfpq(vectors: Float32s) -> Any:
     from vista.model.faiss_extra import faiss, one_thread
 
     count, dim = vectors.shape
-    num_lists = max(1, min(int(LISTS_PER_ROOT * math.sqrt(count)), count // POINTS_PER_LIST))
-    index = faiss.index_factory(dim, f"IVF{num_lists},PQ{dim}x4fs", faiss.METRIC_INNER_PRODUCT)
+    num_lists = max(1, min(math.isqrt(count), count // POINTS_PER_LIST))
+    # 4 bits per number of the difference from the center of the list.
+    index = faiss.index_factory(dim, f"IVF{num_lists},PQ{dim}x4fsr", faiss.METRIC_INNER_PRODUCT)
     for parameters in (index.cp, index.pq.cp):
         parameters.seed, parameters.min_points_per_centroid = SEED, 1
     sample = np.random.default_rng(SEED).permutation(count)[: max(POINTS_PER_LIST * num_lists, 16_384)]
     with one_thread():
-        index.train(vectors[np.sort(sample)])
-        index.add(vectors)
+        with elapsed_time("train the index"):
+            index.train(vectors[np.sort(sample)])
+        _add(index, vectors)
     return index
+
+
+def _add(index: Any, vectors: Float32s) -> None:
+    with progress_bar(total=len(vectors), desc="index", unit="item", unit_scale=True) as bar, ticking(bar):
+        for low in range(0, len(vectors), ADDED_AT_ONCE):
+            part = vectors[low : low + ADDED_AT_ONCE]
+            index.add(part)
+            bar.update(len(part))

@@ -20,6 +20,7 @@ from torch import Tensor
 from vista.errors import CheckpointError
 from vista.log.vocabulary import Vocabulary
 from vista.model.model_description import ModelDescription
+from vista.model.shared_tables import SharedTables
 
 RETRIEVAL_FILE, CANDIDATE_FILE = "item_retrieval_vectors.npy", "item_projections.npy"
 _ROWS_AT_ONCE = 8192
@@ -47,14 +48,20 @@ class ItemProjections:
     """[1+V, M'] vectors that the retrieval head's user vectors are multiplied with (`RankingModel.retrieval_items`; 0
     for the unknown item, so that it is orthogonal to every user); None without that head."""
     candidate: Tensor | None
-    """[1+V, 5M] vector, then query, gate, key and value of the first layer of stage 2; None without labeled tasks."""
+    """[1+V, 5M] vector, then query, gate, key and value of the first layer of stage 2; None without labeled tasks, or
+    if requests compute them."""
 
     @classmethod
-    def of(cls, model: ItemProjector) -> ItemProjections:
-        """Computed in memory, on the model's device."""
+    def of(cls, model: ItemProjector, *, with_candidate: bool = True) -> ItemProjections:
+        """Computed in memory, on the model's device.
+
+        Args:
+            with_candidate: whether to compute `candidate`.
+        """
+        retrieval, candidate = _widths(model)
         tables = [
             None if width is None else torch.empty(len(model.items) + 1, width, device=model.device)
-            for width in _widths(model)
+            for width in (retrieval, candidate if with_candidate else None)
         ]
         for first, parts in _blocks(model):
             for table, part in zip(tables, parts, strict=True):
@@ -63,18 +70,37 @@ class ItemProjections:
         return cls(*tables)
 
     @classmethod
-    def load(cls, folder: Path, model: ItemProjector) -> ItemProjections:
+    def load(
+        cls,
+        folder: Path,
+        model: ItemProjector,
+        tables: SharedTables,
+        *,
+        with_candidate: bool = True,
+    ) -> ItemProjections:
         """Map the tables of a folder of `save_pretrained`; copy them to the model's device if that is not the CPU.
+
+        Args:
+            tables: of the model; gets them, and gives those that other models hold.
+            with_candidate: whether to read `candidate`.
 
         Raises:
             CheckpointError: if they are missing or damaged, or belong to other weights.
         """
+        retrieval, candidate = _widths(model)
         paths = [
             None if width is None else folder / name
-            for name, width in zip((RETRIEVAL_FILE, CANDIDATE_FILE), _widths(model), strict=True)
+            for name, width in ((RETRIEVAL_FILE, retrieval), (CANDIDATE_FILE, candidate if with_candidate else None))
         ]
-        ModelDescription.read(folder).check_files(folder, *(path.name for path in paths if path is not None))
-        projections = cls(*(None if path is None else _mapped(path).to(model.device) for path in paths))
+        saved = ModelDescription.read(folder)
+        saved.check_files(folder, *(path.name for path in paths if path is not None))
+
+        def table_of(path: Path | None) -> Tensor | None:
+            if path is None:
+                return None
+            return tables.take_files(saved.files, (path.name,), lambda: _mapped(path).to(model.device))
+
+        projections = cls(*map(table_of, paths))
         projections._require(model, folder)
         return projections
 

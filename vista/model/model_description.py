@@ -76,6 +76,8 @@ class ModelDescription:
     """64 hex digits; None for a baseline."""
     files: dict[str, FileEntry] = field(default_factory=dict)
     """By name: those of the folder that loading needs. Empty if the model is not saved."""
+    checksum: str | None = None
+    """16 hex digits that identify this export, because they also cover `files`. None if the model is not saved."""
 
     def write(self, folder: Path) -> None:
         """Write config.json into a folder, with the entries of its .npy and .safetensors files."""
@@ -123,6 +125,7 @@ class ModelDescription:
                 fields["num_trained_items"],
                 fields["summarizer_id"],
                 files,
+                fields["checksum"],
             )
         except (TypeError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: {error}; export the model again") from error

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from vista.errors import CheckpointError, LogFormatError
@@ -18,6 +19,7 @@ from vista.model.finite_weights import finite_weights
 from vista.model.item_feature_table import FEATURES_FILE, ItemFeatureTable
 from vista.model.model_description import ModelDescription, unreadable_model
 from vista.model.row_feature_reader import RowFeatureReader
+from vista.model.shared_tables import SharedTables
 
 if TYPE_CHECKING:
     from vista.model.ranking_model import RankingModel
@@ -42,29 +44,52 @@ class SavedParts:
     """By the names of ROW_FEATURES."""
 
     @classmethod
-    def read(cls, folder: Path, saved: ModelDescription) -> SavedParts:
+    def read(cls, folder: Path, saved: ModelDescription, tables: SharedTables | None) -> SavedParts:
         """Read the files that a description names.
+
+        Args:
+            tables: gets the large ones, and gives those that other models hold; None reads all.
 
         Raises:
             CheckpointError: if one is missing or damaged, or a weight is not finite.
         """
         try:
-            patterns = "items.*", "*_values_*", FEATURES_FILE
-            saved.check_files(folder, WEIGHTS_FILE, *patterns)
-            weights = finite_weights(folder / WEIGHTS_FILE)
-            items = Vocabulary.load(folder, "items")
-            features = ItemFeatureTable.load(folder, saved.schema.item_features) if saved.schema.item_features else None
+            items_files, features_files = ("items.*",), (FEATURES_FILE, "item_values_*")
+            saved.check_files(folder, WEIGHTS_FILE, *items_files, FEATURES_FILE, "*_values_*")
+            weights = _read_weights(folder / WEIGHTS_FILE, tables)
+            columns = saved.schema.item_features
+            if tables is None:
+                items = Vocabulary.load(folder, "items")
+                features = ItemFeatureTable.load(folder, columns) if columns else None
+            else:
+                items = tables.take_files(saved.files, items_files, lambda: Vocabulary.load(folder, "items"))
+                features = None
+                if columns:
+                    features = tables.take_files(
+                        saved.files, features_files, lambda: ItemFeatureTable.load(folder, columns)
+                    )
             readers = {
                 name: RowFeatureReader.load(folder, name.removesuffix("_features"), getattr(saved.schema, name))
                 for name in ROW_FEATURES
             }
         except (OSError, ValueError, SafetensorError, LogFormatError) as error:
             raise unreadable_model(folder, error) from error
-        return cls({name: weight.float() for name, weight in weights.items()}, items, features, readers)
+        return cls(weights, items, features, readers)
 
 
-def opened_model(kind: type[Model], folder: Path) -> Model:
+def _read_weights(file: Path, tables: SharedTables | None) -> dict[str, Tensor]:
+    """The weights of a file by name, float32; errors as of `finite_weights`."""
+    weights = {name: weight.float() for name, weight in finite_weights(file).items()}
+    if tables is None:
+        return weights
+    return tables.take_tensors(weights, lambda: {name: weight.float() for name, weight in load_file(file).items()})
+
+
+def opened_model(kind: type[Model], folder: Path, tables: SharedTables | None = None) -> Model:
     """Read a folder of `RankingModel.save_pretrained`.
+
+    Args:
+        tables: as of `SavedParts.read`; only for models that do not change.
 
     Raises:
         CheckpointError: as `RankingModel.from_pretrained`.
@@ -73,9 +98,10 @@ def opened_model(kind: type[Model], folder: Path) -> Model:
     if saved.config.architecture is not kind.architecture:
         raise CheckpointError(
             f"{folder}: holds a model of architecture {saved.config.architecture.value}, but {kind.__name__} needs "
-            f"{kind.architecture.value}"
+            f"{kind.architecture.value}; name a model that was trained with "
+            f"model.architecture={kind.architecture.value}"
         )
-    parts = SavedParts.read(folder, saved)
+    parts = SavedParts.read(folder, saved, tables)
     num_values = sum(weight.numel() for weight in parts.weights.values())
     too_large = CheckpointError(
         f"{folder}/{WEIGHTS_FILE} does not fit its config.json, which asks for far more than its {num_values} "
@@ -94,5 +120,7 @@ def opened_model(kind: type[Model], folder: Path) -> Model:
             raise RuntimeError(f"it knows {len(parts.items)} items, but was trained on {saved.num_trained_items}")
         model.num_trained_items = saved.num_trained_items
     except RuntimeError as error:
-        raise CheckpointError(f"{folder}/{WEIGHTS_FILE} does not fit its config.json: {error}") from error
+        raise CheckpointError(
+            f"{folder}/{WEIGHTS_FILE} does not fit its config.json: {error}; copy the model again, or export it again"
+        ) from error
     return model

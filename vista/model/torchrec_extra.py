@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from vista.errors import MissingDependencyError
+from vista.install_command import install_command
 
 _before = logging.root.manager.disable
 logging.disable(max(_before, logging.INFO))  # FBGEMM logs each of its libraries
@@ -20,8 +21,7 @@ try:
 except (ImportError, OSError) as error:  # OSError: a library of another version or for GPUs
     raise MissingDependencyError(
         f"model.table=torchrec needs TorchRec 1.8 and FBGEMM 1.8, which fit torch 2.13 ({error}); install them in a "
-        "virtual environment of their own with: pip install 'vista-recsys[torchrec]' torch==2.13.* && pip install "
-        "--no-deps torchrec==1.8.0"
+        f"virtual environment of their own with: {install_command('torchrec')}"
     ) from error
 finally:
     logging.disable(_before)

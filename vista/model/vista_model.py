@@ -92,10 +92,10 @@ class VistaModel(RankingModel):
         """The retrieval head's query token, to which the newest event is added."""
         self.mean_scale = nn.Parameter(torch.full((dim,), MEAN_SCALE)) if config.mean_token else None
         """Scale of the mean token, which is added to it too."""
-        self.task_head = nn.Linear(dim, len(schema.tasks)) if schema.tasks else None
-        spec = self.counter_spec
-        self.candidate_counters = CandidateCounters(spec.num_columns, 5 * dim) if spec and schema.tasks else None
-        """Added to the vectors of candidates and to their projections in layer 1; None without counters or tasks."""
+        spec, tasks = self.counter_spec, len(schema.tasks)
+        self.task_head = nn.Linear(dim, tasks) if tasks else None
+        self.candidate_counters = CandidateCounters(spec.num_columns, 5 * dim, tasks) if spec and tasks else None
+        """Added to candidates' vectors, projections in layer 1, and logits; None without counters or tasks."""
         self._identified = b"", b""
         """Hash of the inputs that `summarizer_id` was last computed from, and the id."""
 
@@ -283,7 +283,7 @@ class VistaModel(RankingModel):
             context: of the B rows.
             projections: [B, C, 4M] of the vectors in layer 1 (`ItemProjections`); None computes them.
             biases: `TargetAttention.query_biases` of `seen`; None computes them.
-            codes: uint8 [B, C, F] the users' counters of the candidates, 0 if they are not counted. None without
+            codes: uint8 [B, C, F + 1] the users' counters of the candidates, 0 if they are not counted. None without
                 counters, or if the caller has added what they add.
         """
         assert self.task_head is not None
@@ -294,7 +294,9 @@ class VistaModel(RankingModel):
             vectors, own = vectors + of_vectors, own + of_projections
         out = stage.query(vectors, own, request, seen, context, biases)
         logits: Tensor = self.task_head(out)
-        return logits
+        if self.candidate_counters is None or codes is None:
+            return logits
+        return logits + self.candidate_counters.logits(codes)
 
     @torch.inference_mode()
     def project_items(self, rows: Tensor) -> tuple[Tensor | None, Tensor | None]:

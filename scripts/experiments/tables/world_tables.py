@@ -8,6 +8,10 @@ from scripts.experiments.tables.table_row import K0, ORACLE, TableRow
 WORLDS = ("returns", "sequence", "conjunction", "seasons", "drift")
 COUNTERS = ("model.counters=true",)
 """Without what counters turn on by default. Next items are trained at the anchors only, as always with counters."""
+MANY_COUNTERS = (
+    *(*COUNTERS, "model.counter_keys=1024", "model.counter_events=[250,1000,2500]"),
+    "optim.next_weight=0",
+)
 INTERESTS = ("model.item_start=factors", "model.num_interests=64")
 REFERENCES = {
     "last 2,000 events": TableRow(1, untrained="last 2000"),
@@ -22,9 +26,8 @@ def _world(name: str) -> Table:
         "vista": TableRow(12),
         "vista, counters": TableRow(13, COUNTERS),
         # All items that a user can return to, with time constants from which the mean gap of an item follows.
-        "vista, 1,024 counted items": TableRow(
-            25, (*COUNTERS, "model.counter_keys=1024", "model.counter_events=[250,1000,2500]")
-        ),
+        "vista, 1,024 counted items": TableRow(25, MANY_COUNTERS),
+        "vista, 1,024 counted items, 16 epochs": TableRow(32, (*MANY_COUNTERS, "optim.epochs=16")),
         # Candidates also read the state of stage 1, which associates what follows what.
         "vista, counters and state": TableRow(20, (*COUNTERS, "model.target_attention=quasi_linear")),
         # Items start from co-occurrences, and seeds from how many events belong to each cluster of items.
@@ -42,7 +45,9 @@ def _world(name: str) -> Table:
         **ORACLE,
     }
     size = {"world": name, "num_users": 600, "events_per_user": 4000}
-    return Table("simulation", f"world-{name}", rows, ("optim.epochs=8",), size, validation=True)
+    # A day has five or six events, so nothing lies between a summary and the tail for longer than a few days.
+    refreshed = ("data.refresh_days=9", "data.staleness_events=32")
+    return Table("simulation", f"world-{name}", rows, ("optim.epochs=8", *refreshed), size, validation=True)
 
 
 TABLES = {f"world-{name}": _world(name) for name in WORLDS}

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from vista.arrays import Int
 from vista.errors import MissingDependencyError
 from vista.evaluation.window_cases import WindowCases
+from vista.install_command import install_command
 
 
 def boosted_trees(baseline: str) -> Any:
@@ -22,7 +23,7 @@ def boosted_trees(baseline: str) -> Any:
         from sklearn.ensemble import HistGradientBoostingClassifier
     except ImportError as error:
         raise MissingDependencyError(
-            f"{baseline} need scikit-learn ({error}); install it with: pip install 'vista-recsys[baselines]'"
+            f"{baseline} need scikit-learn ({error}); install it with: {install_command('baselines')}"
         ) from error
     return HistGradientBoostingClassifier
 

@@ -105,7 +105,8 @@ class SequenceModel(HistoryModel):
         """State before the first event."""
         self.dropout = Dropout(config.dropout)
         spec = self.counter_spec
-        self.candidate_counters = CandidateCounters(spec.num_columns, dim) if spec and schema.tasks else None
+        tasks = len(schema.tasks)
+        self.candidate_counters = CandidateCounters(spec.num_columns, dim, tasks) if spec and tasks else None
         """Added to the vectors of candidates; None without counters or tasks."""
         if self.encoder.gap is not None:
             # A buffer, so that weights trained without it do not load.
@@ -160,11 +161,16 @@ class SequenceModel(HistoryModel):
                 vector = item_vectors[shown.item[index]]
                 vector = vector if requests is None else vector + requests[index]
                 vector = vector if events.user is None else vector + events.user[tile.rows, None]
+                codes = None
                 if self.candidate_counters is not None and batch.impressions.codes is not None:
-                    vector = vector + self.candidate_counters(batch.impressions.codes.flatten(0, 1)[shown.place[index]])
+                    codes = batch.impressions.codes.flatten(0, 1)[shown.place[index]]
+                    vector = vector + self.candidate_counters(codes)
                 # Padding may name an impression that sees more events than the tile has.
                 seen = torch.where(valid, shown.seen[index], 0)
-                logits.append(self.impression_logits(states, memory, vector, seen)[valid])
+                logit = self.impression_logits(states, memory, vector, seen)
+                if self.candidate_counters is not None and codes is not None:
+                    logit = logit + self.candidate_counters.logits(codes)
+                logits.append(logit[valid])
                 places.append(shown.place[index][valid])
         parts: dict[str, LossPart] = {}
         items = self.retrieval_items(item_vectors, batch.rows)
@@ -269,8 +275,11 @@ class SequenceModel(HistoryModel):
             vectors = self.item_vectors(candidates[tile.rows])
             vectors = vectors if requests is None else vectors + requests[tile.rows]
             vectors = vectors if events.user is None else vectors + events.user[tile.rows, None]
-            if self.candidate_counters is not None and codes is not None:
-                vectors = vectors + self.candidate_counters(codes[tile.rows])
+            counted = self.candidate_counters if codes is not None else None
+            if counted is not None and codes is not None:
+                vectors = vectors + counted(codes[tile.rows])
             seen = tile.valid.sum(1, keepdim=True).expand(-1, candidates.shape[1])
             out[tile.rows] = self.impression_logits(states, memory, vectors, seen)
+            if counted is not None and codes is not None:
+                out[tile.rows] += counted.logits(codes[tile.rows])
         return out
