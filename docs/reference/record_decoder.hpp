@@ -5,7 +5,7 @@
 //     vista::Record record = vista::decode(bytes, size, key, layout);
 //
 // Needs xxhash.h (Debian and Ubuntu: libxxhash-dev) and nothing else. A truncated, damaged, or foreign record throws
-// vista::RecordError; whatever the bytes are, nothing outside them is read. Authentication codes are not verified.
+// vista::RecordError; whatever the bytes are, nothing outside them is read. record_authentication.hpp verifies codes.
 #pragma once
 #include <algorithm>
 #include <array>

@@ -1,12 +1,13 @@
-// Prints records of a vista store as JSON, with record_decoder.hpp:
+// Prints records of a vista store as JSON, with record_decoder.hpp and record_authentication.hpp:
 //
 //     g++ -std=c++17 -O2 record_to_json.cpp -o record_to_json
 //     ./record_to_json tokens=16 dim=64 codec=1 generation=7 summarizer_id=9f86d0... < records.txt
 //
 // Arguments are the fields of vista::Layout; lists are written as user_columns=4,0 and may be left out if they are empty.
+// For a store with a key, the environment variable VISTA_AUTHENTICATION_KEY holds its 64 hexadecimal digits.
 // Standard input has one record per line: its key and its bytes in hexadecimal. Each line of the output is an object, or
 // {"error": "..."} for a record that is refused, and the exit code is then 1.
-#include "record_decoder.hpp"
+#include "record_authentication.hpp"
 
 #include <cstdio>
 #include <cstdlib>
@@ -47,7 +48,6 @@ static vista::Layout layout_of(int argc, char** argv) {
             else if (name == "dim") layout.dim = uint16_t(number);
             else if (name == "codec") layout.codec = vista::Codec(number);
             else if (name == "counter_values") layout.counter_values = uint8_t(number);
-            else if (name == "authenticated") layout.authenticated = number != 0;
             else throw std::invalid_argument("unknown argument " + name);
         }
     }
@@ -80,13 +80,22 @@ static void field(const char* name, const Value& value, const char* before = ", 
 }
 
 int main(int argc, char** argv) {
-    const vista::Layout layout = layout_of(argc, argv);
+    vista::Layout layout = layout_of(argc, argv);
+    vista::SecretKey secret{};
+    if (const char* digits = std::getenv("VISTA_AUTHENTICATION_KEY")) {
+        const auto bytes = from_hex(digits);
+        if (bytes.size() != secret.size()) throw std::invalid_argument("VISTA_AUTHENTICATION_KEY: not 64 digits");
+        std::copy(bytes.begin(), bytes.end(), secret.begin());
+        layout.authenticated = true;
+    }
     int status = 0;
     for (std::string key, hex; std::cin >> key >> hex;) {
         const auto key_bytes = from_hex(key), bytes = from_hex(hex);
         try {
             const std::string user(key_bytes.begin(), key_bytes.end());
-            const vista::Record record = vista::decode(bytes.data(), bytes.size(), user, layout);
+            const vista::Record record = layout.authenticated
+                ? vista::decode_authentic(bytes.data(), bytes.size(), user, layout, secret)
+                : vista::decode(bytes.data(), bytes.size(), user, layout);
             field("generation", record.generation, "{");
             field("applied_segment", record.applied_segment);
             field("history_digest", record.history_digest);

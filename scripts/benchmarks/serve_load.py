@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +20,33 @@ from numpy.typing import NDArray
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _LISTENING = re.compile(r"listening on http://127\.0\.0\.1:(\d+)")
+_LISTEN = "0A"
+"""The state of a listening socket in /proc/net/tcp."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServiceProcess:
     """A running `vista serve`."""
 
-    pid: int
+    process: subprocess.Popen[str]
     port: int
+    lines: list[str] = field(default_factory=list)
+    """What it has logged."""
+
+    @property
+    def pid(self) -> int:
+        """Id of the process."""
+        return self.process.pid
+
+    def workers(self) -> list[int]:
+        """Ids of the worker processes, if there are several."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        return [int(child) for child in children if b"spawn_main" in _command_line(child)]
+
+    def num_listening(self) -> int:
+        """Number of workers that listen on the port."""
+        rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        return sum(row[1].endswith(f":{self.port:04X}") and row[3] == _LISTEN for row in rows)
 
     def cpu_s(self) -> float:
         """Seconds of CPU time that the process has used."""
@@ -50,18 +69,19 @@ def serving(model: Path, store: Path, *words: str, cores: set[int] | None = None
         if cores is not None:
             os.sched_setaffinity(process.pid, cores)
         try:
-            said = []
+            said: list[str] = []
             for line in process.stderr:
                 said.append(line)
                 if found := _LISTENING.search(line):
                     break
             else:
                 raise SystemExit("error: the service could not start: " + "".join(said))
-            threading.Thread(target=process.stderr.read, daemon=True).start()  # so that its log never blocks it
-            yield ServiceProcess(process.pid, int(found[1]))
+            # Read its log, so that it never blocks.
+            threading.Thread(target=said.extend, args=(process.stderr,), daemon=True).start()
+            yield ServiceProcess(process, int(found[1]), said)
         finally:
             process.send_signal(signal.SIGTERM)
-            process.wait(30)
+            process.wait(120)
 
 
 def encoded(path: str, body: bytes, media_type: str = "application/json") -> bytes:
@@ -72,11 +92,16 @@ def encoded(path: str, body: bytes, media_type: str = "application/json") -> byt
     return head.encode() + body
 
 
+def get(path: str) -> bytes:
+    """A GET request."""
+    return f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+
+
 class Connection:
     """A connection that stays open."""
 
-    def __init__(self, port: int) -> None:
-        self._socket = socket.create_connection(("127.0.0.1", port))
+    def __init__(self, port: int, timeout_s: float | None = None) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", port), timeout_s)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def send(self, request: bytes) -> tuple[int, bytes]:
@@ -163,3 +188,11 @@ def paced(port: int, requests: Sequence[bytes], gaps_s: NDArray[np.float64]) -> 
     for thread in threads:
         thread.join()
     return latencies
+
+
+def _command_line(pid: str) -> bytes:
+    """Command line of a process, empty if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""

@@ -35,9 +35,11 @@ from vista.store.layout import environment_path, list_generations, read_current,
 THREADS = 2
 """Concurrent questions per worker process."""
 CALLS_PER_RELOAD = 16
-OPERATIONS = ("full", "erase", "incremental", "compact", "incremental", "model", "erase", "incremental")
+OPERATIONS = ("full", "erase", "incremental", "compact", "export", "incremental", "model", "erase", "incremental")
 """The cycle of operations. A full refresh includes a new event of every user, so that publishing it changes every
-answer. "model" replaces the model and then refreshes in full."""
+answer. "model" replaces the model and then refreshes in full. "export" replaces it by the same model with a shorter
+tail, or with the full tail again, which changes answers without a refresh."""
+SHORTER_TAIL = 8
 ERASED_AT_ONCE = 5
 LATER_MS = START_MS + 10**11
 """Time of the requests: after all events."""
@@ -56,8 +58,12 @@ class SoakAnswer:
     """The last operation that began before the end of the call."""
     generations: tuple[int, int]
     """The store's generation before and after the call."""
+    tail_lens: tuple[int, int]
+    """The model's length of the tail before and after the call."""
     latency_s: float
     arrays: Arrays
+    num_retries: int = 0
+    """Times that the question was asked again on a new connection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +72,11 @@ class SoakOperation:
 
     kind: str
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class SoakRefusal:
+    """A question that was refused, because too many were waiting."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +96,11 @@ class SoakStage:
             folder / name for name in ("log", "model", "store", "frozen", "models")
         )
         self.context = multiprocessing.get_context("spawn")
-        # Operations begun and ended, and the generation in service. Only the keeper writes them, so they need no lock.
-        self.begun, self.done, self.served = (self.context.Value("q", 0, lock=False) for _ in range(3))
+        # Only the keeper writes these, so they need no lock.
+        self.begun, self.done, self.frozen_until, self.served = (
+            self.context.Value("q", 0, lock=False) for _ in range(4)
+        )
+        """The last operation that has begun, ended, and is frozen, and the generation that is published."""
         self.said = self.context.Queue(maxsize=256)
         """Answers, operations and failures; workers wait if the judge is too slow."""
         self.stop = self.context.Event()
@@ -96,11 +110,19 @@ class SoakStage:
         freeze(self.store, self.frozen, 0)
 
     def new_model(self, log: EventLog, seed: int) -> VistaModel:
-        """Save a new model to the folder in service, and a copy to `models/<its summarizer id>`."""
+        """Export a new model."""
         model = untrained(log, dim=64, num_seeds=16, seed=seed)
-        model.save_pretrained(self.model)
-        model.save_pretrained(self.models / model.summarizer_id().hex())
+        self.export(model)
         return model
+
+    def export(self, model: VistaModel) -> None:
+        """Save a model to the folder in service, and a copy for the judge."""
+        model.save_pretrained(self.copy_of_model(model.summarizer_id(), model.config.tail_len))
+        model.save_pretrained(self.model)
+
+    def copy_of_model(self, summarizer_id: bytes, tail_len: int) -> Path:
+        """The judge's copy of a model."""
+        return self.models / f"{summarizer_id.hex()}-{tail_len}"
 
 
 def freeze(store: Path, frozen: Path, operation: int) -> None:
@@ -181,28 +203,34 @@ def _ask_forever(stage: SoakStage, scorer: Scorer, thread: int, reloads: bool) -
                 served = stage.served.value
                 scorer.reload()
                 assert scorer.store.generation >= served, f"gen-{served} is published, but reload did not open it"
-            since, before = stage.done.value, scorer.store.generation
+            since, before = stage.done.value, _in_service(scorer)
             began = time.perf_counter()
             arrays = ask(scorer, question, stage.num_users, stage.num_items)
             latency = time.perf_counter() - began
-            until, after = stage.begun.value, scorer.store.generation
-            stage.said.put(SoakAnswer(thread, question, since, until, (before, after), latency, arrays))
+            until, after = stage.begun.value, _in_service(scorer)
+            generations, tail_lens = zip(before, after, strict=True)
+            stage.said.put(SoakAnswer(thread, question, since, until, generations, tail_lens, latency, arrays))
         except Exception:
             stage.said.put(SoakFailure(f"thread {thread}, question {question}: {traceback.format_exc()}"))
+
+
+def _in_service(scorer: Scorer) -> tuple[int, int]:
+    """Generation of the store, and length of the model's tail."""
+    return scorer.store.generation, scorer.model.config.tail_len
 
 
 def keep(stage: SoakStage, pause_s: float) -> None:
     """Change the store until the stage stops, then compare it with a rebuilt store."""
     set_threads(1)
     try:
-        erased = _operate(stage, pause_s)
-        _compare_with_rebuilt(stage, erased)
+        _compare_with_rebuilt(stage, *_operate(stage, pause_s))
     except Exception:
         stage.said.put(SoakFailure(f"keeper: {traceback.format_exc()}"))
 
 
-def _operate(stage: SoakStage, pause_s: float) -> list[int]:
-    model = VistaModel.from_pretrained(stage.model)
+def _operate(stage: SoakStage, pause_s: float) -> tuple[VistaModel, list[int]]:
+    """Returns the last model, and the erased users."""
+    model = exported = VistaModel.from_pretrained(stage.model)
     rng = np.random.default_rng(0)
     erased: list[int] = []
     for number, kind in enumerate(cycle(OPERATIONS), start=1):
@@ -216,7 +244,8 @@ def _operate(stage: SoakStage, pause_s: float) -> list[int]:
         began = time.perf_counter()
         stage.begun.value = number
         if kind in ("full", "model"):
-            model = stage.new_model(log, seed=number) if kind == "model" else model
+            if kind == "model":
+                model = exported = stage.new_model(log, seed=number)
             refresh(model, log, stage.store)
         elif kind == "incremental":
             # In one transaction, so that there are no states between two operations.
@@ -225,17 +254,21 @@ def _operate(stage: SoakStage, pause_s: float) -> list[int]:
             users = rng.choice(everyone, ERASED_AT_ONCE, replace=False).tolist()
             erase(stage.store, users)
             erased += users
+        elif kind == "export":
+            exported = model.with_tail(SHORTER_TAIL) if exported is model else model
+            stage.export(exported)
         else:
             compact_store(stage.store)
+        stage.done.value = number
         seconds = time.perf_counter() - began
         with StoreReader.open(stage.store) as store:
             assert not store.get_many(erased).found.any(), f"the store serves erased users after {kind}"
             assert len(store) == stage.num_users - len(set(erased)), f"the store holds {len(store)} users after {kind}"
-        freeze(stage.store, stage.frozen, number)
         stage.served.value = read_current(stage.store)
-        stage.done.value = number
+        freeze(stage.store, stage.frozen, number)
+        stage.frozen_until.value = number
         stage.said.put(SoakOperation(kind, seconds))
-    return erased
+    return model, erased
 
 
 def append_events(stage: SoakStage, operation: int, users: NDArray[np.int64], rng: np.random.Generator) -> EventLog:
@@ -249,10 +282,9 @@ def append_events(stage: SoakStage, operation: int, users: NDArray[np.int64], rn
     return EventLog.from_frame(events, stage.log, time_unit="ms", columns=SourceColumns(action="action"), append=True)
 
 
-def _compare_with_rebuilt(stage: SoakStage, erased: list[int]) -> None:
+def _compare_with_rebuilt(stage: SoakStage, model: VistaModel, erased: list[int]) -> None:
     """Require that the store equals one refresh of the whole log, except for the erased users."""
-    rebuilt = stage.store.with_name("rebuilt")
-    model, log = VistaModel.from_pretrained(stage.model), EventLog.open(stage.log)
+    rebuilt, log = stage.store.with_name("rebuilt"), EventLog.open(stage.log)
     refresh_incremental(model, log, stage.store)
     refresh(model, log, rebuilt)
     users = np.setdiff1d(1 + np.arange(stage.num_users), erased)

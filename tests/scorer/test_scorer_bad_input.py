@@ -298,10 +298,14 @@ class TestOthersOfTheBatch:
                 and np.isnan(scorer.user_vectors(USERS, tail=tail_of(events), now=now)[1]).all()
             )
             np.testing.assert_array_equal(np.delete(scores, 1, 0), np.delete(expected, 1, 0))
-            assert scorer.stats().bad_users == 2 and scorer.stats().failed_calls == 0
+            stats, num_damaged = scorer.stats(), 2 * (what == "damaged record")
+            assert (stats.bad_users, stats.damaged, stats.failed_calls) == (2, num_damaged, 0)
+            assert (stats.hits, stats.misses) == (2 * len(USERS) - num_damaged, 0)
         for policy in ("empty", "raise"):
-            with Scorer.open(served.model, tmp_path / "store", on_missing=policy) as scorer, pytest.raises(error):
-                scorer.score(USERS, ITEMS, tail=tail_of(events), now=now)
+            with Scorer.open(served.model, tmp_path / "store", on_missing=policy) as scorer:
+                with pytest.raises(error):
+                    scorer.score(USERS, ITEMS, tail=tail_of(events), now=now)
+                assert scorer.stats().damaged == (what == "damaged record")
 
     def test_times_are_checked_per_user(self, scorer: Scorer) -> None:
         """Any time is possible for a user without a record, whether or not another user is in the call."""

@@ -61,7 +61,8 @@ class Opened:
         )
 
     def request(self, users: list[Any], tail: Tail | None, now: Any) -> Request:
-        return self.scorer._request(self.scorer._snapshots.current, users, tail, now)
+        with self.scorer._call(users, tail, now) as (_, request):
+            return request
 
     def counters(self, users: list[Any], tail: Tail | None, now: Any) -> RequestCounters:
         counters = self.request(users, tail, now).counters
@@ -244,7 +245,7 @@ class TestScores:
             candidates = torch.arange(len(model.items) + 1).expand(len(opened.users), -1)
             item = candidates.numpy().ravel()
             user = np.repeat(np.arange(len(opened.users)), candidates.shape[1])
-            codes = opened.expected(now).codes.lookup(user, item).reshape(*candidates.shape, -1)
+            codes = opened.expected(now).of_pairs(user, item).reshape(*candidates.shape, -1)
             with_codes, without = (
                 inference.candidate_logits(model, context, gap, candidates, each).sigmoid().numpy()[:, 1:]
                 for each in (torch.from_numpy(codes), None)

@@ -198,6 +198,7 @@ def test_values_have_many_forms(opened: Scorer, ids: Known) -> None:
         np.testing.assert_array_equal(scores(values), expected)
     ragged = (np.tile(items[:3], 2), np.array([0, 3, 6]))
     same(scores((hours.ravel(), ragged[1]), ragged), expected.ravel())
+    same(scores(hours.tolist(), ragged), expected.ravel())
     same(scores((pl.Series(hours.ravel()), torch.tensor([0, 3, 6])), ragged), expected.ravel())
     lonely = (items[:2], np.array([0, 2, 2]))  # as many candidates as users, but not one each
     same(scores(([3, 12], lonely[1]), lonely), expected[0, :2])
@@ -219,10 +220,10 @@ def test_other_shapes_are_refused(opened: Scorer, ids: Known) -> None:
         (items[:3], [[1.0, 2.0], [3.0]], "'hour': the rows differ in length"),
         (items[:3], [1.0, [3.0]], "'hour' needs numbers"),
         (items[:3], np.zeros((2, 3, 1)), rf"'hour' has shape \[2, 3, 1\], {expected} \[2, 3\]"),
-        (ragged, [1.0, 2.0, 3.0], rf"'hour' has shape \[3\], {expected} \(values \[3\], offsets \[3\]\) as the cand"),
-        (ragged, [[1.0, 2.0], [3.0]], "'hour': the rows differ in length"),
+        (ragged, [1.0, 2.0, 3.0], rf"'hour' has shape \[3\], {expected} \(values \[3\], offsets \[3\]\), or a list"),
+        (ragged, [[1.0], [2.0, 3.0]], "'hour' must have as many values as the candidates, 3, and the same"),
         (ragged, ([1.0, 2.0, 3.0], [0, 1, 3]), "'hour' must have as many values as the candidates, 3, and the same"),
-        (ragged, ([1.0, 2.0], [0, 2, 3]), r"'hour' .* and the same offsets, got values of shape \[2\]"),
+        (ragged, ([1.0, 2.0], [0, 2, 3]), r"'hour' .* and the same number per user, got values of shape \[2\]"),
     ):
         with pytest.raises(ValueError, match=f"request: {message}"):
             opened.score(users[:2], candidates, request={"device": "tv", "hour": values})

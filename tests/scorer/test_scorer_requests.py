@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +12,23 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import DAY, ITEMS, START, USERS, Served, small_config, tail_of
+from tests.conftest import DAY, ITEMS, START, USERS, Served, small_config, small_frame, tail_of
+from vista.cli.index_command import run_index
 from vista.cli.score_command import run_score
-from vista.config import ScoreConfig
+from vista.config import IndexConfig, ScoreConfig
 from vista.config.choices import OnMissing
 from vista.errors import (
     CheckpointError,
     ConfigError,
+    ItemIndexError,
+    RecordContentsError,
     StoreError,
     SummarizerMismatchError,
     UnknownUserError,
     UserKeyError,
 )
 from vista.log.event_log import EventLog
+from vista.model.saved_parts import WEIGHTS_FILE
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer, Tail
@@ -110,6 +116,45 @@ class TestFreshTails:
         scores = scorer.score([100], ITEMS, tail=tail_of([(100, [(777, START + 900 * DAY, 0)])]))
         assert np.isfinite(scores).all() and np.abs(scores - scorer.score([100], ITEMS)).max() > 1e-3
 
+    def test_actions_by_name(self, scorer: Scorer) -> None:
+        """They are encoded with the model that scores."""
+        events = [(10, START + 900 * DAY, 1), (20, START + 901 * DAY, 0)]
+        codes = tail_of([(100, events), (103, events[:1])])
+        actions = scorer.model.schema.actions
+        for names in ([actions[code] for code in codes.actions], np.array(actions)[codes.actions]):
+            named = dataclasses.replace(codes, actions=names)  # type: ignore[arg-type]
+            np.testing.assert_array_equal(
+                scorer.score([100, 103], ITEMS, tail=named), scorer.score([100, 103], ITEMS, tail=codes)
+            )
+        for wrong in ("buy", None):
+            tail: Any = dataclasses.replace(codes, actions=[*actions, wrong])
+            with pytest.raises(ValueError, match=rf"tail\.actions: {wrong!r} is not one of .*\['click', 'like'\]"):
+                scorer.score([100, 103], ITEMS, tail=tail)
+
+    @pytest.mark.parametrize("policy", ["empty", "nan", "raise"])
+    def test_an_unknown_action_is_refused_under_every_policy(self, served: Served, policy: str) -> None:
+        """A wrong name is the caller's mistake, unlike data of one user that are impossible."""
+        tail: Any = dataclasses.replace(
+            tail_of([(100, [(10, START + 900 * DAY, 1)]), (103, [(20, START + 900 * DAY, 0)])]),
+            actions=["buy", "click"],
+        )
+        with Scorer.open(served.model_dir, served.store, on_missing=policy) as scorer:
+            with pytest.raises(ValueError, match=r"tail\.actions: 'buy' is not one of .*\['click', 'like'\]"):
+                scorer.score([100, 103], ITEMS, tail=tail)
+            assert scorer.stats().bad_users == 0
+
+    def test_the_only_action_needs_no_name(self, tmp_path: Path) -> None:
+        frame = {key: values for key, values in small_frame().items() if key not in ("action", "rating")}
+        log = EventLog.from_frame(frame, tmp_path / "log", time_unit="ms")
+        model = train(small_config(log, tmp_path / "run", optim__epochs=1), log)
+        refresh(model, log, tmp_path / "store")
+        events = tail_of([(100, [(10, START + 900 * DAY, 0)])])
+        with Scorer.open(model, tmp_path / "store") as scorer:
+            expected = scorer.score([100], ITEMS, tail=events)
+            for actions in ([None], scorer.model.schema.actions[:1]):
+                named: Any = dataclasses.replace(events, actions=actions)
+                np.testing.assert_array_equal(scorer.score([100], ITEMS, tail=named), expected)
+
     def test_tails_of_tensors(self, scorer: Scorer) -> None:
         tail = tail_of([(100, [(10, START + 900 * DAY, 1)])])
         tensors: Any = Tail(*(torch.from_numpy(np.array(part)) for part in dataclasses.astuple(tail)[:4]))
@@ -126,8 +171,8 @@ class TestFreshTails:
             ("items", ["a", "b"], TypeError, r"tail\.items: .*integer ids, got <U1"),
             ("items", [0], ValueError, r"tail\.times: holds 2 values for 1 items"),
             ("actions", [0.0, np.nan], TypeError, r"tail\.actions: must hold integers, got float64"),
-            ("actions", [0, 2], ValueError, r"tail\.actions: codes must lie in \[0, 2\), got 0 to 2"),
-            ("actions", [-1, 0], ValueError, r"tail\.actions: codes must lie in \[0, 2\), got -1 to 0"),
+            ("actions", [0, 2], ValueError, r"tail\.actions: codes must lie in \[0, 2\), got 2"),
+            ("actions", [-1, 0], ValueError, r"tail\.actions: codes must lie in \[0, 2\), got -1"),
             ("actions", [0], ValueError, r"tail\.actions: holds 1 values for 2 items"),
             (
                 "offsets",
@@ -243,6 +288,16 @@ class TestBadRequests:
                 np.testing.assert_array_equal(scorer.score(USERS, ITEMS), expected)
                 assert scorer.manifest.generation == 2 and scorer.stats().reloads == 0
 
+    def test_the_store_is_checked_before_the_weights_are_read(self, served: Served, tmp_path: Path) -> None:
+        """A service that waits for a refresh tries again and again, and must not read large files each time."""
+        shutil.copytree(served.model_dir, tmp_path / "model")
+        (tmp_path / "model" / WEIGHTS_FILE).unlink()
+        refresh(served.model.with_tail(3), served.log, tmp_path / "store")
+        with pytest.raises(RecordContentsError, match="holds tails of 3 events, but the model reads 6"):
+            Scorer.open(tmp_path / "model", tmp_path / "store")
+        with pytest.raises(CheckpointError):
+            Scorer.open(tmp_path / "model", served.store)
+
     def test_folders_that_are_not_a_store_or_a_model(self, served: Served, tmp_path: Path) -> None:
         (tmp_path / "empty").mkdir()
         (tmp_path / "file").write_text("hello")
@@ -298,6 +353,8 @@ class TestCommand:
             ({"users": ["nobody"]}, r"users: ids must be integers, as in the log, got nobody"),
             ({"users": ["100"], "candidates": ["x"]}, r"candidates: ids must be integers, as in the log, got x"),
             ({"users": ["100"], "candidates": [str(10**20)]}, r"candidates: ids must be integers, .*, got 1000"),
+            ({"users": ["100"], "retrieve": True, "candidates": ["0"]}, "candidates: must be empty with retrieve=true"),
+            ({"users": ["100"], "index": "items"}, "index: needs retrieve=true"),
             ({"users": ["100"], "now": "noon"}, r"time 'noon': write an ISO date or time"),
             (
                 {"users": ["100"], "now": "1706140800"},
@@ -308,6 +365,18 @@ class TestCommand:
     def test_bad_values_end_in_a_one_line_error(self, served: Served, changes: dict[str, Any], message: str) -> None:
         with pytest.raises(ConfigError, match=message):
             run_score(self.settings(served, **changes))
+
+    def test_candidates_of_an_index(self, served: Served, tmp_path: Path) -> None:
+        model = shutil.copytree(served.model_dir, tmp_path / "best")
+        asked = {"model": str(model), "store": str(served.store), "users": ["103", "100"], "top_k": 3}
+        with pytest.raises(ItemIndexError, match=r"best\.index"):
+            run_score(ScoreConfig(**asked, retrieve=True))
+        run_index(IndexConfig(model=str(model)))
+        lines = run_score(ScoreConfig(**asked, retrieve=True)).splitlines()
+        assert lines == run_score(ScoreConfig(**asked, retrieve=True, index=f"{model}.index")).splitlines()
+        with Scorer.open(model, served.store, index=f"{model}.index") as scorer:
+            for line, ranking in zip(lines[1:], scorer.retrieve([103, 100], top_k=3), strict=True):
+                assert re.findall(r"(\d+) -?\d+\.\d{4}", line) == [str(item) for item in ranking.items]
 
     def test_unknown_user_by_policy(self, served: Served) -> None:
         with pytest.raises(UnknownUserError, match=r"users \[999\] have no record"):

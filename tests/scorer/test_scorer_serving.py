@@ -22,7 +22,7 @@ from tests.conftest import ITEMS, USERS, Served, run_python, sign_model, small_c
 from vista.config.choices import Precision
 from vista.errors import CheckpointError, StoreError
 from vista.log.event_log import EventLog
-from vista.model.item_projections import CANDIDATE_FILE, RETRIEVAL_FILE
+from vista.model.item_projections import CANDIDATE_FILE, RETRIEVAL_FILE, ItemProjections
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer
@@ -211,14 +211,14 @@ class TestReload:
         models[0].save_pretrained(tmp_path / "model")
         scorer = Scorer.open(tmp_path / "model", tmp_path / "store")
         models[1].save_pretrained(tmp_path / "model")
-        begun, load = threading.Event(), VistaModel.from_pretrained
+        begun, load = threading.Event(), ItemProjections.load
 
-        def slow(*arguments: Any) -> VistaModel:
+        def slow(*arguments: Any, **options: Any) -> ItemProjections:
             begun.set()
             time.sleep(0.2)
-            return load(*arguments)
+            return load(*arguments, **options)
 
-        monkeypatch.setattr(VistaModel, "from_pretrained", slow)
+        monkeypatch.setattr(ItemProjections, "load", slow)
         thread = threading.Thread(target=scorer.reload)
         thread.start()
         begun.wait()

@@ -136,17 +136,17 @@ def test_invalid_parts_of_a_tail_are_named(
 ) -> None:
     arrays = {name: np.array(values) for name, values in (GOOD | {part: value}).items()}
     with pytest.raises(error, match=message):
-        checked_tail(Tail(**arrays), 2)
+        checked_tail(Tail(**arrays), 2, ["click", "like"])
 
 
 def test_valid_tails_become_arrays() -> None:
     for convert in (np.array, torch.tensor, list):
-        checked = checked_tail(Tail(**{name: convert(values) for name, values in GOOD.items()}), 2)
+        checked = checked_tail(Tail(**{name: convert(values) for name, values in GOOD.items()}), 2, ["click", "like"])
         assert checked.times.dtype == checked.offsets.dtype == checked.actions.dtype == np.int64
         for name, values in GOOD.items():
             assert getattr(checked, name).tolist() == values
-    checked_tail(Tail.empty(3), 3)
+    checked_tail(Tail.empty(3), 3, [])
     strings = GOOD | {"items": np.array(["a", "b"], object)}
-    assert checked_tail(Tail(**{name: np.asarray(values) for name, values in strings.items()}), 2).items[1] == "b"
+    assert checked_tail(Tail(**{name: np.asarray(values) for name, values in strings.items()}), 2, []).items[1] == "b"
     with pytest.raises(TypeError, match=r"tail: must be a Tail"):
-        checked_tail(GOOD, 2)  # type: ignore[arg-type]
+        checked_tail(GOOD, 2, [])  # type: ignore[arg-type]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from copy import copy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,17 @@ import pytest
 
 from scripts.benchmarks import soak_scorer
 from scripts.benchmarks.benchmark_recorder import read_cases
-from scripts.benchmarks.soak_load import SoakAnswer, SoakStage, append_events, ask, copies, freeze
-from scripts.benchmarks.soak_scorer import SoakJudge
+from scripts.benchmarks.soak_judge import SoakJudge
+from scripts.benchmarks.soak_load import (
+    OPERATIONS,
+    SHORTER_TAIL,
+    SoakAnswer,
+    SoakStage,
+    append_events,
+    ask,
+    copies,
+    freeze,
+)
 from vista.model.vista_model import VistaModel
 from vista.refresh import erase, refresh
 from vista.scorer import Scorer
@@ -23,6 +34,7 @@ pytestmark = [pytest.mark.research, pytest.mark.filterwarnings("error")]
 NUM_USERS, NUM_ITEMS = 60, 50
 PREDICT, TAIL, VECTORS = 9, 40, 7
 """Questions: predict for eight users, score four users with their tails, vectors of sixteen users."""
+asked = partial(ask, num_users=NUM_USERS, num_items=NUM_ITEMS)
 
 
 @pytest.fixture(scope="module")
@@ -38,19 +50,19 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> SoakStage:
     return stage
 
 
-def answer_of(stage: SoakStage, copy: str, question: int) -> SoakAnswer:
+def answer_of(stage: SoakStage, name: str, question: int, model: VistaModel | None = None) -> SoakAnswer:
     """The answer of a scorer of a copy, as if that copy had been in service during the call."""
-    generation, operation = map(int, copy.split("-"))
-    with Scorer.open(stage.model, stage.frozen / copy, on_missing="nan", task="click") as scorer:
-        arrays = ask(scorer, question, NUM_USERS, NUM_ITEMS)
-    return SoakAnswer(0, question, operation, operation, (generation, generation), 0.0, arrays)
+    generation, operation = map(int, name.split("-"))
+    with Scorer.open(model or stage.model, stage.frozen / name, on_missing="nan", task="click") as scorer:
+        arrays, tail_len = asked(scorer, question), scorer.model.config.tail_len
+    return SoakAnswer(0, question, operation, operation, (generation,) * 2, (tail_len,) * 2, 0.0, arrays)
 
 
 @pytest.mark.parametrize("question", [PREDICT, TAIL, VECTORS])
 def test_the_judge_accepts_only_states_in_service(stage: SoakStage, question: int) -> None:
     assert sorted(copies(stage.frozen)) == [(1, 0), (1, 2), (2, 1), (2, 2)]
-    judge = SoakJudge(stage.models, stage.frozen, NUM_USERS, NUM_ITEMS)
-    old, new, erased = (answer_of(stage, copy, question) for copy in ("1-0", "2-1", "2-2"))
+    judge = SoakJudge(stage, asked)
+    old, new, erased = (answer_of(stage, name, question) for name in ("1-0", "2-1", "2-2"))
     assert all(judge.is_right(answer) for answer in (old, new, erased))
     assert judge.num_changing == 0
     # An answer of a generation that was not open is wrong. With a reload during the call, both generations are right.
@@ -68,12 +80,29 @@ def test_the_judge_accepts_only_states_in_service(stage: SoakStage, question: in
         assert not judge.is_right(replace(new, arrays=mixed, generations=(1, 2), since=0, until=2))
 
 
-def test_the_judge_removes_copies_that_no_answer_can_need(stage: SoakStage) -> None:
-    frozen = stage.frozen.with_name("frozen-too")
-    for copy in ("1-0", "1-2", "2-1", "2-2"):
-        (frozen / copy).mkdir(parents=True)
-    judge = SoakJudge(stage.models, frozen, NUM_USERS, NUM_ITEMS)
-    first, second = (SoakAnswer(thread, 0, 2, 2, (1, 2), 0.0, []) for thread in (0, 1))
+def test_the_judge_accepts_only_models_in_service(stage: SoakStage) -> None:
+    full = VistaModel.from_pretrained(stage.model)
+    shorter = full.with_tail(SHORTER_TAIL)
+    shorter.save_pretrained(stage.copy_of_model(shorter.summarizer_id(), SHORTER_TAIL))
+    judge = SoakJudge(stage, asked)
+    old, new = answer_of(stage, "2-1", TAIL, full), answer_of(stage, "2-1", TAIL, shorter)
+    assert judge.is_right(old) and judge.is_right(new)
+    lengths = full.config.tail_len, SHORTER_TAIL
+    assert not judge.is_right(replace(old, tail_lens=new.tail_lens))
+    assert not judge.is_right(replace(new, tail_lens=old.tail_lens))
+    assert all(judge.is_right(replace(answer, tail_lens=lengths)) for answer in (old, new))
+    # There was never a model with this length.
+    assert judge.is_right(replace(old, tail_lens=(full.config.tail_len, 1)))
+    assert not judge.is_right(replace(old, tail_lens=(1, 1)))
+
+
+def test_the_judge_removes_copies_that_no_answer_can_need(stage: SoakStage, tmp_path: Path) -> None:
+    other = copy(stage)
+    other.frozen = frozen = tmp_path
+    for name in ("1-0", "1-2", "2-1", "2-2"):
+        (frozen / name).mkdir()
+    judge = SoakJudge(other, asked)
+    first, second = (SoakAnswer(thread, 0, 2, 2, (1, 2), (8, 8), 0.0, []) for thread in (0, 1))
     judge.latest[0] = first
     judge.forget(num_threads=2)
     assert len(copies(frozen)) == 4
@@ -84,31 +113,33 @@ def test_the_judge_removes_copies_that_no_answer_can_need(stage: SoakStage) -> N
     judge.forget(num_threads=2)
     assert sorted(copies(frozen)) == [(1, 2), (2, 2)]
     judge.latest |= {thread: replace(first, generations=(2, 2)) for thread in (0, 1)}
+    behind = SoakJudge(other, asked, lag=1)
+    behind.latest = judge.latest
+    behind.forget(num_threads=2)
+    assert sorted(copies(frozen)) == [(1, 2), (2, 2)]
     judge.forget(num_threads=2)
     assert copies(frozen) == [(2, 2)]
 
 
-def test_a_short_soak(tmp_path: Path) -> None:
+@pytest.mark.timeout(1200)  # On a busy core, each start of a worker takes minutes.
+@pytest.mark.parametrize(
+    ("name", "words", "least"),
+    [
+        ("soak_scorer", ["--pause=0.1"], ["answers"]),
+        ("soak_serve", ["--pause=0.1", "--rate=40", "--kill=1"], ["answers", "workers killed"]),
+    ],
+)
+def test_a_short_soak(tmp_path: Path, name: str, words: list[str], least: list[str]) -> None:
     out, root = tmp_path / "out.jsonl", Path(soak_scorer.__file__).parents[2]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "scripts.benchmarks.soak_scorer",
-            "--minutes=0.2",
-            "--users=300",
-            "--pause=0.1",
-            f"--out={out}",
-        ],
+        [sys.executable, "-m", f"scripts.benchmarks.{name}", "--minutes=0.2", "--users=300", f"--out={out}", *words],
         cwd=root,
         env={**os.environ, "PYTHONPATH": f"{root}:{root / 'kernels'}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = {row["case"].partition(": ")[2]: row for row in read_cases(out)}
-    assert rows["failed"]["value"] == rows["wrong"]["value"] == 0
-    assert all(
-        rows[f"operations, {kind}"]["value"] > 0 for kind in ("incremental", "full", "erase", "compact", "model")
-    )
+    rows = {row["case"].partition(": ")[2]: row["value"] for row in read_cases(out)}
+    assert rows["failed"] == rows["wrong"] == 0
+    assert all(rows[case] > 0 for case in [*least, *(f"operations, {kind}" for kind in OPERATIONS)])
     assert len([line for line in done.stdout.splitlines() if "answers, median" in line]) >= 5

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import threading
+import weakref
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -50,12 +54,12 @@ def test_one_call_gives_the_scores_of_each(service: ScoringService) -> None:
         {"users": [999], "candidates": [7, 10], "now": NOW},
         {"users": [USERS[0]], "candidates": [], "now": NOW},
     ]
-    batches = ScoreBatches(service)
+    batches = ScoreBatches()
     entries = entered(batches, *bodies)
     packed = batches.enter(
         msgspec.msgpack.encode({"users": [103], "candidates": np.array(ITEMS).tobytes(), "now": NOW}), MSGPACK
     )
-    answers = [batches.answer(entry) for entry in (*entries, packed)]
+    answers = [batches.answer(entry, service) for entry in (*entries, packed)]
     assert service.scorer.stats().calls == 1
     for body, answer in zip(bodies, answers, strict=False):
         alone = service.scored(service.checked(json.dumps(body).encode(), JSON), JSON)
@@ -74,7 +78,7 @@ def test_one_call_gives_the_scores_of_each(service: ScoringService) -> None:
         ({"users": [103], "candidates": ITEMS, "now": [NOW, NOW]}, "now"),
         ({"users": [103], "candidates": ITEMS, "now": []}, "now"),
         ({"users": [103], "candidates": ITEMS, "tail": []}, "tail"),
-        ({"users": [103, 104], "candidates": [ITEMS]}, "offsets"),
+        ({"users": [103, 104], "candidates": [ITEMS]}, "has 1 lists, but there are 2 users"),
         ({"users": [103], "candidates": ITEMS, "now": 1}, "now"),
         ({"users": [103], "candidates": ITEMS, "request": {"device": "phone"}}, "request"),
         ({"users": [103] * 21, "candidates": ITEMS}, "max_users"),
@@ -84,45 +88,80 @@ def test_one_call_gives_the_scores_of_each(service: ScoringService) -> None:
 def test_a_bad_request_fails_alone(service: ScoringService, bad: dict[str, Any], words: str) -> None:
     good = {"users": [103], "candidates": ITEMS, "now": NOW}
     expected = service.scorer.score([103], ITEMS, now=NOW)[0]
-    batches = ScoreBatches(service)
+    batches = ScoreBatches()
     first, wrong, last = entered(batches, good, bad, good)
     for entry in (first, last):
-        np.testing.assert_allclose(scores(batches.answer(entry).body)[0], expected, atol=TOLERANCE)
+        np.testing.assert_allclose(scores(batches.answer(entry, service).body)[0], expected, atol=TOLERANCE)
     with pytest.raises(Exception, match=words):
-        batches.answer(wrong)
+        batches.answer(wrong, service)
+
+
+def test_a_panic_of_a_joint_call_leaves_nobody_waiting(
+    service: ScoringService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Panics of extensions in Rust are not Exceptions."""
+
+    class PanicError(BaseException):
+        pass
+
+    score = service.scorer.score
+
+    def panicking(users: list[int], *arguments: Any, **options: Any) -> Any:
+        if len(users) > 1:
+            raise PanicError
+        return score(users, *arguments, **options)
+
+    monkeypatch.setattr(service.scorer, "score", panicking)
+    batches, body = ScoreBatches(), {"users": [103], "candidates": ITEMS, "now": NOW}
+    entries = entered(batches, body, body, {**body, "users": [103, 103]})
+    for entry in entries[:2]:
+        assert len(scores(batches.answer(entry, service).body)) == 1
+    assert all(entry.result.done() for entry in entries)
+    with pytest.raises(PanicError):
+        batches.answer(entries[2], service)
 
 
 def test_batches_are_limited(service: ScoringService) -> None:
     body = {"users": [103], "candidates": [0], "now": NOW}
-    batches = ScoreBatches(service)
+    batches = ScoreBatches()
     for entry in entered(batches, *[body] * (2 * MAX_REQUESTS)):
-        batches.answer(entry)
+        batches.answer(entry, service)
     assert service.scorer.stats().calls == 2
     long = {"users": [103], "candidates": [1_000_000] * (MAX_BYTES // 9), "now": NOW}
     for entry in entered(batches, long, body, body):
-        batches.answer(entry)
+        batches.answer(entry, service)
     assert service.scorer.stats().calls == 4
 
 
 def test_who_leaves_is_not_scored(service: ScoringService) -> None:
     body = {"users": [103], "candidates": [0], "now": NOW}
-    batches = ScoreBatches(service)
+    batches = ScoreBatches()
     first, gone, last = entered(batches, body, body, body)
     batches.leave(gone)
-    batches.answer(first)
+    batches.answer(first, service)
     assert service.scorer.stats().candidates == 2
-    assert not gone.result.done() and last.result.done()
+    assert gone.result.cancelled() and last.result.done()
+
+
+def test_a_call_that_starts_after_its_client_left_ends(service: ScoringService) -> None:
+    """Such as one that waited for its model to be opened."""
+    batches = ScoreBatches()
+    (entry,) = entered(batches, {"users": [103], "candidates": [0], "now": NOW})
+    batches.leave(entry)
+    with pytest.raises(CancelledError):
+        batches.answer(entry, service)
+    assert service.scorer.stats().candidates == 0
 
 
 def test_unknown_users_are_refused_one_by_one(served: Served) -> None:
     with Scorer.open(served.model_dir, served.store, on_missing="raise") as scorer:
-        batches = ScoreBatches(ScoringService(scorer, ServeConfig()))
+        batches, service = ScoreBatches(), ScoringService(scorer, ServeConfig())
         known, unknown = entered(
             batches, {"users": [103], "candidates": [0], "now": NOW}, {"users": [999], "candidates": [0], "now": NOW}
         )
-        assert batches.answer(known).num_candidates == 1
+        assert batches.answer(known, service).num_candidates == 1
         with pytest.raises(UnknownUserError):
-            batches.answer(unknown)
+            batches.answer(unknown, service)
 
 
 def test_the_queue_refuses_and_forgets() -> None:
@@ -138,8 +177,13 @@ def test_the_queue_refuses_and_forgets() -> None:
         running = asyncio.create_task(queue.run(hold, 60))
         while not begun.is_set():
             await asyncio.sleep(0.001)
+        body = {1}
+        kept = weakref.ref(body)
         with pytest.raises(DeadlineError):
-            await queue.run(lambda: ran.append(1), 0.01)
+            await queue.run(partial(ran.append, body), 0.01)
+        del body
+        gc.collect()
+        assert kept() is None
         waiting = asyncio.create_task(queue.run(lambda: 8, 60))
         await asyncio.sleep(0)
         assert queue.depth == 2

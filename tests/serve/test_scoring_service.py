@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import json
 import threading
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
+import pytest
 
-from tests.conftest import ITEMS, START, USERS, Served
+from tests.conftest import ITEMS, START, USERS, Served, draw_counter_weights, small_config
 from tests.serve.running_service import RunningService, running
+from vista.config import ServeConfig
+from vista.log.event_log import EventLog
+from vista.refresh import refresh
 from vista.scorer import Scorer, Tail
+from vista.serve.request_bodies import JSON
+from vista.serve.scoring_service import ScoringService
+from vista.training.trainer import train
 
 NOW = START + 200 * 86_400_000
 TOLERANCE = 2e-5
@@ -89,6 +97,26 @@ def test_messagepack(service: RunningService, scorer: Scorer) -> None:
     assert held["items"] == ranking.items.tolist() and held["scores"] == ranking.scores.tobytes()
 
 
+def test_answers_say_what_they_were_computed_from(service: RunningService, served: Served) -> None:
+    """The generation and the model, in JSON and in MessagePack, and the fields that the OpenAPI page shows."""
+    source = {"generation": 1, "model_checksum": json.loads((served.model_dir / "config.json").read_text())["checksum"]}
+    page = service.fetch("/openapi.json")[1]["paths"]
+    for path, asked in (
+        ("score", {"users": USERS, "candidates": ITEMS}),
+        ("predict", {"users": USERS, "candidates": ITEMS}),
+        ("rank", {"user": 103}),
+        ("retrieve", {"users": USERS}),
+        ("explain", {"user": 103, "candidates": ITEMS}),
+    ):
+        packed = service.send(f"/v1/{path}", msgspec.msgpack.encode(asked), headers=MSGPACK)[2]
+        for answer in (service.fetch(f"/v1/{path}", asked)[1], msgspec.msgpack.decode(packed)):
+            assert {name: answer[name] for name in source} == source, path
+            content = page[f"/v1/{path}"]["post"]["responses"]["200"]["content"]
+            assert list(answer) == list(content["application/json"]["example"]), path
+    model = service.fetch("/v1/model")[1]
+    assert {name: model[name] for name in source} == source
+
+
 def test_unknown_users_and_items(service: RunningService, strict: RunningService) -> None:
     asked = {"users": [103, 999], "candidates": [0, 7], "now": NOW}
     status, answer = service.fetch("/v1/score", asked)
@@ -123,15 +151,20 @@ def test_what_is_in_service(service: RunningService, scorer: Scorer) -> None:
 
 def test_metrics(service: RunningService) -> None:
     def numbers() -> list[float]:
-        names = ('vista_users_total{outcome="hit"}', 'vista_users_total{outcome="miss"}', "vista_candidates_total")
+        names = (
+            'vista_users_total{model="default",outcome="hit"}',
+            'vista_users_total{model="default",outcome="miss"}',
+            'vista_candidates_total{model="default"}',
+        )
         return [service.number(name) for name in names]
 
     before = numbers()
     assert service.fetch("/v1/score", {"users": [103, 999], "candidates": ITEMS})[0] == 200
     assert [after - then for after, then in zip(numbers(), before, strict=True)] == [1, 1, 12]
-    assert service.number('vista_request_seconds_count{candidates="100",endpoint="score"}') >= 1
-    assert service.number("vista_generation") == 1
-    assert service.number('vista_requests_total{endpoint="score",status="200"}') >= 1
+    assert service.number('vista_request_seconds_count{candidates="100",endpoint="score",model="default"}') >= 1
+    assert service.number('vista_generation{model="default"}') == 1
+    assert service.number("vista_refused_connections_total") == 0
+    assert service.number('vista_requests_total{endpoint="score",model="default",status="200"}') >= 1
 
 
 def test_examples_of_the_openapi_page(service: RunningService) -> None:
@@ -144,7 +177,8 @@ def test_examples_of_the_openapi_page(service: RunningService) -> None:
             status, answer = service.fetch(path, example["value"])
             assert status == 200, (path, name, answer)
             sent += 1
-    assert sent == 9
+    assert sent == 11
+    assert list(page["paths"]["/metrics"]["get"]["responses"]["200"]["content"]) == ["text/plain"]
     references = set(json.dumps(page).split('"$ref": "#/components/schemas/')[1:])
     assert {text.partition('"')[0] for text in references} <= set(page["components"]["schemas"])
     assert service.send("/docs")[0] == 200
@@ -182,3 +216,24 @@ def test_tasks_and_string_ids(served_tasks: Served, task_scorer: Scorer) -> None
             np.testing.assert_array_equal(bits(answer["scores"][task]), bits(scores))
         status, answer = service.fetch("/v1/score", {"users": [10**9, users[0]], "candidates": [items[0], 10**9]})
         assert status == 200 and answer["scores"][0] == [None, None] and answer["scores"][1][1] is None
+
+
+@pytest.mark.parametrize("counters", [False, True])
+def test_a_model_without_times_does_not_read_the_clock(order_log: EventLog, tmp_path: Path, *, counters: bool) -> None:
+    changes = {"model__counters": counters, "optim__epochs": 1}
+    model = train(small_config(order_log, tmp_path / "run", **changes), order_log)
+    if counters:
+        draw_counter_weights(model)
+    model.save_pretrained(tmp_path / "model")
+    refresh(model, order_log, tmp_path / "store")
+    users, items = ["u100", "u104", "nobody"], [f"i{item}" for item in ITEMS]
+    event = {"item": "i10", "time": 10**6}
+    with Scorer.open(tmp_path / "model", tmp_path / "store") as scorer:
+        answerer = ScoringService(scorer, ServeConfig())
+        for tails, tail in (
+            (None, None),
+            ([[event], [event], []], Tail(["i10"] * 2, [10**6] * 2, [0, 0], [0, 1, 2, 2])),  # type: ignore[arg-type]
+        ):
+            body = json.dumps({"users": users, "candidates": items, "tail": tails}).encode()
+            answer = json.loads(answerer.scored(answerer.checked(body, JSON), JSON).body)
+            np.testing.assert_array_equal(bits(answer["scores"]), bits(scorer.score(users, items, tail=tail)))

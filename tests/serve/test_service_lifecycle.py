@@ -121,7 +121,7 @@ def test_reloads_erasures_and_killed_workers(served: Served, tmp_path: Path) -> 
             load.until_more(20)
             for generation in (2, 3):
                 refresh(served.model, served.log, store)
-                until(lambda generation=generation: service.number("vista_generation") == generation)
+                until(lambda generation=generation: service.number('vista_generation{model="default"}') == generation)
                 load.until_more(20)
             assert load.counts["broken"] == 0
             # Of users who are erased, a request gets the scores of the record or, from now on, those without one.
@@ -140,7 +140,7 @@ def test_reloads_erasures_and_killed_workers(served: Served, tmp_path: Path) -> 
         answer = service.fetch("/v1/score", {"users": [108], "candidates": ITEMS, "now": NOW})[1]
         assert answer["scores"][0] == expected[108][1]
         total = sum(
-            service.number(f'vista_requests_total{{endpoint="score",status="{status}"}}')
+            service.number(f'vista_requests_total{{endpoint="score",model="default",status="{status}"}}')
             for status in ([200, 429] if load.counts["refused"] else [200])
         )
         assert total >= load.counts["answered"] + 1 - 4  # Those of a worker that died still count.
@@ -189,7 +189,7 @@ def test_a_model_that_vanishes_stays_in_service(served: Served, tmp_path: Path) 
         served_current.rename(model)  # another model, without its weights
         until(lambda: any("reload failed" in problem for problem in service.fetch("/readyz")[1]["problems"]))
         assert service.fetch("/v1/score", asked) == before
-        assert service.number('vista_reloads_total{outcome="failed"}') >= 1
+        assert service.number('vista_reloads_total{model="default",outcome="failed"}') >= 1
 
 
 def test_a_server_of_the_store_that_stops(served: Served, tmp_path: Path) -> None:
@@ -266,6 +266,12 @@ def test_what_cannot_be_served(
 ) -> None:
     assert main(["serve", f"model={served.model_dir}", f"store={served.store}", "port=0", *words]) in (1, 2)
     assert said in capsys.readouterr().err
+
+
+def test_an_index_that_is_missing(served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [f"model={served.model_dir}", f"store={served.store}", f"index={tmp_path / 'nowhere'}", "port=0"]
+    assert main(["serve", *words]) == 1
+    assert "nowhere" in capsys.readouterr().err
 
 
 def test_workers_that_cannot_start(served: Served) -> None:

@@ -7,6 +7,15 @@ from dataclasses import dataclass
 from vista.config.checks import MAX_THREADS, check_types, require, require_counts, require_finite
 from vista.config.choices import OnMissing, Precision
 
+OF_ONE_MODEL = {
+    "model": "runs/vista/best",
+    "store": "stores/vista",
+    "index": None,
+    "task": None,
+    "project_per_request": False,
+}
+"""Keys that a file of several models can set for each model, and their defaults."""
+
 
 @dataclass(kw_only=True, slots=True)
 class ServeConfig:
@@ -17,6 +26,11 @@ class ServeConfig:
     published."""
     store: str = "stores/vista"
     """Folder of the summary store, or its URL, such as redis://host:6379/mine."""
+    index: str | None = None
+    """Folder of the index that `vista index` wrote for this model, for /v1/retrieve. null serves without an index."""
+    models: str | None = None
+    """YAML file that names several models with their stores, and how users are split among them. It replaces model,
+    store, index, task, and project_per_request."""
     authentication_key_file: str | None = None
     """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
     VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
@@ -26,8 +40,8 @@ class ServeConfig:
     port: int = 8000
     """TCP port to listen on. 0 chooses a free port, which the log names."""
     token_file: str | None = None
-    """File with the token that clients must send, as `Authorization: Bearer TOKEN`. null uses the environment variable
-    VISTA_SERVE_TOKEN, or no token if that is unset."""
+    """File with the token that clients must send, as `Authorization: Bearer TOKEN`; each line of the file is a valid
+    token. null uses the environment variable VISTA_SERVE_TOKEN, or no token if that is unset."""
     workers: int = 1
     """Number of processes that share the port, at most one per core. A worker that dies is replaced."""
     task: str | None = None
@@ -38,6 +52,9 @@ class ServeConfig:
     max_age_s: float | None = None
     """Treat users as unknown if both their record and the last refresh of the store are older than this, in seconds.
     null sets no limit."""
+    project_per_request: bool = False
+    """Compute projections of candidates in each request instead of mapping the exported ones. This needs less memory,
+    but more time."""
     precision: Precision = Precision.float32
     """Data type of matrix products: float32, bfloat16, or auto."""
     device: str = "auto"
@@ -54,10 +71,15 @@ class ServeConfig:
     Vista-Timeout-Ms."""
     max_waiting: int = 64
     """Maximum number of requests per worker that are waiting or being computed. Further ones get status 429."""
+    max_connections: int = 500
+    """Maximum number of open connections per worker. Further ones get status 503. Each connection needs a file
+    descriptor (`ulimit -n`)."""
     max_body_bytes: int = 4 << 20
-    """Largest body of a request. Larger ones get status 413."""
+    """Maximum size of the body of a request. Larger requests get status 413. The bodies of all unanswered requests of a
+    worker can take 16 times as much; beyond that, requests get status 429."""
     max_candidates: int = 10_000
-    """Maximum number of pairs of a user and a candidate per request. This does not limit rank without candidates."""
+    """Maximum number of pairs of a user and a candidate per request. If the model has more items, requests to rank must
+    name candidates; use retrieve to search the whole catalog."""
     max_users: int = 256
     """Maximum number of users per request."""
     stop_s: float = 10.0
@@ -68,6 +90,13 @@ class ServeConfig:
         require_counts(self, "", ("port",), least=0, most=65_535)
         require_counts(self, "", ("workers", "scoring_threads"), most=MAX_THREADS)
         require_counts(self, "", ("num_threads",), least=0, most=MAX_THREADS)
-        require_counts(self, "", ("max_waiting", "max_body_bytes", "max_candidates", "max_users"))
+        require_counts(self, "", ("max_waiting", "max_connections", "max_body_bytes"))
+        require_counts(self, "", ("max_candidates", "max_users"))
         require_finite(self, "", ("max_age_s", "reload_s", "deadline_s", "stop_s"), positive=True, most=1e6)
+        for key, default in OF_ONE_MODEL.items():
+            require(
+                self.models is None or getattr(self, key) == default,
+                key,
+                f"only applies without models={self.models}; leave it out, or set it in that file",
+            )
         require(bool(self.host), "host", "must be an address, such as 127.0.0.1 or 0.0.0.0")

@@ -16,6 +16,7 @@ from vista.export.trial_store import write_trial_store
 from vista.files import checked_path, replaced_folder
 from vista.model.model_description import ModelDescription
 from vista.model.vista_model import VistaModel
+from vista.progress_bar import elapsed_time
 from vista.scorer.serving_source import ServingSource
 
 
@@ -82,7 +83,8 @@ def export(
         try:
             inputs, graph = graph_inputs(snapshot.model), ServingGraph(snapshot.model, snapshot.items)
             with replaced_folder(folder) as partial:
-                run = write(graph, inputs, partial)
+                with elapsed_time("export"):
+                    run = write(graph, inputs, partial)
                 compared, example = compare(run, snapshot, num_requests, max_difference)
                 write_description(partial, snapshot.model, inputs, graph.outputs, kind, compared, example)
         except OSError as error:

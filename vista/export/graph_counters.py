@@ -5,11 +5,13 @@ Letters: B users, E counted keys, L tail length, C candidates, F values per key 
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vista.counters.counter_codes import MAX_CODE, code_scales, decode_values
+from vista.counters.counter_codes import EVENTS_RESOLUTION, MAX_CODE, MAX_EVENTS, code_scales, decode_values
 from vista.counters.counter_spec import STEPS_PER_EVENT, CounterSpec
 from vista.log.gaps import NO_TIMESTAMP
 
@@ -72,8 +74,16 @@ class GraphCounters(nn.Module):
         sums = same.double() @ values[..., :-1]
         ages = torch.where(same, values[:, None, :, -1], _NO_AGE).amin(-1)
         found = torch.cat([sums, ages.unsqueeze(-1)], -1)
-        level = (torch.log(found / self.resolution + 1) * self.factor).round().clamp(max=MAX_CODE)
+        level = _level(found, self.resolution, self.factor)
         return torch.where(same.any(-1).unsqueeze(-1), level, 0.0).long()
+
+    def with_event_counts(self, codes: Tensor, num_events: Tensor) -> Tensor:
+        """The codes from `forward` and those of the users' numbers of events int64 [B] (`UserCounters.of_pairs`):
+        int64 [B, C, F + 1]."""
+        factor = MAX_CODE / math.log1p(MAX_EVENTS / EVENTS_RESOLUTION)
+        level = _level(num_events.double(), EVENTS_RESOLUTION, factor).long()
+        of_items = torch.where(codes[..., 0] > 0, level.unsqueeze(1), 0)
+        return torch.cat([codes, of_items.unsqueeze(-1)], -1)
 
     def _passed(self, elapsed: Tensor, num_events: Tensor) -> tuple[Tensor, Tensor]:
         """Decay float64 [..., H] and age float64 [...] after ms and events int64 [...] (`CounterSpec`)."""
@@ -86,3 +96,8 @@ class GraphCounters(nn.Module):
 
     def _age(self, elapsed: Tensor, num_events: Tensor) -> Tensor:
         return elapsed.double() / 1_000 if self.spec.has_time else num_events.double()
+
+
+def _level(values: Tensor, resolution: Tensor | float, factor: Tensor | float) -> Tensor:
+    """Codes as of `vista.counters.counter_codes`, in the dtype of the values."""
+    return (torch.log(values / resolution + 1) * factor).round().clamp(max=MAX_CODE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vista.errors import MissingDependencyError
+from vista.install_command import install_command
 
 try:
     import onnx
@@ -10,8 +11,7 @@ try:
     import onnxscript
 except ImportError as error:
     raise MissingDependencyError(
-        f"format=onnx needs onnx, onnxruntime, and onnxscript ({error}); install them with: "
-        "pip install 'vista-recsys[onnx]'"
+        f"format=onnx needs onnx, onnxruntime, and onnxscript ({error}); install them with: " + install_command("onnx")
     ) from error
 
 __all__ = ["onnx", "onnxruntime", "onnxscript"]

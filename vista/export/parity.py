@@ -11,6 +11,7 @@ from vista.export.export_runner import ExportRunner
 from vista.export.request_arrays import Arrays
 from vista.export.trial_requests import TrialRequests, trial_requests
 from vista.model.ranking_model import NEXT_TASK
+from vista.progress_bar import progress_bar
 from vista.scorer.serving_snapshot import ServingSnapshot
 
 LOGITS = "logits"
@@ -40,9 +41,10 @@ def compare(
     Raises:
         ExportError: a difference is larger.
     """
+    trials = progress_bar(trial_requests(snapshot, num_requests), desc="compare", unit="batch")
     worst: dict[str, float] = {}
     example: Arrays = {}
-    for trial in trial_requests(snapshot, num_requests):
+    for trial in trials:
         outputs, expected = run(trial.arrays), scorer_outputs(snapshot, trial)
         for name, values in expected.items():
             difference = float(np.abs(outputs[name] - values).max())

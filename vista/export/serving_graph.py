@@ -122,12 +122,13 @@ class ServingGraph(nn.Module):
         context = self.stage.encode_request(summary, events, valid)
         if self.user_features is not None:
             context = replace(context, user=self.user_features([given[name] for name in self._columns(USER)]))
-        codes = num_events = None
+        codes = num_events = of_tasks = None
         if self.counters is not None:
             is_new = aligned("tail_is_new")
             stored = given["counter_keys"], given["counter_codes"], given["last_event_ts"]
             codes = self.counters(candidates, *stored, now, items, times, is_new)
             num_events = given["event_count"] + is_new.long().sum(1)
+            of_tasks = self.counters.with_event_counts(codes, num_events)
         seen = torch.full((1,), self.tail_len)
         out = []
         if "logits" in self.outputs:
@@ -137,7 +138,7 @@ class ServingGraph(nn.Module):
             if self.request_features is not None:
                 added = self.request_features([given[name] for name in self._columns(REQUEST)])
                 shown = added if request is None else request + added
-            logits = self.heads.candidate_logits(vectors, shown, seen, context, projections, codes=codes)
+            logits = self.heads.candidate_logits(vectors, shown, seen, context, projections, codes=of_tasks)
             out += [logits, logits.sigmoid()]
         if "next" in self.outputs:
             users = self.heads.user_vectors(request, seen, context)[:, 0]

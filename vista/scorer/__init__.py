@@ -1,6 +1,7 @@
 """The scorer: what ranking code calls (`vista.scorer.scorer`)."""
 
 from vista.model.ranking_model import NEXT_TASK
+from vista.scorer.answer_source import AnswerSource
 from vista.scorer.candidate_set import CandidateSet
 from vista.scorer.explanation import Explanation
 from vista.scorer.ranking import Ranking
@@ -8,4 +9,4 @@ from vista.scorer.scorer import Scorer
 from vista.scorer.scorer_stats import ScorerStats
 from vista.store.tail import Tail
 
-__all__ = ["NEXT_TASK", "CandidateSet", "Explanation", "Ranking", "Scorer", "ScorerStats", "Tail"]
+__all__ = ["NEXT_TASK", "AnswerSource", "CandidateSet", "Explanation", "Ranking", "Scorer", "ScorerStats", "Tail"]

@@ -26,7 +26,9 @@ class CandidateSet:
     """Number of items and digest of the vocabulary that the rows refer to."""
 
     @classmethod
-    def of(cls, snapshot: ServingSnapshot, candidates: Any, on_missing: OnMissing) -> CandidateSet:
+    def of(
+        cls, snapshot: ServingSnapshot, candidates: Any, on_missing: OnMissing, name: str = "candidates"
+    ) -> CandidateSet:
         """Look up item ids [C] or [B, C] in the vocabulary in service.
 
         A `CandidateSet` of it, or of its first items, is returned as it is: items that are added to a model come last.
@@ -38,21 +40,21 @@ class CandidateSet:
         """
         if isinstance(candidates, CandidateSet):
             if not snapshot.begins_with(*candidates.vocabulary):
-                raise ValueError("candidates: were encoded for another model; call encode again after a reload")
+                raise ValueError(f"{name}: were encoded for another model; call encode again after a reload")
             return candidates
-        require_most(length_of(candidates), MAX_IDS, "candidates")
+        require_most(length_of(candidates), MAX_IDS, name)
         try:
             ids = np.asarray(candidates.cpu() if isinstance(candidates, Tensor) else candidates)
         except ValueError:
-            raise ValueError("candidates: the rows differ in length; pass (values, offsets) instead") from None
+            raise ValueError(f"{name}: the rows differ in length; pass (values, offsets) instead") from None
         if ids.ndim not in (1, 2):
-            raise ValueError(f"candidates: must be of shape [C] or [B, C], got {ids.shape}")
-        require_most(ids.size, MAX_IDS, "candidates")
-        rows = item_rows(snapshot.model, ids.ravel(), "candidates").reshape(ids.shape)
+            raise ValueError(f"{name}: must be of shape [C] or [B, C], got {ids.shape}")
+        require_most(ids.size, MAX_IDS, name)
+        rows = item_rows(snapshot.model, ids.ravel(), name).reshape(ids.shape)
         if on_missing is OnMissing.error and (rows == UNKNOWN_ITEM).any():
             unknown = ids[rows == UNKNOWN_ITEM][:5].tolist()
             raise UnknownItemError(
-                f"candidates: items {unknown} are not in the model's vocabulary; train on a newer log, or pass "
+                f"{name}: items {unknown} are not in the model's vocabulary; train on a newer log, or pass "
                 "on_missing='empty'"
             )
         return cls(rows, snapshot.vocabulary)

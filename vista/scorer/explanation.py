@@ -121,7 +121,7 @@ def _shares_of_next(snapshot: ServingSnapshot, request: Request, rows: Tensor) -
     of_counters = torch.zeros_like(value)
     if counters is not None:
         assert model.counted is not None
-        codes = torch.from_numpy(counters.of_items(rows.cpu().numpy())).to(model.device)
+        codes = torch.from_numpy(counters.of_items(rows.cpu().numpy())[:, :-1]).to(model.device)
         is_counted, popularity = codes[:, 0] > 0, model.item_popularity[rows]
         num_events = torch.from_numpy(counters.num_events).to(model.device)
         counted = model.counted.from_counters(codes[None], value[None], popularity[None], num_events)[0]
@@ -165,7 +165,10 @@ def _shares_of_task(task: str, snapshot: ServingSnapshot, request: Request, rows
     def head(out: Tensor) -> Tensor:
         return F.linear(out, weight)[:, 0]
 
-    return value, attribute(model.target_attention, [vectors], asked, context, head, added)
+    shares = attribute(model.target_attention, [vectors], asked, context, head, added)
+    if codes is not None and model.candidate_counters is not None:
+        shares = replace(shares, counters=shares.counters + model.candidate_counters.logits(codes)[0, :, index])
+    return value, shares
 
 
 def _inputs(model: VistaModel, request: Request) -> tuple[TargetContext, Tensor]:

@@ -35,7 +35,7 @@ class ItemFilter:
         if self.where is not None:
             mask = snapshot.items_by_value.mask(self.where, num_rows)
         if self.within is not None:
-            rows = CandidateSet.of(snapshot, self.within, on_missing).rows
+            rows = CandidateSet.of(snapshot, self.within, on_missing, "within").rows
             if rows.ndim != 1:
                 raise ValueError(f"within: must be of shape [C], got {rows.shape}")
             listed = np.zeros(num_rows, np.bool_)

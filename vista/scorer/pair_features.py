@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from vista.arrays import Int
+from vista.arrays import Int, offsets_of
 from vista.errors import shown
 from vista.log.row_features import RowFeatures
 from vista.model.row_feature_reader import EncodedRows, RowFeatureReader
@@ -37,7 +37,8 @@ class PairFeatures:
 
         Args:
             reader: of the model.
-            given: by name: one value, [B], or in the form of the candidates; None gives none.
+            given: by name: one value, [B], or in the form of the candidates, where ragged ones may also have a list per
+                user; None gives none.
             num_users: B.
             candidates: C; offsets int64 [B + 1] of ragged candidates; None if the caller names no candidates.
 
@@ -115,13 +116,13 @@ def of_users(reader: RowFeatureReader, rows: EncodedRows, given: Mapping[str, An
 
 def _flat(name: Any, values: Any, num_users: int, candidates: int | Int | None) -> tuple[Sequence[Any], bool]:
     """Values of one feature, and whether they are one per candidate instead of one per user."""
-    if isinstance(candidates, np.ndarray) and isinstance(values, tuple) and len(values) == 2 and _is_row(values[1]):
-        values, offsets = values
+    if isinstance(candidates, np.ndarray) and _is_ragged(values):
+        values, offsets = values if isinstance(values, tuple) else _joined(values)
         shape, flat = _shaped(name, values)
         if shape != (candidates[-1],) or not np.array_equal(array_of(offsets, f"request: {name}"), candidates):
             raise ValueError(
                 f"request: {shown(name)} must have as many values as the candidates, {candidates[-1]}, and the same "
-                f"offsets, got values of shape {list(shape)}"
+                f"number per user, got values of shape {list(shape)}"
             )
         return flat, True
     shape, flat = _shaped(name, values)
@@ -137,7 +138,8 @@ def _flat(name: Any, values: Any, num_users: int, candidates: int | Int | None) 
         expected = f"one value, [{num_users}] (one per user), or [{num_users}, {candidates}] (one per candidate)"
     else:
         ragged = f"(values [{candidates[-1]}], offsets [{num_users + 1}])"
-        expected = f"one value, [{num_users}] (one per user), or {ragged} as the candidates (one per candidate)"
+        lists = f"{ragged}, or a list per user, as the candidates"
+        expected = f"one value, [{num_users}] (one per user), or {lists} (one per candidate)"
     raise ValueError(f"request: {shown(name)} has shape {list(shape)}, but must be {expected}")
 
 
@@ -155,11 +157,25 @@ def _shaped(name: Any, values: Any) -> tuple[tuple[int, ...], Sequence[Any]]:
             f"request: {shown(name)} must be one value, one per user, or one per candidate, got {shown(values)}"
         )
     if len(shape) == 1 and len(values) and all(map(_is_row, values)):
-        rows = [row if isinstance(row, Sequence) else row.tolist() for row in map(_array, values)]
-        if len({len(row) for row in rows}) > 1:
+        flat, offsets = _joined(values)
+        lengths = np.diff(offsets)
+        if (lengths != lengths[0]).any():
             raise ValueError(f"request: {shown(name)}: the rows differ in length")
-        return (len(rows), len(rows[0])), [value for row in rows for value in row]
+        return (len(lengths), int(lengths[0])), flat
     return shape, values
+
+
+def _is_ragged(values: Any) -> bool:
+    """Whether values are given per user and candidate: as (values, offsets), or as a list per user."""
+    if isinstance(values, tuple):
+        return len(values) == 2 and _is_row(values[1])
+    return isinstance(values, list) and len(values) > 0 and all(map(_is_row, values))
+
+
+def _joined(rows: Sequence[Any]) -> tuple[list[Any], Int]:
+    """Values of all rows, and offsets [rows + 1]."""
+    lists = [row if isinstance(row, Sequence) else row.tolist() for row in map(_array, rows)]
+    return [value for row in lists for value in row], offsets_of(np.array([len(row) for row in lists], np.int64))
 
 
 def _array(values: Any) -> Any:

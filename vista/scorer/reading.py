@@ -39,7 +39,8 @@ def read_request(
     ids, model = ids_of(users, "users"), snapshot.model
     # Read before the records, so that a reload in between cannot make a record look younger than it is.
     refreshed_at = 0 if max_age_s is None else snapshot.store.manifest.refreshed_at
-    stored, bad = _stored(snapshot, ids, on_missing)
+    stored, damaged = _stored(snapshot, ids, on_missing, recorder)
+    bad = damaged
     times = request_times(now, len(bad))
     if times is not None and model.schema.has_time:
         wrong = impossible_times(times, stored.last_event_ts)
@@ -52,8 +53,9 @@ def read_request(
         stored = stored.without(stored.expired(now_ms, refreshed_at, max_age_ms))
     unknown = ~stored.found
     num_hits = int(stored.found.sum())
+    num_missing = len(unknown) - num_found - int(damaged.sum())
     if on_missing is OnMissing.error and unknown.any():
-        recorder.add(hits=num_hits, stale=num_found - num_hits, misses=len(unknown) - num_found)
+        recorder.add(hits=num_hits, stale=num_found - num_hits, misses=num_missing)
         absent = np.asarray(ids)[unknown][:5].tolist()
         raise UnknownUserError(
             f"users {absent} have no record in {snapshot.store.path}; refresh the store (which leaves out erased "
@@ -64,7 +66,7 @@ def read_request(
         refuse = on_missing is not OnMissing.nan
         merged, is_fresh, wrong = with_fresh_events(model, stored, tail, refuse=refuse)
         bad = bad | wrong
-    recorder.add(hits=num_hits, stale=num_found - num_hits, misses=len(unknown) - num_found, bad_users=int(bad.sum()))
+    recorder.add(hits=num_hits, stale=num_found - num_hits, misses=num_missing, bad_users=int(bad.sum()))
     padded = pad_tail(model, merged.items, merged.times, merged.actions, merged.offsets, merged.features)
     summary = torch.from_numpy(stored.summary).to(model.device)
     if unknown.any():
@@ -72,22 +74,29 @@ def read_request(
     counters = RequestCounters.of(stored, merged, is_fresh, times) if model.counter_spec is not None else None
     reader = model.user_features
     own = None if reader is None else reader.encode(RowFeatures(stored.features), len(unknown))
-    return Request(summary, padded, times, unknown | bad, counters, users=own)
+    return Request(summary, padded, times, unknown | bad, stored.generation, counters, users=own)
 
 
-def _stored(snapshot: ServingSnapshot, ids: Any, on_missing: OnMissing) -> tuple[StoredBatch, NDArray[np.bool_]]:
-    """Records of B users, and which of them are damaged (with on_missing="nan"; otherwise that is an error)."""
+def _stored(
+    snapshot: ServingSnapshot, ids: Any, on_missing: OnMissing, recorder: StatsRecorder
+) -> tuple[StoredBatch, NDArray[np.bool_]]:
+    """Records of B users, and which of them are damaged, which are counted.
+
+    Raises:
+        RecordError: one is damaged, and on_missing is not "nan".
+    """
     try:
         stored = snapshot.store.get_many(ids)
         return stored, np.zeros(len(stored.found), np.bool_)
     except RecordError as error:
+        users = list(ids)
+        damaged = np.array([_is_damaged(snapshot, user) for user in users])
+        recorder.add(damaged=int(damaged.sum()))
         if on_missing is not OnMissing.nan:
             raise
         logger.error("%s", error)
-    users = list(ids)
-    bad = np.array([_is_damaged(snapshot, user) for user in users])
-    valid = np.flatnonzero(~bad)
-    return snapshot.store.get_many([users[row] for row in valid.tolist()]).spread(valid, len(users)), bad
+    valid = np.flatnonzero(~damaged)
+    return snapshot.store.get_many([users[row] for row in valid.tolist()]).spread(valid, len(users)), damaged
 
 
 def _is_damaged(snapshot: ServingSnapshot, user: Any) -> bool:

@@ -29,6 +29,8 @@ class Request:
     """[B] ms, or None if unknown."""
     missing: NDArray[np.bool_]
     """[B] users without a usable record, whose summary is that of an empty history."""
+    generation: int = 0
+    """Number of the store's generation from which the records come; 0 if there are none."""
     counters: RequestCounters | None = None
     """Of the B users; None without counters."""
     features: PairFeatures | None = None
@@ -58,4 +60,5 @@ class Request:
         counters = None if self.counters is None else self.counters.select(users)
         features = None if self.features is None else self.features.select(users)
         own = None if self.users is None else self.users.select(users)
-        return Request(self.summary[users], self.tail.select(users), now, self.missing[users], counters, features, own)
+        summary, tail, missing = self.summary[users], self.tail.select(users), self.missing[users]
+        return Request(summary, tail, now, missing, self.generation, counters, features, own)

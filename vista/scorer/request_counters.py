@@ -78,12 +78,21 @@ class RequestCounters(UserCounters):
         return user, column, place[user, column]
 
     def of_items(self, rows: Int) -> NDArray[np.uint8]:
-        """Codes uint8 [C, F] of candidates int64 [C] for the first user; 0 if they are not counted."""
-        return self.codes.lookup(np.zeros_like(rows), rows)
+        """Codes uint8 [C, F + 1] of candidates int64 [C] for the first user (`of_pairs`)."""
+        return self.of_pairs(np.zeros_like(rows), rows)
+
+    def found_codes(self, user: Int, place: Int) -> NDArray[np.uint8]:
+        """The `of_pairs` of counted pairs that `find` found: uint8 [n, F + 1].
+
+        Args:
+            user: int64 [n] from 0 to B - 1.
+            place: int64 [n].
+        """
+        return self._with_event_counts(self.codes.codes[place], user)
 
     def counts(self, rows: Int) -> NDArray[np.float32]:
-        """The decoded `of_items`, float32 [C, F]; NaN if they are not counted."""
-        codes = self.of_items(rows)
+        """The decoded values of candidates for the first user, float32 [C, F]; NaN if they are not counted."""
+        codes = self.of_items(rows)[:, :-1]
         values = decode_values(self.codes.spec, codes).astype(np.float32)
         values[codes[:, 0] == 0] = np.nan
         return values

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from vista.arrays import Int, offsets_of
 from vista.config.choices import OnMissing
+from vista.model.item_index import ItemIndex
 from vista.model.ranking_model import UNKNOWN_ITEM
 from vista.scorer.item_filter import ItemFilter
 from vista.scorer.ranking import Ranking, best_items, require_top_k
@@ -34,6 +35,7 @@ def retrieved(
     recorder: StatsRecorder,
 ) -> list[Ranking]:
     """The best items for each user of a request; arguments, result and errors are those of `Scorer.retrieve`."""
+    index = snapshot.item_index()
     require_top_k(top_k, "top_k")
     require_top_k(num_candidates, "num_candidates")
     count = max(top_k, num_candidates)
@@ -45,7 +47,7 @@ def retrieved(
     if allowed is not None:
         allowed[excluded] = False
         excluded = excluded[:0]
-    candidates = _candidates(snapshot, request, count, allowed, excluded, exclude_tail=wanted.exclude_tail)
+    candidates = _candidates(snapshot, index, request, count, allowed, excluded, exclude_tail=wanted.exclude_tail)
     if on_missing is OnMissing.nan:  # Their scores would be NaN, so that none could be returned.
         candidates = [rows[:0] if request.missing[user] else rows for user, rows in enumerate(candidates)]
     rows = np.concatenate([np.zeros(0, np.int64), *candidates])
@@ -61,6 +63,7 @@ def retrieved(
 
 def _candidates(
     snapshot: ServingSnapshot,
+    index: ItemIndex,
     request: Request,
     count: int,
     allowed: NDArray[np.bool_] | None,
@@ -76,8 +79,8 @@ def _candidates(
         excluded: rows that may not be returned, even if allowed.
         exclude_tail: whether to leave out the items of the user's tail too.
     """
-    index, table = snapshot.item_index(), snapshot.retrieval_vectors()
-    vectors, counters, tail, candidates = snapshot.user_vectors(request), request.counters, request.tail, []
+    table, vectors = snapshot.retrieval_vectors(), snapshot.user_vectors(request)
+    counters, tail, candidates = request.counters, request.tail, []
     for user in range(len(request)):
         own = own_tail = np.unique(tail.item[user][tail.valid[user]]).astype(np.int64)
         if counters is not None:

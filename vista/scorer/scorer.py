@@ -17,6 +17,7 @@ from vista.config.choices import OnMissing, Precision, choice_of
 from vista.device import reuse_freed_memory
 from vista.log.vocabulary import Ids
 from vista.model.vista_model import VistaModel
+from vista.scorer.answer_source import AnswerSource, LatestSource
 from vista.scorer.candidate_set import CandidateSet
 from vista.scorer.explanation import Explanation, explained
 from vista.scorer.follower import Follower
@@ -44,11 +45,11 @@ class Scorer:
     """
 
     def __init__(self, source: ServingSource, on_missing: OnMissing, task: str | None, max_age_s: float | None) -> None:
-        self.on_missing = on_missing
-        self.max_age_s = max_age_s
+        self.on_missing, self.max_age_s = on_missing, max_age_s
         self._snapshots = SnapshotHolder(source)
         self._recorder = StatsRecorder()
         self._follower = Follower(self)
+        self._latest = LatestSource()
         try:
             self.task = task or self.tasks[0]
             """The task that `score` and `rank` use."""
@@ -70,6 +71,7 @@ class Scorer:
         max_age_s: float | None = None,
         precision: Precision | str = "float32",
         index: str | Path | None = None,
+        project_per_request: bool = False,
     ) -> Scorer:
         """Open a model and the store that its summarizer wrote.
 
@@ -86,16 +88,17 @@ class Scorer:
                 (`reload` notices incremental refreshes); use None for no limit.
             precision: of matrix products: float32, bfloat16, or auto (bfloat16 if the device multiplies it natively).
             index: the folder that `vista index` wrote for this model, for `retrieve`.
+            project_per_request: compute projections of candidates in each call: less memory, more time.
 
         Raises:
             StoreError, CheckpointError, ItemIndexError: one of them is missing or damaged, or they do not match.
             ValueError: on_missing, task or precision is not one of the allowed values; max_age_s is not positive.
         """
-        policy = choice_of(OnMissing, on_missing, "on_missing")
         require_max_age(max_age_s)
-        source = ServingSource(model, store, device, key, choice_of(Precision, precision, "precision"), index)
+        dtype = choice_of(Precision, precision, "precision")
+        source = ServingSource(model, store, device, key, dtype, index, project_per_request)
         reuse_freed_memory()
-        return cls(source, policy, task, max_age_s)
+        return cls(source, choice_of(OnMissing, on_missing, "on_missing"), task, max_age_s)
 
     def close(self) -> None:
         """Close the store and end `follow`; closing twice is allowed."""
@@ -115,8 +118,19 @@ class Scorer:
 
     @property
     def store(self) -> StoreReader | ShardedReader:
-        """The store in service; a `reload` that moves to another model closes it."""
+        """The store in service; a `reload` that moves to another model closes it (`in_service` keeps it open)."""
         return self._snapshots.current.store
+
+    @contextmanager
+    def in_service(self) -> Iterator[ServingSnapshot]:
+        """The `model` and its `store`, which stays open until the block ends; StoreError if the scorer is closed."""
+        with self._snapshots.use() as snapshot:
+            yield snapshot
+
+    @property
+    def answered_from(self) -> AnswerSource | None:
+        """The generation and the model of this thread's last call that read the store; None before the first one."""
+        return self._latest.source
 
     @property
     def manifest(self) -> Manifest:
@@ -179,11 +193,9 @@ class Scorer:
         Raises:
             UnknownUserError, UnknownItemError, StoreError, ValueError, TypeError: as in `predict`.
         """
-        with self._call() as snapshot:
-            asked = self._request(snapshot, users, tail, now)
-            return predict(snapshot, asked, candidates, request, [self.task], self.on_missing, self._recorder)[
-                self.task
-            ]
+        with self._call(users, tail, now) as (snapshot, asked):
+            own = [self.task]
+            return predict(snapshot, asked, candidates, request, own, self.on_missing, self._recorder)[self.task]
 
     def predict(
         self,
@@ -202,13 +214,13 @@ class Scorer:
                 offsets int64 [B+1]).
             tail: events since the refresh, with ids as in the log (`Tail(items, times, actions, offsets)`), packed in
                 the order of `users`. They may include events that the record covers. They are merged with the stored
-                tail by time, item and action, and the newest tail_len events are kept. `features` has the values of
-                features of events by name; values that are not given, or that the model does not know, are missing.
+                tail by time, item and action, and the newest tail_len events are kept. Actions are names as in the log,
+                or codes, which can differ between models. `features` has columns by name; unknown values are missing.
             now: time of the request in ms, one or [B]; None if unknown.
             request: features of the request by name, such as {"device": "phone"}: one value, one per user [B], or one
-                per candidate, such as its price: [B, C], or (values [N], offsets) for ragged candidates. Features that
-                are not given, and values that the model does not know, are missing. Only labeled tasks read them. It
-                may also name features of users, which replace those of the records: one value, or [B].
+                per candidate, such as its price: [B, C]; (values [N], offsets) or B lists for ragged candidates. Those
+                that are not given, and values that the model does not know, are missing. Only labeled tasks read them.
+                It may also name features of users, which replace those of the records: one value, or [B].
 
         Returns:
             {task: float32 [B, C], or [N] for ragged candidates}; NumPy arrays, or tensors if `candidates` is a tensor.
@@ -220,8 +232,7 @@ class Scorer:
             StoreError: the scorer is closed, or a record is damaged.
             ValueError, TypeError: an argument is invalid or too long; the message names it.
         """
-        with self._call() as snapshot:
-            asked = self._request(snapshot, users, tail, now)
+        with self._call(users, tail, now) as (snapshot, asked):
             return predict(snapshot, asked, candidates, request, snapshot.tasks, self.on_missing, self._recorder)
 
     def rank(
@@ -250,9 +261,8 @@ class Scorer:
         Raises:
             ValueError: `top_k` is below 1. Others as in `predict`.
         """
-        with self._call() as snapshot:
-            asked, task = self._request(snapshot, [user], tail, now), self.task
-            wanted = ItemFilter(exclude, exclude_tail)
+        with self._call([user], tail, now) as (snapshot, asked):
+            wanted, task = ItemFilter(exclude, exclude_tail), self.task
             return ranked(snapshot, asked, task, top_k, candidates, request, wanted, self.on_missing, self._recorder)
 
     def retrieve(
@@ -285,11 +295,10 @@ class Scorer:
 
         Raises:
             ItemIndexError: the scorer was opened without an index.
-            ValueError: the model lacks a retrieval head, or a category or value of `where`. Others as in `rank`.
+            ValueError: the model lacks a category or value of `where`. Others as in `rank`.
         """
-        with self._call() as snapshot:
-            asked, task = self._request(snapshot, users, tail, now), self.task
-            wanted = ItemFilter(exclude, exclude_tail, within, where)
+        with self._call(users, tail, now) as (snapshot, asked):
+            wanted, task = ItemFilter(exclude, exclude_tail, within, where), self.task
             return retrieved(
                 snapshot, asked, task, top_k, num_candidates, wanted, request, self.on_missing, self._recorder
             )
@@ -306,16 +315,13 @@ class Scorer:
             return CandidateSet.of(snapshot, candidates, self.on_missing)
 
     def user_vectors(self, users: Ids, *, tail: Tail | None = None, now: Any = None) -> NDArray[np.float32]:
-        """Vectors of the retrieval head, float32 [B, M']; their products with `item_vectors` rank the catalog.
-
-        With counters, the items of `counted_items` have other scores.
+        """Vectors of the retrieval head, float32 [B, M'], which rank `item_vectors`, except for `counted_items`.
 
         Raises:
             ValueError: the model was trained without a retrieval head. Others as in `predict`.
         """
-        with self._call() as snapshot:
+        with self._call(users, tail, now) as (snapshot, request):
             snapshot.retrieval_vectors()
-            request = self._request(snapshot, users, tail, now)
             return nan_for(request.missing, snapshot.user_vectors(request).cpu().numpy(), self.on_missing)
 
     def item_vectors(self) -> tuple[NDArray[Any], NDArray[np.float32]]:
@@ -331,9 +337,8 @@ class Scorer:
     def counted_items(
         self, users: Ids, *, tail: Tail | None = None, now: Any = None
     ) -> tuple[NDArray[Any], NDArray[np.float32], NDArray[np.int64]]:
-        """The items that the users' counters hold, and their scores of `next`, to add to those of an index.
-
-        Other items have the scores `user_vectors @ item_vectors.T / temperature`.
+        """The items that the users' counters hold, and their scores of `next`; other items have the scores
+        `user_vectors @ item_vectors.T / temperature`.
 
         Returns:
             (ids [N], scores float32 [N], offsets int64 [B + 1]); none for a model without counters.
@@ -341,8 +346,7 @@ class Scorer:
         Raises:
             ValueError: the model was trained without a retrieval head. Others as in `predict`.
         """
-        with self._call() as snapshot:
-            request = self._request(snapshot, users, tail, now)
+        with self._call(users, tail, now) as (snapshot, request):
             rows, scores, offsets = snapshot.counted_items(request)
             scores = nan_for(np.repeat(request.missing, np.diff(offsets)), scores, self.on_missing)
             return snapshot.model.items.ids(rows - 1), scores, offsets
@@ -353,11 +357,9 @@ class Scorer:
         They equal those of `predict` to rounding, which can depend on the other users. For a few items, use `predict`.
 
         Raises:
-            ValueError: the model was trained without a retrieval head, or there are too many scores; make several
-                calls. Others as in `predict`.
+            ValueError: the model has no retrieval head, or there are too many scores. Others as in `predict`.
         """
-        with self._call() as snapshot:
-            request = self._request(snapshot, users, tail, now)
+        with self._call(users, tail, now) as (snapshot, request):
             require_most(len(request) * len(snapshot.model.items), MAX_SCORES, "users", "pairs of a user and an item")
             scores = nan_for(request.missing, snapshot.catalog_scores(request), self.on_missing)
             self._recorder.add(candidates=scores.size)
@@ -386,15 +388,13 @@ class Scorer:
         Raises:
             UnknownUserError: with on_missing="raise". Others as in `predict`.
         """
-        with self._call() as snapshot:
-            asked = self._request(snapshot, [user], tail, now)
+        with self._call([user], tail, now) as (snapshot, asked):
             return explained(snapshot, asked, candidates, request, task or self.task, self.on_missing, self._recorder)
 
     @contextmanager
-    def _call(self) -> Iterator[ServingSnapshot]:
-        """The snapshot in service, for one call, which is counted and timed."""
+    def _call(self, users: Ids, tail: Tail | None, now: Any) -> Iterator[tuple[ServingSnapshot, Request]]:
+        """The snapshot in service and the request that it reads, for one call, which is counted and timed."""
         with self._recorder.timed(), self._snapshots.use() as snapshot:
-            yield snapshot
-
-    def _request(self, snapshot: ServingSnapshot, users: Ids, tail: Tail | None, now: Any) -> Request:
-        return read_request(snapshot, users, tail, now, self.on_missing, self.max_age_s, self._recorder)
+            request = read_request(snapshot, users, tail, now, self.on_missing, self.max_age_s, self._recorder)
+            self._latest.source = AnswerSource(request.generation, snapshot.checksum)
+            yield snapshot, request

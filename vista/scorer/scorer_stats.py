@@ -30,8 +30,10 @@ class ScorerStats:
     """Users without a record."""
     stale: int = 0
     """Users whose record was older than max_age_s and therefore not used."""
+    damaged: int = 0
+    """Users whose record is damaged. With on_missing="nan" they get NaN, otherwise the call fails."""
     bad_users: int = 0
-    """With on_missing="nan": users whose record is damaged, or whose tail or time is impossible."""
+    """With on_missing="nan": users who got NaN, because their record is damaged or their tail or time is impossible."""
     candidates: int = 0
     """Pairs of a user and a candidate."""
     unknown_candidates: int = 0

@@ -20,7 +20,6 @@ from vista.counters.counter_codes import MAX_CODE
 from vista.errors import ItemIndexError, shown
 from vista.log.gaps import NUM_GAPS
 from vista.model import inference
-from vista.model.inference import ROW_TILE
 from vista.model.item_index import ItemIndex
 from vista.model.item_projections import ItemProjections
 from vista.model.items_by_value import ItemsByValue
@@ -28,6 +27,7 @@ from vista.model.padded_tail import pad_tail
 from vista.model.ranking_model import NEXT_TASK, UNKNOWN_ITEM
 from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
+from vista.scorer.candidate_tiles import Cells, rectangles, take, tiles
 from vista.scorer.pair_features import PairFeatures
 from vista.scorer.request import Request
 from vista.scorer.request_counters import RequestCounters
@@ -35,8 +35,6 @@ from vista.scorer.request_projections import RequestProjections
 from vista.store.reader import StoreReader
 from vista.store.sharded_reader import ShardedReader
 
-Cells = tuple[slice, slice]
-"""A range of users and a range of their candidates."""
 CONTEXT_TOKENS_PER_PASS = 1024
 
 
@@ -49,6 +47,7 @@ class ServingSnapshot:
         store: open; its summaries are of this model.
         precision: of matrix products.
         identity: of the model's export and of the index (`ServingSource`).
+        checksum: of the model's config.json; None for a model that was not read from a folder.
         index: over the items, of this model; None without one.
         pairs_per_pass: pairs of user and candidate per pass through stage 2, so that its intermediates fit a cache for
             any request.
@@ -62,6 +61,7 @@ class ServingSnapshot:
         store: StoreReader | ShardedReader,
         precision: Precision,
         identity: tuple[int, ...],
+        checksum: str | None = None,
         index: ItemIndex | None = None,
         *,
         pairs_per_pass: int = 1024,
@@ -71,6 +71,7 @@ class ServingSnapshot:
         self.items = items
         self.store = store
         self.identity = identity
+        self.checksum = checksum
         self._index = index
         self.items_by_value = ItemsByValue(model.feature_table, model.schema.item_features)
         self._pairs_per_pass = pairs_per_pass
@@ -118,12 +119,11 @@ class ServingSnapshot:
         return self.items.retrieval
 
     def item_index(self) -> ItemIndex:
-        """The index over the items; ItemIndexError without one, ValueError without the retrieval head."""
-        self.retrieval_vectors()
+        """The index over the items; ItemIndexError without one."""
         if self._index is None:
             raise ItemIndexError(
-                "this scorer has no index of items; run `vista index model=…`, then open the scorer with index=… and "
-                "the folder that the command wrote"
+                "this scorer has no index of items; run `vista index model=…`, then open the scorer, or start the "
+                "service, with index=… and the folder that the command wrote"
             )
         return self._index
 
@@ -239,8 +239,9 @@ class ServingSnapshot:
         return scores
 
     def added_by(self, codes: NDArray[np.uint8]) -> Tensor:
-        """[n, 5M] what counters uint8 [n, F] add to the rows of `ItemProjections.candidate`."""
+        """Terms [n, 5M] that counters uint8 [n, F + 1] add to the rows of `ItemProjections.candidate`."""
         assert self._code_vectors is not None
+        codes = codes[:, :-1]
         index = torch.from_numpy(codes + np.arange(codes.shape[1]) * (MAX_CODE + 1)).to(self.model.device)
         return F.embedding_bag(index, self._code_vectors, mode="sum")
 
@@ -308,13 +309,13 @@ class ServingSnapshot:
     ) -> Iterator[tuple[Cells, Tensor]]:
         """Ranges of users and columns, and their logits, float32 [users, columns, num_tasks]; of_requests [B, 1, 5M]
         from `_request_projections`."""
-        model, table, dim = self._scoring, self.items.candidate, self.model.config.dim
-        assert table is not None
-        for users, columns in _parts(lengths, self._pairs_per_pass):
+        model, dim = self._scoring, self.model.config.dim
+        for users, columns in rectangles(lengths, self._pairs_per_pass):
             some = context.select(users)
-            items = _take(table, rows, users, columns).expand(len(some.tail), -1, -1)
-            vectors, projections = items[..., :dim], items[..., dim:]
-            added = self._added(of_requests, request.features, users, columns.start, items.shape[1])
+            vectors, projections = (
+                part.expand(len(some.tail), -1, -1) for part in self._candidates(rows, users, columns)
+            )
+            added = self._added(of_requests, request.features, users, columns.start, vectors.shape[1])
             dtype = some.keys[0].dtype
             if added is None:
                 projections = projections.to(dtype)
@@ -323,17 +324,30 @@ class ServingSnapshot:
                 summed = torch.empty(projections.shape, dtype=dtype, device=model.device)
                 # Add and convert in one pass.
                 projections = torch.add(projections, added[..., dim:], out=summed)
+            index = of_counters = None
             if request.counters is not None:
                 user, column, place = request.counters.find(users, rows, columns)
                 if len(place):
                     if added is None:
                         vectors, projections = vectors.clone(), projections.clone()
-                    counted = self.added_by(request.counters.codes.codes[place])
+                    codes = request.counters.found_codes(users.start + user, place)
+                    counted, of_counters = self.added_by(codes), inference.counter_logits(model, codes)
                     index = torch.from_numpy(user * vectors.shape[1] + column).to(model.device)
                     vectors.view(-1, dim).index_add_(0, index, counted[:, :dim])
                     projections.view(-1, 4 * dim).index_add_(0, index, counted[:, dim:].to(dtype))
             logits = model.candidate_logits(vectors, None, self._seen, some, projections, self._biases)
+            if index is not None and of_counters is not None:
+                logits.view(-1, logits.shape[-1]).index_add_(0, index, of_counters)
             yield (users, columns), logits[:, : columns.stop - columns.start]
+
+    def _candidates(self, rows: Tensor | None, users: slice, columns: slice) -> tuple[Tensor, Tensor]:
+        """Vectors [C', M] or [users, C', M] and projections [..., 4M] of the items of some columns, in whole tiles."""
+        table, dim = self.items.candidate, self.model.config.dim
+        if table is not None:
+            items = take(table, rows, users, columns)
+            return items[..., :dim], items[..., dim:]
+        vectors = self.model.item_vectors(tiles(rows, users, columns).to(self.model.device))
+        return vectors, self._scoring.target_attention.layers[0].project(vectors)
 
     @torch.inference_mode()
     def _next_scores(
@@ -346,8 +360,8 @@ class ServingSnapshot:
         if counters is not None:
             counted = inference.counted_scores(self.model, vectors, table[UNKNOWN_ITEM + 1 :], counters)
         vectors = vectors / self.model.config.softmax_temperature
-        for users, columns in _parts(lengths, self._cosines_per_pass):
-            items = _take(table, rows, users, columns)
+        for users, columns in rectangles(lengths, self._cosines_per_pass):
+            items = take(table, rows, users, columns)
             # One product per user, because the bits of a joint product depend on the number of users.
             own = [torch.mv(items if items.ndim == 2 else items[row], user) for row, user in enumerate(vectors[users])]
             scores = torch.stack(own)
@@ -355,30 +369,3 @@ class ServingSnapshot:
                 user, column, place = map(torch.from_numpy, counters.find(users, rows, columns))
                 scores[user, column] = counted[place]
             yield (users, columns), scores[:, : columns.stop - columns.start]
-
-
-def _parts(lengths: Int, pairs: int) -> Iterator[Cells]:
-    """Rectangles of about `pairs` pairs, in whole tiles of columns, that cover the first lengths[b] columns of user b.
-
-    The lengths ascend, so that the users who have a column are the last ones.
-    """
-    start, longest = 0, int(lengths.max(initial=0))
-    while start < longest:
-        first = int(np.searchsorted(lengths, start, side="right"))
-        step = max(1, pairs // (len(lengths) - first) // ROW_TILE) * ROW_TILE
-        yield slice(first, len(lengths)), slice(start, min(start + step, longest))
-        start += step
-
-
-def _take(table: Tensor, rows: Tensor | None, users: slice, columns: slice) -> Tensor:
-    """Rows of a table, padded with the unknown item's row to whole tiles: [C', width] or [users, C', width]."""
-    count = columns.stop - columns.start
-    missing = -count % ROW_TILE
-    if rows is None and not missing:
-        return table[columns]
-    if rows is None:
-        part = torch.arange(columns.start, columns.stop)
-    else:
-        part = rows[columns] if rows.ndim == 1 else rows[users, columns]
-    part = F.pad(part.to(table.device), (0, missing), value=UNKNOWN_ITEM)
-    return table.index_select(0, part.flatten()).view(*part.shape, -1)  # four times as fast as table[part]

@@ -21,11 +21,16 @@ from vista.model.item_index import ItemIndex
 from vista.model.item_index_manifest import MANIFEST_FILE
 from vista.model.item_projections import ItemProjections
 from vista.model.model_description import CONFIG_FILE, ModelDescription
+from vista.model.row_feature_reader import RowFeatureReader
+from vista.model.saved_parts import opened_model
+from vista.model.schema import Schema
+from vista.model.shared_tables import SharedTables
 from vista.model.vista_model import VistaModel
 from vista.scorer.serving_snapshot import ServingSnapshot
 from vista.store.format.tail_column import TailColumn
 from vista.store.format.user_column import UserColumn
-from vista.store.sharded_reader import open_store
+from vista.store.reader import StoreReader
+from vista.store.sharded_reader import ShardedReader, open_store
 
 logger = logging.getLogger(__name__)
 WARNED_SHARE = 0.1
@@ -42,6 +47,9 @@ class ServingSource:
     key: bytes | None
     precision: Precision
     index: str | Path | None = None
+    project_per_request: bool = False
+    generation: int | None = None
+    """Number of the store's generation to serve; None follows the published one."""
 
     def open(self) -> ServingSnapshot:
         """Open both. Opens them again if the model is replaced meanwhile, as by an export or `vista items add`.
@@ -62,24 +70,25 @@ class ServingSource:
                 opened.store.close()
 
     def _open(self, identity: tuple[int, ...]) -> ServingSnapshot:
+        stored = not self.project_per_request
         if isinstance(self.model, VistaModel):
-            model, items = self.model.eval(), ItemProjections.of(self.model)
+            model, checksum = self.model.eval(), None
+            items = ItemProjections.of(self.model, with_candidate=stored)
         else:
-            model = VistaModel.from_pretrained(self.model, resolve_device(self.device))
-            items = ItemProjections.load(Path(self.model), model)
+            folder, device = Path(self.model), resolve_device(self.device)
+            self._require_records(folder)
+            tables = SharedTables(device)
+            model = opened_model(VistaModel, folder, tables).to(device).eval()
+            if model.features is not None:
+                model.features.share_rows(tables)
+            items = ItemProjections.load(folder, model, tables, with_candidate=stored)
+            tables.belong_to(model)
+            checksum = ModelDescription.read(folder).checksum
         index = None if self.index is None else self._opened_index(items)
-        users = model.user_features
-        opened = open_store(
-            self.store,
-            summarizer_id=model.summarizer_id(),
-            key=self.key,
-            tail_len=model.config.tail_len,
-            tail_columns=[TailColumn(*column) for column in model.schema.tail_sizes.items()],
-            user_columns=[] if users is None else [UserColumn(*column) for column in users.digests()],
-        )
+        opened = self._opened_store(model.summarizer_id(), model.config.tail_len, model.schema, model.user_features)
         try:
             precision = choose_precision(self.precision, model.device)
-            return ServingSnapshot(model, items, opened, precision, identity, index)
+            return ServingSnapshot(model, items, opened, precision, identity, checksum, index)
         except BaseException:
             opened.close()
             raise
@@ -114,7 +123,6 @@ class ServingSource:
         if self._identity() in (snapshot.identity, ()):
             return None
         try:
-            self._require_summaries()
             opened = self.open()
         except (SummarizerMismatchError, ItemIndexMismatchError) as error:
             logger.warning("%s holds a new model, but the old one stays in service: %s", self.model, error)
@@ -126,18 +134,34 @@ class ServingSource:
             )
         return opened
 
-    def _require_summaries(self) -> None:
-        """Check that the store has a generation of the model in the folder, without reading the model's weights.
+    def _require_records(self, folder: Path) -> None:
+        """Check that the store has records that the model in a folder can read, before its large files are read: a
+        service tries this again and again while it waits for a refresh.
 
         Raises:
-            SummarizerMismatchError: the store has no such generation.
+            SummarizerMismatchError, RecordContentsError: the store has none.
         """
         try:
-            claimed = ModelDescription.read(Path(str(self.model))).summarizer_id
-        except CheckpointError:
+            saved = ModelDescription.read(folder)
+            if saved.summarizer_id is None:
+                return
+            users = RowFeatureReader.load(folder, "user", saved.schema.user_features)
+        except (VistaError, OSError, ValueError):
             return  # Opening the model reports what is wrong with it.
-        if claimed is not None:
-            open_store(self.store, summarizer_id=bytes.fromhex(claimed), key=self.key).close()
+        self._opened_store(bytes.fromhex(saved.summarizer_id), saved.config.tail_len, saved.schema, users).close()
+
+    def _opened_store(
+        self, summarizer_id: bytes, tail_len: int, schema: Schema, users: RowFeatureReader | None
+    ) -> StoreReader | ShardedReader:
+        return open_store(
+            self.store,
+            summarizer_id=summarizer_id,
+            key=self.key,
+            tail_len=tail_len,
+            tail_columns=[TailColumn(*column) for column in schema.tail_sizes.items()],
+            user_columns=[] if users is None else [UserColumn(*column) for column in users.digests()],
+            generation=self.generation,
+        )
 
     def _identity(self) -> tuple[int, ...]:
         """Identifies the export in the folder and the index, either of which may be replaced; () if there is none."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,8 +29,13 @@ Integers = NDArray[Any]
 Bools = NDArray[np.bool_]
 
 
-def checked_tail(tail: Tail, num_users: int) -> Tail:
+def checked_tail(tail: Tail, num_users: int, actions: Sequence[str]) -> Tail:
     """Convert a caller's tail to NumPy arrays: raw item ids, and int64 for everything else except features.
+
+    Args:
+        tail: of the users.
+        num_users: B.
+        actions: those of the model by code, which replaces a name.
 
     Raises:
         ValueError, TypeError: a part of the tail is invalid for `num_users` users; the message names it.
@@ -43,7 +48,7 @@ def checked_tail(tail: Tail, num_users: int) -> Tail:
     arrays = {
         "items": array_of(tail.items, "tail.items"),
         "times": integers(tail.times, "tail.times", "integer milliseconds"),
-        "actions": integers(tail.actions, "tail.actions"),
+        "actions": _action_codes(tail.actions, actions),
         "offsets": integers(tail.offsets, "tail.offsets"),
     }
     for name, array in arrays.items():
@@ -53,14 +58,35 @@ def checked_tail(tail: Tail, num_users: int) -> Tail:
     for name in ("times", "actions"):
         if len(arrays[name]) != count:
             raise ValueError(f"tail.{name}: holds {len(arrays[name])} values for {count} items")
-    offsets, actions = arrays["offsets"], arrays["actions"]
+    offsets = arrays["offsets"]
     if len(offsets) != num_users + 1 or offsets[0] != 0 or offsets[-1] != count or (np.diff(offsets) < 0).any():
         raise ValueError(
             f"tail.offsets: must be {num_users + 1} values that rise from 0 to {count}, got {len(offsets)} values that "
             f"start with {offsets.tolist()[:6]}"
         )
     features = {name: _column(name, values) for name, values in tail.features.items()}
-    return Tail(arrays["items"], arrays["times"], actions, offsets, features)
+    return Tail(arrays["items"], arrays["times"], arrays["actions"], offsets, features)
+
+
+def _action_codes(given: Any, actions: Sequence[str]) -> Int:
+    """A caller's actions as codes. None stands for the action of a model that has only one.
+
+    Raises:
+        ValueError: a name is not one of the model's actions: the caller's mistake, whichever user it is for.
+    """
+    array = array_of(given, "tail.actions")
+    if array.dtype.kind not in "UO" or not all(one is None or isinstance(one, str) for one in array.flat):
+        return integers(array, "tail.actions")
+    codes: dict[str | None, int] = {name: code for code, name in enumerate(actions)}
+    if len(actions) <= 1:
+        codes[None] = 0
+    for name in array.flat:
+        if name not in codes:
+            given_name = None if name is None else str(name)
+            raise ValueError(
+                f"tail.actions: {shown(given_name)} is not one of this model's actions, {shown(list(actions))}"
+            )
+    return np.array([codes[one] for one in array.flat], np.int64).reshape(array.shape)
 
 
 def _column(name: Any, values: Any) -> Any:
@@ -80,7 +106,7 @@ def with_fresh_events(model: VistaModel, stored: StoredBatch, tail: Tail, *, ref
         model: the model in service.
         stored: of B users.
         tail: of the same users.
-        refuse: raise if an action or a time is impossible; otherwise keep that user's stored tail.
+        refuse: raise if the code of an action or a time is impossible; otherwise keep that user's stored tail.
 
     Returns:
         The merged tails, which of their events are fresh, [N], and which users' events were impossible, [B].
@@ -88,16 +114,17 @@ def with_fresh_events(model: VistaModel, stored: StoredBatch, tail: Tail, *, ref
     Raises:
         ValueError, TypeError: a part of the tail is invalid; the message names it.
     """
-    num_users, num_actions = len(stored.found), len(model.schema.actions)
-    checked = checked_tail(tail, num_users)
+    num_users, actions = len(stored.found), model.schema.actions
+    checked = checked_tail(tail, num_users, actions)
     lengths = np.diff(checked.offsets)
-    no_action = (checked.actions < 0) | (checked.actions >= num_actions)
+    no_action = (checked.actions < 0) | (checked.actions >= len(actions))
     late = np.zeros(len(checked.times), np.bool_)
     if model.schema.has_time:
         late = impossible_times(checked.times, np.repeat(stored.last_event_ts, lengths))
     if refuse and no_action.any():
-        actions = checked.actions
-        raise ValueError(f"tail.actions: codes must lie in [0, {num_actions}), got {actions.min()} to {actions.max()}")
+        raise ValueError(
+            f"tail.actions: codes must lie in [0, {len(actions)}), got {checked.actions[no_action.argmax()]}"
+        )
     if refuse and late.any():
         raise not_a_time("tail.times", checked.times[late][0])
     bad = np.zeros(num_users, np.bool_)

@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from functools import partial
 from typing import Any
 
 from vista.config import ServeConfig
-from vista.errors import BodyTooLargeError, SlowBodyError
+from vista.errors import DeadlineError, ModelUnavailableError
 from vista.serve.bearer_token import is_authorized
+from vista.serve.body_reader import BodyReader, number_of
 from vista.serve.error_answer import ErrorAnswer, answer_of
 from vista.serve.openapi import DESCRIPTION, operation, schemas
-from vista.serve.request_bodies import JSON, MSGPACK, ExplainBody, RankBody, ScoreBody
+from vista.serve.readiness import readiness
+from vista.serve.request_bodies import (
+    JSON,
+    MSGPACK,
+    Addressee,
+    ExplainBody,
+    RankBody,
+    RetrieveBody,
+    ScoreBody,
+    decoded,
+)
 from vista.serve.score_batches import ScoreBatches
 from vista.serve.scoring_queue import ScoringQueue
 from vista.serve.scoring_service import Answer, ScoringService
-from vista.serve.serve_extra import ClientDisconnect, fastapi
+from vista.serve.serve_extra import HTTPException, PlainTextResponse, fastapi
+from vista.serve.served_models import ServedModels
 from vista.serve.service_metrics import ServiceMetrics
+from vista.store.layout import store_address
 from vista.version import __version__
 
 TIMEOUT_HEADER = "vista-timeout-ms"
@@ -26,25 +39,25 @@ OPEN_PATHS = ("/healthz", "/readyz")
 """Paths that need no token, for the probes of load balancers."""
 NO_TOKEN = ErrorAnswer(401, "Unauthorized", "send the token as the header `Authorization: Bearer TOKEN`")
 Endpoint = Callable[[fastapi.Request], Awaitable[fastapi.Response]]
-Computation = Callable[[bytes, str, float], Awaitable[Answer]]
-"""Maps a body, its media type, and the remaining seconds to an answer."""
+Computation = Callable[[str, bytes, str, float], Awaitable[Answer]]
+"""Maps the name of a model, a body, its media type, and the deadline, s of `perf_counter`, to an answer."""
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Scope]]
 Send = Callable[[Scope], Awaitable[None]]
 
 
 class TokenCheck:
-    """Refuses requests without the token, before their bodies are read."""
+    """Refuses requests without a token, before their bodies are read."""
 
-    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], token: bytes) -> None:
+    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], tokens: Sequence[bytes]) -> None:
         self._app = app
-        self._token = token
+        self._tokens = tokens
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it with 401."""
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
             header = dict(scope["headers"]).get(b"authorization")
-            if not is_authorized(header, self._token):
+            if not is_authorized(header, self._tokens):
                 refusal = _refusal(NO_TOKEN)
                 refusal.headers["WWW-Authenticate"] = "Bearer"
                 await refusal(scope, receive, send)
@@ -53,62 +66,134 @@ class TokenCheck:
 
 
 def make_application(
-    service: ScoringService, queue: ScoringQueue, metrics: ServiceMetrics, config: ServeConfig, token: bytes | None
+    models: ServedModels,
+    queue: ScoringQueue,
+    openings: ScoringQueue,
+    metrics: ServiceMetrics,
+    config: ServeConfig,
+    tokens: Sequence[bytes],
 ) -> fastapi.FastAPI:
-    """The application of one worker."""
+    """The application of one worker.
+
+    Args:
+        models: what it serves.
+        queue: computes answers of open models.
+        openings: opens models and computes the answers to the requests that wait for them. Other requests do not wait.
+        metrics: count requests.
+        config: of the service.
+        tokens: clients must send one of them; empty if no token is needed.
+    """
     app = fastapi.FastAPI(title="vista", version=__version__, description=DESCRIPTION)
-    if token is not None:
-        app.add_middleware(TokenCheck, token=token)
-    store = str(service.scorer.store.path)
+    if tokens:
+        app.add_middleware(TokenCheck, tokens=tokens)
+    stores = [str(store_address(one.store)) for one in models.configs.values()]
+    batches = {name: ScoreBatches() for name in models.configs}
 
-    batches = ScoreBatches(service)
+    bodies = BodyReader(config.max_body_bytes)
 
-    async def score(body: bytes, media_type: str, timeout_s: float) -> Answer:
-        entry = batches.enter(body, media_type)
+    async def run(name: str, compute: Callable[[ScoringService], Answer], deadline: float) -> Answer:
+        """The answer of a model. If the model is not open, the thread that opens it also computes the answer, so that
+        the model cannot be closed in between."""
+
+        def answer_if_open() -> Answer | None:
+            with models.use_if_open(name) as service:
+                return None if service is None else compute(service)
+
+        def open_and_answer() -> Answer:
+            with models.use(name) as service:
+                return compute(service)
+
+        if models.is_open(name):
+            held = await queue.run(answer_if_open, deadline - time.perf_counter())
+            if held is not None:
+                return held
+            # The model was closed while the request waited. Opening it in this queue would delay other requests.
         try:
-            return await queue.run(partial(batches.answer, entry), timeout_s)
+            return await openings.run(open_and_answer, deadline - time.perf_counter())
+        except DeadlineError:
+            if models.is_open(name):
+                raise
+            raise ModelUnavailableError(f"model {name} is still being opened; send the request again later") from None
+
+    async def score(name: str, body: bytes, media_type: str, deadline: float) -> Answer:
+        entry = batches[name].enter(body, media_type)
+        try:
+            return await run(name, partial(batches[name].answer, entry), deadline)
         finally:
-            batches.leave(entry)
+            batches[name].leave(entry)
 
-    def queued(compute: Callable[[bytes, str], Answer]) -> Computation:
-        return lambda body, media_type, timeout_s: queue.run(partial(compute, body, media_type), timeout_s)
+    def queued(compute: Callable[[ScoringService, bytes, str], Answer]) -> Computation:
+        return lambda name, body, media_type, deadline: run(
+            name, lambda service: compute(service, body, media_type), deadline
+        )
 
-    def endpoint(name: str, compute: Computation) -> Endpoint:
-        """The endpoint of a computation."""
+    def named(body: bytes, media_type: str) -> str:
+        """The model that answers a body."""
+        if not models.are_several and b"model" not in body:
+            return models.first
+        asked = decoded(body, Addressee, media_type)
+        return models.chosen(asked.model, asked.users if asked.user is None else [asked.user])
+
+    def endpoint(name: str, compute: Computation, choose: Callable[[bytes, str], str] = named) -> Endpoint:
+        """The endpoint of a computation; `choose` gives the model for a body and its media type."""
 
         async def answer(request: fastapi.Request) -> fastapi.Response:
-            began, num_candidates = time.perf_counter(), 0
-            deadline = began + _timeout_s(request, config.deadline_s)
+            began, model, num_candidates = time.perf_counter(), "", 0
+            timeout_s = _timeout_s(request, config.deadline_s)
+            deadline = began + timeout_s
             try:
-                media_type = _media_type(request)
-                body = await _body(request, config.max_body_bytes, deadline)
-                held = await compute(body, media_type, deadline - time.perf_counter())
+                queue.require_room()
+                async with bodies.body(request, deadline) as body:
+                    media_type = _media_type(request)
+                    model = choose(body, media_type)
+                    held = await compute(model, body, media_type, deadline)
                 num_candidates = held.num_candidates
                 response = fastapi.Response(held.body, media_type=held.media_type)
+            except DeadlineError:
+                told = f"there was no result after {1000 * timeout_s:g} ms; send fewer candidates, or allow more time"
+                response = _refusal(answer_of(DeadlineError(told), stores))
             except Exception as error:
-                response = _refusal(answer_of(error, store))
-            metrics.answered(name, response.status_code, time.perf_counter() - began, num_candidates)
+                response = _refusal(answer_of(error, stores))
+            metrics.answered(name, model, response.status_code, time.perf_counter() - began, num_candidates)
             return response
 
         return answer
 
     for name, compute, kind, summary in (
         ("score", score, ScoreBody, "Scores of one task."),
-        ("predict", queued(service.predict), ScoreBody, "Scores of all tasks."),
-        ("rank", queued(service.rank), RankBody, "The best items for a user."),
-        ("explain", queued(service.explain), ExplainBody, "Shares of scores, per part of the model's input."),
+        ("predict", queued(ScoringService.predict), ScoreBody, "Scores of all tasks."),
+        ("rank", queued(ScoringService.rank), RankBody, "The best items for a user."),
+        (
+            "retrieve",
+            queued(ScoringService.retrieve),
+            RetrieveBody,
+            "The best items of a large catalog, from the item index.",
+        ),
+        ("explain", queued(ScoringService.explain), ExplainBody, "Shares of scores, per part of the model's input."),
     ):
         app.post(f"/v1/{name}", summary=summary, openapi_extra=operation(name, kind))(endpoint(name, compute))
 
+    @app.exception_handler(HTTPException)
+    async def refuse(_: fastapi.Request, error: HTTPException) -> fastapi.Response:
+        """What the framework refuses: paths and methods that do not exist."""
+        told = f"{error.detail}; see /docs for the endpoints"
+        refusal = _refusal(ErrorAnswer(error.status_code, type(error).__name__, told))
+        refusal.headers.update(error.headers or {})
+        return refusal
+
     @app.get("/v1/users/{user:path}")
-    async def user(request: fastapi.Request, user: str) -> fastapi.Response:
-        """What the record of a user holds: the events it covers, the tail, and the norms of the summary."""
-        return await endpoint("users", queued(lambda *_: service.user(user)))(request)
+    async def user(request: fastapi.Request, user: str, model: str | None = None) -> fastapi.Response:
+        """What the record of a user holds: the events it covers, the tail, and the norms of the summary. With several
+        models, it is the record that a request for this user would read."""
+        compute = queued(lambda service, *_: service.user(user))
+        return await endpoint("users", compute, lambda *_: models.chosen(model, [user]))(request)
 
     @app.get("/v1/model")
-    async def model(request: fastapi.Request) -> fastapi.Response:
-        """What is in service: tasks, actions, features, sizes, and the generation of the store."""
-        return await endpoint("model", queued(lambda *_: service.model()))(request)
+    async def describe(request: fastapi.Request, model: str | None = None) -> fastapi.Response:
+        """What is in service: tasks, actions, features, sizes, and the generation of the store. With several models, it
+        describes the first one, unless `model` names another, and lists all."""
+        compute = queued(lambda service, *_: service.model(models.overview()))
+        return await endpoint("model", compute, lambda *_: models.chosen(model, []))(request)
 
     @app.get("/healthz")
     async def health() -> dict[str, str]:
@@ -117,18 +202,16 @@ def make_application(
 
     @app.get("/readyz")
     async def ready(response: fastapi.Response) -> dict[str, Any]:
-        """Whether the service can score (503 if the store does not answer), and what keeps it from following the model
-        or the store."""
-        reads, problems = await asyncio.to_thread(lambda: (service.reads_store(), service.problems()))
-        if not reads:
-            response.status_code = 503
-            problems = ["the store does not answer (see the log)", *problems]
-        return {"ready": reads, "generation": service.scorer.manifest.generation, "problems": problems}
+        """Whether the service can score (503 if the store of an open model does not answer), and what keeps it from
+        following the models or the stores."""
+        state = await asyncio.to_thread(readiness, models)
+        response.status_code = 200 if state["ready"] else 503
+        return state
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def numbers() -> fastapi.Response:
         """What the service counts, in Prometheus' format."""
-        metrics.update(service.scorer, queue.depth)
+        models.update_metrics(queue.depth + openings.depth)
         return fastapi.Response(await asyncio.to_thread(metrics.page), media_type="text/plain; version=0.0.4")
 
     bare = app.openapi
@@ -155,31 +238,5 @@ def _media_type(request: fastapi.Request) -> str:
 
 def _timeout_s(request: fastapi.Request, most: float) -> float:
     """Seconds that a request may take; a header that is not a positive number of milliseconds does not count."""
-    given = request.headers.get(TIMEOUT_HEADER, "")
-    return min(most, int(given) / 1000) if given.isascii() and given.isdigit() and int(given) else most
-
-
-async def _body(request: fastapi.Request, limit: int, deadline: float) -> bytes:
-    """The body of a request.
-
-    Raises:
-        BodyTooLargeError: it is longer than the limit; the rest is not kept.
-        SlowBodyError: it is not complete at the deadline, or the client has closed the connection.
-    """
-    said = request.headers.get("content-length", "0")
-    too_large = BodyTooLargeError(f"the body has more than {limit:,} bytes (max_body_bytes); send several requests")
-    if said.isdigit() and int(said) > limit:
-        raise too_large
-    parts, size = [], 0
-    try:
-        async with asyncio.timeout(deadline - time.perf_counter()):
-            async for part in request.stream():
-                size += len(part)
-                if size > limit:
-                    raise too_large
-                parts.append(part)
-    except TimeoutError:
-        raise SlowBodyError("the body did not arrive within the deadline of the request") from None
-    except ClientDisconnect:
-        raise SlowBodyError("the connection was closed before the end of the body") from None
-    return b"".join(parts)
+    given = number_of(request.headers.get(TIMEOUT_HEADER, ""))
+    return min(most, given / 1000) if given else most

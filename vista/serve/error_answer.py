@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from vista.errors import (
     BodyTooLargeError,
     DeadlineError,
+    ItemIndexError,
+    ModelUnavailableError,
     OverloadedError,
     SlowBodyError,
     StoreUnavailableError,
     UnknownItemError,
+    UnknownModelError,
     UnknownUserError,
     UserKeyError,
     VistaError,
@@ -22,7 +27,9 @@ from vista.serve.serve_extra import msgspec
 
 logger = logging.getLogger(__name__)
 
-_OF_ARGUMENT = re.compile(r"(users?|candidates|tail|now|request|exclude|top_k|task|item ids|ids)\b")
+_OF_ARGUMENT = re.compile(
+    r"(users?|candidates|tail|now|request|exclude|within|where|top_k|num_candidates|task|item ids|ids)\b"
+)
 """How error messages begin if the arguments of a request cause them."""
 MAX_TEXT = 1000
 
@@ -41,13 +48,13 @@ class ErrorAnswer:
         return msgspec.json.encode({"error": {"type": self.name, "message": shortened(self.message, MAX_TEXT)}})
 
 
-def answer_of(error: Exception, store: str) -> ErrorAnswer:
+def answer_of(error: Exception, stores: Iterable[str]) -> ErrorAnswer:
     """The answer to a request that failed. Errors that the request did not cause are logged, and their text is kept
     from the client.
 
     Args:
         error: what was raised.
-        store: path of the store, which clients do not learn.
+        stores: paths of the stores, which clients do not learn.
     """
     name, message = type(error).__name__, str(error)
     match error:
@@ -59,10 +66,18 @@ def answer_of(error: Exception, store: str) -> ErrorAnswer:
             return ErrorAnswer(422, name, f"{message}; see /docs for the fields")
         case msgspec.DecodeError():
             return ErrorAnswer(400, name, f"the body is not valid: {message}")
+        case ItemIndexError():
+            return ErrorAnswer(400, name, message)
         case UnknownUserError() | UnknownItemError():
-            return ErrorAnswer(404, name, message.replace(store, "the store"))
+            for store in stores:
+                message = message.replace(store, "the store")
+            return ErrorAnswer(404, name, message)
+        case UnknownModelError():
+            return ErrorAnswer(404, name, message)
         case OverloadedError():
             return ErrorAnswer(429, name, message, retry_after_s=1)
+        case ModelUnavailableError():
+            return ErrorAnswer(503, name, message, retry_after_s=max(1, math.ceil(error.retry_after_s)))
         case DeadlineError():
             return ErrorAnswer(504, name, message)
         case UserKeyError():

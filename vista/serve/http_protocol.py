@@ -1,36 +1,68 @@
-"""uvicorn's HTTP protocol with limits on the head of a request, which uvicorn reads without any."""
+"""uvicorn's HTTP protocol with limits on what a connection may take, of which uvicorn has none."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from vista.serve.error_answer import ErrorAnswer
+
 MAX_HEAD_BYTES = 64 << 10
 HEAD_S = 10.0
 """Seconds that a client has to connect and send the first line and the headers."""
-_TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+WRITE_S = 30.0
+"""Seconds that a client has to take an answer that does not fit into the buffers of the connection."""
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """Closes connections whose heads are too long, or do not arrive in time."""
+    """Refuses connections beyond a number, and closes those whose requests are too long or too slow, or whose answers
+    are not taken.
 
-    def __init__(self, *arguments: Any, **more: Any) -> None:
+    Args:
+        arguments, more: those of uvicorn.
+        max_connections: of the worker.
+        body_s: seconds that a body may take. The application gives up earlier; this frees the connection.
+        on_refused: called for each connection beyond `max_connections`.
+    """
+
+    def __init__(
+        self, *arguments: Any, max_connections: int, body_s: float, on_refused: Callable[[], None], **more: Any
+    ) -> None:
         super().__init__(*arguments, **more)
+        self._max_connections = max_connections
+        self._body_s = body_s
+        self._on_refused = on_refused
         self._head_bytes = 0
         self._in_head = False
-        self._timer: asyncio.TimerHandle | None = None
+        self._reading: asyncio.TimerHandle | None = None
+        self._writing: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start the clock."""
+        """Refuse the connection, or start the clock."""
         super().connection_made(transport)
-        self._timer = self.loop.call_later(HEAD_S, transport.close)
+        if len(self.connections) > self._max_connections:
+            self._on_refused()
+            text = f"this worker has {self._max_connections} open connections, the maximum (max_connections)"
+            self._refuse(ErrorAnswer(503, "OverloadedError", f"{text}; connect again later", retry_after_s=1))
+        else:
+            self._require_in(HEAD_S)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the clock."""
-        self._stop_timer()
+        """Stop the clocks."""
+        self._stop_reading_clock()
+        self._stop_writing_clock()
         super().connection_lost(exc)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """The client has closed its side of the connection: answer what it has asked, and close ours then."""
+        if self.cycle is None or self.cycle.response_complete or self.cycle.more_body:
+            return False
+        self.cycle.keep_alive = False
+        return True
 
     def data_received(self, data: bytes) -> None:
         """Count the bytes of a head."""
@@ -38,23 +70,78 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self._in_head:
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-                self.transport.write(_TOO_LARGE)
-                self.transport.close()
+                self._refuse(ErrorAnswer(431, "HeadTooLargeError", f"the headers exceed {MAX_HEAD_BYTES:,} bytes"))
 
     def on_message_begin(self) -> None:
         """A head begins."""
         super().on_message_begin()
         self._in_head, self._head_bytes = True, 0
-        if self._timer is None:
-            self._timer = self.loop.call_later(HEAD_S, self.transport.close)
+        if self._reading is None:
+            self._require_in(HEAD_S)
 
     def on_headers_complete(self) -> None:
         """A head ends."""
         self._in_head = False
-        self._stop_timer()
+        self._stop_reading_clock()
+        self._require_in(self._body_s)
         super().on_headers_complete()
 
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+    def on_message_complete(self) -> None:
+        """A body ends."""
+        self._stop_reading_clock()
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """An answer has been written; if the connection closes after it, the client must take it in time."""
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self.pause_writing()
+
+    def pause_writing(self) -> None:
+        """The buffer of the connection is full."""
+        super().pause_writing()
+        if self._writing is None:
+            self._writing = self.loop.call_later(WRITE_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """The client has taken what was in the buffer."""
+        self._stop_writing_clock()
+        super().resume_writing()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Close an idle connection, even if its client has not taken the last answer."""
+        self.transport.abort()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is not HTTP."""
+        self._refuse(ErrorAnswer(400, "InvalidRequestError", msg))
+
+    def _refuse(self, answer: ErrorAnswer) -> None:
+        body = answer.as_json()
+        retry = "" if answer.retry_after_s is None else f"Retry-After: {answer.retry_after_s}\r\n"
+        head = (
+            f"HTTP/1.1 {answer.status} {HTTPStatus(answer.status).phrase}\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\n{retry}Connection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        self.transport.close()
+
+    def _require_in(self, seconds: float) -> None:
+        """Close the connection unless the client sends the rest of the head or of the body in time."""
+        self._reading = self.loop.call_later(seconds, self._give_up, seconds)
+
+    def _give_up(self, seconds: float) -> None:
+        if self.flow.read_paused:  # The service itself does not read, because an earlier request is not answered.
+            self._require_in(seconds)
+        else:
+            self.transport.abort()
+
+    def _stop_reading_clock(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
+
+    def _stop_writing_clock(self) -> None:
+        if self._writing is not None:
+            self._writing.cancel()
+            self._writing = None

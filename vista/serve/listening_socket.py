@@ -25,7 +25,10 @@ def bound_socket(host: str, port: int, *, shared: bool = False) -> socket.socket
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except OSError as error:
-        raise ConfigError(f"host: {host} is not an address of this machine ({error.strerror})") from error
+        raise ConfigError(
+            f"host: {host} is not an address of this machine ({error.strerror}); use 127.0.0.1, or 0.0.0.0 for all "
+            "addresses"
+        ) from error
     bound = socket.socket(family, kind, protocol)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

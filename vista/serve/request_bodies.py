@@ -11,8 +11,6 @@ from typing import Any, TypeVar
 import numpy as np
 
 from vista.arrays import offsets_of
-from vista.errors import shown
-from vista.model.schema import Schema
 from vista.scorer import Tail
 from vista.serve.serve_extra import msgspec
 
@@ -47,6 +45,8 @@ class ScoreBody(msgspec.Struct, forbid_unknown_fields=True):
     """Time of the request in ms, one or one per user; by default the server's clock."""
     request: dict[str, Any] = msgspec.field(default_factory=dict)
     """Features of the request by name: one value, one per user, or one list per user with one value per candidate."""
+    model: str | None = None
+    """Name of the model, if the service has several; by default, the model that the split assigns."""
 
 
 class RankBody(msgspec.Struct, forbid_unknown_fields=True):
@@ -67,6 +67,36 @@ class RankBody(msgspec.Struct, forbid_unknown_fields=True):
     """Time of the request in ms; by default the server's clock."""
     request: dict[str, Any] = msgspec.field(default_factory=dict)
     """Features of the request by name: one value, or one list with one value per candidate."""
+    model: str | None = None
+    """Name of the model, if the service has several; by default, the model that the split assigns."""
+
+
+class RetrieveBody(msgspec.Struct, forbid_unknown_fields=True):
+    """Users for whom to retrieve the best items of a large catalog."""
+
+    users: list[Id]
+    """B ids as in the log."""
+    top_k: int = 10
+    """Maximum number of items to return per user."""
+    num_candidates: int = 500
+    """Number of items that the index returns per user, in addition to the items of the user's counters and tail."""
+    within: list[Id] | bytes | None = None
+    """Ids of the items that may be returned, or null for all. In MessagePack also the bytes of int64 ids in
+    little-endian order."""
+    where: dict[str, list[Id]] = msgspec.field(default_factory=dict)
+    """By name of an item category: the values of items that may be returned."""
+    exclude: list[Id] = msgspec.field(default_factory=list)
+    """Item ids to leave out."""
+    exclude_tail: bool = False
+    """Leave out the items of the users' newest events."""
+    tail: list[list[TailEvent]] | None = None
+    """Per user, the events since the refresh."""
+    now: int | list[int] | None = None
+    """Time of the request in ms, one or one per user; by default the server's clock."""
+    request: dict[str, Any] = msgspec.field(default_factory=dict)
+    """Features of the request by name: one value, or one per user."""
+    model: str | None = None
+    """Name of the model, if the service has several; by default, the model that the split assigns."""
 
 
 class ExplainBody(msgspec.Struct, forbid_unknown_fields=True):
@@ -82,6 +112,16 @@ class ExplainBody(msgspec.Struct, forbid_unknown_fields=True):
     """Time of the request in ms; by default the server's clock."""
     request: dict[str, Any] = msgspec.field(default_factory=dict)
     """Features of the request by name: one value, or one list with one value per candidate."""
+    model: str | None = None
+    """Name of the model, if the service has several; by default, the model that the split assigns."""
+
+
+class Addressee(msgspec.Struct):
+    """The fields of any body that determine which model answers."""
+
+    user: Id | None = None
+    users: list[Id] = msgspec.field(default_factory=list)
+    model: str | None = None
 
 
 def decoded(body: bytes, kind: type[Body], media_type: str) -> Body:
@@ -97,9 +137,23 @@ def decoded(body: bytes, kind: type[Body], media_type: str) -> Body:
         held = msgspec.json.decode(body, type=kind)
     except RecursionError:
         raise msgspec.DecodeError("its values are nested too deeply") from None
-    if isinstance(getattr(held, "candidates", None), bytes):  # msgspec reads a text as base64 here
-        raise msgspec.ValidationError("Expected `array`, got `str` - at `$.candidates`")
+    for name in ("candidates", "within"):
+        if isinstance(getattr(held, name, None), bytes):  # msgspec reads a text as base64 here
+            raise msgspec.ValidationError(f"Expected `array`, got `str` - at `$.{name}`")
     return held
+
+
+def item_ids(given: Sequence[Id] | bytes, name: str) -> Any:
+    """Ids [C] as a scorer takes them.
+
+    Raises:
+        ValueError: the bytes are not int64.
+    """
+    if not isinstance(given, bytes):
+        return given
+    if len(given) % 8:
+        raise ValueError(f"{name}: {len(given)} bytes are not a whole number of int64 ids")
+    return np.frombuffer(given, "<i8")
 
 
 def candidate_ids(given: Sequence[Any] | bytes) -> Any:
@@ -109,9 +163,7 @@ def candidate_ids(given: Sequence[Any] | bytes) -> Any:
         ValueError: the list mixes ids and lists, or its bytes are not int64.
     """
     if isinstance(given, bytes):
-        if len(given) % 8:
-            raise ValueError(f"candidates: {len(given)} bytes are not a whole number of int64 ids")
-        return np.frombuffer(given, "<i8")
+        return item_ids(given, "candidates")
     rows = [one for one in given if isinstance(one, list)]
     if not rows:
         return given
@@ -120,30 +172,10 @@ def candidate_ids(given: Sequence[Any] | bytes) -> Any:
     return [item for row in rows for item in row], offsets_of(np.array([len(row) for row in rows], np.int64))
 
 
-def request_features(given: dict[str, Any], candidates: Any) -> dict[str, Any]:
-    """Features of a request as a scorer takes them.
-
-    Raises:
-        ValueError: a feature has one list per user, but its lengths differ from those of the candidates.
-    """
-    if not isinstance(candidates, tuple):
-        return given
-    offsets, ragged = candidates[1], {}
-    for name, values in given.items():
-        if isinstance(values, list) and values and all(isinstance(row, list) for row in values):
-            lengths = offsets_of(np.array([len(row) for row in values], np.int64))
-            if not np.array_equal(lengths, offsets):
-                raise ValueError(f"request: {shown(name)} must have one list per user, as long as that of candidates")
-            values = [value for row in values for value in row], offsets
-        ragged[name] = values
-    return ragged
-
-
-def tail_of(given: Sequence[Sequence[TailEvent]] | None, schema: Schema) -> Tail | None:
+def tail_of(given: Sequence[Sequence[TailEvent]] | None) -> Tail | None:
     """Events since the refresh, per user, as a scorer takes them.
 
-    Raises:
-        ValueError: an action is unknown, or is missing although the model has several.
+    Actions stay names, because a reload can put another model into service before the call.
     """
     if given is None:
         return None
@@ -152,7 +184,7 @@ def tail_of(given: Sequence[Sequence[TailEvent]] | None, schema: Schema) -> Tail
     return Tail(
         [event.item for event in events],  # type: ignore[arg-type]
         np.array([event.time for event in events], object if _has_large(events) else np.int64),
-        np.array([_action_code(event.action, schema.actions) for event in events], np.int64),
+        np.array([event.action for event in events], object),
         offsets_of(np.array([len(own) for own in given], np.int64)),
         {name: [event.features.get(name) for event in events] for name in names},
     )
@@ -160,11 +192,3 @@ def tail_of(given: Sequence[Sequence[TailEvent]] | None, schema: Schema) -> Tail
 
 def _has_large(events: Sequence[TailEvent]) -> bool:
     return any(not -(2**63) <= event.time < 2**63 for event in events)
-
-
-def _action_code(action: str | None, actions: Sequence[str]) -> int:
-    if action is None and len(actions) <= 1:
-        return 0
-    if action is None or action not in actions:
-        raise ValueError(f"tail: action {shown(action)} is not one of this model's actions, {shown(list(actions))}")
-    return list(actions).index(action)

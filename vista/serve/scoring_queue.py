@@ -32,6 +32,11 @@ class ScoringQueue:
         """Requests that wait or are computed."""
         return self._depth
 
+    def require_room(self) -> None:
+        """Raise OverloadedError if the queue is full."""
+        if self._depth >= self._limit:
+            raise OverloadedError(f"{self._depth} requests are already waiting; send this one again later")
+
     async def run(self, call: Callable[[], Result], timeout_s: float) -> Result:
         """The result of a call, which runs in a thread.
 
@@ -42,17 +47,17 @@ class ScoringQueue:
             DeadlineError: there is no result after `timeout_s` seconds.
         """
         with self._lock:
-            if self._depth >= self._limit:
-                raise OverloadedError(f"{self._depth} requests are already waiting; send this one again later")
+            self.require_room()
             self._depth += 1
-        future: Future[Result] = self._pool.submit(call)
+        held = [call]  # The pool keeps a call that never starts until a thread is free. It must not keep its body.
+        future: Future[Result] = self._pool.submit(lambda: held.pop()())
         future.add_done_callback(self._finished)
         try:
             return await asyncio.wait_for(asyncio.wrap_future(future), timeout_s)
         except TimeoutError:
-            raise DeadlineError(
-                f"there was no result after {1000 * timeout_s:.0f} ms; send fewer candidates, or allow more time"
-            ) from None
+            raise DeadlineError("there was no result in time; send fewer candidates, or allow more time") from None
+        finally:
+            held.clear()
 
     def close(self) -> None:
         """Wait for running calls, and end the threads."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -19,17 +19,19 @@ from numpy.typing import NDArray
 from vista.config import ServeConfig
 from vista.errors import BodyTooLargeError, ConfigError, RecordError, StoreUnavailableError, UnknownUserError
 from vista.log.vocabulary import ids_of_words
+from vista.model.item_index_manifest import MANIFEST_FILE
 from vista.model.model_description import CONFIG_FILE
-from vista.scorer import Scorer
+from vista.scorer import Ranking, Scorer
 from vista.serve.request_bodies import (
     JSON,
     MSGPACK,
     ExplainBody,
     RankBody,
+    RetrieveBody,
     ScoreBody,
     candidate_ids,
     decoded,
-    request_features,
+    item_ids,
     tail_of,
 )
 from vista.serve.serve_extra import msgspec
@@ -58,6 +60,8 @@ class ScoringService:
 
     scorer: Scorer
     config: ServeConfig
+    variant: str | None = None
+    """Name of the model in answers; None if the service has only one."""
 
     def checked(self, body: bytes, media_type: str) -> ScoreBody:
         """The body of a request for scores, within the limits.
@@ -66,16 +70,17 @@ class ScoringService:
             BodyTooLargeError: it has too many users or candidates. Others as of `decoded` and `candidate_ids`.
         """
         asked = decoded(body, ScoreBody, media_type)
-        most, candidates = self.config.max_users, candidate_ids(asked.candidates)
-        if len(asked.users) > most:
-            raise BodyTooLargeError(f"users: {len(asked.users):,} ids, but at most {most:,} (max_users); send several")
+        candidates = candidate_ids(asked.candidates)
+        self._require_most_users(len(asked.users))
         ragged = isinstance(candidates, tuple)
+        if ragged:
+            _require_one_per_user(len(candidates[1]) - 1, asked, "candidates")
         self._require_most(len(candidates[0] if ragged else candidates), 1 if ragged else len(asked.users))
         return asked
 
     def scores(self, asked: ScoreBody, candidates: Any) -> NDArray[np.float32]:
         """Scores of one task; `candidates` are those of the body, or others in their place."""
-        scores: NDArray[np.float32] = self.scorer.score(asked.users, candidates, **self._arguments(asked, candidates))
+        scores: NDArray[np.float32] = self.scorer.score(asked.users, candidates, **self._arguments(asked))
         return scores
 
     def scored(self, asked: ScoreBody, media_type: str) -> Answer:
@@ -85,22 +90,27 @@ class ScoringService:
 
     def answer(self, scores: NDArray[np.float32], candidates: Any, media_type: str) -> Answer:
         """An answer with scores in the shape of the candidates."""
-        return _answer({"task": self.scorer.task, "scores": scores}, media_type, candidates, scores.size)
+        held = self._sourced({"task": self.scorer.task, "scores": scores})
+        return _answer(held, media_type, candidates, scores.size)
 
     def predict(self, body: bytes, media_type: str) -> Answer:
         """Scores of all tasks."""
         asked = self.checked(body, media_type)
         candidates = candidate_ids(asked.candidates)
-        scores = self.scorer.predict(asked.users, candidates, **self._arguments(asked, candidates))
-        return _answer({"scores": scores}, media_type, candidates, next(iter(scores.values())).size)
+        scores = self.scorer.predict(asked.users, candidates, **self._arguments(asked))
+        return _answer(self._sourced({"scores": scores}), media_type, candidates, next(iter(scores.values())).size)
 
     def rank(self, body: bytes, media_type: str) -> Answer:
         """The best items for a user."""
         asked = decoded(body, RankBody, media_type)
-        candidates = None if asked.candidates is None else candidate_ids(asked.candidates)
+        candidates = None if asked.candidates is None else item_ids(asked.candidates, "candidates")
         num_candidates = len(self.scorer.model.items) if candidates is None else len(candidates)
-        if candidates is not None:
-            self._require_most(num_candidates, 1)
+        if candidates is None and num_candidates > self.config.max_candidates:
+            raise BodyTooLargeError(
+                f"the catalog has {num_candidates:,} items, but at most {self.config.max_candidates:,} can be ranked "
+                "(max_candidates); send candidates, or use /v1/retrieve"
+            )
+        self._require_most(num_candidates, 1)
         ranking = self.scorer.rank(
             asked.user,
             top_k=asked.top_k,
@@ -109,8 +119,26 @@ class ScoringService:
             exclude_tail=asked.exclude_tail,
             **self._of_one(asked),
         )
-        held = {"items": ranking.items.tolist(), "scores": ranking.scores, "num_dropped": ranking.num_dropped}
-        return _answer({"task": self.scorer.task, **held}, media_type, None, num_candidates)
+        return _answer(self._sourced({"task": self.scorer.task, **_ranking(ranking)}), media_type, None, num_candidates)
+
+    def retrieve(self, body: bytes, media_type: str) -> Answer:
+        """The best items of a large catalog for each user, from candidates that the index finds."""
+        asked = decoded(body, RetrieveBody, media_type)
+        self._require_most_users(len(asked.users))
+        per_user = max(asked.top_k, asked.num_candidates)
+        self._require_most(per_user, len(asked.users))
+        rankings = self.scorer.retrieve(
+            asked.users,
+            top_k=asked.top_k,
+            num_candidates=asked.num_candidates,
+            within=None if asked.within is None else item_ids(asked.within, "within"),
+            where=asked.where or None,
+            exclude=asked.exclude,
+            exclude_tail=asked.exclude_tail,
+            **self._arguments(asked),
+        )
+        held = self._sourced({"task": self.scorer.task, "rankings": [_ranking(ranking) for ranking in rankings]})
+        return _answer(held, media_type, None, per_user * len(rankings))
 
     def explain(self, body: bytes, media_type: str) -> Answer:
         """Shares of scores, per part of the model's input."""
@@ -122,7 +150,7 @@ class ScoringService:
             )
         told = self.scorer.explain(asked.user, asked.candidates, task=asked.task, **self._of_one(asked))
         shares = {name: getattr(told, name) for name in type(told).__dataclass_fields__}
-        held = {"task": asked.task or self.scorer.task, **shares}
+        held = self._sourced({"task": asked.task or self.scorer.task, **shares})
         return _answer(held, media_type, None, len(asked.candidates))
 
     def user(self, word: str) -> Answer:
@@ -131,20 +159,27 @@ class ScoringService:
         Args:
             word: the id, as it is written in the path.
         """
-        store = self.scorer.store
-        try:
-            users = ids_of_words([word], "user", store.manifest.user_kind)
-        except ConfigError as error:  # which would be the operator's fault
-            raise ValueError(str(error)) from None
-        record = user_record(store, self.scorer.model, users[0])
-        if record is None:
-            raise UnknownUserError(f"user {users[0]!r} has no record in {store.path}")
-        return Answer(msgspec.json.encode(record))
+        with self.scorer.in_service() as served:
+            store = served.store
+            try:
+                users = ids_of_words([word], "user", store.manifest.user_kind)
+            except ConfigError as error:  # which would be the operator's fault
+                raise ValueError(str(error)) from None
+            record = user_record(store, served.model, users[0])
+            if record is None:
+                raise UnknownUserError(f"user {users[0]!r} has no record in {store.path}")
+            return Answer(msgspec.json.encode(self._named(record)))
 
-    def model(self) -> Answer:
-        """What is in service."""
+    def model(self, more: Mapping[str, Any] | None = None) -> Answer:
+        """What is in service.
+
+        Args:
+            more: fields that are added.
+        """
         scorer = self.scorer
-        model, manifest = scorer.model, scorer.manifest
+        with scorer.in_service() as served:
+            model, manifest = served.model, served.store.manifest
+            summarizer_id = served.store.summarizer_id  # The same as the model's, which is slow to compute.
         schema, config = model.schema, model.config
         names = {
             key: [column.name for column in getattr(schema, key)]
@@ -152,35 +187,39 @@ class ScoringService:
         }
         return Answer(
             msgspec.json.encode(
-                {
-                    "version": __version__,
-                    "task": scorer.task,
-                    "tasks": scorer.tasks,
-                    "on_missing": scorer.on_missing.value,
-                    "num_items": len(model.items),
-                    "item_ids": model.items.kind,
-                    "user_ids": manifest.user_kind,
-                    "actions": schema.actions,
-                    "has_time": schema.has_time,
-                    **names,
-                    "dim": config.dim,
-                    "num_seeds": config.num_seeds,
-                    "tail_len": config.tail_len,
-                    "summarizer_id": model.summarizer_id().hex(),
-                    "generation": manifest.generation,
-                    "refreshed_at": manifest.refreshed_at,
-                    "num_users": manifest.count,
-                    "max_candidates": self.config.max_candidates,
-                    "max_users": self.config.max_users,
-                }
+                self._named(
+                    {
+                        "version": __version__,
+                        "task": scorer.task,
+                        "tasks": scorer.tasks,
+                        "on_missing": scorer.on_missing.value,
+                        "num_items": len(model.items),
+                        "item_ids": model.items.kind,
+                        "user_ids": manifest.user_kind,
+                        "actions": schema.actions,
+                        "has_time": schema.has_time,
+                        **names,
+                        "dim": config.dim,
+                        "num_seeds": config.num_seeds,
+                        "tail_len": config.tail_len,
+                        "summarizer_id": summarizer_id.hex(),
+                        "model_checksum": served.checksum,
+                        "generation": manifest.generation,
+                        "refreshed_at": manifest.refreshed_at,
+                        "num_users": manifest.count,
+                        "max_candidates": self.config.max_candidates,
+                        "max_users": self.config.max_users,
+                        **(more or {}),
+                    }
+                )
             )
         )
 
     def reads_store(self) -> bool:
         """Whether the store answers now. A folder always does; a server may not."""
-        store = self.scorer.store
         try:
-            store.get_many(ids_of_words(["0"], "user", store.manifest.user_kind))
+            with self.scorer.in_service() as served:
+                served.store.get_many(ids_of_words(["0"], "user", served.store.manifest.user_kind))
         except StoreUnavailableError as error:
             logger.error("%s", error)
             return False
@@ -193,16 +232,31 @@ class ScoringService:
         found = []
         if not os.path.isfile(os.path.join(self.config.model, CONFIG_FILE)):  # also False without permissions
             found.append("the folder of the model cannot be read; the loaded model stays in service")
+        index = self.config.index
+        if index is not None and not os.path.isfile(os.path.join(index, MANIFEST_FILE)):
+            found.append("the folder of the index cannot be read; the loaded index stays in service")
         if self.scorer.stats().last_reload_error is not None:
             found.append("the last reload failed; the loaded model and generation stay in service (see the log)")
         return found
 
-    def _arguments(self, asked: ScoreBody, candidates: Any) -> dict[str, Any]:
+    def _named(self, held: dict[str, Any]) -> dict[str, Any]:
+        """The fields of an answer, and the variant if the service has several models."""
+        return held if self.variant is None else {"variant": self.variant, **held}
+
+    def _sourced(self, held: dict[str, Any]) -> dict[str, Any]:
+        """An answer with its generation and model, which are those of this thread's last call, as first fields."""
+        source = self.scorer.answered_from
+        assert source is not None
+        return self._named({"generation": source.generation, "model_checksum": source.model_checksum, **held})
+
+    def _arguments(self, asked: ScoreBody | RetrieveBody) -> dict[str, Any]:
         """The other arguments of a call."""
+        if asked.tail is not None:
+            _require_one_per_user(len(asked.tail), asked, "tail")
         return {
-            "tail": tail_of(asked.tail, self.scorer.model.schema),
-            "now": self._time(asked.now),
-            "request": request_features(asked.request, candidates),
+            "tail": tail_of(asked.tail),
+            "now": server_time() if asked.now is None else asked.now,
+            "request": asked.request,
         }
 
     def _of_one(self, asked: RankBody | ExplainBody) -> dict[str, Any]:
@@ -210,51 +264,49 @@ class ScoringService:
         features = {name: [value] if isinstance(value, list) else value for name, value in asked.request.items()}
         tail = None if asked.tail is None else [asked.tail]
         return {
-            "tail": tail_of(tail, self.scorer.model.schema),
-            "now": self._time(asked.now),
+            "tail": tail_of(tail),
+            "now": server_time() if asked.now is None else asked.now,
             "request": features,
         }
 
-    def _time(self, now: Any) -> Any:
-        """The time of a request in ms; None for a model without times."""
-        if now is None and self.scorer.model.schema.has_time:
-            return time.time_ns() // 1_000_000
-        return now
+    def _require_most_users(self, num_users: int) -> None:
+        most = self.config.max_users
+        if num_users > most:
+            raise BodyTooLargeError(f"{num_users:,} users, but at most {most:,} (max_users); send several requests")
 
     def _require_most(self, num_candidates: int, num_users: int) -> None:
         most = self.config.max_candidates
         if num_candidates * num_users > most:
             raise BodyTooLargeError(
-                f"candidates: {num_candidates:,} ids for {num_users} users, but at most {most:,} pairs per request "
+                f"{num_candidates:,} candidates for {num_users} users, but at most {most:,} pairs per request "
                 "(max_candidates); send several requests"
             )
 
 
+def server_time() -> int:
+    """The time to use for a request that gives none, in ms. A model without times does not read it."""
+    return time.time_ns() // 1_000_000
+
+
+def _require_one_per_user(num_lists: int, asked: ScoreBody | RetrieveBody, name: str) -> None:
+    if num_lists != len(asked.users):
+        raise ValueError(f"{name}: has {num_lists} lists, but there are {len(asked.users)} users; send one per user")
+
+
+def _ranking(ranking: Ranking) -> dict[str, Any]:
+    return {"items": ranking.items.tolist(), "scores": ranking.scores, "num_dropped": ranking.num_dropped}
+
+
 def _answer(held: dict[str, Any], media_type: str, candidates: Any, num_candidates: int) -> Answer:
-    """An answer with arrays: as lists in JSON, and in MessagePack as the bytes of float32 numbers, row by row."""
+    """An answer with arrays: as lists in JSON, and in MessagePack as the bytes of float32 numbers, row by row.
+
+    With candidates (values, offsets), an array of scores becomes one list per user.
+    """
     if media_type == MSGPACK:
-        body = msgspec.msgpack.encode(held, enc_hook=_as_bytes)
+        body = msgspec.msgpack.encode(held, enc_hook=lambda array: array.astype("<f4", copy=False).tobytes())
+    elif isinstance(candidates, tuple):
+        spans = list(pairwise(candidates[1].tolist()))
+        body = msgspec.json.encode(held, enc_hook=lambda array: [array[first:stop].tolist() for first, stop in spans])
     else:
-        offsets = candidates[1] if isinstance(candidates, tuple) else None
-        body = msgspec.json.encode(_as_lists(held, offsets))
+        body = msgspec.json.encode(held, enc_hook=np.ndarray.tolist)
     return Answer(body, media_type, num_candidates)
-
-
-def _as_bytes(array: NDArray[Any]) -> bytes:
-    return array.astype("<f4", copy=False).tobytes()
-
-
-def _as_lists(value: Any, offsets: NDArray[np.int64] | None) -> Any:
-    """The same with lists instead of arrays; an array of ragged scores becomes one list per user."""
-    if isinstance(value, dict):
-        return {name: _as_lists(one, offsets) for name, one in value.items()}
-    if not isinstance(value, np.ndarray):
-        return value
-    if offsets is None:
-        return value.tolist()
-    return [value[start:stop].tolist() for start, stop in _spans(offsets)]
-
-
-def _spans(offsets: NDArray[np.int64]) -> Sequence[tuple[int, int]]:
-    bounds = offsets.tolist()
-    return list(pairwise(bounds))

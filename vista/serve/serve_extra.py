@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vista.errors import MissingDependencyError
+from vista.install_command import install_command
 
 try:
     import fastapi
@@ -12,11 +13,21 @@ try:
     import prometheus_client.multiprocess
     import uvicorn
     import uvloop  # noqa: F401  uvicorn's event loop
+    from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
+    from starlette.responses import PlainTextResponse
 except ImportError as error:
     raise MissingDependencyError(
         f"vista serve needs FastAPI, uvicorn, and other packages ({error}); install them with: "
-        "pip install 'vista-recsys[serve]'"
+        + install_command("serve")
     ) from error
 
-__all__ = ["ClientDisconnect", "fastapi", "msgspec", "prometheus_client", "uvicorn"]
+__all__ = [
+    "ClientDisconnect",
+    "HTTPException",
+    "PlainTextResponse",
+    "fastapi",
+    "msgspec",
+    "prometheus_client",
+    "uvicorn",
+]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from vista.scorer import Scorer
 from vista.scorer.scorer_stats import ScorerStats
@@ -13,41 +16,53 @@ SIZES = (0, 10, 100, 500, 1000, 5000, 10_000)
 """Upper bounds of the label `candidates`."""
 MILLISECONDS = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 100, 200, 500, 1000, 2000)
 """Upper bounds of the histogram's buckets."""
-OUTCOMES = {"hits": "hit", "misses": "miss", "stale": "stale", "bad_users": "damaged"}
+OUTCOMES = {"hits": "hit", "misses": "miss", "stale": "stale", "damaged": "damaged"}
 
 
 class ServiceMetrics:
-    """The numbers of one worker. With several workers, each scrape gives those of all.
+    """The metrics of one worker. With several workers, each scrape returns the metrics of all. Thread-safe."""
 
-    Args:
-        before: what the scorer counted before the first request.
-    """
-
-    def __init__(self, before: ScorerStats) -> None:
+    def __init__(self) -> None:
         # Without a registry of its own, a second service in one process would find the names taken.
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = own = prometheus_client.CollectorRegistry()
         self.seconds = prometheus_client.Histogram(
             "vista_request_seconds",
             "Time from the headers of a request to its answer, by number of candidates.",
-            ("endpoint", "candidates"),
+            ("endpoint", "model", "candidates"),
             buckets=[bound / 1000 for bound in MILLISECONDS],
             registry=own,
         )
         self.requests = prometheus_client.Counter(
-            "vista_requests", "Requests by status.", ("endpoint", "status"), registry=own
+            "vista_requests", "Requests by status.", ("endpoint", "model", "status"), registry=own
         )
         self.users = prometheus_client.Counter(
-            "vista_users", "Users by what the store holds of them.", ("outcome",), registry=own
+            "vista_users", "Users by whether the store holds a record of them.", ("model", "outcome"), registry=own
         )
         self.candidates = prometheus_client.Counter(
-            "vista_candidates", "Pairs of a user and a candidate.", registry=own
+            "vista_candidates", "Pairs of a user and a candidate.", ("model",), registry=own
         )
         self.unknown = prometheus_client.Counter(
-            "vista_unknown_candidates", "Pairs whose item the model does not know.", registry=own
+            "vista_unknown_candidates", "Pairs whose item the model does not know.", ("model",), registry=own
         )
         self.reloads = prometheus_client.Counter(
-            "vista_reloads", "Moves to another generation or model, and failures.", ("outcome",), registry=own
+            "vista_reloads", "Moves to another generation or model, and failures.", ("model", "outcome"), registry=own
+        )
+        self.openings = prometheus_client.Counter(
+            "vista_model_openings", "Attempts to open a model, by outcome.", ("model", "outcome"), registry=own
+        )
+        self.closings = prometheus_client.Counter(
+            "vista_model_closings", "Models that were closed to free memory.", ("model",), registry=own
+        )
+        self.open = prometheus_client.Gauge(
+            "vista_model_open",
+            "Workers in which the model is open.",
+            ("model",),
+            registry=own,
+            multiprocess_mode="livesum",
+        )
+        self.refused = prometheus_client.Counter(
+            "vista_refused_connections", "Connections beyond the limit.", registry=own
         )
         self.depth = prometheus_client.Gauge(
             "vista_queue_depth",
@@ -58,46 +73,99 @@ class ServiceMetrics:
         self.generation = prometheus_client.Gauge(
             "vista_generation",
             "Generation of the store in service; the oldest of all workers.",
+            ("model",),
             registry=own,
             multiprocess_mode="livemin",
         )
         self.refreshed = prometheus_client.Gauge(
             "vista_refreshed_timestamp_seconds",
             "When the summaries in service were refreshed; the oldest of all workers.",
+            ("model",),
             registry=own,
             multiprocess_mode="livemin",
         )
-        self._last = before
+        self._last: dict[str, ScorerStats] = {}
+        """Counts of the scorer at the last update, by name of the open model."""
+        self._lock = threading.Lock()
         if FOLDER_VARIABLE not in os.environ:
             prometheus_client.ProcessCollector(registry=own)
             prometheus_client.GCCollector(registry=own)
 
-    def answered(self, endpoint: str, status: int, seconds: float, num_candidates: int) -> None:
-        """Count a request."""
-        self.requests.labels(endpoint, str(status)).inc()
-        self.seconds.labels(endpoint, _size(num_candidates)).observe(seconds)
+    def answered(self, endpoint: str, model: str, status: int, seconds: float, num_candidates: int) -> None:
+        """Count a request; `model` is empty if the request was refused before a model was chosen."""
+        self.requests.labels(endpoint, model, str(status)).inc()
+        self.seconds.labels(endpoint, model, _size(num_candidates)).observe(seconds)
 
-    def update(self, scorer: Scorer, depth: int) -> None:
-        """Take over what the scorer has counted since the last call."""
-        stats, manifest = scorer.stats(), scorer.manifest
-        last, self._last = self._last, stats
-        for name, outcome in OUTCOMES.items():
-            self.users.labels(outcome).inc(getattr(stats, name) - getattr(last, name))
-        self.candidates.inc(stats.candidates - last.candidates)
-        self.unknown.inc(stats.unknown_candidates - last.unknown_candidates)
-        self.reloads.labels("moved").inc(stats.reloads - last.reloads)
-        self.reloads.labels("failed").inc(stats.failed_reloads - last.failed_reloads)
+    def opened(self, model: str, scorer: Scorer) -> None:
+        """A model was opened. The counts of its scorer up to now are ignored."""
+        with self._lock:
+            self._last[model] = scorer.stats()
+        self.openings.labels(model, "opened").inc()
+        self.open.labels(model).set(1)
+
+    def failed(self, model: str) -> None:
+        """A model could not be opened."""
+        self.openings.labels(model, "failed").inc()
+
+    def closed(self, model: str, scorer: Scorer) -> None:
+        """A model was closed."""
+        self._count(model, scorer)
+        with self._lock:
+            del self._last[model]
+        self.closings.labels(model).inc()
+        self.open.labels(model).set(0)
+
+    def update(self, scorers: Mapping[str, Scorer], depth: int) -> None:
+        """Take over what the scorers of open models have counted since the last call."""
         self.depth.set(depth)
-        self.generation.set(manifest.generation)
-        self.refreshed.set(manifest.refreshed_at / 1000)
+        for model, scorer in scorers.items():
+            self._count(model, scorer)
+            manifest = scorer.manifest
+            self.generation.labels(model).set(manifest.generation)
+            self.refreshed.labels(model).set(manifest.refreshed_at / 1000)
+
+    def _count(self, model: str, scorer: Scorer) -> None:
+        with self._lock:
+            stats, last = scorer.stats(), self._last[model]
+            self._last[model] = stats
+        for name, outcome in OUTCOMES.items():
+            self.users.labels(model, outcome).inc(getattr(stats, name) - getattr(last, name))
+        self.candidates.labels(model).inc(stats.candidates - last.candidates)
+        self.unknown.labels(model).inc(stats.unknown_candidates - last.unknown_candidates)
+        self.reloads.labels(model, "moved").inc(stats.reloads - last.reloads)
+        self.reloads.labels(model, "failed").inc(stats.failed_reloads - last.failed_reloads)
 
     def page(self) -> bytes:
         """All numbers as text; of all workers, if there are several."""
         registry = self._registry
-        if FOLDER_VARIABLE in os.environ:
+        if (folder := os.environ.get(FOLDER_VARIABLE)) is not None:
             registry = prometheus_client.CollectorRegistry()
-            prometheus_client.multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+            registry.register(_AllWorkers(Path(folder)))
         return prometheus_client.generate_latest(registry)
+
+
+class _AllWorkers(prometheus_client.registry.Collector):
+    """The sums of what the workers have written into a folder.
+
+    `MultiProcessCollector` fails on a file without content: a worker that starts creates its files before it fills
+    them, and one that is killed in between leaves them empty for good.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def collect(self) -> Iterable[prometheus_client.Metric]:
+        """What prometheus_client asks of a collector."""
+        files = [str(path) for path in self._folder.glob("*.db") if _num_bytes(path)]
+        return prometheus_client.multiprocess.MultiProcessCollector.merge(files)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _num_bytes(path: Path) -> int:
+    """The size of a file; 0 if it was removed, as those of workers that ended are."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _size(num_candidates: int) -> str:

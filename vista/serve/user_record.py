@@ -24,7 +24,7 @@ def user_record(store: StoreReader | ShardedReader, model: VistaModel, user: int
     Raises:
         StoreError: the record is damaged, or the store is closed.
     """
-    stored, manifest = store.get_many(cast(list[str], [user])), store.manifest
+    stored = store.get_many(cast(list[str], [user]))
     if not stored.found[0]:
         return None
     tail, rows = stored.tail, stored.tail.items
@@ -36,7 +36,7 @@ def user_record(store: StoreReader | ShardedReader, model: VistaModel, user: int
     summary = stored.summary[0].astype(np.float64)
     return {
         "user": user,
-        "generation": manifest.generation,
+        "generation": stored.generation,
         "created_at": _time(stored.created_at[0]),
         "num_events": int(stored.event_count[0]),
         "newest_event_at": _time(stored.last_event_ts[0]),

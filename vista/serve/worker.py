@@ -1,4 +1,4 @@
-"""One process of the service: a scorer, its queue, and uvicorn."""
+"""One process of the service: its models, its queues, and uvicorn."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import logging
 import math
 import signal
 import socket
+import time
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 
 from vista.config import ServeConfig
+from vista.config.models_file import ModelsFile
 from vista.device import cpu_settings
-from vista.errors import ConfigError, VistaError
-from vista.scorer import Scorer
 from vista.serve.application import make_application
-from vista.serve.bearer_token import read_token
-from vista.serve.http_protocol import BoundedHttpProtocol
+from vista.serve.bearer_token import read_tokens
+from vista.serve.http_protocol import HEAD_S, BoundedHttpProtocol
 from vista.serve.scoring_queue import ScoringQueue
-from vista.serve.scoring_service import ScoringService
 from vista.serve.serve_extra import uvicorn
+from vista.serve.served_models import ServedModels
 from vista.serve.service_metrics import ServiceMetrics
-from vista.store.format.authentication import read_key
 
 logger = logging.getLogger(__name__)
 
@@ -33,31 +33,52 @@ KEEP_ALIVE_S = 75
 request into a connection that is being closed."""
 
 
-def run_worker(config: ServeConfig, listening: socket.socket, on_startup: Callable[[], None]) -> None:
+def run_worker(
+    config: ServeConfig,
+    file: ModelsFile | None,
+    listening: socket.socket,
+    on_startup: Callable[[], None],
+    *,
+    others_serve: bool = False,
+) -> None:
     """Answer requests until SIGTERM or SIGINT, then finish those that are running.
 
+    If the store or index still belongs to another model, opening is tried again every `reload_s`, because the rest of
+    an upgrade may be published soon.
+
     Args:
+        config: of the service.
+        file: what `config.models` names.
         listening: bound, but not yet listening, so that no connection waits for a worker that cannot start.
         on_startup: called once the worker listens.
+        others_serve: whether other workers answer requests. If so, this one does not listen before it can answer
+            them for at least one model. Otherwise, it listens at once. Requests for models that wait get status 503.
 
     Raises:
-        VistaError: the model, the store, or the token cannot be used.
+        VistaError: a model, its store, or a token cannot be used.
     """
-    token = read_token(config.token_file)
+    tokens, metrics = read_tokens(config.token_file), ServiceMetrics()
     with (
         cpu_settings(config.num_threads),
-        _opened(config) as scorer,
+        closing(ServedModels.of(config, file, metrics)) as models,
         closing(ScoringQueue(config.scoring_threads, config.max_waiting)) as queue,
+        closing(ScoringQueue(1, config.max_waiting)) as openings,
     ):
-        _warm_up(scorer)
-        scorer.follow(config.reload_s)
-        metrics = ServiceMetrics(scorer.stats())
-        app = make_application(ScoringService(scorer, config), queue, metrics, config, token)
+        models.open_first()
+        while models.all_wait and others_serve:
+            time.sleep(config.reload_s)
+            models.open_waiting()
+        app = make_application(models, queue, openings, metrics, config, tokens)
         server = _Server(
             uvicorn.Config(
                 app,
                 loop="uvloop",
-                http=BoundedHttpProtocol,
+                http=partial(  # type: ignore[arg-type]  # It is only called.
+                    BoundedHttpProtocol,
+                    max_connections=config.max_connections,
+                    body_s=config.deadline_s + HEAD_S,
+                    on_refused=metrics.refused.inc,
+                ),
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -75,9 +96,13 @@ def run_worker(config: ServeConfig, listening: socket.socket, on_startup: Callab
             signal.signal(one, server.handle_exit)
 
         async def serve() -> None:
-            updates = asyncio.create_task(_update(metrics, scorer, queue))
+            tasks = [
+                asyncio.create_task(_update(models, queue, openings)),
+                asyncio.create_task(_open_waiting(models, config.reload_s)),
+            ]
             await server.serve(sockets=[listening])
-            updates.cancel()
+            for task in tasks:
+                task.cancel()
 
         with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
             runner.run(serve())
@@ -95,32 +120,13 @@ class _Server(uvicorn.Server):
         self._on_startup()
 
 
-def _opened(config: ServeConfig) -> Scorer:
-    try:
-        return Scorer.open(
-            config.model,
-            config.store,
-            on_missing=config.on_missing,
-            task=config.task,
-            device=config.device,
-            key=read_key(config.authentication_key_file),
-            max_age_s=config.max_age_s,
-            precision=config.precision,
-        )
-    except ValueError as error:
-        if isinstance(error, VistaError):
-            raise
-        raise ConfigError(str(error)) from error  # The message names the argument, which has the name of the key.
+async def _open_waiting(models: ServedModels, reload_s: float) -> None:
+    while models.waiting:
+        await asyncio.sleep(reload_s)
+        await asyncio.to_thread(models.open_waiting)
 
 
-async def _update(metrics: ServiceMetrics, scorer: Scorer, queue: ScoringQueue) -> None:
+async def _update(models: ServedModels, *queues: ScoringQueue) -> None:
     while True:
-        metrics.update(scorer, queue.depth)
+        models.update_metrics(sum(queue.depth for queue in queues))
         await asyncio.sleep(UPDATE_S)
-
-
-def _warm_up(scorer: Scorer) -> None:
-    """Pay for page faults and for torch's initialization before the first request: rank all items for any user."""
-    user = next(scorer.store.keys(), None)
-    if user is not None:
-        scorer.rank(user, top_k=1)

@@ -16,6 +16,7 @@ from multiprocessing.context import SpawnProcess
 from types import FrameType
 
 from vista.config import ServeConfig
+from vista.config.models_file import ModelsFile
 from vista.errors import VistaError, WorkerDiedError
 
 logger = logging.getLogger(__name__)
@@ -43,14 +44,17 @@ class WorkerPool:
     again reach the others.
     """
 
-    def __init__(self, config: ServeConfig, host: str, port: int) -> None:
+    def __init__(self, config: ServeConfig, file: ModelsFile | None, host: str, port: int) -> None:
         self._config = config
+        self._file = file
         self._address = host, port
         self._context = get_context("spawn")
         self._workers: list[_Worker] = []
         self._pauses: list[float] = []
         """When workers that died may start again, s of the monotonic clock."""
         self._failures = 0
+        self._has_started = False
+        """Whether all workers have listened at the same time."""
         self._stopping = False
 
     def run(self, on_startup: Callable[[], None]) -> None:
@@ -70,13 +74,13 @@ class WorkerPool:
                     raise WorkerDiedError("the first worker ended before it could listen; its message is above")
             for _ in range(1, self._config.workers):
                 self._start()
-            told = False
             while not self._stopping:
                 for dead in self._watch():
                     self._replace_later(dead)
-                if not told and len(self._workers) == self._config.workers and all(w.is_ready for w in self._workers):
+                ready = sum(worker.is_ready for worker in self._workers)
+                if not self._has_started and ready == self._config.workers:
                     on_startup()
-                    told = True
+                    self._has_started = True
                 while self._pauses and self._pauses[0] <= time.monotonic() and not self._stopping:
                     self._pauses.pop(0)
                     self._start()
@@ -87,7 +91,11 @@ class WorkerPool:
 
     def _start(self) -> None:
         started, ours = self._context.Pipe(duplex=False)
-        process = self._context.Process(target=_work, args=(self._config, *self._address, ours), name="vista-worker")
+        # While the service starts, none waits for the rest of an upgrade without listening: all would.
+        others_serve = self._has_started and any(worker.is_ready for worker in self._workers)
+        process = self._context.Process(
+            target=_work, args=(self._config, self._file, *self._address, ours, others_serve), name="vista-worker"
+        )
         process.start()
         ours.close()
         self._workers.append(_Worker(process, started))
@@ -122,7 +130,12 @@ class WorkerPool:
         self._failures += not dead.is_ready
         self._pauses.append(time.monotonic() + pause)
         self._pauses.sort()
-        logger.error("worker %d ended with status %s; another one starts in %.0f s", pid, dead.process.exitcode, pause)
+        # An operator who replaces a token or a key sends SIGTERM, which also ends a worker that does not listen yet.
+        planned = dead.process.exitcode in (0, -signal.SIGTERM)
+        logger.log(
+            logging.INFO if planned else logging.ERROR,
+            *("worker %d ended with status %s; another one starts in %.0f s", pid, dead.process.exitcode, pause),
+        )
 
     def _stop(self, signum: int, frame: FrameType | None) -> None:
         self._stopping = True
@@ -143,8 +156,11 @@ class WorkerPool:
                 worker.process.join()
 
 
-def _work(config: ServeConfig, host: str, port: int, started: Connection) -> None:
+def _work(
+    config: ServeConfig, file: ModelsFile | None, host: str, port: int, started: Connection, others_serve: bool
+) -> None:
     """The main function of a worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent then sends SIGTERM.
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     threading.Thread(target=_stop_with_parent, name="vista-parent", daemon=True).start()
     from vista.serve.listening_socket import bound_socket
@@ -152,7 +168,7 @@ def _work(config: ServeConfig, host: str, port: int, started: Connection) -> Non
 
     try:
         with bound_socket(host, port, shared=True) as listening:
-            run_worker(config, listening, lambda: started.send_bytes(b"listening"))
+            run_worker(config, file, listening, lambda: started.send_bytes(b"listening"), others_serve=others_serve)
     except VistaError as error:
         logger.error("error: %s", " ".join(str(error).split()))
         sys.exit(1)

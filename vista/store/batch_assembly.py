@@ -55,6 +55,7 @@ def assembled(num_users: int, parts: Sequence[tuple[Int, RawRecords]], spec: Rec
         last_event_ts=last_event_ts,
         created_at=created_at,
         history_digest=headers["history_digest"].astype(np.uint64),
+        generation=spec.generation,
         features={name: _join([raw.features[name] for _, raw in parts]) for name in parts[0][1].features},
         counters=tuple(map(CounterCodes.concatenated, zip(*(raw.counters for _, raw in parts), strict=True))),
     )

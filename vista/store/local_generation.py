@@ -108,8 +108,8 @@ class LocalGenerations:
         return read_current(self.root)
 
     def numbers(self) -> list[int]:
-        """Numbers of all generations, ascending."""
-        return list_generations(self.root)
+        """Numbers of all generations, ascending; none if the folder does not exist."""
+        return list_generations(self.root) if self.root.is_dir() else []
 
     def manifest(self, number: int) -> Manifest:
         """Manifest of a complete generation; no key is needed."""

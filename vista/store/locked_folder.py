@@ -152,12 +152,16 @@ class LockedFolder:
         folder = generation_path(self.path, manifest.generation)
         if (manifest.count, manifest.records_digest) != (tally.count, tally.records_digest):
             raise StoreError(
-                f"{folder} holds {tally.count} records, but {manifest.count} records, or other ones, were written"
+                f"{folder} holds {tally.count} records, but {manifest.count} records, or other ones, were "
+                "written; check the disk, then refresh the store again"
             )
         if files.state is not None:
             num_states = files.state.read(_num_entries)
             if num_states != manifest.count:
-                raise StoreError(f"{folder} holds {num_states} states for {manifest.count} records")
+                raise StoreError(
+                    f"{folder} holds {num_states} states for {manifest.count} records; check the disk, then refresh "
+                    "the store again"
+                )
 
 
 def count_records(files: GenerationFiles, spec: RecordSpec) -> Tally:

@@ -15,7 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.errors import StoreClosedError, StoreError, StoreUnavailableError, SummarizerMismatchError, UserKeyError
+from vista.errors import (
+    RecordContentsError,
+    StoreClosedError,
+    StoreError,
+    StoreUnavailableError,
+    SummarizerMismatchError,
+    UserKeyError,
+)
 from vista.store.batch_assembly import assembled
 from vista.store.format.keys import INT_PREFIX, STR_PREFIX, user_id, user_keys
 from vista.store.format.state_record import StateArrays
@@ -44,8 +51,10 @@ class StoreReader:
         tail_len: int,
         tail_columns: Sequence[TailColumn],
         user_columns: Sequence[UserColumn],
+        generation: int | None = None,
     ) -> None:
         self.path = path
+        self._number = generation
         self._generations = generations_of(path)
         self._wanted = summarizer_id
         self._key = key
@@ -62,8 +71,9 @@ class StoreReader:
         tail_len: int = 0,
         tail_columns: Sequence[TailColumn] = (),
         user_columns: Sequence[UserColumn] = (),
+        generation: int | None = None,
     ) -> StoreReader:
-        """Open the generation that CURRENT names.
+        """Open the generation that CURRENT names, or another one.
 
         Args:
             path: the store's folder, or its URL (redis://host:6379/name) if a Valkey or Redis server holds it.
@@ -73,12 +83,14 @@ class StoreReader:
             tail_len: events of a tail that the model reads, to refuse generations with shorter tails.
             tail_columns: features of these events that the model reads, to refuse generations without them.
             user_columns: the same for features of users.
+            generation: number of the generation to open, to which `reload` keeps; None follows CURRENT.
 
         Raises:
             SummarizerMismatchError: no generation is of that summarizer; the message names both summarizers.
+            RecordContentsError: the generation's records lack a part that the model reads.
             StoreError: missing, unpublished, truncated, not a store, or of another key; the message has the remedy.
         """
-        return cls(store_address(path), summarizer_id, key, tail_len, tail_columns, user_columns)
+        return cls(store_address(path), summarizer_id, key, tail_len, tail_columns, user_columns, generation)
 
     @property
     def manifest(self) -> Manifest:
@@ -189,7 +201,7 @@ class StoreReader:
 
     def __reduce__(self) -> tuple[Any, ...]:
         reads = self._tail_len, self._tail_columns, self._user_columns
-        return _open_pickled, (self.path, self._wanted, self._key, *reads)
+        return _open_pickled, (self.path, self._wanted, self._key, *reads, self._number)
 
     def _current(self) -> OpenGeneration:
         opened = self._opened
@@ -216,6 +228,12 @@ class StoreReader:
                 self._opened = reread
 
     def _open(self) -> OpenGeneration:
+        if self._number is not None:
+            numbers = self._generations.numbers()
+            if self._number not in numbers:
+                existing = ", ".join(f"gen-{number}" for number in numbers) or "none"
+                raise StoreError(f"{self.path} has no gen-{self._number}; existing generations: {existing}")
+            return self._matching(self._number)
         generation = self._generations.current()
         for _ in range(_OPEN_ATTEMPTS):
             try:
@@ -232,7 +250,8 @@ class StoreReader:
             return self._with_contents(newest)
         current_id = newest.manifest.summarizer_id
         newest.release()
-        for generation in reversed([number for number in self._generations.numbers() if number < current]):
+        others = self._generations.numbers() if self._number is None else []
+        for generation in reversed([number for number in others if number < current]):
             try:
                 older = self._generations.open(generation, self._key)
             except StoreUnavailableError:
@@ -260,16 +279,16 @@ class StoreReader:
             return opened
         opened.release()
         if lacking:
-            raise StoreError(
+            raise RecordContentsError(
                 f"{self.path}: its tails do not hold the event features {', '.join(lacking)} as the model reads them; "
                 "refresh the store with this model"
             )
         if unlike:
-            raise StoreError(
+            raise RecordContentsError(
                 f"{self.path}: its records do not hold the user features {', '.join(unlike)} as the model reads them; "
                 "run a full refresh with this model"
             )
-        raise StoreError(
+        raise RecordContentsError(
             f"{self.path} holds tails of {stored} events, but the model reads {self._tail_len}; refresh the store with "
             "this model"
         )
@@ -310,4 +329,7 @@ def _require_kind(keys: list[bytes], manifest: Manifest) -> None:
     if prefix is not None:
         for key in keys:
             if not key.startswith(prefix):
-                raise UserKeyError(f"user {user_id(key)!r}: the user ids of the store are of type {manifest.user_kind}")
+                raise UserKeyError(
+                    f"user {user_id(key)!r}: the user ids of the store are of type {manifest.user_kind}; pass ids of "
+                    "that type"
+                )

@@ -36,13 +36,22 @@ def open_store(
     tail_len: int = 0,
     tail_columns: Sequence[TailColumn] = (),
     user_columns: Sequence[UserColumn] = (),
+    generation: int | None = None,
 ) -> StoreReader | ShardedReader:
-    """Open a store, sharded or not, or on a server; arguments and errors as of `StoreReader.open`."""
+    """Open a store, sharded or not, or on a server; arguments and errors as of `StoreReader.open`.
+
+    Raises:
+        StoreError: a generation of a sharded store is asked for, whose shards count theirs separately.
+    """
     address = store_address(path)
     reads: dict[str, Any] = {"tail_len": tail_len, "tail_columns": tail_columns, "user_columns": user_columns}
     if isinstance(address, Path) and shards_in(address):
+        if generation is not None:
+            raise StoreError(
+                f"{address} is sharded, and each shard counts its own generations; open one shard's folder"
+            )
         return ShardedReader.open(address, summarizer_id=summarizer_id, key=key, **reads)
-    return StoreReader.open(address, summarizer_id=summarizer_id, key=key, **reads)
+    return StoreReader.open(address, summarizer_id=summarizer_id, key=key, generation=generation, **reads)
 
 
 class ShardedReader:
@@ -184,6 +193,7 @@ def _in_order(batches: Sequence[StoredBatch], place: NDArray[np.int64]) -> Store
         last_event_ts=column("last_event_ts"),
         created_at=column("created_at"),
         history_digest=column("history_digest"),
+        generation=min(batch.generation for batch in batches),
         features={
             name: np.concatenate([batch.features[name] for batch in batches])[place] for name in batches[0].features
         },

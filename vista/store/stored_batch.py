@@ -36,6 +36,8 @@ class StoredBatch:
     """[B] start of the refresh, ms; NO_TIMESTAMP if not found."""
     history_digest: NDArray[np.uint64]
     """[B]; 0 if not found."""
+    generation: int
+    """Number of the store's generation that was read; of a sharded store, the oldest one."""
     features: dict[str, NDArray[Any]] = dataclasses.field(default_factory=dict)
     """Of the users, [B] by name: the model's codes int32, or float32 numbers; -1 or NaN if missing, or not found."""
     counters: tuple[CounterCodes, ...] = ()
@@ -72,6 +74,7 @@ class StoredBatch:
             last_event_ts=column(self.last_event_ts, NO_TIMESTAMP),
             created_at=column(self.created_at, NO_TIMESTAMP),
             history_digest=column(self.history_digest),
+            generation=self.generation,
             features={name: column(values, _missing(values)) for name, values in self.features.items()},
             counters=tuple(
                 dataclasses.replace(one, offsets=spread_offsets(one.offsets), clock=column(one.clock, NO_TIMESTAMP))
@@ -109,6 +112,7 @@ class StoredBatch:
             last_event_ts=cleared(self.last_event_ts, NO_TIMESTAMP),
             created_at=cleared(self.created_at, NO_TIMESTAMP),
             history_digest=cleared(self.history_digest, 0),
+            generation=self.generation,
             features={name: cleared(values, _missing(values)) for name, values in self.features.items()},
             counters=tuple(counters),
         )

@@ -21,7 +21,7 @@ class Tail:
     times: NDArray[np.int64]
     """[N] ms, or the ordinal in a log without times."""
     actions: NDArray[np.uint8]
-    """[N] action codes."""
+    """[N] action codes. Callers of the scorer can pass names."""
     offsets: NDArray[np.int64]
     """[B+1]."""
     features: Mapping[str, Any] = field(default_factory=dict)

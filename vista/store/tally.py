@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vista.progress_bar import progress_bar
 from vista.store.format.keys import common_kind, kinds_of
 from vista.store.format.record import check_records, sum_of_checksums
 from vista.store.format.record_spec import RecordSpec
@@ -32,8 +33,13 @@ class Tally:
         return f"{self.digest:016x}"
 
 
-def tally_of(read: ReadTransactions, spec: RecordSpec) -> Tally:
+def tally_of(read: ReadTransactions, spec: RecordSpec, *, num_users: int | None = None) -> Tally:
     """Check and count all records of an environment.
+
+    Args:
+        read: of an environment.
+        spec: what its records hold.
+        num_users: how many there should be, for the progress.
 
     Raises:
         RecordError: a record is corrupt; the message names the first one's user.
@@ -44,6 +50,7 @@ def tally_of(read: ReadTransactions, spec: RecordSpec) -> Tally:
         check_records(records, keys, spec)
         tally.add(keys, records)
 
-    for _ in walk(read, add):
-        pass
+    with progress_bar(total=num_users, desc="check records", unit="user", leave=False) as bar:
+        for keys, _ in walk(read, add):
+            bar.update(len(keys))
     return tally

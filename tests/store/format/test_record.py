@@ -127,10 +127,8 @@ GOLDEN = {
 }
 
 
-def encode(
-    spec: RecordSpec = SPEC, summary: np.ndarray = SUMMARY, tail: Tail = TAIL, features: dict | None = None
-) -> list[bytes]:
-    users = UserSummaries(
+def summaries(summary: np.ndarray = SUMMARY, tail: Tail = TAIL, features: dict | None = None) -> UserSummaries:
+    return UserSummaries(
         keys=user_keys(USERS),
         summary=summary,
         tail=tail,
@@ -139,7 +137,12 @@ def encode(
         history_digest=np.array([0x0123456789ABCDEF, 0], dtype=np.uint64),
         features=features or {},
     )
-    return encode_records(users, spec)
+
+
+def encode(
+    spec: RecordSpec = SPEC, summary: np.ndarray = SUMMARY, tail: Tail = TAIL, features: dict | None = None
+) -> list[bytes]:
+    return encode_records(summaries(summary, tail, features), spec)
 
 
 def with_checksum(record: bytearray) -> bytes:

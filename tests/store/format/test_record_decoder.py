@@ -15,31 +15,33 @@ import numpy as np
 import pyarrow
 import pytest
 
+from tests.compiler import require_compiler
 from tests.conftest import Served
 from tests.store.format import test_counters_section as counted
 from tests.store.format import test_record as plain
 from tests.store.format.test_record import with_checksum
 from vista.config.choices import Codec
 from vista.errors import RecordError
+from vista.store.format.authentication import KEY_VARIABLE, key_id
 from vista.store.format.codecs import CODEC_NUMBERS
 from vista.store.format.keys import user_keys
-from vista.store.format.record import decode_rows, read_records
+from vista.store.format.record import decode_rows, encode_records, read_records
 from vista.store.format.record_spec import HEADER_BYTES, RecordSpec
 from vista.store.reader import StoreReader
 
 SOURCES = Path(__file__).parents[3] / "docs" / "reference"
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+INCLUDES = [f"-I{SOURCES}", f"-I{Path(pyarrow.get_include(), 'arrow', 'vendored', 'xxhash')}"]
+"""The latter has xxhash.h of libxxhash-dev."""
 KEYS = user_keys(plain.USERS)
 
 
 @pytest.fixture(scope="session")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """docs/reference/record_to_json.cpp, compiled to stop at any access out of bounds and any undefined behavior."""
-    if shutil.which("g++") is None:
-        pytest.skip("needs g++")
+    require_compiler()
     folder = tmp_path_factory.mktemp("record-decoder")
-    include = Path(pyarrow.get_include(), "arrow", "vendored", "xxhash")  # has xxhash.h of libxxhash-dev
-    command = ["g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{include}"]
+    command = ["g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", *INCLUDES]
     source, out = str(SOURCES / "record_to_json.cpp"), folder / "record_to_json"
     (folder / "empty.cpp").write_text("int main() {}")
     checked = ["g++", *SANITIZERS, str(folder / "empty.cpp"), "-o", str(folder / "empty")]
@@ -58,14 +60,14 @@ def decode(program: Path, records: Sequence[bytes], keys: Sequence[bytes], spec:
         "summarizer_id": spec.summarizer_id.hex(),
         "user_columns": ",".join(str(column.size or 0) for column in spec.user_columns),
         "tail_columns": ",".join(str(column.size or 0) for column in spec.tail_columns),
-        "authenticated": int(spec.key is not None),
     }
     if spec.counters is not None:
         layout["counter_key_bytes"] = ",".join(map(str, spec.counters.key_bytes))
         layout["counter_values"] = spec.counters.spec.num_columns
     lines = "".join(f"{key.hex()} {record.hex()}\n" for key, record in zip(keys, records, strict=True))
     command = [str(program), *(f"{name}={value}" for name, value in layout.items())]
-    done = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=120)
+    environment = {} if spec.key is None else {KEY_VARIABLE: spec.key.hex()}
+    done = subprocess.run(command, input=lines, env=environment, capture_output=True, text=True, timeout=120)
     decoded = [json.loads(line) for line in done.stdout.splitlines()]
     assert not done.stderr
     assert done.returncode == any("error" in record for record in decoded)
@@ -168,10 +170,12 @@ def cases() -> dict[str, tuple[RecordSpec, list[bytes], list[bytes]]]:
     golden = {
         name: (spec, plain.encode(spec, tail=tail, features=features), KEYS)
         for name, (spec, tail, features) in GOLDEN.items()
-        if spec.key is None
     }
-    layout = counted.CATEGORIES
-    return golden | {"counters": (counted.spec_of(layout), counted.encode(layout), counted.USERS)}
+    layout, key = counted.CATEGORIES, bytes(range(32))
+    return golden | {
+        "counters": (counted.spec_of(layout), counted.encode(layout), counted.USERS),
+        "authenticated counters": (counted.spec_of(layout, key), counted.encode(layout, key), counted.USERS),
+    }
 
 
 @pytest.mark.parametrize("name", cases())
@@ -201,6 +205,36 @@ def test_the_records_of_others_are_refused(program: Path) -> None:
         (dataclasses.replace(plain.SPEC, key=bytes(32)), key, "flags"),
     ):
         assert decode(program, [record], [user], spec)[0]["error"].startswith(reason)
+
+
+def test_authentication_codes(program: Path) -> None:
+    """Of ids of all lengths modulo the 128 bytes of BLAKE2b's blocks. Each changed byte of the payload is noticed."""
+    spec = dataclasses.replace(plain.SPEC, key=bytes(range(32)))
+    other = dataclasses.replace(spec, key=bytes(range(1, 33)))
+    users = user_keys(["u" * length for length in range(1, 129)])
+    arrays = plain.summaries()
+    records = [encode_records(dataclasses.replace(arrays, keys=[user, user]), spec)[0] for user in users]
+    assert not any("error" in decoded for decoded in decode(program, records, users, spec))
+    assert all(decoded["error"].startswith("authentication_code") for decoded in decode(program, records, users, other))
+    changed = []
+    for place in range(HEADER_BYTES, len(records[0])):
+        damaged = bytearray(records[0])
+        damaged[place] ^= 1
+        changed.append(with_checksum(damaged))
+    refused = [decoded["error"] for decoded in decode(program, changed, users[:1] * len(changed), spec)]
+    assert all(reason.startswith("authentication_code") for reason in refused)
+
+
+def test_the_name_of_a_key(program: Path, tmp_path: Path) -> None:
+    source = tmp_path / "key_id.cpp"
+    source.write_text(
+        '#include "record_authentication.hpp"\n#include <cstdio>\n'
+        "int main() { vista::SecretKey key{}; for (int i = 0; i < 32; ++i) key[i] = uint8_t(i);\n"
+        'std::printf("%s", vista::key_id(key).c_str()); }\n'
+    )
+    subprocess.run(["g++", "-std=c++17", *INCLUDES, str(source), "-o", str(tmp_path / "key_id")], check=True)
+    named = subprocess.run([str(tmp_path / "key_id")], capture_output=True, text=True, check=True).stdout
+    assert named == key_id(bytes(range(32)))
 
 
 def test_the_decoder_stays_short() -> None:

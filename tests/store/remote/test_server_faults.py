@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+import redis
 
 from tests.store.remote.valkey_server import Proxy, free_port
 from vista.errors import StoreError, StoreLockedError, StoreUnavailableError, StoreWriteError
@@ -97,6 +98,25 @@ def test_passwords(start_server, build, monkeypatch, caplog):
     monkeypatch.setenv("VISTA_REDIS_PASSWORD", "hunter2")
     with StoreReader.open(server.url()) as store:
         assert store.get_many([1]).found.all() and "hunter2" not in f"{store.path} {store.path!r} {caplog.text}"
+
+
+def test_a_new_password(start_server, build, monkeypatch):
+    """As docs/guides/rotate-keys.md describes: the server accepts both for a while, and open connections stay."""
+    server = start_server()
+    build.write_store(server.url())
+    server.command("ACL", "SETUSER", "default", "resetpass", ">old-one")
+    monkeypatch.setenv("VISTA_REDIS_PASSWORD", "old-one")
+    with StoreReader.open(server.url()) as before, redis.Redis(port=server.port, password="old-one") as admin:
+        assert before.get_many([1]).found.all()
+        admin.execute_command("ACL", "SETUSER", "default", ">new-one")
+        monkeypatch.setenv("VISTA_REDIS_PASSWORD", "new-one")
+        with StoreReader.open(server.url()) as after:
+            assert after.get_many([1]).found.all()
+        admin.execute_command("ACL", "SETUSER", "default", "<old-one")
+        assert before.get_many([1]).found.all()
+        monkeypatch.setenv("VISTA_REDIS_PASSWORD", "old-one")
+        with pytest.raises(StoreUnavailableError, match=r"127\.0\.0\.1.*refuses the user or the password"):
+            StoreReader.open(server.url())
 
 
 def test_tls(start_server, build, tmp_path, monkeypatch):
@@ -292,7 +312,7 @@ def test_a_replica_that_has_a_part_of_a_generation_refuses_it(start_server, buil
     with pytest.raises(StoreError, match="gen-1 was never finished"):
         StoreReader.open(server.url())
     server.command("SET", "{mine}:CURRENT", pointer_to(2))
-    with pytest.raises(StoreError, match="has no gen-2; existing generations: gen-1"):
+    with pytest.raises(StoreError, match="has no gen-2; name an existing generation: gen-1"):
         StoreReader.open(server.url())
 
 

@@ -122,7 +122,7 @@ class GenerationBuilder:
             return function(transaction)
 
     def _read_back(self) -> None:
-        tally = tally_of(self._read, self.spec)
+        tally = tally_of(self._read, self.spec, num_users=self.tally.count)
         if tally != self.tally:
             raise StoreError(
                 f"{self.folder} holds {tally.count} records, but {self.tally.count} were put; check the disk"

@@ -12,6 +12,7 @@ from typing import TypeVar
 import lmdb
 
 from vista.errors import StoreBusyError, StoreError
+from vista.progress_bar import progress_bar
 from vista.store.format.record import check_records
 from vista.store.format.record_spec import RecordSpec
 from vista.store.format.state_record import decode_states
@@ -48,7 +49,10 @@ class GenerationReader:
 
     def raw_batches(self, after: bytes = b"u") -> Iterator[Batch]:
         """Keys beyond `after` and their unchecked values, ascending; each batch in a short transaction."""
-        return walk(self.environment.read, copied, after)
+        with progress_bar(total=self.manifest.count, desc="read records", unit="user", leave=False) as bar:
+            for keys, records in walk(self.environment.read, copied, after):
+                yield keys, records
+                bar.update(len(keys))
 
     def batches(self, after: bytes = b"u") -> Iterator[Batch]:
         """As `raw_batches`, with every record checked.
@@ -71,9 +75,11 @@ class GenerationReader:
             return
         environment = SharedEnvironment.acquire(folder)
         try:
-            for keys, states in walk(environment.read, copied):
-                decode_states(states, keys, spec)
-                yield keys, states
+            with progress_bar(total=self.manifest.count, desc="read states", unit="user", leave=False) as bar:
+                for keys, states in walk(environment.read, copied):
+                    decode_states(states, keys, spec)
+                    yield keys, states
+                    bar.update(len(keys))
         finally:
             environment.release()
 
@@ -83,7 +89,7 @@ class GenerationReader:
 
     def tally(self) -> Tally:
         """Check and count all records; errors as of `batches`."""
-        return tally_of(self.environment.read, self.spec)
+        return tally_of(self.environment.read, self.spec, num_users=self.manifest.count)
 
 
 @contextmanager
@@ -95,7 +101,7 @@ def open_generation(root: Path, generation: int, key: bytes | None = None) -> It
     """
     if not generation_path(root, generation).is_dir():
         existing = ", ".join(f"gen-{number}" for number in list_generations(root)) or "none"
-        raise StoreError(f"{root} has no gen-{generation}; existing generations: {existing}")
+        raise StoreError(f"{root} has no gen-{generation}; name an existing generation: {existing}")
     path = environment_path(root, generation)
     environment = SharedEnvironment.acquire(path)
     try:

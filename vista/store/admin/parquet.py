@@ -26,6 +26,7 @@ from vista.files import check_replaceable, create_file, sync
 from vista.log.gaps import NO_TIMESTAMP
 from vista.log.ingest.source_parser import SourceParser
 from vista.log.polars_extra import pl, register_io_source
+from vista.progress_bar import progress_bar
 from vista.store.admin.folder_store import FolderStore
 from vista.store.admin.generation_builder import GenerationBuilder, restamp_records
 from vista.store.admin.generation_reader import GenerationReader, open_generation, read_settled
@@ -170,15 +171,17 @@ def _import(file: Path, root: Path, key: bytes | None, permissions: Permissions,
         builder = GenerationBuilder(root, wanted, key, permissions)
         read = Tally()
         try:
-            for keys, records in _rows(file, parser):
-                check_records(records, keys, old_spec)
-                read.add(keys, records)
-                if any(tombstones.erased(keys)):
-                    raise StoreError(
-                        f"{file}: holds users who were erased from {root}; erase them from the exported store too, and "
-                        "export it again"
-                    )
-                builder.put(keys, restamp_records(keys, records, builder.spec))
+            with progress_bar(total=old.count, desc="import", unit="user") as bar:
+                for keys, records in _rows(file, parser):
+                    check_records(records, keys, old_spec)
+                    read.add(keys, records)
+                    if any(tombstones.erased(keys)):
+                        raise StoreError(
+                            f"{file}: holds users who were erased from {root}; erase them from the exported store too, "
+                            "and export it again"
+                        )
+                    builder.put(keys, restamp_records(keys, records, builder.spec))
+                    bar.update(len(keys))
             exported = about.get("count"), about.get("records_digest")
             if (read.count, read.records_digest) != exported:
                 raise _not_an_export(

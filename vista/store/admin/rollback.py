@@ -44,7 +44,8 @@ def _verified(store: ManagedStore, number: int, key: bytes | None) -> PublishRep
     if report.num_problems:
         raise StoreError(
             f"{store.address}: gen-{number} cannot be published: {report.problems[0]} (problems in total: "
-            f"{report.num_problems}). The published generation is unchanged"
+            f"{report.num_problems}); name another one with to=N, or run a full `vista refresh`. The published "
+            "generation is unchanged"
         )
     return PublishReport(store.address, number, report.records[number], store.size_bytes(number))
 

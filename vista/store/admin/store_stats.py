@@ -15,6 +15,7 @@ from vista.store.lmdb.environment import SharedEnvironment
 from vista.store.lmdb.flock import lock_holders
 from vista.store.manifest import Manifest
 from vista.store.remote.store_url import StoreUrl
+from vista.text_table import fitted
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class StoreStats:
 
     def __str__(self) -> str:
         head = f"gen-{self.published} is published" if self.published is not None else self.problem
-        return "\n".join([f"{self.path}: {head}", *map(self._line, self.generations)])
+        return "\n".join(map(fitted, [f"{self.path}: {head}", *map(self._line, self.generations)]))
 
     def _line(self, stats: GenerationStats) -> str:
         if stats.manifest is None:

@@ -64,7 +64,9 @@ def user_key(user_id: int | str) -> bytes:
         try:
             key = STR_PREFIX + user_id.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise UserKeyError(f"user id {user_id!r} cannot be encoded as UTF-8 ({error.reason})") from error
+            raise UserKeyError(
+                f"user id {user_id!r} cannot be encoded as UTF-8 ({error.reason}); decode it correctly"
+            ) from error
         if len(key) > MAX_KEY_BYTES:
             raise UserKeyError(
                 f"user id {user_id[:40]!r}… takes {len(key) - 2} bytes, but a key holds at most {MAX_KEY_BYTES - 2}; "

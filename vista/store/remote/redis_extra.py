@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vista.errors import MissingDependencyError
+from vista.install_command import install_command
 
 try:
     import redis
@@ -10,8 +11,7 @@ try:
     from redis.retry import Retry
 except ImportError as error:
     raise MissingDependencyError(
-        f"stores on a Valkey or Redis server need redis-py ({error}); install it with: "
-        "pip install 'vista-recsys[redis]'"
+        f"stores on a Valkey or Redis server need redis-py ({error}); install it with: " + install_command("redis")
     ) from error
 
 __all__ = ["NoBackoff", "Retry", "redis"]

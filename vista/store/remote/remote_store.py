@@ -146,8 +146,8 @@ class RemoteStore:
             existing = ", ".join(f"gen-{each}" for each in numbers) or "none"
             if number not in numbers:
                 raise StoreError(
-                    f"{self.url} has no gen-{number}; existing generations: {existing}. If it has expired (ttl_days), "
-                    "run a full refresh"
+                    f"{self.url} has no gen-{number}; name an existing generation: {existing}. If it has expired "
+                    "(ttl_days), run a full refresh"
                 )
             reason = "was never finished" if manifest is not None else "has expired (ttl_days) or was removed"
             raise UnfinishedError(f"{self.url}: gen-{number} {reason}; refresh the store again")
@@ -168,5 +168,8 @@ class RemoteStore:
         """
         manifest = Manifest.from_bytes(value, self.url)
         if manifest.generation != number:
-            raise StoreError(f"{self.url}: the manifest of gen-{number} is that of gen-{manifest.generation}")
+            raise StoreError(
+                f"{self.url}: the manifest of gen-{number} is that of gen-{manifest.generation}; publish another "
+                "generation (`vista store rollback`), or refresh the store again"
+            )
         return manifest

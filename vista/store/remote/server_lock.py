@@ -72,7 +72,8 @@ class ServerLock:
         if value is not None and not value.startswith(self._token.encode()):
             raise StoreLockedError(
                 f"{self._server.url}: {_holder(value)} has taken over, because this process was suspended for more "
-                f"than {LOCK_S:g} s; this process writes nothing more"
+                f"than {LOCK_S:g} s; this process writes nothing more. Wait for the other one, then rerun "
+                "the command"
             )
         raise StoreWriteError(
             f"{self._server.url}: the lock expired, or the server lost some of the last writes (a restart, a failover, "

@@ -1,0 +1,364 @@
+"""Whatever clients send, the answer is either right or an error that says what is wrong: never a status 500."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from tests.conftest import START, Served, small_config
+from tests.serve.model_files import models_file, save_other_stage_2
+from tests.serve.running_service import TIMEOUT_S, RunningService, running
+from vista.cli.index_command import run_index
+from vista.config import IndexConfig, SourceColumns
+from vista.config.choices import Split
+from vista.log.event_log import EventLog
+from vista.refresh import refresh
+from vista.training.trainer import train
+
+TOKEN = "a-token-of-some-length"
+AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
+NOW = START + 10**9
+NAMES = [f"u{number}" for number in range(12)]
+SKUS = [f"sku-{number}" for number in range(20)]
+STATUSES = (200, 400, 404, 413, 422)
+"""404 is for a `model` that does not exist."""
+LENIENT = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.fixture(scope="module")
+def detailed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
+    """A service with a token, an index, ids that are texts, and features of items, events, requests, and users."""
+    folder = tmp_path_factory.mktemp("detailed")
+    rng, count = np.random.default_rng(0), 600
+    events = {
+        "user": rng.choice(NAMES, count),
+        "item": rng.choice(SKUS, count),
+        "timestamp": START + 1_000_000 * np.arange(count),
+        "action": rng.choice(["view", "buy"], count),
+        "surface": rng.choice(["app", "web"], count),
+        "dwell": rng.exponential(10, count),
+    }
+    impressions = {
+        **{name: events[name] for name in ("user", "timestamp")},
+        "item": rng.choice(SKUS, count),
+        "click": rng.integers(0, 2, count),
+        "device": rng.choice(["phone", "tv"], count),
+        "price": rng.lognormal(size=count),
+    }
+    log = EventLog.from_frame(
+        events,
+        folder / "log",
+        time_unit="ms",
+        columns=SourceColumns(action="action", labels=["click"]),
+        impressions=impressions,
+        items={"item": SKUS, "brand": rng.choice(["acme", "bolt"], len(SKUS))},
+        users={"user": NAMES, "plan": rng.choice(["free", "paid"], len(NAMES)), "age": rng.uniform(18, 80, len(NAMES))},
+        categories=["surface"],
+        numbers=["dwell"],
+        request_categories=["device"],
+        request_numbers=["price"],
+    )
+    config = small_config(
+        log,
+        folder / "run",
+        data__split=Split.time,
+        data__validation_from=str(START + 400 * 1_000_000),
+        data__test_from=str(START + 500 * 1_000_000),
+        data__tokens_per_batch=256,
+        model__counters=True,
+        optim__epochs=1,
+    )
+    refresh(train(config, log), log, folder / "store")
+    exported, index, token = Path(config.run_dir) / "best", folder / "index", folder / "token"
+    run_index(IndexConfig(model=str(exported), out=str(index)))
+    token.write_text(TOKEN)
+    words = (f"model={exported}", f"store={folder / 'store'}", f"index={index}", f"token_file={token}")
+    with running(*words) as opened:
+        features = opened.fetch("/v1/model", headers=AUTHORIZED)[1]
+        assert features["request_features"] == ["device", "price"] and features["event_features"] == [
+            "surface",
+            "dwell",
+        ]
+        assert features["user_features"] == ["plan", "age"] and features["item_features"] == ["brand"]
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def variants(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
+    """A service that splits users between two models, and gives NaN to those whose data are impossible."""
+    folder = tmp_path_factory.mktemp("variants")
+    other = save_other_stage_2(served.model_dir, folder / "b")
+    models = {"a": (served.model_dir, served.store), "b": (other, served.store)}
+    path = models_file(folder, models, split={"a": 0.5, "b": 0.5})
+    with running(f"models={path}", "on_missing=nan") as opened:
+        yield opened
+
+
+NUMBERS = st.sampled_from([0, -1, 1.5, 2**31, 2**53 + 1, 2**63 - 1, 2**63, -(2**63) - 1, 2**64, 10**40, 1e308, -0.0])
+ODD = NUMBERS | st.sampled_from([None, True, "", "\0", "\ud800", "a" * 501, float("nan"), float("inf"), b"\xff"])
+VALUES: st.SearchStrategy[Any] = st.recursive(
+    ODD | st.text(max_size=4) | st.integers() | st.floats() | st.binary(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def or_odd(
+    usual: st.SearchStrategy[Any], odd: st.SearchStrategy[Any] = VALUES, every: int = 16
+) -> st.SearchStrategy[Any]:
+    """Mostly the usual values, so that requests get beyond the checks of their types."""
+    return st.integers(1, every).flatmap(lambda number: odd if number == every else usual)
+
+
+USERS = or_odd(st.sampled_from([*NAMES, "nobody", "\0"]), ODD | st.sampled_from(["", "é" * 300]))
+ITEMS = or_odd(st.sampled_from([*SKUS, "no-sku", "\0"]), ODD | st.just(""))
+
+
+def features(*columns: tuple[str, st.SearchStrategy[Any]]) -> st.SearchStrategy[Any]:
+    """Features by name: of all, per user, or per candidate."""
+    known = {name: or_odd(_shaped(values)) for name, values in columns}
+    others = st.dictionaries(st.text(max_size=3), VALUES, max_size=2)
+    return or_odd(st.fixed_dictionaries({}, optional=known), others)
+
+
+def _shaped(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    row = st.lists(values, max_size=3)
+    return values | row | st.lists(row, max_size=3)
+
+
+DEVICE = st.sampled_from(["phone", "tv", "watch", None, True, 7])
+PRICE = st.floats() | st.sampled_from([None, 3, 1e38, 1e39, -1.5, 10**400])
+PLAN = st.sampled_from(["free", "paid", "gold", None])
+OF_REQUEST = features(("device", DEVICE), ("price", PRICE), ("plan", PLAN), ("age", PRICE))
+OF_EVENT = features(("surface", st.sampled_from(["app", "web", "car", None])), ("dwell", PRICE))
+TIMES = or_odd(st.sampled_from([NOW, NOW - 1000, START]), NUMBERS | st.sampled_from([0, -1, 1_700_000_000]))
+EVENTS = st.lists(
+    st.fixed_dictionaries(
+        {"item": ITEMS, "time": TIMES, "action": or_odd(st.sampled_from(["view", "buy"]))},
+        optional={"features": OF_EVENT},
+    ),
+    max_size=3,
+)
+COUNTS = or_odd(st.integers(1, 30), st.integers() | NUMBERS)
+FIELDS = {
+    "users": or_odd(st.lists(USERS, max_size=3)),
+    "user": USERS,
+    "candidates": or_odd(st.lists(ITEMS, max_size=3)),
+    "now": or_odd(TIMES),
+    "request": OF_REQUEST,
+    "top_k": COUNTS,
+    "num_candidates": COUNTS,
+    "exclude": or_odd(st.lists(ITEMS, max_size=3)),
+    "exclude_tail": or_odd(st.booleans()),
+    "within": or_odd(st.lists(ITEMS, max_size=30)),
+    "where": or_odd(
+        st.dictionaries(
+            or_odd(st.just("brand"), st.just("color")), st.lists(or_odd(st.sampled_from(["acme", "bolt"]), ITEMS))
+        )
+    ),
+    "tail": or_odd(EVENTS),
+    "task": or_odd(st.sampled_from(["click", "next"])),
+    "model": or_odd(st.sampled_from(["a", "b"])),
+}
+LISTS = {
+    "candidates": or_odd(st.lists(ITEMS, max_size=3) | st.lists(st.lists(ITEMS, max_size=3), max_size=3)),
+    "now": or_odd(TIMES | st.lists(TIMES, max_size=3)),
+    "tail": or_odd(st.lists(EVENTS, max_size=3)),
+}
+"""Of several users."""
+KNOWN = {
+    "score": (("users", "candidates"), ("now", "request")),
+    "predict": (("users", "candidates"), ("now", "request")),
+    "rank": (("user",), ("candidates", "top_k", "exclude", "exclude_tail", "now", "request")),
+    "retrieve": (
+        ("users",),
+        ("top_k", "num_candidates", "within", "where", "exclude", "exclude_tail", "now", "request"),
+    ),
+    "explain": (("user", "candidates"), ("task", "now", "request")),
+}
+
+
+def bodies(name: str) -> st.SearchStrategy[tuple[str, Any]]:
+    """Bodies for an endpoint, most of which have the fields that it knows."""
+    needed, more = KNOWN[name]
+    fields = {**FIELDS, **(LISTS if "users" in needed else {})}
+    known = st.fixed_dictionaries(
+        {field: fields[field] for field in needed},
+        optional={field: fields[field] for field in ("tail", "model", *more)},
+    )
+    any_fields = st.dictionaries(st.sampled_from(sorted(FIELDS)) | st.text(max_size=4), VALUES, max_size=5)
+    return st.tuples(st.just(name), or_odd(known, any_fields | VALUES))
+
+
+def encoded(body: Any, *, packed: bool) -> bytes:
+    """The body as MessagePack or JSON; JSON if MessagePack has no such number or text."""
+    if packed:
+        try:
+            return msgspec.msgpack.encode(body)
+        except (OverflowError, UnicodeEncodeError):
+            pass
+    return json.dumps(body, default=lambda value: value.decode("latin-1")).encode()
+
+
+def require_error(status: int, answer: bytes) -> None:
+    """An error has a message in JSON."""
+    if status != 200:
+        error = json.loads(answer)["error"]
+        assert error["message"] and error["type"], answer
+
+
+@LENIENT
+@given(
+    asked=st.sampled_from(sorted(KNOWN)).flatmap(bodies),
+    packed=st.booleans(),
+    cut=or_odd(st.none(), st.integers(0, 40)),
+)
+@example(asked=("score", {"users": ["\ud800"], "candidates": ["sku-1"]}), packed=False, cut=None)
+@example(asked=("rank", {"user": "", "candidates": []}), packed=False, cut=None)
+@example(asked=("rank", {"user": "u1", "top_k": 2**63}), packed=False, cut=None)
+@example(asked=("retrieve", {"users": ["u1"], "within": [[]]}), packed=True, cut=None)
+@example(
+    asked=("score", {"users": ["u1"], "candidates": ["sku-1"], "request": {"price": 10**400}}), packed=False, cut=None
+)
+def test_bodies(detailed: RunningService, asked: tuple[str, Any], packed: bool, cut: int | None) -> None:
+    name, body = asked
+    sent = encoded(_of_one_model(body), packed=packed)[:cut]
+    kind = {"Content-Type": "application/msgpack"} if packed else {}
+    status, _, answer = detailed.send(f"/v1/{name}", sent, headers={**AUTHORIZED, **kind})
+    assert status in STATUSES, (status, answer)
+    require_error(status, answer)
+
+
+@LENIENT
+@given(asked=st.sampled_from(sorted(KNOWN)).flatmap(bodies), packed=st.booleans(), several=st.booleans())
+@example(asked=("score", {"users": ["\ud800"], "candidates": [10]}), packed=False, several=True)
+@example(asked=("rank", {"user": 2**70, "candidates": [10]}), packed=False, several=True)
+@example(asked=("rank", {"user": 103, "model": 7}), packed=True, several=True)
+def test_bodies_with_integer_ids(
+    service: RunningService, variants: RunningService, asked: tuple[str, Any], packed: bool, several: bool
+) -> None:
+    """Texts where the log has integers, for a model without features of requests, or two of them."""
+    name, body = asked
+    body = _with_integers(body if several else _of_one_model(body))
+    kind = {"Content-Type": "application/msgpack"} if packed else {}
+    asked_of = variants if several else service
+    status, _, answer = asked_of.send(f"/v1/{name}", encoded(body, packed=packed), headers=kind)
+    assert status in STATUSES, (status, answer)
+    require_error(status, answer)
+
+
+def _of_one_model(body: Any) -> Any:
+    """The body without the name of one of several models; odd values stay."""
+    if isinstance(body, dict) and body.get("model") in ("a", "b"):
+        return {field: value for field, value in body.items() if field != "model"}
+    return body
+
+
+def _with_integers(value: Any) -> Any:
+    """The same with integers instead of most of the known ids, and with the actions of the other log."""
+    if isinstance(value, dict):
+        return {name: _with_integers(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_with_integers(one) for one in value]
+    if value in ("view", "buy"):
+        return "click" if value == "view" else "like"
+    if isinstance(value, str) and value in NAMES[1:]:
+        return 100 + NAMES.index(value)
+    return 10 * SKUS.index(value) if isinstance(value, str) and value in SKUS[1:] else value
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", sorted(KNOWN))
+def test_deep_and_long_values(detailed: RunningService, name: str, packed: bool) -> None:
+    kind = {"Content-Type": "application/msgpack"} if packed else {}
+    field = "users" if "users" in KNOWN[name][0] else "user"
+    good = {field: NAMES[:1] if field == "users" else NAMES[0], "candidates": SKUS[:2]}
+    if name == "retrieve":
+        del good["candidates"]
+    assert detailed.send(f"/v1/{name}", encoded(good, packed=packed), headers={**AUTHORIZED, **kind})[0] == 200
+    key, depth = next(iter(good)), 200_000
+    for sent in (
+        b"\x81" + msgspec.msgpack.encode("request") + b"\x81\xa5price" + b"\x91" * depth
+        if packed
+        else b'{"request": {"price": ' + b"[" * depth,
+        b"\x81" + msgspec.msgpack.encode(key) + b"\x91" * depth if packed else b'{"%s": ' % key.encode() + b"[" * depth,
+        b'{"%s": %s}' % (key.encode(), b"9" * 10_000),
+        b'{"now": 1e999999999}',
+        b"\xdf\xff\xff\xff\xff",  # a map of 2^32 entries
+        b"\xdd\xff\xff\xff\xff",  # an array of as many
+        b"\xc6\xff\xff\xff\xff",  # as many bytes
+        encoded({**good, "request": {"price": [[[1.0]]]}}, packed=packed),
+        encoded({**good, "request": {"x" * 100_000: 1}}, packed=packed),
+        encoded({**good, "request": {f"{number}": 1 for number in range(10_000)}}, packed=packed),
+        encoded({**good, "now": [NOW] * 100_000}, packed=packed),
+        encoded({**good, field: "u" * 1_000_000}, packed=packed),
+    ):
+        status, _, answer = detailed.send(f"/v1/{name}", sent, headers={**AUTHORIZED, **kind})
+        assert status in STATUSES[1:], (sent[:100], status, answer)
+        require_error(status, answer)
+        assert len(answer) < 3000
+
+
+PATHS = st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=20)
+METHODS = st.sampled_from(["GET", "GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH", "TRACE", "CONNECT"])
+PREFIXES = ("/v1/users/", "/v1/", "/", "", "/v1/users?", "/healthz/", "/docs?", "/v1/score?", "http://x/v1/users/")
+
+
+@settings(LENIENT, max_examples=100)
+@given(method=METHODS, path=PATHS, query=st.none() | PATHS)
+@example(method="GET", path="../../etc/passwd", query=None)
+@example(method="GET", path="%2e%2e%2f%00", query="%00=%ff")
+@example(method="GET", path="%ff%fe", query=None)
+@example(method="GET", path="9" * 600, query="9" * 9000)
+@example(method="GET", path="u1", query="generation=1&generation=" + "9" * 5000)
+def test_paths(detailed: RunningService, service: RunningService, method: str, path: str, query: str | None) -> None:
+    for one, headers in ((detailed, AUTHORIZED), (service, {})):
+        for prefix in PREFIXES:
+            target = prefix + path if query is None else f"{prefix}{path}?{query}"
+            status, answer = _sent(one, method, target, headers)
+            assert status < 500, (target, status, answer)
+            if status >= 400 and method != "HEAD":
+                require_error(status, answer)
+
+
+def _sent(service: RunningService, method: str, target: str, headers: dict[str, str]) -> tuple[int, bytes]:
+    """Status and body of the answer to a target that is sent as it is."""
+    with closing(http.client.HTTPConnection("127.0.0.1", service.port, timeout=TIMEOUT_S)) as connection:
+        connection.putrequest(method, "x", skip_host=True, skip_accept_encoding=True)
+        connection._buffer[0] = f"{method} {target} HTTP/1.1".encode()  # type: ignore[attr-defined]
+        for name, value in {**headers, "Host": "x"}.items():
+            connection.putheader(name, value)
+        connection.endheaders()
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+
+
+@settings(LENIENT, max_examples=100)
+@given(
+    value=st.sampled_from([TOKEN, f"Bearer {TOKEN}", f"bearer  {TOKEN} ", f"Bearer {TOKEN[:-1]}", "Bearer"])
+    | st.text(st.characters(min_codepoint=32, max_codepoint=255, exclude_characters="\x7f"), max_size=30),
+    name=st.sampled_from(["Authorization", "authorization", "Vista-Timeout-Ms", "Content-Type", "Accept", "Expect"]),
+    authorized=st.booleans(),
+)
+def test_headers(detailed: RunningService, name: str, value: str, authorized: bool) -> None:
+    headers = {**(AUTHORIZED if authorized else {}), name: value}
+    body = {"users": NAMES[:1], "candidates": SKUS[:2]}
+    status, _, answer = detailed.send("/v1/score", body, headers=headers)
+    right = headers.get("Authorization", headers.get("authorization", "")).split()
+    if name.lower() == "authorization" and authorized and name == "authorization":
+        assert status in (200, 401)  # two headers of one name
+    elif len(right) == 2 and right[0].lower() == "bearer" and right[1] == TOKEN:
+        assert status in (200, 400, 408, 504), (headers, status, answer)  # another media type, or too little time
+    else:
+        assert status in (400, 401), (headers, status, answer)
+    require_error(status, answer)

@@ -1,0 +1,366 @@
+"""The models that a worker serves: opened at their first use, and closed when idle if memory_bytes is exceeded."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from vista.config import ServeConfig
+from vista.config.models_file import ModelsFile
+from vista.errors import (
+    ItemIndexMismatchError,
+    ModelUnavailableError,
+    RecordContentsError,
+    SummarizerMismatchError,
+    UnknownModelError,
+    shown,
+)
+from vista.model.shared_tables import SharedTables, tables_of, total_bytes
+from vista.serve.scoring_service import ScoringService
+from vista.serve.service_metrics import ServiceMetrics
+from vista.serve.user_split import UserSplit
+from vista.serve.warm_scorer import open_warm_scorer
+
+logger = logging.getLogger(__name__)
+
+ONE_MODEL = "default"
+"""Name of the model of a service without a file of models."""
+WAITS_FOR: dict[type[Exception], str] = {
+    SummarizerMismatchError: "the store has no summaries of this model yet",
+    RecordContentsError: "the records of the store lack what this model reads",
+    ItemIndexMismatchError: "the index is not of this model yet",
+}
+"""Why a model waits, by the error: it was replaced, but the rest of the upgrade has not been published yet."""
+
+
+@dataclass(eq=False, slots=True)
+class _OpenModel:
+    service: ScoringService
+    calls: int = 0
+    """Number of calls that use the model now. It stays open while there are any."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """Why a model could not be opened."""
+
+    at: float
+    """Time of the monotonic clock, in s."""
+    text: str
+    """For the log."""
+    problem: str
+    """For clients."""
+
+
+class ServedModels:
+    """Opens, shares, and closes the models of a worker. Thread-safe.
+
+    Args:
+        configs: of each model, by name; the first one answers requests that name none, unless there is a split.
+        split: which model answers a user; None without a split.
+        memory_bytes: most bytes of the large arrays of open models, each counted once; None sets no limit. The model
+            that was used last stays open even if it is larger.
+        metrics: count what the models do.
+    """
+
+    def __init__(
+        self,
+        configs: Mapping[str, ServeConfig],
+        split: UserSplit | None,
+        memory_bytes: int | None,
+        metrics: ServiceMetrics,
+    ) -> None:
+        self.configs = dict(configs)
+        self.split = split
+        self._memory_bytes = memory_bytes
+        self._metrics = metrics
+        self._open: OrderedDict[str, _OpenModel] = OrderedDict()
+        """By name; the most recently used model comes last."""
+        self._failures: dict[str, _Failure] = {}
+        """By name of a model that could not be opened: the latest attempt."""
+        self.waiting: list[str] = []
+        """Names of models that `open_first` could not open, because the rest of an upgrade is not published yet."""
+        self._has_started = False
+        """Whether `open_first` has ended without an error."""
+        self._lock = threading.Lock()
+        self._opening = threading.Lock()
+        """Held while a model is opened or closed, which takes long; `_lock` is never held for long."""
+        self._is_over = False
+        """Whether a model would be closed as soon as its calls end."""
+        self._closer = ThreadPoolExecutor(1, "vista-close")
+        """Closes models after the last call that used them, whose answer must not wait for it."""
+
+    @classmethod
+    def of(cls, config: ServeConfig, file: ModelsFile | None, metrics: ServiceMetrics) -> ServedModels:
+        """The models of a configuration and of its file of models."""
+        if file is None:
+            return cls({ONE_MODEL: config}, None, None, metrics)
+        configs = {
+            name: replace(
+                config,
+                models=None,
+                model=one.model,
+                store=one.store,
+                index=one.index,
+                task=one.task,
+                project_per_request=one.project_per_request,
+            )
+            for name, one in file.models.items()
+        }
+        split = UserSplit(file.split, file.experiment) if file.split else None
+        return cls(configs, split, file.memory_bytes, metrics)
+
+    @property
+    def are_several(self) -> bool:
+        """Whether answers name the model that gave them."""
+        return len(self.configs) > 1
+
+    @property
+    def first(self) -> str:
+        """Name of the first model."""
+        return next(iter(self.configs))
+
+    def chosen(self, name: str | None, users: list[int | str]) -> str:
+        """The model that answers a request.
+
+        Args:
+            name: what the request names; None if it names none.
+            users: of the request.
+
+        Raises:
+            UnknownModelError: there is no such model.
+            ValueError: it names none, and has several users, who may belong to different variants.
+        """
+        if name is not None:
+            if name not in self.configs:
+                raise UnknownModelError(f"model: {shown(name)} is not one of {', '.join(self.configs)}")
+            return name
+        if self.split is None or not users:
+            return self.first
+        if len(users) > 1:
+            raise ValueError(
+                "users: the service splits users among its models, so a request with several users must name one "
+                f"(`model`: {' or '.join(self.configs)}); or send a request per user"
+            )
+        return self.split.variant(users[0])
+
+    @property
+    def all_wait(self) -> bool:
+        """Whether none of the models for requests that do not name one can be opened yet."""
+        return len(self.waiting) == len(self._firsts())
+
+    def _firsts(self) -> list[str]:
+        """Models for requests that do not name one, the one with the largest share last."""
+        shares = {self.first: 1.0} if self.split is None else self.split.shares
+        return sorted((name for name, share in shares.items() if share), key=shares.__getitem__)
+
+    def open_first(self) -> None:
+        """Open the models for requests that do not name one.
+
+        `open_waiting` opens those that wait for the rest of an upgrade (`WAITS_FOR`).
+
+        Raises:
+            Exception: from `open_warm_scorer`, if one cannot be opened for another reason.
+        """
+        for name in self._firsts():
+            try:
+                self.open(name)
+            except ModelUnavailableError as error:
+                cause = error.__cause__
+                assert cause is not None
+                if type(cause) not in WAITS_FOR:
+                    raise cause from None
+                self.waiting.append(name)
+        self._has_started = True
+
+    def open_waiting(self) -> None:
+        """Try again to open the models in `waiting`. Those that still cannot be opened stay there; the log says why."""
+        for name in self.waiting.copy():
+            try:
+                self.open(name)
+            except ModelUnavailableError:
+                continue
+            self.waiting.remove(name)
+
+    def is_open(self, name: str) -> bool:
+        """Whether a model can be used without waiting."""
+        return name in self._open
+
+    def open(self, name: str) -> None:
+        """Open a model, unless it is open; errors as of `use`."""
+        with self.use(name):
+            pass
+
+    @contextmanager
+    def use(self, name: str) -> Iterator[ScoringService]:
+        """A model, which stays open during the block.
+
+        Raises:
+            ModelUnavailableError: it cannot be opened; the log has the cause. A call after `reload_s` tries again.
+        """
+        opened = self._taken(name)
+        if opened is None:
+            with self._opening:
+                opened = self._taken(name) or self._opened(name)
+        try:
+            yield opened.service
+        finally:
+            self._release(opened)
+
+    @contextmanager
+    def use_if_open(self, name: str) -> Iterator[ScoringService | None]:
+        """A model, which stays open during the block; None if it is not open."""
+        opened = self._taken(name)
+        try:
+            yield None if opened is None else opened.service
+        finally:
+            if opened is not None:
+                self._release(opened)
+
+    @contextmanager
+    def open_services(self) -> Iterator[dict[str, ScoringService]]:
+        """All open models by name, which stay open during the block. It does not count as a use, and closes nothing, so
+        that the event loop can call it."""
+        with self._lock:
+            pinned = dict(self._open)
+            for opened in pinned.values():
+                opened.calls += 1
+        try:
+            yield {name: pinned[name].service for name in self.configs if name in pinned}
+        finally:
+            with self._lock:
+                for opened in pinned.values():
+                    opened.calls -= 1
+
+    def overview(self) -> dict[str, Any]:
+        """Fields about all models, for an answer about one model; empty if there is only one."""
+        if not self.are_several:
+            return {}
+        shares = {} if self.split is None else self.split.shares
+        return {"models": {name: {"share": shares.get(name, 0.0), "open": self.is_open(name)} for name in self.configs}}
+
+    def update_metrics(self, depth: int) -> None:
+        """Let the metrics take over what the open models have counted.
+
+        Args:
+            depth: requests that wait or are computed.
+        """
+        with self.open_services() as services:
+            self._metrics.update({name: service.scorer for name, service in services.items()}, depth)
+
+    def problem(self, name: str) -> str | None:
+        """Why a model could not be opened when it was needed last, without paths; None if it could."""
+        failure = self._failures.get(name)
+        return None if failure is None else failure.problem
+
+    def close(self) -> None:
+        """Close all models."""
+        self._closer.shutdown()
+        self._is_over = False  # A call that ends later closes nothing.
+        with self._opening:
+            with self._lock:
+                closing = list(self._open.items())
+                self._open.clear()
+            for name, opened in closing:
+                self._close(name, opened)
+
+    def _taken(self, name: str) -> _OpenModel | None:
+        with self._lock:
+            opened = self._open.get(name)
+            if opened is not None:
+                self._open.move_to_end(name)
+                opened.calls += 1
+            return opened
+
+    def _opened(self, name: str) -> _OpenModel:
+        """Open a model for a call that uses it."""
+        config, began = self.configs[name], time.monotonic()
+        last = self._failures.get(name)
+        if last is not None and began - last.at < config.reload_s:
+            # Each attempt reads files, so frequent attempts would keep a core busy.
+            raise _unavailable(name, last.problem, last.at + config.reload_s - began)
+        try:
+            scorer = open_warm_scorer(config)
+        except Exception as error:
+            self._metrics.failed(name)
+            text, reason = f"{type(error).__name__}: {error}", WAITS_FOR.get(type(error))
+            problem = "the model cannot be opened (see the log)"
+            if reason is not None:
+                problem = f"{reason}; the model waits for the rest of its upgrade (see the log)"
+            self._failures[name] = _Failure(time.monotonic(), text, problem)
+            if last is None or last.text != text:
+                if reason is not None:
+                    logger.warning(
+                        "model %s waits, and is tried again every %g s, because %s: %s",
+                        *(name, config.reload_s, reason, text),
+                    )
+                elif self._has_started:  # Otherwise, `open_first` raises it.
+                    logger.error("model %s cannot be opened: %s", name, text)
+            raise _unavailable(name, problem, config.reload_s) from error
+        self._failures.pop(name, None)
+        self._metrics.opened(name, scorer)
+        opened = _OpenModel(ScoringService(scorer, config, name if self.are_several else None), calls=1)
+        with self._lock:
+            self._open[name] = opened
+            tables = tables_of(scorer.model)
+            shared = tables.bytes_of_others(self._tables())
+        if self.are_several or last is not None:
+            logger.info(
+                "opened model %s in %.0f ms: %.1f MB of arrays, of which other models share %.1f MB",
+                name,
+                1e3 * (time.monotonic() - began),
+                tables.num_bytes / 1e6,
+                shared / 1e6,
+            )
+        self._close_idle()
+        return opened
+
+    def _release(self, opened: _OpenModel) -> None:
+        with self._lock:
+            opened.calls -= 1
+        if self._is_over:
+            self._closer.submit(self._close_later)
+
+    def _close_later(self) -> None:
+        try:
+            with self._opening:
+                self._close_idle()
+        except BaseException:  # Nobody waits for the result.
+            logger.exception("models that exceed memory_bytes could not be closed")
+
+    def _close_idle(self) -> None:
+        """Close models without calls, the least recently used first, until the limit is met.
+
+        The caller holds `_opening`, so that no model is opened again before it is closed.
+        """
+        if self._memory_bytes is None:
+            return
+        closing: list[tuple[str, _OpenModel]] = []
+        with self._lock:
+            for name in list(self._open)[:-1]:
+                if total_bytes(self._tables()) <= self._memory_bytes:
+                    break
+                if not self._open[name].calls:
+                    closing.append((name, self._open.pop(name)))
+            self._is_over = len(self._open) > 1 and total_bytes(self._tables()) > self._memory_bytes
+        for name, opened in closing:
+            logger.info("closing model %s, because the open models exceed memory_bytes=%d", name, self._memory_bytes)
+            self._close(name, opened)
+
+    def _close(self, name: str, opened: _OpenModel) -> None:
+        opened.service.scorer.close()
+        self._metrics.closed(name, opened.service.scorer)
+
+    def _tables(self) -> list[SharedTables]:
+        return [tables_of(opened.service.scorer.model) for opened in self._open.values()]
+
+
+def _unavailable(name: str, problem: str, retry_after_s: float) -> ModelUnavailableError:
+    return ModelUnavailableError(f"model {name} is not available: {problem}", retry_after_s)
