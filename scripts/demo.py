@@ -3,7 +3,7 @@
     make demo                          simulates a lifelong log with labeled impressions
     make demo DATA=path/to/ml-1m       uses MovieLens (ml-1m, ml-1m-half, ml-latest-small, ml-100k)
 
-All files go to demo/<name>: log/, run/, the stores, report.md and report.png.
+All files go to demo/<name>: log/, vista/ and without-summary/ (two runs), the stores, and report.html.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from pathlib import Path
 
 import numpy as np
 
-from scripts.demo_report import DemoLatency, DemoReport, write_report
-from vista.config import EvaluateConfig, PrepareConfig, SimulateConfig, SourceColumns, TrainConfig
-from vista.config.choices import Codec
+from vista.config import PrepareConfig, ReportConfig, SimulateConfig, SourceColumns, TrainConfig
 from vista.config.composition import compose_config
 from vista.config.conversion import to_dict
 from vista.config.train_config import without_places
 from vista.errors import ConfigError, VistaError
-from vista.evaluation.evaluate import evaluate_scorer
 from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare
 from vista.log.splits import split_until
 from vista.model.vista_model import VistaModel
+from vista.progress_bar import progress_shown
 from vista.refresh import RefreshOptions, refresh
+from vista.report.latency import Latency
+from vista.report.report import WrittenReport, write_report
 from vista.scorer import Scorer
 from vista.simulation.simulate import simulate
 from vista.training.trainer import train
@@ -39,6 +39,16 @@ from vista.version import __version__
 
 TRAINED_EVENTS = 1_600_000
 """Events that training reads on MovieLens over all epochs, so that the demo takes some minutes on two cores."""
+
+NOTE = (
+    "This page was written by make demo. It shows a small model after minutes of training, next to the same model "
+    "without a summary (K = 0), which reads only the last events and was trained for as many epochs, and to baselines "
+    "that need no training."
+)
+SIMULATED_NOTE = (
+    "In this simulated world, a click depends on how often the user had the candidate's topic in the whole history. A "
+    "mean of item vectors holds almost all of that, so pooled vectors are hard to beat here."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,49 +75,44 @@ def main(arguments: list[str] | None = None) -> int:
     settings = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        run(settings.data, settings.out, settings.overrides)
+        with progress_shown():
+            run(settings.data, settings.out, settings.overrides)
     except VistaError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def run(data: Path | None, out: Path, overrides: list[str], sizes: DemoSizes = FULL_SIZES) -> Path:
-    """Run the demo and return the report's path."""
+def run(data: Path | None, out: Path, overrides: list[str], sizes: DemoSizes = FULL_SIZES) -> WrittenReport:
+    """Run the demo and return what was written."""
     began = time.perf_counter()
     folder = out / (data.resolve().name if data else "simulation")
-    experiment = "experiment=demo-movielens" if data else "experiment=demo"
-    words = [f"data.path={folder / 'log'}", f"run_dir={folder / 'run'}", *overrides]
-    config = compose_config(TrainConfig, [experiment, *words])
+    words = ["experiment=demo-movielens" if data else "experiment=demo", f"data.path={folder / 'log'}"]
+    words += [f"run_dir={folder / 'vista'}", *overrides]
+    config = compose_config(TrainConfig, words)
     _clear_if_other(folder, data, config, sizes)
     _say(1, "prepare the log")
-    source, prepare_seconds = _prepare(data, folder, sizes)
+    source = _prepare(data, folder, sizes)
     log = EventLog.open(folder / "log")
     print(log)
     if data:  # as many epochs as take some minutes; the user's overrides come later and win
         epochs = int(np.clip(TRAINED_EVENTS // max(log.num_events, 1), 1, 12))
-        config = compose_config(TrainConfig, [experiment, f"optim.epochs={epochs}", *words])
+        config = compose_config(TrainConfig, [words[0], f"optim.epochs={epochs}", *words[1:]])
 
     _say(2, "train")
-    train_began = time.perf_counter()
     model = train(config, log)
-    train_seconds = time.perf_counter() - train_began
 
-    _say(3, "refresh the stores: one without test labels, one with all events for serving")
-    limit = split_until(config.data, "test")
-    tested = refresh(model, log, folder / "store-test", until=limit, options=RefreshOptions(progress=True))
-    exact = refresh(model, log, folder / "store-float32", until=limit, options=RefreshOptions(codec=Codec.float32))
-    served = refresh(model, log, folder / "store", options=RefreshOptions(progress=True))
-    print(tested, exact, served, sep="\n")
+    _say(3, "train the same model without a summary, which reads only the last events")
+    without = compose_config(
+        TrainConfig, config_file=folder / "vista" / "config.yaml", overrides=_without_summary(folder)
+    )
+    train(without, log)
 
-    _say(4, "evaluate from the store")
-    with Scorer.open(model, folder / "store-test") as scorer:
-        evaluation = evaluate_scorer(scorer, log, EvaluateConfig(top_k=[10]))
-    with Scorer.open(model, folder / "store-float32") as scorer:
-        evaluation_float32 = evaluate_scorer(scorer, log, EvaluateConfig(top_k=[10], progress=False))
-    print(evaluation)
-
-    _say(5, "score")
+    _say(4, "refresh the stores: one without test labels, one with all events for serving; score")
+    options = RefreshOptions(progress=config.progress)
+    tested = refresh(model, log, folder / "store-test", until=split_until(config.data, "test"), options=options)
+    served = refresh(model, log, folder / "store", options=options)
+    print(tested, served, sep="\n")
     with Scorer.open(model, folder / "store") as scorer:
         user = log.users.ids(np.array([0]))[0].item()
         ranking = scorer.rank(user, top_k=5, exclude_tail=True)
@@ -116,28 +121,40 @@ def run(data: Path | None, out: Path, overrides: list[str], sizes: DemoSizes = F
         )
     latency = measure_latency(model, folder / "latency", sizes)
 
-    report = DemoReport(
-        name=folder.name,
-        source=source,
-        log=log,
-        model=model,
-        run_dir=Path(config.run_dir),
-        evaluation=evaluation,
-        evaluation_float32=evaluation_float32,
-        refresh=served,
+    _say(5, "evaluate from the store, next to baselines, and write the report")
+    report = write_report(
+        ReportConfig(
+            run=str(folder / "vista"),
+            others=[str(folder / "without-summary")],
+            store=str(folder / "store-test"),
+            out=str(folder / "report.html"),
+            verify_log=False,
+            progress=config.progress,
+            num_threads=config.num_threads,
+            item_categories=None if data else str(source / "items.parquet"),
+            category_column="topic",
+        ),
         latency=latency,
-        num_candidates=sizes.num_candidates,
-        prepare_seconds=prepare_seconds,
-        train_seconds=train_seconds,
-        seconds=time.perf_counter() - began,
+        notes=(NOTE,) if data else (NOTE, SIMULATED_NOTE),
     )
-    path = write_report(report, folder)
-    print(f"\nreport: {path} and {path.with_suffix('.png')} ({report.seconds:.0f} s)")
-    return path
+    print(report)
+    print(f"\nreport: {report.path} ({time.perf_counter() - began:.0f} s in all)")
+    return report
 
 
-def measure_latency(model: VistaModel, folder: Path, sizes: DemoSizes) -> list[DemoLatency]:
-    """Score latency of users with growing history lengths, measured in alternation."""
+def _without_summary(folder: Path) -> list[str]:
+    """What the comparison run changes: no summary, and nothing that only models with a summary have."""
+    return [
+        f"run_dir={folder / 'without-summary'}",
+        "model.num_seeds=0",
+        "model.num_interests=0",
+        "model.mean_token=false",
+        "optim.reconstruction_weight=0",
+    ]
+
+
+def measure_latency(model: VistaModel, folder: Path, sizes: DemoSizes) -> Latency:
+    """Score latency of users with growing history lengths."""
     shutil.rmtree(folder, ignore_errors=True)
     rng = np.random.default_rng(0)
     ids = model.items.ids(np.arange(len(model.items)))
@@ -151,21 +168,13 @@ def measure_latency(model: VistaModel, folder: Path, sizes: DemoSizes) -> list[D
     log = EventLog.from_frame(events, folder / "log", time_unit="ms", columns=SourceColumns(action="action"))
     refresh(model, log, folder / "store", options=RefreshOptions(users_per_batch=1))
     candidates = ids[rng.integers(0, len(ids), sizes.num_candidates)]
-    times: dict[int, list[float]] = {n: [] for n in sizes.history_lengths}
     with Scorer.open(model, folder / "store") as scorer:
         encoded = scorer.encode(candidates)
-        for turn in range(60):
-            for user, length in enumerate(sizes.history_lengths):
-                began = time.perf_counter()
-                scorer.score([user], encoded, now=1_800_000_000_000)
-                if turn >= 10:
-                    times[length].append(time.perf_counter() - began)
-    return [DemoLatency(n, float(np.median(values)), float(np.percentile(values, 90))) for n, values in times.items()]
+        return Latency.measure(scorer, range(len(lengths)), lengths.tolist(), encoded, 1_800_000_000_000)
 
 
-def _prepare(data: Path | None, folder: Path, sizes: DemoSizes) -> tuple[Path, float]:
-    """Create folder/log unless it exists, so that a repeated demo resumes; returns its source and the seconds."""
-    began = time.perf_counter()
+def _prepare(data: Path | None, folder: Path, sizes: DemoSizes) -> Path:
+    """Create folder/log unless it exists, so that a repeated demo resumes; returns its source."""
     source = data or folder / "source"
     if not (folder / "log").exists():
         if data is None:
@@ -175,7 +184,7 @@ def _prepare(data: Path | None, folder: Path, sizes: DemoSizes) -> tuple[Path, f
             print(simulate(simulation))
         events = ["events.kind=auto" if data else "events.kind=simulated", f"events.paths=[{source}]"]
         print(prepare(compose_config(PrepareConfig, [f"out={folder / 'log'}", *events])))
-    return source, time.perf_counter() - began
+    return source
 
 
 def _clear_if_other(folder: Path, data: Path | None, config: TrainConfig, sizes: DemoSizes) -> None:

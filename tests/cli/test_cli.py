@@ -221,7 +221,7 @@ class TestRefusals:
             ("compare a=[metrics.json]", ["b: name at least one file that `vista evaluate` wrote"]),
             ("train run_dir=a(b", ["cannot read 'run_dir=a(b'", "run_dir='a(b'"]),
             ("train model.dim", ["cannot read 'model.dim'", "write it as key=value"]),
-            ("train model.dim=32,64", ["cannot read 'model.dim=32,64'", "sweeps are not supported"]),
+            ("train model.dim=32,64", ["cannot read 'model.dim=32,64'", "only vista sweep takes several values"]),
             ("train ~model.dim", ["cannot read '~model.dim'", "cannot be deleted"]),
             ("train run_dir=${nothing}", ["run_dir: ", "'nothing' not found"]),
             ("train --model.dim=3", ["--model.dim=3", "written without dashes: model.dim=3"]),
@@ -297,6 +297,7 @@ class TestOutcomes:
             ("evaluate", "vista.cli.train_commands.run_evaluate"),
             ("score", "vista.cli.score_command.run_score"),
             ("refresh", "vista.cli.refresh_commands.run_refresh"),
+            ("report", "vista.cli.report_command.run_report"),
             ("log forget", "vista.cli.log_commands.run_log_forget"),
             ("log erase", "vista.cli.log_commands.run_log_erase"),
             ("log compact", "vista.cli.log_commands.run_log_compact"),
@@ -353,13 +354,15 @@ class TestHelp:
         Path("mine.yaml").write_text("")
         assert COMMANDS[name].examples
         for example in COMMANDS[name].examples:
-            assert example.startswith(f"vista {name} ")
+            assert f"{example} ".startswith(f"vista {name} ")
             assert main([*shlex.split(example)[1:], "--cfg"]) == 0
 
     def test_overview_and_its_example(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["--help"]) == 0
         text = capsys.readouterr().out
-        assert all(f"\n  {name} " in text and command.summary in text for name, command in COMMANDS.items())
+        assert all(f"\n  {name} " in text for name in COMMANDS)
+        unwrapped = " ".join(text.split())
+        assert all(command.summary in unwrapped for command in COMMANDS.values())
         lines = [line.split() for line in text.splitlines() if line.startswith("  vista ")]
         assert len(lines) == 5 and all(main([*words[1:], "--cfg"]) == 0 for words in lines)
         assert main([]) == 2
@@ -370,13 +373,15 @@ class TestHelp:
         for name, command in COMMANDS.items():
             assert text.count(f"\n  {name} ") == text.count(command.summary[:40]) == (2 if "log " in name else 0)
 
+    @pytest.mark.parametrize("columns", [40, 80])
+    @pytest.mark.parametrize("words", ["train --help", "prepare --help", "store --help", "--help"])
     def test_every_line_fits_a_narrow_terminal(
-        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: str, columns: int
     ) -> None:
-        monkeypatch.setenv("COLUMNS", "80")
-        main(["train", "--help"])
-        body, _, _ = capsys.readouterr().out.partition("Examples:")
-        assert max(map(len, body.splitlines()[5:])) <= 80
+        monkeypatch.setenv("COLUMNS", str(columns))
+        main(words.split())
+        body, _, _ = capsys.readouterr().out.partition("\nExample")
+        assert max(map(len, body.splitlines())) <= columns
 
 
 class TestFromAnotherDirectory:
@@ -405,7 +410,7 @@ class TestFromAnotherDirectory:
 
 def test_a_missing_conf_folder_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("vista.config.composition.__file__", str(tmp_path / "vista" / "composition.py"))
-    with pytest.raises(ConfigError, match="reinstall vista-recsys"):
+    with pytest.raises(ConfigError, match="install vista again: pip install"):
         conf_dir()
 
 

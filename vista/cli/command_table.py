@@ -21,6 +21,10 @@ class Command:
     examples: tuple[str, ...]
     resumes: bool = False
     """Whether rerunning the command after an interruption resumes where it stopped."""
+    rest: str | None = None
+    """The key that takes all words of keys that the config lacks; None refuses such words."""
+    positional: str = ""
+    """The key of a word without =; empty if all words need keys."""
 
 
 def _handler(module: str, function: str) -> Callable[[Any], object]:
@@ -64,6 +68,30 @@ COMMANDS: dict[str, Command] = {
             "vista train model=bidirectional optim=quick optim.learning_rate=1e-3 --cfg",
         ),
         resumes=True,
+    ),
+    "sweep": Command(
+        config.SweepConfig,
+        _handler("sweep_command", "run_sweep"),
+        "Train over several seeds and settings, and print a table of the results.",
+        (
+            "vista sweep data.path=data/mine folder=runs/dims seed=1,2,3 model.dim=64,128",
+            "vista sweep data.path=data/mine folder=runs/rates sampler=tpe trials=20 "
+            "'optim.learning_rate=tag(log,interval(1e-4,1e-2))' seed=1,2",
+        ),
+        resumes=True,
+        rest="train",
+    ),
+    "runs": Command(
+        config.RunsConfig,
+        _handler("runs_commands", "run_runs"),
+        "List training runs with their state, best validation metric, and test metrics.",
+        ("vista runs folder=runs", "vista runs folder=runs/dims sort=newest", "vista runs metric=hr@10 out=runs.json"),
+    ),
+    "runs compare": Command(
+        config.RunsCompareConfig,
+        _handler("runs_commands", "run_runs_compare"),
+        "Show the settings in which training runs differ, and their metrics side by side.",
+        ("vista runs compare runs=[runs/first,runs/second]",),
     ),
     "refresh": Command(
         config.RefreshConfig,
@@ -110,25 +138,49 @@ COMMANDS: dict[str, Command] = {
             "vista compare a=[vista-1.json,vista-2.json] b=[hstu-1.json,hstu-2.json]",
         ),
     ),
+    "report": Command(
+        config.ReportConfig,
+        _handler("report_command", "run_report"),
+        "Write one HTML page about a training run: curves, quality compared with baselines and other runs, latency.",
+        (
+            "vista report run=runs/mine",
+            "vista report run=runs/mine others=[runs/no-summary,runs/hstu] store=stores/mine-test out=report.html",
+            "vista report run=runs/mine target=window horizon_events=200 top_k=50",
+        ),
+    ),
     "score": Command(
         config.ScoreConfig,
         _handler("score_command", "run_score"),
-        "Score candidates for users, or rank the whole catalog.",
+        "Score candidates for users, rank the whole catalog, or retrieve from it.",
         (
             "vista score model=runs/ml-1m/best store=stores/ml-1m users=[1,2] top_k=20",
             "vista score users=[1] candidates=[1193,661,914]",
             "vista score users=[1] request=[device:phone,hour:14]",
+            "vista score users=[1] retrieve=true index=runs/vista/best.index",
             "vista score users=[nobody] on_missing=raise",
         ),
     ),
     "serve": Command(
         config.ServeConfig,
         _handler("serve_command", "run_serve"),
-        "Answer requests over HTTP: score, rank, predict, explain.",
+        "Answer requests over HTTP: score, predict, rank, retrieve, explain.",
         (
             "vista serve model=runs/mine/best store=stores/mine",
             "vista serve model=runs/mine/best store=stores/mine host=0.0.0.0 port=8000 workers=4 token_file=token",
+            "vista serve model=runs/mine/best store=stores/mine index=runs/mine/best.index",
             "vista serve model=runs/mine/best store=stores/mine on_missing=nan deadline_s=0.2 max_waiting=16",
+            "vista serve models=models.yaml workers=4",
+        ),
+    ),
+    "explore": Command(
+        config.ExploreConfig,
+        _handler("explore_command", "run_explore"),
+        "Show users, rankings with explanations, the store, runs, and results in a browser.",
+        (
+            "vista explore",
+            "vista explore model=runs/mine/best store=stores/mine data=data/mine",
+            "vista explore model=runs/mine/best store=stores/mine other_model=runs/new/best other_store=stores/new",
+            "vista explore runs=[runs] port=8600 open_browser=false",
         ),
     ),
     "index": Command(
@@ -158,6 +210,27 @@ COMMANDS: dict[str, Command] = {
             "vista plan users=1e9 events_per_day=5e10 requests_per_s=1e5 model.dim=256 model.num_seeds=128",
             "vista plan users=1e8 events_per_day=5e9 remote_store=true burst=3 failures_per_day=2 out=plan.json",
         ),
+    ),
+    "doctor": Command(
+        config.DoctorConfig,
+        _handler("doctor_command", "run_doctor"),
+        "Check this machine, a model, a store, and a log: what is broken or slow, and how to fix it.",
+        (
+            "vista doctor",
+            "vista doctor model=runs/mine/best store=stores/mine data=data/mine",
+            "vista doctor out=doctor.json",
+        ),
+    ),
+    "completion": Command(
+        config.CompletionConfig,
+        _handler("completion_command", "run_completion"),
+        "Print a script that lets a shell complete commands, keys, and values.",
+        (
+            "vista completion bash",
+            "vista completion zsh",
+            "vista completion fish",
+        ),
+        positional="shell",
     ),
     "items add": Command(
         config.ItemsAddConfig,

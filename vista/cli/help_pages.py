@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from vista.config.composition import groups_of, options_of
 from vista.config.config_keys import ConfigKeys, value_text
+from vista.text_table import hanging, two_columns
 
 OPTIONS = (
     ("--cfg", "print the resolved configuration and exit"),
@@ -16,37 +15,19 @@ OPTIONS = (
 )
 
 
-def _width() -> int:
-    return max(60, min(shutil.get_terminal_size((110, 24)).columns, 130))
-
-
-def _table(rows: Iterable[tuple[str, str]], column: int) -> str:
-    """Two columns, the second wrapped. A long first cell gets a line of its own."""
-    lines = []
-    for left, right in rows:
-        wrapped = textwrap.wrap(right, _width() - column - 2, break_on_hyphens=False) or [""]
-        head = f"  {left}"
-        if len(head) >= column:
-            lines.append(head)
-            head = ""
-        lines.append(f"{head:<{column}}{wrapped[0]}".rstrip())
-        lines += [" " * column + line for line in wrapped[1:]]
-    return "\n".join(lines)
-
-
 def overview(summaries: Mapping[str, str]) -> str:
     """The text of `vista --help`, with commands in the order in which they are typically used."""
     return "\n".join(
         [
             "Usage: vista COMMAND [KEY=VALUE ...]",
             "",
-            "Sequential recommendation from long user histories, with one small cached summary per user.",
+            hanging("Sequential recommendation from long user histories, with one small cached summary per user.", 0),
             "",
             "Commands, in the order of typical use:",
-            _table(summaries.items(), 18),
+            two_columns(summaries.items(), 18),
             "",
             "Options:",
-            _table(
+            two_columns(
                 [("--version", "print the version"), ("COMMAND --help", "print its keys, groups, and examples")], 22
             ),
             "",
@@ -57,17 +38,16 @@ def overview(summaries: Mapping[str, str]) -> str:
             "  vista refresh data=data/log model=runs/first/best store=stores/first until=leave-last-out",
             "  vista evaluate data=data/log model=runs/first/best store=stores/first",
             "",
-            "Exit codes: 0 success, 1 error, 2 invalid command line or configuration, 130 interrupted.",
+            hanging("Exit codes: 0 success, 1 error, 2 invalid command line or configuration, 130 interrupted.", 0),
         ]
     )
 
 
 def group_help(group: str, summaries: Mapping[str, str]) -> str:
     """The text of `vista GROUP --help`: the commands of the group."""
-    usage = f"Usage: vista {group} COMMAND [KEY=VALUE ...]"
-    return "\n".join(
-        [usage, "", _table(summaries.items(), 18), "", f"vista {group} COMMAND --help lists the keys of a command."]
-    )
+    usage = hanging(f"Usage: vista {group} COMMAND [KEY=VALUE ...]", 4)
+    more = hanging(f"vista {group} COMMAND --help lists the keys of a command.", 0)
+    return "\n".join([usage, "", two_columns(summaries.items(), 18), "", more])
 
 
 TITLES = {"experiment": "Experiments (complete runs by name)", "set": "Data sets (kind and filter by name)"}
@@ -77,20 +57,21 @@ TITLES = {"experiment": "Experiments (complete runs by name)", "set": "Data sets
 def command_help(name: str, summary: str, schema: type, examples: Sequence[str]) -> str:
     """The text of `vista COMMAND --help`: options, groups, experiments, all keys, and examples."""
     groups = groups_of(name)
+    usage = f"Usage: vista {name} [KEY=VALUE ...]" + (" [GROUP=OPTION ...]" if groups else "")
     parts = [
-        f"Usage: vista {name} [KEY=VALUE ...]" + (" [GROUP=OPTION ...]" if groups else "") + " [--config FILE] [--cfg]",
+        hanging(f"{usage} [--config FILE] [--cfg]", 4),
         "",
-        summary,
+        hanging(summary, 0),
         "",
         "Options:",
-        _table(OPTIONS, 20),
+        two_columns(OPTIONS, 20),
     ]
     for group in groups:
         title = TITLES.get(group, f"Group {group}")
         options = options_of(group).items()
-        parts += ["", f"{title}:", _table(((f"{group}={option}", doc) for option, doc in options), 34)]
-    parts += ["", "Keys and defaults (write a list as [a,b], and special characters 'in quotes'):"]
-    parts += [_table(_key_rows(ConfigKeys.of(schema)), 34)]
+        parts += ["", f"{title}:", two_columns(((f"{group}={option}", doc) for option, doc in options), 34)]
+    parts += ["", hanging("Keys and defaults (write a list as [a,b], and special characters 'in quotes'):", 0)]
+    parts += [two_columns(_key_rows(ConfigKeys.of(schema)), 34)]
     parts += ["", "Examples:", *(f"  {example}" for example in examples)]
     return "\n".join(parts)
 

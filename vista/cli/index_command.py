@@ -17,6 +17,7 @@ from vista.model.item_index import ItemIndex
 from vista.model.item_index_manifest import ItemIndexManifest
 from vista.model.item_projections import ItemProjections
 from vista.model.ranking_model import UNKNOWN_ITEM
+from vista.model.shared_tables import SharedTables
 from vista.model.vista_model import VistaModel
 
 INDEX_SUFFIX = ".index"
@@ -60,7 +61,7 @@ def run_index(config: IndexConfig) -> ItemsIndexed:
     ItemIndexManifest.require_replaceable(out)
     with cpu_settings(1):
         model = VistaModel.from_pretrained(folder)
-        table = ItemProjections.load(folder, model).retrieval
+        table = ItemProjections.load(folder, model, SharedTables(model.device), with_candidate=False).retrieval
         if table is None:
             raise ConfigError(
                 f"model={folder}: has no retrieval head, so it has no vectors to index; train it with "

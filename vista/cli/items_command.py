@@ -18,6 +18,7 @@ from vista.log.ingest.new_items import read_items, with_columns
 from vista.log.item_features import CategoryColumn, ItemFeatures
 from vista.model.added_items import with_items
 from vista.model.vista_model import VistaModel
+from vista.progress_bar import elapsed_time
 
 CARD_FILE = "README.md"
 
@@ -69,7 +70,8 @@ def run_items_add(config: ItemsAddConfig) -> ItemsAdded:
                 "log with `vista prepare append=true items.paths=[…]`, then retrain"
             )
         dims = {column.name: column.size for column in model.schema.item_features if column.kind == "vector"}
-        items, features = read_items(with_columns(config.items, columns), model.items.kind, dims)
+        with elapsed_time("read items"):
+            items, features = read_items(with_columns(config.items, columns), model.items.kind, dims)
         ids = items.ids(np.arange(len(items)))
         rows = model.items.rows(ids.tolist())
         known, new = np.flatnonzero(rows >= 0), np.flatnonzero(rows < 0)
@@ -80,9 +82,10 @@ def run_items_add(config: ItemsAddConfig) -> ItemsAdded:
         if features is not None and len(new):
             features = features.select(new)
             unseen = _unseen_values(features, model)
-            model = with_items(model, ids[new].tolist(), features)
             card = folder / CARD_FILE
-            model.save_pretrained(folder, card=card.read_text(encoding="utf-8") if card.is_file() else None)
+            with elapsed_time("extend the model"):
+                model = with_items(model, ids[new].tolist(), features)
+                model.save_pretrained(folder, card=card.read_text(encoding="utf-8") if card.is_file() else None)
     return ItemsAdded(str(folder), len(new), len(known), differing, len(model.items), unseen)
 
 

@@ -17,7 +17,11 @@ from typing import Any, NoReturn
 
 from vista.cli.command_table import COMMANDS
 from vista.errors import ConfigError, VistaError, shortened
+from vista.install_command import install_command
 from vista.version import __version__
+
+CORE_MODULES = ("hydra", "lmdb", "numpy", "omegaconf", "packaging", "safetensors", "torch", "tqdm", "xxhash", "yaml")
+"""Modules of packages that are always installed with vista."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,8 +45,17 @@ def _run_command(name: str, words: Sequence[str]) -> None:
         print(command_help(name, command.summary, command.schema, command.examples))
         return
     from vista.config.composition import compose_config
+    from vista.progress_bar import progress_shown
 
-    settings: Any = compose_config(command.schema, arguments.overrides, config_file=arguments.config)
+    words, rest = arguments.overrides, []
+    if command.positional:
+        words = [word if "=" in word else f"{command.positional}={word}" for word in words]
+    if command.rest is not None:
+        rest = [word for word in words if not _is_own(word, command.schema)]
+        words = [word for word in words if word not in rest]
+    settings: Any = compose_config(command.schema, words, config_file=arguments.config)
+    if command.rest is not None:
+        setattr(settings, command.rest, getattr(settings, command.rest) + rest)
     if arguments.cfg:
         from vista.config.config_keys import to_yaml
 
@@ -50,9 +63,15 @@ def _run_command(name: str, words: Sequence[str]) -> None:
         return
     # Of a torchrun job, only the first process reports.
     logging.basicConfig(level=logging.ERROR if _rank() else logging.INFO, format="%(message)s")
-    report = command.run(settings)
+    with progress_shown(not _rank() and getattr(settings, "progress", True)):
+        report = command.run(settings)
     if report is not None and not _rank():
         print(report)
+
+
+def _is_own(word: str, schema: type) -> bool:
+    """Whether a `key=value` word sets a field of the schema."""
+    return word.partition("=")[0] in schema.__dataclass_fields__  # type: ignore[attr-defined]
 
 
 def _command_name(words: Sequence[str]) -> str | None:
@@ -114,6 +133,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"error: {error}", 2)
     except VistaError as error:
         return _fail(f"error: {error}", 1)
+    except ModuleNotFoundError as error:
+        if error.name not in CORE_MODULES:
+            raise
+        return _fail(f"error: {error.name} is not installed; install vista again: {install_command()}", 1)
     except KeyboardInterrupt:
         name = _command_name(words)
         resumes = name is not None and COMMANDS[name].resumes

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from vista.cli.index_command import INDEX_SUFFIX
 from vista.config import ScoreConfig
 from vista.config.choices import OnMissing
 from vista.device import cpu_settings
@@ -20,6 +22,7 @@ def run_score(config: ScoreConfig) -> str:
     """`vista score`: a line of items and scores per user, as text.
 
     Raises:
+        ItemIndexError: with `retrieve`, the index is missing, damaged, or of another model.
         ConfigError: no user is named, `now` is not a time in milliseconds, an id is text although the store's or the
             model's ids are integers, or the model does not read a feature of `request` as it is given.
     """
@@ -27,6 +30,7 @@ def run_score(config: ScoreConfig) -> str:
         raise ConfigError("users: name at least one user, such as users=[1,2]")
     now = None if config.now is None else parse_time(config.now)
     request = _features(config.request, len(config.candidates))
+    index = config.index or f"{Path(config.model)}{INDEX_SUFFIX}" if config.retrieve else None
     with (
         cpu_settings(config.num_threads),
         Scorer.open(
@@ -35,6 +39,7 @@ def run_score(config: ScoreConfig) -> str:
             on_missing=config.on_missing,
             device=config.device,
             key=read_key(config.authentication_key_file),
+            index=index,
         ) as scorer,
     ):
         users = ids_of_words(config.users, "users", scorer.store.manifest.user_kind)
@@ -46,14 +51,15 @@ def run_score(config: ScoreConfig) -> str:
             name = f"user {user}{_problem(scorer, user)}"
             try:
                 if candidates:
-                    pairs = zip(
-                        items, scorer.score([user], candidates, now=now, request=request)[0].tolist(), strict=True
-                    )
+                    named, scores = items, scorer.score([user], candidates, now=now, request=request)[0].tolist()
                 else:
-                    ranking = scorer.rank(user, top_k=config.top_k, now=now, request=request)
-                    pairs = zip(ranking.items.tolist(), ranking.scores.tolist(), strict=True)
+                    asked: dict[str, Any] = {"top_k": config.top_k, "now": now, "request": request}
+                    retrieve = config.retrieve
+                    ranking = scorer.retrieve([user], **asked)[0] if retrieve else scorer.rank(user, **asked)
+                    named, scores = ranking.items.tolist(), ranking.scores.tolist()
             except ValueError as error:  # The message names the argument, which has the name of the key.
                 raise ConfigError(str(error)) from error
+            pairs = zip(named, scores, strict=True)
             lines += [f"{name}: " + ", ".join(f"{item} {score:.4f}" for item, score in pairs)]
         return "\n".join(lines)
 

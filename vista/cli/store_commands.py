@@ -169,7 +169,10 @@ def run_store_get(config: StoreGetConfig) -> str:
     with store.open(store.current(), read_key(config.authentication_key_file)) as reader:
         value = reader.value(key)
         if value is None:
-            raise UnknownUserError(f"user {user!r} has no record in {root}, generation {reader.manifest.generation}")
+            raise UnknownUserError(
+                f"user {user!r} has no record in {root}, generation {reader.manifest.generation}; check the id, or "
+                "refresh the store if the user is new"
+            )
         return _record_text(user, read_records([value], [key], reader.spec), reader, config.model)
 
 

@@ -4,9 +4,12 @@ Only `vista.config.composition` uses Hydra: the command line turns its words int
 """
 
 from vista.config.compare_config import CompareConfig
+from vista.config.completion_config import CompletionConfig
 from vista.config.data_config import DataConfig
+from vista.config.doctor_config import DoctorConfig
 from vista.config.evaluate_config import EvaluateConfig
 from vista.config.event_filter_config import EventFilterConfig
+from vista.config.explore_config import ExploreConfig
 from vista.config.export_config import ExportConfig
 from vista.config.feature_table_config import FeatureTableConfig
 from vista.config.index_config import IndexConfig
@@ -28,6 +31,8 @@ from vista.config.prepare_config import PrepareConfig, SourceConfig
 from vista.config.ray_config import RayConfig
 from vista.config.refresh_config import RefreshConfig
 from vista.config.refresh_options import RefreshOptions
+from vista.config.report_config import ReportConfig
+from vista.config.runs_configs import RunsCompareConfig, RunsConfig
 from vista.config.score_config import ScoreConfig
 from vista.config.serve_config import ServeConfig
 from vista.config.simulate_config import SimulateConfig
@@ -44,15 +49,20 @@ from vista.config.store_configs import (
     StoreVerifyConfig,
 )
 from vista.config.stream_config import StreamConfig
+from vista.config.sweep_config import SweepConfig
+from vista.config.tracking_config import TrackingConfig
 from vista.config.train_config import TrainConfig
 from vista.config.user_table_config import UserTableConfig
 from vista.config.watch_config import WatchConfig
 
 __all__ = [
     "CompareConfig",
+    "CompletionConfig",
     "DataConfig",
+    "DoctorConfig",
     "EvaluateConfig",
     "EventFilterConfig",
+    "ExploreConfig",
     "ExportConfig",
     "FeatureTableConfig",
     "IndexConfig",
@@ -72,6 +82,9 @@ __all__ = [
     "RayConfig",
     "RefreshConfig",
     "RefreshOptions",
+    "ReportConfig",
+    "RunsCompareConfig",
+    "RunsConfig",
     "ScoreConfig",
     "ServeConfig",
     "SimulateConfig",
@@ -87,6 +100,8 @@ __all__ = [
     "StoreStatsConfig",
     "StoreVerifyConfig",
     "StreamConfig",
+    "SweepConfig",
+    "TrackingConfig",
     "TrainConfig",
     "UserTableConfig",
     "WatchConfig",

@@ -41,6 +41,14 @@ class Architecture(Enum):
         return self in (Architecture.din, Architecture.sim, Architecture.twin)
 
 
+class Shell(Enum):
+    """Shells whose words `vista completion` completes."""
+
+    bash = "bash"
+    zsh = "zsh"
+    fish = "fish"
+
+
 class EngineName(Enum):
     """Which processes encode the batches of a full refresh."""
 
@@ -287,3 +295,36 @@ class IndexKind(Enum):
     """Walk a graph of neighbors (HNSW). Slow to build, and larger than the table."""
     ivfpq = "ivfpq"
     """Compare the compressed vectors of the nearest clusters (IVF-PQ). A quarter of the table's size, or less."""
+
+
+class TrackerKind(Enum):
+    """Where the metrics of a training run are sent, in addition to the run's own folder."""
+
+    none = "none"
+    tensorboard = "tensorboard"
+    mlflow = "mlflow"
+    wandb = "wandb"
+    """Weights & Biases."""
+
+
+class RunOrder(Enum):
+    """The order in which runs are listed."""
+
+    best = "best"
+    """The best metric first."""
+    name = "name"
+    newest = "newest"
+    """The most recently written run first."""
+    seconds = "seconds"
+    """The shortest training first."""
+    parameters = "parameters"
+    """The smallest model first."""
+
+
+class Sampler(Enum):
+    """How a sweep chooses settings."""
+
+    grid = "grid"
+    """Every combination of the listed values."""
+    tpe = "tpe"
+    """Optuna's tree-structured Parzen estimator, based on the validation metrics of previous trials."""

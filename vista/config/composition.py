@@ -10,7 +10,7 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -19,6 +19,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, RangeSweep
 from hydra.errors import HydraException
 from hydra.initialize import get_gh_backup, restore_gh_from_backup
 from omegaconf import DictConfig, OmegaConf
@@ -26,9 +27,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vista.config.config_keys import ConfigKeys, value_text
 from vista.config.interpolations import check_value
+from vista.config.swept_key import SweptKey
+from vista.config.train_config import TrainConfig
 from vista.config.yaml_size import MAX_LEVELS, check_size
 from vista.errors import ConfigError, shown
 from vista.files import read_limited
+from vista.install_command import install_command
 
 ConfigT = TypeVar("ConfigT")
 
@@ -73,7 +77,7 @@ def conf_dir() -> Path:
     for folder in (package / "conf", package.parent / "conf"):
         if (folder / "train.yaml").is_file():
             return folder
-    raise ConfigError(f"no conf/ folder in {package} or next to it; reinstall vista-recsys")
+    raise ConfigError(f"no conf/ folder in {package} or next to it; install vista again: {install_command()}")
 
 
 def groups_of(name: str) -> list[str]:
@@ -153,7 +157,10 @@ def _cause(error: BaseException) -> str:
 def _parse(word: str) -> tuple[str, Any, str]:
     """A `key=value` word -> (key, value, the value as written)."""
     if len(word) > MAX_WORD:
-        raise ConfigError(f"cannot read {shown(word)}: has {len(word)} characters, but at most {MAX_WORD} are read")
+        raise ConfigError(
+            f"cannot read {shown(word)}: has {len(word)} characters, but at most {MAX_WORD} are read; "
+            "put it in a --config file"
+        )
     if word.startswith("~"):
         raise ConfigError(f"cannot read '{word}': keys cannot be deleted; set the key to null instead")
     if word.count(",") > MAX_COMMAS or _levels(word) > MAX_LEVELS:
@@ -177,10 +184,47 @@ def _parse(word: str) -> tuple[str, Any, str]:
     if override.is_sweep_override():
         key, _, text = word.partition("=")
         raise ConfigError(
-            f"cannot read '{word}': sweeps are not supported; write a list as {override.key_or_group}=[a,b], and quote "
-            f"text with commas: \"{key}='{text}'\""
+            f"cannot read '{word}': only vista sweep takes several values; write a list as "
+            f"{override.key_or_group}=[a,b], and quote text with commas: \"{key}='{text}'\""
         )
     return override.key_or_group, override.value(), word.partition("=")[2]
+
+
+def swept_key(word: str) -> SweptKey | None:
+    """The values of a word in Hydra's grammar of sweeps: `seed=1,2,3`, `seed=range(1,4)`, `rate=interval(1e-4,1e-2)`.
+
+    Returns:
+        None if the word has a single value, or cannot be read; `compose_config` then says why.
+
+    Raises:
+        ConfigError: the key is unknown to `vista train`, or has a kind of sweep that is not supported.
+    """
+    if _URL.fullmatch(word) is not None or len(word) > MAX_WORD or word.count(",") > MAX_COMMAS:
+        return None
+    try:
+        override = OverridesParser.create().parse_override(word)
+    except (HydraException, ValueError, RecursionError):
+        return None
+    if not override.is_sweep_override():
+        return None
+    key, value = override.key_or_group, override.value()
+    keys, groups = ConfigKeys.of(TrainConfig), groups_of("train")
+    if key not in keys.keys and key not in groups:
+        raise ConfigError(f"unknown key '{key}'{_hint(keys.matches(key))} (vista train --help lists all keys)")
+    if isinstance(value, IntervalSweep):
+        low, high = value.start, value.end
+        if low is None or high is None or not low < high:
+            raise ConfigError(f"{key}: an interval needs two numbers, the smaller one first")
+        whole, log = isinstance(low, int) and isinstance(high, int), "log" in value.tags
+        if log and low <= 0:
+            raise ConfigError(f"{key}: an interval on a logarithmic scale must be above 0, got {low:g}")
+        return SweptKey(key, interval=(low, high), log=log, whole=whole)
+    if not isinstance(value, ChoiceSweep | RangeSweep):
+        raise ConfigError(f"{key}: list the values, as {key}=a,b,c")
+    values = list(islice(override.sweep_string_iterator(), MAX_COMMAS + 1))
+    if len(values) > MAX_COMMAS:
+        raise ConfigError(f"{key}: has more than {MAX_COMMAS} values")
+    return SweptKey(key, values=tuple(dict.fromkeys(values)))
 
 
 def _levels(word: str) -> int:
@@ -199,9 +243,9 @@ def _words_of_file(path: str | Path | None) -> list[tuple[str, Any, Any]]:
         content = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
         written = yaml.load(text, _Written)
     except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror or error}") from error
+        raise ConfigError(f"--config {path}: {error.strerror or error}; check the path") from error
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
-        raise ConfigError(f"--config {path}: invalid YAML: {_cause(error)}") from error
+        raise ConfigError(f"--config {path}: invalid YAML: {_cause(error)}; `--cfg` prints a valid file") from error
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path}: holds a list or text; write keys and values, as `--cfg` prints them")
     return [(str(key), value, _inner(written, key)) for key, value in content.items()]

@@ -22,8 +22,8 @@ import yaml
 from vista.config.checks import without_none
 from vista.config.conversion import to_dict
 
-_PASSWORD = re.compile(r"^(rediss?:/+[^/:]*):.*(?=@)")
-"""In the URL of a store, what comes before the password, and the password."""
+_PASSWORD = re.compile(r"^(rediss?:/+[^/:]*):.*(?=@)|^([a-z][a-z0-9+.-]*:/+[^/:@]*):[^/@]*(?=@)")
+"""In the URL of a store or a server, what comes before the password, and the password."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,9 +165,27 @@ def to_yaml(config: Any) -> str:
     return text
 
 
+def flat_settings(config: Any) -> dict[str, Any]:
+    """A configuration as one level of plain JSON values: {"model.dim": 64, …}; passwords in URLs are left out."""
+    return flattened(_without_passwords(to_dict(config)))
+
+
+def flattened(values: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one level: {"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
 def _without_passwords(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_passwords(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_without_passwords(inner) for inner in value]
-    return _PASSWORD.sub(r"\1", value) if isinstance(value, str) else value
+    return without_password(value) if isinstance(value, str) else value
+
+
+def without_password(url: str) -> str:
+    """A URL without the password in it; any other text as it is."""
+    return _PASSWORD.sub(r"\1\2", url)

@@ -41,6 +41,10 @@ class DataConfig:
     """With split=time: number of minutes before the validation labels, and before the test labels, whose events are
     left out: they are not labels, and no model or summary sees them. With impressions, it needs
     optim.task_weight=0."""
+    refresh_days: float = 0.0
+    """With split=time, for impressions: number of days between two refreshes of the store. Each impression is then
+    validated with the summaries of the last refresh before it; the first refresh is just before the validation labels.
+    Each refresh costs one pass over the histories per validation. 0 means a single refresh."""
     validation_share: float | None = None
     """With split=share: share of each user's events, in [0, 1), that are validation labels. They come just before the
     test labels. 0 trains on all events before the test labels. null with any other split."""
@@ -112,10 +116,11 @@ class DataConfig:
         require_counts(self, "data.", ("windows_per_chunk", "min_item_events"), least=0)
         require_counts(self, "data.", ("horizon_events",), most=MAX_HORIZON_EVENTS)
         require_finite(self, "data.", ("staleness_events", "negative_power"))
-        require_finite(self, "data.", ("horizon_days",), most=MAX_DAYS)
+        require_finite(self, "data.", ("horizon_days", "refresh_days"), most=MAX_DAYS)
         require_finite(self, "data.", ("gap_minutes",), most=MAX_DAYS * 24 * 60)
         is_timed = self.split is Split.time
-        require(is_timed or not self.gap_minutes, "data.gap_minutes", "only applies with data.split=time; set that")
+        for key in ("gap_minutes", "refresh_days"):
+            require(is_timed or not getattr(self, key), f"data.{key}", "only applies with data.split=time; set that")
         require_share(self, "data.", ("staleness_share",))
         require_share(self, "data.", ("unknown_share",), below_one=True)
         for key in ("validation_from", "test_from"):
@@ -132,4 +137,6 @@ class DataConfig:
                 interval = "[0, 1)" if may_be_zero else "(0, 1)"
                 require(good, f"data.{key}", f"must lie in {interval}, got {shown(share)}")
                 total += share
-        require(total < 1, "data.test_share", f"must leave events to train on, but both shares sum to {total:g}")
+        require(
+            total < 1, "data.test_share", f"must leave events to train on, but both shares sum to {total:g}; lower one"
+        )

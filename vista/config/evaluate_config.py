@@ -51,6 +51,9 @@ class EvaluateConfig:
     baselines: bool = False
     """Also measure counting baselines on the same users: popularity, own frequency, transitions, item neighbors,
     and with features of items, content neighbors. Takes seconds for a million events."""
+    trained_baselines: bool = False
+    """With baselines=true: also measure baselines that learn, which takes minutes for a million events: EASE, TIFU-KNN,
+    pooled factors, pooled vectors, and boosted trees. Needs the extra `baselines`."""
     staleness: int = 0
     """Number of each user's newest visible events that the store's summaries lack; the tail has them. Refresh with
     until=leave-last-N-out, where N is 1 + staleness (validation: 2 + staleness), or for another split with
@@ -86,7 +89,10 @@ class EvaluateConfig:
                 key,
                 f"needs one or more numbers from 1 to {most}, got {shown(values)}",
             )
+        require(self.baselines or not self.trained_baselines, "trained_baselines", "needs baselines=true")
         if self.target is Target.window:
-            require(self.exclude_seen is None, "exclude_seen", "only applies with target=next")
-            require(not self.popularity, "popularity", "only applies with target=next")
+            require(
+                self.exclude_seen is None, "exclude_seen", "only applies with target=next; set that, or leave it out"
+            )
+            require(not self.popularity, "popularity", "only applies with target=next; set that, or leave it out")
         require(self.split in ("test", "validation"), "split", f"must be test or validation, got {self.split}")

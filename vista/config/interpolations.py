@@ -22,7 +22,7 @@ def check_value(key: str, value: Any) -> None:
         for inner in value.values() if isinstance(value, dict) else value:
             check_value(key, inner)
     elif isinstance(value, int) and value.bit_length() > 63:
-        raise ConfigError(f"{key}: holds an integer of more than 64 bits")
+        raise ConfigError(f"{key}: holds an integer of more than 64 bits; put text in quotes")
     elif isinstance(value, str) and "${" in value:
         try:
             tree = grammar_parser.parse(value)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vista.config.checks import MAX_THREADS, check_types, require_counts
+from vista.config.checks import MAX_THREADS, check_types, require, require_counts
 from vista.config.choices import OnMissing
 
 
 @dataclass(kw_only=True, slots=True)
 class ScoreConfig:
-    """Score candidates for users, or rank the whole catalog for them."""
+    """Score candidates for users, rank the whole catalog for them, or retrieve from it."""
 
     model: str = "runs/vista/best"
     """Folder of the exported model."""
@@ -23,6 +23,10 @@ class ScoreConfig:
     """Ids of the users, at least one."""
     candidates: list[str] = field(default_factory=list)
     """Ids of the items to score. Empty ranks the whole catalog."""
+    retrieve: bool = False
+    """Rank the candidates that an index finds, instead of the whole catalog."""
+    index: str | None = None
+    """Folder of the index. null uses the default of `vista index`: the model's folder with .index appended."""
     top_k: int = 10
     """Number of items to list per user if no candidates are given."""
     now: str | None = None
@@ -42,4 +46,6 @@ class ScoreConfig:
     def __post_init__(self) -> None:
         check_types(self)
         require_counts(self, "", ("top_k",))
+        require(not self.retrieve or not self.candidates, "candidates", "must be empty with retrieve=true")
+        require(self.retrieve or self.index is None, "index", "needs retrieve=true")
         require_counts(self, "", ("num_threads",), least=0, most=MAX_THREADS)

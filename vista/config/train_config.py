@@ -24,6 +24,7 @@ from vista.config.choices import (
 from vista.config.data_config import PLACES, DataConfig
 from vista.config.model_config import ModelConfig
 from vista.config.optim_config import OptimConfig
+from vista.config.tracking_config import TrackingConfig
 
 
 @dataclass(kw_only=True, slots=True)
@@ -33,6 +34,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     stage: Stage = Stage.joint
     """What is trained: everything (joint), or only stage 2 and the heads over the summaries of a store
     (downstream)."""
@@ -53,7 +55,7 @@ class TrainConfig:
     """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
     VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
     run_dir: str = "runs/vista"
-    """Folder for config.yaml, train.log, metrics.jsonl, checkpoints/, and best/ (the exported model)."""
+    """Folder for config.yaml, run.json, train.log, metrics.jsonl, checkpoints/, and best/ (the exported model)."""
     seed: int = 1
     """Seed of initial weights, batch order, cuts, negatives, and dropout."""
     device: str = "auto"
@@ -68,8 +70,6 @@ class TrainConfig:
     """Resume from the newest checkpoint in run_dir, if there is one."""
     verify_log: bool = True
     """Check first that no byte of the log's files has changed since it was written."""
-    tensorboard: bool = False
-    """Also write TensorBoard events (needs the extra `tensorboard`)."""
     progress: bool = True
     """Show a progress bar."""
 

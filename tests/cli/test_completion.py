@@ -1,0 +1,162 @@
+"""Completion of command lines, in the real shells."""
+
+from __future__ import annotations
+
+import os
+import pty
+import select
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from vista.cli.command_table import COMMANDS
+from vista.cli.completion_table import OPTIONS, CompletionTable
+from vista.cli.main import main
+from vista.config.composition import groups_of, options_of
+from vista.config.config_keys import ConfigKeys
+
+STEPS = [
+    ("vista tr\t", "vista train "),
+    ("\x15vista log st\t", "vista log stats "),
+    ("\x15vista train model.mixi\t", "vista train model.mixing="),
+    ("sep\t", "separable "),
+    ("\x15vista train model=fuxi\t", "vista train model=fuxi_linear "),
+    ("\x15vista train data.path=so\t", "vista train data.path=source/"),
+    ("\x15vista prepare 'events.paths=[so\t", "'events.paths=[source/"),
+    ("c\t", "config.yaml"),
+    ("\x15vista train --config source/c\t", "vista train --config source/config.yaml"),
+    ("\x15vista completion z\t", "vista completion zsh "),
+]
+"""What is typed (control-U clears the line), and what the line then shows. zsh needs quotes around [."""
+
+
+@pytest.fixture
+def shell(request: pytest.FixtureRequest) -> str:
+    if shutil.which(request.param) is None:
+        pytest.skip(f"needs {request.param}")
+    return str(request.param)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory: a folder with a file."""
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "config.yaml").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def script(shell: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    """The script that `vista completion` prints, as a file."""
+    capsys.readouterr()
+    assert main(["completion", shell]) == 0
+    path = folder / f"completion.{shell}"
+    path.write_text(capsys.readouterr().out)
+    return path
+
+
+class Terminal:
+    """A shell that waits for keys in a pseudoterminal."""
+
+    def __init__(self, *command: str) -> None:
+        self._process, self._terminal = pty.fork()
+        if self._process == 0:
+            environment = {**os.environ, "TERM": "dumb", "COLUMNS": "200"}
+            os.execvpe(command[0], command, environment)
+
+    def type(self, keys: str, until: str, timeout_s: float = 30) -> str:
+        """Type keys, and return what is printed until a text appears or the time is over."""
+        os.write(self._terminal, keys.encode())
+        printed, deadline = "", time.monotonic() + timeout_s
+        while until not in printed.replace("\a", "") and time.monotonic() < deadline:
+            if select.select([self._terminal], [], [], 0.1)[0]:
+                printed += os.read(self._terminal, 65536).decode(errors="replace")
+        return printed.replace("\a", "")
+
+    def close(self) -> None:
+        """End the shell."""
+        os.close(self._terminal)
+        os.waitpid(self._process, 0)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"], indirect=True)
+def test_tab_in_a_terminal(shell: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = script(shell, folder, capsys)
+    options = ["--norc"] if shell == "bash" else ["-f"]
+    prepare = "autoload -U compinit; compinit -u -D; " if shell == "zsh" else ""
+    terminal = Terminal(shell, *options, "-i")
+    try:
+        assert "ready" in terminal.type(f"{prepare}source {path}; PS1='% '; echo rea''dy\n", "ready")
+        for keys, shown in STEPS:
+            assert shown in terminal.type(keys, shown)
+    finally:
+        terminal.close()
+
+
+def completed(shell: str, path: Path, line: str) -> list[str]:
+    """What bash or fish offers after a line, without a terminal."""
+    if shell == "fish":
+        code = f"source {path}; complete -C '{line}'"
+        command = ["fish", "--no-config", "-c", code]
+    else:
+        call = f"COMP_LINE='{line}'; COMP_POINT=${{#COMP_LINE}}; _vista_complete; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+        command = ["bash", "--norc", "-c", f"source {path}; PATH=; {call}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stderr == ""
+    return [words.partition("\t")[0].strip() for words in done.stdout.splitlines() if words]
+
+
+@pytest.mark.parametrize("shell", ["bash", "fish"], indirect=True)
+def test_words_of_a_line(shell: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In bash without any program on the PATH: nothing is started, so a Tab takes milliseconds."""
+    path = script(shell, folder, capsys)
+    first = {name.partition(" ")[0] for name in COMMANDS}
+    assert {*completed(shell, path, "vista ")} >= first
+    assert {*completed(shell, path, "vista store ")} >= {"copy", "erase", "stats"}
+    for name, command in COMMANDS.items():
+        names = [*ConfigKeys.of(command.schema).keys, *groups_of(name)]
+        assert {*completed(shell, path, f"vista {name} ")} >= {f"{key}=" for key in names}
+    mixing = completed(shell, path, "vista train run_dir=x model.mixing=")
+    assert [word.rpartition("=")[2] for word in mixing] == ["bidirectional", "separable"]
+    split = completed(shell, path, "vista train data.split=l")
+    assert [word.rpartition("=")[2] for word in split] == ["leave-last-out"]
+    assert [word.rpartition("=")[2] for word in completed(shell, path, "vista refresh incremental=f")] == ["false"]
+    assert completed(shell, path, "vista nothing known") == []
+    assert completed(shell, path, "vista train seed=") == []
+    files = completed(shell, path, "vista prepare events.paths=[a,source/")
+    assert [word.rpartition("=")[2] for word in files] == ["[a,source/config.yaml"]
+
+
+def test_bash_with_other_word_breaks(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = script("bash", folder, capsys)
+    with path.open("a") as file:
+        file.write("COMP_WORDBREAKS=' '\n")
+    assert completed("bash", path, "vista train model.mixing=s") == ["model.mixing=separable"]
+    with path.open("a") as file:
+        file.write("COMP_WORDBREAKS=' :'\n")
+    assert completed("bash", path, "vista train model.mixing=s") == ["model.mixing=separable"]
+    assert completed("bash", path, "vista train a:model.mixing=s") == []
+
+
+def test_the_table_has_what_keys_accept() -> None:
+    table = CompletionTable.of_commands()
+    keys = {key.name: key for key in table.commands["train"].keys}
+    assert keys["experiment"].values == tuple(options_of("experiment"))
+    assert keys["model.item_start"].values == ("random", "factors", "user_factors", "null")
+    assert keys["data.exclude_seen"].values == ("true", "false", "null")
+    assert keys["data.path"].is_path and keys["run_dir"].is_path and not keys["seed"].is_path
+    erase = {key.name: key.is_path for key in table.commands["store erase"].keys}
+    assert erase == {"store": True, "users": False, "data": True}
+    assert table.commands["completion"].words == ("bash", "zsh", "fish", *OPTIONS)
+    summaries = [key.summary for command in table.commands.values() for key in command.keys]
+    assert all(summaries) and not any("\n" in summary or "\t" in summary for summary in summaries)
+
+
+@pytest.mark.parametrize("word", ["tcsh", "shell=tcsh"])
+def test_an_unknown_shell_is_refused(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", word]) == 2
+    assert "shell: expected bash|zsh|fish, got tcsh" in capsys.readouterr().err

@@ -1,0 +1,180 @@
+"""Single checks of `vista doctor`, with the values of other machines."""
+
+from __future__ import annotations
+
+import resource
+import tomllib
+from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from vista.config import DoctorConfig
+from vista.doctor import diagnosis, installed_packages
+from vista.doctor.cgroup import cpu_quota, memory_limit_bytes
+from vista.doctor.disk_checks import check_disk, check_disks, kind_finding, space_finding, sync_finding
+from vista.doctor.file_system import NUM_WRITES, existing_folder, file_system_of, sync_seconds
+from vista.doctor.finding import Finding
+from vista.doctor.log_checks import log_size_finding, segments_finding
+from vista.doctor.process_limits import address_space_finding, maps_finding, open_files_finding
+from vista.doctor.processor_checks import thread_finding
+from vista.doctor.store_checks import age_finding, size_finding
+from vista.doctor.verdict import Verdict
+
+PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+
+
+def test_every_extra_for_users_is_listed() -> None:
+    assert set(installed_packages.EXTRAS) == set(PROJECT["optional-dependencies"]) - {"dev", "docs"}
+
+
+def test_modules_of_packages() -> None:
+    checked = 0
+    for line in (
+        *PROJECT["dependencies"],
+        *(one for extra in PROJECT["optional-dependencies"].values() for one in extra),
+    ):
+        name = Requirement(line).name
+        if name in ("mkdocstrings", "pre-commit", "pytest-timeout", "pytest-xdist", "pymdown-extensions"):
+            continue  # for developers
+        try:
+            distribution(name)
+        except PackageNotFoundError:
+            continue
+        assert find_spec(installed_packages.module_of(name)) is not None, name
+        checked += 1
+    assert checked > 8
+
+
+def test_a_version_out_of_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installed_packages, "_version", lambda name: "0.1")
+    found = {one.name: one for one in installed_packages.check_core(DoctorConfig())}
+    assert found["numpy"].verdict is Verdict.broken
+    assert found["numpy"].advice == "vista requires >=2: pip install 'numpy>=2'"
+
+
+@pytest.mark.parametrize(
+    ("threads", "cores", "advice"),
+    [
+        (4, 4, ""),
+        (8, 16, "training and refresh use 8 of 16 cores; set OMP_NUM_THREADS=16"),
+        (9, 16, ""),
+        (1, 8, "use 1 of 8 cores"),
+        (8, 2.5, "8 threads share 2.5 cores and wait for one another; set OMP_NUM_THREADS=2"),
+        (2, 0.5, "set OMP_NUM_THREADS=1"),
+        (1, 0.5, "use one core"),
+        (1, 1, "use one core"),
+    ],
+)
+def test_threads(threads: int, cores: float, advice: str) -> None:
+    found = thread_finding(threads, cores)
+    assert advice in found.advice and (found.verdict is Verdict.fine) == (not advice)
+
+
+def test_limits_of_control_groups(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    assert (cpu_quota(tmp_path, own), memory_limit_bytes(tmp_path, own)) == (None, None)
+    second = tmp_path / "second" / "pods" / "one"
+    second.mkdir(parents=True)
+    own.write_text("0::/pods/one\n")
+    (second / "cpu.max").write_text("max 100000\n")
+    (second.parent / "cpu.max").write_text("150000 100000\n")
+    (second / "memory.max").write_text("max\n")
+    root = tmp_path / "second"
+    assert (cpu_quota(root, own), memory_limit_bytes(root, own)) == (1.5, None)
+    (second / "memory.max").write_text("1000\n")
+    (root / "memory.max").write_text("2000\n")
+    assert memory_limit_bytes(root, own) == 1000
+    first = tmp_path / "first"
+    for name, text in (("cpu.cfs_quota_us", "50000"), ("cpu.cfs_period_us", "100000")):
+        (first / "cpu" / "docker").mkdir(parents=True, exist_ok=True)
+        (first / "cpu" / "docker" / name).write_text(text)
+    (first / "memory").mkdir()
+    (first / "memory" / "memory.limit_in_bytes").write_text("9223372036854771712")
+    own.write_text("4:memory:/docker\n3:cpu,cpuacct:/docker\n2:pids:/docker\n")
+    assert (cpu_quota(first, own), memory_limit_bytes(first, own)) == (0.5, None)
+    (first / "cpu" / "docker" / "cpu.cfs_quota_us").write_text("-1")
+    assert cpu_quota(first, own) is None
+
+
+def test_kinds_of_file_systems(tmp_path: Path) -> None:
+    mounts = tmp_path / "mounts"
+    mounts.write_text(
+        "22 1 8:1 / / rw - ext4 /dev/sda1 rw\n"
+        f"30 22 0:50 / {tmp_path} rw shared:1 - nfs4 server:/data rw\n"
+        rf"31 22 0:51 / {tmp_path}/a\040b rw - tmpfs tmpfs rw" + "\n"
+        f"32 22 0:52 / {tmp_path}-other rw - xfs /dev/sdb rw\n"
+    )
+    (tmp_path / "a b").mkdir()
+    assert file_system_of(tmp_path, mounts) == "nfs4" and file_system_of(tmp_path / "a b", mounts) == "tmpfs"
+    assert file_system_of(tmp_path.parent, mounts) == "ext4" and file_system_of(tmp_path, tmp_path / "none") is None
+    assert kind_finding("nfs4", has_store=True).verdict is Verdict.broken
+    assert "vista store copy" in kind_finding("fuse.sshfs", has_store=False).advice
+    assert kind_finding("cifs", has_store=False).verdict is Verdict.limited
+    assert "mount a volume" in kind_finding("overlay", has_store=True).advice
+    assert "in memory" in kind_finding("tmpfs", has_store=True).advice
+    assert kind_finding("xfs", has_store=True).verdict is kind_finding(None, has_store=True).verdict is Verdict.fine
+
+
+def test_fsync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = sync_seconds(tmp_path)
+    assert 1 <= len(times) <= NUM_WRITES and all(time > 0 for time in times) and not list(tmp_path.iterdir())
+    monkeypatch.setattr("vista.doctor.file_system.MOST_S", 0.0)
+    assert sync_seconds(tmp_path) == []
+    assert sync_finding(0.0004).verdict is Verdict.fine
+    slow = sync_finding(0.025)
+    assert slow.value == "25 ms for 4 KiB; about 100 ms per batch of a refresh, 620 ms to publish"
+    assert slow.verdict is Verdict.limited and "use a local SSD" in slow.advice
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(folder: Path) -> float:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr("vista.doctor.disk_checks.median_sync_s", refuse)  # root may write anywhere
+    found = {one.name: one for one in check_disk(tmp_path, ["store"])}
+    assert f"{tmp_path}: Permission denied; refresh, train" in found["fsync"].advice
+    assert found["fsync"].verdict is Verdict.limited
+
+
+def test_disks_of_folders_that_do_not_exist_yet(tmp_path: Path) -> None:
+    assert existing_folder(tmp_path / "a" / "b") == tmp_path
+    (tmp_path / "file").write_text("")
+    assert existing_folder(tmp_path / "file") == tmp_path
+    found = list(check_disks(DoctorConfig(store=str(tmp_path / "stores" / "x"), model="redis://host/not/a/store")))
+    assert found[0].name == "disk" and found[0].value.startswith(f"{tmp_path} (store")
+
+
+def test_what_is_too_small() -> None:
+    assert space_finding(2e9).verdict is Verdict.fine and "second generation" in space_finding(5e8).advice
+    assert "ulimit -v unlimited" in address_space_finding(1 << 34).advice
+    assert address_space_finding(resource.RLIM_INFINITY).verdict is Verdict.fine
+    assert open_files_finding(resource.RLIM_INFINITY, 10**6).verdict is Verdict.fine
+    assert open_files_finding(1024, 500).verdict is Verdict.fine
+    assert "ulimit -n 65536" in open_files_finding(1024, 600).advice
+    assert maps_finding(65_530, 10).verdict is Verdict.fine
+    assert "vm.max_map_count=160000" in maps_finding(65_530, 40_000).advice
+    assert "vista log compact" in segments_finding(500).advice and segments_finding(3).verdict is Verdict.fine
+    for finding in (log_size_finding, size_finding):
+        assert finding(10**9, 10**10).verdict is finding(10**9, None).verdict is Verdict.fine
+        assert "only 1 GB of memory" in finding(10**10, 10**9).advice
+
+
+def test_a_clock_that_is_wrong() -> None:
+    assert age_finding(7200).value == "2 h ago" and age_finding(-5).value == "0 s ago"
+    assert age_finding(-7200).verdict is Verdict.broken and "NTP" in age_finding(-7200).advice
+
+
+def test_a_check_that_fails_shows_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(config: DoctorConfig):  # type: ignore[no-untyped-def]
+        yield Finding("memory", "much")
+        raise OSError(5, "Input/output error", "/proc/meminfo")
+
+    monkeypatch.setattr("vista.doctor.memory_checks.check_memory", check)
+    found = {section.title: section.findings for section in diagnosis.diagnose(DoctorConfig()).sections}
+    first, second = found["Memory"]
+    assert first.value == "much" and second.verdict is Verdict.broken
+    assert second.advice == "this check failed: OSError: [Errno 5] Input/output error: '/proc/meminfo'"
+    assert found["Limits"]

@@ -1,0 +1,42 @@
+"""A workspace over the small model of the session's fixtures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Served
+from vista.explore.explore_workspace import Workspace
+from vista.explore.places import Places
+
+
+def places_of(served: Served, **changes: object) -> Places:
+    """The places of a served model, with some changed."""
+    fields: dict[str, object] = {
+        "model": served.model_dir,
+        "store": str(served.store),
+        "data": served.log.path,
+        "runs": (Path(served.config.run_dir),),
+        "results": Path("docs/results"),
+    }
+    return Places(**(fields | changes))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def workspace(served: Served) -> Iterator[Workspace]:
+    """The model of the next item, its store, and its log. Tests must not change them."""
+    opened = Workspace.open(places_of(served))
+    assert opened.scorer is not None and not opened.problems
+    yield opened
+    opened.scorer.close()
+
+
+@pytest.fixture(scope="session")
+def task_workspace(served_tasks: Served) -> Iterator[Workspace]:
+    """The model of three tasks, likewise."""
+    opened = Workspace.open(places_of(served_tasks))
+    assert opened.scorer is not None and not opened.problems
+    yield opened
+    opened.scorer.close()

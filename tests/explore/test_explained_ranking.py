@@ -1,0 +1,150 @@
+"""Rankings are those of the scorer, parts add up to the score, and events that are added change them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.conftest import Served
+from vista.explore.explained_ranking import explained_ranking, ordinal, request_time, tail_of_events
+from vista.explore.explore_workspace import Workspace, open_page_scorer
+from vista.explore.ranking_comparison import common_task, compare_rankings, compare_users, earlier_generations
+from vista.explore.what_if import changes, what_if
+from vista.refresh import refresh
+from vista.scorer import Ranking
+
+USER = 104
+
+
+@pytest.mark.parametrize("task", ["click", "next"])
+def test_parts_add_up_to_the_score(task_workspace: Workspace, task: str) -> None:
+    places = task_workspace.places
+    with open_page_scorer(str(places.model), places.store, None, task=task) as scorer:
+        user = scorer.store.keys().__next__()
+        now = request_time(scorer, user)
+        ranking = explained_ranking(task_workspace, scorer, user, top_k=5, now=now)
+        assert ranking is not None
+        expected = scorer.rank(user, top_k=5, now=now)
+    assert ranking.items == expected.items.tolist() and np.array_equal(ranking.scores, expected.scores)
+    total = np.sum([*ranking.parts.values()], axis=0)
+    scores = 1 / (1 + np.exp(-total)) if task == "click" else total
+    assert ranking.is_probability == (task == "click")
+    np.testing.assert_allclose(scores, ranking.scores, atol=1e-4)
+    assert "summary" in ranking.parts and "counters" not in ranking.parts and "state" not in ranking.parts
+    for place in range(5):
+        assert np.isclose(
+            sum(row["share"] for row in ranking.tokens(place)), ranking.parts["summary"][place], atol=1e-4
+        )
+        events = ranking.tail_events(place)
+        assert np.isclose(sum(row["share"] for row in events), ranking.parts["tail"][place], atol=1e-4)
+        assert [row["age"] for row in events] == list(range(1, len(events) + 1))
+    assert [row["rank"] for row in ranking.rows()] == [1, 2, 3, 4, 5]
+
+
+def test_the_reason_names_the_largest_part(workspace: Workspace) -> None:
+    assert workspace.scorer is not None
+    now = request_time(workspace.scorer, USER)
+    ranking = explained_ranking(workspace, workspace.scorer, USER, top_k=4, now=now)
+    assert ranking is not None
+    reason = ranking.reason(0)
+    largest = max(ranking.parts, key=lambda part: abs(float(ranking.parts[part][0])))
+    assert reason.startswith(f"**Item {ranking.items[0]}** has rank 1.") and f"largest parts are {largest} " in reason
+    assert "Compared with the mean of the other 3 items" in reason
+    one = explained_ranking(workspace, workspace.scorer, USER, top_k=1, now=now)
+    assert one is not None and "Compared" not in one.reason(0)
+    token = int(np.abs(ranking.explanation.summary[0]).argmax()) + 1
+    assert "summary" not in reason.split("Compared")[0] or f"tokens {token} and" in reason
+    shares = ranking.explanation.tail[0]
+    event = int(np.abs(shares).argmax())
+    said = f"(largest: item {ranking.tail_names[event]}, the {ordinal(len(shares) - event)} newest event, "
+    assert "tail" not in reason.split("Compared")[0] or f"{said}{shares[event]:+.2f})" in reason
+
+
+def test_a_user_without_a_record_is_ranked_as_an_empty_history(workspace: Workspace) -> None:
+    assert workspace.scorer is not None
+    assert request_time(workspace.scorer, 999_999) is None
+    ranking = explained_ranking(workspace, workspace.scorer, 999_999, top_k=3, now=None)
+    assert ranking is not None and ranking.tail_events(0) == [] and len(ranking.items) == 3
+
+
+def test_the_time_of_a_request_is_after_the_newest_event(workspace: Workspace) -> None:
+    assert workspace.scorer is not None and workspace.log is not None
+    newest = int(workspace.log[USER].timestamp[-1])
+    assert request_time(workspace.scorer, USER) == newest + 3_600_000
+    assert request_time(workspace.scorer, USER, current=5) == newest
+    assert request_time(workspace.scorer, USER, current=newest + 7) == newest + 7
+
+
+def test_added_events_change_the_ranking_as_a_tail_does(workspace: Workspace) -> None:
+    scorer = workspace.scorer
+    assert scorer is not None
+    now = request_time(scorer, USER)
+    assert now is not None
+    changed = what_if(workspace, scorer, USER, [(200, 0), (50, 1)], now=now, top_k=5)
+    tail = tail_of_events([(200, 0), (50, 1)], now)
+    assert tail.times.tolist() == [now - 120_000, now - 60_000] and tail.offsets.tolist() == [0, 2]
+    after = scorer.rank(USER, top_k=5, now=now, tail=tail)
+    assert [row["item"] for row in changed.rows[:5]] == list(map(str, after.items.tolist()))
+    before = scorer.rank(USER, top_k=40, now=now).items.tolist()
+    for row in changed.rows:
+        assert row["before"] == before.index(int(row["item"])) + 1 and row["change"] == row["before"] - row["after"]
+    assert changed.num_changed == len(set(after.items.tolist()) - set(before[:5]))
+    assert len(changed.rows) == 5 + changed.num_changed
+
+
+def ranking_of(*items: int) -> Ranking:
+    return Ranking(np.array(items), -np.arange(len(items), dtype=np.float32), 0)
+
+
+def test_changes_in_words(workspace: Workspace) -> None:
+    same = changes(workspace, ranking_of(10, 20, 30), ranking_of(10, 20, 30), 2)
+    assert same.summary(2) == "The order of the best 2 items stays the same." and same.num_changed == 0
+    moved = changes(workspace, ranking_of(10, 20, 30), ranking_of(30, 10, 20), 2)
+    assert [(row["item"], row["change"]) for row in moved.rows] == [("30", 2), ("10", -1), ("20", -1)]
+    assert moved.summary(2) == "**1 of the best 2** items are new. Item 30 is first now and had rank 3 before."
+    fresh = changes(workspace, ranking_of(10, 20), ranking_of(40, 10), 2)
+    assert fresh.rows[0]["before"] is None and fresh.rows[0]["change"] is None and fresh.num_changed == 1
+    assert "Item 40 is first now and was beyond rank 1,000 before." in fresh.summary(2)
+    other = changes(workspace, ranking_of(10, 20, 30, 40), ranking_of(10, 40, 20, 30), 3)
+    assert other.summary(3) == "**1 of the best 3** items are new. Item 40 moves up most, from rank 4 to 2."
+
+
+def test_two_stores_of_one_model(workspace: Workspace, served: Served) -> None:
+    a = workspace.scorer
+    assert a is not None
+    with open_page_scorer(str(served.model_dir), str(served.test_store), None) as b:
+        itself = compare_rankings(workspace, a, a, USER, top_k=5)
+        assert itself.shared == 5 and all(row["A in B"] == row["B in A"] == row["rank"] for row in itself.rows)
+        compared = compare_rankings(workspace, a, b, USER, top_k=5)
+        one = a.rank(USER, top_k=5, now=request_time(a, USER)).items.tolist()
+        two = b.rank(USER, top_k=5, now=request_time(b, USER)).items.tolist()
+        assert [row["A"] for row in compared.rows] == list(map(str, one)) and compared.shared == len({*one} & {*two})
+        users = compare_users(a, b, [USER, 103], top_k=5)
+        assert users.overlap[0] == compared.shared / 5 and 0 <= users.same_first <= 1
+        assert common_task(a, b) == "next"
+
+
+def test_an_earlier_generation_can_be_compared(served: Served, tmp_path: Any) -> None:
+    for until in ("leave-last-2-out", "all"):
+        refresh(served.model, served.log, tmp_path / "store", until=until)
+    with open_page_scorer(str(served.model_dir), str(tmp_path / "store"), None) as a:
+        assert a.store.generation == 2 and earlier_generations(a) == [1]
+        with open_page_scorer(str(served.model_dir), str(tmp_path / "store"), None, generation=1) as b:
+            counts = [int(scorer.store.get_many([USER]).event_count[0]) for scorer in (a, b)]
+    assert counts == [40, 38]
+
+
+def test_ordinals() -> None:
+    assert [ordinal(n) for n in (1, 2, 3, 4, 11, 12, 21, 102, 111)] == [
+        "1st", "2nd", "3rd", "4th", "11th", "12th", "21st", "102nd", "111th"
+    ]  # fmt: skip
+
+
+def test_items_that_were_all_beyond_the_listed_ranks_are_new(workspace: Workspace) -> None:
+    changed = changes(workspace, ranking_of(10, 20), ranking_of(30, 40), 2)
+    assert changed.num_changed == 2 and all(row["change"] is None for row in changed.rows)
+    assert changed.summary(2) == (
+        "**2 of the best 2** items are new. Item 30 is first now and was beyond rank 1,000 before."
+    )

@@ -1,0 +1,252 @@
+"""The page without a browser: every tab draws, and bad input gives a message instead of a traceback."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Served, sign_model, small_config
+from vista.config import ExploreConfig
+from vista.log.event_log import EventLog
+from vista.log.splits import split_until
+from vista.refresh import refresh
+from vista.store.erasure import erase
+from vista.training.trainer import train
+
+pytest.importorskip("streamlit", reason="the extra `explore` is not installed")
+testing = pytest.importorskip("streamlit.testing.v1")
+page_cache = pytest.importorskip("vista.explore.page_cache")
+
+PAGE = Path(__file__).parents[2] / "vista" / "explore" / "page.py"
+TABS = ("User", "Ranking", "What if", "Compare", "Store", "Training", "Results")
+Draw = Callable[..., Any]
+
+
+@pytest.fixture
+def draw(monkeypatch: pytest.MonkeyPatch) -> Draw:
+    """Draw the page for some places, with a tab and a user; returns Streamlit's picture of it."""
+
+    def run(tab: str, user: object = 104, **places: object) -> Any:
+        config = ExploreConfig(**{name: str(value) for name, value in places.items()})
+        monkeypatch.setattr(sys, "argv", [str(PAGE), json.dumps(dataclasses.asdict(config))])
+        page = testing.AppTest.from_file(str(PAGE), default_timeout=200)
+        page.query_params["tab"] = tab
+        page.query_params["user"] = str(user)
+        page.run()
+        assert not page.exception, page.exception
+        return page
+
+    return run
+
+
+def texts(page: Any) -> str:
+    """What the page says, without tables and charts."""
+    kinds = ("title", "markdown", "caption", "error", "warning", "info", "success")
+    return "\n".join(str(element.value) for kind in kinds for element in getattr(page, kind))
+
+
+def of(served: Served, **changes: object) -> dict[str, object]:
+    return {"model": served.model_dir, "store": served.store, "data": served.log.path} | changes
+
+
+@pytest.mark.parametrize("tab", TABS)
+def test_every_tab_draws(draw: Draw, served: Served, tab: str) -> None:
+    page = draw(tab, **of(served, other_store=served.test_store))
+    said = texts(page)
+    assert "User 104" in said and "generation 1 is served" in said and not page.error
+    expected = {
+        "User": "What the summary recalls",
+        "Ranking": "has rank 1",
+        "What if": "after one more event",
+        "Compare": "of 10** best items",
+        "Store": "covers every segment",
+        "Training": "Validation",
+        "Results": "Does the summary help?",
+    }
+    assert expected[tab] in said
+
+
+def test_events_are_added_and_removed(draw: Draw, served: Served) -> None:
+    page = draw("What if", **of(served))
+    add = next(button for button in page.button if button.label == "Add event")
+    add.click().run()
+    assert "Added:" in texts(page) and not page.exception
+    next(button for button in page.button if button.label == "Remove all").click().run()
+    assert "Added:" not in texts(page)
+
+
+def test_the_summary_is_measured_on_the_store_before_the_labels(draw: Draw, served: Served) -> None:
+    page = draw("Results", **of(served, other_store=served.test_store))
+    next(button for button in page.button if button.label == "Measure").click().run(timeout=200)
+    assert "longest histories" in texts(page)
+    page = draw("Results", **of(served))
+    next(button for button in page.button if button.label == "Measure").click().run(timeout=200)
+    assert "its records cover them" in texts(page)
+
+
+def test_a_new_model_at_the_same_path_is_measured_again(
+    draw: Draw, served_tasks: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page_cache, "FOLLOW_S", 0.1)
+    shutil.copytree(served_tasks.model_dir, tmp_path / "best")
+    shutil.copytree(served_tasks.test_store, tmp_path / "store")
+    places = of(served_tasks, model=tmp_path / "best", store=tmp_path / "store")
+
+    def measured() -> tuple[str, list[list[float]]]:
+        page = draw("Results", **places)
+        next(button for button in page.button if button.label == "Measure").click().run(timeout=200)
+        return texts(page), page.dataframe[0].value[["without", "with"]].values.tolist()
+
+    _, old = measured()
+    assert measured()[1] == old
+    changed = dataclasses.replace(served_tasks.config, seed=served_tasks.config.seed + 1, run_dir=str(tmp_path / "run"))
+    model = train(changed, served_tasks.log)
+    shutil.rmtree(tmp_path / "best")
+    shutil.copytree(tmp_path / "run" / "best", tmp_path / "best")
+    refresh(model, served_tasks.log, tmp_path / "store", until=split_until(changed.data, "test"))
+    for _ in range(100):
+        said, new = measured()
+        if "generation 2 is served" in said:
+            break
+        time.sleep(0.1)
+    assert "generation 2 is served" in said and new != old
+
+
+def test_two_models_and_two_generations_are_compared(draw: Draw, served: Served, tmp_path: Path) -> None:
+    changed = dataclasses.replace(served.config, seed=served.config.seed + 1, run_dir=str(tmp_path / "other"))
+    refresh(train(changed, served.log), served.log, tmp_path / "other-store")
+    shutil.copytree(served.store, tmp_path / "store")
+    refresh(served.model, served.log, tmp_path / "store")
+    other = {"other_model": tmp_path / "other" / "best", "other_store": tmp_path / "other-store"}
+    page = draw("Compare", **of(served, store=tmp_path / "store", **other))
+    choice = page.selectbox(key="other")
+    named = f"model {other['other_model']}, store {other['other_store']}"
+    assert choice.options == [named, "generation 1 of the same store"] and choice.value == named
+    said = texts(page)
+    assert "of 10** best items" in said and "**10 of 10**" not in said and not page.error
+    choice.set_value("generation 1 of the same store").run(timeout=200)
+    assert "**10 of 10** best items" in texts(page) and not page.error and not page.exception
+
+
+def test_counters_are_drawn(draw: Draw, served: Served, tmp_path: Path) -> None:
+    config = small_config(served.log, tmp_path / "run", model__counters=True, optim__epochs=1)
+    refresh(train(config, served.log), served.log, tmp_path / "store")
+    places = of(served, model=tmp_path / "run" / "best", store=tmp_path / "store")
+    page = draw("User", **places)
+    assert "#### Counters" in texts(page) and "This model has no counters" not in texts(page) and not page.error
+    tables = [table.value for table in page.dataframe if "count" in table.value]
+    assert tables and tables[0]["count"].iloc[0] >= 1 and "last" in tables[0]
+    page = draw("Ranking", **places)
+    assert "has rank 1" in texts(page) and any("counters" in table.value for table in page.dataframe)
+
+
+def test_users_are_found_by_the_beginning_of_their_id(draw: Draw, served: Served) -> None:
+    page = draw("Store", **of(served))
+    page.text_input(key="search").set_value("11").run()
+    assert "User 104" in texts(page)
+    assert [button.label for button in page.button if button.label.startswith("11")] == [
+        "110",
+        "111",
+        "112",
+        "113",
+        "114",
+        "115",
+    ]
+    page.button(key="user-112").click().run()
+    assert "User 112" in texts(page)
+    page.text_input(key="search").set_value("101").run()
+    assert "User 101" in texts(page)
+    page.text_input(key="search").set_value("nobody").run()
+    assert "No user's id begins with" in texts(page) and "User 101" in texts(page)
+
+
+def test_scorers_are_closed_beyond_a_limit(draw: Draw, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vista.explore.page_cache import SCORERS
+
+    monkeypatch.setattr(SCORERS, "_limit", 1)
+    for _ in range(2):
+        page = draw("Compare", **of(served, other_store=served.test_store))
+        assert "of 10** best items" in texts(page) and not page.error and len(SCORERS) == 1
+
+
+class TestBadInput:
+    """One test for each."""
+
+    def test_a_store_without_its_model(self, draw: Draw, served: Served, tmp_path: Path) -> None:
+        places = of(served, model=tmp_path / "nowhere" / "best")
+        page = draw("Store", **places)
+        assert "nowhere/best" in page.error[0].value and "Generations" in texts(page)
+        assert page.dataframe[0].value["state"].tolist() == ["served"]
+        assert "needs a model" in texts(draw("Ranking", **places))
+
+    def test_a_model_without_its_store(self, draw: Draw, served: Served, tmp_path: Path) -> None:
+        page = draw("Store", **of(served, store=tmp_path / "nowhere"))
+        assert all("nowhere" in error.value for error in page.error) and len(page.error) == 2
+
+    def test_a_run_folder_that_is_half_written(self, draw: Draw, served: Served, tmp_path: Path) -> None:
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1, "epoch": 0, "loss": 2.5}\n{"step": 2, "lo')
+        config = of(served)
+        page = draw("Training", **config)
+        assert "half" not in texts(page)
+        half = testing.AppTest.from_file(str(PAGE), default_timeout=200)
+        settings = ExploreConfig(**{name: str(value) for name, value in config.items()}, runs=[str(tmp_path)])
+        sys.argv[1] = json.dumps(dataclasses.asdict(settings))
+        half.query_params["tab"] = "Training"
+        half.run()
+        assert not half.exception and "line 2 of metrics.jsonl is incomplete" in texts(half)
+        assert "half written: run.json is missing; config.yaml is missing" in texts(half)
+        assert half.dataframe[0].value[["state", "steps"]].values.tolist() == [["half written", 1]]
+
+    def test_a_user_without_a_record(self, draw: Draw, served: Served, tmp_path: Path) -> None:
+        shutil.copytree(served.store, tmp_path / "store")
+        erase(tmp_path / "store", [104])
+        places = of(served, store=tmp_path / "store")
+        assert "User 104 has 40 events in the log, but no record" in texts(draw("User", **places))
+        assert "ranking of an empty history" in texts(draw("Ranking", **places))
+        assert "no record in store A" in texts(draw("Compare", **places, other_store=served.test_store))
+
+    def test_a_model_of_another_version(self, draw: Draw, served: Served, tmp_path: Path) -> None:
+        shutil.copytree(served.model_dir, tmp_path / "best")
+        sign_model(tmp_path / "best", lambda fields: fields.update(format_version=99))
+        page = draw("User", **of(served, model=tmp_path / "best"))
+        assert "99" in page.error[0].value and "version" in page.error[0].value
+
+    def test_a_model_of_another_summarizer(self, draw: Draw, served: Served, served_tasks: Served) -> None:
+        page = draw("User", **of(served, store=served_tasks.store))
+        assert "was written by summarizer" in page.error[0].value
+
+    def test_users_of_another_kind(self, draw: Draw, served: Served, order_log: EventLog) -> None:
+        page = draw("Ranking", user="u104", **of(served, data=order_log.path))
+        assert "user 'u104': the user ids of the store are of type int" in page.error[0].value and "User u104" in texts(
+            page
+        )
+
+    def test_an_argument_that_the_scorer_refuses(
+        self, draw: Draw, served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        from vista.explore import page_body
+
+        monkeypatch.setitem(page_body.TABS, "Ranking", lambda workspace, user: workspace.scorer.rank(user, top_k=0))
+        page = draw("Ranking", **of(served))
+        assert [error.value for error in page.error] == ["top_k: must be at least 1, got 0"]
+        assert "the tab Ranking of user 104 could not be drawn" in caplog.text
+
+    def test_no_demo_yet(self, draw: Draw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        page = draw("User")
+        assert "Run `make demo` first" in page.error[0].value
+
+    def test_no_log(self, draw: Draw, served: Served, tmp_path: Path) -> None:
+        page = draw("User", **of(served, data=tmp_path / "no-log"))
+        assert "no such folder" in page.warning[0].value and "User 104" in texts(page)
+
+    def test_nothing_to_compare(self, draw: Draw, served: Served) -> None:
+        assert "There is nothing to compare yet" in texts(draw("Compare", **of(served)))

@@ -1,0 +1,329 @@
+"""The page of a report: what it says, that it needs no network, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Served, sign_model, small_config
+from tests.report.conftest import Reported
+from vista import progress_bar
+from vista.cli.main import main
+from vista.config import EvaluateConfig, ReportConfig
+from vista.config.choices import Architecture, Split, Target
+from vista.errors import CheckpointError, ConfigError, StoreError, SummarizerMismatchError
+from vista.evaluation.evaluate import evaluate_scorer
+from vista.log.event_log import EventLog
+from vista.report.report import write_report
+from vista.runs.run_files import MAX_METRICS_BYTES
+from vista.scorer import Scorer
+from vista.training.trainer import train_model
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+PROGRESS = ("ranking", "impressions", "baselines", "earlier events", "pooled vectors", "intervals", "sections")
+VOID = {"meta", "link", "br", "img"}
+SECTIONS = [
+    "What was trained",
+    "Training",
+    "Quality",
+    "Quality by age of the deciding event",
+    "Calibration",
+    "Latency",
+    "What was not measured",
+]
+
+
+class Page(HTMLParser):
+    """The tags, the links, and the rows of the tables of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.tags: set[str] = set()
+        self.rows: list[list[str]] = []
+        self.unclosed: list[str] = []
+        self._cell: list[str] | None = None
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.links += [value or "" for name, value in attrs if name in ("href", "src", "srcset", "data", "action")]
+        if tag not in VOID:
+            self.unclosed.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self._cell = []
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.unclosed.pop() == tag
+        if tag in ("td", "th") and self._cell is not None:
+            self.rows[-1].append("".join(self._cell))
+            self._cell = None
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
+    def handle_data(self, data: str) -> None:
+        if self._cell is not None:
+            self._cell.append(data)
+
+
+def titles(page: str) -> list[str]:
+    return re.findall(r"<h2[^>]*>([^<]*)</h2>", page)
+
+
+class TestPage:
+    def test_has_all_sections(self, reported: Reported) -> None:
+        """Those for which twelve users are too few are listed as missing."""
+        assert titles(reported.page) == SECTIONS
+        assert "quality by history length, because fewer than two groups have 30 cases" in reported.page
+
+    def test_needs_no_network(self, reported: Reported) -> None:
+        page = Page(reported.page)
+        assert page.unclosed == []
+        assert all(link.startswith(("#", "data:")) for link in page.links)
+        assert not page.tags & {"script", "iframe", "object", "embed", "base", "form", "img"}
+        assert "http:" not in reported.page and "https:" not in reported.page
+        assert "url(" not in reported.page and "@import" not in reported.page
+        assert "default-src 'none'" in reported.page
+
+    def test_the_figures_are_those_of_an_evaluation(self, reported: Reported) -> None:
+        served = reported.served
+        with Scorer.open(served.model_dir, served.test_store) as scorer:
+            metrics = evaluate_scorer(scorer, served.log, EvaluateConfig(top_k=[10], progress=False)).metrics
+        rows = [row for row in Page(reported.page).rows if row and row[0] == "run" and len(row) > 4]
+        assert rows[0][1].startswith(f"{metrics['auc/click']:.4f} ±")
+        assert rows[0][3:] == [
+            f"{metrics[f'{name}/click']:{form}}"
+            for name, form in (("gauc", ".4f"), ("ne", ".4f"), ("calibration", ".3f"))
+        ]
+        assert any(
+            row[1].startswith(f"{metrics['ndcg@10']:.4f}") for row in Page(reported.page).rows if row[0] == "run"
+        )
+
+    def test_names_the_other_run_and_the_baselines(self, reported: Reported) -> None:
+        named = {row[0] for row in Page(reported.page).rows if row}
+        assert {
+            "run",
+            "k0",
+            "oracle",
+            "item rate",
+            "counters",
+            "pooled vectors",
+            "popularity",
+            "item neighbors",
+        } <= named
+        assert "EASE" not in named and "vista evaluate baselines=true trained_baselines=true" in reported.page
+        assert re.search(r"AUC of click: run reaches 0\.\d{4}; .* k0; .*, the best baseline\.", reported.page)
+
+    def test_the_latency_states_the_load(self, reported: Reported) -> None:
+        assert re.search(r"load average of the machine \d+\.\d\d before and \d+\.\d\d after", reported.page)
+        assert re.search(r"Medians over [3-9] rounds", reported.page)
+
+    def test_a_browser_without_a_network_shows_it(self, reported: Reported, tmp_path: Path) -> None:
+        if CHROMIUM is None:
+            pytest.skip("no Chromium is installed")
+        log, picture = tmp_path / "net.json", tmp_path / "page.png"
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        options += ["--no-first-run", "--disable-component-update", "--host-resolver-rules=MAP * ~NOTFOUND"]
+        options += [f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={log}", f"--screenshot={picture}"]
+        done = subprocess.run(
+            [CHROMIUM, *options, "--window-size=400,900", f"file://{reported.report.path}"],
+            capture_output=True,
+            timeout=180,
+        )
+        assert done.returncode == 0, done.stderr.decode()
+        assert picture.stat().st_size > 10_000
+        asked = set(re.findall(r'"url":"([a-z]+)://([^"/]*)', log.read_text()))
+        from_page = {url for url in asked if "google" not in url[1] and "gvt1" not in url[1]}  # the browser's own calls
+        assert all(scheme in ("file", "chrome", "data", "blob") for scheme, _ in from_page), from_page
+
+
+class TestOtherModels:
+    def test_next_items_of_a_log_with_times(self, served: Served, tmp_path: Path) -> None:
+        report = write_report(self.config(served, tmp_path))
+        page = report.path.read_text()
+        assert "quality by age of the deciding event, because fewer than two groups have 30 cases" in page
+        assert "calibration, because there are no labeled impressions" in page
+
+    def test_a_log_without_times(self, order_log: EventLog, tmp_path: Path) -> None:
+        train_model(small_config(order_log, tmp_path / "run"), order_log)
+        config = ReportConfig(run=str(tmp_path / "run"), baselines=False, num_threads=1, progress=False)
+        page = write_report(config).path.read_text()
+        assert "quality by user activity, because the log has no times" in page
+        assert "baselines, because baselines=false" in page
+
+    def test_a_model_that_reads_raw_histories(
+        self, impression_log: EventLog, served_tasks: Served, tmp_path: Path
+    ) -> None:
+        data = served_tasks.config.data
+        config = small_config(
+            impression_log, tmp_path / "din", model__architecture=Architecture.din, model__num_seeds=0
+        )
+        config.model.history_limit, config.data, config.optim.next_weight = 20, data, 0.0
+        config.model.counters = config.model.popularity = None
+        train_model(config, impression_log)
+        page = write_report(ReportConfig(run=str(tmp_path / "din"), num_threads=1, progress=False)).path.read_text()
+        assert "latency, because the model reads raw histories" in page and "AUC of click: din reaches" in page
+
+    def test_windows(self, served_tasks: Served, tmp_path: Path) -> None:
+        config = self.config(served_tasks, tmp_path)
+        config.target, config.horizon_events, config.top_k = Target.window, 5, 5
+        page = write_report(config).path.read_text()
+        assert "precision@5 of the next 5 events: run reaches" in page and "pooled vectors" in page
+        assert "quality by the age of the deciding event, because a window has several labels" in page
+        assert "calibration, because there are no labeled impressions" in page
+
+    @staticmethod
+    def config(served: Served, folder: Path) -> ReportConfig:
+        return ReportConfig(
+            run=served.config.run_dir,
+            store=str(served.test_store),
+            out=str(folder / "r.html"),
+            num_threads=1,
+            progress=False,
+        )
+
+
+class TestBadInput:
+    def copy(self, served: Served, folder: Path) -> Path:
+        return Path(shutil.copytree(served.config.run_dir, folder / "copy"))
+
+    def test_a_run_without_a_model_yet(self, served: Served, tmp_path: Path) -> None:
+        run = self.copy(served, tmp_path)
+        shutil.rmtree(run / "best")
+        with pytest.raises(ConfigError, match=r"copy: has no exported model \(best/\) yet.*rerun its `vista train`"):
+            write_report(ReportConfig(run=str(run)))
+        assert not (run / "report.html").exists()
+
+    def test_a_line_that_a_killed_run_has_cut_off(self, served: Served, tmp_path: Path) -> None:
+        run = self.copy(served, tmp_path)
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        last = max(index for index, line in enumerate(lines) if "validation" in line)
+        (run / "metrics.jsonl").write_text("\n".join([*lines[:last], lines[last][:30]]))
+        facts = json.loads((run / "run.json").read_text())
+        (run / "run.json").write_text(json.dumps(facts | {"state": "running", "ended": None}))
+        page = write_report(
+            ReportConfig(run=str(run), store=str(served.test_store), baselines=False, num_threads=1, progress=False)
+        ).path.read_text()
+        assert "The run is stopped (its process was killed): 1 of 2 epochs are done" in page
+
+    @pytest.mark.parametrize(
+        ("content", "problem"),
+        [
+            (None, "metrics.jsonl is missing"),
+            ("{", "line 1 of metrics.jsonl cannot be read"),
+            (MAX_METRICS_BYTES + 1, r"metrics.jsonl cannot be read \(holds \d+ bytes"),
+        ],
+    )
+    def test_metrics_that_cannot_be_read(
+        self, served: Served, tmp_path: Path, content: str | int | None, problem: str
+    ) -> None:
+        run = self.copy(served, tmp_path)
+        (run / "metrics.jsonl").unlink()
+        if isinstance(content, str):
+            (run / "metrics.jsonl").write_text(content)
+        elif content is not None:
+            with (run / "metrics.jsonl").open("wb") as file:
+                file.truncate(content)  # a sparse file
+        page = write_report(
+            ReportConfig(run=str(run), store=str(served.test_store), baselines=False, num_threads=1, progress=False)
+        ).path.read_text()
+        half = "half written (metrics.jsonl ", ", and how many epochs are done is unknown. All figures"
+        assert all((text in page) == (content != "{") for text in half), "a cut-off line leaves a finished run finished"
+        assert "epochs are done." not in page
+        assert re.search(rf"training curves, because {problem}", page), page
+
+    def test_a_model_of_another_version(self, served: Served, tmp_path: Path) -> None:
+        run = self.copy(served, tmp_path)
+        sign_model(run / "best", lambda fields: fields.update(format_version=99))
+        with pytest.raises(CheckpointError, match=r"best: format 99, but this version of vista reads"):
+            write_report(ReportConfig(run=str(run)))
+
+    def test_settings_of_another_version(self, served: Served, tmp_path: Path) -> None:
+        run = self.copy(served, tmp_path)
+        (run / "config.yaml").write_text((run / "config.yaml").read_text() + "\nnew_key: 1\n")
+        with pytest.raises(ConfigError, match=r"copy: its config.yaml cannot be read \(unknown key 'new_key'"):
+            write_report(ReportConfig(run=str(run)))
+
+    def test_a_store_of_another_model(self, served: Served, served_tasks: Served, tmp_path: Path) -> None:
+        config = ReportConfig(
+            run=served.config.run_dir, store=str(served_tasks.test_store), out=str(tmp_path / "r.html")
+        )
+        with pytest.raises(SummarizerMismatchError):
+            write_report(config)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_store_that_is_not_there(self, served: Served, tmp_path: Path) -> None:
+        config = ReportConfig(run=served.config.run_dir, store=str(tmp_path / "none"), out=str(tmp_path / "r.html"))
+        with pytest.raises(StoreError, match="none"):
+            write_report(config)
+
+    def test_a_folder_that_is_not_a_run(self, served: Served, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"is not a run folder \(no config.yaml\)"):
+            write_report(ReportConfig(run=str(tmp_path)))
+        with pytest.raises(ConfigError, match=r"is an exported model; name its run folder, such as .*run"):
+            write_report(ReportConfig(run=str(served.model_dir)))
+
+    def test_another_run_with_another_split(self, served_tasks: Served, tmp_path: Path) -> None:
+        config = small_config(served_tasks.log, tmp_path / "other", data__split=Split.leave_last_out)
+        train_model(config, served_tasks.log)
+        asked = ReportConfig(
+            run=served_tasks.config.run_dir,
+            others=[str(tmp_path / "other")],
+            store=str(served_tasks.test_store),
+            out=str(tmp_path / "r.html"),
+            num_threads=1,
+            progress=False,
+        )
+        with pytest.raises(
+            ConfigError, match=r"others: .*other was evaluated on other cases than .*run, because its data"
+        ):
+            write_report(asked)
+
+    def test_a_run_that_is_named_twice(self) -> None:
+        with pytest.raises(ConfigError, match="others: names a run twice"):
+            ReportConfig(run="runs/a", others=["runs/a"])
+
+
+def test_the_command(served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [f"run={served.config.run_dir}", f"store={served.test_store}", f"out={tmp_path / 'r.html'}"]
+    assert main(["report", *words, "progress=false", "num_threads=1"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"{tmp_path / 'r.html'}: ") and "  Quality: ndcg@10 of the next item: run reaches" in out
+    assert main(["report", f"run={tmp_path}"]) == 2
+    assert "is not a run folder" in capsys.readouterr().err
+
+
+def test_progress_is_shown(
+    served_tasks: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each part that takes long on a large log: what is done, the rate, and the time left."""
+    for name in ("PLAIN_DELAY_S", "LINE_SECONDS"):
+        monkeypatch.setattr(progress_bar, name, 0.0)
+    words = [f"run={served_tasks.config.run_dir}", f"store={served_tasks.test_store}", f"out={tmp_path / 'r.html'}"]
+    for shown in ("true", "false"):
+        assert main(["report", *words, f"progress={shown}", "num_threads=1"]) == 0
+        err = capsys.readouterr().err
+        for part in PROGRESS:
+            line = rf"^{part}: \d+ of \d+ \w+ \(\d+%\), .+/\w+, \S+ left"
+            assert bool(re.search(line, err, re.M)) == (shown == "true"), (part, err)
+        assert bool(re.search(r"^latency: \d round, ", err, re.M)) == (shown == "true")
+
+
+def test_names_of_a_log_are_escaped(served: Served, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(served.config.run_dir, tmp_path / "a<b>&c"))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows[-1]["validation"]["<script>"] = 1.0
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = ReportConfig(run=str(run), store=str(served.test_store), baselines=False, num_threads=1, progress=False)
+    page = write_report(config).path.read_text()
+    assert "script" not in Page(page).tags and "a&lt;b&gt;&amp;c" in page

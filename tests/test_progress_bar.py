@@ -1,0 +1,112 @@
+"""Progress on a narrow terminal and in a pipe, as a process shows it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+
+COLUMNS = 40
+SETTINGS = """
+import time
+import vista.progress_bar as module
+from vista.progress_bar import elapsed_time, progress_bar, progress_shown
+module.PLAIN_DELAY_S, module.LINE_SECONDS, module.TERMINAL_DELAY_S = 0.05, 0.3, 0.05
+"""
+LONG = """
+with progress_shown():
+    for _ in progress_bar(range(50), desc="epoch 1/3", unit="batch"):
+        time.sleep(0.02)
+print("result")
+"""
+
+
+def _on_terminal(code: str) -> tuple[str, str]:
+    """Stdout, and what a process writes to a terminal of 40 columns as its stderr."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, COLUMNS, 0, 0))
+    process = subprocess.Popen([sys.executable, "-c", SETTINGS + code], stdout=subprocess.PIPE, stderr=theirs)
+    os.close(theirs)
+    written = b""
+    while True:
+        try:
+            part = os.read(ours, 4096)
+        except OSError:  # Linux reports the closed end as an error
+            break
+        if not part:
+            break
+        written += part
+    os.close(ours)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, written.decode()
+    return out.decode(), written.decode()
+
+
+def _in_pipe(code: str) -> tuple[str, str]:
+    done = subprocess.run([sys.executable, "-c", SETTINGS + code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+def test_a_narrow_terminal_has_one_line_with_rate_and_time_left() -> None:
+    out, written = _on_terminal(LONG)
+    assert out == "result\n"
+    assert written.count("\n") == 1 and written.endswith("\n"), "a single line, updated in place"
+    shown = [text for text in re.split(r"[\r\n]+", written) if text.strip()]
+    assert len(shown) > 2 and max(map(len, shown)) <= COLUMNS
+    pattern = r"epoch 1/3 \d+% \d+:\d\d left .*batch"
+    assert all(re.search(pattern, text) for text in shown[1:]), shown
+
+
+def test_a_pipe_has_plain_lines() -> None:
+    out, written = _in_pipe(LONG)
+    assert out == "result\n"
+    lines = written.splitlines()
+    assert 2 <= len(lines) <= 20 and "\r" not in written and "\x1b" not in written
+    pattern = r"epoch 1/3: \d+ of 50 batch \(\d+%\), +[\d.]+(batch/s|s/batch), \d\d:\d\d left"
+    assert all(re.fullmatch(pattern, line) for line in lines), lines
+    assert lines[-1].startswith("epoch 1/3: 50 of 50")
+
+
+def test_short_work_shows_nothing() -> None:
+    code = 'with progress_shown():\n    list(progress_bar(range(3), desc="x", unit="y"))'
+    assert _in_pipe("module.PLAIN_DELAY_S = 60.0\n" + code) == ("", "")
+    assert _on_terminal("module.TERMINAL_DELAY_S = 60.0\n" + code) == ("", "")
+
+
+def test_bars_of_libraries_are_hidden_unless_a_command_shows_them() -> None:
+    hidden = 'for _ in progress_bar(range(20), desc="x", unit="y"):\n    time.sleep(0.02)\n'
+    assert _in_pipe(hidden) == ("", "")
+    assert _in_pipe("with progress_shown():\n    pass\n" + hidden) == ("", "")
+    told = 'with progress_shown():\n    for _ in progress_bar(range(20), desc="x", unit="y", shown=False):\n'
+    assert _in_pipe(told + "        time.sleep(0.02)\n") == ("", "")
+
+
+def test_a_step_of_unknown_length_shows_its_time() -> None:
+    code = 'with progress_shown(), elapsed_time("index"):\n    time.sleep(2.5)'
+    _, plain = _in_pipe(code)
+    assert re.fullmatch(r"(index: 00:0\d so far\n){2,}", plain), plain
+    _, shown = _on_terminal(code)
+    assert "index: 00:01 so far" in shown and shown.count("\n") == 1
+
+
+def test_unknown_totals_have_a_rate() -> None:
+    code = """
+with progress_shown():
+    for _ in progress_bar(iter(range(20)), desc="x", unit="row"):
+        time.sleep(0.02)
+"""
+    _, plain = _in_pipe(code)
+    assert re.search(r"x: \d+ row, +[\d.]+row/s, 00:0\d so far\n", plain), plain
+
+
+def test_a_command_shows_progress_on_stderr_only(tmp_path: object) -> None:
+    words = ["simulate", f"out={tmp_path}/source", "num_users=200", "events_per_user=20000", "impressions_per_user=1"]
+    out, shown = _on_terminal(f"module.TERMINAL_DELAY_S = 0.0\nfrom vista.cli.main import main\nmain({words})")
+    assert "simulate" in shown and "left" in shown
+    assert out.startswith(f"{tmp_path}/source: 200 users") and "%" not in out

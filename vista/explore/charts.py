@@ -1,0 +1,282 @@
+"""The page's charts, with one color per meaning on all tabs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vista.explore.explained_ranking import PARTS
+from vista.explore.explore_extra import altair as alt
+from vista.explore.explore_extra import pandas as pd
+from vista.explore.timeline import OTHER, Timeline
+from vista.log.gaps import DAY_MS
+
+SUMMARY, TAIL, COUNTERS, NEUTRAL = "#2f6fb0", "#e2803a", "#3f9b73", "#9aa0a8"
+PART_COLORS = dict(zip(PARTS, (SUMMARY, TAIL, COUNTERS, "#b3bac3", "#8766b5", "#dcdfe4"), strict=True))
+KIND_COLORS = ("#2f6fb0", "#74a9d8", "#3f9b73", "#e2803a", "#8766b5", "#c9a227")
+UP, DOWN = "#3f9b73", "#c8553d"
+GRID, TEXT, FONT = "#eceef1", "#3c4450", "Source Sans, Source Sans Pro, sans-serif"
+BAR_HEIGHT = 24
+MAX_LABEL_PX = 260
+LEAST_RECALL = 5.0
+"""Percentage points that the axis of recall shows at least, so that noise looks like noise."""
+
+
+def timeline_chart(line: Timeline, *, has_time: bool) -> Any:
+    """Events over time by kind; a line marks where the tail begins."""
+    frame = pd.DataFrame(line.rows)
+    kind: Any = "temporal" if has_time else "quantitative"
+    colors = [KIND_COLORS[place] if name != OTHER else NEUTRAL for place, name in enumerate(line.kinds)]
+    title = None if has_time else "position in the log"
+    many_months = has_time and frame["time"].max() - frame["time"].min() > 180 * DAY_MS
+    axis = alt.Axis(format="%b %Y", labelOverlap=True) if many_months else alt.Axis()
+    bars = (
+        alt.Chart(frame)
+        .mark_bar(stroke="white", strokeWidth=0.5)
+        .encode(
+            x=alt.X("time", type=kind, title=title, axis=axis),
+            x2="end",
+            y=alt.Y("below:Q", title="events"),
+            y2="above",
+            color=_color("kind", line.kinds, colors, None),
+            tooltip=[
+                alt.Tooltip("time", type=kind, title="from"),
+                alt.Tooltip("kind:N", title=line.kind_name),
+                alt.Tooltip("events:Q"),
+            ],
+        )
+    )
+    if line.tail_from is None:
+        return _styled(bars, 260)
+    mark = pd.DataFrame([{"time": line.tail_from, "text": "tail"}])
+    rule = alt.Chart(mark).mark_rule(color=TAIL, strokeWidth=2).encode(x=alt.X("time", type=kind))
+    label = (
+        alt.Chart(mark)
+        .mark_text(color=TAIL, align="right", dx=-6, y=8, fontWeight="bold")
+        .encode(x=alt.X("time", type=kind), text="text")
+    )
+    return _styled(bars + rule + label, 260)
+
+
+def recall_chart(rows: list[dict[str, Any]]) -> Any:
+    """What a summary recalls by age, in percentage points: {"age", "recall", "own", "other", "events"}."""
+    most = max(LEAST_RECALL, *(abs(row["recall"]) for row in rows))
+    chart = (
+        alt.Chart(pd.DataFrame(rows))
+        .mark_bar(color=SUMMARY, cornerRadiusEnd=2, width={"band": 0.55})
+        .encode(
+            x=alt.X("age:N", sort=None, title="age, in events before the end of the summary", axis=_flat_labels()),
+            y=alt.Y("recall:Q", title="recall (points)", scale=alt.Scale(domain=[-most, most])),
+            tooltip=[
+                "age:N",
+                alt.Tooltip("recall:Q", format="+.1f", title="recall (points)"),
+                alt.Tooltip("own:Q", format=".1%", title="own summary"),
+                alt.Tooltip("other:Q", format=".1%", title="another user's"),
+                alt.Tooltip("events:Q", format=","),
+            ],
+        )
+    )
+    zero = alt.Chart(pd.DataFrame([{"recall": 0}])).mark_rule(color=NEUTRAL).encode(y="recall:Q")
+    return _styled(chart + zero, 260)
+
+
+def parts_chart(rows: list[dict[str, Any]], parts: list[str], value_name: str) -> Any:
+    """What the scores of ranked items consist of, as stacked bars, the best item on top."""
+    long = [
+        {"item": f"{row['rank']}. {row['item']}", "part": part, "share": row[part], "order": place}
+        for row in rows
+        for place, part in enumerate(parts)
+    ]
+    order = [f"{row['rank']}. {row['item']}" for row in rows]
+    chart = (
+        alt.Chart(pd.DataFrame(long))
+        .mark_bar(height={"band": 0.72})
+        .encode(
+            y=alt.Y("item:N", sort=order, title=None, axis=_item_labels()),
+            x=alt.X("share:Q", title=f"share of {value_name}"),
+            color=_color("part", parts, [PART_COLORS[part] for part in parts], None),
+            order=alt.Order("order:Q"),
+            tooltip=["item:N", "part:N", alt.Tooltip("share:Q", format="+.3f")],
+        )
+    )
+    return _styled(chart, BAR_HEIGHT * len(rows) + 96)
+
+
+def token_chart(rows: list[dict[str, Any]]) -> Any:
+    """Shares of the summary's tokens."""
+    return _share_bars(rows, SUMMARY, "token:O", "summary token", ["token:O"])
+
+
+def tail_chart(rows: list[dict[str, Any]]) -> Any:
+    """Shares of the tail's events, the newest event first."""
+    return _share_bars(rows, TAIL, "age:O", "event of the tail, 1 is the newest", ["age:O", "item:N"])
+
+
+def _share_bars(rows: list[dict[str, Any]], color: str, place: str, title: str, told: list[str]) -> Any:
+    chart = (
+        alt.Chart(pd.DataFrame(rows))
+        .mark_bar(color=color)
+        .encode(
+            x=alt.X(place, title=title, axis=_flat_labels("parity")),
+            y=alt.Y("share:Q", title="share"),
+            tooltip=[*told, alt.Tooltip("share:Q", format="+.4f")],
+        )
+    )
+    return _styled(chart, 270)
+
+
+def slope_chart(rows: list[dict[str, Any]], top_k: int) -> Any:
+    """Ranks before and after, one line per item; items from beyond the list enter from below."""
+    last = top_k + 1
+    points = []
+    for row in rows:
+        change = row["change"]
+        moved = "same" if change == 0 else "up" if change is None or change > 0 else "down"
+        if row["after"] is None:
+            moved = "down"
+        for when, rank in (("before", row["before"]), ("after", row["after"])):
+            points.append({"item": row["item"], "when": when, "rank": min(rank or last, last), "moved": moved})
+    lines = (
+        alt.Chart(pd.DataFrame(points))
+        .mark_line(point=alt.OverlayMarkDef(size=60, filled=True), strokeWidth=2.5)
+        .encode(
+            x=alt.X("when:N", sort=["before", "after"], title=None, axis=_flat_labels(orient="top")),
+            y=alt.Y(
+                "rank:Q",
+                scale=alt.Scale(domain=[last + 0.3, 0.7], nice=False, zero=False),
+                title="rank",
+                axis=alt.Axis(
+                    values=list(range(1, last + 1)), labelExpr=f"datum.value == {last} ? 'below' : datum.value"
+                ),
+            ),
+            color=_color("moved", ["up", "same", "down"], [UP, NEUTRAL, DOWN], None),
+            detail="item:N",
+            tooltip=["item:N", "when:N", "rank:Q"],
+        )
+    )
+    return _styled(lines, 30 * last + 80)
+
+
+def curve_chart(rows: list[dict[str, Any]], title: str, best_step: int | None = None) -> Any:
+    """Values over steps, one line per run; a line marks the exported step."""
+    frame = pd.DataFrame(rows)
+    runs = list(dict.fromkeys(frame["run"]))
+    colors = [KIND_COLORS[place % len(KIND_COLORS)] for place in range(len(runs))]
+    legend = "run" if len(runs) > 1 else None
+    lines = (
+        alt.Chart(frame)
+        .mark_line(strokeWidth=2, point=alt.OverlayMarkDef(size=30) if len(frame) <= 40 else False)
+        .encode(
+            x=alt.X("step:Q", title="step"),
+            y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=False)),
+            color=_color("run", runs, colors, legend, show=legend is not None),
+            tooltip=["run:N", "step:Q", alt.Tooltip("value:Q", format=".4f")],
+        )
+    )
+    if best_step is not None:
+        mark = pd.DataFrame([{"step": best_step}])
+        lines = lines + alt.Chart(mark).mark_rule(color=NEUTRAL, strokeDash=[4, 4]).encode(x="step:Q")
+    return _styled(lines.properties(title=alt.TitleParams(title, anchor="start", fontSize=13, fontWeight=600)), 220)
+
+
+def benefit_chart(rows: list[dict[str, Any]], metric: str) -> Any:
+    """Quality with and without the summary: two points per group of users, joined by a line."""
+    groups, sides = [row["group"] for row in rows], ["without the summary", "with it"]
+    long = [
+        {"group": row["group"], "summary": side, "value": row[key]}
+        for row in rows
+        for side, key in zip(sides, ("without", "with"), strict=True)
+    ]
+    group = alt.Y("group:N", sort=groups, title=None, axis=_item_labels())
+    lines = (
+        alt.Chart(pd.DataFrame(rows))
+        .mark_rule(color="#c5ccd4", strokeWidth=3)
+        .encode(y=group, x=alt.X("without:Q", title=metric, scale=alt.Scale(zero=False, padding=24)), x2="with")
+    )
+    points = (
+        alt.Chart(pd.DataFrame(long))
+        .mark_circle(size=150, opacity=1)
+        .encode(
+            y=group,
+            x=alt.X("value:Q", scale=alt.Scale(zero=False, padding=24)),
+            color=_color("summary", sides, [NEUTRAL, SUMMARY], None),
+            tooltip=["group:N", "summary:N", alt.Tooltip("value:Q", format=".4f")],
+        )
+    )
+    return _styled(lines + points, 34 * len(rows) + 100)
+
+
+def metric_chart(rows: list[dict[str, Any]], metric: str) -> Any:
+    """One metric per model, best first; the axis begins near the smallest value, so points are drawn, not bars."""
+    base = alt.Chart(pd.DataFrame(rows)).encode(
+        y=alt.Y("model:N", sort="-x", title=None, axis=_item_labels()),
+        x=alt.X("value:Q", title=metric, scale=alt.Scale(zero=False, padding=20), axis=alt.Axis(tickCount=10)),
+        tooltip=["model:N", alt.Tooltip("value:Q", format=".4f")],
+    )
+    text = base.mark_text(align="left", dx=9, color=TEXT).encode(text=alt.Text("value:Q", format=".4~f"))
+    return _styled(base.mark_circle(size=90, color=SUMMARY, opacity=1) + text, BAR_HEIGHT * len(rows) + 60)
+
+
+def coverage_chart(rows: list[dict[str, Any]]) -> Any:
+    """Events of the log against events of the record; points below the line are behind."""
+    most = max((max(row["events"], row["covered"]) for row in rows), default=1)
+    diagonal = pd.DataFrame([{"events": 0, "covered": 0}, {"events": most, "covered": most}])
+    line = alt.Chart(diagonal).mark_line(color="#c5ccd4", strokeWidth=2).encode(x="events:Q", y="covered:Q")
+    points = (
+        alt.Chart(pd.DataFrame(rows))
+        .mark_circle(size=36, color=SUMMARY, opacity=0.55)
+        .encode(
+            x=alt.X("events:Q", title="events in the log"),
+            y=alt.Y("covered:Q", title="events in the record"),
+            tooltip=["events:Q", "covered:Q"],
+        )
+    )
+    return _styled(line + points, 260)
+
+
+def overlap_chart(shares: list[float], top_k: int) -> Any:
+    """How many users share how many of the best items."""
+    rows = [{"shared": round(share * top_k), "users": 1} for share in shares]
+    chart = (
+        alt.Chart(pd.DataFrame(rows))
+        .mark_bar(color=SUMMARY, cornerRadiusEnd=2)
+        .encode(
+            x=alt.X(
+                "shared:O",
+                title=f"shared items of the best {top_k}",
+                scale=alt.Scale(domain=list(range(top_k + 1))),
+                axis=_flat_labels(),
+            ),
+            y=alt.Y("sum(users):Q", title="users", axis=alt.Axis(tickMinStep=1)),
+        )
+    )
+    return _styled(chart, 250)
+
+
+def _color(field: str, names: list[str], colors: list[str], title: str | None, *, show: bool = True) -> Any:
+    legend = alt.Legend(orient="top", title=title, symbolType="square", labelLimit=MAX_LABEL_PX) if show else None
+    return alt.Color(f"{field}:N", scale=alt.Scale(domain=names, range=colors), legend=legend)
+
+
+def _flat_labels(overlap: Any = alt.Undefined, orient: Any = alt.Undefined) -> Any:
+    return alt.Axis(labelAngle=0, labelOverlap=overlap, labelFlush=False, orient=orient)
+
+
+def _item_labels() -> Any:
+    return alt.Axis(
+        labelLimit=MAX_LABEL_PX, labelOverlap=False, labelFlush=False, ticks=False, domain=False, labelPadding=8
+    )
+
+
+def _styled(chart: Any, height: int) -> Any:
+    return (
+        chart.properties(height=height, background="transparent")
+        .configure_view(stroke=None)
+        .configure_axis(
+            gridColor=GRID, domainColor="#d5d9df", tickColor="#d5d9df", labelColor=TEXT, titleColor=TEXT,
+            titleFontWeight="normal", labelFont=FONT, titleFont=FONT, labelFontSize=12, titleFontSize=12,
+            labelFlush=False,
+        )
+        .configure_axisX(grid=False)
+        .configure_legend(labelColor=TEXT, titleColor=TEXT, labelFont=FONT, titleFont=FONT, labelFontSize=12)
+        .configure_title(color=TEXT, font=FONT)
+    )  # fmt: skip

@@ -1,0 +1,154 @@
+"""A user's best items, and what their scores consist of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vista.explore.explore_workspace import Workspace, record_of
+from vista.scorer import Explanation, Scorer
+from vista.store.tail import Tail
+
+HOUR_MS = 3_600_000
+PARTS = ("summary", "tail", "counters", "item and request", "state", "bias")
+"""What a score consists of, as the page names it: `Explanation` has the fields in another order."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainedRanking:
+    """The best C items for one user, best first."""
+
+    items: list[Any]
+    names: list[str]
+    scores: NDArray[np.float32]
+    """[C] as the scorer returns them."""
+    parts: dict[str, NDArray[np.float32]]
+    """By name in PARTS: [C] shares of the explained value. Parts that the model lacks are left out."""
+    explanation: Explanation
+    tail_names: list[str]
+    """Names of the tail's items, oldest event first."""
+    is_probability: bool
+    """Whether a score is the sigmoid of the explained value; otherwise both are equal."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per item: rank, name, score, and its parts."""
+        return [
+            {
+                "rank": place + 1,
+                "item": name,
+                "score": float(self.scores[place]),
+                **{part: float(shares[place]) for part, shares in self.parts.items()},
+            }
+            for place, name in enumerate(self.names)
+        ]
+
+    def tokens(self, place: int) -> list[dict[str, Any]]:
+        """Shares of the summary's tokens in the score of one item, in the order of the tokens."""
+        shares = self.explanation.summary[place].tolist()
+        return [{"token": number + 1, "share": share} for number, share in enumerate(shares)]
+
+    def tail_events(self, place: int) -> list[dict[str, Any]]:
+        """Shares of the tail's events in the score of one item, newest event first."""
+        shares = self.explanation.tail[place].tolist()
+        events = list(zip(self.tail_names, shares, strict=True))[::-1]
+        return [{"age": age + 1, "item": name, "share": share} for age, (name, share) in enumerate(events)]
+
+    def reason(self, place: int) -> str:
+        """Why an item has its rank, in Markdown: its largest parts, and what sets it apart from the other items."""
+        value = float(self.explanation.value[place])
+        ordered = sorted(self.parts, key=lambda part: -abs(float(self.parts[part][place])))
+        main = [f"{part} {self.parts[part][place]:+.2f}{self._detail(part, place)}" for part in ordered[:3]]
+        odds = f"the log-odds {value:+.2f} (probability {float(self.scores[place]):.2f})"
+        total = odds if self.is_probability else f"the score {value:.2f}"
+        text = (
+            f"**Item {self.names[place]}** has rank {place + 1}. Of {total}, the largest parts are {', '.join(main)}."
+        )
+        others = np.delete(np.arange(len(self.items)), place)
+        if len(others):
+            gaps = {part: float(shares[place] - shares[others].mean()) for part, shares in self.parts.items()}
+            best = max(gaps, key=lambda part: abs(gaps[part]))
+            more = "more" if gaps[best] >= 0 else "less"
+            text += (
+                f" Compared with the mean of the other {len(others)} items, the largest difference is in the {best}: "
+                f"{abs(gaps[best]):.2f} {more}."
+            )
+        return text
+
+    def _detail(self, part: str, place: int) -> str:
+        if part == "summary" and self.explanation.summary.shape[1] > 1:
+            first, second = np.argsort(-np.abs(self.explanation.summary[place]))[:2] + 1
+            return f" (largest: tokens {first} and {second})"
+        if part == "tail" and self.tail_names:
+            largest = int(np.abs(self.explanation.tail[place]).argmax())
+            age, share = len(self.tail_names) - largest, float(self.explanation.tail[place][largest])
+            return f" (largest: item {self.tail_names[largest]}, the {ordinal(age)} newest event, {share:+.2f})"
+        return ""
+
+
+def explained_ranking(
+    workspace: Workspace, scorer: Scorer, user: int | str, *, top_k: int, now: int | None, exclude_tail: bool = False
+) -> ExplainedRanking | None:
+    """Rank the catalog for a user and explain the best items; None if no item has a finite score.
+
+    Raises:
+        StoreError, ValueError: as in `Scorer.rank`.
+    """
+    ranking = scorer.rank(user, top_k=top_k, exclude_tail=exclude_tail, now=now)
+    items = ranking.items.tolist()
+    if not items:
+        return None
+    explanation = scorer.explain(user, ranking.items, now=now)
+    parts = {
+        "summary": explanation.summary.sum(1),
+        "tail": explanation.tail.sum(1),
+        "counters": explanation.counted,
+        "item and request": explanation.own,
+        "state": explanation.state,
+        "bias": explanation.remainder,
+    }
+    has = {
+        "summary": scorer.model.config.num_seeds > 0,
+        "counters": scorer.model.counter_spec is not None,
+        "state": bool(np.any(explanation.state)),
+    }
+    return ExplainedRanking(
+        items,
+        workspace.names.of_ids(items),
+        ranking.scores,
+        {part: parts[part] for part in PARTS if has.get(part, True)},
+        explanation,
+        workspace.names.of_ids(explanation.tail_items),
+        scorer.task in scorer.model.schema.tasks,
+    )
+
+
+def request_time(scorer: Scorer, user: int | str, *, current: int | None = None) -> int | None:
+    """Time of a request in ms: `current`, or an hour after the user's newest event; None if the model reads no times.
+
+    A log that ended long ago would make every request look late, so the page asks an hour after the newest event.
+    """
+    if not scorer.model.schema.has_time:
+        return None
+    newest = int(record_of(scorer, user).last_event_ts[0])
+    if current is not None:
+        return max(current, newest)
+    return newest + HOUR_MS if newest > 0 else None
+
+
+def ordinal(number: int) -> str:
+    """1st, 2nd, 3rd, 4th, ..."""
+    ending = "th" if 10 <= number % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{ending}"
+
+
+def tail_of_events(events: list[tuple[Any, int]], now: int | None) -> Tail:
+    """Events (item, action code) of one user as a tail that ends a minute before the request, the last one newest."""
+    count = len(events)
+    end = 0 if now is None else now
+    times = end - 60_000 * np.arange(count, 0, -1)
+    actions = np.array([action for _, action in events], np.uint8)
+    items: Any = [item for item, _ in events]
+    return Tail(items, times, actions, np.array([0, count], np.int64))

@@ -1,0 +1,149 @@
+"""Progress of long work on stderr: what is done, the rate, and the time left.
+
+On a terminal, one line is updated in place. Elsewhere, such as in the log of a batch job, there is a plain line every
+ten seconds. Work that ends soon shows nothing. Stdout stays free for the results of a command.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+LINE_SECONDS = 10.0
+"""Between two plain lines."""
+PLAIN_DELAY_S, TERMINAL_DELAY_S = 5.0, 0.5
+"""Work that ends before shows nothing."""
+NARROW_COLUMNS = 60
+"""On a narrower terminal there is no bar, so that rate and time left fit."""
+
+_NARROW = "{desc} {percentage:.0f}% {remaining} left {rate_fmt}"
+_PLAIN = "{desc}: {n_fmt} of {total_fmt} {unit} ({percentage:.0f}%), {rate_fmt}, {remaining} left{postfix}"
+_ENDLESS = "{desc}: {n_fmt} {unit}, {rate_fmt}, {elapsed} so far"
+_UNKNOWN = "{desc}: {elapsed} so far"
+
+_is_shown: ContextVar[bool] = ContextVar("is_shown", default=False)
+
+
+@contextmanager
+def progress_shown(is_shown: bool = True) -> Iterator[None]:
+    """Let the bars within show themselves, unless they were told otherwise. Commands do; by default bars are hidden."""
+    token = _is_shown.set(is_shown)
+    try:
+        yield
+    finally:
+        _is_shown.reset(token)
+
+
+def progress_bar(
+    iterable: Iterable[T] | None = None,
+    *,
+    desc: str,
+    unit: str,
+    total: float | None = None,
+    initial: int = 0,
+    unit_scale: bool = False,
+    leave: bool = True,
+    shown: bool | None = None,
+) -> tqdm[T]:
+    """A progress bar over an iterable, or one that is moved with `update`. It is a context manager.
+
+    Args:
+        iterable: what is passed on, element by element.
+        desc: what is done, in one or two words.
+        unit: what is counted.
+        total: number of units; None takes the length of the iterable, if it has one.
+        initial: units that were done earlier.
+        unit_scale: write 1,200,000 as 1.20M.
+        leave: whether the last line stays on the terminal.
+        shown: False hides the bar; None shows it within `progress_shown`.
+    """
+    hidden = not (_is_shown.get() if shown is None else shown)
+    options: dict[str, Any] = {"desc": desc, "unit": unit, "total": total, "initial": initial, "unit_scale": unit_scale}
+    if _is_terminal():
+        is_narrow = not hidden and os.get_terminal_size(sys.stderr.fileno()).columns < NARROW_COLUMNS
+        has_total = total is not None or hasattr(iterable, "__len__")
+        return tqdm(
+            iterable,
+            disable=hidden,
+            delay=TERMINAL_DELAY_S,
+            dynamic_ncols=True,
+            leave=leave,
+            bar_format=_NARROW if is_narrow and has_total else None,
+            **options,
+        )
+    interval = min(PLAIN_DELAY_S, LINE_SECONDS)
+    return _PlainLines(iterable, disable=hidden, delay=PLAIN_DELAY_S, mininterval=interval, miniters=1, **options)
+
+
+@contextmanager
+def elapsed_time(desc: str, *, shown: bool | None = None) -> Iterator[None]:
+    """Show how long a step has taken whose progress cannot be known, such as a call of another library."""
+    with progress_bar(desc=desc, unit="", shown=shown) as bar:
+        bar.bar_format = _UNKNOWN
+        with ticking(bar):
+            yield
+
+
+@contextmanager
+def ticking(bar: tqdm[T]) -> Iterator[None]:
+    """Keep the times of a bar up to date while nothing moves it."""
+    ended = threading.Event()
+
+    def tick() -> None:
+        while not ended.wait(1.0):
+            bar.update(0)
+
+    thread = threading.Thread(target=tick, daemon=True)
+    if not bar.disable:
+        bar.miniters = 0
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if thread.ident is not None:
+            thread.join()
+
+
+class _PlainLines(tqdm):  # type: ignore[misc]
+    """A progress bar that writes a line at a time."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self._next_line_s = 0.0
+        """Seconds after the start before which no further line is written."""
+        self._written_n = -1
+        """Units done as of the last line."""
+        super().__init__(*arguments, **options)
+        if not self.disable:
+            self.bar_format = _ENDLESS if self.total is None else _PLAIN
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        """Write the line, unless the last one was written recently."""
+        elapsed = self.format_dict["elapsed"]
+        if msg is None and elapsed >= self._next_line_s:
+            self.fp.write(f"{str(self).strip()}\n")
+            self.fp.flush()
+            self._next_line_s, self._written_n = elapsed + LINE_SECONDS, self.n
+        return False
+
+    def close(self) -> None:
+        """Write the last line, if there was one before, and it says something new."""
+        is_new = self.n != self._written_n or self.total is None
+        if not self.disable and self._next_line_s and is_new:
+            self._next_line_s = 0.0
+            self._ema_dt = lambda: None  # the rate of all the work
+            self.display()
+        self.leave = False
+        super().close()
+
+
+def _is_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()

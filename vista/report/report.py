@@ -1,0 +1,211 @@
+"""`vista report`: measure a run next to other runs and baselines, and write one HTML file about it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from vista.config import EvaluateConfig, ReportConfig
+from vista.config.choices import Target
+from vista.device import cpu_settings
+from vista.errors import ConfigError
+from vista.evaluation.measure import Measure
+from vista.evaluation.next_evaluation import excludes_seen
+from vista.files import replace_text, writable_file
+from vista.log.event_log import EventLog
+from vista.log.splits import split_until, visible_counts
+from vista.progress_bar import progress_bar
+from vista.report.calibration_section import calibration_section
+from vista.report.case_parts import (
+    ACTIVE_DAYS,
+    activity_parts,
+    age_parts,
+    category_ages,
+    item_ages,
+    length_parts,
+    similar_ages,
+)
+from vista.report.comparison_data import ComparisonData
+from vista.report.curves_section import curves_section
+from vista.report.html_page import PageSection, paragraph, render_page
+from vista.report.latency import Latency
+from vista.report.latency_section import latency_section
+from vista.report.limits_section import limits_section
+from vista.report.measured_run import MeasuredRun
+from vista.report.quality_section import quality_section
+from vista.report.split_section import CasePart, split_section
+from vista.report.trained_run import TrainedRun
+from vista.report.training_section import training_section
+from vista.store.format.authentication import read_key
+from vista.text_table import fitted
+from vista.version import __version__
+
+logger = logging.getLogger(__name__)
+NUM_LATENCY_USERS = 5
+NUM_CANDIDATES = 500
+TRAINED_BASELINES = (
+    "baselines that take minutes to fit: EASE, TIFU-KNN, pooled factors, pooled vectors, and boosted trees; "
+    "vista evaluate baselines=true trained_baselines=true measures them, and needs the extra baselines"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenReport:
+    """A report that was written."""
+
+    path: Path
+    bytes: int
+    seconds: float
+    findings: dict[str, str]
+    """{title of a section: its first sentence}."""
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}: {self.bytes / 1e3:.0f} kB in {self.seconds:.1f} s"]
+        return "\n".join(
+            fitted(line, 4) for line in lines + [f"  {name}: {text}" for name, text in self.findings.items()]
+        )
+
+
+def write_report(config: ReportConfig, *, latency: Latency | None = None, notes: tuple[str, ...] = ()) -> WrittenReport:
+    """Measure and write.
+
+    Args:
+        latency: of the run's scorer; None measures it for some users of the log.
+        notes: sentences for the head of the page.
+
+    Raises:
+        ConfigError: `run` or one of `others` is not a run folder, has no exported model yet, or was measured on other
+            cases; there is nothing to measure.
+        CheckpointError, StoreError: a model or the store cannot be read, or the store is of another model.
+        LeakageError: the store covers labels.
+        LogFormatError: a file of the log is damaged.
+    """
+    began = time.perf_counter()
+    record = TrainedRun.read(config.run)
+    out = Path(config.out) if config.out is not None else record.folder / "report.html"
+    writable_file(out, "out")
+    others = {_name(folder, config): TrainedRun.read(folder, "others") for folder in config.others}
+    log = EventLog.open(config.data or record.config.data.path)
+    if config.verify_log:
+        log.verify()
+    asked = EvaluateConfig(
+        split=config.split,
+        target=config.target,
+        horizon_events=[config.horizon_events],
+        top_k=[config.top_k],
+        progress=config.progress,
+    )
+    with ExitStack() as stack, cpu_settings(config.num_threads):
+        name = _name(config.run, config)
+        key = read_key(config.authentication_key_file) if config.store is not None else None
+        own = MeasuredRun.of(name, record, log, asked, stack, store=config.store, key=key, scratch=out.parent)
+        runs = [own]
+        for other, other_record in others.items():
+            logger.info("measuring %s", other_record.folder)
+            runs.append(MeasuredRun.of(other, other_record, log, asked, stack, scratch=out.parent))
+        data = ComparisonData.of(runs, log, asked, baselines=config.baselines)
+        if latency is None and own.scorer is not None:
+            latency = _latency(own, log, config.split)
+    builders: list[Callable[[], PageSection | str]] = [
+        lambda: training_section(own, log),
+        lambda: curves_section(record.files),
+        lambda: quality_section(data, config.split),
+        lambda: _length_section(data),
+        lambda: _activity_section(data, own, log, config),
+        lambda: _age_section(data, own, log, config, asked),
+        lambda: calibration_section(data),
+        lambda: "latency, because the model reads raw histories" if latency is None else latency_section(latency),
+    ]
+    parts = [build() for build in progress_bar(builders, desc="sections", unit="section")]
+    sections = [part for part in parts if isinstance(part, PageSection)]
+    missing = [part for part in parts if isinstance(part, str)]
+    if not config.baselines:
+        missing.append("baselines, because baselines=false")
+    if data.ranking:
+        missing.append(TRAINED_BASELINES)
+    when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    intro = [paragraph(note, "") for note in notes]
+    intro.append(paragraph(f"Run {record.folder}; {config.split} labels; vista {__version__}; {when}."))
+    page = render_page(f"Report: {name}", intro, [*sections, limits_section(missing)])
+    replace_text(out, page)
+    findings = {section.title: section.finding for section in sections}
+    return WrittenReport(out, len(page.encode()), time.perf_counter() - began, findings)
+
+
+def _name(folder: str, config: ReportConfig) -> str:
+    """The name of a run in the report: the name of its folder, or its path if two folders have the same name."""
+    short = Path(folder).resolve().name
+    names = [Path(each).resolve().name for each in (config.run, *config.others)]
+    return short if names.count(short) == 1 else folder
+
+
+def _length_section(data: ComparisonData) -> PageSection | str:
+    length = [(measure, length_parts(measure)) for measure in data.measures]
+    definition = "History length is the number of the user's events before the case."
+    return split_section("Quality by history length", definition, data, length, "events before the case")
+
+
+def _activity_section(data: ComparisonData, own: MeasuredRun, log: EventLog, config: ReportConfig) -> PageSection | str:
+    if not log.has_time:
+        return "quality by user activity, because the log has no times"
+    until = split_until(own.model.data, config.split)
+    active = [(measure, activity_parts(measure, log, until)) for measure in data.measures]
+    end = "the held-out labels begin" if until.before is not None else "the log ends"
+    definition = f"Activity is the number of the user's events in the {ACTIVE_DAYS} days before {end}."
+    return split_section("Quality by user activity", definition, data, active, f"events in {ACTIVE_DAYS} days")
+
+
+def _age_section(
+    data: ComparisonData, own: MeasuredRun, log: EventLog, config: ReportConfig, asked: EvaluateConfig
+) -> PageSection | str:
+    if config.target is Target.window:
+        return "quality by the age of the deciding event, because a window has several labels"
+    aged: list[tuple[Measure, list[CasePart]]] = []
+    if config.item_categories is not None:
+        file, column = Path(config.item_categories), config.category_column
+        aged = [(measure, age_parts(category_ages(measure, log, file, column))) for measure in data.measures]
+        definition = (
+            f"The deciding event is the user's newest event whose item has the same {column} as the candidate or "
+            "label. Its age is the number of the user's later events."
+        )
+    elif excludes_seen(log, own.model.data, asked) and own.model.has_retrieval:
+        aged = [(measure, age_parts(similar_ages(measure, log, own.model))) for measure in data.measures]
+        definition = (
+            "The deciding event is the event whose item vector, in this run's model, is most similar to that of the "
+            "candidate or label. Its age is the number of the user's later events."
+        )
+    else:
+        aged = [(measure, age_parts(item_ages(measure, log))) for measure in data.measures]
+        definition = (
+            "The deciding event is the user's newest event with the same item as the candidate or label. Its age is "
+            "the number of the user's later events."
+        )
+    return split_section("Quality by age of the deciding event", definition, data, aged, "age in events")
+
+
+def _latency(run: MeasuredRun, log: EventLog, split: str) -> Latency:
+    """Latency for users of the log, from the shortest history to the longest.
+
+    Raises:
+        ConfigError: no user of the log has an event before the split.
+    """
+    assert run.scorer is not None
+    counts = visible_counts(log, split_until(run.model.data, split))
+    order = np.argsort(counts, kind="stable")
+    order = order[counts[order] > 0]
+    if not len(order):
+        raise ConfigError(f"{log.path}: no user has an event before the {split} labels")
+    rows = order[np.unique(np.linspace(0, len(order) - 1, NUM_LATENCY_USERS).astype(np.int64))]
+    rng = np.random.default_rng(0)
+    items = run.model.items.ids(rng.integers(0, len(run.model.items), NUM_CANDIDATES))
+    newest = log.time_range()
+    now = 0 if newest is None else newest[1] + 1
+    ids = log.users.ids(rows).tolist()
+    return Latency.measure(run.scorer, ids, counts[rows].tolist(), run.scorer.encode(items), now)

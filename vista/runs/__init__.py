@@ -1,0 +1,1 @@
+"""Lists and comparisons of runs, read from their folders."""

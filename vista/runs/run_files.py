@@ -1,0 +1,120 @@
+"""Reads the files of a run folder for `vista runs`, `vista explore`, and `vista report`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vista.config.config_keys import flattened
+from vista.config.yaml_size import check_size
+from vista.files import read_limited
+from vista.json_fields import check_fields, either, one_of, text, whole
+from vista.runs.metrics_rows import rows_of
+
+MAX_JSON_BYTES, MAX_METRICS_BYTES = 1 << 20, 1 << 28
+FILES = ("run.json", "train.log", "metrics.jsonl")
+"""Files that only runs have."""
+_NOTE = either(one_of(None), text())
+_FACTS = {
+    "state": one_of("running", "finished", "stopped", "failed"),
+    "reason": _NOTE,
+    "metric": _NOTE,
+    "parameters": whole(),
+    "vista": text(),
+    "commit": text(),
+    "began": text(),
+    "ended": _NOTE,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RunFiles:
+    """The content of a run folder, as far as it can be read."""
+
+    path: Path
+    facts: Mapping[str, Any]
+    """run.json; empty if it cannot be read."""
+    settings: Mapping[str, Any]
+    """config.yaml, flat; empty if it cannot be read."""
+    rows: list[dict[str, Any]]
+    """metrics.jsonl, until a line that is not a row."""
+    num_unread: int
+    """Lines of metrics.jsonl after `rows`."""
+    problems: list[str]
+    """Files that are missing or cannot be read. Lines of metrics.jsonl are not listed: a crash can cut one off."""
+
+    @classmethod
+    def read(cls, path: Path) -> RunFiles:
+        """Read the folder of a run. Files that cannot be read are listed in `problems` and raise no error."""
+        problems: list[str] = []
+        facts = _facts(path, problems)
+        settings = read_settings(path, problems)
+        metrics = _content(path / "metrics.jsonl", MAX_METRICS_BYTES, problems)
+        rows = rows_of(metrics)
+        return cls(path, facts, settings, rows, len(metrics.splitlines()) - len(rows), problems)
+
+    @property
+    def metrics_problem(self) -> str | None:
+        """Why `rows` is empty or lacks the end of metrics.jsonl; None if all of it was read."""
+        if self.num_unread:
+            return f"line {len(self.rows) + 1} of metrics.jsonl cannot be read"
+        return next((problem for problem in self.problems if problem.startswith("metrics.jsonl ")), None)
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """Rows of training steps."""
+        return [row for row in self.rows if "loss" in row]
+
+    @property
+    def validations(self) -> list[dict[str, Any]]:
+        """Rows of validations, whose `validation` is {metric: value}."""
+        return [row for row in self.rows if isinstance(row.get("validation"), dict)]
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The row of the validation whose model was exported; empty if there is none."""
+        return next((row for row in reversed(self.validations) if row.get("is_best") is True), {})
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run folder, complete or not."""
+    return any((path / file).is_file() for file in FILES)
+
+
+def read_settings(path: Path, problems: list[str]) -> dict[str, Any]:
+    """All settings of a run, flat; empty if config.yaml cannot be read, which is added to the problems."""
+    content = _content(path / "config.yaml", MAX_JSON_BYTES, problems)
+    try:
+        check_size(content)
+        settings = yaml.safe_load(content)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        problems.append(f"config.yaml cannot be read ({' '.join(str(error).split())})")
+        return {}
+    return flattened(settings) if isinstance(settings, dict) else {}
+
+
+def _content(path: Path, limit: int, problems: list[str]) -> str:
+    try:
+        return read_limited(path, limit).decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        problems.append(f"{path.name} is missing")
+    except OSError as error:
+        problems.append(f"{path.name} cannot be read ({error.strerror})")
+    return ""
+
+
+def _facts(path: Path, problems: list[str]) -> dict[str, Any]:
+    if not (content := _content(path / "run.json", MAX_JSON_BYTES, problems)) and problems:
+        return {}
+    try:
+        facts = json.loads(content)
+        check_fields(facts, _FACTS)
+    except (ValueError, RecursionError) as error:
+        problems.append(f"run.json cannot be read ({error})")
+        return {}
+    return dict(facts)

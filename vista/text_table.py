@@ -1,0 +1,98 @@
+"""Text and tables that fit the terminal."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import Iterable, Sequence
+
+LEAST_WIDTH = 20
+MOST_WIDTH = 130
+"""Of lines of text, which are hard to read if they are longer."""
+GAP = 2
+LEAST_SECOND = 30
+"""Width of the second of two columns, at least. If a terminal has less, each row is wrapped as one text."""
+
+
+def terminal_width(piped: int = 110) -> int:
+    """Columns of the terminal, or of the environment variable COLUMNS; `piped` if there is neither."""
+    return max(shutil.get_terminal_size((piped, 24)).columns, LEAST_WIDTH)
+
+
+def fitted(line: str, indent: int = 2) -> str:
+    """A line, wrapped if it is wider than the terminal; programs that read it from a pipe get it in one piece."""
+    width = terminal_width(piped=len(line))
+    return line if len(line) <= width else wrapped(line, width, " " * indent)
+
+
+def fitted_table(lines: Sequence[str], header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lines of a table as they are if they fit the terminal, or else a title and one block of lines per row.
+
+    Args:
+        lines: the table.
+        header: its title, then the names of its columns.
+        rows: its cells, the first of which name the rows.
+    """
+    widest = max(map(len, lines))
+    width = terminal_width(piped=widest)
+    if widest <= width:
+        return "\n".join(lines)
+    return "\n".join([wrapped(header[0], width, "  "), *(_block(header, row, width) for row in rows)])
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> str:
+    """A table with aligned columns, or where it is wider than `width` one block of lines per row.
+
+    Args:
+        header: names of the columns. The first column names the row, and is aligned to the left.
+        rows: cells as text; empty ones are left out of blocks.
+    """
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    if sum(widths) + GAP * (len(widths) - 1) <= width:
+        return "\n".join(_aligned(row, widths) for row in (header, *rows))
+    return "\n".join(_block(header, row, width) for row in rows)
+
+
+def two_columns(rows: Iterable[tuple[str, str]], column: int) -> str:
+    """Two columns, the second wrapped. A long first cell gets a line of its own.
+
+    Args:
+        rows: first and second cells.
+        column: where the second column begins, unless the terminal is too narrow for two columns.
+    """
+    width = min(terminal_width(), MOST_WIDTH)
+    if width - column - 2 < LEAST_SECOND:
+        return "\n".join(hanging(f"  {left}  {right}".rstrip(), 6) for left, right in rows)
+    lines = []
+    for left, right in rows:
+        first, *others = textwrap.wrap(right, width - column - 2, break_on_hyphens=False) or [""]
+        head = f"  {left}"
+        if len(head) >= column:
+            lines.append(head)
+            head = ""
+        lines.append(f"{head:<{column}}{first}".rstrip())
+        lines += [" " * column + line for line in others]
+    return "\n".join(lines)
+
+
+def hanging(text: str, indent: int) -> str:
+    """Text in lines that fit the terminal; lines after the first are indented by so many spaces."""
+    return wrapped(text, min(terminal_width(), MOST_WIDTH), " " * indent)
+
+
+def wrapped(text: str, width: int, indent: str = "") -> str:
+    """Text in lines of at most `width` characters; lines after the first are indented."""
+    lines = textwrap.wrap(text, width, subsequent_indent=indent, break_on_hyphens=False)
+    return "\n".join(lines)
+
+
+def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
+    cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+    return (" " * GAP).join(cells).rstrip()
+
+
+def _block(header: Sequence[str], row: Sequence[str], width: int) -> str:
+    shown = [(name, cell) for name, cell in zip(header[1:], row[1:], strict=True) if cell]
+    lines = [wrapped(row[0], width, "  ")]
+    lines += [wrapped(f"  {name}: {cell}", width, "    ") for name, cell in shown]
+    return "\n".join(lines)
