@@ -6,7 +6,7 @@ SHELL := bash
 
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS ?= baselines,data,dev,docs,faiss,kafka,onnx,ray,redis,report,serve,sketches,tensorboard,text
+EXTRAS ?= baselines,data,dev,docs,explore,faiss,kafka,mlflow,onnx,optuna,plots,ray,redis,serve,sketches,tensorboard,text,wandb
 # Spark and Feast need older versions of packages that vista's tools need, so they have an environment of their own.
 RECIPES_VENV ?= .venv-recipes
 RECIPES := 'pyspark>=4.1,<5' 'feast>=0.67,<1'
@@ -25,11 +25,12 @@ RUN_BENCHMARKS := failed=0; \
 	$(BIN)/python -m scripts.benchmarks.bench_summary; exit $$failed
 
 # Tests that `make test` leaves out; each group has a target of its own.
-SLOW_GROUPS := gpu or aot or faults or research or docs or recipes
+SLOW_GROUPS := gpu or aot or faults or research or docs or recipes or browser
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+REQUIRE_GPU = $(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "error: torch finds no GPU on this machine; nothing was run (see vista doctor)")'
 ON_CPU := CUDA_VISIBLE_DEVICES= $(PYTEST)
 
-.PHONY: help setup test test-recipes test-research test-processors test-torchrec test-gpu test-aot test-faults lint docs demo bench bench-torchrec bench-gpu clean
+.PHONY: help setup test test-recipes test-research test-processors test-torchrec test-browser test-gpu test-aot test-faults lint docs demo bench bench-torchrec bench-gpu soak-serve clean
 
 help: ## list targets and variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -40,10 +41,10 @@ $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("vista needs Python 3.11 or newer: make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(PIP_OPTIONS) -e '.[$(EXTRAS)]'
+	@$(BIN)/vista doctor
 	@touch $@
 
-setup: $(STAMP) ## create the virtual environment, install vista and its tools, and print the torch build
-	@$(BIN)/python scripts/describe_environment.py
+setup: $(STAMP) ## create the virtual environment, install vista and its tools, and check the machine (vista doctor)
 
 test: setup ## run the fast tests on all cores (a few minutes, no GPU)
 	$(ON_CPU) -n auto --dist worksteal -m "not ($(SLOW_GROUPS))" $(PYTEST_ARGS)
@@ -66,8 +67,13 @@ test-processors: setup ## run the tests marked `processor` once per profile in v
 		VISTA_PROCESSOR=$$profile $(ON_CPU) -n auto --dist worksteal -m "processor and not ($(SLOW_GROUPS))" $(PYTEST_ARGS); \
 	done
 
+test-browser: setup ## open every tab of `vista explore` in headless Chromium, which must be installed (some minutes)
+	$(BIN)/python -m pip install $(PIP_OPTIONS) --quiet 'playwright>=1.50,<2'
+	@command -v chromium > /dev/null || { echo "error: Chromium is missing; install it with: apt-get install chromium" >&2; exit 1; }
+	$(ON_CPU) -m browser tests/explore $(PYTEST_ARGS)
+
 test-gpu: setup ## run the tests that need a GPU
-	@$(BIN)/python scripts/describe_environment.py --require-gpu
+	@$(REQUIRE_GPU)
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
 # TorchRec requires FBGEMM for GPUs, whose files would replace those of fbgemm-gpu-cpu.
@@ -96,7 +102,7 @@ lint: setup ## check format, style and types
 docs: setup ## build the documentation site into build/site and check every link
 	$(BIN)/python -m docs.build_site
 
-demo: setup ## train, refresh, score and write a report on simulated data, or on DATA=path/to/ml-1m (or another MovieLens folder)
+demo: setup ## train, refresh, score and write an HTML report on simulated data, or on DATA=path/to/ml-1m (or another MovieLens folder)
 	$(BIN)/python -m scripts.demo $(if $(DATA),--data "$(DATA)")
 
 bench: setup ## run all benchmarks on the CPU and list the targets met and missed; BENCH_ARGS=--quick for a first look
@@ -106,8 +112,11 @@ bench-torchrec: $(TORCHREC_VENV)/.installed ## run the benchmark of item tables 
 	@CUDA_VISIBLE_DEVICES= $(TORCHREC_VENV)/bin/python -m scripts.benchmarks.bench_torchrec $(BENCH_ARGS)
 
 bench-gpu: setup ## run all benchmarks on the GPU
-	@$(BIN)/python scripts/describe_environment.py --require-gpu
+	@$(REQUIRE_GPU)
 	@$(RUN_BENCHMARKS)
+
+soak-serve: setup ## send requests to `vista serve` for ten minutes, while its store, model, and workers change (BENCH_ARGS="--minutes 60")
+	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m scripts.benchmarks.soak_serve $(BENCH_ARGS)
 
 clean: ## remove caches and build files; keep environments, data, runs and stores
 	rm -rf build dist *.egg-info .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -43,6 +43,7 @@ API: dict[str, tuple[object, ...]] = {
         scorer.CandidateSet,
         scorer.Ranking,
         scorer.Explanation,
+        scorer.AnswerSource,
         scorer.ScorerStats,
     ),
     "Store": (vista.StoreReader, store.StoredBatch, store.Manifest),
@@ -71,9 +72,9 @@ UNIT_OF_SUFFIX = {
 }
 """Units that the end of a key's name says, the longest end first."""
 _COUNTED = re.compile(
-    r"(?:\b[Nn]umber of|\bin) (?:[\w'-]+ ){0,4}?((?:actor|candidate|code|core|cut|day|epoch|event|function|head|"
-    r"impression|interest|item|layer|level|message|minute|negative|pair|position|question|request|row|step|text|thread|token|topic|user|"
-    r"validation|value|window)s)\b"
+    r"(?:\b[Nn]umber of|\bin) (?:[\w'-]+ ){0,4}?((?:actor|candidate|code|connection|core|cut|day|epoch|event|function|"
+    r"head|impression|interest|item|layer|level|message|minute|negative|pair|position|question|request|row|step|text|"
+    r"thread|token|topic|user|validation|value|window)s)\b"
 )
 """How the docstring of a number says its unit: "Number of newest events", "Mean length, in events"."""
 

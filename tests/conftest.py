@@ -37,6 +37,9 @@ from vista.model.vista_model import VistaModel
 from vista.scorer import Scorer, Tail
 from vista_kernels.processor import VARIABLE, processor
 
+# Processes of pytest-xdist have a width of 80 columns; without it, text is as in a pipe, unless a test sets a width.
+os.environ.pop("COLUMNS", None)
+
 # Tests interrupt processes as Ctrl-C does, but a shell makes background jobs ignore that signal.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -30,7 +30,7 @@ from vista.files import (
     replaced_folder,
     writable_folder,
 )
-from vista.json_fields import check_fields, either, hexadecimal, list_of, one_of, text, whole
+from vista.json_fields import NUMBER, check_fields, either, hexadecimal, list_of, one_of, text, whole
 
 
 class TestReads:
@@ -282,8 +282,9 @@ RULES = {
     "digest": hexadecimal(4),
     "until": either(one_of(None), whole()),
     "shape": list_of(whole(), 2, 2),
+    "share": NUMBER,
 }
-FIELDS = {"count": 3, "name": "abc", "digest": "00ff", "until": None, "shape": [1, 2]}
+FIELDS = {"count": 3, "name": "abc", "digest": "00ff", "until": None, "shape": [1, 2], "share": 0.5}
 
 
 def test_fields_that_keep_their_rules_pass() -> None:
@@ -296,7 +297,8 @@ def test_fields_that_keep_their_rules_pass() -> None:
     + [("name", value) for value in ("abcd", 3, None)]
     + [("digest", value) for value in ("00f", "00FF", "00ff\n", 255)]
     + [("until", value) for value in ("", False, -1, 1e3)]
-    + [("shape", value) for value in ([1], [1, 2, 3], (1, 2), [1, -2], {"0": 1})],
+    + [("shape", value) for value in ([1], [1, 2, 3], (1, 2), [1, -2], {"0": 1})]
+    + [("share", value) for value in (True, "3", None, float("nan"), float("-inf"), 10**400)],
 )
 def test_a_field_that_breaks_its_rule_is_named(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"^{name}: expected "):

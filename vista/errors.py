@@ -76,7 +76,14 @@ class LogWriteError(DataError):
 class MissingDependencyError(VistaError, ImportError):
     """An optional package is not installed.
 
-    Remedy: install the extra that the message names, such as `pip install 'vista-recsys[data]'`.
+    Remedy: run the command in the message, which installs the missing extra.
+    """
+
+
+class UnfitSetupError(VistaError):
+    """`vista doctor` found something that does not work: a package, a disk, a model, a store, or a log.
+
+    Remedy: do what each line of the diagnosis under "Broken" says, then run `vista doctor` again.
     """
 
 
@@ -144,6 +151,24 @@ class NonFiniteLossError(VistaError):
 
     Remedy: lower `optim.learning_rate`, or look at the events of these users. Training can resume from the last
     checkpoint.
+    """
+
+
+class TrackingError(VistaError):
+    """A tracker (MLflow, Weights & Biases, TensorBoard) does not answer, or lacks a part of a run.
+
+    Nothing that was trained is lost: the run's own folder has everything.
+
+    Remedy: check the address, the network, and the key of the tracker, then rerun the command: it only sends what is
+    missing. With `tracking=none`, the run needs no tracker.
+    """
+
+
+class SweepError(VistaError):
+    """Trials of a sweep have failed, or the folder holds another sweep.
+
+    Remedy: read the reasons in the table. Correct or leave out the settings that fail, then rerun the command: finished
+    trials are not trained again.
     """
 
 
@@ -260,12 +285,41 @@ class SummarizerMismatchError(StoreError):
     """
 
 
+class RecordContentsError(StoreError):
+    """The records of a store are of the model's summarizer, but lack something else that the model reads: longer tails,
+    or features of events or users.
+
+    Remedy: refresh the store with this model, as the message says. The service waits for that refresh.
+    """
+
+
 class OverloadedError(VistaError):
     """The maximum number of requests is already waiting.
 
     Remedy: send the request again after the time in the header Retry-After. If this persists, add workers or
     machines, or send fewer candidates.
     """
+
+
+class UnknownModelError(VistaError):
+    """A request names a model that the service does not have.
+
+    Remedy: use one of the names in the message, which are those of the file of `vista serve models=…`.
+    """
+
+
+class ModelUnavailableError(VistaError):
+    """The service could not open one of its models, for example because its folder is missing or its summaries are not
+    published yet. Other models stay in service.
+
+    Remedy: the log of the service has the cause. Correct it, and send the request again later: the service tries again
+    after `reload_s`.
+    """
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+        """Time until the service tries again."""
 
 
 class DeadlineError(VistaError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,13 @@ class FieldRule:
 
 TABLE = FieldRule("a table of keys", lambda value: type(value) is dict)
 """A mapping; its fields are checked on their own."""
+
+NUMBER = FieldRule(
+    "a finite number",
+    # `math.isfinite` would raise an OverflowError for a whole number that is too large for a float.
+    lambda value: isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max,
+)
+"""A number that a float can hold, and not a bool."""
 
 
 def whole(least: int = 0, most: int = 2**62) -> FieldRule:

@@ -11,7 +11,6 @@ with the same result. The bar of 10^6 events per second applies to generation an
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ import polars as pl
 from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser
 from scripts.benchmarks.timing import interleaved
 from vista.config import SimulateConfig
+from vista.machine import usable_cores
 from vista.simulation.simulate import EVENTS_FILE, IMPRESSIONS_FILE, generate, write
 from vista.simulation.simulated_log import SimulatedLog
 
@@ -47,13 +47,12 @@ def check(log: SimulatedLog, config: SimulateConfig, out: Path) -> None:
 
 def measure(recorder: BenchmarkRecorder, name: str, config: SimulateConfig, folder: Path, rounds: int) -> None:
     """Run all cases of one shape."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     log = generate(config)
     contestants: dict[str, Callable[[], object]] = {
         f"generation, {threads} thread{'s' * (threads > 1)}": partial(
             generate, dataclasses.replace(config, num_threads=threads)
         )
-        for threads in sorted({1, cores})
+        for threads in sorted({1, usable_cores()})
     }
     contestants["writing"] = partial(write, log, folder)
     timing = interleaved(contestants, rounds=rounds, warmup=1, max_seconds=40)

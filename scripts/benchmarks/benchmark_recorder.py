@@ -25,8 +25,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from scripts.experiments.results import commit, describe_hardware, hardware, read_lines
+from scripts.experiments.results import describe_hardware, hardware, read_lines
 from vista.errors import DataError
+from vista.source_commit import source_commit
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 
@@ -59,7 +60,7 @@ class BenchmarkRecorder:
     def __init__(self, subject: str, *, out: Path, quick: bool = False) -> None:
         self.bench, self.out, self.quick = subject, out, quick
         self.rows: list[dict[str, Any]] = []
-        self._hardware, self._commit = hardware(), commit()
+        self._hardware, self._commit = hardware(), source_commit()
 
     def add(
         self,

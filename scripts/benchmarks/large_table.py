@@ -33,10 +33,10 @@ class TableTrainer(trainer.Trainer):
 
     def run(self) -> RankingModel:
         print(f"rank {self._rank}: {_memory()} with {len(self.model.item_table):,} rows", flush=True)
-        with MetricsWriter(self.run_dir, tensorboard=False) as metrics:
-            self._start(metrics)
-            began = time.perf_counter()
-            self._run_epoch(metrics, [])
+        metrics = MetricsWriter(self.run_dir)
+        self._start(metrics)
+        began = time.perf_counter()
+        self._run_epoch(metrics, [])
         seconds = time.perf_counter() - began
         print(f"rank {self._rank}: {_memory()} after {self.progress.step} steps in {seconds:.1f} s", flush=True)
         return self.model

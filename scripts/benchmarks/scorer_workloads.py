@@ -156,6 +156,7 @@ def recomputed_summaries(workload: ScorerWorkload, precision: Precision) -> Call
             last_event_ts=last_times(histories),
             created_at=np.full(count, NO_TIMESTAMP),
             history_digest=np.zeros(count, np.uint64),
+            generation=1,
         )
 
     return get_many

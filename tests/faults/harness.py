@@ -30,9 +30,10 @@ from typing import Any
 
 import pytest
 
-from scripts.experiments.results import commit, hardware
+from scripts.experiments.results import hardware
 from vista.log import segment_manifest
 from vista.model import model_description
+from vista.source_commit import source_commit
 from vista.store.format import record_spec, state_record
 from vista.training import checkpoint
 
@@ -175,7 +176,7 @@ class Trials:
         self._promise, self._wanted, self._notes, self._scratch = promise, wanted, notes, scratch
         self._keeps_going = keeps_going
         notes.parent.mkdir(parents=True, exist_ok=True)
-        header = {"promise": promise.name, "commit": commit(), "formats": formats(), "hardware": hardware()}
+        header = {"promise": promise.name, "commit": source_commit(), "formats": formats(), "hardware": hardware()}
         record = read_record(notes)
         if record is None or record.header["commit"] != header["commit"]:
             notes.write_text(json.dumps(header), encoding="utf-8")

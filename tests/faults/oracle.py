@@ -246,6 +246,7 @@ def expected_batch(run: Run, spec: RecordSpec) -> StoredBatch:
             last_event_ts=np.array([one["last_event_ts"] for one in decoded]),
             created_at=np.array([one["created_at"] for one in decoded]),
             history_digest=np.array([one["history_digest"] for one in decoded], np.uint64),
+            generation=spec.generation,
             counters=(
                 CounterCodes(
                     COUNTERS.spec,

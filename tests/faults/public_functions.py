@@ -15,6 +15,7 @@ _OF_ARRAYS = "slices arrays in memory, by the rules of NumPy"
 _INTERNAL = "takes what only vista itself makes"
 _FIELDS = "without arguments, from fields that were checked when the manifest was read (`test_crafted_fields`)"
 NOT_CALLED = {
+    "Scorer.in_service": "without arguments, from what is open",
     "EventLog.time_range": "without arguments; it reads columns as `gather` does",
     "Histories.slice": _OF_ARRAYS,
     "Histories.select_users": _OF_ARRAYS,

@@ -45,7 +45,7 @@ random.Random(0).shuffle(HOSTILE_CALLS)
 CALLS = 50
 PACKAGES = {"items embed": "sentence_transformers", "items tokenize": "faiss", "index": "faiss"}
 """Packages of extras without which a command cannot succeed."""
-LONG = ("serve", "export")
+LONG = ("serve", "explore", "export")
 """Commands that run until they are stopped, or longer than a repetition may."""
 RUN = [command for command in COMMANDS if command not in LONG and find_spec(PACKAGES.get(command, "vista"))]
 """The commands that run here."""
@@ -180,10 +180,22 @@ def words_of(command: str, folder: Path) -> list[str]:
             return [*places, f"folder={folder}", "events.timestamp=timestamp", "events.time_unit=ms", "once=true"]
         case "evaluate":
             return [*places, f"store={folder}/test-store", f"out={folder}/metrics.json"]
+        case "runs":
+            return [f"folder={folder}"]
+        case "runs compare":
+            return [f"runs=[{folder}/featured,{folder}/featured]"]
+        case "sweep":
+            return [f"train_file={folder}/train.yaml", f"folder={folder}/swept", "seed=1,2"]
+        case "report":
+            return [f"run={folder}/featured", f"out={folder}/report.html", "baselines=false", "progress=false"]
         case "compare":
             return [f"a=[{folder}/measured.json]", f"b=[{folder}/measured.json]"]
         case "plan":
             return [f"out={folder}/plan.json"]
+        case "doctor":
+            return [*places[:3], f"out={folder}/doctor.json"]
+        case "completion":
+            return ["zsh"]
         case "score":
             return [*places[1:4], "users=[100]"]
         case "log forget":

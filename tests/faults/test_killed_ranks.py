@@ -55,7 +55,8 @@ def train_job(say: Say, log: str, run_dir: str, how: str = "", rank: int = 0, nu
         start_method="fork",
         monitor_interval=0.02,
     )
-    return list(elastic_launch(job, train_rank)(log, run_dir, how, rank, number).values())
+    calls = elastic_launch(job, train_rank)(log, run_dir, how, rank, number)  # in the order in which ranks end
+    return [calls[each] for each in range(NUM_RANKS)]
 
 
 def train_rank(log: str, run_dir: str, how: str, rank: int, number: int) -> int:

@@ -17,6 +17,7 @@ from tests.log.log_oracle import edit_manifest, replace_array
 from vista.arrays import Int
 from vista.config import SourceColumns
 from vista.errors import LogFormatError, UnknownUserError
+from vista.install_command import install_command
 from vista.log import histories
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories, take
@@ -334,7 +335,7 @@ def test_without_polars_the_extra_is_named(tmp_path: Path) -> None:
         "try: EventLog.from_frame({'user': [1], 'item': [1]}, 'x', time_unit='s')\n"
         "except VistaError as error: print(error)"
     )
-    assert "pip install 'vista-recsys[data]'" in run_python(code, tmp_path)
+    assert install_command("data") in run_python(code, tmp_path)
 
 
 def test_short_ranges_of_segments_in_order_read_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from vista.refresh import RefreshOptions, refresh
 from vista.store.format.keys import user_keys
 from vista.store.layout import environment_path, read_current, state_path
 
+REPOSITORY = Path(__file__).parents[2]
 NUM_ITEMS, LENGTH = 1_000, 300
 
 
@@ -84,3 +85,32 @@ def test_too_large_a_record_is_refused() -> None:
     model = ModelConfig(dim=1024, num_seeds=65_535)
     with pytest.raises(ConfigError, match=r"model\.num_seeds: 65535 rows of 1032 bytes do not fit a record"):
         StoreSizes.of(model, Codec.int8, StateDtype.none, num_items=1, history_events=1)
+
+
+def test_the_guide_shows_these_sizes() -> None:
+    lines = (REPOSITORY / "docs" / "guides" / "choose-settings.md").read_text(encoding="utf-8").splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    shown = {name: values for name, _, *values in cells if len(values) == 4}
+    for column, (num_seeds, dim) in enumerate(((16, 64), (128, 64), (16, 256), (128, 256))):
+        plain, counted = (
+            StoreSizes.of(
+                ModelConfig(num_seeds=num_seeds, dim=dim, counters=counters),
+                Codec.int8,
+                StateDtype.float32,
+                num_items=2_000_000,
+                history_events=1_000,
+            )
+            for counters in (False, True)
+        )
+        ten_million = 1e7 / 1e9  # users, in GB
+        expected = {
+            "a record, int8": plain.record / 1e3,
+            "the same with counters of 64 items (of 2 million)": counted.record / 1e3,
+            "records of a generation on disk": plain.record_on_disk * ten_million,
+            "the same in the memory of Valkey": plain.on_server * ten_million,
+            "a state, float32": plain.state / 1e3,
+            "states of a generation on disk": plain.state_on_disk * ten_million,
+            "the same with counters, 1,000 distinct items per user": counted.state_on_disk * ten_million,
+        }
+        found = {name: float(shown[name][column].split()[0].replace(",", "")) for name in expected}
+        assert found == pytest.approx(expected, rel=0.03)

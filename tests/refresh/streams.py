@@ -34,7 +34,7 @@ def watch_of(folder: Path, source: str, grow: SimpleNamespace) -> WatchConfig:
         model=str(folder / "model"),
         store=str(folder / "store"),
         source=source,
-        stream=StreamConfig(max_s=3.0),
+        stream=StreamConfig(max_s=20.0),
         events=SourceConfig(**columns, categories=["surface"], numbers=["dwell"]),
         device="cpu",
         num_threads=1,

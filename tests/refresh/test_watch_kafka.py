@@ -269,6 +269,7 @@ def test_the_command_retries_while_the_broker_is_gone(
     frame = grow.events({1: 4}, grow.start + 500 * grow.hour)
     kafka.send_events(TOPIC, frame)
     kafka.set_down()
+    streamed.stream.max_s = 5.0
     pauses = []
 
     def sleep(seconds: float) -> None:

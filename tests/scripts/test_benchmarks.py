@@ -1,4 +1,7 @@
-"""The benchmarks run with --quick, measure what they claim, and write rows; only memory is compared with its bar."""
+"""The benchmarks run with --quick, measure what they claim, and write rows.
+
+Only what does not depend on the load of the machine, such as memory and differences, is compared with its bar.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,7 @@ from scripts.benchmarks.rectools_process import RecToolsPilot, RecToolsSetting
 from scripts.benchmarks.scorer_workloads import scorer_roofline
 from scripts.benchmarks.store_workloads import private_bytes
 from scripts.benchmarks.workloads import lifelong_log, untrained
+from tests.compiler import require_compiler
 from vista.config.choices import Precision, TargetAttentionKind
 from vista.log.splits import visible_counts
 from vista.model.padded_tail import pad_tail
@@ -41,6 +45,14 @@ CASES = {
         "training step, 2 x 256 events, d=256, against HSTU",
         "accumulate and read, 2,000 users of 0 to 50 events",
         "time per event at 10,000 over that at 1,000 events",
+    ],
+    "export": [
+        "logits of the scorer, 500 candidates: standard deviation",
+        "onnx: largest difference of logits over 1,000 requests",
+        "onnx: largest difference of next over 1,000 requests",
+        "onnx: CPU time of 1 user x 500 candidates, against the scorer",
+        "aotinductor: largest difference of logits over 1,000 requests",
+        "aotinductor: CPU time of 1 user x 500 candidates, against the scorer",
     ],
     "kafka": ["Kafka to the store, against watch folder= with csv", "against watch folder= with parquet"],
     "ranks": ["2 ranks, generated: against 2 independent processes"],
@@ -60,8 +72,8 @@ CASES = {
     "index": [
         "20,000 items, ivfpq: recall@100",
         "20,000 items, hnsw: size, against the vectors",
-        "20,000 items, ivfpq: a query, against a scan of 1",
-        "20,000 items, hnsw: a query, against a scan of 32",
+        "20,000 items, ivfpq: CPU time of a query, against a scan of 1",
+        "20,000 items, hnsw: CPU time of a query, against a scan of 32",
     ],
     "items_add": [
         "items add of 500 items to a catalog of 5,000 under load: time",
@@ -156,6 +168,9 @@ def fake_environment(folder: Path, report: dict[str, Any]) -> Path:
 def test_a_benchmark_runs_and_writes_its_cases(subject: str, tmp_path: Path) -> None:
     if subject == "ray":
         pytest.importorskip("ray")
+    if subject == "export":
+        pytest.importorskip("onnxruntime")
+        require_compiler()
     out = tmp_path / "out.jsonl"
     done = run(subject, out)
     assert done.returncode == 0, done.stderr
@@ -168,6 +183,7 @@ def test_a_benchmark_runs_and_writes_its_cases(subject: str, tmp_path: Path) -> 
     assert "bars: " in done.stdout and str(out) in done.stdout
     assert all(row["met"] for row in rows if "users without new events" in row["case"])
     assert all(row["value"] == 0 for row in rows if "wrong answers" in row["case"])
+    assert all(row["met"] for row in rows if "largest difference" in row["case"])
     memory = [row for row in rows if "peak memory" in row["case"]]
     assert all(row["met"] for row in memory) and bool(memory) == (subject == "summarizer")
     for whole in {row["case"].split(": share of ")[0] for row in rows if ": share of " in row["case"]}:

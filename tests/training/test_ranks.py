@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +24,7 @@ from tests.conftest import Served, small_config, small_frame
 from tests.training.test_downstream import downstream_config, past_of
 from tests.training.test_trainer import assert_same_result, metrics
 from vista.config import SourceColumns, TrainConfig
-from vista.config.choices import ItemStart, Precision
+from vista.config.choices import ItemStart, Precision, TrackerKind
 from vista.config.config_keys import to_yaml
 from vista.errors import RankError
 from vista.log.event_log import EventLog
@@ -235,6 +237,16 @@ def test_all_ranks_plan_the_same_steps(event_log: EventLog, tmp_path: Path) -> N
     assert done.returncode == 0 and len(set(re.findall(WEIGHTS, done.stdout))) == 1, done.stderr
     planned = re.search(r"optim.minutes=0.15: .* per validation: (\d+) steps", done.stderr)
     assert planned is not None and f"done: {planned[1]} steps" in done.stderr, done.stderr
+
+
+@pytest.mark.skipif(find_spec("tensorboard") is None, reason="needs tensorboard")
+def test_only_rank_0_tracks_the_run(event_log: EventLog, tmp_path: Path) -> None:
+    changes = {"optim__epochs": 1, "optim__validate_every": 1, "tracking__kind": TrackerKind.tensorboard}
+    done = start(config_of(event_log, tmp_path / "run", **changes), 2)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
+    state = json.loads((tmp_path / "run" / "tracking.json").read_text())
+    assert state["complete"] and state["step"] > 0
 
 
 def test_draws_of_a_step_depend_on_seed_step_and_rank(event_log: EventLog, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_a_refused_batch_is_not_written_through_a_link_or_to_a_pipe(event_log: E
 @pytest.mark.parametrize("step", [0, 5])
 def test_metrics_in_a_pipe_are_not_waited_for(tmp_path: Path, step: int) -> None:
     os.mkfifo(tmp_path / "metrics.jsonl")
-    metrics = MetricsWriter(tmp_path, tensorboard=False)
+    metrics = MetricsWriter(tmp_path)
     with pytest.raises(ConfigError, match="is not a regular file"):
         metrics.rewind(step, [])
     with pytest.raises(ConfigError, match="is not a regular file"):

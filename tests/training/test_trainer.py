@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from safetensors.torch import load_file
 from tests.conftest import Served, run_python, small_config, small_frame
 from vista.config import SourceColumns
 from vista.config.config_keys import to_yaml
-from vista.errors import CheckpointError, ConfigError, DataError, MissingDependencyError, NonFiniteLossError
+from vista.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError
 from vista.examples.batch_source import BatchSource
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
@@ -198,10 +197,10 @@ def test_a_crash_between_validation_and_checkpoint_writes_no_line_twice(
 
 
 def test_the_run_folder_is_complete_and_a_finished_run_does_not_change(event_log: EventLog, tmp_path: Path) -> None:
-    config = small_config(event_log, tmp_path / "run", tensorboard=True)
+    config = small_config(event_log, tmp_path / "run")
     model = train(config, event_log)
     run_dir = tmp_path / "run"
-    names = ["best", "checkpoints", "config.yaml", "metrics.jsonl", "tensorboard", "train.log"]
+    names = ["best", "checkpoints", "config.yaml", "metrics.jsonl", "run.json", "train.log"]
     assert sorted(path.name for path in run_dir.iterdir()) == names
     assert (run_dir / "config.yaml").read_text() == to_yaml(config)
     log_text = (run_dir / "train.log").read_text()
@@ -209,29 +208,10 @@ def test_the_run_folder_is_complete_and_a_finished_run_does_not_change(event_log
     assert not model.training
     weights = load_file(run_dir / "best" / "model.safetensors")
     assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
-    scalars = tensorboard_scalars(run_dir / "tensorboard")
-    assert scalars["ndcg@10"] == [(row["step"], row["validation"]["ndcg@10"]) for row in metrics(run_dir)]
     before = result(run_dir)[1:]
     again = train(config, event_log)
     assert result(run_dir)[1:] == before
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
-
-
-def tensorboard_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    names = events.Tags()["scalars"]
-    return {name: [(e.step, pytest.approx(e.value, abs=1e-6)) for e in events.Scalars(name)] for name in names}
-
-
-def test_tensorboard_that_is_not_installed_is_named(
-    event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(MissingDependencyError, match=r"vista-recsys\[tensorboard\]"):
-        train(small_config(event_log, tmp_path, tensorboard=True), event_log)
 
 
 @pytest.mark.parametrize(

@@ -53,8 +53,7 @@ def counting_config(log: EventLog, run_dir: Path, **changes: Any) -> TrainConfig
 def test_the_heads_start_from_the_training_part_and_have_their_own_rate(event_log: EventLog, tmp_path: Path) -> None:
     config = counting_config(event_log, tmp_path, data__num_negatives=event_log.num_items)
     made = Trainer(config, event_log)
-    with MetricsWriter(tmp_path, tensorboard=False) as metrics:
-        made._start(metrics)
+    made._start(MetricsWriter(tmp_path))
 
     labels, returns = 0, 0
     for index in range(min(made.source.num_batches(0), MEASURED_BATCHES)):
@@ -84,8 +83,7 @@ def test_the_heads_start_from_the_training_part_and_have_their_own_rate(event_lo
 def test_the_gate_starts_by_the_vectors_that_training_reads(event_log: EventLog, tmp_path: Path) -> None:
     options = {"model__item_start": ItemStart.user_factors, "optim__table_rate": 0.0, "precision": Precision.float32}
     made = Trainer(counting_config(event_log, tmp_path, **options), event_log)
-    with MetricsWriter(tmp_path, tensorboard=False) as metrics:
-        made._start(metrics)
+    made._start(MetricsWriter(tmp_path))
     batch, share = made.source.batch(0, 0), made.source.returning_share
     assert made.model.counted is not None and made._frozen_items is not None
     bias, started = made.model.counted.gate.bias, made.model.counted.gate.bias.item()
@@ -108,8 +106,7 @@ def test_the_gate_starts_by_the_first_batch_with_a_question(
         return batch if asked and index else replace(batch, anchors=replace(batch.anchors, window=torch.zeros(0)))
 
     monkeypatch.setattr(made.source, "batch", without_questions)
-    with MetricsWriter(tmp_path, tensorboard=False) as metrics:
-        made._start(metrics)
+    made._start(MetricsWriter(tmp_path))
     assert made.model.counted is not None and bool(made.model.counted.gate.bias) == asked
 
 
@@ -172,7 +169,7 @@ class Asked:
     def probabilities(self, item: int) -> np.ndarray:
         """[num_tasks] of an item, a row of the log."""
         row = self.model.rows_of(self.log.items)[[item]]
-        codes = torch.from_numpy(self.counters().codes.lookup(np.zeros(1, np.int64), row))[None]
+        codes = torch.from_numpy(self.counters().of_pairs(np.zeros(1, np.int64), row))[None]
         candidate = torch.from_numpy(row[None])
         if isinstance(self.model, SequenceModel):
             history = self.newest(self.model.config.history_limit, self.seen)
@@ -214,7 +211,8 @@ def test_tasks_read_the_counters_of_candidates(served_tasks: Served, tmp_path: P
     model = Trainer(config, log).model.eval()
     assert isinstance(model, VistaModel | SequenceModel) and model.candidate_counters is not None
     assert not model.candidate_counters.added.weight.any()
-    torch.nn.init.normal_(model.candidate_counters.added.weight, std=0.3)
+    assert not model.candidate_counters.network[-1].weight.any()
+    draw_counter_weights(model)
     validation = Validation(log, model.rows_of(log.items), config)
     cut, cases = visible_counts(log, split_until(data, "validation")), validation._impressions
     assert cases is not None

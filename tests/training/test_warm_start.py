@@ -146,8 +146,7 @@ def test_added_items_that_the_log_lacks_are_their_features(feature_log: EventLog
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     _, made = begun(warm_config(config, feature_log, run_dir, init_from=str(tmp_path / "best")), feature_log)
-    with MetricsWriter(run_dir, tensorboard=False) as metrics:
-        made._start(metrics)
+    made._start(MetricsWriter(run_dir))
     row = torch.from_numpy(made.model.item_rows([7777]))
     with torch.no_grad():
         assert not made.model.id_vectors(row).any()

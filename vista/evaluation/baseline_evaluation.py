@@ -10,10 +10,10 @@ import numpy as np
 
 from vista.arrays import Floats, Int
 from vista.config import DataConfig, EvaluateConfig
-from vista.config.choices import Target
+from vista.config.choices import Split, Target
 from vista.errors import ConfigError
 from vista.evaluation.baseline_report import BaselineReport
-from vista.evaluation.baselines.all_baselines import LEARNED, counting_baselines
+from vista.evaluation.baselines.all_baselines import LEARNED, counting_baselines, trained_baselines
 from vista.evaluation.baselines.counting_baseline import CountingBaseline
 from vista.evaluation.cases import NextItemCases
 from vista.evaluation.next_evaluation import excludes_seen, measure_next_items
@@ -24,13 +24,15 @@ from vista.evaluation.window_report import window_metric
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until, visible_counts
 from vista.model.ranking_model import RankingModel
+from vista.progress_bar import progress_bar, ticking
 
 
 def measure_baselines(model: RankingModel, log: EventLog, config: EvaluateConfig) -> BaselineReport:
-    """Measure all baselines that need no more than counting, on the cases of a model.
+    """Measure the counting baselines on the cases of a model, and with `trained_baselines` also those that learn.
 
     Raises:
         ConfigError: as `measure_baseline`.
+        MissingDependencyError: scikit-learn is not installed, and `trained_baselines` is set.
     """
     is_window = config.target is Target.window
     returns = is_window or not excludes_seen(log, model.data, config)
@@ -38,10 +40,19 @@ def measure_baselines(model: RankingModel, log: EventLog, config: EvaluateConfig
     horizons = asked_horizons(config)
     known = {"has_time": log.has_time, "returns": returns, "has_features": log.item_features is not None}
     by_horizon = [counting_baselines(horizon_events=n, **known) for n in horizons]
+    if config.trained_baselines:
+        at_one_time = model.data.split is Split.time
+        trained = [trained_baselines(horizon_events=n, at_one_time=at_one_time) for n in horizons]
+        by_horizon = [[*counting, *learned] for counting, learned in zip(by_horizon, trained, strict=True)]
     measured = {}
-    for versions in zip(*by_horizon, strict=True):
-        by_length = dict(zip(horizons, versions, strict=True))
-        measured[versions[0].name] = measure_by_horizon(by_length, log, model.data, config, columns)
+    asked = list(zip(*by_horizon, strict=True))
+    with progress_bar(total=len(asked), desc="baselines", unit="baseline") as bar, ticking(bar):
+        for versions in asked:
+            name = versions[0].name
+            bar.set_postfix_str(name, refresh=False)  # shown while it is fitted, which can take minutes
+            by_length = dict(zip(horizons, versions, strict=True))
+            measured[name] = measure_by_horizon(by_length, log, model.data, config, columns)
+            bar.update()
     tables = {"next item": {name: name for name in measured[versions[0].name].values}}
     if is_window:  # too many to print all
         k = config.top_k[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vista.evaluation.per_user_metrics import PerUserMetrics, mean_cells, per_user_path
+from vista.evaluation.per_user_metrics import PerUserMetrics, mean_cell, per_user_path, table_of_means
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +25,12 @@ class BaselineReport:
             own.save(per_user_path(f"{out}.{name.replace(',', '').replace(' ', '-')}"))
 
     def __str__(self) -> str:
-        lines = []
+        tables = []
         for title, columns in self.tables.items():
-            lines.append(f"{'baselines, ' + title:<34}" + "".join(f"{head:>18}" for head in columns).rstrip())
-            for baseline, own in self.per_user.items():
-                lines.append(f"  {baseline:<32}" + mean_cells([own.values[name] for name in columns.values()]))
-        return "\n".join(lines)
+            header = [f"baselines, {title}", *columns]
+            rows = [
+                [baseline, *(mean_cell(own.values[name]) for name in columns.values())]
+                for baseline, own in self.per_user.items()
+            ]
+            tables.append(table_of_means(header, rows, 34))
+        return "\n".join(tables)

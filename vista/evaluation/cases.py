@@ -63,8 +63,8 @@ class ImpressionCases:
     features: RowFeatures
     """Of the requests and their candidates, N rows with the log's codes."""
 
-    def part(self, cases: slice) -> ImpressionCases:
-        """Consecutive cases."""
+    def part(self, cases: slice | Int) -> ImpressionCases:
+        """Some of the cases."""
         names = ("user", "seen", "item", "timestamp", "label", "mask")
         probability = None if self.probability is None else self.probability[cases]
         own = {name: getattr(self, name)[cases] for name in names}

@@ -13,6 +13,8 @@ import numpy as np
 from vista.arrays import Floats
 from vista.errors import ConfigError, shown
 from vista.evaluation.per_user_metrics import PerUserMetrics, mean_and_error
+from vista.progress_bar import progress_bar
+from vista.text_table import fitted_table
 
 NUM_FLIPS = 9_999
 """Random signs of the differences per test, so that p is a multiple of 1 / 10,000."""
@@ -74,14 +76,13 @@ class Comparison:
 
     def __str__(self) -> str:
         width = max(20, *(len(name) + 1 for name in self.differences))
-        lines = [f"{'metric':<{width}}{'users':>7}{'a':>9}{'b':>9}{'b - a':>10} {'95 % interval':>20}{'p':>8}"]
+        rows = [["metric", "users", "a", "b", "b - a", "95 % interval", "p"]]
         for name, row in self.differences.items():
             low, high = row.interval
-            lines.append(
-                f"{name:<{width}}{row.num_users:>7}{row.mean_a:>9.4f}{row.mean_b:>9.4f}{row.difference:>+10.4f} "
-                f"{f'{low:+.4f} to {high:+.4f}':>20}{row.p:>8.4f}"
-            )
-        return "\n".join(lines)
+            means = [f"{row.mean_a:.4f}", f"{row.mean_b:.4f}", f"{row.difference:+.4f}"]
+            rows.append([name, str(row.num_users), *means, f"{low:+.4f} to {high:+.4f}", f"{row.p:.4f}"])
+        lines = ["{:<{width}}{:>7}{:>9}{:>9}{:>10} {:>20}{:>8}".format(*row, width=width) for row in rows]
+        return fitted_table(lines, rows[0], rows[1:])
 
 
 def _require_same_question(one: PerUserMetrics, other: PerUserMetrics) -> None:
@@ -107,7 +108,7 @@ def _sign_flip_p(difference: Floats, seed: int) -> list[float]:
     rng = np.random.default_rng(seed)
     extreme = np.zeros(len(observed), np.int64)
     step = max(1, SIGNS_PER_CHUNK // max(len(values), 1))
-    for start in range(0, NUM_FLIPS, step):
+    for start in progress_bar(range(0, NUM_FLIPS, step), desc="test", unit="batch"):
         signs = rng.integers(0, 2, (min(step, NUM_FLIPS - start), len(values)), np.int8) * 2.0 - 1
         extreme += (np.abs(signs @ values) >= observed).sum(0)
     return ((1 + extreme) / (1 + NUM_FLIPS)).tolist()  # type: ignore[no-any-return]

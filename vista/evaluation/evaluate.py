@@ -119,7 +119,7 @@ def evaluate_scorer(
         LeakageError, ConfigError: as `evaluate`.
     """
     _check(scorer.model, log, config)
-    _check_store(scorer, config)
+    check_store(scorer, config)
     evaluation = _measure(
         scorer.model, log, config, ScorerAnswers(scorer, log, requests_per_batch=config.users_per_batch), ranks
     )
@@ -168,7 +168,7 @@ def _check(model: RankingModel, log: EventLog, config: EvaluateConfig) -> None:
     check_requests(model, log)
 
 
-def _check_store(scorer: Scorer, config: EvaluateConfig) -> None:
+def check_store(scorer: Scorer, config: EvaluateConfig) -> None:
     """A store refreshed beyond the split covers labels; a store of another age answers another question."""
     stored, limit = parse_until(scorer.store.manifest.until), split_until(scorer.model.data, config.split)
     asked = replace(limit, held_out=limit.held_out + config.staleness)
@@ -194,7 +194,7 @@ def _measure(
     answers: ScorerAnswers | RawHistoryAnswers,
     ranks: Ranks | None,
 ) -> EvaluationReport:
-    """Ask all cases, and the counting baselines too if they are asked for, and compute the metrics."""
+    """Ask all cases, and baselines too if they are asked for, and compute the metrics."""
     measure = _measure_windows if config.target is Target.window else _measure_next_items
     evaluation = measure(model, log, config, answers, ranks)
     if not config.baselines or (ranks is not None and not ranks.leads):

@@ -13,6 +13,7 @@ from vista.evaluation.per_user_metrics import PerUserMetrics
 from vista.evaluation.popularity_report import PopularityReport
 from vista.evaluation.recall import RecallReport
 from vista.evaluation.window_report import WindowReport
+from vista.text_table import fitted
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,7 @@ class EvaluationReport:
         hidden = {name for report in reports for name in report.metrics()}
         lines = [f"{self.num_cases} cases in {self.seconds:.1f} s"]
         lines += [f"  {name:<20} {value:.4f}" for name, value in self.metrics.items() if name not in hidden]
+        lines = [fitted(line, 4) for line in lines]
         lines += map(str, reports)
         return "\n".join(lines if self.baselines is None else [*lines, str(self.baselines)])
 

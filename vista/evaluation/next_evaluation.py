@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from vista.arrays import Int
 from vista.config import DataConfig, EvaluateConfig
@@ -18,6 +17,7 @@ from vista.evaluation.protocol import case_batches, rank_next_items, ranking_val
 from vista.log.event_log import EventLog
 from vista.log.repeats import leaves_out_seen
 from vista.log.splits import part_counts
+from vista.progress_bar import progress_bar
 from vista.ranks import Ranks
 
 
@@ -52,7 +52,7 @@ def measure_next_items(
         own,
         columns,
         score,
-        tqdm(batches, desc="ranking", unit="batch", disable=not config.progress, leave=False),
+        progress_bar(batches, desc="ranking", unit="batch", shown=config.progress, leave=False),
         exclude_seen=exclude_seen,
         observe=observe,
     )

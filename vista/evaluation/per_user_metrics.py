@@ -17,6 +17,7 @@ from vista.arrays import Floats
 from vista.errors import ConfigError
 from vista.files import read_limited, replace_file
 from vista.log.ingest.source_parser import npz_limit
+from vista.text_table import fitted_table
 
 MAX_FILE_BYTES = 1 << 30
 
@@ -87,9 +88,21 @@ class PerUserMetrics:
         return cls(users, dict(zip(names.tolist(), values, strict=True)), question)
 
 
-def mean_cells(columns: Sequence[Floats]) -> str:
-    """Mean and standard error of each column as cells of a table, 18 characters wide."""
-    return "".join(f"{'{:.4f} ± {:.4f}'.format(*mean_and_error(values)):>18}" for values in columns)
+def mean_cell(values: Floats) -> str:
+    """Mean and standard error over users as a cell of a table."""
+    return "{:.4f} ± {:.4f}".format(*mean_and_error(values))
+
+
+def table_of_means(header: Sequence[str], rows: Sequence[Sequence[str]], first: int) -> str:
+    """A table that fits the terminal: a first column of `first` characters, and cells of `mean_cell`.
+
+    Args:
+        header: its title, then the names of its columns.
+        rows: its cells, the first of which name the rows.
+    """
+    lines = [f"{header[0]:<{first}}" + "".join(f"{name:>18}" for name in header[1:]).rstrip()]
+    lines += [f"  {row[0]:<{first - 2}}" + "".join(f"{cell:>18}" for cell in row[1:]) for row in rows]
+    return fitted_table(lines, header, rows)
 
 
 def per_user_path(out: str | Path) -> Path:

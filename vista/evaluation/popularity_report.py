@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from vista.arrays import Floats, Int
 from vista.evaluation.metrics import hit_rate, ndcg
 from vista.evaluation.recommended_lists import RecommendedLists
+from vista.text_table import fitted, fitted_table
 
 NUM_DECILES = 10
 
@@ -60,17 +61,20 @@ class PopularityReport:
 
     def __str__(self) -> str:
         k = self.k
-        lines = [
+        head = [
             f"popularity, by lists of {k}: Gini {self.gini:.4f} (training events {self.training_gini:.4f}), coverage "
             f"{self.coverage:.4f}",
             f"  Spearman correlation of popularity with the mean score {self.score_correlation:+.4f}, with the norm of "
             f"the vectors {self.norm_correlation:+.4f}",
-            f"  {'decile':>6} {'items':>9} {'labels':>8} {'recommended':>12} {f'hr@{k}':>8} {f'ndcg@{k}':>8}",
         ]
         columns = (self.num_items, self.label_share, self.recommended_share, self.hit_rate, self.ndcg)
-        for decile, (items, labels, shown, hits, gain) in enumerate(zip(*columns, strict=True), start=1):
-            lines.append(f"  {decile:>6} {items:>9} {labels:>8.2%} {shown:>12.2%} {hits:>8.4f} {gain:>8.4f}")
-        return "\n".join(lines)
+        rows = [["decile", "items", "labels", "recommended", f"hr@{k}", f"ndcg@{k}"]]
+        rows += [
+            [str(decile), str(items), f"{labels:.2%}", f"{shown:.2%}", f"{hits:.4f}", f"{gain:.4f}"]
+            for decile, (items, labels, shown, hits, gain) in enumerate(zip(*columns, strict=True), start=1)
+        ]
+        lines = ["  {:>6} {:>9} {:>8} {:>12} {:>8} {:>8}".format(*row) for row in rows]
+        return "\n".join([*map(fitted, head), fitted_table(lines, rows[0], rows[1:])])
 
 
 def popularity_report(

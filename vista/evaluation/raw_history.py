@@ -11,7 +11,6 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from vista.arrays import Float32s, Int
 from vista.evaluation.cases import ImpressionCases, NextItemCases, case_requests, request_starts
@@ -22,6 +21,7 @@ from vista.model.baselines.history_model import HistoryModel
 from vista.model.inference import catalog_scores, item_vectors
 from vista.model.log_users import LogUsers
 from vista.model.row_feature_reader import log_encoder
+from vista.progress_bar import progress_bar
 
 
 class RawHistoryAnswers:
@@ -68,7 +68,7 @@ class RawHistoryAnswers:
         requests = [slice(low, high) for low, high in pairwise([*starts.tolist(), len(cases.user)])]
         num_shown = np.diff(np.append(starts, len(cases.user)))
         groups = list(self._groups(cases.seen[starts], num_shown))
-        for group in tqdm(groups, desc="impressions", unit="batch", disable=not progress, leave=False):
+        for group in progress_bar(groups, desc="impressions", unit="batch", shown=progress, leave=False):
             parts = requests[group]
             first = starts[group]
             width = max(part.stop - part.start for part in parts)
@@ -91,7 +91,7 @@ class RawHistoryAnswers:
         return out
 
     def _candidate_codes(self, cases: ImpressionCases, index: Int) -> torch.Tensor | None:
-        """Codes uint8 [B, C, F] of the items of the cases int64 [B, C]; None for a model without counters."""
+        """Codes uint8 [B, C, F + 1] of the items of the cases int64 [B, C]; None for a model without counters."""
         own, spec = index.ravel(), self._model.counter_spec
         if spec is None:
             return None

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vista.arrays import Floats, Int, offsets_of
+from vista.arrays import Float32s, Floats, Int, offsets_of
 from vista.config.choices import ReconstructionTarget
 from vista.errors import ConfigError
 from vista.examples.frequency import item_counts
@@ -25,7 +25,9 @@ from vista.log.histories import Histories, ranges
 from vista.log.splits import split_until, visible_counts
 from vista.model.history_states import covered_lengths
 from vista.model.vista_model import VistaModel
+from vista.progress_bar import progress_bar
 from vista.scorer import Scorer
+from vista.text_table import fitted_table
 
 AGES = (0, 32, 128, 512, 2048, 8192)
 """Lower ends of the bands of age, in events before the summary's cut; the last band has no upper end."""
@@ -52,10 +54,12 @@ class RecallReport:
         return {f"recall/{band}": float(gap) for band, gap in zip(bands(), self.own - self.other, strict=True)}
 
     def __str__(self) -> str:
-        lines = [f"{'age in events':<16}{'own':>8}{'other':>8}{'recall':>8}{'events':>10}"]
-        for band, own, other, count in zip(bands(), self.own, self.other, self.num_events, strict=True):
-            lines.append(f"{band:<16}{own:>8.4f}{other:>8.4f}{own - other:>8.4f}{count:>10,}")
-        return "\n".join(lines)
+        rows = [["age in events", "own", "other", "recall", "events"]]
+        rows += [
+            [band, f"{own:.4f}", f"{other:.4f}", f"{own - other:.4f}", f"{count:,}"]
+            for band, own, other, count in zip(bands(), self.own, self.other, self.num_events, strict=True)
+        ]
+        return fitted_table(["{:<16}{:>8}{:>8}{:>8}{:>10}".format(*row) for row in rows], rows[0], rows[1:])
 
 
 def bands() -> list[str]:
@@ -87,24 +91,67 @@ def measure_recall(scorer: Scorer, log: EventLog, *, max_users: int = 2000, seed
         raise ConfigError(f"{scorer.store.path}: fewer than two users of {log.path} have a record; refresh the store")
     users, summary = users[known], stored.summary[known]
     count = np.minimum(covered[known], log.lengths[users])
-    items = _Items(model, log)
+    items = RecallItems(model, log)
+    # The other user of a row is the next one; of the last row, the first.
+    return _measured(model, log, items, users, count, summary, np.roll(summary, -1, axis=0), rng)
+
+
+@torch.inference_mode()
+def recall_of_user(
+    scorer: Scorer, log: EventLog, items: RecallItems, user: int, *, num_windows: int = 32, seed: int = 0
+) -> RecallReport | None:
+    """Measure the summary of one user, with several windows per band; None if there is no summary to measure.
+
+    Args:
+        items: of the scorer's model and of `log`; keep it for further users.
+        user: row of the log.
+        num_windows: windows per band, each compared with the summary of another random user.
+        seed: draws windows, negatives, and the other users.
+    """
+    model, rng = scorer.model, np.random.default_rng(seed)
+    stored = scorer.store.get_many(log.users.ids([user]))
+    covered = np.minimum(covered_lengths(model, stored.event_count), log.lengths[user])
+    if model.decoder is None or not stored.found[0] or covered[0] == 0:
+        return None
+    # Some of the drawn users may have no record, and one may be this user.
+    drawn = rng.permutation(log.num_users)[: 4 * num_windows]
+    drawn = drawn[(drawn != user) & log.users.has_ids(drawn)]
+    others = scorer.store.get_many(log.users.ids(drawn))
+    theirs = others.summary[others.found][:num_windows]
+    if not len(theirs):
+        return None
+    repeated = np.full(len(theirs), user)
+    own = np.repeat(stored.summary, len(theirs), axis=0)
+    return _measured(model, log, items, repeated, np.full(len(theirs), covered[0]), own, theirs, rng)
+
+
+def _measured(
+    model: VistaModel,
+    log: EventLog,
+    items: RecallItems,
+    users: Int,
+    count: Int,
+    own: Float32s,
+    other: Float32s,
+    rng: np.random.Generator,
+) -> RecallReport:
+    """The report over U histories, the first `count` [U] events of `users` [U], with two summaries each, [U, S, M]."""
     totals = np.zeros((3, len(AGES)))
-    for low in range(0, len(users), USERS_PER_BATCH):
+    for low in progress_bar(range(0, len(users), USERS_PER_BATCH), desc="recall", unit="batch"):
         part = slice(low, low + USERS_PER_BATCH)
         histories = log.gather(users[part], count[part])
-        # The other user of a row is the next one; of the last row, the first.
-        summaries = [torch.from_numpy(each[part]).to(model.device) for each in (summary, np.roll(summary, -1, axis=0))]
+        summaries = [torch.from_numpy(each[part]).to(model.device) for each in (own, other)]
         for band, (age, end) in enumerate(zip(AGES, (*AGES[1:], None), strict=True)):
             windows = _random_windows(histories.lengths, age, end, rng)
             if len(windows.row):
                 won = _share_beaten(model, items, histories, windows, summaries, rng)
                 totals[:, band] += [*won.sum(1), won.shape[1]]
     with np.errstate(invalid="ignore"):
-        own, other = totals[:2] / totals[2]
-    return RecallReport(own, other, totals[2].astype(np.int64))
+        shares = totals[:2] / totals[2]
+    return RecallReport(shares[0], shares[1], totals[2].astype(np.int64))
 
 
-class _Items:
+class RecallItems:
     """The items of the model's histories in order of popularity, and the rows that these have for the log's items."""
 
     def __init__(self, model: VistaModel, log: EventLog) -> None:
@@ -149,7 +196,7 @@ def _random_windows(lengths: Int, age: int, end: int | None, rng: np.random.Gene
 
 def _share_beaten(
     model: VistaModel,
-    items: _Items,
+    items: RecallItems,
     histories: Histories,
     windows: _HistoryWindows,
     summaries: list[Tensor],

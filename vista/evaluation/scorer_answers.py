@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from vista.arrays import Float32s, Int
 from vista.errors import LeakageError
@@ -16,6 +15,7 @@ from vista.evaluation.cases import ImpressionCases, NextItemCases, request_start
 from vista.evaluation.window_cases import WindowCases
 from vista.log.event_log import EventLog
 from vista.log.row_features import RowFeatures
+from vista.progress_bar import progress_bar
 from vista.scorer import Scorer
 from vista.store import Tail
 
@@ -48,7 +48,7 @@ class ScorerAnswers:
         starts = request_starts(cases)
         stops = np.append(starts, len(cases.user))
         batches = range(0, len(starts), self._requests_per_batch)
-        for low in tqdm(batches, desc="impressions", unit="batch", disable=not progress, leave=False):
+        for low in progress_bar(batches, desc="impressions", unit="batch", shown=progress, leave=False):
             first = starts[low : low + self._requests_per_batch]
             offsets = stops[low : low + len(first) + 1]
             shown = slice(offsets[0], offsets[-1])

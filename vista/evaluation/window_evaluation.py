@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from vista.arrays import Int
 from vista.config import DataConfig, EvaluateConfig
@@ -21,6 +20,7 @@ from vista.examples.frequency import item_counts
 from vista.log.event_log import EventLog
 from vista.log.gaps import DAY_MS
 from vista.log.splits import part_counts, part_times, split_until, visible_counts
+from vista.progress_bar import progress_bar
 from vista.ranks import Ranks
 
 Scores = NDArray[np.floating[Any]]
@@ -105,7 +105,7 @@ def measure_windows(
     first = next(iter(cases.values()))
     own = slice(0, len(first)) if ranks is None else ranks.part_of(first.seen + 1)
     batches = case_batches(first.part(own), log.num_items, config.users_per_batch)
-    shown = tqdm(batches, desc="ranking", unit="batch", disable=not config.progress, leave=False)
+    shown = progress_bar(batches, desc="ranking", unit="batch", shown=config.progress, leave=False)
     cold = item_counts(log, visible_counts(log, split_until(data, config.split))) == 0
     asked = any(cold[each.item].any() for each in cases.values())
     parts = {name: each.part(own) for name, each in cases.items()}

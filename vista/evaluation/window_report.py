@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vista.arrays import Floats
-from vista.evaluation.per_user_metrics import mean_and_error, mean_cells
+from vista.evaluation.per_user_metrics import mean_and_error, mean_cell, table_of_means
 from vista.evaluation.window_metrics import KINDS
 
 
@@ -31,16 +31,16 @@ class WindowReport:
         return {name: mean_and_error(values)[0] for name, values in self.per_user().items()}
 
     def __str__(self) -> str:
-        lines = []
+        tables = []
         for window, metrics in self.windows.items():
             names = [name for name in metrics if ":" not in name]
-            head, kinds = f"next {window}", [kind for kind in KINDS if names[0] + kind in metrics]
-            lines.append(f"{head:<20}" + "".join(f"{kind[1:] or 'all':>18}" for kind in kinds).rstrip())
+            kinds = [kind for kind in KINDS if names[0] + kind in metrics]
+            header = [f"next {window}", *(kind[1:] or "all" for kind in kinds)]
             counts = [np.count_nonzero(~np.isnan(metrics[names[0] + kind])) for kind in kinds]
-            lines.append(f"  {'users':<18}" + "".join(f"{count:>18}" for count in counts))
-            for name in names:
-                lines.append(f"  {name:<18}" + mean_cells([metrics[name + kind] for kind in kinds]))
-        return "\n".join(lines)
+            rows = [["users", *map(str, counts)]]
+            rows += [[name, *(mean_cell(metrics[name + kind]) for kind in kinds)] for name in names]
+            tables.append(table_of_means(header, rows, 20))
+        return "\n".join(tables)
 
 
 def window_metric(name: str, window: str) -> str:

@@ -34,6 +34,7 @@ from vista.log.segment_manifest import LOG_FIELDS, QUARANTINE_FILE, SET_ASIDE_FI
 from vista.log.segment_writer import FeatureWriter, SegmentWriter, TableWriter, locked_log, staged_folder
 from vista.log.stream_offsets import offset_entries, stream_offsets
 from vista.log.used_values import UsedValues
+from vista.progress_bar import progress_bar
 
 RUN_EVENTS = 1 << 20
 """Events without features that are read and written at once. A longer history is a run by itself."""
@@ -181,11 +182,13 @@ def _write_events(segment: SegmentWriter, log: EventLog, run_events: int) -> tup
     names = [name for name in EVENT_COLUMNS if name != "rating" or log.has_rating]
     writer = TableWriter(segment, "", log.num_events, {name: (EVENT_COLUMNS[name], ()) for name in names})
     run_events = rows_that_fit(run_events, MERGED_ROW_BYTES, len(log.event_features))
-    for run in token_groups(log.lengths, run_events):
-        users = np.arange(run.start, run.stop)
-        histories = log.gather(users)
-        writer.append(np.repeat(users, histories.lengths), {name: getattr(histories, name) for name in names})
-        features.append(used.recoded(histories.features))
+    with progress_bar(total=log.num_events, desc="merge events", unit="event", unit_scale=True) as bar:
+        for run in token_groups(log.lengths, run_events):
+            users = np.arange(run.start, run.stop)
+            histories = log.gather(users)
+            writer.append(np.repeat(users, histories.lengths), {name: getattr(histories, name) for name in names})
+            features.append(used.recoded(histories.features))
+            bar.update(histories.num_events)
     features.close()
     return writer.close(), features.columns
 
@@ -202,11 +205,13 @@ def _write_impressions(
         columns |= {name: (column.dtype, column.shape[1:]) for name, column in table.columns.items()}
     writer = TableWriter(segment, "impressions/", int(counts.sum()), columns)
     run_rows = rows_that_fit(run_rows, MERGED_ROW_BYTES, len(log.request_features))
-    for run in token_groups(counts, run_rows):
-        offsets = offsets_of(counts[run])
-        block, of_rows = merged_columns([table.of_users(run.start, run.stop) for table in tables], offsets)
-        writer.append(np.repeat(np.arange(run.start, run.stop), counts[run]), block)
-        features.append(used.recoded(of_rows))
+    with progress_bar(total=int(counts.sum()), desc="merge impressions", unit="row", unit_scale=True) as bar:
+        for run in token_groups(counts, run_rows):
+            offsets = offsets_of(counts[run])
+            block, of_rows = merged_columns([table.of_users(run.start, run.stop) for table in tables], offsets)
+            writer.append(np.repeat(np.arange(run.start, run.stop), counts[run]), block)
+            features.append(used.recoded(of_rows))
+            bar.update(int(offsets[-1]))
     features.close()
     return writer.close(), features.columns
 

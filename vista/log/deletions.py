@@ -38,6 +38,7 @@ from vista.log.segment_writer import (
     staged_folder,
     write_without_events,
 )
+from vista.progress_bar import elapsed_time
 
 _NAMED_ROWS = 3
 
@@ -180,8 +181,9 @@ def _forget(path: Path, source: Source) -> DeletionReport:
 def _read(log: EventLog, source: Source, folder: Path) -> pl.DataFrame:
     """Parsed and checked rows of a source, in its order, in memory."""
     kinds = {"user": log.users.kind, "item": log.items.kind}
-    part = read_part(source, kinds, "events", folder, 0, OnBadRows.error)
-    frame = part.good().sort(ORDER).collect()
+    with elapsed_time("read events"):
+        part = read_part(source, kinds, "events", folder, 0, OnBadRows.error)
+        frame = part.good().sort(ORDER).collect()
     part.file.unlink()
     return frame
 

@@ -10,6 +10,7 @@ from vista.arrays import Int
 from vista.log.histories import ranges, token_groups
 from vista.log.packed_table import PackedTable
 from vista.log.segment import Segment
+from vista.progress_bar import progress_bar
 
 ROWS_AT_ONCE = 1 << 20
 """Default number of rows that are compared with keys at once."""
@@ -60,11 +61,13 @@ def equal_events(table: PackedTable, keys: EventKeys, *, rows_at_once: int = ROW
     low = table.first_since(start, stop, times)
     num = table.first_since(low, stop, times + 1) - low
     pairs = [(here[:0], low[:0])]
-    for part in token_groups(num, rows_at_once):
-        row, key = ranges(low[part], num[part]), np.repeat(here[part], num[part])
-        place = table.places(row)
-        equal = table.columns["item"][place] == keys.item[key]
-        if keys.action is not None:
-            equal &= table.columns["action"][place] == keys.action[key]
-        pairs.append((key[equal], row[equal]))
+    with progress_bar(total=len(num), desc="match events", unit="event", unit_scale=True, leave=False) as bar:
+        for part in token_groups(num, rows_at_once):
+            row, key = ranges(low[part], num[part]), np.repeat(here[part], num[part])
+            place = table.places(row)
+            equal = table.columns["item"][place] == keys.item[key]
+            if keys.action is not None:
+                equal &= table.columns["action"][place] == keys.action[key]
+            pairs.append((key[equal], row[equal]))
+            bar.update(len(num[part]))
     return np.concatenate([key for key, _ in pairs]), np.concatenate([row for _, row in pairs])

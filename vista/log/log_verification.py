@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vista.errors import LogFormatError
 from vista.files import checked_path
@@ -13,6 +14,7 @@ from vista.log.event_log import EventLog
 from vista.log.segment import find_segments
 from vista.log.segment_files import SegmentFile
 from vista.log.segment_manifest import MANIFEST_FILE, REMEDY, read_segment_manifest
+from vista.progress_bar import progress_bar
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +59,20 @@ def verify_log(path: str | os.PathLike[str]) -> LogVerification:
 def _verify(path: Path, folders: Sequence[Path]) -> LogVerification:
     damaged: list[str] = []
     sizes: list[int] = []
+    files: list[tuple[Path, dict[str, Any]]] = []
     for folder in folders:
         try:
             entries = read_segment_manifest(folder)["files"]
         except LogFormatError:
             damaged.append(f"{folder.name}/{MANIFEST_FILE}")
             continue
-        for name, entry in entries.items():
+        files += [(folder / name, entry) for name, entry in entries.items()]
+    total = sum(entry["bytes"] for _, entry in files)
+    with progress_bar(total=total, desc="verify log", unit="B", unit_scale=True) as bar:
+        for file, entry in files:
             try:
-                sizes.append(SegmentFile.open(folder / name, entry).verify())
+                sizes.append(SegmentFile.open(file, entry).verify())
             except LogFormatError:
-                damaged.append(f"{folder.name}/{name}")
+                damaged.append(str(file.relative_to(path)))
+            bar.update(entry["bytes"])
     return LogVerification(path, len(sizes), sum(sizes), damaged)

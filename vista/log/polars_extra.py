@@ -6,13 +6,14 @@ Readers of a log never import it, because a process that forks after Polars was 
 from __future__ import annotations
 
 from vista.errors import MissingDependencyError
+from vista.install_command import install_command
 
 try:
     import polars as pl
     from polars.io.plugins import register_io_source
 except ImportError as error:
     raise MissingDependencyError(
-        f"source tables and Parquet files need Polars ({error}); install it with: pip install 'vista-recsys[data]'"
+        f"source tables and Parquet files need Polars ({error}); install it with: {install_command('data')}"
     ) from error
 
 __all__ = ["pl", "register_io_source"]

@@ -18,6 +18,7 @@ from vista.log.feature_owner import ITEMS, USERS, FeatureOwner
 from vista.log.packed_table import PackedTable
 from vista.log.segment_manifest import MANIFEST_FILE, REMEDY, SET_ASIDE_FILES
 from vista.log.vocabulary import Vocabulary
+from vista.progress_bar import progress_bar
 
 EVENT_COLUMNS = {"item": np.int32, "timestamp": np.int64, "action": np.uint8, "rating": np.float32}
 IMPRESSION_COLUMNS = {
@@ -169,7 +170,12 @@ class SegmentFiles:
         Raises:
             LogFormatError: naming the first file with a byte that has changed.
         """
-        return sum(file.verify() for name, file in self._files.items() if large or not _is_large(name))
+        files = [file for name, file in self._files.items() if large or not _is_large(name)]
+        total = sum(len(file.content) for file in files)
+        with progress_bar(total=total, desc="verify log", unit="B", unit_scale=True, leave=False) as bar:
+            for file in files:
+                bar.update(file.verify())
+        return total
 
     def verify_features(self, owner: FeatureOwner) -> None:
         """Compare the content of the files of features with the manifest.

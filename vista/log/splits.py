@@ -12,7 +12,7 @@ from vista.config import DataConfig
 from vista.config.choices import Split
 from vista.errors import ConfigError
 from vista.log.event_log import EventLog
-from vista.log.gaps import MINUTE_MS
+from vista.log.gaps import DAY_MS, MINUTE_MS
 from vista.log.histories import Histories, token_groups
 from vista.log.row_features import rows_that_fit
 from vista.log.until import Until, parse_time, parse_until
@@ -163,3 +163,21 @@ def part_times(data: DataConfig, part: str) -> tuple[int | None, int | None]:
         return None, None
     begin = _label_starts(data)[part == "test"]
     return begin, split_until(data, "test").before if part == "validation" else None
+
+
+def refresh_times(data: DataConfig, part: str, end: int) -> NDArray[np.int64]:
+    """When a store is refreshed for the impressions of a part of a split by time: int64 [P] ms, ascending.
+
+    The first refresh is when the part's labels begin, and others follow every `data.refresh_days`.
+
+    Args:
+        end: time in ms, at which the impressions end.
+
+    Raises:
+        ConfigError: as `split_until`.
+    """
+    begin, _ = part_times(data, part)
+    assert begin is not None
+    if not data.refresh_days:
+        return np.array([begin])
+    return np.arange(begin, max(end, begin + 1), round(data.refresh_days * DAY_MS))

@@ -21,6 +21,7 @@ from vista.arrays import Int
 from vista.config.ray_config import RayConfig
 from vista.errors import ConfigError, VistaError, WorkerDiedError, shown
 from vista.log.event_log import EventLog
+from vista.machine import usable_cores
 from vista.refresh.batch_encoder import BatchEncoder
 from vista.refresh.ray_extra import ray
 from vista.refresh.refresh_actor import ActorJob, ActorResult, RefreshActor, log_digest
@@ -111,9 +112,8 @@ class RayEngine:
         if self._config.address == "local":
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             folder = tempfile.mkdtemp(prefix="vista-ray-")
-            cores = len(os.sched_getaffinity(0))
             arguments |= {
-                "num_cpus": self._config.num_actors * self._num_threads or max(cores, self._num_threads),
+                "num_cpus": self._config.num_actors * self._num_threads or max(usable_cores(), self._num_threads),
                 "object_store_memory": self._config.object_store_bytes,
                 "include_dashboard": False,
                 "_temp_dir": folder,
@@ -124,7 +124,8 @@ class RayEngine:
                 ray.init(**arguments, log_to_driver=False, logging_level=logging.ERROR)
             except (OSError, RuntimeError, ValueError) as error:
                 raise ConfigError(
-                    f"ray.address={shown(self._config.address)}: Ray cannot be started or reached there: {error}"
+                    f"ray.address={shown(self._config.address)}: Ray cannot be started or reached there: {error}; "
+                    "check the address and the cluster (`ray status`), or use engine=local"
                 ) from error
             yield
         finally:

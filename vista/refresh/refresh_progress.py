@@ -8,9 +8,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from tqdm import tqdm
-
 from vista.errors import RecordError
+from vista.progress_bar import progress_bar
 from vista.refresh.refresh_report import RefreshReport
 from vista.refresh.stage_clock import StageClock
 from vista.refresh.user_records import UserRecords
@@ -40,7 +39,7 @@ class RefreshProgress(StageClock):
         self._store = store
         self._kind, self._total = kind, total
         self._began = time.perf_counter()
-        self._bar = tqdm(total=total, initial=done, desc="refresh", unit="user", disable=not progress)
+        self._bar = progress_bar(total=total, initial=done, desc="refresh", unit="user", shown=progress)
         self._done, self._resumed_at, self.num_events = done, done, 0
         self.counts: Counter[str] = Counter()
         self.failures: dict[str, str] = {}

@@ -35,6 +35,7 @@ from vista.arrays import offsets_of
 from vista.config import SimulateConfig
 from vista.errors import ConfigError, DataError
 from vista.files import checked_path, create_file, make_folders, replace_text, sync
+from vista.progress_bar import progress_bar
 from vista.simulation.catalog import Catalog, make_catalog
 from vista.simulation.event_stream import ACTIONS
 from vista.simulation.oracle import OracleMetrics, oracle_metrics
@@ -77,9 +78,10 @@ def generate(config: SimulateConfig, *, chunk_events: int = CHUNK_EVENTS) -> Sim
 
     if config.num_threads > 1:
         with ThreadPoolExecutor(config.num_threads) as pool:
-            chunks = list(pool.map(draw, range(len(users))))
+            drawn = pool.map(draw, range(len(users)))
+            chunks = list(progress_bar(drawn, desc="simulate", unit="chunk", total=len(users)))
     else:
-        chunks = [draw(index) for index in range(len(users))]
+        chunks = [draw(index) for index in progress_bar(range(len(users)), desc="simulate", unit="chunk")]
     joined = {
         field.name: np.concatenate([getattr(chunk, field.name) for chunk in chunks])
         for field in dataclasses.fields(SimulatedChunk)

@@ -234,7 +234,9 @@ def unpack_state(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
     match skeleton:
         case {"$tensor": name} | {"$array": name}:
             if name not in tensors:
-                raise CheckpointError(f"tensor {name!r} is not in the checkpoint; it was written by another version")
+                raise CheckpointError(
+                    f"tensor {name!r} is not in the checkpoint, which another version wrote; set resume=false"
+                )
             return tensors[name].numpy() if "$array" in skeleton else tensors[name]
         case {"$float": text}:
             return float(text)

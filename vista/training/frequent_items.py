@@ -33,7 +33,7 @@ def frequent_items(log: EventLog, data: DataConfig) -> Vocabulary:
     if not kept.any():
         raise ConfigError(
             f"{setting}: no item of {log.path} has that many training events; the most frequent one has "
-            f"{counts.max(initial=0):,}"
+            f"{counts.max(initial=0):,}; lower it"
         )
     logger.info(
         "%s: %s of %s items have a row of their own; the others are unknown, with %.1f%% of the training events",

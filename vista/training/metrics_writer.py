@@ -1,85 +1,69 @@
-"""What a run measures while it trains: metrics.jsonl and TensorBoard events."""
+"""What a run measures while it trains: metrics.jsonl."""
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from vista.errors import MissingDependencyError
 from vista.files import replace_text
+from vista.runs.metrics_rows import rows_of
 from vista.training.run_folder import open_to_append
 
 
 class MetricsWriter:
-    """metrics.jsonl of a run, one JSON object per line, and optional TensorBoard events.
+    """metrics.jsonl of a run, one JSON object per line.
 
     Rows of training hold {step, epoch, loss, …}, rows of validation {step, epoch, validation: {…}, is_best, …}. The
     last validation with is_best was exported. Undefined numbers are null.
     """
 
-    def __init__(self, run_dir: Path, *, tensorboard: bool) -> None:
-        """Raises MissingDependencyError if TensorBoard is requested but not installed."""
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
         self.path = run_dir / "metrics.jsonl"
-        self._events = run_dir / "tensorboard"
-        self._writer: Any = None
-        self._make_writer: Any = None
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise MissingDependencyError(
-                    "tensorboard=true needs the extra: pip install 'vista-recsys[tensorboard]'"
-                ) from error
-            self._make_writer = SummaryWriter
 
-    def __enter__(self) -> MetricsWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._writer is not None:
-            self._writer.close()
-
-    def rewind(self, step: int, validated: Collection[int]) -> None:
+    def rewind(self, step: int, validated: Collection[int]) -> list[dict[str, Any]]:
         """Drop the rows that a resumed run will write again.
 
         Args:
             step: steps done; 0 for a new run.
             validated: steps whose validation is part of the resumed state.
 
+        Returns:
+            The rows that stay.
+
+        Raises:
+            ConfigError: as for `open_to_append`.
+        """
+        rows = self.rows()
+        kept = [
+            row
+            for row in rows
+            if step > 0 and (row["step"] in validated if "validation" in row else row["step"] <= step)
+        ]
+        replace_text(self.path, "".join(map(_line, kept)))
+        return kept
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows. What follows a line that a crash cut off, or that is not a row, is left out.
+
         Raises:
             ConfigError: as for `open_to_append`.
         """
         with open_to_append(self.path) as file:
             file.seek(0)
-            lines = file.read().splitlines() if step > 0 else []
-        kept = []
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                break  # a line that a crash cut off; nothing follows it
-            if not isinstance(row, dict) or "step" not in row:
-                break  # not written by this class, nor is what follows
-            if row["step"] in validated if "validation" in row else row["step"] <= step:
-                kept.append(line + "\n")
-        replace_text(self.path, "".join(kept))
-        if self._make_writer is not None:
-            if step == 0:
-                shutil.rmtree(self._events, ignore_errors=True)
-            self._writer = self._make_writer(str(self._events), purge_step=step + 1 if step else None)
+            return rows_of(file.read())
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row, which holds `step`."""
+        """Append one row, which holds `step` and `epoch`."""
         with open_to_append(self.path) as file:
-            file.write(json.dumps(_defined(row), allow_nan=False) + "\n")
-        if self._writer is not None:
-            for name, value in {**row, **row.get("validation", {})}.items():
-                if isinstance(value, (int, float)) and name != "step":
-                    self._writer.add_scalar(name, value, row["step"])
+            file.write(_line(_defined(row)))
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"
 
 
 def _defined(value: Any) -> Any:

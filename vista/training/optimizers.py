@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vista.config import OptimConfig
 from vista.config.choices import TableOptimizer
+from vista.model.candidate_counters import CandidateCounters
 from vista.model.feature_encoder import FeatureEncoder
 from vista.model.ranking_model import RankingModel
 from vista.model.row_feature_encoder import RowFeatureEncoder
@@ -56,9 +57,9 @@ class Optimizers:
         self._tables = [table for table, _ in tables]
         is_table = {id(p) for p in self._tables}
         self._dense: list[Tensor] = [p for p in model.parameters() if p.requires_grad and id(p) not in is_table]
-        counted: list[Tensor] = [
-            p for head in (model.counted, model.popularity) if head is not None for p in head.parameters()
-        ]
+        heads: list[nn.Module] = [part for part in (model.counted, model.popularity) if part is not None]
+        heads += [part.network for part in model.modules() if isinstance(part, CandidateCounters)]
+        counted: list[Tensor] = [p for head in heads for p in head.parameters()]
         is_counted = {id(p) for p in counted}
         # Matrices of linear maps decay. Norms, biases, embeddings, seeds and position biases do not.
         linear = (module.weight for module in model.modules() if isinstance(module, nn.Linear))

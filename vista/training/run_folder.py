@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import logging
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from vista.config import TrainConfig
 from vista.errors import ConfigError
-from vista.files import open_file, recover_folder, remove_leftovers
+from vista.files import open_file, recover_folder, remove_leftovers, writable_folder
+from vista.tracking.tracked_run import TrackedRun
 from vista.training.checkpoint import remove_checkpoints
 
 logger = logging.getLogger(__name__)
@@ -38,13 +43,33 @@ def open_to_append(path: Path) -> TextIO:
 
 
 @contextlib.contextmanager
-def log_file(path: Path) -> Iterator[None]:
-    """Copy vista's log records to a file of the run.
+def claimed_folder(config: TrainConfig) -> Iterator[None]:
+    """Make the folder of a run, check what can be checked before anything is read, and keep `log_file` open.
 
     Raises:
-        ConfigError: as for `open_to_append`.
+        ConfigError: its files cannot be written, or another process is training here.
+        MissingDependencyError: the tracker of the run is not installed.
+    """
+    folder = Path(config.run_dir)
+    writable_folder(folder, "run_dir")
+    TrackedRun(folder, config.tracking)
+    with log_file(folder / "train.log"):
+        yield
+
+
+@contextlib.contextmanager
+def log_file(path: Path) -> Iterator[None]:
+    """Copy vista's log records to a file of the run, which is locked meanwhile.
+
+    Raises:
+        ConfigError: as for `open_to_append`, or another process is training in this folder.
     """
     file = open_to_append(path)
+    if not _locked(file):
+        file.close()
+        raise ConfigError(
+            f"run_dir={path.parent}: another process is training here; wait for it, or choose another run_dir"
+        )
     handler = logging.StreamHandler(file)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger("vista")
@@ -59,6 +84,21 @@ def log_file(path: Path) -> Iterator[None]:
         root.removeHandler(handler)
         handler.close()
         file.close()
+
+
+def _locked(file: TextIO) -> bool:
+    """Whether the lock of a file is ours now, or its file system has none. `vista runs` may hold it for a moment."""
+    for _ in range(20):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.05)
+        except OSError as error:
+            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                return True
+            raise
+    return False
 
 
 def clean_folder(run_dir: Path, *, starts_over: bool) -> None:

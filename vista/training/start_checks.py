@@ -67,10 +67,16 @@ def _check_split(config: TrainConfig, before: DataConfig) -> None:
 def _check_log(config: TrainConfig, base: RankingModel, log: EventLog) -> None:
     where, known = f"init_from={config.init_from}", base.schema
     if log.items.kind != base.items.kind:
-        raise ConfigError(f"{where}: its item ids are {base.items.kind}, but those of {log.path} are {log.items.kind}")
+        raise ConfigError(
+            f"{where}: its item ids are {base.items.kind}, but those of {log.path} are {log.items.kind}; start from "
+            "a model of this log, or leave init_from out"
+        )
     if log.has_time != known.has_time:
         has = ("has no times", "has times")
-        raise ConfigError(f"{log.path}: {has[log.has_time]}, but the log of {where} {has[known.has_time]}")
+        raise ConfigError(
+            f"{log.path}: {has[log.has_time]}, but the log of {where} {has[known.has_time]}; start from a "
+            "model of this log, or leave init_from out"
+        )
     keeps_codes = config.init_freeze is InitFreeze.summarizer
     if keeps_codes and log.actions != known.actions[: len(log.actions)]:
         raise ConfigError(

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from vista.config import TrainConfig
 from vista.config.choices import Architecture, Stage, TableKind
@@ -19,13 +18,14 @@ from vista.device import announce, autocast, choose_precision, cpu_settings, res
 from vista.errors import ConfigError, NonFiniteLossError
 from vista.examples.batch import Batch
 from vista.examples.batch_source import BatchSource
-from vista.files import replace_text, writable_folder
+from vista.files import replace_text
 from vista.log.event_log import EventLog
 from vista.model.log_users import LogUsers
 from vista.model.losses import weighted_losses
 from vista.model.ranking_model import RankingModel
 from vista.model.registry import load_model
 from vista.model.vista_model import VistaModel
+from vista.progress_bar import progress_bar
 from vista.ranks import Ranks
 from vista.training.baseline_check import compare_with_baselines, measured_baselines
 from vista.training.batch_prefetcher import BatchPrefetcher
@@ -44,9 +44,11 @@ from vista.training.plain_model import PLAIN_WEIGHTS, plain_model
 from vista.training.progress import Progress
 from vista.training.refused_batch import non_finite
 from vista.training.request_features import request_encoding
-from vista.training.run_folder import clean_folder, deferred_interrupt, log_file
+from vista.training.run_clock import RunClock
+from vista.training.run_folder import claimed_folder, clean_folder, deferred_interrupt
 from vista.training.run_identity import facts_of_rank, run_identity
 from vista.training.run_plan import plan_run, warmup_steps, warn_of_few_steps
+from vista.training.run_record import RunRecord, num_parameters
 from vista.training.run_state import restore_run, save_run
 from vista.training.time_budget import TimeBudget
 from vista.training.validation import Validation
@@ -94,17 +96,16 @@ def train_model(
         CheckpointError: if the newest checkpoint or the model of init_from is damaged; the message has the remedy.
         NonFiniteLossError: if a loss or gradient is NaN or infinite; the batch is saved and its users are named.
         RankError: if another process of the job has ended, or has other weights after the same steps.
+        MissingDependencyError, TrackingError: of the tracker; the latter also after the export, if it lacks something.
     """
     began = time.perf_counter()
     log = EventLog.open(config.data.path) if log is None else log
     sharded = config.model.table is TableKind.torchrec
     with Ranks.joined(resolve_device(config.device), alone=sharded) as ranks:
-        if config.verify_log and (ranks is None or ranks.checks_files):
-            log.verify()
         leads = ranks is None or ranks.leads
-        if leads:
-            writable_folder(Path(config.run_dir), "run_dir")
-        with log_file(Path(config.run_dir) / "train.log") if leads else nullcontext(), cpu_settings(config.num_threads):
+        with claimed_folder(config) if leads else nullcontext(), cpu_settings(config.num_threads):
+            if config.verify_log and (ranks is None or ranks.checks_files):
+                log.verify()
             if config.stage is Stage.downstream:
                 with Downstream.open(config, log) as downstream:
                     return Trainer(downstream.config, log, downstream, ranks, metrics_every, began=began).run()
@@ -178,13 +179,13 @@ class Trainer:
         if ranks is not None:
             ranks.agree(facts_of_rank(config, self._identity, self.device))
         self._frozen_items: FrozenItems | None = None
-        self._waited_s, self._steps_s = 0.0, 0.0
+        self._clock, self._waited_s, self._steps_s = RunClock(), 0.0, 0.0
         """Time that this process has spent on steps, and the part of it in which they waited for their batches."""
 
     def run(self) -> RankingModel:
         """Train to the end, from the newest checkpoint if there is one; returns the exported model."""
         config = self.config
-        with MetricsWriter(self.run_dir, tensorboard=config.tensorboard) as metrics:
+        with RunRecord(config, self.model, self.validation) as metrics:
             self._start(metrics)
             if self.validation is not None and not self.progress.baselines:
                 self.progress.baselines = measured_baselines(self.validation)
@@ -230,7 +231,7 @@ class Trainer:
         logger.info(
             "%s; %d parameters, %d of them in a table of %d x %d; %s",
             self.log,
-            sum(p.numel() for p in self.model.parameters()) - self.model.item_table.numel() + shape.numel(),
+            num_parameters(self.model),
             shape.numel(),
             *shape,
             f"resuming at step {self.progress.step} from {newest}" if newest else f"run folder {self.run_dir}",
@@ -262,12 +263,12 @@ class Trainer:
     def _run_epoch(self, metrics: MetricsWriter, interrupted: list[bool]) -> None:
         config, progress = self.config, self.progress
         total = self.source.num_batches(progress.epoch)
-        bar = tqdm(
+        bar = progress_bar(
             total=total,
             initial=progress.batch,
             desc=f"epoch {progress.epoch + 1}" + (f"/{config.optim.epochs}" if config.optim.epochs else ""),
             unit="batch",
-            disable=not (config.progress and self._leads),
+            shown=config.progress and self._leads,
         )
         self.model.train()
         began, tokens = time.perf_counter(), 0
@@ -287,7 +288,8 @@ class Trainer:
                     row["tokens_per_s"] = tokens / (time.perf_counter() - began)
                     row["waiting_share"] = self._waited_s / self._steps_s
                     self._write(metrics, {"step": progress.step, "epoch": progress.epoch, **row})
-                    bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+                    left = self._clock.left(progress.share_done(config.optim.epochs, total))
+                    bar.set_postfix(loss=f"{row['loss']:.3f}", **left, refresh=False)
                 if self._budget and not progress.planned_steps and self._budget.add(step_seconds):
                     self._plan_steps(self._budget)
                 if self._is_stopped(interrupted):

@@ -31,7 +31,7 @@ from vista.evaluation.window_report import WindowReport, window_metric
 from vista.examples.batch_source import trained_tasks
 from vista.log.event_log import EventLog
 from vista.log.repeats import leaves_out_seen
-from vista.log.splits import EVENTS_PER_BLOCK, part_counts, part_times
+from vista.log.splits import EVENTS_PER_BLOCK, part_counts, part_times, refresh_times
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.ranking_model import RankingModel
 from vista.model.vista_model import VistaModel
@@ -74,6 +74,9 @@ class Validation:
         if (tasks := trained_tasks(log, optim)) and begin is not None:
             shown = with_tasks(impression_cases(log, begin, end, max_cases=limit * 4), tasks)
             self._impressions = shown if len(shown.user) else None
+            last = int(shown.timestamp.max(initial=begin))
+            self._refreshes = refresh_times(data, "validation", last + 1)
+            """int64 [P] ms when summaries are refreshed."""
         if config.ranks_items:
             if config.next_weight == 0:
                 self._ranked = self._window_cases(stop, begin, limit)
@@ -187,19 +190,43 @@ class Validation:
         if self._impressions is not None and shown is not None:
             predicted = np.zeros(shown.label.shape, np.float32)
             if answers is not None:
-                predicted = self._finite(answers.probabilities(shown), shown.user)
+                predicted = self._finite(self._probabilities(model, shown, answers), shown.user)
             metrics |= impression_metrics(self._impressions, self._joined({"predicted": predicted})["predicted"])
         model.train(was_training)
         return metrics
 
-    def _answers(self, model: RankingModel, users: Int) -> RawHistoryAnswers | SummaryAnswers | None:
-        """None without users."""
+    def _probabilities(
+        self, model: RankingModel, shown: ImpressionCases, first: RawHistoryAnswers | SummaryAnswers
+    ) -> Float32s:
+        """float32 [N, num_tasks] of impressions, from the last refresh before each; `first` answers as of the first."""
+        if isinstance(first, RawHistoryAnswers) or len(self._refreshes) == 1:
+            return first.probabilities(shown)
+        out = np.zeros(shown.label.shape, np.float32)
+        refresh = np.searchsorted(self._refreshes, shown.timestamp, side="right") - 1
+        for index in np.unique(refresh).tolist():
+            own = np.flatnonzero(refresh == index)
+            cases = shown.part(own)
+            covered = self._log.counts_before(int(self._refreshes[index]))
+            answers = self._answers(model, np.unique(cases.user), covered)
+            assert answers is not None
+            out[own] = answers.probabilities(cases)
+        return out
+
+    def _answers(
+        self, model: RankingModel, users: Int, covered: Int | None = None
+    ) -> RawHistoryAnswers | SummaryAnswers | None:
+        """None without users.
+
+        Args:
+            covered: int64 [num_users] events that summaries cover; None for those before the validation labels.
+        """
         if not len(users):
             return None
         if isinstance(model, HistoryModel):
             return RawHistoryAnswers(model, self._log, self._item_rows)
         assert isinstance(model, VistaModel)
-        return SummaryAnswers(model, self._log, self._item_rows, users, self._cut, self._events_per_batch)
+        covered = self._cut if covered is None else covered
+        return SummaryAnswers(model, self._log, self._item_rows, users, covered, self._events_per_batch)
 
     def _own_part(self, work: Int) -> slice:
         """The cases that this process answers; `Ranks.part_of`."""

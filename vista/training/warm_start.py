@@ -118,7 +118,8 @@ class WarmStart:
         if base.schema.tasks != schema.tasks and not has_task_rows:
             raise ConfigError(
                 f"optim.tasks: init_from={config.init_from} was trained for {base.schema.tasks}, but this run trains "
-                f"{schema.tasks}; a model of architecture {config.model.architecture.value} keeps its tasks"
+                f"{schema.tasks}; a model of architecture {config.model.architecture.value} keeps its tasks, "
+                "so set these, or train from scratch (without init_from)"
             )
         grown = self._grown_columns(schema, readers)
         schema = self._joined_schema(schema, grown)

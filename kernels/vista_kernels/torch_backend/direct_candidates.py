@@ -5,6 +5,8 @@ Where a CPU multiplies bfloat16 faster than float32, this beats portions widened
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,12 @@ def is_direct(tokens: CandidateTokens) -> bool:
 
 
 def attend_directly(tokens: CandidateTokens) -> Tensor:
-    """Return o by products in the tokens' dtype and a float32 softmax, differentiated by torch."""
+    """Return o by products in the tokens' dtype and a float32 softmax, differentiated by torch.
+
+    NaN fills the weights of a poisoned candidate, and its output and gradient are NaN by its own share. Products with
+    the context get 0 for them: with AMX, a product whose inner size is not a multiple of 32 reads the beginning of the
+    next row times 0 (torch 2.13), so the candidate before it would be poisoned too.
+    """
     q, k, v, own_k, own_v, bias, own_bias, context_mask, _ = tokens
     scale = tokens.factor
     added = torch.zeros((), device=q.device) if bias is None else bias.float()
@@ -39,9 +46,12 @@ def attend_directly(tokens: CandidateTokens) -> Tensor:
     if torch.is_grad_enabled() or tokens.num_scores > BUFFERED_SCORES:
         own = (q.float() * own_k).sum(-1) * scale
         own = own if own_bias is None else own + own_bias
-        scores = torch.add(added, q @ k.transpose(-1, -2), alpha=scale)
+        products = q @ k.transpose(-1, -2)
+        if products.requires_grad:
+            products.register_hook(partial(torch.nan_to_num, nan=0.0))  # type: ignore[no-untyped-call]
+        scores = torch.add(added, products, alpha=scale)
         weights = torch.softmax(torch.cat([scores, own[..., None]], -1), -1).to(v.dtype)
-        return weights[..., :-1] @ v + weights[..., -1:] * own_v
+        return torch.nan_to_num(weights[..., :-1], nan=0.0) @ v + weights[..., -1:] * own_v
     weights, share = _weights(q, k, own_k, added, own_bias, scale)
     return torch.addcmul(torch.matmul(weights, v), share, own_v)
 
@@ -60,4 +70,4 @@ def _weights(
     torch.add(added, products, alpha=scale, out=every[..., :context])
     every[..., context] = sdpa.own_scores(q, own_k, own_bias, (slice(None),) * 3, scale)
     weights = torch.softmax(every, -1, out=sdpa.like("weights", every, torch.float32))
-    return products.copy_(weights[..., :context]), weights[..., context:].to(q.dtype)
+    return torch.nan_to_num_(products.copy_(weights[..., :context]), nan=0.0), weights[..., context:].to(q.dtype)

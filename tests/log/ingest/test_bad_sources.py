@@ -101,7 +101,7 @@ def test_several_bad_rows_are_counted_and_the_first_is_named(tmp_path: Path) -> 
 def test_a_file_without_good_rows_is_an_error_even_with_quarantine(tmp_path: Path) -> None:
     file = tmp_path / "log.csv"
     file.write_text(HEADER + "1,2,x,3\n")
-    with pytest.raises(DataError, match=r"the file has no valid rows \(bad rows: 1\)"):
+    with pytest.raises(DataError, match=r"no row of the file is valid \(bad rows: 1\)"):
         ingest(file, tmp_path / "out", "quarantine")
     assert not (tmp_path / "out").exists()
 

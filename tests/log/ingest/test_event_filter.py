@@ -110,7 +110,7 @@ def test_a_filter_that_leaves_no_event(tmp_path: Path) -> None:
 
 
 def test_an_action_that_no_event_has(tmp_path: Path) -> None:
-    message = r"a\.csv: no event has the action 'click' of filter\.actions; its actions are: buy, view$"
+    message = r"a\.csv: no event has the action 'click' of filter\.actions; name some of its actions: buy, view$"
     with pytest.raises(DataError, match=message):
         run(tmp_path, some_events(0), EventFilterConfig(actions=["buy", "click"]))
 

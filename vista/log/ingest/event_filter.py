@@ -69,7 +69,7 @@ def _check_actions(events: Sequence[Part], wanted: Sequence[str]) -> None:
     for name in wanted:
         if name not in found:
             raise DataError(
-                f"{source.path}: no event has the action {shown(name)} of filter.actions; its actions are: "
+                f"{source.path}: no event has the action {shown(name)} of filter.actions; name some of its actions: "
                 f"{', '.join(sorted(found))}"
             )
 

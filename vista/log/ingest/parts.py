@@ -102,7 +102,9 @@ def read_part(
             remedy = "correct it" if table in OWNERS else "on_bad_rows=quarantine sets bad rows aside instead"
             raise DataError(f"{message}; {remedy}{more}")
         if not num_good:
-            raise DataError(f"{message}; the file has no valid rows (bad rows: {num_bad})")
+            raise DataError(
+                f"{message}; no row of the file is valid (bad rows: {num_bad}), so check the names of its columns"
+            )
         quarantine = folder / f"{table}-{number:06d}.csv"
         _set_aside(source, rules, table, pl.scan_ipc(file), quarantine)
     return Part(source, file, num_good, num_bad, quarantine, values)

@@ -17,8 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from vista.config import (
     EventFilterConfig,
     ItemTableConfig,
@@ -63,6 +61,7 @@ from vista.log.segment_files import EVENT_FEATURES, REQUEST_FEATURES
 from vista.log.segment_manifest import DEAD_LETTERS_FILE, QUARANTINE_FILE
 from vista.log.segment_writer import SegmentWriter, TableWriter, locked_log, staged_folder, write_without_events
 from vista.log.stream_offsets import offset_entries, stream_offsets
+from vista.progress_bar import progress_bar, ticking
 
 __all__ = ["PrepareReport", "prepare", "prepare_frames", "prepare_messages"]
 _LOG = logging.getLogger("vista.prepare")
@@ -279,7 +278,10 @@ class _Run:
         """Parse and check every source."""
         total = sum(source.size for files in self.sources.values() for source in files)
         parts: dict[str, list[Part]] = {}
-        with tqdm(total=total, desc="read", unit="B", unit_scale=True, disable=not self.progress) as bar:
+        with (
+            progress_bar(total=total, desc="read", unit="B", unit_scale=True, shown=self.progress) as bar,
+            ticking(bar),
+        ):
             for table, files in self.sources.items():
                 parts[table] = []
                 for number, source in enumerate(files):
@@ -340,7 +342,7 @@ class _Run:
         """Write the packed tables; returns the number of users with rows in each, and the features of its rows."""
         num_rows = sum(segment.num_rows(table) for table in ids)
         active_users, of_rows = {}, {}
-        with tqdm(total=num_rows, desc="write", unit="row", unit_scale=True, disable=not self.progress) as bar:
+        with progress_bar(total=num_rows, desc="write", unit="row", unit_scale=True, shown=self.progress) as bar:
             packer = Packer(
                 scratch=scratch, bucket_events=self.bucket_events, times=self.times, on_rows_written=bar.update
             )

@@ -18,6 +18,7 @@ from typing import IO, Any
 
 from vista import errors
 from vista.errors import DataError, shortened
+from vista.machine import usable_cores
 
 MEMORY_BYTES = 768 << 20
 """Memory that parsing a file of any size may take."""
@@ -197,8 +198,7 @@ class SourceParser:
 
 def memory_limit(file_bytes: int) -> int:
     """Memory in bytes that parsing a file of this size may take."""
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return MEMORY_BYTES + THREAD_BYTES * processors + BYTES_PER_BYTE * file_bytes
+    return MEMORY_BYTES + THREAD_BYTES * usable_cores() + BYTES_PER_BYTE * file_bytes
 
 
 def npz_limit(file_bytes: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vista.errors import MissingDependencyError
+from vista.install_command import install_command
 
 try:
     from confluent_kafka import (
@@ -17,7 +18,7 @@ try:
     from confluent_kafka.admin import AdminClient, OffsetSpec
 except ImportError as error:
     raise MissingDependencyError(
-        f"source=kafka://... needs the Kafka client ({error}); install it with: pip install 'vista-recsys[kafka]'"
+        f"source=kafka://... needs the Kafka client ({error}); install it with: {install_command('kafka')}"
     ) from error
 
 __all__ = [
