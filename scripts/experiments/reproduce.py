@@ -110,7 +110,7 @@ def _run_all(
         with logging_redirect_tqdm(), progress_of([run.estimate_s for run in runs], limit_s) as progress:
             for run in runs:
                 with progress.run(run.label):
-                    log = table_log(settings, run.row.texts)
+                    log = table_log(settings, run.row)
                     for measured in measure(settings, run, log, progress):
                         lines.append(_line(settings, run, measured))
                         append_result(results, lines[-1])

@@ -24,17 +24,16 @@ from scripts.experiments.row_progress import RowProgress
 from scripts.experiments.serving_cost import history_model_latency_ms, scorer_latency_ms, training_speed
 from scripts.experiments.set_texts import prepare_with_texts
 from scripts.experiments.sets import prepare_set, set_folder, source_folder
+from scripts.experiments.simulated_calendar import prepare_simulation
 from scripts.experiments.table_run import TableRun, part_configs, recorded_config, train_config
 from scripts.experiments.tables import TABLES
 from scripts.experiments.tables.table import Table
+from scripts.experiments.tables.table_row import TableRow
 from scripts.experiments.yambda_metrics import yambda_metrics
 from vista.config import (
     DataConfig,
     EvaluateConfig,
-    ItemTableConfig,
-    PrepareConfig,
     SimulateConfig,
-    SourceConfig,
     TrainConfig,
 )
 from vista.config.choices import Split, Stage, Target
@@ -47,7 +46,6 @@ from vista.evaluation.evaluation_report import EvaluationReport
 from vista.evaluation.protocol import impression_metrics
 from vista.files import make_folders
 from vista.log.event_log import EventLog
-from vista.log.ingest.prepare import prepare
 from vista.log.splits import split_until
 from vista.log.until import parse_time
 from vista.model.baselines.history_model import HistoryModel
@@ -56,7 +54,7 @@ from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer
 from vista.simulation.oracle import oracle_metrics
-from vista.simulation.simulate import generate, simulate
+from vista.simulation.simulate import generate
 from vista.simulation.world_table import WORLDS
 from vista.store.layout import CURRENT
 
@@ -306,23 +304,21 @@ def _reference_metrics(table: Table, predictor: str) -> dict[str, float]:
     return {f"{metric}/{row.task}": getattr(row, metric) for metric in ("auc", "ne") for row in own}
 
 
-def table_log(settings: argparse.Namespace, texts: str = "") -> EventLog:
-    """The table's EventLog, which is created if missing; with features of texts as in `TableRow.texts`."""
+def table_log(settings: argparse.Namespace, row: TableRow) -> EventLog:
+    """The table's EventLog, which is created if missing; with the features of the row's `texts` and `calendar`."""
     table = TABLES[settings.table]
     # Simulations of different sizes may share a name but not a log.
     name = table.data if table.simulation is None else f"{table.data}-{_digest(table.simulation)}"
-    path = settings.work / "logs" / (f"{name}-text-{texts}" if texts else name)
+    suffix = f"-text-{row.texts}" if row.texts else "-calendar" if row.calendar else ""
+    path = settings.work / "logs" / f"{name}{suffix}"
     if not path.exists():
-        if texts:
-            prepare_with_texts(table.data, set_folder(table.data, settings.data), path, texts)
+        if row.texts:
+            prepare_with_texts(table.data, set_folder(table.data, settings.data), path, row.texts)
         elif table.simulation is None:
             prepare_set(table.data, set_folder(table.data, settings.data), path)
         else:
-            source = source_folder(path)
-            simulate(SimulateConfig(out=str(source), **table.simulation))
-            events = SourceConfig(kind="simulated", paths=[str(source)])
-            topics = ItemTableConfig(paths=[str(source / "items.parquet")], categories=["topic"])
-            prepare(PrepareConfig(out=str(path), events=events, items=topics, progress=False))
+            simulated = SimulateConfig(out=str(source_folder(path)), **table.simulation)
+            prepare_simulation(simulated, path, calendar=row.calendar)
     return EventLog.open(path)
 
 

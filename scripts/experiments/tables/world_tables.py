@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from scripts.experiments.tables.table import Table
 from scripts.experiments.tables.table_row import K0, ORACLE, TableRow
 
@@ -20,7 +23,7 @@ REFERENCES = {
 """What the last events and pooled vectors can reach at best (`vista.simulation.oracle`)."""
 
 
-def _world(name: str) -> Table:
+def _world(name: str, **size: Any) -> Table:
     """Half as many users as in the table `simulation`, and twice as many passes."""
     rows = {
         "vista": TableRow(12),
@@ -34,6 +37,9 @@ def _world(name: str) -> Table:
         "vista, interests": TableRow(9, INTERESTS),
         "vista, interests, 16 epochs": TableRow(17, (*INTERESTS, "optim.epochs=16")),
         "vista, counters and interests": TableRow(15, (*COUNTERS, *INTERESTS)),
+        # Events and requests also have their season and weekday, which the gaps between events do not tell.
+        "vista, interests and calendar": TableRow(10, INTERESTS, calendar=True),
+        "vista, interests and calendar, 16 epochs": TableRow(20, (*INTERESTS, "optim.epochs=16"), calendar=True),
         "tail-only": TableRow(7, K0),
         "tail-only, counters": TableRow(8, (*K0, *COUNTERS)),
         "hstu": TableRow(20, ("model=hstu",)),
@@ -44,10 +50,15 @@ def _world(name: str) -> Table:
         **REFERENCES,
         **ORACLE,
     }
-    size = {"world": name, "num_users": 600, "events_per_user": 4000}
+    simulation = {"world": name, "num_users": 600, "events_per_user": 4000, **size}
     # A day has five or six events, so nothing lies between a summary and the tail for longer than a few days.
     refreshed = ("data.refresh_days=9", "data.staleness_events=32")
-    return Table("simulation", f"world-{name}", rows, ("optim.epochs=8", *refreshed), size, validation=True)
+    return Table("simulation", f"world-{name}", rows, ("optim.epochs=8", *refreshed), simulation, validation=True)
 
 
 TABLES = {f"world-{name}": _world(name) for name in WORLDS}
+# Twice as many years, so that training has labels with an earlier year at every time of the year. The split is at the
+# same shares of the period.
+_LONGER = _world("seasons", start="2022-01-01", days=1460)
+_SPLIT = ("data.validation_from=2024-10-19", "data.test_from=2025-05-26")
+TABLES["world-seasons-4-years"] = replace(_LONGER, words=(*_LONGER.words, *_SPLIT))

@@ -85,7 +85,7 @@ def _scan(file: Path, config: SourceConfig, table: str, max_bytes: int) -> FileS
     if config.kind == "recbole":
         return _scan_recbole(file, config, table)
     if config.kind == "simulated":
-        config = _simulated(file, table)
+        config = _simulated(file, config, table)
     elif config.kind in PUBLIC_SETS:
         form = PUBLIC_SETS[config.kind].form_of(file, table)
         if form.read is not None:
@@ -125,13 +125,15 @@ def text_separator(file: Path, configured: str, table: str) -> str:
     return separator
 
 
-def _simulated(file: Path, table: str) -> SourceConfig:
+def _simulated(file: Path, config: SourceConfig, table: str) -> SourceConfig:
+    """The columns of `vista simulate`, and those of features, which a user may have added."""
+    config = SourceConfig(timestamp="timestamp", time_unit="ms", categories=config.categories, numbers=config.numbers)
     if table == "events":
-        return SourceConfig(timestamp="timestamp", time_unit="ms", action="action")
+        return replace(config, action="action")
     names = pl.scan_parquet(file, glob=False).collect_schema().names()
     tasks = [task for task in SIMULATED_TASKS if task in names]
     probabilities = [f"{task}_probability" for task in tasks if f"{task}_probability" in names]
-    return SourceConfig(timestamp="timestamp", time_unit="ms", labels=tasks, probabilities=probabilities)
+    return replace(config, labels=tasks, probabilities=probabilities)
 
 
 def _scan_recbole(file: Path, config: SourceConfig, table: str) -> FileScan:
