@@ -21,7 +21,13 @@ from vista.errors import DataError
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-STYLES = {"vista": ("VISTA", "tab:red"), "sasrec": ("SASRec", "tab:blue"), "hstu": ("HSTU", "tab:cyan")}
+STYLES = {
+    "vista": ("VISTA", "tab:red"),
+    "sasrec": ("SASRec", "tab:blue"),
+    "hstu": ("HSTU", "tab:cyan"),
+    "fuxi_linear": ("FuXi-Linear", "tab:green"),
+    "paper": ("VISTA, sizes of the paper", "tab:orange"),
+}
 """Row of the tables -> its name in the legend, and color."""
 
 

@@ -120,6 +120,9 @@ def _five_minutes() -> Table:
         "factors-means": TableRow(
             5, (*budget, "model.item_start=factors", "model.conv_width=1", "model.activation=identity")
         ),
+        "clicks alone": TableRow(5, (*budget, "optim.next_weight=0")),
+        # The published choices and sizes: K = 128, d = 256, bidirectional, softmax layers in stage 2.
+        "paper": TableRow(5, (*budget, "model=paper")),
     }
     return replace(SIMULATION, rows=rows | ORACLE, costs=False, validation=True)
 

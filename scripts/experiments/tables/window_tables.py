@@ -115,7 +115,7 @@ def _newcomer(data: str, *, windows: bool) -> Table:
     """
     names = list(BASELINE_MINUTES) if windows else ["popularity", "transitions", "item neighbors"]
     minutes, budget = 11, "optim.minutes=10"
-    others = () if windows else ("sasrec", "hstu")
+    others = () if windows else ("sasrec", "hstu", "fuxi_linear", "paper")
     rows = {
         "vista": TableRow(minutes, (budget,)),
         **({ALL_EVENTS: TableRow(2 * minutes, (budget, *LAST_MODEL))} if windows else {}),
