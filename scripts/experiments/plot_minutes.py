@@ -2,7 +2,8 @@
 
     python -m scripts.experiments.plot_minutes
 
-A line is one run with the default settings and ten minutes: NDCG@10 of next items after each epoch.
+A line is one run with the default settings and ten minutes: NDCG@10 of next items after each epoch. RecTools' lines
+are those of `scripts.experiments.minutes_rectools`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,13 @@ from vista.errors import DataError
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-STYLES = {"vista": ("VISTA", "tab:red"), "sasrec": ("SASRec", "tab:blue"), "hstu": ("HSTU", "tab:cyan")}
+STYLES = {
+    "vista": ("VISTA", "tab:red"),
+    "sasrec": ("SASRec", "tab:blue"),
+    "hstu": ("HSTU", "tab:cyan"),
+    "RecTools SASRec": ("RecTools SASRec", "tab:green"),
+    "RecTools HSTU": ("RecTools HSTU", "tab:olive"),
+}
 """Row of the tables -> its name in the legend, and color."""
 
 
