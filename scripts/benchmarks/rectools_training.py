@@ -244,21 +244,29 @@ def recommend(
     judges = {"hr@10": HitRate(10), "ndcg@10": NDCG(10, divide_by_achievable=True)}
     for part in PARTS:
         asked = read_events(options.data, f"{part}_")
-        recommended = model.recommend(
-            asked[Columns.User],
-            Dataset.construct(history),
-            options.top_k,
-            filter_viewed=True,
-            on_unsupported_targets="ignore",
-            # RecTools replaces the item by its padding.
-            context=asked.copy() if model.require_recommend_context else None,
-        )
-        lists[part] = np.full((len(asked), options.top_k), -1, np.int64)
-        row = pd.Index(asked[Columns.User]).get_indexer(recommended[Columns.User])
-        lists[part][row, recommended[Columns.Rank] - 1] = recommended[Columns.Item]
+        lists[part], recommended = answers(model, Dataset.construct(history), asked, options.top_k)
         metrics[part] = {name: float(value) for name, value in calc_metrics(judges, recommended, asked).items()}
         history = pd.concat([history, asked], ignore_index=True)
     return lists, metrics
+
+
+def answers(
+    model: SASRecModel | HSTUModel, history: Dataset, asked: pd.DataFrame, top_k: int
+) -> tuple[np.ndarray, pd.DataFrame]:
+    """The lists int64 [users, top_k] for the users of the events `asked`, and RecTools' frame of the same lists."""
+    recommended = model.recommend(
+        asked[Columns.User],
+        history,
+        top_k,
+        filter_viewed=True,
+        on_unsupported_targets="ignore",
+        # RecTools replaces the item by its padding.
+        context=asked.copy() if model.require_recommend_context else None,
+    )
+    lists = np.full((len(asked), top_k), -1, np.int64)
+    row = pd.Index(asked[Columns.User]).get_indexer(recommended[Columns.User])
+    lists[row, recommended[Columns.Rank] - 1] = recommended[Columns.Item]
+    return lists, recommended
 
 
 def main() -> None:

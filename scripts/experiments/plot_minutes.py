@@ -2,7 +2,8 @@
 
     python -m scripts.experiments.plot_minutes
 
-A line is one run with the default settings and ten minutes: NDCG@10 of next items after each epoch.
+A line is one run with the default settings and ten minutes: NDCG@10 of next items after each epoch. RecTools' lines
+are those of `scripts.experiments.minutes_rectools`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ STYLES = {
     "hstu": ("HSTU", "tab:cyan"),
     "fuxi_linear": ("FuXi-Linear", "tab:green"),
     "paper": ("VISTA, sizes of the paper", "tab:orange"),
+    "RecTools SASRec": ("RecTools SASRec", "tab:purple"),
+    "RecTools HSTU": ("RecTools HSTU", "tab:olive"),
 }
 """Row of the tables -> its name in the legend, and color."""
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from scripts.experiments import plot_minutes
+from scripts.experiments.minutes_rectools import MODELS
 
 pytestmark = pytest.mark.research
 TABLE = "newcomer-ml-latest-small"
@@ -27,6 +28,7 @@ def test_curves_become_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (tmp_path / f"{TABLE}.jsonl").write_text("{}\n")
     assert plot_minutes.main(words) == 1 and "line 1: result: missing keys" in capsys.readouterr().err
     curves = [line("vista", curve=[[60, 0.1], [120, 0.2]]), line("hstu", curve=[[60, 0.05]]), line("popularity")]
+    curves += [line(f"RecTools {model}", curve=[[60, 0.1]]) for model in MODELS]
     (tmp_path / f"{TABLE}.jsonl").write_text("\n".join(curves) + "\n")
     assert plot_minutes.main(words) == 0
     assert (tmp_path / "minutes.png").read_bytes().startswith(b"\x89PNG")
