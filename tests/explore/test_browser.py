@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts.benchmarks import bench_explore
 from scripts.benchmarks.explore_visit import TABS, ExploreVisit, browser_program, exploring, open_every_tab, visiting
 from tests.conftest import Served
 from vista.refresh import refresh
@@ -118,3 +120,12 @@ def test_two_models_and_two_generations_are_compared(visit: ExploreVisit, served
         assert "best items are in both lists" in opened.open_tab("Compare")
         text = opened.choose("B", "generation 1 of the same store")
         assert "10 of 10 best items are in both lists" in text, text
+
+
+def test_the_benchmark_opens_every_tab(visit: ExploreVisit, tmp_path: Path) -> None:
+    assert bench_explore.main(["--quick", "--out", str(tmp_path / "out.jsonl")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    cases = [row["case"] for row in rows]
+    assert [f"2,000 users: tab {name}" for name in TABS] == [case for case in cases if ": tab " in case]
+    assert {"2,000 users: request to title, first visit", "2,000 users: request to tabs"} < {*cases}
+    assert all(row["value"] > 0 for row in rows)
