@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run_all(options: argparse.Namespace, python: Path, folder: Path) -> None:
     table = TABLES[options.table]
-    log = table_log(options)
+    log = table_log(options, table.rows["vista"])
     cases = write_split(log, folder / "split.npz", times=log.has_time)
     optim = train_config(table, table.rows["vista"]).optim
     asked = asked_rows(log, cases["validation"], optim.validation_users)
