@@ -252,5 +252,8 @@ def test_tokens(served: Served, tmp_path: Any) -> None:
                 assert status == 401 and answer["WWW-Authenticate"] == "Bearer"
         for valid in (token, other):
             assert service.fetch("/v1/score", GOOD, headers={"Authorization": f"Bearer {valid}"})[0] == 200
+        twice = {"Authorization": f"Bearer {token}", "authorization": f"Bearer {token}x"}
+        for headers in (twice, dict(reversed(twice.items()))):
+            assert service.fetch("/v1/score", GOOD, headers=headers)[0] == 401
         assert service.send("/healthz")[0] == service.send("/readyz")[0] == 200
         assert token not in service.log and other not in service.log

@@ -37,7 +37,7 @@ from vista.version import __version__
 TIMEOUT_HEADER = "vista-timeout-ms"
 OPEN_PATHS = ("/healthz", "/readyz")
 """Paths that need no token, for the probes of load balancers."""
-NO_TOKEN = ErrorAnswer(401, "Unauthorized", "send the token as the header `Authorization: Bearer TOKEN`")
+NO_TOKEN = ErrorAnswer(401, "Unauthorized", "send the token as one header, `Authorization: Bearer TOKEN`")
 Endpoint = Callable[[fastapi.Request], Awaitable[fastapi.Response]]
 Computation = Callable[[str, bytes, str, float], Awaitable[Answer]]
 """Maps the name of a model, a body, its media type, and the deadline, s of `perf_counter`, to an answer."""
@@ -56,8 +56,8 @@ class TokenCheck:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it with 401."""
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
-            header = dict(scope["headers"]).get(b"authorization")
-            if not is_authorized(header, self._tokens):
+            given = [value for name, value in scope["headers"] if name == b"authorization"]
+            if len(given) != 1 or not is_authorized(given[0], self._tokens):
                 refusal = _refusal(NO_TOKEN)
                 refusal.headers["WWW-Authenticate"] = "Bearer"
                 await refusal(scope, receive, send)
