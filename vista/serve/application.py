@@ -200,11 +200,16 @@ def make_application(
         """Whether the process answers."""
         return {"status": "ok"}
 
+    probe: asyncio.Task[dict[str, Any]] | None = None
+
     @app.get("/readyz")
     async def ready(response: fastapi.Response) -> dict[str, Any]:
         """Whether the service can score (503 if the store of an open model does not answer), and what keeps it from
         following the models or the stores."""
-        state = await asyncio.to_thread(readiness, models)
+        nonlocal probe
+        if probe is None or probe.done():  # Else a store that hangs would hold a thread for each request.
+            probe = asyncio.create_task(asyncio.to_thread(readiness, models))
+        state = await asyncio.shield(probe)
         response.status_code = 200 if state["ready"] else 503
         return state
 
