@@ -1,4 +1,4 @@
-"""Probes while a store hangs do not keep the worker from its requests."""
+"""Probes while a store hangs, and metrics that cannot be updated: neither keeps the worker from its requests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from vista.config import ServeConfig
-from vista.serve import application
+from vista.serve import application, worker
 from vista.serve.scoring_queue import ScoringQueue
 from vista.serve.served_models import ServedModels
 from vista.serve.service_metrics import ServiceMetrics
@@ -58,3 +58,27 @@ def test_probes_that_come_while_one_runs_share_its_answer(monkeypatch: pytest.Mo
     assert not is_ready
     queue.close()
     models.close()
+
+
+def test_metrics_that_cannot_be_updated_are_tried_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    num_calls = 0
+
+    class Models:
+        def update_metrics(self, depth: int) -> None:
+            nonlocal num_calls
+            num_calls += 1
+            if num_calls < 3:
+                raise OSError("no memory is left")
+
+    async def use() -> None:
+        task = asyncio.create_task(worker._update(Models()))  # type: ignore[arg-type]
+        while num_calls < 4 and not task.done():
+            await asyncio.sleep(0)
+        task.cancel()
+
+    monkeypatch.setattr(worker, "UPDATE_S", 0)
+    asyncio.run(use())
+    assert num_calls >= 4
+    assert caplog.text.count("OSError: no memory is left") == 1

@@ -127,6 +127,12 @@ async def _open_waiting(models: ServedModels, reload_s: float) -> None:
 
 
 async def _update(models: ServedModels, *queues: ScoringQueue) -> None:
+    last = ""
     while True:
-        models.update_metrics(sum(queue.depth for queue in queues))
+        try:
+            models.update_metrics(sum(queue.depth for queue in queues))
+        except Exception as error:  # Without this, the task would end silently.
+            if (text := repr(error)) != last:
+                last = text
+                logger.exception("the metrics could not be updated; this is tried again every %g s", UPDATE_S)
         await asyncio.sleep(UPDATE_S)
