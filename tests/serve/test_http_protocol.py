@@ -50,9 +50,15 @@ class Served:
     def __init__(self, num_connections: int, body_s: float) -> None:
         self.application = Application()
         self.num_refused = 0
+        self.refused: list[int] = []
+        """Status of each refused request."""
         self._listening = socket.create_server(("127.0.0.1", 0))
         protocol = partial(
-            BoundedHttpProtocol, max_connections=num_connections, body_s=body_s, on_refused=self._count_refused
+            BoundedHttpProtocol,
+            max_connections=num_connections,
+            body_s=body_s,
+            on_refused_connection=self._count_refused,
+            on_refused_request=self.refused.append,
         )
         config = uvicorn.Config(
             self.application,
@@ -114,7 +120,8 @@ def test_connections_beyond_the_limit() -> None:
         with served.connect() as late:
             head, _, body = all_of(late).partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 503 Service Unavailable\r\n") and b"Retry-After: 1" in head
-        assert "max_connections" in json.loads(body)["error"]["message"] and served.num_refused == 1
+        assert "max_connections" in json.loads(body)["error"]["message"]
+        assert served.num_refused == 1 and not served.refused
         opened[0].close()
         until(lambda: served.num_open == 2)
         with served.connect() as late:
@@ -236,3 +243,4 @@ def test_what_is_not_http(short: Served) -> None:
             connection.sendall(sent)
             head, _, body = all_of(connection).partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 " + status) and json.loads(body)["error"]["message"]
+    assert short.refused == [400, 431, 431, 431]

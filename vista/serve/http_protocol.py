@@ -26,16 +26,24 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         arguments, more: those of uvicorn.
         max_connections: of the worker.
         body_s: seconds that a body may take. The application gives up earlier; this frees the connection.
-        on_refused: called for each connection beyond `max_connections`.
+        on_refused_connection: called for each connection beyond `max_connections`.
+        on_refused_request: called with the status of each request that does not reach the application.
     """
 
     def __init__(
-        self, *arguments: Any, max_connections: int, body_s: float, on_refused: Callable[[], None], **more: Any
+        self,
+        *arguments: Any,
+        max_connections: int,
+        body_s: float,
+        on_refused_connection: Callable[[], None],
+        on_refused_request: Callable[[int], None],
+        **more: Any,
     ) -> None:
         super().__init__(*arguments, **more)
         self._max_connections = max_connections
         self._body_s = body_s
-        self._on_refused = on_refused
+        self._on_refused_connection = on_refused_connection
+        self._on_refused_request = on_refused_request
         self._in_head = False
         self._bytes_without_body = 0
         """Received since a head began, or since the last part of a body."""
@@ -48,9 +56,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         """Refuse the connection, or start the clock."""
         super().connection_made(transport)
         if len(self.connections) > self._max_connections:
-            self._on_refused()
+            self._on_refused_connection()
             text = f"this worker has {self._max_connections} open connections, the maximum (max_connections)"
-            self._refuse(ErrorAnswer(503, "OverloadedError", f"{text}; connect again later", retry_after_s=1))
+            self._close_with(ErrorAnswer(503, "OverloadedError", f"{text}; connect again later", retry_after_s=1))
         else:
             self._require_in(HEAD_S)
 
@@ -143,6 +151,10 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._refuse(ErrorAnswer(431, "HeadTooLargeError", text))
 
     def _refuse(self, answer: ErrorAnswer) -> None:
+        self._on_refused_request(answer.status)
+        self._close_with(answer)
+
+    def _close_with(self, answer: ErrorAnswer) -> None:
         body = answer.as_json()
         retry = "" if answer.retry_after_s is None else f"Retry-After: {answer.retry_after_s}\r\n"
         head = (
