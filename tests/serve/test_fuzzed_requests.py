@@ -357,7 +357,7 @@ def _sent(service: RunningService, method: str, target: str, headers: dict[str, 
     with closing(http.client.HTTPConnection("127.0.0.1", service.port, timeout=TIMEOUT_S)) as connection:
         connection.putrequest(method, "x", skip_host=True, skip_accept_encoding=True)
         connection._buffer[0] = f"{method} {target} HTTP/1.1".encode()  # type: ignore[attr-defined]
-        for name, value in {**headers, "Host": "x"}.items():
+        for name, value in {**headers, "Host": "localhost"}.items():
             connection.putheader(name, value)
         connection.endheaders()
         answer = connection.getresponse()

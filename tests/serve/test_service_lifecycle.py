@@ -157,10 +157,10 @@ def test_running_requests_finish_after_sigterm(served: Served) -> None:
     with running(f"model={served.model_dir}", f"store={served.store}", "stop_s=100") as service:
         body = json.dumps({"users": [103], "candidates": ITEMS}).encode()
         with service.connect() as connection, service.connect() as idle:
-            head = f"POST /v1/score HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: {len(body)}\r\n\r\n"
+            head = f"POST /v1/score HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: {len(body)}\r\n\r\n"
             connection.sendall(head.encode())
             assert connection.recv(1000).startswith(b"HTTP/1.1 100")  # The service waits for the body.
-            idle.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+            idle.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
             held = b""
             while b"ok" not in held:
                 held += idle.recv(1000)

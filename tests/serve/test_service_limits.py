@@ -188,15 +188,35 @@ def test_odd_headers(service: RunningService) -> None:
         assert code == status and "see /docs for the endpoints" in answer["error"]["message"]
 
 
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:80", "127.0.0.1", "127.0.0.1:1", "[::1]:8000"])
+def test_names_of_this_machine(service: RunningService, host: str) -> None:
+    assert service.fetch("/v1/users/103", headers={"Host": host})[0] == 200
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["example.com", "example.com:80", "localhost.example.com", "localhost@example.com", "", "[::1", "::1", "\xff"],
+)
+def test_names_of_other_machines(service: RunningService, host: str) -> None:
+    """Such as that of a web page whose name resolves to 127.0.0.1."""
+    for path in ("/v1/users/103", "/docs", "/healthz"):
+        status, answer = service.fetch(path, headers={"Host": host})
+        assert status == 421 and "localhost, 127.0.0.1, [::1]; set token_file" in answer["error"]["message"]
+    with service.connect() as connection:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nHost: example.com\r\n\r\n")
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 421")
+
+
 def test_refusals_are_counted(service: RunningService) -> None:
     """Those that reach no endpoint."""
     service.send("/v1/nothing")
     service.send("/v1/score", method="GET")
+    service.send("/healthz", headers={"Host": "example.com"})
     for sent in (b"not HTTP\r\n\r\n", b"GET / HTTP/1.1\r\nA: " + b"b" * (1 << 17)):
         with service.connect() as connection:
             connection.sendall(sent)
             assert connection.recv(1 << 16)
-    for status in (404, 405, 400, 431):
+    for status in (404, 405, 421, 400, 431):
         assert service.number(f'vista_requests_total{{endpoint="",model="",status="{status}"}}') >= 1
 
 
@@ -269,5 +289,6 @@ def test_tokens(served: Served, tmp_path: Any) -> None:
             assert service.fetch("/v1/score", GOOD, headers=headers)[0] == 401
         refused = b'vista_requests_total{endpoint="",model="",status="401"}'
         assert refused in service.send("/metrics", headers={"Authorization": f"Bearer {token}"})[2]
+        assert service.send("/healthz", headers={"Host": "example.com"})[0] == 200
         assert service.send("/healthz")[0] == service.send("/readyz")[0] == 200
         assert token not in service.log and other not in service.log

@@ -24,7 +24,7 @@ from vista.serve.request_bodies import (
     ScoreBody,
     decoded,
 )
-from vista.serve.request_checks import TokenCheck
+from vista.serve.request_checks import HostCheck, TokenCheck
 from vista.serve.score_batches import ScoreBatches
 from vista.serve.scoring_queue import ScoringQueue
 from vista.serve.scoring_service import Answer, ScoringService
@@ -47,6 +47,7 @@ def make_application(
     metrics: ServiceMetrics,
     config: ServeConfig,
     tokens: Sequence[bytes],
+    hosts: Sequence[str] | None = None,
 ) -> fastapi.FastAPI:
     """The application of one worker.
 
@@ -57,10 +58,13 @@ def make_application(
         metrics: count requests.
         config: of the service.
         tokens: clients must send one of them; empty if no token is needed.
+        hosts: names that clients may send in the header Host; None accepts all.
     """
     app = fastapi.FastAPI(title="vista", version=__version__, description=DESCRIPTION)
     if tokens:
         app.add_middleware(TokenCheck, tokens=tokens, on_refused=metrics.refused)
+    if hosts is not None:
+        app.add_middleware(HostCheck, hosts=hosts, on_refused=metrics.refused)
     stores = [str(store_address(one.store)) for one in models.configs.values()]
     batches = {name: ScoreBatches() for name in models.configs}
 

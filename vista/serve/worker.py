@@ -18,6 +18,8 @@ from vista.device import cpu_settings
 from vista.serve.application import make_application
 from vista.serve.bearer_token import read_tokens
 from vista.serve.http_protocol import HEAD_S, BoundedHttpProtocol
+from vista.serve.listening_socket import is_loopback
+from vista.serve.request_checks import accepted_hosts
 from vista.serve.scoring_queue import ScoringQueue
 from vista.serve.serve_extra import uvicorn
 from vista.serve.served_models import ServedModels
@@ -68,7 +70,8 @@ def run_worker(
         while models.all_wait and others_serve:
             time.sleep(config.reload_s)
             models.open_waiting()
-        app = make_application(models, queue, openings, metrics, config, tokens)
+        hosts = None if tokens or not is_loopback(listening) else accepted_hosts(config.host)
+        app = make_application(models, queue, openings, metrics, config, tokens, hosts)
         server = _Server(
             uvicorn.Config(
                 app,
