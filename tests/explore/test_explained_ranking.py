@@ -95,7 +95,7 @@ def test_added_events_change_the_ranking_as_a_tail_does(workspace: Workspace) ->
 
 
 def ranking_of(*items: int) -> Ranking:
-    return Ranking(np.array(items), -np.arange(len(items), dtype=np.float32), 0)
+    return Ranking(np.array(items), -np.arange(len(items), dtype=np.float32), 0, len(items))
 
 
 def test_changes_in_words(workspace: Workspace) -> None:

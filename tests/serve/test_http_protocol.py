@@ -7,7 +7,7 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from typing import Any
 
@@ -24,14 +24,20 @@ Opened = Callable[[], socket.socket]
 
 
 class Application:
-    """Answers GET /large with many bytes, /slow when `free` is set, and everything else at once; reads no bodies."""
+    """Answers GET /large with many bytes, /slow when `free` is set, and everything else at once; reads only the bodies
+    of /read."""
 
     def __init__(self) -> None:
         self.free = threading.Event()
+        self.headers: list[tuple[bytes, bytes]] = []
+        """Of the last request, when it is answered."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         while scope["path"] == "/slow" and not self.free.is_set():
             await asyncio.sleep(0.01)
+        while scope["path"] == "/read" and (await receive()).get("more_body"):
+            pass
+        self.headers = list(scope["headers"])
         body = b"x" * (LARGE if scope["path"] == "/large" else 2)
         headers = [(b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -44,9 +50,15 @@ class Served:
     def __init__(self, num_connections: int, body_s: float) -> None:
         self.application = Application()
         self.num_refused = 0
+        self.refused: list[int] = []
+        """Status of each refused request."""
         self._listening = socket.create_server(("127.0.0.1", 0))
         protocol = partial(
-            BoundedHttpProtocol, max_connections=num_connections, body_s=body_s, on_refused=self._count_refused
+            BoundedHttpProtocol,
+            max_connections=num_connections,
+            body_s=body_s,
+            on_refused_connection=self._count_refused,
+            on_refused_request=self.refused.append,
         )
         config = uvicorn.Config(
             self.application,
@@ -108,7 +120,8 @@ def test_connections_beyond_the_limit() -> None:
         with served.connect() as late:
             head, _, body = all_of(late).partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 503 Service Unavailable\r\n") and b"Retry-After: 1" in head
-        assert "max_connections" in json.loads(body)["error"]["message"] and served.num_refused == 1
+        assert "max_connections" in json.loads(body)["error"]["message"]
+        assert served.num_refused == 1 and not served.refused
         opened[0].close()
         until(lambda: served.num_open == 2)
         with served.connect() as late:
@@ -125,6 +138,7 @@ def test_connections_beyond_the_limit() -> None:
         b"POST / HTTP/1.1\r\nContent-Length: 1000\r\n\r\n",
         b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nabc",
         b"GET / HTTP/1.1\r\n\r\nGET",
+        b"\r\n",
     ],
 )
 def test_requests_that_never_end(short: Served, sent: bytes) -> None:
@@ -133,6 +147,49 @@ def test_requests_that_never_end(short: Served, sent: bytes) -> None:
         connection.sendall(sent)
         answer = all_of(connection)
     assert answer.count(b"HTTP/1.1 200") == sent.count(b"\r\n\r\n") and short.num_open == 0
+
+
+@pytest.mark.parametrize(
+    ("sent", "late"),
+    [
+        (b"GET / HTTP/1.1\r\n\r\n", b"\r\n"),
+        (b"GET / HTTP/1.1\r\n\r\n", b"\n" * 100),
+        (b"POST / HTTP/1.1\r\nContent-Length: 2\r\n\r\n", b"xx"),
+        (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n", b"0\r\n\r\n"),
+    ],
+    ids=["empty line", "empty lines", "body", "chunk"],
+)
+def test_bytes_after_an_answer_that_begin_no_request(short: Served, sent: bytes, late: bytes) -> None:
+    """They end uvicorn's wait for the next request, but the connection is still closed."""
+    with short.connect() as connection:
+        connection.settimeout(20 * SHORT_S)
+        connection.sendall(sent)
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200")
+        connection.sendall(late)
+        assert all_of(connection) in (b"", b"xx")  # The answer's body may arrive late.
+    until(lambda: short.num_open == 0)
+
+
+def test_trailers_are_ignored(short: Served) -> None:
+    """They do not replace headers."""
+    with short.connect() as connection:
+        head = b"POST /read HTTP/1.1\r\nAuthorization: a\r\nTransfer-Encoding: chunked\r\n"
+        connection.sendall(head + b"Connection: close\r\n\r\n2\r\nxx\r\n")
+        connection.sendall(b"0\r\nAuthorization: b\r\nVista-Timeout-Ms: 1\r\n\r\n")
+        assert all_of(connection).startswith(b"HTTP/1.1 200")
+    assert [value for name, value in short.application.headers if name == b"authorization"] == [b"a"]
+    assert b"vista-timeout-ms" not in dict(short.application.headers)
+
+
+@pytest.mark.parametrize("path", [b"/read", b"/"])
+@pytest.mark.parametrize("trailers", [b"A: b\r\n" * 1000, b"A: " + b"b" * 8000], ids=["many", "long"])
+def test_endless_trailers(path: bytes, trailers: bytes) -> None:
+    """Many, or a long one, of a request that waits for the end of its body, or that has its answer."""
+    with closing(Served(100, TIMEOUT_S)) as served, served.connect() as connection:
+        connection.sendall(b"POST %s HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nxx\r\n0\r\n" % path)
+        with pytest.raises(ConnectionError):
+            for _ in range(2000):
+                connection.sendall(trailers)
 
 
 def test_a_body_that_drips(short: Served) -> None:
@@ -175,8 +232,15 @@ def test_half_closed_connections_get_their_answers(short: Served, number: int) -
 
 
 def test_what_is_not_http(short: Served) -> None:
-    for sent, status in ((b"\x16\x03\x01\r\n\r\n", b"400"), (b"GET / HTTP/1.1\r\nA: " + b"b" * (1 << 17), b"431")):
+    chunked = b"POST /read HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+    for sent, status in (
+        (b"\x16\x03\x01\r\n\r\n", b"400"),
+        (b"GET / HTTP/1.1\r\nA: " + b"b" * (1 << 17), b"431"),
+        (chunked + b"0\r\nA: " + b"b" * (1 << 17), b"431"),
+        (chunked + b"2;" + b"b" * (1 << 17), b"431"),
+    ):
         with short.connect() as connection:
             connection.sendall(sent)
             head, _, body = all_of(connection).partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 " + status) and json.loads(body)["error"]["message"]
+    assert short.refused == [400, 431, 431, 431]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from tests.conftest import ITEMS, START, USERS, Served, small_frame
 from tests.scorer.test_retrieval import export, item_table
 from tests.serve.running_service import RunningService, running, until
 from vista.cli.index_command import run_index
-from vista.config import IndexConfig
+from vista.config import IndexConfig, ServeConfig
 from vista.log.event_log import EventLog
 from vista.scorer import Scorer, Tail
+from vista.serve.request_bodies import JSON
+from vista.serve.scoring_service import ScoringService
 
 NOW = START + 400 * 86_400_000
 ALL = np.unique(small_frame()["item"])
@@ -68,6 +71,13 @@ def test_messagepack(service: RunningService, indexed: Scorer) -> None:
         ranking["scores"] = np.frombuffer(ranking["scores"], "<f4")
     assert status == 200
     require_same(held, indexed.retrieve(USERS, within=ITEMS, top_k=3, now=NOW))
+
+
+def test_own_items_count_as_candidates(indexed: Scorer) -> None:
+    """They are scored in addition to `num_candidates`."""
+    body, before = {"users": USERS, "num_candidates": 2, "top_k": 2, "now": NOW}, indexed.stats().candidates
+    answer = ScoringService(indexed, ServeConfig()).retrieve(json.dumps(body).encode(), JSON)
+    assert answer.num_candidates == indexed.stats().candidates - before > 2 * len(USERS)
 
 
 @pytest.mark.parametrize(

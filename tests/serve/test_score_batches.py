@@ -16,14 +16,17 @@ import msgspec
 import numpy as np
 import pytest
 
-from tests.conftest import ITEMS, START, USERS, Served
+from tests.conftest import ITEMS, START, USERS, Served, small_config
 from vista.config import ServeConfig
 from vista.errors import DeadlineError, OverloadedError, UnknownUserError
+from vista.log.event_log import EventLog
+from vista.refresh import refresh
 from vista.scorer import Scorer
-from vista.serve.request_bodies import JSON, MSGPACK
+from vista.serve.request_bodies import JSON, MSGPACK, TailEvent, tail_of
 from vista.serve.score_batches import MAX_BYTES, MAX_REQUESTS, Entry, ScoreBatches
 from vista.serve.scoring_queue import ScoringQueue
 from vista.serve.scoring_service import ScoringService
+from vista.training.trainer import train
 
 NOW = START + 200 * 86_400_000
 EVENT = {"item": 10, "time": NOW - 1000, "action": "like"}
@@ -35,6 +38,16 @@ TOLERANCE = 2e-5
 def service(served: Served) -> Iterator[ScoringService]:
     with Scorer.open(served.model_dir, served.store) as scorer:
         yield ScoringService(scorer, ServeConfig(max_users=20))
+
+
+@pytest.fixture(scope="module")
+def named(order_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScoringService]:
+    """A service of a model whose ids are texts, and which has no times."""
+    folder = tmp_path_factory.mktemp("named")
+    config = small_config(order_log, folder / "run", optim__epochs=1)
+    refresh(train(config, order_log), order_log, folder / "store")
+    with Scorer.open(folder / "run" / "best", folder / "store") as scorer:
+        yield ScoringService(scorer, ServeConfig())
 
 
 def entered(batches: ScoreBatches, *bodies: dict[str, Any]) -> list[Entry]:
@@ -94,6 +107,31 @@ def test_a_bad_request_fails_alone(service: ScoringService, bad: dict[str, Any],
         np.testing.assert_allclose(scores(batches.answer(entry, service).body)[0], expected, atol=TOLERANCE)
     with pytest.raises(Exception, match=words):
         batches.answer(wrong, service)
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ({"users": ["u3"], "candidates": [10]}, "candidates: this vocabulary has string ids, got int 10"),
+        ({"users": ["u3"], "candidates": ["i0", 10]}, "candidates: this vocabulary has string ids"),
+        ({"users": ["u3"], "candidates": [["i0", 10]]}, "candidates: this vocabulary has string ids"),
+        ({"users": [3], "candidates": ["i0"]}, "user ids of the store are of type str"),
+        ({"users": ["u3", 3], "candidates": ["i0"]}, "user ids of the store are of type str"),
+        ({"users": ["u3"], "candidates": ["i0"], "tail": [[{"item": 10, "time": 0}]]}, "tail.items: this vocabulary"),
+    ],
+)
+def test_ids_of_the_wrong_type_fail_alone(named: ScoringService, bad: dict[str, Any], words: str) -> None:
+    """A request has the same answer whether or not others are scored in the same call."""
+    good = {"users": ["u3"], "candidates": ["i0", "i10"], "tail": [[{"item": "i20", "time": 0}]]}
+    expected = named.scorer.score(["u3"], ["i0", "i10"], tail=tail_of([[TailEvent("i20", 0)]]))[0]
+    with pytest.raises(Exception, match=words):
+        named.scored(named.checked(json.dumps(bad).encode(), JSON), JSON)
+    batches = ScoreBatches()
+    first, wrong, last = entered(batches, good, bad, good)
+    for entry in (first, last):
+        np.testing.assert_allclose(scores(batches.answer(entry, named).body)[0], expected, atol=TOLERANCE)
+    with pytest.raises(Exception, match=words):
+        batches.answer(wrong, named)
 
 
 def test_a_panic_of_a_joint_call_leaves_nobody_waiting(

@@ -149,7 +149,7 @@ def test_what_is_in_service(service: RunningService, scorer: Scorer) -> None:
     assert service.fetch("/healthz") == (200, {"status": "ok"})
 
 
-def test_metrics(service: RunningService) -> None:
+def test_metrics(service: RunningService, scorer: Scorer) -> None:
     def numbers() -> list[float]:
         names = (
             'vista_users_total{model="default",outcome="hit"}',
@@ -163,6 +163,8 @@ def test_metrics(service: RunningService) -> None:
     assert [after - then for after, then in zip(numbers(), before, strict=True)] == [1, 1, 12]
     assert service.number('vista_request_seconds_count{candidates="100",endpoint="score",model="default"}') >= 1
     assert service.number('vista_generation{model="default"}') == 1
+    refreshed_at = 1000 * service.number('vista_refreshed_timestamp_seconds{model="default"}')
+    assert round(refreshed_at) == scorer.manifest.refreshed_at
     assert service.number("vista_refused_connections_total") == 0
     assert service.number('vista_requests_total{endpoint="score",model="default",status="200"}') >= 1
 

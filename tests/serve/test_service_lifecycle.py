@@ -25,8 +25,10 @@ from tests.conftest import ITEMS, START, USERS, Served
 from tests.serve.running_service import TIMEOUT_S, RunningService, command, environment, running, until
 from tests.store.remote.valkey_server import ValkeyServer
 from vista.cli.main import main
+from vista.config import ServeConfig
 from vista.refresh import refresh
 from vista.scorer import Scorer
+from vista.serve.worker_pool import WorkerPool
 from vista.store.admin.copying import copy_generation
 from vista.store.erasure import erase
 
@@ -155,10 +157,10 @@ def test_running_requests_finish_after_sigterm(served: Served) -> None:
     with running(f"model={served.model_dir}", f"store={served.store}", "stop_s=100") as service:
         body = json.dumps({"users": [103], "candidates": ITEMS}).encode()
         with service.connect() as connection, service.connect() as idle:
-            head = f"POST /v1/score HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: {len(body)}\r\n\r\n"
+            head = f"POST /v1/score HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: {len(body)}\r\n\r\n"
             connection.sendall(head.encode())
             assert connection.recv(1000).startswith(b"HTTP/1.1 100")  # The service waits for the body.
-            idle.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+            idle.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
             held = b""
             while b"ok" not in held:
                 held += idle.recv(1000)
@@ -281,6 +283,21 @@ def test_workers_that_cannot_start(served: Served) -> None:
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.count("error: nowhere") == 1
     assert "the first worker ended before it could listen" in done.stderr.splitlines()[-1]
+
+
+def test_sigterm_before_the_first_worker_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker that ends because of it is not an error."""
+    pool = WorkerPool(ServeConfig(workers=2), None, "127.0.0.1", 0)
+    watch = pool._watch
+
+    def watch_too_late() -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        for worker in pool._workers:
+            worker.process.join(TIMEOUT_S)
+        return watch()
+
+    monkeypatch.setattr(pool, "_watch", watch_too_late)
+    pool.run(lambda: pytest.fail("no worker could listen"))
 
 
 def test_a_port_that_is_taken(served: Served, service: RunningService) -> None:

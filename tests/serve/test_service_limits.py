@@ -70,7 +70,7 @@ def test_ten_million_candidates(service: RunningService) -> None:
     status, answer = service.fetch("/v1/score", body)
     assert status == 413 and "max_body_bytes" in answer["error"]["message"]
     with service.connect() as connection:
-        connection.sendall(b"POST /v1/score HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        connection.sendall(b"POST /v1/score HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
         chunk = b"100000\r\n" + body[: 1 << 20] + b"\r\n"
         for _ in range(6):
             connection.sendall(chunk)
@@ -88,7 +88,7 @@ def test_the_catalog_counts_too(served: Served) -> None:
 
 def test_bodies_of_many_clients_take_bounded_memory(strict: RunningService) -> None:
     """Each is within its limit of 100,000 bytes; a worker holds sixteen times that."""
-    head = b"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n"
+    head = b"POST /v1/score HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n"
     with ExitStack() as stack:
         connections = [stack.enter_context(strict.connect()) for _ in range(20)]
         for connection in connections:
@@ -134,7 +134,7 @@ def test_overload_and_deadline(strict: RunningService) -> None:
 
 
 def test_slow_clients_do_not_block_others(service: RunningService) -> None:
-    head = b"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n"
+    head = b"POST /v1/score HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n"
     slow = [service.connect() for _ in range(60)]
     try:
         for place, connection in enumerate(slow):
@@ -159,7 +159,7 @@ def test_a_full_queue_refuses_before_the_body(strict: RunningService) -> None:
 
     def status() -> bytes:
         with strict.connect() as connection:
-            head = b"POST /v1/score HTTP/1.1\r\nHost: x\r\nVista-Timeout-Ms: 100\r\nContent-Length: 100\r\n"
+            head = b"POST /v1/score HTTP/1.1\r\nHost: localhost\r\nVista-Timeout-Ms: 100\r\nContent-Length: 100\r\n"
             connection.sendall(head + b"\r\n{")
             return connection.recv(1 << 16)[9:12]
 
@@ -188,10 +188,42 @@ def test_odd_headers(service: RunningService) -> None:
         assert code == status and "see /docs for the endpoints" in answer["error"]["message"]
 
 
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:80", "127.0.0.1", "127.0.0.1:1", "[::1]:8000"])
+def test_names_of_this_machine(service: RunningService, host: str) -> None:
+    assert service.fetch("/v1/users/103", headers={"Host": host})[0] == 200
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["example.com", "example.com:80", "localhost.example.com", "localhost@example.com", "", "[::1", "::1", "\xff"],
+)
+def test_names_of_other_machines(service: RunningService, host: str) -> None:
+    """Such as that of a web page whose name resolves to 127.0.0.1."""
+    for path in ("/v1/users/103", "/docs", "/healthz"):
+        status, answer = service.fetch(path, headers={"Host": host})
+        assert status == 421 and "localhost, 127.0.0.1, [::1]; set token_file" in answer["error"]["message"]
+    with service.connect() as connection:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nHost: example.com\r\n\r\n")
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 421")
+
+
+def test_refusals_are_counted(service: RunningService) -> None:
+    """Those that reach no endpoint."""
+    service.send("/v1/nothing")
+    service.send("/v1/score", method="GET")
+    service.send("/healthz", headers={"Host": "example.com"})
+    for sent in (b"not HTTP\r\n\r\n", b"GET / HTTP/1.1\r\nA: " + b"b" * (1 << 17)):
+        with service.connect() as connection:
+            connection.sendall(sent)
+            assert connection.recv(1 << 16)
+    for status in (404, 405, 421, 400, 431):
+        assert service.number(f'vista_requests_total{{endpoint="",model="",status="{status}"}}') >= 1
+
+
 def test_broken_connections(service: RunningService) -> None:
     """Half-closed, closed before the answer, closed in the middle of the body, and not HTTP at all."""
     body = json.dumps(GOOD).encode()
-    complete = b"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    complete = b"POST /v1/score HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body
     for sent in (complete, complete[:-5], complete * 3, b"\x16\x03\x01 not HTTP\r\n\r\n", b"\0" * 1000):
         with service.connect() as connection:
             connection.sendall(sent)
@@ -252,5 +284,11 @@ def test_tokens(served: Served, tmp_path: Any) -> None:
                 assert status == 401 and answer["WWW-Authenticate"] == "Bearer"
         for valid in (token, other):
             assert service.fetch("/v1/score", GOOD, headers={"Authorization": f"Bearer {valid}"})[0] == 200
+        twice = {"Authorization": f"Bearer {token}", "authorization": f"Bearer {token}x"}
+        for headers in (twice, dict(reversed(twice.items()))):
+            assert service.fetch("/v1/score", GOOD, headers=headers)[0] == 401
+        refused = b'vista_requests_total{endpoint="",model="",status="401"}'
+        assert refused in service.send("/metrics", headers={"Authorization": f"Bearer {token}"})[2]
+        assert service.send("/healthz", headers={"Host": "example.com"})[0] == 200
         assert service.send("/healthz")[0] == service.send("/readyz")[0] == 200
         assert token not in service.log and other not in service.log

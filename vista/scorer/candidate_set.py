@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from vista.config.choices import OnMissing
 from vista.errors import UnknownItemError
 from vista.model.ranking_model import UNKNOWN_ITEM
-from vista.scorer.request_arguments import MAX_IDS, item_rows, length_of, require_most
+from vista.scorer.request_arguments import MAX_IDS, id_array, item_rows, length_of, require_most
 from vista.scorer.serving_snapshot import ServingSnapshot
 
 
@@ -44,9 +43,9 @@ class CandidateSet:
             return candidates
         require_most(length_of(candidates), MAX_IDS, name)
         try:
-            ids = np.asarray(candidates.cpu() if isinstance(candidates, Tensor) else candidates)
-        except ValueError:
-            raise ValueError(f"{name}: the rows differ in length; pass (values, offsets) instead") from None
+            ids = id_array(candidates, name)
+        except ValueError as error:
+            raise ValueError(f"{error}; pass (values, offsets) instead") from None
         if ids.ndim not in (1, 2):
             raise ValueError(f"{name}: must be of shape [C] or [B, C], got {ids.shape}")
         require_most(ids.size, MAX_IDS, name)

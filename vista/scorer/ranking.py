@@ -29,6 +29,8 @@ class Ranking:
     scores: NDArray[np.float32]
     num_dropped: int
     """Candidates left out because the model does not know them or their score is not finite."""
+    num_scored: int
+    """Candidates that the model scored: with `retrieve`, also the user's own items."""
 
 
 def ranked(
@@ -89,7 +91,7 @@ def best_items(items: Vocabulary, rows: Int, scores: NDArray[np.float32], top_k:
     num_dropped = num_unknown + int((~finite).sum())
     rows, scores = rows[finite], scores[finite]
     best = torch.from_numpy(scores).topk(min(top_k, len(scores))).indices.numpy()
-    return Ranking(items.ids(rows[best] - 1), scores[best], num_dropped)
+    return Ranking(items.ids(rows[best] - 1), scores[best], num_dropped, len(finite))
 
 
 def require_top_k(value: Any, name: str) -> None:

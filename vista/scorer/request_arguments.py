@@ -68,6 +68,14 @@ def array_of(values: Any, name: str) -> NDArray[Any]:
         raise ValueError(f"{name}: the rows differ in length") from None
 
 
+def id_array(values: Any, name: str) -> NDArray[Any]:
+    """Convert ids to an array, whose texts and integers stay apart: NumPy alone would turn [1, "a"] into texts."""
+    array = array_of(values, name)
+    if array.dtype.kind == "U" and not isinstance(values, np.ndarray):
+        array = np.array(values, object)
+    return array
+
+
 def integers(values: Any, name: str, what: str = "integers") -> Int:
     """Convert an argument of any shape to int64; an empty one may have any type.
 

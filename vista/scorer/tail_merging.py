@@ -15,6 +15,7 @@ from vista.model.vista_model import VistaModel
 from vista.scorer.request_arguments import (
     MAX_TAIL_EVENTS,
     array_of,
+    id_array,
     impossible_times,
     integers,
     item_rows,
@@ -46,7 +47,7 @@ def checked_tail(tail: Tail, num_users: int, actions: Sequence[str]) -> Tail:
         raise TypeError(f"tail.features: must be a mapping of names to values, got a {type(tail.features).__name__}")
     require_most(length_of(tail.items), MAX_TAIL_EVENTS, "tail.items", "events")
     arrays = {
-        "items": array_of(tail.items, "tail.items"),
+        "items": id_array(tail.items, "tail.items"),
         "times": integers(tail.times, "tail.times", "integer milliseconds"),
         "actions": _action_codes(tail.actions, actions),
         "offsets": integers(tail.offsets, "tail.offsets"),

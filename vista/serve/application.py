@@ -1,16 +1,15 @@
-"""The FastAPI application: routes, limits, deadlines, and the token."""
+"""The FastAPI application: routes, limits, and deadlines."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
 
 from vista.config import ServeConfig
 from vista.errors import DeadlineError, ModelUnavailableError
-from vista.serve.bearer_token import is_authorized
 from vista.serve.body_reader import BodyReader, number_of
 from vista.serve.error_answer import ErrorAnswer, answer_of
 from vista.serve.openapi import DESCRIPTION, operation, schemas
@@ -25,6 +24,7 @@ from vista.serve.request_bodies import (
     ScoreBody,
     decoded,
 )
+from vista.serve.request_checks import HostCheck, TokenCheck
 from vista.serve.score_batches import ScoreBatches
 from vista.serve.scoring_queue import ScoringQueue
 from vista.serve.scoring_service import Answer, ScoringService
@@ -35,34 +35,9 @@ from vista.store.layout import store_address
 from vista.version import __version__
 
 TIMEOUT_HEADER = "vista-timeout-ms"
-OPEN_PATHS = ("/healthz", "/readyz")
-"""Paths that need no token, for the probes of load balancers."""
-NO_TOKEN = ErrorAnswer(401, "Unauthorized", "send the token as the header `Authorization: Bearer TOKEN`")
 Endpoint = Callable[[fastapi.Request], Awaitable[fastapi.Response]]
 Computation = Callable[[str, bytes, str, float], Awaitable[Answer]]
 """Maps the name of a model, a body, its media type, and the deadline, s of `perf_counter`, to an answer."""
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Scope]]
-Send = Callable[[Scope], Awaitable[None]]
-
-
-class TokenCheck:
-    """Refuses requests without a token, before their bodies are read."""
-
-    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], tokens: Sequence[bytes]) -> None:
-        self._app = app
-        self._tokens = tokens
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or answer it with 401."""
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
-            header = dict(scope["headers"]).get(b"authorization")
-            if not is_authorized(header, self._tokens):
-                refusal = _refusal(NO_TOKEN)
-                refusal.headers["WWW-Authenticate"] = "Bearer"
-                await refusal(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
 
 
 def make_application(
@@ -72,6 +47,7 @@ def make_application(
     metrics: ServiceMetrics,
     config: ServeConfig,
     tokens: Sequence[bytes],
+    hosts: Sequence[str] | None = None,
 ) -> fastapi.FastAPI:
     """The application of one worker.
 
@@ -82,10 +58,13 @@ def make_application(
         metrics: count requests.
         config: of the service.
         tokens: clients must send one of them; empty if no token is needed.
+        hosts: names that clients may send in the header Host; None accepts all.
     """
     app = fastapi.FastAPI(title="vista", version=__version__, description=DESCRIPTION)
     if tokens:
-        app.add_middleware(TokenCheck, tokens=tokens)
+        app.add_middleware(TokenCheck, tokens=tokens, on_refused=metrics.refused)
+    if hosts is not None:
+        app.add_middleware(HostCheck, hosts=hosts, on_refused=metrics.refused)
     stores = [str(store_address(one.store)) for one in models.configs.values()]
     batches = {name: ScoreBatches() for name in models.configs}
 
@@ -151,9 +130,9 @@ def make_application(
                 response = fastapi.Response(held.body, media_type=held.media_type)
             except DeadlineError:
                 told = f"there was no result after {1000 * timeout_s:g} ms; send fewer candidates, or allow more time"
-                response = _refusal(answer_of(DeadlineError(told), stores))
+                response = answer_of(DeadlineError(told), stores).as_response()
             except Exception as error:
-                response = _refusal(answer_of(error, stores))
+                response = answer_of(error, stores).as_response()
             metrics.answered(name, model, response.status_code, time.perf_counter() - began, num_candidates)
             return response
 
@@ -177,8 +156,9 @@ def make_application(
     async def refuse(_: fastapi.Request, error: HTTPException) -> fastapi.Response:
         """What the framework refuses: paths and methods that do not exist."""
         told = f"{error.detail}; see /docs for the endpoints"
-        refusal = _refusal(ErrorAnswer(error.status_code, type(error).__name__, told))
+        refusal = ErrorAnswer(error.status_code, type(error).__name__, told).as_response()
         refusal.headers.update(error.headers or {})
+        metrics.refused(error.status_code)
         return refusal
 
     @app.get("/v1/users/{user:path}")
@@ -200,11 +180,16 @@ def make_application(
         """Whether the process answers."""
         return {"status": "ok"}
 
+    probe: asyncio.Task[dict[str, Any]] | None = None
+
     @app.get("/readyz")
     async def ready(response: fastapi.Response) -> dict[str, Any]:
         """Whether the service can score (503 if the store of an open model does not answer), and what keeps it from
         following the models or the stores."""
-        state = await asyncio.to_thread(readiness, models)
+        nonlocal probe
+        if probe is None or probe.done():  # Else a store that hangs would hold a thread for each request.
+            probe = asyncio.create_task(asyncio.to_thread(readiness, models))
+        state = await asyncio.shield(probe)
         response.status_code = 200 if state["ready"] else 503
         return state
 
@@ -223,11 +208,6 @@ def make_application(
 
     app.openapi = with_schemas  # type: ignore[method-assign]
     return app
-
-
-def _refusal(answer: ErrorAnswer) -> fastapi.Response:
-    headers = {} if answer.retry_after_s is None else {"Retry-After": str(answer.retry_after_s)}
-    return fastapi.Response(answer.as_json(), answer.status, headers, JSON)
 
 
 def _media_type(request: fastapi.Request) -> str:

@@ -39,9 +39,9 @@ def read_tokens(path: str | None) -> list[bytes]:
         raise ConfigError(f"token_file: {path}: {error.strerror}; {remedy}") from error
 
 
-def is_authorized(header: bytes | None, tokens: Sequence[bytes]) -> bool:
+def is_authorized(header: bytes, tokens: Sequence[bytes]) -> bool:
     """Whether the value of the header Authorization holds a token; takes the same time for any wrong token."""
-    scheme, _, given = (header or b"").partition(b" ")
+    scheme, _, given = header.partition(b" ")
     same = [hmac.compare_digest(given.strip(), token) for token in tokens]
     return any(same) and scheme.lower() == b"bearer"
 

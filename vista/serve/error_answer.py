@@ -23,7 +23,7 @@ from vista.errors import (
     VistaError,
     shortened,
 )
-from vista.serve.serve_extra import msgspec
+from vista.serve.serve_extra import fastapi, msgspec
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,11 @@ class ErrorAnswer:
     def as_json(self) -> bytes:
         """The body."""
         return msgspec.json.encode({"error": {"type": self.name, "message": shortened(self.message, MAX_TEXT)}})
+
+    def as_response(self) -> fastapi.Response:
+        """The answer of an endpoint."""
+        headers = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+        return fastapi.Response(self.as_json(), self.status, headers, "application/json")
 
 
 def answer_of(error: Exception, stores: Iterable[str]) -> ErrorAnswer:

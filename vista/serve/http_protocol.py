@@ -26,18 +26,29 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         arguments, more: those of uvicorn.
         max_connections: of the worker.
         body_s: seconds that a body may take. The application gives up earlier; this frees the connection.
-        on_refused: called for each connection beyond `max_connections`.
+        on_refused_connection: called for each connection beyond `max_connections`.
+        on_refused_request: called with the status of each request that does not reach the application.
     """
 
     def __init__(
-        self, *arguments: Any, max_connections: int, body_s: float, on_refused: Callable[[], None], **more: Any
+        self,
+        *arguments: Any,
+        max_connections: int,
+        body_s: float,
+        on_refused_connection: Callable[[], None],
+        on_refused_request: Callable[[int], None],
+        **more: Any,
     ) -> None:
         super().__init__(*arguments, **more)
         self._max_connections = max_connections
         self._body_s = body_s
-        self._on_refused = on_refused
-        self._head_bytes = 0
+        self._on_refused_connection = on_refused_connection
+        self._on_refused_request = on_refused_request
         self._in_head = False
+        self._bytes_without_body = 0
+        """Received since a head began, or since the last part of a body."""
+        self._has_body_part = False
+        """Whether the bytes that are being parsed hold a part of a body."""
         self._reading: asyncio.TimerHandle | None = None
         self._writing: asyncio.TimerHandle | None = None
 
@@ -45,9 +56,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         """Refuse the connection, or start the clock."""
         super().connection_made(transport)
         if len(self.connections) > self._max_connections:
-            self._on_refused()
+            self._on_refused_connection()
             text = f"this worker has {self._max_connections} open connections, the maximum (max_connections)"
-            self._refuse(ErrorAnswer(503, "OverloadedError", f"{text}; connect again later", retry_after_s=1))
+            self._close_with(ErrorAnswer(503, "OverloadedError", f"{text}; connect again later", retry_after_s=1))
         else:
             self._require_in(HEAD_S)
 
@@ -65,19 +76,30 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         return True
 
     def data_received(self, data: bytes) -> None:
-        """Count the bytes of a head."""
+        """Count the bytes of heads and trailers, and start the clock if the client owes the end of a request."""
+        self._has_body_part = False
         super().data_received(data)
-        if self._in_head:
-            self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-                self._refuse(ErrorAnswer(431, "HeadTooLargeError", f"the headers exceed {MAX_HEAD_BYTES:,} bytes"))
+        if self.transport.is_closing():
+            return
+        if self._reading is None:
+            if self.cycle is None or self.cycle.response_complete:  # An empty line, or the end of an ignored body.
+                self._require_in(HEAD_S)
+        elif not self._has_body_part:
+            self._bytes_without_body += len(data)
+            if self._bytes_without_body > MAX_HEAD_BYTES:
+                self._refuse_long_head()
 
     def on_message_begin(self) -> None:
         """A head begins."""
         super().on_message_begin()
-        self._in_head, self._head_bytes = True, 0
+        self._in_head = True
         if self._reading is None:
             self._require_in(HEAD_S)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Keep a header, but not a trailer, which could replace one that has been checked."""
+        if self._in_head:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """A head ends."""
@@ -85,6 +107,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._stop_reading_clock()
         self._require_in(self._body_s)
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """A part of a body, whose bytes the application counts."""
+        self._has_body_part, self._bytes_without_body = True, 0
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         """A body ends."""
@@ -116,7 +143,18 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         """Answer what is not HTTP."""
         self._refuse(ErrorAnswer(400, "InvalidRequestError", msg))
 
+    def _refuse_long_head(self) -> None:
+        if not self._in_head and self.cycle is not None and self.cycle.response_started:
+            self.transport.abort()  # Trailers of a request that has its answer.
+        else:
+            text = f"the headers or trailers exceed {MAX_HEAD_BYTES:,} bytes"
+            self._refuse(ErrorAnswer(431, "HeadTooLargeError", text))
+
     def _refuse(self, answer: ErrorAnswer) -> None:
+        self._on_refused_request(answer.status)
+        self._close_with(answer)
+
+    def _close_with(self, answer: ErrorAnswer) -> None:
         body = answer.as_json()
         retry = "" if answer.retry_after_s is None else f"Retry-After: {answer.retry_after_s}\r\n"
         head = (
@@ -128,6 +166,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def _require_in(self, seconds: float) -> None:
         """Close the connection unless the client sends the rest of the head or of the body in time."""
+        self._bytes_without_body = 0
         self._reading = self.loop.call_later(seconds, self._give_up, seconds)
 
     def _give_up(self, seconds: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import socket
 
 from vista.errors import ConfigError
@@ -43,3 +44,8 @@ def bound_socket(host: str, port: int, *, shared: bool = False) -> socket.socket
             "uses it"
         ) from error
     return bound
+
+
+def is_loopback(bound: socket.socket) -> bool:
+    """Whether only this machine can connect to a socket."""
+    return ipaddress.ip_address(bound.getsockname()[0]).is_loopback

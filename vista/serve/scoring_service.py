@@ -125,8 +125,7 @@ class ScoringService:
         """The best items of a large catalog for each user, from candidates that the index finds."""
         asked = decoded(body, RetrieveBody, media_type)
         self._require_most_users(len(asked.users))
-        per_user = max(asked.top_k, asked.num_candidates)
-        self._require_most(per_user, len(asked.users))
+        self._require_most(max(asked.top_k, asked.num_candidates), len(asked.users))
         rankings = self.scorer.retrieve(
             asked.users,
             top_k=asked.top_k,
@@ -138,7 +137,7 @@ class ScoringService:
             **self._arguments(asked),
         )
         held = self._sourced({"task": self.scorer.task, "rankings": [_ranking(ranking) for ranking in rankings]})
-        return _answer(held, media_type, None, per_user * len(rankings))
+        return _answer(held, media_type, None, sum(ranking.num_scored for ranking in rankings))
 
     def explain(self, body: bytes, media_type: str) -> Answer:
         """Shares of scores, per part of the model's input."""

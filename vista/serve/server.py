@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import os
 from pathlib import Path
@@ -12,7 +11,7 @@ from vista.config.models_file import ModelsFile
 from vista.errors import CheckpointError, ConfigError
 from vista.model.model_description import ModelDescription
 from vista.serve.bearer_token import read_tokens
-from vista.serve.listening_socket import bound_socket
+from vista.serve.listening_socket import bound_socket, is_loopback
 from vista.serve.shared_numbers import FOLDER_VARIABLE, shared_numbers
 from vista.serve.worker_pool import WorkerPool
 
@@ -30,7 +29,7 @@ def run_server(config: ServeConfig) -> None:
     bound_socket(config.host, config.port).close()  # Another service on a shared port would not be noticed.
     with bound_socket(config.host, config.port, shared=config.workers > 1) as listening:
         host, port = listening.getsockname()[:2]
-        if not read_tokens(config.token_file) and not ipaddress.ip_address(host).is_loopback:
+        if not read_tokens(config.token_file) and not is_loopback(listening):
             logger.warning("anyone who can reach %s may send requests; set token_file to require a token", host)
 
         def say() -> None:

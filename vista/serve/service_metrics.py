@@ -61,7 +61,7 @@ class ServiceMetrics:
             registry=own,
             multiprocess_mode="livesum",
         )
-        self.refused = prometheus_client.Counter(
+        self.refused_connections = prometheus_client.Counter(
             "vista_refused_connections", "Connections beyond the limit.", registry=own
         )
         self.depth = prometheus_client.Gauge(
@@ -95,6 +95,10 @@ class ServiceMetrics:
         """Count a request; `model` is empty if the request was refused before a model was chosen."""
         self.requests.labels(endpoint, model, str(status)).inc()
         self.seconds.labels(endpoint, model, _size(num_candidates)).observe(seconds)
+
+    def refused(self, status: int) -> None:
+        """Count a request that was refused before it reached an endpoint."""
+        self.requests.labels("", "", str(status)).inc()
 
     def opened(self, model: str, scorer: Scorer) -> None:
         """A model was opened. The counts of its scorer up to now are ignored."""

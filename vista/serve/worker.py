@@ -18,6 +18,8 @@ from vista.device import cpu_settings
 from vista.serve.application import make_application
 from vista.serve.bearer_token import read_tokens
 from vista.serve.http_protocol import HEAD_S, BoundedHttpProtocol
+from vista.serve.listening_socket import is_loopback
+from vista.serve.request_checks import accepted_hosts
 from vista.serve.scoring_queue import ScoringQueue
 from vista.serve.serve_extra import uvicorn
 from vista.serve.served_models import ServedModels
@@ -68,7 +70,8 @@ def run_worker(
         while models.all_wait and others_serve:
             time.sleep(config.reload_s)
             models.open_waiting()
-        app = make_application(models, queue, openings, metrics, config, tokens)
+        hosts = None if tokens or not is_loopback(listening) else accepted_hosts(config.host)
+        app = make_application(models, queue, openings, metrics, config, tokens, hosts)
         server = _Server(
             uvicorn.Config(
                 app,
@@ -77,7 +80,8 @@ def run_worker(
                     BoundedHttpProtocol,
                     max_connections=config.max_connections,
                     body_s=config.deadline_s + HEAD_S,
-                    on_refused=metrics.refused.inc,
+                    on_refused_connection=metrics.refused_connections.inc,
+                    on_refused_request=metrics.refused,
                 ),
                 ws="none",
                 lifespan="off",
@@ -127,6 +131,12 @@ async def _open_waiting(models: ServedModels, reload_s: float) -> None:
 
 
 async def _update(models: ServedModels, *queues: ScoringQueue) -> None:
+    last = ""
     while True:
-        models.update_metrics(sum(queue.depth for queue in queues))
+        try:
+            models.update_metrics(sum(queue.depth for queue in queues))
+        except Exception as error:  # Without this, the task would end silently.
+            if (text := repr(error)) != last:
+                last = text
+                logger.exception("the metrics could not be updated; this is tried again every %g s", UPDATE_S)
         await asyncio.sleep(UPDATE_S)

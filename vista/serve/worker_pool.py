@@ -70,7 +70,7 @@ class WorkerPool:
         try:
             self._start()
             while not self._stopping and not self._workers[0].is_ready:
-                if self._watch():
+                if self._watch() and not self._stopping:  # SIGTERM also ends the first worker.
                     raise WorkerDiedError("the first worker ended before it could listen; its message is above")
             for _ in range(1, self._config.workers):
                 self._start()
