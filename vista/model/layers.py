@@ -13,6 +13,11 @@ from vista.model.frozen_linear import FrozenLinear
 
 Block = TypeVar("Block", bound=nn.Module)
 
+VECTOR = 32
+"""Number of float32 values that torch computes at once: two registers of up to 512 bits."""
+SHARE = 1 << 15
+"""Number of values up to which torch uses a single thread; a multiple of `VECTOR`."""
+
 
 def module_list(modules: Sequence[Block]) -> Sequence[Block]:
     """An nn.ModuleList, typed as a sequence of its modules."""
@@ -39,11 +44,18 @@ def linear_parts(x: Tensor, linear: nn.Module, count: int, first: int = 0) -> tu
 
 
 def silu(x: Tensor) -> Tensor:
-    """SiLU. At a request on a CPU it is computed in float64, because in float32 the last bit depends on a value's place
-    in a vector register, and so on the other values."""
+    """SiLU. At a request on a CPU, a value gets the same bits wherever it lies.
+
+    torch computes the last values of a tensor, or of a thread's share of it, one by one, and their last bit can differ.
+    So values are padded to whole vectors and, if there are several threads, cut into shares of one thread.
+    """
     if torch.is_grad_enabled() or x.dtype is not torch.float32 or x.device.type != "cpu":
         return F.silu(x)
-    return F.silu(x.double()).float()
+    count = x.numel()
+    if count % VECTOR == 0 and (count <= SHARE or torch.get_num_threads() == 1):
+        return F.silu(x.contiguous())
+    shares = torch.split(F.pad(x.flatten(), (0, -count % VECTOR)), SHARE)
+    return torch.cat([F.silu(share) for share in shares])[:count].view(x.shape)
 
 
 class SiLU(nn.Module):

@@ -133,8 +133,7 @@ class PointwiseLayer(TargetLayer):
         self.dropout = Dropout(config.dropout)
 
     def activated(self, parts: Sequence[Tensor]) -> Sequence[Tensor]:
-        # Part by part: the last bit depends on an element's place in a vector register, and so on the number of rows.
-        return [F.silu(part) for part in parts]
+        return [silu(part) for part in parts]
 
     def mix(self, x: Tensor, heads: Tensor, gate: Tensor) -> Tensor:
         """The rest of a layer: residual stream x [B, N, M], sums over tokens [B, H, N, D], gate [B, N, M]."""
