@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar, cast
 
 import torch
@@ -34,13 +34,16 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
     return x.view(*x.shape[:-1], num_heads, x.shape[-1] // num_heads)
 
 
-def linear_parts(x: Tensor, linear: nn.Module, count: int, first: int = 0) -> tuple[Tensor, ...]:
-    """Parts `first` … `count` - 1 of the output [..., O] of a linear map without bias, cut into `count` equal parts."""
+def linear_parts(
+    x: Tensor, linear: nn.Module, count: int, first: int = 0, activation: Callable[[Tensor], Tensor] = lambda x: x
+) -> tuple[Tensor, ...]:
+    """Parts `first` … `count` - 1 of the activated output [..., O] of a linear map without bias, cut into `count` equal
+    parts."""
     if isinstance(linear, FrozenLinear):
-        return linear.parts(x, count, first)
+        return linear.parts(x, count, first, activation)
     assert isinstance(linear, nn.Linear)
     weight = linear.weight
-    return F.linear(x, weight[first * (len(weight) // count) :]).chunk(count - first, -1)
+    return activation(F.linear(x, weight[first * (len(weight) // count) :])).chunk(count - first, -1)
 
 
 def silu(x: Tensor) -> Tensor:

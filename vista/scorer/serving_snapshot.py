@@ -295,7 +295,7 @@ class ServingSnapshot:
 
     def _user_vectors(self, context: TargetContext, bucket: Tensor | None) -> Tensor:
         gap = None if bucket is None else self.model.encoder.gap_vectors(bucket)
-        vectors: Tensor = inference.user_vectors(self._scoring, context, gap)
+        vectors: Tensor = inference.user_vectors(self._scoring, context, gap, self._biases)
         return vectors
 
     @torch.inference_mode()
