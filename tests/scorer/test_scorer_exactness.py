@@ -21,9 +21,12 @@ from vista.log.event_log import EventLog
 from vista.model.counted_item_head import HIDDEN
 from vista.model.frozen_linear import FrozenLinear
 from vista.model.inference import ROW_TILE
+from vista.model.ranking_model import NEXT_TASK
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer, Tail
+from vista.scorer.reading import read_request
+from vista.scorer.scorer_stats import StatsRecorder
 from vista.training.log_schema import schema_of
 
 pytestmark = pytest.mark.processor
@@ -120,6 +123,10 @@ def test_a_score_does_not_depend_on_the_other_pairs(
         same(shared[task], scores[np.ix_(rows, columns)])
         same(own[task], scores[np.array(rows)[:, None], grid])
     same(opened.score(asked, items[columns], now=now), shared[opened.task])
+    with opened.in_service() as snapshot:  # without labeled tasks, users have a pass of their own
+        request = read_request(snapshot, asked, None, now, opened.on_missing, None, StatsRecorder())
+        rows = torch.from_numpy(opened.encode(items[columns]).rows)
+        same(snapshot.scores(request, rows, [NEXT_TASK])[NEXT_TASK], shared[NEXT_TASK])
 
 
 def test_a_ranking_has_the_bits_of_the_scores(opened: Scorer, ids: tuple[list[Any], NDArray[Any], int]) -> None:

@@ -191,11 +191,31 @@ def user_feature_vectors(model: RankingModel, users: EncodedRows | None, num_use
 
 
 @torch.inference_mode()
-def user_vectors(model: VistaModel, context: TargetContext, gap: Tensor | None) -> Tensor:
-    """User vectors [B, M'] of the retrieval head. Their bits do not depend on the other users (`ROW_TILE`)."""
-    seen = torch.full((ROW_TILE,), model.config.tail_len, device=model.device)
-    gap = None if gap is None else gap.expand(-1, ROW_TILE, -1)
-    return model.user_vectors(gap, seen, context)[:, 0]
+def user_vectors(
+    model: VistaModel, context: TargetContext, gap: Tensor | None, biases: list[Tensor] | None = None
+) -> Tensor:
+    """User vectors [B, M'] of the retrieval head. Their bits do not depend on the other users (`ROW_TILE`).
+
+    Args:
+        gap: [B, 1, M] from `request_gap`.
+        biases: `TargetAttention.query_biases` of queries that see the whole tail; None computes them.
+    """
+    seen = torch.full((1,), model.config.tail_len, device=model.device)
+    tokens = request_tokens(model, context, gap)
+    return model.retrieval_users(model.target_attention.query(*tokens, None, seen, context, biases))[:, 0]
+
+
+@torch.inference_mode()
+def request_tokens(model: VistaModel, context: TargetContext, gap: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Request tokens [B, `ROW_TILE`, M] that see the whole tail, all equal, and their projections in layer 1 [..., 4M].
+
+    Args:
+        gap: [B, 1, M] from `request_gap`.
+    """
+    stage, seen = model.target_attention, torch.full((ROW_TILE,), model.config.tail_len, device=model.device)
+    request, *others = model.request_parts(seen, context)
+    x = sum(others, request)
+    return stage.with_request(x, stage.layers[0].project(x), None if gap is None else gap.expand(-1, ROW_TILE, -1))
 
 
 @torch.inference_mode()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar, cast
 
 import torch
@@ -12,6 +12,11 @@ from torch import Tensor, nn
 from vista.model.frozen_linear import FrozenLinear
 
 Block = TypeVar("Block", bound=nn.Module)
+
+VECTOR = 32
+"""Number of float32 values that torch computes at once: two registers of up to 512 bits."""
+SHARE = 1 << 15
+"""Number of values up to which torch uses a single thread; a multiple of `VECTOR`."""
 
 
 def module_list(modules: Sequence[Block]) -> Sequence[Block]:
@@ -29,21 +34,31 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
     return x.view(*x.shape[:-1], num_heads, x.shape[-1] // num_heads)
 
 
-def linear_parts(x: Tensor, linear: nn.Module, count: int, first: int = 0) -> tuple[Tensor, ...]:
-    """Parts `first` … `count` - 1 of the output [..., O] of a linear map without bias, cut into `count` equal parts."""
+def linear_parts(
+    x: Tensor, linear: nn.Module, count: int, first: int = 0, activation: Callable[[Tensor], Tensor] = lambda x: x
+) -> tuple[Tensor, ...]:
+    """Parts `first` … `count` - 1 of the activated output [..., O] of a linear map without bias, cut into `count` equal
+    parts."""
     if isinstance(linear, FrozenLinear):
-        return linear.parts(x, count, first)
+        return linear.parts(x, count, first, activation)
     assert isinstance(linear, nn.Linear)
     weight = linear.weight
-    return F.linear(x, weight[first * (len(weight) // count) :]).chunk(count - first, -1)
+    return activation(F.linear(x, weight[first * (len(weight) // count) :])).chunk(count - first, -1)
 
 
 def silu(x: Tensor) -> Tensor:
-    """SiLU. At a request on a CPU it is computed in float64, because in float32 the last bit depends on a value's place
-    in a vector register, and so on the other values."""
+    """SiLU. At a request on a CPU, a value gets the same bits wherever it lies.
+
+    torch computes the last values of a tensor, or of a thread's share of it, one by one, and their last bit can differ.
+    So values are padded to whole vectors and, if there are several threads, cut into shares of one thread.
+    """
     if torch.is_grad_enabled() or x.dtype is not torch.float32 or x.device.type != "cpu":
         return F.silu(x)
-    return F.silu(x.double()).float()
+    count = x.numel()
+    if count % VECTOR == 0 and (count <= SHARE or torch.get_num_threads() == 1):
+        return F.silu(x.contiguous())
+    shares = torch.split(F.pad(x.flatten(), (0, -count % VECTOR)), SHARE)
+    return torch.cat([F.silu(share) for share in shares])[:count].view(x.shape)
 
 
 class SiLU(nn.Module):

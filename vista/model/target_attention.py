@@ -204,6 +204,10 @@ class TargetAttention(nn.Module):
         """`query_bias` of every layer."""
         return [self.query_bias(layer, seen) for layer in self.layers]
 
+    def with_request(self, x: Tensor, projections: Tensor, request: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x and projections with what the vectors of requests add to them; arguments as in `query`."""
+        return (x, projections) if request is None else (x + request, projections + self.request_projection(request))
+
     def query(
         self,
         x: Tensor,
@@ -226,8 +230,7 @@ class TargetAttention(nn.Module):
         Returns:
             [B, Q, M], normalized.
         """
-        if request is not None:
-            x, projections = x + request, projections + self.request_projection(request)
+        x, projections = self.with_request(x, projections, request)
         if context.user is not None:
             user = context.user.unsqueeze(1)
             x, projections = x + user[..., : x.shape[-1]], projections + user[..., x.shape[-1] :].to(projections.dtype)
@@ -235,7 +238,7 @@ class TargetAttention(nn.Module):
         context_mask = F.pad(context.tail_valid, (self.num_seeds, 0), value=True)
         biases = self.query_biases(seen) if biases is None else biases
         for index, layer in enumerate(self.layers):
-            own = layer.activated(projections.chunk(4, -1)) if index == 0 else layer.parts(x)
+            own = layer.activated(projections).chunk(4, -1) if index == 0 else layer.parts(x)
             x = layer.attend_query(x, own, context.keys[index], context.values[index], biases[index], context_mask)
             if index == 0 and context.state is not None:
                 for read, matrices in zip(self.reads, context.state.unbind(1), strict=True):

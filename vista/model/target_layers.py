@@ -33,9 +33,9 @@ class TargetLayer(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.num_heads, config.tail_len + 1))
         """[H, L+1] by distance in events; distance 0 is the token itself."""
 
-    def activated(self, parts: Sequence[Tensor]) -> Sequence[Tensor]:
+    def activated(self, projections: Tensor) -> Tensor:
         """Projections as attention reads them."""
-        return parts
+        return projections
 
     def attend_context(
         self, x: Tensor, query: Tensor, gate: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
@@ -65,7 +65,7 @@ class TargetLayer(nn.Module):
 
     def parts(self, x: Tensor, first: int = 0) -> Sequence[Tensor]:
         """x [..., M] -> query, gate, key and value from number `first` on, activated, [..., M] each."""
-        return self.activated(linear_parts(self.norm(x), self.projections, 4, first))
+        return linear_parts(self.norm(x), self.projections, 4, first, self.activated)
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, N, M] -> keys and values [B, H, N, D], which is all that a context needs of the last layer."""
@@ -132,9 +132,8 @@ class PointwiseLayer(TargetLayer):
         self.out = nn.Linear(config.dim, config.dim, bias=False)
         self.dropout = Dropout(config.dropout)
 
-    def activated(self, parts: Sequence[Tensor]) -> Sequence[Tensor]:
-        # Part by part: the last bit depends on an element's place in a vector register, and so on the number of rows.
-        return [F.silu(part) for part in parts]
+    def activated(self, projections: Tensor) -> Tensor:
+        return silu(projections)
 
     def mix(self, x: Tensor, heads: Tensor, gate: Tensor) -> Tensor:
         """The rest of a layer: residual stream x [B, N, M], sums over tokens [B, H, N, D], gate [B, N, M]."""

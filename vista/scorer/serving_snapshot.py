@@ -20,6 +20,7 @@ from vista.counters.counter_codes import MAX_CODE
 from vista.errors import ItemIndexError, shown
 from vista.log.gaps import NUM_GAPS
 from vista.model import inference
+from vista.model.inference import ROW_TILE
 from vista.model.item_index import ItemIndex
 from vista.model.item_projections import ItemProjections
 from vista.model.items_by_value import ItemsByValue
@@ -190,14 +191,19 @@ class ServingSnapshot:
             wanted = np.full(len(part), count) if lengths is None else lengths[users]
             context, bucket = self.context(part)
             own = rows if rows is None or rows.ndim == 1 else rows[users]
+            vectors = None
             if labeled:
-                for cells, logits in self._logits(context, self._request_projections(part, bucket), part, own, wanted):
+                added, tokens = self._request_projections(part, bucket), None
+                if NEXT_TASK in tasks and wanted[0]:
+                    tokens = inference.request_tokens(self._scoring, context, self._gap(bucket))
+                for cells, logits, of_tokens in self._logits(context, added, part, own, wanted, tokens):
+                    vectors = of_tokens if vectors is None else vectors
                     # The last bit of a float32 sigmoid depends on the position in a vector; float64 rounds it away.
                     probability = logits.double().sigmoid().float().cpu()
                     for task in labeled:
                         scores[task][users][cells] = probability[..., self.model.schema.tasks.index(task)]
             if NEXT_TASK in tasks:
-                vectors = self._user_vectors(context, bucket)
+                vectors = self._user_vectors(context, bucket) if vectors is None else vectors
                 for cells, cosine in self._next_scores(vectors, part.counters, own, wanted):
                     scores[NEXT_TASK][users][cells] = cosine.cpu()
         return scores
@@ -214,7 +220,7 @@ class ServingSnapshot:
             context, bucket = self.context(part)
             wanted = np.full(len(part), rows.shape[1])
             added = self._request_projections(part, bucket)
-            for cells, of_cells in self._logits(context, added, part, rows[users], wanted):
+            for cells, of_cells, _ in self._logits(context, added, part, rows[users], wanted):
                 logits[users][cells] = of_cells.cpu()
         return logits
 
@@ -294,9 +300,11 @@ class ServingSnapshot:
         return of_pairs if added is None else added + of_pairs
 
     def _user_vectors(self, context: TargetContext, bucket: Tensor | None) -> Tensor:
-        gap = None if bucket is None else self.model.encoder.gap_vectors(bucket)
-        vectors: Tensor = inference.user_vectors(self._scoring, context, gap)
+        vectors: Tensor = inference.user_vectors(self._scoring, context, self._gap(bucket), self._biases)
         return vectors
+
+    def _gap(self, bucket: Tensor | None) -> Tensor | None:
+        return None if bucket is None else self.model.encoder.gap_vectors(bucket)
 
     @torch.inference_mode()
     def _logits(
@@ -306,39 +314,50 @@ class ServingSnapshot:
         request: Request,
         rows: Tensor | None,
         lengths: Int,
-    ) -> Iterator[tuple[Cells, Tensor]]:
-        """Ranges of users and columns, and their logits, float32 [users, columns, num_tasks]; of_requests [B, 1, 5M]
-        from `_request_projections`."""
+        tokens: tuple[Tensor, Tensor] | None = None,
+    ) -> Iterator[tuple[Cells, Tensor, Tensor | None]]:
+        """Ranges of users and columns, and their logits, float32 [users, columns, num_tasks].
+
+        The first range also comes with user vectors [B, M'], if there are tokens.
+
+        Args:
+            of_requests: [B, 1, 5M] from `_request_projections`.
+            tokens: `inference.request_tokens` of the B users, all of whom have candidates. One pass for candidates and
+                tokens takes half as many operators as two.
+        """
         model, dim = self._scoring, self.model.config.dim
         for users, columns in rectangles(lengths, self._pairs_per_pass):
             some = context.select(users)
             vectors, projections = (
                 part.expand(len(some.tail), -1, -1) for part in self._candidates(rows, users, columns)
             )
-            added = self._added(of_requests, request.features, users, columns.start, vectors.shape[1])
-            dtype = some.keys[0].dtype
-            if added is None:
-                projections = projections.to(dtype)
-            else:
-                vectors = vectors + added[..., :dim]
-                summed = torch.empty(projections.shape, dtype=dtype, device=model.device)
-                # Add and convert in one pass.
-                projections = torch.add(projections, added[..., dim:], out=summed)
+            count, dtype = vectors.shape[1], some.keys[0].dtype
+            added = self._added(of_requests, request.features, users, columns.start, count)
+            shape = len(vectors), count + (0 if tokens is None else ROW_TILE)
+            x = torch.empty(*shape, dim, device=model.device)
+            own = torch.empty(*shape, 4 * dim, dtype=dtype, device=model.device)
+            # Copy, convert, and add in one pass.
+            torch.add(vectors, 0.0 if added is None else added[..., :dim], out=x[:, :count])
+            torch.add(projections, 0.0 if added is None else added[..., dim:], out=own[:, :count])
+            if tokens is not None:
+                x[:, count:], own[:, count:] = tokens
             index = of_counters = None
             if request.counters is not None:
                 user, column, place = request.counters.find(users, rows, columns)
                 if len(place):
-                    if added is None:
-                        vectors, projections = vectors.clone(), projections.clone()
                     codes = request.counters.found_codes(users.start + user, place)
                     counted, of_counters = self.added_by(codes), inference.counter_logits(model, codes)
-                    index = torch.from_numpy(user * vectors.shape[1] + column).to(model.device)
-                    vectors.view(-1, dim).index_add_(0, index, counted[:, :dim])
-                    projections.view(-1, 4 * dim).index_add_(0, index, counted[:, dim:].to(dtype))
-            logits = model.candidate_logits(vectors, None, self._seen, some, projections, self._biases)
+                    index = torch.from_numpy(user * shape[1] + column).to(model.device)
+                    x.view(-1, dim).index_add_(0, index, counted[:, :dim])
+                    own.view(-1, 4 * dim).index_add_(0, index, counted[:, dim:].to(dtype))
+            outputs = model.target_attention.query(x, own, None, self._seen, some, self._biases)
+            assert model.task_head is not None
+            logits = model.task_head(outputs)
             if index is not None and of_counters is not None:
                 logits.view(-1, logits.shape[-1]).index_add_(0, index, of_counters)
-            yield (users, columns), logits[:, : columns.stop - columns.start]
+            of_tokens = None if tokens is None else model.retrieval_users(outputs[:, count:].contiguous())[:, 0]
+            tokens = None
+            yield (users, columns), logits[:, : columns.stop - columns.start], of_tokens
 
     def _candidates(self, rows: Tensor | None, users: slice, columns: slice) -> tuple[Tensor, Tensor]:
         """Vectors [C', M] or [users, C', M] and projections [..., 4M] of the items of some columns, in whole tiles."""
