@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,17 +126,19 @@ def explained_ranking(
     )
 
 
-def request_time(scorer: Scorer, user: int | str, *, current: int | None = None) -> int | None:
-    """Time of a request in ms: `current`, or an hour after the user's newest event; None if the model reads no times.
+def request_time(user: int | str, *scorers: Scorer, current: int | None = None) -> int | None:
+    """Time of a request to some scorers in ms: `current`, or an hour after the user's newest event in their records.
 
-    A log that ended long ago would make every request look late, so the page asks an hour after the newest event.
+    A log that ended long ago would make every request look late, so the page asks an hour after the newest event. For
+    a user without an event, it asks the clock. None if no model reads times.
     """
-    if not scorer.model.schema.has_time:
+    timed = [scorer for scorer in scorers if scorer.model.schema.has_time]
+    if not timed:
         return None
-    newest = int(record_of(scorer, user).last_event_ts[0])
-    if current is not None:
-        return max(current, newest)
-    return newest + HOUR_MS if newest > 0 else None
+    newest = max(int(record_of(scorer, user).last_event_ts[0]) for scorer in timed)
+    if current is None:
+        current = newest + HOUR_MS if newest > 0 else time.time_ns() // 1_000_000
+    return max(current, newest)
 
 
 def ordinal(number: int) -> str:
@@ -144,11 +147,16 @@ def ordinal(number: int) -> str:
     return f"{number}{ending}"
 
 
-def tail_of_events(events: list[tuple[Any, int]], now: int | None) -> Tail:
-    """Events (item, action code) of one user as a tail that ends a minute before the request, the last one newest."""
+def tail_of_events(events: list[tuple[Any, int]], now: int | None, newest: int) -> Tail:
+    """Events (item, action code) of one user as a tail, the last one newest.
+
+    Args:
+        events: oldest first.
+        now: time of the request, ms; the last event is a minute earlier. None for a model that reads no times.
+        newest: ordinal of the user's newest stored event, which the events follow without times; negative for none.
+    """
     count = len(events)
-    end = 0 if now is None else now
-    times = end - 60_000 * np.arange(count, 0, -1)
+    times = max(newest, -1) + np.arange(1, count + 1) if now is None else now - 60_000 * np.arange(count, 0, -1)
     actions = np.array([action for _, action in events], np.uint8)
     items: Any = [item for item, _ in events]
     return Tail(items, times, actions, np.array([0, count], np.int64))

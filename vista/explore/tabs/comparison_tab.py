@@ -61,7 +61,8 @@ def show_comparison(workspace: Workspace, user: int | str | None) -> None:
         two.metric("Same first item", f"{overlap.same_first:.0%}")
         st.altair_chart(overlap_chart(overlap.overlap.tolist(), TOP_K), width="stretch")
         st.caption(
-            f"{len(users)} random users. The time of each request is one hour after the newest event in the record."
+            f"{len(users)} random users. The time of each request is one hour after the user's newest event in the "
+            "records of A and B."
         )
 
 

@@ -32,7 +32,7 @@ def show_ranking(workspace: Workspace, user: int | str | None) -> None:
         help="Leave out the items of the tail. Scores do not change.",
     )
     current = time.time_ns() // 1_000_000 if when == NOW else None
-    now = request_time(scorer, user, current=current)
+    now = request_time(user, scorer, current=current)
     with st.spinner("Ranking the catalog …"):
         ranking = explained_ranking(workspace, scorer, user, top_k=top_k, now=now, exclude_tail=exclude_tail)
     if ranking is None:

@@ -46,7 +46,7 @@ def show_what_if(workspace: Workspace, user: int | str | None) -> None:
         return
     show_events(workspace, actions, events)
     with st.spinner("Ranking the catalog twice …"):
-        changed = what_if(workspace, scorer, user, events, now=request_time(scorer, user), top_k=TOP_K)
+        changed = what_if(workspace, scorer, user, events, now=request_time(user, scorer), top_k=TOP_K)
     st.info(changed.summary(TOP_K), icon=":material/lightbulb:")
     left, right = st.columns([3, 4], gap="large")
     with left:
