@@ -92,6 +92,20 @@ def test_the_summary_is_measured_on_the_store_before_the_labels(draw: Draw, serv
     assert "its records cover them" in texts(page)
 
 
+def test_the_best_rows_of_a_long_table_are_shown(draw: Draw, served: Served, tmp_path: Path) -> None:
+    lines = [json.dumps({"model": f"m{n}", "metrics": {"ne/click": 0.5 + n / 100}}) for n in range(31)]
+    (tmp_path / "long.jsonl").write_text("\n".join(reversed(lines)))
+    page = draw("Results", **of(served, results=tmp_path))
+    assert "The 30 best of 31 rows" in texts(page) and "this repository's own experiments" not in texts(page)
+    chart = json.loads(page.get("vega_lite_chart")[0].proto.spec)
+    shown = chart["layer"][0]["encoding"]["y"]["sort"]
+    assert shown == [f"m{n}" for n in range(30)]
+
+
+def test_results_of_the_repository_are_labeled(draw: Draw, served: Served) -> None:
+    assert "not of your model" in texts(draw("Results", **of(served)))
+
+
 def test_a_new_model_at_the_same_path_is_measured_again(
     draw: Draw, served_tasks: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vista.config import ExploreConfig
 from vista.errors import DataError, VistaError
 from vista.explore.charts import benefit_chart, metric_chart
 from vista.explore.explore_extra import pandas as pd
@@ -13,6 +14,7 @@ from vista.explore.explore_extra import streamlit as st
 from vista.explore.explore_workspace import Workspace
 from vista.explore.page_cache import measured_benefit
 from vista.explore.result_tables import read_table, result_files
+from vista.runs.metric_order import better_values
 
 MAX_MODELS = 30
 
@@ -74,6 +76,8 @@ def _show_tables(workspace: Workspace) -> None:
             "with results=..."
         )
         return
+    if folder == Path(ExploreConfig().results):
+        st.caption("These are results of this repository's own experiments, not of your model.")
     left, right = st.columns(2)
     file = left.selectbox("Table", files, format_func=lambda path: path.stem, key="table", index=_first(files))
     try:
@@ -82,9 +86,10 @@ def _show_tables(workspace: Workspace) -> None:
         st.warning(str(error), icon=":material/warning:")
         return
     metric = right.selectbox("Metric", table.metrics, key=f"metric-{table.name}")
-    values = sorted(table.values(metric), key=lambda row: -row["value"])
+    values = table.values(metric)
     if len(values) > MAX_MODELS:
-        st.caption(f"The {MAX_MODELS} highest of {len(values)} rows; all are in the table below.")
+        which = "best" if better_values(metric) else "highest"
+        st.caption(f"The {MAX_MODELS} {which} of {len(values)} rows; all are in the table below.")
     st.altair_chart(metric_chart(values[:MAX_MODELS], metric), width="stretch")
     columns = {name: st.column_config.NumberColumn(format="%.4f") for name in table.metrics}
     columns["model"] = st.column_config.TextColumn(width="medium", pinned=True)
