@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Served, sign_model, small_config
+from tests.conftest import Served, sign_model, small_config, small_frame
 from vista.config import ExploreConfig
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until
@@ -242,6 +242,25 @@ class TestBadInput:
         assert "user 'u104': the user ids of the store are of type int" in page.error[0].value and "User u104" in texts(
             page
         )
+
+    def test_an_exact_id_of_another_kind(self, draw: Draw, served: Served, order_log: EventLog) -> None:
+        page = draw("Training", user="u104", **of(served, data=order_log.path))
+        page.text_input(key="search").set_value("u105").run()
+        assert "User u105" in texts(page) and not page.error and not page.exception
+        page.text_input(key="search").set_value("nobody").run()
+        assert "user 'nobody': the user ids of the store are of type int" in page.error[0].value
+        assert "User u105" in texts(page) and not page.exception
+
+    def test_damaged_item_features(self, draw: Draw, served: Served, tmp_path: Path) -> None:
+        items = {"item": [*range(0, 400, 10)], "title": [f"Film {n}" for n in range(40)]}
+        log = EventLog.from_frame(small_frame(), tmp_path / "log", time_unit="ms", items=items)
+        assert "Film" in texts(draw("Ranking", **of(served, data=log.path)))
+        (file,) = log.path.glob("*/features/0.values.ids.npy")
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+        page_cache.st.cache_resource.clear()
+        page = draw("Ranking", **of(served, data=log.path))
+        assert "Items are shown by their ids." in page.warning[0].value and "has rank 1" in texts(page)
+        assert "Film" not in texts(page) and not page.error
 
     def test_an_argument_that_the_scorer_refuses(
         self, draw: Draw, served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -47,6 +47,8 @@ def show_page(config: ExploreConfig) -> None:
         return
     with SCORERS.lending():
         workspace = workspace_of(places)
+        if "names" in workspace.problems:
+            st.warning(f"Items are shown by their ids. {workspace.problems['names']}", icon=":material/warning:")
         show_status(places, drawn=workspace.scorer.store.generation if workspace.scorer else None)
         with st.sidebar:
             user = choose_user(workspace)
@@ -140,10 +142,15 @@ def _take_exact(search: UserSearch, places: Places) -> None:
     user = search.exact(st.session_state.search)
     if user is None:
         return
-    with SCORERS.lending():
-        scorer = workspace_of(places).scorer
-        has_record = scorer is not None and bool(record_of(scorer, user).found[0])
-    if has_record or (search.users.rows([user]) >= 0).any():
+    is_known = bool((search.users.rows([user]) >= 0).any())
+    if not is_known:
+        try:
+            with SCORERS.lending():
+                scorer = workspace_of(places).scorer
+                is_known = scorer is not None and bool(record_of(scorer, user).found[0])
+        except VistaError as error:
+            st.error(str(error), icon=":material/error:")
+    if is_known:
         st.session_state.user = user
 
 
