@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import Served, serve, small_config
 from tests.explore.conftest import places_of
-from vista.explore.explained_ranking import explained_ranking, ordinal, request_time, tail_of_events
+from vista.explore.explained_ranking import compared, explained_ranking, ordinal, request_time, tail_of_events
 from vista.explore.explore_workspace import Workspace, open_page_scorer, record_of
 from vista.explore.ranking_comparison import common_task, compare_rankings, compare_users, earlier_generations
 from vista.explore.what_if import changes, what_if
@@ -57,6 +57,9 @@ def test_the_reason_names_the_largest_part(workspace: Workspace) -> None:
     largest = max(ranking.parts, key=lambda part: abs(float(ranking.parts[part][0])))
     assert reason.startswith(f"**Item {ranking.items[0]}** has rank 1.") and f"largest parts are {largest} " in reason
     assert "Compared with the mean of the other 3 items" in reason
+    means = {part: float(shares[1:].mean()) for part, shares in ranking.parts.items()}
+    differs = max(means, key=lambda part: abs(float(ranking.parts[part][0]) - means[part]))
+    assert reason.endswith(f"is in the {differs}: it {compared(float(ranking.parts[differs][0]), means[differs])}.")
     one = explained_ranking(workspace, workspace.scorer, USER, top_k=1, now=now)
     assert one is not None and "Compared" not in one.reason(0)
     token = int(np.abs(ranking.explanation.summary[0]).argmax()) + 1
@@ -187,6 +190,21 @@ def test_an_earlier_generation_can_be_compared(served: Served, tmp_path: Any) ->
         with open_page_scorer(str(served.model_dir), str(tmp_path / "store"), None, generation=1) as b:
             counts = [int(scorer.store.get_many([USER]).event_count[0]) for scorer in (a, b)]
     assert counts == [40, 38]
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "text"),
+    [
+        (-0.06, -0.19, "lowers this score by 0.06, less than it lowers others (0.19)"),
+        (-0.3, -0.19, "lowers this score by 0.30, more than it lowers others (0.19)"),
+        (0.5, 0.25, "raises this score by 0.50, more than it raises others (0.25)"),
+        (0.1, 0.25, "raises this score by 0.10, less than it raises others (0.25)"),
+        (-0.1, 0.25, "lowers this score by 0.10 and raises others by 0.25"),
+        (0.1, -0.25, "raises this score by 0.10 and lowers others by 0.25"),
+    ],
+)
+def test_a_part_is_compared_with_that_of_other_items(own: float, other: float, text: str) -> None:
+    assert compared(own, other) == text
 
 
 def test_ordinals() -> None:

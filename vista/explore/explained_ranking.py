@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.explore.explore_workspace import Workspace, record_of
+from vista.explore.markdown_text import escaped
 from vista.scorer import Explanation, Scorer
 from vista.store.tail import Tail
 
@@ -64,17 +65,15 @@ class ExplainedRanking:
         main = [f"{part} {self.parts[part][place]:+.2f}{self._detail(part, place)}" for part in ordered[:3]]
         odds = f"the log-odds {value:+.2f} (probability {float(self.scores[place]):.2f})"
         total = odds if self.is_probability else f"the score {value:.2f}"
-        text = (
-            f"**Item {self.names[place]}** has rank {place + 1}. Of {total}, the largest parts are {', '.join(main)}."
-        )
+        name = escaped(self.names[place])
+        text = f"**Item {name}** has rank {place + 1}. Of {total}, the largest parts are {', '.join(main)}."
         others = np.delete(np.arange(len(self.items)), place)
         if len(others):
-            gaps = {part: float(shares[place] - shares[others].mean()) for part, shares in self.parts.items()}
-            best = max(gaps, key=lambda part: abs(gaps[part]))
-            more = "more" if gaps[best] >= 0 else "less"
+            means = {part: float(shares[others].mean()) for part, shares in self.parts.items()}
+            best = max(means, key=lambda part: abs(float(self.parts[part][place]) - means[part]))
             text += (
                 f" Compared with the mean of the other {len(others)} items, the largest difference is in the {best}: "
-                f"{abs(gaps[best]):.2f} {more}."
+                f"it {compared(float(self.parts[best][place]), means[best])}."
             )
         return text
 
@@ -85,7 +84,9 @@ class ExplainedRanking:
         if part == "tail" and self.tail_names:
             largest = int(np.abs(self.explanation.tail[place]).argmax())
             age, share = len(self.tail_names) - largest, float(self.explanation.tail[place][largest])
-            return f" (largest: item {self.tail_names[largest]}, the {ordinal(age)} newest event, {share:+.2f})"
+            return (
+                f" (largest: item {escaped(self.tail_names[largest])}, the {ordinal(age)} newest event, {share:+.2f})"
+            )
         return ""
 
 
@@ -139,6 +140,16 @@ def request_time(user: int | str, *scorers: Scorer, current: int | None = None) 
     if current is None:
         current = newest + HOUR_MS if newest > 0 else time.time_ns() // 1_000_000
     return max(current, newest)
+
+
+def compared(own: float, other: float) -> str:
+    """How a part changes this score and other scores, such as "lowers this score by 0.06 and raises others by 0.19"."""
+    verbs = ["raises" if value >= 0 else "lowers" for value in (own, other)]
+    text = f"{verbs[0]} this score by {abs(own):.2f}"
+    if verbs[0] != verbs[1]:
+        return f"{text} and {verbs[1]} others by {abs(other):.2f}"
+    more = "more" if abs(own) >= abs(other) else "less"
+    return f"{text}, {more} than it {verbs[1]} others ({abs(other):.2f})"
 
 
 def ordinal(number: int) -> str:

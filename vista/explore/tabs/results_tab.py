@@ -12,6 +12,7 @@ from vista.explore.charts import benefit_chart, metric_chart
 from vista.explore.explore_extra import pandas as pd
 from vista.explore.explore_extra import streamlit as st
 from vista.explore.explore_workspace import Workspace
+from vista.explore.markdown_text import escaped
 from vista.explore.page_cache import measured_benefit
 from vista.explore.result_tables import read_table, result_files
 from vista.runs.metric_order import better_values
@@ -63,7 +64,7 @@ def _show_benefit(workspace: Workspace) -> None:
         )
         return
     for message in refused:
-        st.warning(message, icon=":material/warning:")
+        st.warning(escaped(message), icon=":material/warning:")
 
 
 def _show_tables(workspace: Workspace) -> None:
@@ -72,8 +73,8 @@ def _show_tables(workspace: Workspace) -> None:
     files = result_files(folder)
     if not files:
         st.info(
-            f"There are no result files in {folder}. Write one with `vista evaluate out=...`, or name another folder "
-            "with results=..."
+            f"There are no result files in {escaped(folder)}. Write one with `vista evaluate out=...`, or name another "
+            "folder with results=..."
         )
         return
     if folder == Path(ExploreConfig().results):
@@ -83,7 +84,7 @@ def _show_tables(workspace: Workspace) -> None:
     try:
         table = read_table(file)
     except DataError as error:
-        st.warning(str(error), icon=":material/warning:")
+        st.warning(escaped(error), icon=":material/warning:")
         return
     metric = right.selectbox("Metric", table.metrics, key=f"metric-{table.name}")
     values = table.values(metric)
