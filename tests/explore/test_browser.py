@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from scripts.benchmarks import bench_explore
-from scripts.benchmarks.explore_visit import TABS, ExploreVisit, browser_program, exploring, open_every_tab, visiting
+from scripts.benchmarks.explore_visit import TABS, ExploreVisit, exploring, open_every_tab, visiting
+from tests.chromium import require_chromium
 from tests.conftest import Served
 from vista.refresh import refresh
 from vista.training.trainer import train
@@ -31,9 +32,7 @@ def visit(served_tasks: Served, tmp_path_factory: pytest.TempPathFactory) -> Ite
         if find_spec(package) is None:
             assert "CI" not in os.environ, f"{package} is missing; `make test-browser` installs it"
             pytest.skip(f"{package} is not installed; `make test-browser` installs it")
-    if browser_program() is None:
-        assert "CI" not in os.environ, "Chromium is missing: apt-get install chromium"
-        pytest.skip("needs Chromium: apt-get install chromium")
+    require_chromium()
     folder = tmp_path_factory.mktemp("explored")
     shutil.copytree(served_tasks.store, folder / "store")
     refresh(served_tasks.model, served_tasks.log, folder / "store")  # generation 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import sys
 import time
@@ -11,10 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from tests.conftest import Served, sign_model, small_config
-from vista.config import ExploreConfig
+from tests.conftest import Served, serve, sign_model, small_config, small_frame
+from vista.config import ExploreConfig, SourceColumns
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until
 from vista.refresh import refresh
@@ -49,8 +51,17 @@ def draw(monkeypatch: pytest.MonkeyPatch) -> Draw:
 
 def texts(page: Any) -> str:
     """What the page says, without tables and charts."""
+    return plain(markdown(page))
+
+
+def markdown(page: Any) -> str:
     kinds = ("title", "markdown", "caption", "error", "warning", "info", "success")
     return "\n".join(str(element.value) for kind in kinds for element in getattr(page, kind))
+
+
+def plain(text: str) -> str:
+    """A Markdown text without its escapes."""
+    return re.sub(r"\\([^\w\s]|_)", r"\1", text)
 
 
 def of(served: Served, **changes: object) -> dict[str, object]:
@@ -90,6 +101,20 @@ def test_the_summary_is_measured_on_the_store_before_the_labels(draw: Draw, serv
     page = draw("Results", **of(served))
     next(button for button in page.button if button.label == "Measure").click().run(timeout=200)
     assert "its records cover them" in texts(page)
+
+
+def test_the_best_rows_of_a_long_table_are_shown(draw: Draw, served: Served, tmp_path: Path) -> None:
+    lines = [json.dumps({"model": f"m{n}", "metrics": {"ne/click": 0.5 + n / 100}}) for n in range(31)]
+    (tmp_path / "long.jsonl").write_text("\n".join(reversed(lines)))
+    page = draw("Results", **of(served, results=tmp_path))
+    assert "The 30 best of 31 rows" in texts(page) and "this repository's own experiments" not in texts(page)
+    chart = json.loads(page.get("vega_lite_chart")[0].proto.spec)
+    shown = chart["layer"][0]["encoding"]["y"]["sort"]
+    assert shown == [f"m{n}" for n in range(30)]
+
+
+def test_results_of_the_repository_are_labeled(draw: Draw, served: Served) -> None:
+    assert "not of your model" in texts(draw("Results", **of(served)))
 
 
 def test_a_new_model_at_the_same_path_is_measured_again(
@@ -177,19 +202,46 @@ def test_scorers_are_closed_beyond_a_limit(draw: Draw, served: Served, monkeypat
         assert "of 10** best items" in texts(page) and not page.error and len(SCORERS) == 1
 
 
+def test_names_and_ids_are_shown_as_they_are(draw: Draw, tmp_path: Path) -> None:
+    """Not as styles, formulas, or images of other servers."""
+    image = "![x](http://127.0.0.1:9/x.png)"
+    users = np.array([image, "a]b", "$5 $6", "`u`"])[np.arange(80) // 20]
+    named = {"user": users, "item": np.array(["M*A*S*H", "a]b", "$5 $6", ":red[x]", "_a_"])[np.arange(80) % 5]}
+    log = EventLog.from_frame(named, tmp_path / "log", columns=SourceColumns(timestamp=None))
+    served = serve(log, small_config(log, tmp_path / "run"), tmp_path)
+    for tab in TABS:
+        page = draw(tab, user=image, **of(served, other_store=served.test_store))
+        assert f"User {image}" in texts(page) and "![x" not in markdown(page) and not page.error
+    page = draw("What if", user="$5 $6", **of(served))
+    for item in ("M*A*S*H", "a]b", ":red[x]"):
+        page.selectbox(key="what-if-item").set_value(item)
+        next(button for button in page.button if button.label == "Add event").click().run()
+        assert f":orange-badge[{item}, " in texts(page) and f"badge[{item}" not in markdown(page)
+    page.text_input(key="search").set_value("`").run()
+    assert "\\`u\\`" in [button.label for button in page.button]
+    page.text_input(key="search").set_value("*x*").run()
+    assert "begins with “*x*”" in texts(page) and "*x*" not in markdown(page)
+
+
+def test_an_error_that_quotes_an_id_is_shown_as_it_is(draw: Draw, served: Served, order_log: EventLog) -> None:
+    image = "![x](http://127.0.0.1:9/x.png)"
+    page = draw("Ranking", user=image, **of(served, data=order_log.path))
+    assert f"user '{image}': the user ids of the store" in texts(page) and "![x" not in markdown(page)
+
+
 class TestBadInput:
     """One test for each."""
 
     def test_a_store_without_its_model(self, draw: Draw, served: Served, tmp_path: Path) -> None:
         places = of(served, model=tmp_path / "nowhere" / "best")
         page = draw("Store", **places)
-        assert "nowhere/best" in page.error[0].value and "Generations" in texts(page)
+        assert "nowhere/best" in plain(page.error[0].value) and "Generations" in texts(page)
         assert page.dataframe[0].value["state"].tolist() == ["served"]
         assert "needs a model" in texts(draw("Ranking", **places))
 
     def test_a_model_without_its_store(self, draw: Draw, served: Served, tmp_path: Path) -> None:
         page = draw("Store", **of(served, store=tmp_path / "nowhere"))
-        assert all("nowhere" in error.value for error in page.error) and len(page.error) == 2
+        assert all("nowhere" in plain(error.value) for error in page.error) and len(page.error) == 2
 
     def test_a_run_folder_that_is_half_written(self, draw: Draw, served: Served, tmp_path: Path) -> None:
         (tmp_path / "metrics.jsonl").write_text('{"step": 1, "epoch": 0, "loss": 2.5}\n{"step": 2, "lo')
@@ -217,17 +269,36 @@ class TestBadInput:
         shutil.copytree(served.model_dir, tmp_path / "best")
         sign_model(tmp_path / "best", lambda fields: fields.update(format_version=99))
         page = draw("User", **of(served, model=tmp_path / "best"))
-        assert "99" in page.error[0].value and "version" in page.error[0].value
+        assert "99" in plain(page.error[0].value) and "version" in plain(page.error[0].value)
 
     def test_a_model_of_another_summarizer(self, draw: Draw, served: Served, served_tasks: Served) -> None:
         page = draw("User", **of(served, store=served_tasks.store))
-        assert "was written by summarizer" in page.error[0].value
+        assert "was written by summarizer" in plain(page.error[0].value)
 
     def test_users_of_another_kind(self, draw: Draw, served: Served, order_log: EventLog) -> None:
         page = draw("Ranking", user="u104", **of(served, data=order_log.path))
-        assert "user 'u104': the user ids of the store are of type int" in page.error[0].value and "User u104" in texts(
-            page
-        )
+        assert "user 'u104': the user ids of the store are of type int" in plain(
+            page.error[0].value
+        ) and "User u104" in texts(page)
+
+    def test_an_exact_id_of_another_kind(self, draw: Draw, served: Served, order_log: EventLog) -> None:
+        page = draw("Training", user="u104", **of(served, data=order_log.path))
+        page.text_input(key="search").set_value("u105").run()
+        assert "User u105" in texts(page) and not page.error and not page.exception
+        page.text_input(key="search").set_value("nobody").run()
+        assert "user 'nobody': the user ids of the store are of type int" in plain(page.error[0].value)
+        assert "User u105" in texts(page) and not page.exception
+
+    def test_damaged_item_features(self, draw: Draw, served: Served, tmp_path: Path) -> None:
+        items = {"item": [*range(0, 400, 10)], "title": [f"Film {n}" for n in range(40)]}
+        log = EventLog.from_frame(small_frame(), tmp_path / "log", time_unit="ms", items=items)
+        assert "Film" in texts(draw("Ranking", **of(served, data=log.path)))
+        (file,) = log.path.glob("*/features/0.values.ids.npy")
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+        page_cache.st.cache_resource.clear()
+        page = draw("Ranking", **of(served, data=log.path))
+        assert "Items are shown by their ids." in plain(page.warning[0].value) and "has rank 1" in texts(page)
+        assert "Film" not in texts(page) and not page.error
 
     def test_an_argument_that_the_scorer_refuses(
         self, draw: Draw, served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -236,17 +307,17 @@ class TestBadInput:
 
         monkeypatch.setitem(page_body.TABS, "Ranking", lambda workspace, user: workspace.scorer.rank(user, top_k=0))
         page = draw("Ranking", **of(served))
-        assert [error.value for error in page.error] == ["top_k: must be at least 1, got 0"]
+        assert [plain(error.value) for error in page.error] == ["top_k: must be at least 1, got 0"]
         assert "the tab Ranking of user 104 could not be drawn" in caplog.text
 
     def test_no_demo_yet(self, draw: Draw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         page = draw("User")
-        assert "Run `make demo` first" in page.error[0].value
+        assert "Run `make demo` first" in plain(page.error[0].value)
 
     def test_no_log(self, draw: Draw, served: Served, tmp_path: Path) -> None:
         page = draw("User", **of(served, data=tmp_path / "no-log"))
-        assert "no such folder" in page.warning[0].value and "User 104" in texts(page)
+        assert "no such folder" in plain(page.warning[0].value) and "User 104" in texts(page)
 
     def test_nothing_to_compare(self, draw: Draw, served: Served) -> None:
         assert "There is nothing to compare yet" in texts(draw("Compare", **of(served)))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vista.errors import DataError
-from vista.explore.result_tables import read_table, result_files
+from vista.explore.result_tables import ResultTable, read_table, result_files
 
 DOCS = Path(__file__).parents[2] / "docs" / "results"
 
@@ -27,6 +27,27 @@ def test_rows_are_means_over_seeds_and_the_last_measurement_counts(tmp_path: Pat
     assert (first["model"], first["seeds"], first["ne"]) == ("a", 2, 0.7) and first["auc"] == pytest.approx(0.25)
     assert (second["model"], second["ne"]) == ("a (other)", None)
     assert table.values("ne") == [{"model": "a", "value": 0.7}]
+
+
+@pytest.mark.parametrize(
+    ("metric", "best_first", "title"),
+    [
+        ("ne/click", ["low", "one", "high"], "ne/click (lower is better)"),
+        ("validation ne/click", ["low", "one", "high"], "validation ne/click (lower is better)"),
+        ("calibration/click", ["one", "low", "high"], "calibration/click (best at 1)"),
+        ("auc/click", ["high", "one", "low"], "auc/click (higher is better)"),
+        ("request ms", ["high", "one", "low"], "request ms"),
+    ],
+)
+def test_the_best_value_is_on_top(metric: str, best_first: list[str], title: str) -> None:
+    rows = [{"model": model, metric: value} for model, value in (("low", 0.7), ("high", 1.4), ("one", 1.1))]
+    values = ResultTable("t", rows, [metric]).values(metric)
+    assert [row["model"] for row in values] == best_first
+    pytest.importorskip("altair", reason="the extra `explore` is not installed")
+    from vista.explore.charts import metric_chart
+
+    axes = metric_chart(values, metric).to_dict()["layer"][0]["encoding"]
+    assert axes["y"]["sort"] == best_first and axes["x"]["title"] == title
 
 
 def test_an_evaluation_is_a_table_of_one_row(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,15 @@ from tests.conftest import Served
 from vista.evaluation.auc_measure import AucMeasure
 from vista.evaluation.estimate import Estimate
 from vista.evaluation.mean_measure import MeanMeasure
+from vista.evaluation.per_user_metrics import PerUserMetrics
 from vista.evaluation.user_bootstrap import drawn_aucs
 from vista.log.event_log import EventLog
 from vista.model.inference import item_vectors
 from vista.report import case_parts
 from vista.report.case_parts import age_parts, ages_by_vectors, category_ages, length_parts, similar_ages
-from vista.report.comparison_data import ComparisonData
+from vista.report.comparison_data import ORACLE, ComparisonData, _shown
 from vista.report.html_page import PageSection
+from vista.report.quality_section import quality_section
 from vista.report.split_section import CasePart, split_section
 
 
@@ -166,6 +169,21 @@ def test_ages_by_vectors_are_those_of_a_loop(
             cosine = np.where(history >= 0, vectors[history] @ vectors[label], -np.inf)
             expected[case] = before - 1 - cosine.argmax()
     np.testing.assert_array_equal(ages_by_vectors(measure, log, vectors, columns), expected)
+
+
+def test_an_undefined_baseline_is_neither_shown_nor_listed_first() -> None:
+    nan = np.full(3, np.nan)
+    values = {"run": np.full(3, 0.2), "undefined": nan, "weak": np.full(3, 0.1), "best": np.full(3, 0.3)}
+    user = np.arange(3)
+    measure = MeanMeasure("ndcg@10 of the next item", "ndcg@10", user, user, None, values)
+    assert _shown(["run"], [measure]) == ["run", ORACLE, "pooled vectors", "best"]
+    alone = MeanMeasure("m", "m", user, user, None, {"run": nan, "undefined": nan})
+    assert _shown(["run"], [alone]) == ["run", ORACLE, "pooled vectors"]
+    ranking = {name: PerUserMetrics(user, {"ndcg@10": each}, {}) for name, each in values.items()}
+    data = ComparisonData(["run"], ranking, None, {}, [measure], ["run", "best"])
+    page = "\n".join(quality_section(data, "test").body)
+    rows = re.findall(r"<tr[^>]*><t[dh][^>]*>([^<]*)", page)
+    assert [row for row in rows if row in values] == ["best", "run", "weak", "undefined"]
 
 
 def test_ages_by_category(impression_log: EventLog, tmp_path: Path) -> None:

@@ -8,24 +8,32 @@ import pytest
 
 from scripts import demo
 from tests.conftest import ratings_folder
-from vista.config import ModelConfig, TrainConfig
+from vista.config import ExploreConfig, ModelConfig, TrainConfig
 from vista.errors import ConfigError
+from vista.explore.explore_workspace import Workspace
+from vista.explore.places import DEMO, Places
 
 SMALL = ["optim.epochs=1", "optim.warmup_steps=2", "model.dim=16", "progress=false", "num_threads=1"]
 SIZES = demo.DemoSizes(num_users=24, events_per_user=200, history_lengths=(10, 100), num_candidates=20)
 
 
 @pytest.mark.research
-def test_on_the_simulation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = demo.run(None, tmp_path, [*SMALL, "data.tokens_per_batch=400"], SIZES)
+def test_on_the_simulation(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    report = demo.run(None, DEMO, [*SMALL, "data.tokens_per_batch=400"], SIZES)
     text = report.path.read_text()
     for shown in ("without-summary", "pooled vectors", "counters", "oracle", "own frequency", "load average"):
         assert shown in text, shown
     assert "AUC of click: vista reaches" in report.findings["Quality"]
     assert "without-summary" in report.findings["Quality"]
+    assert {"Quality by history length", "Quality by user activity"} <= set(report.findings)
     capsys.readouterr()
-    assert demo.run(None, tmp_path, [*SMALL, "data.tokens_per_batch=400"], SIZES).path == report.path
+    assert demo.run(None, DEMO, [*SMALL, "data.tokens_per_batch=400"], SIZES).path == report.path
     assert "generated in" not in capsys.readouterr().out, "a repeated demo reuses the log"
+    opened = Workspace.open(Places.of(ExploreConfig()))
+    assert opened.problems == {} and opened.scorer is not None and opened.log is not None
+    opened.scorer.close()
+    assert opened.places.other_store == str(DEMO / "simulation" / "store-test")
 
 
 @pytest.mark.research

@@ -9,6 +9,7 @@ from vista.explore.explore_extra import altair as alt
 from vista.explore.explore_extra import pandas as pd
 from vista.explore.timeline import OTHER, Timeline
 from vista.log.gaps import DAY_MS
+from vista.runs.metric_order import better_values
 
 SUMMARY, TAIL, COUNTERS, NEUTRAL = "#2f6fb0", "#e2803a", "#3f9b73", "#9aa0a8"
 PART_COLORS = dict(zip(PARTS, (SUMMARY, TAIL, COUNTERS, "#b3bac3", "#8766b5", "#dcdfe4"), strict=True))
@@ -206,10 +207,12 @@ def benefit_chart(rows: list[dict[str, Any]], metric: str) -> Any:
 
 
 def metric_chart(rows: list[dict[str, Any]], metric: str) -> Any:
-    """One metric per model, best first; the axis begins near the smallest value, so points are drawn, not bars."""
+    """One metric per model, in the order of the rows; the axis begins near the smallest value, so points are drawn."""
+    better = better_values(metric)
+    title = f"{metric} ({better})" if better else metric
     base = alt.Chart(pd.DataFrame(rows)).encode(
-        y=alt.Y("model:N", sort="-x", title=None, axis=_item_labels()),
-        x=alt.X("value:Q", title=metric, scale=alt.Scale(zero=False, padding=20), axis=alt.Axis(tickCount=10)),
+        y=alt.Y("model:N", sort=[row["model"] for row in rows], title=None, axis=_item_labels()),
+        x=alt.X("value:Q", title=title, scale=alt.Scale(zero=False, padding=20), axis=alt.Axis(tickCount=10)),
         tooltip=["model:N", alt.Tooltip("value:Q", format=".4f")],
     )
     text = base.mark_text(align="left", dx=9, color=TEXT).encode(text=alt.Text("value:Q", format=".4~f"))

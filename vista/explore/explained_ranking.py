@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.explore.explore_workspace import Workspace, record_of
+from vista.explore.markdown_text import escaped
 from vista.scorer import Explanation, Scorer
 from vista.store.tail import Tail
 
@@ -63,17 +65,15 @@ class ExplainedRanking:
         main = [f"{part} {self.parts[part][place]:+.2f}{self._detail(part, place)}" for part in ordered[:3]]
         odds = f"the log-odds {value:+.2f} (probability {float(self.scores[place]):.2f})"
         total = odds if self.is_probability else f"the score {value:.2f}"
-        text = (
-            f"**Item {self.names[place]}** has rank {place + 1}. Of {total}, the largest parts are {', '.join(main)}."
-        )
+        name = escaped(self.names[place])
+        text = f"**Item {name}** has rank {place + 1}. Of {total}, the largest parts are {', '.join(main)}."
         others = np.delete(np.arange(len(self.items)), place)
         if len(others):
-            gaps = {part: float(shares[place] - shares[others].mean()) for part, shares in self.parts.items()}
-            best = max(gaps, key=lambda part: abs(gaps[part]))
-            more = "more" if gaps[best] >= 0 else "less"
+            means = {part: float(shares[others].mean()) for part, shares in self.parts.items()}
+            best = max(means, key=lambda part: abs(float(self.parts[part][place]) - means[part]))
             text += (
                 f" Compared with the mean of the other {len(others)} items, the largest difference is in the {best}: "
-                f"{abs(gaps[best]):.2f} {more}."
+                f"it {compared(float(self.parts[best][place]), means[best])}."
             )
         return text
 
@@ -84,7 +84,9 @@ class ExplainedRanking:
         if part == "tail" and self.tail_names:
             largest = int(np.abs(self.explanation.tail[place]).argmax())
             age, share = len(self.tail_names) - largest, float(self.explanation.tail[place][largest])
-            return f" (largest: item {self.tail_names[largest]}, the {ordinal(age)} newest event, {share:+.2f})"
+            return (
+                f" (largest: item {escaped(self.tail_names[largest])}, the {ordinal(age)} newest event, {share:+.2f})"
+            )
         return ""
 
 
@@ -125,17 +127,29 @@ def explained_ranking(
     )
 
 
-def request_time(scorer: Scorer, user: int | str, *, current: int | None = None) -> int | None:
-    """Time of a request in ms: `current`, or an hour after the user's newest event; None if the model reads no times.
+def request_time(user: int | str, *scorers: Scorer, current: int | None = None) -> int | None:
+    """Time of a request to some scorers in ms: `current`, or an hour after the user's newest event in their records.
 
-    A log that ended long ago would make every request look late, so the page asks an hour after the newest event.
+    A log that ended long ago would make every request look late, so the page asks an hour after the newest event. For
+    a user without an event, it asks the clock. None if no model reads times.
     """
-    if not scorer.model.schema.has_time:
+    timed = [scorer for scorer in scorers if scorer.model.schema.has_time]
+    if not timed:
         return None
-    newest = int(record_of(scorer, user).last_event_ts[0])
-    if current is not None:
-        return max(current, newest)
-    return newest + HOUR_MS if newest > 0 else None
+    newest = max(int(record_of(scorer, user).last_event_ts[0]) for scorer in timed)
+    if current is None:
+        current = newest + HOUR_MS if newest > 0 else time.time_ns() // 1_000_000
+    return max(current, newest)
+
+
+def compared(own: float, other: float) -> str:
+    """How a part changes this score and other scores, such as "lowers this score by 0.06 and raises others by 0.19"."""
+    verbs = ["raises" if value >= 0 else "lowers" for value in (own, other)]
+    text = f"{verbs[0]} this score by {abs(own):.2f}"
+    if verbs[0] != verbs[1]:
+        return f"{text} and {verbs[1]} others by {abs(other):.2f}"
+    more = "more" if abs(own) >= abs(other) else "less"
+    return f"{text}, {more} than it {verbs[1]} others ({abs(other):.2f})"
 
 
 def ordinal(number: int) -> str:
@@ -144,11 +158,16 @@ def ordinal(number: int) -> str:
     return f"{number}{ending}"
 
 
-def tail_of_events(events: list[tuple[Any, int]], now: int | None) -> Tail:
-    """Events (item, action code) of one user as a tail that ends a minute before the request, the last one newest."""
+def tail_of_events(events: list[tuple[Any, int]], now: int | None, newest: int) -> Tail:
+    """Events (item, action code) of one user as a tail, the last one newest.
+
+    Args:
+        events: oldest first.
+        now: time of the request, ms; the last event is a minute earlier. None for a model that reads no times.
+        newest: ordinal of the user's newest stored event, which the events follow without times; negative for none.
+    """
     count = len(events)
-    end = 0 if now is None else now
-    times = end - 60_000 * np.arange(count, 0, -1)
+    times = max(newest, -1) + np.arange(1, count + 1) if now is None else now - 60_000 * np.arange(count, 0, -1)
     actions = np.array([action for _, action in events], np.uint8)
     items: Any = [item for item, _ in events]
     return Tail(items, times, actions, np.array([0, count], np.int64))

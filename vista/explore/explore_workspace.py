@@ -30,7 +30,7 @@ class Workspace:
     log: EventLog | None
     names: ItemNames
     problems: dict[str, str] = field(default_factory=dict)
-    """By part ("model", "log"): what is wrong, and what to do."""
+    """By part ("model", "log", "names"): what is wrong, and what to do."""
 
     @classmethod
     def open(
@@ -61,7 +61,8 @@ class Workspace:
             problems["log"] = "There is no event log, so histories are not shown. Name a log with data=..."
         else:
             log = attempt("log", lambda: (open_log or EventLog.open)(path))
-        return cls(places, scorer, log, ItemNames.of(log), problems)
+        names = attempt("names", lambda: ItemNames.of(log)) or ItemNames.by_id(log)
+        return cls(places, scorer, log, names, problems)
 
 
 def scorer_of(places: Places) -> Scorer:

@@ -38,12 +38,17 @@ class ItemNames:
             LogFormatError: the log's features are damaged.
         """
         if log is None or log.item_features is None:
-            return cls(Vocabulary.empty("int") if log is None else log.items)
+            return cls.by_id(log)
         columns = {n: c for n, c in log.item_features.columns.items() if isinstance(c, CategoryColumn)}
         titles = next((c for n, c in columns.items() if any(word in n.lower() for word in TITLE_WORDS)), None)
         few = (n for n, c in columns.items() if c is not titles and 1 < len(c.values) <= MAX_GROUPS)
         group_name = next(few, "")
         return cls(log.items, titles, columns.get(group_name), group_name)
+
+    @classmethod
+    def by_id(cls, log: EventLog | None) -> ItemNames:
+        """The ids of a log's items; None for a page without a log."""
+        return cls(Vocabulary.empty("int") if log is None else log.items)
 
     def of_ids(self, ids: Iterable[Any]) -> list[str]:
         """A name per item id; "unknown item" for None."""

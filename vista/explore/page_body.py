@@ -11,6 +11,7 @@ from vista.config import ExploreConfig
 from vista.errors import VistaError
 from vista.explore.explore_extra import streamlit as st
 from vista.explore.explore_workspace import Workspace, record_of
+from vista.explore.markdown_text import escaped
 from vista.explore.page_cache import SCORERS, user_search, workspace_of
 from vista.explore.places import Places
 from vista.explore.store_freshness import Freshness, store_freshness
@@ -43,10 +44,14 @@ def show_page(config: ExploreConfig) -> None:
     try:
         places = Places.of(config)
     except VistaError as error:
-        st.error(str(error))
+        st.error(escaped(error))
         return
     with SCORERS.lending():
         workspace = workspace_of(places)
+        if "names" in workspace.problems:
+            st.warning(
+                f"Items are shown by their ids. {escaped(workspace.problems['names'])}", icon=":material/warning:"
+            )
         show_status(places, drawn=workspace.scorer.store.generation if workspace.scorer else None)
         with st.sidebar:
             user = choose_user(workspace)
@@ -57,10 +62,10 @@ def show_page(config: ExploreConfig) -> None:
                     try:
                         show(workspace, user)
                     except VistaError as error:
-                        st.error(str(error), icon=":material/error:")
+                        st.error(escaped(error), icon=":material/error:")
                     except (ValueError, TypeError) as error:  # as of `Scorer.rank`; the log has the traceback
                         logger.exception("the tab %s of user %r could not be drawn", name, user)
-                        st.error(str(error), icon=":material/error:")
+                        st.error(escaped(error), icon=":material/error:")
 
 
 @st.fragment(run_every=STATUS_EVERY_S)
@@ -74,7 +79,7 @@ def show_status(places: Places, drawn: int | None) -> None:
         workspace = workspace_of(places)
         if workspace.scorer is None:
             hint = " Run `make demo` first, or name a model and its store." if places.is_demo else ""
-            st.error(f"{workspace.problems['model']}{hint}", icon=":material/error:")
+            st.error(f"{escaped(workspace.problems['model'])}{hint}", icon=":material/error:")
             return
         manifest = workspace.scorer.manifest
         if manifest.generation != drawn:
@@ -119,7 +124,7 @@ def choose_user(workspace: Workspace) -> int | str | None:
         st.info("There are no users to show yet.")
         return None
     st.query_params["user"] = str(user)
-    st.markdown(f"#### User {user}")
+    st.markdown(f"#### User {escaped(user)}")
     st.caption(f"of {len(search):,} users")
     return user
 
@@ -128,9 +133,9 @@ def show_matches(search: UserSearch, text: str) -> None:
     """Buttons of the users whose id begins with the text."""
     found = search.matches(text, SHOWN_MATCHES + 1)
     for user in found[:SHOWN_MATCHES]:
-        st.button(str(user), key=f"user-{user}", on_click=_set_user, args=(user,), type="tertiary")
+        st.button(escaped(user), key=f"user-{user}", on_click=_set_user, args=(user,), type="tertiary")
     if not found:
-        st.caption(f"No user's id begins with “{text}”.")
+        st.caption(f"No user's id begins with “{escaped(text)}”.")
     elif len(found) > SHOWN_MATCHES:
         st.caption("… and more: type more characters.")
 
@@ -140,10 +145,15 @@ def _take_exact(search: UserSearch, places: Places) -> None:
     user = search.exact(st.session_state.search)
     if user is None:
         return
-    with SCORERS.lending():
-        scorer = workspace_of(places).scorer
-        has_record = scorer is not None and bool(record_of(scorer, user).found[0])
-    if has_record or (search.users.rows([user]) >= 0).any():
+    is_known = bool((search.users.rows([user]) >= 0).any())
+    if not is_known:
+        try:
+            with SCORERS.lending():
+                scorer = workspace_of(places).scorer
+                is_known = scorer is not None and bool(record_of(scorer, user).found[0])
+        except VistaError as error:
+            st.error(escaped(error), icon=":material/error:")
+    if is_known:
         st.session_state.user = user
 
 

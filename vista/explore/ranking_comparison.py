@@ -44,7 +44,7 @@ class OverlapOfUsers:
 def compare_rankings(
     workspace: Workspace, a: Scorer, b: Scorer, user: int | str, *, top_k: int, listed: int = 200
 ) -> RankingComparison:
-    """Rank the catalog for one user with two scorers.
+    """Rank the catalog for one user with two scorers, at the same time of the request.
 
     Args:
         top_k: items per list.
@@ -53,7 +53,8 @@ def compare_rankings(
     Raises:
         StoreError, ValueError: as in `Scorer.rank`.
     """
-    rankings = [scorer.rank(user, top_k=max(listed, top_k), now=request_time(scorer, user)) for scorer in (a, b)]
+    now = request_time(user, a, b)
+    rankings = [scorer.rank(user, top_k=max(listed, top_k), now=now) for scorer in (a, b)]
     places = [places_of(ranking) for ranking in rankings]
     best = [ranking.items[:top_k].tolist() for ranking in rankings]
     names = [workspace.names.of_ids(items) for items in best]
@@ -74,7 +75,8 @@ def compare_users(a: Scorer, b: Scorer, users: list[int | str], *, top_k: int) -
     """Rank the catalog for several users with two scorers; errors as of `Scorer.rank`."""
     overlap, same = [], 0
     for user in users:
-        one, two = (scorer.rank(user, top_k=top_k, now=request_time(scorer, user)).items.tolist() for scorer in (a, b))
+        now = request_time(user, a, b)
+        one, two = (scorer.rank(user, top_k=top_k, now=now).items.tolist() for scorer in (a, b))
         overlap.append(len(set(one) & set(two)) / max(len(one), len(two), 1))
         same += one[:1] == two[:1]
     return OverlapOfUsers(users, np.array(overlap), same / max(len(users), 1))

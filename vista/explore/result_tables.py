@@ -10,6 +10,7 @@ from typing import Any
 
 from vista.errors import DataError
 from vista.files import read_limited
+from vista.runs.metric_order import badness
 
 MAX_BYTES = 256 << 20
 _HEAD_BYTES = 1 << 16
@@ -25,8 +26,14 @@ class ResultTable:
     metrics: list[str]
 
     def values(self, metric: str) -> list[dict[str, Any]]:
-        """Model and value of one metric, without undefined ones."""
-        return [{"model": row["model"], "value": row[metric]} for row in self.rows if row.get(metric) is not None]
+        """Model and value of one metric, without undefined ones, best first, or largest first if none is better."""
+        known = [{"model": row["model"], "value": row[metric]} for row in self.rows if row.get(metric) is not None]
+
+        def place(row: dict[str, Any]) -> float:
+            bad = badness(metric, row["value"])
+            return -row["value"] if bad is None else bad
+
+        return sorted(known, key=place)
 
 
 def result_files(folder: Path) -> list[Path]:

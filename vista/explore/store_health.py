@@ -37,7 +37,7 @@ def _row(stats: StoreStats, one: GenerationStats) -> dict[str, Any]:
         "state": "served" if served else "kept" if one.complete else "unfinished",
         "users": one.num_records,
         "refreshed": shown_time(max(manifest.refreshed_at, manifest.created_at)),
-        "until": str(manifest.until or "end of the log"),
+        "events": "all" if manifest.until in (None, "all") else f"until={manifest.until}",
         "bytes per user": round(one.live_bytes / one.num_records) if one.num_records else None,
         "on disk (MB)": round(size / 1e6, 1),
         "codec": manifest.codec,

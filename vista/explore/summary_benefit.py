@@ -27,6 +27,7 @@ from vista.evaluation.measure import Measure
 from vista.evaluation.next_evaluation import excludes_seen
 from vista.evaluation.protocol import case_batches, rank_next_items
 from vista.evaluation.scorer_answers import ScorerAnswers
+from vista.explore.markdown_text import escaped
 from vista.log.event_log import EventLog
 from vista.log.splits import part_counts, part_times
 from vista.scorer import Scorer
@@ -93,10 +94,11 @@ class SummaryBenefit:
     def answer(self) -> str:
         """The result in two sentences, in Markdown."""
         first, last = self.rows[0], self.rows[-1]
+        metric = escaped(self.metric)
         changes = [
-            f"the summary changes the {self.metric} {row.change()}"
+            f"the summary changes the {metric} {row.change()}"
             if row.unmeasured is None
-            else f"the {self.metric} cannot be measured: {row.unmeasured}"
+            else f"the {metric} cannot be measured: {row.unmeasured}"
             for row in (last, first)
         ]
         return (

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from vista.explore.explained_ranking import tail_of_events
-from vista.explore.explore_workspace import Workspace
+from vista.explore.explore_workspace import Workspace, record_of
+from vista.explore.markdown_text import escaped
 from vista.scorer import Ranking, Scorer
 
 LISTED = 1_000
@@ -34,9 +35,9 @@ class WhatIf:
         first, text = self.rows[0], f"**{self.num_changed} of the best {top_k}** items are new."
         if first["before"] != 1:
             was = f"was beyond rank {LISTED:,}" if first["before"] is None else f"had rank {first['before']:,}"
-            text += f" Item {first['item']} is first now and {was} before."
+            text += f" Item {escaped(first['item'])} is first now and {was} before."
         if up is not None and up["change"] > 0 and up is not first:
-            text += f" Item {up['item']} moves up most, from rank {up['before']:,} to {up['after']:,}."
+            text += f" Item {escaped(up['item'])} moves up most, from rank {up['before']:,} to {up['after']:,}."
         return text
 
 
@@ -47,15 +48,16 @@ def what_if(
 
     Args:
         events: ids of items and codes of actions, oldest first; they end a minute before the request.
-        now: time of the request, ms.
+        now: time of the request, ms; None for a model that reads no times, for which they follow the stored events.
         top_k: number of best items to compare.
 
     Raises:
         ValueError, TypeError, StoreError: as in `Scorer.rank`.
     """
     most = max(LISTED, top_k)
+    added = tail_of_events(events, now, int(record_of(scorer, user).last_event_ts[0]))
     before = scorer.rank(user, top_k=most, now=now)
-    after = scorer.rank(user, top_k=most, now=now, tail=tail_of_events(events, now))
+    after = scorer.rank(user, top_k=most, now=now, tail=added)
     return changes(workspace, before, after, top_k)
 
 

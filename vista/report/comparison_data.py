@@ -144,6 +144,7 @@ def _shown(runs: list[str], measures: Sequence[Measure]) -> list[str]:
     chosen = [*runs, ORACLE, "pooled vectors"]
     for measure in measures:
         estimates = measure.estimates()
-        others = [name for name in measure.names if name not in (*runs, ORACLE, "pooled vectors")]
+        named = [name for name in measure.names if name not in (*runs, ORACLE, "pooled vectors")]
+        others = [name for name in named if np.isfinite(estimates[name].value)]
         chosen += [max(others, key=lambda name: estimates[name].value)] if others else []
     return list(dict.fromkeys(chosen))

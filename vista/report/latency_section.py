@@ -36,8 +36,8 @@ def latency_section(latency: Latency) -> PageSection:
     )
     if latency.is_wide:
         conditions += (
-            f" In most rounds, the 90th percentile exceeded {WIDE_SPREAD:g} times the median, because "
-            "other processes were using the machine. Rely on the medians alone, and measure again on an idle machine."
+            f" The spread stayed wide: in at least half of the rounds, the 90th percentile exceeded {WIDE_SPREAD:g} "
+            "times the median. Rely on the medians alone, and measure again on an idle machine."
         )
     return PageSection(
         "Latency", finding, [chart, table(["events", "median, ms", "p90, ms", "ratio"], rows), paragraph(conditions)]

@@ -21,7 +21,7 @@ def quality_section(data: ComparisonData, split: str) -> PageSection:
         estimates, gains = measure.estimates(), measure.gains()
         findings.append(_finding(data, measure, estimates, gains))
         body += [heading(f"{measure.title}, {split} labels"), paragraph(_cases(measure))]
-        order = sorted(measure.names, key=lambda name: -estimates[name].value)
+        order = sorted(measure.names, key=lambda name: (np.isnan(estimates[name].value), -estimates[name].value))
         body.append(
             interval_chart(
                 [(name, estimates[name]) for name in order],

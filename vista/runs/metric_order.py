@@ -9,11 +9,17 @@ _LARGER = ("hr@", "ndcg@", "mrr@", "recall@", "precision@", "auc/", "gauc/")
 
 def badness(name: str, value: float) -> float | None:
     """A number that is smaller for better values of a metric; None if no value of it is better than another."""
+    return {"lower is better": value, "best at 1": abs(value - 1), "higher is better": -value}.get(better_values(name))
+
+
+def better_values(name: str) -> str:
+    """Which values of a metric are better, in words; "" if none is better than another."""
+    name = name.removeprefix("validation ")
     if name.startswith("ne/"):
-        return value
+        return "lower is better"
     if name.startswith("calibration/"):
-        return abs(value - 1)
-    return -value if name.startswith(_LARGER) else None
+        return "best at 1"
+    return "higher is better" if name.startswith(_LARGER) else ""
 
 
 def best_places(name: str, values: Sequence[float | None]) -> list[bool]:

@@ -8,6 +8,7 @@ from vista.explore.charts import overlap_chart
 from vista.explore.explore_extra import pandas as pd
 from vista.explore.explore_extra import streamlit as st
 from vista.explore.explore_workspace import Workspace
+from vista.explore.markdown_text import escaped
 from vista.explore.page_cache import other_scorer, overlap_of_users, scorer_for, user_search
 from vista.explore.ranking_comparison import common_task, compare_rankings, earlier_generations
 from vista.scorer import Scorer
@@ -33,11 +34,11 @@ def show_comparison(workspace: Workspace, user: int | str | None) -> None:
     key, a, b = chosen
     left, right = st.columns([5, 4], gap="large")
     with left:
-        st.markdown(f"#### User {user}")
+        st.markdown(f"#### User {escaped(user)}")
         compared = compare_rankings(workspace, a, b, user, top_k=TOP_K, listed=LISTED)
         for name, has in (("A", compared.a_has_record), ("B", compared.b_has_record)):
             if not has:
-                st.warning(f"User {user} has no record in store {name}.", icon=":material/person_off:")
+                st.warning(f"User {escaped(user)} has no record in store {name}.", icon=":material/person_off:")
         st.markdown(f"**{compared.shared} of {TOP_K}** best items are in both lists.")
         rows = [
             {
@@ -61,7 +62,8 @@ def show_comparison(workspace: Workspace, user: int | str | None) -> None:
         two.metric("Same first item", f"{overlap.same_first:.0%}")
         st.altair_chart(overlap_chart(overlap.overlap.tolist(), TOP_K), width="stretch")
         st.caption(
-            f"{len(users)} random users. The time of each request is one hour after the newest event in the record."
+            f"{len(users)} random users. The time of each request is one hour after the user's newest event in the "
+            "records of A and B."
         )
 
 

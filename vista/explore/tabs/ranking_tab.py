@@ -9,6 +9,7 @@ from vista.explore.explained_ranking import explained_ranking, request_time
 from vista.explore.explore_extra import pandas as pd
 from vista.explore.explore_extra import streamlit as st
 from vista.explore.explore_workspace import Workspace, record_of
+from vista.explore.markdown_text import escaped
 from vista.explore.page_cache import scorer_for
 from vista.scorer import Scorer
 
@@ -32,7 +33,7 @@ def show_ranking(workspace: Workspace, user: int | str | None) -> None:
         help="Leave out the items of the tail. Scores do not change.",
     )
     current = time.time_ns() // 1_000_000 if when == NOW else None
-    now = request_time(scorer, user, current=current)
+    now = request_time(user, scorer, current=current)
     with st.spinner("Ranking the catalog …"):
         ranking = explained_ranking(workspace, scorer, user, top_k=top_k, now=now, exclude_tail=exclude_tail)
     if ranking is None:
@@ -40,7 +41,8 @@ def show_ranking(workspace: Workspace, user: int | str | None) -> None:
         return
     if not record_of(scorer, user).found[0]:
         st.warning(
-            f"User {user} has no record, so this is the ranking of an empty history.", icon=":material/person_off:"
+            f"User {escaped(user)} has no record, so this is the ranking of an empty history.",
+            icon=":material/person_off:",
         )
     names = [f"{place + 1}. {name}" for place, name in enumerate(ranking.names)]
     place = st.selectbox(
@@ -49,6 +51,11 @@ def show_ranking(workspace: Workspace, user: int | str | None) -> None:
     st.info(ranking.reason(place), icon=":material/lightbulb:")
     value_name = "the log-odds" if ranking.is_probability else "the score"
     st.markdown("#### What the scores consist of")
+    if ranking.is_probability:
+        st.caption(
+            "The log-odds of a probability p is log(p / (1 − p)): 0 for 50 %, +2 for 88 %, and −2 for 12 %. A positive "
+            "part raises the probability, and a negative part lowers it."
+        )
     st.altair_chart(parts_chart(ranking.rows(), list(ranking.parts), value_name), width="stretch")
     left, right = st.columns(2, gap="large")
     with left:

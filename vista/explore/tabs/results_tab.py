@@ -6,13 +6,16 @@ from pathlib import Path
 
 import numpy as np
 
+from vista.config import ExploreConfig
 from vista.errors import DataError, VistaError
 from vista.explore.charts import benefit_chart, metric_chart
 from vista.explore.explore_extra import pandas as pd
 from vista.explore.explore_extra import streamlit as st
 from vista.explore.explore_workspace import Workspace
+from vista.explore.markdown_text import escaped
 from vista.explore.page_cache import measured_benefit
 from vista.explore.result_tables import read_table, result_files
+from vista.runs.metric_order import better_values
 
 MAX_MODELS = 30
 
@@ -61,7 +64,7 @@ def _show_benefit(workspace: Workspace) -> None:
         )
         return
     for message in refused:
-        st.warning(message, icon=":material/warning:")
+        st.warning(escaped(message), icon=":material/warning:")
 
 
 def _show_tables(workspace: Workspace) -> None:
@@ -70,21 +73,24 @@ def _show_tables(workspace: Workspace) -> None:
     files = result_files(folder)
     if not files:
         st.info(
-            f"There are no result files in {folder}. Write one with `vista evaluate out=...`, or name another folder "
-            "with results=..."
+            f"There are no result files in {escaped(folder)}. Write one with `vista evaluate out=...`, or name another "
+            "folder with results=..."
         )
         return
+    if folder == Path(ExploreConfig().results):
+        st.caption("These are results of this repository's own experiments, not of your model.")
     left, right = st.columns(2)
     file = left.selectbox("Table", files, format_func=lambda path: path.stem, key="table", index=_first(files))
     try:
         table = read_table(file)
     except DataError as error:
-        st.warning(str(error), icon=":material/warning:")
+        st.warning(escaped(error), icon=":material/warning:")
         return
     metric = right.selectbox("Metric", table.metrics, key=f"metric-{table.name}")
-    values = sorted(table.values(metric), key=lambda row: -row["value"])
+    values = table.values(metric)
     if len(values) > MAX_MODELS:
-        st.caption(f"The {MAX_MODELS} highest of {len(values)} rows; all are in the table below.")
+        which = "best" if better_values(metric) else "highest"
+        st.caption(f"The {MAX_MODELS} {which} of {len(values)} rows; all are in the table below.")
     st.altair_chart(metric_chart(values[:MAX_MODELS], metric), width="stretch")
     columns = {name: st.column_config.NumberColumn(format="%.4f") for name in table.metrics}
     columns["model"] = st.column_config.TextColumn(width="medium", pinned=True)

@@ -8,6 +8,7 @@ from vista.explore.charts import coverage_chart
 from vista.explore.explore_extra import pandas as pd
 from vista.explore.explore_extra import streamlit as st
 from vista.explore.explore_workspace import Workspace
+from vista.explore.markdown_text import escaped
 from vista.explore.page_cache import user_search
 from vista.explore.record_sample import RecordSample, record_sample
 from vista.explore.store_freshness import Freshness, store_freshness
@@ -27,7 +28,7 @@ def show_store(workspace: Workspace, user: int | str | None) -> None:
     if workspace.scorer is not None:
         sample = _show_health(workspace, workspace.scorer)
     for problem in problems:
-        st.error(problem, icon=":material/error:")
+        st.error(escaped(problem), icon=":material/error:")
     st.markdown("#### Generations")
     st.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch")
     left, right = st.columns(2, gap="large")
@@ -65,14 +66,14 @@ def _show_health(workspace: Workspace, scorer: Scorer) -> RecordSample:
     for column, (label, value, note) in zip(st.columns(len(cells)), cells, strict=True):
         column.metric(label, value, help=note)
     if stats.last_reload_error:
-        st.error(stats.last_reload_error, icon=":material/error:")
+        st.error(escaped(stats.last_reload_error), icon=":material/error:")
     return sample
 
 
 def _show_log(workspace: Workspace) -> None:
     st.markdown("#### Log")
     if workspace.log is None:
-        st.caption(workspace.problems["log"])
+        st.caption(escaped(workspace.problems["log"]))
         return
     stats = LogStats.of(workspace.log)
     plural = "s" * (len(stats.segments) != 1)
@@ -94,7 +95,7 @@ def _show_verification(workspace: Workspace) -> None:
         with st.spinner(f"Checking {root} …"):
             report = verify_store(root, key=key)
         text = str(report).removeprefix(f"{report.path}: ")
-        (st.error if report.num_problems else st.success)(f"{Path(str(root)).name}: {text}")
+        (st.error if report.num_problems else st.success)(escaped(f"{Path(str(root)).name}: {text}"))
 
 
 def _share(count: int, total: int) -> str:

@@ -9,6 +9,7 @@ from vista.explore.charts import curve_chart
 from vista.explore.explore_extra import pandas as pd
 from vista.explore.explore_extra import streamlit as st
 from vista.explore.explore_workspace import Workspace
+from vista.explore.markdown_text import escaped
 from vista.explore.run_curves import RunCurves
 from vista.runs.run_files import is_run
 
@@ -33,7 +34,7 @@ def show_training(workspace: Workspace, user: int | str | None) -> None:
     st.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch", column_config=columns)
     for run in runs:
         for problem in run.problems:
-            st.warning(f"`{run.summary.name}`: {problem}.", icon=":material/warning:")
+            st.warning(f"`{run.summary.name}`: {escaped(problem)}.", icon=":material/warning:")
     chosen = runs
     if len(runs) > 1:
         names = [run.summary.name for run in runs]
@@ -86,5 +87,5 @@ def _row(run: RunCurves) -> dict[str, Any]:
 def _show_settings(runs: list[RunCurves]) -> None:
     for run in runs:
         if run.summary.settings:
-            with st.expander(f"Settings of {run.summary.name}"):
+            with st.expander(f"Settings of {escaped(run.summary.name)}"):
                 st.code("\n".join(f"{key}={value_text(value)}" for key, value in run.summary.settings.items()), None)

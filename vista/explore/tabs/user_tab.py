@@ -7,6 +7,7 @@ from vista.explore.charts import recall_chart, timeline_chart
 from vista.explore.explore_extra import pandas as pd
 from vista.explore.explore_extra import streamlit as st
 from vista.explore.explore_workspace import Workspace
+from vista.explore.markdown_text import escaped
 from vista.explore.page_cache import user_recall
 from vista.explore.timeline import timeline
 from vista.explore.user_page import UserFacts, frequent_items, history_of, shown_age, shown_time, user_facts
@@ -23,7 +24,7 @@ def show_user(workspace: Workspace, user: int | str | None) -> None:
         st.info("A user's page needs a model and its store.")
         return
     if log is None:
-        st.warning(workspace.problems["log"], icon=":material/history:")
+        st.warning(escaped(workspace.problems["log"]), icon=":material/history:")
     facts = user_facts(workspace, scorer, user)
     _show_facts(facts)
     history = history_of(workspace, user)
@@ -58,6 +59,9 @@ def show_user(workspace: Workspace, user: int | str | None) -> None:
         )
         if count
     ]
+    if not rows:
+        st.caption("No event of this history could be measured: too few items are new to the user.")
+        return
     st.altair_chart(recall_chart(rows), width="stretch")
     st.caption(
         "The decoder ranks each event of the history among 100 items that are about as popular and new to the user. "
@@ -70,7 +74,7 @@ def _show_facts(facts: UserFacts) -> None:
     if not facts.has_record:
         where = f"has {facts.num_events:,} events in the log, but" if facts.num_events is not None else "is unknown:"
         st.warning(
-            f"User {facts.user} {where} no record in the store. Requests get the summary of an empty history. "
+            f"User {escaped(facts.user)} {where} no record in the store. Requests get the summary of an empty history. "
             "Refresh the store to add a record, unless the user was erased on purpose.",
             icon=":material/person_off:",
         )
@@ -111,7 +115,10 @@ def _show_counters(facts: UserFacts) -> None:
     fields = list(facts.counters)
     field = fields[0]
     if len(fields) > 1:
-        field = st.segmented_control("Field", fields, default=field, required=True, key="counters") or field
+        chosen = st.segmented_control(
+            "Field", fields, default=field, required=True, format_func=escaped, key="counters"
+        )
+        field = chosen or field
     st.caption("Number of events per value: in total, and with more weight on newer events.")
     rows = [dict(row) for row in facts.counters[field][:SHOWN_ROWS]]
     for row in rows:

@@ -9,6 +9,7 @@ from vista.explore.explained_ranking import request_time
 from vista.explore.explore_extra import pandas as pd
 from vista.explore.explore_extra import streamlit as st
 from vista.explore.explore_workspace import Workspace
+from vista.explore.markdown_text import escaped
 from vista.explore.tabs.ranking_tab import chosen_task
 from vista.explore.user_search import ids_with_prefix
 from vista.explore.what_if import what_if
@@ -26,7 +27,7 @@ def show_what_if(workspace: Workspace, user: int | str | None) -> None:
         st.info("This needs a model, its store, and a user.")
         return
     st.markdown(
-        f"How would the ranking of user **{user}** change after one more event? Adding events here does not "
+        f"How would the ranking of user **{escaped(user)}** change after one more event? Adding events here does not "
         "change the store."
     )
     task, choice, kind, button = st.columns([2, 4, 2, 2], vertical_alignment="bottom")
@@ -46,7 +47,7 @@ def show_what_if(workspace: Workspace, user: int | str | None) -> None:
         return
     show_events(workspace, actions, events)
     with st.spinner("Ranking the catalog twice …"):
-        changed = what_if(workspace, scorer, user, events, now=request_time(scorer, user), top_k=TOP_K)
+        changed = what_if(workspace, scorer, user, events, now=request_time(user, scorer), top_k=TOP_K)
     st.info(changed.summary(TOP_K), icon=":material/lightbulb:")
     left, right = st.columns([3, 4], gap="large")
     with left:
@@ -79,7 +80,7 @@ def show_events(workspace: Workspace, actions: list[str], events: list[tuple[Any
     """The added events, and a button that removes them."""
     names = workspace.names.of_ids([item for item, _ in events])
     texts = [
-        f":orange-badge[{name}{f', {actions[code]}' if actions else ''}]"
+        f":orange-badge[{escaped(name)}{f', {escaped(actions[code])}' if actions else ''}]"
         for name, (_, code) in zip(names, events, strict=True)
     ]
     left, right = st.columns([8, 2], vertical_alignment="center")
