@@ -160,6 +160,7 @@ def test_two_stores_of_one_model(workspace: Workspace, served: Served) -> None:
         now = request_time(USER, a, b)
         one, two = (scorer.rank(USER, top_k=5, now=now).items.tolist() for scorer in (a, b))
         assert [row["A"] for row in compared.rows] == list(map(str, one)) and compared.shared == len({*one} & {*two})
+        assert itself.num_events[0] == itself.num_events[1] == compared.num_events[0] > compared.num_events[1]
         users = compare_users(a, b, [USER, 103], top_k=5)
         assert users.overlap[0] == compared.shared / 5 and 0 <= users.same_first <= 1
         assert common_task(a, b) == "next"

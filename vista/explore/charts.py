@@ -18,7 +18,8 @@ UP, DOWN = "#3f9b73", "#c8553d"
 GRID, TEXT, FONT = "#eceef1", "#3c4450", "Source Sans, Source Sans Pro, sans-serif"
 BAR_HEIGHT = 24
 MAX_LABEL_PX = 260
-LEAST_RECALL = 5.0
+MOST_NAME_PX = 110
+LEAST_RECALL = 2.0
 """Percentage points that the axis of recall shows at least, so that noise looks like noise."""
 
 
@@ -60,13 +61,14 @@ def timeline_chart(line: Timeline, *, has_time: bool) -> Any:
 
 def recall_chart(rows: list[dict[str, Any]]) -> Any:
     """What a summary recalls by age, in percentage points: {"age", "recall", "own", "other", "events"}."""
-    most = max(LEAST_RECALL, *(abs(row["recall"]) for row in rows))
+    low = min(0.0, *(row["recall"] for row in rows))
+    high = max(LEAST_RECALL, *(row["recall"] for row in rows))
     chart = (
         alt.Chart(pd.DataFrame(rows))
         .mark_bar(color=SUMMARY, cornerRadiusEnd=2, width={"band": 0.55})
         .encode(
             x=alt.X("age:N", sort=None, title="age, in events before the end of the summary", axis=_flat_labels()),
-            y=alt.Y("recall:Q", title="recall (points)", scale=alt.Scale(domain=[-most, most])),
+            y=alt.Y("recall:Q", title="recall (points)", scale=alt.Scale(domain=[low, high], nice=True)),
             tooltip=[
                 "age:N",
                 alt.Tooltip("recall:Q", format="+.1f", title="recall (points)"),
@@ -93,7 +95,7 @@ def parts_chart(rows: list[dict[str, Any]], parts: list[str], value_name: str) -
         .mark_bar(height={"band": 0.72})
         .encode(
             y=alt.Y("item:N", sort=order, title=None, axis=_item_labels()),
-            x=alt.X("share:Q", title=f"share of {value_name}"),
+            x=alt.X("share:Q", title=f"share of {value_name}", axis=alt.Axis(tickCount=10)),
             color=_color("part", parts, [PART_COLORS[part] for part in parts], None),
             order=alt.Order("order:Q"),
             tooltip=["item:N", "part:N", alt.Tooltip("share:Q", format="+.3f")],
@@ -118,7 +120,7 @@ def _share_bars(rows: list[dict[str, Any]], color: str, place: str, title: str, 
         .mark_bar(color=color)
         .encode(
             x=alt.X(place, title=title, axis=_flat_labels("parity")),
-            y=alt.Y("share:Q", title="share"),
+            y=alt.Y("share:Q", title="share", scale=alt.Scale(nice=5)),
             tooltip=[*told, alt.Tooltip("share:Q", format="+.4f")],
         )
     )
@@ -126,7 +128,7 @@ def _share_bars(rows: list[dict[str, Any]], color: str, place: str, title: str, 
 
 
 def slope_chart(rows: list[dict[str, Any]], top_k: int) -> Any:
-    """Ranks before and after, one line per item; items from beyond the list enter from below."""
+    """Ranks before and after, one line with the item's name per item; items beyond the list are below."""
     last = top_k + 1
     points = []
     for row in rows:
@@ -154,7 +156,15 @@ def slope_chart(rows: list[dict[str, Any]], top_k: int) -> Any:
             tooltip=["item:N", "when:N", "rank:Q"],
         )
     )
-    return _styled(lines, 30 * last + 80)
+    names = alt.Chart(pd.DataFrame([point for point in points if point["rank"] < last]))
+    side = {"before": ("right", -10), "after": ("left", 10)}
+    texts = [
+        names.transform_filter(f"datum.when == '{when}'")
+        .mark_text(align=align, dx=dx, color=TEXT, limit=MOST_NAME_PX)
+        .encode(x=lines.encoding.x, y=lines.encoding.y, text="item:N")
+        for when, (align, dx) in side.items()
+    ]
+    return _styled(alt.layer(lines, *texts), 30 * last + 80)
 
 
 def curve_chart(rows: list[dict[str, Any]], title: str, best_step: int | None = None) -> Any:

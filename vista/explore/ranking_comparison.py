@@ -28,6 +28,8 @@ class RankingComparison:
     """Items in both lists."""
     a_has_record: bool
     b_has_record: bool
+    num_events: tuple[int, int]
+    """Events that the records of A and B cover."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +69,10 @@ def compare_rankings(
             row["AB"[side]] = names[side][place] if inside else ""
             row[f"{'AB'[side]} in {'AB'[other]}"] = None if own is None else own + 1
         rows.append(row)
-    has = [bool(record_of(scorer, user).found[0]) for scorer in (a, b)]
-    return RankingComparison(rows, len(set(best[0]) & set(best[1])), *has)
+    records = [record_of(scorer, user) for scorer in (a, b)]
+    has = [bool(record.found[0]) for record in records]
+    covered = int(records[0].event_count[0]), int(records[1].event_count[0])
+    return RankingComparison(rows, len(set(best[0]) & set(best[1])), *has, covered)
 
 
 def compare_users(a: Scorer, b: Scorer, users: list[int | str], *, top_k: int) -> OverlapOfUsers:

@@ -40,6 +40,9 @@ def show_comparison(workspace: Workspace, user: int | str | None) -> None:
             if not has:
                 st.warning(f"User {escaped(user)} has no record in store {name}.", icon=":material/person_off:")
         st.markdown(f"**{compared.shared} of {TOP_K}** best items are in both lists.")
+        of_a, of_b = compared.num_events
+        if of_a != of_b:
+            st.caption(f"The record of this user covers {of_a:,} events in A and {of_b:,} in B.")
         rows = [
             {
                 "rank": row["rank"],
