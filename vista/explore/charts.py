@@ -18,7 +18,8 @@ UP, DOWN = "#3f9b73", "#c8553d"
 GRID, TEXT, FONT = "#eceef1", "#3c4450", "Source Sans, Source Sans Pro, sans-serif"
 BAR_HEIGHT = 24
 MAX_LABEL_PX = 260
-MOST_NAME_PX = 110
+NAME: dict[str, Any] = {"color": TEXT, "limit": 110}
+"""How the name of an item is written next to a line."""
 LEAST_RECALL = 2.0
 """Percentage points that the axis of recall shows at least, so that noise looks like noise."""
 
@@ -157,13 +158,9 @@ def slope_chart(rows: list[dict[str, Any]], top_k: int) -> Any:
         )
     )
     names = alt.Chart(pd.DataFrame([point for point in points if point["rank"] < last]))
-    side = {"before": ("right", -10), "after": ("left", 10)}
-    texts = [
-        names.transform_filter(f"datum.when == '{when}'")
-        .mark_text(align=align, dx=dx, color=TEXT, limit=MOST_NAME_PX)
-        .encode(x=lines.encoding.x, y=lines.encoding.y, text="item:N")
-        for when, (align, dx) in side.items()
-    ]
+    left = names.transform_filter("datum.when == 'before'").mark_text(align="right", dx=-10, **NAME)
+    right = names.transform_filter("datum.when == 'after'").mark_text(align="left", dx=10, **NAME)
+    texts = [side.encode(x=lines.encoding.x, y=lines.encoding.y, text="item:N") for side in (left, right)]
     return _styled(alt.layer(lines, *texts), 30 * last + 80)
 
 

@@ -70,9 +70,9 @@ def compare_rankings(
             row[f"{'AB'[side]} in {'AB'[other]}"] = None if own is None else own + 1
         rows.append(row)
     records = [record_of(scorer, user) for scorer in (a, b)]
-    has = [bool(record.found[0]) for record in records]
-    covered = int(records[0].event_count[0]), int(records[1].event_count[0])
-    return RankingComparison(rows, len(set(best[0]) & set(best[1])), *has, covered)
+    of_a, of_b = (int(record.event_count[0]) for record in records)
+    shared = len(set(best[0]) & set(best[1]))
+    return RankingComparison(rows, shared, bool(records[0].found[0]), bool(records[1].found[0]), (of_a, of_b))
 
 
 def compare_users(a: Scorer, b: Scorer, users: list[int | str], *, top_k: int) -> OverlapOfUsers:
