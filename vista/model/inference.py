@@ -213,8 +213,7 @@ def request_tokens(model: VistaModel, context: TargetContext, gap: Tensor | None
         gap: [B, 1, M] from `request_gap`.
     """
     stage, seen = model.target_attention, torch.full((ROW_TILE,), model.config.tail_len, device=model.device)
-    request, *others = model.request_parts(seen, context)
-    x = sum(others, request)
+    x = model.request_tokens(seen, context)
     return stage.with_request(x, stage.layers[0].project(x), None if gap is None else gap.expand(-1, ROW_TILE, -1))
 
 

@@ -248,9 +248,13 @@ class VistaModel(RankingModel):
             seen: int64 [Q] or [B, Q] tail columns that a token sees.
         """
         stage = self.target_attention
-        request, *others = self.request_parts(seen, context)
-        x = sum(others, request)
+        x = self.request_tokens(seen, context)
         return self.retrieval_users(stage.query(x, stage.layers[0].project(x), gap, seen, context))
+
+    def request_tokens(self, seen: Tensor, context: TargetContext) -> Tensor:
+        """The sums of `request_parts`, [B, Q, M]."""
+        request, *others = self.request_parts(seen, context)
+        return sum(others, request)
 
     def request_parts(self, seen: Tensor, context: TargetContext) -> list[Tensor]:
         """What request tokens are the sum of: the token itself [M], the newest event [B, Q, M], and the mean token
@@ -271,7 +275,6 @@ class VistaModel(RankingModel):
         seen: Tensor,
         context: TargetContext,
         projections: Tensor | None = None,
-        biases: list[Tensor] | None = None,
         codes: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, C, num_tasks] of candidates.
@@ -282,7 +285,6 @@ class VistaModel(RankingModel):
             seen: int64 [C], [1] or [B, C] tail columns that a candidate sees.
             context: of the B rows.
             projections: [B, C, 4M] of the vectors in layer 1 (`ItemProjections`); None computes them.
-            biases: `TargetAttention.query_biases` of `seen`; None computes them.
             codes: uint8 [B, C, F + 1] the users' counters of the candidates, 0 if they are not counted. None without
                 counters, or if the caller has added what they add.
         """
@@ -292,8 +294,7 @@ class VistaModel(RankingModel):
         if self.candidate_counters is not None and codes is not None:
             of_vectors, of_projections = self.candidate_counters(codes).split([self.config.dim, own.shape[-1]], -1)
             vectors, own = vectors + of_vectors, own + of_projections
-        out = stage.query(vectors, own, request, seen, context, biases)
-        logits: Tensor = self.task_head(out)
+        logits: Tensor = self.task_head(stage.query(vectors, own, request, seen, context))
         if self.candidate_counters is None or codes is None:
             return logits
         return logits + self.candidate_counters.logits(codes)
