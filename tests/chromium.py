@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
-import pytest
-
 from scripts.benchmarks.explore_visit import browser_program
+from tests.required_program import required
 
 
 def require_chromium() -> str:
-    """Path of Chromium. Skip the test without one; in continuous integration, it fails instead."""
-    program = browser_program()
-    if program is None:
-        reason = "needs Chromium (on Debian: apt-get install chromium)"
-        if "CI" in os.environ:
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return program
+    """Path of Chromium, as `required`."""
+    return required(browser_program(), "Chromium", "chromium")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import socket
 import subprocess
@@ -13,17 +12,14 @@ from typing import Any
 
 import pytest
 
+from tests.required_program import required
+
 PROGRAM = shutil.which("valkey-server") or shutil.which("redis-server")
 
 
 def require_server() -> str:
-    """The server's program; the test is skipped without it, but fails in continuous integration."""
-    if PROGRAM is None:
-        reason = "needs valkey-server or redis-server (on Debian: apt-get install valkey-server)"
-        if "CI" in os.environ:
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return PROGRAM
+    """The server's program, as `required`."""
+    return required(PROGRAM, "valkey-server or redis-server", "valkey-server")
 
 
 def free_port() -> int:
