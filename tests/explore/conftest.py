@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -24,9 +25,9 @@ def places_of(served: Served, **changes: object) -> Places:
     return Places(**(fields | changes))  # type: ignore[arg-type]
 
 
-@pytest.fixture(scope="session")
-def workspace(served: Served) -> Iterator[Workspace]:
-    """The model of the next item, its store, and its log. Tests must not change them."""
+@contextmanager
+def opened_workspace(served: Served) -> Iterator[Workspace]:
+    """The workspace of a served model, without problems."""
     opened = Workspace.open(places_of(served))
     assert opened.scorer is not None and not opened.problems
     yield opened
@@ -34,9 +35,14 @@ def workspace(served: Served) -> Iterator[Workspace]:
 
 
 @pytest.fixture(scope="session")
+def workspace(served: Served) -> Iterator[Workspace]:
+    """The model of the next item, its store, and its log. Tests must not change them."""
+    with opened_workspace(served) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
 def task_workspace(served_tasks: Served) -> Iterator[Workspace]:
     """The model of three tasks, likewise."""
-    opened = Workspace.open(places_of(served_tasks))
-    assert opened.scorer is not None and not opened.problems
-    yield opened
-    opened.scorer.close()
+    with opened_workspace(served_tasks) as opened:
+        yield opened
