@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from tests.conftest import ITEMS, START, USERS, Served, small_config
 from vista.config import ServeConfig
@@ -83,6 +84,18 @@ def test_one_call_gives_the_scores_of_each(service: ScoringService) -> None:
     np.testing.assert_allclose(held, service.scorer.score([103], ITEMS, now=NOW)[0], atol=TOLERANCE)
 
 
+def assert_fails_alone(
+    service: ScoringService, good: dict[str, Any], bad: dict[str, Any], expected: NDArray[np.float32], words: str
+) -> None:
+    """A bad request between two good ones fails, and they have their answers."""
+    batches = ScoreBatches()
+    first, wrong, last = entered(batches, good, bad, good)
+    for entry in (first, last):
+        np.testing.assert_allclose(scores(batches.answer(entry, service).body)[0], expected, atol=TOLERANCE)
+    with pytest.raises(Exception, match=words):
+        batches.answer(wrong, service)
+
+
 @pytest.mark.parametrize(
     ("bad", "words"),
     [
@@ -101,12 +114,7 @@ def test_one_call_gives_the_scores_of_each(service: ScoringService) -> None:
 def test_a_bad_request_fails_alone(service: ScoringService, bad: dict[str, Any], words: str) -> None:
     good = {"users": [103], "candidates": ITEMS, "now": NOW}
     expected = service.scorer.score([103], ITEMS, now=NOW)[0]
-    batches = ScoreBatches()
-    first, wrong, last = entered(batches, good, bad, good)
-    for entry in (first, last):
-        np.testing.assert_allclose(scores(batches.answer(entry, service).body)[0], expected, atol=TOLERANCE)
-    with pytest.raises(Exception, match=words):
-        batches.answer(wrong, service)
+    assert_fails_alone(service, good, bad, expected, words)
 
 
 @pytest.mark.parametrize(
@@ -126,12 +134,7 @@ def test_ids_of_the_wrong_type_fail_alone(named: ScoringService, bad: dict[str, 
     expected = named.scorer.score(["u3"], ["i0", "i10"], tail=tail_of([[TailEvent("i20", 0)]]))[0]
     with pytest.raises(Exception, match=words):
         named.scored(named.checked(json.dumps(bad).encode(), JSON), JSON)
-    batches = ScoreBatches()
-    first, wrong, last = entered(batches, good, bad, good)
-    for entry in (first, last):
-        np.testing.assert_allclose(scores(batches.answer(entry, named).body)[0], expected, atol=TOLERANCE)
-    with pytest.raises(Exception, match=words):
-        batches.answer(wrong, named)
+    assert_fails_alone(named, good, bad, expected, words)
 
 
 def test_a_panic_of_a_joint_call_leaves_nobody_waiting(
