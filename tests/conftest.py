@@ -18,6 +18,11 @@ import numpy as np
 import pytest
 import torch
 
+# Triton reads this when it is first imported, which any module below may do. Without a GPU, the tests of its kernels
+# run in its interpreter, and would fail if it was imported without this.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import vista
 from vista.config import (
     DataConfig,

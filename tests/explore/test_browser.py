@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from scripts.benchmarks.explore_visit import TABS, ExploreVisit, exploring, open_every_tab, visiting
+from tests.benchmark_process import run_benchmark
 from tests.chromium import require_chromium
 from tests.conftest import Served
-from tests.scripts.test_benchmarks import run
 from vista.refresh import refresh
 from vista.training.trainer import train
 
@@ -123,7 +123,7 @@ def test_two_models_and_two_generations_are_compared(visit: ExploreVisit, served
 
 def test_the_benchmark_opens_every_tab(visit: ExploreVisit, tmp_path: Path) -> None:
     # In a process of its own: Playwright runs once per thread, and `visit` has it.
-    done = run("explore", tmp_path / "out.jsonl")
+    done = run_benchmark("explore", tmp_path / "out.jsonl")
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     cases = [row["case"].removesuffix(" (quick)") for row in rows]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,10 +13,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-
-if not torch.cuda.is_available():
-    # Triton reads this when it is imported, which nothing above does. Its kernels then run in its interpreter.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import vista_kernels
 from vista_kernels import backend as backends

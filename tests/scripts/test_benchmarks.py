@@ -9,8 +9,6 @@ import json
 import math
 import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from mmap import PROT_READ, mmap
 from pathlib import Path
@@ -28,6 +26,7 @@ from scripts.benchmarks.rectools_process import RecToolsPilot, RecToolsSetting
 from scripts.benchmarks.scorer_workloads import scorer_roofline
 from scripts.benchmarks.store_workloads import private_bytes
 from scripts.benchmarks.workloads import lifelong_log, untrained
+from tests.benchmark_process import run_benchmark
 from tests.compiler import require_compiler
 from vista.config.choices import Precision, TargetAttentionKind
 from vista.log.splits import visible_counts
@@ -35,7 +34,6 @@ from vista.model.padded_tail import pad_tail
 from vista.model.vista_model import VistaModel
 
 pytestmark = pytest.mark.research
-REPOSITORY = Path(__file__).parents[2]
 # Parts of names of cases that each benchmark must write.
 CASES = {
     "attention": [
@@ -127,20 +125,6 @@ CASES = {
 }
 
 
-def run(subject: str, out: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `python -m scripts.benchmarks.bench_<subject> --quick --out <out>` on one thread without data and GPU."""
-    path = os.pathsep.join(str(REPOSITORY / folder) for folder in (".", "kernels"))
-    settings = {key: value for key, value in os.environ.items() if key not in ("VISTA_DATA_DIR", "VISTA_RECTOOLS_VENV")}
-    settings |= {"OMP_NUM_THREADS": "1", "POLARS_MAX_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [sys.executable, "-m", f"scripts.benchmarks.bench_{subject}", "--quick", "--out", str(out), *words],
-        cwd=out.parent,
-        env={**settings, "PYTHONPATH": path, **environment},
-        capture_output=True,
-        text=True,
-    )
-
-
 def write_histories(path: Path, lengths: list[int]) -> Path:
     """Write a packed events.npz."""
     rng = np.random.default_rng(0)
@@ -172,7 +156,7 @@ def test_a_benchmark_runs_and_writes_its_cases(subject: str, tmp_path: Path) -> 
         pytest.importorskip("onnxruntime")
         require_compiler()
     out = tmp_path / "out.jsonl"
-    done = run(subject, out)
+    done = run_benchmark(subject, out)
     assert done.returncode == 0, done.stderr
     rows = read_cases(out)
     for part in CASES[subject]:
@@ -228,7 +212,7 @@ def test_training_is_compared_with_the_baseline(tmp_path: Path) -> None:
     report = {"seconds_per_epoch": [40.0], "positions": 235, "users": 4}
     environment = fake_environment(tmp_path / "baseline", report)
     out = tmp_path / "out.jsonl"
-    done = run("training", out, "--data", str(data), "--rectools-venv", str(environment), "--negatives", "16")
+    done = run_benchmark("training", out, "--data", str(data), "--rectools-venv", str(environment), "--negatives", "16")
     assert done.returncode == 0, done.stderr
     rows = read_cases(out)
     for row, who in zip(rows, ("vista", "sasrec"), strict=True):
@@ -250,20 +234,20 @@ def test_training_against_the_real_baseline(tmp_path: Path) -> None:
         pytest.skip("VISTA_RECTOOLS_VENV names no virtual environment with RecTools")
     data = write_histories(tmp_path / "events.npz", [40] * 150)
     out = tmp_path / "out.jsonl"
-    done = run("training", out, "--data", str(data), "--rectools-venv", environment)
+    done = run_benchmark("training", out, "--data", str(data), "--rectools-venv", environment)
     assert done.returncode == 0, done.stderr
     assert [row["baseline"] > 0 for row in read_cases(out)] == [True, True]
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
-    done = run("training", out)
+    done = run_benchmark("training", out)
     assert done.returncode == 0 and "skipped: ml-1m not found; set VISTA_DATA_DIR" in done.stdout
-    done = run("training", out, "--data", "absent.npz")
+    done = run_benchmark("training", out, "--data", "absent.npz")
     assert done.returncode == 1 and done.stderr.startswith("error: --data absent.npz: no such file")
     np.savez(tmp_path / "events.npz", user=np.zeros(3))
     environment = fake_environment(tmp_path / "baseline", {})
-    done = run("training", out, "--data", str(tmp_path / "events.npz"), "--rectools-venv", str(environment))
+    done = run_benchmark("training", out, "--data", str(tmp_path / "events.npz"), "--rectools-venv", str(environment))
     assert done.returncode == 1 and "missing item, offsets" in done.stderr
     assert not out.exists()
 
