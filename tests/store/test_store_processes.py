@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import numpy as np
 import pytest
 
 import vista
+from tests.forked_child import in_child
 from vista.errors import StoreError, StoreLockedError
 from vista.store import StoreReader
 from vista.store.layout import generation_path, list_generations
@@ -32,26 +32,6 @@ TOTAL = 800
 BATCH = 8
 
 _fork = multiprocessing.get_context("fork")
-
-
-def in_child(function: Callable[[], Any]) -> Any:
-    """Result of a function in a forked child; its exception is raised here."""
-    receiver, sender = _fork.Pipe(duplex=False)
-
-    def call() -> None:
-        try:
-            sender.send((function(), None))
-        except BaseException as error:
-            sender.send((None, error))
-
-    child = _fork.Process(target=call)
-    child.start()
-    assert receiver.poll(60), "the child hangs"
-    result, error = receiver.recv()
-    child.join(60)
-    if error is not None:
-        raise error
-    return result
 
 
 def write_until_killed(path: Path, build: Any, acknowledged: Connection, max_batches: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import signal
@@ -13,6 +12,7 @@ import lmdb
 import numpy as np
 import pytest
 
+from tests.forked_child import in_child
 from tests.record_reference import decode_record_reference
 from vista.errors import StoreError, StoreLockedError
 from vista.store import StoreReader, user_keys
@@ -65,13 +65,7 @@ def test_stats_of_a_store(tmp_path, build):
     with StoreReader.open(tmp_path) as store:
         store.get_many([1])
         stats = store_stats(tmp_path)
-        other = multiprocessing.get_context("fork").Pool(1, store.get_many, ([2],))
-        try:
-            other.apply(store.get_many, ([2],))
-            assert store_stats(tmp_path).generations[1].num_open == 1
-        finally:
-            other.terminate()
-            other.join()
+        assert in_child(lambda: store_stats(tmp_path).generations[1].num_open) == 1
     assert stats.published == 2
     rows = [(one.number, one.complete, one.num_records, one.num_open) for one in stats.generations]
     assert rows == [(1, True, 40, 0), (2, True, 40, 0), (3, False, 16, 0)]

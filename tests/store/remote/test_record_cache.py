@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import stat
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.forked_child import in_child
 from tests.store.remote.valkey_server import ValkeyServer
 from vista.errors import StoreUnavailableError
 from vista.store import StoreReader
@@ -88,19 +88,15 @@ def test_processes_share_it_and_forks_use_it(server, build, cached):
     build.write_store(cached)
     with StoreReader.open(cached) as store:
         store.get_many(range(20))
-        with multiprocessing.get_context("fork").Pool(2) as pool:
-            assert pool.map(find_all, [(store, first) for first in range(0, TOTAL, 10)]) == [True] * 4
+        for first in range(0, TOTAL, 10):
+            users = range(first, first + 10)
+            assert in_child(lambda users=users: store.get_many(users).found.tolist()) == [True] * 10
         server.command("CONFIG", "RESETSTAT")
         assert store.get_many(range(TOTAL)).found.all()
         assert server.command("INFO", "commandstats")["cmdstat_mget"]["calls"] == 1
         server.kill()
         with pytest.raises(StoreUnavailableError):  # Nobody could tell whether what is cached is still valid.
             store.get_many([1])
-
-
-def find_all(request: tuple[StoreReader, int]) -> bool:
-    store, first = request
-    return bool(store.get_many(range(first, first + 10)).found.all())
 
 
 def test_a_damaged_entry_is_read_again(server, build, cached, monkeypatch):

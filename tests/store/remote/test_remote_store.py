@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import pickle
 import threading
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.forked_child import in_child
 from vista.errors import (
     RecordError,
     StoreError,
@@ -102,8 +102,8 @@ def test_a_reader_is_pickled_and_forked(server, build):
     with StoreReader.open(url) as store:
         with pickle.loads(pickle.dumps(store)) as copy:
             assert copy.get_many([1]).found.all()
-        with multiprocessing.get_context("fork").Pool(2) as pool:
-            assert all(pool.map(lambda_free_read, [store] * 4))
+        for copied in (False, True):
+            assert in_child(lambda copied=copied: read_in_child(store, copied)) == [True, True]
         failures: list[BaseException] = []
 
         def read() -> None:
@@ -124,8 +124,12 @@ def test_a_reader_is_pickled_and_forked(server, build):
         store.get_many([1])
 
 
-def lambda_free_read(store: StoreReader) -> bool:
-    return bool(store.get_many([1, 2]).found.all())
+def read_in_child(store: StoreReader, copied: bool) -> list[bool]:
+    """Read with a parent's reader, or with a pickled copy of it."""
+    reader = pickle.loads(pickle.dumps(store)) if copied else store
+    with reader:
+        found: list[bool] = reader.get_many([1, 2]).found.tolist()
+        return found
 
 
 def test_an_unfinished_generation_is_resumed_and_another_run_starts_over(server, build, caplog):
