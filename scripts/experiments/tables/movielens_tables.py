@@ -87,8 +87,21 @@ ML_1M = {
     "hstu-wide": TableRow(65, ("model=hstu", "model.num_layers=8", *WIDE)),
     "softmax-wide": TableRow(55, (*TWO_SOFTMAX, "model.dim=128", "model.dropout=0.3"), codecs=BOTH, tails=TAILS),
 }
+
+
+def _twenty_minutes() -> Table:
+    """Twice the default width on ml-1m after twenty minutes, with the defaults' two layers and item factors."""
+    words = ("optim.minutes=20", "optim.validation_users=6040", *WIDE)
+    rows = {
+        "vista": TableRow(23, ("model.decay=position", "model.decay_horizons=[0,256,64,16]")),
+        "tail-only": TableRow(23, K0),
+    }
+    return Table("", "ml-1m", rows | COUNTING_BASELINES, words, validation=True, curve=True)
+
+
 TABLES = {
     "ml-1m": _movielens("ml-1m", 36, ML_1M),
+    "ml-1m-20min": _twenty_minutes(),
     "ml-1m-half": _movielens("ml-1m-half", 17, _timeless(17)),
     "ml-100k": _movielens("ml-100k", 6, _timeless(6)),
     "ml-latest-small": _movielens("ml-latest-small", 7, _timeless(7)),
