@@ -346,9 +346,8 @@ class ServingSnapshot:
             if request.counters is not None:
                 user, column, place = request.counters.find(users, rows, columns)
                 if len(place):
-                    counted, of_counters = self._terms_of_counters(
-                        request.counters.found_codes(users.start + user, place)
-                    )
+                    codes = request.counters.found_codes(users.start + user, place)
+                    counted, of_counters = self._terms_of_counters(codes)
                     index = torch.from_numpy(user * shape[1] + column).to(model.device)
                     x.view(-1, dim).index_add_(0, index, counted[:, :dim])
                     own.view(-1, 4 * dim).index_add_(0, index, counted[:, dim:].to(dtype))

@@ -82,12 +82,6 @@ def _windows(data: str, minutes: float) -> Table:
         "hstu, counters": TableRow(1.5 * both, hstu),
         "hstu-1,000, counters": TableRow(3 * both, (*hstu, "model.history_limit=1000")),
         "hstu-2,000, counters": TableRow(4 * both, (*hstu, "model.history_limit=2000")),
-        **{
-            f"sasrec-{limit:,}, counters": TableRow(
-                share * both, (*words, *NO_MEAN, "model=sasrec", f"model.history_limit={limit}")
-            )
-            for limit, share in ((1000, 2), (2000, 4))
-        },
         # Without counters, and trained on windows, or on next items only.
         "vista": TableRow(2 * both, (*WITHOUT_COUNTERS, *LOSS)),
         "tail-only": TableRow(both, (*WITHOUT_COUNTERS, *LOSS, *K0)),
@@ -103,8 +97,6 @@ def _windows(data: str, minutes: float) -> Table:
     compared = {
         "vista, counters": ("vista", WITHOUT, "tail-only, counters", "vista, counters, no mean", *HSTU),
         "hstu, counters": HSTU[1:],
-        "sasrec-1,000, counters": ("vista, counters",),
-        "sasrec-2,000, counters": ("vista, counters",),
         "vista": ("tail-only", "vista-next"),
         "tail-only": ("tail-only-next",),
     }
