@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 # Triton reads this when it is first imported, which any module below may do. Without a GPU, the tests of its kernels
 # run in its interpreter, and would fail if it was imported without this.
@@ -44,6 +45,10 @@ from vista_kernels.processor import VARIABLE, processor
 
 # Processes of pytest-xdist have a width of 80 columns; without it, text is as in a pipe, unless a test sets a width.
 os.environ.pop("COLUMNS", None)
+
+# A busy machine can take any time for an example.
+settings.register_profile("vista", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("vista")
 
 # Tests interrupt processes as Ctrl-C does, but a shell makes background jobs ignore that signal.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -25,7 +25,7 @@ _URL = re.compile(r"on (http://127\.0\.0\.1:\d+);")
 # Streamlit has these while the script runs, while a part waits for it, or while elements are of an earlier run.
 _BUSY = ", ".join(
     [
-        "[data-test-script-state=running]",
+        "[data-test-script-state]:not([data-test-script-state=notRunning])",
         *(f"[data-testid={name}]" for name in ("stStatusWidget", "stSpinner", "stSkeleton")),
         "[data-stale=true]",
     ]

@@ -40,7 +40,9 @@ def executed(notebook: Path, folder: Path) -> nbformat.NotebookNode:
     """
     node = read_notebook(notebook)
     resources = {"metadata": {"path": str(folder)}}
-    client = nbclient.NotebookClient(node, timeout=TIME_LIMIT_S, kernel_name="python3", resources=resources)
+    client = nbclient.NotebookClient(
+        node, timeout=TIME_LIMIT_S, startup_timeout=300, iopub_timeout=60, kernel_name="python3", resources=resources
+    )
     client.execute(env=environment())
     for cell in node.cells:
         cell.metadata.pop("execution", None)

@@ -24,7 +24,7 @@ from tests.docs.page import Step, steps_of
 ROOT = Path(__file__).resolve().parents[2]
 XXHASH_INCLUDE = Path(sysconfig.get_path("purelib"), "pyarrow", "include", "arrow", "vendored", "xxhash")
 """xxhash.h, which pages take from the system, as pyarrow brings it."""
-TIME_LIMIT_S = 600
+TIME_LIMIT_S = 1800
 """For all blocks of one page together."""
 
 _INTERPRETER = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,17 @@ import pytest
 from tests.conftest import Served
 from vista.explore.explore_workspace import Workspace
 from vista.explore.places import Places
+
+
+@pytest.fixture(autouse=True, scope="module")
+def close_scorers() -> Iterator[None]:
+    """Close the scorers of pages that a module drew in this process; each has a thread."""
+    yield
+    cache = sys.modules.get("vista.explore.page_cache")
+    if cache is not None:
+        for each in cache.SCORERS._open.values():
+            each.scorer.close()
+        cache.SCORERS._open.clear()
 
 
 def places_of(served: Served, **changes: object) -> Places:

@@ -289,7 +289,7 @@ def call_commands(say: Say, world: str, scratch: str, numbers: list[int]) -> Non
         words = [*command.split(), *words_of(command, folder), *([word] if is_hostile else [])]
         if command in PACKAGES and not is_hostile:
             import_module(PACKAGES[command])  # Takes seconds, which do not count.
-        signal.alarm(3 if is_hostile else MOST_SECONDS)
+        signal.alarm(3 if is_hostile else 120)  # The latter also import what they need, and must succeed.
         code: int | None = None
         try:
             code, text = run_command(words)

@@ -28,7 +28,7 @@ def reader_of(kafka: MockKafka) -> Any:
     """A reader of a topic with one message in each of two partitions."""
     from vista.log.ingest.kafka.kafka_reader import KafkaReader
 
-    reader = KafkaReader(kafka.create(TOPIC), StreamConfig(max_s=2.0))
+    reader = KafkaReader(kafka.create(TOPIC), StreamConfig(max_s=20.0))
     for partition in (0, 1):
         kafka.send(TOPIC, [b"{}"], partition)
     return reader

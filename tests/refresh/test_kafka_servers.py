@@ -65,7 +65,7 @@ def test_servers_that_cannot_be_used(
     client = tmp_path / "client.properties"
     client.write_text(CLIENT)
     streamed.source = f"kafka://{servers}/{TOPIC}"
-    streamed.stream = StreamConfig(max_s=1.5, client_file=str(client) if "password" in reason else None)
+    streamed.stream = StreamConfig(max_s=8.0, client_file=str(client) if "password" in reason else None)
     with caplog.at_level(logging.DEBUG), pytest.raises(StreamError, match=reason) as failure:
         run_watch(streamed)
     assert not isinstance(failure.value, StreamOffsetError) and "stream.client_file" in str(failure.value)

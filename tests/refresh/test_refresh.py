@@ -297,11 +297,16 @@ from vista.store import StoreWriter
 log_path, model, folder = sys.argv[1:]
 log, model, chance = EventLog.open(log_path), VistaModel.from_pretrained(model), random.Random(2)
 put, publish, pipe = StoreWriter.put_batch, StoreWriter.publish, None
+before_wait = 0  # batches of a child that must not get to the publication before it is ended
 
 def put_and_tell(writer, keys, records, cursor, states):
+    global before_wait
     written = put(writer, keys, records, cursor, states)
     if pipe is not None:
         os.write(pipe[1], b"b")
+        before_wait -= 1
+        if before_wait == 0:
+            time.sleep(20)
     return written
 
 def publish_and_tell(writer):
@@ -321,7 +326,7 @@ for codec in (Codec.int8, Codec.float32):
     for ending, number, ends in (("kill", signal.SIGKILL, 4), ("interrupt", signal.SIGINT, 2)):
         store, codes, resumed = Path(folder, f"{codec.value}-{ending}"), [], []
         for turn in range(ends):
-            pipe = os.pipe()
+            pipe, before_wait = os.pipe(), 4 if turn < ends - 1 else 0
             child = os.fork()
             if child == 0:
                 code = 1

@@ -72,7 +72,7 @@ def test_the_group_shows_how_far_the_log_is_but_decides_nothing(
     kafka.send_events(TOPIC, grow.events({1: 5, 2: 3}, grow.start + 500 * grow.hour))
     run_watch(streamed)
     group = Consumer({"bootstrap.servers": kafka.servers, "group.id": "vista"})
-    committed = group.committed([TopicPartition(TOPIC, 0), TopicPartition(TOPIC, 1)], timeout=5)
+    committed = group.committed([TopicPartition(TOPIC, 0), TopicPartition(TOPIC, 1)], timeout=60)
     assert [place.offset for place in committed] == [3, 5]
     group.commit(offsets=[TopicPartition(TOPIC, 0, 0), TopicPartition(TOPIC, 1, 1)], asynchronous=False)
     group.close()
@@ -93,7 +93,7 @@ def test_a_check_is_limited_and_the_next_one_continues(
     assert not run_watch(streamed).is_behind  # it reads to the end
     expect(streamed, grow, tmp_path, frame)
     assert EventLog.open(streamed.data).last_segment == 5
-    streamed.stream = StreamConfig(max_s=3.0, max_bytes=1)
+    streamed.stream = StreamConfig(max_s=20.0, max_bytes=1)
     kafka.send_events(TOPIC, grow.events({1: 3}, grow.start + 950 * grow.hour))
     assert sum(offsets(streamed)) == 50 and not run_watch(streamed).is_behind and sum(offsets(streamed)) == 53
 
@@ -247,15 +247,16 @@ def test_a_broker_that_is_gone_and_comes_back(
 ) -> None:
     first, second = (grow.events({1: 4}, grow.start + hours * grow.hour, seed=hours) for hours in (500, 950))
     kafka.send_events(TOPIC, first)
-    streamed.stream.max_s, streamed.stream.max_messages = 1.0, 2
+    streamed.stream.max_messages = 2
     watching = Watch(streamed)
     watching.look()
+    streamed.stream.max_s = 1.0
     kafka.set_down()
     with pytest.raises(StreamError, match=r"cannot be read: .*Connection refused"):
         watching.look()
     kafka.set_up()
     kafka.send_events(TOPIC, second)
-    streamed.stream.max_s = 5.0
+    streamed.stream.max_s = 20.0
     while watching.look().is_behind:
         pass
     watching.close()
@@ -357,7 +358,7 @@ def test_a_reset_is_stored_although_the_topic_is_empty(
     later = grow.events({1: 1, 2: 2}, grow.start + 950 * grow.hour)
     with MockKafka() as other:
         moved = replace(streamed, source=other.create(TOPIC))
-        reset = replace(moved, stream=StreamConfig(max_s=3.0, reset_offsets=True))
+        reset = replace(moved, stream=StreamConfig(max_s=20.0, reset_offsets=True))
         run_watch(reset)
         assert offsets(streamed) == [0, 0]
         segment = EventLog.open(streamed.data).last_segment

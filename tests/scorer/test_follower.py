@@ -30,8 +30,19 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
+_others: set[threading.Thread] = set()
+"""Threads of earlier tests of this process."""
+
+
+@pytest.fixture(autouse=True)
+def forget_others() -> None:
+    """Count only threads that begin in the test."""
+    _others.clear()
+    _others.update(threading.enumerate())
+
+
 def followers() -> int:
-    return sum(thread.name == "vista-follow" for thread in threading.enumerate())
+    return sum(thread.name == "vista-follow" for thread in set(threading.enumerate()) - _others)
 
 
 @pytest.fixture

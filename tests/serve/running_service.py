@@ -23,6 +23,14 @@ TIMEOUT_S = 120
 _LISTENING = re.compile(r"listening on http://127\.0\.0\.1:(\d+)")
 
 
+def _command_line(pid: str) -> bytes:
+    """Words of a process, separated by zero bytes; none if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
 class RunningService:
     """The process, its port, and what it has logged."""
 
@@ -72,7 +80,7 @@ class RunningService:
         """Process ids of the workers, if there are several."""
         pid = self.process.pid
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+        return [int(child) for child in children if b"spawn_main" in _command_line(child)]
 
     def stop(self) -> int:
         """Send SIGTERM, and return the exit status."""

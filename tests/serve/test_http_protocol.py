@@ -100,6 +100,14 @@ def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
     served.close()
 
 
+@pytest.fixture
+def patient() -> Iterator[Served]:
+    """A server that waits as long as a busy machine needs."""
+    served = Served(100, TIMEOUT_S)
+    yield served
+    served.close()
+
+
 def all_of(connection: socket.socket) -> bytes:
     """What a connection gives until it ends."""
     held = b""
@@ -170,15 +178,15 @@ def test_bytes_after_an_answer_that_begin_no_request(short: Served, sent: bytes,
     until(lambda: short.num_open == 0)
 
 
-def test_trailers_are_ignored(short: Served) -> None:
+def test_trailers_are_ignored(patient: Served) -> None:
     """They do not replace headers."""
-    with short.connect() as connection:
+    with patient.connect() as connection:
         head = b"POST /read HTTP/1.1\r\nAuthorization: a\r\nTransfer-Encoding: chunked\r\n"
         connection.sendall(head + b"Connection: close\r\n\r\n2\r\nxx\r\n")
         connection.sendall(b"0\r\nAuthorization: b\r\nVista-Timeout-Ms: 1\r\n\r\n")
         assert all_of(connection).startswith(b"HTTP/1.1 200")
-    assert [value for name, value in short.application.headers if name == b"authorization"] == [b"a"]
-    assert b"vista-timeout-ms" not in dict(short.application.headers)
+    assert [value for name, value in patient.application.headers if name == b"authorization"] == [b"a"]
+    assert b"vista-timeout-ms" not in dict(patient.application.headers)
 
 
 @pytest.mark.parametrize("path", [b"/read", b"/"])
@@ -221,17 +229,17 @@ def test_requests_wait_while_the_service_computes(short: Served) -> None:
 
 
 @pytest.mark.parametrize("number", [1, 3])
-def test_half_closed_connections_get_their_answers(short: Served, number: int) -> None:
-    with short.connect() as connection:
+def test_half_closed_connections_get_their_answers(patient: Served, number: int) -> None:
+    with patient.connect() as connection:
         connection.sendall(b"GET /slow HTTP/1.1\r\n\r\n" * number)
         connection.shutdown(socket.SHUT_WR)
         threading.Event().wait(0.1)
-        short.application.free.set()
+        patient.application.free.set()
         assert all_of(connection).count(b"HTTP/1.1 200") == number
-    until(lambda: short.num_open == 0)
+    until(lambda: patient.num_open == 0)
 
 
-def test_what_is_not_http(short: Served) -> None:
+def test_what_is_not_http(patient: Served) -> None:
     chunked = b"POST /read HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
     for sent, status in (
         (b"\x16\x03\x01\r\n\r\n", b"400"),
@@ -239,8 +247,8 @@ def test_what_is_not_http(short: Served) -> None:
         (chunked + b"0\r\nA: " + b"b" * (1 << 17), b"431"),
         (chunked + b"2;" + b"b" * (1 << 17), b"431"),
     ):
-        with short.connect() as connection:
+        with patient.connect() as connection:
             connection.sendall(sent)
             head, _, body = all_of(connection).partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 " + status) and json.loads(body)["error"]["message"]
-    assert short.refused == [400, 431, 431, 431]
+    assert patient.refused == [400, 431, 431, 431]

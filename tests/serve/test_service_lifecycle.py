@@ -200,7 +200,7 @@ def test_a_server_of_the_store_that_stops(served: Served, tmp_path: Path) -> Non
     server = ValkeyServer(tmp_path / "server", "--appendonly", "yes", "--appendfsync", "always")
     try:
         copy_generation(served.store, server.url())
-        with running(f"model={served.model_dir}", f"store={server.url(options='?timeout_s=1')}") as service:
+        with running(f"model={served.model_dir}", f"store={server.url(options='?timeout_s=30')}") as service:
             asked = {"users": USERS, "candidates": ITEMS, "now": NOW}
             before = service.fetch("/v1/score", asked)
             assert before[0] == 200 and service.fetch("/readyz")[0] == 200

@@ -388,12 +388,12 @@ def test_bad_configs_name_their_key(key: str, value: float) -> None:
         replace(SimulateConfig(), **{key: value})
 
 
-def test_a_million_events_per_second() -> None:
-    """The best of three in process time, so that other load does not matter; usually some five times faster."""
+def test_a_million_events_take_seconds() -> None:
+    """The best of three in process time, so that other load matters little; usually about 30 times faster."""
     config = SimulateConfig(num_users=250, events_per_user=4000)
     seconds = []
     for _ in range(3):
         begin = time.process_time()
         assert generate(config).num_events == 1_000_000
         seconds.append(time.process_time() - begin)
-    assert min(seconds) < 1
+    assert min(seconds) < 5

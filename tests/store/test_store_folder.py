@@ -214,7 +214,7 @@ class TestNamedPipes:
         ):
             with suppress(StoreError):
                 act()
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 60
 
     def test_a_key_file(self, tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "key")

@@ -179,7 +179,7 @@ def check_sound(folder: Path) -> int:
 def test_a_kill_at_any_call_leaves_a_complete_checkpoint(tmp_path: Path) -> None:
     folder, log = tmp_path / "runs", tmp_path / "log"
     command = [sys.executable, "-c", KILLED_AT_EACH_CALL, str(folder), str(log)]
-    subprocess.run(command, check=True, timeout=120, env=ENVIRONMENT)
+    subprocess.run(command, check=True, timeout=280, env=ENVIRONMENT)
     finished = {run.name: 0 for run in folder.iterdir()}
     for line in log.read_text().splitlines():
         deadly, step = map(int, line.split())

@@ -21,7 +21,7 @@ from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare
 from vista.log.ingest.source_parser import SourceParser
 
-MAX_SECONDS = 10.0
+MAX_SECONDS = 60.0
 """Time that a damaged file of a few kilobytes may take."""
 COLUMNS = {"timestamp": "timestamp", "time_unit": "ms", "action": "action", "rating": "rating"}
 

@@ -66,7 +66,7 @@ def test_a_child_that_dies_in_a_call_is_reported(tmp_path: Path, parser: SourceP
     file = write_csv(tmp_path / "a.csv", ROWS)
     parser.call("column_types", file)
     child_of(parser).send_signal(signal.SIGSTOP)
-    threading.Timer(0.3, child_of(parser).kill).start()
+    threading.Timer(3, child_of(parser).kill).start()
     with pytest.raises(DataError, match=r"a\.csv: cannot be read: the parser was killed by SIGKILL"):
         parser.call("column_types", file)
     assert parser.call("column_types", file)[0]

@@ -47,4 +47,4 @@ def proxy(server: ValkeyServer) -> Iterator[Proxy]:
 @pytest.fixture(autouse=True)
 def short_lock(monkeypatch: pytest.MonkeyPatch) -> None:
     """A killed writer's lock expires soon."""
-    monkeypatch.setattr("vista.store.remote.server_lock.LOCK_S", 1.5)
+    monkeypatch.setattr("vista.store.remote.server_lock.LOCK_S", 3.0)

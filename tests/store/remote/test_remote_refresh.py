@@ -43,7 +43,7 @@ from vista.store.remote import server_lock
 from vista.store.remote.generation_on_server import GenerationOnServer
 
 kind, log, model, store, warm = sys.argv[1:]
-server_lock.LOCK_S = 1.0
+server_lock.LOCK_S = 2.0
 log, model, chance = EventLog.open(log), VistaModel.from_pretrained(model), random.Random(3)
 options = RefreshOptions(users_per_batch=1)
 

@@ -253,8 +253,8 @@ def test_a_lock_is_renewed_while_its_holder_computes(server):
     lock = ServerLock(RemoteStore.connect(url).server, b"{mine}:writer")
     lock.acquire()
     for _ in range(20):
-        assert 0 < int(server.command("PTTL", "{mine}:writer")) <= 1500
-        threading.Event().wait(0.1)
+        assert 0 < int(server.command("PTTL", "{mine}:writer")) <= 3000
+        threading.Event().wait(0.3)
     lock.release()
     assert server.command("EXISTS", "{mine}:writer") == 0
 

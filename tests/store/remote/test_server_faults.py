@@ -49,15 +49,15 @@ def test_a_server_that_cannot_be_reached(start_server):
     server.kill()
     with within(5), pytest.raises(StoreUnavailableError, match=r"127\.0\.0\.1:\d+/mine: the server cannot be reached"):
         StoreReader.open(server.url(user=":secret@"))
-    with within(8), pytest.raises(StoreUnavailableError):
+    with pytest.raises(StoreUnavailableError):  # A name server that does not answer takes its own time.
         StoreReader.open("redis://store.invalid/mine")
 
 
 def test_a_server_that_does_not_answer(proxy, build, server):
     build.write_store(server.url())
-    with StoreReader.open(proxy.url(options="?timeout_s=0.3")) as store:
+    with StoreReader.open(proxy.url(options="?timeout_s=2")) as store:
         proxy.silent = True
-        with within(3), pytest.raises(StoreUnavailableError, match=r"did not answer within 0\.3 s"):
+        with within(20), pytest.raises(StoreUnavailableError, match=r"did not answer within 2 s"):
             store.get_many([1])
         proxy.silent = False
         assert store.get_many([1, 99]).found.tolist() == [True, False], "and works again without being opened again"
@@ -186,13 +186,13 @@ def test_a_lock_whose_reply_is_lost_is_held(server, proxy):
 
 def test_a_server_that_stalls_within_a_change(proxy):
     """The client also waits for a reply when it leaves the change."""
-    server = ServerConnection(StoreUrl.parse(proxy.url(options="?timeout_s=0.3")))
+    server = ServerConnection(StoreUrl.parse(proxy.url(options="?timeout_s=2")))
 
     def stall():
         proxy.silent = True
         return [("SET", b"a", 1)], None
 
-    with within(5), pytest.raises(StoreUnavailableError, match=r"did not answer within 0\.3 s"):
+    with within(20), pytest.raises(StoreUnavailableError, match=r"did not answer within 2 s"):
         server.change([b"a"], stall)
     proxy.silent = False
     assert server.change([b"a"], lambda: ([("SET", b"a", 2)], 5)) == 5 and server.command("GET", b"a") == b"2"
