@@ -56,6 +56,7 @@ class CandidateCounters(nn.Module):
         """[(F + 1) * 64, width + HIDDEN]: row 64 f + c is what code c of column f adds. The rows of a candidate's codes
         add up to what `forward` gives, and to the output of the network's first layer, which are sums over columns."""
         num_codes, first = self.added.in_features // 2 + 1, self.network[0]
+        assert isinstance(first, nn.Linear)
         code = torch.arange(MAX_CODE + 1, dtype=torch.uint8, device=self.added.weight.device)
         codes = code.new_zeros(num_codes, len(code), num_codes)
         codes[torch.arange(num_codes), :, torch.arange(num_codes)] = code
