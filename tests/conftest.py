@@ -46,7 +46,7 @@ from vista_kernels.processor import VARIABLE, processor
 # Processes of pytest-xdist have a width of 80 columns; without it, text is as in a pipe, unless a test sets a width.
 os.environ.pop("COLUMNS", None)
 
-# A busy machine can take any time for an example.
+# No deadline: examples can be slow on a busy machine.
 settings.register_profile("vista", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("vista")
 

@@ -1,6 +1,6 @@
 """Calls a function in a forked child.
 
-It needs no `multiprocessing.Pool`, whose parent waits for ever for a child that died or hangs.
+It does not use `multiprocessing.Pool`, whose parent waits forever for a child that died or hangs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ def in_child(function: Callable[[], Any]) -> Any:
     try:
         if not receiver.poll(TIMEOUT_S):
             pytest.fail("the child hangs")
-        result, error = receiver.recv()  # EOFError if it died
+        try:
+            result, error = receiver.recv()
+        except EOFError:
+            child.join(TIMEOUT_S)
+            pytest.fail(f"the child died with exit code {child.exitcode}")
         child.join(TIMEOUT_S)
     finally:
         child.kill()

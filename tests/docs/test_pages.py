@@ -16,7 +16,7 @@ from tests.docs.page import blocks_of, steps_of
 from tests.docs.run_page import ROOT, TIME_LIMIT_S, check_page, environment
 
 README = ROOT / "README.md"
-EXAMPLE_CPU_LIMIT_S = 300
+EXAMPLE_CPU_LIMIT_S = 120
 """The README's first example takes less than a minute on an idle laptop. CPU time hardly depends on the other load."""
 PACKAGES = {
     "export": ("onnxruntime", "onnxscript"),

@@ -16,8 +16,8 @@ from vista.store.lmdb.environment import SharedEnvironment
 
 RUN = Run(total=1000, batch=20, dim=300)
 """Batches of 2 %, one per PACE_S. Writing at full speed would make a small store grow by half in 100 ms."""
-PACE_S = 0.02
-MOST_TIMES_LIVE = 2.5
+PACE_S = 0.05
+MOST_TIMES_LIVE = 1.5
 LONGEST_READ_S = 0.1
 REWRITES = 5
 

@@ -39,7 +39,7 @@ def untrained(log: EventLog, seed: int, **changes: Any) -> VistaModel:
 def wait_for_end(thread: threading.Thread) -> None:
     """Wait until the system's thread has ended too, which `join` does not.
 
-    A thread that ends returns its memory to MKL under a lock. A child that is forked meanwhile waits for it for ever.
+    A thread that ends returns its memory to MKL under a lock. A child forked in the meantime deadlocks on that lock.
     """
     deadline = time.monotonic() + 60
     while Path(f"/proc/self/task/{thread.native_id}").exists():

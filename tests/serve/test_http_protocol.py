@@ -102,7 +102,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
 
 @pytest.fixture
 def patient() -> Iterator[Served]:
-    """A server that waits as long as a busy machine needs."""
+    """A server with long timeouts, for busy machines."""
     served = Served(100, TIMEOUT_S)
     yield served
     served.close()

@@ -1,16 +1,14 @@
 """How labeled tasks read the user's counters of a candidate.
 
 There are two maps. A linear map of the codes is added to the candidate's vector, so that the counters affect what the
-candidate attends to. A network adds to the logits: whether an item is due depends on the ratio of its gap to its mean
-gap, which a linear map cannot compute. The network also reads the user's number of events, because a count gives the
-mean gap only together with it. Serving computes the linear map and the network's first layer as a sum of table rows.
+candidate attends to. Because it is linear, serving computes it as a sum of table rows. A network adds to the logits:
+whether an item is due depends on the ratio of its gap to its mean gap, which a linear map cannot compute. The network
+also reads the user's number of events, because a count gives the mean gap only together with it.
 
 Letters: F values per key (`CounterSpec`). A candidate has F + 1 codes (`UserCounters.of_pairs`).
 """
 
 from __future__ import annotations
-
-from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -53,19 +51,11 @@ class CandidateCounters(nn.Module):
         return logits * (codes[..., :1] > 0)
 
     def of_each_code(self) -> Tensor:
-        """[(F + 1) * 64, width + HIDDEN]: row 64 f + c is what code c of column f adds. The rows of a candidate's codes
-        add up to what `forward` gives, and to the output of the network's first layer, which are sums over columns."""
-        num_codes, first = self.added.in_features // 2 + 1, self.network[0]
-        assert isinstance(first, nn.Linear)
+        """[F * 64, width]: row 64 f + c is what code c of column f adds. The rows of a candidate's codes add up to what
+        `forward` gives, because that is a sum over columns."""
+        num_values = self.added.in_features // 2
         code = torch.arange(MAX_CODE + 1, dtype=torch.uint8, device=self.added.weight.device)
-        codes = code.new_zeros(num_codes, len(code), num_codes)
-        codes[torch.arange(num_codes), :, torch.arange(num_codes)] = code
-        of_network = (code / 8 - 2)[:, None] * first.weight.t()[:, None]
-        of_network[0] += first.bias
-        return torch.cat([self(codes), of_network], -1).flatten(0, 1)
-
-    def logits_of_first_layer(self, outputs: Tensor) -> Tensor:
-        """`logits` of counted candidates, from the outputs [n, HIDDEN] of the network's first layer: [n, num_tasks]."""
-        for layer in islice(self.network, 1, None):
-            outputs = layer(outputs)
-        return outputs
+        codes = code.new_zeros(num_values, len(code), num_values + 1)
+        codes[torch.arange(num_values), :, torch.arange(num_values)] = code
+        rows: Tensor = self(codes)
+        return rows.flatten(0, 1)

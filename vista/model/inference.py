@@ -185,7 +185,7 @@ def user_feature_vectors(model: RankingModel, users: EncodedRows | None, num_use
     if model.user_encoder is None:
         return None
     users = _given_or_missing(users, model.user_features, num_users)
-    entry, dense = (torch.from_numpy(whole_tiles(part)).to(model.device) for part in (users.entry, users.dense))
+    entry, dense = (torch.from_numpy(_whole_tiles(part)).to(model.device) for part in (users.entry, users.dense))
     vectors: Tensor = model.user_encoder(entry, dense)
     return vectors[:num_users]
 
@@ -261,7 +261,7 @@ def counted_scores(model: RankingModel, users: Tensor, items: Tensor, counters: 
     """
     assert model.counted is not None
     key, owner, codes = (
-        torch.from_numpy(whole_tiles(part)).to(items.device)
+        torch.from_numpy(_whole_tiles(part)).to(items.device)
         for part in (counters.codes.key, counters.codes.owner, counters.codes.codes)
     )
     vectors = items.index_select(0, (key - UNKNOWN_ITEM - 1).clamp_(min=0))
@@ -274,7 +274,15 @@ def counted_scores(model: RankingModel, users: Tensor, items: Tensor, counters: 
     return (logit[:, 0] + model.counted.from_user(users).index_select(0, owner))[: len(counters.codes.key)]
 
 
-def whole_tiles(values: NDArray[Any]) -> NDArray[Any]:
+def counter_logits(model: VistaModel, codes: NDArray[np.uint8]) -> Tensor:
+    """Terms that counters uint8 [n, F + 1] of candidates add to their logits, float32 [n, num_tasks], row by row."""
+    assert model.candidate_counters is not None
+    rows = torch.from_numpy(_whole_tiles(codes)).to(model.device)
+    logits: Tensor = model.candidate_counters.logits(rows)[: len(codes)]
+    return logits
+
+
+def _whole_tiles(values: NDArray[Any]) -> NDArray[Any]:
     """Values [E, ...], padded with zeros to whole tiles."""
     missing = -len(values) % ROW_TILE
     if not missing:

@@ -156,10 +156,8 @@ def _shares_of_task(task: str, snapshot: ServingSnapshot, request: Request, rows
     index, codes, added = model.schema.tasks.index(task), None, None
     if request.counters is not None:
         of_items = request.counters.of_items(rows.cpu().numpy())
-        codes = torch.from_numpy(of_items).to(model.device)[None]
-        if model.candidate_counters is not None:
-            of_vectors, of_projections = model.candidate_counters(codes)[0].split([dim, 4 * dim], -1)
-            added = of_vectors, of_projections
+        both = snapshot.added_by(of_items)
+        codes, added = torch.from_numpy(of_items).to(model.device)[None], (both[:, :dim], both[:, dim:])
     vectors, weight = model.item_vectors(rows), model.task_head.weight[index : index + 1]
     of_pairs = None if asked is None else asked.expand_as(vectors)[None]
     value = model.candidate_logits(vectors[None], of_pairs, seen, context, codes=codes)[0, :, index]

@@ -95,7 +95,8 @@ class ServingSnapshot:
             """[NUM_GAPS, 5M] projections of the request's time, like those of items in `ItemProjections.candidate`."""
             self._of_features = None if model.request_encoder is None else RequestProjections(model)
             added = model.candidate_counters
-            self._code_rows = None if added is None else added.of_each_code()
+            self._code_vectors = None if added is None else added.of_each_code()
+            """[F * 64, 5M] what each code of each column adds to the rows of `ItemProjections.candidate`."""
         # Weights are laid out at their first use. Use them here, so that forked workers share the result.
         none = np.zeros(0, np.int64)
         tail = pad_tail(model, none, none, none, np.zeros(2, np.int64))
@@ -243,14 +244,12 @@ class ServingSnapshot:
                 scores[task][torch.from_numpy(place)] = cells[torch.from_numpy(filled)]
         return scores
 
-    def _terms_of_counters(self, codes: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
-        """What counters uint8 [n, F + 1] add to the rows of `ItemProjections.candidate` of counted candidates, [n, 5M],
-        and to their logits, [n, num_tasks]; row by row."""
-        assert self._code_rows is not None and self._scoring.candidate_counters is not None
-        index = inference.whole_tiles(codes) + np.arange(codes.shape[1]) * (MAX_CODE + 1)
-        sums = F.embedding_bag(torch.from_numpy(index).to(self.model.device), self._code_rows, mode="sum")
-        added, outputs = sums.tensor_split([5 * self.model.config.dim], 1)
-        return added[: len(codes)], self._scoring.candidate_counters.logits_of_first_layer(outputs)[: len(codes)]
+    def added_by(self, codes: NDArray[np.uint8]) -> Tensor:
+        """Terms [n, 5M] that counters uint8 [n, F + 1] add to the rows of `ItemProjections.candidate`."""
+        assert self._code_vectors is not None
+        codes = codes[:, :-1]
+        index = torch.from_numpy(codes + np.arange(codes.shape[1]) * (MAX_CODE + 1)).to(self.model.device)
+        return F.embedding_bag(index, self._code_vectors, mode="sum")
 
     def _portions(self, request: Request) -> Iterator[tuple[slice, Request]]:
         """The request, a few users at a time, so that their keys and values fit a cache."""
@@ -347,7 +346,7 @@ class ServingSnapshot:
                 user, column, place = request.counters.find(users, rows, columns)
                 if len(place):
                     codes = request.counters.found_codes(users.start + user, place)
-                    counted, of_counters = self._terms_of_counters(codes)
+                    counted, of_counters = self.added_by(codes), inference.counter_logits(model, codes)
                     index = torch.from_numpy(user * shape[1] + column).to(model.device)
                     x.view(-1, dim).index_add_(0, index, counted[:, :dim])
                     own.view(-1, 4 * dim).index_add_(0, index, counted[:, dim:].to(dtype))
