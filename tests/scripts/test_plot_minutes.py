@@ -24,7 +24,7 @@ def test_curves_become_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[s
     words = ["--results", str(tmp_path), "--out", str(tmp_path / "minutes.png")]
     (tmp_path / f"{TABLE}.jsonl").write_text(line("popularity") + "\n")
     assert plot_minutes.main(words) == 1
-    assert "has a curve; run scripts.experiments.reproduce newcomer-cj or " in capsys.readouterr().err
+    assert "has a curve; run scripts.experiments.reproduce ml-1m-20min or newcomer-cj or " in capsys.readouterr().err
     (tmp_path / f"{TABLE}.jsonl").write_text("{}\n")
     assert plot_minutes.main(words) == 1 and "line 1: result: missing keys" in capsys.readouterr().err
     curves = [line("vista", curve=[[60, 0.1], [120, 0.2]]), line("hstu", curve=[[60, 0.05]]), line("popularity")]
