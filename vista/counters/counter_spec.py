@@ -98,11 +98,11 @@ class CounterSpec:
             elapsed_ms: int64 [n] time since each event, at least 0.
             num_events: int64 [n] number of later events of the same user.
         """
-        weights = np.empty((len(elapsed_ms), self.num_horizons))
-        weights[:, : len(self.days)] = elapsed_ms[:, None]
-        weights[:, len(self.days) :] = (num_events * STEPS_PER_EVENT)[:, None]
-        weights /= -self.half_lives
-        return np.exp2(weights, out=weights)
+        passed = np.repeat(
+            np.stack([elapsed_ms, num_events * STEPS_PER_EVENT], 1), [len(self.days), len(self.events)], axis=1
+        )
+        weights: NDArray[np.float64] = np.exp2(-passed / self.half_lives)
+        return weights
 
     def age(self, elapsed_ms: Int, num_events: Int) -> NDArray[np.float64]:
         """Ages of n events, in s or in events: float64 [n]. Arguments as in `decay`."""

@@ -25,6 +25,9 @@ class UserCounters:
 
         F codes of the item's counters and one of the user's number of events; all are 0 for items that are not counted.
         """
-        codes = self.codes.lookup(user, key)
+        return self._with_event_counts(self.codes.lookup(user, key), user)
+
+    def _with_event_counts(self, codes: NDArray[np.uint8], user: Int) -> NDArray[np.uint8]:
+        """Codes uint8 [n, F] of items, with the codes of the numbers of events of users int64 [n]: uint8 [n, F + 1]."""
         num_events = np.where(codes[:, 0] > 0, encode_event_counts(self.num_events)[user], np.uint8(0))
         return np.column_stack([codes, num_events])

@@ -54,8 +54,7 @@ class FrozenLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., N] -> [..., O]."""
-        x = x.to(self.weight.dtype)
-        return self._rows(x, 0, len(self.weight)) if self.packs else F.linear(x, self.weight, self.bias)
+        return self._rows(x.to(self.weight.dtype), 0, len(self.weight))
 
     def parts(self, x: Tensor, count: int, first: int, activation: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
         """Cut the outputs [..., O] into `count` equal parts and return those from `first` on. The map has no bias.

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vista.arrays import Int
-from vista.counters.counter_codes import CounterCodes, cells_of, decode_values, encode_event_counts
+from vista.counters.counter_codes import CounterCodes, cells_of, decode_values
 from vista.counters.user_counters import UserCounters
 from vista.store.stored_batch import StoredBatch
 from vista.store.tail import Tail
@@ -88,10 +88,7 @@ class RequestCounters(UserCounters):
             user: int64 [n] from 0 to B - 1.
             place: int64 [n].
         """
-        counted = np.empty((len(place), self.codes.codes.shape[1] + 1), np.uint8)
-        counted[:, :-1] = self.codes.codes[place]
-        counted[:, -1] = encode_event_counts(self.num_events)[user]
-        return counted
+        return self._with_event_counts(self.codes.codes[place], user)
 
     def counts(self, rows: Int) -> NDArray[np.float32]:
         """The decoded values of candidates for the first user, float32 [C, F]; NaN if they are not counted."""

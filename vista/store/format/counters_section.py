@@ -102,8 +102,9 @@ def read_counters(
         stop = at + size * (key_bytes + layout.code_bytes)
         entries = np.ascontiguousarray(records.cut(at, stop)).reshape(-1, key_bytes + layout.code_bytes)
         key, packed = _widened(entries[:, :key_bytes], 4), _widened(entries[:, key_bytes:], 8)
-        shifts = np.arange(0, CODE_BITS * layout.spec.num_columns, CODE_BITS, dtype=np.uint64)
-        codes = (packed[:, None] >> shifts & np.uint64(MAX_CODE)).astype(np.uint8)
+        codes = np.empty((len(entries), layout.spec.num_columns), np.uint8)
+        for column in range(layout.spec.num_columns):
+            codes[:, column] = packed >> np.uint64(CODE_BITS * column) & np.uint64(MAX_CODE)
         offsets = offsets_of(size)
         counters.append(CounterCodes(layout.spec, key.view("<i4"), codes, offsets, clock))
         at = stop
