@@ -40,8 +40,7 @@ class ServiceProcess:
 
     def workers(self) -> list[int]:
         """Ids of the worker processes, if there are several."""
-        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
-        return [int(child) for child in children if b"spawn_main" in _command_line(child)]
+        return workers_of(self.pid)
 
     def num_listening(self) -> int:
         """Number of workers that listen on the port."""
@@ -188,6 +187,12 @@ def paced(port: int, requests: Sequence[bytes], gaps_s: NDArray[np.float64]) -> 
     for thread in threads:
         thread.join()
     return latencies
+
+
+def workers_of(service: int) -> list[int]:
+    """Ids of the worker processes of a service, if there are several; not those that have ended."""
+    children = Path(f"/proc/{service}/task/{service}/children").read_text().split()
+    return [int(child) for child in children if b"spawn_main" in _command_line(child)]
 
 
 def _command_line(pid: str) -> bytes:

@@ -24,6 +24,7 @@ import matplotlib.pyplot as plt
 
 STYLES = {
     "vista": ("VISTA", "tab:red"),
+    "tail-only": ("VISTA without summaries", "tab:gray"),
     "sasrec": ("SASRec", "tab:blue"),
     "hstu": ("HSTU", "tab:cyan"),
     "fuxi_linear": ("FuXi-Linear", "tab:green"),

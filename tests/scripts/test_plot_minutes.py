@@ -32,3 +32,7 @@ def test_curves_become_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (tmp_path / f"{TABLE}.jsonl").write_text("\n".join(curves) + "\n")
     assert plot_minutes.main(words) == 0
     assert (tmp_path / "minutes.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_results_of_this_repository_can_be_drawn(tmp_path: Path) -> None:
+    assert plot_minutes.main(["--out", str(tmp_path / "minutes.png")]) == 0

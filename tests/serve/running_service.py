@@ -18,17 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import vista
+from scripts.benchmarks.serve_load import workers_of
 
 TIMEOUT_S = 120
 _LISTENING = re.compile(r"listening on http://127\.0\.0\.1:(\d+)")
-
-
-def _command_line(pid: str) -> bytes:
-    """Words of a process, separated by zero bytes; none if it has ended."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
 
 
 class RunningService:
@@ -78,9 +71,7 @@ class RunningService:
 
     def workers(self) -> list[int]:
         """Process ids of the workers, if there are several."""
-        pid = self.process.pid
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return [int(child) for child in children if b"spawn_main" in _command_line(child)]
+        return workers_of(self.process.pid)
 
     def stop(self) -> int:
         """Send SIGTERM, and return the exit status."""
