@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import resource
 import shutil
@@ -14,6 +13,7 @@ import pytest
 
 from tests.docs.page import blocks_of, steps_of
 from tests.docs.run_page import ROOT, TIME_LIMIT_S, check_page, environment
+from tests.required_program import required
 
 README = ROOT / "README.md"
 EXAMPLE_CPU_LIMIT_S = 120
@@ -27,7 +27,7 @@ PACKAGES = {
 }
 """Packages of extras, by the page that needs them."""
 PROGRAMS = {"remote-store": "valkey-server", "export": "g++"}
-"""Programs that pages start; in continuous integration they are installed."""
+"""Programs that pages start, which are also the names of their packages."""
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 RUN = [
     page
@@ -63,8 +63,8 @@ def test_page(page: Path, tmp_path: Path) -> None:
     for package in PACKAGES.get(page.stem, ()):
         pytest.importorskip(package)
     program = PROGRAMS.get(page.stem)
-    if program and shutil.which(program) is None and "CI" not in os.environ:
-        pytest.skip(f"needs {program}")
+    if program:
+        required(shutil.which(program), program, program)
     assert check_page(page, tmp_path) > 0
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import logging
-import multiprocessing
-import os
 import platform
 import shutil
 import threading
@@ -19,6 +17,7 @@ import pytest
 import torch
 
 from tests.conftest import ITEMS, USERS, Served, run_python, sign_model, small_config
+from tests.forked_child import in_child
 from vista.config.choices import Precision
 from vista.errors import CheckpointError, StoreError
 from vista.log.event_log import EventLog
@@ -90,14 +89,8 @@ class TestStats:
                 wait_for_end(thread)
             assert (scorer.stats().calls, scorer.stats().hits, scorer.stats().candidates) == (100, 100, 200)
             expected = scorer.score(USERS, ITEMS)
-            receiver, sender = multiprocessing.Pipe(duplex=False)
-            pid = os.fork()
-            if pid == 0:
-                same = np.array_equal(scorer.score(USERS, ITEMS), expected)
-                sender.send((same, scorer.stats().calls))
-                os._exit(0)
-            os.waitpid(pid, 0)
-            assert receiver.recv() == (True, 1)
+            scores, calls = in_child(lambda: (scorer.score(USERS, ITEMS), scorer.stats().calls))
+            assert np.array_equal(scores, expected) and calls == 1
 
 
 class TestReload:

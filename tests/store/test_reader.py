@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import shutil
 import threading
 
@@ -10,6 +9,7 @@ import lmdb
 import numpy as np
 import pytest
 
+from tests.forked_child import in_child
 from vista.errors import StoreError, StoreLockedError, SummarizerMismatchError, UserKeyError
 from vista.store import NO_TIMESTAMP, StoreReader, Tail, UserSummaries, encode_records, user_keys
 from vista.store.admin.rollback import roll_back
@@ -394,10 +394,7 @@ def test_a_map_that_another_writer_grew_is_followed(tmp_path):
             for number in range(1000):
                 transaction.put(b"%d" % number, bytes(4000))
 
-    child = multiprocessing.get_context("fork").Process(target=grow)
-    child.start()
-    child.join()
-    assert child.exitcode == 0
+    in_child(grow)
     assert reader.read(lambda transaction: len(transaction.get(b"999"))) == 4000
     reader.release()
 

@@ -66,7 +66,7 @@ def start(
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "tests.training.rank_driver"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "KILL": kill, "CHANGE": change, "VERSION": version}
     command += [f"--config={path}", *words]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
 
 
 def curve(run_dir: Path) -> list[float]:
