@@ -110,3 +110,58 @@ def test_a_command_shows_progress_on_stderr_only(tmp_path: object) -> None:
     out, shown = _on_terminal(f"module.TERMINAL_DELAY_S = 0.0\nfrom vista.cli.main import main\nmain({words})")
     assert "simulate" in shown and "left" in shown
     assert out.startswith(f"{tmp_path}/source: 200 users") and "%" not in out
+
+
+BLOCKING = """
+import os, signal, sys, threading
+
+class Blocking:
+    def __init__(self):
+        self.reached, self.release = os.pipe(), threading.Event()
+    def write(self, text):
+        os.write(self.reached[1], b"w")
+        self.release.wait(60)
+    def flush(self):
+        pass
+    def isatty(self):
+        return False
+
+def draw(file):
+    sys.stderr = file
+    with progress_shown():
+        list(progress_bar(range(50), desc="x", unit="y"))
+
+module.PLAIN_DELAY_S = 0.0
+ours, blocking = sys.stderr, Blocking()
+"""
+
+
+def test_a_forked_child_killed_while_it_draws_does_not_stop_its_parent() -> None:
+    killed = """
+draw(ours)
+child = os.fork()
+if child == 0:
+    draw(blocking)
+os.read(blocking.reached[0], 1)
+os.kill(child, signal.SIGKILL)
+os.waitpid(child, 0)
+draw(ours)
+print("drawn")
+"""
+    assert _in_pipe(BLOCKING + killed)[0] == "drawn\n"
+
+
+def test_a_child_forked_while_another_thread_draws_can_draw() -> None:
+    forked = """
+thread = threading.Thread(target=draw, args=(blocking,))
+thread.start()
+os.read(blocking.reached[0], 1)
+child = os.fork()
+if child == 0:
+    draw(ours)
+    os._exit(0)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+blocking.release.set()
+thread.join()
+"""
+    assert _in_pipe(BLOCKING + forked)[0] == "0\n"

@@ -70,10 +70,11 @@ def progress_bar(
     if _is_terminal():
         is_narrow = not hidden and os.get_terminal_size(sys.stderr.fileno()).columns < NARROW_COLUMNS
         has_total = total is not None or hasattr(iterable, "__len__")
-        return tqdm(
+        return _Bar(
             iterable,
             disable=hidden,
             delay=TERMINAL_DELAY_S,
+            miniters=1,
             dynamic_ncols=True,
             leave=leave,
             bar_format=_NARROW if is_narrow and has_total else None,
@@ -113,7 +114,27 @@ def ticking(bar: tqdm[T]) -> Iterator[None]:
             thread.join()
 
 
-class _PlainLines(tqdm):  # type: ignore[misc]
+class _Bar(tqdm):  # type: ignore[misc]
+    """A progress bar whose lock belongs to its process alone.
+
+    tqdm shares a lock between a process and its forked children. A child that is killed while it holds that lock would
+    stop every bar of the others for ever. Since no thread of tqdm watches the bars, they need `miniters`.
+    """
+
+    _lock = threading.RLock()
+    monitor_interval = 0
+    disable = True
+    """Until the bar is made, so that an interrupt before that leaves nothing to close."""
+
+
+def _renew_lock() -> None:
+    _Bar._lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)  # another thread of the parent may have held it at the fork
+
+
+class _PlainLines(_Bar):
     """A progress bar that writes a line at a time."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -136,8 +157,7 @@ class _PlainLines(tqdm):  # type: ignore[misc]
 
     def close(self) -> None:
         """Write the last line, if there was one before, and it says something new."""
-        is_new = self.n != self._written_n or self.total is None
-        if not self.disable and self._next_line_s and is_new:
+        if not self.disable and self._next_line_s and (self.n != self._written_n or self.total is None):
             self._next_line_s = 0.0
             self._ema_dt = lambda: None  # the rate of all the work
             self.display()
