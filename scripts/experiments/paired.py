@@ -33,7 +33,7 @@ def paired_lines(settings: argparse.Namespace, lines: Sequence[Mapping[str, Any]
         files = {row: _files(settings, row, seeds) for row in pair}
         if not seeds or not all(file.exists() for own in files.values() for file in own):
             continue
-        row, reference = ([PerUserMetrics.load(file) for file in own] for own in files.values())
+        row, reference = (measured_users(settings, name, seeds) for name in pair)
         differences, reported = Comparison.of(reference, row).differences, reported_metrics(table)
         line = {
             "table": title,
@@ -50,6 +50,15 @@ def paired_lines(settings: argparse.Namespace, lines: Sequence[Mapping[str, Any]
         before = newest.get((title, table.data, line["model"]), [])
         if not any(all(old[key] == line[key] for key in ("metrics", "config")) for old in before):
             yield line
+
+
+def measured_users(settings: argparse.Namespace, row: str, seeds: Sequence[int]) -> list[PerUserMetrics]:
+    """Metrics per user of a row on test, for each seed.
+
+    Raises:
+        ConfigError: the row was not measured in the work folder with one of the seeds.
+    """
+    return [PerUserMetrics.load(file) for file in _files(settings, row, seeds)]
 
 
 def _common_seeds(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from scripts.experiments import reproduce
+from scripts.experiments import by_activity, reproduce
 from scripts.experiments.popularity_afterwards import PopularityAfterwards
 from scripts.experiments.results import changed_settings, read_results
 from scripts.experiments.row_measurement import SIMULATED, WINDOW_METRICS
@@ -79,6 +79,25 @@ def test_rows_are_measured_on_both_parts_and_compared_by_user(tmp_path: Path, wo
     assert both["metrics"][name] == pytest.approx(mean)
     page = (tmp_path / "tiny.md").read_text()
     assert page.count("| vista − tail-only |") == 1 and "| tiny | vista − tail-only | 2 |" in page
+
+
+def test_differences_by_activity_add_up_to_the_paired_difference(
+    tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = ["vista", "tail-only"]
+    assert reproduce.main([*words, "--rows", *rows]) == 0
+    paired = lines_of(tmp_path)[-1]["metrics"]
+    capsys.readouterr()
+    assert by_activity.main(["tiny", *rows, "--work", str(tmp_path / "work")]) == 0
+    header, _, *groups = (
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()
+    )
+    assert len(groups) == by_activity.NUM_GROUPS
+    column = header.index("precision@10/50-events")
+    total = sum(int(group[1]) * float(group[column].split()[0]) for group in groups)
+    assert total / sum(int(group[1]) for group in groups) == pytest.approx(paired[header[column]], abs=1e-4)
+    assert by_activity.main(["tiny", *rows, "--seeds", "2", "--work", str(tmp_path / "work")]) == 1
+    assert "run `vista evaluate`" in capsys.readouterr().err
 
 
 def test_each_part_has_a_model_that_is_trained_until_its_labels(tmp_path: Path, words: list[str]) -> None:

@@ -53,6 +53,9 @@ COLD_BASELINES = ("popularity", "popularity afterwards", "content neighbors", "i
 WITHOUT = "vista, same settings without counters"
 HSTU = ("hstu, counters", "hstu-1,000, counters", "hstu-2,000, counters")
 """HSTU over the newest 200, 1,000, and 2,000 events."""
+SASREC = ("sasrec, counters", "sasrec-1,000, counters", "sasrec-2,000, counters")
+OTHER_K = ("vista, counters, K = 4", "vista, counters, K = 64")
+"""With fewer and more tokens than 16, for users with short and long histories (`by_activity`)."""
 COUNTED = ("vista, counters", "tail-only, counters", "hstu, counters")
 """Rows that are compared with every baseline."""
 ALL_EVENTS = "vista, all events"
@@ -73,7 +76,7 @@ def _returns(data: str) -> Table:
 def _windows(data: str, minutes: float) -> Table:
     """`minutes` is the estimated time of one model of the row `vista, counters`; a row trains two."""
     words, both = (*COUNTERS, *CHOSEN[data]), 2 * minutes
-    hstu = (*words, *NO_MEAN, "model=hstu")
+    hstu, sasrec = ((*words, *NO_MEAN, f"model={name}") for name in ("hstu", "sasrec"))
     rows = {
         "vista, counters": TableRow(both, (*words, *MEAN)),
         "tail-only, counters": TableRow(0.5 * both, (*words, *NO_MEAN, *K0)),
@@ -82,6 +85,10 @@ def _windows(data: str, minutes: float) -> Table:
         "hstu, counters": TableRow(1.5 * both, hstu),
         "hstu-1,000, counters": TableRow(3 * both, (*hstu, "model.history_limit=1000")),
         "hstu-2,000, counters": TableRow(4 * both, (*hstu, "model.history_limit=2000")),
+        "sasrec, counters": TableRow(1.5 * both, sasrec),
+        "sasrec-1,000, counters": TableRow(3 * both, (*sasrec, "model.history_limit=1000")),
+        "sasrec-2,000, counters": TableRow(4 * both, (*sasrec, "model.history_limit=2000")),
+        **{f"vista, counters, K = {k}": TableRow(both, (*words, *MEAN, f"model.num_seeds={k}")) for k in (4, 64)},
         # Without counters, and trained on windows, or on next items only.
         "vista": TableRow(2 * both, (*WITHOUT_COUNTERS, *LOSS)),
         "tail-only": TableRow(both, (*WITHOUT_COUNTERS, *LOSS, *K0)),
@@ -95,7 +102,10 @@ def _windows(data: str, minutes: float) -> Table:
         **_baselines(*BASELINE_MINUTES),
     }
     compared = {
-        "vista, counters": ("vista", WITHOUT, "tail-only, counters", "vista, counters, no mean", *HSTU),
+        "vista, counters": (
+            *("vista", WITHOUT, "tail-only, counters", "vista, counters, no mean"),
+            *(*HSTU, *SASREC, *OTHER_K),
+        ),
         "hstu, counters": HSTU[1:],
         "vista": ("tail-only", "vista-next"),
         "tail-only": ("tail-only-next",),
