@@ -54,8 +54,14 @@ WITHOUT = "vista, same settings without counters"
 HSTU = ("hstu, counters", "hstu-1,000, counters", "hstu-2,000, counters")
 """HSTU over the newest 200, 1,000, and 2,000 events."""
 SASREC = ("sasrec, counters", "sasrec-1,000, counters", "sasrec-2,000, counters")
-OTHER_K = ("vista, counters, K = 4", "vista, counters, K = 64")
-"""With fewer and more tokens than 16, for users with short and long histories (`by_activity`)."""
+VARIED = {
+    # Fewer and more tokens than 16, for users with short and long histories (`by_activity`).
+    "vista, counters, K = 4": "model.num_seeds=4",
+    "vista, counters, K = 64": "model.num_seeds=64",
+    "vista, counters, one head": "model.num_heads=1",
+    "vista, counters, items reconstructed": "model.reconstruction_target=items",
+}
+"""One setting of vista changed."""
 COUNTED = ("vista, counters", "tail-only, counters", "hstu, counters")
 """Rows that are compared with every baseline."""
 ALL_EVENTS = "vista, all events"
@@ -88,7 +94,7 @@ def _windows(data: str, minutes: float) -> Table:
         "sasrec, counters": TableRow(1.5 * both, sasrec),
         "sasrec-1,000, counters": TableRow(3 * both, (*sasrec, "model.history_limit=1000")),
         "sasrec-2,000, counters": TableRow(4 * both, (*sasrec, "model.history_limit=2000")),
-        **{f"vista, counters, K = {k}": TableRow(both, (*words, *MEAN, f"model.num_seeds={k}")) for k in (4, 64)},
+        **{name: TableRow(both, (*words, *MEAN, word)) for name, word in VARIED.items()},
         # Without counters, and trained on windows, or on next items only.
         "vista": TableRow(2 * both, (*WITHOUT_COUNTERS, *LOSS)),
         "tail-only": TableRow(both, (*WITHOUT_COUNTERS, *LOSS, *K0)),
@@ -104,7 +110,7 @@ def _windows(data: str, minutes: float) -> Table:
     compared = {
         "vista, counters": (
             *("vista", WITHOUT, "tail-only, counters", "vista, counters, no mean"),
-            *(*HSTU, *SASREC, *OTHER_K),
+            *(*HSTU, *SASREC, *VARIED),
         ),
         "hstu, counters": HSTU[1:],
         "vista": ("tail-only", "vista-next"),
