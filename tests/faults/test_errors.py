@@ -39,7 +39,6 @@ from vista.errors import shortened, shown
 from vista.log.event_log import EventLog
 from vista.training.trainer import train
 
-"""Of a message: hostile values must not fill a log."""
 HOSTILE_CALLS = [(name, place) for name, one in API_CALLS.items() for place in range(len(one.values))]
 random.Random(0).shuffle(HOSTILE_CALLS)
 CALLS = 50

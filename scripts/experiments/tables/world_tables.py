@@ -15,6 +15,8 @@ MANY_COUNTERS = (
     *(*COUNTERS, "model.counter_keys=1024", "model.counter_events=[250,1000,2500]"),
     "optim.next_weight=0",
 )
+DECAYS = ("model.decay=position", "model.decay_horizons=[32,200,1000,0]")
+"""Three of four heads forget: what users liked lately differs from what they liked before."""
 INTERESTS = ("model.item_start=factors", "model.num_interests=64")
 REFERENCES = {
     "last 2,000 events": TableRow(1, untrained="last 2000"),
@@ -27,6 +29,7 @@ def _world(name: str, **size: Any) -> Table:
     """Half as many users as in the table `simulation`, and twice as many passes."""
     rows = {
         "vista": TableRow(12),
+        "vista, decay": TableRow(12, DECAYS),
         "vista, counters": TableRow(13, COUNTERS),
         # All items that a user can return to, with time constants from which the mean gap of an item follows.
         "vista, 1,024 counted items": TableRow(25, MANY_COUNTERS),
