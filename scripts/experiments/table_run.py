@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import cache
 from statistics import fmean
 from typing import Any
 
@@ -127,7 +129,12 @@ def train_config(table: Table, row: TableRow) -> TrainConfig:
     words += SETS[table.data].words if table.simulation is None else ()
     words += ["model.use_item_features=false", "model.use_user_features=false"]
     words += () if table.windows or table.curve else NO_RETURNS
-    return compose_config(TrainConfig, [*words, *table.words, *row.words])
+    return deepcopy(_composed(*words, *table.words, *row.words))
+
+
+@cache
+def _composed(*words: str) -> TrainConfig:
+    return compose_config(TrainConfig, words)
 
 
 def part_configs(table: Table, row: TableRow) -> dict[str, TrainConfig]:
