@@ -112,6 +112,43 @@ def test_a_command_shows_progress_on_stderr_only(tmp_path: object) -> None:
     assert out.startswith(f"{tmp_path}/source: 200 users") and "%" not in out
 
 
+def test_slow_work_after_fast_work_is_shown() -> None:
+    code = """
+with progress_shown():
+    for i in progress_bar(range(20_003), desc="x", unit="y"):
+        time.sleep(0.4 if i >= 20_000 else 0)
+"""
+    _, written = _on_terminal("module.NARROW_COLUMNS = 0\n" + code)
+    assert "20002/20003" in written, written
+
+
+def test_a_failed_write_leaves_no_lock_behind() -> None:
+    code = """
+import sys
+
+class Broken:
+    def write(self, text):
+        raise BrokenPipeError
+    def flush(self):
+        pass
+    def isatty(self):
+        return False
+
+module.PLAIN_DELAY_S = 0.0
+ours, sys.stderr = sys.stderr, Broken()
+with progress_shown():
+    try:
+        list(progress_bar(range(3), desc="x", unit="y"))
+    except BrokenPipeError:
+        print("raised")
+    sys.stderr = ours
+    with elapsed_time("next"):
+        time.sleep(1.5)
+"""
+    out, written = _in_pipe(code)
+    assert out == "raised\n" and "next: 00:0" in written
+
+
 BLOCKING = """
 import os, signal, sys, threading
 
@@ -142,6 +179,7 @@ draw(ours)
 child = os.fork()
 if child == 0:
     draw(blocking)
+    os._exit(0)
 os.read(blocking.reached[0], 1)
 os.kill(child, signal.SIGKILL)
 os.waitpid(child, 0)
@@ -156,6 +194,7 @@ def test_a_child_forked_while_another_thread_draws_can_draw() -> None:
 thread = threading.Thread(target=draw, args=(blocking,))
 thread.start()
 os.read(blocking.reached[0], 1)
+sys.stderr = ours  # where Python 3.12 warns of forks with threads
 child = os.fork()
 if child == 0:
     draw(ours)

@@ -12,7 +12,8 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
+from weakref import WeakSet
 
 from tqdm import tqdm
 
@@ -100,11 +101,14 @@ def ticking(bar: tqdm[T]) -> Iterator[None]:
 
     def tick() -> None:
         while not ended.wait(1.0):
-            bar.update(0)
+            if bar.format_dict["elapsed"] >= bar.delay:
+                bar.last_print_t = max(
+                    bar.last_print_t, bar.start_t + bar.delay
+                )  # else `close` leaves out the last line
+                bar.refresh()
 
     thread = threading.Thread(target=tick, daemon=True)
     if not bar.disable:
-        bar.miniters = 0
         thread.start()
     try:
         yield
@@ -118,13 +122,19 @@ class _Bar(tqdm):  # type: ignore[misc]
     """A progress bar whose lock belongs to its process alone.
 
     tqdm shares a lock between a process and its forked children. A child that is killed while it holds that lock would
-    stop every bar of the others for ever. Since no thread of tqdm watches the bars, they need `miniters`.
+    block the bars of all the others forever. Without the thread of tqdm that watches bars, they need `miniters`.
     """
 
     _lock = threading.RLock()
+    _instances: ClassVar[WeakSet[Any]] = WeakSet()
     monitor_interval = 0
     disable = True
     """Until the bar is made, so that an interrupt before that leaves nothing to close."""
+
+    def refresh(self, nolock: bool = False, lock_args: Any = None) -> bool | None:
+        """Display the bar. Unlike tqdm, it gives the lock back if the write fails or is interrupted."""
+        with self._lock:
+            return super().refresh(nolock=True)  # type: ignore[no-any-return]
 
 
 def _renew_lock() -> None:
