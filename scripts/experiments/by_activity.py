@@ -2,8 +2,8 @@
 
     python -m scripts.experiments.by_activity window-dev 'vista, counters, K = 64' 'vista, counters' --seeds 1
 
-The rows must have been measured with the same --work. Printed is the first row minus the second on test, for quarters
-of the users with labels by their number of events in the log.
+The rows must have been measured with the same --work. Prints the first row minus the second on test, by quarter of the
+users with labels, from the shortest histories before the labels to the longest.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ import numpy as np
 
 from scripts.experiments.paired import measured_users
 from scripts.experiments.row_measurement import reported_metrics, table_log
+from scripts.experiments.table_run import train_config
 from scripts.experiments.tables import TABLES
 from vista.arrays import Int
 from vista.errors import VistaError
 from vista.evaluation.comparison import Comparison
 from vista.evaluation.per_user_metrics import PerUserMetrics
+from vista.log.splits import split_until, visible_counts
 
 NUM_GROUPS = 4
 
@@ -36,14 +38,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/tables"), help="folder of `reproduce`")
     settings = parser.parse_args(arguments)
     table = TABLES[settings.table]
+    if unknown := [name for name in settings.rows if name not in table.rows]:
+        parser.error(f"{settings.table} has no row {unknown[0]!r}")
     try:
         log = table_log(settings, table.rows[settings.rows[0]])
+        seen = visible_counts(log, split_until(train_config(table, table.rows[settings.rows[0]]).data, "test"))
         row, reference = (measured_users(settings, name, settings.seeds) for name in settings.rows)
     except VistaError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    names = [name for name in reported_metrics(table) if name in row[0].values]
-    lengths = log.lengths[log.users.rows(row[0].users)]
+    names = [name for name in reported_metrics(table) if name in row[0].values and name in reference[0].values]
+    lengths = seen[log.users.rows(row[0].users)]
     labeled = np.flatnonzero(~np.isnan(row[0].values[names[0]]))
     print("| events | users |", " | ".join(names), "|")
     print("| --- | ---: |", " | ".join(["---:"] * len(names)), "|")

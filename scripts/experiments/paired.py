@@ -15,6 +15,7 @@ from scripts.experiments.row_measurement import per_user_file, reported_metrics,
 from scripts.experiments.row_origin import RowOrigin
 from scripts.experiments.table_run import UNTRAINED_SEED, command_of
 from scripts.experiments.tables import TABLES
+from vista.errors import ConfigError
 from vista.evaluation.comparison import Comparison
 from vista.evaluation.per_user_metrics import PerUserMetrics
 
@@ -58,7 +59,10 @@ def measured_users(settings: argparse.Namespace, row: str, seeds: Sequence[int])
     Raises:
         ConfigError: the row was not measured in the work folder with one of the seeds.
     """
-    return [PerUserMetrics.load(file) for file in _files(settings, row, seeds)]
+    for file in (files := _files(settings, row, seeds)):
+        if not file.exists():
+            raise ConfigError(f"{file}: does not exist; measure the row {row!r} with `reproduce` first")
+    return [PerUserMetrics.load(file) for file in files]
 
 
 def _common_seeds(

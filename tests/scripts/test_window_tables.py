@@ -97,7 +97,7 @@ def test_differences_by_activity_add_up_to_the_paired_difference(
     total = sum(int(group[1]) * float(group[column].split()[0]) for group in groups)
     assert total / sum(int(group[1]) for group in groups) == pytest.approx(paired[header[column]], abs=1e-4)
     assert by_activity.main(["tiny", *rows, "--seeds", "2", "--work", str(tmp_path / "work")]) == 1
-    assert "run `vista evaluate`" in capsys.readouterr().err
+    assert "measure the row 'vista' with `reproduce` first" in capsys.readouterr().err
 
 
 def test_each_part_has_a_model_that_is_trained_until_its_labels(tmp_path: Path, words: list[str]) -> None:
