@@ -119,10 +119,10 @@ def ticking(bar: tqdm[T]) -> Iterator[None]:
 
 
 class _Bar(tqdm):  # type: ignore[misc]
-    """A progress bar whose lock belongs to its process alone.
+    """A progress bar whose lock is not shared across processes.
 
     tqdm shares a lock between a process and its forked children. A child that is killed while it holds that lock would
-    block the bars of all the others forever. Without the thread of tqdm that watches bars, they need `miniters`.
+    block the bars of all the others forever. With tqdm's monitor thread off, bars need `miniters=1`.
     """
 
     _lock = threading.RLock()
@@ -132,7 +132,7 @@ class _Bar(tqdm):  # type: ignore[misc]
     """Until the bar is made, so that an interrupt before that leaves nothing to close."""
 
     def refresh(self, nolock: bool = False, lock_args: Any = None) -> bool | None:
-        """Display the bar. Unlike tqdm, it gives the lock back if the write fails or is interrupted."""
+        """Display the bar. Unlike tqdm, it releases the lock if the write fails or is interrupted."""
         with self._lock:
             return super().refresh(nolock=True)  # type: ignore[no-any-return]
 

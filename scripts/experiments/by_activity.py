@@ -2,7 +2,7 @@
 
     python -m scripts.experiments.by_activity window-dev 'vista, counters, K = 64' 'vista, counters' --seeds 1
 
-The rows must have been measured with the same --work. Prints the first row minus the second on test, by quarter of the
+The rows must have been measured in the same --work folder. Prints the first row minus the second on test, by quarter of the
 users with labels, from the shortest histories before the labels to the longest.
 """
 

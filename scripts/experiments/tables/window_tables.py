@@ -62,7 +62,7 @@ VARIED = {
     "vista, counters, items reconstructed": ("model.reconstruction_target=items",),
     "vista, counters, next items alone": NEXT,
 }
-"""One thing about vista changed."""
+"""Each row changes one setting of vista."""
 COUNTED = ("vista, counters", "tail-only, counters", "hstu, counters")
 """Rows that are compared with every baseline."""
 ALL_EVENTS = "vista, all events"
