@@ -2,8 +2,8 @@
 
     python -m scripts.experiments.by_activity window-dev 'vista, counters, K = 64' 'vista, counters' --seeds 1
 
-The rows must have been measured in the same --work folder. Prints the first row minus the second on test, by quarter of the
-users with labels, from the shortest histories before the labels to the longest.
+The rows must have been measured in the same --work folder. Prints the first row minus the second on test, by
+quarter of the users with labels, from the shortest histories before the labels to the longest.
 """
 
 from __future__ import annotations
