@@ -102,9 +102,8 @@ def ticking(bar: tqdm[T]) -> Iterator[None]:
     def tick() -> None:
         while not ended.wait(1.0):
             if bar.format_dict["elapsed"] >= bar.delay:
-                bar.last_print_t = max(
-                    bar.last_print_t, bar.start_t + bar.delay
-                )  # else `close` leaves out the last line
+                # `close` writes a last line only if there was one after the delay.
+                bar.last_print_t = max(bar.last_print_t, bar.start_t + bar.delay)
                 bar.refresh()
 
     thread = threading.Thread(target=tick, daemon=True)

@@ -16,7 +16,7 @@ MANY_COUNTERS = (
     "optim.next_weight=0",
 )
 DECAYS = ("model.decay=position", "model.decay_horizons=[32,200,1000,0]")
-"""Three of four heads forget: what users liked lately differs from what they liked before."""
+"""Three of four heads weigh recent events more, because tastes change."""
 INTERESTS = ("model.item_start=factors", "model.num_interests=64")
 REFERENCES = {
     "last 2,000 events": TableRow(1, untrained="last 2000"),
