@@ -54,7 +54,7 @@ test-research: setup ## run the tests of benchmarks, result tables and documenta
 
 $(RECIPES_VENV)/.installed: pyproject.toml
 	test -x $(RECIPES_VENV)/bin/python || $(PYTHON) -m venv $(RECIPES_VENV)
-	$(RECIPES_VENV)/bin/python -m pip install $(PIP_OPTIONS) -e '.[data]' pytest pytest-timeout $(RECIPES)
+	$(RECIPES_VENV)/bin/python -m pip install $(PIP_OPTIONS) -e '.[data]' hypothesis pytest pytest-timeout $(RECIPES)
 	@touch $@
 
 test-recipes: $(RECIPES_VENV)/.installed ## run the recipes for Spark (needs Java) and Feast in an environment of their own (2 GB, some minutes)
