@@ -11,7 +11,8 @@ nothing is cached between calls.
 - roofline: the matrix products that no implementation can avoid (scorer_workloads.py), in their fastest forms on this
   machine, for several numbers of candidates and users, encoded beforehand.
 - layers: pointwise layers, the default, against equally many softmax layers with feed-forward networks.
-- counters: models with counters of 64 items per user, the default, against the same models without.
+- counters: models with counters of 64 items per user, the default, against the same models without; and those with
+  counters of a category too.
 - features: models with eight features of items and four of requests, against the same models with ids alone.
 - recompute: the same scorer without a store, which reads and summarizes the history in the request, with bidirectional
   mixing (the paper without a cache) and with separable mixing.
@@ -38,7 +39,7 @@ import numpy as np
 import torch
 
 from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser
-from scripts.benchmarks.requests_with_counters import bench_counters
+from scripts.benchmarks.requests_with_counters import bench_counters, untrained_with_category
 from scripts.benchmarks.requests_with_features import bench_features, untrained_with_features
 from scripts.benchmarks.scorer_worker import WorkerAnswer, WorkerOpening, WorkerOrder
 from scripts.benchmarks.scorer_workloads import (
@@ -364,7 +365,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             counted = ScorerWorkload.make(
                 untrained(log, dim=dim, num_seeds=num_seeds, counters=True), log, root / f"users-{dim}-counters"
             )
-            bench_counters(recorder, pointwise, counted, NUM_CANDIDATES)
+            model = untrained_with_category(log, dim=dim, num_seeds=num_seeds)
+            with_category = ScorerWorkload.make(model, log, root / f"users-{dim}-category")
+            bench_counters(recorder, pointwise, counted, with_category, NUM_CANDIDATES)
             model = untrained_with_features(log, dim=dim, num_seeds=num_seeds)
             bench_features(recorder, pointwise, ScorerWorkload.make(model, log, root / f"users-{dim}-features"))
         bench_batches(recorder, ours)

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
-from vista.arrays import Int
+from vista.arrays import Int, offsets_of
 from vista.counters.counter_spec import CounterSpec
 from vista.counters.counter_table import CounterTable
+from vista.counters.item_keys import ItemKeys
 from vista.counters.user_counters import UserCounters
 from vista.log.histories import Histories
+from vista.log.item_features import CategoryColumn, ItemFeatures
+from vista.log.vocabulary import Vocabulary
+from vista.model.feature_spec import FeatureSpec
+from vista.model.item_feature_table import ItemFeatureTable
 
 DAY = 86_400_000
 SPECS = [
@@ -55,20 +61,38 @@ def counted_by_loop(spec: CounterSpec, events: Events) -> dict[int, list[float]]
     return counted
 
 
+def category(name: str, codes: NDArray[np.int64]) -> tuple[list[FeatureSpec], ItemFeatureTable]:
+    """How a model reads one category of its items, and the value of each item from 0 on; -1 is none."""
+    size, is_known = int(codes.max()) + 1, codes >= 0
+    values = Vocabulary.from_ids([f"value {value:03}" for value in range(size)])
+    column = CategoryColumn(values, codes[is_known].astype(np.int32), offsets_of(is_known.astype(np.int64)))
+    columns = [FeatureSpec(name, "category", size)]
+    return columns, ItemFeatureTable.of(ItemFeatures({name: column}), columns)
+
+
+def only_items(spec: CounterSpec) -> ItemKeys:
+    """Keys for a spec that counts only items."""
+    return ItemKeys(spec, np.zeros((0, 1), np.int32))
+
+
 def counters_of_request(
-    spec: CounterSpec, history: Histories, *, covered: int, first: int, seen: int, now: Int | None
+    keys: ItemKeys, history: Histories, *, covered: int, first: int, seen: int, now: Int | None
 ) -> UserCounters:
     """Counters of a request on one history, as a store and a scorer make them.
 
     A record holds those of the first `covered` events. The request adds the events from `first` to `seen`.
     """
 
-    def part(start: int, stop: int) -> tuple[Int, Int, Int]:
+    def part(field: int, start: int, stop: int) -> tuple[Int, Int, Int]:
         events = history.slice(0, start, stop)
-        return events.item.astype(np.int64), np.asarray(events.timestamp), np.array([0, stop - start])
+        key = keys.of(events.item.astype(np.int64))[field]
+        return key, np.asarray(events.timestamp), np.array([0, stop - start])
 
-    record = CounterTable.of(spec, *part(0, covered)).top(spec.keys[0]).codes()
-    return UserCounters(record.advanced(now, *part(first, seen)), np.array([covered + seen - first]))
+    fields = []
+    for field, most in enumerate(keys.spec.keys):
+        record = CounterTable.of(keys.spec, *part(field, 0, covered)).top(most).codes()
+        fields.append(record.advanced(now, *part(field, first, seen)))
+    return UserCounters(fields[0], np.array([covered + seen - first]), tuple(fields[1:]), keys)
 
 
 def assert_identical(one: CounterTable, other: CounterTable) -> None:

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 
+from tests.counters.counter_histories import only_items
 from vista.arrays import Int
 from vista.config import DataConfig, ModelConfig, OptimConfig, SourceColumns, TrainConfig
 from vista.config.choices import Architecture, Decay, Split
 from vista.counters.counter_spec import CounterSpec
+from vista.counters.item_keys import ItemKeys
 from vista.errors import ConfigError
 from vista.examples.batch import Batch
 from vista.examples.batch_source import BatchSource, events_before
@@ -74,7 +76,7 @@ def source(
     model: dict[str, Any] | None = None,
     optim: dict[str, Any] | None = None,
     stored: StoredSummaries | None = None,
-    spec: CounterSpec | None = None,
+    keys: ItemKeys | None = None,
     **data: Any,
 ) -> BatchSource:
     options = {"tokens_per_batch": 64, "label_spacing": 4, "num_negatives": 8, "split": Split.leave_last_out} | data
@@ -84,7 +86,7 @@ def source(
         optim=OptimConfig(**(optim or {})),
         seed=3,
     )
-    return BatchSource(world.log, np.arange(world.log.num_items) + 1, config, stored, spec)
+    return BatchSource(world.log, np.arange(world.log.num_items) + 1, config, stored, keys)
 
 
 def time_split(world: World, **data: Any) -> BatchSource:
@@ -240,7 +242,7 @@ def test_counted_items_are_those_of_the_record_and_the_tail(
     spec, gaps, lag = CounterSpec(keys=(1000,)), 0, 0 if tail_in_summary else 4
     options = {"optim": WITH_WINDOWS, "model": {"counters": True, "tail_in_summary": tail_in_summary}}
     options |= {"chunk_len": chunk_len, "staleness_share": 0.5, "anchor_spacing": 2}
-    made = time_split(world, stored=stored, spec=spec, **options)
+    made = time_split(world, stored=stored, keys=only_items(spec), **options)
     for batch in whole_pass(made):
         anchors = batch.anchors
         assert anchors is not None and anchors.counters is not None

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from tests.conftest import draw_counter_weights
+from tests.counters.counter_histories import category
 from vista.config import DataConfig, ModelConfig
 from vista.config.choices import TargetAttentionKind
 from vista.log.vocabulary import Vocabulary
@@ -35,6 +36,7 @@ def drawn_model(
     has_time: bool = True,
     mean_token: bool = False,
     num_layers: int = 2,
+    categories: bool = False,
 ) -> VistaModel:
     """A model in eval mode. No weight that training starts at 0 is 0."""
     config = ModelConfig(
@@ -47,16 +49,19 @@ def drawn_model(
         target_attention=kind,
         counters=counters,
         counter_keys=10,
+        counter_categories=["brand"] if categories else [],
         popularity=counters,
         mean_token=mean_token,
     )
     columns = COLUMNS if features else []
+    brands, table = category("brand", np.arange(100) % 8 - 1) if categories else ([], None)
     schema = Schema(
         ["view", "like"],
         has_time,
         None,
         list(tasks),
         has_retrieval,
+        item_features=brands,
         event_features=columns,
         num_tail_features=len(columns),
         request_features=columns,
@@ -67,6 +72,7 @@ def drawn_model(
     if features:
         values = {"device": Vocabulary.from_ids(["phone", "tablet", "tv"]), "dwell": None, "page": HashedVocabulary(5)}
         model.event_features = model.request_features = model.user_features = RowFeatureReader(columns, values)
+    model.set_item_features(table)
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():

@@ -282,7 +282,7 @@ def test_aotinductor_scores_without_vista(tmp_path: Path, kind: TargetAttentionK
     [
         {"kind": TargetAttentionKind.pointwise, "num_layers": 2},
         {"kind": TargetAttentionKind.quasi_linear, "mean_token": True},
-        {"num_seeds": 0},
+        {"num_seeds": 0, "categories": True},
         {"tasks": (), "features": False},
         {"has_retrieval": False, "counters": False},
         {"counters": False, "features": False, "has_time": False, "num_seeds": 0},

@@ -37,6 +37,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "no counters": {"counters": False},
     "no features": {"features": False},
     "no times": {"has_time": False},
+    "categories": {"categories": True},
     "little": {"counters": False, "features": False, "has_time": False, "num_seeds": 0},
 }
 

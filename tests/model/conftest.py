@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.counters.counter_histories import category
 from vista.arrays import Int
 from vista.config import DataConfig, ModelConfig
 from vista.config.choices import Decay
-from vista.counters.counter_spec import CounterSpec
+from vista.counters.item_keys import ItemKeys
 from vista.examples.anchors import AnchorPlan
 from vista.examples.batch import Batch
 from vista.examples.chunks import ChunkCounters, ChunkImpressions, Chunks, ChunkTimeline, decay_clock
@@ -49,10 +50,12 @@ def model(
 ) -> VistaModel:
     """A model in eval mode in which every parameter matters: noise keeps biases and the like from being 0.
 
-    With `num_tail_features`, it reads features of events, and so many of them in stage 2.
+    With `num_tail_features`, it reads features of events, and so many of them in stage 2. If it counts categories, its
+    items have the feature `brand`: 3 values, and none for every fourth item.
     """
     torch.manual_seed(seed)
     options = {"dim": 16, "num_heads": 2, "num_seeds": 3, "tail_len": 5, "conv_width": 3, "dropout": 0.0} | config
+    brands, table = category("brand", np.arange(num_items) % 4 - 1) if "counter_categories" in config else ([], None)
     built = VistaModel(
         ModelConfig(**options),
         Schema(
@@ -60,6 +63,7 @@ def model(
             has_time,
             rating_range,
             tasks,
+            item_features=brands,
             event_features=[] if num_tail_features is None else READER.columns,
             num_tail_features=num_tail_features or 0,
             request_features=READER.columns if request_features else [],
@@ -76,6 +80,7 @@ def model(
     built.event_features = None if num_tail_features is None else READER
     built.request_features = READER if request_features else None
     built.user_features = READER if user_features else None
+    built.set_item_features(table)
     return built.eval()
 
 
@@ -124,12 +129,12 @@ def chunks(
     num_items: int = NUM_ITEMS,
     decay: Decay = Decay.none,
     chunk_len: int = 10**6,
-    spec: CounterSpec | None = None,
+    keys: ItemKeys | None = None,
     requests: bool = False,
 ) -> tuple[Chunks, Int]:
     """Histories in chunks, with impressions at random positions; and the times of the impressions in ms.
 
-    Anchors may ask about the rest of a chunk's history. With a spec, chunks have the counters of their users; with
+    Anchors may ask about the rest of a chunk's history. With keys, chunks have the counters of their users; with
     requests, impressions have features.
     """
     rng = np.random.default_rng([seed, 1])
@@ -170,8 +175,8 @@ def chunks(
             dense=np.concatenate([part.dense for part in features]) if requests else None,
         ),
         counters=None
-        if spec is None
-        else ChunkCounters(HistoryCounters(spec, item, packed.timestamp, packed.offsets), user, start, None),
+        if keys is None
+        else ChunkCounters(HistoryCounters(keys, item, packed.timestamp, packed.offsets), user, start, None),
         entry=of_events.entry,
         dense=of_events.dense,
         user_entry=np.concatenate([of_users.entry, READER.missing(1).entry]),
@@ -237,7 +242,10 @@ def predictions(made: Chunks, cut_plan: CutPlan, seed: int = 0) -> tuple[Predict
     """
     numbers = np.arange(len(made.impressions.item))
     coded = replace(
-        made, item=1000 + np.arange(len(made.item)), impressions=replace(made.impressions, item=2000 + numbers)
+        made,
+        item=1000 + np.arange(len(made.item)),
+        impressions=replace(made.impressions, item=2000 + numbers),
+        counters=None,
     )
     cut = batch(coded, cut_plan, seed)
     rows = cut.rows.numpy()

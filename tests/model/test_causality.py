@@ -59,7 +59,8 @@ def with_other_impressions(chunks: Chunks, label: int, owner: int, num_items: in
     return replace(chunks, impressions=replace(shown, item=item, gap=gap))
 
 
-COUNTERS = {"counters": {"counters": True, "counter_keys": 3, "num_seeds": 0}}
+OF_ITEMS = {"counters": True, "counter_keys": 3, "num_seeds": 0}
+COUNTERS = {"counters": OF_ITEMS, "counters of a category": OF_ITEMS | {"counter_categories": ["brand"]}}
 
 
 def counted(batch: Batch) -> list[dict[int, bytes]]:
@@ -89,7 +90,7 @@ def test_the_future_changes_no_bit_of_a_prediction(make: SimpleNamespace, shape:
     owner = int(np.searchsorted(packed.offsets, label, side="right")) - 1
 
     changed = with_another_future(packed, label, owner, make.num_items, same_time=same_time)
-    options = {"impressions": 10, "decay": model.config.decay, "chunk_len": chunk_len, "spec": model.counter_spec}
+    options = {"impressions": 10, "decay": model.config.decay, "chunk_len": chunk_len, "keys": model.item_keys}
     chunks, other = (make.chunks(each, seed, **options)[0] for each in (packed, changed))
     other = with_other_impressions(other, label, owner, make.num_items)
     cuts = make.batch(chunks, plan, seed), make.batch(other, plan, seed)

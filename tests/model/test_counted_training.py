@@ -21,7 +21,7 @@ from tests.model.test_sequence_baselines import LIMIT
 from vista.arrays import Int
 from vista.config import DataConfig, ModelConfig, OptimConfig
 from vista.config.choices import Architecture
-from vista.counters.counter_spec import CounterSpec
+from vista.counters.item_keys import ItemKeys
 from vista.counters.user_counters import UserCounters
 from vista.examples.batch import Batch
 from vista.log.histories import Histories
@@ -47,9 +47,9 @@ class Request:
     gap_start: int
     now: Int | None
 
-    def counters(self, spec: CounterSpec) -> UserCounters:
+    def counters(self, keys: ItemKeys) -> UserCounters:
         return counters_of_request(
-            spec, self.history, covered=self.covered, first=self.first, seen=self.seen, now=self.now
+            keys, self.history, covered=self.covered, first=self.first, seen=self.seen, now=self.now
         )
 
 
@@ -77,6 +77,7 @@ def drawn_setting(data: st.DataObject) -> dict[str, Any]:
         "chunk_len": data.draw(st.sampled_from([7, 100])),
         "is_timed": data.draw(st.booleans()),
         "staleness": data.draw(st.sampled_from([0.0, 0.7])),
+        "categories": data.draw(st.sampled_from([{}, {"counter_categories": ["brand"]}])),
     }
 
 
@@ -119,10 +120,11 @@ def test_losses_are_those_of_served_scores(make: SimpleNamespace, data: st.DataO
         popularity=popularity,
         tail_len=drawn["tail_len"],
         temperature=0.5,
+        **drawn["categories"],
     )
     model.set_item_frequency(np.arange(make.num_items + 1))
     packed = make.histories(drawn["lengths"], drawn["seed"])
-    chunks, _ = make.chunks(packed, drawn["seed"], chunk_len=drawn["chunk_len"], spec=model.counter_spec)
+    chunks, _ = make.chunks(packed, drawn["seed"], chunk_len=drawn["chunk_len"], keys=model.item_keys)
     anchors = make.anchor_plan(timeless_share=float(not drawn["is_timed"]), keeps_other_windows=False)
     plan = make.plan(
         model, label_spacing=min(4, drawn["tail_len"]), staleness_share=drawn["staleness"], anchors=anchors
@@ -142,7 +144,7 @@ def test_losses_are_those_of_served_scores(make: SimpleNamespace, data: st.DataO
         tail = make.tail(model, asked.history.slice(0, asked.gap_start, asked.seen))
         context = inference.request_context(model, summary, tail)
         users = inference.user_vectors(model, context, inference.request_gap(model, asked.now, tail))
-        counters = asked.counters(model.counter_spec)
+        counters = asked.counters(model.item_keys)
         scores.append(inference.catalog_scores(model, users, items, counters)[0])
         assert len(counters.codes.key) <= 3 + drawn["tail_len"]
     expected = served_losses(scores, batch)
@@ -154,9 +156,10 @@ def test_losses_are_those_of_served_scores(make: SimpleNamespace, data: st.DataO
 @given(data=st.data())
 def test_impressions_have_the_counters_of_their_items(make: SimpleNamespace, data: st.DataObject) -> None:
     drawn = drawn_setting(data)
-    model = make.model(seed=4, counters=True, counter_keys=3, num_seeds=0, tail_len=drawn["tail_len"])
+    options = {"counters": True, "counter_keys": 3, "num_seeds": 0, "tail_len": drawn["tail_len"]}
+    model = make.model(seed=4, **options, **drawn["categories"])
     packed = make.histories(drawn["lengths"], drawn["seed"], num_items=6)
-    options = {"impressions": 12, "num_items": 6, "chunk_len": drawn["chunk_len"], "spec": model.counter_spec}
+    options = {"impressions": 12, "num_items": 6, "chunk_len": drawn["chunk_len"], "keys": model.item_keys}
     chunks, shown_at = make.chunks(packed, drawn["seed"], **options)
     plan = make.plan(
         model,
@@ -173,7 +176,7 @@ def test_impressions_have_the_counters_of_their_items(make: SimpleNamespace, dat
         now = shown_at[[number]] if drawn["is_timed"] else None
         asked = request(packed, batch, window, position, now)
         item = chunks.impressions.item[[number]]
-        codes = asked.counters(model.counter_spec).of_pairs(np.zeros(1, np.int64), item)
+        codes = asked.counters(model.item_keys).of_pairs(np.zeros(1, np.int64), item)
         np.testing.assert_array_equal(batch.impressions.codes[window, column], codes[0])
 
         tail = make.tail(model, asked.history.slice(0, asked.gap_start, asked.seen))
@@ -209,7 +212,7 @@ def test_baselines_count_all_events_before_a_request(make: SimpleNamespace, name
             parameter.add_(torch.randn_like(parameter) * 0.1)
     model.set_item_frequency(np.arange(make.num_items + 1))
     packed = make.histories([LIMIT, 9, 1], 2)
-    chunks, _ = make.chunks(packed, 2, spec=model.counter_spec)
+    chunks, _ = make.chunks(packed, 2, keys=model.item_keys)
     anchors = make.anchor_plan(spacing=2, keeps_other_windows=False)
     plan = make.plan(model, staleness_share=0.5, anchors=anchors, exact_counters=True)
     batch = make.batch(chunks, plan, 2)
@@ -221,7 +224,7 @@ def test_baselines_count_all_events_before_a_request(make: SimpleNamespace, name
     for asked in anchor_requests(packed, batch, places, is_timed=True, exact=True):
         assert asked.covered == asked.seen
         users = model.user_vectors(asked.history.slice(0, 0, asked.seen), asked.now)
-        scores.append(inference.catalog_scores(model, users, catalog, asked.counters(model.counter_spec))[0])
+        scores.append(inference.catalog_scores(model, users, catalog, asked.counters(model.item_keys))[0])
     expected = served_losses(scores, batch)
     assert {part: float(value) for part, value in trained.parts.items()} == pytest.approx(expected, rel=1e-4)
     assert len(scores) == 12
@@ -234,7 +237,7 @@ def test_no_label_is_in_its_own_counters(make: SimpleNamespace) -> None:
     packed = Histories(
         np.arange(1, 92).astype(np.int32), packed.timestamp, packed.action, packed.rating, packed.offsets
     )
-    chunks, _ = make.chunks(packed, 5, chunk_len=11, spec=model.counter_spec)
+    chunks, _ = make.chunks(packed, 5, chunk_len=11, keys=model.item_keys)
     plan = make.plan(model, staleness_share=0.5, anchors=make.anchor_plan(by_time=True, keeps_other_windows=False))
     batch, places = make.batch(chunks, plan, 5, num_items=200), make.anchor_predictions(chunks, plan, 5)
     assert batch.anchors is not None and batch.anchors.counters is not None
@@ -246,3 +249,28 @@ def test_no_label_is_in_its_own_counters(make: SimpleNamespace) -> None:
         assert (counted >= packed.offsets[user]).all() and (counted < event).all()
         known += len(counted)
     assert known > 500
+
+
+def test_no_label_is_in_its_own_counters_of_a_category(make: SimpleNamespace) -> None:
+    """The brand of a label is new to its user, so no brand is counted as often as it would be with the label."""
+    model = make.model(counters=True, counter_keys=100, num_seeds=0, num_items=60, counter_categories=["brand"])
+    assert model.item_keys is not None
+    packed = make.histories([40], 5)
+    brand_1, others = np.flatnonzero(model.item_keys.category[0] == 1), np.flatnonzero(model.item_keys.category[0] > 1)
+    item = np.where(np.arange(40) < 30, others[np.arange(40) % len(others)], brand_1[0]).astype(np.int32)
+    packed = Histories(item, packed.timestamp, packed.action, packed.rating, packed.offsets)
+    options = {"impressions": 60, "num_items": 60, "keys": model.item_keys}
+    chunks, _ = make.chunks(packed, 5, **options)
+    plan = make.plan(model, staleness_share=0.5)
+    batch = make.batch(chunks, plan, 5)
+    _, places = make.predictions(chunks, plan, 5)
+    codes, num_columns = batch.impressions.codes, model.item_keys.spec.num_columns
+    assert codes is not None
+    seen_brand = 0
+    for window, column in np.argwhere(places.number >= 0):
+        position, shown = places.position[window, column], chunks.impressions.item[places.number[window, column]]
+        if model.item_keys.category[0, shown] == 1:
+            is_counted = bool(codes[window, column, num_columns] > 0)
+            assert not is_counted or position > 30
+            seen_brand += is_counted
+    assert seen_brand > 0

@@ -167,6 +167,27 @@ def test_a_saved_table_is_the_same(tmp_path: Path) -> None:
     assert table.offsets.tolist() == [0, 0, 3, 5, 7] and table.dense.shape == (4, 1)
 
 
+def test_the_keys_of_a_category_do_not_depend_on_the_other_columns() -> None:
+    brand = [[1], [], [0], [2], [2], [], [0], [1], [2]]
+    features = ItemFeatures(
+        {
+            "genres": category([[0, 2], [1], [], [0], [1, 2], [2], [], [0, 1, 2], [1]]),
+            "price": NumberColumn(np.arange(NUM_ITEMS, dtype=np.float32)),
+            "brand": category(brand),
+            "text": VectorColumn(np.ones((NUM_ITEMS, 2), np.float32)),
+            "topic": category(brand[::-1]),
+        }
+    )
+    columns = [FeatureSpec.of(name, column) for name, column in features.columns.items()]
+    table = ItemFeatureTable.of(features, columns)
+    keys = [0, *(values[0] + 1 if values else 0 for values in brand)]
+    assert table.category_keys(columns, "brand").tolist() == keys
+    assert table.category_keys(columns, "topic").tolist() == [0, *keys[:0:-1]]
+    for name in ("price", "text", "color"):
+        with pytest.raises(RuntimeError, match=f"'{name}', which the model counts, is not a category of its items"):
+            table.category_keys(columns, name)
+
+
 def test_a_table_of_another_model_is_refused() -> None:
     features = ItemFeatures({"genres": category([[2]] * NUM_ITEMS)})
     columns = [FeatureSpec.of(name, column) for name, column in features.columns.items()]

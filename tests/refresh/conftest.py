@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.counters.counter_histories import category
 from tests.refresh.mock_kafka import MockKafka
 from tests.refresh.streams import TOPIC, watch_of
 from vista.config import DataConfig, ModelConfig, SourceColumns, WatchConfig
@@ -39,10 +40,12 @@ READER = RowFeatureReader.of(
 def model(seed: int = 0, num_tail_features: int | None = None, **config: Any) -> VistaModel:
     """An untrained model with every parameter moved away from its initial value.
 
-    With `num_tail_features`, it reads features of events, and so many of them in stage 2.
+    With `num_tail_features`, it reads features of events, and so many of them in stage 2. If it counts categories, its
+    items have the feature `genre`: 4 values, and none for every fifth item.
     """
     torch.manual_seed(seed)
     options = {"dim": 16, "num_heads": 2, "num_seeds": 3, "tail_len": 5, "conv_width": 3, "dropout": 0.0} | config
+    genres, table = category("genre", np.arange(NUM_ITEMS) % 5 - 1) if "counter_categories" in config else ([], None)
     built = VistaModel(
         ModelConfig(**options),
         Schema(
@@ -50,6 +53,7 @@ def model(seed: int = 0, num_tail_features: int | None = None, **config: Any) ->
             True,
             (1.0, 5.0),
             [],
+            item_features=genres,
             event_features=[] if num_tail_features is None else READER.columns,
             num_tail_features=num_tail_features or 0,
         ),
@@ -62,6 +66,7 @@ def model(seed: int = 0, num_tail_features: int | None = None, **config: Any) ->
         if built.config.num_interests:
             built.item_interest[1:] = torch.arange(len(built.items)) % (1 + built.config.num_interests)
     built.event_features = None if num_tail_features is None else READER
+    built.set_item_features(table)
     return built.eval()
 
 

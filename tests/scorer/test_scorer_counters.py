@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from tests.conftest import DAY, START, draw_counter_weights, small_config, tail_of
-from tests.counters.counter_histories import counters_of_request
+from tests.counters.counter_histories import category, counters_of_request
 from vista.arrays import Int
 from vista.counters.user_counters import UserCounters
 from vista.evaluation.cases import case_requests
@@ -71,10 +71,10 @@ class Opened:
 
     def expected(self, now: Any) -> UserCounters:
         """Counters of a request for all users, made from the log."""
-        seen, spec = self.log.lengths, self.scorer.model.counter_spec
-        assert spec is not None
+        seen, keys = self.log.lengths, self.scorer.model.item_keys
+        assert keys is not None
         histories, requests = case_requests(
-            spec,
+            keys,
             self.log,
             self.rows,
             np.arange(len(seen)),
@@ -87,18 +87,32 @@ class Opened:
 
 
 def untrained(log: EventLog, items: Vocabulary, **changes: Any) -> VistaModel:
-    """A model with counters, and weights of the heads as if it were trained."""
+    """A model with counters, and weights of the heads as if it were trained.
+
+    If it counts categories, its items have the feature `brand`: 12 values, and none for every tenth item.
+    """
     config = small_config(log, "unused", model__counters=True, model__tail_len=TAIL_LEN, **changes)
     torch.manual_seed(5)
-    model = VistaModel(config.model, schema_of(log, config), items, config.data).eval()
+    counted, config.model.counter_categories = config.model.counter_categories, []  # of which the log has none
+    schema, table = schema_of(log, config), None
+    if counted:
+        has_brand = np.arange(len(items)) % 10 > 0
+        columns, table = category("brand", np.where(has_brand, np.arange(len(items)) % 12, -1))
+        schema, config.model.counter_categories = replace(schema, item_features=columns), counted
+    model = VistaModel(config.model, schema, items, config.data).eval()
+    model.set_item_features(table)
     draw_counter_weights(model)
     return model
 
 
-@pytest.fixture(scope="module", params=["summary", "no summary, popularity"])
+@pytest.fixture(scope="module", params=["summary", "no summary, popularity", "categories"])
 def model(request: pytest.FixtureRequest, impression_log: EventLog) -> VistaModel:
     """Knows 36 of the log's 40 items."""
-    changes = {"model__num_seeds": 0, "model__popularity": True} if "popularity" in request.param else {}
+    changes: dict[str, Any] = {
+        "summary": {},
+        "no summary, popularity": {"model__num_seeds": 0, "model__popularity": True},
+        "categories": {"model__counter_categories": ["brand"]},
+    }[request.param]
     items = Vocabulary.from_ids(impression_log.items.ids(np.arange(4, impression_log.num_items)))
     return untrained(impression_log, items, model__counter_keys=8, **changes)
 
@@ -123,8 +137,10 @@ def now(request: pytest.FixtureRequest, impression_log: EventLog) -> NDArray[np.
 
 
 def same_codes(actual: UserCounters, expected: UserCounters) -> None:
-    for name in ("key", "codes", "offsets"):
-        np.testing.assert_array_equal(getattr(actual.codes, name), getattr(expected.codes, name))
+    fields = zip((actual.codes, *actual.categories), (expected.codes, *expected.categories), strict=True)
+    for own, other in fields:
+        for name in ("key", "codes", "offsets"):
+            np.testing.assert_array_equal(getattr(own, name), getattr(other, name))
     np.testing.assert_array_equal(actual.num_events, expected.num_events)
 
 
@@ -148,7 +164,7 @@ class TestCodes:
         same_codes(opened.counters(opened.users, doubled, now), expected)
 
     def test_without_fresh_events_the_stored_counters_decay(self, opened: Opened) -> None:
-        (stored,) = opened.scorer.store.get_many(opened.users).counters
+        stored = opened.scorer.store.get_many(opened.users).counters[0]
         at_rest = opened.counters(opened.users, None, None)
         np.testing.assert_array_equal(at_rest.codes.codes, stored.codes)
         later = opened.counters(opened.users, None, stored.clock + 100 * DAY).codes
@@ -179,11 +195,11 @@ class TestCodes:
         item, time = np.array([3, 5, 3]), start + np.array([0, 3, 7]) * DAY
         history = Histories(item.astype(np.int32), time, np.zeros(3, np.uint8), None, np.array([0, 3]))
         tail = Tail(history.item, time, history.action, history.offsets)
-        batch, spec = opened.scorer.store.get_many(opened.users[:1]), opened.scorer.model.counter_spec
-        assert spec is not None
+        batch, keys = opened.scorer.store.get_many(opened.users[:1]), opened.scorer.model.item_keys
+        assert keys is not None
         for stored in (opened.scorer.store.get_many([999]), batch.without(np.ones(1, bool))):
-            actual = RequestCounters.of(stored, tail, np.ones(3, bool), None)
-            same_codes(actual, counters_of_request(spec, history, covered=0, first=0, seen=3, now=None))
+            actual = RequestCounters.of(keys, stored, tail, np.ones(3, bool), None)
+            same_codes(actual, counters_of_request(keys, history, covered=0, first=0, seen=3, now=None))
         nobody = batch.without(np.ones(1, bool)).spread(np.array([1]), 2)
         assert nobody.counters[0].clock.tolist() == [NO_TIMESTAMP] * 2
 
@@ -287,7 +303,8 @@ class TestExplanation:
         added = explanation.summary.sum(1) + explanation.state + explanation.tail.sum(1) + explanation.own
         rest = explanation.value - added - explanation.counted
         np.testing.assert_allclose(rest, explanation.remainder, atol=1e-5)
-        is_counted = np.isfinite(explanation.counts[:, 0])
+        counts = explanation.counts[:, :1] if task == "next" else explanation.counts
+        is_counted = np.isfinite(counts).any(1)
         assert ((explanation.counted != 0) == is_counted).all() and 4 < is_counted.sum() < len(items)
         model = scorer.model
         assert model.counted is not None and model.task_head is not None
@@ -307,10 +324,14 @@ class TestExplanation:
         user, tail = opened.users[2], opened.tail(TAIL_LEN, np.array([2]))
         items = opened.scorer.item_vectors()[0]
         explanation = opened.scorer.explain(user, items, tail=tail)
-        codes = opened.counters([user], tail, None).codes
-        found = np.flatnonzero(np.isfinite(explanation.counts).all(1))
-        assert (found + 1).tolist() == codes.key.tolist()
-        np.testing.assert_allclose(explanation.counts[found], codes.values(), rtol=1e-6)
+        counters = opened.counters([user], tail, None)
+        fields = np.split(explanation.counts, counters.keys.spec.num_fields, axis=1)
+        keys = counters.keys.of(np.arange(1, len(items) + 1))
+        for values, codes, key in zip(fields, (counters.codes, *counters.categories), keys, strict=True):
+            expected = dict(zip(codes.key.tolist(), codes.values().tolist(), strict=True))
+            assert (np.isfinite(values).all(1) == np.isin(key, codes.key)).all() and np.isin(codes.key, key).all()
+            for row in np.flatnonzero(np.isin(key, codes.key)).tolist():
+                np.testing.assert_allclose(values[row], expected[int(key[row])], rtol=1e-6)
 
 
 @pytest.mark.parametrize("sent", [slice(None), slice(0, 3), slice(2, 8, 3)], ids=["all", "some", "scattered"])

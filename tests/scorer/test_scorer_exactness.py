@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from tests.conftest import DAY, draw_counter_weights, small_config
+from tests.counters.counter_histories import category
 from vista.config.choices import TargetAttentionKind
 from vista.log.event_log import EventLog
 from vista.model.counted_item_head import HIDDEN
@@ -42,7 +44,8 @@ def products_keep_to_rows() -> bool:
     Both torch's products and those of frozen maps, whose weights the processor may have packed.
     """
     torch.manual_seed(0)
-    of_counters = ((9, 5 * DIM), (7, HIDDEN), (HIDDEN, HIDDEN), (HIDDEN, 1), (DIM, 1))
+    # Of the networks of items, and with a category; then what follows both.
+    of_counters = ((5, HIDDEN), (7, HIDDEN), (9, HIDDEN), (11, HIDDEN), (HIDDEN, HIDDEN), (HIDDEN, 1), (DIM, 1))
     for inner, outer in ((DIM, 4 * DIM), (DIM, DIM), (2 * DIM, DIM), (DIM, 3), *of_counters):
         linear, rows = nn.Linear(inner, outer, bias=False), torch.randn(1024, inner)
         with torch.no_grad():
@@ -64,24 +67,30 @@ def same(actual: Any, expected: Any) -> None:
 @pytest.fixture(
     scope="module",
     params=[
-        (TargetAttentionKind.softmax, 16, False),
-        (TargetAttentionKind.pointwise, 18, False),
-        (TargetAttentionKind.pointwise, 16, True),
-        (TargetAttentionKind.quasi_linear, 16, False),
+        (TargetAttentionKind.softmax, 16, ""),
+        (TargetAttentionKind.pointwise, 18, ""),
+        (TargetAttentionKind.pointwise, 16, "items"),
+        (TargetAttentionKind.softmax, 16, "items and a category"),
+        (TargetAttentionKind.quasi_linear, 16, ""),
     ],
 )
 def opened(
     request: pytest.FixtureRequest, impression_log: EventLog, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Scorer]:
-    """A scorer for each kind of layers, and one with counters and popularity, with three tasks and the next item."""
+    """A scorer for each kind of layers, and two with counters and popularity, with three tasks and the next item."""
     folder = tmp_path_factory.mktemp("exact")
-    kind, tail_len, has_counters = request.param
+    kind, tail_len, counted = request.param
     config = small_config(impression_log, "unused", model__dim=DIM, model__num_seeds=16, model__tail_len=tail_len)
     config.model.target_attention = kind
-    config.model.counters = config.model.popularity = has_counters
+    config.model.counters = config.model.popularity = bool(counted)
     config.model.counter_keys = 10
+    schema, table = schema_of(impression_log, config), None
+    if "category" in counted:
+        columns, table = category("brand", np.arange(impression_log.num_items) % 6 - 1)
+        schema, config.model.counter_categories = replace(schema, item_features=columns), ["brand"]
     torch.manual_seed(3)
-    model = VistaModel(config.model, schema_of(impression_log, config), impression_log.items, config.data).eval()
+    model = VistaModel(config.model, schema, impression_log.items, config.data).eval()
+    model.set_item_features(table)
     for read in model.target_attention.reads:
         nn.init.normal_(read.output.out.weight, std=0.2)  # which starts at 0
     draw_counter_weights(model)

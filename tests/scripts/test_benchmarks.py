@@ -94,6 +94,7 @@ CASES = {
         "5,000 candidates, float32: times over its roofline, against those of 500 candidates",
         "32 users x 100 candidates, float32: times over its roofline",
         "500 candidates, next: with counters against without",
+        "500 candidates, click: with counters of a category too",
         "2,000 events, bidirectional, float32: stored against recomputed",
         "2,000 events, separable, float32: stored against recomputed",
         "50 events: against sasrec over the raw history",

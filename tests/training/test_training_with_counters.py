@@ -137,10 +137,10 @@ class Asked:
     now: np.ndarray
 
     def counters(self) -> UserCounters:
-        spec, history = self.model.counter_spec, self.newest(self.seen, self.seen)
-        assert spec is not None
+        keys, history = self.model.item_keys, self.newest(self.seen, self.seen)
+        assert keys is not None
         first = max(self.covered, self.seen - self.model.config.tail_len)
-        return counters_of_request(spec, history, covered=self.covered, first=first, seen=self.seen, now=self.now)
+        return counters_of_request(keys, history, covered=self.covered, first=first, seen=self.seen, now=self.now)
 
     def newest(self, limit: int, stop: int) -> Histories:
         """Up to `limit` events before the position `stop`, with rows of the model."""

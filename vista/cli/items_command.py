@@ -16,7 +16,9 @@ from vista.errors import CheckpointError, ConfigError, shown
 from vista.files import checked_path, recover_folder
 from vista.log.ingest.new_items import read_items, with_columns
 from vista.log.item_features import CategoryColumn, ItemFeatures
+from vista.log.vocabulary import Vocabulary
 from vista.model.added_items import with_items
+from vista.model.counted_fields import check_categories
 from vista.model.vista_model import VistaModel
 from vista.progress_bar import elapsed_time
 
@@ -81,6 +83,8 @@ def run_items_add(config: ItemsAddConfig) -> ItemsAdded:
             differing = int(model.feature_table.differs(1 + rows[known], given, model.schema.item_features).sum())
         if features is not None and len(new):
             features = features.select(new)
+            paths = ", ".join(config.items.paths)
+            check_categories(model.config, features, Vocabulary.from_ids(ids[new]), paths)
             unseen = _unseen_values(features, model)
             card = folder / CARD_FILE
             with elapsed_time("extend the model"):

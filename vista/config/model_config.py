@@ -31,9 +31,11 @@ from vista.errors import shown
 MAX_DIM = 2**16 - 1
 """The header of a record holds the shape of a summary as two uint16."""
 MAX_COUNTER_KEYS = 2**16 - 1
-"""A record holds the number of its counted items as uint16."""
+"""A record holds the number of its keys per field as uint16."""
 MAX_HASHED_ROWS = 2**31 - 1
 """Codes of categories are int32."""
+ITEM = "item"
+"""The field of counters whose keys are items. Other fields are names of categories of items."""
 MAX_HORIZONS = 8
 """Most time constants of counters, so that the codes of an item fit into 64 bits."""
 MIN_COUNTER_DAYS = 1 / 24
@@ -165,7 +167,10 @@ class ModelConfig:
     return to them (`data.exclude_seen` is false), and no task is trained. With stage=downstream, null takes this and
     the settings that follow from it from the base."""
     counter_keys: int = 64
-    """With counters, number of items per user that are stored: the most frequent ones."""
+    """With counters, number of items per user that are stored: the most frequent ones; and of values per category."""
+    counter_categories: list[str] = field(default_factory=list)
+    """With counters=true, features of items whose values are counted too, such as [brand]: how often and how recently
+    the user had items with the same value. Each must be a category with at most one value per item."""
     counter_days: list[float] = field(default_factory=lambda: [30.0])
     """With counters, time constants in days of sums that decay with time. A log without times has none."""
     counter_events: list[float] = field(default_factory=lambda: [200.0])
@@ -218,6 +223,8 @@ class ModelConfig:
             self._check_interests()
         if self.counters:
             self._check_counters()
+        if self.counter_categories:
+            self._check_counted_categories()
         require(
             not self.popularity or not self.architecture.ranks_only,
             "model.popularity",
@@ -320,6 +327,13 @@ class ModelConfig:
             f"with counter_events at most {MAX_HORIZONS} time constants, got {self.counter_days} and "
             f"{self.counter_events}",
         )
+
+    def _check_counted_categories(self) -> None:
+        names, key = self.counter_categories, "model.counter_categories"
+        require(self.counters is True, key, f"needs model.counters=true, got {names} and counters={self.counters}")
+        require(self.use_item_features, key, f"needs model.use_item_features=true, got {names}")
+        is_valid = len({*names}) == len(names) and ITEM not in names
+        require(is_valid, key, f"must be distinct names of features other than {ITEM!r}, got {names}")
 
     def _check_mean_token(self) -> None:
         require(

@@ -1,1 +1,1 @@
-"""Counters: how often and how recently each user had each item, exact in refresh and quantized in the store."""
+"""Counters: how often and how recently each user had each item and category, exact in states, quantized in records."""

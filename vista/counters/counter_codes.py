@@ -98,7 +98,7 @@ class CounterCodes:
 
     spec: CounterSpec
     key: NDArray[np.int32]
-    """[E] item rows of the model, or category codes; at least 1."""
+    """[E] item rows of the model, or codes of a category plus 1; at least 1."""
     codes: NDArray[np.uint8]
     """[E, F], from `encode_values`. codes / 63 is a logarithmic feature from 0 to 1."""
     offsets: Int
@@ -156,21 +156,25 @@ class CounterCodes:
 
     def lookup(self, user: Int, key: Int) -> NDArray[np.uint8]:
         """Codes of n pairs of user (0 .. N - 1) and key: uint8 [n, F]; zeros where the user has no such key."""
-        found = np.zeros((len(key), self.spec.num_columns), np.uint8)
-        cells, wanted = cells_of(self.owner, self.key), cells_of(user, key)
+        return self.at_cells(cells_of(self.owner, self.key), cells_of(user, key))
+
+    def at_cells(self, cells: Int, wanted: Int) -> NDArray[np.uint8]:
+        """`lookup` of pairs as numbers: cells int64 [E] of all keys, and wanted int64 [n], from `cells_of`."""
+        found = np.zeros((len(wanted), self.spec.num_columns), np.uint8)
         place = np.searchsorted(cells, wanted)
         inside = np.flatnonzero(place < len(cells))
         inside = inside[cells[place[inside]] == wanted[inside]]
         found[inside] = self.codes[place[inside]]
         return found
 
-    def padded(self) -> tuple[Int, NDArray[np.uint8]]:
-        """Keys int64 [N, S], with -1 as padding, and codes uint8 [N, S, F], with zeros; S is the most keys per user."""
+    def padded(self, size: int = 0) -> tuple[Int, NDArray[np.uint8]]:
+        """Keys int64 [N, S], with -1 as padding, and codes uint8 [N, S, F], with zeros; S is the most keys per user, or
+        `size` if that is more."""
         counts = np.diff(self.offsets)
-        filled = np.arange(counts.max(initial=0)) < counts[:, None]
+        filled = np.arange(counts.max(initial=size)) < counts[:, None]
         key = np.full(filled.shape, -1, np.int64)
         key[filled] = self.key
-        codes = np.zeros((*filled.shape, self.spec.num_columns), np.uint8)
+        codes = np.zeros((*filled.shape, self.codes.shape[1]), np.uint8)
         codes[filled] = self.codes
         return key, codes
 

@@ -12,12 +12,15 @@ from numpy.typing import NDArray
 
 from vista.arrays import Int
 from vista.config.checks import MAX_DAYS
-from vista.config.model_config import MAX_COUNTER_EVENTS, MAX_COUNTER_KEYS, MAX_HORIZONS, MIN_COUNTER_DAYS
+from vista.config.model_config import (
+    ITEM,
+    MAX_COUNTER_EVENTS,
+    MAX_COUNTER_KEYS,
+    MAX_HORIZONS,
+    MIN_COUNTER_DAYS,
+)
 from vista.json_fields import NUMBER, check_fields, list_of, one_of, text, whole
 from vista.log.gaps import DAY_MS
-
-ITEM = "item"
-"""The field whose keys are items. Other fields are names of item categories."""
 
 STEPS_PER_EVENT = 1_000_000
 """Positions are scaled by this, so that half-lives in events are whole numbers of steps, as those in ms are."""
@@ -71,6 +74,11 @@ class CounterSpec:
             raise ValueError(f"days, events: at most {MAX_HORIZONS} horizons in all, got {self.days} and {self.events}")
         if self.days and not self.has_time:
             raise ValueError(f"days: must be empty for a log without times, got {self.days}")
+
+    @property
+    def num_fields(self) -> int:
+        """G, what is counted: items, and categories of items."""
+        return len(self.fields)
 
     @property
     def num_horizons(self) -> int:

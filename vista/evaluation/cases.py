@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.arrays import Float32s, Int
-from vista.counters.counter_spec import CounterSpec
+from vista.counters.item_keys import ItemKeys
 from vista.examples.batch_source import events_before
 from vista.examples.history_counters import CounterRequests, HistoryCounters
 from vista.log.event_log import EventLog
@@ -134,7 +134,7 @@ def request_starts(cases: ImpressionCases) -> Int:
 
 
 def case_requests(
-    spec: CounterSpec,
+    keys: ItemKeys,
     log: EventLog,
     item_rows: Int,
     user: Int,
@@ -147,7 +147,7 @@ def case_requests(
     """Requests for the counters of n cases, as a store's records and a scorer's requests would have them.
 
     Args:
-        spec: of the model.
+        keys: of the model.
         log: holds the histories.
         item_rows: int64 [log.num_items], the model row of each of the log's items.
         user: int64 [n] rows of the log.
@@ -157,7 +157,7 @@ def case_requests(
         tail_len: newest events before the question that a request passes. Of these, the scorer counts those that the
             record lacks.
     """
-    histories, history = HistoryCounters.of(spec, log, item_rows, user, seen)
+    histories, history = HistoryCounters.of(keys, log, item_rows, user, seen)
     return histories, CounterRequests(
         history,
         covered=seen if covered is None else covered,

@@ -52,9 +52,9 @@ class RawHistoryAnswers:
             for part in self._groups(seen, np.ones_like(seen))
         ]
         assert self._items is not None
-        counters, spec = None, self._model.counter_spec
-        if spec is not None:
-            histories, requests = case_requests(spec, self._log, self._item_rows, user, seen, now)
+        counters, keys = None, self._model.item_keys
+        if keys is not None:
+            histories, requests = case_requests(keys, self._log, self._item_rows, user, seen, now)
             counters = histories.at(requests)
         scores: Float32s = catalog_scores(self._model, torch.cat(users), self._items, counters).float().cpu().numpy()
         return scores
@@ -91,12 +91,12 @@ class RawHistoryAnswers:
         return out
 
     def _candidate_codes(self, cases: ImpressionCases, index: Int) -> torch.Tensor | None:
-        """Codes uint8 [B, C, F + 1] of the items of the cases int64 [B, C]; None for a model without counters."""
-        own, spec = index.ravel(), self._model.counter_spec
-        if spec is None:
+        """Codes uint8 [B, C, G * F + 1] of the items of the cases int64 [B, C]; None for a model without counters."""
+        own, keys = index.ravel(), self._model.item_keys
+        if keys is None:
             return None
         histories, requests = case_requests(
-            spec, self._log, self._item_rows, cases.user[own], cases.seen[own], cases.timestamp[own]
+            keys, self._log, self._item_rows, cases.user[own], cases.seen[own], cases.timestamp[own]
         )
         codes = histories.of_items(requests, self._item_rows[cases.item[own]])
         return torch.from_numpy(codes.reshape(*index.shape, -1)).to(self._model.device)

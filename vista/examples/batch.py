@@ -2,8 +2,8 @@
 
 Letters: B chunks, T packed events, NS segments between cuts, NC cuts, NW windows, W positions per window, L tail
 length, I impressions per window, C columns and D dense inputs of features, J negatives, NA anchors, P labels and S
-counted items per anchor, F values per counter, NR reconstructed stretches, R distinct item rows, S seeds of stored
-summaries, M model dim.
+counted items per anchor, G fields of counters, F values per key, NR reconstructed stretches, R distinct item rows, S
+seeds of stored summaries, M model dim.
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ class BatchImpressions:
     mask: Tensor
     """bool [NW, I, num_tasks]: True where a task's label is known."""
     codes: Tensor | None = None
-    """uint8 [NW, I, F + 1] from `UserCounters.of_pairs`: the user's counters of each item, 0 if it is not counted. None
-    without counters."""
+    """uint8 [NW, I, G * F + 1] from `UserCounters.of_pairs`: the user's counters of each item and of its categories, 0
+    where they are not counted. None without counters."""
     entry: Tensor | None = None
     """int64 [NW, I, C], like `dense` from `RowFeatureReader.encode`: features of the requests. None without them."""
     dense: Tensor | None = None
@@ -133,7 +133,7 @@ class BatchCounters:
     item: Tensor
     """int64 [NA, S] indices into `Batch.rows`, distinct within an anchor; -1 pads. S is at least 1."""
     codes: Tensor
-    """uint8 [NA, S, F] from `CounterCodes`; 0 in the padding."""
+    """uint8 [NA, S, G * F] from `UserCounters.of_counted_items`; 0 in the padding."""
     num_events: Tensor
     """int64 [NA] events that the counters cover."""
 

@@ -18,7 +18,7 @@ from vista.arrays import Int
 from vista.config import OptimConfig, TrainConfig
 from vista.config.checks import planned
 from vista.config.choices import Architecture, Decay
-from vista.counters.counter_spec import CounterSpec
+from vista.counters.item_keys import ItemKeys
 from vista.errors import ConfigError
 from vista.examples.batch import Batch
 from vista.examples.chunks import ChunkCounters, ChunkImpressions, Chunks, ChunkTimeline, decay_clock
@@ -54,7 +54,7 @@ class BatchSource:
         item_rows: Int,
         config: TrainConfig,
         stored: StoredSummaries | None = None,
-        spec: CounterSpec | None = None,
+        keys: ItemKeys | None = None,
         *,
         has_features: NDArray[np.bool_] | None = None,
         encode_requests: EncodeRows | None = None,
@@ -66,7 +66,7 @@ class BatchSource:
         Args:
             item_rows: int64 [log.num_items], the model row of each of the log's items; 0 is the unknown item.
             stored: summaries from a store; None computes them from the batch's own events.
-            spec: what the model's counters count; None without counters.
+            keys: what the model's counters count; None without counters.
             has_features: bool [1 + V], the model rows whose vectors contain features; None is none. Such rows without
                 training events are not negatives.
             encode_requests: features of the requests of the log's impressions; None if the model reads none.
@@ -84,7 +84,7 @@ class BatchSource:
         self._num_known = num_known if num_known is not None and num_known < item_rows.max(initial=0) else None
         self._config = config
         self._stored = stored
-        self._spec = spec
+        self._keys = keys
         self._encode_requests = encode_requests
         self._encode_events = encode_events
         self._encode_users = encode_users
@@ -230,12 +230,12 @@ class BatchSource:
 
     def _counters(self, user: Int, start: Int, stop: Int) -> ChunkCounters | None:
         """Counters of chunks, which hold the events [start, stop) of their users."""
-        if self._spec is None:
+        if self._keys is None:
             return None
         rows = self._item_rows
         if self._num_known is not None:
             rows = np.where(rows > self._num_known, 0, rows)
-        histories, history = HistoryCounters.of(self._spec, self._log, rows, user, stop)
+        histories, history = HistoryCounters.of(self._keys, self._log, rows, user, stop)
         return ChunkCounters(histories, history, start, self._first[user] if self._stored else None)
 
 

@@ -323,7 +323,7 @@ def _covered(chunks: Chunks, plan: CutPlan, windows: ChunkWindows, cuts: BatchCu
 
 def _anchor_counters(counters: UserCounters, slot: Int) -> BatchCounters:
     """counters: as of the anchors; slot: int64 [E] indices into the batch's rows of the counted items."""
-    item, codes = replace(counters.codes, key=slot.astype(np.int32)).padded()
+    item, codes = replace(counters.codes, key=slot.astype(np.int32), codes=counters.of_counted_items()).padded()
     if item.shape[1] == 0:  # no anchor has a counted item; tensors still need a slot
         item = np.full((len(item), 1), -1)
         codes = np.zeros((len(item), 1, codes.shape[2]), np.uint8)

@@ -7,7 +7,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from vista.counters.counter_spec import ITEM, CounterSpec
+from vista.config.model_config import ITEM
+from vista.counters.counter_spec import CounterSpec
 from vista.explore.explore_workspace import Workspace, record_of
 from vista.log.gaps import LATEST_MS, NO_TIMESTAMP, YEAR_1971_MS
 from vista.log.histories import Histories
@@ -97,10 +98,12 @@ def counter_rows(workspace: Workspace, scorer: Scorer, stored: StoredBatch) -> d
             if field == ITEM:
                 names = workspace.names.of_ids(_item_ids(scorer, one.key))
             else:
-                names = [f"{field} {key}" for key in one.key.tolist()]
+                assert scorer.model.feature_table is not None
+                names = scorer.model.feature_table.values[field].ids(one.key - 1).tolist()
             values, columns = one.values(), counter_columns(one.spec)
+            key = ITEM if field == ITEM else "value"
             rows = [
-                {field: name, **dict(zip(columns, row, strict=True))}
+                {key: name, **dict(zip(columns, row, strict=True))}
                 for name, row in zip(names, values.tolist(), strict=True)
             ]
             fields[field] = sorted(rows, key=lambda row: -row[columns[0]])

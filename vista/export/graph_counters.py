@@ -1,6 +1,6 @@
 """Counters of candidates inside a graph, as of the request (`CounterCodes.advanced`).
 
-Letters: B users, E counted keys, L tail length, C candidates, F values per key (`CounterSpec`), H horizons.
+Letters: B users, E counted keys, L tail length, C candidates, G fields, F values per key (`CounterSpec`), H horizons.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ class GraphCounters(nn.Module):
         times: Tensor,
         is_new: Tensor,
     ) -> Tensor:
-        """Codes int64 [B, C, F] of candidates as of the request; 0 if they are not counted.
+        """Codes int64 [B, C, F] of candidates in one field as of the request; 0 if they are not counted.
 
         Args:
-            candidates: int64 [B, C] model rows.
-            keys: int64 [B, E] counted rows, 0 as padding.
+            candidates: int64 [B, C] their keys, which are model rows in the field of items.
+            keys: int64 [B, E] counted keys, 0 as padding.
             codes: int64 [B, E, F] as stored.
             clock: int64 [B] ms that they refer to.
             now: int64 [B] ms of the requests; NO_TIMESTAMP if unknown.
-            items: int64 [B, L] rows of the tail's events, right-aligned.
+            items: int64 [B, L] keys of the tail's events, right-aligned.
             times: int64 [B, L] ms.
             is_new: bool [B, L] events that the counters lack.
         """
@@ -78,11 +78,12 @@ class GraphCounters(nn.Module):
         return torch.where(same.any(-1).unsqueeze(-1), level, 0.0).long()
 
     def with_event_counts(self, codes: Tensor, num_events: Tensor) -> Tensor:
-        """The codes from `forward` and those of the users' numbers of events int64 [B] (`UserCounters.of_pairs`):
-        int64 [B, C, F + 1]."""
+        """The codes of all fields, int64 [B, C, G * F], and those of the users' numbers of events int64 [B]
+        (`UserCounters.of_pairs`): int64 [B, C, G * F + 1]."""
         factor = MAX_CODE / math.log1p(MAX_EVENTS / EVENTS_RESOLUTION)
         level = _level(num_events.double(), EVENTS_RESOLUTION, factor).long()
-        of_items = torch.where(codes[..., 0] > 0, level.unsqueeze(1), 0)
+        is_counted = (codes[..., :: self.spec.num_columns] > 0).any(-1)
+        of_items = torch.where(is_counted, level.unsqueeze(1), 0)
         return torch.cat([codes, of_items.unsqueeze(-1)], -1)
 
     def _passed(self, elapsed: Tensor, num_events: Tensor) -> tuple[Tensor, Tensor]:

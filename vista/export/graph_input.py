@@ -16,6 +16,8 @@ USERS, EVENTS, KEYS, CANDIDATES = "users", "events", "keys", "candidates"
 """Names of the axes whose length a caller chooses."""
 REQUEST, TAIL, USER = "request", "tail", "user"
 """Prefixes of inputs with features."""
+COUNTER_KEYS, COUNTER_CODES = "counter_keys", "counter_codes"
+"""Inputs with the counters of items, and prefixes of those with the counters of categories."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +63,24 @@ def graph_inputs(model: VistaModel) -> list[GraphInput]:
             GraphInput("tail_is_new", "bool", events, "whether the record's counters do not include the event"),
             GraphInput("event_count", "int64", (USERS,), "events that the record covers"),
             GraphInput("last_event_ts", "int64", (USERS,), "time of the newest of them in ms"),
-            GraphInput("counter_keys", "int64", keys, "item rows that the record counts; 0 is padding"),
-            GraphInput("counter_codes", "int64", (*keys, counted.num_columns), "their codes, 0 to 63"),
+            GraphInput(COUNTER_KEYS, "int64", keys, "item rows that the record counts; 0 is padding"),
+            GraphInput(COUNTER_CODES, "int64", (*keys, counted.num_columns), "their codes, 0 to 63"),
         ]
+        for name in counted_names(model)[1:]:
+            meaning = f"values of {name[1:]} that the record counts, from 1 on; 0 is padding"
+            inputs += [
+                GraphInput(f"{COUNTER_KEYS}{name}", "int64", keys, meaning),
+                GraphInput(f"{COUNTER_CODES}{name}", "int64", (*keys, counted.num_columns), "their codes, 0 to 63"),
+            ]
     if schema.tasks:
         inputs += _features(REQUEST, schema.request_features, (USERS, CANDIDATES), "feature of the request")
     return inputs
+
+
+def counted_names(model: VistaModel) -> list[str]:
+    """What the names of inputs with counters end with, per field: nothing for items, then a dot and the category."""
+    spec = model.counter_spec
+    return [] if spec is None else ["", *(f".{name}" for name in spec.fields[1:])]
 
 
 def _features(

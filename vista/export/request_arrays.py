@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.arrays import Int
-from vista.export.graph_input import REQUEST, TAIL, USER, graph_inputs
+from vista.export.graph_input import COUNTER_CODES, COUNTER_KEYS, REQUEST, TAIL, USER, counted_names, graph_inputs
 from vista.log.gaps import NO_TIMESTAMP
 from vista.model.vista_model import VistaModel
 from vista.store.stored_batch import StoredBatch
@@ -51,9 +51,10 @@ def request_arrays(
         "event_count": stored.event_count,
         "last_event_ts": stored.last_event_ts,
     }
-    for counters in stored.counters[:1]:
-        keys, codes = counters.padded()
-        given |= {"counter_keys": np.maximum(keys, 0), "counter_codes": codes}
+    most = max((int(np.diff(counters.offsets).max(initial=0)) for counters in stored.counters), default=0)
+    for counters, field in zip(stored.counters, counted_names(model), strict=True):
+        keys, codes = counters.padded(most)
+        given |= {f"{COUNTER_KEYS}{field}": np.maximum(keys, 0), f"{COUNTER_CODES}{field}": codes}
     for prefix, columns in (
         (TAIL, {name: _padded(values, tail.offsets) for name, values in tail.features.items()}),
         (USER, stored.features),

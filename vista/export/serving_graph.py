@@ -1,7 +1,7 @@
 """Stage 2 with its tables as one graph, from the arrays of records and requests to scores.
 
 Letters: B users, T events of the tails that are given, L tail length of the model, C candidates, S summary rows,
-M model dim, M' width of retrieval vectors, V items of the vocabulary, A actions.
+G fields of counters, M model dim, M' width of retrieval vectors, V items of the vocabulary, A actions.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vista.export.graph_counters import GraphCounters
 from vista.export.graph_features import GraphFeatures
-from vista.export.graph_input import REQUEST, TAIL, USER, graph_inputs
+from vista.export.graph_input import COUNTER_CODES, COUNTER_KEYS, REQUEST, TAIL, USER, counted_names, graph_inputs
 from vista.export.plain_softmax_layer import use_plain_layers
 from vista.log.gaps import NO_TIMESTAMP, NUM_GAPS, UNKNOWN_GAP
 from vista.model import inference
@@ -69,7 +70,11 @@ class ServingGraph(nn.Module):
         self.tail_features = GraphFeatures.of(schema.tail_features, encoder.features)
         self.user_features = GraphFeatures.of(schema.user_features, model.user_encoder)
         self.request_features = GraphFeatures.of(schema.request_features, model.request_encoder)
+        self.counted = counted_names(model)
         self.counters = None if model.counter_spec is None else GraphCounters(model.counter_spec)
+        keys = model.item_keys
+        category = None if keys is None or not len(keys.category) else keys.category.astype(np.int64)
+        self._tables(category=None if category is None else torch.from_numpy(category))
 
     candidate_table: Tensor
     """[1 + V, 5M] or, without labeled tasks, [1 + V, M] (`ItemProjections.candidate`)."""
@@ -81,6 +86,8 @@ class ServingGraph(nn.Module):
     """[A, M]."""
     gap_table: Tensor | None
     """[NUM_GAPS, M]."""
+    category_table: Tensor | None
+    """int64 [G - 1, 1 + V] (`ItemKeys.category`)."""
     gap_bounds: Tensor
     """int64 ms, ascending: where buckets begin."""
 
@@ -125,8 +132,12 @@ class ServingGraph(nn.Module):
         codes = num_events = of_tasks = None
         if self.counters is not None:
             is_new = aligned("tail_is_new")
-            stored = given["counter_keys"], given["counter_codes"], given["last_event_ts"]
-            codes = self.counters(candidates, *stored, now, items, times, is_new)
+            fields = []
+            for field, name in enumerate(self.counted):
+                own = f"{COUNTER_KEYS}{name}", f"{COUNTER_CODES}{name}", "last_event_ts"
+                asked, new = self._keys(field, candidates), self._keys(field, items)
+                fields.append(self.counters(asked, *(given[one] for one in own), now, new, times, is_new))
+            codes = torch.cat(fields, -1)
             num_events = given["event_count"] + is_new.long().sum(1)
             of_tasks = self.counters.with_event_counts(codes, num_events)
         seen = torch.full((1,), self.tail_len)
@@ -149,6 +160,13 @@ class ServingGraph(nn.Module):
                 score = torch.where(codes[..., 0] > 0, counted, score)
             out.append(score)
         return tuple(out)
+
+    def _keys(self, field: int, rows: Tensor) -> Tensor:
+        """What items are counted as in one field of the counters: int64 [...] of item rows int64 [...]."""
+        if field == 0:
+            return rows
+        assert self.category_table is not None
+        return self.category_table[field - 1][rows]
 
     def _columns(self, prefix: str) -> list[str]:
         """Names of the inputs with features of one kind."""

@@ -12,6 +12,7 @@ from vista.counters.counter_codes import MAX_CODE, CounterCodes
 from vista.log.gaps import DAY_MS, YEAR_1971_MS
 from vista.log.histories import Histories
 from vista.model import inference
+from vista.model.counted_fields import largest_keys
 from vista.model.vista_model import VistaModel
 from vista.refresh.new_generation import new_manifest
 from vista.store.format.keys import user_keys
@@ -84,10 +85,12 @@ def _counters(
     spec = model.counter_spec
     if spec is None:
         return ()
-    sizes = np.minimum(np.minimum(lengths, spec.keys[0]), len(model.items))
-    keys = [np.sort(rng.choice(len(model.items), size, replace=False)) + 1 for size in sizes.tolist()]
-    codes = rng.integers(0, MAX_CODE + 1, (int(sizes.sum()), spec.num_columns))
-    codes[:, 0] = np.maximum(codes[:, 0] // 2, 7)  # a count is at least 1
-    return (
-        CounterCodes(spec, np.concatenate(keys).astype(np.int32), codes.astype(np.uint8), offsets_of(sizes), clock),
-    )
+    fields = []
+    for most, largest in zip(spec.keys, largest_keys(spec, model.schema, len(model.items)), strict=True):
+        sizes = np.minimum(np.minimum(lengths, most), largest)
+        keys = [np.sort(rng.choice(largest, size, replace=False)) + 1 for size in sizes.tolist()]
+        codes = rng.integers(0, MAX_CODE + 1, (int(sizes.sum()), spec.num_columns))
+        codes[:, 0] = np.maximum(codes[:, 0] // 2, 7)  # a count is at least 1
+        key = np.concatenate(keys).astype(np.int32)
+        fields.append(CounterCodes(spec, key, codes.astype(np.uint8), offsets_of(sizes), clock))
+    return tuple(fields)

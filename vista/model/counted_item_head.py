@@ -5,11 +5,11 @@ more. A counted item i has the logit
 
     s_i = h(x_i, cos(u, v_i)/T, popularity_i, log n) + g(u)
 
-where x_i are the codes of its counters and n is the number of the user's events. Both kinds share one softmax: h ranks
-the counted items among themselves, and the gate g says how much of what this user does next is a return. The cosine is
-an input of h and not a term, so that item vectors need not explain returns.
+where x_i are the codes of its counters and of those of its categories, and n is the number of the user's events. Both
+kinds share one softmax: h ranks the counted items among themselves, and the gate g says how much of what this user does
+next is a return. The cosine is an input of h and not a term, so that item vectors need not explain returns.
 
-Letters: B requests, S counted slots, F values per key (`CounterSpec`), M' width of retrieval vectors.
+Letters: B requests, S counted slots, F' values per item: F per field (`CounterSpec`), M' width of retrieval vectors.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class CountedItemHead(nn.Module):
     def __init__(self, num_values: int, retrieval_dim: int, dropout: float = 0.0) -> None:
         """
         Args:
-            num_values: F.
+            num_values: F'.
             retrieval_dim: M'.
             dropout: share of the requests that training scores without `score`. Item vectors are fitted to the labels
                 that this head learns from, so it would trust cosines more than later windows justify.
@@ -52,7 +52,7 @@ class CountedItemHead(nn.Module):
         """Logits of counted items.
 
         Args:
-            codes: uint8 [B, S, F] from `CounterCodes`, as of the requests.
+            codes: uint8 [B, S, F'] from `UserCounters.of_counted_items`, as of the requests.
             score: [B, S] what the items would score without counters: the inner product of the user's and the item's
                 retrieval vectors, divided by the temperature.
             popularity: [B, S] `RankingModel.item_popularity` of the items.

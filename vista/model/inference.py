@@ -262,7 +262,7 @@ def counted_scores(model: RankingModel, users: Tensor, items: Tensor, counters: 
     assert model.counted is not None
     key, owner, codes = (
         torch.from_numpy(_whole_tiles(part)).to(items.device)
-        for part in (counters.codes.key, counters.codes.owner, counters.codes.codes)
+        for part in (counters.codes.key, counters.codes.owner, counters.of_counted_items())
     )
     vectors = items.index_select(0, (key - UNKNOWN_ITEM - 1).clamp_(min=0))
     num_events = torch.from_numpy(counters.num_events).to(items.device).index_select(0, owner)
@@ -275,7 +275,7 @@ def counted_scores(model: RankingModel, users: Tensor, items: Tensor, counters: 
 
 
 def counter_logits(model: VistaModel, codes: NDArray[np.uint8]) -> Tensor:
-    """Terms that counters uint8 [n, F + 1] of candidates add to their logits, float32 [n, num_tasks], row by row."""
+    """Terms that counters uint8 [n, G * F + 1] of candidates add to their logits, float32 [n, num_tasks], by row."""
     assert model.candidate_counters is not None
     rows = torch.from_numpy(_whole_tiles(codes)).to(model.device)
     logits: Tensor = model.candidate_counters.logits(rows)[: len(codes)]

@@ -130,6 +130,26 @@ class ItemFeatureTable(nn.Module):
         }
         return ItemFeatureTable.of(ItemFeatures(known), columns)
 
+    def category_keys(self, columns: Sequence[FeatureSpec], name: str) -> NDArray[np.int32]:
+        """int32 [R] the value of each row in a category of which items have at most one: its code plus 1, 0 for none.
+
+        Args:
+            columns: those of the table.
+            name: of the category.
+
+        Raises:
+            RuntimeError: there is no such category.
+        """
+        kinds = [column.kind if column.name == name else "" for column in columns]
+        if "category" not in kinds:
+            raise RuntimeError(f"{name!r}, which the model counts, is not a category of its items")
+        place = kinds.index("category")
+        value = self.entry.cpu().numpy() - sum(column.num_rows for column in columns[:place])
+        found = np.flatnonzero((value > 0) & (value <= columns[place].size))
+        keys = np.zeros(len(self.offsets) - 1, np.int32)
+        keys[np.searchsorted(self.offsets.cpu().numpy(), found, side="right") - 1] = value[found]
+        return keys
+
     def save(self, folder: Path) -> None:
         """Write the tensors and the values into a folder. Raises OSError, SafetensorError."""
         save_file({name: getattr(self, name).cpu().contiguous() for name in _DTYPES}, folder / FEATURES_FILE)

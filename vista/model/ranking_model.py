@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from vista.config import DataConfig, ModelConfig, OptimConfig
 from vista.config.choices import Architecture, TableKind
-from vista.counters.counter_spec import ITEM, CounterSpec
+from vista.counters.counter_spec import CounterSpec
 from vista.errors import CheckpointError
 from vista.examples.batch import Batch, BatchEvents
 from vista.files import checked_path, replaced_folder
 from vista.log.item_features import ItemFeatures
 from vista.log.row_features import ColumnValues, RowFeatures
 from vista.log.vocabulary import Ids, Vocabulary
+from vista.model.counted_fields import counted_fields, item_keys
 from vista.model.counted_item_head import CountedItemHead
 from vista.model.drawn_table import drawn_table
 from vista.model.embedding_feature import EmbeddingFeature
@@ -105,13 +106,14 @@ class RankingModel(nn.Module):
         """How features of events are read, set before the first use; None for a model without them."""
         self.request_features: RowFeatureReader | None = None
         self.user_features: RowFeatureReader | None = None
-
-        retrieval, spec = schema.has_retrieval, self.counter_spec
+        retrieval, spec = schema.has_retrieval, counted_fields(config, schema)
+        self.item_keys = None if spec is None else item_keys(spec, schema, None, 1 + len(items))
+        """What items are counted as; their categories are set with their features. None without counters."""
         self.popularity = (
             PopularityTerm(config.dim, config.softmax_temperature) if config.popularity and retrieval else None
         )
         self.counted = (
-            CountedItemHead(spec.num_columns, self.retrieval_dim, config.counted_dropout)
+            CountedItemHead(spec.num_fields * spec.num_columns, self.retrieval_dim, config.counted_dropout)
             if spec is not None and retrieval
             else None
         )
@@ -214,6 +216,8 @@ class RankingModel(nn.Module):
         if self.features is not None:
             assert table is not None
             self.features.set_table(table, 1 + len(self.items))
+        if (spec := self.counter_spec) is not None:
+            self.item_keys = item_keys(spec, self.schema, table, 1 + len(self.items))
 
     def rows_with_features(self) -> NDArray[np.bool_] | None:
         """bool [1 + V]: model rows with a value in at least one column; None for a model without features."""
@@ -367,12 +371,7 @@ class RankingModel(nn.Module):
     @property
     def counter_spec(self) -> CounterSpec | None:
         """What the counters of users count; None for a model without counters."""
-        config, has_time = self.config, self.schema.has_time
-        if not config.counters:
-            return None
-        days = config.counter_days if has_time else []
-        keys, events = (config.counter_keys,), tuple(map(float, config.counter_events))
-        return CounterSpec((ITEM,), keys, tuple(map(float, days)), events, has_time)
+        return None if self.item_keys is None else self.item_keys.spec
 
     @property
     def has_retrieval(self) -> bool:

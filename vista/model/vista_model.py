@@ -94,7 +94,7 @@ class VistaModel(RankingModel):
         """Scale of the mean token, which is added to it too."""
         spec, tasks = self.counter_spec, len(schema.tasks)
         self.task_head = nn.Linear(dim, tasks) if tasks else None
-        self.candidate_counters = CandidateCounters(spec.num_columns, 5 * dim, tasks) if spec and tasks else None
+        self.candidate_counters = CandidateCounters(spec, 5 * dim, tasks) if spec and tasks else None
         """Added to candidates' vectors, projections in layer 1, and logits; None without counters or tasks."""
         self._identified = b"", b""
         """Hash of the inputs that `summarizer_id` was last computed from, and the id."""
@@ -285,7 +285,7 @@ class VistaModel(RankingModel):
             seen: int64 [C], [1] or [B, C] tail columns that a candidate sees.
             context: of the B rows.
             projections: [B, C, 4M] of the vectors in layer 1 (`ItemProjections`); None computes them.
-            codes: uint8 [B, C, F + 1] the users' counters of the candidates, 0 if they are not counted. None without
+            codes: uint8 [B, C, G * F + 1] the users' counters of the candidates (`UserCounters.of_pairs`). None without
                 counters, or if the caller has added what they add.
         """
         assert self.task_head is not None

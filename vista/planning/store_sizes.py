@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vista.config.choices import Codec, Mixing, StateDtype
-from vista.config.model_config import ModelConfig
+from vista.config.model_config import ITEM, ModelConfig
 from vista.counters.counter_spec import CounterSpec
 from vista.errors import ConfigError
 from vista.store.format.counter_layout import CounterLayout
@@ -56,17 +56,19 @@ class StoreSizes:
             model: its shape, with `counters` null meaning false.
             codec: how summaries are stored.
             state: how states are stored; bidirectional mixing has none.
-            num_items: of the catalog, which decides how many bytes the key of a counted item has.
-            history_events: events per user, which are as many counted items in a state at most.
+            num_items: of the catalog, which decides how many bytes a counted key has.
+            history_events: events per user, which are as many counted keys per field in a state at most.
 
         Raises:
             ConfigError: a record would exceed the format's limit.
         """
         spec, layout = None, None
         if model.counters:
-            keys, days, events = (model.counter_keys,), tuple(model.counter_days), tuple(model.counter_events)
-            spec = CounterSpec(keys=keys, days=days, events=events)
-            layout = CounterLayout.of(spec, [num_items])
+            days, events = tuple(model.counter_days), tuple(model.counter_events)
+            fields = (ITEM, *model.counter_categories)
+            spec = CounterSpec(fields, (model.counter_keys,) * len(fields), days, events)
+            # Most categories have fewer values than there are items.
+            layout = CounterLayout.of(spec, [num_items] * len(fields))
         try:
             record_spec = RecordSpec(
                 summarizer_id=bytes(32),
@@ -90,7 +92,9 @@ class StoreSizes:
                 head_dim=model.dim // model.num_heads,
                 dtype=state,
             )
-            state_bytes = state_spec.least_bytes + (0 if spec is None else tables_bytes(spec, [history_events]))
+            state_bytes = state_spec.least_bytes + (
+                0 if spec is None else tables_bytes(spec, [history_events] * spec.num_fields)
+            )
         on_disk = [lmdb_bytes(size) if size else 0.0 for size in (record, state_bytes)]
         return cls(record, on_disk[0], state_bytes, on_disk[1], server_bytes(record))
 

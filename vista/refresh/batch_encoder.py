@@ -68,7 +68,7 @@ class BatchEncoder:
             model_rows, digests = self.items.model_rows(histories), self.items.digests(histories)
         arrays = None
         with clock.stage("summarize"):
-            tables = count_histories(self.model.counter_spec, model_rows)
+            tables = count_histories(self.model.item_keys, model_rows)
             if with_states:
                 states = state_of(self.model, model_rows)
                 summary = read_summaries(self.model, states)

@@ -136,7 +136,7 @@ class BatchRefresher:
             # The state receives the events that leave the tail, if summaries do not cover the tail.
             history, new = self._items.model_rows(covered_events(self._model, history)), self._items.model_rows(new)
         with self._run.stage("summarize"):
-            counters = append_events(group.states.counters, new)
+            counters = append_events(self._model.item_keys, group.states.counters, new)
             if self._model.summarizer is None:
                 state = state_without_summary(old + new.lengths)
                 return _UpdatedGroup("appended", group.users, digest, new.num_events, counters, state)
@@ -160,7 +160,7 @@ class BatchRefresher:
             return self._recompute(RecomputeGroup(group.users))
         deleted, late = changed
         with self._run.stage("summarize"):
-            counters = count_histories(self._model.counter_spec, whole)
+            counters = count_histories(self._model.item_keys, whole)
             state = from_arrays(group.states, self._model.device)
             if len(deleted):
                 state = remove_events(self._model, state, old, deleted)
@@ -174,7 +174,7 @@ class BatchRefresher:
             model_rows, digest = self._items.model_rows(histories), self._items.digests(histories)
         state, summary = None, None
         with self._run.stage("summarize"):
-            counters = count_histories(self._model.counter_spec, model_rows)
+            counters = count_histories(self._model.item_keys, model_rows)
             if self._update.state_spec is None:
                 summary = inference.summarize(self._model, model_rows).cpu().numpy()
             else:

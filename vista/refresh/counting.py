@@ -10,31 +10,28 @@ from collections.abc import Sequence
 import numpy as np
 
 from vista.counters.counter_codes import CounterCodes
-from vista.counters.counter_spec import ITEM, CounterSpec
 from vista.counters.counter_table import CounterTable
+from vista.counters.item_keys import ItemKeys
 from vista.log.histories import Histories
 
 Tables = tuple[CounterTable, ...]
 """One table per field."""
 
 
-def count_histories(spec: CounterSpec | None, histories: Histories) -> Tables:
-    """Counters of whole histories, whose items are rows of the model.
-
-    Raises:
-        ValueError: the spec has another field than `item`.
-    """
-    if spec is None:
+def count_histories(keys: ItemKeys | None, histories: Histories) -> Tables:
+    """Counters of whole histories, whose items are rows of the model."""
+    if keys is None:
         return ()
-    if spec.fields != (ITEM,):
-        raise ValueError(f"fields: a refresh counts only {ITEM!r}, got {', '.join(spec.fields)}")
-    return (CounterTable.of(spec, histories.item.astype(np.int64), histories.timestamp, histories.offsets),)
+    events = keys.of(histories.item.astype(np.int64))
+    return tuple(CounterTable.of(keys.spec, key, histories.timestamp, histories.offsets) for key in events)
 
 
-def append_events(tables: Sequence[CounterTable], new: Histories) -> Tables:
+def append_events(keys: ItemKeys | None, tables: Sequence[CounterTable], new: Histories) -> Tables:
     """Counters with the events `new` of the same users added, which follow all earlier ones."""
-    key = new.item.astype(np.int64)
-    return tuple(table.appended(key, new.timestamp, new.offsets) for table in tables)
+    if keys is None:
+        return ()
+    events = zip(tables, keys.of(new.item.astype(np.int64)), strict=True)
+    return tuple(table.appended(key, new.timestamp, new.offsets) for table, key in events)
 
 
 def stored_codes(tables: Sequence[CounterTable]) -> tuple[CounterCodes, ...]:

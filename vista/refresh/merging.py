@@ -212,7 +212,7 @@ def _newest_features(logs: Sequence[RowFeatures]) -> RowFeatures:
 
 def _summarize(model: VistaModel, keys: list[bytes], users: Sequence[_UserState]) -> UserSummaries:
     names = ("z", "n", "removed", "clock", "num_events")
-    tables = count_histories(model.counter_spec, concatenated([user.history for user in users]))
+    tables = count_histories(model.item_keys, concatenated([user.history for user in users]))
     state = SummaryState(*(torch.cat([getattr(user.state, name) for user in users]) for name in names))
     digest = np.array([user.digest for user in users], np.uint64)
     tail_len, names_of_features = model.config.tail_len, users[0].features.columns

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vista.config.choices import Codec, StateDtype
 from vista.config.refresh_options import RefreshOptions
+from vista.model.counted_fields import largest_keys
 from vista.model.vista_model import VistaModel
 from vista.refresh.refresh_progress import RefreshProgress
 from vista.refresh.refresh_report import RefreshReport
@@ -49,8 +50,9 @@ def new_manifest(
     config = model.config
     shape = (config.num_state_layers, config.num_heads, config.dim // config.num_heads)
     has_sums = state is not StateDtype.none and model.summarizer is not None
-    counted = model.counter_spec
-    counters = None if counted is None else CounterLayout.of(counted, [len(model.items)]).to_dict()
+    counted, counters = model.counter_spec, None
+    if counted is not None:
+        counters = CounterLayout.of(counted, largest_keys(counted, model.schema, len(model.items))).to_dict()
     return Manifest(
         created_at=time.time_ns() // 1_000_000 if created_at is None else created_at,
         summarizer_id=model.summarizer_id().hex(),

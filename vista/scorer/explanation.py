@@ -67,11 +67,13 @@ class Explanation:
     for `next`, of the user and the request alone, because all contributions are measured along the candidate's
     vector."""
     counted: NDArray[np.float32]
-    """[C] contribution of the user's counters of the candidate; 0 if it is not counted. For `next`, it is the score of
-    a counted item except for what the user vector adds, and the other contributions are shares of that."""
+    """[C] contribution of the user's counters of the candidate and its categories; 0 if they are not counted. For
+    `next`, it is the score of a counted item except for what the user vector adds, and the other contributions are
+    shares of that."""
     counts: NDArray[np.float32]
-    """[C, F] these counters as of the request, in the units and with the columns of `CounterSpec`; NaN if the candidate
-    is not counted. F is 0 for a model without counters."""
+    """[C, G * F] these counters as of the request, in the units and with the F columns of `CounterSpec`: of the item,
+    then of its value of each of `model.counter_categories`; NaN where it is not counted. G is 0 for a model without
+    counters."""
     remainder: NDArray[np.float32]
     """[C] the task's bias, and rounding."""
 

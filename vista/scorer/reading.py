@@ -71,7 +71,8 @@ def read_request(
     summary = torch.from_numpy(stored.summary).to(model.device)
     if unknown.any():
         summary[torch.from_numpy(unknown).to(summary.device)] = snapshot.empty
-    counters = RequestCounters.of(stored, merged, is_fresh, times) if model.counter_spec is not None else None
+    keys = model.item_keys
+    counters = None if keys is None else RequestCounters.of(keys, stored, merged, is_fresh, times)
     reader = model.user_features
     own = None if reader is None else reader.encode(RowFeatures(stored.features), len(unknown))
     return Request(summary, padded, times, unknown | bad, stored.generation, counters, users=own)

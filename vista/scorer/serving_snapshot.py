@@ -96,7 +96,7 @@ class ServingSnapshot:
             self._of_features = None if model.request_encoder is None else RequestProjections(model)
             added = model.candidate_counters
             self._code_vectors = None if added is None else added.of_each_code()
-            """[F * 64, 5M] what each code of each column adds to the rows of `ItemProjections.candidate`."""
+            """[G * F * 64, 5M] what each code of each column adds to the rows of `ItemProjections.candidate`."""
         # Weights are laid out at their first use. Use them here, so that forked workers share the result.
         none = np.zeros(0, np.int64)
         tail = pad_tail(model, none, none, none, np.zeros(2, np.int64))
@@ -245,7 +245,7 @@ class ServingSnapshot:
         return scores
 
     def added_by(self, codes: NDArray[np.uint8]) -> Tensor:
-        """Terms [n, 5M] that counters uint8 [n, F + 1] add to the rows of `ItemProjections.candidate`."""
+        """Terms [n, 5M] that counters uint8 [n, G * F + 1] add to the rows of `ItemProjections.candidate`."""
         assert self._code_vectors is not None
         codes = codes[:, :-1]
         index = torch.from_numpy(codes + np.arange(codes.shape[1]) * (MAX_CODE + 1)).to(self.model.device)
@@ -343,9 +343,8 @@ class ServingSnapshot:
                 x[:, count:], own[:, count:] = tokens
             index = of_counters = None
             if request.counters is not None:
-                user, column, place = request.counters.find(users, rows, columns)
-                if len(place):
-                    codes = request.counters.found_codes(users.start + user, place)
+                user, column, codes = request.counters.counted_pairs(users, rows, columns)
+                if len(codes):
                     counted, of_counters = self.added_by(codes), inference.counter_logits(model, codes)
                     index = torch.from_numpy(user * shape[1] + column).to(model.device)
                     x.view(-1, dim).index_add_(0, index, counted[:, :dim])

@@ -34,7 +34,7 @@ from vista.store.format.authentication import read_key
 from vista.store.reader import StoreReader
 
 logger = logging.getLogger(__name__)
-COUNTER_KEYS = ("counters", "counter_keys", "counter_days", "counter_events")
+COUNTER_KEYS = ("counters", "counter_keys", "counter_categories", "counter_days", "counter_events")
 KEPT_KEYS = (
     *(*STAGE1_KEYS, *COUNTER_KEYS),
     *("embedding_hashes", "tail_in_summary", "mean_token"),

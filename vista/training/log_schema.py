@@ -13,6 +13,7 @@ from vista.examples.batch_source import trained_tasks
 from vista.log.event_log import EventLog
 from vista.log.splits import EVENTS_PER_BLOCK, split_until, visible_blocks, visible_counts
 from vista.log.vocabulary import Vocabulary
+from vista.model.counted_fields import check_categories
 from vista.model.feature_spec import FeatureSpec
 from vista.model.item_feature_table import ItemFeatureTable
 from vista.model.ranking_model import NEXT_TASK
@@ -77,6 +78,7 @@ def schema_and_readers(log: EventLog, config: TrainConfig, since: int | None = N
     given = log.item_features if model.use_item_features else None
     hashed = model.hashed_rows
     check_hashed_features(hashed, log)
+    check_categories(model, given, log.items, str(log.path))
     features = [
         FeatureSpec(name, "category", hashed[name], hashed=True) if name in hashed else FeatureSpec.of(name, column)
         for name, column in ({} if given is None else given.columns).items()

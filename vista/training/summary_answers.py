@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from vista.arrays import Float32s, Int
-from vista.counters.counter_spec import CounterSpec
+from vista.counters.item_keys import ItemKeys
 from vista.evaluation.cases import ImpressionCases, NextItemCases, case_requests
 from vista.evaluation.window_cases import WindowCases
 from vista.examples.history_counters import CounterRequests, HistoryCounters
@@ -62,8 +62,8 @@ class SummaryAnswers:
         gap = inference.request_gap(model, cases.now, tail)
         users = inference.user_vectors(model, self._context(cases.user, tail), gap)
         counters = None
-        if model.counter_spec is not None:
-            histories, requests = self._requests(model.counter_spec, cases.user, cases.seen, cases.now)
+        if model.item_keys is not None:
+            histories, requests = self._requests(model.item_keys, cases.user, cases.seen, cases.now)
             counters = histories.at(requests)
         scores: Float32s = inference.catalog_scores(model, users, self._items, counters).float().cpu().numpy()
         return scores
@@ -75,8 +75,8 @@ class SummaryAnswers:
             part = slice(low, low + CASES_PER_BATCH)
             user, seen, time, item = cases.user[part], cases.seen[part], cases.timestamp[part], cases.item[part]
             tail, codes = self._tail(user, seen), None
-            if model.counter_spec is not None:
-                histories, requests = self._requests(model.counter_spec, user, seen, time)
+            if model.item_keys is not None:
+                histories, requests = self._requests(model.item_keys, user, seen, time)
                 of_items = histories.of_items(requests, self._item_rows[item])
                 codes = torch.from_numpy(of_items[:, None]).to(model.device)
             candidates = torch.from_numpy(self._item_rows[item, None]).to(model.device)
@@ -104,11 +104,11 @@ class SummaryAnswers:
         )
 
     def _requests(
-        self, spec: CounterSpec, user: Int, seen: Int, now: Int | None
+        self, keys: ItemKeys, user: Int, seen: Int, now: Int | None
     ) -> tuple[HistoryCounters, CounterRequests]:
         """Requests for counters of the events that summaries cover, and of the tail."""
         covered, tail_len = self._covered[user], self._model.config.tail_len
-        return case_requests(spec, self._log, self._history_rows, user, seen, now, covered=covered, tail_len=tail_len)
+        return case_requests(keys, self._log, self._history_rows, user, seen, now, covered=covered, tail_len=tail_len)
 
     def _model_rows(self, histories: Histories) -> Histories:
         features = self._recode(histories.features, histories.num_events)

@@ -155,7 +155,7 @@ class Trainer:
             item_rows,
             config,
             stored,
-            self.model.counter_spec,
+            self.model.item_keys,
             has_features=self.model.rows_with_features(),
             num_known=self.model.num_trained_items,
             encode_events=event_encoding(self.model, log),

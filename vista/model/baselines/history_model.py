@@ -57,7 +57,7 @@ class HistoryModel(RankingModel):
 
         Args:
             histories: as in `user_vectors`, like `now` and `users`.
-            codes: uint8 [B, C, F + 1] the users' counters of the candidates (`UserCounters.of_pairs`);
+            codes: uint8 [B, C, G * F + 1] the users' counters of the candidates (`UserCounters.of_pairs`);
                 None without counters.
             features: rows [B] of the requests, or [B, C] of their candidates; None if all are missing.
         """

@@ -106,7 +106,7 @@ class SequenceModel(HistoryModel):
         self.dropout = Dropout(config.dropout)
         spec = self.counter_spec
         tasks = len(schema.tasks)
-        self.candidate_counters = CandidateCounters(spec.num_columns, dim, tasks) if spec and tasks else None
+        self.candidate_counters = CandidateCounters(spec, dim, tasks) if spec and tasks else None
         """Added to the vectors of candidates; None without counters or tasks."""
         if self.encoder.gap is not None:
             # A buffer, so that weights trained without it do not load.
