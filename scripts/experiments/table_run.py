@@ -182,6 +182,8 @@ def recorded_config(table: Table, row: TableRow) -> dict[str, Any]:
         unread.update(UNREAD_BY_BASELINES)
     if config.model.counters is False:
         unread.add("counted_dropout")
+    if not config.model.counter_categories:
+        unread.add("counter_categories")  # lines from before the key existed have none either
     model = {key: value for key, value in values["model"].items() if key not in unread}
     recorded |= {"model": model, "optim": values["optim"]}
     if row.texts:

@@ -61,8 +61,18 @@ VARIED = {
     "vista, counters, one head": ("model.num_heads=1",),
     "vista, counters, items reconstructed": ("model.reconstruction_target=items",),
     "vista, counters, next items alone": NEXT,
+    # No event is in both the summary and the tail.
+    "vista, counters, tail left out": ("model.tail_in_summary=false",),
 }
 """Each row changes one setting of vista."""
+CATEGORIES = {
+    "vista, counters, features": ("model.use_item_features=true",),
+    "vista, counters, counted categories": (
+        "model.use_item_features=true",
+        "model.counter_categories=[product_category,product_type]",
+    ),
+}
+"""What the counters of a product's categories add to those of the product, for a log whose items have some."""
 COUNTED = ("vista, counters", "tail-only, counters", "hstu, counters")
 """Rows that are compared with every baseline."""
 ALL_EVENTS = "vista, all events"
@@ -83,6 +93,7 @@ def _returns(data: str) -> Table:
 def _windows(data: str, minutes: float) -> Table:
     """`minutes` is the estimated time of one model of the row `vista, counters`; a row trains two."""
     words, both = (*COUNTERS, *CHOSEN[data]), 2 * minutes
+    varied = VARIED | (CATEGORIES if data == "complete-journey" else {})
     hstu, sasrec = ((*words, *NO_MEAN, f"model={name}") for name in ("hstu", "sasrec"))
     rows = {
         "vista, counters": TableRow(both, (*words, *MEAN)),
@@ -95,7 +106,7 @@ def _windows(data: str, minutes: float) -> Table:
         "sasrec, counters": TableRow(1.5 * both, sasrec),
         "sasrec-1,000, counters": TableRow(3 * both, (*sasrec, "model.history_limit=1000")),
         "sasrec-2,000, counters": TableRow(4 * both, (*sasrec, "model.history_limit=2000")),
-        **{name: TableRow(both, (*words, *MEAN, *changed)) for name, changed in VARIED.items()},
+        **{name: TableRow(both, (*words, *MEAN, *changed)) for name, changed in varied.items()},
         # Without counters, and trained on windows, or on next items only.
         "vista": TableRow(2 * both, (*WITHOUT_COUNTERS, *LOSS)),
         "tail-only": TableRow(both, (*WITHOUT_COUNTERS, *LOSS, *K0)),
@@ -111,7 +122,7 @@ def _windows(data: str, minutes: float) -> Table:
     compared = {
         "vista, counters": (
             *("vista", WITHOUT, "tail-only, counters", "vista, counters, no mean"),
-            *(*HSTU, *SASREC, *VARIED),
+            *(*HSTU, *SASREC, *varied),
         ),
         "hstu, counters": HSTU[1:],
         "vista": ("tail-only", "vista-next"),

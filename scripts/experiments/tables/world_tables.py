@@ -15,6 +15,8 @@ MANY_COUNTERS = (
     *(*COUNTERS, "model.counter_keys=1024", "model.counter_events=[250,1000,2500]"),
     "optim.next_weight=0",
 )
+TOPICS = ("model.use_item_features=true",)
+COUNTED_TOPICS = ("model.counter_categories=[topic]", "model.counter_events=[32,250,1000,2500]")
 DECAYS = ("model.decay=position", "model.decay_horizons=[32,200,1000,0]")
 """Three of four heads weigh recent events more, because tastes change."""
 INTERESTS = ("model.item_start=factors", "model.num_interests=64")
@@ -36,6 +38,10 @@ def _world(name: str, **size: Any) -> Table:
         "vista, 1,024 counted items, 16 epochs": TableRow(32, (*MANY_COUNTERS, "optim.epochs=16")),
         # Candidates also read the state of stage 1, which associates what follows what.
         "vista, counters and state": TableRow(20, (*COUNTERS, "model.target_attention=quasi_linear")),
+        # The true topic of each item, as a feature, and counted too.
+        "vista, topics": TableRow(13, (*COUNTERS, *TOPICS)),
+        "vista, topics counted": TableRow(15, (*COUNTERS, *TOPICS, *COUNTED_TOPICS)),
+        "tail-only, topics counted": TableRow(9, (*K0, *COUNTERS, *TOPICS, *COUNTED_TOPICS)),
         # Items start from co-occurrences, and seeds from how many events belong to each cluster of items.
         "vista, interests": TableRow(9, INTERESTS),
         "vista, interests, 16 epochs": TableRow(17, (*INTERESTS, "optim.epochs=16")),
