@@ -167,7 +167,8 @@ class ModelConfig:
     return to them (`data.exclude_seen` is false), and no task is trained. With stage=downstream, null takes this and
     the settings that follow from it from the base."""
     counter_keys: int = 64
-    """With counters, number of items per user that are stored: the most frequent ones; and of values per category."""
+    """With counters, number of most frequent items stored per user, and of most frequent values of each counted
+    category."""
     counter_categories: list[str] = field(default_factory=list)
     """With counters=true, features of items whose values are counted too, such as [brand]: how often and how recently
     the user had items with the same value. Each must be a category with at most one value per item."""
