@@ -57,7 +57,7 @@ class Growth:
         growing.append(folder / "log", growing.events(dict.fromkeys(USERS, 6)))
         counts = {3: 4, 31: 5, **dict.fromkeys(range(10, 28), 2)}
         growing.append(folder / "log", growing.events(counts, start=growing.START + 500 * growing.HOUR))
-        growing.model(counters=True).save_pretrained(folder / "model")
+        growing.model(counters=True, counter_categories=["genre"]).save_pretrained(folder / "model")
         for module in (__name__, "vista.store.remote.locked_server"):
             nursery.imports(module)
         after, requests = {}, {}

@@ -114,7 +114,7 @@ def drivers(library: str) -> Iterator[Nursery]:
 def cluster(drivers: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("cluster").resolve()
     log = growing.append(folder / "log", growing.events({user: 1 + user % 9 for user in range(NUM_USERS)}))
-    model = growing.model(counters=True)
+    model = growing.model(counters=True, counter_categories=["genre"])
     model.save_pretrained(folder / "model")
     refresh(model, log, folder / "first", created_at=1)
     shutil.copytree(folder / "first", folder / "store")

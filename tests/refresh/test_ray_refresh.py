@@ -87,7 +87,7 @@ def running_ray(short_folder: Path) -> Iterator[None]:
 def made(tmp_path_factory: pytest.TempPathFactory, grow: SimpleNamespace) -> SimpleNamespace:
     """A model in a folder, a log of two segments, and the store that this process writes. User 7's is not finite."""
     folder = tmp_path_factory.mktemp("made")
-    model = grow.model(num_tail_features=2, counters=True)
+    model = grow.model(num_tail_features=2, counters=True, counter_categories=["genre"])
     frames = [
         grow.events({user: 1 + user % 9 for user in range(60)}),
         grow.events({3: 2}, grow.start + 500 * grow.hour),
