@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,13 @@ def test_windows_are_asked_of_the_same_users(served_tasks: Served) -> None:
             assert value == pytest.approx(len(best & set(window)) / 4)
     text = str(report)
     assert "baselines, next 3 events" in text and "baselines, next 8 events" in text and "recall@4:new" in text
+    best = dict.fromkeys(report.metrics, 1.0)
+    assert "the model is below a baseline" not in str(replace(report, metrics=best))
+    means = {name: metrics["precision@4/3-events"] for name, metrics in report.baselines.metrics().items()}
+    name = max(means, key=lambda each: means[each])
+    below = str(replace(report, metrics=best | {"precision@4/3-events": 0.0, "recall@4/3-events": np.nan}))
+    expected = f"the model is below a baseline: precision@4/3-events 0.0000 ({name}: {means[name]:.4f})"
+    assert below.splitlines()[-1] == expected
 
 
 class AskedAt(Popularity):

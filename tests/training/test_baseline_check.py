@@ -57,21 +57,25 @@ def test_in_a_large_log_item_neighbors_count_some_users(
     assert len([line for line in caplog.messages if line.startswith("pairs of items are counted among")]) == 1
 
 
+@pytest.mark.parametrize("counts", [False, True])
 @pytest.mark.parametrize(("reached", "warns"), [(0.29, True), (0.3, False), (0.31, False)])
-def test_a_model_below_a_baseline_is_reported(reached: float, warns: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_model_below_a_baseline_is_reported(
+    reached: float, warns: bool, counts: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     progress = Progress(
         best=0.7,  # NE: the second validation is the best, though its NDCG@10 is not
         history=[{"ne/click": 0.9, "ndcg@10": 0.5}, {"ne/click": 0.7, "ndcg@10": reached}],
         baselines={"popularity": {"ndcg@10": 0.1}, "own frequency": {"ndcg@10": 0.3}},
     )
     with caplog.at_level(logging.WARNING):
-        compare_with_baselines(progress, "ne/click", "ndcg@10")
+        compare_with_baselines(progress, "ne/click", "ndcg@10", counts=counts)
     assert [record.message.split(":")[0] for record in caplog.records] == (
         ["ndcg@10 0.2900 is below that of a counting baseline (own frequency"] if warns else []
     )
+    assert not warns or ("counter_days" in caplog.text) == counts
 
 
 def test_without_validations_nothing_is_compared(caplog: pytest.LogCaptureFixture) -> None:
-    compare_with_baselines(Progress(baselines={"popularity": {"ndcg@10": 0.1}}), "ndcg@10", "ndcg@10")
-    compare_with_baselines(Progress(best=0.5, history=[{"ndcg@10": 0.05}]), "ndcg@10", "ndcg@10")
+    compare_with_baselines(Progress(baselines={"popularity": {"ndcg@10": 0.1}}), "ndcg@10", "ndcg@10", counts=False)
+    compare_with_baselines(Progress(best=0.5, history=[{"ndcg@10": 0.05}]), "ndcg@10", "ndcg@10", counts=False)
     assert not caplog.records

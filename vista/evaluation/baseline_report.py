@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vista.evaluation.per_user_metrics import PerUserMetrics, mean_cell, per_user_path, table_of_means
@@ -18,6 +20,16 @@ class BaselineReport:
     def metrics(self) -> dict[str, dict[str, float]]:
         """Means over users, by baseline and metric."""
         return {name: own.means() for name, own in self.per_user.items()}
+
+    def ahead_of(self, model: Mapping[str, float]) -> list[str]:
+        """The metrics in which the best baseline is ahead of a model: "hr@10 0.1200 (own frequency: 0.1300)"."""
+        measured, found = self.metrics(), []
+        for name in dict.fromkeys(name for metrics in measured.values() for name in metrics):
+            best = max(measured, key=lambda baseline: measured[baseline].get(name, -math.inf))
+            value, bar = model.get(name, math.nan), measured[best][name]
+            if value < bar:  # not if one is undefined
+                found.append(f"{name} {value:.4f} ({best}: {bar:.4f})")
+        return found
 
     def save(self, out: str) -> None:
         """Write the metrics of each user where `vista compare` finds them under the name <out>.<baseline>."""

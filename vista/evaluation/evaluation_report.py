@@ -53,7 +53,11 @@ class EvaluationReport:
         lines += [f"  {name:<20} {value:.4f}" for name, value in self.metrics.items() if name not in hidden]
         lines = [fitted(line, 4) for line in lines]
         lines += map(str, reports)
-        return "\n".join(lines if self.baselines is None else [*lines, str(self.baselines)])
+        if self.baselines is not None:
+            lines.append(str(self.baselines))
+            if below := self.baselines.ahead_of(self.metrics):
+                lines.append(fitted(f"the model is below a baseline: {', '.join(below)}"))
+        return "\n".join(lines)
 
 
 def _finite(values: dict[str, float]) -> dict[str, float | None]:

@@ -21,12 +21,24 @@ def measured_baselines(validation: Validation) -> dict[str, dict[str, float]]:
     return measured
 
 
-def compare_with_baselines(progress: Progress, decided_by: str, metric: str) -> None:
+WITHOUT_COUNTERS = (
+    "train longer (optim.epochs or optim.minutes), or take more and smaller steps (data.tokens_per_batch); if users "
+    "return to items, set model.counters=true"
+)
+WITH_COUNTERS = (
+    "train longer if the run has fewer than 1,000 steps (optim.epochs), or add time constants (model.counter_days, "
+    "model.counter_events)"
+)
+"""What to change (docs/guides/choose-settings.md)."""
+
+
+def compare_with_baselines(progress: Progress, decided_by: str, metric: str, *, counts: bool) -> None:
     """Warn if the best model of a run ranks items worse than the best counting baseline.
 
     Args:
         decided_by: `Validation.metric`, by which that model was chosen.
         metric: `Validation.ranking_metric`, by which they are compared.
+        counts: whether the model has counters.
     """
     best = [validated for validated in progress.history if validated[decided_by] == progress.best]
     if not best or not progress.baselines:
@@ -35,10 +47,10 @@ def compare_with_baselines(progress: Progress, decided_by: str, metric: str) -> 
     bar, value = progress.baselines[name][metric], best[0][metric]
     if value < bar:
         logger.warning(
-            "%s %.4f is below that of a counting baseline (%s: %.4f): train longer (optim.epochs or "
-            "optim.minutes), or take more and smaller steps (data.tokens_per_batch)",
+            "%s %.4f is below that of a counting baseline (%s: %.4f): %s",
             metric,
             value,
             name,
             bar,
+            WITH_COUNTERS if counts else WITHOUT_COUNTERS,
         )
