@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,6 +59,11 @@ def test_in_a_large_log_item_neighbors_count_some_users(
     assert len([line for line in caplog.messages if line.startswith("pairs of items are counted among")]) == 1
 
 
+def decided_by(metric: str) -> Any:
+    """A validation that chooses models by `metric`, and ranks by NDCG@10."""
+    return SimpleNamespace(metric=metric, ranking_metric="ndcg@10")
+
+
 @pytest.mark.parametrize("counts", [False, True])
 @pytest.mark.parametrize(("reached", "warns"), [(0.29, True), (0.3, False), (0.31, False)])
 def test_a_model_below_a_baseline_is_reported(
@@ -68,7 +75,7 @@ def test_a_model_below_a_baseline_is_reported(
         baselines={"popularity": {"ndcg@10": 0.1}, "own frequency": {"ndcg@10": 0.3}},
     )
     with caplog.at_level(logging.WARNING):
-        compare_with_baselines(progress, "ne/click", "ndcg@10", counts=counts)
+        compare_with_baselines(progress, decided_by("ne/click"), counts=counts)
     assert [record.message.split(":")[0] for record in caplog.records] == (
         ["ndcg@10 0.2900 is below that of a counting baseline (own frequency"] if warns else []
     )
@@ -76,6 +83,6 @@ def test_a_model_below_a_baseline_is_reported(
 
 
 def test_without_validations_nothing_is_compared(caplog: pytest.LogCaptureFixture) -> None:
-    compare_with_baselines(Progress(baselines={"popularity": {"ndcg@10": 0.1}}), "ndcg@10", "ndcg@10", counts=False)
-    compare_with_baselines(Progress(best=0.5, history=[{"ndcg@10": 0.05}]), "ndcg@10", "ndcg@10", counts=False)
+    compare_with_baselines(Progress(baselines={"popularity": {"ndcg@10": 0.1}}), decided_by("ndcg@10"), counts=False)
+    compare_with_baselines(Progress(best=0.5, history=[{"ndcg@10": 0.05}]), decided_by("ndcg@10"), counts=False)
     assert not caplog.records

@@ -32,15 +32,15 @@ WITH_COUNTERS = (
 """What to change (docs/guides/choose-settings.md)."""
 
 
-def compare_with_baselines(progress: Progress, decided_by: str, metric: str, *, counts: bool) -> None:
+def compare_with_baselines(progress: Progress, validation: Validation, *, counts: bool) -> None:
     """Warn if the best model of a run ranks items worse than the best counting baseline.
 
     Args:
-        decided_by: `Validation.metric`, by which that model was chosen.
-        metric: `Validation.ranking_metric`, by which they are compared.
+        validation: its `metric` chose that model, and its `ranking_metric` compares both.
         counts: whether the model has counters.
     """
-    best = [validated for validated in progress.history if validated[decided_by] == progress.best]
+    metric = validation.ranking_metric
+    best = [validated for validated in progress.history if validated[validation.metric] == progress.best]
     if not best or not progress.baselines:
         return
     name = max(progress.baselines, key=lambda each: progress.baselines[each][metric])

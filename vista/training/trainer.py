@@ -198,12 +198,7 @@ class Trainer:
             if self._ranks is not None:
                 self._ranks.wait()
             if self.validation is not None:
-                compare_with_baselines(
-                    self.progress,
-                    self.validation.metric,
-                    self.validation.ranking_metric,
-                    counts=self.model.item_keys is not None,
-                )
+                compare_with_baselines(self.progress, self.validation, counts=self.model.item_keys is not None)
             waited = (
                 f", {self._waited_s / self._steps_s:.1%} of their time spent waiting for batches"
                 if self._steps_s
