@@ -18,6 +18,7 @@ from vista.config.model_config import (
     MAX_COUNTER_KEYS,
     MAX_HORIZONS,
     MIN_COUNTER_DAYS,
+    ModelConfig,
 )
 from vista.json_fields import NUMBER, check_fields, list_of, one_of, text, whole
 from vista.log.gaps import DAY_MS
@@ -74,6 +75,20 @@ class CounterSpec:
             raise ValueError(f"days, events: at most {MAX_HORIZONS} horizons in all, got {self.days} and {self.events}")
         if self.days and not self.has_time:
             raise ValueError(f"days: must be empty for a log without times, got {self.days}")
+
+    @classmethod
+    def of(cls, config: ModelConfig, *, has_time: bool) -> CounterSpec | None:
+        """What a model counts; None for a model without counters.
+
+        Args:
+            config: with `counters` null meaning false.
+            has_time: whether its log has times.
+        """
+        if not config.counters:
+            return None
+        fields, days = (ITEM, *config.counter_categories), config.counter_days if has_time else []
+        horizons = tuple(map(float, days)), tuple(map(float, config.counter_events))
+        return cls(fields, (config.counter_keys,) * len(fields), *horizons, has_time)
 
     @property
     def num_fields(self) -> int:

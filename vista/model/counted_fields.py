@@ -6,22 +6,12 @@ import numpy as np
 
 from vista.config import ModelConfig
 from vista.config.checks import require
-from vista.config.model_config import ITEM
 from vista.counters.counter_spec import CounterSpec
 from vista.counters.item_keys import ItemKeys
 from vista.log.item_features import CategoryColumn, ItemFeatures
 from vista.log.vocabulary import Vocabulary
 from vista.model.item_feature_table import ItemFeatureTable
 from vista.model.schema import Schema
-
-
-def counted_fields(config: ModelConfig, schema: Schema) -> CounterSpec | None:
-    """The fields and horizons of a model's counters; None for a model without counters."""
-    if not config.counters:
-        return None
-    fields, days = (ITEM, *config.counter_categories), config.counter_days if schema.has_time else []
-    horizons = tuple(map(float, days)), tuple(map(float, config.counter_events))
-    return CounterSpec(fields, (config.counter_keys,) * len(fields), *horizons, schema.has_time)
 
 
 def check_categories(config: ModelConfig, features: ItemFeatures | None, items: Vocabulary, where: str) -> None:
@@ -55,7 +45,7 @@ def item_keys(spec: CounterSpec, schema: Schema, table: ItemFeatureTable | None,
     """What each of a model's items is counted as.
 
     Args:
-        spec: from `counted_fields`.
+        spec: of the model.
         table: the features of `num_rows` model rows; None if the model has none.
 
     Raises:
@@ -69,6 +59,6 @@ def item_keys(spec: CounterSpec, schema: Schema, table: ItemFeatureTable | None,
 
 
 def largest_keys(spec: CounterSpec, schema: Schema, num_items: int) -> list[int]:
-    """The largest key of each field of `counted_fields`, for a model of `num_items` items."""
+    """The largest key of each field of a spec, for a model of `num_items` items."""
     sizes = {column.name: column.size for column in schema.item_features}
     return [num_items, *(sizes[name] for name in spec.fields[1:])]

@@ -27,7 +27,7 @@ from vista.files import checked_path, replaced_folder
 from vista.log.item_features import ItemFeatures
 from vista.log.row_features import ColumnValues, RowFeatures
 from vista.log.vocabulary import Ids, Vocabulary
-from vista.model.counted_fields import counted_fields, item_keys
+from vista.model.counted_fields import item_keys
 from vista.model.counted_item_head import CountedItemHead
 from vista.model.drawn_table import drawn_table
 from vista.model.embedding_feature import EmbeddingFeature
@@ -106,7 +106,7 @@ class RankingModel(nn.Module):
         """How features of events are read, set before the first use; None for a model without them."""
         self.request_features: RowFeatureReader | None = None
         self.user_features: RowFeatureReader | None = None
-        retrieval, spec = schema.has_retrieval, counted_fields(config, schema)
+        retrieval, spec = schema.has_retrieval, CounterSpec.of(config, has_time=schema.has_time)
         self.item_keys = None if spec is None else item_keys(spec, schema, None, 1 + len(items))
         """What items are counted as; their categories are set with their features. None without counters."""
         self.popularity = (

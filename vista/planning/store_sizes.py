@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vista.config.choices import Codec, Mixing, StateDtype
-from vista.config.model_config import ITEM, ModelConfig
+from vista.config.model_config import ModelConfig
 from vista.counters.counter_spec import CounterSpec
 from vista.errors import ConfigError
 from vista.store.format.counter_layout import CounterLayout
@@ -62,13 +62,9 @@ class StoreSizes:
         Raises:
             ConfigError: a record would exceed the format's limit.
         """
-        spec, layout = None, None
-        if model.counters:
-            days, events = tuple(model.counter_days), tuple(model.counter_events)
-            fields = (ITEM, *model.counter_categories)
-            spec = CounterSpec(fields, (model.counter_keys,) * len(fields), days, events)
-            # Most categories have fewer values than there are items.
-            layout = CounterLayout.of(spec, [num_items] * len(fields))
+        spec = CounterSpec.of(model, has_time=True)
+        # Most categories have fewer values than there are items.
+        layout = None if spec is None else CounterLayout.of(spec, [num_items] * spec.num_fields)
         try:
             record_spec = RecordSpec(
                 summarizer_id=bytes(32),

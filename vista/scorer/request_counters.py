@@ -81,7 +81,7 @@ class RequestCounters(UserCounters):
             key = self.codes.key[first:stop].astype(np.int64)
             found = np.flatnonzero((key >= columns.start) & (key < columns.stop))
             return (cell[first:stop][found] >> 32) - users.start, key[found] - columns.start, found + first
-        row = (rows[columns] if rows.ndim == 1 else rows[users, columns]).cpu().numpy()
+        row = _rectangle(rows, users, columns)
         wanted = cells_of(np.arange(users.start, users.stop)[:, None], row)
         if first == stop:
             return (np.zeros(0, np.int64),) * 3
@@ -98,7 +98,7 @@ class RequestCounters(UserCounters):
         if rows is None:
             row = np.arange(columns.start, min(columns.stop, self.keys.category.shape[1]))
         else:
-            row = (rows[columns] if rows.ndim == 1 else rows[users, columns]).cpu().numpy()
+            row = _rectangle(rows, users, columns)
         count = users.stop - users.start
         row = np.broadcast_to(row, (count, row.shape[-1])).ravel()
         owner = np.repeat(np.arange(users.start, users.stop), len(row) // count)
@@ -120,3 +120,9 @@ class RequestCounters(UserCounters):
         values = decode_values(spec, by_field).astype(np.float32)
         values[by_field[:, 0] == 0] = np.nan
         return values.reshape(codes.shape)
+
+
+def _rectangle(rows: Tensor, users: slice, columns: slice) -> Int:
+    """Rows of candidates, [C] or [B, C], of some users and columns: int64 [columns] or [users, columns]."""
+    part: Int = (rows[columns] if rows.ndim == 1 else rows[users, columns]).cpu().numpy()
+    return part
