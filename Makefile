@@ -25,7 +25,7 @@ RUN_BENCHMARKS := failed=0; \
 	$(BIN)/python -m scripts.benchmarks.bench_summary; exit $$failed
 
 # Tests that `make test` leaves out; each group has a target of its own.
-SLOW_GROUPS := gpu or aot or faults or research or docs or recipes or browser
+SLOW_GROUPS := gpu or aot or faults or nightly or research or docs or recipes or browser
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 REQUIRE_GPU = $(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "error: torch finds no GPU on this machine; nothing was run (see vista doctor)")'
 ON_CPU := CUDA_VISIBLE_DEVICES= $(PYTEST)

@@ -14,6 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# All machines compute the same: the choices of one processor profile, with instructions that each of them has. Where
+# VISTA_PROCESSOR is set, as by `make test-processors`, the processor uses all that it has. Libraries read these
+# variables when they are loaded.
+if "VISTA_PROCESSOR" not in os.environ:
+    os.environ["VISTA_PROCESSOR"] = "float32"
+    os.environ.setdefault("ATEN_CPU_CAPABILITY", "avx2")
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
+    os.environ.setdefault("MKL_ENABLE_INSTRUCTIONS", "AVX2")
+
 import numpy as np
 import pytest
 import torch
