@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import torch
 
 from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser
@@ -34,7 +35,6 @@ from vista.export.export_runner import ExportRunner
 from vista.export.graph_input import graph_inputs
 from vista.export.onnx_export import FILE as ONNX_FILE
 from vista.export.onnx_export import write_onnx
-from vista.export.onnx_extra import onnxruntime
 from vista.export.parity import compare, scorer_outputs
 from vista.export.request_arrays import Arrays, request_arrays
 from vista.export.serving_graph import ServingGraph

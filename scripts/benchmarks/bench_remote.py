@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import redis
 
 from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser
 from scripts.benchmarks.store_workloads import RECORDS_PER_READ, RECORDS_PER_WRITE, SUMMARIZER, StoreShape, records_of
@@ -34,7 +35,6 @@ from scripts.benchmarks.timing import interleaved
 from vista.device import keep_freed_memory, set_threads
 from vista.store import StoreReader, user_keys
 from vista.store.remote.key_names import KeyNames
-from vista.store.remote.redis_extra import redis
 
 SHAPES = (StoreShape(32, 64), StoreShape(128, 256))
 """The shapes of the default model and of the paper's model."""

@@ -16,12 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import polars as pl
+
 from vista.config import PrepareConfig
 from vista.config.composition import compose_config
 from vista.errors import ConfigError, VistaError
 from vista.files import writable_folder
 from vista.log.ingest.prepare import prepare
-from vista.log.polars_extra import pl
 
 
 @dataclass(frozen=True, slots=True)

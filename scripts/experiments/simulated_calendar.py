@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import polars as pl
+
 from vista.config import ItemTableConfig, PrepareConfig, SimulateConfig, SourceConfig
 from vista.log.ingest.prepare import prepare
-from vista.log.polars_extra import pl
 from vista.simulation.simulate import EVENTS_FILE, IMPRESSIONS_FILE, ITEMS_FILE, simulate
 
 CALENDAR = {

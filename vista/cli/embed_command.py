@@ -6,16 +6,21 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from vista.arrays import Float32s
 from vista.config import ItemsEmbedConfig
 from vista.device import cpu_settings, resolve_device
 from vista.files import writable_file
+from vista.install_command import require_module
 from vista.log.ingest.item_values import read_texts, write_values
 from vista.log.ingest.source_parser import SourceParser
-from vista.log.polars_extra import pl
 from vista.model.text_encoder import TextEncoder
+
+if TYPE_CHECKING:
+    import polars as pl
+else:
+    pl = require_module("polars", "data")
 
 
 class Encoder(Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,12 +16,17 @@ from vista.config import ItemsTokenizeConfig
 from vista.config.checks import require
 from vista.errors import ConfigError, DataError
 from vista.files import checked_path, writable_file
+from vista.install_command import require_module
 from vista.log.ingest.item_values import check_not_a_source, read_vectors, write_values
 from vista.log.ingest.source_parser import SourceParser
-from vista.log.polars_extra import pl
 from vista.model.codebooks import Codebooks
 from vista.model.registry import load_model
 from vista.model.residual_codes import ResidualCodes
+
+if TYPE_CHECKING:
+    import polars as pl
+else:
+    pl = require_module("polars", "data")
 
 CODEBOOKS_SUFFIX = ".codebooks.safetensors"
 

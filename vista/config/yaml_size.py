@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import yaml
-
 MAX_VALUES, MAX_LEVELS = 10_000, 50
 """Of a document, with every alias replaced by what it stands for."""
 
@@ -28,6 +26,8 @@ def check_size(text: str) -> None:
     Raises:
         yaml.YAMLError: it is, or the text is not YAML.
     """
+    import yaml  # takes a while, and most configurations are built without it
+
     anchors: dict[str, _Node] = {}
     open_nodes = [_Node()]  # the document, and the lists and mappings that have begun
     for event in yaml.parse(text, yaml.SafeLoader):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import altair as alt
+import pandas as pd
+
 from vista.explore.explained_ranking import PARTS
-from vista.explore.explore_extra import altair as alt
-from vista.explore.explore_extra import pandas as pd
 from vista.explore.timeline import OTHER, Timeline
 from vista.log.gaps import DAY_MS
 from vista.runs.metric_order import better_values

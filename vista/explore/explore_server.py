@@ -15,8 +15,9 @@ import webbrowser
 from importlib import import_module
 from pathlib import Path
 
+import streamlit
+
 from vista.config import ExploreConfig
-from vista.explore.explore_extra import streamlit
 from vista.serve.listening_socket import bound_socket
 from vista.store.format.authentication import read_key
 

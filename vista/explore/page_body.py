@@ -6,10 +6,10 @@ import logging
 from collections.abc import Callable
 
 import numpy as np
+import streamlit as st
 
 from vista.config import ExploreConfig
 from vista.errors import VistaError
-from vista.explore.explore_extra import streamlit as st
 from vista.explore.explore_workspace import Workspace, record_of
 from vista.explore.markdown_text import escaped
 from vista.explore.page_cache import SCORERS, user_search, workspace_of

@@ -8,9 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import streamlit as st
+
 from vista.config.choices import OnMissing, Precision
 from vista.evaluation.recall import RecallItems, RecallReport, recall_of_user
-from vista.explore.explore_extra import streamlit as st
 from vista.explore.explore_workspace import Workspace, log_version, open_page_scorer
 from vista.explore.places import Places
 from vista.explore.ranking_comparison import OverlapOfUsers, compare_users

@@ -12,10 +12,10 @@ import torch
 
 from vista.export.export_runner import ExportRunner
 from vista.export.graph_input import GraphInput
-from vista.export.onnx_extra import onnxruntime
 from vista.export.request_arrays import Arrays
 from vista.export.serving_graph import ServingGraph
 from vista.export.traced_graph import LEAST, by_axis, traced
+from vista.install_command import require_module
 
 FILE = "model.onnx"
 
@@ -42,6 +42,8 @@ def write_onnx(graph: ServingGraph, inputs: list[GraphInput], folder: Path) -> E
     Raises:
         OSError: the files cannot be written.
     """
+    for package in ("onnx", "onnxruntime", "onnxscript"):
+        require_module(package, "onnx")
     program = traced(graph, inputs)
     with _quiet():
         exported = torch.onnx.export(
@@ -54,7 +56,7 @@ def write_onnx(graph: ServingGraph, inputs: list[GraphInput], folder: Path) -> E
         )
     assert exported is not None
     exported.save(folder / FILE, external_data=True)
-    session = onnxruntime.InferenceSession(folder / FILE, providers=["CPUExecutionProvider"])
+    session = require_module("onnxruntime", "onnx").InferenceSession(folder / FILE, providers=["CPUExecutionProvider"])
 
     def run(arrays: Arrays) -> Arrays:
         return dict(zip(graph.outputs, session.run(graph.outputs, arrays), strict=True))

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vista.errors import DataError, shown
-from vista.log.polars_extra import pl
+from vista.install_command import require_module
+
+if TYPE_CHECKING:
+    import polars as pl
+else:
+    pl = require_module("polars", "data")
 
 
 def category_table(file: Path, column: str, kind: str) -> pl.DataFrame:

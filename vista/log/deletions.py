@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from vista.config import SourceConfig
 from vista.config.choices import OnBadRows
 from vista.errors import ConfigError, DataError, LogFormatError, UnknownUserError, shown
 from vista.files import checked_path
+from vista.install_command import require_module
 from vista.log.event_keys import EventKeys, equal_events
 from vista.log.event_log import EventLog
 from vista.log.frames import to_polars
@@ -28,7 +29,6 @@ from vista.log.ingest.row_rules import TIME_UNITS
 from vista.log.ingest.scanned_source import frame_source
 from vista.log.ingest.source_parser import SourceParser
 from vista.log.ingest.sources import Source, open_sources
-from vista.log.polars_extra import pl
 from vista.log.segment import segment_name
 from vista.log.segment_files import FORGOTTEN_COLUMNS
 from vista.log.segment_writer import (
@@ -39,6 +39,11 @@ from vista.log.segment_writer import (
     write_without_events,
 )
 from vista.progress_bar import elapsed_time
+
+if TYPE_CHECKING:
+    import polars as pl
+else:
+    pl = require_module("polars", "data")
 
 _NAMED_ROWS = 3
 

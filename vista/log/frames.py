@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vista.errors import DataError
-from vista.log.polars_extra import pl
+from vista.install_command import require_module
+
+if TYPE_CHECKING:
+    import polars as pl
+else:
+    pl = require_module("polars", "data")
 
 
 def to_polars(frame: Any, columns: Iterable[str] | None = None) -> pl.DataFrame:

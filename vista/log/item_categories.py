@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.errors import DataError
+from vista.install_command import require_module
 from vista.log.ingest.source_parser import SourceParser
-from vista.log.polars_extra import pl
 from vista.log.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def read_categories(file: Path, column: str, items: Vocabulary) -> NDArray[np.in
         raise DataError(f"data.item_categories={file}: cannot be read (no such file); name a Parquet or CSV file")
     with SourceParser() as parser:
         _, content = parser.call("category_table", file, column=column, kind=items.kind)
-    named = pl.read_ipc(BytesIO(content))
+    named = require_module("polars", "data").read_ipc(BytesIO(content))
     rows = items.rows(named["item"].to_list())
     logger.info("%s: %d of %d items have a category", file, int((rows >= 0).sum()), len(items))
     if not (rows >= 0).any():

@@ -7,6 +7,7 @@ level l.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from safetensors.numpy import load, save
 from vista.arrays import Float32s
 from vista.errors import DataError
 from vista.files import checked_path, read_limited, replace_file
+from vista.install_command import require_module
 from vista.progress_bar import progress_bar
 
 MAX_LEVELS, MAX_CODES = 16, 1 << 16
@@ -147,14 +149,37 @@ def _fit(centroids: list[NDArray[Any]], exponent: int, num_codes: int) -> bool:
     )
 
 
+def load_faiss() -> Any:
+    """The package faiss.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
+    logging.getLogger("faiss").setLevel(logging.WARNING)
+    return require_module("faiss", "faiss")
+
+
+@contextmanager
+def one_thread(faiss: Any) -> Iterator[None]:
+    """Let faiss use one thread in this block, so that its results do not depend on the number of threads.
+
+    The setting belongs to the calling thread, so other threads may call faiss meanwhile.
+    """
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(threads)
+
+
 @contextmanager
 def _single_thread() -> Iterator[Any]:
     """The package faiss, whose results then do not depend on the number of threads, or of vectors in a search."""
-    from vista.model.faiss_extra import faiss, one_thread
-
+    faiss = load_faiss()
     blas_from = faiss.cvar.distance_compute_blas_threshold
     try:
-        with one_thread():
+        with one_thread(faiss):
             yield faiss
     finally:
         faiss.cvar.distance_compute_blas_threshold = blas_from

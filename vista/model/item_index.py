@@ -20,6 +20,7 @@ from vista.arrays import Float32s, Int
 from vista.config.choices import IndexKind
 from vista.errors import ItemIndexError, ItemIndexMismatchError
 from vista.files import checked_path, replaced_folder
+from vista.model.codebooks import load_faiss, one_thread
 from vista.model.item_index_manifest import CHECK_FILE, FAISS_FILE, ItemIndexManifest, unreadable_index
 from vista.model.ranking_model import UNKNOWN_ITEM
 from vista.progress_bar import elapsed_time, progress_bar, ticking
@@ -97,8 +98,7 @@ class ItemIndex:
             with replaced_folder(folder) as partial:
                 np.save(partial / CHECK_FILE, self.check, allow_pickle=False)
                 if self._index is not None:
-                    from vista.model.faiss_extra import faiss
-
+                    faiss = load_faiss()
                     faiss.write_index(self._index, str(partial / FAISS_FILE))
                 self.manifest.write(partial)
         except (OSError, RuntimeError) as error:  # faiss raises a RuntimeError if the disk is full
@@ -123,8 +123,7 @@ class ItemIndex:
                 raise ValueError(f"{CHECK_FILE} holds {check.dtype} {check.shape}")
             index = None
             if FAISS_FILE in manifest.files:
-                from vista.model.faiss_extra import faiss
-
+                faiss = load_faiss()
                 index = faiss.read_index(str(folder / FAISS_FILE), faiss.IO_FLAG_MMAP_IFC)
                 if (index.ntotal, index.d) != (manifest.num_items, manifest.dim):
                     raise ValueError(f"{FAISS_FILE} holds {index.ntotal} vectors of {index.d} numbers")
@@ -193,8 +192,7 @@ class ItemIndex:
 
     def _search(self, query: Float32s, count: int, allowed: NDArray[np.bool_] | None) -> Int:
         """Model rows of about the nearest `count` items (IVF-PQ: a few times as many) of a query [1, M']."""
-        from vista.model.faiss_extra import faiss, one_thread
-
+        faiss = load_faiss()
         options: dict[str, Any] = {}
         effort = 1.0
         if allowed is not None:
@@ -210,7 +208,7 @@ class ItemIndex:
             probed = math.ceil(PROBED_FACTOR * num_lists**PROBED_POWER * effort)
             parameters = faiss.SearchParametersIVF(nprobe=min(probed, num_lists), **options)
             count *= NUM_COMPARED
-        with one_thread():
+        with one_thread(faiss):
             rows = self._index.search(query, min(count, self.num_items), params=parameters)[1][0]
         found: Int = rows[rows >= 0] + (UNKNOWN_ITEM + 1)
         return found
@@ -256,18 +254,16 @@ def _with_last_times(vectors: Float32s, scale: float) -> Float32s:
 
 
 def _hnsw(vectors: Float32s) -> Any:
-    from vista.model.faiss_extra import faiss, one_thread
-
+    faiss = load_faiss()
     index = faiss.IndexHNSWFlat(vectors.shape[1], NUM_LINKS, faiss.METRIC_INNER_PRODUCT)
     index.hnsw.efConstruction = BUILD_EFFORT
-    with one_thread():
+    with one_thread(faiss):
         _add(index, vectors)
     return index
 
 
 def _ivfpq(vectors: Float32s) -> Any:
-    from vista.model.faiss_extra import faiss, one_thread
-
+    faiss = load_faiss()
     count, dim = vectors.shape
     num_lists = max(1, min(math.isqrt(count), count // POINTS_PER_LIST))
     # 4 bits per number of the difference from the center of the list.
@@ -275,7 +271,7 @@ def _ivfpq(vectors: Float32s) -> Any:
     for parameters in (index.cp, index.pq.cp):
         parameters.seed, parameters.min_points_per_centroid = SEED, 1
     sample = np.random.default_rng(SEED).permutation(count)[: max(POINTS_PER_LIST * num_lists, 16_384)]
-    with one_thread():
+    with one_thread(faiss):
         with elapsed_time("train the index"):
             index.train(vectors[np.sort(sample)])
         _add(index, vectors)

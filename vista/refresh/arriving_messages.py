@@ -6,6 +6,7 @@ import logging
 import time
 
 from vista.config import WatchConfig
+from vista.install_command import require_module
 from vista.log.event_log import EventLog
 from vista.log.ingest.kafka.message_rows import message_rows
 from vista.log.ingest.prepare import prepare_messages
@@ -26,7 +27,8 @@ class ArrivingMessages:
     """
 
     def __init__(self, config: WatchConfig) -> None:
-        from vista.log.ingest.kafka.kafka_reader import KafkaReader  # an extra, which other watches do not need
+        require_module("confluent_kafka", "kafka")  # other watches do not need it
+        from vista.log.ingest.kafka.kafka_reader import KafkaReader
 
         assert config.source is not None
         self._config = config

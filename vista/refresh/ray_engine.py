@@ -20,15 +20,17 @@ import torch
 from vista.arrays import Int
 from vista.config.ray_config import RayConfig
 from vista.errors import ConfigError, VistaError, WorkerDiedError, shown
+from vista.install_command import require_module
 from vista.log.event_log import EventLog
 from vista.machine import usable_cores
 from vista.refresh.batch_encoder import BatchEncoder
-from vista.refresh.ray_extra import ray
 from vista.refresh.refresh_actor import ActorJob, ActorResult, RefreshActor, log_digest
 from vista.refresh.stage_clock import StageClock
 from vista.refresh.user_records import UserRecords
 from vista.store.format.record_spec import RecordSpec
 from vista.store.format.state_record import StateSpec
+
+ray: Any = require_module("ray", "ray")
 
 logger = logging.getLogger(__name__)
 QUEUED = 2

@@ -8,6 +8,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
 
+import fastapi
+from starlette.exceptions import HTTPException
+from starlette.responses import PlainTextResponse
+
 from vista.config import ServeConfig
 from vista.errors import DeadlineError, ModelUnavailableError
 from vista.serve.body_reader import BodyReader, number_of
@@ -28,7 +32,6 @@ from vista.serve.request_checks import HostCheck, TokenCheck
 from vista.serve.score_batches import ScoreBatches
 from vista.serve.scoring_queue import ScoringQueue
 from vista.serve.scoring_service import Answer, ScoringService
-from vista.serve.serve_extra import HTTPException, PlainTextResponse, fastapi
 from vista.serve.served_models import ServedModels
 from vista.serve.service_metrics import ServiceMetrics
 from vista.store.layout import store_address

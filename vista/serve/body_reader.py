@@ -7,8 +7,10 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import fastapi
+from starlette.requests import ClientDisconnect
+
 from vista.errors import BodyTooLargeError, OverloadedError, SlowBodyError
-from vista.serve.serve_extra import ClientDisconnect, fastapi
 
 NUM_LARGE = 16
 """Bodies of the largest size that a worker holds at the same time; smaller ones are more."""

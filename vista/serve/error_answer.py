@@ -8,6 +8,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import fastapi
+import msgspec
+
 from vista.errors import (
     BodyTooLargeError,
     DeadlineError,
@@ -23,7 +26,6 @@ from vista.errors import (
     VistaError,
     shortened,
 )
-from vista.serve.serve_extra import fastapi, msgspec
 
 logger = logging.getLogger(__name__)
 

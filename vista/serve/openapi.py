@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from vista.serve.request_bodies import JSON, MSGPACK, ExplainBody, RankBody, RetrieveBody, ScoreBody
-from vista.serve.serve_extra import msgspec
 
 DESCRIPTION = """
 Scores candidates for users from their cached summaries. Users and items have the ids of your log: integers or strings.

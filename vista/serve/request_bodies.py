@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+import msgspec
 import numpy as np
 
 from vista.arrays import offsets_of
 from vista.scorer import Tail
-from vista.serve.serve_extra import msgspec
 
 JSON, MSGPACK = "application/json", "application/msgpack"
 Id = int | str

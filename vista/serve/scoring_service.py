@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -34,7 +35,6 @@ from vista.serve.request_bodies import (
     item_ids,
     tail_of,
 )
-from vista.serve.serve_extra import msgspec
 from vista.serve.user_record import user_record
 from vista.version import __version__
 

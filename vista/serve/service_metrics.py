@@ -7,9 +7,11 @@ import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import prometheus_client
+import prometheus_client.multiprocess
+
 from vista.scorer import Scorer
 from vista.scorer.scorer_stats import ScorerStats
-from vista.serve.serve_extra import prometheus_client
 from vista.serve.shared_numbers import FOLDER_VARIABLE
 
 SIZES = (0, 10, 100, 500, 1000, 5000, 10_000)

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 
+import uvicorn
+
 from vista.config import ServeConfig
 from vista.config.models_file import ModelsFile
 from vista.device import cpu_settings
@@ -21,7 +23,6 @@ from vista.serve.http_protocol import HEAD_S, BoundedHttpProtocol
 from vista.serve.listening_socket import is_loopback
 from vista.serve.request_checks import accepted_hosts
 from vista.serve.scoring_queue import ScoringQueue
-from vista.serve.serve_extra import uvicorn
 from vista.serve.served_models import ServedModels
 from vista.serve.service_metrics import ServiceMetrics
 

@@ -35,6 +35,7 @@ from vista.arrays import offsets_of
 from vista.config import SimulateConfig
 from vista.errors import ConfigError, DataError
 from vista.files import checked_path, create_file, make_folders, replace_text, sync
+from vista.install_command import require_module
 from vista.progress_bar import progress_bar
 from vista.simulation.catalog import Catalog, make_catalog
 from vista.simulation.event_stream import ACTIONS
@@ -173,7 +174,7 @@ def write(log: SimulatedLog, out: Path) -> None:
 
 
 def _events_frame(log: SimulatedLog) -> pl.DataFrame:
-    from vista.log.polars_extra import pl
+    pl = require_module("polars", "data")
 
     users = np.repeat(np.arange(1, log.config.num_users + 1), np.diff(log.offsets))
     return pl.DataFrame(
@@ -187,7 +188,7 @@ def _events_frame(log: SimulatedLog) -> pl.DataFrame:
 
 
 def _impressions_frame(log: SimulatedLog) -> pl.DataFrame:
-    from vista.log.polars_extra import pl
+    pl = require_module("polars", "data")
 
     columns = {
         "user": pl.Series(log.impression_user + 1),
@@ -205,7 +206,7 @@ def _impressions_frame(log: SimulatedLog) -> pl.DataFrame:
 
 
 def _items_frame(catalog: Catalog) -> pl.DataFrame:
-    from vista.log.polars_extra import pl
+    pl = require_module("polars", "data")
 
     ids = np.arange(1, len(catalog.topic) + 1)
     return pl.DataFrame({"item": ids, "topic": catalog.topic.astype(np.int64), "quality": catalog.quality})

@@ -12,7 +12,7 @@ from typing import Any
 
 from vista.config.swept_key import SweptKey
 from vista.errors import SweepError
-from vista.sweep.optuna_extra import JournalFileBackend, JournalStorage, optuna
+from vista.install_command import require_module
 
 STUDY_FILE = "optuna.journal"
 
@@ -30,6 +30,10 @@ class SampledSettings:
         Raises:
             SweepError: the folder has a sweep over other keys or values.
         """
+        optuna = require_module("optuna", "optuna")
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend
+
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         storage = JournalStorage(JournalFileBackend(str(folder / STUDY_FILE)))
         self._study = optuna.create_study(study_name="sweep", storage=storage, load_if_exists=True)
@@ -52,7 +56,7 @@ class SampledSettings:
             stored = self._study.get_trials(deepcopy=False)
             if number == len(stored):
                 # With a seed per trial, a resumed sweep samples what an uninterrupted one does.
-                self._study.sampler = optuna.samplers.TPESampler(seed=number)
+                self._study.sampler = require_module("optuna", "optuna").samplers.TPESampler(seed=number)
                 self._study.ask(self._distributions)
                 stored = self._study.get_trials(deepcopy=False)
             self._number = number
@@ -65,17 +69,17 @@ class SampledSettings:
             badness: smaller is better; None if it failed.
         """
         if not self._study.get_trials(deepcopy=False)[self._number].state.is_finished():
-            state = optuna.trial.TrialState.FAIL if badness is None else None
+            state = require_module("optuna", "optuna").trial.TrialState.FAIL if badness is None else None
             self._study.tell(self._number, badness, state=state)
 
 
 def _distribution(one: SweptKey) -> Any:
     if one.interval is None:
-        return optuna.distributions.CategoricalDistribution(one.values)
+        return require_module("optuna", "optuna").distributions.CategoricalDistribution(one.values)
     low, high = one.interval
     if one.whole:
-        return optuna.distributions.IntDistribution(int(low), int(high), log=one.log)
-    return optuna.distributions.FloatDistribution(low, high, log=one.log)
+        return require_module("optuna", "optuna").distributions.IntDistribution(int(low), int(high), log=one.log)
+    return require_module("optuna", "optuna").distributions.FloatDistribution(low, high, log=one.log)
 
 
 def _word(value: Any) -> str:

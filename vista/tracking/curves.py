@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vista.install_command import require_module
+
 CURVES_FILE = "curves.png"
 
 
@@ -16,9 +18,7 @@ def plot_curves(run_dir: Path, rows: Sequence[dict[str, Any]], metric: str | Non
         rows: of metrics.jsonl.
         metric: the one by which the best model is chosen; None without validation.
     """
-    from vista.tracking.matplotlib_extra import Figure
-
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    figure = require_module("matplotlib.figure", "plots").Figure(figsize=(9, 3.5), layout="constrained")
     loss, quality = figure.subplots(1, 2)
     trained = [row for row in rows if "validation" not in row]
     validated = [row for row in rows if metric in row.get("validation", {})]

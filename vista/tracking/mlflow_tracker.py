@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vista.tracking.mlflow_extra import Metric, MlflowClient, Param
+from vista.install_command import require_module
 from vista.tracking.tracker import TrackedFolder
 
 LIMITS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
@@ -23,7 +23,8 @@ class MlflowTracker:
     def __init__(self, folder: TrackedFolder, run_id: str | None) -> None:
         for name, value in LIMITS.items():
             os.environ.setdefault(name, value)
-        self._client = MlflowClient(tracking_uri=folder.tracking.server)
+        self._mlflow = require_module("mlflow", "mlflow")
+        self._client = self._mlflow.MlflowClient(tracking_uri=folder.tracking.server)
         if run_id is None:
             self.run_id = self._new_run(folder)
         else:
@@ -35,7 +36,7 @@ class MlflowTracker:
         experiment = self._client.get_experiment_by_name(project)
         number = self._client.create_experiment(project) if experiment is None else experiment.experiment_id
         made = self._client.create_run(number, tags=dict(folder.tags), run_name=folder.run_dir.name)
-        params = [Param(name, str(value)[:MAX_PARAM]) for name, value in folder.settings.items()]
+        params = [self._mlflow.entities.Param(name, str(value)[:MAX_PARAM]) for name, value in folder.settings.items()]
         for start in range(0, len(params), 100):  # the most that a server accepts at once
             self._client.log_batch(made.info.run_id, params=params[start : start + 100])
         return str(made.info.run_id)
@@ -43,7 +44,7 @@ class MlflowTracker:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """As `Tracker.log`."""
         now = time.time_ns() // 1_000_000
-        metrics = [Metric(metric_name(name), value, now, step) for name, value in values.items()]
+        metrics = [self._mlflow.entities.Metric(metric_name(name), value, now, step) for name, value in values.items()]
         self._client.log_batch(self.run_id, metrics=metrics)
 
     def close(self, files: Sequence[Path] | None) -> None:

@@ -6,8 +6,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vista.tracking.matplotlib_extra import imread
-from vista.tracking.tensorboard_extra import SummaryWriter
+from vista.install_command import require_module
 from vista.tracking.tracker import TrackedFolder
 
 
@@ -20,7 +19,7 @@ class TensorboardTracker:
         events = folder.run_dir / self.run_id
         if run_id is None:
             shutil.rmtree(events, ignore_errors=True)
-        self._writer = SummaryWriter(str(events))
+        self._writer = require_module("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(events))
         if run_id is None:
             table = "\n".join(f"| {name} | {value} |" for name, value in folder.tags.items())
             self._writer.add_text("run", f"| | |\n|---|---|\n{table}")
@@ -35,7 +34,8 @@ class TensorboardTracker:
         """As `Tracker.close`."""
         for path in files or ():
             if path.suffix == ".png":
-                self._writer.add_image(path.stem, imread(path)[..., :3], dataformats="HWC")
+                image = require_module("matplotlib.image", "plots").imread(path)
+                self._writer.add_image(path.stem, image[..., :3], dataformats="HWC")
             else:
                 text = path.read_text(encoding="utf-8")
                 self._writer.add_text(path.stem, text if path.suffix == ".md" else f"```\n{text}\n```")

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from vista.config.choices import TrackerKind
 from vista.config.config_keys import without_password
 from vista.config.tracking_config import TrackingConfig
 from vista.errors import MissingDependencyError, TrackingError
 from vista.files import read_limited, replace_text
+from vista.install_command import require_module
 from vista.json_fields import NUMBER, check_fields, either, one_of, text, whole
+from vista.tracking.mlflow_tracker import MlflowTracker
+from vista.tracking.tensorboard_tracker import TensorboardTracker
 from vista.tracking.tracker import TrackedFolder, Tracker
+from vista.tracking.wandb_tracker import WandbTracker
 
 logger = logging.getLogger(__name__)
 STATE_FILE = "tracking.json"
@@ -29,11 +32,12 @@ _FIELDS = {
     "validation": whole(),
     "complete": one_of(True, False),
 }
-_TRACKERS = {
-    TrackerKind.tensorboard: ("tensorboard_tracker", "TensorboardTracker"),
-    TrackerKind.mlflow: ("mlflow_tracker", "MlflowTracker"),
-    TrackerKind.wandb: ("wandb_tracker", "WandbTracker"),
+_TRACKERS: dict[TrackerKind, tuple[Callable[[TrackedFolder, str | None], Tracker], tuple[str, ...]]] = {
+    TrackerKind.tensorboard: (TensorboardTracker, ("torch.utils.tensorboard",)),
+    TrackerKind.mlflow: (MlflowTracker, ("sqlalchemy", "mlflow.entities")),
+    TrackerKind.wandb: (WandbTracker, ("wandb",)),
 }
+"""Classes, and the modules that they import, from the extra that has the name of the tracker."""
 
 
 def tracker_class(kind: TrackerKind) -> Callable[[TrackedFolder, str | None], Tracker]:
@@ -42,11 +46,11 @@ def tracker_class(kind: TrackerKind) -> Callable[[TrackedFolder, str | None], Tr
     Raises:
         MissingDependencyError: its extra is not installed.
     """
-    module, name = _TRACKERS[kind]
-    import_module("vista.tracking.matplotlib_extra")
-    return cast(
-        Callable[[TrackedFolder, str | None], Tracker], getattr(import_module(f"vista.tracking.{module}"), name)
-    )
+    tracker, modules = _TRACKERS[kind]
+    require_module("matplotlib.figure", "plots")
+    for module in modules:
+        require_module(module, kind.value)
+    return tracker
 
 
 class TrackedRun:

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vista.errors import TrackingError
+from vista.install_command import require_module
 from vista.tracking.tracker import TrackedFolder
-from vista.tracking.wandb_extra import wandb
 
 START_TIMEOUT_S = 30
 FINISH_TIMEOUT_S = 120
@@ -21,6 +21,7 @@ class WandbTracker:
 
     def __init__(self, folder: TrackedFolder, run_id: str | None) -> None:
         tracking = folder.tracking
+        self._wandb = wandb = require_module("wandb", "wandb")
         self.run_id = secrets.token_hex(4) if run_id is None else run_id
         settings = wandb.Settings(
             console="off",
@@ -56,7 +57,7 @@ class WandbTracker:
         """As `Tracker.close`."""
         for path in files or ():
             if path.suffix == ".png":
-                self._run.log({path.stem: wandb.Image(str(path))})
+                self._run.log({path.stem: self._wandb.Image(str(path))})
             else:
                 own = shutil.copy(path, self._run.dir)
                 self._run.save(own, base_path=self._run.dir, policy="now")

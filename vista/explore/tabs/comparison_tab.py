@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pandas as pd
+import streamlit as st
+
 from vista.explore.charts import overlap_chart
-from vista.explore.explore_extra import pandas as pd
-from vista.explore.explore_extra import streamlit as st
 from vista.explore.explore_workspace import Workspace
 from vista.explore.markdown_text import escaped
 from vista.explore.page_cache import other_scorer, overlap_of_users, scorer_for, user_search

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 
+import pandas as pd
+import streamlit as st
+
 from vista.explore.charts import parts_chart, tail_chart, token_chart
 from vista.explore.explained_ranking import explained_ranking, request_time
-from vista.explore.explore_extra import pandas as pd
-from vista.explore.explore_extra import streamlit as st
 from vista.explore.explore_workspace import Workspace, record_of
 from vista.explore.markdown_text import escaped
 from vista.explore.page_cache import scorer_for

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import streamlit as st
 
 from vista.config import ExploreConfig
 from vista.errors import DataError, VistaError
 from vista.explore.charts import benefit_chart, metric_chart
-from vista.explore.explore_extra import pandas as pd
-from vista.explore.explore_extra import streamlit as st
 from vista.explore.explore_workspace import Workspace
 from vista.explore.markdown_text import escaped
 from vista.explore.page_cache import measured_benefit

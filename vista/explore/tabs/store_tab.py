@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
+import streamlit as st
+
 from vista.explore.charts import coverage_chart
-from vista.explore.explore_extra import pandas as pd
-from vista.explore.explore_extra import streamlit as st
 from vista.explore.explore_workspace import Workspace
 from vista.explore.markdown_text import escaped
 from vista.explore.page_cache import user_search

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import pandas as pd
+import streamlit as st
+
 from vista.config.config_keys import value_text
 from vista.explore.charts import curve_chart
-from vista.explore.explore_extra import pandas as pd
-from vista.explore.explore_extra import streamlit as st
 from vista.explore.explore_workspace import Workspace
 from vista.explore.markdown_text import escaped
 from vista.explore.run_curves import RunCurves

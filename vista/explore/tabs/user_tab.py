@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pandas as pd
+import streamlit as st
+
 from vista.evaluation.recall import bands
 from vista.explore.charts import recall_chart, timeline_chart
-from vista.explore.explore_extra import pandas as pd
-from vista.explore.explore_extra import streamlit as st
 from vista.explore.explore_workspace import Workspace
 from vista.explore.markdown_text import escaped
 from vista.explore.page_cache import user_recall

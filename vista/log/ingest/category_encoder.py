@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vista.errors import DataError
+from vista.install_command import require_module
 from vista.log.ingest.sources import Source
-from vista.log.polars_extra import pl
+
+if TYPE_CHECKING:
+    import polars as pl
+else:
+    pl = require_module("polars", "data")
 
 VALUE = "value"
 """Column of a file of values, whose rows are the codes of a part."""

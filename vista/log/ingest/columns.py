@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from vista.errors import DataError
+from vista.install_command import require_module
 from vista.log.ingest.distinct_ids import ITEM_ROW, USER_ROW
 from vista.log.ingest.parts import Part
 from vista.log.ingest.sources import Source
-from vista.log.polars_extra import pl
 from vista.log.segment_files import EVENT_COLUMNS, IMPRESSION_COLUMNS
+
+if TYPE_CHECKING:
+    import polars as pl
+else:
+    pl = require_module("polars", "data")
 
 NO_ACTION = "event"
 """Name of the action if the source has none."""

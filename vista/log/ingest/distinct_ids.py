@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vista.install_command import require_module
 from vista.log.ingest.parts import Part
-from vista.log.polars_extra import pl
 from vista.log.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    import polars as pl
+else:
+    pl = require_module("polars", "data")
 
 USER_ROW, ITEM_ROW = "user_row", "item_row"
 """Names of the columns of vocabulary rows."""

@@ -8,12 +8,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import cycle
+from typing import TYPE_CHECKING
 
 from vista.config import EventFilterConfig
 from vista.errors import ConfigError, DataError, shown
+from vista.install_command import require_module
 from vista.log.ingest.parts import Part
 from vista.log.ingest.row_rules import PROBLEM
-from vista.log.polars_extra import pl
+
+if TYPE_CHECKING:
+    import polars as pl
+else:
+    pl = require_module("polars", "data")
 
 Kept = Mapping[str, pl.DataFrame]
 """By "item" and "user": the ids that are left, in a column of that name; no entry if all are."""

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vista.config import FeatureTableConfig, ItemTableConfig
 from vista.errors import ConfigError, DataError
+from vista.install_command import require_module
 from vista.log.feature_owner import OWNERS
 from vista.log.ingest.column_names import check_columns
 from vista.log.ingest.file_scan import EXTRA, ROW, FileScan
@@ -20,8 +21,12 @@ from vista.log.ingest.scanned_source import ScannedSource, file_source, source_o
 from vista.log.ingest.source_formats import is_parquet, text_separator
 from vista.log.ingest.text_features import refuse_numbers
 from vista.log.ingest.text_files import read_header, scan_text
-from vista.log.polars_extra import pl
 from vista.log.segment_manifest import MAX_FEATURES
+
+if TYPE_CHECKING:
+    import polars as pl
+else:
+    pl = require_module("polars", "data")
 
 _KIND_OF_KEY = {"categories": "category", "numbers": "number", "vectors": "vector"}
 _Types = Mapping[str, pl.DataType]

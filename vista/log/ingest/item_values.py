@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from vista.config import ItemsEmbedConfig, ItemTableConfig, SourceConfig
 from vista.config.choices import OnBadRows
 from vista.errors import ConfigError, DataError
 from vista.files import check_replaceable, checked_path, create_file, sync
+from vista.install_command import require_module
 from vista.log.ingest.column_names import check_columns
 from vista.log.ingest.new_features import check_one_row_each
 from vista.log.ingest.parts import ORDER, read_part
@@ -23,7 +25,11 @@ from vista.log.ingest.row_rules import id_kind
 from vista.log.ingest.source_formats import is_parquet
 from vista.log.ingest.source_parser import SourceParser
 from vista.log.ingest.sources import KINDS, FileSource, open_feature_tables, open_set_features, with_kind
-from vista.log.polars_extra import pl
+
+if TYPE_CHECKING:
+    import polars as pl
+else:
+    pl = require_module("polars", "data")
 
 
 def read_texts(config: ItemsEmbedConfig, parser: SourceParser) -> tuple[pl.Series, pl.Series]:

@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vista.errors import DataError
+from vista.install_command import require_module
 from vista.log.ingest.column_names import check_columns
 from vista.log.ingest.file_scan import ROW
 from vista.log.ingest.text_files import first_line, scan_text
-from vista.log.polars_extra import pl
+
+if TYPE_CHECKING:
+    import polars as pl
+else:
+    pl = require_module("polars", "data")
 
 
 def scan_json_lines(file: Path, fields: Sequence[str], table: str, remedy: str) -> pl.LazyFrame:

@@ -11,23 +11,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vista.arrays import Float32s, Int, offsets_of
 from vista.errors import DataError, shown
+from vista.install_command import require_module
 from vista.log.feature_owner import FeatureOwner
 from vista.log.ingest.category_encoder import MARGIN, too_many_values
 from vista.log.ingest.parts import ORDER, Part
 from vista.log.item_features import CategoryColumn, NumberColumn, feature_line
 from vista.log.merged_features import declared_columns, form_of, rows_with_features
-from vista.log.polars_extra import pl
 from vista.log.segment import Segment
 from vista.log.segment_features import SegmentColumn
 from vista.log.segment_writer import FeatureWriter, SegmentWriter
 from vista.log.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    import polars as pl
+else:
+    pl = require_module("polars", "data")
 
 LEAST_COVERAGE = 0.5
 """More than this share of the log's items, or users, should have features."""

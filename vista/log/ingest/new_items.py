@@ -6,22 +6,28 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vista.config import ItemTableConfig
 from vista.config.choices import OnBadRows
+from vista.install_command import require_module
 from vista.log.feature_owner import ITEMS
 from vista.log.ingest.new_features import write_features
 from vista.log.ingest.parts import read_part
 from vista.log.ingest.source_parser import SourceParser
 from vista.log.ingest.sources import open_feature_tables
 from vista.log.item_features import ItemFeatures
-from vista.log.polars_extra import pl
 from vista.log.segment_features import SegmentFeatures
 from vista.log.segment_files import SegmentFiles
 from vista.log.segment_writer import SegmentWriter
 from vista.log.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    import polars as pl
+else:
+    pl = require_module("polars", "data")
 
 
 def read_items(table: ItemTableConfig, kind: str, dims: Mapping[str, int]) -> tuple[Vocabulary, ItemFeatures | None]:

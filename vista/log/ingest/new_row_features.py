@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vista.arrays import Int
+from vista.install_command import require_module
 from vista.log.ingest.new_features import NewFeatures
 from vista.log.ingest.part_codes import PartCodes
 from vista.log.ingest.parts import Part
 from vista.log.item_features import feature_line
-from vista.log.polars_extra import pl
 from vista.log.row_feature_writer import RowFeatureWriter
 from vista.log.row_features import ColumnValues, RowColumn, RowFeatures
 from vista.log.segment_writer import SegmentWriter
 from vista.log.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    import polars as pl
+else:
+    pl = require_module("polars", "data")
 
 LEAK_SHARE = 0.99
 """Share of the rows with a label, and of those without, in which a feature may equal the label."""

@@ -12,18 +12,24 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vista.install_command import require_module
 from vista.log.ingest.columns import TableColumns
 from vista.log.ingest.distinct_ids import USER_ROW
 from vista.log.ingest.new_row_features import NewRowFeatures
 from vista.log.ingest.parts import ORDER, Part
 from vista.log.ingest.stage_times import StageTimes
-from vista.log.polars_extra import pl
 from vista.log.row_features import rows_that_fit
 from vista.log.segment_writer import TableWriter
+
+if TYPE_CHECKING:
+    import polars as pl
+else:
+    pl = require_module("polars", "data")
 
 BUCKET_EVENTS = 1 << 22
 """Default maximum number of rows without features in a bucket."""

@@ -13,11 +13,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from vista.config import SourceConfig
 from vista.config.choices import OnBadRows
 from vista.errors import ConfigError, DataError, LogWriteError, VistaError
+from vista.install_command import require_module
 from vista.log.category_table import category_table
 from vista.log.ingest.feature_sources import scan_features
 from vista.log.ingest.parts import read_part
@@ -25,7 +26,11 @@ from vista.log.ingest.row_rules import id_kind
 from vista.log.ingest.scanned_source import ScannedSource
 from vista.log.ingest.source_formats import column_types, scan_source
 from vista.log.ingest.sources import CONFIGS
-from vista.log.polars_extra import pl
+
+if TYPE_CHECKING:
+    import polars as pl
+else:
+    pl = require_module("polars", "data")
 
 _Version = tuple[int, int, int]
 

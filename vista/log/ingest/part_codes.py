@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vista.install_command import require_module
 from vista.log.ingest.category_encoder import VALUE, too_many_values
 from vista.log.ingest.parts import Part
-from vista.log.polars_extra import pl
 from vista.log.segment_row_features import code_type
 from vista.log.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    import polars as pl
+else:
+    pl = require_module("polars", "data")
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,16 +10,22 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vista.config.choices import OnBadRows
 from vista.errors import DataError, shown
+from vista.install_command import require_module
 from vista.log.feature_owner import OWNERS
 from vista.log.ingest.category_encoder import CategoryEncoder, refuse_many_values
 from vista.log.ingest.file_scan import EXTRA, ROW
 from vista.log.ingest.row_rules import BLANK, PROBLEM, RowRule, parse
 from vista.log.ingest.scanned_source import ScannedSource, unreadable
 from vista.log.ingest.sources import FileSource, Source
-from vista.log.polars_extra import pl
+
+if TYPE_CHECKING:
+    import polars as pl
+else:
+    pl = require_module("polars", "data")
 
 ORDER = "order"
 """Column of the input order over all parts: the number of the part times 2^32, plus the row."""

@@ -19,16 +19,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vista.errors import ConfigError, DataError
+from vista.install_command import require_module
 from vista.log.feature_owner import OWNERS
 from vista.log.gaps import LATEST_MS
 from vista.log.ingest.file_scan import EXTRA, ROW
 from vista.log.ingest.scanned_source import ScannedSource, unreadable
 from vista.log.ingest.sources import FileSource, Source
-from vista.log.polars_extra import pl
+
+if TYPE_CHECKING:
+    import polars as pl
+else:
+    pl = require_module("polars", "data")
 
 MAX_ID_BYTES = 500
 BLANK = 65_535

@@ -6,14 +6,19 @@ import hashlib
 import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from vista.config import SourceConfig
 from vista.errors import DataError, LogWriteError, shown
+from vista.install_command import require_module
 from vista.log.ingest.file_scan import ROW, FileScan
 from vista.log.ingest.sources import Source, needed_columns
 from vista.log.ingest.text_files import digest_of, open_binary
-from vista.log.polars_extra import pl
+
+if TYPE_CHECKING:
+    import polars as pl
+else:
+    pl = require_module("polars", "data")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,20 +21,25 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vista.config import SourceConfig
 from vista.errors import ConfigError, DataError
+from vista.install_command import require_module
 from vista.log.ingest.column_names import check_columns
 from vista.log.ingest.file_scan import ROW, FileScan
 from vista.log.ingest.public.public_sets import PUBLIC_SETS, remedy_of_kind
 from vista.log.ingest.scanned_source import ScannedSource, file_source
 from vista.log.ingest.sources import feature_columns, needed_columns
 from vista.log.ingest.text_files import read_header, scan_text
-from vista.log.polars_extra import pl
+
+if TYPE_CHECKING:
+    import polars as pl
+else:
+    pl = require_module("polars", "data")
 
 SIMULATED_TASKS = ("click", "like", "long_view")
 NPZ_ARRAYS = ("user", "item", "user_raw", "item_raw", "time", "rating")

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from vista.errors import DataError, shown
+from vista.install_command import require_module
 from vista.log.ingest.scanned_source import ScannedSource, unreadable
-from vista.log.polars_extra import pl
+
+if TYPE_CHECKING:
+    import polars as pl
+else:
+    pl = require_module("polars", "data")
 
 _NUMBER = r"^[+-]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][+-]?\d+)?$"
 """A number as programs write it. Text with leading zeros, such as a postal code, is not."""

@@ -9,11 +9,16 @@ import zlib
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, TYPE_CHECKING, cast
 
 from vista.errors import DataError
+from vista.install_command import require_module
 from vista.log.ingest.file_scan import EXTRA, ROW
-from vista.log.polars_extra import pl
+
+if TYPE_CHECKING:
+    import polars as pl
+else:
+    pl = require_module("polars", "data")
 
 MAX_LINE_BYTES = 1 << 20
 """Longest line of a text file, its header included."""

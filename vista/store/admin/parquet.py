@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from vista.counters.counter_codes import CounterCodes
 from vista.errors import DataError, StoreError, shown
 from vista.files import check_replaceable, create_file, sync
+from vista.install_command import require_module
 from vista.log.gaps import NO_TIMESTAMP
 from vista.log.ingest.source_parser import SourceParser
-from vista.log.polars_extra import pl, register_io_source
 from vista.progress_bar import progress_bar
 from vista.store.admin.folder_store import FolderStore
 from vista.store.admin.generation_builder import GenerationBuilder, restamp_records
@@ -50,6 +50,13 @@ from vista.store.remote.store_url import StoreUrl
 from vista.store.shards import check_place
 from vista.store.tally import Tally
 from vista.store.tombstones import Tombstones
+
+if TYPE_CHECKING:
+    import polars as pl
+    from polars.io.plugins import register_io_source
+else:
+    pl = require_module("polars", "data")
+    register_io_source = require_module("polars.io.plugins", "data").register_io_source
 
 FORMAT = "vista store export 1"
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from vista.errors import StoreBusyError, StoreError, StoreUnavailableError, StoreWriteError, shown
-from vista.store.remote.redis_extra import NoBackoff, Retry, redis
+from vista.install_command import require_module
 from vista.store.remote.store_url import PASSWORD_VARIABLE, StoreUrl
 
 T = TypeVar("T")
@@ -43,7 +43,8 @@ class ServerConnection:
         self.url = url
         self.evicts_expiring = False
         """Whether the server removes keys that expire already before, if its memory is full; known after `check`."""
-        errors = redis.exceptions
+        redis = require_module("redis", "redis")
+        self._errors: Any = redis.exceptions
         pool = redis.ConnectionPool(
             redis.SSLConnection if url.tls else redis.Connection,
             host=url.host,
@@ -55,7 +56,7 @@ class ServerConnection:
             socket_connect_timeout=url.timeout_s,
             socket_keepalive=True,
             socket_read_size=_READ_BYTES,
-            retry=Retry(NoBackoff(), 1, (errors.ConnectionError,)),
+            retry=redis.retry.Retry(redis.backoff.NoBackoff(), 1, (self._errors.ConnectionError,)),
             client_name="vista",
             protocol=2,
             command_packer=_CommandPacker(),
@@ -121,7 +122,7 @@ class ServerConnection:
                 with self._typed_errors():
                     try:
                         pipeline.execute()
-                    except redis.exceptions.WatchError:
+                    except self._errors.WatchError:
                         continue
                 return result
             finally:
@@ -158,14 +159,14 @@ class ServerConnection:
     def _typed_errors(self) -> Iterator[None]:
         try:
             yield
-        except redis.exceptions.WatchError:
+        except self._errors.WatchError:
             raise
-        except (redis.exceptions.RedisError, OSError, ValueError) as error:  # ValueError: a number that is not one
+        except (self._errors.RedisError, OSError, ValueError) as error:  # ValueError: a number that is not one
             raise self._typed(error) from error
 
     def _typed(self, error: Exception) -> StoreError:
         reply = str(error).rpartition(" caused error: ")[2]  # without the command, which holds records
-        errors, url, reason = redis.exceptions, self.url, shown(reply, 200)
+        errors, url, reason = self._errors, self.url, shown(reply, 200)
         if isinstance(error, errors.AuthenticationError | errors.AuthorizationError):
             return StoreUnavailableError(
                 f"{url}: the server refuses the user or the password; give them in the URL "

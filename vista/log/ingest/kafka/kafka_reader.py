@@ -9,21 +9,21 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager
 from typing import Any
 
+from confluent_kafka import (
+    TIMESTAMP_NOT_AVAILABLE,
+    Consumer,
+    IsolationLevel,
+    KafkaError,
+    KafkaException,
+    TopicPartition,
+)
+from confluent_kafka.admin import AdminClient, OffsetSpec
+
 from vista.config.choices import StreamStart
 from vista.config.stream_config import StreamConfig
 from vista.errors import ConfigError, StreamError
 from vista.log.ingest.kafka.client_settings import read_client_file, without_secrets
 from vista.log.ingest.kafka.kafka_address import KafkaAddress
-from vista.log.ingest.kafka.kafka_extra import (
-    TIMESTAMP_NOT_AVAILABLE,
-    AdminClient,
-    Consumer,
-    IsolationLevel,
-    KafkaError,
-    KafkaException,
-    OffsetSpec,
-    TopicPartition,
-)
 from vista.log.ingest.kafka.message_batch import MessageBatch, StreamMessage
 from vista.log.ingest.kafka.starting_offsets import OffsetRange, starting_offsets
 from vista.log.stream_offsets import StreamOffset, StreamPartition

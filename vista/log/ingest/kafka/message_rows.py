@@ -9,19 +9,24 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vista.config import SourceConfig
 from vista.config.choices import OnBadRows
 from vista.errors import ConfigError, DataError, shown
+from vista.install_command import require_module
 from vista.log.ingest.file_scan import ROW
 from vista.log.ingest.kafka.dead_letters import DeadLetter
 from vista.log.ingest.kafka.message_batch import MessageBatch
 from vista.log.ingest.row_rules import PROBLEM, parse
 from vista.log.ingest.scanned_source import ScannedSource, source_of_frame
 from vista.log.ingest.sources import needed_columns
-from vista.log.polars_extra import pl
 from vista.log.stream_offsets import offset_entries
+
+if TYPE_CHECKING:
+    import polars as pl
+else:
+    pl = require_module("polars", "data")
 
 MAX_MESSAGE_BYTES = 1 << 20
 """A larger message is a dead letter. Kafka's own default limit is as large."""

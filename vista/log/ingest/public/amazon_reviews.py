@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from vista.install_command import require_module
 from vista.log.ingest.file_scan import FileScan
 from vista.log.ingest.json_lines import scan_json_lines
 from vista.log.ingest.public.file_form import FileForm
 from vista.log.ingest.public.public_set import PublicSet
-from vista.log.polars_extra import pl
+
+if TYPE_CHECKING:
+    import polars as pl
+else:
+    pl = require_module("polars", "data")
 
 _REVIEW_FIELDS = {"user": "user_id", "item": "parent_asin", "rating": "rating", "timestamp": "timestamp"}
 _REVIEWS = {**_REVIEW_FIELDS, "time_unit": "ms"}

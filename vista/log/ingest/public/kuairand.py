@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from vista.install_command import require_module
 from vista.log.ingest.column_names import check_columns
 from vista.log.ingest.file_scan import EXTRA, ROW, FileScan
 from vista.log.ingest.public.file_form import FileForm
 from vista.log.ingest.public.public_set import PublicSet
 from vista.log.ingest.text_files import read_header, scan_text
-from vista.log.polars_extra import pl
+
+if TYPE_CHECKING:
+    import polars as pl
+else:
+    pl = require_module("polars", "data")
 
 ACTIONS = ("follow", "forward", "comment", "like", "long_view", "click")
 """The action of an event is the first of these whose flag is set, or else VIEW."""

@@ -9,13 +9,19 @@ from __future__ import annotations
 
 from itertools import combinations
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vista.errors import DataError
+from vista.install_command import require_module
 from vista.log.ingest.column_names import check_columns
 from vista.log.ingest.file_scan import ROW, FileScan
 from vista.log.ingest.public.file_form import FileForm
 from vista.log.ingest.public.public_set import PublicSet
-from vista.log.polars_extra import pl
+
+if TYPE_CHECKING:
+    import polars as pl
+else:
+    pl = require_module("polars", "data")
 
 PART_START_S = {"train": 0, "valid": 315_532_800, "test": 631_152_000}
 """Start of each part, in seconds since 1970: the first days of 1970, 1980, and 1990."""

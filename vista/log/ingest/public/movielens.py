@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vista.errors import DataError
+from vista.install_command import require_module
 from vista.log.ingest.column_names import check_columns
 from vista.log.ingest.file_scan import EXTRA, ROW, FileScan
 from vista.log.ingest.public.file_form import FileForm
 from vista.log.ingest.public.public_set import PublicSet
 from vista.log.ingest.text_files import as_utf8, first_line, read_header, scan_text
-from vista.log.polars_extra import pl
+
+if TYPE_CHECKING:
+    import polars as pl
+else:
+    pl = require_module("polars", "data")
 
 RATING_FIELDS = ("user", "item", "rating", "timestamp")
 """The fields of ratings.dat and u.data, which have no header."""

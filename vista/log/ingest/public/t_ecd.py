@@ -7,13 +7,19 @@ may vary, and columns that only some domains have may be missing.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vista.errors import DataError
+from vista.install_command import require_module
 from vista.log.ingest.column_names import check_columns
 from vista.log.ingest.file_scan import ROW, FileScan
 from vista.log.ingest.public.file_form import FileForm
 from vista.log.ingest.public.public_set import PublicSet
-from vista.log.polars_extra import pl
+
+if TYPE_CHECKING:
+    import polars as pl
+else:
+    pl = require_module("polars", "data")
 
 DOMAINS_OF_ITEMS = ("marketplace", "retail", "offers")
 ACTION_OF_BRANDS = {"payments": "payment", "reviews": "review"}

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from vista.install_command import require_module
 from vista.log.ingest.column_names import check_columns
 from vista.log.ingest.file_scan import ROW, FileScan
 from vista.log.ingest.public.file_form import FileForm
 from vista.log.ingest.public.public_set import PublicSet
-from vista.log.polars_extra import pl
+
+if TYPE_CHECKING:
+    import polars as pl
+else:
+    pl = require_module("polars", "data")
 
 LISTEN = "listen"
 LONG_LISTEN, LONG_PERCENT = "listen+", 50
