@@ -81,14 +81,7 @@ print(sorted(ended.values()))
 """
 
 
-@pytest.mark.parametrize(
-    ("before", "inside"),
-    [
-        ("one thread", ""),
-        ("two threads", "one thread"),
-        ("two threads", ""),
-    ],
-)
+@pytest.mark.parametrize(("before", "inside"), [("one thread", ""), ("two threads", "one thread"), ("two threads", "")])
 def test_a_scorer_that_has_scored_is_forked(served: Served, before: str, inside: str) -> None:
     done = run_python(FORKED, str(served.model_dir), str(served.store), before, inside)
     assert (done.stdout.strip(), done.stderr) == ("[0, 0]", "")

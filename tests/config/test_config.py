@@ -156,11 +156,7 @@ def test_words_are_choices() -> None:
         (TrainConfig, {"resume": 1}, r"resume: expected bool, got 1"),
         (ScoreConfig, {"model": 3}, r"model: expected str, got 3"),
         (RefreshConfig, {"incremental": True, "codec": "float16"}, r"codec: was set by the store's full refresh"),
-        (
-            RefreshConfig,
-            {"incremental": True, "until": "leave-last-out"},
-            r"until: .*leave it out",
-        ),
+        (RefreshConfig, {"incremental": True, "until": "leave-last-out"}, r"until: .*leave it out"),
         (SimulateConfig, {"start": "foo"}, r"start: .*write a date such as 2024-01-01"),
         (
             SimulateConfig,

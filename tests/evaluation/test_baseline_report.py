@@ -17,12 +17,7 @@ from vista.config import CompareConfig, DataConfig, EvaluateConfig
 from vista.config.choices import Split, Target
 from vista.errors import ConfigError
 from vista.evaluation import baseline_evaluation
-from vista.evaluation.baseline_evaluation import (
-    asked_horizons,
-    measure_baseline,
-    measure_by_horizon,
-    scores_in_columns,
-)
+from vista.evaluation.baseline_evaluation import asked_horizons, measure_baseline, measure_by_horizon, scores_in_columns
 from vista.evaluation.baselines.own_frequency import OwnFrequency
 from vista.evaluation.baselines.pooled_factors import PooledFactors
 from vista.evaluation.baselines.popularity import Popularity

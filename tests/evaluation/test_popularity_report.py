@@ -17,13 +17,7 @@ from vista.config import EvaluateConfig, SourceColumns
 from vista.errors import ConfigError
 from vista.evaluation.evaluate import evaluate_scorer
 from vista.evaluation.metrics import ranks_of_targets, top_items
-from vista.evaluation.popularity_report import (
-    PopularityReport,
-    gini,
-    popularity_deciles,
-    popularity_report,
-    spearman,
-)
+from vista.evaluation.popularity_report import PopularityReport, gini, popularity_deciles, popularity_report, spearman
 from vista.evaluation.recommended_lists import RecommendedLists
 from vista.examples.frequency import item_counts
 from vista.log.event_log import EventLog
@@ -188,8 +182,7 @@ def report_of(log: EventLog, folder: Path, strength: float, num_negatives: int, 
 
 @pytest.mark.research
 @pytest.mark.parametrize(
-    ("num_negatives", "power"),
-    [pytest.param(1000, 0.0, id="whole-catalog"), pytest.param(30, 1.0, id="sampled")],
+    ("num_negatives", "power"), [pytest.param(1000, 0.0, id="whole-catalog"), pytest.param(30, 1.0, id="sampled")]
 )
 def test_logq_strength_zero_removes_popularity_from_the_lists(
     skewed_log: EventLog, tmp_path: Path, num_negatives: int, power: float

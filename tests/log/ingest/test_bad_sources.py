@@ -114,10 +114,7 @@ def test_a_file_without_good_rows_is_an_error_even_with_quarantine(tmp_path: Pat
         (HEADER.encode() + b"\n\n", r"log\.csv: has no rows"),
         (b"\n1,2,3,4\n", r"log\.csv: the first line is blank"),
         (b"user,time,stars\n1,2,3\n", r"column 'item' is missing, the file has: user, time, stars; .*events\.item="),
-        (
-            b"user;item;time\n1;2;3\n",
-            r"has: user;item;time; .*, or set events\.separator=",
-        ),
+        (b"user;item;time\n1;2;3\n", r"has: user;item;time; .*, or set events\.separator="),
         (
             b"user,item,stars\n1,2,3\n",
             r"column 'time' is missing.*events\.timestamp=\.\.\., or leave it out for a log without",

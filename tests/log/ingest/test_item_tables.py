@@ -37,13 +37,7 @@ AS_TEXT = "item,brand,new,genres,price,text\n" + (
 NAMED: dict[str, Any] = {
     "categories": ["brand", "new", "genres"], "numbers": ["price"], "vectors": ["text"], "value_separator": "|"
 }  # fmt: skip
-FORM = {
-    "brand": "category",
-    "new": "category",
-    "genres": "category",
-    "price": "number",
-    "text": "vector",
-}
+FORM = {"brand": "category", "new": "category", "genres": "category", "price": "number", "text": "vector"}
 
 
 def frame(**columns: Any) -> pl.DataFrame:

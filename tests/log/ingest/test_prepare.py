@@ -252,13 +252,7 @@ def test_out_must_be_new_or_a_log(tmp_path: Path) -> None:
             ConfigError,
             r"user ids of the log are int; leave",
         ),
-        (
-            "user,item,timestamp",
-            [("bob", 1, 5)],
-            {},
-            DataError,
-            r"row 1, column 'user': 'bob' is not an integer",
-        ),
+        ("user,item,timestamp", [("bob", 1, 5)], {}, DataError, r"row 1, column 'user': 'bob' is not an integer"),
         ("user,item,timestamp", [(1, 1, -5)], {}, DataError, r"row 1, column 'timestamp': '-5' is negative"),
     ],
 )

@@ -113,11 +113,7 @@ def test_other_columns_can_be_features_of_events(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "lost", "message"),
     [
-        (
-            "events.parquet",
-            "household_id",
-            r"events\.parquet: column 'household_id' is missing, the file has: store",
-        ),
+        ("events.parquet", "household_id", r"events\.parquet: column 'household_id' is missing, the file has: store"),
         ("products.parquet", "product_id", r"products\.parquet: column 'product_id' is missing, the file has: man"),
         (
             "households.parquet",

@@ -76,11 +76,7 @@ def test_without_the_file_of_movies_there_are_no_features(tmp_path: Path, kind: 
 @pytest.mark.parametrize(
     ("kind", "movies", "message"),
     [
-        (
-            "ml-1m",
-            "1,Toy Story,War\n",
-            r"movies\.dat: line 1 has 1 columns separated by '::', but movies.dat of .* 3",
-        ),
+        ("ml-1m", "1,Toy Story,War\n", r"movies\.dat: line 1 has 1 columns separated by '::', but movies.dat of .* 3"),
         ("ml-100k", "1|Toy Story|War\n", r"u\.item: line 1 has 3 columns separated by '\|', but u\.item of .* 24"),
         ("ml-latest-small", "movieId,title\n1,x\n", r"column 'genres' is missing, the file has: movieId, title"),
     ],
