@@ -1,20 +1,23 @@
-"""Devices by name, precision by device, and settings that end with their block."""
+"""Devices, precision, settings that end with their block, and what the processor is called and may use."""
 
 from __future__ import annotations
 
 import logging
+import os
 import platform
-import subprocess
-import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from tests.conftest import run_python
+from tests.forked_child import in_child
 from vista.config.choices import Precision
 from vista.device import announce, choose_precision, cpu_settings, resolve_device
 from vista.errors import ConfigError
+from vista.machine import cpu_name, usable_cores
 from vista_kernels.processor import PROFILES, processor
 
 
@@ -81,18 +84,33 @@ def test_the_device_is_logged_with_its_processor(
 def test_freed_memory_is_kept_for_the_next_tensor() -> None:
     """In a process of its own, since it is for good: without it each tensor of 64 MB faults in 16,384 pages."""
     code = """
-import resource, sys, torch
+import resource, torch
 from vista.device import keep_freed_memory
-if sys.argv[1] == "keep":
-    keep_freed_memory()
-torch.ones(1 << 24)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(4):
+
+def faults():
     torch.ones(1 << 24)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        torch.ones(1 << 24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+returned = faults()
+keep_freed_memory()
+print(faults() < 100 < returned)
 """
-    faults = {
-        word: int(subprocess.run([sys.executable, "-c", code, word], capture_output=True, check=True).stdout)
-        for word in ("keep", "return")
-    }
-    assert faults["keep"] < 100 < faults["return"]
+    assert run_python(code).stdout == "True\n"
+
+
+def test_cores_are_those_on_which_the_process_may_run() -> None:
+    assert 1 <= usable_cores() <= (os.cpu_count() or 1)
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("this system cannot bind a process to cores")
+    own = min(os.sched_getaffinity(0))
+    assert in_child(lambda: os.sched_setaffinity(0, {own}) or usable_cores()) == 1
+
+
+def test_the_name_is_that_of_linux() -> None:
+    name, path = cpu_name(), Path("/proc/cpuinfo")
+    text = path.read_text() if path.exists() else ""
+    assert (name is None) == ("\nmodel name" not in text)
+    assert name is None or (name and f": {name}\n" in text)

@@ -30,72 +30,74 @@ from vista.files import (
     replaced_folder,
     writable_folder,
 )
-from vista.json_fields import NUMBER, check_fields, either, hexadecimal, list_of, one_of, text, whole
 
 
-class TestReads:
-    def test_a_file_at_the_limit_is_read_and_one_above_refused(self, tmp_path: Path) -> None:
-        path = tmp_path / "file"
-        path.write_bytes(b"12345")
-        assert read_limited(path, 5) == b"12345"
-        with pytest.raises(OSError, match="holds 5 bytes, but at most 4 are read") as caught:
-            read_limited(path, 4)
-        assert caught.value.errno == errno.EFBIG
-
-    def test_a_sparse_terabyte_costs_nothing(self, tmp_path: Path) -> None:
-        path = tmp_path / "file"
-        with path.open("wb") as file:
-            file.truncate(1 << 40)
-        with pytest.raises(OSError, match="at most 64 are read"):
-            read_limited(path, 64)
-
-    def test_a_high_limit_allocates_nothing(self, tmp_path: Path) -> None:
-        (tmp_path / "file").write_bytes(b"12345")
-        tracemalloc.start()
-        assert read_limited(tmp_path / "file", 1 << 30) == b"12345"
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert peak < 1 << 20
-
-    @pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_WRONLY, os.O_RDWR | os.O_CREAT])
-    def test_a_named_pipe_is_refused_at_once(self, tmp_path: Path, flags: int) -> None:
-        os.mkfifo(tmp_path / "pipe")
-        with pytest.raises(OSError, match="is not a regular file"):
-            open_file(tmp_path / "pipe", flags)
-
-    def test_a_folder_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(OSError, match="is not a regular file"):
-            open_file(tmp_path)
-
-    def test_a_link_is_followed_only_where_that_is_allowed(self, tmp_path: Path) -> None:
-        (tmp_path / "file").write_bytes(b"1")
-        (tmp_path / "link").symlink_to("file")
-        assert read_limited(tmp_path / "link", 1) == b"1"
-        with pytest.raises(OSError, match="is a symbolic link; remove it"):
-            read_limited(tmp_path / "link", 1, follow=False)
-
-    @pytest.mark.parametrize("path", ["a\0b", "\ud800"])
-    def test_what_cannot_be_a_path_cannot_be_opened(self, path: str) -> None:
-        with pytest.raises(OSError, match="cannot be a path"):
-            open_file(Path(path))
+def test_a_file_at_the_limit_is_read_and_one_above_refused(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"12345")
+    assert read_limited(path, 5) == b"12345"
+    with pytest.raises(OSError, match="holds 5 bytes, but at most 4 are read") as caught:
+        read_limited(path, 4)
+    assert caught.value.errno == errno.EFBIG
 
 
-class TestCheckedPath:
-    @pytest.mark.parametrize(
-        "path", ["x" * 300, "x" * 250, "x/" * 3000, "x/" * 2000, "a\0b", "\ud800"], ids=lambda path: repr(path[:6])
-    )
-    def test_a_path_that_the_system_does_not_accept_is_a_typed_error(self, path: str) -> None:
-        with pytest.raises(StoreError, match="cannot be a path") as caught:
-            checked_path(path, StoreError)
-        assert len(str(caught.value)) < 250
+def test_a_sparse_terabyte_costs_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(OSError, match="at most 64 are read"):
+        read_limited(path, 64)
 
-    @pytest.mark.parametrize("path", ["", ".", "/", "missing/folder", "x" * 180, "é", "/dev/null"])
-    def test_other_paths_are_returned(self, path: str) -> None:
-        assert checked_path(path, StoreError) == Path(path)
 
-    def test_a_link_that_refers_to_itself_is_left_to_the_caller(self, tmp_path: Path) -> None:
-        (tmp_path / "loop").symlink_to("loop")
-        assert checked_path(tmp_path / "loop" / "x", StoreError) == tmp_path / "loop" / "x"
+def test_a_high_limit_allocates_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"12345")
+    tracemalloc.start()
+    assert read_limited(tmp_path / "file", 1 << 30) == b"12345"
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+@pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_WRONLY, os.O_RDWR | os.O_CREAT])
+def test_a_named_pipe_or_folder_is_refused_at_once(tmp_path: Path, flags: int) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="is not a regular file"):
+        open_file(tmp_path / "pipe", flags)
+    with pytest.raises(OSError, match="is not a regular file"):
+        open_file(tmp_path)
+
+
+def test_a_link_is_followed_only_where_that_is_allowed(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"1")
+    (tmp_path / "link").symlink_to("file")
+    assert read_limited(tmp_path / "link", 1) == b"1"
+    with pytest.raises(OSError, match="is a symbolic link; remove it"):
+        read_limited(tmp_path / "link", 1, follow=False)
+
+
+@pytest.mark.parametrize("path", ["a\0b", "\ud800"])
+def test_what_cannot_be_a_path_cannot_be_opened(path: str) -> None:
+    with pytest.raises(OSError, match="cannot be a path"):
+        open_file(Path(path))
+
+
+@pytest.mark.parametrize(
+    "path", ["x" * 300, "x" * 250, "x/" * 3000, "x/" * 2000, "a\0b", "\ud800"], ids=lambda path: repr(path[:6])
+)
+def test_a_path_that_the_system_does_not_accept_is_a_typed_error(path: str) -> None:
+    with pytest.raises(StoreError, match="cannot be a path") as caught:
+        checked_path(path, StoreError)
+    assert len(str(caught.value)) < 250
+
+
+@pytest.mark.parametrize("path", ["", ".", "/", "missing/folder", "x" * 180, "é", "/dev/null"])
+def test_other_paths_are_returned(path: str) -> None:
+    assert checked_path(path, StoreError) == Path(path)
+
+
+def test_a_link_that_refers_to_itself_is_left_to_the_caller(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    assert checked_path(tmp_path / "loop" / "x", StoreError) == tmp_path / "loop" / "x"
 
 
 @pytest.mark.parametrize("folder", ["", ".", "..", "/"])
@@ -108,162 +110,165 @@ class Stopped(BaseException):
     """Stands for the end of a killed process."""
 
 
-class TestReplacedFolder:
-    """A folder with one file, which is replaced. `NAMES` are the calls that change names."""
-
-    NAMES = ("_exchanged", "remove_renamed", "sync")
-
-    @staticmethod
-    def write(folder: Path, content: str) -> None:
-        with replaced_folder(folder) as partial:
-            (partial / "file").write_text(content)
-
-    def test_the_folder_is_there_at_any_time(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.write(tmp_path / "folder", "old")
-        seen = []
-        for name in self.NAMES:
-            call = getattr(files, name)
-
-            def watched(*paths: Path, call: Callable[..., Any] = call) -> Any:
-                seen.append((tmp_path / "folder" / "file").read_text())
-                done = call(*paths)
-                seen.append((tmp_path / "folder" / "file").read_text())
-                return done
-
-            monkeypatch.setattr(files, name, watched)
-        self.write(tmp_path / "folder", "new")
-        assert seen == sorted(seen, reverse=True) and set(seen) == {"old", "new"}
-        assert [path.name for path in tmp_path.iterdir()] == ["folder"]
-
-    def test_where_names_cannot_be_exchanged_a_kill_between_two_renames_is_undone(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        self.write(tmp_path / "folder", "old")
-        rename = Path.rename
-
-        def stop(path: Path, target: Path) -> Path:
-            if target.name == "folder":
-                raise Stopped
-            return rename(path, target)
-
-        monkeypatch.setattr(files, "_exchanged", lambda one, other: False)
-        with monkeypatch.context() as patch, pytest.raises(Stopped):
-            patch.setattr(Path, "rename", stop)
-            self.write(tmp_path / "folder", "new")
-        assert [path.name for path in tmp_path.iterdir()] == ["folder.old"]
-        recover_folder(tmp_path / "folder")
-        assert (tmp_path / "folder" / "file").read_text() == "old"
-        self.write(tmp_path / "folder", "new")
-        assert (tmp_path / "folder" / "file").read_text() == "new"
-        assert [path.name for path in tmp_path.iterdir()] == ["folder"]
-
-    def test_leftovers_of_killed_processes_are_removed_and_those_of_others_stay(self, tmp_path: Path) -> None:
-        left, busy = tmp_path / ".folder.1.tmp", tmp_path / ".folder.2.tmp"
-        left.mkdir()
-        busy.mkdir()
-        handle = os.open(busy, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        self.write(tmp_path / "folder", "new")
-        assert sorted(path.name for path in tmp_path.iterdir()) == [busy.name, "folder"]
-        os.close(handle)
-        self.write(tmp_path / "folder", "newer")
-        assert [path.name for path in tmp_path.iterdir()] == ["folder"]
-
-    def test_a_link_is_replaced_and_its_target_stays(self, tmp_path: Path) -> None:
-        self.write(tmp_path / "target", "old")
-        (tmp_path / "folder").symlink_to("target")
-        self.write(tmp_path / "folder", "new")
-        assert (tmp_path / "target" / "file").read_text() == "old"
-        assert not (tmp_path / "folder").is_symlink() and (tmp_path / "folder" / "file").read_text() == "new"
+def write(folder: Path, content: str) -> None:
+    """Replace a folder by one with a file."""
+    with replaced_folder(folder) as partial:
+        (partial / "file").write_text(content)
 
 
-class TestReplaceFile:
-    def test_replaces_a_link_and_leaves_its_target(self, tmp_path: Path) -> None:
-        (tmp_path / "victim").write_bytes(b"kept")
-        (tmp_path / "file").symlink_to("victim")
-        replace_file(tmp_path / "file", b"new", 0o640)
-        assert (tmp_path / "victim").read_bytes() == b"kept"
-        assert (tmp_path / "file").read_bytes() == b"new" and not (tmp_path / "file").is_symlink()
-        assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640
+def test_the_folder_is_there_at_any_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "folder", "old")
+    seen = []
+    for name in ("_exchanged", "remove_renamed", "sync"):  # the calls that change names
+        call = getattr(files, name)
 
-    def test_a_failed_write_leaves_the_old_file_and_nothing_else(self, tmp_path: Path) -> None:
-        (tmp_path / "file").mkdir()
-        with pytest.raises(OSError):
-            replace_file(tmp_path / "file", b"new")
-        assert [path.name for path in tmp_path.iterdir()] == ["file"]
+        def watched(*paths: Path, call: Callable[..., Any] = call) -> Any:
+            seen.append((tmp_path / "folder" / "file").read_text())
+            done = call(*paths)
+            seen.append((tmp_path / "folder" / "file").read_text())
+            return done
 
-    @pytest.mark.parametrize("link", [False, True])
-    def test_a_pipe_or_device_is_not_replaced(self, tmp_path: Path, link: bool) -> None:
-        os.mkfifo(tmp_path / "pipe")
-        (tmp_path / "link").symlink_to("pipe")
-        with pytest.raises(OSError, match="is not a regular file"):
-            replace_file(tmp_path / ("link" if link else "pipe"), b"new")
-        assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode) and (tmp_path / "link").is_symlink()
+        monkeypatch.setattr(files, name, watched)
+    write(tmp_path / "folder", "new")
+    assert seen == sorted(seen, reverse=True) and set(seen) == {"old", "new"}
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
-    def test_without_a_mode_the_umask_decides(self, tmp_path: Path) -> None:
-        old = os.umask(0o027)
+
+def test_where_names_cannot_be_exchanged_a_kill_between_two_renames_is_undone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "folder", "old")
+    rename = Path.rename
+
+    def stop(path: Path, target: Path) -> Path:
+        if target.name == "folder":
+            raise Stopped
+        return rename(path, target)
+
+    monkeypatch.setattr(files, "_exchanged", lambda one, other: False)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(Path, "rename", stop)
+        write(tmp_path / "folder", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.old"]
+    recover_folder(tmp_path / "folder")
+    assert (tmp_path / "folder" / "file").read_text() == "old"
+    write(tmp_path / "folder", "new")
+    assert (tmp_path / "folder" / "file").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_leftovers_of_killed_processes_are_removed_and_those_of_others_stay(tmp_path: Path) -> None:
+    left, busy = tmp_path / ".folder.1.tmp", tmp_path / ".folder.2.tmp"
+    left.mkdir()
+    busy.mkdir()
+    handle = os.open(busy, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    write(tmp_path / "folder", "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [busy.name, "folder"]
+    os.close(handle)
+    write(tmp_path / "folder", "newer")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_link_is_replaced_and_its_target_stays(tmp_path: Path) -> None:
+    write(tmp_path / "target", "old")
+    (tmp_path / "folder").symlink_to("target")
+    write(tmp_path / "folder", "new")
+    assert (tmp_path / "target" / "file").read_text() == "old"
+    assert not (tmp_path / "folder").is_symlink() and (tmp_path / "folder" / "file").read_text() == "new"
+
+
+def test_replaces_a_link_and_leaves_its_target(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_bytes(b"kept")
+    (tmp_path / "file").symlink_to("victim")
+    replace_file(tmp_path / "file", b"new", 0o640)
+    assert (tmp_path / "victim").read_bytes() == b"kept"
+    assert (tmp_path / "file").read_bytes() == b"new" and not (tmp_path / "file").is_symlink()
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "file").mkdir()
+    with pytest.raises(OSError):
+        replace_file(tmp_path / "file", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_pipe_or_device_is_not_replaced(tmp_path: Path, link: bool) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    with pytest.raises(OSError, match="is not a regular file"):
+        replace_file(tmp_path / ("link" if link else "pipe"), b"new")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode) and (tmp_path / "link").is_symlink()
+
+
+def test_without_a_mode_the_umask_decides(tmp_path: Path) -> None:
+    old = os.umask(0o027)
+    try:
+        replace_file(tmp_path / "file", b"new")
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640
+
+
+def test_the_check_of_a_folder_does_not_write_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_bytes(b"kept")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / f".probe.{os.getpid()}.tmp").symlink_to(tmp_path / "victim")
+    writable_folder(tmp_path / "folder", "run_dir")
+    assert (tmp_path / "victim").read_bytes() == b"kept"
+    assert list((tmp_path / "folder").iterdir()) == []
+
+
+def test_makes_all_parents_and_accepts_what_exists(tmp_path: Path) -> None:
+    for _ in range(2):
+        make_folders(tmp_path / "a" / "b" / "c")
+    assert (tmp_path / "a" / "b" / "c").is_dir()
+
+
+def test_processes_that_make_the_same_folder_do_not_collide(tmp_path: Path) -> None:
+    failures: list[OSError] = []
+
+    def make() -> None:
         try:
-            replace_file(tmp_path / "file", b"new")
-        finally:
-            os.umask(old)
-        assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640
+            make_folders(tmp_path / "a" / "b")
+        except OSError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=make) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
 
 
-class TestFolders:
-    def test_the_check_of_a_folder_does_not_write_through_a_link(self, tmp_path: Path) -> None:
-        (tmp_path / "victim").write_bytes(b"kept")
-        (tmp_path / "folder").mkdir()
-        (tmp_path / "folder" / f".probe.{os.getpid()}.tmp").symlink_to(tmp_path / "victim")
-        writable_folder(tmp_path / "folder", "run_dir")
-        assert (tmp_path / "victim").read_bytes() == b"kept"
-        assert list((tmp_path / "folder").iterdir()) == []
+def test_a_file_in_the_way_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"")
+    for folder in (tmp_path / "a", tmp_path / "a" / "b"):
+        with pytest.raises(NotADirectoryError):
+            make_folders(folder)
 
-    def test_makes_all_parents_and_accepts_what_exists(self, tmp_path: Path) -> None:
-        for _ in range(2):
-            make_folders(tmp_path / "a" / "b" / "c")
-        assert (tmp_path / "a" / "b" / "c").is_dir()
 
-    def test_processes_that_make_the_same_folder_do_not_collide(self, tmp_path: Path) -> None:
-        failures: list[OSError] = []
+def test_a_folder_is_removed_with_what_an_earlier_removal_left(tmp_path: Path) -> None:
+    for name in ("folder", ".removed"):
+        make_folders(tmp_path / name / "sub")
+    remove_folder(tmp_path / "folder", tmp_path / ".removed")
+    assert not list(tmp_path.iterdir())
 
-        def make() -> None:
-            try:
-                make_folders(tmp_path / "a" / "b")
-            except OSError as error:
-                failures.append(error)
 
-        threads = [threading.Thread(target=make) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert not failures
-
-    def test_a_file_in_the_way_is_an_error(self, tmp_path: Path) -> None:
-        (tmp_path / "a").write_bytes(b"")
-        for folder in (tmp_path / "a", tmp_path / "a" / "b"):
-            with pytest.raises(NotADirectoryError):
-                make_folders(folder)
-
-    def test_a_folder_is_removed_with_what_an_earlier_removal_left(self, tmp_path: Path) -> None:
-        for name in ("folder", ".removed"):
-            make_folders(tmp_path / name / "sub")
-        remove_folder(tmp_path / "folder", tmp_path / ".removed")
-        assert not list(tmp_path.iterdir())
-
-    def test_the_name_is_durable_before_any_file_is_removed(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        steps: list[str] = []
-        fsync, unlink, rename = os.fsync, os.unlink, os.rename
-        monkeypatch.setattr(os, "fsync", lambda descriptor: (steps.append("sync"), fsync(descriptor)))
-        monkeypatch.setattr(os, "unlink", lambda *a, **b: (steps.append("unlink"), unlink(*a, **b)))
-        monkeypatch.setattr(os, "rename", lambda *a: (steps.append("rename"), rename(*a)))
-        for name in ("folder", "left"):  # `left` is that of a killed removal
-            (tmp_path / name).mkdir()
-            (tmp_path / name / "file").write_bytes(b"")
-        remove_folder(tmp_path / "folder", tmp_path / "left")
-        assert steps == ["sync", "unlink", "rename", "sync", "unlink"]
+def test_the_name_is_durable_before_any_file_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[str] = []
+    fsync, unlink, rename = os.fsync, os.unlink, os.rename
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (steps.append("sync"), fsync(descriptor)))
+    monkeypatch.setattr(os, "unlink", lambda *a, **b: (steps.append("unlink"), unlink(*a, **b)))
+    monkeypatch.setattr(os, "rename", lambda *a: (steps.append("rename"), rename(*a)))
+    for name in ("folder", "left"):  # `left` is that of a killed removal
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_bytes(b"")
+    remove_folder(tmp_path / "folder", tmp_path / "left")
+    assert steps == ["sync", "unlink", "rename", "sync", "unlink"]
 
 
 def test_the_hash_of_a_file_covers_all_that_numpy_writes(tmp_path: Path) -> None:
@@ -274,44 +279,6 @@ def test_the_hash_of_a_file_covers_all_that_numpy_writes(tmp_path: Path) -> None
     content = (tmp_path / "rows.npy").read_bytes()
     assert (hashed.size, hashed.hexdigest()) == (len(content), xxhash.xxh3_64_hexdigest(content))
     assert np.array_equal(np.load(tmp_path / "rows.npy"), rows)
-
-
-RULES = {
-    "count": whole(1, 9),
-    "name": text(3),
-    "digest": hexadecimal(4),
-    "until": either(one_of(None), whole()),
-    "shape": list_of(whole(), 2, 2),
-    "share": NUMBER,
-}
-FIELDS = {"count": 3, "name": "abc", "digest": "00ff", "until": None, "shape": [1, 2], "share": 0.5}
-
-
-def test_fields_that_keep_their_rules_pass() -> None:
-    check_fields(FIELDS, RULES)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("count", value) for value in (0, 10, True, 3.0, "3", None, [3])]
-    + [("name", value) for value in ("abcd", 3, None)]
-    + [("digest", value) for value in ("00f", "00FF", "00ff\n", 255)]
-    + [("until", value) for value in ("", False, -1, 1e3)]
-    + [("shape", value) for value in ([1], [1, 2, 3], (1, 2), [1, -2], {"0": 1})]
-    + [("share", value) for value in (True, "3", None, float("nan"), float("-inf"), 10**400)],
-)
-def test_a_field_that_breaks_its_rule_is_named(name: str, value: object) -> None:
-    with pytest.raises(ValueError, match=f"^{name}: expected "):
-        check_fields(FIELDS | {name: value}, RULES)
-
-
-def test_missing_unknown_and_no_fields() -> None:
-    with pytest.raises(ValueError, match="the field 'count' is missing"):
-        check_fields({name: value for name, value in FIELDS.items() if name != "count"}, RULES)
-    with pytest.raises(ValueError, match="the field 'more' is unknown"):
-        check_fields(FIELDS | {"more": 1}, RULES)
-    with pytest.raises(ValueError, match="expected a mapping of fields, got 3"):
-        check_fields(3, RULES)
 
 
 @pytest.mark.parametrize("error", [DataError, UnknownUserError])

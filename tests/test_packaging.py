@@ -1,4 +1,4 @@
-"""Packaging: complete package lists, a wheel and an editable install that run from anywhere, fast imports."""
+"""Packaging: package lists, a wheel and an editable install that run from anywhere, fast imports, install commands."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ import sys
 import sysconfig
 import tomllib
 import zipfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import vista
+from tests.conftest import run_python
 from vista.config import TrainConfig
 from vista.config.composition import compose_config
 from vista.config.config_keys import to_yaml
+from vista.install_command import install_command
+from vista.source_commit import source_commit
 
 REPOSITORY = Path(__file__).parents[1]
 SOURCES = ("vista", "kernels", "conf", "pyproject.toml", "README.md", "LICENSE")
@@ -83,73 +85,137 @@ def test_every_folder_is_listed(pyproject: dict[str, Any]) -> None:
     assert {name for name in expected if f"{name}.".startswith("vista.conf.")} <= set(setuptools["package-data"])
 
 
-@pytest.mark.parametrize(
-    "module", ["vista", "vista.config.train_config", "vista.store.reader", "vista.log.event_log", "vista.scorer"]
-)
-def test_light_import(module: str) -> None:
-    if find_spec(module) is None:
-        pytest.skip(f"{module} is not part of this build")
-    code = f"import json, sys, {module}; print(json.dumps(sorted({{name.partition('.')[0] for name in sys.modules}})))"
-    path = os.pathsep.join(str(REPOSITORY / folder) for folder in (".", "kernels"))
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
-    )
+def test_light_imports() -> None:
+    """Settings load neither NumPy nor torch; logs, stores, and scorers load torch at most."""
+    code = "import sys\n"
+    for modules in ("vista.config.train_config", "vista.log.event_log, vista.store.reader, vista.scorer"):
+        code += f"import {modules}\nprint(*sorted({{name.partition('.')[0] for name in sys.modules}}))\n"
+    done = run_python(code)
     assert done.returncode == 0, done.stderr
-    loaded = set(json.loads(done.stdout))
-    assert not loaded & {"hydra", "omegaconf", "polars", "triton", "pandas", "matplotlib"}
-    if module in ("vista", "vista.config.train_config"):
-        assert not loaded & {"torch", "numpy"}
+    settings, scorer = (set(line.split()) for line in done.stdout.splitlines())
+    assert not scorer & {"hydra", "omegaconf", "polars", "triton", "pandas", "matplotlib"}
+    assert not settings & {"torch", "numpy"}
 
 
 def test_public_names(pyproject: dict[str, Any]) -> None:
     assert vista.TrainConfig is TrainConfig
     assert set(vista.__all__) <= set(dir(vista))
     for name, module in vista._MODULE_OF_NAME.items():
-        if find_spec(module) is not None:
-            assert getattr(vista, name).__module__.startswith("vista.")
+        assert getattr(vista, name).__module__.startswith("vista."), module
     with pytest.raises(AttributeError, match="no attribute 'Scorrer'; public names: EventLog"):
         _ = vista.Scorrer
 
 
 @pytest.mark.research
-class TestInstalled:
-    def test_wheel_contains_conf_kernels_and_typing_marks(self, wheel: Path) -> None:
-        files = set(zipfile.ZipFile(wheel).namelist())
-        conf = {f"vista/{path.relative_to(REPOSITORY)}" for path in (REPOSITORY / "conf").rglob("*.yaml")}
-        assert len(conf) > 10 and conf <= files
-        for top in ("vista", "kernels/vista_kernels"):
-            sources = {
-                str(path.relative_to(REPOSITORY)).removeprefix("kernels/") for path in (REPOSITORY / top).rglob("*.py")
-            }
-            assert sources <= files
-        assert {"vista/py.typed", "vista_kernels/py.typed"} <= files
-        tops = {name.partition("/")[0] for name in files}
-        assert tops == {"vista", "vista_kernels", f"vista_recsys-{vista.__version__}.dist-info"}
+def test_wheel_contains_conf_kernels_and_typing_marks(wheel: Path) -> None:
+    files = set(zipfile.ZipFile(wheel).namelist())
+    conf = {f"vista/{path.relative_to(REPOSITORY)}" for path in (REPOSITORY / "conf").rglob("*.yaml")}
+    assert len(conf) > 10 and conf <= files
+    for top in ("vista", "kernels/vista_kernels"):
+        sources = {
+            str(path.relative_to(REPOSITORY)).removeprefix("kernels/") for path in (REPOSITORY / top).rglob("*.py")
+        }
+        assert sources <= files
+    assert {"vista/py.typed", "vista_kernels/py.typed"} <= files
+    tops = {name.partition("/")[0] for name in files}
+    assert tops == {"vista", "vista_kernels", f"vista_recsys-{vista.__version__}.dist-info"}
 
-    def test_wheel_metadata(self, wheel: Path) -> None:
-        with zipfile.ZipFile(wheel) as archive:
-            info = f"vista_recsys-{vista.__version__}.dist-info"
-            metadata = archive.read(f"{info}/METADATA").decode()
-            assert "vista = vista.cli.main:main" in archive.read(f"{info}/entry_points.txt").decode()
-            assert "Apache License" in archive.read(f"{info}/licenses/LICENSE").decode()
-        assert "Name: vista-recsys\n" in metadata and "License-Expression: Apache-2.0\n" in metadata
-        assert "Requires-Dist: torch" in metadata and 'polars>=2; extra == "data"' in metadata
 
-    def test_installed_wheel_runs_from_another_directory(self, wheel: Path, tmp_path: Path) -> None:
-        site, cwd = tmp_path / "site", tmp_path / "elsewhere"
-        cwd.mkdir()
-        pip("install", str(wheel), "--target", str(site))
-        printed = run_installed(site, cwd, RUN_CFG + PRINT_ORIGIN)
-        text, _, origin = printed.partition("# ")
-        assert text == to_yaml(compose_config(TrainConfig, ["experiment=ml-1m"]))
-        assert origin.split() == [str(site / package / "__init__.py") for package in ("vista", "vista_kernels")]
-        assert list(cwd.iterdir()) == []
+@pytest.mark.research
+def test_wheel_metadata(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        info = f"vista_recsys-{vista.__version__}.dist-info"
+        metadata = archive.read(f"{info}/METADATA").decode()
+        assert "vista = vista.cli.main:main" in archive.read(f"{info}/entry_points.txt").decode()
+        assert "Apache License" in archive.read(f"{info}/licenses/LICENSE").decode()
+    assert "Name: vista-recsys\n" in metadata and "License-Expression: Apache-2.0\n" in metadata
+    assert "Requires-Dist: torch" in metadata and 'polars>=2; extra == "data"' in metadata
 
-    def test_editable_install_runs_from_another_directory(self, source_tree: Path, tmp_path: Path) -> None:
-        site, cwd = tmp_path / "site", tmp_path / "elsewhere"
-        cwd.mkdir()
-        pip("install", "--editable", str(source_tree), "--target", str(site))
-        text, _, origin = run_installed(site, cwd, RUN_CFG + PRINT_ORIGIN).partition("# ")
-        assert text == to_yaml(compose_config(TrainConfig, ["experiment=ml-1m"]))
-        folders = ("vista", "kernels/vista_kernels")
-        assert origin.split() == [str(source_tree / folder / "__init__.py") for folder in folders]
+
+@pytest.mark.research
+def test_installed_wheel_runs_from_another_directory(wheel: Path, tmp_path: Path) -> None:
+    site, cwd = tmp_path / "site", tmp_path / "elsewhere"
+    cwd.mkdir()
+    pip("install", str(wheel), "--target", str(site))
+    printed = run_installed(site, cwd, RUN_CFG + PRINT_ORIGIN)
+    text, _, origin = printed.partition("# ")
+    assert text == to_yaml(compose_config(TrainConfig, ["experiment=ml-1m"]))
+    assert origin.split() == [str(site / package / "__init__.py") for package in ("vista", "vista_kernels")]
+    assert list(cwd.iterdir()) == []
+
+
+@pytest.mark.research
+def test_editable_install_runs_from_another_directory(source_tree: Path, tmp_path: Path) -> None:
+    site, cwd = tmp_path / "site", tmp_path / "elsewhere"
+    cwd.mkdir()
+    pip("install", "--editable", str(source_tree), "--target", str(site))
+    text, _, origin = run_installed(site, cwd, RUN_CFG + PRINT_ORIGIN).partition("# ")
+    assert text == to_yaml(compose_config(TrainConfig, ["experiment=ml-1m"]))
+    folders = ("vista", "kernels/vista_kernels")
+    assert origin.split() == [str(source_tree / folder / "__init__.py") for folder in folders]
+
+
+def test_in_a_checkout() -> None:
+    assert install_command("serve") == f"pip install -e '{REPOSITORY}[serve]'"
+    assert install_command() == f"pip install -e {REPOSITORY}"
+    assert install_command("torchrec").endswith("[torchrec]' && pip install --no-deps torchrec==1.8.0")
+
+
+@pytest.mark.parametrize(
+    ("record", "command"),
+    [
+        pytest.param(
+            {"url": "file:///home/me/vista", "dir_info": {}},
+            "pip install 'vista-recsys[serve] @ file:///home/me/vista'",
+            id="folder",
+        ),
+        pytest.param(
+            {"url": "https://example.org/vista.git", "vcs_info": {"vcs": "git", "commit_id": "0a1b"}},
+            "pip install 'vista-recsys[serve] @ git+https://example.org/vista.git@0a1b'",
+            id="repository",
+        ),
+        pytest.param(None, "pip install 'vista-recsys[serve]'", id="index"),
+    ],
+)
+def test_in_an_installed_package(
+    record: dict[str, Any] | None, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metadata = tmp_path / "vista_recsys-0.1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: vista-recsys\nVersion: 0.1.0\n")
+    if record is not None:
+        (metadata / "direct_url.json").write_text(json.dumps(record))
+    monkeypatch.setattr("vista.install_command._FOLDER", tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert install_command("serve") == command
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
+    done = subprocess.run(["git", *identity, *arguments], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_commit_distinguishes_sources_from_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = tmp_path / "vista" / "source_commit.py"
+    module.parent.mkdir(parents=True)
+    module.write_text("")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "results.jsonl").write_text("")
+    git(tmp_path, "init", "-q")
+    monkeypatch.setattr("vista.source_commit.__file__", str(module))
+    outside = source_commit()  # nothing is tracked yet
+    assert outside.startswith("v") or outside == "unknown"
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-q", "-m", "first")
+    short = git(tmp_path, "rev-parse", "--short", "HEAD")
+    assert source_commit() == short
+    (tmp_path / "docs" / "results.jsonl").write_text("a result\n")
+    assert source_commit() == short
+    (tmp_path / "vista" / "new.py").write_text("")
+    assert source_commit() == short + "+dirty"
+    (tmp_path / "vista" / "new.py").unlink()
+    module.write_text("# changed\n")
+    assert source_commit() == short + "+dirty"

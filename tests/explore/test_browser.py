@@ -15,7 +15,7 @@ import pytest
 
 from scripts.benchmarks.explore_visit import TABS, ExploreVisit, exploring, open_every_tab, visiting
 from tests.benchmark_process import run_benchmark
-from tests.chromium import require_chromium
+from tests.required_program import require_chromium
 from tests.conftest import Served
 from vista.refresh import refresh
 from vista.training.trainer import train

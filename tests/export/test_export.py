@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.compiler import require_compiler
+from tests.required_program import require_compiler
 from tests.conftest import run_python, small_config
 from tests.export.models import drawn_model
 from vista.cli.main import main

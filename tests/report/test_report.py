@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chromium import require_chromium
+from tests.required_program import require_chromium
 from tests.conftest import Served, sign_model, small_config
 from tests.report.conftest import Reported
 from vista import progress_bar

@@ -27,7 +27,7 @@ from scripts.benchmarks.scorer_workloads import scorer_roofline
 from scripts.benchmarks.store_workloads import private_bytes
 from scripts.benchmarks.workloads import lifelong_log, untrained
 from tests.benchmark_process import run_benchmark
-from tests.compiler import require_compiler
+from tests.required_program import require_compiler
 from vista.config.choices import Precision, TargetAttentionKind
 from vista.log.splits import visible_counts
 from vista.model.padded_tail import pad_tail

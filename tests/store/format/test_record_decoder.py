@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow
 import pytest
 
-from tests.compiler import require_compiler
+from tests.required_program import require_compiler
 from tests.conftest import Served
 from tests.store.format import test_counters_section as counted
 from tests.store.format import test_record as plain
