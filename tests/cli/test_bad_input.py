@@ -76,179 +76,183 @@ def truncate(path: Path, size: int) -> None:
         file.truncate(size)
 
 
-class TestConfig:
-    @pytest.mark.parametrize(
-        ("words", "message"),
-        [
-            (["model.num_heads=3"], r"model\.num_heads: must divide model\.dim=64, got 3; use one of \[1, 2, 4"),
-            (["model.decay=time"], r"model\.decay_horizons: needs one horizon >= 0 per head \(4\), got \[\]"),
-            (["checkpoint_every=0"], r"checkpoint_every: must be at least 1, got 0"),
-            (["optim.patience=-1"], r"optim\.patience: must be at least 0, got -1"),
-            (["optim.gradient_clip=0"], r"optim\.gradient_clip: must be positive and finite, got 0"),
-            (["optim.weight_decay=-1"], r"optim\.weight_decay: must be at least 0 and finite, got -1"),
-            (["optim.learning_rate=inf"], r"optim\.learning_rate: must be positive and finite, got inf"),
-            (["data.windows_per_chunk=-1"], r"data\.windows_per_chunk: must be at least 0, got -1"),
-            (["data.negative_power=nan"], r"data\.negative_power: must be at least 0 and finite, got nan"),
-            (["model.num_reconstruction_layers=0"], r"model\.num_reconstruction_layers: must be at least 1, got 0"),
-            (["model.tail_len=16"], r"data\.label_spacing: must be at most model\.tail_len=16, .* got 32"),
-            (["seed=-1"], r"seed: must be at least 0, got -1"),
-            (["num_threads=-1"], r"num_threads: must be at least 0, got -1"),
-            (["device=tpu"], r"device=tpu: write auto, cpu, cuda or cuda:N"),
-            (["data.split=time"], r"data\.validation_from: is required with data\.split=time"),
-            (["model.search=hard"], r"model\.search: only SIM can search by category; set model\.architecture=sim"),
-            (
-                ["data.item_categories=items.csv"],
-                r"data\.item_categories: only applies with model\.search=hard; set that, or",
-            ),
-        ],
-    )
-    def test_train(self, served: Served, tmp_path: Path, fails: Fails, words: list[str], message: str) -> None:
-        line = fails(
-            2, "train", f"data.path={served.log.path}", f"run_dir={tmp_path / 'run'}", "progress=false", *words
-        )
-        assert re.search(message, line), line
-        assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "best").exists()
-
-    @pytest.mark.parametrize(
-        ("words", "message"),
-        [
-            (["refresh", "users_per_batch=0"], "users_per_batch: must be at least 1, got 0"),
-            (["refresh", "until=yesterday"], r"until='yesterday': write all, leave-last-out, .* an ISO date .*or time"),
-            (["evaluate", "split=train"], "split: must be test or validation, got train"),
-            (["evaluate", "top_k=[]"], r"top_k: needs one or more numbers from 1 to 1048576, got \[\]"),
-            (["evaluate", "top_k=[10000000000]"], r"top_k: needs one or more numbers from 1 to 1048576, got"),
-            (["score", "users=[]"], "users: name at least one"),
-            (["score", "users=[100]", "top_k=0"], "top_k: must be at least 1, got 0"),
-        ],
-    )
-    def test_others(self, served: Served, tmp_path: Path, fails: Fails, words: list[str], message: str) -> None:
-        places = [f"model={served.model_dir}", f"store={tmp_path / 'store'}"]
-        if words[0] != "score":
-            places.append(f"data={served.log.path}")
-        assert re.search(message, fails(2, words[0], *places, *words[1:]))
-        assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["model.decay=time"], r"model\.decay_horizons: needs one horizon >= 0 per head \(4\), got \[\]"),
+        (["checkpoint_every=0"], r"checkpoint_every: must be at least 1, got 0"),
+        (["optim.patience=-1"], r"optim\.patience: must be at least 0, got -1"),
+        (["optim.gradient_clip=0"], r"optim\.gradient_clip: must be positive and finite, got 0"),
+        (["optim.weight_decay=-1"], r"optim\.weight_decay: must be at least 0 and finite, got -1"),
+        (["optim.learning_rate=inf"], r"optim\.learning_rate: must be positive and finite, got inf"),
+        (["data.windows_per_chunk=-1"], r"data\.windows_per_chunk: must be at least 0, got -1"),
+        (["data.negative_power=nan"], r"data\.negative_power: must be at least 0 and finite, got nan"),
+        (["model.num_reconstruction_layers=0"], r"model\.num_reconstruction_layers: must be at least 1, got 0"),
+        (["model.tail_len=16"], r"data\.label_spacing: must be at most model\.tail_len=16, .* got 32"),
+        (["seed=-1"], r"seed: must be at least 0, got -1"),
+        (["num_threads=-1"], r"num_threads: must be at least 0, got -1"),
+        (["device=tpu"], r"device=tpu: write auto, cpu, cuda or cuda:N"),
+        (["model.search=hard"], r"model\.search: only SIM can search by category; set model\.architecture=sim"),
+        (
+            ["data.item_categories=items.csv"],
+            r"data\.item_categories: only applies with model\.search=hard; set that, or",
+        ),
+    ],
+)
+def test_settings_of_training(served: Served, tmp_path: Path, fails: Fails, words: list[str], message: str) -> None:
+    line = fails(2, "train", f"data.path={served.log.path}", f"run_dir={tmp_path / 'run'}", "progress=false", *words)
+    assert re.search(message, line), line
+    assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "best").exists()
 
 
-class TestLog:
-    @pytest.mark.parametrize("column", ["item", "timestamp", "rating", "offsets"])
-    def test_a_truncated_column(self, copied: Served, tmp_path: Path, fails: Fails, column: str) -> None:
-        (path,) = (tmp_path / "log").rglob(f"{column}.npy")
-        size = path.stat().st_size
-        truncate(path, size - 8)
-        before = content(tmp_path / "run"), content(tmp_path / "store")
-        places = [f"data={tmp_path / 'log'}", f"model={copied.model_dir}", f"store={copied.store}"]
-        for words in (train_words(copied), ["refresh", *places], ["evaluate", *places]):
-            line = fails(1, *words)
-            assert f"{path}: expected {size} bytes, found {size - 8}; the file is truncated" in line
-        assert (content(tmp_path / "run"), content(tmp_path / "store")) == before
-
-    def test_a_missing_log(self, copied: Served, tmp_path: Path, fails: Fails) -> None:
-        line = fails(1, *train_words(copied, f"data.path={tmp_path / 'absent'}"))
-        assert str(tmp_path / "absent") in line and not (tmp_path / "absent").exists()
-
-
-class TestModel:
-    @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "items.ids.npy"])
-    def test_a_truncated_export(self, copied: Served, tmp_path: Path, fails: Fails, name: str) -> None:
-        truncate(copied.model_dir / name, (copied.model_dir / name).stat().st_size - 10)
-        before = content(tmp_path / "store")
-        places = [f"model={copied.model_dir}", f"store={copied.store}"]
-        for words in (["score", *places, "users=[100]"], ["refresh", *places, f"data={copied.log.path}"]):
-            assert str(copied.model_dir) in fails(1, *words)
-        assert content(tmp_path / "store") == before
-
-    def test_a_truncated_checkpoint(self, copied: Served, tmp_path: Path, fails: Fails) -> None:
-        newest = latest_checkpoint(tmp_path / "run" / "checkpoints")
-        assert newest is not None
-        truncate(newest / TENSOR_FILE, 100)
-        before = content(tmp_path / "run" / "best"), content(tmp_path / "run" / "checkpoints")
-        line = fails(1, *train_words(copied))
-        assert f"{newest / TENSOR_FILE}: holds 100 bytes instead of" in line and "remove the folder" in line
-        assert (content(tmp_path / "run" / "best"), content(tmp_path / "run" / "checkpoints")) == before
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["refresh", "users_per_batch=0"], "users_per_batch: must be at least 1, got 0"),
+        (["refresh", "until=yesterday"], r"until='yesterday': write all, leave-last-out, .* an ISO date .*or time"),
+        (["evaluate", "split=train"], "split: must be test or validation, got train"),
+        (["evaluate", "top_k=[]"], r"top_k: needs one or more numbers from 1 to 1048576, got \[\]"),
+        (["evaluate", "top_k=[10000000000]"], r"top_k: needs one or more numbers from 1 to 1048576, got"),
+        (["score", "users=[]"], "users: name at least one"),
+        (["score", "users=[100]", "top_k=0"], "top_k: must be at least 1, got 0"),
+    ],
+)
+def test_settings_of_other_commands(
+    served: Served, tmp_path: Path, fails: Fails, words: list[str], message: str
+) -> None:
+    places = [f"model={served.model_dir}", f"store={tmp_path / 'store'}"]
+    if words[0] != "score":
+        places.append(f"data={served.log.path}")
+    assert re.search(message, fails(2, words[0], *places, *words[1:]))
+    assert list(tmp_path.iterdir()) == []
 
 
-class TestStore:
-    def words(self, given: Served, store: Path) -> list[list[str]]:
-        places = [f"model={given.model_dir}", f"store={store}"]
-        return [["score", *places, "users=[100]"], ["evaluate", *places, f"data={given.log.path}"]]
-
-    def test_a_truncated_store(self, copied: Served, tmp_path: Path, fails: Fails) -> None:
-        (path,) = copied.store.rglob("summary/data.mdb")
-        truncate(path, path.stat().st_size // 2)
-        for words in self.words(copied, copied.store):
-            assert str(path.parent) in fails(1, *words)
-        # A refresh repairs it.
-        assert main(["refresh", *words[1:], "progress=false"]) == 0
-        with StoreReader.open(copied.store) as store:
-            assert len(store) == copied.log.num_users and store.get_many([100]).found.all()
-
-    def test_a_folder_that_is_not_a_store(self, copied: Served, tmp_path: Path, fails: Fails) -> None:
-        (tmp_path / "foreign").mkdir()
-        (tmp_path / "foreign" / "CURRENT").write_text("not a store\n")
-        (tmp_path / "text").write_text("text")
-        for place in ("foreign", "text", "absent"):
-            for words in self.words(copied, tmp_path / place):
-                assert str(tmp_path / place) in fails(1, *words)
-        assert content(tmp_path / "foreign") == {"CURRENT": b"not a store\n"} and not (tmp_path / "absent").exists()
-
-    def test_the_store_of_another_model(self, copied: Served, tmp_path: Path, fails: Fails) -> None:
-        model = train(small_config(copied.log, tmp_path / "other", optim__epochs=1, seed=9), copied.log)
-        refresh(model, copied.log, tmp_path / "theirs")
-        for words in self.words(copied, tmp_path / "theirs"):
-            line = fails(1, *words)
-            assert model.summarizer_id().hex() in line and copied.model.summarizer_id().hex() in line
-
-    def test_a_flipped_bit_names_the_user(self, copied: Served, tmp_path: Path, fails: Fails) -> None:
-        (path,) = copied.store.rglob("summary/data.mdb")
-        data = path.read_bytes()
-        with StoreReader.open(copied.store) as store:
-            times = store.get_many([104]).tail.times.tobytes()
-        assert times in data
-        flipped = bytes([times[0] ^ 1]) + times[1:]
-        path.write_bytes(data.replace(times, flipped))  # also in pages that are no longer used
-        score = self.words(copied, copied.store)[0]
-        assert "user 104" in fails(1, *score[:-1], "users=[104]")
-        assert main([*score[:-1], "users=[103]"]) == 0  # others are served
-
-    def test_a_store_that_covers_the_labels(self, copied: Served, fails: Fails) -> None:
-        assert "`vista refresh until=leave-last-out`" in fails(1, *self.words(copied, copied.store)[1])
-
-    def test_unknown_user_and_candidate(self, copied: Served, fails: Fails) -> None:
-        places = [f"model={copied.model_dir}", f"store={copied.store}", "on_missing=raise"]
-        assert "users [999] have no record" in fails(1, "score", *places, "users=[999]")
-        assert "items [7]" in fails(1, "score", *places, "users=[100]", "candidates=[0,7]")
-        assert "users: ids must be integers, as in the log, got bob" in fails(2, "score", *places, "users=[bob]")
+@pytest.mark.parametrize("column", ["item", "offsets"])
+def test_a_truncated_column(copied: Served, tmp_path: Path, fails: Fails, column: str) -> None:
+    (path,) = (tmp_path / "log").rglob(f"{column}.npy")
+    size = path.stat().st_size
+    truncate(path, size - 8)
+    before = content(tmp_path / "run"), content(tmp_path / "store")
+    places = [f"data={tmp_path / 'log'}", f"model={copied.model_dir}", f"store={copied.store}"]
+    for words in (train_words(copied), ["refresh", *places], ["evaluate", *places]):
+        line = fails(1, *words)
+        assert f"{path}: expected {size} bytes, found {size - 8}; the file is truncated" in line
+    assert (content(tmp_path / "run"), content(tmp_path / "store")) == before
 
 
-class TestDisk:
-    def test_folders_that_cannot_be_written(self, copied: Served, tmp_path: Path, fails: Fails) -> None:
-        (tmp_path / "file").write_text("kept")
-        below = tmp_path / "file" / "below"
-        places = [f"data={copied.log.path}", f"model={copied.model_dir}"]
-        assert f"run_dir={below}: cannot be written" in fails(2, *train_words(copied, f"run_dir={below}"))
-        assert f"{below} cannot be written" in fails(1, "refresh", *places, f"store={below}")
-        line = fails(2, "evaluate", *places, f"store={copied.store}", f"out={below}")
-        assert f"out={below.parent}: cannot be written" in line
-        assert (tmp_path / "file").read_text() == "kept"
+def test_a_missing_log(copied: Served, tmp_path: Path, fails: Fails) -> None:
+    line = fails(1, *train_words(copied, f"data.path={tmp_path / 'absent'}"))
+    assert str(tmp_path / "absent") in line and not (tmp_path / "absent").exists()
 
-    def test_a_full_disk_in_training(self, event_log: EventLog, tmp_path: Path) -> None:
-        config = small_config(event_log, tmp_path / "run", checkpoint_every=2)
-        with file_size_limit(30_000), pytest.raises(CheckpointError, match=r"could not be written .*free space"):
-            train(config, event_log)
-        assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
-        assert not (tmp_path / "run" / "best").exists()
-        assert (tmp_path / "run" / "config.yaml").exists() and not train(config, event_log).training
 
-    def test_a_full_disk_in_refresh(self, event_log: EventLog, tmp_path: Path) -> None:
-        config = small_config(event_log, "unused", model__num_seeds=200)
-        model = VistaModel(config.model, schema_of(event_log, config), event_log.items, config.data).eval()
-        refresh(model, event_log, tmp_path / "store", until="leave-last-out")
-        with file_size_limit(80_000), pytest.raises(StoreError, match=r"cannot be written: .*check free space"):
-            refresh(model, event_log, tmp_path / "store", options=RefreshOptions(users_per_batch=4))
-        with StoreReader.open(tmp_path / "store") as store:
-            assert store.generation == 1 and store.get_many([100]).found.all()
-        report = refresh(model, event_log, tmp_path / "store", options=RefreshOptions(users_per_batch=4))
-        assert report.generation == 2 and 4 <= report.resumed_at < 16
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "items.ids.npy"])
+def test_a_truncated_export(copied: Served, tmp_path: Path, fails: Fails, name: str) -> None:
+    truncate(copied.model_dir / name, (copied.model_dir / name).stat().st_size - 10)
+    before = content(tmp_path / "store")
+    places = [f"model={copied.model_dir}", f"store={copied.store}"]
+    for words in (["score", *places, "users=[100]"], ["refresh", *places, f"data={copied.log.path}"]):
+        assert str(copied.model_dir) in fails(1, *words)
+    assert content(tmp_path / "store") == before
+
+
+def test_a_truncated_checkpoint(copied: Served, tmp_path: Path, fails: Fails) -> None:
+    newest = latest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert newest is not None
+    truncate(newest / TENSOR_FILE, 100)
+    before = content(tmp_path / "run" / "best"), content(tmp_path / "run" / "checkpoints")
+    line = fails(1, *train_words(copied))
+    assert f"{newest / TENSOR_FILE}: holds 100 bytes instead of" in line and "remove the folder" in line
+    assert (content(tmp_path / "run" / "best"), content(tmp_path / "run" / "checkpoints")) == before
+
+
+def readers(given: Served, store: Path) -> list[list[str]]:
+    places = [f"model={given.model_dir}", f"store={store}"]
+    return [["score", *places, "users=[100]"], ["evaluate", *places, f"data={given.log.path}"]]
+
+
+def test_a_truncated_store(copied: Served, tmp_path: Path, fails: Fails) -> None:
+    (path,) = copied.store.rglob("summary/data.mdb")
+    truncate(path, path.stat().st_size // 2)
+    for words in readers(copied, copied.store):
+        assert str(path.parent) in fails(1, *words)
+    # A refresh repairs it.
+    assert main(["refresh", *words[1:], "progress=false"]) == 0
+    with StoreReader.open(copied.store) as store:
+        assert len(store) == copied.log.num_users and store.get_many([100]).found.all()
+
+
+def test_a_folder_that_is_not_a_store(copied: Served, tmp_path: Path, fails: Fails) -> None:
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "CURRENT").write_text("not a store\n")
+    (tmp_path / "text").write_text("text")
+    for place in ("foreign", "text", "absent"):
+        for words in readers(copied, tmp_path / place):
+            assert str(tmp_path / place) in fails(1, *words)
+    assert content(tmp_path / "foreign") == {"CURRENT": b"not a store\n"} and not (tmp_path / "absent").exists()
+
+
+def test_the_store_of_another_model(copied: Served, tmp_path: Path, fails: Fails) -> None:
+    model = train(small_config(copied.log, tmp_path / "other", optim__epochs=1, seed=9), copied.log)
+    refresh(model, copied.log, tmp_path / "theirs")
+    for words in readers(copied, tmp_path / "theirs"):
+        line = fails(1, *words)
+        assert model.summarizer_id().hex() in line and copied.model.summarizer_id().hex() in line
+
+
+def test_a_flipped_bit_names_the_user(copied: Served, tmp_path: Path, fails: Fails) -> None:
+    (path,) = copied.store.rglob("summary/data.mdb")
+    data = path.read_bytes()
+    with StoreReader.open(copied.store) as store:
+        times = store.get_many([104]).tail.times.tobytes()
+    assert times in data
+    flipped = bytes([times[0] ^ 1]) + times[1:]
+    path.write_bytes(data.replace(times, flipped))  # also in pages that are no longer used
+    score = readers(copied, copied.store)[0]
+    assert "user 104" in fails(1, *score[:-1], "users=[104]")
+    assert main([*score[:-1], "users=[103]"]) == 0  # others are served
+
+
+def test_a_store_that_covers_the_labels(copied: Served, fails: Fails) -> None:
+    assert "`vista refresh until=leave-last-out`" in fails(1, *readers(copied, copied.store)[1])
+
+
+def test_unknown_user_and_candidate(copied: Served, fails: Fails) -> None:
+    places = [f"model={copied.model_dir}", f"store={copied.store}", "on_missing=raise"]
+    assert "users [999] have no record" in fails(1, "score", *places, "users=[999]")
+    assert "items [7]" in fails(1, "score", *places, "users=[100]", "candidates=[0,7]")
+    assert "users: ids must be integers, as in the log, got bob" in fails(2, "score", *places, "users=[bob]")
+
+
+def test_folders_that_cannot_be_written(copied: Served, tmp_path: Path, fails: Fails) -> None:
+    (tmp_path / "file").write_text("kept")
+    below = tmp_path / "file" / "below"
+    places = [f"data={copied.log.path}", f"model={copied.model_dir}"]
+    assert f"run_dir={below}: cannot be written" in fails(2, *train_words(copied, f"run_dir={below}"))
+    assert f"{below} cannot be written" in fails(1, "refresh", *places, f"store={below}")
+    line = fails(2, "evaluate", *places, f"store={copied.store}", f"out={below}")
+    assert f"out={below.parent}: cannot be written" in line
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_full_disk_in_training(event_log: EventLog, tmp_path: Path) -> None:
+    config = small_config(event_log, tmp_path / "run", checkpoint_every=2)
+    with file_size_limit(30_000), pytest.raises(CheckpointError, match=r"could not be written .*free space"):
+        train(config, event_log)
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+    assert not (tmp_path / "run" / "best").exists()
+    assert (tmp_path / "run" / "config.yaml").exists() and not train(config, event_log).training
+
+
+def test_a_full_disk_in_refresh(event_log: EventLog, tmp_path: Path) -> None:
+    config = small_config(event_log, "unused", model__num_seeds=200)
+    model = VistaModel(config.model, schema_of(event_log, config), event_log.items, config.data).eval()
+    refresh(model, event_log, tmp_path / "store", until="leave-last-out")
+    with file_size_limit(80_000), pytest.raises(StoreError, match=r"cannot be written: .*check free space"):
+        refresh(model, event_log, tmp_path / "store", options=RefreshOptions(users_per_batch=4))
+    with StoreReader.open(tmp_path / "store") as store:
+        assert store.generation == 1 and store.get_many([100]).found.all()
+    report = refresh(model, event_log, tmp_path / "store", options=RefreshOptions(users_per_batch=4))
+    assert report.generation == 2 and 4 <= report.resumed_at < 16
 
 
 @contextmanager
@@ -262,37 +266,37 @@ def file_size_limit(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-class TestInterrupt:
-    def test_training_resumes(self, copied: Served, tmp_path: Path, fails: Fails, monkeypatch: Any) -> None:
-        make = BatchSource.batch
+def test_training_resumes(copied: Served, tmp_path: Path, fails: Fails, monkeypatch: Any) -> None:
+    make = BatchSource.batch
 
-        def batch(source: BatchSource, epoch: int, index: int) -> Any:
-            if (epoch, index) == (1, 1):
-                os.kill(os.getpid(), signal.SIGINT)
-            return make(source, epoch, index)
+    def batch(source: BatchSource, epoch: int, index: int) -> Any:
+        if (epoch, index) == (1, 1):
+            os.kill(os.getpid(), signal.SIGINT)
+        return make(source, epoch, index)
 
-        run_dir = tmp_path / "again"
-        words = train_words(copied, f"run_dir={run_dir}")
-        with monkeypatch.context() as patch:
-            patch.setattr(BatchSource, "batch", batch)
-            assert fails(130, *words) == "interrupted; rerun the command to resume"
-        assert main(words) == 0
-        assert "resuming at step" in (run_dir / "train.log").read_text()
-        assert content(run_dir / "best")["model.safetensors"] == content(copied.model_dir)["model.safetensors"]
+    run_dir = tmp_path / "again"
+    words = train_words(copied, f"run_dir={run_dir}")
+    with monkeypatch.context() as patch:
+        patch.setattr(BatchSource, "batch", batch)
+        assert fails(130, *words) == "interrupted; rerun the command to resume"
+    assert main(words) == 0
+    assert "resuming at step" in (run_dir / "train.log").read_text()
+    assert content(run_dir / "best")["model.safetensors"] == content(copied.model_dir)["model.safetensors"]
 
-    def test_refresh_resumes(self, copied: Served, tmp_path: Path, fails: Fails, monkeypatch: Any, capsys: Any) -> None:
-        put = StoreWriter.put_batch
 
-        def put_and_interrupt(writer: StoreWriter, keys: Any, records: Any, cursor: int, states: Any) -> int:
-            written = put(writer, keys, records, cursor, states)
-            if cursor == 12:
-                os.kill(os.getpid(), signal.SIGINT)
-            return written
+def test_refresh_resumes(copied: Served, tmp_path: Path, fails: Fails, monkeypatch: Any, capsys: Any) -> None:
+    put = StoreWriter.put_batch
 
-        places = [f"data={copied.log.path}", f"model={copied.model_dir}", f"store={tmp_path / 'new'}"]
-        words = ["refresh", *places, "users_per_batch=4", "progress=false"]
-        with monkeypatch.context() as patch:
-            patch.setattr(StoreWriter, "put_batch", put_and_interrupt)
-            assert fails(130, *words) == "interrupted; rerun the command to resume"
-        assert main(words) == 0
-        assert "16 users (12 of them by an earlier run)" in capsys.readouterr().out
+    def put_and_interrupt(writer: StoreWriter, keys: Any, records: Any, cursor: int, states: Any) -> int:
+        written = put(writer, keys, records, cursor, states)
+        if cursor == 12:
+            os.kill(os.getpid(), signal.SIGINT)
+        return written
+
+    places = [f"data={copied.log.path}", f"model={copied.model_dir}", f"store={tmp_path / 'new'}"]
+    words = ["refresh", *places, "users_per_batch=4", "progress=false"]
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreWriter, "put_batch", put_and_interrupt)
+        assert fails(130, *words) == "interrupted; rerun the command to resume"
+    assert main(words) == 0
+    assert "16 users (12 of them by an earlier run)" in capsys.readouterr().out

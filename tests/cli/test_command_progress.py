@@ -1,23 +1,105 @@
-"""Long commands say on stderr how far they are, also in a pipe, and nothing with progress=false."""
+"""Long commands say on stderr how far they are: in one line of a terminal, in plain lines of a pipe, or not at all."""
 
 from __future__ import annotations
 
-import csv
+import fcntl
 import logging
+import os
+import pty
 import re
+import struct
+import subprocess
+import sys
+import termios
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import Served, small_config, small_frame
+from tests.conftest import Served, small_config
 from vista import progress_bar
 from vista.cli.main import main
 from vista.config.config_keys import to_yaml
 from vista.log.event_log import EventLog
 from vista.training.run_clock import RunClock
 from vista.training.trainer import train
+
+COLUMNS = 40
+SETTINGS = """
+import time
+import vista.progress_bar as module
+from vista.progress_bar import progress_bar, progress_shown
+module.PLAIN_DELAY_S, module.LINE_SECONDS, module.TERMINAL_DELAY_S = 0.05, 0.3, 0.05
+"""
+LONG = """
+with progress_shown():
+    for _ in progress_bar(range(50), desc="epoch 1/3", unit="batch"):
+        time.sleep(0.02)
+print("result")
+"""
+
+
+def _on_terminal(code: str) -> tuple[str, str]:
+    """Stdout, and what a process writes to a terminal of 40 columns as its stderr."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, COLUMNS, 0, 0))
+    process = subprocess.Popen([sys.executable, "-c", SETTINGS + code], stdout=subprocess.PIPE, stderr=theirs)
+    os.close(theirs)
+    written = b""
+    while True:
+        try:
+            part = os.read(ours, 4096)
+        except OSError:  # Linux reports the closed end as an error
+            break
+        if not part:
+            break
+        written += part
+    os.close(ours)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, written.decode()
+    return out.decode(), written.decode()
+
+
+def _in_pipe(code: str) -> tuple[str, str]:
+    done = subprocess.run([sys.executable, "-c", SETTINGS + code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+def test_a_narrow_terminal_has_one_line_with_rate_and_time_left() -> None:
+    out, written = _on_terminal(LONG)
+    assert out == "result\n"
+    assert written.count("\n") == 1 and written.endswith("\n"), "a single line, updated in place"
+    shown = [text for text in re.split(r"[\r\n]+", written) if text.strip()]
+    assert len(shown) > 2 and max(map(len, shown)) <= COLUMNS
+    pattern = r"epoch 1/3 \d+% \d+:\d\d left .*batch"
+    assert all(re.search(pattern, text) for text in shown[1:]), shown
+
+
+def test_a_pipe_has_plain_lines() -> None:
+    out, written = _in_pipe(LONG)
+    assert out == "result\n"
+    lines = written.splitlines()
+    assert 2 <= len(lines) <= 40 and "\r" not in written and "\x1b" not in written
+    pattern = r"epoch 1/3: \d+ of 50 batch \(\d+%\), +[\d.]+(batch/s|s/batch), \d\d:\d\d left"
+    assert all(re.fullmatch(pattern, line) for line in lines), lines
+    assert lines[-1].startswith("epoch 1/3: 50 of 50")
+
+
+def test_short_work_and_libraries_show_nothing() -> None:
+    bar = 'for _ in progress_bar(range(20), desc="x", unit="y"{}):\n        time.sleep(0.02)\n'
+    code = f"with progress_shown():\n    {bar.format(', shown=False')}"
+    code += f"if True:\n    {bar.format('')}"  # after the command, and in a library without one
+    code += f"module.PLAIN_DELAY_S = 60.0\nwith progress_shown():\n    {bar.format('')}"
+    assert _in_pipe(code) == ("", "")
+
+
+def test_a_command_shows_progress_on_stderr_only(tmp_path: object) -> None:
+    words = ["simulate", f"out={tmp_path}/source", "num_users=200", "events_per_user=20000", "impressions_per_user=1"]
+    out, shown = _on_terminal(f"module.TERMINAL_DELAY_S = 0.0\nfrom vista.cli.main import main\nmain({words})")
+    assert "simulate" in shown and "left" in shown
+    assert out.startswith(f"{tmp_path}/source: 200 users") and "%" not in out
+
 
 OF = r"\d+ of \d+ \w+ \(\d+%\), +\S+, \S+ left"
 Said = Callable[..., str]
@@ -41,33 +123,6 @@ def test_an_import_counts_users(served: Served, tmp_path: Path, said: Said) -> N
     said("store", "export", f"store={served.store}", f"out={tmp_path / 'a.parquet'}")
     err = said("store", "import", f"store={tmp_path / 'new'}", f"file={tmp_path / 'a.parquet'}")
     assert re.search(rf"^import: {OF}", err, re.M), err
-
-
-def test_a_deletion_counts_events(tmp_path: Path, said: Said) -> None:
-    frame = small_frame()
-    log = EventLog.from_frame(frame, tmp_path / "log", time_unit="ms")
-    with (tmp_path / "gone.csv").open("w", newline="") as file:
-        names = ("user", "item", "timestamp")
-        csv.writer(file).writerows([names, *list(zip(*(frame[name] for name in names), strict=True))[:9]])
-    err = said("log", "forget", f"data={log.path}", f"events={tmp_path / 'gone.csv'}", "time_unit=ms")
-    assert re.search(r"^read events: ", err, re.M) and re.search(r"^match events: \S+ of 9\.00 event", err, re.M)
-
-
-def test_added_items_show_the_time(tmp_path: Path, said: Said) -> None:
-    items = sorted(set(small_frame()["item"].tolist()))
-    prices = {"item": items, "price": [float(item) for item in items]}
-    log = EventLog.from_frame(small_frame(), tmp_path / "log", time_unit="ms", items=prices)
-    train(small_config(log, tmp_path / "run", optim__epochs=1), log)
-    (tmp_path / "new.csv").write_text("item,price\n5000,1.5\n")
-    err = said("items", "add", f"model={tmp_path / 'run' / 'best'}", f"items.paths=[{tmp_path / 'new.csv'}]")
-    assert all(re.search(rf"^{step}: ", err, re.M) for step in ("read items", "extend the model")), err
-
-
-@pytest.mark.skipif(find_spec("faiss") is None, reason="needs faiss")
-def test_an_index_counts_items(served: Served, tmp_path: Path, said: Said) -> None:
-    err = said("index", f"model={served.model_dir}", f"out={tmp_path / 'index'}", "kind=ivfpq")
-    assert re.search(r"^train the index: ", err, re.M)
-    assert re.search(r"^index: \S+ of 40\.0 item \(100%\)", err, re.M), err
 
 
 def test_a_sweep_counts_trials(

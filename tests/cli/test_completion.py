@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 from vista.cli.command_table import COMMANDS
-from vista.cli.completion_table import OPTIONS, CompletionTable
 from vista.cli.main import main
-from vista.config.composition import groups_of, options_of
+from vista.config.composition import groups_of
 from vista.config.config_keys import ConfigKeys
 
 STEPS = [
@@ -117,8 +116,8 @@ def test_words_of_a_line(shell: str, folder: Path, capsys: pytest.CaptureFixture
     first = {name.partition(" ")[0] for name in COMMANDS}
     assert {*completed(shell, path, "vista ")} >= first
     assert {*completed(shell, path, "vista store ")} >= {"copy", "erase", "stats"}
-    for name, command in COMMANDS.items():
-        names = [*ConfigKeys.of(command.schema).keys, *groups_of(name)]
+    for name in ("train", "prepare", "store erase"):
+        names = [*ConfigKeys.of(COMMANDS[name].schema).keys, *groups_of(name)]
         assert {*completed(shell, path, f"vista {name} ")} >= {f"{key}=" for key in names}
     mixing = completed(shell, path, "vista train run_dir=x model.mixing=")
     assert [word.rpartition("=")[2] for word in mixing] == ["bidirectional", "separable"]
@@ -129,31 +128,6 @@ def test_words_of_a_line(shell: str, folder: Path, capsys: pytest.CaptureFixture
     assert completed(shell, path, "vista train seed=") == []
     files = completed(shell, path, "vista prepare events.paths=[a,source/")
     assert [word.rpartition("=")[2] for word in files] == ["[a,source/config.yaml"]
-
-
-def test_bash_with_other_word_breaks(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = script("bash", folder, capsys)
-    with path.open("a") as file:
-        file.write("COMP_WORDBREAKS=' '\n")
-    assert completed("bash", path, "vista train model.mixing=s") == ["model.mixing=separable"]
-    with path.open("a") as file:
-        file.write("COMP_WORDBREAKS=' :'\n")
-    assert completed("bash", path, "vista train model.mixing=s") == ["model.mixing=separable"]
-    assert completed("bash", path, "vista train a:model.mixing=s") == []
-
-
-def test_the_table_has_what_keys_accept() -> None:
-    table = CompletionTable.of_commands()
-    keys = {key.name: key for key in table.commands["train"].keys}
-    assert keys["experiment"].values == tuple(options_of("experiment"))
-    assert keys["model.item_start"].values == ("random", "factors", "user_factors", "null")
-    assert keys["data.exclude_seen"].values == ("true", "false", "null")
-    assert keys["data.path"].is_path and keys["run_dir"].is_path and not keys["seed"].is_path
-    erase = {key.name: key.is_path for key in table.commands["store erase"].keys}
-    assert erase == {"store": True, "users": False, "data": True}
-    assert table.commands["completion"].words == ("bash", "zsh", "fish", *OPTIONS)
-    summaries = [key.summary for command in table.commands.values() for key in command.keys]
-    assert all(summaries) and not any("\n" in summary or "\t" in summary for summary in summaries)
 
 
 @pytest.mark.parametrize("word", ["tcsh", "shell=tcsh"])

@@ -12,7 +12,7 @@ from scripts.experiments.set_texts import prepare_with_texts
 from scripts.experiments.sets import prepare_set
 from scripts.experiments.table_run import recorded_config
 from scripts.experiments.tables import TABLES
-from tests.cli.test_embed_command import LettersEncoder
+from tests.cli.test_items_commands import LettersEncoder
 from tests.log.ingest.public.samples import complete_journey
 from vista.cli import embed_command
 from vista.log.event_log import EventLog
