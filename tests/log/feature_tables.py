@@ -1,4 +1,4 @@
-"""Tables of item features, prepared for tests, and the features of a log as plain dictionaries."""
+"""Tables of item features, prepared for tests, and the features of a log's items and users as plain dictionaries."""
 
 from __future__ import annotations
 
@@ -67,3 +67,16 @@ def names_of(column: CategoryColumn, row: int) -> list[str]:
     codes = column.codes[column.offsets[row] : column.offsets[row + 1]]
     assert (np.diff(codes) > 0).all()
     return sorted(column.values.ids(codes).tolist())
+
+
+def user_features_of(log: EventLog) -> dict[str, dict[Any, Any]]:
+    """The features of users that are not missing: column -> id -> value."""
+    features = log.user_features
+    rows = np.flatnonzero(log.users.has_ids(np.arange(log.num_users)))
+    ids, chosen = log.users.ids(rows).tolist(), features.rows.select(rows)
+    found: dict[str, dict[Any, Any]] = {}
+    for name, values in features.values.items():
+        column = chosen.columns[name].tolist()
+        texts = column if values is None else [None if code < 0 else values.ids([code])[0] for code in column]
+        found[name] = {user: text for user, text in zip(ids, texts, strict=True) if text is not None and text == text}
+    return found

@@ -1,10 +1,7 @@
 """EventLog: reading equals a plain sort of what was written, with one and several segments."""
 
-import os
 import pickle
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +9,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-import vista
-from tests.log.log_oracle import edit_manifest, replace_array
+from tests.conftest import run_python
+from tests.log.log_oracle import edit_manifest
 from vista.arrays import Int
 from vista.config import SourceColumns
 from vista.errors import LogFormatError, UnknownUserError
@@ -22,19 +19,6 @@ from vista.log import histories
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories, take
 from vista.log.packed_table import PackedTable
-
-
-def run_python(code: str, folder: Path) -> str:
-    """The output of `code` in a new interpreter."""
-    path = os.pathsep.join([str(Path(vista.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": path},
-    ).stdout
 
 
 def random_frame(seed: int, num_events: int, num_users: int = 20) -> pl.DataFrame:
@@ -88,7 +72,7 @@ def test_every_history(case: tuple[EventLog, list]) -> None:
     assert log.num_events == everything.height == log.lengths.sum()
     assert log.num_users == everything["user"].n_unique()
     assert log.num_items == everything["item"].n_unique()
-    assert log.last_segment == len(frames)
+    assert log.last_segment == len(frames) and log.impressions is None
     for user in everything["user"].unique():
         assert_history(log, log[user], expected_history(frames, user))
 
@@ -105,17 +89,6 @@ def test_gather_equals_users_one_by_one(case: tuple[EventLog, list]) -> None:
             assert getattr(together.slice(place), name).tolist() == getattr(alone, name).tolist()
     assert log.gather(rows).lengths.tolist() == log.lengths[rows].tolist()
     assert log.gather(np.array([], np.int64)).num_events == 0
-
-
-def test_gather_ranges_and_slices_agree(case: tuple[EventLog, list]) -> None:
-    log, _ = case
-    rows, starts, stops = np.array([0, 2, 5]), np.array([1, 0, 3]), np.array([4, 2, 9])
-    ranges = log.gather_ranges(rows, starts, stops)
-    for place, row in enumerate(rows):
-        part = log.slice(int(row), int(starts[place]), int(stops[place]))
-        whole = log.slice(int(row))
-        assert ranges.slice(place).item.tolist() == part.item.tolist()
-        assert part.timestamp.tolist() == whole.timestamp[starts[place] : stops[place]].tolist()
     assert log.slice(2, -3).item.tolist() == log.slice(2).item[-3:].tolist()
     assert log.slice(2, 5, 2).num_events == 0
 
@@ -250,10 +223,6 @@ def test_impressions_over_segments(tmp_path: Path) -> None:
     assert len(seen.offsets) == log.num_users + 1
 
 
-def test_a_log_without_impressions_has_none(case: tuple[EventLog, list]) -> None:
-    assert case[0].impressions is None
-
-
 def truncate(folder: Path) -> None:
     file = folder / "segment-000001" / "item.npy"
     file.write_bytes(file.read_bytes()[:-4])
@@ -303,19 +272,6 @@ def test_a_folder_that_is_not_a_log_is_refused(tmp_path: Path) -> None:
         EventLog.open(tmp_path)
 
 
-def test_a_compacted_range_replaces_its_segments(tmp_path: Path) -> None:
-    frames = [random_frame(1, 80), random_frame(2, 60)]
-    whole = write(tmp_path / "whole", [pl.concat(frames)])
-    log = write(tmp_path / "log", frames)
-    compacted = tmp_path / "log" / "segment-000001-000002"
-    shutil.copytree(tmp_path / "whole" / "segment-000001", compacted)
-    replace_array(compacted, "changed.npy", np.full(log.num_users, 2))
-    edit_manifest(compacted, last_segment=2)
-    again = EventLog.open(tmp_path / "log")
-    assert (again.last_segment, again.num_events, len(again.manifests)) == (2, log.num_events, 1)
-    assert again[100].timestamp.tolist() == whole[100].timestamp.tolist() == log[100].timestamp.tolist()
-
-
 def test_reading_imports_neither_polars_nor_torch(tmp_path: Path) -> None:
     write(tmp_path / "log", [random_frame(1, 50)])
     code = (
@@ -324,10 +280,10 @@ def test_reading_imports_neither_polars_nor_torch(tmp_path: Path) -> None:
         f"log = EventLog.open({str(tmp_path / 'log')!r}); log.gather([1, 0]); splits.visible_counts(log, 'all')\n"
         "print([m for m in ('polars', 'torch', 'pandas', 'hydra', 'triton') if m in sys.modules])"
     )
-    assert run_python(code, tmp_path).strip() == "[]"
+    assert run_python(code).stdout == "[]\n"
 
 
-def test_without_polars_the_extra_is_named(tmp_path: Path) -> None:
+def test_without_polars_the_extra_is_named() -> None:
     code = (
         "import sys; sys.modules['polars'] = None\n"
         "from vista.log.event_log import EventLog\n"
@@ -335,7 +291,7 @@ def test_without_polars_the_extra_is_named(tmp_path: Path) -> None:
         "try: EventLog.from_frame({'user': [1], 'item': [1]}, 'x', time_unit='s')\n"
         "except VistaError as error: print(error)"
     )
-    assert install_command("data") in run_python(code, tmp_path)
+    assert install_command("data") in run_python(code).stdout
 
 
 def test_short_ranges_of_segments_in_order_read_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -209,13 +209,13 @@ def test_a_changed_byte_in_any_file_of_features_is_found_when_they_are_read(log_
     good = features_of(EventLog.open(log_folder))
     files = sorted(log_folder.glob("*/features/*"))
     assert len(files) == (11 if compacted else 22)
-    for file in files:
+    for number, file in enumerate(files):
         content = file.read_bytes()
-        for place in (0, 70, len(content) - 1):
-            flip(file, place, place % 8)
-            with pytest.raises(LogFormatError, match=file.name):
-                _ = EventLog.open(log_folder).item_features
-            file.write_bytes(content)
+        place = (0, 70, len(content) - 1)[number % 3]
+        flip(file, place, place % 8)
+        with pytest.raises(LogFormatError, match=file.name):
+            _ = EventLog.open(log_folder).item_features
+        file.write_bytes(content)
         file.unlink()
         with pytest.raises(LogFormatError, match=f"{file.name}: missing"):
             EventLog.open(log_folder)

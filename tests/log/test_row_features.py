@@ -1,17 +1,37 @@
-"""Features of events and impressions in a log: types on disk, views, and what contradicts itself."""
+"""Features of events and impressions: types, views, appends, what is refused, and warnings."""
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
+import polars as pl
 import pytest
 
-from tests.log.log_oracle import Oracle, Step, assert_reads_as, contents, edit_manifest, replace_array, write
-from vista.errors import LogFormatError
+from tests.log.conftest import PARSER, run
+from tests.log.log_oracle import (
+    Oracle,
+    Step,
+    Values,
+    assert_reads_as,
+    contents,
+    edit_manifest,
+    replace_array,
+    values_of,
+    write,
+)
+from vista.config import EventFilterConfig, PrepareConfig, SourceColumns, SourceConfig
+from vista.errors import ConfigError, DataError, LogFormatError
 from vista.log.compaction import compact_log
+from vista.log.deletions import erase_users
 from vista.log.event_log import EventLog
+from vista.log.ingest import category_encoder
+from vista.log.ingest.prepare import prepare
+from vista.log.ingest.prepare_report import PrepareReport
 from vista.log.log_verification import verify_log
 from vista.log.row_feature_writer import RowFeatureWriter
 from vista.log.row_features import RowFeatures, rows_that_fit
@@ -40,14 +60,6 @@ def test_codes_take_the_smallest_type(tmp_path: Path, num_values: int, dtype: st
     assert stored.dtype.str[1:] == dtype and stored.tolist() == [-1, num_values - 1]
 
 
-def test_a_column_that_a_segment_lacks_is_missing_there(tmp_path: Path) -> None:
-    log = write(tmp_path / "log", STEPS)
-    assert_reads_as(log, Oracle(STEPS), np.random.default_rng(0))
-    history = log.slice(2)
-    assert history.features.columns["device"].tolist() == [-1]
-    assert np.isnan(history.features.columns["dwell"]).all()
-
-
 def test_numbers_of_one_segment_are_views(tmp_path: Path) -> None:
     log = write(tmp_path / "log", STEPS[:1])
     column = log.gather(np.arange(log.num_users)).features.columns["dwell"]
@@ -62,13 +74,6 @@ def test_blocks_read_features_only_on_demand_and_are_then_smaller(tmp_path: Path
     assert len(read) > 1 and all(list(block.features.columns) == list(BOTH) for block in read)
     assert sum(block.num_events for block in read) == log.num_events
     assert (rows_that_fit(1000, 20, 0), rows_that_fit(1000, 20, 5), rows_that_fit(1, 20, 100)) == (1000, 250, 1)
-
-
-def test_a_log_without_features_has_none(tmp_path: Path) -> None:
-    log = write(tmp_path / "log", STEPS[1:])
-    assert log.event_features == {} == log.request_features
-    assert log.slice(0).features.columns == {}
-    assert log.impressions is not None and log.impressions.features.columns == {}
 
 
 def test_changed_bytes_are_found(tmp_path: Path) -> None:
@@ -134,3 +139,402 @@ def test_a_column_of_two_kinds_is_refused(tmp_path: Path) -> None:
         LogFormatError, match="'device' of the events is a number, but in an earlier segment it is a cat"
     ):
         EventLog.open(path)
+
+
+KEYS = {"user": [1, 1, 2], "item": [7, 8, 7], "timestamp": [1_700_000_001, 1_700_000_002, 1_700_000_003]}
+NAN, INF = float("nan"), float("inf")
+
+
+def add(folder: Path, form: str = "parquet", *, append: bool = False, **columns: Any) -> PrepareReport:
+    """Prepare three events with these columns; `categories` and `numbers` name the features."""
+    settings = {
+        name: columns.pop(name) for name in ("categories", "numbers", "on_bad_rows", "max_values") if name in columns
+    }
+    file = folder / f"events-{append}.{form}"
+    frame = pl.DataFrame(KEYS | columns)
+    frame.write_csv(file) if form == "csv" else frame.write_parquet(file)
+    return run(folder / "log", [file], append=append, **settings)
+
+
+def features_of(folder: Path) -> list[Values]:
+    """The features of all events, by user and time."""
+    log = EventLog.open(folder / "log")
+    return values_of(log.gather(np.arange(log.num_users)).features, log.event_features)
+
+
+def test_values_become_text(tmp_path: Path) -> None:
+    columns = {
+        "device": ["web", None, ""],
+        "hour": [7, None, 23],
+        "is_member": [True, False, None],
+        "surface": pl.Series(["home", "cart", None], dtype=pl.Categorical),
+    }
+    report = add(tmp_path, **columns, note=["ignored"] * 3, categories=list(columns))
+    assert features_of(tmp_path) == [
+        {"device": "web", "hour": "7", "is_member": "true", "surface": "home"},
+        {"device": None, "hour": None, "is_member": "false", "surface": "cart"},
+        {"device": None, "hour": "23", "is_member": None, "surface": None},
+    ]
+    assert report.features[:2] == [
+        "device: category of 1 value, 33% of events",
+        "hour: category of 2 values, 67% of events",
+    ]
+    assert "feature device: category of 1 value, 33% of events" in str(report)
+
+
+def test_numbers(tmp_path: Path) -> None:
+    add(tmp_path, dwell=[1.5, None, NAN], price=[3, -2, None], numbers=["dwell", "price"])
+    assert features_of(tmp_path) == [
+        {"dwell": 1.5, "price": 3},
+        {"dwell": None, "price": -2},
+        {"dwell": None, "price": None},
+    ]
+
+
+def test_numbers_may_be_integers_booleans_or_text(tmp_path: Path) -> None:
+    columns = {
+        "a": [True, False, None],
+        "b": ["1e2", "", None],
+        "c": pl.Series(["1.50", "2", None]).cast(pl.Decimal(9, 2)),
+    }
+    add(tmp_path, **columns, numbers=["a", "b", "c"])
+    assert features_of(tmp_path)[0] == {"a": 1, "b": 100, "c": 1.5}
+    assert features_of(tmp_path)[1:] == [{"a": 0, "b": None, "c": 2}, dict.fromkeys("abc")]
+
+
+@pytest.mark.parametrize("form", ["csv", "tsv"])
+def test_a_text_file_gives_the_same_columns_as_parquet(tmp_path: Path, form: str) -> None:
+    frame = pl.DataFrame(KEYS | {"device": ["web", "a,b", None], "dwell": [0.1, None, 3.0]})
+    frame.write_parquet(tmp_path / "events.parquet")
+    frame.write_csv(tmp_path / f"events.{form}", separator="," if form == "csv" else "\t")
+    for name in ("parquet", form):
+        run(tmp_path / name, [tmp_path / f"events.{name}"], categories=["device"], numbers=["dwell"])
+    files = [contents(tmp_path / name) for name in ("parquet", form)]
+    for of_form in files:
+        del of_form["segment-000001/manifest.json"]
+    assert files[0] == files[1] and "segment-000001/event_features/1.numbers.npy" in files[0]
+
+
+def test_frames(tmp_path: Path) -> None:
+    """Of Polars and pandas; columns that are not named are ignored."""
+    frame = KEYS | {"device": ["web", None, "app"], "dwell": [0.5, 1.0, None], "more": [1, 2, 3]}
+    shown = {"user": [1, 2], "item": [7, 7], "timestamp": [5, 6], "click": [1, 0], "hour": [3, 4], "load": [0.5, NAN]}
+    for number, form in enumerate((pd.DataFrame, pl.DataFrame, dict)):
+        log = EventLog.from_frame(
+            form(frame),
+            tmp_path / str(number),
+            time_unit="s",
+            columns=SourceColumns(labels=["click"]),
+            impressions=form(shown),
+            categories=["device"],
+            numbers=["dwell"],
+            request_categories=["hour"],
+            request_numbers=["load"],
+        )
+        assert values_of(log.gather(np.arange(2)).features, log.event_features) == [
+            {"device": "web", "dwell": 0.5},
+            {"device": None, "dwell": 1.0},
+            {"device": "app", "dwell": None},
+        ]
+        assert log.impressions is not None
+        requests = values_of(log.impressions.features, log.request_features)
+        assert requests == [{"hour": "3", "load": 0.5}, {"hour": "4", "load": None}]
+    with pytest.raises(
+        ConfigError, match="request_categories, request_numbers: name columns of impressions; give these"
+    ):
+        EventLog.from_frame(frame, tmp_path / "none", time_unit="s", request_numbers=["dwell"])
+
+
+def test_a_column_that_arrives_later_is_missing_before(tmp_path: Path) -> None:
+    add(tmp_path, device=["web", "app", "web"], categories=["device"])
+    report = add(
+        tmp_path,
+        append=True,
+        device=["tv", "web", None],
+        dwell=[1.0, 2.0, 3.0],
+        categories=["device"],
+        numbers=["dwell"],
+    )
+    assert report.features == [
+        "device: category of 3 values, 67% of events, 1 of the values are new",
+        "dwell: number, 100% of events",
+    ]
+    log = EventLog.open(tmp_path / "log")
+    device = log.event_features["device"]
+    assert device is not None and device.ids(np.arange(3)).tolist() == ["app", "web", "tv"]
+    user = values_of(log[1].features, log.event_features)
+    assert user == [
+        {"device": "web", "dwell": None},
+        {"device": "tv", "dwell": 1},
+        {"device": "app", "dwell": None},
+        {"device": "web", "dwell": 2},
+    ]
+
+
+def test_a_column_that_is_not_named_again_is_missing_and_reported(tmp_path: Path) -> None:
+    add(tmp_path, device=["web", "app", "web"], dwell=[1.0, 2.0, 3.0], categories=["device"], numbers=["dwell"])
+    report = add(tmp_path, append=True, device=["web", "app", "web"], dwell=[4.0, 5.0, 6.0], numbers=["dwell"])
+    assert report.warnings == [
+        "column 'device' of the events is in the log, but was not named, so it has no value in the new rows; name it "
+        "under events.categories if the files have it"
+    ]
+    assert [row["device"] for row in features_of(tmp_path)] == ["web", None, "app", None, "web", None]
+
+
+@pytest.mark.parametrize(
+    ("now", "later", "message"),
+    [
+        (
+            "categories",
+            "numbers",
+            "'hour' of the events is a number, but in the log it is a category; name it under events.categories",
+        ),
+        (
+            "numbers",
+            "categories",
+            "'hour' of the events is a category, but in the log it is a number; name it under events.numbers",
+        ),
+    ],
+)
+def test_a_column_that_changes_its_kind_is_refused(tmp_path: Path, now: str, later: str, message: str) -> None:
+    add(tmp_path, hour=[1, 2, 3], **{now: ["hour"]})
+    before = contents(tmp_path / "log")
+    with pytest.raises(DataError, match=message):
+        add(tmp_path, append=True, hour=[1, 2, 4], **{later: ["hour"]})
+    assert contents(tmp_path / "log") == before
+
+
+BAD_COLUMNS: dict[str, tuple[list[Any], str, str]] = {
+    "floats as a category": (
+        [1.0, 2.0, 3.0],
+        "categories",
+        r"column 'x' has type Float64 and cannot be a category; name it under events\.numbers, or leave it out",
+    ),
+    "lists as a category": (
+        [["a"], ["b"], []],
+        "categories",
+        r"has type List\(String\) and cannot be a category; convert it",
+    ),
+    "times as a category": (
+        [datetime.datetime(2024, 1, 1)] * 3,
+        "categories",
+        "cannot be a category; convert it, or leave",
+    ),
+    "bytes as a category": ([b"a"] * 3, "categories", "has type Binary and cannot be a category; convert it"),
+    "dates as a number": (
+        [datetime.date(2024, 1, 1)] * 3,
+        "numbers",
+        "has type Date and cannot be a number; convert it",
+    ),
+    "lists as a number": (
+        [[1.0], [2.0], []],
+        "numbers",
+        r"has type List\(Float64\) and cannot be a number; convert it",
+    ),
+    "text as a number": (
+        ["1", "", "long"],
+        "numbers",
+        r"row 3, column 'x': 'long' is not a number; correct it, or name the column under events\.categories; "
+        "on_bad_rows=quarantine sets bad rows aside instead",
+    ),
+    "an infinite number": (
+        [1.0, INF, 2.0],
+        "numbers",
+        "row 2, column 'x': inf is not a finite number; correct it, or leave it empty",
+    ),
+    "a number beyond float32": ([1e300, 1.0, 2.0], "numbers", r"row 1, column 'x': 1e\+300 is not a finite number"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_COLUMNS)
+def test_bad_columns_are_refused_and_nothing_is_written(tmp_path: Path, name: str) -> None:
+    values, key, message = BAD_COLUMNS[name]
+    with pytest.raises(DataError, match=message):
+        add(tmp_path, x=values, **{key: ["x"]})
+    assert not (tmp_path / "log").exists()
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_rows_with_bad_numbers_are_set_aside(tmp_path: Path, form: str) -> None:
+    report = add(tmp_path, form, dwell=["1", "soon", "inf"], numbers=["dwell"], on_bad_rows="quarantine")
+    assert (report.num_events, report.num_quarantined) == (1, 2)
+    quarantine = pl.read_csv(tmp_path / "log/segment-000001/quarantine.csv")
+    assert quarantine["column"].to_list() == ["dwell", "dwell"] and quarantine["value"].to_list() == ["soon", "inf"]
+    assert features_of(tmp_path) == [{"dwell": 1.0}]
+
+
+def test_values_of_rows_that_are_left_out_are_no_values(tmp_path: Path) -> None:
+    """Of rows that are set aside, and of those that a filter drops."""
+    columns = {"dwell": ["1", "soon", "2"], "device": ["tv", "app", "web"]}
+    add(tmp_path, **columns, categories=["device"], numbers=["dwell"], on_bad_rows="quarantine")
+    pl.DataFrame(KEYS | {"device": ["car", "tv", "watch"]}).write_parquet(tmp_path / "more.parquet")
+    events = SourceConfig(
+        paths=[str(tmp_path / "more.parquet")], timestamp="timestamp", time_unit="s", categories=["device"]
+    )
+    out = str(tmp_path / "filtered")
+    chosen = EventFilterConfig(min_user_events=2)
+    prepare(PrepareConfig(out=out, events=events, filter=chosen, progress=False), parser=PARSER)
+    for folder, want in (("log", ["tv", "web"]), ("filtered", ["car", "tv"])):
+        device = EventLog.open(tmp_path / folder).event_features["device"]
+        assert device is not None and device.ids(np.arange(len(device))).tolist() == want
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"categories": ["surface"]}, r"column 'surface' is missing, the file has: user, .*name .*"),
+        ({"categories": ["x"], "numbers": ["x"]}, "list 'x' twice, or list a column .* role; name each column once"),
+        ({"categories": ["item"]}, "list 'item' twice"),
+        ({"numbers": ["x"], "rating": "x"}, "list 'x' twice, or list a column that already has another role"),
+    ],
+)
+def test_names_that_do_not_fit(tmp_path: Path, names: dict[str, Any], message: str) -> None:
+    pl.DataFrame(KEYS | {"x": [1, 2, 3]}).write_parquet(tmp_path / "events.parquet")
+    with pytest.raises((ConfigError, DataError), match=message):
+        run(tmp_path / "log", [tmp_path / "events.parquet"], **names)
+    assert not (tmp_path / "log").exists()
+
+
+def test_too_many_columns_are_refused(tmp_path: Path) -> None:
+    names = [f"x{number}" for number in range(1001)]
+    with pytest.raises(
+        ConfigError, match=r"events\.categories, events\.numbers: name 1,001 columns, but at most 1,000"
+    ):
+        add(tmp_path, **{name: [1, 2, 3] for name in names}, numbers=names)
+
+
+@pytest.mark.parametrize(("num_values", "count"), [(1000, "1,000"), (90_000, r"about \d\d,\d\d\d or more")])
+def test_too_many_values_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_values: int, count: str
+) -> None:
+    """If there are far too many, their number is estimated, so that they need no memory."""
+    monkeypatch.setattr(category_encoder, "_FIRST_ROWS", 500)
+    keys = {"user": [1] * num_values, "item": [7] * num_values, "timestamp": np.arange(num_values)}
+    frame = keys | {"url": [f"page {n}" for n in range(num_values)], "few": [f"{n % 300}" for n in range(num_values)]}
+    pl.DataFrame(frame).write_parquet(tmp_path / "events.parquet")
+    message = (
+        rf"events\.parquet: with column 'url' the log would have {count} distinct values, but a category may have at "
+        r"most 900; leave it out, merge rare values, or, for a category that .*, raise events\.max_values"
+    )
+    with pytest.raises(DataError, match=message):
+        run(tmp_path / "log", [tmp_path / "events.parquet"], categories=["few", "url"], max_values=900)
+    assert not (tmp_path / "log").exists()
+
+
+def test_values_of_all_segments_count(tmp_path: Path) -> None:
+    add(tmp_path, x=["a", "b", "c"], categories=["x"])
+    before = contents(tmp_path / "log")
+    with pytest.raises(DataError, match="with column 'x' the log would have 5 distinct values"):
+        add(tmp_path, append=True, x=["c", "d", "e"], categories=["x"], max_values=4)
+    assert contents(tmp_path / "log") == before
+    add(tmp_path, append=True, x=["c", "d", "e"], categories=["x"], max_values=5)
+    assert {values["x"] for values in features_of(tmp_path)} == set("abcde")
+
+
+@pytest.mark.parametrize(
+    ("values", "key", "what"),
+    [
+        (["a"] * 3, "categories", "the same value"),
+        ([None] * 3, "categories", "no value"),
+        ([2.5] * 3, "numbers", "the same value"),
+        ([NAN] * 3, "numbers", "no value"),
+        (["a", "a", None], "categories", None),
+        ([0.0, 0.0, None], "numbers", None),
+        ([0.0, 0.0, 1.0], "numbers", None),
+    ],
+)
+def test_constant_columns_are_reported(tmp_path: Path, values: list[Any], key: str, what: str | None) -> None:
+    report = add(tmp_path, x=pl.Series(values, dtype=pl.String if values[0] is None else None), **{key: ["x"]})
+    want = [] if what is None else [f"column 'x' of the events has {what} in all rows; leave it out"]
+    assert report.warnings == want
+
+
+def add_impressions(folder: Path, num: int, **columns: Any) -> PrepareReport:
+    """Prepare `num` impressions with these columns, half of which were clicked."""
+    pl.DataFrame(KEYS).write_parquet(folder / "events.parquet")
+    shown = {"user": [1] * num, "item": [7] * num, "timestamp": np.arange(num), "click": np.arange(num) % 2}
+    pl.DataFrame(shown | columns).write_parquet(folder / "impressions.parquet")
+    source: dict[str, Any] = {"timestamp": "timestamp", "time_unit": "s"}
+    numbers = [name for name in columns if name in ("load", "watched")]
+    requests = SourceConfig(
+        paths=[str(folder / "impressions.parquet")],
+        labels=["click"],
+        categories=[name for name in columns if name not in numbers],
+        numbers=numbers,
+        **source,
+    )
+    events = SourceConfig(paths=[str(folder / "events.parquet")], **source)
+    config = PrepareConfig(out=str(folder / "log"), events=events, impressions=requests, progress=False)
+    return prepare(config, parser=PARSER)
+
+
+def test_features_of_requests_that_equal_a_label_are_reported(tmp_path: Path) -> None:
+    num = 400
+    clicked = np.arange(num) % 2 == 1
+    almost = clicked.copy()
+    almost[0] = True
+    report = add_impressions(
+        tmp_path,
+        num,
+        result=np.where(almost, "clicked", "not clicked"),
+        target=[f"page {n % 7}" if click else None for n, click in enumerate(clicked)],
+        watched=np.where(clicked, np.arange(num) + 0.5, 0),
+        hour=np.arange(num) % 24,
+        load=np.arange(num) % 3,
+    )
+    assert [warning.partition(" of the")[0] for warning in report.warnings] == [
+        "column 'result'",
+        "column 'target'",
+        "column 'watched'",
+    ]
+    assert report.warnings[0] == (
+        "column 'result' of the impressions equals the label 'click' in at least 99% of the rows; if it is not known "
+        "before the label, leave it out of impressions.categories"
+    )
+    log = EventLog.open(tmp_path / "log")
+    assert log.impressions is not None
+    hours = [row["hour"] for row in values_of(log.impressions.features, log.request_features)]
+    assert hours == [str(n % 24) for n in range(num)]
+
+
+def test_few_rows_are_not_compared_with_labels(tmp_path: Path) -> None:
+    assert add_impressions(tmp_path, 30, result=np.arange(30) % 2).warnings == []
+
+
+def test_erased_users_leave_no_values_behind(tmp_path: Path) -> None:
+    add(tmp_path, device=["web", "app", "secret"], categories=["device"])
+    erase_users(tmp_path / "log", [2])
+    compact_log(tmp_path / "log")
+    assert [row["device"] for row in features_of(tmp_path)] == ["web", "app"]
+    assert not any(b"secret" in content for content in contents(tmp_path / "log").values())
+
+
+def test_an_append_finds_damaged_values(tmp_path: Path) -> None:
+    """Otherwise, new values could get the codes of other ones."""
+    add(tmp_path, device=["web", "app", "web"], categories=["device"])
+    file = tmp_path / "log" / "segment-000001" / "event_features" / "0.values.ids.npy"
+    file.write_bytes(file.read_bytes()[:-1] + b"q")
+    with pytest.raises(LogFormatError, match=r"0\.values\.ids\.npy: its content has changed"):
+        add(tmp_path, append=True, device=["web", "app", "tv"], categories=["device"])
+
+
+def test_a_set_with_fixed_columns_has_no_others(tmp_path: Path) -> None:
+    (tmp_path / "ratings.dat").write_text("1::10::4::978300760\n")
+    with pytest.raises(
+        ConfigError, match=r"events\.numbers: column 'dwell' cannot be read, because events\.kind=ml-1m has fixed"
+    ):
+        run(tmp_path / "log", [tmp_path], kind="ml-1m", timestamp=None, time_unit=None, numbers=["dwell"])
+
+
+def test_more_columns_of_a_set_can_be_read(tmp_path: Path) -> None:
+    (tmp_path / "x.inter").write_text("user_id:token\titem_id:token\tage:float\tsite:token\n1\t10\t4\ta\n2\t10\t\tb\n")
+    run(
+        tmp_path / "log",
+        [tmp_path / "x.inter"],
+        kind="recbole",
+        timestamp=None,
+        time_unit=None,
+        categories=["site"],
+        numbers=["age"],
+    )
+    assert features_of(tmp_path) == [{"site": "a", "age": 4}, {"site": "b", "age": None}]

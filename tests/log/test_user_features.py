@@ -11,9 +11,9 @@ import polars as pl
 import pytest
 
 from tests.log.conftest import PARSER, write_csv
+from tests.log.feature_tables import user_features_of
 from tests.log.log_oracle import contents, replace_array
 from tests.log.test_verify import flip
-from tests.log.user_values import user_features_of
 from vista.config import ItemTableConfig, PrepareConfig, SourceConfig, UserTableConfig
 from vista.errors import ConfigError, DataError, LogFormatError
 from vista.log.compaction import compact_log

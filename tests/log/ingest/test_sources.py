@@ -260,19 +260,12 @@ REAL_SETS = {
 
 @pytest.mark.data
 @pytest.mark.parametrize("name", REAL_SETS)
-def test_real_data_sets_have_the_published_counts(tmp_path: Path, name: str) -> None:
-    users, items, events, longest, has_time, has_rating = REAL_SETS[name]
-    log = load([real_set(name)], "auto", tmp_path / "log")
+def test_real_data_sets_equal_their_arrays(tmp_path: Path, name: str) -> None:
+    """The published counts, and the same events and times as events.npz, up to the order of equal times."""
+    folder, (users, items, events, longest, has_time, has_rating) = real_set(name), REAL_SETS[name]
+    log = load([folder], "auto", tmp_path / "log")
     assert (log.num_users, log.num_items, log.num_events) == (users, items, events)
     assert (log.lengths.max(), log.has_time, log.has_rating) == (longest, has_time, has_rating)
-
-
-@pytest.mark.data
-@pytest.mark.parametrize("name", REAL_SETS)
-def test_real_data_sets_equal_their_arrays(tmp_path: Path, name: str) -> None:
-    """The original format has the same events and times as events.npz, up to the order of equal times."""
-    folder = real_set(name)
-    log = load([folder], "auto", tmp_path / "log")
     with np.load(folder / "events.npz") as arrays:
         whole = log.gather(np.arange(log.num_users))
         assert whole.offsets.tolist() == arrays["offsets"].tolist()

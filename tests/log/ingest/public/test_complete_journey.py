@@ -10,9 +10,8 @@ import polars as pl
 import pytest
 
 from tests.log.conftest import write_csv
-from tests.log.feature_tables import features_of
+from tests.log.feature_tables import features_of, user_features_of
 from tests.log.ingest.set_logs import events_of, load, load_real
-from tests.log.user_values import user_features_of
 from vista.config import ItemTableConfig
 from vista.errors import DataError
 from vista.log.ingest.sources import detect_kind

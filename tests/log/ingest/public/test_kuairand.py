@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from tests.log.conftest import PARSER, write_csv
-from tests.log.feature_tables import features_of
+from tests.log.feature_tables import features_of, user_features_of
 from tests.log.ingest.set_logs import events_of, load
 from tests.log.log_oracle import values_of
-from tests.log.user_values import user_features_of
 from vista.config import PrepareConfig, SourceConfig
 from vista.errors import DataError
 from vista.log.event_log import EventLog

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from tests.conftest import real_set
-from tests.log.feature_tables import features_of
+from tests.log.feature_tables import features_of, user_features_of
 from tests.log.ingest.set_logs import events_of, load, load_real
-from tests.log.user_values import user_features_of
 from vista.errors import DataError
 
 RATINGS = {

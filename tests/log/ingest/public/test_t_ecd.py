@@ -10,10 +10,9 @@ import numpy as np
 import polars as pl
 import pytest
 
-from tests.log.feature_tables import features_of
+from tests.log.feature_tables import features_of, user_features_of
 from tests.log.ingest.set_logs import events_of, load
 from tests.log.log_oracle import values_of
-from tests.log.user_values import user_features_of
 from vista.errors import DataError
 from vista.log.ingest.sources import detect_kind
 
