@@ -97,9 +97,7 @@ def test_words_are_choices() -> None:
         (DataConfig, {"validation_from": 5}, r"data\.validation_from: expected str, got 5"),
         (ModelConfig, {"mixing": None}, r"model\.mixing: None is not one of bidirectional, separable"),
         (OptimConfig, {"epochs": "2"}, r"optim\.epochs: expected int, got '2'"),
-        (OptimConfig, {"epochs": 2.5}, r"optim\.epochs: expected int, got 2\.5"),
         (OptimConfig, {"epochs": True}, r"optim\.epochs: expected int, got True"),
-        (OptimConfig, {"learning_rate": "fast"}, r"optim\.learning_rate: expected float, got 'fast'"),
         (
             ModelConfig,
             {"target_attention": "quasi_linear", "mixing": "bidirectional"},

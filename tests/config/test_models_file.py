@@ -34,15 +34,12 @@ memory_bytes: 4294967296
     assert list(file.models) == ["control", "larger"]
     assert file.models["control"] == ServedModel(model="runs/a/best", store="stores/a")
     assert file.models["larger"].task == "click" and not file.models["larger"].project_per_request
-    assert (file.split, file.experiment, file.memory_bytes) == ({"control": 0.9, "larger": 0.1}, "spring", 1 << 32)
-
-
-def test_defaults(tmp_path: Path) -> None:
-    """Without a name, an experiment is called after its variants."""
-    file = read(tmp_path, MODELS)
-    assert (file.split, file.memory_bytes) == ({}, None)
-    assert all(one.project_per_request for one in file.models.values())
+    plain = read(tmp_path, MODELS)
+    assert (plain.split, plain.memory_bytes) == ({}, None)
+    assert all(one.project_per_request for one in plain.models.values())
+    # Without a name, an experiment is called after its variants.
     assert read(tmp_path, MODELS + "split: {control: 1, larger: 0}").experiment == "control,larger"
+    assert (file.split, file.experiment, file.memory_bytes) == ({"control": 0.9, "larger": 0.1}, "spring", 1 << 32)
 
 
 @pytest.mark.parametrize(

@@ -60,18 +60,6 @@ def test_without_folders_only_the_machine(capsys: pytest.CaptureFixture[str]) ->
     assert [line for line in text.splitlines() if line in (*TITLES, "Model", "Store", "Log")] == list(TITLES)
 
 
-@pytest.mark.parametrize("columns", ["40", "1", "80", "200"])
-def test_every_line_fits_the_terminal(
-    served: Served, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], columns: str
-) -> None:
-    monkeypatch.setenv("COLUMNS", columns)
-    diagnosis_lines = []
-    for name in (["doctor", f"model={served.model_dir}", f"store={served.store}"], ["doctor", "model=nowhere"]):
-        main(name)
-        diagnosis_lines += capsys.readouterr().out.splitlines()
-    assert max(map(len, diagnosis_lines)) <= max(int(columns), 30)
-
-
 def test_a_store_of_another_model(
     served: Served, served_tasks: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -133,9 +121,8 @@ def test_a_log_of_many_segments_keeps_many_files_open(
 
 def test_a_missing_extra_and_a_missing_core_package() -> None:
     done = run_python(BLOCKED, "faiss,polars", "doctor")
-    text = " ".join(done.stdout.split())
     assert done.returncode == 0, done.stderr
-    shown = "".join(text.split())  # A long path is broken across lines.
+    shown = "".join(done.stdout.split())  # A long path is broken across lines.
     assert all("".join(install_command(extra).split()) in shown for extra in ("faiss", "data"))
     done = run_python(BLOCKED, "torch", "doctor")
     text = " ".join(done.stdout.split())
@@ -147,7 +134,6 @@ def test_a_missing_extra_and_a_missing_core_package() -> None:
 
 
 def test_a_missing_core_package_is_one_line_of_every_command() -> None:
-    for module in ("hydra", "yaml"):
-        done = run_python(BLOCKED, module, "doctor")
-        assert (done.returncode, done.stdout) == (1, "")
-        assert done.stderr == f"error: {module} is not installed; install vista again: {install_command()}\n"
+    done = run_python(BLOCKED, "hydra", "doctor")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"error: hydra is not installed; install vista again: {install_command()}\n"

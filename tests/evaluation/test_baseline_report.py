@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import Served
+from tests.evaluation.conftest import evaluated
 from tests.evaluation.test_window_evaluation import ASKED
 from vista.arrays import Floats, Int
 from vista.config import CompareConfig, DataConfig, EvaluateConfig
@@ -79,8 +80,7 @@ def test_baselines_that_learn_are_measured_if_asked_for(served_tasks: Served, ta
 
 def test_windows_are_asked_of_the_same_users(served_tasks: Served) -> None:
     log = served_tasks.log
-    with Scorer.open(served_tasks.model, served_tasks.test_store) as scorer:
-        report = evaluate_scorer(scorer, log, EvaluateConfig(**ASKED, baselines=True))
+    report = evaluated(served_tasks.model, served_tasks.test_store, log, **ASKED, baselines=True)
     assert report.per_user is not None and report.baselines is not None
     seen = visible_counts(log, split_until(served_tasks.config.data, "test"))
     own = report.baselines.per_user["own frequency"]

@@ -15,12 +15,12 @@ import torch
 from sklearn.metrics import log_loss, roc_auc_score
 
 from tests.conftest import Served, small_config, small_frame
+from tests.evaluation.conftest import evaluated
 from vista.config import EvaluateConfig, SourceColumns
 from vista.config.choices import Codec, Split
 from vista.errors import ConfigError, LeakageError
 from vista.evaluation.cases import ImpressionCases
 from vista.evaluation.evaluate import evaluate, evaluate_scorer
-from vista.evaluation.evaluation_report import EvaluationReport
 from vista.evaluation.protocol import LAST_RANK, impression_metrics
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until, visible_counts
@@ -102,8 +102,7 @@ class TestNextItems:
                     gains = [1 / math.log2(rank + 2) for rank in ranks if rank < k]
                     assert evaluation.metrics[f"ndcg@{k}"] == pytest.approx(sum(gains) / 4)
 
-    @pytest.mark.parametrize("exclude_seen", [True, False])
-    @pytest.mark.parametrize("users_per_batch", [3, 512])
+    @pytest.mark.parametrize(("exclude_seen", "users_per_batch"), [(True, 3), (False, 512)])
     def test_ranks_equal_those_of_the_scorers_lists(
         self, served: Served, exclude_seen: bool, users_per_batch: int
     ) -> None:
@@ -134,8 +133,7 @@ class TestNextItems:
             frame, tmp_path / "log", time_unit="ms", columns=SourceColumns(action="action", rating="rating")
         )
         refresh(served.model, log, tmp_path / "store", until="leave-last-out")
-        with Scorer.open(served.model, tmp_path / "store") as scorer:
-            evaluation = evaluate_scorer(scorer, log, EvaluateConfig())
+        evaluation = evaluated(served.model, tmp_path / "store", log)
         assert evaluation.ranks is not None and (evaluation.ranks == LAST_RANK).sum() == 2
 
 
@@ -174,8 +172,7 @@ def direct_probabilities(given: Served, summarized: np.ndarray) -> tuple[np.ndar
 class TestImpressions:
     def test_probabilities_and_metrics_against_a_direct_computation(self, served_tasks: Served) -> None:
         model, log, data = served_tasks.model, served_tasks.log, served_tasks.config.data
-        with Scorer.open(model, served_tasks.test_store) as scorer:
-            evaluation = evaluate_scorer(scorer, log, EvaluateConfig(users_per_batch=7))
+        evaluation = evaluated(model, served_tasks.test_store, log, users_per_batch=7)
         assert evaluation.probabilities is not None and data.test_from is not None
         direct, label, mask, user = direct_probabilities(served_tasks, log.counts_before(int(data.test_from)))
         assert len(direct) > 50
@@ -207,8 +204,7 @@ class TestImpressions:
             return whole(scorer, users, *rest, **more)
 
         monkeypatch.setattr(Scorer, "predict", counted)
-        with Scorer.open(served_tasks.model, served_tasks.test_store) as scorer:
-            cases = evaluate_scorer(scorer, served_tasks.log, EvaluateConfig(users_per_batch=7)).impressions
+        cases = evaluated(served_tasks.model, served_tasks.test_store, served_tasks.log, users_per_batch=7).impressions
         assert cases is not None
         requests = len(set(zip(cases.user.tolist(), cases.timestamp.tolist(), strict=True)))
         assert sum(asked) == requests < len(cases.user) and max(asked) == 7
@@ -222,8 +218,7 @@ class TestImpressions:
             served_tasks.model.data,
         ).eval()
         refresh(model, log, tmp_path / "store", until=split_until(model.data, "test"))
-        with Scorer.open(model, tmp_path / "store") as scorer:
-            evaluation = evaluate_scorer(scorer, log, EvaluateConfig())
+        evaluation = evaluated(model, tmp_path / "store", log)
         assert {name for name in evaluation.metrics if "/" in name} == {
             f"{name}/like" for name in ("auc", "gauc", "ne", "calibration")
         }
@@ -246,8 +241,7 @@ def test_validation_in_training_equals_evaluation_from_the_store(
     given: Served = request.getfixturevalue(kind)
     until = split_until(given.config.data, "validation")
     refresh(given.model, given.log, tmp_path / "store", until=until, options=RefreshOptions(codec=Codec.float32))
-    with Scorer.open(given.model_dir, tmp_path / "store") as scorer:
-        served = evaluate_scorer(scorer, given.log, EvaluateConfig(split="validation", top_k=[10])).metrics
+    served = evaluated(given.model_dir, tmp_path / "store", given.log, split="validation", top_k=[10]).metrics
     lines = (Path(given.config.run_dir) / "metrics.jsonl").read_text().splitlines()
     history = [row["validation"] for row in map(json.loads, lines) if "validation" in row]
     key, best = ("ndcg@10", max) if kind == "served" else ("ne/click", min)
@@ -288,25 +282,19 @@ def test_the_model_keeps_what_its_training_decided_about_seen_items(served: Serv
 
 class TestLeakage:
     def test_a_store_that_covers_all_events_is_refused(self, served: Served, served_tasks: Served) -> None:
-        with (
-            Scorer.open(served.model, served.store) as scorer,
-            pytest.raises(
-                LeakageError, match=r"until=all, but the test labels .* `vista refresh until=leave-last-out`"
-            ),
+        with pytest.raises(
+            LeakageError, match=r"until=all, but the test labels .* `vista refresh until=leave-last-out`"
         ):
-            evaluate_scorer(scorer, served.log, EvaluateConfig())
+            evaluated(served.model, served.store, served.log)
         test_from = served_tasks.config.data.test_from
-        with (
-            Scorer.open(served_tasks.model, served_tasks.store) as scorer,
-            pytest.raises(LeakageError, match=f"until=all, but the test labels .* `vista refresh until={test_from}`"),
-        ):
-            evaluate_scorer(scorer, served_tasks.log, EvaluateConfig())
+        with pytest.raises(LeakageError, match=f"until=all, but the test labels .* `vista refresh until={test_from}`"):
+            evaluated(served_tasks.model, served_tasks.store, served_tasks.log)
 
     @pytest.mark.parametrize("kind", ["served", "served_tasks"])
     def test_a_test_store_is_refused_for_validation(self, kind: str, request: pytest.FixtureRequest) -> None:
         given: Served = request.getfixturevalue(kind)
-        with Scorer.open(given.model, given.test_store) as scorer, pytest.raises(LeakageError, match="the validation"):
-            evaluate_scorer(scorer, given.log, EvaluateConfig(split="validation"))
+        with pytest.raises(LeakageError, match="the validation"):
+            evaluated(given.model, given.test_store, given.log, split="validation")
 
     def test_summaries_of_a_given_staleness(self, served: Served, tmp_path: Path) -> None:
         """They lack three events before each label, which the tail has. Any other staleness is refused."""
@@ -363,8 +351,8 @@ class TestLeakage:
     ) -> None:
         given: Served = request.getfixturevalue(kind)
         refresh(given.model, given.log, tmp_path / "store", until=split_until(given.config.data, "validation"))
-        with Scorer.open(given.model, tmp_path / "store") as scorer, pytest.raises(ConfigError, match="was refreshed"):
-            evaluate_scorer(scorer, given.log, EvaluateConfig())
+        with pytest.raises(ConfigError, match="was refreshed"):
+            evaluated(given.model, tmp_path / "store", given.log)
 
     def test_a_record_that_covers_the_label_is_refused_by_its_count(self, served: Served, tmp_path: Path) -> None:
         """The store was refreshed from a log with one more event of a user, so that leave-last-out shows the label."""
@@ -392,8 +380,8 @@ class TestLeakage:
         tasks_only = VistaModel(model.config, schema, model.items, model.data).eval()
         tasks_only.load_state_dict(model.state_dict())
         for asked in (model, tasks_only):
-            with Scorer.open(asked, tmp_path / "store") as scorer, pytest.raises(LeakageError, match="lie before the"):
-                evaluate_scorer(scorer, served_tasks.log, EvaluateConfig())
+            with pytest.raises(LeakageError, match="lie before the"):
+                evaluated(asked, tmp_path / "store", served_tasks.log)
 
 
 class TestRefusals:
@@ -401,17 +389,14 @@ class TestRefusals:
         frame = {"user": [1, 1, 2], "item": [0, 10, 20], "timestamp": [1, 2, 3], "action": ["click", "like", "like"]}
         log = EventLog.from_frame(frame, tmp_path / "log", time_unit="s", columns=SourceColumns(action="action"))
         refresh(served.model, log, tmp_path / "store", until="leave-last-out")
-        with Scorer.open(served.model, tmp_path / "store") as scorer, pytest.raises(ConfigError, match="no test case"):
-            evaluate_scorer(scorer, log, EvaluateConfig())
+        with pytest.raises(ConfigError, match="no test case"):
+            evaluated(served.model, tmp_path / "store", log)
 
     def test_a_log_that_the_model_would_misread(self, served: Served, tmp_path: Path) -> None:
         frame = {**small_frame(), "action": np.array(["buy"] * 233)}
         log = EventLog.from_frame(frame, tmp_path / "log", time_unit="ms", columns=SourceColumns(action="action"))
-        with (
-            Scorer.open(served.model, served.test_store) as scorer,
-            pytest.raises(ConfigError, match="its actions are"),
-        ):
-            evaluate_scorer(scorer, log, EvaluateConfig())
+        with pytest.raises(ConfigError, match="its actions are"):
+            evaluated(served.model, served.test_store, log)
 
 
 class TestResults:
@@ -429,12 +414,6 @@ class TestResults:
 
     def written(self, tmp_path: Path) -> dict[str, Any]:
         return json.loads((tmp_path / "metrics.json").read_text())
-
-    def test_the_file_includes_the_popularity_report(self, served: Served, tmp_path: Path) -> None:
-        result = evaluate(self.settings(served, tmp_path, popularity=True, top_k=[10]))
-        metrics = self.written(tmp_path)["metrics"]
-        assert {"gini@10", "coverage@10", "popularity/score", "ndcg@10/decile-1"} < metrics.keys()
-        assert str(result).count("gini@10") == 0 and "  decile     items   labels  recommended" in str(result)
 
     def test_the_file_holds_settings_and_metrics(self, served: Served, tmp_path: Path) -> None:
         result = evaluate(self.settings(served, tmp_path, exclude_seen=False))
@@ -457,8 +436,11 @@ class TestResults:
             "num_cases": 14,
             "seconds": result.seconds,
         }
-        evaluate(self.settings(served, tmp_path))
+        result = evaluate(self.settings(served, tmp_path, popularity=True))
         assert self.written(tmp_path)["exclude_seen"] is True, "the file is replaced"
+        metrics = self.written(tmp_path)["metrics"]
+        assert {"gini@1", "coverage@1", "popularity/score", "ndcg@1/decile-1"} < metrics.keys()
+        assert "gini@1" not in str(result) and "  decile     items   labels  recommended" in str(result)
 
     def test_without_out_nothing_is_written(self, served: Served, tmp_path: Path) -> None:
         result = evaluate(self.settings(served, tmp_path, out=None))
@@ -511,8 +493,3 @@ class TestResults:
             evaluate(self.settings(served, tmp_path, out=str(tmp_path / "file" / "metrics.json")))
         with pytest.raises(ConfigError, match=r"out=.*: is not a regular file; name a file"):
             evaluate(self.settings(served, tmp_path, out=str(tmp_path)))
-
-
-def test_undefined_metrics_print_as_nan() -> None:
-    text = str(EvaluationReport({"auc/click": float("nan")}, 0, 0.1))
-    assert text == "0 cases in 0.1 s\n  auc/click            nan"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import small_config
+from tests.evaluation.conftest import evaluated
 from vista.config import EvaluateConfig, SourceColumns
 from vista.config.choices import Split, Target
 from vista.errors import ConfigError, LeakageError
@@ -97,8 +98,8 @@ def test_a_store_that_covers_the_gap_is_refused(tmp_path: Path) -> None:
     model = train(gap_config(log, tmp_path / "run"), log)
     refresh(model, log, tmp_path / "store", until=str(TEST))
     message = rf"labels of this model begin after until={TEST - GAP_HOURS * HOUR}"
-    with Scorer.open(model, tmp_path / "store") as scorer, pytest.raises(LeakageError, match=message):
-        evaluate_scorer(scorer, log, EvaluateConfig())
+    with pytest.raises(LeakageError, match=message):
+        evaluated(model, tmp_path / "store", log)
 
 
 def test_impressions_are_refused(tmp_path: Path) -> None:

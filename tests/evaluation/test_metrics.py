@@ -33,14 +33,6 @@ def columns(rows: list[tuple[int, int, int]]) -> tuple[NDArray[np.int64], NDArra
     return group, label, score / 3
 
 
-def test_auc_by_hand() -> None:
-    assert auc([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8]) == 0.75
-    assert auc([0, 1], [0.5, 0.5]) == 0.5
-    assert auc([1, 0, 1], [-math.inf, 0.0, math.inf]) == 0.5
-    # Pairs (positive, negative): (3, 1) won, (3, 3) half, (2, 1) won, (2, 3) lost.
-    assert auc([1, 1, 0, 0], [3, 2, 1, 3]) == 2.5 / 4
-
-
 @given(ROWS)
 def test_auc_equals_scikit_learn(rows: list[tuple[int, int, int]]) -> None:
     _, label, score = columns(rows)
@@ -48,14 +40,7 @@ def test_auc_equals_scikit_learn(rows: list[tuple[int, int, int]]) -> None:
         assert math.isnan(auc(label, score))
     else:
         assert auc(label, score) == pytest.approx(sk.roc_auc_score(label, score), abs=1e-12)
-
-
-@given(ROWS)
-def test_auc_is_symmetric_and_only_sees_order(rows: list[tuple[int, int, int]]) -> None:
-    _, label, score = columns(rows)
-    if len(set(label)) == 2:
-        assert auc(label, score) == pytest.approx(1 - auc(label, -score), abs=1e-12)
-        assert auc(label, score) == auc(label, np.exp(score))
+    assert auc([1, 0, 1], [-math.inf, 0.0, math.inf]) == 0.5
 
 
 @given(ROWS)
@@ -72,14 +57,6 @@ def test_gauc_equals_a_loop_over_groups(rows: list[tuple[int, int, int]]) -> Non
     result = gauc([f"user {g}" for g in group], label, score)
     assert result.num_left_out == left_out and result.num_groups == len(set(group)) - left_out
     assert math.isnan(result.value) if not weight else result.value == pytest.approx(total / weight, abs=1e-12)
-
-
-def test_gauc_ignores_shifts_between_groups() -> None:
-    # Each user is ranked perfectly, but the first user's scores lie far above the second's.
-    result = gauc([7, 7, 9, 9, 9, 4], [0, 1, 0, 0, 1, 1], [10.0, 11.0, 1.0, 2.0, 3.0, 5.0])
-    assert (result.value, result.num_groups, result.num_left_out) == (1.0, 2, 1)
-    # Weighted by rows: group 7 (2 rows) has AUC 0, group 9 (3 rows) has AUC 1.
-    assert gauc([7, 7, 9, 9, 9], [1, 0, 0, 0, 1], [1, 2, 1, 2, 3]).value == pytest.approx(3 / 5)
 
 
 @given(st.lists(st.tuples(st.integers(0, 1), st.floats(0, 1, width=32)), min_size=1, max_size=50))
@@ -149,20 +126,6 @@ def test_ndcg_equals_scikit_learn() -> None:
     assert hit_rate(ranks, 5) == sk.top_k_accuracy_score(target, scores, k=5, labels=np.arange(40))
 
 
-def test_ranks_by_hand() -> None:
-    scores = np.array([[0.1, 0.9, 0.5, 0.7], [3.0, 3.0, 3.0, 3.0], [1.0, 2.0, 2.0, 0.0]])
-    # Row 1: three others tie, half of them rounded up. Row 2: one other ties, and it goes first.
-    assert ranks_of_targets(scores, [2, 0, 1]).tolist() == [2, 2, 1]
-    # Row 0 loses items 1 and 0 (below the target, no effect); row 1 loses two of its ties; row 2 its tie, named twice.
-    excluded = (np.array([1, 0, 1, 2, 2, 2]), np.array([0, 2, 4, 6]))
-    assert ranks_of_targets(scores, [2, 0, 1], excluded).tolist() == [1, 1, 0]
-
-
-def test_the_target_stays_in_even_when_it_is_excluded() -> None:
-    scores = np.array([[5.0, 4.0, 3.0, 2.0]])
-    assert ranks_of_targets(scores, [2], ([0, 2, 2], [0, 3])).tolist() == [1]
-
-
 def slow_ranks(scores: NDArray[np.float64], target: list[int], excluded: list[list[int]]) -> list[int]:
     result = []
     for row, own, seen in zip(scores, target, excluded, strict=True):
@@ -187,10 +150,6 @@ def test_ranks_equal_a_plain_loop_for_any_chunk_size(data: st.DataObject) -> Non
     for given_scores, given_target in ((scores, target), (torch.from_numpy(scores).bfloat16(), torch.tensor(target))):
         assert ranks_of_targets(given_scores, given_target, packed, scores_per_chunk=size).tolist() == expected
     np.testing.assert_array_equal(scores, original)
-
-
-def test_a_constant_score_ranks_in_the_middle() -> None:
-    assert ranks_of_targets(np.zeros((4, 1001)), [0, 17, 500, 1000]).tolist() == [500] * 4
 
 
 BAD = [

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from tests.conftest import Served, small_config
+from tests.evaluation.conftest import evaluated
 from vista.config import EvaluateConfig, SourceColumns
 from vista.errors import ConfigError
 from vista.evaluation.evaluate import evaluate_scorer
@@ -54,14 +55,6 @@ def test_spearman_equals_scipy(rows: list[tuple[int, int]]) -> None:
         assert math.isnan(spearman(one, other))
     else:
         assert spearman(one, other / 7) == pytest.approx(spearmanr(one, other).statistic, abs=1e-12)
-
-
-def test_lists_by_hand() -> None:
-    scores = np.array([[0.1, 0.9, 0.5, 0.7], [4.0, 3.0, 2.0, 1.0], [1.0, 2.0, 3.0, 4.0]], np.float32)
-    excluded = (np.array([1, 0, 1, 2, 3, 2, 3]), np.array([0, 1, 5, 7]))
-    top = top_items(scores, np.array([2, 0, -1]), 2, excluded)
-    # Row 0 loses its best item. Row 1 keeps only its label. The label of row 2 is unknown, so no item is kept for it.
-    assert [sorted(row.tolist()) for row in top] == [[2, 3], [-1, 0], [0, 1]]
 
 
 @given(st.data())
@@ -140,11 +133,8 @@ class TestEvaluation:
         schema = dataclasses.replace(model.schema, has_retrieval=False, tasks=["click"])
         asked = VistaModel(model.config, schema, model.items, model.data).eval()
         asked.load_state_dict(model.state_dict(), strict=False)
-        with (
-            Scorer.open(asked, served.test_store) as scorer,
-            pytest.raises(ConfigError, match=r"popularity=true: .* retrieval head was not trained"),
-        ):
-            evaluate_scorer(scorer, served.log, EvaluateConfig(popularity=True))
+        with pytest.raises(ConfigError, match=r"popularity=true: .* retrieval head was not trained"):
+            evaluated(asked, served.test_store, served.log, popularity=True)
 
 
 @pytest.fixture(scope="module")
@@ -174,8 +164,7 @@ def report_of(log: EventLog, folder: Path, strength: float, num_negatives: int, 
     )
     model = train(config, log)
     refresh(model, log, folder / "store", until="leave-last-out")
-    with Scorer.open(model, folder / "store") as scorer:
-        report = evaluate_scorer(scorer, log, EvaluateConfig(exclude_seen=False, top_k=[5], popularity=True)).popularity
+    report = evaluated(model, folder / "store", log, exclude_seen=False, top_k=[5], popularity=True).popularity
     assert report is not None
     return report
 

@@ -15,11 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import Served
+from tests.evaluation.conftest import evaluated
 from vista.config import EvaluateConfig
 from vista.config.choices import ReconstructionTarget
 from vista.errors import ConfigError
 from vista.evaluation import recall
-from vista.evaluation.evaluate import _check, evaluate_scorer
+from vista.evaluation.evaluate import _check
 from vista.evaluation.recall import AGES, WINDOW, RecallReport, bands, measure_recall, recall_of_user
 from vista.log.histories import Histories
 from vista.model.vista_model import VistaModel
@@ -211,8 +212,7 @@ def test_events_that_only_the_tail_holds_are_not_asked_for(served: Served, tmp_p
 
 
 def test_report_and_refusal(served: Served) -> None:
-    with Scorer.open(served.model, served.test_store) as scorer:
-        evaluation = evaluate_scorer(scorer, served.log, EvaluateConfig(recall=True))
+    evaluation = evaluated(served.model, served.test_store, served.log, recall=True)
     assert isinstance(evaluation.recall, RecallReport)
     assert set(evaluation.recall.metrics()) == {f"recall/{band}" for band in bands()} <= set(evaluation.metrics)
     assert "age in events" in str(evaluation)

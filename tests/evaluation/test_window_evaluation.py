@@ -12,6 +12,7 @@ import polars as pl
 import pytest
 
 from tests.conftest import Served, small_config
+from tests.evaluation.conftest import evaluated
 from vista.arrays import Float32s
 from vista.config import DataConfig, EvaluateConfig
 from vista.config.choices import Codec, Split, Target
@@ -212,33 +213,24 @@ class TestShare:
     @pytest.mark.parametrize("split", ["test", "validation"])
     def test_a_store_that_covers_labels_is_refused(self, shared: Served, split: str) -> None:
         remedy = {"test": "leave-last-20-percent-out", "validation": "leave-last-30-percent-out"}[split]
-        with (
-            Scorer.open(shared.model, shared.exact_store / "late") as scorer,
-            pytest.raises(
-                LeakageError, match=f"until=leave-last-10-percent-out, but .* `vista refresh until={remedy}`"
-            ),
+        with pytest.raises(
+            LeakageError, match=f"until=leave-last-10-percent-out, but .* `vista refresh until={remedy}`"
         ):
-            evaluate_scorer(scorer, shared.log, EvaluateConfig(**ASKED, split=split))
+            evaluated(shared.model, shared.exact_store / "late", shared.log, **ASKED, split=split)
 
 
 def test_users_without_enough_events_are_an_error(served: Served) -> None:
-    with (
-        Scorer.open(served.model, served.test_store) as scorer,
-        pytest.raises(
-            ConfigError, match=r"no user has min_seen=5 events until leave-last-out and min_after=2 later .*data=share"
-        ),
+    with pytest.raises(
+        ConfigError, match=r"no user has min_seen=5 events until leave-last-out and min_after=2 later .*data=share"
     ):
-        evaluate_scorer(scorer, served.log, EvaluateConfig(**ASKED))
+        evaluated(served.model, served.test_store, served.log, **ASKED)
 
 
 def test_a_log_without_times_has_no_days(order_log: EventLog, tmp_path: Path) -> None:
     model = train(small_config(order_log, tmp_path / "run", optim__epochs=1), order_log)
     refresh(model, order_log, tmp_path / "store", until="leave-last-out")
-    with (
-        Scorer.open(model, tmp_path / "store") as scorer,
-        pytest.raises(ConfigError, match="has no times; set horizon"),
-    ):
-        evaluate_scorer(scorer, order_log, EvaluateConfig(**ASKED, horizon_days=2))
+    with pytest.raises(ConfigError, match="has no times; set horizon"):
+        evaluated(model, tmp_path / "store", order_log, **ASKED, horizon_days=2)
 
 
 def test_a_model_without_a_retrieval_head_is_refused(
@@ -248,11 +240,8 @@ def test_a_model_without_a_retrieval_head_is_refused(
     config.data = served_tasks.config.data
     model = train(config, impression_log)
     refresh(model, impression_log, tmp_path / "store", until=split_until(config.data, "test"))
-    with (
-        Scorer.open(model, tmp_path / "store") as scorer,
-        pytest.raises(ConfigError, match="target=window: this model's"),
-    ):
-        evaluate_scorer(scorer, impression_log, EvaluateConfig(**ASKED))
+    with pytest.raises(ConfigError, match="target=window: this model's"):
+        evaluated(model, tmp_path / "store", impression_log, **ASKED)
 
 
 def test_the_files_and_the_table(served_tasks: Served, tmp_path: Path) -> None:

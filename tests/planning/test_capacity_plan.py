@@ -90,7 +90,6 @@ def test_a_remote_store_needs_memory_instead_of_disks() -> None:
     [
         (["users=0"], r"users: must be positive and finite, got 0"),
         (["users=0.5"], r"users: must be at least 1, got 0\.5"),
-        (["users=nan"], r"users: must be positive and finite"),
         (["users=1e30"], r"users: must be at most 1e\+15"),
         (["users=10", "events_per_day=1e9"], r"events_per_day: is 2e\+08 per active user, more than one per second"),
         (["peak=3"], r"peak: must lie in \[1, 2\], got 3"),
@@ -100,13 +99,9 @@ def test_a_remote_store_needs_memory_instead_of_disks() -> None:
         (["refresh_every_s=0"], r"refresh_every_s: must lie in \[1, 86400\], got 0"),
         (["refresh_every_s=1", "measured.batch_ms=700"], r"refresh_every_s: a refresh takes 0\.7 s without any events"),
         (["candidates=0"], r"candidates: must be at least 1, got 0"),
-        (["replicas=0"], r"replicas: must be at least 1, got 0"),
         (["model=tail-only"], r"model\.architecture: only vista with num_seeds above 0 stores summaries"),
-        (["model=hstu"], r"model\.architecture: only vista"),
         (["items=1e9"], r"machine\.memory_gb: the vectors of the items take 1\.5 TB on each machine"),
         (["measured.token_ns=0"], r"measured\.token_ns: must be positive and finite, got 0"),
-        (["machine.cores=0"], r"machine\.cores: must be at least 1, got 0"),
-        (["full_refresh_hours=0"], r"full_refresh_hours: must be positive and finite, got 0"),
     ],
 )
 def test_senseless_input_is_refused(words: list[str], message: str) -> None:

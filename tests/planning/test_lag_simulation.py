@@ -106,14 +106,6 @@ def test_larger_bursts_give_longer_lags() -> None:
     assert caught_up[0] == 0 and caught_up[-1] is not None and caught_up[-1] > 3600
 
 
-def test_more_workers_give_shorter_lags() -> None:
-    reports = [
-        simulate_lag(RATE, replace(FLEET, num_workers=workers), burst=6, burst_s=3600) for workers in (1, 2, 4, 16)
-    ]
-    longest = [report.longest_s for report in reports]
-    assert longest == sorted(longest, reverse=True) and longest[0] > 10 * longest[-1]
-
-
 def test_failures_and_longer_restarts_give_longer_lags() -> None:
     reports = [
         simulate_lag(RATE, replace(FLEET, failures_per_day=failures, restart_s=restart_s))

@@ -1,4 +1,4 @@
-"""The figures of `MeasuredConfig` explain the results of the benchmarks in docs/results."""
+"""The plan explains the results of the benchmarks in docs/results, and what is published about VISTA's deployment."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from vista.config import ModelConfig, PlanConfig
-from vista.planning.capacity_plan import request_core_s
+from vista.config.choices import Codec
+from vista.config.composition import compose_config
+from vista.planning.capacity_plan import plan_capacity, request_core_s
 from vista.planning.refresh_cost import RefreshCost, token_s
 from vista.planning.store_sizes import StoreSizes
 
@@ -81,3 +83,48 @@ def test_requests_with_two_threads(num_seeds: int, dim: int, candidates: int) ->
     planned_ms = 1e3 * request_core_s(PlanConfig(model=model, candidates=candidates))
     two_threads_ms = measured("scorer", f"d={dim}, K={num_seeds}, {candidates} candidates: median")
     assert 0.9 * two_threads_ms < planned_ms < 2.2 * two_threads_ms
+
+
+PUBLISHED_BYTES = (100e12, 1e15)
+PUBLISHED_VALUES = (1e14, 1e15)
+"""Hundreds of trillions."""
+USERS = 3.2e9
+"""Billions, as few as give a hundred trillion values."""
+
+
+@pytest.mark.parametrize(
+    ("num_seeds", "codec", "expected_bytes"),
+    [
+        # 3.2e9 users x 128 rows x (256 int8 values + 8 bytes of scale and bias), or 2 bytes per value.
+        (128, Codec.int8, 108e12),
+        (128, Codec.float16, 210e12),
+        (256, Codec.int8, 216e12),
+        (256, Codec.float16, 419e12),
+    ],
+)
+def test_cache_of_the_published_size(num_seeds: int, codec: Codec, expected_bytes: float) -> None:
+    model = compose_config(PlanConfig, ["model=paper", f"model.num_seeds={num_seeds}"]).model
+    plan = plan_capacity(PlanConfig(users=USERS, events_per_day=1e11, model=model, codec=codec))
+    low, high = PUBLISHED_VALUES
+    assert low <= USERS * model.num_seeds * model.dim <= high
+    assert PUBLISHED_BYTES[0] <= plan.summary_bytes <= PUBLISHED_BYTES[1]
+    # Pages, headers, and tails add less than a tenth to the values themselves.
+    assert expected_bytes <= plan.summary_bytes <= 1.1 * expected_bytes
+
+
+def test_refreshed_every_two_hours() -> None:
+    """A refresh ends before the next one starts, so no summary is older than two intervals."""
+    model = ModelConfig(dim=256, num_seeds=128)
+    plan = plan_capacity(PlanConfig(users=USERS, events_per_day=1e11, model=model, refresh_every_s=7200))
+    assert 3600 < plan.mean_lag_s < plan.longest_lag_s < 2 * 7200
+
+
+def test_stored_summaries_save_what_is_published() -> None:
+    """94 % less: without a store, a request would summarize the history first.
+
+    bench_scorer.jsonl measures 94 % (separable mixing, float32, two threads).
+    """
+    config = PlanConfig(model=ModelConfig(dim=256, num_seeds=128))
+    stored_s = request_core_s(config)
+    recomputed_s = stored_s + 16_000 * token_s(config, config.model.num_layers)
+    assert 1 - stored_s / recomputed_s == pytest.approx(0.94, abs=0.03)

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from tests.simulation.boosted_trees import cross_fitted_scores
 from vista.config import SimulateConfig
 from vista.errors import ConfigError, DataError
 from vista.simulation.catalog import NUM_PERIODS, make_catalog
 from vista.simulation.event_stream import ACTIONS
 from vista.simulation.oracle import (
     area_under_curve,
-    format_oracle_metrics,
     normalized_entropy,
     oracle_metrics,
     predict_from_window,
@@ -53,23 +48,11 @@ def _columns(log: SimulatedLog) -> dict[str, np.ndarray]:
     return {name: getattr(log, name) for name in names}
 
 
-class TestDeterminism:
-    def test_same_seed_same_bytes_on_disk(self, tmp_path: Path) -> None:
-        names = ("events.parquet", "impressions.parquet", "items.parquet")
-        digests = []
-        for run in ("one", "two"):
-            simulate(replace(SMALL, out=str(tmp_path / run)))
-            digests.append([hashlib.sha256((tmp_path / run / name).read_bytes()).hexdigest() for name in names])
-        assert digests[0] == digests[1]
-
-    def test_threads_change_nothing(self) -> None:
-        one, three = (_columns(generate(replace(SMALL, num_threads=n), chunk_events=2000)) for n in (1, 3))
-        for name, values in one.items():
-            np.testing.assert_array_equal(values, three[name], err_msg=name)
-
-    def test_another_seed_gives_another_log(self, small: SimulatedLog) -> None:
-        other = generate(replace(SMALL, seed=4))
-        assert not np.array_equal(other.item[:500], small.item[:500])
+def test_same_seed_same_bytes_on_disk(tmp_path: Path) -> None:
+    for run in ("one", "two"):
+        simulate(replace(SMALL, out=str(tmp_path / run)))
+    for name in ("events.parquet", "impressions.parquet", "items.parquet"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
 
 
 class TestEvents:
@@ -140,16 +123,6 @@ class TestEvents:
 
 
 class TestImpressions:
-    def test_positions_count_the_events_strictly_before(self, small: SimulatedLog) -> None:
-        assert np.array_equal(small.impression_user, np.repeat(np.arange(12), 50))
-        for user in range(12):
-            own = small.impression_user == user
-            times = small.timestamp[small.offsets[user] : small.offsets[user + 1]]
-            shown = small.impression_timestamp[own]
-            assert (np.diff(shown) >= 0).all()
-            np.testing.assert_array_equal(np.searchsorted(times, shown, side="left"), small.impression_position[own])
-            assert not np.isin(shown, times).any()
-
     def test_probabilities_follow_the_documented_formula(self, small: SimulatedLog) -> None:
         """Recomputed from the events by plain Python; only the table of coefficients is shared."""
         topics = small.catalog.topic
@@ -199,6 +172,24 @@ def rows(standard: SimulatedLog) -> dict[str, tuple[float, float]]:
     return {row.predictor: (row.auc, row.ne) for row in oracle_metrics(standard)}
 
 
+def cross_fitted_scores(
+    features: NDArray[np.float64], log: SimulatedLog, rows: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """Scores [N] of the N impressions `rows` for the first task: one half of the users by trees fitted to the other.
+
+    Args:
+        features: [N, F], of these impressions.
+    """
+    ensemble = pytest.importorskip("sklearn.ensemble")
+    even = log.impression_user[rows] % 2 == 0
+    scores = np.empty(len(features))
+    for fold in (even, ~even):
+        model = ensemble.HistGradientBoostingRegressor(max_iter=60, learning_rate=0.1, random_state=0)
+        model.fit(features[~fold], log.probability[rows, 0][~fold])
+        scores[fold] = model.predict(features[fold])
+    return scores
+
+
 @pytest.mark.research
 class TestOldEventsMatter:
     """How much a model of the whole history can gain over one of the last 200 events."""
@@ -240,13 +231,6 @@ class TestOldEventsMatter:
         ne = {(row.task, row.predictor): row.ne for row in table}
         for task in ("like", "long_view"):
             assert ne[task, "last 200"] - ne[task, "oracle"] > 0.015
-
-    def test_printed_table(self, small: SimulatedLog) -> None:
-        rows = oracle_metrics(small)
-        printed = format_oracle_metrics(rows)
-        predictors = ["oracle", "whole history", "last 2000", "last 200", "last 32", "pooled"]
-        assert [row.predictor for row in rows] == predictors
-        assert f"{rows[0].auc:.4f}" in printed and f"{rows[3].ne:.4f}" in printed
 
 
 class TestOracleParts:
@@ -365,10 +349,6 @@ class TestFiles:
         with pytest.raises(DataError, match=r"file/sim.*cannot be written"):
             simulate(replace(SMALL, out=str(tmp_path / "file" / "sim")))
 
-    def test_polars_is_loaded_only_to_write(self) -> None:
-        code = "import sys, vista.simulation.simulate, vista.simulation.oracle; sys.exit('polars' in sys.modules)"
-        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
 
 @pytest.mark.parametrize(
     ("key", "value"),
@@ -386,14 +366,3 @@ class TestFiles:
 def test_bad_configs_name_their_key(key: str, value: float) -> None:
     with pytest.raises(ConfigError, match=key):
         replace(SimulateConfig(), **{key: value})
-
-
-def test_a_million_events_take_seconds() -> None:
-    """The best of three in process time, so that other load matters little; usually some ten times faster."""
-    config = SimulateConfig(num_users=250, events_per_user=4000)
-    seconds = []
-    for _ in range(3):
-        begin = time.process_time()
-        assert generate(config).num_events == 1_000_000
-        seconds.append(time.process_time() - begin)
-    assert min(seconds) < 2

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.simulation.boosted_trees import cross_fitted_scores
+from tests.simulation.test_simulate import cross_fitted_scores
 from vista.config import SimulateConfig
 from vista.config.choices import WorldName
 from vista.errors import ConfigError

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.evaluation.baselines.conftest import HOUR, order_only_log, quality, timed_log, visible_items
-from tests.evaluation.baselines.test_counts_of_items import TIES, scores_of
+from tests.evaluation.baselines.conftest import HOUR, order_only_log, quality, visible_items
+from tests.evaluation.baselines.test_counting_baselines import TIES, scores_of
 from vista.arrays import Floats, Int
-from vista.errors import MissingDependencyError
 from vista.evaluation.baselines.counter_features import counter_features
 from vista.evaluation.baselines.counter_trees import CounterTrees
 from vista.evaluation.baselines.counting_baseline import CountingBaseline
@@ -87,16 +85,6 @@ def test_tifu_knn_counts_basket_by_basket(shopping: tuple[EventLog, Int], num_gr
         ]
         nearest = np.mean([vectors[number] for number in np.argsort(distance)[:5]], axis=0)
         np.testing.assert_allclose(scores[user], 0.3 * vector + 0.7 * nearest, atol=2 * TIES)
-
-
-def test_tifu_knn_by_hand(tmp_path: Path) -> None:
-    """Three baskets in two groups: {0}, then {0, 1} and {2}; items 0 and 0 of one basket count once."""
-    log = timed_log([[(0, 0), (0, 0.1), (0, 5), (1, 5.2), (2, 9)], [(3, 0)], [(4, 0)]], tmp_path)
-    baseline = TifuKnn(within_decay=0.5, group_decay=0.1, num_groups=2, num_neighbors=1, own_weight=0.6)
-    own = np.array([0.1 / 2 + 0.5 / 2 / 2, 0.5 / 2 / 2, 1 / 2 / 2, 0, 0])
-    scores = scores_of(baseline, log, np.array([5, 1, 0]))
-    np.testing.assert_allclose(scores[0], 0.6 * own + 0.4 * np.eye(5)[3], atol=TIES)
-    np.testing.assert_allclose(scores[1], 0.6 * np.eye(5)[3] + 0.4 * own, atol=TIES)
 
 
 def test_without_times_every_event_is_a_basket(tmp_path: Path) -> None:
@@ -177,12 +165,6 @@ def test_without_a_question_counter_trees_rank_by_popularity(tmp_path: Path) -> 
     log = order_only_log([[0, 1], [1]], tmp_path)
     scores = scores_of(CounterTrees(horizon_events=5, at_one_time=False), log, log.lengths)
     assert (scores[:, 1] > scores[:, 0]).all()
-
-
-def test_counter_trees_name_the_extra_that_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn.ensemble", None)
-    with pytest.raises(MissingDependencyError, match=r"pip install .*\[baselines\]'"):
-        CounterTrees(horizon_events=50, at_one_time=True)
 
 
 def test_tuned_chooses_by_the_last_visible_events(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
-"""Baselines in the harness: trained by the same trainer, and given only the events before each label."""
+"""Baselines in the harness: trained or fitted to counts, and given only the events before each label."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
 from tests.conftest import Served, small_config
-from vista.config import EvaluateConfig, ModelConfig, TrainConfig
-from vista.config.choices import Architecture, Search
+from vista.config import DataConfig, EvaluateConfig, ModelConfig, SourceColumns, TrainConfig
+from vista.config.choices import Architecture, Search, Split
 from vista.errors import ConfigError
 from vista.evaluation.cases import impression_cases, next_item_cases, with_tasks
+from vista.evaluation.earlier_events import EarlierEvents
 from vista.evaluation.evaluate import evaluate, evaluate_model
+from vista.evaluation.impression_baselines import impression_baselines
 from vista.evaluation.raw_history import RawHistoryAnswers
 from vista.examples.batch_source import BatchSource
 from vista.log.event_log import EventLog
@@ -35,7 +39,7 @@ def baseline_config(log: EventLog, folder: Path, name: str, **changes: object) -
     model = ModelConfig(
         architecture=Architecture(name), dim=16, num_heads=2, history_limit=LIMIT, tail_len=6, dropout=0.1
     )
-    return small_config(log, folder / name, model=model, **changes)
+    return small_config(log, folder / name, model=model, **{"optim__epochs": 1} | changes)
 
 
 def before(log: EventLog, rows: np.ndarray, user: int, seen: int) -> Histories:
@@ -187,3 +191,87 @@ def test_a_batch_of_cases_equals_one_case_at_a_time(served_tasks: Served, tmp_pa
     np.testing.assert_allclose(together.catalog_scores(cases), alone.catalog_scores(cases), atol=2e-5)
     shown = impression_cases(log, int(str(served_tasks.config.data.test_from)), None)
     np.testing.assert_allclose(together.probabilities(shown), alone.probabilities(shown), atol=1e-6)
+
+
+NUM_USERS, NUM_EVENTS = 60, 60
+START = 1_700_000_000_000
+DATA = DataConfig(split=Split.time, validation_from=str(START + 3_500_000), test_from=str(START + 4_000_000))
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> EventLog:
+    """Users have events of one of two halves of 20 items each, and click on items of their half only."""
+    return make_log(tmp_path_factory.mktemp("halves") / "log", seed=0)
+
+
+def make_log(folder: Path, seed: int) -> EventLog:
+    rng = np.random.default_rng(seed)
+    user = np.repeat(np.arange(NUM_USERS), NUM_EVENTS)
+    half = user % 2
+    time = START + 50_000 * np.tile(np.arange(NUM_EVENTS), NUM_USERS)
+    shown = rng.integers(0, 40, len(user))
+    click = (shown // 20 == half) & (rng.random(len(user)) < 0.9)
+    return EventLog.from_frame(
+        {"user": user, "item": 20 * half + rng.integers(0, 20, len(user)), "timestamp": time},
+        folder,
+        time_unit="ms",
+        impressions={"user": user, "item": shown, "timestamp": time + 2_000_000, "click": click.astype(int)},
+        columns=SourceColumns(labels=["click"]),
+    )
+
+
+def test_they_learn_what_they_can_know(log: EventLog) -> None:
+    cases = impression_cases(log, START + 4_000_000, None)
+    found = impression_baselines(log, DATA, cases)
+    assert list(found) == ["item rate", "counters", "pooled vectors"]
+    aucs = {name: roc_auc_score(cases.label[:, 0], values[:, 0]) for name, values in found.items()}
+    assert all(
+        values.shape == cases.label.shape and (values > 0).all() and (values < 1).all() for values in found.values()
+    )
+    assert 0.4 < aucs["item rate"] < 0.6, "every item is clicked by one half of the users"
+    assert aucs["counters"] > 0.85 and aucs["pooled vectors"] > 0.9
+
+
+def test_held_out_labels_change_nothing(log: EventLog) -> None:
+    cases = impression_cases(log, START + 4_000_000, None)
+    other = dataclasses.replace(cases, label=1 - cases.label)
+    one, two = (impression_baselines(log, DATA, each) for each in (cases, other))
+    assert all(np.array_equal(one[name], two[name]) for name in one)
+
+
+def test_nothing_is_fitted_without_earlier_labels(log: EventLog) -> None:
+    early = dataclasses.replace(DATA, validation_from=str(START + 1000), test_from=str(START + 1000))
+    cases = impression_cases(log, START + 1000, None)
+    assert impression_baselines(log, early, cases) == {}
+
+
+def questions(log: EventLog, num: int = 400) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    user = rng.integers(0, log.num_users, num)
+    return user, rng.integers(0, log.lengths[user] + 1), rng.integers(0, log.num_items, num)
+
+
+def test_counts_and_ages_are_those_of_a_loop(impression_log: EventLog) -> None:
+    log, last = impression_log, (3, 20)
+    group = np.arange(log.num_items) % 7
+    group[::11] = -1  # items without a category
+    user, seen, item = questions(log)
+    found = EarlierEvents.of(log, group, user, seen, item, last)
+    num_with, num_without = 0, 0
+    for n in range(len(user)):
+        history = group[log.slice(int(user[n])).item[: seen[n]]]
+        wanted = group[item[n]]
+        places = np.flatnonzero(history == wanted) if wanted >= 0 else np.zeros(0, int)
+        assert found.count[n] == len(places)
+        assert found.newest_age[n] == (seen[n] - 1 - places[-1] if len(places) else -1)
+        for k in last:
+            assert found.recent[k][n] == (places >= seen[n] - k).sum()
+        num_with, num_without = num_with + bool(len(places)), num_without + (not len(places))
+    assert num_with > 50 and num_without > 50
+
+
+def test_later_events_do_not_count(event_log: EventLog) -> None:
+    user, seen, item = questions(event_log)
+    same = np.arange(event_log.num_items)
+    none = EarlierEvents.of(event_log, same, user, seen * 0, item)
+    assert (none.count == 0).all() and (none.newest_age == -1).all()
