@@ -431,9 +431,7 @@ def test_a_table_of_another_age_than_the_model_is_reported(served: tuple[Path, P
     with Scorer.open(model, store) as scorer:
         before = scorer.score([100], ITEMS)
         words = add(model, rows)
-        assert (
-            "\n1 of the known items have other features in the table than in the model, which keeps its own" in words
-        )
+        assert "\n1 of the known items have other features in the table than in the model, which keeps its own" in words
         scorer.reload()
         assert np.array_equal(scorer.score([100], ITEMS), before)
     assert "1 of the known items" in add(model, {name: values[-1:] for name, values in rows.items()})

@@ -115,17 +115,6 @@ def test_groups_hold_as_many_histories_as_fit(lengths: list[int], groups: list[t
     assert [(group.start, group.stop) for group in found] == groups
 
 
-def test_one_segment_gives_views(tmp_path: Path) -> None:
-    log = write(tmp_path / "log", [random_frame(1, 300)])
-    whole = log.gather(np.arange(log.num_users))
-    part = log.slice(4, 1, 3)
-    middle = log.gather(np.arange(3, 9))
-    for history in (part, middle):
-        assert np.shares_memory(history.item, whole.item)
-        assert not history.item.flags.writeable
-    assert not np.shares_memory(log.gather(np.array([5, 3])).item, whole.item)
-
-
 def test_a_slice_inside_a_later_segment_is_a_view(tmp_path: Path) -> None:
     early = pl.DataFrame({"user": [1] * 5, "item": range(5), "timestamp": range(5)})
     late = pl.DataFrame({"user": [1] * 5, "item": range(5, 10), "timestamp": range(5, 10)})
@@ -171,56 +160,6 @@ def test_reading_only_older_segments(tmp_path: Path) -> None:
     assert (again.num_users, again.num_events) == (first.num_users, 100)
     with pytest.raises(LogFormatError, match="no segment ends at number 7"):
         EventLog.open(tmp_path / "log", last_segment=7)
-
-
-def test_impressions_over_segments(tmp_path: Path) -> None:
-    events = random_frame(1, 100)
-    first = pl.DataFrame(
-        {
-            "user": [101, 100, 999],
-            "item": [1, 2, 3],
-            "timestamp": [5, 6, 7],
-            "like": [1, 0, None],
-            "p": [0.5, 0.25, 1.0],
-        }
-    )
-    second = pl.DataFrame({"user": [100, 101], "item": [4, 777], "timestamp": [5, 9], "like": [1, 1]})
-    known = SourceColumns(labels=["like"], probabilities=["p"])
-    EventLog.from_frame(events, tmp_path / "log", time_unit="s", columns=known, impressions=first)
-    columns = SourceColumns(labels=["like"])
-    log = EventLog.from_frame(
-        events.head(3), tmp_path / "log", time_unit="s", columns=columns, impressions=second, append=True
-    )
-    seen = log.impressions
-    assert seen is not None
-    assert seen.tasks == ["like"]
-    rows = []
-    for user in (100, 101, 999):
-        row = int(log.users.rows([user])[0])
-        here = slice(int(seen.offsets[row]), int(seen.offsets[row + 1]))
-        assert seen.probability is not None
-        rows += [
-            (user, int(i), int(t), int(label), int(mask), float(p))
-            for i, t, label, mask, p in zip(
-                log.items.ids(seen.item[here]),
-                seen.timestamp[here],
-                seen.label[here, 0],
-                seen.mask[here, 0],
-                seen.probability[here, 0],
-                strict=True,
-            )
-        ]
-    assert str(rows) == str(
-        [
-            (100, 4, 5000, 1, 1, float("nan")),
-            (100, 2, 6000, 0, 1, 0.25),
-            (101, 1, 5000, 1, 1, 0.5),
-            (101, 777, 9000, 1, 1, float("nan")),
-            (999, 3, 7000, 0, 0, 1.0),
-        ]
-    )
-    assert log[999].num_events == 0  # only in impressions
-    assert len(seen.offsets) == log.num_users + 1
 
 
 def truncate(folder: Path) -> None:

@@ -6,27 +6,19 @@ import numpy as np
 import polars as pl
 import pytest
 
-from tests.log.conftest import PARSER
-from vista.config import PrepareConfig, SourceColumns, SourceConfig
-from vista.config.choices import IdType, OnBadRows
+from tests.log.conftest import run
+from vista.config import SourceColumns
+from vista.config.choices import IdType
 from vista.errors import ConfigError, DataError
 from vista.log.event_log import EventLog
-from vista.log.ingest.prepare import prepare
+from vista.log.ingest.prepare_report import PrepareReport
 
 HEADER = "user,item,time,stars\n"
 GOOD = "1,10,1600000000,4\n2,20,1600000001,3.5\n"
 
 
-def events(path: Path, **options: object) -> SourceConfig:
-    settings = {"timestamp": "time", "time_unit": "s", "rating": "stars"} | options
-    return SourceConfig(paths=[str(path)], **settings)
-
-
-def ingest(path: Path, out: Path, on_bad_rows: str = "raise", **options: object) -> None:
-    prepare(
-        PrepareConfig(out=str(out), events=events(path, **options), on_bad_rows=OnBadRows(on_bad_rows), progress=False),
-        parser=PARSER,
-    )
+def ingest(path: Path, out: Path, on_bad_rows: str = "raise", **options: object) -> PrepareReport:
+    return run(out, [path], on_bad_rows=on_bad_rows, **({"timestamp": "time", "rating": "stars"} | options))
 
 
 BAD_ROWS = {
@@ -72,12 +64,7 @@ def test_bad_rows_are_set_aside_with_reasons(tmp_path: Path) -> None:
     file = tmp_path / "log.csv"
     lines = [line for line, _ in BAD_ROWS.values()]
     file.write_text(HEADER + GOOD + "".join(line + "\n" for line in lines) + "\n3,10,1600000002,1\n")
-    report = prepare(
-        PrepareConfig(
-            out=str(tmp_path / "out"), events=events(file), on_bad_rows=OnBadRows("quarantine"), progress=False
-        ),
-        parser=PARSER,
-    )
+    report = ingest(file, tmp_path / "out", "quarantine")
     assert (report.num_events, report.num_quarantined) == (3, len(lines))
     assert str(report.quarantine) in str(report)
     aside = pl.read_csv(report.quarantine, infer_schema=False)
@@ -150,7 +137,6 @@ def test_a_file_that_is_not_parquet_is_named(tmp_path: Path) -> None:
         ),
         ({"time_unit": "minutes"}, r"events\.time_unit: unknown unit 'minutes'; use one of s, ms, us, ns, iso"),
         ({"kind": "netflix"}, r"events\.kind: unknown kind 'netflix'; use one of auto, table"),
-        ({"paths": []}, r"events\.paths: name at least one file"),
         ({"separator": ";;"}, r"events\.separator: must be one character"),
         ({"action": "item"}, r"a column is named twice"),
     ],
@@ -158,11 +144,8 @@ def test_a_file_that_is_not_parquet_is_named(tmp_path: Path) -> None:
 def test_a_contradictory_config_is_refused(tmp_path: Path, options: dict, message: str) -> None:
     file = tmp_path / "log.csv"
     file.write_text(HEADER + GOOD)
-    config = events(file)
-    for key, value in options.items():
-        setattr(config, key, value)
     with pytest.raises(ConfigError, match=message):
-        prepare(PrepareConfig(out=str(tmp_path / "out"), events=config, progress=False), parser=PARSER)
+        ingest(file, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
@@ -239,12 +222,15 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         ingest(file, file / "out")
 
 
+def test_a_source_needs_a_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"events\.paths: name at least one file"):
+        run(tmp_path / "out", [])
+
+
 def test_seconds_read_as_milliseconds_cause_a_warning(tmp_path: Path) -> None:
     file = tmp_path / "log.csv"
     file.write_text(HEADER + GOOD)
-    report = prepare(
-        PrepareConfig(out=str(tmp_path / "out"), events=events(file, time_unit="ms"), progress=False), parser=PARSER
-    )
+    report = ingest(file, tmp_path / "out", time_unit="ms")
     assert "all times are before 1971; check events.time_unit" in str(report)
 
 
@@ -253,14 +239,10 @@ def test_append_without_the_logs_actions(tmp_path: Path) -> None:
     first, second = tmp_path / "a.csv", tmp_path / "b.csv"
     first.write_text("user,item,time,what\n1,10,1600000000,view\n2,20,1600000001,buy\n")
     second.write_text("user,item,time,what\n1,11,1600000100,view\n")
-    source = {"timestamp": "time", "time_unit": "s"}
-    out = str(tmp_path / "log")
-    events = SourceConfig(paths=[str(first)], action="what", **source)  # type: ignore[arg-type]
-    prepare(PrepareConfig(out=out, events=events, progress=False), parser=PARSER)
-    later = SourceConfig(paths=[str(second)], **source)  # type: ignore[arg-type]
+    run(tmp_path / "log", [first], timestamp="time", action="what")
     with pytest.raises(DataError, match=r"b\.csv: the log has the actions buy, view.*events\.action"):
-        prepare(PrepareConfig(out=out, events=later, append=True, progress=False), parser=PARSER)
-    assert EventLog.open(out).num_events == 2
+        run(tmp_path / "log", [second], timestamp="time", append=True)
+    assert EventLog.open(tmp_path / "log").num_events == 2
 
 
 def test_a_missing_column_of_a_frame_is_named(tmp_path: Path) -> None:

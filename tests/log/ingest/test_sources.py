@@ -8,11 +8,10 @@ import polars as pl
 import pytest
 
 from tests.conftest import real_set
-from tests.log.conftest import PARSER
-from vista.config import PrepareConfig, SimulateConfig, SourceConfig
+from tests.log.conftest import run
+from vista.config import SimulateConfig
 from vista.errors import DataError
 from vista.log.event_log import EventLog
-from vista.log.ingest.prepare import prepare
 from vista.log.ingest.sources import detect_kind
 
 ROWS = [(3, 50, 4.0, 978300760), (1, 1193, 5.0, 978300275), (3, 7, 1.0, 978300019), (1, 661, 3.0, 978300275)]
@@ -57,8 +56,7 @@ def npz(folder: Path) -> Path:
 
 
 def load(paths: list[Path], kind: str, out: Path) -> EventLog:
-    source = SourceConfig(kind=kind, paths=[str(path) for path in paths])
-    prepare(PrepareConfig(out=str(out), events=source, progress=False), parser=PARSER)
+    run(out, paths, kind=kind, timestamp=None, time_unit=None)
     return EventLog.open(out)
 
 
@@ -203,8 +201,8 @@ def test_tables_in_every_format(tmp_path: Path) -> None:
     (tmp_path / "d.txt").write_text("\n".join("|".join(map(str, row)) for row in (header, *rows)))
     pl.DataFrame(rows, schema=header, orient="row").write_parquet(tmp_path / "e.parquet")
     for name, separator in (("a.csv", ","), ("b.csv.gz", ","), ("c.tsv", ","), ("d.txt", "|"), ("e.parquet", ",")):
-        source = SourceConfig(paths=[str(tmp_path / name)], user="who", item="what", separator=separator)
-        prepare(PrepareConfig(out=str(tmp_path / f"log-{name}"), events=source, progress=False), parser=PARSER)
+        columns = {"user": "who", "item": "what", "timestamp": None, "time_unit": None}
+        run(tmp_path / f"log-{name}", [tmp_path / name], separator=separator, **columns)
         log = EventLog.open(tmp_path / f"log-{name}")
         assert log.users.ids([0, 1]).tolist() == ["ann", "bob"]
         assert log.items.ids(log["ann"].item).tolist() == ["a,b"]
