@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from tests.conftest import small_config, small_frame
+from tests.conftest import Served, small_config, small_frame
 from tests.log.feature_tables import features_of
 from vista import files
 from vista.arrays import Float32s
@@ -202,11 +202,9 @@ def test_a_log_takes_the_codes_as_one_more_feature(tmp_path: Path) -> None:
     assert len(features["brand"]) == len(ITEMS) == len(features["codes"]) + 2
 
 
-def test_codes_of_a_model(tmp_path: Path) -> None:
+def test_codes_of_a_model(served: Served, tmp_path: Path) -> None:
     pytest.importorskip("faiss")
-    log = EventLog.from_frame(small_frame(), tmp_path / "log", time_unit="ms")
-    train(small_config(log, tmp_path / "run", optim__epochs=1), log)
-    words = tokenize(tmp_path, vectors=None, model=str(tmp_path / "run" / "best"), codes=len(ITEMS), levels=1)
+    words = tokenize(tmp_path, vectors=None, model=str(served.model_dir), codes=len(ITEMS), levels=1)
     table = pl.read_parquet(tmp_path / "codes.parquet")
     assert sorted(table["sku"].to_list()) == ITEMS.tolist()
     assert len(table["codes"].list.first().unique()) == len(ITEMS)
@@ -333,7 +331,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def served(trained: Path, tmp_path: Path) -> tuple[Path, Path]:
+def shop(trained: Path, tmp_path: Path) -> tuple[Path, Path]:
     """A copy of the model, and its store."""
     return Path(shutil.copytree(trained / "run" / "best", tmp_path / "run" / "best")), trained / "store"
 
@@ -344,8 +342,8 @@ def add(model: Path, rows: dict[str, Any], **changes: Any) -> str:
     return str(run_items_add(ItemsAddConfig(model=str(model), items=ItemTableConfig(paths=[str(file)], **changes))))
 
 
-def test_a_scorer_in_service_ranks_new_items(served: tuple[Path, Path]) -> None:
-    model, store = served
+def test_a_scorer_in_service_ranks_new_items(shop: tuple[Path, Path]) -> None:
+    model, store = shop
     with Scorer.open(model, store) as scorer:
         before = scorer.score([100, 104], ITEMS)
         unknown = scorer.score([100, 104], NEW)
@@ -365,9 +363,9 @@ def test_a_scorer_in_service_ranks_new_items(served: tuple[Path, Path]) -> None:
 
 
 def test_a_scorer_opens_at_every_step_of_the_replacement(
-    served: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+    shop: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, store = served
+    model, store = shop
     kinds = []
     for name in ("_exchanged", "remove_renamed"):
         call = getattr(files, name)
@@ -384,9 +382,9 @@ def test_a_scorer_opens_at_every_step_of_the_replacement(
 
 
 def test_a_scorer_opens_again_if_the_model_is_replaced_meanwhile(
-    served: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+    shop: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, store = served
+    model, store = shop
     load, added = ItemProjections.load, []
 
     def load_late(folder: Path, its: VistaModel, tables: SharedTables, **options: bool) -> ItemProjections:
@@ -399,8 +397,8 @@ def test_a_scorer_opens_again_if_the_model_is_replaced_meanwhile(
         assert len(np.unique(scorer.score([100], NEW))) == 3
 
 
-def test_an_addition_that_was_killed_between_two_renames_is_repeated(served: tuple[Path, Path]) -> None:
-    model, store = served
+def test_an_addition_that_was_killed_between_two_renames_is_repeated(shop: tuple[Path, Path]) -> None:
+    model, store = shop
     model.rename(model.with_name("best.old"))  # what a file system that cannot exchange names may leave
     with pytest.raises(CheckpointError, match="no readable model"):
         Scorer.open(model, store)
@@ -410,8 +408,8 @@ def test_an_addition_that_was_killed_between_two_renames_is_repeated(served: tup
         assert len(np.unique(scorer.score([100], NEW))) == 3
 
 
-def test_a_value_that_training_did_not_see_is_missing(served: tuple[Path, Path]) -> None:
-    model, store = served
+def test_a_value_that_training_did_not_see_is_missing(shop: tuple[Path, Path]) -> None:
+    model, store = shop
     rows = features(NEW)
     for name in ("price", "text"):
         rows[name] = [rows[name][0]] * 3
@@ -424,8 +422,8 @@ def test_a_value_that_training_did_not_see_is_missing(served: tuple[Path, Path])
 
 
 @pytest.mark.parametrize("change", [("brand", "brand 9"), ("brand", None), ("price", 0.5), ("text", [0.0, 0.0, 1.0])])
-def test_a_table_of_another_age_than_the_model_is_reported(served: tuple[Path, Path], change: tuple[str, Any]) -> None:
-    model, store = served
+def test_a_table_of_another_age_than_the_model_is_reported(shop: tuple[Path, Path], change: tuple[str, Any]) -> None:
+    model, store = shop
     rows = with_known(features(NEW), 4)
     rows[change[0]][-1] = change[1]
     with Scorer.open(model, store) as scorer:
@@ -437,17 +435,17 @@ def test_a_table_of_another_age_than_the_model_is_reported(served: tuple[Path, P
     assert "1 of the known items" in add(model, {name: values[-1:] for name, values in rows.items()})
 
 
-def test_items_without_any_value(served: tuple[Path, Path]) -> None:
-    model, store = served
+def test_items_without_any_value(shop: tuple[Path, Path]) -> None:
+    model, store = shop
     missing = {"item": NEW, "brand": [None] * 3, "price": [None] * 3, "text": [None] * 3}
     add(model, missing)
     with Scorer.open(model, store) as scorer:
         assert len(np.unique(scorer.score([104], NEW))) == 1
 
 
-def test_histories_do_not_know_added_items(served: tuple[Path, Path], tmp_path: Path) -> None:
+def test_histories_do_not_know_added_items(shop: tuple[Path, Path], tmp_path: Path) -> None:
     """A store that the extended model refreshes serves the model without the added items, and the other way round."""
-    model, _ = served
+    model, _ = shop
     shutil.copytree(model, tmp_path / "old")
     frame = small_frame()
     frame["item"][-3:] = NEW
@@ -467,15 +465,15 @@ def test_histories_do_not_know_added_items(served: tuple[Path, Path], tmp_path: 
         assert all(np.array_equal(other, scores[one]) for other in scores[one::2])
 
 
-def test_one_process_extends_a_model_at_a_time(served: tuple[Path, Path]) -> None:
-    model, _ = served
+def test_one_process_extends_a_model_at_a_time(shop: tuple[Path, Path]) -> None:
+    model, _ = shop
     with _locked(model), pytest.raises(CheckpointError, match="another process is extending this model"):
         add(model, features(NEW))
     add(model, features(NEW))
 
 
-def test_bad_tables_change_nothing(served: tuple[Path, Path]) -> None:
-    model, _ = served
+def test_bad_tables_change_nothing(shop: tuple[Path, Path]) -> None:
+    model, _ = shop
     before = {path.name: path.read_bytes() for path in model.iterdir()}
     rows = features(NEW)
     with pytest.raises(DataError, match="column 'brand' is missing"):
@@ -491,9 +489,8 @@ def test_bad_tables_change_nothing(served: tuple[Path, Path]) -> None:
     assert {path.name: path.read_bytes() for path in model.iterdir()} == before
 
 
-def test_a_model_without_features_is_refused(tmp_path: Path) -> None:
-    log = EventLog.from_frame(small_frame(), tmp_path / "log", time_unit="ms")
-    train(small_config(log, tmp_path / "run", optim__epochs=1), log)
+def test_a_model_without_features_is_refused(served: Served, tmp_path: Path) -> None:
+    shutil.copytree(served.model_dir, tmp_path / "run" / "best")
     with pytest.raises(ConfigError, match="was trained without item features"):
         add(tmp_path / "run" / "best", features(NEW))
     with pytest.raises(CheckpointError, match="no readable model"):

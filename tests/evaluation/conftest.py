@@ -1,17 +1,32 @@
-"""An evaluation from a store, in one call."""
+"""An evaluation from a store in one call, and a model of a log without times."""
 
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from tests.conftest import Served, small_config
 from vista.config import EvaluateConfig
 from vista.evaluation.evaluate import evaluate_scorer
 from vista.evaluation.evaluation_report import EvaluationReport
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
+from vista.refresh import refresh
 from vista.scorer import Scorer
+from vista.training.trainer import train
 
 
 def evaluated(model: VistaModel | Path, store: Path, log: EventLog, **settings: Any) -> EvaluationReport:
     """The report of `evaluate_scorer` with these settings of EvaluateConfig."""
     with Scorer.open(model, store) as scorer:
         return evaluate_scorer(scorer, log, EvaluateConfig(**settings))
+
+
+@pytest.fixture(scope="package")
+def served_order(order_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    """A model of a log without times and with string ids; its stores are one, for the test labels."""
+    folder = tmp_path_factory.mktemp("served-order")
+    config = small_config(order_log, folder / "run")
+    model = train(config, order_log)
+    refresh(model, order_log, folder / "store", until="leave-last-out")
+    return Served(order_log, config, model, folder / "run" / "best", *[folder / "store"] * 3)

@@ -117,12 +117,11 @@ class TestNextItems:
         assert evaluation.num_cases == 14 == len(expected)
         assert evaluation.metrics["hr@10"] == pytest.approx(np.mean(np.array(expected) < 10))
 
-    def test_without_times_and_with_string_ids(self, order_log: EventLog, tmp_path: Path) -> None:
-        model = train(small_config(order_log, tmp_path / "run"), order_log)
-        refresh(model, order_log, tmp_path / "store", until="leave-last-out")
-        with Scorer.open(model, tmp_path / "store") as scorer:
-            evaluation = evaluate_scorer(scorer, order_log, EvaluateConfig())
-            expected = plain_ranks(scorer, order_log, visible_counts(order_log, "leave-last-out"), True)
+    def test_without_times_and_with_string_ids(self, served_order: Served) -> None:
+        log = served_order.log
+        with Scorer.open(served_order.model, served_order.store) as scorer:
+            evaluation = evaluate_scorer(scorer, log, EvaluateConfig())
+            expected = plain_ranks(scorer, log, visible_counts(log, "leave-last-out"), True)
         assert evaluation.ranks is not None and evaluation.ranks.tolist() == expected
 
     def test_items_that_the_model_does_not_know_are_in_no_list(self, served: Served, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from vista.log.gaps import DAY_MS
 from vista.log.splits import split_until, visible_counts
 from vista.model.baselines.sequence_model import SequenceModel
 from vista.model.inference import item_vectors
+from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer
 from vista.training.trainer import train, train_model
@@ -226,22 +227,17 @@ def test_users_without_enough_events_are_an_error(served: Served) -> None:
         evaluated(served.model, served.test_store, served.log, **ASKED)
 
 
-def test_a_log_without_times_has_no_days(order_log: EventLog, tmp_path: Path) -> None:
-    model = train(small_config(order_log, tmp_path / "run", optim__epochs=1), order_log)
-    refresh(model, order_log, tmp_path / "store", until="leave-last-out")
+def test_a_log_without_times_has_no_days(served_order: Served) -> None:
     with pytest.raises(ConfigError, match="has no times; set horizon"):
-        evaluated(model, tmp_path / "store", order_log, **ASKED, horizon_days=2)
+        evaluated(served_order.model, served_order.store, served_order.log, **ASKED, horizon_days=2)
 
 
-def test_a_model_without_a_retrieval_head_is_refused(
-    impression_log: EventLog, tmp_path: Path, served_tasks: Served
-) -> None:
-    config = small_config(impression_log, tmp_path / "run", optim__epochs=1, optim__next_weight=0.0)
-    config.data = served_tasks.config.data
-    model = train(config, impression_log)
-    refresh(model, impression_log, tmp_path / "store", until=split_until(config.data, "test"))
+def test_a_model_without_a_retrieval_head_is_refused(served_tasks: Served) -> None:
+    model = served_tasks.model
+    asked = VistaModel(model.config, dataclasses.replace(model.schema, has_retrieval=False), model.items, model.data)
+    asked.eval().load_state_dict(model.state_dict(), strict=False)
     with pytest.raises(ConfigError, match="target=window: this model's"):
-        evaluated(model, tmp_path / "store", impression_log, **ASKED)
+        evaluated(asked, served_tasks.test_store, served_tasks.log, **ASKED)
 
 
 def test_the_files_and_the_table(served_tasks: Served, tmp_path: Path) -> None:
