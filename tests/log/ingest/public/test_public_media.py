@@ -302,7 +302,7 @@ def test_random_exposures_can_be_named_as_impressions(tmp_path: Path) -> None:
 def test_bad_rows_are_named(tmp_path: Path, line: str, message: str) -> None:
     folder = write_kuairand(tmp_path / "data", KUAIRAND_NAMES["pure"])
     with (folder / KUAIRAND_NAMES["pure"][0]).open("a") as file:
-        file.write_kuairand(line)
+        file.write(line)
     with pytest.raises(DataError, match=message):
         load(folder)
 

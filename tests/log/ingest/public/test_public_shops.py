@@ -151,7 +151,7 @@ def test_other_layouts(tmp_path: Path, name: str, content: str, message: str) ->
 def test_a_line_that_is_not_json_is_named(tmp_path: Path) -> None:
     folder = write_amazon(tmp_path / "set", "jsonl")
     with (folder / "All_Beauty.jsonl").open("a") as file:
-        file.write_amazon('{"user_id": "A", \n')
+        file.write('{"user_id": "A", \n')
     with pytest.raises(DataError, match=r"All_Beauty\.jsonl: row 3, column 'user_id': the value is missing"):
         load(folder)
 
