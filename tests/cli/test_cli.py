@@ -147,7 +147,7 @@ def test_within_an_initialized_hydra() -> None:
         assert compose("score").top_k == config.ScoreConfig().top_k
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     text=st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="$\\?"), min_size=1),
     seeds=st.integers(0, 9),

@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import polars as pl
 import pytest
 
 from tests.conftest import Served, small_config, small_frame
+from tests.log.conftest import PARSER
 from tests.log.feature_tables import features_of
 from vista import files
 from vista.arrays import Float32s
@@ -34,6 +36,13 @@ from vista.scorer import Scorer, Tail
 from vista.training.trainer import train
 
 ITEMS = np.unique(small_frame()["item"])
+
+
+@pytest.fixture(autouse=True)
+def shared_parser(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One child process for all tests; to start one takes half a second."""
+    for module in ("vista.cli.embed_command", "vista.cli.tokenize_command", "vista.log.ingest.new_items"):
+        monkeypatch.setattr(f"{module}.SourceParser", lambda: nullcontext(PARSER))
 
 
 class LettersEncoder:
@@ -421,7 +430,7 @@ def test_a_value_that_training_did_not_see_is_missing(shop: tuple[Path, Path]) -
     assert first == second != third
 
 
-@pytest.mark.parametrize("change", [("brand", "brand 9"), ("brand", None), ("price", 0.5), ("text", [0.0, 0.0, 1.0])])
+@pytest.mark.parametrize("change", [("brand", None), ("text", [0.0, 0.0, 1.0])])
 def test_a_table_of_another_age_than_the_model_is_reported(shop: tuple[Path, Path], change: tuple[str, Any]) -> None:
     model, store = shop
     rows = with_known(features(NEW), 4)

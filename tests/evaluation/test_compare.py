@@ -38,7 +38,7 @@ def test_by_hand() -> None:
 def test_p_agrees_with_scipy() -> None:
     rng = np.random.default_rng(1)
     base = rng.random(60)
-    for shift in (0.0, 0.02, 0.05):
+    for shift in (0.0, 0.03):
         other = base + rng.normal(shift, 0.1, 60)
         (row,) = Comparison.of([run_of(x=base.tolist())], [run_of(x=other.tolist())]).differences.values()
         expected = permutation_test(
@@ -123,7 +123,7 @@ class TestFiles:
                 np.savez_compressed(tmp_path / "a.npz", **arrays)
         content = (tmp_path / "a.npz").read_bytes()
         refused = 0
-        bits = range(0, 8 * len(content), 11)
+        bits = range(0, 8 * len(content), 37)
         for bit in bits:
             flipped = bytearray(content)
             flipped[bit // 8] ^= 1 << bit % 8

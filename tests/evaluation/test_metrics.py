@@ -33,6 +33,7 @@ def columns(rows: list[tuple[int, int, int]]) -> tuple[NDArray[np.int64], NDArra
     return group, label, score / 3
 
 
+@settings(max_examples=60)
 @given(ROWS)
 def test_auc_equals_scikit_learn(rows: list[tuple[int, int, int]]) -> None:
     _, label, score = columns(rows)
@@ -43,6 +44,7 @@ def test_auc_equals_scikit_learn(rows: list[tuple[int, int, int]]) -> None:
     assert auc([1, 0, 1], [-math.inf, 0.0, math.inf]) == 0.5
 
 
+@settings(max_examples=40)
 @given(ROWS)
 def test_gauc_equals_a_loop_over_groups(rows: list[tuple[int, int, int]]) -> None:
     group, label, score = columns(rows)
@@ -59,6 +61,7 @@ def test_gauc_equals_a_loop_over_groups(rows: list[tuple[int, int, int]]) -> Non
     assert math.isnan(result.value) if not weight else result.value == pytest.approx(total / weight, abs=1e-12)
 
 
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 1), st.floats(0, 1, width=32)), min_size=1, max_size=50))
 def test_log_loss_equals_scikit_learn(rows: list[tuple[int, float]]) -> None:
     label, probability = (np.array(column) for column in zip(*rows, strict=True))

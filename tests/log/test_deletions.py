@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.log.conftest import PARSER
 from tests.log.log_oracle import (
     ACTIONS,
     NUM_ITEMS,
@@ -57,7 +59,8 @@ def logs(draw: st.DrawFn) -> list[Step]:
 
 @pytest.fixture(autouse=True)
 def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These tests are not about durability."""
+    """These tests are not about durability, and share a parser, which takes half a second to start."""
+    monkeypatch.setattr("vista.log.deletions.SourceParser", lambda: nullcontext(PARSER))
     monkeypatch.setattr("vista.log.segment_writer.sync", lambda path: None)
     monkeypatch.setattr("vista.log.compaction.sync", lambda path: None)
 

@@ -51,7 +51,7 @@ def test_names_are_distinct() -> None:
 @pytest.fixture(scope="module")
 def futures(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[EventLog, Int]]:
     """Two logs with the same visible events and other ones after them."""
-    return [shopping_log(tmp_path_factory.mktemp("future"), future=number, users=25) for number in (1, 2)]
+    return [shopping_log(tmp_path_factory.mktemp("future"), future=number, users=12) for number in (1, 2)]
 
 
 @pytest.fixture(scope="module")
