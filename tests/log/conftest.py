@@ -1,7 +1,9 @@
-"""Fixtures of the ingest tests."""
+"""Fixtures of the tests of logs and of ingestion."""
 
 import atexit
 from pathlib import Path
+
+import pytest
 
 from vista.config import PrepareConfig, SourceConfig
 from vista.config.choices import OnBadRows
@@ -27,3 +29,10 @@ def run(
 def write_csv(path: Path, rows: list[tuple], header: str = "user,item,timestamp") -> Path:
     path.write_text(header + "\n" + "".join(",".join(map(str, row)) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests write thousands of files and are not about power cuts, which tests/faults simulates."""
+    monkeypatch.setattr("vista.log.segment_writer.sync", lambda path: None)
+    monkeypatch.setattr("vista.log.compaction.sync", lambda path: None)

@@ -6,10 +6,10 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
+import signal
 import tracemalloc
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from tests.log.conftest import run, write_csv
 from tests.log.log_oracle import Oracle, Step, assert_reads_as, contents, edit_manifest, replace_array, write
 from vista.config import SourceColumns
 from vista.errors import DataError, LogFormatError, UnknownUserError
+from vista.files import sync
 from vista.log import segment
 from vista.log.compaction import compact_log
 from vista.log.deletions import erase_users, forget_events
@@ -34,54 +35,50 @@ STEPS = [
 OLD = [f"segment-{number:06d}" for number in range(1, 5)]
 NEW = "segment-000001-000004"
 
-# Forks children that compact copies of a log. Child n kills itself at its n-th fsync, rename, or removal.
-KILLED_AT_EACH_CALL = """
-import os, shutil, signal, sys
-from pathlib import Path
-from vista.log.compaction import compact_log
 
-def child(folder, deadly):
-    calls = 0
-    def counting(function):
-        def wrapper(*args, **kwargs):
-            nonlocal calls
-            calls += 1
-            if calls == deadly:
+def compact_and_die(folder: Path, deadly: int) -> None:
+    """Compact a log, but kill this process at its n-th fsync, rename, or removal."""
+    calls = count(1)
+
+    def counting(function: Callable[..., object]) -> Callable[..., object]:
+        def wrapper(*args: object, **kwargs: object) -> object:
+            if next(calls) == deadly:
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*args, **kwargs)
+
         return wrapper
+
     os.fsync = lambda file: None  # a killed process does not lose what it wrote
     for name in ("fsync", "rename", "unlink", "rmdir"):
         setattr(os, name, counting(getattr(os, name)))
     compact_log(folder)
-    os._exit(0)
-
-for deadly in range(1, 1000):
-    folder = Path(sys.argv[2], f"{deadly:03d}")
-    shutil.copytree(sys.argv[1], folder)
-    pid = os.fork()
-    if pid == 0:
-        child(folder, deadly)
-    if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0:
-        break
-"""
 
 
 def test_a_kill_at_any_call_leaves_a_log_and_the_next_compaction_finishes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vista.log.segment_writer.sync", lambda path: None)
-    monkeypatch.setattr("vista.log.compaction.sync", lambda path: None)
+    """At every other call; tests/faults kills at all of them."""
     steps = [STEPS[0], Step(forgotten=[(0, 2, 7, 1)]), STEPS[3]]
-    old, new = set(OLD[:3]), "segment-000001-000003"
+    old, new, folders = set(OLD[:3]), "segment-000001-000003", []
     write(tmp_path / "log", steps)
-    copies = tmp_path / "copies"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", KILLED_AT_EACH_CALL, str(tmp_path / "log"), str(copies)]
-    subprocess.run(command, check=True, env=environment)
+    with monkeypatch.context() as patch:
+        patch.setattr("vista.log.segment_writer.sync", sync)
+        patch.setattr("vista.log.compaction.sync", sync)
+        for deadly in range(1, 1000, 2):
+            folders.append(Path(shutil.copytree(tmp_path / "log", tmp_path / f"{deadly:03d}")))
+            child = os.fork()
+            if child == 0:
+                try:
+                    compact_and_die(folders[-1], deadly)
+                    os._exit(0)
+                finally:
+                    os._exit(1)
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            assert code in (0, -signal.SIGKILL)
+            if code == 0:
+                break
     compact_log(tmp_path / "log")
     done, rng, seen = contents(tmp_path / "log"), np.random.default_rng(0), set()
-    folders = sorted(copies.iterdir())
     for folder in folders:
         names = {path.name for path in folder.iterdir()}
         seen.add((new in names, len(names & old)))
@@ -90,7 +87,7 @@ def test_a_kill_at_any_call_leaves_a_log_and_the_next_compaction_finishes(
         assert len(log.segments) == (1 if new in names else 3)
         compact_log(folder)
         assert contents(folder) == done
-    assert len(folders) > 50
+    assert len(folders) > 25
     # Only old segments, all segments, the new one with some old ones, and only the new one.
     assert seen == {(False, 3), (True, 3), (True, 2), (True, 1), (True, 0)}
 

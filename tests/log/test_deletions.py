@@ -58,11 +58,9 @@ def logs(draw: st.DrawFn) -> list[Step]:
 
 
 @pytest.fixture(autouse=True)
-def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These tests are not about durability, and share a parser, which takes half a second to start."""
+def shared_parser(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One child process for all tests; to start one takes half a second."""
     monkeypatch.setattr("vista.log.deletions.SourceParser", lambda: nullcontext(PARSER))
-    monkeypatch.setattr("vista.log.segment_writer.sync", lambda path: None)
-    monkeypatch.setattr("vista.log.compaction.sync", lambda path: None)
 
 
 def assert_changes(log: EventLog, oracle: Oracle) -> None:

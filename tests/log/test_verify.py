@@ -277,8 +277,8 @@ def test_a_manifest_with_any_value_is_used_as_before_or_refused(tmp_path: Path) 
     run(path, [write_csv(tmp_path / "a.csv", [(1, 1, 1), (2, 2, 2)])])
     good = json.loads((path / FIRST / "manifest.json").read_text())
     refused = used = 0
-    for place in places_in(good):
-        for value in ODD:
+    for number, place in enumerate(places_in(good)):
+        for value in ODD[number % 2 :: 2]:
             fields = json.loads(json.dumps(good))
             inner = fields
             for key in place[:-1]:
@@ -295,7 +295,7 @@ def test_a_manifest_with_any_value_is_used_as_before_or_refused(tmp_path: Path) 
             assert (log[1].timestamp.tolist(), log.gather([1]).num_events) == ([1000], 1)
             assert repr(log) and log.sources_digest(1) and log.changed_users(0).tolist() == [0, 1]
             assert log.time_range() in ((1000, 2000), None)
-    assert refused > 500 and used < 100
+    assert refused > 250 and used < 50
 
 
 def test_what_is_not_a_regular_file_of_bounded_size_is_refused_at_once(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def test_the_same_files_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.
     """With any number of threads, chunk size of the stream, and bucket size of the sort."""
     rng = np.random.default_rng(1)
     for name in ("one", "two"):
-        num = 60_000
+        num = 20_000
         frame = pl.DataFrame(
             {
                 "user": [f"u{n}" for n in rng.integers(0, 300, num)],
@@ -128,9 +128,9 @@ def test_the_same_files_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.
             }
         )
         frame.write_csv(tmp_path / f"{name}.csv")
-        frame.sample(num, shuffle=True, seed=1).write_parquet(tmp_path / f"{name}.parquet", row_group_size=7000)
+        frame.sample(num, shuffle=True, seed=1).write_parquet(tmp_path / f"{name}.parquet", row_group_size=3000)
     prints = []
-    for threads, morsel, bucket in ((1, 100_000, 1 << 22), (2, 1000, 9000)):
+    for threads, morsel, bucket in ((1, 100_000, 1 << 22), (2, 1000, 5000)):
         monkeypatch.setenv("POLARS_MAX_THREADS", str(threads))
         monkeypatch.setenv("POLARS_IDEAL_MORSEL_SIZE", str(morsel))
         done = run_python(DETERMINISM, str(tmp_path), str(tmp_path / f"{threads}"), str(bucket))

@@ -22,7 +22,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from tests.log.conftest import run, write_csv
+from tests.log.conftest import PARSER, run, write_csv
 from tests.log.ingest.source_mutations import mutated
 from vista.config import ItemTableConfig, PrepareConfig, SourceConfig
 from vista.config.choices import OnBadRows
@@ -109,7 +109,7 @@ FORMATS = {  # file name -> the undamaged content
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_mutations_are_taken_or_refused(tmp_path: Path, parser: SourceParser, name: str) -> None:
+def test_mutations_are_taken_or_refused(tmp_path: Path, name: str) -> None:
     """A source has no checksum, so a damaged one may be taken."""
     content, chance, refused = FORMATS[name](), random.Random(f"{name} 0"), 0
     file, log = tmp_path / name, tmp_path / "log"
@@ -127,7 +127,7 @@ def test_mutations_are_taken_or_refused(tmp_path: Path, parser: SourceParser, na
         settings = PrepareConfig(out=str(log), events=source, items=items, on_bad_rows=bad_rows, progress=False)
         began = time.monotonic()
         try:
-            prepare(settings, parser=parser)
+            prepare(settings, parser=PARSER)
             assert items is None or EventLog.open(log).item_features is not None
         except (DataError, ConfigError) as error:
             refused += isinstance(error, DataError)
