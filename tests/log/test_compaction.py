@@ -57,7 +57,7 @@ def compact_and_die(folder: Path, deadly: int) -> None:
 def test_a_kill_at_any_call_leaves_a_log_and_the_next_compaction_finishes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At every other call; tests/faults kills at all of them."""
+    """At every other call, which takes half as long."""
     steps = [STEPS[0], Step(forgotten=[(0, 2, 7, 1)]), STEPS[3]]
     old, new, folders = set(OLD[:3]), "segment-000001-000003", []
     write(tmp_path / "log", steps)

@@ -35,7 +35,7 @@ from vista.log.ingest.sources import open_sources
 from vista.log.ingest.text_files import MAX_COLUMNS, MAX_LINE_BYTES
 
 ROWS = [(1, 10, 5), (2, 20, 6)]
-BOMB_ROWS = 40_000_000
+BOMB_ROWS = 18_000_000
 
 
 @pytest.fixture
@@ -239,18 +239,18 @@ def test_arrays_of_a_small_file_cannot_take_much_memory(
         run(tmp_path / "log", [tmp_path / "events.npz"], kind="npz", timestamp=None, time_unit=None)
 
 
-def test_a_small_parquet_file_cannot_take_much_memory(tmp_path: Path) -> None:
+def test_a_small_parquet_file_cannot_take_much_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One row group of equal values: 1 KB that takes gigabytes. However the parser ends, the next file is read."""
     ids = pl.repeat(7, BOMB_ROWS, dtype=pl.Int64, eager=True)
     frame = pl.DataFrame({"user": ids, "item": ids, "timestamp": ids, "rating": ids})
     frame.write_parquet(tmp_path / "a.parquet", row_group_size=BOMB_ROWS, statistics=False, data_page_size=1 << 30)
     size = (tmp_path / "a.parquet").stat().st_size
-    assert size < 10_000
-    needed = memory_limit(size) // (8 * len(frame.columns))
-    if needed > BOMB_ROWS:
-        pytest.skip("the limit grows with the number of processors")
-    with pytest.raises(DataError, match=r"a\.parquet: cannot be read: .*needs more than [\d,]+ MiB of memory"):
-        run(tmp_path / "log", [tmp_path / "a.parquet"], rating="rating")
+    with monkeypatch.context() as patch:
+        patch.setattr("vista.log.ingest.source_parser.MEMORY_BYTES", 512 << 20)
+        patch.setattr("vista.log.ingest.source_parser.THREAD_BYTES", 0)
+        assert size < 10_000 and memory_limit(size) < 8 * len(frame.columns) * BOMB_ROWS
+        with pytest.raises(DataError, match=r"a\.parquet: cannot be read: .*needs more than [\d,]+ MiB of memory"):
+            run(tmp_path / "log", [tmp_path / "a.parquet"], rating="rating")
     run(tmp_path / "log", [write_csv(tmp_path / "a.csv", ROWS)])
 
 
