@@ -15,8 +15,8 @@ import pytest
 
 from scripts.benchmarks.explore_visit import TABS, ExploreVisit, exploring, open_every_tab, visiting
 from tests.benchmark_process import run_benchmark
-from tests.required_program import require_chromium
 from tests.conftest import Served
+from tests.required_program import require_chromium
 from vista.refresh import refresh
 from vista.training.trainer import train
 

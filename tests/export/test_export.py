@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.required_program import require_compiler
 from tests.conftest import run_python, small_config
 from tests.export.models import drawn_model
+from tests.required_program import require_compiler
 from vista.cli.main import main
 from vista.config.choices import Architecture, ExportFormat, Precision, TargetAttentionKind
 from vista.errors import ExportError, MissingDependencyError

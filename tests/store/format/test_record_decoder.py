@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow
 import pytest
 
-from tests.required_program import require_compiler
 from tests.conftest import Served
+from tests.required_program import require_compiler
 from tests.store.format import test_counters_section as counted
 from tests.store.format import test_record as plain
 from tests.store.format.test_record import with_checksum
