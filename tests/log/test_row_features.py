@@ -247,14 +247,8 @@ def test_frames(tmp_path: Path) -> None:
 
 def test_a_column_that_arrives_later_is_missing_before(tmp_path: Path) -> None:
     add(tmp_path, device=["web", "app", "web"], categories=["device"])
-    report = add(
-        tmp_path,
-        append=True,
-        device=["tv", "web", None],
-        dwell=[1.0, 2.0, 3.0],
-        categories=["device"],
-        numbers=["dwell"],
-    )
+    more = {"device": ["tv", "web", None], "dwell": [1.0, 2.0, 3.0]}
+    report = add(tmp_path, append=True, **more, categories=["device"], numbers=["dwell"])
     assert report.features == [
         "device: category of 3 values, 67% of events, 1 of the values are new",
         "dwell: number, 100% of events",
@@ -482,11 +476,8 @@ def test_features_of_requests_that_equal_a_label_are_reported(tmp_path: Path) ->
         hour=np.arange(num) % 24,
         load=np.arange(num) % 3,
     )
-    assert [warning.partition(" of the")[0] for warning in report.warnings] == [
-        "column 'result'",
-        "column 'target'",
-        "column 'watched'",
-    ]
+    named = [warning.partition(" of the")[0] for warning in report.warnings]
+    assert named == ["column 'result'", "column 'target'", "column 'watched'"]
     assert report.warnings[0] == (
         "column 'result' of the impressions equals the label 'click' in at least 99% of the rows; if it is not known "
         "before the label, leave it out of impressions.categories"
@@ -528,13 +519,6 @@ def test_a_set_with_fixed_columns_has_no_others(tmp_path: Path) -> None:
 
 def test_more_columns_of_a_set_can_be_read(tmp_path: Path) -> None:
     (tmp_path / "x.inter").write_text("user_id:token\titem_id:token\tage:float\tsite:token\n1\t10\t4\ta\n2\t10\t\tb\n")
-    run(
-        tmp_path / "log",
-        [tmp_path / "x.inter"],
-        kind="recbole",
-        timestamp=None,
-        time_unit=None,
-        categories=["site"],
-        numbers=["age"],
-    )
+    untimed = {"kind": "recbole", "timestamp": None, "time_unit": None}
+    run(tmp_path / "log", [tmp_path / "x.inter"], **untimed, categories=["site"], numbers=["age"])
     assert features_of(tmp_path) == [{"site": "a", "age": 4}, {"site": "b", "age": None}]

@@ -81,6 +81,7 @@ def test_the_newest_row_of_a_user_counts_in_each_column(tmp_path: Path) -> None:
     assert report.num_events == 0 and "segment 2 with features only" in str(report)
     add_users(tmp_path, append=True, events=[(4, 10, 9)], user=[4], age=[4.0])
     log = EventLog.open(tmp_path / "log")
+    changed = [[1, 2, 3, 4], [2, 3, 4], [4], []]  # by the newest segment that is known
     expected = {"region": {1: "n", 2: "w"}, "age": {1: 1.0, 2: 2.0, 4: 4.0}, "plan": {2: "a", 3: "b"}}
     assert user_features_of(log) == expected
     users = np.array([3, 0, 2, 1, 0])  # in any order
@@ -88,25 +89,13 @@ def test_the_newest_row_of_a_user_counts_in_each_column(tmp_path: Path) -> None:
     assert list(some.columns) == list(every.columns)
     for name, column in some.columns.items():
         np.testing.assert_array_equal(column, every.columns[name])
-    assert user_features_of(EventLog.open(log.path, last_segment=1)) == {
-        "region": {1: "n", 2: "s"},
-        "age": {1: 1, 2: 2},
-    }
-    assert [log.users.ids(log.changed_users(after)).tolist() for after in range(4)] == [
-        [1, 2, 3, 4],
-        [2, 3, 4],
-        [4],
-        [],
-    ]
+    first = {"region": {1: "n", 2: "s"}, "age": {1: 1, 2: 2}}
+    assert user_features_of(EventLog.open(log.path, last_segment=1)) == first
+    assert [log.users.ids(log.changed_users(after)).tolist() for after in range(4)] == changed
     compact_log(log.path)
     log = EventLog.open(log.path)
     assert user_features_of(log) == expected
-    assert [log.users.ids(log.changed_users(after)).tolist() for after in range(4)] == [
-        [1, 2, 3, 4],
-        [2, 3, 4],
-        [4],
-        [],
-    ]
+    assert [log.users.ids(log.changed_users(after)).tolist() for after in range(4)] == changed
     again = EventLog.from_frame(None, log.path, append=True, users={"user": [1], "region": ["s"]})
     assert user_features_of(again)["region"] == {1: "s", 2: "w"}  # a value that no user had when the log was compacted
     log.verify()

@@ -54,17 +54,8 @@ def full_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shown |= {"like": rng.integers(0, 2, 20), "p": rng.random(20)}
         items = {"item": np.arange(20), "kind": ["a", "b"] * 10, "price": rng.random(20), "v": rng.random((20, 3))}
         users = {"user": [f"u{user}" for user in range(9)], "region": ["n", "s", "e"] * 3, "age": rng.random(9)}
-        EventLog.from_frame(
-            events,
-            path,
-            time_unit="ms",
-            columns=columns,
-            impressions=shown,
-            items=items,
-            users=users,
-            on_bad_rows="quarantine",
-            append=number > 0,
-        )
+        tables = {"impressions": shown, "items": items, "users": users, "on_bad_rows": "quarantine"}
+        EventLog.from_frame(events, path, time_unit="ms", columns=columns, append=number > 0, **tables)
     forget_events(path, {name: events[name][:3] for name in ("user", "item", "timestamp")})
     erase_users(path, ["u1"])
     return path

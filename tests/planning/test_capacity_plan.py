@@ -127,31 +127,15 @@ def test_the_command_prints_and_writes_the_plan(tmp_path: Path, capsys: pytest.C
     assert written["sizes"]["record"] == plan.sizes.record
     assert written["config"]["model"]["dim"] == 128 and written["config"]["codec"] == "int8"
     assert plan.lag is not None and written["lag"]["p99_s"] == plan.lag.p99_s
-    assert written["groups"][0] == {
-        "name": "refresh",
-        "machines": plan.groups[0].machines,
-        "bound_by": plan.groups[0].bound_by,
-    }
+    refresh = plan.groups[0]
+    assert written["groups"][0] == {"name": "refresh", "machines": refresh.machines, "bound_by": refresh.bound_by}
     assert written["longest_lag_s"] == plan.longest_lag_s and len(written["assumptions"]) >= 8
 
 
 def test_numbers_have_two_significant_digits() -> None:
-    assert [plain(value) for value in (0, 0.1234, 9.96, 10.4, 123, 12_345)] == [
-        "0",
-        "0.12",
-        "10",
-        "10",
-        "120",
-        "12,000",
-    ]
-    assert [count(value) for value in (7, 9_940, 9_999, 1_234_567, 5e10)] == [
-        "7",
-        "9,900",
-        "10 thousand",
-        "1.2 million",
-        "50 billion",
-    ]
-    assert [size(value) for value in (0, 999, 34_336, 1.08e14)] == ["0 B", "1 KB", "34 KB", "110 TB"]
-    assert [duration(value) for value in (0, 2e-7, 0.0161, 1, 61, 3599, 5400, 180_000, None)] == [
-        *("0 s", "0.2 µs", "16 ms", "1 s", "1 min", "1 h", "1.5 h", "2.1 days", "more than a day")
-    ]
+    assert [*map(plain, (0, 0.1234, 9.96, 10.4, 123, 12_345))] == ["0", "0.12", "10", "10", "120", "12,000"]
+    expected = ["7", "9,900", "10 thousand", "1.2 million", "50 billion"]
+    assert [*map(count, (7, 9_940, 9_999, 1_234_567, 5e10))] == expected
+    assert [*map(size, (0, 999, 34_336, 1.08e14))] == ["0 B", "1 KB", "34 KB", "110 TB"]
+    expected = ["0 s", "0.2 µs", "16 ms", "1 s", "1 min", "1 h", "1.5 h", "2.1 days", "more than a day"]
+    assert [*map(duration, (0, 2e-7, 0.0161, 1, 61, 3599, 5400, 180_000, None))] == expected

@@ -332,12 +332,8 @@ class TestFiles:
         np.testing.assert_array_equal(items["topic"].to_numpy(), small.catalog.topic)
         assert (report.num_users, report.num_events, report.num_impressions) == (12, events.height, shown.height)
         assert "M events/s" in str(report) and "oracle" not in str(report)
-        assert sorted(path.name for path in tmp_path.iterdir()) == [
-            "events.parquet",
-            "impressions.parquet",
-            "items.parquet",
-            "simulation.json",
-        ]
+        names = ["events.parquet", "impressions.parquet", "items.parquet", "simulation.json"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == names
 
     def test_reference_metrics_on_request(self, tmp_path: Path, small: SimulatedLog) -> None:
         report = simulate(replace(SMALL, out=str(tmp_path), reference=True))
