@@ -98,7 +98,7 @@ def test_a_command_shows_progress_on_stderr_only(tmp_path: object) -> None:
     words = ["simulate", f"out={tmp_path}/source", "num_users=60", "events_per_user=5000", "impressions_per_user=1"]
     out, shown = _on_terminal(f"module.TERMINAL_DELAY_S = 0.0\nfrom vista.cli.main import main\nmain({words})")
     assert "simulate" in shown and "left" in shown
-    assert out.startswith(f"{tmp_path}/source: 200 users") and "%" not in out
+    assert out.startswith(f"{tmp_path}/source: 60 users") and "%" not in out
 
 
 OF = r"\d+ of \d+ \w+ \(\d+%\), +\S+, \S+ left"
