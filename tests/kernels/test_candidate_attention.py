@@ -141,7 +141,6 @@ def test_direct_products_error(bias: str) -> None:
         torch.testing.assert_close(actual, expected, rtol=2.0**-7, atol=2.0**-7)
 
 
-@pytest.mark.processor
 @pytest.mark.parametrize("profile", PROFILES)
 def test_the_processor_chooses_the_form(profile: str, force_processor: Callable[[str], None]) -> None:
     force_processor(profile)
@@ -185,7 +184,6 @@ def test_opcheck(bias: str) -> None:
 
 
 @pytest.mark.research
-@pytest.mark.processor
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compiles_as_one_graph(dtype: torch.dtype) -> None:
     inputs = make((2, 5, 4), dtype)

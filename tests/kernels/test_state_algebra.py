@@ -1,6 +1,10 @@
-"""What additive states must satisfy: split and resume, decay, forgetting, blocks, and reading."""
+"""What additive states must satisfy, and the forms that the torch backend chooses for them: memory, short segments."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ from torch import Tensor
 
 from vista_kernels import (
     accumulate_state,
+    causal_linear_attention,
     quasi_linear_attention,
     read_state,
     scan_counts,
@@ -17,8 +22,10 @@ from vista_kernels import (
     torch_backend,
 )
 from vista_kernels import backend as backends
+from vista_kernels.torch_backend import short_segments
 
-from .conftest import resized
+from .conftest import OPERATORS, Inputs, resized
+from .test_operators import check_against_oracle
 
 
 def offsets_of(lengths: list[int]) -> Tensor:
@@ -168,3 +175,137 @@ def test_long_and_short_users_at_full_window_size() -> None:
         torch.testing.assert_close(z[b].double(), expected, rtol=1e-4, atol=1e-2)
         read = torch.einsum("shd,hde->she", q[start:stop].double().relu(), expected / max(lengths[b], 1))
         torch.testing.assert_close(out[start:stop].double(), read, rtol=1e-4, atol=1e-5)
+
+
+LENGTHS = [200, 3, 3, 0, 5, 1, 30, 31, 4]
+"""The first segment is a long one in small windows."""
+UNITS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
+QLA = OPERATORS["quasi_linear_attention"]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the names of the functions that ran, so that a test can assert that they did."""
+    names: list[str] = []
+    for name in ("_tiles", "_long_state"):
+        plain = getattr(short_segments, name)
+
+        def counted(*args: Any, name: str = name, plain: Any = plain) -> Any:
+            names.append(name)
+            return plain(*args)
+
+        monkeypatch.setattr(short_segments, name, counted)
+    return names
+
+
+def short_inputs(dtype: torch.dtype, weight: str, width: int = 64) -> Inputs:
+    """Return inputs without targets, whose states hold more numbers than the segments."""
+    inputs = QLA.make(LENGTHS, dtype, width=width, value_width=6) | {"num_targets": None}
+    if weight == "none":
+        inputs["weight"] = None
+    elif weight == "tokens":
+        inputs["weight"] = inputs["weight"][:, 0]
+    return inputs
+
+
+@pytest.mark.processor
+@pytest.mark.parametrize(("dtype", "profile"), [*((each, "float32") for each in UNITS), (torch.bfloat16, "bfloat16")])
+@pytest.mark.parametrize("weight", ["none", "tokens", "heads"])
+@pytest.mark.usefixtures("small_windows")
+def test_short_segments_agree_with_the_oracle(
+    dtype: torch.dtype, profile: str, weight: str, calls: list[str], force_processor: Callable[[str], None]
+) -> None:
+    """Only products of bfloat16 depend on the profile."""
+    force_processor(profile)
+    for normalization in ("none", "length"):
+        calls.clear()
+        check_against_oracle(QLA, short_inputs(dtype, weight) | {"normalization": normalization}, UNITS[dtype])
+        assert calls.count("_tiles") == calls.count("_long_state") == 2  # forward and backward
+
+
+def test_short_segments_alone_and_together(calls: list[str]) -> None:
+    inputs = short_inputs(torch.float64, "heads")
+    (together,), gradients = QLA.gradients(QLA.fast, inputs)
+    exact = QLA.gradients(QLA.oracle, inputs)[1]
+    for ours, theirs in zip(gradients, exact, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    for b in range(len(LENGTHS)):
+        alone = QLA.fast(QLA.segment(inputs | {"num_targets": torch.zeros(len(LENGTHS))}, b) | {"num_targets": None})[0]
+        torch.testing.assert_close(together[QLA.rows("tokens", inputs, b)], alone, rtol=1e-12, atol=1e-12)
+    assert "_tiles" in calls
+
+
+def test_poison_in_a_short_segment_stays_there(calls: list[str]) -> None:
+    inputs = short_inputs(torch.float32, "heads")
+
+    def run(inputs: Inputs) -> tuple[Tensor, ...]:
+        outputs, gradients = QLA.gradients(QLA.fast, inputs)
+        return outputs + gradients
+
+    clean = run(inputs)
+    start, stop = inputs["offsets"][6:8].tolist()
+    poisoned = {name: inputs[name].clone() for name in ("q", "k", "v", "weight")}
+    for x in poisoned.values():
+        x[start + 1 : stop : 2] = torch.nan
+    for before, after in zip(clean, run(inputs | poisoned), strict=True):
+        assert after[start:stop].isnan().any()
+        assert torch.equal(before[:start], after[:start]) and torch.equal(before[stop:], after[stop:])
+    assert "_tiles" in calls
+
+
+@pytest.mark.parametrize("length", [257, 5000])
+@pytest.mark.processor
+def test_sums_of_bfloat16_tokens_stay_exact(length: int) -> None:
+    """A sum held in bfloat16 would stop at 256."""
+    ones = torch.ones(length, 2, 3, dtype=torch.bfloat16)
+    z, n = accumulate_state(ones, ones, torch.tensor([0, length]), activation="identity")
+    assert z.dtype == n.dtype == torch.float32
+    assert bool((z == length).all()) and bool((n == length).all())
+
+
+STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+TOKEN_WIDTH, NUM_TOKENS = 16, 500_000
+ROW_BYTES = 4 * TOKEN_WIDTH
+"""Bytes of a token in one tensor. No operator may hold as much for every token."""
+
+
+def resident(key: str) -> int:
+    """Return the bytes resident now (VmRSS), or at the peak since the last reset (VmHWM)."""
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(key))
+    return 1024 * int(line.split()[1])
+
+
+def extra_bytes(operator: Callable[..., Tensor], length: int) -> int:
+    """Return the peak bytes of forward beyond its output or of backward beyond the gradients, whichever is more."""
+    offsets = torch.arange(0, NUM_TOKENS + 1, length)
+    q, k, v = (torch.randn(NUM_TOKENS, 1, TOKEN_WIDTH).requires_grad_() for _ in range(3))
+    RESET.write_text("5")
+    before = resident("VmRSS")
+    out = operator(q, k, v, offsets)
+    forward = resident("VmHWM") - before - out.untyped_storage().nbytes()
+    given = torch.ones_like(out)
+    RESET.write_text("5")
+    before = resident("VmRSS")
+    grads = torch.autograd.grad(out, (q, k, v), given, allow_unused=True)
+    results = sum(x.untyped_storage().nbytes() for x in grads if x is not None)
+    return max(forward, resident("VmHWM") - before - results)
+
+
+def segment_states(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
+    """Return the states of the segments; q is not used."""
+    return accumulate_state(k, v, offsets)[0]
+
+
+def causal_outputs(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
+    """Return the outputs alone."""
+    return causal_linear_attention(q, k, v, offsets)[0]
+
+
+@pytest.mark.skipif(not RESET.exists(), reason="this system does not report peak memory")
+@pytest.mark.parametrize("length", [NUM_TOKENS, 50], ids=["one-user", "short-users"])
+@pytest.mark.parametrize("operator", [quasi_linear_attention, causal_outputs, segment_states])
+def test_no_temporary_holds_all_tokens(operator: Callable[..., Tensor], length: int) -> None:
+    extra_bytes(operator, length)  # allocates the buffers that are kept
+    # Short segments have indices, a few numbers per token; a single segment has none.
+    limit = ROW_BYTES * 3 // 4 if length < NUM_TOKENS else 4
+    assert extra_bytes(operator, length) < limit * NUM_TOKENS

@@ -1,14 +1,17 @@
 """The Triton backend alone: shapes and dtypes, how it shares out work, equal bits, and what it refuses.
 
 Kernels run in Triton's interpreter where there is no GPU. Gradients are compared with the float64 oracle: gradcheck
-needs float64, which the backend does not take.
+needs float64, which the backend does not take. Kernels are compiled by `scripts.benchmarks.compile_kernels` in another
+process, because Triton may use its interpreter in this one.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import vista_kernels
+from vista_kernels.segments import Segments
 from vista_kernels.torch_backend import scan_rows as torch_scan_rows
 
 from .conftest import Operator
@@ -26,7 +30,6 @@ from .test_operators import check_against_oracle, err
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from vista_kernels import triton_backend
-from vista_kernels.segments import Segments
 from vista_kernels.triton_backend import accelerator, blocks
 from vista_kernels.triton_backend.accelerator import Accelerator
 from vista_kernels.triton_backend.item_sizes import ItemSizes
@@ -261,3 +264,35 @@ except ValueError as error:
     assert (
         done.stdout.strip() == "backend 'triton' needs the package triton, which is not installed: pip install triton"
     ), done.stderr
+
+
+REPOSITORY = Path(__file__).parents[2]
+DEVICES = ["sm_80", "sm_90", "sm_100", "gfx942"]
+
+
+def compile_kernels(*words: str) -> str:
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'kernels'}"}
+    command = [sys.executable, "-W", "ignore", "-m", "scripts.benchmarks.compile_kernels", *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.research
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiles(device: str) -> None:
+    lines = compile_kernels("--device", device).splitlines()
+    assert len(lines) > 15
+    assert all(line.startswith(f"| {device} |") for line in lines[2:])
+
+
+@pytest.mark.research
+def test_compiles_in_float32() -> None:
+    compile_kernels("--device", "sm_90", "--dtype", "float32")
+
+
+@pytest.mark.aot
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiles_in_every_width_and_dtype(device: str) -> None:
+    compile_kernels("--device", device, "--all")

@@ -50,50 +50,54 @@ def rows_of(count: int, feature: EmbeddingFeature, num_hashes: int, num_rows: in
     return hashed_rows(torch.arange(count), feature, num_hashes, num_rows)
 
 
-class TestRows:
-    def test_the_mix_is_splitmix64(self) -> None:
-        """Against the generator's published outputs from the seed 1234567."""
-        published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
-        states = torch.tensor(np.array([(1234567 + k * GAMMA) % WORD for k in range(4)], np.uint64).view(np.int64))
-        assert mix64(states).numpy().view(np.uint64).tolist() == published
-        words = np.random.default_rng(0).integers(0, WORD, 200, np.uint64)
-        mixes = mix64(torch.from_numpy(words.view(np.int64))).numpy().view(np.uint64)
-        assert mixes.tolist() == [mixed(word) for word in words.tolist()]
+def test_the_mix_is_splitmix64() -> None:
+    """Against the generator's published outputs from the seed 1234567."""
+    published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
+    states = torch.tensor(np.array([(1234567 + k * GAMMA) % WORD for k in range(4)], np.uint64).view(np.int64))
+    assert mix64(states).numpy().view(np.uint64).tolist() == published
+    words = np.random.default_rng(0).integers(0, WORD, 200, np.uint64)
+    mixes = mix64(torch.from_numpy(words.view(np.int64))).numpy().view(np.uint64)
+    assert mixes.tolist() == [mixed(word) for word in words.tolist()]
 
-    @pytest.mark.parametrize(("num_rows", "num_hashes"), [*SHAPES, (1, 3)])
-    def test_rows_equal_the_definition(self, num_rows: int, num_hashes: int) -> None:
-        for feature in EmbeddingFeature:
-            values = torch.tensor([[0, 1], [40, 2**31 - 1]])
-            rows = hashed_rows(values, feature, num_hashes, num_rows)
-            assert rows.shape == (2, 2, num_hashes) and rows.dtype == torch.int64
-            expected = [expected_rows(value, feature, num_hashes, num_rows) for value in values.flatten().tolist()]
-            assert rows.flatten(0, 1).tolist() == expected
 
-    def test_rows_never_change(self) -> None:
-        """Saved models rely on them."""
-        assert rows_of(3, EmbeddingFeature.item, 2, 1000).tolist() == [[936, 633], [872, 328], [647, 527]]
-        assert rows_of(3, EmbeddingFeature.action, 2, 1000).tolist() == [[777, 362], [79, 322], [977, 743]]
-        assert rows_of(3, EmbeddingFeature.gap, 2, 1000).tolist() == [[373, 35], [643, 11], [42, 814]]
+@pytest.mark.parametrize(("num_rows", "num_hashes"), [*SHAPES, (1, 3)])
+def test_rows_equal_the_definition(num_rows: int, num_hashes: int) -> None:
+    for feature in EmbeddingFeature:
+        values = torch.tensor([[0, 1], [40, 2**31 - 1]])
+        rows = hashed_rows(values, feature, num_hashes, num_rows)
+        assert rows.shape == (2, 2, num_hashes) and rows.dtype == torch.int64
+        expected = [expected_rows(value, feature, num_hashes, num_rows) for value in values.flatten().tolist()]
+        assert rows.flatten(0, 1).tolist() == expected
 
-    @pytest.mark.parametrize("feature", EmbeddingFeature)
-    def test_every_hash_function_fills_the_table_evenly(self, feature: EmbeddingFeature) -> None:
-        rows = rows_of(20_000, feature, 3, 97) - 1
-        assert chi_square_sds(rows, 97).abs().max() < 4.5
 
-    def test_hash_functions_are_independent_within_a_feature_and_across(self) -> None:
-        """Pairs of rows of one value are spread evenly over 31 x 31 cells."""
-        columns = torch.cat([rows_of(50_000, feature, 2, 31) - 1 for feature in EmbeddingFeature], 1)
-        pairs = [columns[:, i] * 31 + columns[:, j] for i in range(6) for j in range(i)]
-        assert chi_square_sds(torch.stack(pairs, 1), 31 * 31).abs().max() < 4.5
+def test_rows_never_change() -> None:
+    """Saved models rely on them."""
+    assert rows_of(3, EmbeddingFeature.item, 2, 1000).tolist() == [[936, 633], [872, 328], [647, 527]]
+    assert rows_of(3, EmbeddingFeature.action, 2, 1000).tolist() == [[777, 362], [79, 322], [977, 743]]
+    assert rows_of(3, EmbeddingFeature.gap, 2, 1000).tolist() == [[373, 35], [643, 11], [42, 814]]
 
-    def test_values_collide_as_often_as_chance_predicts(self) -> None:
-        """2,000 values over 997 rows: a pair agrees in one hash with probability 1/997, in two with its square."""
-        one, other = rows_of(2000, EmbeddingFeature.item, 2, 997).T
-        pairs = 2000 * 1999 / 2
-        for keys, expected in ((one, pairs / 997), (other, pairs / 997), (one * 997 + other, pairs / 997**2)):
-            _, counts = keys.unique(return_counts=True)
-            collisions = float((counts * (counts - 1) // 2).sum())
-            assert abs(collisions - expected) < 5 * expected**0.5, (collisions, expected)
+
+@pytest.mark.parametrize("feature", EmbeddingFeature)
+def test_every_hash_function_fills_the_table_evenly(feature: EmbeddingFeature) -> None:
+    rows = rows_of(20_000, feature, 3, 97) - 1
+    assert chi_square_sds(rows, 97).abs().max() < 4.5
+
+
+def test_hash_functions_are_independent_within_a_feature_and_across() -> None:
+    """Pairs of rows of one value are spread evenly over 31 x 31 cells."""
+    columns = torch.cat([rows_of(50_000, feature, 2, 31) - 1 for feature in EmbeddingFeature], 1)
+    pairs = [columns[:, i] * 31 + columns[:, j] for i in range(6) for j in range(i)]
+    assert chi_square_sds(torch.stack(pairs, 1), 31 * 31).abs().max() < 4.5
+
+
+def test_values_collide_as_often_as_chance_predicts() -> None:
+    """2,000 values over 997 rows: a pair agrees in one hash with probability 1/997, in two with its square."""
+    one, other = rows_of(2000, EmbeddingFeature.item, 2, 997).T
+    pairs = 2000 * 1999 / 2
+    for keys, expected in ((one, pairs / 997), (other, pairs / 997), (one * 997 + other, pairs / 997**2)):
+        _, counts = keys.unique(return_counts=True)
+        collisions = float((counts * (counts - 1) // 2).sum())
+        assert abs(collisions - expected) < 5 * expected**0.5, (collisions, expected)
 
 
 def chi_square_sds(cells: Tensor, num_cells: int) -> Tensor:
@@ -135,157 +139,158 @@ def with_tables(make: SimpleNamespace, unified: RankingModel) -> RankingModel:
     return plain
 
 
-class TestModel:
-    def test_a_vector_is_the_concatenation_of_the_values_rows(self, make: SimpleNamespace) -> None:
-        model = built(make, "vista", embedding_rows=7, embedding_hashes=4)
-        table = model.item_table.detach()
-        assert table.shape == (8, 4)
+def test_a_vector_is_the_concatenation_of_the_values_rows(make: SimpleNamespace) -> None:
+    model = built(make, "vista", embedding_rows=7, embedding_hashes=4)
+    table = model.item_table.detach()
+    assert table.shape == (8, 4)
 
-        def vector(value: int, feature: EmbeddingFeature) -> Tensor:
-            return torch.cat([table[row] for row in expected_rows(value, feature, 4, 7)])
+    def vector(value: int, feature: EmbeddingFeature) -> Tensor:
+        return torch.cat([table[row] for row in expected_rows(value, feature, 4, 7)])
 
-        items = model.item_vectors(torch.arange(41))
-        assert torch.equal(items[1:], torch.stack([vector(value, EmbeddingFeature.item) for value in range(1, 41)]))
-        assert torch.equal(model.catalog_vectors(), items[1:])
-        assert items.shape == (41, 16) and not items[0].any(), "the unknown item"
-        codes = torch.tensor([[0, 2], [1, 1]])
-        expected = torch.stack([vector(int(code), EmbeddingFeature.action) for code in codes.flatten()]).view(2, 2, 16)
-        assert torch.equal(model.encoder.action(codes), expected)  # type: ignore[misc]
-        gaps = model.encoder.gap_vectors(torch.arange(NUM_GAPS))
-        assert torch.equal(gaps, torch.stack([vector(gap, EmbeddingFeature.gap) for gap in range(NUM_GAPS)]))  # type: ignore[arg-type]
-
-    def test_items_that_share_one_row_differ_in_the_other(self, make: SimpleNamespace) -> None:
-        model = built(make, "vista", embedding_rows=20, embedding_hashes=2)
-        rows = hashed_rows(torch.arange(1, make.num_items + 1), EmbeddingFeature.item, 2, 20)
-        first, second = (rows[:, None] == rows).unbind(-1)
-        one, other = torch.nonzero(first & ~second).T
-        apart = one < other
-        assert apart.sum() >= 10
-        vectors = model.catalog_vectors()
-        a, b = vectors[one[apart]], vectors[other[apart]]
-        assert torch.equal(a[:, :8], b[:, :8]) and (a[:, 8:] != b[:, 8:]).any(1).all()
-
-    @pytest.mark.parametrize("architecture", ["vista", "sasrec"])
-    @pytest.mark.parametrize(("num_rows", "num_hashes"), SHAPES)
-    def test_losses_and_gradients_equal_those_of_tables_that_share(
-        self, make: SimpleNamespace, architecture: str, num_rows: int, num_hashes: int
-    ) -> None:
-        """The gradient of a row is the sum over all values, hash functions and features that read it."""
-        model = built(make, architecture, embedding_rows=num_rows, embedding_hashes=num_hashes)
-        plain = with_tables(make, model)
-        chunks, _ = make.chunks(make.histories([9, 4, 14], 3), 3, impressions=12)
-        batch = make.batch(chunks, make.plan(model), 3)
-        losses = [m.losses(batch, m.item_vectors(batch.rows), NEXT_ONLY) for m in (model, plain)]
-        assert losses[0].parts.keys() == losses[1].parts.keys()
-        assert torch.equal(losses[0].total, losses[1].total), "the same vectors"
-        for each in losses:
-            each.total.backward()
-        assert model.item_table.grad is not None and model.item_table.grad.is_sparse
-        expected = torch.zeros_like(model.item_table)
-        tables = {
-            EmbeddingFeature.item: plain.item_table.grad.to_dense()[1:],  # type: ignore[union-attr]
-            EmbeddingFeature.action: plain.encoder.action.weight.grad,  # type: ignore[union-attr]
-            EmbeddingFeature.gap: plain.encoder.gap.weight.grad,  # type: ignore[union-attr]
-        }
-        for feature, gradient in tables.items():
-            first = 1 if feature is EmbeddingFeature.item else 0
-            rows = hashed_rows(torch.arange(first, first + len(gradient)), feature, num_hashes, num_rows)
-            expected.index_add_(0, rows.flatten(), gradient.reshape(-1, 16 // num_hashes))
-        assert expected[1:].any() and not expected[0].any()
-        close = 1e-5 * float(expected.abs().max())  # sums in another order
-        torch.testing.assert_close(model.item_table.grad.to_dense(), expected, rtol=0, atol=close)
-
-    def test_a_round_trip_keeps_every_bit(self, make: SimpleNamespace, tmp_path: Path) -> None:
-        model = make.model(embedding_rows=11, embedding_hashes=4)
-        model.save_pretrained(tmp_path / "best")
-        back = VistaModel.from_pretrained(tmp_path / "best")
-        assert back.config == model.config and torch.equal(back.item_table, model.item_table)
-        assert back.summarizer_id() == model.summarizer_id()
-        packed = make.histories([0, 5, 30], 2)
-        assert torch.equal(inference.summarize(back, packed), inference.summarize(model, packed))
-        assert torch.equal(inference.item_vectors(back.with_tail(2)), inference.item_vectors(model))
-        # What moves the model moves the one table that its features read.
-        assert back.double().encoder.gap_vectors(torch.tensor([3])).dtype == torch.float64  # type: ignore[union-attr]
-
-    def test_summarizer_id_covers_the_table_and_how_it_is_read(self, make: SimpleNamespace) -> None:
-        def identity(model: VistaModel) -> bytes:
-            with torch.no_grad():  # the same weights, wherever shapes agree
-                for parameter in model.parameters():
-                    parameter.fill_(0.5)
-            return model.summarizer_id()
-
-        options = {"rating_range": None, "has_time": False, "use_action": False, "dim": 16}
-        plain = identity(make.model(**options))
-        unified = [make.model(**options, embedding_rows=rows, embedding_hashes=p) for rows, p in ((40, 1), (40, 2))]
-        assert plain == identity(make.model(**options, embedding_hashes=4)), "hash functions that nothing uses"
-        assert len({plain, *map(identity, unified)}) == 3
-        model = make.model(embedding_rows=11)
-        before = model.summarizer_id()
-        with torch.no_grad():
-            model.item_table[3, 0] += 1
-        assert model.summarizer_id() != before
+    items = model.item_vectors(torch.arange(41))
+    assert torch.equal(items[1:], torch.stack([vector(value, EmbeddingFeature.item) for value in range(1, 41)]))
+    assert torch.equal(model.catalog_vectors(), items[1:])
+    assert items.shape == (41, 16) and not items[0].any(), "the unknown item"
+    codes = torch.tensor([[0, 2], [1, 1]])
+    expected = torch.stack([vector(int(code), EmbeddingFeature.action) for code in codes.flatten()]).view(2, 2, 16)
+    assert torch.equal(model.encoder.action(codes), expected)  # type: ignore[misc]
+    gaps = model.encoder.gap_vectors(torch.arange(NUM_GAPS))
+    assert torch.equal(gaps, torch.stack([vector(gap, EmbeddingFeature.gap) for gap in range(NUM_GAPS)]))  # type: ignore[arg-type]
 
 
-class TestTraining:
-    def trainer(self, log: EventLog, run_dir: Path, **options: object) -> Trainer:
-        config = small_config(log, run_dir, model__embedding_rows=4001, **options)
-        made = Trainer(config, log)
-        made.model.train()
-        return made
+def test_items_that_share_one_row_differ_in_the_other(make: SimpleNamespace) -> None:
+    model = built(make, "vista", embedding_rows=20, embedding_hashes=2)
+    rows = hashed_rows(torch.arange(1, make.num_items + 1), EmbeddingFeature.item, 2, 20)
+    first, second = (rows[:, None] == rows).unbind(-1)
+    one, other = torch.nonzero(first & ~second).T
+    apart = one < other
+    assert apart.sum() >= 10
+    vectors = model.catalog_vectors()
+    a, b = vectors[one[apart]], vectors[other[apart]]
+    assert torch.equal(a[:, :8], b[:, :8]) and (a[:, 8:] != b[:, 8:]).any(1).all()
 
-    def test_a_step_changes_only_the_rows_that_its_batch_reads(self, event_log: EventLog, tmp_path: Path) -> None:
-        made = self.trainer(event_log, tmp_path, data__num_negatives=5)
-        table = made.model.item_table
-        shared = torch.cat(
-            [rows_of(NUM_GAPS, EmbeddingFeature.gap, 2, 4001), rows_of(2, EmbeddingFeature.action, 2, 4001)]
-        ).flatten()
-        for index in range(3):
-            before = table.detach().clone()
-            batch = made.source.batch(0, index)
-            assert len(batch.rows) < 40, "some items are in no batch"
-            made._step(batch, 0.1)
-            changed = (table.detach() != before).any(1)
-            used = torch.zeros(len(table), dtype=torch.bool)
-            read = hashed_rows(batch.rows, EmbeddingFeature.item, 2, 4001).flatten()
-            used[read] = used[shared] = True
-            assert not changed[~used].any() and not table.detach()[0].any()
-            assert changed[read].all() and changed[hashed_rows(batch.events.gap, EmbeddingFeature.gap, 2, 4001)].all()
-            assert changed[hashed_rows(batch.events.action, EmbeddingFeature.action, 2, 4001)].all()
-            assert table.grad is None
 
-    def test_the_clipped_norm_counts_a_row_once(self, event_log: EventLog, tmp_path: Path) -> None:
-        made = self.trainer(event_log, tmp_path, optim__gradient_clip=0.01)
-        batch = made.source.batch(0, 0)
-        vectors = made.model.item_vectors(batch.rows)
-        loss = made.model.losses(batch, vectors, made.config.optim).total
+@pytest.mark.parametrize("architecture", ["vista", "sasrec"])
+@pytest.mark.parametrize(("num_rows", "num_hashes"), SHAPES)
+def test_losses_and_gradients_equal_those_of_tables_that_share(
+    make: SimpleNamespace, architecture: str, num_rows: int, num_hashes: int
+) -> None:
+    """The gradient of a row is the sum over all values, hash functions and features that read it."""
+    model = built(make, architecture, embedding_rows=num_rows, embedding_hashes=num_hashes)
+    plain = with_tables(make, model)
+    chunks, _ = make.chunks(make.histories([9, 4, 14], 3), 3, impressions=12)
+    batch = make.batch(chunks, make.plan(model), 3)
+    losses = [m.losses(batch, m.item_vectors(batch.rows), NEXT_ONLY) for m in (model, plain)]
+    assert losses[0].parts.keys() == losses[1].parts.keys()
+    assert torch.equal(losses[0].total, losses[1].total), "the same vectors"
+    for each in losses:
+        each.total.backward()
+    assert model.item_table.grad is not None and model.item_table.grad.is_sparse
+    expected = torch.zeros_like(model.item_table)
+    tables = {
+        EmbeddingFeature.item: plain.item_table.grad.to_dense()[1:],  # type: ignore[union-attr]
+        EmbeddingFeature.action: plain.encoder.action.weight.grad,  # type: ignore[union-attr]
+        EmbeddingFeature.gap: plain.encoder.gap.weight.grad,  # type: ignore[union-attr]
+    }
+    for feature, gradient in tables.items():
+        first = 1 if feature is EmbeddingFeature.item else 0
+        rows = hashed_rows(torch.arange(first, first + len(gradient)), feature, num_hashes, num_rows)
+        expected.index_add_(0, rows.flatten(), gradient.reshape(-1, 16 // num_hashes))
+    assert expected[1:].any() and not expected[0].any()
+    close = 1e-5 * float(expected.abs().max())  # sums in another order
+    torch.testing.assert_close(model.item_table.grad.to_dense(), expected, rtol=0, atol=close)
 
-        def norm() -> float:
-            gradients = [p.grad for p in made.model.parameters() if p.grad is not None]
-            return float(torch.cat([g.to_dense().flatten() if g.is_sparse else g.flatten() for g in gradients]).norm())
 
-        loss.backward(retain_graph=True)
-        unclipped = norm()
-        made.model.zero_grad()
-        assert made.optimizers.backward(loss) == pytest.approx(unclipped, rel=1e-5) and unclipped > 0.1
-        assert norm() == pytest.approx(0.01, rel=1e-3)
+def test_a_round_trip_keeps_every_bit(make: SimpleNamespace, tmp_path: Path) -> None:
+    model = make.model(embedding_rows=11, embedding_hashes=4)
+    model.save_pretrained(tmp_path / "best")
+    back = VistaModel.from_pretrained(tmp_path / "best")
+    assert back.config == model.config and torch.equal(back.item_table, model.item_table)
+    assert back.summarizer_id() == model.summarizer_id()
+    packed = make.histories([0, 5, 30], 2)
+    assert torch.equal(inference.summarize(back, packed), inference.summarize(model, packed))
+    assert torch.equal(inference.item_vectors(back.with_tail(2)), inference.item_vectors(model))
+    # What moves the model moves the one table that its features read.
+    assert back.double().encoder.gap_vectors(torch.tensor([3])).dtype == torch.float64  # type: ignore[union-attr]
 
-    def test_a_trained_model_is_served(self, event_log: EventLog, tmp_path: Path) -> None:
-        """Train, refresh and score; the log counts the parameters."""
-        config = small_config(event_log, tmp_path / "run", model__embedding_rows=20)
-        model = train(config, event_log)
-        total = sum(p.numel() for p in model.parameters())
-        said = f"{total} parameters, {21 * 8} of them in a table of 21 x 8"
-        assert said in (tmp_path / "run" / "train.log").read_text()
-        refresh(model, event_log, tmp_path / "store")
-        with Scorer.open(tmp_path / "run" / "best", tmp_path / "store") as scorer:
-            scores = scorer.score([103, 100], [0, 390, 7])
-            users, (ids, items) = scorer.user_vectors([103, 100]), scorer.item_vectors()
-        columns = [ids.tolist().index(item) for item in (0, 390)]
-        np.testing.assert_allclose(
-            scores[:, :2], users @ items[columns].T / model.config.softmax_temperature, atol=1e-4
-        )
-        assert not scores[:, 2].any() and np.abs(scores[:, :2]).min() > 0, "an unknown item is neutral"
-        expected = model.item_vectors(torch.from_numpy(model.item_rows([0, 390]))).detach().numpy()
-        np.testing.assert_allclose(
-            items[columns], expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-6
-        )
+
+def test_summarizer_id_covers_the_table_and_how_it_is_read(make: SimpleNamespace) -> None:
+    def identity(model: VistaModel) -> bytes:
+        with torch.no_grad():  # the same weights, wherever shapes agree
+            for parameter in model.parameters():
+                parameter.fill_(0.5)
+        return model.summarizer_id()
+
+    options = {"rating_range": None, "has_time": False, "use_action": False, "dim": 16}
+    plain = identity(make.model(**options))
+    unified = [make.model(**options, embedding_rows=rows, embedding_hashes=p) for rows, p in ((40, 1), (40, 2))]
+    assert plain == identity(make.model(**options, embedding_hashes=4)), "hash functions that nothing uses"
+    assert len({plain, *map(identity, unified)}) == 3
+    model = make.model(embedding_rows=11)
+    before = model.summarizer_id()
+    with torch.no_grad():
+        model.item_table[3, 0] += 1
+    assert model.summarizer_id() != before
+
+
+def trainer_of(log: EventLog, run_dir: Path, **options: object) -> Trainer:
+    config = small_config(log, run_dir, model__embedding_rows=4001, **options)
+    made = Trainer(config, log)
+    made.model.train()
+    return made
+
+
+def test_a_step_changes_only_the_rows_that_its_batch_reads(event_log: EventLog, tmp_path: Path) -> None:
+    made = trainer_of(event_log, tmp_path, data__num_negatives=5)
+    table = made.model.item_table
+    shared = torch.cat(
+        [rows_of(NUM_GAPS, EmbeddingFeature.gap, 2, 4001), rows_of(2, EmbeddingFeature.action, 2, 4001)]
+    ).flatten()
+    for index in range(3):
+        before = table.detach().clone()
+        batch = made.source.batch(0, index)
+        assert len(batch.rows) < 40, "some items are in no batch"
+        made._step(batch, 0.1)
+        changed = (table.detach() != before).any(1)
+        used = torch.zeros(len(table), dtype=torch.bool)
+        read = hashed_rows(batch.rows, EmbeddingFeature.item, 2, 4001).flatten()
+        used[read] = used[shared] = True
+        assert not changed[~used].any() and not table.detach()[0].any()
+        assert changed[read].all() and changed[hashed_rows(batch.events.gap, EmbeddingFeature.gap, 2, 4001)].all()
+        assert changed[hashed_rows(batch.events.action, EmbeddingFeature.action, 2, 4001)].all()
+        assert table.grad is None
+
+
+def test_the_clipped_norm_counts_a_row_once(event_log: EventLog, tmp_path: Path) -> None:
+    made = trainer_of(event_log, tmp_path, optim__gradient_clip=0.01)
+    batch = made.source.batch(0, 0)
+    vectors = made.model.item_vectors(batch.rows)
+    loss = made.model.losses(batch, vectors, made.config.optim).total
+
+    def norm() -> float:
+        gradients = [p.grad for p in made.model.parameters() if p.grad is not None]
+        return float(torch.cat([g.to_dense().flatten() if g.is_sparse else g.flatten() for g in gradients]).norm())
+
+    loss.backward(retain_graph=True)
+    unclipped = norm()
+    made.model.zero_grad()
+    assert made.optimizers.backward(loss) == pytest.approx(unclipped, rel=1e-5) and unclipped > 0.1
+    assert norm() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_trained_model_is_served(event_log: EventLog, tmp_path: Path) -> None:
+    """Train, refresh and score; the log counts the parameters."""
+    config = small_config(event_log, tmp_path / "run", model__embedding_rows=20)
+    model = train(config, event_log)
+    total = sum(p.numel() for p in model.parameters())
+    said = f"{total} parameters, {21 * 8} of them in a table of 21 x 8"
+    assert said in (tmp_path / "run" / "train.log").read_text()
+    refresh(model, event_log, tmp_path / "store")
+    with Scorer.open(tmp_path / "run" / "best", tmp_path / "store") as scorer:
+        scores = scorer.score([103, 100], [0, 390, 7])
+        users, (ids, items) = scorer.user_vectors([103, 100]), scorer.item_vectors()
+    columns = [ids.tolist().index(item) for item in (0, 390)]
+    np.testing.assert_allclose(scores[:, :2], users @ items[columns].T / model.config.softmax_temperature, atol=1e-4)
+    assert not scores[:, 2].any() and np.abs(scores[:, :2]).min() > 0, "an unknown item is neutral"
+    expected = model.item_vectors(torch.from_numpy(model.item_rows([0, 390]))).detach().numpy()
+    np.testing.assert_allclose(items[columns], expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-6)

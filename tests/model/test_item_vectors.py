@@ -1,23 +1,34 @@
-"""Indexes over item vectors: what they find, that builds repeat, and that damaged files are refused."""
+"""Indexes and codes of item vectors, and vectors of texts: what they find, repeated builds, and damaged files."""
 
 from __future__ import annotations
 
 import json
+import socket
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
 from torch import Tensor
 
 from tests.conftest import run_python
 from vista.arrays import Float32s
+from vista.cli.main import main
 from vista.config.choices import IndexKind
-from vista.errors import ItemIndexError, ItemIndexMismatchError
+from vista.errors import DataError, ItemIndexError, ItemIndexMismatchError, MissingDependencyError
 from vista.model import item_index
+from vista.model.codebooks import Codebooks
 from vista.model.item_index import FLAT_ITEMS, ItemIndex, kind_for
 from vista.model.item_index_manifest import MANIFEST_FILE, ItemIndexManifest
 from vista.model.model_description import checksum_of
+from vista.model.residual_codes import ResidualCodes
+from vista.model.text_encoder import TextEncoder
 
 DIM, NUM_ITEMS = 17, 4000
 KINDS = [kind.value for kind in IndexKind]
@@ -34,7 +45,7 @@ def table_of(vectors: Float32s) -> Tensor:
     return torch.cat([torch.zeros(1, vectors.shape[1]), torch.from_numpy(vectors)])
 
 
-def expected(table: Tensor, user: Tensor, count: int, allowed: np.ndarray | None = None) -> list[int]:
+def nearest_rows(table: Tensor, user: Tensor, count: int, allowed: np.ndarray | None = None) -> list[int]:
     """The nearest rows by a full sort in float64."""
     scores = (table.double() @ user.double()).numpy()
     scores[0] = -np.inf
@@ -68,11 +79,11 @@ def index(request: pytest.FixtureRequest, vectors: Float32s) -> ItemIndex:
 def test_flat_is_exact(table: Tensor, vectors: Float32s, users: Tensor) -> None:
     index = ItemIndex.build(vectors, IndexKind.flat)
     for user in users:
-        assert index.nearest(table, user, 30).tolist() == expected(table, user, 30)
+        assert index.nearest(table, user, 30).tolist() == nearest_rows(table, user, 30)
 
 
 def test_recall(index: ItemIndex, table: Tensor, users: Tensor) -> None:
-    found = [np.isin(expected(table, user, 50), index.nearest(table, user, 50)).mean() for user in users]
+    found = [np.isin(nearest_rows(table, user, 50), index.nearest(table, user, 50)).mean() for user in users]
     assert np.mean(found) == pytest.approx(index.recall(table, users.numpy(), 50), abs=0.002)
     assert np.mean(found) >= (1 if index.manifest.kind is IndexKind.flat else 0.95)
 
@@ -89,7 +100,7 @@ def test_a_filter_leaves_as_many_as_are_asked_for(
         for user in users:
             rows = index.nearest(table, user, 40, allowed)
             assert allowed[rows].all() and len(set(rows.tolist())) == 40
-            shares.append(np.isin(expected(table, user, 40, allowed), rows).mean())
+            shares.append(np.isin(nearest_rows(table, user, 40, allowed), rows).mean())
         assert np.mean(shares) >= (1 if least else 0.9)
 
 
@@ -97,7 +108,7 @@ def test_filters_that_allow_little_or_nothing(index: ItemIndex, table: Tensor, u
     allowed = np.zeros(NUM_ITEMS + 1, np.bool_)
     assert index.nearest(table, users[0], 10, allowed).tolist() == []
     allowed[[7, 3999]] = True
-    assert index.nearest(table, users[0], 10, allowed).tolist() == expected(table, users[0], 2, allowed)
+    assert index.nearest(table, users[0], 10, allowed).tolist() == nearest_rows(table, users[0], 2, allowed)
 
 
 def test_more_than_all_items(index: ItemIndex, table: Tensor, users: Tensor) -> None:
@@ -113,7 +124,7 @@ def test_the_popularity_is_scaled(vectors: Float32s, users: Tensor) -> None:
     queries = torch.cat([users, torch.full((len(users), 1), 0.05)], 1)
     for kind in (IndexKind.hnsw, IndexKind.ivfpq):
         index = ItemIndex.build(table[1:].numpy(), kind, last_scale=0.05)
-        found = [np.isin(expected(table, user, 50), index.nearest(table, user, 50)).mean() for user in queries]
+        found = [np.isin(nearest_rows(table, user, 50), index.nearest(table, user, 50)).mean() for user in queries]
         assert np.mean(found) >= 0.9
 
 
@@ -135,7 +146,7 @@ def test_items_that_are_added_in_parts_are_all_found(
     if kind is IndexKind.ivfpq:  # whose items do not depend on each other
         same = [np.isin(parts.nearest(table, user, 50), whole.nearest(table, user, 50)).mean() for user in users]
         assert np.mean(same) > 0.98
-    found = [np.isin(expected(table, user, 50), parts.nearest(table, user, 50)).mean() for user in users]
+    found = [np.isin(nearest_rows(table, user, 50), parts.nearest(table, user, 50)).mean() for user in users]
     assert np.mean(found) > 0.9
 
 
@@ -287,3 +298,218 @@ def test_other_folders_and_files_are_not_replaced(vectors: Float32s, tmp_path: P
 def test_the_kind_follows_the_number_of_items() -> None:
     assert kind_for(0) is kind_for(FLAT_ITEMS) is IndexKind.flat
     assert kind_for(FLAT_ITEMS + 1) is kind_for(10**8) is IndexKind.ivfpq
+
+
+def learn(vectors: Float32s, levels: int = 2, num_codes: int = 4, seed: int = 0) -> ResidualCodes:
+    pytest.importorskip("faiss")
+    given = np.asarray(vectors, np.float32)
+    return ResidualCodes.of(given, Codebooks.learn(given, levels=levels, num_codes=num_codes, seed=seed))
+
+
+def noise(count: int, dim: int, seed: int = 0) -> Float32s:
+    return np.random.default_rng(seed).normal(size=(count, dim)).astype(np.float32)
+
+
+def test_planted_codes_are_found() -> None:
+    """Vectors that are a far corner plus a near corner: level 1 finds the first, level 2 the second."""
+    rng = np.random.default_rng(0)
+    far, near = rng.integers(0, 4, (2, 400))
+    corners = np.array([[1, 1], [1, -1], [-1, 1], [-1, -1]], np.float32)
+    codes = learn(100 * corners[far] + corners[near] + 0.01 * noise(400, 2)).codes
+    for planted, found in ((far, codes[:, 0]), (near, codes[:, 1])):
+        assert len(np.unique(np.stack([planted, found], 1), axis=0)) == len(np.unique(found)) == 4
+
+
+def test_errors_are_shares_of_the_variance() -> None:
+    vectors = noise(2000, 8) + 5.0
+    result = learn(vectors, levels=3, num_codes=16)
+    residuals = vectors.astype(np.float64)
+    total = np.square(residuals - residuals.mean(axis=0)).sum()
+    for level, error in enumerate(result.errors, 1):
+        # Centroids are the means of their vectors, up to the last step of k-means.
+        _, group = np.unique(result.codes[:, :level], axis=0, return_inverse=True)
+        means = np.stack([np.bincount(group, column) for column in vectors.T], 1) / np.bincount(group)[:, None]
+        least = np.square(vectors - means[group]).sum() / total
+        assert least <= error + 1e-6
+        if level == 1:
+            assert error == pytest.approx(least, rel=0.01)
+    assert sorted(result.errors, reverse=True) == result.errors
+    assert result.errors[0] < 0.75 and result.num_distinct == 2000
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_few_vectors_have_codes_of_their_own(count: int) -> None:
+    vectors = np.concatenate([noise(count, 3)] * 2)
+    result = learn(vectors)
+    assert result.num_distinct == count and result.errors == [0.0, 0.0]
+    assert np.array_equal(np.sort(result.codes[:count, 0]), np.arange(count))
+    assert (result.codes[:, 1] == 0).all()
+    assert np.array_equal(result.codes[:count], result.codes[count:])
+
+
+def test_equal_vectors_have_equal_codes() -> None:
+    vectors = np.repeat(noise(20, 3), 30, axis=0)
+    vectors[:15] *= -0.0  # zeros of both signs
+    vectors[15:30] *= 0.0
+    result = learn(vectors, levels=3)
+    assert result.num_distinct == 20
+    assert (result.codes.reshape(20, 30, 3) == result.codes[::30, None]).all()
+
+
+@pytest.mark.parametrize(("count", "dim"), [(5, 1), (5, 2), (6, 40), (60, 60), (300, 1)])
+def test_small_shapes(count: int, dim: int) -> None:
+    result = learn(noise(count, dim))
+    assert result.codes.shape == (count, 2) and result.codes.min() >= 0 and result.codes.max() < 4
+    assert 0 <= result.errors[1] <= result.errors[0] < 1
+
+
+@pytest.mark.parametrize("exponent", [-120, 100, 125])
+def test_the_scale_of_vectors_does_not_matter(exponent: int) -> None:
+    vectors = noise(500, 4)
+    scaled = learn(np.ldexp(vectors, exponent))
+    same = learn(vectors)
+    assert np.array_equal(scaled.codes, same.codes)
+    np.testing.assert_allclose(scaled.errors, same.errors, rtol=1e-6)
+
+
+def test_the_seed_decides_and_the_number_of_threads_does_not() -> None:
+    faiss = pytest.importorskip("faiss")
+    vectors = noise(3000, 32)
+    before = faiss.omp_get_max_threads()
+    try:
+        results = []
+        for threads in (1, 3):
+            faiss.omp_set_num_threads(threads)
+            results.append(learn(vectors, num_codes=64).codes)
+            assert faiss.omp_get_max_threads() == threads
+    finally:
+        faiss.omp_set_num_threads(before)
+    assert np.array_equal(*results)
+    assert not np.array_equal(results[0], learn(vectors, num_codes=64, seed=1).codes)
+
+
+def test_usage_and_groups() -> None:
+    codes = np.array([[0, 2], [0, 2], [3, 2], [3, 1]], np.int32)
+    result = ResidualCodes(codes, [0.5, 0.25], 4)
+    quarter = np.exp(-(0.75 * np.log(0.75) + 0.25 * np.log(0.25)))
+    assert result.usage() == [(2, pytest.approx(2.0)), (2, pytest.approx(quarter))]
+    assert sorted(result.groups().tolist()) == [1, 1, 2]
+
+
+def test_without_faiss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    monkeypatch.delitem(sys.modules, "vista.model.faiss_extra", raising=False)
+    with pytest.raises(MissingDependencyError, match=r"need faiss .*pip install .*\[faiss\]'"):
+        Codebooks.learn(noise(3, 2), levels=1, num_codes=2, seed=0)
+
+
+VECTORS = noise(600, 24)
+LEARNED = Codebooks.learn(VECTORS, levels=3, num_codes=16, seed=0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_the_codes_of_a_vector_do_not_depend_on_the_others(data: st.DataObject) -> None:
+    rows = data.draw(st.lists(st.integers(0, 599), min_size=1, max_size=40))
+    scale = data.draw(st.sampled_from([0.0, 1.0, 1e4, 3e38]))  # of other vectors
+    others = scale * noise(data.draw(st.integers(0, 300)), 24, 1).clip(-1, 1)
+    mixed = np.concatenate([VECTORS[rows], others.astype(np.float32)])
+    whole = ResidualCodes.of(VECTORS, LEARNED).codes
+    np.testing.assert_array_equal(ResidualCodes.of(mixed, LEARNED).codes[: len(rows)], whole[rows])
+
+
+def test_saved_codebooks_give_the_same_codes(tmp_path: Path) -> None:
+    LEARNED.save(tmp_path / "x.safetensors")
+    loaded = Codebooks.load(str(tmp_path / "x.safetensors"))
+    assert (loaded.dim, loaded.num_codes, loaded.exponent) == (24, 16, LEARNED.exponent)
+    new = noise(50, 24, 2)
+    found, expected = ResidualCodes.of(new, loaded), ResidualCodes.of(new, LEARNED)
+    np.testing.assert_array_equal(found.codes, expected.codes)
+    assert found.errors == expected.errors and found.errors[0] < 1
+
+
+GOOD = {"level_1": np.ones((2, 3), np.float32), "exponent": np.array(1), "num_codes": np.array(2)}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"level_1": np.ones((2, 3))},
+        {"level_1": np.ones(3, np.float32)},
+        {"level_1": np.ones((3, 3), np.float32)},
+        {"level_1": np.full((2, 3), np.nan, np.float32)},
+        {"level_1": np.ones((2, 0), np.float32)},
+        {"level_1": None},
+        {"level_2": np.ones((2, 4), np.float32)},
+        {"level_3": np.ones((2, 3), np.float32)},
+        {"exponent": np.array(4000)},
+        {"exponent": np.array([1, 2])},
+        {"num_codes": np.array(0)},
+        {"num_codes": None},
+    ],
+)
+def test_damaged_codebooks_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    file = tmp_path / "x.safetensors"
+    save_file(GOOD, file)
+    assert Codebooks.load(str(file)).dim == 3
+    save_file({name: value for name, value in (GOOD | changes).items() if value is not None}, file)
+    with pytest.raises(DataError, match="no readable codebooks"):
+        Codebooks.load(str(file))
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("x" * 100)
+    for name in ("text", "none", "."):
+        with pytest.raises(DataError, match="name a file that `vista items tokenize` wrote"):
+            Codebooks.load(str(tmp_path / name))
+
+
+TEXTS = ["Whole milk, one gallon", "Skim milk, half a gallon", "A comedy about two police officers in Los Angeles"]
+
+
+@pytest.fixture(scope="module")
+def encoder() -> TextEncoder:
+    """Made while every attempt to reach the network fails, even one whose error would be hidden."""
+    tried = []
+
+    def refuse(*arguments: Any, **_: Any) -> None:
+        tried.append(arguments)
+        raise OSError("no network")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("connect", "connect_ex"):
+            patch.setattr(socket.socket, name, refuse)
+        patch.setattr(socket, "getaddrinfo", refuse)
+        made = TextEncoder(torch.device("cpu"))
+        made.encode(TEXTS)
+    assert not tried
+    return made
+
+
+def test_vectors_are_unit_vectors_that_know_what_texts_mean(encoder: TextEncoder) -> None:
+    vectors = encoder.encode(TEXTS)
+    assert vectors.shape == (3, 384) and vectors.dtype == np.float32
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1.0, atol=1e-6)
+    cosines = vectors @ vectors.T
+    assert cosines[0, 1] > 0.7 and abs(cosines[0, 2]) < 0.3
+
+
+def test_batches_and_order_hardly_matter(encoder: TextEncoder) -> None:
+    texts = [*TEXTS, "word " * 1000, "ü漢"]
+    vectors = encoder.encode(texts, batch_size=2)
+    assert np.allclose(encoder.encode(texts[::-1], batch_size=5)[::-1], vectors, atol=1e-5)
+    assert np.isfinite(vectors).all()
+
+
+def test_the_command(encoder: TextEncoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pl.DataFrame({"item": ["a", "b", "c", "d"], "title": [*TEXTS[:2], None, TEXTS[0]]}).write_parquet(
+        tmp_path / "products.parquet"
+    )
+    words = [f"items.paths=[{tmp_path}/products.parquet]", "columns=[title]", f"out={tmp_path}/vectors.parquet"]
+    assert main(["items", "embed", *words, "device=cpu", "progress=false"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].endswith("column text with vectors of 384 numbers for 4 items, 1 of them without a text")
+    assert printed[1].startswith("2 distinct texts encoded in ")
+    written = pl.read_parquet(tmp_path / "vectors.parquet")["text"].to_list()
+    assert written[2] is None and written[0] == written[3]
+    assert np.allclose(written[:2], encoder.encode(TEXTS[:2]), atol=1e-6)

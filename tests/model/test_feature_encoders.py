@@ -1,9 +1,11 @@
-"""The part of item vectors that comes from features, against a plain reading in float64."""
+"""Vectors of features of items and of rows, against a plain reading in float64, and their tables and readers."""
 
 from __future__ import annotations
 
 import math
+import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +17,14 @@ from safetensors.torch import load_file, save_file
 from vista.arrays import offsets_of
 from vista.errors import ConfigError
 from vista.log.item_features import CategoryColumn, ItemFeatures, NumberColumn, VectorColumn
+from vista.log.row_features import RowFeatures
 from vista.log.vocabulary import Vocabulary
 from vista.model.feature_encoder import FeatureEncoder
 from vista.model.feature_spec import MAX_ABS_SCORE, FeatureSpec
+from vista.model.hashed_vocabulary import HashedVocabulary
 from vista.model.item_feature_table import FEATURES_FILE, ItemFeatureTable
+from vista.model.row_feature_encoder import RowFeatureEncoder
+from vista.model.row_feature_reader import RowFeatureReader
 
 DIM, NUM_ITEMS, WIDTH = 6, 9, 3
 GENRES = ["comedy", "drama", "war"]
@@ -32,7 +38,7 @@ def category(values: list[list[int]]) -> CategoryColumn:
 
 
 @st.composite
-def drawn_features(draw: st.DrawFn) -> ItemFeatures:
+def drawn_item_features(draw: st.DrawFn) -> ItemFeatures:
     codes = st.lists(st.integers(0, len(GENRES) - 1), max_size=3, unique=True)
     number = st.one_of(st.just(math.nan), st.floats(-1e6, 1e6, width=32))
     vector = st.one_of(st.just([math.nan] * WIDTH), st.lists(st.floats(-10, 10, width=32), min_size=3, max_size=3))
@@ -87,7 +93,7 @@ def plain_vector(features: ItemFeatures, columns: list[FeatureSpec], encoder: Fe
 
 
 @settings(max_examples=60, deadline=None)
-@given(features=drawn_features(), rows=st.lists(st.integers(0, NUM_ITEMS), max_size=12))
+@given(features=drawn_item_features(), rows=st.lists(st.integers(0, NUM_ITEMS), max_size=12))
 def test_vectors_are_those_of_a_plain_reading(features: ItemFeatures, rows: list[int]) -> None:
     encoder, columns = encoder_of(features)
     asked = torch.tensor(rows, dtype=torch.int64)
@@ -201,7 +207,7 @@ def test_a_table_of_another_model_is_refused() -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(features=drawn_features(), stop=st.integers(0, NUM_ITEMS))
+@given(features=drawn_item_features(), stop=st.integers(0, NUM_ITEMS))
 def test_a_table_grows_item_by_item(features: ItemFeatures, stop: int) -> None:
     columns = [FeatureSpec.of(name, column) for name, column in features.columns.items()]
     whole = ItemFeatureTable.of(features, columns)
@@ -272,3 +278,167 @@ def test_damaged_files_are_refused(tmp_path: Path, damage: str) -> None:
         other.save(tmp_path, "item_values_0")
     with pytest.raises(ValueError, match="must hold"):
         ItemFeatureTable.load(tmp_path, columns)
+
+
+DEVICES = ["desktop", "phone", "tv"]
+VALUES = {"device": Vocabulary.from_ids(DEVICES), "seconds": None}
+
+
+def features_of(device: list[int], seconds: list[float]) -> RowFeatures:
+    return RowFeatures({"device": np.array(device, np.int32), "seconds": np.array(seconds, np.float32)})
+
+
+drawn_rows = st.lists(
+    st.tuples(st.integers(-1, 2), st.one_of(st.just(math.nan), st.floats(-1e6, 1e6, width=32))), min_size=1, max_size=20
+)
+
+
+def drawn_encoder(reader: RowFeatureReader) -> RowFeatureEncoder:
+    """A float64 encoder with drawn weights."""
+    made, generator = RowFeatureEncoder(reader.columns, DIM).double(), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in made.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator, dtype=torch.float64))
+    return made
+
+
+@given(drawn_rows)
+@settings(max_examples=60, deadline=None)
+def test_vectors_equal_a_plain_reading(rows: list[tuple[int, float]]) -> None:
+    features = features_of(*map(list, zip(*rows, strict=True)))
+    reader = RowFeatureReader.of(features, VALUES)
+    encoder = drawn_encoder(reader)
+    encoded = reader.encode(features, len(rows))
+    found = encoder(torch.from_numpy(encoded.entry), torch.from_numpy(encoded.dense)).detach().numpy()
+    values, seconds = encoder.values.detach().numpy(), reader.columns[1]
+    for index, (code, number) in enumerate(rows):
+        expected = values[1 + code].copy()
+        first = 1 + len(DEVICES)
+        if math.isnan(number):
+            expected += values[first]
+        else:
+            expected += values[first + 1 + sum(number > bound for bound in seconds.bounds)]
+            score = np.clip((number - seconds.mean) / seconds.scale, -MAX_ABS_SCORE, MAX_ABS_SCORE)
+            assert encoder.dense is not None
+            expected += np.float32(score) * encoder.dense.detach().numpy()[0]
+        np.testing.assert_allclose(found[index], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_features_change_nothing_before_training() -> None:
+    features = features_of([0, -1], [1.0, math.nan])
+    reader = RowFeatureReader.of(features, VALUES)
+    encoded = reader.encode(features, 2)
+    made = RowFeatureEncoder(reader.columns, DIM)
+    assert not made(torch.from_numpy(encoded.entry), torch.from_numpy(encoded.dense)).any()
+
+
+def test_unknown_values_and_columns_that_are_not_given_are_missing() -> None:
+    reader = RowFeatureReader.of(features_of([0], [1.0]), VALUES)
+    parsed = reader.parse({"device": ["watch", None, math.nan]}, 3)
+    assert parsed.columns["device"].tolist() == [-1, -1, -1]
+    assert np.isnan(parsed.columns["seconds"]).all()
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"devise": ["tv"]}, "'devise' is not one of this model's features"),
+        ({"device": ["tv", "tv"]}, "'device' has 2 values, but 1 are needed"),
+        ({"device": [1.5]}, "'device' is a category and needs texts, integers, or booleans, got 1.5"),
+        ({"seconds": ["soon"]}, "'seconds' needs numbers"),
+        ({"seconds": [math.inf]}, "'seconds': value number 0 is infinite"),
+        ({"seconds": [1e300]}, "'seconds': value number 0 is infinite, or too large"),
+        ({"seconds": [10**400]}, "'seconds' needs numbers"),
+        ({"seconds": [[1.0]]}, "'seconds' needs numbers, one per row"),
+    ],
+)
+def test_values_that_are_refused(given: dict[str, Any], problem: str) -> None:
+    reader = RowFeatureReader.of(features_of([0], [1.0]), VALUES)
+    with pytest.raises(ValueError, match=problem):
+        reader.parse(given, 1)
+
+
+def test_a_log_with_other_codes_reads_the_same() -> None:
+    reader = RowFeatureReader.of(features_of([0], [1.0]), VALUES)
+    grown = {"seconds": None, "device": Vocabulary.from_ids(["watch", *reversed(DEVICES)])}
+    log = RowFeatures({"device": np.array([0, 1, 2, 3, -1], np.int32), "seconds": np.zeros(5, np.float32)})
+    kept = grown["device"]
+    assert kept is not None
+    names = [*kept.ids(range(4)), None]
+    expected = [-1 if name in (None, "watch") else DEVICES.index(name) for name in names]
+    assert reader.recoder(grown)(log, 5).columns["device"].tolist() == expected
+    assert np.isnan(reader.recoder({})(RowFeatures({}), 2).columns["seconds"]).all()
+
+
+def test_a_saved_reader_reads_the_same(tmp_path: Path) -> None:
+    features = features_of([2, -1, 1], [1.0, 7.0, math.nan])
+    reader = RowFeatureReader.of(features, VALUES)
+    reader.save(tmp_path, "event")
+    loaded = RowFeatureReader.load(tmp_path, "event", reader.columns)
+    assert loaded is not None
+    for expected, found in zip(reader.columns, loaded.columns, strict=True):
+        assert expected == found
+    assert (loaded.encode(features, 3).entry == reader.encode(features, 3).entry).all()
+    with pytest.raises(ValueError, match="do not fit"):
+        RowFeatureReader(reader.columns[:1], {"device": None})
+    Vocabulary.from_ids([1, 2]).save(tmp_path, "event_values_0")
+    (tmp_path / "event_values_0.offsets.npy").unlink()
+    with pytest.raises(ValueError, match="event_values_0 must hold at most 3 texts"):
+        RowFeatureReader.load(tmp_path, "event", reader.columns)
+
+
+URL = FeatureSpec("url", "category", 1000, hashed=True)
+
+
+def test_rows_never_change() -> None:
+    """Saved models rely on them."""
+    assert HashedVocabulary(1000).rows(["a", "b", "naïve", "a", ""]).tolist() == [719, 615, 928, 719, -1]
+    assert HashedVocabulary(7).rows(["a", "b"]).tolist() == [1, 4]
+
+
+def test_any_number_of_values_spreads_over_all_rows() -> None:
+    values = HashedVocabulary(100)
+    counts = np.bincount(values.rows([f"value {number}" for number in range(20_000)]), minlength=100)
+    assert len(counts) == len(values) == 100 and counts.min() > 120 and counts.max() < 290  # 200 expected
+
+
+def test_it_is_a_vocabulary_that_does_not_grow(tmp_path: Path) -> None:
+    values = HashedVocabulary(1000)
+    assert values.extended(["new"]) is values and values.save(tmp_path, "x") == [] == list(tmp_path.iterdir())
+    copied = pickle.loads(pickle.dumps(values))
+    assert copied.rows(["a"]) == values.rows(["a"]) and copied.digest() == values.digest()
+    assert values.digest() != HashedVocabulary(1001).digest() and len(values.digest()) == 64
+    assert values.ids(np.array([3, 4])).tolist() == ["row 3 of 1000", "row 4 of 1000"]
+
+
+def test_a_reader_reads_logs_and_callers_alike(tmp_path: Path) -> None:
+    reader = RowFeatureReader.of(RowFeatures({}), {"url": HashedVocabulary(1000)})
+    assert reader.columns == [URL]
+    of_log = {"url": Vocabulary.from_ids(["x", "y", "z"])}
+    rows = reader.recoder(of_log)(RowFeatures({"url": np.array([2, 0, -1], np.int32)}), 3)
+    given = reader.parse({"url": ["z", "x", None]}, 3)
+    np.testing.assert_array_equal(rows.columns["url"], given.columns["url"])
+    assert given.columns["url"][2] == -1 and (given.columns["url"][:2] >= 0).all()
+    assert reader.parse({"url": ["never seen"]}, 1).columns["url"][0] >= 0
+    reader.save(tmp_path, "request")
+    loaded = RowFeatureReader.load(tmp_path, "request", [URL])
+    assert loaded is not None and loaded.digests() == reader.digests()
+
+
+def test_an_item_table_reads_hashed_values(tmp_path: Path) -> None:
+    texts = Vocabulary.from_ids(["p", "q", "r"])
+    columns = CategoryColumn(texts, np.array([0, 2, 1], np.int32), np.array([0, 2, 2, 3]))
+    table = ItemFeatureTable.of(ItemFeatures({"url": columns}), [URL])
+    expected = 1 + HashedVocabulary(1000).rows(["p", "r", "q"])
+    assert table.entry.tolist() == [*sorted(expected[:2].tolist()), 0, expected[2]]
+    assert table.weight.tolist() == [0.5, 0.5, 1.0, 1.0] and table.fits(4, URL.num_rows, 0)
+    new = CategoryColumn(Vocabulary.from_ids(["new"]), np.array([0], np.int32), np.array([0, 1]))
+    grown = table.extended(ItemFeatures({"url": new}), [URL])
+    assert grown.entry[-1] == 1 + HashedVocabulary(1000).rows(["new"])[0]
+    grown.save(tmp_path)
+    assert ItemFeatureTable.load(tmp_path, [URL]).entry.tolist() == grown.entry.tolist()
+
+
+def test_only_categories_can_be_hashed() -> None:
+    with pytest.raises(ValueError, match="only a category can be hashed"):
+        FeatureSpec("price", "number", 1, hashed=True)

@@ -1,0 +1,320 @@
+"""Item vectors from factorizations of co-occurrences and of users: values, and what they may read."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from tests.conftest import small_config
+from vista.arrays import Int
+from vista.config.choices import ItemStart
+from vista.errors import CheckpointError
+from vista.examples import pair_counts as module
+from vista.examples import user_factors
+from vista.examples.item_factors import SMOOTHING, START_RMS, item_factors
+from vista.examples.pair_counts import REACH, PairCounts, pair_counts
+from vista.examples.user_factors import MIN_USERS, UserFactors
+from vista.log.event_log import EventLog
+from vista.training.item_start import FrozenItems, start_from_factors
+from vista.training.metrics_writer import MetricsWriter
+from vista.training.trainer import Trainer, train
+
+HIDDEN = 2
+"""Newest events of each user that are not visible."""
+_EVERY_ITEM = 99
+"""A user who had all items, so that all logs have the same vocabulary."""
+
+
+def grouped_log(
+    folder: Path, lengths: Sequence[int], *, num_items: int, group_size: int, offset: int, future: int
+) -> EventLog:
+    """A log of users with histories of some lengths.
+
+    Args:
+        group_size: items of a group; the second one, of odd users, begins at the item `offset`.
+        future: changes the newest HIDDEN events of each user.
+    """
+    rng = np.random.default_rng(3)
+    users, items = [], []
+    for user, length in enumerate(lengths):
+        history = (user % 2) * offset + rng.integers(0, group_size, length)
+        history[-HIDDEN:] = (history[-HIDDEN:] + future) % num_items
+        users += [user] * length
+        items += history.tolist()
+    users, items = [*users, *[_EVERY_ITEM] * num_items], [*items, *range(num_items)]
+    return EventLog.from_frame(
+        {"user": users, "item": items, "timestamp": np.arange(len(users))}, folder, time_unit="s"
+    )
+
+
+def visible(log: EventLog) -> Int:
+    """Visible events of each user, int64 [num_users]; none of the user who had all items."""
+    counts = np.maximum(log.lengths - HIDDEN, 0)
+    counts[log.users.rows([_EVERY_ITEM])] = 0
+    return counts
+
+
+NUM_ITEMS = 40
+
+
+def log_of(folder: Path, *, future: int = 0) -> EventLog:
+    half = NUM_ITEMS // 2
+    lengths = [3, 30, 1, 25, 60, 45, 80]
+    return grouped_log(folder, lengths, num_items=NUM_ITEMS, group_size=half, offset=half, future=future)
+
+
+def pairs_of(log: EventLog, counts: Int) -> Counter[tuple[int, int]]:
+    """Ordered pairs of model rows, by a loop."""
+    pairs: Counter[tuple[int, int]] = Counter()
+    for user, count in enumerate(counts.tolist()):
+        rows = [int(item) + 1 for item in log.slice(user, 0, count).item]
+        for place, left in enumerate(rows):
+            for right in rows[place + 1 : place + REACH + 1]:
+                if left != right:
+                    pairs[left, right] += 1
+                    pairs[right, left] += 1
+    return pairs
+
+
+def dense_factors(log: EventLog, counts: Int, dim: int) -> tuple[Int, NDArray[np.float64]]:
+    """Rows and vectors by the formula in the plan's notation, with a dense SVD."""
+    pairs = pairs_of(log, counts)
+    rows = np.array(sorted({left for left, _ in pairs}))
+    total = {int(row): sum(count for (left, _), count in pairs.items() if left == row) for row in rows}
+    context = sum(number**SMOOTHING for number in total.values())
+    matrix = np.zeros((len(rows), len(rows)))
+    for (left, right), count in pairs.items():
+        ratio = count * context / (total[left] * total[right] ** SMOOTHING)
+        matrix[np.searchsorted(rows, left), np.searchsorted(rows, right)] = max(0.0, math.log(ratio))
+    left_vectors, scale, _ = np.linalg.svd(matrix)
+    return rows, (left_vectors * np.sqrt(scale))[:, :dim]
+
+
+def cosines(vectors: NDArray[np.floating]) -> NDArray[np.float64]:
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return (unit @ unit.T).astype(np.float64)
+
+
+@pytest.mark.parametrize(("dim", "tolerance"), [(8, 5e-3), (32, 1e-4)])
+def test_vectors_are_those_of_a_dense_svd(tmp_path: Path, dim: int, tolerance: float) -> None:
+    """Up to rounding if the sketch has as many columns as there are items, else approximately."""
+    log = log_of(tmp_path / "log")
+    rows, vectors = item_factors(log, np.arange(NUM_ITEMS) + 1, visible(log), dim, seed=1)
+    expected_rows, expected = dense_factors(log, visible(log), dim)
+    assert rows.tolist() == expected_rows.tolist() and vectors.dtype == np.float32
+    # Signs and rotations of equal singular values are free, so cosines are compared.
+    np.testing.assert_allclose(cosines(vectors), cosines(expected), atol=tolerance)
+    np.testing.assert_allclose(np.sqrt(np.mean(vectors**2, axis=1)), START_RMS, rtol=1e-5)
+
+
+def test_more_columns_than_items_are_zero(tmp_path: Path) -> None:
+    log = log_of(tmp_path / "log")
+    rows, vectors = item_factors(log, np.arange(NUM_ITEMS) + 1, visible(log), 64, seed=1)
+    assert vectors.shape == (len(rows), 64) and not vectors[:, len(rows) :].any() and vectors[:, :8].any(axis=1).all()
+
+
+def test_no_vector_depends_on_hidden_events(tmp_path: Path) -> None:
+    first, second = (log_of(tmp_path / str(future), future=future) for future in (0, 7))
+    rows = np.arange(NUM_ITEMS) + 1
+    (known, vectors), (other_known, others) = (
+        item_factors(log, rows, visible(log), 8, seed=1) for log in (first, second)
+    )
+    assert np.array_equal(known, other_known) and np.array_equal(vectors, others)
+    assert not np.array_equal(item_factors(first, rows, first.lengths, 8, seed=1)[1][: len(vectors)], vectors)
+
+
+def test_items_without_pairs_keep_their_drawn_vectors(tmp_path: Path) -> None:
+    log = log_of(tmp_path / "log")
+    model = Trainer(small_config(log, tmp_path / "run"), log).model
+    drawn, counts = model.item_table.detach().clone(), np.zeros(log.num_users, np.int64)
+    start_from_factors(model, log, counts, seed=1)
+    assert torch.equal(model.item_table, drawn)
+    counts[1] = 5
+    start_from_factors(model, log, counts, seed=1)
+    changed = (model.item_table != drawn).any(1)
+    assert set(changed.nonzero().flatten().tolist()) == {int(item) + 1 for item in log.slice(1, 0, 5).item}
+    assert model.item_table.requires_grad and not model.item_table[0].any()
+
+
+def test_training_starts_from_factors_of_the_training_events(tmp_path: Path) -> None:
+    log = log_of(tmp_path / "log")
+    config = small_config(
+        log, tmp_path / "run", model__item_start=ItemStart.factors, optim__table_rate=0.0, optim__epochs=1
+    )
+    model = train(config, log)
+    rows, vectors = item_factors(log, np.arange(NUM_ITEMS) + 1, np.maximum(log.lengths - HIDDEN, 0), 16, seed=1)
+    assert len(rows) == NUM_ITEMS
+    np.testing.assert_array_equal(model.item_table[1:].detach().numpy(), vectors)
+
+
+def counted(log: EventLog, *, most_events: int = 1 << 20, seed: int = 1) -> PairCounts:
+    rng = np.random.default_rng(seed)
+    return pair_counts(log, np.arange(NUM_ITEMS) + 1, visible(log), most_events=most_events, rng=rng)
+
+
+@pytest.mark.parametrize("block", [1, 70, 1 << 20])
+def test_pairs_equal_a_loop_for_any_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    log = log_of(tmp_path / "log")
+    monkeypatch.setattr(module, "BLOCK_EVENTS", block)
+    low, high, times = counted(log)
+    expected = {pair: count for pair, count in pairs_of(log, visible(log)).items() if pair[0] < pair[1]}
+    found = list(zip(low.tolist(), high.tolist(), strict=True))
+    assert found == sorted(expected) and times.tolist() == [expected[pair] for pair in found]
+
+
+def test_pairs_with_row_0_are_not_counted(tmp_path: Path) -> None:
+    log = log_of(tmp_path / "log")
+    rows = np.where(np.arange(NUM_ITEMS) % 3, np.arange(NUM_ITEMS) + 1, 0)
+    low, high, times = pair_counts(log, rows, visible(log), most_events=1 << 20, rng=np.random.default_rng(0))
+    known = {
+        pair: count
+        for pair, count in pairs_of(log, visible(log)).items()
+        if pair[0] < pair[1] and (pair[0] - 1) % 3 and (pair[1] - 1) % 3
+    }
+    assert dict(zip(zip(low.tolist(), high.tolist(), strict=True), times.tolist(), strict=True)) == known
+
+
+def test_large_logs_count_the_pairs_of_some_users(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    log = log_of(tmp_path / "log")
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        counted(log)
+        assert not caplog.messages
+        totals = {int(counted(log, most_events=100, seed=seed).times.sum()) for seed in range(6)}
+    assert len(totals) > 1 and 0 < min(totals) < max(totals) < sum(pairs_of(log, visible(log)).values()) // 2
+    total = visible(log)[visible(log) > 1].sum()
+    assert len(caplog.messages) == 6 and f"of {total} events: those of" in caplog.messages[0]
+
+
+NUM_SHARED, NUM_USERS = 24, 12
+ROWS = np.arange(NUM_SHARED) + 1
+
+
+def shared_log_of(folder: Path, *, future: int = 0) -> EventLog:
+    lengths = [6 + 2 * user for user in range(NUM_USERS)]
+    return grouped_log(folder, lengths, num_items=NUM_SHARED, group_size=16, offset=8, future=future)
+
+
+def matrix_of(log: EventLog) -> NDArray[np.float64]:
+    """W by a loop, [users, NUM_ITEMS]; items that too few users had are 0."""
+    had = np.zeros((log.num_users, NUM_SHARED))
+    for user, count in enumerate(visible(log).tolist()):
+        had[user, np.asarray(log.slice(user, 0, count).item)] = 1
+    length, num_users = had.sum(1, keepdims=True), had.sum(0)
+    weighted = had / np.sqrt(np.maximum(length, 1)) / np.maximum(num_users, 1) ** 0.25
+    return np.where(num_users >= MIN_USERS, weighted, 0.0)
+
+
+@pytest.mark.parametrize("dim", [4, 8])
+def test_user_factors_are_those_of_a_dense_svd(tmp_path: Path, dim: int) -> None:
+    log = shared_log_of(tmp_path / "log")
+    factors = UserFactors(log, ROWS, visible(log), dim, seed=1)
+    weighted = matrix_of(log)
+    known = np.flatnonzero(weighted.any(0))
+    assert np.flatnonzero(factors.has_vector).tolist() == ROWS[known].tolist() and len(known) < NUM_SHARED
+    vectors = factors.vectors(ROWS[known])
+    assert vectors.dtype == np.float32
+    _, _, right = np.linalg.svd(weighted, full_matrices=False)
+    np.testing.assert_allclose(cosines(vectors), cosines(right[:dim].T[known]), atol=1e-3)
+    np.testing.assert_allclose(np.sqrt(np.mean(vectors**2, axis=1)), START_RMS, rtol=1e-4)
+    assert not factors.vectors(np.array([0])).any()  # the unknown item
+
+
+def test_a_vector_without_users_is_the_sum_over_the_others(tmp_path: Path) -> None:
+    log = shared_log_of(tmp_path / "log")
+    factors = UserFactors(log, ROWS, visible(log), 4, seed=1)
+    weighted, rows = matrix_of(log), np.flatnonzero(factors.has_vector)
+    left, scale, _ = np.linalg.svd(weighted, full_matrices=False)
+    of_users = left[:, :4] / scale[:4]
+    for without in ([0], [1, 5, 6], list(range(8))):
+        others = weighted.copy()
+        others[without] = 0
+        expected = (others.T @ of_users)[rows - 1]
+        vectors = factors.vectors(rows, np.array(without))
+        np.testing.assert_allclose(cosines(vectors), cosines(expected), atol=5e-3)
+        some = rows[::3]
+        np.testing.assert_allclose(factors.vectors(some, np.array(without)), vectors[::3], rtol=1e-5, atol=1e-7)
+    assert not factors.vectors(rows, np.arange(log.num_users)).any()
+    assert factors.vectors(rows[:0], np.array([0])).shape == (0, 4)
+
+
+def test_no_user_factor_depends_on_hidden_events(tmp_path: Path) -> None:
+    first, second = (shared_log_of(tmp_path / str(future), future=future) for future in (0, 7))
+    made = [UserFactors(log, ROWS, visible(log), 8, seed=1).vectors(ROWS) for log in (first, second)]
+    assert np.array_equal(*made)
+    assert not np.array_equal(UserFactors(first, ROWS, first.lengths, 8, seed=1).vectors(ROWS), made[0])
+
+
+def test_large_logs_read_some_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    log = shared_log_of(tmp_path / "log")
+    whole = UserFactors(log, ROWS, visible(log), 4, seed=1)
+    monkeypatch.setattr(user_factors, "MOST_EVENTS", 100)
+    drawn = {UserFactors(log, ROWS, visible(log), 4, seed=seed).vectors(ROWS).tobytes() for seed in range(4)}
+    assert len(drawn) > 1 and whole.vectors(ROWS).tobytes() not in drawn
+    assert caplog.text.count("random users of 12") == 4
+
+
+def test_a_log_without_visible_events_has_no_vectors(tmp_path: Path) -> None:
+    log = shared_log_of(tmp_path / "log")
+    factors = UserFactors(log, ROWS, np.zeros(log.num_users, np.int64), 4, seed=1)
+    assert not factors.has_vector.any() and not factors.vectors(ROWS).any()
+
+
+def test_a_frozen_table_is_trained_on_vectors_without_the_users_of_the_batch(tmp_path: Path) -> None:
+    log = shared_log_of(tmp_path / "log")
+    config = small_config(
+        log, tmp_path / "run", model__item_start=ItemStart.user_factors, optim__table_rate=0.0, optim__epochs=1
+    )
+    trainer = Trainer(config, log)
+    model = train(config, log)
+    counts = trainer.source.counts
+    factors = UserFactors(log, ROWS, counts, 16, seed=config.seed)
+    rows = np.flatnonzero(factors.has_vector)
+    table = model.item_table.detach()
+    np.testing.assert_array_equal(table[rows].numpy(), factors.vectors(rows))  # not trained, and of all users
+    batch = trainer.source.batch(0, 0)
+    with torch.no_grad():
+        trainer.model.item_table.copy_(table)
+    frozen = FrozenItems.of(trainer.model, log, counts, trainer.config)
+    assert frozen is not None and frozen.change() == 0
+    vectors = frozen.vectors(batch).numpy()
+    known = factors.has_vector[batch.rows.numpy()]
+    users = np.unique(batch.user.numpy())
+    np.testing.assert_array_equal(vectors[known], factors.vectors(batch.rows.numpy()[known], users))
+    np.testing.assert_array_equal(vectors[~known], table[batch.rows[torch.from_numpy(~known)]].numpy())
+    assert not np.array_equal(vectors, table[batch.rows].numpy())
+
+
+def test_a_run_resumes_only_with_the_factors_that_it_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = shared_log_of(tmp_path / "log")
+    config = small_config(
+        log, tmp_path / "run", model__item_start=ItemStart.user_factors, optim__table_rate=0.0, optim__epochs=1
+    )
+    whole = UserFactors.vectors
+    flip = np.where(np.arange(16) == 3, -1, 1).astype(np.float32)
+    (tmp_path / "run").mkdir()
+    metrics = MetricsWriter(tmp_path / "run")
+    begun = Trainer(config, log)
+    begun._start(metrics)
+    begun._save()
+    Trainer(config, log)._start(metrics)
+    with monkeypatch.context() as patched:
+        patched.setattr(UserFactors, "vectors", lambda *given: whole(*given) * flip)
+        with pytest.raises(CheckpointError, match=r"its item vectors are factors that come out \d+% different here"):
+            train(config, log)
+    finished = train(config, log)
+    monkeypatch.setattr(UserFactors, "vectors", lambda *given: whole(*given) * flip)
+    assert torch.equal(train(config, log).item_table, finished.item_table), "a finished run needs no factors"

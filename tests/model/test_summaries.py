@@ -1,0 +1,234 @@
+"""Summaries: set attention by its formula, the mean token, interests, the seeds, and what quantization loses."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.functional import silu
+
+from vista.config import ModelConfig
+from vista.config.choices import Activation, Codec, Decay, Mixing, Normalization, TargetAttentionKind
+from vista.log.histories import Histories
+from vista.model import inference
+from vista.model.history_states import embed, history_states
+from vista.model.interest_counts import clusters
+from vista.model.summarizer import Summarizer
+from vista.model.vista_model import VistaModel
+from vista.store.format.codecs import dequantize_rows, quantize_rows
+
+
+def formula(model: VistaModel, history: Histories) -> Tensor:
+    """[S, M] in float64: history and seeds are one set; all write and all read at every layer."""
+    exact = copy.deepcopy(model).double()
+    stage = exact.summarizer
+    assert stage is not None
+    with torch.no_grad():
+        events, inside, _ = embed(exact, history)
+        x = torch.cat([stage.tokens(events, inside), stage.seeds])
+        for layer in stage.layers:
+            h = layer.norm(x)
+            query, gate = layer.query_gate(h).chunk(2, -1)
+            key, value = layer.key_value(h).chunk(2, -1)
+            outputs = []
+            for q, k, v in zip(*(part.split(8, -1) for part in (query, key, value)), strict=True):
+                z = silu(k).t() @ v
+                if model.config.normalization is Normalization.length:
+                    z = z / len(x) ** model.config.normalization_alpha
+                outputs.append(silu(q) @ silu(z))
+            x = layer.feed_forward(layer.output(x, torch.stack(outputs, 1), gate))
+        return stage.final_norm(x[-len(stage.seeds) :])
+
+
+@pytest.mark.parametrize("normalization", Normalization)
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+def test_summaries_are_the_papers_set_attention(
+    make: SimpleNamespace, normalization: Normalization, num_layers: int
+) -> None:
+    model = make.model(
+        seed=1, mixing=Mixing.bidirectional, normalization=normalization, normalization_alpha=0.7, num_layers=num_layers
+    )
+    packed = make.histories([0, 1, 30, 2, 9], 1)
+    summary = inference.summarize(model, packed)
+    for row in range(packed.num_users):
+        torch.testing.assert_close(summary[row].double(), formula(model, packed.slice(row)), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("conv_width", [1, 3])
+def test_a_long_history_is_summarized_slice_by_slice(make: SimpleNamespace, conv_width: int) -> None:
+    model = make.model(seed=1, mixing=Mixing.bidirectional, num_layers=3, conv_width=conv_width)
+    packed = make.histories([0, 1, 30, 2, 9, 16], 1)
+    whole = inference.summarize(model, packed)
+    sliced = inference.summarize(model, packed, slice_len=8)
+    torch.testing.assert_close(sliced, whole, atol=2e-6, rtol=1e-5)
+    assert not torch.equal(sliced[2], whole[2])  # another order of summation, so it was sliced
+
+
+def permuted(history: Histories, seed: int) -> Histories:
+    """The same events in another order, at the same times."""
+    order = np.random.default_rng(seed).permutation(history.num_events)
+    assert history.rating is not None
+    return Histories(
+        history.item[order], history.timestamp, history.action[order], history.rating[order], history.offsets
+    )
+
+
+@pytest.mark.parametrize("mixing", Mixing)
+@pytest.mark.parametrize(("conv_width", "has_time"), [(1, False), (3, False), (1, True)])
+def test_order_matters_only_through_convolution_and_gaps(
+    make: SimpleNamespace, mixing: Mixing, conv_width: int, has_time: bool
+) -> None:
+    model = make.model(seed=2, mixing=mixing, conv_width=conv_width, has_time=has_time)
+    history = make.histories([25], 2)
+    one, other = (inference.summarize(model, h) for h in (history, permuted(history, 1)))
+    if conv_width == 1 and not has_time:
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    else:
+        assert (one - other).abs().max() > 1e-3
+
+
+def test_gradients_are_those_of_the_formula(make: SimpleNamespace) -> None:
+    """The last layer computes only the seeds' outputs. The outputs it leaves out have no gradient."""
+    model = make.model(seed=3, mixing=Mixing.bidirectional, conv_width=1).double()
+    stage = model.summarizer
+    assert stage is not None
+    tokens = torch.randn(12, 16, dtype=torch.float64, requires_grad=True)
+    offsets = torch.tensor([0, 5, 5, 12])
+    assert torch.autograd.gradcheck(lambda x: stage.summarize_set(x, offsets), (tokens,), fast_mode=True)
+    stage.summarize_set(tokens, offsets).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in stage.parameters())
+
+
+DAY = 86_400_000
+
+
+@pytest.mark.parametrize("activation", Activation)
+@pytest.mark.parametrize("decay", [Decay.none, Decay.time])
+def test_the_first_token_is_the_mean_of_the_events(make: SimpleNamespace, activation: Activation, decay: Decay) -> None:
+    """By a sum over the values of the events."""
+    horizons = [2.0, 2.0] if decay is Decay.time else []
+    model = make.model(seed=2, mean_token=True, activation=activation, decay=decay, decay_horizons=horizons)
+    packed = make.histories([0, 1, 9], 4)
+    token = inference.summarize(model, packed)[:, 0]
+    assert not token[0].any()  # an empty history
+    layer = model.summarizer.layers[0]
+    for row in (1, 2):
+        history = packed.slice(row, 0, packed.lengths[row])
+        with torch.no_grad():
+            vectors, position, _ = embed(model, history)
+            values = layer.key_value(layer.norm(model.summarizer.tokens(vectors, position))).chunk(2, -1)[1]
+        age = torch.from_numpy(history.timestamp[-1] - history.timestamp).double() / (2 * DAY)
+        weight = torch.exp(-age).float() if decay is Decay.time else torch.ones(len(age))
+        with torch.no_grad():
+            mean = model.summarizer.mean.output((weight[:, None] * values).sum(0) / weight.sum())
+            expected = model.summarizer.final_norm(mean)
+        torch.testing.assert_close(token[row], expected, atol=2e-5, rtol=1e-4)
+
+
+def test_at_first_it_is_a_mean_of_events() -> None:
+    config = ModelConfig(dim=32, num_heads=4, mean_token=True)
+    summarizer = Summarizer(config)
+    values = summarizer.layers[0].key_value.weight[config.dim :]
+    assert summarizer.mean is not None
+    torch.testing.assert_close(summarizer.mean.output.weight @ values, torch.eye(32), atol=1e-5, rtol=0)
+
+
+def test_user_vectors_start_from_it(make: SimpleNamespace) -> None:
+    """Without the layers of stage 2, the user vector follows the mean where that is far larger than the rest."""
+    model = make.model(seed=2, mean_token=True)
+    packed = make.histories([30, 30, 30], 4)
+    summary, tail = inference.summarize(model, packed), make.tail(model, packed)
+    with torch.no_grad():
+        model.mean_scale.fill_(1e4)
+    users = inference.user_vectors(model, inference.request_context(model, summary, tail), None)
+    cosine = (users * F.normalize(summary[:, 0], dim=1)).sum(1)
+    assert (cosine > 0.99).all()
+    with torch.no_grad():
+        model.mean_scale.zero_()
+    without = inference.user_vectors(model, inference.request_context(model, summary, tail), None)
+    assert (without * users).sum(1).abs().max() < 0.9
+
+
+def test_a_state_counts_the_events_of_each_interest(make: SimpleNamespace) -> None:
+    model = make.model(seed=2, num_interests=5)
+    packed = make.histories([0, 1, 30, 4], 4)
+    layer = history_states(model, packed).z[:, model.config.num_layers]
+    counts = model.summarizer.interests.counts(layer)
+    interest = model.item_interest.numpy().astype(int)[packed.item]
+    for row in range(packed.num_users):
+        mine = interest[packed.offsets[row] : packed.offsets[row + 1]]
+        assert counts[row].tolist() == np.bincount(mine, minlength=6)[1:].tolist()
+
+
+def test_summaries_depend_on_the_counts(make: SimpleNamespace) -> None:
+    """Of two histories that differ in the interests of their items alone."""
+    model = make.model(seed=2, num_interests=5)
+    packed = make.histories([30], 4)
+    before = inference.summarize(model, packed)
+    model.item_interest[1:] = 1
+    after = inference.summarize(model, packed)
+    assert (before - after).abs().max() > 1e-3
+
+
+def test_clusters_are_found() -> None:
+    generator = torch.Generator().manual_seed(3)
+    centers = F.normalize(torch.randn(12, 16, generator=generator), dim=1)
+    true = torch.arange(600) % 12
+    vectors = (centers[true] + 0.05 * torch.randn(600, 16, generator=generator)) * 7.0
+    found = clusters(vectors, 36, seed=1)
+    pairs = {(int(one), int(other)) for one, other in zip(true, found, strict=True)}
+    assert len(pairs) == len(set(found.tolist())) == 36  # each cluster is a part of one
+    assert torch.equal(found, clusters(vectors, 36, seed=1))
+    assert len(set(clusters(vectors[:3], 12, seed=1).tolist())) == 3  # fewer items than clusters
+    assert len(clusters(vectors[:0], 12, seed=1)) == 0
+
+
+def test_interests_have_ids_of_their_own(make: SimpleNamespace) -> None:
+    model = make.model(seed=2, num_interests=5)
+    before = model.summarizer_id()
+    model.item_interest[3] = 1 + model.item_interest[3] % 5
+    assert model.summarizer_id() != before
+
+
+@pytest.mark.parametrize(("codec", "lost_share"), [(Codec.int8, 0.01), (Codec.float16, 0.002), (Codec.int4, 0.15)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mixing": Mixing.separable},
+        {"mean_token": True},
+        {"num_interests": 11},
+        {"mixing": Mixing.bidirectional},
+        {"target_attention": TargetAttentionKind.quasi_linear},
+        {"target_attention": TargetAttentionKind.quasi_linear, "num_seeds": 0},
+    ],
+    ids=str,
+)
+def test_stored_summaries_change_scores_little(
+    make: SimpleNamespace, options: dict[str, Any], codec: Codec, lost_share: float
+) -> None:
+    model = make.model(seed=1, **({"dim": 32, "num_seeds": 8} | options))
+    packed = make.histories([0, 3, 40, 200], 1)
+    summary = inference.summarize(model, packed)
+    rows = np.ascontiguousarray(summary.numpy().reshape(-1, 32))
+    stored = torch.from_numpy(dequantize_rows(quantize_rows(rows, codec), codec, 32)).view_as(summary)
+    assert not torch.equal(stored, summary)
+    tail = make.tail(model, packed)
+    candidates = torch.arange(1, make.num_items + 1).expand(4, -1)
+    exact, served = (inference.request_context(model, s, tail) for s in (summary, stored))
+    logits, quantized = (inference.candidate_logits(model, c, None, candidates) for c in (exact, served))
+    lost = logits - quantized
+    assert lost.std() < lost_share * logits.std() and lost.abs().max() < 10 * lost_share * logits.std()
+    items = inference.item_vectors(model)
+    cosines, rounded = (inference.user_vectors(model, c, None) @ items.t() for c in (exact, served))
+    lost = cosines - rounded
+    assert lost.std() < lost_share * cosines.std() and lost.abs().max() < 10 * lost_share * cosines.std()
+    assert codec is Codec.int4 or torch.equal(cosines.argmax(1), rounded.argmax(1))
+    # The summary does matter: without it, scores change far more.
+    none = inference.request_context(model, torch.zeros_like(summary), tail)
+    assert (logits - inference.candidate_logits(model, none, None, candidates)).abs().max() > 0.2 * logits.std()
