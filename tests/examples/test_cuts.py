@@ -136,7 +136,7 @@ def cases(draw: st.DrawFn) -> tuple[Chunks, int, dict[str, Any]]:
     return coded_chunks(lengths, sorted(impressions), draw(st.integers(0, 7))), draw(st.integers(0, 1000)), options
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(cases())
 @example((coded_chunks([0, 0], []), 0, {}))
 @example((coded_chunks([0], [(0, 0)]), 0, {}))
@@ -171,7 +171,7 @@ def test_no_label_is_in_its_own_context(case: tuple[Chunks, int, dict[str, Any]]
             np.testing.assert_array_equal(visible, newest)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=4), st.integers(1, 7), st.integers(0, 9), st.integers(0, 99))
 def test_a_fresh_summary_ends_where_the_tail_begins(lengths: list[int], spacing: int, more: int, seed: int) -> None:
     """With tail_in_summary=false, summary and tail together hold each event before a window's boundary once."""
@@ -185,7 +185,7 @@ def test_a_fresh_summary_ends_where_the_tail_begins(lengths: list[int], spacing:
         assert (tail < chunks.offsets[np.searchsorted(chunks.offsets, boundary, side="right")]).all(), "of this chunk"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(cases())
 def test_cuts_cover_the_events_that_they_name(case: tuple[Chunks, int, dict[str, Any]]) -> None:
     chunks, seed, options = case
@@ -209,7 +209,7 @@ def test_cuts_cover_the_events_that_they_name(case: tuple[Chunks, int, dict[str,
     assert (first >= batch.cuts.start[read]).all() and (first + length <= batch.cuts.stop[read]).all()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(cases())
 def test_every_event_and_impression_is_a_label_once(case: tuple[Chunks, int, dict[str, Any]]) -> None:
     chunks, seed, options = case
@@ -243,7 +243,7 @@ def test_features_travel_with_their_events() -> None:
     np.testing.assert_array_equal(batch.impressions.gap.numpy()[with_clock], chunks.impressions.gap[shown[with_clock]])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(cases(), st.booleans())
 def test_the_labels_of_an_anchor_are_the_events_from_its_place_on(
     case: tuple[Chunks, int, dict[str, Any]], by_time: bool

@@ -28,7 +28,7 @@ def test_weights_are_unbiased(power: float, num_negatives: int) -> None:
     """The expected weight of each item (0 if it is not drawn) is 1, so the expected sum is the number of items."""
     sampler = NegativeSampler(COUNTS, num_negatives=num_negatives, power=power)
     rng = np.random.default_rng(0)
-    passes = 8000
+    passes = 3000
     total, squares = np.zeros(len(COUNTS)), np.zeros(len(COUNTS))
     for _ in range(passes):
         items, log_weight = sampler.draw(rng)
@@ -102,7 +102,7 @@ def test_exact_counts_equal_a_plain_loop(log: EventLog, block_events: int) -> No
     np.testing.assert_array_equal(item_counts(log, counts, block_events=block_events), expected)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(st.integers(0, 2**32), st.sampled_from([0.003, 0.03, 0.3]), st.sampled_from([0.3, 0.9, 0.99]))
 def test_an_estimate_is_never_too_small_and_seldom_beyond_its_bound(
     log: EventLog, seed: int, relative_error: float, confidence: float

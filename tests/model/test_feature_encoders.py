@@ -92,7 +92,7 @@ def plain_vector(features: ItemFeatures, columns: list[FeatureSpec], encoder: Fe
     return out
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(features=drawn_item_features(), rows=st.lists(st.integers(0, NUM_ITEMS), max_size=12))
 def test_vectors_are_those_of_a_plain_reading(features: ItemFeatures, rows: list[int]) -> None:
     encoder, columns = encoder_of(features)
@@ -206,7 +206,7 @@ def test_a_table_of_another_model_is_refused() -> None:
         FeatureEncoder([*columns, FeatureSpec("text", "vector", 2)], DIM).set_table(table, 1 + NUM_ITEMS)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(features=drawn_item_features(), stop=st.integers(0, NUM_ITEMS))
 def test_a_table_grows_item_by_item(features: ItemFeatures, stop: int) -> None:
     columns = [FeatureSpec.of(name, column) for name, column in features.columns.items()]
@@ -303,7 +303,7 @@ def drawn_encoder(reader: RowFeatureReader) -> RowFeatureEncoder:
 
 
 @given(drawn_rows)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_vectors_equal_a_plain_reading(rows: list[tuple[int, float]]) -> None:
     features = features_of(*map(list, zip(*rows, strict=True)))
     reader = RowFeatureReader.of(features, VALUES)

@@ -407,7 +407,7 @@ VECTORS = noise(600, 24)
 LEARNED = Codebooks.learn(VECTORS, levels=3, num_codes=16, seed=0)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_the_codes_of_a_vector_do_not_depend_on_the_others(data: st.DataObject) -> None:
     rows = data.draw(st.lists(st.integers(0, 599), min_size=1, max_size=40))

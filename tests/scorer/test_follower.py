@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import ITEMS, USERS, Served, run_python
+from tests.conftest import ITEMS, USERS, Served
+from tests.forked_child import in_child
 from vista.errors import StoreError
 from vista.refresh import refresh
 from vista.scorer import Scorer
@@ -178,29 +179,16 @@ def test_periods_that_are_refused(scorer: Scorer, every_s: float) -> None:
     assert followers() == 0
 
 
-FORKED = """
-import os, sys, threading, time
-from vista.scorer import Scorer
-
-scorer = Scorer.open(*sys.argv[1:])
-scorer.follow(0.01)
-while not scorer.stats().followed_at:
-    time.sleep(0.01)
-child = os.fork()
-if child == 0:
-    alone = threading.active_count() == 1 and scorer.stats().followed_at == 0
-    scorer.follow(0.01)
-    deadline = time.monotonic() + 60
-    while not scorer.stats().followed_at and time.monotonic() < deadline:
-        time.sleep(0.01)
-    followed = scorer.stats().followed_at > 0
-    scorer.close()
-    os._exit(0 if alone and followed else 1)
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-scorer.close()
-"""
-
-
 def test_a_forked_worker_follows_by_itself(served: Served, store: Path) -> None:
-    done = run_python(FORKED, str(served.model_dir), str(store))
-    assert (done.stdout.strip(), done.stderr) == ("0", "")
+    with Scorer.open(served.model_dir, store) as scorer:
+        scorer.follow(EVERY_S)
+        wait_for(lambda: scorer.stats().followed_at > 0)
+
+        def follow_again() -> bool:
+            alone = threading.active_count() == 1 and scorer.stats().followed_at == 0
+            scorer.follow(EVERY_S)
+            wait_for(lambda: scorer.stats().followed_at > 0)
+            scorer.close()
+            return alone
+
+        assert in_child(follow_again)

@@ -144,194 +144,200 @@ def same_codes(actual: UserCounters, expected: UserCounters) -> None:
     np.testing.assert_array_equal(actual.num_events, expected.num_events)
 
 
-class TestCodes:
-    def test_a_request_has_the_codes_of_the_raw_history(self, opened: Opened, now: Any) -> None:
-        counters, expected = opened.counters(opened.users, opened.tail(TAIL_LEN), now), opened.expected(now)
-        same_codes(counters, expected)
-        assert (np.diff(counters.codes.offsets) > 4).all() and counters.codes.key.min() > 0
-        stored = opened.scorer.store.get_many(opened.users)
-        num_new = min(opened.num_missing, TAIL_LEN)
-        np.testing.assert_array_equal(counters.num_events, stored.event_count + num_new)
-
-    def test_events_that_the_record_covers_count_once(self, opened: Opened, now: Any) -> None:
-        """A caller sends more events than the record lacks, or some twice."""
-        expected = opened.counters(opened.users, opened.tail(TAIL_LEN), now)
-        same_codes(opened.counters(opened.users, opened.tail(TAIL_LEN + 5), now), expected)
-        tail = opened.tail(TAIL_LEN)
-        rows = np.arange(TAIL_LEN * opened.log.num_users).reshape(opened.log.num_users, -1)
-        twice = np.concatenate([rows, rows[:, ::-1]], 1).ravel()
-        doubled = Tail(tail.items[twice], tail.times[twice], tail.actions[twice], 2 * tail.offsets)
-        same_codes(opened.counters(opened.users, doubled, now), expected)
-
-    def test_without_fresh_events_the_stored_counters_decay(self, opened: Opened) -> None:
-        stored = opened.scorer.store.get_many(opened.users).counters[0]
-        at_rest = opened.counters(opened.users, None, None)
-        np.testing.assert_array_equal(at_rest.codes.codes, stored.codes)
-        later = opened.counters(opened.users, None, stored.clock + 100 * DAY).codes
-        np.testing.assert_array_equal(later.key, stored.key)
-        assert (later.codes[:, 0] == stored.codes[:, 0]).all()  # the counts stay
-        assert (later.codes[:, 1] < stored.codes[:, 1]).all() and (later.codes[:, -1] > stored.codes[:, -1]).all()
-
-    def test_users_without_a_record_have_the_counters_of_their_fresh_events(self, opened: Opened) -> None:
-        item = opened.scorer.model.items.ids(np.array([3, 3, 7]))
-        time = np.array([100, 200, 300]) * DAY
-        tail = Tail(item, time, np.zeros(3, int), np.array([0, 3]))
-        for scorer in (
-            opened.scorer,
-            stale := Scorer.open(opened.scorer.model, opened.scorer.store.path, max_age_s=1e-9),
-        ):
-            users = [999] if scorer is opened.scorer else opened.users[:1]
-            counters = replace(opened, scorer=scorer).counters(users, tail, None)
-            assert counters.codes.key.tolist() == [4, 8] and counters.num_events.tolist() == [3]
-            assert counters.codes.values()[:, 0].tolist() == [2, 1]
-            nothing = replace(opened, scorer=scorer).counters(users, None, 20_000 * DAY)
-            assert len(nothing.codes.key) == 0 and nothing.num_events.tolist() == [0]
-            assert np.isfinite(scorer.catalog_scores(users)).all()
-        stale.close()
-
-    @pytest.mark.parametrize("start", [-1000 * DAY, 0])
-    def test_a_user_without_a_record_is_a_user_without_earlier_events(self, opened: Opened, start: int) -> None:
-        """Also if the events came before 1970."""
-        item, time = np.array([3, 5, 3]), start + np.array([0, 3, 7]) * DAY
-        history = Histories(item.astype(np.int32), time, np.zeros(3, np.uint8), None, np.array([0, 3]))
-        tail = Tail(history.item, time, history.action, history.offsets)
-        batch, keys = opened.scorer.store.get_many(opened.users[:1]), opened.scorer.model.item_keys
-        assert keys is not None
-        for stored in (opened.scorer.store.get_many([999]), batch.without(np.ones(1, bool))):
-            actual = RequestCounters.of(keys, stored, tail, np.ones(3, bool), None)
-            same_codes(actual, counters_of_request(keys, history, covered=0, first=0, seen=3, now=None))
-        nobody = batch.without(np.ones(1, bool)).spread(np.array([1]), 2)
-        assert nobody.counters[0].clock.tolist() == [NO_TIMESTAMP] * 2
-
-    def test_a_shorter_tail_counts_fewer_fresh_events(self, opened: Opened, now: Any) -> None:
-        with Scorer.open(opened.scorer.model.with_tail(2), opened.scorer.store.path) as scorer:
-            shorter = replace(opened, scorer=scorer)
-            counters, expected = shorter.counters(opened.users, opened.tail(TAIL_LEN), now), shorter.expected(now)
-        same_codes(counters, expected)
-        full = opened.counters(opened.users, opened.tail(TAIL_LEN), now)
-        assert (counters.num_events < full.num_events).all()
+def test_a_request_has_the_codes_of_the_raw_history(opened: Opened, now: Any) -> None:
+    counters, expected = opened.counters(opened.users, opened.tail(TAIL_LEN), now), opened.expected(now)
+    same_codes(counters, expected)
+    assert (np.diff(counters.codes.offsets) > 4).all() and counters.codes.key.min() > 0
+    stored = opened.scorer.store.get_many(opened.users)
+    num_new = min(opened.num_missing, TAIL_LEN)
+    np.testing.assert_array_equal(counters.num_events, stored.event_count + num_new)
 
 
-class TestScores:
-    def test_next_equals_the_scores_of_the_raw_history(self, opened: Opened, now: Any) -> None:
-        """The user vectors come from the store; all that follows is what evaluation on raw histories computes."""
-        scorer, tail, counters = opened.scorer, opened.tail(TAIL_LEN), opened.expected(now)
-        ids, items = scorer.item_vectors()
-        users = torch.from_numpy(scorer.user_vectors(opened.users, tail=tail, now=now))
-        expected = inference.catalog_scores(scorer.model, users, torch.from_numpy(items), counters).numpy()
-        linear = users.numpy() @ items.T / scorer.model.config.softmax_temperature
-        assert (np.abs(expected - linear) > 1e-2).mean() > 0.1
-        close = {"rtol": 2e-5, "atol": 2e-5}
-        scores = scorer.predict(opened.users, ids, tail=tail, now=now)["next"]
-        np.testing.assert_allclose(scores, expected, **close)
-        np.testing.assert_allclose(scorer.catalog_scores(opened.users, tail=tail, now=now), expected, **close)
-        offsets = np.arange(len(opened.users) + 1) * 7
-        values = ids[np.arange(offsets[-1]) % len(ids)]
-        ragged = scorer.predict(opened.users, (values, offsets), tail=tail, now=now)["next"]
-        np.testing.assert_array_equal(
-            ragged, scores[np.arange(offsets[-1]) // 7, np.arange(offsets[-1]) % len(ids)].ravel()
+def test_events_that_the_record_covers_count_once(opened: Opened, now: Any) -> None:
+    """A caller sends more events than the record lacks, or some twice."""
+    expected = opened.counters(opened.users, opened.tail(TAIL_LEN), now)
+    same_codes(opened.counters(opened.users, opened.tail(TAIL_LEN + 5), now), expected)
+    tail = opened.tail(TAIL_LEN)
+    rows = np.arange(TAIL_LEN * opened.log.num_users).reshape(opened.log.num_users, -1)
+    twice = np.concatenate([rows, rows[:, ::-1]], 1).ravel()
+    doubled = Tail(tail.items[twice], tail.times[twice], tail.actions[twice], 2 * tail.offsets)
+    same_codes(opened.counters(opened.users, doubled, now), expected)
+
+
+def test_without_fresh_events_the_stored_counters_decay(opened: Opened) -> None:
+    stored = opened.scorer.store.get_many(opened.users).counters[0]
+    at_rest = opened.counters(opened.users, None, None)
+    np.testing.assert_array_equal(at_rest.codes.codes, stored.codes)
+    later = opened.counters(opened.users, None, stored.clock + 100 * DAY).codes
+    np.testing.assert_array_equal(later.key, stored.key)
+    assert (later.codes[:, 0] == stored.codes[:, 0]).all()  # the counts stay
+    assert (later.codes[:, 1] < stored.codes[:, 1]).all() and (later.codes[:, -1] > stored.codes[:, -1]).all()
+
+
+def test_users_without_a_record_have_the_counters_of_their_fresh_events(opened: Opened) -> None:
+    item = opened.scorer.model.items.ids(np.array([3, 3, 7]))
+    time = np.array([100, 200, 300]) * DAY
+    tail = Tail(item, time, np.zeros(3, int), np.array([0, 3]))
+    for scorer in (
+        opened.scorer,
+        stale := Scorer.open(opened.scorer.model, opened.scorer.store.path, max_age_s=1e-9),
+    ):
+        users = [999] if scorer is opened.scorer else opened.users[:1]
+        counters = replace(opened, scorer=scorer).counters(users, tail, None)
+        assert counters.codes.key.tolist() == [4, 8] and counters.num_events.tolist() == [3]
+        assert counters.codes.values()[:, 0].tolist() == [2, 1]
+        nothing = replace(opened, scorer=scorer).counters(users, None, 20_000 * DAY)
+        assert len(nothing.codes.key) == 0 and nothing.num_events.tolist() == [0]
+        assert np.isfinite(scorer.catalog_scores(users)).all()
+    stale.close()
+
+
+@pytest.mark.parametrize("start", [-1000 * DAY, 0])
+def test_a_user_without_a_record_is_a_user_without_earlier_events(opened: Opened, start: int) -> None:
+    """Also if the events came before 1970."""
+    item, time = np.array([3, 5, 3]), start + np.array([0, 3, 7]) * DAY
+    history = Histories(item.astype(np.int32), time, np.zeros(3, np.uint8), None, np.array([0, 3]))
+    tail = Tail(history.item, time, history.action, history.offsets)
+    batch, keys = opened.scorer.store.get_many(opened.users[:1]), opened.scorer.model.item_keys
+    assert keys is not None
+    for stored in (opened.scorer.store.get_many([999]), batch.without(np.ones(1, bool))):
+        actual = RequestCounters.of(keys, stored, tail, np.ones(3, bool), None)
+        same_codes(actual, counters_of_request(keys, history, covered=0, first=0, seen=3, now=None))
+    nobody = batch.without(np.ones(1, bool)).spread(np.array([1]), 2)
+    assert nobody.counters[0].clock.tolist() == [NO_TIMESTAMP] * 2
+
+
+def test_a_shorter_tail_counts_fewer_fresh_events(opened: Opened, now: Any) -> None:
+    with Scorer.open(opened.scorer.model.with_tail(2), opened.scorer.store.path) as scorer:
+        shorter = replace(opened, scorer=scorer)
+        counters, expected = shorter.counters(opened.users, opened.tail(TAIL_LEN), now), shorter.expected(now)
+    same_codes(counters, expected)
+    full = opened.counters(opened.users, opened.tail(TAIL_LEN), now)
+    assert (counters.num_events < full.num_events).all()
+
+
+def test_next_equals_the_scores_of_the_raw_history(opened: Opened, now: Any) -> None:
+    """The user vectors come from the store; all that follows is what evaluation on raw histories computes."""
+    scorer, tail, counters = opened.scorer, opened.tail(TAIL_LEN), opened.expected(now)
+    ids, items = scorer.item_vectors()
+    users = torch.from_numpy(scorer.user_vectors(opened.users, tail=tail, now=now))
+    expected = inference.catalog_scores(scorer.model, users, torch.from_numpy(items), counters).numpy()
+    linear = users.numpy() @ items.T / scorer.model.config.softmax_temperature
+    assert (np.abs(expected - linear) > 1e-2).mean() > 0.1
+    close = {"rtol": 2e-5, "atol": 2e-5}
+    scores = scorer.predict(opened.users, ids, tail=tail, now=now)["next"]
+    np.testing.assert_allclose(scores, expected, **close)
+    np.testing.assert_allclose(scorer.catalog_scores(opened.users, tail=tail, now=now), expected, **close)
+    offsets = np.arange(len(opened.users) + 1) * 7
+    values = ids[np.arange(offsets[-1]) % len(ids)]
+    ragged = scorer.predict(opened.users, (values, offsets), tail=tail, now=now)["next"]
+    np.testing.assert_array_equal(
+        ragged, scores[np.arange(offsets[-1]) // 7, np.arange(offsets[-1]) % len(ids)].ravel()
+    )
+
+
+def test_an_index_and_the_counted_items_give_the_ranking(opened: Opened, now: Any) -> None:
+    """Nearest neighbors by the vectors, with the counted items in place of theirs, are the best of the catalog."""
+    scorer, tail, log = opened.scorer, opened.tail(TAIL_LEN), opened.log
+    ids, items = scorer.item_vectors()
+    users = scorer.user_vectors(opened.users, tail=tail, now=now)
+    counted, scores, offsets = scorer.counted_items(opened.users, tail=tail, now=now)
+    assert (np.diff(offsets) > 4).all()
+    for row, user in enumerate(opened.users):
+        own = slice(offsets[row], offsets[row + 1])
+        near = np.argsort(-users[row] @ items.T)[: 5 + offsets[row + 1] - offsets[row]]
+        union = dict(
+            zip(ids[near].tolist(), items[near] @ users[row] / scorer.model.config.softmax_temperature, strict=True)
         )
+        union |= dict(zip(counted[own].tolist(), scores[own].tolist(), strict=True))
+        best = sorted(union, key=lambda item: -union[item])[:5]
+        ranking = _ranked(scorer, user, opened.tail(TAIL_LEN, np.array([row])), None if now is None else int(now[row]))
+        assert ranking.items.tolist() == best
+        np.testing.assert_allclose(ranking.scores, [union[item] for item in best], rtol=1e-4, atol=1e-4)
+    assert log.num_users == len(opened.users)
 
-    def test_an_index_and_the_counted_items_give_the_ranking(self, opened: Opened, now: Any) -> None:
-        """Nearest neighbors by the vectors, with the counted items in place of theirs, are the best of the catalog."""
-        scorer, tail, log = opened.scorer, opened.tail(TAIL_LEN), opened.log
-        ids, items = scorer.item_vectors()
-        users = scorer.user_vectors(opened.users, tail=tail, now=now)
-        counted, scores, offsets = scorer.counted_items(opened.users, tail=tail, now=now)
-        assert (np.diff(offsets) > 4).all()
-        for row, user in enumerate(opened.users):
-            own = slice(offsets[row], offsets[row + 1])
-            near = np.argsort(-users[row] @ items.T)[: 5 + offsets[row + 1] - offsets[row]]
-            union = dict(
-                zip(ids[near].tolist(), items[near] @ users[row] / scorer.model.config.softmax_temperature, strict=True)
-            )
-            union |= dict(zip(counted[own].tolist(), scores[own].tolist(), strict=True))
-            best = sorted(union, key=lambda item: -union[item])[:5]
-            ranking = _ranked(
-                scorer, user, opened.tail(TAIL_LEN, np.array([row])), None if now is None else int(now[row])
-            )
-            assert ranking.items.tolist() == best
-            np.testing.assert_allclose(ranking.scores, [union[item] for item in best], rtol=1e-4, atol=1e-4)
-        assert log.num_users == len(opened.users)
 
-    def test_tasks_equal_those_of_the_raw_history(self, opened: Opened) -> None:
-        scorer, model, tail = opened.scorer, opened.scorer.model, opened.tail(TAIL_LEN)
-        for now in (None, np.full(len(opened.users), int(tail.times.max()) + DAY)):
-            context, gap = _context(opened, tail, now)
-            candidates = torch.arange(len(model.items) + 1).expand(len(opened.users), -1)
-            item = candidates.numpy().ravel()
-            user = np.repeat(np.arange(len(opened.users)), candidates.shape[1])
-            codes = opened.expected(now).of_pairs(user, item).reshape(*candidates.shape, -1)
-            with_codes, without = (
-                inference.candidate_logits(model, context, gap, candidates, each).sigmoid().numpy()[:, 1:]
-                for each in (torch.from_numpy(codes), None)
-            )
-            assert (np.abs(with_codes - without).max(-1) > 1e-3).mean() > 0.1
-            predicted = scorer.predict(opened.users, scorer.item_vectors()[0], tail=tail, now=now)
-            for index, task in enumerate(TASKS[:3]):
-                np.testing.assert_allclose(predicted[task], with_codes[..., index], atol=2e-5)
+def test_tasks_equal_those_of_the_raw_history(opened: Opened) -> None:
+    scorer, model, tail = opened.scorer, opened.scorer.model, opened.tail(TAIL_LEN)
+    for now in (None, np.full(len(opened.users), int(tail.times.max()) + DAY)):
+        context, gap = _context(opened, tail, now)
+        candidates = torch.arange(len(model.items) + 1).expand(len(opened.users), -1)
+        item = candidates.numpy().ravel()
+        user = np.repeat(np.arange(len(opened.users)), candidates.shape[1])
+        codes = opened.expected(now).of_pairs(user, item).reshape(*candidates.shape, -1)
+        with_codes, without = (
+            inference.candidate_logits(model, context, gap, candidates, each).sigmoid().numpy()[:, 1:]
+            for each in (torch.from_numpy(codes), None)
+        )
+        assert (np.abs(with_codes - without).max(-1) > 1e-3).mean() > 0.1
+        predicted = scorer.predict(opened.users, scorer.item_vectors()[0], tail=tail, now=now)
+        for index, task in enumerate(TASKS[:3]):
+            np.testing.assert_allclose(predicted[task], with_codes[..., index], atol=2e-5)
 
-    def test_unknown_items_are_not_counted(self, opened: Opened) -> None:
-        """Items that the model does not know share a row, but events with one say nothing about another."""
-        scorer, user = opened.scorer, opened.users[:1]
-        time = int(opened.tail(1).times.max()) + DAY
-        for item in (-1, -2):
-            tail = Tail(np.array([item]), np.array([time]), np.zeros(1, int), np.array([0, 1]))
-            assert scorer.predict(user, [-1], tail=tail)["next"].tolist() == [[0.0]]
-            assert np.isnan(scorer.explain(user[0], [-1], tail=tail).counts).all()
 
-    def test_users_without_a_usable_record_have_no_scores(self, opened: Opened) -> None:
-        with Scorer.open(opened.scorer.model, opened.scorer.store.path, on_missing="nan") as scorer:
-            tail = opened.tail(TAIL_LEN, np.array([0, 0]))
-            _, scores, offsets = scorer.counted_items([opened.users[0], 999], tail=tail)
-            assert np.isfinite(scores[: offsets[1]]).all() and np.isnan(scores[offsets[1] :]).all()
-            assert np.diff(offsets).min() > 0
+def test_unknown_items_are_not_counted(opened: Opened) -> None:
+    """Items that the model does not know share a row, but events with one say nothing about another."""
+    scorer, user = opened.scorer, opened.users[:1]
+    time = int(opened.tail(1).times.max()) + DAY
+    for item in (-1, -2):
+        tail = Tail(np.array([item]), np.array([time]), np.zeros(1, int), np.array([0, 1]))
+        assert scorer.predict(user, [-1], tail=tail)["next"].tolist() == [[0.0]]
+        assert np.isnan(scorer.explain(user[0], [-1], tail=tail).counts).all()
+
+
+def test_users_without_a_usable_record_have_no_scores(opened: Opened) -> None:
+    with Scorer.open(opened.scorer.model, opened.scorer.store.path, on_missing="nan") as scorer:
+        tail = opened.tail(TAIL_LEN, np.array([0, 0]))
+        _, scores, offsets = scorer.counted_items([opened.users[0], 999], tail=tail)
+        assert np.isfinite(scores[: offsets[1]]).all() and np.isnan(scores[offsets[1] :]).all()
+        assert np.diff(offsets).min() > 0
 
 
 @pytest.mark.parametrize("opened", ["fresh"], indirect=True)
-class TestExplanation:
-    @pytest.mark.parametrize("task", TASKS)
-    @pytest.mark.parametrize("now", ["now"], indirect=True)
-    def test_counters_have_a_share_of_the_score(self, opened: Opened, task: str, now: Any) -> None:
-        user, tail = opened.users[2], opened.tail(TAIL_LEN, np.array([2]))
-        time = None if now is None else int(now[2])
-        scorer, items = opened.scorer, opened.scorer.item_vectors()[0]
-        explanation = scorer.explain(user, items, task=task, tail=tail, now=time)
-        scores = scorer.predict([user], items, tail=tail, now=time)[task][0]
-        value = explanation.value if task == "next" else 1 / (1 + np.exp(-explanation.value))
-        np.testing.assert_allclose(value, scores, rtol=2e-5, atol=2e-5)
-        added = explanation.summary.sum(1) + explanation.state + explanation.tail.sum(1) + explanation.own
-        rest = explanation.value - added - explanation.counted
-        np.testing.assert_allclose(rest, explanation.remainder, atol=1e-5)
-        counts = explanation.counts[:, :1] if task == "next" else explanation.counts
-        is_counted = np.isfinite(counts).any(1)
-        assert ((explanation.counted != 0) == is_counted).all() and 4 < is_counted.sum() < len(items)
-        model = scorer.model
-        assert model.counted is not None and model.task_head is not None
-        if task != "next":
-            expected = np.full(len(items), model.task_head.bias[TASKS.index(task)].item())
-        elif model.popularity is None:
-            expected = np.where(is_counted, model.counted.gate.bias.item(), 0.0)
-        else:  # The popularity term has a bias too, which is multiplied by what follows it.
-            bias, temperature = model.popularity.weight.bias.item(), model.config.softmax_temperature
-            gate = model.counted.gate.weight[0, -1].item() * temperature * (model.config.dim + 1) ** 0.5
-            expected = np.where(
-                is_counted, model.counted.gate.bias.item() + gate * bias, model.item_popularity[1:].numpy() * bias
-            )
-        np.testing.assert_allclose(explanation.remainder, expected, atol=5e-5)
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("now", ["now"], indirect=True)
+def test_counters_have_a_share_of_the_score(opened: Opened, task: str, now: Any) -> None:
+    user, tail = opened.users[2], opened.tail(TAIL_LEN, np.array([2]))
+    time = None if now is None else int(now[2])
+    scorer, items = opened.scorer, opened.scorer.item_vectors()[0]
+    explanation = scorer.explain(user, items, task=task, tail=tail, now=time)
+    scores = scorer.predict([user], items, tail=tail, now=time)[task][0]
+    value = explanation.value if task == "next" else 1 / (1 + np.exp(-explanation.value))
+    np.testing.assert_allclose(value, scores, rtol=2e-5, atol=2e-5)
+    added = explanation.summary.sum(1) + explanation.state + explanation.tail.sum(1) + explanation.own
+    rest = explanation.value - added - explanation.counted
+    np.testing.assert_allclose(rest, explanation.remainder, atol=1e-5)
+    counts = explanation.counts[:, :1] if task == "next" else explanation.counts
+    is_counted = np.isfinite(counts).any(1)
+    assert ((explanation.counted != 0) == is_counted).all() and 4 < is_counted.sum() < len(items)
+    model = scorer.model
+    assert model.counted is not None and model.task_head is not None
+    if task != "next":
+        expected = np.full(len(items), model.task_head.bias[TASKS.index(task)].item())
+    elif model.popularity is None:
+        expected = np.where(is_counted, model.counted.gate.bias.item(), 0.0)
+    else:  # The popularity term has a bias too, which is multiplied by what follows it.
+        bias, temperature = model.popularity.weight.bias.item(), model.config.softmax_temperature
+        gate = model.counted.gate.weight[0, -1].item() * temperature * (model.config.dim + 1) ** 0.5
+        expected = np.where(
+            is_counted, model.counted.gate.bias.item() + gate * bias, model.item_popularity[1:].numpy() * bias
+        )
+    np.testing.assert_allclose(explanation.remainder, expected, atol=5e-5)
 
-    def test_counts_are_those_of_the_request(self, opened: Opened) -> None:
-        user, tail = opened.users[2], opened.tail(TAIL_LEN, np.array([2]))
-        items = opened.scorer.item_vectors()[0]
-        explanation = opened.scorer.explain(user, items, tail=tail)
-        counters = opened.counters([user], tail, None)
-        fields = np.split(explanation.counts, counters.keys.spec.num_fields, axis=1)
-        keys = counters.keys.of(np.arange(1, len(items) + 1))
-        for values, codes, key in zip(fields, (counters.codes, *counters.categories), keys, strict=True):
-            expected = dict(zip(codes.key.tolist(), codes.values().tolist(), strict=True))
-            assert (np.isfinite(values).all(1) == np.isin(key, codes.key)).all() and np.isin(codes.key, key).all()
-            for row in np.flatnonzero(np.isin(key, codes.key)).tolist():
-                np.testing.assert_allclose(values[row], expected[int(key[row])], rtol=1e-6)
+
+@pytest.mark.parametrize("opened", ["fresh"], indirect=True)
+def test_counts_are_those_of_the_request(opened: Opened) -> None:
+    user, tail = opened.users[2], opened.tail(TAIL_LEN, np.array([2]))
+    items = opened.scorer.item_vectors()[0]
+    explanation = opened.scorer.explain(user, items, tail=tail)
+    counters = opened.counters([user], tail, None)
+    fields = np.split(explanation.counts, counters.keys.spec.num_fields, axis=1)
+    keys = counters.keys.of(np.arange(1, len(items) + 1))
+    for values, codes, key in zip(fields, (counters.codes, *counters.categories), keys, strict=True):
+        expected = dict(zip(codes.key.tolist(), codes.values().tolist(), strict=True))
+        assert (np.isfinite(values).all(1) == np.isin(key, codes.key)).all() and np.isin(codes.key, key).all()
+        for row in np.flatnonzero(np.isin(key, codes.key)).tolist():
+            np.testing.assert_allclose(values[row], expected[int(key[row])], rtol=1e-6)
 
 
 @pytest.mark.parametrize("sent", [slice(None), slice(0, 3), slice(2, 8, 3)], ids=["all", "some", "scattered"])

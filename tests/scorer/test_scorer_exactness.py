@@ -31,7 +31,6 @@ from vista.scorer.reading import read_request
 from vista.scorer.scorer_stats import StatsRecorder
 from vista.training.log_schema import schema_of
 
-pytestmark = pytest.mark.processor
 TOLERANCE = 2e-5
 """If products do not compute rows independently: a few float32 rounding errors of values around 1."""
 DIM = 32
@@ -113,7 +112,8 @@ def whole(opened: Scorer, ids: tuple[list[Any], NDArray[Any], int]) -> dict[str,
     return opened.predict(users, items, now=now)
 
 
-@settings(max_examples=40, deadline=None)
+@pytest.mark.processor
+@settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_a_score_does_not_depend_on_the_other_pairs(
     data: st.DataObject,
@@ -138,6 +138,7 @@ def test_a_score_does_not_depend_on_the_other_pairs(
         same(snapshot.scores(request, rows, [NEXT_TASK])[NEXT_TASK], shared[NEXT_TASK])
 
 
+@pytest.mark.processor
 def test_a_ranking_has_the_bits_of_the_scores(opened: Scorer, ids: tuple[list[Any], NDArray[Any], int]) -> None:
     users, items, now = ids
     scores = opened.score(users[3:4], items, now=now)[0]
@@ -158,6 +159,7 @@ def test_a_ranking_has_the_bits_of_the_scores(opened: Scorer, ids: tuple[list[An
     assert (np.diff(offsets) == 10 * opened.model.config.counters).all()
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
 def test_a_score_does_not_depend_on_the_threads(
     num_threads: int, opened: Scorer, ids: tuple[list[Any], NDArray[Any], int]
@@ -207,7 +209,8 @@ def test_item_projections_from_a_file_have_the_bits_of_computed_ones(
             np.testing.assert_array_equal(scores, opened.predict(users, items, now=now)[task])
 
 
-@settings(max_examples=20, deadline=None)
+@pytest.mark.processor
+@settings(max_examples=10, deadline=None)
 @given(lengths=st.lists(st.integers(0, 40), min_size=12, max_size=12), seed=st.integers(0, 99))
 def test_ragged_candidates_have_the_bits_of_full_rows(
     lengths: list[int],
