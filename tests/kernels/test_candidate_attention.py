@@ -308,13 +308,6 @@ def test_without_gradients_the_same_bits() -> None:
             assert torch.equal(candidate_attention(**inputs), expected)
 
 
-def test_reference_backend() -> None:
-    inputs = make((3, 7, 9), torch.float32)
-    out = candidate_attention(**inputs, backend="reference")
-    assert out.dtype == torch.float32
-    torch.testing.assert_close(out, candidate_attention(**inputs))
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

@@ -16,7 +16,7 @@ from .conftest import needs_triton
 
 if TYPE_CHECKING:
     from .conftest import Inputs, Operator
-from vista_kernels import accumulate_state, causal_linear_attention, quasi_linear_attention
+from vista_kernels import causal_linear_attention, quasi_linear_attention
 
 # Chunks of causal_linear_attention are 32 tokens here. Small windows hold 256 tokens, and segments are long from 65 on.
 LENGTHS = {
@@ -239,17 +239,6 @@ def test_no_uninitialised_memory(operator: Operator, lengths: list[int], poisone
         assert torch.equal(a, b)
 
 
-def test_empty_segments_change_nothing(operator: Operator) -> None:
-    inputs = operator.make([3, 5, 2], torch.float32)
-    padded = inputs | {"offsets": torch.tensor([0, 0, 3, 3, 8, 10, 10])}
-    for name in operator.per_segment:
-        rows = torch.zeros((6, *inputs[name].shape[1:]), dtype=inputs[name].dtype)
-        rows[[1, 3, 4]] = inputs[name]
-        padded[name] = rows
-    for kind, a, b in zip(operator.results, operator.fast(inputs), operator.fast(padded), strict=True):
-        torch.testing.assert_close(b if kind == "tokens" else b[[1, 3, 4]], a)
-
-
 def test_strided_inputs(operator: Operator) -> None:
     """Parts of one fused projection give the same results as contiguous tensors."""
     inputs = operator.make(RAGGED if operator.backend == "torch" else [3, 0, 19], torch.float32)
@@ -370,12 +359,6 @@ def test_causal_split_and_resume_equals_whole(backend: str, cut: int) -> None:
     torch.testing.assert_close(resumed, final)
 
 
-def test_causal_final_state_is_the_accumulated_state(backend: str) -> None:
-    q, k, v, offsets = tokens_of([0, 70, 1, 130] if backend == "torch" else [0, 17, 1, 53])
-    _, final = causal_linear_attention(q, k, v, offsets, backend=backend)
-    torch.testing.assert_close(final, accumulate_state(k, v, offsets, backend=backend)[0])
-
-
 def test_targets_do_not_see_each_other_and_never_write(backend: str) -> None:
     lengths, num_targets = [12, 5, 6], torch.tensor([4, 0, 6])
     q, k, v, offsets = tokens_of(lengths)
@@ -408,10 +391,3 @@ def test_weights_of_targets_are_not_read(backend: str) -> None:
     weight[[6, 7, 8, 12]] = torch.nan
     after = quasi_linear_attention(q, k, v, offsets, num_targets=num_targets, weight=weight, backend=backend)
     assert torch.equal(before, after)
-
-
-def test_only_targets_read_an_empty_history(backend: str) -> None:
-    q, k, v, offsets = tokens_of([3])
-    out = quasi_linear_attention(q, k, v, offsets, num_targets=torch.tensor([3]), backend=backend)
-    phi = torch.nn.functional.silu
-    torch.testing.assert_close(out, (phi(q) * phi(k)).sum(-1, keepdim=True) * v)

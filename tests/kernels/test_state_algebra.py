@@ -149,18 +149,6 @@ def test_length_normalization_reads_a_mean() -> None:
     assert not once[4:].any()
 
 
-def test_accumulate_and_read_compose_to_attention() -> None:
-    lengths = [0, 3, 40, 1]
-    q, k, v = tokens(sum(lengths))
-    weight = torch.rand(sum(lengths))
-    z, n = accumulate_state(k, v, offsets_of(lengths), weight=weight)
-    options = {"normalization": "length", "alpha": 0.7}
-    torch.testing.assert_close(
-        quasi_linear_attention(q, k, v, offsets_of(lengths), weight=weight, **options),
-        read_state(q, z, n, offsets_of(lengths), **options),
-    )
-
-
 def test_long_and_short_users_at_full_window_size() -> None:
     """Windows of full size, with a user of several windows among short ones, against one dense product per user."""
     lengths = [3, 150_000, 0, 40_000, 7, 9]

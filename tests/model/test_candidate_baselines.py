@@ -223,22 +223,6 @@ def test_a_score_is_the_published_formula(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["sim", "twin"])
-def test_a_search_that_finds_everything_is_attention_over_everything(make: SimpleNamespace, name: str) -> None:
-    packed, now, candidates = requests(make, LENGTHS, 4)
-    full, wide = baseline(make, name, top_k=30), baseline(make, name, top_k=1000)
-    few = baseline(make, name, top_k=29)
-    logits, gap = full.candidate_logits(packed, candidates, now), full.request_gap(packed, now)
-    torch.testing.assert_close(logits, wide.candidate_logits(packed, candidates, now))
-    for user in range(packed.num_users):
-        expected = logits_by_event(full, packed.slice(user), int(candidates[user, 0]), gap[user], count=10**6)  # type: ignore[index]
-        torch.testing.assert_close(logits[user, 0], expected)
-    other = few.candidate_logits(packed, candidates, now)
-    same = (other - logits).abs().amax((1, 2)) < 1e-9
-    assert same.tolist() == [length < 30 for length in LENGTHS]
-
-
-@torch.no_grad()
 @pytest.mark.parametrize(("name", "limit"), [case for case in LIMITED if case[0] != "din"])
 def test_a_search_may_find_a_share_of_the_history(make: SimpleNamespace, name: str, limit: int) -> None:
     """Each user by their own length, whatever the lengths of the others; never fewer than search_top_k."""
@@ -278,16 +262,6 @@ def test_neighbors_padding_and_other_candidates_change_nothing(make: SimpleNames
         for column in range(6):
             one = model.candidate_logits(alone, candidates[user : user + 1, column : column + 1], at)
             torch.testing.assert_close(one[0, 0], logits[user, column])
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_users_without_events_are_scored_by_the_candidate(make: SimpleNamespace, name: str) -> None:
-    model = baseline(make, name)
-    packed, now, candidates = requests(make, [0, 0], 6)
-    candidates[1] = candidates[0]
-    logits = model.candidate_logits(packed, candidates, now)
-    assert logits.isfinite().all() and torch.equal(logits[0], logits[1])
-    assert len(logits[0].unique(dim=0)) == len(candidates[0].unique())
 
 
 @torch.inference_mode()

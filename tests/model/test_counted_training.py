@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -135,17 +134,6 @@ def test_users_and_items_have_the_popularity(make: SimpleNamespace, counters: bo
     retrieval, _ = model.project_items(torch.arange(make.num_items + 1))
     torch.testing.assert_close(retrieval[1:], items)
     assert retrieval[0, -1] == 0
-
-
-def test_a_saved_model_keeps_the_popularity_of_items(make: SimpleNamespace, tmp_path: Path) -> None:
-    model = make.model(popularity=True, counters=True)
-    model.set_item_frequency(np.arange(make.num_items + 1))
-    model.save_pretrained(tmp_path / "model")
-    back = type(model).from_pretrained(tmp_path / "model")
-    assert torch.equal(inference.item_vectors(back), inference.item_vectors(model))
-    assert torch.equal(back.with_tail(2).item_popularity, model.item_popularity)
-    assert back.summarizer_id() == model.summarizer_id()
-    assert make.model(popularity=True).summarizer_id() != model.summarizer_id()
 
 
 WIDTH, NUM_TASKS = 6, 2

@@ -18,7 +18,6 @@ from torch.nn.functional import silu
 from vista.config.choices import Decay, Mixing
 from vista.errors import ConfigError
 from vista.log.histories import Histories
-from vista.model import history_states as states_module
 from vista.model import inference
 from vista.model.history_states import RANGES_PER_PASS, SLICE_LEN, embed, history_states, range_states, reach
 from vista.model.state_updates import insert_events, merge_histories, remove_events
@@ -38,6 +37,19 @@ SHAPES = {
     "interests": {"conv_width": 2, "num_interests": 11},
     "mean token": {"conv_width": 2, "mean_token": True, "decay": Decay.time, "decay_horizons": [0.5, 10.0]},
 }
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of events that were embedded at once, pass by pass."""
+    numbers: list[int] = []
+
+    def counted(model: VistaModel, histories: Histories, start: np.ndarray | None = None) -> tuple[Tensor, ...]:
+        numbers.append(histories.num_events)
+        return embed(model, histories, start)
+
+    monkeypatch.setattr("vista.model.history_states.embed", counted)
+    return numbers
 
 
 def loop(model: VistaModel, history: Histories) -> tuple[Tensor, Tensor]:
@@ -126,19 +138,13 @@ def test_halves_of_a_history_merge_to_the_whole(make: SimpleNamespace, shape: st
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_long_histories_in_slices_equal_one_pass_at_constant_memory(
-    make: SimpleNamespace, shape: str, monkeypatch: pytest.MonkeyPatch
+    make: SimpleNamespace, shape: str, held: list[int]
 ) -> None:
     model = make.model(seed=4, **SHAPES[shape])
     packed = make.histories([3, 100, 0, 16, 15, 31, 1, 500], 5)
     whole = history_states(model, packed)
     summary = inference.summarize(model, packed)
-    held: list[int] = []
-
-    def counted(model: VistaModel, histories: Histories, start: np.ndarray | None = None) -> tuple[Tensor, ...]:
-        held.append(histories.num_events)
-        return embed(model, histories, start)
-
-    monkeypatch.setattr(states_module, "embed", counted)
+    held.clear()
     assert_same(history_states(model, packed, slice_len=16), whole)
     torch.testing.assert_close(inference.summarize(model, packed, slice_len=16), summary, atol=1e-5, rtol=1e-4)
     assert max(held) <= 16 + reach(model) and len(held) > 40
@@ -298,41 +304,27 @@ def test_late_events_equal_recomputation(make: SimpleNamespace, shape: str, late
     assert_equal_within_rounding(complete, exact, exact)
 
 
-def test_forgetting_reads_only_the_neighborhood(make: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forgetting_reads_only_the_neighborhood(make: SimpleNamespace, held: list[int]) -> None:
     """The work is proportional to the number of forgotten events, not to the length of the history."""
     model = make.model(seed=3)
     history = make.histories([3000], 4)
     state = history_states(model, history)
     r = reach(model)
     assert r == 3
-    held: list[int] = []
-
-    def counted(model: object, histories: Histories, start: object = None) -> object:
-        held.append(histories.num_events)
-        return embed(model, histories, start)
-
-    monkeypatch.setattr(states_module, "embed", counted)
+    held.clear()
     left = remove_events(model, state, history, [100, 2000])
     assert sum(held) == 2 * (1 + 2 * r) + 2 * (2 * r)
     assert_equal_within_rounding(left, history_states(model, without(history, [100, 2000])), state)
 
 
-def test_forgetting_many_events_takes_passes_of_bounded_size(
-    make: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_forgetting_many_events_takes_passes_of_bounded_size(make: SimpleNamespace, held: list[int]) -> None:
     """A stretch longer than one pass, and more single events than ranges per pass."""
     model = make.model(seed=3)
     history = make.histories([20_000], 4)
     state = history_states(model, history)
-    held: list[int] = []
-
-    def counted(model: object, histories: Histories, start: object = None) -> object:
-        held.append(histories.num_events)
-        return embed(model, histories, start)
-
-    monkeypatch.setattr(states_module, "embed", counted)
     stretch, single = list(range(500, 500 + SLICE_LEN + 100)), list(range(10_000, 20_000, 20))
     assert len(single) > RANGES_PER_PASS
+    held.clear()
     left = remove_events(model, state, history, stretch + single)
     assert len(held) > 4 and max(held) <= SLICE_LEN + reach(model)
     assert_equal_within_rounding(left, history_states(model, without(history, stretch + single)), state)

@@ -59,22 +59,6 @@ def test_sampled_softmax_passes_gradcheck() -> None:
     )
 
 
-def test_with_all_items_it_is_the_exact_softmax() -> None:
-    user, items, label = problem(50, 30)
-    loss = sampled_softmax(user, items, label, torch.arange(30), torch.zeros(30, dtype=torch.float64), 0.1)
-    torch.testing.assert_close(loss, F.cross_entropy(user @ items.t() / 0.1, label))
-
-
-def test_a_row_does_not_push_its_own_positive_away() -> None:
-    user, items, label = problem(1, 5)
-    alone = sampled_softmax(user, items, label, label.clone(), torch.zeros(1, dtype=torch.float64), 0.1)
-    assert float(alone) == 0.0, "the only negative is the label itself"
-    shared = sampled_softmax(
-        user.expand(2, -1), items, torch.cat([label, (label + 1) % 5]), label, torch.zeros(1, dtype=torch.float64), 0.1
-    )
-    assert float(shared) > 0, "it is a negative for another row"
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_low_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     user, items, label = problem(300, 40, 16)
@@ -143,27 +127,6 @@ def test_an_adjustment_is_added_to_labels_and_negatives(count: int) -> None:
         torch.testing.assert_close(mine, theirs)
     shifted = sampled_softmax(user, items, label, negatives, log_weight, 0.5, adjustment + 3)
     torch.testing.assert_close(shifted, loss)  # a constant changes nothing
-
-
-@pytest.mark.parametrize("strength", [1.0, 0.5, 0.0])
-def test_free_logits_learn_the_log_popularity_times_the_strength(strength: float) -> None:
-    """Trained with (1 - strength) log p added to them, over the whole catalog."""
-    counts = torch.tensor([1, 2, 4, 8, 16, 32, 64])
-    log_p = torch.log(counts / counts.sum()).double()
-    label = torch.arange(7).repeat_interleave(counts)
-    user = torch.ones(len(label), 1, dtype=torch.float64)
-    scores = torch.zeros(7, 1, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([scores], max_iter=200, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = sampled_softmax(user, scores, label, torch.arange(7), torch.zeros(7), 1.0, (1 - strength) * log_p)
-        torch.autograd.backward(loss)
-        return loss
-
-    optimizer.step(closure)  # type: ignore[arg-type]
-    learned = scores.detach()[:, 0]
-    torch.testing.assert_close(learned - learned[-1], strength * (log_p - log_p[-1]), atol=1e-4, rtol=0)
 
 
 def test_task_losses_average_over_known_labels() -> None:
@@ -279,70 +242,6 @@ def test_window_loss_passes_gradcheck() -> None:
         return window_loss(user, items, asked.label, negatives, log_weight, 0.5, counted=counted)
 
     assert torch.autograd.gradcheck(loss, tuple(asked.leaves))
-
-
-@pytest.mark.parametrize("counts", [False, True], ids=["cosines", "counted"])
-def test_with_all_items_it_is_the_full_softmax(counts: bool) -> None:
-    asked = window_problem(30)
-    logits = asked.user @ asked.items.t() / 0.1
-    if counts:
-        row, place = (asked.slot >= 0).nonzero(as_tuple=True)
-        logits = logits.index_put((row, asked.slot[row, place]), asked.logit[row, place])
-    log_share, is_label = torch.log_softmax(logits, 1), asked.label >= 0
-    exact = -(log_share.gather(1, asked.label.clamp(min=0)) * is_label).sum() / len(asked.label)
-    all_items, no_weight = torch.arange(NUM_ITEMS), torch.zeros(NUM_ITEMS, dtype=torch.float64)
-    counted = asked.counted if counts else None
-    loss = window_loss(asked.user, asked.items, asked.label, all_items, no_weight, 0.1, counted=counted)
-    torch.testing.assert_close(loss, exact)
-
-
-def test_with_one_label_it_is_the_loss_of_the_next_item() -> None:
-    asked = window_problem(50)
-    label = asked.label.amax(1)
-    negatives, log_weight = torch.arange(0, NUM_ITEMS, 3), torch.linspace(-1, 2, 14, dtype=torch.float64)
-    loss = window_loss(asked.user, asked.items, label[:, None], negatives, log_weight, 0.2)
-    torch.testing.assert_close(loss, sampled_softmax(asked.user, asked.items, label, negatives, log_weight, 0.2))
-
-
-def test_the_correction_makes_the_sampled_window_loss_estimate_the_full_one() -> None:
-    asked = window_problem(40, num_items=300)
-    sampler = NegativeSampler(np.random.default_rng(0).zipf(1.5, 300).clip(max=5000), num_negatives=120, power=1.0)
-    every, no_weight = torch.arange(300), torch.zeros(300)
-    exact = float(window_loss(asked.user, asked.items, asked.label, every, no_weight, 0.5, counted=asked.counted))
-
-    def mean_loss(weight_scale: float) -> float:
-        estimates = []
-        for seed in range(100):
-            rows, weight = map(torch.from_numpy, sampler.draw(np.random.default_rng(seed)))
-            weight = weight * weight_scale
-            loss = window_loss(asked.user, asked.items, asked.label, rows, weight, 0.5, counted=asked.counted)
-            estimates.append(float(loss))
-        return float(np.mean(estimates))
-
-    error = abs(mean_loss(1) - exact)
-    assert error < 0.06 * exact
-    assert abs(mean_loss(0) - exact) > 5 * error
-
-
-def test_free_logits_learn_the_probability_of_occurring_in_the_window() -> None:
-    """Ranked by it, and not by the expected number of events, the best k items have the highest precision at k."""
-    windows = [[0, 1], [0, 2], [0, 1, 2, 3], [0], [1, 3], [0, 2]]
-    label = torch.full((len(windows), 4), -1)
-    for row, items in enumerate(windows):
-        label[row, : len(items)] = torch.tensor(items)
-    user, scores = torch.ones(len(windows), 1).double(), torch.zeros(4, 1).double().requires_grad_()
-    optimizer = torch.optim.LBFGS([scores], max_iter=200, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = window_loss(user, scores, label, torch.arange(4), torch.zeros(4), 1.0)
-        torch.autograd.backward(loss)
-        return loss
-
-    optimizer.step(closure)  # type: ignore[arg-type]
-    learned = torch.softmax(scores.detach()[:, 0], 0)
-    occurs = torch.tensor([5.0, 3.0, 3.0, 2.0]).double()
-    torch.testing.assert_close(learned, occurs / occurs.sum(), atol=1e-4, rtol=0)
 
 
 def test_window_loss_of_low_precision_is_computed_in_float32() -> None:

@@ -61,6 +61,8 @@ def test_loading_keeps_the_callers_random_state_and_a_shorter_tail_shares_the_we
         {"num_seeds": 0, "target_attention": TargetAttentionKind.quasi_linear},
         {"rating_range": None, "has_time": False},
         {"request_features": True},
+        {"embedding_rows": 11, "embedding_hashes": 4},
+        {"popularity": True, "counters": True},
     ],
     ids=str,
 )
@@ -77,6 +79,8 @@ def test_a_round_trip_keeps_every_bit(make: SimpleNamespace, tmp_path: Path, opt
     np.testing.assert_array_equal(back.item_rows([100, 139, 99]), [1, 40, 0])
     packed = make.histories([0, 5, 30], 2)
     assert torch.equal(inference.summarize(back, packed), inference.summarize(model, packed))
+    if model.schema.has_retrieval:
+        assert torch.equal(inference.item_vectors(back.with_tail(2)), inference.item_vectors(model))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best"], "no temporary files are left"
 
 
@@ -103,8 +107,7 @@ def test_a_key_that_config_json_lacks_is_named(make: SimpleNamespace, tmp_path: 
 
 def test_string_ids_survive_saving_and_loading(make: SimpleNamespace, tmp_path: Path) -> None:
     made = make.model(num_items=3)
-    items = Vocabulary.from_ids(["a", "ß", "c/d"])
-    model = VistaModel(made.config, made.schema, items, made.data)
+    model = VistaModel(made.config, made.schema, Vocabulary.from_ids(["a", "ß", "c/d"]), made.data)
     model.save_pretrained(tmp_path / "best")
     back = VistaModel.from_pretrained(tmp_path / "best")
     assert back.item_rows(["ß", "c/d", "b", "a"]).tolist() == model.item_rows(["ß", "c/d", "b", "a"]).tolist()
@@ -128,49 +131,34 @@ def test_saving_again_replaces_the_folder(make: SimpleNamespace, tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
 
-def cut(name: str) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        data = (folder / name).read_bytes()
-        (folder / name).write_bytes(data[: len(data) // 2])
-
-    return damage
+def rewritten(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
 
 
-def without(name: str) -> Callable[[Path], None]:
+def cut(name: str) -> Callable[[Path], object]:
+    return rewritten(name, lambda data: data[: len(data) // 2])
+
+
+def without(name: str) -> Callable[[Path], object]:
     return lambda folder: (folder / name).unlink()
 
 
-def flipped(name: str) -> Callable[[Path], object]:
-    def damage(folder: Path) -> None:
-        data = bytearray((folder / name).read_bytes())
-        data[-1] ^= 1
-        (folder / name).write_bytes(data)
-
-    return damage
-
-
 def piped(name: str) -> Callable[[Path], object]:
-    def damage(folder: Path) -> None:
-        (folder / name).unlink()
-        os.mkfifo(folder / name)
-
-    return damage
+    return lambda folder: ((folder / name).unlink(), os.mkfifo(folder / name))
 
 
 def edited(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
-    def damage(folder: Path) -> None:
-        sign_model(folder, change)
-
-    return damage
+    return lambda folder: sign_model(folder, change)
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated weights": (cut("model.safetensors"), r"model\.safetensors: holds \d+ bytes instead of \d+"),
-    "a flipped bit": (flipped("model.safetensors"), r"model\.safetensors: its content is not what was exported"),
+    "a flipped bit": (
+        rewritten("model.safetensors", lambda data: data[:-1] + bytes([data[-1] ^ 1])),
+        r"model\.safetensors: its content is not what was exported",
+    ),
     "an edited config": (
-        lambda folder: (folder / "config.json").write_text(
-            (folder / "config.json").read_text().replace('"dropout": 0.0', '"dropout": 0.1')
-        ),
+        rewritten("config.json", lambda data: data.replace(b'"dropout": 0.0', b'"dropout": 0.1')),
         r"config\.json: its checksum does not match",
     ),
     "a file too many": (

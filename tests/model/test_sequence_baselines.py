@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.conftest import sign_model
 from vista.config import DataConfig, ModelConfig, OptimConfig
 from vista.config.choices import Architecture
-from vista.errors import CheckpointError
 from vista.log.gaps import gap_bucket
 from vista.log.vocabulary import Vocabulary
 from vista.model.baselines import decayed_attention as attention
@@ -210,17 +206,6 @@ def test_a_falling_clock_after_the_last_event_makes_no_gradient_infinite() -> No
     out = decayed_attention(query, key, value, clock)
     (grad,) = torch.autograd.grad(out[:, :66].sum(), clock)
     assert torch.isfinite(out[:, :66]).all() and torch.isfinite(grad).all()
-
-
-def test_weights_without_the_gap_scale_are_refused(make: SimpleNamespace, tmp_path: Path) -> None:
-    baseline(make, "hstu").save_pretrained(tmp_path / "model")
-    weights = load_file(tmp_path / "model" / "model.safetensors")
-    del weights["gap_scale"]
-    save_file(weights, tmp_path / "model" / "model.safetensors")
-    sign_model(tmp_path / "model")
-    with pytest.raises(CheckpointError, match=r"(?s)does not fit its config.json.*gap_scale"):
-        HSTU.from_pretrained(tmp_path / "model")
-    assert "gap_scale" not in baseline(make, "hstu", has_time=False).state_dict()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -13,7 +13,7 @@ and asks for the retrieval head's user vector or for logits of candidates. The t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -235,24 +235,6 @@ def test_values_in_padding_change_no_bit(make: SimpleNamespace, shape: str) -> N
     assert (junk.item != tail.item).any()
     clean, padded = serve(model, packed, tail, candidates), serve(model, packed, junk, candidates)
     assert torch.equal(clean.users, padded.users) and torch.equal(clean.logits, padded.logits)
-
-
-def test_many_impressions_of_one_user_do_not_change_another_users_logits(make: SimpleNamespace) -> None:
-    """Windows are padded to the one with the most impressions."""
-    model = make.model(seed=7)
-    packed = make.histories([12, 12], 9)
-    chunks, _ = make.chunks(packed, 9, impressions=14)
-    _, narrow = make.outputs(model, make.batch(chunks, make.plan(model)))
-    shown = chunks.impressions
-    second_users_first = np.searchsorted(shown.chunk, 1)
-    repeats = np.where(np.arange(len(shown.chunk)) == second_users_first, 31, 1)
-    parts = {f.name: getattr(shown, f.name) for f in fields(shown) if f.name not in ("entry", "dense")}
-    crowded = replace(shown, **{name: np.repeat(part, repeats, axis=0) for name, part in parts.items()})
-    _, wide = make.outputs(model, make.batch(replace(chunks, impressions=crowded), make.plan(model)))
-    width = narrow.shape[1]
-    assert wide.shape[1] > width + 20
-    windows = packed.lengths[0] // 4  # whole windows of the first user
-    torch.testing.assert_close(wide[:windows, :width], narrow[:windows], atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", SOME_SHAPES)

@@ -70,29 +70,6 @@ def test_a_long_history_is_summarized_slice_by_slice(make: SimpleNamespace, conv
     assert not torch.equal(sliced[2], whole[2])  # another order of summation, so it was sliced
 
 
-def permuted(history: Histories, seed: int) -> Histories:
-    """The same events in another order, at the same times."""
-    order = np.random.default_rng(seed).permutation(history.num_events)
-    assert history.rating is not None
-    return Histories(
-        history.item[order], history.timestamp, history.action[order], history.rating[order], history.offsets
-    )
-
-
-@pytest.mark.parametrize("mixing", Mixing)
-@pytest.mark.parametrize(("conv_width", "has_time"), [(1, False), (3, False), (1, True)])
-def test_order_matters_only_through_convolution_and_gaps(
-    make: SimpleNamespace, mixing: Mixing, conv_width: int, has_time: bool
-) -> None:
-    model = make.model(seed=2, mixing=mixing, conv_width=conv_width, has_time=has_time)
-    history = make.histories([25], 2)
-    one, other = (inference.summarize(model, h) for h in (history, permuted(history, 1)))
-    if conv_width == 1 and not has_time:
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
-    else:
-        assert (one - other).abs().max() > 1e-3
-
-
 def test_gradients_are_those_of_the_formula(make: SimpleNamespace) -> None:
     """The last layer computes only the seeds' outputs. The outputs it leaves out have no gradient."""
     model = make.model(seed=3, mixing=Mixing.bidirectional, conv_width=1).double()

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from tests.conftest import NEXT_ONLY
 from vista.config import DataConfig, ModelConfig, OptimConfig, SourceColumns, TrainConfig
@@ -226,67 +225,6 @@ def test_counters_off_change_no_loss(
 
 
 ALONE = OptimConfig(next_weight=0.0, window_weight=0.0, task_weight=0.0, reconstruction_weight=1.0)
-STEPS, LAST_STEPS, LR = 150, 20, 1.5e-2
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Over the items that occur: variance summed over dimensions, and mean distance between unit vectors."""
-
-    variance: float
-    distance: float
-
-
-def spread(table: Tensor) -> Spread:
-    rows = table.detach()
-    unit = torch.nn.functional.normalize(rows, dim=-1)
-    count = len(rows)
-    return Spread(float(rows.var(0).sum()), float(torch.cdist(unit, unit).sum()) / (count * (count - 1)))
-
-
-def train_alone(make: SimpleNamespace, mixing: Mixing, stop_gradient: bool, seed: int) -> tuple[Spread, Spread, float]:
-    """Spread before and after training on the reconstruction loss only, and the mean loss of the last steps."""
-    small = {"num_layers": 1, "num_target_layers": 1, "tail_len": 1, "conv_width": 1}
-    model = make.model(
-        seed=seed, num_items=12, tasks=[], rating_range=None, mixing=mixing, stop_gradient=stop_gradient, **small
-    ).train()
-    chunks, _ = make.chunks(make.histories([12] * 8, seed, num_items=12), seed)
-    cut = make.plan(model, label_spacing=6, reconstruction_len=12)
-    occurring = torch.from_numpy(chunks.item).unique()
-    before = spread(model.item_table[occurring])
-    trained = ("item_table", "encoder.", "summarizer.", "decoder.")
-    parameters = [p for name, p in model.named_parameters() if name.startswith(trained)]
-    optimizer = torch.optim.Adam(parameters, lr=LR, betas=(0.9, 0.98))
-    results = []
-    for step in range(STEPS):
-        batch = make.batch(chunks, cut, seed * 1000 + step, num_items=12)
-        losses = model.losses(batch, model.item_table[batch.rows], ALONE)
-        assert set(losses.parts) == {"reconstruction"}
-        optimizer.zero_grad()
-        losses.total.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        results.append(float(losses.total.detach()))
-    return before, spread(model.item_table[occurring]), fmean(results[-LAST_STEPS:])
-
-
-CASES = [(Mixing.separable, 0), (Mixing.bidirectional, 2)]
-
-
-@pytest.mark.research
-@pytest.mark.parametrize(("mixing", "seed"), CASES)
-def test_embeddings_keep_their_spread_with_the_stop_gradient(make: SimpleNamespace, mixing: Mixing, seed: int) -> None:
-    before, after, loss = train_alone(make, mixing, True, seed)
-    assert after.variance > before.variance and after.distance > 0.9 * before.distance
-    assert loss < after.variance, "it learns: a constant prediction would have the variance as its loss"
-
-
-@pytest.mark.research
-@pytest.mark.parametrize(("mixing", "seed"), CASES)
-def test_embeddings_collapse_without_the_stop_gradient(make: SimpleNamespace, mixing: Mixing, seed: int) -> None:
-    before, after, loss = train_alone(make, mixing, False, seed)
-    assert after.variance < 0.05 * before.variance and after.distance < 0.5 * before.distance
-    assert loss < 0.01, "the loss vanishes because the embeddings do"
 
 
 def test_the_targets_get_no_gradient() -> None:

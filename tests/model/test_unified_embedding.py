@@ -16,7 +16,6 @@ from vista.config.choices import Architecture
 from vista.log.event_log import EventLog
 from vista.log.gaps import NUM_GAPS
 from vista.log.vocabulary import Vocabulary
-from vista.model import inference
 from vista.model.embedding_feature import EmbeddingFeature
 from vista.model.ranking_model import RankingModel
 from vista.model.registry import ARCHITECTURES
@@ -77,37 +76,6 @@ def test_rows_never_change() -> None:
     assert rows_of(3, EmbeddingFeature.gap, 2, 1000).tolist() == [[373, 35], [643, 11], [42, 814]]
 
 
-@pytest.mark.parametrize("feature", EmbeddingFeature)
-def test_every_hash_function_fills_the_table_evenly(feature: EmbeddingFeature) -> None:
-    rows = rows_of(20_000, feature, 3, 97) - 1
-    assert chi_square_sds(rows, 97).abs().max() < 4.5
-
-
-def test_hash_functions_are_independent_within_a_feature_and_across() -> None:
-    """Pairs of rows of one value are spread evenly over 31 x 31 cells."""
-    columns = torch.cat([rows_of(50_000, feature, 2, 31) - 1 for feature in EmbeddingFeature], 1)
-    pairs = [columns[:, i] * 31 + columns[:, j] for i in range(6) for j in range(i)]
-    assert chi_square_sds(torch.stack(pairs, 1), 31 * 31).abs().max() < 4.5
-
-
-def test_values_collide_as_often_as_chance_predicts() -> None:
-    """2,000 values over 997 rows: a pair agrees in one hash with probability 1/997, in two with its square."""
-    one, other = rows_of(2000, EmbeddingFeature.item, 2, 997).T
-    pairs = 2000 * 1999 / 2
-    for keys, expected in ((one, pairs / 997), (other, pairs / 997), (one * 997 + other, pairs / 997**2)):
-        _, counts = keys.unique(return_counts=True)
-        collisions = float((counts * (counts - 1) // 2).sum())
-        assert abs(collisions - expected) < 5 * expected**0.5, (collisions, expected)
-
-
-def chi_square_sds(cells: Tensor, num_cells: int) -> Tensor:
-    """Standard deviations between the chi-square of each column int64 [N, C] and its mean, for even cells."""
-    counts = torch.stack([torch.bincount(column, minlength=num_cells) for column in cells.T]).double()
-    expected = len(cells) / num_cells
-    statistic = ((counts - expected) ** 2 / expected).sum(1)
-    return (statistic - (num_cells - 1)) / (2 * (num_cells - 1)) ** 0.5
-
-
 def built(make: SimpleNamespace, architecture: str, **options: object) -> RankingModel:
     """A small model in which every parameter matters, except the unknown item's row."""
     torch.manual_seed(1)
@@ -158,18 +126,6 @@ def test_a_vector_is_the_concatenation_of_the_values_rows(make: SimpleNamespace)
     assert torch.equal(gaps, torch.stack([vector(gap, EmbeddingFeature.gap) for gap in range(NUM_GAPS)]))  # type: ignore[arg-type]
 
 
-def test_items_that_share_one_row_differ_in_the_other(make: SimpleNamespace) -> None:
-    model = built(make, "vista", embedding_rows=20, embedding_hashes=2)
-    rows = hashed_rows(torch.arange(1, make.num_items + 1), EmbeddingFeature.item, 2, 20)
-    first, second = (rows[:, None] == rows).unbind(-1)
-    one, other = torch.nonzero(first & ~second).T
-    apart = one < other
-    assert apart.sum() >= 10
-    vectors = model.catalog_vectors()
-    a, b = vectors[one[apart]], vectors[other[apart]]
-    assert torch.equal(a[:, :8], b[:, :8]) and (a[:, 8:] != b[:, 8:]).any(1).all()
-
-
 @pytest.mark.parametrize("architecture", ["vista", "sasrec"])
 @pytest.mark.parametrize(("num_rows", "num_hashes"), SHAPES)
 def test_losses_and_gradients_equal_those_of_tables_that_share(
@@ -199,19 +155,6 @@ def test_losses_and_gradients_equal_those_of_tables_that_share(
     assert expected[1:].any() and not expected[0].any()
     close = 1e-5 * float(expected.abs().max())  # sums in another order
     torch.testing.assert_close(model.item_table.grad.to_dense(), expected, rtol=0, atol=close)
-
-
-def test_a_round_trip_keeps_every_bit(make: SimpleNamespace, tmp_path: Path) -> None:
-    model = make.model(embedding_rows=11, embedding_hashes=4)
-    model.save_pretrained(tmp_path / "best")
-    back = VistaModel.from_pretrained(tmp_path / "best")
-    assert back.config == model.config and torch.equal(back.item_table, model.item_table)
-    assert back.summarizer_id() == model.summarizer_id()
-    packed = make.histories([0, 5, 30], 2)
-    assert torch.equal(inference.summarize(back, packed), inference.summarize(model, packed))
-    assert torch.equal(inference.item_vectors(back.with_tail(2)), inference.item_vectors(model))
-    # What moves the model moves the one table that its features read.
-    assert back.double().encoder.gap_vectors(torch.tensor([3])).dtype == torch.float64  # type: ignore[union-attr]
 
 
 def test_summarizer_id_covers_the_table_and_how_it_is_read(make: SimpleNamespace) -> None:

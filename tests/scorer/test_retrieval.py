@@ -206,21 +206,16 @@ def test_bad_items(scorer: Scorer) -> None:
         scorer.retrieve([100], exclude="0")
 
 
-def test_they_have_an_empty_history(scorer: Scorer) -> None:
+def test_users_without_a_record(scorer: Scorer, exported: Path) -> None:
+    """They have an empty history, or get nothing, or an error."""
     known, unknown = scorer.retrieve([100, 999], top_k=5)
     same(unknown, scorer.rank(999, top_k=5))
     same(known, scorer.rank(100, top_k=5))
-
-
-def test_with_nan_they_get_nothing(exported: Path) -> None:
-    with open_scorer(exported, on_missing="nan") as scorer:
-        known, unknown = scorer.retrieve([100, 999], top_k=5)
+    with open_scorer(exported, on_missing="nan") as other:
+        known, unknown = other.retrieve([100, 999], top_k=5)
         assert len(known.items) == 5 and len(unknown.items) == 0
-
-
-def test_or_an_error(exported: Path) -> None:
-    with open_scorer(exported, on_missing="raise") as scorer, pytest.raises(UnknownUserError, match="999"):
-        scorer.retrieve([100, 999])
+    with open_scorer(exported, on_missing="raise") as other, pytest.raises(UnknownUserError, match="999"):
+        other.retrieve([100, 999])
 
 
 @pytest.mark.parametrize(

@@ -176,12 +176,6 @@ def test_catalog_scores_of_too_many_users_are_refused(scorer: Scorer, monkeypatc
         scorer.catalog_scores(USERS)
 
 
-def test_a_history_of_one_event(scorer: Scorer, served: Served) -> None:
-    assert served.log[101].num_events == 1
-    expected = expected_scores(served, [101], ITEMS, None)["next"]
-    np.testing.assert_allclose(scorer.score([101], ITEMS), expected, atol=0.05)
-
-
 def test_unknown_users(served: Served, tmp_path: Path) -> None:
     with Scorer.open(served.model, served.store) as empty:
         scores = empty.score([100, 999, 103], ITEMS)
@@ -276,15 +270,6 @@ def test_non_finite_scores_are_left_out_and_counted(served: Served) -> None:
         assert ranking.num_dropped == 2 and len(ranking.items) == len(model.items) - 2
         assert not set(ranking.items.tolist()) & set(model.items.ids([2, 8]).tolist())
         assert np.isfinite(ranking.scores).all()
-
-
-def test_rankings_by_task(task_scorer: Scorer) -> None:
-    user = next(task_scorer.store.keys())
-    everything, _ = task_scorer.item_vectors()
-    scores = task_scorer.predict([user], everything)["click"][0]
-    ranking = task_scorer.rank(user, top_k=3)
-    np.testing.assert_allclose(ranking.scores, np.sort(scores)[::-1][:3], atol=2e-5)
-    assert scores[np.flatnonzero(everything == ranking.items[0])[0]] == pytest.approx(scores.max(), abs=2e-5)
 
 
 def test_encoded_candidates_are_model_rows(scorer: Scorer) -> None:

@@ -512,13 +512,6 @@ def test_projections_of_other_weights_and_damaged_ones_are_refused(served_tasks:
             Scorer.open(folder, served_tasks.store)
 
 
-def test_missing_projections_are_named(served_tasks: Served, tmp_path: Path) -> None:
-    shutil.copytree(served_tasks.model_dir, tmp_path / "model")
-    (tmp_path / "model" / CANDIDATE_FILE).unlink()
-    with pytest.raises(CheckpointError, match=r"no readable model .*item_projections\.npy"):
-        Scorer.open(tmp_path / "model", served_tasks.store)
-
-
 @pytest.mark.processor
 def test_bfloat16_is_close_and_invalid_precisions_are_refused(served_tasks: Served, task_scorer: Scorer) -> None:
     users, items = list(task_scorer.store.keys())[:4], task_scorer.model.items.ids(np.arange(30))
