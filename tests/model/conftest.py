@@ -15,7 +15,7 @@ from torch import Tensor
 from tests.counters.counter_histories import category
 from vista.arrays import Int
 from vista.config import DataConfig, ModelConfig
-from vista.config.choices import Decay
+from vista.config.choices import Architecture, Decay
 from vista.counters.item_keys import ItemKeys
 from vista.examples.anchors import AnchorPlan
 from vista.examples.batch import Batch
@@ -28,6 +28,8 @@ from vista.log.histories import Histories, ranges
 from vista.log.row_features import RowFeatures
 from vista.log.vocabulary import Vocabulary
 from vista.model.padded_tail import PaddedTail, pad_tail
+from vista.model.ranking_model import RankingModel
+from vista.model.registry import ARCHITECTURES
 from vista.model.row_feature_reader import EncodedRows, RowFeatureReader
 from vista.model.schema import Schema
 from vista.model.vista_model import VistaModel
@@ -82,6 +84,31 @@ def model(
     built.user_features = READER if user_features else None
     built.set_item_features(table)
     return built.eval()
+
+
+def of_architecture(
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float64,
+    tasks: tuple[str, ...] = ("click", "like"),
+    has_time: bool = True,
+    has_retrieval: bool = True,
+    features: bool = False,
+    **config: Any,
+) -> RankingModel:
+    """A model of any architecture as `model` makes them, with features of all kinds of rows if `features`."""
+    torch.manual_seed(1)
+    options = {"dim": 16, "num_heads": 2, "tail_len": 5, "dropout": 0.0} | config
+    settings, columns = ModelConfig(architecture=Architecture(name), **options), READER.columns if features else []
+    kinds = {f"{kind}_features": columns for kind in ("event", "request", "user")}
+    schema = Schema(ACTIONS, has_time, (1.0, 5.0), list(tasks), has_retrieval, **kinds)
+    items = Vocabulary.from_ids(np.arange(NUM_ITEMS) + 100)
+    built = ARCHITECTURES[settings.architecture](settings, schema, items, DataConfig()).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    built.event_features = built.request_features = built.user_features = READER if features else None
+    return built
 
 
 def drawn_features(count: int, seed: int = 0) -> RowFeatures:
@@ -302,6 +329,7 @@ def make() -> SimpleNamespace:
     """The functions above."""
     return SimpleNamespace(
         model=model,
+        architecture=of_architecture,
         histories=histories,
         chunks=chunks,
         plan=plan,

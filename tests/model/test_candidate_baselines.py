@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.conftest import NEXT_ONLY
-from vista.config import DataConfig, ModelConfig
-from vista.config.choices import Architecture, Search
+from vista.config import DataConfig
+from vista.config.choices import Search
 from vista.errors import ConfigError
 from vista.log.gaps import gap_bucket
 from vista.log.histories import Histories
@@ -26,9 +27,8 @@ from vista.model.baselines.search_model import newest_of_highest
 from vista.model.baselines.sim import SIM
 from vista.model.baselines.twin import TWIN
 from vista.model.inference import user_feature_vectors
-from vista.model.registry import ARCHITECTURES, load_model
+from vista.model.registry import load_model
 from vista.model.row_feature_reader import EncodedRows
-from vista.model.schema import Schema
 
 LENGTHS = [0, 1, 9, 4, 0, 7, 12, 30]
 HOUR = 3_600_000
@@ -37,51 +37,17 @@ LIMITED = [("din", 6), ("sim", 0), ("sim", 8), ("sim-hard", 0), ("sim-hard", 8),
 
 
 def baseline(
-    make: SimpleNamespace,
-    name: str,
-    *,
-    limit: int = 0,
-    top_k: int = 4,
-    share: float = 0.0,
-    has_time: bool = True,
-    embedding_rows: int = 0,
-    features: bool = False,
+    make: SimpleNamespace, name: str, *, limit: int = 0, top_k: int = 4, share: float = 0.0, **options: Any
 ) -> CandidateModel:
-    """A small float64 model in which every parameter matters, with features of all kinds of rows if `features`."""
-    torch.manual_seed(1)
+    """A small float64 model in which every parameter matters."""
+    options |= {"search": Search.hard if name == "sim-hard" else Search.soft, "search_top_k": top_k}
     limit = limit or (6 if name == "din" else 0)
-    config = ModelConfig(
-        architecture=Architecture(name.removesuffix("-hard")),
-        search=Search.hard if name == "sim-hard" else Search.soft,
-        dim=16,
-        num_heads=2,
-        history_limit=limit,
-        search_top_k=top_k,
-        search_share=share,
-        embedding_rows=embedding_rows,
-        tail_len=5,
-        dropout=0.0,
+    model = make.architecture(
+        name.removesuffix("-hard"), has_retrieval=False, history_limit=limit, search_share=share, **options
     )
-    items = Vocabulary.from_ids(np.arange(make.num_items) + 100)
-    columns = make.request_reader.columns if features else []
-    schema = Schema(
-        ["view", "click", "buy"],
-        has_time,
-        (1.0, 5.0),
-        ["click", "like"],
-        has_retrieval=False,
-        event_features=columns,
-        request_features=columns,
-        user_features=columns,
-    )
-    model = ARCHITECTURES[config.architecture](config, schema, items, DataConfig()).double().eval()
     assert isinstance(model, CandidateModel)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-        if isinstance(model, SIM) and model.category is not None:
-            model.category.copy_(torch.randint(0, 4, model.category.shape))
-    model.event_features = model.request_features = model.user_features = make.request_reader if features else None
+    if isinstance(model, SIM) and model.category is not None:
+        model.category.copy_(torch.randint(0, 4, model.category.shape))
     return model
 
 

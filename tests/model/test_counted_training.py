@@ -21,21 +21,17 @@ from torch import Tensor, nn
 from tests.counters.counter_histories import counters_of_request
 from tests.model.test_sequence_baselines import LIMIT
 from vista.arrays import Int
-from vista.config import DataConfig, ModelConfig, OptimConfig
-from vista.config.choices import Architecture
+from vista.config import OptimConfig
 from vista.counters.counter_codes import MAX_CODE
 from vista.counters.counter_spec import CounterSpec
 from vista.counters.item_keys import ItemKeys
 from vista.counters.user_counters import UserCounters
 from vista.examples.batch import Batch
 from vista.log.histories import Histories
-from vista.log.vocabulary import Vocabulary
 from vista.model import inference
 from vista.model.candidate_counters import CandidateCounters
 from vista.model.counted_item_head import CountedItemHead
 from vista.model.popularity_term import PopularityTerm
-from vista.model.registry import ARCHITECTURES
-from vista.model.schema import Schema
 from vista.model.window_loss import CountedSlots, log_others, window_loss
 
 
@@ -346,25 +342,8 @@ def test_impressions_have_the_counters_of_their_items(make: SimpleNamespace, dat
 @pytest.mark.parametrize("name", ["sasrec", "hstu"])
 def test_baselines_count_all_events_before_a_request(make: SimpleNamespace, name: str) -> None:
     """They have no record, in training and in evaluation."""
-    torch.manual_seed(1)
-    config = ModelConfig(
-        architecture=Architecture(name),
-        dim=16,
-        num_heads=2,
-        history_limit=LIMIT,
-        tail_len=5,
-        dropout=0.0,
-        temperature=0.5,
-        counters=True,
-        counter_keys=3,
-        popularity=True,
-    )
-    schema = Schema(["view", "click", "buy"], True, (1.0, 5.0), [])
-    items = Vocabulary.from_ids(np.arange(make.num_items) + 100)
-    model = ARCHITECTURES[config.architecture](config, schema, items, DataConfig()).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
+    options = {"temperature": 0.5, "counters": True, "counter_keys": 3, "popularity": True}
+    model = make.architecture(name, dtype=torch.float32, tasks=(), history_limit=LIMIT, **options)
     model.set_item_frequency(np.arange(make.num_items + 1))
     packed = make.histories([LIMIT, 9, 1], 2)
     chunks, _ = make.chunks(packed, 2, keys=model.item_keys)

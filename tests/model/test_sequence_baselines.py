@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vista.config import DataConfig, ModelConfig, OptimConfig
-from vista.config.choices import Architecture
+from vista.config import OptimConfig
 from vista.log.gaps import gap_bucket
-from vista.log.vocabulary import Vocabulary
 from vista.model.baselines import decayed_attention as attention
 from vista.model.baselines.decayed_attention import decayed_attention
 from vista.model.baselines.fuxi_linear import FuXiLinear
@@ -22,45 +21,18 @@ from vista.model.baselines.hstu import HSTU
 from vista.model.baselines.padded_tiles import TILE_TOKENS
 from vista.model.baselines.sasrec import LONGEST_HELD, SASRec, attend_causally
 from vista.model.baselines.sequence_model import SequenceModel
-from vista.model.registry import ARCHITECTURES, load_model
+from vista.model.registry import load_model
 from vista.model.row_feature_reader import EncodedRows
-from vista.model.schema import Schema
 
 LENGTHS = [0, 1, 9, 4, 0, 7, 12]
 LIMIT = 12
 NAMES = ["sasrec", "hstu", "fuxi_linear"]
 
 
-def baseline(
-    make: SimpleNamespace,
-    name: str,
-    *,
-    has_time: bool = True,
-    tasks: tuple[str, ...] = ("click", "like"),
-    features: bool = False,
-) -> SequenceModel:
-    """A small float64 model in which every parameter matters, with features of all kinds of rows if `features`."""
-    torch.manual_seed(1)
-    config = ModelConfig(
-        architecture=Architecture(name), dim=16, num_heads=2, history_limit=LIMIT, tail_len=5, dropout=0.0
-    )
-    items = Vocabulary.from_ids(np.arange(make.num_items) + 100)
-    columns = make.request_reader.columns if features else []
-    schema = Schema(
-        ["view", "click", "buy"],
-        has_time,
-        (1.0, 5.0),
-        list(tasks),
-        event_features=columns,
-        request_features=columns,
-        user_features=columns,
-    )
-    model = ARCHITECTURES[config.architecture](config, schema, items, DataConfig()).double().eval()
+def baseline(make: SimpleNamespace, name: str, **options: Any) -> SequenceModel:
+    """A small float64 model in which every parameter matters."""
+    model = make.architecture(name, history_limit=LIMIT, **options)
     assert isinstance(model, SequenceModel)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.event_features = model.request_features = model.user_features = make.request_reader if features else None
     return model
 
 

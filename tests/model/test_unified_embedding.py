@@ -11,15 +11,10 @@ import torch
 from torch import Tensor
 
 from tests.conftest import NEXT_ONLY, small_config
-from vista.config import DataConfig, ModelConfig
-from vista.config.choices import Architecture
 from vista.log.event_log import EventLog
 from vista.log.gaps import NUM_GAPS
-from vista.log.vocabulary import Vocabulary
 from vista.model.embedding_feature import EmbeddingFeature
 from vista.model.ranking_model import RankingModel
-from vista.model.registry import ARCHITECTURES
-from vista.model.schema import Schema
 from vista.model.unified_embedding import hashed_rows, mix64
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
@@ -78,17 +73,9 @@ def test_rows_never_change() -> None:
 
 def built(make: SimpleNamespace, architecture: str, **options: object) -> RankingModel:
     """A small model in which every parameter matters, except the unknown item's row."""
-    torch.manual_seed(1)
-    config = ModelConfig(
-        architecture=Architecture(architecture),
-        **({"dim": 16, "num_heads": 2, "num_seeds": 3, "tail_len": 5, "dropout": 0.0, "history_limit": 30} | options),  # type: ignore[arg-type]
-    )
-    schema = Schema(["view", "click", "buy"], True, (1.0, 5.0), ["click", "like"])
-    items = Vocabulary.from_ids(np.arange(make.num_items) + 100)
-    model = ARCHITECTURES[config.architecture](config, schema, items, DataConfig()).eval()
+    sizes = {"num_seeds": 3, "history_limit": 30}
+    model = make.architecture(architecture, dtype=torch.float32, **sizes, **options)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
         model.item_table[0] = 0
     return model
 

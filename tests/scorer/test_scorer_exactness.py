@@ -34,6 +34,7 @@ from vista.training.log_schema import schema_of
 TOLERANCE = 2e-5
 """If products do not compute rows independently: a few float32 rounding errors of values around 1."""
 DIM = 32
+Known = tuple[list[Any], NDArray[Any], int]
 
 
 @cache
@@ -99,7 +100,7 @@ def opened(
 
 
 @pytest.fixture(scope="module")
-def ids(opened: Scorer) -> tuple[list[Any], NDArray[Any], int]:
+def ids(opened: Scorer) -> Known:
     """All users, all items, and a time after all events."""
     users = list(opened.store.keys())
     newest = int(opened.store.get_many(users).last_event_ts.max())
@@ -107,7 +108,7 @@ def ids(opened: Scorer) -> tuple[list[Any], NDArray[Any], int]:
 
 
 @pytest.fixture(scope="module")
-def whole(opened: Scorer, ids: tuple[list[Any], NDArray[Any], int]) -> dict[str, NDArray[np.float32]]:
+def whole(opened: Scorer, ids: Known) -> dict[str, NDArray[np.float32]]:
     users, items, now = ids
     return opened.predict(users, items, now=now)
 
@@ -116,10 +117,7 @@ def whole(opened: Scorer, ids: tuple[list[Any], NDArray[Any], int]) -> dict[str,
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_a_score_does_not_depend_on_the_other_pairs(
-    data: st.DataObject,
-    opened: Scorer,
-    ids: tuple[list[Any], NDArray[Any], int],
-    whole: dict[str, NDArray[np.float32]],
+    data: st.DataObject, opened: Scorer, ids: Known, whole: dict[str, NDArray[np.float32]]
 ) -> None:
     users, items, now = ids
     rows = data.draw(st.lists(st.integers(0, len(users) - 1), min_size=1, max_size=6), label="users")
@@ -139,7 +137,7 @@ def test_a_score_does_not_depend_on_the_other_pairs(
 
 
 @pytest.mark.processor
-def test_a_ranking_has_the_bits_of_the_scores(opened: Scorer, ids: tuple[list[Any], NDArray[Any], int]) -> None:
+def test_a_ranking_has_the_bits_of_the_scores(opened: Scorer, ids: Known) -> None:
     users, items, now = ids
     scores = opened.score(users[3:4], items, now=now)[0]
     for ranking in (
@@ -161,9 +159,7 @@ def test_a_ranking_has_the_bits_of_the_scores(opened: Scorer, ids: tuple[list[An
 
 @pytest.mark.processor
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
-def test_a_score_does_not_depend_on_the_threads(
-    num_threads: int, opened: Scorer, ids: tuple[list[Any], NDArray[Any], int]
-) -> None:
+def test_a_score_does_not_depend_on_the_threads(num_threads: int, opened: Scorer, ids: Known) -> None:
     users, items, now = ids
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
@@ -177,9 +173,7 @@ def test_a_score_does_not_depend_on_the_threads(
         torch.set_num_threads(before)
 
 
-def test_repeated_events_count_once_and_an_empty_tail_equals_no_tail(
-    opened: Scorer, ids: tuple[list[Any], NDArray[Any], int]
-) -> None:
+def test_repeated_events_count_once_and_an_empty_tail_equals_no_tail(opened: Scorer, ids: Known) -> None:
     users, items, now = ids
     fresh = [(items[4], now - 3000, 0), (items[9], now - 2000, 1)]
 
@@ -200,7 +194,7 @@ def test_repeated_events_count_once_and_an_empty_tail_equals_no_tail(
 
 
 def test_item_projections_from_a_file_have_the_bits_of_computed_ones(
-    opened: Scorer, ids: tuple[list[Any], NDArray[Any], int], tmp_path: Path
+    opened: Scorer, ids: Known, tmp_path: Path
 ) -> None:
     users, items, now = ids
     opened.model.save_pretrained(tmp_path / "model")
@@ -213,11 +207,7 @@ def test_item_projections_from_a_file_have_the_bits_of_computed_ones(
 @settings(max_examples=10, deadline=None)
 @given(lengths=st.lists(st.integers(0, 40), min_size=12, max_size=12), seed=st.integers(0, 99))
 def test_ragged_candidates_have_the_bits_of_full_rows(
-    lengths: list[int],
-    seed: int,
-    opened: Scorer,
-    ids: tuple[list[Any], NDArray[Any], int],
-    whole: dict[str, NDArray[np.float32]],
+    lengths: list[int], seed: int, opened: Scorer, ids: Known, whole: dict[str, NDArray[np.float32]]
 ) -> None:
     users, items, now = ids
     rng = np.random.default_rng(seed)
@@ -228,7 +218,7 @@ def test_ragged_candidates_have_the_bits_of_full_rows(
         same(predicted[task], np.concatenate([scores[user, chosen] for user, chosen in enumerate(columns)]))
 
 
-def test_two_unknown_items_at_one_time_are_two_events(opened: Scorer, ids: tuple[list[Any], NDArray[Any], int]) -> None:
+def test_two_unknown_items_at_one_time_are_two_events(opened: Scorer, ids: Known) -> None:
     users, items, now = ids
 
     def tail(*names: int) -> Tail:

@@ -174,7 +174,7 @@ READER = RowFeatureReader.of(
 )
 
 
-def test_what_is_not_given_is_missing(opened: Scorer, ids: tuple[list[Any], Any, int]) -> None:
+def test_what_is_not_given_is_missing(opened: Scorer, ids: Known) -> None:
     users, items, now = ids
 
     def scores(**request: Any) -> Any:
@@ -211,7 +211,7 @@ def test_what_is_not_given_is_missing(opened: Scorer, ids: tuple[list[Any], Any,
 )
 @pytest.mark.usefixtures("no_warnings")
 def test_features_that_are_refused(
-    opened: Scorer, ids: tuple[list[Any], Any, int], request_features: Any, error: type[Exception], message: str
+    opened: Scorer, ids: Known, request_features: Any, error: type[Exception], message: str
 ) -> None:
     users, items, _ = ids
     for call in (opened.score, opened.predict, lambda users, items, **asked: opened.explain(users[0], items, **asked)):
@@ -219,7 +219,7 @@ def test_features_that_are_refused(
             call(users[:1], items, request=request_features)
 
 
-def test_the_command_reads_them_from_words(opened: Scorer, ids: tuple[list[Any], Any, int]) -> None:
+def test_the_command_reads_them_from_words(opened: Scorer, ids: Known) -> None:
     users, items, now = ids
     settings: dict[str, Any] = {
         "model": str(opened.store.path.parent / "model"),
