@@ -122,17 +122,6 @@ def test_any_shape(
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-def test_gradcheck(torch_operator: Operator) -> None:
-    inputs = torch_operator.make([0, 3, 1], torch.float64)
-
-    def run(*leaves: Tensor) -> tuple[Tensor, ...]:
-        outputs = torch_operator.fast(inputs | dict(zip(torch_operator.leaves, leaves, strict=True)))
-        return tuple(output for output in outputs if output.requires_grad)
-
-    leaves = [inputs[name].requires_grad_() for name in torch_operator.leaves]
-    assert torch.autograd.gradcheck(run, leaves)
-
-
 def test_constants_get_no_gradient(operator: Operator) -> None:
     inputs = operator.make([3, 2], torch.float32)
     constants = [name for name in ("weight", "n", "initial_n", "log_decay") if name in inputs]

@@ -299,6 +299,7 @@ def test_losses_are_those_of_served_scores(make: SimpleNamespace, data: st.DataO
         scores.append(inference.catalog_scores(model, users, items, counters)[0])
         assert len(counters.codes.key) <= 3 + drawn["tail_len"]
     expected = served_losses(scores, batch)
+    # Scores are float32 sums of 16 products divided by the temperature 0.5, so a loss is off by a few units of 1e-6.
     assert {name: float(value) for name, value in trained.parts.items()} == pytest.approx(expected, rel=1e-4)
     assert float(trained.total) == pytest.approx(0.5 * expected["next"] + expected["window"], rel=1e-4)
 
@@ -336,6 +337,7 @@ def test_impressions_have_the_counters_of_their_items(make: SimpleNamespace, dat
         one = inference.candidate_logits(
             model, context, gap, torch.from_numpy(item[None]), torch.from_numpy(codes[None])
         )
+        # As in test_serving_path.py: float32 sums in another order.
         torch.testing.assert_close(logits[window, column], one[0, 0], atol=2e-5, rtol=1e-4)
 
 

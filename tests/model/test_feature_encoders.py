@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 
 from vista.arrays import offsets_of
 from vista.errors import ConfigError
@@ -22,7 +21,7 @@ from vista.log.vocabulary import Vocabulary
 from vista.model.feature_encoder import FeatureEncoder
 from vista.model.feature_spec import MAX_ABS_SCORE, FeatureSpec
 from vista.model.hashed_vocabulary import HashedVocabulary
-from vista.model.item_feature_table import FEATURES_FILE, ItemFeatureTable
+from vista.model.item_feature_table import ItemFeatureTable
 from vista.model.row_feature_encoder import RowFeatureEncoder
 from vista.model.row_feature_reader import RowFeatureReader
 
@@ -239,43 +238,14 @@ def test_vectors_of_inference_follow_the_weights() -> None:
     assert encoder(rows).requires_grad
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"offsets": torch.tensor([0, 2**62, -(2**63) + 10, 2])},
-        {"offsets": torch.tensor([0, 1, 0, 2])},
-        {"weight": torch.tensor([math.nan, 1.0])},
-        {"dense": torch.full((3, 1), math.inf)},
-        {"entry": torch.tensor([-1, 1])},
-        {"entry": torch.tensor([0, 2**40])},
-    ],
-)
-def test_impossible_tables_are_refused(change: dict[str, torch.Tensor]) -> None:
-    parts = {
-        "entry": torch.tensor([1, 2]),
-        "weight": torch.ones(2),
-        "offsets": torch.tensor([0, 0, 1, 2]),
-        "dense": torch.zeros(3, 1),
-    }
-    assert ItemFeatureTable(**parts, values={}).fits(3, 3, 1)
-    assert not ItemFeatureTable(**parts | change, values={}).fits(3, 3, 1)
-
-
-@pytest.mark.parametrize("damage", ["type", "tensor", "values", "integers"])
-def test_damaged_files_are_refused(tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize("values", [[1, 2, 3], ["a", "b", "c", "d"]], ids=str)
+def test_damaged_values_are_refused(tmp_path: Path, values: list[Any]) -> None:
     features = ItemFeatures({"genres": category([[0, 2], [], [1]])})
     columns = [FeatureSpec.of(name, column) for name, column in features.columns.items()]
     table = ItemFeatureTable.of(features, columns)
     table.save(tmp_path)
-    tensors = load_file(tmp_path / FEATURES_FILE)
-    if damage == "type":
-        save_file(tensors | {"offsets": tensors["offsets"].float()}, tmp_path / FEATURES_FILE)
-    elif damage == "tensor":
-        save_file({"entry": tensors["entry"]}, tmp_path / FEATURES_FILE)
-    else:
-        (tmp_path / "item_values_0.offsets.npy").unlink()
-        other = Vocabulary.from_ids([1, 2, 3]) if damage == "integers" else Vocabulary.from_ids(["a", "b", "c", "d"])
-        other.save(tmp_path, "item_values_0")
+    (tmp_path / "item_values_0.offsets.npy").unlink()
+    Vocabulary.from_ids(values).save(tmp_path, "item_values_0")
     with pytest.raises(ValueError, match="must hold"):
         ItemFeatureTable.load(tmp_path, columns)
 

@@ -215,34 +215,6 @@ def test_only_separable_mixing_has_states(make: SimpleNamespace) -> None:
             history_states(make.model(**options), make.histories([3]))
 
 
-def test_states_are_those_that_training_reads(make: SimpleNamespace) -> None:
-    """States at the cuts of a chunk, from block sums and a scan, equal the states of the histories up to the cuts."""
-    for shape in SHAPES.values():
-        model = make.model(seed=9, **shape)
-        packed = make.histories([33, 0, 6], 4)
-        chunks, _ = make.chunks(packed, 4, decay=model.config.decay)
-        batch = make.batch(chunks, make.plan(model), 4)
-        assert model.summarizer is not None
-        with torch.no_grad():
-            events = batch.events
-            gap = events.gap if model.encoder.gap is not None else events.gap * 0
-            vectors = model.item_table[batch.rows][events.item]
-            encoded = model.encoder(vectors, events.action, gap, events.rating, events.entry, events.dense)
-            position = torch.from_numpy(np.concatenate([np.arange(n) for n in packed.lengths]))
-            tokens = model.summarizer.tokens(encoded, position)
-            interest = model.interests(batch.rows[events.item])
-            blocks = model.summarizer.segment_states(tokens, events.clock, batch.cuts.segment_offsets, interest)
-            states = model.summarizer.prefix_states(blocks, batch.cuts.chunk_offsets)
-        offsets = batch.cuts.segment_offsets.tolist()
-        owners = np.searchsorted(packed.offsets, offsets[:-1], side="right") - 1
-        for row, (owner, stop) in enumerate(zip(owners, offsets[1:], strict=True)):
-            whole = history_states(model, packed.slice(owner, 0, stop - packed.offsets[owner]))
-            assert states.num_events[row] == whole.num_events[0]
-            scale = whole.z.abs().max()
-            assert (states.z[row] - whole.z[0]).abs().max() < 2e-6 * scale
-            torch.testing.assert_close(states.n[row], whole.n[0], rtol=2e-6, atol=1e-6)
-
-
 CHANGED_SHAPES = {
     "plain sums": {"conv_width": 1, "has_time": False},
     "gaps": {"conv_width": 1},

@@ -21,7 +21,6 @@ from vista.arrays import Float32s
 from vista.cli.main import main
 from vista.config.choices import IndexKind
 from vista.errors import DataError, ItemIndexError, ItemIndexMismatchError, MissingDependencyError
-from vista.model import item_index
 from vista.model.codebooks import Codebooks
 from vista.model.item_index import FLAT_ITEMS, ItemIndex, kind_for
 from vista.model.item_index_manifest import MANIFEST_FILE, ItemIndexManifest
@@ -140,7 +139,7 @@ def test_items_that_are_added_in_parts_are_all_found(
 ) -> None:
     pytest.importorskip("faiss")
     whole = ItemIndex.build(vectors, kind)
-    monkeypatch.setattr(item_index, "ADDED_AT_ONCE", 999)
+    monkeypatch.setattr("vista.model.item_index.ADDED_AT_ONCE", 999)
     parts = ItemIndex.build(vectors, kind)
     if kind is IndexKind.ivfpq:  # whose items do not depend on each other
         same = [np.isin(parts.nearest(table, user, 50), whole.nearest(table, user, 50)).mean() for user in users]

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from vista.config import ModelConfig
 from vista.config.choices import Activation, Normalization, Precision, TargetAttentionKind
 from vista.log.gaps import NUM_GAPS, gap_bucket, history_gaps
-from vista.model import frozen_linear as frozen_module
 from vista.model import inference
 from vista.model.event_encoder import EventEncoder
 from vista.model.frozen_linear import FrozenLinear, frozen
@@ -342,17 +341,6 @@ def test_gradients() -> None:
     assert torch.autograd.gradcheck(run, tuple(each.requires_grad_() for each in inputs))
 
 
-@torch.no_grad()
-def test_without_history_a_query_reads_only_itself() -> None:
-    settings = config()
-    read = made_read(settings)
-    x, nothing = torch.randn(1, 4, DIM).double(), torch.zeros(1, HEADS, HEAD_WIDTH, HEAD_WIDTH).double()
-    outputs = read(x, nothing)
-    for query in range(4):
-        torch.testing.assert_close(outputs[:, query : query + 1], read(x[:, query : query + 1], nothing))
-    assert not torch.allclose(outputs, x, atol=1e-2)
-
-
 UNIT = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-7}
 """Rounding of inputs, weights and result, relative to the largest output."""
 
@@ -367,7 +355,7 @@ def packed(
     if request.param and not packable:
         pytest.skip("torch without oneDNN")
     forced = Processor("forced", True, packable if request.param else ())
-    monkeypatch.setattr(frozen_module, "processor", lambda: forced)
+    monkeypatch.setattr("vista.model.frozen_linear.processor", lambda: forced)
 
 
 def linear(inputs: int, outputs: int, *, bias: bool = False) -> nn.Linear:

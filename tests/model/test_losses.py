@@ -49,16 +49,6 @@ def test_sampled_softmax_equals_its_formula(count: int, temperature: float) -> N
         torch.testing.assert_close(mine, theirs)
 
 
-def test_sampled_softmax_passes_gradcheck() -> None:
-    user, items, label = problem(8, 9)
-    negatives, log_weight = torch.tensor([0, 3, 4, 8]), torch.zeros(4, dtype=torch.float64)
-    assert (torch.isin(label, negatives)).any() and not torch.isin(label, negatives).all()
-    assert torch.autograd.gradcheck(
-        lambda u, i: sampled_softmax(u, i, label, negatives, log_weight, 0.5),
-        (user.requires_grad_(), items.requires_grad_()),
-    )
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_low_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     user, items, label = problem(300, 40, 16)
@@ -231,17 +221,6 @@ def test_window_loss_equals_its_formula(count: int, counts: bool) -> None:
     torch.testing.assert_close(loss, exact)
     for mine, theirs in zip(torch.autograd.grad(loss * 3, leaves), torch.autograd.grad(exact * 3, leaves), strict=True):
         torch.testing.assert_close(mine, theirs)
-
-
-def test_window_loss_passes_gradcheck() -> None:
-    asked = window_problem(5, num_items=12)
-    negatives, log_weight = torch.tensor([0, 3, 4, 8, 11]), torch.zeros(5, dtype=torch.float64)
-
-    def loss(user: Tensor, items: Tensor, logit: Tensor) -> Tensor:
-        counted = CountedSlots(asked.slot, logit)
-        return window_loss(user, items, asked.label, negatives, log_weight, 0.5, counted=counted)
-
-    assert torch.autograd.gradcheck(loss, tuple(asked.leaves))
 
 
 def test_window_loss_of_low_precision_is_computed_in_float32() -> None:

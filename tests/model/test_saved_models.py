@@ -496,6 +496,10 @@ def test_histories_know_trained_items_only(featured: VistaModel) -> None:
 
 FEATURE_DAMAGE: dict[str, Any] = {
     "offsets that wrap": lambda t: t["offsets"].__setitem__(slice(1, 3), torch.tensor([2**62, -(2**62)])),
+    "offsets that fall": lambda t: t["offsets"].__setitem__(slice(1, 3), torch.tensor([3, 1])),
+    "a negative entry": lambda t: t["entry"].__setitem__(0, -1),
+    "an entry beyond int32": lambda t: t["entry"].__setitem__(0, 2**40),
+    "an infinite number": lambda t: t["dense"].__setitem__((3, 0), math.inf),
     "an entry of another model": lambda t: t["entry"].__setitem__(0, 10_000),
     "a weight that is not a number": lambda t: t["weight"].__setitem__(0, math.nan),
     "floats for integers": lambda t: t.update(offsets=t["offsets"].float()),

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from vista.config import OptimConfig
 from vista.log.gaps import gap_bucket
-from vista.model.baselines import decayed_attention as attention
 from vista.model.baselines.decayed_attention import decayed_attention
 from vista.model.baselines.fuxi_linear import FuXiLinear
 from vista.model.baselines.hstu import HSTU
@@ -151,7 +150,7 @@ def test_a_user_vector_is_the_published_sum(make: SimpleNamespace, name: str, ha
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])
 def test_decayed_attention_is_a_sum_over_pairs(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "CHUNK", chunk)
+    monkeypatch.setattr("vista.model.baselines.decayed_attention.CHUNK", chunk)
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, 9, 3, size, dtype=torch.float64, requires_grad=True) for size in (4, 4, 5))
     clock = (torch.rand(2, 9, 3, dtype=torch.float64) * 40).cumsum(1).requires_grad_()

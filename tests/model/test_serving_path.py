@@ -160,6 +160,7 @@ def test_training_at_a_position_is_serving_after_its_events(make: SimpleNamespac
     next_items, impressions = make.predictions(chunks, plan, 5)
 
     def close(trained: Tensor, served: Tensor) -> None:
+        # Float32 sums over at most 23 events, in another order; vectors are of length 1, and logits are below 10.
         torch.testing.assert_close(trained, served, atol=2e-5, rtol=1e-4)
 
     labeled = np.argwhere(next_items.position >= 0)

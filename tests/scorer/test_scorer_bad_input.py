@@ -80,30 +80,20 @@ def test_candidates_that_are_not_a_list(scorer: Scorer, items: Any) -> None:
             call(scorer)
 
 
-@pytest.mark.parametrize("items", [["a"], [1.5], [2**64]], ids=repr)
-def test_errors_of_items_name_the_argument(scorer: Scorer, items: Any) -> None:
+@pytest.mark.parametrize(
+    "items", [["a"], [True], [None], [10, "a"], [1.5], [np.nan], [2**64], np.array([2**63], np.uint64)], ids=repr
+)
+def test_items_of_another_type_are_refused(scorer: Scorer, items: Any) -> None:
     calls: dict[str, Call] = {
         "candidates": lambda s: s.score([100], items),
         "candidates: ": lambda s: s.rank(100, candidates=items),
         "exclude": lambda s: s.rank(100, exclude=items),
     }
+    if len(items) == 1:
+        one = good_tail(items=items, times=[START], actions=[0], offsets=[0, 1])
+        calls["tail"] = lambda s: s.score([100], ITEMS, tail=one)
     for name, call in calls.items():
-        with pytest.raises(TypeError, match=name):
-            call(scorer)
-
-
-@pytest.mark.parametrize(
-    "items", [[True], [None], [10, "a"], [1.5], [np.nan], [2**64], np.array([2**63], np.uint64)], ids=repr
-)
-def test_items_of_another_type_are_refused(scorer: Scorer, items: Any) -> None:
-    calls: list[Call] = [
-        lambda s: s.score([100], items),
-        lambda s: s.rank(100, candidates=items),
-        lambda s: s.rank(100, exclude=items),
-        lambda s: s.score([100], ITEMS, tail=good_tail(items=items, times=[START], actions=[0], offsets=[0, 1])),
-    ]
-    for call in calls[: 4 if len(items) == 1 else 3]:
-        with pytest.raises(TypeError, match=r"int64|integer ids"):
+        with pytest.raises(TypeError, match=rf"(?s){name}.*(int64|integer ids)"):
             call(scorer)
 
 

@@ -41,7 +41,6 @@ from vista.scorer.scorer_stats import LATENCY_BOUNDS_MS, ScorerStats
 from vista.store.admin.store_compaction import compact_store
 from vista.store.shards import Shard
 from vista.training.log_schema import schema_of
-from vista.training.trainer import train
 
 Call = Callable[[Scorer], object]
 
@@ -80,7 +79,7 @@ def test_during_compactions(served: Served, tmp_path: Path) -> None:
 def test_a_store_that_moves_to_another_model(served: Served, tmp_path: Path) -> None:
     """Scorers of the old model use its generation until they are moved to the new model."""
     refresh(served.model, served.log, tmp_path / "store")
-    other = train(small_config(served.log, tmp_path / "other", optim__epochs=1, seed=9), served.log)
+    other = untrained(served.log, 9)
     with Scorer.open(served.model, tmp_path / "store") as scorer:
         expected = scorer.score(USERS, ITEMS)
         refresh(other, served.log, tmp_path / "store")
@@ -218,8 +217,7 @@ def test_folders_that_are_not_a_store_or_a_model(served: Served, tmp_path: Path)
 
 
 def test_a_model_without_retrieval_head(impression_log: EventLog, tmp_path: Path) -> None:
-    config = small_config(impression_log, tmp_path / "run", optim__next_weight=0.0, optim__epochs=1)
-    model = train(config, impression_log)
+    model = untrained(impression_log, 1, optim__next_weight=0.0)
     refresh(model, impression_log, tmp_path / "store")
     with Scorer.open(model, tmp_path / "store") as scorer:
         assert scorer.tasks == ["click", "like", "long_view"] and scorer.task == "click"

@@ -34,7 +34,6 @@ from vista.refresh import refresh
 from vista.scorer import Scorer, Tail
 from vista.scorer.tail_merging import checked_tail, merge_tails
 from vista.training.log_schema import schema_of
-from vista.training.trainer import train
 
 pytestmark = pytest.mark.usefixtures("no_warnings")
 
@@ -134,7 +133,8 @@ def test_an_unknown_action_is_refused_under_every_policy(served: Served, policy:
 def test_the_only_action_needs_no_name(tmp_path: Path) -> None:
     frame = {key: values for key, values in small_frame().items() if key not in ("action", "rating")}
     log = EventLog.from_frame(frame, tmp_path / "log", time_unit="ms")
-    model = train(small_config(log, tmp_path / "run", optim__epochs=1), log)
+    config = small_config(log, "unused")
+    model = VistaModel(config.model, schema_of(log, config), log.items, config.data).eval()
     refresh(model, log, tmp_path / "store")
     events = tail_of([(100, [(10, START + 900 * DAY, 0)])])
     with Scorer.open(model, tmp_path / "store") as scorer:
