@@ -18,14 +18,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vista.arrays import Int
-from vista.config.choices import Decay, Mixing
+from vista.config.choices import Mixing
 from vista.examples.anchors import AnchorPlan, ChunkAnchors, draw_anchors
 from vista.examples.batch import Batch
-from vista.examples.chunks import ChunkImpressions, Chunks, ChunkTimeline, decay_clock
+from vista.examples.chunks import ChunkImpressions, Chunks, ChunkTimeline
 from vista.examples.cut_plan import CutPlan
 from vista.examples.cuts import cut_batch
 from vista.log.gaps import DAY_MS, gap_bucket
-from vista.log.histories import ranges
 
 NUM_TASKS = 2
 
@@ -337,15 +336,6 @@ def test_windows_per_chunk_bounds_the_windows_and_keeps_impressions() -> None:
         assert (np.diff(owner, prepend=0) <= 3).all()
         shown = shown_impressions(batch)
         assert set(shown[shown >= 0].tolist()) == {0, 1, 2}
-
-
-def test_helpers() -> None:
-    np.testing.assert_array_equal(ranges(0, np.array([3, 0, 2])), [0, 1, 2, 0, 1])
-    np.testing.assert_array_equal(ranges(np.array([5, 7, 0]), np.array([3, 0, 2])), [5, 6, 7, 0, 1])
-    assert len(ranges(0, np.zeros(0, np.int64))) == 0
-    times = np.array([5, 5, 9])
-    np.testing.assert_array_equal(decay_clock(Decay.position, times), [0, 1, 2])
-    np.testing.assert_array_equal(decay_clock(Decay.time, times), times)
 
 
 def timed_chunks(times: list[Int], items: list[Int], lengths: list[int], lead: Int | None = None) -> Chunks:

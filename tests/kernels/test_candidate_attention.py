@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ SHAPES = {
     "no-candidates": (2, 0, 4),
     "no-context": (2, 3, 0),
     "few": (3, 7, 9),
-    "many": (2, 70, 33),
+    "many": (2, 33, 17),
 }
 TOKENS = ("q", "k", "v", "own_k", "own_v")
 
@@ -145,7 +146,7 @@ def test_direct_products_error(bias: str) -> None:
 def test_the_processor_chooses_the_form(profile: str, force_processor: Callable[[str], None]) -> None:
     force_processor(profile)
     for dtype in (torch.bfloat16, torch.float32):
-        inputs = make((2, 70, 33), dtype)
+        inputs = make((2, 20, 9), dtype)
         chosen = directly if dtype == torch.bfloat16 and profile != "float32" else in_portions
         assert torch.equal(candidate_attention(**inputs), chosen(**inputs))
         check_against_oracle(candidate_attention, inputs, 2.0**-9 if dtype == torch.bfloat16 else 2.0**-24)
@@ -159,13 +160,14 @@ def test_gradcheck(bias: str) -> None:
     names = [name for name, x in inputs.items() if x.is_floating_point()]
     leaves = [inputs[name].requires_grad_() for name in names]
     constants = {"scale": 0.7, "context_mask": inputs["context_mask"]}
-    assert torch.autograd.gradcheck(lambda *x: attend(**dict(zip(names, x, strict=True)), **constants), leaves)
+    check = partial(torch.autograd.gradcheck, fast_mode=True)  # one random direction; the oracle checks every entry
+    assert check(lambda *x: attend(**dict(zip(names, x, strict=True)), **constants), leaves)
     if "bias" in inputs:  # the bias as a constant, too
         inputs["bias"] = inputs["bias"].detach()
         fixed = {name: inputs.pop(name) for name in ("bias", "context_mask")}
         names = list(inputs)
         leaves = list(inputs.values())
-        assert torch.autograd.gradcheck(lambda *x: attend(**dict(zip(names, x, strict=True)), **fixed), leaves)
+        assert check(lambda *x: attend(**dict(zip(names, x, strict=True)), **fixed), leaves)
 
 
 @pytest.mark.research

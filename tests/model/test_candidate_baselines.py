@@ -32,6 +32,8 @@ from vista.model.row_feature_reader import EncodedRows
 
 LENGTHS = [0, 1, 9, 4, 0, 7, 12, 30]
 HOUR = 3_600_000
+OTHER_TABLES = [(False, 0), (True, 37)]
+"""Without times, or over a unified table."""
 NAMES = ["din", "sim", "sim-hard", "twin"]
 LIMITED = [("din", 6), ("sim", 0), ("sim", 8), ("sim-hard", 0), ("sim-hard", 8), ("twin", 0), ("twin", 8)]
 
@@ -173,8 +175,10 @@ def logits_by_event(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("has_time", "rows"), [(True, 0), (False, 0), (True, 37)])
-@pytest.mark.parametrize(("name", "limit"), LIMITED)
+@pytest.mark.parametrize(
+    ("name", "limit", "has_time", "rows"),
+    [*((*case, True, 0) for case in LIMITED), *((name, 0, *other) for name in NAMES for other in OTHER_TABLES)],
+)
 def test_a_score_is_the_published_formula(
     make: SimpleNamespace, name: str, limit: int, has_time: bool, rows: int
 ) -> None:

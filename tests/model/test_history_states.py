@@ -306,7 +306,7 @@ def test_forgetting_many_events_takes_passes_of_bounded_size(make: SimpleNamespa
 def test_repeated_forgetting_keeps_its_digits(make: SimpleNamespace, newest_first: bool, least: int) -> None:
     """Events are forgotten until none is left. The error stays small, because the drift rule recomputes in time."""
     model = make.model(seed=4, conv_width=1, decay=Decay.time, decay_horizons=[1.0, 20.0])
-    history = make.histories([600], 5)
+    history = make.histories([300], 5)
     state, recomputed = history_states(model, history), 0
     rng = np.random.default_rng(0)
     while history.num_events > 0:

@@ -91,7 +91,7 @@ def test_the_correction_makes_the_sampled_loss_estimate_the_full_one(power: floa
 
     def mean_loss(weight_scale: float) -> float:
         estimates = []
-        for seed in range(200):
+        for seed in range(100):
             rows, weight = map(torch.from_numpy, sampler.draw(np.random.default_rng(seed)))
             estimates.append(float(sampled_softmax(user, items, label, rows, weight * weight_scale, 0.5, adjustment)))
         return float(np.mean(estimates))

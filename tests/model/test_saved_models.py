@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import resource
 import shutil
 import time
@@ -233,8 +234,9 @@ def test_a_config_that_a_power_cut_has_torn_is_refused(make: SimpleNamespace, tm
         answers.append(ModelDescription.read(tmp_path / "best"))
     old, new = contents
     sectors = range(0, len(new), 512)
-    torn = [new[:size] for size in range(0, len(new) - 1, 7)]
-    for sources in product((old, new, bytes(len(new))), repeat=len(sectors)):
+    torn = [new[:size] for size in range(0, len(new) - 1, 29)]
+    every = list(product((old, new, bytes(len(new))), repeat=len(sectors)))
+    for sources in random.Random(0).sample(every, min(len(every), 300)):
         torn.append(b"".join(source[at : at + 512] for at, source in zip(sectors, sources, strict=True)))
     for content in torn:
         (tmp_path / "best" / "config.json").write_bytes(content)
@@ -371,7 +373,7 @@ def test_summarizer_id_follows_the_vocabulary_and_the_configuration_of_stage_1(m
     assert identity(items=Vocabulary.from_ids(np.arange(40) + 101)) != before
     assert identity(config=replace(config, history_limit=50)) != before
     assert identity(config=replace(config, normalization_alpha=0.5)) != before
-    assert identity(config=replace(config, mean_token=True)) != before
+    assert make.model(mean_token=True).summarizer_id() != before
     reading = replace(config, target_attention=TargetAttentionKind.quasi_linear)
     assert identity(config=reading) != before, "its records hold the state too"
     assert identity(config=replace(config, target_attention=TargetAttentionKind.softmax)) == before

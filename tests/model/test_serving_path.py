@@ -149,7 +149,7 @@ def test_training_at_a_position_is_serving_after_its_events(make: SimpleNamespac
     """Every next item, impression, and anchor of a batch, each compared with a request of its own."""
     model = make.model(seed=3, **SHAPES[shape])
     packed = make.histories([1, 23, 8, 4], 5)
-    chunks, shown_at = make.chunks(packed, 5, impressions=30, decay=model.config.decay, requests=True)
+    chunks, shown_at = make.chunks(packed, 5, impressions=12, decay=model.config.decay, requests=True)
     if model.encoder.gap is None:
         shown = replace(chunks.impressions, gap=chunks.impressions.gap * 0)
         chunks = replace(chunks, gap=chunks.gap * 0, impressions=shown)
@@ -180,7 +180,7 @@ def test_training_at_a_position_is_serving_after_its_events(make: SimpleNamespac
         asked = inference.request_vectors(model, shown_at[[number]], tail, features)
         candidate = torch.from_numpy(chunks.impressions.item[[[number]]])
         close(trained_logits[window, place], inference.candidate_logits(model, context, asked, candidate)[0, 0])
-    assert len(labeled) == packed.num_events and len(impressed) == 30
+    assert len(labeled) == packed.num_events and len(impressed) == 12
 
     asked, predicted = make.anchor_users(model, batch), make.anchor_predictions(chunks, plan, 5)
     for row, (owner, position) in enumerate(zip(predicted.chunk, predicted.position, strict=True)):
