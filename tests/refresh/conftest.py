@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,15 +15,18 @@ import pytest
 import torch
 
 from tests.counters.counter_histories import category
+from tests.faults.nursery import Nursery
 from tests.refresh.mock_kafka import MockKafka
 from tests.refresh.streams import TOPIC, watch_of
 from vista.config import DataConfig, ModelConfig, SourceColumns, WatchConfig
+from vista.config.choices import Codec
 from vista.log.event_log import EventLog
 from vista.log.row_features import RowFeatures
 from vista.log.vocabulary import Vocabulary
 from vista.model.row_feature_reader import RowFeatureReader
 from vista.model.schema import Schema
 from vista.model.vista_model import VistaModel
+from vista.refresh import RefreshOptions, refresh
 from vista.store import StoreReader
 
 HOUR = 3_600_000
@@ -100,6 +104,29 @@ def append(path: Path, frame: dict[str, Any]) -> EventLog:
     )
 
 
+def later(path: Path, counts: dict[int, int], hours: int = 500, seed: int = 0) -> EventLog:
+    """Append events that begin some hours after the first ones."""
+    return append(path, events(counts, START + hours * HOUR, seed))
+
+
+def full(model: VistaModel, log: EventLog, path: Path, **options: Any) -> Path:
+    """A full refresh that stores exact summaries; options as of `RefreshOptions`."""
+    refresh(model, log, path, options=RefreshOptions(**{"codec": Codec.float32, **options}))
+    return path
+
+
+def fail_at(patch: pytest.MonkeyPatch, owner: type, name: str, number: int, error: BaseException) -> None:
+    """Let the call with this number, from 1, of a method raise an error instead."""
+    method, numbers = getattr(owner, name), count(1)
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        if next(numbers) == number:
+            raise error
+        return method(*arguments, **options)
+
+    patch.setattr(owner, name, call)
+
+
 def assert_same(path: str | Path, expected: Path, atol: float) -> None:
     """Both stores hold the same users, tails with features, times, counts, digests, counters; summaries differ by up to
     `atol`."""
@@ -125,7 +152,15 @@ def assert_same(path: str | Path, expected: Path, atol: float) -> None:
 @pytest.fixture(scope="session")
 def grow() -> SimpleNamespace:
     """The functions above."""
-    return SimpleNamespace(model=model, events=events, append=append, assert_same=assert_same, start=START, hour=HOUR)
+    names = {"model": model, "events": events, "append": append, "later": later, "full": full}
+    return SimpleNamespace(**names, assert_same=assert_same, start=START, hour=HOUR)
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    """Forks processes that have imported vista, for tests that kill or interrupt them."""
+    with Nursery() as started:
+        yield started
 
 
 @pytest.fixture

@@ -28,6 +28,11 @@ def watch_of(folder: Path, source: str, grow: SimpleNamespace) -> WatchConfig:
     model = grow.model()
     model.save_pretrained(folder / "model")
     refresh(model, log, folder / "store", options=RefreshOptions(codec=Codec.float32))
+    return config_of(folder, source)
+
+
+def config_of(folder: Path, source: str) -> WatchConfig:
+    """The settings alone."""
     columns = {"timestamp": "timestamp", "time_unit": "ms", "action": "action", "rating": "rating"}
     return WatchConfig(
         data=str(folder / "log"),

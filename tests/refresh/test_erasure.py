@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.faults.nursery import Say
+from tests.log.conftest import PARSER
 from vista.cli.store_commands import run_store_erase
 from vista.config import StoreEraseConfig
-from vista.config.choices import Codec, StateDtype
+from vista.config.choices import StateDtype
 from vista.errors import ConfigError, StoreError, VistaError
 from vista.log.deletions import erase_users
 from vista.log.event_log import EventLog
@@ -43,14 +43,14 @@ def files_with(folder: Path, marker: bytes) -> list[str]:
 
 
 @pytest.mark.parametrize("state", [StateDtype.float32, StateDtype.none])
-def test_no_byte_is_left_after_compaction(tmp_path: Path, grow: SimpleNamespace, state: StateDtype) -> None:
+def test_no_byte_is_left_after_compaction(tmp_path, grow, state):
     model, store = grow.model(), tmp_path / "store"
     log = named_log(tmp_path / "log", grow, 300)
     refresh(model, log, store, options=RefreshOptions(state=state))
     refresh(model, log, store, options=RefreshOptions(state=state))  # so that two generations hold the users
     gone = [f"marker-{user:04d}" for user in range(0, 300, 3)]
     with StoreReader.open(store) as opened:
-        assert erase(store, gone) == 100
+        assert erase(store, gone * 2) == 100
         assert not opened.get_many(gone).found.any() and opened.get_many(["marker-0001"]).found.all()
     assert files_with(store, b"marker-0003")  # still in free pages
     report = compact_store(store)
@@ -70,21 +70,19 @@ def test_no_byte_is_left_after_compaction(tmp_path: Path, grow: SimpleNamespace,
         assert len(opened) == 200 and not opened.get_many(gone).found.any()
 
 
-def test_a_compacted_store_can_be_updated(tmp_path: Path, grow: SimpleNamespace) -> None:
-    model, store = grow.model(), tmp_path / "store"
+def test_a_compacted_store_can_be_updated(tmp_path, grow):
+    model, store = grow.model(counters=True), tmp_path / "store"
     log = grow.append(tmp_path / "log", grow.events(dict.fromkeys(range(30), 5)))
-    refresh(model, log, store, options=RefreshOptions(codec=Codec.float32))
+    grow.full(model, log, store)
     compact_store(store)
-    log = grow.append(tmp_path / "log", grow.events({3: 2, 40: 1}, grow.start + 500 * grow.hour))
+    log = grow.later(tmp_path / "log", {3: 2, 40: 1})
     assert refresh_incremental(model, log, store).counts["appended"] == 1
-    refresh(model, log, tmp_path / "expected", options=RefreshOptions(codec=Codec.float32))
+    grow.full(model, log, tmp_path / "expected")
     grow.assert_same(store, tmp_path / "expected", atol=2e-5)
     assert not verify_store(store).num_problems
 
 
-def test_an_erasure_during_another_operation_is_not_lost(
-    tmp_path: Path, grow: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_erasure_during_another_operation_is_not_lost(tmp_path, grow, monkeypatch):
     """Just before the publication by a compaction, a copy, an import and a refresh in turn."""
     model, store = grow.model(), tmp_path / "store"
     log = grow.append(tmp_path / "log", grow.events(dict.fromkeys(range(20), 3)))
@@ -107,8 +105,8 @@ def test_an_erasure_during_another_operation_is_not_lost(
     copied = tmp_path / "copied"
     copy_generation(store, copied)
     with pytest.raises(StoreError, match="holds users who were erased"):
-        import_store(tmp_path / "all.parquet", store)
-    import_store(tmp_path / "all.parquet", tmp_path / "imported")
+        import_store(tmp_path / "all.parquet", store, parser=PARSER)
+    import_store(tmp_path / "all.parquet", tmp_path / "imported", parser=PARSER)
     monkeypatch.setattr(StoreWriter, "publish", publish_after_erasure)
     refresh(model, log, store)
     for root, gone in ((store, [5, 8]), (copied, [5, 6]), (tmp_path / "imported", [7])):
@@ -117,7 +115,7 @@ def test_an_erasure_during_another_operation_is_not_lost(
         assert not verify_store(root).num_problems
 
 
-def test_copies_and_imports_do_not_bring_erased_users_back(tmp_path: Path, grow: SimpleNamespace) -> None:
+def test_copies_and_imports_do_not_bring_erased_users_back(tmp_path, grow):
     model, store, host = grow.model(), tmp_path / "store", tmp_path / "host"
     log = grow.append(tmp_path / "log", grow.events(dict.fromkeys(range(20), 3)))
     refresh(model, log, store)
@@ -128,38 +126,36 @@ def test_copies_and_imports_do_not_bring_erased_users_back(tmp_path: Path, grow:
     with pytest.raises(StoreError, match=r"users were erased here, but are still in .*store; erase them there too"):
         copy_generation(store, host)
     with pytest.raises(StoreError, match="holds users who were erased"):
-        import_store(tmp_path / "all.parquet", host)
+        import_store(tmp_path / "all.parquet", host, parser=PARSER)
     erase(store, [4])
     copy_generation(store, host)
     with StoreReader.open(host) as opened:
         assert len(opened) == 19 and not opened.get_many([4]).found.any()
 
 
-ERASER = """
-import sys
-from vista.store.erasure import erase
-for user in range(0, 200, 2):
-    erase(sys.argv[1], [user])
-    print(user, flush=True)
-"""
+NUM_USERS = 60
+
+
+def erase_every_second(say: Say, store: str) -> None:
+    for user in range(0, NUM_USERS, 2):
+        erase(Path(store), [user])
+        say(user)
 
 
 @pytest.mark.parametrize("kind", ["full", "incremental"])
-def test_erasures_race_a_refresh(tmp_path: Path, grow: SimpleNamespace, kind: str) -> None:
-    """Another process erases 100 users one by one while refreshes write all 200 users repeatedly."""
-    model, store = grow.model(), tmp_path / "store"
-    log = grow.append(tmp_path / "log", grow.events(dict.fromkeys(range(200), 2)))
-    refresh(model, log, store, options=RefreshOptions(users_per_batch=7))
-    eraser = subprocess.Popen([sys.executable, "-c", ERASER, str(store)], stdout=subprocess.PIPE, text=True)
-    assert eraser.stdout is not None
+def test_erasures_race_a_refresh(tmp_path, grow, nursery, kind):
+    """Another process erases half of the users one by one while refreshes write all users repeatedly."""
+    model, store, options = grow.model(), tmp_path / "store", RefreshOptions(users_per_batch=7)
+    log = grow.append(tmp_path / "log", grow.events(dict.fromkeys(range(NUM_USERS), 2)))
+    refresh(model, log, store, options=options)
+    eraser = nursery.start(erase_every_second, store)
     misses: list[int] = []
 
     def watch_misses() -> None:
-        assert eraser.stdout is not None
         with StoreReader.open(store) as opened:
-            for line in eraser.stdout:
+            while (user := eraser.hear()) is not None:
                 opened.reload()
-                misses.append(int(opened.get_many([int(line)]).found.sum()))
+                misses.append(int(opened.get_many([user]).found.sum()))
 
     watcher = threading.Thread(target=watch_misses)
     watcher.start()
@@ -167,20 +163,19 @@ def test_erasures_race_a_refresh(tmp_path: Path, grow: SimpleNamespace, kind: st
     while watcher.is_alive():
         turn += 1
         if kind == "full":
-            refresh(model, log, store, options=RefreshOptions(users_per_batch=7))
+            refresh(model, log, store, options=options)
         else:
-            log = grow.append(
-                tmp_path / "log", grow.events(dict.fromkeys(range(200), 1), grow.start + turn * 500 * grow.hour)
-            )
-            refresh_incremental(model, log, store, options=RefreshOptions(users_per_batch=7))
+            log = grow.later(tmp_path / "log", dict.fromkeys(range(NUM_USERS), 1), turn * 500)
+            refresh_incremental(model, log, store, options=options)
     watcher.join()
-    assert eraser.wait() == 0 and misses == [0] * 100, "an erased user was still found"
+    eraser.result()
+    assert misses == [0] * (NUM_USERS // 2), "an erased user was still found"
     with StoreReader.open(store) as opened:
-        assert sorted(opened.keys()) == list(range(1, 200, 2)) and len(opened) == 100
+        assert sorted(opened.keys()) == list(range(1, NUM_USERS, 2)) and len(opened) == NUM_USERS // 2
     assert not verify_store(store).num_problems
 
 
-def test_from_the_command_line(tmp_path: Path, grow: SimpleNamespace) -> None:
+def test_from_the_command_line(tmp_path, grow):
     log = grow.append(tmp_path / "log", grow.events({1: 3, 2: 3}))
     refresh(grow.model(), log, tmp_path / "store")
     config = StoreEraseConfig(store=str(tmp_path / "store"), users=["2"], data=str(log.path))
@@ -205,19 +200,8 @@ def test_from_the_command_line(tmp_path: Path, grow: SimpleNamespace) -> None:
         run_store_erase(config)
 
 
-def test_duplicate_ids_are_erased_once(tmp_path: Path, grow: SimpleNamespace) -> None:
-    log = grow.append(tmp_path / "log", grow.events({1: 3, 2: 3, 3: 3}))
-    refresh(grow.model(), log, tmp_path / "store")
-    assert erase(tmp_path / "store", [2, 2, 2]) == 1
-    with StoreReader.open(tmp_path / "store") as opened:
-        assert len(opened) == 2
-    assert not verify_store(tmp_path / "store").num_problems
-
-
 @pytest.mark.parametrize("after", [0, 1])
-def test_an_interrupted_erasure_is_completed(
-    tmp_path: Path, grow: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, after: int
-) -> None:
+def test_an_interrupted_erasure_is_completed(tmp_path, grow, monkeypatch, after):
     """Interrupted after the tombstone, or after the record: the next refresh or compaction completes it."""
     model, write, calls = grow.model(), SharedEnvironment.write, []
     log = grow.append(tmp_path / "log", grow.events({1: 3, 2: 3}))
@@ -235,8 +219,8 @@ def test_an_interrupted_erasure_is_completed(
             patch.setattr(SharedEnvironment, "write", failing)
             erase(tmp_path / name, [2])
     compact_store(tmp_path / "compacted")
-    log = grow.append(tmp_path / "log", grow.events({2: 2}, grow.start + 500 * grow.hour))
-    refresh_incremental(model, log, tmp_path / "refreshed")
+    log = grow.later(tmp_path / "log", {2: 2})
+    assert refresh_incremental(model, log, tmp_path / "refreshed").counts["erased"] == 1
     for name in ("refreshed", "compacted"):
         with StoreReader.open(tmp_path / name) as opened:
             assert list(opened.keys()) == [1]
@@ -245,9 +229,7 @@ def test_an_interrupted_erasure_is_completed(
         assert not verify_store(tmp_path / name).num_problems
 
 
-def test_a_resumed_copy_does_not_bring_erased_users_back(
-    tmp_path: Path, grow: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_copy_does_not_bring_erased_users_back(tmp_path, grow, monkeypatch):
     model, store, host = grow.model(), tmp_path / "store", tmp_path / "host"
     log = grow.append(tmp_path / "log", grow.events(dict.fromkeys(range(20), 3)))
     refresh(model, log, store)

@@ -1,117 +1,121 @@
-"""Incremental refreshes compared with full ones: appends, late events, deletions, new users, interruptions."""
+"""Incremental refreshes compared with full ones, and counters compared with counting event by event."""
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import lmdb
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.counters.counter_histories import counted_by_loop
+from tests.refresh.conftest import fail_at, full
+from vista.config import SourceColumns
 from vista.config.choices import Codec, Decay, Mixing, StateDtype, TargetAttentionKind
+from vista.counters.counter_codes import CounterCodes, encode_values
 from vista.errors import ConfigError, StoreError, SummarizerMismatchError
 from vista.log.compaction import compact_log
 from vista.log.deletions import erase_users, forget_events
 from vista.log.event_log import EventLog
+from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, erase, refresh, refresh_incremental
 from vista.store import StoreReader, user_keys
+from vista.store.admin.parquet import export_store
+from vista.store.admin.store_compaction import compact_store
 from vista.store.admin.verification import verify_store
+from vista.store.format.counter_layout import CounterLayout
+from vista.store.format.counters_section import encode_counters
 from vista.store.layout import environment_path
 from vista.store.lmdb.environment import SharedEnvironment
+from vista.store.shards import Shard
 from vista.store.update import StoreUpdate
 
+COUNTERS = {"counters": True, "counter_keys": 6, "counter_days": [2.0, 30.0], "counter_events": [5.0]}
+CATEGORIES = COUNTERS | {"counter_categories": ["genre"]}
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
     "no reach": {"conv_width": 1, "use_time": False},
-    "decay by time": {"decay": Decay.time, "decay_horizons": [3.0, 0.0]},
-    "decay by position": {"decay": Decay.position, "decay_horizons": [8.0, 0.0]},
-    "bidirectional": {"mixing": Mixing.bidirectional, "conv_width": 1},
     "a history limit": {"history_limit": 6},
     "no summary": {"num_seeds": 0},
     "quasi-linear": {"target_attention": TargetAttentionKind.quasi_linear},
     "quasi-linear, no tokens": {"target_attention": TargetAttentionKind.quasi_linear, "num_seeds": 0},
-    "interests": {"num_interests": 7},
-    "mean token": {"mean_token": True, "decay": Decay.time, "decay_horizons": [3.0, 0.0]},
-    "event features": {"num_tail_features": 1},
-    "event features, decay by time": {
+    "interests, event features": {"num_interests": 7, "num_tail_features": 1},
+    "mean token, decay by time": {"mean_token": True, "decay": Decay.time, "decay_horizons": [3.0, 0.0]},
+    "event features, decay by time, tail not in the summary": {
         "num_tail_features": 2,
         "tail_in_summary": False,
         "decay": Decay.time,
         "decay_horizons": [3.0, 0.0],
     },
-    "counters": {"counters": True, "counter_keys": 4},
-    "tail not in the summary": {"tail_in_summary": False, "counters": True, "counter_keys": 4},
-    "tail not in the summary, decay by time": {
-        "tail_in_summary": False,
-        "decay": Decay.time,
-        "decay_horizons": [3.0, 0.0],
-    },
-    "tail not in the summary, decay by position": {
+    "counters": COUNTERS,
+    "categories, decay by position": CATEGORIES | {"decay": Decay.position, "decay_horizons": [8.0, 0.0]},
+    "counters, bidirectional": COUNTERS | {"mixing": Mixing.bidirectional, "conv_width": 1},
+    "counters, tail not in the summary": COUNTERS | {"tail_in_summary": False},
+    "decay by position, tail not in the summary": {
         "tail_in_summary": False,
         "decay": Decay.position,
         "decay_horizons": [8.0, 0.0],
     },
-    "tail not in the summary, bidirectional": {"tail_in_summary": False, "mixing": Mixing.bidirectional},
-    "counters alone": {"num_seeds": 0, "counters": True, "counter_keys": 4},
+    "bidirectional, tail not in the summary": {"tail_in_summary": False, "mixing": Mixing.bidirectional},
+    "counters alone": COUNTERS | {"num_seeds": 0},
 }
-WITHOUT_STATES = ("bidirectional", "a history limit", "no summary", "tail not in the summary, bidirectional")
+WITHOUT_STATES = (
+    *("a history limit", "no summary"),
+    *("counters, bidirectional", "bidirectional, tail not in the summary"),
+)
 DRIFT = 5e-4
 """Subtraction loses up to three digits before a state is recomputed (`DRIFT_LIMIT`)."""
 
 
-def full(model: Any, log: EventLog, path: Path, **options: Any) -> Path:
-    """A full refresh; options as of `RefreshOptions`."""
-    refresh(model, log, path, options=RefreshOptions(codec=Codec.float32, **options))
-    return path
+def forgotten(log: EventLog, user: int, gone: Any) -> EventLog:
+    """The log without some events of one user."""
+    columns = {"item": log.items.ids(gone.item), "timestamp": gone.timestamp}
+    forget_events(log.path, {"user": np.full(len(gone.item), user), **columns})
+    return EventLog.open(log.path)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_equals_a_full_refresh(tmp_path: Path, grow: SimpleNamespace, name: str) -> None:
+def test_equals_a_full_refresh(tmp_path, grow, name):
+    """Models that count are also compared with counting event by event, which a full refresh must equal too."""
+
+    def check(atol: float) -> None:
+        grow.assert_same(store, full(model, log, tmp_path / "expected"), atol=atol)
+        if model.counter_spec is not None:
+            assert_counted(store, model, log)
+
     model = grow.model(**MODELS[name])
     log = grow.append(tmp_path / "log", grow.events({1: 12, 2: 3, 3: 30, 4: 1, 5: 9}))
     store = full(model, log, tmp_path / "store", users_per_batch=2)
-    later = grow.start + 500 * grow.hour
-    log = grow.append(tmp_path / "log", grow.events({1: 5, 3: 1, 6: 4}, later))  # appended; 6 is new
+    log = grow.later(tmp_path / "log", {1: 5, 3: 1, 6: 4})  # appended; 6 is new
     report = refresh_incremental(model, log, store, options=RefreshOptions(users_per_batch=2))
     assert report.num_users == 3
     if name in WITHOUT_STATES:
         assert report.counts["recomputed"] == 3 and report.num_events == 17 + 31 + 4
     else:
         assert report.counts["appended"] == 2 and report.num_events == 5 + 1 + 4
-    grow.assert_same(store, full(model, log, tmp_path / "expected"), atol=2e-5)
+    check(2e-5)
     # Late events of users 2 and 5, and forgotten ones of users 1 and 3 (one of them the newest).
     log = grow.append(tmp_path / "log", grow.events({2: 2, 5: 1}, grow.start - 100 * grow.hour))
-    gone = {name: log[1].slice(0, 3, 5).__getattribute__(name) for name in ("item", "timestamp")}
-    newest = log[3].slice(0, log[3].num_events - 1)
-    forget_events(
-        log.path,
-        {
-            "user": np.array([1, 1, 3]),
-            "item": log.items.ids(np.concatenate([gone["item"], newest.item])),
-            "timestamp": np.concatenate([gone["timestamp"], newest.timestamp]),
-        },
-    )
-    log = EventLog.open(log.path)
-    report = refresh_incremental(model, log, store)
-    assert report.num_users == 4
-    grow.assert_same(store, full(model, log, tmp_path / "expected"), atol=DRIFT)
+    for user, gone in ((1, log[1].slice(0, 3, 5)), (3, log[3].slice(0, log[3].num_events - 1))):
+        log = forgotten(log, user, gone)
+    assert refresh_incremental(model, log, store).num_users == 4
+    check(DRIFT)
     erase_users(log.path, [4, 5])
     log = EventLog.open(log.path)
     assert refresh_incremental(model, log, store).counts["removed"] == 2
-    grow.assert_same(store, full(model, log, tmp_path / "expected"), atol=DRIFT)
+    check(DRIFT)
     assert refresh_incremental(model, log, store).num_users == 0
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), name=st.sampled_from([name for name in MODELS if name not in WITHOUT_STATES]))
-def test_any_sequence_of_changes(
-    tmp_path_factory: pytest.TempPathFactory, grow: SimpleNamespace, data: st.DataObject, name: str
-) -> None:
+def test_any_sequence_of_changes(tmp_path_factory, grow, data, name):
     folder = tmp_path_factory.mktemp("sequence")
     model = grow.model(**MODELS[name])
     counts = st.dictionaries(st.integers(1, 5), st.integers(1, 12), min_size=1, max_size=4)
@@ -140,25 +144,23 @@ def test_any_sequence_of_changes(
         grow.assert_same(store, full(model, log, folder / f"expected-{turn}"), atol=DRIFT)
 
 
-def test_events_appended_and_deleted_between_two_refreshes(tmp_path: Path, grow: SimpleNamespace) -> None:
+def test_events_appended_and_deleted_between_two_refreshes(tmp_path, grow):
     """Nothing is left to append for the only user that has changed."""
-    model, later = grow.model(), grow.start + 900 * grow.hour
+    model = grow.model()
     log = grow.append(tmp_path / "log", grow.events({1: 7, 2: 8}))
     store = full(model, log, tmp_path / "store")
-    log = grow.append(tmp_path / "log", grow.events({2: 1}, later))
-    gone = log.slice(1, 8, 9)
-    forget_events(log.path, {"user": [2], "item": log.items.ids(gone.item), "timestamp": gone.timestamp})
-    log = EventLog.open(log.path)
+    log = grow.later(tmp_path / "log", {2: 1}, 900)
+    log = forgotten(log, 2, log.slice(1, 8, 9))
     refresh_incremental(model, log, store)
     grow.assert_same(store, full(model, log, tmp_path / "expected"), atol=DRIFT)
 
 
-def test_users_without_changes_keep_their_bytes(tmp_path: Path, grow: SimpleNamespace) -> None:
+def test_users_without_changes_keep_their_bytes(tmp_path, grow):
     model = grow.model()
     log = grow.append(tmp_path / "log", grow.events(dict.fromkeys(range(20), 7)))
     store = full(model, log, tmp_path / "store")
     before = contents(store)
-    log = grow.append(tmp_path / "log", grow.events({3: 2, 11: 1}, grow.start + 900 * grow.hour))
+    log = grow.later(tmp_path / "log", {3: 2, 11: 1}, 900)
     refresh_incremental(model, log, store)
     after = contents(store)
     changed = {key for key in before if before[key] != after[key] and not key.startswith(b"!")}
@@ -173,48 +175,45 @@ def contents(store: Path, generation: int = 1) -> dict[bytes, bytes]:
         environment.release()
 
 
-def test_readers_see_new_records_without_a_reload(tmp_path: Path, grow: SimpleNamespace) -> None:
+def test_readers_see_new_records_without_a_reload(tmp_path, grow):
     model = grow.model()
     log = grow.append(tmp_path / "log", grow.events({1: 7, 2: 7}))
     path = full(model, log, tmp_path / "store")
     with StoreReader.open(path) as store:
         assert store.get_many([1, 2, 9]).event_count.tolist() == [7, 7, 0]
-        log = grow.append(tmp_path / "log", grow.events({1: 2, 9: 3}, grow.start + 900 * grow.hour))
+        log = grow.later(tmp_path / "log", {1: 2, 9: 3}, 900)
         refresh_incremental(model, log, path, created_at=77)
         assert store.get_many([1, 2, 9]).event_count.tolist() == [9, 7, 3]
         assert len(store) == 2 and not store.reload() and len(store) == 3
         assert (store.manifest.applied_segment, store.manifest.count) == (2, 3)
 
 
-@pytest.mark.parametrize("broken_at", range(6))
-@pytest.mark.parametrize("tail_in_summary", [True, False])
-def test_an_interrupted_run_adds_no_event_twice(
-    tmp_path: Path, grow: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tail_in_summary: bool, broken_at: int
-) -> None:
+@pytest.mark.parametrize(
+    ("changes", "at"),
+    [
+        *(({}, at) for at in range(1, 7)),
+        *(({"tail_in_summary": False}, at) for at in (2, 5)),
+        ({"num_seeds": 0}, 3),
+    ],
+    ids=str,
+)
+def test_an_interrupted_run_adds_and_counts_no_event_twice(tmp_path, grow, monkeypatch, changes, at):
     """Each of a batch's two transactions fails in turn, and the log grows before the run is resumed."""
-    model = grow.model(tail_in_summary=tail_in_summary)
+    model = grow.model(**CATEGORIES, **changes)
     log = grow.append(tmp_path / "log", grow.events({1: 7, 2: 8, 3: 9}))
     store = full(model, log, tmp_path / "store")
-    log = grow.append(tmp_path / "log", grow.events({1: 4, 2: 3, 3: 2}, grow.start + 500 * grow.hour))
-    write, done = SharedEnvironment.write, []
-
-    def failing(environment: SharedEnvironment, *arguments: Any) -> Any:
-        done.append(environment)
-        if len(done) == broken_at + 1:
-            raise lmdb.Error("Input/output error")
-        return write(environment, *arguments)
-
+    log = grow.later(tmp_path / "log", {1: 4, 2: 3, 3: 2})
     with monkeypatch.context() as patch:
-        patch.setattr(SharedEnvironment, "write", failing)
+        fail_at(patch, SharedEnvironment, "write", at, lmdb.Error("Input/output error"))
         with pytest.raises(StoreError, match="cannot be written: Input/output error"):
             refresh_incremental(model, log, store, options=RefreshOptions(users_per_batch=1))
-    log = grow.append(tmp_path / "log", grow.events({2: 1}, grow.start + 1000 * grow.hour))
-    report = refresh_incremental(model, log, store, options=RefreshOptions(users_per_batch=1))
-    assert report.num_users == 3
+    log = grow.later(tmp_path / "log", {2: 1}, 1000)
+    refresh_incremental(model, log, store, options=RefreshOptions(users_per_batch=1))
     grow.assert_same(store, full(model, log, tmp_path / "expected"), atol=2e-5)
+    assert_counted(store, model, log)
 
 
-def test_another_log_is_refused(tmp_path: Path, grow: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_log_is_refused(tmp_path, grow, monkeypatch):
     """A log with other events, and one that was restored from a backup after an unfinished run and then diverged."""
     model = grow.model()
     log = grow.append(tmp_path / "log", grow.events({1: 7, 2: 7}))
@@ -223,13 +222,13 @@ def test_another_log_is_refused(tmp_path: Path, grow: SimpleNamespace, monkeypat
     with pytest.raises(StoreError, match=r"covers segment 1, but that segment of .* was made from other sources"):
         refresh_incremental(model, other, store)
     shutil.copytree(tmp_path / "log", tmp_path / "backup")
-    log = grow.append(tmp_path / "log", grow.events({1: 2, 2: 2}, grow.start + 500 * grow.hour))
+    log = grow.later(tmp_path / "log", {1: 2, 2: 2})
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(StoreUpdate, "finish", lambda update: (_ for _ in ()).throw(KeyboardInterrupt))
         refresh_incremental(model, log, store)
     with pytest.raises(StoreError, match=r"covers segment 2, but .*backup ends at segment 1"):
         refresh_incremental(model, EventLog.open(tmp_path / "backup"), store)
-    grown = grow.append(tmp_path / "backup", grow.events({1: 1}, grow.start + 600 * grow.hour))
+    grown = grow.later(tmp_path / "backup", {1: 1}, 600)
     with pytest.raises(StoreError, match=r"covers segment 2, but that segment of .* was made from other sources"):
         refresh_incremental(model, grown, store)
     compact_log(tmp_path / "log")
@@ -237,38 +236,39 @@ def test_another_log_is_refused(tmp_path: Path, grow: SimpleNamespace, monkeypat
     grow.assert_same(store, full(model, log, tmp_path / "expected"), atol=2e-5)
 
 
-def test_half_precision_states_stay_close(tmp_path: Path, grow: SimpleNamespace) -> None:
+def test_half_precision_states_stay_close_and_their_counters_exact(tmp_path, grow):
     """After ten appends, each rounded to 11 bits."""
-    model = grow.model()
+    model = grow.model(**CATEGORIES)
     log = grow.append(tmp_path / "log", grow.events({1: 40, 2: 40}))
     store = full(model, log, tmp_path / "store", state=StateDtype.float16)
-    for turn in range(10):
-        log = grow.append(tmp_path / "log", grow.events({1: 5, 2: 1}, grow.start + (turn + 1) * 500 * grow.hour))
+    for turn in range(1, 11):
+        log = grow.later(tmp_path / "log", {1: 5, 2: 1}, turn * 500)
         assert refresh_incremental(model, log, store).counts["appended"] == 2
     grow.assert_same(store, full(model, log, tmp_path / "expected"), atol=5e-3)
+    assert_counted(store, model, log)
 
 
-def test_without_states_changed_users_are_recomputed(tmp_path: Path, grow: SimpleNamespace) -> None:
+def test_without_states_changed_users_are_recomputed(tmp_path, grow):
     model = grow.model()
     log = grow.append(tmp_path / "log", grow.events({1: 12, 2: 3}))
     store = full(model, log, tmp_path / "store", state=StateDtype.none)
-    log = grow.append(tmp_path / "log", grow.events({1: 2}, grow.start + 500 * grow.hour))
+    log = grow.later(tmp_path / "log", {1: 2})
     assert dict(refresh_incremental(model, log, store).counts)["recomputed"] == 1
     grow.assert_same(store, full(model, log, tmp_path / "expected"), atol=2e-5)
 
 
-def test_a_compacted_log(tmp_path: Path, grow: SimpleNamespace) -> None:
+def test_a_compacted_log(tmp_path, grow):
     """Users with changes are recomputed if the store's segment was merged into another; users without an id go."""
     model = grow.model()
     log = grow.append(tmp_path / "log", grow.events({1: 7, 2: 7, 3: 7}))
     store = full(model, log, tmp_path / "store")
-    grow.append(tmp_path / "log", grow.events({1: 2}, grow.start + 500 * grow.hour))
+    grow.later(tmp_path / "log", {1: 2})
     compact_log(tmp_path / "log")
     log = EventLog.open(tmp_path / "log")
     report = refresh_incremental(model, log, store)
     assert (report.num_users, report.counts["recomputed"]) == (1, 1)
     grow.assert_same(store, full(model, log, tmp_path / "expected"), atol=2e-5)
-    log = grow.append(tmp_path / "log", grow.events({3: 2}, grow.start + 900 * grow.hour))
+    log = grow.later(tmp_path / "log", {3: 2}, 900)
     assert refresh_incremental(model, log, store).counts["appended"] == 1
     grow.assert_same(store, full(model, log, tmp_path / "expected"), atol=2e-5)
     erase_users(log.path, [2])
@@ -279,32 +279,18 @@ def test_a_compacted_log(tmp_path: Path, grow: SimpleNamespace) -> None:
         assert sorted(opened.keys()) == [1, 3] and opened.manifest.applied_segment == log.last_segment
 
 
-def test_a_segment_of_item_features_changes_no_user(tmp_path: Path, grow: SimpleNamespace) -> None:
+def test_a_segment_of_item_features_changes_no_user(tmp_path, grow):
     model = grow.model()
     log = grow.append(tmp_path / "log", grow.events({1: 12, 2: 3}))
     store = full(model, log, tmp_path / "store")
     log = EventLog.from_frame(None, log.path, append=True, items={"item": log.items.ids([0]), "price": [1.0]})
     assert refresh_incremental(model, log, store).num_users == 0
-    log = grow.append(log.path, grow.events({1: 2}, grow.start + 500 * grow.hour))
+    log = grow.later(log.path, {1: 2})
     assert refresh_incremental(model, log, store).counts["appended"] == 1
     grow.assert_same(store, full(model, log, tmp_path / "expected"), atol=2e-5)
 
 
-def test_erased_users_stay_erased(tmp_path: Path, grow: SimpleNamespace) -> None:
-    model = grow.model()
-    log = grow.append(tmp_path / "log", grow.events({1: 7, 2: 7, 3: 7}))
-    path = full(model, log, tmp_path / "store")
-    with StoreReader.open(path) as store:
-        assert erase(path, [2, 99]) == 1
-        assert store.get_many([1, 2, 3]).found.tolist() == [True, False, True]
-    log = grow.append(tmp_path / "log", grow.events({2: 3, 3: 1, 99: 5}, grow.start + 500 * grow.hour))
-    assert refresh_incremental(model, log, path).counts["erased"] == 2
-    refresh(model, log, path)
-    with StoreReader.open(path) as store:
-        assert store.generation == 2 and sorted(store.keys()) == [1, 3] and len(store) == 2
-
-
-def test_stores_that_cannot_be_updated_are_refused(tmp_path: Path, grow: SimpleNamespace) -> None:
+def test_stores_that_cannot_be_updated_are_refused(tmp_path, grow):
     model = grow.model()
     log = grow.append(tmp_path / "log", grow.events({1: 7, 2: 7}))
     with pytest.raises(StoreError, match="vista refresh"):
@@ -315,7 +301,7 @@ def test_stores_that_cannot_be_updated_are_refused(tmp_path: Path, grow: SimpleN
     store = full(model, log, tmp_path / "store")
     with pytest.raises(SummarizerMismatchError):
         refresh_incremental(grow.model(seed=1), log, store)
-    grow.append(tmp_path / "log", grow.events({1: 2}, grow.start + 500 * grow.hour))
+    grow.later(tmp_path / "log", {1: 2})
     refresh_incremental(model, EventLog.open(log.path), store)
     with pytest.raises(StoreError, match=r"covers segment 2, but .* ends at segment 1"):
         refresh_incremental(model, log, store)
@@ -328,7 +314,7 @@ def test_stores_that_cannot_be_updated_are_refused(tmp_path: Path, grow: SimpleN
         refresh_incremental(model, log, store)
 
 
-def test_verification_tolerates_as_many_missing_states_as_a_refresh(tmp_path: Path, grow: SimpleNamespace) -> None:
+def test_verification_tolerates_as_many_missing_states_as_a_refresh(tmp_path, grow):
     model = grow.model()
     log = grow.append(tmp_path / "log", grow.events(dict.fromkeys(range(30), 2)))
     refresh(model, log, tmp_path / "store")
@@ -340,3 +326,128 @@ def test_verification_tolerates_as_many_missing_states_as_a_refresh(tmp_path: Pa
             update.finish()
         assert verify_store(tmp_path / "store").num_problems == num_problems
     assert "holds 19 states for 30 records" in str(verify_store(tmp_path / "store"))
+
+
+def counted(
+    model: Any, log: EventLog, user: int, until: int | None = None, field: str = "item"
+) -> dict[int, list[int]]:
+    """Codes by key of the user's history or its first `until` events, counted with a loop."""
+    history = log[user].slice(0, 0, until)
+    rows = model.item_rows(log.items.ids(history.item)).tolist()
+    if field == "genre":
+        rows = [(row - 1) % 5 if row else 0 for row in rows]
+    times, spec = history.timestamp.tolist(), model.counter_spec
+    values = counted_by_loop(spec, list(zip(rows, times, strict=True)))
+    newest = {row: position for position, row in enumerate(rows)}
+    kept = sorted(values, key=lambda row: (-values[row][0], -newest[row]))[: spec.keys[0]]
+    return {row: encode_values(spec, np.array([values[row]]))[0].tolist() for row in sorted(kept)}
+
+
+def of_user(counters: CounterCodes, row: int) -> dict[int, list[int]]:
+    one = counters.select(np.array([row]))
+    return dict(zip(one.key.tolist(), one.codes.tolist(), strict=True))
+
+
+def assert_counted(path: Path, model: Any, log: EventLog) -> None:
+    """Records and states hold the counters of the whole log."""
+    assert verify_store(path).num_problems == 0
+    with StoreReader.open(path) as store:
+        users = list(store.keys())
+        batch = store.get_many(users)
+        states = store.states(users)
+        for number, (field, counters) in enumerate(zip(model.counter_spec.fields, batch.counters, strict=True)):
+            for row, user in enumerate(users):
+                actual, expected = of_user(counters, row), counted(model, log, user, field=field)
+                assert actual.keys() == expected.keys()
+                # The loop adds in another order, so that a value between two codes may get the other one.
+                np.testing.assert_allclose(list(actual.values()), list(expected.values()), atol=1)
+                assert counters.clock[row] == batch.last_event_ts[row] == log[user].timestamp[-1]
+            if states is not None:
+                rows, arrays = states
+                table = arrays.counters[number]
+                assert table.num_events.tolist() == batch.event_count[rows].tolist()
+                held = table.top(model.config.counter_keys).codes()
+                stored = counters.select(rows)
+                for name in ("key", "codes", "offsets", "clock"):
+                    np.testing.assert_array_equal(getattr(held, name), getattr(stored, name))
+
+
+def test_a_store_with_a_limit_counts_only_what_it_covers(tmp_path, grow):
+    model = grow.model(**CATEGORIES)
+    log = grow.append(tmp_path / "log", grow.events({1: 20, 2: 9}))
+    refresh(model, log, tmp_path / "store", until="leave-last-3-out")
+    with StoreReader.open(tmp_path / "store") as store:
+        stored = store.get_many([1, 2]).counters
+    for field, counters in zip(model.counter_spec.fields, stored, strict=True):
+        for row, (user, length) in enumerate(((1, 17), (2, 6))):
+            assert of_user(counters, row).keys() == counted(model, log, user, length, field).keys()
+            assert counters.clock[row] == log[user].timestamp[length - 1]
+
+
+def test_no_counter_of_an_erased_user_survives(tmp_path, grow):
+    """Neither in answers, nor in an export, nor, after a compaction, as bytes in a file of the store or of a shard."""
+    model = grow.model(**CATEGORIES)
+    log = grow.append(tmp_path / "log", grow.events({1: 20, 2: 90, 3: 4}))
+    store = full(model, log, tmp_path / "store")
+    refresh(model, log, tmp_path / "shards", shard=Shard(0, 1), options=RefreshOptions(codec=Codec.float32))
+    places = (store, Shard(0, 1).path(tmp_path / "shards"))
+    with StoreReader.open(store) as opened:
+        kept, gone = opened.get_many([1, 3]).counters, opened.get_many([2]).counters
+        _, states = opened.states([2]) or pytest.fail("no states")
+        traces = [record_bytes(gone), *(table.rows.decayed[0].tobytes() for table in states.counters)]
+        assert all(any(trace in content for content in files(place)) for place in places for trace in traces)
+        assert [erase(place, [2]) for place in places] == [1, 1]
+        for counters, others in zip(opened.get_many([1, 2, 3]).counters, kept, strict=True):
+            assert np.diff(counters.offsets)[1] == 0
+            np.testing.assert_array_equal(counters.key, others.key)
+        assert opened.states([2]) is None or len(opened.states([2])[0]) == 0
+    export_store(store, tmp_path / "out.parquet")
+    table = pq.read_table(tmp_path / "out.parquet").to_pydict()
+    assert table["user"] == [1, 3]
+    key, field = np.concatenate(table["counter_key"]), np.concatenate(table["counter_field"])
+    for number, one in enumerate(kept):
+        assert key[field == number].tolist() == one.key.tolist()
+    for place in places:
+        compact_store(place)
+        assert not any(trace in content for content in files(place) for trace in traces)
+
+
+def record_bytes(counters: tuple[CounterCodes, ...]) -> bytes:
+    """The counters of one user, as its record holds them."""
+    layout = CounterLayout.of(counters[0].spec, [30, 4][: len(counters)])
+    return encode_counters(counters, layout, 1)[0]
+
+
+def files(folder: Path) -> list[bytes]:
+    """The contents of all files below a folder."""
+    return [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
+
+
+def test_without_counters_nothing_is_counted(tmp_path, grow):
+    model = grow.model()
+    log = grow.append(tmp_path / "log", grow.events({1: 20}))
+    store = full(model, log, tmp_path / "store")
+    with StoreReader.open(store) as opened:
+        assert opened.manifest.counters is None and opened.get_many([1]).counters == ()
+    with_counters = grow.model(**COUNTERS)
+    assert with_counters.summarizer_id() != model.summarizer_id()
+    fewer = grow.model(**COUNTERS | {"counter_keys": 5})
+    assert fewer.summarizer_id() != with_counters.summarizer_id()
+
+
+def test_a_log_without_times_is_refused_or_counted_by_events(tmp_path, grow):
+    frame = {name: values for name, values in grow.events({1: 20}).items() if name in ("user", "item")}
+    log = EventLog.from_frame(frame, tmp_path / "log", columns=SourceColumns(timestamp=None))
+    model = grow.model(use_time=False, **COUNTERS)
+    model.schema.actions[:] = log.actions
+    with pytest.raises(ConfigError, match="has no times, which this model reads"):
+        refresh(model, log, tmp_path / "store")
+    schema = dataclasses.replace(model.schema, has_time=False)
+    model = VistaModel(model.config, schema, model.items, model.data).eval()
+    assert model.counter_spec is not None and model.counter_spec.days == ()
+    refresh(model, log, tmp_path / "store")
+    with StoreReader.open(tmp_path / "store") as store:
+        (counters,) = store.get_many([1]).counters
+    newest = model.item_rows(log.items.ids(log[1].item))
+    ages = [19 - int(np.flatnonzero(newest == key)[-1]) for key in counters.key]
+    np.testing.assert_allclose(counters.values()[:, -1], ages, rtol=0.15, atol=0.6)

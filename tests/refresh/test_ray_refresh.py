@@ -48,12 +48,9 @@ from vista.store.lmdb.environment import SharedEnvironment
 ray_extra = pytest.importorskip(
     "vista.refresh.ray_extra", reason="the extra `ray` is not installed", exc_type=ImportError
 )
-
-
 ray = ray_extra.ray
 ray_engine = import_module("vista.refresh.ray_engine")
 RayEngine = ray_engine.RayEngine
-
 NOW = 1_800_000_000_000
 KEY = bytes(range(32))
 NUM_USERS = 150
@@ -62,7 +59,7 @@ OPTIONS = RefreshOptions(codec=Codec.int8, users_per_batch=5, tokens_per_batch=6
 
 
 @pytest.fixture(scope="module")
-def short_folder() -> Iterator[Path]:
+def short_folder():
     """Ray's sockets must have short paths."""
     folder = Path(tempfile.mkdtemp(prefix="vr-"))
     yield folder
@@ -70,7 +67,7 @@ def short_folder() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def running_ray(short_folder: Path) -> Iterator[None]:
+def running_ray(short_folder):
     ray.init(
         num_cpus=2,
         object_store_memory=80_000_000,
@@ -84,7 +81,7 @@ def running_ray(short_folder: Path) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, grow: SimpleNamespace) -> SimpleNamespace:
+def made(tmp_path_factory, grow):
     """A model in a folder, a log of two segments, and the store that this process writes. User 7's is not finite."""
     folder = tmp_path_factory.mktemp("made")
     model = grow.model(num_tail_features=2, counters=True, counter_categories=["genre"])
@@ -120,17 +117,6 @@ def engine(made: SimpleNamespace, **config: Any) -> RefreshEngine:
     return RayEngine(made.folder / "model", RayConfig(**{"num_actors": 2, **config}))
 
 
-def test_the_store_is_that_of_the_local_refresh(running_ray: None, made: SimpleNamespace, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"options": OPTIONS, "key": KEY, "created_at": NOW}
-    report = refresh(made.model, made.log, tmp_path / "store", engine=engine(made), **options)
-    assert contents(tmp_path / "store") == contents(made.local)
-    assert len(contents(made.local)["summary"]) == 59 + 3 and len(contents(made.local)["state"]) == 59
-    same = ("num_users", "num_events", "counts", "failures", "bytes_per_user")
-    assert [getattr(report, name) for name in same] == [getattr(made.report, name) for name in same]
-    assert set(report.failures) == {"7"} and "NaN" in report.failures["7"]
-    assert report.shares["wait"] > 0 and report.shares["summarize"] == 0
-
-
 class SleepingActor:
     """Work of others."""
 
@@ -155,30 +141,22 @@ class Kills:
         return result
 
 
-def test_a_killed_actor_loses_nothing(
-    running_ray: None,
-    made: SimpleNamespace,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    Kills(monkeypatch, {3})
-    refresh(
-        made.model,
-        made.log,
-        tmp_path / "store",
-        options=OPTIONS,
-        engine=engine(made, num_actors=1),
-        key=KEY,
-        created_at=NOW,
-    )
+def test_the_store_is_that_of_the_local_refresh_although_an_actor_is_killed(
+    running_ray, made, tmp_path, monkeypatch, caplog
+):
+    kills, options = Kills(monkeypatch, {3}), {"options": OPTIONS, "key": KEY, "created_at": NOW}
+    report = refresh(made.model, made.log, tmp_path / "store", engine=engine(made, num_actors=1), **options)
+    assert kills.killed == 1 and "of an actor ended; its batches were repeated" in caplog.text
     assert contents(tmp_path / "store") == contents(made.local)
-    assert "of an actor ended; its batches were repeated" in caplog.text
+    assert len(contents(made.local)["summary"]) == 59 + 3 and len(contents(made.local)["state"]) == 59
+    same = ("num_users", "num_events", "counts", "failures", "bytes_per_user")
+    assert [getattr(report, name) for name in same] == [getattr(made.report, name) for name in same]
+    assert set(report.failures) == {"7"} and "NaN" in report.failures["7"]
+    assert report.shares["wait"] > 0 and report.shares["summarize"] == 0
 
 
-def test_a_batch_whose_actors_die_ends_the_run_which_resumes(
-    running_ray: None, made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.nightly
+def test_a_batch_whose_actors_die_ends_the_run_which_resumes(running_ray, made, tmp_path, monkeypatch):
     options: dict[str, Any] = {"options": OPTIONS, "key": KEY, "created_at": NOW}
     with monkeypatch.context() as patch:
         patch.setattr(ray_engine, "MAX_RETRIES", 0)
@@ -192,9 +170,7 @@ def test_a_batch_whose_actors_die_ends_the_run_which_resumes(
 
 @pytest.mark.research
 @pytest.mark.timeout(1200)
-def test_many_kills_lose_nothing(
-    running_ray: None, made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_kills_lose_nothing(running_ray, made, tmp_path, monkeypatch):
     options = RefreshOptions(users_per_batch=1, tokens_per_batch=64)
     kills = Kills(monkeypatch, set(range(3, 61, 3)))
     refresh(made.model, made.log, tmp_path / "store", options=options, engine=engine(made), created_at=NOW)
@@ -203,7 +179,7 @@ def test_many_kills_lose_nothing(
     assert contents(tmp_path / "store") == contents(tmp_path / "local")
 
 
-def test_a_batch_that_ray_loses_is_not_a_death(made: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_ray_loses_is_not_a_death(made, monkeypatch):
     def get(reference: Any) -> None:
         raise ray.exceptions.ObjectLostError("ab" * 28, None, "")
 
@@ -215,13 +191,8 @@ def test_a_batch_that_ray_loses_is_not_a_death(made: SimpleNamespace, monkeypatc
     assert "died" not in str(e.value)
 
 
-def test_a_refresh_that_waits_for_other_work_says_so(
-    running_ray: None,
-    made: SimpleNamespace,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+@pytest.mark.nightly
+def test_a_refresh_that_waits_for_other_work_says_so(running_ray, made, tmp_path, monkeypatch, caplog):
     other = ray.remote(SleepingActor).options(num_cpus=2).remote()
     ray.get(other.sleep.remote(0))
     other.sleep.remote(4)
@@ -233,13 +204,8 @@ def test_a_refresh_that_waits_for_other_work_says_so(
     assert "0 actor(s) have returned batches so far, and 0 of 2 CPU(s) are free" in caplog.text
 
 
-def test_a_cluster_that_is_gone_does_not_hide_the_error(
-    running_ray: None,
-    made: SimpleNamespace,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+@pytest.mark.nightly
+def test_a_cluster_that_is_gone_does_not_hide_the_error(running_ray, made, tmp_path, monkeypatch, caplog):
     kill = ray.kill
 
     def kill_and_fail(actor: Any) -> None:
@@ -253,7 +219,8 @@ def test_a_cluster_that_is_gone_does_not_hide_the_error(
     assert "an actor could not be ended (System error: the head is gone)" in caplog.text
 
 
-def test_an_error_of_an_actor_keeps_type_and_message(running_ray: None, made: SimpleNamespace, tmp_path: Path) -> None:
+@pytest.mark.nightly
+def test_an_error_of_an_actor_keeps_type_and_message(running_ray, made, tmp_path):
     with pytest.raises(CheckpointError, match="nowhere"):
         one = RayEngine(tmp_path / "nowhere", RayConfig(num_actors=1))
         refresh(made.model, made.log, tmp_path / "store", options=OPTIONS, engine=one)
@@ -268,9 +235,7 @@ def test_an_error_of_an_actor_keeps_type_and_message(running_ray: None, made: Si
         ({"spec": RecordSpec(bytes(32), 1, 3, 16, Codec.int8)}, SummarizerMismatchError, "is not the model with which"),
     ],
 )
-def test_an_actor_refuses_another_log_or_model(
-    made: SimpleNamespace, change: dict[str, Any], error: type[VistaError], message: str
-) -> None:
+def test_an_actor_refuses_another_log_or_model(made, change, error, message):
     job = ActorJob(
         model=str(made.folder / "model"),
         device="cpu",
@@ -291,19 +256,19 @@ def test_an_actor_refuses_another_log_or_model(
         raise result
 
 
-def test_more_actors_than_the_cluster_has_room_for(running_ray: None, made: SimpleNamespace, tmp_path: Path) -> None:
+def test_more_actors_than_the_cluster_has_room_for(running_ray, made, tmp_path):
     with pytest.raises(ConfigError, match=r"ray\.num_actors=9: Ray at local has room for 2 actors of 1 CPU"):
         refresh(made.model, made.log, tmp_path / "store", engine=engine(made, num_actors=9))
 
 
-def test_ray_is_not_started_for_nothing(made: SimpleNamespace) -> None:
+def test_ray_is_not_started_for_nothing(made):
     encoder = BatchEncoder.of(made.model, made.log, Precision.float32, 64)
     spec = RecordSpec(made.model.summarizer_id(), 1, 3, 16, Codec.int8)
     one = engine(made, address="127.0.0.1:1")
     assert list(one.encode(encoder, [], spec, None, StageClock())) == []
 
 
-def test_bad_configurations_are_refused() -> None:
+def test_bad_configurations_are_refused():
     with pytest.raises(ConfigError, match=r"engine: works only for a full refresh; use shard=i/n"):
         RefreshConfig(engine="ray", incremental=True)
     with pytest.raises(ConfigError, match=r"ray\.address: write host:port of the head"):
@@ -312,7 +277,7 @@ def test_bad_configurations_are_refused() -> None:
         RayConfig(object_store_bytes=1)
 
 
-def test_the_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingDependencyError, match=r"pip install .*\[ray\]'"):
         reload(ray_extra)
@@ -351,7 +316,8 @@ def start_refresh(folder: Path, store: Path, temporary: Path) -> subprocess.Pope
     return process
 
 
-def test_a_killed_and_an_interrupted_run_resume(tmp_path: Path, grow: SimpleNamespace, short_folder: Path) -> None:
+@pytest.mark.nightly
+def test_a_killed_and_an_interrupted_run_resume(tmp_path, grow, short_folder):
     model = grow.model()
     model.save_pretrained(tmp_path / "model")
     log = grow.append(tmp_path / "log", grow.events({user: 1 + user % 9 for user in range(NUM_USERS)}))
@@ -376,3 +342,58 @@ def test_a_killed_and_an_interrupted_run_resume(tmp_path: Path, grow: SimpleName
         created_at = store.manifest.created_at
     refresh(model, log, tmp_path / "local", options=options, created_at=created_at)
     assert contents(tmp_path / "store") == contents(tmp_path / "local")
+
+
+@pytest.fixture
+def cluster():
+    """A head without CPUs and one node of two."""
+    from ray.cluster_utils import Cluster
+
+    folder = tempfile.mkdtemp(prefix="vr-")  # Ray's sockets must have short paths.
+    Path("/tmp/ray").mkdir(exist_ok=True)  # Clusters write their address there, whatever their own folder is.
+    small = {"object_store_memory": 80_000_000, "include_dashboard": False}
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "temp_dir": folder, **small})
+    made.add_node(num_cpus=2, **small)
+    yield made
+    ray_extra.ray.shutdown()
+    made.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def records(store: Path) -> dict[bytes, bytes]:
+    shared = SharedEnvironment.acquire(environment_path(store, 1))
+    try:
+        return shared.read(lambda transaction: {bytes(key): bytes(value) for key, value in transaction.cursor()})
+    finally:
+        shared.release()
+
+
+@pytest.mark.research
+def test_a_lost_node_loses_nothing(cluster, tmp_path, grow, monkeypatch, caplog):
+    model = grow.model(num_seeds=64, dim=64)
+    model.save_pretrained(tmp_path / "model")
+    log = grow.append(tmp_path / "log", grow.events({user: 1 + user % 9 for user in range(400)}))
+    options = RefreshOptions(users_per_batch=40, tokens_per_batch=1_000)
+    refresh(model, log, tmp_path / "local", options=options, created_at=NOW)
+
+    get, number = ray_engine._get, 0
+
+    def get_and_lose_node(task: Any, log: EventLog) -> ActorResult:
+        nonlocal number
+        result: ActorResult = get(task, log)
+        number += 1
+        if number == 2:
+            (lost,) = cluster.worker_nodes
+            cluster.add_node(num_cpus=2, object_store_memory=80_000_000)
+            cluster.remove_node(lost, allow_graceful=False)
+        return result
+
+    monkeypatch.setattr(ray_engine, "_get", get_and_lose_node)
+    config = RayConfig(address=cluster.address, num_actors=2)
+    engine = ray_engine.RayEngine(tmp_path / "model", config)
+    refresh(model, log, tmp_path / "store", options=options, engine=engine, created_at=NOW)
+    assert number == 10 and records(tmp_path / "store") == records(tmp_path / "local")
+    assert "of an actor ended; its batches were repeated" in caplog.text
+    with pytest.raises(ConfigError, match=r"ray\.address='127\.0\.0\.1:1': Ray cannot be started or reached there"):
+        nowhere = ray_engine.RayEngine(tmp_path / "model", RayConfig(address="127.0.0.1:1"))
+        refresh(model, log, tmp_path / "other", options=options, engine=nowhere)

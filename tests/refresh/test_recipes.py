@@ -9,7 +9,6 @@ import dataclasses
 import os
 import shutil
 import sys
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -53,7 +52,7 @@ def run(page: dict[str, Any], *texts: str) -> None:
 
 
 @pytest.fixture
-def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def page(tmp_path, monkeypatch):
     """Names of the page's code after its first block, in a folder that also has the store of the Ray recipe."""
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "__main__"}
@@ -81,7 +80,7 @@ def check_shards(page: dict[str, Any]) -> None:
         np.testing.assert_allclose(sharded.get_many(USERS).summary, whole.get_many(USERS).summary, atol=2e-2)
 
 
-def test_the_function_of_the_spark_recipe_refreshes_all_shards(page: dict[str, Any]) -> None:
+def test_the_function_of_the_spark_recipe_refreshes_all_shards(page):
     run(page, "def refresh_shards")
     frames = [pd.DataFrame({"id": [0, 1]}), pd.DataFrame({"id": [2, 3]})]
     done = pd.concat(page["refresh_shards"](frames))
@@ -91,7 +90,7 @@ def test_the_function_of_the_spark_recipe_refreshes_all_shards(page: dict[str, A
 
 
 @pytest.fixture
-def local_spark(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def local_spark(monkeypatch):
     """Spark on the loopback address, with this interpreter and checkout in its tasks."""
     need("pyspark", "java")
     monkeypatch.setenv("SPARK_LOCAL_IP", "127.0.0.1")
@@ -106,14 +105,14 @@ def local_spark(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.recipes
 @pytest.mark.timeout(900)
-def test_the_spark_recipe(local_spark: None, page: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_spark_recipe(local_spark, page, capsys):
     run(page, "def refresh_shards", "mapInPandas")
     assert capsys.readouterr().out.split()[-2:] == ["60", "1200"]
     check_shards(page)
 
 
 @pytest.mark.recipes
-def test_the_feast_recipe(page: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_feast_recipe(page, monkeypatch):
     need("feast")
     run(page, "StoreReader.open", "FeatureView(")
     with Scorer.open("runs/shop/best", "stores/shop") as scorer:

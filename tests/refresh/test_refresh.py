@@ -1,34 +1,43 @@
-"""Full refresh: contents of records, splits, codecs, and resumption after a kill or Ctrl-C."""
+"""Full refresh: contents of records, splits, codecs, users that fail, the age limit, and resumption."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
+import random
 import re
 import signal
+import stat
+import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from tests.conftest import START, Served, run_python, small_config, small_frame
+from tests.conftest import START, small_config, small_frame
+from tests.faults.nursery import Say
+from tests.refresh.conftest import fail_at
 from vista.cli.refresh_commands import run_refresh
 from vista.cli.score_command import run_score
 from vista.config import ModelConfig, RefreshConfig, ScoreConfig, SourceColumns
-from vista.config.choices import Codec, Decay, Precision
-from vista.errors import ConfigError, StoreError, StoreLockedError, UserKeyError
+from vista.config.choices import Codec, Decay, OnMissing, Precision, StateDtype
+from vista.errors import ConfigError, RecordError, StoreError, StoreLockedError, UnknownUserError, UserKeyError
 from vista.log.event_log import EventLog
 from vista.log.splits import visible_counts
 from vista.model import inference
 from vista.model.vista_model import VistaModel
-from vista.refresh import RefreshOptions, RefreshReport, refresh
+from vista.refresh import RefreshOptions, RefreshReport, refresh, refresh_incremental
 from vista.refresh.stage_clock import STAGES
 from vista.scorer import Scorer
 from vista.store import NO_TIMESTAMP, StoreReader, StoreWriter
 from vista.store.format.digest import event_digests, item_keys
 from vista.store.reader import published_manifest
+from vista.store.stored_batch import CLOCK_SKEW_MS
 from vista.training.log_schema import schema_of
 
 
@@ -67,13 +76,17 @@ def assert_store_holds(path: Path, model: VistaModel, log: EventLog, counts: np.
 LOST = {Codec.float32: 1e-5, Codec.float16: 0.002, Codec.int8: 0.02, Codec.int4: 0.25}
 
 
-@pytest.mark.parametrize("codec", list(Codec))
 @pytest.mark.parametrize(
-    "until", [None, "leave-last-out", "leave-last-two-out", str(START + 20 * 86_400_000), START + 12_345_678]
+    ("codec", "until"),
+    [
+        (Codec.float32, None),
+        (Codec.float32, "leave-last-two-out"),
+        (Codec.float32, str(START + 20 * 86_400_000)),
+        (Codec.float32, START + 12_345_678),
+        *((codec, "leave-last-out") for codec in Codec),
+    ],
 )
-def test_records_cover_the_visible_events(
-    event_log: EventLog, tmp_path: Path, codec: Codec, until: str | int | None
-) -> None:
+def test_records_cover_the_visible_events(event_log, tmp_path, codec, until):
     model = new_model(event_log)
     report = refresh(
         model,
@@ -87,7 +100,7 @@ def test_records_cover_the_visible_events(
     assert_store_holds(tmp_path / "s", model, event_log, counts, atol=LOST[codec])
 
 
-def test_users_without_visible_events_have_no_record(event_log: EventLog, tmp_path: Path) -> None:
+def test_users_without_visible_events_have_no_record(event_log, tmp_path):
     model = new_model(event_log)
     until = int(np.median([event_log.slice(row).timestamp[0] for row in range(event_log.num_users)]))
     report = refresh(model, event_log, tmp_path / "some", until=until)
@@ -97,7 +110,7 @@ def test_users_without_visible_events_have_no_record(event_log: EventLog, tmp_pa
         assert len(store) == 0 and not store.get_many([100]).found.any()
 
 
-def test_the_manifest_keeps_until(event_log: EventLog, tmp_path: Path) -> None:
+def test_the_manifest_keeps_until(event_log, tmp_path):
     """A time of eight digits would be read as a date if it were stored as text."""
     frame = {"user": [1, 1, 1], "item": [0, 10, 20], "timestamp": [12_000_000, 12_345_678, 12_500_000]}
     log = EventLog.from_frame(frame, tmp_path / "log", time_unit="ms")
@@ -107,7 +120,7 @@ def test_the_manifest_keeps_until(event_log: EventLog, tmp_path: Path) -> None:
             assert store.manifest.until == kept
 
 
-def test_no_summary_tokens(event_log: EventLog, tmp_path: Path) -> None:
+def test_no_summary_tokens(event_log, tmp_path):
     model = new_model(event_log, num_seeds=0)
     refresh(model, event_log, tmp_path / "store")
     assert_store_holds(tmp_path / "store", model, event_log, event_log.lengths, atol=0)
@@ -116,7 +129,7 @@ def test_no_summary_tokens(event_log: EventLog, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mixing", ["bidirectional", "separable"])
-def test_string_ids_and_no_times(order_log: EventLog, tmp_path: Path, mixing: str) -> None:
+def test_string_ids_and_no_times(order_log, tmp_path, mixing):
     model = new_model(order_log, mixing=ModelConfig().mixing.__class__(mixing))
     refresh(model, order_log, tmp_path / "store", options=RefreshOptions(codec=Codec.float32), until="leave-last-out")
     assert_store_holds(tmp_path / "store", model, order_log, visible_counts(order_log, "leave-last-out"), atol=1e-5)
@@ -124,7 +137,7 @@ def test_string_ids_and_no_times(order_log: EventLog, tmp_path: Path, mixing: st
         store.get_many([1])
 
 
-def test_items_outside_the_vocabulary_are_unknown_items(event_log: EventLog, tmp_path: Path) -> None:
+def test_items_outside_the_vocabulary_are_unknown_items(event_log, tmp_path):
     model = new_model(event_log)
     frame = {**small_frame(), "item": small_frame()["item"] + 200}
     log = EventLog.from_frame(
@@ -134,7 +147,7 @@ def test_items_outside_the_vocabulary_are_unknown_items(event_log: EventLog, tmp
     assert_store_holds(tmp_path / "store", model, log, log.lengths, atol=1e-5)
 
 
-def test_a_log_of_several_segments(event_log: EventLog, tmp_path: Path) -> None:
+def test_a_log_of_several_segments(event_log, tmp_path):
     frame = small_frame()
     first = frame["timestamp"] < np.median(frame["timestamp"])
     for part in (first, ~first):
@@ -157,7 +170,7 @@ def test_a_log_of_several_segments(event_log: EventLog, tmp_path: Path) -> None:
             assert store.manifest.applied_segment == 2
 
 
-def test_no_dropout_for_a_model_in_training_mode(event_log: EventLog, tmp_path: Path) -> None:
+def test_no_dropout_for_a_model_in_training_mode(event_log, tmp_path):
     model = new_model(event_log, dropout=0.5)
     refresh(model.train(), event_log, tmp_path / "store", options=RefreshOptions(codec=Codec.float32))
     assert not model.training
@@ -166,7 +179,7 @@ def test_no_dropout_for_a_model_in_training_mode(event_log: EventLog, tmp_path: 
 
 @pytest.mark.processor
 @pytest.mark.parametrize("mixing", ["bidirectional", "separable"])
-def test_bfloat16_products_change_summaries_little(event_log: EventLog, tmp_path: Path, mixing: str) -> None:
+def test_bfloat16_products_change_summaries_little(event_log, tmp_path, mixing):
     model = new_model(event_log, mixing=ModelConfig().mixing.__class__(mixing))
     summaries = []
     for precision in (Precision.float32, Precision.bfloat16):
@@ -183,9 +196,7 @@ def test_bfloat16_products_change_summaries_little(event_log: EventLog, tmp_path
     assert 0 < error < 0.1 * np.abs(exact).max()
 
 
-def test_a_log_with_other_event_features(
-    tmp_path: Path, grow: SimpleNamespace, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_log_with_other_event_features(tmp_path, grow, caplog):
     frame, columns = grow.events({1: 5, 2: 3}), SourceColumns(action="action", rating="rating")
     frame = {name: frame[name] for name in ("user", "item", "timestamp", "action", "rating")}
     plain = EventLog.from_frame(frame, tmp_path / "plain", time_unit="ms", columns=columns)
@@ -202,7 +213,7 @@ def test_a_log_with_other_event_features(
     assert (tail.features["surface"] == -1).all() and np.isnan(tail.features["dwell"]).all() and len(tail.items) == 8
 
 
-def test_report(event_log: EventLog, tmp_path: Path) -> None:
+def test_report(event_log, tmp_path):
     report = refresh(
         new_model(event_log), event_log, tmp_path / "store", options=RefreshOptions(users_per_batch=4, progress=True)
     )
@@ -214,7 +225,7 @@ def test_report(event_log: EventLog, tmp_path: Path) -> None:
     assert "(5 of them by an earlier run)" in str(RefreshReport("s", 2, 16, 5, 100, 1.0, {"read": 1.0}))
 
 
-def test_the_command_writes_the_same_records(served: Served, tmp_path: Path) -> None:
+def test_the_command_writes_the_same_records(served, tmp_path):
     config = RefreshConfig(
         data=str(served.log.path),
         model=str(served.model_dir),
@@ -234,9 +245,7 @@ def test_the_command_writes_the_same_records(served: Served, tmp_path: Path) -> 
         run_refresh(config)
 
 
-def test_a_log_that_the_model_would_misread_is_refused(
-    event_log: EventLog, order_log: EventLog, tmp_path: Path
-) -> None:
+def test_a_log_that_the_model_would_misread_is_refused(event_log, order_log, tmp_path):
     frame = small_frame()
     frame["action"] = np.where(frame["action"] == "click", "buy", "like")  # code 0 is another action
     other = EventLog.from_frame(
@@ -261,7 +270,7 @@ def test_a_log_that_the_model_would_misread_is_refused(
         refresh(new_model(order_log), order_log, tmp_path / "store", until="2020-01-01")
 
 
-def test_a_second_writer_is_refused_at_once(event_log: EventLog, tmp_path: Path) -> None:
+def test_a_second_writer_is_refused_at_once(event_log, tmp_path):
     model = new_model(event_log)
     refresh(model, event_log, tmp_path / "store")
     other = dataclasses.replace(published_manifest(tmp_path / "store"), run_digest="other")
@@ -270,7 +279,7 @@ def test_a_second_writer_is_refused_at_once(event_log: EventLog, tmp_path: Path)
     assert refresh(model, event_log, tmp_path / "store").resumed_at == 0
 
 
-def test_refresh_while_a_scorer_is_open(served: Served, tmp_path: Path) -> None:
+def test_refresh_while_a_scorer_is_open(served, tmp_path):
     refresh(served.model, served.log, tmp_path / "store", until="leave-last-out")
     with Scorer.open(served.model, tmp_path / "store") as scorer:
         before = scorer.score([100, 104], [0, 10, 20])
@@ -284,150 +293,100 @@ def test_refresh_while_a_scorer_is_open(served: Served, tmp_path: Path) -> None:
         assert scorer.reload() and scorer.store.generation == 4
 
 
-# Forks refreshes and kills or interrupts each at a random time after some batches; a last one finishes undisturbed.
-DRIVER = """
-import json, os, random, signal, sys, time
-from pathlib import Path
-from vista.config.choices import Codec
-from vista.log.event_log import EventLog
-from vista.model.vista_model import VistaModel
-from vista.refresh import RefreshOptions, refresh
-from vista.store import StoreWriter
+def run_to_compare(log: EventLog, model: VistaModel, store: Path, codec: Codec) -> RefreshReport:
+    options = RefreshOptions(codec=codec, users_per_batch=1)
+    return refresh(model, log, store, until="leave-last-out", options=options, created_at=1)
 
-log_path, model, folder = sys.argv[1:]
-log, model, chance = EventLog.open(log_path), VistaModel.from_pretrained(model), random.Random(2)
-put, publish, pipe = StoreWriter.put_batch, StoreWriter.publish, None
-before_wait = 0  # batches of a child that must not get to the publication before it is ended
 
-def put_and_tell(writer, keys, records, cursor, states):
-    global before_wait
-    written = put(writer, keys, records, cursor, states)
-    if pipe is not None:
+def end_refreshes(say: Say, log_path: str, model_path: str, store: str, codec: str, signal_number: int, ends: int):
+    """Fork refreshes; end each at a random time after some batches, and the last one while it publishes.
+
+    A further run finishes undisturbed. Returns the exit codes, and where it resumed.
+    """
+    log, model, chance = EventLog.open(log_path), VistaModel.from_pretrained(model_path), random.Random(2)
+    put, publish, codes, resumed = StoreWriter.put_batch, StoreWriter.publish, [], []
+    before_wait = 0  # batches of a child that must not get to the publication before it is ended
+
+    def put_and_tell(*arguments: Any) -> int:
+        nonlocal before_wait
+        written = put(*arguments)
         os.write(pipe[1], b"b")
         before_wait -= 1
         if before_wait == 0:
             time.sleep(20)
-    return written
-
-def publish_and_tell(writer):
-    if pipe is not None:
-        os.write(pipe[1], b"p")
-    return publish(writer)
-
-StoreWriter.put_batch, StoreWriter.publish = put_and_tell, publish_and_tell
-
-def run(store, codec):
-    options = RefreshOptions(codec=codec, users_per_batch=1)
-    return refresh(model, log, store, until="leave-last-out", options=options, created_at=1)
-
-out = {}
-run(Path(folder, "warm"), Codec.int8)
-for codec in (Codec.int8, Codec.float32):
-    for ending, number, ends in (("kill", signal.SIGKILL, 4), ("interrupt", signal.SIGINT, 2)):
-        store, codes, resumed = Path(folder, f"{codec.value}-{ending}"), [], []
-        for turn in range(ends):
-            pipe, before_wait = os.pipe(), 4 if turn < ends - 1 else 0
-            child = os.fork()
-            if child == 0:
-                code = 1
-                try:
-                    run(store, codec)
-                    code = 0
-                except KeyboardInterrupt:
-                    code = 130
-                finally:
-                    os._exit(code)
-            os.close(pipe[1])
-            if turn == ends - 1:  # during publication
-                while os.read(pipe[0], 1) == b"b":
-                    pass
-            else:
-                os.read(pipe[0], 1)
-                os.read(pipe[0], 1)
-            time.sleep(chance.random() * 0.003)
-            os.kill(child, number)
-            codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-            os.close(pipe[0])
-        pipe = None
-        if not (store / "CURRENT").exists():
-            resumed.append(run(store, codec).resumed_at)
-        out[store.name] = {"codes": codes, "resumed": resumed}
-print(json.dumps(out))
-"""
-
-
-def test_an_interrupted_refresh_resumes_to_the_same_records(served: Served, tmp_path: Path) -> None:
-    done = run_python(DRIVER, str(served.log.path), str(served.model_dir), str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout.splitlines()[-1])
-    assert len(report) == 4
-    for codec in (Codec.int8, Codec.float32):
-        whole = tmp_path / f"whole-{codec.value}"
-        refresh(
-            served.model,
-            served.log,
-            whole,
-            until="leave-last-out",
-            options=RefreshOptions(codec=codec, users_per_batch=1),
-            created_at=1,
-        )
-        with StoreReader.open(whole) as store:
-            expected = store.manifest
-        for ending, code in (("kill", -9), ("interrupt", 130)):
-            name = f"{codec.value}-{ending}"
-            codes = report[name]["codes"]
-            assert codes.count(code) >= len(codes) - 1 and set(codes) <= {code, 0}, codes
-            assert all(at >= 2 * (len(codes) - 1) for at in report[name]["resumed"]), report[name]
-            with StoreReader.open(tmp_path / name) as store:
-                assert store.manifest == expected and expected.count == served.log.num_users
-                assert store.manifest.records_digest == expected.records_digest != ""
-
-
-def test_the_next_run_resumes_after_an_interrupt_between_batches(
-    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    put = StoreWriter.put_batch
-
-    def put_and_interrupt(
-        writer: StoreWriter, keys: list[bytes], records: list[bytes], cursor: int, states: list[bytes]
-    ) -> int:
-        written = put(writer, keys, records, cursor, states)
-        if cursor == 8:
-            os.kill(os.getpid(), signal.SIGINT)
         return written
 
-    with monkeypatch.context() as patch:
-        patch.setattr(StoreWriter, "put_batch", put_and_interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            refresh(served.model, served.log, tmp_path / "store", options=RefreshOptions(users_per_batch=4))
+    def publish_and_tell(writer: StoreWriter) -> Any:
+        os.write(pipe[1], b"p")
+        return publish(writer)
+
+    for turn in range(ends):
+        pipe, before_wait = os.pipe(), 4 if turn < ends - 1 else 0
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                StoreWriter.put_batch, StoreWriter.publish = put_and_tell, publish_and_tell
+                run_to_compare(log, model, Path(store), Codec(codec))
+                code = 0
+            except KeyboardInterrupt:
+                code = 130
+            finally:
+                os._exit(code)
+        os.close(pipe[1])
+        if turn == ends - 1:  # during publication
+            while os.read(pipe[0], 1) == b"b":
+                pass
+        else:
+            os.read(pipe[0], 1)
+            os.read(pipe[0], 1)
+        time.sleep(chance.random() * 0.003)
+        os.kill(child, signal_number)
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        os.close(pipe[0])
+    if not Path(store, "CURRENT").exists():
+        resumed.append(run_to_compare(log, model, Path(store), Codec(codec)).resumed_at)
+    return codes, resumed
+
+
+@pytest.mark.parametrize(
+    ("codec", "number", "ends", "code"), [(Codec.int8, signal.SIGKILL, 3, -9), (Codec.float32, signal.SIGINT, 2, 130)]
+)
+def test_an_interrupted_refresh_resumes_to_the_same_records(served, tmp_path, nursery, codec, number, ends, code):
+    run_to_compare(served.log, served.model, tmp_path / "whole", codec)
+    with StoreReader.open(tmp_path / "whole") as store:
+        expected = store.manifest
+    arguments = (served.log.path, served.model_dir, tmp_path / "ended", codec.value, int(number), ends)
+    codes, resumed = nursery.call(end_refreshes, *arguments)
+    assert codes.count(code) >= ends - 1 and set(codes) <= {code, 0}, codes
+    assert all(at >= 2 * (ends - 1) for at in resumed), resumed
+    with StoreReader.open(tmp_path / "ended") as store:
+        assert store.manifest == expected and expected.count == served.log.num_users
+        assert store.manifest.records_digest == expected.records_digest != ""
+
+
+def test_the_next_run_resumes_after_an_interrupt_between_batches(served, tmp_path, monkeypatch):
+    options = RefreshOptions(users_per_batch=4)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        fail_at(patch, StoreWriter, "put_batch", 3, KeyboardInterrupt())
+        refresh(served.model, served.log, tmp_path / "store", options=options)
     assert not (tmp_path / "store" / "CURRENT").exists()
-    report = refresh(served.model, served.log, tmp_path / "store", options=RefreshOptions(users_per_batch=4))
+    report = refresh(served.model, served.log, tmp_path / "store", options=options)
     assert (report.resumed_at, report.generation) == (8, 1)
     assert report.num_events == served.log.lengths[8:].sum()
     assert_store_holds(tmp_path / "store", served.model, served.log, served.log.lengths, atol=0.02)
 
 
-def test_an_unfinished_refresh_of_another_identity_is_not_resumed(
-    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    put = StoreWriter.put_batch
-
-    def put_and_fail(
-        writer: StoreWriter, keys: list[bytes], records: list[bytes], cursor: int, states: list[bytes]
-    ) -> None:
-        put(writer, keys, records, cursor, states)
-        raise KeyboardInterrupt
-
+def test_an_unfinished_refresh_of_another_identity_is_not_resumed(served, tmp_path, monkeypatch):
     exact, int8 = RefreshOptions(codec=Codec.float32, users_per_batch=4), RefreshOptions(users_per_batch=4)
     for until, options in (("leave-last-out", int8), (None, exact)):
-        with monkeypatch.context() as patch:
-            patch.setattr(StoreWriter, "put_batch", put_and_fail)
-            with pytest.raises(KeyboardInterrupt):
-                refresh(served.model, served.log, tmp_path / "store", until=until, options=options)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            fail_at(patch, StoreWriter, "put_batch", 2, KeyboardInterrupt())
+            refresh(served.model, served.log, tmp_path / "store", until=until, options=options)
         assert refresh(served.model, served.log, tmp_path / "store", options=int8).resumed_at == 0
 
 
-def test_a_key_and_a_group_from_the_configuration(served: Served, tmp_path: Path) -> None:
+def test_a_key_and_a_group_from_the_configuration(served, tmp_path):
     (tmp_path / "key").write_text("5a" * 32)
     common = {"model": str(served.model_dir), "store": str(tmp_path / "store")}
     keyed = {**common, "authentication_key_file": str(tmp_path / "key")}
@@ -437,3 +396,116 @@ def test_a_key_and_a_group_from_the_configuration(served: Served, tmp_path: Path
     assert f"user {user}: " in run_score(ScoreConfig(users=[user], **keyed))
     with pytest.raises(StoreError, match="authentication key"):
         run_score(ScoreConfig(users=[user], **common))
+
+
+def poisoned(grow: SimpleNamespace, counts: dict[int, int], users: list[int]) -> tuple[object, dict[str, object]]:
+    """A model with NaN for one item, and events in which only some users have that item."""
+    model, frame = grow.model(), grow.events(counts)
+    frame["item"] = np.where(frame["item"] == 0, 10, frame["item"])
+    for user in users:
+        frame["item"][np.flatnonzero(frame["user"] == user)[0]] = 0
+    with torch.no_grad():
+        model.item_table[int(model.item_rows([0])[0])] = float("nan")
+    return model, frame
+
+
+def test_a_few_failing_users_change_no_others(tmp_path, grow):
+    counts = dict.fromkeys(range(250), 2)
+    model, frame = poisoned(grow, counts, [17, 101])
+    log = grow.append(tmp_path / "log", frame)
+    report = refresh(model, log, tmp_path / "store", options=RefreshOptions(codec=Codec.float32, users_per_batch=64))
+    assert report.counts == {"written": 248, "erased": 0, "failed": 2} and set(report.failures) == {"17", "101"}
+    assert "user 17 failed: the summary of user 17 cannot be stored: row 0 holds NaN or infinity" in str(report)
+    refresh(grow.model(), log, tmp_path / "healthy", options=RefreshOptions(codec=Codec.float32))
+    others = [user for user in range(250) if user not in (17, 101)]
+    with StoreReader.open(tmp_path / "store") as store, StoreReader.open(tmp_path / "healthy") as healthy:
+        assert sorted(store.keys()) == others and len(store) == 248
+        assert (store.get_many(others).summary == healthy.get_many(others).summary).all()
+
+
+@pytest.mark.parametrize("state", [StateDtype.float32, StateDtype.none])
+def test_summaries_without_the_tail_cover_the_events_before_it(tmp_path, grow, state):
+    model, whole = grow.model(tail_in_summary=False, counters=True), grow.model(counters=True)
+    log = grow.append(tmp_path / "log", grow.events({1: 12, 2: 5, 3: 30, 4: 1}))
+    for name, each in (("store", model), ("whole", whole)):
+        refresh(each, log, tmp_path / name, options=RefreshOptions(codec=Codec.float32, state=state))
+    history = log.gather(np.arange(4), np.array([7, 0, 25, 0]))
+    history = replace(history, item=model.rows_of(log.items)[history.item].astype(np.int32))
+    with StoreReader.open(tmp_path / "store") as store, StoreReader.open(tmp_path / "whole") as other:
+        batch, of_all = (opened.get_many(log.users.ids(np.arange(4))) for opened in (store, other))
+    np.testing.assert_allclose(batch.summary, inference.summarize(whole, history).numpy(), atol=2e-5)
+    assert batch.event_count.tolist() == [12, 5, 30, 1] and np.diff(batch.tail.offsets).tolist() == [5, 5, 5, 1]
+    for name in ("key", "codes", "offsets", "clock"):  # counters cover the tail
+        np.testing.assert_array_equal(getattr(batch.counters[0], name), getattr(of_all.counters[0], name))
+
+
+def test_an_incremental_failure_keeps_the_old_record(tmp_path, grow):
+    counts = dict.fromkeys(range(250), 2)
+    model, frame = poisoned(grow, counts, [])
+    log = grow.append(tmp_path / "log", frame)
+    refresh(model, log, tmp_path / "store", options=RefreshOptions(codec=Codec.float32))
+    model, frame = poisoned(grow, counts, [17])
+    frame["timestamp"] = frame["timestamp"] + 500 * grow.hour
+    log = grow.append(tmp_path / "log", frame)
+    report = refresh_incremental(model, log, tmp_path / "store")
+    assert (report.counts["failed"], report.num_users) == (1, 250)
+    with StoreReader.open(tmp_path / "store") as store:
+        assert store.manifest.applied_segment == 2
+        assert store.get_many([16, 17]).event_count.tolist() == [4, 2]
+    assert refresh_incremental(model, log, tmp_path / "store").num_users == 0
+
+
+def test_many_failing_users_stop_the_run(tmp_path, grow):
+    model, frame = poisoned(grow, dict.fromkeys(range(100), 2), list(range(17, 28)))
+    log = grow.append(tmp_path / "log", frame)
+    with pytest.raises(RecordError, match=r"11 users failed; the first one is '17': .*NaN or infinity"):
+        refresh(model, log, tmp_path / "store")
+    assert not (tmp_path / "store" / "CURRENT").exists()
+
+
+def test_one_json_line_per_batch(tmp_path, grow):
+    log = grow.append(tmp_path / "log", grow.events(dict.fromkeys(range(10), 3)))
+    refresh(grow.model(), log, tmp_path / "store", options=RefreshOptions(users_per_batch=4))
+    path = tmp_path / "store" / "refresh.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["users"] for line in lines] == [4, 8, 10] and lines[-1]["events"] == 30
+    assert lines[-1]["seconds_left"] == 0 and set(lines[0]["stages"]) >= {"read", "summarize", "encode", "write"}
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+NOW = 1_800_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("age_ms", "served"),
+    [(0, True), (59_000, True), (60_000, True), (61_000, False), (-CLOCK_SKEW_MS, True), (-CLOCK_SKEW_MS - 1, False)],
+)
+def test_records_beyond_the_age_limit_are_not_used(tmp_path, grow, monkeypatch, age_ms, served):
+    model = grow.model()
+    log = grow.append(tmp_path / "log", grow.events({1: 7, 2: 5}))
+    refresh(model, log, tmp_path / "store", created_at=NOW - age_ms)
+    monkeypatch.setattr("time.time_ns", lambda: NOW * 1_000_000)
+    with Scorer.open(model, tmp_path / "store", on_missing=OnMissing.nan, max_age_s=60) as scorer:
+        assert np.isfinite(scorer.score([1, 2, 3], [10])).tolist() == [[served], [served], [False]]
+    with Scorer.open(model, tmp_path / "store", on_missing=OnMissing.nan) as scorer:
+        assert np.isfinite(scorer.score([1, 2], [10])).all()
+    if not served:
+        with (
+            Scorer.open(model, tmp_path / "store", on_missing="raise", max_age_s=60) as scorer,
+            pytest.raises(UnknownUserError, match=r"users \[1, 2\]"),
+        ):
+            scorer.score([1, 2], [10])
+
+
+def test_a_refresh_without_new_events_makes_all_records_current(tmp_path, grow, monkeypatch):
+    model = grow.model()
+    log = grow.append(tmp_path / "log", grow.events({1: 7, 2: 5}))
+    refresh(model, log, tmp_path / "store", created_at=NOW - 100_000)
+    monkeypatch.setattr("time.time_ns", lambda: NOW * 1_000_000)
+    with Scorer.open(model, tmp_path / "store", on_missing="nan", max_age_s=60) as scorer:
+        assert np.isnan(scorer.score([1, 2], [10])).all()
+        refresh_incremental(model, log, tmp_path / "store")
+        assert not scorer.reload()
+        assert np.isfinite(scorer.score([1, 2], [10])).all()
+        with pytest.raises(ValueError, match="max_age_s: must be positive"):
+            Scorer.open(model, tmp_path / "store", max_age_s=0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,15 +26,15 @@ from vista.store.tombstones import Tombstones
 from vista.store.update import StoreUpdate
 
 
-def test_shards_are_read_as_one_store(tmp_path: Path, grow: SimpleNamespace) -> None:
-    model = grow.model(num_tail_features=2)
+def test_shards_are_read_as_one_store(tmp_path, grow):
+    model = grow.model(num_tail_features=2, counters=True, counter_categories=["genre"])
     log = grow.append(tmp_path / "log", grow.events({user: 1 + user % 9 for user in range(40)}))
     for index in range(3):
         refresh(model, log, tmp_path / "sharded", options=RefreshOptions(codec=Codec.float32), shard=Shard(index, 3))
-    log = grow.append(tmp_path / "log", grow.events({5: 2, 50: 3, 51: 1}, grow.start + 500 * grow.hour))
+    log = grow.later(tmp_path / "log", {5: 2, 50: 3, 51: 1})
     for index in range(3):
         refresh_incremental(model, log, tmp_path / "sharded", shard=Shard(index, 3))
-    refresh(model, log, tmp_path / "whole", options=RefreshOptions(codec=Codec.float32))
+    grow.full(model, log, tmp_path / "whole")
     users = [51, 3, 3, 999, 5, *range(40)]
     with StoreReader.open(tmp_path / "whole") as whole, open_store(tmp_path / "sharded") as sharded:
         assert isinstance(sharded, ShardedReader) and len(sharded) == len(whole) == 42
@@ -49,12 +48,15 @@ def test_shards_are_read_as_one_store(tmp_path: Path, grow: SimpleNamespace) -> 
         assert list(batch.tail.features) == ["surface", "dwell"]
         for name, column in batch.tail.features.items():
             np.testing.assert_array_equal(column, wanted.tail.features[name])
+        for counters, others in zip(batch.counters, wanted.counters, strict=True):
+            for name in ("key", "codes", "offsets", "clock"):
+                np.testing.assert_array_equal(getattr(counters, name), getattr(others, name), name)
         assert sharded.get_many([]).summary.shape == (0, 3, 16) and not sharded.reload()
     with Scorer.open(model, tmp_path / "whole") as one, Scorer.open(model, tmp_path / "sharded") as many:
         np.testing.assert_allclose(many.score(users, [0, 10, 20]), one.score(users, [0, 10, 20]), atol=1e-4)
 
 
-def test_incomplete_and_inconsistent_shards_are_refused(tmp_path: Path, grow: SimpleNamespace) -> None:
+def test_incomplete_and_inconsistent_shards_are_refused(tmp_path, grow):
     model = grow.model()
     log = grow.append(tmp_path / "log", grow.events(dict.fromkeys(range(9), 3)))
     refresh(model, log, tmp_path / "sharded", shard=Shard.parse("0/2"))
@@ -73,7 +75,7 @@ def test_incomplete_and_inconsistent_shards_are_refused(tmp_path: Path, grow: Si
             Shard.parse(text)
 
 
-def test_a_sharded_and_an_unsharded_store_cannot_share_a_folder(tmp_path: Path, grow: SimpleNamespace) -> None:
+def test_a_sharded_and_an_unsharded_store_cannot_share_a_folder(tmp_path, grow):
     model = grow.model()
     log = grow.append(tmp_path / "log", grow.events(dict.fromkeys(range(9), 3)))
     whole, sharded, file = tmp_path / "whole", tmp_path / "sharded", tmp_path / "all.parquet"
@@ -107,19 +109,13 @@ def test_a_sharded_and_an_unsharded_store_cannot_share_a_folder(tmp_path: Path, 
 features = st.sampled_from([None, 0, 1, 2])
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), decay=st.sampled_from([Decay.none, Decay.time]), tail_in_summary=st.booleans())
-def test_merged_stores_equal_the_store_of_all_events(
-    tmp_path_factory: pytest.TempPathFactory,
-    grow: SimpleNamespace,
-    data: st.DataObject,
-    decay: Decay,
-    tail_in_summary: bool,
-) -> None:
+def test_merged_stores_equal_the_store_of_all_events(tmp_path_factory, grow, data, decay, tail_in_summary):
     folder, horizons = tmp_path_factory.mktemp("merge"), [20.0, 0.0] if decay is Decay.time else []
-    model = grow.model(
-        decay=decay, decay_horizons=horizons, tail_in_summary=tail_in_summary, num_tail_features=data.draw(features)
-    )
+    options = {"decay": decay, "decay_horizons": horizons, "tail_in_summary": tail_in_summary}
+    counted = {"counters": True, "counter_categories": ["genre"]} if data.draw(st.booleans()) else {}
+    model = grow.model(num_tail_features=data.draw(features), **options, **counted)
     frame = grow.events(data.draw(st.dictionaries(st.integers(1, 6), st.integers(1, 20), min_size=1)), spread=10**7)
     owner = np.array(data.draw(st.lists(st.integers(0, 2), min_size=len(frame["user"]), max_size=len(frame["user"]))))
     if data.draw(st.booleans()):
@@ -135,21 +131,21 @@ def test_merged_stores_equal_the_store_of_all_events(
         else:
             continue
         frame["action"][owner == part] = rows["action"]
-        refresh(model, log, folder / f"store-{part}", options=RefreshOptions(codec=Codec.float32))
+        grow.full(model, log, folder / f"store-{part}")
         parts.append((folder / f"store-{part}", log))
     log = grow.append(folder / "log", frame)
     merge(model, parts, folder / "merged", options=RefreshOptions(users_per_batch=2))
-    refresh(model, log, folder / "expected", options=RefreshOptions(codec=Codec.float32))
+    grow.full(model, log, folder / "expected")
     grow.assert_same(folder / "merged", folder / "expected", atol=5e-4)
     with pytest.raises(ConfigError, match="was refreshed with until=merged and cannot be updated"):
         refresh_incremental(model, log, folder / "merged")
 
 
-def test_merge_refuses_outdated_and_incomplete_parts(tmp_path: Path, grow: SimpleNamespace) -> None:
+def test_merge_refuses_outdated_and_incomplete_parts(tmp_path, grow):
     model = grow.model()
     log = grow.append(tmp_path / "log", grow.events({1: 7}))
     refresh(model, log, tmp_path / "store")
-    log = grow.append(tmp_path / "log", grow.events({2: 1}, grow.start + 500 * grow.hour))
+    log = grow.later(tmp_path / "log", {2: 1})
     with pytest.raises(StoreError, match=r"covers segment 1, but .*log ends at segment 2.*; refresh that store first"):
         merge(model, [(tmp_path / "store", log)], tmp_path / "merged")
     other = grow.append(tmp_path / "other", grow.events({1: 6}))
@@ -172,9 +168,7 @@ def test_merge_refuses_outdated_and_incomplete_parts(tmp_path: Path, grow: Simpl
         merge(model, [(tmp_path / "store", log)], tmp_path / "merged", options=RefreshOptions(codec=Codec.float32))
 
 
-def test_a_part_refreshed_during_a_merge_is_refused(
-    tmp_path: Path, grow: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_part_refreshed_during_a_merge_is_refused(tmp_path, grow, monkeypatch):
     model, check = grow.model(), merging._MergeSource.check
     logs = [grow.append(tmp_path / f"log-{part}", grow.events({1: 7 - part, part + 2: 4})) for part in range(2)]
     for part, log in enumerate(logs):
@@ -183,7 +177,7 @@ def test_a_part_refreshed_during_a_merge_is_refused(
     def check_and_grow(part: Any) -> None:
         check(part)
         if part.log.path == logs[0].path:
-            grown = grow.append(tmp_path / "log-0", grow.events({2: 5}, grow.start + 500 * grow.hour))
+            grown = grow.later(tmp_path / "log-0", {2: 5})
             refresh_incremental(model, grown, tmp_path / "store-0")
 
     monkeypatch.setattr(merging._MergeSource, "check", check_and_grow)
@@ -192,7 +186,7 @@ def test_a_part_refreshed_during_a_merge_is_refused(
     assert not (tmp_path / "merged" / "CURRENT").exists()
 
 
-def test_merged_records_are_authenticated_like_their_parts(tmp_path: Path, grow: SimpleNamespace) -> None:
+def test_merged_records_are_authenticated_like_their_parts(tmp_path, grow):
     model, key, parts = grow.model(), bytes(range(32)), []
     for part, lengths in enumerate(({1: 7, 2: 3}, {1: 4, 3: 2})):
         log = grow.append(tmp_path / f"log-{part}", grow.events(lengths))
@@ -206,7 +200,7 @@ def test_merged_records_are_authenticated_like_their_parts(tmp_path: Path, grow:
         assert store.get_many([1, 2, 3]).event_count.tolist() == [11, 3, 2]
 
 
-def test_a_store_refreshed_with_until_refuses_to_forget(tmp_path: Path, grow: SimpleNamespace) -> None:
+def test_a_store_refreshed_with_until_refuses_to_forget(tmp_path, grow):
     model, log = grow.model(), grow.append(tmp_path / "log", grow.events({1: 30, 2: 5}))
     refresh(model, log, tmp_path / "past", until="leave-last-out")
     history = log[1].slice(0, 4, 6)
@@ -216,10 +210,10 @@ def test_a_store_refreshed_with_until_refuses_to_forget(tmp_path: Path, grow: Si
     assert EventLog.open(log.path).num_events == 35
 
 
-def test_forgotten_events_leave_store_and_log(tmp_path: Path, grow: SimpleNamespace) -> None:
+def test_forgotten_events_leave_store_and_log(tmp_path, grow):
     model = grow.model()
     log = grow.append(tmp_path / "log", grow.events({1: 30, 2: 5}))
-    refresh(model, log, tmp_path / "store", options=RefreshOptions(codec=Codec.float32))
+    grow.full(model, log, tmp_path / "store")
     history = log[1].slice(0, 4, 6)
     gone: dict[str, Any] = {"user": [1, 1], "item": log.items.ids(history.item), "timestamp": history.timestamp}
     report = forget(model, log, tmp_path / "store", gone)
@@ -230,7 +224,7 @@ def test_forgotten_events_leave_store_and_log(tmp_path: Path, grow: SimpleNamesp
         assert store.get_many([1]).event_count.tolist() == [28]
 
 
-def test_commands_handle_all_shards(tmp_path: Path, grow: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_handle_all_shards(tmp_path, grow, capsys):
     model, store, host = grow.model(), tmp_path / "sharded", tmp_path / "host"
     log = grow.append(tmp_path / "log", grow.events({user: 1 + user % 9 for user in range(40)}))
     for turn in range(2):
@@ -291,13 +285,13 @@ def test_commands_handle_all_shards(tmp_path: Path, grow: SimpleNamespace, capsy
         assert sharded.generation == 3 and len(sharded) == 37
 
 
-def test_a_shard_holds_only_its_own_users(tmp_path: Path, grow: SimpleNamespace) -> None:
+def test_a_shard_holds_only_its_own_users(tmp_path, grow):
     """Also if it is named by its own folder; and a sharded store can only be refreshed shard by shard."""
     model, store = grow.model(), tmp_path / "sharded"
     log = grow.append(tmp_path / "log", grow.events(dict.fromkeys(range(20), 3)))
     for index in range(2):
         refresh(model, log, store / f"part-{index}-of-2")
-    log = grow.append(tmp_path / "log", grow.events(dict.fromkeys(range(30), 1), grow.start + 500 * grow.hour))
+    log = grow.later(tmp_path / "log", dict.fromkeys(range(30), 1))
     for path in stores_in(store):
         refresh_incremental(model, log, path)
     with open_store(store) as sharded:

@@ -1,4 +1,4 @@
-"""Watch: each file enters exactly once, across kills, bad files and busy or full disks."""
+"""Watching a folder: each file once, whatever its writer, other processes, or the disk do."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import errno
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from tests.faults.nursery import Say
 from vista.cli.refresh_commands import run_watch
 from vista.config import SourceConfig, WatchConfig
 from vista.config.choices import Arrival, Codec, OnBadRows
@@ -26,6 +26,8 @@ from vista.log.event_log import EventLog
 from vista.log.ingest.source_parser import SourceParser
 from vista.log.segment_writer import locked_log
 from vista.refresh import RefreshOptions, refresh
+from vista.refresh.file_version import FileVersion
+from vista.refresh.refused_files import RefusedFiles
 from vista.refresh.watch import Watch
 from vista.store import StoreReader
 from vista.store.sharded_reader import open_store
@@ -49,18 +51,12 @@ def mark(path: Path, age_s: float = 60) -> None:
         os.utime(file, (time.time() - age_s,) * 2)
 
 
-@pytest.fixture
-def watched(tmp_path: Path, grow: SimpleNamespace) -> WatchConfig:
-    log = grow.append(tmp_path / "log", grow.events({1: 7, 2: 7}))
-    model = grow.model()
-    model.save_pretrained(tmp_path / "model")
-    refresh(model, log, tmp_path / "store", options=RefreshOptions(codec=Codec.float32))
-    (tmp_path / "incoming").mkdir()
+def config_of(folder: Path) -> WatchConfig:
     columns = {"timestamp": "timestamp", "time_unit": "ms", "action": "action", "rating": "rating"}
-    paths = {name: str(tmp_path / name) for name in ("model", "store")}
+    paths = {name: str(folder / name) for name in ("model", "store")}
     return WatchConfig(
-        data=str(tmp_path / "log"),
-        folder=str(tmp_path / "incoming"),
+        data=str(folder / "log"),
+        folder=str(folder / "incoming"),
         events=SourceConfig(**columns),
         device="cpu",
         num_threads=1,
@@ -69,14 +65,24 @@ def watched(tmp_path: Path, grow: SimpleNamespace) -> WatchConfig:
     )
 
 
+@pytest.fixture
+def watched(tmp_path, grow):
+    log = grow.append(tmp_path / "log", grow.events({1: 7, 2: 7}))
+    model = grow.model()
+    model.save_pretrained(tmp_path / "model")
+    grow.full(model, log, tmp_path / "store")
+    (tmp_path / "incoming").mkdir()
+    return config_of(tmp_path)
+
+
 def expect(config: WatchConfig, grow: SimpleNamespace, tmp_path: Path, num_events: int) -> None:
     log = EventLog.open(config.data)
     assert log.num_events == num_events
-    refresh(grow.model(), log, tmp_path / "expected", options=RefreshOptions(codec=Codec.float32))
+    grow.full(grow.model(), log, tmp_path / "expected")
     grow.assert_same(Path(config.store), tmp_path / "expected", atol=5e-5)
 
 
-def test_each_file_once(tmp_path: Path, grow: SimpleNamespace, watched: WatchConfig) -> None:
+def test_each_file_once(tmp_path, grow, watched):
     watching, folder = Watch(watched), tmp_path / "incoming"
     assert watching.look().refreshes == []
     later = grow.start + 500 * grow.hour
@@ -96,9 +102,7 @@ def test_each_file_once(tmp_path: Path, grow: SimpleNamespace, watched: WatchCon
     assert (again.files, again.refreshes) == (0, [])
 
 
-def test_a_file_waits_for_its_marker_and_is_reported_once(
-    tmp_path: Path, grow: SimpleNamespace, watched: WatchConfig, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_file_waits_for_its_marker_and_is_reported_once(tmp_path, grow, watched, caplog):
     watching, later = Watch(watched), grow.start + 500 * grow.hour
     path = arrive(tmp_path / "incoming", "a.csv", grow.events({1: 2}, later), age_s=50)
     marker = path.with_name("a.csv.done")
@@ -118,7 +122,7 @@ def test_a_file_waits_for_its_marker_and_is_reported_once(
     expect(watched, grow, tmp_path, 16)
 
 
-def test_a_writer_that_pauses(tmp_path: Path, grow: SimpleNamespace, watched: WatchConfig) -> None:
+def test_a_writer_that_pauses(tmp_path, grow, watched):
     """With a marker, each row enters once. Without one, the rows before a pause enter twice, as the setting says."""
     folder, later = tmp_path / "incoming", grow.start + 500 * grow.hour
     events = grow.events({1: 6}, later)
@@ -136,9 +140,7 @@ def test_a_writer_that_pauses(tmp_path: Path, grow: SimpleNamespace, watched: Wa
         begun = {name: values[:4] for name, values in events.items()}
 
 
-def test_a_pause_is_measured_and_a_file_dated_in_the_future_is_reported_once(
-    tmp_path: Path, grow: SimpleNamespace, watched: WatchConfig, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_pause_is_measured_and_a_file_dated_in_the_future_is_reported_once(tmp_path, grow, watched, caplog):
     watched.arrival, watched.settle_s = Arrival.pause, 100.0
     watching = Watch(watched)
     path = arrive(tmp_path / "incoming", "a.csv", grow.events({1: 2}, grow.start + 500 * grow.hour), age_s=-3600)
@@ -151,9 +153,7 @@ def test_a_pause_is_measured_and_a_file_dated_in_the_future_is_reported_once(
     assert watching.look().files == 1
 
 
-def test_a_bad_file_does_not_hold_up_others(
-    tmp_path: Path, grow: SimpleNamespace, watched: WatchConfig, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_bad_file_does_not_hold_up_others(tmp_path, grow, watched, caplog):
     folder, later = tmp_path / "incoming", grow.start + 500 * grow.hour
     bad = {name: [str(value) for value in values] for name, values in grow.events({1: 3}, later, seed=3).items()}
     bad["timestamp"][1] = "soon"
@@ -170,9 +170,7 @@ def test_a_bad_file_does_not_hold_up_others(
         run_watch(watched)
 
 
-def test_a_refused_file_is_listed_until_something_changes(
-    tmp_path: Path, grow: SimpleNamespace, watched: WatchConfig
-) -> None:
+def test_a_refused_file_is_listed_until_something_changes(tmp_path, grow, watched):
     folder, later = tmp_path / "incoming", grow.start + 500 * grow.hour
     bad = {name: [str(value) for value in values] for name, values in grow.events({1: 3}, later).items()}
     bad["timestamp"][1] = "soon"
@@ -196,10 +194,7 @@ def test_a_refused_file_is_listed_until_something_changes(
     assert path.exists() and path.with_name("a.csv.done").exists()
 
 
-def test_a_file_that_changes_while_it_is_read_is_tried_again(
-    tmp_path: Path, grow: SimpleNamespace, watched: WatchConfig, caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+def test_a_file_that_changes_while_it_is_read_is_tried_again(tmp_path, grow, watched, caplog, monkeypatch):
     events = grow.events({1: 4}, grow.start + 500 * grow.hour)
     path = arrive(tmp_path / "incoming", "a.csv", {name: values[:2] for name, values in events.items()})
 
@@ -219,9 +214,7 @@ def test_a_file_that_changes_while_it_is_read_is_tried_again(
     expect(watched, grow, tmp_path, 18)
 
 
-def test_a_list_of_refused_files_that_cannot_be_written(
-    tmp_path: Path, grow: SimpleNamespace, watched: WatchConfig, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_list_of_refused_files_that_cannot_be_written(tmp_path, grow, watched, caplog):
     folder = tmp_path / "incoming"
     (folder / "refused").write_text("in the way")
     (folder / "a.csv").write_text("no columns\n")
@@ -232,50 +225,48 @@ def test_a_list_of_refused_files_that_cannot_be_written(
     assert Watch(watched).look().refused == 1
 
 
-def test_a_log_that_other_processes_append_to_is_followed(
-    tmp_path: Path, grow: SimpleNamespace, watched: WatchConfig
-) -> None:
+def test_a_log_that_other_processes_append_to_is_followed(tmp_path, grow, watched):
     watched.folder = None
     watching = Watch(watched)
-    grow.append(tmp_path / "log", grow.events({2: 3}, grow.start + 500 * grow.hour))
+    grow.later(tmp_path / "log", {2: 3})
     report = watching.look()
     assert report.files == 0 and [refreshed.num_users for refreshed in report.refreshes] == [1]
     assert report.lag_s is not None and 0 <= report.lag_s < 60
     expect(watched, grow, tmp_path, 17)
-    log = grow.append(tmp_path / "log", grow.events({2: 3}, grow.start + 900 * grow.hour, seed=4))
+    log = grow.later(tmp_path / "log", {2: 3}, 900, seed=4)
     os.utime(log.segments[-1].path / "manifest.json", (time.time() - 600,) * 2)
-    grow.append(tmp_path / "log", grow.events({1: 3}, grow.start + 950 * grow.hour, seed=5))
+    grow.later(tmp_path / "log", {1: 3}, 950, seed=5)
     lag = watching.look().lag_s
     assert lag is not None and 600 <= lag < 660
 
 
-def test_killed_and_restarted(tmp_path: Path, grow: SimpleNamespace, watched: WatchConfig) -> None:
-    """SIGKILL at times spread over a look: after the next look, every event has entered exactly once."""
-    rng, total, folder = np.random.default_rng(0), 14, tmp_path / "incoming"
-    words = [f"{key}={getattr(watched, key)}" for key in ("data", "model", "store", "folder")]
-    words += ["events.timestamp=timestamp", "events.time_unit=ms", "events.action=action", "events.rating=rating"]
-    command = [sys.executable, "-m", "vista.cli.main", "watch", *words, "poll_s=0.01", "device=cpu", "num_threads=1"]
-    for turn in range(4):
-        arrive(folder, f"{turn}.csv", grow.events({1: 2, 2: 1}, grow.start + (turn + 1) * 500 * grow.hour, seed=turn))
+def watch_folder(say: Say, folder: str) -> None:
+    run_watch(replace(config_of(Path(folder)), once=False, poll_s=0.01))
+
+
+def test_a_killed_watch_of_a_folder_resumes(tmp_path, grow, watched, nursery):
+    """SIGKILL at any time, and while a segment is applied: after the next look, every event has entered exactly once."""
+    rng, total = np.random.default_rng(0), 14
+    for turn in range(2):
+        arrive(
+            tmp_path / "incoming", f"{turn}.csv", grow.events({1: 2, 2: 1}, grow.start + (turn + 1) * 500 * grow.hour)
+        )
         total += 3
-        child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        segment = tmp_path / "log" / f"segment-{turn + 2:06d}"
-        began = time.time()
-        while turn % 2 and not segment.exists() and time.time() - began < 60:
+        child = nursery.start(watch_folder, tmp_path)
+        segment, began = tmp_path / "log" / f"segment-{turn + 2:06d}", time.time()
+        while turn and not segment.exists() and time.time() - began < 60:
             time.sleep(0.001)
-        time.sleep(2.0 * rng.random() if turn % 2 == 0 else 0.05 * rng.random())
-        child.send_signal(signal.SIGKILL)
-        assert child.wait() == -signal.SIGKILL, "the watch ended by itself"
-        assert segment.exists() or turn % 2 == 0
+        time.sleep(rng.random() * (0.05 if turn else 1.0))
+        child.kill()
+        assert child.end().exit_code == -signal.SIGKILL, "the watch ended by itself"
+        assert segment.exists() or not turn
     run_watch(watched)
     expect(watched, grow, tmp_path, total)
     with StoreReader.open(watched.store) as store:
         assert store.manifest.applied_segment == EventLog.open(watched.data).last_segment
 
 
-def test_no_file_is_lost_while_log_or_store_are_busy(
-    tmp_path: Path, grow: SimpleNamespace, watched: WatchConfig, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_no_file_is_lost_while_log_or_store_are_busy(tmp_path, grow, watched, caplog):
     """Other processes write the log, and then the store; a file that was removed after it was appended is harmless."""
     watching, later = Watch(watched), grow.start + 500 * grow.hour
     arrive(tmp_path / "incoming", "a.csv", grow.events({1: 3}, later))
@@ -293,10 +284,7 @@ def test_no_file_is_lost_while_log_or_store_are_busy(
     expect(watched, grow, tmp_path, 17)
 
 
-def test_no_file_is_lost_on_a_full_disk(
-    tmp_path: Path, grow: SimpleNamespace, watched: WatchConfig, caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+def test_no_file_is_lost_on_a_full_disk(tmp_path, grow, watched, caplog, monkeypatch):
     watching = Watch(watched)
     arrive(tmp_path / "incoming", "a.csv", grow.events({1: 3}, grow.start + 500 * grow.hour))
 
@@ -312,7 +300,7 @@ def test_no_file_is_lost_on_a_full_disk(
     expect(watched, grow, tmp_path, 17)
 
 
-def test_all_shards_are_refreshed(tmp_path: Path, grow: SimpleNamespace, watched: WatchConfig) -> None:
+def test_all_shards_are_refreshed(tmp_path, grow, watched):
     watched.store = str(tmp_path / "sharded")
     for index in range(2):
         refresh(
@@ -329,3 +317,30 @@ def test_all_shards_are_refreshed(tmp_path: Path, grow: SimpleNamespace, watched
         assert sorted(store.keys()) == [1, 2, 3, 4] and store.get_many([1, 3]).event_count.tolist() == [9, 4]
     watched.store = str(tmp_path / "sharded" / "part-0-of-2")
     assert run_watch(watched).refreshes == []
+
+
+SECTOR_BYTES = 512
+VERSION = FileVersion("day.csv", 1000, 1_700_000_000_000_000_000)
+
+
+def test_a_torn_entry_is_retried_and_rewritten(tmp_path):
+    refused, entry = RefusedFiles(tmp_path, {"paths": []}), tmp_path / "refused" / "day.csv.json"
+    contents = []
+    for version, reason in ((replace(VERSION, size=900), "a" * 700), (VERSION, "é" * 200)):
+        refused.add(version, reason)
+        contents.append(entry.read_bytes())
+    old, new = contents
+    torn = [new[:size] for size in range(0, len(new), 7)]
+    for sectors in product((old, new, bytes(len(new))), repeat=-(-len(new) // SECTOR_BYTES)):
+        parts = (part[i * SECTOR_BYTES :][:SECTOR_BYTES] for i, part in enumerate(sectors))
+        torn.append(b"".join(parts)[: len(new)])
+    listed = 0
+    for content in torn:
+        entry.write_bytes(content)
+        listed += VERSION in refused
+        assert replace(VERSION, mtime_ns=VERSION.mtime_ns + 1) not in refused
+    assert 1 <= listed < 10  # among them the new entry itself
+    entry.write_bytes(torn[5])
+    assert VERSION not in refused
+    refused.add(VERSION, "again")
+    assert VERSION in refused and entry.read_bytes() != torn[5]

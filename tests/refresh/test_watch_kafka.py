@@ -7,9 +7,8 @@ import json
 import logging
 import math
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,10 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.faults.nursery import Say
 from tests.refresh.mock_kafka import MockKafka, lines
-from tests.refresh.streams import TOPIC, dead_letters, expect, look, offsets
+from tests.refresh.streams import TOPIC, config_of, dead_letters, expect, look, offsets
 from vista.cli.refresh_commands import run_watch
-from vista.config import WatchConfig
 from vista.config.choices import OnBadRows, StreamStart
 from vista.config.stream_config import StreamConfig
 from vista.errors import DataError, LogBusyError, LogFormatError, StreamError, StreamOffsetError
@@ -37,9 +36,7 @@ from vista.scorer import Scorer
 from vista.store import StoreReader
 
 
-def test_from_events_to_scores(
-    tmp_path: Path, grow: SimpleNamespace, kafka: MockKafka, streamed: WatchConfig
-) -> None:  # fmt: skip
+def test_from_events_to_scores(tmp_path, grow, kafka, streamed):
     frame = grow.events({1: 5, 2: 3, 3: 4}, grow.start + 500 * grow.hour)
     kafka.send_events(TOPIC, frame)
     streamed.report_file = str(tmp_path / "report.json")
@@ -64,9 +61,7 @@ def test_from_events_to_scores(
     assert again.is_empty and again.refreshes == [] and EventLog.open(streamed.data).last_segment == log.last_segment
 
 
-def test_the_group_shows_how_far_the_log_is_but_decides_nothing(
-    kafka: MockKafka, streamed: WatchConfig, grow: SimpleNamespace
-) -> None:
+def test_the_group_shows_how_far_the_log_is_but_decides_nothing(kafka, streamed, grow):
     from confluent_kafka import Consumer, TopicPartition
 
     kafka.send_events(TOPIC, grow.events({1: 5, 2: 3}, grow.start + 500 * grow.hour))
@@ -79,9 +74,7 @@ def test_the_group_shows_how_far_the_log_is_but_decides_nothing(
     assert look(streamed).is_empty
 
 
-def test_a_check_is_limited_and_the_next_one_continues(
-    tmp_path: Path, grow: SimpleNamespace, kafka: MockKafka, streamed: WatchConfig
-) -> None:
+def test_a_check_is_limited_and_the_next_one_continues(tmp_path, grow, kafka, streamed):
     frame = grow.events({1: 30, 2: 20}, grow.start + 500 * grow.hour)
     kafka.send_events(TOPIC, frame)
     streamed.stream.max_messages = 15
@@ -131,9 +124,7 @@ BAD = {
 """Message -> what is wrong with it."""
 
 
-def test_invalid_messages_become_dead_letters_once(
-    tmp_path: Path, grow: SimpleNamespace, kafka: MockKafka, streamed: WatchConfig, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_invalid_messages_become_dead_letters_once(tmp_path, grow, kafka, streamed, caplog):
     frame = grow.events({1: 4}, grow.start + 500 * grow.hour)
     good = [line for _, line in lines(frame)]
     kafka.send(TOPIC, [good[0], *BAD, *good[1:]], partition=1)
@@ -163,9 +154,7 @@ def test_invalid_messages_become_dead_letters_once(
         EventLog.open(streamed.data).verify()
 
 
-def test_a_batch_of_dead_letters_alone_advances_the_offsets(
-    tmp_path: Path, grow: SimpleNamespace, kafka: MockKafka, streamed: WatchConfig
-) -> None:
+def test_a_batch_of_dead_letters_alone_advances_the_offsets(tmp_path, grow, kafka, streamed):
     kafka.send(TOPIC, [b"{", b"}"])
     streamed.on_bad_rows = OnBadRows.quarantine
     run_watch(streamed)
@@ -176,9 +165,7 @@ def test_a_batch_of_dead_letters_alone_advances_the_offsets(
     expect(streamed, grow, tmp_path, frame)
 
 
-def test_an_invalid_message_ends_the_watch_and_nothing_is_written(
-    grow: SimpleNamespace, kafka: MockKafka, streamed: WatchConfig
-) -> None:
+def test_an_invalid_message_ends_the_watch_and_nothing_is_written(grow, kafka, streamed):
     frame = grow.events({1: 2, 2: 2}, grow.start + 500 * grow.hour)
     kafka.send_events(TOPIC, frame)
     kafka.send(TOPIC, [b"{", b"}"])
@@ -193,9 +180,7 @@ def test_an_invalid_message_ends_the_watch_and_nothing_is_written(
     assert EventLog.open(streamed.data).num_events == 18 and len(dead_letters(streamed)) == 2
 
 
-def test_two_producers_with_skewed_clocks(
-    tmp_path: Path, grow: SimpleNamespace, kafka: MockKafka, streamed: WatchConfig, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_two_producers_with_skewed_clocks(tmp_path, grow, kafka, streamed, caplog):
     """Late and early events end in the order of their times. A clock in the future is reported once."""
     now = int(time.time() * 1000)
     slow = grow.events({1: 6, 2: 6}, now - 300 * grow.hour, seed=1, spread=200 * grow.hour)
@@ -213,7 +198,7 @@ def test_two_producers_with_skewed_clocks(
     assert caplog.text.count("in the future; correct the clock of its producer") == 1
 
 
-def test_equal_messages_are_different_events(kafka: MockKafka, streamed: WatchConfig, grow: SimpleNamespace) -> None:
+def test_equal_messages_are_different_events(kafka, streamed, grow):
     line = lines(grow.events({1: 1}, grow.start + 500 * grow.hour))[0][1]
     for _ in range(2):
         kafka.send(TOPIC, [line])
@@ -221,20 +206,20 @@ def test_equal_messages_are_different_events(kafka: MockKafka, streamed: WatchCo
     assert EventLog.open(streamed.data).num_events == 16
 
 
-def test_killed_and_restarted(tmp_path: Path, grow: SimpleNamespace, kafka: MockKafka, streamed: WatchConfig) -> None:
-    """SIGKILL of the command while it reads; tests/faults repeats this at all points."""
-    words = [f"{key}={getattr(streamed, key)}" for key in ("data", "model", "store", "source")]
-    words += ["events.timestamp=timestamp", "events.time_unit=ms", "events.action=action", "events.rating=rating"]
-    words += ["events.categories=[surface]", "events.numbers=[dwell]", "stream.max_messages=2"]
-    command = [sys.executable, "-m", "vista.cli.main", "watch", *words, "poll_s=0.01", "device=cpu", "num_threads=1"]
+def watch_topic(say: Say, folder: str, source: str) -> None:
+    run_watch(replace(config_of(Path(folder), source), once=False, poll_s=0.01, stream=StreamConfig(max_messages=2)))
+
+
+def test_a_killed_watch_of_a_topic_resumes(tmp_path, grow, kafka, streamed, nursery):
+    """SIGKILL while it reads; tests/faults repeats this at all points."""
     frame = grow.events({1: 6, 3: 5}, grow.start + 500 * grow.hour)
     kafka.send_events(TOPIC, frame)
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    child = nursery.start(watch_topic, tmp_path, streamed.source)
     began = time.monotonic()
     while EventLog.open(streamed.data).last_segment == 1 and time.monotonic() - began < 60:
         time.sleep(0.01)
-    child.send_signal(signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL, "the watch ended by itself"
+    child.kill()
+    assert child.end().exit_code == -signal.SIGKILL, "the watch ended by itself"
     assert EventLog.open(streamed.data).last_segment > 1
     run_watch(streamed)
     expect(streamed, grow, tmp_path, frame)
@@ -242,9 +227,7 @@ def test_killed_and_restarted(tmp_path: Path, grow: SimpleNamespace, kafka: Mock
         assert store.manifest.applied_segment == EventLog.open(streamed.data).last_segment
 
 
-def test_a_broker_that_is_gone_and_comes_back(
-    tmp_path: Path, grow: SimpleNamespace, kafka: MockKafka, streamed: WatchConfig
-) -> None:
+def test_a_broker_that_is_gone_and_comes_back(tmp_path, grow, kafka, streamed):
     first, second = (grow.events({1: 4}, grow.start + hours * grow.hour, seed=hours) for hours in (500, 950))
     kafka.send_events(TOPIC, first)
     streamed.stream.max_messages = 2
@@ -263,10 +246,7 @@ def test_a_broker_that_is_gone_and_comes_back(
     expect(streamed, grow, tmp_path, first, second)
 
 
-def test_the_command_retries_while_the_broker_is_gone(
-    tmp_path: Path, grow: SimpleNamespace, kafka: MockKafka, streamed: WatchConfig, caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+def test_the_command_retries_while_the_broker_is_gone(tmp_path, grow, kafka, streamed, caplog, monkeypatch):
     frame = grow.events({1: 4}, grow.start + 500 * grow.hour)
     kafka.send_events(TOPIC, frame)
     kafka.set_down()
@@ -288,9 +268,7 @@ def test_the_command_retries_while_the_broker_is_gone(
     expect(streamed, grow, tmp_path, frame)
 
 
-def test_the_store_covers_the_log_while_the_broker_is_gone(
-    tmp_path: Path, grow: SimpleNamespace, kafka: MockKafka, streamed: WatchConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_store_covers_the_log_while_the_broker_is_gone(tmp_path, grow, kafka, streamed, monkeypatch):
     """As after a kill between the segment and the refresh, with the broker down when the watch starts again."""
     frame = grow.events({1: 4}, grow.start + 500 * grow.hour)
     kafka.send_events(TOPIC, frame)
@@ -306,9 +284,7 @@ def test_the_store_covers_the_log_while_the_broker_is_gone(
     kafka.set_up()
 
 
-def test_deleted_messages_are_reported_with_their_number(
-    tmp_path: Path, grow: SimpleNamespace, kafka: MockKafka, streamed: WatchConfig, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_deleted_messages_are_reported_with_their_number(tmp_path, grow, kafka, streamed, caplog):
     """The mock cluster keeps 5 MB per partition and deletes the oldest messages."""
     frame = grow.events({1: 3, 2: 2}, grow.start + 500 * grow.hour)
     kafka.send_events(TOPIC, frame)
@@ -326,9 +302,7 @@ def test_deleted_messages_are_reported_with_their_number(
     assert look(streamed).is_empty
 
 
-def test_another_topic_and_another_cluster_are_refused(
-    tmp_path: Path, grow: SimpleNamespace, kafka: MockKafka, streamed: WatchConfig
-) -> None:
+def test_another_topic_and_another_cluster_are_refused(tmp_path, grow, kafka, streamed):
     frame = grow.events({1: 3, 2: 2}, grow.start + 500 * grow.hour)
     kafka.send_events(TOPIC, frame)
     run_watch(streamed)
@@ -349,9 +323,7 @@ def test_another_topic_and_another_cluster_are_refused(
             look(copied)
 
 
-def test_a_reset_is_stored_although_the_topic_is_empty(
-    tmp_path: Path, grow: SimpleNamespace, kafka: MockKafka, streamed: WatchConfig
-) -> None:
+def test_a_reset_is_stored_although_the_topic_is_empty(tmp_path, grow, kafka, streamed):
     frame = grow.events({1: 3, 2: 2}, grow.start + 500 * grow.hour)
     kafka.send_events(TOPIC, frame)
     run_watch(streamed)
@@ -369,9 +341,7 @@ def test_a_reset_is_stored_although_the_topic_is_empty(
     expect(streamed, grow, tmp_path, frame, later)
 
 
-def test_newest_starts_after_the_messages_of_the_first_check(
-    tmp_path: Path, grow: SimpleNamespace, kafka: MockKafka, streamed: WatchConfig
-) -> None:
+def test_newest_starts_after_the_messages_of_the_first_check(tmp_path, grow, kafka, streamed):
     kafka.send_events(TOPIC, grow.events({1: 3}, grow.start + 500 * grow.hour))
     streamed.stream.start = StreamStart.newest
     assert look(streamed).stream is not None and offsets(streamed) == [0, 3]
@@ -381,9 +351,7 @@ def test_newest_starts_after_the_messages_of_the_first_check(
     expect(streamed, grow, tmp_path, later)
 
 
-def test_a_second_watch_of_the_same_log_adds_nothing_twice(
-    tmp_path: Path, grow: SimpleNamespace, kafka: MockKafka, streamed: WatchConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_watch_of_the_same_log_adds_nothing_twice(tmp_path, grow, kafka, streamed, monkeypatch):
     from vista.log.ingest.kafka.kafka_reader import KafkaReader
 
     frame = grow.events({1: 3, 2: 2}, grow.start + 500 * grow.hour)
@@ -407,9 +375,7 @@ def test_a_second_watch_of_the_same_log_adds_nothing_twice(
     expect(streamed, grow, tmp_path, frame)
 
 
-def test_a_compaction_keeps_offsets_and_dead_letters_unless_users_were_erased(
-    kafka: MockKafka, streamed: WatchConfig, grow: SimpleNamespace
-) -> None:
+def test_a_compaction_keeps_offsets_and_dead_letters_unless_users_were_erased(kafka, streamed, grow):
     streamed.on_bad_rows = OnBadRows.quarantine
     for turn in (1, 2):
         kafka.send(TOPIC, [b"{"])
@@ -423,3 +389,79 @@ def test_a_compaction_keeps_offsets_and_dead_letters_unless_users_were_erased(
     erase_users(streamed.data, [1])
     assert "which may name erased users" in str(compact_log(streamed.data))
     assert dead_letters(streamed) == [] and offsets(streamed) == stored and look(streamed).stream is not None
+
+
+class Changed:
+    """A client or a message, some of whose methods are replaced."""
+
+    def __init__(self, inner: Any, **methods: Callable[..., Any]) -> None:
+        self._inner, self._methods = inner, methods
+
+    def __getattr__(self, name: str) -> Any:
+        return self._methods.get(name) or getattr(self._inner, name)
+
+
+def reader_of(kafka: MockKafka) -> Any:
+    """A reader of a topic with one message in each of two partitions."""
+    from vista.log.ingest.kafka.kafka_reader import KafkaReader
+
+    reader = KafkaReader(kafka.create(TOPIC), StreamConfig(max_s=20.0))
+    for partition in (0, 1):
+        kafka.send(TOPIC, [b"{}"], partition)
+    return reader
+
+
+def test_errors_of_one_partition_are_reported_while_others_continue(kafka, caplog):
+    from confluent_kafka import KafkaError
+
+    reader = reader_of(kafka)
+    consumer = reader._consumer
+    lost = KafkaError(KafkaError.INVALID_MSG, "a corrupt message")
+
+    def consume(*arguments: Any) -> list[Any]:
+        found = consumer.consume(*arguments)
+        return [Changed(message, error=lambda: lost) if message.partition() else message for message in found]
+
+    reader._consumer = Changed(consumer, consume=consume)
+    batch = reader.read({})
+    assert [message[:3] for message in batch.messages] == [(TOPIC, 0, 0)]
+    assert batch.behind == {StreamPartition(TOPIC, 0): 0, StreamPartition(TOPIC, 1): 1}
+    (warning,) = caplog.messages
+    assert f"no message of {TOPIC}, partition 1 arrived" in warning and "(a corrupt message)" in warning
+    reader._consumer = consumer
+    reader.close()
+
+
+def test_an_error_while_an_error_is_reported_is_typed_too(kafka):
+    from confluent_kafka import KafkaError, KafkaException
+
+    reader = reader_of(kafka)
+    consumer = reader._consumer
+
+    def fail(reason: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **settings: Any) -> Any:
+            raise KafkaException(KafkaError(KafkaError._FATAL, reason))
+
+        return call
+
+    reader._consumer = Changed(consumer, list_topics=fail("the first"), consume=fail("the second"))
+    with pytest.raises(StreamError, match=r"cannot be read: the first \(the second\)"):
+        reader.read({})
+    reader._consumer = consumer
+    reader.close()
+
+
+def test_messages_without_a_time_have_no_age(kafka):
+    reader = reader_of(kafka)
+    consumer = reader._consumer
+
+    def consume(*arguments: Any) -> list[Any]:
+        found = consumer.consume(*arguments)
+        return [Changed(message, timestamp=lambda: (0, 0)) if message.partition() else message for message in found]
+
+    reader._consumer = Changed(consumer, consume=consume)
+    batch = reader.read({})
+    first, second = batch.messages
+    assert second.time_ms is None and batch.oldest_ms == first.time_ms > 1_000_000_000_000
+    reader._consumer = consumer
+    reader.close()

@@ -15,15 +15,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.faults.nursery import Nursery
 from vista.counters.counter_codes import CounterCodes
 from vista.counters.counter_spec import CounterSpec
 from vista.errors import StoreError
 from vista.store import Manifest, RecordSpec, StoreWriter, Tail, UserSummaries, encode_records, user_keys
+from vista.store.admin.generation_reader import open_generation
 from vista.store.format.counter_layout import CounterLayout
 from vista.store.format.tail_column import TailColumn
+from vista.store.layout import environment_path, read_current
 from vista.store.update import StoreUpdate
 
 NUM_TOKENS, DIM = 2, 8
+KEY = bytes(range(32))
 TAIL_COLUMNS = [{"name": "surface", "size": 3}, {"name": "dwell", "size": None}]
 COUNTERS = CounterLayout.of(CounterSpec(("item", "genre"), (4, 2)), [60_000, 20])
 
@@ -122,6 +126,26 @@ def write_store(path: Path, salt: int = 0, *, batch: int = 16, **changes: Any) -
         return writer.publish()
 
 
+def write_generations(root: Path, count: int = 2, **changes: Any) -> None:
+    """Generations 1, 2, …, each with other summaries."""
+    for salt in range(count):
+        write_store(root, salt, run_digest=f"log-{salt + 1}", **changes)
+
+
+def records(root: Path, generation: int | None = None, key: bytes | None = None) -> dict[bytes, bytes]:
+    """Keys and records of a generation, by default the published one."""
+    with open_generation(root, read_current(root) if generation is None else generation, key) as reader:
+        return dict(pair for batch in reader.batches() for pair in zip(*batch, strict=True))
+
+
+def damage_record(root: Path, generation: int, user: int) -> bytes:
+    """Change the last byte of a user's record; returns the data file as it was."""
+    data = environment_path(root, generation) / "data.mdb"
+    whole, record = data.read_bytes(), records(root, generation)[user_keys([user])[0]]
+    data.write_bytes(whole.replace(record, record[:-1] + bytes([record[-1] ^ 1])))
+    return whole
+
+
 @pytest.fixture
 def build() -> SimpleNamespace:
     """The functions above."""
@@ -138,6 +162,13 @@ def build() -> SimpleNamespace:
         summarizer=summarizer,
         write_store=write_store,
     )
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    """Forks processes that have imported vista, for tests that kill them."""
+    with Nursery() as started:
+        yield started
 
 
 @dataclass(frozen=True)

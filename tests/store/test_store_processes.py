@@ -9,8 +9,6 @@ import pickle
 import random
 import resource
 import signal
-import subprocess
-import sys
 import threading
 import time
 from multiprocessing.connection import Connection
@@ -20,17 +18,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-import vista
 from tests.forked_child import in_child
 from vista.errors import StoreError, StoreLockedError
 from vista.store import StoreReader
 from vista.store.layout import generation_path, list_generations
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-
-TOTAL = 800
+TOTAL = 400
 BATCH = 8
-
 _fork = multiprocessing.get_context("fork")
 
 
@@ -89,7 +84,7 @@ def test_a_writer_killed_five_times_resumes_to_the_same_bytes(tmp_path, build):
         np.testing.assert_array_equal(store.get_many(range(TOTAL)).summary, expected.get_many(range(TOTAL)).summary)
 
 
-@pytest.mark.parametrize("delay_s", [0.0, 0.004, 0.012, 0.02])
+@pytest.mark.parametrize("delay_s", [0.0, 0.004, 0.012])
 def test_a_writer_killed_while_publishing_leaves_all_or_nothing(tmp_path, build, delay_s):
     build.write_store(tmp_path, salt=9, run_digest="log-0")
     assert kill_after(tmp_path, build, 1 + TOTAL // BATCH, delay_s) == TOTAL
@@ -178,7 +173,7 @@ def test_a_fork_waits_for_reading_threads(tmp_path, build):
         for thread in threads:
             thread.start()
         try:
-            for _ in range(10):
+            for _ in range(4):
                 assert in_child(lambda: store.get_many(range(40)).found.all())
         finally:
             stop.set()
@@ -196,25 +191,17 @@ def test_a_forked_child_follows_current_if_its_parents_generation_was_removed(tm
         assert store.get_many([1]).found.all() and store.generation == 1
 
 
-def test_a_pickled_store_opens_in_a_fresh_process(tmp_path, build):
+def pickled_reader(say, pickled):
+    with pickle.loads(bytes.fromhex(pickled)) as store:
+        return store.get_many([7]).summary.tobytes().hex()
+
+
+def test_a_pickled_store_opens_in_another_process(tmp_path, build, nursery):
     build.write_store(tmp_path)
     with StoreReader.open(tmp_path, summarizer_id=build.summarizer()) as store:
-        pickled = pickle.dumps(store)
-        expected = store.get_many([7]).summary
+        pickled, expected = pickle.dumps(store), store.get_many([7]).summary
     assert len(pickled) < 1000
-    code = (
-        "import pickle, sys; store = pickle.load(sys.stdin.buffer); print(store.get_many([7]).summary.tobytes().hex())"
-    )
-    root = str(Path(vista.__file__).parents[1])
-    done = subprocess.run(
-        [sys.executable, "-c", code], input=pickled, capture_output=True, env={**os.environ, "PYTHONPATH": root}
-    )
-    assert done.stdout.decode().strip() == expected.tobytes().hex(), done.stderr.decode()
-
-
-def test_a_folder_that_cannot_be_written_is_reported(build, as_other_account):
-    error = as_other_account(lambda: build.open_writer(as_other_account.folder / "store"))
-    assert isinstance(error, StoreError) and "permissions" in str(error)
+    assert nursery.call(pickled_reader, pickled.hex()) == expected.tobytes().hex()
 
 
 def test_a_full_disk_is_reported_and_the_run_resumes_afterwards(tmp_path, build):

@@ -1,4 +1,4 @@
-"""A server for each test."""
+"""A server for all tests, and servers of their own for those that change the configuration."""
 
 from __future__ import annotations
 
@@ -30,10 +30,23 @@ def start_server() -> Iterator[Callable[..., ValkeyServer]]:
                 server.kill()
 
 
-@pytest.fixture
-def server(start_server: Callable[..., ValkeyServer]) -> ValkeyServer:
+@pytest.fixture(scope="session")
+def shared_server() -> Iterator[ValkeyServer]:
     """A server that appends to its log at once, so that a kill loses nothing."""
-    return start_server("--appendonly", "yes", "--appendfsync", "always")
+    with tempfile.TemporaryDirectory(prefix="valkey-") as folder:
+        started = ValkeyServer(Path(folder) / "shared", "--appendonly", "yes", "--appendfsync", "always")
+        yield started
+        started.kill()
+
+
+@pytest.fixture
+def server(shared_server: ValkeyServer) -> ValkeyServer:
+    """The shared server, empty. A test may kill and restart it, but must not change its configuration."""
+    assert shared_server.process is not None
+    if shared_server.process.poll() is not None:
+        shared_server.start()
+    shared_server.command("FLUSHALL")
+    return shared_server
 
 
 @pytest.fixture

@@ -1,13 +1,15 @@
-"""Copies between folders and servers, verification, rollback, statistics, and the commands for them."""
+"""Copies between folders and servers, verification, rollback, statistics, and generations that expire."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vista.errors import StoreBusyError, StoreError, StoreUnavailableError
+from tests.store.remote.valkey_server import ValkeyServer
+from vista.errors import ConfigError, RecordError, StoreBusyError, StoreError, StoreUnavailableError, UnfinishedError
 from vista.store import StoreReader
 from vista.store.admin.copying import copy_generation
 from vista.store.admin.generation_reader import open_generation
@@ -16,9 +18,12 @@ from vista.store.admin.store_stats import store_stats
 from vista.store.admin.verification import verify_store
 from vista.store.erasure import erase
 from vista.store.layout import read_current
+from vista.store.reader import published_manifest
 from vista.store.remote.generation_on_server import GenerationOnServer
+from vista.store.remote.locked_server import LockedServer
 from vista.store.remote.remote_records import RemoteRecords
 from vista.store.remote.remote_store import RemoteStore
+from vista.store.remote.server_connection import ServerConnection
 from vista.store.remote.store_url import StoreUrl
 
 TOTAL = 40
@@ -196,3 +201,226 @@ def test_a_killed_removal_is_completed(server, build):
     with build.open_writer(url, run_digest="log-3"):
         pass
     assert not server.command("KEYS", "{mine}:gen-1:*")
+
+
+DAY_MS = 86_400_000
+PASS = """
+for _, key in ipairs(redis.call('KEYS', '*:gen-*')) do
+  local at = redis.call('PEXPIRETIME', key)
+  if at >= 0 then redis.call('PEXPIREAT', key, at - ARGV[1]) end
+end
+"""
+
+
+def pass_days(server: ValkeyServer, days: float) -> None:
+    """Let all generations be older: as if the server's clock had advanced."""
+    server.command("EVAL", PASS, 0, round(days * DAY_MS))
+
+
+def days_left(server: ValkeyServer, pattern: str = "*:gen-*") -> set[float]:
+    """Days until keys expire, to a tenth of a day; -1 for those that do not."""
+    names: Any = server.command("KEYS", pattern)
+    now = int(server.command("TIME")[0]) * 1000  # type: ignore[index]
+    times = [int(server.command("PEXPIRETIME", name)) for name in names]  # type: ignore[call-overload]
+    return {-1 if time < 0 else round((time - now) / DAY_MS, 1) for time in times}
+
+
+@pytest.fixture
+def url(server):
+    return server.url(options="?ttl_days=30")
+
+
+def test_a_store_that_nobody_refreshes_disappears(server, build, url, tmp_path):
+    build.write_store(url)
+    assert days_left(server) == {30}
+    cached = server.url(options=f"?cache={tmp_path}")
+    with StoreReader.open(server.url()) as idle, StoreReader.open(cached) as caching:
+        pass_days(server, 29.9)
+        for store in (idle, caching):
+            assert store.get_many(range(TOTAL)).found.all() and not store.reload()
+        assert "expires 20" in str(store_stats(url)) and verify_store(url).num_problems == 0
+        pass_days(server, 0.2)
+        for store in (idle, caching):
+            with pytest.raises(UnfinishedError, match=r"gen-1 has expired \(ttl_days\).*refresh the store again"):
+                store.get_many([1, 2])
+            with pytest.raises(UnfinishedError, match="has expired"):
+                store.reload()
+            with pytest.raises(StoreError, match="gen-1 was removed"):
+                list(store.keys())
+    assert server.command("KEYS", "*:gen-*") == []
+    for use in (StoreReader.open, published_manifest):
+        with pytest.raises(StoreError, match="gen-1 has expired"):
+            use(url)
+    assert [line for line in verify_store(url).problems if "corrupt" in line or "lost" in line] == []
+    assert "gen-1 is missing: it has expired" in str(store_stats(url))
+    assert erase(url, [3]) == 0
+    with pytest.raises(StoreError, match=r"gen-1 is missing: it has expired.*run a full refresh"):
+        build.update(url, range(10), salt=1)
+    with pytest.raises(StoreError, match=r"has no gen-1; .*If it has expired"):
+        StoreReader.open(url)
+    assert build.write_store(url).generation == 2
+    with StoreReader.open(url) as store:
+        assert store.get_many([2, 3, 4]).found.tolist() == [True, False, True], "erasures do not expire"
+
+
+def test_refreshes_renew_it(server, build, url, monkeypatch):
+    build.write_store(url)
+    pass_days(server, 2)
+    build.update(server.url(), range(30, 50), salt=1)
+    assert days_left(server) == {28}, "less than a tenth of the time has passed, so that it stays"
+    assert days_left(server, "*:gen-1:ui*") == {28}, "new users expire with the others"
+    pass_days(server, 20)
+    build.update(url, range(30, 50), salt=2)
+    assert days_left(server) == {30}
+    pass_days(server, 20)
+    write, calls = GenerationOnServer._expire, []
+
+    def fail_later(*arguments: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise StoreUnavailableError("cut")
+        write(*arguments)
+
+    monkeypatch.setattr(GenerationOnServer, "_expire", fail_later)
+    monkeypatch.setattr("vista.store.remote.remote_records._BATCH_RECORDS", 16)
+    with pytest.raises(StoreUnavailableError, match="cut"):
+        build.update(url, range(3), salt=3)
+    assert days_left(server, "*:gen-1:ui*") == {10, 30} and days_left(server, "*:gen-1:!*") == {10}
+    monkeypatch.undo()
+    build.update(url, range(3), salt=3)
+    assert days_left(server) == {30} and verify_store(url).num_problems == 0
+
+
+def test_a_full_refresh_or_a_copy_decides(server, build, url, tmp_path):
+    build.write_store(url)
+    with pytest.raises(ConfigError, match=r"gen-1 has ttl_days=30, .*leave ttl_days out"):
+        build.update(server.url(options="?ttl_days=7"), range(3), salt=1)
+    with build.open_writer(url, run_digest="log-2") as writer:
+        build.put_users(writer, range(16))
+    with build.open_writer(url, run_digest="log-2") as writer:
+        assert writer.cursor == 16
+    with build.open_writer(server.url(), run_digest="log-2") as writer:
+        assert writer.cursor == 0, "with another time to live it is another run"
+    build.write_store(server.url(), run_digest="log-2")
+    assert days_left(server, "*:gen-2:*") == {-1} and days_left(server, "*:gen-1:*") == {30}
+    with pytest.raises(ConfigError, match="gen-2 does not expire"):
+        build.update(url, range(3), salt=1)
+    build.write_store(tmp_path, 1)
+    copy_generation(tmp_path, server.url("copy", options="?ttl_days=0.5"))
+    assert days_left(server, "{copy}:gen-*") == {0.5}
+    roll_back(url)
+    assert days_left(server, "*mine*:gen-1:*") == {30}
+    pass_days(server, 31)
+    roll_back(url, to=2)
+    with StoreReader.open(url) as store:
+        assert store.generation == 2 and store.get_many(range(TOTAL)).found.all()
+    assert verify_store(url).num_problems == 0, "an expired generation is not a problem unless it is published"
+    build.write_store(server.url(), 1, run_digest="log-3")
+    assert server.command("SMEMBERS", "{mine}:generations") == {b"2", b"3"}
+
+
+def test_replaced_generations_expire_even_if_their_writer_dies(server, build, url, monkeypatch):
+    for salt in range(3):
+        with monkeypatch.context() as patch:
+            patch.setattr(LockedServer, "remove_others", lambda *_: None)
+            build.write_store(url, salt, run_digest=f"log-{salt}")
+    removed = []
+    with monkeypatch.context() as patch, pytest.raises(StoreUnavailableError):
+        patch.setattr(LockedServer, "_change", killed_after(2, LockedServer._change, removed))
+        build.write_store(url, 3, run_digest="log-3")
+    assert server.command("KEYS", "*:gen-1:!manifest") == [] and len(server.command("KEYS", "*:gen-1:ui*")) > 0
+    pass_days(server, 20)
+    build.update(url, range(3), salt=3)
+    pass_days(server, 20)
+    assert not [name for name in server.command("KEYS", "*:gen-*") if b":gen-4:" not in name]
+    with StoreReader.open(url) as store:
+        assert store.get_many(range(TOTAL)).found.all()
+
+
+def killed_after(count: int, function: Callable[..., None], calls: list[int]) -> Callable[..., None]:
+    """The function, which fails after some calls."""
+
+    def call(*arguments: Any) -> None:
+        calls.append(1)
+        if len(calls) == count:
+            raise StoreUnavailableError("killed")
+        function(*arguments)
+
+    return call
+
+
+def read(url: str, folder: Path, build: Any) -> bool:
+    with StoreReader.open(url) as store:
+        return bool(store.get_many(range(TOTAL)).found.all()) and len(list(store.keys())) == TOTAL
+
+
+def read_cached(url: str, folder: Path, build: Any) -> bool:
+    with StoreReader.open(f"{url}&cache={folder}") as store:
+        return all(store.get_many(range(TOTAL)).found.all() for _ in range(3))
+
+
+def verify(url: str, folder: Path, build: Any) -> bool:
+    problems = verify_store(url).problems
+    return all("expired" in problem or "removed" in problem for problem in problems)
+
+
+def update(url: str, folder: Path, build: Any) -> bool:
+    build.update(url, range(30, 34), salt=0)
+    return True
+
+
+def copy(url: str, folder: Path, build: Any) -> bool:
+    return copy_generation(url, folder).num_records == TOTAL
+
+
+def write(url: str, folder: Path, build: Any) -> bool:
+    return bool(build.write_store(url, 1, run_digest="log-2").count == TOTAL)
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [read, read_cached, update, *(pytest.param(each, marks=pytest.mark.nightly) for each in (verify, copy, write))],
+)
+def test_what_happens_while_it_expires(server, build, url, tmp_path, monkeypatch, operation):
+    """Before any command of an operation: either it succeeds as if nothing had happened, or it fails with a typed
+    error, which does not say that records are damaged."""
+    left = [0]
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            if left[0] == 0:
+                pass_days(server, 31)
+            left[0] -= 1
+            return function(*arguments)
+
+        return call
+
+    failures, place, has_expired = 0, 0, True
+    while has_expired:  # until it ends before so many commands
+        server.command("FLUSHALL")
+        build.write_store(url)
+        left[0] = place
+        with monkeypatch.context() as patch:
+            for name in ("command", "pipeline"):
+                patch.setattr(ServerConnection, name, counted(getattr(ServerConnection, name)))
+            try:
+                assert operation(url, tmp_path / f"{place}", build), place
+            except StoreError as error:
+                assert not isinstance(error, RecordError), error
+                failures += 1
+        has_expired = left[0] < 0
+        place += 1 if operation is not write else 5
+    assert place > 5 and (failures > 1 or operation is verify), (place, failures)
+    assert operation is not write or write(url, tmp_path, build)
+
+
+def test_a_server_that_would_evict_it_first_is_refused(start_server, build):
+    server = start_server("--maxmemory", "50mb", "--maxmemory-policy", "volatile-lru")
+    with pytest.raises(StoreError, match=r"evicts records .*volatile-.*set maxmemory-policy to noeviction"):
+        build.write_store(server.url(options="?ttl_days=1"))
+    build.write_store(server.url())
+    server.command("CONFIG", "SET", "maxmemory-policy", "noeviction")
+    build.write_store(server.url(options="?ttl_days=1"), 1, run_digest="log-2")
+    server.command("CONFIG", "SET", "maxmemory-policy", "volatile-ttl")
+    with pytest.raises(StoreError, match=r"evicts records .*volatile-"):
+        StoreReader.open(server.url())

@@ -1,27 +1,36 @@
-"""Refreshes into a server, scorers that read from it, and the commands: only `store=redis://…` differs."""
+"""Refreshes into a server, scorers and trainings that read from it, and commands: only `store=redis://…` differs."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import logging
+import os
+import random
+import re
+import signal
+import threading
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.conftest import Served
 from tests.refresh import conftest as growing
-from tests.store.remote.valkey_server import ValkeyServer
+from tests.refresh.mock_kafka import MockKafka
+from tests.refresh.streams import TOPIC, watch_of
 from vista.cli import main as cli
+from vista.cli.refresh_commands import run_watch
 from vista.config import EvaluateConfig, RefreshOptions
-from vista.config.choices import Codec, Mixing, StateDtype
-from vista.errors import ConfigError, RecordError, StoreError, SummarizerMismatchError
+from vista.config.choices import Codec, Mixing, Stage, StateDtype
+from vista.errors import ConfigError, LeakageError, RecordError, StoreError, SummarizerMismatchError
 from vista.log.deletions import forget_events
 from vista.log.event_log import EventLog
 from vista.log.until import parse_until
+from vista.model.vista_model import VistaModel
 from vista.refresh import refresh, refresh_incremental
 from vista.scorer import Scorer
 from vista.store import StoreReader
@@ -31,55 +40,42 @@ from vista.store.admin.verification import verify_store
 from vista.store.erasure import erase
 from vista.store.format.state_record import StateArrays, StateSpec, encode_states
 from vista.store.reader import published_manifest
-from vista.store.shards import Shard
-
-ROOT = Path(__file__).parents[3]
-DRIVER = """
-import json, os, random, signal, sys, threading, time
-from vista.log.event_log import EventLog
-from vista.model.vista_model import VistaModel
-from vista.refresh import RefreshOptions, refresh, refresh_incremental
 from vista.store.remote import server_lock
 from vista.store.remote.generation_on_server import GenerationOnServer
+from vista.store.shards import Shard
+from vista.training.trainer import train
 
-kind, log, model, store, warm = sys.argv[1:]
-server_lock.LOCK_S = 2.0
-log, model, chance = EventLog.open(log), VistaModel.from_pretrained(model), random.Random(3)
-options = RefreshOptions(users_per_batch=1)
 
-def run():
-    if kind == "full":
-        return refresh(model, log, store, options=options, created_at=1)
-    return refresh_incremental(model, log, store, options=options, created_at=2)
+def refresh_with_kills(say, kind, log_path, model_path, store):
+    """Kill a refresh twice, while it writes a batch or right after, and let a third one end; returns the exit codes."""
+    server_lock.LOCK_S = 1.0
+    log, model, chance = EventLog.open(log_path), VistaModel.from_pretrained(model_path), random.Random(3)
+    options, put, codes = RefreshOptions(users_per_batch=1), GenerationOnServer.put, []
 
-def run_and_die(batch, delay_s):
-    # A refresh that is killed while it writes this batch, or right after.
-    put, counted = GenerationOnServer.put, iter(range(1, batch + 1))
+    def run() -> None:
+        if kind == "full":
+            refresh(model, log, store, options=options, created_at=1)
+        else:
+            refresh_incremental(model, log, store, options=options, created_at=2)
 
-    def counted_put(*arguments, **options):
-        last = next(counted) == batch
-        if last:
-            threading.Timer(delay_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
-        count = put(*arguments, **options)
-        if last:
+    def put_and_die(*arguments: Any, **changes: Any) -> int:
+        left[0] -= 1
+        if left[0] == 0:
+            threading.Timer(chance.uniform(0, 0.003), os.kill, (os.getpid(), signal.SIGKILL)).start()
+        count = put(*arguments, **changes)
+        if left[0] == 0:
             time.sleep(60)
         return count
 
-    GenerationOnServer.put = counted_put
+    for batches in (1, 2):
+        left, child = [batches], os.fork()
+        if child == 0:
+            GenerationOnServer.put = put_and_die
+            run()
+            os._exit(0)
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     run()
-
-refresh(model, log, warm, options=options)
-codes = []
-for _ in range(6):
-    batch, delay_s = chance.randint(1, 2), chance.uniform(0, 0.003)
-    child = os.fork()
-    if child == 0:
-        run_and_die(batch, delay_s)
-        os._exit(0)
-    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-report = run()
-print(json.dumps({"codes": codes, "resumed_at": report.resumed_at}))
-"""
+    return codes
 
 
 def records(store: str | Path) -> dict[int | str, Any]:
@@ -91,19 +87,9 @@ def records(store: str | Path) -> dict[int | str, Any]:
         return {user: tuple(column[row].tobytes() for column in columns) for row, user in enumerate(users)}
 
 
-def killed_at_random(kind: str, log: Path, model: Path, url: str, folder: Path) -> dict[str, Any]:
-    """Kill a refresh in six of its batches and then let it end; the exit codes, and where the last run resumed."""
-    words = [sys.executable, "-c", DRIVER, kind, str(log), str(model), url, str(folder / "warm")]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=200)
-    assert done.returncode == 0, done.stderr
-    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    assert report["codes"] == [-9] * 6, done.stderr
-    return report
-
-
-def test_a_refresh_into_a_server_writes_the_same_records(served: Served, server: ValkeyServer, tmp_path: Path) -> None:
+def test_a_refresh_into_a_server_writes_the_same_records(served, start_server, tmp_path):
+    server = start_server("--requirepass", "secret")
     url = server.url(user=":secret@", options="?timeout_s=10")
-    server.command("CONFIG", "SET", "requirepass", "secret")
     options = RefreshOptions(state=StateDtype.none)
     report = refresh(served.model, served.log, url, created_at=1)
     refresh(served.model, served.log, tmp_path / "local", options=options, created_at=1)
@@ -113,7 +99,7 @@ def test_a_refresh_into_a_server_writes_the_same_records(served: Served, server:
     assert ours == theirs and records(url) == records(tmp_path / "local")
 
 
-def test_a_scorer_reads_from_a_server(served: Served, server: ValkeyServer) -> None:
+def test_a_scorer_reads_from_a_server(served, server):
     url = server.url()
     copy_generation(served.store, url)
     users = served.log.users.ids(np.arange(served.log.num_users))[:50]
@@ -130,16 +116,17 @@ def test_a_scorer_reads_from_a_server(served: Served, server: ValkeyServer) -> N
         Scorer.open(other, url)
 
 
-def test_a_killed_refresh_resumes(served: Served, server: ValkeyServer, tmp_path: Path) -> None:
+def test_a_killed_refresh_resumes(served, server, tmp_path, nursery):
+    """tests/faults repeats this at all points."""
     url, options = server.url(), RefreshOptions(state=StateDtype.none, users_per_batch=1)
     refresh(served.model, served.log, tmp_path / "local", options=options, created_at=1)
-    report = killed_at_random("full", served.log.path, served.model_dir, url, tmp_path)
-    assert records(url) == records(tmp_path / "local"), report
+    assert nursery.call(refresh_with_kills, "full", served.log.path, served.model_dir, url) == [-9, -9]
+    assert records(url) == records(tmp_path / "local")
     assert published_manifest(url).records_digest == published_manifest(tmp_path / "local").records_digest
 
 
 @pytest.mark.parametrize("state", [StateDtype.none, StateDtype.float32])
-def test_incremental_refreshes(server: ValkeyServer, tmp_path: Path, state: StateDtype) -> None:
+def test_incremental_refreshes(server, tmp_path, nursery, state):
     """As in a folder, with states or without them, and killed runs resume."""
     url, model, options = server.url(), growing.model(), RefreshOptions(state=state, codec=Codec.float32)
     log = growing.append(tmp_path / "log", growing.events(dict.fromkeys(range(1, 40), 6)))
@@ -153,7 +140,8 @@ def test_incremental_refreshes(server: ValkeyServer, tmp_path: Path, state: Stat
         if state is StateDtype.none:
             assert refresh_incremental(model, log, url).counts["recomputed"] == 32
         else:
-            killed_at_random("incremental", log.path, tmp_path / "model", url, tmp_path)
+            codes = nursery.call(refresh_with_kills, "incremental", log.path, tmp_path / "model", url)
+            assert codes == [-9, -9]
         assert reader.get_many([41]).found.all()
     refresh(model, log, tmp_path / "full", options=options)
     growing.assert_same(url, tmp_path / "full", 1e-6 if state is StateDtype.none else 2e-5)
@@ -162,7 +150,7 @@ def test_incremental_refreshes(server: ValkeyServer, tmp_path: Path, state: Stat
     assert refresh_incremental(model, log, url).num_users == 0
 
 
-def test_states_on_a_server_are_those_of_a_folder(server: ValkeyServer, tmp_path: Path) -> None:
+def test_states_on_a_server_are_those_of_a_folder(server, tmp_path):
     """Byte for byte, after new, late, and forgotten events, and an erasure."""
     url, folder, model = server.url(), tmp_path / "store", growing.model()
     log = growing.append(tmp_path / "log", growing.events({1: 12, 2: 3, 3: 30, 4: 1, 5: 9}))
@@ -192,7 +180,7 @@ def all_values(store: str | Path) -> Iterator[dict[bytes, bytes]]:
             yield dict(pair for batch in batches for pair in zip(*batch, strict=True))
 
 
-def test_states_that_cannot_be_kept_are_refused(served: Served, server: ValkeyServer, tmp_path: Path) -> None:
+def test_states_that_cannot_be_kept_are_refused(served, server, tmp_path):
     options, model = RefreshOptions(state=StateDtype.float16), growing.model(mixing=Mixing.bidirectional)
     log = growing.append(tmp_path / "log", growing.events({1: 3}))
     for store in (server.url(), tmp_path / "store"):
@@ -237,7 +225,7 @@ def states_of(keys: list[bytes], spec: StateSpec) -> list[bytes]:
     return encode_states(keys, arrays, spec)
 
 
-def test_what_a_server_does_not_have(served: Served, server: ValkeyServer) -> None:
+def test_what_a_server_does_not_have(served, server):
     with pytest.raises(ConfigError, match="a store on a server has no shards"):
         refresh(served.model, served.log, server.url(), shard=Shard(0, 2))
     report = refresh(served.model, served.log, server.url(), until=parse_until("leave-last-out"))
@@ -246,9 +234,8 @@ def test_what_a_server_does_not_have(served: Served, server: ValkeyServer) -> No
     assert report.generation == 1 and published_manifest(server.url()).state_dtype == "none"
 
 
-def test_commands(served: Served, server: ValkeyServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    url = server.url(user=":secret@")
-    server.command("CONFIG", "SET", "requirepass", "secret")
+def test_commands(served, start_server, tmp_path, capsys):
+    url = start_server("--requirepass", "secret").url(user=":secret@")
     model, data = f"model={served.model_dir}", f"data={served.log.path}"
 
     def said(*words: str, code: int = 0) -> str:
@@ -274,3 +261,46 @@ def test_commands(served: Served, server: ValkeyServer, tmp_path: Path, capsys: 
     assert "no complete generation before" in said("store", "rollback", f"store={url}", code=1)
     assert "works on a folder" in said("store", "compact", f"store={url}", code=1)
     assert "its path must end in the store's name" in said("store", "stats", "store=redis://:secret@host", code=2)
+
+
+def test_nothing_holds_the_password(served_tasks, start_server, tmp_path, caplog):
+    store = start_server("--requirepass", "hunter2").url(user=":hunter2@")
+    assert served_tasks.log.impressions is not None
+    times = np.sort(np.asarray(served_tasks.log.impressions.timestamp))
+    refresh(served_tasks.model, served_tasks.log, store)
+    run_dir = tmp_path / "run"
+    given = served_tasks.config
+    config = replace(
+        given,
+        model=replace(given.model),
+        optim=replace(given.optim, tasks=["like"], next_weight=0.0, epochs=1),
+        stage=Stage.downstream,
+        base=str(served_tasks.model_dir),
+        store=store,
+        run_dir=str(run_dir),
+    )
+    with pytest.raises(LeakageError, match=r"store=redis://127.*was refreshed with until=all") as caught:
+        train(config, served_tasks.log)
+    refresh(served_tasks.model, served_tasks.log, store, until=int(times[len(times) * 2 // 5]))
+    with caplog.at_level(logging.INFO):
+        train(config, served_tasks.log)
+    assert re.search("summaries of generation 2 of redis://127", caplog.text)
+    written = [path.read_bytes() for path in run_dir.rglob("*") if path.is_file()]
+    assert b"store: redis://@127.0.0.1:" in (run_dir / "config.yaml").read_bytes()
+    assert not [text for text in (f"{caught.value}".encode(), caplog.text.encode(), *written) if b"hunter2" in text]
+
+
+def test_events_reach_a_store_on_a_server(tmp_path, server):
+    pytest.importorskip("confluent_kafka", reason="the extra `kafka` is not installed")
+    grow = SimpleNamespace(**{name: getattr(growing, name) for name in ("model", "events", "append")})
+    with MockKafka() as kafka:
+        config = replace(watch_of(tmp_path, kafka.create(TOPIC), grow), store=server.url())
+        options = RefreshOptions(codec=Codec.float32)
+        refresh(grow.model(), EventLog.open(config.data), config.store, options=options)
+        kafka.send_events(TOPIC, grow.events({1: 5, 3: 4}, growing.START + 500 * growing.HOUR))
+        report = run_watch(config)
+    assert report.stream is not None and report.stream.messages == 9 and report.refreshes[0].num_users == 2
+    refresh(grow.model(), EventLog.open(config.data), tmp_path / "expected", options=options)
+    with Scorer.open(config.model, config.store) as scorer, Scorer.open(config.model, tmp_path / "expected") as local:
+        scores, expected = (one.score([1, 2, 3], [10, 20, 30]) for one in (scorer, local))
+    np.testing.assert_allclose(scores, expected, atol=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import stat
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,25 @@ import numpy as np
 import pytest
 
 from tests.forked_child import in_child
+from tests.store.remote.valkey_server import ValkeyServer
 from vista.errors import (
+    ConfigError,
     RecordError,
     StoreError,
     StoreLockedError,
+    StoreUnavailableError,
     StoreWriteError,
     SummarizerMismatchError,
     UserKeyError,
 )
 from vista.store import NO_TIMESTAMP, StoreReader
 from vista.store.admin.copying import copy_generation
+from vista.store.admin.verification import verify_store
 from vista.store.erasure import erase
 from vista.store.reader import published_manifest
+from vista.store.remote.record_cache import RecordCache
 from vista.store.remote.remote_store import RemoteStore
+from vista.store.remote.remote_tombstones import RemoteTombstones
 from vista.store.remote.server_lock import ServerLock
 from vista.store.remote.store_url import StoreUrl
 from vista.store.sharded_reader import open_store
@@ -229,6 +236,7 @@ def test_an_interrupted_erasure_is_completed_by_a_publication(server, build):
 
 
 def test_one_writer_at_a_time(server, build, monkeypatch):
+    monkeypatch.setattr("vista.store.remote.server_lock.LOCK_S", 1.5)
     url = server.url()
     with build.open_writer(url) as writer:
         build.put_users(writer, range(16))
@@ -248,12 +256,13 @@ def test_one_writer_at_a_time(server, build, monkeypatch):
     assert published_manifest(url).count == TOTAL
 
 
-def test_a_lock_is_renewed_while_its_holder_computes(server):
+def test_a_lock_is_renewed_while_its_holder_computes(server, monkeypatch):
+    monkeypatch.setattr("vista.store.remote.server_lock.LOCK_S", 1.5)
     url = StoreUrl.parse(server.url())
     lock = ServerLock(RemoteStore.connect(url).server, b"{mine}:writer")
     lock.acquire()
-    for _ in range(20):
-        assert 0 < int(server.command("PTTL", "{mine}:writer")) <= 3000
+    for _ in range(8):  # longer than the lock lasts
+        assert 0 < int(server.command("PTTL", "{mine}:writer")) <= 1500
         threading.Event().wait(0.3)
     lock.release()
     assert server.command("EXISTS", "{mine}:writer") == 0
@@ -343,8 +352,205 @@ def test_stores_of_two_names_and_databases_do_not_meet(server, build):
         StoreReader.open(server.url("two"))
 
 
-def test_functions_on_folders_refuse_a_url(tmp_path: Path) -> None:
+def test_functions_on_folders_refuse_a_url(tmp_path):
     from vista.store.admin.store_compaction import compact_store
 
     with pytest.raises(StoreError, match=r"redis://host:6379/mine is a remote store.*vista store copy"):
         compact_store("redis://user:secret@host/mine")
+
+
+def keys_of(server, user):
+    key = b"ui" + (user + 2**63).to_bytes(8, "big")
+    return [name for name in server.command("KEYS", "*") if name.endswith(key)]
+
+
+def test_a_generation_that_is_published_while_an_erasure_begins(server, build, monkeypatch):
+    url = server.url()
+    build.write_store(url)
+    add = RemoteTombstones.add
+
+    def publish_and_add(tombstones, keys):
+        with monkeypatch.context() as patch:
+            patch.setattr(RemoteTombstones, "add", add)
+            build.write_store(url, 1, run_digest="log-2")
+        add(tombstones, keys)
+
+    monkeypatch.setattr(RemoteTombstones, "add", publish_and_add)
+    assert erase(url, [3, 30]) == 2
+    with StoreReader.open(url) as store:
+        assert store.generation == 2 and not store.get_many([3, 30]).found.any() and len(store) == TOTAL - 2
+    assert keys_of(server, 3) == keys_of(server, 30) == [] and len(keys_of(server, 4)) == 2
+
+
+def test_a_generation_that_is_being_removed_loses_the_users_too(server, build):
+    """As between the steps of a removal, or after a kill, when the next writer removes the rest."""
+    url = server.url()
+    build.write_store(url)
+    build.write_store(url, 1, run_digest="log-2")
+    for name in (b"!manifest", b"!complete", b"!cursor"):
+        assert server.command("DEL", b"{mine}:gen-1:" + name) == 1
+    assert len(keys_of(server, 3)) == 2
+    assert erase(url, [3, 30]) == 2
+    assert keys_of(server, 3) == keys_of(server, 30) == [] and len(keys_of(server, 4)) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("redis://host/mine", StoreUrl("host", "mine")),
+        ("redis://host:7000/2/mine", StoreUrl("host", "mine", 7000, 2)),
+        ("rediss://me:a%40b@host/my-store.1", StoreUrl("host", "my-store.1", user="me", password="a@b", tls=True)),
+        ("redis://:secret@[::1]:7/mine?timeout_s=0.5", StoreUrl("::1", "mine", 7, password="secret", timeout_s=0.5)),
+        ("redis://host/mine?cache=/a/b&cache_mb=5", StoreUrl("host", "mine", cache="/a/b", cache_mb=5)),
+        (Path("redis://host/mine"), StoreUrl("host", "mine")),
+    ],
+)  # fmt: skip
+def test_urls(text, expected):
+    url = StoreUrl.parse(text)
+    assert StoreUrl.matches(text) and url == expected == StoreUrl.parse(url) == pickle.loads(pickle.dumps(url))
+    for shown in (str(url), repr(url)):
+        assert "secret" not in shown and "a@b" not in shown
+    assert StoreUrl.parse(str(url)).name == url.name
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("redis://host", "its path must end in the store's name"),
+        ("redis://secret@host/0", "its path must end in the store's name"),
+        ("redis://host/a{b}", "its path must end in the store's name"),
+        ("redis://host/x/mine", "only the number of a database"),
+        ("redis://host/1/2/mine", "only the number of a database"),
+        ("redis://:1/mine", "it names no host"),
+        ("redis://:secret@host:port/mine", "cannot be read"),
+        ("redis://:secret@host/mine?ttl=1", "its only options are timeout_s"),
+        ("redis://host/mine?timeout_s=0", "timeout_s must be a positive number"),
+        ("redis://host/mine?timeout_s=nan", "timeout_s must be a positive number"),
+        ("redis://host/mine?secret", "cannot be read"),
+        ("redis://host/mine?ttl_days=0", "ttl_days must be a positive number of days"),
+        ("redis://host/mine?ttl_days=40000", "ttl_days must be a positive number of days"),
+        ("redis://host/mine?cache_mb=-1", "cache_mb must be a positive number"),
+    ],
+)
+def test_other_urls_are_refused(text, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        StoreUrl.parse(text)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["stores/mine", "/srv/redis", "redis", "http://host/mine"])
+def test_folders_are_not_urls(text):
+    assert not StoreUrl.matches(text) and not StoreUrl.matches(Path(text))
+
+
+def sent_bytes(server: ValkeyServer) -> int:
+    stats: Any = server.command("INFO", "stats")
+    return int(stats["total_net_output_bytes"])
+
+
+@pytest.fixture
+def cached(server, tmp_path):
+    """URL of a store with a cache."""
+    return server.url(options=f"?cache={tmp_path / 'deep' / 'cache'}&cache_mb=10")
+
+
+def test_cached_records_are_not_sent_again(server, build, cached, tmp_path):
+    build.write_store(cached, codec="float32", num_tokens=2, dim=8)
+    with StoreReader.open(cached) as store, StoreReader.open(server.url()) as plain:
+        before = sent_bytes(server)
+        first = store.get_many(range(-1, TOTAL))
+        cold = sent_bytes(server) - before
+        server.command("CONFIG", "RESETSTAT")
+        again = store.get_many(range(-1, TOTAL))
+        stats = server.command("INFO", "commandstats")
+        assert stats["cmdstat_mget"]["calls"] == 1 == stats["cmdstat_getrange"]["calls"], "one round trip"
+        assert sent_bytes(server) < cold / 3
+        np.testing.assert_array_equal(first.summary, again.summary)
+        np.testing.assert_array_equal(first.summary, plain.get_many(range(-1, TOTAL)).summary)
+        assert again.found.tolist() == [False] + [True] * TOTAL
+    (folder,) = (tmp_path / "deep" / "cache").iterdir()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_every_change_is_seen_at_once(server, build, cached):
+    build.write_store(cached)
+    with StoreReader.open(cached) as store:
+        store.get_many(range(TOTAL))
+        build.update(server.url(), range(10, 12), salt=1)
+        assert store.get_many([10]).summary.max() > 900, "updated in place, without a reload"
+        assert erase(server.url(), [5]) == 1
+        assert store.get_many([4, 5]).found.tolist() == [True, False]
+        for salt in (2, 3):
+            build.write_store(server.url(), salt, run_digest=f"log-{salt}")
+        assert store.get_many([4]).summary.max() > 2900, "its generation was removed"
+    assert verify_store(cached).num_problems == 0
+
+
+def test_threads_that_see_different_versions_do_not_mix_them(server, build, cached, monkeypatch):
+    """One thread has read records; before it caches them, a user is erased, and another thread sees the new version."""
+    build.write_store(cached)
+    with StoreReader.open(cached) as store:
+        records, erased = store._current().records, []
+
+        def set_version(one: Any, version: bytes) -> None:
+            one.version = version
+            if one is records and not erased:
+                erased.append(5)
+                assert erase(server.url(), erased) == 1
+                assert store.get_many([7]).found.all()
+
+        records.version = b""
+        versions = property(lambda one: one.version, set_version)
+        monkeypatch.setattr(type(records), "_version", versions, raising=False)
+        assert store.get_many(range(TOTAL)).found.all() and erased
+        for _ in range(2):
+            assert store.get_many([4, 5]).found.tolist() == [True, False]
+
+
+def test_processes_share_it_and_forks_use_it(server, build, cached):
+    build.write_store(cached)
+    with StoreReader.open(cached) as store:
+        store.get_many(range(20))
+        for first in range(0, TOTAL, 10):
+            users = range(first, first + 10)
+            assert in_child(lambda users=users: store.get_many(users).found.tolist()) == [True] * 10
+        server.command("CONFIG", "RESETSTAT")
+        assert store.get_many(range(TOTAL)).found.all()
+        assert server.command("INFO", "commandstats")["cmdstat_mget"]["calls"] == 1
+        server.kill()
+        with pytest.raises(StoreUnavailableError):  # Nobody could tell whether what is cached is still valid.
+            store.get_many([1])
+
+
+def test_a_damaged_entry_is_read_again(server, build, cached, monkeypatch):
+    build.write_store(cached)
+    get = RecordCache.get
+
+    def get_damaged(cache: RecordCache, version: bytes, keys: list[bytes]) -> list[bytes | None]:
+        return [None if value is None else value[:-1] + b"\xff" for value in get(cache, version, keys)]
+
+    with StoreReader.open(cached) as store:
+        expected = store.get_many(range(TOTAL))
+        monkeypatch.setattr(RecordCache, "get", get_damaged)
+        np.testing.assert_array_equal(store.get_many(range(TOTAL)).summary, expected.summary)
+
+
+def test_its_size_is_bounded(tmp_path):
+    cache, record = RecordCache(tmp_path / "cache", 1_000_000), bytes(4000)
+    keys = [b"%d" % number for number in range(2000)]
+    for first in range(0, 2000, 50):
+        cache.put(b"v", dict.fromkeys(keys[first : first + 50], record))
+    held = [value is not None for value in cache.get(b"v", keys)]
+    assert 50 <= sum(held) <= 400 and all(held[-50:])
+    assert cache._open().live_bytes() < 1_000_000 + 60 * 8192
+    assert cache.get(b"w", keys[-50:]) == [None] * 50
+    cache.close()
+
+
+def test_a_cache_that_cannot_be_written_does_not_fail_reads(server, build, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    url = server.url(options=f"?cache={tmp_path / 'file' / 'cache'}")
+    build.write_store(server.url())
+    with StoreReader.open(url) as store:
+        assert store.get_many(range(TOTAL)).found.all() and store.get_many(range(TOTAL)).found.all()
+    assert caplog.text.count("records are no longer cached here") == 1

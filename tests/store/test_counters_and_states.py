@@ -1,8 +1,9 @@
-"""Records with counters: their bytes, the round trip, damage, and their size."""
+"""Counters in records, states, and history digests: their bytes, the round trip, and damage."""
 
 from __future__ import annotations
 
 import dataclasses
+import struct
 
 import numpy as np
 import pytest
@@ -12,15 +13,19 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tests.record_reference import decode_record_reference
-from vista.config.choices import Codec
+from vista.config.choices import Codec, StateDtype
 from vista.counters.counter_codes import CounterCodes
 from vista.counters.counter_spec import CounterSpec
+from vista.counters.counter_table import CounterTable
 from vista.errors import RecordError
 from vista.log.gaps import NO_TIMESTAMP
 from vista.store.format.counter_layout import CounterLayout
+from vista.store.format.digest import _CHUNK, event_digests, history_digests, item_keys
 from vista.store.format.keys import user_keys
 from vista.store.format.record import check_records, encode_records, read_records
 from vista.store.format.record_spec import HEADER, RecordSpec
+from vista.store.format.state_record import HEADER as STATE_HEADER
+from vista.store.format.state_record import StateArrays, StateSpec, decode_states, encode_states, restamp_states
 from vista.store.tail import Tail
 from vista.store.user_summaries import UserSummaries
 
@@ -103,7 +108,7 @@ GOLDEN_TAIL = (
     ids=["items", "categories"],
 )
 @pytest.mark.parametrize("key", [None, bytes(range(32))], ids=["plain", "authenticated"])
-def test_golden_bytes(layout: CounterLayout, golden: str, key: bytes | None) -> None:
+def test_golden_bytes(layout, golden, key):
     first, second = encode(layout, key)
     code = 16 if key else 0
     assert first[128 : len(first) - code].hex() == GOLDEN_ROWS + golden + GOLDEN_TAIL
@@ -112,7 +117,7 @@ def test_golden_bytes(layout: CounterLayout, golden: str, key: bytes | None) -> 
     assert flags_and_lengths(second) == (3 if key else 2, 0, 2 * len(layout.spec.fields))
 
 
-def test_times_that_are_too_old_for_four_bytes_take_eight() -> None:
+def test_times_that_are_too_old_for_four_bytes_take_eight():
     for before, short in ((2**32 - 1, True), (2**32, False)):
         tail = dataclasses.replace(TAIL, times=np.array([LAST - before, LAST]))
         records = encode(ITEMS, tail=tail)
@@ -120,7 +125,7 @@ def test_times_that_are_too_old_for_four_bytes_take_eight() -> None:
         assert read_records(records, USERS, spec_of(ITEMS)).tail.times.tolist() == [LAST - before, LAST]
 
 
-def test_a_layout_has_the_fewest_bytes_per_key() -> None:
+def test_a_layout_has_the_fewest_bytes_per_key():
     for largest, num_bytes in ((1, 1), (255, 1), (256, 2), (65_535, 2), (65_536, 3), (2**24, 4), (0, 1)):
         assert CounterLayout.of(CounterSpec(), [largest]).key_bytes == (num_bytes,)
     assert CounterLayout.from_dict(CATEGORIES.to_dict()) == CATEGORIES
@@ -167,7 +172,7 @@ def batches(draw: st.DrawFn) -> tuple[RecordSpec, UserSummaries]:
 
 @settings(max_examples=60, deadline=None)
 @given(batch=batches())
-def test_round_trip_agrees_with_the_reference(batch: tuple[RecordSpec, UserSummaries]) -> None:
+def test_round_trip_agrees_with_the_reference(batch):
     spec, users = batch
     records = encode_records(users, spec)
     raw = read_records(records, users.keys, spec)
@@ -186,7 +191,7 @@ def test_round_trip_agrees_with_the_reference(batch: tuple[RecordSpec, UserSumma
 
 
 @pytest.mark.parametrize("key", [None, bytes(range(32))], ids=["plain", "authenticated"])
-def test_damage_is_detected(key: bytes | None) -> None:
+def test_damage_is_detected(key):
     records, spec = encode(CATEGORIES, key), spec_of(CATEGORIES, key)
     for bit in range(8 * len(records[0])):
         bad = bytearray(records[0])
@@ -198,7 +203,7 @@ def test_damage_is_detected(key: bytes | None) -> None:
             check_records([records[0][:length], records[1]], USERS, spec)
 
 
-def test_lengths_that_do_not_fit_are_refused_even_if_the_checksum_does() -> None:
+def test_lengths_that_do_not_fit_are_refused_even_if_the_checksum_does():
     """Whoever can write a store can make a checksum that fits; no byte beyond the record may be read."""
     record, spec = encode(CATEGORIES)[0], spec_of(CATEGORIES)
     size_of_items, size_of_genres = 128 + 8, 128 + 8 + 2 + 10
@@ -220,13 +225,13 @@ def test_lengths_that_do_not_fit_are_refused_even_if_the_checksum_does() -> None
             read_records([with_checksum(bad)], USERS[:1], spec)
 
 
-def test_records_with_another_layout_are_refused() -> None:
+def test_records_with_another_layout_are_refused():
     for written, read in ((ITEMS, CATEGORIES), (CATEGORIES, ITEMS), (ITEMS, None)):
         with pytest.raises(RecordError, match="user 42"):
             read_records(encode(written), USERS, dataclasses.replace(spec_of(written), counters=read))
 
 
-def test_counters_that_do_not_fit_the_layout_are_refused() -> None:
+def test_counters_that_do_not_fit_the_layout_are_refused():
     users = UserSummaries(
         keys=USERS,
         summary=np.zeros((2, 1, 4), np.float32),
@@ -249,7 +254,7 @@ def test_counters_that_do_not_fit_the_layout_are_refused() -> None:
         encode_records(users, spec_of(CounterLayout.of(few, [300])))
 
 
-def test_a_default_record_with_counters_stays_below_the_page_limit() -> None:
+def test_a_default_record_with_counters_stays_below_the_page_limit():
     """LMDB keeps values of up to 2,020 bytes, under keys of 10 bytes, two to a page of 4,096 bytes."""
     spec = CounterSpec()
     for largest, days_between, most in ((60_000, 1, 2_020 - 128), (60_000, 3, 2_020), (2_000_000, 1, 2_020)):
@@ -267,3 +272,201 @@ def test_a_default_record_with_counters_stays_below_the_page_limit() -> None:
         )
         record = encode_records(users, RecordSpec(bytes(32), 1, 16, 64, Codec.int8, counters=layout))[0]
         assert len(record) <= most
+
+
+COUNTED = CounterSpec(("item", "genre"), (2, 2), (3.0,), (5.0,))
+LENGTHS = [4, 0, 9]
+STATE_KEYS = user_keys([1, 2, 3])
+
+
+def state_spec(dtype: StateDtype = StateDtype.float32, counters: CounterSpec | None = COUNTED) -> StateSpec:
+    return StateSpec(bytes(range(32)), 7, 2, 2, 3, dtype, created_at=5, counters=counters)
+
+
+def tables(num_keys: int) -> CounterTable:
+    rng, offsets = np.random.default_rng(num_keys), np.cumsum([0, *LENGTHS])
+    return CounterTable.of(COUNTED, rng.integers(0, num_keys, offsets[-1]), 10**12 + np.arange(offsets[-1]), offsets)
+
+
+def states(counters: bool = True) -> StateArrays:
+    rng, count = np.random.default_rng(0), len(LENGTHS)
+    return StateArrays(
+        rng.standard_normal((count, 2, 2, 3, 3)).astype(np.float32),
+        rng.random((count, 2)).astype(np.float32),
+        rng.random((count, 2)).astype(np.float32),
+        *(np.arange(count) + 10 * column for column in range(3)),
+        np.arange(count).astype(np.uint64),
+        (tables(4), tables(2)) if counters else (),
+    )
+
+
+def assert_equal(actual: StateArrays, expected: StateArrays, atol: float = 0.0) -> None:
+    for name in ("n", "removed", "clock", "num_events", "applied_segment", "history_digest"):
+        np.testing.assert_array_equal(getattr(actual, name), getattr(expected, name))
+    np.testing.assert_allclose(actual.z, expected.z, atol=atol)
+    for one, other in zip(actual.counters, expected.counters, strict=True):
+        for name in ("offsets", "clock", "num_events"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+        for name in ("key", "count", "decayed", "last", "last_position"):
+            np.testing.assert_array_equal(getattr(one.rows, name), getattr(other.rows, name))
+
+
+@pytest.mark.parametrize("dtype", [StateDtype.float32, StateDtype.float16])
+@pytest.mark.parametrize("counters", [True, False])
+def test_round_trip(dtype, counters):
+    spec, whole = state_spec(dtype, COUNTED if counters else None), states(counters)
+    encoded = encode_states(STATE_KEYS, whole, spec)
+    assert len({len(state) for state in encoded}) == (3 if counters else 1)
+    atol = 2e-3 if dtype is StateDtype.float16 else 0.0
+    assert_equal(decode_states(encoded, STATE_KEYS, spec), whole, atol)
+    for row in range(3):  # a batch does not change what is read of a user
+        one = decode_states(encoded[row : row + 1], STATE_KEYS[row : row + 1], spec)
+        assert_equal(one, whole[row : row + 1], atol)
+    assert_equal(decode_states([], [], spec), whole[:0])
+    assert_equal(StateArrays.concatenated([whole[:1], whole[1:]]), whole)
+    assert_equal(StateArrays.concatenated([whole[np.array([2])], whole[:2]]), whole[np.array([2, 0, 1])])
+
+
+def test_golden_bytes_of_the_counters():
+    """One user: key 3 at positions 0 and 2, key 5 at position 1; no horizon."""
+    spec = CounterSpec(("item",), (2,), (), ())
+    table = CounterTable.of(spec, np.array([3, 5, 3]), np.array([256, 512, 768]), np.array([0, 3]))
+    none = np.zeros((1, 0), np.float32)
+    zero = np.zeros(1, np.int64)
+    arrays = StateArrays(
+        np.zeros((1, 0, 0, 0, 0), np.float32), none, none, zero, zero + 3, zero, zero.astype(np.uint64), (table,)
+    )
+    record = encode_states(STATE_KEYS[:1], arrays, StateSpec(bytes(32), 1, 0, 0, 0, StateDtype.float32, counters=spec))[
+        0
+    ]
+    assert record[120:].hex() == (
+        "0003000000000000"  # clock 768
+        "0300000000000000"  # three events
+        "02000000"  # two keys
+        "0300000002000000"
+        "0003000000000000"
+        "0200000000000000"  # key 3, twice, newest at 768 at position 2
+        "0500000001000000"
+        "0002000000000000"
+        "0100000000000000"  # key 5, once, at 512 at position 1
+    )
+    header = np.frombuffer(record, STATE_HEADER, 1)[0]
+    assert (header["format_version"], header["counters_length"], header["payload_length"]) == (2, 68, 68)
+
+
+def with_state_checksum(state: bytearray) -> bytes:
+    state[112:120] = bytes(8)
+    state[112:120] = xxhash.xxh3_64_intdigest(bytes(state)).to_bytes(8, "little")
+    return bytes(state)
+
+
+def test_damage_of_states_is_detected():
+    spec = state_spec()
+    encoded = encode_states(STATE_KEYS, states(), spec)
+    for bit in np.random.default_rng(0).choice(8 * len(encoded[0]), 400, replace=False).tolist():
+        bad = bytearray(encoded[0])
+        bad[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(RecordError, match="the state of user 1 is corrupt"):
+            decode_states([bytes(bad), *encoded[1:]], STATE_KEYS, spec)
+    for length in range(len(encoded[0])):
+        with pytest.raises(RecordError, match="the state of user 1 is corrupt"):
+            decode_states([encoded[0][:length], *encoded[1:]], STATE_KEYS, spec)
+
+
+def test_sizes_of_states_that_do_not_fit_are_refused_even_if_the_checksum_does():
+    spec = state_spec()
+    encoded = encode_states(STATE_KEYS, states(), spec)
+    size_of_items = spec.least_bytes + 16
+    for row in (0, 1, 2):
+        for size in (0, 1, 200, 255):
+            bad = bytearray(encoded[row])
+            if bad[size_of_items] == size:
+                continue
+            bad[size_of_items] = size
+            values = [*encoded[:row], with_state_checksum(bad), *encoded[row + 1 :]]
+            with pytest.raises(RecordError, match=rf"the state of user {row + 1} is corrupt .*counters"):
+                decode_states(values, STATE_KEYS, spec)
+
+
+def test_counters_that_are_missing_or_too_many_are_refused():
+    for written, read in ((COUNTED, None), (None, COUNTED)):
+        encoded = encode_states(STATE_KEYS, states(written is not None), state_spec(counters=written))
+        with pytest.raises(RecordError, match="counters"):
+            decode_states(encoded, STATE_KEYS, state_spec(counters=read))
+
+
+def test_another_generation_changes_only_its_number():
+    spec, whole = state_spec(), states()
+    moved = restamp_states(encode_states(STATE_KEYS, whole, spec), 9)
+    assert moved == encode_states(STATE_KEYS, whole, dataclasses.replace(spec, generation=9))
+    assert restamp_states([], 9) == []
+
+
+def events(count: int, seed: int = 0):
+    random = np.random.default_rng(seed)
+    keys = random.integers(0, 1 << 64, count, dtype=np.uint64)
+    times = random.integers(-(1 << 63), (1 << 63) - 1, count)
+    return keys, times, random.integers(0, 256, count).astype(np.uint8)
+
+
+@pytest.mark.parametrize("count", [0, 1, _CHUNK - 1, _CHUNK, _CHUNK + 1])
+def test_equals_xxhash_over_the_17_bytes(count):
+    keys, times, actions = events(count)
+    expected = [
+        xxhash.xxh3_64_intdigest(struct.pack("<QqB", *event))
+        for event in zip(keys.tolist(), times.tolist(), actions.tolist(), strict=True)
+    ]
+    assert event_digests(keys, times, actions).tolist() == expected
+
+
+def test_extreme_values_equal_xxhash():
+    edges = [0, 1, (1 << 32) - 1, 1 << 32, (1 << 64) - 1]
+    for key in edges:
+        for time in (-(1 << 63), -1, 0, (1 << 63) - 1):
+            for action in (0, 255):
+                digests = event_digests(
+                    np.array([key], dtype=np.uint64), np.array([time]), np.array([action], dtype=np.uint8)
+                )
+                assert int(digests[0]) == xxhash.xxh3_64_intdigest(struct.pack("<QqB", key, time, action))
+
+
+def test_pinned_value():
+    times, actions = np.array([1000, 2000]), np.array([0, 1], dtype=np.uint8)
+    digest = history_digests(item_keys([7, 8]), times, actions, np.array([0, 2]))
+    first, second = struct.pack("<qqB", 7, 1000, 0), struct.pack("<qqB", 8, 2000, 1)
+    assert digest.tolist() == [(xxhash.xxh3_64_intdigest(first) + xxhash.xxh3_64_intdigest(second)) % (1 << 64)]
+
+
+def test_digests_are_sums_independent_of_order():
+    keys, times, actions = events(50)
+    offsets = np.array([0, 0, 20, 20, 50, 50])
+    digests = history_digests(keys, times, actions, offsets)
+    assert digests[[0, 2, 4]].tolist() == [0, 0, 0]
+    whole = history_digests(keys, times, actions, np.array([0, 50]))
+    assert (int(digests[1]) + int(digests[3])) % (1 << 64) == int(whole[0])
+    order = np.random.default_rng(1).permutation(50)
+    shuffled = history_digests(keys[order], times[order], actions[order], np.array([0, 50]))
+    assert shuffled.tolist() == whole.tolist()
+
+
+def test_any_changed_field_changes_the_digest():
+    keys, times, actions = events(3)
+    before = event_digests(keys, times, actions)
+    assert (before != event_digests(keys + np.uint64(1), times, actions)).all()
+    assert (before != event_digests(keys, times ^ 1, actions)).all()
+    assert (before != event_digests(keys, times, actions ^ 1)).all()
+
+
+def test_item_keys():
+    assert item_keys([-1, 2]).tolist() == [(1 << 64) - 1, 2]
+    assert item_keys(["é"]).tolist() == [xxhash.xxh3_64_intdigest("é".encode())]
+    assert item_keys(np.array(["a", "b"])).tolist() == item_keys(np.array(["a", "b"], dtype=object)).tolist()
+    assert len(item_keys([])) == 0
+    for bad in ([1.5], np.array([None], dtype=object), [b"a"]):
+        with pytest.raises(TypeError, match="integers or strings"):
+            item_keys(bad)
+
+
+def test_lengths_must_match():
+    with pytest.raises(ValueError, match="differ in length"):
+        event_digests(np.zeros(2, np.uint64), np.zeros(1, np.int64), np.zeros(2, np.uint8))

@@ -1,24 +1,36 @@
-"""Authentication codes: without the key, nobody can make, change or move a record."""
+"""Who can forge, read and write: authentication codes of records, modes of files and folders, other accounts."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import pickle
+import stat
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import xxhash
 
 from tests.record_reference import decode_record_reference
+from tests.store.conftest import KEY, write_generations
 from vista.config.choices import Codec
 from vista.errors import ConfigError, RecordError, StoreError
 from vista.store import NO_TIMESTAMP, StoreReader, Tail, UserSummaries, encode_records, user_keys
+from vista.store.admin.copying import copy_generation
+from vista.store.admin.rollback import roll_back
+from vista.store.admin.store_compaction import compact_store
+from vista.store.admin.store_stats import store_stats
+from vista.store.admin.verification import verify_store
 from vista.store.format.authentication import KEY_VARIABLE, key_id, read_key
 from vista.store.format.record import decode_rows, read_records
 from vista.store.format.record_spec import RecordSpec
+from vista.store.layout import environment_path
 
-KEY, OTHER = bytes(range(32)), bytes(32)
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+OTHER = bytes(32)
 SPEC = RecordSpec(bytes(32), 7, 2, 4, Codec.int8, key=KEY)
 USERS = ["a", "ab"]
 
@@ -134,3 +146,107 @@ def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
         read_key(None)
     with pytest.raises(ConfigError, match="No such file"):
         read_key(str(tmp_path / "none"))
+
+
+@pytest.fixture(params=[0, 0o022, 0o077, 0o777], ids=lambda mask: f"umask-{mask:03o}")
+def umask(request):
+    before = os.umask(request.param)
+    yield
+    os.umask(before)
+
+
+def modes(root: Path) -> dict[str, int]:
+    return {str(path.relative_to(root)): stat.S_IMODE(path.stat().st_mode) for path in [root, *root.rglob("*")]}
+
+
+FOLDERS = {".", "gen-1", "gen-1/summary", "gen-2", "gen-2/summary"}
+LOCKS = {"gen-1/summary/lock.mdb", "gen-2/summary/lock.mdb"}
+FILES = {"CURRENT", "LAST", "gen-1/summary/data.mdb", "gen-2/summary/data.mdb"}
+
+
+def two_generations(root, **options):
+    write_generations(root, **options)
+    StoreReader.open(root).close()
+
+
+def test_a_store_is_private(tmp_path, build, umask):
+    root = tmp_path / "store"
+    two_generations(root)
+    assert modes(root) == dict.fromkeys(FOLDERS, 0o700) | dict.fromkeys(
+        FILES | LOCKS | {"erase.lock", "writer.lock"}, 0o600
+    )
+
+
+def test_a_store_for_a_group(tmp_path, build, umask):
+    root = tmp_path / "store"
+    two_generations(root, shared_with_group=True)
+    expected = dict.fromkeys(FOLDERS, 0o2750) | dict.fromkeys(FILES, 0o640) | dict.fromkeys(LOCKS, 0o660)
+    assert modes(root) == expected | {"erase.lock": 0o600, "writer.lock": 0o600}
+
+
+def test_a_store_becomes_shared_and_private_again(tmp_path, build):
+    root = tmp_path / "store"
+    two_generations(root)
+    private = modes(root)
+    build.open_writer(root, run_digest="log-2", shared_with_group=True).close()
+    shared = modes(root)
+    assert shared["."] == 0o2750 and shared["CURRENT"] == 0o640 and shared["gen-1/summary/lock.mdb"] == 0o660
+    (environment_path(root, 2) / "lock.mdb").unlink()  # The next reader recreates it with the same mode.
+    StoreReader.open(root).close()
+    assert modes(root) == shared
+    build.open_writer(root, run_digest="log-2").close()
+    assert {name: mode for name, mode in modes(root).items() if not name.startswith("gen-3")} == private
+
+
+def test_a_folder_with_other_contents_keeps_its_mode(tmp_path, build):
+    tmp_path.chmod(0o755)
+    (tmp_path / "notes.txt").write_text("mine")
+    build.write_store(tmp_path)
+    after = modes(tmp_path)
+    assert after["."] == 0o755 and after["gen-1"] == 0o700 and after["CURRENT"] == 0o600
+
+
+def test_another_account_reads_a_store_of_its_group_and_no_other(build, as_other_account):
+    def read() -> Any:
+        with StoreReader.open(root) as store:
+            return store.get_many([3]).found.tolist()
+
+    root = as_other_account.folder / "store"
+    root.mkdir()
+    os.chown(root, -1, as_other_account.group)
+    two_generations(root, shared_with_group=True)
+    assert as_other_account(read) == [True]
+    (environment_path(root, 2) / "lock.mdb").chmod(0o640)
+    assert "Readers also need write access to lock.mdb" in str(as_other_account(read))
+    (environment_path(root, 2) / "lock.mdb").unlink()  # which it cannot recreate either
+    assert "Readers also need write access to lock.mdb" in str(as_other_account(read))
+    build.write_store(root, run_digest="log-3")
+    error = as_other_account(read)
+    assert isinstance(error, StoreError) and "permission" in str(error).lower()
+
+
+def test_another_account_cannot_write_and_is_told_what_to_do(build, as_other_account):
+    root = as_other_account.folder / "store"
+    root.mkdir()
+    os.chown(root, -1, as_other_account.group)
+    two_generations(root, shared_with_group=True)
+
+    def forms() -> dict[Path, tuple[int, ...]]:
+        paths = [path for path in root.rglob("*") if path.name != "lock.mdb"]
+        return {path: (path.stat().st_mode, path.stat().st_size, path.stat().st_ctime_ns) for path in paths}
+
+    before = forms()
+    for act in (
+        lambda: build.open_writer(root, run_digest="log-3"),
+        lambda: build.open_writer(root, run_digest="log-3", shared_with_group=True),
+        lambda: compact_store(root),
+        lambda: roll_back(root),
+        lambda: copy_generation(root, as_other_account.folder / "target"),
+    ):
+        error = as_other_account(act)
+        assert isinstance(error, StoreError) and "cannot be written" in str(error) and "permissions" in str(error), (
+            error
+        )
+    assert before == forms()
+    assert as_other_account(lambda: verify_store(root).num_problems) == 0
+    assert "gen-2 is published" in as_other_account(lambda: str(store_stats(root)))

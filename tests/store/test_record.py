@@ -1,3 +1,5 @@
+"""Records: their bytes, codecs, and keys; round trips, and refusals of what is damaged, foreign or too large."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -5,6 +7,7 @@ import struct
 
 import numpy as np
 import pytest
+import torch
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,9 +15,10 @@ from hypothesis.extra import numpy as hnp
 
 from tests.record_reference import decode_record_reference, error_bound
 from vista.config.choices import Codec
-from vista.errors import RecordError
+from vista.errors import RecordError, StoreError, UserKeyError
 from vista.log.gaps import NO_TIMESTAMP
-from vista.store.format.keys import user_keys
+from vista.store.format.codecs import dequantize_rows, quantize_rows
+from vista.store.format.keys import MAX_KEY_BYTES, user_id, user_key, user_keys
 from vista.store.format.record import decode_rows, encode_records, read_records
 from vista.store.format.record_spec import HEADER, HEADER_BYTES, MAX_RECORD_BYTES, RecordSpec
 from vista.store.format.tail_column import TailColumn
@@ -51,7 +55,6 @@ TAILS = {
     "plain": (SPEC, TAIL),
     "with features": (dataclasses.replace(SPEC, tail_columns=COLUMNS), dataclasses.replace(TAIL, features=FEATURES)),
 }
-
 GOLDEN_HEADER = (
     "5653554d"  # magic "VSUM"
     "0300"  # format version
@@ -196,55 +199,11 @@ def test_features_of_a_user_that_no_writer_stores_are_refused(place, content, me
         read_records([with_checksum(record)], user_keys(USERS[:1]), spec)
 
 
-def test_users_with_other_features_are_refused():
-    spec = dataclasses.replace(SPEC, user_columns=USER_COLUMNS)
-    for features in ({}, {"age": USER_FEATURES["age"]}, USER_FEATURES | {"age": USER_FEATURES["age"][:1]}):
-        with pytest.raises(ValueError, match=r"features of users: expected \['region', 'city', 'age'\] of 2 users"):
-            encode(spec, features=features)
-    with pytest.raises(RecordError, match=r"length"):
-        read_records(encode(spec, features=USER_FEATURES), user_keys(USERS), SPEC)
-
-
 def test_golden_checksum_is_xxh3_of_the_rest():
     for golden in (*GOLDEN.values(), GOLDEN_FEATURES):
         assert with_checksum(bytearray.fromhex(golden)).hex() == golden
     key_hash = struct.unpack_from("<Q", bytes.fromhex(GOLDEN_INT8), 64)[0]
     assert key_hash == xxhash.xxh3_64_intdigest(bytes.fromhex("7569800000000000002a"))
-
-
-def test_header_offsets_match_the_documentation():
-    offsets = {name: HEADER.fields[name][1] for name in HEADER.names}
-    assert offsets == {
-        "magic": 0,
-        "format_version": 4,
-        "header_length": 6,
-        "flags": 8,
-        "codec": 12,
-        "tokens": 14,
-        "dim": 16,
-        "scale_dtype": 18,
-        "payload_length": 20,
-        "generation": 24,
-        "summarizer_id": 32,
-        "key_hash": 64,
-        "created_at": 72,
-        "last_event_ts": 80,
-        "event_count": 88,
-        "applied_segment": 96,
-        "history_digest": 104,
-        "tail_length": 112,
-        "counters_length": 116,
-        "checksum": 120,
-    }
-
-
-def test_reference_decoder_reads_the_golden_bytes():
-    fields = decode_record_reference(bytes.fromhex(GOLDEN_INT8))
-    np.testing.assert_allclose(fields["summary"], SUMMARY[0], atol=1 / 255)
-    assert fields["items"].tolist() == [9, 1]
-    assert fields["times"].tolist() == [-1, 1 << 40]
-    assert fields["actions"].tolist() == [0, 255]
-    assert (fields["generation"], fields["event_count"], fields["created_at"]) == (7, 2, 1_700_000_000_123)
 
 
 LARGEST = {Codec.float32: 2.0**100, Codec.int8: 2.0**100, Codec.float16: 65504.0, Codec.int4: 32752.0}
@@ -359,35 +318,6 @@ def test_large_records_are_refused_when_written_and_when_read():
         read_records([large], user_keys(USERS[:1]), SPEC)
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 5), (2, 3, 4), (1, 2, 4), (2, 8)])
-def test_wrong_shapes_are_refused(shape):
-    with pytest.raises(ValueError, match="summary must be"):
-        encode(summary=np.zeros(shape, np.float32))
-
-
-def test_inconsistent_tails_are_refused():
-    with pytest.raises(ValueError, match="tail"):
-        encode(tail=dataclasses.replace(TAIL, offsets=np.array([0, 2])))
-    with pytest.raises(ValueError, match="tail"):
-        encode(tail=dataclasses.replace(TAIL, times=TAIL.times[:1]))
-    with pytest.raises(ValueError, match="tail"):
-        encode(tail=dataclasses.replace(TAIL, offsets=np.array([0, 1, 1])))
-
-
-def test_tails_with_other_features_are_refused():
-    spec, tail = TAILS["with features"]
-    with pytest.raises(
-        ValueError, match=r"features are \[\], but records of this store hold \['surface', 'page', 'dwell'"
-    ):
-        encode(spec)
-    with pytest.raises(
-        ValueError, match=r"features are \['surface', 'page', 'dwell'\], but records of this store hold \[\]"
-    ):
-        encode(tail=tail)
-    with pytest.raises(ValueError, match="lengths"):
-        encode(spec, tail=dataclasses.replace(tail, features=FEATURES | {"page": FEATURES["page"][:1]}))
-
-
 def test_a_stored_category_beyond_its_size_is_refused():
     spec, tail = TAILS["with features"]
     records = encode(spec, tail=tail)
@@ -402,17 +332,6 @@ def test_an_infinite_number_of_an_event_is_refused():
     tail = dataclasses.replace(tail, offsets=np.array([0, 1, 2]), features=features)
     with pytest.raises(RecordError, match=r"user -5 .*feature 'dwell' is -inf, expected a finite number"):
         read_records(encode(spec, tail=tail), user_keys(USERS), spec)
-
-
-@pytest.mark.parametrize("field", HEADER.names)
-def test_every_flipped_header_field_is_detected(field):
-    records, keys = encode(), user_keys(USERS)
-    offset, width = HEADER.fields[field][1], HEADER[field].itemsize
-    for position in (offset, offset + width - 1):
-        bad = bytearray(records[0])
-        bad[position] ^= 0x10
-        with pytest.raises(RecordError, match=r"user 42"):
-            read_records([bytes(bad), records[1]], keys, SPEC)
 
 
 FREE_FIELDS = {"created_at", "last_event_ts", "event_count", "applied_segment", "history_digest", "checksum"}
@@ -474,40 +393,85 @@ def test_read_arrays_outlive_and_do_not_alias_the_values():
     assert raw.tail.items.flags.writeable and raw.rows.flags.writeable
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 3])
-@pytest.mark.parametrize("alike", [True, False])
-def test_tails_are_aligned_arrays_of_their_own(count, alike):
-    lengths = np.full(count, 3) if alike else 3 + 2 * np.arange(count)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    values = np.arange(offsets[-1])
-    features = {"surface": values % 255, "page": values % 256, "dwell": values.astype(np.float32)}
-    tail = Tail(values.astype(np.int32), values + (1 << 40), values.astype(np.uint8), offsets, features)
-    spec, keys, zeros = (
-        dataclasses.replace(SPEC, codec=Codec.int8, tail_columns=COLUMNS),
-        user_keys(list(range(count))),
-        np.zeros(count, np.int64),
-    )
-    summary = np.random.default_rng(0).standard_normal((count, spec.num_tokens, spec.dim)).astype(np.float32)
-    digests = zeros.astype(np.uint64)
-    users = UserSummaries(
-        keys=keys, summary=summary, tail=tail, event_count=zeros, last_event_ts=zeros, history_digest=digests
-    )
-    records = encode_records(users, spec)
-    raw = read_records(records, keys, spec)
-    assert raw.rows.shape == (count, spec.rows_bytes) and decode_rows(raw, spec).shape == summary.shape
-    for name in ("items", "times", "actions", "offsets"):
-        column = getattr(raw.tail, name)
-        np.testing.assert_array_equal(column, getattr(tail, name))
-        assert column.flags.aligned and column.flags.c_contiguous and column.flags.writeable
-        assert not np.shares_memory(column, raw.rows)
-    for name, column in raw.tail.features.items():
-        np.testing.assert_array_equal(column, features[name])
-        assert column.flags.aligned and column.flags.c_contiguous and not np.shares_memory(column, raw.rows)
+def test_quantized_rows_are_fbgemm_rows():
+    rows = np.random.default_rng(0).standard_normal((50, 16)).astype(np.float32)
+    packed = quantize_rows(rows, Codec.int8)
+    scale, bias = packed[:, 16:].copy().view("<f4").T
+    np.testing.assert_array_equal(bias, rows.min(axis=1))
+    np.testing.assert_array_equal(scale, np.ptp(rows, axis=1) / np.float32(255))
+    np.testing.assert_allclose(dequantize_rows(packed, Codec.int8, 16), rows, atol=float(scale.max()) * 0.501)
 
 
-def test_a_spec_refuses_values_that_do_not_fit_the_header():
-    with pytest.raises(ValueError, match="32 bytes"):
-        dataclasses.replace(SPEC, summarizer_id=b"short")
-    for change in ({"num_tokens": 1 << 16}, {"dim": 0}, {"dim": 1 << 16}):
-        with pytest.raises(ValueError, match="num_tokens must lie"):
-            dataclasses.replace(SPEC, **change)
+@pytest.mark.parametrize("dim", [1, 2, 3, 16, 31])
+def test_four_bit_rows_are_fbgemm_rows(dim):
+    rows = np.random.default_rng(0).standard_normal((50, dim)).astype(np.float32)
+    packed = quantize_rows(rows, Codec.int4)
+    width = (dim + 1) // 2
+    assert packed.shape == (50, width + 4)
+    scale, bias = packed[:, width:].copy().view("<f2").T
+    np.testing.assert_array_equal(bias, rows.min(axis=1).astype(np.float16))
+    steps = (rows.max(axis=1) - bias.astype(np.float32)) / np.float32(15)
+    np.testing.assert_array_equal(scale, np.where(steps == 0, 1, steps).astype(np.float16))
+    if dim % 2:  # The unused half of the last byte is zero, so that equal rows have equal bytes.
+        assert (packed[:, width - 1] < 16).all()
+    else:
+        fbgemm = torch.ops.quantized.embedding_bag_4bit_prepack(torch.from_numpy(rows)).numpy()
+        np.testing.assert_array_equal(packed, fbgemm)
+    bound = error_bound(Codec.int4, rows)
+    assert (np.abs(dequantize_rows(packed, Codec.int4, dim) - rows) <= bound).all()
+
+
+int64 = st.integers(-(1 << 63), (1 << 63) - 1)
+
+
+def test_golden_bytes_of_keys():
+    assert user_key(0).hex() == "7569" + "8000000000000000"
+    assert user_key(-1).hex() == "7569" + "7fffffffffffffff"
+    assert user_key(258).hex() == "7569" + "8000000000000102"
+    assert user_key("é1") == b"us\xc3\xa91"
+
+
+@given(st.lists(int64, max_size=20))
+def test_integer_keys_sort_like_their_ids_and_round_trip(ids):
+    keys = user_keys(ids)
+    assert [user_id(key) for key in sorted(keys)] == sorted(ids)
+    assert keys == [user_key(number) for number in ids] == user_keys(np.array(ids, dtype=np.int64))
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=100))
+def test_string_keys_round_trip(text):
+    assert user_id(user_key(text)) == text
+
+
+def test_other_array_types_give_the_same_keys():
+    assert user_keys(np.array([1, 2], dtype=np.uint8)) == user_keys([1, 2]) == user_keys([np.int32(1), 2])
+    assert user_keys(np.array(["a", "bc"])) == user_keys(["a", "bc"]) == user_keys(np.array(["a", "bc"], dtype=object))
+    assert user_keys([]) == user_keys(np.array([], dtype=np.int64)) == []
+
+
+@pytest.mark.parametrize(
+    ("ids", "named"),
+    [
+        (["a" * (MAX_KEY_BYTES - 1)], "510 bytes"),
+        (["é" * 300], "600 bytes"),
+        ([1 << 63], "does not fit int64"),
+        ([1, -(1 << 63) - 1], "does not fit int64"),
+        (np.array([1 << 63], dtype=np.uint64), "does not fit int64"),
+        ([1.5], "float"),
+        ([True], "bool"),
+        ([b"a"], "bytes"),
+        ([None], "NoneType"),
+        (["\ud800"], "UTF-8"),
+        (np.zeros((1, 1), dtype=np.int64), "one-dimensional"),
+    ],
+)
+def test_invalid_ids_are_refused(ids, named):
+    with pytest.raises(UserKeyError, match=named) as error:
+        user_keys(ids)
+    assert isinstance(error.value, StoreError)
+
+
+@pytest.mark.parametrize("key", [b"", b"u", b"ui123", b"!cursor", b"us\xff"])
+def test_other_bytes_have_no_user_id(key):
+    with pytest.raises(UserKeyError):
+        user_id(key)
