@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -18,6 +19,7 @@ import polars as pl
 import pytest
 
 from tests.faults.nursery import Say
+from tests.log.conftest import PARSER
 from vista.cli.refresh_commands import run_watch
 from vista.config import SourceConfig, WatchConfig
 from vista.config.choices import Arrival, Codec, OnBadRows
@@ -66,7 +68,8 @@ def config_of(folder: Path) -> WatchConfig:
 
 
 @pytest.fixture
-def watched(tmp_path, grow):
+def watched(tmp_path, grow, monkeypatch):
+    monkeypatch.setattr("vista.refresh.watch.SourceParser", lambda: nullcontext(PARSER))
     log = grow.append(tmp_path / "log", grow.events({1: 7, 2: 7}))
     model = grow.model()
     model.save_pretrained(tmp_path / "model")
@@ -245,7 +248,7 @@ def watch_folder(say: Say, folder: str) -> None:
 
 
 def test_a_killed_watch_of_a_folder_resumes(tmp_path, grow, watched, nursery):
-    """SIGKILL at any time, and while a segment is applied: after the next look, every event has entered exactly once."""
+    """SIGKILL at any time, and while a segment is applied: after the next look, each event has entered exactly once."""
     rng, total = np.random.default_rng(0), 14
     for turn in range(2):
         arrive(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,9 +42,10 @@ def shared_server() -> Iterator[ValkeyServer]:
 
 @pytest.fixture
 def server(shared_server: ValkeyServer) -> ValkeyServer:
-    """The shared server, empty. A test may kill and restart it, but must not change its configuration."""
+    """The shared server, empty. A test may kill it, but must not restart it or change its configuration."""
     assert shared_server.process is not None
     if shared_server.process.poll() is not None:
+        shutil.rmtree(shared_server.folder / "appendonlydir")  # It would take a while to load.
         shared_server.start()
     shared_server.command("FLUSHALL")
     return shared_server

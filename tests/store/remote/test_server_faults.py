@@ -212,7 +212,8 @@ def test_a_lock_that_never_expires_is_refused(server, build):
         build.open_writer(server.url(), run_digest="log-2")
 
 
-def test_a_server_that_is_killed_and_restarted_during_a_refresh(server, build):
+def test_a_server_that_is_killed_and_restarted_during_a_refresh(start_server, build):
+    server = start_server("--appendonly", "yes", "--appendfsync", "always")
     url = server.url()
     build.write_store(url)
     reader = StoreReader.open(url)
