@@ -12,6 +12,7 @@ import pytest
 
 from tests.faults.nursery import Say
 from tests.log.conftest import PARSER
+from tests.store.conftest import found
 from vista.cli.store_commands import run_store_erase
 from vista.config import StoreEraseConfig
 from vista.config.choices import StateDtype
@@ -190,8 +191,7 @@ def test_from_the_command_line(tmp_path, grow):
         config.users, config.data = users, str(data)
         with pytest.raises(VistaError):
             run_store_erase(config)
-        with StoreReader.open(tmp_path / "store") as store:
-            assert store.get_many([5]).found.all()
+        assert all(found(tmp_path / "store", [5]))
     config.users, config.data = [], None
     with pytest.raises(ConfigError, match="users: name at least one"):
         run_store_erase(config)

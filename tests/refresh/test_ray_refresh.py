@@ -168,17 +168,6 @@ def test_a_batch_whose_actors_die_ends_the_run_which_resumes(running_ray, made, 
     assert contents(tmp_path / "store") == contents(made.local)
 
 
-@pytest.mark.research
-@pytest.mark.timeout(1200)
-def test_many_kills_lose_nothing(running_ray, made, tmp_path, monkeypatch):
-    options = RefreshOptions(users_per_batch=1, tokens_per_batch=64)
-    kills = Kills(monkeypatch, set(range(3, 61, 3)))
-    refresh(made.model, made.log, tmp_path / "store", options=options, engine=engine(made), created_at=NOW)
-    refresh(made.model, made.log, tmp_path / "local", options=options, created_at=NOW)
-    assert kills.killed >= 10
-    assert contents(tmp_path / "store") == contents(tmp_path / "local")
-
-
 def test_a_batch_that_ray_loses_is_not_a_death(made, monkeypatch):
     def get(reference: Any) -> None:
         raise ray.exceptions.ObjectLostError("ab" * 28, None, "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import random
@@ -26,7 +25,7 @@ from vista.cli.refresh_commands import run_refresh
 from vista.cli.score_command import run_score
 from vista.config import ModelConfig, RefreshConfig, ScoreConfig, SourceColumns
 from vista.config.choices import Codec, Decay, OnMissing, Precision, StateDtype
-from vista.errors import ConfigError, RecordError, StoreError, StoreLockedError, UnknownUserError, UserKeyError
+from vista.errors import ConfigError, RecordError, StoreError, UnknownUserError, UserKeyError
 from vista.log.event_log import EventLog
 from vista.log.splits import visible_counts
 from vista.model import inference
@@ -36,7 +35,6 @@ from vista.refresh.stage_clock import STAGES
 from vista.scorer import Scorer
 from vista.store import NO_TIMESTAMP, StoreReader, StoreWriter
 from vista.store.format.digest import event_digests, item_keys
-from vista.store.reader import published_manifest
 from vista.store.stored_batch import CLOCK_SKEW_MS
 from vista.training.log_schema import schema_of
 
@@ -268,15 +266,6 @@ def test_a_log_that_the_model_would_misread_is_refused(event_log, order_log, tmp
     refresh(new_model(event_log, use_time=False), log, tmp_path / "store")
     with pytest.raises(ConfigError, match="has no times; use leave-last-out"):
         refresh(new_model(order_log), order_log, tmp_path / "store", until="2020-01-01")
-
-
-def test_a_second_writer_is_refused_at_once(event_log, tmp_path):
-    model = new_model(event_log)
-    refresh(model, event_log, tmp_path / "store")
-    other = dataclasses.replace(published_manifest(tmp_path / "store"), run_digest="other")
-    with StoreWriter.open(tmp_path / "store", other), pytest.raises(StoreLockedError):
-        refresh(model, event_log, tmp_path / "store")
-    assert refresh(model, event_log, tmp_path / "store").resumed_at == 0
 
 
 def test_refresh_while_a_scorer_is_open(served, tmp_path):

@@ -227,6 +227,7 @@ def test_a_killed_watch_of_a_topic_resumes(tmp_path, grow, kafka, streamed, nurs
         assert store.manifest.applied_segment == EventLog.open(streamed.data).last_segment
 
 
+@pytest.mark.nightly
 def test_a_broker_that_is_gone_and_comes_back(tmp_path, grow, kafka, streamed):
     first, second = (grow.events({1: 4}, grow.start + hours * grow.hour, seed=hours) for hours in (500, 950))
     kafka.send_events(TOPIC, first)
@@ -250,7 +251,7 @@ def test_the_command_retries_while_the_broker_is_gone(tmp_path, grow, kafka, str
     frame = grow.events({1: 4}, grow.start + 500 * grow.hour)
     kafka.send_events(TOPIC, frame)
     kafka.set_down()
-    streamed.stream.max_s = 5.0
+    streamed.stream.max_s = 2.0
     pauses = []
 
     def sleep(seconds: float) -> None:
@@ -401,11 +402,11 @@ class Changed:
         return self._methods.get(name) or getattr(self._inner, name)
 
 
-def reader_of(kafka: MockKafka) -> Any:
+def reader_of(kafka: MockKafka, max_s: float = 20.0) -> Any:
     """A reader of a topic with one message in each of two partitions."""
     from vista.log.ingest.kafka.kafka_reader import KafkaReader
 
-    reader = KafkaReader(kafka.create(TOPIC), StreamConfig(max_s=20.0))
+    reader = KafkaReader(kafka.create(TOPIC), StreamConfig(max_s=max_s))
     for partition in (0, 1):
         kafka.send(TOPIC, [b"{}"], partition)
     return reader
@@ -414,7 +415,7 @@ def reader_of(kafka: MockKafka) -> Any:
 def test_errors_of_one_partition_are_reported_while_others_continue(kafka, caplog):
     from confluent_kafka import KafkaError
 
-    reader = reader_of(kafka)
+    reader = reader_of(kafka, max_s=2.0)  # It waits so long for the other partition.
     consumer = reader._consumer
     lost = KafkaError(KafkaError.INVALID_MSG, "a corrupt message")
 

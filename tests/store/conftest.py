@@ -19,7 +19,7 @@ from tests.faults.nursery import Nursery
 from vista.counters.counter_codes import CounterCodes
 from vista.counters.counter_spec import CounterSpec
 from vista.errors import StoreError
-from vista.store import Manifest, RecordSpec, StoreWriter, Tail, UserSummaries, encode_records, user_keys
+from vista.store import Manifest, RecordSpec, StoreReader, StoreWriter, Tail, UserSummaries, encode_records, user_keys
 from vista.store.admin.generation_reader import open_generation
 from vista.store.format.counter_layout import CounterLayout
 from vista.store.format.tail_column import TailColumn
@@ -136,6 +136,13 @@ def records(root: Path, generation: int | None = None, key: bytes | None = None)
     """Keys and records of a generation, by default the published one."""
     with open_generation(root, read_current(root) if generation is None else generation, key) as reader:
         return dict(pair for batch in reader.batches() for pair in zip(*batch, strict=True))
+
+
+def found(store: str | Path, users: Any, **options: Any) -> list[bool]:
+    """Which of these users the published generation has a record of."""
+    with StoreReader.open(store, **options) as reader:
+        answer: list[bool] = reader.get_many(users).found.tolist()
+        return answer
 
 
 def damage_record(root: Path, generation: int, user: int) -> bytes:

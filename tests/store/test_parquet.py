@@ -17,7 +17,7 @@ import xxhash
 
 from tests.log.conftest import PARSER
 from tests.log.ingest.source_mutations import mutated
-from tests.store.conftest import damage_record, records
+from tests.store.conftest import damage_record, found, records
 from vista.config.choices import Codec
 from vista.errors import RecordError, StoreError
 from vista.store import NO_TIMESTAMP, StoreReader, Tail, UserSummaries, encode_records, user_keys
@@ -168,8 +168,7 @@ def test_an_edited_export_is_refused(tmp_path, build, change, named):
     with pytest.raises(StoreError, match=named):
         import_store(file, tmp_path / "target", parser=PARSER)
     assert list_generations(tmp_path / "target") == [1] and not list((tmp_path / "target").glob(".*"))
-    with StoreReader.open(tmp_path / "target") as store:
-        assert store.get_many(range(40)).found.all()
+    assert all(found(tmp_path / "target", range(40)))
     assert build.write_store(tmp_path / "target", run_digest="log-2").generation == 2
 
 

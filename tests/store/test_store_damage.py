@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import xxhash
 
+from tests.store.conftest import found
 from vista.counters.counter_spec import CounterSpec
 from vista.errors import RecordError, StoreError, StoreWriteError
 from vista.store import StoreReader, user_keys
@@ -86,8 +87,7 @@ def test_a_missing_lock_file_is_recreated(tmp_path, build):
     lock = environment_path(tmp_path, 1) / "lock.mdb"
     lock.unlink()
     (tmp_path / "writer.lock").unlink()
-    with StoreReader.open(tmp_path) as store:
-        assert store.get_many(range(40)).found.all()
+    assert all(found(tmp_path, range(40)))
     assert lock.stat().st_mode & 0o777 == 0o600
     assert build.write_store(tmp_path, run_digest="log-2").generation == 2
 
@@ -99,8 +99,7 @@ def test_a_lock_that_is_a_folder(tmp_path, build):
     for act in (lambda: build.open_writer(tmp_path), lambda: compact_store(tmp_path), lambda: roll_back(tmp_path)):
         with pytest.raises(StoreError, match=r"cannot be written: .*Is a directory"):
             act()
-    with StoreReader.open(tmp_path) as store:
-        assert store.get_many([1]).found.all()
+    assert all(found(tmp_path, [1]))
 
 
 @pytest.mark.parametrize(
@@ -201,8 +200,7 @@ def test_lmdb_without_a_lock_file(tmp_path, build, monkeypatch):
     monkeypatch.setattr(
         "vista.store.lmdb.data_file.lmdb.open", lambda *a, **options: lmdb_open(*a, **options, lock=False)
     )
-    with StoreReader.open(tmp_path) as store:
-        assert store.get_many(range(40)).found.all()
+    assert all(found(tmp_path, range(40)))
     assert not (environment_path(tmp_path, 1) / "lock.mdb").exists()
 
 
@@ -218,8 +216,7 @@ def test_a_file_that_cannot_be_extended(tmp_path, build, monkeypatch):
         with pytest.raises(StoreWriteError, match=r"cannot be written: .*Input/output error"):
             erase(tmp_path, users[:570])
     erase(tmp_path, users[:570])
-    with StoreReader.open(tmp_path) as store:
-        assert store.get_many(users).found.tolist() == [False] * 570 + [True] * 30
+    assert found(tmp_path, users) == [False] * 570 + [True] * 30
     assert verify_store(tmp_path).num_problems == 0
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import xxhash
 
+from tests.store.conftest import found
 from vista.errors import ConfigError, StoreError, StoreWriteError
 from vista.refresh.refresh_progress import RefreshProgress
 from vista.store import StoreReader, StoreWriter, Tail, UserSummaries, encode_records, user_keys
@@ -357,8 +358,7 @@ def test_a_served_generation_that_lost_its_states_is_read_and_erased_from_but_no
     with pytest.raises(StoreError, match=r"gen-1/state: the states .* are missing; run a full refresh"):
         build.update(tmp_path, range(4), 1)
     assert erase(tmp_path, [3]) == 1
-    with StoreReader.open(tmp_path) as store:
-        assert store.get_many([2, 3]).found.tolist() == [True, False]
+    assert found(tmp_path, [2, 3]) == [True, False]
     write_states(build, tmp_path, salt=1)
     assert verify_store(tmp_path).records == {1: 39, 2: 39}
 

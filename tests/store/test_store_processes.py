@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from tests.forked_child import in_child
+from tests.store.conftest import found
 from vista.errors import StoreError, StoreLockedError
 from vista.store import StoreReader
 from vista.store.layout import generation_path, list_generations
@@ -235,8 +236,7 @@ def test_a_limited_address_space_gets_a_smaller_map(tmp_path, build):
     count, messages = in_child(limited)
     assert count == 40
     assert any("the address space is limited" in message for message in messages)
-    with StoreReader.open(tmp_path) as store:
-        assert store.get_many(range(40)).found.all()
+    assert all(found(tmp_path, range(40)))
 
 
 def test_a_lack_of_address_space_is_reported(tmp_path, build):

@@ -257,12 +257,6 @@ def test_a_writer_refuses_a_decreasing_cursor(tmp_path, build):
         writer.put_batch([], [], 16)
 
 
-def test_a_path_that_cannot_be_written(tmp_path, build):
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(StoreError, match=r"cannot be written.*check free space, the path"):
-        build.open_writer(tmp_path / "file" / "store")
-
-
 def test_a_full_map_is_reported_and_earlier_batches_stay(tmp_path, build):
     with build.open_writer(tmp_path, total_users=2000):
         pass

@@ -17,6 +17,7 @@ import pytest
 import xxhash
 
 from tests.faults.disk_images import File
+from tests.store.conftest import found
 from vista.errors import StoreLockedError, StoreWriteError
 from vista.store import RecordSpec, StoreReader, StoreWriter, locked_folder, locks, user_keys
 from vista.store.admin.rollback import roll_back
@@ -121,8 +122,7 @@ def test_a_publication_finishes_an_erasure_that_was_killed_after_its_tombstone(t
         with locks.erasure_lock(tmp_path):
             Tombstones(tmp_path).add(user_keys([7]))
         writer.publish()
-    with StoreReader.open(tmp_path) as store:
-        assert store.get_many([7, 8]).found.tolist() == [False, True]
+    assert found(tmp_path, [7, 8]) == [False, True]
     roll_back(tmp_path)
     with StoreReader.open(tmp_path) as store:
         assert store.generation == 1 and store.get_many([7, 8]).found.tolist() == [False, True]
@@ -141,8 +141,7 @@ def test_a_failed_erasure_is_reported_and_can_be_repeated(tmp_path, build, monke
         with pytest.raises(StoreWriteError, match=r"these users may not have been erased: check the disk"):
             erase(tmp_path, [7])
     assert polled.erased(user_keys([7])) == [False]
-    with StoreReader.open(tmp_path) as store:
-        assert store.get_many([7]).found.tolist() == [True]
+    assert found(tmp_path, [7]) == [True]
     # A process that is killed after the rename leaves a name that may not be on the disk. The next erasure syncs it.
     with locks.erasure_lock(tmp_path):
         Tombstones(tmp_path).add(user_keys([9]))
@@ -195,8 +194,7 @@ def test_a_writer_stopped_within_a_batch_does_not_block_others_forever(tmp_path,
         began = time.monotonic()
         while thread.is_alive():  # readers of this process, of this store and of another
             for name in ("store", "other"):
-                with StoreReader.open(tmp_path / name) as store:
-                    assert store.get_many([3]).found.all()
+                assert all(found(tmp_path / name, [3]))
         thread.join()
         assert raised and time.monotonic() - began < 10
     finally:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.store.conftest import found
 from tests.store.remote.valkey_server import ValkeyServer
 from vista.errors import ConfigError, RecordError, StoreBusyError, StoreError, StoreUnavailableError, UnfinishedError
 from vista.store import StoreReader
@@ -175,8 +176,7 @@ def test_a_rollback_does_not_bring_erased_users_back(server, build):
     store = RemoteStore.connect(StoreUrl.parse(url))
     store.tombstones.add(list(contents(url, 1)[0])[:2])  # of an erasure that was killed
     roll_back(url)
-    with StoreReader.open(url) as reader:
-        assert reader.get_many([0, 1, 2]).found.tolist() == [False, False, True] and len(reader) == TOTAL - 2
+    assert found(url, [0, 1, 2]) == [False, False, True] and len(reader) == TOTAL - 2
 
 
 def test_statistics(server, build):
@@ -259,8 +259,7 @@ def test_a_store_that_nobody_refreshes_disappears(server, build, url, tmp_path):
     with pytest.raises(StoreError, match=r"has no gen-1; .*If it has expired"):
         StoreReader.open(url)
     assert build.write_store(url).generation == 2
-    with StoreReader.open(url) as store:
-        assert store.get_many([2, 3, 4]).found.tolist() == [True, False, True], "erasures do not expire"
+    assert found(url, [2, 3, 4]) == [True, False, True], "erasures do not expire"
 
 
 def test_refreshes_renew_it(server, build, url, monkeypatch):
@@ -333,8 +332,7 @@ def test_replaced_generations_expire_even_if_their_writer_dies(server, build, ur
     build.update(url, range(3), salt=3)
     pass_days(server, 20)
     assert not [name for name in server.command("KEYS", "*:gen-*") if b":gen-4:" not in name]
-    with StoreReader.open(url) as store:
-        assert store.get_many(range(TOTAL)).found.all()
+    assert all(found(url, range(TOTAL)))
 
 
 def killed_after(count: int, function: Callable[..., None], calls: list[int]) -> Callable[..., None]:
@@ -421,6 +419,8 @@ def test_a_server_that_would_evict_it_first_is_refused(start_server, build):
     build.write_store(server.url())
     server.command("CONFIG", "SET", "maxmemory-policy", "noeviction")
     build.write_store(server.url(options="?ttl_days=1"), 1, run_digest="log-2")
-    server.command("CONFIG", "SET", "maxmemory-policy", "volatile-ttl")
-    with pytest.raises(StoreError, match=r"evicts records .*volatile-"):
-        StoreReader.open(server.url())
+    for policy, store in (("volatile-ttl", "?ttl_days=1"), ("allkeys-lru", "")):
+        server.command("CONFIG", "SET", "maxmemory-policy", policy)
+        for use in (StoreReader.open, build.write_store):
+            with pytest.raises(StoreError, match=rf"evicts records .*{policy}.*set maxmemory-policy to noeviction"):
+                use(server.url(options=store))
