@@ -12,6 +12,7 @@ import pytest
 
 from tests.faults.nursery import Say
 from tests.log.conftest import PARSER
+from tests.refresh.conftest import fail_at
 from tests.store.conftest import found
 from vista.cli.store_commands import run_store_erase
 from vista.config import StoreEraseConfig
@@ -203,20 +204,12 @@ def test_from_the_command_line(tmp_path, grow):
 @pytest.mark.parametrize("after", [0, 1])
 def test_an_interrupted_erasure_is_completed(tmp_path, grow, monkeypatch, after):
     """Interrupted after the tombstone, or after the record: the next refresh or compaction completes it."""
-    model, write, calls = grow.model(), SharedEnvironment.write, []
+    model = grow.model()
     log = grow.append(tmp_path / "log", grow.events({1: 3, 2: 3}))
     for name in ("refreshed", "compacted"):
         refresh(model, log, tmp_path / name)
-
-        def failing(environment: SharedEnvironment, function: Any, wait_s: float) -> Any:
-            calls.append(environment)
-            if len(calls) == after + 1:
-                raise KeyboardInterrupt
-            return write(environment, function, wait_s)
-
-        calls.clear()
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(SharedEnvironment, "write", failing)
+            fail_at(patch, SharedEnvironment, "write", after + 1, KeyboardInterrupt())
             erase(tmp_path / name, [2])
     compact_store(tmp_path / "compacted")
     log = grow.later(tmp_path / "log", {2: 2})

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import xxhash
 
-from tests.store.conftest import found
+from tests.store.conftest import damage_record, found, write_generations
 from vista.counters.counter_spec import CounterSpec
 from vista.errors import RecordError, StoreError, StoreWriteError
-from vista.store import StoreReader, user_keys
+from vista.store import StoreReader
 from vista.store.admin.rollback import roll_back
 from vista.store.admin.store_compaction import compact_store
 from vista.store.admin.store_stats import store_stats
@@ -28,17 +28,6 @@ from vista.store.layout import environment_path, read_current
 from vista.store.lmdb.data_file import committed_size, open_environment
 from vista.store.lmdb.environment import _Gate
 from vista.store.manifest import Manifest
-
-
-def flipped(data: bytes) -> bytes:
-    """The file with one bit flipped in each copy of one record."""
-    damaged, key = bytearray(data), user_keys([5])[0]
-    place = data.find(key)
-    while place >= 0:
-        damaged[place + len(key) + 140] ^= 1
-        place = data.find(key, place + 1)
-    return bytes(damaged)
-
 
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "truncated": lambda data: data[:-4096],
@@ -73,8 +62,7 @@ def test_a_damaged_new_generation_leaves_the_old_one_in_service(tmp_path, build,
 
 def test_only_the_damaged_record_is_refused(tmp_path, build):
     build.write_store(tmp_path)
-    data = environment_path(tmp_path, 1) / "data.mdb"
-    data.write_bytes(flipped(data.read_bytes()))
+    damage_record(tmp_path, 1, 5)
     with StoreReader.open(tmp_path) as store:
         with pytest.raises(RecordError, match=r"user 5 .*checksum.*Refresh the store again, or publish the previous"):
             store.get_many(range(40))
@@ -141,8 +129,7 @@ def read_only_system(tmp_path, build):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "vista", str(root)], capture_output=True).returncode:
         pytest.skip("needs permission to mount a file system")
     try:
-        for digest in ("log-1", "log-2"):
-            build.write_store(root / "store", run_digest=digest)
+        write_generations(root / "store")
         subprocess.run(["mount", "-o", "remount,ro", str(root)], check=True)
         yield root / "store"
     finally:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.forked_child import in_child
+from tests.store.conftest import write_generations
 from vista.errors import StoreError, SummarizerMismatchError, UserKeyError
 from vista.store import NO_TIMESTAMP, StoreReader, Tail, UserSummaries, encode_records, user_keys
 from vista.store.admin.rollback import roll_back
@@ -204,8 +205,7 @@ def test_a_finished_run_that_was_not_published_is_published_without_repeating_it
 
 
 def test_the_number_of_a_complete_generation_is_not_used_again_after_its_folder_is_removed(tmp_path, build):
-    build.write_store(tmp_path)
-    build.write_store(tmp_path, salt=1, run_digest="log-2")
+    write_generations(tmp_path)
     (tmp_path / "CURRENT").write_bytes(pointer_to(1))
     for digest in ("log-3", "log-4"):  # The first removes gen-2, the second what the first has written.
         with build.open_writer(tmp_path, run_digest=digest) as writer:

@@ -17,7 +17,7 @@ import pytest
 import xxhash
 
 from tests.faults.disk_images import File
-from tests.store.conftest import found
+from tests.store.conftest import found, write_generations
 from vista.errors import StoreLockedError, StoreWriteError
 from vista.store import RecordSpec, StoreReader, StoreWriter, locked_folder, locks, user_keys
 from vista.store.admin.rollback import roll_back
@@ -204,8 +204,7 @@ def test_a_writer_stopped_within_a_batch_does_not_block_others_forever(tmp_path,
 
 
 def test_an_erasure_continues_if_an_old_generation_is_removed_meanwhile(tmp_path, build, monkeypatch):
-    build.write_store(tmp_path)
-    build.write_store(tmp_path, salt=1, run_digest="log-2")
+    write_generations(tmp_path)
     opened, removed = GenerationFiles.open, []
 
     def open_and_remove(root: Path, generation: int, **options: Any) -> GenerationFiles:

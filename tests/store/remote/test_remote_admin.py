@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.store.conftest import found
+from tests.refresh.conftest import fail_at
+from tests.store.conftest import found, write_generations
 from tests.store.remote.valkey_server import ValkeyServer
 from vista.errors import ConfigError, RecordError, StoreBusyError, StoreError, StoreUnavailableError, UnfinishedError
 from vista.store import StoreReader
@@ -74,16 +75,8 @@ def test_a_copy_is_published_later(server, build, tmp_path):
 
 def test_an_interrupted_copy_resumes(server, build, tmp_path, monkeypatch):
     build.write_store(tmp_path, total_users=1500)
-    put, batches = GenerationOnServer.put, []
-
-    def put_once(*arguments: Any) -> int:
-        if batches:
-            raise StoreUnavailableError("cut")
-        batches.append(arguments)
-        return put(*arguments)
-
     with monkeypatch.context() as patch, pytest.raises(StoreUnavailableError, match="cut"):
-        patch.setattr(GenerationOnServer, "put", put_once)
+        fail_at(patch, GenerationOnServer, "put", 2, StoreUnavailableError("cut"))
         copy_generation(tmp_path, server.url())
     with pytest.raises(StoreError, match="holds no published"):
         StoreReader.open(server.url())
@@ -116,8 +109,7 @@ def test_users_who_were_erased_at_the_target_are_refused(server, build, tmp_path
 
 def test_verification(server, build):
     url = server.url()
-    build.write_store(url)
-    build.write_store(url, 1, run_digest="log-2")
+    write_generations(url)
     with build.open_writer(url, run_digest="log-3") as writer:
         build.put_users(writer, range(16))
     report = verify_store(url)
@@ -150,8 +142,7 @@ def test_verification_waits_for_a_quiet_moment(server, build, monkeypatch):
 
 def test_rollback(server, build):
     url = server.url()
-    for salt in range(2):
-        build.write_store(url, salt, run_digest=f"log-{salt}")
+    write_generations(url)
     with StoreReader.open(url) as store:
         (report,) = roll_back(url)
         assert report.generation == 1 and store.reload() and store.get_many([5]).summary.max() < 100
@@ -171,12 +162,12 @@ def test_rollback(server, build):
 
 def test_a_rollback_does_not_bring_erased_users_back(server, build):
     url = server.url()
-    for salt in range(2):
-        build.write_store(url, salt, run_digest=f"log-{salt}")
+    write_generations(url)
     store = RemoteStore.connect(StoreUrl.parse(url))
     store.tombstones.add(list(contents(url, 1)[0])[:2])  # of an erasure that was killed
     roll_back(url)
-    assert found(url, [0, 1, 2]) == [False, False, True] and len(reader) == TOTAL - 2
+    assert found(url, range(TOTAL)) == [False, False, *[True] * (TOTAL - 2)]
+    assert published_manifest(url).count == TOTAL - 2
 
 
 def test_statistics(server, build):
@@ -194,8 +185,7 @@ def test_statistics(server, build):
 def test_a_killed_removal_is_completed(server, build):
     """A generation without a manifest, but with records, is what a kill leaves."""
     url = server.url()
-    build.write_store(url)
-    build.write_store(url, 1, run_digest="log-2")
+    write_generations(url)
     server.command("DEL", "{mine}:gen-1:!manifest", "{mine}:gen-1:!complete", "{mine}:gen-1:!cursor")
     assert "gen-1: " in str(store_stats(url)) and verify_store(url).unfinished == [1]
     with build.open_writer(url, run_digest="log-3"):
@@ -272,15 +262,7 @@ def test_refreshes_renew_it(server, build, url, monkeypatch):
     build.update(url, range(30, 50), salt=2)
     assert days_left(server) == {30}
     pass_days(server, 20)
-    write, calls = GenerationOnServer._expire, []
-
-    def fail_later(*arguments: Any) -> None:
-        calls.append(1)
-        if len(calls) == 3:
-            raise StoreUnavailableError("cut")
-        write(*arguments)
-
-    monkeypatch.setattr(GenerationOnServer, "_expire", fail_later)
+    fail_at(monkeypatch, GenerationOnServer, "_expire", 3, StoreUnavailableError("cut"))
     monkeypatch.setattr("vista.store.remote.remote_records._BATCH_RECORDS", 16)
     with pytest.raises(StoreUnavailableError, match="cut"):
         build.update(url, range(3), salt=3)
@@ -323,9 +305,8 @@ def test_replaced_generations_expire_even_if_their_writer_dies(server, build, ur
         with monkeypatch.context() as patch:
             patch.setattr(LockedServer, "remove_others", lambda *_: None)
             build.write_store(url, salt, run_digest=f"log-{salt}")
-    removed = []
     with monkeypatch.context() as patch, pytest.raises(StoreUnavailableError):
-        patch.setattr(LockedServer, "_change", killed_after(2, LockedServer._change, removed))
+        fail_at(patch, LockedServer, "_change", 2, StoreUnavailableError("killed"))
         build.write_store(url, 3, run_digest="log-3")
     assert server.command("KEYS", "*:gen-1:!manifest") == [] and len(server.command("KEYS", "*:gen-1:ui*")) > 0
     pass_days(server, 20)
@@ -333,18 +314,6 @@ def test_replaced_generations_expire_even_if_their_writer_dies(server, build, ur
     pass_days(server, 20)
     assert not [name for name in server.command("KEYS", "*:gen-*") if b":gen-4:" not in name]
     assert all(found(url, range(TOTAL)))
-
-
-def killed_after(count: int, function: Callable[..., None], calls: list[int]) -> Callable[..., None]:
-    """The function, which fails after some calls."""
-
-    def call(*arguments: Any) -> None:
-        calls.append(1)
-        if len(calls) == count:
-            raise StoreUnavailableError("killed")
-        function(*arguments)
-
-    return call
 
 
 def read(url: str, folder: Path, build: Any) -> bool:

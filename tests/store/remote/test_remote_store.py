@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from tests.forked_child import in_child
+from tests.store.conftest import write_generations
 from tests.store.remote.valkey_server import ValkeyServer
 from vista.errors import (
     ConfigError,
@@ -380,8 +381,7 @@ def test_a_generation_that_is_published_while_an_erasure_begins(server, build, m
 def test_a_generation_that_is_being_removed_loses_the_users_too(server, build):
     """As between the steps of a removal, or after a kill, when the next writer removes the rest."""
     url = server.url()
-    build.write_store(url)
-    build.write_store(url, 1, run_digest="log-2")
+    write_generations(url)
     for name in (b"!manifest", b"!complete", b"!cursor"):
         assert server.command("DEL", b"{mine}:gen-1:" + name) == 1
     assert len(keys_of(server, 3)) == 2
