@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.counters.counter_histories import counted_by_loop
-from tests.refresh.conftest import fail_at, full
+from tests.refresh.conftest import contents, fail_at, full
 from vista.config import SourceColumns
 from vista.config.choices import Codec, Decay, Mixing, StateDtype, TargetAttentionKind
 from vista.counters.counter_codes import CounterCodes, encode_values
@@ -31,7 +31,6 @@ from vista.store.admin.store_compaction import compact_store
 from vista.store.admin.verification import verify_store
 from vista.store.format.counter_layout import CounterLayout
 from vista.store.format.counters_section import encode_counters
-from vista.store.layout import environment_path
 from vista.store.lmdb.environment import SharedEnvironment
 from vista.store.shards import Shard
 from vista.store.update import StoreUpdate
@@ -165,14 +164,6 @@ def test_users_without_changes_keep_their_bytes(tmp_path, grow):
     after = contents(store)
     changed = {key for key in before if before[key] != after[key] and not key.startswith(b"!")}
     assert len(changed) == 2 and before.keys() == after.keys()
-
-
-def contents(store: Path, generation: int = 1) -> dict[bytes, bytes]:
-    environment = SharedEnvironment.acquire(environment_path(store, generation))
-    try:
-        return environment.read(lambda t: {bytes(key): bytes(value) for key, value in t.cursor()})
-    finally:
-        environment.release()
 
 
 def test_readers_see_new_records_without_a_reload(tmp_path, grow):

@@ -349,14 +349,6 @@ def cluster():
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def records(store: Path) -> dict[bytes, bytes]:
-    shared = SharedEnvironment.acquire(environment_path(store, 1))
-    try:
-        return shared.read(lambda transaction: {bytes(key): bytes(value) for key, value in transaction.cursor()})
-    finally:
-        shared.release()
-
-
 @pytest.mark.research
 def test_a_lost_node_loses_nothing(cluster, tmp_path, grow, monkeypatch, caplog):
     model = grow.model(num_seeds=64, dim=64)
@@ -381,7 +373,7 @@ def test_a_lost_node_loses_nothing(cluster, tmp_path, grow, monkeypatch, caplog)
     config = RayConfig(address=cluster.address, num_actors=2)
     engine = ray_engine.RayEngine(tmp_path / "model", config)
     refresh(model, log, tmp_path / "store", options=options, engine=engine, created_at=NOW)
-    assert number == 10 and records(tmp_path / "store") == records(tmp_path / "local")
+    assert number == 10 and contents(tmp_path / "store") == contents(tmp_path / "local")
     assert "of an actor ended; its batches were repeated" in caplog.text
     with pytest.raises(ConfigError, match=r"ray\.address='127\.0\.0\.1:1': Ray cannot be started or reached there"):
         nowhere = ray_engine.RayEngine(tmp_path / "model", RayConfig(address="127.0.0.1:1"))

@@ -18,11 +18,10 @@ import pandas as pd
 import pytest
 
 from tests.docs.page import blocks_of
+from tests.refresh.conftest import contents
 from vista.refresh import refresh
 from vista.scorer import Scorer
 from vista.store import StoreReader
-from vista.store.layout import environment_path
-from vista.store.lmdb.environment import SharedEnvironment
 from vista.store.sharded_reader import open_store
 from vista.store.shards import Shard
 
@@ -61,20 +60,12 @@ def page(tmp_path, monkeypatch):
     return names
 
 
-def records(store: Path) -> dict[bytes, bytes]:
-    shared = SharedEnvironment.acquire(environment_path(store, 1))
-    try:
-        return shared.read(lambda transaction: {bytes(key): bytes(value) for key, value in transaction.cursor()})
-    finally:
-        shared.release()
-
-
 def check_shards(page: dict[str, Any]) -> None:
     """Each shard is byte for byte that of a local refresh, and together they are the whole store."""
     for index in range(page["NUM_SHARDS"]):
         shard = Shard(index, page["NUM_SHARDS"])
         refresh(page["model"], page["log"], "stores/local", shard=shard, created_at=page["STARTED_MS"])
-        assert records(shard.path("stores/spark")) == records(shard.path("stores/local"))
+        assert contents(shard.path("stores/spark")) == contents(shard.path("stores/local"))
     with open_store("stores/spark") as sharded, StoreReader.open("stores/shop") as whole:
         assert sorted(sharded.keys()) == sorted(whole.keys()) == USERS
         np.testing.assert_allclose(sharded.get_many(USERS).summary, whole.get_many(USERS).summary, atol=2e-2)

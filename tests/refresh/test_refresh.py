@@ -217,9 +217,7 @@ def test_report(event_log, tmp_path):
     )
     assert sum(report.shares.values()) == pytest.approx(1) and min(report.shares.values()) >= 0
     assert list(report.shares) == [*STAGES, "other"]
-    text = str(report)
-    assert f"generation 1 of {tmp_path / 'store'}: 16 users, 233 events in " in text and "users/s (read " in text
-    assert re.search(r"\), [1-9][\d,]* bytes per user; 16 written$", text)
+    assert re.search(r"16 users, 233 events in .*\), [1-9][\d,]* bytes per user; 16 written$", str(report))
     assert "(5 of them by an earlier run)" in str(RefreshReport("s", 2, 16, 5, 100, 1.0, {"read": 1.0}))
 
 

@@ -402,42 +402,44 @@ class Changed:
         return self._methods.get(name) or getattr(self._inner, name)
 
 
-def reader_of(kafka: MockKafka, max_s: float = 20.0) -> Any:
-    """A reader of a topic with one message in each of two partitions."""
+@pytest.fixture
+def reader(kafka):
+    """A reader of a topic with one message in each of two partitions; a test may replace its client."""
     from vista.log.ingest.kafka.kafka_reader import KafkaReader
 
-    reader = KafkaReader(kafka.create(TOPIC), StreamConfig(max_s=max_s))
+    made = KafkaReader(kafka.create(TOPIC), StreamConfig(max_s=2.0))
     for partition in (0, 1):
         kafka.send(TOPIC, [b"{}"], partition)
-    return reader
+    consumer = made._consumer
+    yield made
+    made._consumer = consumer
+    made.close()
 
 
-def test_errors_of_one_partition_are_reported_while_others_continue(kafka, caplog):
+def change_messages(reader: Any, **methods: Callable[..., Any]) -> None:
+    """Replace methods of the messages of partition 1."""
+    consume = reader._consumer.consume
+
+    def consume_changed(*arguments: Any) -> list[Any]:
+        return [Changed(each, **methods) if each.partition() else each for each in consume(*arguments)]
+
+    reader._consumer = Changed(reader._consumer, consume=consume_changed)
+
+
+def test_errors_of_one_partition_are_reported_while_others_continue(reader, caplog):
     from confluent_kafka import KafkaError
 
-    reader = reader_of(kafka, max_s=2.0)  # It waits so long for the other partition.
-    consumer = reader._consumer
     lost = KafkaError(KafkaError.INVALID_MSG, "a corrupt message")
-
-    def consume(*arguments: Any) -> list[Any]:
-        found = consumer.consume(*arguments)
-        return [Changed(message, error=lambda: lost) if message.partition() else message for message in found]
-
-    reader._consumer = Changed(consumer, consume=consume)
+    change_messages(reader, error=lambda: lost)
     batch = reader.read({})
     assert [message[:3] for message in batch.messages] == [(TOPIC, 0, 0)]
     assert batch.behind == {StreamPartition(TOPIC, 0): 0, StreamPartition(TOPIC, 1): 1}
     (warning,) = caplog.messages
     assert f"no message of {TOPIC}, partition 1 arrived" in warning and "(a corrupt message)" in warning
-    reader._consumer = consumer
-    reader.close()
 
 
-def test_an_error_while_an_error_is_reported_is_typed_too(kafka):
+def test_an_error_while_an_error_is_reported_is_typed_too(reader):
     from confluent_kafka import KafkaError, KafkaException
-
-    reader = reader_of(kafka)
-    consumer = reader._consumer
 
     def fail(reason: str) -> Callable[..., Any]:
         def call(*arguments: Any, **settings: Any) -> Any:
@@ -445,24 +447,13 @@ def test_an_error_while_an_error_is_reported_is_typed_too(kafka):
 
         return call
 
-    reader._consumer = Changed(consumer, list_topics=fail("the first"), consume=fail("the second"))
+    reader._consumer = Changed(reader._consumer, list_topics=fail("the first"), consume=fail("the second"))
     with pytest.raises(StreamError, match=r"cannot be read: the first \(the second\)"):
         reader.read({})
-    reader._consumer = consumer
-    reader.close()
 
 
-def test_messages_without_a_time_have_no_age(kafka):
-    reader = reader_of(kafka)
-    consumer = reader._consumer
-
-    def consume(*arguments: Any) -> list[Any]:
-        found = consumer.consume(*arguments)
-        return [Changed(message, timestamp=lambda: (0, 0)) if message.partition() else message for message in found]
-
-    reader._consumer = Changed(consumer, consume=consume)
+def test_messages_without_a_time_have_no_age(reader):
+    change_messages(reader, timestamp=lambda: (0, 0))
     batch = reader.read({})
     first, second = batch.messages
     assert second.time_ms is None and batch.oldest_ms == first.time_ms > 1_000_000_000_000
-    reader._consumer = consumer
-    reader.close()
