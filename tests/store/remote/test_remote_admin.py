@@ -388,8 +388,8 @@ def test_a_server_that_would_evict_it_first_is_refused(start_server, build):
     build.write_store(server.url())
     server.command("CONFIG", "SET", "maxmemory-policy", "noeviction")
     build.write_store(server.url(options="?ttl_days=1"), 1, run_digest="log-2")
-    for policy, store in (("volatile-ttl", "?ttl_days=1"), ("allkeys-lru", "")):
+    for policy, named, store in (("volatile-ttl", "volatile-", "?ttl_days=1"), ("allkeys-lru", "allkeys-lru", "")):
         server.command("CONFIG", "SET", "maxmemory-policy", policy)
         for use in (StoreReader.open, build.write_store):
-            with pytest.raises(StoreError, match=rf"evicts records .*{policy}.*set maxmemory-policy to noeviction"):
+            with pytest.raises(StoreError, match=rf"evicts records .*{named}.*set maxmemory-policy to noeviction"):
                 use(server.url(options=store))
