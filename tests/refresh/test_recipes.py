@@ -71,6 +71,7 @@ def check_shards(page: dict[str, Any]) -> None:
         np.testing.assert_allclose(sharded.get_many(USERS).summary, whole.get_many(USERS).summary, atol=2e-2)
 
 
+@pytest.mark.nightly
 def test_the_function_of_the_spark_recipe_refreshes_all_shards(page):
     run(page, "def refresh_shards")
     frames = [pd.DataFrame({"id": [0, 1]}), pd.DataFrame({"id": [2, 3]})]
