@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 
 from tests.conftest import small_config, small_frame
 from tests.training.warm_logs import COLUMNS, Run, features, grow, more_events, part
 from vista.log.event_log import EventLog
+from vista.training import run_state
 from vista.training.trainer import train
 
 
@@ -56,3 +63,17 @@ def earlier(feature_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> 
         model__counter_keys=5,
     )
     return config, train(config, feature_log)
+
+
+@contextmanager
+def copies_of_run(to: Path) -> Iterator[list[tuple[int, Path]]]:
+    """Copies of the run folder, as (step, folder), after each checkpoint that is saved in the block."""
+    save, copies = run_state.save_checkpoint, list[tuple[int, Path]]()
+
+    def save_and_copy(folder: Path, step: int, *rest: Any) -> None:
+        save(folder, step, *rest)
+        copies.append((step, shutil.copytree(folder.parent, to / f"killed-{len(copies)}")))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_state, "save_checkpoint", save_and_copy)
+        yield copies

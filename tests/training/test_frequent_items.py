@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.conftest import DAY, START, Served, small_config, small_frame
-from tests.training.test_training_with_features import feature_frame
+from tests.training.feature_world import feature_frame
 from vista.config import DataConfig, EvaluateConfig, SourceColumns, TrainConfig
 from vista.config.choices import Architecture, Codec, InitFreeze, Search, Stage
 from vista.errors import ConfigError

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,11 +18,11 @@ import torch
 from torch import Tensor
 
 from tests.conftest import Served, small_config, small_frame
+from tests.training.ranks_of_run import start, torchrun
 from tests.training.test_downstream import downstream_config, past_of
 from tests.training.test_trainer import assert_same_result, metrics
 from vista.config import SourceColumns, TrainConfig
 from vista.config.choices import ItemStart, Precision, TrackerKind
-from vista.config.config_keys import to_yaml
 from vista.errors import RankError
 from vista.log.event_log import EventLog
 from vista.ranks import Ranks
@@ -34,8 +32,6 @@ from vista.training.data_parallel import DataParallel
 from vista.training.trainer import Trainer, train
 from vista.version import __version__
 
-pytestmark = pytest.mark.timeout(900)
-"""Each job imports torch in several processes, which takes long on a busy machine."""
 EXACT = {
     "precision": Precision.float32,
     "model__dropout": 0.0,
@@ -56,19 +52,6 @@ def config_of(log: EventLog, run_dir: Path, **changes: Any) -> TrainConfig:
     return small_config(log, run_dir, **(EXACT | changes))
 
 
-def start(
-    config: TrainConfig, num_ranks: int, *words: str, kill: str = "", change: str = "", version: str = ""
-) -> subprocess.CompletedProcess[str]:
-    """Train under torchrun on loopback."""
-    path = Path(config.run_dir).with_suffix(".yaml")
-    path.write_text(to_yaml(config))
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "tests.training.rank_driver"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "KILL": kill, "CHANGE": change, "VERSION": version}
-    command += [f"--config={path}", *words]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
-
-
 def curve(run_dir: Path) -> list[float]:
     return [row["loss"] for row in metrics(run_dir) if "loss" in row]
 
@@ -78,23 +61,31 @@ def runs(event_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> dict[
     """By number of ranks: the folder of a finished run."""
     folder = tmp_path_factory.mktemp("ranks")
     train(config_of(event_log, folder / "1"), event_log, metrics_every=1)
-    for num_ranks in (2, 4):
-        done = start(config_of(event_log, folder / str(num_ranks)), num_ranks)
-        assert done.returncode == 0, done.stderr
-        weights = re.findall(WEIGHTS, done.stdout)
-        assert len(weights) == num_ranks and len(set(weights)) == 1, "all ranks have the same weights"
-        assert done.stderr.count("done: 57 steps") == 1, "only rank 0 reports"
-    return {num_ranks: folder / str(num_ranks) for num_ranks in (1, 2, 4)}
+    done = torchrun(config_of(event_log, folder / "2"), 2)
+    assert_trained(done, 2)
+    return {num_ranks: folder / str(num_ranks) for num_ranks in (1, 2)}
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
-def test_the_loss_curve_does_not_depend_on_the_number_of_ranks(runs: dict[int, Path], num_ranks: int) -> None:
-    expected, found = curve(runs[1]), curve(runs[num_ranks])
+def assert_trained(done: subprocess.CompletedProcess[str], num_ranks: int) -> None:
+    assert done.returncode == 0, done.stderr
+    weights = re.findall(WEIGHTS, done.stdout)
+    assert len(weights) == num_ranks and len(set(weights)) == 1, "all ranks have the same weights"
+    assert done.stderr.count("done: ") == 1, "only rank 0 reports"
+
+
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.nightly)])
+def test_the_loss_curve_does_not_depend_on_the_number_of_ranks(
+    event_log: EventLog, runs: dict[int, Path], tmp_path: Path, num_ranks: int
+) -> None:
+    run = runs[2] if num_ranks == 2 else tmp_path / "run"
+    if num_ranks > 2:
+        assert_trained(torchrun(config_of(event_log, run), num_ranks), num_ranks)
+    expected, found = curve(runs[1]), curve(run)
     assert len(expected) == 57
     np.testing.assert_allclose(found, expected, rtol=1e-4)
-    assert sorted(path.name for path in runs[num_ranks].iterdir()) == sorted(path.name for path in runs[1].iterdir())
+    assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in runs[1].iterdir())
     measured, single = (
-        [row["validation"] for row in metrics(folder) if "validation" in row] for folder in (runs[num_ranks], runs[1])
+        [row["validation"] for row in metrics(folder) if "validation" in row] for folder in (run, runs[1])
     )
     for own, other in zip(measured, single, strict=True):
         assert own == pytest.approx(other, abs=1e-3)
@@ -104,7 +95,7 @@ def test_a_table_that_no_rank_trains(event_log: EventLog, tmp_path: Path) -> Non
     changes = {"model__item_start": ItemStart.user_factors, "optim__table_rate": 0.0, "optim__epochs": 2}
     config = config_of(event_log, tmp_path / "two", **changes)
     done = start(config, 2)
-    assert done.returncode == 0 and len(set(re.findall(WEIGHTS, done.stdout))) == 1, done.stderr
+    assert_trained(done, 2)
     train(replace(config, run_dir=str(tmp_path / "one")), event_log, metrics_every=1)
     np.testing.assert_allclose(curve(tmp_path / "two"), curve(tmp_path / "one"), rtol=1e-4)
 
@@ -114,7 +105,7 @@ def test_downstream_training(served_tasks: Served, tmp_path: Path) -> None:
     changes = {"model__dropout": 0.0, "precision": Precision.float32, "optim__epochs": 2}
     config = downstream_config(served_tasks, tmp_path / "store", tmp_path / "two", **changes)
     done = start(config, 2)
-    assert done.returncode == 0 and len(set(re.findall(WEIGHTS, done.stdout))) == 1, done.stderr
+    assert_trained(done, 2)
     train(replace(config, run_dir=str(tmp_path / "one")), served_tasks.log, metrics_every=1)
     np.testing.assert_allclose(curve(tmp_path / "two"), curve(tmp_path / "one"), rtol=1e-4)
 
@@ -180,7 +171,8 @@ def test_a_killed_rank_ends_the_job_and_the_run_resumes(
 ) -> None:
     config = config_of(event_log, tmp_path / "run")
     killed = start(config, 2, kill="1:17")
-    assert killed.returncode != 0 and "Signal 9 (SIGKILL)" in killed.stderr and "rank      : 1" in killed.stderr
+    assert killed.returncode != 0 and "rank 0: " in killed.stderr
+    assert "error: another rank has ended or cannot be reached" in killed.stderr
     newest = latest_checkpoint(tmp_path / "run" / "checkpoints")
     assert newest is not None and newest.name.endswith("16")
     shutil.copytree(tmp_path / "run", tmp_path / "alone")
@@ -229,10 +221,10 @@ def test_ranks_that_differ_are_refused_by_name(event_log: EventLog, tmp_path: Pa
 
 
 def test_all_ranks_plan_the_same_steps(event_log: EventLog, tmp_path: Path) -> None:
-    config = config_of(event_log, tmp_path / "run", optim__epochs=1000, optim__minutes=0.15)
+    config = config_of(event_log, tmp_path / "run", optim__epochs=1000, optim__minutes=0.05)
     done = start(config, 2)
-    assert done.returncode == 0 and len(set(re.findall(WEIGHTS, done.stdout))) == 1, done.stderr
-    planned = re.search(r"optim.minutes=0.15: .* per validation: (\d+) steps", done.stderr)
+    assert_trained(done, 2)
+    planned = re.search(r"optim.minutes=0.05: .* per validation: (\d+) steps", done.stderr)
     assert planned is not None and f"done: {planned[1]} steps" in done.stderr, done.stderr
 
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.conftest import ITEMS, USERS
-from tests.training.test_ranks import EXACT, config_of, curve, start
+from tests.training.ranks_of_run import torchrun
+from tests.training.test_ranks import EXACT, config_of, curve
 from tests.training.test_trainer import metrics
 from vista.config import TrainConfig
 from vista.config.choices import TableKind, TableOptimizer, TablePrecision
@@ -76,7 +77,7 @@ def test_one_rank_trains_the_same_model(event_log: EventLog, plain: Path, tmp_pa
 
 
 def test_two_ranks_train_and_export_the_same_model(event_log: EventLog, plain: Path, tmp_path: Path) -> None:
-    done = start(short_config(event_log, tmp_path / "run", **SHARDED), 2)
+    done = torchrun(short_config(event_log, tmp_path / "run", **SHARDED), 2)
     assert done.returncode == 0, done.stderr
     assert sorted(re.findall(r"rows (\d+)", done.stdout)) == ["20", "21"], "no rank holds all 41 rows"
     assert "parameters, 656 of them in a table of 41 x 16" in done.stderr
@@ -92,7 +93,7 @@ def test_two_ranks_train_and_export_the_same_model(event_log: EventLog, plain: P
 
 def test_hashed_rows(event_log: EventLog, tmp_path: Path) -> None:
     """Actions and gaps read the same table as items."""
-    done = start(short_config(event_log, tmp_path / "two", **SHARDED, **HASHED), 2)
+    done = torchrun(short_config(event_log, tmp_path / "two", **SHARDED, **HASHED), 2)
     assert done.returncode == 0 and "51 x 8" in done.stderr, done.stderr
     assert_same_run(tmp_path / "two", trained(event_log, tmp_path / "one", **HASHED))
 
@@ -136,7 +137,7 @@ def test_a_killed_run_resumes_on_another_number_of_ranks(
 ) -> None:
     expected = request.getfixturevalue("plain" if kind == "adam" else "adagrad")
     changes = SHARDED if kind == "adam" else BY_ROW
-    killed = start(short_config(event_log, tmp_path / "run", **changes), 2, kill="1:17")
+    killed = torchrun(short_config(event_log, tmp_path / "run", **changes), 2, kill="1:17")
     assert killed.returncode != 0 and "Signal 9 (SIGKILL)" in killed.stderr
     newest = latest_checkpoint(tmp_path / "run" / "checkpoints")
     assert newest is not None and newest.name.endswith("16")

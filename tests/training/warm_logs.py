@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from tests.conftest import DAY, small_frame
-from tests.training.test_training_with_features import feature_frame
+from tests.training.feature_world import feature_frame
 from vista.config import SourceColumns, TrainConfig
 from vista.config.choices import InitFreeze
 from vista.log.event_log import EventLog
