@@ -14,6 +14,7 @@ from vista.cli.main import main
 from vista.config.choices import RunOrder
 from vista.errors import ConfigError, NonFiniteLossError
 from vista.log.event_log import EventLog
+from vista.runs.curve_points import thinned
 from vista.runs.metric_order import best_places
 from vista.runs.run_comparison import RunComparison
 from vista.runs.run_list import RunList
@@ -79,22 +80,6 @@ def test_every_order_lists_all_runs(runs: Path) -> None:
     for order in RunOrder:
         assert len(RunList.of(runs, order).runs) == 3
     assert RunList.of(runs, RunOrder.newest).runs[0].name == "seed-1"
-
-
-def test_a_terminal_of_40_columns_is_enough(
-    runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    long = runs / ("a-run-with-a-name-that-is-longer-than-any-line-" * 2)
-    shutil.copytree(runs / "seed-2", long)
-    monkeypatch.setenv("COLUMNS", "40")
-    assert main(["runs", f"folder={runs}"]) == 0
-    printed = capsys.readouterr().out
-    assert main(["runs", "compare", f"runs=[{runs}/seed-1,{runs}/seed-2,{long}]"]) == 0
-    compared = capsys.readouterr().out
-    assert max(map(len, (printed + compared).splitlines())) <= 40
-    block = printed[printed.index("\nseed-1\n") :] if "\nseed-1\n" in printed else printed
-    assert "\n  state: finished\n  ndcg@10: 0." in block and "\n  parameters: 17,844\n" in block
-    assert "\n  seed-1: 1\n  seed-2: 2\n" in compared
 
 
 @pytest.mark.parametrize(
@@ -197,3 +182,14 @@ def test_a_folder_without_runs_is_no_error(tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "other").mkdir()
     assert main(["runs", f"folder={tmp_path}"]) == 0
     assert capsys.readouterr().out.startswith(f"no runs in {tmp_path}")
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 399, 400, 401, 799, 801, 100_003])
+def test_both_ends_of_a_thinned_curve_stay(count: int) -> None:
+    kept = thinned(range(count), 400)
+    assert len(kept) == min(count, 400) and kept == sorted(set(kept))
+    assert kept[:1] + kept[-1:] == ([0, count - 1] if count else [])
+
+
+def test_points_of_a_thinned_curve_are_chosen_evenly() -> None:
+    assert thinned(range(9), 5) == [0, 2, 4, 6, 8]

@@ -115,9 +115,8 @@ def test_an_interrupted_sweep_resumes_in_the_middle_of_a_trial(
     rest = last_step(tmp_path / "sweep" / "seed-2") - taken.count("seed-2")
     assert again == ["seed-2"] * rest + ["seed-3"] * last_step(tmp_path / "sweep" / "seed-3")
     assert report.failed() == []
-    for seed, value in zip((1, 2, 3), values(report)[0], strict=True):
-        train_model(small_config(event_log, tmp_path / f"alone-{seed}", optim__epochs=1, seed=seed), event_log)
-        assert RunSummary.of(tmp_path / f"alone-{seed}", "").best == value
+    train_model(small_config(event_log, tmp_path / "alone", optim__epochs=1, seed=2), event_log)
+    assert RunSummary.of(tmp_path / "alone", "").best == values(report)[0][1]
 
 
 @pytest.mark.skipif(find_spec("tensorboard") is None, reason="needs tensorboard")
@@ -145,14 +144,14 @@ def test_what_a_tracker_lacks_of_finished_trials_is_sent_by_a_rerun(
 @needs_optuna
 def test_sampled_settings_resume_with_the_settings_of_an_uninterrupted_sweep(train_file: str, tmp_path: Path) -> None:
     words = (RATES, "model.num_layers=1,2", "seed=1,2")
-    short = swept(train_file, tmp_path, *words, sampler=Sampler.tpe, trials=2)
-    assert len(sweep(short).trials) == 2
-    report = sweep(swept(train_file, tmp_path, *words, sampler=Sampler.tpe, trials=3))
-    whole = sweep(swept(train_file, tmp_path / "other", *words, sampler=Sampler.tpe, trials=3))
+    short = swept(train_file, tmp_path, *words, sampler=Sampler.tpe, trials=1)
+    assert len(sweep(short).trials) == 1
+    report = sweep(swept(train_file, tmp_path, *words, sampler=Sampler.tpe, trials=2))
+    whole = sweep(swept(train_file, tmp_path / "other", *words, sampler=Sampler.tpe, trials=2))
     assert list(report.trials) == list(whole.trials) and values(report) == values(whole)
-    assert report.num_trials == 6 and report.failed() == []
+    assert report.num_trials == 4 and report.failed() == []
     rates = [float(dict(setting)["optim.learning_rate"]) for setting in report.trials]
-    assert len(set(rates)) == 3 and all(1e-3 <= rate <= 1e-2 for rate in rates)
+    assert len(set(rates)) == 2 and all(1e-3 <= rate <= 1e-2 for rate in rates)
     with pytest.raises(SweepError, match=r"holds a sweep over other values.*choose another folder"):
         sweep(swept(train_file, tmp_path, RATES, sampler=Sampler.tpe, trials=4))
 

@@ -10,7 +10,6 @@ holds, and a digest of its weights.
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
 import re
 import signal
@@ -23,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from tests.training.forked import forked
 from vista.cli import train_commands
 from vista.cli.main import main
 from vista.config import TrainConfig
@@ -96,8 +96,6 @@ def start(
     config: TrainConfig, num_ranks: int, *words: str, kill: str = "", change: str = "", version: str = ""
 ) -> subprocess.CompletedProcess[str]:
     """Train in processes that have what torchrun gives them. The exit code is the first one that is not 0."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
     with socket.socket() as chosen:
         chosen.bind(("127.0.0.1", 0))
         port = str(chosen.getsockname()[1])
@@ -106,13 +104,9 @@ def start(
     given = [_file_of(config), *words]
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
-            context.Process(
-                target=_rank, args=(shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, given, f"{folder}/{rank}")
-            )
+            forked(_rank, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, given, f"{folder}/{rank}")
             for rank in range(num_ranks)
         ]
-        for process in ranks:
-            process.start()
         for process in ranks:
             process.join(240)
             process.kill()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -12,9 +13,8 @@ import random
 import shutil
 import signal
 import stat
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.training.forked import forked, run_in_fork
 from vista.errors import CheckpointError
 from vista.training import checkpoint
 from vista.training.checkpoint import (
@@ -118,49 +119,44 @@ def test_latest_skips_and_clears_unfinished_saves(tmp_path: Path) -> None:
     assert names(tmp_path) == ["notes.txt", "step-00000001", "step-two"]
 
 
-# Forks children that save the same steps. Child n kills itself at its n-th fsync, rename or removal, so that together
-# they die at every relevant point of a save. torch is imported once.
-KILLED_AT_EACH_CALL = """
-import os, shutil, signal, sys
-import torch
-from vista.training.checkpoint import save_checkpoint
+def kill_at_each_call(folder: str, log: str) -> None:
+    """Fork children that save the same steps. Child n kills itself at its n-th fsync, rename or removal.
 
-def child(folder, deadly):
-    calls = 0
-    def counting(function):
-        def wrapper(*args, **kwargs):
-            nonlocal calls
-            calls += 1
-            if calls == deadly:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
-        return wrapper
-    os.fsync, os.rename, os.unlink = counting(os.fsync), counting(os.rename), counting(os.unlink)
-    for step in (1, 2, 3, 3, 4):
-        save_checkpoint(folder, step, {"weight": torch.full((50,), float(step))}, {"epoch": step})
-        os.write(log, f"{deadly} {step}\\n".encode())
-    os._exit(0)
+    Together they die at every relevant point of a save.
+    """
 
-log = os.open(sys.argv[2], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-for deadly in range(1, 1000):
-    pid = os.fork()
-    if pid == 0:
-        child(os.path.join(sys.argv[1], f"{deadly:03d}"), deadly)
-    if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0:
-        break
-"""
+    def child(deadly: int) -> None:
+        calls = 0
 
-# Saves forever; the test kills it at a random time. 4 MB per save, so that most of the time is spent on writing.
-SAVE_FOREVER = """
-import itertools, sys
-import torch
-from vista.training.checkpoint import save_checkpoint
-for step in itertools.count(1):
-    save_checkpoint(sys.argv[1], step, {"weight": torch.full((1_000_000,), float(step))}, {"epoch": step})
-"""
+        def counting(function: Callable[..., Any]) -> Callable[..., Any]:
+            def wrapper(*args: Any, **kwargs: Any) -> Any:
+                nonlocal calls
+                calls += 1
+                if calls == deadly:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*args, **kwargs)
+
+            return wrapper
+
+        os.fsync, os.rename, os.unlink = counting(os.fsync), counting(os.rename), counting(os.unlink)
+        for step in (1, 2, 3, 3, 4):
+            save(Path(folder, f"{deadly:03d}"), step)
+            os.write(written, f"{deadly} {step}\n".encode())
+        os._exit(0)
+
+    written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for deadly in range(1, 1000):
+        pid = os.fork()
+        if pid == 0:
+            child(deadly)
+        if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0:
+            break
 
 
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+def save_forever(folder: str) -> None:
+    """4 MB per save, so that most of the time is spent on writing."""
+    for step in itertools.count(1):
+        save_checkpoint(folder, step, {"weight": torch.full((1_000_000,), float(step))}, {"epoch": step})
 
 
 def check_sound(folder: Path) -> int:
@@ -178,8 +174,7 @@ def check_sound(folder: Path) -> int:
 
 def test_a_kill_at_any_call_leaves_a_complete_checkpoint(tmp_path: Path) -> None:
     folder, log = tmp_path / "runs", tmp_path / "log"
-    command = [sys.executable, "-c", KILLED_AT_EACH_CALL, str(folder), str(log)]
-    subprocess.run(command, check=True, timeout=280, env=ENVIRONMENT)
+    run_in_fork(kill_at_each_call, str(folder), str(log))
     finished = {run.name: 0 for run in folder.iterdir()}
     for line in log.read_text().splitlines():
         deadly, step = map(int, line.split())
@@ -235,16 +230,16 @@ def test_kill_nine_during_saves_leaves_a_complete_checkpoint(tmp_path: Path) -> 
     chance = random.Random(0)
     reached = 0
     for _ in range(3):
-        process = subprocess.Popen([sys.executable, "-c", SAVE_FOREVER, str(tmp_path)], env=ENVIRONMENT)
+        process = forked(save_forever, str(tmp_path))
         try:
             give_up = time.monotonic() + 60
             while not any(tmp_path.glob("step-*")):
-                assert process.poll() is None and time.monotonic() < give_up
+                assert process.is_alive() and time.monotonic() < give_up
                 time.sleep(0.005)
             time.sleep(chance.random() * 0.2)
         finally:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            process.kill()
+            process.join()
         reached += check_sound(tmp_path)
         remove_checkpoints(tmp_path)
     assert reached >= 3

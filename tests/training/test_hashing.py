@@ -25,7 +25,7 @@ from tests.training.feature_world import (
     log_of,
     of_architecture,
 )
-from tests.training.test_frequent_items import as_log, training_counts
+from tests.training.test_items_of_runs import as_log, training_counts
 from tests.training.warm_logs import begun
 from vista.cli.items_command import run_items_add
 from vista.config import EvaluateConfig, ItemsAddConfig, ItemTableConfig, TrainConfig

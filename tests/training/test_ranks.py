@@ -1,4 +1,4 @@
-"""Training in the processes of a torchrun job: the run of one process, and how it ends if a rank does."""
+"""Training and validation in the ranks of a torchrun job: the run of one process, and how it ends if a rank does."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from tests.conftest import Served, small_config, small_frame
+from tests.thread_ranks import on_ranks
 from tests.training.ranks_of_run import start, torchrun
 from tests.training.test_downstream import downstream_config, past_of
 from tests.training.test_trainer import assert_same_result, metrics
 from vista.config import SourceColumns, TrainConfig
-from vista.config.choices import ItemStart, Precision, TrackerKind
+from vista.config.choices import Architecture, ItemStart, Precision, Split, TrackerKind
 from vista.errors import RankError
 from vista.log.event_log import EventLog
 from vista.ranks import Ranks
@@ -30,6 +31,7 @@ from vista.refresh import refresh
 from vista.training.checkpoint import latest_checkpoint
 from vista.training.data_parallel import DataParallel
 from vista.training.trainer import Trainer, train
+from vista.training.validation import Validation
 from vista.version import __version__
 
 EXACT = {
@@ -251,3 +253,51 @@ def test_draws_of_a_step_depend_on_seed_step_and_rank(event_log: EventLog, tmp_p
 
     draws = [drawn(*each) for each in ((1, 5, 0), (1, 5, 1), (1, 6, 0), (2, 5, 0))]
     assert len(set(draws)) == 4 and draws[0] == drawn(1, 5, 0)
+
+
+def assert_ranks_measure_the_same(made: Trainer) -> None:
+    """All scores are far apart: other batches round otherwise, and must not swap two that are almost equal."""
+    generator, model = torch.Generator().manual_seed(1), made.model.eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn(weight.shape, generator=generator) * 0.1)
+        model.item_table[0] = 0
+
+    def measured(ranks: Ranks | None) -> dict[str, float]:
+        return Validation(made.log, model.rows_of(made.log.items), made.config, ranks)(model)
+
+    expected = measured(None)
+    assert expected
+    for num_ranks in (2, 13):
+        for found in on_ranks(num_ranks, measured):
+            # NE and calibration are means of float32 values, which rounding changes by about 1e-6.
+            assert found == pytest.approx(expected, rel=1e-5, nan_ok=True)
+
+
+@pytest.mark.parametrize("architecture", [Architecture.vista, Architecture.sasrec])
+@pytest.mark.parametrize("users", [0, 3])
+def test_validation_of_next_items(event_log: EventLog, tmp_path: Path, architecture: Architecture, users: int) -> None:
+    """With three users, some ranks have none."""
+    limit = 0 if architecture is Architecture.vista else 9
+    changes = {"model__architecture": architecture, "model__history_limit": limit, "optim__validation_users": users}
+    assert_ranks_measure_the_same(Trainer(small_config(event_log, tmp_path / "run", **changes), event_log))
+
+
+def test_validation_of_windows(event_log: EventLog, tmp_path: Path) -> None:
+    changes = {"model__counters": True, "data__split": Split.share, "data__test_share": 0.3}
+    weights = {"optim__window_weight": 1.0, "optim__next_weight": 0.0, "data__validation_share": 0.3}
+    config = small_config(event_log, tmp_path / "run", **changes, **weights)
+    assert_ranks_measure_the_same(Trainer(config, event_log))
+
+
+@pytest.mark.parametrize("architecture", [Architecture.vista, Architecture.din])
+@pytest.mark.parametrize("users", [0, 3])
+def test_validation_of_impressions(
+    served_tasks: Served, tmp_path: Path, architecture: Architecture, users: int
+) -> None:
+    """Three users mean twelve impressions, fewer than ranks."""
+    limit, config = 0 if architecture is Architecture.vista else 9, served_tasks.config
+    changes = {"model__architecture": architecture, "model__history_limit": limit, "optim__validation_users": users}
+    changes |= {f"data__{name}": getattr(config.data, name) for name in ("split", "validation_from", "test_from")}
+    made = Trainer(small_config(served_tasks.log, tmp_path / "run", **changes), served_tasks.log)
+    assert_ranks_measure_the_same(made)

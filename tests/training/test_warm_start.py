@@ -1,4 +1,4 @@
-"""Warm starts: what is matched by id, and resumption."""
+"""Warm starts: what is matched by ID, resumption, frozen summarizers, and what is refused."""
 
 from __future__ import annotations
 
@@ -11,25 +11,34 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import small_config
+from tests.conftest import small_config, small_frame
+from tests.training.conftest import copies_of_run
 from tests.training.test_trainer import assert_same_result
 from tests.training.warm_logs import (
     COLUMNS,
+    FROZEN,
     NEW_ITEMS,
     Run,
     begun,
+    features,
     kept_ids,
     more_events,
     saved_moments,
     warm_config,
 )
-from vista.config.choices import Architecture, InitFreeze, ItemStart
-from vista.errors import ConfigError
+from vista.config import EvaluateConfig
+from vista.config.choices import Architecture, Codec, InitFreeze, ItemStart, Split, Stage
+from vista.errors import CheckpointError, ConfigError, LeakageError
+from vista.evaluation.evaluate import evaluate_scorer
 from vista.examples.item_factors import item_factors
 from vista.log.event_log import EventLog
+from vista.log.splits import split_until
 from vista.model.added_items import with_items
-from vista.model.vista_model import VistaModel
-from vista.training import run_state
+from vista.model.vista_model import STAGE1_WEIGHTS, VistaModel
+from vista.refresh import RefreshOptions, refresh
+from vista.scorer import Scorer
+from vista.store import StoreReader
+from vista.training.checkpoint import latest_checkpoint
 from vista.training.item_start import start_from_factors
 from vista.training.metrics_writer import MetricsWriter
 from vista.training.trainer import Trainer, train, train_model
@@ -62,24 +71,6 @@ def test_items_keep_their_vectors_in_a_log_of_another_order(
         assert torch.equal(model.id_vectors(rows), base.id_vectors(old))
     assert model.num_trained_items == len(model.items) == len(ids) + len(NEW_ITEMS)
     assert (model.item_rows(NEW_ITEMS) > len(ids)).all()
-
-
-def test_features_keep_their_meaning(reordered_log: EventLog, earlier: Run, tmp_path: Path) -> None:
-    config, base = earlier
-    _, made = begun(warm_config(config, reordered_log, tmp_path), reordered_log)
-    before, after = base.schema.item_features, made.model.schema.item_features
-    assert [column.name for column in after] == ["brand", "tags", "price", "text", "color"]
-    assert after[2:4] == before[2:4] and after[0].size == before[0].size + 1
-    assert made.model.features is not None and made.model.feature_table is not None
-    assert made.model.feature_table.values["brand"].rows(["brand 9"]).tolist() == [before[0].size]
-    new = made.model.features.values[1 + before[0].size]
-    assert not new.any(), "a new value starts at 0"
-    assert not made.model.features.values[-3:].any(), "and so does a new column"
-    made.model.save_pretrained(tmp_path / "saved")
-    loaded = VistaModel.from_pretrained(tmp_path / "saved")
-    assert loaded.feature_table is not None
-    for name, values in made.model.feature_table.values.items():
-        assert loaded.feature_table.values[name].digest() == values.digest(), name
 
 
 def test_actions_and_moments_are_matched_by_name(reordered_log: EventLog, earlier: Run, tmp_path: Path) -> None:
@@ -191,29 +182,264 @@ def test_a_run_resumes_bit_identically(
     grown_log: EventLog,
     earlier: Run,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     freeze: InitFreeze,
 ) -> None:
-    save, killed = run_state.save_checkpoint, []
-
-    def copied(folder: Path, step: int, *rest: Any) -> None:
-        save(folder, step, *rest)
-        killed.append(shutil.copytree(folder.parent, tmp_path / f"killed-{len(killed)}"))
-
     changes = {
         "init_freeze": freeze,
         "checkpoint_every": 4,
         "optim__epochs": 1,
         "model__item_start": ItemStart.factors,
     }
-    with monkeypatch.context() as patch:
-        patch.setattr(run_state, "save_checkpoint", copied)
+    with copies_of_run(tmp_path) as copies:
         train(warm_config(earlier[0], grown_log, tmp_path / "whole", **changes), grown_log, metrics_every=1)
-    assert len(killed) > 2
-    train(warm_config(earlier[0], grown_log, killed[1], **changes), grown_log, metrics_every=1)
-    assert_same_result(killed[1], tmp_path / "whole")
+    assert len(copies) > 2
+    _, killed = copies[1]
+    train(warm_config(earlier[0], grown_log, killed, **changes), grown_log, metrics_every=1)
+    assert_same_result(killed, tmp_path / "whole")
     model = shutil.copytree(Path(earlier[0].run_dir) / "best", tmp_path / "best")
     VistaModel.from_pretrained(model).with_tail(5).save_pretrained(model)
-    another = warm_config(earlier[0], grown_log, killed[1], init_from=str(model), **changes)
+    another = warm_config(earlier[0], grown_log, killed, init_from=str(model), **changes)
     with pytest.raises(ConfigError, match=r"a run with another .*init_from \(\w+ -> \w+\)"):
         train(replace(another, model=replace(another.model, tail_len=5)), grown_log)
+
+
+@pytest.fixture(scope="module")
+def later(grown_log: EventLog, earlier: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run on the grown log with a frozen summarizer, and its model."""
+    config = warm_config(earlier[0], grown_log, tmp_path_factory.mktemp("frozen") / "run", **FROZEN)
+    return config, train(config, grown_log)
+
+
+def digest_of(model: VistaModel, log: EventLog, store: Path) -> tuple[bytes, str]:
+    """What a full refresh writes: the summarizer's id, and the digest of all records."""
+    refresh(model, log, store, options=RefreshOptions(codec=Codec.float32), created_at=0)
+    with StoreReader.open(store, summarizer_id=model.summarizer_id()) as reader:
+        return model.summarizer_id(), reader.manifest.records_digest
+
+
+def test_only_stage_2_and_new_items_train(earlier: Run, later: Run, grown_log: EventLog) -> None:
+    base, model = earlier[1], later[1]
+    assert model.summarizer_id() == base.summarizer_id()
+    before, after = base.state_dict(), model.state_dict()
+    count = 1 + base.num_trained_items
+    assert torch.equal(after["item_table"][:count], before["item_table"])
+    _, made = begun(replace(later[0], run_dir=f"{later[0].run_dir}-again"), grown_log)
+    start = made.model.state_dict()
+    assert (after["item_table"][count:] != start["item_table"][count:]).any(1).all()
+    for name in before.keys() - {"item_table", "item_popularity"}:
+        is_kept = name.startswith((*STAGE1_WEIGHTS, "decoder."))
+        assert torch.equal(after[name], before[name]) == is_kept, name
+
+
+def test_stores_stay_valid_and_exact(
+    earlier: Run,
+    later: Run,
+    grown_log: EventLog,
+    tmp_path: Path,
+) -> None:
+    """On a log with events of the new items, both models write the same records, bit for bit."""
+    assert digest_of(later[1], grown_log, tmp_path / "new") == digest_of(earlier[1], grown_log, tmp_path / "old")
+    folders = [Path(config.run_dir) / "best" for config in (earlier[0], later[0])]
+    users = grown_log.users.ids(np.arange(grown_log.num_users)).tolist()
+    scores = []
+    for store in ("old", "new"):
+        with Scorer.open(folders[1], tmp_path / store) as scorer:
+            scores.append(scorer.score(users, NEW_ITEMS))
+    np.testing.assert_array_equal(scores[0], scores[1])
+    assert len(np.unique(scores[0])) == scores[0].size, "new items have scores of their own"
+
+
+def test_validation_is_what_the_scorer_reaches(
+    earlier: Run,
+    later: Run,
+    grown_log: EventLog,
+    tmp_path: Path,
+) -> None:
+    config, model = later
+    until = split_until(config.data, "validation")
+    refresh(earlier[1], grown_log, tmp_path / "store", until=until, options=RefreshOptions(codec=Codec.float32))
+    asked = EvaluateConfig(split="validation", top_k=[10], progress=False)
+    with Scorer.open(Path(config.run_dir) / "best", tmp_path / "store") as scorer:
+        served = evaluate_scorer(scorer, grown_log, asked).metrics
+    measured = Validation(grown_log, model.rows_of(grown_log.items), config)(model)
+    assert measured["ndcg@10"] == pytest.approx(served["ndcg@10"], abs=1e-6)
+
+
+def test_histories_show_new_items_as_unknown_and_labels_do_not(
+    earlier: Run, grown_log: EventLog, tmp_path: Path
+) -> None:
+    config, base = earlier
+    _, made = begun(warm_config(config, grown_log, tmp_path, **FROZEN), grown_log)
+    seen = 0
+    for index in range(made.source.num_batches(0)):
+        batch = made.source.batch(0, index)
+        rows, anchors = batch.rows, batch.anchors
+        is_new = rows[batch.events.item] > base.num_trained_items
+        assert batch.events.hidden is not None and torch.equal(batch.events.hidden, is_new)
+        assert anchors is not None and anchors.counters is not None
+        counted = anchors.counters.item
+        assert not (rows[counted[counted >= 0]] > base.num_trained_items).any()
+        label = anchors.next_item
+        seen += int((rows[label[label >= 0]] > base.num_trained_items).sum())
+    assert seen > 5
+
+
+def test_a_second_start_continues_new_items(
+    earlier: Run,
+    later: Run,
+    grown_log: EventLog,
+    tmp_path: Path,
+) -> None:
+    config, model = later
+    frozen, made = begun(warm_config(config, grown_log, tmp_path / "frozen", **FROZEN), grown_log)
+    assert torch.equal(made.model.item_table, model.item_table) and not len(frozen.new_rows)
+    assert made.model.num_trained_items == earlier[1].num_trained_items
+    _, made = begun(warm_config(config, grown_log, tmp_path / "all", init_freeze=InitFreeze.none), grown_log)
+    assert torch.equal(made.model.item_table, model.item_table)
+    assert made.model.num_trained_items == len(model.items)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__dim": 8}, r"these differ: model\.dim \(16 -> 8\); set model\.dim=16"),
+        ({"model__num_seeds": 2, "model__tail_len": 5}, r"model\.num_seeds \(3 -> 2\), model\.tail_len \(6 -> 5\)"),
+        ({"model__use_item_features": False}, r"set model\.use_item_features=true"),
+    ],
+)
+def test_another_shape(
+    feature_log: EventLog,
+    earlier: Run,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train(warm_config(earlier[0], feature_log, tmp_path / "run", **changes), feature_log)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"stage": Stage.downstream, "base": "a", "store": "b", "data__split": Split.time},
+            "^init_from: stage=down",
+        ),
+        ({"init_from": None, **FROZEN}, "^init_freeze: only applies with init_from"),
+        ({"model__architecture": Architecture.hstu, "model__history_limit": 8, **FROZEN}, "a baseline has no summ"),
+        ({"model__embedding_rows": 8, **FROZEN}, "items share the rows of a hashed table"),
+        (
+            {"model__item_start": ItemStart.user_factors, "optim__table_rate": 0.0},
+            "^model.item_start: user_factors",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other(
+    feature_log: EventLog,
+    earlier: Run,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    config = warm_config(earlier[0], feature_log, tmp_path, **changes)
+    with pytest.raises(ConfigError, match=message):
+        replace(config)
+
+
+def test_a_model_of_user_factors(event_log: EventLog, tmp_path: Path) -> None:
+    factors = {"model__item_start": ItemStart.user_factors, "optim__table_rate": 0.0, "optim__epochs": 1}
+    config = small_config(event_log, tmp_path / "first", **factors)
+    train(config, event_log)
+    config = small_config(event_log, tmp_path / "second", init_from=str(tmp_path / "first" / "best"))
+    with pytest.raises(ConfigError, match="its item vectors are user factors"):
+        train(config, event_log)
+
+
+def test_a_log_that_lacks_a_feature(feature_log: EventLog, event_log: EventLog, earlier: Run, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the model reads the feature 'brand', which the log lacks; append a table"):
+        train(warm_config(earlier[0], event_log, tmp_path / "run"), event_log)
+    frame = small_frame()
+    table = features(np.unique(frame["item"]))
+    table["text"] = [row[:2] for row in table["text"]]
+    path = tmp_path / "log"
+    short = EventLog.from_frame(frame, path, time_unit="ms", columns=COLUMNS, items=table)
+    with pytest.raises(ConfigError, match=r"the feature 'text' is a vector of 2, but was a vector of 3"):
+        train(warm_config(earlier[0], short, tmp_path / "run"), short)
+
+
+def test_a_log_of_other_ids_or_without_times(order_log: EventLog, event_log: EventLog, tmp_path: Path) -> None:
+    config = small_config(order_log, tmp_path / "first", optim__epochs=1)
+    train(config, order_log)
+    with pytest.raises(ConfigError, match=r"its item ids are str, but those of .* are int"):
+        train(warm_config(config, event_log, tmp_path / "second"), event_log)
+    frame = small_frame()
+    named = {"user": frame["user"], "item": [f"i{item}" for item in frame["item"]], "timestamp": frame["timestamp"]}
+    timed = EventLog.from_frame(named, tmp_path / "log", time_unit="ms")
+    with pytest.raises(ConfigError, match=r"has times, but the log of init_from=.* has no times"):
+        train(warm_config(config, timed, tmp_path / "second"), timed)
+
+
+def test_new_actions_of_a_frozen_summarizer(reordered_log: EventLog, earlier: Run, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"the actions of .* are \['like', 'buy', 'click'\], but summaries know"):
+        train(warm_config(earlier[0], reordered_log, tmp_path, **FROZEN), reordered_log)
+
+
+def test_a_model_in_the_run_folder(feature_log: EventLog, earlier: Run) -> None:
+    with pytest.raises(ConfigError, match="holds the model of init_from, which this run would replace"):
+        train(warm_config(earlier[0], feature_log, Path(earlier[0].run_dir)), feature_log)
+
+
+def test_a_damaged_checkpoint(feature_log: EventLog, earlier: Run, tmp_path: Path) -> None:
+    shutil.copytree(earlier[0].run_dir, tmp_path / "first")
+    newest = latest_checkpoint(tmp_path / "first" / "checkpoints")
+    assert newest is not None
+    (newest / "tensors.safetensors").write_bytes(b"")
+    config = warm_config(earlier[0], feature_log, tmp_path / "second", init_from=str(tmp_path / "first" / "best"))
+    with pytest.raises(CheckpointError, match="holds 0 bytes instead of"):
+        train(config, feature_log)
+
+
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        (
+            {"validation_from": "2020-10-01", "test_from": "2020-10-20"},
+            "trained on events until leave-last-two-out",
+        ),
+        (
+            {"validation_share": 0.1, "test_share": 0.1},
+            "but this run holds out what comes after leave-last-20-percent",
+        ),
+    ],
+)
+def test_a_model_that_may_know_the_labels(
+    feature_log: EventLog,
+    earlier: Run,
+    tmp_path: Path,
+    split: dict[str, Any],
+    message: str,
+) -> None:
+    kind = Split.time if "test_from" in split else Split.share
+    config = warm_config(earlier[0], feature_log, tmp_path)
+    with pytest.raises(LeakageError, match=message):
+        train(replace(config, data=replace(config.data, split=kind, **split)), feature_log)
+
+
+def test_a_model_of_later_labels(event_log: EventLog, tmp_path: Path) -> None:
+    def dated(day: int) -> dict[str, Any]:
+        return {"split": Split.time, "validation_from": f"2020-10-{day}", "test_from": "2020-10-25"}
+
+    config = small_config(event_log, tmp_path / "first", optim__epochs=1)
+    config = replace(config, data=replace(config.data, **dated(10)))
+    train(config, event_log)
+    warm = warm_config(config, event_log, tmp_path / "second")
+    train(replace(warm, data=replace(warm.data, **dated(12))), event_log)
+    with pytest.raises(LeakageError, match=r"was trained on events until \d+, but this run holds out"):
+        train(
+            replace(
+                warm,
+                data=replace(warm.data, **dated(10) | {"validation_from": "2020-10-09"}),
+                run_dir=str(tmp_path / "third"),
+            ),
+            event_log,
+        )

@@ -1,4 +1,4 @@
-"""Items with too few training events have no row of their own: in training as in serving, they are unknown."""
+"""What a model may use of a log, and which of its items have rows and interests."""
 
 from __future__ import annotations
 
@@ -10,23 +10,110 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.conftest import DAY, START, Served, small_config, small_frame
 from tests.training.feature_world import feature_frame
-from vista.config import DataConfig, EvaluateConfig, SourceColumns, TrainConfig
-from vista.config.choices import Architecture, Codec, InitFreeze, Search, Stage
-from vista.errors import ConfigError
+from vista.config import DataConfig, EvaluateConfig, ModelConfig, OptimConfig, SourceColumns, TrainConfig
+from vista.config.choices import Architecture, Codec, Decay, InitFreeze, Search, Split, Stage
+from vista.errors import ConfigError, DataError
 from vista.evaluation.evaluate import evaluate_scorer
 from vista.log.event_log import EventLog
+from vista.log.histories import Histories
 from vista.log.splits import split_until
+from vista.log.vocabulary import Vocabulary
 from vista.model.added_items import with_items
 from vista.model.ranking_model import UNKNOWN_ITEM
+from vista.model.schema import Schema
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer, Tail
 from vista.training.frequent_items import frequent_items
+from vista.training.log_schema import rating_range, schema_of
+from vista.training.model_start import start_interests
 from vista.training.trainer import Trainer, train, train_model
 from vista.training.validation import Validation
+
+
+def test_what_a_log_offers(event_log: EventLog, order_log: EventLog, impression_log: EventLog) -> None:
+    schema = schema_of(event_log, TrainConfig())
+    assert (schema.actions, schema.has_time, schema.rating_range) == (["click", "like"], True, (1.0, 5.0))
+    assert (schema.tasks, schema.has_retrieval) == ([], True)
+    plain = schema_of(order_log, TrainConfig())
+    assert (plain.actions, plain.has_time, plain.rating_range) == (["event"], False, None)
+    assert schema_of(impression_log, TrainConfig()).tasks == ["click", "like", "long_view"]
+    assert schema_of(impression_log, TrainConfig(optim=OptimConfig(task_weight=0))).tasks == []
+    assert not schema_of(impression_log, TrainConfig(optim=OptimConfig(next_weight=0))).has_retrieval
+
+
+def test_ratings_are_read_in_blocks(event_log: EventLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, read = EventLog.gather, []
+
+    def gather(log: EventLog, users: np.ndarray, *rest: np.ndarray, features: bool = True) -> Histories:
+        read.append(len(users))
+        return whole(log, users, *rest, features=features)
+
+    monkeypatch.setattr(EventLog, "gather", gather)
+    ratings = [event_log.slice(user).rating for user in range(event_log.num_users)]
+    read.clear()
+    low, high = min(each.min() for each in ratings if len(each)), max(each.max() for each in ratings if len(each))
+    assert rating_range(event_log, events_per_batch=30) == (low, high)
+    assert sum(read) == event_log.num_users and len(read) > 3
+
+
+def test_decay_by_time_needs_times(order_log: EventLog) -> None:
+    config = TrainConfig()
+    config.model.decay = Decay.time
+    with pytest.raises(ConfigError, match=r"model\.decay=time: .* has no times; set model\.decay=position or none"):
+        schema_of(order_log, config)
+
+
+@pytest.mark.parametrize("architecture", [each for each in Architecture if each.ranks_only])
+def test_baselines_that_rank_only_need_labeled_impressions(
+    event_log: EventLog, impression_log: EventLog, architecture: Architecture
+) -> None:
+    config = TrainConfig(model=ModelConfig(architecture=architecture, history_limit=200))
+    schema = schema_of(impression_log, config)
+    assert (schema.tasks, schema.has_retrieval) == (["click", "like", "long_view"], False)
+    with pytest.raises(ConfigError, match=rf"model\.architecture={architecture.value}: learns only from .* has none;"):
+        schema_of(event_log, config)
+    config.optim.task_weight = 0
+    with pytest.raises(ConfigError, match=r"from labeled impressions, but optim\.task_weight=0; prepare"):
+        schema_of(impression_log, config)
+
+
+def test_some_head_must_be_trained(event_log: EventLog) -> None:
+    with pytest.raises(ConfigError, match=r"optim\.next_weight=0: .* no head would be trained"):
+        schema_of(event_log, TrainConfig(optim=OptimConfig(next_weight=0)))
+
+
+@pytest.mark.parametrize("name", ["next", "loss", "step", "reconstruction"])
+def test_a_label_named_like_a_key_of_metrics_is_refused(tmp_path: Path, name: str) -> None:
+    events = {"user": [1], "item": [1], "timestamp": [1]}
+    log = EventLog.from_frame(
+        events,
+        tmp_path / "log",
+        time_unit="s",
+        impressions={**events, name: [1]},
+        columns=SourceColumns(labels=[name]),
+    )
+    with pytest.raises(ConfigError, match=f"a label cannot be named '{name}'"):
+        schema_of(log, TrainConfig())
+
+
+def test_a_split_before_the_first_event_leaves_nothing_to_train(event_log: EventLog, tmp_path: Path) -> None:
+    config = small_config(event_log, tmp_path, data__validation_from="1990-01-01", data__test_from="1991-01-01")
+    config.data.split = Split.time
+    with pytest.raises(DataError, match="no item occurs in training"):
+        train(config, event_log)
+
+
+def test_test_labels_before_validation_are_refused(event_log: EventLog, tmp_path: Path) -> None:
+    config = small_config(event_log, tmp_path, data__validation_from="2021-01-01", data__test_from="2020-10-01")
+    config.data.split = Split.time
+    with pytest.raises(ConfigError, match=r"data\.test_from=2020-10-01: is before data\.validation_from=2021-01-01"):
+        train(config, event_log)
+
 
 LEAST = 6
 COLUMNS = SourceColumns(action="action", rating="rating")
@@ -262,3 +349,22 @@ def test_settings_that_leave_no_item(event_log: EventLog, tmp_path: Path) -> Non
             base="base",
             store="store",
         )
+
+
+def test_new_items_join_the_most_similar_interest() -> None:
+    """After a warm start, others keep theirs; items without events have none."""
+    config = ModelConfig(dim=16, num_heads=2, num_interests=3)
+    model = VistaModel(config, Schema(["view"], True, None, []), Vocabulary.from_ids(np.arange(90)), DataConfig())
+    centers = F.normalize(torch.randn(3, 16, generator=torch.Generator().manual_seed(2)), dim=1)
+    group = torch.arange(90) % 3
+    with torch.no_grad():
+        model.item_table[1:] = centers[group] + 0.02 * torch.randn(90, 16, generator=torch.Generator().manual_seed(3))
+    known = np.concatenate([[5], np.ones(60, np.int64)])  # row 0 is the unknown item
+    start_interests(model, known, seed=1)
+    first = model.item_interest.clone()
+    assert first[0] == 0 and (first[1:61] > 0).all() and not first[61:].any()
+    start_interests(model, np.concatenate([known, np.ones(29, np.int64)]), seed=9)
+    found = model.item_interest
+    assert torch.equal(found[:61], first[:61]) and found[90] == 0
+    by_group = {int(one): int(interest) for one, interest in zip(group[:60], first[1:61], strict=True)}
+    assert [by_group[int(one)] for one in group[60:89]] == found[61:90].int().tolist()

@@ -1,4 +1,4 @@
-"""A run that trains windows only is validated on windows, as `vista evaluate target=window` asks for them."""
+"""Runs that train windows, and runs without validation labels: what they learn and are validated on."""
 
 from __future__ import annotations
 
@@ -12,17 +12,58 @@ import pytest
 from tests.conftest import DAY, START, draw_counter_weights, small_config
 from vista.config import EvaluateConfig, TrainConfig
 from vista.config.choices import Architecture, Codec, Split, Target
+from vista.errors import ConfigError
 from vista.evaluation.baseline_evaluation import measure_baseline
 from vista.evaluation.baselines.own_frequency import OwnFrequency
 from vista.evaluation.evaluate import evaluate_model, evaluate_scorer
 from vista.log.event_log import EventLog
-from vista.log.splits import split_until
+from vista.log.splits import split_until, visible_counts
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer
-from vista.training.trainer import Trainer, train
+from vista.training.trainer import Trainer, train, train_model
 from vista.training.validation import Validation
+
+
+def losses(run_dir: Path, name: str) -> list[float]:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row[name] for row in rows if name in row]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "next_weight"),
+    [
+        ("vista", 0.2),
+        ("sasrec", 0.0),
+        *(pytest.param(name, 0.2, marks=pytest.mark.research) for name in ("hstu", "fuxi_linear")),
+    ],
+)
+def test_a_run_learns_windows(event_log: EventLog, tmp_path: Path, architecture: str, next_weight: float) -> None:
+    config = small_config(
+        event_log,
+        tmp_path / "run",
+        model__architecture=Architecture(architecture),
+        model__history_limit=0 if architecture == "vista" else 30,
+        optim__window_weight=1.0,
+        optim__next_weight=next_weight,
+        optim__epochs=6,
+    )
+    model = train_model(config, event_log, metrics_every=1)
+    assert model.has_retrieval, "the window loss trains it too"
+    window = losses(tmp_path / "run", "window")
+    assert np.mean(window[-5:]) < 0.95 * np.mean(window[:5])
+    assert bool(losses(tmp_path / "run", "next")) == (next_weight > 0)
+
+
+def test_models_that_only_rank_have_no_anchors(impression_log: EventLog, tmp_path: Path) -> None:
+    config = small_config(
+        impression_log, tmp_path / "run", model__architecture=Architecture.twin, optim__window_weight=1.0
+    )
+    trainer = Trainer(config, impression_log)
+    assert trainer.source.batch(0, 0).anchors is None
+    assert not trainer.model.has_retrieval
+
 
 NUM_USERS, NUM_EVENTS = 15, 120
 SHARE = {"data__split": Split.share, "data__validation_share": 0.2, "data__test_share": 0.2}
@@ -115,3 +156,41 @@ def test_without_windows_next_items_are_validated(
         config = window_config(log, tmp_path, **split, optim__next_weight=0.1)
         assert Validation(log, np.arange(1, log.num_items + 1), config).metric == "ndcg@10"
     assert not caplog.text
+
+
+TEST_FROM = str(START + 20 * DAY)
+SPLITS: dict[str, dict[str, Any]] = {
+    "share": {"data__split": Split.share, "data__validation_share": 0.0, "data__test_share": 0.2},
+    "time": {"data__split": Split.time, "data__validation_from": TEST_FROM, "data__test_from": TEST_FROM},
+}
+WINDOWS = {"optim__next_weight": 0.0, "optim__window_weight": 1.0, "model__counters": True, "data__horizon_events": 5}
+
+
+def config_of(log: EventLog, run_dir: Path, split: str, **changes: Any) -> TrainConfig:
+    return small_config(log, run_dir, **SPLITS[split], **WINDOWS, optim__validate_every=0, **changes)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_all_events_before_the_test_are_trained_on(event_log: EventLog, tmp_path: Path, split: str) -> None:
+    config = config_of(event_log, tmp_path / "run", split)
+    source = Trainer(config, event_log).source
+    batches = [source.batch(0, index) for index in range(source.num_batches(0))]
+    before = visible_counts(event_log, split_until(config.data, "test"))
+    assert sum(len(batch.events.item) for batch in batches) == before.sum()
+    assert all(batch.anchors is not None for batch in batches)
+    model = train(config, event_log)
+    assert '"validation"' not in (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert refresh(model, event_log, tmp_path / "store", until=split_until(config.data, "test")).num_users
+    with Scorer.open(model, tmp_path / "store") as scorer:
+        assert evaluate_scorer(scorer, event_log, EvaluateConfig(split="test", progress=False)).num_cases
+        with pytest.raises(ConfigError, match="has no validation case"):
+            evaluate_scorer(scorer, event_log, EvaluateConfig(split="validation", progress=False))
+
+
+def test_a_validation_without_labels_is_left_out_with_a_warning(
+    event_log: EventLog, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = config_of(event_log, tmp_path / "run", "share", optim__epochs=1)
+    config.optim.validate_every = 1
+    train(config, event_log)
+    assert "has no case to validate on: the last model will be exported" in caplog.text

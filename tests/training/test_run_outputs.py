@@ -1,0 +1,246 @@
+"""What a run writes beside its checkpoints: text files, the model card, and its comparison with baselines."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.conftest import Served, small_config
+from vista.config import DataConfig, EvaluateConfig, TrainConfig
+from vista.config.choices import Architecture, Split
+from vista.errors import ConfigError, NonFiniteLossError
+from vista.evaluation.baseline_evaluation import measure_baseline
+from vista.evaluation.baselines import sparse_rows
+from vista.evaluation.baselines.transitions import Transitions
+from vista.log.event_log import EventLog
+from vista.model.ranking_model import RankingModel
+from vista.training.baseline_check import compare_with_baselines
+from vista.training.metrics_writer import MetricsWriter
+from vista.training.model_card import model_card
+from vista.training.progress import Progress
+from vista.training.run_folder import log_file
+from vista.training.trainer import train, train_model
+from vista.training.validation import Validation
+
+
+@pytest.mark.parametrize("name", ["train.log", "metrics.jsonl"])
+def test_a_run_writes_to_no_link_and_waits_for_no_pipe(event_log: EventLog, tmp_path: Path, name: str) -> None:
+    config = small_config(event_log, tmp_path / "run", optim__epochs=1)
+    (tmp_path / "victim").write_bytes(b"kept")
+    (tmp_path / "run").mkdir()
+    path = tmp_path / "run" / name
+    path.symlink_to(tmp_path / "victim")
+    with pytest.raises(ConfigError, match=rf"{name}: cannot be written \(is a symbolic link; remove it\)"):
+        train_model(config, event_log)
+    assert (tmp_path / "victim").read_bytes() == b"kept" and path.is_symlink()
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ConfigError, match=rf"{name}: cannot be written \(is not a regular file\)"):
+        train_model(config, event_log)
+
+
+def test_a_refused_batch_is_not_written_through_a_link_or_to_a_pipe(event_log: EventLog, tmp_path: Path) -> None:
+    def run(name: str) -> str:
+        with pytest.raises(NonFiniteLossError) as caught:
+            train_model(small_config(event_log, tmp_path / name, optim__learning_rate=1e38), event_log)
+        return str(caught.value)
+
+    run("first")
+    (saved,) = (tmp_path / "first").glob("nonfinite-step-*.safetensors")
+    victim, link, pipe = tmp_path / "victim", tmp_path / "second" / saved.name, tmp_path / "third" / saved.name
+    victim.write_bytes(b"kept")
+    for path in (link, pipe):
+        path.parent.mkdir()
+    link.symlink_to(victim)
+    os.mkfifo(pipe)
+    assert f"the batch is saved in {link}" in run("second")
+    assert victim.read_bytes() == b"kept" and link.read_bytes() == saved.read_bytes()
+    assert f"the batch cannot be saved in {pipe} (is not a regular file)" in run("third")
+
+
+@pytest.mark.parametrize("step", [0, 5])
+def test_metrics_in_a_pipe_are_not_waited_for(tmp_path: Path, step: int) -> None:
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    metrics = MetricsWriter(tmp_path)
+    with pytest.raises(ConfigError, match="is not a regular file"):
+        metrics.rewind(step, [])
+    with pytest.raises(ConfigError, match="is not a regular file"):
+        metrics.write({"step": step})
+
+
+def test_a_log_is_appended_to_and_its_permissions_follow_the_umask(tmp_path: Path) -> None:
+    old = os.umask(0o027)
+    try:
+        for text in ("first", "second"):
+            with log_file(tmp_path / "train.log"):
+                logging.getLogger("vista").info(text)
+    finally:
+        os.umask(old)
+    lines = (tmp_path / "train.log").read_text().splitlines()
+    assert [line.split()[-1] for line in lines] == ["first", "second"]
+    assert (tmp_path / "train.log").stat().st_mode & 0o777 == 0o640
+
+
+def table_of(card: str, heading: str) -> dict[str, str]:
+    """Cells of the table below a heading, by the first one."""
+    section = card.split(f"## {heading}\n")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in section.splitlines() if "|" in line]
+    return {row[0]: row[1] for row in rows[2:]}
+
+
+def test_a_run_exports_its_numbers(impression_log: EventLog, tmp_path: Path) -> None:
+    config = small_config(impression_log, tmp_path / "run")
+    times = impression_log.time_range()
+    assert times is not None
+    validation_from, test_from = (int(np.quantile(times, share)) for share in (0.6, 0.8))
+    data = config.data
+    data.split, data.validation_from, data.test_from = Split.time, str(validation_from), str(test_from)
+    model = train(config, impression_log)
+    card = (tmp_path / "run" / "best" / "README.md").read_text()
+    counts = table_of(card, "Training data")
+    assert impression_log.impressions is not None
+    assert int(counts["events"].replace(",", "")) == impression_log.num_events == impression_log.lengths.sum()
+    assert int(counts["users"].replace(",", "")) == impression_log.num_users
+    assert int(counts["items"].replace(",", "")) == impression_log.num_items
+    assert int(counts["impressions"].replace(",", "")) == len(impression_log.impressions.item)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    best = min((row for row in rows if "validation" in row), key=lambda row: row["validation"]["ne/click"])
+    assert f"Epoch {best['epoch']} was the best" in card
+    assert table_of(card, "Validation") == {name: f"{value:.4f}" for name, value in best["validation"].items()}
+    assert f"Labels from {validation_from} on are not trained on: those before {test_from}" in card
+    made = table_of(card, "Model")
+    assert made["parameters"] == f"{sum(p.numel() for p in model.parameters()):,}"
+    assert made["summary tokens per user (`model.num_seeds`)"] == "3"
+    assert "`click`, `like`, `long_view`" in card and "Pass the time of the request" in card
+
+
+def test_the_card_knows_neither_place_nor_date(event_log: EventLog, tmp_path: Path) -> None:
+    cards = []
+    for name in ("one", "two"):
+        train(small_config(event_log, tmp_path / name, optim__epochs=1), event_log)
+        cards.append((tmp_path / name / "best" / "README.md").read_bytes())
+    assert cards[0] == cards[1]
+    assert str(tmp_path).encode() not in cards[0]
+
+
+def test_a_model_without_validation_says_so(order_log: EventLog, tmp_path: Path) -> None:
+    config = small_config(order_log, tmp_path, optim__epochs=1, optim__validate_every=0)
+    train(config, order_log)
+    card = (tmp_path / "best" / "README.md").read_text()
+    assert "The model was not validated." in card
+    assert table_of(card, "Training data")["time of events"] == "no times"
+    assert "Pass the time" not in card and "new action type" not in card
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"split": Split.time, "validation_from": "2024-01-01", "test_from": "1704067200000"},
+            "Labels from 1704067200000 on are not trained on: all are for the test, and none for validation.",
+        ),
+        (
+            {"split": Split.share, "validation_share": 0.0, "test_share": 0.2},
+            "The last 20 % of each user's events are held out for the test, and none for validation.",
+        ),
+        (
+            {"split": Split.share, "validation_share": 0.1, "test_share": 0.2},
+            "The last 20 % of each user's events are held out for the test, and the 10 % before them for validation.",
+        ),
+    ],
+)
+def test_the_card_says_what_is_held_out(served: Served, changes: dict[str, Any], expected: str) -> None:
+    config = TrainConfig(data=DataConfig(**changes))
+    assert f"\n\n{expected}\n\n" in model_card(served.model, config, served.log)
+
+
+def test_a_baseline_is_called_one(event_log: EventLog, tmp_path: Path) -> None:
+    config = small_config(
+        event_log, tmp_path, optim__epochs=1, model__architecture=Architecture.sasrec, model__history_limit=20
+    )
+    train_model(config, event_log)
+    card = (tmp_path / "best" / "README.md").read_text()
+    assert card.startswith("# Model card: sasrec\n") and "It is a baseline" in card and "num_seeds" not in card
+
+
+def test_names_of_a_log_do_not_break_a_table(
+    event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(event_log, tmp_path, optim__epochs=1)
+    model: RankingModel = train(config, event_log)
+    monkeypatch.setattr(event_log, "actions", ["click", "a|b\nc"])
+    card = model_card(model, config, event_log)
+    assert "| actions | `click`, `a\\|b c` |\n" in card
+
+
+def test_a_run_measures_the_baselines_once(
+    event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(event_log, tmp_path / "run", optim__epochs=1)
+    train(config, event_log)
+    text = (tmp_path / "run" / "train.log").read_text()
+    assert text.count("counting baselines") == 1 and "transitions 0." in text
+    monkeypatch.setattr(Validation, "baselines", lambda self: pytest.fail("measured again"))
+    train(config, event_log)  # resumes, and has nothing left to do
+
+
+@pytest.mark.parametrize("exclude_seen", [True, False])
+def test_validation_measures_baselines_as_evaluation_does(
+    event_log: EventLog, tmp_path: Path, exclude_seen: bool
+) -> None:
+    config = small_config(event_log, tmp_path / "run", data__exclude_seen=exclude_seen)
+    rows = np.arange(1, event_log.num_items + 1)
+    measured = Validation(event_log, rows, config).baselines()
+    assert ("own frequency" in measured) != exclude_seen, "returns are ranked only if seen items are"
+    asked = EvaluateConfig(split="validation", top_k=[10], progress=False)
+    expected = measure_baseline(Transitions(), event_log, config.data, asked, rows - 1).means()
+    assert measured["transitions"] == pytest.approx(expected)
+
+
+def test_in_a_large_log_item_neighbors_count_some_users(
+    event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = small_config(event_log, tmp_path / "run", data__exclude_seen=False)
+    validation = Validation(event_log, np.arange(1, event_log.num_items + 1), config)
+    whole = validation.baselines()
+    monkeypatch.setattr(sparse_rows, "MOST_EVENTS", 10)
+    with caplog.at_level(logging.INFO):
+        some = validation.baselines()
+    assert {name for name in whole if whole[name] != some[name]} == {"item neighbors"} and some.keys() == whole.keys()
+    assert len([line for line in caplog.messages if line.startswith("pairs of items are counted among")]) == 1
+
+
+def decided_by(metric: str) -> Any:
+    """A validation that chooses models by `metric`, and ranks by NDCG@10."""
+    return SimpleNamespace(metric=metric, ranking_metric="ndcg@10")
+
+
+@pytest.mark.parametrize("counts", [False, True])
+@pytest.mark.parametrize(("reached", "warns"), [(0.29, True), (0.3, False), (0.31, False)])
+def test_a_model_below_a_baseline_is_reported(
+    reached: float, warns: bool, counts: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    progress = Progress(
+        best=0.7,  # NE: the second validation is the best, though its NDCG@10 is not
+        history=[{"ne/click": 0.9, "ndcg@10": 0.5}, {"ne/click": 0.7, "ndcg@10": reached}],
+        baselines={"popularity": {"ndcg@10": 0.1}, "own frequency": {"ndcg@10": 0.3}},
+    )
+    with caplog.at_level(logging.WARNING):
+        compare_with_baselines(progress, decided_by("ne/click"), counts=counts)
+    assert [record.message.split(":")[0] for record in caplog.records] == (
+        ["ndcg@10 0.2900 is below that of a counting baseline (own frequency"] if warns else []
+    )
+    assert not warns or ("counter_days" in caplog.text) == counts
+
+
+def test_without_validations_nothing_is_compared(caplog: pytest.LogCaptureFixture) -> None:
+    compare_with_baselines(Progress(baselines={"popularity": {"ndcg@10": 0.1}}), decided_by("ndcg@10"), counts=False)
+    compare_with_baselines(Progress(best=0.5, history=[{"ndcg@10": 0.05}]), decided_by("ndcg@10"), counts=False)
+    assert not caplog.records
