@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from tests.conftest import Served, small_config
-from vista.config import SourceColumns
-from vista.config.choices import Architecture, Mixing, Precision, ReconstructionTarget, Split, Stage
+from tests.training.feature_world import feature_config, frames, log_of
+from vista.config.choices import Architecture, Mixing, Precision, ReconstructionTarget, Stage
 from vista.errors import DataError
 from vista.examples.batch import Batch
 from vista.examples.batch_part import balanced_parts, batch_part, chunk_work
@@ -31,7 +31,13 @@ from vista.training.downstream import Downstream
 from vista.training.item_start import training_vectors
 from vista.training.trainer import Trainer, train
 
-EXACT = {"model__dropout": 0.0, "model__counted_dropout": 0.0, "model__id_dropout": 0.0}
+EXACT = {
+    "precision": Precision.float32,
+    "data__tokens_per_batch": 256,
+    "model__dropout": 0.0,
+    "model__counted_dropout": 0.0,
+    "model__id_dropout": 0.0,
+}
 """No draws in a step: each rank makes its own."""
 COUNTERS = {"model__counters": True, "optim__window_weight": 0.5}
 MODELS: dict[str, dict[str, Any]] = {
@@ -50,46 +56,8 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def log(impression_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> EventLog:
-    """The simulated log, with features of items, events, requests, and users."""
-    simulated, table, rng = impression_log, impression_log.impressions, np.random.default_rng(3)
-    assert table is not None
-    events = simulated.gather(np.arange(simulated.num_users))
-    users = simulated.users.ids(np.arange(simulated.num_users))
-    items = simulated.items.ids(np.arange(simulated.num_items))
-
-    def column(count: int) -> list[str]:
-        return rng.choice(["a", "b", "c"], count).tolist()  # type: ignore[no-any-return]
-
-    return EventLog.from_frame(
-        {
-            "user": np.repeat(users, events.lengths),
-            "item": simulated.items.ids(events.item),
-            "timestamp": np.asarray(events.timestamp),
-            "surface": column(events.num_events),
-        },
-        tmp_path_factory.mktemp("featured") / "log",
-        time_unit="ms",
-        columns=SourceColumns(labels=list(table.tasks)),
-        categories=["surface"],
-        items={"item": items, "brand": column(len(items))},
-        users={"user": users, "region": column(len(users))},
-        impressions={
-            "user": np.repeat(users, np.diff(table.offsets)),
-            "item": simulated.items.ids(table.item),
-            "timestamp": np.asarray(table.timestamp),
-            "device": column(table.num_impressions),
-            **{task: np.asarray(table.label)[:, index] for index, task in enumerate(table.tasks)},
-        },
-        request_categories=["device"],
-    )
-
-
-def split_of(log: EventLog) -> dict[str, Any]:
-    assert log.impressions is not None
-    times = np.sort(np.asarray(log.impressions.timestamp))
-    starts = {"data__validation_from": 0.6, "data__test_from": 0.8}
-    return {"data__split": Split.time} | {key: str(times[int(share * len(times))]) for key, share in starts.items()}
+def log(tmp_path_factory: pytest.TempPathFactory) -> EventLog:
+    return log_of(frames(), tmp_path_factory.mktemp("featured") / "log")
 
 
 def losses_and_gradients(made: Trainer, parts: list[Batch]) -> tuple[dict[str, float], dict[str, Tensor]]:
@@ -134,8 +102,7 @@ def assert_parts_equal_the_whole(made: Trainer) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_parts_have_the_losses_and_gradients_of_the_whole_batch(log: EventLog, tmp_path: Path, name: str) -> None:
-    changes = {**split_of(log), **EXACT, "precision": Precision.float32, "data__tokens_per_batch": 256, **MODELS[name]}
-    assert_parts_equal_the_whole(Trainer(small_config(log, tmp_path / "run", **changes), log))
+    assert_parts_equal_the_whole(Trainer(feature_config(log, tmp_path / "run", **EXACT, **MODELS[name]), log))
 
 
 def test_parts_of_a_batch_with_stored_summaries(served_tasks: Served, tmp_path: Path) -> None:
@@ -144,8 +111,8 @@ def test_parts_of_a_batch_with_stored_summaries(served_tasks: Served, tmp_path: 
     until = int(np.sort(np.asarray(log.impressions.timestamp))[len(log.impressions.timestamp) // 3])
     refresh(served_tasks.model, log, tmp_path / "store", until=until)
     places = {"base": str(served_tasks.model_dir), "store": str(tmp_path / "store"), "stage": Stage.downstream}
-    changes = {**split_of(log), **EXACT, **places, "precision": Precision.float32, "data__tokens_per_batch": 256}
-    with Downstream.open(small_config(log, tmp_path / "run", **changes), log) as downstream:
+    config = small_config(log, tmp_path / "run", **EXACT, **places, data=served_tasks.config.data)
+    with Downstream.open(config, log) as downstream:
         assert_parts_equal_the_whole(Trainer(downstream.config, log, downstream))
 
 

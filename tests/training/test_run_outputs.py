@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import Served, small_config
 from vista.config import DataConfig, EvaluateConfig, TrainConfig
-from vista.config.choices import Architecture, Split
+from vista.config.choices import Split
 from vista.errors import ConfigError, NonFiniteLossError
 from vista.evaluation.baseline_evaluation import measure_baseline
 from vista.evaluation.baselines import sparse_rows
@@ -159,15 +159,6 @@ def test_a_model_without_validation_says_so(order_log: EventLog, tmp_path: Path)
 def test_the_card_says_what_is_held_out(served: Served, changes: dict[str, Any], expected: str) -> None:
     config = TrainConfig(data=DataConfig(**changes))
     assert f"\n\n{expected}\n\n" in model_card(served.model, config, served.log)
-
-
-def test_a_baseline_is_called_one(event_log: EventLog, tmp_path: Path) -> None:
-    config = small_config(
-        event_log, tmp_path, optim__epochs=1, model__architecture=Architecture.sasrec, model__history_limit=20
-    )
-    train_model(config, event_log)
-    card = (tmp_path / "best" / "README.md").read_text()
-    assert card.startswith("# Model card: sasrec\n") and "It is a baseline" in card and "num_seeds" not in card
 
 
 def test_names_of_a_log_do_not_break_a_table(
