@@ -285,7 +285,7 @@ def test_a_timed_run_resumes_bit_identically(
     text = (whole / "train.log").read_text()
     assert f"{last['step']} steps, " in text and "only about 38 steps, of which 4 are warm-up" in text
 
-    for step in (PLANNED_AT, PLANNED_AT + 3, last["step"]):
+    for step in (PLANNED_AT, last["step"]):
         run_dir = next(folder for at, folder in killed if at == step)
         train(small_config(event_log, run_dir, **changes), event_log, metrics_every=1)
         assert_same_result(run_dir, whole)
