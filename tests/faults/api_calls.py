@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -112,7 +113,6 @@ FEATURE_READER = RowFeatureReader.of(
     RowFeatures({"device": np.zeros(1, np.int32), "hour": np.ones(1, np.float32)}),
     {"device": Vocabulary.from_ids(["phone", "tv"]), "hour": None},
 )
-REQUESTS: dict[str, list[Any]] = {"users": IDS, "tail": TAILS, "now": TIMES}
 
 
 @dataclass(frozen=True)
@@ -124,35 +124,60 @@ class ApiCall:
     call: Callable[[Path, Any], Any]
 
 
-def scored(call: Callable[[Scorer, Any], Any]) -> Callable[[Path, Any], Any]:
-    """A call of a scorer."""
-
-    def run(folder: Path, value: Any) -> None:
-        with Scorer.open(model_of(folder), folder / "store") as scorer:
-            call(scorer, value)
-
-    return run
+Opened = Callable[[Path], AbstractContextManager[Any]]
+"""Opens, in a copy of the world, what has the method that is called."""
 
 
-def retrieving(call: Callable[[Scorer, Any], Any]) -> Callable[[Path, Any], Any]:
-    """A call of a scorer with an index of items."""
-
-    def run(folder: Path, value: Any) -> None:
-        index_items(folder)
-        with Scorer.open(folder / "model", folder / "store", index=folder / "model.index") as scorer:
-            call(scorer, value)
-
-    return run
+def a_scorer(folder: Path) -> Scorer:
+    return Scorer.open(model_of(folder), folder / "store")
 
 
-def opened(call: Callable[[StoreReader, Any], Any]) -> Callable[[Path, Any], Any]:
-    """A call of a store's reader."""
+def a_scorer_with_index(folder: Path) -> Scorer:
+    index_items(folder)
+    return Scorer.open(folder / "model", folder / "store", index=folder / "model.index")
 
-    def run(folder: Path, value: Any) -> None:
-        with StoreReader.open(folder / "store") as store:
-            call(store, value)
 
-    return run
+def a_store(folder: Path) -> StoreReader:
+    return StoreReader.open(folder / "store")
+
+
+def a_log(folder: Path) -> AbstractContextManager[EventLog]:
+    return nullcontext(log_of(folder))
+
+
+def a_model(folder: Path) -> AbstractContextManager[VistaModel]:
+    return nullcontext(model_of(folder))
+
+
+def methods(
+    opened: Opened, function: Callable[..., Any], hostile: Mapping[str, Sequence[Any]], **usual: Any
+) -> dict[str, ApiCall]:
+    """Calls of a method with hostile values of one argument, and the usual ones of the others."""
+
+    def call(folder: Path, value: Any, name: str) -> None:
+        with opened(folder) as one:
+            function(one, **usual | {name: value})
+
+    return {
+        f"{function.__qualname__}({name})": ApiCall(function, values, partial(call, name=name))
+        for name, values in hostile.items()
+    }
+
+
+def functions(
+    function: Callable[..., Any], usual: Callable[[Path], dict[str, Any]], hostile: Mapping[str, Sequence[Any]]
+) -> dict[str, ApiCall]:
+    """Calls of a function with hostile values of one argument and usual ones of the others; what it opens is closed."""
+
+    def call(folder: Path, value: Any, name: str) -> None:
+        opened = function(**usual(folder) | {name: value})
+        if isinstance(opened, Scorer | StoreReader):
+            opened.close()
+
+    return {
+        f"{function.__qualname__}({name})": ApiCall(function, values, partial(call, name=name))
+        for name, values in hostile.items()
+    }
 
 
 def happen(what: str, store: Path, opened: Scorer | StoreReader) -> None:
@@ -168,262 +193,147 @@ def happen(what: str, store: Path, opened: Scorer | StoreReader) -> None:
             (store / "CURRENT").write_bytes((store / "CURRENT").read_bytes().replace(b"1", b"9"))
 
 
-def scored_after(call: Callable[[Scorer], Any]) -> Callable[[Path, Any], Any]:
-    """A call of a scorer after something happened."""
+def after(opened: Opened, *functions: Callable[..., Any]) -> dict[str, ApiCall]:
+    """Calls of methods without arguments after one of EARLIER happened."""
 
-    def run(folder: Path, value: Any) -> None:
-        with Scorer.open(model_of(folder), folder / "store") as scorer:
-            happen(value, folder / "store", scorer)
-            call(scorer)
+    def call(folder: Path, value: Any, function: Callable[..., Any]) -> None:
+        with opened(folder) as one:
+            happen(value, folder / "store", one)
+            function(one)
 
-    return run
-
-
-def opened_after(call: Callable[[StoreReader], Any]) -> Callable[[Path, Any], Any]:
-    """A call of a store's reader after something happened."""
-
-    def run(folder: Path, value: Any) -> None:
-        with StoreReader.open(folder / "store") as store:
-            happen(value, folder / "store", store)
-            call(store)
-
-    return run
+    return {f"{one.__qualname__} after": ApiCall(one, EARLIER, partial(call, function=one)) for one in functions}
 
 
-def request(function: Callable[..., Any], name: str) -> Callable[[Path, Any], Any]:
-    """A request of a scorer for a user, with another value of an argument."""
-    return scored(lambda scorer, value: function(scorer, **{"users": [100], name: value}))
+def world_of(folder: Path) -> dict[str, Any]:
+    """The model, log, and store of a copy of the world, by the names that refreshes give them."""
+    return {"model": model_of(folder), "log": log_of(folder), "store": folder / "store"}
 
 
-def logged(call: Callable[[EventLog, Any], Any]) -> Callable[[Path, Any], Any]:
-    """A call of a log."""
-    return lambda folder, value: call(log_of(folder), value)
+def frame_of(folder: Path) -> dict[str, Any]:
+    return {"frame": small_frame(), "path": folder / "made", **COLUMNS}
 
 
-def from_frame(name: str) -> Callable[[Path, Any], Any]:
-    """Make a log with another value of an argument."""
-    return lambda folder, value: EventLog.from_frame(small_frame(), folder / "made", **COLUMNS | {name: value})
+REQUEST = {"users": IDS, "tail": TAILS, "now": TIMES}
 
 
-def from_columns(name: str) -> Callable[[Path, Any], Any]:
+def predict_and_reload(folder: Path, value: Any) -> None:
+    with a_scorer(folder) as scorer:
+        happen(value, folder / "store", scorer)
+        scorer.predict([100], [0])
+        scorer.reload()
+
+
+def list_keys(folder: Path, value: Any) -> None:
+    with a_store(folder) as store:
+        happen(value, folder / "store", store)
+        list(store.keys())
+
+
+def latency(folder: Path, value: Any) -> None:
+    with a_scorer(folder) as scorer:
+        scorer.stats().latency_ms(value)
+
+
+def from_columns(name: str) -> ApiCall:
     """Make a log with another name of a column."""
-    return lambda folder, value: EventLog.from_frame(
-        small_frame(), folder / "made", time_unit="ms", columns=SourceColumns(**{name: value})
+    return ApiCall(
+        EventLog.from_frame,
+        WORDS,
+        lambda folder, value: EventLog.from_frame(
+            small_frame(), folder / "made", time_unit="ms", columns=SourceColumns(**{name: value})
+        ),
     )
 
 
-def refreshed(**names: str) -> Callable[[Path, Any], Any]:
-    """A full refresh with another value of an argument or of an option."""
-    return lambda folder, value: refresh(
-        model_of(folder),
-        log_of(folder),
-        folder / "store",
-        **{name: value if not option else RefreshOptions(**{option: value}) for name, option in names.items()},
-    )
-
-
-def open_scorer(name: str) -> Callable[[Path, Any], Any]:
-    """Open a scorer with another value of an argument."""
-
-    def run(folder: Path, value: Any) -> None:
-        arguments = {"model": folder / "model", "store": folder / "store", name: value}
-        Scorer.open(**arguments).close()
-
-    return run
-
-
+RAW_IDS: list[Any] = [*INTS, *WORDS]
 API_CALLS: dict[str, ApiCall] = {
-    "EventLog.open(path)": ApiCall(EventLog.open, PATHS, lambda folder, value: EventLog.open(value)),
-    "EventLog.open(last_segment)": ApiCall(
-        EventLog.open, INTS, lambda folder, value: EventLog.open(folder / "log", last_segment=value)
+    **functions(EventLog.open, lambda folder: {"path": folder / "log"}, {"path": PATHS, "last_segment": INTS}),
+    **functions(
+        EventLog.from_frame,
+        frame_of,
+        {"time_unit": WORDS, "on_bad_rows": WORDS, "items": ITEMS, "path": NEW_PATHS},
     ),
-    "EventLog.from_frame(frame)": ApiCall(
-        EventLog.from_frame, FRAMES, lambda folder, value: EventLog.from_frame(value, folder / "made", time_unit="ms")
+    **functions(EventLog.from_frame, lambda folder: {"path": folder / "made", "time_unit": "ms"}, {"frame": FRAMES}),
+    **{f"columns.{name}": from_columns(name) for name in ("user", "timestamp", "action", "sequence")},
+    **methods(a_log, EventLog.__getitem__, {"user_id": [1, -1, 10**18, 10**30, -(10**30), *WORDS]}),
+    **methods(a_log, EventLog.__contains__, {"user_id": RAW_IDS}),
+    **methods(a_log, EventLog.gather, {"user_rows": ROWS, "counts": ROWS}, user_rows=[0]),
+    **methods(a_log, EventLog.gather_ranges, {"starts": ROWS, "stops": ROWS}, user_rows=[0], starts=[0], stops=[1]),
+    **methods(a_log, EventLog.slice, {"user_row": INTS, "stop": INTS}, user_row=0),
+    **methods(a_log, EventLog.changed_users, {"after": INTS}),
+    **methods(a_log, EventLog.new_events, {"after": INTS}, user_rows=[0]),
+    **methods(a_log, EventLog.counts_before, {"time": INTS}),
+    **methods(a_log, EventLog.has_boundary, {"after": INTS}),
+    **methods(a_log, EventLog.verify, {"newer_than": INTS}),
+    **methods(a_log, EventLog.sources_digest, {"upto": INTS}),
+    **functions(VistaModel.from_pretrained, lambda folder: {}, {"folder": PATHS}),
+    **methods(a_model, VistaModel.with_tail, {"tail_len": INTS}),
+    **methods(a_model, VistaModel.save_pretrained, {"folder": NEW_PATHS}),
+    "train(config.run_dir)": ApiCall(
+        train, NEW_PATHS, lambda folder, value: train(small_config(log_of(folder), value, optim__epochs=1))
     ),
-    **{
-        f"EventLog.from_frame({name})": ApiCall(EventLog.from_frame, WORDS, from_frame(name))
-        for name in ("time_unit", "on_bad_rows")
-    },
-    **{
-        f"EventLog.from_frame(columns.{name})": ApiCall(EventLog.from_frame, WORDS, from_columns(name))
-        for name in ("user", "timestamp", "action", "sequence")
-    },
-    "EventLog.from_frame(items)": ApiCall(EventLog.from_frame, ITEMS, from_frame("items")),
-    "EventLog[user]": ApiCall(
-        EventLog.__getitem__, [1, -1, 10**18, 10**30, -(10**30), *WORDS], logged(lambda log, value: log[value])
-    ),
-    "EventLog.gather(user_rows)": ApiCall(EventLog.gather, ROWS, logged(lambda log, value: log.gather(value))),
-    "EventLog.gather(counts)": ApiCall(EventLog.gather, ROWS, logged(lambda log, value: log.gather([0], value))),
-    "EventLog.slice(user_row)": ApiCall(EventLog.slice, INTS, logged(lambda log, value: log.slice(value))),
-    "EventLog.slice(stop)": ApiCall(EventLog.slice, INTS, logged(lambda log, value: log.slice(0, 0, value))),
-    "EventLog.changed_users(after)": ApiCall(
-        EventLog.changed_users, INTS, logged(lambda log, value: log.changed_users(value))
-    ),
-    "EventLog.new_events(after)": ApiCall(
-        EventLog.new_events, INTS, logged(lambda log, value: log.new_events([0], value))
-    ),
-    "VistaModel.from_pretrained(path)": ApiCall(
-        VistaModel.from_pretrained, PATHS, lambda folder, value: VistaModel.from_pretrained(value)
-    ),
-    "VistaModel.with_tail(tail_len)": ApiCall(
-        VistaModel.with_tail, INTS, lambda folder, value: model_of(folder).with_tail(value)
-    ),
-    "refresh(until)": ApiCall(refresh, [*WORDS, *INTS], refreshed(until="")),
-    "refresh(created_at)": ApiCall(refresh, INTS, refreshed(created_at="")),
-    "refresh(options.users_per_batch)": ApiCall(RefreshOptions, INTS, refreshed(options="users_per_batch")),
-    "refresh_incremental(created_at)": ApiCall(
-        refresh_incremental,
+    **functions(refresh, world_of, {"until": [*WORDS, *INTS], "created_at": INTS, "store": NEW_PATHS}),
+    "RefreshOptions(users_per_batch)": ApiCall(
+        RefreshOptions,
         INTS,
-        lambda folder, value: refresh_incremental(model_of(folder), log_of(folder), folder / "store", created_at=value),
+        lambda folder, value: refresh(**world_of(folder), options=RefreshOptions(users_per_batch=value)),
     ),
-    "forget(events)": ApiCall(
+    **functions(refresh_incremental, world_of, {"created_at": INTS, "store": NEW_PATHS}),
+    **functions(
         forget,
-        FRAMES,
-        lambda folder, value: forget(model_of(folder), log_of(folder), folder / "store", value),
+        lambda folder: world_of(folder) | {"events": first_event()},
+        {"events": FRAMES, "store": NEW_PATHS},
     ),
-    "erase(user_ids)": ApiCall(erase, IDS, lambda folder, value: erase(folder / "store", value)),
+    **functions(
+        erase, lambda folder: {"path": folder / "store", "user_ids": [101]}, {"user_ids": IDS, "path": NEW_PATHS}
+    ),
     "merge(store of a part)": ApiCall(
         merge, PATHS, lambda folder, value: merge(model_of(folder), [(value, log_of(folder))], folder / "merged")
     ),
-    "Scorer.open(model)": ApiCall(Scorer.open, PATHS, open_scorer("model")),
-    "Scorer.open(store)": ApiCall(Scorer.open, PATHS, open_scorer("store")),
-    "Scorer.open(on_missing)": ApiCall(Scorer.open, WORDS, open_scorer("on_missing")),
-    "Scorer.open(task)": ApiCall(Scorer.open, WORDS, open_scorer("task")),
-    "Scorer.open(device)": ApiCall(Scorer.open, WORDS, open_scorer("device")),
-    "Scorer.open(key)": ApiCall(Scorer.open, KEYS, open_scorer("key")),
-    "Scorer.open(max_age_s)": ApiCall(Scorer.open, FLOATS, open_scorer("max_age_s")),
-    "Scorer.open(precision)": ApiCall(Scorer.open, WORDS, open_scorer("precision")),
-    "Scorer.predict(users)": ApiCall(Scorer.predict, IDS, scored(lambda scorer, value: scorer.predict(value, [0]))),
-    "Scorer.predict(candidates)": ApiCall(
-        Scorer.predict, IDS, scored(lambda scorer, value: scorer.predict([100], value))
+    **functions(
+        merge,
+        lambda folder: {"model": model_of(folder), "parts": [(folder / "store", log_of(folder))]},
+        {"store": NEW_PATHS},
     ),
-    "Scorer.predict(tail)": ApiCall(
-        Scorer.predict, TAILS, scored(lambda scorer, value: scorer.predict([100], [0], tail=value))
+    **functions(
+        Scorer.open,
+        lambda folder: {"model": folder / "model", "store": folder / "store"},
+        {"model": PATHS, "store": PATHS, "key": KEYS, "max_age_s": FLOATS}
+        | dict.fromkeys(("on_missing", "task", "device", "precision"), WORDS),
     ),
-    "Scorer.predict(now)": ApiCall(
-        Scorer.predict, TIMES, scored(lambda scorer, value: scorer.predict([100], [0], now=value))
-    ),
-    "Scorer.predict(request)": ApiCall(
-        Scorer.predict, FEATURES, scored(lambda scorer, value: scorer.predict([100], [0], request=value))
+    **methods(a_scorer, Scorer.score, REQUEST | {"candidates": IDS}, users=[100], candidates=[0]),
+    **methods(
+        a_scorer, Scorer.predict, REQUEST | {"candidates": IDS, "request": FEATURES}, users=[100], candidates=[0]
     ),
     "Scorer.predict(request) of a model with request features": ApiCall(
         Scorer.predict, FEATURES, lambda folder, value: PairFeatures.of(FEATURE_READER, value, 1, 1)
     ),
-    "Scorer.rank(top_k)": ApiCall(Scorer.rank, INTS, scored(lambda scorer, value: scorer.rank(100, top_k=value))),
-    "Scorer.retrieve(users)": ApiCall(Scorer.retrieve, IDS, retrieving(lambda scorer, value: scorer.retrieve(value))),
-    "Scorer.retrieve(top_k)": ApiCall(
-        Scorer.retrieve, INTS, retrieving(lambda scorer, value: scorer.retrieve([100], top_k=value))
+    **methods(a_scorer, Scorer.rank, {"user": RAW_IDS, "top_k": INTS, "candidates": IDS, "exclude": IDS}, user=100),
+    **methods(
+        a_scorer_with_index,
+        Scorer.retrieve,
+        {"users": IDS, "top_k": INTS, "num_candidates": INTS, "within": IDS, "where": [*FEATURES, *WORDS]},
+        users=[100],
     ),
-    "Scorer.retrieve(num_candidates)": ApiCall(
-        Scorer.retrieve, INTS, retrieving(lambda scorer, value: scorer.retrieve([100], num_candidates=value))
+    **methods(a_scorer, Scorer.encode, {"candidates": IDS}),
+    **methods(a_scorer, Scorer.user_vectors, REQUEST, users=[100]),
+    **methods(a_scorer, Scorer.counted_items, REQUEST, users=[100]),
+    **methods(a_scorer, Scorer.catalog_scores, REQUEST, users=[100]),
+    **methods(
+        a_scorer,
+        Scorer.explain,
+        {"user": RAW_IDS, "candidates": IDS, "task": WORDS, "now": TIMES},
+        user=100,
+        candidates=[0],
     ),
-    "Scorer.retrieve(within)": ApiCall(
-        Scorer.retrieve, IDS, retrieving(lambda scorer, value: scorer.retrieve([100], within=value))
-    ),
-    "Scorer.retrieve(where)": ApiCall(
-        Scorer.retrieve, [*FEATURES, *WORDS], retrieving(lambda scorer, value: scorer.retrieve([100], where=value))
-    ),
-    "Scorer.encode(candidates)": ApiCall(Scorer.encode, IDS, scored(lambda scorer, value: scorer.encode(value))),
-    "Scorer.user_vectors(users)": ApiCall(
-        Scorer.user_vectors, IDS, scored(lambda scorer, value: scorer.user_vectors(value))
-    ),
-    "Scorer.explain(user)": ApiCall(
-        Scorer.explain, [*INTS, *WORDS], scored(lambda scorer, value: scorer.explain(value, [0]))
-    ),
-    "Scorer.explain(candidates)": ApiCall(
-        Scorer.explain, IDS, scored(lambda scorer, value: scorer.explain(100, value))
-    ),
-    "Scorer.explain(task)": ApiCall(
-        Scorer.explain, WORDS, scored(lambda scorer, value: scorer.explain(100, [0], task=value))
-    ),
-    "Scorer.explain(now)": ApiCall(
-        Scorer.explain, TIMES, scored(lambda scorer, value: scorer.explain(100, [0], now=value))
-    ),
-    "Scorer.rank(user)": ApiCall(Scorer.rank, [*INTS, *WORDS], scored(lambda scorer, value: scorer.rank(value))),
-    "Scorer.follow(every_s)": ApiCall(Scorer.follow, FLOATS, scored(lambda scorer, value: scorer.follow(value))),
-    "EventLog.__contains__": ApiCall(EventLog.__contains__, [*INTS, *WORDS], logged(lambda log, value: value in log)),
-    "EventLog.gather_ranges(starts)": ApiCall(
-        EventLog.gather_ranges, ROWS, logged(lambda log, value: log.gather_ranges([0], value, [1]))
-    ),
-    "EventLog.gather_ranges(stops)": ApiCall(
-        EventLog.gather_ranges, ROWS, logged(lambda log, value: log.gather_ranges([0], [0], value))
-    ),
-    "EventLog.counts_before(time)": ApiCall(
-        EventLog.counts_before, INTS, logged(lambda log, value: log.counts_before(value))
-    ),
-    "EventLog.has_boundary(after)": ApiCall(
-        EventLog.has_boundary, INTS, logged(lambda log, value: log.has_boundary(value))
-    ),
-    "EventLog.from_frame(path)": ApiCall(
-        EventLog.from_frame,
-        NEW_PATHS,
-        lambda folder, value: EventLog.from_frame(small_frame(), value, **COLUMNS),
-    ),
-    "VistaModel.save_pretrained(folder)": ApiCall(
-        VistaModel.save_pretrained, NEW_PATHS, lambda folder, value: model_of(folder).save_pretrained(value)
-    ),
-    "refresh(store)": ApiCall(
-        refresh, NEW_PATHS, lambda folder, value: refresh(model_of(folder), log_of(folder), value)
-    ),
-    "refresh_incremental(store)": ApiCall(
-        refresh_incremental,
-        NEW_PATHS,
-        lambda folder, value: refresh_incremental(model_of(folder), log_of(folder), value),
-    ),
-    "forget(store)": ApiCall(
-        forget, NEW_PATHS, lambda folder, value: forget(model_of(folder), log_of(folder), value, first_event())
-    ),
-    "erase(path)": ApiCall(erase, NEW_PATHS, lambda folder, value: erase(value, [101])),
-    "merge(store)": ApiCall(
-        merge,
-        NEW_PATHS,
-        lambda folder, value: merge(model_of(folder), [(folder / "store", log_of(folder))], value),
-    ),
-    "train(config.run_dir)": ApiCall(
-        train,
-        NEW_PATHS,
-        lambda folder, value: train(small_config(log_of(folder), value, optim__epochs=1)),
-    ),
-    "StoreReader.open(path)": ApiCall(StoreReader.open, PATHS, lambda folder, value: StoreReader.open(value).close()),
-    "StoreReader.open(summarizer_id)": ApiCall(
-        StoreReader.open, KEYS, lambda folder, value: StoreReader.open(folder / "store", summarizer_id=value).close()
-    ),
-    "StoreReader.get_many(user_ids)": ApiCall(
-        StoreReader.get_many, IDS, opened(lambda store, value: store.get_many(value))
-    ),
-    "StoreReader.states(user_ids)": ApiCall(StoreReader.states, IDS, opened(lambda store, value: store.states(value))),
-    **{
-        f"Scorer.{function.__name__}({name})": ApiCall(function, values, request(function, name))
-        for function in (Scorer.user_vectors, Scorer.counted_items, Scorer.catalog_scores)
-        for name, values in REQUESTS.items()
-    },
-    **{
-        f"Scorer.score({name})": ApiCall(Scorer.score, values, request(partial(Scorer.score, candidates=[0]), name))
-        for name, values in REQUESTS.items()
-    },
-    "Scorer.score(candidates)": ApiCall(Scorer.score, IDS, scored(lambda scorer, value: scorer.score([100], value))),
-    "Scorer.rank(candidates)": ApiCall(
-        Scorer.rank, IDS, scored(lambda scorer, value: scorer.rank(100, candidates=value))
-    ),
-    "Scorer.rank(exclude)": ApiCall(Scorer.rank, IDS, scored(lambda scorer, value: scorer.rank(100, exclude=value))),
-    **{
-        f"Scorer.{function.__name__} after": ApiCall(function, EARLIER, scored_after(function))
-        for function in (Scorer.close, Scorer.reload, Scorer.stats, Scorer.item_vectors)
-    },
-    "Scorer.predict after": ApiCall(
-        Scorer.predict, EARLIER, scored_after(lambda scorer: scorer.predict([100], [0]) and scorer.reload())
-    ),
-    "ScorerStats.latency_ms(quantile)": ApiCall(
-        ScorerStats.latency_ms, FLOATS, scored(lambda scorer, value: scorer.stats().latency_ms(value))
-    ),
-    "StoreReader.keys after": ApiCall(StoreReader.keys, EARLIER, opened_after(lambda store: list(store.keys()))),
-    "StoreReader.reload after": ApiCall(StoreReader.reload, EARLIER, opened_after(StoreReader.reload)),
-    "StoreReader.close after": ApiCall(StoreReader.close, EARLIER, opened_after(StoreReader.close)),
-    "EventLog.verify(newer_than)": ApiCall(
-        EventLog.verify, INTS, logged(lambda log, value: log.verify(newer_than=value))
-    ),
-    "EventLog.sources_digest(upto)": ApiCall(
-        EventLog.sources_digest, INTS, logged(lambda log, value: log.sources_digest(value))
-    ),
+    **methods(a_scorer, Scorer.follow, {"every_s": FLOATS}),
+    **after(a_scorer, Scorer.close, Scorer.reload, Scorer.stats, Scorer.item_vectors),
+    "Scorer.predict after": ApiCall(Scorer.predict, EARLIER, predict_and_reload),
+    "ScorerStats.latency_ms(quantile)": ApiCall(ScorerStats.latency_ms, FLOATS, latency),
+    **functions(StoreReader.open, lambda folder: {"path": folder / "store"}, {"path": PATHS, "summarizer_id": KEYS}),
+    **methods(a_store, StoreReader.get_many, {"user_ids": IDS}),
+    **methods(a_store, StoreReader.states, {"user_ids": IDS}),
+    **after(a_store, StoreReader.reload, StoreReader.close),
+    "StoreReader.keys after": ApiCall(StoreReader.keys, EARLIER, list_keys),
 }
 """By what is called and which argument is hostile. Values have a type that the annotation of the argument allows."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,8 +15,6 @@ from tests.faults.harness import Promise, Trials, share, single_item, work_folde
 from tests.faults.nursery import Nursery
 from tests.faults.operations import COLUMNS
 from tests.faults.preload import compiled
-from tests.faults.server_kills import Growth
-from tests.store.remote.valkey_server import ValkeyServer
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
@@ -43,44 +40,25 @@ def trials(request: pytest.FixtureRequest, tmp_path: Path) -> Trials:
 
 
 @pytest.fixture(scope="session")
-def nursery() -> Iterator[Nursery]:
-    """A nursery without a preloaded library."""
-    require_linux()
-    with Nursery() as started:
-        yield started
-
-
-@pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The library of `preload`, for LD_PRELOAD."""
+    """The library of `preload`, for LD_PRELOAD; empty without a C compiler."""
     require_linux()
-    if shutil.which("cc") is None:
-        pytest.skip("no C compiler (cc): system calls cannot be intercepted")
-    return str(compiled(tmp_path_factory.mktemp("preload")))
+    return str(compiled(tmp_path_factory.mktemp("preload"))) if shutil.which("cc") else ""
 
 
 @pytest.fixture(scope="session")
-def traced(library: str) -> Iterator[Nursery]:
+def nursery(library: str) -> Iterator[Nursery]:
+    """A nursery."""
+    with Nursery(**{"LD_PRELOAD": library} if library else {}) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def traced(library: str, nursery: Nursery) -> Nursery:
     """A nursery whose children can record their system calls, or get errors or SIGKILL from them (`preload`)."""
-    with Nursery(LD_PRELOAD=library) as started:
-        yield started
-
-
-@pytest.fixture(scope="session")
-def valkey() -> Iterator[ValkeyServer]:
-    """A server that appends to its log at once, so that a kill loses nothing. Tests empty it first."""
-    require_linux()
-    pytest.importorskip("redis", reason="the extra `redis` is not installed")
-    with tempfile.TemporaryDirectory(prefix="valkey-") as folder:
-        started = ValkeyServer(Path(folder), "--appendonly", "yes", "--appendfsync", "always")
-        yield started
-        started.kill()
-
-
-@pytest.fixture(scope="session")
-def growth(valkey: ValkeyServer, nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Growth:
-    """A log that grew, and what refreshes of it into the server leave."""
-    return Growth.make(tmp_path_factory.mktemp("growth"), valkey, nursery)
+    if not library:
+        pytest.skip("no C compiler (cc): system calls cannot be intercepted")
+    return nursery
 
 
 @pytest.fixture(scope="session")

@@ -1,28 +1,36 @@
-"""Promises: reliability tests that run a few times in `make test` and thousands of times in `make test-faults`.
+"""Promises: reliability tests that run a few times in `make nightly` and thousands of times in `make test-faults`.
 
-A promise is a test function of one repetition, in its own file:
+A promise is a test function of one repetition:
 
     @promise("Acknowledged batch survives", fault="kill -9 of the writer", full=1000, short=10)
     def test_killed_writer(trial: Trial, nursery: Nursery) -> None:
         ...  # draw from `trial.random`, work in the empty `trial.folder`, record events with `trial.count("…")`
 
-It becomes two tests: the short form, which `make test` runs (short=0 for none), and the full form with the marker
-`faults`, which `make test-faults` runs. `kinds` makes such a pair for each of several operations or formats. The full
-form records every repetition in a file of the work folder (VISTA_FAULTS_DIR, by default .faults/ in the checkout), so
-that an interrupted suite resumes and `python -m tests.faults.table` can write the table. Repetitions of another commit
-do not count. A failure ends with the command that repeats it alone: VISTA_FAULTS_ITEM names the repetition.
+It becomes up to three tests: a smoke test for `make test` (`smoke` repetitions), the short form with the marker
+`nightly`, and the full form with the marker `faults`. `kinds` makes such tests for each of several operations or
+formats. The full form records every repetition in a file of the work folder (VISTA_FAULTS_DIR, by default .faults/ in
+the checkout), so that an interrupted suite resumes and `python -m tests.faults.table` can write the table. Repetitions
+of another commit do not count. A failure ends with the command that repeats it alone: VISTA_FAULTS_ITEM names the
+repetition.
+
+`attempt`, `outcomes`, and `judge` serve tests that try the same thing with thousands of faults in child processes;
+`compare` and `compare_events` count what kills have lost, duplicated, or changed.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
+import logging
 import os
 import random
+import resource
 import shutil
+import signal
 import time
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
@@ -31,6 +39,8 @@ from typing import Any
 import pytest
 
 from scripts.experiments.results import hardware
+from tests.faults.nursery import Nursery, Say
+from vista.errors import VistaError, shortened
 from vista.log import segment_manifest
 from vista.model import model_description
 from vista.source_commit import source_commit
@@ -39,6 +49,19 @@ from vista.training import checkpoint
 
 MAX_FAILURES = 5
 """The full form of a promise stops after this many failed repetitions."""
+LOST, DUPLICATED, STUCK, UNTYPED, SIGNAL, DIFFERENT, MEMORY, TIME = (
+    *("lost", "duplicated", "stuck", "untyped", "signal", "silently different", "over 1 GiB", "over 10 s"),
+)
+BROKEN = (LOST, DUPLICATED, STUCK, UNTYPED, SIGNAL, DIFFERENT, MEMORY, TIME)
+"""Outcomes that break a promise: what was acknowledged is lost, or is there twice; the command cannot be repeated; an
+exception that is neither a VistaError nor documented; the process was ended by a signal; a wrong answer; and the two
+limits."""
+LOSES_NOTHING = "Kills beyond one machine lose nothing"
+MAX_TEXT = 1_500
+MAX_MESSAGE = 10_000
+"""Characters of the message of an exception."""
+MOST_BYTES, MOST_SECONDS = 1 << 30, 10
+"""Limits of `try_each`, and of `attempt`."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +81,7 @@ class Promise:
     kind: str = ""
     """One of `kinds`; empty without them."""
     judged: bool = False
-    """Whether each repetition has an outcome of its own (`judging`)."""
+    """Whether each repetition has an outcome of its own (`judge`)."""
     shares: Mapping[str, float] = field(default_factory=dict)
     """Event of `Trial.count` -> its least share: a fault that never strikes proves nothing."""
 
@@ -127,17 +150,20 @@ def promise(
     kinds: Iterable[str] = ("",),
     judged: bool = False,
     shares: Mapping[str, float] | None = None,
+    smoke: int = 0,
+    smoke_kinds: Collection[str] | None = None,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Turn a function of one repetition into two tests per kind; see the top of this file.
+    """Turn a function of one repetition into its tests; see the top of this file.
 
     Args:
         fault: may contain `{kind}`.
         kinds: what `Promise.kind` is, for one promise each.
-        judged: whether the test uses `judging.judge`.
+        judged: whether the test uses `judge`.
+        smoke_kinds: which of `kinds` have a smoke test; None for all.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        assert full % each == short % each == 0
+        assert full % each == short % each == smoke % each == 0
         name, file = function.__name__, Path(function.__code__.co_filename).name
         forms = []
         for kind in kinds:
@@ -148,10 +174,12 @@ def promise(
                 f"tests/faults/{file}::{name}[{start}x{full}]", kind, judged, shares or {},
             )  # fmt: skip
             PROMISES.append(this)
-            if short:
-                forms.append(pytest.param((this, short), id=f"{start}x{short}"))
+            own_smoke = smoke if smoke_kinds is None or kind in smoke_kinds else 0
+            own_short = 0 if short == own_smoke else short
             long_marks = [pytest.mark.faults, pytest.mark.timeout(0)]
-            forms.append(pytest.param((this, full), id=f"{start}x{full}", marks=long_marks))
+            for number, marks in ((own_smoke, []), (own_short, [pytest.mark.nightly]), (full, long_marks)):
+                if number:
+                    forms.append(pytest.param((this, number), id=f"{start}x{number}", marks=marks))
 
         @wraps(function)
         def test(trials: Trials, **fixtures: Any) -> None:
@@ -285,3 +313,126 @@ def single_item() -> int | None:
 def share() -> float:
     """Share of the full repetitions to run (VISTA_FAULTS_SHARE), for a first look; a later run does the rest."""
     return float(os.environ.get("VISTA_FAULTS_SHARE") or 1)
+
+
+def outcomes(
+    nursery: Nursery, job: Callable[..., None], *arguments: Any, numbers: list[int], timeout_s: float
+) -> Iterator[tuple[int, str, str]]:
+    """Call `job(say, *arguments, numbers)` in a child. It says [outcome, text] for each number.
+
+    Where the child is ended by a signal, another one does the rest.
+
+    Yields:
+        Number, outcome and text.
+    """
+    left = list(numbers)
+    while left:
+        child = nursery.start(job, *arguments, left).end(timeout_s)
+        assert not child.raised, child.raised
+        for outcome, text in child.messages:
+            yield left.pop(0), outcome, text
+        if child.exit_code == 0:
+            assert not left, f"no outcome of {left}"
+        elif left:
+            timed_out = child.exit_code == -signal.SIGALRM
+            yield left.pop(0), TIME if timed_out else SIGNAL, f"exit code {child.exit_code}"
+
+
+def limit_resources(most_bytes: int = MOST_BYTES) -> None:
+    """Limit this process's memory, without a core dump."""
+    resource.setrlimit(resource.RLIMIT_DATA, (most_bytes, most_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def try_each(
+    say: Say,
+    whole: str | Path,
+    scratch: str,
+    numbers: list[int],
+    use: Callable[[int, Path], tuple[str, str]],
+    most_bytes: int = MOST_BYTES,
+) -> None:
+    """In a job of `outcomes`: call `use` with each number and a copy of a folder, with limited memory.
+
+    The copy is the working directory meanwhile, and stays if the outcome breaks a promise.
+
+    Args:
+        use: returns the outcome and a text.
+    """
+    logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    limit_resources(most_bytes)
+    for number in numbers:
+        folder = Path(scratch, str(number))
+        shutil.copytree(whole, folder)
+        os.chdir(folder)
+        outcome, text = use(number, folder)
+        os.chdir(scratch)
+        say([outcome, text[:MAX_TEXT]])
+        if outcome not in BROKEN:
+            shutil.rmtree(folder)
+
+
+def attempt(action: Callable[[], Any], *documented: type[BaseException]) -> tuple[str | None, str, Any]:
+    """Do something that a fault may make fail, in at most MOST_SECONDS.
+
+    Args:
+        documented: exceptions that are allowed besides VistaError.
+
+    Returns:
+        The outcome, None if nothing was raised; a text if it breaks a promise; and what the action returned.
+    """
+    signal.alarm(MOST_SECONDS)
+    try:
+        return None, "", action()
+    except (VistaError, *documented) as error:
+        length = len(str(error))
+        if length < MAX_MESSAGE:
+            return "refused", "", None
+        return UNTYPED, f"a message of {length} characters", None
+    except MemoryError as error:
+        return MEMORY, str(error), None
+    except BaseException as error:  # Panics of Rust derive from BaseException
+        return UNTYPED, f"{type(error).__module__}.{type(error).__name__}: {shortened(str(error), 300)}", None
+    finally:
+        signal.alarm(0)
+
+
+def judge(trial: Trial, judged: Iterator[tuple[int, str, str]]) -> None:
+    """Count all outcomes of a trial, and fail if any of them breaks a promise."""
+    failures = []
+    for number, outcome, text in judged:
+        trial.count(outcome)
+        if outcome in BROKEN:
+            failures.append(f"{number} {outcome}: {text}")
+            trial.broken = number if trial.broken is None else trial.broken
+    assert not failures, f"{len(failures)} of {len(trial.numbers)}: " + "; ".join(failures)
+
+
+def compare(trial: Trial, found: Mapping[Any, Any], *allowed: Mapping[Any, Any]) -> None:
+    """Require for each key the value that it has in one of the mappings; a key may be missing if it is missing there.
+
+    Args:
+        found: such as the record of each user.
+        allowed: such as the records before and after a refresh.
+    """
+    keys = set().union(found, *allowed)
+    lost = {key for key in keys - set(found) if all(key in each for each in allowed)}
+    added = {key for key in found if not any(key in each for each in allowed)}
+    wrong = {key for key in set(found) - added if not any(key in each and each[key] == found[key] for each in allowed)}
+    _fail(trial, {LOST: lost, DUPLICATED: added, DIFFERENT: wrong})
+
+
+def compare_events(trial: Trial, found: Counter[Any], expected: Counter[Any]) -> None:
+    """Require each event as often as expected."""
+    _fail(trial, {LOST: (expected - found).elements(), DUPLICATED: (found - expected).elements()})
+
+
+def _fail(trial: Trial, broken: Mapping[str, Any]) -> None:
+    examples: dict[str, list[Hashable]] = {}
+    for what, keys in broken.items():
+        listed = sorted(keys, key=repr)
+        if listed:
+            trial.count(what, len(listed))
+            examples[f"{len(listed)} {what}"] = listed[:3]
+    assert not examples, examples

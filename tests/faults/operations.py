@@ -398,9 +398,7 @@ OPERATIONS: dict[str, Operation] = {
         lambda folder: erase_users(folder / "log", [100, 101]) and None, holds_log_erased
     ),
     "a deletion of events": Operation(
-        lambda folder: forget_events(folder / "log", first_event()) and None,
-        holds_forgotten,
-        repeated="match no event",
+        lambda folder: forget_events(folder / "log", first_event()) and None, holds_forgotten, repeated="match no event"
     ),
     "a compaction of a log": Operation(
         lambda folder: compact_log(folder / "log") and None, holds_log_compacted, before=log_compact_before

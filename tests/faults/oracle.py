@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ SUMMARIZER = bytes(range(32))
 COUNTERS = CounterLayout.of(CounterSpec(keys=(4,)), [60_000])
 TAIL_COLUMNS = (TailColumn("surface", 300), TailColumn("dwell", None))
 CREATED_AT = 1_700_000_000_000
+Contents = dict[bytes, Any]
+"""Everything in a store: key -> bytes, or on a server also a set, or the members of a sorted set in order."""
 
 
 @dataclass(frozen=True)
@@ -284,3 +286,20 @@ def read_everything(store: str | Path) -> int:
     with StoreReader.open(store) as opened:
         users = np.array(list(opened.keys()))
         return int(opened.get_many(users).found.sum())
+
+
+def folder_contents(store: Path) -> Contents:
+    """The keys and values of all generations in a folder, and its CURRENT and LAST."""
+    found: Contents = {name.encode(): (store / name).read_bytes() for name in ("CURRENT", "LAST")}
+    for path in sorted(store.glob("gen-*/summary")):
+        with closing(open_environment(path, readonly=True)) as environment, environment.begin() as transaction:
+            found |= {b"%s:%s" % (path.parent.name.encode(), key): value for key, value in transaction.cursor()}
+    return found
+
+
+def put_value(store: str, key: bytes, value: bytes) -> None:
+    """Put a value without the writer."""
+    environment = open_environment(environment_path(Path(store), 1), readonly=False)
+    with environment.begin(write=True) as transaction:
+        transaction.put(key, value)
+    environment.close()

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from scripts.experiments.results import describe_hardware
-from tests.faults.harness import PROMISES, Promise, formats, missed_shares, read_record, work_folder
-from tests.faults.judging import BROKEN
+from tests.faults.harness import BROKEN, PROMISES, Promise, formats, missed_shares, read_record, work_folder
 from vista.files import replace_text
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"

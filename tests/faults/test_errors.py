@@ -5,16 +5,18 @@ The hostile values are in `api_calls` and HOSTILE_VALUES.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
+import inspect
 import io
-import logging
 import math
 import os
 import random
+import re
 import shutil
 import signal
-import warnings
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import chain
@@ -24,20 +26,78 @@ from typing import Any
 import numpy as np
 import pytest
 
+from docs.generate_reference import API, MEMBERS
 from tests.conftest import small_config, small_frame
 from tests.faults import operations
-from tests.faults.api_calls import API_CALLS, ApiCall
-from tests.faults.harness import Trial, promise
-from tests.faults.judging import MAX_MESSAGE, MAX_TEXT, UNTYPED, attempt, judge, outcomes
+from tests.faults.api_calls import API_CALLS
+from tests.faults.harness import MAX_MESSAGE, UNTYPED, Trial, attempt, judge, outcomes, promise, try_each
 from tests.faults.nursery import Nursery, Say
-from tests.faults.public_functions import NOT_CALLED, documented, public_functions
-from tests.faults.test_mutations import MOST_BYTES, MOST_SECONDS, limit_resources
 from vista.cli.command_table import COMMANDS
 from vista.cli.main import main
 from vista.config.config_keys import ConfigKeys, to_yaml
 from vista.errors import shortened, shown
 from vista.log.event_log import EventLog
 from vista.training.trainer import train
+
+NOT_CALLED = {
+    "slices arrays in memory, by the rules of NumPy": (
+        *("Histories.slice", "Histories.select_users", "Histories.select", "Histories.at", "ItemFeatures.select"),
+        *("CategoryColumn.recoded", "CategoryColumn.select", "NumberColumn.select", "VectorColumn.select"),
+        *("Tail.concatenated", "Tail.select", "Tail.of_user"),
+        *("StoredBatch.expired", "StoredBatch.spread", "StoredBatch.without"),
+    ),
+    "takes what only vista itself makes": (
+        *("RefreshOptions.require_only", "CandidateSet.of", "Explanation.of", "Manifest.spec"),
+        "Manifest.with_records",
+    ),
+    "without arguments, from fields that were checked when the manifest was read (`test_crafted_fields`)": (
+        *("Manifest.identity", "Manifest.counter_layout", "Manifest.tail_layout", "Manifest.user_layout"),
+        *("Manifest.state_spec", "Manifest.without_states", "Manifest.to_bytes"),
+    ),
+    "without arguments, from what is open or in memory": (
+        *("Scorer.in_service", "ItemFeatures.described", "CategoryColumn.with_used_values"),
+        "VistaModel.summarizer_id",
+    ),
+    "without arguments; it reads columns as `gather` does": ("EventLog.time_range",),
+    "allocates as many offsets as it is asked for": ("Tail.empty",),
+    "the odd values are in files (`test_crafted_fields`)": ("Manifest.from_bytes", "Manifest.from_dict"),
+}
+"""Why functions need no hostile call -> the functions."""
+
+
+def public_functions() -> dict[str, Callable[..., Any]]:
+    """The functions and methods of the reference of the Python API, by name."""
+    found: dict[str, Callable[..., Any]] = {}
+    for one in (one for objects in API.values() for one in objects):
+        if inspect.isfunction(one):
+            found[one.__name__] = one
+        elif inspect.isclass(one):
+            members = MEMBERS.get(one, [name for name in vars(one) if not name.startswith("_")])
+            functions = {name: own for name in members if _is_function(own := getattr(one, name))}
+            found |= {f"{one.__name__}.{name}": function for name, function in functions.items()}
+    return found
+
+
+def _is_function(member: Any) -> bool:
+    # `isroutine` also takes a `cached_property`.
+    return inspect.isfunction(member) or inspect.ismethod(member)
+
+
+def documented(function: Callable[..., Any]) -> tuple[type[Exception], ...]:
+    """The built-in exceptions that the `Raises` of a docstring names, directly or as those of other `functions`."""
+    names: set[str] = set()
+    seen, left = set(), [function]
+    while left:
+        one = left.pop()
+        seen.add(one.__qualname__)
+        raises = (inspect.getdoc(one) or "").partition("Raises:")[2]
+        names |= set(re.findall(r"\b[A-Z]\w*Error\b", raises))
+        scope = vars(sys.modules[one.__module__])
+        owner = scope.get(one.__qualname__.partition(".")[0])
+        others = (getattr(owner, other, None) or scope.get(other) for other in re.findall(r"`(\w+)`", raises))
+        left += [other for other in others if inspect.isroutine(other) and other.__qualname__ not in seen]
+    return tuple(getattr(builtins, name) for name in sorted(names) if hasattr(builtins, name))
+
 
 HOSTILE_CALLS = [(name, place) for name, one in API_CALLS.items() for place in range(len(one.values))]
 random.Random(0).shuffle(HOSTILE_CALLS)
@@ -53,35 +113,16 @@ COMMAND_BYTES = 4 << 30
 each shape; then it ends the process."""
 
 
-def copies(world: str, scratch: str, numbers: list[int], most_bytes: int = MOST_BYTES) -> Iterator[tuple[int, Path]]:
-    """Each number with a copy of a world, which is the working directory meanwhile; with limited memory."""
-    logging.disable(logging.CRITICAL)
-    warnings.simplefilter("ignore")
-    limit_resources(most_bytes)
-    for number in numbers:
-        folder = Path(scratch, str(number))
-        shutil.copytree(world, folder)
-        os.chdir(folder)
-        yield number, folder
-        os.chdir(scratch)
-        shutil.rmtree(folder)
-
-
 def call_api(say: Say, world: str, scratch: str, numbers: list[int]) -> None:
     """Make some of HOSTILE_CALLS; says [outcome, text] of each."""
-    for number, folder in copies(world, scratch, numbers):
+
+    def use(number: int, folder: Path) -> tuple[str, str]:
         name, place = HOSTILE_CALLS[number % len(HOSTILE_CALLS)]
         one, value = API_CALLS[name], API_CALLS[name].values[place]
-        signal.alarm(MOST_SECONDS)
-        outcome, text = make_call(one, value, folder)
-        signal.alarm(0)
-        say([outcome, f"{name} with {shown(value)}: {text}"[:MAX_TEXT]])
+        outcome, text, _ = attempt(lambda: one.call(folder, value), *documented(one.function))
+        return outcome or "returned", f"{name} with {shown(value)}: {text}"
 
-
-def make_call(one: ApiCall, value: Any, folder: Path) -> tuple[str, str]:
-    """Make a hostile call; returns the outcome, and a text if it breaks the promise."""
-    outcome, text, _ = attempt(lambda: one.call(folder, value), *documented(one.function))
-    return outcome or "returned", text
+    try_each(say, world, scratch, numbers, use)
 
 
 @promise(
@@ -90,6 +131,7 @@ def make_call(one: ApiCall, value: Any, folder: Path) -> tuple[str, str]:
     judged=True,
     full=CALLS * math.ceil(len(HOSTILE_CALLS) / CALLS),
     short=CALLS,
+    smoke=CALLS,
     each=CALLS,
 )
 def test_hostile_arguments(trial: Trial, nursery: Nursery, world: Path) -> None:
@@ -100,29 +142,7 @@ def test_hostile_arguments(trial: Trial, nursery: Nursery, world: Path) -> None:
 def test_every_public_function_gets_hostile_arguments() -> None:
     called = {one.function.__qualname__ for one in API_CALLS.values()}
     missing = {name for name, function in public_functions().items() if function.__qualname__ not in called}
-    assert missing == NOT_CALLED.keys(), "add calls to API_CALLS, or reasons to NOT_CALLED"
-
-
-def raises_two() -> None:
-    """Do nothing.
-
-    Raises:
-        ConfigError, ValueError: sometimes.
-        KeyError: as in `raises_one`.
-    """
-
-
-def raises_one() -> None:
-    """Do nothing.
-
-    Raises:
-        TypeError: sometimes. Others as in `raises_two`.
-    """
-
-
-def test_documented_errors_are_read_from_docstrings() -> None:
-    assert documented(main) == ()
-    assert documented(raises_two) == (KeyError, TypeError, ValueError)
+    assert missing == set(chain(*NOT_CALLED.values())), "add calls to API_CALLS, or reasons to NOT_CALLED"
 
 
 HOSTILE_VALUES = [
@@ -134,6 +154,7 @@ HOSTILE_VALUES = [
     *("2024-13-45", "leave-last-0-out", f"leave-last-{10**30}-out"),
 ]
 """Paths stay in the working directory, a copy of the world: commands write to the paths that they are given."""
+assert not [value for value in HOSTILE_VALUES if value.startswith("/") or ".." in value]
 HOSTILE_WORDS = [
     *(
         "--nope",
@@ -149,78 +170,42 @@ HOSTILE_WORDS = [
 ]
 
 
-def test_hostile_paths_stay_in_the_working_directory() -> None:
-    assert not [value for value in HOSTILE_VALUES if value.startswith("/") or ".." in value]
+PLACES = "data=log model=model store=store device=cpu progress=false"
+OF_COMMAND = {
+    "simulate": "out=simulated num_users=6 events_per_user=20 num_items=40 num_topics=8 days=200 episode_events=10 "
+    "session_events=5 impressions_per_user=10",
+    "prepare": "out=made events.paths=[day.csv] events.timestamp=timestamp events.time_unit=ms progress=false",
+    "train": "--config=train.yaml",
+    "refresh": PLACES,
+    "watch": f"{PLACES} folder=. events.timestamp=timestamp events.time_unit=ms once=true",
+    "evaluate": f"{PLACES} store=test-store out=metrics.json",
+    "runs": "folder=.",
+    "runs compare": "runs=[featured,featured]",
+    "sweep": "train_file=train.yaml folder=swept seed=1,2",
+    "report": "run=featured out=report.html baselines=false progress=false",
+    "compare": "a=[measured.json] b=[measured.json]",
+    "plan": "out=plan.json",
+    "doctor": "data=log model=model store=store out=doctor.json",
+    "completion": "zsh",
+    "score": "model=model store=store device=cpu users=[100]",
+    "log forget": "data=log events=deletions.csv time_unit=ms",
+    "log erase": "data=log users=[101]",
+    "index": "model=model out=best.index",
+    "items add": "model=featured/best items.paths=[new-items.csv]",
+    "items embed": "items.paths=[titles.csv] items.item=product columns=[title] device=cpu progress=false "
+    "out=embedded.parquet",
+    "items tokenize": "vectors=vectors.parquet out=codes.parquet codes=4",
+    "store erase": "store=store data=log users=[101]",
+    "store get": "store=store model=model user=100",
+    "store copy": "store=store to=copy",
+    "store export": "store=store out=exported.parquet",
+    "store import": "file=given.parquet store=imported",
+}
+"""Words with which a command succeeds in a copy of the world, its working directory."""
 
 
-def words_of(command: str, folder: Path) -> list[str]:
-    """Words with which a command succeeds in a copy of the world."""
-    log, model, store = (f"{folder}/{name}" for name in ("log", "model", "store"))
-    places = [f"data={log}", f"model={model}", f"store={store}", "device=cpu", "progress=false"]
-    match command:
-        case "simulate":
-            small = (
-                "num_users=6",
-                "events_per_user=20",
-                "num_items=40",
-                "num_topics=8",
-                "days=200",
-                "episode_events=10",
-            )
-            return [f"out={folder}/simulated", *small, "session_events=5", "impressions_per_user=10"]
-        case "prepare":
-            columns = ("events.timestamp=timestamp", "events.time_unit=ms", "progress=false")
-            return [f"out={folder}/made", f"events.paths=[{folder}/day.csv]", *columns]
-        case "train":
-            return [f"--config={folder}/train.yaml"]
-        case "refresh":
-            return places
-        case "watch":
-            return [*places, f"folder={folder}", "events.timestamp=timestamp", "events.time_unit=ms", "once=true"]
-        case "evaluate":
-            return [*places, f"store={folder}/test-store", f"out={folder}/metrics.json"]
-        case "runs":
-            return [f"folder={folder}"]
-        case "runs compare":
-            return [f"runs=[{folder}/featured,{folder}/featured]"]
-        case "sweep":
-            return [f"train_file={folder}/train.yaml", f"folder={folder}/swept", "seed=1,2"]
-        case "report":
-            return [f"run={folder}/featured", f"out={folder}/report.html", "baselines=false", "progress=false"]
-        case "compare":
-            return [f"a=[{folder}/measured.json]", f"b=[{folder}/measured.json]"]
-        case "plan":
-            return [f"out={folder}/plan.json"]
-        case "doctor":
-            return [*places[:3], f"out={folder}/doctor.json"]
-        case "completion":
-            return ["zsh"]
-        case "score":
-            return [*places[1:4], "users=[100]"]
-        case "log forget":
-            return [places[0], f"events={folder}/deletions.csv", "time_unit=ms"]
-        case "log erase":
-            return [places[0], "users=[101]"]
-        case "index":
-            return [places[1], f"out={folder}/best.index"]
-        case "items add":
-            return [f"model={folder}/featured/best", f"items.paths=[{folder}/new-items.csv]"]
-        case "items embed":
-            columns = ("items.item=product", "columns=[title]", "device=cpu", "progress=false")
-            return [f"items.paths=[{folder}/titles.csv]", *columns, f"out={folder}/embedded.parquet"]
-        case "items tokenize":
-            return [f"vectors={folder}/vectors.parquet", f"out={folder}/codes.parquet", "codes=4"]
-        case "store erase":
-            return [places[2], places[0], "users=[101]"]
-        case "store get":
-            return [places[2], places[1], "user=100"]
-        case "store copy":
-            return [places[2], f"to={folder}/copy"]
-        case "store export":
-            return [places[2], f"out={folder}/exported.parquet"]
-        case "store import":
-            return [f"file={folder}/given.parquet", f"store={folder}/imported"]
-    return [places[0] if command.startswith("log") else places[2]]
+def words_of(command: str) -> list[str]:
+    return OF_COMMAND.get(command, "data=log" if command.startswith("log") else "store=store").split()
 
 
 def make_world_of_commands(say: Say, folder: str) -> None:
@@ -228,11 +213,12 @@ def make_world_of_commands(say: Say, folder: str) -> None:
     import polars as pl
 
     root = Path(folder)
+    os.chdir(root)
     operations.export(root)
     (root / "exported.parquet").rename(root / "given.parquet")
     operations.refresh_full(root)  # a rollback needs two generations
     operations.refresh_full(root, "test-store", until="leave-last-out")
-    code, errors = run_command(["evaluate", *words_of("evaluate", root), f"out={root}/measured.json"])
+    code, errors = run_command(["evaluate", *words_of("evaluate"), "out=measured.json"])
     assert code == 0, errors
     pl.DataFrame(operations.later_frame()).write_csv(root / "day.csv")
     pl.DataFrame(operations.first_event()).write_csv(root / "deletions.csv")
@@ -279,13 +265,14 @@ def call_commands(say: Say, world: str, scratch: str, numbers: list[int]) -> Non
     In the first round, no word is hostile, and the commands must succeed.
     """
     signal.signal(signal.SIGALRM, interrupt)
-    for number, folder in copies(world, scratch, numbers, COMMAND_BYTES):
+
+    def use(number: int, folder: Path) -> tuple[str, str]:
         chance = random.Random(number)
         command, is_hostile = RUN[number % len(RUN)], number >= len(RUN)
         word = f"{chance.choice(list(ConfigKeys.of(COMMANDS[command].schema).keys))}={chance.choice(HOSTILE_VALUES)}"
         if chance.random() < 0.1:
             word = chance.choice(HOSTILE_WORDS)
-        words = [*command.split(), *words_of(command, folder), *([word] if is_hostile else [])]
+        words = [*command.split(), *words_of(command), *([word] if is_hostile else [])]
         if command in PACKAGES and not is_hostile:
             import_module(PACKAGES[command])  # Takes seconds, which do not count.
         signal.alarm(3 if is_hostile else 120)  # The latter also import what they need, and must succeed.
@@ -297,7 +284,9 @@ def call_commands(say: Say, world: str, scratch: str, numbers: list[int]) -> Non
         signal.alarm(0)
         fine = code in ((0, 1, 2, 130) if is_hostile else (0,)) and "Traceback" not in text
         told = f"{command} with {shown(word)}: exit code {code}, {shortened(text, 300)}"
-        say([f"exit code {code}" if fine and len(text) < MAX_MESSAGE else UNTYPED, told])
+        return f"exit code {code}" if fine and len(text) < MAX_MESSAGE else UNTYPED, told
+
+    try_each(say, world, scratch, numbers, use, COMMAND_BYTES)
 
 
 @promise(

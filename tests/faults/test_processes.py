@@ -1,9 +1,10 @@
-"""Readers work with fork, spawn and threads: each process opens the store itself, reads right, and frees its slot."""
+"""Kills and races of the processes of one store: the writer, its rivals, and readers."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import signal
 import threading
 import time
@@ -11,31 +12,289 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tests.faults import oracle
-from tests.faults.harness import Trial, promise
-from tests.faults.nursery import Nursery, Say
-from tests.faults.oracle import Run
-from vista.store import StoreReader
-from vista.store.layout import environment_path
-from vista.store.lmdb.data_file import open_environment
+import numpy as np
 
-RUN = Run(total=64)
+from tests.faults import oracle, preload
+from tests.faults.harness import Trial, promise
+from tests.faults.nursery import Child, Nursery, Say
+from tests.faults.oracle import Run
+from vista.errors import StoreLockedError
+from vista.store import StoreReader
+from vista.store.layout import environment_path, read_current
+from vista.store.lmdb.data_file import committed_size, open_environment
+from vista.store.lmdb.environment import SharedEnvironment
+
+PHASES = {"open": "between batches", "begin": "between begin and commit", "ack": "between batches"}
+
+
+def run_of(trial: Trial) -> Run:
+    """A run with records within a page or of several pages."""
+    return Run(salt=trial.number % 7, num_tokens=2, dim=trial.random.choice([16, 16, 3000]))
+
+
+def kill_somewhere(trial: Trial, writer: Child) -> str:
+    """Kill a writer at a random time after a random message, usually as a batch begins.
+
+    Returns:
+        The phase in which it died.
+    """
+    wanted = trial.random.choice(["begin"] * 6 + ["open", "ack", "publish", "published"])
+    skip = trial.random.randrange(6)
+    while (message := writer.hear()) is not None:
+        if message[0] == wanted:
+            skip -= 1
+            if skip < 0 or wanted in ("open", "publish", "published"):
+                break
+    if wanted != "open":  # Else immediately, often before the first batch.
+        time.sleep(trial.random.choice([0, trial.random.uniform(0, 0.001), trial.random.uniform(0, 0.004)]))
+    writer.kill()
+    writer.end()
+    assert writer.exit_code in (0, -9), writer.raised
+    if writer.exit_code == 0:
+        return "after the end"
+    last = writer.messages[-1][0] if writer.messages else "before opening"
+    return PHASES.get(last, "while publishing" if last == "publish" else last)
+
+
+def check_survivors(nursery: Nursery, store: Path, run: Run, writer: Child) -> None:
+    """Require that the store holds exactly whole batches, including all acknowledged ones."""
+    if (store / "CURRENT").exists():
+        nursery.call(oracle.published, store, run.words, 1)
+        return
+    assert not any(what == "published" for what, _ in writer.messages)
+    least = oracle.acknowledged(writer.messages)
+    if least >= 0:
+        nursery.call(oracle.unpublished, store, run.words, 1, least)
+
+
+@promise(
+    "Acknowledged batch survives",
+    fault="kill -9 of the writer",
+    full=1000,
+    short=5,
+    smoke=2,
+    shares={"between begin and commit": 0.30},
+)
+def test_killed_writer(trial: Trial, nursery: Nursery) -> None:
+    run, store = run_of(trial), trial.folder / "store"
+    for _ in range(trial.random.choice([1, 1, 2, 3])):
+        writer = nursery.start(oracle.write, store, run.words)
+        trial.count(kill_somewhere(trial, writer))
+        check_survivors(nursery, store, run, writer)
+        if (store / "CURRENT").exists():
+            break  # Another run would write the next generation.
+    if not (store / "CURRENT").exists():
+        assert nursery.call(oracle.write, store, run.words) == 1
+    nursery.call(oracle.published, store, run.words, 1)
+
+
+FLIP_TOTAL, FLIP_BATCH, FLIPS = 96, 32, 5
+MOST_CALLS = 26
+"""More system calls than publishing makes, so that sometimes no process is killed."""
+
+
+def flip_run(number: int) -> Run:
+    """The run of a generation; every generation has other values."""
+    return Run(salt=number, total=FLIP_TOTAL, batch=FLIP_BATCH)
+
+
+def follow(say: Say, store: str) -> list[int]:
+    """Read all users and follow CURRENT until a file `stop` exists next to the store.
+
+    Returns:
+        Reads, and generations seen.
+
+    Raises:
+        AssertionError: a user was missing, or a batch is not that of one run.
+    """
+    reads, generations, stop = 0, set(), Path(store).with_name("stop")
+    users = range(FLIP_TOTAL)
+    with StoreReader.open(store, summarizer_id=oracle.SUMMARIZER) as opened:
+        say("follows")
+        while not stop.exists():
+            opened.reload()
+            batch = opened.get_many(users)
+            assert batch.found.all(), f"users {np.flatnonzero(~batch.found)[:5]} are missing"
+            salts = set((batch.created_at - oracle.CREATED_AT).tolist())
+            assert len(salts) == 1, f"a mixture of runs {salts}"
+            wrong = oracle.differences(batch, flip_run(salts.pop()), users, opened.manifest.spec())
+            assert not wrong, f"generation {opened.generation}: users {wrong[:5]}"
+            reads += 1
+            time.sleep(0.001)  # Two readers without a pause would starve the writer on few cores.
+            generations.add(opened.generation)
+    return [reads, len(generations)]
+
+
+def publish(say: Say, store: str, words: dict[str, Any], kill_at: int) -> int:
+    """Write a run and publish it; die right before the n-th system call of publishing (0: do not die)."""
+    run = Run.of(words)
+    preload.watch(store)
+    with run.open_writer(store) as writer:
+        for users in run.batches(writer.cursor):
+            writer.put_batch(*run.records(users, writer.spec), users.stop)
+        if kill_at:
+            preload.kill_at(preload.WRITES | preload.SYNCS | preload.NAMES, kill_at, signal.SIGKILL)
+        writer.publish()
+        return writer.generation
+
+
+@promise(
+    "Atomic flip",
+    fault="2 readers; kill -9 of the writer before any system call of publishing",
+    full=200,
+    short=5,
+    each=FLIPS,
+)
+def test_flips(trial: Trial, nursery: Nursery, traced: Nursery) -> None:
+    store = trial.folder.resolve() / "store"
+    traced.call(publish, store, flip_run(0).words, 0)
+    readers = [nursery.start(follow, store) for _ in range(2)]
+    assert [reader.hear() for reader in readers] == ["follows"] * 2
+    for flip in range(1, FLIPS + 1):
+        before = read_current(store)
+        for kill_at in (
+            trial.random.randint(1, MOST_CALLS),
+            trial.random.choice([0, trial.random.randint(1, MOST_CALLS)]),
+            0,
+        ):
+            writer = traced.start(publish, store, flip_run(flip).words, kill_at).end()
+            assert writer.exit_code in (0, -9), writer.raised
+            flipped = read_current(store) > before
+            trial.count(
+                "not killed" if writer.exit_code == 0 else f"killed {'after' if flipped else 'before'} the flip"
+            )
+            if flipped:
+                break
+        assert flipped
+    (trial.folder / "stop").touch()
+    reads = [reader.result() for reader in readers]
+    assert min(number for number, _ in reads) > 0 and max(seen for _, seen in reads) > 1, reads
+    trial.count("reads", sum(number for number, _ in reads))
+
+
+LOCKED = Run()
+
+
+def start_at(say: Say, store: str, moment: float, hold_s: float) -> str:
+    """Open the writer at a time of the monotonic clock, put a batch and hold the lock."""
+    while time.monotonic() < moment:
+        pass
+    try:
+        with oracle.within(10.0):
+            writer = LOCKED.open_writer(store)
+    except StoreLockedError as error:
+        say("refused")
+        return str(error)
+    with writer:
+        say("holds")
+        writer.put_batch(*LOCKED.records(range(8), writer.spec), max(writer.cursor, 8))
+        time.sleep(hold_s)
+    return ""
+
+
+@promise("One writer", fault="two starters at once, SIGSTOP of the holder", full=100, short=2)
+def test_one_writer(trial: Trial, nursery: Nursery) -> None:
+    store = trial.folder / "store"
+    moment = time.monotonic() + 0.2
+    two = [nursery.start(start_at, store, moment, 30.0) for _ in range(2)]
+    heard = [child.hear() for child in two]
+    assert sorted(heard) == ["holds", "refused"], heard
+    holder, refused = two if heard[0] == "holds" else two[::-1]
+    refused.result()
+    for what, number in (("holder awake", signal.SIGCONT), ("holder stopped", signal.SIGSTOP)):
+        holder.kill(number)
+        third = nursery.start(start_at, store, 0.0, 0.0)
+        assert f"process {holder.pid}" in third.result() and third.messages == ["refused"]
+        trial.count(f"refused, {what}")
+    holder.kill(signal.SIGKILL)
+    holder.end()
+    assert nursery.call(oracle.write, store, LOCKED.words) == 1
+    nursery.call(oracle.published, store, LOCKED.words, 1)
+
+
+REWRITTEN = Run(total=1000, batch=20, dim=300)
+"""Batches of 2 %, one per PACE_S. Writing at full speed would make a small store grow by half in 100 ms."""
+PACE_S = 0.05
+MOST_TIMES_LIVE = 1.5
+LONGEST_READ_S = 0.1
+REWRITES = 5
+
+
+def read_slowly(say: Say, store: str, generation: int, seed: int) -> None:
+    """Hold read transactions of up to 100 ms, one after the other, until killed."""
+    chance = random.Random(seed)
+    shared = SharedEnvironment.acquire(environment_path(Path(store), generation))
+    say("reads")
+    while True:
+        shared.read(lambda transaction: time.sleep(chance.uniform(0, LONGEST_READ_S)))
+
+
+def rewrite(say: Say, store: str, rewrites: int) -> float:
+    """Write all users, then rewrite them repeatedly in place; says "rewrite" after each time.
+
+    Returns:
+        The largest size of the file, as a multiple of its size after the first writing.
+    """
+    data = environment_path(Path(store), 1) / "data.mdb"
+    with REWRITTEN.open_writer(store) as writer:
+        for users in REWRITTEN.batches(0):
+            writer.put_batch(*REWRITTEN.records(users, writer.spec), users.stop)
+        live, largest = committed_size(data)[1], 0
+        say("written")
+        for _ in range(rewrites):
+            for users in REWRITTEN.batches(0):
+                writer.put_batch(*REWRITTEN.records(users, writer.spec), REWRITTEN.total)
+                time.sleep(PACE_S)
+                largest = max(largest, committed_size(data)[1])
+            say("rewrite")
+        writer.publish()
+    return largest / live
+
+
+@promise(
+    "Bounded size",
+    fault="rewrites under reads of 100 ms, a reader killed during each",
+    full=100,
+    short=5,
+    each=REWRITES,
+)
+def test_bounded_size(trial: Trial, nursery: Nursery) -> None:
+    store = trial.folder / "store"
+    writer, readers = nursery.start(rewrite, store, REWRITES), list[Child]()
+    assert writer.hear() == "written"
+    while True:
+        while len(readers) < 3:
+            readers.append(nursery.start(read_slowly, store, 1, trial.random.randrange(1 << 30)))
+            assert readers[-1].hear() == "reads"
+        if writer.hear(timeout_s=300) is None:
+            break
+        readers.pop(0).kill()
+        trial.count("reader killed")
+    for reader in readers:
+        reader.kill()
+    times = writer.result()
+    assert times <= MOST_TIMES_LIVE, f"the file grew to {times:.2f} times its live size"
+    trial.count(f"at most {times:.1f} times live")
+    nursery.call(oracle.published, store, REWRITTEN.words, 1)
+
+
+READ = Run(total=64)
 NUM_THREADS = 8
 
 
-def check(opened: StoreReader, times: int = 1) -> int:
+def check_all(opened: StoreReader, times: int = 1) -> int:
     """Read and compare all users, `times` times; returns the process id."""
-    users = range(RUN.total)
+    users = range(READ.total)
     for _ in range(times):
         batch = opened.get_many(users)
-        assert batch.found.all() and not oracle.differences(batch, RUN, users, opened.manifest.spec())
+        assert batch.found.all() and not oracle.differences(batch, READ, users, opened.manifest.spec())
     return os.getpid()
 
 
 def read_forever(opened: StoreReader) -> None:
     """Check until killed."""
     while True:
-        check(opened)
+        check_all(opened)
 
 
 def parent(say: Say, store: str, spawn: bool) -> None:
@@ -47,16 +306,16 @@ def parent(say: Say, store: str, spawn: bool) -> None:
 
     def read() -> None:
         while not stop.is_set():
-            check(opened)
+            check_all(opened)
             time.sleep(0.02)
 
     with StoreReader.open(store) as opened, ThreadPoolExecutor(NUM_THREADS) as threads:
         readers = [threads.submit(read) for _ in range(NUM_THREADS)]
         try:
-            children: list[Any] = [fork.Process(target=check, args=(opened, 5)) for _ in range(3)]
+            children: list[Any] = [fork.Process(target=check_all, args=(opened, 5)) for _ in range(3)]
             children.append(fork.Process(target=nested, args=(opened,)))
             if spawn:
-                children.append(multiprocessing.get_context("spawn").Process(target=check, args=(opened, 5)))
+                children.append(multiprocessing.get_context("spawn").Process(target=check_all, args=(opened, 5)))
             doomed = fork.Process(target=read_forever, args=(opened,))
             for child in [*children, doomed]:
                 child.start()
@@ -70,7 +329,7 @@ def parent(say: Say, store: str, spawn: bool) -> None:
             stop.set()
         for reader in readers:
             reader.result()
-        check(opened)
+        check_all(opened)
         say("alone")
         while not Path(store).with_name("stop").exists():
             time.sleep(0.01)
@@ -78,15 +337,15 @@ def parent(say: Say, store: str, spawn: bool) -> None:
 
 def nested(opened: StoreReader) -> None:
     """Read in this process and in a forked one."""
-    check(opened)
-    child = multiprocessing.get_context("fork").Process(target=check, args=(opened, 3))
+    check_all(opened)
+    child = multiprocessing.get_context("fork").Process(target=check_all, args=(opened, 3))
     child.start()
     child.join(60)
     assert child.exitcode == 0
 
 
 def taken_slots(say: Say, store: str) -> list[int]:
-    """Process of each used slot of the reader table, after the check that a writer makes before each batch."""
+    """Process of each used slot of the reader table, after the check_all that a writer makes before each batch."""
     environment = open_environment(environment_path(Path(store), 1), readonly=False)
     environment.reader_check()
     lines = environment.readers().splitlines()[1:]
@@ -97,7 +356,7 @@ def taken_slots(say: Say, store: str) -> list[int]:
 @promise("Fork and thread safe", fault="fork, nested fork, spawn, 8 threads, a killed child", full=50, short=2)
 def test_processes(trial: Trial, nursery: Nursery) -> None:
     store = trial.folder / "store"
-    nursery.call(oracle.write, store, RUN.words)
+    nursery.call(oracle.write, store, READ.words)
     reader = nursery.start(parent, store, trial.number % 5 == 4)
     assert reader.hear(timeout_s=150) == "alone", reader.end().raised
     slots = nursery.call(taken_slots, store)

@@ -1,13 +1,13 @@
-"""Ranks of a torchrun job are killed at any step, or within a save: the job ends, and the next one resumes.
-
-The jobs use torchrun's own agent, whose ranks fork from a nursery here, so that they need not import torch again.
-"""
+"""Killed training runs, in one process and in several ranks, resume to the same bits."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,16 +15,80 @@ import torch
 
 from tests.conftest import small_config
 from tests.faults import preload
-from tests.faults.harness import Trial, promise
-from tests.faults.losses import compare, compare_events
+from tests.faults.harness import LOSES_NOTHING, Trial, compare, compare_events, promise
 from tests.faults.nursery import Nursery, Say
-from tests.faults.test_killed_server_refresh import LOSES_NOTHING
-from tests.faults.test_trainer_resume import result
 from vista.config.choices import Precision
 from vista.examples.batch import Batch
 from vista.log.event_log import EventLog
-from vista.training.checkpoint import latest_checkpoint
+from vista.training.checkpoint import latest_checkpoint, load_checkpoint
 from vista.training.trainer import Trainer, train
+
+MOST_CALLS, MOST_SECONDS = 160, 0.8
+TIMED = ("tokens_per_s", "waiting_share", "epoch_seconds", "seconds")
+
+
+def train_alone(say: Say, log: str, run_dir: str, kill_at: int = 0) -> None:
+    """Start or resume a run; die right before the n-th system call of all saves (0: do not die)."""
+    if kill_at:
+        preload.watch(f"{run_dir}/checkpoints")
+        preload.kill_at(preload.WRITES | preload.SYNCS | preload.NAMES, kill_at, signal.SIGKILL)
+    opened = EventLog.open(log)
+    config = small_config(opened, run_dir, optim__epochs=2, checkpoint_every=1)
+    say("trains")
+    train(config, opened, metrics_every=1)
+
+
+def result(run_dir: Path) -> dict[str, Any]:
+    """The results of a run by name, without times."""
+    newest = latest_checkpoint(run_dir / "checkpoints")
+    assert newest is not None
+    tensors, state = load_checkpoint(newest)
+    state["run"]["progress"].pop("seconds")
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    results: dict[str, Any] = {f"checkpoint {name}": tensor for name, tensor in tensors.items()}
+    results["step"], results["state"] = newest.name, state
+    results["export"] = (run_dir / "best" / "model.safetensors").read_bytes()
+    results["metrics"] = [{key: value for key, value in row.items() if key not in TIMED} for row in rows]
+    return results
+
+
+def bits(results: dict[str, Any]) -> dict[str, Any]:
+    """The results with tensors as bytes, for `compare`."""
+    return {
+        name: value.numpy().tobytes() if isinstance(value, torch.Tensor) else value for name, value in results.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(event_log: EventLog, traced: Nursery, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The results of an uninterrupted run."""
+    traced.imports("torch._dynamo")  # Optimizers import it.
+    run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
+    traced.call(train_alone, event_log.path, run_dir)
+    return bits(result(run_dir))
+
+
+@promise("Trainer resume", fault="kill -9, also during a save", full=50, short=1, shares={"during a save": 0.20})
+def test_trainer_resume(trial: Trial, traced: Nursery, event_log: EventLog, uninterrupted: dict[str, Any]) -> None:
+    run_dir = trial.folder.resolve() / "run"
+    for turn in range(trial.random.choice([1, 1, 2])):
+        in_save = (trial.number + turn) % 2
+        child = traced.start(
+            train_alone, event_log.path, run_dir, trial.random.randint(1, MOST_CALLS) if in_save else 0
+        )
+        if not in_save:
+            assert child.hear() == "trains", child.raised
+            time.sleep(trial.random.uniform(0, MOST_SECONDS))
+            child.kill()
+        child.end()
+        assert child.exit_code in (0, -9), child.raised
+        trial.count("after the end" if child.exit_code == 0 else "during a save" if in_save else "at any moment")
+    traced.call(train_alone, event_log.path, run_dir)
+    results = bits(result(run_dir))
+    assert results.keys() == uninterrupted.keys()
+    for name, value in results.items():
+        assert value == uninterrupted[name], f"{name} differs"
+
 
 NUM_RANKS = 2
 CHECKPOINT_EVERY = 4
@@ -83,24 +147,17 @@ def unkilled(
     event_log: EventLog, traced: Nursery, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[dict[str, Any], int]:
     """The results of a run that nobody kills, and the system calls in its saves."""
-    for module in ("torch._dynamo", "torch.distributed.launcher.api", "tests.faults.test_killed_ranks"):
+    for module in ("torch._dynamo", "torch.distributed.launcher.api", __name__):
         traced.imports(module)
     run_dir = tmp_path_factory.mktemp("unkilled").resolve() / "run"
     calls = traced.call(train_job, event_log.path, run_dir)
     assert calls[1] == 0, "only rank 0 saves"
-    return result(run_dir), calls[0]
+    return bits(result(run_dir)), calls[0]
 
 
 def losses(results: dict[str, Any]) -> Counter[tuple[int, float]]:
     """(step, loss) of each step."""
     return Counter((row["step"], row["loss"]) for row in results["metrics"] if "loss" in row)
-
-
-def bits(results: dict[str, Any]) -> dict[str, Any]:
-    """The results with tensors as bytes, for `compare`."""
-    return {
-        name: value.numpy().tobytes() if isinstance(value, torch.Tensor) else value for name, value in results.items()
-    }
 
 
 @promise(
@@ -135,6 +192,6 @@ def test_killed_rank(trial: Trial, traced: Nursery, event_log: EventLog, unkille
         assert found >= least, f"the checkpoint at step {least} is lost; the newest one is at step {found}"
         saved = found
     traced.call(train_job, event_log.path, run_dir)
-    results = result(run_dir)
+    results = bits(result(run_dir))
     compare_events(trial, losses(results), losses(expected))
-    compare(trial, bits(results), bits(expected))
+    compare(trial, results, expected)

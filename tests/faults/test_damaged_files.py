@@ -1,8 +1,12 @@
-"""Readers of damaged files return misses or typed errors, never wrong bytes; `verify` refuses what could crash them."""
+"""Readers of damaged files return misses or typed errors, never wrong bytes; `verify` refuses what could crash them.
+
+A format with a checksum must give the answer of the undamaged file, and another one the same answer each time.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +16,8 @@ import lmdb.verify
 import pytest
 
 from tests.faults import oracle, updates
-from tests.faults.harness import Trial, promise
+from tests.faults.formats import FORMATS, mutated
+from tests.faults.harness import DIFFERENT, Trial, attempt, judge, outcomes, promise, try_each
 from tests.faults.nursery import Nursery, Say
 from tests.faults.oracle import Run
 from vista.errors import RecordError, StoreError
@@ -125,7 +130,7 @@ def flip_and_read(trial: Trial, nursery: Nursery, whole: Path, data: Path, read:
         flips = flips[done + 1 :]
 
 
-@promise("No wrong bytes", fault="a flipped bit in data.mdb", full=5000, short=50, each=FLIPS)
+@promise("No wrong bytes", fault="a flipped bit in data.mdb", full=5000, short=50, smoke=50, each=FLIPS)
 def test_flipped_bits(trial: Trial, nursery: Nursery, stores: list[Path]) -> None:
     number = trial.number % len(RUNS)
     whole, store = stores[number], trial.folder / "store"
@@ -209,7 +214,7 @@ def read_cut(say: Say, store: str, words: dict[str, Any], sizes: list[int]) -> N
         say(read_all(store, Run.of(words)))
 
 
-@promise("No wrong bytes", fault="data.mdb truncated", full=100, short=10, each=CUTS)
+@promise("No wrong bytes", fault="data.mdb truncated", full=100, short=10, smoke=10, each=CUTS)
 def test_truncation(trial: Trial, nursery: Nursery, stores: list[Path]) -> None:
     number = trial.number % len(RUNS)
     store = trial.folder / "store"
@@ -232,3 +237,73 @@ def test_a_damaged_key_is_not_listed(nursery: Nursery, stores: list[Path], tmp_p
     flip(data, place + 5, 3)
     with StoreReader.open(store) as opened, pytest.raises(RecordError, match=r"user \d+ .*key_hash"):
         list(opened.keys())
+
+
+MUTATIONS = 10
+TAKEN = "taken with other contents"
+
+
+def make_format(say: Say, name: str, folder: str) -> None:
+    """Make an undamaged example."""
+    FORMATS[name].make(Path(folder))
+
+
+@pytest.fixture(scope="module")
+def whole_format(nursery: Nursery, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of an undamaged example of a format, made once."""
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            folder = tmp_path_factory.mktemp("whole_format") / "files"
+            shutil.copytree(world, folder)
+            nursery.call(make_format, name, folder)
+            made[name] = folder
+        return made[name]
+
+    return make
+
+
+def read_damaged(say: Say, name: str, whole: str, world: str, scratch: str, numbers: list[int]) -> None:
+    """Damage one file for each number and read it; says [outcome, text]."""
+    example, undamaged = FORMATS[name], Path(scratch, "undamaged")
+    shutil.copytree(whole, undamaged, dirs_exist_ok=True)
+    expected = example.read(undamaged, Path(world))
+
+    def read(folder: Path) -> tuple[str, str]:
+        answer = example.read(folder, Path(world))
+        if answer == expected:
+            return "equal", ""
+        if example.checked:
+            return DIFFERENT, answer
+        again = example.read(folder, Path(world))
+        return (TAKEN, "") if again == answer else (DIFFERENT, f"{answer}, then {again}")
+
+    def use(number: int, folder: Path) -> tuple[str, str]:
+        chance = random.Random(f"{name} {number}")
+        found = (path for pattern in example.files for path in folder.glob(pattern))
+        path = chance.choice(sorted(path for path in found if path.is_file() and path.stat().st_size))
+        what, content = mutated(path.read_bytes(), chance)
+        path.write_bytes(content)
+        outcome, text, answer = attempt(lambda: read(folder))
+        outcome, text = answer or (outcome, text)
+        return outcome, f"{path}, {what}: {text}"
+
+    try_each(say, whole, scratch, numbers, use)
+
+
+@promise(
+    "Damaged files are refused or read right",
+    fault="changed bytes in {kind}",
+    judged=True,
+    full=2000,
+    short=MUTATIONS,
+    each=MUTATIONS,
+    kinds=FORMATS,
+    smoke=MUTATIONS,
+    smoke_kinds=["models", "event logs", "CSV sources", "CURRENT, LAST and tombstones"],
+)
+def test_mutations(trial: Trial, nursery: Nursery, world: Path, whole_format: Callable[[str], Path]) -> None:
+    name = trial.promise.kind
+    arguments = name, whole_format(name), world, trial.folder
+    judge(trial, outcomes(nursery, read_damaged, *arguments, numbers=list(trial.numbers), timeout_s=300))
