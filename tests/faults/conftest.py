@@ -1,4 +1,4 @@
-"""Nurseries, one per kind and session, and the repetitions of a promise."""
+"""A nursery per session, a small world, and the repetitions of a promise."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import small_config, small_frame
+from tests.conftest import small_frame
 from tests.faults.harness import Promise, Trials, share, single_item, work_folder
 from tests.faults.nursery import Nursery
-from tests.faults.operations import COLUMNS
+from tests.faults.operations import COLUMNS, save_model
 from tests.faults.preload import compiled
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
-from vista.training.log_schema import schema_of
 
 
 def require_linux() -> None:
@@ -29,7 +28,7 @@ def require_linux() -> None:
 
 @pytest.fixture
 def trials(request: pytest.FixtureRequest, tmp_path: Path) -> Trials:
-    """The repetitions of the short or the full form, as `harness.promise` parametrizes."""
+    """The repetitions of a smoke test, of the short form or the full form, as `harness.promise` parametrizes."""
     promise: Promise
     promise, wanted = request.param
     if wanted < promise.full or single_item() is not None:
@@ -63,12 +62,10 @@ def traced(library: str, nursery: Nursery) -> Nursery:
 
 @pytest.fixture(scope="session")
 def model_dir(event_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained model; refreshes do not depend on training."""
-    folder = tmp_path_factory.mktemp("model")
-    config = small_config(event_log, "unused")
-    config.model.counters = True
-    VistaModel(config.model, schema_of(event_log, config), event_log.items, config.data).save_pretrained(folder / "m")
-    return folder / "m"
+    """An untrained model."""
+    folder = tmp_path_factory.mktemp("model") / "m"
+    save_model(event_log, folder, counters=True)
+    return folder
 
 
 @pytest.fixture(scope="session")

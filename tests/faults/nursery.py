@@ -172,6 +172,21 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def tell_around(owner: type, name: str, tell: Callable[[str], Any], before: str = "", after: str = "") -> None:
+    """In a child: have a method say when it is called, and when it returns."""
+    function = getattr(owner, name)
+
+    def told(*arguments: Any) -> Any:
+        if before:
+            tell(before)
+        result = function(*arguments)
+        if after:
+            tell(after)
+        return result
+
+    setattr(owner, name, told)
+
+
 def _tell(job: int, **message: Any) -> None:
     line = json.dumps({"job": job, **message}).encode() + b"\n"
     assert len(line) <= select.PIPE_BUF, "only short messages are written atomically"

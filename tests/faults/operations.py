@@ -68,6 +68,14 @@ def log_of(folder: Path) -> EventLog:
     return EventLog.open(folder / "log")
 
 
+def save_model(log: EventLog, folder: Path, *, counters: bool) -> VistaModel:
+    """Make an untrained model; refreshes do not depend on training."""
+    config = small_config(log, "unused", model__counters=counters)
+    model = VistaModel(config.model, schema_of(log, config), log.items, config.data).eval()
+    model.save_pretrained(folder)
+    return model
+
+
 def model_of(folder: Path) -> VistaModel:
     return VistaModel.from_pretrained(folder / "model")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import shlex
+import signal
 import struct
 import subprocess
 from collections.abc import Iterator
@@ -58,16 +59,16 @@ def fail_at(kinds: int, number: int, error: int, times: int = 1) -> None:
     ctypes.CDLL(None).faults_arm(kinds, ctypes.c_long(number), error, ctypes.c_long(times))
 
 
-def kill_at(kinds: int, number: int, signal_number: int) -> None:
-    """In a child: kill this process right before the `number`-th call from now."""
-    fail_at(kinds, number, -signal_number)
+def die_at(number: int) -> None:
+    """In a child: kill this process right before the `number`-th call from now of any kind; 0 for none."""
+    fail_at(WRITES | SYNCS | NAMES, number or FOREVER, -signal.SIGKILL)
 
 
 def calls_since(number: int) -> int:
-    """In a child: calls of the kinds since `fail_at(kinds, number, …)`."""
+    """In a child: calls of the kinds since `fail_at(kinds, number, …)` or `die_at(number)`."""
     function = ctypes.CDLL(None).faults_count
     function.restype = ctypes.c_long
-    return int(function(ctypes.c_long(number)))
+    return int(function(ctypes.c_long(number or FOREVER)))
 
 
 def read_log(path: Path) -> Iterator[Call]:

@@ -301,7 +301,7 @@ def read_damaged(say: Say, name: str, whole: str, world: str, scratch: str, numb
     each=MUTATIONS,
     kinds=FORMATS,
     smoke=MUTATIONS,
-    smoke_kinds=["models", "event logs", "CSV sources", "CURRENT, LAST and tombstones"],
+    smoke_kinds=["models", "event logs", "CURRENT, LAST and tombstones"],
 )
 def test_mutations(trial: Trial, nursery: Nursery, world: Path, whole_format: Callable[[str], Path]) -> None:
     name = trial.promise.kind

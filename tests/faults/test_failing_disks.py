@@ -15,11 +15,10 @@ import pytest
 
 from tests.faults import oracle, preload, updates
 from tests.faults.conftest import require_linux
-from tests.faults.disk_images import Disk
 from tests.faults.harness import Trial, promise
 from tests.faults.nursery import Nursery, Say
 from tests.faults.oracle import Run
-from tests.faults.test_power_loss import check_image
+from tests.faults.test_power_loss import Job, check_image, write_image
 from vista.errors import StoreError
 from vista.store import StoreReader
 from vista.store.layout import environment_path
@@ -179,15 +178,15 @@ MOST_UPDATE_CALLS = {"fsync": 40, "write": 60}
 ATTEMPTS = 3
 
 
-def endure(say: Say, store: str, runs: list[dict[str, Any]], log: str, fault: list[int], stubborn: bool) -> int:
+def endure(say: Say, store: str, log: str, fault: list[int], runs: list[dict[str, Any]], stubborn: bool) -> int:
     """Publish the first run, meet a fault in the second one, then reopen the writer and resume, at most three times.
 
     Args:
         say: ["ack", n], ["published", generation] and ["refused", text].
         store: its folder.
-        runs: two.
         log: file of the system calls.
         fault: kinds, number, errno and times, as `preload.fail_at` takes them.
+        runs: two.
         stubborn: put a batch that was refused again into the same writer first.
 
     Returns:
@@ -218,14 +217,6 @@ def endure(say: Say, store: str, runs: list[dict[str, Any]], log: str, fault: li
     return preload.calls_since(fault[1])
 
 
-def check_after_power_cut(say: Say, store: str, log: str, image: str, runs: list[dict[str, Any]], least: int) -> str:
-    """Check that a disk image of the end of the log holds everything acknowledged."""
-    disk = Disk(Path(store))
-    disk.take(preload.read_log(Path(log)))
-    disk.write_image(Path(image), random.Random(least))
-    return check_image(say, Path(image), runs, 1, least)
-
-
 def endure_updates(say: Say, store: str, log: str, fault: list[int]) -> int:
     """Publish turn 0, meet a fault in turn 1, and resume, at most three times; says as `update`, and "refused".
 
@@ -244,12 +235,35 @@ def endure_updates(say: Say, store: str, log: str, fault: list[int]) -> int:
     return preload.calls_since(fault[1])
 
 
-def check_updates_after_power_cut(say: Say, store: str, log: str, image: str, turn: int, least: int) -> str:
-    """Check that a disk image of the end of the log holds everything acknowledged."""
-    disk = Disk(Path(store))
-    disk.take(preload.read_log(Path(log)))
-    disk.write_image(Path(image), random.Random(least))
-    return updates.check_and_continue(say, image, turn, least)
+def meet_fault(
+    trial: Trial, traced: Nursery, kinds: list[str], most_calls: dict[str, int], job: Job, *arguments: Any
+) -> list[Any]:
+    """Have `job(say, store, log, fault, *arguments)` meet a fault, which must raise an error; returns what it said."""
+    store = trial.folder.resolve() / "store"
+    store.mkdir(mode=0o700)
+    kind = trial.random.choice(kinds)
+    number = trial.random.randint(1, most_calls[kind])
+    fault = [KINDS[kind], number, errno.EIO, trial.random.choice([1, 1, 2, preload.FOREVER])]
+    writer = traced.start(job, store, store.with_name("log"), fault, *arguments)
+    made = writer.result()
+    refused = any(what == "refused" for what, *_ in writer.messages)
+    assert refused or made < number, f"the {number}-th {kind} failed without an error"
+    trial.count(f"{kind}: refused" if refused else "no such call")
+    return writer.messages
+
+
+def check_after_power_cut(say: Say, folder: str, runs: list[dict[str, Any]], turn: int, least: int) -> str:
+    """Check that a disk image of the end of the log holds everything acknowledged.
+
+    Args:
+        runs: of `endure`; empty after `endure_updates`.
+    """
+    store, log, image = (Path(folder, name) for name in ("store", "log", "image"))
+    calls = list(preload.read_log(log))
+    write_image(image, None, store, calls, len(calls), random.Random(least))
+    if runs:
+        return check_image(say, image, runs, turn, least)
+    return updates.check_and_continue(say, str(image), turn, least)
 
 
 @promise(
@@ -259,46 +273,28 @@ def check_updates_after_power_cut(say: Say, store: str, log: str, image: str, tu
     short=2,
 )
 def test_io_errors_of_updates(trial: Trial, traced: Nursery) -> None:
-    store, log, image = (trial.folder.resolve() / name for name in ("store", "log", "image"))
-    image.mkdir()
-    store.mkdir(mode=0o700)
-    kind = trial.random.choice(["fsync", "write"])
-    number = trial.random.randint(1, MOST_UPDATE_CALLS[kind])
-    fault = [KINDS[kind], number, errno.EIO, trial.random.choice([1, 1, 2, preload.FOREVER])]
-    writer = traced.start(endure_updates, store, log, fault)
-    made = writer.result()
-    refused = any(what == "refused" for what, *_ in writer.messages)
-    assert refused or made < number, f"the {number}-th {kind} failed without an error"
-    trial.count(f"{kind}: refused" if refused else "no such call")
-    turn, least = updates.acknowledged(writer.messages)
-    traced.call(check_updates_after_power_cut, store, log, image, turn, least)
-    traced.call(updates.check_and_continue, store, turn, least)
+    messages = meet_fault(trial, traced, [*MOST_UPDATE_CALLS], MOST_UPDATE_CALLS, endure_updates)
+    turn, least = updates.acknowledged(messages)
+    folder = trial.folder.resolve()
+    traced.call(check_after_power_cut, folder, [], turn, least)
+    traced.call(updates.check_and_continue, folder / "store", turn, least)
 
 
 @promise(
     "Honest fsync failure", fault="EIO at the n-th fsync, write, create, rename or remove", full=200, short=4, smoke=4
 )
 def test_io_errors(trial: Trial, traced: Nursery) -> None:
-    store, log, image = (trial.folder.resolve() / name for name in ("store", "log", "image"))
-    image.mkdir()
-    store.mkdir(mode=0o700)
     runs = [
         Run(salt=trial.number % 9, total=32).words,
         Run(salt=10, total=32, dim=trial.random.choice([16, 1500])).words,
     ]
-    kind = trial.random.choice(["fsync", "fsync", *KINDS])
-    number = trial.random.randint(1, MOST_CALLS[kind])
-    times = trial.random.choice([1, 1, 2, preload.FOREVER])
-    fault = [KINDS[kind], number, errno.EIO, times]
-    writer = traced.start(endure, store, runs, log, fault, trial.random.random() < 0.5)
-    made = writer.result()
-    refused = [text for what, text in writer.messages if what == "refused"]
-    assert bool(refused) or made < number, f"the {number}-th {kind} failed without an error"
-    trial.count(f"{kind}: refused" if refused else "no such call")
-    was_published = ["published", 2] in writer.messages
-    least = 0 if was_published else max(oracle.acknowledged(writer.messages), 0)
+    stubborn = trial.random.random() < 0.5
+    messages = meet_fault(trial, traced, ["fsync", "fsync", *KINDS], MOST_CALLS, endure, runs, stubborn)
+    folder = trial.folder.resolve()
+    was_published = ["published", 2] in messages
+    least = 0 if was_published else max(oracle.acknowledged(messages), 0)
     if was_published:
-        traced.call(oracle.published, store, runs[1], 2)
-    traced.call(check_after_power_cut, store, log, image, runs, 32 if was_published else least)
-    assert traced.call(oracle.write, store, runs[1]) in (2, 3)
-    traced.call(oracle.published, store, runs[1])
+        traced.call(oracle.published, folder / "store", runs[1], 2)
+    traced.call(check_after_power_cut, folder, runs, 1, 32 if was_published else least)
+    assert traced.call(oracle.write, folder / "store", runs[1]) in (2, 3)
+    traced.call(oracle.published, folder / "store", runs[1])

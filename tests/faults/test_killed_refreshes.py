@@ -21,16 +21,16 @@ import numpy as np
 import pytest
 
 import vista.files
-from tests.conftest import DAY, START, small_config, small_frame
+from tests.conftest import DAY, START, small_frame
 from tests.faults import preload
 from tests.faults.harness import LOSES_NOTHING, Trial, compare, compare_events, promise
-from tests.faults.nursery import Child, Nursery, Say
-from tests.faults.operations import ADDED, add_items, add_items_before, ranked
+from tests.faults.nursery import Child, Nursery, Say, tell_around
+from tests.faults.operations import ADDED, COLUMNS, add_items, add_items_before, ranked, save_model
 from tests.faults.oracle import Contents, folder_contents
 from tests.refresh import conftest as growing
 from tests.refresh.mock_kafka import MockKafka
 from vista.cli.refresh_commands import run_watch
-from vista.config import RayConfig, SourceColumns, SourceConfig, WatchConfig
+from vista.config import RayConfig, SourceConfig, WatchConfig
 from vista.config.choices import Codec, OnBadRows
 from vista.config.stream_config import StreamConfig
 from vista.errors import CheckpointError
@@ -40,7 +40,6 @@ from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh, refresh_incremental
 from vista.store import StoreReader, StoreWriter
 from vista.store.lmdb.environment import SharedEnvironment
-from vista.training.log_schema import schema_of
 
 TWO_PER_BATCH = 2
 NUM_BATCHES = 8
@@ -52,20 +51,8 @@ def run_refresh(say: Say, log: str, model: str, store: str, codec: str) -> int:
     Returns:
         Users that an earlier run had written.
     """
-    put, publish = StoreWriter.put_batch, StoreWriter.publish
-
-    def put_and_tell(writer: StoreWriter, keys: Any, records: Any, cursor: int, states: Any) -> int:
-        say("begin")
-        written = put(writer, keys, records, cursor, states)
-        say("ack")
-        return written
-
-    def publish_and_tell(writer: StoreWriter) -> Any:
-        say("publish")
-        return publish(writer)
-
-    setattr(StoreWriter, "put_batch", put_and_tell)  # noqa: B010
-    setattr(StoreWriter, "publish", publish_and_tell)  # noqa: B010
+    tell_around(StoreWriter, "put_batch", say, "begin", "ack")
+    tell_around(StoreWriter, "publish", say, "publish")
     report = refresh(
         VistaModel.from_pretrained(model),
         EventLog.open(log),
@@ -140,41 +127,32 @@ def test_killed_refresh(
     assert nursery.call(served_contents, trial.folder / "store") == uninterrupted[codec]
 
 
-TWO_PER_BATCH = 2
+def first_generation(folder: Path, *, counters: bool) -> VistaModel:
+    """Make log/, model/, and store/; returns the model."""
+    log = EventLog.from_frame(small_frame(), folder / "log", **COLUMNS)
+    model = save_model(log, folder / "model", counters=counters)
+    refresh(model, log, folder / "store", options=RefreshOptions(codec=Codec.float32), created_at=1)
+    return model
 
 
 @pytest.fixture(scope="module")
 def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """log/ with three segments, model/, store/ that covers the first segment, and whole/, a full refresh of all."""
     folder = tmp_path_factory.mktemp("incremental")
-    columns = SourceColumns(action="action", rating="rating")
     frame = small_frame()
-    log = EventLog.from_frame(frame, folder / "log", time_unit="ms", columns=columns)
-    config = small_config(log, "unused")
-    config.model.counters = True
-    model = VistaModel(config.model, schema_of(log, config), log.items, config.data).eval()
-    model.save_pretrained(folder / "model")
-    refresh(model, log, folder / "store", options=RefreshOptions(codec=Codec.float32), created_at=1)
+    model = first_generation(folder, counters=True)
     for turn in (1, 2):
         own = np.arange(len(frame["user"])) % (turn + 2) == 0  # some events are new, some of these late
         later = {name: values[own] for name, values in frame.items()}
         later["timestamp"] = later["timestamp"] + turn * 40 * DAY + 7
-        log = EventLog.from_frame(later, folder / "log", time_unit="ms", columns=columns, append=True)
+        log = EventLog.from_frame(later, folder / "log", append=True, **COLUMNS)
     refresh(model, log, folder / "whole", options=RefreshOptions(codec=Codec.float32), created_at=1)
     return folder
 
 
 def refresh_segments(say: Say, folder: str, store: str, last_segment: int) -> dict[str, int]:
     """Refresh up to a segment; says "begin" and "done" around each transaction. Returns the counts of the report."""
-    write = SharedEnvironment.write
-
-    def write_and_tell(environment: SharedEnvironment, *arguments: Any) -> Any:
-        say("begin")
-        written = write(environment, *arguments)
-        say("done")
-        return written
-
-    setattr(SharedEnvironment, "write", write_and_tell)  # noqa: B010
+    tell_around(SharedEnvironment, "write", say, "begin", "done")
     log = EventLog.open(Path(folder, "log"), last_segment=last_segment)
     model = VistaModel.from_pretrained(Path(folder, "model"))
     return refresh_incremental(
@@ -182,8 +160,8 @@ def refresh_segments(say: Say, folder: str, store: str, last_segment: int) -> di
     ).counts
 
 
-def equal_stores(say: Say, store: str, whole: str) -> bool:
-    """Require the same events of the same users, and equal summaries up to rounding."""
+def equal_stores(say: Say, store: str, whole: str) -> int:
+    """Require the same events of the same users, and equal summaries up to rounding; returns the last segment."""
     with StoreReader.open(store) as opened, StoreReader.open(whole) as expected:
         users = list(expected.keys())
         assert list(opened.keys()) == users and len(opened) == len(users)
@@ -197,7 +175,7 @@ def equal_stores(say: Say, store: str, whole: str) -> bool:
         states, wanted_states = opened.states(users), expected.states(users)
         assert states is not None and wanted_states is not None
         assert states[1].history_digest.tolist() == wanted_states[1].history_digest.tolist()
-    return True
+        return opened.manifest.applied_segment
 
 
 @promise(
@@ -228,12 +206,11 @@ def test_killed_incremental(trial: Trial, nursery: Nursery, grown: Path) -> None
         trial.count("after the end" if child.exit_code == 0 else where)
         last = 3
     nursery.call(refresh_segments, grown, store, 3)
-    assert nursery.call(equal_stores, store, grown / "whole")
+    assert nursery.call(equal_stores, store, grown / "whole") == 3
     again = nursery.call(refresh_segments, grown, store, 3)
     assert not any(again.get(name) for name in ("appended", "exchanged", "recomputed")), again
 
 
-KINDS = preload.WRITES | preload.SYNCS | preload.NAMES
 LAST = 20
 """Every other kill strikes one of the last calls, which exchange the names and remove the old model."""
 
@@ -243,7 +220,7 @@ def prepare_addition(say: Say, folder: str) -> None:
 
 
 def add(say: Say, folder: str, number: int, exchanges: bool) -> int:
-    """Add the items; the process is killed before its `number`-th call. Returns the number of calls.
+    """Add the items; the process is killed before its `number`-th call, 0 for none. Returns the number of calls.
 
     Args:
         exchanges: whether the file system can exchange two names.
@@ -252,7 +229,7 @@ def add(say: Say, folder: str, number: int, exchanges: bool) -> int:
     if not exchanges:
         setattr(vista.files, "_exchanged", lambda one, other: False)  # noqa: B010
     preload.watch(str(Path(folder).resolve()))
-    preload.kill_at(KINDS, number, 9)
+    preload.die_at(number)
     add_items(Path(folder))
     return preload.calls_since(number)
 
@@ -284,7 +261,7 @@ def addition(traced: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Addit
     for exchanges in (True, False):
         shutil.rmtree(folder / "after", ignore_errors=True)
         shutil.copytree(folder / "before", folder / "after")
-        calls[exchanges] = traced.call(add, folder / "after", preload.FOREVER, exchanges)
+        calls[exchanges] = traced.call(add, folder / "after", 0, exchanges)
     old, new = (traced.call(scores, folder / name) for name in ("before", "after"))
     assert len(set(old[: len(ADDED)])) == 1 and len(set(new[: len(ADDED)])) == len(ADDED)
     return Addition(folder, calls, old, new)
@@ -313,7 +290,7 @@ def test_killed_items_add(trial: Trial, traced: Nursery, addition: Addition) -> 
     trial.count(
         "the new model" if seen == addition.new else "the old model" if seen else "no model until the repetition"
     )
-    traced.call(add, made, preload.FOREVER, exchanges)
+    traced.call(add, made, 0, exchanges)
     assert traced.call(scores, made) == addition.new
     model = made / "featured" / "model"
     assert files_of(model) == files_of(addition.folder / "after" / "featured" / "model")
@@ -338,12 +315,7 @@ def before_messages(traced: Nursery, tmp_path_factory: pytest.TempPathFactory) -
     for module in (__name__, "vista.log.ingest.kafka.kafka_reader"):
         traced.imports(module)
     folder = tmp_path_factory.mktemp("stream")
-    columns = SourceColumns(action="action", rating="rating")
-    log = EventLog.from_frame(small_frame(), folder / "log", time_unit="ms", columns=columns)
-    config = small_config(log, "unused")
-    model = VistaModel(config.model, schema_of(log, config), log.items, config.data).eval()
-    model.save_pretrained(folder / "model")
-    refresh(model, log, folder / "store", options=RefreshOptions(codec=Codec.float32), created_at=1)
+    first_generation(folder, counters=False)
     return folder
 
 
@@ -375,9 +347,7 @@ def watch(say: Say, folder: str, source: str, kill: tuple[str, int, int] = ("", 
 def report_steps(say: Say, folder: str, at_step: str, turn: int, at_call: int) -> None:
     """Have the steps of a watch say when they happen, and be killed as `watch` describes."""
     from vista.log.ingest.kafka.kafka_reader import KafkaReader
-    from vista.store.lmdb.environment import SharedEnvironment
 
-    read, commit, write = KafkaReader.read, KafkaReader.commit, SharedEnvironment.write
     preload.watch(folder)
 
     def tell(step: str) -> None:
@@ -387,29 +357,11 @@ def report_steps(say: Say, folder: str, at_step: str, turn: int, at_call: int) -
         if step == at_step and turn == 0:
             if at_call == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
-            preload.kill_at(preload.WRITES | preload.SYNCS | preload.NAMES, at_call, signal.SIGKILL)
+            preload.die_at(at_call)
 
-    def read_and_tell(reader: KafkaReader, *arguments: Any) -> Any:
-        batch = read(reader, *arguments)
-        tell("read")
-        return batch
-
-    def tell_and_commit(reader: KafkaReader, *arguments: Any) -> None:
-        tell("appended")
-        commit(reader, *arguments)
-
-    def write_and_tell(environment: SharedEnvironment, *arguments: Any) -> Any:
-        tell("begin")
-        written = write(environment, *arguments)
-        tell("done")
-        return written
-
-    for owner, name, function in (
-        (KafkaReader, "read", read_and_tell),
-        (KafkaReader, "commit", tell_and_commit),
-        (SharedEnvironment, "write", write_and_tell),
-    ):
-        setattr(owner, name, function)
+    tell_around(KafkaReader, "read", tell, after="read")
+    tell_around(KafkaReader, "commit", tell, "appended")
+    tell_around(SharedEnvironment, "write", tell, "begin", "done")
 
 
 def held(folder: Path) -> tuple[Counter[tuple[int, int, int]], list[tuple[int, int]]]:
@@ -423,13 +375,7 @@ def held(folder: Path) -> tuple[Counter[tuple[int, int, int]], list[tuple[int, i
     letters = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     model = VistaModel.from_pretrained(folder / "model")
     refresh(model, log, folder / "whole", options=RefreshOptions(codec=Codec.float32), created_at=1)
-    with StoreReader.open(folder / "store") as opened, StoreReader.open(folder / "whole") as expected:
-        keys = list(expected.keys())
-        assert list(opened.keys()) == keys and opened.manifest.applied_segment == log.last_segment
-        actual, wanted = opened.get_many(keys), expected.get_many(keys)
-        for name in ("event_count", "last_event_ts", "history_digest"):
-            assert getattr(actual, name).tolist() == getattr(wanted, name).tolist(), name
-        np.testing.assert_allclose(actual.summary, wanted.summary, atol=1e-4)
+    assert equal_stores(print, str(folder / "store"), str(folder / "whole")) == log.last_segment
     return events, [(letter["partition"], letter["offset"]) for letter in letters]
 
 
@@ -516,12 +462,12 @@ def refresh_by_actors(say: Say, folder: str, store: str, address: str, kill_call
         The number of such system calls.
     """
     preload.watch(store)
-    preload.kill_at(preload.WRITES | preload.SYNCS | preload.NAMES, kill_call or preload.FOREVER, signal.SIGKILL)
+    preload.die_at(kill_call)
     run = {"options": RefreshOptions(users_per_batch=USERS_PER_BATCH), "created_at": 2}
     if address:
         run["engine"] = killing_engine(say, folder, address, kill_after)
     refresh(VistaModel.from_pretrained(Path(folder, "model")), EventLog.open(Path(folder, "log")), store, **run)
-    return preload.calls_since(kill_call or preload.FOREVER)
+    return preload.calls_since(kill_call)
 
 
 def killing_engine(say: Say, folder: str, address: str, kill_after: list[int]) -> Any:

@@ -55,24 +55,6 @@ class Growth:
     dump: dict[bytes, bytes]
     """The server after the first refresh, for `restore`."""
 
-    @classmethod
-    def make(cls, folder: Path, server: ValkeyServer, nursery: Nursery) -> Growth:
-        """Make the log and run the refreshes; the nursery then has all that the jobs of this file import."""
-        growing.append(folder / "log", growing.events(dict.fromkeys(USERS, 6)))
-        counts = {3: 4, 31: 5, **dict.fromkeys(range(10, 28), 2)}
-        growing.append(folder / "log", growing.events(counts, start=growing.START + 500 * growing.HOUR))
-        growing.model(counters=True, counter_categories=["genre"]).save_pretrained(folder / "model")
-        for module in (__name__, "vista.store.remote.locked_server"):
-            nursery.imports(module)
-        after, requests = {}, {}
-        dump: dict[bytes, bytes] = {}
-        for kind in (FIRST, FULL, INCREMENTAL):
-            restore(server, dump)
-            requests[kind] = nursery.call(refresh_into, folder, server.url(STORE), kind)
-            after[kind] = contents(server)
-            dump = dump or dumped(server)
-        return cls(folder, after, requests, dump)
-
 
 @pytest.fixture(scope="module")
 def valkey() -> Iterator[ValkeyServer]:
@@ -88,7 +70,21 @@ def valkey() -> Iterator[ValkeyServer]:
 @pytest.fixture(scope="module")
 def growth(valkey: ValkeyServer, nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Growth:
     """A log that grew, and what refreshes of it into the server leave."""
-    return Growth.make(tmp_path_factory.mktemp("growth"), valkey, nursery)
+    folder = tmp_path_factory.mktemp("growth")
+    growing.append(folder / "log", growing.events(dict.fromkeys(USERS, 6)))
+    counts = {3: 4, 31: 5, **dict.fromkeys(range(10, 28), 2)}
+    growing.append(folder / "log", growing.events(counts, start=growing.START + 500 * growing.HOUR))
+    growing.model(counters=True, counter_categories=["genre"]).save_pretrained(folder / "model")
+    for module in (__name__, "vista.store.remote.locked_server"):
+        nursery.imports(module)
+    after, requests = {}, {}
+    dump: dict[bytes, bytes] = {}
+    for kind in (FIRST, FULL, INCREMENTAL):
+        restore(valkey, dump)
+        requests[kind] = nursery.call(refresh_into, folder, valkey.url(STORE), kind)
+        after[kind] = contents(valkey)
+        dump = dump or dumped(valkey)
+    return Growth(folder, after, requests, dump)
 
 
 class CountedRequests:
@@ -160,9 +156,9 @@ def copy(say: Say, source: str, target: str, kill_call: int, *kill: Any) -> list
     transactions._WALK_USERS = remote_records._BATCH_RECORDS = USERS_PER_BATCH
     requests = CountedRequests(*kill)
     preload.watch(target)
-    preload.kill_at(preload.WRITES | preload.SYNCS | preload.NAMES, kill_call or preload.FOREVER, signal.SIGKILL)
+    preload.die_at(kill_call)
     copy_generation(source, target)
-    return [requests.number, preload.calls_since(kill_call or preload.FOREVER)]
+    return [requests.number, preload.calls_since(kill_call)]
 
 
 def erase_from(say: Say, url: str, users: list[int], *kill: Any) -> int:
@@ -410,8 +406,6 @@ def copies(growth: Growth, valkey: ValkeyServer, traced: Nursery, tmp_path_facto
             shutil.copytree(folder / "one", folder / "two")
         log = EventLog.open(growth.folder / "log", last_segment=segment)
         refresh(model, log, folder / name, options=options, created_at=segment)
-    traced.imports(__name__)
-    traced.imports("vista.store.remote.locked_server")
     shutil.copytree(folder / "one", folder / "target")
     restore(valkey, growth.dump)
     points = {TO_SERVER: traced.call(copy, folder / "two", valkey.url(STORE), 0)}

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.conftest import small_config
 from tests.faults import preload
@@ -31,7 +30,7 @@ def train_alone(say: Say, log: str, run_dir: str, kill_at: int = 0) -> None:
     """Start or resume a run; die right before the n-th system call of all saves (0: do not die)."""
     if kill_at:
         preload.watch(f"{run_dir}/checkpoints")
-        preload.kill_at(preload.WRITES | preload.SYNCS | preload.NAMES, kill_at, signal.SIGKILL)
+        preload.die_at(kill_at)
     opened = EventLog.open(log)
     config = small_config(opened, run_dir, optim__epochs=2, checkpoint_every=1)
     say("trains")
@@ -45,18 +44,11 @@ def result(run_dir: Path) -> dict[str, Any]:
     tensors, state = load_checkpoint(newest)
     state["run"]["progress"].pop("seconds")
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    results: dict[str, Any] = {f"checkpoint {name}": tensor for name, tensor in tensors.items()}
+    results: dict[str, Any] = {f"checkpoint {name}": tensor.numpy().tobytes() for name, tensor in tensors.items()}
     results["step"], results["state"] = newest.name, state
     results["export"] = (run_dir / "best" / "model.safetensors").read_bytes()
     results["metrics"] = [{key: value for key, value in row.items() if key not in TIMED} for row in rows]
     return results
-
-
-def bits(results: dict[str, Any]) -> dict[str, Any]:
-    """The results with tensors as bytes, for `compare`."""
-    return {
-        name: value.numpy().tobytes() if isinstance(value, torch.Tensor) else value for name, value in results.items()
-    }
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +57,7 @@ def uninterrupted(event_log: EventLog, traced: Nursery, tmp_path_factory: pytest
     traced.imports("torch._dynamo")  # Optimizers import it.
     run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
     traced.call(train_alone, event_log.path, run_dir)
-    return bits(result(run_dir))
+    return result(run_dir)
 
 
 @promise("Trainer resume", fault="kill -9, also during a save", full=50, short=1, shares={"during a save": 0.20})
@@ -84,7 +76,7 @@ def test_trainer_resume(trial: Trial, traced: Nursery, event_log: EventLog, unin
         assert child.exit_code in (0, -9), child.raised
         trial.count("after the end" if child.exit_code == 0 else "during a save" if in_save else "at any moment")
     traced.call(train_alone, event_log.path, run_dir)
-    results = bits(result(run_dir))
+    results = result(run_dir)
     assert results.keys() == uninterrupted.keys()
     for name, value in results.items():
         assert value == uninterrupted[name], f"{name} differs"
@@ -127,8 +119,8 @@ def train_rank(log: str, run_dir: str, how: str, rank: int, number: int) -> int:
     """What each rank runs."""
     is_victim, step = os.environ["RANK"] == str(rank), Trainer._step
     preload.watch(f"{run_dir}/checkpoints")
-    at = number if how == CALL and is_victim else preload.FOREVER
-    preload.kill_at(preload.WRITES | preload.SYNCS | preload.NAMES, at, signal.SIGKILL)
+    at = number if how == CALL and is_victim else 0
+    preload.die_at(at)
 
     def step_or_die(trainer: Trainer, batch: Batch, share_done: float) -> dict[str, float]:
         if how == STEP and is_victim and trainer.progress.step == number:
@@ -152,7 +144,7 @@ def unkilled(
     run_dir = tmp_path_factory.mktemp("unkilled").resolve() / "run"
     calls = traced.call(train_job, event_log.path, run_dir)
     assert calls[1] == 0, "only rank 0 saves"
-    return bits(result(run_dir)), calls[0]
+    return result(run_dir), calls[0]
 
 
 def losses(results: dict[str, Any]) -> Counter[tuple[int, float]]:
@@ -192,6 +184,6 @@ def test_killed_rank(trial: Trial, traced: Nursery, event_log: EventLog, unkille
         assert found >= least, f"the checkpoint at step {least} is lost; the newest one is at step {found}"
         saved = found
     traced.call(train_job, event_log.path, run_dir)
-    results = bits(result(run_dir))
+    results = result(run_dir)
     compare_events(trial, losses(results), losses(expected))
     compare(trial, results, expected)

@@ -7,13 +7,14 @@ import resource
 import shutil
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from tests.conftest import DAY, START, Served
+from tests.conftest import DAY, START
 from tests.faults.harness import Trial, promise
 from tests.faults.nursery import Nursery, Say
 from tests.record_reference import decode_record_reference
@@ -221,8 +222,8 @@ def giant(say: Say, model: str, folder: str, num_events: int, num_candidates: in
 
 
 @promise("Poison input", fault="a user of 1M events, 1M candidates", full=5, short=1)
-def test_giants(trial: Trial, nursery: Nursery, served: Served) -> None:
+def test_giants(trial: Trial, nursery: Nursery, model_dir: Path) -> None:
     events, candidates = (10**6, 10**6) if trial.number else (10**5, 10**5)
-    peak, log = nursery.start(giant, served.model_dir, trial.folder / "work", events, candidates).result(timeout_s=600)
+    peak, log = nursery.start(giant, model_dir, trial.folder / "work", events, candidates).result(timeout_s=600)
     assert peak <= 1 << 30, f"{peak >> 20} MiB for a log of {log >> 20} MiB"
     trial.count(f"at most {-(-peak // (64 << 20)) * 64} MiB")

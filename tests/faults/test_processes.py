@@ -132,8 +132,7 @@ def publish(say: Say, store: str, words: dict[str, Any], kill_at: int) -> int:
     with run.open_writer(store) as writer:
         for users in run.batches(writer.cursor):
             writer.put_batch(*run.records(users, writer.spec), users.stop)
-        if kill_at:
-            preload.kill_at(preload.WRITES | preload.SYNCS | preload.NAMES, kill_at, signal.SIGKILL)
+        preload.die_at(kill_at)
         writer.publish()
         return writer.generation
 

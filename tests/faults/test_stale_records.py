@@ -13,10 +13,10 @@ import pytest
 import torch
 import xxhash
 
-from tests.conftest import Served, small_config
 from tests.faults import oracle
 from tests.faults.harness import Trial, promise
 from tests.faults.nursery import Nursery, Say
+from tests.faults.operations import log_of, save_model
 from tests.faults.oracle import COUNTERS, Run, put_value
 from vista.config import DataConfig, EvaluateConfig, ModelConfig
 from vista.config.choices import Decay
@@ -45,7 +45,6 @@ from vista.store.lmdb.data_file import open_environment
 from vista.store.manifest import Manifest
 from vista.store.stored_batch import CLOCK_SKEW_MS
 from vista.store.tombstones import Tombstones
-from vista.training.log_schema import schema_of
 
 MAX_AGE_S = 3600
 
@@ -200,13 +199,13 @@ def evaluated(say: Say, log_path: str, model_dir: str, store: str, until: str, u
 
 
 @promise("No leakage", fault="a store, or one record, that covers a test label", full=100, short=4, smoke=4)
-def test_leakage(trial: Trial, nursery: Nursery, served: Served) -> None:
-    log = served.log
+def test_leakage(trial: Trial, nursery: Nursery, world: Path) -> None:
+    log = log_of(world)
     kind = trial.random.choice(["whole store", "one record", "none"])
     users = [100 + row for row in range(log.num_users) if log.lengths[row] >= 3]
     user, more = trial.random.choice(users), trial.random.randint(1, 3) if kind == "one record" else 0
     until = "all" if kind == "whole store" else "leave-last-out"
-    outcome = nursery.call(evaluated, log.path, served.model_dir, trial.folder / "store", until, user, more)
+    outcome = nursery.call(evaluated, log.path, world / "model", trial.folder / "store", until, user, more)
     if kind == "none":
         assert outcome == "evaluated"
     elif kind == "whole store":
@@ -239,9 +238,7 @@ def frame(turn: int) -> dict[str, Any]:
 def named_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained model for such logs."""
     folder = tmp_path_factory.mktemp("model")
-    log = EventLog.from_frame(frame(0), folder / "log", time_unit="ms")
-    config = small_config(log, "unused")
-    VistaModel(config.model, schema_of(log, config), log.items, config.data).save_pretrained(folder / "m")
+    save_model(EventLog.from_frame(frame(0), folder / "log", time_unit="ms"), folder / "m", counters=False)
     return folder / "m"
 
 
