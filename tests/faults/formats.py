@@ -82,7 +82,9 @@ def contents(log: EventLog) -> str:
 
 
 def source(name: str, write: Callable[[Path], None], *, checked: bool = False, **columns: Any) -> Format:
-    """A format of source files."""
+    """A format of source files; `columns` are fields of SourceConfig."""
+    if "kind" not in columns:
+        columns |= {"timestamp": "timestamp", "time_unit": "ms"}
 
     def read(folder: Path, world: Path) -> str:
         events = SourceConfig(paths=[str(folder / name)], **columns)
@@ -281,28 +283,11 @@ PUBLIC_SETS = ("amazon-reviews-2023", "kuairand", "yambda", "microvideo", "t-ecd
 """Sets whose readers differ from that of a table."""
 FORMATS: dict[str, Format] = {
     "Parquet sources": source(
-        "day.parquet",
-        lambda path: frame().write_parquet(path),
-        timestamp="timestamp",
-        time_unit="ms",
-        action="action",
-        numbers=["rating"],
+        "day.parquet", lambda path: frame().write_parquet(path), action="action", numbers=["rating"]
     ),
-    "CSV sources": source(
-        "day.csv",
-        lambda path: frame().write_csv(path),
-        timestamp="timestamp",
-        time_unit="ms",
-        rating="rating",
-        categories=["action"],
-    ),
+    "CSV sources": source("day.csv", lambda path: frame().write_csv(path), rating="rating", categories=["action"]),
     "CSV sources with gzip": source(
-        "day.csv.gz",
-        lambda path: frame().write_csv(path, compression="gzip"),
-        checked=True,
-        timestamp="timestamp",
-        time_unit="ms",
-        rating="rating",
+        "day.csv.gz", lambda path: frame().write_csv(path, compression="gzip"), checked=True, rating="rating"
     ),
     "npz sources": source("events.npz", write_npz, checked=True, kind="npz"),
     **{f"files of {name}": public_set(name) for name in PUBLIC_SETS},

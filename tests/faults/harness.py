@@ -159,11 +159,12 @@ def promise(
         fault: may contain `{kind}`.
         kinds: what `Promise.kind` is, for one promise each.
         judged: whether the test uses `judge`.
+        smoke: repetitions in `make test`; if there are fewer than `each`, all are in one call.
         smoke_kinds: which of `kinds` have a smoke test; None for all.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        assert full % each == short % each == smoke % each == 0
+        assert full % each == short % each == 0 and (smoke < each or smoke % each == 0)
         name, file = function.__name__, Path(function.__code__.co_filename).name
         forms = []
         for kind in kinds:
@@ -246,12 +247,13 @@ class Trials:
 
     def _left(self) -> Iterator[Trial]:
         promise, item = self._promise, single_item()
-        for number in range(self._wanted // promise.each) if item is None else [item // promise.each]:
+        for number in range(max(self._wanted // promise.each, 1)) if item is None else [item // promise.each]:
             if number not in self.record.done:
                 folder = self._scratch / f"trial-{number}"
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
-                numbers = range(promise.each * number, promise.each * (number + 1)) if item is None else [item]
+                end = min(promise.each * (number + 1), self._wanted)
+                numbers = range(promise.each * number, end) if item is None else [item]
                 yield Trial(number, random.Random(f"{promise.name} {number}"), folder, promise, numbers)
 
     def _note(self, row: dict[str, Any]) -> None:

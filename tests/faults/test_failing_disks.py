@@ -281,7 +281,7 @@ def test_io_errors_of_updates(trial: Trial, traced: Nursery) -> None:
 
 
 @promise(
-    "Honest fsync failure", fault="EIO at the n-th fsync, write, create, rename or remove", full=200, short=4, smoke=4
+    "Honest fsync failure", fault="EIO at the n-th fsync, write, create, rename or remove", full=200, short=4, smoke=2
 )
 def test_io_errors(trial: Trial, traced: Nursery) -> None:
     runs = [

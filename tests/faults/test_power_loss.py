@@ -41,7 +41,7 @@ from vista.store.layout import last_complete
 from vista.store.tombstones import Tombstones
 from vista.training.checkpoint import latest_checkpoint, load_checkpoint
 
-Job = Callable[..., None]
+Job = Callable[..., Any]
 ACKNOWLEDGED = "acknowledged"
 IMAGES = 50
 

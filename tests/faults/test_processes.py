@@ -254,12 +254,13 @@ def rewrite(say: Say, store: str, rewrites: int) -> float:
     "Bounded size",
     fault="rewrites under reads of 100 ms, a reader killed during each",
     full=100,
-    short=5,
+    short=REWRITES,
+    smoke=1,
     each=REWRITES,
 )
 def test_bounded_size(trial: Trial, nursery: Nursery) -> None:
     store = trial.folder / "store"
-    writer, readers = nursery.start(rewrite, store, REWRITES), list[Child]()
+    writer, readers = nursery.start(rewrite, store, len(trial.numbers)), list[Child]()
     assert writer.hear() == "written"
     while True:
         while len(readers) < 3:
@@ -344,7 +345,7 @@ def nested(opened: StoreReader) -> None:
 
 
 def taken_slots(say: Say, store: str) -> list[int]:
-    """Process of each used slot of the reader table, after the check_all that a writer makes before each batch."""
+    """Process of each used slot of the reader table, after the check that a writer makes before each batch."""
     environment = open_environment(environment_path(Path(store), 1), readonly=False)
     environment.reader_check()
     lines = environment.readers().splitlines()[1:]
