@@ -47,10 +47,10 @@ ERASED_BEFORE = range(900, 940)
 class Operation:
     """One operation on a folder."""
 
-    run: Callable[[Path], None]
-    holds: Callable[[Path], None]
+    run: Callable[[Path], Any]
+    holds: Callable[[Path], Any]
     """AssertionError or VistaError if the folder is not as the operation promises once it has returned."""
-    before: Callable[[Path], None] = lambda folder: None
+    before: Callable[[Path], Any] = lambda folder: None
     """What another process did earlier."""
     repeated: str = ""
     """Part of the VistaError by which the operation refuses to be repeated; empty if it must not refuse."""
@@ -133,7 +133,7 @@ def erasure(count: int) -> Operation:
         erased = Tombstones(folder / "store").erased(user_keys(everyone))
         assert all(erased), f"{len(everyone) - sum(erased)} of {len(everyone)} erased users may come back"
 
-    return Operation(lambda folder: erase(folder / "store", list(users)) and None, holds, before=erase_before)
+    return Operation(lambda folder: erase(folder / "store", list(users)), holds, before=erase_before)
 
 
 def holds_copy(folder: Path) -> None:
@@ -374,7 +374,7 @@ OPERATIONS: dict[str, Operation] = {
         lambda folder: refresh_full(folder, "sharded", shard=Shard(0, 2)), holds_shard, store="sharded/part-0-of-2"
     ),
     "an incremental refresh": Operation(
-        lambda folder: refresh_incremental(model_of(folder), log_of(folder), folder / "store") and None,
+        lambda folder: refresh_incremental(model_of(folder), log_of(folder), folder / "store"),
         holds_all_events,
         before=append,
     ),
@@ -382,34 +382,32 @@ OPERATIONS: dict[str, Operation] = {
     "an erasure of 40": erasure(40),
     "an erasure of 400": erasure(400),
     "a copy": Operation(
-        lambda folder: copy_generation(folder / "store", folder / "served" / "copy") and None,
+        lambda folder: copy_generation(folder / "store", folder / "served" / "copy"),
         holds_copy,
         store="served/copy",
     ),
     "an export": Operation(export, holds_export),
     "an import": Operation(
         lambda folder: import_to(folder, "imported/store"),
-        lambda folder: served_users(folder / "imported" / "store") and None,
+        lambda folder: served_users(folder / "imported" / "store"),
         before=export,
         store="imported/store",
     ),
     "a compaction": Operation(compact, holds_compacted, before=compact_before),
     "a rollback": Operation(
-        lambda folder: roll_back(folder / "store") and None,
+        lambda folder: roll_back(folder / "store"),
         holds_rolled_back,
         before=refresh_full,
         repeated="no complete generation before",
     ),
     "an append": Operation(append, holds_appended, repeated="already contains it"),
     "a new log": Operation(new_log, holds_new_log, repeated="already exists"),
-    "an erasure from a log": Operation(
-        lambda folder: erase_users(folder / "log", [100, 101]) and None, holds_log_erased
-    ),
+    "an erasure from a log": Operation(lambda folder: erase_users(folder / "log", [100, 101]), holds_log_erased),
     "a deletion of events": Operation(
-        lambda folder: forget_events(folder / "log", first_event()) and None, holds_forgotten, repeated="match no event"
+        lambda folder: forget_events(folder / "log", first_event()), holds_forgotten, repeated="match no event"
     ),
     "a compaction of a log": Operation(
-        lambda folder: compact_log(folder / "log") and None, holds_log_compacted, before=log_compact_before
+        lambda folder: compact_log(folder / "log"), holds_log_compacted, before=log_compact_before
     ),
     "a look of watch": Operation(watch_once, holds_watched, before=watch_before),
     "three checkpoints": Operation(resumed_checkpoints, holds_checkpoints),

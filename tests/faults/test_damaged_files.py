@@ -9,6 +9,7 @@ import dataclasses
 import random
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -251,15 +252,13 @@ def make_format(say: Say, name: str, folder: str) -> None:
 @pytest.fixture(scope="module")
 def whole_format(nursery: Nursery, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The folder of an undamaged example of a format, made once."""
-    made: dict[str, Path] = {}
 
+    @cache
     def make(name: str) -> Path:
-        if name not in made:
-            folder = tmp_path_factory.mktemp("whole_format") / "files"
-            shutil.copytree(world, folder)
-            nursery.call(make_format, name, folder)
-            made[name] = folder
-        return made[name]
+        folder = tmp_path_factory.mktemp("whole") / "files"
+        shutil.copytree(world, folder)
+        nursery.call(make_format, name, folder)
+        return folder
 
     return make
 
@@ -286,7 +285,7 @@ def read_damaged(say: Say, name: str, whole: str, world: str, scratch: str, numb
         what, content = mutated(path.read_bytes(), chance)
         path.write_bytes(content)
         outcome, text, answer = attempt(lambda: read(folder))
-        outcome, text = answer or (outcome, text)
+        outcome, text = answer or (str(outcome), text)
         return outcome, f"{path}, {what}: {text}"
 
     try_each(say, whole, scratch, numbers, use)

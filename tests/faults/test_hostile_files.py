@@ -224,7 +224,7 @@ class Crafted:
     """A kind of file: how to read and write its fields, and what uses it."""
 
     read: Callable[[Path], Fields]
-    write: Callable[[Path, Fields], None]
+    write: Callable[[Path, Fields], Any]
     uses: dict[str, Callable[[Path], Any]]
 
 
@@ -289,7 +289,7 @@ CRAFTED: dict[str, Crafted] = {
     ),
     "the manifest of a segment": Crafted(
         lambda folder: without_checksum(segment(folder)),
-        lambda folder, fields: segment(folder).write_bytes(manifest_bytes(fields)) and None,
+        lambda folder, fields: segment(folder).write_bytes(manifest_bytes(fields)),
         {
             "read": lambda folder: operations.num_events(operations.log_of(folder)),
             "print": lambda folder: str(operations.log_of(folder)),
@@ -451,7 +451,7 @@ def yaml_long(path: Path) -> None:
     path.write_text("run_dir: '" + "x" * 30_000_000 + "'\n")
 
 
-Change = Callable[[Path], None]
+Change = Callable[[Path], Any]
 """Called with a folder, or the path of a file."""
 
 
@@ -498,7 +498,7 @@ READS: dict[str, Change] = {
         read_checkpoint,
     ),
     "train.yaml": read_yaml,
-    "key": lambda folder: read_key(str(folder / "key")) and None,
+    "key": lambda folder: read_key(str(folder / "key")),
 }
 """File -> what reads it."""
 SOURCES = ("day.csv", "day.csv.gz", "day.parquet", "events.npz")

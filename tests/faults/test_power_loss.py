@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -231,24 +232,23 @@ def run_traced(say: Say, folder: str, name: str, log: str) -> None:
 @pytest.fixture(scope="module")
 def trace_of(traced: Nursery, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trace]:
     """The trace of an operation, which is made once. Everything must be durable when the operation returns."""
-    traced.imports("torch._dynamo")  # Optimizers import it.
-    traces: dict[str, Trace] = {}
 
+    @cache
     def trace(name: str) -> Trace:
-        if name not in traces:
-            root = tmp_path_factory.mktemp("trace").resolve()
-            made = Trace(root / "before", root / "disk", root / "log")
-            shutil.copytree(world, made.folder)
-            traced.start(prepare_folder, made.folder, name).result()
-            shutil.copytree(made.folder, made.before)
-            traced.start(run_traced, made.folder, name, made.log).result()
-            disk = Disk(made.folder, made.before)
-            disk.take(preload.read_log(made.log))
-            assert not (unseen := disk.unseen(made.folder)), f"{name}: calls on {unseen} were not logged"
-            left = [change for change in disk.not_durable() if not change.endswith(NOT_PROMISED) and "/." not in change]
-            assert not left, f"a power cut after {name} may undo {left}"
-            traces[name] = made
-        return traces[name]
+        if name == "a training run":
+            traced.imports("torch._dynamo")  # Optimizers import it.
+        root = tmp_path_factory.mktemp("trace").resolve()
+        made = Trace(root / "before", root / "disk", root / "log")
+        shutil.copytree(world, made.folder)
+        traced.call(prepare_folder, made.folder, name)
+        shutil.copytree(made.folder, made.before)
+        traced.call(run_traced, made.folder, name, made.log)
+        disk = Disk(made.folder, made.before)
+        disk.take(preload.read_log(made.log))
+        assert not (unseen := disk.unseen(made.folder)), f"{name}: calls on {unseen} were not logged"
+        left = [change for change in disk.not_durable() if not change.endswith(NOT_PROMISED) and "/." not in change]
+        assert not left, f"a power cut after {name} may undo {left}"
+        return made
 
     return trace
 
@@ -421,17 +421,15 @@ def run_operation(say: Say, folder: str, name: str, before: bool) -> None:
 @pytest.fixture(scope="module")
 def versions(nursery: Nursery, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A folder with before/ and after/ of the operation of a file, made once."""
-    made: dict[str, Path] = {}
 
+    @cache
     def make(name: str) -> Path:
-        if name not in made:
-            root = tmp_path_factory.mktemp("versions")
-            shutil.copytree(world, root / "before")
-            nursery.call(run_operation, root / "before", name, True)
-            shutil.copytree(root / "before", root / "after")
-            nursery.call(run_operation, root / "after", name, False)
-            made[name] = root
-        return made[name]
+        root = tmp_path_factory.mktemp("versions")
+        shutil.copytree(world, root / "before")
+        nursery.call(run_operation, root / "before", name, True)
+        shutil.copytree(root / "before", root / "after")
+        nursery.call(run_operation, root / "after", name, False)
+        return root
 
     return make
 
