@@ -249,9 +249,7 @@ RAW_IDS: list[Any] = [*INTS, *WORDS]
 API_CALLS: dict[str, ApiCall] = {
     **functions(EventLog.open, lambda folder: {"path": folder / "log"}, {"path": PATHS, "last_segment": INTS}),
     **functions(
-        EventLog.from_frame,
-        frame_of,
-        {"time_unit": WORDS, "on_bad_rows": WORDS, "items": ITEMS, "path": NEW_PATHS},
+        EventLog.from_frame, frame_of, {"time_unit": WORDS, "on_bad_rows": WORDS, "items": ITEMS, "path": NEW_PATHS}
     ),
     **functions(EventLog.from_frame, lambda folder: {"path": folder / "made", "time_unit": "ms"}, {"frame": FRAMES}),
     **{f"columns.{name}": from_columns(name) for name in ("user", "timestamp", "action", "sequence")},
@@ -280,9 +278,7 @@ API_CALLS: dict[str, ApiCall] = {
     ),
     **functions(refresh_incremental, world_of, {"created_at": INTS, "store": NEW_PATHS}),
     **functions(
-        forget,
-        lambda folder: world_of(folder) | {"events": first_event()},
-        {"events": FRAMES, "store": NEW_PATHS},
+        forget, lambda folder: world_of(folder) | {"events": first_event()}, {"events": FRAMES, "store": NEW_PATHS}
     ),
     **functions(
         erase, lambda folder: {"path": folder / "store", "user_ids": [101]}, {"user_ids": IDS, "path": NEW_PATHS}

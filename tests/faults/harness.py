@@ -73,7 +73,6 @@ class Promise:
     text: str
     fault: str
     full: int
-    short: int
     each: int
     """Repetitions per call of the function, if a process for each would take too long."""
     test: str = ""
@@ -145,38 +144,41 @@ def promise(
     *,
     fault: str,
     full: int,
-    short: int,
+    short: int | None = None,
+    smoke: int = 0,
+    smoke_kinds: Collection[str] | None = None,
     each: int = 1,
     kinds: Iterable[str] = ("",),
     judged: bool = False,
     shares: Mapping[str, float] | None = None,
-    smoke: int = 0,
-    smoke_kinds: Collection[str] | None = None,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Turn a function of one repetition into its tests; see the top of this file.
 
     Args:
         fault: may contain `{kind}`.
-        kinds: what `Promise.kind` is, for one promise each.
-        judged: whether the test uses `judge`.
+        short: repetitions in `make nightly`; by default as many as `smoke`.
         smoke: repetitions in `make test`; if there are fewer than `each`, all are in one call.
         smoke_kinds: which of `kinds` have a smoke test; None for all.
+        kinds: what `Promise.kind` is, for one promise each.
+        judged: whether the test uses `judge`.
     """
 
+    nightly = smoke if short is None else short
+
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        assert full % each == short % each == 0 and (smoke < each or smoke % each == 0)
+        assert full % each == nightly % each == 0 and (smoke < each or smoke % each == 0)
         name, file = function.__name__, Path(function.__code__.co_filename).name
         forms = []
         for kind in kinds:
             start = f"{kind}-" if kind else ""
             this = Promise(
                 "-".join(filter(None, (name.removeprefix("test_"), kind.replace(" ", "-")))),
-                text, fault.format(kind=kind), full, short, each,
+                text, fault.format(kind=kind), full, each,
                 f"tests/faults/{file}::{name}[{start}x{full}]", kind, judged, shares or {},
             )  # fmt: skip
             PROMISES.append(this)
             own_smoke = smoke if smoke_kinds is None or kind in smoke_kinds else 0
-            own_short = 0 if short == own_smoke else short
+            own_short = 0 if nightly == own_smoke else nightly
             long_marks = [pytest.mark.faults, pytest.mark.timeout(0)]
             for number, marks in ((own_smoke, []), (own_short, [pytest.mark.nightly]), (full, long_marks)):
                 if number:

@@ -176,10 +176,10 @@ def tell_around(owner: type, name: str, tell: Callable[[str], Any], before: str 
     """In a child: have a method say when it is called, and when it returns."""
     function = getattr(owner, name)
 
-    def told(*arguments: Any) -> Any:
+    def told(*arguments: Any, **named: Any) -> Any:
         if before:
             tell(before)
-        result = function(*arguments)
+        result = function(*arguments, **named)
         if after:
             tell(after)
         return result

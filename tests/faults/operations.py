@@ -382,9 +382,7 @@ OPERATIONS: dict[str, Operation] = {
     "an erasure of 40": erasure(40),
     "an erasure of 400": erasure(400),
     "a copy": Operation(
-        lambda folder: copy_generation(folder / "store", folder / "served" / "copy"),
-        holds_copy,
-        store="served/copy",
+        lambda folder: copy_generation(folder / "store", folder / "served" / "copy"), holds_copy, store="served/copy"
     ),
     "an export": Operation(export, holds_export),
     "an import": Operation(

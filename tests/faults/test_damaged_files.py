@@ -131,7 +131,7 @@ def flip_and_read(trial: Trial, nursery: Nursery, whole: Path, data: Path, read:
         flips = flips[done + 1 :]
 
 
-@promise("No wrong bytes", fault="a flipped bit in data.mdb", full=5000, short=50, smoke=50, each=FLIPS)
+@promise("No wrong bytes", fault="a flipped bit in data.mdb", full=5000, smoke=50, each=FLIPS)
 def test_flipped_bits(trial: Trial, nursery: Nursery, stores: list[Path]) -> None:
     number = trial.number % len(RUNS)
     whole, store = stores[number], trial.folder / "store"
@@ -215,7 +215,7 @@ def read_cut(say: Say, store: str, words: dict[str, Any], sizes: list[int]) -> N
         say(read_all(store, Run.of(words)))
 
 
-@promise("No wrong bytes", fault="data.mdb truncated", full=100, short=10, smoke=10, each=CUTS)
+@promise("No wrong bytes", fault="data.mdb truncated", full=100, smoke=10, each=CUTS)
 def test_truncation(trial: Trial, nursery: Nursery, stores: list[Path]) -> None:
     number = trial.number % len(RUNS)
     store = trial.folder / "store"
@@ -296,7 +296,6 @@ def read_damaged(say: Say, name: str, whole: str, world: str, scratch: str, numb
     fault="changed bytes in {kind}",
     judged=True,
     full=2000,
-    short=MUTATIONS,
     each=MUTATIONS,
     kinds=FORMATS,
     smoke=MUTATIONS,

@@ -22,7 +22,7 @@ from tests.faults.nursery import Nursery, Say
 from tests.faults.preload import Call
 from tests.faults.test_power_loss import check_images, runs_of, traced_writer
 
-PROMISE = Promise("name", "text", "fault", full=6, short=2, each=1, shares={"even": 0.5})
+PROMISE = Promise("name", "text", "fault", full=6, each=1, shares={"even": 0.5})
 
 
 def test_an_interrupted_suite_runs_what_is_left(tmp_path: Path) -> None:

@@ -130,7 +130,6 @@ def call_api(say: Say, world: str, scratch: str, numbers: list[int]) -> None:
     fault="a hostile argument of a public function",
     judged=True,
     full=CALLS * math.ceil(len(HOSTILE_CALLS) / CALLS),
-    short=CALLS,
     smoke=CALLS,
     each=CALLS,
 )

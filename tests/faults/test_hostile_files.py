@@ -356,7 +356,6 @@ def use_crafted(say: Say, whole: str, scratch: str, numbers: list[int]) -> None:
     fault="an odd value in a JSON file with a checksum that fits",
     judged=True,
     full=4000,
-    short=MANIFESTS,
     smoke=MANIFESTS,
     each=MANIFESTS,
 )

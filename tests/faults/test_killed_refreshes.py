@@ -287,9 +287,8 @@ def test_killed_items_add(trial: Trial, traced: Nursery, addition: Addition) -> 
     assert child.exit_code == -9, child.raised
     seen = traced.call(scores, made)
     assert seen in ([addition.old, addition.new] if exchanges else [addition.old, addition.new, None])
-    trial.count(
-        "the new model" if seen == addition.new else "the old model" if seen else "no model until the repetition"
-    )
+    seen_model = "the new model" if seen == addition.new else "the old model"
+    trial.count(seen_model if seen else "no model until the repetition")
     traced.call(add, made, 0, exchanges)
     assert traced.call(scores, made) == addition.new
     model = made / "featured" / "model"
@@ -389,10 +388,8 @@ def held(folder: Path) -> tuple[Counter[tuple[int, int, int]], list[tuple[int, i
     shares={"while a segment is written": 0.1, "while the store is updated": 0.1},
 )
 def test_killed_stream(trial: Trial, traced: Nursery, kafka: MockKafka, before_messages: Path) -> None:
-    folder, topic = (
-        trial.folder.resolve() / "watched",
-        f"events-{trial.promise.full}-{trial.number}-{time.monotonic_ns()}",
-    )
+    folder = trial.folder.resolve() / "watched"
+    topic = f"events-{trial.promise.full}-{trial.number}-{time.monotonic_ns()}"
     shutil.copytree(before_messages, folder)
     source = kafka.create(topic, PARTITIONS)
     sent = Counter(zip(*(small_frame()[name].tolist() for name in ("user", "item", "timestamp")), strict=True))
@@ -535,7 +532,6 @@ def cluster(drivers: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Itera
     LOSES_NOTHING,
     fault="beyond one machine, kill -9 of an actor of a refresh with Ray, after any batch, four times per refresh",
     full=20,
-    short=0,
     each=KILLS,
     judged=True,
 )
@@ -555,7 +551,6 @@ def test_killed_actor(trial: Trial, drivers: Nursery, cluster: Cluster) -> None:
     LOSES_NOTHING,
     fault="beyond one machine, kill -9 of the driver of a refresh with Ray, at any system call that changes the store",
     full=5,
-    short=0,
     judged=True,
 )
 def test_killed_driver(trial: Trial, drivers: Nursery, cluster: Cluster) -> None:

@@ -48,9 +48,7 @@ def examples(number: int, check: Callable[[Any], None], strategy: st.SearchStrat
     )()
 
 
-@promise(
-    "Poison input", fault="NaN, infinities and extremes in summaries", full=10_000, short=50, smoke=50, each=EXAMPLES
-)
+@promise("Poison input", fault="NaN, infinities and extremes in summaries", full=10_000, smoke=50, each=EXAMPLES)
 def test_poisoned_summaries(trial: Trial) -> None:
     extremes = [np.nan, np.inf, -np.inf, 3.4e38, -3.4e38, 1e-45, 0.0, -0.0, 1e30, 65504.0, 70000.0]
     value = st.one_of(st.sampled_from(extremes), st.floats(width=32))
@@ -105,7 +103,6 @@ def test_poisoned_summaries(trial: Trial) -> None:
     "Poison input",
     fault="requests: odd users, candidates, tails, times and types",
     full=10_000,
-    short=50,
     smoke=50,
     each=EXAMPLES,
 )
@@ -148,7 +145,6 @@ def test_poisoned_requests(trial: Trial, scorer: Scorer) -> None:
     "Poison input",
     fault="rows of a log: odd ids, times, actions, ratings; unsorted, twice, none",
     full=2000,
-    short=50,
     smoke=50,
     each=EXAMPLES,
 )

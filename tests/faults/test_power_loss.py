@@ -189,12 +189,7 @@ def test_power_loss_of_updates(trial: Trial, traced: Nursery) -> None:
 
 
 @promise(
-    "Acknowledged batch survives",
-    fault="power cut: disk images from a write log",
-    full=5000,
-    short=IMAGES,
-    smoke=IMAGES,
-    each=IMAGES,
+    "Acknowledged batch survives", fault="power cut: disk images from a write log", full=5000, smoke=IMAGES, each=IMAGES
 )
 def test_power_loss(trial: Trial, traced: Nursery) -> None:
     run_and_check(trial, traced, traced_writer, check_images, [run.words for run in runs_of(trial.number)])
@@ -350,7 +345,6 @@ def reopen(operation: Operation, folder: Path) -> None:
     fault="power cut during {kind}: disk images from a write log",
     judged=True,
     full=FULL,
-    short=OPERATION_IMAGES,
     each=OPERATION_IMAGES,
     kinds=OPERATIONS,
     smoke=OPERATION_IMAGES,

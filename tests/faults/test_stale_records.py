@@ -198,7 +198,7 @@ def evaluated(say: Say, log_path: str, model_dir: str, store: str, until: str, u
     return "evaluated"
 
 
-@promise("No leakage", fault="a store, or one record, that covers a test label", full=100, short=4, smoke=4)
+@promise("No leakage", fault="a store, or one record, that covers a test label", full=100, smoke=4)
 def test_leakage(trial: Trial, nursery: Nursery, world: Path) -> None:
     log = log_of(world)
     kind = trial.random.choice(["whole store", "one record", "none"])
@@ -252,9 +252,7 @@ def keep_refreshing(say: Say, folder: str, named_model: str, turns: int, kind: s
         say(turn)
 
 
-@promise(
-    "Erasure", fault="100 users erased while refreshes race, then compaction", full=100, short=10, smoke=10, each=10
-)
+@promise("Erasure", fault="100 users erased while refreshes race, then compaction", full=100, smoke=10, each=10)
 def test_erasures(trial: Trial, nursery: Nursery, named_model: Path) -> None:
     store, model = trial.folder / "store", VistaModel.from_pretrained(named_model)
     refresh(model, EventLog.from_frame(frame(0), trial.folder / "log", time_unit="ms"), store)
@@ -346,7 +344,7 @@ def test_forgetting(trial: Trial, nursery: Nursery) -> None:
     run_rounds(trial, nursery, 500)
 
 
-@promise("Forgetting", fault="as many rounds on one state", full=10_000, short=0, each=10_000)
+@promise("Forgetting", fault="as many rounds on one state", full=10_000, each=10_000)
 def test_forgetting_on_one_state(trial: Trial, nursery: Nursery) -> None:
     run_rounds(trial, nursery, 10_000)
 
