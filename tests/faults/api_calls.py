@@ -25,15 +25,7 @@ from vista.scorer.pair_features import PairFeatures
 
 LONG = "x" * 100_000
 PATHS: list[Any] = [
-    "",
-    "/",
-    "/dev/null",
-    "/nowhere/at/all",
-    "/etc/passwd",
-    "x" * 5000,
-    "x" * 250,
-    "a\0b",
-    "\ud800",
+    *("", "/", "/dev/null", "/nowhere/at/all", "/etc/passwd", "x" * 5000, "x" * 250, "a\0b", "\ud800"),
     Path(".."),
 ]
 NEW_PATHS: list[Any] = ["", "x" * 5000, "x" * 250, "a\0b", "\ud800", "store", "store/CURRENT", "store/CURRENT/x"]
@@ -85,17 +77,7 @@ TAILS: list[Any] = [
     Tail(*(np.zeros(10**7, kind) for kind in (np.int64, np.int64, np.uint8)), np.array([0, 10**7])),
 ]
 TIMES: list[Any] = [
-    -1,
-    0,
-    2**62,
-    2**63,
-    10**30,
-    float("nan"),
-    "now",
-    "2024-01-01",
-    [1],
-    [[1]],
-    [None],
+    *(-1, 0, 2**62, 2**63, 10**30, float("nan"), "now", "2024-01-01", [1], [[1]], [None]),
     np.array([1, 2]),
 ]
 

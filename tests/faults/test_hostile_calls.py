@@ -47,16 +47,16 @@ NOT_CALLED = {
         *("StoredBatch.expired", "StoredBatch.spread", "StoredBatch.without"),
     ),
     "takes what only vista itself makes": (
-        *("RefreshOptions.require_only", "CandidateSet.of", "Explanation.of", "Manifest.spec"),
-        "Manifest.with_records",
+        *("RefreshOptions.require_only", "CandidateSet.of", "Explanation.of"),
+        *("Manifest.spec", "Manifest.with_records"),
     ),
     "without arguments, from fields that were checked when the manifest was read (`test_crafted_fields`)": (
         *("Manifest.identity", "Manifest.counter_layout", "Manifest.tail_layout", "Manifest.user_layout"),
         *("Manifest.state_spec", "Manifest.without_states", "Manifest.to_bytes"),
     ),
     "without arguments, from what is open or in memory": (
-        *("Scorer.in_service", "ItemFeatures.described", "CategoryColumn.with_used_values"),
-        "VistaModel.summarizer_id",
+        *("Scorer.in_service", "VistaModel.summarizer_id"),
+        *("ItemFeatures.described", "CategoryColumn.with_used_values"),
     ),
     "without arguments; it reads columns as `gather` does": ("EventLog.time_range",),
     "allocates as many offsets as it is asked for": ("Tail.empty",),
