@@ -155,17 +155,9 @@ HOSTILE_VALUES = [
 """Paths stay in the working directory, a copy of the world: commands write to the paths that they are given."""
 assert not [value for value in HOSTILE_VALUES if value.startswith("/") or ".." in value]
 HOSTILE_WORDS = [
-    *(
-        "--nope",
-        "key",
-        "=x",
-        "a.b.c.d=1",
-        "experiment=../../../etc/passwd",
-        "model=x",
-        "--config=/dev/zero",
-        "--config=",
-    ),
-    *("--config=/nowhere", "--config", "--cfg", "--help", "--", "-", "++x=1", "~seed", "x" * 100_000 + "=1", "\0=1"),
+    *("--nope", "key", "=x", "a.b.c.d=1", "experiment=../../../etc/passwd", "model=x", "++x=1", "~seed", "--", "-"),
+    *("--config=/dev/zero", "--config=", "--config=/nowhere", "--config", "--cfg", "--help", "x" * 100_000 + "=1"),
+    "\0=1",
 ]
 
 
