@@ -13,7 +13,7 @@ the checkout), so that an interrupted suite resumes and `python -m tests.faults.
 of another commit do not count. A failure ends with the command that repeats it alone: VISTA_FAULTS_ITEM names the
 repetition.
 
-`attempt`, `outcomes`, and `judge` serve tests that try the same thing with thousands of faults in child processes;
+`judge`, `try_each`, and `attempt` serve tests that try the same thing with thousands of faults in child processes;
 `compare` and `compare_events` count what kills have lost, duplicated, or changed.
 """
 
@@ -320,7 +320,7 @@ def share() -> float:
 
 
 def outcomes(
-    nursery: Nursery, job: Callable[..., None], *arguments: Any, numbers: list[int], timeout_s: float
+    nursery: Nursery, job: Callable[..., None], *arguments: Any, numbers: list[int]
 ) -> Iterator[tuple[int, str, str]]:
     """Call `job(say, *arguments, numbers)` in a child. It says [outcome, text] for each number.
 
@@ -331,7 +331,7 @@ def outcomes(
     """
     left = list(numbers)
     while left:
-        child = nursery.start(job, *arguments, left).end(timeout_s)
+        child = nursery.start(job, *arguments, left).end(timeout_s=300)
         assert not child.raised, child.raised
         for outcome, text in child.messages:
             yield left.pop(0), outcome, text
@@ -402,14 +402,19 @@ def attempt(action: Callable[[], Any], *documented: type[BaseException]) -> tupl
         signal.alarm(0)
 
 
-def judge(trial: Trial, judged: Iterator[tuple[int, str, str]]) -> None:
-    """Count all outcomes of a trial, and fail if any of them breaks a promise."""
+def judge(trial: Trial, nursery: Nursery, job: Callable[..., None], *arguments: Any, alone: bool = False) -> None:
+    """Count the `outcomes` of all numbers of a trial, and fail if any of them breaks a promise.
+
+    Args:
+        alone: whether each number has a child of its own.
+    """
     failures = []
-    for number, outcome, text in judged:
-        trial.count(outcome)
-        if outcome in BROKEN:
-            failures.append(f"{number} {outcome}: {text}")
-            trial.broken = number if trial.broken is None else trial.broken
+    for numbers in [[number] for number in trial.numbers] if alone else [list(trial.numbers)]:
+        for number, outcome, text in outcomes(nursery, job, *arguments, numbers=numbers):
+            trial.count(outcome)
+            if outcome in BROKEN:
+                failures.append(f"{number} {outcome}: {text}")
+                trial.broken = number if trial.broken is None else trial.broken
     assert not failures, f"{len(failures)} of {len(trial.numbers)}: " + "; ".join(failures)
 
 

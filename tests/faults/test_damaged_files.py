@@ -18,7 +18,7 @@ import pytest
 
 from tests.faults import oracle, updates
 from tests.faults.formats import FORMATS, mutated
-from tests.faults.harness import DIFFERENT, Trial, attempt, judge, outcomes, promise, try_each
+from tests.faults.harness import DIFFERENT, Trial, attempt, judge, promise, try_each
 from tests.faults.nursery import Nursery, Say
 from tests.faults.oracle import Run
 from vista.errors import RecordError, StoreError
@@ -303,5 +303,4 @@ def read_damaged(say: Say, name: str, whole: str, world: str, scratch: str, numb
 )
 def test_mutations(trial: Trial, nursery: Nursery, world: Path, whole_format: Callable[[str], Path]) -> None:
     name = trial.promise.kind
-    arguments = name, whole_format(name), world, trial.folder
-    judge(trial, outcomes(nursery, read_damaged, *arguments, numbers=list(trial.numbers), timeout_s=300))
+    judge(trial, nursery, read_damaged, name, whole_format(name), world, trial.folder)

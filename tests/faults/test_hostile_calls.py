@@ -30,7 +30,7 @@ from docs.generate_reference import API, MEMBERS
 from tests.conftest import small_config, small_frame
 from tests.faults import operations
 from tests.faults.api_calls import API_CALLS
-from tests.faults.harness import MAX_MESSAGE, UNTYPED, Trial, attempt, judge, outcomes, promise, try_each
+from tests.faults.harness import MAX_MESSAGE, UNTYPED, Trial, attempt, judge, promise, try_each
 from tests.faults.nursery import Nursery, Say
 from vista.cli.command_table import COMMANDS
 from vista.cli.main import main
@@ -135,7 +135,7 @@ def call_api(say: Say, world: str, scratch: str, numbers: list[int]) -> None:
 )
 def test_hostile_arguments(trial: Trial, nursery: Nursery, world: Path) -> None:
     nursery.imports("torch._dynamo")  # Optimizers import it.
-    judge(trial, outcomes(nursery, call_api, world, trial.folder, numbers=list(trial.numbers), timeout_s=300))
+    judge(trial, nursery, call_api, world, trial.folder)
 
 
 def test_every_public_function_gets_hostile_arguments() -> None:
@@ -290,8 +290,4 @@ def call_commands(say: Say, world: str, scratch: str, numbers: list[int]) -> Non
 )
 def test_hostile_words(trial: Trial, nursery: Nursery, world_of_commands: Path) -> None:
     # A child per word: what one command leaves in memory does not count against the next one's limit.
-    of_words = (
-        outcomes(nursery, call_commands, world_of_commands, trial.folder, numbers=[number], timeout_s=300)
-        for number in trial.numbers
-    )
-    judge(trial, chain.from_iterable(of_words))
+    judge(trial, nursery, call_commands, world_of_commands, trial.folder, alone=True)

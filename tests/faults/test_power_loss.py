@@ -22,7 +22,7 @@ import pytest
 
 from tests.faults import operations, oracle, preload, updates
 from tests.faults.disk_images import SECTOR_BYTES, Disk
-from tests.faults.harness import DIFFERENT, LOST, MAX_TEXT, STUCK, UNTYPED, Trial, judge, outcomes, promise
+from tests.faults.harness import DIFFERENT, LOST, MAX_TEXT, STUCK, UNTYPED, Trial, judge, promise
 from tests.faults.nursery import Nursery, Say
 from tests.faults.operations import (
     ERASED_BEFORE,
@@ -354,7 +354,7 @@ def test_power_loss_of_operations(trial: Trial, traced: Nursery, trace_of: Calla
     name = trial.promise.kind
     trace = trace_of(name)
     arguments = name, trace.before, trace.folder, trace.log, trial.folder, trial.promise.name
-    judge(trial, outcomes(traced, check_operation_images, *arguments, numbers=list(trial.numbers), timeout_s=300))
+    judge(trial, traced, check_operation_images, *arguments)
 
 
 FILE_IMAGES = 5
@@ -506,5 +506,4 @@ def check_small_file(file: SmallFile, folder: Path, answers: list[Any], whole: b
 )
 def test_small_files(trial: Trial, nursery: Nursery, versions: Callable[[str], Path]) -> None:
     name = trial.promise.kind
-    arguments = name, versions(name), trial.folder
-    judge(trial, outcomes(nursery, check_torn, *arguments, numbers=list(trial.numbers), timeout_s=120))
+    judge(trial, nursery, check_torn, name, versions(name), trial.folder)
