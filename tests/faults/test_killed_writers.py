@@ -191,7 +191,7 @@ def start_at(say: Say, store: str, moment: float, hold_s: float) -> str:
     return ""
 
 
-@promise("One writer", fault="two starters at once, SIGSTOP of the holder", full=100, short=2)
+@promise("One writer", fault="two starters at once, SIGSTOP of the holder", full=100, short=2, smoke=1)
 def test_one_writer(trial: Trial, nursery: Nursery) -> None:
     store = trial.folder / "store"
     moment = time.monotonic() + 0.2
@@ -353,7 +353,7 @@ def taken_slots(say: Say, store: str) -> list[int]:
     return [int(line.split()[0]) for line in lines if line.split()]
 
 
-@promise("Fork and thread safe", fault="fork, nested fork, spawn, 8 threads, a killed child", full=50, short=2)
+@promise("Fork and thread safe", fault="fork, nested fork, spawn, 8 threads, a killed child", full=50, short=2, smoke=1)
 def test_processes(trial: Trial, nursery: Nursery) -> None:
     store = trial.folder / "store"
     nursery.call(oracle.write, store, READ.words)

@@ -64,6 +64,7 @@ def served(say: Say, log: str, model_dir: str, store: str, shift_ms: int) -> lis
     fault="a record that is about a second older, or younger, than the limit, or from the future",
     full=200,
     short=4,
+    smoke=1,
 )
 def test_age(trial: Trial, nursery: Nursery, event_log: EventLog, model_dir: Path) -> None:
     edge, what = trial.random.choice([(-1000 * MAX_AGE_S, "old"), (CLOCK_SKEW_MS, "from the future")])
@@ -157,7 +158,7 @@ def foreign_manifest(say: Say, store: str, changes: dict[str, Any]) -> str:
     with environment.begin() as transaction:
         whole = bytes(transaction.get(MANIFEST_KEY, b""))
     environment.close()
-    manifest = dataclasses.put_value(Manifest.from_bytes(whole, Path(store)), **changes)
+    manifest = dataclasses.replace(Manifest.from_bytes(whole, Path(store)), **changes)
     put_value(store, MANIFEST_KEY, manifest.to_bytes())
     with pytest.raises(StoreError) as refused, StoreReader.open(store, summarizer_id=oracle.SUMMARIZER) as opened:
         opened.get_many([3])
@@ -165,7 +166,7 @@ def foreign_manifest(say: Say, store: str, changes: dict[str, Any]) -> str:
     return type(refused.value).__name__
 
 
-@promise("No skew", fault="another value in a manifest field of a store", full=600, short=12, each=6)
+@promise("No skew", fault="another value in a manifest field of a store", full=600, short=12, smoke=6, each=6)
 def test_foreign_manifests(trial: Trial, nursery: Nursery) -> None:
     store = trial.folder / "store"
     nursery.call(oracle.write, store, RUN.words)
