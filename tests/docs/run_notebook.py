@@ -14,7 +14,7 @@ from pathlib import Path
 import nbclient
 import nbformat
 
-from tests.docs.matching import matches
+from tests.docs.page import matches
 from tests.docs.run_page import TIME_LIMIT_S, environment
 
 TOLERANCE = 0.2

@@ -18,8 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from tests.docs.matching import matches
-from tests.docs.page import Step, steps_of
+from tests.docs.page import Step, matches, steps_of
 
 ROOT = Path(__file__).resolve().parents[2]
 XXHASH_INCLUDE = Path(sysconfig.get_path("purelib"), "pyarrow", "include", "arrow", "vendored", "xxhash")

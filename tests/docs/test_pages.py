@@ -1,4 +1,4 @@
-"""README.md and the pages of docs/ run as they are, and print what they show."""
+"""README.md, the pages and notebooks of docs/, and kernels/README.md run as they are, and print what they show."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from tests.docs.page import blocks_of, steps_of
-from tests.docs.run_page import ROOT, TIME_LIMIT_S, check_page, environment
+from tests.docs.page import PageError, blocks_of, steps_of
+from tests.docs.run_page import ROOT, TIME_LIMIT_S, PageFailed, check_page, environment
 from tests.required_program import required
 
 README = ROOT / "README.md"
+KERNELS = ROOT / "kernels" / "README.md"
 EXAMPLE_CPU_LIMIT_S = 120
 """The README's first example takes less than a minute on an idle laptop. CPU time hardly depends on the other load."""
 PACKAGES = {
@@ -29,6 +32,7 @@ PACKAGES = {
 PROGRAMS = {"remote-store": "valkey-server", "export": "g++"}
 """Programs that pages start, which are also the names of their packages."""
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 RUN = [
     page
     for page in PAGES
@@ -68,12 +72,59 @@ def test_page(page: Path, tmp_path: Path) -> None:
     assert check_page(page, tmp_path) > 0
 
 
-@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.stem)
-def test_nothing_is_left_to_fill_in(page: Path) -> None:
-    assert not re.search("TODO|PLACEHOLDER", page.read_text())
+@pytest.mark.docs
+@pytest.mark.timeout(TIME_LIMIT_S + 60)
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_and_prints_what_it_shows(notebook: Path, tmp_path: Path) -> None:
+    for package in ("nbformat", "nbclient"):
+        pytest.importorskip(package, reason="the extra `docs` is not installed")
+    from tests.docs.run_notebook import check_notebook
+
+    check_notebook(notebook, tmp_path)
+
+
+def test_the_page_of_the_kernels_runs_and_prints_what_it_shows(tmp_path: Path) -> None:
+    assert check_page(KERNELS, tmp_path) == 1
+
+
+def test_the_code_of_the_kernels_computes_what_the_page_says() -> None:
+    (step,) = steps_of(KERNELS)
+    names: dict[str, Any] = {}
+    exec(compile(step.code, str(KERNELS), "exec"), names)
+    k, v, time = (names[name][:5] for name in ("k", "v", "time"))
+    weight = torch.exp(-(40 - time)[:, None] / names["tau"]).float()
+    weight[3] = 0
+    z, n = names["accumulate_state"](k, v, torch.tensor([0, 5]), weight=weight)
+    torch.testing.assert_close(names["forgot"], (z, n), rtol=1e-4, atol=1e-4)
+    assert names["out"].shape == (1, 4, 500, 16)
+
+
+def test_nothing_is_left_to_fill_in() -> None:
+    for page in [README, *PAGES]:
+        assert not re.search("TODO|PLACEHOLDER", page.read_text()), page
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        (
+            "```python\nprint(0.52)\n```\n\n```text within 3 %\n0.50\n```\n",
+            PageFailed,
+            r"page.md:6: the output is not what the page shows(.|\n)*-0.50\n\+0.52",
+        ),
+        ("```console\n$ true\n$ false\n```\n", PageFailed, r"page.md:3: \$ false\nexit status 1"),
+        ("```bash\nvista train\n```\n", PageError, r"page.md:1: put these commands into a ```console block"),
+    ],
+    ids=["another output", "an error", "a command that no test runs"],
+)
+def test_a_wrong_page_fails(tmp_path: Path, text: str, error: type[Exception], message: str) -> None:
+    """The tests above can fail."""
+    (tmp_path / "page.md").write_text(text)
+    with pytest.raises(error, match=message):
+        check_page(tmp_path / "page.md", tmp_path)
 
 
 def test_blocks_that_are_not_run_have_a_reason() -> None:
     """Also checks that every block is closed, and that console blocks begin with a command."""
-    for page in [README, ROOT / "CONTRIBUTING.md", ROOT / "kernels" / "README.md", *PAGES]:
+    for page in [README, ROOT / "CONTRIBUTING.md", KERNELS, *PAGES]:
         steps_of(page)

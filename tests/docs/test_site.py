@@ -81,51 +81,70 @@ def test_a_site_without_broken_links_is_built(root: Path) -> None:
     assert 'href="../guides/first.html"' in notebook and 'href="one.ipynb"' in notebook and "none.ipynb" in notebook
     assert "printed\n[0](none.ipynb)\na result\n" in re.sub(r"<[^>]+>", "", notebook)
     assert (site / "notebooks" / "one.ipynb").is_file()
+    for name in ("guides/first.html", "figure.svg", "reference/made.html"):
+        (site / name).unlink()
+    missing = "\n".join(check_site(site, pages_of_nav(root)))
+    for problem in (
+        "index.html: guides/first.html#the_end does not exist",
+        "index.html: figure.svg does not exist",
+        "reference/made.md: the site has no such page, or it has no title",
+    ):
+        assert problem in missing
 
 
-@pytest.mark.parametrize(
-    ("page", "link", "problem"),
-    [
-        ("docs/index.md", "[x](guides/none.md)", "docs/index.md:6: guides/none.md does not exist"),
-        ("docs/index.md", "[x](guides/first.md#none)", "docs/index.md:6: guides/first.md#none has no such heading"),
-        ("docs/index.md", "[x](#none)", "docs/index.md:6: #none has no such heading"),
-        ("docs/index.md", "![x](none.svg)", "docs/index.md:6: none.svg does not exist"),
-        ("docs/index.md", '<img src="none.svg">', "docs/index.md:6: none.svg does not exist"),
-        ("docs/index.md", "[x][d]\n\n[d]: none.md", "docs/index.md:8: none.md does not exist"),
-        ("docs/index.md", "[x](../conf/none.yaml)", "docs/index.md:6: ../conf/none.yaml does not exist"),
-        ("docs/index.md", "[x](../conf)", "docs/index.md:6: ../conf is a folder"),
-        ("docs/index.md", "[x](../../other.md)", "docs/index.md:6: ../../other.md leads out of the repository"),
-        ("docs/index.md", "[x](reference/made.md#none)", "](reference/made.md#none)"),
-        ("docs/index.md", '<img src="https://example.org/x.png">', "index.html: loads https://example.org/x.png"),
-        ("docs/index.md", "::: no.such.name", "Could not collect 'no.such.name'"),
-        ("kernels/README.md", "[x](none.py)", "kernels/README.md:6: none.py does not exist"),
-        ("README.md", "[x](docs/none.md)", "README.md:4: docs/none.md does not exist"),
-        ("README.md", "[x](docs/index.md#none)", "README.md:4: docs/index.md#none has no such heading"),
-        ("README.md", "[x](docs/reference/made.md)", "README.md:4: docs/reference/made.md exists on the site only"),
-        ("mkdocs.yml", "  - none.md", "none.md: the site has no such page"),
-    ],
-)
-def test_a_broken_link_breaks_the_build(root: Path, page: str, link: str, problem: str) -> None:
-    text = (root / page).read_text()
-    text = text.replace("nav:\n", f"nav:\n{link}\n") if page == "mkdocs.yml" else f"{text}{link}\n"
-    (root / page).write_text(text)
+BROKEN_LINKS = [
+    ("docs/index.md", "[x](guides/none.md)", "guides/none.md does not exist"),
+    ("docs/index.md", "[x](guides/first.md#none)", "guides/first.md#none has no such heading"),
+    ("docs/index.md", "[x](#none)", "#none has no such heading"),
+    ("docs/index.md", "![x](none.svg)", "none.svg does not exist"),
+    ("docs/index.md", '<img src="other.svg">', "other.svg does not exist"),
+    ("docs/index.md", "[d]: none.md", "none.md does not exist"),
+    ("docs/index.md", "[x](../conf/none.yaml)", "../conf/none.yaml does not exist"),
+    ("docs/index.md", "[x](../conf)", "../conf is a folder"),
+    ("docs/index.md", "[x](../../other.md)", "../../other.md leads out of the repository"),
+    ("kernels/README.md", "[x](none.py)", "none.py does not exist"),
+    ("README.md", "[x](docs/none.md)", "docs/none.md does not exist"),
+    ("README.md", "[x](docs/index.md#none)", "docs/index.md#none has no such heading"),
+    ("README.md", "[x](docs/reference/made.md)", "docs/reference/made.md exists on the site only"),
+]
+
+
+def test_broken_links_of_the_sources_break_the_build(root: Path) -> None:
+    expected = []
+    for page, link, problem in BROKEN_LINKS:
+        text = (root / page).read_text()
+        (root / page).write_text(f"{text}{link}\n")
+        expected.append(f"{page}:{text.count(chr(10)) + 1}: {problem}")
     with pytest.raises(SiteError) as error:
         build(root, GENERATED)
-    assert problem in str(error.value)
+    found = str(error.value).splitlines()
+    assert len(found) == len(expected) and all(any(one in line for line in found) for one in expected), found
 
 
 @pytest.mark.parametrize(
-    ("name", "problem"),
+    ("links", "problems"),
     [
-        ("guides/first.html", "index.html: guides/first.html#the_end does not exist"),
-        ("figure.svg", "index.html: figure.svg does not exist"),
-        ("reference/made.html", "reference/made.md: the site has no such page, or it has no title"),
+        (["[x](reference/made.md#none)"], ["](reference/made.md#none)"]),
+        (
+            ['<img src="https://example.org/x.png">', "::: no.such.name"],
+            [
+                "index.html: loads https://example.org/x.png",
+                "Could not collect 'no.such.name'",
+                "none.md: the site has",
+            ],
+        ),
     ],
+    ids=["a generated page", "what only the site shows"],
 )
-def test_a_site_that_lacks_a_file_is_refused(root: Path, name: str, problem: str) -> None:
-    site = build(root, GENERATED)
-    (site / name).unlink()
-    assert problem in check_site(site, pages_of_nav(root))
+def test_broken_links_of_the_site_break_the_build(root: Path, links: list[str], problems: list[str]) -> None:
+    (root / "docs" / "index.md").write_text("\n".join([(root / "docs" / "index.md").read_text(), *links, ""]))
+    if len(problems) > 1:
+        settings = (root / "mkdocs.yml").read_text()
+        (root / "mkdocs.yml").write_text(settings.replace("nav:\n", "nav:\n  - none.md\n"))
+    with pytest.raises(SiteError) as error:
+        build(root, GENERATED)
+    for problem in problems:
+        assert problem in str(error.value)
 
 
 def test_links_of_the_sources_lead_somewhere() -> None:

@@ -12,8 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.docs.matching import updated
-from tests.docs.page import read_lines
+from tests.docs.page import read_lines, updated
 from tests.docs.run_page import TIME_LIMIT_S, run_page
 
 

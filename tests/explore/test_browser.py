@@ -66,29 +66,30 @@ def test_every_tab_is_opened_clicked_and_drawn(visit: ExploreVisit, tmp_path: Pa
         assert all(word in texts[name] for word in words), texts[name]
 
 
-class TestFiveQuestions:
-    """What a new user asks, answered from what the page says."""
+def test_why_was_this_item_ranked_first_for_this_user(visit: ExploreVisit) -> None:
+    text = visit.open_tab("Ranking")
+    assert re.search(r"has rank 1\. Of the log-odds .*, the largest parts are (summary|tail|item)", text), text
 
-    def test_why_was_this_item_ranked_first_for_this_user(self, visit: ExploreVisit) -> None:
-        text = visit.open_tab("Ranking")
-        assert re.search(r"has rank 1\. Of the log-odds .*, the largest parts are (summary|tail|item)", text), text
 
-    def test_is_the_store_fresh(self, visit: ExploreVisit) -> None:
-        text = visit.open_tab("Store")
-        assert re.search(r"Fresh\. The last refresh started .* ago, and it covers every segment of the log", text), text
+def test_is_the_store_fresh(visit: ExploreVisit) -> None:
+    text = visit.open_tab("Store")
+    assert re.search(r"Fresh\. The last refresh started .* ago, and it covers every segment of the log", text), text
 
-    def test_does_the_summary_help_heavy_users(self, visit: ExploreVisit) -> None:
-        visit.open_tab("Results")
-        text = visit.click("Measure")
-        assert re.search(r"longest histories \(.* events\), the summary changes the AUC of \w+ from 0\.", text), text
 
-    def test_which_generation_is_served(self, visit: ExploreVisit) -> None:
-        assert "generation 2 is served" in visit.text()
+def test_does_the_summary_help_heavy_users(visit: ExploreVisit) -> None:
+    visit.open_tab("Results")
+    text = visit.click("Measure")
+    assert re.search(r"longest histories \(.* events\), the summary changes the AUC of \w+ from 0\.", text), text
 
-    def test_what_would_change_if_the_user_did_something(self, visit: ExploreVisit) -> None:
-        visit.open_tab("What if")
-        text = visit.click("Add event")
-        assert re.search(r"of the best 10 items are new|best 10 items stays the same", text), text
+
+def test_which_generation_is_served(visit: ExploreVisit) -> None:
+    assert "generation 2 is served" in visit.text()
+
+
+def test_what_would_change_if_the_user_did_something(visit: ExploreVisit) -> None:
+    visit.open_tab("What if")
+    text = visit.click("Add event")
+    assert re.search(r"of the best 10 items are new|best 10 items stays the same", text), text
 
 
 def test_a_user_is_found_by_the_beginning_of_the_id(visit: ExploreVisit) -> None:

@@ -208,12 +208,6 @@ def test_a_part_is_compared_with_that_of_other_items(own: float, other: float, t
     assert compared(own, other) == text
 
 
-def test_ordinals() -> None:
-    assert [ordinal(n) for n in (1, 2, 3, 4, 11, 12, 21, 102, 111)] == [
-        "1st", "2nd", "3rd", "4th", "11th", "12th", "21st", "102nd", "111th"
-    ]  # fmt: skip
-
-
 def test_items_that_were_all_beyond_the_listed_ranks_are_new(workspace: Workspace) -> None:
     changed = changes(workspace, ranking_of(10, 20), ranking_of(30, 40), 2)
     assert changed.num_changed == 2 and all(row["change"] is None for row in changed.rows)

@@ -100,7 +100,7 @@ def test_the_summary_is_measured_on_the_store_before_the_labels(draw: Draw, serv
     assert "longest histories" in texts(page)
     page = draw("Results", **of(served))
     next(button for button in page.button if button.label == "Measure").click().run(timeout=200)
-    assert "its records cover them" in texts(page)
+    assert "its records cover them" in texts(page) and "not of your model" in texts(page)
 
 
 def test_the_best_rows_of_a_long_table_are_shown(draw: Draw, served: Served, tmp_path: Path) -> None:
@@ -111,10 +111,6 @@ def test_the_best_rows_of_a_long_table_are_shown(draw: Draw, served: Served, tmp
     chart = json.loads(page.get("vega_lite_chart")[0].proto.spec)
     shown = chart["layer"][0]["encoding"]["y"]["sort"]
     assert shown == [f"m{n}" for n in range(30)]
-
-
-def test_results_of_the_repository_are_labeled(draw: Draw, served: Served) -> None:
-    assert "not of your model" in texts(draw("Results", **of(served)))
 
 
 def test_a_new_model_at_the_same_path_is_measured_again(
@@ -229,95 +225,104 @@ def test_an_error_that_quotes_an_id_is_shown_as_it_is(draw: Draw, served: Served
     assert f"user '{image}': the user ids of the store" in texts(page) and "![x" not in markdown(page)
 
 
-class TestBadInput:
-    """One test for each."""
+def test_a_store_without_its_model(draw: Draw, served: Served, tmp_path: Path) -> None:
+    places = of(served, model=tmp_path / "nowhere" / "best")
+    page = draw("Store", **places)
+    assert "nowhere/best" in plain(page.error[0].value) and "Generations" in texts(page)
+    assert page.dataframe[0].value["state"].tolist() == ["served"]
+    assert "needs a model" in texts(draw("Ranking", **places))
 
-    def test_a_store_without_its_model(self, draw: Draw, served: Served, tmp_path: Path) -> None:
-        places = of(served, model=tmp_path / "nowhere" / "best")
-        page = draw("Store", **places)
-        assert "nowhere/best" in plain(page.error[0].value) and "Generations" in texts(page)
-        assert page.dataframe[0].value["state"].tolist() == ["served"]
-        assert "needs a model" in texts(draw("Ranking", **places))
 
-    def test_a_model_without_its_store(self, draw: Draw, served: Served, tmp_path: Path) -> None:
-        page = draw("Store", **of(served, store=tmp_path / "nowhere"))
-        assert all("nowhere" in plain(error.value) for error in page.error) and len(page.error) == 2
+def test_a_model_without_its_store(draw: Draw, served: Served, tmp_path: Path) -> None:
+    page = draw("Store", **of(served, store=tmp_path / "nowhere"))
+    assert all("nowhere" in plain(error.value) for error in page.error) and len(page.error) == 2
 
-    def test_a_run_folder_that_is_half_written(self, draw: Draw, served: Served, tmp_path: Path) -> None:
-        (tmp_path / "metrics.jsonl").write_text('{"step": 1, "epoch": 0, "loss": 2.5}\n{"step": 2, "lo')
-        config = of(served)
-        page = draw("Training", **config)
-        assert "half" not in texts(page)
-        half = testing.AppTest.from_file(str(PAGE), default_timeout=200)
-        settings = ExploreConfig(**{name: str(value) for name, value in config.items()}, runs=[str(tmp_path)])
-        sys.argv[1] = json.dumps(dataclasses.asdict(settings))
-        half.query_params["tab"] = "Training"
-        half.run()
-        assert not half.exception and "line 2 of metrics.jsonl is incomplete" in texts(half)
-        assert "half written: run.json is missing; config.yaml is missing" in texts(half)
-        assert half.dataframe[0].value[["state", "steps"]].values.tolist() == [["half written", 1]]
 
-    def test_a_user_without_a_record(self, draw: Draw, served: Served, tmp_path: Path) -> None:
-        shutil.copytree(served.store, tmp_path / "store")
-        erase(tmp_path / "store", [104])
-        places = of(served, store=tmp_path / "store")
-        assert "User 104 has 40 events in the log, but no record" in texts(draw("User", **places))
-        assert "ranking of an empty history" in texts(draw("Ranking", **places))
-        assert "no record in store A" in texts(draw("Compare", **places, other_store=served.test_store))
+def test_a_run_folder_that_is_half_written(draw: Draw, served: Served, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "epoch": 0, "loss": 2.5}\n{"step": 2, "lo')
+    config = of(served)
+    page = draw("Training", **config)
+    assert "half" not in texts(page)
+    half = testing.AppTest.from_file(str(PAGE), default_timeout=200)
+    settings = ExploreConfig(**{name: str(value) for name, value in config.items()}, runs=[str(tmp_path)])
+    sys.argv[1] = json.dumps(dataclasses.asdict(settings))
+    half.query_params["tab"] = "Training"
+    half.run()
+    assert not half.exception and "line 2 of metrics.jsonl is incomplete" in texts(half)
+    assert "half written: run.json is missing; config.yaml is missing" in texts(half)
+    assert half.dataframe[0].value[["state", "steps"]].values.tolist() == [["half written", 1]]
 
-    def test_a_model_of_another_version(self, draw: Draw, served: Served, tmp_path: Path) -> None:
-        shutil.copytree(served.model_dir, tmp_path / "best")
-        sign_model(tmp_path / "best", lambda fields: fields.update(format_version=99))
-        page = draw("User", **of(served, model=tmp_path / "best"))
-        assert "99" in plain(page.error[0].value) and "version" in plain(page.error[0].value)
 
-    def test_a_model_of_another_summarizer(self, draw: Draw, served: Served, served_tasks: Served) -> None:
-        page = draw("User", **of(served, store=served_tasks.store))
-        assert "was written by summarizer" in plain(page.error[0].value)
+def test_a_user_without_a_record(draw: Draw, served: Served, tmp_path: Path) -> None:
+    shutil.copytree(served.store, tmp_path / "store")
+    erase(tmp_path / "store", [104])
+    places = of(served, store=tmp_path / "store")
+    assert "User 104 has 40 events in the log, but no record" in texts(draw("User", **places))
+    assert "ranking of an empty history" in texts(draw("Ranking", **places))
+    assert "no record in store A" in texts(draw("Compare", **places, other_store=served.test_store))
 
-    def test_users_of_another_kind(self, draw: Draw, served: Served, order_log: EventLog) -> None:
-        page = draw("Ranking", user="u104", **of(served, data=order_log.path))
-        assert "user 'u104': the user ids of the store are of type int" in plain(
-            page.error[0].value
-        ) and "User u104" in texts(page)
 
-    def test_an_exact_id_of_another_kind(self, draw: Draw, served: Served, order_log: EventLog) -> None:
-        page = draw("Training", user="u104", **of(served, data=order_log.path))
-        page.text_input(key="search").set_value("u105").run()
-        assert "User u105" in texts(page) and not page.error and not page.exception
-        page.text_input(key="search").set_value("nobody").run()
-        assert "user 'nobody': the user ids of the store are of type int" in plain(page.error[0].value)
-        assert "User u105" in texts(page) and not page.exception
+def test_a_model_of_another_version(draw: Draw, served: Served, tmp_path: Path) -> None:
+    shutil.copytree(served.model_dir, tmp_path / "best")
+    sign_model(tmp_path / "best", lambda fields: fields.update(format_version=99))
+    page = draw("User", **of(served, model=tmp_path / "best"))
+    assert "99" in plain(page.error[0].value) and "version" in plain(page.error[0].value)
 
-    def test_damaged_item_features(self, draw: Draw, served: Served, tmp_path: Path) -> None:
-        items = {"item": [*range(0, 400, 10)], "title": [f"Film {n}" for n in range(40)]}
-        log = EventLog.from_frame(small_frame(), tmp_path / "log", time_unit="ms", items=items)
-        assert "Film" in texts(draw("Ranking", **of(served, data=log.path)))
-        (file,) = log.path.glob("*/features/0.values.ids.npy")
-        file.write_bytes(file.read_bytes()[:-1] + b"?")
-        page_cache.st.cache_resource.clear()
-        page = draw("Ranking", **of(served, data=log.path))
-        assert "Items are shown by their ids." in plain(page.warning[0].value) and "has rank 1" in texts(page)
-        assert "Film" not in texts(page) and not page.error
 
-    def test_an_argument_that_the_scorer_refuses(
-        self, draw: Draw, served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        from vista.explore import page_body
+def test_a_model_of_another_summarizer(draw: Draw, served: Served, served_tasks: Served) -> None:
+    page = draw("User", **of(served, store=served_tasks.store))
+    assert "was written by summarizer" in plain(page.error[0].value)
 
-        monkeypatch.setitem(page_body.TABS, "Ranking", lambda workspace, user: workspace.scorer.rank(user, top_k=0))
-        page = draw("Ranking", **of(served))
-        assert [plain(error.value) for error in page.error] == ["top_k: must be at least 1, got 0"]
-        assert "the tab Ranking of user 104 could not be drawn" in caplog.text
 
-    def test_no_demo_yet(self, draw: Draw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.chdir(tmp_path)
-        page = draw("User")
-        assert "Run `make demo` first" in plain(page.error[0].value)
+def test_users_of_another_kind(draw: Draw, served: Served, order_log: EventLog) -> None:
+    page = draw("Ranking", user="u104", **of(served, data=order_log.path))
+    assert "user 'u104': the user ids of the store are of type int" in plain(
+        page.error[0].value
+    ) and "User u104" in texts(page)
 
-    def test_no_log(self, draw: Draw, served: Served, tmp_path: Path) -> None:
-        page = draw("User", **of(served, data=tmp_path / "no-log"))
-        assert "no such folder" in plain(page.warning[0].value) and "User 104" in texts(page)
 
-    def test_nothing_to_compare(self, draw: Draw, served: Served) -> None:
-        assert "There is nothing to compare yet" in texts(draw("Compare", **of(served)))
+def test_an_exact_id_of_another_kind(draw: Draw, served: Served, order_log: EventLog) -> None:
+    page = draw("Training", user="u104", **of(served, data=order_log.path))
+    page.text_input(key="search").set_value("u105").run()
+    assert "User u105" in texts(page) and not page.error and not page.exception
+    page.text_input(key="search").set_value("nobody").run()
+    assert "user 'nobody': the user ids of the store are of type int" in plain(page.error[0].value)
+    assert "User u105" in texts(page) and not page.exception
+
+
+def test_damaged_item_features(draw: Draw, served: Served, tmp_path: Path) -> None:
+    items = {"item": [*range(0, 400, 10)], "title": [f"Film {n}" for n in range(40)]}
+    log = EventLog.from_frame(small_frame(), tmp_path / "log", time_unit="ms", items=items)
+    assert "Film" in texts(draw("Ranking", **of(served, data=log.path)))
+    (file,) = log.path.glob("*/features/0.values.ids.npy")
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    page_cache.st.cache_resource.clear()
+    page = draw("Ranking", **of(served, data=log.path))
+    assert "Items are shown by their ids." in plain(page.warning[0].value) and "has rank 1" in texts(page)
+    assert "Film" not in texts(page) and not page.error
+
+
+def test_an_argument_that_the_scorer_refuses(
+    self, draw: Draw, served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from vista.explore import page_body
+
+    monkeypatch.setitem(page_body.TABS, "Ranking", lambda workspace, user: workspace.scorer.rank(user, top_k=0))
+    page = draw("Ranking", **of(served))
+    assert [plain(error.value) for error in page.error] == ["top_k: must be at least 1, got 0"]
+    assert "the tab Ranking of user 104 could not be drawn" in caplog.text
+
+
+def test_no_demo_yet(draw: Draw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = draw("User")
+    assert "Run `make demo` first" in plain(page.error[0].value)
+
+
+def test_no_log(draw: Draw, served: Served, tmp_path: Path) -> None:
+    page = draw("User", **of(served, data=tmp_path / "no-log"))
+    assert "no such folder" in plain(page.warning[0].value) and "User 104" in texts(page)
+
+
+def test_nothing_to_compare(draw: Draw, served: Served) -> None:
+    assert "There is nothing to compare yet" in texts(draw("Compare", **of(served)))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import http.server
-import os
 import re
 import signal
 import socket
@@ -12,7 +10,6 @@ import sys
 import threading
 import time
 import urllib.request
-import webbrowser
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,14 +17,13 @@ from pathlib import Path
 
 import pytest
 
-import vista
 from tests.conftest import run_python
+from tests.serve.running_service import environment
 from vista.cli.main import main
 
 pytest.importorskip("streamlit", reason="the extra `explore` is not installed")
 
-from vista.explore import explore_server
-from vista.explore.explore_server import open_when_ready, streamlit_options
+from vista.explore.explore_server import streamlit_options
 from vista.install_command import install_command
 
 START_S, STOP_S = 200.0, 60.0
@@ -45,14 +41,12 @@ class Running:
 
 
 @contextmanager
-def running(folder: Path, **environment: str | None) -> Iterator[Running]:
+def running(folder: Path, **variables: str | None) -> Iterator[Running]:
     """`vista explore` in a process of its own, in a folder, with changes to its environment (None unsets a variable).
 
     The block begins once its page answers over HTTP; at its end, the command is stopped as by Ctrl-C.
     """
-    root = Path(vista.__file__).parents[1]
-    path = os.pathsep.join([str(root), str(root / "kernels")])
-    changed = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
+    changed = {**environment(), **variables}
     command = [sys.executable, "-m", "vista.cli", "explore", "port=0"]
     process = subprocess.Popen(
         command,
@@ -94,29 +88,6 @@ def wait_until_it_answers(url: str) -> None:
 
 
 @needs_linux
-def test_no_display(tmp_path: Path) -> None:
-    opened, browser = browser_program(tmp_path)
-    with running(tmp_path, DISPLAY=None, WAYLAND_DISPLAY=None, BROWSER=str(browser)) as page:
-        port = page.url.rpartition(":")[2]
-        assert page.said[0].startswith("vista explore (Streamlit ") and page.said[0].endswith("stop it with Ctrl-C\n")
-        wait_for(lambda: len(page.said) > 1)
-        assert page.said[1] == (
-            f"this machine has no display; open {page.url} in a browser, on another machine after "
-            f"`ssh -L {port}:127.0.0.1:{port} ...`\n"
-        )
-    assert len(page.said) == 2 and not opened.exists()
-
-
-@needs_linux
-def test_no_browser(tmp_path: Path) -> None:
-    (tmp_path / "bin").mkdir()
-    with running(tmp_path, DISPLAY=":0", BROWSER=None, PATH=str(tmp_path / "bin")) as page:
-        wait_for(lambda: len(page.said) > 1)
-        assert page.said[1].startswith(f"no browser is installed here; open {page.url} in a browser, ")
-    assert len(page.said) == 2
-
-
-@needs_linux
 def test_a_browser_opens_the_page_and_only_this_machine_can_connect(tmp_path: Path) -> None:
     opened, browser = browser_program(tmp_path)
     with running(tmp_path, DISPLAY=":0", BROWSER=str(browser)) as page:
@@ -125,6 +96,17 @@ def test_a_browser_opens_the_page_and_only_this_machine_can_connect(tmp_path: Pa
         with socket.socket() as other, pytest.raises(ConnectionRefusedError):
             other.connect(("127.0.0.2", int(page.url.rpartition(":")[2])))
     assert len(page.said) == 1
+    assert "--browser.gatherUsageStats=false" in streamlit_options(1), "nothing is reported"
+
+
+@pytest.mark.nightly
+@needs_linux
+def test_no_display(tmp_path: Path) -> None:
+    opened, browser = browser_program(tmp_path)
+    with running(tmp_path, DISPLAY=None, WAYLAND_DISPLAY=None, BROWSER=str(browser)) as page:
+        wait_for(lambda: len(page.said) > 1)
+        assert page.said[1].startswith(f"this machine has no display; open {page.url} in a browser, on another machine")
+    assert len(page.said) == 2 and not opened.exists()
 
 
 def browser_program(folder: Path) -> tuple[Path, Path]:
@@ -142,12 +124,6 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def test_nothing_is_reported() -> None:
-    words = streamlit_options(1)
-    assert {"--server.address=127.0.0.1", "--browser.gatherUsageStats=false", "--server.headless=true"} <= {*words}
-    assert "--theme.base=light" in words
-
-
 def test_a_port_in_use(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
@@ -156,34 +132,8 @@ def test_a_port_in_use(capsys: pytest.CaptureFixture[str]) -> None:
     assert "port: cannot listen on" in capsys.readouterr().err
 
 
-def test_the_browser_waits_for_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[str] = []
-    monkeypatch.setattr(webbrowser, "open", opened.append)
-    assert not open_when_ready("http://127.0.0.1:9", within_s=0.3) and not opened
-
-    class Healthy(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            """Print nothing."""
-
-    with http.server.HTTPServer(("127.0.0.1", 0), Healthy) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
-        assert open_when_ready(url, within_s=60) and opened == [url]
-        server.shutdown()
-
-
 def test_the_extra_is_named_if_it_is_missing() -> None:
     code = "import sys; sys.modules['streamlit'] = None; from vista.cli.main import main; sys.exit(main(['explore']))"
     done = run_python(code)
     assert done.returncode == 1 and install_command("explore") in done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
-
-
-def test_slow_imports_are_modules() -> None:
-    from importlib.util import find_spec
-
-    assert all(find_spec(module) for module in explore_server.SLOW_IMPORTS)

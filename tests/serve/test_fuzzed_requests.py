@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import START, Served, small_config
-from tests.serve.model_files import models_file, save_other_stage_2
+from tests.serve.conftest import models_file, save_other_stage_2
 from tests.serve.running_service import TIMEOUT_S, RunningService, running
 from vista.cli.index_command import run_index
 from vista.config import IndexConfig, SourceColumns

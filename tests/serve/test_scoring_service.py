@@ -1,29 +1,35 @@
-"""Answers over HTTP are those of the scorer, bit for bit, in JSON and in MessagePack."""
+"""Answers over HTTP are those of the scorer, bit for bit, also while a reload moves it to another model or generation."""
 
 from __future__ import annotations
 
 import json
-import threading
-from pathlib import Path
-from typing import Any
-
 import msgspec
 import numpy as np
 import pytest
-
-from tests.conftest import ITEMS, START, USERS, Served, draw_counter_weights, small_config
-from tests.serve.running_service import RunningService, running
-from vista.config import ServeConfig
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from tests.conftest import ITEMS, START, Served, USERS, draw_counter_weights, small_config, small_frame
+from tests.scorer.test_retrieval import export, item_table
+from tests.scorer.test_scorer_bad_input import damage_record
+from tests.serve.conftest import ASKED, NOW, TOLERANCE, retrained
+from tests.serve.running_service import RunningService, running, until
+from typing import Any
+from vista.cli.index_command import run_index
+from vista.config import IndexConfig, ServeConfig, SourceColumns
 from vista.log.event_log import EventLog
+from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer, Tail
+from vista.serve import scoring_service
 from vista.serve.request_bodies import JSON
+from vista.serve.score_batches import ScoreBatches
 from vista.serve.scoring_service import ScoringService
+from vista.store import StoreReader
 from vista.training.trainer import train
 
-NOW = START + 200 * 86_400_000
-TOLERANCE = 2e-5
-"""Between calls with other users, for a model whose K is below 16 (docs/guides/serve.md)."""
+
 MSGPACK = {"Content-Type": "application/msgpack"}
 
 
@@ -239,3 +245,303 @@ def test_a_model_without_times_does_not_read_the_clock(order_log: EventLog, tmp_
             body = json.dumps({"users": users, "candidates": items, "tail": tails}).encode()
             answer = json.loads(answerer.scored(answerer.checked(body, JSON), JSON).body)
             np.testing.assert_array_equal(bits(answer["scores"]), bits(scorer.score(users, items, tail=tail)))
+
+
+LATER = START + 400 * 86_400_000
+
+
+ALL = np.unique(small_frame()["item"])
+
+
+@pytest.fixture(scope="module")
+def indexed(served: Served, index: Path) -> Iterator[Scorer]:
+    with Scorer.open(served.model_dir, served.store, index=index) as scorer:
+        yield scorer
+
+
+def require_same(answer: Any, expected: list[Any]) -> None:
+    assert len(answer["rankings"]) == len(expected)
+    for ranking, wanted in zip(answer["rankings"], expected, strict=True):
+        assert ranking["items"] == wanted.items.tolist() and ranking["num_dropped"] == wanted.num_dropped
+        np.testing.assert_allclose(ranking["scores"], wanted.scores, atol=2e-5)
+
+
+def test_rankings(service: RunningService, indexed: Scorer) -> None:
+    for asked in (
+        {},
+        {"top_k": 4, "num_candidates": 6},
+        {"top_k": 5, "within": ITEMS, "exclude": [10, 77_777]},
+        {"top_k": 40, "exclude_tail": True},
+        {"within": []},
+    ):
+        status, answer = service.fetch("/v1/retrieve", {"users": USERS, "now": LATER, **asked})
+        assert (status, answer["task"]) == (200, "next")
+        require_same(answer, indexed.retrieve(USERS, now=LATER, **asked))  # type: ignore[arg-type]
+    assert service.fetch("/v1/retrieve", {"users": []})[1]["rankings"] == []
+    assert len(service.fetch("/v1/retrieve", {"users": [999], "top_k": 3})[1]["rankings"][0]["items"]) == 3
+
+
+def test_retrieval_after_events_since_the_refresh(service: RunningService, indexed: Scorer) -> None:
+    events = [{"item": 10, "time": LATER - 2000, "action": "like"}]
+    asked = {"users": USERS[:2], "tail": [events, []], "now": [LATER, LATER + 1], "top_k": 3, "exclude_tail": True}
+    tail = Tail([10], [LATER - 2000], [indexed.model.schema.actions.index("like")], [0, 1, 1])  # type: ignore[arg-type]
+    status, answer = service.fetch("/v1/retrieve", asked)
+    assert status == 200 and 10 not in answer["rankings"][0]["items"]
+    require_same(answer, indexed.retrieve(USERS[:2], tail=tail, now=[LATER, LATER + 1], top_k=3, exclude_tail=True))
+
+
+def test_retrieval_in_messagepack(service: RunningService, indexed: Scorer) -> None:
+    body = {"users": USERS, "within": np.array(ITEMS, "<i8").tobytes(), "top_k": 3, "now": LATER}
+    headers = {"Content-Type": "application/msgpack"}
+    status, _, answer = service.send("/v1/retrieve", msgspec.msgpack.encode(body), headers=headers)
+    held = msgspec.msgpack.decode(answer)
+    for ranking in held["rankings"]:
+        ranking["scores"] = np.frombuffer(ranking["scores"], "<f4")
+    assert status == 200
+    require_same(held, indexed.retrieve(USERS, within=ITEMS, top_k=3, now=LATER))
+
+
+def test_own_items_count_as_candidates(indexed: Scorer) -> None:
+    """They are scored in addition to `num_candidates`."""
+    body, before = {"users": USERS, "num_candidates": 2, "top_k": 2, "now": LATER}, indexed.stats().candidates
+    answer = ScoringService(indexed, ServeConfig()).retrieve(json.dumps(body).encode(), JSON)
+    assert answer.num_candidates == indexed.stats().candidates - before > 2 * len(USERS)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        ({"users": [103], "top_k": 0}, 422, "top_k"),
+        ({"users": [103], "num_candidates": 0}, 422, "num_candidates"),
+        ({"users": [103], "num_candidates": 10_001}, 413, "max_candidates"),
+        ({"users": [103], "top_k": 2**70}, 413, "max_candidates"),
+        ({"users": [103] * 257, "num_candidates": 1}, 413, "max_users"),
+        ({"users": [103], "within": ["a"]}, 422, "within: this vocabulary has integer ids"),
+        ({"users": [103], "within": "AAAA"}, 422, "$.within"),
+        ({"users": [103], "where": {"brand": ["acme"]}}, 422, "'brand' is not a category"),
+        ({"users": [103], "where": ["acme"]}, 422, "$.where"),
+        ({"users": [103], "candidates": [0]}, 422, "candidates"),
+        ({"users": [103], "request": {"price": [[1.0]]}}, 422, "request"),
+    ],
+)
+def test_retrievals_that_are_refused(service: RunningService, body: Any, status: int, words: str) -> None:
+    code, answer = service.fetch("/v1/retrieve", body)
+    assert code == status and words in answer["error"]["message"], answer
+
+
+def test_a_service_without_an_index(strict: RunningService) -> None:
+    status, answer = strict.fetch("/v1/retrieve", {"users": [103]})
+    assert status == 400 and answer["error"]["type"] == "ItemIndexError"
+    assert "start the service, with index=… and the folder that the command wrote" in answer["error"]["message"]
+
+
+def test_filters_by_category_and_a_new_model(tmp_path: Path) -> None:
+    """The index goes into service together with its model, and answers until then are those of the old ones."""
+    log = EventLog.from_frame(small_frame(), tmp_path / "log", time_unit="ms", items=item_table(ALL))
+    model, store, index = (str(tmp_path / name) for name in ("model", "store", "model.index"))
+    export(tmp_path, log)
+    run_index(IndexConfig(model=model))
+    asked: dict[str, Any] = {"top_k": 5, "num_candidates": 5, "where": {"brand": ["brand 1", "brand 2"]}, "now": LATER}
+
+    def expected() -> list[Any]:
+        with Scorer.open(model, store, index=index) as scorer:
+            return scorer.retrieve(USERS, **asked)
+
+    before = expected()
+    with running(f"model={model}", f"store={store}", f"index={index}", "reload_s=0.1") as service:
+
+        def answer() -> Any:
+            status, held = service.fetch("/v1/retrieve", {"users": USERS, **asked})
+            assert status == 200
+            return held
+
+        require_same(answer(), before)
+        export(tmp_path, log, seed=6)  # and its summaries, but not its index
+        until(lambda: "the old one stays in service" in service.log)
+        require_same(answer(), before)
+        run_index(IndexConfig(model=model))
+        until(lambda: service.number('vista_reloads_total{model="default",outcome="moved"}') >= 1)
+        after = expected()
+        assert any(not np.array_equal(one.scores, other.scores) for one, other in zip(before, after, strict=True))
+        require_same(answer(), after)
+        Path(index).rename(tmp_path / "away")
+        assert any("the loaded index stays" in problem for problem in service.fetch("/readyz")[1]["problems"])
+        require_same(answer(), after)
+
+
+POLICIES = ["empty", "nan", "raise"]
+
+
+def counts(service: RunningService) -> dict[str, float]:
+    """Users by outcome."""
+    return {
+        outcome: service.number(f'vista_users_total{{model="default",outcome="{outcome}"}}')
+        for outcome in ("hit", "miss", "stale", "damaged")
+    }
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_damaged_records_and_wrong_actions(served: Served, tmp_path: Path, policy: str) -> None:
+    shutil.copytree(served.store, tmp_path / "store")
+    damage_record(tmp_path / "store", USERS[1])
+    with running(f"model={served.model_dir}", f"store={tmp_path / 'store'}", f"on_missing={policy}") as service:
+        before = counts(service)
+        events = [[{"item": ITEMS[0], "time": NOW - 1000, "action": "no-action"}]]
+        status, answer = service.fetch("/v1/score", {**ASKED, "users": USERS[:1], "tail": events})
+        assert status == 422 and "'no-action' is not one of this model's actions" in answer["error"]["message"]
+        assert counts(service)["damaged"] == before["damaged"] == 0
+        status, answer = service.fetch("/v1/score", ASKED)
+        if policy == "nan":
+            assert status == 200
+            assert [row[0] is None for row in answer["scores"]] == [user == USERS[1] for user in USERS]
+        else:
+            assert (status, answer["error"]["type"]) == (500, "RecordError")
+        after = counts(service)
+        assert (after["damaged"], after["miss"], after["stale"]) == (1, before["miss"], 0)
+        assert after["hit"] - before["hit"] == (len(USERS) - 1 if policy == "nan" else 0)
+        assert service.fetch("/v1/score", {**ASKED, "users": USERS[:1]})[0] == 200
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_stale_records(served: Served, tmp_path: Path, policy: str) -> None:
+    refresh(served.model, served.log, tmp_path / "store")
+    words = (f"model={served.model_dir}", f"store={tmp_path / 'store'}", "max_age_s=0.001")
+    with running(*words, f"on_missing={policy}") as service:
+        before = counts(service)
+        status, answer = service.fetch("/v1/score", ASKED)
+        if policy == "raise":
+            assert status == 404
+        else:
+            assert status == 200 and (answer["scores"][0][0] is None) == (policy == "nan")
+        after = counts(service)
+        assert after == {**before, "stale": before["stale"] + len(USERS)}
+
+
+USER = 103
+
+
+def at_the_first_read(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], None], *, after: bool = False) -> None:
+    """Let something happen in the middle of a request, just before or after it reads a record."""
+    bare, waiting = StoreReader.get_many, [happens]
+
+    def get_many(reader: StoreReader, users: list[int]) -> object:
+        found = bare(reader, users) if after else None
+        if waiting:
+            waiting.pop()()
+        return found or bare(reader, users)
+
+    monkeypatch.setattr(StoreReader, "get_many", get_many)
+
+
+def publish(served: Served, store: Path, scorer: Scorer) -> None:
+    """Another generation, which the scorer takes into service."""
+    refresh(served.model, served.log, store)
+    assert scorer.reload()
+
+
+def test_another_model_does_not_close_the_store_of_a_request(
+    served: Served, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, store = folders
+    with Scorer.open(model, store) as scorer:
+        service = ScoringService(scorer, ServeConfig())
+        expected = json.loads(service.user(str(USER)).body)
+        for call, answer in ((lambda: json.loads(service.user(str(USER)).body), expected), (service.reads_store, True)):
+            other = retrained(served.model)
+
+            def replace(other: VistaModel = other) -> None:
+                other.save_pretrained(model)
+                refresh(other, served.log, store)
+                assert scorer.reload()
+
+            at_the_first_read(monkeypatch, replace)
+            assert call() == answer
+            monkeypatch.undo()
+            assert scorer.model.summarizer_id() == other.summarizer_id()
+            served.model.save_pretrained(model)
+            refresh(served.model, served.log, store)
+            assert scorer.reload()
+
+
+def test_a_record_names_its_generation(
+    served: Served, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, store = folders
+    with Scorer.open(model, store) as scorer:
+        service = ScoringService(scorer, ServeConfig())
+        at_the_first_read(monkeypatch, lambda: publish(served, store, scorer), after=True)
+        before, after = (json.loads(service.user(str(USER)).body) for _ in range(2))
+        assert (before["generation"], after["generation"]) == (1, 2)
+        assert before["created_at"] < after["created_at"] == scorer.manifest.created_at
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_scores_name_the_generation_that_they_read(
+    served: Served, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, *, after: bool
+) -> None:
+    """Although another one is published just before or after the records are read."""
+    model, store = folders
+    with Scorer.open(model, store) as scorer:
+        service = ScoringService(scorer, ServeConfig())
+        at_the_first_read(monkeypatch, lambda: publish(served, store, scorer), after=after)
+        body = json.dumps({"users": [USER], "candidates": ITEMS, "now": NOW}).encode()
+        assert json.loads(service.predict(body, JSON).body)["generation"] == (1 if after else 2)
+        assert scorer.manifest.generation == 2
+
+
+@pytest.mark.parametrize("endpoint", ["score", "predict", "rank", "retrieve", "explain", "several scores"])
+def test_actions_of_a_tail_are_those_of_the_model_that_answers(
+    served: Served, folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, endpoint: str
+) -> None:
+    """Although another model, which orders its actions differently, goes into service after the body was read."""
+    model, store = folders
+    frame, columns = small_frame(), SourceColumns(action="action", rating="rating")
+    is_like = frame["action"] == "like"
+    EventLog.from_frame(_rows(frame, is_like), tmp_path / "log", time_unit="ms", columns=columns)
+    log = EventLog.from_frame(_rows(frame, ~is_like), tmp_path / "log", time_unit="ms", columns=columns, append=True)
+    other = train(small_config(log, tmp_path / "run", optim__epochs=1), log)
+    assert served.model.schema.actions == ["click", "like"] and other.schema.actions == ["like", "click"]
+    event, index = {"item": 10, "time": NOW - 1000, "action": "like"}, str(tmp_path / "index")
+    run_index(IndexConfig(model=str(model), out=index))
+    with Scorer.open(model, store, index=index) as scorer:
+        service, bare, waiting = ScoringService(scorer, ServeConfig()), scoring_service.tail_of, [True]
+
+        def then_another_model(given: Any) -> Any:
+            tail = bare(given)
+            if waiting:
+                waiting.pop()
+                other.save_pretrained(model)
+                refresh(other, log, store)
+                run_index(IndexConfig(model=str(model), out=index))
+                assert scorer.reload()
+            return tail
+
+        def answer() -> Any:
+            asked: dict[str, Any] = {"candidates": ITEMS, "now": NOW}
+            if endpoint in ("rank", "explain"):
+                body = json.dumps({**asked, "user": USER, "tail": [event]}).encode()
+                return json.loads(getattr(service, endpoint)(body, JSON).body)
+            if endpoint == "retrieve":
+                del asked["candidates"]
+            body = json.dumps({**asked, "users": [USER], "tail": [[event]]}).encode()
+            if endpoint in ("predict", "retrieve"):
+                return json.loads(getattr(service, endpoint)(body, JSON).body)
+            batches = ScoreBatches()
+            entries = [batches.enter(body, JSON) for _ in range(1 if endpoint == "score" else 2)]
+            return [json.loads(batches.answer(entry, service).body) for entry in entries]
+
+        monkeypatch.setattr(scoring_service, "tail_of", then_another_model)
+        during = answer()
+        assert not waiting and during == answer()  # The second answer is of the other model alone.
+
+
+def _rows(frame: dict[str, Any], chosen: Any) -> dict[str, Any]:
+    return {name: values[chosen] for name, values in frame.items()}
+
+
+def test_the_page_of_the_model_costs_little(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not compute the digest of all weights, during which no other request is answered."""
+    with Scorer.open(*folders) as scorer:
+        expected = scorer.model.summarizer_id().hex()
+        monkeypatch.setattr(VistaModel, "summarizer_id", lambda _: pytest.fail("computes the digest"))
+        assert json.loads(ScoringService(scorer, ServeConfig()).model().body)["summarizer_id"] == expected

@@ -1,18 +1,19 @@
-"""Models are opened at their first use, and idle ones are closed under a memory budget, but never during a call."""
+"""Several models in one service: opened at their first use, closed under a memory budget, and split between users."""
 
 from __future__ import annotations
 
-import shutil
-import threading
-from pathlib import Path
-from typing import Any
-
+import msgspec
 import numpy as np
 import pytest
-
-from tests.conftest import ITEMS, START, USERS, Served
-from tests.serve.model_files import models_file, save_other_stage_2
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from tests.conftest import ITEMS, START, Served, USERS, run_python
+from tests.serve.conftest import NOW, TOLERANCE, models_file, save_other_stage_2
 from tests.serve.running_service import RunningService, running, until
+from typing import Any
+from vista.cli.main import main
 from vista.config import ServeConfig
 from vista.errors import ModelUnavailableError
 from vista.model.item_projections import RETRIEVAL_FILE
@@ -22,15 +23,14 @@ from vista.refresh import refresh
 from vista.scorer import Scorer
 from vista.serve.served_models import ServedModels
 from vista.serve.service_metrics import ServiceMetrics
+from vista.serve.user_split import UserSplit
 
-NOW = START + 200 * 86_400_000
-TOLERANCE = 2e-5
-"""Between calls with other users, for a model whose K is below 16 (docs/guides/serve.md)."""
+
 NAMES = ("a", "b", "c")
 
 
 @pytest.fixture(scope="module")
-def folders(served: Served, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def model_folders(served: Served, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Three models of one store by name; b and c share the item table of a."""
     folder = tmp_path_factory.mktemp("models")
     shutil.copytree(served.model_dir, folder / "a")
@@ -40,17 +40,17 @@ def folders(served: Served, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 @pytest.fixture(scope="module")
-def expected(served: Served, folders: dict[str, Path]) -> dict[str, Any]:
+def expected(served: Served, model_folders: dict[str, Path]) -> dict[str, Any]:
     """Scores of USERS by name of a model."""
     scores = {}
-    for name, folder in folders.items():
+    for name, folder in model_folders.items():
         with Scorer.open(folder, served.store) as scorer:
             scores[name] = scorer.score(USERS, ITEMS, now=NOW)
     return scores
 
 
-def file_of(tmp_path: Path, served: Served, folders: dict[str, Path], **more: Any) -> str:
-    return models_file(tmp_path, {name: (folder, served.store) for name, folder in folders.items()}, **more)
+def file_of(tmp_path: Path, served: Served, model_folders: dict[str, Path], **more: Any) -> str:
+    return models_file(tmp_path, {name: (folder, served.store) for name, folder in model_folders.items()}, **more)
 
 
 def scored(service: RunningService, model: str, **options: Any) -> tuple[int, Any]:
@@ -67,11 +67,11 @@ def mapped(service: RunningService, file: Path) -> bool:
 
 
 def test_models_are_opened_at_their_first_use(
-    served: Served, folders: dict[str, Path], expected: dict[str, Any], tmp_path: Path
+    served: Served, model_folders: dict[str, Path], expected: dict[str, Any], tmp_path: Path
 ) -> None:
-    with running(f"models={file_of(tmp_path, served, folders)}") as service:
+    with running(f"models={file_of(tmp_path, served, model_folders)}") as service:
         assert is_open(service, "a") and not is_open(service, "b")  # The first one answers if none is named.
-        assert not mapped(service, folders["b"])
+        assert not mapped(service, model_folders["b"])
         assert service.fetch("/readyz")[1] == {"ready": True, "generation": {"a": 1}, "problems": []}
         status, answer = scored(service, "b", headers={"Vista-Timeout-Ms": "5"})
         # A client that is suspended between head and body exceeds the limit while it sends; a service that is suspended
@@ -86,25 +86,25 @@ def test_models_are_opened_at_their_first_use(
             assert status == 200 and answer["variant"] == name
             np.testing.assert_allclose(answer["scores"], expected[name], atol=TOLERANCE)
         assert service.fetch("/readyz")[1]["generation"] == dict.fromkeys(NAMES, 1)
-        assert mapped(service, folders["b"] / WEIGHTS_FILE)
-        assert mapped(service, folders["a"] / RETRIEVAL_FILE) and not mapped(service, folders["b"] / RETRIEVAL_FILE)
+        assert mapped(service, model_folders["b"] / WEIGHTS_FILE)
+        assert mapped(service, model_folders["a"] / RETRIEVAL_FILE) and not mapped(service, model_folders["b"] / RETRIEVAL_FILE)
         assert "opened model b in" in service.log and "of which other models share" in service.log
         assert service.number('vista_users_total{model="c",outcome="hit"}') == len(USERS)
         assert service.number('vista_model_openings_total{model="c",outcome="opened"}') == 1
 
 
 def test_idle_models_are_closed_under_the_budget(
-    served: Served, folders: dict[str, Path], expected: dict[str, Any], tmp_path: Path
+    served: Served, model_folders: dict[str, Path], expected: dict[str, Any], tmp_path: Path
 ) -> None:
-    with Scorer.open(folders["a"], served.store) as scorer:
+    with Scorer.open(model_folders["a"], served.store) as scorer:
         budget = tables_of(scorer.model).num_bytes + 100
-    with running(f"models={file_of(tmp_path, served, folders, memory_bytes=budget)}") as service:
+    with running(f"models={file_of(tmp_path, served, model_folders, memory_bytes=budget)}") as service:
         for name in (*NAMES, *NAMES):
             status, answer = scored(service, name)
             assert status == 200
             np.testing.assert_allclose(answer["scores"], expected[name], atol=TOLERANCE)
             # What all share stays in the files of a.
-            assert [mapped(service, folders[other] / WEIGHTS_FILE) for other in "bc"] == [name == "b", name == "c"]
+            assert [mapped(service, model_folders[other] / WEIGHTS_FILE) for other in "bc"] == [name == "b", name == "c"]
         assert f"closing model b, because the open models exceed memory_bytes={budget}" in service.log
         assert service.number('vista_model_closings_total{model="b"}') == 2
         assert service.number('vista_model_open{model="b"}') == 0
@@ -112,11 +112,11 @@ def test_idle_models_are_closed_under_the_budget(
 
 
 def test_no_answer_is_wrong_while_models_are_swapped(
-    served: Served, folders: dict[str, Path], expected: dict[str, Any], tmp_path: Path
+    served: Served, model_folders: dict[str, Path], expected: dict[str, Any], tmp_path: Path
 ) -> None:
     """Clients of three models, with memory for one, and two threads that score."""
     wrong: list[Any] = []
-    path = file_of(tmp_path, served, folders, memory_bytes=1)
+    path = file_of(tmp_path, served, model_folders, memory_bytes=1)
     with running(f"models={path}", "scoring_threads=2", "reload_s=0.05") as service:
 
         def work(name: str) -> None:
@@ -135,8 +135,8 @@ def test_no_answer_is_wrong_while_models_are_swapped(
         assert service.stop() == 0
 
 
-def test_a_model_stays_open_during_its_calls(served: Served, folders: dict[str, Path]) -> None:
-    configs = {name: ServeConfig(model=str(folder), store=str(served.store)) for name, folder in folders.items()}
+def test_a_model_stays_open_during_its_calls(served: Served, model_folders: dict[str, Path]) -> None:
+    configs = {name: ServeConfig(model=str(folder), store=str(served.store)) for name, folder in model_folders.items()}
     models = ServedModels(configs, None, 1, ServiceMetrics())
     try:
         with models.use("a") as first, models.use("a"), models.use("b"):
@@ -152,12 +152,12 @@ def test_a_model_stays_open_during_its_calls(served: Served, folders: dict[str, 
 
 
 def test_a_model_that_vanishes_under_the_server(
-    served: Served, folders: dict[str, Path], expected: dict[str, Any], tmp_path: Path
+    served: Served, model_folders: dict[str, Path], expected: dict[str, Any], tmp_path: Path
 ) -> None:
     """An open one stays in service. One that is not open fails alone, and comes back with its folder."""
     moved = {name: tmp_path / name for name in "ab"}
     for name, folder in moved.items():
-        shutil.copytree(folders[name], folder)
+        shutil.copytree(model_folders[name], folder)
     with running(f"models={file_of(tmp_path, served, moved)}", "reload_s=0.2") as service:
         for name, folder in moved.items():
             folder.rename(tmp_path / f"{name}-away")
@@ -179,9 +179,9 @@ def test_a_model_that_vanishes_under_the_server(
         assert service.fetch("/readyz")[1]["problems"] == []
 
 
-def test_a_model_that_failed_is_not_tried_again_at_once(served: Served, folders: dict[str, Path]) -> None:
+def test_a_model_that_failed_is_not_tried_again_at_once(served: Served, model_folders: dict[str, Path]) -> None:
     """Each attempt would read its files."""
-    good = ServeConfig(model=str(folders["a"]), store=str(served.store), reload_s=1000)
+    good = ServeConfig(model=str(model_folders["a"]), store=str(served.store), reload_s=1000)
     missing = ServeConfig(model="nowhere", store=str(served.store), reload_s=1000)
     models = ServedModels({"a": good, "b": missing}, None, None, metrics := ServiceMetrics())
     try:
@@ -195,11 +195,181 @@ def test_a_model_that_failed_is_not_tried_again_at_once(served: Served, folders:
         models.close()
 
 
-def test_models_follow_their_store(served: Served, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_models_follow_their_store(served: Served, model_folders: dict[str, Path], tmp_path: Path) -> None:
     store = tmp_path / "store"
     refresh(served.model, served.log, store)
-    path = models_file(tmp_path, {name: (folders[name], store) for name in "ab"}, split={"a": 0.5, "b": 0.5})
+    path = models_file(tmp_path, {name: (model_folders[name], store) for name in "ab"}, split={"a": 0.5, "b": 0.5})
     with running(f"models={path}", "reload_s=0.1") as service:
         refresh(served.model, served.log, store)
         for name in "ab":
             until(lambda name=name: service.number(f'vista_generation{{model="{name}"}}') == 2)
+
+
+SPLIT = UserSplit(HALVES, "control,larger")
+
+
+@pytest.fixture(scope="module")
+def variant_folders(served: Served, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The models by name."""
+    return {
+        "control": served.model_dir,
+        "larger": save_other_stage_2(served.model_dir, tmp_path_factory.mktemp("models") / "larger"),
+    }
+
+
+@pytest.fixture(scope="module")
+def scorers(served: Served, variant_folders: dict[str, Path]) -> Iterator[dict[str, Scorer]]:
+    opened = {name: Scorer.open(folder, served.store) for name, folder in variant_folders.items()}
+    yield opened
+    for scorer in opened.values():
+        scorer.close()
+
+
+@pytest.fixture(scope="module")
+def variants(
+    served: Served, variant_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningService]:
+    """A service that splits users in halves."""
+    models = {name: (folder, served.store) for name, folder in variant_folders.items()}
+    with running(f"models={models_file(tmp_path_factory.mktemp('file'), models, split=HALVES)}") as service:
+        yield service
+
+
+def test_each_user_gets_the_scores_of_one_variant(variants: RunningService, scorers: dict[str, Scorer]) -> None:
+    given = set()
+    for user in USERS:
+        status, answer = variants.fetch("/v1/score", {"users": [user], "candidates": ITEMS, "now": NOW})
+        variant = SPLIT.variant(user)
+        assert status == 200 and answer["variant"] == variant
+        expected = scorers[variant].score([user], ITEMS, now=NOW)
+        np.testing.assert_allclose(answer["scores"], expected, atol=TOLERANCE)
+        given.add(variant)
+    assert given == {"control", "larger"}  # USERS has users of both
+
+
+@pytest.mark.parametrize("path", ["score", "predict", "rank", "explain", "users"])
+def test_all_endpoints_name_the_variant(variants: RunningService, scorers: dict[str, Scorer], path: str) -> None:
+    for user in USERS[:3]:
+        if path == "users":
+            status, answer = variants.fetch(f"/v1/users/{user}")
+        else:
+            asked = {"users": [user]} if path in ("score", "predict") else {"user": user}
+            status, answer = variants.fetch(f"/v1/{path}", {**asked, "candidates": ITEMS, "now": NOW})
+        assert status == 200 and answer["variant"] == SPLIT.variant(user)
+    assert variants.number(f'vista_requests_total{{endpoint="{path}",model="{answer["variant"]}",status="200"}}') >= 1
+
+
+def test_the_variant_in_messagepack(variants: RunningService) -> None:
+    body = msgspec.msgpack.encode({"users": [103], "candidates": np.array(ITEMS, "<i8").tobytes(), "now": NOW})
+    answer = variants.send("/v1/score", body, headers={"Content-Type": "application/msgpack"})[2]
+    assert msgspec.msgpack.decode(answer)["variant"] == SPLIT.variant(103)
+
+
+def test_requests_that_name_a_model(variants: RunningService, scorers: dict[str, Scorer]) -> None:
+    """They get it, whatever the split says, and may have several users."""
+    for name, scorer in scorers.items():
+        asked = {"users": USERS, "candidates": ITEMS, "now": NOW, "model": name}
+        status, answer = variants.fetch("/v1/score", asked)
+        assert status == 200 and answer["variant"] == name
+        np.testing.assert_allclose(answer["scores"], scorer.score(USERS, ITEMS, now=NOW), atol=TOLERANCE)
+        assert variants.fetch(f"/v1/users/103?model={name}")[1]["variant"] == name
+        description = variants.fetch(f"/v1/model?model={name}")[1]
+        assert description["variant"] == name
+        assert description["models"] == {name: {"share": 0.5, "open": True} for name in HALVES}
+    assert variants.fetch("/v1/model")[1]["variant"] == "control"  # the first one
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "words"),
+    [
+        ("/v1/score", {"users": USERS, "candidates": ITEMS}, 422, "must name one (`model`: control or larger)"),
+        ("/v1/score", {"users": [103], "candidates": ITEMS, "model": "huge"}, 404, "'huge' is not one of control"),
+        ("/v1/rank", {"user": 103, "model": 7}, 422, "$.model"),
+        ("/v1/users/103?model=huge", None, 404, "'huge' is not one of control, larger"),
+        ("/v1/model?model=huge", None, 404, "'huge' is not one of control, larger"),
+    ],
+)
+def test_models_that_cannot_be_chosen(variants: RunningService, path: str, body: Any, status: int, words: str) -> None:
+    code, answer = variants.fetch(path, body)
+    assert code == status and words in answer["error"]["message"]
+
+
+def test_a_service_of_one_model(service: RunningService) -> None:
+    """Its answers name no variant, and requests may name no other model."""
+    asked = {"user": 103, "candidates": ITEMS, "now": NOW}
+    status, answer = service.fetch("/v1/rank", asked)
+    assert status == 200 and "variant" not in answer and "models" not in service.fetch("/v1/model")[1]
+    assert service.fetch("/v1/rank", {**asked, "model": "default"}) == (200, answer)
+    assert service.fetch("/v1/rank", {**asked, "model": "larger"})[0] == 404
+
+
+def test_all_workers_assign_alike(served: Served, variant_folders: dict[str, Path], tmp_path: Path) -> None:
+    models = {name: (folder, served.store) for name, folder in variant_folders.items()}
+    path = models_file(tmp_path, models, split={"control": 0.3, "larger": 0.7}, experiment="spring")
+    split = UserSplit({"control": 0.3, "larger": 0.7}, "spring")
+    with running(f"models={path}", "workers=2") as service:
+        for _ in range(10):  # The kernel assigns each connection to a worker.
+            for user in USERS:
+                answer = service.fetch("/v1/rank", {"user": user, "candidates": ITEMS})[1]
+                assert answer["variant"] == split.variant(user)
+        assert service.number('vista_model_open{model="control"}') == 2
+        assert service.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda file: file.replace("model: ", "model: nowhere"), "models.control.model: nowhere"),
+        (lambda file: file.replace("store:", "shop:"), "unknown key shop"),
+        (lambda file: file + "split: {control: 0.5, larger: 0.6}\n", "must sum to 1"),
+        (lambda file: file + "split: {control: 0.5, other: 0.5}\n", "'other' is not one of the models"),
+        (lambda file: file + "  control: {model: a, store: b}\n", "duplicate key control"),
+    ],
+)
+def test_files_that_cannot_be_served(
+    served: Served,
+    variant_folders: dict[str, Path],
+    tmp_path: Path,
+    change: Any,
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = Path(models_file(tmp_path, {name: (folder, served.store) for name, folder in variant_folders.items()}))
+    path.write_text(change(path.read_text()))
+    assert main(["serve", f"models={path}", "port=0"]) == 2
+    assert words in capsys.readouterr().err
+
+
+HALVES = {"control": 0.5, "larger": 0.5}
+
+
+def test_fixed_assignments() -> None:
+    """They never change: analyses of past experiments rely on them."""
+    split = UserSplit(HALVES, "spring")
+    assert [split.variant(user) for user in (1, 2, 3, "anna", "ben", "ümit")] == ["control", "larger"] * 3
+
+
+def test_integers_are_the_same_users_as_their_texts() -> None:
+    split = UserSplit(HALVES, "spring")
+    assert all(split.variant(user) == split.variant(str(user)) for user in range(100))
+
+
+def test_shares() -> None:
+    split = UserSplit({"a": 0.7, "b": 0.0, "c": 0.3}, "x")
+    given = [split.variant(user) for user in range(20_000)]
+    assert "b" not in given
+    assert given.count("c") / len(given) == pytest.approx(0.3, abs=0.02)  # six standard deviations
+
+
+def test_experiments_are_independent() -> None:
+    one, other = (
+        np.array([UserSplit(HALVES, name).variant(user) == "larger" for user in range(20_000)])
+        for name in ("spring", "summer")
+    )
+    assert (one & other).mean() == pytest.approx(0.25, abs=0.02)
+
+
+def test_a_growing_share_only_adds_users() -> None:
+    small, large = UserSplit({"control": 0.9, "larger": 0.1}, "x"), UserSplit({"control": 0.6, "larger": 0.4}, "x")
+    for user in range(2000):
+        assert small.variant(user) == "control" or large.variant(user) == "larger"

@@ -1,10 +1,13 @@
-"""A service while its store, its model and its workers change: no request fails."""
+"""A service while its store, its model, its workers, and its secrets change: no request fails."""
 
 from __future__ import annotations
 
 import http.client
 import json
+import logging
+import numpy as np
 import os
+import pytest
 import shutil
 import signal
 import socket
@@ -15,27 +18,32 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import pytest
-
-from tests.conftest import ITEMS, START, USERS, Served
-from tests.serve.running_service import TIMEOUT_S, RunningService, command, environment, running, until
+from tests.conftest import ITEMS, START, Served, USERS
+from tests.serve.conftest import ASKED, NOW, TOLERANCE, models_file, retrained
+from tests.serve.running_service import RunningService, TIMEOUT_S, command, environment, running, until
 from tests.store.remote.valkey_server import ValkeyServer
+from typing import Any
+from vista.cli.index_command import run_index
 from vista.cli.main import main
-from vista.config import ServeConfig
+from vista.config import IndexConfig, ServeConfig
+from vista.errors import CheckpointError
+from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer
-from vista.serve.worker_pool import WorkerPool
+from vista.serve.served_models import ONE_MODEL, ServedModels
+from vista.serve.service_metrics import ServiceMetrics
+from vista.serve.shared_numbers import shared_numbers
+from vista.serve.worker_pool import WorkerPool, _Worker
 from vista.store.admin.copying import copy_generation
 from vista.store.erasure import erase
+from vista.store.format.authentication import read_key
 
-NOW = START + 200 * 86_400_000
-TOLERANCE = 2e-5
-"""Between calls with other users, for a model whose K is below 16 (docs/guides/serve.md)."""
+
 ATTEMPTS = 6
+
+
 NUMBERS = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(tempfile.gettempdir())
 """Where the workers share what they count."""
 
@@ -118,7 +126,7 @@ def test_reloads_erasures_and_killed_workers(served: Served, tmp_path: Path) -> 
     with Scorer.open(served.model_dir, store) as scorer:
         expected = scores_of(scorer)
     before = set(NUMBERS.glob("vista-serve-*"))
-    with running(f"model={served.model_dir}", f"store={store}", "workers=2", "reload_s=0.1") as service:
+    with running(f"model={served.model_dir}", f"store={store}", "workers=2", "reload_s=0.1", fresh=True) as service:
         with Load(service, expected).applied() as load:
             load.until_more(20)
             for generation in (2, 3):
@@ -221,23 +229,20 @@ def test_a_full_disk_for_logs(served: Served) -> None:
     """Messages that cannot be written are lost; requests are not."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    words = command(f"port={port}", "deadline_s=100", f"model={served.model_dir}", f"store={served.store}")
-    with (
-        open("/dev/full", "w") as full,
-        subprocess.Popen(words, env=environment(), stderr=full, stdout=full) as process,
-    ):
-        try:
-            until(lambda: _answers(port) or process.poll() is not None)
-            assert process.poll() is None
-            for _ in range(3):
-                with socket.create_connection(("127.0.0.1", port), TIMEOUT_S) as connection:
-                    connection.sendall(b"not HTTP\r\n\r\n")  # which is logged
-                    assert connection.recv(1000).startswith(b"HTTP/1.1 400")
-            assert _answers(port)
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(TIMEOUT_S) == 0
-        finally:
-            process.kill()
+    words = (f"port={port}", "deadline_s=100", f"model={served.model_dir}", f"store={served.store}")
+    process = ForkedProcess(words, log="/dev/full")
+    try:
+        until(lambda: _answers(port) or process.poll() is not None)
+        assert process.poll() is None
+        for _ in range(3):
+            with socket.create_connection(("127.0.0.1", port), TIMEOUT_S) as connection:
+                connection.sendall(b"not HTTP\r\n\r\n")  # which is logged
+                assert connection.recv(1000).startswith(b"HTTP/1.1 400")
+        assert _answers(port)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(TIMEOUT_S) == 0
+    finally:
+        process.kill()
 
 
 def _answers(port: int) -> bool:
@@ -261,28 +266,23 @@ def _answers(port: int) -> bool:
         (["token_file=nowhere"], "token_file: nowhere: No such file or directory; write one with"),
         (["task=buy"], "task: 'buy' is not one of"),
         (["workers=0"], "workers: must be at least 1"),
+        (["index=no-index"], "no-index"),
     ],
 )
 def test_what_cannot_be_served(
-    served: Served, words: list[str], said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    served: Served, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["serve", f"model={served.model_dir}", f"store={served.store}", "port=0", *words]) in (1, 2)
     assert said in capsys.readouterr().err
 
 
-def test_an_index_that_is_missing(served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [f"model={served.model_dir}", f"store={served.store}", f"index={tmp_path / 'nowhere'}", "port=0"]
-    assert main(["serve", *words]) == 1
-    assert "nowhere" in capsys.readouterr().err
-
-
 def test_workers_that_cannot_start(served: Served) -> None:
     """The service ends, and says why once."""
-    words = command("port=0", "model=nowhere", f"store={served.store}", "workers=3")
-    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.count("error: nowhere") == 1
-    assert "the first worker ended before it could listen" in done.stderr.splitlines()[-1]
+    process = ForkedProcess(("port=0", "model=nowhere", f"store={served.store}", "workers=3"))
+    said = process.stderr.read()
+    assert process.wait(TIMEOUT_S) == 1 and "Traceback" not in said
+    assert said.count("error: nowhere") == 1
+    assert "the first worker ended before it could listen" in said.splitlines()[-1]
 
 
 def test_sigterm_before_the_first_worker_listens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,7 +300,274 @@ def test_sigterm_before_the_first_worker_listens(monkeypatch: pytest.MonkeyPatch
     pool.run(lambda: pytest.fail("no worker could listen"))
 
 
-def test_a_port_that_is_taken(served: Served, service: RunningService) -> None:
-    words = command(f"port={service.port}", f"model={served.model_dir}", f"store={served.store}", "workers=2")
-    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and f"cannot listen on 127.0.0.1:{service.port}" in done.stderr
+def test_a_port_that_is_taken(served: Served, service: RunningService, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [f"port={service.port}", f"model={served.model_dir}", f"store={served.store}", "workers=2"]
+    assert main(["serve", *words]) == 2
+    assert f"cannot listen on 127.0.0.1:{service.port}" in capsys.readouterr().err
+
+
+OLD, NEW = "an-old-token-of-some-length", "a-new-token-of-some-length"
+
+
+def replace(path: Path, text: str) -> None:
+    other = path.with_name("other")
+    other.write_text(text)
+    other.rename(path)
+
+
+def restart_workers(service: RunningService) -> None:
+    """One after the other: each ends by itself, and the next one only if two listen again."""
+    for worker in service.workers():
+        before = service.log.count("ended with status 0")
+        os.kill(worker, signal.SIGTERM)
+        until(lambda before=before: service.log.count("ended with status 0") == before + 1)
+        until(lambda: service.num_listening() == 2)
+
+
+@contextmanager
+def asked_without_end(
+    service: RunningService, statuses: Counter[int], generations: set[int], **headers: str
+) -> Iterator[None]:
+    """A client that repeats a request if its connection breaks, as docs/guides/serve.md says."""
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            for attempt in range(6):
+                try:
+                    status, answer = service.fetch("/v1/score", ASKED, headers=headers)
+                    break
+                except (http.client.HTTPException, ConnectionError):
+                    time.sleep(0.1 * 2**attempt)
+            else:
+                status, answer = 0, {}
+            statuses[status] += 1
+            generations.add(answer.get("generation", 0))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_a_new_key_of_records_and_a_new_token(served: Served, tmp_path: Path) -> None:
+    store, key, tokens = (tmp_path / name for name in ("store", "key", "tokens"))
+    replace(key, "01" * 32)
+    replace(tokens, OLD)
+    refresh(served.model, served.log, store, key=read_key(str(key)))
+    with Scorer.open(served.model_dir, store, key=read_key(str(key))) as scorer:
+        expected = scorer.score(USERS, ITEMS, now=NOW)
+    words = (f"model={served.model_dir}", f"store={store}", f"authentication_key_file={key}", f"token_file={tokens}")
+    old, new = ({"Authorization": f"Bearer {token}"} for token in (OLD, NEW))
+
+    def statuses(service: RunningService, headers: dict[str, str]) -> set[int]:
+        return {service.fetch("/v1/score", ASKED, headers=headers)[0] for _ in range(10)}
+
+    asked, generations = Counter[int](), set[int]()
+    with running(*words, "workers=2", "reload_s=0.2") as service:
+        with asked_without_end(service, asked, generations, **old):
+            refresh(served.model, served.log, store, key=b"\2" * 32)
+            until(lambda: any("the last reload failed" in text for text in service.fetch("/readyz")[1]["problems"]))
+            assert service.fetch("/readyz")[0] == 200
+            status, answer = service.fetch("/v1/score", ASKED, headers=old)
+            assert (status, answer["generation"]) == (200, 1)
+            np.testing.assert_allclose(answer["scores"], expected, atol=TOLERANCE)
+            os.kill(service.workers()[0], signal.SIGKILL)  # Until the file has the new key, no other can take its place.
+            until(lambda: "error: gen-2 was written with authentication key" in service.log)
+            assert service.fetch("/v1/score", ASKED, headers=old)[1]["generation"] == 1
+            replace(key, "02" * 32)
+            until(lambda: service.num_listening() == 2)
+            assert statuses(service, new) == {401}
+            replace(tokens, f"{OLD}\n{NEW}\n")
+            restart_workers(service)
+            for _ in range(10):
+                status, answer = service.fetch("/v1/score", ASKED, headers=new)
+                assert (status, answer["generation"]) == (200, 2)
+                np.testing.assert_allclose(answer["scores"], expected, atol=TOLERANCE)
+        assert statuses(service, old) == statuses(service, new) == {200}
+        replace(tokens, NEW)
+        with asked_without_end(service, asked, generations, **new):
+            restart_workers(service)
+        assert statuses(service, old) == {401} and statuses(service, new) == {200}
+    assert set(asked) == {200} and generations == {1, 2}
+
+
+def test_a_planned_stop_of_a_worker_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("prometheus_client")  # imported before the variable that makes it share numbers is set
+    with shared_numbers(), caplog.at_level(logging.INFO, "vista.serve.worker_pool"):
+        pool = WorkerPool(ServeConfig(), None, "127.0.0.1", 0)
+        for number, level in ((signal.SIGTERM, logging.INFO), (signal.SIGKILL, logging.ERROR)):
+            process = get_context("spawn").Process(target=time.sleep, args=(60,))
+            process.start()
+            os.kill(process.pid or 0, number)
+            process.join()
+            pool._replace_later(_Worker(process, None))
+            assert caplog.records[-1].levelno == level and "another one starts in" in caplog.text
+
+
+NO_SUMMARIES = "the store has no summaries of this model yet; the model waits for the rest of its upgrade (see the log)"
+
+
+def scores_after(model: VistaModel, store: Path) -> np.ndarray:
+    with Scorer.open(model, store) as scorer:
+        found: np.ndarray = scorer.score(USERS, ITEMS, now=NOW)
+        return found
+
+
+def test_a_service_that_starts_before_the_summaries_are_published(served: Served, folders: tuple[Path, Path]) -> None:
+    model, store = folders
+    other = retrained(served.model)
+    other.save_pretrained(model)
+    with running(f"model={model}", f"store={store}", "reload_s=0.2") as service:
+        assert service.fetch("/healthz") == (200, {"status": "ok"})
+        assert service.fetch("/readyz") == (503, {"ready": False, "generation": None, "problems": [NO_SUMMARIES]})
+        status, headers, answer = service.send("/v1/score", ASKED)
+        assert status == 503 and b"ModelUnavailableError" in answer and headers["Retry-After"] == "1"
+        assert NO_SUMMARIES.encode() in answer and str(model).encode() not in answer
+        assert service.number('vista_model_openings_total{model="default",outcome="failed"}') >= 1
+        refresh(other, served.log, store)
+        until(lambda: service.fetch("/readyz") == (200, {"ready": True, "generation": 2, "problems": []}))
+        status, scored = service.fetch("/v1/score", ASKED)
+        np.testing.assert_allclose(scored["scores"], scores_after(other, store), atol=TOLERANCE)
+        said = "model default waits, and is tried again every 0.2 s, because the store has no summaries of this model"
+        assert service.log.count(said) == 1 and "opened model default in" in service.log
+        assert "Traceback" not in service.log and service.stop() == 0
+
+
+def test_a_worker_that_restarts_before_the_summaries_are_published(served: Served, folders: tuple[Path, Path]) -> None:
+    """It gets no requests, so that none fails; the other worker keeps the old model in service."""
+    model, store = folders
+    other, expected = retrained(served.model), scores_after(served.model, store)
+    with running(f"model={model}", f"store={store}", "workers=2", "reload_s=0.2") as service:
+        other.save_pretrained(model)
+        first, second = service.workers()
+        os.kill(first, signal.SIGKILL)
+        until(lambda: "model default waits" in service.log)
+        for _ in range(10):  # The kernel assigns each connection to a worker that listens.
+            status, answer = service.fetch("/v1/score", ASKED)
+            assert status == 200
+            np.testing.assert_allclose(answer["scores"], expected, atol=TOLERANCE)
+            assert service.fetch("/readyz")[0] == 200
+        (waiting,) = set(service.workers()) - {second}
+        refresh(other, served.log, store)
+        until(lambda: service.number('vista_model_open{model="default"}') == 2)
+        until(lambda: service.number('vista_generation{model="default"}') == 2)
+        expected = scores_after(other, store)
+        for _ in range(10):
+            np.testing.assert_allclose(service.fetch("/v1/score", ASKED)[1]["scores"], expected, atol=TOLERANCE)
+        assert set(service.workers()) == {second, waiting}  # It was not started again and again.
+        assert service.stop() == 0
+
+
+def test_a_worker_that_waits_can_be_stopped(served: Served, folders: tuple[Path, Path]) -> None:
+    model, store = folders
+    with running(f"model={model}", f"store={store}", "workers=2", "reload_s=1000") as service:
+        retrained(served.model).save_pretrained(model)
+        os.kill(service.workers()[0], signal.SIGKILL)
+        until(lambda: "model default waits" in service.log)
+        assert service.stop() == 0
+        assert "did not stop in time" not in service.log and "Traceback" not in service.log
+
+
+def test_one_variant_waits_while_the_other_serves(served: Served, folders: tuple[Path, Path], tmp_path: Path) -> None:
+    model, store = folders
+    other = retrained(served.model)
+    other.save_pretrained(model)
+    models = {"a": (served.model_dir, served.store), "b": (model, store)}
+    path = models_file(tmp_path, models, split={"a": 0.5, "b": 0.5})
+    with running(f"models={path}", "reload_s=0.2") as service:
+        status, ready = service.fetch("/readyz")
+        assert (status, ready["generation"], ready["problems"]) == (200, {"a": 1}, [f"b: {NO_SUMMARIES}"])
+        assert service.fetch("/v1/score", {**ASKED, "model": "a"})[0] == 200
+        assert service.fetch("/v1/score", {**ASKED, "model": "b"})[0] == 503
+        refresh(other, served.log, store)
+        until(lambda: service.fetch("/readyz")[1]["problems"] == [])
+        assert service.fetch("/v1/score", {**ASKED, "model": "b"})[0] == 200
+
+
+@pytest.mark.nightly
+def test_a_waiting_variant_keeps_no_worker_from_listening(
+    served: Served, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Neither when the service starts, nor when a worker is replaced."""
+    model, store = folders
+    retrained(served.model).save_pretrained(model)
+    models = {"a": (served.model_dir, served.store), "b": (model, store)}
+    path = models_file(tmp_path, models, split={"a": 0.5, "b": 0.5})
+    with running(f"models={path}", "workers=2", "reload_s=0.2") as service:
+        until(lambda: b'vista_model_open{model="a"} 2.0' in service.send("/metrics")[2])
+        killed = service.workers()[0]
+        os.kill(killed, signal.SIGKILL)
+        until(lambda: killed not in service.workers() and len(service.workers()) == 2)
+        until(lambda: b'vista_model_open{model="a"} 2.0' in service.send("/metrics")[2])
+        assert service.fetch("/v1/score", {**ASKED, "model": "a"})[0] == 200
+        assert service.fetch("/v1/score", {**ASKED, "model": "b"})[0] == 503
+        assert service.stop() == 0
+
+
+def test_workers_that_all_wait_listen(served: Served, folders: tuple[Path, Path]) -> None:
+    model, store = folders
+    other = retrained(served.model)
+    other.save_pretrained(model)
+    with running(f"model={model}", f"store={store}", "workers=2", "reload_s=0.2") as service:
+        assert service.fetch("/readyz")[1]["problems"] == [NO_SUMMARIES]
+        refresh(other, served.log, store)
+        until(lambda: b'vista_model_open{model="default"} 2.0' in service.send("/metrics")[2])
+        assert service.fetch("/v1/score", ASKED)[0] == 200 and service.stop() == 0
+
+
+def test_a_service_that_starts_before_longer_tails_are_published(served: Served, folders: tuple[Path, Path]) -> None:
+    """A new stage 2 with the summarizer of the store, which reads more events than the store's tails hold."""
+    model, store = folders
+    refresh(served.model.with_tail(3), served.log, store)
+    with running(f"model={model}", f"store={store}", "reload_s=0.2") as service:
+        status, ready = service.fetch("/readyz")
+        assert status == 503 and ready["problems"][0].startswith("the records of the store lack what this model reads")
+        refresh(served.model, served.log, store)
+        until(lambda: service.fetch("/readyz")[0] == 200)
+        answer = service.fetch("/v1/score", ASKED)[1]
+        np.testing.assert_allclose(answer["scores"], scores_after(served.model, store), atol=TOLERANCE)
+
+
+def test_an_index_of_another_model(served: Served, served_tasks: Served, tmp_path: Path) -> None:
+    index = tmp_path / "index"
+    run_index(IndexConfig(model=str(served_tasks.model_dir), out=str(index)))
+    words = [f"model={served.model_dir}", f"store={served.store}", f"index={index}", "reload_s=0.2"]
+    with running(*words) as service:
+        status, ready = service.fetch("/readyz")
+        assert status == 503 and ready["problems"][0].startswith("the index is not of this model yet")
+        assert "run `vista index model=…` for the model in service" in service.log
+        run_index(IndexConfig(model=str(served.model_dir), out=str(index)))
+        until(lambda: service.fetch("/readyz")[0] == 200)
+        assert service.fetch("/v1/retrieve", {"users": USERS, "now": NOW})[0] == 200
+
+
+def test_what_happens_to_a_model_that_waits(
+    served: Served, folders: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Other errors end the start, but not the wait. The log names each reason once."""
+    model, store = folders
+    retrained(served.model).save_pretrained(model)
+    config = ServeConfig(model=str(model), store=str(store), reload_s=1e-6)
+    models = ServedModels({ONE_MODEL: config}, None, None, ServiceMetrics())
+    try:
+        with caplog.at_level(logging.INFO, "vista.serve.served_models"):
+            models.open_first()
+            for _ in range(2):
+                models.open_waiting()
+            assert models.waiting == [ONE_MODEL] and len(caplog.records) == 1
+            model.rename(tmp_path / "away")
+            models.open_waiting()
+            assert models.waiting == [ONE_MODEL] and "cannot be opened: CheckpointError" in caplog.records[-1].message
+            shutil.copytree(served.model_dir, model)
+            models.open_waiting()
+            assert not models.waiting and models.problem(ONE_MODEL) is None and models.is_open(ONE_MODEL)
+    finally:
+        models.close()
+    model.rename(tmp_path / "gone")
+    models = ServedModels({ONE_MODEL: config}, None, None, ServiceMetrics())
+    with pytest.raises(CheckpointError):
+        models.open_first()
