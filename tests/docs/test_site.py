@@ -125,16 +125,13 @@ def test_broken_links_of_the_sources_break_the_build(root: Path) -> None:
     ("links", "problems"),
     [
         (["[x](reference/made.md#none)"], ["](reference/made.md#none)"]),
+        (["::: no.such.name"], ["Could not collect 'no.such.name'"]),
         (
-            ['<img src="https://example.org/x.png">', "::: no.such.name"],
-            [
-                "index.html: loads https://example.org/x.png",
-                "Could not collect 'no.such.name'",
-                "none.md: the site has",
-            ],
+            ['<img src="https://example.org/x.png">'],
+            ["index.html: loads https://example.org/x.png", "none.md: the site has no such page"],
         ),
     ],
-    ids=["a generated page", "what only the site shows"],
+    ids=["a generated page", "a name of the API", "an image of another server, and a page that is missing"],
 )
 def test_broken_links_of_the_site_break_the_build(root: Path, links: list[str], problems: list[str]) -> None:
     (root / "docs" / "index.md").write_text("\n".join([(root / "docs" / "index.md").read_text(), *links, ""]))

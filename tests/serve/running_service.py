@@ -72,7 +72,7 @@ class ForkedProcess:
             pipe = Path(folder) / "log"
             os.mkfifo(pipe)
             self._child: Child = nursery().start(serve_in_child, list(words), log or pipe, Path.cwd())
-            self.stderr: TextIO = open(os.devnull) if log else pipe.open()
+            self.stderr: TextIO = Path(os.devnull if log else pipe).open()  # noqa: SIM115, read until the process ends
         self.pid = self._child.pid
 
     def poll(self) -> int | None:

@@ -5,10 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
-import msgspec
-import numpy as np
-import os
-import pytest
 import shutil
 import subprocess
 import sys
@@ -18,12 +14,17 @@ from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import CancelledError
 from contextlib import closing
 from functools import partial
-from numpy.typing import NDArray
 from pathlib import Path
-from tests.conftest import ITEMS, START, Served, USERS, small_config
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from tests.conftest import ITEMS, USERS, Served, small_config
 from tests.serve.conftest import NOW, TOLERANCE, save_other_stage_2
 from tests.serve.running_service import environment
-from typing import Any
 from vista.config import ServeConfig
 from vista.errors import DeadlineError, OverloadedError, StoreError, UnknownUserError
 from vista.log.event_log import EventLog
@@ -32,13 +33,12 @@ from vista.scorer import Scorer
 from vista.serve import application, served_models, worker
 from vista.serve.application import make_application
 from vista.serve.request_bodies import JSON, MSGPACK, TailEvent, tail_of
-from vista.serve.score_batches import Entry, MAX_BYTES, MAX_REQUESTS, ScoreBatches
+from vista.serve.score_batches import MAX_BYTES, MAX_REQUESTS, Entry, ScoreBatches
 from vista.serve.scoring_queue import ScoringQueue
 from vista.serve.scoring_service import ScoringService
 from vista.serve.served_models import ServedModels
 from vista.serve.service_metrics import ServiceMetrics
 from vista.training.trainer import train
-
 
 EVENT = {"item": 10, "time": NOW - 1000, "action": "like"}
 
@@ -374,7 +374,10 @@ def test_a_model_that_is_opened_answers_before_it_can_be_closed(
 
 
 def test_a_slow_close_delays_no_request(
-    served: Served, two_models: dict[str, Path], opened_models: tuple[BusyService, list[int]], monkeypatch: pytest.MonkeyPatch
+    served: Served,
+    two_models: dict[str, Path],
+    opened_models: tuple[BusyService, list[int]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Such as the close of a model whose running reload has to end first."""
     models, begun, released = opened_models[0].models, threading.Event(), threading.Event()

@@ -1,21 +1,23 @@
-"""Answers over HTTP are those of the scorer, bit for bit, also while a reload moves it to another model or generation."""
+"""Answers over HTTP are those of the scorer, bit for bit, also while it is moved to another model or generation."""
 
 from __future__ import annotations
 
 import json
-import msgspec
-import numpy as np
-import pytest
 import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from tests.conftest import ITEMS, START, Served, USERS, draw_counter_weights, small_config, small_frame
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from tests.conftest import ITEMS, START, USERS, Served, draw_counter_weights, small_config, small_frame
 from tests.scorer.test_retrieval import export, item_table
 from tests.scorer.test_scorer_bad_input import damage_record
 from tests.serve.conftest import ASKED, NOW, TOLERANCE, retrained
 from tests.serve.running_service import RunningService, running, until
-from typing import Any
 from vista.cli.index_command import run_index
 from vista.config import IndexConfig, ServeConfig, SourceColumns
 from vista.log.event_log import EventLog
@@ -28,7 +30,6 @@ from vista.serve.score_batches import ScoreBatches
 from vista.serve.scoring_service import ScoringService
 from vista.store import StoreReader
 from vista.training.trainer import train
-
 
 MSGPACK = {"Content-Type": "application/msgpack"}
 

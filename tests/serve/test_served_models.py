@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import msgspec
-import numpy as np
-import pytest
 import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from tests.conftest import ITEMS, START, Served, USERS, run_python
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from tests.conftest import ITEMS, USERS, Served
 from tests.serve.conftest import NOW, TOLERANCE, models_file, save_other_stage_2
 from tests.serve.running_service import RunningService, running, until
-from typing import Any
 from vista.cli.main import main
 from vista.config import ServeConfig
 from vista.errors import ModelUnavailableError
@@ -24,7 +26,6 @@ from vista.scorer import Scorer
 from vista.serve.served_models import ServedModels
 from vista.serve.service_metrics import ServiceMetrics
 from vista.serve.user_split import UserSplit
-
 
 NAMES = ("a", "b", "c")
 
@@ -87,7 +88,9 @@ def test_models_are_opened_at_their_first_use(
             np.testing.assert_allclose(answer["scores"], expected[name], atol=TOLERANCE)
         assert service.fetch("/readyz")[1]["generation"] == dict.fromkeys(NAMES, 1)
         assert mapped(service, model_folders["b"] / WEIGHTS_FILE)
-        assert mapped(service, model_folders["a"] / RETRIEVAL_FILE) and not mapped(service, model_folders["b"] / RETRIEVAL_FILE)
+        assert mapped(service, model_folders["a"] / RETRIEVAL_FILE) and not mapped(
+            service, model_folders["b"] / RETRIEVAL_FILE
+        )
         assert "opened model b in" in service.log and "of which other models share" in service.log
         assert service.number('vista_users_total{model="c",outcome="hit"}') == len(USERS)
         assert service.number('vista_model_openings_total{model="c",outcome="opened"}') == 1
@@ -104,7 +107,10 @@ def test_idle_models_are_closed_under_the_budget(
             assert status == 200
             np.testing.assert_allclose(answer["scores"], expected[name], atol=TOLERANCE)
             # What all share stays in the files of a.
-            assert [mapped(service, model_folders[other] / WEIGHTS_FILE) for other in "bc"] == [name == "b", name == "c"]
+            assert [mapped(service, model_folders[other] / WEIGHTS_FILE) for other in "bc"] == [
+                name == "b",
+                name == "c",
+            ]
         assert f"closing model b, because the open models exceed memory_bytes={budget}" in service.log
         assert service.number('vista_model_closings_total{model="b"}') == 2
         assert service.number('vista_model_open{model="b"}') == 0
@@ -205,6 +211,7 @@ def test_models_follow_their_store(served: Served, model_folders: dict[str, Path
             until(lambda name=name: service.number(f'vista_generation{{model="{name}"}}') == 2)
 
 
+HALVES = {"control": 0.5, "larger": 0.5}
 SPLIT = UserSplit(HALVES, "control,larger")
 
 
@@ -338,9 +345,6 @@ def test_files_that_cannot_be_served(
     path.write_text(change(path.read_text()))
     assert main(["serve", f"models={path}", "port=0"]) == 2
     assert words in capsys.readouterr().err
-
-
-HALVES = {"control": 0.5, "larger": 0.5}
 
 
 def test_fixed_assignments() -> None:

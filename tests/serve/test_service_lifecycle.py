@@ -5,13 +5,10 @@ from __future__ import annotations
 import http.client
 import json
 import logging
-import numpy as np
 import os
-import pytest
 import shutil
 import signal
 import socket
-import subprocess
 import tempfile
 import threading
 import time
@@ -20,11 +17,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
-from tests.conftest import ITEMS, START, Served, USERS
-from tests.serve.conftest import ASKED, NOW, TOLERANCE, models_file, retrained
-from tests.serve.running_service import RunningService, TIMEOUT_S, command, environment, running, until
-from tests.store.remote.valkey_server import ValkeyServer
 from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.conftest import ITEMS, USERS, Served
+from tests.serve.conftest import ASKED, NOW, TOLERANCE, models_file, retrained
+from tests.serve.running_service import TIMEOUT_S, ForkedProcess, RunningService, running, until
+from tests.store.remote.valkey_server import ValkeyServer
 from vista.cli.index_command import run_index
 from vista.cli.main import main
 from vista.config import IndexConfig, ServeConfig
@@ -39,7 +40,6 @@ from vista.serve.worker_pool import WorkerPool, _Worker
 from vista.store.admin.copying import copy_generation
 from vista.store.erasure import erase
 from vista.store.format.authentication import read_key
-
 
 ATTEMPTS = 6
 
@@ -269,9 +269,7 @@ def _answers(port: int) -> bool:
         (["index=no-index"], "no-index"),
     ],
 )
-def test_what_cannot_be_served(
-    served: Served, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_be_served(served: Served, words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", f"model={served.model_dir}", f"store={served.store}", "port=0", *words]) in (1, 2)
     assert said in capsys.readouterr().err
 
@@ -375,7 +373,8 @@ def test_a_new_key_of_records_and_a_new_token(served: Served, tmp_path: Path) ->
             status, answer = service.fetch("/v1/score", ASKED, headers=old)
             assert (status, answer["generation"]) == (200, 1)
             np.testing.assert_allclose(answer["scores"], expected, atol=TOLERANCE)
-            os.kill(service.workers()[0], signal.SIGKILL)  # Until the file has the new key, no other can take its place.
+            os.kill(service.workers()[0], signal.SIGKILL)
+            # Until the file has the new key, no other worker can take its place.
             until(lambda: "error: gen-2 was written with authentication key" in service.log)
             assert service.fetch("/v1/score", ASKED, headers=old)[1]["generation"] == 1
             replace(key, "02" * 32)

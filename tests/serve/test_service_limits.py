@@ -1,25 +1,26 @@
-"""What clients do wrong (bad bodies, too much at once, slow and broken connections, no token), and the limits of a connection."""
+"""What clients do wrong: bad bodies, too much at once, slow and broken connections, endless requests, no token."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import pytest
 import select
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from functools import partial
-from tests.conftest import ITEMS, Served
-from tests.serve.running_service import RunningService, TIMEOUT_S, running, until
 from typing import Any
+
+import pytest
+
+from tests.conftest import ITEMS, Served
+from tests.serve.running_service import TIMEOUT_S, RunningService, running, until
 from vista.errors import ConfigError
 from vista.serve import http_protocol
 from vista.serve.bearer_token import read_tokens
 from vista.serve.http_protocol import BoundedHttpProtocol
 from vista.serve.serve_extra import uvicorn
-
 
 GOOD = {"users": [103], "candidates": [0, 10]}
 
