@@ -1,11 +1,13 @@
-"""`vista export`: files that score without vista, in a fresh process; and what happens if something fails."""
+"""Exports score what the scorer does, without vista, and are written atomically."""
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +15,205 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import run_python, small_config
-from tests.export.models import drawn_model
-from tests.required_program import require_compiler
+from tests.compiler import require_compiler
+from tests.conftest import draw_counter_weights, run_python, small_config
+from tests.counters.counter_histories import category
 from vista.cli.main import main
+from vista.config import DataConfig, ModelConfig
 from vista.config.choices import Architecture, ExportFormat, Precision, TargetAttentionKind
 from vista.errors import ExportError, MissingDependencyError
 from vista.export.export import export
-from vista.export.parity import scorer_outputs
+from vista.export.graph_input import graph_inputs
+from vista.export.parity import compare, scorer_outputs
+from vista.export.request_arrays import Arrays
 from vista.export.serving_graph import ServingGraph
 from vista.export.trial_requests import trial_requests
 from vista.export.trial_store import write_trial_store
 from vista.log.event_log import EventLog
+from vista.log.gaps import NUM_GAPS, gap_bucket
+from vista.log.vocabulary import Vocabulary
 from vista.model.baselines.hstu import HSTU
+from vista.model.feature_spec import FeatureSpec
+from vista.model.hashed_vocabulary import HashedVocabulary
+from vista.model.item_projections import ItemProjections
+from vista.model.row_feature_reader import RowFeatureReader
+from vista.model.schema import Schema
 from vista.model.vista_model import VistaModel
+from vista.scorer.serving_snapshot import ServingSnapshot
 from vista.scorer.serving_source import ServingSource
 from vista.training.log_schema import schema_of
+
+COLUMNS = [
+    FeatureSpec("device", "category", 3),
+    FeatureSpec("dwell", "number", 4, [0.0, 1.0, 2.0], 0.5, 1.5),
+    FeatureSpec("page", "category", 5, hashed=True),
+]
+
+
+def drawn_model(
+    kind: TargetAttentionKind = TargetAttentionKind.pointwise,
+    *,
+    num_seeds: int = 3,
+    counters: bool = True,
+    features: bool = True,
+    tasks: Sequence[str] = ("click", "buy"),
+    has_retrieval: bool = True,
+    has_time: bool = True,
+    mean_token: bool = False,
+    num_layers: int = 2,
+    categories: bool = False,
+) -> VistaModel:
+    """A model in eval mode. No weight that training starts at 0 is 0."""
+    config = ModelConfig(
+        dim=16,
+        num_heads=2,
+        num_seeds=num_seeds,
+        num_layers=1,
+        num_target_layers=num_layers,
+        tail_len=6,
+        target_attention=kind,
+        counters=counters,
+        counter_keys=10,
+        counter_categories=["brand"] if categories else [],
+        popularity=counters,
+        mean_token=mean_token,
+    )
+    columns = COLUMNS if features else []
+    brands, table = category("brand", np.arange(100) % 8 - 1) if categories else ([], None)
+    schema = Schema(
+        ["view", "like"],
+        has_time,
+        None,
+        list(tasks),
+        has_retrieval,
+        item_features=brands,
+        event_features=columns,
+        num_tail_features=len(columns),
+        request_features=columns,
+        user_features=columns,
+    )
+    torch.manual_seed(0)
+    model = VistaModel(config, schema, Vocabulary.from_ids(np.arange(100) * 7), DataConfig()).eval()
+    if features:
+        values = {"device": Vocabulary.from_ids(["phone", "tablet", "tv"]), "dwell": None, "page": HashedVocabulary(5)}
+        model.event_features = model.request_features = model.user_features = RowFeatureReader(columns, values)
+    model.set_item_features(table)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.3)
+    draw_counter_weights(model)
+    return model
+
+
+Kind = TargetAttentionKind
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "pointwise": {},
+    "softmax": {"kind": Kind.softmax},
+    "quasi_linear": {"kind": Kind.quasi_linear},
+    "no summary": {"num_seeds": 0},
+    "mean token": {"mean_token": True},
+    "one layer": {"num_layers": 1},
+    "only next": {"tasks": ()},
+    "only tasks": {"has_retrieval": False},
+    "no counters": {"counters": False},
+    "no features": {"features": False},
+    "no times": {"has_time": False},
+    "categories": {"categories": True},
+    "little": {"counters": False, "features": False, "has_time": False, "num_seeds": 0},
+}
+
+
+def snapshot_of(model: VistaModel, folder: Path) -> ServingSnapshot:
+    write_trial_store(model, folder / "store")
+    return ServingSource(model, folder / "store", "cpu", None, Precision.float32).open()
+
+
+def eager(graph: ServingGraph) -> Any:
+    def run(arrays: Arrays) -> Arrays:
+        outputs = graph(*(torch.from_numpy(arrays[name]) for name in graph.names))
+        return {name: output.numpy() for name, output in zip(graph.outputs, outputs, strict=True)}
+
+    return run
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_graph_scores_as_the_scorer_does(tmp_path: Path, name: str) -> None:
+    model = drawn_model(**MODELS[name])
+    snapshot = snapshot_of(model, tmp_path)
+    graph = ServingGraph(model, snapshot.items)
+    compared, example = compare(eager(graph), snapshot, 150, 1e-4)
+    snapshot.store.close()
+    assert set(compared.max_difference) == ({"logits"} if model.schema.tasks else set()) | (
+        {"next"} if model.has_retrieval else set()
+    )
+    for output in compared.max_difference:
+        assert np.std(example[output]) > 1e-3
+
+
+def test_trial_requests_differ_in_everything_that_a_model_reads(tmp_path: Path) -> None:
+    """A comparison means nothing if no request has a counted candidate, a new event, or an unknown user."""
+    model = drawn_model()
+    snapshot = snapshot_of(model, tmp_path)
+    trials = list(trial_requests(snapshot, 150))
+    arrays = [trial.arrays for trial in trials]
+    assert sum(len(one["candidates"]) for one in arrays) == 150
+    counters = [trial.request.counters for trial in trials]
+    counted = [
+        len(one.find(slice(0, len(trial.rows)), trial.rows, slice(0, trial.rows.shape[1]))[0])
+        for one, trial in zip(counters, trials, strict=True)
+        if one is not None
+    ]
+    assert sum(counted) > 100
+    for name in ("found", "tail_is_new", "request.device", "user.device", "tail.device", "now", "candidates"):
+        assert len(np.unique(np.concatenate([one[name].ravel() for one in arrays]))) > 1, name
+    assert {one["candidates"].shape[1] for one in arrays} >= {1, 2, 17, 100}
+    snapshot.store.close()
+
+
+def test_a_difference_is_an_error(tmp_path: Path) -> None:
+    model = drawn_model(features=False, counters=False)
+    snapshot = snapshot_of(model, tmp_path)
+    graph = ServingGraph(model, snapshot.items)
+    run = eager(graph)
+    for wrong in (1e-3, np.nan):
+
+        def changed(arrays: Arrays, wrong: float = wrong) -> Arrays:
+            outputs = run(arrays)
+            outputs["logits"][-1, -1, -1] += wrong
+            return outputs
+
+        with pytest.raises(ExportError, match=r"logits of the export differ by up to .* from the scorer's"):
+            compare(changed, snapshot, 10, 1e-4)
+    snapshot.store.close()
+
+
+def test_the_graph_leaves_its_model_alone(tmp_path: Path) -> None:
+    model = drawn_model(kind=Kind.softmax)
+    before = {name: (own.clone(), own.requires_grad) for name, own in model.named_parameters()}
+    snapshot = snapshot_of(model, tmp_path)
+    ServingGraph(model, snapshot.items)
+    for name, own in model.named_parameters():
+        assert torch.equal(own, before[name][0])
+        assert own.requires_grad == before[name][1]
+    snapshot.store.close()
+
+
+def test_gaps_have_the_buckets_of_training() -> None:
+    model = drawn_model(features=False, counters=False)
+    graph = ServingGraph(model, ItemProjections.of(model))
+    edges = 1000 * (2 ** np.arange(34) - 1)
+    gaps = np.unique(np.concatenate([edges - 1, edges, edges + 1, edges + 500, [-5, 0, 999, 10**14]]))
+    np.testing.assert_array_equal(graph._bucket(torch.from_numpy(gaps)).numpy(), gap_bucket(gaps))
+    assert graph._bucket(torch.tensor([2**62])).item() == NUM_GAPS - 1
+
+
+def test_inputs_that_a_model_does_not_read_are_left_out() -> None:
+    names = [one.name for one in graph_inputs(drawn_model(**MODELS["little"]))]
+    assert names == ["candidates", "found", "tail_lengths", "tail_items", "tail_actions"]
+
 
 BLOCKER = """
 import runpy, sys
@@ -45,6 +230,8 @@ script, sys.argv = sys.argv[2], sys.argv[2:]
 runpy.run_path(script, run_name="__main__")
 """
 """Runs a program in a process where some packages cannot be imported: blocked names, the program, its arguments."""
+
+
 ALL_SHAPES = """
 import sys
 from pathlib import Path
@@ -178,15 +365,32 @@ def written(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_an_export_that_differs_leaves_the_earlier_one(exported: Path, folder: Path, small: Path, capsys: Any) -> None:
-    """max_difference=1e-12 is below the rounding of float32."""
+def test_an_export_that_differs_or_cannot_be_written_leaves_the_earlier_one(
+    exported: Path, folder: Path, small: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graph itself is run, not an export of it; max_difference=1e-12 is below the rounding of float32."""
     before = written(exported)
-    assert main(["export", f"model={small}", f"out={exported}", "num_requests=20", "max_difference=1e-12"]) == 1
+    failures: list[OSError] = []
+
+    def write(graph: ServingGraph, _: Any, partial: Path) -> Any:
+        (partial / "model.onnx").write_bytes(b"other")
+        if failures:
+            raise failures.pop()
+        return eager(graph)
+
+    monkeypatch.setattr("vista.export.onnx_export.write_onnx", write)
+    words = ["export", f"model={small}", f"out={exported}", "num_requests=20", "max_difference=1e-12"]
+    assert main(words) == 1
     assert "but at most 1e-12 is allowed (max_difference); nothing was written" in capsys.readouterr().err
+    failures.append(OSError(errno.ENOSPC, "No space left on device"))
+    assert main(words) == 1
+    said = capsys.readouterr().err
+    assert "the export could not be written" in said and "free space" in said
     assert written(exported) == before
     assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
 
 
+@pytest.mark.nightly
 def test_a_full_disk_leaves_nothing(small: Path, tmp_path: Path) -> None:
     """The graph exceeds the limit of the process on the size of files; writing it fails as on a full disk."""
     pytest.importorskip("onnxscript")
@@ -213,6 +417,7 @@ def test_a_full_disk_leaves_nothing(small: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.nightly
 def test_a_killed_export_leaves_the_earlier_one(exported: Path, small: Path, tmp_path: Path) -> None:
     """Killed when only the manifest and the example are missing."""
     out = shutil.copytree(exported, tmp_path / "out")

@@ -2,34 +2,88 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
 import subprocess
+from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from tests.chromium import require_chromium
 from tests.conftest import Served, sign_model, small_config
-from tests.report.conftest import Reported
-from tests.required_program import require_chromium
 from vista import progress_bar
 from vista.cli.main import main
-from vista.config import EvaluateConfig, ReportConfig
+from vista.config import EvaluateConfig, OptimConfig, ReportConfig
 from vista.config.choices import Architecture, Split, Target
 from vista.errors import CheckpointError, ConfigError, StoreError, SummarizerMismatchError
 from vista.evaluation.evaluate import evaluate_scorer
 from vista.log.event_log import EventLog
-from vista.report.report import write_report
+from vista.report.report import WrittenReport, write_report
 from vista.runs.run_files import MAX_METRICS_BYTES
 from vista.scorer import Scorer
-from vista.training.trainer import train_model
+from vista.training.trainer import train, train_model
+
+
+@dataclass(frozen=True)
+class Reported:
+    """A report and what it is about."""
+
+    served: Served
+    without_summary: Path
+    """Run folder of the other model."""
+    report: WrittenReport
+    page: str
+
+
+@pytest.fixture(scope="session")
+def without_summary(served_tasks: Served, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run folder of the model of `served_tasks` with K = 0."""
+    folder = tmp_path_factory.mktemp("without-summary") / "k0"
+    config = served_tasks.config
+    optim = {field.name: getattr(config.optim, field.name) for field in dataclasses.fields(config.optim)}
+    train(
+        dataclasses.replace(
+            config,
+            model=dataclasses.replace(config.model, num_seeds=0),
+            optim=OptimConfig(**optim | {"reconstruction_weight": 0.0, "epochs": 1}),
+            run_dir=str(folder),
+        ),
+        served_tasks.log,
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reported(served_tasks: Served, without_summary: Path, tmp_path_factory: pytest.TempPathFactory) -> Reported:
+    """The report about `served_tasks`, next to the model without a summary."""
+    out = tmp_path_factory.mktemp("report") / "report.html"
+    report = write_report(
+        ReportConfig(
+            run=served_tasks.config.run_dir,
+            others=[str(without_summary)],
+            store=str(served_tasks.test_store),
+            out=str(out),
+            num_threads=1,
+            progress=False,
+        )
+    )
+    return Reported(served_tasks, without_summary, report, out.read_text())
+
 
 RESOURCE_OF_A_PAGE = 101845102
 """Chromium's traffic annotation `blink_resource_loader`: a request of a page, not of the browser itself."""
+
+
 PROGRESS = ("ranking", "impressions", "baselines", "earlier events", "pooled vectors", "intervals", "sections")
+
+
 VOID = {"meta", "link", "br", "img"}
+
+
 SECTIONS = [
     "What was trained",
     "Training",
@@ -94,214 +148,217 @@ def requests_of(page: Path, picture: Path) -> list[str]:
     return [event["url"] for event in events if event.get("traffic_annotation") == RESOURCE_OF_A_PAGE]
 
 
-class TestPage:
-    def test_has_all_sections(self, reported: Reported) -> None:
-        """Those for which twelve users are too few are listed as missing."""
-        assert titles(reported.page) == SECTIONS
-        assert "quality by history length, because fewer than two groups have 30 cases" in reported.page
-
-    def test_needs_no_network(self, reported: Reported) -> None:
-        page = Page(reported.page)
-        assert page.unclosed == []
-        assert all(link.startswith(("#", "data:")) for link in page.links)
-        assert not page.tags & {"script", "iframe", "object", "embed", "base", "form", "img"}
-        assert "http:" not in reported.page and "https:" not in reported.page
-        assert "url(" not in reported.page and "@import" not in reported.page
-        assert "default-src 'none'" in reported.page
-
-    def test_the_figures_are_those_of_an_evaluation(self, reported: Reported) -> None:
-        served = reported.served
-        with Scorer.open(served.model_dir, served.test_store) as scorer:
-            metrics = evaluate_scorer(scorer, served.log, EvaluateConfig(top_k=[10], progress=False)).metrics
-        rows = [row for row in Page(reported.page).rows if row and row[0] == "run" and len(row) > 4]
-        assert rows[0][1].startswith(f"{metrics['auc/click']:.4f} ±")
-        assert rows[0][3:] == [
-            f"{metrics[f'{name}/click']:{form}}"
-            for name, form in (("gauc", ".4f"), ("ne", ".4f"), ("calibration", ".3f"))
-        ]
-        assert any(
-            row[1].startswith(f"{metrics['ndcg@10']:.4f}") for row in Page(reported.page).rows if row[0] == "run"
-        )
-
-    def test_names_the_other_run_and_the_baselines(self, reported: Reported) -> None:
-        named = {row[0] for row in Page(reported.page).rows if row}
-        assert {
-            "run",
-            "k0",
-            "oracle",
-            "item rate",
-            "counters",
-            "pooled vectors",
-            "popularity",
-            "item neighbors",
-        } <= named
-        assert "EASE" not in named and "vista evaluate baselines=true trained_baselines=true" in reported.page
-        assert re.search(r"AUC of click: run reaches 0\.\d{4}; .* k0; .*, the best baseline\.", reported.page)
-
-    def test_the_latency_states_the_load(self, reported: Reported) -> None:
-        assert re.search(r"load average of the machine \d+\.\d\d before and \d+\.\d\d after", reported.page)
-        assert re.search(r"Medians over [3-9] rounds", reported.page)
-
-    def test_a_browser_without_a_network_shows_it(self, reported: Reported, tmp_path: Path) -> None:
-        picture = tmp_path / "page.png"
-        assert requests_of(reported.report.path, picture) == []
-        assert picture.stat().st_size > 10_000
-        other = tmp_path / "other.html"
-        other.write_text('<img src="https://fonts.googleapis.com/x.png">')
-        assert requests_of(other, picture) == ["https://fonts.googleapis.com/x.png"], "the test would notice a request"
+def test_has_all_sections(reported: Reported) -> None:
+    """Those for which twelve users are too few are listed as missing."""
+    assert titles(reported.page) == SECTIONS
+    assert "quality by history length, because fewer than two groups have 30 cases" in reported.page
 
 
-class TestOtherModels:
-    def test_next_items_of_a_log_with_times(self, served: Served, tmp_path: Path) -> None:
-        report = write_report(self.config(served, tmp_path))
-        page = report.path.read_text()
-        assert "quality by age of the deciding event, because fewer than two groups have 30 cases" in page
-        assert "calibration, because there are no labeled impressions" in page
-
-    def test_a_log_without_times(self, order_log: EventLog, tmp_path: Path) -> None:
-        train_model(small_config(order_log, tmp_path / "run"), order_log)
-        config = ReportConfig(run=str(tmp_path / "run"), baselines=False, num_threads=1, progress=False)
-        page = write_report(config).path.read_text()
-        assert "quality by user activity, because the log has no times" in page
-        assert "baselines, because baselines=false" in page
-
-    def test_a_model_that_reads_raw_histories(
-        self, impression_log: EventLog, served_tasks: Served, tmp_path: Path
-    ) -> None:
-        data = served_tasks.config.data
-        config = small_config(
-            impression_log, tmp_path / "din", model__architecture=Architecture.din, model__num_seeds=0
-        )
-        config.model.history_limit, config.data, config.optim.next_weight = 20, data, 0.0
-        config.model.counters = config.model.popularity = None
-        train_model(config, impression_log)
-        page = write_report(ReportConfig(run=str(tmp_path / "din"), num_threads=1, progress=False)).path.read_text()
-        assert "latency, because the model reads raw histories" in page and "AUC of click: din reaches" in page
-
-    def test_windows(self, served_tasks: Served, tmp_path: Path) -> None:
-        config = self.config(served_tasks, tmp_path)
-        config.target, config.horizon_events, config.top_k = Target.window, 5, 5
-        page = write_report(config).path.read_text()
-        assert "precision@5 of the next 5 events: run reaches" in page and "pooled vectors" in page
-        assert "quality by the age of the deciding event, because a window has several labels" in page
-        assert "calibration, because there are no labeled impressions" in page
-
-    @staticmethod
-    def config(served: Served, folder: Path) -> ReportConfig:
-        return ReportConfig(
-            run=served.config.run_dir,
-            store=str(served.test_store),
-            out=str(folder / "r.html"),
-            num_threads=1,
-            progress=False,
-        )
+def test_needs_no_network(reported: Reported) -> None:
+    page = Page(reported.page)
+    assert page.unclosed == []
+    assert all(link.startswith(("#", "data:")) for link in page.links)
+    assert not page.tags & {"script", "iframe", "object", "embed", "base", "form", "img"}
+    assert "http:" not in reported.page and "https:" not in reported.page
+    assert "url(" not in reported.page and "@import" not in reported.page
+    assert "default-src 'none'" in reported.page
 
 
-class TestBadInput:
-    def copy(self, served: Served, folder: Path) -> Path:
-        return Path(shutil.copytree(served.config.run_dir, folder / "copy"))
+def test_the_figures_are_those_of_an_evaluation(reported: Reported) -> None:
+    served = reported.served
+    with Scorer.open(served.model_dir, served.test_store) as scorer:
+        metrics = evaluate_scorer(scorer, served.log, EvaluateConfig(top_k=[10], progress=False)).metrics
+    rows = [row for row in Page(reported.page).rows if row and row[0] == "run" and len(row) > 4]
+    assert rows[0][1].startswith(f"{metrics['auc/click']:.4f} ±")
+    assert rows[0][3:] == [
+        f"{metrics[f'{name}/click']:{form}}" for name, form in (("gauc", ".4f"), ("ne", ".4f"), ("calibration", ".3f"))
+    ]
+    assert any(row[1].startswith(f"{metrics['ndcg@10']:.4f}") for row in Page(reported.page).rows if row[0] == "run")
 
-    def test_a_run_without_a_model_yet(self, served: Served, tmp_path: Path) -> None:
-        run = self.copy(served, tmp_path)
-        shutil.rmtree(run / "best")
-        with pytest.raises(ConfigError, match=r"copy: has no exported model \(best/\) yet.*rerun its `vista train`"):
-            write_report(ReportConfig(run=str(run)))
-        assert not (run / "report.html").exists()
 
-    def test_a_line_that_a_killed_run_has_cut_off(self, served: Served, tmp_path: Path) -> None:
-        run = self.copy(served, tmp_path)
-        lines = (run / "metrics.jsonl").read_text().splitlines()
-        last = max(index for index, line in enumerate(lines) if "validation" in line)
-        (run / "metrics.jsonl").write_text("\n".join([*lines[:last], lines[last][:30]]))
-        facts = json.loads((run / "run.json").read_text())
-        (run / "run.json").write_text(json.dumps(facts | {"state": "running", "ended": None}))
-        page = write_report(
-            ReportConfig(run=str(run), store=str(served.test_store), baselines=False, num_threads=1, progress=False)
-        ).path.read_text()
-        assert "The run is stopped (its process was killed): 1 of 2 epochs are done" in page
+def test_names_the_other_run_and_the_baselines(reported: Reported) -> None:
+    named = {row[0] for row in Page(reported.page).rows if row}
+    assert {
+        "run",
+        "k0",
+        "oracle",
+        "item rate",
+        "counters",
+        "pooled vectors",
+        "popularity",
+        "item neighbors",
+    } <= named
+    assert "EASE" not in named and "vista evaluate baselines=true trained_baselines=true" in reported.page
+    assert re.search(r"AUC of click: run reaches 0\.\d{4}; .* k0; .*, the best baseline\.", reported.page)
 
-    @pytest.mark.parametrize(
-        ("content", "problem"),
-        [
-            (None, "metrics.jsonl is missing"),
-            ("{", "line 1 of metrics.jsonl cannot be read"),
-            (MAX_METRICS_BYTES + 1, r"metrics.jsonl cannot be read \(holds \d+ bytes"),
-        ],
+
+def test_the_latency_states_the_load(reported: Reported) -> None:
+    assert re.search(r"load average of the machine \d+\.\d\d before and \d+\.\d\d after", reported.page)
+    assert re.search(r"Medians over [3-9] rounds", reported.page)
+
+
+def test_a_browser_without_a_network_shows_it(reported: Reported, tmp_path: Path) -> None:
+    picture = tmp_path / "page.png"
+    assert requests_of(reported.report.path, picture) == []
+    assert picture.stat().st_size > 10_000
+    other = tmp_path / "other.html"
+    other.write_text('<img src="https://fonts.googleapis.com/x.png">')
+    assert requests_of(other, picture) == ["https://fonts.googleapis.com/x.png"], "the test would notice a request"
+
+
+def test_next_items_of_a_log_with_times(served: Served, tmp_path: Path) -> None:
+    report = write_report(report_config(served, tmp_path))
+    page = report.path.read_text()
+    assert "quality by age of the deciding event, because fewer than two groups have 30 cases" in page
+    assert "calibration, because there are no labeled impressions" in page
+
+
+def test_a_log_without_times(order_log: EventLog, tmp_path: Path) -> None:
+    train_model(small_config(order_log, tmp_path / "run"), order_log)
+    config = ReportConfig(run=str(tmp_path / "run"), baselines=False, num_threads=1, progress=False)
+    page = write_report(config).path.read_text()
+    assert "quality by user activity, because the log has no times" in page
+    assert "baselines, because baselines=false" in page
+
+
+def test_a_model_that_reads_raw_histories(impression_log: EventLog, served_tasks: Served, tmp_path: Path) -> None:
+    data = served_tasks.config.data
+    config = small_config(impression_log, tmp_path / "din", model__architecture=Architecture.din, model__num_seeds=0)
+    config.model.history_limit, config.data, config.optim.next_weight = 20, data, 0.0
+    config.model.counters = config.model.popularity = None
+    train_model(config, impression_log)
+    page = write_report(ReportConfig(run=str(tmp_path / "din"), num_threads=1, progress=False)).path.read_text()
+    assert "latency, because the model reads raw histories" in page and "AUC of click: din reaches" in page
+
+
+def test_windows(served_tasks: Served, tmp_path: Path) -> None:
+    config = report_config(served_tasks, tmp_path)
+    config.target, config.horizon_events, config.top_k = Target.window, 5, 5
+    page = write_report(config).path.read_text()
+    assert "precision@5 of the next 5 events: run reaches" in page and "pooled vectors" in page
+    assert "quality by the age of the deciding event, because a window has several labels" in page
+    assert "calibration, because there are no labeled impressions" in page
+
+
+def report_config(served: Served, folder: Path) -> ReportConfig:
+    return ReportConfig(
+        run=served.config.run_dir,
+        store=str(served.test_store),
+        out=str(folder / "r.html"),
+        num_threads=1,
+        progress=False,
     )
-    def test_metrics_that_cannot_be_read(
-        self, served: Served, tmp_path: Path, content: str | int | None, problem: str
-    ) -> None:
-        run = self.copy(served, tmp_path)
-        (run / "metrics.jsonl").unlink()
-        if isinstance(content, str):
-            (run / "metrics.jsonl").write_text(content)
-        elif content is not None:
-            with (run / "metrics.jsonl").open("wb") as file:
-                file.truncate(content)  # a sparse file
-        page = write_report(
-            ReportConfig(run=str(run), store=str(served.test_store), baselines=False, num_threads=1, progress=False)
-        ).path.read_text()
-        half = "half written (metrics.jsonl ", ", and how many epochs are done is unknown. All figures"
-        assert all((text in page) == (content != "{") for text in half), "a cut-off line leaves a finished run finished"
-        assert "epochs are done." not in page
-        assert re.search(rf"training curves, because {problem}", page), page
 
-    def test_a_model_of_another_version(self, served: Served, tmp_path: Path) -> None:
-        run = self.copy(served, tmp_path)
-        sign_model(run / "best", lambda fields: fields.update(format_version=99))
-        with pytest.raises(CheckpointError, match=r"best: format 99, but this version of vista reads"):
-            write_report(ReportConfig(run=str(run)))
 
-    def test_settings_of_another_version(self, served: Served, tmp_path: Path) -> None:
-        run = self.copy(served, tmp_path)
-        (run / "config.yaml").write_text((run / "config.yaml").read_text() + "\nnew_key: 1\n")
-        with pytest.raises(ConfigError, match=r"copy: its config.yaml cannot be read \(unknown key 'new_key'"):
-            write_report(ReportConfig(run=str(run)))
+def run_copy(served: Served, folder: Path) -> Path:
+    return Path(shutil.copytree(served.config.run_dir, folder / "copy"))
 
-    def test_a_store_of_another_model(self, served: Served, served_tasks: Served, tmp_path: Path) -> None:
-        config = ReportConfig(
-            run=served.config.run_dir, store=str(served_tasks.test_store), out=str(tmp_path / "r.html")
-        )
-        with pytest.raises(SummarizerMismatchError):
-            write_report(config)
-        assert list(tmp_path.iterdir()) == []
 
-    def test_a_store_that_is_not_there(self, served: Served, tmp_path: Path) -> None:
-        config = ReportConfig(run=served.config.run_dir, store=str(tmp_path / "none"), out=str(tmp_path / "r.html"))
-        with pytest.raises(StoreError, match="none"):
-            write_report(config)
+def test_a_run_without_a_model_yet(served: Served, tmp_path: Path) -> None:
+    run = run_copy(served, tmp_path)
+    shutil.rmtree(run / "best")
+    with pytest.raises(ConfigError, match=r"copy: has no exported model \(best/\) yet.*rerun its `vista train`"):
+        write_report(ReportConfig(run=str(run)))
+    assert not (run / "report.html").exists()
 
-    def test_a_folder_that_is_not_a_run(self, served: Served, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match=r"is not a run folder \(no config.yaml\)"):
-            write_report(ReportConfig(run=str(tmp_path)))
-        with pytest.raises(ConfigError, match=r"is an exported model; name its run folder, such as .*run"):
-            write_report(ReportConfig(run=str(served.model_dir)))
 
-    def test_another_run_with_another_split(self, served_tasks: Served, tmp_path: Path) -> None:
-        config = small_config(served_tasks.log, tmp_path / "other", data__split=Split.leave_last_out)
-        train_model(config, served_tasks.log)
-        asked = ReportConfig(
-            run=served_tasks.config.run_dir,
-            others=[str(tmp_path / "other")],
-            store=str(served_tasks.test_store),
-            out=str(tmp_path / "r.html"),
-            num_threads=1,
-            progress=False,
-        )
-        with pytest.raises(
-            ConfigError, match=r"others: .*other was evaluated on other cases than .*run, because its data"
-        ):
-            write_report(asked)
+def test_a_line_that_a_killed_run_has_cut_off(served: Served, tmp_path: Path) -> None:
+    run = run_copy(served, tmp_path)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    last = max(index for index, line in enumerate(lines) if "validation" in line)
+    (run / "metrics.jsonl").write_text("\n".join([*lines[:last], lines[last][:30]]))
+    facts = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(facts | {"state": "running", "ended": None}))
+    page = write_report(
+        ReportConfig(run=str(run), store=str(served.test_store), baselines=False, num_threads=1, progress=False)
+    ).path.read_text()
+    assert "The run is stopped (its process was killed): 1 of 2 epochs are done" in page
 
-    def test_a_run_that_is_named_twice(self) -> None:
-        with pytest.raises(ConfigError, match="others: names a run twice"):
-            ReportConfig(run="runs/a", others=["runs/a"])
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (None, "metrics.jsonl is missing"),
+        ("{", "line 1 of metrics.jsonl cannot be read"),
+        (MAX_METRICS_BYTES + 1, r"metrics.jsonl cannot be read \(holds \d+ bytes"),
+    ],
+)
+def test_metrics_that_cannot_be_read(served: Served, tmp_path: Path, content: str | int | None, problem: str) -> None:
+    run = run_copy(served, tmp_path)
+    (run / "metrics.jsonl").unlink()
+    if isinstance(content, str):
+        (run / "metrics.jsonl").write_text(content)
+    elif content is not None:
+        with (run / "metrics.jsonl").open("wb") as file:
+            file.truncate(content)  # a sparse file
+    page = write_report(
+        ReportConfig(run=str(run), store=str(served.test_store), baselines=False, num_threads=1, progress=False)
+    ).path.read_text()
+    half = "half written (metrics.jsonl ", ", and how many epochs are done is unknown. All figures"
+    assert all((text in page) == (content != "{") for text in half), "a cut-off line leaves a finished run finished"
+    assert "epochs are done." not in page
+    assert re.search(rf"training curves, because {problem}", page), page
+
+
+def test_a_model_of_another_version(served: Served, tmp_path: Path) -> None:
+    run = run_copy(served, tmp_path)
+    sign_model(run / "best", lambda fields: fields.update(format_version=99))
+    with pytest.raises(CheckpointError, match=r"best: format 99, but this version of vista reads"):
+        write_report(ReportConfig(run=str(run)))
+
+
+def test_settings_of_another_version(served: Served, tmp_path: Path) -> None:
+    run = run_copy(served, tmp_path)
+    (run / "config.yaml").write_text((run / "config.yaml").read_text() + "\nnew_key: 1\n")
+    with pytest.raises(ConfigError, match=r"copy: its config.yaml cannot be read \(unknown key 'new_key'"):
+        write_report(ReportConfig(run=str(run)))
+
+
+def test_a_store_of_another_model(served: Served, served_tasks: Served, tmp_path: Path) -> None:
+    config = ReportConfig(run=served.config.run_dir, store=str(served_tasks.test_store), out=str(tmp_path / "r.html"))
+    with pytest.raises(SummarizerMismatchError):
+        write_report(config)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_that_is_not_there(served: Served, tmp_path: Path) -> None:
+    config = ReportConfig(run=served.config.run_dir, store=str(tmp_path / "none"), out=str(tmp_path / "r.html"))
+    with pytest.raises(StoreError, match="none"):
+        write_report(config)
+
+
+def test_a_folder_that_is_not_a_run(served: Served, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is not a run folder \(no config.yaml\)"):
+        write_report(ReportConfig(run=str(tmp_path)))
+    with pytest.raises(ConfigError, match=r"is an exported model; name its run folder, such as .*run"):
+        write_report(ReportConfig(run=str(served.model_dir)))
+
+
+def test_another_run_with_another_split(served_tasks: Served, tmp_path: Path) -> None:
+    config = small_config(served_tasks.log, tmp_path / "other", data__split=Split.leave_last_out)
+    train_model(config, served_tasks.log)
+    asked = ReportConfig(
+        run=served_tasks.config.run_dir,
+        others=[str(tmp_path / "other")],
+        store=str(served_tasks.test_store),
+        out=str(tmp_path / "r.html"),
+        num_threads=1,
+        progress=False,
+    )
+    with pytest.raises(ConfigError, match=r"others: .*other was evaluated on other cases than .*run, because its data"):
+        write_report(asked)
+
+
+def test_a_run_that_is_named_twice() -> None:
+    with pytest.raises(ConfigError, match="others: names a run twice"):
+        ReportConfig(run="runs/a", others=["runs/a"])
 
 
 def test_the_command(served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [f"run={served.config.run_dir}", f"store={served.test_store}", f"out={tmp_path / 'r.html'}"]
     assert main(["report", *words, "progress=false", "num_threads=1"]) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert not re.search(r"\d+%|latency", err), "progress=false"
     assert out.startswith(f"{tmp_path / 'r.html'}: ") and "  Quality: ndcg@10 of the next item: run reaches" in out
     assert main(["report", f"run={tmp_path}"]) == 2
     assert "is not a run folder" in capsys.readouterr().err
@@ -314,13 +371,11 @@ def test_progress_is_shown(
     for name in ("PLAIN_DELAY_S", "LINE_SECONDS"):
         monkeypatch.setattr(progress_bar, name, 0.0)
     words = [f"run={served_tasks.config.run_dir}", f"store={served_tasks.test_store}", f"out={tmp_path / 'r.html'}"]
-    for shown in ("true", "false"):
-        assert main(["report", *words, f"progress={shown}", "num_threads=1"]) == 0
-        err = capsys.readouterr().err
-        for part in PROGRESS:
-            line = rf"^{part}: \d+ of \d+ \w+ \(\d+%\), .+/\w+, \S+ left"
-            assert bool(re.search(line, err, re.M)) == (shown == "true"), (part, err)
-        assert bool(re.search(r"^latency: \d round, ", err, re.M)) == (shown == "true")
+    assert main(["report", *words, "num_threads=1"]) == 0
+    err = capsys.readouterr().err
+    for part in PROGRESS:
+        assert re.search(rf"^{part}: \d+ of \d+ \w+ \(\d+%\), .+/\w+, \S+ left", err, re.M), (part, err)
+    assert re.search(r"^latency: \d round, ", err, re.M)
 
 
 def test_names_of_a_log_are_escaped(served: Served, tmp_path: Path) -> None:

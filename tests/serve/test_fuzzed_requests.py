@@ -32,7 +32,7 @@ NAMES = [f"u{number}" for number in range(12)]
 SKUS = [f"sku-{number}" for number in range(20)]
 STATUSES = (200, 400, 404, 413, 422)
 """404 is for a `model` that does not exist, and for unknown users and items."""
-LENIENT = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+LENIENT = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(scope="module")
@@ -335,7 +335,7 @@ METHODS = st.sampled_from(["GET", "GET", "POST", "PUT", "DELETE", "HEAD", "OPTIO
 PREFIXES = ("/v1/users/", "/v1/", "/", "", "/v1/users?", "/healthz/", "/docs?", "/v1/score?", "http://x/v1/users/")
 
 
-@settings(LENIENT, max_examples=100)
+@settings(LENIENT, max_examples=20)
 @given(method=METHODS, path=PATHS, query=st.none() | PATHS)
 @example(method="GET", path="../../etc/passwd", query=None)
 @example(method="GET", path="%2e%2e%2f%00", query="%00=%ff")
@@ -364,7 +364,7 @@ def _sent(service: RunningService, method: str, target: str, headers: dict[str, 
         return answer.status, answer.read()
 
 
-@settings(LENIENT, max_examples=100)
+@settings(LENIENT, max_examples=50)
 @given(
     value=st.sampled_from([TOKEN, f"Bearer {TOKEN}", f"bearer  {TOKEN} ", f"Bearer {TOKEN[:-1]}", "Bearer"])
     | st.text(st.characters(min_codepoint=32, max_codepoint=255, exclude_characters="\x7f"), max_size=30),

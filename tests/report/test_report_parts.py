@@ -1,9 +1,12 @@
-"""Estimates with intervals, AUC over resampled users, and the parts that sections show."""
+"""Estimates, latencies, and charts of a report, and the parts that its sections show."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -21,10 +24,14 @@ from vista.log.event_log import EventLog
 from vista.model.inference import item_vectors
 from vista.report import case_parts
 from vista.report.case_parts import age_parts, ages_by_vectors, category_ages, length_parts, similar_ages
+from vista.report.chart import Series, interval_chart, line_chart
 from vista.report.comparison_data import ORACLE, ComparisonData, _shown
 from vista.report.html_page import PageSection
+from vista.report.latency import MAX_ROUNDS, MIN_ROUNDS, REQUESTS_PER_ROUND, Latency
+from vista.report.latency_section import latency_section
 from vista.report.quality_section import quality_section
 from vista.report.split_section import CasePart, split_section
+from vista.scorer import CandidateSet, Scorer
 
 
 def auc_measure(num_users: int = 60, per_user: int = 30) -> AucMeasure:
@@ -147,7 +154,7 @@ def test_the_age_of_the_most_similar_event(served: Served) -> None:
         assert ages[index] == seen[index] - 1 - int(cosines.argmax())
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(drawn=st.data())
 def test_ages_by_vectors_are_those_of_a_loop(
     impression_log: EventLog, monkeypatch: pytest.MonkeyPatch, drawn: st.DataObject
@@ -197,3 +204,110 @@ def test_ages_by_category(impression_log: EventLog, tmp_path: Path) -> None:
     for row in user.tolist():
         places = np.flatnonzero(log.slice(row).item % 5 == 0)
         assert ages[row] == (log.lengths[row] - 1 - places[-1] if len(places) else -1)
+
+
+CANDIDATES = CandidateSet(np.arange(5), (5, ""))
+
+
+class TimedScorer:
+    """Takes 10 ms per request, and 100 ms for every fourth one of the noisy rounds."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, noisy_rounds: int, num_users: int) -> None:
+        self.now, self.count, self.noisy_rounds, self.num_users = 0.0, -5 * num_users, noisy_rounds, num_users
+        monkeypatch.setattr("vista.report.latency.time.perf_counter", lambda: self.now)
+
+    def score(self, users: list[int], candidates: Any, *, now: int) -> None:
+        number = self.count // (REQUESTS_PER_ROUND * self.num_users)
+        slow = 0 <= number < self.noisy_rounds and self.count % 4 == 0
+        self.now += 0.1 if slow else 0.01
+        self.count += 1
+
+
+def measure(scorer: TimedScorer) -> Latency:
+    return Latency.measure(cast(Scorer, scorer), list(range(scorer.num_users)), [10, 1000, 100_000], CANDIDATES, 0)
+
+
+@pytest.fixture
+def scorers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    yield lambda noisy_rounds: TimedScorer(monkeypatch, noisy_rounds, 3)
+
+
+def test_a_calm_machine_needs_the_fewest_rounds(scorers: Any) -> None:
+    result = measure(scorers(0))
+    assert (result.num_rounds, result.is_wide) == (MIN_ROUNDS, False)
+    assert result.median_s == pytest.approx([0.01] * 3) and result.p90_s == pytest.approx([0.01] * 3)
+
+
+def test_noisy_rounds_are_repeated_until_they_are_outvoted(scorers: Any) -> None:
+    result = measure(scorers(2))
+    assert (result.num_rounds, result.is_wide) == (5, False)
+    assert result.p90_s == pytest.approx([0.01] * 3), "the 90th percentile of the noisy rounds was ten times the median"
+
+
+def test_a_spread_that_stays_wide_is_reported(scorers: Any) -> None:
+    result = measure(scorers(100))
+    assert (result.num_rounds, result.is_wide) == (MAX_ROUNDS, True)
+    page = "\n".join(latency_section(result).body)
+    assert "The spread stayed wide" in page and f"on {result.num_cores} cores; load average of the machine" in page
+    assert "other processes" not in page, "a load average does not tell what made requests slow"
+    assert "spread" not in "\n".join(latency_section(measure(scorers(0))).body)
+
+
+NAN = float("nan")
+
+
+def svg_of(chart: str) -> ElementTree.Element:
+    """The SVG, parsed as XML, which fails if it is not well-formed."""
+    found = re.search(r"<svg.*</svg>", chart, re.S)
+    assert found is not None
+    return ElementTree.fromstring(found[0])
+
+
+def circles(chart: str) -> list[tuple[float, float]]:
+    return [(float(one.attrib["cx"]), float(one.attrib["cy"])) for one in svg_of(chart).iter("circle")]
+
+
+def test_points_are_in_order_and_within_the_view() -> None:
+    places = circles(line_chart([Series("a", [0, 1, 4], [1.0, 3.0, 2.0])], x_label="x", y_label="y"))
+    xs, ys = zip(*places, strict=True)
+    assert xs[1] - xs[0] == pytest.approx((xs[2] - xs[0]) / 4, abs=0.2)
+    assert ys[1] < ys[2] < ys[0], "larger values are higher up"
+    assert all(0 < x < 480 and 0 < y < 290 for x, y in places)
+
+
+def test_a_logarithmic_axis() -> None:
+    places = circles(line_chart([Series("a", [10, 100, 1000], [1, 1, 1])], x_label="x", y_label="y", log_x=True))
+    assert places[1][0] - places[0][0] == pytest.approx(places[2][0] - places[1][0], abs=0.2)
+
+
+def test_nan_leaves_a_gap() -> None:
+    chart = line_chart([Series("a", [0, 1, 2, 3], [1.0, NAN, 2.0, 3.0])], x_label="x", y_label="y")
+    assert len(circles(chart)) == 3
+    line = next(path.attrib["d"] for path in svg_of(chart).iter("path") if path.attrib.get("stroke-width") == "2")
+    assert line.count("M") == 2 and line.count("L") == 1
+
+
+@pytest.mark.parametrize("values", [[5.0], [0.0], [2.0, 2.0], [-1.0, 1e9], [1e-12, 2e-12]])
+def test_any_range_of_values(values: list[float]) -> None:
+    chart = line_chart([Series("a", range(len(values)), values)], x_label="x", y_label="y")
+    assert len(circles(chart)) == len(values) and "nan" not in chart
+    ticks = [text.text for text in svg_of(chart).iter("text")]
+    assert len(ticks) > 3
+
+
+def test_no_points_give_no_chart() -> None:
+    assert line_chart([Series("a", [0], [NAN])], x_label="x", y_label="y") == ""
+    assert interval_chart([("a", Estimate(NAN))], own="a", x_label="x") == ""
+
+
+def test_intervals() -> None:
+    chart = interval_chart([("own", Estimate(0.5, 0.1)), ("b", Estimate(0.4))], own="own", x_label="x")
+    (first, second) = circles(chart)
+    assert first[0] > second[0] and first[1] < second[1]
+    assert "var(--c0)" in chart and "var(--c6)" in chart
+
+
+def test_names_are_escaped() -> None:
+    chart = line_chart([Series("<b>&", [0, 1], [1, 2])], x_label="<x>", y_label='"y"', x_names=["<1>", "2"])
+    assert "<b>" not in chart and "&lt;b&gt;&amp;" in chart
+    svg_of(chart)
