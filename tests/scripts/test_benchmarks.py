@@ -1,15 +1,16 @@
-"""The benchmarks run with --quick, measure what they claim, and write rows.
+"""Benchmarks run with --quick and write rows, their baselines are right, and their tools measure what they claim.
 
-Only what does not depend on the load of the machine, such as memory and differences, is compared with its bar.
-"""
+Only what does not depend on the load of the machine, such as memory and differences, is compared with its bar."""
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
 import re
 from dataclasses import replace
+from functools import partial
 from mmap import PROT_READ, mmap
 from pathlib import Path
 from typing import Any
@@ -19,21 +20,296 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from scripts.benchmarks import bench_training
+from scripts.benchmarks import attention_on_gpu, bench_summary, bench_training, rooflines
 from scripts.benchmarks import rectools_process as baseline
-from scripts.benchmarks.benchmark_recorder import read_cases
+from scripts.benchmarks.attention_on_gpu import AttentionSizesOnGpu
+from scripts.benchmarks.attention_workloads import NUM_LAYERS, AttentionStep
+from scripts.benchmarks.baseline_attention import (
+    Attention,
+    attention_replaced,
+    hstu,
+    plain_hstu,
+    plain_quasi_linear,
+    sdpa,
+)
+from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, read_cases
 from scripts.benchmarks.rectools_process import RecToolsPilot, RecToolsSetting
+from scripts.benchmarks.rooflines import (
+    Roofline,
+    RooflineWork,
+    backward_roofline,
+    forward_roofline,
+    short_users_roofline,
+)
 from scripts.benchmarks.scorer_workloads import scorer_roofline
 from scripts.benchmarks.store_workloads import private_bytes
+from scripts.benchmarks.timing import interleaved, timing_of
 from scripts.benchmarks.workloads import lifelong_log, untrained
 from tests.benchmark_process import run_benchmark
 from tests.required_program import require_compiler
 from vista.config.choices import Precision, TargetAttentionKind
+from vista.errors import DataError
 from vista.log.splits import visible_counts
+from vista.model import summarizer
 from vista.model.padded_tail import pad_tail
 from vista.model.vista_model import VistaModel
 
 pytestmark = pytest.mark.research
+
+
+KEYS = ["bench", "case", "value", "unit", "baseline", "ratio", "bar", "met", "spread", "hardware", "commit"]
+
+
+def test_a_case_is_one_line_with_ratio_and_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "docs" / "bench_x.jsonl"
+    bench = BenchmarkRecorder("x", out=out)
+    bench.add("epoch", 5.0, "s", baseline=20.0, bar="ratio >= 2", spread=0.5)
+    bench.add("ingest", 2e6, "events/s", baseline=1e6, better="more", bar="ratio >= 5")
+    bench.add("memory", 0.25, "GiB", bar="value < 1")
+    bench.add("users", np.int64(100), "users/s")  # type: ignore[arg-type]
+    rows = read_cases(out)
+    assert [list(row) for row in rows] == [KEYS] * 4
+    assert [row["ratio"] for row in rows] == [4.0, 2.0, None, None]
+    assert [row["met"] for row in rows] == [True, False, True, None]
+    assert rows == bench.rows
+    assert out.stat().st_mode & 0o777 == 0o644 and [path.name for path in out.parent.iterdir()] == [out.name]
+    capsys.readouterr()
+    bench.print_summary()
+    text = capsys.readouterr().out
+    assert text.index("MISSED  x: ingest") < text.index("met  x: epoch: 5 ± 0.5 s, against 20, 4.00 times better")
+    assert "bars: 2 met, 1 missed; 1 cases without a bar" in text and str(out) in text
+
+
+@pytest.mark.parametrize(
+    ("bar", "value", "baseline", "met"),
+    [
+        ("value <= 1.05 * baseline", 1.05, 1.0, True),
+        ("value <= 1.05 * baseline", 1.06, 1.0, False),
+        ("ratio > 1", 1.0, 1.0, False),
+        ("ratio >= 1e0", 1.0, 1.0, True),
+        ("value >= 0.27", 0.27, None, True),
+        ("value < -1", -1.5, None, True),
+    ],
+)
+def test_bars(tmp_path: Path, bar: str, value: float, baseline: float | None, met: bool) -> None:
+    row = BenchmarkRecorder("x", out=tmp_path / "f").add("c", value, "s", baseline=baseline, bar=bar)
+    assert row["met"] is met
+
+
+def test_bad_cases_are_refused(tmp_path: Path) -> None:
+    bench = BenchmarkRecorder("x", out=tmp_path / "f")
+    with pytest.raises(ValueError, match="expected the form"):
+        bench.add("c", 1.0, "s", bar="2x faster")
+    with pytest.raises(ValueError, match="needs a baseline"):
+        bench.add("c", 1.0, "s", bar="ratio >= 2")
+    with pytest.raises(ValueError, match="needs a baseline"):
+        bench.add("c", 1.0, "s", bar="value <= 2 * baseline")
+    with pytest.raises(ValueError, match="x, c: spread is nan"):
+        bench.add("c", 1.0, "s", spread=math.nan)
+    assert not bench.out.exists()
+    bench.out.write_text('{"bench": "x"}\n')
+    with pytest.raises(DataError, match="line 1: is not a benchmark case"):
+        bench.add("c", 1.0, "s")
+
+
+def test_a_new_measurement_replaces_only_its_own_case_and_machine(tmp_path: Path) -> None:
+    out = tmp_path / "bench_x.jsonl"
+    bench = BenchmarkRecorder("x", out=out)
+    bench.add("a", 1.0, "s")
+    other = bench.add("b", 2.0, "s") | {"hardware": {"cpu": "Another CPU", "cores": 2}}
+    with out.open("a") as file:
+        file.write(json.dumps(other) + "\n")
+    BenchmarkRecorder("x", out=out).add("b", 3.0, "s")
+    BenchmarkRecorder("x", out=out, quick=True).add("b", 9.0, "s")
+    assert [(row["case"], row["value"]) for row in read_cases(out)] == [
+        ("a", 1.0),
+        ("b", 3.0),
+        ("b", 2.0),
+        ("b (quick)", 9.0),
+    ]
+
+
+def test_the_summary_of_all_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_summary, "RESULTS", tmp_path)
+    assert bench_summary.main([]) == 0
+    assert "no benchmark results yet" in capsys.readouterr().out
+    BenchmarkRecorder("x", out=tmp_path / "bench_x.jsonl").add("a", 1.0, "s", bar="value < 2")
+    BenchmarkRecorder("y", out=tmp_path / "bench_y.jsonl").add("b", 3.0, "s", bar="value < 2")
+    (tmp_path / "ml-1m.jsonl").write_text("not a benchmark\n")
+    capsys.readouterr()
+    assert bench_summary.main([]) == 0
+    text = capsys.readouterr().out
+    assert "MISSED  y: b: 3 s  [value < 2]" in text and "bars: 1 met, 1 missed; 0 cases" in text
+    assert bench_summary.main(["--strict"]) == 1
+    assert bench_summary.main(["--strict", str(tmp_path / "bench_x.jsonl")]) == 0
+    (tmp_path / "bench_z.jsonl").write_text("{\n")
+    assert bench_summary.main([]) == 2
+    assert "bench_z.jsonl, line 1" in capsys.readouterr().err
+
+
+def test_contestants_alternate_in_reversing_order() -> None:
+    seen: list[str] = []
+
+    def contestant(name: str) -> Any:
+        def call() -> None:
+            seen.append(name)
+            assert len(seen) <= 2 or not gc.isenabled()
+
+        return call
+
+    times = interleaved({"a": contestant("a"), "b": contestant("b")}, rounds=4, warmup=1, min_sample_s=0)
+    assert "".join(seen) == "ab" + "abbaabba"  # one warm-up each, then four rounds
+    assert gc.isenabled() and [len(timing.samples_s) for timing in times.values()] == [4, 4]
+
+
+def test_timing_by_hand() -> None:
+    timing = timing_of([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (timing.median_s, timing.spread_s) == (3.0, 2.0)
+    assert timing.p99_s == pytest.approx(4.96)
+
+
+SHAPE = (512, 2, 64, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "roofline",
+    [
+        forward_roofline(*SHAPE),
+        backward_roofline(*SHAPE),
+        short_users_roofline(500, 20, 64, torch.float32, state_passes=2),
+    ],
+    ids=["forward", "backward", "short users"],
+)
+def test_rooflines_are_measured(roofline: Roofline) -> None:
+    timing = interleaved(roofline.calls(), rounds=3)
+    parts = roofline.parts(timing)
+    assert len(timing) == len(roofline.calls()) and all(0 < part < math.inf for part in parts)
+    assert roofline.seconds(timing) == max(parts[:2]) + parts[2]
+    assert "products" in roofline.describe(timing)
+
+
+def test_a_roofline_by_hand() -> None:
+    copy, product, silu = (RooflineWork(lambda: None, times, "") for times in (2.0, 3.0, 0.5))
+    timing = {f"roofline {index}": timing_of([seconds]) for index, seconds in enumerate([10.0, 4.0, 5.0, 2.0])}
+    roofline = Roofline(copy, (product, product.scaled(2)), (silu,))
+    assert roofline.parts(timing) == (20.0, 3 * 4 + 6 * 5, 1.0) and roofline.seconds(timing) == 43.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_that_must_move(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[int] = []
+    monkeypatch.setattr(
+        rooflines, "copying", lambda num_bytes: moved.append(num_bytes) or RooflineWork(lambda: None, 1, "")
+    )
+    forward_roofline(300, 1, 64, dtype)
+    backward_roofline(300, 1, 64, dtype)
+    for passes in (1, 2):
+        short_users_roofline(300, 20, 64, dtype, state_passes=passes)  # type: ignore[arg-type]
+    token, state = 64 * dtype.itemsize, 64 * 64 * 4
+    assert moved == [4 * 300 * token, 7 * 300 * token, *(4 * 300 * token + n * 20 * state for n in (1, 2))]
+
+
+# Per block: several whole items, one item, two rows of one item, and one row that exceeds the block.
+BLOCKS = (1000, 7 * 11, 2 * 11, 1)
+
+
+def random(*lengths: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(2, T, 3, 4, generator=generator, dtype=dtype).requires_grad_() for T in lengths]
+
+
+@pytest.mark.parametrize("block_scores", BLOCKS)
+def test_hstu_in_blocks_is_hstu(block_scores: int) -> None:
+    tokens = random(7, 11, 11)
+    blocked = partial(hstu, block_scores=block_scores)
+    ours, plain = blocked(*tokens), plain_hstu(*tokens)
+    torch.testing.assert_close(ours, plain)
+    grad = torch.randn_like(plain)
+    for mine, true in zip(*(torch.autograd.grad(out, tokens, grad) for out in (ours, plain)), strict=True):
+        torch.testing.assert_close(mine, true)
+
+
+def test_hstu_never_holds_all_scores() -> None:
+    sizes = []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            result = function(*args, **(kwargs or {}))
+            sizes.extend([result.numel()] if isinstance(result, torch.Tensor) else [])
+            return result
+
+    q, k, v = (torch.randn(1, 512, 1, 4) for _ in range(3))
+    with torch.no_grad(), Watch():
+        hstu(q, k, v, block_scores=4096)
+    assert max(sizes) == 4096
+
+
+@pytest.mark.parametrize("attention", [sdpa, partial(hstu, block_scores=500)], ids=["SDPA", "HSTU"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_model_with_a_baseline_uses_only_that(
+    attention: Attention, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = AttentionStep(2, 40, 64)
+    step.model.eval()
+    ours = step.summarize(dtype, None)
+    calls: list[tuple[int, int]] = []
+
+    def counted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        calls.append((q.shape[1], k.shape[1]))
+        assert q.dtype == k.dtype == v.dtype == dtype
+        return attention(q, k, v)
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("our attention was called")
+
+    for name in ("quasi_linear_attention", "accumulate_state", "read_state"):
+        monkeypatch.setattr(summarizer, name, forbidden)
+    baseline = step.summarize(dtype, counted)
+    # Events and seeds per layer; in the last layer only the seeds read.
+    assert calls == [(72, 72)] * (NUM_LAYERS - 1) + [(32, 72)]
+    assert baseline.shape == ours.shape and not torch.allclose(baseline, ours, atol=0.1)
+    with pytest.raises(AssertionError, match="our attention was called"):
+        step.run(dtype, None)
+    step.run(dtype, counted)
+    assert step.tokens.grad is not None and float(step.tokens.grad.abs().max()) > 0
+
+
+def test_the_replacement_is_exact_and_undone() -> None:
+    """Our attention in place of a baseline gives the model's own output; afterwards nothing stays replaced."""
+    step = AttentionStep(3, 20, 64)
+    step.model.eval()
+    ours = step.summarize(torch.float32, None)
+    torch.testing.assert_close(step.summarize(torch.float32, plain_quasi_linear), ours, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ZeroDivisionError), attention_replaced(sdpa):
+        raise ZeroDivisionError
+    assert torch.equal(step.summarize(torch.float32, None), ours)
+
+
+def test_the_gpu_part_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cases run in a small size on the CPU, without synchronization and compilation."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    recorder = BenchmarkRecorder("attention", out=tmp_path / "out.jsonl")
+    sizes = AttentionSizesOnGpu(
+        dims=(128,),
+        batches=((2, 40), (1, 80)),
+        baseline_batches=((2, 40),),
+        block_scores=(1 << 12,),
+        copy_bytes=1 << 16,
+    )
+    attention_on_gpu.bench(recorder, torch.device("cpu"), sizes)
+    cases = {row["case"] for row in recorder.rows}
+    assert "QLA backward, 1 x 80 events, d=128, bfloat16: share of the copy bandwidth" in cases
+    assert "QLA forward and backward, 2 x 40 events, d=128, bfloat16, against HSTU in blocks" in cases
+    assert len(cases) == len(recorder.rows) and all(row["met"] is not None for row in recorder.rows)
+
+
+SHORT = ("checksums", "kafka", "simulate", "store", "summarizer", "training_features")
+"""Benchmarks that `make test-research` runs; `make nightly` runs all."""
+
+
 # Parts of names of cases that each benchmark must write.
 CASES = {
     "attention": [
@@ -149,7 +425,9 @@ def fake_environment(folder: Path, report: dict[str, Any]) -> Path:
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("subject", CASES)
+@pytest.mark.parametrize(
+    "subject", [subject if subject in SHORT else pytest.param(subject, marks=pytest.mark.nightly) for subject in CASES]
+)
 def test_a_benchmark_runs_and_writes_its_cases(subject: str, tmp_path: Path) -> None:
     if subject == "ray":
         pytest.importorskip("ray")
@@ -238,19 +516,6 @@ def test_training_against_the_real_baseline(tmp_path: Path) -> None:
     done = run_benchmark("training", out, "--data", str(data), "--rectools-venv", environment)
     assert done.returncode == 0, done.stderr
     assert [row["baseline"] > 0 for row in read_cases(out)] == [True, True]
-
-
-def test_what_is_missing_is_named(tmp_path: Path) -> None:
-    out = tmp_path / "out.jsonl"
-    done = run_benchmark("training", out)
-    assert done.returncode == 0 and "skipped: ml-1m not found; set VISTA_DATA_DIR" in done.stdout
-    done = run_benchmark("training", out, "--data", "absent.npz")
-    assert done.returncode == 1 and done.stderr.startswith("error: --data absent.npz: no such file")
-    np.savez(tmp_path / "events.npz", user=np.zeros(3))
-    environment = fake_environment(tmp_path / "baseline", {})
-    done = run_benchmark("training", out, "--data", str(tmp_path / "events.npz"), "--rectools-venv", str(environment))
-    assert done.returncode == 1 and "missing item, offsets" in done.stderr
-    assert not out.exists()
 
 
 def test_both_sides_train_on_the_same_events(tmp_path: Path) -> None:

@@ -351,18 +351,6 @@ def test_a_fitted_baseline_depends_on_its_settings() -> None:
     assert recorded == rows.keys() - counted - {"item neighbors"}
 
 
-def test_progress_corrects_its_estimates_by_finished_runs() -> None:
-    now = 100.0
-    with RowProgress([10.0, 100.0, 200.0], clock=lambda: now) as progress:
-        assert progress.left_s() == 310
-        with progress.run("first"):
-            now += 20
-        assert progress.left_s() == 600  # everything takes twice its estimate
-        with progress.run("second"):
-            now += 50
-            assert progress.left_s() == 550
-
-
 def test_progress_interrupts_at_its_limit() -> None:
     with pytest.raises(KeyboardInterrupt), RowProgress([60.0, 1.0], limit_s=0.1) as progress, progress.run("first"):
         end = time.monotonic() + 30

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -96,31 +95,7 @@ def test_the_judge_accepts_only_models_in_service(stage: SoakStage) -> None:
     assert not judge.is_right(replace(old, tail_lens=(1, 1)))
 
 
-def test_the_judge_removes_copies_that_no_answer_can_need(stage: SoakStage, tmp_path: Path) -> None:
-    other = copy(stage)
-    other.frozen = frozen = tmp_path
-    for name in ("1-0", "1-2", "2-1", "2-2"):
-        (frozen / name).mkdir()
-    judge = SoakJudge(other, asked)
-    first, second = (SoakAnswer(thread, 0, 2, 2, (1, 2), (8, 8), 0.0, []) for thread in (0, 1))
-    judge.latest[0] = first
-    judge.forget(num_threads=2)
-    assert len(copies(frozen)) == 4
-    judge.latest[1] = replace(second, since=1)
-    judge.forget(num_threads=2)
-    assert len(copies(frozen)) == 4
-    judge.latest[1] = second
-    judge.forget(num_threads=2)
-    assert sorted(copies(frozen)) == [(1, 2), (2, 2)]
-    judge.latest |= {thread: replace(first, generations=(2, 2)) for thread in (0, 1)}
-    behind = SoakJudge(other, asked, lag=1)
-    behind.latest = judge.latest
-    behind.forget(num_threads=2)
-    assert sorted(copies(frozen)) == [(1, 2), (2, 2)]
-    judge.forget(num_threads=2)
-    assert copies(frozen) == [(2, 2)]
-
-
+@pytest.mark.nightly
 @pytest.mark.timeout(1800)  # On a busy core, each start of a worker takes minutes.
 @pytest.mark.parametrize(
     ("name", "words", "least"),

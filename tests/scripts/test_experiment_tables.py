@@ -1,0 +1,423 @@
+"""Data sets become logs, and tables of windows, worlds, and public protocols are run on small ones."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+from scripts.experiments import by_activity, reproduce, sets
+from scripts.experiments.popularity_afterwards import PopularityAfterwards
+from scripts.experiments.results import changed_settings, read_results
+from scripts.experiments.row_measurement import SIMULATED, WINDOW_METRICS
+from scripts.experiments.set_texts import prepare_with_texts
+from scripts.experiments.sets import SETS, prepare_set, set_folder, source_folder
+from scripts.experiments.simulated_calendar import prepare_simulation
+from scripts.experiments.table_run import part_configs, recorded_config, train_config
+from scripts.experiments.tables import TABLES
+from scripts.experiments.tables.public_tables import LAST_DAY
+from scripts.experiments.tables.public_tables import TABLES as PUBLIC_TABLES
+from scripts.experiments.tables.table import Table
+from scripts.experiments.tables.table_row import K0, ORACLE, TableRow
+from scripts.experiments.tables.window_tables import COUNTED, WITHOUT
+from scripts.experiments.tables.world_tables import WORLDS
+from scripts.experiments.yambda_metrics import yambda_metrics
+from tests.cli.test_embed_command import LettersEncoder
+from tests.conftest import real_set
+from tests.log.ingest.public.samples import SAMPLES, complete_journey
+from tests.log.log_oracle import values_of
+from tests.training.test_public_experiments import FEW
+from tests.training.test_public_experiments import TINY as TINY_MODEL
+from vista.cli import embed_command
+from vista.config import EvaluateConfig, SimulateConfig, TrainConfig
+from vista.config.choices import Codec, Target, WorldName
+from vista.config.composition import compose_config
+from vista.evaluation.baselines.all_baselines import counting_baselines, trained_baselines
+from vista.evaluation.window_cases import WindowCases
+from vista.evaluation.window_evaluation import measure_windows
+from vista.log.event_log import EventLog
+from vista.log.item_categories import read_categories
+from vista.log.splits import split_until
+from vista.log.until import parse_time
+from vista.simulation.period import split_times
+
+pytestmark = pytest.mark.research
+
+
+def test_baskets_keep_their_order_and_products_their_categories(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = tmp_path / "baskets", tmp_path / "logs" / "baskets"
+    folder.mkdir()
+    events = {
+        "household_id": [7, 7, 7, 3],
+        "product_id": [40, 10, 40, 99],
+        "timestamp": [5, 5, 6, 1],
+        "quantity": [1] * 4,
+    }
+    pl.DataFrame(events).write_parquet(folder / "events.parquet")
+    products = {"product_id": [10, 40], "product_type": ["RYE", None], "product_category": ["BREAD", "MILK"]}
+    products |= {name: ["x", "y"] for name in ("manufacturer_id", "department", "brand", "package_size")}
+    pl.DataFrame(products).write_parquet(folder / "products.parquet")
+    assert sets.main(["complete-journey", "--data", str(folder), "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"vista train data.path={out} data=time") and "data.test_from=2017-11-01" in printed
+    log = EventLog.open(out)
+    (user,) = log.users.rows([7])
+    history = log.gather(np.array([user]), np.array([3]))
+    assert log.items.ids(history.item).tolist() == [40, 10, 40] and history.timestamp.tolist() == [5000, 5000, 6000]
+    table = source_folder(out) / "items.parquet"
+    types, categories = (read_categories(table, name, log.items) for name in SETS["complete-journey"].categories)
+    ten, forty, unknown = 1 + log.items.rows([10, 40, 99])
+    assert types[ten] and not types[forty] and categories[ten] != categories[forty] and not categories[unknown]
+    assert sets.main(["complete-journey", "--data", str(tmp_path), "--out", str(tmp_path / "other")]) == 1
+    assert "products.parquet: cannot be read" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("complete-journey", (1238, 53_185, 738_201)), ("dev-packages", (355, 42_655, 368_040))]
+)
+def test_long_histories_with_returns_are_read(name: str, sizes: tuple[int, int, int], tmp_path: Path) -> None:
+    sets.prepare_set(name, real_set(name), tmp_path / "log")
+    log = EventLog.open(tmp_path / "log")
+    assert (log.num_users, log.num_items, int(log.lengths.sum())) == sizes and log.has_time
+    for category in SETS[name].categories:
+        codes = read_categories(source_folder(log.path) / "items.parquet", category, log.items)
+        assert (codes[1:] > 0).mean() > 0.99 and codes.max() > 10
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_every_split_can_be_composed(name: str) -> None:
+    data = compose_config(TrainConfig, SETS[name].words).data
+    if data.test_from is not None:
+        assert parse_time(str(data.validation_from)) < parse_time(data.test_from)
+
+
+@pytest.mark.parametrize("name", ["complete-journey", "dev-packages"])
+def test_the_experiment_splits_where_the_tables_do(name: str) -> None:
+    splits = []
+    for words in (SETS[name].words, [f"experiment={name}"]):
+        data = compose_config(TrainConfig, words).data
+        splits.append((data.split, data.validation_from, data.test_from, data.validation_share, data.test_share))
+    assert splits[0] == splits[1]
+
+
+def test_the_folder_is_given_or_below_that_of_all_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ml-1m").mkdir()
+    monkeypatch.setenv("VISTA_DATA_DIR", str(tmp_path))
+    assert set_folder("ml-1m") == tmp_path / "ml-1m" and set_folder("ml-1m", tmp_path) == tmp_path
+
+
+TEXT_SET = "complete-journey"
+
+
+@pytest.fixture
+def text_folder(tmp_path: Path) -> Path:
+    made = tmp_path / TEXT_SET
+    made.mkdir()
+    complete_journey(made)
+    return made
+
+
+@pytest.mark.parametrize("texts", ["vectors", "codes"])
+def test_a_log_gets_one_more_feature(
+    text_folder: Path, tmp_path: Path, texts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embed_command, "TextEncoder", lambda device: LettersEncoder())
+    if texts == "codes":
+        pytest.importorskip("faiss")
+    prepare_set(TEXT_SET, text_folder, tmp_path / "plain")
+    (tmp_path / "log.partial").mkdir()  # of a run that was killed
+    prepare_with_texts(TEXT_SET, text_folder, tmp_path / "log", texts)
+    plain, log = EventLog.open(tmp_path / "plain"), EventLog.open(tmp_path / "log")
+    assert not (tmp_path / "log.partial").exists()
+    assert log.num_events == plain.num_events and log.items.digest() == plain.items.digest()
+    before, after = plain.item_features, log.item_features
+    assert before is not None and after is not None
+    name, kind = {"vectors": ("text", "vector"), "codes": ("codes", "category")}[texts]
+    assert [*after.columns] == [*before.columns, name] and after.columns[name].kind == kind
+    assert after.columns[name].is_known.all()
+    assert (tmp_path / "log-source" / "items.parquet").exists() and pl.read_parquet(
+        tmp_path / "log-source" / "vectors.parquet"
+    ).columns == ["product_id", "text"]
+
+
+def test_rows_with_texts_are_runs_of_their_own() -> None:
+    """Otherwise, a row would load the model of another one."""
+    table = TABLES["cold-cj"]
+    rows = {row.texts: recorded_config(table, row) for row in table.rows.values() if not row.untrained}
+    assert rows.keys() == {"", "vectors", "codes"}
+    assert rows["vectors"] == rows["codes"] | {"texts": "vectors"}
+    plain = recorded_config(table, table.rows["vista"])
+    assert "texts" not in plain and rows["codes"] == plain | {"texts": "codes"}
+    assert np.all([pair in table.pairs for pair in (("vista, text vectors", "vista"), ("vista, text codes", "vista"))])
+
+
+SMALL = (
+    *("optim.epochs=1", "optim.warmup_steps=2", "optim.validate_every=0", "optim.tasks=[click]"),
+    *("model.dim=16", "data.windows_per_chunk=8"),
+)
+
+
+TINY = Table(
+    "simulation",
+    "tiny",
+    {
+        "vista": TableRow(1),
+        "tail-only": TableRow(1, K0),
+        "sasrec": TableRow(1, ("model=sasrec",), trial=True),
+        "transitions": TableRow(1, untrained="transitions"),
+    },
+    SMALL,
+    {"num_users": 24, "events_per_user": 200},
+    windows=True,
+    pairs=(("vista", "tail-only"), ("vista", "sasrec"), ("vista", "transitions")),
+)
+
+
+@pytest.fixture
+def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setitem(TABLES, "tiny", TINY)
+    return ["tiny", "--work", str(tmp_path / "work"), "--results", str(tmp_path), "--threads", "1"]
+
+
+def lines_of(tmp_path: Path) -> list[dict[str, Any]]:
+    return read_results(tmp_path / "tiny.jsonl")
+
+
+def test_rows_are_measured_on_both_parts_and_compared_by_user(tmp_path: Path, words: list[str]) -> None:
+    """A trial is not measured on test, and not compared. A second seed is averaged per user with the first."""
+    assert reproduce.main(words) == 0
+    vista, tail_only, trial, baseline, paired, against_baseline = lines_of(tmp_path)
+    validation = {f"validation {name}" for name in WINDOW_METRICS}
+    assert vista["metrics"].keys() == {*WINDOW_METRICS, *validation}
+    assert vista["errors"].keys() == {*WINDOW_METRICS, *validation}
+    assert trial["metrics"].keys() == validation and trial["errors"].keys() == validation
+    assert (paired["model"], paired["seed"], paired["seeds"]) == ("vista − tail-only", 1, [1])
+    assert paired["command"].endswith("tiny --rows vista tail-only --seeds 1 --threads 1")
+    name = "precision@10/50-events"
+    assert paired["metrics"][name] == pytest.approx(vista["metrics"][name] - tail_only["metrics"][name])
+    assert against_baseline["metrics"][name] == pytest.approx(vista["metrics"][name] - baseline["metrics"][name])
+    assert against_baseline["seeds"] == [1] and baseline["seed"] == 0
+    assert 0 < paired["errors"][name] < vista["errors"][name] + tail_only["errors"][name]
+    assert vista["seconds"] > 0
+    page = (tmp_path / "tiny.md").read_text()
+    assert "# tiny, paired differences" in page and "| tiny | vista − tail-only | 1 |" in page
+    assert reproduce.main(words) == 0 and len(lines_of(tmp_path)) == 6
+
+    assert reproduce.main([*words, "--seeds", "2", "--rows", "vista", "tail-only"]) == 0
+    first, second = lines_of(tmp_path)[6:8]
+    both = lines_of(tmp_path)[8]
+    assert both["seeds"] == [1, 2] and len(lines_of(tmp_path)) == 10
+    mean = (vista["metrics"][name] - tail_only["metrics"][name] + first["metrics"][name] - second["metrics"][name]) / 2
+    assert both["metrics"][name] == pytest.approx(mean)
+    page = (tmp_path / "tiny.md").read_text()
+    assert page.count("| vista − tail-only |") == 1 and "| tiny | vista − tail-only | 2 |" in page
+
+
+def test_differences_by_activity_add_up_to_the_paired_difference(
+    tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = ["vista", "tail-only"]
+    assert reproduce.main([*words, "--rows", *rows]) == 0
+    paired = lines_of(tmp_path)[-1]["metrics"]
+    capsys.readouterr()
+    assert by_activity.main(["tiny", *rows, "--work", str(tmp_path / "work")]) == 0
+    header, _, *groups = (
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()
+    )
+    assert len(groups) == by_activity.NUM_GROUPS
+    column = header.index("precision@10/50-events")
+    total = sum(int(group[1]) * float(group[column].split()[0]) for group in groups)
+    assert total / sum(int(group[1]) for group in groups) == pytest.approx(paired[header[column]], abs=1e-4)
+    assert by_activity.main(["tiny", *rows, "--seeds", "2", "--work", str(tmp_path / "work")]) == 1
+    assert "measure the row 'vista' with `reproduce` first" in capsys.readouterr().err
+
+
+def test_each_part_has_a_model_that_is_trained_until_its_labels(tmp_path: Path, words: list[str]) -> None:
+    """A trial has none for the test."""
+    assert reproduce.main([*words, "--rows", "vista", "sasrec"]) == 0
+    vista, sasrec = lines_of(tmp_path)
+    resolved = vista["resolved"]
+    assert resolved.keys() == {"validation", "test"} and sasrec["resolved"].keys() == {"validation"}
+    validation, test = (resolved[part]["data"] for part in ("validation", "test"))
+    assert validation["validation_from"] < validation["test_from"]
+    assert test == validation | {"validation_from": validation["test_from"]}
+    planned = vista["config"]["optim"] | {"warmup_steps": 2, "next_weight": 1.0, "window_weight": 0.0}
+    assert planned == resolved["test"]["optim"] == resolved["validation"]["optim"]
+    runs = {path.relative_to(tmp_path).parts[-3] for path in tmp_path.rglob("run/config.yaml")}
+    assert runs == {"validation", "test"} and str(tmp_path) not in json.dumps([vista, sasrec])
+
+
+@pytest.mark.parametrize("name", ["returns-cj", "returns-dev", "window-cj", "window-dev"])
+def test_models_for_the_test_are_trained_until_the_test(name: str) -> None:
+    for row in TABLES[name].rows.values():
+        configs = part_configs(TABLES[name], row)
+        assert ("test" in configs) != row.trial
+        for part, config in configs.items():
+            assert split_until(config.data, "train") == split_until(configs["validation"].data, part)
+            assert config.optim == configs["validation"].optim and config.model == configs["validation"].model
+
+
+@pytest.mark.parametrize("name", ["newcomer-cj", "newcomer-dev"])
+def test_a_newcomer_has_one_model_whose_epoch_validation_chooses(name: str) -> None:
+    ((part, config),) = part_configs(TABLES[name], TABLES[name].rows["vista"]).items()
+    assert part == "test" and config.optim.validate_every == 1
+    assert split_until(config.data, "train") != split_until(config.data, "test")
+
+
+@pytest.mark.parametrize("name", [name for name, table in TABLES.items() if table.windows])
+def test_pairs_are_rows_that_are_measured_on_test(name: str) -> None:
+    rows = TABLES[name].rows
+    assert all(not rows[row].trial for pair in TABLES[name].pairs for row in pair)
+    assert len(set(TABLES[name].pairs)) == len(TABLES[name].pairs)
+
+
+@pytest.mark.parametrize("name", ["window-cj", "window-dev"])
+def test_models_with_counters_are_compared_with_every_baseline(name: str) -> None:
+    baselines = {row for row, values in TABLES[name].rows.items() if values.untrained}
+    assert baselines == TABLES[f"returns-{name.removeprefix('window-')}"].rows.keys()
+    for row in COUNTED:
+        assert {other for first, other in TABLES[name].pairs if first == row} >= baselines
+
+
+@pytest.mark.parametrize("name", ["window-cj", "window-dev"])
+def test_one_setting_tells_a_row_from_the_row_without_counters(name: str) -> None:
+    with_counters, without = (
+        recorded_config(TABLES[name], TABLES[name].rows[row]) for row in ("vista, counters", WITHOUT)
+    )
+    assert [change.split()[0] for change in changed_settings(with_counters, without)] == [
+        "model.counters",
+        "model.counted_dropout",  # not recorded without counters
+    ]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_baselines_are_known(name: str) -> None:
+    known = counting_baselines(has_time=True, horizon_events=50, has_features=True)
+    known += [PopularityAfterwards(), *trained_baselines(horizon_events=50, at_one_time=True)]
+    named = {row.untrained for row in TABLES[name].rows.values()} - {"", "oracle", *SIMULATED}
+    assert named <= {baseline.name for baseline in known}
+
+
+def test_reference_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {name: TableRow(1, untrained=name) for name in ("last 32", "pooled")} | ORACLE
+    size = {"world": "returns", "num_users": 60, "events_per_user": 1500}
+    monkeypatch.setitem(TABLES, "tiny", Table("simulation", "tiny", rows, (), size))
+    assert reproduce.main(["tiny", "--work", str(tmp_path / "work"), "--results", str(tmp_path), "--threads", "1"]) == 0
+    lines = {line["model"]: line for line in read_results(tmp_path / "tiny.jsonl")}
+    auc = {name: line["metrics"]["auc/click"] for name, line in lines.items()}
+    assert list(auc) == list(rows) and auc["oracle"] > max(auc["last 32"], auc["pooled"]) + 0.02
+    assert lines["pooled"]["config"]["simulation"] == size
+
+
+def test_every_world_but_share_has_a_table() -> None:
+    assert {*WORLDS} == {world.value for world in WorldName} - {"share"}
+
+
+def test_a_log_with_a_calendar(tmp_path: Path) -> None:
+    config = SimulateConfig(out=str(tmp_path / "source"), num_users=6, events_per_user=300, days=400)
+    prepare_simulation(config, tmp_path / "log", calendar=True)
+    log = EventLog.open(tmp_path / "log")
+    seen = log.impressions
+    assert seen is not None
+    events = log.gather(np.arange(log.num_users))
+    for values, features, times in (
+        (log.event_features, events.features, events.timestamp),
+        (log.request_features, seen.features, seen.timestamp),
+    ):
+        moments = [datetime.fromtimestamp(int(time) / 1000, UTC) for time in times]
+        want = [(str(moment.timetuple().tm_yday // 28), str(moment.isoweekday())) for moment in moments]
+        assert [(row["season"], row["weekday"]) for row in values_of(features, values)] == want
+
+
+def test_a_longer_period_is_split_at_the_same_shares() -> None:
+    table = TABLES["world-seasons-4-years"]
+    assert table.simulation is not None
+    data = train_config(table, table.rows["vista"]).data
+    assert data.validation_from is not None and data.test_from is not None
+    split = [parse_time(data.validation_from), parse_time(data.test_from)]
+    assert np.abs(np.subtract(split, split_times(SimulateConfig(**table.simulation)))).max() < 86_400_000
+
+
+SHORT = ("kuairand", "yambda")
+"""Sets that `make test-research` runs; `make nightly` runs all."""
+
+
+WINDOWS = {"complete-journey": "window-cj", "dev-packages": "window-dev"}
+"""Tables of sets that do not have the name of the set."""
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in SHORT else pytest.param(name, marks=pytest.mark.nightly) for name in SAMPLES]
+)
+def test_from_the_files_to_the_metrics(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, title = tmp_path / "files", WINDOWS.get(name, name)
+    folder.mkdir()
+    SAMPLES[name](folder)
+    table = TABLES[title]
+    kept = list(table.rows) if title in PUBLIC_TABLES else ["vista, counters" if name in WINDOWS else "vista"]
+    rows = {row: replace(table.rows[row], codecs=(Codec.int8,), tails=()) for row in kept}
+    few = {"min_seen": 5, "min_after": 1} if name in WINDOWS else {}
+    tiny = replace(table, words=(*table.words, *TINY_MODEL), rows=rows, pairs=(), asked={**table.asked, **few})
+    monkeypatch.setitem(TABLES, title, tiny)
+    if name == "kuairand":
+        monkeypatch.setitem(SETS, name, replace(SETS[name], prepare=(*SETS[name].prepare, *FEW)))
+    work, results = tmp_path / "work", tmp_path / "results"
+    words = [title, "--data", str(folder), "--work", str(work), "--results", str(results), "--threads", "1"]
+    assert reproduce.main(words) == 0, capsys.readouterr().err
+    printed, lines = capsys.readouterr().out, read_results(results / f"{title}.jsonl")
+    assert [line["model"] for line in lines] == kept
+    if name in WINDOWS:
+        metric = "precision@10/50-events"
+    else:
+        metric = {"yambda": "recall@100", "microvideo": "auc/is_click", "kuaivideo": "gauc/is_click"}.get(name, "hr@10")
+    for line in lines:
+        assert f"{title}, {line['model']}, seed {line['seed']}\n" in printed
+        assert f"  {metric:<22} {line['metrics'][metric]:.4f}\n" in printed
+
+
+def test_the_metrics_of_yambda(tmp_path: Path) -> None:
+    """As the benchmark's code has them: repeats in the test count as labels, but can be found only once."""
+    (tmp_path / "files").mkdir()
+    SAMPLES["yambda"](tmp_path / "files")
+    prepare_set("yambda", tmp_path / "files", tmp_path / "log")
+    log, table = EventLog.open(tmp_path / "log"), TABLES["yambda"]
+    data = train_config(table, table.rows["vista"]).data
+    asked = EvaluateConfig(target=Target.window, progress=False, **{**LAST_DAY, "top_k": [1, 5, 10]})  # type: ignore[arg-type]
+    scores = np.random.default_rng(0).standard_normal((log.num_users, log.num_items))
+
+    def score(cases: WindowCases) -> np.ndarray:
+        return scores[cases.user]
+
+    _, per_user = measure_windows(log, data, np.arange(log.num_items), asked, score)
+    found = yambda_metrics(per_user.values, log, data, asked)
+    begin = 1000 * (26_000_000 - 86_400)
+    test = {user: log[user] for user in log.users.ids(np.arange(log.num_users)).tolist()}
+    labels = [history.item[history.timestamp >= begin] for history in test.values()]
+    asked_rows = [
+        row
+        for row, history in enumerate(test.values())
+        if len(labels[row]) and (history.timestamp < begin - 30 * 60_000).any()
+    ]
+    assert asked_rows and any(len(set(own.tolist())) < len(own) for own in labels)
+    for k in (1, 5, 10):
+        recalls, gains, best = [], 0.0, 0.0
+        for row in asked_rows:
+            ranked = np.argsort(-scores[row])[:k]
+            hit = np.isin(ranked, labels[row])
+            recalls.append(hit.sum() / len(labels[row]))
+            gains += sum(1 / math.log2(2 + rank) for rank in np.flatnonzero(hit))
+            best += sum(1 / math.log2(2 + rank) for rank in range(min(k, len(labels[row]))))
+        assert found[f"recall@{k}"] == pytest.approx(np.mean(recalls))
+        assert found[f"ndcg@{k}"] == pytest.approx(gains / best)
