@@ -54,9 +54,9 @@ class Load:
     A client whose connection breaks connects again and repeats the request, as the page of the service says.
     """
 
-    def __init__(self, service: RunningService, expected: dict[int, list[Any]]) -> None:
+    def __init__(self, service: RunningService, expected: dict[int, list[Any]], **headers: str) -> None:
         self._service = service
-        self._expected = expected
+        self._expected, self._headers = expected, headers
         self.counts: Counter[str] = Counter()
         self.wrong: list[Any] = []
         self._stop = threading.Event()
@@ -88,7 +88,7 @@ class Load:
             body = json.dumps({"users": [user], "candidates": ITEMS, "now": NOW})
             for attempt in range(ATTEMPTS):
                 try:
-                    connection.request("POST", "/v1/score", body)
+                    connection.request("POST", "/v1/score", body, self._headers)
                     answer = connection.getresponse()
                     held = json.loads(answer.read())
                     break
@@ -322,51 +322,21 @@ def restart_workers(service: RunningService) -> None:
         until(lambda: service.num_listening() == 2)
 
 
-@contextmanager
-def asked_without_end(
-    service: RunningService, statuses: Counter[int], generations: set[int], **headers: str
-) -> Iterator[None]:
-    """A client that repeats a request if its connection breaks, as docs/guides/serve.md says."""
-    stop = threading.Event()
-
-    def work() -> None:
-        while not stop.is_set():
-            for attempt in range(6):
-                try:
-                    status, answer = service.fetch("/v1/score", ASKED, headers=headers)
-                    break
-                except (http.client.HTTPException, ConnectionError):
-                    time.sleep(0.1 * 2**attempt)
-            else:
-                status, answer = 0, {}
-            statuses[status] += 1
-            generations.add(answer.get("generation", 0))
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-
-
 def test_a_new_key_of_records_and_a_new_token(served: Served, tmp_path: Path) -> None:
     store, key, tokens = (tmp_path / name for name in ("store", "key", "tokens"))
     replace(key, "01" * 32)
     replace(tokens, OLD)
     refresh(served.model, served.log, store, key=read_key(str(key)))
     with Scorer.open(served.model_dir, store, key=read_key(str(key))) as scorer:
-        expected = scorer.score(USERS, ITEMS, now=NOW)
+        expected, rows = scorer.score(USERS, ITEMS, now=NOW), scores_of(scorer)
     words = (f"model={served.model_dir}", f"store={store}", f"authentication_key_file={key}", f"token_file={tokens}")
     old, new = ({"Authorization": f"Bearer {token}"} for token in (OLD, NEW))
 
     def statuses(service: RunningService, headers: dict[str, str]) -> set[int]:
         return {service.fetch("/v1/score", ASKED, headers=headers)[0] for _ in range(10)}
 
-    asked, generations = Counter[int](), set[int]()
     with running(*words, "workers=2", "reload_s=0.2") as service:
-        with asked_without_end(service, asked, generations, **old):
+        with Load(service, rows, **old).applied() as load:
             refresh(served.model, served.log, store, key=b"\2" * 32)
             until(lambda: any("the last reload failed" in text for text in service.fetch("/readyz")[1]["problems"]))
             assert service.fetch("/readyz")[0] == 200
@@ -388,10 +358,11 @@ def test_a_new_key_of_records_and_a_new_token(served: Served, tmp_path: Path) ->
                 np.testing.assert_allclose(answer["scores"], expected, atol=TOLERANCE)
         assert statuses(service, old) == statuses(service, new) == {200}
         replace(tokens, NEW)
-        with asked_without_end(service, asked, generations, **new):
+        with Load(service, rows, **new).applied() as second:
             restart_workers(service)
         assert statuses(service, old) == {401} and statuses(service, new) == {200}
-    assert set(asked) == {200} and generations == {1, 2}
+    for each in (load, second):
+        assert each.counts["answered"] and not each.counts["refused"] and not each.wrong
 
 
 def test_a_planned_stop_of_a_worker_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
