@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.compiler import require_compiler
 from tests.conftest import draw_counter_weights, run_python, small_config
 from tests.counters.counter_histories import category
+from tests.required_program import require_compiler
 from vista.cli.main import main
 from vista.config import DataConfig, ModelConfig
 from vista.config.choices import Architecture, ExportFormat, Precision, TargetAttentionKind

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.chromium import require_chromium
 from tests.conftest import Served, sign_model, small_config
+from tests.required_program import require_chromium
 from vista import progress_bar
 from vista.cli.main import main
 from vista.config import EvaluateConfig, OptimConfig, ReportConfig

@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow
 import pytest
 
-from tests.compiler import require_compiler
 from tests.refresh import conftest as growing
+from tests.required_program import require_compiler
 from tests.store import test_counters_and_states as counted
 from tests.store import test_record as plain
 from tests.store.conftest import records
