@@ -140,7 +140,6 @@ def test_without_faiss_the_message_names_the_extra(
     served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
-    monkeypatch.delitem(sys.modules, "vista.model.faiss_extra", raising=False)
     with pytest.raises(MissingDependencyError, match=r"pip install .*\[faiss\]'"):
         run_index(IndexConfig(model=str(served.model_dir), kind=IndexKind.hnsw, out=str(tmp_path / "index")))
     assert not (tmp_path / "index").exists()

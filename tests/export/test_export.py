@@ -454,8 +454,6 @@ def test_a_baseline_is_refused_by_name(tmp_path: Path, event_log: EventLog) -> N
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, model: VistaModel, folder: Path) -> None:
-    for name in ("vista.export.onnx_export", "vista.export.onnx_extra"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingDependencyError, match=r"pip install .*\[onnx\]'"):
         export(folder / "model", folder / "none", ExportFormat.onnx)

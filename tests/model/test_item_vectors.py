@@ -365,7 +365,6 @@ def test_usage_and_groups() -> None:
 
 def test_without_faiss(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
-    monkeypatch.delitem(sys.modules, "vista.model.faiss_extra", raising=False)
     with pytest.raises(MissingDependencyError, match=r"need faiss .*pip install .*\[faiss\]'"):
         Codebooks.learn(noise(3, 2), levels=1, num_codes=2, seed=0)
 

@@ -45,10 +45,7 @@ from vista.store.format.record_spec import RecordSpec
 from vista.store.layout import environment_path, state_path
 from vista.store.lmdb.environment import SharedEnvironment
 
-ray_extra = pytest.importorskip(
-    "vista.refresh.ray_extra", reason="the extra `ray` is not installed", exc_type=ImportError
-)
-ray = ray_extra.ray
+ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
 ray_engine = import_module("vista.refresh.ray_engine")
 RayEngine = ray_engine.RayEngine
 NOW = 1_800_000_000_000
@@ -269,7 +266,7 @@ def test_bad_configurations_are_refused():
 def test_the_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingDependencyError, match=r"pip install .*\[ray\]'"):
-        reload(ray_extra)
+        reload(ray_engine)
 
 
 def wait_for_the_end_of(folder: Path) -> None:
@@ -344,7 +341,7 @@ def cluster():
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "temp_dir": folder, **small})
     made.add_node(num_cpus=2, **small)
     yield made
-    ray_extra.ray.shutdown()
+    ray.shutdown()
     made.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+import uvicorn
 
 from tests.conftest import ITEMS, Served
 from tests.serve.running_service import TIMEOUT_S, RunningService, running, until
@@ -20,7 +21,6 @@ from vista.errors import ConfigError
 from vista.serve import http_protocol
 from vista.serve.bearer_token import read_tokens
 from vista.serve.http_protocol import BoundedHttpProtocol
-from vista.serve.serve_extra import uvicorn
 
 GOOD = {"users": [103], "candidates": [0, 10]}
 

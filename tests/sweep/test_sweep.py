@@ -167,8 +167,6 @@ def test_an_extra_that_is_not_installed_is_named(
     train_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
-    for module in ("vista.sweep.optuna_extra", "vista.sweep.sampled_settings"):
-        monkeypatch.delitem(sys.modules, module, raising=False)
     with pytest.raises(MissingDependencyError, match=r"pip install .*\[optuna\]'"):
         sweep(swept(train_file, tmp_path, RATES, sampler=Sampler.tpe))
 

@@ -317,8 +317,6 @@ def test_an_extra_that_is_not_installed_is_named_before_the_log_is_read(
 ) -> None:
     name = "torch.utils.tensorboard" if module == "tensorboard" else module
     monkeypatch.setitem(sys.modules, name, None)
-    for loaded in (f"vista.tracking.{kind}_extra", f"vista.tracking.{kind}_tracker"):
-        monkeypatch.delitem(sys.modules, loaded, raising=False)
     config = small_config(event_log, tmp_path / "run", tracking=TrackingConfig(kind=kind))  # type: ignore[arg-type]
     with pytest.raises(MissingDependencyError, match=rf"pip install .*\[{kind}\]'"):
         train_model(config, event_log)

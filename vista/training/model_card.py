@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 
+from vista.config import TrainConfig
 from vista.config.choices import Architecture, InitFreeze, Split, Stage
-from vista.config.train_config import TrainConfig
 from vista.log.event_log import EventLog
 from vista.log.until import parse_time
 from vista.model.ranking_model import RankingModel
