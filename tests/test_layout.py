@@ -165,7 +165,7 @@ def test_modules_can_be_read_at_once() -> None:
     assert not long, "\n".join(long)
 
 
-MOST = {"vista": (657, 67_160), "tests": (398, 67_300)}
+MOST = {"vista": (643, 67_088), "tests": (224, 61_250)}
 """Files and lines of each folder. They only go down: whoever removes some lowers the numbers in the same commit."""
 
 

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import math
+import mmap
+import os
+import re
+from pathlib import Path
+from typing import Any
+
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
+
+from vista.errors import LogFormatError
+from vista.files import HashedFile, open_file
 
 Int = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -15,3 +26,115 @@ def offsets_of(lengths: Int | NDArray[np.bool_]) -> Int:
     offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
     return offsets
+
+
+# Files with one array each (`.npy`): written in blocks with a checksum, and mapped into memory to be read.
+
+Content = mmap.mmap | bytes
+_SMALL_BYTES = 1 << 16
+"""Up to this size in bytes a file is read instead: a mapping keeps its file open, and small segments may be many."""
+_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00(?P<size>[\x00-\xff]{2})\{'descr': '(?P<dtype>\|[biu]1|<[iuf][248])', 'fortran_order': False, "
+    rb"'shape': \((?P<rows>\d{1,18}),(?: (?P<width>\d{1,18}))?\), \} *\n"
+)
+"""How NumPy begins a file with a little-endian array of one or two dimensions. Its own parser evaluates the header as a
+Python expression, which can fail in many ways if it is damaged."""
+
+
+class ArrayWriter:
+    """Writes a `.npy` file of known shape block by block.
+
+    Raises:
+        ValueError: on closing, if more or fewer rows were written than announced.
+    """
+
+    def __init__(self, path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> None:
+        self._raw = path.open("wb")
+        self._file = HashedFile(self._raw)
+        self._dtype = np.dtype(dtype)
+        self._shape = shape
+        self._rows = 0
+        header = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+    def append(self, values: NDArray[Any]) -> None:
+        """Write rows."""
+        if values.shape[1:] != self._shape[1:]:
+            raise ValueError(f"{self._raw.name}: rows have shape {values.shape[1:]}, expected {self._shape[1:]}")
+        self._rows += len(values)
+        self._file.write(np.ascontiguousarray(values, dtype=self._dtype).reshape(-1).data)
+
+    def close(self) -> None:
+        """End the file."""
+        self._raw.close()
+        if self._rows != self._shape[0]:
+            raise ValueError(f"{self._raw.name}: {self._rows} rows written, {self._shape[0]} announced")
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """What a manifest says about the file, once it is closed."""
+        return {
+            "dtype": self._dtype.str,
+            "shape": list(self._shape),
+            "bytes": self._file.size,
+            "xxh3": self._file.hexdigest(),
+        }
+
+
+def map_file(path: Path, remedy: str, size: int | None = None) -> Content:
+    """Map a regular file into memory, read-only.
+
+    Args:
+        remedy: what to do if that fails, for the error.
+        size: bytes that the file must have; None accepts any number.
+
+    Raises:
+        LogFormatError: if the file is missing, has another size, or is not a regular file that can be read.
+    """
+    try:
+        descriptor = open_file(path)
+        try:
+            actual = os.fstat(descriptor).st_size
+            if size is not None and size != actual:
+                raise LogFormatError(
+                    f"{path}: expected {size} bytes, found {actual}; the file is "
+                    f"{'truncated' if actual < size else 'too long'}: copy it again, or {remedy}"
+                )
+            if actual <= _SMALL_BYTES:
+                return os.pread(descriptor, actual, 0)
+            return mmap.mmap(descriptor, actual, access=mmap.ACCESS_READ)
+        finally:
+            os.close(descriptor)
+    except FileNotFoundError:
+        raise LogFormatError(f"{path}: missing; {remedy}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name, or the file is shrinking
+        if isinstance(error, OSError) and error.errno == errno.EMFILE:
+            remedy = "raise the limit of open files (ulimit -n), then run `vista log compact`"
+        raise LogFormatError(f"{path}: cannot be read ({error}); {remedy}") from error
+
+
+def array_in(content: Content, path: Path, remedy: str) -> NDArray[Any]:
+    """The array in a mapped `.npy` file, as a read-only view.
+
+    Raises:
+        LogFormatError: if the header does not describe the rest of the file.
+    """
+    header = _HEADER.match(content)
+    if header is None or int.from_bytes(header["size"], "little") != header.end() - 10:
+        raise LogFormatError(f"{path}: not a .npy file with numbers; {remedy}")
+    dtype = np.dtype(header["dtype"].decode())
+    shape = tuple(int(size) for size in (header["rows"], header["width"]) if size is not None)
+    if header.end() + math.prod(shape) * dtype.itemsize != len(content):
+        raise LogFormatError(
+            f"{path}: has {len(content)} bytes, which does not fit an array of shape {shape} and type {dtype}; {remedy}"
+        )
+    return np.frombuffer(content, dtype, math.prod(shape), header.end()).reshape(shape)
+
+
+def map_array(path: Path, remedy: str) -> NDArray[Any]:
+    """The array of a `.npy` file, mapped into memory, read-only.
+
+    Raises:
+        LogFormatError: as `map_file` and `array_in`.
+    """
+    return array_in(map_file(path, remedy), path, remedy)

@@ -20,9 +20,9 @@ from unittest import mock
 
 from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser
 from scripts.benchmarks.timing import interleaved, timing_of
+from vista import arrays
 from vista.config import PrepareConfig, SimulateConfig, SourceConfig
 from vista.files import HashedFile
-from vista.log import array_file
 from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare
 from vista.log.ingest.source_parser import SourceParser
@@ -58,7 +58,7 @@ def measure(recorder: BenchmarkRecorder, folder: Path, parser: SourceParser) -> 
 
     def ingest() -> Path:
         path, before, start = folder / f"log-{next(numbers)}", TimedFile.seconds, time.perf_counter()
-        with mock.patch.object(array_file, "HashedFile", TimedFile):
+        with mock.patch.object(arrays, "HashedFile", TimedFile):
             prepare(PrepareConfig(out=str(path), events=events, progress=False), parser=parser)
         shares.append(100 * (TimedFile.seconds - before) / (time.perf_counter() - start))
         return path

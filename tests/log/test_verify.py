@@ -15,11 +15,11 @@ import pytest
 from tests.conftest import Served, small_config
 from tests.log.conftest import run, write_csv
 from tests.log.log_oracle import contents, edit_manifest
+from vista.arrays import map_array
 from vista.cli.main import main
 from vista.config import EvaluateConfig, SourceColumns
 from vista.errors import DataError, LogFormatError
 from vista.evaluation.evaluate import evaluate
-from vista.log.array_file import map_array
 from vista.log.compaction import compact_log
 from vista.log.deletions import erase_users, forget_events
 from vista.log.event_log import EventLog

@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from vista.log.array_file import ArrayWriter
+from vista.arrays import ArrayWriter
 from vista.log.row_features import ColumnValues, RowFeatures
 from vista.log.segment_row_features import code_type
 from vista.log.segment_writer import SegmentWriter

@@ -11,9 +11,8 @@ import numpy as np
 import xxhash
 from numpy.typing import DTypeLike, NDArray
 
-from vista.arrays import Int
+from vista.arrays import Content, Int, array_in, map_file
 from vista.errors import LogFormatError
-from vista.log.array_file import Content, array_in, map_file
 from vista.log.feature_owner import ITEMS, USERS, FeatureOwner
 from vista.log.packed_table import PackedTable
 from vista.log.segment_manifest import MANIFEST_FILE, REMEDY, SET_ASIDE_FILES

@@ -16,10 +16,9 @@ import numpy as np
 import xxhash
 from numpy.typing import DTypeLike, NDArray
 
-from vista.arrays import Float32s, Int, offsets_of
+from vista.arrays import ArrayWriter, Float32s, Int, offsets_of
 from vista.errors import DataError, LogBusyError, LogWriteError
 from vista.files import make_folders, sync
-from vista.log.array_file import ArrayWriter
 from vista.log.feature_owner import ITEMS, USERS, FeatureOwner
 from vista.log.item_features import CategoryColumn, NumberColumn
 from vista.log.segment import find_segments

@@ -20,9 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.arrays import offsets_of
+from vista.arrays import map_array, offsets_of
 from vista.errors import ConfigError, LogFormatError, shown
-from vista.log.array_file import map_array
 
 Ids = Sequence[int] | Sequence[str] | Sequence[int | str] | NDArray[Any]
 """Raw ids: all integers, or all strings."""
