@@ -6,8 +6,7 @@ import shutil
 from pathlib import Path
 
 from scripts.experiments.sets import SETS, prepare_set, source_folder
-from vista.cli.embed_command import run_items_embed
-from vista.cli.tokenize_command import run_items_tokenize
+from vista.cli.item_commands import run_items_embed, run_items_tokenize
 from vista.config import ItemsEmbedConfig, ItemsTokenizeConfig, ItemTableConfig, PrepareConfig
 from vista.log.ingest.prepare import prepare
 

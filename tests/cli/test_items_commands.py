@@ -19,10 +19,8 @@ from tests.log.conftest import PARSER
 from tests.log.feature_tables import features_of
 from vista import files
 from vista.arrays import Float32s
-from vista.cli.embed_command import run_items_embed
-from vista.cli.items_command import _locked, run_items_add
+from vista.cli.item_commands import _locked, run_items_add, run_items_embed, run_items_tokenize
 from vista.cli.main import main
-from vista.cli.tokenize_command import run_items_tokenize
 from vista.config import ItemsAddConfig, ItemsEmbedConfig, ItemsTokenizeConfig, ItemTableConfig
 from vista.errors import CheckpointError, ConfigError, DataError, MissingDependencyError
 from vista.log.event_log import EventLog
@@ -41,7 +39,7 @@ ITEMS = np.unique(small_frame()["item"])
 @pytest.fixture(autouse=True)
 def shared_parser(monkeypatch: pytest.MonkeyPatch) -> None:
     """One child process for all tests; to start one takes half a second."""
-    for module in ("vista.cli.embed_command", "vista.cli.tokenize_command", "vista.log.ingest.new_items"):
+    for module in ("vista.cli.item_commands", "vista.cli.item_commands", "vista.log.ingest.new_items"):
         monkeypatch.setattr(f"{module}.SourceParser", lambda: nullcontext(PARSER))
 
 

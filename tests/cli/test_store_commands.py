@@ -15,7 +15,7 @@ import torch
 
 from tests.conftest import Served
 from vista.cli import main as cli
-from vista.cli.index_command import run_index
+from vista.cli.item_commands import run_index
 from vista.cli.main import main
 from vista.config import IndexConfig
 from vista.config.choices import IndexKind

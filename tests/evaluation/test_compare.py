@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import permutation_test
 
-from vista.cli.train_commands import run_compare
+from vista.cli.run_commands import run_compare
 from vista.config import CompareConfig
 from vista.errors import ConfigError
 from vista.evaluation.comparison import Comparison

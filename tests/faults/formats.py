@@ -238,7 +238,7 @@ def categories(name: str, write: Callable[[Any, Path], None]) -> Format:
 
 
 def make_index(folder: Path) -> None:
-    from vista.cli.index_command import run_index
+    from vista.cli.item_commands import run_index
     from vista.config import IndexConfig
     from vista.config.choices import IndexKind
 

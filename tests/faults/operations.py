@@ -310,7 +310,7 @@ def add_items_before(folder: Path) -> None:
 
 
 def add_items(folder: Path) -> None:
-    from vista.cli.items_command import run_items_add
+    from vista.cli.item_commands import run_items_add
     from vista.config import ItemsAddConfig, ItemTableConfig
 
     made = folder / "featured"
@@ -331,7 +331,7 @@ def holds_added(folder: Path) -> None:
 
 
 def index_items(folder: Path) -> None:
-    from vista.cli.index_command import run_index
+    from vista.cli.item_commands import run_index
     from vista.config import IndexConfig
 
     run_index(IndexConfig(model=str(folder / "model")))

@@ -29,7 +29,7 @@ from tests.faults.operations import ADDED, COLUMNS, add_items, add_items_before,
 from tests.faults.oracle import Contents, folder_contents
 from tests.refresh import conftest as growing
 from tests.refresh.mock_kafka import MockKafka
-from vista.cli.refresh_commands import run_watch
+from vista.cli.serving_commands import run_watch
 from vista.config import RayConfig, SourceConfig, WatchConfig
 from vista.config.choices import Codec, OnBadRows
 from vista.config.stream_config import StreamConfig

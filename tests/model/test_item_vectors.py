@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from vista.arrays import Float32s
+from vista.cli.item_commands import TextEncoder
 from vista.cli.main import main
 from vista.config.choices import IndexKind
 from vista.errors import DataError, ItemIndexError, ItemIndexMismatchError, MissingDependencyError
@@ -26,7 +27,6 @@ from vista.model.item_index import FLAT_ITEMS, ItemIndex, kind_for
 from vista.model.item_index_manifest import MANIFEST_FILE, ItemIndexManifest
 from vista.model.model_description import checksum_of
 from vista.model.residual_codes import ResidualCodes
-from vista.model.text_encoder import TextEncoder
 
 DIM, NUM_ITEMS = 17, 4000
 KINDS = [kind.value for kind in IndexKind]

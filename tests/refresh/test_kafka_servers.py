@@ -18,7 +18,7 @@ from types import TracebackType
 import pytest
 
 from tests.refresh.streams import TOPIC, look
-from vista.cli.refresh_commands import run_watch
+from vista.cli.serving_commands import run_watch
 from vista.config.stream_config import StreamConfig
 from vista.errors import ConfigError, StreamError, StreamOffsetError
 from vista.refresh.watch import Watch

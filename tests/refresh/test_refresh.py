@@ -21,8 +21,7 @@ import torch
 from tests.conftest import START, small_config, small_frame
 from tests.faults.nursery import Say
 from tests.refresh.conftest import fail_at
-from vista.cli.refresh_commands import run_refresh
-from vista.cli.score_command import run_score
+from vista.cli.serving_commands import run_refresh, run_score
 from vista.config import ModelConfig, RefreshConfig, ScoreConfig, SourceColumns
 from vista.config.choices import Codec, Decay, OnMissing, Precision, StateDtype
 from vista.errors import ConfigError, RecordError, StoreError, UnknownUserError, UserKeyError

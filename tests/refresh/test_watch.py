@@ -20,7 +20,7 @@ import pytest
 
 from tests.faults.nursery import Say
 from tests.log.conftest import PARSER
-from vista.cli.refresh_commands import run_watch
+from vista.cli.serving_commands import run_watch
 from vista.config import SourceConfig, WatchConfig
 from vista.config.choices import Arrival, Codec, OnBadRows
 from vista.errors import ConfigError, StoreLockedError

@@ -20,7 +20,7 @@ import pytest
 from tests.faults.nursery import Say
 from tests.refresh.mock_kafka import MockKafka, lines
 from tests.refresh.streams import TOPIC, config_of, dead_letters, expect, look, offsets
-from vista.cli.refresh_commands import run_watch
+from vista.cli.serving_commands import run_watch
 from vista.config.choices import OnBadRows, StreamStart
 from vista.config.stream_config import StreamConfig
 from vista.errors import DataError, LogBusyError, LogFormatError, StreamError, StreamOffsetError
@@ -261,7 +261,7 @@ def test_the_command_retries_while_the_broker_is_gone(tmp_path, grow, kafka, str
         kafka.set_up()
 
     streamed.once = False
-    monkeypatch.setattr("vista.cli.refresh_commands.time", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr("vista.cli.serving_commands.time", SimpleNamespace(sleep=sleep))
     with caplog.at_level(logging.INFO), pytest.raises(KeyboardInterrupt):
         run_watch(streamed)
     assert pauses == [5.0, 5.0] and "shop.events: cannot be read: " in caplog.text

@@ -16,8 +16,7 @@ import pytest
 import torch
 
 from tests.conftest import DAY, LENGTHS, START, Served, draw_counter_weights, small_config, small_frame, tail_of
-from vista.cli.index_command import run_index
-from vista.cli.items_command import run_items_add
+from vista.cli.item_commands import run_index, run_items_add
 from vista.config import IndexConfig, ItemsAddConfig, ItemTableConfig
 from vista.config.choices import IndexKind
 from vista.errors import ItemIndexError, UnknownUserError

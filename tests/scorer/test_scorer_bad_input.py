@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from tests.conftest import DAY, ITEMS, START, USERS, Served, tail_of
-from vista.cli.score_command import run_score
+from vista.cli.serving_commands import run_score
 from vista.config import ScoreConfig
 from vista.config.choices import OnMissing
 from vista.errors import (

@@ -19,7 +19,7 @@ from tests.conftest import DAY, draw_counter_weights, small_config
 from tests.refresh.conftest import HOUR, START, append, events
 from tests.refresh.conftest import model as event_model
 from tests.scorer.test_scorer_exactness import same
-from vista.cli.score_command import run_score
+from vista.cli.serving_commands import run_score
 from vista.config import ScoreConfig
 from vista.config.choices import Codec, TargetAttentionKind
 from vista.config.composition import compose_config

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from tests.conftest import DAY, ITEMS, START, Served, small_config, small_frame, tail_of
 from vista.arrays import Int
-from vista.cli.index_command import run_index
-from vista.cli.score_command import run_score
+from vista.cli.item_commands import run_index
+from vista.cli.serving_commands import run_score
 from vista.config import IndexConfig, ScoreConfig
 from vista.config.choices import OnMissing
 from vista.errors import (

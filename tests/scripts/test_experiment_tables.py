@@ -35,7 +35,7 @@ from tests.log.ingest.public.samples import SAMPLES, complete_journey
 from tests.log.log_oracle import values_of
 from tests.training.test_public_experiments import FEW
 from tests.training.test_public_experiments import TINY as TINY_MODEL
-from vista.cli import embed_command
+from vista.cli import item_commands
 from vista.config import EvaluateConfig, SimulateConfig, TrainConfig
 from vista.config.choices import Codec, Target, WorldName
 from vista.config.composition import compose_config
@@ -131,7 +131,7 @@ def text_folder(tmp_path: Path) -> Path:
 def test_a_log_gets_one_more_feature(
     text_folder: Path, tmp_path: Path, texts: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embed_command, "TextEncoder", lambda device: LettersEncoder())
+    monkeypatch.setattr(item_commands, "TextEncoder", lambda device: LettersEncoder())
     if texts == "codes":
         pytest.importorskip("faiss")
     prepare_set(TEXT_SET, text_folder, tmp_path / "plain")

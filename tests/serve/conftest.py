@@ -12,7 +12,7 @@ import yaml
 
 from tests.conftest import ITEMS, START, USERS, Served
 from tests.serve.running_service import RunningService, running
-from vista.cli.index_command import run_index
+from vista.cli.item_commands import run_index
 from vista.config import IndexConfig
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh

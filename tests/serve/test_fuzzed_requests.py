@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tests.conftest import START, Served, small_config
 from tests.serve.conftest import models_file, save_other_stage_2
 from tests.serve.running_service import TIMEOUT_S, RunningService, running
-from vista.cli.index_command import run_index
+from vista.cli.item_commands import run_index
 from vista.config import IndexConfig, SourceColumns
 from vista.config.choices import Split
 from vista.log.event_log import EventLog

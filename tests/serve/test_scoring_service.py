@@ -18,7 +18,7 @@ from tests.scorer.test_retrieval import export, item_table
 from tests.scorer.test_scorer_bad_input import damage_record
 from tests.serve.conftest import ASKED, NOW, TOLERANCE, retrained
 from tests.serve.running_service import RunningService, running, until
-from vista.cli.index_command import run_index
+from vista.cli.item_commands import run_index
 from vista.config import IndexConfig, ServeConfig, SourceColumns
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel

@@ -26,7 +26,7 @@ from tests.conftest import ITEMS, USERS, Served
 from tests.serve.conftest import ASKED, NOW, TOLERANCE, models_file, retrained
 from tests.serve.running_service import TIMEOUT_S, ForkedProcess, RunningService, running, until
 from tests.store.remote.valkey_server import ValkeyServer
-from vista.cli.index_command import run_index
+from vista.cli.item_commands import run_index
 from vista.cli.main import main
 from vista.config import IndexConfig, ServeConfig
 from vista.errors import CheckpointError

@@ -14,7 +14,7 @@ import torch
 
 from tests.conftest import Served, draw_counter_weights, small_config, small_frame
 from tests.counters.counter_histories import counters_of_request
-from vista.cli.items_command import run_items_add
+from vista.cli.item_commands import run_items_add
 from vista.config import (
     EvaluateConfig,
     ExploreConfig,

@@ -27,7 +27,7 @@ from tests.training.feature_world import (
 )
 from tests.training.test_items_of_runs import as_log, training_counts
 from tests.training.warm_logs import begun
-from vista.cli.items_command import run_items_add
+from vista.cli.item_commands import run_items_add
 from vista.config import EvaluateConfig, ItemsAddConfig, ItemTableConfig, TrainConfig
 from vista.config.choices import Architecture, Codec
 from vista.errors import ConfigError

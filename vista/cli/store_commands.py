@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from vista.config import (
+    LogCompactConfig,
+    LogEraseConfig,
+    LogForgetConfig,
+    LogStatsConfig,
+    LogVerifyConfig,
+    PrepareConfig,
+    SimulateConfig,
     StoreCompactConfig,
     StoreCopyConfig,
     StoreEraseConfig,
@@ -20,32 +25,25 @@ from vista.config import (
     StoreStatsConfig,
     StoreVerifyConfig,
 )
-from vista.errors import ConfigError, StoreError, UnknownUserError
-from vista.log.deletions import erase_users, rows_to_erase
-from vista.log.event_log import EventLog
-from vista.log.gaps import LATEST_MS, NO_TIMESTAMP, YEAR_1971_MS
-from vista.log.row_features import RowFeatures
-from vista.log.vocabulary import ids_of_words
-from vista.model.vista_model import VistaModel
-from vista.store.admin.copying import copy_generation
-from vista.store.admin.managed_store import managed_store
-from vista.store.admin.publish_report import PublishReport
-from vista.store.admin.rollback import roll_back
-from vista.store.admin.store_compaction import compact_store
-from vista.store.admin.store_stats import store_stats
-from vista.store.admin.verification import verify_store
-from vista.store.admin.whole_generation import WholeGeneration
-from vista.store.erasure import erase
-from vista.store.format.authentication import read_key
-from vista.store.format.keys import user_key
-from vista.store.format.record import RawRecords, decode_rows, read_records
-from vista.store.layout import store_address
-from vista.store.remote.store_url import StoreUrl
-from vista.store.shards import shards_in, stores_in, user_kind, users_by_store
+from vista.errors import ConfigError, LogFormatError, StoreError, UnknownUserError
+
+if TYPE_CHECKING:
+    from vista.log.compaction import CompactionReport
+    from vista.log.deletions import DeletionReport
+    from vista.log.ingest.prepare_report import PrepareReport
+    from vista.log.log_stats import LogStats
+    from vista.log.log_verification import LogVerification
+    from vista.simulation.simulation_report import SimulationReport
+    from vista.store.admin.publish_report import PublishReport
+    from vista.store.admin.whole_generation import WholeGeneration
+    from vista.store.format.record import RawRecords
 
 
 def run_store_stats(config: StoreStatsConfig) -> str:
     """`vista store stats`; errors as of `store_stats`."""
+    from vista.store.admin.store_stats import store_stats
+    from vista.store.shards import stores_in
+
     return _lines(store_stats(root) for root in stores_in(config.store))
 
 
@@ -55,6 +53,10 @@ def run_store_verify(config: StoreVerifyConfig) -> str:
     Raises:
         StoreError: there are problems; the message lists the first ones.
     """
+    from vista.store.admin.verification import verify_store
+    from vista.store.format.authentication import read_key
+    from vista.store.shards import stores_in
+
     key = read_key(config.authentication_key_file)
     reports = [verify_store(root, key=key) for root in stores_in(config.store)]
     if any(report.num_problems for report in reports):
@@ -64,18 +66,28 @@ def run_store_verify(config: StoreVerifyConfig) -> str:
 
 def run_store_compact(config: StoreCompactConfig) -> str:
     """`vista store compact`; errors as of `compact_store`."""
+    from vista.store.admin.store_compaction import compact_store
+    from vista.store.format.authentication import read_key
+    from vista.store.shards import stores_in
+
     key = read_key(config.authentication_key_file)
     return _lines(compact_store(root, key=key) for root in stores_in(config.store))
 
 
 def run_store_rollback(config: StoreRollbackConfig) -> str:
     """`vista store rollback`; errors as of `roll_back`."""
+    from vista.store.admin.rollback import roll_back
+    from vista.store.format.authentication import read_key
+    from vista.store.shards import stores_in
+
     return _lines(roll_back(*stores_in(config.store), to=config.to, key=read_key(config.authentication_key_file)))
 
 
 def run_store_export(config: StoreExportConfig) -> str:
     """`vista store export`; writes one file per shard of a sharded store. Errors as of `export_store`."""
     from vista.store.admin.parquet import export_store
+    from vista.store.format.authentication import read_key
+    from vista.store.shards import shards_in, stores_in
 
     key, out, stores = read_key(config.authentication_key_file), Path(config.out), stores_in(config.store)
     sharded = bool(shards_in(config.store))
@@ -91,6 +103,7 @@ def run_store_export(config: StoreExportConfig) -> str:
 def run_store_import(config: StoreImportConfig) -> PublishReport:
     """`vista store import`; errors as of `import_store`."""
     from vista.store.admin.parquet import import_store
+    from vista.store.format.authentication import read_key
 
     key = read_key(config.authentication_key_file)
     return import_store(config.file, config.store, key=key, shared_with_group=config.shared_with_group)
@@ -102,6 +115,10 @@ def run_store_copy(config: StoreCopyConfig) -> str:
     Raises:
         ConfigError: no target folder is named.
     """
+    from vista.store.admin.copying import copy_generation
+    from vista.store.format.authentication import read_key
+    from vista.store.shards import shards_in, stores_in
+
     if not config.to:
         raise ConfigError(
             "to: name the folder or the URL of the target store, such as to=/srv/stores/mine or to=redis://host/mine"
@@ -132,6 +149,14 @@ def run_store_erase(config: StoreEraseConfig) -> str:
         ConfigError: no user is named, or an id is text although the store's ids are integers.
         StoreError, DataError: as of `erase` and `erase_users`.
     """
+    from vista.log.deletions import erase_users, rows_to_erase
+    from vista.log.event_log import EventLog
+    from vista.log.vocabulary import ids_of_words
+    from vista.store.erasure import erase
+    from vista.store.layout import store_address
+    from vista.store.remote.store_url import StoreUrl
+    from vista.store.shards import user_kind, users_by_store
+
     if not config.users:
         raise ConfigError("users: name at least one user, such as users=[101]")
     users: Sequence[Any] = ids_of_words(config.users, "users", user_kind(config.store))
@@ -162,6 +187,13 @@ def run_store_get(config: StoreGetConfig) -> str:
         UnknownUserError: the user has no record.
         StoreError, RecordError: the store or the record is damaged, or of another key.
     """
+    from vista.log.vocabulary import ids_of_words
+    from vista.store.admin.managed_store import managed_store
+    from vista.store.format.authentication import read_key
+    from vista.store.format.keys import user_key
+    from vista.store.format.record import read_records
+    from vista.store.shards import user_kind, users_by_store
+
     if config.user is None:
         raise ConfigError("user: name a user, such as user=42")
     ((root, (user,)),) = users_by_store(config.store, ids_of_words([config.user], "user", user_kind(config.store)))
@@ -181,6 +213,10 @@ def _lines(reports: Iterable[object]) -> str:
 
 
 def _record_text(user: int | str, raw: RawRecords, reader: WholeGeneration, model: str | None) -> str:
+    import numpy as np
+
+    from vista.store.format.record import decode_rows
+
     header, manifest = raw.headers[0], reader.manifest
     summary = decode_rows(raw, reader.spec)[0]
     norms = np.linalg.norm(summary.astype(np.float64), axis=1)
@@ -222,6 +258,11 @@ def _counted(raw: RawRecords) -> str:
 
 def _named(folder: str, raw: RawRecords, reader: WholeGeneration) -> tuple[list[Any], Mapping[str, Any]]:
     """Ids of the items of a tail, and the values of its features instead of the model's codes."""
+    import numpy as np
+
+    from vista.log.row_features import RowFeatures
+    from vista.model.vista_model import VistaModel
+
     model = VistaModel.from_pretrained(folder)
     if model.summarizer_id() != reader.spec.summarizer_id:
         raise ConfigError(
@@ -237,8 +278,87 @@ def _named(folder: str, raw: RawRecords, reader: WholeGeneration) -> tuple[list[
 
 def _time(time_ms: int) -> str:
     """A time in ms with its date; the ordinal of a log without times as it is."""
+    from vista.log.gaps import LATEST_MS, NO_TIMESTAMP, YEAR_1971_MS
+
     if time_ms == NO_TIMESTAMP:
         return "none"
     if not YEAR_1971_MS <= time_ms < LATEST_MS:
         return str(time_ms)
     return f"{time_ms} ({datetime.fromtimestamp(time_ms / 1000, UTC):%Y-%m-%d %H:%M:%S} UTC)"
+
+
+# The commands `vista simulate` and `vista log ...`: config to report.
+
+
+def run_simulate(config: SimulateConfig) -> SimulationReport:
+    """`vista simulate`; errors as of `simulate`."""
+    from vista.simulation.simulate import simulate
+
+    return simulate(config)
+
+
+def run_log_forget(config: LogForgetConfig) -> DeletionReport:
+    """`vista log forget`; errors as of `forget_file`."""
+    from vista.log.deletions import forget_file
+
+    return forget_file(config.data, config.events, config.time_unit)
+
+
+def run_log_erase(config: LogEraseConfig) -> DeletionReport:
+    """`vista log erase`; errors as of `erase_users`.
+
+    Raises:
+        ConfigError: if no user is named, or an id is text but the log's ids are integers.
+    """
+    from vista.log.deletions import erase_users
+    from vista.log.event_log import EventLog
+    from vista.log.vocabulary import ids_of_words
+
+    users = ids_of_words(config.users, "users", EventLog.open(config.data).users.kind)
+    return erase_users(config.data, users)
+
+
+def run_log_compact(config: LogCompactConfig) -> CompactionReport:
+    """`vista log compact`; errors as of `compact_log`."""
+    from vista.log.compaction import compact_log
+
+    return compact_log(config.data)
+
+
+def run_log_verify(config: LogVerifyConfig) -> LogVerification:
+    """`vista log verify`.
+
+    Raises:
+        LogFormatError: naming every damaged file.
+    """
+    from vista.log.log_verification import verify_log
+
+    report = verify_log(config.data)
+    if report.damaged:
+        raise LogFormatError(str(report))
+    return report
+
+
+def run_log_stats(config: LogStatsConfig) -> LogStats:
+    """`vista log stats`.
+
+    Raises:
+        LogFormatError: if it is missing or damaged.
+    """
+    from vista.log.event_log import EventLog
+    from vista.log.log_stats import LogStats
+
+    log = EventLog.open(config.data)
+    log.verify(newer_than=log.last_segment)
+    return LogStats.of(log)
+
+
+def run_prepare(config: PrepareConfig) -> PrepareReport:
+    """`vista prepare`; errors as of `prepare`."""
+    from vista.log.ingest.source_parser import SourceParser
+
+    with SourceParser() as parser:
+        parser.start()
+        from vista.log.ingest.prepare import prepare  # imports Polars, while the parser does the same
+
+        return prepare(config, parser=parser)

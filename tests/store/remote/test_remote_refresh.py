@@ -23,7 +23,7 @@ from tests.refresh import conftest as growing
 from tests.refresh.mock_kafka import MockKafka
 from tests.refresh.streams import TOPIC, watch_of
 from vista.cli import main as cli
-from vista.cli.refresh_commands import run_watch
+from vista.cli.serving_commands import run_watch
 from vista.config import EvaluateConfig, RefreshOptions
 from vista.config.choices import Codec, Mixing, Stage, StateDtype
 from vista.errors import ConfigError, LeakageError, RecordError, StoreError, SummarizerMismatchError

@@ -1,0 +1,230 @@
+"""The commands `vista train`, `vista evaluate`, and `vista compare`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vista.config import (
+    CompareConfig,
+    DoctorConfig,
+    EvaluateConfig,
+    ExploreConfig,
+    ExportConfig,
+    PlanConfig,
+    ReportConfig,
+    SweepConfig,
+    TrainConfig,
+)
+from vista.config.conversion import to_dict
+from vista.config.runs_configs import RunsCompareConfig, RunsConfig
+from vista.doctor.verdict import Verdict
+from vista.errors import SweepError, UnfitSetupError
+from vista.files import replace_text, writable_file
+from vista.text_table import hanging, two_columns
+
+if TYPE_CHECKING:
+    from vista.doctor.diagnosis import Diagnosis
+    from vista.doctor.finding import Finding
+    from vista.evaluation.comparison import Comparison
+    from vista.evaluation.evaluation_report import EvaluationReport
+    from vista.export.export import ExportReport
+    from vista.planning.plan_report import PlanReport
+    from vista.report.report import WrittenReport
+    from vista.runs.run_comparison import RunComparison
+    from vista.runs.run_list import RunList
+    from vista.sweep.sweep_report import SweepReport
+
+
+def run_train(config: TrainConfig) -> None:
+    """`vista train`; errors as of `train_model`."""
+    from vista.device import keep_freed_memory
+    from vista.log.event_log import EventLog
+    from vista.training.trainer import train_model
+
+    keep_freed_memory()
+    train_model(config, EventLog.open(config.data.path))
+
+
+def run_evaluate(config: EvaluateConfig) -> EvaluationReport:
+    """`vista evaluate`; errors as of `evaluate`."""
+    from vista.evaluation.evaluate import evaluate
+
+    return evaluate(config)
+
+
+def run_compare(config: CompareConfig) -> Comparison:
+    """`vista compare`; errors as of `compare`."""
+    from vista.evaluation.compare import compare
+
+    return compare(config)
+
+
+def run_sweep(config: SweepConfig) -> SweepReport:
+    """`vista sweep`; errors as of `sweep`.
+
+    Raises:
+        SweepError: trials have failed, or are not complete in their tracker; the results of all are printed first.
+    """
+    from vista.device import keep_freed_memory
+    from vista.sweep.sweep import sweep
+
+    keep_freed_memory()
+    report = sweep(config)
+    failed, not_tracked = len(report.failed()), len(report.not_tracked())
+    if failed or not_tracked:
+        print(report)
+        counts = [f"{failed} of {report.num_trials} trials failed"] if failed else []
+        counts += [f"{not_tracked} finished trials are not complete in the tracker"] if not_tracked else []
+        raise SweepError(
+            f"{', '.join(counts)}; they are listed above and in {report.folder}/results.md. Rerun the command to try "
+            "these trials again"
+        )
+    return report
+
+
+# The commands `vista runs` and `vista runs compare`.
+
+
+def run_runs(config: RunsConfig) -> RunList:
+    """`vista runs`; errors as of `RunList.of`.
+
+    Raises:
+        ConfigError: `out` cannot be written.
+    """
+    from vista.runs.run_list import RunList
+
+    listed = RunList.of(Path(config.folder), config.sort, config.metric)
+    _write(config.out, listed.to_list())
+    return listed
+
+
+def run_runs_compare(config: RunsCompareConfig) -> RunComparison:
+    """`vista runs compare`; errors as of `RunComparison.of`.
+
+    Raises:
+        ConfigError: `out` cannot be written.
+    """
+    from vista.runs.run_comparison import RunComparison
+
+    comparison = RunComparison.of(config.runs)
+    _write(config.out, comparison.to_dict())
+    return comparison
+
+
+def _write(out: str | None, values: Any) -> None:
+    if out is not None:
+        writable_file(Path(out), "out")
+        replace_text(Path(out), json.dumps(values, indent=2) + "\n")
+
+
+def run_report(config: ReportConfig) -> WrittenReport:
+    """`vista report`; errors as of `write_report`."""
+    from vista.report.report import write_report
+
+    return write_report(config)
+
+
+def run_export(config: ExportConfig) -> ExportReport:
+    """`vista export`: an ONNX or AOTInductor export of stage 2, which was compared with the scorer.
+
+    Raises:
+        ExportError: the export cannot be written, or differs from the scorer; nothing was written.
+        MissingDependencyError: a package that the format needs is not installed.
+        CheckpointError, StoreError: the model or the store cannot be read.
+    """
+    from vista.device import cpu_settings
+    from vista.export.export import export
+    from vista.store.format.authentication import read_key
+
+    with cpu_settings(config.num_threads):
+        return export(
+            config.model,
+            config.out,
+            config.format,
+            store=config.store,
+            num_requests=config.num_requests,
+            max_difference=config.max_difference,
+            key=read_key(config.authentication_key_file),
+        )
+
+
+def run_explore(config: ExploreConfig) -> None:
+    """`vista explore`: show a page in the browser until Ctrl-C.
+
+    Raises:
+        MissingDependencyError: the extra `explore` is not installed.
+        ConfigError: the port cannot be used, or the authentication key cannot be read.
+    """
+    from vista.explore.explore_server import run_page  # needs the extra `explore`
+
+    run_page(config)
+
+
+def run_plan(config: PlanConfig) -> PlanReport:
+    """`vista plan`; errors as of `plan_capacity`.
+
+    Raises:
+        ConfigError: `out` cannot be written.
+    """
+    from vista.planning.capacity_plan import plan_capacity
+    from vista.planning.plan_report import PlanReport, assumptions
+
+    if config.out is not None:
+        writable_file(Path(config.out), "out")
+    plan = plan_capacity(config)
+    if config.out is not None:
+        values = to_dict(plan) | {
+            "mean_lag_s": plan.mean_lag_s,
+            "longest_lag_s": plan.longest_lag_s,
+            "stores_on_servers": plan.stores_on_servers,
+            "assumptions": assumptions(plan),
+        }
+        replace_text(Path(config.out), json.dumps(values, indent=2) + "\n")
+    return PlanReport(plan)
+
+
+# The command `vista doctor`.
+
+_MARKS = {Verdict.fine: " ", Verdict.limited: "!", Verdict.broken: "x"}
+_LISTS = {Verdict.limited: "! Slow or limited here, and why:", Verdict.broken: "x Broken:"}
+
+
+def run_doctor(config: DoctorConfig) -> None:
+    """`vista doctor`: print the diagnosis, and write it to `out`.
+
+    Raises:
+        ConfigError: `out` cannot be written.
+        UnfitSetupError: something is broken.
+    """
+    from vista.doctor.diagnosis import diagnose
+
+    if config.out is not None:
+        writable_file(Path(config.out), "out")
+    diagnosis = diagnose(config)
+    print(diagnosis_text(diagnosis))
+    if config.out is not None:
+        replace_text(Path(config.out), json.dumps(to_dict(diagnosis), indent=2) + "\n")
+    if broken := diagnosis.having(Verdict.broken):
+        names = ", ".join(finding.name for finding in broken)
+        raise UnfitSetupError(f"broken: {names}; fix this as described above, then run vista doctor again")
+
+
+def diagnosis_text(diagnosis: Diagnosis) -> str:
+    """All findings in a table, then what is slow and what is broken, each with what to do."""
+    parts = []
+    for section in diagnosis.sections:
+        rows = [(f"{_MARKS[finding.verdict]} {finding.name}", finding.value) for finding in section.findings]
+        parts += [section.title, two_columns(rows, 24), ""]
+    for verdict, title in _LISTS.items():
+        if findings := diagnosis.having(verdict):
+            parts += [hanging(title, 2), *(hanging(_line(finding), 4) for finding in findings), ""]
+    if not diagnosis.having(Verdict.broken):
+        parts.append("Nothing is broken.")
+    return "\n".join(parts).rstrip()
+
+
+def _line(finding: Finding) -> str:
+    value, _, _ = finding.value.partition(";")
+    return f"  - {finding.name} ({value}): {finding.advice}"

@@ -1,0 +1,201 @@
+"""The commands `vista refresh` and `vista watch`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vista.config import RefreshConfig, ScoreConfig, ServeConfig, WatchConfig
+from vista.config.choices import EngineName, OnMissing
+from vista.errors import ConfigError, DataError, LogBusyError, LogWriteError, RecordError, StreamOffsetError, VistaError
+from vista.files import replace_text, writable_file
+
+if TYPE_CHECKING:
+    import torch
+
+    from vista.refresh import RefreshReport
+    from vista.refresh.refresh_engine import RefreshEngine
+    from vista.refresh.watch_report import WatchReport
+    from vista.scorer.scorer import Scorer
+
+
+logger = logging.getLogger(__name__)
+
+
+def run_refresh(config: RefreshConfig) -> RefreshReport:
+    """`vista refresh`; errors as of `refresh` and `refresh_incremental`."""
+    from vista.device import announce, cpu_settings, keep_freed_memory, resolve_device
+    from vista.log.event_log import EventLog
+    from vista.model.vista_model import VistaModel
+    from vista.refresh import refresh, refresh_incremental
+    from vista.store.format.authentication import read_key
+    from vista.store.shards import Shard
+
+    keep_freed_memory()
+    with cpu_settings(config.num_threads):
+        device = resolve_device(config.device)
+        announce(device)
+        model, log = VistaModel.from_pretrained(config.model, device), EventLog.open(config.data)
+        shard = None if config.shard is None else Shard.parse(config.shard)
+        key = read_key(config.authentication_key_file)
+        if config.incremental:
+            return refresh_incremental(model, log, config.store, options=config, shard=shard, key=key)
+        engine = _engine(config, device)
+        return refresh(
+            model, log, config.store, until=config.until, options=config, shard=shard, engine=engine, key=key
+        )
+
+
+def _engine(config: RefreshConfig, device: torch.device) -> RefreshEngine:
+    from vista.refresh.refresh_engine import LocalEngine
+
+    if config.engine is EngineName.local:
+        return LocalEngine()
+    # Ray reads these when it is imported. Without them, it prints warnings, and messages of its services to stdout.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    from vista.refresh.ray_engine import RayEngine  # needs the extra `ray`
+
+    return RayEngine(config.model, config.ray, device=device, num_threads=config.num_threads or 1)
+
+
+def run_watch(config: WatchConfig) -> WatchReport:
+    """`vista watch`: check every `poll_s` seconds until interrupted, or once. While messages wait, it does not pause.
+
+    Raises:
+        ConfigError, CheckpointError: the folder or the model does not exist.
+        StreamOffsetError, DataError: the topics do not fit the log, or with on_bad_rows=raise a message is invalid.
+        VistaError: with `once`, a check failed. Without it, other errors are logged and the watch continues.
+    """
+    from vista.device import announce, cpu_settings, keep_freed_memory, resolve_device
+    from vista.refresh.watch import Watch
+
+    keep_freed_memory()
+    if config.report_file is not None:
+        writable_file(Path(config.report_file), "report_file")
+    with cpu_settings(config.num_threads):
+        announce(resolve_device(config.device))
+        with closing(Watch(config)) as watching:
+            while True:
+                try:
+                    report = watching.look()
+                    if config.report_file is not None:
+                        replace_text(Path(config.report_file), json.dumps(report.as_json(), indent=2) + "\n")
+                    if config.once and not report.is_behind:
+                        return report
+                    if not report.is_empty:
+                        logger.info("%s", report)
+                    if report.is_behind:
+                        continue
+                except (VistaError, OSError) as error:
+                    if config.once or (config.source is not None and _is_lasting(error)):
+                        raise
+                    logger.error("%s", error)
+                time.sleep(config.poll_s)
+
+
+def _is_lasting(error: Exception) -> bool:
+    """Whether an error of topics persists until someone corrects its cause, so that retries do not help."""
+    return isinstance(error, StreamOffsetError | DataError | ConfigError) and not isinstance(
+        error, LogBusyError | LogWriteError
+    )
+
+
+def run_score(config: ScoreConfig) -> str:
+    """`vista score`: a line of items and scores per user, as text.
+
+    Raises:
+        ItemIndexError: with `retrieve`, the index is missing, damaged, or of another model.
+        ConfigError: no user is named, `now` is not a time in milliseconds, an id is text although the store's or the
+            model's ids are integers, or the model does not read a feature of `request` as it is given.
+    """
+    from vista.cli.item_commands import INDEX_SUFFIX
+    from vista.device import cpu_settings
+    from vista.log.until import parse_time
+    from vista.log.vocabulary import ids_of_words
+    from vista.model.ranking_model import UNKNOWN_ITEM
+    from vista.scorer.scorer import Scorer
+    from vista.store.format.authentication import read_key
+
+    if not config.users:
+        raise ConfigError("users: name at least one user, such as users=[1,2]")
+    now = None if config.now is None else parse_time(config.now)
+    request = _features(config.request, len(config.candidates))
+    index = config.index or f"{Path(config.model)}{INDEX_SUFFIX}" if config.retrieve else None
+    with (
+        cpu_settings(config.num_threads),
+        Scorer.open(
+            config.model,
+            config.store,
+            on_missing=config.on_missing,
+            device=config.device,
+            key=read_key(config.authentication_key_file),
+            index=index,
+        ) as scorer,
+    ):
+        users = ids_of_words(config.users, "users", scorer.store.manifest.user_kind)
+        candidates = ids_of_words(config.candidates, "candidates", scorer.model.items.kind)
+        lines = [f"task {scorer.task}, generation {scorer.store.generation}"]
+        known = (scorer.model.item_rows(candidates) != UNKNOWN_ITEM).tolist() if candidates else []
+        items = [str(item) if known[i] else f"{item} (unknown)" for i, item in enumerate(candidates)]
+        for user in users:
+            name = f"user {user}{_problem(scorer, user)}"
+            try:
+                if candidates:
+                    named, scores = items, scorer.score([user], candidates, now=now, request=request)[0].tolist()
+                else:
+                    asked: dict[str, Any] = {"top_k": config.top_k, "now": now, "request": request}
+                    retrieve = config.retrieve
+                    ranking = scorer.retrieve([user], **asked)[0] if retrieve else scorer.rank(user, **asked)
+                    named, scores = ranking.items.tolist(), ranking.scores.tolist()
+            except ValueError as error:  # The message names the argument, which has the name of the key.
+                raise ConfigError(str(error)) from error
+            pairs = zip(named, scores, strict=True)
+            lines += [f"{name}: " + ", ".join(f"{item} {score:.4f}" for item, score in pairs)]
+        return "\n".join(lines)
+
+
+def _features(words: Sequence[str], num_candidates: int) -> dict[str, Any]:
+    """Features of the request of one user by name, from words such as device:phone: one value, or one per candidate."""
+    given: dict[str, list[str]] = {}
+    for word in words:
+        name, colon, value = word.partition(":")
+        if not colon:
+            raise ConfigError(f"request: {word!r} must be name:value, such as device:phone")
+        given.setdefault(name, []).append(value)
+    for name, values in given.items():
+        if len(values) not in (1, num_candidates):
+            raise ConfigError(
+                f"request: {name!r} has {len(values)} values, but there are {num_candidates} candidates; give it once, "
+                "or once per candidate"
+            )
+    return {name: values[0] if len(values) == 1 else [values] for name, values in given.items()}
+
+
+def _problem(scorer: Scorer, user: Any) -> str:
+    """What is wrong with a user's record, for the user's line."""
+    try:
+        return "" if scorer.store.get_many([user]).found[0] else " (no record)"
+    except RecordError:
+        if scorer.on_missing is not OnMissing.nan:
+            raise
+        return " (damaged record)"
+
+
+def run_serve(config: ServeConfig) -> None:
+    """`vista serve`: answer requests until SIGTERM or Ctrl-C.
+
+    Raises:
+        MissingDependencyError: the extra `serve` is not installed.
+        ConfigError: the address cannot be used, or the token cannot be read.
+        StoreError, CheckpointError: the model or the store cannot be served.
+    """
+    from vista.serve.server import run_server  # needs the extra `serve`
+
+    run_server(config)
