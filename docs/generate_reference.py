@@ -18,9 +18,8 @@ from vista.cli.command_table import COMMANDS
 from vista.cli.help_pages import OPTIONS
 from vista.config.composition import conf_dir, groups_of, options_of
 from vista.config.config_keys import ConfigKey, ConfigKeys, value_text
-from vista.config.data_config import DataConfig
 from vista.config.model_config import ModelConfig
-from vista.config.optim_config import OptimConfig
+from vista.config.train_config import DataConfig, OptimConfig
 from vista.log.histories import Histories
 from vista.log.item_features import CategoryColumn, ItemFeatures, NumberColumn, VectorColumn
 

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from vista.config import PrepareConfig, ReportConfig, SimulateConfig, SourceColumns, TrainConfig
+from vista.config.checks import to_dict
 from vista.config.composition import compose_config
-from vista.config.conversion import to_dict
 from vista.config.train_config import without_places
 from vista.errors import ConfigError, VistaError
 from vista.log.event_log import EventLog

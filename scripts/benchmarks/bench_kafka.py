@@ -28,7 +28,7 @@ from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_p
 from scripts.benchmarks.timing import interleaved
 from scripts.benchmarks.workloads import ACTIONS, START_MS, lifelong_log, popular_items, untrained
 from vista.config import SourceConfig, WatchConfig
-from vista.config.stream_config import StreamConfig
+from vista.config.log_config import StreamConfig
 from vista.device import keep_freed_memory, set_threads
 from vista.log.event_log import EventLog
 from vista.log.gaps import DAY_MS

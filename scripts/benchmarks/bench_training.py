@@ -45,8 +45,8 @@ from scripts.benchmarks.rectools_process import DIM, HEADS, LAYERS, LENGTH, RecT
 from scripts.benchmarks.timing import timing_of
 from scripts.benchmarks.workloads import find_ml_1m
 from vista.config import DataConfig, ModelConfig, OptimConfig, SourceColumns, TrainConfig
+from vista.config.checks import to_dict
 from vista.config.choices import Architecture, ItemStart
-from vista.config.conversion import to_dict
 from vista.config.train_config import without_places
 from vista.device import keep_freed_memory
 from vista.log.event_log import EventLog

@@ -61,8 +61,8 @@ from vista.config import (
     SourceConfig,
     TrainConfig,
 )
+from vista.config.checks import to_dict
 from vista.config.choices import Architecture, ItemStart, Precision
-from vista.config.conversion import to_dict
 from vista.config.train_config import without_places
 from vista.device import cpu_settings
 from vista.errors import DataError, VistaError

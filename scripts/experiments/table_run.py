@@ -19,9 +19,9 @@ from scripts.experiments.tables import TABLES
 from scripts.experiments.tables.table import Table
 from scripts.experiments.tables.table_row import WITHOUT_COUNTERS, TableRow
 from vista.config import EvaluateConfig, TrainConfig
+from vista.config.checks import to_dict
 from vista.config.choices import Architecture, Split, Target
 from vista.config.composition import compose_config
-from vista.config.conversion import to_dict
 from vista.config.model_config import TEMPERATURES
 from vista.errors import ConfigError
 from vista.evaluation.baseline_evaluation import asked_horizons

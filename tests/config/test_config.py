@@ -21,6 +21,7 @@ from vista.config import (
     SimulateConfig,
     TrainConfig,
 )
+from vista.config.checks import from_dict, to_dict
 from vista.config.choices import (
     Architecture,
     Codec,
@@ -35,7 +36,6 @@ from vista.config.choices import (
     TablePrecision,
 )
 from vista.config.config_keys import to_yaml
-from vista.config.conversion import from_dict, to_dict
 from vista.counters.counter_spec import CounterSpec
 from vista.errors import ConfigError
 

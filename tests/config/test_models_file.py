@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vista.config import ServeConfig
-from vista.config.models_file import ModelsFile, ServedModel
+from vista.config.serve_config import ModelsFile, ServedModel
 from vista.errors import ConfigError
 
 MODELS = "models:\n  control: {model: runs/a/best, store: stores/a}\n  larger: {model: runs/b/best, store: stores/b}\n"

@@ -32,7 +32,7 @@ from tests.refresh.mock_kafka import MockKafka
 from vista.cli.serving_commands import run_watch
 from vista.config import RayConfig, SourceConfig, WatchConfig
 from vista.config.choices import Codec, OnBadRows
-from vista.config.stream_config import StreamConfig
+from vista.config.log_config import StreamConfig
 from vista.errors import CheckpointError
 from vista.log.event_log import EventLog
 from vista.log.segment_manifest import DEAD_LETTERS_FILE

@@ -11,7 +11,7 @@ import numpy as np
 
 from vista.config import SourceConfig, WatchConfig
 from vista.config.choices import Codec
-from vista.config.stream_config import StreamConfig
+from vista.config.log_config import StreamConfig
 from vista.log.event_log import EventLog
 from vista.log.segment_manifest import DEAD_LETTERS_FILE
 from vista.log.stream_offsets import stream_offsets

@@ -19,7 +19,7 @@ import pytest
 
 from tests.refresh.streams import TOPIC, look
 from vista.cli.serving_commands import run_watch
-from vista.config.stream_config import StreamConfig
+from vista.config.log_config import StreamConfig
 from vista.errors import ConfigError, StreamError, StreamOffsetError
 from vista.refresh.watch import Watch
 

@@ -17,8 +17,8 @@ from vista.config import (
     SweepConfig,
     TrainConfig,
 )
-from vista.config.conversion import to_dict
-from vista.config.runs_configs import RunsCompareConfig, RunsConfig
+from vista.config.checks import to_dict
+from vista.config.evaluate_config import RunsCompareConfig, RunsConfig
 from vista.doctor.verdict import Verdict
 from vista.errors import SweepError, UnfitSetupError
 from vista.files import replace_text, writable_file

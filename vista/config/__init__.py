@@ -3,41 +3,41 @@
 Only `vista.config.composition` uses Hydra: the command line turns its words into these objects once.
 """
 
-from vista.config.compare_config import CompareConfig
-from vista.config.completion_config import CompletionConfig
-from vista.config.data_config import DataConfig
-from vista.config.doctor_config import DoctorConfig
-from vista.config.evaluate_config import EvaluateConfig
-from vista.config.event_filter_config import EventFilterConfig
-from vista.config.explore_config import ExploreConfig
-from vista.config.export_config import ExportConfig
-from vista.config.feature_table_config import FeatureTableConfig
-from vista.config.index_config import IndexConfig
-from vista.config.item_table_config import ItemTableConfig
-from vista.config.items_add_config import ItemsAddConfig
-from vista.config.items_embed_config import ItemsEmbedConfig
-from vista.config.items_tokenize_config import ItemsTokenizeConfig
-from vista.config.log_configs import (
+from vista.config.evaluate_config import CompareConfig, EvaluateConfig, ReportConfig, RunsCompareConfig, RunsConfig
+from vista.config.log_config import (
+    EventFilterConfig,
+    FeatureTableConfig,
+    ItemTableConfig,
     LogCompactConfig,
     LogEraseConfig,
     LogForgetConfig,
     LogStatsConfig,
     LogVerifyConfig,
+    PrepareConfig,
+    SimulateConfig,
+    SourceColumns,
+    SourceConfig,
+    StreamConfig,
+    UserTableConfig,
 )
 from vista.config.model_config import ModelConfig
-from vista.config.optim_config import OptimConfig
-from vista.config.plan_config import PlanConfig
-from vista.config.prepare_config import PrepareConfig, SourceConfig
-from vista.config.ray_config import RayConfig
-from vista.config.refresh_config import RefreshConfig
-from vista.config.refresh_options import RefreshOptions
-from vista.config.report_config import ReportConfig
-from vista.config.runs_configs import RunsCompareConfig, RunsConfig
-from vista.config.score_config import ScoreConfig
-from vista.config.serve_config import ServeConfig
-from vista.config.simulate_config import SimulateConfig
-from vista.config.source_columns import SourceColumns
-from vista.config.store_configs import (
+from vista.config.serve_config import (
+    CompletionConfig,
+    DoctorConfig,
+    ExploreConfig,
+    ExportConfig,
+    IndexConfig,
+    ItemsAddConfig,
+    ItemsEmbedConfig,
+    ItemsTokenizeConfig,
+    ScoreConfig,
+    ServeConfig,
+)
+from vista.config.store_config import (
+    PlanConfig,
+    RayConfig,
+    RefreshConfig,
+    RefreshOptions,
     StoreCompactConfig,
     StoreCopyConfig,
     StoreEraseConfig,
@@ -47,13 +47,9 @@ from vista.config.store_configs import (
     StoreRollbackConfig,
     StoreStatsConfig,
     StoreVerifyConfig,
+    WatchConfig,
 )
-from vista.config.stream_config import StreamConfig
-from vista.config.sweep_config import SweepConfig
-from vista.config.tracking_config import TrackingConfig
-from vista.config.train_config import TrainConfig
-from vista.config.user_table_config import UserTableConfig
-from vista.config.watch_config import WatchConfig
+from vista.config.train_config import DataConfig, OptimConfig, SweepConfig, TrackingConfig, TrainConfig
 
 __all__ = [
     "CompareConfig",

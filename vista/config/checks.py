@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from dataclasses import is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -120,3 +120,114 @@ def check_types(config: Any, prefix: str = "") -> None:
                 setattr(config, name, hint(value))  # an int for a float, or a NumPy number
         elif is_dataclass(hint) and not isinstance(value, hint):  # type: ignore[arg-type]
             raise ConfigError(f"{key}: expected {hint.__name__}, got {shown(value)}")  # type: ignore[union-attr]
+
+
+# How many values a category of a log may have.
+
+MAX_VALUES = 1_000_000
+"""The limit unless the configuration of the table raises it: far more values are likely a mistake, such as a column of
+ids or times."""
+_MOST = 2**31 - 2
+"""Codes are int32."""
+
+
+def check_max_values(value: int, key: str) -> None:
+    """Check the limit of a table. Raises ConfigError."""
+    require(1 <= value <= _MOST, key, f"must lie in 1 … {_MOST:,}")
+
+
+# The size of a YAML document, measured before it is built.
+
+MAX_YAML_VALUES, MAX_LEVELS = 10_000, 50
+"""Of a document, with every alias replaced by what it stands for."""
+
+
+@dataclass(eq=False, slots=True)
+class _Node:
+    """Values and levels of a list, a mapping or a scalar, including itself."""
+
+    values: int = 1
+    levels: int = 1
+
+    def add(self, child: _Node) -> None:
+        self.values += child.values
+        self.levels = max(self.levels, child.levels + 1)
+
+
+def check_size(text: str) -> None:
+    """Refuse a document that is huge once its aliases are replaced, or that contains itself, without building it.
+
+    Raises:
+        yaml.YAMLError: it is, or the text is not YAML.
+    """
+    import yaml  # takes a while, and most configurations are built without it
+
+    anchors: dict[str, _Node] = {}
+    open_nodes = [_Node()]  # the document, and the lists and mappings that have begun
+    for event in yaml.parse(text, yaml.SafeLoader):
+        line = event.start_mark.line + 1
+        if isinstance(event, yaml.CollectionStartEvent):
+            node = _Node()
+            open_nodes.append(node)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            node = open_nodes.pop()
+            open_nodes[-1].add(node)
+        elif isinstance(event, yaml.ScalarEvent):
+            node = _Node()
+            open_nodes[-1].add(node)
+        elif isinstance(event, yaml.AliasEvent):
+            node = anchors.get(event.anchor, _Node())  # building the document names an anchor that is missing
+            if node in open_nodes:
+                raise yaml.YAMLError(f"line {line}: *{event.anchor} contains itself")
+            open_nodes[-1].add(node)
+        else:
+            continue
+        if isinstance(event, yaml.CollectionStartEvent | yaml.ScalarEvent) and event.anchor:
+            anchors[event.anchor] = node
+        if open_nodes[-1].values > MAX_YAML_VALUES or len(open_nodes) + open_nodes[-1].levels - 1 > MAX_LEVELS:
+            raise yaml.YAMLError(
+                f"line {line}: more than {MAX_YAML_VALUES} values or {MAX_LEVELS} levels, counting each alias as what it "
+                "stands for"
+            )
+
+
+# Configurations to dictionaries of plain JSON values, and back.
+
+T = TypeVar("T")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain JSON values; enums become their values."""
+    return {f.name: _plain(getattr(config, f.name)) for f in fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, Enum):
+        return value.value
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def from_dict(cls: type[T], values: dict[str, Any]) -> T:
+    """The inverse of `to_dict`.
+
+    Raises:
+        ConfigError: if a key is missing or unknown, or a value is not allowed.
+    """
+    hints = get_type_hints(cls)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{cls.__name__}: expected a table of keys, got {values!r}")
+    other = hints.keys() ^ values.keys()
+    if other:
+        keys = ", ".join(sorted(other))
+        raise ConfigError(
+            f"{keys}: missing or unknown in {cls.__name__}; was this written by another version of vista?"
+        )
+    arguments = {}
+    for key, value in values.items():
+        hint = hints[key]
+        if is_dataclass(hint) and isinstance(value, dict):
+            value = from_dict(hint, value)  # type: ignore[arg-type]
+        arguments[key] = value
+    return cls(**arguments)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import accumulate, islice
 from pathlib import Path
@@ -22,17 +23,66 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, RangeSweep
 from hydra.errors import HydraException
 from hydra.initialize import get_gh_backup, restore_gh_from_backup
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, grammar_parser
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.grammar.gen.OmegaConfGrammarParser import OmegaConfGrammarParser
 
+from vista.config.checks import MAX_LEVELS, check_size
 from vista.config.config_keys import ConfigKeys, value_text
-from vista.config.interpolations import check_value
-from vista.config.swept_key import SweptKey
 from vista.config.train_config import TrainConfig
-from vista.config.yaml_size import MAX_LEVELS, check_size
 from vista.errors import ConfigError, shown
 from vista.files import read_limited
 from vista.install_command import install_command
+
+
+def check_value(key: str, value: Any) -> None:
+    """Require that a value calls no resolver, which could read the environment, and that its integers fit 64 bits.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    if isinstance(value, list | dict):
+        for inner in value.values() if isinstance(value, dict) else value:
+            check_value(key, inner)
+    elif isinstance(value, int) and value.bit_length() > 63:
+        raise ConfigError(f"{key}: holds an integer of more than 64 bits; put text in quotes")
+    elif isinstance(value, str) and "${" in value:
+        try:
+            tree = grammar_parser.parse(value)
+        except (OmegaConfBaseException, RecursionError) as error:
+            raise ConfigError(f"{key}: cannot read {shown(value)}: {error}") from error
+        references = list(_references(tree))
+        for name in filter(None, references):
+            raise ConfigError(
+                f"{key}: configurations may not call the resolver {name}; write the value, or let the shell fill it in"
+            )
+        if len(references) > 1:
+            raise ConfigError(f"{key}: at most one reference such as ${{run_dir}} is possible, got {len(references)}")
+
+
+def _references(tree: Any) -> Iterator[str]:
+    """For each `${...}` of a parsed text: the name of the resolver that it calls, or "" for a key."""
+    if isinstance(tree, OmegaConfGrammarParser.InterpolationContext):
+        node: Any = tree
+        resolver = node.interpolationResolver()
+        yield "" if resolver is None else resolver.resolverName().getText()
+    for child in getattr(tree, "children", None) or ():
+        yield from _references(child)
+
+
+@dataclass(frozen=True, slots=True)
+class SweptKey:
+    """A key of `vista train` with several values, of which each trial of a sweep takes one."""
+
+    key: str
+    values: tuple[str, ...] = ()
+    """As written; empty for an interval."""
+    interval: tuple[float, float] | None = None
+    log: bool = False
+    """Whether values of the interval are drawn on a logarithmic scale."""
+    whole: bool = False
+    """Whether the values of the interval are whole numbers."""
+
 
 ConfigT = TypeVar("ConfigT")
 

@@ -19,8 +19,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from vista.config.checks import without_none
-from vista.config.conversion import to_dict
+from vista.config.checks import to_dict, without_none
 
 _PASSWORD = re.compile(r"^(rediss?:/+[^/:]*):.*(?=@)|^([a-z][a-z0-9+.-]*:/+[^/:@]*):[^/@]*(?=@)")
 """In the URL of a store or a server, what comes before the password, and the password."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from vista.config.checks import MAX_DAYS, MAX_THREADS, check_types, require, require_counts, require_finite
-from vista.config.choices import Target
-from vista.config.data_config import MAX_HORIZON_EVENTS
+from vista.config.choices import RunOrder, Target
+from vista.config.train_config import MAX_HORIZON_EVENTS
 from vista.errors import shown
 
 MAX_TOP_K = 2**20
@@ -96,3 +96,101 @@ class EvaluateConfig:
             )
             require(not self.popularity, "popularity", "only applies with target=next; set that, or leave it out")
         require(self.split in ("test", "validation"), "split", f"must be test or validation, got {self.split}")
+
+
+@dataclass(kw_only=True, slots=True)
+class ReportConfig:
+    """A report about a training run, as one self-contained HTML file."""
+
+    run: str = "runs/vista"
+    """Folder of the run: the `run_dir` of its training."""
+    others: list[str] = field(default_factory=list)
+    """Folders of other runs to compare with this one, on the same cases. They need the same data split."""
+    data: str | None = None
+    """Folder of the EventLog. null uses `data.path` of the training."""
+    store: str | None = None
+    """Folder or URL of a store of the run's summaries, refreshed with the `until` of its split. null refreshes one in a
+    temporary folder next to `out`. Other runs always get a temporary store."""
+    authentication_key_file: str | None = None
+    """File with the key that authenticates records of `store`: 32 bytes, or 64 hex digits. null uses the environment
+    variable VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
+    split: str = "test"
+    """Labels to evaluate: test or validation, according to the data split of the training."""
+    target: Target = Target.next
+    """What to predict for each user: the next event and the impressions (next), or the distinct items of the next
+    events (window)."""
+    horizon_events: int = 50
+    """With target=window: length of the windows, in events."""
+    top_k: int = 10
+    """Cutoff k of the ranking metrics, in items."""
+    baselines: bool = True
+    """Also measure simple baselines: counting baselines and pooled vectors. Takes seconds for a million events."""
+    item_categories: str | None = None
+    """Table (Parquet or CSV) with the categories of items and a column `item`. Quality is then shown by the age of the
+    newest event in the label's category. null uses events with the same item, or with the most similar item if items of
+    the history are not ranked."""
+    category_column: str = "category"
+    """Column of categories in item_categories."""
+    out: str | None = None
+    """HTML file. An existing file is replaced. null writes report.html into the folder of the run."""
+    verify_log: bool = True
+    """Check first that no byte of the log's files has changed since it was written."""
+    num_threads: int = 0
+    """Number of CPU threads. 0 leaves the choice to PyTorch."""
+    progress: bool = True
+    """Show a progress bar."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require_counts(self, "", ("top_k",), most=MAX_TOP_K)
+        require_counts(self, "", ("horizon_events",), most=MAX_HORIZON_EVENTS)
+        require_counts(self, "", ("num_threads",), least=0, most=MAX_THREADS)
+        require(self.split in ("test", "validation"), "split", f"must be test or validation, got {self.split}")
+        require(len({*self.others, self.run}) == 1 + len(self.others), "others", "names a run twice")
+
+
+@dataclass(kw_only=True, slots=True)
+class CompareConfig:
+    """A paired test between two models that were evaluated on the same users."""
+
+    a: list[str] = field(default_factory=list)
+    """Files that `vista evaluate` wrote as `out`: the first model, with one file per seed. The metrics of each user are
+    read from <file>.npz, and averaged over the seeds."""
+    b: list[str] = field(default_factory=list)
+    """The same of the second model. Differences are those of b minus a."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+# Configurations of `vista runs` and `vista runs compare`.
+
+
+@dataclass(kw_only=True, slots=True)
+class RunsConfig:
+    """The list of training runs in a folder."""
+
+    folder: str = "runs"
+    """Folder that contains run folders, at most four levels deep."""
+    sort: RunOrder = RunOrder.best
+    """Order of the list: best (the best metric first), name, newest, seconds, or parameters."""
+    metric: str | None = None
+    """Validation metric of each run's best model, to list and to sort by. null uses the metric that selected it."""
+    out: str | None = None
+    """JSON file for the list, with all metrics of each run. An existing file is replaced. null only prints the list."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclass(kw_only=True, slots=True)
+class RunsCompareConfig:
+    """Training runs side by side."""
+
+    runs: list[str] = field(default_factory=list)
+    """Folders of two or more runs."""
+    out: str | None = None
+    """JSON file for the comparison. An existing file is replaced. null only prints it."""
+
+    def __post_init__(self) -> None:
+        check_types(self)

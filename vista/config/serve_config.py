@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import io
+import math
+import re
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
 
-from vista.config.checks import MAX_THREADS, check_types, require, require_counts, require_finite
-from vista.config.choices import OnMissing, Precision
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vista.config.checks import MAX_THREADS, check_size, check_types, require, require_counts, require_finite
+from vista.config.choices import ExportFormat, IndexKind, OnMissing, Precision, Shell
+from vista.config.log_config import ItemTableConfig
+from vista.errors import ConfigError, shown
+from vista.files import read_limited
 
 OF_ONE_MODEL = {
     "model": "runs/vista/best",
@@ -100,3 +112,353 @@ class ServeConfig:
                 f"only applies without models={self.models}; leave it out, or set it in that file",
             )
         require(bool(self.host), "host", "must be an address, such as 127.0.0.1 or 0.0.0.0")
+
+
+# The file of `vista serve models=…`: several models for one service, and how users are split among them.
+
+MAX_BYTES = 1 << 20
+MAX_MODELS = 64
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(kw_only=True, slots=True)
+class ServedModel:
+    """A model of the file. Its keys replace those of the command line."""
+
+    model: str
+    """Folder of the exported model."""
+    store: str
+    """Folder or URL of its store. Models with the same summarizer can share one."""
+    index: str | None = None
+    """Folder of the index that `vista index` wrote for this model."""
+    task: str | None = None
+    """Task that score and rank use. null uses the first labeled task, or next if there are none."""
+    project_per_request: bool = True
+    """Compute projections of candidates in each request instead of mapping the exported ones, which models cannot share
+    if their stage 2 differs. Requests of 500 candidates take 1 to 6 % longer."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelsFile:
+    """The content of the file."""
+
+    path: str
+    models: dict[str, ServedModel]
+    """By name, in the order of the file. Without a split, the first model answers requests that do not name one."""
+    split: dict[str, float]
+    """Share of the users per model; they sum to 1. Empty without a split."""
+    experiment: str
+    """Salt of the split: different experiments assign users independently."""
+    memory_bytes: int | None
+    """Maximum number of bytes of the large arrays of open models. None sets no limit."""
+
+    @classmethod
+    def read(cls, path: str) -> ModelsFile:
+        """Read a file.
+
+        Raises:
+            ConfigError: it is missing or not YAML, or a key or a value is wrong; the message names the file and key.
+        """
+        content = _mapping(_content(path), path)
+        _require_keys(content, ("models", "split", "experiment", "memory_bytes"), path)
+        given = _mapping(content.get("models"), f"{path}: models")
+        require(0 < len(given) <= MAX_MODELS, f"{path}: models", f"must name 1 to {MAX_MODELS} models")
+        models = {}
+        for name, keys in given.items():
+            where = f"{path}: models.{shown(name).strip(chr(39))}"
+            if not isinstance(name, str) or _NAME.fullmatch(name) is None:
+                raise ConfigError(f"{where}: a name has at most 64 letters, digits, dots, underscores, and hyphens")
+            keys = _mapping(keys, where)
+            _require_keys(keys, [field.name for field in fields(ServedModel)], where)
+            missing = [key for key in ("model", "store") if keys.get(key) is None]
+            require(not missing, where, f"needs {' and '.join(missing)}")
+            models[name] = ServedModel(**keys)
+            check_types(models[name], f"{where}.")
+        split = _split(content.get("split"), models, f"{path}: split")
+        experiment, memory = content.get("experiment"), content.get("memory_bytes")
+        require(experiment is None or isinstance(experiment, str), f"{path}: experiment", "must be text")
+        require(
+            memory is None or (type(memory) is int and memory > 0),
+            f"{path}: memory_bytes",
+            "must be a positive integer",
+        )
+        return cls(path, models, split, ",".join(split) if experiment is None else experiment, memory)
+
+
+def _content(path: str) -> Any:
+    try:
+        text = read_limited(Path(path), MAX_BYTES).decode("utf-8-sig")
+        check_size(text)
+        return OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))  # refuses a key that occurs twice
+    except OSError as error:
+        raise ConfigError(f"models={path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: invalid YAML: {' '.join(str(error).split())}") from error
+
+
+def _mapping(value: Any, where: str) -> dict[Any, Any]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where}: must hold keys and values, got {shown(value)}")
+    return value
+
+
+def _require_keys(given: dict[Any, Any], known: list[str] | tuple[str, ...], where: str) -> None:
+    unknown = [str(key) for key in given if key not in known]
+    require(not unknown, where, f"unknown key {', '.join(unknown)}; the keys are {', '.join(known)}")
+
+
+def _split(given: Any, models: dict[str, ServedModel], where: str) -> dict[str, float]:
+    if given is None:
+        return {}
+    shares = _mapping(given, where)
+    for name, share in shares.items():
+        require(name in models, where, f"{shown(name)} is not one of the models, {', '.join(models)}")
+        good = isinstance(share, int | float) and not isinstance(share, bool) and 0 <= share <= 1
+        require(good, f"{where}.{name}", f"must lie in [0, 1], got {shown(share)}")
+    total = math.fsum(shares.values())
+    require(abs(total - 1) < 1e-9, where, f"the shares must sum to 1, but sum to {total:g}")
+    return {name: float(share) for name, share in shares.items()}
+
+
+@dataclass(kw_only=True, slots=True)
+class ScoreConfig:
+    """Score candidates for users, rank the whole catalog for them, or retrieve from it."""
+
+    model: str = "runs/vista/best"
+    """Folder of the exported model."""
+    store: str = "stores/vista"
+    """Folder of the summary store, or its URL, such as redis://host:6379/mine."""
+    authentication_key_file: str | None = None
+    """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
+    VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
+    users: list[str] = field(default_factory=list)
+    """Ids of the users, at least one."""
+    candidates: list[str] = field(default_factory=list)
+    """Ids of the items to score. Empty ranks the whole catalog."""
+    retrieve: bool = False
+    """Rank the candidates that an index finds, instead of the whole catalog."""
+    index: str | None = None
+    """Folder of the index. null uses the default of `vista index`: the model's folder with .index appended."""
+    top_k: int = 10
+    """Number of items to list per user if no candidates are given."""
+    now: str | None = None
+    """Time of the request: ISO date or time (UTC), or integer milliseconds. null if it is unknown."""
+    request: list[str] = field(default_factory=list)
+    """Features of the request or of the users, each written as name:value, such as [device:phone,hour:14]. If a value
+    differs between candidates, give the name once per candidate, in their order, such as [price:2.99,price:3.49].
+    Request features that you leave out are treated as missing."""
+    on_missing: OnMissing = OnMissing.empty
+    """What an unknown user or item gets: the summary of an empty history (empty), NaN scores (nan), or an error
+    (raise)."""
+    device: str = "auto"
+    """auto, cpu, cuda, or cuda:N. auto uses a GPU if there is one."""
+    num_threads: int = 0
+    """Number of CPU threads. 0 leaves the choice to PyTorch."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require_counts(self, "", ("top_k",))
+        require(not self.retrieve or not self.candidates, "candidates", "must be empty with retrieve=true")
+        require(self.retrieve or self.index is None, "index", "needs retrieve=true")
+        require_counts(self, "", ("num_threads",), least=0, most=MAX_THREADS)
+
+
+@dataclass(kw_only=True, slots=True)
+class ExploreConfig:
+    """A web page that shows users, rankings with explanations, the store, runs, and results."""
+
+    model: str | None = None
+    """Folder of the exported model. If model and store are null, the page shows the output of `make demo` in demo/."""
+    store: str | None = None
+    """Folder of the model's summary store, or its URL, such as redis://host:6379/mine."""
+    data: str | None = None
+    """Folder of the EventLog. null uses the log that the model was trained on, if it still exists."""
+    runs: list[str] = field(default_factory=list)
+    """Run folders to show under Training, or folders of run folders. An empty list shows the model's own run."""
+    results: str = "docs/results"
+    """Folder of result tables: files of `python -m scripts.experiments.reproduce` (.jsonl), and of `vista evaluate
+    out=...` (.json)."""
+    other_model: str | None = None
+    """A second model, to compare with the first one. null compares stores of the same model."""
+    other_store: str | None = None
+    """The store of the second model, or another store of the first one, such as one that ends before the test labels.
+    null reads the second model's summaries from `store`."""
+    authentication_key_file: str | None = None
+    """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
+    VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
+    port: int = 8501
+    """TCP port to listen on, for connections from this machine only. 0 chooses a free port, which the log names."""
+    open_browser: bool = True
+    """Open the page in a browser, if this machine has one and a display."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require_counts(self, "", ("port",), least=0, most=65_535)
+        both = (self.model is None) == (self.store is None)
+        require(both, "model, store", "name both, since a store belongs to the model that wrote it, or neither")
+
+
+@dataclass(kw_only=True, slots=True)
+class ExportConfig:
+    """Export stage 2 with its tables, to score without vista, and compare it with the scorer."""
+
+    model: str = "runs/vista/best"
+    """Folder of the model."""
+    format: ExportFormat = ExportFormat.onnx
+    """onnx, for onnxruntime in any language, or aotinductor, for PyTorch in Python or C++. aotinductor compiles for the
+    processor of this machine, and needs a C++ compiler."""
+    out: str = "exports/vista"
+    """Folder to write; an earlier export there is replaced."""
+    store: str | None = None
+    """Folder or URL of a store of the model's summaries, whose users make the requests of the comparison. null makes
+    random users."""
+    num_requests: int = 1000
+    """Number of random requests on which the export is compared with the scorer."""
+    max_difference: float = 1e-4
+    """Largest absolute difference of a logit, or of a score of `next`. If there is a larger one, nothing is written."""
+    authentication_key_file: str | None = None
+    """File with the key that authenticates records of the store: 32 bytes, or 64 hex digits. null uses the environment
+    variable VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
+    num_threads: int = 0
+    """Number of CPU threads. 0 leaves the choice to PyTorch."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require_counts(self, "", ("num_requests",), most=1_000_000)
+        require_counts(self, "", ("num_threads",), least=0, most=MAX_THREADS)
+        require(0 < self.max_difference < 1, "max_difference", f"must lie between 0 and 1, got {self.max_difference}")
+
+
+@dataclass(kw_only=True, slots=True)
+class IndexConfig:
+    """Nearest-neighbor index over a model's item vectors, from which `Scorer.retrieve` takes candidates."""
+
+    model: str = "runs/vista/best"
+    """Folder of the exported model, which was trained with a retrieval head."""
+    out: str | None = None
+    """Folder to write; an earlier index there is replaced. null takes the model's folder with .index appended, such as
+    runs/vista/best.index."""
+    kind: IndexKind | None = None
+    """flat (exact), hnsw (a graph), or ivfpq (clusters of compressed vectors). null chooses flat up to 50,000 items,
+    and ivfpq above."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclass(kw_only=True, slots=True)
+class ItemsAddConfig:
+    """Items that a trained model is to rank by their features, without training."""
+
+    model: str = "runs/vista/best"
+    """Folder of the exported model, which was trained with features of items. It is extended in place."""
+    items: ItemTableConfig = field(default_factory=ItemTableConfig)
+    """Table of items. The columns are those of the model. Items that the model knows already are left out."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(
+            self.items.is_inferred,
+            "items",
+            "do not set categories, numbers, or vectors; the model's own columns are read",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class ItemsEmbedConfig:
+    """Vectors of the texts of items, from a sentence encoder that needs no network."""
+
+    kind: str = "table"
+    """Format of the files: table (Parquet, CSV, or TSV with the columns named below), a public data set (ml-1m,
+    ml-latest-small, ml-100k, complete-journey, ...), or auto, which recognizes the folder of a data set."""
+    items: ItemTableConfig = field(default_factory=ItemTableConfig)
+    """Table of items. Of a public data set only the paths are read."""
+    columns: list[str] = field(default_factory=list)
+    """Columns of text, which are joined in this order to one text per item. MovieLens and Complete Journey have
+    defaults: title and genres, and department, product_category, and product_type."""
+    name: str = "text"
+    """Name of the new column of vectors."""
+    out: str = "vectors.parquet"
+    """Parquet file to write, with the item ids and the vectors; replaced if it exists."""
+    batch_size: int = 64
+    """Number of texts that are encoded at once."""
+    device: str = "auto"
+    """auto, cpu, cuda, or cuda:N. auto uses a GPU if there is one."""
+    num_threads: int = 0
+    """Number of CPU threads. 0 leaves the choice to PyTorch."""
+    progress: bool = True
+    """Show a progress bar."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(
+            self.items.is_inferred,
+            "items",
+            "do not set categories, numbers, or vectors; name the columns of text with columns=[...]",
+        )
+        require(self.name not in ("", self.items.item), "name", "must be a name other than that of the column of ids")
+        require_counts(self, "", ("batch_size",), most=1 << 16)
+        require_counts(self, "", ("num_threads",), least=0, most=MAX_THREADS)
+
+
+@dataclass(kw_only=True, slots=True)
+class ItemsTokenizeConfig:
+    """Semantic ids: residual k-means codes of the vectors of items."""
+
+    vectors: str | None = None
+    """Parquet file with a column of item ids and a column of vectors. Set either this or `model`."""
+    column: str = "text"
+    """Column of vectors in that file: lists of numbers, all of one length."""
+    item: str = "item"
+    """Column of item ids in that file, and in the new one."""
+    model: str | None = None
+    """Folder of an exported model, whose item vectors get codes. Set either this or `vectors`."""
+    codebooks: str | None = None
+    """File of codebooks from an earlier run. Old items keep their codes, and the codes of new items have the same
+    meaning. levels, codes, and seed are then those of the earlier run. null learns new codebooks and writes them
+    alongside `out`, such as codes.codebooks.safetensors for codes.parquet."""
+    levels: int = 3
+    """Number of levels, which is how many codes an item has. Each level encodes what the levels before it leave."""
+    codes: int = 256
+    """Number of different codes per level."""
+    seed: int = 0
+    """Seed of k-means."""
+    name: str = "codes"
+    """Name of the new column of codes."""
+    out: str = "codes.parquet"
+    """Parquet file to write, with the item ids and the codes; replaced if it exists."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(self.name not in ("", self.item), "name", "must be a name other than that of the column of ids")
+        require_counts(self, "", ("levels",), most=16)
+        require_counts(self, "", ("codes",), least=2, most=1 << 16)
+        require_counts(self, "", ("seed",), least=0, most=2**31 - 1)
+
+
+@dataclass(kw_only=True, slots=True)
+class DoctorConfig:
+    """What to check in addition to this machine."""
+
+    model: str | None = None
+    """Folder of an exported model to check; null checks none."""
+    store: str | None = None
+    """Folder or URL of a summary store to check, and to compare with the model; null checks none."""
+    data: str | None = None
+    """Folder of an EventLog to check; null checks none."""
+    out: str | None = None
+    """JSON file for the diagnosis. An existing file is replaced. null only prints it."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclass(kw_only=True, slots=True)
+class CompletionConfig:
+    """The shell that the script is for."""
+
+    shell: Shell = Shell.bash
+    """The shell; `vista completion zsh` is short for `vista completion shell=zsh`."""
+
+    def __post_init__(self) -> None:
+        check_types(self)

@@ -6,7 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vista.config.checks import MAX_THREADS, check_types, require, require_counts, require_only_with
+from vista.config.checks import (
+    MAX_DAYS,
+    MAX_THREADS,
+    check_types,
+    require,
+    require_counts,
+    require_finite,
+    require_only_with,
+    require_share,
+)
 from vista.config.choices import (
     Architecture,
     Counting,
@@ -14,17 +23,236 @@ from vista.config.choices import (
     ItemStart,
     Precision,
     ReconstructionTarget,
+    Sampler,
     Search,
     Split,
     Stage,
     TableKind,
     TableOptimizer,
     TablePrecision,
+    TrackerKind,
 )
-from vista.config.data_config import PLACES, DataConfig
 from vista.config.model_config import ModelConfig
-from vista.config.optim_config import OptimConfig
-from vista.config.tracking_config import TrackingConfig
+from vista.errors import shown
+
+# Configuration of the data: the log, its split, and how batches are made.
+
+PLACES = ("path", "item_categories")
+"""Keys of DataConfig that name a path. They may change between runs and are left out of result tables."""
+MAX_HORIZON_EVENTS = 2**16
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Which log is read, how it is split, and how batches are made from it."""
+
+    path: str = "data/log"
+    """Folder of the EventLog."""
+    split: Split = Split.leave_last_out
+    """Which labels are test labels: each user's last event, with the one before for validation (leave-last-out), all
+    from a given time on (time), or the last share of each user's events, with the share before it for validation
+    (share)."""
+    validation_from: str | None = None
+    """With split=time: labels from this time on are not used for training. ISO date or time (UTC), or integer
+    milliseconds. The same time as test_from trains on all events before the test labels. null with any other split."""
+    test_from: str | None = None
+    """With split=time: labels from this time on are test labels. ISO date or time (UTC), or integer milliseconds. null
+    with any other split."""
+    gap_minutes: float = 0.0
+    """With split=time: number of minutes before the validation labels, and before the test labels, whose events are
+    left out: they are not labels, and no model or summary sees them. With impressions, it needs
+    optim.task_weight=0."""
+    refresh_days: float = 0.0
+    """With split=time, for impressions: number of days between two refreshes of the store. Each impression is then
+    validated with the summaries of the last refresh before it; the first refresh is just before the validation labels.
+    Each refresh costs one pass over the histories per validation. 0 means a single refresh."""
+    validation_share: float | None = None
+    """With split=share: share of each user's events, in [0, 1), that are validation labels. They come just before the
+    test labels. 0 trains on all events before the test labels. null with any other split."""
+    test_share: float | None = None
+    """With split=share: share of each user's events, in (0, 1), that are test labels: the newest ones, rounded up to
+    whole events. null with any other split."""
+    exclude_seen: bool | None = None
+    """Whether validation and evaluation exclude items of the visible history from rankings (never the label). null
+    follows the log: false if users return to items, which is if at least 1 % of the training events repeat an item that
+    the user had before."""
+    min_item_events: int = 0
+    """Number of training events that an item needs to have a row of its own in the model. Other items are unknown to
+    the model, both in training and in serving. With init_from, the items of the earlier model keep their rows. 0 gives
+    all items of the log a row. Must be 0 with stage=downstream, which has the items of its base."""
+    item_categories: str | None = None
+    """With model.search=hard: Parquet or CSV file with a column `item` of ids and a column of categories. It is read
+    when training starts and kept in the model. null reads the log's item features; null with any other search."""
+    category_column: str = "category"
+    """With model.search=hard: name of the column of categories in item_categories, or among the log's item features."""
+    chunk_len: int = 16384
+    """Maximum length, in events, of a stretch of one history in a training batch. Longer histories are cut into several
+    chunks."""
+    tokens_per_batch: int | None = None
+    """Maximum number of events in a batch. A longer chunk is a batch by itself. null: the power of two from
+    512 to 8,192 that makes about 400 batches per epoch, or 200 with model.counters."""
+    label_spacing: int = 32
+    """Window length W: the number of label positions that share one summary and one tail. These positions see between
+    tail_len - W + 1 and tail_len events of the tail. Larger is faster."""
+    windows_per_chunk: int = 0
+    """Number of windows of label_spacing positions that are drawn from each chunk per epoch. Those with questions
+    (anchor_spacing) are added. 0 uses all windows, so every event is a label once per epoch; with counters, only
+    windows with questions are used."""
+    num_cuts: int = 2
+    """Number of cuts per chunk and epoch in bidirectional mixing. Separable mixing has a cut every label_spacing
+    events."""
+    staleness_events: float = 32.0
+    """Mean extra age, in events, of the summaries that stale windows read. It is drawn from an exponential distribution
+    and rounded up to whole windows."""
+    staleness_share: float = 0.25
+    """Share of windows, in [0, 1], that read an older summary than their own. Applies to separable mixing; in
+    bidirectional mixing a window reads the newest of its chunk's few cuts, which is stale anyway."""
+    unknown_share: float = 0.0
+    """Share of history events, in [0, 1), whose item is shown as unknown in training; labels and reconstruction targets
+    are not affected. It reduces overfitting over many epochs. Applies to vista, sasrec, hstu, and fuxi_linear; must
+    be 0 for the others."""
+    horizon_events: int = 50
+    """With optim.window_weight above 0: number of events after a question whose items are its labels."""
+    horizon_days: float = 0.0
+    """With optim.window_weight above 0: number of days after a question; only items of events within it are labels, and
+    of these events only the first horizon_events. 0 means no limit in time."""
+    anchor_spacing: int = 16
+    """With optim.window_weight above 0 or model.counters: number of label positions per question. A chunk has one
+    question per this many positions, rounded up. With split=time they are uniform in time, otherwise in position."""
+    num_negatives: int | None = None
+    """Number of negatives of the sampled softmax, shared by all labels of a batch. null: all items of the log, which is
+    the exact softmax, but at most 4,096."""
+    negative_power: float = 0.0
+    """Negatives are drawn with probability proportional to item frequency to this power. 0 draws uniformly."""
+    frequencies: Counting = Counting.exact
+    """How item frequencies are counted for negative_power, optim.logq_strength, model.counters, and model.popularity:
+    exact counts, or a count-min sketch of fixed size."""
+    reconstruction_len: int = 64
+    """Number of events before a sampled cut that the decoder reconstructs."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "data.")
+        counts = ("chunk_len", "tokens_per_batch", "label_spacing", "num_cuts", "num_negatives", "reconstruction_len")
+        require_counts(self, "data.", (*counts, "anchor_spacing"))
+        require_counts(self, "data.", ("windows_per_chunk", "min_item_events"), least=0)
+        require_counts(self, "data.", ("horizon_events",), most=MAX_HORIZON_EVENTS)
+        require_finite(self, "data.", ("staleness_events", "negative_power"))
+        require_finite(self, "data.", ("horizon_days", "refresh_days"), most=MAX_DAYS)
+        require_finite(self, "data.", ("gap_minutes",), most=MAX_DAYS * 24 * 60)
+        is_timed = self.split is Split.time
+        for key in ("gap_minutes", "refresh_days"):
+            require(is_timed or not getattr(self, key), f"data.{key}", "only applies with data.split=time; set that")
+        require_share(self, "data.", ("staleness_share",))
+        require_share(self, "data.", ("unknown_share",), below_one=True)
+        for key in ("validation_from", "test_from"):
+            require_only_with(getattr(self, key) is not None, is_timed, f"data.{key}", "data.split=time")
+        self._check_shares()
+
+    def _check_shares(self) -> None:
+        total = 0.0
+        for key, may_be_zero in (("validation_share", True), ("test_share", False)):
+            share = getattr(self, key)
+            require_only_with(share is not None, self.split is Split.share, f"data.{key}", "data.split=share")
+            if share is not None:
+                good = 0 < share < 1 or (may_be_zero and share == 0)
+                interval = "[0, 1)" if may_be_zero else "(0, 1)"
+                require(good, f"data.{key}", f"must lie in {interval}, got {shown(share)}")
+                total += share
+        require(
+            total < 1, "data.test_share", f"must leave events to train on, but both shares sum to {total:g}; lower one"
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW for the network, the optimizer of the item table, the losses, and the schedule."""
+
+    learning_rate: float = 2e-3
+    """Peak learning rate, reached after the warm-up and followed by cosine decay."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay (AdamW) of the network. The item table has none."""
+    table_rate: float = 1.0
+    """Learning rate of the item table, as a multiple of the network's. 0 keeps the table as it is before training."""
+    table_optimizer: TableOptimizer = TableOptimizer.adam
+    """Optimizer of the item table. rowwise_adagrad takes less memory, and needs model.table=torchrec."""
+    counted_rate: float = 5.0
+    """With model.counters or model.popularity: learning rate of their heads, as a multiple of the network's."""
+    warmup_steps: int | None = None
+    """Number of steps over which the learning rate rises linearly to its peak. null: 3% of the steps; with
+    optim.minutes, 50 steps and at most a tenth of all."""
+    gradient_clip: float = 1.0
+    """Maximum global norm of the gradient."""
+    epochs: int | None = None
+    """Maximum number of epochs, which are passes over the training histories. null: enough for about 1,000 steps with
+    model.counters, else about 3,000, and at most 30 epochs. With optim.minutes and no counters, only the time limits
+    training."""
+    minutes: float | None = None
+    """Maximum number of minutes that training takes, validation included. vista times the first steps to decide how
+    many fit, and decays the learning rate over them. If optim.epochs or model.counters limits training further, it ends
+    earlier. null: no time limit."""
+    next_weight: float | None = None
+    """Weight of the sampled softmax over next items. 0 turns off next-item training and validates on windows instead.
+    null: 0 if model.counters is on, windows are trained, and data.split is time or share; else 1."""
+    window_weight: float | None = None
+    """Weight of the softmax over the items of the window that follows a question (`data.horizon_events`). 0 does not
+    train windows. null: 1 with model.counters, else 0."""
+    logq_strength: float = 1.0
+    """How much of the items' log popularity the next-item scores learn, in [0, 1]. 1 is the plain softmax; 0 removes
+    popularity from the scores."""
+    task_weight: float = 1.0
+    """Weight of each task's binary cross-entropy, if the log has impressions. 0 trains no task."""
+    tasks: list[str] = field(default_factory=list)
+    """Names of the tasks to train, as in the log. Empty means all."""
+    reconstruction_weight: float = 0.1
+    """Weight of the reconstruction loss. 0 does not train reconstruction."""
+    patience: int = 0
+    """Number of validations without improvement after which training stops. 0 never stops early."""
+    validate_every: int = 1
+    """Number of epochs between validations; the last epoch always has one. 0 never validates."""
+    validation_users: int = 2000
+    """Maximum number of users that a validation ranks, the same users every time; impressions are limited to four times
+    as many. 0 means no limit."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "optim.")
+        require_finite(self, "optim.", ("learning_rate", "gradient_clip", "minutes"), positive=True)
+        weights = ("next_weight", "window_weight", "task_weight", "reconstruction_weight")
+        require_finite(self, "optim.", ("weight_decay", "table_rate", "counted_rate", *weights))
+        counts = ("epochs", "warmup_steps", "patience", "validate_every", "validation_users")
+        require_counts(self, "optim.", counts, least=0)
+        require(self.task_weight > 0 or not self.tasks, "optim.tasks", "needs optim.task_weight above 0; set that to 1")
+        require_share(self, "optim.", ("logq_strength",))
+
+
+@dataclass(kw_only=True, slots=True)
+class TrackingConfig:
+    """The tracker that gets the metrics, settings, model card, and plots of a run, in addition to its own folder."""
+
+    kind: TrackerKind = TrackerKind.none
+    """none, or a tracker. Each tracker needs the extra with its name."""
+    server: str | None = None
+    """With kind=mlflow: URL of a server, such as http://host:5000, or of a database, such as sqlite:///runs/mlflow.db.
+    With kind=wandb: URL of your own server. null uses the tracker's own settings, such as the environment variable
+    MLFLOW_TRACKING_URI."""
+    project: str = "vista"
+    """Experiment of MLflow, or project of Weights & Biases."""
+    offline: bool = False
+    """With kind=wandb: write to <run_dir>/wandb instead of a server. `wandb sync` uploads the run later."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "tracking.")
+        has_server = self.kind in (TrackerKind.mlflow, TrackerKind.wandb)
+        require(
+            has_server or self.server is None,
+            "tracking.server",
+            "only applies with tracking=mlflow and tracking=wandb; set one of them, or leave this out",
+        )
+        require(
+            self.kind is TrackerKind.wandb or not self.offline,
+            "tracking.offline",
+            "only applies with tracking=wandb; set that, or leave this out",
+        )
+        require(bool(self.project.strip()), "tracking.project", "is empty; give the project a name")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -236,3 +464,35 @@ def without_places(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Groups model, data, and optim of `to_dict(TrainConfig)` without PLACES: what a result depends on."""
     groups = ("model", "data", "optim")
     return {group: {k: v for k, v in values[group].items() if k not in PLACES} for group in groups if group in values}
+
+
+# Configuration of `vista sweep`.
+
+TPE_TRIALS = 20
+
+
+@dataclass(kw_only=True, slots=True)
+class SweepConfig:
+    """Training runs over several seeds and settings."""
+
+    train: list[str] = field(default_factory=list)
+    """Settings of `vista train`. At least one of them must have several values. On the command line, write them without
+    this key, such as seed=1,2,3: every argument whose key is not listed here is a setting of `vista train`."""
+    train_file: str | None = None
+    """YAML file with settings of `vista train`. Settings in `train` override it."""
+    folder: str = "runs/sweep"
+    """Folder for the run folders, one per setting and seed, and for results.md."""
+    sampler: Sampler = Sampler.grid
+    """grid trains every combination of the values. tpe (extra `optuna`) chooses settings based on the validation
+    metrics of earlier ones, from values and from intervals such as tag(log,interval(1e-4,1e-2))."""
+    trials: int | None = None
+    """With sampler=tpe: number of settings to train. null means 20."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require_counts(self, "", ("trials",), most=10_000)
+        require(
+            self.trials is None or self.sampler is Sampler.tpe,
+            "trials",
+            "only applies with sampler=tpe; a grid trains every combination of its values",
+        )

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from vista.config.doctor_config import DoctorConfig
+from vista.config.serve_config import DoctorConfig
 from vista.doctor.file_system import existing_folder, file_system_of, median_sync_s
 from vista.doctor.finding import Finding
 from vista.doctor.verdict import Verdict

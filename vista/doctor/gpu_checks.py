@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from vista.config.doctor_config import DoctorConfig
+from vista.config.serve_config import DoctorConfig
 from vista.doctor.finding import Finding
 from vista.doctor.verdict import Verdict
 from vista.planning.plan_text import size

@@ -14,7 +14,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from vista.config.doctor_config import DoctorConfig
+from vista.config.serve_config import DoctorConfig
 from vista.doctor.finding import Finding
 from vista.doctor.verdict import Verdict
 from vista.install_command import DISTRIBUTION, install_command

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vista.config.doctor_config import DoctorConfig
+from vista.config.serve_config import DoctorConfig
 from vista.doctor.finding import Finding
 from vista.doctor.memory_checks import free_bytes
 from vista.doctor.verdict import Verdict

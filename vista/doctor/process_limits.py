@@ -6,7 +6,7 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
-from vista.config.doctor_config import DoctorConfig
+from vista.config.serve_config import DoctorConfig
 from vista.doctor.finding import Finding
 from vista.doctor.verdict import Verdict
 from vista.planning.plan_text import size

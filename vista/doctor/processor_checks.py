@@ -6,7 +6,7 @@ import os
 import platform
 from collections.abc import Iterator
 
-from vista.config.doctor_config import DoctorConfig
+from vista.config.serve_config import DoctorConfig
 from vista.doctor.cgroup import cpu_quota
 from vista.doctor.finding import Finding
 from vista.doctor.verdict import Verdict

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vista.config.choices import StateDtype
-from vista.config.doctor_config import DoctorConfig
+from vista.config.serve_config import DoctorConfig
 from vista.doctor.finding import Finding
 from vista.doctor.memory_checks import free_bytes
 from vista.doctor.verdict import Verdict

@@ -13,8 +13,8 @@ import numpy as np
 
 from vista.arrays import Int
 from vista.config import EvaluateConfig
+from vista.config.checks import to_dict
 from vista.config.choices import Target
-from vista.config.conversion import to_dict
 from vista.device import cpu_settings, resolve_device
 from vista.errors import ConfigError, LeakageError
 from vista.evaluation.baseline_evaluation import measure_baselines

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.config.choices import OnBadRows
-from vista.config.source_columns import SourceColumns
+from vista.config.log_config import SourceColumns
 from vista.errors import LogFormatError, UnknownUserError, shown
 from vista.files import checked_path
 from vista.log.deleted_rows import obey_deletions

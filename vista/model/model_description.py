@@ -12,7 +12,7 @@ from typing import Any
 import xxhash
 
 from vista.config import DataConfig, ModelConfig
-from vista.config.conversion import from_dict, to_dict
+from vista.config.checks import from_dict, to_dict
 from vista.errors import CheckpointError
 from vista.files import checked_path, open_file, read_limited
 from vista.json_fields import TABLE, FieldRule, check_fields, either, hexadecimal, one_of, whole

@@ -20,9 +20,8 @@ import xxhash
 from torch import Tensor, nn
 
 from vista.config import DataConfig, ModelConfig, OptimConfig
-from vista.config.checks import planned
+from vista.config.checks import planned, to_dict
 from vista.config.choices import Architecture, Mixing, Precision, ReconstructionTarget
-from vista.config.conversion import to_dict
 from vista.examples.batch import Batch, BatchEvents
 from vista.log.gaps import UNKNOWN_GAP
 from vista.log.vocabulary import Vocabulary

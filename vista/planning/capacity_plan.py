@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from vista.config.plan_config import MachineConfig, PlanConfig
+from vista.config.store_config import MachineConfig, PlanConfig
 from vista.errors import ConfigError
 from vista.log.segment_files import EVENT_COLUMNS
 from vista.planning.arrival_rate import DAY_S, ArrivalRate

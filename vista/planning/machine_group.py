@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vista.config.plan_config import MachineConfig
+from vista.config.store_config import MachineConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from vista.config.plan_config import PlanConfig
+from vista.config.store_config import PlanConfig
 from vista.planning.store_sizes import StoreSizes
 
 

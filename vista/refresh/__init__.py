@@ -10,7 +10,7 @@ Data flow: EventLog -> rows of the model -> states [L, H, D, D] -> summaries [K,
 transaction per batch.
 """
 
-from vista.config.refresh_options import RefreshOptions
+from vista.config.store_config import RefreshOptions
 from vista.refresh.forgetting import forget
 from vista.refresh.full import refresh
 from vista.refresh.incremental import refresh_incremental

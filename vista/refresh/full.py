@@ -11,7 +11,7 @@ import numpy as np
 
 from vista.arrays import Int
 from vista.config.choices import Precision, StateDtype
-from vista.config.refresh_options import RefreshOptions
+from vista.config.store_config import RefreshOptions
 from vista.device import choose_precision
 from vista.errors import ConfigError
 from vista.log.event_log import EventLog

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from vista.arrays import Int
-from vista.config.refresh_options import INCREMENTAL_OPTIONS, SET_BY_FULL_REFRESH, RefreshOptions
+from vista.config.store_config import INCREMENTAL_OPTIONS, SET_BY_FULL_REFRESH, RefreshOptions
 from vista.errors import ConfigError, StoreError
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel

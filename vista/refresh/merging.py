@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from vista.config.choices import Codec, Precision, StateDtype
-from vista.config.refresh_options import RefreshOptions
+from vista.config.store_config import RefreshOptions
 from vista.errors import ConfigError, StoreError
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories, concatenated

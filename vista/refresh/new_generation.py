@@ -8,7 +8,7 @@ from contextlib import closing
 from pathlib import Path
 
 from vista.config.choices import Codec, StateDtype
-from vista.config.refresh_options import RefreshOptions
+from vista.config.store_config import RefreshOptions
 from vista.model.counted_fields import largest_keys
 from vista.model.vista_model import VistaModel
 from vista.refresh.refresh_progress import RefreshProgress

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from vista.arrays import Int
-from vista.config.ray_config import RayConfig
+from vista.config.store_config import RayConfig
 from vista.errors import ConfigError, VistaError, WorkerDiedError, shown
 from vista.install_command import require_module
 from vista.log.event_log import EventLog

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from vista.config import PrepareConfig, WatchConfig
 from vista.config.choices import Arrival
-from vista.config.refresh_options import RefreshOptions
+from vista.config.store_config import RefreshOptions
 from vista.device import resolve_device
 from vista.errors import ConfigError, DataError, LogBusyError, LogWriteError, TakenError, VistaError
 from vista.log.event_log import EventLog

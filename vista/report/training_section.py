@@ -7,8 +7,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from vista.config import TrainConfig
+from vista.config.checks import to_dict
 from vista.config.config_keys import value_text
-from vista.config.conversion import to_dict
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until
 from vista.log.until import Until

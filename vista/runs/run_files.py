@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
+from vista.config.checks import check_size
 from vista.config.config_keys import flattened
-from vista.config.yaml_size import check_size
 from vista.files import read_limited
 from vista.json_fields import check_fields, either, one_of, text, whole
 from vista.runs.metrics_rows import rows_of

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vista.config import ServeConfig
-from vista.config.models_file import ModelsFile
+from vista.config.serve_config import ModelsFile
 from vista.errors import (
     ItemIndexMismatchError,
     ModelUnavailableError,

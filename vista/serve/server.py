@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from vista.config import ServeConfig
-from vista.config.models_file import ModelsFile
+from vista.config.serve_config import ModelsFile
 from vista.errors import CheckpointError, ConfigError
 from vista.model.model_description import ModelDescription
 from vista.serve.bearer_token import read_tokens

@@ -15,7 +15,7 @@ from functools import partial
 import uvicorn
 
 from vista.config import ServeConfig
-from vista.config.models_file import ModelsFile
+from vista.config.serve_config import ModelsFile
 from vista.device import cpu_settings
 from vista.serve.application import make_application
 from vista.serve.bearer_token import read_tokens

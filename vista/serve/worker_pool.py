@@ -16,7 +16,7 @@ from multiprocessing.context import SpawnProcess
 from types import FrameType
 
 from vista.config import ServeConfig
-from vista.config.models_file import ModelsFile
+from vista.config.serve_config import ModelsFile
 from vista.errors import VistaError, WorkerDiedError
 
 logger = logging.getLogger(__name__)

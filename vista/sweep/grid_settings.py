@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 
-from vista.config.swept_key import SweptKey
+from vista.config.composition import SweptKey
 from vista.errors import ConfigError
 
 MAX_SETTINGS = 10_000

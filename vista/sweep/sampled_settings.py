@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vista.config.swept_key import SweptKey
+from vista.config.composition import SweptKey
 from vista.errors import SweepError
 from vista.install_command import require_module
 

@@ -13,9 +13,8 @@ from tqdm import tqdm
 
 from vista.config import SweepConfig
 from vista.config.choices import Sampler
-from vista.config.composition import swept_key
-from vista.config.sweep_config import TPE_TRIALS
-from vista.config.swept_key import SweptKey
+from vista.config.composition import SweptKey, swept_key
+from vista.config.train_config import TPE_TRIALS
 from vista.errors import ConfigError, SweepError
 from vista.files import replace_text, writable_folder
 from vista.sweep.grid_settings import GridSettings

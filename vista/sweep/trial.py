@@ -11,9 +11,9 @@ import torch
 import xxhash
 
 from vista.config import TrainConfig
+from vista.config.checks import to_dict
 from vista.config.composition import compose_config
 from vista.config.config_keys import flattened
-from vista.config.conversion import to_dict
 from vista.errors import ConfigError, TrackingError, VistaError
 from vista.log.event_log import EventLog
 from vista.runs.run_summary import RunSummary

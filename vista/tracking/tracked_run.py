@@ -10,7 +10,7 @@ from typing import Any
 
 from vista.config.choices import TrackerKind
 from vista.config.config_keys import without_password
-from vista.config.tracking_config import TrackingConfig
+from vista.config.train_config import TrackingConfig
 from vista.errors import MissingDependencyError, TrackingError
 from vista.files import read_limited, replace_text
 from vista.install_command import require_module

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from vista.config.tracking_config import TrackingConfig
+from vista.config.train_config import TrackingConfig
 
 
 @dataclass(frozen=True, slots=True)

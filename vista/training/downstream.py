@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.config import TrainConfig
+from vista.config.checks import to_dict
 from vista.config.config_keys import value_text
-from vista.config.conversion import to_dict
 from vista.errors import ConfigError, LeakageError
 from vista.examples.stored_summaries import StoredSummaries
 from vista.log.event_log import EventLog

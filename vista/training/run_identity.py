@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from vista.config import TrainConfig
+from vista.config.checks import to_dict
 from vista.config.choices import Precision
-from vista.config.conversion import to_dict
 from vista.config.train_config import without_places
 from vista.errors import ConfigError
 from vista.log.event_log import EventLog

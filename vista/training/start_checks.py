@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from vista.config import DataConfig, TrainConfig
+from vista.config.checks import to_dict
 from vista.config.choices import InitFreeze, ItemStart, Split
 from vista.config.config_keys import value_text
-from vista.config.conversion import to_dict
 from vista.errors import ConfigError, LeakageError
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from scripts.experiments.tables.table import Table
 from scripts.experiments.tables.table_row import TableRow
-from vista.config.data_config import MAX_HORIZON_EVENTS
+from vista.config.train_config import MAX_HORIZON_EVENTS
 
 FEATURES = ("model.use_item_features=true",)
 LAST_DAY = {"horizon_events": [MAX_HORIZON_EVENTS], "min_seen": 1, "min_after": 1, "top_k": [10, 50, 100]}

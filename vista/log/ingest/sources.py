@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from vista.config import FeatureTableConfig, ItemTableConfig, SourceConfig, UserTableConfig
+from vista.config.checks import MAX_VALUES
 from vista.config.choices import IdType
-from vista.config.max_values import MAX_VALUES
 from vista.errors import ConfigError, DataError
 from vista.files import checked_path
 from vista.log.ingest.public.file_form import FileForm, first_form

@@ -20,7 +20,7 @@ from confluent_kafka import (
 from confluent_kafka.admin import AdminClient, OffsetSpec
 
 from vista.config.choices import StreamStart
-from vista.config.stream_config import StreamConfig
+from vista.config.log_config import StreamConfig
 from vista.errors import ConfigError, StreamError
 from vista.log.ingest.kafka.client_settings import read_client_file, without_secrets
 from vista.log.ingest.kafka.kafka_address import KafkaAddress

@@ -1,0 +1,421 @@
+"""Configuration of `vista prepare`: source tables and the EventLog made from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import ClassVar
+
+from vista.config.checks import (
+    MAX_DAYS,
+    MAX_THREADS,
+    MAX_VALUES,
+    check_max_values,
+    check_types,
+    require,
+    require_counts,
+    require_finite,
+)
+from vista.config.choices import IdType, OnBadRows, StreamStart, WorldName
+from vista.errors import ConfigError
+
+
+@dataclass(kw_only=True, slots=True)
+class EventFilterConfig:
+    """Which events of the source files become events of the log, as published protocols choose them."""
+
+    actions: list[str] = field(default_factory=list)
+    """Actions whose events are kept. Empty keeps all."""
+    min_item_events: int = 1
+    """Minimum number of events per item. Rarer items are dropped with their events and impressions, repeatedly, until
+    this and min_user_events both hold."""
+    min_user_events: int = 1
+    """Minimum number of events per user. Users with fewer are dropped with their events and impressions."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "filter.")
+        require_counts(self, "filter.", ("min_item_events", "min_user_events"))
+
+    @property
+    def counts(self) -> bool:
+        """Whether it counts the events of items or users."""
+        return self.min_item_events > 1 or self.min_user_events > 1
+
+
+@dataclass(kw_only=True, slots=True)
+class FeatureTableConfig:
+    """Files of a table with one row per item or user, and which of its columns are features.
+
+    If no column is named, every column is read and its type decides: text and booleans are categories, and floats are
+    numbers. In Parquet files, integer columns are then refused, because they could be categories or numbers; in CSV and
+    TSV files, so are columns of only numbers. Otherwise only the named columns are read.
+    """
+
+    table: ClassVar[str]
+    """Key of the table in the configuration: items | users."""
+
+    paths: list[str] = field(default_factory=list)
+    """Parquet, CSV, or TSV files, or folders of them. Together they are one table."""
+    categories: list[str] | None = None
+    """Columns of categories: text, integers, or booleans, each with at most `max_values` values. Of items, also lists
+    of these."""
+    numbers: list[str] | None = None
+    """Columns of numbers, such as a price. A number may be missing, but must not be infinite."""
+    max_values: int = MAX_VALUES
+    """Maximum number of values of a category of this table. Raise it for categories that the model hashes
+    (`model.hashed_features`). `vista prepare` holds all values of one category in memory."""
+    separator: str = ","
+    """Character that separates the columns of text files, such as ';' or tab."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_max_values(self.max_values, f"{self.table}.max_values")
+        named = [self.id_column, *(column for columns in self.named.values() for column in columns or ())]
+        twice = sorted({name for name in named if named.count(name) > 1})
+        require(not twice, self.table, f"names the column {', '.join(map(repr, twice))} twice; name each column once")
+
+    @property
+    def id_column(self) -> str:
+        """The column of ids."""
+        raise NotImplementedError
+
+    @property
+    def named(self) -> dict[str, list[str] | None]:
+        """The columns that are named, by the key that names them."""
+        return {"categories": self.categories, "numbers": self.numbers}
+
+    @property
+    def is_inferred(self) -> bool:
+        """Whether the types of the columns decide which features they are."""
+        return all(columns is None for columns in self.named.values())
+
+
+@dataclass(kw_only=True, slots=True)
+class ItemTableConfig(FeatureTableConfig):
+    """Files of a table with one row per item, and which of its columns are features.
+
+    If no column is named, lists of text are categories too, and lists of floats are vectors.
+    """
+
+    table: ClassVar[str] = "items"
+
+    item: str = "item"
+    """Column of item ids. Items that the log does not contain are left out."""
+    vectors: list[str] | None = None
+    """Columns of vectors, such as embeddings: lists of numbers, all of one length. In a text file, the numbers are
+    separated by spaces or commas."""
+    value_separator: str | None = None
+    """Text that separates the values of a category, such as '|' in Comedy|Drama. null reads one value."""
+
+    def __post_init__(self) -> None:
+        FeatureTableConfig.__post_init__(self)
+        require(self.value_separator != "", "items.value_separator", "must not be empty; use null for one value")
+
+    @property
+    def id_column(self) -> str:
+        return self.item
+
+    @property
+    def named(self) -> dict[str, list[str] | None]:
+        return {"categories": self.categories, "numbers": self.numbers, "vectors": self.vectors}
+
+
+@dataclass(kw_only=True, slots=True)
+class SourceColumns:
+    """Names of the columns of events, and of impressions."""
+
+    user: str = "user"
+    """Column of user ids, integers or text."""
+    item: str = "item"
+    """Column of item ids, integers or text."""
+    timestamp: str | None = "timestamp"
+    """Column of times. null for a table without times, whose events are in input order."""
+    action: str | None = None
+    """Column of action names, such as click or buy. null if there is only one action."""
+    rating: str | None = None
+    """Column of ratings, finite numbers. null reads no ratings."""
+    sequence: str | None = None
+    """Column of integers that orders events with equal timestamps. null orders them as in the input."""
+    labels: list[str] = field(default_factory=list)
+    """For impressions: the columns of labels, one per task, with the values 0, 1, or empty if unknown."""
+    probabilities: list[str] = field(default_factory=list)
+    """For simulated impressions: the columns of true label probabilities, in the order of `labels`. Empty reads
+    none."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclass(kw_only=True, slots=True)
+class UserTableConfig(FeatureTableConfig):
+    """Files of a table with one row per user, and which of its columns are features."""
+
+    table: ClassVar[str] = "users"
+
+    user: str = "user"
+    """Column of user ids. Users that the log does not contain are left out."""
+
+    @property
+    def id_column(self) -> str:
+        return self.user
+
+
+@dataclass(kw_only=True, slots=True)
+class SourceConfig(SourceColumns):
+    """Files of one table and the names of their columns."""
+
+    kind: str = "table"
+    """Format of the files: table (Parquet, CSV, or TSV with the columns named below), a known format (recbole, npz,
+    simulated), a public data set (ml-1m, ml-latest-small, ml-100k, complete-journey, amazon-reviews-2023,
+    kuairand, yambda, longctr, t-ecd), or auto, which recognizes these by their file names."""
+    paths: list[str] = field(default_factory=list)
+    """Files or folders to read. Several files are read in the order of their names."""
+    timestamp: str | None = None
+    """Column of times. null for a table without times, whose events are in input order."""
+    time_unit: str | None = None
+    """Unit of numeric times (s, ms, us, or ns), or iso for ISO 8601 text. null for Parquet columns of dates and
+    times."""
+    separator: str = ","
+    """Character that separates the columns of text files, such as ';' or tab."""
+    user_ids: IdType = IdType.auto
+    """Type of user ids: int or str. auto uses the column's type, or in text files the first value."""
+    item_ids: IdType = IdType.auto
+    """Type of item ids: int or str. auto uses the column's type, or in text files the first value."""
+    categories: list[str] = field(default_factory=list)
+    """Columns of features with one value per row, such as a device or a domain: text, integers, or booleans, each with
+    at most `max_values` values. A value may be missing. Only feature columns named here or in numbers are read."""
+    numbers: list[str] = field(default_factory=list)
+    """Columns of features that are numbers, such as a dwell time or the price paid. A number may be missing, but must
+    not be infinite."""
+    max_values: int = MAX_VALUES
+    """Maximum number of values of a category of this table. Raise it for categories that the model hashes
+    (`model.hashed_features`). `vista prepare` holds all values of one category in memory."""
+
+    def __post_init__(self) -> None:
+        SourceColumns.__post_init__(self)
+        check_max_values(self.max_values, "max_values")
+        features = [*self.categories, *self.numbers]
+        single = [self.user, self.item, self.timestamp, self.action, self.rating, self.sequence]
+        others = [*single, *self.labels, *self.probabilities]
+        twice = sorted({name for name in features if features.count(name) > 1 or name in others})
+        require(
+            not twice,
+            "categories, numbers",
+            f"list {', '.join(map(repr, twice))} twice, or list a column that already has another role; name each "
+            "column once",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class PrepareConfig:
+    """Ingest of source tables into an EventLog."""
+
+    out: str = "data/log"
+    """Folder of the EventLog to make, or with `append` to extend."""
+    events: SourceConfig = field(default_factory=SourceConfig)
+    """Files of events."""
+    impressions: SourceConfig | None = None
+    """Files of impressions with labels; null for those of the data set of the events, or for none."""
+    items: ItemTableConfig | None = None
+    """Files of item features; null for those that a public data set has next to its events, or for none."""
+    users: UserTableConfig | None = None
+    """Files of user features; null for those that a public data set has next to its events, or for none."""
+    filter: EventFilterConfig = field(default_factory=EventFilterConfig)
+    """Which events of the files are kept."""
+    append: bool = False
+    """Add a segment to an existing log: events, features, or both. Files of events or impressions that the log already
+    contains are refused. New features of an item or a user replace its older ones."""
+    on_bad_rows: OnBadRows = OnBadRows.error
+    """What happens to invalid rows: raise writes nothing and reports the first; quarantine sets them aside in
+    quarantine.csv."""
+    progress: bool = True
+    """Show progress bars."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(
+            not (self.append and self.filter.counts),
+            "filter",
+            "min_item_events and min_user_events would count the events of the new files alone; prepare all files "
+            "together without append, or leave these out",
+        )
+
+
+# Configurations of the commands `vista log ...`.
+
+
+@dataclass(kw_only=True, slots=True)
+class LogForgetConfig:
+    """Deletion of single events from an EventLog."""
+
+    data: str = "data/log"
+    """Folder of the EventLog."""
+    events: str = "deletions.csv"
+    """CSV or Parquet file with the columns user, item, timestamp, and optionally action. Each row names one event."""
+    time_unit: str | None = None
+    """Unit of the file's timestamps: s, ms, us, ns, or iso. null for Parquet columns of dates and times, and for a log
+    without times, where timestamps are event numbers that start at 0."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclass(kw_only=True, slots=True)
+class LogEraseConfig:
+    """Deletion of users from an EventLog."""
+
+    data: str = "data/log"
+    """Folder of the EventLog."""
+    users: list[str] = field(default_factory=list)
+    """Ids of the users to delete, at least one."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclass(kw_only=True, slots=True)
+class LogCompactConfig:
+    """Compaction of an EventLog's segments into one, without deleted rows."""
+
+    data: str = "data/log"
+    """Folder of the EventLog."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclass(kw_only=True, slots=True)
+class LogVerifyConfig:
+    """Check of an EventLog's files."""
+
+    data: str = "data/log"
+    """Folder of the EventLog."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclass(kw_only=True, slots=True)
+class LogStatsConfig:
+    """Contents of an EventLog."""
+
+    data: str = "data/log"
+    """Folder of the EventLog."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+_MOST_MESSAGES = 10_000_000
+_MOST_BYTES = 1 << 34
+_MOST_SECONDS = 86_400
+
+
+@dataclass(kw_only=True, slots=True)
+class StreamConfig:
+    """How the messages of Kafka topics are read."""
+
+    client_file: str | None = None
+    """File with settings of the Kafka client, one name=value per line, such as security.protocol, sasl.username,
+    sasl.password, or ssl.ca.location, as librdkafka names them. Put passwords here; they are never printed."""
+    start: StreamStart = StreamStart.oldest
+    """Where to start in topics that have no messages in the log: oldest (the oldest messages that the server still has)
+    or newest (messages sent after the first check). Later checks continue from the log's offsets."""
+    reset_offsets: bool = False
+    """Continue at the oldest message if the log's offsets do not fit the topic: the server has deleted the next
+    messages, the topic was created again, or it is another topic. Set this for one run only, because it accepts lost
+    events."""
+    max_messages: int = 100_000
+    """Maximum number of messages per check. They become one segment of the log."""
+    max_bytes: int = 64 << 20
+    """A check stops reading after this many bytes of messages."""
+    max_s: float = 10.0
+    """Number of seconds that a check waits for messages, and for each reply of the server."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "stream.")
+        require_counts(self, "stream.", ("max_messages",), most=_MOST_MESSAGES)
+        require_counts(self, "stream.", ("max_bytes",), most=_MOST_BYTES)
+        require_finite(self, "stream.", ("max_s",), positive=True, most=_MOST_SECONDS)
+
+
+# Configuration of `vista simulate`.
+
+MAX_ROWS = 10**9
+"""Most events, and most impressions. A simulation is made in memory, at up to 40 bytes per row."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SimulateConfig:
+    """A simulated log of long histories, with impressions whose true label probabilities are known."""
+
+    out: str = "data/simulated"
+    """Folder for events.parquet, impressions.parquet, and items.parquet, which `vista prepare` reads."""
+    world: WorldName = WorldName.share
+    """What decides a click (docs/explanation/simulation.md). Only share has the tasks like and long_view."""
+    num_users: int = 400
+    """Number of users."""
+    events_per_user: int = 4000
+    """Mean number of events per user. Lengths vary around it."""
+    num_items: int = 1600
+    """Number of items, at least num_topics."""
+    num_topics: int = 32
+    """Number of latent topics, at most 256. Every item belongs to one."""
+    min_interests: int = 4
+    """Minimum number of slow interests per user: topics that return throughout the history."""
+    max_interests: int = 6
+    """Maximum number of slow interests per user, below num_topics."""
+    episode_events: int = 450
+    """Mean length of an episode, in events. A user's slow interests take turns, one per episode."""
+    session_events: int = 20
+    """Mean length of a session, in events."""
+    impressions_per_user: int = 300
+    """Number of impressions per user."""
+    impressions_per_request: int = 4
+    """Number of candidates that are shown at the same time."""
+    start: str = "2024-01-01"
+    """First day of the simulated period, an ISO date or time (UTC)."""
+    days: float = 730.0
+    """Length of the simulated period in days. Histories fill it."""
+    seed: int = 1
+    """Seed of all random numbers. The same seed gives the same files."""
+    num_threads: int = 1
+    """Number of threads. It does not change the result."""
+    reference: bool = False
+    """Also report the best possible AUC and NE: those of the oracle, which knows the true probabilities, those possible
+    from the last 2,000, 200, and 32 events, and those of the best linear function of pooled vectors. Takes some
+    seconds."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        counts = ("num_users", "events_per_user", "num_items", "num_topics", "episode_events", "session_events")
+        require_counts(self, "", (*counts, "impressions_per_user", "impressions_per_request"), most=MAX_ROWS)
+        for key in ("events_per_user", "impressions_per_user"):
+            rows = self.num_users * getattr(self, key)
+            require(rows <= MAX_ROWS, "num_users", f"times {key} must be at most {MAX_ROWS:,}, got {rows:,}")
+        require_counts(self, "", ("num_threads",), most=MAX_THREADS)
+        require_counts(self, "", ("seed",), least=0)
+        try:
+            datetime.fromisoformat(self.start)
+        except ValueError as error:
+            raise ConfigError(f"start: {error}; write a date such as 2024-01-01") from None
+        topics, items, low, high = self.num_topics, self.num_items, self.min_interests, self.max_interests
+        require(topics <= 256, "num_topics", f"must be at most 256, got {topics}")
+        require(items >= topics, "num_items", f"must be at least num_topics={topics}, got {items}")
+        require(
+            1 <= low <= high < topics,
+            "max_interests",
+            f"needs 1 <= min_interests <= max_interests < num_topics, got {low}, {high}, {topics}",
+        )
+        if self.world != WorldName.share:
+            taken = 2 * high if self.world == WorldName.conjunction else high
+            message = (
+                f"must be at least {taken + 2} with world={self.world.value} and max_interests={high}, got {topics}"
+            )
+            require(topics >= taken + 2, "num_topics", message)
+        fewest_days = 1 + self.events_per_user / 1e6  # room for distinct times in milliseconds
+        require(
+            fewest_days <= self.days <= MAX_DAYS,
+            "days",
+            f"must lie in [{fewest_days:g}, {MAX_DAYS}] with events_per_user={self.events_per_user}, got {self.days}",
+        )

@@ -1,0 +1,481 @@
+"""Configuration of `vista refresh`."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass, field, fields
+
+from vista.config.checks import MAX_THREADS, check_types, require, require_counts, require_finite, require_share
+from vista.config.choices import Architecture, Arrival, Codec, EngineName, OnBadRows, Precision, StateDtype
+from vista.config.log_config import SourceConfig, StreamConfig
+from vista.config.model_config import ModelConfig
+
+# How a refresh runs, from Python and from the command line.
+
+INCREMENTAL_OPTIONS = ("tokens_per_batch", "users_per_batch", "verify_log", "progress")
+"""The options that an incremental refresh can choose."""
+SET_BY_FULL_REFRESH = "was set by the store's full refresh; leave it out"
+
+
+@dataclass(kw_only=True, slots=True)
+class RefreshOptions:
+    """What a refresh writes and how it batches its work. Choices may be given as words, such as codec="float32"."""
+
+    codec: Codec = Codec.int8
+    """How the values of a summary are stored: float32, float16, or as quantized rows of 8 bits (int8) or 4 bits
+    (int4)."""
+    state: StateDtype | None = None
+    """How states are stored for incremental refreshes: float32, float16, or none. null stores them as float32 in a
+    folder if the model and `until` permit, and not at all on a server, whose memory they would fill."""
+    precision: Precision = Precision.float32
+    """Precision of matrix products. bfloat16 is faster on devices that support it, and changes summaries by about
+    0.3 %. auto uses bfloat16 where the device multiplies it fast."""
+    shared_with_group: bool = False
+    """Let the group of the store's folder read the store (folders 2750, files 0640), not only this account."""
+    tokens_per_batch: int = 65_536
+    """Number of events that are read and summarized at once. A longer history forms a batch of its own."""
+    users_per_batch: int = 512
+    """Number of users per durable transaction."""
+    verify_log: bool = True
+    """Check first that no byte of the log's files has changed since it was written: of all files, or of the new
+    segments in an incremental refresh."""
+    progress: bool = False
+    """Show a progress bar."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require_counts(self, "", ("tokens_per_batch", "users_per_batch"))
+
+    def require_only(self, names: Container[str], reason: str, *, prefix: str = "options.") -> None:
+        """Raise ConfigError with `reason` if an option outside of `names` differs from its default."""
+        for option in fields(RefreshOptions):
+            changed = getattr(self, option.name) != option.default
+            require(option.name in names or not changed, f"{prefix}{option.name}", reason)
+
+
+# Configuration of Ray, for commands that run on it.
+
+MAX_ACTORS = 100_000
+
+
+@dataclass(kw_only=True, slots=True)
+class RayConfig:
+    """Where Ray runs, and how many actors share the work."""
+
+    num_actors: int = 0
+    """Number of actors: processes that each load the model and share the work. 0 starts as many as Ray has CPUs for
+    (num_threads each), or one per GPU."""
+    address: str = "local"
+    """local starts Ray on this machine and stops it at the end. Otherwise, the address of a cluster: host:port of
+    its head node, or auto on one of its machines."""
+    object_store_bytes: int = 256 << 20
+    """With address=local: shared memory for results that wait for the writer, in bytes. Results that do not fit spill
+    to disk."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "ray.")
+        is_client = self.address.startswith("ray://")
+        require(
+            not is_client,
+            "ray.address",
+            "write host:port of the head node, or auto, and run on a machine of the cluster",
+        )
+        require_counts(self, "ray.", ("num_actors",), least=0, most=MAX_ACTORS)
+        require_counts(self, "ray.", ("object_store_bytes",), least=80_000_000)  # Ray refuses less than 75 MiB.
+
+
+@dataclass(kw_only=True, slots=True)
+class RefreshConfig(RefreshOptions):
+    """One refresh: write the summaries of all users into a new generation, or update those with new events."""
+
+    data: str = "data/log"
+    """Folder of the EventLog."""
+    model: str = "runs/vista/best"
+    """Folder of the exported model."""
+    store: str = "stores/vista"
+    """Folder of the summary store, or its URL, such as redis://host:6379/mine."""
+    authentication_key_file: str | None = None
+    """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
+    VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
+    incremental: bool = False
+    """Update only the users with new events, in the published generation. The format of the store stays as the full
+    refresh set it."""
+    until: str | None = None
+    """Events that summaries may cover: all (null), all but each user's last (leave-last-out), last N (leave-last-N-out)
+    or last P percent (leave-last-P-percent-out), or those before a time, which is an ISO date or time (UTC) or integer
+    milliseconds. TIME-less-N also hides the newest N of each user's events before that time, and
+    leave-last-P-percent-out-less-N those before the last P percent."""
+    shard: str | None = None
+    """Written i/n: refresh only the users of shard i of n, into <store>/part-i-of-n, so that several machines can share
+    the work. null refreshes all users."""
+    engine: EngineName = EngineName.local
+    """What computes a full refresh: local (this process) or ray (several processes, on one machine or in a cluster).
+    Both write the same store."""
+    ray: RayConfig = field(default_factory=RayConfig)
+    """With engine=ray: where Ray runs, and how many processes share the work."""
+    device: str = "auto"
+    """auto, cpu, cuda, or cuda:N. auto uses a GPU if there is one."""
+    num_threads: int = 0
+    """Number of CPU threads. 0 leaves the choice to PyTorch. With engine=ray, the number is per actor, and 0 means
+    one."""
+    progress: bool = True
+    """Show a progress bar."""
+
+    def __post_init__(self) -> None:
+        RefreshOptions.__post_init__(self)  # super() does not work in a dataclass with slots
+        require_counts(self, "", ("num_threads",), least=0, most=MAX_THREADS)
+        if self.incremental:
+            reason = f"{SET_BY_FULL_REFRESH} with incremental=true"
+            require(self.until is None, "until", reason)
+            full_only = "works only for a full refresh; use shard=i/n to divide an incremental one"
+            require(self.engine is EngineName.local, "engine", full_only)
+            self.require_only(INCREMENTAL_OPTIONS, reason, prefix="")
+
+
+@dataclass(kw_only=True, slots=True)
+class WatchConfig:
+    """Keep a store up to date with arriving files or messages, or with a log to which other processes append."""
+
+    data: str = "data/log"
+    """Folder of the EventLog."""
+    model: str = "runs/vista/best"
+    """Folder of the exported model whose full refresh made the store."""
+    store: str = "stores/vista"
+    """Folder of the summary store, or its URL, such as redis://host:6379/mine."""
+    folder: str | None = None
+    """Folder in which Parquet, CSV, or TSV files arrive. Files that cannot be read are listed in its folder `refused`,
+    with the reason. Without folder and source, the watch follows a log to which other processes append."""
+    source: str | None = None
+    """Kafka topics to read, as kafka://server:port/topic. Separate several servers or topics by commas. Needs the
+    extra `kafka`. Each message is a JSON object with the columns of `events`."""
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    """How the messages of `source` are read."""
+    arrival: Arrival = Arrival.done
+    """How the watch tells that a file is complete. done: its writer creates an empty file with the suffix .done next to
+    it, such as day.csv.done. pause: the file has not changed for settle_s; if its writer pauses longer, the rows before
+    the pause count twice."""
+    settle_s: float = 2.0
+    """With arrival=pause: number of seconds without a change after which a file is complete."""
+    events: SourceConfig = field(default_factory=SourceConfig)
+    """Columns of the files or messages. events.paths is not used."""
+    on_bad_rows: OnBadRows = OnBadRows.error
+    """What happens to invalid rows and messages. raise refuses the file and continues with the other files; an
+    invalid message ends the watch. quarantine sets them aside."""
+    authentication_key_file: str | None = None
+    """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
+    VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
+    poll_s: float = 5.0
+    """Number of seconds between two checks of the folder, the topics, or the log."""
+    report_file: str | None = None
+    """JSON file with the report of the last successful check, for monitoring: its time, what it appended, and for
+    topics the rate and the number of waiting messages per partition."""
+    once: bool = False
+    """Check once and exit, as a scheduled job does. Topics are read to the end."""
+    device: str = "auto"
+    """auto, cpu, cuda, or cuda:N. auto uses a GPU if there is one."""
+    num_threads: int = 0
+    """Number of CPU threads. 0 leaves the choice to PyTorch."""
+    progress: bool = False
+    """Show a progress bar."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require_counts(self, "", ("num_threads",), least=0, most=MAX_THREADS)
+        require_finite(self, "", ("settle_s",))
+        require(
+            self.folder is None or self.source is None,
+            "source",
+            f"folder={self.folder} is set too; leave one out, or run a watch for each",
+        )
+        require(self.poll_s > 0, "poll_s", f"must be positive, got {self.poll_s}")
+
+
+# Configurations of the commands `vista store …`.
+
+
+@dataclass(kw_only=True, slots=True)
+class StoreStatsConfig:
+    """Statistics of a store and its generations."""
+
+    store: str = "stores/vista"
+    """Folder of the summary store, or its URL, such as redis://host:6379/mine."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclass(kw_only=True, slots=True)
+class StoreVerifyConfig:
+    """Check a store's files and every record."""
+
+    store: str = "stores/vista"
+    """Folder of the summary store, or its URL, such as redis://host:6379/mine."""
+    authentication_key_file: str | None = None
+    """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
+    VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclass(kw_only=True, slots=True)
+class StoreCompactConfig:
+    """Rewrite the published generation without the bytes of removed records."""
+
+    store: str = "stores/vista"
+    """Folder of the summary store."""
+    authentication_key_file: str | None = None
+    """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
+    VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclass(kw_only=True, slots=True)
+class StoreExportConfig:
+    """Export the published generation to a Parquet file."""
+
+    store: str = "stores/vista"
+    """Folder of the summary store."""
+    out: str = "summaries.parquet"
+    """The file; replaced if it exists."""
+    authentication_key_file: str | None = None
+    """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
+    VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclass(kw_only=True, slots=True)
+class StoreImportConfig:
+    """Publish an exported file as a new generation of a store."""
+
+    file: str = "summaries.parquet"
+    """File written by `vista store export`."""
+    store: str = "stores/vista"
+    """Folder of the summary store; made if it does not exist."""
+    authentication_key_file: str | None = None
+    """File with the key that authenticated the exported records: 32 bytes, or 64 hex digits. null uses the environment
+    variable VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
+    shared_with_group: bool = False
+    """Let the group of the store's folder read the store (folders 2750, files 0640), not only this account."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclass(kw_only=True, slots=True)
+class StoreCopyConfig:
+    """Copy one generation to the store of a serving host."""
+
+    store: str = "stores/vista"
+    """Folder of the summary store to copy from, or its URL, such as redis://host:6379/mine."""
+    to: str = ""
+    """Folder of the summary store to copy to, made if it does not exist, or its URL, such as redis://host:6379/mine."""
+    generation: int | None = None
+    """Number of the generation; null copies the published one."""
+    publish: bool = True
+    """Publish the copy at once; false only copies and verifies it, until the same command with true publishes it."""
+    authentication_key_file: str | None = None
+    """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
+    VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
+    shared_with_group: bool = False
+    """Let the group of the target folder read the copy (folders 2750, files 0640), not only this account."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclass(kw_only=True, slots=True)
+class StoreRollbackConfig:
+    """Publish an earlier generation again."""
+
+    store: str = "stores/vista"
+    """Folder of the summary store, or its URL, such as redis://host:6379/mine."""
+    to: int | None = None
+    """Number of the generation; null takes the newest one before the published one."""
+    authentication_key_file: str | None = None
+    """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
+    VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclass(kw_only=True, slots=True)
+class StoreGetConfig:
+    """Print one user's record."""
+
+    store: str = "stores/vista"
+    """Folder of the summary store, or its URL, such as redis://host:6379/mine."""
+    user: str | None = None
+    """Id as in the log."""
+    model: str | None = None
+    """Folder of the exported model, to print the tail's items by their ids in the log; null prints model rows."""
+    authentication_key_file: str | None = None
+    """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
+    VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclass(kw_only=True, slots=True)
+class StoreEraseConfig:
+    """Remove users from a store for good."""
+
+    store: str = "stores/vista"
+    """Folder of the summary store, or its URL, such as redis://host:6379/mine."""
+    users: list[str] = field(default_factory=list)
+    """Ids of the users to erase, at least one."""
+    data: str | None = None
+    """Folder of the EventLog to erase them from too; null erases them from the store only."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclass(kw_only=True, slots=True)
+class MeasuredConfig:
+    """Measured speed of one core, in float32. `tests/planning/test_measured_figures.py` checks these against
+    docs/results."""
+
+    token_ns: float = 0.16
+    """Time of one core per token, layer, and squared width, in ns. Stage 1 has a token per event and per row of the
+    summary, stage 2 one per row of the summary, event of the tail, and candidate. From bench_store.jsonl (full refresh,
+    d=64: 0.15 to 0.16), bench_summarizer.jsonl (d=256: 0.17), and bench_scorer.jsonl (d=256: 0.14)."""
+    write_mb_per_s: float = 500.0
+    """Rate at which one core durably writes records and states, in MB per s. From bench_store.jsonl (durable writes:
+    470 with K=128 and d=256, 540 with K=32 and d=64)."""
+    batch_ms: float = 15.0
+    """Fixed time of an incremental refresh, however few users changed, in ms. From bench_store.jsonl (incremental
+    refresh of 64 and of 1,000 users)."""
+    request_ms: float = 1.7
+    """Time of one core per request, without its tokens, in ms. From bench_scorer.jsonl (d=64, 50 candidates)."""
+    candidate_us: float = 1.4
+    """Time of one core per candidate, without its token, in µs. From bench_scorer.jsonl (d=64, 50 to 5,000
+    candidates)."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "measured.")
+        require_finite(self, "measured.", ("token_ns", "write_mb_per_s"), positive=True, most=1e9)
+        require_finite(self, "measured.", ("batch_ms", "request_ms", "candidate_us"), most=1e9)
+
+
+# Configuration of `vista plan`.
+
+
+@dataclass(kw_only=True, slots=True)
+class MachineConfig:
+    """One machine."""
+
+    cores: int = 32
+    """Number of cores."""
+    memory_gb: float = 256.0
+    """Memory, in GB."""
+    disk_tb: float = 8.0
+    """Disk, in TB."""
+    network_gbit_per_s: float = 25.0
+    """Network, in Gbit per s."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "machine.")
+        require_counts(self, "machine.", ("cores",), most=65_536)
+        numbers = ("memory_gb", "disk_tb", "network_gbit_per_s")
+        require_finite(self, "machine.", numbers, positive=True, most=1e6)
+
+
+@dataclass(kw_only=True, slots=True)
+class PlanConfig:
+    """What a deployment would need: cores, machines, disk, memory, network, and how old summaries become.
+
+    The plan reads no data and measures nothing. It ignores keys of `model` that change neither sizes nor times.
+    """
+
+    users: float = 1e6
+    """Number of users in the store."""
+    events_per_day: float = 5e7
+    """New events per day, of all users."""
+    history_events: float = 1000.0
+    """Mean number of events per user in the log."""
+    active_share: float = 0.5
+    """Share of the users, in (0, 1], who have events on a day."""
+    peak: float = 1.5
+    """Events in the busiest hour of a day, divided by those of an average hour, from 1 to 2."""
+    requests_per_s: float = 1000.0
+    """Requests per s at the busiest time."""
+    candidates: int = 500
+    """Number of candidates per request."""
+    items: float = 1e6
+    """Number of items in the catalog."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model, as for `vista train`."""
+    codec: Codec = Codec.int8
+    """How the values of a summary are stored: float32, float16, int8, or int4."""
+    state: StateDtype = StateDtype.float32
+    """How states are stored for incremental refreshes: float32, float16, or none."""
+    refresh_every_s: float = 3600.0
+    """Time between the starts of two incremental refreshes, in s. A refresh that takes longer delays the next one."""
+    full_refresh_hours: float = 8.0
+    """Time that a full refresh may take, in hours."""
+    utilization: float = 0.6
+    """Share of the time, in (0, 1), that cores are busy in the busiest hour."""
+    remote_store: bool = False
+    """Whether summaries are in the memory of Valkey or Redis servers instead of on the disks of the serving
+    machines."""
+    replicas: int = 2
+    """Number of copies of each summary."""
+    hot_share: float = 0.2
+    """Without remote_store: share of the summaries that stays in the page cache, because their users return soon."""
+    machine: MachineConfig = field(default_factory=MachineConfig)
+    """Resources of each machine."""
+    measured: MeasuredConfig = field(default_factory=MeasuredConfig)
+    """Speed of one core, as measured by vista's benchmarks."""
+    burst: float = 1.0
+    """Events during a burst in the busiest hour, divided by those without it. Above 1, the plan simulates the lag."""
+    burst_minutes: float = 60.0
+    """Length of the burst, in minutes."""
+    failures_per_day: float = 0.0
+    """Failures of refresh workers per day, in the whole fleet. Above 0, the plan simulates the lag."""
+    restart_minutes: float = 10.0
+    """Time from a worker's failure to its restart, in minutes."""
+    seed: int = 0
+    """Seed of the simulation."""
+    out: str | None = None
+    """JSON file for the plan. An existing file is replaced. null only prints the plan."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require_finite(self, "", ("users", "events_per_day"), positive=True, most=1e15)
+        require_finite(self, "", ("items",), positive=True, most=2**31 - 1)
+        require_finite(self, "", ("history_events", "requests_per_s"), most=1e12)
+        require_counts(self, "", ("candidates",), most=2**24)
+        require_counts(self, "", ("replicas",), most=100)
+        require_counts(self, "", ("seed",), least=0)
+        require_share(self, "", ("active_share", "hot_share", "utilization"))
+        require(self.users >= 1, "users", f"must be at least 1, got {self.users}")
+        require(self.active_share > 0, "active_share", "must be above 0, because some users have the day's events")
+        require(0 < self.utilization < 1, "utilization", f"must lie in (0, 1), got {self.utilization}")
+        require(1 <= self.peak <= 2, "peak", f"must lie in [1, 2], got {self.peak}")
+        require(1 <= self.burst <= 1000, "burst", f"must lie in [1, 1000], got {self.burst}")
+        require(
+            1 <= self.refresh_every_s <= 86_400,
+            "refresh_every_s",
+            f"must lie in [1, 86400], got {self.refresh_every_s}; for less frequent refreshes, plan full ones",
+        )
+        require_finite(self, "", ("full_refresh_hours",), positive=True, most=8760)
+        require_finite(self, "", ("burst_minutes",), positive=True, most=720)
+        require_finite(self, "", ("failures_per_day", "restart_minutes"), most=1440)
+        per_user = self.events_per_day / (self.users * self.active_share)
+        require(
+            per_user <= 100_000,
+            "events_per_day",
+            f"is {per_user:.2g} per active user, more than one per second; check users, active_share, and this",
+        )
+        require(
+            self.model.architecture is Architecture.vista and self.model.num_seeds + self.model.num_state_rows > 0,
+            "model.architecture",
+            "only vista with num_seeds above 0 stores summaries; other models read the raw history in each request",
+        )
