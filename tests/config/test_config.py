@@ -36,7 +36,7 @@ from vista.config.choices import (
     TablePrecision,
 )
 from vista.config.config_keys import to_yaml
-from vista.counters.counter_spec import CounterSpec
+from vista.counters.counter_codes import CounterSpec
 from vista.errors import ConfigError
 
 

@@ -7,10 +7,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from vista.arrays import Int, offsets_of
-from vista.counters.counter_spec import CounterSpec
-from vista.counters.counter_table import CounterTable
-from vista.counters.item_keys import ItemKeys
-from vista.counters.user_counters import UserCounters
+from vista.counters.counter_codes import CounterSpec, ItemKeys
+from vista.counters.counter_table import CounterTable, UserCounters
 from vista.log.histories import Histories
 from vista.log.item_features import CategoryColumn, ItemFeatures
 from vista.log.vocabulary import Vocabulary

@@ -14,14 +14,13 @@ from tests.counters.counter_histories import DAY, SPECS, Events, assert_identica
 from vista.counters.counter_codes import (
     MAX_CODE,
     CounterCodes,
+    CounterSpec,
     code_scales,
     decode_values,
     encode_event_counts,
     encode_values,
 )
-from vista.counters.counter_spec import CounterSpec
-from vista.counters.counter_table import CounterTable
-from vista.counters.occurrence_index import OccurrenceIndex
+from vista.counters.counter_table import CounterTable, OccurrenceIndex
 
 
 def test_half_lives_are_whole_ms_and_millionths_of_an_event() -> None:

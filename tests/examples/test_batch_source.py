@@ -17,8 +17,7 @@ from tests.counters.counter_histories import only_items
 from vista.arrays import Int
 from vista.config import DataConfig, ModelConfig, OptimConfig, SourceColumns, TrainConfig
 from vista.config.choices import Architecture, Decay, Split
-from vista.counters.counter_spec import CounterSpec
-from vista.counters.item_keys import ItemKeys
+from vista.counters.counter_codes import CounterSpec, ItemKeys
 from vista.errors import ConfigError
 from vista.examples.batch import Batch
 from vista.examples.batch_source import BatchSource, events_before

@@ -17,8 +17,7 @@ import numpy as np
 
 from tests.faults.nursery import Say
 from tests.record_reference import decode_record_reference
-from vista.counters.counter_codes import CounterCodes
-from vista.counters.counter_spec import CounterSpec
+from vista.counters.counter_codes import CounterCodes, CounterSpec
 from vista.errors import StoreError
 from vista.store import StoreReader, StoreWriter, Tail, UserSummaries, encode_records, user_keys
 from vista.store.format.counter_layout import CounterLayout

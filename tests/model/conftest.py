@@ -16,7 +16,7 @@ from tests.counters.counter_histories import category
 from vista.arrays import Int
 from vista.config import DataConfig, ModelConfig
 from vista.config.choices import Architecture, Decay
-from vista.counters.item_keys import ItemKeys
+from vista.counters.counter_codes import ItemKeys
 from vista.examples.anchors import AnchorPlan
 from vista.examples.batch import Batch
 from vista.examples.chunks import ChunkCounters, ChunkImpressions, Chunks, ChunkTimeline, decay_clock

@@ -22,10 +22,8 @@ from tests.counters.counter_histories import counters_of_request
 from tests.model.test_sequence_baselines import LIMIT
 from vista.arrays import Int
 from vista.config import OptimConfig
-from vista.counters.counter_codes import MAX_CODE
-from vista.counters.counter_spec import CounterSpec
-from vista.counters.item_keys import ItemKeys
-from vista.counters.user_counters import UserCounters
+from vista.counters.counter_codes import MAX_CODE, CounterSpec, ItemKeys
+from vista.counters.counter_table import UserCounters
 from vista.examples.batch import Batch
 from vista.log.histories import Histories
 from vista.model import inference

@@ -14,8 +14,7 @@ from hypothesis.extra import numpy as hnp
 
 from tests.record_reference import decode_record_reference
 from vista.config.choices import Codec, StateDtype
-from vista.counters.counter_codes import CounterCodes
-from vista.counters.counter_spec import CounterSpec
+from vista.counters.counter_codes import CounterCodes, CounterSpec
 from vista.counters.counter_table import CounterTable
 from vista.errors import RecordError
 from vista.log.gaps import NO_TIMESTAMP

@@ -25,7 +25,7 @@ from vista.config import (
     TrainConfig,
 )
 from vista.config.choices import Architecture, Codec, ItemStart, Precision, Split, StateDtype
-from vista.counters.user_counters import UserCounters
+from vista.counters.counter_table import UserCounters
 from vista.errors import CheckpointError, ConfigError
 from vista.evaluation.cases import NextItemCases
 from vista.evaluation.evaluate import evaluate_scorer

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.arrays import Float32s, Int
-from vista.counters.item_keys import ItemKeys
+from vista.counters.counter_codes import ItemKeys
 from vista.examples.batch_source import events_before
 from vista.examples.history_counters import CounterRequests, HistoryCounters
 from vista.log.event_log import EventLog

@@ -18,7 +18,7 @@ from vista.arrays import Int
 from vista.config import OptimConfig, TrainConfig
 from vista.config.checks import planned
 from vista.config.choices import Architecture, Decay
-from vista.counters.item_keys import ItemKeys
+from vista.counters.counter_codes import ItemKeys
 from vista.errors import ConfigError
 from vista.examples.batch import Batch
 from vista.examples.chunks import ChunkCounters, ChunkImpressions, Chunks, ChunkTimeline, decay_clock

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vista.arrays import Int, offsets_of
 from vista.config.choices import Mixing
-from vista.counters.user_counters import UserCounters
+from vista.counters.counter_table import UserCounters
 from vista.examples.anchors import ChunkAnchors, draw_anchors
 from vista.examples.batch import (
     Batch,

@@ -14,10 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.arrays import Int, offsets_of
-from vista.counters.counter_codes import CounterCodes
-from vista.counters.item_keys import ItemKeys
-from vista.counters.occurrence_index import OccurrenceIndex
-from vista.counters.user_counters import UserCounters
+from vista.counters.counter_codes import CounterCodes, ItemKeys
+from vista.counters.counter_table import OccurrenceIndex, UserCounters
 from vista.log.event_log import EventLog
 from vista.log.histories import ranges
 

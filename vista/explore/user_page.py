@@ -8,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 
 from vista.config.model_config import ITEM
-from vista.counters.counter_spec import CounterSpec
+from vista.counters.counter_codes import CounterSpec
 from vista.explore.explore_workspace import Workspace, record_of
 from vista.log.gaps import LATEST_MS, NO_TIMESTAMP, YEAR_1971_MS
 from vista.log.histories import Histories

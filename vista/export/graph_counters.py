@@ -11,8 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vista.counters.counter_codes import EVENTS_RESOLUTION, MAX_CODE, MAX_EVENTS, code_scales, decode_values
-from vista.counters.counter_spec import STEPS_PER_EVENT, CounterSpec
+from vista.counters.counter_codes import (
+    EVENTS_RESOLUTION,
+    MAX_CODE,
+    MAX_EVENTS,
+    STEPS_PER_EVENT,
+    CounterSpec,
+    code_scales,
+    decode_values,
+)
 from vista.log.gaps import NO_TIMESTAMP
 
 _NO_AGE = 1e18

@@ -13,8 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vista.counters.counter_codes import MAX_CODE
-from vista.counters.counter_spec import CounterSpec
+from vista.counters.counter_codes import MAX_CODE, CounterSpec
 from vista.model.layers import SiLU
 
 HIDDEN = 64

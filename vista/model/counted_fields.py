@@ -6,8 +6,7 @@ import numpy as np
 
 from vista.config import ModelConfig
 from vista.config.checks import require
-from vista.counters.counter_spec import CounterSpec
-from vista.counters.item_keys import ItemKeys
+from vista.counters.counter_codes import CounterSpec, ItemKeys
 from vista.log.item_features import CategoryColumn, ItemFeatures
 from vista.log.vocabulary import Vocabulary
 from vista.model.item_feature_table import ItemFeatureTable

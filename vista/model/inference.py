@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vista.arrays import Int
 from vista.config.choices import Mixing
-from vista.counters.user_counters import UserCounters
+from vista.counters.counter_table import UserCounters
 from vista.log.gaps import UNKNOWN_GAP, gap_bucket
 from vista.log.histories import Histories, token_groups
 from vista.model.history_states import covered_events, default_slice_len, embed, history_states, reach

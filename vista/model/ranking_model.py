@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vista.config import DataConfig, ModelConfig, OptimConfig
 from vista.config.choices import Architecture, TableKind
-from vista.counters.counter_spec import CounterSpec
+from vista.counters.counter_codes import CounterSpec
 from vista.errors import CheckpointError
 from vista.examples.batch import Batch, BatchEvents
 from vista.files import checked_path, replaced_folder

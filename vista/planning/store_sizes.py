@@ -9,7 +9,7 @@ import numpy as np
 
 from vista.config.choices import Codec, Mixing, StateDtype
 from vista.config.model_config import ModelConfig
-from vista.counters.counter_spec import CounterSpec
+from vista.counters.counter_codes import CounterSpec
 from vista.errors import ConfigError
 from vista.store.format.counter_layout import CounterLayout
 from vista.store.format.counters_section import most_bytes

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vista.counters.counter_codes import CounterCodes
+from vista.counters.counter_codes import CounterCodes, ItemKeys
 from vista.counters.counter_table import CounterTable
-from vista.counters.item_keys import ItemKeys
 from vista.log.histories import Histories
 
 Tables = tuple[CounterTable, ...]

@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vista.arrays import Int
-from vista.counters.counter_codes import CounterCodes, cells_of, decode_values
-from vista.counters.item_keys import ItemKeys
-from vista.counters.user_counters import UserCounters
+from vista.counters.counter_codes import CounterCodes, ItemKeys, cells_of, decode_values
+from vista.counters.counter_table import UserCounters
 from vista.store.stored_batch import StoredBatch
 from vista.store.tail import Tail
 

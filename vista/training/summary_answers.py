@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from vista.arrays import Float32s, Int
-from vista.counters.item_keys import ItemKeys
+from vista.counters.counter_codes import ItemKeys
 from vista.evaluation.cases import ImpressionCases, NextItemCases, case_requests
 from vista.evaluation.window_cases import WindowCases
 from vista.examples.history_counters import CounterRequests, HistoryCounters

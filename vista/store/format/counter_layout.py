@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vista.counters.counter_codes import CODE_BITS
-from vista.counters.counter_spec import CounterSpec
+from vista.counters.counter_codes import CODE_BITS, CounterSpec
 from vista.json_fields import TABLE, check_fields, list_of, whole
 
 MAX_KEY_BYTES = 4

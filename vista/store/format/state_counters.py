@@ -12,9 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.arrays import offsets_of
-from vista.counters.counter_rows import CounterRows
-from vista.counters.counter_spec import CounterSpec
-from vista.counters.counter_table import CounterTable
+from vista.counters.counter_codes import CounterSpec
+from vista.counters.counter_table import CounterRows, CounterTable
 from vista.store.format.joined_records import JoinedRecords
 
 _HEAD = np.dtype([("clock", "<i8"), ("num_events", "<i8"), ("size", "<u4")])

@@ -15,7 +15,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from vista.config.choices import StateDtype
-from vista.counters.counter_spec import CounterSpec
+from vista.counters.counter_codes import CounterSpec
 from vista.counters.counter_table import CounterTable
 from vista.errors import RecordError
 from vista.store.format.joined_records import CHECKSUM_BYTES, JoinedRecords
