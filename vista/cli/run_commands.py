@@ -19,14 +19,14 @@ from vista.config import (
 )
 from vista.config.checks import to_dict
 from vista.config.evaluate_config import RunsCompareConfig, RunsConfig
-from vista.doctor.verdict import Verdict
+from vista.doctor.machine_checks import Verdict
 from vista.errors import SweepError, UnfitSetupError
 from vista.files import replace_text, writable_file
 from vista.text_table import hanging, two_columns
 
 if TYPE_CHECKING:
     from vista.doctor.diagnosis import Diagnosis
-    from vista.doctor.finding import Finding
+    from vista.doctor.machine_checks import Finding
     from vista.evaluation.comparison import Comparison
     from vista.evaluation.evaluation_report import EvaluationReport
     from vista.export.export import ExportReport
