@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vista.evaluation.baselines.all_baselines import (
+from vista.evaluation.baseline_evaluation import (
     GROUP_DECAYS,
     OWN_WEIGHTS,
     RIDGES,
     TEMPERATURES_AND_RATES,
     TRANSITION_WEIGHTS,
 )
-from vista.evaluation.baselines.tuned import MAX_USERS, MIN_SEEN, SHORT_EVENTS
+from vista.evaluation.counting_baselines import MAX_USERS, MIN_SEEN, SHORT_EVENTS
 
 _GRIDS: dict[str, dict[str, Sequence[Any]]] = {
     "transitions and own frequency": {"transition_weights": TRANSITION_WEIGHTS},

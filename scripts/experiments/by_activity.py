@@ -21,8 +21,7 @@ from scripts.experiments.table_run import train_config
 from scripts.experiments.tables import TABLES
 from vista.arrays import Int
 from vista.errors import VistaError
-from vista.evaluation.comparison import Comparison
-from vista.evaluation.per_user_metrics import PerUserMetrics
+from vista.evaluation.comparison import Comparison, PerUserMetrics
 from vista.log.splits import split_until, visible_counts
 
 NUM_GROUPS = 4

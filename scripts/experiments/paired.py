@@ -16,8 +16,7 @@ from scripts.experiments.row_origin import RowOrigin
 from scripts.experiments.table_run import UNTRAINED_SEED, command_of
 from scripts.experiments.tables import TABLES
 from vista.errors import ConfigError
-from vista.evaluation.comparison import Comparison
-from vista.evaluation.per_user_metrics import PerUserMetrics
+from vista.evaluation.comparison import Comparison, PerUserMetrics
 
 
 def paired_lines(settings: argparse.Namespace, lines: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:

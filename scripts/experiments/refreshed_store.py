@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from vista.evaluation.answers import ScorerAnswers
 from vista.evaluation.cases import impression_cases, with_tasks
 from vista.evaluation.protocol import impression_metrics
-from vista.evaluation.scorer_answers import ScorerAnswers
 from vista.log.event_log import EventLog
 from vista.log.splits import part_times, refresh_times
 from vista.log.until import Until

@@ -37,12 +37,15 @@ from vista.config import (
     TrainConfig,
 )
 from vista.config.choices import Split, Stage, Target
-from vista.evaluation.baseline_evaluation import asked_horizons, measure_by_horizon
-from vista.evaluation.baselines.all_baselines import counting_baselines, trained_baselines
-from vista.evaluation.baselines.counting_baseline import CountingBaseline
+from vista.evaluation.baseline_evaluation import (
+    asked_horizons,
+    counting_baselines,
+    measure_by_horizon,
+    trained_baselines,
+)
 from vista.evaluation.cases import impression_cases
-from vista.evaluation.evaluate import evaluate_model, evaluate_scorer
-from vista.evaluation.evaluation_report import EvaluationReport
+from vista.evaluation.counting_baselines import CountingBaseline
+from vista.evaluation.evaluate import EvaluationReport, evaluate_model, evaluate_scorer
 from vista.evaluation.protocol import impression_metrics
 from vista.files import make_folders
 from vista.log.event_log import EventLog

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vista.arrays import Int
-from vista.evaluation.raw_history import RawHistoryAnswers
+from vista.evaluation.answers import RawHistoryAnswers
 from vista.log.event_log import EventLog
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.inference import item_vectors

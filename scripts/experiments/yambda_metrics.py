@@ -8,8 +8,7 @@ import numpy as np
 
 from vista.arrays import Floats
 from vista.config import DataConfig, EvaluateConfig
-from vista.evaluation.window_evaluation import split_windows
-from vista.evaluation.window_report import window_metric
+from vista.evaluation.protocol import split_windows, window_metric
 from vista.log.event_log import EventLog
 from vista.log.splits import part_counts
 

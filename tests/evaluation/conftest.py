@@ -7,8 +7,7 @@ import pytest
 
 from tests.conftest import Served, small_config
 from vista.config import EvaluateConfig
-from vista.evaluation.evaluate import evaluate_scorer
-from vista.evaluation.evaluation_report import EvaluationReport
+from vista.evaluation.evaluate import EvaluationReport, evaluate_scorer
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh

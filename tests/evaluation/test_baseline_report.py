@@ -19,13 +19,11 @@ from vista.config.choices import Split, Target
 from vista.errors import ConfigError
 from vista.evaluation import baseline_evaluation
 from vista.evaluation.baseline_evaluation import asked_horizons, measure_baseline, measure_by_horizon, scores_in_columns
-from vista.evaluation.baselines.own_frequency import OwnFrequency
-from vista.evaluation.baselines.pooled_factors import PooledFactors
-from vista.evaluation.baselines.popularity import Popularity
-from vista.evaluation.baselines.transitions import Transitions
 from vista.evaluation.cases import next_item_cases
-from vista.evaluation.compare import compare
+from vista.evaluation.comparison import compare
+from vista.evaluation.counting_baselines import OwnFrequency, Popularity, Transitions
 from vista.evaluation.evaluate import evaluate, evaluate_scorer
+from vista.evaluation.trained_baselines import PooledFactors
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until, visible_counts
 from vista.scorer import Scorer

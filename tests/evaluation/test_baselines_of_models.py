@@ -16,11 +16,10 @@ from tests.conftest import Served, small_config
 from vista.config import DataConfig, EvaluateConfig, ModelConfig, SourceColumns, TrainConfig
 from vista.config.choices import Architecture, Search, Split
 from vista.errors import ConfigError
-from vista.evaluation.cases import impression_cases, next_item_cases, with_tasks
-from vista.evaluation.earlier_events import EarlierEvents
+from vista.evaluation.answers import RawHistoryAnswers
+from vista.evaluation.baseline_evaluation import impression_baselines
+from vista.evaluation.cases import EarlierEvents, impression_cases, next_item_cases, with_tasks
 from vista.evaluation.evaluate import evaluate, evaluate_model
-from vista.evaluation.impression_baselines import impression_baselines
-from vista.evaluation.raw_history import RawHistoryAnswers
 from vista.examples.batch_source import BatchSource
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories

@@ -12,8 +12,7 @@ from scipy.stats import permutation_test
 from vista.cli.run_commands import run_compare
 from vista.config import CompareConfig
 from vista.errors import ConfigError
-from vista.evaluation.comparison import Comparison
-from vista.evaluation.per_user_metrics import PerUserMetrics, per_user_path
+from vista.evaluation.comparison import Comparison, PerUserMetrics, per_user_path
 
 QUESTION = {"target": "window", "split": "test", "horizon": ["50 events"], "cases": ["abc"]}
 

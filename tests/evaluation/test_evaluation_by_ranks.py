@@ -13,8 +13,7 @@ from tests.conftest import Served, small_config
 from tests.thread_ranks import on_ranks
 from vista.config import EvaluateConfig, PrepareConfig, SourceConfig
 from vista.config.choices import Architecture, Target
-from vista.evaluation.evaluate import evaluate_model, evaluate_scorer
-from vista.evaluation.evaluation_report import EvaluationReport
+from vista.evaluation.evaluate import EvaluationReport, evaluate_model, evaluate_scorer
 from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare
 from vista.model.baselines.history_model import HistoryModel

@@ -15,8 +15,7 @@ from vista.config import EvaluateConfig, SourceColumns
 from vista.config.choices import Split, Target
 from vista.errors import ConfigError, LeakageError
 from vista.evaluation.evaluate import evaluate_scorer
-from vista.evaluation.next_evaluation import measure_next_items
-from vista.evaluation.window_report import window_metric
+from vista.evaluation.protocol import measure_next_items, window_metric
 from vista.log.event_log import EventLog
 from vista.log.splits import part_counts, split_until
 from vista.refresh import refresh

@@ -19,7 +19,7 @@ from vista.errors import ConfigError
 from vista.evaluation.evaluate import evaluate_scorer
 from vista.evaluation.metrics import ranks_of_targets, top_items
 from vista.evaluation.popularity_report import PopularityReport, gini, popularity_deciles, popularity_report, spearman
-from vista.evaluation.recommended_lists import RecommendedLists
+from vista.evaluation.protocol import RecommendedLists
 from vista.examples.frequency import item_counts
 from vista.log.event_log import EventLog
 from vista.log.splits import visible_counts

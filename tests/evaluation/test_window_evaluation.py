@@ -17,11 +17,10 @@ from vista.arrays import Float32s
 from vista.config import DataConfig, EvaluateConfig
 from vista.config.choices import Codec, Split, Target
 from vista.errors import ConfigError, LeakageError
-from vista.evaluation.evaluate import evaluate, evaluate_model, evaluate_scorer
-from vista.evaluation.evaluation_report import EvaluationReport
-from vista.evaluation.per_user_metrics import PerUserMetrics
-from vista.evaluation.window_cases import WindowCases
-from vista.evaluation.window_evaluation import measure_windows, split_windows
+from vista.evaluation.cases import WindowCases
+from vista.evaluation.comparison import PerUserMetrics
+from vista.evaluation.evaluate import EvaluationReport, evaluate, evaluate_model, evaluate_scorer
+from vista.evaluation.protocol import measure_windows, split_windows
 from vista.log.event_log import EventLog
 from vista.log.gaps import DAY_MS
 from vista.log.splits import split_until, visible_counts

@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vista.arrays import Int
-from vista.evaluation.cases_digest import cases_digest
-from vista.evaluation.window_cases import WindowCases, window_cases
-from vista.evaluation.window_metrics import COLD, KINDS, window_metrics
+from vista.evaluation.cases import WindowCases, cases_digest, window_cases
+from vista.evaluation.protocol import COLD, KINDS, window_metrics
 from vista.log.event_log import EventLog
 from vista.log.gaps import DAY_MS
 from vista.log.splits import visible_counts
@@ -252,7 +251,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, scores_per_chunk
     cases, columns = cases_of(labels, seen)
     scores = rng.integers(0, 9, (11, 40)).astype(np.float32)
     want = window_metrics(scores, cases, np.arange(40), columns, [3, 10])
-    monkeypatch.setattr("vista.evaluation.window_metrics.SCORES_PER_CHUNK", scores_per_chunk)
+    monkeypatch.setattr("vista.evaluation.protocol.SCORES_PER_CHUNK", scores_per_chunk)
     got = window_metrics(scores, cases, np.arange(40), columns, [3, 10])
     for name, value in want.items():
         np.testing.assert_array_equal(got[name], value)

@@ -17,7 +17,7 @@ from tests.explore.conftest import places_of
 from vista.config import EvaluateConfig, ExploreConfig, SourceColumns
 from vista.config.choices import OnMissing, Precision
 from vista.errors import ConfigError, DataError, LeakageError
-from vista.evaluation.estimate import Estimate
+from vista.evaluation.comparison import Estimate
 from vista.evaluation.evaluate import evaluate_scorer
 from vista.explore.explore_workspace import Workspace, log_version, record_of
 from vista.explore.item_names import ItemNames

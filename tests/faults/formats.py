@@ -26,7 +26,7 @@ from tests.log.ingest.public.samples import SAMPLES
 from vista.config import PrepareConfig, SourceColumns, SourceConfig, TrainConfig
 from vista.config.composition import compose_config
 from vista.config.config_keys import to_yaml
-from vista.evaluation.per_user_metrics import PerUserMetrics
+from vista.evaluation.comparison import PerUserMetrics
 from vista.log import deletions, item_categories
 from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare

@@ -15,11 +15,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 from tests.conftest import Served
-from vista.evaluation.auc_measure import AucMeasure
-from vista.evaluation.estimate import Estimate
-from vista.evaluation.mean_measure import MeanMeasure
-from vista.evaluation.per_user_metrics import PerUserMetrics
-from vista.evaluation.user_bootstrap import drawn_aucs
+from vista.evaluation.comparison import AucMeasure, Estimate, MeanMeasure, PerUserMetrics, drawn_aucs
 from vista.log.event_log import EventLog
 from vista.model.inference import item_vectors
 from vista.report import case_parts

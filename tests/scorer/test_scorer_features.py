@@ -24,7 +24,7 @@ from vista.config import ScoreConfig
 from vista.config.choices import Codec, TargetAttentionKind
 from vista.config.composition import compose_config
 from vista.errors import ConfigError, StoreError
-from vista.evaluation.scorer_answers import ScorerAnswers
+from vista.evaluation.answers import ScorerAnswers
 from vista.log.event_log import EventLog
 from vista.log.row_features import RowFeatures
 from vista.log.vocabulary import Vocabulary

@@ -39,9 +39,9 @@ from vista.cli import item_commands
 from vista.config import EvaluateConfig, SimulateConfig, TrainConfig
 from vista.config.choices import Codec, Target, WorldName
 from vista.config.composition import compose_config
-from vista.evaluation.baselines.all_baselines import counting_baselines, trained_baselines
-from vista.evaluation.window_cases import WindowCases
-from vista.evaluation.window_evaluation import measure_windows
+from vista.evaluation.baseline_evaluation import counting_baselines, trained_baselines
+from vista.evaluation.cases import WindowCases
+from vista.evaluation.protocol import measure_windows
 from vista.log.event_log import EventLog
 from vista.log.item_categories import read_categories
 from vista.log.splits import split_until

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from tests.conftest import DAY, START, small_config
 from vista.config import EvaluateConfig, SourceColumns, TrainConfig
 from vista.config.choices import Codec, Split
+from vista.evaluation.answers import ScorerAnswers
 from vista.evaluation.cases import impression_cases
 from vista.evaluation.evaluate import evaluate_scorer
-from vista.evaluation.scorer_answers import ScorerAnswers
 from vista.examples.batch import Batch
 from vista.log.event_log import EventLog
 from vista.model.feature_spec import FeatureSpec

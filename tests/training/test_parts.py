@@ -43,9 +43,9 @@ from vista.cli.main import main
 from vista.config import EvaluateConfig, TrainConfig
 from vista.config.choices import Architecture, Codec, InitFreeze, Stage, TargetAttentionKind
 from vista.errors import ConfigError
+from vista.evaluation.answers import RawHistoryAnswers
 from vista.evaluation.cases import ImpressionCases, impression_cases, request_starts
 from vista.evaluation.evaluate import evaluate_model, evaluate_scorer
-from vista.evaluation.raw_history import RawHistoryAnswers
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until, visible_counts
 from vista.model.added_items import with_items

@@ -16,9 +16,9 @@ from tests.conftest import Served, small_config
 from vista.config import DataConfig, EvaluateConfig, TrainConfig
 from vista.config.choices import Split
 from vista.errors import ConfigError, NonFiniteLossError
+from vista.evaluation import counting_baselines
 from vista.evaluation.baseline_evaluation import measure_baseline
-from vista.evaluation.baselines import sparse_rows
-from vista.evaluation.baselines.transitions import Transitions
+from vista.evaluation.counting_baselines import Transitions
 from vista.log.event_log import EventLog
 from vista.model.ranking_model import RankingModel
 from vista.training.baseline_check import compare_with_baselines
@@ -201,7 +201,7 @@ def test_in_a_large_log_item_neighbors_count_some_users(
     config = small_config(event_log, tmp_path / "run", data__exclude_seen=False)
     validation = Validation(event_log, np.arange(1, event_log.num_items + 1), config)
     whole = validation.baselines()
-    monkeypatch.setattr(sparse_rows, "MOST_EVENTS", 10)
+    monkeypatch.setattr(counting_baselines, "MOST_EVENTS", 10)
     with caplog.at_level(logging.INFO):
         some = validation.baselines()
     assert {name for name in whole if whole[name] != some[name]} == {"item neighbors"} and some.keys() == whole.keys()

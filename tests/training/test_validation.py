@@ -18,6 +18,7 @@ from tests.conftest import Served, draw_counter_weights, small_config
 from vista.config import SourceColumns
 from vista.config.choices import Codec, Split
 from vista.errors import NonFiniteLossError
+from vista.evaluation.answers import ScorerAnswers
 from vista.evaluation.cases import NextItemCases, impression_cases, next_item_cases, with_tasks
 from vista.evaluation.protocol import (
     LAST_RANK,
@@ -27,7 +28,6 @@ from vista.evaluation.protocol import (
     ranking_metrics,
     seen_columns,
 )
-from vista.evaluation.scorer_answers import ScorerAnswers
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories
 from vista.log.splits import split_until, visible_counts

@@ -14,7 +14,7 @@ from vista.config import EvaluateConfig, TrainConfig
 from vista.config.choices import Architecture, Codec, Split, Target
 from vista.errors import ConfigError
 from vista.evaluation.baseline_evaluation import measure_baseline
-from vista.evaluation.baselines.own_frequency import OwnFrequency
+from vista.evaluation.counting_baselines import OwnFrequency
 from vista.evaluation.evaluate import evaluate_model, evaluate_scorer
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until, visible_counts

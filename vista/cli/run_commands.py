@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from vista.doctor.diagnosis import Diagnosis
     from vista.doctor.machine_checks import Finding
     from vista.evaluation.comparison import Comparison
-    from vista.evaluation.evaluation_report import EvaluationReport
+    from vista.evaluation.evaluate import EvaluationReport
     from vista.export.export import ExportReport
     from vista.planning.plan_report import PlanReport
     from vista.report.report import WrittenReport
@@ -56,7 +56,7 @@ def run_evaluate(config: EvaluateConfig) -> EvaluationReport:
 
 def run_compare(config: CompareConfig) -> Comparison:
     """`vista compare`; errors as of `compare`."""
-    from vista.evaluation.compare import compare
+    from vista.evaluation.comparison import compare
 
     return compare(config)
 

@@ -5,16 +5,127 @@ Letters: N users.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+import json
+import math
+import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
 
-from vista.arrays import Floats
+from vista.arrays import Floats, Int
+from vista.config import CompareConfig
 from vista.errors import ConfigError, shown
-from vista.evaluation.per_user_metrics import PerUserMetrics, mean_and_error
+from vista.evaluation.metrics import auc
+from vista.files import read_limited, replace_file
+from vista.log.ingest.source_parser import npz_limit
 from vista.progress_bar import progress_bar
 from vista.text_table import fitted_table
+
+# Metrics of every user, and the file that keeps them for a paired comparison.
+
+MAX_FILE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class PerUserMetrics:
+    """Metrics of N users, all of one question."""
+
+    users: NDArray[Any]
+    """[N] ids as in the log."""
+    values: dict[str, Floats]
+    """{metric: float64 [N]}; NaN where a user has no label that the metric needs."""
+    question: dict[str, Any]
+    """What was asked, as JSON values. Two evaluations can be compared if all of it is equal."""
+
+    def means(self) -> dict[str, float]:
+        """{metric: mean over the users that have a value}."""
+        return {name: mean_and_error(values)[0] for name, values in self.values.items()}
+
+    def standard_errors(self) -> dict[str, float]:
+        """{metric: standard error of its mean over users}."""
+        return {name: mean_and_error(values)[1] for name, values in self.values.items()}
+
+    def save(self, path: Path) -> None:
+        """Write them as an .npz file of four arrays: users, names, values [metrics, N], and the question as JSON."""
+        out = io.BytesIO()
+        np.savez(
+            out,
+            users=np.array(self.users.tolist()),
+            names=np.array(list(self.values)),
+            values=np.stack(list(self.values.values())),
+            question=np.array(json.dumps(self.question)),
+        )
+        replace_file(path, out.getvalue())
+
+    @classmethod
+    def load(cls, path: Path) -> PerUserMetrics:
+        """Read what `save` wrote.
+
+        Raises:
+            ConfigError: the file is missing, damaged, or of another kind, or its arrays would take too much memory.
+        """
+        try:
+            content = read_limited(path, MAX_FILE_BYTES)
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read ({error.strerror}); run `vista evaluate` with `out`") from None
+        try:
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                size, limit = sum(member.file_size for member in archive.infolist()), npz_limit(len(content))
+            if size > limit:  # checked before anything is decompressed
+                raise ValueError(f"its arrays hold {size:,} bytes, but at most {limit:,} are read from such a file")
+            with np.load(io.BytesIO(content), allow_pickle=False) as file:
+                if (damaged := file.zip.testzip()) is not None:
+                    raise ValueError(f"the checksum of {damaged} does not match")
+                arrays = [file[name] for name in ("users", "names", "values", "question")]
+            if not all(isinstance(array, np.ndarray) for array in arrays):  # np.load returns the bytes of other files
+                raise ValueError("a member is not an array")
+            users, names, values, question = *arrays[:3], json.loads(str(arrays[3]))
+            if values.shape != (len(names), len(users)) or values.dtype != np.float64 or not isinstance(question, dict):
+                raise ValueError(f"values of shape {values.shape} for {len(names)} metrics of {len(users)} users")
+            if users.ndim != 1 or names.ndim != 1 or names.dtype.kind != "U":
+                raise ValueError("users or names of another type")
+        # zipfile, its decompressors and NumPy have no common list of errors for damaged bytes: zlib.error is one.
+        except Exception as error:
+            raise ConfigError(
+                f"{path}: does not hold metrics per user ({error}); run `vista evaluate` again"
+            ) from error
+        return cls(users, dict(zip(names.tolist(), values, strict=True)), question)
+
+
+def mean_cell(values: Floats) -> str:
+    """Mean and standard error over users as a cell of a table."""
+    return "{:.4f} ± {:.4f}".format(*mean_and_error(values))
+
+
+def table_of_means(header: Sequence[str], rows: Sequence[Sequence[str]], first: int) -> str:
+    """A table that fits the terminal: a first column of `first` characters, and cells of `mean_cell`.
+
+    Args:
+        header: its title, then the names of its columns.
+        rows: its cells, the first of which name the rows.
+    """
+    lines = [f"{header[0]:<{first}}" + "".join(f"{name:>18}" for name in header[1:]).rstrip()]
+    lines += [f"  {row[0]:<{first - 2}}" + "".join(f"{cell:>18}" for cell in row[1:]) for row in rows]
+    return fitted_table(lines, header, rows)
+
+
+def per_user_path(out: str | Path) -> Path:
+    """The file of the metrics per user of an evaluation whose `out` is given."""
+    return Path(f"{out}.npz")
+
+
+def mean_and_error(values: Floats) -> tuple[float, float]:
+    """Mean over the users that have a value, and its standard error; NaN without enough users."""
+    known = values[~np.isnan(values)]
+    mean = float(known.mean()) if len(known) else float("nan")
+    return mean, float(known.std(ddof=1) / np.sqrt(len(known))) if len(known) > 1 else float("nan")
+
 
 NUM_FLIPS = 9_999
 """Random signs of the differences per test, so that p is a multiple of 1 / 10,000."""
@@ -112,3 +223,213 @@ def _sign_flip_p(difference: Floats, seed: int) -> list[float]:
         signs = rng.integers(0, 2, (min(step, NUM_FLIPS - start), len(values)), np.int8) * 2.0 - 1
         extreme += (np.abs(signs @ values) >= observed).sum(0)
     return ((1 + extreme) / (1 + NUM_FLIPS)).tolist()  # type: ignore[no-any-return]
+
+
+def compare(config: CompareConfig) -> Comparison:
+    """Read the metrics of each user and compare them.
+
+    Raises:
+        ConfigError: no file is named for a side, a file is missing or damaged, or the evaluations differ in their
+            question, users or labels.
+    """
+    for key in ("a", "b"):
+        if not getattr(config, key):
+            raise ConfigError(
+                f"{key}: name at least one file that `vista evaluate` wrote, such as {key}=[metrics.json]"
+            )
+    a, b = ([PerUserMetrics.load(per_user_path(path)) for path in side] for side in (config.a, config.b))
+    return Comparison.of(a, b)
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A value with a 95 % interval, which is NaN where there are too few users."""
+
+    value: float
+    half_width: float = float("nan")
+
+    @classmethod
+    def of_users(cls, values: Floats) -> Estimate:
+        """Mean of a value per user; NaN stands for users without one."""
+        mean, error = mean_and_error(values)
+        return cls(mean, NORMAL_95 * error)
+
+    def ends(self) -> tuple[float, float]:
+        """Ends of the interval."""
+        return self.value - self.half_width, self.value + self.half_width
+
+    @property
+    def is_clear(self) -> bool:
+        """Of a difference: whether its interval does not contain 0."""
+        return abs(self.value) > self.half_width
+
+    def text(self, *, signed: bool = False) -> str:
+        """As a cell of a table: 0.7863 ± 0.0041; a dash if it is not defined."""
+        if not math.isfinite(self.value):
+            return "–"
+        value = f"{self.value:+.4f}" if signed else f"{self.value:.4f}"
+        return f"{value} ± {self.half_width:.4f}" if math.isfinite(self.half_width) else value
+
+
+class Measure(Protocol):
+    """A metric of several predictors over N cases, of which a part can be selected."""
+
+    @property
+    def title(self) -> str:
+        """Name of the metric and of what it is measured on: "AUC of click"."""
+
+    @property
+    def metric(self) -> str:
+        """Name of the metric alone, as in tables: "ndcg@10"."""
+
+    @property
+    def user(self) -> Int:
+        """int64 [N] rows of the log."""
+
+    @property
+    def seen(self) -> Int:
+        """int64 [N] events before the question."""
+
+    @property
+    def item(self) -> Int | None:
+        """int64 [N] labels or candidates, rows of the log; None if a case has several."""
+
+    @property
+    def names(self) -> list[str]:
+        """The predictors; the run of the report comes first."""
+
+    def estimates(self, part: NDArray[np.bool_] | None = None) -> dict[str, Estimate]:
+        """The metric of each predictor over a part of the cases, bool [N], or over all of them."""
+
+    def gains(self) -> dict[str, Estimate]:
+        """The metric of the first predictor minus that of each other one, with paired intervals."""
+
+
+# AUC of several predictors over resampled users, for intervals and paired differences.
+#
+# Impressions of one user are not independent, so users are drawn, each with all impressions. All predictors see the
+# same
+# draws. Letters: N impressions, U users, D draws.
+
+NUM_DRAWS = 200
+
+
+def drawn_aucs(
+    user: Int, label: NDArray[np.floating], scores: Mapping[str, NDArray[np.floating]], *, seed: int = 0
+) -> dict[str, Floats]:
+    """AUC of each predictor in each draw of users with replacement: {name: float64 [D]}; NaN where a class is absent.
+
+    Args:
+        user: int64 [N] in any numbering.
+        label: [N] of 0 and 1.
+        scores: {name: [N]}.
+    """
+    users, owner = np.unique(user, return_inverse=True)
+    rng = np.random.default_rng(seed)
+    weight = np.stack(
+        [np.bincount(rng.integers(0, len(users), len(users)), minlength=len(users)) for _ in range(NUM_DRAWS)]
+    )
+    with progress_bar(total=len(scores) * NUM_DRAWS, desc="intervals", unit="draw", leave=False) as bar:
+        return {name: _weighted_aucs(owner, label, np.asarray(score), weight, bar) for name, score in scores.items()}
+
+
+def _weighted_aucs(
+    owner: Int, label: NDArray[np.floating], score: NDArray[np.floating], weight: Int, bar: tqdm[Any]
+) -> Floats:
+    """AUC where the impressions of user u count weight[d, u] times: float64 [D]; the bar moves once per draw."""
+    order = np.argsort(score, kind="stable")
+    owner, label, score = owner[order], label[order].astype(np.float64), score[order]
+    starts = np.flatnonzero(np.append(True, score[1:] != score[:-1]))  # of equal scores
+    out = np.full(len(weight), np.nan)
+    for draw, own in enumerate(weight):
+        count = own[owner].astype(np.float64)
+        positive = np.add.reduceat(count * label, starts)
+        negative = np.add.reduceat(count, starts) - positive
+        below = np.cumsum(negative) - negative / 2  # equal scores count half
+        pairs = positive.sum() * negative.sum()
+        if pairs > 0:
+            out[draw] = (positive * below).sum() / pairs
+        bar.update()
+    return out
+
+
+# AUC of a task, with intervals over users.
+
+
+@dataclass(frozen=True, slots=True)
+class AucMeasure:
+    """AUC of one task over N impressions; a `Measure`."""
+
+    task: str
+    user: Int
+    seen: Int
+    item: Int | None
+    label: NDArray[np.float32]
+    """[N] of 0 and 1."""
+    probabilities: dict[str, NDArray[np.floating]]
+    """{predictor: [N]}."""
+
+    @property
+    def title(self) -> str:
+        return f"AUC of {self.task}"
+
+    @property
+    def metric(self) -> str:
+        return "AUC"
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.probabilities)
+
+    def estimates(self, part: NDArray[np.bool_] | None = None) -> dict[str, Estimate]:
+        """AUC of each predictor; the interval is that of the draws. NaN where a class is absent."""
+        chosen = slice(None) if part is None else part
+        label = self.label[chosen]
+        if len(np.unique(label)) < 2:
+            return dict.fromkeys(self.names, Estimate(float("nan")))
+        scores = {name: each[chosen] for name, each in self.probabilities.items()}
+        draws = drawn_aucs(self.user[chosen], label, scores)
+        return {name: Estimate(auc(label, scores[name]), half_width(draws[name])) for name in scores}
+
+    def gains(self) -> dict[str, Estimate]:
+        """Differences of the first predictor, whose intervals come from draws of the same users."""
+        draws = drawn_aucs(self.user, self.label, self.probabilities)
+        values = {name: auc(self.label, each) for name, each in self.probabilities.items()}
+        own, *others = self.names
+        return {name: Estimate(values[own] - values[name], half_width(draws[own] - draws[name])) for name in others}
+
+
+def half_width(draws: Floats) -> float:
+    """Half of the 95 % interval, from the 2.5 % and 97.5 % quantiles of the draws; NaN without draws."""
+    known = draws[np.isfinite(draws)]
+    if len(known) < 2:
+        return float("nan")
+    low, high = np.quantile(known, [0.025, 0.975])
+    return float(high - low) / 2
+
+
+@dataclass(frozen=True, slots=True)
+class MeanMeasure:
+    """Mean of a metric over N users; a `Measure`."""
+
+    title: str
+    metric: str
+    user: Int
+    seen: Int
+    item: Int | None
+    values: dict[str, Floats]
+    """{predictor: float64 [N]}; NaN for users without a label."""
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.values)
+
+    def estimates(self, part: NDArray[np.bool_] | None = None) -> dict[str, Estimate]:
+        """Mean of each predictor over users."""
+        chosen = slice(None) if part is None else part
+        return {name: Estimate.of_users(each[chosen]) for name, each in self.values.items()}
+
+    def gains(self) -> dict[str, Estimate]:
+        """Mean difference per user of the first predictor and each other one."""
+        own, *others = self.names
+        return {name: Estimate.of_users(self.values[own] - self.values[name]) for name in others}

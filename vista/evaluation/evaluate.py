@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vista.arrays import Int
+from vista.arrays import Float32s, Int
 from vista.config import EvaluateConfig
 from vista.config.checks import to_dict
 from vista.config.choices import Target
 from vista.device import cpu_settings, resolve_device
 from vista.errors import ConfigError, LeakageError
-from vista.evaluation.baseline_evaluation import measure_baselines
-from vista.evaluation.cases import impression_cases, with_tasks
-from vista.evaluation.evaluation_report import EvaluationReport
-from vista.evaluation.next_evaluation import excludes_seen, measure_next_items
-from vista.evaluation.per_user_metrics import per_user_path
+from vista.evaluation.answers import RawHistoryAnswers, ScorerAnswers
+from vista.evaluation.baseline_evaluation import BaselineReport, measure_baselines
+from vista.evaluation.cases import ImpressionCases, impression_cases, with_tasks
+from vista.evaluation.comparison import PerUserMetrics, per_user_path
 from vista.evaluation.popularity_report import PopularityReport, popularity_report
-from vista.evaluation.protocol import impression_metrics
-from vista.evaluation.raw_history import RawHistoryAnswers
-from vista.evaluation.recall import measure_recall
-from vista.evaluation.recommended_lists import RecommendedLists
-from vista.evaluation.scorer_answers import ScorerAnswers
-from vista.evaluation.window_evaluation import measure_windows
+from vista.evaluation.protocol import (
+    RecommendedLists,
+    WindowReport,
+    excludes_seen,
+    impression_metrics,
+    measure_next_items,
+    measure_windows,
+)
+from vista.evaluation.recall import RecallReport, measure_recall
 from vista.examples.frequency import item_counts
 from vista.files import replace_text, writable_file
 from vista.log.event_log import EventLog
@@ -44,7 +47,57 @@ from vista.ranks import Ranks
 from vista.refresh import check_log, check_requests
 from vista.scorer import Scorer
 from vista.store.format.authentication import read_key
+from vista.text_table import fitted
 from vista.version import __version__
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationReport:
+    """Metrics, and the cases that they were computed from, for reports."""
+
+    metrics: dict[str, float]
+    num_cases: int
+    seconds: float
+    ranks: Int | None = None
+    impressions: ImpressionCases | None = None
+    probabilities: Float32s | None = None
+    popularity: PopularityReport | None = None
+    recall: RecallReport | None = None
+    per_user: PerUserMetrics | None = None
+    windows: WindowReport | None = None
+    baselines: BaselineReport | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values: metrics (null where undefined), standard errors over users, num_cases, seconds, baselines."""
+        errors = {} if self.per_user is None else self.per_user.standard_errors()
+        values = {
+            "metrics": _finite(self.metrics),
+            "standard_errors": _finite(errors),
+            "num_cases": self.num_cases,
+            "seconds": self.seconds,
+        }
+        if self.baselines is not None:
+            values["baselines"] = {name: _finite(metrics) for name, metrics in self.baselines.metrics().items()}
+        return values
+
+    def __str__(self) -> str:
+        # Reports print their own numbers, as tables.
+        reports = [report for report in (self.windows, self.popularity, self.recall) if report is not None]
+        hidden = {name for report in reports for name in report.metrics()}
+        lines = [f"{self.num_cases} cases in {self.seconds:.1f} s"]
+        lines += [f"  {name:<20} {value:.4f}" for name, value in self.metrics.items() if name not in hidden]
+        lines = [fitted(line, 4) for line in lines]
+        lines += map(str, reports)
+        if self.baselines is not None:
+            lines.append(str(self.baselines))
+            if below := self.baselines.ahead_of(self.metrics):
+                lines.append(fitted(f"the model is below a baseline: {', '.join(below)}"))
+        return "\n".join(lines)
+
+
+def _finite(values: dict[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
 
 PLACES = (
     *("data", "model", "store", "out", "authentication_key_file"),

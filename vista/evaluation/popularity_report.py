@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from vista.arrays import Floats, Int
 from vista.evaluation.metrics import hit_rate, ndcg
-from vista.evaluation.recommended_lists import RecommendedLists
+from vista.evaluation.protocol import RecommendedLists
 from vista.text_table import fitted, fitted_table
 
 NUM_DECILES = 10

@@ -18,15 +18,11 @@ from numpy.typing import NDArray
 from vista.arrays import Int
 from vista.config import EvaluateConfig
 from vista.errors import ConfigError
-from vista.evaluation.auc_measure import AucMeasure
+from vista.evaluation.answers import ScorerAnswers
 from vista.evaluation.cases import impression_cases, next_item_cases, with_tasks
-from vista.evaluation.estimate import Estimate
+from vista.evaluation.comparison import AucMeasure, Estimate, MeanMeasure, Measure
 from vista.evaluation.evaluate import check_store
-from vista.evaluation.mean_measure import MeanMeasure
-from vista.evaluation.measure import Measure
-from vista.evaluation.next_evaluation import excludes_seen
-from vista.evaluation.protocol import case_batches, rank_next_items
-from vista.evaluation.scorer_answers import ScorerAnswers
+from vista.evaluation.protocol import case_batches, excludes_seen, rank_next_items
 from vista.explore.markdown_text import escaped
 from vista.log.event_log import EventLog
 from vista.log.splits import part_counts, part_times

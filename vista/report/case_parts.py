@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from vista.arrays import Float32s, Int
-from vista.evaluation.earlier_events import EarlierEvents, questions_by_user
-from vista.evaluation.measure import Measure
+from vista.evaluation.cases import EarlierEvents, questions_by_user
+from vista.evaluation.comparison import Measure
 from vista.log.event_log import EventLog
 from vista.log.gaps import DAY_MS
 from vista.log.item_categories import read_categories

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from vista.evaluation.estimate import Estimate
+from vista.evaluation.comparison import Estimate
 
 _WIDTH, _HEIGHT = 480, 290
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 12, 46

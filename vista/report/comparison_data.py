@@ -11,16 +11,11 @@ from vista.arrays import Float32s
 from vista.config import EvaluateConfig
 from vista.config.choices import Target
 from vista.errors import ConfigError
-from vista.evaluation.auc_measure import AucMeasure
-from vista.evaluation.baseline_evaluation import measure_baseline, measure_baselines
-from vista.evaluation.baselines.pooled_item_vectors import PooledItemVectors
+from vista.evaluation.baseline_evaluation import impression_baselines, measure_baseline, measure_baselines
 from vista.evaluation.cases import ImpressionCases, next_item_cases
-from vista.evaluation.impression_baselines import impression_baselines
-from vista.evaluation.mean_measure import MeanMeasure
-from vista.evaluation.measure import Measure
-from vista.evaluation.per_user_metrics import PerUserMetrics
-from vista.evaluation.window_evaluation import split_windows, window_lengths
-from vista.evaluation.window_report import window_metric
+from vista.evaluation.comparison import AucMeasure, MeanMeasure, Measure, PerUserMetrics
+from vista.evaluation.protocol import split_windows, window_lengths, window_metric
+from vista.evaluation.trained_baselines import PooledItemVectors
 from vista.log.event_log import EventLog
 from vista.log.splits import part_counts
 from vista.report.measured_run import MeasuredRun

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from vista.config import EvaluateConfig, RefreshOptions
 from vista.errors import ConfigError
-from vista.evaluation.evaluate import evaluate_model, evaluate_scorer
-from vista.evaluation.evaluation_report import EvaluationReport
+from vista.evaluation.evaluate import EvaluationReport, evaluate_model, evaluate_scorer
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until
 from vista.model.baselines.history_model import HistoryModel

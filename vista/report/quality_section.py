@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from vista.evaluation.auc_measure import AucMeasure
-from vista.evaluation.estimate import Estimate
-from vista.evaluation.measure import Measure
+from vista.evaluation.comparison import AucMeasure, Estimate, Measure, mean_and_error
 from vista.evaluation.metrics import calibration, gauc, normalized_entropy
-from vista.evaluation.per_user_metrics import mean_and_error
 from vista.report.chart import interval_chart
 from vista.report.comparison_data import ORACLE, ComparisonData
 from vista.report.html_page import PageSection, heading, paragraph, table

@@ -16,8 +16,8 @@ from vista.config import EvaluateConfig, ReportConfig
 from vista.config.choices import Target
 from vista.device import cpu_settings
 from vista.errors import ConfigError
-from vista.evaluation.measure import Measure
-from vista.evaluation.next_evaluation import excludes_seen
+from vista.evaluation.comparison import Measure
+from vista.evaluation.protocol import excludes_seen
 from vista.files import replace_text, writable_file
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until, visible_counts

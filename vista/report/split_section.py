@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.evaluation.estimate import Estimate
-from vista.evaluation.measure import Measure
+from vista.evaluation.comparison import Estimate, Measure
 from vista.report.chart import Series, line_chart
 from vista.report.comparison_data import ORACLE, ComparisonData
 from vista.report.html_page import PageSection, heading, paragraph, table

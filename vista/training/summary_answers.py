@@ -12,8 +12,7 @@ import torch
 
 from vista.arrays import Float32s, Int
 from vista.counters.counter_codes import ItemKeys
-from vista.evaluation.cases import ImpressionCases, NextItemCases, case_requests
-from vista.evaluation.window_cases import WindowCases
+from vista.evaluation.cases import ImpressionCases, NextItemCases, WindowCases, case_requests
 from vista.examples.history_counters import CounterRequests, HistoryCounters
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories, token_groups

@@ -14,20 +14,27 @@ from numpy.typing import NDArray
 from vista.arrays import Float32s, Int
 from vista.config import EvaluateConfig, TrainConfig
 from vista.errors import NonFiniteLossError
-from vista.evaluation.baseline_evaluation import scores_in_columns
-from vista.evaluation.baselines.all_baselines import counting_baselines
-from vista.evaluation.cases import ImpressionCases, NextItemCases, impression_cases, next_item_cases, with_tasks
+from vista.evaluation.answers import RawHistoryAnswers
+from vista.evaluation.baseline_evaluation import counting_baselines, scores_in_columns
+from vista.evaluation.cases import (
+    ImpressionCases,
+    NextItemCases,
+    WindowCases,
+    impression_cases,
+    next_item_cases,
+    window_cases,
+    with_tasks,
+)
 from vista.evaluation.protocol import (
+    WindowReport,
     case_batches,
     impression_metrics,
     rank_next_items,
     rank_windows,
     ranking_metrics,
+    window_lengths,
+    window_metric,
 )
-from vista.evaluation.raw_history import RawHistoryAnswers
-from vista.evaluation.window_cases import WindowCases, window_cases
-from vista.evaluation.window_evaluation import window_lengths
-from vista.evaluation.window_report import WindowReport, window_metric
 from vista.examples.batch_source import trained_tasks
 from vista.log.event_log import EventLog
 from vista.log.repeats import leaves_out_seen

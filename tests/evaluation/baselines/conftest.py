@@ -11,9 +11,9 @@ import pytest
 from vista.arrays import Int
 from vista.config import SourceColumns
 from vista.evaluation.baseline_evaluation import scores_in_columns
-from vista.evaluation.baselines.counting_baseline import CountingBaseline
+from vista.evaluation.cases import WindowCases
+from vista.evaluation.counting_baselines import CountingBaseline
 from vista.evaluation.protocol import case_batches, rank_windows
-from vista.evaluation.window_cases import WindowCases
 from vista.log.event_log import EventLog
 
 HOUR = 3_600_000

@@ -17,17 +17,18 @@ from tests.evaluation.baselines.conftest import HOUR, order_only_log, quality, s
 from tests.log.conftest import run
 from vista.arrays import Floats, Int
 from vista.config import DataConfig, EvaluateConfig, SourceColumns
-from vista.evaluation.baseline_evaluation import measure_baseline
-from vista.evaluation.baselines.all_baselines import counting_baselines, trained_baselines
-from vista.evaluation.baselines.content_neighbors import ContentNeighbors
-from vista.evaluation.baselines.counter_trees import CounterTrees
-from vista.evaluation.baselines.counting_baseline import CountingBaseline
-from vista.evaluation.baselines.item_neighbors import ItemNeighbors
-from vista.evaluation.baselines.new_item_trees import NewItemTrees
-from vista.evaluation.baselines.own_frequency import OwnFrequency
-from vista.evaluation.baselines.popularity import Popularity
-from vista.evaluation.baselines.transitions import Transitions, TransitionsAndOwn
-from vista.evaluation.window_cases import window_cases
+from vista.evaluation.baseline_evaluation import counting_baselines, measure_baseline, trained_baselines
+from vista.evaluation.cases import window_cases
+from vista.evaluation.counting_baselines import (
+    ContentNeighbors,
+    CountingBaseline,
+    ItemNeighbors,
+    OwnFrequency,
+    Popularity,
+    Transitions,
+    TransitionsAndOwn,
+)
+from vista.evaluation.trained_baselines import CounterTrees, NewItemTrees
 from vista.examples.pair_counts import REACH
 from vista.log.event_log import EventLog
 from vista.log.splits import visible_counts

@@ -11,19 +11,23 @@ import pytest
 from tests.evaluation.baselines.conftest import HOUR, order_only_log, quality, visible_items
 from tests.evaluation.baselines.test_counting_baselines import TIES, scores_of
 from vista.arrays import Floats, Int
-from vista.evaluation.baselines.counter_features import counter_features
-from vista.evaluation.baselines.counter_trees import CounterTrees
-from vista.evaluation.baselines.counting_baseline import CountingBaseline
-from vista.evaluation.baselines.ease import Ease
-from vista.evaluation.baselines.own_frequency import OwnFrequency
-from vista.evaluation.baselines.pooled_factors import PooledFactors
-from vista.evaluation.baselines.pooled_item_vectors import PooledItemVectors
-from vista.evaluation.baselines.popularity import Popularity
-from vista.evaluation.baselines.tifu_knn import TifuKnn
-from vista.evaluation.baselines.training_questions import training_questions
-from vista.evaluation.baselines.transitions import TransitionsAndOwn
-from vista.evaluation.baselines.tuned import Tuned
-from vista.evaluation.window_cases import window_cases
+from vista.evaluation.cases import window_cases
+from vista.evaluation.counting_baselines import (
+    CountingBaseline,
+    Ease,
+    OwnFrequency,
+    Popularity,
+    TifuKnn,
+    TransitionsAndOwn,
+    Tuned,
+)
+from vista.evaluation.trained_baselines import (
+    CounterTrees,
+    PooledFactors,
+    PooledItemVectors,
+    counter_features,
+    training_questions,
+)
 from vista.examples.item_factors import item_factors
 from vista.log.event_log import EventLog
 

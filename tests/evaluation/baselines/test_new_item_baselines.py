@@ -13,17 +13,16 @@ import torch
 from tests.evaluation.baselines.conftest import HOUR, order_only_log, quality, timed_log, visible_items
 from vista.arrays import Int
 from vista.errors import MissingDependencyError
-from vista.evaluation.baselines import new_item_features, pooled_item_vectors
-from vista.evaluation.baselines.counter_trees import CounterTrees
-from vista.evaluation.baselines.ease import Ease
-from vista.evaluation.baselines.item_neighbors import ItemNeighbors
-from vista.evaluation.baselines.new_item_features import NewItemFeatures
-from vista.evaluation.baselines.new_item_trees import NewItemTrees
-from vista.evaluation.baselines.own_frequency import OwnFrequency
-from vista.evaluation.baselines.pooled_item_vectors import PooledItemVectors
-from vista.evaluation.baselines.pooled_means import factor_vectors
-from vista.evaluation.baselines.popularity import Popularity
-from vista.evaluation.window_cases import window_cases
+from vista.evaluation import trained_baselines
+from vista.evaluation.cases import window_cases
+from vista.evaluation.counting_baselines import Ease, ItemNeighbors, OwnFrequency, Popularity
+from vista.evaluation.trained_baselines import (
+    CounterTrees,
+    NewItemFeatures,
+    NewItemTrees,
+    PooledItemVectors,
+    factor_vectors,
+)
 from vista.log.event_log import EventLog
 
 
@@ -32,8 +31,8 @@ def test_features_count_event_by_event(
     shopping: tuple[EventLog, Int], monkeypatch: pytest.MonkeyPatch, asked_later: bool
 ) -> None:
     log, counts = shopping
-    monkeypatch.setattr(new_item_features, "_CANDIDATES", 5)
-    monkeypatch.setattr(new_item_features, "_DIM", 4)
+    monkeypatch.setattr(trained_baselines, "_CANDIDATES", 5)
+    monkeypatch.setattr(trained_baselines, "_DIM", 4)
     users, seen = np.array([3, 0, 40]), np.array([30, 5, 12])
     newest = log.gather_ranges(users, seen - 1, seen).timestamp
     now = newest + 700 * HOUR if asked_later else None
@@ -138,7 +137,7 @@ def test_other_new_items_rank_last_by_popularity(
     discovery: tuple[EventLog, Int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log, counts = discovery
-    monkeypatch.setattr(new_item_features, "_CANDIDATES", 10)
+    monkeypatch.setattr(trained_baselines, "_CANDIDATES", 10)
     trees = NewItemTrees(horizon_events=15, at_one_time=False)
     trees.fit(log, counts, np.random.default_rng(0))
     (scores,) = trees.scores(np.array([0]), counts[:1], None)
@@ -202,7 +201,7 @@ def test_training_follows_the_items_of_the_next_events(
         steps.append((user.detach().double().numpy(), items.detach().double().numpy(), label.numpy()))
         return user.sum() * 0
 
-    monkeypatch.setattr(pooled_item_vectors, "window_loss", recorded)
+    monkeypatch.setattr(trained_baselines, "window_loss", recorded)
     baseline = PooledItemVectors(horizon_events=7, dim=4, temperature=0.2)
     baseline.fit(log, counts, np.random.default_rng(0))
     trained = baseline.scores(np.arange(log.num_users), counts, None)  # without a gradient, the start
@@ -222,7 +221,7 @@ def test_training_follows_the_items_of_the_next_events(
 
 def test_pooled_vectors_learn_what_comes_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Users step from one group of 20 items to the next one, 20 events in each. The start only knows the groups."""
-    monkeypatch.setattr(pooled_item_vectors, "_SPACING", 1)
+    monkeypatch.setattr(trained_baselines, "_SPACING", 1)
     rng = np.random.default_rng(0)
     groups = np.repeat((rng.integers(0, 5, (60, 1)) + np.arange(12)) % 5, 20, axis=1)
     log = order_only_log((20 * groups + rng.integers(0, 20, groups.shape)).tolist(), tmp_path)

@@ -1,1 +1,0 @@
-"""Baselines that count, or fit few weights to counts. They show what a model must beat."""
