@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from vista.arrays import Floats, Int
-from vista.examples.frequency import item_counts
+from vista.examples.item_statistics import item_counts
 from vista.log.event_log import EventLog
 
 

@@ -20,7 +20,7 @@ from vista.evaluation.evaluate import evaluate_scorer
 from vista.evaluation.metrics import ranks_of_targets, top_items
 from vista.evaluation.popularity_report import PopularityReport, gini, popularity_deciles, popularity_report, spearman
 from vista.evaluation.protocol import RecommendedLists
-from vista.examples.frequency import item_counts
+from vista.examples.item_statistics import item_counts
 from vista.log.event_log import EventLog
 from vista.log.splits import visible_counts
 from vista.model.vista_model import VistaModel

@@ -20,8 +20,7 @@ from vista.config.choices import Architecture, Decay, Split
 from vista.counters.counter_codes import CounterSpec, ItemKeys
 from vista.errors import ConfigError
 from vista.examples.batch import Batch
-from vista.examples.batch_source import BatchSource, events_before
-from vista.examples.stored_summaries import StoredSummaries
+from vista.examples.batch_source import BatchSource, StoredSummaries, events_before
 from vista.log.event_log import EventLog
 
 LENGTHS = [5, 1, 40, 2, 3, 17, 90]

@@ -19,11 +19,9 @@ from hypothesis import strategies as st
 
 from vista.arrays import Int
 from vista.config.choices import Mixing
-from vista.examples.anchors import AnchorPlan, ChunkAnchors, draw_anchors
 from vista.examples.batch import Batch
 from vista.examples.chunks import ChunkImpressions, Chunks, ChunkTimeline
-from vista.examples.cut_plan import CutPlan
-from vista.examples.cuts import cut_batch
+from vista.examples.cuts import AnchorPlan, ChunkAnchors, CutPlan, cut_batch, draw_anchors
 from vista.log.gaps import DAY_MS, gap_bucket
 
 NUM_TASKS = 2

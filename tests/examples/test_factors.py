@@ -17,9 +17,16 @@ from tests.conftest import small_config
 from vista.arrays import Int
 from vista.config.choices import ItemStart
 from vista.errors import CheckpointError
-from vista.examples.item_factors import SMOOTHING, START_RMS, item_factors
-from vista.examples.pair_counts import REACH, PairCounts, pair_counts
-from vista.examples.user_factors import MIN_USERS, UserFactors
+from vista.examples.item_statistics import (
+    MIN_USERS,
+    REACH,
+    SMOOTHING,
+    START_RMS,
+    PairCounts,
+    UserFactors,
+    item_factors,
+    pair_counts,
+)
 from vista.log.event_log import EventLog
 from vista.training.item_start import FrozenItems, start_from_factors
 from vista.training.metrics_writer import MetricsWriter
@@ -161,7 +168,7 @@ def counted(log: EventLog, *, most_events: int = 1 << 20, seed: int = 1) -> Pair
 @pytest.mark.parametrize("block", [1, 70, 1 << 20])
 def test_pairs_equal_a_loop_for_any_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     log = log_of(tmp_path / "log")
-    monkeypatch.setattr("vista.examples.pair_counts.BLOCK_EVENTS", block)
+    monkeypatch.setattr("vista.examples.item_statistics.BLOCK_EVENTS", block)
     low, high, times = counted(log)
     expected = {pair: count for pair, count in pairs_of(log, visible(log)).items() if pair[0] < pair[1]}
     found = list(zip(low.tolist(), high.tolist(), strict=True))
@@ -257,7 +264,7 @@ def test_large_logs_read_some_users(
     caplog.set_level("INFO")
     log = shared_log_of(tmp_path / "log")
     whole = UserFactors(log, ROWS, visible(log), 4, seed=1)
-    monkeypatch.setattr("vista.examples.user_factors.MOST_EVENTS", 100)
+    monkeypatch.setattr("vista.examples.item_statistics.MOST_EVENTS", 100)
     drawn = {UserFactors(log, ROWS, visible(log), 4, seed=seed).vectors(ROWS).tobytes() for seed in range(4)}
     assert len(drawn) > 1 and whole.vectors(ROWS).tobytes() not in drawn
     assert caplog.text.count("random users of 12") == 4

@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 
 from vista.config import DataConfig, ModelConfig, SourceColumns, TrainConfig
 from vista.errors import MissingDependencyError
-from vista.examples.batch_source import BatchSource
-from vista.examples.frequency import item_counts, sketched_item_counts
-from vista.examples.negatives import NegativeSampler
+from vista.examples.batch_source import BatchSource, NegativeSampler
+from vista.examples.item_statistics import item_counts, sketched_item_counts
 from vista.log.event_log import EventLog
 
 COUNTS = np.array([0, 1, 4, 0, 9, 100, 2, 50, 7, 0, 30], np.int64)
@@ -127,7 +126,7 @@ def test_blocks_do_not_change_the_estimates(log: EventLog) -> None:
 def test_the_default_size_is_exact_for_a_small_log_and_is_logged(
     log: EventLog, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.INFO, "vista.examples.frequency"):
+    with caplog.at_level(logging.INFO, "vista.examples.item_statistics"):
         estimates = sketched_item_counts(log)
     np.testing.assert_array_equal(estimates, item_counts(log))
     (line,) = caplog.messages
@@ -152,7 +151,7 @@ def source(log: EventLog, frequencies: str) -> BatchSource:
 def test_batches_from_a_sketch_are_reproducible(log: EventLog, monkeypatch: pytest.MonkeyPatch) -> None:
     """A resumed run draws the same negatives."""
     coarse = partial(sketched_item_counts, relative_error=0.05, confidence=0.9)
-    monkeypatch.setattr("vista.examples.frequency.sketched_item_counts", coarse)
+    monkeypatch.setattr("vista.examples.item_statistics.sketched_item_counts", coarse)
     first, resumed, exact = source(log, "count_min"), source(log, "count_min"), source(log, "exact")
     for _ in range(3):
         first.batch(0, 0)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vista.examples.frequency import item_counts
+from vista.examples.item_statistics import item_counts
 from vista.log.deletions import write_deletions
 from vista.log.event_keys import EventKeys
 from vista.log.event_log import EventLog

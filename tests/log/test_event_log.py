@@ -215,7 +215,7 @@ def test_reading_imports_neither_polars_nor_torch(tmp_path: Path) -> None:
     write(tmp_path / "log", [random_frame(1, 50)])
     code = (
         "import sys; from vista.log import splits; from vista.log.event_log import EventLog\n"
-        "import vista.examples.frequency\n"
+        "import vista.examples.item_statistics\n"
         f"log = EventLog.open({str(tmp_path / 'log')!r}); log.gather([1, 0]); splits.visible_counts(log, 'all')\n"
         "print([m for m in ('polars', 'torch', 'pandas', 'hydra', 'triton') if m in sys.modules])"
     )

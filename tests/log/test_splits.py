@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from vista.config import DataConfig, SourceColumns
 from vista.config.choices import Split
 from vista.errors import ConfigError
-from vista.examples.frequency import item_counts
+from vista.examples.item_statistics import item_counts
 from vista.log.event_log import EventLog
 from vista.log.repeats import leaves_out_seen, repeat_share
 from vista.log.splits import MIN_EVENTS, part_counts, part_times, split_until, visible_counts

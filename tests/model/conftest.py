@@ -17,12 +17,9 @@ from vista.arrays import Int
 from vista.config import DataConfig, ModelConfig
 from vista.config.choices import Architecture, Decay
 from vista.counters.counter_codes import ItemKeys
-from vista.examples.anchors import AnchorPlan
 from vista.examples.batch import Batch
-from vista.examples.chunks import ChunkCounters, ChunkImpressions, Chunks, ChunkTimeline, decay_clock
-from vista.examples.cut_plan import CutPlan
-from vista.examples.cuts import cut_batch
-from vista.examples.history_counters import HistoryCounters
+from vista.examples.chunks import ChunkCounters, ChunkImpressions, Chunks, ChunkTimeline, HistoryCounters, decay_clock
+from vista.examples.cuts import AnchorPlan, CutPlan, cut_batch
 from vista.log.gaps import gap_bucket, history_gaps
 from vista.log.histories import Histories, ranges
 from vista.log.row_features import RowFeatures

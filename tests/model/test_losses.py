@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vista.examples.negatives import NegativeSampler
+from vista.examples.batch_source import NegativeSampler
 from vista.model.losses import sampled_softmax, task_losses
 from vista.model.window_loss import CountedSlots, window_loss
 

@@ -19,8 +19,7 @@ from tests.conftest import Served, small_config
 from tests.training.feature_world import feature_config, frames, log_of
 from vista.config.choices import Architecture, Mixing, Precision, ReconstructionTarget, Stage
 from vista.errors import DataError
-from vista.examples.batch import Batch
-from vista.examples.batch_part import balanced_parts, batch_part, chunk_work
+from vista.examples.batch import Batch, balanced_parts, batch_part, chunk_work
 from vista.examples.batch_source import BatchSource
 from vista.log.event_log import EventLog
 from vista.model.loss_part import LossPart

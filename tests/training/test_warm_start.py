@@ -30,7 +30,7 @@ from vista.config import EvaluateConfig
 from vista.config.choices import Architecture, Codec, InitFreeze, ItemStart, Split, Stage
 from vista.errors import CheckpointError, ConfigError, LeakageError
 from vista.evaluation.evaluate import evaluate_scorer
-from vista.examples.item_factors import item_factors
+from vista.examples.item_statistics import item_factors
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until
 from vista.model.added_items import with_items

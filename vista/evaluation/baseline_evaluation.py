@@ -43,7 +43,7 @@ from vista.evaluation.trained_baselines import (
     PooledItemVectors,
     factor_vectors,
 )
-from vista.examples.frequency import item_counts
+from vista.examples.item_statistics import item_counts
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until, visible_counts
 from vista.logistic_regression import fit_probability, predict_probability

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from vista.arrays import Float32s, Int, offsets_of
 from vista.counters.counter_codes import ItemKeys
 from vista.examples.batch_source import events_before
-from vista.examples.history_counters import CounterRequests, HistoryCounters
+from vista.examples.chunks import CounterRequests, HistoryCounters
 from vista.log.event_log import EventLog
 from vista.log.gaps import DAY_MS
 from vista.log.histories import Histories, token_groups

@@ -17,8 +17,7 @@ from vista.arrays import Float32s, Floats, Int, offsets_of
 from vista.evaluation.cases import WindowCases, window_cases
 from vista.evaluation.comparison import mean_and_error
 from vista.evaluation.protocol import case_batches, rank_windows
-from vista.examples.frequency import item_counts
-from vista.examples.pair_counts import distinct_counts, pair_counts
+from vista.examples.item_statistics import distinct_counts, item_counts, pair_counts
 from vista.log.event_log import EventLog
 from vista.log.gaps import DAY_MS
 from vista.log.histories import Histories, ranges

@@ -32,7 +32,7 @@ from vista.evaluation.protocol import (
     measure_windows,
 )
 from vista.evaluation.recall import RecallReport, measure_recall
-from vista.examples.frequency import item_counts
+from vista.examples.item_statistics import item_counts
 from vista.files import replace_text, writable_file
 from vista.log.event_log import EventLog
 from vista.log.log_digest import log_digest

@@ -26,7 +26,7 @@ from vista.evaluation.cases import (
 )
 from vista.evaluation.comparison import PerUserMetrics, mean_and_error, mean_cell, table_of_means
 from vista.evaluation.metrics import auc, calibration, gauc, normalized_entropy, ranks_of_targets, top_items
-from vista.examples.frequency import item_counts
+from vista.examples.item_statistics import item_counts
 from vista.log.event_log import EventLog
 from vista.log.gaps import DAY_MS
 from vista.log.histories import token_groups

@@ -18,7 +18,7 @@ from torch import Tensor
 from vista.arrays import Float32s, Floats, Int, offsets_of
 from vista.config.choices import ReconstructionTarget
 from vista.errors import ConfigError
-from vista.examples.frequency import item_counts
+from vista.examples.item_statistics import item_counts
 from vista.log.event_log import EventLog
 from vista.log.gaps import history_gaps
 from vista.log.histories import Histories, ranges

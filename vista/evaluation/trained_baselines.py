@@ -15,9 +15,8 @@ from vista.arrays import Floats, Int
 from vista.errors import MissingDependencyError
 from vista.evaluation.cases import WindowCases, distinct_items, window_cases
 from vista.evaluation.counting_baselines import Ease, ItemNeighbors, OwnFrequency, tie_breaker
-from vista.examples.frequency import item_counts
-from vista.examples.item_factors import item_factors
-from vista.examples.negatives import NegativeSampler
+from vista.examples.batch_source import NegativeSampler
+from vista.examples.item_statistics import item_counts, item_factors
 from vista.install_command import install_command
 from vista.log.event_log import EventLog
 from vista.log.gaps import DAY_MS

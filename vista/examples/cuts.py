@@ -15,7 +15,8 @@ impressions per window.
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,9 +24,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vista.arrays import Int, offsets_of
-from vista.config.choices import Mixing
+from vista.config import TrainConfig
+from vista.config.choices import Architecture, Mixing, Split
 from vista.counters.counter_table import UserCounters
-from vista.examples.anchors import ChunkAnchors, draw_anchors
 from vista.examples.batch import (
     Batch,
     BatchAnchors,
@@ -39,10 +40,296 @@ from vista.examples.batch import (
     BatchUsers,
     BatchWindows,
 )
-from vista.examples.chunks import ChunkImpressions, Chunks
-from vista.examples.cut_plan import CutPlan
-from vista.examples.windows import ChunkWindows, add_anchored, divide_chunks, draw_windows, window_requests, windows_at
+from vista.examples.chunks import ChunkCounters, ChunkImpressions, Chunks, ChunkTimeline, CounterRequests
+from vista.log.gaps import DAY_MS, UNKNOWN_GAP, gap_bucket
 from vista.log.histories import ranges
+
+# Anchors: training questions whose labels are all items of the window that follows.
+#
+# An anchor is a place in a chunk and the time of a request. It sees the events before its place, like a next-item label
+# at the same position, and its labels are the distinct items of the events from there on, to the end of the horizon.
+# These may lie after the chunk, but never beyond what training may see. Letters: B chunks, NA anchors, N events of the
+# horizon, P labels of the anchor with the most.
+
+
+@dataclass(frozen=True, slots=True)
+class AnchorPlan:
+    """How anchors are drawn. `horizon_events` and `horizon_days` have the meanings of those of `DataConfig`."""
+
+    spacing: int
+    """Label positions of a chunk per anchor, so that the number of anchors does not depend on how histories are cut."""
+    horizon_events: int
+    horizon_days: float
+    by_time: bool
+    """Draw times uniformly from the time that a chunk spans, because evaluation asks at a given time: long gaps are hit
+    more often than short ones. False draws positions uniformly."""
+    use_time: bool
+    """Whether requests have a time."""
+    timeless_share: float
+    """Share of anchors whose requests have no time, because callers of the scorer may not pass one."""
+    keeps_other_windows: bool
+    """Whether windows without anchors are trained too, because next items are trained at every position."""
+    mean_labels: float = 1.0
+    """Mean number of labels per anchor, by which the loss is divided."""
+
+    @classmethod
+    def of(cls, config: TrainConfig, *, has_time: bool) -> AnchorPlan | None:
+        """The plan of a training run on a log with or without times; None if the run has neither the window loss nor
+        counters, with which next items are trained at anchors too."""
+        at_anchors = config.model.counters and config.ranks_items
+        if not config.trains_window and not at_anchors:
+            return None
+        by_time = config.data.split is Split.time
+        return cls(
+            spacing=config.data.anchor_spacing,
+            horizon_events=config.data.horizon_events,
+            horizon_days=config.data.horizon_days,
+            by_time=by_time,
+            use_time=has_time and config.model.use_time,
+            # With any other split, evaluation asks without a time, and only requests in production have one.
+            timeless_share=0.1 if by_time else 0.5,
+            keeps_other_windows=config.next_weight > 0 and not at_anchors,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkAnchors:
+    """Anchors with at least one label, sorted by chunk and position."""
+
+    chunk: Int
+    """int64 [NA]."""
+    position: Int
+    """int64 [NA] events of the chunk before the anchor."""
+    gap: Int
+    """int64 [NA] log buckets of the time from the newest of these events to the request."""
+    item: Int
+    """int64 [NA, P] distinct model item rows; 0 pads."""
+    next_item: Int
+    """int64 [NA] model item rows of the first event after the request; 0 is the unknown item."""
+    time: Int
+    """int64 [NA] of the requests, ms."""
+    is_timed: NDArray[np.bool_]
+    """bool [NA]: False where the caller of the scorer passes no time."""
+
+
+def draw_anchors(chunks: Chunks, plan: AnchorPlan, rng: np.random.Generator) -> ChunkAnchors:
+    """Draw one anchor per `spacing` label positions of each chunk, rounded up.
+
+    Args:
+        chunks: with a timeline.
+        rng: draws times or positions, and which requests have no time.
+    """
+    timeline = chunks.timeline
+    assert timeline is not None
+    lead, length = chunks.num_context, np.diff(chunks.offsets)
+    count = -(-(length - lead) // plan.spacing)
+    chunk = np.repeat(np.arange(len(count)), count)
+    first, room = (timeline.offsets[:-1] + lead)[chunk], (length - lead)[chunk]
+    # One anchor per equal part, so that a chunk's anchors spread out.
+    share = (ranges(0, count) + rng.random(len(chunk))) / count[chunk]
+    if plan.by_time:
+        begin, end = timeline.time[first], timeline.time[first + room - 1]
+        time = begin + (share * (end - begin + 1)).astype(np.int64)
+        place = _first_from(timeline, chunk, time)
+    else:
+        place = first + (share * room).astype(np.int64)
+        time = timeline.time[place]
+    position = place - timeline.offsets[:-1][chunk]
+    is_timed = rng.random(len(chunk)) >= plan.timeless_share
+    has_gap = (position > 0) & is_timed & plan.use_time
+    gap = np.where(has_gap, gap_bucket(time - timeline.time[np.maximum(place - 1, 0)]), UNKNOWN_GAP)
+    # As in evaluation, a window begins at the request if that has a time, else at the newest event before it.
+    begin = time if plan.by_time else timeline.time[np.where(position > 0, place - 1, place)]
+    item = _anchor_labels(timeline, plan, place, timeline.offsets[1:][chunk], begin)
+    # A request at the time of a chunk's first label may have its place among the events that are context only.
+    kept = np.flatnonzero(item.any(1) & (position >= lead[chunk]))
+    chunk, position, place, time = chunk[kept], position[kept], place[kept], time[kept]
+    return ChunkAnchors(chunk, position, gap[kept], item[kept], timeline.item[place], time, is_timed[kept])
+
+
+def _first_from(timeline: ChunkTimeline, chunk: Int, time: Int) -> Int:
+    """int64 [NA]: the place of the first event of each chunk at or after a time that its events reach."""
+    # (chunk, time) as one sorted key.
+    origin = timeline.time.min(initial=0)
+    width = timeline.time.max(initial=0) - origin + 1
+    key = np.repeat(np.arange(len(timeline.offsets) - 1), np.diff(timeline.offsets)) * width + timeline.time - origin
+    place: Int = np.searchsorted(key, chunk * width + time - origin)
+    return place
+
+
+def _anchor_labels(timeline: ChunkTimeline, plan: AnchorPlan, place: Int, end: Int, begin: Int) -> Int:
+    """int64 [NA, P] distinct known items of the windows that begin at the events `place`, right-aligned; 0 pads.
+
+    Args:
+        end: int64 [NA] place after the last event that training may see.
+        begin: int64 [NA] times (ms) from which days are counted.
+    """
+    width = min(plan.horizon_events, int((end - place).max(initial=0)))
+    event = place[:, None] + np.arange(width)
+    is_inside = event < end[:, None]
+    event = np.where(is_inside, event, 0)
+    if plan.horizon_days > 0:
+        is_inside &= timeline.time[event] < begin[:, None] + math.ceil(plan.horizon_days * DAY_MS)
+    item = np.sort(np.where(is_inside, timeline.item[event], 0), axis=1)
+    repeats = np.pad(item[:, 1:] == item[:, :-1], ((0, 0), (1, 0)))
+    item = np.sort(np.where(repeats, 0, item), axis=1)
+    return item[:, item.shape[1] - int((item > 0).sum(1).max(initial=0)) :]
+
+
+@dataclass(frozen=True, slots=True)
+class CutPlan:
+    """How chunks are cut. Fields have the names and meanings of those of `DataConfig` and `ModelConfig`."""
+
+    mixing: Mixing
+    tail_len: int
+    label_spacing: int
+    windows_per_chunk: int
+    num_cuts: int
+    staleness_events: float
+    staleness_share: float
+    unknown_share: float
+    reconstruction_len: int
+    timeless_share: float = 0.1
+    """Share of windows whose requests have no time, because callers of the scorer may not pass one."""
+    featureless_share: float = 0.1
+    """The same for features of requests; and the share of chunks without features of their users, because the scorer
+    does not know those of users without a record."""
+    anchors: AnchorPlan | None = None
+    """None draws no anchors."""
+    summary_lag: int = 0
+    """0, or tail_len if summaries leave the events of the tail out."""
+    exact_counters: bool = False
+    """Count up to each request, as baselines do, which read the whole history. False counts up to a window's cut, and
+    adds the events of its tail, as the scorer does."""
+
+    @classmethod
+    def of(cls, config: TrainConfig, *, has_time: bool) -> CutPlan:
+        """The plan of a training run on a log with or without times."""
+        data, model = config.data, config.model
+        return cls(
+            mixing=model.mixing,
+            tail_len=model.tail_len,
+            label_spacing=data.label_spacing,
+            windows_per_chunk=data.windows_per_chunk,
+            num_cuts=data.num_cuts,
+            staleness_events=data.staleness_events,
+            staleness_share=data.staleness_share,
+            unknown_share=data.unknown_share,
+            reconstruction_len=data.reconstruction_len,
+            anchors=AnchorPlan.of(config, has_time=has_time),
+            summary_lag=model.summary_lag,
+            exact_counters=model.architecture is not Architecture.vista,
+        )
+
+    @property
+    def cut_distance(self) -> int:
+        """Events between a window's boundary and the newest cut that the window may read."""
+        return self.summary_lag + 1 - self.label_spacing if self.summary_lag else 0
+
+
+# Windows: the label positions of chunks, divided into runs that share one summary and one tail.
+#
+# A chunk's label positions p = 0..P-1 (p events of the chunk seen) are divided into windows [b, e] of at most W of
+# them.
+# Letters: B chunks, NW windows, W positions per window, n requests.
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkWindows:
+    """Windows, sorted by chunk and position."""
+
+    chunk: Int
+    """int64 [NW]."""
+    index: Int
+    """int64 [NW] number of the window within its chunk."""
+    begin: Int
+    """int64 [NW] first position, in events of the chunk seen. It is a boundary: a place where a summary may be cut."""
+    end: Int
+    """int64 [NW] last position. Labels end at the chunk's last position, which may come first."""
+
+    def select(self, rows: Int) -> ChunkWindows:
+        return ChunkWindows(self.chunk[rows], self.index[rows], self.begin[rows], self.end[rows])
+
+
+def divide_chunks(chunks: Chunks, label_spacing: int, phase: Int, *, cut_last: bool) -> ChunkWindows:
+    """All windows. They begin at 0, phase, phase + W, … after a chunk's lead, and end before the next one.
+
+    The last one ends at the chunk's last position if `cut_last`. Otherwise it ends where it would if the chunk were
+    longer, so its tail begins as far before its boundary as the tails of other windows.
+    """
+    W, lead = label_spacing, chunks.num_context
+    # A position after the last event has no next item, but impressions may lie there.
+    num_positions = np.diff(chunks.offsets) - lead + (1 if len(chunks.impressions.chunk) else 0)
+    num_windows = np.where(num_positions > 0, 1 + np.maximum(0, -(-(num_positions - phase) // W)), 0)
+    chunk = np.repeat(np.arange(len(phase)), num_windows)
+    index = ranges(0, num_windows)
+    begin = np.where(index == 0, 0, phase[chunk] + (index - 1) * W)
+    end = np.where(index == 0, phase[chunk] - 1, begin + W - 1)
+    if cut_last:
+        end = np.minimum(end, num_positions[chunk] - 1)
+    return ChunkWindows(chunk, index, begin + lead[chunk], end + lead[chunk])
+
+
+def windows_at(chunks: Chunks, label_spacing: int, phase: Int, windows: ChunkWindows, owner: Int, position: Int) -> Int:
+    """int64 [N]: the window, of all windows, that holds each of N positions int64 [N] of the chunks `owner`."""
+    second = (chunks.num_context + phase)[owner]  # where the chunk's second window begins
+    index = np.where(position < second, 0, 1 + (position - second) // label_spacing)
+    return np.searchsorted(windows.chunk, owner) + index
+
+
+def window_requests(
+    counters: ChunkCounters,
+    windows: ChunkWindows,
+    covered: Int | None,
+    tail_len: int,
+    window: Int,
+    position: Int,
+    time: Int,
+    is_timed: NDArray[np.bool_],
+) -> CounterRequests:
+    """n requests for counters at positions of windows.
+
+    Args:
+        counters: of the chunks.
+        windows: NW windows.
+        covered: int64 [NW] events of its history that each window's record counts; None if requests count all events
+            before them.
+        tail_len: events of a window's tail.
+        window: int64 [n].
+        position: int64 [n] events of the chunk before the request.
+        time: int64 [n] ms.
+        is_timed: bool [n]: False where the scorer would not get the time of the request.
+    """
+    chunk = windows.chunk[window]
+    start = counters.start[chunk]
+    seen = start + position
+    tail_start = start + np.maximum(windows.end[window] - tail_len, 0)
+    return CounterRequests(
+        counters.history[chunk], seen if covered is None else covered[window], tail_start, seen, time, is_timed
+    )
+
+
+def draw_windows(
+    windows_per_chunk: int, rng: np.random.Generator, windows: ChunkWindows, impression_window: Int
+) -> Int:
+    """Sorted indices of the windows to keep: all, or `windows_per_chunk` drawn ones, those with impressions first."""
+    num_windows = len(windows.chunk)
+    if windows_per_chunk == 0 or num_windows == 0 or windows.index.max() < windows_per_chunk:
+        return np.arange(num_windows)
+    priority = rng.random(num_windows)
+    priority[impression_window] -= 1.0
+    order = np.lexsort((priority, windows.chunk))
+    return np.sort(order[windows.index < windows_per_chunk])
+
+
+def add_anchored(keep: Int, anchor_window: Int, impression_window: Int, *, keeps_others: bool) -> Int:
+    """Sorted indices of the kept windows and of those with anchors, except windows with nothing to train.
+
+    Args:
+        keep: int64 sorted, from `draw_windows`.
+        keeps_others: whether next items are trained, so that every window has something to train.
+    """
+    return np.union1d(keep if keeps_others else np.intersect1d(keep, impression_window), anchor_window)
 
 
 def cut_batch(

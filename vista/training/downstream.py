@@ -20,7 +20,7 @@ from vista.config import TrainConfig
 from vista.config.checks import to_dict
 from vista.config.config_keys import value_text
 from vista.errors import ConfigError, LeakageError
-from vista.examples.stored_summaries import StoredSummaries
+from vista.examples.batch_source import StoredSummaries
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until, visible_counts
 from vista.log.until import parse_until

@@ -8,7 +8,7 @@ import numpy as np
 
 from vista.config import DataConfig
 from vista.errors import ConfigError
-from vista.examples.frequency import item_counts
+from vista.examples.item_statistics import item_counts
 from vista.log.event_log import EventLog
 from vista.log.item_features import ItemFeatures
 from vista.log.splits import split_until, visible_counts

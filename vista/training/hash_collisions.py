@@ -11,7 +11,7 @@ import torch
 
 from vista.arrays import Int
 from vista.config import TrainConfig
-from vista.examples.visible_impressions import visible_rows
+from vista.examples.chunks import visible_rows
 from vista.log.event_log import EventLog
 from vista.log.item_features import CategoryColumn
 from vista.log.row_features import ColumnValues, RowFeatures

@@ -16,8 +16,7 @@ from vista.config import TrainConfig
 from vista.config.choices import ItemStart, Stage
 from vista.errors import CheckpointError
 from vista.examples.batch import Batch
-from vista.examples.item_factors import START_RMS, item_factors
-from vista.examples.user_factors import UserFactors
+from vista.examples.item_statistics import START_RMS, UserFactors, item_factors
 from vista.log.event_log import EventLog
 from vista.model.ranking_model import RankingModel
 
@@ -52,7 +51,7 @@ class FrozenItems:
     Factors of all users are fitted to all of their items, labels included. With them, the items of a training window
     have far larger cosines than those of a later window, and training would learn to trust cosines too much. Leaving
     out a batch's users gives the factors of the other users approximately: in simulations of pure noise, it removes 69
-    to 88 % of the difference (`vista.examples.user_factors`).
+    to 88 % of the difference (`vista.examples.item_statistics`).
     """
 
     def __init__(self, table: Tensor, factors: UserFactors) -> None:

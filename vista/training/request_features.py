@@ -7,7 +7,7 @@ import numpy as np
 from vista.arrays import Float32s, Int
 from vista.config import TrainConfig
 from vista.examples.batch_source import EncodeRows, trained_tasks
-from vista.examples.visible_impressions import visible_rows
+from vista.examples.chunks import visible_rows
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until, visible_counts
 from vista.model.ranking_model import RankingModel

@@ -13,7 +13,7 @@ import torch
 from vista.arrays import Float32s, Int
 from vista.counters.counter_codes import ItemKeys
 from vista.evaluation.cases import ImpressionCases, NextItemCases, WindowCases, case_requests
-from vista.examples.history_counters import CounterRequests, HistoryCounters
+from vista.examples.chunks import CounterRequests, HistoryCounters
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories, token_groups
 from vista.log.row_features import rows_that_fit

@@ -29,7 +29,7 @@ from vista.evaluation.counting_baselines import (
     TransitionsAndOwn,
 )
 from vista.evaluation.trained_baselines import CounterTrees, NewItemTrees
-from vista.examples.pair_counts import REACH
+from vista.examples.item_statistics import REACH
 from vista.log.event_log import EventLog
 from vista.log.splits import visible_counts
 from vista.log.until import parse_time

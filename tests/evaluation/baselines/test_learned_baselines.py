@@ -28,7 +28,7 @@ from vista.evaluation.trained_baselines import (
     counter_features,
     training_questions,
 )
-from vista.examples.item_factors import item_factors
+from vista.examples.item_statistics import item_factors
 from vista.log.event_log import EventLog
 
 

@@ -1,0 +1,376 @@
+"""Item frequencies over the visible part of a log: exact, or from a count-min sketch of fixed size."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vista.arrays import Float32s, Int
+from vista.config.choices import Counting
+from vista.errors import MissingDependencyError
+from vista.install_command import install_command
+from vista.log.event_log import EventLog
+from vista.log.histories import Histories, ranges
+from vista.log.splits import EVENTS_PER_BLOCK, random_users_counts, visible_blocks
+
+logger = logging.getLogger(__name__)
+RELATIVE_ERROR = 1e-5
+"""Most that count-min overestimates an item, as a share of all events, with probability CONFIDENCE."""
+CONFIDENCE = 0.999
+"""Probability that an item's estimate stays within RELATIVE_ERROR. The two set the size of the sketch, 15 MB."""
+_SEED = 9001
+
+
+def item_frequency(
+    log: EventLog,
+    item_rows: NDArray[np.int64],
+    counts: NDArray[np.int64],
+    counting: Counting,
+    has_features: NDArray[np.bool_] | None = None,
+) -> NDArray[np.int64]:
+    """Training events of each model row, as negatives are drawn by them.
+
+    Args:
+        item_rows: int64 [num_items], the model row of each of the log's items; 0 is the unknown item.
+        counts: int64 [num_users], visible events per user.
+        counting: exactly, or by a count-min sketch.
+        has_features: bool [at least largest row + 1], rows with a vector even without training events.
+
+    Returns:
+        int64 [largest row + 1].
+    """
+    frequency = np.zeros(int(item_rows.max(initial=0)) + 1, np.int64)
+    count = item_counts if counting is Counting.exact else sketched_item_counts
+    np.add.at(frequency, item_rows, count(log, counts))
+    frequency[0] = 0  # the unknown item is never a label, so it must not be a negative
+    if frequency.any():
+        # With a random vector, an item without training events must be a negative, as often as the rarest items are.
+        # Nothing else would keep it out of the top of users' lists.
+        is_random = frequency == 0
+        is_random[0] = False
+        if has_features is not None:
+            is_random &= ~has_features[: len(frequency)]
+        frequency[is_random] = 1
+    return frequency
+
+
+def item_counts(
+    log: EventLog, counts: NDArray[np.int64] | None = None, *, block_events: int = EVENTS_PER_BLOCK
+) -> NDArray[np.int64]:
+    """Events of each item among the first counts[u] events of every user u.
+
+    Args:
+        counts: int64 [num_users]; None counts all events.
+        block_events: events that are read at once.
+
+    Returns:
+        int64 [num_items].
+    """
+    total = np.zeros(log.num_items, np.int64)
+    for block in visible_blocks(log, log.lengths if counts is None else counts, block_events):
+        total += np.bincount(block.item, minlength=log.num_items)
+    return total
+
+
+def sketched_item_counts(
+    log: EventLog,
+    counts: NDArray[np.int64] | None = None,
+    *,
+    relative_error: float = RELATIVE_ERROR,
+    confidence: float = CONFIDENCE,
+    block_events: int = EVENTS_PER_BLOCK,
+) -> NDArray[np.int64]:
+    """Like `item_counts`, from a count-min sketch (Cormode and Muthukrishnan 2005) that reads each block once.
+
+    An estimate is never too small. With probability `confidence` it is too large by at most relative_error times all
+    events. The sketch holds ceil(ln(1 / (1 - confidence))) x ceil(e / relative_error) counters, regardless of the
+    numbers of items and events. It is linear, so blocks and their order do not matter. Its seed is fixed, so the same
+    log gives the same estimates.
+
+    Returns:
+        int64 [num_items].
+
+    Raises:
+        MissingDependencyError: if the package `datasketches` is not installed.
+    """
+    try:
+        from datasketches import count_min_sketch
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"data.frequencies=count_min needs datasketches ({error}); install it with: {install_command('sketches')}; "
+            "or set data.frequencies=exact"
+        ) from error
+    num_hashes = count_min_sketch.suggest_num_hashes(confidence)
+    num_buckets = count_min_sketch.suggest_num_buckets(relative_error)
+    sketch = count_min_sketch(num_hashes, num_buckets, _SEED)
+    for block in visible_blocks(log, log.lengths if counts is None else counts, block_events):
+        distinct, times = np.unique(block.item, return_counts=True)
+        for row, weight in zip(distinct.tolist(), times.tolist(), strict=True):
+            sketch.update(row, weight)
+    logger.info(
+        "item frequencies: count-min over %d events, %d x %d counters (%.1f MB); an estimate is never too small, and "
+        "with %.4g %% confidence at most %.1f events too large (%.2g of all)",
+        sketch.total_weight,
+        num_hashes,
+        num_buckets,
+        num_hashes * num_buckets * 8 / 1e6,
+        100 * confidence,
+        relative_error * sketch.total_weight,
+        relative_error,
+    )
+    # Weights are integers far below 2^53, so their float64 sums are exact.
+    return np.fromiter(map(sketch.get_estimate, range(log.num_items)), np.float64, log.num_items).astype(np.int64)
+
+
+# How often two items lie close together in the histories of a log, counted in blocks of users.
+#
+# Letters: P pairs of items, T events of a block.
+
+REACH = 15
+"""Two events of a history form a pair if one comes at most this many positions after the other."""
+BLOCK_EVENTS = 1 << 19
+"""Events whose pairs are counted at once (a longer history is read alone)."""
+
+
+class PairCounts(NamedTuple):
+    """How often two different items form a pair, in any order."""
+
+    low: Int
+    """int64 [P], the smaller row; ascending."""
+    high: Int
+    """int64 [P], the larger row; ascending for each `low`."""
+    times: Int
+    """int64 [P]."""
+
+
+def pair_counts(
+    log: EventLog, item_rows: Int, counts: Int, *, most_events: int, rng: np.random.Generator
+) -> PairCounts:
+    """Count the pairs of different items within REACH events of each other.
+
+    Args:
+        item_rows: int64 [log.num_items], a row for each of the log's items; pairs with row 0 are not counted.
+        counts: int64 [num_users], visible events per user. Nothing after them is read.
+        most_events: count the pairs of random users if there are more events. Memory grows with the number of distinct
+            pairs, which is at most REACH per event.
+        rng: chooses these users.
+    """
+    counts = random_users_counts(counts, most_events, rng, "pairs of items are counted among", least=2)
+    width = int(item_rows.max(initial=0)) + 1
+    blocks = visible_blocks(log, counts, BLOCK_EVENTS)
+    key, times = distinct_counts(_near_keys(block, item_rows, width) for block in blocks)
+    return PairCounts(key // width, key % width, times)
+
+
+def distinct_counts(blocks_of_keys: Iterable[Int]) -> tuple[Int, Int]:
+    """The distinct keys int64 (at least 0), ascending, and how often each occurs, int64."""
+    key, times = np.zeros(0, np.int64), np.zeros(0, np.int64)
+    for keys in blocks_of_keys:
+        new, count = np.unique(keys, return_counts=True)
+        both = np.concatenate([key, new])
+        order = np.argsort(both, kind="stable")  # merges two sorted runs, in linear time
+        both = both[order]
+        first = np.flatnonzero(np.diff(both, prepend=-1))
+        key, times = both[first], np.add.reduceat(np.concatenate([times, count])[order], first)
+    return key, times
+
+
+def _near_keys(histories: Histories, item_rows: Int, width: int) -> Int:
+    """low * width + high of every pair."""
+    item, owner = item_rows[histories.item], histories.owner
+    keys = []
+    for distance in range(1, REACH + 1):
+        a, b = item[:-distance], item[distance:]
+        near = (owner[:-distance] == owner[distance:]) & (a != b) & (a > 0) & (b > 0)
+        keys.append(np.minimum(a[near], b[near]) * width + np.maximum(a[near], b[near]))
+    return np.concatenate(keys)
+
+
+# Item vectors without a model: a factorization of which items lie close together in the training histories.
+#
+# Positive pointwise mutual information with a smoothed context distribution (Levy, Goldberg, and Dagan, TACL 2015),
+# factorized by a randomized SVD (Halko, Martinsson, and Tropp, SIAM Review 2011). Letters: R items with pairs, M model
+# dim, P pairs of items, S columns of the sketch.
+
+SMOOTHING = 0.75
+"""Exponent of the context counts. Below 1, rare contexts weigh less."""
+MOST_EVENTS = 1 << 20
+"""Events whose pairs are counted: those of random users if there are more. It bounds the memory: about 1 GB."""
+OVERSAMPLING = 16
+"""Columns of the sketch beyond M."""
+POWER_ITERATIONS = 4
+START_RMS = 0.05
+"""Root mean square of each row's values."""
+
+
+def item_factors(log: EventLog, item_rows: Int, counts: Int, dim: int, *, seed: int) -> tuple[Int, NDArray[np.float32]]:
+    """Factorize the co-occurrences of items among the visible events.
+
+    Items whose pairs are all rarer than chance have no vector, like those without pairs.
+
+    Args:
+        item_rows: int64 [log.num_items], the model row of each of the log's items; 0 is the unknown item.
+        counts: int64 [num_users], visible events per user. Nothing after them is read.
+        dim: number of columns M.
+        seed: of the sketch, and of the choice of users.
+
+    Returns:
+        Sorted model rows int64 [R], and their vectors float32 [R, M], each with the same root mean square.
+    """
+    rng = np.random.default_rng(seed)
+    low, high, times = pair_counts(log, item_rows, counts, most_events=MOST_EVENTS, rng=rng)
+    rows, index = np.unique(np.concatenate([low, high]), return_inverse=True)
+    if not len(rows):
+        return rows, np.zeros((0, dim), np.float32)
+    first, second = index[: len(low)], index[len(low) :]
+    # Both orders of a pair, sorted as a coalesced tensor needs them.
+    left, right, twice = np.concatenate([first, second]), np.concatenate([second, first]), np.tile(times, 2)
+    order = np.lexsort((right, left))
+    value = _ppmi(left, right, twice, len(rows))
+    vectors = _factorized(left[order], right[order], value[order], len(rows), dim, seed)
+    length = np.sqrt(np.mean(vectors**2, axis=1))
+    kept = length > 1e-6 * length.max()
+    return rows[kept], (vectors[kept] * (START_RMS / length[kept, None])).astype(np.float32)
+
+
+def _ppmi(left: Int, right: Int, count: Int, size: int) -> NDArray[np.float32]:
+    """max(0, log(N_ij * sum_k n_k^s / (n_i * n_j^s))) of each ordered pair, where s is SMOOTHING."""
+    total = np.bincount(left, count, size)
+    context = total**SMOOTHING
+    ratio = count * context.sum() / (total[left] * context[right])
+    value: NDArray[np.float32] = np.maximum(np.log(ratio), 0).astype(np.float32)
+    return value
+
+
+def _factorized(
+    left: Int, right: Int, value: NDArray[np.float32], size: int, dim: int, seed: int
+) -> NDArray[np.float64]:
+    """U sqrt(S) [size, dim] of the truncated SVD of a sparse matrix whose entries are sorted by row and column."""
+    index, values = torch.from_numpy(np.stack([left, right])), torch.from_numpy(value)
+    matrix = torch.sparse_coo_tensor(index, values, (size, size), is_coalesced=True, check_invariants=False)
+    turned = matrix.t().coalesce()
+    sketch = min(dim + OVERSAMPLING, size)
+    basis = torch.randn(size, sketch, generator=torch.Generator().manual_seed(seed))
+    basis = _orthonormal(torch.sparse.mm(matrix, basis))
+    for _ in range(POWER_ITERATIONS):
+        basis = _orthonormal(torch.sparse.mm(turned, basis))
+        basis = _orthonormal(torch.sparse.mm(matrix, basis))
+    small = torch.sparse.mm(turned, basis)  # [size, S], the transposed projection
+    _, scale, rotation = torch.linalg.svd(small, full_matrices=False)
+    found = (basis @ rotation.t() * scale.sqrt())[:, :dim].double().numpy()
+    return np.pad(found, ((0, 0), (0, dim - found.shape[1])))
+
+
+def _orthonormal(matrix: Tensor) -> Tensor:
+    basis: Tensor = torch.linalg.qr(matrix).Q
+    return basis
+
+
+# Item vectors without a model: a factorization of which users had which items.
+#
+# A truncated SVD of the users x items matrix W of distinct items. An entry is 1 / (n_u^(1/2) n_i^(1/4)), with n_u the
+# number of items of user u and n_i the number of users of item i, so that neither users with long histories nor popular
+# items dominate. With W ≈ U S Vᵀ, an item's vector is the sum of its users' vectors, v_i = sum_u W_ui U_u / S. Leaving
+# some users out of the sum gives approximately the vector that the item would have without them.
+#
+# It is an approximation because U, S, and the counts n are still those of all users: the vectors U / S have turned
+# toward
+# the items of each user. Suppose that users draw items by popularity alone, so that there is nothing to learn. Then the
+# items of one half of a user's history still have a larger cosine to the other half than items of the same popularity.
+# Leaving the user out of the sum removes 69 to 88 % of this excess in simulations of 300 to 800 users (research log). A
+# factorization for each fold of users would remove the rest.
+#
+# Training leaves a user out of the vectors of all items, also those of the history. Serving does not: there, the
+# vectors
+# of items that a user had include the user, and those of items that are new to the user do not. So the mean of a
+# history
+# and the scores of returning items are on a larger scale in serving than in training.
+#
+# Letters: N users, V1 model rows, E entries of W, M model dim, R rows.
+
+MIN_USERS = 3
+"""Items with fewer users have no vector, because it would only identify those users.
+
+Users that are left out still count. If they did not, an item with MIN_USERS users would lose its vector in each batch
+with one of them, and only there, so that a missing vector would identify the items of the batch's users."""
+MOST_FACTORS = 32
+"""Columns that are not 0, at most. On the validation part of complete-journey, 32 are as good as 16 and 64 (research
+log)."""
+
+
+class UserFactors:
+    """Vectors of the items that enough users had, with or without some of these users."""
+
+    def __init__(self, log: EventLog, item_rows: Int, counts: Int, dim: int, *, seed: int) -> None:
+        """
+        Args:
+            item_rows: int64 [log.num_items], the model row of each of the log's items; 0 is the unknown item.
+            counts: int64 [N], visible events per user. Nothing after them is read.
+            dim: number of columns M.
+            seed: of the sketch, and of the choice of users if all have more than MOST_EVENTS events.
+        """
+        num_rows = int(item_rows.max(initial=0)) + 1
+        user, row = _distinct_items(log, item_rows, counts, num_rows, seed)
+        num_users = np.bincount(row, minlength=num_rows)
+        self.has_vector = num_users >= MIN_USERS
+        """bool [V1]."""
+        length = np.bincount(user, minlength=log.num_users)
+        kept = self.has_vector[row]
+        user, self._row = user[kept], row[kept]
+        self._value = (length[user] ** -0.5 * num_users[self._row] ** -0.25).astype(np.float32)
+        self._offsets = np.searchsorted(user, np.arange(log.num_users + 1))
+        index, shape = torch.from_numpy(np.stack([user, self._row])), (log.num_users, num_rows)
+        value = torch.from_numpy(self._value)
+        matrix = torch.sparse_coo_tensor(index, value, shape, is_coalesced=True, check_invariants=False)
+        size = min(dim, MOST_FACTORS)
+        columns = min(size + OVERSAMPLING, *shape)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            left, scale, _ = torch.svd_lowrank(matrix, q=columns, niter=POWER_ITERATIONS)
+        of_users = torch.where(scale > 1e-6 * scale.max(), left / scale, 0)[:, :size]
+        self._users, self._items, self._dim = of_users.numpy(), (matrix.t() @ of_users).numpy(), dim
+        self._size = self._rms(self._items)
+
+    def vectors(self, rows: Int, without: Int | None = None) -> Float32s:
+        """Vectors float32 [R, M] of sorted, distinct model rows int64 [R], each with the root mean square START_RMS.
+
+        Rows without a vector, and items that only the users `without` had, are 0.
+
+        Args:
+            without: distinct users whose histories take no part; None for all users.
+        """
+        found = self._items[rows]
+        if without is not None and len(rows):
+            begin = self._offsets[without]
+            count = self._offsets[without + 1] - begin
+            entry = ranges(begin, count)
+            place = np.minimum(np.searchsorted(rows, self._row[entry]), len(rows) - 1)
+            inside = np.flatnonzero(rows[place] == self._row[entry])
+            owner = np.repeat(without, count)[inside]
+            np.subtract.at(found, place[inside], self._value[entry[inside], None] * self._users[owner])
+        size = self._rms(found)
+        # If all users of an item are left out, only rounding errors remain.
+        scaled = np.where(size > 1e-4 * self._size[rows], found * (START_RMS / np.maximum(size, 1e-30)), 0)
+        return np.pad(scaled.astype(np.float32), ((0, 0), (0, self._dim - scaled.shape[1])))
+
+    def _rms(self, vectors: Float32s) -> Float32s:
+        """Root mean square of each row, [R, 1], over all M columns: those that are not kept are 0."""
+        size: Float32s = np.sqrt(np.sum(vectors**2, axis=1, keepdims=True) / np.float32(self._dim))
+        return size
+
+
+def _distinct_items(log: EventLog, item_rows: Int, counts: Int, num_rows: int, seed: int) -> tuple[Int, Int]:
+    """Pairs of a user and a known model row of one of the user's items, each once, sorted."""
+    counts = random_users_counts(counts, MOST_EVENTS, np.random.default_rng(seed), "items are factorized by")
+    keys, begin = [np.zeros(0, np.int64)], 0
+    for histories in visible_blocks(log, counts, BLOCK_EVENTS):
+        item = item_rows[histories.item]
+        keys.append(np.unique(((begin + histories.owner) * num_rows + item)[item > 0]))
+        begin += histories.num_users
+    return np.divmod(np.concatenate(keys), num_rows)
