@@ -29,7 +29,7 @@ from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_p
 from scripts.benchmarks.explore_visit import TABS, browser_program, exploring, visiting
 from scripts.benchmarks.workloads import lifelong_log, untrained
 from vista.config.choices import Codec
-from vista.explore.user_search import UserSearch
+from vista.explore.workspace import UserSearch
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
 from vista.store import Manifest, StoreWriter, Tail, UserSummaries, encode_records, user_keys

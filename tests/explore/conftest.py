@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Served
-from vista.explore.explore_workspace import Workspace
-from vista.explore.places import Places
+from vista.explore.workspace import Places, Workspace
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -11,10 +11,20 @@ import pytest
 
 from tests.conftest import Served, serve, small_config
 from tests.explore.conftest import places_of
-from vista.explore.explained_ranking import compared, explained_ranking, ordinal, request_time, tail_of_events
-from vista.explore.explore_workspace import Workspace, open_page_scorer, record_of
-from vista.explore.ranking_comparison import common_task, compare_rankings, compare_users, earlier_generations
-from vista.explore.what_if import changes, what_if
+from vista.explore.rankings import (
+    changes,
+    common_task,
+    compare_rankings,
+    compare_users,
+    compared,
+    earlier_generations,
+    explained_ranking,
+    ordinal,
+    request_time,
+    tail_of_events,
+    what_if,
+)
+from vista.explore.workspace import Workspace, open_page_scorer, record_of
 from vista.log.event_log import EventLog
 from vista.log.gaps import NO_TIMESTAMP
 from vista.refresh import refresh

@@ -19,19 +19,32 @@ from vista.config.choices import OnMissing, Precision
 from vista.errors import ConfigError, DataError, LeakageError
 from vista.evaluation.comparison import Estimate
 from vista.evaluation.evaluate import evaluate_scorer
-from vista.explore.explore_workspace import Workspace, log_version, record_of
-from vista.explore.item_names import ItemNames
-from vista.explore.markdown_text import escaped
-from vista.explore.places import Places
-from vista.explore.record_sample import record_sample
-from vista.explore.result_tables import ResultTable, read_table, result_files
-from vista.explore.run_curves import MAX_POINTS, RunCurves
-from vista.explore.store_freshness import Freshness, store_freshness
-from vista.explore.store_health import generation_rows
-from vista.explore.summary_benefit import BenefitRow, EmptySummaryScorer, SummaryBenefit, summary_benefit
-from vista.explore.timeline import MAX_KINDS, NUM_BINS, OTHER, timeline
-from vista.explore.user_page import counter_rows, frequent_items, history_of, user_facts
-from vista.explore.user_search import UserSearch
+from vista.explore.results import (
+    MAX_POINTS,
+    BenefitRow,
+    EmptySummaryScorer,
+    ResultTable,
+    RunCurves,
+    SummaryBenefit,
+    read_table,
+    result_files,
+    summary_benefit,
+)
+from vista.explore.user_page import (
+    MAX_KINDS,
+    NUM_BINS,
+    OTHER,
+    Freshness,
+    counter_rows,
+    frequent_items,
+    generation_rows,
+    history_of,
+    record_sample,
+    store_freshness,
+    timeline,
+    user_facts,
+)
+from vista.explore.workspace import ItemNames, Places, UserSearch, Workspace, escaped, log_version, record_of
 from vista.log.event_log import EventLog
 from vista.log.vocabulary import Vocabulary
 from vista.refresh import refresh

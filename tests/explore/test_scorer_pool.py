@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import Served
 from vista.errors import StoreError, VistaError
-from vista.explore.scorer_pool import ScorerPool
+from vista.explore.workspace import ScorerPool
 from vista.scorer import Scorer
 
 DESCRIPTORS = Path("/proc/self/fd")

@@ -10,8 +10,7 @@ from scripts import demo
 from tests.conftest import ratings_folder
 from vista.config import ExploreConfig, ModelConfig, TrainConfig
 from vista.errors import ConfigError
-from vista.explore.explore_workspace import Workspace
-from vista.explore.places import DEMO, Places
+from vista.explore.workspace import DEMO, Places, Workspace
 
 SMALL = ["optim.epochs=1", "optim.warmup_steps=2", "model.dim=16", "progress=false", "num_threads=1"]
 SIZES = demo.DemoSizes(num_users=24, events_per_user=200, history_lengths=(10, 100), num_candidates=20)

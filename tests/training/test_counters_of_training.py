@@ -31,9 +31,8 @@ from vista.evaluation.cases import NextItemCases
 from vista.evaluation.evaluate import evaluate_scorer
 from vista.examples.batch import Batch
 from vista.examples.batch_source import MEASURED_BATCHES
-from vista.explore.explore_workspace import Workspace
-from vista.explore.places import Places
 from vista.explore.user_page import counter_rows
+from vista.explore.workspace import Places, Workspace
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories
 from vista.log.splits import split_until, visible_counts

@@ -7,8 +7,8 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
-from vista.explore.explained_ranking import PARTS
-from vista.explore.timeline import OTHER, Timeline
+from vista.explore.rankings import PARTS
+from vista.explore.user_page import OTHER, Timeline
 from vista.log.gaps import DAY_MS
 from vista.runs.metric_order import better_values
 

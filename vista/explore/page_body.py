@@ -10,19 +10,18 @@ import streamlit as st
 
 from vista.config import ExploreConfig
 from vista.errors import VistaError
-from vista.explore.explore_workspace import Workspace, record_of
-from vista.explore.markdown_text import escaped
 from vista.explore.page_cache import SCORERS, user_search, workspace_of
-from vista.explore.places import Places
-from vista.explore.store_freshness import Freshness, store_freshness
-from vista.explore.tabs.comparison_tab import show_comparison
-from vista.explore.tabs.ranking_tab import show_ranking
-from vista.explore.tabs.results_tab import show_results
-from vista.explore.tabs.store_tab import show_store
-from vista.explore.tabs.training_tab import show_training
-from vista.explore.tabs.user_tab import show_user
-from vista.explore.tabs.what_if_tab import show_what_if
-from vista.explore.user_search import UserSearch
+from vista.explore.tabs import (
+    show_comparison,
+    show_ranking,
+    show_results,
+    show_store,
+    show_training,
+    show_user,
+    show_what_if,
+)
+from vista.explore.user_page import Freshness, store_freshness
+from vista.explore.workspace import Places, UserSearch, Workspace, escaped, record_of
 
 logger = logging.getLogger(__name__)
 SHOWN_MATCHES = 8

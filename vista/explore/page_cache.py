@@ -12,12 +12,9 @@ import streamlit as st
 
 from vista.config.choices import OnMissing, Precision
 from vista.evaluation.recall import RecallItems, RecallReport, recall_of_user
-from vista.explore.explore_workspace import Workspace, log_version, open_page_scorer
-from vista.explore.places import Places
-from vista.explore.ranking_comparison import OverlapOfUsers, compare_users
-from vista.explore.scorer_pool import ScorerPool
-from vista.explore.summary_benefit import EmptySummaryScorer, SummaryBenefit, summary_benefit
-from vista.explore.user_search import UserSearch
+from vista.explore.rankings import OverlapOfUsers, compare_users
+from vista.explore.results import EmptySummaryScorer, SummaryBenefit, summary_benefit
+from vista.explore.workspace import Places, ScorerPool, UserSearch, Workspace, log_version, open_page_scorer
 from vista.log.event_log import EventLog
 from vista.scorer import Scorer
 from vista.scorer.serving_source import ServingSource

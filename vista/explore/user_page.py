@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, cast
 
 import numpy as np
 
 from vista.config.model_config import ITEM
 from vista.counters.counter_codes import CounterSpec
-from vista.explore.explore_workspace import Workspace, record_of
+from vista.explore.workspace import ItemNames, UserSearch, Workspace, record_of
+from vista.log.event_log import EventLog
 from vista.log.gaps import LATEST_MS, NO_TIMESTAMP, YEAR_1971_MS
 from vista.log.histories import Histories
 from vista.log.row_features import RowFeatures
+from vista.log.until import Until, parse_until
 from vista.scorer import Scorer
+from vista.store.admin.managed_store import managed_store
+from vista.store.admin.store_stats import GenerationStats, StoreStats, store_stats
+from vista.store.manifest import Manifest
+from vista.store.shards import stores_in
 from vista.store.stored_batch import StoredBatch
 
 SECONDS_PER_DAY = 86_400
@@ -167,3 +176,187 @@ def shown_age(milliseconds: float) -> str:
 
 def _time(time_ms: np.int64) -> int | None:
     return None if time_ms == NO_TIMESTAMP else int(time_ms)
+
+
+# A user's history over time: events per bin of time and kind, so that any history fits a chart.
+
+NUM_BINS = 60
+MAX_KINDS = 6
+"""Kinds of events with a color of their own; the rest is "other"."""
+OTHER = "other"
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """Counts of one history, and where its parts begin."""
+
+    rows: list[dict[str, Any]]
+    """{"time": begin of the bin, "end", "kind", "events", "below", "above"}, without empty bins. Times are in ms, or
+    ordinals. The last two stack the kinds of a bin: "above" is "below" plus "events"."""
+    kinds: list[str]
+    """The most frequent first."""
+    kind_name: str
+    """What a kind is: "action", or a category of items, such as "genres"."""
+    tail_from: int | None
+    """Time of the first event of the tail; None without a tail."""
+
+
+def timeline(log: EventLog, history: Histories, names: ItemNames, tail_times: list[int]) -> Timeline:
+    """Count a history.
+
+    Args:
+        log: names the actions.
+        history: of one user.
+        names: if items have groups, these are the kinds of events; otherwise actions are.
+        tail_times: times of the tail's events, oldest first.
+    """
+    times = np.asarray(history.timestamp)
+    if names.groups is not None:
+        kind_name = names.group_name
+        kinds = [group or OTHER for group in names.groups_of_ids(log.items.ids(history.item).tolist())]
+    else:
+        kind_name = "action"
+        kinds = [log.actions[code] if log.actions else "event" for code in history.action.tolist()]
+    frequent = [kind for kind, _ in Counter(kinds).most_common(MAX_KINDS)]
+    edges = np.unique(np.linspace(times[0], times[-1] + 1, NUM_BINS + 1).astype(np.int64)) if len(times) else times
+    places = np.searchsorted(edges, times, side="right") - 1
+    counted = Counter(
+        (place, kind if kind in frequent else OTHER) for place, kind in zip(places.tolist(), kinds, strict=True)
+    )
+    ordered = [*frequent, *([OTHER] if any(kind == OTHER for _, kind in counted) and OTHER not in frequent else [])]
+    rows: list[dict[str, Any]] = []
+    for place in sorted({place for place, _ in counted}):
+        below = 0
+        for kind in ordered:
+            if count := counted[place, kind]:
+                time, end = int(edges[place]), int(edges[place + 1])
+                rows.append(
+                    {"time": time, "end": end, "kind": kind, "events": count, "below": below, "above": below + count}
+                )
+                below += count
+    return Timeline(rows, ordered, kind_name, tail_times[0] if tail_times else None)
+
+
+# Whether a store covers its log.
+
+
+class Freshness(Enum):
+    """How a store relates to its log."""
+
+    fresh = "Fresh"
+    partial = "Held back"
+    behind = "Behind the log"
+    unknown = "Unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class StoreFreshness:
+    """Whether a store covers its log, and why."""
+
+    state: Freshness
+    reason: str
+
+
+def store_freshness(manifest: Manifest, log: EventLog | None, now_ms: int | None = None) -> StoreFreshness:
+    """Compare a store with the log that it was refreshed from.
+
+    Args:
+        manifest: of the served generation.
+        log: None if it is not open.
+        now_ms: the current time, ms; None asks the clock.
+    """
+    now = time.time_ns() // 1_000_000 if now_ms is None else now_ms
+    age = f"The last refresh started {shown_age(now - max(manifest.refreshed_at, manifest.created_at))} ago"
+    if log is None:
+        return StoreFreshness(Freshness.unknown, f"{age}. Without the log, newer events are unknown.")
+    if manifest.applied_segment < log.last_segment:
+        count = log.last_segment - manifest.applied_segment
+        num_changed = len(log.changed_users(manifest.applied_segment))
+        changed = f"{num_changed:,} user{'s' * (num_changed != 1)}"
+        segments = f"{count} newer segment{'s' * (count != 1)}"
+        return StoreFreshness(
+            Freshness.behind,
+            f"{age}. The log has {segments} with changes of {changed}; run `vista refresh ... incremental=true`.",
+        )
+    if parse_until(manifest.until) != Until():
+        return StoreFreshness(
+            Freshness.partial, f"{age} and covered all segments, but only events until={manifest.until}, as requested."
+        )
+    return StoreFreshness(Freshness.fresh, f"{age}, and it covers every segment of the log.")
+
+
+def generation_rows(store: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """A row per generation of a store and its shards, and the problems found.
+
+    Raises:
+        StoreError: there is no store.
+    """
+    rows: list[dict[str, Any]] = []
+    problems: list[str] = []
+    for root in stores_in(store):
+        stats = store_stats(root)
+        rows += [_row(stats, one) for one in reversed(stats.generations)]
+        problems += [stats.problem] * bool(stats.problem)
+        problems += [f"gen-{one.number}: {one.problem}" for one in stats.generations if one.problem]
+        problems += managed_store(root).problems()
+    return rows, problems
+
+
+def _row(stats: StoreStats, one: GenerationStats) -> dict[str, Any]:
+    if one.manifest is None:
+        return {"generation": one.number, "state": "damaged"}
+    manifest, size = one.manifest, one.live_bytes if one.size_bytes is None else one.size_bytes
+    served = one.number == stats.published
+    return {
+        "generation": one.number,
+        "state": "served" if served else "kept" if one.complete else "unfinished",
+        "users": one.num_records,
+        "refreshed": shown_time(max(manifest.refreshed_at, manifest.created_at)),
+        "events": "all" if manifest.until in (None, "all") else f"until={manifest.until}",
+        "bytes per user": round(one.live_bytes / one.num_records) if one.num_records else None,
+        "on disk (MB)": round(size / 1e6, 1),
+        "codec": manifest.codec,
+        "summary": f"{manifest.num_tokens} x {manifest.dim}",
+        "tail": manifest.tail_len,
+        "summarizer": manifest.summarizer_id[:12],
+    }
+
+
+# Records of a sample of users, to judge a whole store by.
+
+SAMPLE_USERS = 500
+"""Users whose records are read to show gaps."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecordSample:
+    """Records of some users, to judge the whole store by."""
+
+    num_users: int
+    without_record: int
+    behind: int
+    """Users whose record covers fewer events than the log has."""
+    covered: list[dict[str, Any]]
+    """Per user: {"events": events of the log, "covered": events of the record}; empty without a log."""
+
+
+def record_sample(scorer: Scorer, log: EventLog | None, users: UserSearch) -> RecordSample:
+    """Read the records of up to SAMPLE_USERS users, the same ones at every call.
+
+    Raises:
+        StoreError: a record is damaged.
+    """
+    rows = users.sample(SAMPLE_USERS)
+    if not len(rows):
+        return RecordSample(0, 0, 0, [])
+    stored = scorer.store.get_many(users.users.ids(rows))
+    found = stored.found
+    if log is None:
+        return RecordSample(len(rows), int((~found).sum()), 0, [])
+    events = log.lengths[rows]
+    covered = [
+        {"events": int(has), "covered": int(covers)}
+        for has, covers in zip(events[found], stored.event_count[found], strict=True)
+    ]
+    behind = int((found & (stored.event_count < events)).sum())
+    return RecordSample(len(rows), int((~found).sum()), behind, covered)

@@ -1,0 +1,358 @@
+"""A user's best items, and what their scores consist of."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vista.arrays import Floats
+from vista.errors import ConfigError, UnfinishedError
+from vista.explore.workspace import Workspace, escaped, record_of
+from vista.scorer import Explanation, Ranking, Scorer
+from vista.store.layout import store_address
+from vista.store.reader import generations_of
+from vista.store.tail import Tail
+
+HOUR_MS = 3_600_000
+PARTS = ("summary", "tail", "counters", "item and request", "state", "bias")
+"""What a score consists of, as the page names it: `Explanation` has the fields in another order."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainedRanking:
+    """The best C items for one user, best first."""
+
+    items: list[Any]
+    names: list[str]
+    scores: NDArray[np.float32]
+    """[C] as the scorer returns them."""
+    parts: dict[str, NDArray[np.float32]]
+    """By name in PARTS: [C] shares of the explained value. Parts that the model lacks are left out."""
+    explanation: Explanation
+    tail_names: list[str]
+    """Names of the tail's items, oldest event first."""
+    is_probability: bool
+    """Whether a score is the sigmoid of the explained value; otherwise both are equal."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per item: rank, name, score, and its parts."""
+        return [
+            {
+                "rank": place + 1,
+                "item": name,
+                "score": float(self.scores[place]),
+                **{part: float(shares[place]) for part, shares in self.parts.items()},
+            }
+            for place, name in enumerate(self.names)
+        ]
+
+    def tokens(self, place: int) -> list[dict[str, Any]]:
+        """Shares of the summary's tokens in the score of one item, in the order of the tokens."""
+        shares = self.explanation.summary[place].tolist()
+        return [{"token": number + 1, "share": share} for number, share in enumerate(shares)]
+
+    def tail_events(self, place: int) -> list[dict[str, Any]]:
+        """Shares of the tail's events in the score of one item, newest event first."""
+        shares = self.explanation.tail[place].tolist()
+        events = list(zip(self.tail_names, shares, strict=True))[::-1]
+        return [{"age": age + 1, "item": name, "share": share} for age, (name, share) in enumerate(events)]
+
+    def reason(self, place: int) -> str:
+        """Why an item has its rank, in Markdown: its largest parts, and what sets it apart from the other items."""
+        value = float(self.explanation.value[place])
+        ordered = sorted(self.parts, key=lambda part: -abs(float(self.parts[part][place])))
+        main = [f"{part} {self.parts[part][place]:+.2f}{self._detail(part, place)}" for part in ordered[:3]]
+        odds = f"the log-odds {value:+.2f} (probability {float(self.scores[place]):.2f})"
+        total = odds if self.is_probability else f"the score {value:.2f}"
+        name = escaped(self.names[place])
+        text = f"**Item {name}** has rank {place + 1}. Of {total}, the largest parts are {', '.join(main)}."
+        others = np.delete(np.arange(len(self.items)), place)
+        if len(others):
+            means = {part: float(shares[others].mean()) for part, shares in self.parts.items()}
+            best = max(means, key=lambda part: abs(float(self.parts[part][place]) - means[part]))
+            text += (
+                f" Compared with the mean of the other {len(others)} items, the largest difference is in the {best}: "
+                f"it {compared(float(self.parts[best][place]), means[best])}."
+            )
+        return text
+
+    def _detail(self, part: str, place: int) -> str:
+        if part == "summary" and self.explanation.summary.shape[1] > 1:
+            first, second = np.argsort(-np.abs(self.explanation.summary[place]))[:2] + 1
+            return f" (largest: tokens {first} and {second})"
+        if part == "tail" and self.tail_names:
+            largest = int(np.abs(self.explanation.tail[place]).argmax())
+            age, share = len(self.tail_names) - largest, float(self.explanation.tail[place][largest])
+            return (
+                f" (largest: item {escaped(self.tail_names[largest])}, the {ordinal(age)} newest event, {share:+.2f})"
+            )
+        return ""
+
+
+def explained_ranking(
+    workspace: Workspace, scorer: Scorer, user: int | str, *, top_k: int, now: int | None, exclude_tail: bool = False
+) -> ExplainedRanking | None:
+    """Rank the catalog for a user and explain the best items; None if no item has a finite score.
+
+    Raises:
+        StoreError, ValueError: as in `Scorer.rank`.
+    """
+    ranking = scorer.rank(user, top_k=top_k, exclude_tail=exclude_tail, now=now)
+    items = ranking.items.tolist()
+    if not items:
+        return None
+    explanation = scorer.explain(user, ranking.items, now=now)
+    parts = {
+        "summary": explanation.summary.sum(1),
+        "tail": explanation.tail.sum(1),
+        "counters": explanation.counted,
+        "item and request": explanation.own,
+        "state": explanation.state,
+        "bias": explanation.remainder,
+    }
+    has = {
+        "summary": scorer.model.config.num_seeds > 0,
+        "counters": scorer.model.counter_spec is not None,
+        "state": bool(np.any(explanation.state)),
+    }
+    return ExplainedRanking(
+        items,
+        workspace.names.of_ids(items),
+        ranking.scores,
+        {part: parts[part] for part in PARTS if has.get(part, True)},
+        explanation,
+        workspace.names.of_ids(explanation.tail_items),
+        scorer.task in scorer.model.schema.tasks,
+    )
+
+
+def request_time(user: int | str, *scorers: Scorer, current: int | None = None) -> int | None:
+    """Time of a request to some scorers in ms: `current`, or an hour after the user's newest event in their records.
+
+    A log that ended long ago would make every request look late, so the page asks an hour after the newest event. For
+    a user without an event, it asks the clock. None if no model reads times.
+    """
+    timed = [scorer for scorer in scorers if scorer.model.schema.has_time]
+    if not timed:
+        return None
+    newest = max(int(record_of(scorer, user).last_event_ts[0]) for scorer in timed)
+    if current is None:
+        current = newest + HOUR_MS if newest > 0 else time.time_ns() // 1_000_000
+    return max(current, newest)
+
+
+def compared(own: float, other: float) -> str:
+    """How a part changes this score and other scores, such as "lowers this score by 0.06 and raises others by 0.19"."""
+    verbs = ["raises" if value >= 0 else "lowers" for value in (own, other)]
+    text = f"{verbs[0]} this score by {abs(own):.2f}"
+    if verbs[0] != verbs[1]:
+        return f"{text} and {verbs[1]} others by {abs(other):.2f}"
+    more = "more" if abs(own) >= abs(other) else "less"
+    return f"{text}, {more} than it {verbs[1]} others ({abs(other):.2f})"
+
+
+def ordinal(number: int) -> str:
+    """1st, 2nd, 3rd, 4th, ..."""
+    ending = "th" if 10 <= number % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{ending}"
+
+
+def tail_of_events(events: list[tuple[Any, int]], now: int | None, newest: int) -> Tail:
+    """Events (item, action code) of one user as a tail, the last one newest.
+
+    Args:
+        events: oldest first.
+        now: time of the request, ms; the last event is a minute earlier. None for a model that reads no times.
+        newest: ordinal of the user's newest stored event, which the events follow without times; negative for none.
+    """
+    count = len(events)
+    times = max(newest, -1) + np.arange(1, count + 1) if now is None else now - 60_000 * np.arange(count, 0, -1)
+    actions = np.array([action for _, action in events], np.uint8)
+    items: Any = [item for item, _ in events]
+    return Tail(items, times, actions, np.array([0, count], np.int64))
+
+
+# What a ranking would be if the user did something now.
+
+LISTED = 1_000
+"""Ranks that are looked up; items beyond have no rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class WhatIf:
+    """The ranking before and after some added events."""
+
+    rows: list[dict[str, Any]]
+    """The best items afterwards and those that they replaced: item, rank before and after (None beyond LISTED), change
+    of the rank (positive: up), and the scores."""
+    num_changed: int
+    """Items among the best `top_k` afterwards that were not among them before."""
+
+    def summary(self, top_k: int) -> str:
+        """The change in words, in Markdown."""
+        moved = [row for row in self.rows if row["change"] is not None]
+        if not self.num_changed and all(row["change"] == 0 for row in moved):
+            return f"The order of the best {top_k} items stays the same."
+        up = max(moved, key=lambda row: row["change"], default=None)
+        first, text = self.rows[0], f"**{self.num_changed} of the best {top_k}** items are new."
+        if first["before"] != 1:
+            was = f"was beyond rank {LISTED:,}" if first["before"] is None else f"had rank {first['before']:,}"
+            text += f" Item {escaped(first['item'])} is first now and {was} before."
+        if up is not None and up["change"] > 0 and up is not first:
+            text += f" Item {escaped(up['item'])} moves up most, from rank {up['before']:,} to {up['after']:,}."
+        return text
+
+
+def what_if(
+    workspace: Workspace, scorer: Scorer, user: int | str, events: list[tuple[Any, int]], *, now: int | None, top_k: int
+) -> WhatIf:
+    """Rank the catalog for a user with and without events that are not in the store.
+
+    Args:
+        events: ids of items and codes of actions, oldest first; they end a minute before the request.
+        now: time of the request, ms; None for a model that reads no times, for which they follow the stored events.
+        top_k: number of best items to compare.
+
+    Raises:
+        ValueError, TypeError, StoreError: as in `Scorer.rank`.
+    """
+    most = max(LISTED, top_k)
+    added = tail_of_events(events, now, int(record_of(scorer, user).last_event_ts[0]))
+    before = scorer.rank(user, top_k=most, now=now)
+    after = scorer.rank(user, top_k=most, now=now, tail=added)
+    return changes(workspace, before, after, top_k)
+
+
+def changes(workspace: Workspace, before: Ranking, after: Ranking, top_k: int) -> WhatIf:
+    """Compare two rankings of one user, of at least `top_k` items if there are so many."""
+    old, new = places_of(before), places_of(after)
+    best_before, best_after = before.items[:top_k].tolist(), after.items[:top_k].tolist()
+    left = [item for item in best_before if item not in set(best_after)]
+    rows = []
+    listed = [*best_after, *left]
+    for item, name in zip(listed, workspace.names.of_ids(listed), strict=True):
+        was, is_now = old.get(item), new.get(item)
+        rows.append(
+            {
+                "item": name,
+                "before": None if was is None else was + 1,
+                "after": None if is_now is None else is_now + 1,
+                "change": None if was is None or is_now is None else was - is_now,
+                "score before": None if was is None else float(before.scores[was]),
+                "score after": None if is_now is None else float(after.scores[is_now]),
+            }
+        )
+    return WhatIf(rows, len(set(best_after) - set(best_before)))
+
+
+def places_of(ranking: Ranking) -> dict[Any, int]:
+    """0-based place of each item of a ranking."""
+    return dict(zip(ranking.items.tolist(), np.arange(len(ranking.items)).tolist(), strict=True))
+
+
+# Two scorers side by side: two models, two stores of one model, or two generations of one store.
+
+
+@dataclass(frozen=True, slots=True)
+class RankingComparison:
+    """The best items of one user by two scorers A and B."""
+
+    rows: list[dict[str, Any]]
+    """One row per rank: the items of A and B, and the rank that the other scorer gives each (None beyond its list)."""
+    shared: int
+    """Items in both lists."""
+    a_has_record: bool
+    b_has_record: bool
+    num_events: tuple[int, int]
+    """Events that the records of A and B cover."""
+
+
+@dataclass(frozen=True, slots=True)
+class OverlapOfUsers:
+    """How alike two scorers rank, over several users."""
+
+    users: list[int | str]
+    overlap: Floats
+    """[N] share of the best items that both lists have."""
+    same_first: float
+    """Share of users whose first item is the same."""
+
+
+def compare_rankings(
+    workspace: Workspace, a: Scorer, b: Scorer, user: int | str, *, top_k: int, listed: int = 200
+) -> RankingComparison:
+    """Rank the catalog for one user with two scorers, at the same time of the request.
+
+    Args:
+        top_k: items per list.
+        listed: ranks that are looked up in the other list.
+
+    Raises:
+        StoreError, ValueError: as in `Scorer.rank`.
+    """
+    now = request_time(user, a, b)
+    rankings = [scorer.rank(user, top_k=max(listed, top_k), now=now) for scorer in (a, b)]
+    places = [places_of(ranking) for ranking in rankings]
+    best = [ranking.items[:top_k].tolist() for ranking in rankings]
+    names = [workspace.names.of_ids(items) for items in best]
+    rows = []
+    for place in range(max(map(len, best))):
+        row: dict[str, Any] = {"rank": place + 1}
+        for side, other in ((0, 1), (1, 0)):
+            inside = place < len(best[side])
+            own = places[other].get(best[side][place]) if inside else None
+            row["AB"[side]] = names[side][place] if inside else ""
+            row[f"{'AB'[side]} in {'AB'[other]}"] = None if own is None else own + 1
+        rows.append(row)
+    records = [record_of(scorer, user) for scorer in (a, b)]
+    of_a, of_b = (int(record.event_count[0]) for record in records)
+    shared = len(set(best[0]) & set(best[1]))
+    return RankingComparison(rows, shared, bool(records[0].found[0]), bool(records[1].found[0]), (of_a, of_b))
+
+
+def compare_users(a: Scorer, b: Scorer, users: list[int | str], *, top_k: int) -> OverlapOfUsers:
+    """Rank the catalog for several users with two scorers; errors as of `Scorer.rank`."""
+    overlap, same = [], 0
+    for user in users:
+        now = request_time(user, a, b)
+        one, two = (scorer.rank(user, top_k=top_k, now=now).items.tolist() for scorer in (a, b))
+        overlap.append(len(set(one) & set(two)) / max(len(one), len(two), 1))
+        same += one[:1] == two[:1]
+    return OverlapOfUsers(users, np.array(overlap), same / max(len(users), 1))
+
+
+def common_task(a: Scorer, b: Scorer) -> str:
+    """The first task of A that B has too.
+
+    Raises:
+        ConfigError: they have none in common.
+    """
+    for task in a.tasks:
+        if task in b.tasks:
+            return task
+    raise ConfigError(
+        f"the models have no task in common ({', '.join(a.tasks)}; {', '.join(b.tasks)}); compare models of one task"
+    )
+
+
+def earlier_generations(scorer: Scorer) -> list[int]:
+    """Numbers of the other complete generations of the same model, newest first; none for a sharded store.
+
+    Raises:
+        StoreError: a generation is damaged.
+    """
+    served, generations = scorer.store.generation, generations_of(store_address(str(scorer.store.path)))
+    found = []
+    try:
+        for number in generations.numbers():
+            with contextlib.suppress(UnfinishedError):  # by a refresh that runs, or that was stopped
+                if generations.manifest(number).summarizer_id == scorer.store.manifest.summarizer_id:
+                    found.append(number)
+    finally:
+        generations.close()
+    return [number for number in reversed(found) if number != served]

@@ -1,0 +1,678 @@
+"""The tab "User": the history, the record, the tail, the counters, and what the summary recalls."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import streamlit as st
+
+from vista.config import ExploreConfig
+from vista.config.config_keys import value_text
+from vista.errors import DataError, VistaError
+from vista.evaluation.recall import bands
+from vista.explore.charts import (
+    benefit_chart,
+    coverage_chart,
+    curve_chart,
+    metric_chart,
+    overlap_chart,
+    parts_chart,
+    recall_chart,
+    slope_chart,
+    tail_chart,
+    timeline_chart,
+    token_chart,
+)
+from vista.explore.page_cache import (
+    measured_benefit,
+    other_scorer,
+    overlap_of_users,
+    scorer_for,
+    user_recall,
+    user_search,
+)
+from vista.explore.rankings import (
+    common_task,
+    compare_rankings,
+    earlier_generations,
+    explained_ranking,
+    request_time,
+    what_if,
+)
+from vista.explore.results import RunCurves, read_table, result_files
+from vista.explore.user_page import (
+    Freshness,
+    RecordSample,
+    UserFacts,
+    frequent_items,
+    generation_rows,
+    history_of,
+    record_sample,
+    shown_age,
+    shown_time,
+    store_freshness,
+    timeline,
+    user_facts,
+)
+from vista.explore.workspace import Workspace, escaped, ids_with_prefix, record_of
+from vista.log.histories import Histories
+from vista.log.log_stats import LogStats
+from vista.runs.metric_order import better_values
+from vista.runs.run_files import is_run
+from vista.scorer import Scorer
+from vista.store.admin.verification import verify_store
+from vista.store.format.authentication import read_key
+from vista.store.shards import stores_in
+
+SHOWN_ROWS = 40
+TABLE_HEIGHT = 318
+
+
+def show_user(workspace: Workspace, user: int | str | None) -> None:
+    """Draw the tab."""
+    scorer, log = workspace.scorer, workspace.log
+    if scorer is None or user is None:
+        st.info("A user's page needs a model and its store.")
+        return
+    if log is None:
+        st.warning(escaped(workspace.problems["log"]), icon=":material/history:")
+    facts = user_facts(workspace, scorer, user)
+    _show_facts(facts)
+    history = history_of(workspace, user)
+    if log is not None and history is not None and history.num_events:
+        st.markdown("#### History")
+        line = timeline(log, history, workspace.names, [row["time"] for row in facts.tail[::-1]])
+        st.altair_chart(timeline_chart(line, has_time=log.has_time), width="stretch")
+    if not facts.has_record:
+        return
+    left, right = st.columns(2, gap="large")
+    with left:
+        st.markdown("#### Tail")
+        st.caption("The newest events, which the record stores unchanged. Newest first.")
+        _show_tail(facts, has_time=scorer.model.schema.has_time)
+    with right:
+        if facts.counters or history is None:
+            st.markdown("#### Counters")
+            _show_counters(facts)
+        else:
+            st.markdown("#### Most frequent items")
+            _show_frequent(workspace, history)
+    st.markdown("#### What the summary recalls")
+    with st.spinner("Measuring the recall of older events …"):
+        report = user_recall(workspace, scorer, user)
+    if report is None:
+        st.caption("Recall needs the log, a record, and a model with summaries.")
+        return
+    rows = [
+        {"age": band, "recall": 100 * (own - other), "own": own, "other": other, "events": count}
+        for band, own, other, count in zip(
+            bands(), report.own.tolist(), report.other.tolist(), report.num_events.tolist(), strict=True
+        )
+        if count
+    ]
+    if not rows:
+        st.caption("No event of this history could be measured: too few items are new to the user.")
+        return
+    st.altair_chart(recall_chart(rows), width="stretch")
+    st.caption(
+        "The decoder ranks each event of the history among 100 items that are about as popular and new to the user. "
+        "Recall is how many more of these items the event beats with this user's summary than with another user's, in "
+        "percentage points. A recall near 0 does not mean that the summary is useless for ranking; see *Results*."
+    )
+
+
+def _show_facts(facts: UserFacts) -> None:
+    if not facts.has_record:
+        where = f"has {facts.num_events:,} events in the log, but" if facts.num_events is not None else "is unknown:"
+        st.warning(
+            f"User {escaped(facts.user)} {where} no record in the store. Requests get the summary of an empty history. "
+            "Refresh the store to add a record, unless the user was erased on purpose.",
+            icon=":material/person_off:",
+        )
+        return
+    tokens, dim = facts.summary_shape
+    cells = [
+        ("Events in the log", "–" if facts.num_events is None else f"{facts.num_events:,}", None),
+        ("Events in the record", f"{facts.num_covered:,}", _missing(facts)),
+        ("Summary", f"{tokens} x {dim}", f"{tokens} tokens of {dim} numbers"),
+        ("Newest event", shown_time(facts.newest_at)[:10], None),
+        ("Record written", shown_time(facts.created_at)[:10], None),
+    ]
+    for column, (label, value, note) in zip(st.columns(len(cells)), cells, strict=True):
+        column.metric(label, value, help=note)
+
+
+def _missing(facts: UserFacts) -> str | None:
+    missing = facts.num_missing
+    return f"The log has {missing:,} newer events that the record does not cover." if missing else None
+
+
+def _show_tail(facts: UserFacts, *, has_time: bool) -> None:
+    if not facts.tail:
+        st.caption("This record has no tail.")
+        return
+    rows = [
+        {"item": row["name"], "time": shown_time(row["time"]) if has_time else row["time"], "action": row["action"]}
+        | {key: value for key, value in row.items() if key not in ("item", "name", "time", "action")}
+        for row in facts.tail
+    ]
+    st.dataframe(pd.DataFrame(rows), hide_index=True, height=TABLE_HEIGHT, width="stretch")
+
+
+def _show_counters(facts: UserFacts) -> None:
+    if not facts.counters:
+        st.caption("This model has no counters.")
+        return
+    fields = list(facts.counters)
+    field = fields[0]
+    if len(fields) > 1:
+        chosen = st.segmented_control(
+            "Field", fields, default=field, required=True, format_func=escaped, key="counters"
+        )
+        field = chosen or field
+    st.caption("Number of events per value: in total, and with more weight on newer events.")
+    rows = [dict(row) for row in facts.counters[field][:SHOWN_ROWS]]
+    for row in rows:
+        if "seconds since the last" in row:
+            row["last"] = shown_age(1000 * row.pop("seconds since the last"))
+    sums = [name for row in rows[:1] for name in row if name.startswith("last ~")]
+    formats = {name: st.column_config.NumberColumn(format="%.1f") for name in sums}
+    formats["count"] = st.column_config.NumberColumn(format="%d")
+    st.dataframe(pd.DataFrame(rows), hide_index=True, height=TABLE_HEIGHT, width="stretch", column_config=formats)
+
+
+def _show_frequent(workspace: Workspace, history: Histories) -> None:
+    st.caption("This model has no counters, so these are the most frequent items of the history, from the log.")
+    has_time = workspace.log is not None and workspace.log.has_time
+    rows = frequent_items(workspace, history, SHOWN_ROWS)
+    shown = [{**row, "last": shown_time(row["last"]) if has_time else row["last"]} for row in rows]
+    st.dataframe(pd.DataFrame(shown), hide_index=True, height=TABLE_HEIGHT, width="stretch")
+
+
+# The tab "Ranking": the best items for the user, and why they are the best.
+
+RANKING_TOP_K = (5, 10, 20)
+LATER, NOW = "an hour after the newest event", "now"
+
+
+def show_ranking(workspace: Workspace, user: int | str | None) -> None:
+    """Draw the tab."""
+    if workspace.scorer is None or user is None:
+        st.info("A ranking needs a model, its store, and a user.")
+        return
+    options = st.columns([2, 2, 3, 2], vertical_alignment="bottom")
+    with options[0]:
+        scorer = chosen_task(workspace, "ranking-task")
+    top_k = options[1].segmented_control("Items", RANKING_TOP_K, default=10, required=True, key="top-k") or 10
+    when = options[2].selectbox("Time of the request", (LATER, NOW), key="when")
+    exclude_tail = options[3].toggle(
+        "Hide the tail's items",
+        key="exclude-tail",
+        help="Leave out the items of the tail. Scores do not change.",
+    )
+    current = time.time_ns() // 1_000_000 if when == NOW else None
+    now = request_time(user, scorer, current=current)
+    with st.spinner("Ranking the catalog …"):
+        ranking = explained_ranking(workspace, scorer, user, top_k=top_k, now=now, exclude_tail=exclude_tail)
+    if ranking is None:
+        st.info("No item has a score: the catalog is empty, or all items were left out.")
+        return
+    if not record_of(scorer, user).found[0]:
+        st.warning(
+            f"User {escaped(user)} has no record, so this is the ranking of an empty history.",
+            icon=":material/person_off:",
+        )
+    names = [f"{place + 1}. {name}" for place, name in enumerate(ranking.names)]
+    place = st.selectbox(
+        "Explain", range(len(names)), format_func=lambda place: names[place], key=f"explain-{user}-{top_k}", width=420
+    )
+    st.info(ranking.reason(place), icon=":material/lightbulb:")
+    value_name = "the log-odds" if ranking.is_probability else "the score"
+    st.markdown("#### What the scores consist of")
+    if ranking.is_probability:
+        st.caption(
+            "The log-odds of a probability p is log(p / (1 − p)): 0 for 50 %, +2 for 88 %, and −2 for 12 %. A positive "
+            "part raises the probability, and a negative part lowers it."
+        )
+    st.altair_chart(parts_chart(ranking.rows(), list(ranking.parts), value_name), width="stretch")
+    left, right = st.columns(2, gap="large")
+    with left:
+        st.markdown(f"#### Summary tokens of rank {place + 1}")
+        if tokens := ranking.tokens(place):
+            st.altair_chart(token_chart(tokens), width="stretch")
+        else:
+            st.caption("This model has no summary.")
+    with right:
+        st.markdown(f"#### Tail events of rank {place + 1}")
+        if events := ranking.tail_events(place):
+            st.altair_chart(tail_chart(events), width="stretch")
+        else:
+            st.caption("This user has no tail.")
+    st.caption("The shares add up to the explained value. They do not show what the score would be without a part.")
+    with st.expander("All numbers"):
+        formats = {part: st.column_config.NumberColumn(format="%+.3f") for part in ranking.parts}
+        st.dataframe(
+            pd.DataFrame(ranking.rows()), hide_index=True, width="stretch",
+            column_config=formats | {"score": st.column_config.NumberColumn(format="%.4f")},
+        )  # fmt: skip
+
+
+def chosen_task(workspace: Workspace, key: str) -> Scorer:
+    """The choice of a task, and the scorer of that task."""
+    assert workspace.scorer is not None
+    tasks = workspace.scorer.tasks
+    task = st.selectbox("Task", tasks, key=key, help="A labeled task, or `next` for the retrieval head.")
+    return scorer_for(workspace.places, task=task)
+
+
+# The tab "Compare": two models, two stores, or two generations.
+
+COMPARED_TOP_K = 10
+LISTED = 200
+"""Ranks that are looked up in the other list."""
+NUM_USERS = 40
+
+
+def show_comparison(workspace: Workspace, user: int | str | None) -> None:
+    """Draw the tab."""
+    if workspace.scorer is None or user is None:
+        st.info("A comparison needs a model, its store, and a user.")
+        return
+    chosen = choose_other(workspace, workspace.scorer)
+    if chosen is None:
+        st.info(
+            "There is nothing to compare yet. Name a second model or store with other_model=... and other_store=..., "
+            "or refresh the store, which keeps its previous generation."
+        )
+        return
+    key, a, b = chosen
+    left, right = st.columns([5, 4], gap="large")
+    with left:
+        st.markdown(f"#### User {escaped(user)}")
+        compared = compare_rankings(workspace, a, b, user, top_k=COMPARED_TOP_K, listed=LISTED)
+        for name, has in (("A", compared.a_has_record), ("B", compared.b_has_record)):
+            if not has:
+                st.warning(f"User {escaped(user)} has no record in store {name}.", icon=":material/person_off:")
+        st.markdown(f"**{compared.shared} of {COMPARED_TOP_K}** best items are in both lists.")
+        of_a, of_b = compared.num_events
+        if of_a != of_b:
+            st.caption(f"The record of this user covers {of_a:,} events in A and {of_b:,} in B.")
+        rows = [
+            {
+                "rank": row["rank"],
+                "A": row["A"],
+                "rank in B": str(row["A in B"] or f"> {LISTED}"),
+                "B": row["B"],
+                "rank in A": str(row["B in A"] or f"> {LISTED}"),
+            }
+            for row in compared.rows
+        ]
+        st.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch", height=35 * (len(rows) + 1) + 3)
+    with right:
+        st.markdown("#### Many users")
+        search = user_search(workspace)
+        users = list(search.users.ids(search.sample(NUM_USERS)).tolist())
+        with st.spinner(f"Ranking for {len(users)} users …"):
+            overlap = overlap_of_users(key, a, b, users, COMPARED_TOP_K)
+        one, two = st.columns(2)
+        one.metric(f"Shared of the best {COMPARED_TOP_K}", f"{overlap.overlap.mean():.0%}")
+        two.metric("Same first item", f"{overlap.same_first:.0%}")
+        st.altair_chart(overlap_chart(overlap.overlap.tolist(), COMPARED_TOP_K), width="stretch")
+        st.caption(
+            f"{len(users)} random users. The time of each request is one hour after the user's newest event in the "
+            "records of A and B."
+        )
+
+
+def choose_other(workspace: Workspace, scorer: Scorer) -> tuple[tuple[Any, ...], Scorer, Scorer] | None:
+    """The choice of B; returns a name for the pair, and both scorers, of one task; None without a choice."""
+    places, choices = workspace.places, dict[str, int | None]()
+    if places.other_model is not None or places.other_store is not None:
+        model = f"model {places.other_model}, " if places.other_model is not None else ""
+        choices[f"{model}store {places.other_store or places.store}"] = None
+    choices |= {f"generation {number} of the same store": number for number in earlier_generations(scorer)}
+    if not choices:
+        return None
+    served = f"{places.model}, generation {scorer.store.generation}"
+    left, right = st.columns([5, 4], gap="large")
+    left.selectbox("A", [f"{served} (in service)"], key="served")
+    name = right.selectbox("B", list(choices), key="other")
+    number = choices[name]
+    first = scorer_for(places, generation=number) if number is not None else other_scorer(places)
+    task = common_task(scorer, first)
+    other = scorer_for(places, task=task, generation=number) if number is not None else other_scorer(places, task=task)
+    return (str(places.model), places.store, name), scorer_for(places, task=task), other
+
+
+# The tab "What if": the ranking after events that the user could add.
+
+WHAT_IF_TOP_K = 10
+MAX_LISTED = 2_000
+"""Items of a catalog that are handed to the browser to choose from; of a larger one, those that match a text."""
+MAX_EVENTS = 32
+
+
+def show_what_if(workspace: Workspace, user: int | str | None) -> None:
+    """Draw the tab."""
+    if workspace.scorer is None or user is None:
+        st.info("This needs a model, its store, and a user.")
+        return
+    st.markdown(
+        f"How would the ranking of user **{escaped(user)}** change after one more event? Adding events here does not "
+        "change the store."
+    )
+    task, choice, kind, button = st.columns([2, 4, 2, 2], vertical_alignment="bottom")
+    with task:
+        scorer = chosen_task(workspace, "what-if-task")
+    with choice:
+        item = choose_item(workspace, scorer)
+    actions = scorer.model.schema.actions
+    action = kind.selectbox("Action", actions, key="what-if-action") if actions else None
+    events: list[tuple[Any, int]] = st.session_state.setdefault(f"events-{user}", [])
+    code = actions.index(action) if action is not None else 0
+    if button.button("Add event", type="primary", icon=":material/add:", width="stretch", disabled=item is None):
+        events.append((item, code))
+        del events[:-MAX_EVENTS]
+    if not events:
+        st.info("Choose an item and add the event to compare the rankings before and after.")
+        return
+    show_events(workspace, actions, events)
+    with st.spinner("Ranking the catalog twice …"):
+        changed = what_if(workspace, scorer, user, events, now=request_time(user, scorer), top_k=WHAT_IF_TOP_K)
+    st.info(changed.summary(WHAT_IF_TOP_K), icon=":material/lightbulb:")
+    left, right = st.columns([3, 4], gap="large")
+    with left:
+        st.markdown("#### Ranks")
+        st.altair_chart(slope_chart(changed.rows, WHAT_IF_TOP_K), width="stretch")
+    with right:
+        st.markdown("#### Items")
+        scores = {name: st.column_config.NumberColumn(format="%.4f") for name in ("score before", "score after")}
+        rows = [{**row, "change": _arrow(row["change"])} for row in changed.rows]
+        st.dataframe(
+            pd.DataFrame(rows), hide_index=True, width="stretch", height=35 * (len(rows) + 1) + 3, column_config=scores
+        )
+
+
+def choose_item(workspace: Workspace, scorer: Scorer) -> Any:
+    """The item of the event to add; None if none matches."""
+    items = scorer.model.items
+    if len(items) <= MAX_LISTED:
+        ids = items.ids(range(len(items))).tolist()
+        names = dict(zip(ids, workspace.names.of_ids(ids), strict=True))
+        return st.selectbox("Item", ids, format_func=lambda item: names[item], key="what-if-item")
+    text, matches = st.columns(2, vertical_alignment="bottom")
+    typed = text.text_input("Item", placeholder="an id, or its first characters", key="what-if-text")
+    found = ids_with_prefix(items, typed) if typed else items.ids(range(5)).tolist()
+    names = dict(zip(found, workspace.names.of_ids(found), strict=True))
+    return matches.selectbox("Matches", found, format_func=lambda item: names[item], key="what-if-match")
+
+
+def show_events(workspace: Workspace, actions: list[str], events: list[tuple[Any, int]]) -> None:
+    """The added events, and a button that removes them."""
+    names = workspace.names.of_ids([item for item, _ in events])
+    texts = [
+        f":orange-badge[{escaped(name)}{f', {escaped(actions[code])}' if actions else ''}]"
+        for name, (_, code) in zip(names, events, strict=True)
+    ]
+    left, right = st.columns([8, 2], vertical_alignment="center")
+    left.markdown("Added: " + " ".join(texts))
+    right.button("Remove all", on_click=events.clear, icon=":material/delete:", width="stretch")
+
+
+def _arrow(change: int | None) -> str:
+    if change is None:
+        return "–"
+    return "=" if change == 0 else f"▲ {change}" if change > 0 else f"▼ {-change}"
+
+
+# The tab "Training": curves of runs.
+
+MAX_CURVES = 12
+PER_ROW = 3
+
+
+def show_training(workspace: Workspace, user: int | str | None) -> None:
+    """Draw the tab."""
+    runs: list[RunCurves] = []
+    for folder in workspace.places.runs:
+        if is_run(folder):
+            runs.append(RunCurves.of(folder))
+        else:
+            st.warning(f"`{folder}` is not a run folder.", icon=":material/folder_off:")
+    if not runs:
+        st.info("There are no runs to show. Name run folders of `vista train` with runs=[...].")
+        return
+    formats = {"best": "%.4f", "steps": "localized", "seconds": "%.0f", "parameters": "localized"}
+    columns = {name: st.column_config.NumberColumn(format=form) for name, form in formats.items()}
+    rows = [_row(run) for run in runs]
+    st.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch", column_config=columns)
+    for run in runs:
+        for problem in run.problems:
+            st.warning(f"`{run.summary.name}`: {escaped(problem)}.", icon=":material/warning:")
+    chosen = runs
+    if len(runs) > 1:
+        names = [run.summary.name for run in runs]
+        kept = st.multiselect("Runs", names, default=names[:6], key="runs")
+        chosen = [run for run in runs if run.summary.name in kept]
+    best = chosen[0].best_step if len(chosen) == 1 else None
+    for title, kind in (("Validation", "validation"), ("Training", "training")):
+        names = list(dict.fromkeys(name for run in chosen for name in run.names(kind)))
+        if not names:
+            continue
+        st.markdown(f"#### {title}")
+        if kind == "validation" and best is not None:
+            st.caption(f"The dashed line marks step {best:,}, whose model is the best and was exported.")
+        first = _default(names)
+        if len(names) > len(first):
+            first = st.multiselect("Curves", names, default=first, key=f"curves-{kind}", max_selections=MAX_CURVES)
+        _show_curves(chosen, kind, first, best)
+    _show_settings(chosen)
+
+
+def _default(names: list[str]) -> list[str]:
+    """The curves that are shown by default: well-known metrics if there are any, otherwise the first curves."""
+    wanted = [name for name in names if name in ("loss", "ndcg@10", "hr@10", "next", "learning_rate")]
+    wanted += [name for name in names if name.startswith(("auc/", "ne/")) or name == "gradient_norm"]
+    return list(dict.fromkeys(wanted))[:6] or names[:6]
+
+
+def _show_curves(runs: list[RunCurves], kind: str, names: list[str], best: int | None) -> None:
+    for low in range(0, len(names), PER_ROW):
+        for column, name in zip(st.columns(PER_ROW), names[low : low + PER_ROW], strict=False):
+            if rows := [row for run in runs for row in run.curve(kind, name)]:
+                column.altair_chart(curve_chart(rows, name, best if kind == "validation" else None), width="stretch")
+
+
+def _row(run: RunCurves) -> dict[str, Any]:
+    summary = run.summary
+    return {
+        "run": summary.name,
+        "state": summary.state,
+        "metric": summary.metric,
+        "best": summary.best,
+        "best epoch": summary.epoch,
+        "epochs": run.epochs,
+        "steps": run.last_step,
+        "seconds": summary.seconds,
+        "parameters": summary.parameters,
+    }
+
+
+def _show_settings(runs: list[RunCurves]) -> None:
+    for run in runs:
+        if run.summary.settings:
+            with st.expander(f"Settings of {escaped(run.summary.name)}"):
+                st.code("\n".join(f"{key}={value_text(value)}" for key, value in run.summary.settings.items()), None)
+
+
+# The tab "Results": whether the summary helps, and tables of results.
+
+MAX_MODELS = 30
+
+
+def show_results(workspace: Workspace, user: int | str | None) -> None:
+    """Draw the tab."""
+    _show_benefit(workspace)
+    _show_tables(workspace)
+
+
+def _show_benefit(workspace: Workspace) -> None:
+    st.markdown("#### Does the summary help?")
+    st.caption(
+        "Compares the quality on held-out events with the stored summaries to that with the summary of an empty "
+        "history, by number of events. Needs a store that ends before the test labels: `store` or `other_store`."
+    )
+    places, log = workspace.places, workspace.log
+    if workspace.scorer is None or log is None:
+        st.info("This needs a model, its store, and the log.")
+        return
+    stores = [places.store]
+    if places.other_store is not None and places.other_model is None:
+        stores.insert(0, places.other_store)
+    if not st.button("Measure", icon=":material/query_stats:", type="primary") and "benefit" not in st.session_state:
+        return
+    st.session_state.benefit = True
+    refused: list[str] = []
+    for store in stores:
+        try:
+            with st.spinner("Measuring with and without summaries …"):
+                benefit = measured_benefit(places, store, log)
+        except VistaError as error:
+            refused.append(str(error))
+            continue
+        st.info(benefit.answer(), icon=":material/lightbulb:")
+        left, right = st.columns(2, gap="large")
+        rows = benefit.table()
+        if measured := [row for row in rows if np.isfinite(row["gain"])]:
+            left.altair_chart(benefit_chart(measured, benefit.metric), width="stretch")
+        formats = {name: st.column_config.NumberColumn(format="%.3f") for name in ("with", "without", "±")}
+        formats["gain"] = st.column_config.NumberColumn(format="%+.3f")
+        right.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch", column_config=formats)
+        right.caption(
+            f"Store `{store}`. The model was trained with summaries; one trained without may do better. ± is half of "
+            "the 95 % interval of the gain over users."
+        )
+        return
+    for message in refused:
+        st.warning(escaped(message), icon=":material/warning:")
+
+
+def _show_tables(workspace: Workspace) -> None:
+    st.markdown("#### Tables")
+    folder = workspace.places.results
+    files = result_files(folder)
+    if not files:
+        st.info(
+            f"There are no result files in {escaped(folder)}. Write one with `vista evaluate out=...`, or name another "
+            "folder with results=..."
+        )
+        return
+    if folder == Path(ExploreConfig().results):
+        st.caption("These are results of this repository's own experiments, not of your model.")
+    left, right = st.columns(2)
+    file = left.selectbox("Table", files, format_func=lambda path: path.stem, key="table", index=_first(files))
+    try:
+        table = read_table(file)
+    except DataError as error:
+        st.warning(escaped(error), icon=":material/warning:")
+        return
+    metric = right.selectbox("Metric", table.metrics, key=f"metric-{table.name}")
+    values = table.values(metric)
+    if len(values) > MAX_MODELS:
+        which = "best" if better_values(metric) else "highest"
+        st.caption(f"The {MAX_MODELS} {which} of {len(values)} rows; all are in the table below.")
+    st.altair_chart(metric_chart(values[:MAX_MODELS], metric), width="stretch")
+    columns = {name: st.column_config.NumberColumn(format="%.4f") for name in table.metrics}
+    columns["model"] = st.column_config.TextColumn(width="medium", pinned=True)
+    st.dataframe(pd.DataFrame(table.rows), hide_index=True, width="stretch", column_config=columns)
+
+
+def _first(files: list[Path]) -> int:
+    """The table of the simulation, which the demo resembles, if it is there."""
+    names = [path.stem for path in files]
+    return names.index("simulation") if "simulation" in names else 0
+
+
+def show_store(workspace: Workspace, user: int | str | None) -> None:
+    """Draw the tab; it works without a model, too."""
+    rows, problems = generation_rows(workspace.places.store)
+    sample = None
+    if workspace.scorer is not None:
+        sample = _show_health(workspace, workspace.scorer)
+    for problem in problems:
+        st.error(escaped(problem), icon=":material/error:")
+    st.markdown("#### Generations")
+    st.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch")
+    left, right = st.columns(2, gap="large")
+    with left:
+        st.markdown("#### Events in the records")
+        if sample is None or not sample.covered:
+            st.caption("This needs the model and the log.")
+        else:
+            st.altair_chart(coverage_chart(sample.covered), width="stretch")
+            st.caption("Each point is a user of the sample. On the line, the record covers every event of the user.")
+    with right:
+        _show_log(workspace)
+        _show_verification(workspace)
+
+
+def _show_health(workspace: Workspace, scorer: Scorer) -> RecordSample:
+    manifest, stats = scorer.manifest, scorer.stats()
+    fresh = store_freshness(manifest, workspace.log)
+    show = {Freshness.fresh: st.success, Freshness.behind: st.warning}.get(fresh.state, st.info)
+    show(f"**{fresh.state.value}.** {fresh.reason}", icon=":material/schedule:")
+    with st.spinner("Reading a sample of records …"):
+        sample = record_sample(scorer, workspace.log, user_search(workspace))
+    refreshed = shown_time(max(manifest.refreshed_at, manifest.created_at))
+    of_sample = f"Of {sample.num_users:,} random users"
+    cells = [
+        ("Generation in service", f"{manifest.generation}", f"Refreshed {refreshed} UTC"),
+        ("Users", f"{manifest.count:,}", "Users with a record"),
+        ("Without a record", _share(sample.without_record, sample.num_users), of_sample),
+        (
+            "Behind the log",
+            _share(sample.behind, sample.num_users),
+            f"{of_sample}: records that lack events",
+        ),
+    ]
+    for column, (label, value, note) in zip(st.columns(len(cells)), cells, strict=True):
+        column.metric(label, value, help=note)
+    if stats.last_reload_error:
+        st.error(escaped(stats.last_reload_error), icon=":material/error:")
+    return sample
+
+
+def _show_log(workspace: Workspace) -> None:
+    st.markdown("#### Log")
+    if workspace.log is None:
+        st.caption(escaped(workspace.problems["log"]))
+        return
+    stats = LogStats.of(workspace.log)
+    plural = "s" * (len(stats.segments) != 1)
+    times = "" if stats.first_ms is None else f", {shown_time(stats.first_ms)[:10]} to {shown_time(stats.last_ms)[:10]}"
+    st.markdown(
+        f"**{stats.num_events:,} events** of {stats.num_users:,} users and {stats.num_items:,} items, "
+        f"{len(stats.segments)} segment{plural}{times}"
+    )
+    st.caption(f"`{stats.path}`")
+
+
+def _show_verification(workspace: Workspace) -> None:
+    st.markdown("#### Verification")
+    st.caption("Checks the files and every record, as `vista store verify` does. Takes minutes for a large store.")
+    if not st.button("Verify the store", icon=":material/verified:"):
+        return
+    key = read_key(workspace.places.key_file)
+    for root in stores_in(workspace.places.store):
+        with st.spinner(f"Checking {root} …"):
+            report = verify_store(root, key=key)
+        text = str(report).removeprefix(f"{report.path}: ")
+        (st.error if report.num_problems else st.success)(escaped(f"{Path(str(root)).name}: {text}"))
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count / total:.0%}" if total else "–"
