@@ -165,7 +165,7 @@ def test_modules_can_be_read_at_once() -> None:
     assert not long, "\n".join(long)
 
 
-MOST = {"vista": (505, 66_107), "tests": (224, 61_258)}
+MOST = {"vista": (496, 66_021), "tests": (224, 61_255)}
 """Files and lines of each folder. They only go down: whoever removes some lowers the numbers in the same commit."""
 
 

@@ -30,14 +30,11 @@ from scripts.benchmarks.timing import interleaved
 from vista.config import DataConfig, ModelConfig, OptimConfig, PrepareConfig, SimulateConfig, SourceConfig, TrainConfig
 from vista.config.choices import ExportFormat, OnMissing, Precision, Split
 from vista.device import set_threads
-from vista.export.aot_export import write_aotinductor
+from vista.export.export import compare, scorer_outputs
 from vista.export.export_runner import ExportRunner
-from vista.export.graph_input import graph_inputs
-from vista.export.onnx_export import FILE as ONNX_FILE
-from vista.export.onnx_export import write_onnx
-from vista.export.parity import compare, scorer_outputs
+from vista.export.formats import ONNX_FILE, write_aotinductor, write_onnx
 from vista.export.request_arrays import Arrays, request_arrays
-from vista.export.serving_graph import ServingGraph
+from vista.export.serving_graph import ServingGraph, graph_inputs
 from vista.export.trial_requests import TrialRequests
 from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare

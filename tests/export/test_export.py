@@ -22,13 +22,10 @@ from vista.cli.main import main
 from vista.config import DataConfig, ModelConfig
 from vista.config.choices import Architecture, ExportFormat, Precision, TargetAttentionKind
 from vista.errors import ExportError, MissingDependencyError
-from vista.export.export import export
-from vista.export.graph_input import graph_inputs
-from vista.export.parity import compare, scorer_outputs
+from vista.export.export import compare, export, scorer_outputs
 from vista.export.request_arrays import Arrays
-from vista.export.serving_graph import ServingGraph
-from vista.export.trial_requests import trial_requests
-from vista.export.trial_store import write_trial_store
+from vista.export.serving_graph import ServingGraph, graph_inputs
+from vista.export.trial_requests import trial_requests, write_trial_store
 from vista.log.event_log import EventLog
 from vista.log.gaps import NUM_GAPS, gap_bucket
 from vista.log.vocabulary import Vocabulary
@@ -378,7 +375,7 @@ def test_an_export_that_differs_or_cannot_be_written_leaves_the_earlier_one(
             raise failures.pop()
         return eager(graph)
 
-    monkeypatch.setattr("vista.export.onnx_export.write_onnx", write)
+    monkeypatch.setattr("vista.export.formats.write_onnx", write)
     words = ["export", f"model={small}", f"out={exported}", "num_requests=20", "max_difference=1e-12"]
     assert main(words) == 1
     assert "but at most 1e-12 is allowed (max_difference); nothing was written" in capsys.readouterr().err
