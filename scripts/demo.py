@@ -24,6 +24,7 @@ from vista.config.checks import to_dict
 from vista.config.composition import compose_config
 from vista.config.train_config import without_places
 from vista.errors import ConfigError, VistaError
+from vista.installation import __version__
 from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare
 from vista.log.splits import split_until
@@ -35,7 +36,6 @@ from vista.report.report import WrittenReport, write_report
 from vista.scorer import Scorer
 from vista.simulation.simulate import simulate
 from vista.training.trainer import train
-from vista.version import __version__
 
 TRAINED_EVENTS = 1_600_000
 """Events that training reads on MovieLens over all epochs, so that the demo takes some minutes on two cores."""

@@ -28,13 +28,13 @@ LAYERS = (
         "vista.json_fields",
         "vista.arrays",
         "vista.logistic_regression",
-        "vista.install_command",
+        "vista.installation",
         "vista.machine",
-        "vista.source_commit",
+        "vista.installation",
         "vista.progress_bar",
         "vista.text_table",
     ),
-    ("vista.errors", "vista.version", "vista_kernels"),
+    ("vista.errors", "vista.installation", "vista_kernels"),
 )
 """A module imports from its own package and from the layers below it. `vista` only lists the public names."""
 SAME_LAYER = {("vista.model", "vista.examples")}
@@ -165,7 +165,7 @@ def test_modules_can_be_read_at_once() -> None:
     assert not long, "\n".join(long)
 
 
-MOST = {"vista": (496, 66_021), "tests": (224, 61_255)}
+MOST = {"vista": (494, 66_016), "tests": (224, 61_254)}
 """Files and lines of each folder. They only go down: whoever removes some lowers the numbers in the same commit."""
 
 

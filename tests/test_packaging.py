@@ -20,8 +20,7 @@ from tests.conftest import run_python
 from vista.config import TrainConfig
 from vista.config.composition import compose_config
 from vista.config.config_keys import to_yaml
-from vista.install_command import install_command
-from vista.source_commit import source_commit
+from vista.installation import install_command, source_commit
 
 REPOSITORY = Path(__file__).parents[1]
 SOURCES = ("vista", "kernels", "conf", "pyproject.toml", "README.md", "LICENSE")
@@ -185,7 +184,7 @@ def test_in_an_installed_package(
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: vista-recsys\nVersion: 0.1.0\n")
     if record is not None:
         (metadata / "direct_url.json").write_text(json.dumps(record))
-    monkeypatch.setattr("vista.install_command._FOLDER", tmp_path)
+    monkeypatch.setattr("vista.installation._FOLDER", tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     assert install_command("serve") == command
 
@@ -205,7 +204,7 @@ def test_commit_distinguishes_sources_from_results(tmp_path: Path, monkeypatch: 
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "results.jsonl").write_text("")
     git(tmp_path, "init", "-q")
-    monkeypatch.setattr("vista.source_commit.__file__", str(module))
+    monkeypatch.setattr("vista.installation.__file__", str(module))
     outside = source_commit()  # nothing is tracked yet
     assert outside.startswith("v") or outside == "unknown"
     git(tmp_path, "add", ".")

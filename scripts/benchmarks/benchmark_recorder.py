@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 from scripts.experiments.results import describe_hardware, hardware, read_lines
 from vista.errors import DataError
-from vista.source_commit import source_commit
+from vista.installation import source_commit
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 

@@ -70,12 +70,12 @@ from vista.evaluation.cases import NextItemCases, next_item_cases
 from vista.evaluation.evaluate import evaluate_model
 from vista.evaluation.protocol import ranking_metrics
 from vista.files import replace_text
+from vista.installation import source_commit
 from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare
 from vista.log.splits import visible_counts
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.registry import ARCHITECTURES
-from vista.source_commit import source_commit
 from vista.training.trainer import train_model
 
 HELD_OUT = 2

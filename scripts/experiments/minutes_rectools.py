@@ -40,9 +40,9 @@ from vista.errors import DataError, VistaError
 from vista.evaluation.cases import NextItemCases, next_item_cases
 from vista.evaluation.protocol import ranking_metrics
 from vista.files import replace_text
+from vista.installation import source_commit
 from vista.log.event_log import EventLog
 from vista.log.splits import visible_counts
-from vista.source_commit import source_commit
 
 MODELS = ("SASRec", "HSTU")
 

@@ -19,9 +19,9 @@ from vista.config import TrainConfig
 from vista.config.train_config import without_places
 from vista.device import choose_precision, resolve_device
 from vista.files import replace_text
+from vista.installation import source_commit
 from vista.log.event_log import EventLog
 from vista.model.ranking_model import RankingModel
-from vista.source_commit import source_commit
 from vista.training.checkpoint import latest_checkpoint, load_checkpoint
 from vista.training.trainer import train_model
 

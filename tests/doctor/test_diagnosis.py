@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import Served, run_python, sign_model
 from vista.cli.main import main
-from vista.install_command import install_command
+from vista.installation import install_command
 from vista.log.event_log import EventLog
 
 BLOCKED = """

@@ -24,7 +24,7 @@ from vista.cli.main import main
 pytest.importorskip("streamlit", reason="the extra `explore` is not installed")
 
 from vista.explore.explore_server import streamlit_options
-from vista.install_command import install_command
+from vista.installation import install_command
 
 START_S, STOP_S = 200.0, 60.0
 """Most seconds until the page answers, and until the command has ended; a shared machine can be slow."""

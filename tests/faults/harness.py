@@ -41,9 +41,9 @@ import pytest
 from scripts.experiments.results import hardware
 from tests.faults.nursery import Nursery, Say
 from vista.errors import VistaError, shortened
+from vista.installation import source_commit
 from vista.log import segment_manifest
 from vista.model import model_description
-from vista.source_commit import source_commit
 from vista.store.format import record_spec, state_record
 from vista.training import checkpoint
 

@@ -14,7 +14,7 @@ from tests.log.log_oracle import edit_manifest
 from vista.arrays import Int
 from vista.config import SourceColumns
 from vista.errors import LogFormatError, UnknownUserError
-from vista.install_command import install_command
+from vista.installation import install_command
 from vista.log import histories
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories, take

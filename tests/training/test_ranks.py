@@ -25,6 +25,7 @@ from tests.training.test_trainer import assert_same_result, metrics
 from vista.config import SourceColumns, TrainConfig
 from vista.config.choices import Architecture, ItemStart, Precision, Split, TrackerKind
 from vista.errors import RankError
+from vista.installation import __version__
 from vista.log.event_log import EventLog
 from vista.model.ranking_model import RankingModel
 from vista.ranks import Ranks
@@ -33,7 +34,6 @@ from vista.training.checkpoint import latest_checkpoint
 from vista.training.data_parallel import DataParallel
 from vista.training.trainer import Trainer, train
 from vista.training.validation import Validation
-from vista.version import __version__
 
 EXACT = {
     "precision": Precision.float32,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from vista.cli.command_table import COMMANDS, Command
 from vista.config.composition import groups_of, options_of
 from vista.config.config_keys import ConfigKey, ConfigKeys
-from vista.version import __version__
+from vista.installation import __version__
 
 OPTIONS = ("--cfg", "--config", "--help")
 """Options of every command; a file follows --config."""

@@ -22,7 +22,7 @@ from vista.config.checks import require
 from vista.config.choices import IndexKind
 from vista.errors import CheckpointError, ConfigError, DataError, ItemIndexError, MissingDependencyError, shown
 from vista.files import checked_path, recover_folder, writable_file
-from vista.install_command import install_command, require_module
+from vista.installation import install_command, require_module
 from vista.model.registry import load_model
 from vista.progress_bar import elapsed_time, progress_bar
 

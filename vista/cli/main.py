@@ -17,8 +17,7 @@ from typing import Any, NoReturn
 
 from vista.cli.command_table import COMMANDS
 from vista.errors import ConfigError, VistaError, shortened
-from vista.install_command import install_command
-from vista.version import __version__
+from vista.installation import __version__, install_command
 
 CORE_MODULES = ("hydra", "lmdb", "numpy", "omegaconf", "packaging", "safetensors", "torch", "tqdm", "xxhash", "yaml")
 """Modules of packages that are always installed with vista."""

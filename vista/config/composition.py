@@ -32,7 +32,7 @@ from vista.config.config_keys import ConfigKeys, value_text
 from vista.config.train_config import TrainConfig
 from vista.errors import ConfigError, shown
 from vista.files import read_limited
-from vista.install_command import install_command
+from vista.installation import install_command
 
 
 def check_value(key: str, value: Any) -> None:

@@ -19,7 +19,7 @@ from vista.config.choices import Mixing, StateDtype
 from vista.config.serve_config import DoctorConfig
 from vista.doctor.machine_checks import Finding, Verdict, free_bytes
 from vista.errors import CheckpointError, VistaError
-from vista.install_command import DISTRIBUTION, install_command
+from vista.installation import DISTRIBUTION, __version__, install_command
 from vista.log.event_log import EventLog
 from vista.model.model_description import FORMAT_VERSION, ModelDescription
 from vista.planning.plan_text import duration, size
@@ -27,7 +27,6 @@ from vista.store.admin.store_stats import StoreStats, store_stats
 from vista.store.manifest import Manifest
 from vista.store.remote.store_url import StoreUrl
 from vista.store.shards import stores_in
-from vista.version import __version__
 
 CHECKS = {
     "Packages": ("installed_packages", "check_core"),

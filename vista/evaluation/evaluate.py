@@ -34,6 +34,7 @@ from vista.evaluation.protocol import (
 from vista.evaluation.recall import RecallReport, measure_recall
 from vista.examples.item_statistics import item_counts
 from vista.files import replace_text, writable_file
+from vista.installation import __version__
 from vista.log.event_log import EventLog
 from vista.log.log_digest import log_digest
 from vista.log.splits import part_times, split_until, visible_counts
@@ -48,7 +49,6 @@ from vista.refresh import check_log, check_requests
 from vista.scorer import Scorer
 from vista.store.format.authentication import read_key
 from vista.text_table import fitted
-from vista.version import __version__
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from vista.evaluation.cases import WindowCases, distinct_items, window_cases
 from vista.evaluation.counting_baselines import Ease, ItemNeighbors, OwnFrequency, tie_breaker
 from vista.examples.batch_source import NegativeSampler
 from vista.examples.item_statistics import item_counts, item_factors
-from vista.install_command import install_command
+from vista.installation import install_command
 from vista.log.event_log import EventLog
 from vista.log.gaps import DAY_MS
 from vista.log.histories import Histories, ranges

@@ -14,7 +14,7 @@ from torch import Tensor
 from vista.arrays import Float32s, Int
 from vista.config.choices import Counting
 from vista.errors import MissingDependencyError
-from vista.install_command import install_command
+from vista.installation import install_command
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories, ranges
 from vista.log.splits import EVENTS_PER_BLOCK, random_users_counts, visible_blocks

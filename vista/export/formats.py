@@ -18,7 +18,7 @@ from vista.errors import ExportError
 from vista.export.export_runner import ExportRunner
 from vista.export.request_arrays import Arrays
 from vista.export.serving_graph import CANDIDATES, EVENTS, KEYS, USERS, GraphInput, ServingGraph
-from vista.install_command import require_module
+from vista.installation import require_module
 
 # A serving graph as torch.export records it, for any number of users, events, keys, and candidates.
 

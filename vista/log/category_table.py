@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vista.errors import DataError, shown
-from vista.install_command import require_module
+from vista.installation import require_module
 
 if TYPE_CHECKING:
     import polars as pl

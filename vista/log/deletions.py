@@ -20,7 +20,7 @@ from vista.config import SourceConfig
 from vista.config.choices import OnBadRows
 from vista.errors import ConfigError, DataError, LogFormatError, UnknownUserError, shown
 from vista.files import checked_path
-from vista.install_command import require_module
+from vista.installation import require_module
 from vista.log.event_keys import EventKeys, equal_events
 from vista.log.event_log import EventLog
 from vista.log.frames import to_polars

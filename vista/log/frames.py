@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vista.errors import DataError
-from vista.install_command import require_module
+from vista.installation import require_module
 
 if TYPE_CHECKING:
     import polars as pl

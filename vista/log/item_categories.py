@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.errors import DataError
-from vista.install_command import require_module
+from vista.installation import require_module
 from vista.log.ingest.source_parser import SourceParser
 from vista.log.vocabulary import Vocabulary
 

@@ -22,7 +22,7 @@ from safetensors.numpy import load, save
 from vista.arrays import Float32s
 from vista.errors import DataError
 from vista.files import checked_path, read_limited, replace_file
-from vista.install_command import require_module
+from vista.installation import require_module
 from vista.progress_bar import progress_bar
 
 MAX_LEVELS, MAX_CODES = 16, 1 << 16

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from vista.errors import MissingDependencyError
-from vista.install_command import install_command
+from vista.installation import install_command
 
 _before = logging.root.manager.disable
 logging.disable(max(_before, logging.INFO))  # FBGEMM logs each of its libraries

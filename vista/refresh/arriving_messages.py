@@ -6,7 +6,7 @@ import logging
 import time
 
 from vista.config import WatchConfig
-from vista.install_command import require_module
+from vista.installation import require_module
 from vista.log.event_log import EventLog
 from vista.log.ingest.kafka.message_rows import message_rows
 from vista.log.ingest.prepare import prepare_messages

@@ -20,7 +20,7 @@ import torch
 from vista.arrays import Int
 from vista.config.store_config import RayConfig
 from vista.errors import ConfigError, VistaError, WorkerDiedError, shown
-from vista.install_command import require_module
+from vista.installation import require_module
 from vista.log.event_log import EventLog
 from vista.machine import usable_cores
 from vista.refresh.batch_encoder import BatchEncoder

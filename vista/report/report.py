@@ -19,6 +19,7 @@ from vista.errors import ConfigError
 from vista.evaluation.comparison import Measure
 from vista.evaluation.protocol import excludes_seen
 from vista.files import replace_text, writable_file
+from vista.installation import __version__
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until, visible_counts
 from vista.progress_bar import progress_bar
@@ -45,7 +46,6 @@ from vista.report.trained_run import TrainedRun
 from vista.report.training_section import training_section
 from vista.store.format.authentication import read_key
 from vista.text_table import fitted
-from vista.version import __version__
 
 logger = logging.getLogger(__name__)
 NUM_LATENCY_USERS = 5

@@ -14,6 +14,7 @@ from starlette.responses import PlainTextResponse
 
 from vista.config import ServeConfig
 from vista.errors import DeadlineError, ModelUnavailableError
+from vista.installation import __version__
 from vista.serve.body_reader import BodyReader, number_of
 from vista.serve.error_answer import ErrorAnswer, answer_of
 from vista.serve.openapi import DESCRIPTION, operation, schemas
@@ -35,7 +36,6 @@ from vista.serve.scoring_service import Answer, ScoringService
 from vista.serve.served_models import ServedModels
 from vista.serve.service_metrics import ServiceMetrics
 from vista.store.layout import store_address
-from vista.version import __version__
 
 TIMEOUT_HEADER = "vista-timeout-ms"
 Endpoint = Callable[[fastapi.Request], Awaitable[fastapi.Response]]

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from vista.config import ServeConfig
 from vista.errors import BodyTooLargeError, ConfigError, RecordError, StoreUnavailableError, UnknownUserError
+from vista.installation import __version__
 from vista.log.vocabulary import ids_of_words
 from vista.model.item_index_manifest import MANIFEST_FILE
 from vista.model.model_description import CONFIG_FILE
@@ -36,7 +37,6 @@ from vista.serve.request_bodies import (
     tail_of,
 )
 from vista.serve.user_record import user_record
-from vista.version import __version__
 
 logger = logging.getLogger(__name__)
 

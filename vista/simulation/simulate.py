@@ -35,7 +35,7 @@ from vista.arrays import offsets_of
 from vista.config import SimulateConfig
 from vista.errors import ConfigError, DataError
 from vista.files import checked_path, create_file, make_folders, replace_text, sync
-from vista.install_command import require_module
+from vista.installation import require_module
 from vista.progress_bar import progress_bar
 from vista.simulation.catalog import Catalog, make_catalog
 from vista.simulation.event_stream import ACTIONS

@@ -12,7 +12,7 @@ from typing import Any
 
 from vista.config.composition import SweptKey
 from vista.errors import SweepError
-from vista.install_command import require_module
+from vista.installation import require_module
 
 STUDY_FILE = "optuna.journal"
 

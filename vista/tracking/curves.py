@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vista.install_command import require_module
+from vista.installation import require_module
 
 CURVES_FILE = "curves.png"
 

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vista.install_command import require_module
+from vista.installation import require_module
 from vista.tracking.tracker import TrackedFolder
 
 

@@ -13,7 +13,7 @@ from vista.config.config_keys import without_password
 from vista.config.train_config import TrackingConfig
 from vista.errors import MissingDependencyError, TrackingError
 from vista.files import read_limited, replace_text
-from vista.install_command import require_module
+from vista.installation import require_module
 from vista.json_fields import NUMBER, check_fields, either, one_of, text, whole
 from vista.tracking.mlflow_tracker import MlflowTracker
 from vista.tracking.tensorboard_tracker import TensorboardTracker

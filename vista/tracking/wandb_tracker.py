@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vista.errors import TrackingError
-from vista.install_command import require_module
+from vista.installation import require_module
 from vista.tracking.tracker import TrackedFolder
 
 START_TIMEOUT_S = 30

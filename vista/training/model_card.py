@@ -10,11 +10,11 @@ from datetime import UTC, datetime
 
 from vista.config import TrainConfig
 from vista.config.choices import Architecture, InitFreeze, Split, Stage
+from vista.installation import __version__
 from vista.log.event_log import EventLog
 from vista.log.until import parse_time
 from vista.model.ranking_model import RankingModel
 from vista.training.hash_collisions import HashCollisions
-from vista.version import __version__
 
 _TEMPLATE = """# Model card: {architecture}
 

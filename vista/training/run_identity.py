@@ -11,11 +11,11 @@ from vista.config.checks import to_dict
 from vista.config.choices import Precision
 from vista.config.train_config import without_places
 from vista.errors import ConfigError
+from vista.installation import __version__
 from vista.log.event_log import EventLog
 from vista.log.log_digest import log_digest
 from vista.training.downstream import Downstream
 from vista.training.warm_start import WarmStart
-from vista.version import __version__
 
 
 def run_identity(

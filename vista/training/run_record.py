@@ -13,13 +13,12 @@ from typing import Any
 from vista.config import TrainConfig
 from vista.config.config_keys import flat_settings
 from vista.files import replace_text
+from vista.installation import __version__, source_commit
 from vista.model.ranking_model import RankingModel
-from vista.source_commit import source_commit
 from vista.tracking.curves import plot_curves
 from vista.tracking.tracked_run import TrackedRun
 from vista.training.metrics_writer import MetricsWriter
 from vista.training.validation import Validation
-from vista.version import __version__
 
 
 class RunRecord(MetricsWriter):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vista.errors import DataError
-from vista.install_command import require_module
+from vista.installation import require_module
 from vista.log.ingest.sources import Source
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from vista.errors import DataError
-from vista.install_command import require_module
+from vista.installation import require_module
 from vista.log.ingest.distinct_ids import ITEM_ROW, USER_ROW
 from vista.log.ingest.parts import Part
 from vista.log.ingest.sources import Source

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vista.install_command import require_module
+from vista.installation import require_module
 from vista.log.ingest.parts import Part
 from vista.log.vocabulary import Vocabulary
 

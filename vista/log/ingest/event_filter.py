@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from vista.config import EventFilterConfig
 from vista.errors import ConfigError, DataError, shown
-from vista.install_command import require_module
+from vista.installation import require_module
 from vista.log.ingest.parts import Part
 from vista.log.ingest.row_rules import PROBLEM
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vista.config import FeatureTableConfig, ItemTableConfig
 from vista.errors import ConfigError, DataError
-from vista.install_command import require_module
+from vista.installation import require_module
 from vista.log.feature_owner import OWNERS
 from vista.log.ingest.column_names import check_columns
 from vista.log.ingest.file_scan import EXTRA, ROW, FileScan

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vista.install_command import require_module
+from vista.installation import require_module
 
 if TYPE_CHECKING:
     import polars as pl

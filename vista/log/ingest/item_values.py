@@ -16,7 +16,7 @@ from vista.config import ItemsEmbedConfig, ItemTableConfig, SourceConfig
 from vista.config.choices import OnBadRows
 from vista.errors import ConfigError, DataError
 from vista.files import check_replaceable, checked_path, create_file, sync
-from vista.install_command import require_module
+from vista.installation import require_module
 from vista.log.ingest.column_names import check_columns
 from vista.log.ingest.new_features import check_one_row_each
 from vista.log.ingest.parts import ORDER, read_part

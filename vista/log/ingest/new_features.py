@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from vista.arrays import Float32s, Int, offsets_of
 from vista.errors import DataError, shown
-from vista.install_command import require_module
+from vista.installation import require_module
 from vista.log.feature_owner import FeatureOwner
 from vista.log.ingest.category_encoder import MARGIN, too_many_values
 from vista.log.ingest.parts import ORDER, Part

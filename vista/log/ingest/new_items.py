@@ -12,7 +12,7 @@ import numpy as np
 
 from vista.config import ItemTableConfig
 from vista.config.choices import OnBadRows
-from vista.install_command import require_module
+from vista.installation import require_module
 from vista.log.feature_owner import ITEMS
 from vista.log.ingest.new_features import write_features
 from vista.log.ingest.parts import read_part

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.arrays import Int
-from vista.install_command import require_module
+from vista.installation import require_module
 from vista.log.ingest.new_features import NewFeatures
 from vista.log.ingest.part_codes import PartCodes
 from vista.log.ingest.parts import Part

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.install_command import require_module
+from vista.installation import require_module
 from vista.log.ingest.columns import TableColumns
 from vista.log.ingest.distinct_ids import USER_ROW
 from vista.log.ingest.new_row_features import NewRowFeatures

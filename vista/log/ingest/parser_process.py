@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 from vista.config import SourceConfig
 from vista.config.choices import OnBadRows
 from vista.errors import ConfigError, DataError, LogWriteError, VistaError
-from vista.install_command import require_module
+from vista.installation import require_module
 from vista.log.category_table import category_table
 from vista.log.ingest.feature_sources import scan_features
 from vista.log.ingest.parts import read_part

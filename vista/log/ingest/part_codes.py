@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.install_command import require_module
+from vista.installation import require_module
 from vista.log.ingest.category_encoder import VALUE, too_many_values
 from vista.log.ingest.parts import Part
 from vista.log.segment_row_features import code_type

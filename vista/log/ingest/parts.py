@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from vista.config.choices import OnBadRows
 from vista.errors import DataError, shown
-from vista.install_command import require_module
+from vista.installation import require_module
 from vista.log.feature_owner import OWNERS
 from vista.log.ingest.category_encoder import CategoryEncoder, refuse_many_values
 from vista.log.ingest.file_scan import EXTRA, ROW

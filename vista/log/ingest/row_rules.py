@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vista.errors import ConfigError, DataError
-from vista.install_command import require_module
+from vista.installation import require_module
 from vista.log.feature_owner import OWNERS
 from vista.log.gaps import LATEST_MS
 from vista.log.ingest.file_scan import EXTRA, ROW

@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 from vista.config import SourceConfig
 from vista.errors import DataError, LogWriteError, shown
-from vista.install_command import require_module
+from vista.installation import require_module
 from vista.log.ingest.file_scan import ROW, FileScan
 from vista.log.ingest.sources import Source, needed_columns
 from vista.log.ingest.text_files import digest_of, open_binary

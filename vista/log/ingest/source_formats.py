@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from vista.config import SourceConfig
 from vista.errors import ConfigError, DataError
-from vista.install_command import require_module
+from vista.installation import require_module
 from vista.log.ingest.column_names import check_columns
 from vista.log.ingest.file_scan import ROW, FileScan
 from vista.log.ingest.public.public_sets import PUBLIC_SETS, remedy_of_kind

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vista.errors import DataError, shown
-from vista.install_command import require_module
+from vista.installation import require_module
 from vista.log.ingest.scanned_source import ScannedSource, unreadable
 
 if TYPE_CHECKING:

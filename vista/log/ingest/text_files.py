@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast
 
 from vista.errors import DataError
-from vista.install_command import require_module
+from vista.installation import require_module
 from vista.log.ingest.file_scan import EXTRA, ROW
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from vista.errors import StoreBusyError, StoreError, StoreUnavailableError, StoreWriteError, shown
-from vista.install_command import require_module
+from vista.installation import require_module
 from vista.store.remote.store_url import PASSWORD_VARIABLE, StoreUrl
 
 T = TypeVar("T")

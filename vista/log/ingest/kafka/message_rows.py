@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vista.config import SourceConfig
 from vista.config.choices import OnBadRows
 from vista.errors import ConfigError, DataError, shown
-from vista.install_command import require_module
+from vista.installation import require_module
 from vista.log.ingest.file_scan import ROW
 from vista.log.ingest.kafka.dead_letters import DeadLetter
 from vista.log.ingest.kafka.message_batch import MessageBatch

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vista.install_command import require_module
+from vista.installation import require_module
 from vista.log.ingest.file_scan import FileScan
 from vista.log.ingest.json_lines import scan_json_lines
 from vista.log.ingest.public.file_form import FileForm

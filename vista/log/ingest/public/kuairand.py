@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vista.install_command import require_module
+from vista.installation import require_module
 from vista.log.ingest.column_names import check_columns
 from vista.log.ingest.file_scan import EXTRA, ROW, FileScan
 from vista.log.ingest.public.file_form import FileForm
