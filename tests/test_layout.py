@@ -134,7 +134,7 @@ def test_a_class_name_stands_for_one_thing() -> None:
 FOLDER_MAKERS = ("vista/files.py", "vista/store/lmdb/permissions.py")
 STAGING_FOLDERS = {
     "vista/log/ingest/prepare.py": {"folder", "scratch"},
-    "vista/log/row_feature_writer.py": {"segment.folder / prefix"},
+    "vista/log/segment_writer.py": {"segment.folder / prefix"},
     "vista/log/segment_writer.py": {"folder", "segment.folder / prefix", "segment.folder / owner.folder"},
     "vista/training/checkpoint.py": {"temporary"},
 }
@@ -165,7 +165,7 @@ def test_modules_can_be_read_at_once() -> None:
     assert not long, "\n".join(long)
 
 
-MOST = {"vista": (494, 66_016), "tests": (224, 61_254)}
+MOST = {"vista": (441, 65_433), "tests": (224, 61_245)}
 """Files and lines of each folder. They only go down: whoever removes some lowers the numbers in the same commit."""
 
 

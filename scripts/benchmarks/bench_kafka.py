@@ -31,7 +31,7 @@ from vista.config import SourceConfig, WatchConfig
 from vista.config.log_config import StreamConfig
 from vista.device import keep_freed_memory, set_threads
 from vista.log.event_log import EventLog
-from vista.log.gaps import DAY_MS
+from vista.log.histories import DAY_MS
 from vista.refresh import refresh
 from vista.refresh.watch import Watch
 

@@ -25,7 +25,7 @@ from scripts.benchmarks.workloads import ACTIONS, lifelong_log, untrained
 from vista.config import SourceColumns
 from vista.config.choices import Precision
 from vista.log.event_log import EventLog
-from vista.log.gaps import DAY_MS
+from vista.log.histories import DAY_MS
 from vista.model.history_states import range_states, reach
 from vista.model.summary_state import merge_states
 from vista.refresh import RefreshReport, refresh, refresh_incremental

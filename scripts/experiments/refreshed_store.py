@@ -14,8 +14,7 @@ from vista.evaluation.answers import ScorerAnswers
 from vista.evaluation.cases import impression_cases, with_tasks
 from vista.evaluation.protocol import impression_metrics
 from vista.log.event_log import EventLog
-from vista.log.splits import part_times, refresh_times
-from vista.log.until import Until
+from vista.log.splits import Until, part_times, refresh_times
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer

@@ -49,8 +49,7 @@ from vista.evaluation.evaluate import EvaluationReport, evaluate_model, evaluate
 from vista.evaluation.protocol import impression_metrics
 from vista.files import make_folders
 from vista.log.event_log import EventLog
-from vista.log.splits import split_until
-from vista.log.until import parse_time
+from vista.log.splits import parse_time, split_until
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.ranking_model import RankingModel
 from vista.model.vista_model import VistaModel

@@ -25,7 +25,7 @@ from vista.config.composition import compose_config
 from vista.config.model_config import TEMPERATURES
 from vista.errors import ConfigError
 from vista.evaluation.baseline_evaluation import asked_horizons
-from vista.log.repeats import RETURNING
+from vista.log.splits import RETURNING
 from vista.training import run_plan
 
 UNREAD_BY_BASELINES = (

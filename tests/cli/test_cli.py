@@ -99,7 +99,7 @@ def test_every_experiment_has_its_own_folders_and_words_override_it() -> None:
 
 
 def test_simulation_experiment_splits_where_the_simulation_does() -> None:
-    from vista.log.until import parse_time
+    from vista.log.splits import parse_time
     from vista.simulation.period import split_times
 
     data = compose_config(config.TrainConfig, ["experiment=simulation"]).data

@@ -24,7 +24,7 @@ from vista.cli.main import main
 from vista.config import ItemsAddConfig, ItemsEmbedConfig, ItemsTokenizeConfig, ItemTableConfig
 from vista.errors import CheckpointError, ConfigError, DataError, MissingDependencyError
 from vista.log.event_log import EventLog
-from vista.log.ingest import item_values
+from vista.log.ingest import feature_sources
 from vista.model.codebooks import Codebooks
 from vista.model.item_projections import ItemProjections
 from vista.model.shared_tables import SharedTables
@@ -39,7 +39,7 @@ ITEMS = np.unique(small_frame()["item"])
 @pytest.fixture(autouse=True)
 def shared_parser(monkeypatch: pytest.MonkeyPatch) -> None:
     """One child process for all tests; to start one takes half a second."""
-    for module in ("vista.cli.item_commands", "vista.cli.item_commands", "vista.log.ingest.new_items"):
+    for module in ("vista.cli.item_commands", "vista.cli.item_commands", "vista.log.ingest.new_features"):
         monkeypatch.setattr(f"{module}.SourceParser", lambda: nullcontext(PARSER))
 
 
@@ -255,7 +255,7 @@ def test_codes_never_lie_beside_codebooks_of_others(tmp_path: Path, monkeypatch:
         raise OSError("the disk is full")
 
     with monkeypatch.context() as patch, pytest.raises(ConfigError, match="the disk is full"):
-        patch.setattr(item_values, "sync", fail)
+        patch.setattr(feature_sources, "sync", fail)
         tokenize(tmp_path, codes=4)
     assert [file.read_bytes() for file in files] == before
     with monkeypatch.context() as patch, pytest.raises(ConfigError, match=r"codebooks.* cannot be written"):

@@ -12,7 +12,7 @@ import pytest
 from vista.config import ModelConfig, PrepareConfig, RefreshConfig, ScoreConfig, StoreStatsConfig, TrainConfig
 from vista.config.composition import compose_config
 from vista.errors import ConfigError
-from vista.log.until import parse_time, parse_until
+from vista.log.splits import parse_time, parse_until
 
 MOST_SECONDS = 2.0
 """CPU time of a refusal. Most take a few milliseconds."""

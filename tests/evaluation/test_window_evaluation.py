@@ -22,7 +22,7 @@ from vista.evaluation.comparison import PerUserMetrics
 from vista.evaluation.evaluate import EvaluationReport, evaluate, evaluate_model, evaluate_scorer
 from vista.evaluation.protocol import measure_windows, split_windows
 from vista.log.event_log import EventLog
-from vista.log.gaps import DAY_MS
+from vista.log.histories import DAY_MS
 from vista.log.splits import split_until, visible_counts
 from vista.model.baselines.sequence_model import SequenceModel
 from vista.model.inference import item_vectors

@@ -13,7 +13,7 @@ from vista.arrays import Int
 from vista.evaluation.cases import WindowCases, cases_digest, window_cases
 from vista.evaluation.protocol import COLD, KINDS, window_metrics
 from vista.log.event_log import EventLog
-from vista.log.gaps import DAY_MS
+from vista.log.histories import DAY_MS
 from vista.log.splits import visible_counts
 
 EVENTS = {

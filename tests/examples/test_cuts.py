@@ -22,7 +22,7 @@ from vista.config.choices import Mixing
 from vista.examples.batch import Batch
 from vista.examples.chunks import ChunkImpressions, Chunks, ChunkTimeline
 from vista.examples.cuts import AnchorPlan, ChunkAnchors, CutPlan, cut_batch, draw_anchors
-from vista.log.gaps import DAY_MS, gap_bucket
+from vista.log.histories import DAY_MS, gap_bucket
 
 NUM_TASKS = 2
 

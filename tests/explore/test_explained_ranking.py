@@ -26,7 +26,7 @@ from vista.explore.rankings import (
 )
 from vista.explore.workspace import Workspace, open_page_scorer, record_of
 from vista.log.event_log import EventLog
-from vista.log.gaps import NO_TIMESTAMP
+from vista.log.histories import NO_TIMESTAMP
 from vista.refresh import refresh
 from vista.scorer import Ranking, Scorer
 

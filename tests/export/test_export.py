@@ -27,7 +27,7 @@ from vista.export.request_arrays import Arrays
 from vista.export.serving_graph import ServingGraph, graph_inputs
 from vista.export.trial_requests import trial_requests, write_trial_store
 from vista.log.event_log import EventLog
-from vista.log.gaps import NUM_GAPS, gap_bucket
+from vista.log.histories import NUM_GAPS, gap_bucket
 from vista.log.vocabulary import Vocabulary
 from vista.model.baselines.hstu import HSTU
 from vista.model.feature_spec import FeatureSpec

@@ -16,7 +16,7 @@ from tests.conftest import small_config, small_frame
 from tests.faults.operations import COLUMNS, first_event, index_items, log_of, model_of
 from vista import EventLog, Scorer, StoreReader, VistaModel, train
 from vista.config import SourceColumns
-from vista.log.row_features import RowFeatures
+from vista.log.histories import RowFeatures
 from vista.log.vocabulary import Vocabulary
 from vista.model.row_feature_reader import RowFeatureReader
 from vista.refresh import RefreshOptions, erase, forget, merge, refresh, refresh_incremental

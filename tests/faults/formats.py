@@ -27,8 +27,9 @@ from vista.config import PrepareConfig, SourceColumns, SourceConfig, TrainConfig
 from vista.config.composition import compose_config
 from vista.config.config_keys import to_yaml
 from vista.evaluation.comparison import PerUserMetrics
-from vista.log import deletions, item_categories
+from vista.log import deletions
 from vista.log.event_log import EventLog
+from vista.log.ingest import source_parser
 from vista.log.ingest.prepare import prepare
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
@@ -231,8 +232,8 @@ def categories(name: str, write: Callable[[Any, Path], None]) -> Format:
         write(pl.DataFrame({"item": items, "category": [f"kind {item % 70}" for item in items]}), folder / name)
 
     def read(folder: Path, world: Path) -> str:
-        with mock.patch.object(item_categories, "SourceParser", lambda: nullcontext(operations.parser())):
-            return digest([item_categories.read_categories(folder / name, "category", operations.log_of(world).items)])
+        with mock.patch.object(source_parser, "SourceParser", lambda: nullcontext(operations.parser())):
+            return digest([source_parser.read_categories(folder / name, "category", operations.log_of(world).items)])
 
     return Format((name,), read, make, checked=False)
 

@@ -42,7 +42,7 @@ from scripts.experiments.results import hardware
 from tests.faults.nursery import Nursery, Say
 from vista.errors import VistaError, shortened
 from vista.installation import source_commit
-from vista.log import segment_manifest
+from vista.log import segment_files
 from vista.model import model_description
 from vista.store.format import record_spec, state_record
 from vista.training import checkpoint
@@ -267,7 +267,7 @@ class Trials:
 def formats() -> dict[str, int]:
     """Versions of the formats of files that the promises are about."""
     return {
-        "log": segment_manifest.VERSION,
+        "log": segment_files.VERSION,
         "record": record_spec.FORMAT_VERSION,
         "state": state_record.FORMAT_VERSION,
         "model": model_description.FORMAT_VERSION,

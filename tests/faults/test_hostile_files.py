@@ -41,8 +41,8 @@ from vista.config.composition import compose_config
 from vista.errors import VistaError, shown
 from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare
-from vista.log.log_verification import verify_log
-from vista.log.segment_manifest import manifest_bytes
+from vista.log.inspection import verify_log
+from vista.log.segment_files import manifest_bytes
 from vista.model.model_description import checksum_of
 from vista.model.vista_model import VistaModel
 from vista.scorer import Scorer

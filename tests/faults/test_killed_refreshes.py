@@ -35,7 +35,7 @@ from vista.config.choices import Codec, OnBadRows
 from vista.config.log_config import StreamConfig
 from vista.errors import CheckpointError
 from vista.log.event_log import EventLog
-from vista.log.segment_manifest import DEAD_LETTERS_FILE
+from vista.log.segment_files import DEAD_LETTERS_FILE
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh, refresh_incremental
 from vista.store import StoreReader, StoreWriter
@@ -311,7 +311,7 @@ def kafka() -> Iterator[MockKafka]:
 @pytest.fixture(scope="module")
 def before_messages(traced: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """log/, model/, and store/ before the first message."""
-    for module in (__name__, "vista.log.ingest.kafka.kafka_reader"):
+    for module in (__name__, "vista.log.ingest.kafka_reader"):
         traced.imports(module)
     folder = tmp_path_factory.mktemp("stream")
     first_generation(folder, counters=False)
@@ -345,7 +345,7 @@ def watch(say: Say, folder: str, source: str, kill: tuple[str, int, int] = ("", 
 
 def report_steps(say: Say, folder: str, at_step: str, turn: int, at_call: int) -> None:
     """Have the steps of a watch say when they happen, and be killed as `watch` describes."""
-    from vista.log.ingest.kafka.kafka_reader import KafkaReader
+    from vista.log.ingest.kafka_reader import KafkaReader
 
     preload.watch(folder)
 

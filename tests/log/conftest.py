@@ -7,8 +7,7 @@ import pytest
 
 from vista.config import PrepareConfig, SourceConfig
 from vista.config.choices import OnBadRows
-from vista.log.ingest.prepare import prepare
-from vista.log.ingest.prepare_report import PrepareReport
+from vista.log.ingest.prepare import PrepareReport, prepare
 from vista.log.ingest.source_parser import SourceParser
 
 PARSER = SourceParser()

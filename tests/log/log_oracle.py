@@ -12,13 +12,10 @@ from vista.examples.item_statistics import item_counts
 from vista.log.deletions import write_deletions
 from vista.log.event_keys import EventKeys
 from vista.log.event_log import EventLog
-from vista.log.histories import Histories
-from vista.log.row_feature_writer import RowFeatureWriter
-from vista.log.row_features import ColumnValues, RowFeatures
+from vista.log.histories import ColumnValues, Histories, RowFeatures
 from vista.log.segment import segment_name
-from vista.log.segment_files import EVENT_COLUMNS, EVENT_FEATURES, IMPRESSION_COLUMNS, REQUEST_FEATURES
-from vista.log.segment_manifest import manifest_bytes
-from vista.log.segment_writer import SegmentWriter, TableWriter
+from vista.log.segment_files import EVENT_COLUMNS, EVENT_FEATURES, IMPRESSION_COLUMNS, REQUEST_FEATURES, manifest_bytes
+from vista.log.segment_writer import RowFeatureWriter, SegmentWriter, TableWriter
 from vista.log.vocabulary import Vocabulary
 
 NUM_USERS, NUM_ITEMS, ACTIONS = 5, 3, ["buy", "view"]

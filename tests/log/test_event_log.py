@@ -17,8 +17,7 @@ from vista.errors import LogFormatError, UnknownUserError
 from vista.installation import install_command
 from vista.log import histories
 from vista.log.event_log import EventLog
-from vista.log.histories import Histories, take
-from vista.log.packed_table import PackedTable
+from vista.log.histories import Histories, PackedTable, take
 
 
 def random_frame(seed: int, num_events: int, num_users: int = 20) -> pl.DataFrame:

@@ -29,15 +29,13 @@ from vista.errors import ConfigError, DataError, LogFormatError
 from vista.log.compaction import compact_log
 from vista.log.deletions import erase_users
 from vista.log.event_log import EventLog
-from vista.log.ingest import category_encoder
-from vista.log.ingest.prepare import prepare
-from vista.log.ingest.prepare_report import PrepareReport
-from vista.log.log_verification import verify_log
-from vista.log.row_feature_writer import RowFeatureWriter
-from vista.log.row_features import RowFeatures, rows_that_fit
+from vista.log.histories import RowFeatures, rows_that_fit
+from vista.log.ingest import rows
+from vista.log.ingest.prepare import PrepareReport, prepare
+from vista.log.inspection import verify_log
+from vista.log.segment import code_type
 from vista.log.segment_files import EVENT_FEATURES
-from vista.log.segment_row_features import code_type
-from vista.log.segment_writer import SegmentWriter
+from vista.log.segment_writer import RowFeatureWriter, SegmentWriter
 from vista.log.splits import visible_blocks
 from vista.log.vocabulary import Vocabulary
 
@@ -402,7 +400,7 @@ def test_too_many_values_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_values: int, count: str
 ) -> None:
     """If there are far too many, their number is estimated, so that they need no memory."""
-    monkeypatch.setattr(category_encoder, "_FIRST_ROWS", 500)
+    monkeypatch.setattr(rows, "_FIRST_ROWS", 500)
     keys = {"user": [1] * num_values, "item": [7] * num_values, "timestamp": np.arange(num_values)}
     frame = keys | {"url": [f"page {n}" for n in range(num_values)], "few": [f"{n % 300}" for n in range(num_values)]}
     pl.DataFrame(frame).write_parquet(tmp_path / "events.parquet")

@@ -17,9 +17,18 @@ from vista.config.choices import Split
 from vista.errors import ConfigError
 from vista.examples.item_statistics import item_counts
 from vista.log.event_log import EventLog
-from vista.log.repeats import leaves_out_seen, repeat_share
-from vista.log.splits import MIN_EVENTS, part_counts, part_times, split_until, visible_counts
-from vista.log.until import Until, parse_time, parse_until
+from vista.log.splits import (
+    MIN_EVENTS,
+    Until,
+    leaves_out_seen,
+    parse_time,
+    parse_until,
+    part_counts,
+    part_times,
+    repeat_share,
+    split_until,
+    visible_counts,
+)
 
 DAY = 86_400_000
 
@@ -175,7 +184,7 @@ def log_of(histories: list[list[int]], folder: Path) -> EventLog:
 @pytest.mark.parametrize("events_per_batch", [1, 4, 1 << 22])
 def test_by_hand(tmp_path: Path, events_per_batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """An item that another user had is not a repeat."""
-    monkeypatch.setattr("vista.log.repeats.EVENTS_PER_BLOCK", events_per_batch)
+    monkeypatch.setattr("vista.log.splits.EVENTS_PER_BLOCK", events_per_batch)
     log = log_of([[1, 2, 1, 1], [1, 2], [3, 3, 3, 4]], tmp_path)
     assert repeat_share(log, log.lengths) == pytest.approx(4 / 10)
     assert repeat_share(log, visible_counts(log, "leave-last-two-out")) == pytest.approx(1 / 6)

@@ -19,10 +19,9 @@ from vista.errors import ConfigError, DataError, LogFormatError
 from vista.log.compaction import compact_log
 from vista.log.deletions import erase_users
 from vista.log.event_log import EventLog
-from vista.log.ingest.prepare import prepare
-from vista.log.ingest.prepare_report import PrepareReport
-from vista.log.log_stats import LogStats
-from vista.log.user_feature_parts import UserFeatureParts
+from vista.log.ingest.prepare import PrepareReport, prepare
+from vista.log.inspection import LogStats
+from vista.log.merged_features import UserFeatureParts
 
 EVENTS = [(1, 10, 1), (1, 20, 2), (2, 30, 3), (3, 40, 4)]
 

@@ -23,7 +23,7 @@ from vista.evaluation.evaluate import evaluate
 from vista.log.compaction import compact_log
 from vista.log.deletions import erase_users, forget_events
 from vista.log.event_log import EventLog
-from vista.log.log_verification import verify_log
+from vista.log.inspection import verify_log
 from vista.refresh import RefreshOptions, refresh, refresh_incremental
 from vista.training.trainer import train
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.log.conftest import PARSER
 from vista.errors import DataError, LogFormatError
-from vista.log.item_categories import read_categories
+from vista.log.ingest.source_parser import read_categories
 from vista.log.vocabulary import Vocabulary
 
 INT_IDS = st.lists(st.integers(-(2**63), 2**63 - 1), max_size=60)
@@ -152,7 +152,7 @@ KINDS = ["shelf", "books", None, "books"]
 @pytest.fixture(autouse=True)
 def shared_parser(monkeypatch: pytest.MonkeyPatch) -> None:
     """One child process for all tests; to start one takes half a second."""
-    monkeypatch.setattr("vista.log.item_categories.SourceParser", lambda: nullcontext(PARSER))
+    monkeypatch.setattr("vista.log.ingest.source_parser.SourceParser", lambda: nullcontext(PARSER))
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])

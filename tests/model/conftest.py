@@ -20,9 +20,7 @@ from vista.counters.counter_codes import ItemKeys
 from vista.examples.batch import Batch
 from vista.examples.chunks import ChunkCounters, ChunkImpressions, Chunks, ChunkTimeline, HistoryCounters, decay_clock
 from vista.examples.cuts import AnchorPlan, CutPlan, cut_batch
-from vista.log.gaps import gap_bucket, history_gaps
-from vista.log.histories import Histories, ranges
-from vista.log.row_features import RowFeatures
+from vista.log.histories import Histories, RowFeatures, gap_bucket, history_gaps, ranges
 from vista.log.vocabulary import Vocabulary
 from vista.model.padded_tail import PaddedTail, pad_tail
 from vista.model.ranking_model import RankingModel

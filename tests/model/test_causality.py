@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from vista.config.choices import Decay, Mixing, Normalization, TargetAttentionKind
 from vista.examples.batch import Batch
 from vista.examples.chunks import Chunks
-from vista.log.histories import Histories
-from vista.log.row_features import RowFeatures
+from vista.log.histories import Histories, RowFeatures
 
 YEAR = 365 * 86_400_000
 SHAPES = {

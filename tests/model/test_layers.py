@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vista.config import ModelConfig
 from vista.config.choices import Activation, Normalization, Precision, TargetAttentionKind
-from vista.log.gaps import NUM_GAPS, gap_bucket, history_gaps
+from vista.log.histories import NUM_GAPS, gap_bucket, history_gaps
 from vista.model import inference
 from vista.model.event_encoder import EventEncoder
 from vista.model.frozen_linear import FrozenLinear, frozen

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vista.config import OptimConfig
-from vista.log.gaps import gap_bucket
+from vista.log.histories import gap_bucket
 from vista.model.baselines.decayed_attention import decayed_attention
 from vista.model.baselines.fuxi_linear import FuXiLinear
 from vista.model.baselines.hstu import HSTU

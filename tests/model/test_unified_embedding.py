@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.conftest import NEXT_ONLY, small_config
 from vista.log.event_log import EventLog
-from vista.log.gaps import NUM_GAPS
+from vista.log.histories import NUM_GAPS
 from vista.model.embedding_feature import EmbeddingFeature
 from vista.model.ranking_model import RankingModel
 from vista.model.unified_embedding import hashed_rows, mix64

@@ -21,7 +21,7 @@ from tests.refresh.streams import TOPIC, watch_of
 from vista.config import DataConfig, ModelConfig, SourceColumns, WatchConfig
 from vista.config.choices import Codec
 from vista.log.event_log import EventLog
-from vista.log.row_features import RowFeatures
+from vista.log.histories import RowFeatures
 from vista.log.vocabulary import Vocabulary
 from vista.model.row_feature_reader import RowFeatureReader
 from vista.model.schema import Schema

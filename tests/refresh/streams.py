@@ -13,8 +13,7 @@ from vista.config import SourceConfig, WatchConfig
 from vista.config.choices import Codec
 from vista.config.log_config import StreamConfig
 from vista.log.event_log import EventLog
-from vista.log.segment_manifest import DEAD_LETTERS_FILE
-from vista.log.stream_offsets import stream_offsets
+from vista.log.segment_files import DEAD_LETTERS_FILE, stream_offsets
 from vista.refresh import RefreshOptions, refresh
 from vista.refresh.watch import Watch
 from vista.refresh.watch_report import WatchReport

@@ -27,10 +27,9 @@ from vista.errors import DataError, LogBusyError, LogFormatError, StreamError, S
 from vista.log.compaction import compact_log
 from vista.log.deletions import erase_users
 from vista.log.event_log import EventLog
-from vista.log.ingest.kafka.dead_letters import MAX_KEPT_BYTES
-from vista.log.log_stats import LogStats
-from vista.log.segment_manifest import DEAD_LETTERS_FILE
-from vista.log.stream_offsets import StreamPartition, stream_offsets
+from vista.log.ingest.kafka_messages import MAX_KEPT_BYTES
+from vista.log.inspection import LogStats
+from vista.log.segment_files import DEAD_LETTERS_FILE, StreamPartition, stream_offsets
 from vista.refresh.watch import Watch
 from vista.scorer import Scorer
 from vista.store import StoreReader
@@ -353,7 +352,7 @@ def test_newest_starts_after_the_messages_of_the_first_check(tmp_path, grow, kaf
 
 
 def test_a_second_watch_of_the_same_log_adds_nothing_twice(tmp_path, grow, kafka, streamed, monkeypatch):
-    from vista.log.ingest.kafka.kafka_reader import KafkaReader
+    from vista.log.ingest.kafka_reader import KafkaReader
 
     frame = grow.events({1: 3, 2: 2}, grow.start + 500 * grow.hour)
     kafka.send_events(TOPIC, frame)
@@ -405,7 +404,7 @@ class Changed:
 @pytest.fixture
 def reader(kafka):
     """A reader of a topic with one message in each of two partitions; a test may replace its client."""
-    from vista.log.ingest.kafka.kafka_reader import KafkaReader
+    from vista.log.ingest.kafka_reader import KafkaReader
 
     made = KafkaReader(kafka.create(TOPIC), StreamConfig(max_s=2.0))
     for partition in (0, 1):

@@ -18,9 +18,8 @@ from vista.arrays import Int
 from vista.counters.counter_table import UserCounters
 from vista.evaluation.cases import case_requests
 from vista.log.event_log import EventLog
-from vista.log.gaps import NO_TIMESTAMP
-from vista.log.histories import Histories
-from vista.log.until import Until
+from vista.log.histories import NO_TIMESTAMP, Histories
+from vista.log.splits import Until
 from vista.log.vocabulary import Vocabulary
 from vista.model import inference
 from vista.model.vista_model import VistaModel

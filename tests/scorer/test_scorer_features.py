@@ -26,7 +26,7 @@ from vista.config.composition import compose_config
 from vista.errors import ConfigError, StoreError
 from vista.evaluation.answers import ScorerAnswers
 from vista.log.event_log import EventLog
-from vista.log.row_features import RowFeatures
+from vista.log.histories import RowFeatures
 from vista.log.vocabulary import Vocabulary
 from vista.model import inference
 from vista.model.row_feature_reader import EncodedRows, RowFeatureReader

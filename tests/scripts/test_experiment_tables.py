@@ -43,9 +43,8 @@ from vista.evaluation.baseline_evaluation import counting_baselines, trained_bas
 from vista.evaluation.cases import WindowCases
 from vista.evaluation.protocol import measure_windows
 from vista.log.event_log import EventLog
-from vista.log.item_categories import read_categories
-from vista.log.splits import split_until
-from vista.log.until import parse_time
+from vista.log.ingest.source_parser import read_categories
+from vista.log.splits import parse_time, split_until
 from vista.simulation.period import split_times
 
 pytestmark = pytest.mark.research

@@ -24,8 +24,8 @@ from tests.conftest import ratings_folder
 from vista.config import TrainConfig
 from vista.config.choices import Codec
 from vista.config.composition import compose_config
-from vista.log.gaps import NUM_GAPS
-from vista.log.until import parse_time
+from vista.log.histories import NUM_GAPS
+from vista.log.splits import parse_time
 from vista.training import trainer
 from vista.training.downstream import KEPT_KEYS
 

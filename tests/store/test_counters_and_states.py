@@ -17,7 +17,7 @@ from vista.config.choices import Codec, StateDtype
 from vista.counters.counter_codes import CounterCodes, CounterSpec
 from vista.counters.counter_table import CounterTable
 from vista.errors import RecordError
-from vista.log.gaps import NO_TIMESTAMP
+from vista.log.histories import NO_TIMESTAMP
 from vista.store.format.counter_layout import CounterLayout
 from vista.store.format.digest import _CHUNK, event_digests, history_digests, item_keys
 from vista.store.format.keys import user_keys

@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as hnp
 from tests.record_reference import decode_record_reference, error_bound
 from vista.config.choices import Codec
 from vista.errors import RecordError, StoreError, UserKeyError
-from vista.log.gaps import NO_TIMESTAMP
+from vista.log.histories import NO_TIMESTAMP
 from vista.store.format.codecs import dequantize_rows, quantize_rows
 from vista.store.format.keys import MAX_KEY_BYTES, user_id, user_key, user_keys
 from vista.store.format.record import decode_rows, encode_records, read_records

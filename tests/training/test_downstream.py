@@ -21,7 +21,7 @@ from vista.errors import ConfigError, LeakageError, SummarizerMismatchError
 from vista.evaluation.evaluate import evaluate_scorer
 from vista.examples.batch_source import BatchSource
 from vista.log.event_log import EventLog
-from vista.log.gaps import UNKNOWN_GAP
+from vista.log.histories import UNKNOWN_GAP
 from vista.log.splits import visible_counts
 from vista.model.inference import empty_summary
 from vista.model.vista_model import VistaModel

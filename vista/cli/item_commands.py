@@ -80,7 +80,7 @@ def run_items_add(config: ItemsAddConfig) -> ItemsAdded:
     """
     import numpy as np
 
-    from vista.log.ingest.new_items import read_items, with_columns
+    from vista.log.ingest.new_features import read_items, with_columns
     from vista.log.vocabulary import Vocabulary
     from vista.model.added_items import with_items
     from vista.model.counted_fields import check_categories
@@ -254,7 +254,7 @@ def run_items_embed(config: ItemsEmbedConfig, encoder: Encoder | None = None) ->
     """
     pl = require_module("polars", "data")
     from vista.device import cpu_settings, resolve_device
-    from vista.log.ingest.item_values import read_texts, write_values
+    from vista.log.ingest.feature_sources import read_texts, write_values
     from vista.log.ingest.source_parser import SourceParser
 
     out = Path(config.out)
@@ -332,7 +332,7 @@ def run_items_tokenize(config: ItemsTokenizeConfig) -> ItemsTokenized:
         DataError: if the file of vectors or of codebooks is invalid, or the two have vectors of different lengths.
         MissingDependencyError: if faiss is not installed.
     """
-    from vista.log.ingest.item_values import check_not_a_source, read_vectors, write_values
+    from vista.log.ingest.feature_sources import check_not_a_source, read_vectors, write_values
     from vista.log.ingest.source_parser import SourceParser
     from vista.model.codebooks import Codebooks
     from vista.model.residual_codes import ResidualCodes

@@ -117,7 +117,7 @@ def run_score(config: ScoreConfig) -> str:
     """
     from vista.cli.item_commands import INDEX_SUFFIX
     from vista.device import cpu_settings
-    from vista.log.until import parse_time
+    from vista.log.splits import parse_time
     from vista.log.vocabulary import ids_of_words
     from vista.model.ranking_model import UNKNOWN_ITEM
     from vista.scorer.scorer import Scorer

@@ -30,9 +30,8 @@ from vista.errors import ConfigError, LogFormatError, StoreError, UnknownUserErr
 if TYPE_CHECKING:
     from vista.log.compaction import CompactionReport
     from vista.log.deletions import DeletionReport
-    from vista.log.ingest.prepare_report import PrepareReport
-    from vista.log.log_stats import LogStats
-    from vista.log.log_verification import LogVerification
+    from vista.log.ingest.prepare import PrepareReport
+    from vista.log.inspection import LogStats, LogVerification
     from vista.simulation.simulation_report import SimulationReport
     from vista.store.admin.publish_report import PublishReport
     from vista.store.admin.whole_generation import WholeGeneration
@@ -260,7 +259,7 @@ def _named(folder: str, raw: RawRecords, reader: WholeGeneration) -> tuple[list[
     """Ids of the items of a tail, and the values of its features instead of the model's codes."""
     import numpy as np
 
-    from vista.log.row_features import RowFeatures
+    from vista.log.histories import RowFeatures
     from vista.model.vista_model import VistaModel
 
     model = VistaModel.from_pretrained(folder)
@@ -278,7 +277,7 @@ def _named(folder: str, raw: RawRecords, reader: WholeGeneration) -> tuple[list[
 
 def _time(time_ms: int) -> str:
     """A time in ms with its date; the ordinal of a log without times as it is."""
-    from vista.log.gaps import LATEST_MS, NO_TIMESTAMP, YEAR_1971_MS
+    from vista.log.histories import LATEST_MS, NO_TIMESTAMP, YEAR_1971_MS
 
     if time_ms == NO_TIMESTAMP:
         return "none"
@@ -331,7 +330,7 @@ def run_log_verify(config: LogVerifyConfig) -> LogVerification:
     Raises:
         LogFormatError: naming every damaged file.
     """
-    from vista.log.log_verification import verify_log
+    from vista.log.inspection import verify_log
 
     report = verify_log(config.data)
     if report.damaged:
@@ -346,7 +345,7 @@ def run_log_stats(config: LogStatsConfig) -> LogStats:
         LogFormatError: if it is missing or damaged.
     """
     from vista.log.event_log import EventLog
-    from vista.log.log_stats import LogStats
+    from vista.log.inspection import LogStats
 
     log = EventLog.open(config.data)
     log.verify(newer_than=log.last_segment)

@@ -25,8 +25,7 @@ from vista.config.model_config import (
     ModelConfig,
 )
 from vista.json_fields import NUMBER, check_fields, list_of, one_of, text, whole
-from vista.log.gaps import DAY_MS
-from vista.log.histories import ranges
+from vista.log.histories import DAY_MS, ranges
 
 # What the counters of a store count: the fields, how many keys per user, and over which horizons.
 

@@ -21,8 +21,7 @@ from vista.counters.counter_codes import (
     encode_event_counts,
     encode_values,
 )
-from vista.log.gaps import NO_TIMESTAMP
-from vista.log.histories import ranges
+from vista.log.histories import NO_TIMESTAMP, ranges
 
 # Exact counters of single keys, and how they add up event by event. E rows, H = len(days) + len(events) horizons.
 #

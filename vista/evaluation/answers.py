@@ -17,8 +17,7 @@ from vista.arrays import Float32s, Int
 from vista.errors import LeakageError
 from vista.evaluation.cases import ImpressionCases, NextItemCases, WindowCases, case_requests, request_starts
 from vista.log.event_log import EventLog
-from vista.log.histories import Histories, token_groups
-from vista.log.row_features import RowFeatures
+from vista.log.histories import Histories, RowFeatures, token_groups
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.inference import catalog_scores, item_vectors
 from vista.model.log_users import LogUsers

@@ -19,9 +19,7 @@ from vista.counters.counter_codes import ItemKeys
 from vista.examples.batch_source import events_before
 from vista.examples.chunks import CounterRequests, HistoryCounters
 from vista.log.event_log import EventLog
-from vista.log.gaps import DAY_MS
-from vista.log.histories import Histories, token_groups
-from vista.log.row_features import RowFeatures
+from vista.log.histories import DAY_MS, Histories, RowFeatures, token_groups
 from vista.log.splits import EVENTS_PER_BLOCK
 from vista.progress_bar import progress_bar
 

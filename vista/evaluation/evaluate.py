@@ -35,10 +35,8 @@ from vista.evaluation.recall import RecallReport, measure_recall
 from vista.examples.item_statistics import item_counts
 from vista.files import replace_text, writable_file
 from vista.installation import __version__
-from vista.log.event_log import EventLog
-from vista.log.log_digest import log_digest
-from vista.log.splits import part_times, split_until, visible_counts
-from vista.log.until import parse_until
+from vista.log.event_log import EventLog, log_digest
+from vista.log.splits import parse_until, part_times, split_until, visible_counts
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.model_description import CONFIG_FILE
 from vista.model.ranking_model import RankingModel

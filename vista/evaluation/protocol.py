@@ -28,10 +28,8 @@ from vista.evaluation.comparison import PerUserMetrics, mean_and_error, mean_cel
 from vista.evaluation.metrics import auc, calibration, gauc, normalized_entropy, ranks_of_targets, top_items
 from vista.examples.item_statistics import item_counts
 from vista.log.event_log import EventLog
-from vista.log.gaps import DAY_MS
-from vista.log.histories import token_groups
-from vista.log.repeats import leaves_out_seen
-from vista.log.splits import EVENTS_PER_BLOCK, part_counts, part_times, split_until, visible_counts
+from vista.log.histories import DAY_MS, token_groups
+from vista.log.splits import EVENTS_PER_BLOCK, leaves_out_seen, part_counts, part_times, split_until, visible_counts
 from vista.progress_bar import progress_bar
 from vista.ranks import Ranks
 

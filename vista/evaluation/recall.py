@@ -20,8 +20,7 @@ from vista.config.choices import ReconstructionTarget
 from vista.errors import ConfigError
 from vista.examples.item_statistics import item_counts
 from vista.log.event_log import EventLog
-from vista.log.gaps import history_gaps
-from vista.log.histories import Histories, ranges
+from vista.log.histories import Histories, history_gaps, ranges
 from vista.log.splits import split_until, visible_counts
 from vista.model.history_states import covered_lengths
 from vista.model.vista_model import VistaModel

@@ -19,8 +19,7 @@ from vista.examples.batch_source import NegativeSampler
 from vista.examples.item_statistics import item_counts, item_factors
 from vista.installation import install_command
 from vista.log.event_log import EventLog
-from vista.log.gaps import DAY_MS
-from vista.log.histories import Histories, ranges
+from vista.log.histories import DAY_MS, Histories, ranges
 from vista.logistic_regression import fit_probability
 from vista.model.window_loss import window_loss
 

@@ -33,11 +33,8 @@ from vista.examples.chunks import (
 from vista.examples.cuts import CutPlan, cut_batch
 from vista.examples.item_statistics import item_frequency
 from vista.log.event_log import EventLog
-from vista.log.gaps import history_gaps
-from vista.log.histories import ranges, token_groups
-from vista.log.row_features import RowFeatures
-from vista.log.splits import split_until, visible_counts
-from vista.log.until import Until
+from vista.log.histories import RowFeatures, history_gaps, ranges, token_groups
+from vista.log.splits import Until, split_until, visible_counts
 
 
 @dataclass(frozen=True, slots=True)

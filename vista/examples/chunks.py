@@ -16,10 +16,9 @@ from vista.config import DataConfig, TrainConfig
 from vista.config.choices import Decay
 from vista.counters.counter_codes import CounterCodes, ItemKeys
 from vista.counters.counter_table import OccurrenceIndex, UserCounters
+from vista.log.event_keys import Impressions
 from vista.log.event_log import EventLog
-from vista.log.gaps import gap_bucket
-from vista.log.histories import ranges, token_groups
-from vista.log.impressions import Impressions
+from vista.log.histories import gap_bucket, ranges, token_groups
 from vista.log.splits import EVENTS_PER_BLOCK, split_until
 
 # Counters as requests read them, made from whole histories: for training, and for evaluation without a store.

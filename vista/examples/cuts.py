@@ -41,8 +41,7 @@ from vista.examples.batch import (
     BatchWindows,
 )
 from vista.examples.chunks import ChunkCounters, ChunkImpressions, Chunks, ChunkTimeline, CounterRequests
-from vista.log.gaps import DAY_MS, UNKNOWN_GAP, gap_bucket
-from vista.log.histories import ranges
+from vista.log.histories import DAY_MS, UNKNOWN_GAP, gap_bucket, ranges
 
 # Anchors: training questions whose labels are all items of the window that follows.
 #

@@ -9,7 +9,7 @@ import pandas as pd
 
 from vista.explore.rankings import PARTS
 from vista.explore.user_page import OTHER, Timeline
-from vista.log.gaps import DAY_MS
+from vista.log.histories import DAY_MS
 from vista.runs.metric_order import better_values
 
 SUMMARY, TAIL, COUNTERS, NEUTRAL = "#2f6fb0", "#e2803a", "#3f9b73", "#9aa0a8"

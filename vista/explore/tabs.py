@@ -60,7 +60,7 @@ from vista.explore.user_page import (
 )
 from vista.explore.workspace import Workspace, escaped, ids_with_prefix, record_of
 from vista.log.histories import Histories
-from vista.log.log_stats import LogStats
+from vista.log.inspection import LogStats
 from vista.runs.metric_order import better_values
 from vista.runs.run_files import is_run
 from vista.scorer import Scorer

@@ -14,10 +14,8 @@ from vista.config.model_config import ITEM
 from vista.counters.counter_codes import CounterSpec
 from vista.explore.workspace import ItemNames, UserSearch, Workspace, record_of
 from vista.log.event_log import EventLog
-from vista.log.gaps import LATEST_MS, NO_TIMESTAMP, YEAR_1971_MS
-from vista.log.histories import Histories
-from vista.log.row_features import RowFeatures
-from vista.log.until import Until, parse_until
+from vista.log.histories import LATEST_MS, NO_TIMESTAMP, YEAR_1971_MS, Histories, RowFeatures
+from vista.log.splits import Until, parse_until
 from vista.scorer import Scorer
 from vista.store.admin.managed_store import managed_store
 from vista.store.admin.store_stats import GenerationStats, StoreStats, store_stats

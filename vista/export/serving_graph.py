@@ -25,7 +25,7 @@ from vista.counters.counter_codes import (
     code_scales,
     decode_values,
 )
-from vista.log.gaps import NO_TIMESTAMP, NUM_GAPS, UNKNOWN_GAP
+from vista.log.histories import NO_TIMESTAMP, NUM_GAPS, UNKNOWN_GAP
 from vista.model import inference
 from vista.model.feature_spec import MAX_ABS_SCORE, FeatureSpec
 from vista.model.item_projections import ItemProjections

@@ -20,8 +20,7 @@ from vista.arrays import Int, offsets_of
 from vista.config.choices import Codec, OnMissing, StateDtype
 from vista.counters.counter_codes import MAX_CODE, CounterCodes
 from vista.export.request_arrays import Arrays, request_arrays
-from vista.log.gaps import DAY_MS, YEAR_1971_MS
-from vista.log.histories import Histories
+from vista.log.histories import DAY_MS, YEAR_1971_MS, Histories
 from vista.model import inference
 from vista.model.counted_fields import largest_keys
 from vista.model.hashed_vocabulary import HashedVocabulary

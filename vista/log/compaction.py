@@ -8,33 +8,91 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 
 from vista.arrays import Float32s, Int, offsets_of
 from vista.errors import LogFormatError, LogWriteError
 from vista.files import checked_path, sync
+from vista.log.event_keys import merged_columns
 from vista.log.event_log import EventLog
-from vista.log.feature_owner import ITEMS, USERS, FeatureOwner
-from vista.log.histories import token_groups
-from vista.log.impressions import merged_columns
-from vista.log.item_features import CategoryColumn, VectorColumn
+from vista.log.histories import ColumnValues, PackedTable, RowColumn, RowFeatures, rows_that_fit, token_groups
+from vista.log.item_features import ITEMS, USERS, CategoryColumn, FeatureOwner, VectorColumn
 from vista.log.merged_features import declared_columns, merged_column, rows_with_features
-from vista.log.packed_table import PackedTable
-from vista.log.row_feature_writer import RowFeatureWriter
-from vista.log.row_features import rows_that_fit
-from vista.log.segment import segment_name, superseded_segments
-from vista.log.segment_features import SegmentColumn
-from vista.log.segment_files import EVENT_COLUMNS, EVENT_FEATURES, REQUEST_FEATURES
-from vista.log.segment_manifest import LOG_FIELDS, QUARANTINE_FILE, SET_ASIDE_FILES
-from vista.log.segment_writer import FeatureWriter, SegmentWriter, TableWriter, locked_log, staged_folder
-from vista.log.stream_offsets import offset_entries, stream_offsets
-from vista.log.used_values import UsedValues
+from vista.log.segment import SegmentColumn, segment_name, superseded_segments
+from vista.log.segment_files import (
+    EVENT_COLUMNS,
+    EVENT_FEATURES,
+    LOG_FIELDS,
+    QUARANTINE_FILE,
+    REQUEST_FEATURES,
+    SET_ASIDE_FILES,
+    offset_entries,
+    stream_offsets,
+)
+from vista.log.segment_writer import (
+    FeatureWriter,
+    RowFeatureWriter,
+    SegmentWriter,
+    TableWriter,
+    locked_log,
+    staged_folder,
+)
+from vista.log.vocabulary import Vocabulary
 from vista.progress_bar import progress_bar
+
+# The values of categories that rows still have after deletions. NumPy only.
+#
+# A value that only erased users had may identify them, so a compaction removes it.
+
+
+@dataclass(frozen=True, slots=True)
+class UsedValues:
+    """The values that rows have.
+
+    values: by name of a column; codes: of the categories that lost values, int32 [V + 1], the code in `values` of each
+    of the V values before, or -1, and then -1 for a row without a value.
+    """
+
+    values: ColumnValues
+    codes: Mapping[str, NDArray[np.int32]]
+
+    @classmethod
+    def of(cls, tables: Sequence[PackedTable], values: ColumnValues, rows_at_once: int) -> UsedValues:
+        """The values of the remaining rows of tables.
+
+        Args:
+            values: of the columns of the tables.
+            rows_at_once: rows that are read at once; it never changes the result.
+        """
+        left, codes = dict(values), {}
+        if any(table.num_deleted for table in tables):
+            for name, known in values.items():
+                if known is None:
+                    continue
+                used = np.zeros(len(known) + 1, np.bool_)
+                for table in tables:
+                    for start in range(0, table.num_rows, rows_at_once):
+                        used[table.features[name][table.span(start, min(start + rows_at_once, table.num_rows))]] = True
+                rows = np.flatnonzero(used[:-1])
+                if len(rows) < len(known):
+                    texts = known.ids(rows).tolist()
+                    left[name] = remaining = Vocabulary.empty("str").extended(texts)
+                    codes[name] = np.full(len(used), -1, np.int32)
+                    codes[name][rows] = remaining.rows(texts)
+        return cls(left, codes)
+
+    def recoded(self, features: RowFeatures) -> RowFeatures:
+        """Features of rows with codes of `values`."""
+        columns: dict[str, RowColumn] = dict(features.columns)
+        for name, code in self.codes.items():
+            columns[name] = code[columns[name].astype(np.int64)]
+        return RowFeatures(columns)
+
 
 RUN_EVENTS = 1 << 20
 """Events without features that are read and written at once. A longer history is a run by itself."""

@@ -23,21 +23,13 @@ from vista.files import checked_path
 from vista.installation import require_module
 from vista.log.event_keys import EventKeys, equal_events
 from vista.log.event_log import EventLog
-from vista.log.frames import to_polars
-from vista.log.ingest.parts import ORDER, read_part
-from vista.log.ingest.row_rules import TIME_UNITS
-from vista.log.ingest.scanned_source import frame_source
+from vista.log.ingest.rows import ORDER, TIME_UNITS, read_part
+from vista.log.ingest.source_files import to_polars
 from vista.log.ingest.source_parser import SourceParser
-from vista.log.ingest.sources import Source, open_sources
+from vista.log.ingest.sources import Source, frame_source, open_sources
 from vista.log.segment import segment_name
 from vista.log.segment_files import FORGOTTEN_COLUMNS
-from vista.log.segment_writer import (
-    SegmentWriter,
-    TableWriter,
-    locked_log,
-    staged_folder,
-    write_without_events,
-)
+from vista.log.segment_writer import SegmentWriter, TableWriter, locked_log, staged_folder, write_without_events
 from vista.progress_bar import elapsed_time
 
 if TYPE_CHECKING:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,18 +18,12 @@ from vista.config.choices import OnBadRows
 from vista.config.log_config import SourceColumns
 from vista.errors import LogFormatError, UnknownUserError, shown
 from vista.files import checked_path
-from vista.log.deleted_rows import obey_deletions
-from vista.log.feature_owner import ITEMS
-from vista.log.histories import Histories, slice_merged, take_range
-from vista.log.impressions import Impressions, read_impressions
-from vista.log.item_features import ItemFeatures
-from vista.log.merged_features import merged_features
-from vista.log.merged_row_features import event_values, request_values, with_row_features
-from vista.log.packed_table import PackedTable
-from vista.log.row_features import ColumnValues
+from vista.log.event_keys import Impressions, obey_deletions, read_impressions
+from vista.log.histories import ColumnValues, Histories, PackedTable, slice_merged, take_range
+from vista.log.item_features import ITEMS, ItemFeatures
+from vista.log.merged_features import UserFeatures, event_values, merged_features, request_values, with_row_features
 from vista.log.segment import Segment, read_segments, read_vocabularies
-from vista.log.stream_offsets import stream_offsets
-from vista.log.user_features import UserFeatures
+from vista.log.segment_files import stream_offsets
 
 
 class EventLog:
@@ -398,3 +393,9 @@ def _filled(segments: Sequence[Segment]) -> list[PackedTable]:
 
 def _reopen(path: str, last_segment: int) -> EventLog:
     return EventLog.open(path, last_segment=last_segment)
+
+
+def log_digest(log: EventLog) -> str:
+    """12 hex digits of the log's manifests, which hold checksums of all files."""
+    manifests = json.dumps(log.manifests, sort_keys=True, default=str).encode()
+    return hashlib.sha256(manifests).hexdigest()[:12]

@@ -3,15 +3,180 @@
 from __future__ import annotations
 
 import builtins
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.arrays import Int, offsets_of
-from vista.log.packed_table import PackedTable
-from vista.log.row_features import RowFeatures
+from vista.arrays import Float32s, Int, offsets_of
+from vista.log.vocabulary import Vocabulary
+
+# Features of the rows of a table, such as a log's events: one value per row and column. NumPy only.
+#
+# N rows. A column has one of two kinds: a *category*, such as a device, or a *number*, such as a dwell time. Features
+# of
+# items, which can have several values, or vectors, are in `vista.log.item_features`.
+
+RowColumn: TypeAlias = NDArray[np.int32] | Float32s
+"""[N]: int32 codes of a category, -1 where it is missing; or float32 numbers, NaN where they are missing."""
+BYTES_WHILE_COPIED = 12
+"""Memory of one value while rows are merged, sorted, and written: up to three copies of 4 bytes."""
+ColumnValues: TypeAlias = Mapping[str, Vocabulary | None]
+"""By name of a column: the distinct values of a category, as text, whose rows are the codes; None for a number."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowFeatures:
+    """Features of N rows. A `ColumnValues` with the same names maps the codes to values."""
+
+    columns: Mapping[str, RowColumn]
+    """By name, in the order in which they were declared."""
+
+    def select(self, index: Any) -> RowFeatures:
+        """Features of the rows at `index`, as NumPy indexes; views if it is a slice."""
+        return RowFeatures({name: column[index] for name, column in self.columns.items()})
+
+    def empty(self, num_rows: int) -> RowFeatures:
+        """Columns of the same types for `num_rows` rows, to be filled."""
+        columns: dict[str, RowColumn] = {
+            name: np.empty_like(part, shape=num_rows) for name, part in self.columns.items()
+        }
+        return RowFeatures(columns)
+
+    def named(self, values: ColumnValues) -> dict[str, NDArray[Any]]:
+        """The values themselves, [N] by name: texts of a category, None where they are missing; numbers as they are.
+
+        Args:
+            values: what the codes stand for.
+        """
+        named: dict[str, NDArray[Any]] = {}
+        for name, column in self.columns.items():
+            known = values[name]
+            if known is None:
+                named[name] = column
+                continue
+            named[name] = np.full(len(column), None, object)
+            is_known = np.flatnonzero(column >= 0)
+            named[name][is_known] = known.ids(column[is_known])
+        return named
+
+    @classmethod
+    def missing(cls, values: ColumnValues, num_rows: int) -> RowFeatures:
+        """Rows without any value."""
+        return cls(
+            {
+                name: np.full(num_rows, np.nan, np.float32) if known is None else np.full(num_rows, -1, np.int32)
+                for name, known in values.items()
+            }
+        )
+
+
+def rows_that_fit(rows: int, row_bytes: int, num_features: int) -> int:
+    """How many rows with features take the memory of `rows` rows without any, at least 1.
+
+    Args:
+        row_bytes: memory of a row without features.
+        num_features: number of columns of features.
+    """
+    return max(1, rows * row_bytes // (row_bytes + BYTES_WHILE_COPIED * num_features))
+
+
+@dataclass(frozen=True, slots=True)
+class PackedTable:
+    """Rows of several users, concatenated. Row numbers count remaining rows; columns still contain deleted ones.
+
+    Args:
+        users: int64 [U] user rows, ascending.
+        offsets: int64 [U + 1], where each user's rows start.
+        columns: arrays with one entry per row, including deleted rows.
+        features: likewise, by name: float32 numbers, or the codes of a category in any signed integer type.
+        deleted_at: int64 [R], ascending: the number of remaining rows before each deleted row; None without any.
+    """
+
+    users: Int
+    offsets: Int
+    columns: dict[str, NDArray[Any]]
+    features: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    deleted_at: Int | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.offsets[-1])
+
+    @property
+    def num_deleted(self) -> int:
+        return 0 if self.deleted_at is None else len(self.deleted_at)
+
+    def locate(self, rows: Int) -> tuple[Int, Int]:
+        """First row and number of rows of each user in `rows` [B]; both int64 [B]."""
+        if not len(self.users):
+            return np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
+        at: Int
+        if int(self.users[-1]) == len(self.users) - 1:  # users 0..U-1, all present
+            present = rows < len(self.users)
+            at = np.where(present, rows, 0)
+        else:
+            at = np.minimum(np.searchsorted(self.users, rows), len(self.users) - 1).astype(np.int64)
+            present = self.users[at] == rows
+        starts = np.where(present, self.offsets[at], 0)
+        return starts, np.where(present, self.offsets[at + 1] - starts, 0)
+
+    def counts(self, num_users: int) -> Int:
+        """Number of rows per user: int64 [num_users]."""
+        counts = np.zeros(num_users, np.int64)
+        counts[self.users] = np.diff(self.offsets)
+        return counts
+
+    def places(self, rows: Int) -> Int:
+        """Indices into the columns of rows (int64 [N], in any order)."""
+        return rows if self.deleted_at is None else rows + np.searchsorted(self.deleted_at, rows, side="right")
+
+    def span(self, first: int, end: int) -> slice | Int:
+        """Indices into the columns of rows first .. end - 1: a slice unless deleted rows lie between them."""
+        if self.deleted_at is None or first == end:
+            return slice(first, end)
+        low, high = np.searchsorted(self.deleted_at, [first, end - 1], side="right").tolist()
+        if low == high:
+            return slice(first + low, end + low)
+        gaps = self.deleted_at[low:high] + np.arange(low, high) - (first + low)
+        return np.delete(np.arange(first + low, end + high), gaps)
+
+    def features_at(self, index: slice | Int) -> RowFeatures:
+        """Features at an index into the columns; views if it is a slice and codes are stored as int32."""
+        return RowFeatures({name: _widened(column[index]) for name, column in self.features.items()})
+
+    def first_since(self, low: Int, high: Int, times: Int) -> Int:
+        """The first of rows low[i] .. high[i] - 1 (of one user) at times[i] or later, or else high[i]: int64 [N]."""
+        column = self.columns["timestamp"]
+        low, high = low.copy(), high.copy()
+        while (open_ := np.flatnonzero(low < high)).size:  # all binary searches at once
+            middle = (low[open_] + high[open_]) // 2
+            older = column[self.places(middle)] < times[open_]
+            low[open_] = np.where(older, middle + 1, low[open_])
+            high[open_] = np.where(older, high[open_], middle)
+        return low
+
+    def without(self, places: Int) -> PackedTable:
+        """This table, which has no deleted rows yet, without the rows at `places` (int64, ascending, distinct)."""
+        if not len(places):
+            return self
+        offsets = self.offsets - np.searchsorted(places, self.offsets)
+        return replace(self, offsets=offsets, deleted_at=places - np.arange(len(places)))
+
+    def of_users(self, begin: int, end: int) -> PackedTable:
+        """The remaining rows of users begin .. end - 1, renumbered from 0; views unless rows were deleted."""
+        low, high = np.searchsorted(self.users, [begin, end]).tolist()
+        first = int(self.offsets[low])
+        span = self.span(first, int(self.offsets[high]))
+        columns = {name: column[span] for name, column in self.columns.items()}
+        features = {name: column[span] for name, column in self.features.items()}
+        return PackedTable(self.users[low:high] - begin, self.offsets[low : high + 1] - first, columns, features)
+
+
+def _widened(column: NDArray[Any]) -> RowColumn:
+    return column if column.dtype.kind == "f" else column.astype(np.int32, copy=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,3 +410,49 @@ def _copy(source: Histories, target: Histories, index: Int) -> None:
         target.rating[index] = source.rating
     for name, column in target.features.columns.items():
         column[index] = source.features.columns[name]
+
+
+# Gaps between events in logarithmic buckets, as event and request embeddings use them, and limits of times.
+
+MINUTE_MS = 60_000
+DAY_MS = 86_400_000
+UNKNOWN_GAP = 0
+NUM_GAPS = 40
+"""Bucket 0 is an unknown gap; others are 1 + floor(log2(1 + seconds)), up to 17,000 years."""
+NO_TIMESTAMP = -(1 << 63)
+"""The time of an event that does not exist, such as the newest one of an empty history."""
+YEAR_1971_MS = 31_536_000_000
+"""1971-01-01. Seconds that are read as milliseconds are before it, up to the year 2969."""
+LATEST_MS = 4_102_444_800_000
+"""2100-01-01. Later times are treated as errors."""
+
+
+def gap_bucket(gap_ms: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Logarithmic bucket of a time difference.
+
+    Args:
+        gap_ms: int64, any shape, milliseconds. Negative differences count as 0.
+
+    Returns:
+        int64 of the same shape in [1, NUM_GAPS).
+    """
+    seconds = np.maximum(gap_ms, 0) / 1000.0
+    return np.minimum(1 + np.log2(1.0 + seconds).astype(np.int64), NUM_GAPS - 1)
+
+
+def history_gaps(timestamp: NDArray[np.int64], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Bucket of the gap between each packed event and the previous one; unknown for a user's first event.
+
+    Args:
+        timestamp: int64 [T], milliseconds.
+        offsets: int64 [B+1].
+
+    Returns:
+        int64 [T].
+    """
+    gaps = np.zeros(len(timestamp), np.int64)
+    if len(timestamp) > 1:
+        gaps[1:] = gap_bucket(np.diff(timestamp))
+    starts = offsets[:-1]
+    gaps[starts[starts < offsets[1:]]] = UNKNOWN_GAP
+    return gaps

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,17 @@ from numpy.typing import DTypeLike, NDArray
 from vista.arrays import ArrayWriter, Float32s, Int, offsets_of
 from vista.errors import DataError, LogBusyError, LogWriteError
 from vista.files import make_folders, sync
-from vista.log.feature_owner import ITEMS, USERS, FeatureOwner
-from vista.log.item_features import CategoryColumn, NumberColumn
-from vista.log.segment import find_segments
-from vista.log.segment_files import EVENT_COLUMNS
-from vista.log.segment_manifest import LOG_FIELDS, MANIFEST_FILE, SET_ASIDE_FILES, check_manifest, manifest_bytes
+from vista.log.histories import ColumnValues, RowFeatures
+from vista.log.item_features import ITEMS, USERS, CategoryColumn, FeatureOwner, NumberColumn
+from vista.log.segment import code_type, find_segments
+from vista.log.segment_files import (
+    EVENT_COLUMNS,
+    LOG_FIELDS,
+    MANIFEST_FILE,
+    SET_ASIDE_FILES,
+    check_manifest,
+    manifest_bytes,
+)
 from vista.log.vocabulary import Vocabulary
 
 
@@ -280,3 +287,47 @@ def _lock_folder(folder: Path) -> int:
             os.close(handle)
             raise
         os.close(handle)  # its owner renamed or removed the folder between the two calls
+
+
+class RowFeatureWriter:
+    """Writes the features of a table's rows from blocks, in the order of the table.
+
+    Args:
+        segment: the segment with the table.
+        prefix: folder of the files, EVENT_FEATURES or REQUEST_FEATURES.
+        num_rows: total number of rows of all blocks.
+        values: the columns to write, with all values that the log has together with this segment.
+        before: the values that the log has without this segment: a category of `values` must begin with these.
+    """
+
+    def __init__(
+        self,
+        segment: SegmentWriter,
+        prefix: str,
+        num_rows: int,
+        values: ColumnValues,
+        before: ColumnValues = MappingProxyType({}),
+    ) -> None:
+        self.columns: list[dict[str, str]] = []
+        """What the manifest says about the columns."""
+        self._writers: dict[str, ArrayWriter] = {}
+        if values:
+            (segment.folder / prefix).mkdir()
+        for number, (name, known) in enumerate(values.items()):
+            self.columns.append({"name": name, "kind": "number" if known is None else "category"})
+            if known is None:
+                self._writers[name] = segment.array(f"{prefix}{number}.numbers.npy", np.float32, (num_rows,))
+                continue
+            old = before.get(name)
+            segment.save_vocabulary(f"{prefix}{number}.values", known.part(0 if old is None else len(old)))
+            self._writers[name] = segment.array(f"{prefix}{number}.codes.npy", code_type(len(known)), (num_rows,))
+
+    def append(self, block: RowFeatures) -> None:
+        """Add the next rows."""
+        for name, writer in self._writers.items():
+            writer.append(block.columns[name])
+
+    def close(self) -> None:
+        """Finish the files."""
+        for writer in self._writers.values():
+            writer.close()

@@ -3,19 +3,115 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vista.arrays import Int
 from vista.config import DataConfig
 from vista.config.choices import Split
-from vista.errors import ConfigError
+from vista.errors import ConfigError, shown
 from vista.log.event_log import EventLog
-from vista.log.gaps import DAY_MS, MINUTE_MS
-from vista.log.histories import Histories, token_groups
-from vista.log.row_features import rows_that_fit
-from vista.log.until import Until, parse_time, parse_until
+from vista.log.histories import DAY_MS, MINUTE_MS, Histories, rows_that_fit, token_groups
+
+# The configuration key `until`: which events are visible, by time or by how many of the newest ones are hidden.
+
+MAX_MS = 10**18 - 1
+"""Numbers have at most 18 digits, so that all arithmetic with them fits int64."""
+_HELD_OUT = {1: "leave-last-out", 2: "leave-last-two-out"}
+
+
+@dataclass(frozen=True, slots=True)
+class Until:
+    """Which events are visible.
+
+    before: only events strictly before this time (ms); None for all. held_share: share in [0, 1) of each user's newest
+    events that is hidden, rounded up to whole events; 0 with a time. held_out: number of newest events of the rest that
+    are hidden, per user. Without a time, nothing is hidden from users with fewer than MIN_EVENTS events.
+    """
+
+    held_out: int = 0
+    before: int | None = None
+    held_share: float = 0.0
+
+    def __str__(self) -> str:
+        if self.before is None and not self.held_share:
+            return _HELD_OUT.get(self.held_out, f"leave-last-{self.held_out}-out") if self.held_out else "all"
+        rest = f"leave-last-{_percent(self.held_share)}-percent-out" if self.before is None else str(self.before)
+        return f"{rest}-less-{self.held_out}" if self.held_out else rest
+
+
+def _percent(share: float) -> str:
+    """A share in percent, with all its digits: 0.1 -> "10", 0.125 -> "12.5"."""
+    return f"{Decimal(repr(share)).scaleb(2).normalize():f}"
+
+
+def parse_time(text: str | int) -> int:
+    """Convert an ISO 8601 date or time (UTC unless it has an offset), or an integer (ms), to milliseconds since 1970.
+
+    Raises:
+        ConfigError: if `text` is neither.
+    """
+    if isinstance(text, int):
+        if abs(text) > MAX_MS:
+            raise ConfigError(f"time {shown(text)}: has more than 18 digits; write milliseconds since 1970")
+        return text
+    if re.fullmatch(
+        r"(19|20)\d\d(0[1-9]|1[0-2])?", text.strip()
+    ):  # as milliseconds, these would be the first minutes of 1970
+        raise ConfigError(f"time {shown(text)}: is a year or a month; write a full date, such as 2024-05-01")
+    if re.fullmatch(r"[+-]?[0-9]{1,18}", text.strip()) and not re.fullmatch(r"[0-9]{8}", text.strip()):
+        return int(text)
+    try:
+        if re.fullmatch(r"[0-9]{19,}", text.strip()):  # fromisoformat takes the ninth digit for a separator
+            raise ValueError
+        time = datetime.fromisoformat(text.strip())
+    except ValueError:
+        raise ConfigError(
+            f"time {shown(text)}: write an ISO date or time (2024-05-01, 2024-05-01T12:00:00Z) or milliseconds "
+            "of at most 18 digits"
+        ) from None
+    time = time.replace(tzinfo=UTC) if time.tzinfo is None else time
+    return (time - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(milliseconds=1)
+
+
+def parse_until(text: str | int | None) -> Until:
+    """Parse `until`: None or "all", "leave-last-[N-]out", "leave-last-P-percent-out", an ISO time (UTC), or ms.
+
+    A time or a percentage may be followed by "-less-N", which also hides each user's newest N events before it.
+
+    Raises:
+        ConfigError: if `text` has another form.
+    """
+    if text is None or text == "all":
+        return Until()
+    if isinstance(text, int):
+        return Until(before=parse_time(text))
+    if named := re.fullmatch(r"leave-last-(?:([0-9]{1,18})-|(two)-)?out", text):
+        number, two = named.groups()
+        held_out = 2 if two else int(number or 1)
+        if held_out:
+            return Until(held_out=held_out)
+    if shared := re.fullmatch(r"leave-last-([0-9]{1,2}(?:\.[0-9]{1,20})?)-percent-out(?:-less-([0-9]{1,18}))?", text):
+        share = float(Decimal(shared[1]).scaleb(-2))
+        if 0 < share < 1:
+            return Until(int(shared[2] or 0), held_share=share)
+    in_time = re.fullmatch(r"(.*?)(?:-less-([0-9]{1,18}))?", text, re.DOTALL)
+    assert in_time is not None  # the pattern matches any text
+    time, hidden = in_time.groups()
+    try:
+        return Until(int(hidden or 0), parse_time(time))
+    except ConfigError:
+        raise ConfigError(
+            f"until={shown(text)}: write all, leave-last-out, leave-last-N-out, leave-last-P-percent-out, an ISO date "
+            "(2024-05-01) or time, milliseconds, or TIME-less-N"
+        ) from None
+
 
 logger = logging.getLogger(__name__)
 EVENTS_PER_BLOCK = 1 << 22
@@ -181,3 +277,32 @@ def refresh_times(data: DataConfig, part: str, end: int) -> NDArray[np.int64]:
     if not data.refresh_days:
         return np.array([begin])
     return np.arange(begin, max(end, begin + 1), round(data.refresh_days * DAY_MS))
+
+
+# Whether users return to items, which decides whether rankings leave seen items out.
+
+RETURNING = 0.01
+"""Least share of repeats with which users return to items. Logs of movies or news, seen once each, have hardly any."""
+
+
+def repeat_share(log: EventLog, counts: Int) -> float:
+    """Share of events whose item is in an earlier event of the same user; 0 without events.
+
+    Args:
+        counts: int64 [num_users], the number of leading events of each user that are read.
+    """
+    distinct = 0
+    for block in visible_blocks(log, counts, EVENTS_PER_BLOCK):
+        distinct += len(np.unique(block.owner * log.num_items + block.item))
+    total = int(counts.sum())
+    return 1 - distinct / total if total else 0.0
+
+
+def leaves_out_seen(log: EventLog, data: DataConfig) -> bool:
+    """`data.exclude_seen`, or if that is null, whether less than RETURNING of the training events are repeats."""
+    if data.exclude_seen is not None:
+        return data.exclude_seen
+    share = repeat_share(log, visible_counts(log, split_until(data, "train")))
+    exclude_seen = share < RETURNING
+    logger.info("data.exclude_seen=%s: %.1f %% of the events are repeats", str(exclude_seen).lower(), 100 * share)
+    return exclude_seen

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from vista.log.gaps import NUM_GAPS
+from vista.log.histories import NUM_GAPS
 from vista.model.embedding_feature import EmbeddingFeature
 from vista.model.feature_spec import FeatureSpec
 from vista.model.row_feature_encoder import RowFeatureEncoder

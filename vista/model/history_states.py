@@ -16,8 +16,7 @@ from vista.arrays import Int, offsets_of
 from vista.config.choices import Decay, Mixing
 from vista.errors import ConfigError
 from vista.examples.chunks import decay_clock
-from vista.log.gaps import history_gaps
-from vista.log.histories import Histories, ranges, token_groups
+from vista.log.histories import Histories, history_gaps, ranges, token_groups
 from vista.model.summarizer import Summarizer
 from vista.model.summary_state import SummaryState, merge_states
 from vista.model.vista_model import VistaModel

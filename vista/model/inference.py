@@ -17,8 +17,7 @@ from torch import Tensor
 from vista.arrays import Int
 from vista.config.choices import Mixing
 from vista.counters.counter_table import UserCounters
-from vista.log.gaps import UNKNOWN_GAP, gap_bucket
-from vista.log.histories import Histories, token_groups
+from vista.log.histories import UNKNOWN_GAP, Histories, gap_bucket, token_groups
 from vista.model.history_states import covered_events, default_slice_len, embed, history_states, reach
 from vista.model.padded_tail import PaddedTail
 from vista.model.ranking_model import UNKNOWN_ITEM, RankingModel

@@ -7,7 +7,7 @@ import numpy as np
 from vista.arrays import Float32s, Int
 from vista.examples.batch_source import EncodeRows
 from vista.log.event_log import EventLog
-from vista.log.row_features import RowFeatures
+from vista.log.histories import RowFeatures
 from vista.model.row_feature_reader import EncodedRows, RowFeatureReader
 
 

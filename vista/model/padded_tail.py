@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.arrays import Float32s, Int
-from vista.log.gaps import UNKNOWN_GAP, gap_bucket
-from vista.log.row_features import RowColumn, RowFeatures
+from vista.log.histories import UNKNOWN_GAP, RowColumn, RowFeatures, gap_bucket
 from vista.model.vista_model import VistaModel
 
 

@@ -24,8 +24,8 @@ from vista.counters.counter_codes import CounterSpec
 from vista.errors import CheckpointError
 from vista.examples.batch import Batch, BatchEvents
 from vista.files import checked_path, replaced_folder
+from vista.log.histories import ColumnValues, RowFeatures
 from vista.log.item_features import ItemFeatures
-from vista.log.row_features import ColumnValues, RowFeatures
 from vista.log.vocabulary import Ids, Vocabulary
 from vista.model.counted_fields import item_keys
 from vista.model.counted_item_head import CountedItemHead

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from vista.arrays import Float32s, Int
 from vista.errors import shown
+from vista.log.histories import ColumnValues, RowColumn, RowFeatures
 from vista.log.item_features import NumberColumn
-from vista.log.row_features import ColumnValues, RowColumn, RowFeatures
 from vista.log.vocabulary import Vocabulary
 from vista.model.feature_spec import MAX_ABS_SCORE, FeatureSpec
 from vista.model.hashed_vocabulary import HashedVocabulary, load_values

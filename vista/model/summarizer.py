@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vista.config import ModelConfig
 from vista.config.choices import Decay, Mixing
-from vista.log.gaps import DAY_MS
+from vista.log.histories import DAY_MS
 from vista.model.interest_counts import InterestCounts
 from vista.model.layers import CausalConvolution, Dropout, FeedForward, GatedOutput, module_list, norm, split_heads
 from vista.model.mean_token import MeanToken

@@ -23,7 +23,7 @@ from vista.config import DataConfig, ModelConfig, OptimConfig
 from vista.config.checks import planned, to_dict
 from vista.config.choices import Architecture, Mixing, Precision, ReconstructionTarget
 from vista.examples.batch import Batch, BatchEvents
-from vista.log.gaps import UNKNOWN_GAP
+from vista.log.histories import UNKNOWN_GAP
 from vista.log.vocabulary import Vocabulary
 from vista.model.anchor_losses import anchor_losses
 from vista.model.candidate_counters import CandidateCounters

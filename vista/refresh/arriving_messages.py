@@ -8,9 +8,9 @@ import time
 from vista.config import WatchConfig
 from vista.installation import require_module
 from vista.log.event_log import EventLog
-from vista.log.ingest.kafka.message_rows import message_rows
+from vista.log.ingest.kafka_messages import message_rows
 from vista.log.ingest.prepare import prepare_messages
-from vista.log.stream_offsets import stream_offsets
+from vista.log.segment_files import stream_offsets
 from vista.refresh.stream_report import StreamReport
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ class ArrivingMessages:
 
     def __init__(self, config: WatchConfig) -> None:
         require_module("confluent_kafka", "kafka")  # other watches do not need it
-        from vista.log.ingest.kafka.kafka_reader import KafkaReader
+        from vista.log.ingest.kafka_reader import KafkaReader
 
         assert config.source is not None
         self._config = config

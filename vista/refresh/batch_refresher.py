@@ -15,8 +15,8 @@ from vista.arrays import Int
 from vista.config.choices import Precision
 from vista.counters.counter_table import CounterTable
 from vista.log.event_log import EventLog
-from vista.log.row_features import RowFeatures
-from vista.log.user_feature_parts import UserFeatureParts
+from vista.log.histories import RowFeatures
+from vista.log.merged_features import UserFeatureParts
 from vista.model import inference
 from vista.model.history_states import (
     covered_events,

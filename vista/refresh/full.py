@@ -15,8 +15,7 @@ from vista.config.store_config import RefreshOptions
 from vista.device import choose_precision
 from vista.errors import ConfigError
 from vista.log.event_log import EventLog
-from vista.log.splits import visible_counts
-from vista.log.until import Until, parse_until
+from vista.log.splits import Until, parse_until, visible_counts
 from vista.model.vista_model import VistaModel
 from vista.refresh.batch_encoder import BatchEncoder
 from vista.refresh.log_items import check_log

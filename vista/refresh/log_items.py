@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 from vista.config.choices import Decay
 from vista.errors import ConfigError
 from vista.log.event_log import EventLog
-from vista.log.feature_owner import USERS
-from vista.log.histories import Histories
+from vista.log.histories import ColumnValues, Histories
+from vista.log.item_features import USERS
 from vista.log.merged_features import declared_columns
-from vista.log.row_features import ColumnValues
 from vista.model.feature_spec import FeatureSpec
 from vista.model.ranking_model import UNKNOWN_ITEM, RankingModel
 from vista.model.row_feature_reader import Recode

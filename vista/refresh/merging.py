@@ -17,8 +17,7 @@ from vista.config.choices import Codec, Precision, StateDtype
 from vista.config.store_config import RefreshOptions
 from vista.errors import ConfigError, StoreError
 from vista.log.event_log import EventLog
-from vista.log.histories import Histories, concatenated
-from vista.log.row_features import RowFeatures
+from vista.log.histories import Histories, RowFeatures, concatenated
 from vista.model.log_users import LogUsers
 from vista.model.state_updates import merge_histories
 from vista.model.summary_state import SummaryState

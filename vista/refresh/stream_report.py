@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vista.log.stream_offsets import StreamPartition
+from vista.log.segment_files import StreamPartition
 
 _NAMED = 3
 

@@ -8,8 +8,7 @@ import numpy as np
 
 from vista.arrays import Int
 from vista.errors import RecordError
-from vista.log.gaps import NO_TIMESTAMP
-from vista.log.histories import Histories
+from vista.log.histories import NO_TIMESTAMP, Histories
 from vista.model.vista_model import VistaModel
 from vista.store.format.keys import user_id
 from vista.store.format.record import encode_records

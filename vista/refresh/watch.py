@@ -23,7 +23,7 @@ from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare
 from vista.log.ingest.source_parser import SourceParser
 from vista.log.ingest.sources import plain_settings
-from vista.log.segment_manifest import MANIFEST_FILE
+from vista.log.segment_files import MANIFEST_FILE
 from vista.model.vista_model import VistaModel
 from vista.refresh.arriving_messages import ArrivingMessages
 from vista.refresh.file_version import FileVersion

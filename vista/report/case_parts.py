@@ -14,9 +14,9 @@ from vista.arrays import Float32s, Int
 from vista.evaluation.cases import EarlierEvents, questions_by_user
 from vista.evaluation.comparison import Measure
 from vista.log.event_log import EventLog
-from vista.log.gaps import DAY_MS
-from vista.log.item_categories import read_categories
-from vista.log.until import Until
+from vista.log.histories import DAY_MS
+from vista.log.ingest.source_parser import read_categories
+from vista.log.splits import Until
 from vista.model.inference import item_vectors
 from vista.model.ranking_model import RankingModel
 from vista.report.split_section import CasePart

@@ -10,8 +10,7 @@ from vista.config import TrainConfig
 from vista.config.checks import to_dict
 from vista.config.config_keys import value_text
 from vista.log.event_log import EventLog
-from vista.log.splits import split_until
-from vista.log.until import Until
+from vista.log.splits import Until, split_until
 from vista.report.html_page import PageSection, folded, heading, paragraph, table
 from vista.report.measured_run import MeasuredRun
 from vista.report.trained_run import TrainedRun

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vista.arrays import Int
-from vista.log.gaps import LATEST_MS, YEAR_1971_MS
+from vista.log.histories import LATEST_MS, YEAR_1971_MS
 from vista.model.ranking_model import RankingModel
 
 UNITS = {"seconds": 1e3, "microseconds": 1e-3, "nanoseconds": 1e-6}

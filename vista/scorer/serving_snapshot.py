@@ -18,7 +18,7 @@ from vista.arrays import Int
 from vista.config.choices import Precision
 from vista.counters.counter_codes import MAX_CODE
 from vista.errors import ItemIndexError, shown
-from vista.log.gaps import NUM_GAPS
+from vista.log.histories import NUM_GAPS
 from vista.model import inference
 from vista.model.inference import ROW_TILE
 from vista.model.item_index import ItemIndex

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from vista.arrays import Int, offsets_of
 from vista.errors import shown
-from vista.log.row_features import RowColumn
+from vista.log.histories import RowColumn
 from vista.model.vista_model import VistaModel
 from vista.scorer.request_arguments import (
     MAX_TAIL_EVENTS,

@@ -6,8 +6,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from vista.log.gaps import NO_TIMESTAMP
-from vista.log.row_features import RowFeatures
+from vista.log.histories import NO_TIMESTAMP, RowFeatures
 from vista.model.vista_model import VistaModel
 from vista.store.reader import StoreReader
 from vista.store.sharded_reader import ShardedReader

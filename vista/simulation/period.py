@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 from vista.config import SimulateConfig
-from vista.log.gaps import DAY_MS
+from vista.log.histories import DAY_MS
 
 VALIDATION_SHARE, TEST_SHARE = 0.70, 0.85
 """Shares of the period after which validation and test labels begin."""

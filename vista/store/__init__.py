@@ -1,6 +1,6 @@
 """Summary store: one record per user in LMDB, published atomically (docs/reference/file-formats.md)."""
 
-from vista.log.gaps import NO_TIMESTAMP
+from vista.log.histories import NO_TIMESTAMP
 from vista.store.format.keys import user_keys
 from vista.store.format.record import encode_records
 from vista.store.format.record_spec import RecordSpec

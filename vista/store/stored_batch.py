@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from vista.arrays import offsets_of
 from vista.counters.counter_codes import CounterCodes
-from vista.log.gaps import NO_TIMESTAMP
+from vista.log.histories import NO_TIMESTAMP
 from vista.store.tail import Tail
 
 CLOCK_SKEW_MS = 300_000

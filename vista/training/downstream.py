@@ -22,8 +22,7 @@ from vista.config.config_keys import value_text
 from vista.errors import ConfigError, LeakageError
 from vista.examples.batch_source import StoredSummaries
 from vista.log.event_log import EventLog
-from vista.log.splits import split_until, visible_counts
-from vista.log.until import parse_until
+from vista.log.splits import parse_until, split_until, visible_counts
 from vista.model.inference import empty_summary
 from vista.model.ranking_model import RankingModel
 from vista.model.row_feature_reader import RowReaders

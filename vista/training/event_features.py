@@ -10,7 +10,7 @@ from vista.config import TrainConfig
 from vista.errors import ConfigError
 from vista.examples.batch_source import EncodeEvents
 from vista.log.event_log import EventLog
-from vista.log.row_features import RowColumn, RowFeatures
+from vista.log.histories import RowColumn, RowFeatures
 from vista.log.splits import split_until, visible_blocks, visible_counts
 from vista.model.ranking_model import RankingModel
 from vista.model.row_feature_reader import RowFeatureReader, log_encoder

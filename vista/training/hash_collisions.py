@@ -13,8 +13,8 @@ from vista.arrays import Int
 from vista.config import TrainConfig
 from vista.examples.chunks import visible_rows
 from vista.log.event_log import EventLog
+from vista.log.histories import ColumnValues, RowFeatures
 from vista.log.item_features import CategoryColumn
-from vista.log.row_features import ColumnValues, RowFeatures
 from vista.log.splits import split_until, visible_blocks, visible_counts
 from vista.log.vocabulary import Vocabulary
 from vista.model.embedding_feature import EmbeddingFeature

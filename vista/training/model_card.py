@@ -12,7 +12,7 @@ from vista.config import TrainConfig
 from vista.config.choices import Architecture, InitFreeze, Split, Stage
 from vista.installation import __version__
 from vista.log.event_log import EventLog
-from vista.log.until import parse_time
+from vista.log.splits import parse_time
 from vista.model.ranking_model import RankingModel
 from vista.training.hash_collisions import HashCollisions
 

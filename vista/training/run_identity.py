@@ -12,8 +12,7 @@ from vista.config.choices import Precision
 from vista.config.train_config import without_places
 from vista.errors import ConfigError
 from vista.installation import __version__
-from vista.log.event_log import EventLog
-from vista.log.log_digest import log_digest
+from vista.log.event_log import EventLog, log_digest
 from vista.training.downstream import Downstream
 from vista.training.warm_start import WarmStart
 

@@ -11,9 +11,7 @@ from vista.config.checks import require
 from vista.config.choices import ItemStart, Stage, TableKind
 from vista.examples.batch_source import trained_tasks
 from vista.log.event_log import EventLog
-from vista.log.repeats import leaves_out_seen
-from vista.log.splits import split_until, visible_counts
-from vista.log.until import Until
+from vista.log.splits import Until, leaves_out_seen, split_until, visible_counts
 
 logger = logging.getLogger(__name__)
 STEPS, BATCHES_PER_EPOCH = 3000, 400

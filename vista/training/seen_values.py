@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from vista.log.row_features import ColumnValues, RowFeatures
+from vista.log.histories import ColumnValues, RowFeatures
 from vista.log.vocabulary import Vocabulary
 from vista.model.hashed_vocabulary import HashedVocabulary
 

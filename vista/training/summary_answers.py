@@ -15,8 +15,7 @@ from vista.counters.counter_codes import ItemKeys
 from vista.evaluation.cases import ImpressionCases, NextItemCases, WindowCases, case_requests
 from vista.examples.chunks import CounterRequests, HistoryCounters
 from vista.log.event_log import EventLog
-from vista.log.histories import Histories, token_groups
-from vista.log.row_features import rows_that_fit
+from vista.log.histories import Histories, rows_that_fit, token_groups
 from vista.log.splits import READ_EVENT_BYTES
 from vista.model import inference
 from vista.model.log_users import LogUsers

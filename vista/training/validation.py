@@ -37,8 +37,7 @@ from vista.evaluation.protocol import (
 )
 from vista.examples.batch_source import trained_tasks
 from vista.log.event_log import EventLog
-from vista.log.repeats import leaves_out_seen
-from vista.log.splits import EVENTS_PER_BLOCK, part_counts, part_times, refresh_times
+from vista.log.splits import EVENTS_PER_BLOCK, leaves_out_seen, part_counts, part_times, refresh_times
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.ranking_model import RankingModel
 from vista.model.vista_model import VistaModel

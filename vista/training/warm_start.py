@@ -23,8 +23,8 @@ from vista.config import TrainConfig
 from vista.config.choices import Architecture, InitFreeze
 from vista.errors import CheckpointError, ConfigError
 from vista.log.event_log import EventLog
+from vista.log.histories import ColumnValues
 from vista.log.item_features import CategoryColumn, ItemFeatures
-from vista.log.row_features import ColumnValues
 from vista.model.grown_columns import GrownColumns
 from vista.model.item_feature_table import ItemFeatureTable
 from vista.model.joined_item_features import joined_features

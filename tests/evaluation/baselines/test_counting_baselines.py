@@ -31,8 +31,7 @@ from vista.evaluation.counting_baselines import (
 from vista.evaluation.trained_baselines import CounterTrees, NewItemTrees
 from vista.examples.item_statistics import REACH
 from vista.log.event_log import EventLog
-from vista.log.splits import visible_counts
-from vista.log.until import parse_time
+from vista.log.splits import parse_time, visible_counts
 
 NOVEMBER = parse_time("2017-11-01")
 

@@ -11,7 +11,7 @@ from vista.config import SourceColumns
 from vista.config.choices import IdType
 from vista.errors import ConfigError, DataError
 from vista.log.event_log import EventLog
-from vista.log.ingest.prepare_report import PrepareReport
+from vista.log.ingest.prepare import PrepareReport
 
 HEADER = "user,item,time,stars\n"
 GOOD = "1,10,1600000000,4\n2,20,1600000001,3.5\n"

@@ -13,8 +13,7 @@ from tests.log.ingest.set_logs import events_of
 from vista.config import EventFilterConfig, PrepareConfig, SourceConfig
 from vista.errors import ConfigError, DataError
 from vista.log.event_log import EventLog
-from vista.log.ingest.prepare import prepare
-from vista.log.ingest.prepare_report import PrepareReport
+from vista.log.ingest.prepare import PrepareReport, prepare
 
 Event = tuple[int, int, int, str]
 

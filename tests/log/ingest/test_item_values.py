@@ -16,7 +16,7 @@ from tests.log.feature_tables import table_of, text_file
 from tests.log.ingest.public.test_public_media import MOVIES, write_movielens
 from vista.config import ItemsEmbedConfig, ItemTableConfig
 from vista.errors import ConfigError, DataError
-from vista.log.ingest.item_values import check_not_a_source, read_texts, read_vectors, write_values
+from vista.log.ingest.feature_sources import check_not_a_source, read_texts, read_vectors, write_values
 
 NAN, INF = float("nan"), float("inf")
 

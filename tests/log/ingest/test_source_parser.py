@@ -28,11 +28,11 @@ from vista.config import ItemTableConfig, PrepareConfig, SourceConfig
 from vista.config.choices import OnBadRows
 from vista.errors import ConfigError, DataError
 from vista.log.event_log import EventLog
-from vista.log.ingest.parts import read_part
 from vista.log.ingest.prepare import prepare
+from vista.log.ingest.rows import read_part
+from vista.log.ingest.source_files import MAX_COLUMNS, MAX_LINE_BYTES
 from vista.log.ingest.source_parser import SourceParser, memory_limit
 from vista.log.ingest.sources import open_sources
-from vista.log.ingest.text_files import MAX_COLUMNS, MAX_LINE_BYTES
 
 ROWS = [(1, 10, 5), (2, 20, 6)]
 BOMB_ROWS = 18_000_000

@@ -6,8 +6,8 @@ import pytest
 
 from vista.config.choices import StreamStart
 from vista.errors import StreamOffsetError
-from vista.log.ingest.kafka.starting_offsets import OffsetRange, starting_offsets
-from vista.log.stream_offsets import StreamOffset, StreamPartition, offset_entries, stream_offsets
+from vista.log.ingest.kafka_reader import OffsetRange, starting_offsets
+from vista.log.segment_files import StreamOffset, StreamPartition, offset_entries, stream_offsets
 
 Ranges = dict[tuple[str, int], tuple[int, int]]
 

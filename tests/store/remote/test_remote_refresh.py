@@ -29,7 +29,7 @@ from vista.config.choices import Codec, Mixing, Stage, StateDtype
 from vista.errors import ConfigError, LeakageError, RecordError, StoreError, SummarizerMismatchError
 from vista.log.deletions import forget_events
 from vista.log.event_log import EventLog
-from vista.log.until import parse_until
+from vista.log.splits import parse_until
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh, refresh_incremental
 from vista.scorer import Scorer

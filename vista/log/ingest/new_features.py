@@ -7,8 +7,9 @@ the scratch folder.
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -17,22 +18,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.arrays import Float32s, Int, offsets_of
+from vista.config import ItemTableConfig
+from vista.config.choices import OnBadRows
 from vista.errors import DataError, shown
 from vista.installation import require_module
-from vista.log.feature_owner import FeatureOwner
-from vista.log.ingest.category_encoder import MARGIN, too_many_values
-from vista.log.ingest.parts import ORDER, Part
-from vista.log.item_features import CategoryColumn, NumberColumn, feature_line
+from vista.log.histories import ColumnValues, RowColumn, RowFeatures
+from vista.log.ingest.rows import MARGIN, ORDER, Part, PartCodes, read_part, too_many_values
+from vista.log.ingest.source_parser import SourceParser
+from vista.log.ingest.sources import open_feature_tables
+from vista.log.item_features import ITEMS, CategoryColumn, FeatureOwner, ItemFeatures, NumberColumn, feature_line
 from vista.log.merged_features import declared_columns, form_of, rows_with_features
-from vista.log.segment import Segment
-from vista.log.segment_features import SegmentColumn
-from vista.log.segment_writer import FeatureWriter, SegmentWriter
+from vista.log.segment import Segment, SegmentColumn, SegmentFeatures
+from vista.log.segment_files import SegmentFiles
+from vista.log.segment_writer import FeatureWriter, RowFeatureWriter, SegmentWriter
 from vista.log.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import polars as pl
 else:
     pl = require_module("polars", "data")
+
 
 LEAST_COVERAGE = 0.5
 """More than this share of the log's items, or users, should have features."""
@@ -274,3 +279,199 @@ def _spread(vectors: Float32s) -> tuple[int, bool]:
             first = known[0].copy() if first is None else first
             is_constant = is_constant and bool((known == first).all())
     return num_known, is_constant
+
+
+# Features of the events or impressions of a new segment: values, codes, and what is probably a mistake.
+
+LEAK_SHARE = 0.99
+"""Share of the rows with a label, and of those without, in which a feature may equal the label."""
+LEAST_LABELS = 20
+"""Rows with a label, and rows without, from which on a feature is compared with it."""
+
+
+class NewRowFeatures:
+    """Encodes and writes the features of a table of a new segment, block by block.
+
+    Args:
+        table: events | impressions.
+        parts: of the table, with the same columns.
+        before: the values that the log has without the segment.
+        segment: the writer of the segment.
+        folder: of the files in the segment.
+
+    Raises:
+        DataError: if a category has too many values.
+    """
+
+    def __init__(
+        self, table: str, parts: Sequence[Part], before: ColumnValues, segment: SegmentWriter, folder: str
+    ) -> None:
+        roles = [name.partition(":") for name in parts[0].source.columns]
+        kinds = {name: role for role, _, name in roles if role in ("category", "number")}
+        self._values: dict[str, Vocabulary | None] = {}
+        self._codes: dict[str, PartCodes] = {}
+        for name, kind in kinds.items():
+            self._values[name] = None
+            if kind == "category":
+                known = before.get(name) or Vocabulary.empty("str")
+                self._codes[name], self._values[name] = PartCodes.of(table, parts, name, known)
+        self._table, self._before = table, before
+        self._num_rows = sum(part.num_rows for part in parts)
+        self._writer = RowFeatureWriter(segment, folder, self._num_rows, self._values, before)
+        self._seen = {name: _Seen(1 if known is None else len(known)) for name, known in self._values.items()}
+
+    @property
+    def num_columns(self) -> int:
+        return len(self._values)
+
+    def rows(self, part: Part) -> pl.LazyFrame:
+        """The good rows of a part, with the codes of categories that `append` takes."""
+        codes = [codes.of_part(name, part) for name, codes in self._codes.items()]
+        return part.good().with_columns(codes)
+
+    def append(self, block: pl.DataFrame) -> None:
+        """Write the features of the next rows."""
+        columns: dict[str, RowColumn] = {}
+        labels = {name.partition(":")[2]: block[name].to_numpy() for name in block.columns if name.startswith("label:")}
+        for name, known in self._values.items():
+            if known is None:
+                columns[name] = block[f"number:{name}"].to_numpy()
+            else:
+                columns[name] = self._codes[name].row_of_code[block[f"category:{name}"].to_numpy()]
+            self._seen[name].add(columns[name], labels)
+        self._writer.append(RowFeatures(columns))
+
+    def close(self) -> None:
+        """Finish the files."""
+        self._writer.close()
+
+    def written(self) -> NewFeatures:
+        """What was written, after `close`."""
+        return NewFeatures(self._writer.columns, self._lines(), self._warnings())
+
+    def _lines(self) -> list[str]:
+        lines = []
+        for name, known in self._values.items():
+            old, kind, size = self._before.get(name), "number", 1
+            if known is not None:
+                kind, size = "category", len(known)
+            line = feature_line(name, kind, size, self._seen[name].num_known / self._num_rows, self._table)
+            if known is not None and old is not None and len(old) < len(known):
+                line += f", {len(known) - len(old):,} of the values are new"
+            lines.append(line)
+        return lines
+
+    def _warnings(self) -> list[str]:
+        warnings = []
+        for name, known in self._before.items():
+            if name not in self._values:
+                key = "numbers" if known is None else "categories"
+                warnings.append(
+                    f"column {name!r} of the {self._table} is in the log, but was not named, so it has no value in the "
+                    f"new rows; name it under {self._table}.{key} if the files have it"
+                )
+        for name, known in self._values.items():
+            seen, key = self._seen[name], "numbers" if known is None else "categories"
+            if seen.is_constant and seen.num_known in (0, self._num_rows) and self._num_rows > 1:
+                what = "the same value" if seen.num_known else "no value"
+                warnings.append(f"column {name!r} of the {self._table} has {what} in all rows; leave it out")
+            for task in seen.equal_labels():
+                warnings.append(
+                    f"column {name!r} of the {self._table} equals the label {task!r} in at least {LEAK_SHARE:.0%} of "
+                    f"the rows; if it is not known before the label, leave it out of {self._table}.{key}"
+                )
+        return warnings
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What the blocks of a column had. A category has V values; of a number, "not 0" counts as its only value."""
+
+    num_values: int
+    num_known: int = 0
+    low: float = np.inf
+    high: float = -np.inf
+    labels: dict[str, tuple[Int, Int]] = field(default_factory=dict)
+    """By task, int64 [V + 1]: the number of rows with each value, and without any, whose label is 0, or 1."""
+
+    def add(self, column: RowColumn, labels: Mapping[str, NDArray[np.floating]]) -> None:
+        is_number = column.dtype.kind == "f"
+        num_known = int(np.count_nonzero(~np.isnan(column) if is_number else column >= 0))
+        if num_known:
+            self.num_known += num_known
+            low = column if num_known == len(column) or is_number else column[column >= 0]
+            self.low = min(self.low, float(np.fmin.reduce(low)))
+            self.high = max(self.high, float(np.fmax.reduce(column)))
+        if labels:
+            code = np.where(np.nan_to_num(column) != 0, 0, -1) if is_number else column
+            for task, label in labels.items():
+                counts = [
+                    np.bincount(code[label == value].astype(np.int64) + 1, minlength=self.num_values + 1)
+                    for value in (0, 1)
+                ]
+                zeros, ones = self.labels.get(task, (0, 0))
+                self.labels[task] = counts[0] + zeros, counts[1] + ones
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether no two rows have different values."""
+        return self.low >= self.high
+
+    def equal_labels(self) -> list[str]:
+        """The tasks of which (almost) all rows with one label have one value, and the others do not."""
+        tasks = []
+        for task, (zeros, ones) in self.labels.items():
+            if min(zeros.sum(), ones.sum()) >= LEAST_LABELS:
+                in_zeros, in_ones = zeros / zeros.sum(), ones / ones.sum()
+                one_way = (in_ones >= LEAK_SHARE) & (in_zeros <= 1 - LEAK_SHARE)
+                other_way = (in_zeros >= LEAK_SHARE) & (in_ones <= 1 - LEAK_SHARE)
+                if (one_way | other_way).any():
+                    tasks.append(task)
+        return tasks
+
+
+# A table of items for a trained model, which has no log.
+
+
+def read_items(table: ItemTableConfig, kind: str, dims: Mapping[str, int]) -> tuple[Vocabulary, ItemFeatures | None]:
+    """Read a table of items.
+
+    Args:
+        table: its files and columns.
+        kind: of its ids, int or str.
+        dims: by name of a column of vectors, their length.
+
+    Returns:
+        The ids in sorted order, and the features of these items; None if there are no items.
+
+    Raises:
+        ConfigError, DataError: naming file, row, column, and remedy, if the table is invalid.
+    """
+    with SourceParser() as parser, tempfile.TemporaryDirectory() as folder:
+        sources = open_feature_tables(table, parser)
+        kinds = {"user": "str", "item": kind}
+        parts = [
+            read_part(source, kinds, "items", Path(folder), number, OnBadRows.error)
+            for number, source in enumerate(sources)
+        ]
+        ids = pl.concat([part.good().select("item") for part in parts]).unique().collect()["item"]
+        items = Vocabulary.empty(kind).extended(ids.to_numpy() if kind == "int" else ids.to_list())
+        if not len(items):
+            return items, None
+        writer = SegmentWriter(Path(folder))
+        written = write_features(ITEMS, parts, items, (), writer, Path(folder), dims=dims)
+        # The files stay mapped after the folder is removed.
+        files = SegmentFiles(writer.folder, writer.entries)
+        features = SegmentFeatures.read(writer.folder, files, ITEMS, written.columns)
+        assert features is not None and np.array_equal(features.rows, np.arange(len(items)))
+        return items, ItemFeatures(features.columns)
+
+
+def with_columns(table: ItemTableConfig, kinds: Mapping[str, str]) -> ItemTableConfig:
+    """The table with these columns in place of its own.
+
+    Args:
+        kinds: name of each column -> category, number, or vector.
+    """
+    named = {kind: [name for name, its in kinds.items() if its == kind] for kind in ("category", "number", "vector")}
+    return replace(table, categories=named["category"], numbers=named["number"], vectors=named["vector"])

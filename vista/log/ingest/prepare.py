@@ -14,40 +14,36 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from vista.config import (
-    EventFilterConfig,
-    ItemTableConfig,
-    PrepareConfig,
-    SourceColumns,
-    SourceConfig,
-    UserTableConfig,
-)
+from vista.config import EventFilterConfig, ItemTableConfig, PrepareConfig, SourceColumns, SourceConfig, UserTableConfig
 from vista.config.choices import OnBadRows, choice_of
 from vista.errors import ConfigError, DataError, LogBusyError
 from vista.files import checked_path
-from vista.log.feature_owner import ITEMS, OWNERS, USERS
-from vista.log.frames import to_polars
-from vista.log.ingest.columns import actions_of, event_columns, impression_columns, time_range
-from vista.log.ingest.distinct_ids import DistinctIds, extended
-from vista.log.ingest.event_filter import filtered
-from vista.log.ingest.existing_log import ExistingLog
 from vista.log.ingest.feature_sources import features_of_frame
-from vista.log.ingest.kafka.dead_letters import write_dead_letters
-from vista.log.ingest.kafka.message_rows import MessageRows
-from vista.log.ingest.new_features import NewFeatures, write_features
-from vista.log.ingest.new_row_features import NewRowFeatures
-from vista.log.ingest.new_segment import NewSegment
-from vista.log.ingest.packer import BUCKET_EVENTS, Packer
-from vista.log.ingest.parts import Part, read_part, write_quarantine
-from vista.log.ingest.prepare_report import PrepareReport
-from vista.log.ingest.scanned_source import frame_source
-from vista.log.ingest.source_checks import check_sources, id_kinds, tasks_of
+from vista.log.ingest.kafka_messages import MessageRows, write_dead_letters
+from vista.log.ingest.new_features import NewFeatures, NewRowFeatures, write_features
+from vista.log.ingest.new_segment import ExistingLog, NewSegment, check_sources, id_kinds, tasks_of
+from vista.log.ingest.packer import (
+    BUCKET_EVENTS,
+    DistinctIds,
+    Packer,
+    StageTimes,
+    actions_of,
+    event_columns,
+    extended,
+    filtered,
+    impression_columns,
+    time_range,
+)
+from vista.log.ingest.rows import Part, read_part, write_quarantine
+from vista.log.ingest.source_files import to_polars
 from vista.log.ingest.source_parser import SourceParser
 from vista.log.ingest.sources import (
     Source,
+    frame_source,
     needed_columns,
     open_feature_tables,
     open_set_features,
@@ -55,13 +51,80 @@ from vista.log.ingest.sources import (
     open_sources,
     with_kind,
 )
-from vista.log.ingest.stage_times import StageTimes
+from vista.log.item_features import ITEMS, OWNERS, USERS
 from vista.log.segment import segment_name
-from vista.log.segment_files import EVENT_FEATURES, REQUEST_FEATURES
-from vista.log.segment_manifest import DEAD_LETTERS_FILE, QUARANTINE_FILE
+from vista.log.segment_files import (
+    DEAD_LETTERS_FILE,
+    EVENT_FEATURES,
+    QUARANTINE_FILE,
+    REQUEST_FEATURES,
+    offset_entries,
+    stream_offsets,
+)
 from vista.log.segment_writer import SegmentWriter, TableWriter, locked_log, staged_folder, write_without_events
-from vista.log.stream_offsets import offset_entries, stream_offsets
 from vista.progress_bar import progress_bar, ticking
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareReport:
+    """What `prepare` wrote, and how long each stage took.
+
+    num_users and num_items count the whole log, the other numbers only the new segment. kept: how many rows a filter
+    kept, as text; empty without one. first_ms, last_ms: oldest and newest time of the events, None in a log without
+    times. features: a line per column of features of items and users. stages: seconds for open (with digests), read
+    (parse, check, and filter), vocabularies, sort (join and sort), write, and sync (fsync and rename).
+    """
+
+    path: Path
+    segment: int
+    num_users: int
+    num_items: int
+    num_events: int
+    num_impressions: int
+    num_quarantined: int
+    quarantine: Path | None
+    kept: str
+    first_ms: int | None
+    last_ms: int | None
+    features: list[str]
+    stages: dict[str, float]
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """Total time."""
+        return sum(self.stages.values())
+
+    @property
+    def rows_per_second(self) -> float:
+        """Good rows (events and impressions) divided by the total time."""
+        return (self.num_events + self.num_impressions) / max(self.seconds, 1e-9)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Share of each stage in the total time."""
+        return {stage: seconds / max(self.seconds, 1e-9) for stage, seconds in self.stages.items()}
+
+    def __str__(self) -> str:
+        times = "order only"
+        if self.first_ms is not None and self.last_ms is not None:
+            days = [datetime.fromtimestamp(ms / 1000, UTC).date().isoformat() for ms in (self.first_ms, self.last_ms)]
+            times = f"{days[0]} to {days[1]}"
+        content = f"{self.num_events:,} events ({times}) and {self.num_impressions:,} impressions"
+        if not self.num_events:
+            content = "features only"
+        lines = [
+            f"{self.path}: segment {self.segment} with {content}; the log has {self.num_users:,} users and "
+            f"{self.num_items:,} items",
+            f"{self.seconds:.2f} s, {self.rows_per_second:,.0f} rows/s: "
+            + ", ".join(f"{stage} {share:.0%}" for stage, share in self.shares.items()),
+            *([self.kept] if self.kept else []),
+            *(f"feature {line}" for line in self.features),
+        ]
+        if self.quarantine is not None:
+            lines.append(f"{self.num_quarantined:,} bad rows set aside in {self.quarantine}")
+        return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])
+
 
 __all__ = ["PrepareReport", "prepare", "prepare_frames", "prepare_messages"]
 _LOG = logging.getLogger("vista.prepare")

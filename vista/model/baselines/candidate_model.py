@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from vista.arrays import Int
 from vista.config import DataConfig, ModelConfig, OptimConfig
 from vista.examples.batch import Batch
-from vista.log.gaps import NUM_GAPS
-from vista.log.histories import Histories
+from vista.log.histories import NUM_GAPS, Histories
 from vista.log.vocabulary import Vocabulary
 from vista.model.baselines.event_queries import EventQueries
 from vista.model.baselines.found_events import FoundEvents

@@ -13,8 +13,7 @@ from torch import Tensor
 from vista.arrays import Int
 from vista.errors import ConfigError
 from vista.examples.batch import Batch
-from vista.log.gaps import NUM_GAPS, UNKNOWN_GAP, gap_bucket
-from vista.log.histories import Histories
+from vista.log.histories import NUM_GAPS, UNKNOWN_GAP, Histories, gap_bucket
 from vista.model.baselines.padded_tiles import TILE_TOKENS
 from vista.model.inference import request_feature_vectors
 from vista.model.ranking_model import RankingModel
@@ -100,6 +99,6 @@ class HistoryModel(RankingModel):
 
 
 def time_bucket(gap_ms: Tensor) -> Tensor:
-    """`vista.log.gaps.gap_bucket` of int64 tensors."""
+    """`vista.log.histories.gap_bucket` of int64 tensors."""
     seconds = gap_ms.clamp(min=0).to(torch.float64) / 1000
     return (1 + torch.log2(1 + seconds)).long().clamp(max=NUM_GAPS - 1)

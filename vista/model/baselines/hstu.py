@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vista.config import DataConfig, ModelConfig
 from vista.config.choices import Architecture
-from vista.log.gaps import NUM_GAPS
+from vista.log.histories import NUM_GAPS
 from vista.log.vocabulary import Vocabulary
 from vista.model.baselines.history_model import time_bucket
 from vista.model.baselines.sequence_model import SequenceModel

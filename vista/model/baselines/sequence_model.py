@@ -19,8 +19,7 @@ from vista.arrays import Int
 from vista.config import DataConfig, ModelConfig, OptimConfig
 from vista.config.checks import planned
 from vista.examples.batch import Batch
-from vista.log.gaps import history_gaps
-from vista.log.histories import Histories
+from vista.log.histories import Histories, history_gaps
 from vista.log.vocabulary import Vocabulary
 from vista.model.anchor_losses import anchor_losses
 from vista.model.baselines.history_model import HistoryModel

@@ -60,7 +60,7 @@ class SIM(SearchModel):
         if data.item_categories is None:
             codes = _category_codes(features, data.category_column)
         else:
-            from vista.log.item_categories import read_categories  # imports Polars, an optional package
+            from vista.log.ingest.source_parser import read_categories  # imports Polars, an optional package
 
             codes = read_categories(Path(data.item_categories), data.category_column, self.items)
         self.category.copy_(torch.from_numpy(codes))

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.config import SimulateConfig
-from vista.log.gaps import DAY_MS
+from vista.log.histories import DAY_MS
 from vista.simulation.catalog import Catalog, draw_items
 from vista.simulation.event_stream import OFF_TOPIC, EventStream, draw_actions, draw_sessions, draw_times
 from vista.simulation.interests import draw_orders

@@ -24,7 +24,7 @@ from vista.counters.counter_codes import CounterCodes
 from vista.errors import DataError, StoreError, shown
 from vista.files import check_replaceable, create_file, sync
 from vista.installation import require_module
-from vista.log.gaps import NO_TIMESTAMP
+from vista.log.histories import NO_TIMESTAMP
 from vista.log.ingest.source_parser import SourceParser
 from vista.progress_bar import progress_bar
 from vista.store.admin.folder_store import FolderStore

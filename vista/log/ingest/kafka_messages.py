@@ -5,28 +5,119 @@ A number counts as its text, as in a CSV file, so that 17 and "17" are one id, w
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vista.config import SourceConfig
 from vista.config.choices import OnBadRows
 from vista.errors import ConfigError, DataError, shown
 from vista.installation import require_module
-from vista.log.ingest.file_scan import ROW
-from vista.log.ingest.kafka.dead_letters import DeadLetter
-from vista.log.ingest.kafka.message_batch import MessageBatch
-from vista.log.ingest.row_rules import PROBLEM, parse
-from vista.log.ingest.scanned_source import ScannedSource, source_of_frame
-from vista.log.ingest.sources import needed_columns
-from vista.log.stream_offsets import offset_entries
+from vista.log.ingest.rows import PROBLEM, parse
+from vista.log.ingest.source_files import ROW
+from vista.log.ingest.sources import ScannedSource, needed_columns, source_of_frame
+from vista.log.segment_files import StreamOffset, StreamPartition, offset_entries
 
 if TYPE_CHECKING:
     import polars as pl
 else:
     pl = require_module("polars", "data")
+
+
+# The messages that one check of a watch reads.
+
+
+class StreamMessage(NamedTuple):
+    """A message: value None for one without a value (a tombstone); the server's time in ms since 1970, or None."""
+
+    topic: str
+    partition: int
+    offset: int
+    value: bytes | None
+    time_ms: int | None
+
+    @property
+    def place(self) -> str:
+        """Where the message is, for error messages."""
+        return f"topic {self.topic}, partition {self.partition}, offset {self.offset}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MessageBatch:
+    """Consecutive messages of all partitions of some topics, in the order of topics, partitions, and offsets.
+
+    source: address of the topics; stored: the log's offsets when it was read; offsets: what the log stores with these
+    messages, for every partition of the topics; behind: messages per partition that were not read yet; is_start:
+    whether the log must store the offsets even without messages, so that a restart continues from the same place.
+    """
+
+    source: str
+    messages: Sequence[StreamMessage]
+    stored: Mapping[StreamPartition, StreamOffset]
+    offsets: Mapping[StreamPartition, StreamOffset]
+    behind: Mapping[StreamPartition, int]
+    is_start: bool
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the messages' values."""
+        return sum(len(message.value) for message in self.messages if message.value is not None)
+
+    @property
+    def oldest_ms(self) -> int | None:
+        """Time of the oldest message in ms; None if no message has a time."""
+        return min((message.time_ms for message in self.messages if message.time_ms is not None), default=None)
+
+    def continues(self, offsets: Mapping[StreamPartition, StreamOffset]) -> bool:
+        """Whether a log with these offsets still ends where the batch begins."""
+        topics = {partition.topic for partition in self.offsets}
+
+        def of_topics(all_: Mapping[StreamPartition, StreamOffset]) -> dict[StreamPartition, StreamOffset]:
+            return {partition: offset for partition, offset in all_.items() if partition.topic in topics}
+
+        return of_topics(offsets) == of_topics(self.stored)
+
+
+# Dead letters: messages that are not valid events, as lines of JSON in the segment that covers their offsets.
+
+MAX_KEPT_BYTES = 64 << 10
+"""A dead letter keeps the first bytes of a longer message."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """An invalid message and what is wrong with it."""
+
+    message: StreamMessage
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.message.place}: {self.reason}"
+
+    def line(self) -> str:
+        """The message as one line of JSON; its value is base64 of at most `MAX_KEPT_BYTES` bytes, or null."""
+        value = self.message.value
+        entry = {
+            "topic": self.message.topic,
+            "partition": self.message.partition,
+            "offset": self.message.offset,
+            "time_ms": self.message.time_ms,
+            "reason": self.reason,
+            "bytes": 0 if value is None else len(value),
+            "value": None if value is None else base64.b64encode(value[:MAX_KEPT_BYTES]).decode(),
+        }
+        return json.dumps(entry) + "\n"
+
+
+def write_dead_letters(letters: Iterable[DeadLetter], path: Path) -> None:
+    """Write dead letters into a file of a segment that is being written."""
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(letter.line() for letter in letters)
+
 
 MAX_MESSAGE_BYTES = 1 << 20
 """A larger message is a dead letter. Kafka's own default limit is as large."""

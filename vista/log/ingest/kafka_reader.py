@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from confluent_kafka import (
     TIMESTAMP_NOT_AVAILABLE,
@@ -21,14 +24,211 @@ from confluent_kafka.admin import AdminClient, OffsetSpec
 
 from vista.config.choices import StreamStart
 from vista.config.log_config import StreamConfig
-from vista.errors import ConfigError, StreamError
-from vista.log.ingest.kafka.client_settings import read_client_file, without_secrets
-from vista.log.ingest.kafka.kafka_address import KafkaAddress
-from vista.log.ingest.kafka.message_batch import MessageBatch, StreamMessage
-from vista.log.ingest.kafka.starting_offsets import OffsetRange, starting_offsets
-from vista.log.stream_offsets import StreamOffset, StreamPartition
+from vista.errors import ConfigError, StreamError, StreamOffsetError, shown
+from vista.files import read_limited
+from vista.log.ingest.kafka_messages import MessageBatch, StreamMessage
+from vista.log.segment_files import StreamOffset, StreamPartition
+
+# Settings of the Kafka client: those of a file, and those that exactly-once reading depends on.
+
+_MOST_BYTES = 1 << 20
+_SECRET = ("password", "secret", "token", "key.pem", "oauthbearer.config")
+"""Parts of the names of settings whose values are never shown."""
+_OWN = {
+    "bootstrap.servers": "name servers in source",
+    "enable.auto.commit": "the log holds the offsets",
+    "enable.auto.offset.store": "the log holds the offsets",
+    "auto.offset.reset": "set stream.start or stream.reset_offsets",
+    "enable.partition.eof": "the watch needs it",
+}
+"""Settings that a file must not change, and why."""
+
+
+def read_client_file(path: str | None) -> dict[str, str]:
+    """Read settings of the Kafka client: one `name=value` per line, with empty lines and # comments.
+
+    Raises:
+        ConfigError: the file cannot be read, a line has another form, or a setting belongs elsewhere. The message
+            holds no value.
+    """
+    if path is None:
+        return {}
+    try:
+        lines = read_limited(Path(path), _MOST_BYTES).decode().splitlines()
+    except OSError as error:
+        raise ConfigError(f"stream.client_file: {path}: cannot be read ({error.strerror}); check the path") from None
+    except ValueError:
+        raise ConfigError(f"stream.client_file: {path}: is not UTF-8 text; write it again") from None
+    settings: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        name, equals, value = (part.strip() for part in line.partition("="))
+        place = f"stream.client_file: {path}: line {number}"
+        if not equals or not name:
+            raise ConfigError(f"{place}: is not of the form name=value; write it again, as in security.protocol=SSL")
+        if name in _OWN:
+            raise ConfigError(f"{place}: leave {name} out: {_OWN[name]}")
+        if name in settings:
+            raise ConfigError(f"{place}: sets {shown(name)} again; keep one of the lines")
+        settings[name] = value
+    return settings
+
+
+def without_secrets(text: str, settings: dict[str, str]) -> str:
+    """A message of the client without the values of secret settings."""
+    for name, value in settings.items():
+        if value and any(part in name for part in _SECRET):
+            text = text.replace(value, "***")
+    return text
+
+
+# The address of topics: kafka://server:port,server:port/topic,topic.
+
+SCHEME = "kafka://"
+_FORM = "kafka://server:port/topic, with commas between several servers or topics"
+_SERVER = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}")
+_TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
+
+
+@dataclass(frozen=True, slots=True)
+class KafkaAddress:
+    """Servers to begin with, as the client takes them ("a:9092,b:9092"), and distinct topics."""
+
+    servers: str
+    topics: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, source: str) -> KafkaAddress:
+        """Parse the setting `source`.
+
+        Raises:
+            ConfigError: it has another form, or holds a password, which the message does not repeat.
+        """
+        if not source.startswith(SCHEME):
+            raise ConfigError(f"source: {shown(source)} does not begin with {SCHEME}; write {_FORM}")
+        if "@" in source:
+            raise ConfigError(
+                "source: has a user name or a password; put sasl.username and sasl.password into stream.client_file"
+            )
+        servers, _, topics = source.removeprefix(SCHEME).partition("/")
+        for server in servers.split(","):
+            if not _SERVER.fullmatch(server) or int(server.rpartition(":")[2]) > 65_535:
+                raise ConfigError(f"source: {shown(server)} is not a server with its port; write {_FORM}")
+        names = topics.split(",")
+        for topic in names:
+            if not _TOPIC.fullmatch(topic):
+                raise ConfigError(f"source: {shown(topic)} cannot be the name of a topic; write {_FORM}")
+        if len(set(names)) < len(names):
+            raise ConfigError("source: names a topic twice; name each topic once")
+        return cls(servers, tuple(names))
+
+    def __str__(self) -> str:
+        return f"{SCHEME}{self.servers}/{','.join(self.topics)}"
+
+
+# Where reading begins in each partition, from the offsets in the log and those that the server has.
 
 logger = logging.getLogger(__name__)
+_NAMED = 3
+_RESET = "set stream.reset_offsets=true for one run"
+
+
+class OffsetRange(NamedTuple):
+    """Offsets of the messages that the server has of a partition: [oldest, end)."""
+
+    oldest: int
+    end: int
+
+
+def starting_offsets(
+    stored: Mapping[StreamPartition, StreamOffset],
+    ranges: Mapping[StreamPartition, OffsetRange],
+    cluster: str,
+    *,
+    start: StreamStart,
+    reset: bool,
+) -> dict[StreamPartition, int]:
+    """Where reading begins in each partition of `ranges`.
+
+    A topic without offsets in the log begins where `start` says. A partition that was added to a known topic begins
+    at offset 0, because all of its messages are new.
+
+    Args:
+        stored: the log's offsets.
+        ranges: all partitions of the topics to read.
+        cluster: id of the server's cluster.
+        reset: log a warning in place of an error, and begin at the oldest message where the offsets do not fit.
+
+    Raises:
+        StreamOffsetError: the log's offsets do not fit: the log was made from other topics, from another cluster, or
+            from a topic that was created again, or the server has deleted messages that the log lacks.
+    """
+    topics, known = {partition.topic for partition in ranges}, {partition.topic for partition in stored}
+    if known and not known & topics:
+        _refuse(
+            f"the log holds messages of {_topics(known)}, not of {_topics(topics)}; correct source, or name the topics "
+            f"of both. If the log is meant to hold other topics from now on, {_RESET}",
+            reset,
+        )
+    own = {partition: offset for partition, offset in stored.items() if partition.topic in topics}
+    foreign = {partition.topic for partition, offset in own.items() if offset.cluster != cluster}
+    if foreign:
+        clusters = sorted({offset.cluster for partition, offset in own.items() if partition.topic in foreign})
+        _refuse(
+            f"the log holds messages of {_topics(foreign)} from the cluster {', '.join(clusters)}, but the server "
+            f"belongs to the cluster {cluster}; correct source. If the topic moved, {_RESET}, which reads all of its "
+            "messages",
+            reset,
+        )
+    gone = sorted(partition for partition in own if partition not in ranges and partition.topic not in foreign)
+    ahead = sorted(
+        partition for partition, (_, end) in ranges.items()
+        if partition in own and partition.topic not in foreign and own[partition].next > end
+    )  # fmt: skip
+    if gone or ahead:
+        first = (gone or ahead)[0]
+        has = "no longer exists" if gone else f"ends at offset {ranges[first].end}"
+        _refuse(
+            f"{first}: the log holds its messages up to offset {own[first].next}, but it {has}: the topic was created "
+            f"again, or lost messages; check source. To read the topic from its oldest message, {_RESET}",
+            reset,
+        )
+    restarted = foreign | {partition.topic for partition in (*gone, *ahead)}
+    begin, lost = {}, {}
+    for partition, (oldest, end) in ranges.items():
+        if partition.topic in restarted:
+            begin[partition] = oldest
+        elif partition.topic not in known:
+            begin[partition] = end if start is StreamStart.newest else oldest
+        else:
+            wanted = own[partition].next if partition in own else 0
+            begin[partition] = max(wanted, oldest)
+            if wanted < oldest:
+                lost[partition] = (wanted, oldest)
+    if lost:
+        total = sum(oldest - wanted for wanted, oldest in lost.values())
+        named = [f"{partition}: {wanted} to {oldest - 1}" for partition, (wanted, oldest) in sorted(lost.items())]
+        shown = "; ".join(named[:_NAMED]) + (f"; and {len(named) - _NAMED} more" if len(named) > _NAMED else "")
+        _refuse(
+            f"up to {total:,} messages were deleted on the server before they were read (offsets of {shown}; "
+            "ends of transactions count too); add these events with `vista prepare append=true` if another copy exists "
+            f"and {_RESET} to continue after them. Then raise the topic's retention, or run the watch more often",
+            reset,
+        )
+    return begin
+
+
+def _refuse(problem: str, reset: bool) -> None:
+    if not reset:
+        raise StreamOffsetError(problem)
+    logger.warning("stream.reset_offsets=true: %s", problem)
+
+
+def _topics(names: set[str]) -> str:
+    return f"topic{'s' if len(names) > 1 else ''} {', '.join(sorted(names))}"
+
+
 _GROUP = "vista"
 """The group whose offsets show in Kafka tools how far the log is, unless the client file names another group."""
 _CHUNK = 10_000
