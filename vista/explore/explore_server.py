@@ -18,7 +18,7 @@ from pathlib import Path
 import streamlit
 
 from vista.config import ExploreConfig
-from vista.serve.listening_socket import bound_socket
+from vista.machine import bound_socket
 from vista.store.format.authentication import read_key
 
 logger = logging.getLogger(__name__)

@@ -9,9 +9,9 @@ from pathlib import Path
 from vista.config import ServeConfig
 from vista.config.serve_config import ModelsFile
 from vista.errors import CheckpointError, ConfigError
+from vista.machine import bound_socket, is_loopback
 from vista.model.model_description import ModelDescription
 from vista.serve.bearer_token import read_tokens
-from vista.serve.listening_socket import bound_socket, is_loopback
 from vista.serve.shared_numbers import FOLDER_VARIABLE, shared_numbers
 from vista.serve.worker_pool import WorkerPool
 

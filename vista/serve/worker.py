@@ -17,10 +17,10 @@ import uvicorn
 from vista.config import ServeConfig
 from vista.config.serve_config import ModelsFile
 from vista.device import cpu_settings
+from vista.machine import is_loopback
 from vista.serve.application import make_application
 from vista.serve.bearer_token import read_tokens
 from vista.serve.http_protocol import HEAD_S, BoundedHttpProtocol
-from vista.serve.listening_socket import is_loopback
 from vista.serve.request_checks import accepted_hosts
 from vista.serve.scoring_queue import ScoringQueue
 from vista.serve.served_models import ServedModels

@@ -163,7 +163,7 @@ def _work(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent then sends SIGTERM.
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     threading.Thread(target=_stop_with_parent, name="vista-parent", daemon=True).start()
-    from vista.serve.listening_socket import bound_socket
+    from vista.machine import bound_socket
     from vista.serve.worker import run_worker
 
     try:
