@@ -46,8 +46,8 @@ from vista.config import (
 )
 from vista.config.choices import ItemStart, Split
 from vista.log.event_log import EventLog
-from vista.model.baselines.sequence_model import SequenceModel
-from vista.model.model_description import FileEntry, checksum_of
+from vista.model.baselines.sequence_models import SequenceModel
+from vista.model.saved_model import FileEntry, checksum_of
 from vista.model.vista_model import VistaModel
 from vista.scorer import Scorer, Tail
 from vista_kernels.processor import VARIABLE, processor

@@ -35,7 +35,7 @@ from scripts.benchmarks.workloads import TASK, lifelong_log
 from vista.config import DataConfig, ModelConfig, ServeConfig
 from vista.device import set_threads
 from vista.log.vocabulary import Vocabulary
-from vista.model.schema import Schema
+from vista.model.features import Schema
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer

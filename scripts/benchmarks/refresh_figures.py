@@ -27,7 +27,7 @@ from vista.config.choices import Precision
 from vista.log.event_log import EventLog
 from vista.log.histories import DAY_MS
 from vista.model.history_states import range_states, reach
-from vista.model.summary_state import merge_states
+from vista.model.summarizer import merge_states
 from vista.refresh import RefreshReport, refresh, refresh_incremental
 from vista.refresh.log_items import LogItems
 from vista.refresh.states import from_arrays, read_summaries

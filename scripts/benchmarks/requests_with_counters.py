@@ -15,7 +15,7 @@ from vista.config import DataConfig
 from vista.log.event_log import EventLog
 from vista.log.item_features import CategoryColumn, ItemFeatures
 from vista.log.vocabulary import Vocabulary
-from vista.model.feature_spec import FeatureSpec
+from vista.model.features import FeatureSpec
 from vista.model.item_feature_table import ItemFeatureTable
 from vista.model.ranking_model import NEXT_TASK
 from vista.model.vista_model import VistaModel

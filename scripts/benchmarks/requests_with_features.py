@@ -18,9 +18,8 @@ from vista.log.event_log import EventLog
 from vista.log.histories import RowFeatures
 from vista.log.item_features import CategoryColumn, FeatureColumn, ItemFeatures, NumberColumn
 from vista.log.vocabulary import Vocabulary
-from vista.model.feature_spec import FeatureSpec
+from vista.model.features import FeatureSpec, RowFeatureReader
 from vista.model.item_feature_table import ItemFeatureTable
-from vista.model.row_feature_reader import RowFeatureReader
 from vista.model.vista_model import VistaModel
 from vista.scorer import Scorer
 

@@ -195,7 +195,7 @@ def products(
 
 
 def packed_products(m: int, n: int, k: int, *, count: float = 1, dtypes: Sequence[torch.dtype]) -> list[RooflineWork]:
-    """Products [m, k] @ [k, n] with weights that are packed beforehand (`vista.model.frozen_linear`)."""
+    """Products [m, k] @ [k, n] with weights that are packed beforehand (`vista.model.layers`)."""
     works = []
     for dtype in filter(can_pack, dtypes):
         x, weight = (torch.randn(size, k).to(dtype) for size in (m, n))

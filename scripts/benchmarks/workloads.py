@@ -17,8 +17,8 @@ from vista.config import DataConfig, ModelConfig, SourceColumns
 from vista.config.choices import Architecture, Mixing, TargetAttentionKind
 from vista.log.event_log import EventLog
 from vista.model.baselines.history_model import HistoryModel
+from vista.model.features import Schema
 from vista.model.registry import ARCHITECTURES
-from vista.model.schema import Schema
 from vista.model.vista_model import VistaModel
 
 TASK = "click"

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from vista.config import DataConfig, ModelConfig
 from vista.log.vocabulary import Vocabulary
-from vista.model.baselines.padded_tiles import PaddedTile
-from vista.model.baselines.sasrec import SASRec, SASRecBlock
-from vista.model.baselines.sequence_model import EmbeddedSequences
+from vista.model.baselines.history_model import PaddedTile
+from vista.model.baselines.sequence_models import EmbeddedSequences, SASRec, SASRecBlock
+from vista.model.features import Schema
 from vista.model.layers import module_list, split_heads
 from vista.model.ranking_model import UNKNOWN_ITEM
-from vista.model.schema import Schema
 
 
 class LikeRecTools(SASRec):

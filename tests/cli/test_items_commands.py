@@ -27,7 +27,7 @@ from vista.log.event_log import EventLog
 from vista.log.ingest import feature_sources
 from vista.model.codebooks import Codebooks
 from vista.model.item_projections import ItemProjections
-from vista.model.shared_tables import SharedTables
+from vista.model.saved_model import SharedTables
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer, Tail

@@ -12,7 +12,7 @@ from vista.counters.counter_table import CounterTable, UserCounters
 from vista.log.histories import Histories
 from vista.log.item_features import CategoryColumn, ItemFeatures
 from vista.log.vocabulary import Vocabulary
-from vista.model.feature_spec import FeatureSpec
+from vista.model.features import FeatureSpec
 from vista.model.item_feature_table import ItemFeatureTable
 
 DAY = 86_400_000

@@ -24,9 +24,9 @@ from vista.examples.batch_source import BatchSource
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories
 from vista.log.splits import split_until, visible_counts
+from vista.model.baselines.candidate_models import SIM
 from vista.model.baselines.history_model import HistoryModel
-from vista.model.baselines.sequence_model import SequenceModel
-from vista.model.baselines.sim import SIM
+from vista.model.baselines.sequence_models import SequenceModel
 from vista.model.inference import item_vectors
 from vista.model.registry import load_model
 from vista.training.trainer import Trainer, train, train_model

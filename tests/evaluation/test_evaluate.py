@@ -25,7 +25,7 @@ from vista.evaluation.protocol import LAST_RANK, impression_metrics
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until, visible_counts
 from vista.model import inference
-from vista.model.padded_tail import pad_tail
+from vista.model.inference import pad_tail
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer

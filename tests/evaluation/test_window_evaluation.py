@@ -24,7 +24,7 @@ from vista.evaluation.protocol import measure_windows, split_windows
 from vista.log.event_log import EventLog
 from vista.log.histories import DAY_MS
 from vista.log.splits import split_until, visible_counts
-from vista.model.baselines.sequence_model import SequenceModel
+from vista.model.baselines.sequence_models import SequenceModel
 from vista.model.inference import item_vectors
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh

@@ -29,12 +29,9 @@ from vista.export.trial_requests import trial_requests, write_trial_store
 from vista.log.event_log import EventLog
 from vista.log.histories import NUM_GAPS, gap_bucket
 from vista.log.vocabulary import Vocabulary
-from vista.model.baselines.hstu import HSTU
-from vista.model.feature_spec import FeatureSpec
-from vista.model.hashed_vocabulary import HashedVocabulary
+from vista.model.baselines.sequence_models import HSTU
+from vista.model.features import FeatureSpec, HashedVocabulary, RowFeatureReader, Schema
 from vista.model.item_projections import ItemProjections
-from vista.model.row_feature_reader import RowFeatureReader
-from vista.model.schema import Schema
 from vista.model.vista_model import VistaModel
 from vista.scorer.serving_snapshot import ServingSnapshot
 from vista.scorer.serving_source import ServingSource

@@ -18,7 +18,7 @@ from vista import EventLog, Scorer, StoreReader, VistaModel, train
 from vista.config import SourceColumns
 from vista.log.histories import RowFeatures
 from vista.log.vocabulary import Vocabulary
-from vista.model.row_feature_reader import RowFeatureReader
+from vista.model.features import RowFeatureReader
 from vista.refresh import RefreshOptions, erase, forget, merge, refresh, refresh_incremental
 from vista.scorer import ScorerStats, Tail
 from vista.scorer.pair_features import PairFeatures

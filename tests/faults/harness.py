@@ -43,7 +43,7 @@ from tests.faults.nursery import Nursery, Say
 from vista.errors import VistaError, shortened
 from vista.installation import source_commit
 from vista.log import segment_files
-from vista.model import model_description
+from vista.model import saved_model
 from vista.store.format import record_spec, state_record
 from vista.training import checkpoint
 
@@ -270,7 +270,7 @@ def formats() -> dict[str, int]:
         "log": segment_files.VERSION,
         "record": record_spec.FORMAT_VERSION,
         "state": state_record.FORMAT_VERSION,
-        "model": model_description.FORMAT_VERSION,
+        "model": saved_model.FORMAT_VERSION,
         "checkpoint": checkpoint.FORMAT_VERSION,
     }
 

@@ -43,7 +43,7 @@ from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare
 from vista.log.inspection import verify_log
 from vista.log.segment_files import manifest_bytes
-from vista.model.model_description import checksum_of
+from vista.model.saved_model import checksum_of
 from vista.model.vista_model import VistaModel
 from vista.scorer import Scorer
 from vista.store import StoreReader

@@ -25,10 +25,9 @@ from vista.evaluation.evaluate import evaluate_scorer
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories
 from vista.log.vocabulary import Vocabulary
-from vista.model.history_states import history_states, range_states, reach
-from vista.model.schema import Schema
-from vista.model.state_updates import remove_events
-from vista.model.summary_state import merge_states
+from vista.model.features import Schema
+from vista.model.history_states import history_states, range_states, reach, remove_events
+from vista.model.summarizer import merge_states
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh, refresh_incremental
 from vista.scorer import Scorer

@@ -22,11 +22,10 @@ from vista.examples.chunks import ChunkCounters, ChunkImpressions, Chunks, Chunk
 from vista.examples.cuts import AnchorPlan, CutPlan, cut_batch
 from vista.log.histories import Histories, RowFeatures, gap_bucket, history_gaps, ranges
 from vista.log.vocabulary import Vocabulary
-from vista.model.padded_tail import PaddedTail, pad_tail
+from vista.model.features import EncodedRows, RowFeatureReader, Schema
+from vista.model.inference import PaddedTail, pad_tail
 from vista.model.ranking_model import RankingModel
 from vista.model.registry import ARCHITECTURES
-from vista.model.row_feature_reader import EncodedRows, RowFeatureReader
-from vista.model.schema import Schema
 from vista.model.vista_model import VistaModel
 
 ACTIONS, TASKS, NUM_ITEMS = ["view", "click", "buy"], ["click", "like"], 40

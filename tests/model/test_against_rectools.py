@@ -14,12 +14,10 @@ from torch import Tensor, nn
 from vista.config import DataConfig, ModelConfig
 from vista.config.choices import Architecture
 from vista.log.vocabulary import Vocabulary
-from vista.model.baselines.hstu import HSTU
-from vista.model.baselines.padded_tiles import tiles
-from vista.model.baselines.sasrec import SASRec
-from vista.model.baselines.sequence_model import EmbeddedSequences
+from vista.model.baselines.history_model import tiles
+from vista.model.baselines.sequence_models import HSTU, EmbeddedSequences, SASRec
+from vista.model.features import Schema
 from vista.model.registry import ARCHITECTURES
-from vista.model.schema import Schema
 
 NUM_ITEMS = 50
 HEADS = 2

@@ -20,14 +20,10 @@ from vista.errors import ConfigError
 from vista.log.histories import Histories, gap_bucket
 from vista.log.item_features import CategoryColumn, ItemFeatures, NumberColumn
 from vista.log.vocabulary import Vocabulary
-from vista.model.baselines.candidate_model import CandidateModel
-from vista.model.baselines.din import DIN
-from vista.model.baselines.search_model import newest_of_highest
-from vista.model.baselines.sim import SIM
-from vista.model.baselines.twin import TWIN
+from vista.model.baselines.candidate_models import DIN, SIM, TWIN, CandidateModel, newest_of_highest
+from vista.model.features import EncodedRows
 from vista.model.inference import user_feature_vectors
 from vista.model.registry import load_model
-from vista.model.row_feature_reader import EncodedRows
 
 LENGTHS = [0, 1, 9, 4, 0, 7, 12, 30]
 HOUR = 3_600_000

@@ -27,10 +27,8 @@ from vista.counters.counter_table import UserCounters
 from vista.examples.batch import Batch
 from vista.log.histories import Histories
 from vista.model import inference
-from vista.model.candidate_counters import CandidateCounters
-from vista.model.counted_item_head import CountedItemHead
-from vista.model.popularity_term import PopularityTerm
-from vista.model.window_loss import CountedSlots, log_others, window_loss
+from vista.model.heads import CandidateCounters, CountedItemHead, PopularityTerm
+from vista.model.losses import CountedSlots, log_others, window_loss
 
 
 def asked(rows: int, slots: int) -> dict[str, torch.Tensor]:

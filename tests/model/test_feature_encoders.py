@@ -18,12 +18,9 @@ from vista.errors import ConfigError
 from vista.log.histories import RowFeatures
 from vista.log.item_features import CategoryColumn, ItemFeatures, NumberColumn, VectorColumn
 from vista.log.vocabulary import Vocabulary
-from vista.model.feature_encoder import FeatureEncoder
-from vista.model.feature_spec import MAX_ABS_SCORE, FeatureSpec
-from vista.model.hashed_vocabulary import HashedVocabulary
+from vista.model.feature_encoder import FeatureEncoder, RowFeatureEncoder
+from vista.model.features import MAX_ABS_SCORE, FeatureSpec, HashedVocabulary, RowFeatureReader
 from vista.model.item_feature_table import ItemFeatureTable
-from vista.model.row_feature_encoder import RowFeatureEncoder
-from vista.model.row_feature_reader import RowFeatureReader
 
 DIM, NUM_ITEMS, WIDTH = 6, 9, 3
 GENRES = ["comedy", "drama", "war"]

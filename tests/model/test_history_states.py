@@ -19,9 +19,18 @@ from vista.config.choices import Decay, Mixing
 from vista.errors import ConfigError
 from vista.log.histories import Histories
 from vista.model import inference
-from vista.model.history_states import RANGES_PER_PASS, SLICE_LEN, embed, history_states, range_states, reach
-from vista.model.state_updates import insert_events, merge_histories, remove_events
-from vista.model.summary_state import DRIFT_LIMIT, SummaryState, exchange, merge_states
+from vista.model.history_states import (
+    RANGES_PER_PASS,
+    SLICE_LEN,
+    embed,
+    history_states,
+    insert_events,
+    merge_histories,
+    range_states,
+    reach,
+    remove_events,
+)
+from vista.model.summarizer import DRIFT_LIMIT, SummaryState, exchange, merge_states
 from vista.model.vista_model import VistaModel
 
 DAY = 86_400_000

@@ -22,11 +22,9 @@ from vista.cli.item_commands import TextEncoder
 from vista.cli.main import main
 from vista.config.choices import IndexKind
 from vista.errors import DataError, ItemIndexError, ItemIndexMismatchError, MissingDependencyError
-from vista.model.codebooks import Codebooks
-from vista.model.item_index import FLAT_ITEMS, ItemIndex, kind_for
-from vista.model.item_index_manifest import MANIFEST_FILE, ItemIndexManifest
-from vista.model.model_description import checksum_of
-from vista.model.residual_codes import ResidualCodes
+from vista.model.codebooks import Codebooks, ResidualCodes
+from vista.model.item_index import FLAT_ITEMS, MANIFEST_FILE, ItemIndex, ItemIndexManifest, kind_for
+from vista.model.saved_model import checksum_of
 
 DIM, NUM_ITEMS = 17, 4000
 KINDS = [kind.value for kind in IndexKind]

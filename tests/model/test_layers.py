@@ -16,21 +16,22 @@ from vista.config import ModelConfig
 from vista.config.choices import Activation, Normalization, Precision, TargetAttentionKind
 from vista.log.histories import NUM_GAPS, gap_bucket, history_gaps
 from vista.model import inference
-from vista.model.event_encoder import EventEncoder
-from vista.model.frozen_linear import FrozenLinear, frozen
+from vista.model.feature_encoder import EventEncoder
+from vista.model.inference import pad_tail
 from vista.model.layers import (
     SHARE,
     VECTOR,
     CausalConvolution,
     Dropout,
     FeedForward,
+    FrozenLinear,
+    frozen,
     linear_parts,
     silu,
     split_heads,
 )
-from vista.model.padded_tail import pad_tail
-from vista.model.quasi_linear_read import QuasiLinearRead, state_rows
-from vista.model.target_layers import MASKED, PointwiseLayer, target_layer
+from vista.model.summarizer import QuasiLinearRead, state_rows
+from vista.model.target_attention import MASKED, PointwiseLayer, target_layer
 from vista_kernels import accumulate_state, reference
 from vista_kernels.processor import PROFILES, Processor, processor
 from vista_kernels.qla_tokens import QlaTokens
@@ -355,7 +356,7 @@ def packed(
     if request.param and not packable:
         pytest.skip("torch without oneDNN")
     forced = Processor("forced", True, packable if request.param else ())
-    monkeypatch.setattr("vista.model.frozen_linear.processor", lambda: forced)
+    monkeypatch.setattr("vista.model.layers.processor", lambda: forced)
 
 
 def linear(inputs: int, outputs: int, *, bias: bool = False) -> nn.Linear:

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vista.examples.batch_source import NegativeSampler
-from vista.model.losses import sampled_softmax, task_losses
-from vista.model.window_loss import CountedSlots, window_loss
+from vista.model.losses import CountedSlots, sampled_softmax, task_losses, window_loss
 
 
 def problem(count: int, items: int, dim: int = 6, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:

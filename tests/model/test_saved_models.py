@@ -28,12 +28,10 @@ from vista.errors import CheckpointError
 from vista.log.item_features import CategoryColumn, ItemFeatures, NumberColumn, VectorColumn
 from vista.log.vocabulary import Vocabulary
 from vista.model import inference
-from vista.model.added_items import with_items
-from vista.model.feature_spec import FeatureSpec
+from vista.model.features import FeatureSpec, Schema
 from vista.model.item_feature_table import FEATURES_FILE, ItemFeatureTable
-from vista.model.model_description import ModelDescription
-from vista.model.registry import ARCHITECTURES, load_model
-from vista.model.schema import Schema
+from vista.model.registry import ARCHITECTURES, load_model, with_items
+from vista.model.saved_model import ModelDescription
 from vista.model.vista_model import VistaModel
 
 

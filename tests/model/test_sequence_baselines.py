@@ -14,14 +14,18 @@ from torch import Tensor
 
 from vista.config import OptimConfig
 from vista.log.histories import gap_bucket
-from vista.model.baselines.decayed_attention import decayed_attention
-from vista.model.baselines.fuxi_linear import FuXiLinear
-from vista.model.baselines.hstu import HSTU
-from vista.model.baselines.padded_tiles import TILE_TOKENS
-from vista.model.baselines.sasrec import LONGEST_HELD, SASRec, attend_causally
-from vista.model.baselines.sequence_model import SequenceModel
+from vista.model.baselines.history_model import TILE_TOKENS
+from vista.model.baselines.sequence_models import (
+    HSTU,
+    LONGEST_HELD,
+    FuXiLinear,
+    SASRec,
+    SequenceModel,
+    attend_causally,
+    decayed_attention,
+)
+from vista.model.features import EncodedRows
 from vista.model.registry import load_model
-from vista.model.row_feature_reader import EncodedRows
 
 LENGTHS = [0, 1, 9, 4, 0, 7, 12]
 LIMIT = 12
@@ -150,7 +154,7 @@ def test_a_user_vector_is_the_published_sum(make: SimpleNamespace, name: str, ha
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])
 def test_decayed_attention_is_a_sum_over_pairs(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vista.model.baselines.decayed_attention.CHUNK", chunk)
+    monkeypatch.setattr("vista.model.baselines.sequence_models.CHUNK", chunk)
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, 9, 3, size, dtype=torch.float64, requires_grad=True) for size in (4, 4, 5))
     clock = (torch.rand(2, 9, 3, dtype=torch.float64) * 40).cumsum(1).requires_grad_()

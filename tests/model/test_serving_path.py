@@ -25,8 +25,8 @@ from vista.config.choices import Activation, Decay, Mixing, TargetAttentionKind
 from vista.examples.batch import Batch
 from vista.log.histories import Histories
 from vista.model import inference
-from vista.model.padded_tail import PaddedTail, pad_tail
-from vista.model.row_feature_reader import EncodedRows
+from vista.model.features import EncodedRows
+from vista.model.inference import PaddedTail, pad_tail
 from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
 

@@ -18,8 +18,7 @@ from vista.config.choices import Activation, Codec, Decay, Mixing, Normalization
 from vista.log.histories import Histories
 from vista.model import inference
 from vista.model.history_states import embed, history_states
-from vista.model.interest_counts import clusters
-from vista.model.summarizer import Summarizer
+from vista.model.summarizer import Summarizer, clusters
 from vista.model.vista_model import VistaModel
 from vista.store.format.codecs import dequantize_rows, quantize_rows
 

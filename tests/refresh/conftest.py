@@ -23,8 +23,7 @@ from vista.config.choices import Codec
 from vista.log.event_log import EventLog
 from vista.log.histories import RowFeatures
 from vista.log.vocabulary import Vocabulary
-from vista.model.row_feature_reader import RowFeatureReader
-from vista.model.schema import Schema
+from vista.model.features import RowFeatureReader, Schema
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh
 from vista.store import StoreReader

@@ -21,7 +21,7 @@ from vista.config import IndexConfig, ItemsAddConfig, ItemTableConfig
 from vista.config.choices import IndexKind
 from vista.errors import ItemIndexError, UnknownUserError
 from vista.log.event_log import EventLog
-from vista.model.feature_spec import FeatureSpec
+from vista.model.features import FeatureSpec
 from vista.model.item_feature_table import ItemFeatureTable
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh

@@ -21,7 +21,7 @@ from vista.errors import (
 )
 from vista.log.event_log import EventLog
 from vista.model import inference
-from vista.model.padded_tail import pad_tail
+from vista.model.inference import pad_tail
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import CandidateSet, Scorer, Tail

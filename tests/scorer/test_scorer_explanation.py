@@ -16,10 +16,9 @@ from vista.config.choices import TargetAttentionKind
 from vista.log.event_log import EventLog
 from vista.model import inference
 from vista.model.attribution import attribute
-from vista.model.padded_tail import pad_tail
-from vista.model.quasi_linear_read import QuasiLinearRead
-from vista.model.target_attention import TargetContext
-from vista.model.target_layers import PointwiseLayer
+from vista.model.inference import pad_tail
+from vista.model.summarizer import QuasiLinearRead
+from vista.model.target_attention import PointwiseLayer, TargetContext
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer

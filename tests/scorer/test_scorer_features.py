@@ -29,7 +29,7 @@ from vista.log.event_log import EventLog
 from vista.log.histories import RowFeatures
 from vista.log.vocabulary import Vocabulary
 from vista.model import inference
-from vista.model.row_feature_reader import EncodedRows, RowFeatureReader
+from vista.model.features import EncodedRows, RowFeatureReader
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer, Tail

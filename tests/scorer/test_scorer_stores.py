@@ -32,7 +32,7 @@ from vista.errors import (
 )
 from vista.log.event_log import EventLog
 from vista.model.item_projections import CANDIDATE_FILE, RETRIEVAL_FILE, ItemProjections
-from vista.model.saved_parts import WEIGHTS_FILE
+from vista.model.saved_model import WEIGHTS_FILE
 from vista.model.vista_model import VistaModel
 from vista.refresh import erase, refresh
 from vista.scorer import Scorer

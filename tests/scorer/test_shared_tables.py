@@ -15,11 +15,10 @@ from tests.conftest import DAY, ITEMS, START, USERS, Served, draw_counter_weight
 from vista.config import SourceColumns
 from vista.config.choices import Split
 from vista.log.event_log import EventLog
-from vista.model.feature_spec import FeatureSpec
+from vista.model.features import FeatureSpec
 from vista.model.item_feature_table import ItemFeatureTable
 from vista.model.item_projections import CANDIDATE_FILE, RETRIEVAL_FILE
-from vista.model.saved_parts import WEIGHTS_FILE
-from vista.model.shared_tables import SharedTables, tables_of, total_bytes
+from vista.model.saved_model import WEIGHTS_FILE, SharedTables, tables_of, total_bytes
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer

@@ -51,7 +51,7 @@ from vista.config.choices import Precision, TargetAttentionKind
 from vista.errors import DataError
 from vista.log.splits import visible_counts
 from vista.model import summarizer
-from vista.model.padded_tail import pad_tail
+from vista.model.inference import pad_tail
 from vista.model.vista_model import VistaModel
 
 pytestmark = pytest.mark.research

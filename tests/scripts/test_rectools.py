@@ -29,10 +29,9 @@ from vista.examples.batch_source import BatchSource
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories
 from vista.log.splits import visible_counts
-from vista.model.baselines.padded_tiles import tiles
-from vista.model.baselines.sasrec import SASRec
-from vista.model.baselines.sequence_model import EmbeddedSequences
-from vista.model.schema import Schema
+from vista.model.baselines.history_model import tiles
+from vista.model.baselines.sequence_models import EmbeddedSequences, SASRec
+from vista.model.features import Schema
 from vista.training.validation import Validation
 
 pytestmark = pytest.mark.research

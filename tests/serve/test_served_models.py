@@ -19,8 +19,7 @@ from vista.cli.main import main
 from vista.config import ServeConfig
 from vista.errors import ModelUnavailableError
 from vista.model.item_projections import RETRIEVAL_FILE
-from vista.model.saved_parts import WEIGHTS_FILE
-from vista.model.shared_tables import tables_of
+from vista.model.saved_model import WEIGHTS_FILE, tables_of
 from vista.refresh import refresh
 from vista.scorer import Scorer
 from vista.serve.served_models import ServedModels

@@ -22,8 +22,7 @@ from vista.errors import DataError
 from vista.examples.batch import Batch, balanced_parts, batch_part, chunk_work
 from vista.examples.batch_source import BatchSource
 from vista.log.event_log import EventLog
-from vista.model.loss_part import LossPart
-from vista.model.losses import loss_names, weighted_losses
+from vista.model.losses import LossPart, loss_names, weighted_losses
 from vista.refresh import refresh
 from vista.training.batch_prefetcher import NUM_AHEAD, BatchPrefetcher
 from vista.training.downstream import Downstream

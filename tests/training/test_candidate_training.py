@@ -13,7 +13,7 @@ from vista.config.choices import Architecture, Precision, Split
 from vista.evaluation.evaluate import evaluate_model
 from vista.examples.batch_source import BatchSource
 from vista.log.event_log import EventLog
-from vista.model.baselines.candidate_model import CandidateModel
+from vista.model.baselines.candidate_models import CandidateModel
 from vista.training.trainer import train_model
 
 NUM_USERS, NUM_EVENTS, NUM_SHOWN, GROUPS, PER_GROUP = 150, 40, 60, 8, 4

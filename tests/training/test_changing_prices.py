@@ -19,7 +19,7 @@ from vista.evaluation.cases import impression_cases
 from vista.evaluation.evaluate import evaluate_scorer
 from vista.examples.batch import Batch
 from vista.log.event_log import EventLog
-from vista.model.feature_spec import FeatureSpec
+from vista.model.features import FeatureSpec
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer

@@ -34,10 +34,9 @@ from vista.errors import ConfigError
 from vista.evaluation.evaluate import evaluate_scorer
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until
-from vista.model.added_items import with_items
-from vista.model.embedding_feature import EmbeddingFeature
-from vista.model.hashed_vocabulary import HashedVocabulary
-from vista.model.unified_embedding import hashed_rows
+from vista.model.features import HashedVocabulary
+from vista.model.registry import with_items
+from vista.model.tables import EmbeddingFeature, hashed_rows
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer, Tail

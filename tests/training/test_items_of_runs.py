@@ -22,9 +22,9 @@ from vista.log.event_log import EventLog
 from vista.log.histories import Histories
 from vista.log.splits import split_until
 from vista.log.vocabulary import Vocabulary
-from vista.model.added_items import with_items
+from vista.model.features import Schema
 from vista.model.ranking_model import UNKNOWN_ITEM
-from vista.model.schema import Schema
+from vista.model.registry import with_items
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer, Tail

@@ -48,11 +48,10 @@ from vista.evaluation.cases import ImpressionCases, impression_cases, request_st
 from vista.evaluation.evaluate import evaluate_model, evaluate_scorer
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until, visible_counts
-from vista.model.added_items import with_items
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.inference import request_feature_vectors
 from vista.model.ranking_model import RankingModel
-from vista.model.registry import load_model
+from vista.model.registry import load_model, with_items
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer

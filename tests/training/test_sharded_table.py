@@ -21,7 +21,7 @@ from vista.config import TrainConfig
 from vista.config.choices import TableKind, TableOptimizer, TablePrecision
 from vista.errors import ConfigError
 from vista.log.event_log import EventLog
-from vista.model.drawn_table import drawn_table
+from vista.model.tables import drawn_table
 from vista.model.vista_model import VistaModel
 from vista.ranks import Ranks
 from vista.refresh import refresh

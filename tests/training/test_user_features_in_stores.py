@@ -20,9 +20,8 @@ from vista.errors import CheckpointError, StoreError
 from vista.log.deletions import erase_users
 from vista.log.event_log import EventLog
 from vista.log.vocabulary import Vocabulary
-from vista.model.inference import user_feature_vectors
-from vista.model.log_users import LogUsers
-from vista.model.row_feature_reader import RowFeatureReader
+from vista.model.features import RowFeatureReader
+from vista.model.inference import LogUsers, user_feature_vectors
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, merge, refresh, refresh_incremental
 from vista.scorer import Scorer

@@ -33,7 +33,7 @@ from vista.evaluation.evaluate import evaluate_scorer
 from vista.examples.item_statistics import item_factors
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until
-from vista.model.added_items import with_items
+from vista.model.registry import with_items
 from vista.model.vista_model import STAGE1_WEIGHTS, VistaModel
 from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer

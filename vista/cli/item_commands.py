@@ -30,8 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from vista.log.item_features import ItemFeatures
-    from vista.model.codebooks import Codebooks
-    from vista.model.residual_codes import ResidualCodes
+    from vista.model.codebooks import Codebooks, ResidualCodes
     from vista.model.vista_model import VistaModel
 
 if TYPE_CHECKING:
@@ -82,8 +81,8 @@ def run_items_add(config: ItemsAddConfig) -> ItemsAdded:
 
     from vista.log.ingest.new_features import read_items, with_columns
     from vista.log.vocabulary import Vocabulary
-    from vista.model.added_items import with_items
-    from vista.model.counted_fields import check_categories
+    from vista.model.item_feature_table import check_categories
+    from vista.model.registry import with_items
     from vista.model.vista_model import VistaModel
 
     folder = Path(config.model)
@@ -334,8 +333,7 @@ def run_items_tokenize(config: ItemsTokenizeConfig) -> ItemsTokenized:
     """
     from vista.log.ingest.feature_sources import check_not_a_source, read_vectors, write_values
     from vista.log.ingest.source_parser import SourceParser
-    from vista.model.codebooks import Codebooks
-    from vista.model.residual_codes import ResidualCodes
+    from vista.model.codebooks import Codebooks, ResidualCodes
 
     require((config.vectors is None) != (config.model is None), "vectors", "set either vectors or model")
     out = Path(config.out)
@@ -440,11 +438,10 @@ def run_index(config: IndexConfig) -> ItemsIndexed:
     import numpy as np
 
     from vista.device import cpu_settings
-    from vista.model.item_index import ItemIndex
-    from vista.model.item_index_manifest import ItemIndexManifest
+    from vista.model.item_index import ItemIndex, ItemIndexManifest
     from vista.model.item_projections import ItemProjections
     from vista.model.ranking_model import UNKNOWN_ITEM
-    from vista.model.shared_tables import SharedTables
+    from vista.model.saved_model import SharedTables
     from vista.model.vista_model import VistaModel
 
     folder = checked_path(config.model, CheckpointError)

@@ -19,9 +19,8 @@ from vista.evaluation.cases import ImpressionCases, NextItemCases, WindowCases, 
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories, RowFeatures, token_groups
 from vista.model.baselines.history_model import HistoryModel
-from vista.model.inference import catalog_scores, item_vectors
-from vista.model.log_users import LogUsers
-from vista.model.row_feature_reader import log_encoder
+from vista.model.features import log_encoder
+from vista.model.inference import LogUsers, catalog_scores, item_vectors
 from vista.progress_bar import progress_bar
 from vista.scorer import Scorer
 from vista.store import Tail

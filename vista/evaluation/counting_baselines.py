@@ -22,7 +22,7 @@ from vista.log.event_log import EventLog
 from vista.log.histories import DAY_MS, Histories, ranges
 from vista.log.item_features import FeatureColumn, VectorColumn
 from vista.log.splits import visible_blocks
-from vista.model.feature_spec import FeatureSpec
+from vista.model.features import FeatureSpec
 from vista.model.item_feature_table import value_codes
 
 

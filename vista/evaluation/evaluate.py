@@ -38,9 +38,9 @@ from vista.installation import __version__
 from vista.log.event_log import EventLog, log_digest
 from vista.log.splits import parse_until, part_times, split_until, visible_counts
 from vista.model.baselines.history_model import HistoryModel
-from vista.model.model_description import CONFIG_FILE
 from vista.model.ranking_model import RankingModel
 from vista.model.registry import load_model
+from vista.model.saved_model import CONFIG_FILE
 from vista.model.vista_model import VistaModel
 from vista.ranks import Ranks
 from vista.refresh import check_log, check_requests

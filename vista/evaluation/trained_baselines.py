@@ -21,7 +21,7 @@ from vista.installation import install_command
 from vista.log.event_log import EventLog
 from vista.log.histories import DAY_MS, Histories, ranges
 from vista.logistic_regression import fit_probability
-from vista.model.window_loss import window_loss
+from vista.model.losses import window_loss
 
 MIN_SEEN = 50
 """Users with fewer events before a question are not asked."""

@@ -21,9 +21,9 @@ from vista.export.serving_graph import CANDIDATES, REQUEST, TAIL, USER, USERS, G
 from vista.export.trial_requests import TrialRequests, trial_requests, write_trial_store
 from vista.files import checked_path, replaced_folder
 from vista.log.vocabulary import Vocabulary
-from vista.model.hashed_vocabulary import HashedVocabulary
-from vista.model.model_description import ModelDescription
+from vista.model.features import HashedVocabulary
 from vista.model.ranking_model import NEXT_TASK
+from vista.model.saved_model import ModelDescription
 from vista.model.vista_model import VistaModel
 from vista.progress_bar import elapsed_time, progress_bar
 from vista.scorer.serving_snapshot import ServingSnapshot

@@ -27,11 +27,10 @@ from vista.counters.counter_codes import (
 )
 from vista.log.histories import NO_TIMESTAMP, NUM_GAPS, UNKNOWN_GAP
 from vista.model import inference
-from vista.model.feature_spec import MAX_ABS_SCORE, FeatureSpec
+from vista.model.feature_encoder import RowFeatureEncoder
+from vista.model.features import MAX_ABS_SCORE, FeatureSpec
 from vista.model.item_projections import ItemProjections
-from vista.model.row_feature_encoder import RowFeatureEncoder
-from vista.model.target_attention import TargetAttention
-from vista.model.target_layers import MASKED, SoftmaxLayer
+from vista.model.target_attention import MASKED, SoftmaxLayer, TargetAttention
 from vista.model.vista_model import VistaModel
 
 # Counters of candidates inside a graph, as of the request (`CounterCodes.advanced`).

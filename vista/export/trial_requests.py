@@ -22,9 +22,8 @@ from vista.counters.counter_codes import MAX_CODE, CounterCodes
 from vista.export.request_arrays import Arrays, request_arrays
 from vista.log.histories import DAY_MS, YEAR_1971_MS, Histories
 from vista.model import inference
-from vista.model.counted_fields import largest_keys
-from vista.model.hashed_vocabulary import HashedVocabulary
-from vista.model.row_feature_reader import RowFeatureReader
+from vista.model.features import HashedVocabulary, RowFeatureReader
+from vista.model.item_feature_table import largest_keys
 from vista.model.vista_model import VistaModel
 from vista.refresh.new_generation import new_manifest
 from vista.scorer.reading import read_request

@@ -11,9 +11,8 @@ from torch import Tensor
 from vista.config import OptimConfig
 from vista.config.checks import planned
 from vista.examples.batch import Batch, BatchAnchors
-from vista.model.loss_part import LossPart
+from vista.model.losses import CountedSlots, LossPart, log_others, products, window_loss
 from vista.model.ranking_model import RankingModel
-from vista.model.window_loss import CountedSlots, log_others, products, window_loss
 
 
 def anchor_losses(

@@ -20,9 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vista.model.layers import split_heads
-from vista.model.quasi_linear_read import QuasiLinearRead
-from vista.model.target_attention import TargetAttention, TargetContext
-from vista.model.target_layers import MASKED, PointwiseLayer, SoftmaxLayer
+from vista.model.summarizer import QuasiLinearRead
+from vista.model.target_attention import MASKED, PointwiseLayer, SoftmaxLayer, TargetAttention, TargetContext
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,8 @@ V items of the vocabulary, E counted items of all users together.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,17 +15,102 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vista.arrays import Int
+from vista.arrays import Float32s, Int
 from vista.config.choices import Mixing
 from vista.counters.counter_table import UserCounters
-from vista.log.histories import UNKNOWN_GAP, Histories, gap_bucket, token_groups
+from vista.examples.batch_source import EncodeRows
+from vista.log.event_log import EventLog
+from vista.log.histories import UNKNOWN_GAP, Histories, RowColumn, RowFeatures, gap_bucket, token_groups
+from vista.model.features import EncodedRows, RowFeatureReader
 from vista.model.history_states import covered_events, default_slice_len, embed, history_states, reach
-from vista.model.padded_tail import PaddedTail
 from vista.model.ranking_model import UNKNOWN_ITEM, RankingModel
-from vista.model.row_feature_reader import EncodedRows, RowFeatureReader
 from vista.model.summarizer import Summarizer
 from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
+
+# Tails of requests: the newest events of users, right-aligned. Letters: B users, T packed events, L tail length, C
+# columns and D dense inputs of features.
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedTail:
+    """The newest events of B users, oldest first, right-aligned."""
+
+    item: Int
+    """int64 [B, L] model rows."""
+    action: Int
+    """int64 [B, L]."""
+    gap: Int
+    """int64 [B, L] log buckets of the time since the event before; unknown for the first event."""
+    valid: NDArray[np.bool_]
+    """bool [B, L]: False in the padding."""
+    last_time: Int
+    """int64 [B] ms of the newest event; arbitrary if there is none."""
+    entry: Int | None = None
+    """int64 [B, L, C], like `dense` from `RowFeatureReader.encode`: features of the events; arbitrary in the padding.
+    None for a model whose stage 2 reads none."""
+    dense: Float32s | None = None
+    """float32 [B, L, D]."""
+
+    def select(self, users: slice | Int) -> PaddedTail:
+        """The tails of some users, or of all in another order."""
+        return PaddedTail(
+            self.item[users],
+            self.action[users],
+            self.gap[users],
+            self.valid[users],
+            self.last_time[users],
+            None if self.entry is None else self.entry[users],
+            None if self.dense is None else self.dense[users],
+        )
+
+
+def pad_tail(
+    model: VistaModel,
+    item: NDArray[Any],
+    time: Int,
+    action: NDArray[Any],
+    offsets: Int,
+    features: Mapping[str, RowColumn] | None = None,
+) -> PaddedTail:
+    """Right-align the newest events of packed histories, at most `tail_len` per user.
+
+    Args:
+        item: [T] model rows.
+        time: int64 [T] ms.
+        action: [T].
+        offsets: int64 [B+1].
+        features: by name of a column, [T] with the model's codes; columns that are not given are missing.
+    """
+    length = model.config.tail_len
+    index = offsets[1:, None] - length + np.arange(length)
+    valid = index >= offsets[:-1, None]
+    index = np.where(valid, index, 0)
+    reader = model.tail_features
+    encoded = None if reader is None else reader.encode(RowFeatures(features or {}), len(item))
+    if len(item) == 0:
+        zeros = np.zeros(index.shape, np.int64)
+        empty = PaddedTail(zeros, zeros, zeros, valid, np.zeros(len(index), np.int64))
+        if encoded is None:
+            return empty
+        entry, dense = (np.zeros((*index.shape, part.shape[1]), part.dtype) for part in (encoded.entry, encoded.dense))
+        return replace(empty, entry=entry, dense=dense)
+    times = time[index]
+    gap = np.zeros(index.shape, np.int64)
+    if model.encoder.gap is not None:
+        known = valid[:, 1:] & valid[:, :-1]
+        gap[:, 1:] = np.where(known, gap_bucket(np.diff(times, axis=1)), UNKNOWN_GAP)
+    last_time = time[np.maximum(offsets[1:] - 1, 0)]
+    return PaddedTail(
+        np.where(valid, item[index], 0).astype(np.int64),
+        np.where(valid, action[index], 0).astype(np.int64),
+        gap,
+        valid,
+        last_time,
+        None if encoded is None else encoded.entry[index],
+        None if encoded is None else encoded.dense[index],
+    )
+
 
 ROW_TILE = 8
 """Matrix products give a row the same bits regardless of the other rows, if the number of rows is a multiple of this.
@@ -304,3 +390,43 @@ def candidate_logits(
     seen = torch.full((1,), model.config.tail_len, device=model.device)
     request = None if request is None else request.expand(-1, candidates.shape[1], -1)
     return model.candidate_logits(model.item_vectors(candidates), request, seen, context, codes=codes)
+
+
+class LogUsers:
+    """All users of a log, with the codes of a model."""
+
+    def __init__(self, reader: RowFeatureReader | None, log: EventLog) -> None:
+        """
+        Args:
+            reader: of the model; None if it reads no features of users.
+        """
+        self._reader = reader
+        self._rows = RowFeatures({})
+        """Of all users, and of an unknown one in the last row."""
+        if reader is not None:
+            features = log.user_features
+            known = reader.recoder(features.values)(features.rows, log.num_users).columns
+            missing = RowFeatures.missing(reader.values, 1).columns
+            self._rows = RowFeatures({name: np.concatenate([known[name], missing[name]]) for name in known})
+
+    def features(self, users: Int) -> RowFeatures:
+        """Features of users int64 [B] (rows of the log, or -1 for an unknown user); no columns for a model that reads
+        none."""
+        return self._rows.select(users)
+
+    def encoded(self, users: Int) -> EncodedRows | None:
+        """What the model's encoder reads of users, as in `features`; None for a model that reads none."""
+        return None if self._reader is None else self._reader.encode(self._rows.select(users), len(users))
+
+    def encoding(self) -> EncodeRows | None:
+        """What training reads of users and, in a last row, of an unknown user; None for a model that reads none."""
+        if self._reader is None:
+            return None
+        reader = self._reader
+
+        def encode(users: Int) -> tuple[Int, Float32s]:
+            with_unknown = np.append(users, -1)
+            encoded = reader.encode(self._rows.select(with_unknown), len(with_unknown))
+            return encoded.entry, encoded.dense
+
+        return encode

@@ -6,7 +6,9 @@ R model rows, E entries of all rows together, F dense inputs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,11 +17,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vista.arrays import Float32s, Int, offsets_of
+from vista.config import ModelConfig
+from vista.config.checks import require
+from vista.counters.counter_codes import CounterSpec, ItemKeys
+from vista.errors import ConfigError, shown
 from vista.log.histories import ranges
 from vista.log.item_features import CategoryColumn, FeatureColumn, ItemFeatures, NumberColumn, VectorColumn
 from vista.log.vocabulary import Vocabulary
-from vista.model.feature_spec import MAX_ABS_SCORE, FeatureSpec
-from vista.model.hashed_vocabulary import HashedVocabulary, load_values
+from vista.model.features import MAX_ABS_SCORE, FeatureSpec, HashedVocabulary, Schema, load_values
 
 FEATURES_FILE = "item_features.safetensors"
 _VALUES_FILE = "item_values_{}"
@@ -216,3 +221,289 @@ def _fill_dense(out: Float32s, column: FeatureColumn, spec: FeatureSpec) -> None
     elif isinstance(column, NumberColumn):
         score = (column.numbers.astype(np.float64) - spec.mean) / spec.scale
         out[:, 0] = np.nan_to_num(score.clip(-MAX_ABS_SCORE, MAX_ABS_SCORE), nan=0.0)
+
+
+class ItemsByValue:
+    """The items of each value of the categories of a model. A column is sorted at its first use.
+
+    Args:
+        table: features of the items; None for a model without any.
+        columns: of the model's schema.
+    """
+
+    def __init__(self, table: ItemFeatureTable | None, columns: Sequence[FeatureSpec]) -> None:
+        self._table = table
+        self._columns: dict[str, tuple[int, FeatureSpec]] = {}
+        """By name of a category: its first row of the embedding, and how it is read."""
+        first = 0
+        for column in columns:
+            if column.kind == "category":
+                self._columns[column.name] = first, column
+            first += column.num_rows
+        self._sorted: dict[str, tuple[NDArray[np.int32], Int]] = {}
+        """By name: model rows [E] in the order of their values, and offsets [size + 1]."""
+
+    def mask(self, where: Mapping[str, Any], num_rows: int) -> NDArray[np.bool_]:
+        """bool [num_rows]: model rows that have one of the given values in each of the given columns.
+
+        Args:
+            where: by name of a category, a value or a list of values.
+            num_rows: 1 + V.
+
+        Raises:
+            ValueError: the model has no such category, its values are hashed, or it does not know a value.
+            TypeError: `where` is not a mapping, or a value has another type than the category's.
+        """
+        if not isinstance(where, Mapping):
+            raise TypeError(f"where: must be a mapping from names of categories to values, got {shown(where)}")
+        mask = np.ones(num_rows, np.bool_)
+        for name, given in where.items():
+            if name not in self._columns:
+                known = ", ".join(self._columns) or "none"
+                raise ValueError(f"where: {shown(name)} is not a category of this model's items, which are: {known}")
+            if isinstance(given, (str, int, np.integer)):
+                given = [given]
+            elif not isinstance(given, (list, tuple, set, frozenset, np.ndarray)):
+                raise TypeError(f"where: {name} must be a value or a list of values, got {shown(given)}")
+            mask &= self._has_value(name, list(given), num_rows)
+        return mask
+
+    def _has_value(self, name: str, values: list[Any], num_rows: int) -> NDArray[np.bool_]:
+        column = self._columns[name][1]
+        if column.hashed:
+            raise ValueError(
+                f"where: {name!r} is hashed in this model, so several values share a row; pass the items as within=…"
+            )
+        assert self._table is not None
+        try:
+            codes = self._table.values[name].rows(values) if values else np.zeros(0, np.int64)
+        except TypeError as error:
+            raise TypeError(f"where: {name}: {error}") from None
+        if (codes < 0).any():
+            unknown = values[int(np.flatnonzero(codes < 0)[0])]
+            raise ValueError(f"where: {shown(unknown)} is not a value of {name!r} that this model knows")
+        if name not in self._sorted:  # Two threads that meet here compute the same.
+            self._sorted[name] = self._sort(name)
+        rows, offsets = self._sorted[name]
+        mask = np.zeros(num_rows, np.bool_)
+        for code in codes.tolist():
+            mask[rows[offsets[code] : offsets[code + 1]]] = True
+        return mask
+
+    def _sort(self, name: str) -> tuple[NDArray[np.int32], Int]:
+        assert self._table is not None
+        first, column = self._columns[name]
+        entry, starts = self._table.entry.cpu().numpy(), self._table.offsets.cpu().numpy()
+        owner = np.repeat(np.arange(len(starts) - 1, dtype=np.int32), np.diff(starts))
+        code = entry - (first + 1)  # The first row stands for items without a value.
+        own = (code >= 0) & (code < column.size)
+        code, owner = code[own], owner[own]
+        return owner[np.argsort(code, kind="stable")], offsets_of(np.bincount(code, minlength=column.size))
+
+
+# Columns of features that a trained model knows, joined with those of a log that has more columns, or more values.
+#
+# What the model knows keeps its meaning: numbers keep their buckets, means, and scales, and each value keeps its row of
+# the encoder's embedding.
+
+
+@dataclass(frozen=True, slots=True)
+class GrownColumns:
+    """Columns of a model in their order, then those that only a log has."""
+
+    columns: list[FeatureSpec]
+    values: dict[str, Vocabulary]
+    """By name of a category: the model's values, then those that only the log has."""
+    value_rows: Int
+    """For each row of the new encoder's `values`, the row that the model has for it, or -1."""
+    dense_rows: Int
+    """Likewise for `dense`."""
+
+    @classmethod
+    def of(
+        cls,
+        known: Sequence[FeatureSpec],
+        known_values: Mapping[str, Vocabulary | None],
+        given: Sequence[FeatureSpec],
+        given_values: Mapping[str, Vocabulary | None],
+    ) -> GrownColumns:
+        """Join the columns.
+
+        Args:
+            known: the model's columns; known_values: the values of its categories, by name.
+            given: the log's columns; given_values: likewise.
+
+        Raises:
+            ConfigError: naming a column of the model that the log lacks, or has with another kind or size.
+        """
+        _check(known, {column.name: column for column in given})
+        names = {column.name for column in known}
+        columns: list[FeatureSpec] = []
+        values: dict[str, Vocabulary] = {}
+        for column in (*known, *(column for column in given if column.name not in names)):
+            if column.hashed:
+                values[column.name] = HashedVocabulary(column.size)
+            elif (more := given_values.get(column.name)) is not None:
+                own = known_values.get(column.name) or Vocabulary.empty("str")
+                values[column.name] = own.extended(more.ids(np.arange(len(more))).tolist())
+                column = replace(column, size=max(len(values[column.name]), 1))
+            columns.append(column)
+        return cls(
+            columns,
+            values,
+            _rows([column.num_rows for column in columns], [column.num_rows for column in known]),
+            _rows([column.num_dense for column in columns], [column.num_dense for column in known]),
+        )
+
+    @property
+    def new_missing_rows(self) -> Int:
+        """The rows of `values` for a missing value, of the columns that only the log has."""
+        sizes = [column.num_rows for column in self.columns]
+        first = np.cumsum([0, *sizes[:-1]])
+        new: Int = first[self.value_rows[first] < 0]
+        return new
+
+
+def _check(known: Sequence[FeatureSpec], given: Mapping[str, FeatureSpec]) -> None:
+    def described(column: FeatureSpec) -> str:
+        if column.hashed:
+            return f"category of {column.size} hashed rows"
+        return f"vector of {column.size}" if column.kind == "vector" else column.kind
+
+    for column in known:
+        found = given.get(column.name)
+        if found is None:
+            raise ConfigError(
+                f"init_from: the model reads the feature {column.name!r}, which the log lacks; append a table that has "
+                "it, with `vista prepare append=true`"
+            )
+        if described(found) != described(column):
+            raise ConfigError(
+                f"init_from: the feature {column.name!r} is a {described(found)}, but was a {described(column)} in "
+                "training; prepare the log with the same kind of feature, and hash the same features "
+                "(model.hashed_features)"
+            )
+
+
+def _rows(new: Sequence[int], old: Sequence[int]) -> Int:
+    """Rows of a table of columns [sum(new)]: the row of the same column and place in the old table, or -1.
+
+    Args:
+        new: rows per column; old: likewise, of the first len(old) columns.
+    """
+    rows = np.full(sum(new), -1, np.int64)
+    first = np.cumsum([0, *new[:-1]])
+    for start, before, size in zip(first, np.cumsum([0, *old[:-1]]), old, strict=False):
+        rows[start : start + size] = before + np.arange(size)
+    return rows
+
+
+# The item features of a trained model, joined with those of a log (`vista.model.item_feature_table`).
+#
+# R model rows, E entries of all rows together.
+
+
+def joined_features(grown: GrownColumns, old: ItemFeatureTable | None, features: ItemFeatures) -> ItemFeatureTable:
+    """Encoded features of the items of a model that has grown.
+
+    Args:
+        grown: the columns.
+        old: the earlier table, whose items come first; None if the model had no features.
+        features: of all items, from the log. Items that have no value there keep those of `old`.
+    """
+    known = {
+        name: column.recoded(grown.values[name]) if isinstance(column, CategoryColumn) else column
+        for name, column in features.columns.items()
+    }
+    fresh = ItemFeatureTable.of(ItemFeatures(known), grown.columns)
+    if old is None:
+        return fresh
+    has_value = np.any([column.is_known for column in features.columns.values()], axis=0)
+    stays = np.zeros(1 + len(has_value), np.bool_)
+    num_old = len(old.offsets) - 1
+    stays[1:num_old] = ~has_value[: num_old - 1]
+    return _with_rows(fresh, old, stays, grown)
+
+
+def _with_rows(
+    fresh: ItemFeatureTable, old: ItemFeatureTable, stays: NDArray[np.bool_], grown: GrownColumns
+) -> ItemFeatureTable:
+    """`fresh` with rows of `old` where `stays` bool [R]. Columns that `old` lacks are missing there."""
+    is_taken = grown.value_rows >= 0
+    new_rows = np.zeros(np.count_nonzero(is_taken), np.int64)
+    new_rows[grown.value_rows[is_taken]] = np.flatnonzero(is_taken)
+    kept, missing = np.flatnonzero(stays), grown.new_missing_rows
+    owner, old_owner = _owners(fresh), _owners(old)
+    is_fresh, is_old = ~stays[owner], stays[old_owner]
+    owners = np.concatenate([owner[is_fresh], old_owner[is_old], np.repeat(kept, len(missing))])
+    entries = [fresh.entry.numpy()[is_fresh], new_rows[old.entry.numpy()[is_old]], np.tile(missing, len(kept))]
+    ones = np.ones(len(kept) * len(missing), np.float32)
+    weights = [fresh.weight.numpy()[is_fresh], old.weight.numpy()[is_old], ones]
+    order = np.argsort(owners, kind="stable")
+    dense, has_column = fresh.dense.numpy(), np.flatnonzero(grown.dense_rows >= 0)
+    dense[np.ix_(kept, has_column)] = old.dense.numpy()[np.ix_(kept, grown.dense_rows[has_column])]
+    return ItemFeatureTable(
+        torch.from_numpy(np.concatenate(entries)[order]),
+        torch.from_numpy(np.concatenate(weights)[order]),
+        torch.from_numpy(offsets_of(np.bincount(owners, minlength=len(stays)))),
+        fresh.dense,
+        fresh.values,
+    )
+
+
+def _owners(table: ItemFeatureTable) -> Int:
+    """int64 [E] the model row of each entry."""
+    return np.repeat(np.arange(len(table.offsets) - 1), np.diff(table.offsets.numpy()))
+
+
+# What a model counts for each user: items, and chosen categories of items.
+
+
+def check_categories(config: ModelConfig, features: ItemFeatures | None, items: Vocabulary, where: str) -> None:
+    """Check that counted categories are categories, of which each item has at most one value.
+
+    Args:
+        features: of the items; None if they have none.
+        where: the log or the files that the features come from.
+
+    Raises:
+        ConfigError: naming the category.
+    """
+    columns = {} if features is None else features.columns
+    categories = {name: column for name, column in columns.items() if isinstance(column, CategoryColumn)}
+    for name in config.counter_categories:
+        require(
+            name in categories,
+            "model.counter_categories",
+            f"{name!r} is not a category of the items of {where}; those are: {', '.join(categories) or 'none'}",
+        )
+        several = np.flatnonzero(np.diff(categories[name].offsets) > 1)
+        require(
+            len(several) == 0,
+            "model.counter_categories",
+            f"{len(several):,} items of {where} have several values of {name!r}, such as "
+            f"{items.ids(several[:1]).tolist()}; an event counts for one value, so give each item one",
+        )
+
+
+def item_keys(spec: CounterSpec, schema: Schema, table: ItemFeatureTable | None, num_rows: int) -> ItemKeys:
+    """What each of a model's items is counted as.
+
+    Args:
+        spec: of the model.
+        table: the features of `num_rows` model rows; None if the model has none.
+
+    Raises:
+        RuntimeError: the table has no such category.
+    """
+    category = np.zeros((spec.num_fields - 1, num_rows), np.int32)
+    if table is not None:
+        for keys, name in zip(category, spec.fields[1:], strict=True):
+            keys[:] = table.category_keys(schema.item_features, name)
+    return ItemKeys(spec, category)
+
+
+def largest_keys(spec: CounterSpec, schema: Schema, num_items: int) -> list[int]:
+    """The largest key of each field of a spec, for a model of `num_items` items."""
+    sizes = {column.name: column.size for column in schema.item_features}
+    return [num_items, *(sizes[name] for name in spec.fields[1:])]

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from vista.errors import CheckpointError
 from vista.log.vocabulary import Vocabulary
-from vista.model.model_description import ModelDescription
-from vista.model.shared_tables import SharedTables
+from vista.model.saved_model import ModelDescription, SharedTables
 
 RETRIEVAL_FILE, CANDIDATE_FILE = "item_retrieval_vectors.npy", "item_projections.npy"
 _ROWS_AT_ONCE = 8192

@@ -27,21 +27,13 @@ from vista.files import checked_path, replaced_folder
 from vista.log.histories import ColumnValues, RowFeatures
 from vista.log.item_features import ItemFeatures
 from vista.log.vocabulary import Ids, Vocabulary
-from vista.model.counted_fields import item_keys
-from vista.model.counted_item_head import CountedItemHead
-from vista.model.drawn_table import drawn_table
-from vista.model.embedding_feature import EmbeddingFeature
-from vista.model.event_encoder import EventEncoder
-from vista.model.feature_encoder import FeatureEncoder
-from vista.model.item_feature_table import ItemFeatureTable
+from vista.model.feature_encoder import EventEncoder, FeatureEncoder, RowFeatureEncoder
+from vista.model.features import Recode, RowFeatureReader, Schema
+from vista.model.heads import CountedItemHead, PopularityTerm, standardized_popularity
+from vista.model.item_feature_table import ItemFeatureTable, item_keys
 from vista.model.losses import Losses
-from vista.model.model_description import CONFIG_FILE, ModelDescription
-from vista.model.popularity_term import PopularityTerm, standardized_popularity
-from vista.model.row_feature_encoder import RowFeatureEncoder
-from vista.model.row_feature_reader import Recode, RowFeatureReader
-from vista.model.saved_parts import ROW_FEATURES, WEIGHTS_FILE, opened_model
-from vista.model.schema import Schema
-from vista.model.unified_embedding import gather, hashed_rows, read_together
+from vista.model.saved_model import CONFIG_FILE, ROW_FEATURES, WEIGHTS_FILE, ModelDescription, opened_model
+from vista.model.tables import EmbeddingFeature, drawn_table, gather, hashed_rows, read_together
 
 if TYPE_CHECKING:
     from vista.model.sharded_table import ShardedTable

@@ -5,16 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from vista.config.choices import Architecture
-from vista.model.baselines.din import DIN
-from vista.model.baselines.fuxi_linear import FuXiLinear
-from vista.model.baselines.hstu import HSTU
-from vista.model.baselines.sasrec import SASRec
-from vista.model.baselines.sim import SIM
-from vista.model.baselines.twin import TWIN
-from vista.model.model_description import ModelDescription
+from vista.log.item_features import ItemFeatures
+from vista.log.vocabulary import Ids
+from vista.model.baselines.candidate_models import DIN, SIM, TWIN
+from vista.model.baselines.sequence_models import HSTU, FuXiLinear, SASRec
 from vista.model.ranking_model import RankingModel
+from vista.model.saved_model import ROW_FEATURES, ModelDescription
 from vista.model.vista_model import VistaModel
 
 ARCHITECTURES: dict[Architecture, type[RankingModel]] = {
@@ -30,3 +29,39 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu") -> Rankin
     """
     architecture = ModelDescription.read(Path(folder)).config.architecture
     return ARCHITECTURES[architecture].from_pretrained(folder, device)
+
+
+def with_items(model: VistaModel, ids: Ids, features: ItemFeatures) -> VistaModel:
+    """A model with more items. Its scores of other items and its summarizer stay the same, so stores stay valid.
+
+    Args:
+        model: with features of items.
+        ids: [n] distinct raw ids that its vocabulary lacks, in sorted order.
+        features: of these items. Values that training did not see are missing.
+
+    Raises:
+        ValueError: the model has no features, or an id is known, comes twice, or is out of order.
+    """
+    if model.feature_table is None:
+        raise ValueError("the model has no features of items")
+    items, count = model.items.extended(ids), len(ids)
+    if len(items) != len(model.items) + count or items.part(len(model.items)).ids(range(count)).tolist() != list(ids):
+        raise ValueError("ids must be new, distinct, and sorted")
+    with torch.random.fork_rng(devices=[]):  # the drawn weights are replaced at once
+        made = VistaModel(model.config, model.schema, items, model.data).to(model.device)
+    weights = model.state_dict()
+    if model.id_mask is None:
+        weights["item_table"] = F.pad(model.item_table.detach(), (0, 0, 0, count))
+    else:
+        weights["id_mask"] = F.pad(model.id_mask, (0, count))
+    if "item_interest" in weights:  # stage 1 does not know them
+        weights["item_interest"] = F.pad(weights["item_interest"], (0, count))
+    if "item_popularity" in weights:
+        least = model.item_popularity[1:].min()  # that of the rarest items
+        weights["item_popularity"] = torch.cat([model.item_popularity, least.expand(count)])
+    made.load_state_dict(weights)
+    made.set_item_features(model.feature_table.extended(features, model.schema.item_features))
+    for name in ROW_FEATURES:
+        setattr(made, name, getattr(model, name))
+    made.num_trained_items = model.num_trained_items
+    return made.train(model.training)

@@ -24,10 +24,50 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vista.config.choices import TablePrecision
-from vista.errors import ConfigError
-from vista.model import torchrec_extra as torchrec
-from vista.model.drawn_table import TABLE_STD
+from vista.errors import ConfigError, MissingDependencyError
+from vista.installation import install_command
+from vista.model.tables import TABLE_STD
 from vista.ranks import Ranks, talking
+
+# The only module that imports TorchRec and FBGEMM.
+
+_before = logging.root.manager.disable
+logging.disable(max(_before, logging.INFO))  # FBGEMM logs each of its libraries
+try:
+    from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
+    from torchrec.distributed.comm_ops import set_gradient_division
+    from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
+    from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise
+    from torchrec.distributed.types import ShardingEnv
+    from torchrec.modules.embedding_configs import DataType, EmbeddingConfig
+    from torchrec.modules.embedding_modules import EmbeddingCollection
+    from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+except (ImportError, OSError) as error:  # OSError: a library of another version or for GPUs
+    raise MissingDependencyError(
+        f"model.table=torchrec needs TorchRec 1.8 and FBGEMM 1.8, which fit torch 2.13 ({error}); install them in a "
+        f"virtual environment of their own with: {install_command('torchrec')}"
+    ) from error
+finally:
+    logging.disable(_before)
+
+# It warns of a function that TorchRec calls.
+logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+
+__all__ = [
+    "DataType",
+    "EmbOptimType",
+    "EmbeddingCollection",
+    "EmbeddingCollectionSharder",
+    "EmbeddingConfig",
+    "KeyedJaggedTensor",
+    "ShardedEmbeddingCollection",
+    "ShardingEnv",
+    "SparseType",
+    "construct_module_sharding_plan",
+    "row_wise",
+    "set_gradient_division",
+]
+
 
 NAME, FEATURE = "item_table", "item"
 ROWS_DRAWN_AT_ONCE = 1 << 16
@@ -116,7 +156,7 @@ class ShardedTable:
         """
         trains = torch.is_grad_enabled() and self.weight.requires_grad
         length = torch.tensor([len(rows)], device=rows.device)
-        asked = torchrec.KeyedJaggedTensor(keys=[FEATURE], values=rows, lengths=length)
+        asked = KeyedJaggedTensor(keys=[FEATURE], values=rows, lengths=length)
         context = self._sharded.create_context()
         with talking():
             received = self._sharded.input_dist(context, asked).wait().wait()
@@ -205,31 +245,31 @@ def _without_info() -> Iterator[None]:
 
 def _sharded(shape: torch.Size, ranks: Ranks, precision: TablePrecision) -> Any:
     """TorchRec's module with the table, whose values are not set yet."""
-    torchrec.set_gradient_division(False)  # vista's gradients are sums over ranks
+    set_gradient_division(False)  # vista's gradients are sums over ranks
     is_half = precision is TablePrecision.float16
-    config = torchrec.EmbeddingConfig(
+    config = EmbeddingConfig(
         name=NAME,
         num_embeddings=shape[0],
         embedding_dim=shape[1],
         feature_names=[FEATURE],
-        data_type=torchrec.DataType.FP16 if is_half else torchrec.DataType.FP32,
+        data_type=DataType.FP16 if is_half else DataType.FP32,
         init_fn=lambda table: table,
     )
-    whole = torchrec.EmbeddingCollection(tables=[config], device=torch.device("meta"))
+    whole = EmbeddingCollection(tables=[config], device=torch.device("meta"))
     # Its state takes 4 bytes per row, also where another optimizer trains the rows.
     fused = {
-        "optimizer": torchrec.EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+        "optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
         "eps": EPSILON,
-        "output_dtype": torchrec.SparseType.FP32,
+        "output_dtype": SparseType.FP32,
     }
-    sharder = torchrec.EmbeddingCollectionSharder(fused_params=fused)
-    plan = torchrec.construct_module_sharding_plan(
+    sharder = EmbeddingCollectionSharder(fused_params=fused)
+    plan = construct_module_sharding_plan(
         whole,
-        {NAME: torchrec.row_wise(compute_kernel="fused")},
+        {NAME: row_wise(compute_kernel="fused")},
         sharder=sharder,
         local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         world_size=ranks.size,
         device_type=ranks.device.type,
     )
-    environment = torchrec.ShardingEnv.from_process_group(dist.group.WORLD)
+    environment = ShardingEnv.from_process_group(dist.group.WORLD)
     return sharder.shard(whole, plan, environment, device=ranks.device)

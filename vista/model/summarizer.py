@@ -9,18 +9,343 @@ layer l, so every layer's state is a sum over events, computed in one pass.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vista.config import ModelConfig
-from vista.config.choices import Decay, Mixing
+from vista.config.choices import Activation, Decay, Mixing
 from vista.log.histories import DAY_MS
-from vista.model.interest_counts import InterestCounts
-from vista.model.layers import CausalConvolution, Dropout, FeedForward, GatedOutput, module_list, norm, split_heads
-from vista.model.mean_token import MeanToken
-from vista.model.quasi_linear_read import state_rows
-from vista.model.summary_state import SummaryState
+from vista.model.layers import (
+    CausalConvolution,
+    Dropout,
+    FeedForward,
+    GatedOutput,
+    linear_parts,
+    module_list,
+    norm,
+    split_heads,
+)
 from vista_kernels import accumulate_state, quasi_linear_attention, read_state, scan_states
+from vista_kernels.read_settings import ReadSettings
+
+# States of separable mixing: sums over events that append, merge and forget (docs/explanation/design.md).
+#
+# Letters: N histories, L layers, H heads, D head dim.
+#
+# A state is what a set of events wrote, seen from one time (`clock`): z = sum_s w_s phi(k_s) v_s^T with
+# w_s = exp(-(clock - t_s) / tau). So the state of a union of disjoint sets is the sum of their states, once both are
+# seen
+# from the same time. `vista.model.history_states` computes the states of histories.
+
+DRIFT_LIMIT = 0.999
+"""A state must be recomputed if this share of all the weight that it ever held, seen from now, was removed."""
+LARGEST_EXPONENT = 60.0
+"""Largest exponent of the growth when a state is seen from an earlier time. Beyond it a state is past DRIFT_LIMIT."""
+
+
+@dataclass(frozen=True, slots=True)
+class SummaryState:
+    """The states of N histories (separable mixing)."""
+
+    z: Tensor
+    """float32 [N, L, H, D, D]."""
+    n: Tensor
+    """float32 [N, H] sum of the events' weights."""
+    removed: Tensor
+    """float32 [N, H] weight removed since the state was last computed from events."""
+    clock: Tensor
+    """int64 [N] time that weights are seen from, that of the newest event (0 for an empty history)."""
+    num_events: Tensor
+    """int64 [N]."""
+
+    @classmethod
+    def empty(
+        cls, count: int, num_layers: int, num_heads: int, head_dim: int, device: torch.device | str
+    ) -> SummaryState:
+        """The state of `count` empty histories: zeros."""
+        n = torch.zeros(count, num_heads, device=device)
+        z = torch.zeros(count, num_layers, num_heads, head_dim, head_dim, device=device)
+        clock = torch.zeros(count, dtype=torch.int64, device=device)
+        return cls(z, n, torch.zeros_like(n), clock, torch.zeros_like(clock))
+
+    def __getitem__(self, rows: Tensor | slice) -> SummaryState:
+        return SummaryState(self.z[rows], self.n[rows], self.removed[rows], self.clock[rows], self.num_events[rows])
+
+    def seen_from(self, clock: Tensor, decay_rate: Tensor) -> SummaryState:
+        """The same events seen from another time, by one multiplication.
+
+        Args:
+            clock: int64 [N].
+            decay_rate: float64 [H], 1 / tau.
+        """
+        age = torch.where(self.num_events > 0, clock - self.clock, 0)
+        exponent = (-age.unsqueeze(-1).double() * decay_rate).clamp(max=LARGEST_EXPONENT)
+        factor = torch.exp(exponent).to(self.n.dtype)
+        return SummaryState(
+            self.z * factor[:, None, :, None, None], self.n * factor, self.removed * factor, clock, self.num_events
+        )
+
+    def total(self) -> SummaryState:
+        """The sum of N states of disjoint events that are all seen from one time (N = 1 in the result)."""
+        return SummaryState(
+            self.z.sum(0, keepdim=True),
+            self.n.sum(0, keepdim=True),
+            self.removed.sum(0, keepdim=True),
+            self.clock[:1],
+            self.num_events.sum(0, keepdim=True),
+        )
+
+    def needs_recomputation(self) -> Tensor:
+        """bool [N]: whether, in some head, so much weight was removed that subtraction has lost too many digits."""
+        total: Tensor = self.removed + self.n.clamp(min=0)
+        return (self.removed > DRIFT_LIMIT * total).any(-1)
+
+
+def merge_states(a: SummaryState, b: SummaryState, decay_rate: Tensor) -> SummaryState:
+    """State of the union of disjoint events, seen from the later of the two times.
+
+    With a reach r > 0 (convolution, gaps), the terms of `b` must have been computed with the r events before them.
+    """
+    clock = torch.where(
+        a.num_events == 0, b.clock, torch.where(b.num_events == 0, a.clock, torch.maximum(a.clock, b.clock))
+    )
+    a, b = a.seen_from(clock, decay_rate), b.seen_from(clock, decay_rate)
+    return SummaryState(a.z + b.z, a.n + b.n, a.removed + b.removed, clock, a.num_events + b.num_events)
+
+
+def exchange(
+    state: SummaryState, old: SummaryState, new: SummaryState, newest: Tensor, decay_rate: Tensor
+) -> SummaryState:
+    """Replace the terms of some events, to forget events or to insert late ones.
+
+    Args:
+        state: of the whole history.
+        old: terms of the forgotten events and of the up to r events after them (late events: of the latter only).
+        new: terms of those followers without the forgotten events (late events: with them, and of the late events).
+        newest: int64 [N] time of the newest event afterwards, which the result is seen from (0 if none remains).
+        decay_rate: float64 [H].
+    """
+    clock = torch.where(new.num_events > 0, torch.maximum(state.clock, new.clock), state.clock)
+    state, old, new = (part.seen_from(clock, decay_rate) for part in (state, old, new))
+    left = SummaryState(
+        state.z - old.z + new.z,
+        state.n - old.n + new.n,
+        state.removed + old.n,
+        clock,
+        state.num_events - old.num_events + new.num_events,
+    )
+    gone = left.num_events == 0
+    left = left.seen_from(torch.where(gone, left.clock, newest), decay_rate)
+    # Filled rather than multiplied by 0: rounding may leave infinities behind.
+    return SummaryState(
+        left.z.masked_fill(gone[:, None, None, None, None], 0),
+        left.n.masked_fill(gone[:, None], 0),
+        left.removed.masked_fill(gone[:, None], 0),
+        torch.where(gone, 0, left.clock),
+        left.num_events,
+    )
+
+
+# Query tokens read the state of stage 1 by quasi-linear attention, as targets of the history (VISTA).
+#
+#     A = phi(Z c)                          per layer of stage 1 and head; c = 1 or 1 / max(n, 1)^alpha
+#     o = phi(q) A + (phi(q) . phi(k)) v    q, k, v: projections of the query token
+#
+# A depends on the history alone, so a record stores it alongside the summary tokens. Query tokens never write. So a
+# query
+# token sees the history and itself, but not the other query tokens.
+#
+# Letters: N histories, B rows, Q query tokens, L layers of stage 1, H heads, D head dim, M model dim.
+
+NORM_EPS = 0.1
+"""Added to the variance by the norm of o. phi(q) . phi(k) takes either sign, and where it is near 0, a norm with a tiny
+constant would turn rounding errors into large ones (bfloat16: five times the error of the score)."""
+_PHI: dict[Activation, Callable[[Tensor], Tensor]] = {
+    Activation.silu: F.silu,
+    Activation.relu: F.relu,
+    Activation.identity: lambda x: x,
+}
+
+
+def state_rows(config: ModelConfig, z: Tensor, n: Tensor) -> Tensor:
+    """A as rows of a record: L * H matrices end to end, cut into L * D rows of M numbers.
+
+    Args:
+        z: [N, L, H, D, D] states.
+        n: [N, H] weight sums.
+
+    Returns:
+        [N, L * D, M].
+    """
+    phi = config.activation
+    scale = ReadSettings.of(config.normalization.value, config.normalization_alpha, phi.value, phi.value).scale(n)
+    matrices = _PHI[phi](z if scale is None else z * scale[:, None, :, None, None])
+    return matrices.reshape(len(n), config.num_state_rows, config.dim)
+
+
+class QuasiLinearRead(nn.Module):
+    """Reads the state of one layer of stage 1, with a gated output and a residual."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.phi = _PHI[config.activation]
+        self.norm = norm(config.dim)
+        self.projections = nn.Linear(config.dim, 4 * config.dim, bias=False)
+        """To query, gate, key and value, in this order. Stage 1 has its own, which downstream training freezes."""
+        self.output = GatedOutput(config.dim, config.num_heads, config.dropout, NORM_EPS)
+        nn.init.zeros_(self.output.out.weight)  # Training starts without the read, which at first is noise.
+
+    def forward(self, x: Tensor, matrices: Tensor) -> Tensor:
+        """x [B, Q, M], and A of the B histories, [B, H, D, D] -> [B, Q, M]."""
+        query, gate, key, value = linear_parts(self.norm(x), self.projections, 4)
+        query, key, value = self._heads(self.phi(query)), self._heads(self.phi(key)), self._heads(value)
+        heads = query @ matrices.to(query.dtype) + (query * key).sum(-1, keepdim=True) * value
+        mixed: Tensor = self.output(x, heads.transpose(1, 2), gate)
+        return mixed
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return split_heads(x, self.num_heads).transpose(1, 2)
+
+
+# The mean token: the first summary token as a mean over the history's events, in the space of item vectors.
+#
+# A user's next items are often like the items of the whole history. Seeds can learn to read such a mean, but through
+# keys, queries, a gate, and a feed-forward block, which takes many training steps. So one key per head is constant, and
+# the state of layer 1 then holds the sum of the values of all events:
+#
+#     phi(k_0) = 1,  Z[0] = sum_i v_i,  token = W Z[0] / n
+#
+# Before training, W Z[0] / n is the mean of the normalized events that the summary covers. Training changes W and the
+# values. With decay, older events weigh less, and with tail_in_summary=false, the mean lacks the tail. The sum is a
+# part
+# of the state like any other: it can be appended to, decayed, and forgotten. Letters: T packed events,
+# N histories, H heads, D head dim, M model dim.
+
+_KEY_OF_1 = {Activation.silu: 1.2784645427610738, Activation.relu: 1.0, Activation.identity: 1.0}
+"""The key k with phi(k) = 1."""
+
+
+class MeanToken(nn.Module):
+    """Reads the mean of the values of layer 1. At first it undoes their projection, so that it is a mean of events."""
+
+    def __init__(self, key_value: nn.Linear, config: ModelConfig) -> None:
+        """
+        Args:
+            key_value: projection of layer 1 to keys and values, in this order. Its values become a rotation.
+            config: of the model.
+        """
+        super().__init__()
+        self._key = _KEY_OF_1[config.activation]
+        self.output = nn.Linear(config.dim, config.dim, bias=False)
+        values = key_value.weight.data[config.dim :]
+        nn.init.orthogonal_(values)
+        self.output.weight.data.copy_(values.t())
+
+    def keys(self, key: Tensor) -> Tensor:
+        """Keys [T, H, D] with a constant in the place of their first entry."""
+        return torch.cat([torch.full_like(key[..., :1], self._key), key[..., 1:]], -1)
+
+    def forward(self, z: Tensor, n: Tensor) -> Tensor:
+        """Means [N, M]; 0 for an empty history.
+
+        Args:
+            z: [N, H, D, D] states of layer 1.
+            n: [N, H] weight sums.
+        """
+        total = z[:, :, 0]
+        # The weights of decayed events may sum to almost 0, and then so do their weighted values.
+        mean = torch.where(n.unsqueeze(-1) > 0, total / n.clamp(min=torch.finfo(n.dtype).tiny).unsqueeze(-1), 0.0)
+        token: Tensor = self.output(mean.flatten(1))
+        return token
+
+
+# How many events of a history belong to each of C interests, which the seeds start from.
+#
+# An interest is a cluster of items. A linear read of a state cannot tell whether a user has ten or a hundred events of
+# an interest among thousands. So the state has another layer that counts: the key of an event is the unit vector of its
+# item's interest, and the value is constant. The seeds start from logarithms of the counts:
+#
+#     seed_k = s_k + T_k [log(1 + count_1), ..., log(1 + count_C), log(1 + n)] / SCALE
+#
+# The clusters are fixed before training, so what is counted does not change while item vectors do. Letters: T events,
+# N histories, S seeds, C interests, H heads, D head dim, M model dim, R items.
+
+SCALE = 8.0
+"""Divisor of logarithms of counts: about log(3,000)."""
+MOST_ITEMS = 50_000
+"""Most items that are clustered; if there are more, a random sample."""
+ITERATIONS = 20
+_CHUNK = 65_536
+
+
+class InterestCounts(nn.Module):
+    """The counting layer of a state, and what the seeds of a history read of it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_interests, self.num_seeds = config.num_interests, config.num_seeds
+        self.heads = config.num_heads, config.dim // config.num_heads
+        self.tokens = nn.Linear(config.num_interests + 1, config.num_seeds * config.dim, bias=False)
+        nn.init.normal_(self.tokens.weight, std=0.2)
+
+    def keys_values(self, interest: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values [T, H, D] of events, from their interests int64 [T]: 1 to C, or 0 for none."""
+        key = torch.zeros(len(interest), self.heads[0] * self.heads[1] + 1, dtype=dtype, device=interest.device)
+        key.scatter_(1, interest.unsqueeze(1), 1.0)
+        key = key[:, 1:].reshape(-1, *self.heads)
+        value = torch.zeros_like(key)
+        value[..., 0] = 1.0
+        return key, value
+
+    def counts(self, layer: Tensor) -> Tensor:
+        """[N, C] from the counting layer [N, H, D, D] of states."""
+        return layer[..., 0].flatten(1)[:, : self.num_interests]
+
+    def forward(self, layer: Tensor, n: Tensor) -> Tensor:
+        """What is added to the seeds, [N, S, M], from the counting layer [N, H, D, D] and the number of events [N]."""
+        # Differences of sums may be slightly below 0 after events were forgotten.
+        counted = torch.cat([self.counts(layer), n.unsqueeze(-1)], -1).clamp(min=0)
+        added: Tensor = self.tokens(torch.log1p(counted) / SCALE)
+        return added.view(len(n), self.num_seeds, -1)
+
+
+@torch.no_grad()
+def clusters(vectors: Tensor, count: int, seed: int) -> Tensor:
+    """Clusters of item vectors by their directions: spherical k-means with the seeding of k-means++.
+
+    Args:
+        vectors: [R, M].
+        count: of clusters, C.
+        seed: of the first centroids, and of the choice of items.
+
+    Returns:
+        int64 [R] from 0 to C - 1.
+    """
+    unit = F.normalize(vectors, dim=-1)
+    if not len(unit):
+        return torch.zeros(0, dtype=torch.int64, device=vectors.device)
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(unit), generator=generator)[:MOST_ITEMS]
+    sample = unit[chosen.to(unit.device)].cpu()
+    centroids, distance = sample[:1], 1 - sample @ sample[0]
+    for _ in range(count - 1):
+        place = torch.multinomial(distance.clamp(min=1e-12).double(), 1, generator=generator)
+        centroids = torch.cat([centroids, sample[place]])
+        distance = torch.minimum(distance, 1 - sample @ centroids[-1])
+    for _ in range(ITERATIONS):
+        sums = torch.zeros_like(centroids).index_add_(0, nearest(sample, centroids), sample)
+        centroids = torch.where(sums.norm(dim=1, keepdim=True) > 0, F.normalize(sums, dim=1), centroids)
+    return nearest(unit, centroids.to(unit.device))
+
+
+def nearest(unit: Tensor, centroids: Tensor) -> Tensor:
+    """int64 [R] the centroid [C, M] with the largest inner product, for each vector [R, M]."""
+    return torch.cat([(part @ centroids.T).argmax(1) for part in torch.split(unit, _CHUNK)])
 
 
 class SummarizerLayer(nn.Module):

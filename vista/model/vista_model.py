@@ -26,19 +26,96 @@ from vista.examples.batch import Batch, BatchEvents
 from vista.log.histories import UNKNOWN_GAP
 from vista.log.vocabulary import Vocabulary
 from vista.model.anchor_losses import anchor_losses
-from vista.model.candidate_counters import CandidateCounters
-from vista.model.frozen_linear import frozen
+from vista.model.features import RowFeatureReader, Schema
+from vista.model.heads import CandidateCounters
 from vista.model.item_projections import save_item_projections
-from vista.model.loss_part import LossPart
-from vista.model.losses import Losses, next_loss, reconstruction_loss, task_parts, weighted_losses
-from vista.model.model_description import ModelDescription
-from vista.model.packed_ranges import packed_ranges
+from vista.model.layers import FeedForward, GatedOutput, frozen, module_list, norm, split_heads
+from vista.model.losses import Losses, LossPart, next_loss, reconstruction_loss, task_parts, weighted_losses
 from vista.model.ranking_model import RankingModel
-from vista.model.reconstruction import ReconstructionDecoder
-from vista.model.row_feature_reader import RowFeatureReader
-from vista.model.schema import Schema
+from vista.model.saved_model import ModelDescription
 from vista.model.summarizer import Summarizer
 from vista.model.target_attention import TargetAttention, TargetContext
+from vista_kernels import causal_linear_attention
+
+# Reconstruction of a history from its summary (VISTA, generative reconstruction loss).
+#
+# A causal decoder without softmax reads the K summary tokens, a start token that carries the age of the window, and the
+# window's events u_1 .. u_{m-1}. Its outputs are trained to match u_1 .. u_m, or to rank their items first. Letters: NR
+# windows, S seeds, M model dim, T packed events of windows.
+
+NUM_AGES = 24
+"""Log2 buckets of a window's age in events."""
+
+
+class ReconstructionLayer(nn.Module):
+    """Causal linear attention with gated output, then a feed-forward block."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.norm = norm(config.dim)
+        self.projections = nn.Linear(config.dim, 4 * config.dim, bias=False)
+        self.output = GatedOutput(config.dim, config.num_heads, 0.0)
+        self.feed_forward = FeedForward(config.dim, config.feed_forward_ratio, 0.0)
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        *qkv, gate = self.projections(self.norm(x)).chunk(4, -1)
+        query, key, value = (split_heads(part, self.num_heads) for part in qkv)
+        heads, _ = causal_linear_attention(query, key, value, offsets)
+        mixed: Tensor = self.feed_forward(self.output(x, heads, gate))
+        return mixed
+
+
+class ReconstructionDecoder(nn.Module):
+    """Predicts the events of a window from a summary and the window's earlier events."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_seeds = config.num_seeds
+        self.summary_projection = nn.Linear(config.dim, config.dim, bias=False)
+        self.start = nn.Embedding(NUM_AGES, config.dim)
+        self.layers = module_list([ReconstructionLayer(config) for _ in range(config.num_reconstruction_layers)])
+        self.final = nn.Sequential(norm(config.dim), nn.Linear(config.dim, config.dim, bias=False))
+
+    def forward(self, summary: Tensor, event_vectors: Tensor, offsets: Tensor, age: Tensor) -> Tensor:
+        """Teacher-forced predictions.
+
+        Args:
+            summary: [NR, S, M]. Rows of a state may follow, which are not read.
+            event_vectors: [T, M] embeddings of the windows' events, packed, oldest first.
+            offsets: int64 [NR+1]; no window may be empty.
+            age: int64 [NR] events from the window's first event to the summary's cut.
+
+        Returns:
+            [T, M]: the prediction of each event from the summary and the window's events before it.
+        """
+        summary = summary[:, : self.num_seeds]
+        count, num_seeds, dim = summary.shape
+        lengths = offsets.diff()
+        all_offsets = offsets + torch.arange(count + 1, device=offsets.device) * num_seeds
+        event_slot = torch.arange(len(event_vectors), device=offsets.device)
+        window = torch.arange(count, device=offsets.device).repeat_interleave(lengths)
+        event_slot = event_slot + (window + 1) * num_seeds
+        seed_slot = (all_offsets[:-1, None] + torch.arange(num_seeds, device=offsets.device)).flatten()
+        bucket = torch.log2(age.clamp(min=1).float()).long().clamp(max=NUM_AGES - 1)
+        # Inputs are the events shifted by one. A window's first input is its start token.
+        inputs = torch.cat([event_vectors[:1], event_vectors[:-1]]).index_copy(0, offsets[:-1], self.start(bucket))
+        x = inputs.new_zeros(int(all_offsets[-1]), dim)
+        x = x.index_copy(0, event_slot, inputs)
+        x = x.index_copy(0, seed_slot, self.summary_projection(summary).flatten(0, 1).to(x.dtype))
+        for layer in self.layers:
+            x = layer(x, all_offsets)
+        predicted: Tensor = self.final(x[event_slot])
+        return predicted
+
+
+def packed_ranges(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices of N ranges [start, stop), end to end; positions within their range; and offsets int64 [N+1]."""
+    lengths = stop - start
+    offsets = F.pad(lengths.cumsum(0), (1, 0))
+    position = torch.arange(int(offsets[-1]), device=start.device) - offsets[:-1].repeat_interleave(lengths)
+    return position + start.repeat_interleave(lengths), position, offsets
+
 
 STAGE1_KEYS = (
     "dim",
@@ -363,7 +440,7 @@ class VistaModel(RankingModel):
         """SHA-256 over everything that a summary depends on: stage 1, event encoder, item table, features, vocabulary.
 
         Downstream models freeze all of these, so they have the id of their base, and stores are checked against it.
-        Items that were added later (`vista.model.added_items`) do not count.
+        Items that were added later (`vista.model.registry`) do not count.
         """
         count = self.num_trained_items
         config, schema = to_dict(self.config), asdict(self.schema)

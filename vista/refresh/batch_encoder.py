@@ -9,7 +9,7 @@ from vista.config.choices import Precision
 from vista.log.event_log import EventLog
 from vista.log.histories import token_groups
 from vista.model import inference
-from vista.model.log_users import LogUsers
+from vista.model.inference import LogUsers
 from vista.model.vista_model import VistaModel
 from vista.refresh.counting import count_histories, stored_codes
 from vista.refresh.log_items import LogItems

@@ -22,13 +22,14 @@ from vista.model.history_states import (
     covered_events,
     covered_lengths,
     default_slice_len,
+    insert_events,
     long_range_state,
     range_states,
     reach,
+    remove_events,
     separable_summarizer,
 )
-from vista.model.state_updates import insert_events, remove_events
-from vista.model.summary_state import SummaryState, merge_states
+from vista.model.summarizer import SummaryState, merge_states
 from vista.model.vista_model import VistaModel
 from vista.refresh.changes import changed_positions
 from vista.refresh.counting import Tables, append_events, count_histories, stored_codes

@@ -16,9 +16,8 @@ from vista.log.event_log import EventLog
 from vista.log.histories import ColumnValues, Histories
 from vista.log.item_features import USERS
 from vista.log.merged_features import declared_columns
-from vista.model.feature_spec import FeatureSpec
+from vista.model.features import FeatureSpec, Recode
 from vista.model.ranking_model import UNKNOWN_ITEM, RankingModel
-from vista.model.row_feature_reader import Recode
 from vista.model.vista_model import VistaModel
 from vista.store.format.digest import history_digests, item_keys
 

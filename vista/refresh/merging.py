@@ -18,9 +18,9 @@ from vista.config.store_config import RefreshOptions
 from vista.errors import ConfigError, StoreError
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories, RowFeatures, concatenated
-from vista.model.log_users import LogUsers
-from vista.model.state_updates import merge_histories
-from vista.model.summary_state import SummaryState
+from vista.model.history_states import merge_histories
+from vista.model.inference import LogUsers
+from vista.model.summarizer import SummaryState
 from vista.model.vista_model import VistaModel
 from vista.refresh.counting import count_histories, stored_codes
 from vista.refresh.log_items import LogItems, check_log

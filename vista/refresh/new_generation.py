@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vista.config.choices import Codec, StateDtype
 from vista.config.store_config import RefreshOptions
-from vista.model.counted_fields import largest_keys
+from vista.model.item_feature_table import largest_keys
 from vista.model.vista_model import VistaModel
 from vista.refresh.refresh_progress import RefreshProgress
 from vista.refresh.refresh_report import RefreshReport

@@ -12,7 +12,7 @@ from vista.arrays import Int
 from vista.config.choices import Mixing
 from vista.log.histories import Histories
 from vista.model.history_states import covered_events, history_states, separable_summarizer
-from vista.model.summary_state import SummaryState
+from vista.model.summarizer import SummaryState
 from vista.model.vista_model import VistaModel
 from vista.refresh.counting import Tables
 from vista.store.format.state_record import StateArrays

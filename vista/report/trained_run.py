@@ -9,7 +9,7 @@ from vista.config import TrainConfig
 from vista.config.composition import compose_config
 from vista.errors import ConfigError
 from vista.files import read_limited
-from vista.model.model_description import CONFIG_FILE, ModelDescription
+from vista.model.saved_model import CONFIG_FILE, ModelDescription
 from vista.runs.run_files import RunFiles
 from vista.runs.run_summary import RunSummary
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from vista.arrays import Int, offsets_of
 from vista.errors import shown
 from vista.log.histories import RowFeatures
-from vista.model.row_feature_reader import EncodedRows, RowFeatureReader
+from vista.model.features import EncodedRows, RowFeatureReader
 from vista.scorer.request_arguments import array_of
 
 

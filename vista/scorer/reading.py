@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from vista.config.choices import OnMissing
 from vista.errors import RecordError, UnknownUserError
 from vista.log.histories import RowFeatures
-from vista.model.padded_tail import pad_tail
+from vista.model.inference import pad_tail
 from vista.scorer.request import Request
 from vista.scorer.request_arguments import ids_of, impossible_times, not_a_time, request_times
 from vista.scorer.request_counters import RequestCounters

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vista.arrays import Int
-from vista.model.padded_tail import PaddedTail
-from vista.model.row_feature_reader import EncodedRows
+from vista.model.features import EncodedRows
+from vista.model.inference import PaddedTail
 from vista.model.vista_model import VistaModel
 from vista.scorer.pair_features import PairFeatures, of_users
 from vista.scorer.request_counters import RequestCounters

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vista.model import inference
+from vista.model.features import EncodedRows
 from vista.model.inference import ROW_TILE
-from vista.model.row_feature_reader import EncodedRows
 from vista.model.vista_model import VistaModel
 
 MAX_PREPARED_ROWS = 1 << 14

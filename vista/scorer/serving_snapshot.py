@@ -20,11 +20,10 @@ from vista.counters.counter_codes import MAX_CODE
 from vista.errors import ItemIndexError, shown
 from vista.log.histories import NUM_GAPS
 from vista.model import inference
-from vista.model.inference import ROW_TILE
+from vista.model.inference import ROW_TILE, pad_tail
+from vista.model.item_feature_table import ItemsByValue
 from vista.model.item_index import ItemIndex
 from vista.model.item_projections import ItemProjections
-from vista.model.items_by_value import ItemsByValue
-from vista.model.padded_tail import pad_tail
 from vista.model.ranking_model import NEXT_TASK, UNKNOWN_ITEM
 from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel

@@ -17,14 +17,10 @@ from vista.errors import (
     VistaError,
 )
 from vista.files import checked_path
-from vista.model.item_index import ItemIndex
-from vista.model.item_index_manifest import MANIFEST_FILE
+from vista.model.features import RowFeatureReader, Schema
+from vista.model.item_index import MANIFEST_FILE, ItemIndex
 from vista.model.item_projections import ItemProjections
-from vista.model.model_description import CONFIG_FILE, ModelDescription
-from vista.model.row_feature_reader import RowFeatureReader
-from vista.model.saved_parts import opened_model
-from vista.model.schema import Schema
-from vista.model.shared_tables import SharedTables
+from vista.model.saved_model import CONFIG_FILE, ModelDescription, SharedTables, opened_model
 from vista.model.vista_model import VistaModel
 from vista.scorer.serving_snapshot import ServingSnapshot
 from vista.store.format.tail_column import TailColumn

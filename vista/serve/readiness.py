@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from vista.model.model_description import CONFIG_FILE
+from vista.model.saved_model import CONFIG_FILE
 from vista.serve.served_models import ServedModels
 
 

@@ -21,8 +21,8 @@ from vista.config import ServeConfig
 from vista.errors import BodyTooLargeError, ConfigError, RecordError, StoreUnavailableError, UnknownUserError
 from vista.installation import __version__
 from vista.log.vocabulary import ids_of_words
-from vista.model.item_index_manifest import MANIFEST_FILE
-from vista.model.model_description import CONFIG_FILE
+from vista.model.item_index import MANIFEST_FILE
+from vista.model.saved_model import CONFIG_FILE
 from vista.scorer import Ranking, Scorer
 from vista.serve.request_bodies import (
     JSON,

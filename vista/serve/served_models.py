@@ -22,7 +22,7 @@ from vista.errors import (
     UnknownModelError,
     shown,
 )
-from vista.model.shared_tables import SharedTables, tables_of, total_bytes
+from vista.model.saved_model import SharedTables, tables_of, total_bytes
 from vista.serve.scoring_service import ScoringService
 from vista.serve.service_metrics import ServiceMetrics
 from vista.serve.user_split import UserSplit

@@ -10,7 +10,7 @@ from vista.config import ServeConfig
 from vista.config.serve_config import ModelsFile
 from vista.errors import CheckpointError, ConfigError
 from vista.machine import bound_socket, is_loopback
-from vista.model.model_description import ModelDescription
+from vista.model.saved_model import ModelDescription
 from vista.serve.bearer_token import read_tokens
 from vista.serve.shared_numbers import FOLDER_VARIABLE, shared_numbers
 from vista.serve.worker_pool import WorkerPool

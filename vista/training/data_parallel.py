@@ -16,8 +16,7 @@ from torch import Tensor
 from vista.config import OptimConfig
 from vista.examples.batch import Batch, balanced_parts, batch_part, chunk_work
 from vista.examples.batch_source import MEASURED_BATCHES, BatchSource
-from vista.model.loss_part import LossPart
-from vista.model.losses import Losses, loss_names, weighted_losses
+from vista.model.losses import Losses, LossPart, loss_names, weighted_losses
 from vista.ranks import Ranks
 
 logger = logging.getLogger(__name__)

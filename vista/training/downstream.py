@@ -23,10 +23,9 @@ from vista.errors import ConfigError, LeakageError
 from vista.examples.batch_source import StoredSummaries
 from vista.log.event_log import EventLog
 from vista.log.splits import parse_until, split_until, visible_counts
+from vista.model.features import RowReaders, Schema
 from vista.model.inference import empty_summary
 from vista.model.ranking_model import RankingModel
-from vista.model.row_feature_reader import RowReaders
-from vista.model.schema import Schema
 from vista.model.vista_model import STAGE1_KEYS, STAGE1_WEIGHTS, VistaModel
 from vista.refresh import check_log
 from vista.store.format.authentication import read_key

@@ -12,8 +12,8 @@ from vista.examples.batch_source import EncodeEvents
 from vista.log.event_log import EventLog
 from vista.log.histories import RowColumn, RowFeatures
 from vista.log.splits import split_until, visible_blocks, visible_counts
+from vista.model.features import RowFeatureReader, log_encoder
 from vista.model.ranking_model import RankingModel
-from vista.model.row_feature_reader import RowFeatureReader, log_encoder
 from vista.training.seen_values import SeenValues
 
 MEASURED_EVENTS = 1_000_000

@@ -17,11 +17,9 @@ from vista.log.histories import ColumnValues, RowFeatures
 from vista.log.item_features import CategoryColumn
 from vista.log.splits import split_until, visible_blocks, visible_counts
 from vista.log.vocabulary import Vocabulary
-from vista.model.embedding_feature import EmbeddingFeature
-from vista.model.feature_spec import FeatureSpec
-from vista.model.hashed_vocabulary import HashedVocabulary
+from vista.model.features import FeatureSpec, HashedVocabulary
 from vista.model.ranking_model import RankingModel
-from vista.model.unified_embedding import hashed_rows
+from vista.model.tables import EmbeddingFeature, hashed_rows
 
 logger = logging.getLogger(__name__)
 HASHED_AT_ONCE = 1 << 20

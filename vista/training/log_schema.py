@@ -13,12 +13,9 @@ from vista.examples.batch_source import trained_tasks
 from vista.log.event_log import EventLog
 from vista.log.splits import EVENTS_PER_BLOCK, split_until, visible_blocks, visible_counts
 from vista.log.vocabulary import Vocabulary
-from vista.model.counted_fields import check_categories
-from vista.model.feature_spec import FeatureSpec
-from vista.model.item_feature_table import ItemFeatureTable
+from vista.model.features import FeatureSpec, RowFeatureReader, RowReaders, Schema
+from vista.model.item_feature_table import ItemFeatureTable, check_categories
 from vista.model.ranking_model import NEXT_TASK
-from vista.model.row_feature_reader import RowFeatureReader, RowReaders
-from vista.model.schema import Schema
 from vista.training.event_features import event_reader
 from vista.training.frequent_items import features_of
 from vista.training.hashed_features import check_hashed_features

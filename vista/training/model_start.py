@@ -13,11 +13,10 @@ from vista.device import autocast
 from vista.examples.batch_source import MEASURED_BATCHES, BatchSource
 from vista.log.event_log import EventLog
 from vista.model.anchor_losses import start_counted
-from vista.model.interest_counts import clusters, nearest
+from vista.model.features import RowReaders, Schema
 from vista.model.ranking_model import UNKNOWN_ITEM, RankingModel
 from vista.model.registry import ARCHITECTURES
-from vista.model.row_feature_reader import RowReaders
-from vista.model.schema import Schema
+from vista.model.summarizer import clusters, nearest
 from vista.model.vista_model import VistaModel
 from vista.training.frequent_items import features_of, frequent_items
 from vista.training.item_start import FrozenItems, start_from_factors, training_vectors

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from vista.config import OptimConfig
 from vista.config.choices import TableOptimizer
-from vista.model.candidate_counters import CandidateCounters
-from vista.model.feature_encoder import FeatureEncoder
+from vista.model.feature_encoder import FeatureEncoder, RowFeatureEncoder
+from vista.model.heads import CandidateCounters
 from vista.model.ranking_model import RankingModel
-from vista.model.row_feature_encoder import RowFeatureEncoder
 
 BETAS = (0.9, 0.98)
 FINAL_RATE = 0.01

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from vista.config.choices import TableKind, TablePrecision
 from vista.errors import CheckpointError
-from vista.model.drawn_table import tables_from_file
 from vista.model.ranking_model import RankingModel
+from vista.model.tables import tables_from_file
 from vista.ranks import Ranks
 from vista.training.row_shards import RowShards, send_rows, write_tensors
 from vista.training.run_state import TABLE

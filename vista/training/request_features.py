@@ -10,8 +10,8 @@ from vista.examples.batch_source import EncodeRows, trained_tasks
 from vista.examples.chunks import visible_rows
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until, visible_counts
+from vista.model.features import RowFeatureReader, log_encoder
 from vista.model.ranking_model import RankingModel
-from vista.model.row_feature_reader import RowFeatureReader, log_encoder
 from vista.training.seen_values import SeenValues
 
 MEASURED_REQUESTS = 1_000_000

@@ -8,7 +8,7 @@ import numpy as np
 
 from vista.log.histories import ColumnValues, RowFeatures
 from vista.log.vocabulary import Vocabulary
-from vista.model.hashed_vocabulary import HashedVocabulary
+from vista.model.features import HashedVocabulary
 
 
 class SeenValues:

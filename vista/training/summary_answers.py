@@ -18,9 +18,8 @@ from vista.log.event_log import EventLog
 from vista.log.histories import Histories, rows_that_fit, token_groups
 from vista.log.splits import READ_EVENT_BYTES
 from vista.model import inference
-from vista.model.log_users import LogUsers
-from vista.model.padded_tail import PaddedTail, pad_tail
-from vista.model.row_feature_reader import log_encoder
+from vista.model.features import log_encoder
+from vista.model.inference import LogUsers, PaddedTail, pad_tail
 from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
 

@@ -20,7 +20,7 @@ from vista.examples.batch import Batch
 from vista.examples.batch_source import BatchSource
 from vista.files import replace_text
 from vista.log.event_log import EventLog
-from vista.model.log_users import LogUsers
+from vista.model.inference import LogUsers
 from vista.model.losses import weighted_losses
 from vista.model.ranking_model import RankingModel
 from vista.model.registry import load_model

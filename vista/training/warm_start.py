@@ -25,14 +25,11 @@ from vista.errors import CheckpointError, ConfigError
 from vista.log.event_log import EventLog
 from vista.log.histories import ColumnValues
 from vista.log.item_features import CategoryColumn, ItemFeatures
-from vista.model.grown_columns import GrownColumns
-from vista.model.item_feature_table import ItemFeatureTable
-from vista.model.joined_item_features import joined_features
-from vista.model.model_description import CONFIG_FILE
+from vista.model.features import RowFeatureReader, RowReaders, Schema
+from vista.model.item_feature_table import GrownColumns, ItemFeatureTable, joined_features
 from vista.model.ranking_model import RankingModel
 from vista.model.registry import ARCHITECTURES, load_model
-from vista.model.row_feature_reader import RowFeatureReader, RowReaders
-from vista.model.schema import Schema
+from vista.model.saved_model import CONFIG_FILE
 from vista.model.vista_model import STAGE1_WEIGHTS
 from vista.training.checkpoint import load_checkpoint, newest_checkpoint, unpack_state
 from vista.training.downstream import KEPT_WEIGHTS, with_settings_of

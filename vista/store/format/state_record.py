@@ -81,7 +81,7 @@ class StateSpec:
 
 @dataclass(frozen=True, slots=True)
 class StateArrays:
-    """States of N users (`vista.model.summary_state`), and which events they cover."""
+    """States of N users (`vista.model.summarizer`), and which events they cover."""
 
     z: NDArray[np.float32]
     """[N, L, H, D, D]."""

@@ -1,26 +1,247 @@
-"""How a model reads features of rows: of events, of requests, or of users.
-
-N rows, C columns, F dense inputs.
-"""
+"""How a model encodes one column of features."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from vista.arrays import Float32s, Int
+from vista.config.checks import require
 from vista.errors import shown
 from vista.log.histories import ColumnValues, RowColumn, RowFeatures
-from vista.log.item_features import NumberColumn
-from vista.log.vocabulary import Vocabulary
-from vista.model.feature_spec import MAX_ABS_SCORE, FeatureSpec
-from vista.model.hashed_vocabulary import HashedVocabulary, load_values
+from vista.log.item_features import CategoryColumn, FeatureColumn, NumberColumn
+from vista.log.vocabulary import Ids, Vocabulary
+
+MAX_BUCKETS = 32
+MAX_ABS_SCORE = 5.0
+"""Standardized numbers are clipped here."""
+KINDS = ("category", "number", "vector")
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureSpec:
+    """One column. A number has an embedding per bucket, and adds its standardized value along one direction."""
+
+    name: str
+    kind: str
+    """category, number, or vector."""
+    size: int
+    """Number of distinct values, of rows that hashed values share, of buckets, or of entries of a vector."""
+    bounds: list[float] = field(default_factory=list)
+    """Of a number: ascending upper bounds of all buckets but the last, [size - 1]."""
+    mean: float = 0.0
+    scale: float = 1.0
+    """Of a number: mean and standard deviation. Of a vector: 0, and the root mean square of its length."""
+    hashed: bool = False
+    """Of a category: whether its values share `size` rows by their hash (`HashedVocabulary`)."""
+
+    def __post_init__(self) -> None:
+        require(type(self.name) is str and self.name != "", "schema", "a feature's name must be a non-empty string")
+        where = f"schema: feature {self.name}"
+        require(self.kind in KINDS, where, f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        require(type(self.size) is int and self.size > 0, where, f"size must be at least 1, got {self.size!r}")
+        require(type(self.bounds) is list, where, "bounds must be a list")
+        numbers = (self.mean, self.scale, *self.bounds)
+        finite = all(type(number) is float and math.isfinite(number) for number in numbers)
+        require(finite and self.scale > 0, where, "mean, scale, and bounds must be finite floats, and scale positive")
+        buckets = self.size - 1 if self.kind == "number" else 0
+        require(len(self.bounds) == buckets, where, "a number needs size - 1 bounds; other kinds take none")
+        require(all(low < high for low, high in pairwise(self.bounds)), where, "bounds must ascend")
+        is_valid = type(self.hashed) is bool and (self.kind == "category" or not self.hashed)
+        require(is_valid, where, "hashed must be true or false, and only a category can be hashed")
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the embedding: one per value or bucket, and one for rows without a value."""
+        return 1 + (0 if self.kind == "vector" else self.size)
+
+    @property
+    def num_dense(self) -> int:
+        """Entries of the dense input."""
+        return {"category": 0, "number": 1, "vector": self.size}[self.kind]
+
+    @classmethod
+    def of(cls, name: str, column: FeatureColumn) -> FeatureSpec:
+        """How to read a column, measured on its items."""
+        if isinstance(column, CategoryColumn):
+            return cls(name, column.kind, max(len(column.values), 1))
+        if isinstance(column, NumberColumn):
+            return _number(name, column.numbers)
+        known = column.vectors[column.is_known].astype(np.float64)
+        length = math.sqrt(np.square(known).sum(1).mean()) if len(known) else 0.0
+        return cls(name, column.kind, column.vectors.shape[1], scale=length or 1.0)
+
+
+def _number(name: str, numbers: Float32s) -> FeatureSpec:
+    known = numbers[~np.isnan(numbers)].astype(np.float64)
+    if not len(known):
+        return FeatureSpec(name, "number", 1)
+    bounds = np.unique(np.quantile(known, np.arange(1, MAX_BUCKETS) / MAX_BUCKETS, method="inverted_cdf"))
+    bounds = bounds[bounds < known.max()]  # the last bucket is not empty
+    scale = float(known.std())
+    return FeatureSpec(name, "number", len(bounds) + 1, bounds.tolist(), float(known.mean()), scale or 1.0)
+
+
+# What a model may read of a log, and what it is trained to predict.
+
+MAX_ACTIONS = 256
+"""Codes of actions are uint8."""
+MAX_TASKS = 64
+MAX_NAME_BYTES = 500
+FEATURE_KEYS = ("item_features", "event_features", "request_features", "user_features")
+"""Fields of Schema that list columns of features."""
+
+
+@dataclass(frozen=True, slots=True)
+class Schema:
+    """The fields and tasks of the log that a model was trained on."""
+
+    actions: list[str]
+    has_time: bool
+    rating_range: tuple[float, float] | None
+    """Smallest and largest rating; None if ratings are not used."""
+    tasks: list[str]
+    """Labeled tasks that were trained."""
+    has_retrieval: bool = True
+    """Whether the retrieval head was trained on next items."""
+    item_features: list[FeatureSpec] = field(default_factory=list)
+    """Columns of item features that are part of item vectors."""
+    event_features: list[FeatureSpec] = field(default_factory=list)
+    """Categories and numbers that are part of event embeddings in stage 1, and in baselines."""
+    num_tail_features: int = 0
+    """How many of `event_features`, counted from the first, stage 2 reads too, and the tails of records hold."""
+    request_features: list[FeatureSpec] = field(default_factory=list)
+    """Categories and numbers of requests, which labeled tasks read."""
+    user_features: list[FeatureSpec] = field(default_factory=list)
+    """Categories and numbers of users, which stage 2 and the retrieval head read."""
+
+    def __post_init__(self) -> None:
+        for key, most in (("actions", MAX_ACTIONS), ("tasks", MAX_TASKS)):
+            names = getattr(self, key)
+            require(
+                type(names) is list and all(type(name) is str for name in names), f"schema.{key}", "must list texts"
+            )
+            require(len(names) <= most, f"schema.{key}", f"at most {most} are possible, got {len(names)}")
+            require(
+                all(len(name.encode("utf-8", "surrogatepass")) <= MAX_NAME_BYTES for name in names),
+                f"schema.{key}",
+                f"a name has at most {MAX_NAME_BYTES} bytes",
+            )
+        for key in FEATURE_KEYS:
+            features = getattr(self, key)
+            require(
+                type(features) is list and all(type(feature) is FeatureSpec for feature in features),
+                f"schema.{key}",
+                "must list columns",
+            )
+            names = [feature.name for feature in features]
+            require(len(set(names)) == len(names), f"schema.{key}", "column names must be unique")
+        require(
+            type(self.num_tail_features) is int and 0 <= self.num_tail_features <= len(self.event_features),
+            "schema.num_tail_features",
+            f"must lie in 0 … {len(self.event_features)}, got {self.num_tail_features!r}",
+        )
+        for key in ("has_time", "has_retrieval"):
+            require(type(getattr(self, key)) is bool, f"schema.{key}", "must be true or false")
+        if self.rating_range is not None:
+            ratings = self.rating_range
+            require(
+                type(ratings) is tuple
+                and len(ratings) == 2
+                and all(type(rating) in (int, float) and math.isfinite(rating) for rating in ratings),
+                "schema.rating_range",
+                "must be two finite numbers",
+            )
+
+    @property
+    def tail_features(self) -> list[FeatureSpec]:
+        """The `event_features` that stage 2 reads too."""
+        return self.event_features[: self.num_tail_features]
+
+    @property
+    def tail_sizes(self) -> dict[str, int | None]:
+        """Their number of distinct values by name; None for a number."""
+        return {column.name: column.size if column.kind == "category" else None for column in self.tail_features}
+
+
+# A vocabulary that is a hash function: any number of texts share a fixed number of rows.
+#
+# Saved models rely on which text reads which row, so the hash function never changes: XXH3-64 (seed 0) of the text's
+# UTF-8, modulo the number of rows.
+
+
+class HashedVocabulary(Vocabulary):
+    """Values of a category that share `num_rows` rows. Every text has a row, except "", which is missing."""
+
+    __slots__ = ("_num_rows",)
+
+    def __init__(self, num_rows: int) -> None:
+        """
+        Args:
+            num_rows: at least 1.
+        """
+        super().__init__("str", np.empty(0, np.uint8), np.zeros(1, np.int64))
+        self._num_rows = num_rows
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def __repr__(self) -> str:
+        return f"HashedVocabulary({self._num_rows} rows)"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return HashedVocabulary, (self._num_rows,)
+
+    def rows(self, ids: Ids) -> NDArray[np.int64]:
+        """Rows int64 [N] of texts; -1 for "". Raises AttributeError if a value is not text."""
+        hashed, count = xxhash.xxh3_64_intdigest, self._num_rows
+        return np.fromiter((hashed(text.encode()) % count if text else -1 for text in ids), np.int64, len(ids))  # type: ignore[union-attr]
+
+    def ids(self, rows: Any) -> NDArray[Any]:
+        """What stands for the texts of rows: their number, since the texts are not kept."""
+        out = np.empty(len(index := np.atleast_1d(rows)), object)
+        out[:] = [f"row {row} of {self._num_rows}" for row in index.tolist()]
+        return out
+
+    def extended(self, new_ids: Ids) -> Vocabulary:
+        """This vocabulary, since all texts have a row."""
+        return self
+
+    def save(self, folder: Any, name: str) -> list[Path]:
+        """Nothing is written: the number of rows is in the model's schema."""
+        return []
+
+    def digest(self) -> str:
+        return hashlib.sha256(f"vista-hashed-vocabulary {self._num_rows}\n".encode()).hexdigest()
+
+
+def load_values(folder: Path, name: str, column: FeatureSpec) -> Vocabulary:
+    """The values of a category that were saved under `name`.
+
+    Raises:
+        LogFormatError: if a file is missing or damaged.
+        ValueError: if they do not fit the column.
+    """
+    if column.hashed:
+        return HashedVocabulary(column.size)
+    values = Vocabulary.load(folder, name)
+    if values.kind != "str" or len(values) > column.size:
+        raise ValueError(f"{name} must hold at most {column.size} texts")
+    return values
+
+
+# How a model reads features of rows: of events, of requests, or of users.
+#
+# N rows, C columns, F dense inputs.
 
 Recode: TypeAlias = Callable[[RowFeatures, int], RowFeatures]
 """From features of N rows of a log to the same features with a model's codes."""

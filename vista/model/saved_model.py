@@ -1,0 +1,425 @@
+"""config.json of a saved model: what to build before the weights are loaded, and the digests of all files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+import numpy as np
+import torch
+import xxhash
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from vista.config import DataConfig, ModelConfig
+from vista.config.checks import from_dict, to_dict
+from vista.errors import CheckpointError, LogFormatError
+from vista.files import checked_path, open_file, read_limited
+from vista.json_fields import TABLE, FieldRule, check_fields, either, hexadecimal, one_of, whole
+from vista.log.vocabulary import Vocabulary
+from vista.model.features import FEATURE_KEYS, FeatureSpec, RowFeatureReader, Schema
+from vista.model.item_feature_table import FEATURES_FILE, ItemFeatureTable
+from vista.model.tables import AllocationLimit, finite_weights, tables_from_file
+
+if TYPE_CHECKING:
+    from vista.model.ranking_model import RankingModel
+
+
+FORMAT_VERSION = 7
+CONFIG_FILE = "config.json"
+MAX_BYTES = 16 << 20
+"""Of config.json."""
+_FILE_NAME = re.compile(r"[a-z][a-z0-9_.]*\.(npy|safetensors)")
+_RULES = {
+    "format_version": whole(),
+    "model": TABLE,
+    "schema": TABLE,
+    "data": TABLE,
+    "num_trained_items": whole(),
+    "summarizer_id": either(one_of(None), hexadecimal(64)),
+    "files": FieldRule(
+        "a table of files",
+        lambda value: type(value) is dict and all(_FILE_NAME.fullmatch(name) is not None for name in value),
+    ),
+    "checksum": hexadecimal(16),
+}
+_FILE_RULES = {"bytes": whole(), "xxh3": hexadecimal(16)}
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """What a file of a model holds: its size, and the XXH3-64 of its content as 16 hex digits."""
+
+    bytes: int
+    xxh3: str
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> FileEntry:
+        """The entry that JSON holds. Raises ValueError or TypeError."""
+        check_fields(fields, _FILE_RULES)
+        return cls(**fields)
+
+    @classmethod
+    def of(cls, path: Path) -> FileEntry:
+        """Read a regular file. Raises OSError."""
+        digest = xxhash.xxh3_64()
+        with open(open_file(path), "rb", buffering=0) as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+            return cls(file.tell(), digest.hexdigest())
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDescription:
+    """Sizes of a model, what it was trained on, and how the training data were split."""
+
+    config: ModelConfig
+    schema: Schema
+    data: DataConfig
+    num_trained_items: int
+    """Items that stage 1 was trained on, which come first in the model's vocabulary."""
+    summarizer_id: str | None = None
+    """64 hex digits; None for a baseline."""
+    files: dict[str, FileEntry] = field(default_factory=dict)
+    """By name: those of the folder that loading needs. Empty if the model is not saved."""
+    checksum: str | None = None
+    """16 hex digits that identify this export, because they also cover `files`. None if the model is not saved."""
+
+    def write(self, folder: Path) -> None:
+        """Write config.json into a folder, with the entries of its .npy and .safetensors files."""
+        files = {path.name: FileEntry.of(path) for path in folder.iterdir() if _FILE_NAME.fullmatch(path.name)}
+        fields = {
+            "format_version": FORMAT_VERSION,
+            "model": to_dict(self.config),
+            "schema": asdict(self.schema),
+            "data": to_dict(self.data),
+            "num_trained_items": self.num_trained_items,
+            "summarizer_id": self.summarizer_id,
+            "files": {name: asdict(files[name]) for name in sorted(files)},
+        }
+        text = json.dumps(fields | {"checksum": checksum_of(fields)}, indent=2)
+        (folder / CONFIG_FILE).write_text(f"{text}\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> ModelDescription:
+        """Read config.json from a folder of `save_pretrained`.
+
+        Raises:
+            CheckpointError: if the folder has no config.json, or one that is damaged or of another format.
+        """
+        path = checked_path(folder, CheckpointError) / CONFIG_FILE
+        if not path.exists() and (folder / "best" / CONFIG_FILE).exists():
+            raise CheckpointError(f"{folder}: is a run folder; its model is {folder / 'best'}")
+        try:
+            fields = json.loads(read_limited(path, MAX_BYTES))
+        except (OSError, ValueError, RecursionError) as error:
+            raise unreadable_model(folder, error) from error
+        version = fields.get("format_version") if isinstance(fields, dict) else None
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{folder}: format {version}, but this version of vista reads {FORMAT_VERSION}; export the model again"
+            )
+        try:
+            check_fields(fields, _RULES)
+            if checksum_of(fields) != fields["checksum"]:
+                raise ValueError("its checksum does not match; the file is damaged or was edited")
+            files = {name: FileEntry.from_dict(entry) for name, entry in fields["files"].items()}
+            return cls(
+                from_dict(ModelConfig, fields["model"]),
+                _schema(fields["schema"]),
+                from_dict(DataConfig, fields["data"]),
+                fields["num_trained_items"],
+                fields["summarizer_id"],
+                files,
+                fields["checksum"],
+            )
+        except (TypeError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path}: {error}; export the model again") from error
+
+    def check_files(self, folder: Path, *patterns: str) -> None:
+        """Compare the files of a folder whose names match a pattern, such as `items.*`, with their entries.
+
+        Raises:
+            CheckpointError: if a file is missing, was not saved with the model, or has other content.
+        """
+        names = {*self.files, *(path.name for path in folder.iterdir())}
+        for name in sorted(name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)):
+            path = folder / name
+            if name not in self.files:
+                raise CheckpointError(f"{path}: does not belong to the model; remove it, or export the model again")
+            try:
+                size, entry = path.stat().st_size, self.files[name]
+                actual = FileEntry.of(path) if size == entry.bytes else None
+            except OSError as error:
+                raise unreadable_model(folder, error) from error
+            if actual is None:
+                raise CheckpointError(
+                    f"{path}: holds {size} bytes instead of {entry.bytes}; copy the model again, or export it again"
+                )
+            if actual != entry:
+                raise CheckpointError(
+                    f"{path}: its content is not what was exported (XXH3 {actual.xxh3} instead of {entry.xxh3}); copy "
+                    "the model again, or export it again"
+                )
+
+
+def checksum_of(fields: dict[str, Any]) -> str:
+    """XXH3-64 of the fields of config.json except the checksum, as JSON with sorted keys and no spaces; in hex."""
+    covered = {name: value for name, value in fields.items() if name != "checksum"}
+    return xxhash.xxh3_64_hexdigest(json.dumps(covered, sort_keys=True, separators=(",", ":")).encode())
+
+
+def _schema(fields: dict[str, Any]) -> Schema:
+    ratings = fields.get("rating_range")
+    if isinstance(ratings, list):
+        fields = fields | {"rating_range": tuple(ratings)}
+    for key in FEATURE_KEYS:
+        if isinstance(features := fields.get(key), list):
+            fields = fields | {key: [FeatureSpec(**feature) for feature in features]}
+    return Schema(**fields)
+
+
+def unreadable_model(folder: Path, error: Exception) -> CheckpointError:
+    """The error for a folder whose files are missing or damaged."""
+    return CheckpointError(
+        f"{folder}: no readable model ({error}); train one with `vista train run_dir=…`, which writes <run_dir>/best"
+    )
+
+
+# The large arrays of the models that one process serves: models with equal ones hold them once.
+#
+# Models that keep the item table of an earlier one are exported with the same table, the same vocabulary, and often the
+# same retrieval vectors, but each in files of its own, which the system would keep in memory several times. So each
+# array
+# has a key that follows from its content. A model takes the array that is held under this key, if another model has it.
+
+Table = TypeVar("Table")
+MIN_BYTES = 1024
+"""Smaller weights are not shared, because it would save nothing: a page of memory holds several of them."""
+
+
+class _HeldTable:
+    """An array that at least one model holds."""
+
+    __slots__ = ("__weakref__", "num_bytes", "value")
+
+    def __init__(self, value: Any, num_bytes: int) -> None:
+        self.value = value
+        self.num_bytes = num_bytes
+
+
+_held: WeakValueDictionary[Hashable, _HeldTable] = WeakValueDictionary()
+"""By key: what the models of this process hold. An entry lasts as long as the `SharedTables` that have it. Two threads
+that open equal models at the same time may each keep their own."""
+
+
+class SharedTables:
+    """The large arrays of one model. They must not change.
+
+    Args:
+        device: of the model. Only arrays on the CPU are shared, because others are copies that belong to one model.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_shared = device.type == "cpu"
+        self._own: list[_HeldTable] = []
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all arrays."""
+        return total_bytes([self])
+
+    def bytes_of_others(self, others: Iterable[SharedTables]) -> int:
+        """Bytes of the arrays that other models hold too."""
+        elsewhere = {id(table) for other in others if other is not self for table in other._own}
+        return sum(table.num_bytes for table in self._own if id(table) in elsewhere)
+
+    def belong_to(self, model: nn.Module) -> None:
+        """Keep these arrays as long as the model exists."""
+        _of_models[model] = self
+
+    def take(self, key: Hashable, num_bytes: int, make: Callable[[], Table]) -> Table:
+        """The array that is held under a key, or else a new one, which later models get.
+
+        Args:
+            key: the same only for equal arrays.
+            num_bytes: of the array.
+            make: returns a new one.
+        """
+        held = _held.get(key) if self._is_shared else None
+        if held is None:
+            value = make()
+            held = _HeldTable(value if self._is_shared else None, num_bytes)
+            self._own.append(held)
+            if self._is_shared:
+                _held[key] = held
+            return value
+        self._own.append(held)
+        return cast(Table, held.value)
+
+    def take_files(self, files: dict[str, FileEntry], patterns: tuple[str, ...], make: Callable[[], Table]) -> Table:
+        """What is read from the files whose names match a pattern, as of `take`.
+
+        Args:
+            files: of a model, by name. Their content has been compared with these entries.
+            patterns: such as `items.*`.
+            make: reads them.
+        """
+        used = {name: files[name] for name in sorted(files) if any(fnmatchcase(name, one) for one in patterns)}
+        return self.take(tuple(used.items()), sum(entry.bytes for entry in used.values()), make)
+
+    def take_tensors(
+        self, tensors: Mapping[str, Tensor], map_again: Callable[[], Mapping[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Tensors by name, with those that other models hold in their place; small ones as they are.
+
+        Args:
+            tensors: mapped from one file.
+            map_again: the same from another mapping.
+        """
+        keys = {name: _key_of(tensor) for name, tensor in tensors.items() if _num_bytes(tensor) >= MIN_BYTES}
+        if self._is_shared and any(key in _held for key in keys.values()):
+            # What has been read of the first mapping would stay in memory as long as one tensor is in it.
+            tensors = map_again()
+        return {
+            name: self.take(keys[name], _num_bytes(tensor), partial(_same, tensor)) if name in keys else tensor
+            for name, tensor in tensors.items()
+        }
+
+
+_of_models: WeakKeyDictionary[nn.Module, SharedTables] = WeakKeyDictionary()
+
+
+def tables_of(model: nn.Module) -> SharedTables:
+    """The arrays of a model that a scorer has opened; none for any other model."""
+    return _of_models.get(model) or SharedTables(torch.device("cpu"))
+
+
+def total_bytes(models: Iterable[SharedTables]) -> int:
+    """Bytes of the arrays of several models, each counted once."""
+    return sum(table.num_bytes for table in {id(table): table for one in models for table in one._own}.values())
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _key_of(tensor: Tensor) -> Hashable:
+    content = tensor.contiguous().numpy().reshape(-1).view(np.uint8)
+    return tuple(tensor.shape), tensor.dtype, xxhash.xxh3_128_digest(content.data)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+# The files of a saved model: weights, vocabulary, features.
+
+Model = TypeVar("Model", bound="RankingModel")
+WEIGHTS_FILE = "model.safetensors"
+ROW_FEATURES = "event_features", "request_features", "user_features"
+"""Attributes of a model with readers of features, and fields of its schema with their columns."""
+_SPARE_VALUES = 1 << 22
+"""What building a small model may allocate in addition, such as temporary tensors: 16 MiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class SavedParts:
+    """What the files of a model hold besides its description."""
+
+    weights: dict[str, Tensor]
+    """By name, float32, mapped from the file."""
+    items: Vocabulary
+    features: ItemFeatureTable | None
+    readers: dict[str, RowFeatureReader | None]
+    """By the names of ROW_FEATURES."""
+
+    @classmethod
+    def read(cls, folder: Path, saved: ModelDescription, tables: SharedTables | None) -> SavedParts:
+        """Read the files that a description names.
+
+        Args:
+            tables: gets the large ones, and gives those that other models hold; None reads all.
+
+        Raises:
+            CheckpointError: if one is missing or damaged, or a weight is not finite.
+        """
+        try:
+            items_files, features_files = ("items.*",), (FEATURES_FILE, "item_values_*")
+            saved.check_files(folder, WEIGHTS_FILE, *items_files, FEATURES_FILE, "*_values_*")
+            weights = _read_weights(folder / WEIGHTS_FILE, tables)
+            columns = saved.schema.item_features
+            if tables is None:
+                items = Vocabulary.load(folder, "items")
+                features = ItemFeatureTable.load(folder, columns) if columns else None
+            else:
+                items = tables.take_files(saved.files, items_files, lambda: Vocabulary.load(folder, "items"))
+                features = None
+                if columns:
+                    features = tables.take_files(
+                        saved.files, features_files, lambda: ItemFeatureTable.load(folder, columns)
+                    )
+            readers = {
+                name: RowFeatureReader.load(folder, name.removesuffix("_features"), getattr(saved.schema, name))
+                for name in ROW_FEATURES
+            }
+        except (OSError, ValueError, SafetensorError, LogFormatError) as error:
+            raise unreadable_model(folder, error) from error
+        return cls(weights, items, features, readers)
+
+
+def _read_weights(file: Path, tables: SharedTables | None) -> dict[str, Tensor]:
+    """The weights of a file by name, float32; errors as of `finite_weights`."""
+    weights = {name: weight.float() for name, weight in finite_weights(file).items()}
+    if tables is None:
+        return weights
+    return tables.take_tensors(weights, lambda: {name: weight.float() for name, weight in load_file(file).items()})
+
+
+def opened_model(kind: type[Model], folder: Path, tables: SharedTables | None = None) -> Model:
+    """Read a folder of `RankingModel.save_pretrained`.
+
+    Args:
+        tables: as of `SavedParts.read`; only for models that do not change.
+
+    Raises:
+        CheckpointError: as `RankingModel.from_pretrained`.
+    """
+    saved = ModelDescription.read(folder)
+    if saved.config.architecture is not kind.architecture:
+        raise CheckpointError(
+            f"{folder}: holds a model of architecture {saved.config.architecture.value}, but {kind.__name__} needs "
+            f"{kind.architecture.value}; name a model that was trained with "
+            f"model.architecture={kind.architecture.value}"
+        )
+    parts = SavedParts.read(folder, saved, tables)
+    num_values = sum(weight.numel() for weight in parts.weights.values())
+    too_large = CheckpointError(
+        f"{folder}/{WEIGHTS_FILE} does not fit its config.json, which asks for far more than its {num_values} "
+        "values; export the model again"
+    )
+    try:
+        # The drawn weights are replaced at once, so the caller's random state must not advance.
+        limit = AllocationLimit(4 * num_values + _SPARE_VALUES, too_large)
+        with torch.random.fork_rng(devices=[]), limit, tables_from_file():
+            model = kind(saved.config, saved.schema, parts.items, saved.data)
+        model.take_weights(parts.weights)
+        model.set_item_features(parts.features)
+        for name, reader in parts.readers.items():
+            setattr(model, name, reader)
+        if saved.num_trained_items > len(parts.items):
+            raise RuntimeError(f"it knows {len(parts.items)} items, but was trained on {saved.num_trained_items}")
+        model.num_trained_items = saved.num_trained_items
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{folder}/{WEIGHTS_FILE} does not fit its config.json: {error}; copy the model again, or export it again"
+        ) from error
+    return model
