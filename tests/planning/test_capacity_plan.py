@@ -15,7 +15,7 @@ from vista.config.composition import compose_config
 from vista.errors import ConfigError
 from vista.planning.capacity_plan import CapacityPlan, plan_capacity
 from vista.planning.plan_report import PlanReport
-from vista.planning.plan_text import count, duration, plain, size
+from vista.planning.quantities import count, duration, plain, size
 
 LARGE = ("users=1e8", "events_per_day=5e9", "requests_per_s=2e4", "model.dim=128", "model.num_seeds=64")
 REMOTE = ("remote_store=true",)

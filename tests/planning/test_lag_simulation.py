@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from vista.planning.arrival_rate import DAY_S, PEAK_S, ArrivalRate
-from vista.planning.lag_simulation import Fleet, refreshed, simulate_lag
+from vista.planning.capacity_plan import Fleet, refreshed, simulate_lag
+from vista.planning.quantities import DAY_S, PEAK_S, ArrivalRate
 
 RATE = ArrivalRate(per_s=100.0, peak=1.5)
 EVENT_S = 0.005

@@ -10,9 +10,7 @@ import pytest
 from vista.config import ModelConfig, PlanConfig
 from vista.config.choices import Codec
 from vista.config.composition import compose_config
-from vista.planning.capacity_plan import plan_capacity, request_core_s
-from vista.planning.refresh_cost import RefreshCost, token_s
-from vista.planning.store_sizes import StoreSizes
+from vista.planning.capacity_plan import RefreshCost, StoreSizes, plan_capacity, request_core_s, token_s
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 NEW = 50

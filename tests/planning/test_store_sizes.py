@@ -13,7 +13,7 @@ from tests.store.remote.valkey_server import ValkeyServer
 from vista.config.choices import Codec, StateDtype
 from vista.config.model_config import ModelConfig
 from vista.errors import ConfigError
-from vista.planning.store_sizes import StoreSizes, lmdb_bytes, server_bytes
+from vista.planning.capacity_plan import StoreSizes, lmdb_bytes, server_bytes
 from vista.refresh import RefreshOptions, refresh
 from vista.store.format.keys import user_keys
 from vista.store.layout import environment_path, read_current, state_path

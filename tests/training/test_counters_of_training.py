@@ -43,7 +43,7 @@ from vista.model.inference import pad_tail
 from vista.model.ranking_model import RankingModel
 from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
-from vista.planning.store_sizes import StoreSizes
+from vista.planning.capacity_plan import StoreSizes
 from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer
 from vista.training.metrics_writer import MetricsWriter

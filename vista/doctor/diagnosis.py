@@ -22,7 +22,7 @@ from vista.errors import CheckpointError, VistaError
 from vista.installation import DISTRIBUTION, __version__, install_command
 from vista.log.event_log import EventLog
 from vista.model.saved_model import FORMAT_VERSION, ModelDescription
-from vista.planning.plan_text import duration, size
+from vista.planning.quantities import duration, size
 from vista.store.admin.store_stats import StoreStats, store_stats
 from vista.store.manifest import Manifest
 from vista.store.remote.store_url import StoreUrl

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from vista.config.serve_config import DoctorConfig
 from vista.machine import cpu_name, usable_cores
-from vista.planning.plan_text import duration, size
+from vista.planning.quantities import duration, size
 
 
 class Verdict(Enum):

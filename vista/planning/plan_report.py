@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from textwrap import fill
 
 from vista.config.choices import Mixing
-from vista.planning.capacity_plan import EVENT_BYTES, GENERATIONS, CapacityPlan
-from vista.planning.lag_simulation import NUM_DAYS
-from vista.planning.plan_text import cores, count, duration, hours, size
+from vista.planning.capacity_plan import EVENT_BYTES, GENERATIONS, NUM_DAYS, CapacityPlan
+from vista.planning.quantities import cores, count, duration, hours, size
 
 _WIDTH = 36
 
