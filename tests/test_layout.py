@@ -165,7 +165,7 @@ def test_modules_can_be_read_at_once() -> None:
     assert not long, "\n".join(long)
 
 
-MOST = {"vista": (388, 64_927), "tests": (224, 61_225)}
+MOST = {"vista": (367, 64_733), "tests": (224, 61_223)}
 """Files and lines of each folder. They only go down: whoever removes some lowers the numbers in the same commit."""
 
 

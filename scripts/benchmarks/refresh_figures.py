@@ -29,8 +29,7 @@ from vista.log.histories import DAY_MS
 from vista.model.history_states import range_states, reach
 from vista.model.summarizer import merge_states
 from vista.refresh import RefreshReport, refresh, refresh_incremental
-from vista.refresh.log_items import LogItems
-from vista.refresh.states import from_arrays, read_summaries
+from vista.refresh.batch_encoder import LogItems, from_arrays, read_summaries
 from vista.store import StoreReader, user_keys
 from vista.store.format.state_record import decode_states
 from vista.store.layout import read_current, state_path

@@ -30,8 +30,7 @@ from vista.log.event_log import EventLog
 from vista.model import inference
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
-from vista.refresh.log_items import LogItems
-from vista.refresh.user_records import last_times, stored_tail
+from vista.refresh.batch_encoder import LogItems, last_times, stored_tail
 from vista.store import NO_TIMESTAMP
 from vista.store.stored_batch import StoredBatch
 

@@ -37,9 +37,9 @@ from vista.errors import (
 from vista.log.event_log import EventLog
 from vista.refresh import RefreshOptions, refresh
 from vista.refresh.batch_encoder import BatchEncoder
-from vista.refresh.refresh_actor import ActorJob, ActorResult, RefreshActor, log_digest
-from vista.refresh.refresh_engine import RefreshEngine
-from vista.refresh.stage_clock import StageClock
+from vista.refresh.full import RefreshEngine
+from vista.refresh.ray_engine import ActorJob, ActorResult, RefreshActor, log_digest
+from vista.refresh.refresh_report import StageClock
 from vista.store import StoreReader
 from vista.store.format.record_spec import RecordSpec
 from vista.store.layout import environment_path, state_path

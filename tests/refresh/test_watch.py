@@ -28,9 +28,7 @@ from vista.log.event_log import EventLog
 from vista.log.ingest.source_parser import SourceParser
 from vista.log.segment_writer import locked_log
 from vista.refresh import RefreshOptions, refresh
-from vista.refresh.file_version import FileVersion
-from vista.refresh.refused_files import RefusedFiles
-from vista.refresh.watch import Watch
+from vista.refresh.watch import FileVersion, RefusedFiles, Watch
 from vista.store import StoreReader
 from vista.store.sharded_reader import open_store
 from vista.store.shards import Shard

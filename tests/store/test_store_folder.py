@@ -16,7 +16,7 @@ import xxhash
 
 from tests.store.conftest import found, write_generations
 from vista.errors import ConfigError, StoreError, StoreWriteError
-from vista.refresh.refresh_progress import RefreshProgress
+from vista.refresh.full import RefreshProgress
 from vista.store import StoreReader, StoreWriter, Tail, UserSummaries, encode_records, user_keys
 from vista.store.admin.copying import copy_generation
 from vista.store.admin.rollback import roll_back

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import torch
 
     from vista.refresh import RefreshReport
-    from vista.refresh.refresh_engine import RefreshEngine
-    from vista.refresh.watch_report import WatchReport
+    from vista.refresh.full import RefreshEngine
+    from vista.refresh.refresh_report import WatchReport
     from vista.scorer.scorer import Scorer
 
 
@@ -53,7 +53,7 @@ def run_refresh(config: RefreshConfig) -> RefreshReport:
 
 
 def _engine(config: RefreshConfig, device: torch.device) -> RefreshEngine:
-    from vista.refresh.refresh_engine import LocalEngine
+    from vista.refresh.full import LocalEngine
 
     if config.engine is EngineName.local:
         return LocalEngine()

@@ -25,7 +25,7 @@ from vista.model import inference
 from vista.model.features import HashedVocabulary, RowFeatureReader
 from vista.model.item_feature_table import largest_keys
 from vista.model.vista_model import VistaModel
-from vista.refresh.new_generation import new_manifest
+from vista.refresh.full import new_manifest
 from vista.scorer.reading import read_request
 from vista.scorer.request import Request
 from vista.scorer.scorer_stats import StatsRecorder

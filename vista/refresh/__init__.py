@@ -11,10 +11,9 @@ transaction per batch.
 """
 
 from vista.config.store_config import RefreshOptions
-from vista.refresh.forgetting import forget
+from vista.refresh.batch_encoder import check_log, check_requests
 from vista.refresh.full import refresh
-from vista.refresh.incremental import refresh_incremental
-from vista.refresh.log_items import check_log, check_requests
+from vista.refresh.incremental import forget, refresh_incremental
 from vista.refresh.merging import merge
 from vista.refresh.refresh_report import RefreshReport
 from vista.store.erasure import erase

@@ -2,24 +2,292 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from vista.arrays import Int
-from vista.config.choices import Precision
+from vista.config.choices import Decay, Mixing, Precision
+from vista.counters.counter_codes import CounterCodes, ItemKeys
+from vista.counters.counter_table import CounterTable
+from vista.errors import ConfigError, RecordError
 from vista.log.event_log import EventLog
-from vista.log.histories import token_groups
+from vista.log.histories import NO_TIMESTAMP, ColumnValues, Histories, token_groups
+from vista.log.item_features import USERS
+from vista.log.merged_features import declared_columns
 from vista.model import inference
+from vista.model.features import FeatureSpec, Recode
+from vista.model.history_states import covered_events, history_states, separable_summarizer
 from vista.model.inference import LogUsers
+from vista.model.ranking_model import UNKNOWN_ITEM, RankingModel
+from vista.model.summarizer import SummaryState
 from vista.model.vista_model import VistaModel
-from vista.refresh.counting import count_histories, stored_codes
-from vista.refresh.log_items import LogItems
-from vista.refresh.stage_clock import StageClock
-from vista.refresh.states import read_summaries, state_of, to_arrays
-from vista.refresh.user_records import UserRecords, encode_users, last_times, stored_tail
-from vista.store.format.keys import user_keys
+from vista.refresh.refresh_report import StageClock
+from vista.store.format.digest import history_digests, item_keys
+from vista.store.format.keys import user_id, user_keys
+from vista.store.format.record import encode_records
 from vista.store.format.record_spec import RecordSpec
-from vista.store.format.state_record import StateSpec
+from vista.store.format.state_record import StateArrays, StateSpec, encode_states
+from vista.store.tail import Tail
 from vista.store.user_summaries import UserSummaries
+
+# Counts the events of histories in a refresh: exact tables, whose most frequent keys go into the records as codes.
+#
+# All results are empty for a model without counters.
+
+Tables = tuple[CounterTable, ...]
+"""One table per field."""
+
+
+def count_histories(keys: ItemKeys | None, histories: Histories) -> Tables:
+    """Counters of whole histories, whose items are rows of the model."""
+    if keys is None:
+        return ()
+    events = keys.of(histories.item.astype(np.int64))
+    return tuple(CounterTable.of(keys.spec, key, histories.timestamp, histories.offsets) for key in events)
+
+
+def append_events(keys: ItemKeys | None, tables: Sequence[CounterTable], new: Histories) -> Tables:
+    """Counters with the events `new` of the same users added, which follow all earlier ones."""
+    if keys is None:
+        return ()
+    events = zip(tables, keys.of(new.item.astype(np.int64)), strict=True)
+    return tuple(table.appended(key, new.timestamp, new.offsets) for table, key in events)
+
+
+def stored_codes(tables: Sequence[CounterTable]) -> tuple[CounterCodes, ...]:
+    """What records store of the counters."""
+    return tuple(table.top(table.spec.keys[field]).codes() for field, table in enumerate(tables))
+
+
+# States on their way between model and store: which models have them, conversion, and the summaries read from them.
+
+
+def has_states(model: VistaModel) -> bool:
+    """Whether new events can be added to what the model keeps of earlier ones.
+
+    Models with bidirectional mixing have no states. Neither do models with a history limit, because each new event
+    pushes an old one out. Without a summarizer, states hold the counters alone.
+    """
+    config = model.config
+    if model.summarizer is None:
+        return bool(config.counters)
+    return config.mixing is Mixing.separable and config.history_limit == 0
+
+
+def state_of(model: VistaModel, histories: Histories) -> SummaryState:
+    """States of histories with items as rows of the model; without numbers if the model has no summarizer.
+
+    They hold the events that a summary covers.
+    """
+    if model.summarizer is None:
+        return state_without_summary(histories.lengths)
+    return history_states(model, covered_events(model, histories))
+
+
+def state_without_summary(num_events: Int) -> SummaryState:
+    """States of a model without a summarizer, which cover `num_events` [N] events."""
+    state = SummaryState.empty(len(num_events), 0, 0, 0, "cpu")
+    return replace(state, num_events=torch.from_numpy(num_events))
+
+
+def to_arrays(
+    state: SummaryState, applied_segment: int, history_digest: NDArray[np.uint64], counters: Tables
+) -> StateArrays:
+    """Convert states of the model to those of the store.
+
+    Args:
+        state: the states of N users.
+        applied_segment: newest segment of the log that they cover.
+        history_digest: [N] digests of the whole histories.
+        counters: of the N users.
+    """
+    z, n, removed, clock, num_events = (
+        getattr(state, name).cpu().numpy() for name in ("z", "n", "removed", "clock", "num_events")
+    )
+    applied = np.full(len(n), applied_segment, np.int64)
+    return StateArrays(z, n, removed, clock, num_events, applied, history_digest, counters)
+
+
+def from_arrays(arrays: StateArrays, device: torch.device) -> SummaryState:
+    """Convert states of the store to those of the model, on a device."""
+    columns = (arrays.z, arrays.n, arrays.removed, arrays.clock, arrays.num_events)
+    return SummaryState(*(torch.from_numpy(column).to(device) for column in columns))
+
+
+@torch.inference_mode()
+def read_summaries(model: VistaModel, state: SummaryState) -> NDArray[np.float32]:
+    """Summaries that the seeds read from states, float32 [N, K, d]."""
+    if model.summarizer is None:
+        return np.zeros((len(state.num_events), 0, model.config.dim), np.float32)
+    summary: NDArray[np.float32] = separable_summarizer(model).read(state.z, state.n).float().cpu().numpy()
+    return summary
+
+
+# The bytes that the store keeps for a batch of users, encoded from their summaries.
+
+
+@dataclass(slots=True)
+class UserRecords:
+    """What one batch writes: a key, a record and, if the store keeps states, a state per user."""
+
+    keys: list[bytes]
+    records: list[bytes]
+    states: list[bytes]
+    num_events: int = 0
+    """Events that were summarized, with those of users that failed."""
+    failures: dict[str, str] = field(default_factory=dict)
+    """Users whose summary cannot be stored, with the reason; they have no record."""
+
+    @classmethod
+    def empty(cls) -> UserRecords:
+        """The records of an empty batch."""
+        return cls([], [], [])
+
+    def extend(self, other: UserRecords) -> None:
+        """Append the records of another batch."""
+        self.keys.extend(other.keys)
+        self.records.extend(other.records)
+        self.states.extend(other.states)
+        self.num_events += other.num_events
+        self.failures.update(other.failures)
+
+
+def encode_users(users: UserSummaries, spec: RecordSpec, state_spec: StateSpec | None) -> UserRecords:
+    """Encode records and, if there is a `state_spec`, states. Users whose summary cannot be stored are `failures`."""
+    num_events = int(users.event_count.sum())
+    try:
+        records = encode_records(users, spec)
+    except RecordError as error:
+        if len(users) == 1:
+            return UserRecords([], [], [], num_events, {str(user_id(users.keys[0])): str(error)})
+        encoded = UserRecords.empty()
+        for row in range(len(users)):
+            encoded.extend(encode_users(users[row], spec, state_spec))
+        return encoded
+    states = []
+    if users.states is not None and state_spec is not None:
+        states = encode_states(users.keys, users.states, state_spec)
+    return UserRecords(users.keys, records, states, num_events)
+
+
+def stored_tail(model: VistaModel, newest: Histories) -> Tail:
+    """The last `tail_len` events of histories as `LogItems.model_rows` gives them, in the form of a record."""
+    last = newest.select(np.maximum(newest.lengths - model.config.tail_len, 0), newest.lengths)
+    features = {name: last.features.columns[name] for name in model.schema.tail_sizes}
+    times, actions = np.asarray(last.timestamp), np.asarray(last.action)
+    return Tail(last.item.astype(np.int32), times, actions, last.offsets, features)
+
+
+def last_times(histories: Histories) -> Int:
+    """Times of the newest events, int64 [B]; NO_TIMESTAMP for an empty history."""
+    if histories.num_events == 0:
+        return np.full(histories.num_users, NO_TIMESTAMP, np.int64)
+    times = np.asarray(histories.timestamp)[np.maximum(histories.offsets[1:] - 1, 0)]
+    return np.where(histories.lengths > 0, times, NO_TIMESTAMP)
+
+
+# How a model reads a log: whether it can read it at all, and what items and features are to the model.
+
+logger = logging.getLogger(__name__)
+
+
+def check_log(model: RankingModel, log: EventLog) -> None:
+    """Refuse a log whose events or users the model would misread. Warns about features of them that the log lacks.
+
+    Raises:
+        ConfigError: the log's action codes differ from the model's, the model reads times and the log has none, or a
+            feature of events or users is of another kind than the model's.
+    """
+    known = model.schema.actions
+    if model.encoder.action is not None and log.actions != known[: len(log.actions)]:
+        raise ConfigError(
+            f"{log.path}: its actions are {log.actions}, but the model was trained on {known}; train a model "
+            "on this log"
+        )
+    config = model.config
+    reads_times = config.use_time or config.decay is Decay.time or config.counters
+    if model.schema.has_time and not log.has_time and reads_times:
+        raise ConfigError(f"{log.path}: has no times, which this model reads; train a model on this log")
+    _check_features(log, "events", model.schema.event_features, _kinds(log.event_features))
+    if model.schema.user_features:
+        columns = declared_columns(log.segments, USERS)  # without reading the features of all users
+        of_log = {name: parts[0].column.kind for name, parts in columns.items()}
+        _check_features(log, "users", model.schema.user_features, of_log)
+
+
+def check_requests(model: RankingModel, log: EventLog) -> None:
+    """Refuse a log whose impressions the model would misread. Warns about features of requests that the log lacks.
+
+    Raises:
+        ConfigError: a feature of requests is of another kind than the model's.
+    """
+    if any(segment.impressions is not None for segment in log.segments):
+        _check_features(log, "impressions", model.schema.request_features, _kinds(log.request_features))
+
+
+def _kinds(values: ColumnValues) -> dict[str, str]:
+    return {name: "number" if known is None else "category" for name, known in values.items()}
+
+
+def _check_features(log: EventLog, table: str, columns: Sequence[FeatureSpec], kinds: Mapping[str, str]) -> None:
+    """Compare the columns that a model reads of a table with those of a log, which have these kinds."""
+    for column in columns:
+        kind = kinds.get(column.name, column.kind)
+        if kind != column.kind:
+            key = {"number": "numbers", "category": "categories"}[column.kind]
+            raise ConfigError(
+                f"{log.path}: the feature {column.name!r} of {table} is a {kind}, but a {column.kind} to the model; "
+                f"prepare the log with {table}.{key}=[{column.name}], or train a model on this log"
+            )
+    if lacking := [column.name for column in columns if column.name not in kinds]:
+        logger.warning(
+            "%s: lacks the features %s of %s, so the model takes them as missing", log.path, ", ".join(lacking), table
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LogItems:
+    """What each item of a log becomes: its row in the model, and its key in history digests. Likewise for features."""
+
+    rows: NDArray[np.int32]
+    """[num_items] rows of the model; 0 for items it does not know."""
+    keys: NDArray[np.uint64]
+    """[num_items] keys of `vista.store.format.digest.item_keys`."""
+    recode: Recode
+    """Features of events with the model's codes."""
+
+    @classmethod
+    def of(cls, model: VistaModel, log: EventLog) -> LogItems:
+        """Look up all items of a log. Warns if the model knows fewer than half of them."""
+        ids = log.items.ids(np.arange(log.num_items))
+        rows = model.history_rows(model.item_rows(ids)).astype(np.int32)
+        known = int(np.count_nonzero(rows != UNKNOWN_ITEM))
+        # With min_item_events, a model is meant to know few of the items.
+        if 2 * known < log.num_items and not (known and model.data.min_item_events):
+            logger.warning(
+                "%s: the model knows only %d of %d items, and summarizes the others as one unknown item; train a model "
+                "on this log",
+                log.path,
+                known,
+                log.num_items,
+            )
+        return cls(rows, item_keys(ids), model.event_recoder(log.event_features))
+
+    def model_rows(self, histories: Histories) -> Histories:
+        """The same histories with items as rows of the model, and features with the model's codes."""
+        features = self.recode(histories.features, histories.num_events)
+        return dataclasses.replace(histories, item=self.rows[histories.item], features=features)
+
+    def digests(self, histories: Histories) -> NDArray[np.uint64]:
+        """History digests, uint64 [B], of histories whose items are rows of the log."""
+        times, actions = np.asarray(histories.timestamp), np.asarray(histories.action)
+        return history_digests(self.keys[histories.item], times, actions, histories.offsets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +306,7 @@ class BatchEncoder:
 
     @classmethod
     def of(cls, model: VistaModel, log: EventLog, precision: Precision, tokens_per_batch: int) -> BatchEncoder:
-        """The encoder of a model and a log that it can read (`vista.refresh.log_items.check_log`)."""
+        """The encoder of a model and a log that it can read (`vista.refresh.batch_encoder.check_log`)."""
         frozen = model.with_frozen("summarizer", precision)
         users = LogUsers(model.user_features, log)
         return cls(frozen, log, LogItems.of(model, log), users, precision, tokens_per_batch)

@@ -4,31 +4,275 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Generator, Iterable
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from vista.arrays import Int
-from vista.config.choices import Precision, StateDtype
+from vista.config.choices import Codec, Precision, StateDtype
 from vista.config.store_config import RefreshOptions
 from vista.device import choose_precision
-from vista.errors import ConfigError
+from vista.errors import ConfigError, RecordError
 from vista.log.event_log import EventLog
 from vista.log.splits import Until, parse_until, visible_counts
+from vista.model.item_feature_table import largest_keys
 from vista.model.vista_model import VistaModel
-from vista.refresh.batch_encoder import BatchEncoder
-from vista.refresh.log_items import check_log
-from vista.refresh.new_generation import new_manifest, write_generation
-from vista.refresh.refresh_engine import LocalEngine, RefreshEngine
-from vista.refresh.refresh_report import RefreshReport
-from vista.refresh.stage_clock import StageClock
-from vista.refresh.states import has_states
-from vista.refresh.user_records import UserRecords
+from vista.progress_bar import progress_bar
+from vista.refresh.batch_encoder import BatchEncoder, UserRecords, check_log, has_states
+from vista.refresh.refresh_report import RefreshReport, StageClock
+from vista.store.format.counter_layout import CounterLayout
 from vista.store.format.keys import user_keys
+from vista.store.format.record_spec import RecordSpec
+from vista.store.format.state_record import StateSpec
+from vista.store.format.tail_column import TailColumn
+from vista.store.format.user_column import UserColumn
+from vista.store.lmdb.permissions import open_private
+from vista.store.manifest import Manifest
 from vista.store.remote.store_url import StoreUrl
 from vista.store.shards import Shard, shard_to_write
 from vista.store.writer import StoreWriter
+
+# Progress of a running refresh: a progress bar, one JSON line per batch, and the numbers of the final report.
+
+logger = logging.getLogger(__name__)
+MAX_FAILED_SHARE, MAX_FAILED_USERS = 0.01, 10
+"""A run stops if more users fail than both limits allow, or if all of them fail."""
+NAMED_FAILURES = 20
+"""A report names at most this many failed users."""
+
+
+class RefreshProgress(StageClock):
+    """Seconds per stage, users by outcome, a progress bar, and `<store>/refresh.jsonl`, which keeps every run's log.
+
+    Args:
+        store: the store's folder. Of a store on a server, given by its URL, no log is kept.
+        kind: kind of the refresh in the log: full, incremental or merge.
+        total: how many users the run covers.
+        done: how many of them an earlier, interrupted run had written.
+        progress: show the bar.
+    """
+
+    def __init__(self, store: Path | StoreUrl, kind: str, total: int, done: int, *, progress: bool) -> None:
+        super().__init__()
+        self._store = store
+        self._kind, self._total = kind, total
+        self._began = time.perf_counter()
+        self._bar = progress_bar(total=total, initial=done, desc="refresh", unit="user", shown=progress)
+        self._done, self._resumed_at, self.num_events = done, done, 0
+        self.counts: Counter[str] = Counter()
+        self.failures: dict[str, str] = {}
+        self._num_records = self._num_bytes = 0
+
+    def encoded(self, records: UserRecords) -> None:
+        """Count the sizes of records, and the users that failed.
+
+        Raises:
+            RecordError: too many users failed, so the cause is the model or the code, not their events. The message has
+                the first one's reason.
+        """
+        self._num_records += len(records.records)
+        self._num_bytes += sum(map(len, records.records))
+        for user, reason in records.failures.items():
+            self.counts["failed"] += 1
+            if len(self.failures) < NAMED_FAILURES:
+                self.failures[user] = reason
+        failed = self.counts["failed"]
+        if failed == self._total > 0 or failed > max(MAX_FAILED_USERS, MAX_FAILED_SHARE * self._total):
+            user, reason = next(iter(self.failures.items()))
+            raise RecordError(f"{failed} users failed; the first one is {user!r}: {reason}")
+
+    def batch(self, generation: int, num_users: int, num_events: int) -> None:
+        """Record that a batch is durable."""
+        self._done += num_users
+        self.num_events += num_events
+        self._bar.update(num_users)
+        seconds = time.perf_counter() - self._began
+        rate = (self._done - self._resumed_at) / max(seconds, 1e-9)
+        if isinstance(self._store, StoreUrl):
+            return
+        line = {
+            "time_ms": time.time_ns() // 1_000_000,
+            "kind": self._kind,
+            "generation": generation,
+            "users": self._done,
+            "of": self._total,
+            "events": self.num_events,
+            "seconds": round(seconds, 3),
+            "users_per_s": round(rate, 1),
+            "seconds_left": round((self._total - self._done) / max(rate, 1e-9), 1),
+            "stages": {name: round(value, 3) for name, value in self.seconds.items()},
+        }
+        path = self._store / "refresh.jsonl"
+        try:
+            with open(path, "a", opener=lambda _, flags: open_private(path, flags)) as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:  # The log is optional: the batch is durable without it.
+            logger.warning("%s: %s", path, error.strerror)
+
+    def report(self, generation: int) -> RefreshReport:
+        """End the run."""
+        self._bar.close()
+        seconds = time.perf_counter() - self._began
+        shares = {stage: value / max(seconds, 1e-9) for stage, value in self.seconds.items()}
+        shares["other"] = 1 - sum(shares.values())
+        return RefreshReport(
+            str(self._store),
+            generation,
+            self._total,
+            self._resumed_at,
+            self.num_events,
+            seconds,
+            shares,
+            dict(self.counts),
+            self.failures,
+            self._num_bytes / max(self._num_records, 1),
+        )
+
+
+# A new generation of a store: its manifest, and the loop that fills and publishes it.
+
+EncodeBatches = Callable[[Iterable[slice], StoreWriter, StageClock], Generator[UserRecords, None, None]]
+"""Encodes slices of the run's users, in their order."""
+
+
+def new_manifest(
+    model: VistaModel,
+    *,
+    codec: Codec,
+    state: StateDtype,
+    until: str | int | None,
+    applied_segment: int,
+    log_digest: str,
+    total_users: int,
+    run_digest: str,
+    created_at: int | None,
+) -> Manifest:
+    """The manifest of a generation that a model's summaries will fill.
+
+    Args:
+        model: the one that makes the summaries.
+        state: how states are stored; `StateDtype.none` to keep no states.
+        created_at: start of the run in ms; None for now.
+
+    The other arguments are those of `Manifest`.
+    """
+    config = model.config
+    shape = (config.num_state_layers, config.num_heads, config.dim // config.num_heads)
+    has_sums = state is not StateDtype.none and model.summarizer is not None
+    counted, counters = model.counter_spec, None
+    if counted is not None:
+        counters = CounterLayout.of(counted, largest_keys(counted, model.schema, len(model.items))).to_dict()
+    return Manifest(
+        created_at=time.time_ns() // 1_000_000 if created_at is None else created_at,
+        summarizer_id=model.summarizer_id().hex(),
+        num_tokens=config.num_seeds + config.num_state_rows,
+        dim=config.dim,
+        codec=codec.value,
+        tail_len=config.tail_len,
+        until=until,
+        applied_segment=applied_segment,
+        log_digest=log_digest,
+        state_dtype=state.value,
+        state_shape=shape if has_sums else (0, 0, 0),
+        counters=counters,
+        user_columns=[column.to_dict() for column in user_columns(model)],
+        tail_columns=[TailColumn(*column).to_dict() for column in model.schema.tail_sizes.items()],
+        total_users=total_users,
+        run_digest=run_digest,
+    )
+
+
+def user_columns(model: VistaModel) -> list[UserColumn]:
+    """What records of a model hold of users' features."""
+    return [] if model.user_features is None else [UserColumn(*column) for column in model.user_features.digests()]
+
+
+def write_generation(
+    store: Path | StoreUrl,
+    manifest: Manifest,
+    kind: str,
+    encode_batches: EncodeBatches,
+    *,
+    options: RefreshOptions,
+    key: bytes | None,
+) -> RefreshReport:
+    """Fill a new generation in durable batches and publish it; an interrupted run resumes.
+
+    Args:
+        store: the store's folder or URL.
+        manifest: what the generation will be.
+        kind: kind of the refresh in its log, full or merge.
+        encode_batches: makes the records of each batch of up to `options.users_per_batch` of the run's users.
+        options: users_per_batch, progress, and shared_with_group.
+        key: 32 bytes, to authenticate the records with.
+
+    Raises:
+        StoreLockedError, StoreError: the previous generation stays in service.
+        RecordError: too many users failed; the previous generation stays in service.
+    """
+    with StoreWriter.open(store, manifest, key=key, shared_with_group=options.shared_with_group) as writer:
+        run = RefreshProgress(store, kind, manifest.total_users, writer.cursor, progress=options.progress)
+        total, size = manifest.total_users, options.users_per_batch
+        batches = (slice(begin, min(begin + size, total)) for begin in range(writer.cursor, total, size))
+        with closing(encode_batches(batches, writer, run)) as batches_of_records:
+            for encoded in batches_of_records:
+                run.encoded(encoded)
+                begin, end = writer.cursor, min(writer.cursor + size, total)
+                with run.stage("write"):
+                    written = writer.put_batch(encoded.keys, encoded.records, end, encoded.states)
+                run.counts["written"] += written
+                run.counts["erased"] += len(encoded.keys) - written
+                run.batch(writer.generation, end - begin, encoded.num_events)
+        with run.stage("publish"):
+            writer.publish()
+        return run.report(writer.generation)
+
+
+# Engines of a full refresh: what encodes its batches. One process, which calls the engine, writes the store.
+
+
+class RefreshEngine(Protocol):
+    """Encodes the batches of a full refresh."""
+
+    def encode(
+        self,
+        encoder: BatchEncoder,
+        batches: Iterable[tuple[Int, Int]],
+        spec: RecordSpec,
+        state_spec: StateSpec | None,
+        clock: StageClock,
+    ) -> Generator[UserRecords, None, None]:
+        """The records of batches, in their order.
+
+        Args:
+            encoder: of this process. An engine of other processes gives each of them an equal one.
+            batches: (users, counts) of each, as in `BatchEncoder.encode`. They are taken as they are needed.
+            spec: what each record must hold.
+            state_spec: what each state must hold; None to make no states.
+            clock: gets the time of each stage.
+        """
+
+
+class LocalEngine:
+    """Encodes one batch after the other in this process."""
+
+    def encode(
+        self,
+        encoder: BatchEncoder,
+        batches: Iterable[tuple[Int, Int]],
+        spec: RecordSpec,
+        state_spec: StateSpec | None,
+        clock: StageClock,
+    ) -> Generator[UserRecords, None, None]:
+        """As of `RefreshEngine`."""
+        for users, counts in batches:
+            yield encoder.encode(users, counts, spec, state_spec, clock)
 
 
 def refresh(

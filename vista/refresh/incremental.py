@@ -10,23 +10,480 @@ updated are recomputed from the log.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from vista.arrays import Int
+from vista.config.choices import Decay, Precision
 from vista.config.store_config import INCREMENTAL_OPTIONS, SET_BY_FULL_REFRESH, RefreshOptions
+from vista.counters.counter_table import CounterTable
 from vista.errors import ConfigError, StoreError
+from vista.log.deletions import forget_events
 from vista.log.event_log import EventLog
+from vista.log.histories import Histories, RowFeatures, token_groups
+from vista.log.merged_features import UserFeatureParts
+from vista.model import inference
+from vista.model.history_states import (
+    covered_events,
+    covered_lengths,
+    default_slice_len,
+    insert_events,
+    long_range_state,
+    range_states,
+    reach,
+    remove_events,
+    separable_summarizer,
+)
+from vista.model.summarizer import SummaryState, merge_states
 from vista.model.vista_model import VistaModel
-from vista.refresh.batch_refresher import BatchRefresher
-from vista.refresh.log_items import check_log
-from vista.refresh.new_generation import user_columns
-from vista.refresh.refresh_progress import RefreshProgress
+from vista.refresh.batch_encoder import (
+    LogItems,
+    Tables,
+    append_events,
+    check_log,
+    count_histories,
+    encode_users,
+    from_arrays,
+    last_times,
+    read_summaries,
+    state_of,
+    state_without_summary,
+    stored_codes,
+    stored_tail,
+    to_arrays,
+)
+from vista.refresh.full import RefreshProgress, user_columns
 from vista.refresh.refresh_report import RefreshReport
 from vista.store.format.keys import user_id, user_keys
+from vista.store.format.state_record import StateArrays, rounded
 from vista.store.manifest import Manifest
+from vista.store.reader import published_manifest
 from vista.store.remote.store_url import StoreUrl
 from vista.store.shards import Shard, shard_to_write
 from vista.store.update import StoreUpdate
+from vista.store.user_summaries import UserSummaries
+
+
+def changed_positions(old: Histories, new: Histories) -> tuple[Int, Int] | None:
+    """Positions of deleted events in `old` and of added events in `new`, without which both are the same sequence.
+
+    If some of several equal events were deleted, all of them count as deleted and the remaining ones as added.
+
+    Args:
+        old: B = 1.
+        new: B = 1, with the same columns of features.
+
+    Returns:
+        (deleted, added), ascending; None if the other events changed their order, as events of one time can.
+    """
+    events = np.concatenate([_rows(old), _rows(new)])
+    _, kind = np.unique(events, axis=0, return_inverse=True)
+    kind = kind.reshape(-1)
+    num_kinds, in_old, in_new = int(kind.max(initial=-1)) + 1, kind[: old.num_events], kind[old.num_events :]
+    before = np.bincount(in_old, minlength=num_kinds)
+    after = np.bincount(in_new, minlength=num_kinds)
+    kept = np.where(after >= before, before, 0)
+    deleted = np.flatnonzero(_place(in_old) >= kept[in_old])
+    added = np.flatnonzero(_place(in_new) >= kept[in_new])
+    rest = np.delete(in_old, deleted), np.delete(in_new, added)
+    return (deleted, added) if np.array_equal(*rest) else None
+
+
+def _rows(history: Histories) -> Int:
+    """The events of a history as rows of integers, int64 [T, columns]."""
+    columns = [history.item, history.timestamp, history.action]
+    if history.rating is not None:
+        columns.append(np.asarray(history.rating, np.float32).view(np.int32))
+    columns += [column.view(np.int32) for column in map(np.ascontiguousarray, history.features.columns.values())]
+    return np.stack([np.asarray(column).astype(np.int64) for column in columns], axis=1)
+
+
+def _place(kind: Int) -> Int:
+    """How many equal events come before each event."""
+    order = np.argsort(kind, kind="stable")
+    ordered = kind[order]
+    first = np.searchsorted(ordered, ordered)
+    place = np.empty(len(kind), np.int64)
+    place[order] = np.arange(len(kind)) - first
+    return place
+
+
+# Groups of users that an incremental refresh updates at once: one class for each `UpdateOutcome`.
+
+
+@dataclass(frozen=True, slots=True)
+class RereadGroup:
+    """Users whose states cover the log already, so only their summaries are read again."""
+
+    users: Int
+    """[N] rows of the log."""
+    states: StateArrays
+    """The states of the N users."""
+
+
+@dataclass(frozen=True, slots=True)
+class AppendGroup:
+    """Users whose states receive the terms of the new events."""
+
+    users: Int
+    """[N] rows of the log."""
+    states: StateArrays
+    """The states of the N users."""
+    segment: int
+    """Newest segment of the log that the states cover."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExchangeGroup:
+    """One user with late or deleted events, whose terms are exchanged in the state."""
+
+    users: Int
+    """[1] row of the log."""
+    states: StateArrays
+    """The state of this user (N = 1)."""
+    segment: int
+    """Newest segment of the log that the state covers."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecomputeGroup:
+    """Users without a state that can be updated, whose summaries are computed from the log."""
+
+    users: Int
+    """[N] rows of the log."""
+
+
+UpdateGroup = RereadGroup | AppendGroup | ExchangeGroup | RecomputeGroup
+
+
+class UpdateOutcome(IntEnum):
+    """How users are brought up to date; an integer, so that an array can hold the outcomes of many users."""
+
+    reread = 0
+    """The state covers the log already (an interrupted run wrote it), so only the summary is read from it again."""
+    append = 1
+    """The terms of the new events are added to the state."""
+    exchange = 2
+    """Events came late or were deleted: terms of the state are replaced."""
+    recompute = 3
+    """There is no state that can be updated, so the summary is computed from the log."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredUsers:
+    """N users who have stored states, and how each of them is brought up to date."""
+
+    users: Int
+    """[N] rows of the log."""
+    states: StateArrays
+    """The states of the N users."""
+    covered: Int
+    """[N] newest segment of the log that each state covers."""
+    outcome: NDArray[np.int8]
+    """[N] values of UpdateOutcome."""
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def __getitem__(self, rows: slice | Int) -> StoredUsers:
+        return StoredUsers(self.users[rows], self.states[rows], self.covered[rows], self.outcome[rows])
+
+    def where(self, outcome: UpdateOutcome) -> StoredUsers:
+        """The users with this outcome."""
+        return self[np.flatnonzero(self.outcome == outcome)]
+
+    def by_segment(self) -> Iterator[tuple[int, StoredUsers]]:
+        """Each segment that states cover, in ascending order, with the users whose states cover it."""
+        for segment in np.unique(self.covered).tolist():
+            yield segment, self[np.flatnonzero(self.covered == segment)]
+
+
+class UpdatePlan:
+    """Sorts users into groups by what happened to their histories since their states were written."""
+
+    def __init__(
+        self, model: VistaModel, log: EventLog, update: StoreUpdate, tokens_per_batch: int, run: RefreshProgress
+    ) -> None:
+        self._model, self._log, self._update, self._run = model, log, update, run
+        self._tokens_per_batch = tokens_per_batch
+        self._context = 0 if model.summarizer is None else reach(model) + model.config.summary_lag
+        """Most events before the new ones that an append reads."""
+        self._append_only = model.config.decay is Decay.position or model.summarizer is None
+        self._older_logs: dict[int, EventLog] = {}
+        """The log as it was, by newest segment. Users' states cover few different segments."""
+
+    def log_at(self, segment: int) -> EventLog:
+        """The log as it was when `segment` was its newest one."""
+        if segment not in self._older_logs:
+            self._older_logs[segment] = EventLog.open(self._log.path, last_segment=segment)
+        return self._older_logs[segment]
+
+    def lengths_at(self, users: Int, segment: int) -> Int:
+        """How many events users had in the log when `segment` was its newest one, int64 [N]."""
+        lengths = self.log_at(segment).lengths
+        return np.where(users < len(lengths), lengths[np.minimum(users, len(lengths) - 1)], 0)
+
+    def groups(self, users: Int) -> Iterator[UpdateGroup]:
+        """Groups that together hold each of the users once.
+
+        Args:
+            users: [N] rows of the log, with at least one event each.
+        """
+        stored = self._stored_users(users)
+        if stored is None:
+            yield from self._recompute_groups(users)
+            return
+        reread = stored.where(UpdateOutcome.reread)
+        if len(reread):
+            yield RereadGroup(reread.users, reread.states)
+        updatable = stored.users[stored.outcome != UpdateOutcome.recompute]
+        yield from self._recompute_groups(users[~np.isin(users, updatable)])
+        for segment, append in stored.where(UpdateOutcome.append).by_segment():
+            num_new = self._log.lengths[append.users] - self.lengths_at(append.users, segment)
+            for part in token_groups(num_new + self._context, self._tokens_per_batch):
+                yield AppendGroup(append.users[part], append.states[part], segment)
+        exchange = stored.where(UpdateOutcome.exchange)
+        for row, segment in enumerate(exchange.covered.tolist()):
+            one = slice(row, row + 1)
+            yield ExchangeGroup(exchange.users[one], exchange.states[one], segment)
+
+    def _recompute_groups(self, users: Int) -> Iterator[RecomputeGroup]:
+        for part in token_groups(self._log.lengths[users], self._tokens_per_batch):
+            yield RecomputeGroup(users[part])
+
+    def _stored_users(self, users: Int) -> StoredUsers | None:
+        """Those of the users who have states, with their outcomes; None if the generation keeps no states."""
+        found = self._update.states(user_keys(self._log.users.ids(users)))
+        if found is None:
+            return None
+        rows, states = found
+        # The state of a user without changes names an older segment, but covers all that the generation covers.
+        covered = np.maximum(states.applied_segment, self._update.manifest.applied_segment)
+        outcome = np.full(len(rows), UpdateOutcome.recompute, np.int8)
+        outcome[covered >= self._update.applied_segment] = UpdateOutcome.reread
+        for segment in np.unique(covered[covered < self._update.applied_segment]).tolist():
+            behind = np.flatnonzero(covered == segment)
+            if self._log.has_boundary(segment):
+                outcome[behind] = self._outcomes(users[rows[behind]], segment, states.num_events[behind])
+        return StoredUsers(users[rows], states, covered, outcome)
+
+    def _outcomes(self, users: Int, segment: int, num_events: Int) -> NDArray[np.int8]:
+        """Outcomes [N] of users whose states cover the log up to `segment` and hold `num_events` [N] events."""
+        with self._run.stage("read"):
+            old = self.lengths_at(users, segment)
+            new = self._log.new_events(users, segment)
+            newest = self.log_at(segment).gather_ranges(np.where(old > 0, users, 0), old - 1, old)
+        in_order = np.ones(len(users), bool)
+        both = np.flatnonzero((old > 0) & (new.lengths > 0))
+        first = new.timestamp[new.offsets[both]]
+        in_order[both] = first >= newest.timestamp[newest.offsets[both]]
+        nothing_deleted = new.lengths == self._log.lengths[users] - old
+        outcome = np.full(len(users), UpdateOutcome.recompute if self._append_only else UpdateOutcome.exchange, np.int8)
+        outcome[in_order & nothing_deleted] = UpdateOutcome.append
+        # The state holds other events than the log had then: of another log, or of one that was edited by hand.
+        outcome[num_events != covered_lengths(self._model, old)] = UpdateOutcome.recompute
+        return outcome
+
+
+# The work of an incremental refresh: bring one batch of users at a time from the log into the store.
+#
+# users -> groups by outcome -> updated states -> summaries -> records -> one durable transaction
+
+
+@dataclass(frozen=True, slots=True)
+class _UpdatedGroup:
+    """Users of a group after their handler: new states, or new summaries if the generation keeps no states."""
+
+    counted_as: str
+    """The name under which `RefreshReport.counts` counts the users."""
+    users: Int
+    """[N] rows of the log."""
+    history_digest: NDArray[np.uint64]
+    """[N] digests of the whole histories."""
+    num_events: int
+    """Events that were summarized."""
+    counters: Tables
+    """Of the N users."""
+    state: SummaryState | None = None
+    summary: NDArray[np.float32] | None = None
+
+
+class BatchRefresher:
+    """Takes one batch of users at a time from the log into the store."""
+
+    def __init__(
+        self, model: VistaModel, log: EventLog, update: StoreUpdate, tokens_per_batch: int, run: RefreshProgress
+    ) -> None:
+        self._log, self._update, self._run = log, update, run
+        self._model = model.with_frozen("summarizer", Precision.float32)
+        self._items, self._features = LogItems.of(model, log), _user_features(model, log)
+        self._plan = UpdatePlan(model, log, update, tokens_per_batch, run)
+
+    def refresh(self, users: Int) -> None:
+        """Bring users (rows of the log) up to date, durably."""
+        num_users, num_events = len(users), 0
+        users = self._remove_gone(users)
+        users = self._skip_current(users)
+        if len(users):
+            updated = [self._update_group(group) for group in self._plan.groups(users)]
+            for group in updated:
+                self._run.counts[group.counted_as] += len(group.users)
+                num_events += group.num_events
+            self._write(self._summarize(updated))
+        self._run.batch(self._update.manifest.generation, num_users, num_events)
+
+    def _keys(self, users: Int) -> list[bytes]:
+        return user_keys(self._log.users.ids(users))
+
+    def _remove_gone(self, users: Int) -> Int:
+        """Remove erased users, and those without events, from the store; the users that remain."""
+        keys = self._keys(users)
+        erased = self._update.erased(keys)
+        self._run.counts["erased"] += int(erased.sum())
+        # An erased user may still have a record, if the erasure was interrupted.
+        gone = (self._log.lengths[users] == 0) | erased
+        if gone.any():
+            with self._run.stage("write"):
+                self._run.counts["removed"] += self._update.remove([keys[row] for row in np.flatnonzero(gone).tolist()])
+        return np.compress(~gone, users)
+
+    def _skip_current(self, users: Int) -> Int:
+        """Those of the users whose records do not cover the log yet."""
+        with self._run.stage("read"):
+            covered = self._update.applied_segments(self._keys(users))
+        behind = covered < self._update.applied_segment
+        self._run.counts["unchanged"] += int((~behind).sum())
+        return np.compress(behind, users)
+
+    def _update_group(self, group: UpdateGroup) -> _UpdatedGroup:
+        match group:
+            case RereadGroup():
+                return self._reread(group)
+            case AppendGroup():
+                return self._append(group)
+            case ExchangeGroup():
+                return self._exchange(group)
+            case RecomputeGroup():
+                return self._recompute(group)
+
+    def _reread(self, group: RereadGroup) -> _UpdatedGroup:
+        state = from_arrays(group.states, self._model.device)
+        return _UpdatedGroup("appended", group.users, group.states.history_digest, 0, group.states.counters, state)
+
+    def _append(self, group: AppendGroup) -> _UpdatedGroup:
+        old = self._plan.lengths_at(group.users, group.segment)
+        covered = covered_lengths(self._model, old)
+        context = np.minimum(reach(self._model), covered)
+        start = covered - context
+        with self._run.stage("read"):
+            history = self._log.gather_ranges(group.users, start, self._log.lengths[group.users])
+            new = history.select(old - start, history.lengths)
+            digest = group.states.history_digest + self._items.digests(new)
+            # The state receives the events that leave the tail, if summaries do not cover the tail.
+            history, new = self._items.model_rows(covered_events(self._model, history)), self._items.model_rows(new)
+        with self._run.stage("summarize"):
+            counters = append_events(self._model.item_keys, group.states.counters, new)
+            if self._model.summarizer is None:
+                state = state_without_summary(old + new.lengths)
+                return _UpdatedGroup("appended", group.users, digest, new.num_events, counters, state)
+            if history.num_events > default_slice_len(self._model) and len(group.users) == 1:
+                terms = long_range_state(self._model, history, int(context[0]), int(start[0]))
+            else:
+                terms = range_states(self._model, history, context, start)
+            decay_rate = separable_summarizer(self._model).decay_rate
+            state = merge_states(from_arrays(group.states, self._model.device), terms, decay_rate)
+        return _UpdatedGroup("appended", group.users, digest, new.num_events, counters, state)
+
+    def _exchange(self, group: ExchangeGroup) -> _UpdatedGroup:
+        """The state is recomputed instead if so many events changed that this is cheaper."""
+        user = int(group.users[0])
+        with self._run.stage("read"):
+            old, new = self._plan.log_at(group.segment).slice(user), self._log.slice(user)
+            digest, whole = self._items.digests(new), self._items.model_rows(new)
+            old, new = covered_events(self._model, self._items.model_rows(old)), covered_events(self._model, whole)
+            changed = changed_positions(old, new)
+        if changed is None or sum(map(len, changed)) * 2 * (1 + reach(self._model)) >= new.num_events:
+            return self._recompute(RecomputeGroup(group.users))
+        deleted, late = changed
+        with self._run.stage("summarize"):
+            counters = count_histories(self._model.item_keys, whole)
+            state = from_arrays(group.states, self._model.device)
+            if len(deleted):
+                state = remove_events(self._model, state, old, deleted)
+            if len(late):
+                state = insert_events(self._model, state, new, late)
+        return _UpdatedGroup("exchanged", group.users, digest, len(deleted) + len(late), counters, state)
+
+    def _recompute(self, group: RecomputeGroup) -> _UpdatedGroup:
+        with self._run.stage("read"):
+            histories = self._log.gather(group.users)
+            model_rows, digest = self._items.model_rows(histories), self._items.digests(histories)
+        state, summary = None, None
+        with self._run.stage("summarize"):
+            counters = count_histories(self._model.item_keys, model_rows)
+            if self._update.state_spec is None:
+                summary = inference.summarize(self._model, model_rows).cpu().numpy()
+            else:
+                state = state_of(self._model, model_rows)
+        return _UpdatedGroup("recomputed", group.users, digest, histories.num_events, counters, state, summary)
+
+    def _summarize(self, updated: Sequence[_UpdatedGroup]) -> UserSummaries:
+        users = np.concatenate([group.users for group in updated])
+        digest = np.concatenate([group.history_digest for group in updated])
+        lengths, tail_len, spec = self._log.lengths[users], self._model.config.tail_len, self._update.state_spec
+        with self._run.stage("read"):
+            newest = self._items.model_rows(self._log.gather_ranges(users, lengths - tail_len, lengths))
+        with self._run.stage("encode"):
+            tables = tuple(map(CounterTable.concatenated, zip(*(group.counters for group in updated), strict=True)))
+            if spec is None:
+                states = None
+                summary = np.concatenate([group.summary for group in updated if group.summary is not None])
+            else:
+                target = self._update.applied_segment
+                arrays = [
+                    to_arrays(group.state, target, group.history_digest, group.counters)
+                    for group in updated
+                    if group.state is not None
+                ]
+                # Rounded as stored: a resumed run, which rereads these states, then reads the same summaries.
+                states = rounded(StateArrays.concatenated(arrays), spec)
+                summary = read_summaries(self._model, from_arrays(states, self._model.device))
+            return UserSummaries(
+                keys=self._keys(users),
+                summary=summary,
+                tail=stored_tail(self._model, newest),
+                event_count=lengths,
+                last_event_ts=last_times(newest),
+                history_digest=digest,
+                counters=stored_codes(tables),
+                features=self._features(users).columns,
+                states=states,
+            )
+
+    def _write(self, users: UserSummaries) -> None:
+        with self._run.stage("encode"):
+            encoded = encode_users(users, self._update.spec, self._update.state_spec)
+        self._run.encoded(encoded)
+        with self._run.stage("write"):
+            self._update.put_batch(encoded.keys, encoded.records, encoded.states)
+            # Without a state, a user who failed is recomputed from the log at the next event.
+            self._update.remove_states(sorted(set(users.keys) - set(encoded.keys)))
+
+
+def _user_features(model: VistaModel, log: EventLog) -> Callable[[Int], RowFeatures]:
+    """Features of users (rows of the log) with the model's codes, read on demand: few users may have changed."""
+    reader = model.user_features
+    if reader is None:
+        return lambda users: RowFeatures({})
+    parts = UserFeatureParts.of(log.segments)
+    recode = reader.recoder(parts.values)
+    return lambda users: recode(parts.rows(users), len(users))
 
 
 def refresh_incremental(
@@ -132,3 +589,29 @@ def _remove_unknown_users(update: StoreUpdate, log: EventLog) -> int:
         known = log.users.rows([user_id(key) for key in keys]) >= 0
         count += update.remove([key for key, is_known in zip(keys, known.tolist(), strict=True) if not is_known])
     return count
+
+
+def forget(
+    model: VistaModel, log: EventLog, store: str | Path, events: Any, *, key: bytes | None = None
+) -> RefreshReport:
+    """Delete events from a log and subtract their terms from their users' states.
+
+    A state that would lose too much weight is recomputed from the events that remain. No later refresh brings the
+    events back.
+
+    Args:
+        model: the one whose refresh made the store.
+        log: the events' log; it grows by a segment and is reopened.
+        store: the store's folder.
+        events: a frame, or a mapping of columns: user, item, timestamp (ms, or the ordinal), and optionally action.
+        key: 32 bytes, if the store's records are authenticated.
+
+    Raises:
+        DataError: an event is not in the log; nothing is deleted.
+        ConfigError: the store is sharded, or was refreshed with `until`; nothing is deleted.
+        StoreError: the deletion is in the log, and the next incremental refresh applies it.
+    """
+    root, _ = shard_to_write(store, None)
+    check_updatable(published_manifest(root), root)  # refused before the log is written
+    forget_events(log.path, events)
+    return refresh_incremental(model, EventLog.open(log.path), store, key=key)

@@ -22,13 +22,22 @@ from vista.model.history_states import merge_histories
 from vista.model.inference import LogUsers
 from vista.model.summarizer import SummaryState
 from vista.model.vista_model import VistaModel
-from vista.refresh.counting import count_histories, stored_codes
-from vista.refresh.log_items import LogItems, check_log
-from vista.refresh.new_generation import new_manifest, write_generation
-from vista.refresh.refresh_report import RefreshReport
-from vista.refresh.stage_clock import StageClock
-from vista.refresh.states import from_arrays, has_states, read_summaries, to_arrays
-from vista.refresh.user_records import UserRecords, encode_users, last_times, stored_tail
+from vista.refresh.batch_encoder import (
+    LogItems,
+    UserRecords,
+    check_log,
+    count_histories,
+    encode_users,
+    from_arrays,
+    has_states,
+    last_times,
+    read_summaries,
+    stored_codes,
+    stored_tail,
+    to_arrays,
+)
+from vista.refresh.full import new_manifest, write_generation
+from vista.refresh.refresh_report import RefreshReport, StageClock
 from vista.store.format.keys import user_keys
 from vista.store.reader import StoreReader
 from vista.store.shards import check_place

@@ -9,32 +9,163 @@ that cannot be read is listed in `<folder>/refused` with the reason, and does no
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from vista.config import PrepareConfig, WatchConfig
 from vista.config.choices import Arrival
 from vista.config.store_config import RefreshOptions
 from vista.device import resolve_device
 from vista.errors import ConfigError, DataError, LogBusyError, LogWriteError, TakenError, VistaError
+from vista.files import make_folders, read_limited, replace_file
+from vista.installation import require_module
 from vista.log.event_log import EventLog
-from vista.log.ingest.prepare import prepare
+from vista.log.ingest.kafka_messages import message_rows
+from vista.log.ingest.prepare import prepare, prepare_messages
 from vista.log.ingest.source_parser import SourceParser
 from vista.log.ingest.sources import plain_settings
-from vista.log.segment_files import MANIFEST_FILE
+from vista.log.segment_files import MANIFEST_FILE, stream_offsets
 from vista.model.vista_model import VistaModel
-from vista.refresh.arriving_messages import ArrivingMessages
-from vista.refresh.file_version import FileVersion
 from vista.refresh.incremental import refresh_incremental
-from vista.refresh.refused_files import RefusedFiles
-from vista.refresh.watch_report import WatchReport
+from vista.refresh.refresh_report import StreamReport, WatchReport
 from vista.store.format.authentication import read_key
 from vista.store.reader import published_manifest
 from vista.store.shards import stores_in
 
+
+@dataclass(frozen=True, slots=True)
+class FileVersion:
+    """A file's name, size in bytes and modification time in ns."""
+
+    name: str
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileVersion:
+        """The current version of a file."""
+        status = path.stat()
+        return cls(path.name, status.st_size, status.st_mtime_ns)
+
+
+# The files that a watch has refused, and why: one small JSON file for each, in `<folder>/refused`.
+
 logger = logging.getLogger(__name__)
+_MAX_BYTES = 1 << 16
+
+
+class RefusedFiles:
+    """The refused files of one folder. The list outlives the process, so a restart does not retry a refused file.
+
+    A file is retried after the file or the settings have changed, or after its entry was deleted.
+
+    Args:
+        folder: the folder that is watched.
+        settings: how its files are read, as JSON values.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        self._folder = folder / "refused"
+        self._settings = dict(settings)
+        self._unwritten: set[FileVersion] = set()
+        """Refused files whose entries could not be written."""
+
+    def __contains__(self, version: FileVersion) -> bool:
+        if version in self._unwritten:
+            return True
+        try:
+            entry = json.loads(read_limited(self._entry(version), _MAX_BYTES))
+        except (OSError, ValueError, RecursionError):
+            return False  # no entry, or a damaged one: the file is retried, and its entry is rewritten
+        return isinstance(entry, dict) and all(entry.get(key) == value for key, value in self._key(version).items())
+
+    def add(self, version: FileVersion, reason: str) -> None:
+        """Remember a file that was refused."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        entry = {"reason": reason, "refused_at": now} | self._key(version)
+        try:
+            make_folders(self._folder)
+            replace_file(self._entry(version), json.dumps(entry, indent=2).encode())
+        except OSError as error:
+            self._unwritten.add(version)
+            logger.warning(
+                "%s: cannot be written (%s); the file will be retried after a restart", self._entry(version), error
+            )
+
+    def _entry(self, version: FileVersion) -> Path:
+        return self._folder / f"{version.name}.json"
+
+    def _key(self, version: FileVersion) -> dict[str, Any]:
+        return {"size": version.size, "mtime_ns": version.mtime_ns, "settings": self._settings}
+
+
+# Messages that arrive in topics: each batch becomes one segment of the log, together with the offsets after it.
+
+_TOLERANCE_MS = 60_000
+"""An event that is dated this far in the future shows that a producer's clock is wrong."""
+
+
+class ArrivingMessages:
+    """Appends the messages of topics to a log, each once: the log holds the offset of the next message.
+
+    Raises:
+        ConfigError: the settings of the topics are wrong.
+        MissingDependencyError: the extra `kafka` is not installed.
+    """
+
+    def __init__(self, config: WatchConfig) -> None:
+        require_module("confluent_kafka", "kafka")  # other watches do not need it
+        from vista.log.ingest.kafka_reader import KafkaReader
+
+        assert config.source is not None
+        self._config = config
+        self._reader = KafkaReader(config.source, config.stream)
+        self._has_warned = False
+
+    def append(self, log: EventLog) -> StreamReport:
+        """Read the messages after those in the log, and append them as one segment.
+
+        Raises:
+            StreamError, StreamOffsetError: see `KafkaReader.read`.
+            DataError: with on_bad_rows=raise, a message is invalid; or the events do not fit the log.
+            LogBusyError, LogWriteError: the log cannot be written at the moment.
+        """
+        config = self._config
+        batch = self._reader.read(stream_offsets(segment.manifest for segment in log.segments))
+        num_letters = 0
+        if batch.messages or batch.is_start:
+            kinds = {"user": log.users.kind, "item": log.items.kind}
+            rows = message_rows(batch, config.events, kinds, config.on_bad_rows)
+            report = prepare_messages(rows, config.data, events=config.events)
+            self._reader.commit(batch)
+            num_letters = len(rows.letters)
+            if num_letters:
+                logger.warning("%s: the first of %d dead letters: %s", config.data, num_letters, rows.letters[0])
+            self._warn_of_clocks(report.last_ms)
+        return StreamReport(len(batch.messages), num_letters, batch.behind, batch.oldest_ms)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._reader.close()
+
+    def _warn_of_clocks(self, newest_ms: int | None) -> None:
+        ahead_ms = 0 if newest_ms is None else newest_ms - time.time() * 1000
+        if ahead_ms > _TOLERANCE_MS and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "%s: an event is dated %.0f s in the future; correct the clock of its producer, because events are "
+                "ordered by their own times",
+                self._config.source,
+                ahead_ms / 1000,
+            )
+
+
 SUFFIXES = (".parquet", ".csv", ".tsv")
 MARKER_SUFFIX = ".done"
 """Suffix of the empty file that says that a file is complete: day.csv.done for day.csv."""
