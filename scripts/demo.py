@@ -31,8 +31,8 @@ from vista.log.splits import split_until
 from vista.model.vista_model import VistaModel
 from vista.progress_bar import progress_shown
 from vista.refresh import RefreshOptions, refresh
-from vista.report.latency import Latency
 from vista.report.report import WrittenReport, write_report
+from vista.report.report_data import Latency
 from vista.scorer import Scorer
 from vista.simulation.simulate import simulate
 from vista.training.trainer import train

@@ -18,15 +18,20 @@ from tests.conftest import Served
 from vista.evaluation.comparison import AucMeasure, Estimate, MeanMeasure, PerUserMetrics, drawn_aucs
 from vista.log.event_log import EventLog
 from vista.model.inference import item_vectors
-from vista.report import case_parts
-from vista.report.case_parts import age_parts, ages_by_vectors, category_ages, length_parts, similar_ages
-from vista.report.chart import Series, interval_chart, line_chart
-from vista.report.comparison_data import ORACLE, ComparisonData, _shown
-from vista.report.html_page import PageSection
-from vista.report.latency import MAX_ROUNDS, MIN_ROUNDS, REQUESTS_PER_ROUND, Latency
-from vista.report.latency_section import latency_section
-from vista.report.quality_section import quality_section
-from vista.report.split_section import CasePart, split_section
+from vista.report import sections
+from vista.report.html_page import PageSection, Series, interval_chart, line_chart
+from vista.report.report_data import MAX_ROUNDS, MIN_ROUNDS, ORACLE, REQUESTS_PER_ROUND, ComparisonData, Latency, _shown
+from vista.report.sections import (
+    CasePart,
+    age_parts,
+    ages_by_vectors,
+    category_ages,
+    latency_section,
+    length_parts,
+    quality_section,
+    similar_ages,
+    split_section,
+)
 from vista.scorer import CandidateSet, Scorer
 
 
@@ -163,7 +168,7 @@ def test_ages_by_vectors_are_those_of_a_loop(
     columns = rng.integers(-1, num_vectors, log.num_items)
     user = rng.integers(0, log.num_users, drawn.draw(st.integers(0, 40)))
     seen, item = rng.integers(0, log.lengths[user] + 1), rng.integers(0, log.num_items, len(user))
-    monkeypatch.setattr(case_parts, "MAX_PAIRS", drawn.draw(st.sampled_from([1, 50, 1 << 22])))
+    monkeypatch.setattr(sections, "MAX_PAIRS", drawn.draw(st.sampled_from([1, 50, 1 << 22])))
     measure = MeanMeasure("m", "m", user, seen, item, {"own": np.ones(len(user))})
     expected = np.full(len(user), -1)
     for case, (row, before, label) in enumerate(zip(user.tolist(), seen.tolist(), columns[item].tolist(), strict=True)):
@@ -210,7 +215,7 @@ class TimedScorer:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, noisy_rounds: int, num_users: int) -> None:
         self.now, self.count, self.noisy_rounds, self.num_users = 0.0, -5 * num_users, noisy_rounds, num_users
-        monkeypatch.setattr("vista.report.latency.time.perf_counter", lambda: self.now)
+        monkeypatch.setattr("vista.report.report_data.time.perf_counter", lambda: self.now)
 
     def score(self, users: list[int], candidates: Any, *, now: int) -> None:
         number = self.count // (REQUESTS_PER_ROUND * self.num_users)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
+
+from vista.evaluation.comparison import Estimate
 
 # The policy forbids loading anything, so a page cannot depend on a network by mistake.
 _PAGE = """<!doctype html>
@@ -127,3 +130,179 @@ def table(
 def folded(title: str, text: str) -> str:
     """Preformatted text that opens on a click."""
     return f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
+
+
+# Charts as inline SVG, whose text and colors come from the style sheet of the page.
+#
+# Coordinates are those of a view 480 wide, so that text of 13 px stays readable on a screen of 400 px.
+
+_WIDTH, _HEIGHT = 480, 290
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 12, 46
+_NUM_COLORS = 7
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """A line of a chart."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    """As many as x; NaN leaves a gap."""
+    interval: Sequence[tuple[float, float]] | None = None
+    """Ends of an error bar for each point."""
+    color: int = 0
+    """Number of a color of the page."""
+    dashed: bool = False
+    has_points: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class _Axis:
+    """A scale from values to coordinates."""
+
+    low: float
+    high: float
+    begin: float
+    end: float
+    is_log: bool = False
+
+    def at(self, value: float) -> float:
+        low, high = (math.log(self.low), math.log(self.high)) if self.is_log else (self.low, self.high)
+        value = math.log(value) if self.is_log else value
+        return self.begin + (value - low) / (high - low) * (self.end - self.begin)
+
+    def ticks(self) -> list[float]:
+        """Round numbers within the axis."""
+        if self.is_log:
+            powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+            values = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
+            inside = [value for value in values if self.low <= value <= self.high]
+            return inside if len(inside) < 6 else [value for value in inside if f"{value:e}"[0] == "1"]
+        rough = (self.high - self.low) / 5
+        step = 10.0 ** math.floor(math.log10(rough))
+        step *= next(factor for factor in (1, 2, 5, 10) if factor * step >= rough)
+        first = math.ceil(self.low / step - 1e-9)
+        return [step * n for n in range(first, math.floor(self.high / step + 1e-9) + 1)]
+
+
+def line_chart(
+    series: Sequence[Series],
+    *,
+    x_label: str,
+    y_label: str,
+    x_names: Sequence[str] | None = None,
+    log_x: bool = False,
+    log_y: bool = False,
+    from_zero: bool = False,
+) -> str:
+    """A chart of lines, with a legend above.
+
+    Args:
+        series: at least one point in all.
+        x_label, y_label: what the axes show, with units.
+        x_names: names of the values 0, 1, … of x, instead of numbers.
+        log_x, log_y: logarithmic scales; their values must be positive.
+        from_zero: let the vertical axis begin at 0.
+    """
+    shown = [(x, y) for each in series for x, y in zip(each.x, each.y, strict=True) if math.isfinite(y)]
+    if not shown:
+        return ""
+    ends = [y for each in series for pair in each.interval or () for y in pair if math.isfinite(y)]
+    x_values, y_values = [x for x, _ in shown], [y for _, y in shown] + ends
+    x_low, x_high = _range(x_values, log_x, 0.0) if x_names is None else (-0.5, len(x_names) - 0.5)
+    y_low, y_high = _range([0.0, *y_values] if from_zero else y_values, log_y, 0.06)
+    x_axis = _Axis(x_low, x_high, _LEFT, _WIDTH - _RIGHT, log_x)
+    y_axis = _Axis(0.0 if from_zero else y_low, y_high, _HEIGHT - _BOTTOM, _TOP, log_y)
+    parts = _y_lines(y_axis)
+    if x_names is None:
+        for tick in x_axis.ticks():
+            parts.append(_text(x_axis.at(tick), _HEIGHT - _BOTTOM + 18, f"{tick:,.6g}", "middle"))
+    else:
+        for index, name in enumerate(x_names):
+            parts.append(_text(x_axis.at(index), _HEIGHT - _BOTTOM + 18, name, "middle"))
+    parts.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 8, x_label, "middle"))
+    for index, each in enumerate(series):
+        # Error bars of several lines at the same x would cover each other.
+        shift = 0.0 if each.interval is None else (index - (len(series) - 1) / 2) * 5
+        parts += _line(each, x_axis, y_axis, shift)
+    return _figure(series, parts, y_label, _HEIGHT)
+
+
+def interval_chart(rows: Sequence[tuple[str, Estimate]], *, own: str, x_label: str) -> str:
+    """A point and its interval per row, one below the other; the row named `own` has another color."""
+    rows = [(name, each) for name, each in rows if math.isfinite(each.value)]
+    if not rows:
+        return ""
+    left, step = 196, 26
+    height = _TOP + step * len(rows) + _BOTTOM
+    low, high = _range(
+        [end for _, each in rows for end in (each.value, *each.ends()) if math.isfinite(end)], False, 0.06
+    )
+    axis = _Axis(low, high, left, _WIDTH - _RIGHT - 8)
+    parts, bottom = [], height - _BOTTOM
+    for tick in axis.ticks():
+        x = axis.at(tick)
+        parts.append(f'<path class="axis" d="M{x:.1f} {_TOP}V{bottom}"/>')
+        parts.append(_text(x, bottom + 18, f"{tick:,.6g}", "middle"))
+    for index, (name, each) in enumerate(rows):
+        y, color = _TOP + step * (index + 0.5), 0 if name == own else 6
+        parts.append(_text(left - 10, y + 4, name if len(name) < 28 else name[:26] + "…", "end"))
+        low, high = (axis.at(end) if math.isfinite(end) else axis.at(each.value) for end in each.ends())
+        parts.append(f'<path d="M{low:.1f} {y:.1f}H{high:.1f}" stroke="var(--c{color})" stroke-width="2"/>')
+        parts.append(f'<circle cx="{axis.at(each.value):.1f}" cy="{y:.1f}" r="4.5" fill="var(--c{color})"/>')
+    parts.append(_text((left + _WIDTH) / 2, height - 8, x_label, "middle"))
+    return _figure([], parts, x_label, height)
+
+
+def _range(values: Sequence[float], is_log: bool, margin: float) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    if is_log:
+        grow = (high / low) ** margin if high > low else 1.5
+        return low / grow, high * grow
+    grow = (high - low) * margin if high > low else abs(high) * 0.1 or 1.0
+    return low - grow, high + grow
+
+
+def _y_lines(axis: _Axis) -> list[str]:
+    parts = []
+    for tick in axis.ticks():
+        y = axis.at(tick)
+        parts.append(f'<path class="axis" d="M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}"/>')
+        parts.append(_text(_LEFT - 8, y + 4, f"{tick:,.6g}", "end"))
+    return parts
+
+
+def _line(series: Series, x_axis: _Axis, y_axis: _Axis, shift: float) -> list[str]:
+    color = f"var(--c{series.color % _NUM_COLORS})"
+    commands, parts, pen_up = [], [], True
+    for index, (x, y) in enumerate(zip(series.x, series.y, strict=True)):
+        if not math.isfinite(y):
+            pen_up = True
+            continue
+        place = f"{x_axis.at(x) + shift:.1f} {y_axis.at(y):.1f}"
+        commands.append(("M" if pen_up else "L") + place)
+        pen_up = False
+        if series.has_points:
+            left, top = place.split()
+            parts.append(f'<circle cx="{left}" cy="{top}" r="3.5" fill="{color}"/>')
+        if series.interval is not None and all(map(math.isfinite, series.interval[index])):
+            low, high = (f"{y_axis.at(end):.1f}" for end in series.interval[index])
+            parts.append(f'<path d="M{place.split()[0]} {low}V{high}" stroke="{color}" stroke-width="1.5"/>')
+    dash = ' stroke-dasharray="5 4"' if series.dashed else ""
+    return [f'<path d="{"".join(commands)}" fill="none" stroke="{color}" stroke-width="2"{dash}/>', *parts]
+
+
+def _text(x: float, y: float, text: str, anchor: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _figure(series: Sequence[Series], parts: Sequence[str], label: str, height: float) -> str:
+    entries = "".join(
+        f'<li><span style="background:var(--c{each.color % _NUM_COLORS})"></span>{escape(each.name)}</li>'
+        for each in series
+    )
+    legend = f'<ul class="legend">{entries}</ul>' if entries else ""
+    title = f"<figcaption>{escape(label)}</figcaption>"
+    svg = f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
+    return f"<figure>{title}{legend}{svg}</figure>"

@@ -23,27 +23,25 @@ from vista.installation import __version__
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until, visible_counts
 from vista.progress_bar import progress_bar
-from vista.report.calibration_section import calibration_section
-from vista.report.case_parts import (
+from vista.report.html_page import PageSection, paragraph, render_page
+from vista.report.report_data import ComparisonData, Latency, MeasuredRun, TrainedRun
+from vista.report.sections import (
     ACTIVE_DAYS,
+    CasePart,
     activity_parts,
     age_parts,
+    calibration_section,
     category_ages,
+    curves_section,
     item_ages,
+    latency_section,
     length_parts,
+    limits_section,
+    quality_section,
     similar_ages,
+    split_section,
+    training_section,
 )
-from vista.report.comparison_data import ComparisonData
-from vista.report.curves_section import curves_section
-from vista.report.html_page import PageSection, paragraph, render_page
-from vista.report.latency import Latency
-from vista.report.latency_section import latency_section
-from vista.report.limits_section import limits_section
-from vista.report.measured_run import MeasuredRun
-from vista.report.quality_section import quality_section
-from vista.report.split_section import CasePart, split_section
-from vista.report.trained_run import TrainedRun
-from vista.report.training_section import training_section
 from vista.store.format.authentication import read_key
 from vista.text_table import fitted
 

@@ -1,0 +1,565 @@
+"""Quality of the run next to other runs and to baselines that need no training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from html import escape
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vista.arrays import Float32s, Floats, Int
+from vista.config import TrainConfig
+from vista.config.checks import to_dict
+from vista.config.config_keys import value_text
+from vista.evaluation.cases import EarlierEvents, questions_by_user
+from vista.evaluation.comparison import AucMeasure, Estimate, Measure, mean_and_error
+from vista.evaluation.metrics import calibration, gauc, normalized_entropy
+from vista.log.event_log import EventLog
+from vista.log.histories import DAY_MS
+from vista.log.ingest.source_parser import read_categories
+from vista.log.splits import Until, split_until
+from vista.model.inference import item_vectors
+from vista.model.ranking_model import RankingModel
+from vista.report.html_page import PageSection, Series, folded, heading, interval_chart, line_chart, paragraph, table
+from vista.report.report_data import ORACLE, WIDE_SPREAD, ComparisonData, Latency, MeasuredRun, TrainedRun
+from vista.runs.curve_points import thinned
+from vista.runs.run_files import RunFiles
+
+
+def quality_section(data: ComparisonData, split: str) -> PageSection:
+    """One chart and table for the labels of impressions, and one for the ranking of items."""
+    findings, body = [], []
+    for measure in data.measures:
+        estimates, gains = measure.estimates(), measure.gains()
+        findings.append(_finding(data, measure, estimates, gains))
+        body += [heading(f"{measure.title}, {split} labels"), paragraph(_cases(measure))]
+        order = sorted(measure.names, key=lambda name: (np.isnan(estimates[name].value), -estimates[name].value))
+        body.append(
+            interval_chart(
+                [(name, estimates[name]) for name in order],
+                own=data.own,
+                x_label=f"{measure.title}, with 95 % intervals",
+            )
+        )
+        more = _more_metrics(data, measure)
+        head = ["", measure.metric, f"{data.own} minus it"]
+        head += list(next(iter(more.values())))
+        rows = []
+        for name in order:
+            gain = gains[name].text(signed=True) if name in gains else ""
+            rows.append((name, estimates[name].text(), gain, *more[name].values()))
+        body.append(table(head, rows, own=data.own))
+    if data.impressions is not None and len(data.impressions.tasks) > 1:
+        body += [heading("Further tasks"), _further_tasks(data)]
+    body.append(
+        paragraph(
+            "± is half of a 95 % confidence interval over users. Differences are paired: both models are evaluated on "
+            "the same cases of the same users. The baselines count events, or fit a logistic regression to earlier "
+            "labels (item rate, counters, pooled vectors)."
+        )
+    )
+    return PageSection("Quality", " ".join(findings), body)
+
+
+def _cases(measure: Measure) -> str:
+    what = "impressions" if isinstance(measure, AucMeasure) else "cases"
+    return f"{len(measure.user):,} {what} of {len(np.unique(measure.user)):,} users."
+
+
+def _finding(data: ComparisonData, measure: Measure, estimates: dict[str, Estimate], gains: dict[str, Estimate]) -> str:
+    """What the run gains on each other run, and on the best baseline."""
+    finding = f"{measure.title}: {data.own} reaches {estimates[data.own].value:.4f}"
+    runs = [name for name in data.runs if name in gains]
+    rest = [name for name in gains if name not in (*runs, ORACLE) and np.isfinite(estimates[name].value)]
+    best = [max(rest, key=lambda name: estimates[name].value)] if rest else []
+    compared = [f"{_gain(gains[name])} {name}" for name in runs]
+    compared += [f"{_gain(gains[name])} {name}, the best baseline" for name in best]
+    return f"{finding}; {'; '.join(compared)}." if compared else f"{finding}; it was not compared with anything."
+
+
+def _gain(gain: Estimate) -> str:
+    if not gain.is_clear:
+        return f"no measurable difference ({gain.text(signed=True)}) from"
+    return f"{abs(gain.value):.4f} ± {gain.half_width:.4f} {'more' if gain.value > 0 else 'less'} than"
+
+
+def _more_metrics(data: ComparisonData, measure: Measure) -> dict[str, dict[str, str]]:
+    """Further metrics of each predictor, as cells by the head of their column."""
+    if isinstance(measure, AucMeasure):
+        return _task_metrics(measure)
+    names = [name for name in next(iter(data.ranking.values())).values if name != measure.metric]
+    return {
+        predictor: {name: f"{mean_and_error(each.values[name])[0]:.4f}" for name in names}
+        for predictor, each in data.ranking.items()
+    }
+
+
+def _task_metrics(measure: AucMeasure) -> dict[str, dict[str, str]]:
+    """GAUC, normalized entropy, and calibration of the first task."""
+    return {
+        name: {
+            "GAUC": f"{gauc(measure.user, measure.label, values).value:.4f}",
+            "NE": f"{normalized_entropy(measure.label, values):.4f}",
+            "calibration": f"{calibration(measure.label, values).ratio:.3f}",
+        }
+        for name, values in measure.probabilities.items()
+    }
+
+
+def _further_tasks(data: ComparisonData) -> str:
+    """AUC of every task but the first, with intervals."""
+    cases = data.impressions
+    assert cases is not None
+    columns: dict[str, dict[str, Estimate]] = {}
+    for index, task in enumerate(cases.tasks[1:], 1):
+        mask = cases.mask[:, index]
+        values = {name: each[mask, index] for name, each in data.probabilities.items()}
+        measure = AucMeasure(task, cases.user[mask], cases.seen[mask], None, cases.label[mask, index], values)
+        columns[measure.title] = measure.estimates()
+    rows = [(name, *(each[name].text() for each in columns.values())) for name in data.probabilities]
+    return table(["", *columns], rows, own=data.own)
+
+
+# Calibration of labeled tasks: predicted probabilities against observed frequencies.
+
+NUM_BINS = 10
+
+
+def calibration_section(data: ComparisonData) -> PageSection | str:
+    """A chart and a table per task of the run; or why there is none."""
+    cases = data.impressions
+    if cases is None or not cases.tasks:
+        return "calibration, because there are no labeled impressions"
+    findings, body, measured = [], [], {}
+    for index, task in enumerate(cases.tasks):
+        mask = cases.mask[:, index]
+        label, predicted = cases.label[mask, index], data.probabilities[data.own][mask, index]
+        if not len(label) or not 0 < label.mean() < 1:
+            continue
+        own = measured[task] = calibration(label, predicted, NUM_BINS)
+        findings.append(f"{task} {own.ratio:.3f}")
+        ends = [0.0, float(max(own.bin_predictions.max(), own.bin_labels.max()))]
+        chart = line_chart(
+            [
+                Series(data.own, own.bin_predictions.tolist(), own.bin_labels.tolist(), color=0),
+                Series("perfect", ends, ends, color=6, dashed=True, has_points=False),
+            ],
+            x_label="mean predicted probability",
+            y_label=f"{task}: share of labels that are 1",
+            from_zero=True,
+        )
+        body += [heading(task), chart, _bins(own.bin_predictions, own.bin_labels, own.bin_counts)]
+    if not measured:
+        return "calibration, because no task has labels of both kinds"
+    errors = [(task, f"{own.ratio:.4f}", f"{own.expected_error:.4f}") for task, own in measured.items()]
+    head = [
+        paragraph(
+            "Cases are sorted by prediction and divided into ten groups of equal size. The ratio is the mean "
+            "prediction divided by the mean label; the error is the mean distance of the groups from the diagonal."
+        ),
+        table(["task", "ratio", "error"], errors),
+    ]
+    finding = f"Ratio of the mean prediction to the mean label (1 is perfect): {', '.join(findings)}."
+    return PageSection("Calibration", finding, head + body)
+
+
+def _bins(predictions: Floats, labels: Floats, counts: Int) -> str:
+    rows = zip(predictions, labels, counts, strict=True)
+    return table(["predicted", "observed", "cases"], [(f"{p:.4f}", f"{y:.4f}", f"{n:,}") for p, y, n in rows])
+
+
+# How training went: losses by step, and metrics by validation.
+
+NOT_LOSSES = ("step", "epoch", "learning_rate", "gradient_norm", "tokens_per_s", "waiting_share")
+MAX_POINTS = 400
+"""Most points of a curve; longer ones are thinned."""
+
+
+def curves_section(files: RunFiles) -> PageSection | str:
+    """Curves of the losses and the validation metrics; or why there are none."""
+    steps, validations = files.steps, files.validations
+    if not steps and not validations:
+        return f"training curves, because {files.metrics_problem or 'metrics.jsonl has no measurements'}"
+    body = []
+    if steps:
+        steps = thinned(steps, MAX_POINTS)
+        names = [name for name in steps[0] if name not in NOT_LOSSES and _is_positive(steps[0][name])]
+        series = [
+            Series(
+                f"{name} (from {steps[0][name]:.2f})",
+                [row["step"] for row in steps],
+                [_number(row.get(name)) / steps[0][name] for row in steps],
+                color=index,
+                has_points=False,
+            )
+            for index, name in enumerate(names)
+        ]
+        body.append(line_chart(series, x_label="step", y_label="loss relative to its first value", from_zero=True))
+        losses = [(name, *(f"{_number(row.get(name)):.4f}" for row in (steps[0], steps[-1]))) for name in names]
+        body.append(table(["loss", f"step {steps[0]['step']}", f"step {steps[-1]['step']}"], losses))
+    finding = "The run was not validated, so only losses are shown."
+    if validations:
+        best = files.best or validations[-1]
+        last = validations[-1]
+        finding = f"Validation was best after epoch {best['epoch']} of {last['epoch']}; that model is measured below."
+        if best is last:
+            finding += " This is the last epoch, so longer training may improve the model further."
+        body += [heading("Validation"), *_validation(validations)]
+    return PageSection("Training", finding, body)
+
+
+def _validation(validations: Sequence[dict[str, Any]]) -> list[str]:
+    names = list(validations[0]["validation"])
+    plotted = [name for name in names if name.partition("@")[0] == "ndcg" or name.startswith("auc/")]
+    plotted = plotted or names[:1]
+    charts = [
+        line_chart(
+            [Series(name, [row["epoch"] for row in validations], [_metric(row, name) for row in validations])],
+            x_label="epoch",
+            y_label=f"validation: {name}",
+        )
+        for name in plotted[:2]
+    ]
+    rows = [(name, *(f"{_metric(row, name):.4f}" for row in validations)) for name in names]
+    return [*charts, table(["metric", *(f"epoch {row['epoch']}" for row in validations)], rows)]
+
+
+def _metric(row: dict[str, Any], name: str) -> float:
+    return _number(row["validation"].get(name))
+
+
+def _number(value: Any) -> float:
+    """A number of metrics.jsonl, where null stands for an undefined one."""
+    return float(value) if isinstance(value, (int, float)) else float("nan")
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value > 0 and math.isfinite(value)
+
+
+def latency_section(latency: Latency) -> PageSection:
+    """A chart and a table, with the load of the machine."""
+    milliseconds = [[1e3 * value for value in values] for values in (latency.median_s, latency.p90_s)]
+    low, high = min(milliseconds[0]), max(milliseconds[0])
+    finding = (
+        f"Scoring {latency.num_candidates:,} candidates takes {low:.1f} to {high:.1f} ms (median) for histories of "
+        f"{min(latency.lengths):,} to {max(latency.lengths):,} events."
+    )
+    chart = line_chart(
+        [
+            Series("median", latency.lengths, milliseconds[0], color=0),
+            Series("90th percentile", latency.lengths, milliseconds[1], color=6, dashed=True),
+        ],
+        x_label="events in the history",
+        y_label=f"ms per request of {latency.num_candidates:,} candidates",
+        log_x=max(latency.lengths) > 10 * min(latency.lengths) > 0,
+        from_zero=True,
+    )
+    rows = [
+        (f"{length:,}", f"{median:.2f}", f"{p90:.2f}", f"{p90 / median:.2f}")
+        for length, median, p90 in zip(latency.lengths, *milliseconds, strict=True)
+    ]
+    before, after = latency.load
+    conditions = (
+        f"One user per request, {latency.num_threads} threads on {latency.num_cores} cores; load average of the "
+        f"machine {before:.2f} before and {after:.2f} after. Medians over {latency.num_rounds} rounds."
+    )
+    if latency.is_wide:
+        conditions += (
+            f" The spread stayed wide: in at least half of the rounds, the 90th percentile exceeded {WIDE_SPREAD:g} "
+            "times the median. Rely on the medians alone, and measure again on an idle machine."
+        )
+    return PageSection(
+        "Latency", finding, [chart, table(["events", "median, ms", "p90, ms", "ratio"], rows), paragraph(conditions)]
+    )
+
+
+# What a report does not measure.
+
+ALWAYS = (
+    "other seeds: each run was trained once, and the intervals do not include differences between training runs",
+    "the effect on users: past clicks depend on what was shown to them",
+    "differences between groups of users, and how much rankings follow popularity (vista evaluate popularity=true)",
+    "concurrent requests, and a service over HTTP",
+)
+
+
+def limits_section(reasons: Sequence[str]) -> PageSection:
+    """A list of what is missing.
+
+    Args:
+        reasons: what is missing from this report in particular, each with its reason.
+    """
+    entries = "".join(f"<li>{escape(each)}</li>" for each in (*reasons, *ALWAYS))
+    return PageSection("What was not measured", "This report does not cover:", [f"<ul>{entries}</ul>"])
+
+
+# Quality over parts of the cases: by history length, by activity, and by the age of the deciding event.
+
+MIN_CASES = 30
+"""A part with fewer cases is not shown."""
+
+
+@dataclass(frozen=True, slots=True)
+class CasePart:
+    """Some of the cases of a measure."""
+
+    name: str
+    cases: NDArray[np.bool_]
+
+
+def split_section(
+    title: str, definition: str, data: ComparisonData, parts: Sequence[tuple[Measure, Sequence[CasePart]]], label: str
+) -> PageSection | str:
+    """Each measure over its parts, as a chart and a table; or why there is none.
+
+    Args:
+        definition: what the parts are, as a sentence.
+        parts: measures with their parts, in order; parts with few cases are left out.
+        label: name of the horizontal axis.
+    """
+    findings, body = [], [paragraph(definition)]
+    for measure, own_parts in parts:
+        kept = [part for part in own_parts if part.cases.sum() >= MIN_CASES]
+        if len(kept) < 2:
+            continue
+        shown = [name for name in data.shown if name in measure.names]
+        estimates = [measure.estimates(part.cases) for part in kept]
+        series = [_series(name, data, estimates) for name in shown]
+        findings.append(_split_finding(measure, data, kept, estimates, shown))
+        chart = line_chart(
+            series, x_label=label, y_label=f"{measure.title}, with 95 % intervals", x_names=[part.name for part in kept]
+        )
+        rows = [
+            (part.name, f"{int(part.cases.sum()):,}", *(each[name].text() for name in shown))
+            for part, each in zip(kept, estimates, strict=True)
+        ]
+        body += [heading(measure.title), chart, table([label, "cases", *shown], rows)]
+    if not findings:
+        return f"{title[0].lower()}{title[1:]}, because fewer than two groups have {MIN_CASES} cases"
+    return PageSection(title, " ".join(findings), body)
+
+
+def _series(name: str, data: ComparisonData, estimates: Sequence[dict[str, Estimate]]) -> Series:
+    own = [each[name] for each in estimates]
+    return Series(
+        name,
+        range(len(own)),
+        [each.value for each in own],
+        [each.ends() for each in own],
+        color=data.color(name),
+        dashed=name == ORACLE,
+    )
+
+
+def _split_finding(
+    measure: Measure,
+    data: ComparisonData,
+    parts: Sequence[CasePart],
+    estimates: Sequence[dict[str, Estimate]],
+    shown: Sequence[str],
+) -> str:
+    """Where the run is furthest ahead of each other run and of the best baseline, or that it is not ahead anywhere."""
+    runs = [name for name in shown if name in data.runs[1:]]
+    baselines = [name for name in shown if name not in (*data.runs, ORACLE)]
+    leads = [_lead(data.own, parts, estimates, [name], f"of {name} ") for name in runs]
+    leads += [_lead(data.own, parts, estimates, baselines, "of the baselines " if runs else "")] if baselines else []
+    if not leads:
+        first, last = estimates[0][data.own].value, estimates[-1][data.own].value
+        return f"{measure.title} of {data.own}: {first:.4f} for {parts[0].name}, {last:.4f} for {parts[-1].name}."
+    return f"{measure.title}: {data.own} is {', and '.join(leads)}."
+
+
+def _lead(
+    own: str,
+    parts: Sequence[CasePart],
+    estimates: Sequence[dict[str, Estimate]],
+    others: Sequence[str],
+    whom: str,
+) -> str:
+    """Where a run is furthest ahead of the best of some others; whom: what the text calls these."""
+    leads = [each[own].value - max(_or_low(each[name].value) for name in others) for each in estimates]
+    most = int(np.nanargmax(leads)) if np.isfinite(leads).any() else 0
+    if not leads[most] > 0:
+        return f"not ahead {whom}in any group"
+    best = max(others, key=lambda name: _or_low(estimates[most][name].value))
+    # The intervals of both, added in squares as if they were independent, are wider than that of a paired difference.
+    noise = np.hypot(estimates[most][own].half_width, estimates[most][best].half_width)
+    doubt = "" if leads[most] > noise else ", which is within the intervals"
+    by = f"{leads[most]:+.4f}" if len(others) == 1 else f"{leads[most]:+.4f} ahead of {best}"
+    return f"furthest ahead {whom}for {parts[most].name} ({by}{doubt})"
+
+
+def _or_low(value: float) -> float:
+    return value if np.isfinite(value) else -np.inf
+
+
+def training_section(run: MeasuredRun, log: EventLog) -> PageSection:
+    """The data, what the settings differ in from the defaults, and the model card."""
+    record, data = run.record, run.model.data
+    architecture = record.config.model.architecture.value
+    size = sum(parameter.numel() for parameter in run.model.parameters())
+    finding = (
+        f"The model is {architecture} with {size:,} parameters, trained on the events of {log.num_users:,} users "
+        f"{_before(split_until(data, 'train'))}."
+    )
+    rows: list[tuple[str, str]] = [("log", str(log.path)), ("users", f"{log.num_users:,}")]
+    rows += [("items", f"{log.num_items:,}"), ("events", f"{log.num_events:,}")]
+    times = log.time_range() if log.has_time else None
+    rows.append(("time of events", "no times" if times is None else " to ".join(_day(time) for time in times)))
+    if log.impressions is not None:
+        rows.append(("impressions", f"{log.impressions.num_impressions:,}"))
+    rows.append(("split", data.split.value))
+    summary, validations = record.summary, record.files.validations
+    if summary.seconds is not None:
+        rows.append(("training time", f"{summary.seconds:.0f} s for {validations[-1]['step']:,} steps"))
+    body = [table(["data", ""], rows, is_text=True)]
+    if summary.state != "finished":
+        why = f" ({summary.reason})" if summary.reason else ""
+        body.append(
+            paragraph(
+                f"The run is {summary.state}{why}{_done(record)}. All figures are for the best model so far.", "finding"
+            )
+        )
+    changed = list(_changed(to_dict(record.config), to_dict(TrainConfig())))
+    if changed:
+        body += [heading("Settings that differ from the defaults"), table(["key", "value"], changed, is_text=True)]
+    if record.card:
+        body.append(folded("Model card", record.card))
+    return PageSection("What was trained", finding, body)
+
+
+def _done(record: TrainedRun) -> str:
+    """How many epochs of an unfinished run are done, as the end of a sentence."""
+    validations, problem = record.files.validations, record.files.metrics_problem
+    if not validations and problem is not None:
+        why = "" if problem in (record.summary.reason or "") else f", because {problem}"
+        return f", and how many epochs are done is unknown{why}"
+    of = "" if record.config.optim.epochs is None else f" of {record.config.optim.epochs}"
+    return f": {validations[-1]['epoch'] if validations else 0}{of} epochs are done"
+
+
+def _before(until: Until) -> str:
+    """Which events training used, in words."""
+    if until.before is not None:
+        return f"before {_day(until.before)}"
+    if until.held_share:
+        return f"without the last {100 * until.held_share:g} % of each user's events"
+    return f"without the last {until.held_out} of each user"
+
+
+def _day(time_ms: int) -> str:
+    return datetime.fromtimestamp(time_ms / 1000, UTC).date().isoformat()
+
+
+def _changed(values: dict[str, Any], defaults: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Keys and values that differ, as the command line writes them."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _changed(value, defaults[name], f"{prefix}{name}.")
+        elif value != defaults[name]:
+            yield f"{prefix}{name}", value_text(value)
+
+
+# How the cases of a measure are divided: by history length, by activity, and by the age of the deciding event.
+#
+# Letters: N cases.
+
+NUM_GROUPS = 4
+ACTIVE_DAYS = 30
+AGE_BOUNDS = (0, 8, 32, 200, 1000)
+"""Lower ends of the groups of age, in events; the last one has no upper end."""
+MAX_PAIRS = 1 << 22
+"""Limit on the pairs of a label and a history item that are compared at once."""
+
+
+def length_parts(measure: Measure) -> list[CasePart]:
+    """Four groups of about as many cases, by the number of events before the question."""
+    return _quantile_parts(measure.seen)
+
+
+def activity_parts(measure: Measure, log: EventLog, until: Until) -> list[CasePart]:
+    """Four groups by the number of events of the user in the last days before `until`, or before the newest event."""
+    newest = log.time_range()
+    assert newest is not None
+    end = newest[1] + 1 if until.before is None else until.before
+    begin = end - ACTIVE_DAYS * DAY_MS
+    active = log.counts_before(end) - log.counts_before(begin)
+    return _quantile_parts(active[measure.user])
+
+
+def _quantile_parts(value: Int) -> list[CasePart]:
+    edges = np.unique(np.quantile(value, np.arange(1, NUM_GROUPS) / NUM_GROUPS, method="inverted_cdf"))
+    group = np.searchsorted(edges, value, side="left")
+    parts = []
+    for number in range(len(edges) + 1):
+        cases = group == number
+        if cases.any():
+            low, high = int(value[cases].min()), int(value[cases].max())
+            parts.append(CasePart(f"{low:,}" if low == high else f"{low:,}–{high:,}", cases))
+    return parts
+
+
+def age_parts(age: Int) -> list[CasePart]:
+    """Groups by age in events, int64 [N]; negative ages stand for no such event."""
+    parts = [CasePart(f"{low:,}–{high - 1:,}", (age >= low) & (age < high)) for low, high in pairwise(AGE_BOUNDS)]
+    return [*parts, CasePart(f"{AGE_BOUNDS[-1]:,}+", age >= AGE_BOUNDS[-1]), CasePart("none", age < 0)]
+
+
+def category_ages(measure: Measure, log: EventLog, file: Path, column: str) -> Int:
+    """Events since the user's newest event whose item has the category of the label, int64 [N]; -1 if there is none.
+
+    Raises:
+        DataError: as `read_categories`.
+    """
+    codes = read_categories(file, column, log.items)[1:]
+    return _newest_ages(measure, log, np.where(codes > 0, codes, -1))
+
+
+def item_ages(measure: Measure, log: EventLog) -> Int:
+    """Events since the user's newest event of the label's item, int64 [N]; -1 if there is none."""
+    return _newest_ages(measure, log, np.arange(log.num_items))
+
+
+def _newest_ages(measure: Measure, log: EventLog, group: Int) -> Int:
+    assert measure.item is not None
+    return EarlierEvents.of(log, group, measure.user, measure.seen, measure.item).newest_age
+
+
+def similar_ages(measure: Measure, log: EventLog, model: RankingModel) -> Int:
+    """Events since the one whose item vector is most similar to the label's (cosine), int64 [N].
+
+    -1 for users without events, and for labels that the model does not know.
+    """
+    vectors = item_vectors(model).detach().float().cpu().numpy()
+    return ages_by_vectors(measure, log, vectors, model.rows_of(log.items) - 1)
+
+
+def ages_by_vectors(measure: Measure, log: EventLog, vectors: Float32s, columns: Int) -> Int:
+    """`similar_ages` for item vectors float32 [V, M].
+
+    Args:
+        columns: int64 [log.num_items], the row in `vectors` of each of the log's items; -1 for unknown items.
+    """
+    assert measure.item is not None
+    age = np.full(len(measure.user), -1, np.int64)
+    for row, chosen in questions_by_user(measure.user, "similar events"):
+        items, first = np.unique(columns[np.asarray(log.slice(row).item)], return_index=True)
+        order = np.argsort(first)  # Of equally similar events, the oldest one counts.
+        items, first = items[order], first[order]
+        seen, label = measure.seen[chosen], columns[measure.item[chosen]]
+        asked = np.flatnonzero((seen > 0) & (label >= 0))
+        if not len(asked):
+            continue
+        for part in np.array_split(asked, 1 + len(asked) * len(items) // MAX_PAIRS):
+            similarity = vectors[label[part]] @ vectors[items].T
+            similarity[(items < 0) | (first >= seen[part, None])] = -np.inf
+            age[chosen[part]] = seen[part] - 1 - first[similarity.argmax(axis=1)]
+    return age
