@@ -48,7 +48,7 @@ from vista.explore.workspace import ItemNames, Places, UserSearch, Workspace, es
 from vista.log.event_log import EventLog
 from vista.log.vocabulary import Vocabulary
 from vista.refresh import refresh
-from vista.runs.run_summary import RunSummary
+from vista.runs.run_list import RunSummary
 from vista.scorer import Scorer
 from vista.scorer.serving_source import ServingSource
 from vista.store import StoreReader

@@ -14,11 +14,8 @@ from vista.cli.main import main
 from vista.config.choices import RunOrder
 from vista.errors import ConfigError, NonFiniteLossError
 from vista.log.event_log import EventLog
-from vista.runs.curve_points import thinned
-from vista.runs.metric_order import best_places
-from vista.runs.run_comparison import RunComparison
-from vista.runs.run_list import RunList
-from vista.runs.run_summary import RunSummary
+from vista.runs.run_files import best_places, thinned
+from vista.runs.run_list import RunComparison, RunList, RunSummary
 from vista.training.run_folder import log_file
 from vista.training.trainer import train_model
 

@@ -19,7 +19,7 @@ from vista.config.choices import Sampler
 from vista.config.config_keys import to_yaml
 from vista.errors import ConfigError, MissingDependencyError, SweepError
 from vista.log.event_log import EventLog
-from vista.runs.run_summary import RunSummary
+from vista.runs.run_list import RunSummary
 from vista.sweep.sweep import sweep
 from vista.sweep.sweep_report import SweepReport, values_of
 from vista.sweep.trial import folder_name
@@ -123,7 +123,7 @@ def test_an_interrupted_sweep_resumes_in_the_middle_of_a_trial(
 def test_what_a_tracker_lacks_of_finished_trials_is_sent_by_a_rerun(
     train_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from vista.tracking.tensorboard_tracker import TensorboardTracker
+    from vista.runs.tracking import TensorboardTracker
 
     def fail(*_: object) -> None:
         raise ConnectionError("the network is down")

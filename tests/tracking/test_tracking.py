@@ -27,7 +27,7 @@ from vista.config.config_keys import to_yaml
 from vista.config.train_config import TrackingConfig
 from vista.errors import MissingDependencyError, TrackingError
 from vista.log.event_log import EventLog
-from vista.tracking import tracked_run
+from vista.runs import tracking
 from vista.training.trainer import Trainer, train_model
 
 KINDS = [
@@ -230,7 +230,7 @@ def test_a_tracker_that_fails_midway_gets_the_rest_when_the_command_is_rerun(
     kind: str,
 ) -> None:
     config = tracked_config(event_log, dashboard_folder, kind)
-    tracker: Any = tracked_run.tracker_class(config.tracking.kind)
+    tracker: Any = tracking.tracker_class(config.tracking.kind)
     log = tracker.log
 
     def fail(self: Any, step: int, values: Any) -> None:
@@ -279,7 +279,7 @@ def test_a_server_that_does_not_answer_stops_the_run_before_training(
         address = f"http://127.0.0.1:{taken.getsockname()[1]}"
         if kind == "wandb":
             monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-            monkeypatch.setattr("vista.tracking.wandb_tracker.START_TIMEOUT_S", 1)
+            monkeypatch.setattr("vista.runs.tracking.START_TIMEOUT_S", 1)
         config = small_config(event_log, dashboard_folder / "run")
         (dashboard_folder / "train.yaml").write_text(without_tracking(config))
         words = (f"tracking={kind}", f"tracking.server={address}")

@@ -32,8 +32,7 @@ if TYPE_CHECKING:
     from vista.export.export import ExportReport
     from vista.planning.plan_report import PlanReport
     from vista.report.report import WrittenReport
-    from vista.runs.run_comparison import RunComparison
-    from vista.runs.run_list import RunList
+    from vista.runs.run_list import RunComparison, RunList
     from vista.sweep.sweep_report import SweepReport
 
 
@@ -106,7 +105,7 @@ def run_runs_compare(config: RunsCompareConfig) -> RunComparison:
     Raises:
         ConfigError: `out` cannot be written.
     """
-    from vista.runs.run_comparison import RunComparison
+    from vista.runs.run_list import RunComparison
 
     comparison = RunComparison.of(config.runs)
     _write(config.out, comparison.to_dict())

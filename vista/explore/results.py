@@ -25,10 +25,8 @@ from vista.explore.workspace import escaped
 from vista.files import read_limited
 from vista.log.event_log import EventLog
 from vista.log.splits import part_counts, part_times
-from vista.runs.curve_points import thinned
-from vista.runs.metric_order import badness
-from vista.runs.run_files import RunFiles
-from vista.runs.run_summary import RunSummary
+from vista.runs.run_files import RunFiles, badness, thinned
+from vista.runs.run_list import RunSummary
 from vista.scorer import Scorer
 from vista.scorer.request import Request
 from vista.scorer.serving_snapshot import ServingSnapshot

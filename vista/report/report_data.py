@@ -37,7 +37,7 @@ from vista.model.vista_model import VistaModel
 from vista.progress_bar import progress_bar
 from vista.refresh import refresh
 from vista.runs.run_files import RunFiles
-from vista.runs.run_summary import RunSummary
+from vista.runs.run_list import RunSummary
 from vista.scorer import CandidateSet, Scorer
 
 # What a run folder says about a training run.

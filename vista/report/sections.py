@@ -29,8 +29,7 @@ from vista.model.inference import item_vectors
 from vista.model.ranking_model import RankingModel
 from vista.report.html_page import PageSection, Series, folded, heading, interval_chart, line_chart, paragraph, table
 from vista.report.report_data import ORACLE, WIDE_SPREAD, ComparisonData, Latency, MeasuredRun, TrainedRun
-from vista.runs.curve_points import thinned
-from vista.runs.run_files import RunFiles
+from vista.runs.run_files import RunFiles, thinned
 
 
 def quality_section(data: ComparisonData, split: str) -> PageSection:

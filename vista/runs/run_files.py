@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import yaml
 
 from vista.config.checks import check_size
 from vista.config.config_keys import flattened
 from vista.files import read_limited
 from vista.json_fields import check_fields, either, one_of, text, whole
-from vista.runs.metrics_rows import rows_of
+
+
+def rows_of(text: str) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl, until a line that a crash cut off, or that `MetricsWriter` has not written."""
+    rows = []
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            break
+        if not isinstance(row, dict) or not all(isinstance(row.get(name), int) for name in ("step", "epoch")):
+            break
+        rows.append(row)
+    return rows
+
 
 MAX_JSON_BYTES, MAX_METRICS_BYTES = 1 << 20, 1 << 28
 FILES = ("run.json", "train.log", "metrics.jsonl")
@@ -118,3 +133,44 @@ def _facts(path: Path, problems: list[str]) -> dict[str, Any]:
         problems.append(f"run.json cannot be read ({error})")
         return {}
     return dict(facts)
+
+
+# Fewer points of a long curve.
+
+T = TypeVar("T")
+
+
+def thinned(points: Sequence[T], limit: int) -> list[T]:
+    """At most `limit` (two or more) of the points, evenly chosen, with the first and the last one."""
+    if len(points) <= limit:
+        return list(points)
+    return [points[place] for place in np.linspace(0, len(points) - 1, limit).round().astype(int).tolist()]
+
+
+# Which value of a metric is better.
+
+_LARGER = ("hr@", "ndcg@", "mrr@", "recall@", "precision@", "auc/", "gauc/")
+
+
+def badness(name: str, value: float) -> float | None:
+    """A number that is smaller for better values of a metric; None if no value of it is better than another."""
+    return {"lower is better": value, "best at 1": abs(value - 1), "higher is better": -value}.get(better_values(name))
+
+
+def better_values(name: str) -> str:
+    """Which values of a metric are better, in words; "" if none is better than another."""
+    name = name.removeprefix("validation ")
+    if name.startswith("ne/"):
+        return "lower is better"
+    if name.startswith("calibration/"):
+        return "best at 1"
+    return "higher is better" if name.startswith(_LARGER) else ""
+
+
+def best_places(name: str, values: Sequence[float | None]) -> list[bool]:
+    """Where the best of several values is; nowhere if they are all equal, or cannot be compared."""
+    ranked = [None if value is None else badness(name, value) for value in values]
+    known = [value for value in ranked if value is not None]
+    if len(set(known)) < 2:
+        return [False] * len(values)
+    return [value == min(known) for value in ranked]

@@ -2,17 +2,135 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vista.config.choices import RunOrder
+from vista.config.config_keys import value_text
 from vista.errors import ConfigError
-from vista.runs.metric_order import badness
-from vista.runs.run_files import is_run
-from vista.runs.run_summary import RunSummary
+from vista.files import open_file, read_limited
+from vista.json_fields import NUMBER
+from vista.runs.run_files import FILES, MAX_JSON_BYTES, RunFiles, badness, best_places, is_run
 from vista.text_table import terminal_width, text_table, wrapped
+
+# One run in a list of runs.
+
+HALF_WRITTEN = "half written"
+
+
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    """The content of a run folder. Missing values are None or empty."""
+
+    path: Path
+    name: str
+    state: str
+    """finished, running, stopped, failed, or half written: files of it are missing or cannot be read."""
+    reason: str | None
+    """Why it failed, or what is missing."""
+    metric: str | None
+    """The validation metric that chose the best model."""
+    epoch: int | None
+    """Of the best model, from 1."""
+    validation: Mapping[str, float] = field(default_factory=dict)
+    """All validation metrics of the best model."""
+    test: Mapping[str, float] = field(default_factory=dict)
+    """Metrics of JSON files in the folder that `vista evaluate split=test` wrote."""
+    seconds: float | None = None
+    """Time until the last validation."""
+    parameters: int | None = None
+    commit: str | None = None
+    changed_ns: int = 0
+    """When its files were last written."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """All settings, flat."""
+
+    @property
+    def best(self) -> float | None:
+        """The value of `metric` for the best model."""
+        return None if self.metric is None else self.validation.get(self.metric)
+
+    @classmethod
+    def of(cls, path: Path, name: str) -> RunSummary:
+        """Read the folder of a run. If something cannot be read, the run is half written; this is not an error."""
+        return cls.of_files(RunFiles.read(path), name)
+
+    @classmethod
+    def of_files(cls, files: RunFiles, name: str) -> RunSummary:
+        """The summary of a run whose files were read already."""
+        path, facts, best, validated = files.path, files.facts, files.best, files.validations
+        problems = list(files.problems)
+        state, reason = facts.get("state", HALF_WRITTEN), facts.get("reason")
+        if _is_locked(path / "train.log"):
+            state, reason, problems = "running", None, []
+        elif state == "running":
+            state, reason = "stopped", "its process was killed"
+        elif state == "finished" and not (path / "best" / "config.json").is_file():
+            problems.append("best/ is missing")
+        if problems:
+            state, reason = HALF_WRITTEN, "; ".join(problems)
+        seconds = validated[-1].get("seconds") if validated else None
+        return cls(
+            path=path,
+            name=name,
+            state=state,
+            reason=reason,
+            metric=facts.get("metric"),
+            epoch=best.get("epoch"),
+            validation=_numbers(best.get("validation")),
+            test=_tested(path),
+            seconds=seconds if NUMBER.holds(seconds) else None,
+            parameters=facts.get("parameters"),
+            commit=facts.get("commit"),
+            changed_ns=max((_changed_ns(path / file) for file in FILES), default=0),
+            settings=files.settings,
+        )
+
+
+def _tested(path: Path) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for file in sorted(path.glob("*.json")):
+        try:
+            report = json.loads(read_limited(file, MAX_JSON_BYTES))
+        except (OSError, ValueError, RecursionError):
+            continue  # no report of an evaluation
+        if isinstance(report, dict) and report.get("split") == "test":
+            metrics |= _numbers(report.get("metrics"))
+    return metrics
+
+
+def _numbers(values: Any) -> dict[str, float]:
+    return {name: value for name, value in values.items() if NUMBER.holds(value)} if isinstance(values, dict) else {}
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a training process holds the lock of its log file, which ends with the process."""
+    try:
+        descriptor = open_file(path)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _changed_ns(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
+
 
 MAX_DEPTH = 4
 """Maximum depth of run folders below the given folder."""
@@ -118,3 +236,83 @@ def run_folders(folder: Path) -> list[Path]:
 
 def _decimal(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
+
+
+# Runs side by side: the settings in which they differ, and their metrics.
+
+PLACES = ("run_dir",)
+"""Settings that differ between any two runs."""
+_MISSING = object()
+
+
+@dataclass(frozen=True, slots=True)
+class RunComparison:
+    """Two runs or more."""
+
+    runs: list[RunSummary]
+
+    @classmethod
+    def of(cls, paths: Sequence[str]) -> RunComparison:
+        """Read the folders of runs.
+
+        Raises:
+            ConfigError: there are fewer than two, or one is not the folder of a run.
+        """
+        if len(paths) < 2:
+            raise ConfigError("runs: name two or more run folders, such as runs=[runs/a,runs/b]")
+        for path in paths:
+            if not is_run(Path(path)):
+                raise ConfigError(f"runs: {path} is not a run folder; `vista runs folder=...` lists the run folders")
+        return cls([RunSummary.of(Path(path), name) for path, name in zip(paths, _names(paths), strict=True)])
+
+    def differences(self) -> dict[str, list[Any]]:
+        """Settings that differ, with the value of each run; `absent` if a run has no such setting."""
+        keys = dict.fromkeys(key for run in self.runs for key in run.settings if key not in PLACES)
+        values = {key: [run.settings.get(key, _MISSING) for run in self.runs] for key in keys}
+        return {
+            key: ["absent" if value is _MISSING else value for value in row]
+            for key, row in values.items()
+            if any(value != row[0] for value in row)
+        }
+
+    def metrics(self) -> dict[str, list[float | None]]:
+        """{"validation ndcg@10": [value of each run], "test ndcg@10": …}."""
+        rows: dict[str, list[float | None]] = {}
+        for part in ("validation", "test"):
+            for name in dict.fromkeys(name for run in self.runs for name in getattr(run, part)):
+                rows[f"{part} {name}"] = [getattr(run, part).get(name) for run in self.runs]
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "runs": [str(run.path) for run in self.runs],
+            "settings": self.differences(),
+            "metrics": self.metrics(),
+        }
+
+    def __str__(self) -> str:
+        width, names = terminal_width(), [run.name for run in self.runs]
+        settings = [[key, *map(value_text, row)] for key, row in self.differences().items()]
+        measured = [["state", *(run.state for run in self.runs)]]
+        for name, values in self.metrics().items():
+            marks = best_places(name.partition(" ")[2], values)
+            cells = ["" if value is None else f"{value:.4f}" for value in values]
+            measured.append([name, *(cell + "*" * mark for cell, mark in zip(cells, marks, strict=True))])
+        for key in ("epoch", "seconds", "parameters", "commit"):
+            found = [getattr(run, key) for run in self.runs]
+            measured.append([key, *("" if value is None else _shown(value) for value in found)])
+        lines = [text_table(["setting", *names], settings, width) if settings else "the settings are the same", ""]
+        lines += [text_table(["", *names], measured, width), "* the best of a row"]
+        lines += [wrapped(f"{run.name}: {run.state}: {run.reason}", width, "  ") for run in self.runs if run.reason]
+        return "\n".join(lines)
+
+
+def _shown(value: object) -> str:
+    return f"{value:,.1f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _names(paths: Sequence[str]) -> list[str]:
+    """The last parts of paths, or if these are not unique the paths."""
+    last = [Path(path).resolve().name for path in paths]
+    return last if len(set(last)) == len(last) else list(paths)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
 
-from vista.runs.metric_order import badness
+from vista.runs.run_files import badness
 from vista.sweep.trial import Trial
 from vista.text_table import terminal_width, text_table, wrapped
 

@@ -16,8 +16,8 @@ from vista.config.composition import compose_config
 from vista.config.config_keys import flattened
 from vista.errors import ConfigError, TrackingError, VistaError
 from vista.log.event_log import EventLog
-from vista.runs.run_summary import RunSummary
-from vista.tracking.tracked_run import TrackedRun
+from vista.runs.run_list import RunSummary
+from vista.runs.tracking import TrackedRun
 from vista.training.trainer import train_model
 
 MAX_NAME = 120

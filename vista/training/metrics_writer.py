@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vista.files import replace_text
-from vista.runs.metrics_rows import rows_of
+from vista.runs.run_files import rows_of
 from vista.training.run_folder import open_to_append
 
 

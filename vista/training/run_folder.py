@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from vista.config import TrainConfig
 from vista.errors import ConfigError
 from vista.files import open_file, recover_folder, remove_leftovers, writable_folder
-from vista.tracking.tracked_run import TrackedRun
+from vista.runs.tracking import TrackedRun
 from vista.training.checkpoint import remove_checkpoints
 
 logger = logging.getLogger(__name__)

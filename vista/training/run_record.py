@@ -15,8 +15,7 @@ from vista.config.config_keys import flat_settings
 from vista.files import replace_text
 from vista.installation import __version__, source_commit
 from vista.model.ranking_model import RankingModel
-from vista.tracking.curves import plot_curves
-from vista.tracking.tracked_run import TrackedRun
+from vista.runs.tracking import TrackedRun, plot_curves
 from vista.training.metrics_writer import MetricsWriter
 from vista.training.validation import Validation
 

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import re
+import secrets
+import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from vista.config.choices import TrackerKind
 from vista.config.config_keys import without_password
@@ -15,10 +21,179 @@ from vista.errors import MissingDependencyError, TrackingError
 from vista.files import read_limited, replace_text
 from vista.installation import require_module
 from vista.json_fields import NUMBER, check_fields, either, one_of, text, whole
-from vista.tracking.mlflow_tracker import MlflowTracker
-from vista.tracking.tensorboard_tracker import TensorboardTracker
-from vista.tracking.tracker import TrackedFolder, Tracker
-from vista.tracking.wandb_tracker import WandbTracker
+
+# The interface of all trackers.
+
+
+@dataclass(frozen=True, slots=True)
+class TrackedFolder:
+    """The run that a tracker shows."""
+
+    run_dir: Path
+    tracking: TrackingConfig
+    settings: Mapping[str, Any]
+    """All settings of the run, flat: {"model.dim": 64, …}."""
+    tags: Mapping[str, str]
+    """Other facts that identify the run, such as the commit of vista."""
+
+
+class Tracker(Protocol):
+    """One run in a tracker. After an exception, the data of that call may be missing in the tracker."""
+
+    def __init__(self, folder: TrackedFolder, run_id: str | None) -> None:
+        """Connect, and create the run, or continue the run of an earlier process."""
+
+    @property
+    def run_id(self) -> str:
+        """The values that a later process needs to continue the run."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Send the numbers of a step. Steps never decrease."""
+
+    def close(self, files: Sequence[Path] | None) -> None:
+        """End the run.
+
+        Args:
+            files: of a finished run, to show with it: Markdown, YAML, and PNG. None if the run has only stopped.
+        """
+
+
+# MLflow: a database, or a server.
+
+LIMITS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
+"""Timeout in seconds, and number of retries, of a request. MLflow's defaults would block training for minutes."""
+MAX_PARAM = 500
+"""Maximum length of a parameter that every version of an MLflow server accepts, in characters."""
+
+
+class MlflowTracker:
+    """A run of MLflow, in the experiment that `tracking.project` names."""
+
+    def __init__(self, folder: TrackedFolder, run_id: str | None) -> None:
+        for name, value in LIMITS.items():
+            os.environ.setdefault(name, value)
+        self._mlflow = require_module("mlflow", "mlflow")
+        self._client = self._mlflow.MlflowClient(tracking_uri=folder.tracking.server)
+        if run_id is None:
+            self.run_id = self._new_run(folder)
+        else:
+            self.run_id = run_id
+            self._client.update_run(run_id, status="RUNNING")
+
+    def _new_run(self, folder: TrackedFolder) -> str:
+        project = folder.tracking.project
+        experiment = self._client.get_experiment_by_name(project)
+        number = self._client.create_experiment(project) if experiment is None else experiment.experiment_id
+        made = self._client.create_run(number, tags=dict(folder.tags), run_name=folder.run_dir.name)
+        params = [self._mlflow.entities.Param(name, str(value)[:MAX_PARAM]) for name, value in folder.settings.items()]
+        for start in range(0, len(params), 100):  # the most that a server accepts at once
+            self._client.log_batch(made.info.run_id, params=params[start : start + 100])
+        return str(made.info.run_id)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """As `Tracker.log`."""
+        now = time.time_ns() // 1_000_000
+        metrics = [self._mlflow.entities.Metric(metric_name(name), value, now, step) for name, value in values.items()]
+        self._client.log_batch(self.run_id, metrics=metrics)
+
+    def close(self, files: Sequence[Path] | None) -> None:
+        """As `Tracker.close`."""
+        for path in files or ():
+            self._client.log_artifact(self.run_id, str(path))
+        self._client.set_terminated(self.run_id, "KILLED" if files is None else "FINISHED")
+
+
+def metric_name(name: str) -> str:
+    """A name that MLflow accepts: `ndcg@10` becomes `ndcg_at_10`."""
+    return re.sub(r"[^\w\-. :/]", "_", name.replace("@", "_at_"))
+
+
+class TensorboardTracker:
+    """Events in <run_dir>/tensorboard, one file per process."""
+
+    run_id = "tensorboard"
+
+    def __init__(self, folder: TrackedFolder, run_id: str | None) -> None:
+        events = folder.run_dir / self.run_id
+        if run_id is None:
+            shutil.rmtree(events, ignore_errors=True)
+        self._writer = require_module("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(events))
+        if run_id is None:
+            table = "\n".join(f"| {name} | {value} |" for name, value in folder.tags.items())
+            self._writer.add_text("run", f"| | |\n|---|---|\n{table}")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """As `Tracker.log`. The events are written to the file immediately, so a killed process loses none."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self, files: Sequence[Path] | None) -> None:
+        """As `Tracker.close`."""
+        for path in files or ():
+            if path.suffix == ".png":
+                image = require_module("matplotlib.image", "plots").imread(path)
+                self._writer.add_image(path.stem, image[..., :3], dataformats="HWC")
+            else:
+                text = path.read_text(encoding="utf-8")
+                self._writer.add_text(path.stem, text if path.suffix == ".md" else f"```\n{text}\n```")
+        self._writer.close()
+
+
+# Weights & Biases: a server, or files in the run's folder that are uploaded later.
+
+START_TIMEOUT_S = 30
+FINISH_TIMEOUT_S = 120
+"""How long the end of a run waits for uploads. What is not uploaded by then is still in <run_dir>/wandb."""
+
+
+class WandbTracker:
+    """A run of Weights & Biases. Its process uploads in the background, so training does not wait for the server."""
+
+    def __init__(self, folder: TrackedFolder, run_id: str | None) -> None:
+        tracking = folder.tracking
+        self._wandb = wandb = require_module("wandb", "wandb")
+        self.run_id = secrets.token_hex(4) if run_id is None else run_id
+        settings = wandb.Settings(
+            console="off",
+            silent=True,
+            save_code=False,
+            disable_git=True,
+            init_timeout=START_TIMEOUT_S,
+            finish_timeout=FINISH_TIMEOUT_S,
+            finish_timeout_raises=True,
+            x_save_requirements=False,
+        )
+        if tracking.server is not None:
+            settings.base_url = tracking.server
+        if not tracking.offline and not wandb.login(host=tracking.server, prompt=False):
+            raise TrackingError("no API key is set; run `wandb login`, or set tracking.offline=true")
+        self._run = wandb.init(
+            project=tracking.project,
+            name=folder.run_dir.name,
+            dir=str(folder.run_dir),
+            id=self.run_id,
+            resume="allow",
+            mode="offline" if tracking.offline else "online",
+            config={**folder.settings, **folder.tags},
+            allow_val_change=True,
+            settings=settings,
+        )
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """As `Tracker.log`."""
+        self._run.log(dict(values), step=step)
+
+    def close(self, files: Sequence[Path] | None) -> None:
+        """As `Tracker.close`."""
+        for path in files or ():
+            if path.suffix == ".png":
+                self._run.log({path.stem: self._wandb.Image(str(path))})
+            else:
+                own = shutil.copy(path, self._run.dir)
+                self._run.save(own, base_path=self._run.dir, policy="now")
+        self._run.finish(exit_code=255 if files is None else 0)
+
 
 logger = logging.getLogger(__name__)
 STATE_FILE = "tracking.json"
@@ -207,3 +382,30 @@ def _line(error: BaseException) -> str:
     """An error as part of a line."""
     words = " ".join(str(error).split())
     return f"{type(error).__name__}: {words[:300]}" if words else type(error).__name__
+
+
+# The plot of a run: its loss and its validation metrics.
+
+CURVES_FILE = "curves.png"
+
+
+def plot_curves(run_dir: Path, rows: Sequence[dict[str, Any]], metric: str | None) -> Path:
+    """Write curves.png to the run's folder.
+
+    Args:
+        rows: of metrics.jsonl.
+        metric: the one by which the best model is chosen; None without validation.
+    """
+    figure = require_module("matplotlib.figure", "plots").Figure(figsize=(9, 3.5), layout="constrained")
+    loss, quality = figure.subplots(1, 2)
+    trained = [row for row in rows if "validation" not in row]
+    validated = [row for row in rows if metric in row.get("validation", {})]
+    loss.plot([row["step"] for row in trained], [row["loss"] for row in trained])
+    loss.set(xlabel="step", ylabel="loss", title="training")
+    if validated:
+        steps = [row["step"] for row in validated]
+        quality.plot(steps, [row["validation"][metric] for row in validated], marker="o")
+    quality.set(xlabel="step", ylabel=metric or "", title="validation")
+    path = run_dir / CURVES_FILE
+    figure.savefig(path, dpi=100)
+    return path

@@ -1,1 +1,0 @@
-"""Experiment tracking: sends the metrics, settings, model card, and plots of a run to a tracker."""
