@@ -18,7 +18,7 @@ from tests.forked_child import in_child
 from vista.errors import StoreError
 from vista.refresh import refresh
 from vista.scorer import Scorer
-from vista.scorer.follower import Follower
+from vista.scorer.serving_source import Follower
 
 TIMEOUT_S = 60
 EVERY_S = 0.02
@@ -72,7 +72,7 @@ def test_a_new_generation_is_followed_until_close(served: Served, store: Path) -
 
 
 def test_a_store_that_disappears_and_returns(served: Served, store: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "vista.scorer.follower"), Scorer.open(served.model_dir, store) as scorer:
+    with caplog.at_level(logging.INFO, "vista.scorer.serving_source"), Scorer.open(served.model_dir, store) as scorer:
         expected = scorer.score(USERS, ITEMS)
         scorer.follow(EVERY_S)
         store.rename(store.with_name("away"))

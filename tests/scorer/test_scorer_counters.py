@@ -25,8 +25,7 @@ from vista.model import inference
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer, Tail
-from vista.scorer.request import Request
-from vista.scorer.request_counters import RequestCounters
+from vista.scorer.request import Request, RequestCounters
 from vista.training.log_schema import schema_of
 
 TAIL_LEN = 6

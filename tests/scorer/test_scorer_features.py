@@ -34,7 +34,7 @@ from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer, Tail
 from vista.scorer.reading import read_request
-from vista.scorer.request_projections import RequestProjections
+from vista.scorer.serving_snapshot import RequestProjections
 from vista.training.log_schema import schema_of
 
 EVENT_USERS = [1, 2, 3, 4]
@@ -481,7 +481,7 @@ def request_rows() -> EncodedRows:
 def projections(request: pytest.FixtureRequest, opened: Scorer, monkeypatch: pytest.MonkeyPatch) -> RequestProjections:
     """Those of few values, which are projected once, and those of too many."""
     if request.param == "large":
-        monkeypatch.setattr("vista.scorer.request_projections.MAX_PREPARED_ROWS", 3)
+        monkeypatch.setattr("vista.scorer.serving_snapshot.MAX_PREPARED_ROWS", 3)
     made = RequestProjections(opened.model)
     assert (made._table is None) == (request.param == "large")
     return made

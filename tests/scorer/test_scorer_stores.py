@@ -36,7 +36,7 @@ from vista.model.saved_model import WEIGHTS_FILE
 from vista.model.vista_model import VistaModel
 from vista.refresh import erase, refresh
 from vista.scorer import Scorer
-from vista.scorer.answer_source import AnswerSource
+from vista.scorer.scorer import AnswerSource
 from vista.scorer.scorer_stats import LATENCY_BOUNDS_MS, ScorerStats
 from vista.store.admin.store_compaction import compact_store
 from vista.store.shards import Shard

@@ -26,11 +26,10 @@ from vista.model.features import HashedVocabulary, RowFeatureReader
 from vista.model.item_feature_table import largest_keys
 from vista.model.vista_model import VistaModel
 from vista.refresh.full import new_manifest
-from vista.scorer.reading import read_request
+from vista.scorer.reading import read_request, with_fresh_events
 from vista.scorer.request import Request
 from vista.scorer.scorer_stats import StatsRecorder
 from vista.scorer.serving_snapshot import ServingSnapshot
-from vista.scorer.tail_merging import with_fresh_events
 from vista.store.format.keys import user_keys
 from vista.store.format.record import encode_records
 from vista.store.stored_batch import StoredBatch

@@ -1,11 +1,8 @@
 """The scorer: what ranking code calls (`vista.scorer.scorer`)."""
 
 from vista.model.ranking_model import NEXT_TASK
-from vista.scorer.answer_source import AnswerSource
-from vista.scorer.candidate_set import CandidateSet
-from vista.scorer.explanation import Explanation
-from vista.scorer.ranking import Ranking
-from vista.scorer.scorer import Scorer
+from vista.scorer.ranking import CandidateSet, Explanation, Ranking
+from vista.scorer.scorer import AnswerSource, Scorer
 from vista.scorer.scorer_stats import ScorerStats
 from vista.store.tail import Tail
 

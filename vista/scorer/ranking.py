@@ -3,21 +3,114 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch import Tensor
 
-from vista.arrays import Int
+from vista.arrays import Int, offsets_of
 from vista.config.choices import OnMissing
+from vista.errors import UnknownItemError
 from vista.log.vocabulary import Vocabulary
-from vista.model.ranking_model import UNKNOWN_ITEM
-from vista.scorer.candidate_set import CandidateSet
-from vista.scorer.item_filter import ItemFilter
-from vista.scorer.request import Request
+from vista.model import inference
+from vista.model.attribution import Attribution, attribute
+from vista.model.item_index import ItemIndex
+from vista.model.ranking_model import NEXT_TASK, UNKNOWN_ITEM
+from vista.model.target_attention import TargetContext
+from vista.model.vista_model import VistaModel
+from vista.scorer.request import (
+    MAX_IDS,
+    MAX_SCORES,
+    Request,
+    id_array,
+    ids_of,
+    item_rows,
+    length_of,
+    ragged_offsets,
+    require_most,
+    split_ragged,
+)
 from vista.scorer.scorer_stats import StatsRecorder
 from vista.scorer.serving_snapshot import ServingSnapshot
+
+
+@dataclass(frozen=True, slots=True)
+class CandidateSet:
+    """Candidates encoded by `Scorer.encode`, which any number of calls can use."""
+
+    rows: NDArray[np.int64]
+    """Model rows, [C] (the same for every user) or [B, C]."""
+    vocabulary: tuple[int, str]
+    """Number of items and digest of the vocabulary that the rows refer to."""
+
+    @classmethod
+    def of(
+        cls, snapshot: ServingSnapshot, candidates: Any, on_missing: OnMissing, name: str = "candidates"
+    ) -> CandidateSet:
+        """Look up item ids [C] or [B, C] in the vocabulary in service.
+
+        A `CandidateSet` of it, or of its first items, is returned as it is: items that are added to a model come last.
+
+        Raises:
+            UnknownItemError: an id is unknown, and `on_missing` is "raise".
+            ValueError, TypeError: the ids are not integers or strings as in the log, have the wrong shape, or are too
+                many, or the set was encoded for another vocabulary.
+        """
+        if isinstance(candidates, CandidateSet):
+            if not snapshot.begins_with(*candidates.vocabulary):
+                raise ValueError(f"{name}: were encoded for another model; call encode again after a reload")
+            return candidates
+        require_most(length_of(candidates), MAX_IDS, name)
+        try:
+            ids = id_array(candidates, name)
+        except ValueError as error:
+            raise ValueError(f"{error}; pass (values, offsets) instead") from None
+        if ids.ndim not in (1, 2):
+            raise ValueError(f"{name}: must be of shape [C] or [B, C], got {ids.shape}")
+        require_most(ids.size, MAX_IDS, name)
+        rows = item_rows(snapshot.model, ids.ravel(), name).reshape(ids.shape)
+        if on_missing is OnMissing.error and (rows == UNKNOWN_ITEM).any():
+            unknown = ids[rows == UNKNOWN_ITEM][:5].tolist()
+            raise UnknownItemError(
+                f"{name}: items {unknown} are not in the model's vocabulary; train on a newer log, or pass "
+                "on_missing='empty'"
+            )
+        return cls(rows, snapshot.vocabulary)
+
+
+@dataclass(frozen=True, slots=True)
+class ItemFilter:
+    """Arguments of `Scorer.rank` and `Scorer.retrieve`, as a caller passes them."""
+
+    exclude: Any = ()
+    exclude_tail: bool = False
+    within: Any = None
+    where: Any = None
+
+    def excluded(self, snapshot: ServingSnapshot) -> Int:
+        """Model rows of the items to leave out for all users, ascending."""
+        return np.unique(item_rows(snapshot.model, ids_of(self.exclude, "exclude"), "exclude"))
+
+    def allowed(self, snapshot: ServingSnapshot, on_missing: OnMissing) -> NDArray[np.bool_] | None:
+        """bool [1 + V]: rows of the items that `within` and `where` allow; None if neither is given."""
+        num_rows, mask = len(snapshot.model.items) + 1, None
+        if self.where is not None:
+            mask = snapshot.items_by_value.mask(self.where, num_rows)
+        if self.within is not None:
+            rows = CandidateSet.of(snapshot, self.within, on_missing, "within").rows
+            if rows.ndim != 1:
+                raise ValueError(f"within: must be of shape [C], got {rows.shape}")
+            listed = np.zeros(num_rows, np.bool_)
+            listed[rows] = True
+            mask = listed if mask is None else mask & listed
+        if mask is not None:
+            mask[UNKNOWN_ITEM] = False
+        return mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,3 +197,275 @@ def require_top_k(value: Any, name: str) -> None:
         raise TypeError(f"{name}: must be an integer, got {value!r}")
     if value < 1:
         raise ValueError(f"{name}: must be at least 1, got {value}")
+
+
+# The best items of a large catalog: candidates from an index and the user's own items, ranked by stage 2.
+#
+# B users, V items of the vocabulary, N candidates of all users together.
+
+
+def retrieved(
+    snapshot: ServingSnapshot,
+    request: Request,
+    task: str,
+    top_k: int,
+    num_candidates: int,
+    wanted: ItemFilter,
+    features: Any,
+    on_missing: OnMissing,
+    recorder: StatsRecorder,
+) -> list[Ranking]:
+    """The best items for each user of a request; arguments, result and errors are those of `Scorer.retrieve`."""
+    index = snapshot.item_index()
+    require_top_k(top_k, "top_k")
+    require_top_k(num_candidates, "num_candidates")
+    count = max(top_k, num_candidates)
+    require_most(len(request) * count, MAX_SCORES, "num_candidates", "pairs of a user and a candidate")
+    request = request.with_features(snapshot.model, features, None)
+    excluded, allowed = wanted.excluded(snapshot), wanted.allowed(snapshot, on_missing)
+    if allowed is None and len(excluded) > count:
+        allowed = np.ones(len(snapshot.model.items) + 1, np.bool_)
+    if allowed is not None:
+        allowed[excluded] = False
+        excluded = excluded[:0]
+    candidates = _candidates(snapshot, index, request, count, allowed, excluded, exclude_tail=wanted.exclude_tail)
+    if on_missing is OnMissing.nan:  # Their scores would be NaN, so that none could be returned.
+        candidates = [rows[:0] if request.missing[user] else rows for user, rows in enumerate(candidates)]
+    rows = np.concatenate([np.zeros(0, np.int64), *candidates])
+    offsets = offsets_of(np.array([len(part) for part in candidates], np.int64))
+    scores = snapshot.ragged_scores(request, rows, offsets, [task])[task].numpy()
+    rankings = [
+        best_items(snapshot.model.items, rows[first:stop], scores[first:stop], top_k)
+        for first, stop in pairwise(offsets.tolist())
+    ]
+    recorder.add(candidates=len(rows), dropped=sum(ranking.num_dropped for ranking in rankings))
+    return rankings
+
+
+def _candidates(
+    snapshot: ServingSnapshot,
+    index: ItemIndex,
+    request: Request,
+    count: int,
+    allowed: NDArray[np.bool_] | None,
+    excluded: Int,
+    *,
+    exclude_tail: bool,
+) -> list[Int]:
+    """Model rows of each user's candidates, ascending: the nearest items, and those of the counters and the tail.
+
+    Args:
+        count: nearest items per user, besides their own.
+        allowed: bool [1 + V] rows that may be returned; None allows all.
+        excluded: rows that may not be returned, even if allowed.
+        exclude_tail: whether to leave out the items of the user's tail too.
+    """
+    table, vectors = snapshot.retrieval_vectors(), snapshot.user_vectors(request)
+    counters, tail, candidates = request.counters, request.tail, []
+    for user in range(len(request)):
+        own = own_tail = np.unique(tail.item[user][tail.valid[user]]).astype(np.int64)
+        if counters is not None:
+            first, stop = counters.codes.offsets[user : user + 2].tolist()
+            own = np.union1d(own, counters.codes.key[first:stop].astype(np.int64))
+        left_out = np.union1d(excluded, own_tail if exclude_tail else own_tail[:0])
+        # The user's own items may be among the nearest, and the scores of counted items do not follow from distances.
+        others = np.union1d(left_out, own)
+        nearest = index.nearest(table, vectors[user], count + len(others), allowed)
+        nearest = nearest[~np.isin(nearest, others)][:count]
+        own = own[(own != UNKNOWN_ITEM) & ~np.isin(own, left_out)]
+        candidates.append(np.union1d(nearest, own if allowed is None else own[allowed[own]]))
+    return candidates
+
+
+def predict(
+    snapshot: ServingSnapshot,
+    request: Request,
+    candidates: Any,
+    features: Any,
+    tasks: list[str],
+    on_missing: OnMissing,
+    recorder: StatsRecorder,
+) -> dict[str, Any]:
+    """Scores of some tasks; arguments, result and errors are those of `Scorer.predict`."""
+    values, given = split_ragged(candidates)
+    rows, missing = CandidateSet.of(snapshot, values, on_missing).rows, request.missing
+    if given is not None:
+        offsets = ragged_offsets(rows, given, len(request))
+        request = request.with_features(snapshot.model, features, offsets)
+        scores = snapshot.ragged_scores(request, rows, offsets, tasks)
+        missing = np.repeat(missing, np.diff(offsets))
+    else:
+        if rows.ndim == 2 and len(rows) != len(request):
+            raise ValueError(
+                f"candidates: shape {rows.shape} does not match {len(request)} users; pass [C], or one row per user"
+            )
+        require_most(len(request) * rows.shape[-1], MAX_SCORES, "candidates", "pairs of a user and a candidate")
+        request = request.with_features(snapshot.model, features, rows.shape[-1])
+        scores = snapshot.scores(request, torch.from_numpy(rows), tasks)
+        missing = missing[:, None]
+    unknown = np.broadcast_to(rows == UNKNOWN_ITEM, scores[tasks[0]].shape)
+    if on_missing is OnMissing.nan:
+        nobody = torch.from_numpy(missing | unknown)
+        scores = {task: cells.masked_fill(nobody, float("nan")) for task, cells in scores.items()}
+    recorder.add(candidates=unknown.size, unknown_candidates=int(unknown.sum()))
+    if isinstance(values, Tensor):
+        return {task: cells.to(values.device) for task, cells in scores.items()}
+    return {task: cells.numpy() for task, cells in scores.items()}
+
+
+# What `Scorer.explain` returns. C candidates, S seeds, L' events of the tail.
+
+
+def explained(
+    snapshot: ServingSnapshot,
+    request: Request,
+    candidates: Any,
+    features: Any,
+    task: str,
+    on_missing: OnMissing,
+    recorder: StatsRecorder,
+) -> Explanation:
+    """What `Scorer.explain` returns for the one user of a request; arguments and errors are those of that."""
+    snapshot.require_task(task)
+    rows = CandidateSet.of(snapshot, candidates, on_missing).rows
+    if rows.ndim != 1:
+        raise ValueError(f"candidates: must be of shape [C], got {rows.shape}")
+    asked = request.with_features(snapshot.model, features, len(rows))
+    explanation = Explanation.of(snapshot, asked, torch.from_numpy(rows), task)
+    recorder.add(candidates=len(rows), unknown_candidates=int((rows == UNKNOWN_ITEM).sum()))
+    return explanation
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """The contributions to the scores of C candidates for one user (`vista.model.attribution`); float32.
+
+    `summary.sum(1) + state + tail.sum(1) + own + counted + remainder` equals `value`.
+    """
+
+    value: NDArray[np.float32]
+    """[C] the explained values: logits of a labeled task, whose sigmoid `score` returns, or the scores of `next`."""
+    summary: NDArray[np.float32]
+    """[C, S] contributions of the summary's tokens. For `next`, that of the mean token includes what it adds to the
+    request token."""
+    state: NDArray[np.float32]
+    """[C] contribution of what candidates read of the state; 0 unless `model.target_attention=quasi_linear`."""
+    tail: NDArray[np.float32]
+    """[C, L'] contributions of the events of the tail, oldest first."""
+    tail_items: list[Any]
+    """[L'] ids of their items; None for items that the model does not know."""
+    own: NDArray[np.float32]
+    """[C] contribution of the candidate itself, the features of the user, and the time and the features of the request;
+    for `next`, of the user and the request alone, because all contributions are measured along the candidate's
+    vector."""
+    counted: NDArray[np.float32]
+    """[C] contribution of the user's counters of the candidate and its categories; 0 if they are not counted. For
+    `next`, it is the score of a counted item except for what the user vector adds, and the other contributions are
+    shares of that."""
+    counts: NDArray[np.float32]
+    """[C, G * F] these counters as of the request, in the units and with the F columns of `CounterSpec`: of the item,
+    then of its value of each of `model.counter_categories`; NaN where it is not counted. G is 0 for a model without
+    counters."""
+    remainder: NDArray[np.float32]
+    """[C] the task's bias, and rounding."""
+
+    @classmethod
+    def of(cls, snapshot: ServingSnapshot, request: Request, rows: Tensor, task: str) -> Explanation:
+        """Explain the scores of candidates for the one user of a request.
+
+        Args:
+            snapshot: what is in service.
+            request: of one user.
+            rows: model rows of the candidates, int64 [C].
+            task: one of `snapshot.tasks`.
+        """
+        shares_of = _shares_of_next if task == NEXT_TASK else partial(_shares_of_task, task)
+        value, shares = shares_of(snapshot, request, rows.to(snapshot.model.device))
+        summary, tail, own, counted = shares.summary, shares.tail, shares.query[0], shares.counters
+        valid = request.tail.valid[0]
+        items = request.tail.item[0][valid]
+        ids = snapshot.model.items.ids(np.maximum(items - 1, 0)).tolist()
+        return cls(
+            value.cpu().numpy(),
+            summary.cpu().numpy(),
+            shares.state.cpu().numpy(),
+            tail[:, valid].cpu().numpy(),
+            [item_id if item != UNKNOWN_ITEM else None for item_id, item in zip(ids, items.tolist(), strict=True)],
+            own.cpu().numpy(),
+            counted.cpu().numpy(),
+            np.zeros((len(rows), 0), np.float32) if request.counters is None else request.counters.counts(rows.numpy()),
+            (value - (summary.sum(1) + shares.state + tail[:, valid].sum(1) + own + counted)).cpu().numpy(),
+        )
+
+
+@torch.no_grad()
+def _shares_of_next(snapshot: ServingSnapshot, request: Request, rows: Tensor) -> tuple[Tensor, Attribution]:
+    """The scores [C] of `next`, and their contributions.
+
+    What the query token starts from (`VistaModel.request_parts`) counts as its own share, or as a share of the newest
+    event or of the mean token. The score of a counted item has two terms: one of its
+    counters, and one of the user vector, which is broken down.
+    """
+    model, counters = snapshot.model, request.counters
+    context, seen = _inputs(model, request)
+    gap = inference.request_gap(model, request.now, request.tail)
+    items = snapshot.retrieval_vectors()[rows] / model.config.softmax_temperature
+    user = inference.user_vectors(model, context, gap)
+    value: Tensor = items @ user[0]
+    of_counters = torch.zeros_like(value)
+    if counters is not None:
+        assert model.counted is not None
+        codes = torch.from_numpy(counters.of_items(rows.cpu().numpy())[:, :-1]).to(model.device)
+        is_counted, popularity = codes[:, 0] > 0, model.item_popularity[rows]
+        num_events = torch.from_numpy(counters.num_events).to(model.device)
+        counted = model.counted.from_counters(codes[None], value[None], popularity[None], num_events)[0]
+        of_counters = torch.where(is_counted, counted, 0.0)
+        value = torch.where(is_counted, counted + model.counted.from_user(user), value)
+        items = torch.where(is_counted[:, None], model.counted.gate.weight * user.shape[-1] ** 0.5, items)
+
+    def head(out: Tensor) -> Tensor:
+        length = out.detach().square().sum(-1, keepdim=True).sqrt()
+        unit = out / length
+        return ((unit if model.popularity is None else model.popularity(unit)) * items).sum(-1)
+
+    parts = [part.reshape(1, -1).expand(len(rows), -1) for part in model.request_parts(seen, context)]
+    shares = attribute(model.target_attention, parts, None if gap is None else gap[0], context, head)
+    own, newest, *mean = shares.query
+    summary, tail = shares.summary.clone(), shares.tail.clone()
+    tail[:, -1] += newest
+    if mean:
+        summary[:, 0] += mean[0]
+    return value, replace(shares, summary=summary, tail=tail, query=[own], counters=of_counters)
+
+
+@torch.no_grad()
+def _shares_of_task(task: str, snapshot: ServingSnapshot, request: Request, rows: Tensor) -> tuple[Tensor, Attribution]:
+    """The logits [C] of a labeled task, and their contributions."""
+    model, dim = snapshot.model, snapshot.model.config.dim
+    assert model.task_head is not None
+    context, seen = _inputs(model, request)
+    features = None if request.features is None else request.features.rows  # one row, or one per candidate
+    asked = inference.request_vectors(model, request.now, request.tail, features)
+    asked = None if asked is None else asked[:, 0]
+    index, codes, added = model.schema.tasks.index(task), None, None
+    if request.counters is not None:
+        of_items = request.counters.of_items(rows.cpu().numpy())
+        both = snapshot.added_by(of_items)
+        codes, added = torch.from_numpy(of_items).to(model.device)[None], (both[:, :dim], both[:, dim:])
+    vectors, weight = model.item_vectors(rows), model.task_head.weight[index : index + 1]
+    of_pairs = None if asked is None else asked.expand_as(vectors)[None]
+    value = model.candidate_logits(vectors[None], of_pairs, seen, context, codes=codes)[0, :, index]
+
+    def head(out: Tensor) -> Tensor:
+        return F.linear(out, weight)[:, 0]
+
+    shares = attribute(model.target_attention, [vectors], asked, context, head, added)
+    if codes is not None and model.candidate_counters is not None:
+        shares = replace(shares, counters=shares.counters + model.candidate_counters.logits(codes)[0, :, index])
+    return value, shares
+
+
+def _inputs(model: VistaModel, request: Request) -> tuple[TargetContext, Tensor]:
+    """The context of a request, and the number of events that query tokens see."""
+    context = inference.request_context(model, request.summary, request.tail, users=request.users)
+    return context, torch.full((1,), model.config.tail_len, device=model.device)

@@ -5,8 +5,10 @@ B users, C candidates, V items of the vocabulary, S seeds, L tail length, M' wid
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +19,35 @@ from vista.config.choices import OnMissing, Precision, choice_of
 from vista.device import reuse_freed_memory
 from vista.log.vocabulary import Ids
 from vista.model.vista_model import VistaModel
-from vista.scorer.answer_source import AnswerSource, LatestSource
-from vista.scorer.candidate_set import CandidateSet
-from vista.scorer.explanation import Explanation, explained
-from vista.scorer.follower import Follower
-from vista.scorer.item_filter import ItemFilter
-from vista.scorer.prediction import predict
-from vista.scorer.ranking import Ranking, ranked
+from vista.scorer.ranking import CandidateSet, Explanation, ItemFilter, Ranking, explained, predict, ranked, retrieved
 from vista.scorer.reading import nan_for, read_request
-from vista.scorer.request import Request
-from vista.scorer.request_arguments import MAX_SCORES, require_max_age, require_most
-from vista.scorer.retrieval import retrieved
+from vista.scorer.request import MAX_SCORES, Request, require_max_age, require_most
 from vista.scorer.scorer_stats import ScorerStats, StatsRecorder
 from vista.scorer.serving_snapshot import ServingSnapshot
-from vista.scorer.serving_source import ServingSource
-from vista.scorer.snapshot_holder import SnapshotHolder
+from vista.scorer.serving_source import Follower, ServingSource, SnapshotHolder
 from vista.store.manifest import Manifest
 from vista.store.reader import StoreReader
 from vista.store.sharded_reader import ShardedReader
 from vista.store.tail import Tail
+
+# The generation and the model that an answer of a scorer was computed from.
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerSource:
+    """The generation of the store and the model that gave an answer."""
+
+    generation: int
+    """Number of the store's generation; of a sharded store, the oldest one of its shards. An incremental refresh
+    changes records without a new number."""
+    model_checksum: str | None
+    """`checksum` of the model's config.json, 16 hex digits; None for a model that was not read from a folder."""
+
+
+class LatestSource(threading.local):
+    """The source of each thread's latest answer."""
+
+    source: AnswerSource | None = None
 
 
 class Scorer:

@@ -4,13 +4,40 @@ from __future__ import annotations
 
 import bisect
 import math
+import os
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from vista.scorer.forks import repair_after_fork
+# Objects that notice when they become copies in a forked child.
+
+
+class Forkable(Protocol):
+    """An object that holds what does not survive a fork, such as a lock or a thread."""
+
+    def after_fork(self) -> None:
+        """Make the copy in a forked child usable."""
+
+
+_registered: weakref.WeakSet[Forkable] = weakref.WeakSet()
+
+
+def repair_after_fork(held: Forkable) -> None:
+    """Call `held.after_fork()` in every child that is forked during the object's life."""
+    _registered.add(held)
+
+
+def _repair() -> None:
+    for held in _registered:
+        held.after_fork()
+
+
+os.register_at_fork(after_in_child=_repair)
+
 
 BUCKETS_PER_OCTAVE = 4
 LATENCY_BOUNDS_MS = tuple(0.0625 * 2 ** (step / BUCKETS_PER_OCTAVE) for step in range(20 * BUCKETS_PER_OCTAVE + 1))

@@ -20,6 +20,7 @@ from vista.counters.counter_codes import MAX_CODE
 from vista.errors import ItemIndexError, shown
 from vista.log.histories import NUM_GAPS
 from vista.model import inference
+from vista.model.features import EncodedRows
 from vista.model.inference import ROW_TILE, pad_tail
 from vista.model.item_feature_table import ItemsByValue
 from vista.model.item_index import ItemIndex
@@ -27,13 +28,98 @@ from vista.model.item_projections import ItemProjections
 from vista.model.ranking_model import NEXT_TASK, UNKNOWN_ITEM
 from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
-from vista.scorer.candidate_tiles import Cells, rectangles, take, tiles
-from vista.scorer.pair_features import PairFeatures
-from vista.scorer.request import Request
-from vista.scorer.request_counters import RequestCounters
-from vista.scorer.request_projections import RequestProjections
+from vista.scorer.request import PairFeatures, Request, RequestCounters
 from vista.store.reader import StoreReader
 from vista.store.sharded_reader import ShardedReader
+
+# Candidates in whole tiles of `ROW_TILE` rows, so that their scores do not depend on each other.
+#
+# C candidates, C' the same in whole tiles.
+
+Cells = tuple[slice, slice]
+"""A range of users and a range of their candidates."""
+
+
+def rectangles(lengths: Int, pairs: int) -> Iterator[Cells]:
+    """Rectangles of about `pairs` pairs, in whole tiles of columns, that cover the first lengths[b] columns of user b.
+
+    The lengths ascend, so that the users who have a column are the last ones.
+    """
+    start, longest = 0, int(lengths.max(initial=0))
+    while start < longest:
+        first = int(np.searchsorted(lengths, start, side="right"))
+        step = max(1, pairs // (len(lengths) - first) // ROW_TILE) * ROW_TILE
+        yield slice(first, len(lengths)), slice(start, min(start + step, longest))
+        start += step
+
+
+def take(table: Tensor, rows: Tensor | None, users: slice, columns: slice) -> Tensor:
+    """Rows of a table, padded with the unknown item's row to whole tiles: [C', width] or [users, C', width]."""
+    if rows is None and (columns.stop - columns.start) % ROW_TILE == 0:
+        return table[columns]
+    part = tiles(rows, users, columns).to(table.device)
+    return table.index_select(0, part.flatten()).view(*part.shape, -1)  # four times as fast as table[part]
+
+
+def tiles(rows: Tensor | None, users: slice, columns: slice) -> Tensor:
+    """Model rows int64 [C'] or [users, C'], padded with the unknown item to whole tiles."""
+    if rows is None:
+        part = torch.arange(columns.start, columns.stop)
+    else:
+        part = rows[columns] if rows.ndim == 1 else rows[users, columns]
+    return F.pad(part, (0, -part.shape[-1] % ROW_TILE), value=UNKNOWN_ITEM)
+
+
+# What features of requests add to candidates. N requests or pairs, M model dim, R rows of the encoder.
+
+MAX_PREPARED_ROWS = 1 << 14
+"""At M = 256, a table of so many rows takes 84 MB."""
+
+
+class RequestProjections:
+    """Computes what features of requests add to the rows of `ItemProjections.candidate`.
+
+    Encoder and projection are linear, so each value is projected once per model, and a request only adds up rows.
+    """
+
+    def __init__(self, model: VistaModel) -> None:
+        """
+        Args:
+            model: reads features of requests; its weights no longer change.
+        """
+        assert model.request_encoder is not None
+        self._model = model
+        values, dense = model.request_encoder.values, model.request_encoder.dense
+        rows = values if dense is None else torch.cat([values, dense])
+        self._dense_rows = np.arange(len(values), len(rows))
+        self._table = self._projected(rows) if len(rows) <= MAX_PREPARED_ROWS else None
+        """[R, 5M] of each value, then of each dense input; None if the encoder has too many."""
+
+    @torch.inference_mode()
+    def of(self, features: EncodedRows | None, count: int) -> Tensor:
+        """[N, 5M] float32. The bits of a row do not depend on the others.
+
+        Args:
+            features: None if all are missing.
+            count: N.
+        """
+        if features is None:
+            assert self._model.request_features is not None
+            features = self._model.request_features.missing(count)
+        if self._table is None:
+            tiles = np.arange(-(-count // ROW_TILE) * ROW_TILE) % max(count, 1)  # repeated rows fill the last one
+            vectors = inference.request_feature_vectors(self._model, features.select(tiles), len(tiles))
+            assert vectors is not None
+            return self._projected(vectors)[:count]
+        row = np.concatenate([features.entry, np.broadcast_to(self._dense_rows, features.dense.shape)], 1)
+        weight = np.concatenate([np.ones(features.entry.shape, np.float32), features.dense], 1)
+        row_, weight_ = torch.from_numpy(row).to(self._table.device), torch.from_numpy(weight).to(self._table.device)
+        return F.embedding_bag(row_, self._table, mode="sum", per_sample_weights=weight_)
+
+    def _projected(self, vectors: Tensor) -> Tensor:
+        """[N, 5M] vectors [N, M], and their projections in the first layer of stage 2."""
+        return torch.cat([vectors, self._model.target_attention.request_projection(vectors)], -1)
+
 
 CONTEXT_TOKENS_PER_PASS = 1024
 

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import logging
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
+
+import torch
 
 from vista.config.choices import IndexKind, Precision
 from vista.device import choose_precision, resolve_device
@@ -13,6 +20,7 @@ from vista.errors import (
     ConfigError,
     ItemIndexError,
     ItemIndexMismatchError,
+    StoreError,
     SummarizerMismatchError,
     VistaError,
 )
@@ -22,6 +30,7 @@ from vista.model.item_index import MANIFEST_FILE, ItemIndex
 from vista.model.item_projections import ItemProjections
 from vista.model.saved_model import CONFIG_FILE, ModelDescription, SharedTables, opened_model
 from vista.model.vista_model import VistaModel
+from vista.scorer.scorer_stats import repair_after_fork
 from vista.scorer.serving_snapshot import ServingSnapshot
 from vista.store.format.tail_column import TailColumn
 from vista.store.format.user_column import UserColumn
@@ -171,3 +180,161 @@ class ServingSource:
         except OSError:
             return ()  # such as between the two renames of an export, where names cannot be exchanged
         return tuple(number for status in found for number in (status.st_dev, status.st_ino, status.st_mtime_ns))
+
+
+class SnapshotHolder:
+    """Holds the snapshot in service, replaces it, and closes it."""
+
+    def __init__(self, source: ServingSource) -> None:
+        self._source = source
+        self._closed = self._inherited = False
+        self._changing = threading.Lock()
+        self.current = source.open()
+        repair_after_fork(self)
+
+    @contextmanager
+    def use(self) -> Iterator[ServingSnapshot]:
+        """The current snapshot; its store stays open until the block ends.
+
+        This takes no lock, because a fork could copy it locked: `calls` is a set, and each operation on it is atomic.
+
+        Raises:
+            StoreError: the holder is closed.
+        """
+        self._require_open()
+        call = object()
+        snapshot = self.current
+        snapshot.calls.add(call)
+        while snapshot is not self.current:  # A reload happened between the two lines above.
+            self._release(snapshot, call)
+            snapshot = self.current
+            snapshot.calls.add(call)
+        try:
+            yield snapshot
+        finally:
+            self._release(snapshot, call)
+
+    def reload(self, task: str) -> bool:
+        """Move to a new generation of the store or a new model in the model's folder; returns whether there was one.
+
+        Args:
+            task: a task that a new model must have.
+
+        Raises:
+            StoreError, CheckpointError: the new one cannot be served; the old one stays in service.
+        """
+        with self._changing:
+            self._require_open()
+            try:
+                newer = self._source.open_newer(self.current, task)
+            except VistaError:
+                self.current.store.reload()  # A model that cannot be served must not block new generations.
+                raise
+            if newer is None:
+                return self.current.store.reload()
+            old, self.current = self.current, newer
+            self._close_unused(old)
+            return True
+
+    def close(self) -> None:
+        """Close the store; closing twice is allowed."""
+        with self._changing:
+            self._closed = True
+            self.current.store.close()
+
+    def after_fork(self) -> None:
+        """Make the copy in a forked child usable."""
+        self._inherited = torch.get_num_threads() > 1
+        self._changing = threading.Lock()
+
+    def _release(self, snapshot: ServingSnapshot, call: object) -> None:
+        snapshot.calls.discard(call)
+        if snapshot is not self.current:
+            self._close_unused(snapshot)
+
+    def _close_unused(self, snapshot: ServingSnapshot) -> None:
+        if not snapshot.calls:
+            snapshot.store.close()
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise StoreError(f"the scorer of {self.current.store.path} is closed; open a new one")
+        if self._inherited:  # OpenMP's threads are not forked, so a child that waits for them would hang.
+            self._inherited = False
+            torch.set_num_threads(1)
+
+
+# A thread that calls a scorer's `reload` at regular intervals.
+
+
+class _Reloadable(Protocol):
+    """What is followed: a `Scorer`."""
+
+    def reload(self) -> bool: ...
+
+
+class Follower:
+    """Calls `reload` at regular intervals in a daemon thread, between `start` and `stop`, while the scorer exists.
+
+    The scorer counts errors. An error is logged only if it differs from the previous one.
+
+    Args:
+        scorer: only a weak reference is kept, so that the thread does not keep the scorer alive.
+    """
+
+    def __init__(self, scorer: _Reloadable) -> None:
+        self._scorer = weakref.ref(scorer)
+        self._running: tuple[threading.Thread, threading.Event] | None = None
+        repair_after_fork(self)
+
+    def start(self, every_s: float) -> None:
+        """Call `reload` every `every_s` seconds, instead of at an earlier interval.
+
+        Raises:
+            ValueError: every_s is not positive or too large.
+        """
+        if not 0 < every_s <= threading.TIMEOUT_MAX:
+            raise ValueError(f"every_s: must be positive and at most {threading.TIMEOUT_MAX:.0f}, got {every_s}")
+        self.stop()
+        stopped = threading.Event()
+        parts = self._scorer, stopped, every_s
+        thread = threading.Thread(target=_follow, args=parts, name="vista-follow", daemon=True)
+        self._running = thread, stopped
+        thread.start()
+
+    def stop(self) -> None:
+        """End the thread, if there is one, and wait for a running reload to finish."""
+        running, self._running = self._running, None
+        if running is not None:
+            thread, stopped = running
+            stopped.set()
+            if thread is not threading.current_thread():
+                thread.join()
+
+    def after_fork(self) -> None:
+        """Forget the thread, which only the parent has."""
+        self._running = None
+
+
+def _follow(reference: weakref.ref[_Reloadable], stopped: threading.Event, every_s: float) -> None:
+    problem = ""
+    while not stopped.wait(every_s):
+        scorer = reference()
+        if scorer is None:
+            return
+        try:
+            scorer.reload()
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # Panics of extensions in Rust are not Exceptions.
+            if stopped.is_set():
+                return
+            text = f"{type(error).__name__}: {error}"
+            if text != problem:
+                logger.warning("reload failed; the previous model and store stay in service: %s", text)
+            problem = text
+        else:
+            if problem:
+                logger.info("reload works again")
+            problem = ""
+        del scorer
