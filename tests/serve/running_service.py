@@ -29,7 +29,7 @@ from tests.faults.nursery import Child, Nursery
 from vista.cli.main import main
 
 TIMEOUT_S = 120
-PRELOADED = ("vista.cli.serving_commands", "vista.config.composition", "vista.serve.server", "vista.serve.worker")
+PRELOADED = ("vista.cli.serving_commands", "vista.config.composition", "vista.serve.worker_pool", "vista.serve.worker")
 _LISTENING = re.compile(r"listening on http://127\.0\.0\.1:(\d+)")
 
 

@@ -33,9 +33,7 @@ from vista.scorer import Scorer
 from vista.serve import application, served_models, worker
 from vista.serve.application import make_application
 from vista.serve.request_bodies import JSON, MSGPACK, TailEvent, tail_of
-from vista.serve.score_batches import MAX_BYTES, MAX_REQUESTS, Entry, ScoreBatches
-from vista.serve.scoring_queue import ScoringQueue
-from vista.serve.scoring_service import ScoringService
+from vista.serve.scoring_service import MAX_BYTES, MAX_REQUESTS, Entry, ScoreBatches, ScoringQueue, ScoringService
 from vista.serve.served_models import ServedModels
 from vista.serve.service_metrics import ServiceMetrics
 from vista.training.trainer import train

@@ -26,8 +26,7 @@ from vista.refresh import refresh
 from vista.scorer import Scorer, Tail
 from vista.serve import scoring_service
 from vista.serve.request_bodies import JSON
-from vista.serve.score_batches import ScoreBatches
-from vista.serve.scoring_service import ScoringService
+from vista.serve.scoring_service import ScoreBatches, ScoringService
 from vista.store import StoreReader
 from vista.training.trainer import train
 

@@ -22,9 +22,8 @@ from vista.model.item_projections import RETRIEVAL_FILE
 from vista.model.saved_model import WEIGHTS_FILE, tables_of
 from vista.refresh import refresh
 from vista.scorer import Scorer
-from vista.serve.served_models import ServedModels
+from vista.serve.served_models import ServedModels, UserSplit
 from vista.serve.service_metrics import ServiceMetrics
-from vista.serve.user_split import UserSplit
 
 NAMES = ("a", "b", "c")
 

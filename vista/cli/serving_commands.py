@@ -196,6 +196,6 @@ def run_serve(config: ServeConfig) -> None:
         ConfigError: the address cannot be used, or the token cannot be read.
         StoreError, CheckpointError: the model or the store cannot be served.
     """
-    from vista.serve.server import run_server  # needs the extra `serve`
+    from vista.serve.worker_pool import run_server  # needs the extra `serve`
 
     run_server(config)

@@ -3,13 +3,112 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import hmac
+import logging
+import math
+import os
+import re
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
+from dataclasses import dataclass
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
+import fastapi
+import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from vista.serve.error_answer import ErrorAnswer
+from vista.errors import (
+    BodyTooLargeError,
+    ConfigError,
+    DeadlineError,
+    ItemIndexError,
+    ModelUnavailableError,
+    OverloadedError,
+    SlowBodyError,
+    StoreUnavailableError,
+    UnknownItemError,
+    UnknownModelError,
+    UnknownUserError,
+    UserKeyError,
+    VistaError,
+    shortened,
+)
+from vista.files import read_limited
+
+# Which status and which text a client gets for an error.
+
+logger = logging.getLogger(__name__)
+
+_OF_ARGUMENT = re.compile(
+    r"(users?|candidates|tail|now|request|exclude|within|where|top_k|num_candidates|task|item ids|ids)\b"
+)
+"""How error messages begin if the arguments of a request cause them."""
+MAX_TEXT = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorAnswer:
+    """An error as a client gets it."""
+
+    status: int
+    name: str
+    message: str
+    retry_after_s: int | None = None
+
+    def as_json(self) -> bytes:
+        """The body."""
+        return msgspec.json.encode({"error": {"type": self.name, "message": shortened(self.message, MAX_TEXT)}})
+
+    def as_response(self) -> fastapi.Response:
+        """The answer of an endpoint."""
+        headers = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+        return fastapi.Response(self.as_json(), self.status, headers, "application/json")
+
+
+def answer_of(error: Exception, stores: Iterable[str]) -> ErrorAnswer:
+    """The answer to a request that failed. Errors that the request did not cause are logged, and their text is kept
+    from the client.
+
+    Args:
+        error: what was raised.
+        stores: paths of the stores, which clients do not learn.
+    """
+    name, message = type(error).__name__, str(error)
+    match error:
+        case BodyTooLargeError():
+            return ErrorAnswer(413, name, message)
+        case SlowBodyError():
+            return ErrorAnswer(408, name, message)
+        case msgspec.ValidationError():
+            return ErrorAnswer(422, name, f"{message}; see /docs for the fields")
+        case msgspec.DecodeError():
+            return ErrorAnswer(400, name, f"the body is not valid: {message}")
+        case ItemIndexError():
+            return ErrorAnswer(400, name, message)
+        case UnknownUserError() | UnknownItemError():
+            for store in stores:
+                message = message.replace(store, "the store")
+            return ErrorAnswer(404, name, message)
+        case UnknownModelError():
+            return ErrorAnswer(404, name, message)
+        case OverloadedError():
+            return ErrorAnswer(429, name, message, retry_after_s=1)
+        case ModelUnavailableError():
+            return ErrorAnswer(503, name, message, retry_after_s=max(1, math.ceil(error.retry_after_s)))
+        case DeadlineError():
+            return ErrorAnswer(504, name, message)
+        case UserKeyError():
+            return ErrorAnswer(422, name, message)
+        case StoreUnavailableError():
+            logger.error("%s: %s", name, message)
+            return ErrorAnswer(503, name, "the store does not answer; send the request again later", retry_after_s=1)
+        case ValueError() | TypeError() if not isinstance(error, VistaError) and _OF_ARGUMENT.match(message):
+            return ErrorAnswer(422, name, message)
+        case _:
+            logger.error("a request failed", exc_info=error)
+            return ErrorAnswer(500, name, "internal error; see the log of the service")
+
 
 MAX_HEAD_BYTES = 64 << 10
 HEAD_S = 10.0
@@ -184,3 +283,135 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self._writing is not None:
             self._writing.cancel()
             self._writing = None
+
+
+# The tokens that clients of the service can send.
+
+TOKEN_VARIABLE = "VISTA_SERVE_TOKEN"
+"""Environment variable with the tokens, read if no file is named."""
+MIN_TOKEN = 16
+"""Characters of the shortest token that is accepted."""
+_MOST_BYTES = 4096
+
+
+def read_tokens(path: str | None) -> list[bytes]:
+    """Read tokens, one per line, from a file or, without a path, from VISTA_SERVE_TOKEN.
+
+    Several tokens let clients move from an old one to a new one at different times.
+
+    Returns:
+        At least one token; an empty list if there is no path and the variable is not set.
+
+    Raises:
+        ConfigError: the file cannot be read, it holds no token, or a token is too short or has characters that a header
+            cannot have. The message never holds a token.
+    """
+    remedy = "write one with `openssl rand -hex 32`"
+    if path is None:
+        text = os.environ.get(TOKEN_VARIABLE)
+        return [] if text is None else _checked(text.encode(), TOKEN_VARIABLE, remedy)
+    try:
+        return _checked(read_limited(Path(path), _MOST_BYTES), f"token_file: {path}", remedy)
+    except OSError as error:
+        raise ConfigError(f"token_file: {path}: {error.strerror}; {remedy}") from error
+
+
+def is_authorized(header: bytes, tokens: Sequence[bytes]) -> bool:
+    """Whether the value of the header Authorization holds a token; takes the same time for any wrong token."""
+    scheme, _, given = header.partition(b" ")
+    same = [hmac.compare_digest(given.strip(), token) for token in tokens]
+    return any(same) and scheme.lower() == b"bearer"
+
+
+def _checked(held: bytes, where: str, remedy: str) -> list[bytes]:
+    tokens = {number: line.strip() for number, line in enumerate(held.splitlines(), 1) if line.strip()}
+    for number, token in (tokens or {1: b""}).items():
+        if len(token) < MIN_TOKEN or any(not 0x21 <= byte <= 0x7E for byte in token):
+            raise ConfigError(
+                f"{where}, line {number}: must hold a token of at least {MIN_TOKEN} printable ASCII characters without "
+                f"space; {remedy}"
+            )
+    return list(tokens.values())
+
+
+# Checks of the headers of requests, which refuse a request before its body is read.
+
+OPEN_PATHS = ("/healthz", "/readyz")
+"""Paths that need no token, for the probes of load balancers."""
+NO_TOKEN = ErrorAnswer(401, "Unauthorized", "send the token as one header, `Authorization: Bearer TOKEN`")
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+_HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(:[0-9]*)?")
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Scope]]
+Send = Callable[[Scope], Awaitable[None]]
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class TokenCheck:
+    """Refuses requests without a token.
+
+    Args:
+        app: gets the other requests.
+        tokens: one of them must be sent.
+        on_refused: called with the status of each refusal.
+    """
+
+    def __init__(self, app: Application, tokens: Sequence[bytes], on_refused: Callable[[int], None]) -> None:
+        self._app = app
+        self._tokens = tokens
+        self._on_refused = on_refused
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer it with 401."""
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+            given = _values(scope, b"authorization")
+            if len(given) != 1 or not is_authorized(given[0], self._tokens):
+                self._on_refused(NO_TOKEN.status)
+                refusal = NO_TOKEN.as_response()
+                refusal.headers["WWW-Authenticate"] = "Bearer"
+                await refusal(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+class HostCheck:
+    """Refuses requests that name another host.
+
+    A service without a token relies on its address: only this machine can reach it. But a browser of this machine also
+    shows web pages of others. If the name of such a page resolves to this machine (DNS rebinding), the page may read
+    the answers, and only the header Host, which every browser sends, tells its requests from others.
+
+    Args:
+        app: gets the other requests.
+        hosts: names that are accepted, with any port. IPv6 addresses are in brackets.
+        on_refused: called with the status of each refusal.
+    """
+
+    def __init__(self, app: Application, hosts: Sequence[str], on_refused: Callable[[int], None]) -> None:
+        self._app = app
+        self._hosts = hosts
+        self._on_refused = on_refused
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer it with 421."""
+        if scope["type"] == "http" and not all(map(self._is_accepted, _values(scope, b"host"))):
+            text = f"without a token, the service only answers requests to {', '.join(self._hosts)}; set token_file"
+            refusal = ErrorAnswer(421, "WrongHostError", text)
+            self._on_refused(refusal.status)
+            await refusal.as_response()(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _is_accepted(self, value: bytes) -> bool:
+        found = _HOST.fullmatch(value.decode("latin-1").lower())
+        return found is not None and found[1] in self._hosts
+
+
+def accepted_hosts(host: str) -> list[str]:
+    """Names of this machine that clients may send, if the service listens on `host`."""
+    own = f"[{host}]" if ":" in host else host.lower()
+    return list(dict.fromkeys([*LOCAL_HOSTS, own]))
+
+
+def _values(scope: Scope, header: bytes) -> list[bytes]:
+    return [value for name, value in scope["headers"] if name == header]

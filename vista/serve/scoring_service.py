@@ -5,24 +5,40 @@ B users, C candidates. All methods run in threads of the queue.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
+import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from vista.arrays import offsets_of
 from vista.config import ServeConfig
-from vista.errors import BodyTooLargeError, ConfigError, RecordError, StoreUnavailableError, UnknownUserError
+from vista.config.choices import OnMissing
+from vista.errors import (
+    BodyTooLargeError,
+    ConfigError,
+    DeadlineError,
+    OverloadedError,
+    RecordError,
+    StoreUnavailableError,
+    UnknownUserError,
+    VistaError,
+)
 from vista.installation import __version__
+from vista.log.histories import NO_TIMESTAMP, RowFeatures
 from vista.log.vocabulary import ids_of_words
 from vista.model.item_index import MANIFEST_FILE
 from vista.model.saved_model import CONFIG_FILE
+from vista.model.vista_model import VistaModel
 from vista.scorer import Ranking, Scorer
 from vista.serve.request_bodies import (
     JSON,
@@ -31,12 +47,66 @@ from vista.serve.request_bodies import (
     RankBody,
     RetrieveBody,
     ScoreBody,
+    TailEvent,
     candidate_ids,
     decoded,
     item_ids,
     tail_of,
 )
-from vista.serve.user_record import user_record
+from vista.store.reader import StoreReader
+from vista.store.sharded_reader import ShardedReader
+
+
+def user_record(store: StoreReader | ShardedReader, model: VistaModel, user: int | str) -> dict[str, Any] | None:
+    """The record of a user as JSON values; None without a record.
+
+    Args:
+        store: of the model's summaries.
+        model: names the items, actions and features.
+        user: an id as in the log.
+
+    Raises:
+        StoreError: the record is damaged, or the store is closed.
+    """
+    stored = store.get_many(cast(list[str], [user]))
+    if not stored.found[0]:
+        return None
+    tail, rows = stored.tail, stored.tail.items
+    ids = model.items.ids(np.maximum(rows, 1) - 1).tolist() if len(rows) else []
+    events = model.event_features
+    of_events = {} if events is None else RowFeatures(tail.features).named(events.values)
+    users = model.user_features
+    of_user = {} if users is None else RowFeatures(stored.features).named(users.values)
+    summary = stored.summary[0].astype(np.float64)
+    return {
+        "user": user,
+        "generation": stored.generation,
+        "created_at": _time(stored.created_at[0]),
+        "num_events": int(stored.event_count[0]),
+        "newest_event_at": _time(stored.last_event_ts[0]),
+        "summary_shape": list(summary.shape),
+        "summary_norms": np.linalg.norm(summary, axis=1).tolist(),
+        "features": {name: column.tolist()[0] for name, column in of_user.items()},
+        "counted_keys": {
+            field: len(one.key)
+            for one in stored.counters[:1]
+            for field, one in zip(one.spec.fields, stored.counters, strict=True)
+        },
+        "tail": [
+            {
+                "item": ids[place] if rows[place] else None,
+                "time": int(tail.times[place]),
+                "action": model.schema.actions[tail.actions[place]] if model.schema.actions else None,
+                "features": {name: column.tolist()[place] for name, column in of_events.items()},
+            }
+            for place in range(len(rows))
+        ],
+    }
+
+
+def _time(time_ms: np.int64) -> int | None:
+    return None if time_ms == NO_TIMESTAMP else int(time_ms)
+
 
 logger = logging.getLogger(__name__)
 
@@ -309,3 +379,197 @@ def _answer(held: dict[str, Any], media_type: str, candidates: Any, num_candidat
     else:
         body = msgspec.json.encode(held, enc_hook=np.ndarray.tolist)
     return Answer(body, media_type, num_candidates)
+
+
+# Scores small requests that wait at the same time in one call.
+#
+# There is no pause for others to arrive: a request that finds a free thread is scored alone. If requests wait, those
+# that
+# are next in line join the first one, because one call for several users costs much less than a call for each
+# (docs/research-log.md has the figures). Scores do not depend on the other users of a call, beyond rounding.
+
+OF_REQUESTS = (ValueError, TypeError, OverflowError, VistaError)
+"""Errors that an invalid request causes."""
+MAX_REQUESTS = 16
+MAX_BYTES = 4096
+"""Most bytes of the bodies of a batch, about 600 ids: longer lists keep a core busy alone, and would delay others."""
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """A request for scores."""
+
+    body: bytes
+    media_type: str
+    result: Future[Answer] = field(default_factory=Future)
+
+
+class ScoreBatches:
+    """The waiting score requests of one model.
+
+    Each request still has a place of its own in the queue. When its turn comes, it computes itself and some that come
+    later; when their turn comes, their answers are there already.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[Entry, None] = {}
+        self._lock = threading.Lock()
+
+    def enter(self, body: bytes, media_type: str) -> Entry:
+        """Add a request to those that wait."""
+        entry = Entry(body, media_type)
+        with self._lock:
+            self._waiting[entry] = None
+        return entry
+
+    def leave(self, entry: Entry) -> None:
+        """Remove a request whose client no longer waits. Its result is cancelled, because nobody will compute it."""
+        with self._lock:
+            if entry in self._waiting:
+                del self._waiting[entry]
+                entry.result.cancel()
+
+    def answer(self, entry: Entry, service: ScoringService) -> Answer:
+        """The answer to a request; errors are those of `ScoringService.scored`, or CancelledError after `leave`."""
+        if batch := self._take(entry, service.scorer.on_missing):
+            _compute(batch, service)
+        return entry.result.result()
+
+    def _take(self, first: Entry, on_missing: OnMissing) -> list[Entry]:
+        """Remove the request and some that wait behind it from the queue; empty if another thread has taken it."""
+        with self._lock:
+            if first not in self._waiting:
+                return []
+            del self._waiting[first]
+            batch, size = [first], len(first.body)
+            if on_missing is not OnMissing.error:  # One unknown id would fail the whole call.
+                for entry in self._waiting:
+                    size += len(entry.body)
+                    if size > MAX_BYTES or len(batch) == MAX_REQUESTS:
+                        break
+                    batch.append(entry)
+                for entry in batch[1:]:
+                    del self._waiting[entry]
+            return batch
+
+
+def _compute(batch: list[Entry], service: ScoringService) -> None:
+    """Set the results of all requests of a batch."""
+    asked: dict[Entry, ScoreBody] = {}
+    for entry in batch:
+        try:
+            asked[entry] = service.checked(entry.body, entry.media_type)
+        except BaseException as error:
+            entry.result.set_exception(error)
+    together = [entry for entry, body in asked.items() if _can_join(body)]
+    if len(together) > 1:
+        try:
+            answers = _together([asked[entry] for entry in together], [entry.media_type for entry in together], service)
+        except BaseException as error:  # Panics of Rust too. Computed alone, each gets its own error or answer.
+            if not isinstance(error, OF_REQUESTS):
+                logger.exception("%d requests could not be scored together, and are scored alone", len(together))
+        else:
+            for entry, answer in zip(together, answers, strict=True):
+                entry.result.set_result(answer)
+                del asked[entry]
+    for entry, body in asked.items():
+        try:
+            entry.result.set_result(service.scored(body, entry.media_type))
+        except BaseException as error:
+            entry.result.set_exception(error)
+
+
+def _together(bodies: list[ScoreBody], media_types: list[str], service: ScoringService) -> list[Answer]:
+    """Answers to several requests, from one call."""
+    clock = server_time()
+    given = [candidate_ids(body.candidates) for body in bodies]
+    users = [user for body in bodies for user in body.users]
+    values: list[Any] = []
+    lengths, tails = [], list[list[TailEvent]]()
+    times: list[int] = []
+    for body, candidates in zip(bodies, given, strict=True):
+        count = len(body.users)
+        if isinstance(candidates, tuple):
+            values.append(candidates[0])
+            lengths.append(np.diff(candidates[1]))
+        else:
+            values += [candidates] * count
+            lengths.append(np.full(count, len(candidates)))
+        tails += body.tail if body.tail is not None else [[]] * count
+        now = body.now if body.now is not None else clock
+        times += now if isinstance(now, list) else [now] * count
+    merged = ScoreBody(users, [], tails if any(tails) else None, times)
+    ids = [item for some in values for item in (some if isinstance(some, list) else some.tolist())]
+    scores = service.scores(merged, (ids, offsets_of(np.concatenate(lengths))))
+    bounds = np.cumsum([own.sum() for own in lengths])[:-1]
+    return [
+        service.answer(part if isinstance(own, tuple) else part.reshape(len(body.users), -1), own, kind)
+        for part, own, body, kind in zip(np.split(scores, bounds), given, bodies, media_types, strict=True)
+    ]
+
+
+def _can_join(body: ScoreBody) -> bool:
+    """Whether a request can be part of a call: it has no features, and one entry per user wherever it has a list."""
+    count = len(body.users)
+    of_users = [body.tail, body.now, body.candidates if any(isinstance(one, list) for one in body.candidates) else None]
+    return not body.request and count > 0 and all(len(one) == count for one in of_users if isinstance(one, list))
+
+
+# Computes requests in a few threads, and refuses what it cannot compute in time.
+
+Result = TypeVar("Result")
+
+
+class ScoringQueue:
+    """A queue of limited length in front of a few threads.
+
+    Args:
+        num_threads: requests that are computed at the same time.
+        limit: most requests that wait or are computed.
+    """
+
+    def __init__(self, num_threads: int, limit: int) -> None:
+        self._pool = ThreadPoolExecutor(num_threads, "vista-serve")
+        self._limit = limit
+        self._depth = 0
+        self._lock = threading.Lock()
+
+    @property
+    def depth(self) -> int:
+        """Requests that wait or are computed."""
+        return self._depth
+
+    def require_room(self) -> None:
+        """Raise OverloadedError if the queue is full."""
+        if self._depth >= self._limit:
+            raise OverloadedError(f"{self._depth} requests are already waiting; send this one again later")
+
+    async def run(self, call: Callable[[], Result], timeout_s: float) -> Result:
+        """The result of a call, which runs in a thread.
+
+        A call that has not started by its deadline never starts. One that has started keeps its place until it ends.
+
+        Raises:
+            OverloadedError: the queue is full.
+            DeadlineError: there is no result after `timeout_s` seconds.
+        """
+        with self._lock:
+            self.require_room()
+            self._depth += 1
+        held = [call]  # The pool keeps a call that never starts until a thread is free. It must not keep its body.
+        future: Future[Result] = self._pool.submit(lambda: held.pop()())
+        future.add_done_callback(self._finished)
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(future), timeout_s)
+        except TimeoutError:
+            raise DeadlineError("there was no result in time; send fewer candidates, or allow more time") from None
+        finally:
+            held.clear()
+
+    def close(self) -> None:
+        """Wait for running calls, and end the threads."""
+        self._pool.shutdown()
+
+    def _finished(self, _: Future[Any]) -> None:
+        with self._lock:
+            self._depth -= 1

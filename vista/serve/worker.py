@@ -19,10 +19,8 @@ from vista.config.serve_config import ModelsFile
 from vista.device import cpu_settings
 from vista.machine import is_loopback
 from vista.serve.application import make_application
-from vista.serve.bearer_token import read_tokens
-from vista.serve.http_protocol import HEAD_S, BoundedHttpProtocol
-from vista.serve.request_checks import accepted_hosts
-from vista.serve.scoring_queue import ScoringQueue
+from vista.serve.http_protocol import HEAD_S, BoundedHttpProtocol, accepted_hosts, read_tokens
+from vista.serve.scoring_service import ScoringQueue
 from vista.serve.served_models import ServedModels
 from vista.serve.service_metrics import ServiceMetrics
 
