@@ -165,7 +165,7 @@ def test_modules_can_be_read_at_once() -> None:
     assert not long, "\n".join(long)
 
 
-MOST = {"vista": (317, 64_308), "tests": (224, 61_218)}
+MOST = {"vista": (298, 64_152), "tests": (224, 61_212)}
 """Files and lines of each folder. They only go down: whoever removes some lowers the numbers in the same commit."""
 
 

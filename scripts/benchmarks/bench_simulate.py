@@ -25,7 +25,7 @@ from scripts.benchmarks.timing import interleaved
 from vista.config import SimulateConfig
 from vista.machine import usable_cores
 from vista.simulation.simulate import EVENTS_FILE, IMPRESSIONS_FILE, generate, write
-from vista.simulation.simulated_log import SimulatedLog
+from vista.simulation.streams import SimulatedLog
 
 SHAPES = {
     "400 users of 4,000 events": SimulateConfig(num_users=400, events_per_user=4_000),

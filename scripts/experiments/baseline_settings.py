@@ -28,7 +28,7 @@ def baseline_settings(name: str, horizons: Sequence[int]) -> dict[str, Any]:
     """The settings of a baseline, in types of JSON; empty for one that only counts.
 
     Args:
-        name: of a baseline of `vista.evaluation.baselines`, or of a predictor of `vista.simulation.oracle`.
+        name: of a baseline of `vista.evaluation.baselines`, or of a predictor of `vista.simulation.simulate`.
         horizons: numbers of next events that it is asked about. It is fitted to each of them.
     """
     if name not in _FITTED:

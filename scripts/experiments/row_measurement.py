@@ -55,16 +55,15 @@ from vista.model.ranking_model import RankingModel
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer
-from vista.simulation.oracle import oracle_metrics
-from vista.simulation.simulate import generate
-from vista.simulation.world_table import WORLDS
+from vista.simulation.simulate import generate, oracle_metrics
+from vista.simulation.worlds import WORLDS
 from vista.store.layout import CURRENT
 
 TOP_K = [10, 50, 200]
 
 
 SIMULATED = ("whole history", "last 2000", "last 200", "last 32", "pooled")
-"""Predictors of `vista.simulation.oracle` that a row may name as `untrained`."""
+"""Predictors of `vista.simulation.simulate` that a row may name as `untrained`."""
 WINDOW_METRICS = (
     *("precision@10/50-events", "precision@10:returns/50-events", "ndcg@10/50-events"),
     *("recall@50:new/200-events", "ndcg@50:new/200-events"),

@@ -100,7 +100,7 @@ def test_every_experiment_has_its_own_folders_and_words_override_it() -> None:
 
 def test_simulation_experiment_splits_where_the_simulation_does() -> None:
     from vista.log.splits import parse_time
-    from vista.simulation.period import split_times
+    from vista.simulation.streams import split_times
 
     data = compose_config(config.TrainConfig, ["experiment=simulation"]).data
     times = [parse_time(text) for text in (data.validation_from, data.test_from) if text]

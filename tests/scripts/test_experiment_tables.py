@@ -45,7 +45,7 @@ from vista.evaluation.protocol import measure_windows
 from vista.log.event_log import EventLog
 from vista.log.ingest.source_parser import read_categories
 from vista.log.splits import parse_time, split_until
-from vista.simulation.period import split_times
+from vista.simulation.streams import split_times
 
 pytestmark = pytest.mark.research
 

@@ -12,19 +12,16 @@ from numpy.typing import NDArray
 
 from vista.config import SimulateConfig
 from vista.errors import ConfigError, DataError
-from vista.simulation.catalog import NUM_PERIODS, make_catalog
-from vista.simulation.event_stream import ACTIONS
-from vista.simulation.oracle import (
+from vista.simulation.simulate import (
     area_under_curve,
+    generate,
     normalized_entropy,
     oracle_metrics,
     predict_from_window,
+    simulate,
 )
-from vista.simulation.period import period, split_times
-from vista.simulation.simulate import generate, simulate
-from vista.simulation.simulated_log import SimulatedLog
-from vista.simulation.topic_index import TopicIndex
-from vista.simulation.worlds.share import LOGITS, ShareWorld, affinity, recent_match
+from vista.simulation.streams import ACTIONS, NUM_PERIODS, SimulatedLog, TopicIndex, make_catalog, period, split_times
+from vista.simulation.worlds import LOGITS, ShareWorld, affinity, recent_match
 
 pl = pytest.importorskip("polars")
 

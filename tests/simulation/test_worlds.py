@@ -17,12 +17,9 @@ from tests.simulation.test_simulate import cross_fitted_scores
 from vista.config import SimulateConfig
 from vista.config.choices import WorldName
 from vista.errors import ConfigError
-from vista.simulation.oracle import area_under_curve, oracle_metrics, predict_from_window
-from vista.simulation.period import split_times
-from vista.simulation.simulate import generate, simulate
-from vista.simulation.simulated_log import SimulatedLog
-from vista.simulation.world_table import WORLDS
-from vista.simulation.worlds.click_world import ClickWorld
+from vista.simulation.simulate import area_under_curve, generate, oracle_metrics, predict_from_window, simulate
+from vista.simulation.streams import SimulatedLog, split_times
+from vista.simulation.worlds import WORLDS, ClickWorld
 
 ALL = tuple(WorldName)
 CLICK_WORLDS = tuple(name for name in ALL if name != WorldName.share)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from vista.log.deletions import DeletionReport
     from vista.log.ingest.prepare import PrepareReport
     from vista.log.inspection import LogStats, LogVerification
-    from vista.simulation.simulation_report import SimulationReport
+    from vista.simulation.simulate import SimulationReport
     from vista.store.admin.publish_report import PublishReport
     from vista.store.admin.whole_generation import WholeGeneration
     from vista.store.format.record import RawRecords

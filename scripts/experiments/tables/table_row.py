@@ -36,7 +36,7 @@ class TableRow:
     labels, from an int8 store. With leave-last-out the tail begins there, so that no event is in both."""
     untrained: str = ""
     """Name of a baseline (`vista.evaluation.baselines`), or of a predictor that knows the simulation
-    (`vista.simulation.oracle`), such as "oracle". They are measured once, without training."""
+    (`vista.simulation.simulate`), such as "oracle". They are measured once, without training."""
     base: str = ""
     """Row of the same table and seed whose model stays frozen: this row is trained on it with stage=downstream."""
     texts: str = ""

@@ -24,7 +24,7 @@ REFERENCES = {
     "last 2,000 events": TableRow(1, untrained="last 2000"),
     "pooled": TableRow(1, untrained="pooled"),
 }
-"""What the last events and pooled vectors can reach at best (`vista.simulation.oracle`)."""
+"""What the last events and pooled vectors can reach at best (`vista.simulation.simulate`)."""
 
 
 def _world(name: str, **size: Any) -> Table:

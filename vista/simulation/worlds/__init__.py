@@ -1,1 +1,0 @@
-"""The settings of the simulation: how events come about, and what decides a click."""
