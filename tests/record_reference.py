@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from vista.config.choices import Codec
-from vista.store.format.counter_layout import CounterLayout
-from vista.store.format.record_spec import HEADER
+from vista.store.record_spec import HEADER, CounterLayout
 
 
 def decode_record_reference(

@@ -131,7 +131,7 @@ def test_a_class_name_stands_for_one_thing() -> None:
     assert not shared, shared
 
 
-FOLDER_MAKERS = ("vista/files.py", "vista/store/lmdb/permissions.py")
+FOLDER_MAKERS = ("vista/files.py", "vista/store/layout.py")
 STAGING_FOLDERS = {
     "vista/log/ingest/prepare.py": {"folder", "scratch"},
     "vista/log/segment_writer.py": {"segment.folder / prefix"},
@@ -165,7 +165,7 @@ def test_modules_can_be_read_at_once() -> None:
     assert not long, "\n".join(long)
 
 
-MOST = {"vista": (298, 64_152), "tests": (224, 61_212)}
+MOST = {"vista": (249, 63_714), "tests": (224, 61_168)}
 """Files and lines of each folder. They only go down: whoever removes some lowers the numbers in the same commit."""
 
 

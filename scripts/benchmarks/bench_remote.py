@@ -34,7 +34,7 @@ from scripts.benchmarks.store_workloads import RECORDS_PER_READ, RECORDS_PER_WRI
 from scripts.benchmarks.timing import interleaved
 from vista.device import keep_freed_memory, set_threads
 from vista.store import StoreReader, user_keys
-from vista.store.remote.key_names import KeyNames
+from vista.store.server_connection import KeyNames
 
 SHAPES = (StoreShape(32, 64), StoreShape(128, 256))
 """The shapes of the default model and of the paper's model."""

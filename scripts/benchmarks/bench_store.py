@@ -57,8 +57,8 @@ from vista.config.choices import StateDtype
 from vista.device import keep_freed_memory, set_threads
 from vista.store import StoreReader, user_keys
 from vista.store.layout import read_current, state_path
-from vista.store.lmdb.environment import SharedEnvironment
-from vista.store.update import StoreUpdate
+from vista.store.lmdb_environment import SharedEnvironment
+from vista.store.writer import StoreUpdate
 
 SHAPES = (StoreShape(32, 64), StoreShape(128, 256))
 """The shapes of the default model and of the paper's model."""

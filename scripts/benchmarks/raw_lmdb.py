@@ -8,7 +8,7 @@ from types import TracebackType
 
 import lmdb
 
-from vista.store.lmdb.data_file import MAP_SIZE_BYTES
+from vista.store.lmdb_environment import MAP_SIZE_BYTES
 
 
 class RawLmdb:

@@ -32,7 +32,7 @@ from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.refresh.batch_encoder import LogItems, last_times, stored_tail
 from vista.store import NO_TIMESTAMP
-from vista.store.stored_batch import StoredBatch
+from vista.store.record import StoredBatch
 
 
 @dataclass(frozen=True, slots=True)

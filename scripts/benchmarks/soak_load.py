@@ -29,7 +29,7 @@ from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, erase, refresh, refresh_incremental
 from vista.scorer import Scorer, Tail
 from vista.store import StoreReader
-from vista.store.admin.store_compaction import compact_store
+from vista.store.admin import compact_store
 from vista.store.layout import environment_path, list_generations, read_current, write_current
 
 THREADS = 2

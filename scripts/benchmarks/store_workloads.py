@@ -37,10 +37,10 @@ from vista.store import (
     encode_records,
     user_keys,
 )
-from vista.store.format.state_record import StateArrays, StateSpec, encode_states
 from vista.store.layout import environment_path, read_current
-from vista.store.lmdb.environment import SharedEnvironment
-from vista.store.update import StoreUpdate
+from vista.store.lmdb_environment import SharedEnvironment
+from vista.store.state_record import StateArrays, StateSpec, encode_states
+from vista.store.writer import StoreUpdate
 
 SUMMARIZER = hashlib.sha256(b"benchmark").digest()
 TAIL_LEN = 32

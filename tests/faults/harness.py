@@ -44,7 +44,7 @@ from vista.errors import VistaError, shortened
 from vista.installation import source_commit
 from vista.log import segment_files
 from vista.model import saved_model
-from vista.store.format import record_spec, state_record
+from vista.store import record_spec, state_record
 from vista.training import checkpoint
 
 MAX_FAILURES = 5

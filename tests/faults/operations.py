@@ -26,14 +26,12 @@ from vista.log.ingest.source_parser import SourceParser
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh, refresh_incremental
 from vista.store import StoreReader, user_keys
-from vista.store.admin.copying import copy_generation
-from vista.store.admin.rollback import roll_back
-from vista.store.admin.store_compaction import compact_store
-from vista.store.admin.verification import verify_store
+from vista.store.admin import compact_store, copy_generation, roll_back
 from vista.store.erasure import erase
 from vista.store.layout import list_generations
 from vista.store.shards import Shard
 from vista.store.tombstones import Tombstones
+from vista.store.verification import verify_store
 from vista.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from vista.training.log_schema import schema_of
 
@@ -141,13 +139,13 @@ def holds_copy(folder: Path) -> None:
 
 
 def export(folder: Path) -> None:
-    from vista.store.admin.parquet import export_store
+    from vista.store.parquet import export_store
 
     export_store(folder / "store", folder / "exported.parquet")
 
 
 def import_to(folder: Path, store: str) -> None:
-    from vista.store.admin.parquet import import_store
+    from vista.store.parquet import import_store
 
     import_store(folder / "exported.parquet", folder / store, parser=parser())
 

@@ -20,14 +20,12 @@ from tests.record_reference import decode_record_reference
 from vista.counters.counter_codes import CounterCodes, CounterSpec
 from vista.errors import StoreError
 from vista.store import StoreReader, StoreWriter, Tail, UserSummaries, encode_records, user_keys
-from vista.store.format.counter_layout import CounterLayout
-from vista.store.format.keys import CURSOR_KEY, MANIFEST_KEY
-from vista.store.format.record_spec import RecordSpec
-from vista.store.format.tail_column import TailColumn
+from vista.store.keys import CURSOR_KEY, MANIFEST_KEY
 from vista.store.layout import environment_path
-from vista.store.lmdb.data_file import open_environment
+from vista.store.lmdb_environment import open_environment
 from vista.store.manifest import Manifest
-from vista.store.stored_batch import StoredBatch
+from vista.store.record import StoredBatch
+from vista.store.record_spec import CounterLayout, RecordSpec, TailColumn
 
 SUMMARIZER = bytes(range(32))
 COUNTERS = CounterLayout.of(CounterSpec(keys=(4,)), [60_000])

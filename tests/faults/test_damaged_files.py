@@ -23,8 +23,8 @@ from tests.faults.nursery import Nursery, Say
 from tests.faults.oracle import Run
 from vista.errors import RecordError, StoreError
 from vista.store import StoreReader, user_keys
-from vista.store.format.state_record import encode_states
 from vista.store.layout import environment_path, state_path
+from vista.store.state_record import encode_states
 
 Job = Callable[..., None]
 RUNS = [Run(salt=1, total=400, batch=50), Run(salt=2, total=100, batch=20, dim=300), Run(salt=3, dim=3000)]

@@ -28,13 +28,11 @@ from vista.errors import StoreUnavailableError
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh, refresh_incremental
-from vista.store import StoreReader, user_keys
-from vista.store.admin.copying import copy_generation
+from vista.store import StoreReader, lmdb_environment, remote_store, user_keys
+from vista.store.admin import copy_generation
 from vista.store.erasure import erase
 from vista.store.layout import parse_pointer
-from vista.store.lmdb import transactions
-from vista.store.remote import remote_records
-from vista.store.remote.generation_on_server import GenerationOnServer
+from vista.store.server_writer import GenerationOnServer
 
 STORE = "mine"
 FIRST, FULL, INCREMENTAL = "first refresh", "full refresh", "incremental refresh"
@@ -75,7 +73,7 @@ def growth(valkey: ValkeyServer, nursery: Nursery, tmp_path_factory: pytest.Temp
     counts = {3: 4, 31: 5, **dict.fromkeys(range(10, 28), 2)}
     growing.append(folder / "log", growing.events(counts, start=growing.START + 500 * growing.HOUR))
     growing.model(counters=True, counter_categories=["genre"]).save_pretrained(folder / "model")
-    for module in (__name__, "vista.store.remote.locked_server"):
+    for module in (__name__, "vista.store.server_writer"):
         nursery.imports(module)
     after, requests = {}, {}
     dump: dict[bytes, bytes] = {}
@@ -153,7 +151,7 @@ def copy(say: Say, source: str, target: str, kill_call: int, *kill: Any) -> list
     Returns:
         The numbers of requests to servers and of such system calls.
     """
-    transactions._WALK_USERS = remote_records._BATCH_RECORDS = USERS_PER_BATCH
+    lmdb_environment._WALK_USERS = remote_store._BATCH_RECORDS = USERS_PER_BATCH
     requests = CountedRequests(*kill)
     preload.watch(target)
     preload.die_at(kill_call)

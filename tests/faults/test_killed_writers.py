@@ -21,8 +21,7 @@ from tests.faults.oracle import Run
 from vista.errors import StoreLockedError
 from vista.store import StoreReader
 from vista.store.layout import environment_path, read_current
-from vista.store.lmdb.data_file import committed_size, open_environment
-from vista.store.lmdb.environment import SharedEnvironment
+from vista.store.lmdb_environment import SharedEnvironment, committed_size, open_environment
 
 PHASES = {"open": "between batches", "begin": "between begin and commit", "ack": "between batches"}
 

@@ -32,18 +32,17 @@ from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh, refresh_incremental
 from vista.scorer import Scorer
 from vista.store import StoreReader, user_keys
-from vista.store.admin.store_compaction import compact_store
-from vista.store.admin.verification import verify_store
+from vista.store.admin import compact_store
 from vista.store.erasure import erase
-from vista.store.format.keys import MANIFEST_KEY
-from vista.store.format.record import seal_record
-from vista.store.format.record_spec import CHECKSUM_OFFSET, HEADER, HEADER_BYTES
-from vista.store.generation_files import GenerationFiles
+from vista.store.keys import MANIFEST_KEY
 from vista.store.layout import environment_path
-from vista.store.lmdb.data_file import open_environment
+from vista.store.lmdb_environment import open_environment
+from vista.store.local_generation import GenerationFiles
 from vista.store.manifest import Manifest
-from vista.store.stored_batch import CLOCK_SKEW_MS
+from vista.store.record import CLOCK_SKEW_MS, seal_record
+from vista.store.record_spec import CHECKSUM_OFFSET, HEADER, HEADER_BYTES
 from vista.store.tombstones import Tombstones
+from vista.store.verification import verify_store
 
 MAX_AGE_S = 3600
 

@@ -20,7 +20,7 @@ from vista.model import inference
 from vista.model.history_states import embed, history_states
 from vista.model.summarizer import Summarizer, clusters
 from vista.model.vista_model import VistaModel
-from vista.store.format.codecs import dequantize_rows, quantize_rows
+from vista.store.record_spec import dequantize_rows, quantize_rows
 
 
 def formula(model: VistaModel, history: Histories) -> Tensor:

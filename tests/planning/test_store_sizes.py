@@ -15,7 +15,7 @@ from vista.config.model_config import ModelConfig
 from vista.errors import ConfigError
 from vista.planning.capacity_plan import StoreSizes, lmdb_bytes, server_bytes
 from vista.refresh import RefreshOptions, refresh
-from vista.store.format.keys import user_keys
+from vista.store.keys import user_keys
 from vista.store.layout import environment_path, read_current, state_path
 
 REPOSITORY = Path(__file__).parents[2]

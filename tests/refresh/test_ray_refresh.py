@@ -41,9 +41,9 @@ from vista.refresh.full import RefreshEngine
 from vista.refresh.ray_engine import ActorJob, ActorResult, RefreshActor, log_digest
 from vista.refresh.refresh_report import StageClock
 from vista.store import StoreReader
-from vista.store.format.record_spec import RecordSpec
 from vista.store.layout import environment_path, state_path
-from vista.store.lmdb.environment import SharedEnvironment
+from vista.store.lmdb_environment import SharedEnvironment
+from vista.store.record_spec import RecordSpec
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
 ray_engine = import_module("vista.refresh.ray_engine")

@@ -33,8 +33,8 @@ from vista.refresh import RefreshOptions, RefreshReport, refresh, refresh_increm
 from vista.refresh.refresh_report import STAGES
 from vista.scorer import Scorer
 from vista.store import NO_TIMESTAMP, StoreReader, StoreWriter
-from vista.store.format.digest import event_digests, item_keys
-from vista.store.stored_batch import CLOCK_SKEW_MS
+from vista.store.keys import event_digests, item_keys
+from vista.store.record import CLOCK_SKEW_MS
 from vista.training.log_schema import schema_of
 
 

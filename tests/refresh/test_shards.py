@@ -17,13 +17,12 @@ from vista.log.event_log import EventLog
 from vista.refresh import RefreshOptions, forget, merge, merging, refresh, refresh_incremental
 from vista.scorer import Scorer
 from vista.store import StoreReader, user_keys
-from vista.store.admin.copying import copy_generation
-from vista.store.admin.parquet import export_store, import_store
+from vista.store.admin import copy_generation
 from vista.store.layout import environment_path
-from vista.store.sharded_reader import ShardedReader, open_store
-from vista.store.shards import Shard, stores_in, users_by_store
+from vista.store.parquet import export_store, import_store
+from vista.store.shards import Shard, ShardedReader, open_store, stores_in, users_by_store
 from vista.store.tombstones import Tombstones
-from vista.store.update import StoreUpdate
+from vista.store.writer import StoreUpdate
 
 
 def test_shards_are_read_as_one_store(tmp_path, grow):

@@ -30,9 +30,8 @@ from vista.log.segment_writer import locked_log
 from vista.refresh import RefreshOptions, refresh
 from vista.refresh.watch import FileVersion, RefusedFiles, Watch
 from vista.store import StoreReader
-from vista.store.sharded_reader import open_store
-from vista.store.shards import Shard
-from vista.store.update import StoreUpdate
+from vista.store.shards import Shard, open_store
+from vista.store.writer import StoreUpdate
 
 
 def arrive(folder: Path, name: str, frame: dict[str, Any], age_s: float = 60) -> Path:

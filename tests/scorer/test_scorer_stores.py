@@ -38,7 +38,7 @@ from vista.refresh import erase, refresh
 from vista.scorer import Scorer
 from vista.scorer.scorer import AnswerSource
 from vista.scorer.scorer_stats import LATENCY_BOUNDS_MS, ScorerStats
-from vista.store.admin.store_compaction import compact_store
+from vista.store.admin import compact_store
 from vista.store.shards import Shard
 from vista.training.log_schema import schema_of
 

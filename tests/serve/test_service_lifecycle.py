@@ -36,9 +36,9 @@ from vista.scorer import Scorer
 from vista.serve.served_models import ONE_MODEL, ServedModels
 from vista.serve.service_metrics import ServiceMetrics, shared_numbers
 from vista.serve.worker_pool import WorkerPool, _Worker
-from vista.store.admin.copying import copy_generation
+from vista.store.admin import copy_generation
 from vista.store.erasure import erase
-from vista.store.format.authentication import read_key
+from vista.store.record_spec import read_key
 
 ATTEMPTS = 6
 

@@ -19,11 +19,10 @@ from tests.faults.nursery import Nursery
 from vista.counters.counter_codes import CounterCodes, CounterSpec
 from vista.errors import StoreError
 from vista.store import Manifest, RecordSpec, StoreReader, StoreWriter, Tail, UserSummaries, encode_records, user_keys
-from vista.store.admin.generation_reader import open_generation
-from vista.store.format.counter_layout import CounterLayout
-from vista.store.format.tail_column import TailColumn
+from vista.store.admin_generations import open_generation
 from vista.store.layout import environment_path, read_current
-from vista.store.update import StoreUpdate
+from vista.store.record_spec import CounterLayout, TailColumn
+from vista.store.writer import StoreUpdate
 
 NUM_TOKENS, DIM = 2, 8
 KEY = bytes(range(32))

@@ -16,15 +16,13 @@ import pytest
 from tests.store.conftest import KEY, damage_record, records, write_generations
 from vista.errors import StoreBusyError, StoreError, StoreLockedError
 from vista.store import StoreReader, user_keys
-from vista.store.admin.copying import copy_generation
-from vista.store.admin.generation_builder import GenerationBuilder
-from vista.store.admin.generation_reader import GenerationReader
-from vista.store.admin.parquet import export_store, import_store
-from vista.store.admin.store_compaction import compact_store
-from vista.store.admin.verification import verify_store
+from vista.store.admin import compact_store, copy_generation
+from vista.store.admin_generations import GenerationBuilder, GenerationReader
 from vista.store.erasure import erase
 from vista.store.layout import environment_path, list_generations, read_current
+from vista.store.parquet import export_store, import_store
 from vista.store.reader import published_manifest
+from vista.store.verification import verify_store
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 THREE_BATCHES = {"total_users": 2500, "batch": 500}

@@ -18,15 +18,12 @@ from vista.counters.counter_codes import CounterCodes, CounterSpec
 from vista.counters.counter_table import CounterTable
 from vista.errors import RecordError
 from vista.log.histories import NO_TIMESTAMP
-from vista.store.format.counter_layout import CounterLayout
-from vista.store.format.digest import _CHUNK, event_digests, history_digests, item_keys
-from vista.store.format.keys import user_keys
-from vista.store.format.record import check_records, encode_records, read_records
-from vista.store.format.record_spec import HEADER, RecordSpec
-from vista.store.format.state_record import HEADER as STATE_HEADER
-from vista.store.format.state_record import StateArrays, StateSpec, decode_states, encode_states, restamp_states
-from vista.store.tail import Tail
-from vista.store.user_summaries import UserSummaries
+from vista.store.keys import _CHUNK, event_digests, history_digests, item_keys, user_keys
+from vista.store.record import check_records, encode_records, read_records
+from vista.store.record_sections import Tail
+from vista.store.record_spec import HEADER, CounterLayout, RecordSpec
+from vista.store.state_record import HEADER as STATE_HEADER
+from vista.store.state_record import StateArrays, StateSpec, UserSummaries, decode_states, encode_states, restamp_states
 
 ITEMS = CounterLayout.of(CounterSpec(keys=(3,)), [60_000])
 CATEGORIES = CounterLayout.of(CounterSpec(("item", "genre"), (3, 2)), [60_000, 200])

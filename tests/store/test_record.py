@@ -17,14 +17,20 @@ from tests.record_reference import decode_record_reference, error_bound
 from vista.config.choices import Codec
 from vista.errors import RecordError, StoreError, UserKeyError
 from vista.log.histories import NO_TIMESTAMP
-from vista.store.format.codecs import dequantize_rows, quantize_rows
-from vista.store.format.keys import MAX_KEY_BYTES, user_id, user_key, user_keys
-from vista.store.format.record import decode_rows, encode_records, read_records
-from vista.store.format.record_spec import HEADER, HEADER_BYTES, MAX_RECORD_BYTES, RecordSpec
-from vista.store.format.tail_column import TailColumn
-from vista.store.format.user_column import UserColumn
-from vista.store.tail import Tail
-from vista.store.user_summaries import UserSummaries
+from vista.store.keys import MAX_KEY_BYTES, user_id, user_key, user_keys
+from vista.store.record import decode_rows, encode_records, read_records
+from vista.store.record_sections import Tail
+from vista.store.record_spec import (
+    HEADER,
+    HEADER_BYTES,
+    MAX_RECORD_BYTES,
+    RecordSpec,
+    TailColumn,
+    UserColumn,
+    dequantize_rows,
+    quantize_rows,
+)
+from vista.store.state_record import UserSummaries
 
 SPEC = RecordSpec(bytes(range(32)), 7, 2, 4, Codec.int8, created_at=1_700_000_000_123, applied_segment=3)
 USERS = [42, -5]

@@ -22,12 +22,10 @@ from tests.store.test_record import with_checksum
 from vista.config.choices import Codec
 from vista.errors import RecordError
 from vista.refresh import refresh
-from vista.store.format.authentication import KEY_VARIABLE, key_id
-from vista.store.format.codecs import CODEC_NUMBERS
-from vista.store.format.keys import user_keys
-from vista.store.format.record import decode_rows, encode_records, read_records
-from vista.store.format.record_spec import HEADER_BYTES, RecordSpec
+from vista.store.keys import user_keys
 from vista.store.reader import StoreReader
+from vista.store.record import decode_rows, encode_records, read_records
+from vista.store.record_spec import CODEC_NUMBERS, HEADER_BYTES, KEY_VARIABLE, RecordSpec, key_id
 
 SOURCES = Path(__file__).parents[2] / "docs" / "reference"
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]

@@ -18,15 +18,9 @@ from tests.store.conftest import found, write_generations
 from vista.errors import ConfigError, StoreError, StoreWriteError
 from vista.refresh.full import RefreshProgress
 from vista.store import StoreReader, StoreWriter, Tail, UserSummaries, encode_records, user_keys
-from vista.store.admin.copying import copy_generation
-from vista.store.admin.rollback import roll_back
-from vista.store.admin.store_compaction import compact_store
-from vista.store.admin.store_stats import store_stats
-from vista.store.admin.verification import verify_store
+from vista.store.admin import compact_store, copy_generation, roll_back
 from vista.store.erasure import erase
-from vista.store.format.authentication import read_key
-from vista.store.format.keys import CURSOR_KEY, MANIFEST_KEY
-from vista.store.format.state_record import StateArrays, encode_states
+from vista.store.keys import CURSOR_KEY, MANIFEST_KEY
 from vista.store.layout import (
     entries_like_generations,
     environment_path,
@@ -38,10 +32,12 @@ from vista.store.layout import (
     read_current,
     state_path,
 )
-from vista.store.lmdb.data_file import open_environment
-from vista.store.lmdb.environment import SharedEnvironment
+from vista.store.lmdb_environment import SharedEnvironment, open_environment
 from vista.store.manifest import Manifest
+from vista.store.record_spec import read_key
 from vista.store.shards import Shard, shards_in, stores_in
+from vista.store.state_record import StateArrays, encode_states
+from vista.store.verification import store_stats, verify_store
 
 
 def test_only_folders_with_canonical_names_are_generations(tmp_path, build):

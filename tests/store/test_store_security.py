@@ -19,15 +19,11 @@ from tests.store.conftest import KEY, write_generations
 from vista.config.choices import Codec
 from vista.errors import ConfigError, RecordError, StoreError
 from vista.store import NO_TIMESTAMP, StoreReader, Tail, UserSummaries, encode_records, user_keys
-from vista.store.admin.copying import copy_generation
-from vista.store.admin.rollback import roll_back
-from vista.store.admin.store_compaction import compact_store
-from vista.store.admin.store_stats import store_stats
-from vista.store.admin.verification import verify_store
-from vista.store.format.authentication import KEY_VARIABLE, key_id, read_key
-from vista.store.format.record import decode_rows, read_records
-from vista.store.format.record_spec import RecordSpec
+from vista.store.admin import compact_store, copy_generation, roll_back
 from vista.store.layout import environment_path
+from vista.store.record import decode_rows, read_records
+from vista.store.record_spec import KEY_VARIABLE, RecordSpec, key_id, read_key
+from vista.store.verification import store_stats, verify_store
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 OTHER = bytes(32)

@@ -19,17 +19,15 @@ import xxhash
 from tests.faults.disk_images import File
 from tests.store.conftest import found, write_generations
 from vista.errors import StoreLockedError, StoreWriteError
-from vista.store import RecordSpec, StoreReader, StoreWriter, locked_folder, locks, user_keys
-from vista.store.admin.rollback import roll_back
-from vista.store.admin.verification import verify_store
+from vista.store import RecordSpec, StoreReader, StoreWriter, locked_folder, tombstones, user_keys
+from vista.store.admin import roll_back
 from vista.store.erasure import erase
-from vista.store.generation_files import GenerationFiles
 from vista.store.layout import environment_path, read_current
-from vista.store.lmdb.data_file import check_structure
-from vista.store.lmdb.environment import SharedEnvironment
-from vista.store.locks import erasure_lock
-from vista.store.publication import publish_generation
-from vista.store.tombstones import Tombstones, unpacked
+from vista.store.lmdb_environment import SharedEnvironment, check_structure
+from vista.store.local_generation import GenerationFiles
+from vista.store.locked_folder import publish_generation
+from vista.store.tombstones import Tombstones, erasure_lock, unpacked
+from vista.store.verification import verify_store
 
 TOTAL = 40
 
@@ -102,7 +100,7 @@ def test_waiting_for_an_erasure_has_a_deadline(tmp_path, build):
     build.write_store(tmp_path)
     refused = rf"process {os.getpid()} has been erasing users or publishing.*wait for it or kill it"
     with StoreReader.open(tmp_path) as store:
-        with locks.erasure_lock(tmp_path):
+        with tombstones.erasure_lock(tmp_path):
             with all_put(build, tmp_path) as writer, pytest.raises(StoreLockedError, match=refused):
                 writer.publish(wait_s=0.1)
             with pytest.raises(StoreLockedError, match=refused):
@@ -119,7 +117,7 @@ def test_waiting_for_an_erasure_has_a_deadline(tmp_path, build):
 def test_a_publication_finishes_an_erasure_that_was_killed_after_its_tombstone(tmp_path, build):
     build.write_store(tmp_path)
     with all_put(build, tmp_path) as writer:
-        with locks.erasure_lock(tmp_path):
+        with tombstones.erasure_lock(tmp_path):
             Tombstones(tmp_path).add(user_keys([7]))
         writer.publish()
     assert found(tmp_path, [7, 8]) == [False, True]
@@ -143,7 +141,7 @@ def test_a_failed_erasure_is_reported_and_can_be_repeated(tmp_path, build, monke
     assert polled.erased(user_keys([7])) == [False]
     assert found(tmp_path, [7]) == [True]
     # A process that is killed after the rename leaves a name that may not be on the disk. The next erasure syncs it.
-    with locks.erasure_lock(tmp_path):
+    with tombstones.erasure_lock(tmp_path):
         Tombstones(tmp_path).add(user_keys([9]))
     assert polled.erased(user_keys([7, 9])) == [False, True]
 

@@ -33,15 +33,14 @@ if TYPE_CHECKING:
     from vista.log.ingest.prepare import PrepareReport
     from vista.log.inspection import LogStats, LogVerification
     from vista.simulation.simulate import SimulationReport
-    from vista.store.admin.publish_report import PublishReport
-    from vista.store.admin.whole_generation import WholeGeneration
-    from vista.store.format.record import RawRecords
+    from vista.store.managed_store import PublishReport, WholeGeneration
+    from vista.store.record import RawRecords
 
 
 def run_store_stats(config: StoreStatsConfig) -> str:
     """`vista store stats`; errors as of `store_stats`."""
-    from vista.store.admin.store_stats import store_stats
     from vista.store.shards import stores_in
+    from vista.store.verification import store_stats
 
     return _lines(store_stats(root) for root in stores_in(config.store))
 
@@ -52,9 +51,9 @@ def run_store_verify(config: StoreVerifyConfig) -> str:
     Raises:
         StoreError: there are problems; the message lists the first ones.
     """
-    from vista.store.admin.verification import verify_store
-    from vista.store.format.authentication import read_key
+    from vista.store.record_spec import read_key
     from vista.store.shards import stores_in
+    from vista.store.verification import verify_store
 
     key = read_key(config.authentication_key_file)
     reports = [verify_store(root, key=key) for root in stores_in(config.store)]
@@ -65,8 +64,8 @@ def run_store_verify(config: StoreVerifyConfig) -> str:
 
 def run_store_compact(config: StoreCompactConfig) -> str:
     """`vista store compact`; errors as of `compact_store`."""
-    from vista.store.admin.store_compaction import compact_store
-    from vista.store.format.authentication import read_key
+    from vista.store.admin import compact_store
+    from vista.store.record_spec import read_key
     from vista.store.shards import stores_in
 
     key = read_key(config.authentication_key_file)
@@ -75,8 +74,8 @@ def run_store_compact(config: StoreCompactConfig) -> str:
 
 def run_store_rollback(config: StoreRollbackConfig) -> str:
     """`vista store rollback`; errors as of `roll_back`."""
-    from vista.store.admin.rollback import roll_back
-    from vista.store.format.authentication import read_key
+    from vista.store.admin import roll_back
+    from vista.store.record_spec import read_key
     from vista.store.shards import stores_in
 
     return _lines(roll_back(*stores_in(config.store), to=config.to, key=read_key(config.authentication_key_file)))
@@ -84,8 +83,8 @@ def run_store_rollback(config: StoreRollbackConfig) -> str:
 
 def run_store_export(config: StoreExportConfig) -> str:
     """`vista store export`; writes one file per shard of a sharded store. Errors as of `export_store`."""
-    from vista.store.admin.parquet import export_store
-    from vista.store.format.authentication import read_key
+    from vista.store.parquet import export_store
+    from vista.store.record_spec import read_key
     from vista.store.shards import shards_in, stores_in
 
     key, out, stores = read_key(config.authentication_key_file), Path(config.out), stores_in(config.store)
@@ -101,8 +100,8 @@ def run_store_export(config: StoreExportConfig) -> str:
 
 def run_store_import(config: StoreImportConfig) -> PublishReport:
     """`vista store import`; errors as of `import_store`."""
-    from vista.store.admin.parquet import import_store
-    from vista.store.format.authentication import read_key
+    from vista.store.parquet import import_store
+    from vista.store.record_spec import read_key
 
     key = read_key(config.authentication_key_file)
     return import_store(config.file, config.store, key=key, shared_with_group=config.shared_with_group)
@@ -114,8 +113,8 @@ def run_store_copy(config: StoreCopyConfig) -> str:
     Raises:
         ConfigError: no target folder is named.
     """
-    from vista.store.admin.copying import copy_generation
-    from vista.store.format.authentication import read_key
+    from vista.store.admin import copy_generation
+    from vista.store.record_spec import read_key
     from vista.store.shards import shards_in, stores_in
 
     if not config.to:
@@ -153,8 +152,8 @@ def run_store_erase(config: StoreEraseConfig) -> str:
     from vista.log.vocabulary import ids_of_words
     from vista.store.erasure import erase
     from vista.store.layout import store_address
-    from vista.store.remote.store_url import StoreUrl
     from vista.store.shards import user_kind, users_by_store
+    from vista.store.store_url import StoreUrl
 
     if not config.users:
         raise ConfigError("users: name at least one user, such as users=[101]")
@@ -187,10 +186,10 @@ def run_store_get(config: StoreGetConfig) -> str:
         StoreError, RecordError: the store or the record is damaged, or of another key.
     """
     from vista.log.vocabulary import ids_of_words
-    from vista.store.admin.managed_store import managed_store
-    from vista.store.format.authentication import read_key
-    from vista.store.format.keys import user_key
-    from vista.store.format.record import read_records
+    from vista.store.keys import user_key
+    from vista.store.managed_store import managed_store
+    from vista.store.record import read_records
+    from vista.store.record_spec import read_key
     from vista.store.shards import user_kind, users_by_store
 
     if config.user is None:
@@ -214,7 +213,7 @@ def _lines(reports: Iterable[object]) -> str:
 def _record_text(user: int | str, raw: RawRecords, reader: WholeGeneration, model: str | None) -> str:
     import numpy as np
 
-    from vista.store.format.record import decode_rows
+    from vista.store.record import decode_rows
 
     header, manifest = raw.headers[0], reader.manifest
     summary = decode_rows(raw, reader.spec)[0]

@@ -23,10 +23,10 @@ from vista.installation import DISTRIBUTION, __version__, install_command
 from vista.log.event_log import EventLog
 from vista.model.saved_model import FORMAT_VERSION, ModelDescription
 from vista.planning.quantities import duration, size
-from vista.store.admin.store_stats import StoreStats, store_stats
 from vista.store.manifest import Manifest
-from vista.store.remote.store_url import StoreUrl
 from vista.store.shards import stores_in
+from vista.store.store_url import StoreUrl
+from vista.store.verification import StoreStats, store_stats
 
 CHECKS = {
     "Packages": ("installed_packages", "check_core"),

@@ -157,7 +157,7 @@ def check_disks(config: DoctorConfig) -> Iterator[Finding]:
 
 
 def _is_url(path: str) -> bool:
-    from vista.store.remote.store_url import StoreUrl  # needs torch, which may be what is missing
+    from vista.store.store_url import StoreUrl  # needs torch, which may be what is missing
 
     return path != "." and StoreUrl.matches(path)
 
@@ -330,7 +330,7 @@ def address_space_finding(most_bytes: int) -> Finding:
     """Judge `ulimit -v`: a store reserves address space that it does not use."""
     if most_bytes == resource.RLIM_INFINITY:
         return Finding("address space", "unlimited")
-    from vista.store.lmdb.data_file import MAP_SIZE_BYTES  # needs LMDB, which may be what is missing
+    from vista.store.lmdb_environment import MAP_SIZE_BYTES  # needs LMDB, which may be what is missing
 
     if most_bytes > 2 * MAP_SIZE_BYTES:
         return Finding("address space", size(most_bytes))

@@ -19,7 +19,7 @@ import streamlit
 
 from vista.config import ExploreConfig
 from vista.machine import bound_socket
-from vista.store.format.authentication import read_key
+from vista.store.record_spec import read_key
 
 logger = logging.getLogger(__name__)
 HOST = "127.0.0.1"

@@ -18,7 +18,7 @@ from vista.explore.workspace import Places, ScorerPool, UserSearch, Workspace, l
 from vista.log.event_log import EventLog
 from vista.scorer import Scorer
 from vista.scorer.serving_source import ServingSource
-from vista.store.format.authentication import read_key
+from vista.store.record_spec import read_key
 
 FOLLOW_S = 10.0
 """How often scorers look for a new generation or model."""

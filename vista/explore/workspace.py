@@ -28,8 +28,8 @@ from vista.runs.run_files import read_settings
 from vista.runs.run_list import run_folders
 from vista.scorer import Scorer
 from vista.scorer.serving_source import ServingSource
-from vista.store.format.authentication import read_key
-from vista.store.stored_batch import StoredBatch
+from vista.store.record import StoredBatch
+from vista.store.record_spec import read_key
 
 # Which folders the page reads: those of a configuration, or those of the demo.
 

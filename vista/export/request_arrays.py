@@ -12,8 +12,8 @@ from vista.arrays import Int
 from vista.export.serving_graph import COUNTER_CODES, COUNTER_KEYS, REQUEST, TAIL, USER, counted_names, graph_inputs
 from vista.log.histories import NO_TIMESTAMP
 from vista.model.vista_model import VistaModel
-from vista.store.stored_batch import StoredBatch
-from vista.store.tail import Tail
+from vista.store.record import StoredBatch
+from vista.store.record_sections import Tail
 
 Arrays = dict[str, NDArray[Any]]
 

@@ -30,11 +30,10 @@ from vista.scorer.reading import read_request, with_fresh_events
 from vista.scorer.request import Request
 from vista.scorer.scorer_stats import StatsRecorder
 from vista.scorer.serving_snapshot import ServingSnapshot
-from vista.store.format.keys import user_keys
-from vista.store.format.record import encode_records
-from vista.store.stored_batch import StoredBatch
-from vista.store.tail import Tail
-from vista.store.user_summaries import UserSummaries
+from vista.store.keys import user_keys
+from vista.store.record import StoredBatch, encode_records
+from vista.store.record_sections import Tail
+from vista.store.state_record import UserSummaries
 from vista.store.writer import StoreWriter
 
 USERS_PER_BATCH = 1, 2, 7, 32

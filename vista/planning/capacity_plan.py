@@ -16,13 +16,10 @@ from vista.counters.counter_codes import CounterSpec
 from vista.errors import ConfigError
 from vista.log.segment_files import EVENT_COLUMNS
 from vista.planning.quantities import DAY_S, PEAK_S, ArrivalRate, size
-from vista.store.format.counter_layout import CounterLayout
-from vista.store.format.counters_section import most_bytes
-from vista.store.format.record_spec import HEADER_BYTES, RecordSpec
-from vista.store.format.state_counters import tables_bytes
-from vista.store.format.state_record import StateSpec
-from vista.store.format.tail_section import event_bytes
-from vista.store.lmdb.data_file import MAP_SIZE_BYTES
+from vista.store.lmdb_environment import MAP_SIZE_BYTES
+from vista.store.record_sections import event_bytes, most_bytes
+from vista.store.record_spec import HEADER_BYTES, CounterLayout, RecordSpec
+from vista.store.state_record import StateSpec, tables_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,13 +28,11 @@ from vista.model.ranking_model import UNKNOWN_ITEM, RankingModel
 from vista.model.summarizer import SummaryState
 from vista.model.vista_model import VistaModel
 from vista.refresh.refresh_report import StageClock
-from vista.store.format.digest import history_digests, item_keys
-from vista.store.format.keys import user_id, user_keys
-from vista.store.format.record import encode_records
-from vista.store.format.record_spec import RecordSpec
-from vista.store.format.state_record import StateArrays, StateSpec, encode_states
-from vista.store.tail import Tail
-from vista.store.user_summaries import UserSummaries
+from vista.store.keys import history_digests, item_keys, user_id, user_keys
+from vista.store.record import encode_records
+from vista.store.record_sections import Tail
+from vista.store.record_spec import RecordSpec
+from vista.store.state_record import StateArrays, StateSpec, UserSummaries, encode_states
 
 # Counts the events of histories in a refresh: exact tables, whose most frequent keys go into the records as codes.
 #
@@ -258,7 +256,7 @@ class LogItems:
     rows: NDArray[np.int32]
     """[num_items] rows of the model; 0 for items it does not know."""
     keys: NDArray[np.uint64]
-    """[num_items] keys of `vista.store.format.digest.item_keys`."""
+    """[num_items] keys of `vista.store.keys.item_keys`."""
     recode: Recode
     """Features of events with the model's codes."""
 

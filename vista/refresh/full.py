@@ -26,16 +26,13 @@ from vista.model.vista_model import VistaModel
 from vista.progress_bar import progress_bar
 from vista.refresh.batch_encoder import BatchEncoder, UserRecords, check_log, has_states
 from vista.refresh.refresh_report import RefreshReport, StageClock
-from vista.store.format.counter_layout import CounterLayout
-from vista.store.format.keys import user_keys
-from vista.store.format.record_spec import RecordSpec
-from vista.store.format.state_record import StateSpec
-from vista.store.format.tail_column import TailColumn
-from vista.store.format.user_column import UserColumn
-from vista.store.lmdb.permissions import open_private
+from vista.store.keys import user_keys
+from vista.store.layout import open_private
 from vista.store.manifest import Manifest
-from vista.store.remote.store_url import StoreUrl
+from vista.store.record_spec import CounterLayout, RecordSpec, TailColumn, UserColumn
 from vista.store.shards import Shard, shard_to_write
+from vista.store.state_record import StateSpec
+from vista.store.store_url import StoreUrl
 from vista.store.writer import StoreWriter
 
 # Progress of a running refresh: a progress bar, one JSON line per batch, and the numbers of the final report.

@@ -60,14 +60,13 @@ from vista.refresh.batch_encoder import (
 )
 from vista.refresh.full import RefreshProgress, user_columns
 from vista.refresh.refresh_report import RefreshReport
-from vista.store.format.keys import user_id, user_keys
-from vista.store.format.state_record import StateArrays, rounded
+from vista.store.keys import user_id, user_keys
 from vista.store.manifest import Manifest
 from vista.store.reader import published_manifest
-from vista.store.remote.store_url import StoreUrl
 from vista.store.shards import Shard, shard_to_write
-from vista.store.update import StoreUpdate
-from vista.store.user_summaries import UserSummaries
+from vista.store.state_record import StateArrays, UserSummaries, rounded
+from vista.store.store_url import StoreUrl
+from vista.store.writer import StoreUpdate
 
 
 def changed_positions(old: Histories, new: Histories) -> tuple[Int, Int] | None:

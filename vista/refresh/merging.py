@@ -38,10 +38,10 @@ from vista.refresh.batch_encoder import (
 )
 from vista.refresh.full import new_manifest, write_generation
 from vista.refresh.refresh_report import RefreshReport, StageClock
-from vista.store.format.keys import user_keys
+from vista.store.keys import user_keys
 from vista.store.reader import StoreReader
 from vista.store.shards import check_place
-from vista.store.user_summaries import UserSummaries
+from vista.store.state_record import UserSummaries
 from vista.store.writer import StoreWriter
 
 MERGED = "merged"

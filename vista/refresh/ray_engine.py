@@ -30,8 +30,8 @@ from vista.machine import usable_cores
 from vista.model.vista_model import VistaModel
 from vista.refresh.batch_encoder import BatchEncoder, UserRecords
 from vista.refresh.refresh_report import StageClock
-from vista.store.format.record_spec import RecordSpec
-from vista.store.format.state_record import StateSpec
+from vista.store.record_spec import RecordSpec
+from vista.store.state_record import StateSpec
 
 # What an actor of a refresh does: it loads the model and maps the log once, then encodes batches of users.
 

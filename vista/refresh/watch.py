@@ -34,8 +34,8 @@ from vista.log.segment_files import MANIFEST_FILE, stream_offsets
 from vista.model.vista_model import VistaModel
 from vista.refresh.incremental import refresh_incremental
 from vista.refresh.refresh_report import StreamReport, WatchReport
-from vista.store.format.authentication import read_key
 from vista.store.reader import published_manifest
+from vista.store.record_spec import read_key
 from vista.store.shards import stores_in
 
 

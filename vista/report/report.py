@@ -42,7 +42,7 @@ from vista.report.sections import (
     split_section,
     training_section,
 )
-from vista.store.format.authentication import read_key
+from vista.store.record_spec import read_key
 from vista.text_table import fitted
 
 logger = logging.getLogger(__name__)

@@ -20,8 +20,8 @@ from vista.model.features import EncodedRows, RowFeatureReader
 from vista.model.inference import PaddedTail
 from vista.model.ranking_model import RankingModel
 from vista.model.vista_model import VistaModel
-from vista.store.stored_batch import StoredBatch
-from vista.store.tail import Tail
+from vista.store.record import StoredBatch
+from vista.store.record_sections import Tail
 
 # Counters of a request's users, as of the request, and where they hold candidates.
 #

@@ -30,7 +30,7 @@ from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
 from vista.scorer.request import PairFeatures, Request, RequestCounters
 from vista.store.reader import StoreReader
-from vista.store.sharded_reader import ShardedReader
+from vista.store.shards import ShardedReader
 
 # Candidates in whole tiles of `ROW_TILE` rows, so that their scores do not depend on each other.
 #

@@ -32,10 +32,9 @@ from vista.model.saved_model import CONFIG_FILE, ModelDescription, SharedTables,
 from vista.model.vista_model import VistaModel
 from vista.scorer.scorer_stats import repair_after_fork
 from vista.scorer.serving_snapshot import ServingSnapshot
-from vista.store.format.tail_column import TailColumn
-from vista.store.format.user_column import UserColumn
 from vista.store.reader import StoreReader
-from vista.store.sharded_reader import ShardedReader, open_store
+from vista.store.record_spec import TailColumn, UserColumn
+from vista.store.shards import ShardedReader, open_store
 
 logger = logging.getLogger(__name__)
 WARNED_SHARE = 0.1

@@ -54,7 +54,7 @@ from vista.serve.request_bodies import (
     tail_of,
 )
 from vista.store.reader import StoreReader
-from vista.store.sharded_reader import ShardedReader
+from vista.store.shards import ShardedReader
 
 
 def user_record(store: StoreReader | ShardedReader, model: VistaModel, user: int | str) -> dict[str, Any] | None:

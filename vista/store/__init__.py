@@ -1,14 +1,13 @@
 """Summary store: one record per user in LMDB, published atomically (docs/reference/file-formats.md)."""
 
 from vista.log.histories import NO_TIMESTAMP
-from vista.store.format.keys import user_keys
-from vista.store.format.record import encode_records
-from vista.store.format.record_spec import RecordSpec
+from vista.store.keys import user_keys
 from vista.store.manifest import Manifest
 from vista.store.reader import StoreReader
-from vista.store.stored_batch import StoredBatch
-from vista.store.tail import Tail
-from vista.store.user_summaries import UserSummaries
+from vista.store.record import StoredBatch, encode_records
+from vista.store.record_sections import Tail
+from vista.store.record_spec import RecordSpec
+from vista.store.state_record import UserSummaries
 from vista.store.writer import StoreWriter
 
 __all__ = [

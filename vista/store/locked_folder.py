@@ -5,18 +5,21 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from contextlib import suppress
+from collections.abc import Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import lmdb
 
 from vista.errors import StoreBusyError, StoreError, StoreLockedError, StoreWriteError
 from vista.files import sync
-from vista.store.format.keys import COMPLETE_KEY
-from vista.store.format.record_spec import RecordSpec
-from vista.store.generation_files import GenerationFiles
+from vista.progress_bar import progress_bar
+from vista.store.keys import COMPLETE_KEY, common_kind, kinds_of
 from vista.store.layout import (
     CURRENT,
+    PRIVATE,
+    Permissions,
     environment_path,
     environments_of,
     generation_path,
@@ -27,21 +30,103 @@ from vista.store.layout import (
     record_complete,
     remove_generation,
     remove_store_leftovers,
+    write_current,
 )
-from vista.store.lmdb.data_file import check_structure
-from vista.store.lmdb.environment import SharedEnvironment
-from vista.store.lmdb.permissions import PRIVATE, Permissions
-from vista.store.locks import WriterLock, cannot_write, erasure_lock, lock_store
+from vista.store.lmdb_environment import WAIT_S, ReadTransactions, SharedEnvironment, check_structure, walk
+from vista.store.local_generation import GenerationFiles
 from vista.store.manifest import Manifest
-from vista.store.publication import ATTEMPTS_BESIDE_ERASURES, publish_generation
-from vista.store.tally import Tally, tally_of
-from vista.store.tombstones import Tombstones
+from vista.store.record import check_records, sum_of_checksums
+from vista.store.record_spec import RecordSpec
+from vista.store.tombstones import Tombstones, WriterLock, cannot_write, erasure_lock, lock_store
+
+# Publishing a generation: readers that open or reload from now on get it.
+
+ATTEMPTS_BESIDE_ERASURES = 3
+"""How often work that an erasure has outdated is repeated; after that, erasures wait for it."""
 
 logger = logging.getLogger(__name__)
 
 
+def publish_generation(root: Path, generation: int, keep: Sequence[int], *, wait_s: float = WAIT_S) -> None:
+    """Publish a complete, verified generation, then remove all others except those in `keep`.
+
+    Before that, it removes all erased users from the generation, including those of interrupted erasures. Erasures wait
+    only while CURRENT is written.
+
+    Raises:
+        StoreLockedError: an erasure does not end within `wait_s` seconds; the generation stays unpublished.
+    """
+    tombstones, num_erased = Tombstones(root), 0  # users that are removed from the generation already
+
+    def remove_erased() -> None:
+        with closing(GenerationFiles.open(root, generation)) as files:
+            files.remove_erased(tombstones)
+
+    for attempt in range(ATTEMPTS_BESIDE_ERASURES + 1):
+        is_last = attempt == ATTEMPTS_BESIDE_ERASURES
+        with erasure_lock(root, wait_s):
+            if is_last:
+                remove_erased()
+            if len(tombstones) == num_erased or is_last:
+                write_current(root, generation)
+                break
+            num_erased = len(tombstones)
+        remove_erased()
+    for number in list_generations(root):
+        if number not in (generation, *keep):
+            logger.info("%s: removing gen-%d", root, number)
+            remove_generation(root, number)
+
+
+# Counting records: the numbers in a manifest, computed from the records themselves.
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a manifest says about all records, accumulated batch by batch."""
+
+    count: int = 0
+    digest: int = 0
+    user_kind: str | None = None
+    """int, str, mixed, or None without records."""
+
+    def add(self, keys: Sequence[bytes], records: Sequence[bytes | memoryview]) -> None:
+        """Count a batch."""
+        self.count += len(keys)
+        self.digest = (self.digest + sum_of_checksums(records)) % (1 << 64)
+        self.user_kind = common_kind([self.user_kind, *kinds_of(keys)])
+
+    @property
+    def records_digest(self) -> str:
+        """Sum mod 2^64 of the checksums, in hex."""
+        return f"{self.digest:016x}"
+
+
+def tally_of(read: ReadTransactions, spec: RecordSpec, *, num_users: int | None = None) -> Tally:
+    """Check and count all records of an environment.
+
+    Args:
+        read: of an environment.
+        spec: what its records hold.
+        num_users: how many there should be, for the progress.
+
+    Raises:
+        RecordError: a record is corrupt; the message names the first one's user.
+    """
+    tally = Tally()
+
+    def add(keys: list[bytes], records: list[memoryview]) -> None:
+        check_records(records, keys, spec)
+        tally.add(keys, records)
+
+    with progress_bar(total=num_users, desc="check records", unit="user", leave=False) as bar:
+        for keys, _ in walk(read, add):
+            bar.update(len(keys))
+    return tally
+
+
 class LockedFolder:
-    """A store's folder, from `lock` to `release` (`vista.store.writable_store.WritableStore`)."""
+    """A store's folder, from `lock` to `release` (`vista.store.writer.WritableStore`)."""
 
     def __init__(self, root: Path, lock: WriterLock, permissions: Permissions | None) -> None:
         self.path = root

@@ -15,17 +15,21 @@ import xxhash
 from vista.config.choices import Codec, StateDtype
 from vista.errors import StoreError, UnfinishedError, shown
 from vista.json_fields import TABLE, check_fields, either, hexadecimal, list_of, one_of, text, whole
-from vista.store.format.authentication import key_id
-from vista.store.format.counter_layout import CounterLayout
-from vista.store.format.keys import COMPLETE_KEY, CURSOR_KEY, KINDS, MANIFEST_KEY, common_kind, kinds_of
-from vista.store.format.record import sum_of_checksums
-from vista.store.format.record_spec import FORMAT_VERSION, MAX_RECORD_BYTES, RecordSpec
-from vista.store.format.state_record import StateSpec
-from vista.store.format.tail_column import TailColumn
-from vista.store.format.user_column import UserColumn
+from vista.store.keys import COMPLETE_KEY, CURSOR_KEY, KINDS, MANIFEST_KEY, common_kind, kinds_of
 from vista.store.layout import MAX_GENERATION
-from vista.store.lmdb.data_file import REMEDY
-from vista.store.remote.store_url import StoreUrl
+from vista.store.lmdb_environment import REMEDY
+from vista.store.record import sum_of_checksums
+from vista.store.record_spec import (
+    FORMAT_VERSION,
+    MAX_RECORD_BYTES,
+    CounterLayout,
+    RecordSpec,
+    TailColumn,
+    UserColumn,
+    key_id,
+)
+from vista.store.state_record import StateSpec
+from vista.store.store_url import StoreUrl
 
 NOT_IDENTITY = (
     *("generation", "created_at", "refreshed_at", "log_digest", "going_to", "going_to_digest"),
@@ -98,7 +102,7 @@ class Manifest:
     run_digest: str
     """Digest of the log's content and of the order of the users; a cursor is valid only together with it."""
     key_id: str | None = None
-    """Id of the key of the records' authentication codes (`vista.store.format.authentication`); None without codes."""
+    """Id of the key of the records' authentication codes (`vista.store.record_spec`); None without codes."""
     format_version: int = FORMAT_VERSION
     state_dtype: str = StateDtype.none.value
     state_shape: tuple[int, int, int] = (0, 0, 0)

@@ -23,18 +23,15 @@ from vista.errors import (
     SummarizerMismatchError,
     UserKeyError,
 )
-from vista.store.batch_assembly import assembled
-from vista.store.format.keys import INT_PREFIX, STR_PREFIX, user_id, user_keys
-from vista.store.format.state_record import StateArrays
-from vista.store.format.tail_column import TailColumn
-from vista.store.format.user_column import UserColumn
+from vista.store.keys import INT_PREFIX, STR_PREFIX, user_id, user_keys
 from vista.store.layout import store_address
-from vista.store.lmdb.environment import exclusive
-from vista.store.local_generation import LocalGenerations
+from vista.store.lmdb_environment import exclusive
+from vista.store.local_generation import Generations, LocalGenerations, OpenGeneration
 from vista.store.manifest import Manifest
-from vista.store.open_generation import Generations, OpenGeneration
-from vista.store.remote.store_url import StoreUrl
-from vista.store.stored_batch import StoredBatch
+from vista.store.record import StoredBatch, assembled
+from vista.store.record_spec import TailColumn, UserColumn
+from vista.store.state_record import StateArrays
+from vista.store.store_url import StoreUrl
 
 _OPEN_ATTEMPTS = 5
 logger = logging.getLogger(__name__)
@@ -305,7 +302,7 @@ def generations_of(path: Path | StoreUrl) -> Generations:
         MissingDependencyError: the store is on a server, and the extra `redis` is not installed.
     """
     if isinstance(path, StoreUrl):
-        from vista.store.remote.remote_store import RemoteStore
+        from vista.store.remote_store import RemoteStore
 
         return RemoteStore.connect(path, cached=True)
     return LocalGenerations(path)

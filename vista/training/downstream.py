@@ -28,8 +28,8 @@ from vista.model.inference import empty_summary
 from vista.model.ranking_model import RankingModel
 from vista.model.vista_model import STAGE1_KEYS, STAGE1_WEIGHTS, VistaModel
 from vista.refresh import check_log
-from vista.store.format.authentication import read_key
 from vista.store.reader import StoreReader
+from vista.store.record_spec import read_key
 
 logger = logging.getLogger(__name__)
 COUNTER_KEYS = ("counters", "counter_keys", "counter_categories", "counter_days", "counter_events")

@@ -62,4 +62,4 @@ def proxy(server: ValkeyServer) -> Iterator[Proxy]:
 @pytest.fixture(autouse=True)
 def short_lock(monkeypatch: pytest.MonkeyPatch) -> None:
     """A killed writer's lock expires soon."""
-    monkeypatch.setattr("vista.store.remote.server_lock.LOCK_S", 3.0)
+    monkeypatch.setattr("vista.store.server_connection.LOCK_S", 3.0)

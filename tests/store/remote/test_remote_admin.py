@@ -13,20 +13,16 @@ from tests.store.conftest import found, write_generations
 from tests.store.remote.valkey_server import ValkeyServer
 from vista.errors import ConfigError, RecordError, StoreBusyError, StoreError, StoreUnavailableError, UnfinishedError
 from vista.store import StoreReader
-from vista.store.admin.copying import copy_generation
-from vista.store.admin.generation_reader import open_generation
-from vista.store.admin.rollback import roll_back
-from vista.store.admin.store_stats import store_stats
-from vista.store.admin.verification import verify_store
+from vista.store.admin import copy_generation, roll_back
+from vista.store.admin_generations import open_generation
 from vista.store.erasure import erase
 from vista.store.layout import read_current
 from vista.store.reader import published_manifest
-from vista.store.remote.generation_on_server import GenerationOnServer
-from vista.store.remote.locked_server import LockedServer
-from vista.store.remote.remote_records import RemoteRecords
-from vista.store.remote.remote_store import RemoteStore
-from vista.store.remote.server_connection import ServerConnection
-from vista.store.remote.store_url import StoreUrl
+from vista.store.remote_store import RemoteRecords, RemoteStore
+from vista.store.server_connection import ServerConnection
+from vista.store.server_writer import GenerationOnServer, LockedServer
+from vista.store.store_url import StoreUrl
+from vista.store.verification import store_stats, verify_store
 
 TOTAL = 40
 
@@ -263,7 +259,7 @@ def test_refreshes_renew_it(server, build, url, monkeypatch):
     assert days_left(server) == {30}
     pass_days(server, 20)
     fail_at(monkeypatch, GenerationOnServer, "_expire", 3, StoreUnavailableError("cut"))
-    monkeypatch.setattr("vista.store.remote.remote_records._BATCH_RECORDS", 16)
+    monkeypatch.setattr("vista.store.remote_store._BATCH_RECORDS", 16)
     with pytest.raises(StoreUnavailableError, match="cut"):
         build.update(url, range(3), salt=3)
     assert days_left(server, "*:gen-1:ui*") == {10, 30} and days_left(server, "*:gen-1:!*") == {10}

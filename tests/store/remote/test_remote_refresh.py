@@ -33,22 +33,21 @@ from vista.log.splits import parse_until
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh, refresh_incremental
 from vista.scorer import Scorer
-from vista.store import StoreReader
-from vista.store.admin.copying import copy_generation
-from vista.store.admin.managed_store import managed_store
-from vista.store.admin.verification import verify_store
+from vista.store import StoreReader, server_connection
+from vista.store.admin import copy_generation
 from vista.store.erasure import erase
-from vista.store.format.state_record import StateArrays, StateSpec, encode_states
+from vista.store.managed_store import managed_store
 from vista.store.reader import published_manifest
-from vista.store.remote import server_lock
-from vista.store.remote.generation_on_server import GenerationOnServer
+from vista.store.server_writer import GenerationOnServer
 from vista.store.shards import Shard
+from vista.store.state_record import StateArrays, StateSpec, encode_states
+from vista.store.verification import verify_store
 from vista.training.trainer import train
 
 
 def refresh_with_kills(say, kind, log_path, model_path, store):
     """Kill a refresh twice, while it writes a batch or right after, and let a third one end; returns the exit codes."""
-    server_lock.LOCK_S = 1.0
+    server_connection.LOCK_S = 1.0
     log, model, chance = EventLog.open(log_path), VistaModel.from_pretrained(model_path), random.Random(3)
     options, put, codes = RefreshOptions(users_per_batch=1), GenerationOnServer.put, []
 

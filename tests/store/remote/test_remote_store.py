@@ -25,16 +25,14 @@ from vista.errors import (
     UserKeyError,
 )
 from vista.store import NO_TIMESTAMP, StoreReader
-from vista.store.admin.copying import copy_generation
-from vista.store.admin.verification import verify_store
+from vista.store.admin import copy_generation
 from vista.store.erasure import erase
 from vista.store.reader import published_manifest
-from vista.store.remote.record_cache import RecordCache
-from vista.store.remote.remote_store import RemoteStore
-from vista.store.remote.remote_tombstones import RemoteTombstones
-from vista.store.remote.server_lock import ServerLock
-from vista.store.remote.store_url import StoreUrl
-from vista.store.sharded_reader import open_store
+from vista.store.remote_store import RecordCache, RemoteStore, RemoteTombstones
+from vista.store.server_connection import ServerLock
+from vista.store.shards import open_store
+from vista.store.store_url import StoreUrl
+from vista.store.verification import verify_store
 
 TOTAL = 40
 
@@ -237,7 +235,7 @@ def test_an_interrupted_erasure_is_completed_by_a_publication(server, build):
 
 
 def test_one_writer_at_a_time(server, build, monkeypatch):
-    monkeypatch.setattr("vista.store.remote.server_lock.LOCK_S", 1.5)
+    monkeypatch.setattr("vista.store.server_connection.LOCK_S", 1.5)
     url = server.url()
     with build.open_writer(url) as writer:
         build.put_users(writer, range(16))
@@ -258,7 +256,7 @@ def test_one_writer_at_a_time(server, build, monkeypatch):
 
 
 def test_a_lock_is_renewed_while_its_holder_computes(server, monkeypatch):
-    monkeypatch.setattr("vista.store.remote.server_lock.LOCK_S", 1.5)
+    monkeypatch.setattr("vista.store.server_connection.LOCK_S", 1.5)
     url = StoreUrl.parse(server.url())
     lock = ServerLock(RemoteStore.connect(url).server, b"{mine}:writer")
     lock.acquire()
@@ -349,7 +347,7 @@ def test_stores_of_two_names_and_databases_do_not_meet(server, build):
 
 
 def test_functions_on_folders_refuse_a_url(tmp_path):
-    from vista.store.admin.store_compaction import compact_store
+    from vista.store.admin import compact_store
 
     with pytest.raises(StoreError, match=r"redis://host:6379/mine is a remote store.*vista store copy"):
         compact_store("redis://user:secret@host/mine")

@@ -27,13 +27,18 @@ from vista.installation import require_module
 from vista.log.histories import NO_TIMESTAMP
 from vista.log.ingest.source_parser import SourceParser
 from vista.progress_bar import progress_bar
-from vista.store.admin.folder_store import FolderStore
-from vista.store.admin.generation_builder import GenerationBuilder, restamp_records
-from vista.store.admin.generation_reader import GenerationReader, open_generation, read_settled
-from vista.store.admin.publish_report import PublishReport
-from vista.store.format.keys import user_id
-from vista.store.format.record import check_records, decode_rows, read_records
+from vista.store.admin_generations import (
+    GenerationBuilder,
+    GenerationReader,
+    open_generation,
+    read_settled,
+    restamp_records,
+)
+from vista.store.keys import user_id
 from vista.store.layout import (
+    GROUP,
+    PRIVATE,
+    Permissions,
     environment_path,
     generations_to_keep,
     next_number,
@@ -41,15 +46,14 @@ from vista.store.layout import (
     remove_store_leftovers,
     store_path,
 )
-from vista.store.lmdb.data_file import check_structure
-from vista.store.lmdb.permissions import GROUP, PRIVATE, Permissions
-from vista.store.locks import locked
+from vista.store.lmdb_environment import check_structure
+from vista.store.locked_folder import Tally, publish_generation
+from vista.store.managed_store import FolderStore, PublishReport
 from vista.store.manifest import Manifest
-from vista.store.publication import publish_generation
-from vista.store.remote.store_url import StoreUrl
+from vista.store.record import check_records, decode_rows, read_records
 from vista.store.shards import check_place
-from vista.store.tally import Tally
-from vista.store.tombstones import Tombstones
+from vista.store.store_url import StoreUrl
+from vista.store.tombstones import Tombstones, locked
 
 if TYPE_CHECKING:
     import polars as pl
@@ -57,6 +61,7 @@ if TYPE_CHECKING:
 else:
     pl = require_module("polars", "data")
     register_io_source = require_module("polars.io.plugins", "data").register_io_source
+
 
 FORMAT = "vista store export 1"
 

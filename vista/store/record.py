@@ -5,9 +5,10 @@ B users, K summary tokens, d model width, R bytes of all rows of one user, n eve
 
 from __future__ import annotations
 
+import dataclasses
 import hmac
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -15,35 +16,46 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from vista.arrays import Int, offsets_of
 from vista.counters.counter_codes import CounterCodes
 from vista.errors import RecordError
-from vista.store.format.authentication import CODE_BYTES, record_code
-from vista.store.format.codecs import (
-    CODEC_NUMBERS,
-    SCALE_DTYPE_NUMBERS,
-    CodecError,
-    dequantize_rows,
-    quantize_rows,
+from vista.log.histories import NO_TIMESTAMP
+from vista.store.keys import user_id
+from vista.store.record_sections import (
+    Tail,
+    check_tail,
+    counter_sizes,
+    encode_counters,
+    encode_tails,
+    encode_users,
+    event_bytes,
+    have_short_times,
+    read_counters,
+    read_tails,
+    read_users,
 )
-from vista.store.format.counters_section import counter_sizes, encode_counters, read_counters
-from vista.store.format.field_checks import check_field, user_of
-from vista.store.format.joined_records import JoinedRecords
-from vista.store.format.keys import user_id
-from vista.store.format.record_spec import (
+from vista.store.record_spec import (
     AUTHENTICATED,
     CHECKSUM_OFFSET,
+    CODE_BYTES,
+    CODEC_NUMBERS,
     FORMAT_VERSION,
     HEADER,
     HEADER_BYTES,
     MAGIC,
     MAX_RECORD_BYTES,
+    SCALE_DTYPE_NUMBERS,
     SHORT_TIMES,
+    CodecError,
+    JoinedRecords,
     RecordSpec,
+    check_field,
+    dequantize_rows,
+    quantize_rows,
+    record_code,
+    user_of,
 )
-from vista.store.format.tail_section import check_tail, encode_tails, event_bytes, have_short_times, read_tails
-from vista.store.format.user_section import encode_users, read_users
-from vista.store.tail import Tail
-from vista.store.user_summaries import UserSummaries
+from vista.store.state_record import UserSummaries
 
 _KEY_HASH_BYTES = slice(64, 72)
 _SHARED_FIELDS = (
@@ -292,3 +304,166 @@ def _require_size(lengths: NDArray[np.int64], keys: Sequence[bytes]) -> None:
             f"the record of {user_of(keys[index])} would take {lengths[index]} bytes, but at most {MAX_RECORD_BYTES} "
             "are allowed; nothing of this batch was written. Use a shorter tail (model.tail_len) or a smaller codec"
         )
+
+
+# What a store returns for a batch of B users. K summary tokens, d model width.
+
+CLOCK_SKEW_MS = 300_000
+"""A record dated further ahead was written by a wrong clock, so its age is unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBatch:
+    """Records of B users, in the order of the request."""
+
+    found: NDArray[np.bool_]
+    """[B]; False for users without a record."""
+    summary: NDArray[np.float32]
+    """[B, K, d]; zeros if not found."""
+    tail: Tail
+    """Tails as of the refresh; empty if not found."""
+    event_count: NDArray[np.int64]
+    """[B] events that the record covers; 0 if not found."""
+    last_event_ts: NDArray[np.int64]
+    """[B] ms; NO_TIMESTAMP if not found or without events."""
+    created_at: NDArray[np.int64]
+    """[B] start of the refresh, ms; NO_TIMESTAMP if not found."""
+    history_digest: NDArray[np.uint64]
+    """[B]; 0 if not found."""
+    generation: int
+    """Number of the store's generation that was read; of a sharded store, the oldest one."""
+    features: dict[str, NDArray[Any]] = dataclasses.field(default_factory=dict)
+    """Of the users, [B] by name: the model's codes int32, or float32 numbers; -1 or NaN if missing, or not found."""
+    counters: tuple[CounterCodes, ...] = ()
+    """Counters as of the refresh, one per field of their spec; without keys if not found. Empty if the store keeps no
+    counters."""
+
+    def expired(self, now_ms: int, refreshed_at: int, max_age_ms: int) -> NDArray[np.bool_]:
+        """Whether each user's record is older than `max_age_ms`, or dated in the future, [B].
+
+        Args:
+            now_ms: the current time.
+            refreshed_at: of the manifest; a user without new events is as current as the last refresh.
+            max_age_ms: the limit; a record of exactly this age is not expired.
+        """
+        age = now_ms - np.maximum(self.created_at, refreshed_at)
+        return self.found & ((age > max_age_ms) | (age < -CLOCK_SKEW_MS))
+
+    def spread(self, rows: NDArray[np.int64], num_users: int) -> StoredBatch:
+        """A batch of `num_users` with these records at `rows` (ascending), and no records elsewhere."""
+
+        def column(values: NDArray[Any], missing: float = 0) -> NDArray[Any]:
+            spread = np.full((num_users, *values.shape[1:]), missing, values.dtype)
+            spread[rows] = values
+            return spread
+
+        def spread_offsets(offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+            return offsets_of(column(np.diff(offsets)))
+
+        return StoredBatch(
+            found=column(self.found),
+            summary=column(self.summary),
+            tail=dataclasses.replace(self.tail, offsets=spread_offsets(self.tail.offsets)),
+            event_count=column(self.event_count),
+            last_event_ts=column(self.last_event_ts, NO_TIMESTAMP),
+            created_at=column(self.created_at, NO_TIMESTAMP),
+            history_digest=column(self.history_digest),
+            generation=self.generation,
+            features={name: column(values, _missing(values)) for name, values in self.features.items()},
+            counters=tuple(
+                dataclasses.replace(one, offsets=spread_offsets(one.offsets), clock=column(one.clock, NO_TIMESTAMP))
+                for one in self.counters
+            ),
+        )
+
+    def without(self, users: NDArray[np.bool_]) -> StoredBatch:
+        """The same batch, as if the marked users [B] had no record."""
+        if not users.any():
+            return self
+
+        def remaining(offsets: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+            """Which entries stay, and their offsets."""
+            lengths = np.diff(offsets)
+            return np.repeat(~users, lengths), offsets_of(np.where(users, 0, lengths))
+
+        def cleared(values: NDArray[Any], missing: float) -> NDArray[Any]:
+            return np.where(users.reshape(-1, *[1] * (values.ndim - 1)), values.dtype.type(missing), values)
+
+        kept, offsets = remaining(self.tail.offsets)
+        counters = []
+        for one in self.counters:
+            kept_keys, key_offsets = remaining(one.offsets)
+            counters.append(
+                CounterCodes(
+                    one.spec, one.key[kept_keys], one.codes[kept_keys], key_offsets, cleared(one.clock, NO_TIMESTAMP)
+                )
+            )
+        return StoredBatch(
+            found=self.found & ~users,
+            summary=cleared(self.summary, 0),
+            tail=self.tail.select(kept, offsets),
+            event_count=cleared(self.event_count, 0),
+            last_event_ts=cleared(self.last_event_ts, NO_TIMESTAMP),
+            created_at=cleared(self.created_at, NO_TIMESTAMP),
+            history_digest=cleared(self.history_digest, 0),
+            generation=self.generation,
+            features={name: cleared(values, _missing(values)) for name, values in self.features.items()},
+            counters=tuple(counters),
+        )
+
+
+def _missing(values: NDArray[Any]) -> float:
+    """How a column of features says that a value is missing."""
+    return np.nan if values.dtype.kind == "f" else -1
+
+
+# A batch of users put together from records that were read in several transactions, or from several shards.
+
+
+def present_records(
+    values: Sequence[bytes | memoryview | None], keys: list[bytes], first: int, spec: RecordSpec
+) -> tuple[Int, RawRecords]:
+    """Positions of the values that are not None, counted from `first`, and the records that they hold, checked."""
+    present = [value for value in values if value is not None]
+    if len(present) == len(keys):
+        return first + np.arange(len(keys)), read_records(present, keys, spec)
+    rows = [row for row, value in enumerate(values) if value is not None]
+    return first + np.array(rows, np.int64), read_records(present, [keys[row] for row in rows], spec)
+
+
+def assembled(num_users: int, parts: Sequence[tuple[Int, RawRecords]], spec: RecordSpec) -> StoredBatch:
+    """The batch of B = `num_users` users.
+
+    Args:
+        num_users: B.
+        parts: positions in the batch, ascending, and the records of the users there; at least one part.
+        spec: what the records share.
+    """
+    rows, headers = _join([positions for positions, _ in parts]), _join([raw.headers for _, raw in parts])
+    is_complete = len(rows) == num_users
+    if is_complete and len(parts) == 1:
+        summary = decode_rows(parts[0][1], spec)
+    else:
+        summary = np.zeros((num_users, spec.num_tokens, spec.dim), np.float32)
+        for positions, raw in parts:
+            summary[positions] = decode_rows(raw, spec)
+    event_count, last_event_ts, created_at = (
+        headers[name].astype(np.int64) for name in ("event_count", "last_event_ts", "created_at")
+    )
+    found = StoredBatch(
+        found=np.ones(len(rows), np.bool_),
+        summary=np.empty((len(rows), 0, spec.dim), np.float32),  # the large part, which is already in its place
+        tail=Tail.concatenated([raw.tail for _, raw in parts]),
+        event_count=event_count,
+        last_event_ts=last_event_ts,
+        created_at=created_at,
+        history_digest=headers["history_digest"].astype(np.uint64),
+        generation=spec.generation,
+        features={name: _join([raw.features[name] for _, raw in parts]) for name in parts[0][1].features},
+        counters=tuple(map(CounterCodes.concatenated, zip(*(raw.counters for _, raw in parts), strict=True))),
+    )
+    return replace(found if is_complete else found.spread(rows, num_users), summary=summary)
+
+
+def _join(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)

@@ -5,22 +5,41 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import lmdb
 
-from vista.errors import StoreError, StoreUnavailableError
-from vista.store.admin.generation_builder import restamp_records
-from vista.store.admin.generation_reader import Batch
-from vista.store.admin.managed_store import ManagedStore, managed_store
-from vista.store.admin.publish_report import PublishReport
-from vista.store.admin.whole_generation import NewGeneration, WholeGeneration
-from vista.store.erased_users import ErasedUsers
-from vista.store.format.record_spec import RecordSpec
-from vista.store.layout import store_address
-from vista.store.lmdb.permissions import GROUP, PRIVATE
+from vista.errors import StoreError, StoreUnavailableError, UnfinishedError
+from vista.store.admin_generations import Batch, GenerationBuilder, GenerationReader, open_generation, restamp_records
+from vista.store.layout import (
+    GROUP,
+    PRIVATE,
+    environments_of,
+    generation_path,
+    next_number,
+    permissions_of,
+    read_current,
+    remove_store_leftovers,
+    store_address,
+    store_path,
+)
+from vista.store.lmdb_environment import check_structure
+from vista.store.locked_folder import publish_generation
+from vista.store.managed_store import (
+    FolderStore,
+    ManagedStore,
+    NewGeneration,
+    PublishReport,
+    WholeGeneration,
+    managed_store,
+)
 from vista.store.manifest import Manifest
-from vista.store.remote.store_url import StoreUrl
+from vista.store.record_spec import RecordSpec
+from vista.store.state_record import restamp_states
+from vista.store.store_url import StoreUrl
+from vista.store.tombstones import ErasedUsers, Tombstones, locked
+from vista.store.verification import verify_generation
 
 logger = logging.getLogger(__name__)
 
@@ -175,3 +194,108 @@ def _same(ours: Iterator[Batch], theirs: Iterator[Batch]) -> bool:
 def _flat(batches: Iterator[Batch]) -> Iterator[tuple[bytes, bytes]]:
     for keys, records in batches:
         yield from zip(keys, records, strict=True)
+
+
+def roll_back(*stores: str | Path | StoreUrl, to: int | None = None, key: bytes | None = None) -> list[PublishReport]:
+    """Publish earlier generations of some stores again, after each of them has passed every check of `verify_store`.
+
+    All generations are kept, including those published before. The stores change one after the other. After an error in
+    between, such as that of a disk, call it again with the number of the generation in `to`.
+
+    Args:
+        stores: their folders or URLs: one store, or the shards of one.
+        to: number of the generation; by default the newest complete one before the published one.
+        key: 32 bytes, if the stores' records are authenticated.
+
+    Raises:
+        StoreLockedError: another process writes the store.
+        StoreBusyError: users are being erased without a pause; try again.
+        StoreError: there is no such generation, or it is not complete or is damaged. The published generation is
+            unchanged.
+    """
+    managed = [managed_store(store) for store in stores]
+    with ExitStack() as locks:
+        for store in managed:
+            locks.enter_context(store.locked())
+        reports = [_verified(store, _generation_before(store, key) if to is None else to, key) for store in managed]
+        for store, report in zip(managed, reports, strict=True):
+            store.publish(report.generation, store.numbers())
+    return reports
+
+
+def _verified(store: ManagedStore, number: int, key: bytes | None) -> PublishReport:
+    report = verify_generation(store, number, key=key)
+    if report.num_problems:
+        raise StoreError(
+            f"{store.address}: gen-{number} cannot be published: {report.problems[0]} (problems in total: "
+            f"{report.num_problems}); name another one with to=N, or run a full `vista refresh`. The published "
+            "generation is unchanged"
+        )
+    return PublishReport(store.address, number, report.records[number], store.size_bytes(number))
+
+
+def _generation_before(store: ManagedStore, key: bytes | None) -> int:
+    current = store.current()
+    for number in reversed(store.numbers()):
+        if number < current:
+            try:
+                with store.open(number, key):
+                    return number
+            except UnfinishedError:
+                continue
+    raise StoreError(
+        f"{store.address}: there is no complete generation before gen-{current}; name one with to=N, or refresh"
+    )
+
+
+def compact_store(root: str | Path | StoreUrl, *, key: bytes | None = None) -> PublishReport:
+    """Rewrite the published generation under the next number without free pages, publish it, and remove all others.
+
+    Afterwards no file holds bytes of records that were removed before, because pages in use are the only ones copied.
+    Bytes of users who are erased during the compaction may remain until the next one. What the file system or the disk
+    keeps of deleted files is beyond this function, and readers that have not reloaded still hold the old files.
+
+    Args:
+        root: the store's folder.
+        key: 32 bytes, if the store's records are authenticated.
+
+    Raises:
+        StoreLockedError: another process writes the store.
+        StoreError: nothing is published, it is damaged, or the folder cannot be written. The published generation is
+            unchanged.
+    """
+    root = store_path(root)
+    read_current(root)  # first, so that no lock file is made in a folder that is not a store
+    with locked(root):
+        current = read_current(root)
+        remove_store_leftovers(root)
+        for environment in environments_of(root, current):
+            check_structure(environment)
+        with open_generation(root, current, key) as source:
+            manifest = _compacted(root, source, key)
+        publish_generation(root, manifest.generation, ())
+    return PublishReport(root, manifest.generation, manifest.count, FolderStore(root).size_bytes(manifest.generation))
+
+
+def _compacted(root: Path, source: GenerationReader, key: bytes | None) -> Manifest:
+    """Build a complete generation with the next number from the records and states of the source."""
+    wanted = dataclasses.replace(source.manifest, generation=next_number(root))
+    permissions = permissions_of(generation_path(root, source.manifest.generation))
+    builder = GenerationBuilder(root, wanted, key, permissions)
+    try:
+        tombstones = Tombstones(root)  # An interrupted erasure may have left some of its users.
+        for keys, records in source.batches():
+            keys, records = _without_erased(tombstones, keys, records)
+            builder.put(keys, restamp_records(keys, records, builder.spec))
+        for keys, states in source.state_batches():
+            keys, states = _without_erased(tombstones, keys, states)
+            builder.put_states(keys, restamp_states(states, wanted.generation))
+        return builder.finish()
+    except BaseException:
+        builder.discard()
+        raise
+
+
+def _without_erased(tombstones: Tombstones, keys: list[bytes], values: list[bytes]) -> tuple[list[bytes], list[bytes]]:
+    remaining = [place for place, erased in enumerate(tombstones.erased(keys)) if not erased]
+    return [keys[place] for place in remaining], [values[place] for place in remaining]

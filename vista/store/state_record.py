@@ -6,21 +6,102 @@ N users, L layers, H heads, D head dim. All numbers are little-endian: a header 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from vista.arrays import offsets_of
 from vista.config.choices import StateDtype
-from vista.counters.counter_codes import CounterSpec
-from vista.counters.counter_table import CounterTable
+from vista.counters.counter_codes import CounterCodes, CounterSpec
+from vista.counters.counter_table import CounterRows, CounterTable
 from vista.errors import RecordError
-from vista.store.format.joined_records import CHECKSUM_BYTES, JoinedRecords
-from vista.store.format.keys import user_id
-from vista.store.format.state_counters import encode_tables, read_tables
+from vista.store.keys import user_id
+from vista.store.record_sections import Tail
+from vista.store.record_spec import CHECKSUM_BYTES, JoinedRecords
+
+# The counters of a state: the exact table of each field (docs/reference/file-formats.md, "States").
+#
+# N users, E keys of all users together.
+
+_HEAD = np.dtype([("clock", "<i8"), ("num_events", "<i8"), ("size", "<u4")])
+
+
+def tables_bytes(spec: CounterSpec, num_keys: Sequence[int]) -> int:
+    """Bytes of the counters of a user with `num_keys[f]` keys of each field f."""
+    return len(spec.fields) * _HEAD.itemsize + sum(num_keys) * _entry(spec).itemsize
+
+
+def encode_tables(tables: Sequence[CounterTable], num_users: int) -> list[bytes]:
+    """The counters of each of N users: per field a head, then the entries.
+
+    Raises:
+        ValueError: the tables are of another number of users.
+    """
+    if any(len(table.clock) != num_users for table in tables):
+        raise ValueError(f"counters: expected tables of {num_users} users")
+    blocks = [b""] * num_users
+    for table in tables:
+        heads = np.empty(num_users, _HEAD)
+        heads["clock"], heads["num_events"], heads["size"] = table.clock, table.num_events, np.diff(table.offsets)
+        entries = np.empty(len(table.rows.key), _entry(table.spec))
+        for name in entries.dtype.names or ():
+            entries[name] = getattr(table.rows, name)
+        head, content, entry_bytes = heads.tobytes(), entries.tobytes(), entries.itemsize
+        for user, (first, last) in enumerate(pairwise(table.offsets.tolist())):
+            own = head[_HEAD.itemsize * user : _HEAD.itemsize * (user + 1)]
+            blocks[user] += own + content[entry_bytes * first : entry_bytes * last]
+    return blocks
+
+
+def read_tables(
+    records: JoinedRecords, first: int, spec: CounterSpec
+) -> tuple[tuple[CounterTable, ...], NDArray[np.bool_]]:
+    """The tables of N users, one per field of `spec`, and whether each user's tables fill the block exactly, [N].
+
+    Args:
+        records: the N states.
+        first: place of the block in each state.
+        spec: of the generation.
+    """
+    entry = _entry(spec)
+    stop = records.stops - records.starts
+    at, tables, fits = np.full(len(stop), first, np.int64), [], np.ones(len(stop), bool)
+    for _ in spec.fields:
+        fits &= at + _HEAD.itemsize <= stop
+        at = np.where(fits, at, stop - _HEAD.itemsize)  # Any bytes of the record: its tables are not used.
+        heads = np.ascontiguousarray(records.cut(at, at + _HEAD.itemsize)).reshape(-1).view(_HEAD)
+        at = at + _HEAD.itemsize
+        size = heads["size"].astype(np.int64)
+        fits &= at + size * entry.itemsize <= stop
+        size = np.where(fits, size, 0)
+        entries = np.ascontiguousarray(records.cut(at, at + size * entry.itemsize)).reshape(-1).view(entry)
+        at = at + size * entry.itemsize
+        key, count, last, position = (
+            entries[name].astype(np.int64) for name in ("key", "count", "last", "last_position")
+        )
+        rows = CounterRows(key, count, np.ascontiguousarray(entries["decayed"]), last, position)
+        offsets = offsets_of(size)
+        clock, num_events = (heads[name].astype(np.int64) for name in ("clock", "num_events"))
+        tables.append(CounterTable(spec, rows, offsets, clock, num_events))
+    return tuple(tables), fits & (at == stop)
+
+
+def _entry(spec: CounterSpec) -> np.dtype[np.void]:
+    return np.dtype(
+        [
+            ("key", "<u4"),
+            ("count", "<u4"),
+            ("decayed", "<f8", (spec.num_horizons,)),
+            ("last", "<i8"),
+            ("last_position", "<i8"),
+        ]
+    )
+
 
 MAGIC = b"VSTA"
 FORMAT_VERSION = 2
@@ -121,7 +202,7 @@ def encode_states(keys: Sequence[bytes], states: StateArrays, spec: StateSpec) -
     """Encode the states of N users.
 
     Args:
-        keys: N keys from `vista.store.format.keys.user_keys`.
+        keys: N keys from `vista.store.keys.user_keys`.
         states: of the N users; all values finite.
         spec: what the generation's states share.
     """
@@ -243,4 +324,47 @@ def _check(ok: Any, keys: Sequence[bytes], field: str) -> None:
         raise RecordError(
             f"the state of user {user_id(keys[int(wrong[0])])!r} is corrupt or of another format ({field}); run a "
             "full refresh, which recomputes all states"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UserSummaries:
+    """Everything that the records and states of N users hold, before encoding."""
+
+    keys: list[bytes]
+    """N keys from `vista.store.keys.user_keys`."""
+    summary: NDArray[np.float32]
+    """[N, K, d]."""
+    tail: Tail
+    """The last events of the N users, items as rows of the model."""
+    event_count: NDArray[np.int64]
+    """[N] events that each record covers."""
+    last_event_ts: NDArray[np.int64]
+    """[N] time of the newest of these events; NO_TIMESTAMP without events."""
+    history_digest: NDArray[np.uint64]
+    """[N] digests of these events, from `vista.store.keys.history_digests`."""
+    counters: tuple[CounterCodes, ...] = ()
+    """The counters of the N users, one for each field; empty if the model has no counters."""
+    features: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    """Of the N users, [N] by name: the model's codes int32, -1 for a missing value, or float32 numbers, NaN for a
+    missing one."""
+    states: StateArrays | None = None
+    """The states of the N users; None if the store keeps no states."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, row: int) -> UserSummaries:
+        """The summary of one user (N = 1)."""
+        one = slice(row, row + 1)
+        return UserSummaries(
+            keys=self.keys[one],
+            summary=self.summary[one],
+            tail=self.tail.of_user(row),
+            event_count=self.event_count[one],
+            last_event_ts=self.last_event_ts[one],
+            history_digest=self.history_digest[one],
+            counters=tuple(one.select(np.array([row])) for one in self.counters),
+            features={name: values[one] for name, values in self.features.items()},
+            states=None if self.states is None else self.states[one],
         )

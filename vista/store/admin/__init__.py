@@ -1,1 +1,0 @@
-"""Operations on stores: statistics, verification, rollback, compaction, copies, Parquet export and import."""

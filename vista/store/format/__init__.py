@@ -1,1 +1,0 @@
-"""The bytes of a store: records, states, codecs, digests, authentication codes, keys."""

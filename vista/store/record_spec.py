@@ -1,0 +1,492 @@
+"""The layout of a record's header, and what all records of a generation share (docs/reference/file-formats.md)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vista.config.choices import Codec
+from vista.counters.counter_codes import CODE_BITS, CounterSpec
+from vista.errors import ConfigError, RecordError, UserKeyError
+from vista.files import read_limited
+from vista.json_fields import TABLE, check_fields, either, hexadecimal, list_of, one_of, text, whole
+from vista.store.keys import user_id
+
+# How summary rows become bytes: float32, float16, and FBGEMM's int8 and int4 rows (docs/reference/file-formats.md).
+#
+# N rows, d values per row.
+
+CODEC_NUMBERS = {Codec.float32: 0, Codec.int8: 1, Codec.float16: 2, Codec.int4: 3}
+SCALE_DTYPE_NUMBERS = {Codec.float32: 0, Codec.int8: 1, Codec.float16: 0, Codec.int4: 2}
+"""0: no scale; 1: float32 scale and bias per row; 2: float16 scale and bias per row."""
+
+
+class CodecError(ValueError):
+    """A row cannot be stored."""
+
+    def __init__(self, row: int, reason: str) -> None:
+        super().__init__(f"row {row} {reason}")
+        self.row = row
+        self.reason = reason
+
+
+def row_bytes(codec: Codec, dim: int) -> int:
+    """Bytes of one row of d = `dim` values."""
+    match codec:
+        case Codec.float32:
+            return 4 * dim
+        case Codec.float16:
+            return 2 * dim
+        case Codec.int8:
+            return dim + 8
+        case Codec.int4:
+            return (dim + 1) // 2 + 4
+
+
+def quantize_rows(rows: NDArray[np.float32], codec: Codec) -> NDArray[np.uint8]:
+    """Encode rows as they are stored.
+
+    Args:
+        rows: [N, d] float32, contiguous.
+
+    Returns:
+        [N, row_bytes(codec, d)] uint8.
+
+    Raises:
+        CodecError: a value is not finite, or a value, scale or bias overflows the type that the codec stores it in.
+    """
+    _require_finite(rows, "holds NaN or infinity")
+    match codec:
+        case Codec.float32:
+            return rows.astype("<f4", copy=False).view(np.uint8)
+        case Codec.float16:
+            halves: NDArray[np.float16] = torch.from_numpy(rows).half().numpy()
+            _require_finite(halves, "has a value that overflows float16 (largest 65504); store it as int8 or float32")
+            return halves.view(np.uint8)
+        case Codec.int8:
+            packed: NDArray[np.uint8] = torch.ops.quantized.embedding_bag_byte_prepack(torch.from_numpy(rows)).numpy()
+            scales = packed[:, rows.shape[1] :].copy().view("<f4")
+            _require_finite(scales, "has a range of values that overflows float32; store it as float32")
+            return packed
+        case Codec.int4:
+            return _pack_nibbles(rows)
+
+
+def dequantize_rows(packed: NDArray[np.uint8], codec: Codec, dim: int) -> NDArray[np.float32]:
+    """Decode stored rows: [N, row_bytes(codec, d)] uint8, contiguous (FBGEMM does not check) -> [N, d] float32.
+
+    For int8 and int4, value = q * scale + bias, rounded once if the processor has a fused multiply-add.
+    """
+    match codec:
+        case Codec.float32:
+            return packed.view("<f4")
+        case Codec.float16:
+            halves: NDArray[np.float32] = torch.from_numpy(packed.view("<f2")).float().numpy()
+            return halves
+        case Codec.int8:
+            rows: NDArray[np.float32] = torch.ops.quantized.embedding_bag_byte_unpack(torch.from_numpy(packed)).numpy()
+            return rows
+        case Codec.int4:
+            rows = torch.ops.quantized.embedding_bag_4bit_unpack(torch.from_numpy(packed)).numpy()
+            return rows if rows.shape[1] == dim else np.ascontiguousarray(rows[:, :dim])
+
+
+def _pack_nibbles(rows: NDArray[np.float32]) -> NDArray[np.uint8]:
+    dim = rows.shape[1]
+    if dim % 2:  # FBGEMM needs an even number of values; a copy of the last one changes neither scale nor bias.
+        rows = np.concatenate([rows, rows[:, -1:]], axis=1)
+    packed: NDArray[np.uint8] = torch.ops.quantized.embedding_bag_4bit_prepack(torch.from_numpy(rows)).numpy()
+    if dim % 2:
+        packed[:, dim // 2] &= 0x0F
+    scales = packed[:, (dim + 1) // 2 :].copy().view("<f2")
+    _require_finite(
+        scales, "has a minimum or range that overflows float16 (largest 65504); store it as int8 or float32"
+    )
+    return packed
+
+
+def _require_finite(values: NDArray[np.floating], reason: str) -> None:
+    finite = np.isfinite(values)
+    if not finite.all():
+        raise CodecError(int(np.flatnonzero(~finite.all(axis=1))[0]), reason)
+
+
+# One column of the features that the tails of a generation hold for each event.
+
+MAX_VALUES = 2**31 - 2
+"""Codes and their stored form, which is one larger, are int32 in memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class TailColumn:
+    """A category, whose values the model numbers, or a number.
+
+    The first is stored as 0 for a missing value, else the value's code plus 1; the second as float32, NaN if missing.
+    """
+
+    name: str
+    size: int | None
+    """Number of distinct values of a category; None for a number."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """How a value is stored: the smallest unsigned type that holds `size`, or float32."""
+        if self.size is None:
+            return np.dtype("<f4")
+        return np.min_scalar_type(self.size).newbyteorder("<")
+
+    def stored(self, values: Any) -> NDArray[Any]:
+        """[N] values as they are stored, from codes or numbers [N] as in `Tail.features`."""
+        column = np.asarray(values)
+        return np.ascontiguousarray(column if self.size is None else column + 1, dtype=self.dtype)
+
+    def read(self, stored: NDArray[Any]) -> NDArray[Any]:
+        """The inverse of `stored`; int32 or float32 [N]."""
+        return stored.astype(np.float32) if self.size is None else stored.astype(np.int32) - np.int32(1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The column as JSON values, for manifests."""
+        return {"name": self.name, "size": self.size}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> TailColumn:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: a field is missing, unknown, or invalid; the message names it.
+        """
+        check_fields(fields, {"name": text(), "size": either(whole(1, MAX_VALUES), one_of(None))})
+        return cls(fields["name"], fields["size"])
+
+
+@dataclass(frozen=True, slots=True)
+class UserColumn(TailColumn):
+    """A category or a number, stored once per user as a `TailColumn` is once per event.
+
+    The summarizer that a generation names says nothing about features of users, so the column itself says which values
+    its codes stand for.
+    """
+
+    values: str = ""
+    """SHA-256 of the values of a category (`Vocabulary.digest`); "" for a number."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "size": self.size, "values": self.values}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> UserColumn:
+        rules = {
+            "name": text(),
+            "size": either(whole(1, MAX_VALUES), one_of(None)),
+            "values": either(hexadecimal(64), one_of("")),
+        }
+        check_fields(fields, rules)
+        return cls(fields["name"], fields["size"], fields["values"])
+
+
+# How the counters of a generation's users are stored: what is counted, and how many bytes a key has.
+
+MAX_KEY_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class CounterLayout:
+    """What the counters sections of all records of one generation share."""
+
+    spec: CounterSpec
+    key_bytes: tuple[int, ...]
+    """Bytes per key of each field in a record."""
+
+    def __post_init__(self) -> None:
+        if len(self.key_bytes) != len(self.spec.fields) or not all(1 <= n <= MAX_KEY_BYTES for n in self.key_bytes):
+            raise ValueError(
+                f"key_bytes: expected 1 to {MAX_KEY_BYTES} for each of {', '.join(self.spec.fields)}, got "
+                f"{self.key_bytes}"
+            )
+
+    @classmethod
+    def of(cls, spec: CounterSpec, largest_keys: Sequence[int]) -> CounterLayout:
+        """The smallest layout that holds the keys 1 to `largest_keys[f]` of each field f."""
+        return cls(spec, tuple(max(1, -(-largest.bit_length() // 8)) for largest in largest_keys))
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of the codes of one key in a record."""
+        return -(-CODE_BITS * self.spec.num_columns // 8)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The layout as JSON values, for manifests."""
+        return {"spec": self.spec.to_dict(), "key_bytes": list(self.key_bytes)}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> CounterLayout:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: a field is missing, unknown, or invalid; the message names it.
+        """
+        check_fields(fields, {"spec": TABLE, "key_bytes": list_of(whole(1, MAX_KEY_BYTES))})
+        return cls(CounterSpec.from_dict(fields["spec"]), tuple(fields["key_bytes"]))
+
+
+# Keyed BLAKE2b codes for stores that cross a trust boundary: only holders of the key can make, change or move records.
+#
+# The key is 32 bytes and is never kept in a store. A store holds `key_id`, from which the key cannot be derived.
+
+KEY_BYTES = 32
+CODE_BYTES = 16
+_MOST_KEY_FILE_BYTES = 1024
+KEY_VARIABLE = "VISTA_AUTHENTICATION_KEY"
+"""Environment variable with the key in 64 hex digits, read if no file is named."""
+
+_RECORD = b"vista record 1"
+_KEY_ID = b"vista key id 1"
+
+
+def record_code(key: bytes, user_key: bytes, header: bytes, payload: Sequence[bytes | memoryview]) -> bytes:
+    """16 bytes over the length of the user's key (uint16), that key, the header with a zero checksum, the payload."""
+    code = hashlib.blake2b(len(user_key).to_bytes(2, "little"), digest_size=CODE_BYTES, key=key, person=_RECORD)
+    code.update(user_key)
+    code.update(header)
+    for part in payload:
+        code.update(part)
+    return code.digest()
+
+
+def key_id(key: bytes) -> str:
+    """Fingerprint of a key, 16 hex digits, which does not reveal the key.
+
+    Raises:
+        ValueError: the key is not 32 bytes long.
+    """
+    if not isinstance(key, bytes) or len(key) != KEY_BYTES:
+        raise ValueError(f"key: an authentication key must be {KEY_BYTES} bytes")
+    return hashlib.blake2b(digest_size=8, key=key, person=_KEY_ID).hexdigest()
+
+
+def read_key(path: str | None) -> bytes | None:
+    """Read the key from a file (32 bytes, or 64 hex digits) or, without a path, from VISTA_AUTHENTICATION_KEY.
+
+    Returns:
+        The key; None without a path if the variable is not set.
+
+    Raises:
+        ConfigError: the file or variable cannot be read, or does not hold a key. The message never holds the key.
+    """
+    remedy = "write one with `openssl rand -hex 32`"
+    if path is None:
+        text = os.environ.get(KEY_VARIABLE)
+        return None if text is None else _parse(text.encode(), KEY_VARIABLE, remedy)
+    try:
+        held = read_limited(Path(path), _MOST_KEY_FILE_BYTES)
+    except OSError as error:
+        raise ConfigError(f"authentication_key_file: {path}: {error.strerror}; {remedy}") from error
+    return _parse(held, f"authentication_key_file: {path}", remedy)
+
+
+def _parse(held: bytes, where: str, remedy: str) -> bytes:
+    if len(held) == KEY_BYTES:
+        return held
+    try:
+        key = bytes.fromhex(held.decode("ascii").strip())
+    except ValueError:
+        key = b""
+    if len(key) != KEY_BYTES:
+        raise ConfigError(f"{where} must hold {KEY_BYTES} bytes, or {2 * KEY_BYTES} hex digits; {remedy}")
+    return key
+
+
+MAX_RECORD_BYTES = 1 << 24
+"""Largest record, header included. Larger ones are refused when written, and when read before anything is decoded."""
+
+MAGIC = b"VSUM"
+FORMAT_VERSION = 3
+HEADER_BYTES = 128
+CHECKSUM_OFFSET = 120
+AUTHENTICATED = 1
+"""Bit of the flags: the record ends with an authentication code."""
+SHORT_TIMES = 2
+"""Bit of the flags: the times of the tail are uint32, ms before `last_event_ts`. Only in records with counters."""
+
+HEADER = np.dtype(
+    [
+        ("magic", "S4"),
+        ("format_version", "<u2"),
+        ("header_length", "<u2"),
+        ("flags", "<u4"),
+        ("codec", "<u2"),
+        ("tokens", "<u2"),
+        ("dim", "<u2"),
+        ("scale_dtype", "<u2"),
+        ("payload_length", "<u4"),
+        ("generation", "<u8"),
+        ("summarizer_id", "u1", (32,)),
+        ("key_hash", "<u8"),
+        ("created_at", "<i8"),
+        ("last_event_ts", "<i8"),
+        ("event_count", "<i8"),
+        ("applied_segment", "<u8"),
+        ("history_digest", "<u8"),
+        ("tail_length", "<u4"),
+        ("counters_length", "<u4"),
+        ("checksum", "<u8"),
+    ]
+)
+assert HEADER.itemsize == HEADER_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class RecordSpec:
+    """What all records of one generation share."""
+
+    summarizer_id: bytes
+    """SHA-256, 32 bytes."""
+    generation: int
+    num_tokens: int
+    """K; 0 if stage 1 is off."""
+    dim: int
+    codec: Codec
+    created_at: int = 0
+    """Start of the refresh in ms; a resumed refresh keeps it. Written, not checked."""
+    applied_segment: int = 0
+    """Newest segment of the log that the records cover. Written, not checked."""
+    counters: CounterLayout | None = None
+    """How counters are stored; None if records have no counters."""
+    user_columns: tuple[UserColumn, ...] = ()
+    """Features of the user."""
+    tail_columns: tuple[TailColumn, ...] = ()
+    """Features of the tail's events."""
+    key: bytes | None = field(default=None, repr=False)
+    """32 bytes: records end with a code that only holders of the key can make (`vista.store.record_spec`)."""
+
+    def __post_init__(self) -> None:
+        if len(self.summarizer_id) != 32:
+            raise ValueError(f"summarizer_id must be 32 bytes (SHA-256), got {len(self.summarizer_id)}")
+        if not 0 <= self.num_tokens < 1 << 16 or not 1 <= self.dim < 1 << 16:
+            raise ValueError(
+                f"num_tokens must lie in [0, 65535] and dim in [1, 65535], got {self.num_tokens} and {self.dim}"
+            )
+        if HEADER_BYTES + self.rows_bytes + self.user_bytes + self.code_bytes > MAX_RECORD_BYTES:
+            raise ValueError(
+                f"{self.num_tokens} rows of {self.row_bytes} bytes do not fit a record of {MAX_RECORD_BYTES} bytes; "
+                "use fewer tokens, a smaller dim or a smaller codec"
+            )
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one summary row."""
+        return row_bytes(self.codec, self.dim)
+
+    @property
+    def rows_bytes(self) -> int:
+        """R: bytes of all rows of one user."""
+        return self.num_tokens * self.row_bytes
+
+    @property
+    def user_bytes(self) -> int:
+        """Bytes of the features of one user."""
+        return sum(column.dtype.itemsize for column in self.user_columns)
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of the authentication code: 16 with a key, 0 without."""
+        return 0 if self.key is None else CODE_BYTES
+
+
+# The check that all records of a batch pass, and how its error names the user.
+
+
+def check_field(ok: NDArray[np.bool_], keys: Sequence[bytes], actual: Any, field: str, expected: Any) -> None:
+    """Refuse a batch of B records if a field of one of them is wrong.
+
+    Args:
+        ok: [B] whether each record's field is right.
+        keys: B user keys.
+        actual: [B] what each record holds.
+        field: its name in the error.
+        expected: [B], or one value for all.
+
+    Raises:
+        RecordError: not all are right; the message names the first user and the field.
+    """
+    if ok.all():
+        return
+    index = int(np.flatnonzero(~ok)[0])
+    if isinstance(expected, np.ndarray):
+        expected = expected[index]
+    raise RecordError(
+        f"the record of {user_of(keys[index])} is corrupt or of another format: {field} is {actual[index]}, expected "
+        f"{expected}. Refresh the store again, or publish the previous generation (`vista store rollback`)"
+    )
+
+
+def user_of(key: bytes) -> str:
+    """How an error names the user of a key, which may be damaged."""
+    try:
+        return f"user {user_id(key)!r}"
+    except UserKeyError:
+        return f"key {key!r}"
+
+
+# A batch of records or states copied end to end, so that NumPy handles the same part of all of them at once.
+
+CHECKSUM_BYTES = 8
+"""At the end of the header."""
+
+
+class JoinedRecords:
+    """Records, or states, copied end to end, with zeros for their checksums, which end their headers."""
+
+    def __init__(
+        self, values: Sequence[bytes | memoryview], lengths: NDArray[np.int64], header: np.dtype[np.void]
+    ) -> None:
+        self.content = bytearray().join(values)
+        self.stops = np.cumsum(lengths)
+        self.starts = self.stops - lengths
+        self.one_length = len(lengths) > 0 and bool((lengths == lengths[0]).all())
+        """Whether all records have the same length: the usual case, in which fields are columns of a matrix."""
+        size = header.itemsize
+        self.headers = self.cut(0, size).reshape(-1).copy().view(header)
+        """[B], with the checksums as stored."""
+        if self.one_length:
+            self._table()[:, size - CHECKSUM_BYTES : size] = 0
+        else:
+            places = self.starts[:, None] + np.arange(size - CHECKSUM_BYTES, size)
+            np.frombuffer(self.content, np.uint8)[places] = 0
+
+    def views(self) -> list[memoryview]:
+        """Of each record."""
+        view = memoryview(self.content)
+        return [view[start:stop] for start, stop in zip(self.starts.tolist(), self.stops.tolist(), strict=True)]
+
+    def cut(self, first: NDArray[np.int64] | int, last: NDArray[np.int64] | int) -> NDArray[np.uint8]:
+        """Bytes first to last of each record, which may differ by record [B].
+
+        Returns:
+            [B, bytes], a view, if the records are of one length and the bytes are at one place; otherwise flat.
+        """
+        if self.one_length:
+            begin, end = _common(first), _common(last)
+            if begin is not None and end is not None:
+                return self._table()[:, begin:end]
+        view = memoryview(self.content)
+        bounds = zip((self.starts + first).tolist(), (self.starts + last).tolist(), strict=True)
+        return np.frombuffer(bytearray().join([view[start:stop] for start, stop in bounds]), np.uint8)
+
+    def _table(self) -> NDArray[np.uint8]:
+        return np.frombuffer(self.content, np.uint8).reshape(len(self.starts), -1)
+
+
+def _common(places: NDArray[np.int64] | int) -> int | None:
+    """The value that all places have; None if they differ."""
+    if isinstance(places, int):
+        return places
+    return int(places[0]) if (places == places[0]).all() else None
