@@ -20,9 +20,7 @@ from vista.config.config_keys import to_yaml
 from vista.errors import ConfigError, MissingDependencyError, SweepError
 from vista.log.event_log import EventLog
 from vista.runs.run_list import RunSummary
-from vista.sweep.sweep import sweep
-from vista.sweep.sweep_report import SweepReport, values_of
-from vista.sweep.trial import folder_name
+from vista.sweep import SweepReport, folder_name, sweep, values_of
 from vista.training.trainer import Trainer, train_model
 
 needs_optuna = pytest.mark.skipif(find_spec("optuna") is None, reason="needs optuna")

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from vista.planning.plan_report import PlanReport
     from vista.report.report import WrittenReport
     from vista.runs.run_list import RunComparison, RunList
-    from vista.sweep.sweep_report import SweepReport
+    from vista.sweep import SweepReport
 
 
 def run_train(config: TrainConfig) -> None:
@@ -67,7 +67,7 @@ def run_sweep(config: SweepConfig) -> SweepReport:
         SweepError: trials have failed, or are not complete in their tracker; the results of all are printed first.
     """
     from vista.device import keep_freed_memory
-    from vista.sweep.sweep import sweep
+    from vista.sweep import sweep
 
     keep_freed_memory()
     report = sweep(config)
