@@ -22,7 +22,7 @@ from vista.cli.main import main as vista
 from vista.examples.batch import Batch
 from vista.model.ranking_model import RankingModel
 from vista.training import trainer
-from vista.training.metrics_writer import MetricsWriter
+from vista.training.run_folder import MetricsWriter
 
 GIB = 2**30
 SETTINGS = ("model.table=torchrec", "optim.table_optimizer=rowwise_adagrad", "model.table_precision=float16")

@@ -21,7 +21,7 @@ from vista import progress_bar
 from vista.cli.main import main
 from vista.config.config_keys import to_yaml
 from vista.log.event_log import EventLog
-from vista.training.run_clock import RunClock
+from vista.training.run_plan import RunClock
 from vista.training.trainer import train
 
 COLUMNS = 40

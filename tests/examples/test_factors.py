@@ -28,9 +28,9 @@ from vista.examples.item_statistics import (
     pair_counts,
 )
 from vista.log.event_log import EventLog
-from vista.training.item_start import FrozenItems, start_from_factors
-from vista.training.metrics_writer import MetricsWriter
+from vista.training.run_folder import MetricsWriter
 from vista.training.trainer import Trainer, train
+from vista.training.warm_start import FrozenItems, start_from_factors
 
 HIDDEN = 2
 """Newest events of each user that are not visible."""

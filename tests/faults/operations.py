@@ -291,7 +291,7 @@ def add_items_before(folder: Path) -> None:
     """Make featured/ with a model of items with features, its store, and a table of new items."""
     import polars as pl
 
-    from vista.training.model_start import drawn_model
+    from vista.training.warm_start import drawn_model
 
     made = folder / "featured"
     known = np.unique(small_frame()["item"])

@@ -29,7 +29,7 @@ from vista.config import TrainConfig
 from vista.config.config_keys import to_yaml
 from vista.examples.batch import Batch
 from vista.model.ranking_model import RankingModel
-from vista.training import run_identity
+from vista.training import trainer
 from vista.training.trainer import Trainer, train_model
 
 
@@ -58,7 +58,7 @@ def command(words: list[str]) -> int:
     rank = os.environ["RANK"]
     own = [re.sub(rf"^{rank}:", "", word) for word in words]
     if os.environ.get("VERSION", "").startswith(f"{rank}:"):
-        run_identity.__version__ = os.environ["VERSION"].partition(":")[2]
+        trainer.__version__ = os.environ["VERSION"].partition(":")[2]
     train_model.__globals__["Trainer"] = WatchedTrainer
     run_commands.train_model = partial(train_model, metrics_every=1)
     return main(["train", *(word for word in own if not re.match(r"\d+:", word))])

@@ -24,10 +24,10 @@ from vista.examples.batch_source import BatchSource
 from vista.log.event_log import EventLog
 from vista.model.losses import LossPart, loss_names, weighted_losses
 from vista.refresh import refresh
-from vista.training.batch_prefetcher import NUM_AHEAD, BatchPrefetcher
 from vista.training.downstream import Downstream
-from vista.training.item_start import training_vectors
+from vista.training.optimizers import NUM_AHEAD, BatchPrefetcher
 from vista.training.trainer import Trainer, train
+from vista.training.warm_start import training_vectors
 
 EXACT = {
     "precision": Precision.float32,

@@ -23,9 +23,8 @@ from vista.model.features import FeatureSpec
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer
-from vista.training.summary_answers import SummaryAnswers
 from vista.training.trainer import Trainer, train
-from vista.training.validation import Validation
+from vista.training.validation import SummaryAnswers, Validation
 
 Columns = dict[str, NDArray[Any]]
 NUM_USERS, NUM_EVENTS, NUM_ITEMS = 8, 30, 12

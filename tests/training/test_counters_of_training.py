@@ -46,7 +46,7 @@ from vista.model.vista_model import VistaModel
 from vista.planning.capacity_plan import StoreSizes
 from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer
-from vista.training.metrics_writer import MetricsWriter
+from vista.training.run_folder import MetricsWriter
 from vista.training.trainer import Trainer, train, train_model
 from vista.training.validation import Validation
 

@@ -40,7 +40,7 @@ from vista.model.tables import EmbeddingFeature, hashed_rows
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer, Tail
-from vista.training.hash_collisions import HashCollisions, hash_collisions
+from vista.training.log_schema import HashCollisions, hash_collisions
 from vista.training.trainer import Trainer, train, train_model
 from vista.training.validation import Validation
 

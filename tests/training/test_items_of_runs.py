@@ -28,11 +28,10 @@ from vista.model.registry import with_items
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer, Tail
-from vista.training.frequent_items import frequent_items
-from vista.training.log_schema import rating_range, schema_of
-from vista.training.model_start import start_interests
+from vista.training.log_schema import frequent_items, rating_range, schema_of
 from vista.training.trainer import Trainer, train, train_model
 from vista.training.validation import Validation
+from vista.training.warm_start import start_interests
 
 
 def test_what_a_log_offers(event_log: EventLog, order_log: EventLog, impression_log: EventLog) -> None:

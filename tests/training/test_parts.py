@@ -56,12 +56,11 @@ from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer
 from vista.store import StoreReader
-from vista.training.event_features import event_reader
-from vista.training.item_start import training_vectors
-from vista.training.log_schema import encoded_features, schema_of
-from vista.training.model_card import model_card
+from vista.training.log_schema import encoded_features, event_reader, schema_of
+from vista.training.run_folder import model_card
 from vista.training.trainer import Trainer, train, train_model
 from vista.training.validation import Validation
+from vista.training.warm_start import training_vectors
 
 EXACT = RefreshOptions(codec=Codec.float32)
 
@@ -237,7 +236,7 @@ def test_numbers_are_measured_on_events_that_training_sees(
     assert reader.columns[0].mean == pytest.approx(known.mean()) and reader.columns[0].scale == pytest.approx(
         known.std()
     )
-    monkeypatch.setattr("vista.training.event_features.MEASURED_EVENTS", 50)
+    monkeypatch.setattr("vista.training.log_schema.MEASURED_EVENTS", 50)
     sample = dwell[:: -(-int(counts.sum()) // 50)]
     reader, _ = event_reader(log, config)
     assert reader is not None and reader.columns[0].mean == pytest.approx(np.nanmean(sample.astype(np.float64)))

@@ -31,7 +31,7 @@ from vista.model.ranking_model import RankingModel
 from vista.ranks import Ranks
 from vista.refresh import refresh
 from vista.training.checkpoint import latest_checkpoint
-from vista.training.data_parallel import DataParallel
+from vista.training.optimizers import DataParallel
 from vista.training.trainer import Trainer, train
 from vista.training.validation import Validation
 

@@ -21,13 +21,10 @@ from vista.evaluation.baseline_evaluation import measure_baseline
 from vista.evaluation.counting_baselines import Transitions
 from vista.log.event_log import EventLog
 from vista.model.ranking_model import RankingModel
-from vista.training.baseline_check import compare_with_baselines
-from vista.training.metrics_writer import MetricsWriter
-from vista.training.model_card import model_card
-from vista.training.progress import Progress
-from vista.training.run_folder import log_file
+from vista.training.run_folder import MetricsWriter, log_file, model_card
+from vista.training.run_plan import Progress
 from vista.training.trainer import train, train_model
-from vista.training.validation import Validation
+from vista.training.validation import Validation, compare_with_baselines
 
 
 @pytest.mark.parametrize("name", ["train.log", "metrics.jsonl"])

@@ -23,9 +23,16 @@ from vista.config.composition import compose_config
 from vista.errors import ConfigError, MissingDependencyError
 from vista.log.event_log import EventLog
 from vista.training.checkpoint import latest_checkpoint, load_checkpoint
-from vista.training.progress import Progress
-from vista.training.run_plan import plan_run, warmup_steps, warn_of_few_steps
-from vista.training.time_budget import RESERVE, SKIPPED_STEPS, TIMED_STEPS, TimeBudget
+from vista.training.run_plan import (
+    RESERVE,
+    SKIPPED_STEPS,
+    TIMED_STEPS,
+    Progress,
+    TimeBudget,
+    plan_run,
+    warmup_steps,
+    warn_of_few_steps,
+)
 from vista.training.trainer import Trainer, train
 
 PLANNED = {

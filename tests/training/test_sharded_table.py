@@ -26,8 +26,7 @@ from vista.model.vista_model import VistaModel
 from vista.ranks import Ranks
 from vista.refresh import refresh
 from vista.scorer import Scorer
-from vista.training.checkpoint import latest_checkpoint
-from vista.training.row_shards import RowShards, write_tensors
+from vista.training.checkpoint import RowShards, latest_checkpoint, write_tensors
 from vista.training.trainer import train
 
 pytest.importorskip("torchrec", reason="TorchRec is not installed; `make test-torchrec` has it")

@@ -39,10 +39,10 @@ from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer
 from vista.store import StoreReader
 from vista.training.checkpoint import latest_checkpoint
-from vista.training.item_start import start_from_factors
-from vista.training.metrics_writer import MetricsWriter
+from vista.training.run_folder import MetricsWriter
 from vista.training.trainer import Trainer, train, train_model
 from vista.training.validation import Validation
+from vista.training.warm_start import start_from_factors
 
 
 def test_the_same_log_gives_the_same_model(feature_log: EventLog, earlier: Run, tmp_path: Path) -> None:

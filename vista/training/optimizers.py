@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from vista.config import OptimConfig
 from vista.config.choices import TableOptimizer
+from vista.errors import NonFiniteLossError
+from vista.examples.batch import Batch, balanced_parts, batch_part, chunk_work
+from vista.examples.batch_source import MEASURED_BATCHES, BatchSource
+from vista.files import replace_file
+from vista.log.event_log import EventLog
 from vista.model.feature_encoder import FeatureEncoder, RowFeatureEncoder
 from vista.model.heads import CandidateCounters
+from vista.model.losses import Losses, LossPart, loss_names, weighted_losses
 from vista.model.ranking_model import RankingModel
+from vista.ranks import Ranks
 
 BETAS = (0.9, 0.98)
 FINAL_RATE = 0.01
@@ -180,3 +194,186 @@ def _rows_from(gradient: Tensor, first: int) -> Tensor:
     kept = gradient.indices()[0] >= first
     index, values = gradient.indices()[:, kept], gradient.values()[kept]
     return torch.sparse_coo_tensor(index, values, gradient.shape, is_coalesced=True, check_invariants=False)
+
+
+# Data-parallel training: the ranks of a torchrun job each train a part of every batch, and take the same step.
+#
+# The losses and the gradient are those of the whole batch. The loss of a rank is a mean over its own labels, so it
+# counts
+# by its share of the labels of all ranks. Then the gradients of the ranks are summed. Letters: K names of losses.
+
+logger = logging.getLogger(__name__)
+MOST_IDLE = 0.2
+"""Share of time that ranks may wait for the one with the largest part. Above it, a run warns."""
+
+
+class DataParallel:
+    """The part of a training step that only ranks need: divide batches, and combine losses and gradients."""
+
+    def __init__(self, ranks: Ranks, tasks: list[str], optim: OptimConfig, seed: int) -> None:
+        """
+        Args:
+            tasks: of the model.
+            seed: of the run.
+        """
+        self._ranks, self._optim, self._seed = ranks, optim, seed
+        self._names = loss_names(tasks)
+
+    def part(self, batch: Batch, step: int) -> Batch | None:
+        """This rank's part of a batch; None if it has none. Also seeds what the model draws in this step.
+
+        There is a seed per step and rank, so a resumed run is bit-identical without storing each rank's random state.
+        """
+        drawn = np.random.SeedSequence([self._seed, step, self._ranks.rank]).generate_state(1, np.uint64)
+        torch.manual_seed(int(drawn[0]))
+        chunks = balanced_parts(chunk_work(batch), self._ranks.size)[self._ranks.rank]
+        return batch_part(batch, chunks) if len(chunks) else None
+
+    def combined(self, own: Losses) -> tuple[Losses, Tensor]:
+        """The losses of all ranks, and what this rank minimizes.
+
+        Args:
+            own: losses of this rank's part.
+        """
+        # By name: whether the loss exists, its labels, and its sum over them.
+        table = torch.zeros(3, len(self._names), dtype=torch.float64, device=self._ranks.device)
+        for column, name in enumerate(self._names):
+            if name in own.parts:
+                count = torch.as_tensor(own.counts[name], dtype=torch.float64, device=table.device)
+                mean = own.parts[name].detach().double()
+                table[:, column] = torch.stack([torch.ones_like(count), count, count * mean])
+        counts = table[1].tolist()
+        self._ranks.sum(table)
+        exists, totals, sums = table.tolist()
+        shared, whole = {}, {}
+        for name, found, count, total, loss_sum in zip(self._names, exists, counts, totals, sums, strict=True):
+            if not found:
+                continue
+            whole[name] = LossPart(torch.tensor(loss_sum / max(total, 1.0)), int(total))
+            if name in own.parts:
+                shared[name] = LossPart(own.parts[name] * (count / max(total, 1.0)), int(count))
+        objective = weighted_losses(shared, self._optim).total
+        if whole and not objective.requires_grad:  # other ranks have labels
+            objective = torch.zeros((), device=objective.device, requires_grad=True)
+        return weighted_losses(whole, self._optim), objective
+
+    def combine_gradients(self, dense: Sequence[Tensor], tables: Sequence[Tensor]) -> None:
+        """Replace gradients by their sums over all ranks.
+
+        Args:
+            dense: parameters with dense gradients. One that no rank has used keeps None, as in a single process.
+            tables: parameters with coalesced sparse gradients.
+        """
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in dense]
+        used = torch.tensor([p.grad is not None for p in dense], dtype=torch.float32, device=self._ranks.device)
+        flat = torch.cat([*(part.flatten() for part in parts), used])
+        self._ranks.sum(flat)
+        *sums, used = torch.split(flat, [*(p.numel() for p in dense), len(dense)])
+        for parameter, gradient, count in zip(dense, sums, used.tolist(), strict=True):
+            parameter.grad = gradient.view_as(parameter) if count else None
+        trained = [table for table in tables if table.requires_grad]
+        gradients = self._ranks.sum_sparse([table.grad for table in trained], trained)
+        for table, gradient_sum in zip(trained, gradients, strict=True):
+            table.grad = gradient_sum
+
+    def log_balance(self, source: BatchSource) -> None:
+        """Log how evenly the first batches are divided."""
+        largest = total = 0
+        for index in range(min(source.num_batches(0), MEASURED_BATCHES)):
+            work = chunk_work(source.batch(0, index))
+            largest += max(int(work[part].sum()) for part in balanced_parts(work, self._ranks.size))
+            total += int(work.sum())
+        idle = 1 - total / max(largest * self._ranks.size, 1)
+        logger.info("%d ranks; each waits about %.0f %% of a step for the largest part", self._ranks.size, 100 * idle)
+        if idle > MOST_IDLE:
+            logger.warning(
+                "%d ranks wait about %.0f %% of their time, because the longest chunks fill most of a batch: raise "
+                "data.tokens_per_batch, lower data.chunk_len, or start fewer ranks",
+                self._ranks.size,
+                100 * idle,
+            )
+
+
+# Builds the batches of an epoch in a thread while steps run.
+
+NUM_AHEAD = 2
+"""Batches in memory besides that of the current step: one that is ready, and one that is being built. If building a
+batch takes longer than a step, as for the first batch of a long history, the next step uses the one that is ready."""
+
+
+class BatchPrefetcher:
+    """An iterator over the batches of an epoch. One thread builds them in order, at most NUM_AHEAD ahead.
+
+    The batches are those of `BatchSource.batch`, bit for bit. If building a batch fails, `next` raises the
+    error of the thread, with its type and traceback, at that batch. Use this as a context manager, which ends the
+    thread; until then, do not ask the source for another epoch.
+
+    A thread is enough. Steps release the interpreter's lock in every operation of torch, and building releases it in
+    NumPy and while it reads the log. A process would need its own copy of the source, and seconds to start.
+    """
+
+    def __init__(self, source: BatchSource, epoch: int, first: int) -> None:
+        """
+        Args:
+            first: index of the first batch.
+        """
+        self._source, self._epoch = source, epoch
+        self._left = iter(range(first, source.num_batches(epoch)))
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="vista-batches")
+        self._ahead: deque[Future[Batch]] = deque()
+
+    def __enter__(self) -> BatchPrefetcher:
+        for _ in range(NUM_AHEAD):
+            self._build_next()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Drop the batches that no step has asked for, and wait for the one that is being built."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def __iter__(self) -> BatchPrefetcher:
+        return self
+
+    def __next__(self) -> Batch:
+        if not self._ahead:
+            raise StopIteration
+        batch = self._ahead.popleft().result()
+        self._build_next()
+        return batch
+
+    def _build_next(self) -> None:
+        if (index := next(self._left, None)) is not None:
+            self._ahead.append(self._thread.submit(self._source.batch, self._epoch, index))
+
+
+# The error about a batch whose loss or gradient is not finite.
+
+NAMED_USERS = 20
+"""Most users of a refused batch that the error names."""
+
+
+def non_finite(
+    batch: Batch, what: str, parts: dict[str, float], *, step: int, run_dir: Path, log: EventLog
+) -> NonFiniteLossError:
+    """The error, which names the batch's users; the batch is saved in the run folder.
+
+    Args:
+        what: "loss" or "gradient".
+        parts: the losses.
+    """
+    path = run_dir / f"nonfinite-step-{step}.safetensors"
+    try:
+        replace_file(path, save({name: tensor.cpu().contiguous() for name, tensor in batch.tensors().items()}))
+        saved = f"the batch is saved in {path}"
+    except OSError as error:
+        saved = f"the batch cannot be saved in {path} ({error.strerror})"
+    users = np.unique(batch.user.cpu().numpy())
+    named = log.users.ids(users[:NAMED_USERS]).tolist()
+    losses = ", ".join(f"{name} {value:.4g}" for name, value in parts.items())
+    return NonFiniteLossError(
+        f"step {step}: the {what} is not finite ({losses}); {saved}, its {len(users)} users are "
+        f"{named}{' …' if len(users) > NAMED_USERS else ''}. Lower optim.learning_rate, or look at the features of "
+        f"these users; the last checkpoint is in {run_dir / 'checkpoints'}"
+    )

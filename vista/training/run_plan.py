@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import replace
+import time
+from dataclasses import dataclass, field, replace
+
+from tqdm import tqdm
 
 from vista.config import ModelConfig, OptimConfig, TrainConfig
 from vista.config.checks import require
@@ -138,3 +141,133 @@ def warn_of_few_steps(optim: OptimConfig, steps: int) -> None:
             warmup,
             " or ".join(f"optim.{name}" for name in limits),
         )
+
+
+@dataclass(slots=True)
+class Progress:
+    """What a checkpoint holds besides tensors."""
+
+    epoch: int = 0
+    batch: int = 0
+    """Batches done in this epoch."""
+    step: int = 0
+    planned_steps: int = 0
+    """With optim.minutes: the number of steps that fit, 0 until the first steps have been timed. It never changes after
+    that, so that a resumed run ends at the same step."""
+    best: float | None = None
+    """Best value of the validation metric so far."""
+    bad_validations: int = 0
+    """Validations since the best one."""
+    stopped: bool = False
+    """Whether training stopped early."""
+    seconds: float = 0.0
+    """Time spent on the run, validation included, in all processes that worked on it."""
+    history: list[dict[str, float]] = field(default_factory=list)
+    """Validation metrics, one entry per validation."""
+    baselines: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Validation metrics of the counting baselines, by name."""
+
+    @property
+    def planned_steps_done(self) -> bool:
+        """Whether the steps that fit into optim.minutes are done."""
+        return 0 < self.planned_steps <= self.step
+
+    def finished(self, epochs: int | None) -> bool:
+        """Whether training ends here.
+
+        Args:
+            epochs: optim.epochs.
+        """
+        return self.stopped or self.planned_steps_done or (epochs is not None and self.epoch >= epochs)
+
+    def share_done(self, epochs: int | None, batches: int) -> float:
+        """Share of the training that is done, in an epoch of this number of batches; 0 if nothing is planned yet."""
+        if self.planned_steps:
+            return self.step / self.planned_steps
+        return 0.0 if epochs is None else (self.epoch + self.batch / batches) / epochs
+
+
+# How many steps fit into optim.minutes.
+
+SKIPPED_STEPS = 5
+"""First steps, which are slow because memory and caches are cold."""
+TIMED_STEPS = 20
+RESERVE = 0.03
+"""Share of the time that checkpoints and the export take."""
+
+
+class TimeBudget:
+    """Times the first steps of a process, until they tell how many steps fit."""
+
+    def __init__(self, minutes: float) -> None:
+        self.minutes = minutes
+        self._seconds: list[float] = []
+
+    def add(self, seconds: float) -> bool:
+        """Add the time of a step; returns whether enough steps have been timed."""
+        self._seconds.append(seconds)
+        return len(self._seconds) >= SKIPPED_STEPS + TIMED_STEPS
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Mean time of a step."""
+        timed = self._seconds[SKIPPED_STEPS:]
+        return sum(timed) / len(timed)
+
+    def planned_steps(self, progress: Progress, validation: float, batches: int, optim: OptimConfig) -> int:
+        """Steps of the run: those that are done, and those that fit into the rest of the time and into optim.epochs.
+
+        They are logged.
+
+        Args:
+            validation: seconds per validation; 0 without validations.
+            batches: batches per epoch.
+        """
+        left = self.steps_left(progress.seconds, validation, batches * max(optim.validate_every, 1))
+        steps = progress.step + left
+        if optim.epochs is not None:
+            steps = min(steps, optim.epochs * batches)
+        logger.info(
+            "optim.minutes=%g: %.1f s spent, %.4f s per step, %.1f s per validation: %d steps, %.1f epochs",
+            self.minutes,
+            progress.seconds,
+            self.seconds_per_step,
+            validation,
+            steps,
+            steps / batches,
+        )
+        return steps
+
+    def steps_left(self, spent: float, validation: float, steps_per_validation: int) -> int:
+        """Steps that fit into the rest of the time, with a validation after the last one.
+
+        Args:
+            spent: seconds of the run so far.
+            validation: seconds per validation; 0 without validations.
+            steps_per_validation: steps between two validations.
+        """
+        left = 60 * self.minutes * (1 - RESERVE) - spent - validation
+        return max(int(left / (self.seconds_per_step + validation / steps_per_validation)), 0)
+
+
+class RunClock:
+    """Extrapolates from what this process has done of a run, with validations, since it was first asked."""
+
+    def __init__(self) -> None:
+        self._began: tuple[float, float] | None = None
+        """Seconds, and the share of the run that was done."""
+
+    def left(self, share_done: float) -> dict[str, str]:
+        """{"run": "1:02:03 left"}; empty where it cannot be known yet.
+
+        Args:
+            share_done: of the run; 0 if it is unknown.
+        """
+        now = time.monotonic()
+        if self._began is None:
+            self._began = (now, share_done) if share_done > 0 else None
+            return {}
+        seconds, done = now - self._began[0], share_done - self._began[1]
+        if done <= 0:
+            return {}
+        return {"run": f"{tqdm.format_interval(seconds / done * max(0.0, 1 - share_done))} left"}

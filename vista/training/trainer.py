@@ -6,53 +6,229 @@ import logging
 import math
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from vista.config import TrainConfig
-from vista.config.choices import Architecture, Stage, TableKind
+from vista.config.checks import to_dict
+from vista.config.choices import Architecture, Precision, Stage, TableKind, TablePrecision
 from vista.config.config_keys import to_yaml
+from vista.config.train_config import without_places
 from vista.device import announce, autocast, choose_precision, cpu_settings, resolve_device
-from vista.errors import ConfigError, NonFiniteLossError
+from vista.errors import CheckpointError, ConfigError, NonFiniteLossError
 from vista.examples.batch import Batch
 from vista.examples.batch_source import BatchSource
 from vista.files import replace_text
-from vista.log.event_log import EventLog
+from vista.installation import __version__
+from vista.log.event_log import EventLog, log_digest
 from vista.model.inference import LogUsers
 from vista.model.losses import weighted_losses
 from vista.model.ranking_model import RankingModel
 from vista.model.registry import load_model
+from vista.model.tables import tables_from_file
 from vista.model.vista_model import VistaModel
 from vista.progress_bar import progress_bar
 from vista.ranks import Ranks
-from vista.training.baseline_check import compare_with_baselines, measured_baselines
-from vista.training.batch_prefetcher import BatchPrefetcher
-from vista.training.checkpoint import latest_checkpoint
-from vista.training.data_parallel import DataParallel
+from vista.training.checkpoint import (
+    RowShards,
+    latest_checkpoint,
+    load_checkpoint,
+    pack_state,
+    save_checkpoint,
+    send_rows,
+    unpack_state,
+    write_tensors,
+)
 from vista.training.downstream import Downstream
-from vista.training.event_features import event_encoding
-from vista.training.hash_collisions import hash_collisions
-from vista.training.item_start import FrozenItems, training_vectors
-from vista.training.log_schema import schema_and_readers
-from vista.training.metrics_writer import MetricsWriter
-from vista.training.model_card import model_card
-from vista.training.model_start import drawn_model, start_model
-from vista.training.optimizers import Optimizers
-from vista.training.plain_model import PLAIN_WEIGHTS, plain_model
-from vista.training.progress import Progress
-from vista.training.refused_batch import non_finite
-from vista.training.request_features import request_encoding
-from vista.training.run_clock import RunClock
-from vista.training.run_folder import claimed_folder, clean_folder, deferred_interrupt
-from vista.training.run_identity import facts_of_rank, run_identity
-from vista.training.run_plan import plan_run, warmup_steps, warn_of_few_steps
-from vista.training.run_record import RunRecord, num_parameters
-from vista.training.run_state import restore_run, save_run
-from vista.training.time_budget import TimeBudget
-from vista.training.validation import Validation
-from vista.training.warm_start import WarmStart
+from vista.training.log_schema import event_encoding, hash_collisions, request_encoding, schema_and_readers
+from vista.training.optimizers import BatchPrefetcher, DataParallel, Optimizers, non_finite
+from vista.training.run_folder import (
+    MetricsWriter,
+    RunRecord,
+    claimed_folder,
+    clean_folder,
+    deferred_interrupt,
+    model_card,
+    num_parameters,
+)
+from vista.training.run_plan import Progress, RunClock, TimeBudget, plan_run, warmup_steps, warn_of_few_steps
+from vista.training.validation import Validation, compare_with_baselines, measured_baselines
+from vista.training.warm_start import FrozenItems, WarmStart, drawn_model, start_model, training_vectors
+
+if TYPE_CHECKING:
+    from vista.model.sharded_table import ShardedTable
+
+
+# What must not change between a run and its resumption.
+
+
+def run_identity(
+    config: TrainConfig, log: EventLog, origin: Downstream | WarmStart | None, precision: Precision
+) -> dict[str, Any]:
+    """Settings and data that decide the bits of a run, flat: {"model.dim": 64, …}."""
+    values = to_dict(config)
+    flat: dict[str, Any] = {"seed": values["seed"], "log": log_digest(log)}
+    for group, own in without_places(values).items():
+        flat |= {f"{group}.{key}": value for key, value in own.items()}
+    flat |= origin.identity() if origin is not None else {}
+    return flat | {"precision": precision.value}
+
+
+def facts_of_rank(config: TrainConfig, identity: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """What all ranks of a job must have in common, flat: that of a run and its resumption, versions, and the folder.
+
+    Args:
+        identity: `run_identity`.
+    """
+    versions = {"vista": __version__, "torch": torch.__version__}
+    own = {"run_dir": config.run_dir, "resume": config.resume, "device": device.type}
+    return versions | own | identity
+
+
+def check_identity(here: dict[str, Any], there: dict[str, Any], run_dir: str) -> None:
+    """Refuse to resume another run.
+
+    Args:
+        here: `run_identity` of this run; there: that of the run in `run_dir`.
+
+    Raises:
+        ConfigError: if they differ.
+    """
+    changed = [f"{k} ({there.get(k)} -> {here.get(k)})" for k in here | there if here.get(k) != there.get(k)]
+    if changed:
+        raise ConfigError(
+            f"run_dir={run_dir} holds a run with another {', '.join(changed)}; choose another run_dir, or set "
+            "resume=false to start a new run in it"
+        )
+
+
+# The state of a run in its checkpoints.
+
+TABLE, TABLE_INDEX = "item_table", 0
+"""The item table's name among the weights, and its index in the state of the optimizer of tables."""
+
+
+def save_run(
+    run_dir: Path, model: RankingModel, optimizers: Optimizers, progress: Progress, identity: dict[str, Any]
+) -> None:
+    """Write a checkpoint of a run. With a sharded table, all ranks call this; else only the one that writes.
+
+    Args:
+        identity: `run_identity`.
+    """
+    weights, moments, sums = model.state_dict(), optimizers.table.state_dict(), None
+    if (table := model.sharded_table) is not None:
+        weights[TABLE] = RowShards(table, model.item_table, model.item_table.dtype)
+        of_rows = moments["state"].get(TABLE_INDEX, {}).items()
+        moments["state"] = moments["state"] | {TABLE_INDEX: {k: _shards(table, value) for k, value in of_rows}}
+        sums = _shards(table, table.adagrad_sums)
+    state = {
+        "model": weights,
+        "optimizer": optimizers.dense.state_dict(),
+        "table_optimizer": moments,
+        "adagrad_sums": sums,
+        "rng": torch.get_rng_state(),
+        "cuda_rng": [torch.cuda.get_rng_state(model.device)] if model.device.type == "cuda" else [],
+        "progress": {name: getattr(progress, name) for name in Progress.__slots__},
+        "config": identity,
+    }
+    tensors, skeleton = pack_state(state, "state")
+    if table is not None and not table.leads:
+        send_rows(tensors)
+        return
+    save_checkpoint(run_dir / "checkpoints", progress.step, tensors, {"run": skeleton})
+
+
+def restore_run(
+    path: Path, run_dir: str, model: RankingModel, optimizers: Optimizers, identity: dict[str, Any]
+) -> Progress:
+    """Read the checkpoint `path` of a run. Arguments as in `save_run`.
+
+    Raises:
+        ConfigError: if it belongs to a run with another identity.
+        CheckpointError: if it is damaged, or belongs to another version of the model.
+    """
+    table = model.sharded_table
+    tensors, body = load_checkpoint(path, mapped=None if table is None else _is_sharded)
+    state = unpack_state(body["run"], tensors)
+    check_identity(identity, state["config"], run_dir)
+    if table is not None:
+        state["model"][TABLE] = table.own(state["model"][TABLE])
+        moments = state["table_optimizer"]["state"].get(TABLE_INDEX, {})
+        moments |= {k: table.own(value).clone() for k, value in moments.items() if isinstance(value, Tensor)}
+        table.adagrad_sums.copy_(table.own(state["adagrad_sums"]))
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{path}: belongs to another version of the model ({error}); remove {run_dir}, or set resume=false"
+        ) from error
+    optimizers.dense.load_state_dict(state["optimizer"])
+    optimizers.table.load_state_dict(state["table_optimizer"])
+    torch.set_rng_state(state["rng"])
+    if state["cuda_rng"] and model.device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda_rng"][0], model.device)
+    return Progress(**state["progress"])
+
+
+def _shards(table: ShardedTable, value: Any) -> Any:
+    """What has a row per row of the table, divided like it; other values stay."""
+    return RowShards(table, value, value.dtype) if isinstance(value, Tensor) and value.dim() else value
+
+
+def _is_sharded(name: str) -> bool:
+    """Whether a tensor of a checkpoint has a row per row of the item table."""
+    return name in (f"state.model.{TABLE}", "state.adagrad_sums") or name.startswith(
+        f"state.table_optimizer.state.{TABLE_INDEX}."
+    )
+
+
+# A model with a plain item table, made from one whose table is sharded: for validation and export.
+
+PLAIN_WEIGHTS = ".weights.0.tmp"
+"""Name of the file in a run folder; `remove_leftovers` removes it."""
+
+
+def plain_model(model: RankingModel, run_dir: Path, ranks: Ranks | None) -> RankingModel:
+    """The model, or a copy for inference if its table is sharded. All ranks call this.
+
+    All ranks map the weights of the copy from one file, which rank 0 writes in pieces. So no rank needs memory for the
+    whole table.
+
+    Returns:
+        The model or the copy, whose file `run_dir / PLAIN_WEIGHTS` may be moved or removed.
+
+    Raises:
+        CheckpointError: if the file cannot be written or read.
+    """
+    if model.sharded_table is None or ranks is None:
+        return model
+    path = run_dir / PLAIN_WEIGHTS
+    weights = model.state_dict() | {TABLE: RowShards(model.sharded_table, model.item_table, torch.float32)}
+    config = replace(model.config, table=TableKind.plain, table_precision=TablePrecision.float32)
+    with torch.random.fork_rng(devices=[]), tables_from_file():
+        plain = type(model)(config, model.schema, model.items, model.data)
+    try:
+        if ranks.leads:
+            path.unlink(missing_ok=True)  # another copy may still map it
+            write_tensors(path, weights)
+        else:
+            send_rows(weights)
+        ranks.wait()
+        plain.take_weights(load_file(path))
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: the weights could not be written or read ({error}); free space, and give all ranks the same "
+            "run_dir"
+        ) from error
+    plain.take_catalog(model)
+    return plain.to(model.device).eval()
+
 
 logger = logging.getLogger(__name__)
 METRICS_EVERY = 20

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from vista.arrays import Float32s, Int
 from vista.config import EvaluateConfig, TrainConfig
+from vista.counters.counter_codes import ItemKeys
 from vista.errors import NonFiniteLossError
 from vista.evaluation.answers import RawHistoryAnswers
 from vista.evaluation.baseline_evaluation import counting_baselines, scores_in_columns
@@ -20,6 +24,7 @@ from vista.evaluation.cases import (
     ImpressionCases,
     NextItemCases,
     WindowCases,
+    case_requests,
     impression_cases,
     next_item_cases,
     window_cases,
@@ -36,13 +41,113 @@ from vista.evaluation.protocol import (
     window_metric,
 )
 from vista.examples.batch_source import trained_tasks
+from vista.examples.chunks import CounterRequests, HistoryCounters
 from vista.log.event_log import EventLog
-from vista.log.splits import EVENTS_PER_BLOCK, leaves_out_seen, part_counts, part_times, refresh_times
+from vista.log.histories import Histories, rows_that_fit, token_groups
+from vista.log.splits import EVENTS_PER_BLOCK, READ_EVENT_BYTES, leaves_out_seen, part_counts, part_times, refresh_times
+from vista.model import inference
 from vista.model.baselines.history_model import HistoryModel
+from vista.model.features import log_encoder
+from vista.model.inference import LogUsers, PaddedTail, pad_tail
 from vista.model.ranking_model import RankingModel
+from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
 from vista.ranks import Ranks
-from vista.training.summary_answers import SummaryAnswers
+from vista.training.run_plan import Progress
+
+# The protocol's cases, answered by VISTA with float32 summaries and no store.
+#
+# Letters: N cases, V items of the model.
+
+CASES_PER_BATCH = 512
+
+
+class SummaryAnswers:
+    """A model, and summaries of the leading events of some users."""
+
+    def __init__(
+        self, model: VistaModel, log: EventLog, item_rows: Int, users: Int, covered: Int, events_per_batch: int
+    ) -> None:
+        """
+        Args:
+            item_rows: int64 [log.num_items], the model row of each of the log's items.
+            users: int64 sorted rows of the log, those of all cases.
+            covered: int64 [num_users] events that summaries cover.
+            events_per_batch: most events that are summarized at once (a longer history is summarized alone); fewer of
+                events with features.
+        """
+        self._model, self._log, self._item_rows = model, log, item_rows
+        self._history_rows = model.history_rows(item_rows)
+        self._users, self._covered = users, covered
+        self._recode = model.event_recoder(log.event_features)
+        most = rows_that_fit(events_per_batch, READ_EVENT_BYTES, len(log.event_features))
+        groups = [users[part] for part in token_groups(covered[users], most)]
+        histories = (self._model_rows(log.gather(group, covered[group])) for group in groups)
+        self._summaries = torch.cat([inference.summarize(model, each) for each in histories])
+        self._items = inference.item_vectors(model) if model.has_retrieval else None
+        self._encode_requests = log_encoder(model.request_features, log.request_features)
+        self._log_users = LogUsers(model.user_features, log)
+
+    def catalog_scores(self, cases: NextItemCases | WindowCases) -> Float32s:
+        """Scores float32 [N, V] of all items for the users of some cases, at the times of the questions."""
+        assert self._items is not None
+        model, tail = self._model, self._tail(cases.user, cases.seen)
+        gap = inference.request_gap(model, cases.now, tail)
+        users = inference.user_vectors(model, self._context(cases.user, tail), gap)
+        counters = None
+        if model.item_keys is not None:
+            histories, requests = self._requests(model.item_keys, cases.user, cases.seen, cases.now)
+            counters = histories.at(requests)
+        scores: Float32s = inference.catalog_scores(model, users, self._items, counters).float().cpu().numpy()
+        return scores
+
+    def probabilities(self, cases: ImpressionCases) -> Float32s:
+        """float32 [N, num_tasks]."""
+        model, out = self._model, np.zeros(cases.label.shape, np.float32)
+        for low in range(0, len(cases.user), CASES_PER_BATCH):
+            part = slice(low, low + CASES_PER_BATCH)
+            user, seen, time, item = cases.user[part], cases.seen[part], cases.timestamp[part], cases.item[part]
+            tail, codes = self._tail(user, seen), None
+            if model.item_keys is not None:
+                histories, requests = self._requests(model.item_keys, user, seen, time)
+                of_items = histories.of_items(requests, self._item_rows[item])
+                codes = torch.from_numpy(of_items[:, None]).to(model.device)
+            candidates = torch.from_numpy(self._item_rows[item, None]).to(model.device)
+            features = self._encode_requests(cases.features.select(part), len(user))
+            asked = inference.request_vectors(model, time, tail, features)
+            logits = inference.candidate_logits(model, self._context(user, tail), asked, candidates, codes)
+            out[part] = logits[:, 0].sigmoid().float().cpu().numpy()
+        return out
+
+    def _context(self, user: Int, tail: PaddedTail) -> TargetContext:
+        own = torch.from_numpy(np.searchsorted(self._users, user)).to(self._model.device)
+        # A store has no record of a user without covered events, so the scorer does not know the user's features.
+        users = self._log_users.encoded(np.where(self._covered[user] > 0, user, -1))
+        return inference.request_context(self._model, self._summaries[own], tail, users=users)
+
+    def _tail(self, user: Int, seen: Int) -> PaddedTail:
+        tail = self._model_rows(self._log.gather_ranges(user, seen - self._model.config.tail_len, seen))
+        return pad_tail(
+            self._model,
+            tail.item,
+            np.asarray(tail.timestamp),
+            np.asarray(tail.action),
+            tail.offsets,
+            tail.features.columns,
+        )
+
+    def _requests(
+        self, keys: ItemKeys, user: Int, seen: Int, now: Int | None
+    ) -> tuple[HistoryCounters, CounterRequests]:
+        """Requests for counters of the events that summaries cover, and of the tail."""
+        covered, tail_len = self._covered[user], self._model.config.tail_len
+        return case_requests(keys, self._log, self._history_rows, user, seen, now, covered=covered, tail_len=tail_len)
+
+    def _model_rows(self, histories: Histories) -> Histories:
+        features = self._recode(histories.features, histories.num_events)
+        item = self._history_rows[histories.item].astype(np.int32)
+        return dataclasses.replace(histories, item=item, features=features)
+
 
 USERS_PER_BATCH = 512
 logger = logging.getLogger(__name__)
@@ -250,3 +355,51 @@ class Validation:
                 "features of these users"
             )
         return scores
+
+
+# What counting reaches on the validation cases: logged when a run starts, and compared with its model at the end.
+
+
+def measured_baselines(validation: Validation) -> dict[str, dict[str, float]]:
+    """`Validation.baselines`, logged in one line."""
+    began = time.perf_counter()
+    measured, metric = validation.baselines(), validation.ranking_metric
+    if measured:
+        numbers = ", ".join(f"{name} {metrics[metric]:.4f}" for name, metrics in measured.items())
+        logger.info("counting baselines (%.1f s), %s: %s", time.perf_counter() - began, metric, numbers)
+    return measured
+
+
+WITHOUT_COUNTERS = (
+    "train longer (optim.epochs or optim.minutes), or take more and smaller steps (data.tokens_per_batch); if users "
+    "return to items, set model.counters=true"
+)
+WITH_COUNTERS = (
+    "train longer if the run has fewer than 1,000 steps (optim.epochs), or add time constants (model.counter_days, "
+    "model.counter_events)"
+)
+"""What to change (docs/guides/choose-settings.md)."""
+
+
+def compare_with_baselines(progress: Progress, validation: Validation, *, counts: bool) -> None:
+    """Warn if the best model of a run ranks items worse than the best counting baseline.
+
+    Args:
+        validation: its `metric` chose that model, and its `ranking_metric` compares both.
+        counts: whether the model has counters.
+    """
+    metric = validation.ranking_metric
+    best = [validated for validated in progress.history if validated[validation.metric] == progress.best]
+    if not best or not progress.baselines:
+        return
+    name = max(progress.baselines, key=lambda each: progress.baselines[each][metric])
+    bar, value = progress.baselines[name][metric], best[0][metric]
+    if value < bar:
+        logger.warning(
+            "%s %.4f is below that of a counting baseline (%s: %.4f): %s",
+            metric,
+            value,
+            name,
+            bar,
+            WITH_COUNTERS if counts else WITHOUT_COUNTERS,
+        )

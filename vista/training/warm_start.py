@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,26 +17,116 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vista.arrays import Int
-from vista.config import TrainConfig
-from vista.config.choices import Architecture, InitFreeze
-from vista.errors import CheckpointError, ConfigError
+from vista.config import DataConfig, TrainConfig
+from vista.config.checks import to_dict
+from vista.config.choices import Architecture, InitFreeze, ItemStart, Precision, Split, Stage
+from vista.config.config_keys import value_text
+from vista.device import autocast
+from vista.errors import CheckpointError, ConfigError, LeakageError
+from vista.examples.batch import Batch
+from vista.examples.batch_source import MEASURED_BATCHES, BatchSource
+from vista.examples.item_statistics import START_RMS, UserFactors, item_factors
 from vista.log.event_log import EventLog
 from vista.log.histories import ColumnValues
 from vista.log.item_features import CategoryColumn, ItemFeatures
+from vista.log.splits import split_until
+from vista.model.anchor_losses import start_counted
 from vista.model.features import RowFeatureReader, RowReaders, Schema
 from vista.model.item_feature_table import GrownColumns, ItemFeatureTable, joined_features
-from vista.model.ranking_model import RankingModel
+from vista.model.ranking_model import UNKNOWN_ITEM, RankingModel
 from vista.model.registry import ARCHITECTURES, load_model
 from vista.model.saved_model import CONFIG_FILE
-from vista.model.vista_model import STAGE1_WEIGHTS
+from vista.model.summarizer import clusters, nearest
+from vista.model.vista_model import STAGE1_WEIGHTS, VistaModel
 from vista.training.checkpoint import load_checkpoint, newest_checkpoint, unpack_state
-from vista.training.downstream import KEPT_WEIGHTS, with_settings_of
-from vista.training.frequent_items import features_of, frequent_items
+from vista.training.downstream import COUNTER_KEYS, KEPT_WEIGHTS, with_settings_of
+from vista.training.log_schema import encoded_features, features_of, frequent_items
 from vista.training.optimizers import Optimizers, moments_of
-from vista.training.start_checks import check_start
+
+# What a warm start refuses: another model, another kind of log, and labels that the earlier model was trained on.
+
+FREE_KEYS = ("dropout", "counted_dropout", "id_dropout", "item_start", "hashed_features")
+"""Fields of ModelConfig that may differ from the earlier model's."""
+
+
+def check_start(config: TrainConfig, base: RankingModel, log: EventLog) -> None:
+    """Check that a run can start from a model.
+
+    Args:
+        config: with the model's values for settings that are null.
+        base: the model of init_from.
+        log: of the run.
+
+    Raises:
+        ConfigError: if the configuration or the log does not fit the model.
+        LeakageError: if the model was trained on events that this run holds out.
+    """
+    _check_model(config, base)
+    _check_split(config, base.data)
+    _check_log(config, base, log)
+
+
+def _check_model(config: TrainConfig, base: RankingModel) -> None:
+    asked, kept = to_dict(config.model), to_dict(base.config)
+    unread = COUNTER_KEYS[1:] if not (config.model.counters or base.config.counters) else ()
+    changed = [key for key in asked if key not in (*FREE_KEYS, *unread) and asked[key] != kept[key]]
+    if changed:
+        differences = ", ".join(f"model.{key} ({kept[key]} -> {asked[key]})" for key in changed)
+        words = " ".join(f"model.{key}={value_text(kept[key])}" for key in changed)
+        raise ConfigError(
+            f"init_from={config.init_from}: model settings must match the earlier model, but these differ: "
+            f"{differences}; set {words}"
+        )
+    if base.config.item_start is ItemStart.user_factors:
+        raise ConfigError(
+            f"init_from={config.init_from}: its item vectors are user factors, which contain the labels of its log "
+            "and cannot be extended to new items; train without init_from"
+        )
+
+
+def _check_split(config: TrainConfig, before: DataConfig) -> None:
+    """Refuse a model that was trained on labels which this run holds out, assuming that the log has only grown."""
+    was, now = split_until(before, "train"), split_until(config.data, "train")
+    fits = before.split is config.data.split and was.held_share >= now.held_share
+    if before.split is Split.time and now.before is not None and was.before is not None:
+        fits = fits and was.before <= now.before
+    if not fits:
+        raise LeakageError(
+            f"init_from={config.init_from}: was trained on events until {was}, but this run holds out what comes after "
+            f"{now}; use the same split, with times or shares that hold out no more"
+        )
+
+
+def _check_log(config: TrainConfig, base: RankingModel, log: EventLog) -> None:
+    where, known = f"init_from={config.init_from}", base.schema
+    if log.items.kind != base.items.kind:
+        raise ConfigError(
+            f"{where}: its item ids are {base.items.kind}, but those of {log.path} are {log.items.kind}; start from "
+            "a model of this log, or leave init_from out"
+        )
+    if log.has_time != known.has_time:
+        has = ("has no times", "has times")
+        raise ConfigError(
+            f"{log.path}: {has[log.has_time]}, but the log of {where} {has[known.has_time]}; start from a "
+            "model of this log, or leave init_from out"
+        )
+    keeps_codes = config.init_freeze is InitFreeze.summarizer
+    if keeps_codes and log.actions != known.actions[: len(log.actions)]:
+        raise ConfigError(
+            f"init_freeze=summarizer: the actions of {log.path} are {log.actions}, but summaries know {known.actions}; "
+            "set init_freeze=none, and refresh all stores"
+        )
+    if config.model.embedding_rows and known.actions != log.actions[: len(known.actions)]:
+        raise ConfigError(
+            f"{where}: a hashed table reads actions by their place, but {log.path} has {log.actions} instead of "
+            f"{known.actions}; train without init_from"
+        )
+
 
 logger = logging.getLogger(__name__)
 MEASURED_WEIGHTS = ("item_popularity", "category")
@@ -269,3 +360,212 @@ def _reader(grown: GrownColumns | None, known: RowFeatureReader | None) -> RowFe
     if grown is None:
         return known
     return RowFeatureReader(grown.columns, {column.name: grown.values.get(column.name) for column in grown.columns})
+
+
+# Item vectors that training starts from, and those that it reads while they are frozen.
+
+MOST_CHANGE = 0.01
+"""Root mean square of the change of factors that are computed again, relative to START_RMS, at most: what rounding may
+do. A column with the other sign changes them by 0.35 if there are 32."""
+
+
+def start_from_factors(model: RankingModel, log: EventLog, counts: Int, seed: int, new_rows: Int | None = None) -> None:
+    """Replace the drawn vectors of a model's items by factors of their co-occurrences, where they have any.
+
+    Args:
+        counts: int64 [log.num_users], visible events per user.
+        new_rows: model rows to start. The vectors of other rows are trained: factors are rotated and scaled to fit
+            these, because the directions of factors are arbitrary. None starts all rows.
+    """
+    began = time.perf_counter()
+    rows, vectors = item_factors(log, model.rows_of(log.items), counts, model.item_table.shape[1], seed=seed)
+    factors = torch.from_numpy(vectors)
+    if new_rows is not None:
+        is_new = np.isin(rows, new_rows)
+        factors = _fitted_factors(model, rows, factors, is_new)
+        rows = rows[is_new]
+    model.write_id_vectors(rows, factors)
+    _log_start(len(rows), len(model.items), began)
+
+
+class FrozenItems:
+    """Item vectors of a model whose table is frozen `UserFactors`. Training reads factors without a batch's own users.
+
+    Factors of all users are fitted to all of their items, labels included. With them, the items of a training window
+    have far larger cosines than those of a later window, and training would learn to trust cosines too much. Leaving
+    out a batch's users gives the factors of the other users approximately: in simulations of pure noise, it removes 69
+    to 88 % of the difference (`vista.examples.item_statistics`).
+    """
+
+    def __init__(self, table: Tensor, factors: UserFactors) -> None:
+        """
+        Args:
+            table: [V1, M] the model's table, for items without factors.
+            factors: those that the table starts from.
+        """
+        self._table, self._factors = table.detach(), factors
+
+    @classmethod
+    def of(cls, model: RankingModel, log: EventLog, counts: Int, config: TrainConfig) -> FrozenItems | None:
+        """Those of a run; None if its table starts from something else, or belongs to a base.
+
+        Args:
+            counts: int64 [log.num_users], visible events per user.
+        """
+        if config.stage is not Stage.joint or config.model.item_start is not ItemStart.user_factors:
+            return None
+        began, table = time.perf_counter(), model.item_table
+        factors = UserFactors(log, model.rows_of(log.items), counts, table.shape[1], seed=config.seed)
+        _log_start(int(factors.has_vector.sum()), len(model.items), began)
+        return cls(table, factors)
+
+    def start(self) -> None:
+        """Replace the drawn vectors in the table by the factors of all users."""
+        rows = np.flatnonzero(self._factors.has_vector)
+        _write(self._table, rows, torch.from_numpy(self._factors.vectors(rows)))
+
+    def change(self) -> float:
+        """Root mean square of the difference between the table and the factors of all users, relative to START_RMS."""
+        rows = np.flatnonzero(self._factors.has_vector)
+        if not len(rows):
+            return 0.0
+        found = self._table[torch.from_numpy(rows).to(self._table.device)].cpu().numpy()
+        return float(np.sqrt(np.mean((found - self._factors.vectors(rows)) ** 2)) / START_RMS)
+
+    def check(self, place: Path) -> None:
+        """Refuse to train if rounding gave other factors than those in the table, such as rotated ones.
+
+        Args:
+            place: where the table comes from, for the message.
+
+        Raises:
+            CheckpointError: if they differ by more than MOST_CHANGE.
+        """
+        if (change := self.change()) > MOST_CHANGE:
+            raise CheckpointError(
+                f"{place}: its item vectors are factors that come out {change:.0%} different here, perhaps because the "
+                "number of threads, the processor, or the version of torch differs; resume where the run began, or set "
+                "resume=false to start a new run"
+            )
+
+    def vectors(self, batch: Batch) -> Tensor:
+        """[R, M] of the items `batch.rows`."""
+        known, rows = self._factors.has_vector, batch.rows.cpu().numpy()
+        places = np.flatnonzero(known[np.minimum(rows, len(known) - 1)] & (rows < len(known)))
+        own = self._factors.vectors(rows[places], np.unique(batch.user.cpu().numpy()))
+        out = self._table[batch.rows]
+        _write(out, places, torch.from_numpy(own))
+        return out
+
+
+def training_vectors(model: RankingModel, batch: Batch, frozen: FrozenItems | None) -> Tensor:
+    """[R, M] vectors of the items `batch.rows` as training reads them.
+
+    Those of `frozen`, or the table's; with features, which at random stand alone (`model.id_dropout`).
+    """
+    vectors = model.id_vectors(batch.rows) if frozen is None else frozen.vectors(batch)
+    if model.features is not None and model.training and model.config.id_dropout > 0:
+        dropped = torch.rand(len(vectors), 1, device=vectors.device) < model.config.id_dropout
+        vectors = vectors.masked_fill(dropped, 0.0)
+    return model.with_features(vectors, batch.rows)
+
+
+@torch.no_grad()
+def _fitted_factors(model: RankingModel, rows: Int, factors: Tensor, is_new: NDArray[np.bool_]) -> Tensor:
+    """ID embeddings [n, M] of the new ones among `rows`: orthogonal Procrustes with a scale (Schönemann, 1966).
+
+    Vectors of items include their features, so these are subtracted.
+    """
+    known = torch.from_numpy(~is_new)
+    places = torch.from_numpy(rows).to(model.device)
+    target = model.item_vectors(places).cpu().double()
+    left, stretch, right = torch.linalg.svd(factors[known].double().T @ target[known])
+    square = float(factors[known].double().square().sum())
+    scale = float(stretch.sum()) / square if square else 1.0
+    features = model.with_features(torch.zeros_like(model.id_vectors(places)), places).cpu().double()
+    fitted: Tensor = scale * factors.double() @ (left @ right) - features
+    return fitted[~known].float()
+
+
+def _write(table: Tensor, rows: Int, vectors: Tensor) -> None:
+    with torch.no_grad():
+        table[torch.from_numpy(rows).to(table.device)] = vectors.to(table.device)
+
+
+def _log_start(num_rows: int, num_items: int, began: float) -> None:
+    logger.info("%d of %d items have factors (%.1f s)", num_rows, num_items, time.perf_counter() - began)
+
+
+# What a new model has before its first step, besides drawn weights.
+
+
+def drawn_model(config: TrainConfig, log: EventLog, schema: Schema, readers: RowReaders) -> RankingModel:
+    """A model of a log with drawn weights."""
+    items = frequent_items(log, config.data)
+    model = ARCHITECTURES[config.model.architecture](config.model, schema, items, config.data)
+    model.set_item_features(encoded_features(log, items, schema))
+    for name, reader in readers.items():
+        setattr(model, name, reader)
+    return model
+
+
+def start_model(
+    model: RankingModel,
+    log: EventLog,
+    source: BatchSource,
+    config: TrainConfig,
+    precision: Precision,
+    frozen: FrozenItems | None,
+    warm: WarmStart | None,
+) -> None:
+    """Give a model what it takes from the training part: the popularity of items, their vectors, and its gate.
+
+    Args:
+        frozen: `FrozenItems.of` the run.
+        warm: the warm start, if there is one; only its new items and heads are initialized.
+    """
+    model.set_item_frequency(source.frequency)
+    if config.stage is Stage.joint:  # a base contains what is read here
+        model.read_item_table(config.data, features_of(model.items, log))
+        if frozen is not None:
+            frozen.start()
+        elif config.model.item_start is not ItemStart.random:
+            start_from_factors(model, log, source.counts, config.seed, None if warm is None else warm.new_rows)
+        if model.features is not None:
+            unseen = np.setdiff1d(np.arange(UNKNOWN_ITEM + 1, 1 + len(model.items)), np.flatnonzero(source.frequency))
+            model.zero_id_embeddings(unseen if warm is None else np.intersect1d(unseen, warm.new_rows))
+        if isinstance(model, VistaModel) and config.model.num_interests and (warm is None or not warm.freezes):
+            start_interests(model, source.frequency, config.seed)
+    if model.counted is not None and (
+        warm is None or warm.base.counted is None
+    ):  # last, because it is measured by the scores of other items
+        model.eval()
+        batches = (source.batch(0, index) for index in range(min(source.num_batches(0), MEASURED_BATCHES)))
+        asked = next((batch for batch in batches if batch.anchors is not None and len(batch.anchors.window)), None)
+        if asked is None:
+            return
+        asked = asked.to(model.device)
+        with autocast(precision, model.device):
+            start_counted(model, asked, training_vectors(model, asked, frozen), source.returning_share)
+
+
+@torch.no_grad()
+def start_interests(model: VistaModel, frequency: Int, seed: int) -> None:
+    """Let the interests be clusters of the vectors of the items that training shows; other items have none.
+
+    After a warm start, items keep their interests, and others join the interest whose items are most similar.
+
+    Args:
+        frequency: int64 [at most 1 + V] events of each model row in the training part.
+    """
+    interest = model.item_interest
+    rows = torch.from_numpy(np.flatnonzero(frequency)).to(model.device)
+    rows = rows[(rows != UNKNOWN_ITEM) & (interest[rows] == 0)]
+    vectors, known = model.item_vectors(rows), interest.nonzero().squeeze(1)
+    if len(known):
+        unit = F.normalize(model.item_vectors(known), dim=-1)
+        sums = unit.new_zeros(1 + model.config.num_interests, unit.shape[1]).index_add_(0, interest[known].long(), unit)
+        found = nearest(F.normalize(vectors, dim=-1), F.normalize(sums[1:], dim=-1))
+    else:
+        found = clusters(vectors, model.config.num_interests, seed)
+    interest[rows] = 1 + found.to(interest.dtype)
