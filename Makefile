@@ -47,7 +47,7 @@ $(STAMP): pyproject.toml
 setup: $(STAMP) ## create the virtual environment, install vista and its tools, and check the machine (vista doctor)
 
 test: setup ## run all tests except the slow groups, on all cores (about 20 minutes on two cores, no GPU)
-	$(ON_CPU) -n auto --dist worksteal -m "not ($(SLOW_GROUPS))" $(PYTEST_ARGS)
+	$(ON_CPU) -n 4 --dist worksteal -m "not ($(SLOW_GROUPS))" $(PYTEST_ARGS)
 
 test-research: setup ## run the tests of benchmarks, result tables and documentation pages (about 25 minutes on two cores, no GPU)
 	$(ON_CPU) -n auto --dist worksteal -m "(research or docs) and not (gpu or aot)" $(PYTEST_ARGS)

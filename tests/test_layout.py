@@ -21,7 +21,7 @@ LAYERS = (
     ("vista.examples", "vista.model", "vista.store", "vista.simulation"),
     ("vista.counters",),
     ("vista.log",),
-    ("vista.device", "vista.ranks", "vista.runs", "vista.tracking"),
+    ("vista.device", "vista.ranks", "vista.runs"),
     ("vista.config",),
     (
         "vista.files",
@@ -30,11 +30,10 @@ LAYERS = (
         "vista.logistic_regression",
         "vista.installation",
         "vista.machine",
-        "vista.installation",
         "vista.progress_bar",
         "vista.text_table",
     ),
-    ("vista.errors", "vista.installation", "vista_kernels"),
+    ("vista.errors", "vista_kernels"),
 )
 """A module imports from its own package and from the layers below it. `vista` only lists the public names."""
 SAME_LAYER = {("vista.model", "vista.examples")}
@@ -134,7 +133,6 @@ def test_a_class_name_stands_for_one_thing() -> None:
 FOLDER_MAKERS = ("vista/files.py", "vista/store/layout.py")
 STAGING_FOLDERS = {
     "vista/log/ingest/prepare.py": {"folder", "scratch"},
-    "vista/log/segment_writer.py": {"segment.folder / prefix"},
     "vista/log/segment_writer.py": {"folder", "segment.folder / prefix", "segment.folder / owner.folder"},
     "vista/training/checkpoint.py": {"temporary"},
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from vista.installation import __version__
+from vista.installation import __version__ as __version__
 
 if TYPE_CHECKING:
     from vista.config import TrainConfig

@@ -320,9 +320,9 @@ def test_every_changed_byte_and_every_length_is_an_error(tmp_path):
         with pytest.raises(ValueError, match=r"fewer than a header|its count|checksum"):
             unpacked(content)
     path.write_bytes(whole[:-1])
-    for tombstones in (reader, Tombstones(tmp_path)):
+    for held in (reader, Tombstones(tmp_path)):
         with pytest.raises(StoreWriteError, match="is damaged"):
-            len(tombstones)
+            len(held)
 
 
 def test_digests_out_of_order_are_an_error(tmp_path):

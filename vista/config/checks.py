@@ -186,8 +186,8 @@ def check_size(text: str) -> None:
             anchors[event.anchor] = node
         if open_nodes[-1].values > MAX_YAML_VALUES or len(open_nodes) + open_nodes[-1].levels - 1 > MAX_LEVELS:
             raise yaml.YAMLError(
-                f"line {line}: more than {MAX_YAML_VALUES} values or {MAX_LEVELS} levels, counting each alias as what it "
-                "stands for"
+                f"line {line}: more than {MAX_YAML_VALUES} values or {MAX_LEVELS} levels, counting each alias as what "
+                "it stands for"
             )
 
 

@@ -279,10 +279,10 @@ def encode_counters(counters: Sequence[CounterCodes], layout: CounterLayout, num
     ):
         raise ValueError(f"counters: expected those of {num_users} users for each of {', '.join(spec.fields)}")
     sections = [b""] * num_users
-    for one, field, most, key_bytes in zip(counters, spec.fields, spec.keys, layout.key_bytes, strict=True):
+    for one, name, most, key_bytes in zip(counters, spec.fields, spec.keys, layout.key_bytes, strict=True):
         sizes = np.diff(one.offsets)
         if (sizes > most).any() or (one.key >> 8 * key_bytes != 0).any():
-            raise ValueError(f"counters of {field}: at most {most} keys of {key_bytes} bytes are allowed per user")
+            raise ValueError(f"counters of {name}: at most {most} keys of {key_bytes} bytes are allowed per user")
         entries = _entries(one, key_bytes, layout.code_bytes)
         content, entry_bytes = entries.tobytes(), entries.shape[1]
         for user, (first, last) in enumerate(pairwise(one.offsets.tolist())):

@@ -245,8 +245,8 @@ def decode_states(values: Sequence[bytes | memoryview], keys: Sequence[bytes], s
     _check(lengths >= spec.least_bytes, keys, "length")
     records = JoinedRecords(values, lengths, HEADER)
     headers, template = records.headers, _template(spec)
-    for field in _SHARED_FIELDS:
-        _check(headers[field] == template[field], keys, field)
+    for name in _SHARED_FIELDS:
+        _check(headers[name] == template[name], keys, name)
     _check(headers["payload_length"] == lengths - HEADER.itemsize, keys, "payload_length")
     _check(headers["counters_length"] == lengths - spec.least_bytes, keys, "counters_length")
     _check((headers["summarizer_id"] == template["summarizer_id"]).all(-1), keys, "summarizer_id")
