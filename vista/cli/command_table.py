@@ -35,7 +35,7 @@ def _handler(module: str, function: str) -> Callable[[Any], object]:
 COMMANDS: dict[str, Command] = {
     "simulate": Command(
         config.SimulateConfig,
-        _handler("log_commands", "run_simulate"),
+        _handler("store_commands", "run_simulate"),
         "Simulate a log of long histories with labeled impressions, as source files for prepare.",
         (
             "vista simulate out=data/simulated",
@@ -46,7 +46,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "prepare": Command(
         config.PrepareConfig,
-        _handler("prepare_command", "run_prepare"),
+        _handler("store_commands", "run_prepare"),
         "Convert source tables (Parquet, CSV, MovieLens, ...) into an EventLog, or append them to one.",
         (
             "vista prepare out=data/ml-1m events.kind=auto events.paths=[path/to/ml-1m]",
@@ -60,7 +60,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "train": Command(
         config.TrainConfig,
-        _handler("train_commands", "run_train"),
+        _handler("run_commands", "run_train"),
         "Train a model on an EventLog and export the best one to <run_dir>/best.",
         (
             "vista train data.path=data/mine run_dir=runs/mine",
@@ -71,7 +71,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "sweep": Command(
         config.SweepConfig,
-        _handler("sweep_command", "run_sweep"),
+        _handler("run_commands", "run_sweep"),
         "Train over several seeds and settings, and print a table of the results.",
         (
             "vista sweep data.path=data/mine folder=runs/dims seed=1,2,3 model.dim=64,128",
@@ -83,19 +83,19 @@ COMMANDS: dict[str, Command] = {
     ),
     "runs": Command(
         config.RunsConfig,
-        _handler("runs_commands", "run_runs"),
+        _handler("run_commands", "run_runs"),
         "List training runs with their state, best validation metric, and test metrics.",
         ("vista runs folder=runs", "vista runs folder=runs/dims sort=newest", "vista runs metric=hr@10 out=runs.json"),
     ),
     "runs compare": Command(
         config.RunsCompareConfig,
-        _handler("runs_commands", "run_runs_compare"),
+        _handler("run_commands", "run_runs_compare"),
         "Show the settings in which training runs differ, and their metrics side by side.",
         ("vista runs compare runs=[runs/first,runs/second]",),
     ),
     "refresh": Command(
         config.RefreshConfig,
-        _handler("refresh_commands", "run_refresh"),
+        _handler("serving_commands", "run_refresh"),
         "Write users' summaries into the store: all of them, or what is new.",
         (
             "vista refresh data=data/mine model=runs/mine/best store=stores/mine",
@@ -108,7 +108,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "watch": Command(
         config.WatchConfig,
-        _handler("refresh_commands", "run_watch"),
+        _handler("serving_commands", "run_watch"),
         "Append files or Kafka messages as they arrive, and keep the store up to date.",
         (
             "vista watch folder=incoming data=data/mine model=runs/mine/best store=stores/mine events.timestamp=time "
@@ -121,7 +121,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "evaluate": Command(
         config.EvaluateConfig,
-        _handler("train_commands", "run_evaluate"),
+        _handler("run_commands", "run_evaluate"),
         "Measure quality as served, with summaries from the store and scores from the scorer.",
         (
             "vista evaluate data=data/ml-1m model=runs/ml-1m/best store=stores/ml-1m",
@@ -131,7 +131,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "compare": Command(
         config.CompareConfig,
-        _handler("train_commands", "run_compare"),
+        _handler("run_commands", "run_compare"),
         "Compare two evaluated models, user by user, with a paired test.",
         (
             "vista compare a=[vista.json] b=[hstu.json]",
@@ -140,7 +140,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "report": Command(
         config.ReportConfig,
-        _handler("report_command", "run_report"),
+        _handler("run_commands", "run_report"),
         "Write one HTML page about a training run: curves, quality compared with baselines and other runs, latency.",
         (
             "vista report run=runs/mine",
@@ -150,7 +150,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "score": Command(
         config.ScoreConfig,
-        _handler("score_command", "run_score"),
+        _handler("serving_commands", "run_score"),
         "Score candidates for users, rank the whole catalog, or retrieve from it.",
         (
             "vista score model=runs/ml-1m/best store=stores/ml-1m users=[1,2] top_k=20",
@@ -162,7 +162,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "serve": Command(
         config.ServeConfig,
-        _handler("serve_command", "run_serve"),
+        _handler("serving_commands", "run_serve"),
         "Answer requests over HTTP: score, predict, rank, retrieve, explain.",
         (
             "vista serve model=runs/mine/best store=stores/mine",
@@ -174,7 +174,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "explore": Command(
         config.ExploreConfig,
-        _handler("explore_command", "run_explore"),
+        _handler("run_commands", "run_explore"),
         "Show users, rankings with explanations, the store, runs, and results in a browser.",
         (
             "vista explore",
@@ -185,7 +185,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "index": Command(
         config.IndexConfig,
-        _handler("index_command", "run_index"),
+        _handler("item_commands", "run_index"),
         "Index a model's item vectors, so that a scorer retrieves candidates from a large catalog.",
         (
             "vista index model=runs/mine/best",
@@ -194,7 +194,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "export": Command(
         config.ExportConfig,
-        _handler("export_command", "run_export"),
+        _handler("run_commands", "run_export"),
         "Export stage 2 with its tables as ONNX or AOTInductor, and compare it with the scorer.",
         (
             "vista export model=runs/mine/best out=exports/mine store=stores/mine",
@@ -203,7 +203,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "plan": Command(
         config.PlanConfig,
-        _handler("plan_command", "run_plan"),
+        _handler("run_commands", "run_plan"),
         "Estimate the cores, machines, disk, memory, and network that a deployment needs.",
         (
             "vista plan users=1e6 events_per_day=5e7 requests_per_s=1000",
@@ -213,7 +213,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "doctor": Command(
         config.DoctorConfig,
-        _handler("doctor_command", "run_doctor"),
+        _handler("run_commands", "run_doctor"),
         "Check this machine, a model, a store, and a log: what is broken or slow, and how to fix it.",
         (
             "vista doctor",
@@ -234,13 +234,13 @@ COMMANDS: dict[str, Command] = {
     ),
     "items add": Command(
         config.ItemsAddConfig,
-        _handler("items_command", "run_items_add"),
+        _handler("item_commands", "run_items_add"),
         "Let a trained model rank new items by their features, without training.",
         ("vista items add model=runs/mine/best items.paths=[new.parquet] items.item=product",),
     ),
     "items embed": Command(
         config.ItemsEmbedConfig,
-        _handler("embed_command", "run_items_embed"),
+        _handler("item_commands", "run_items_embed"),
         "Encode the texts of items as vectors, without a network, as a table that prepare reads.",
         (
             "vista items embed items.paths=[products.parquet] items.item=product columns=[title,brand]",
@@ -249,7 +249,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "items tokenize": Command(
         config.ItemsTokenizeConfig,
-        _handler("tokenize_command", "run_items_tokenize"),
+        _handler("item_commands", "run_items_tokenize"),
         "Cluster the vectors of items into semantic ids, as a table that prepare reads.",
         (
             "vista items tokenize vectors=vectors.parquet item=product column=text",
@@ -264,7 +264,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "log forget": Command(
         config.LogForgetConfig,
-        _handler("log_commands", "run_log_forget"),
+        _handler("store_commands", "run_log_forget"),
         "Delete the events that a file names from an EventLog. If any is missing, nothing is deleted.",
         (
             "vista log forget data=data/mine events=deletions.csv time_unit=s",
@@ -273,25 +273,25 @@ COMMANDS: dict[str, Command] = {
     ),
     "log erase": Command(
         config.LogEraseConfig,
-        _handler("log_commands", "run_log_erase"),
+        _handler("store_commands", "run_log_erase"),
         "Delete all events and impressions of the given users from an EventLog.",
         ("vista log erase data=data/mine users=[101,102]",),
     ),
     "log compact": Command(
         config.LogCompactConfig,
-        _handler("log_commands", "run_log_compact"),
+        _handler("store_commands", "run_log_compact"),
         "Merge the segments of an EventLog into one and remove deleted data from the disk.",
         ("vista log compact data=data/mine",),
     ),
     "log verify": Command(
         config.LogVerifyConfig,
-        _handler("log_commands", "run_log_verify"),
+        _handler("store_commands", "run_log_verify"),
         "Check every byte of an EventLog. Damaged files are listed, with exit code 1.",
         ("vista log verify data=data/mine",),
     ),
     "log stats": Command(
         config.LogStatsConfig,
-        _handler("log_commands", "run_log_stats"),
+        _handler("store_commands", "run_log_stats"),
         "Print what an EventLog contains: segments, users, events, deletions, bytes, times.",
         ("vista log stats data=data/mine",),
     ),

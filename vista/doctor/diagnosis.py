@@ -5,43 +5,38 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, distribution, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from vista.config.choices import Mixing, StateDtype
 from vista.config.serve_config import DoctorConfig
-from vista.doctor.machine_checks import Finding, Verdict, free_bytes
+from vista.doctor.machine_checks import (
+    Finding,
+    Verdict,
+    check_disks,
+    check_gpus,
+    check_limits,
+    check_memory,
+    check_processor,
+    check_threads,
+    free_bytes,
+)
 from vista.errors import CheckpointError, VistaError
 from vista.installation import DISTRIBUTION, __version__, install_command
-from vista.log.event_log import EventLog
-from vista.model.saved_model import FORMAT_VERSION, ModelDescription
-from vista.planning.quantities import duration, size
-from vista.store.manifest import Manifest
-from vista.store.shards import stores_in
-from vista.store.store_url import StoreUrl
-from vista.store.verification import StoreStats, store_stats
 
-CHECKS = {
-    "Packages": ("installed_packages", "check_core"),
-    "Extras": ("installed_packages", "check_extras"),
-    "Processor": ("processor_checks", "check_processor"),
-    "Threads": ("processor_checks", "check_threads"),
-    "Memory": ("memory_checks", "check_memory"),
-    "GPU": ("gpu_checks", "check_gpus"),
-    "Disk": ("disk_checks", "check_disks"),
-    "Limits": ("process_limits", "check_limits"),
-    "Model": ("model_checks", "check_model"),
-    "Store": ("store_checks", "check_store"),
-    "Log": ("log_checks", "check_log"),
-}
-"""Module and function of each check. They are imported by `examine`, because what a module imports may be missing."""
+if TYPE_CHECKING:
+    from vista.model.saved_model import ModelDescription
+    from vista.store.manifest import Manifest
+    from vista.store.store_url import StoreUrl
+    from vista.store.verification import StoreStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +68,7 @@ def examine(title: str, config: DoctorConfig) -> Section:
     """Run one check. If it fails, its error follows what it had found before."""
     found: list[Finding] = []
     try:
-        module, function = CHECKS[title]
-        for finding in getattr(import_module(f"vista.doctor.{module}"), function)(config):
+        for finding in CHECKS[title](config):
             found.append(finding)
     except VistaError as error:
         found.append(Finding(title.lower(), "cannot be used", Verdict.broken, str(error)))
@@ -233,6 +227,8 @@ def check_log(config: DoctorConfig) -> Iterator[Finding]:
     Raises:
         LogFormatError: the log is missing, damaged, or of another format.
     """
+    from vista.log.event_log import EventLog
+
     if config.data is None:
         return
     log = EventLog.open(config.data)
@@ -253,6 +249,8 @@ def segments_finding(number: int) -> Finding:
 
 def log_size_finding(num_bytes: int, memory_bytes: int | None) -> Finding:
     """Compare the log with the memory that could cache it."""
+    from vista.planning.quantities import size
+
     if memory_bytes is None or num_bytes <= memory_bytes:
         return Finding("size", size(num_bytes))
     advice = (
@@ -271,6 +269,9 @@ def check_model(config: DoctorConfig) -> Iterator[Finding]:
     Raises:
         CheckpointError: the model is missing or damaged, has another format, or lacks a file.
     """
+    from vista.model.saved_model import FORMAT_VERSION, ModelDescription
+    from vista.planning.quantities import size
+
     if config.model is None:
         return
     folder = Path(config.model)
@@ -324,11 +325,15 @@ def check_store(config: DoctorConfig) -> Iterator[Finding]:
     Raises:
         StoreError, ConfigError: the store is missing, damaged, or cannot be reached.
     """
+    from vista.store.shards import stores_in
+
     for root in [] if config.store is None else stores_in(config.store):
         yield from _check(root, config.model)
 
 
 def _check(root: Path | StoreUrl, model: str | None) -> Iterator[Finding]:
+    from vista.store.verification import store_stats
+
     yield Finding("store", str(root))
     stats = store_stats(root)
     published = next((one for one in stats.generations if one.number == stats.published), None)
@@ -364,6 +369,8 @@ def _unfinished(stats: StoreStats) -> Iterator[Finding]:
 
 def age_finding(age_s: float) -> Finding:
     """Judge the time since the last finished refresh, which a clock that is wrong makes negative."""
+    from vista.planning.quantities import duration
+
     if age_s < -_CLOCK_TOLERANCE_S:
         advice = (
             "the time of the refresh is in the future, so max_age_s does not work: synchronize the clocks of this "
@@ -375,6 +382,8 @@ def age_finding(age_s: float) -> Finding:
 
 def size_finding(live_bytes: int, memory_bytes: int | None) -> Finding:
     """Compare the records with the memory that could cache them."""
+    from vista.planning.quantities import size
+
     value = f"{size(live_bytes)} in use"
     if memory_bytes is None or live_bytes <= memory_bytes:
         return Finding("size", value)
@@ -387,6 +396,8 @@ def size_finding(live_bytes: int, memory_bytes: int | None) -> Finding:
 
 def summarizer_finding(manifest: Manifest, model: str | None) -> Finding:
     """Compare the summarizer that wrote a store with a model's."""
+    from vista.model.saved_model import ModelDescription
+
     name, wrote = "summarizer", manifest.summarizer_id
     if model is None:
         return Finding(name, f"{wrote} (pass model= to compare it)")
@@ -401,3 +412,19 @@ def summarizer_finding(manifest: Manifest, model: str | None) -> Finding:
         "model that wrote it, or run a full `vista refresh` with this one"
     )
     return Finding(name, "of another model", Verdict.broken, advice)
+
+
+CHECKS: dict[str, Callable[[DoctorConfig], Iterator[Finding]]] = {
+    "Packages": check_core,
+    "Extras": check_extras,
+    "Processor": check_processor,
+    "Threads": check_threads,
+    "Memory": check_memory,
+    "GPU": check_gpus,
+    "Disk": check_disks,
+    "Limits": check_limits,
+    "Model": check_model,
+    "Store": check_store,
+    "Log": check_log,
+}
+"""All checks. Each imports what it needs when it runs, because that may be missing."""

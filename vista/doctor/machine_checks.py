@@ -17,7 +17,6 @@ from pathlib import Path
 
 from vista.config.serve_config import DoctorConfig
 from vista.machine import cpu_name, usable_cores
-from vista.planning.quantities import duration, size
 
 
 class Verdict(Enum):
@@ -181,6 +180,8 @@ def check_disk(folder: Path, used_by: list[str]) -> Iterator[Finding]:
 
 def space_finding(free_bytes: float) -> Finding:
     """Judge the free space."""
+    from vista.planning.quantities import size
+
     if free_bytes >= LEAST_FREE_BYTES:
         return Finding("free", size(free_bytes))
     advice = "a full refresh writes a second generation before it removes the first; free some space"
@@ -209,6 +210,8 @@ def kind_finding(kind: str | None, *, has_store: bool) -> Finding:
 
 def sync_finding(median_s: float) -> Finding:
     """Judge the time of a durable write."""
+    from vista.planning.quantities import duration
+
     wait = f"{duration(BATCH_SYNCS * median_s)} per batch of a refresh, {duration(PUBLISH_SYNCS * median_s)} to publish"
     value = f"{duration(median_s)} for 4 KiB; about {wait}"
     if median_s < SLOW_SYNC_S:
@@ -228,6 +231,8 @@ _DEVICES = (Path("/dev/nvidia0"), Path("/dev/kfd"))
 def check_gpus(config: DoctorConfig) -> Iterator[Finding]:
     """torch's build, the driver, and every GPU that torch sees."""
     import torch
+
+    from vista.planning.quantities import size
 
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else ""
     build = build or (f"ROCm {torch.version.hip}" if torch.version.hip else "")
@@ -261,6 +266,8 @@ LEAST_BYTES = 2e9
 
 def check_memory(config: DoctorConfig) -> Iterator[Finding]:
     """Judge the available memory and the limit of the control group."""
+    from vista.planning.quantities import size
+
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = memory_limit_bytes()
     free = free_bytes()
@@ -328,6 +335,8 @@ def maps_finding(most: int, num_files: int) -> Finding:
 
 def address_space_finding(most_bytes: int) -> Finding:
     """Judge `ulimit -v`: a store reserves address space that it does not use."""
+    from vista.planning.quantities import size
+
     if most_bytes == resource.RLIM_INFINITY:
         return Finding("address space", "unlimited")
     from vista.store.lmdb_environment import MAP_SIZE_BYTES  # needs LMDB, which may be what is missing
