@@ -26,11 +26,13 @@ RUN_BENCHMARKS := failed=0; \
 
 # Tests that `make test` leaves out; each group has a target of its own.
 SLOW_GROUPS := gpu or aot or faults or nightly or research or docs or recipes or browser
+# Twice as many workers as cores: tests also wait, for processes and files.
+WORKERS := -n $(shell echo $$((2 * $$(nproc)))) --dist worksteal
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 REQUIRE_GPU = $(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "error: torch finds no GPU on this machine; nothing was run (see vista doctor)")'
 ON_CPU := CUDA_VISIBLE_DEVICES= $(PYTEST)
 
-.PHONY: help setup test test-recipes test-research test-processors test-torchrec test-browser test-gpu test-aot test-faults lint docs demo bench bench-torchrec bench-gpu soak-serve clean
+.PHONY: help setup test test-nightly nightly test-recipes test-research test-processors test-torchrec test-browser test-gpu test-aot test-faults lint docs demo bench bench-torchrec bench-gpu soak-serve clean
 
 help: ## list targets and variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -46,11 +48,17 @@ $(STAMP): pyproject.toml
 
 setup: $(STAMP) ## create the virtual environment, install vista and its tools, and check the machine (vista doctor)
 
-test: setup ## run all tests except the slow groups, on all cores (about 20 minutes on two cores, no GPU)
-	$(ON_CPU) -n 4 --dist worksteal -m "not ($(SLOW_GROUPS))" $(PYTEST_ARGS)
+test: setup ## run all tests except the slow groups (some minutes on two cores, no GPU)
+	$(ON_CPU) $(WORKERS) -m "not ($(SLOW_GROUPS))" $(PYTEST_ARGS)
+
+test-nightly: setup ## run the tests that take long and have a shorter form in `make test`, and all short forms of tests/faults
+	$(ON_CPU) $(WORKERS) -m "nightly and not (gpu or aot or faults or research or docs or recipes or browser or torchrec)" $(PYTEST_ARGS)
+
+nightly: setup ## run every group of tests (hours on two cores), and write docs/results/nightly.md
+	@$(BIN)/python -m scripts.nightly
 
 test-research: setup ## run the tests of benchmarks, result tables and documentation pages (about 25 minutes on two cores, no GPU)
-	$(ON_CPU) -n auto --dist worksteal -m "(research or docs) and not (gpu or aot)" $(PYTEST_ARGS)
+	$(ON_CPU) $(WORKERS) -m "(research or docs) and not (gpu or aot)" $(PYTEST_ARGS)
 
 $(RECIPES_VENV)/.installed: pyproject.toml
 	test -x $(RECIPES_VENV)/bin/python || $(PYTHON) -m venv $(RECIPES_VENV)
@@ -64,7 +72,7 @@ test-processors: setup ## run the tests marked `processor` once per profile in v
 	@profiles=$$(PYTHONPATH=kernels $(BIN)/python -c 'from vista_kernels.processor import PROFILES; print(*PROFILES)'); \
 	for profile in $$profiles; do \
 		echo "== VISTA_PROCESSOR=$$profile"; \
-		VISTA_PROCESSOR=$$profile $(ON_CPU) -n auto --dist worksteal -m "processor and not ($(SLOW_GROUPS))" $(PYTEST_ARGS); \
+		VISTA_PROCESSOR=$$profile $(ON_CPU) $(WORKERS) -m "processor and not ($(SLOW_GROUPS))" $(PYTEST_ARGS); \
 	done
 
 test-browser: setup ## open every tab of `vista explore` in headless Chromium, which must be installed (some minutes)
