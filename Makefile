@@ -11,6 +11,7 @@ EXTRAS ?= baselines,data,dev,docs,explore,faiss,kafka,mlflow,onnx,optuna,plots,r
 RECIPES_VENV ?= .venv-recipes
 RECIPES := 'pyspark>=4.1,<5' 'feast>=0.67,<1'
 TORCHREC_VENV ?= .venv-torchrec
+MLFLOW_VENV ?= .venv-mlflow
 # Options of pip install, such as PIP_OPTIONS="--index-url URL" for an index with torch's CPU build.
 PIP_OPTIONS ?=
 PYTEST_ARGS ?=
@@ -51,8 +52,14 @@ setup: $(STAMP) ## create the virtual environment, install vista and its tools, 
 test: setup ## run all tests except the slow groups (some minutes on two cores, no GPU)
 	$(ON_CPU) $(WORKERS) -m "not ($(SLOW_GROUPS))" $(PYTEST_ARGS)
 
-test-nightly: setup ## run the tests that take long and have a shorter form in `make test`, and all short forms of tests/faults
-	$(ON_CPU) $(WORKERS) -m "nightly and not (gpu or aot or faults or research or docs or recipes or browser or torchrec)" $(PYTEST_ARGS)
+# The server of MLflow needs an older pyarrow than the other tests have.
+$(MLFLOW_VENV)/.installed:
+	test -x $(MLFLOW_VENV)/bin/python || $(PYTHON) -m venv $(MLFLOW_VENV)
+	$(MLFLOW_VENV)/bin/python -m pip install $(PIP_OPTIONS) --quiet 'mlflow>=3.1'
+	@touch $@
+
+test-nightly: setup $(MLFLOW_VENV)/.installed ## run the tests that take long and have a shorter form in `make test`, and all short forms of tests/faults
+	MLFLOW_PROGRAM="$(CURDIR)/$(MLFLOW_VENV)/bin/mlflow" $(ON_CPU) $(WORKERS) -m "nightly and not (gpu or aot or faults or research or docs or recipes or browser or torchrec)" $(PYTEST_ARGS)
 
 nightly: setup ## run every group of tests (hours on two cores), and write docs/results/nightly.md
 	@$(BIN)/python -m scripts.nightly

@@ -357,6 +357,7 @@ def _wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
     raise AssertionError("the server does not answer")
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(
     find_spec("flask") is None and not {"MLFLOW_PROGRAM", "CI"} & os.environ.keys(),
     reason="needs a server: install the package mlflow, here or elsewhere, and set MLFLOW_PROGRAM to its program",
