@@ -183,7 +183,7 @@ def test_a_check_that_fails_shows_its_error(monkeypatch: pytest.MonkeyPatch) -> 
         yield Finding("memory", "much")
         raise OSError(5, "Input/output error", "/proc/meminfo")
 
-    monkeypatch.setattr("vista.doctor.machine_checks.check_memory", check)
+    monkeypatch.setitem(diagnosis.CHECKS, "Memory", check)
     found = {section.title: section.findings for section in diagnosis.diagnose(DoctorConfig()).sections}
     first, second = found["Memory"]
     assert first.value == "much" and second.verdict is Verdict.broken

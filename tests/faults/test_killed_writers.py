@@ -1,4 +1,4 @@
-"""Kills and races of the processes of one store: the writer, its rivals, and readers."""
+"""Kills and races of the processes of one store: the writer, other writers, and readers."""
 
 from __future__ import annotations
 

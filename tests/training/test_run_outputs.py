@@ -1,4 +1,4 @@
-"""What a run writes beside its checkpoints: text files, the model card, and its comparison with baselines."""
+"""What a run writes in addition to its checkpoints: text files, the model card, and its comparison with baselines."""
 
 from __future__ import annotations
 

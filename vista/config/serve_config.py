@@ -9,10 +9,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from vista.config.checks import MAX_THREADS, check_size, check_types, require, require_counts, require_finite
 from vista.config.choices import ExportFormat, IndexKind, OnMissing, Precision, Shell
 from vista.config.log_config import ItemTableConfig
@@ -186,6 +182,11 @@ class ModelsFile:
 
 
 def _content(path: str) -> Any:
+    # They take a while to load, and a scorer does not need them.
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         text = read_limited(Path(path), MAX_BYTES).decode("utf-8-sig")
         check_size(text)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from vista.arrays import Float32s, Int
 from vista.config.choices import Counting
@@ -18,6 +16,9 @@ from vista.installation import install_command
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories, ranges
 from vista.log.splits import EVENTS_PER_BLOCK, random_users_counts, visible_blocks
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 RELATIVE_ERROR = 1e-5
@@ -252,6 +253,8 @@ def _factorized(
     left: Int, right: Int, value: NDArray[np.float32], size: int, dim: int, seed: int
 ) -> NDArray[np.float64]:
     """U sqrt(S) [size, dim] of the truncated SVD of a sparse matrix whose entries are sorted by row and column."""
+    import torch  # counting does not need it
+
     index, values = torch.from_numpy(np.stack([left, right])), torch.from_numpy(value)
     matrix = torch.sparse_coo_tensor(index, values, (size, size), is_coalesced=True, check_invariants=False)
     turned = matrix.t().coalesce()
@@ -268,6 +271,8 @@ def _factorized(
 
 
 def _orthonormal(matrix: Tensor) -> Tensor:
+    import torch
+
     basis: Tensor = torch.linalg.qr(matrix).Q
     return basis
 
@@ -325,6 +330,8 @@ class UserFactors:
         user, self._row = user[kept], row[kept]
         self._value = (length[user] ** -0.5 * num_users[self._row] ** -0.25).astype(np.float32)
         self._offsets = np.searchsorted(user, np.arange(log.num_users + 1))
+        import torch
+
         index, shape = torch.from_numpy(np.stack([user, self._row])), (log.num_users, num_rows)
         value = torch.from_numpy(self._value)
         matrix = torch.sparse_coo_tensor(index, value, shape, is_coalesced=True, check_invariants=False)

@@ -209,7 +209,7 @@ _FIELDS = {
 }
 _TRACKERS: dict[TrackerKind, tuple[Callable[[TrackedFolder, str | None], Tracker], tuple[str, ...]]] = {
     TrackerKind.tensorboard: (TensorboardTracker, ("torch.utils.tensorboard",)),
-    TrackerKind.mlflow: (MlflowTracker, ("sqlalchemy", "mlflow.entities")),
+    TrackerKind.mlflow: (MlflowTracker, ("sqlalchemy", "mlflow", "mlflow.entities")),
     TrackerKind.wandb: (WandbTracker, ("wandb",)),
 }
 """Classes, and the modules that they import, from the extra that has the name of the tracker."""
