@@ -23,7 +23,6 @@ from pathlib import Path
 import torch
 
 from tests.training.forked import forked
-from vista.cli import run_commands
 from vista.cli.main import main
 from vista.config import TrainConfig
 from vista.config.config_keys import to_yaml
@@ -60,7 +59,7 @@ def command(words: list[str]) -> int:
     if os.environ.get("VERSION", "").startswith(f"{rank}:"):
         trainer.__version__ = os.environ["VERSION"].partition(":")[2]
     train_model.__globals__["Trainer"] = WatchedTrainer
-    run_commands.train_model = partial(train_model, metrics_every=1)
+    trainer.train_model = partial(train_model, metrics_every=1)  # type: ignore[assignment]
     return main(["train", *(word for word in own if not re.match(r"\d+:", word))])
 
 
