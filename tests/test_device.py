@@ -81,6 +81,7 @@ def test_the_device_is_logged_with_its_processor(
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc for it")
+@pytest.mark.nightly
 def test_freed_memory_is_kept_for_the_next_tensor() -> None:
     """In a process of its own, since it is for good: without it each tensor of 64 MB faults in 16,384 pages."""
     code = """

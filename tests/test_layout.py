@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections import defaultdict
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -50,9 +50,15 @@ def module_of(path: Path) -> str:
 MODULES = {module_of(path): path for path in sources("vista", "kernels")}
 
 
-def imports(path: Path) -> Iterator[tuple[str, int]]:
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
+def imports(path: Path) -> list[tuple[str, int]]:
     """Modules of the project that a file imports, at the top or in a function, except for type checking alone."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree, found = tree_of(path), []
     typing_only = {
         inner
         for node in ast.walk(tree)
@@ -71,7 +77,8 @@ def imports(path: Path) -> Iterator[tuple[str, int]]:
             while name and name not in MODULES:
                 name = name.rpartition(".")[0]
             if name:
-                yield name, node.lineno
+                found.append((name, node.lineno))
+    return found
 
 
 def package_of(module: str) -> str:
@@ -116,7 +123,7 @@ def public_classes() -> list[tuple[str, Path]]:
     return [
         (node.name, path)
         for path in sources("vista", "kernels", "scripts")
-        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        for node in tree_of(path).body
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
     ]
 
@@ -143,7 +150,7 @@ def test_folders_are_made_durably() -> None:
     wrong = []
     for path in sources("vista"):
         place = str(path.relative_to(REPOSITORY))
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 folder = ast.unparse(node.func.value)
                 allowed = place in FOLDER_MAKERS or folder in STAGING_FOLDERS.get(place, ())

@@ -113,6 +113,7 @@ def test_the_best_rows_of_a_long_table_are_shown(draw: Draw, served: Served, tmp
     assert shown == [f"m{n}" for n in range(30)]
 
 
+@pytest.mark.nightly
 def test_a_new_model_at_the_same_path_is_measured_again(
     draw: Draw, served_tasks: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,6 +142,7 @@ def test_a_new_model_at_the_same_path_is_measured_again(
     assert "generation 2 is served" in said and new != old
 
 
+@pytest.mark.nightly
 def test_two_models_and_two_generations_are_compared(draw: Draw, served: Served, tmp_path: Path) -> None:
     changed = dataclasses.replace(served.config, seed=served.config.seed + 1, run_dir=str(tmp_path / "other"))
     refresh(train(changed, served.log), served.log, tmp_path / "other-store")
@@ -189,6 +191,7 @@ def test_users_are_found_by_the_beginning_of_their_id(draw: Draw, served: Served
     assert "No user's id begins with" in texts(page) and "User 101" in texts(page)
 
 
+@pytest.mark.nightly
 def test_scorers_are_closed_beyond_a_limit(draw: Draw, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     from vista.explore.page_cache import SCORERS
 
@@ -253,6 +256,7 @@ def test_a_run_folder_that_is_half_written(draw: Draw, served: Served, tmp_path:
     assert half.dataframe[0].value[["state", "steps"]].values.tolist() == [["half written", 1]]
 
 
+@pytest.mark.nightly
 def test_a_user_without_a_record(draw: Draw, served: Served, tmp_path: Path) -> None:
     shutil.copytree(served.store, tmp_path / "store")
     erase(tmp_path / "store", [104])

@@ -287,6 +287,7 @@ def run_blocked(script: Path, *arguments: object, blocked: str) -> subprocess.Co
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd="/")
 
 
+@pytest.mark.nightly
 def test_the_example_runs_without_vista_and_torch(exported: Path) -> None:
     done = run_blocked(exported / "example.py", blocked="vista,vista_kernels,torch,onnx")
     assert done.returncode == 0, done.stderr

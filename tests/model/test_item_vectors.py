@@ -456,6 +456,7 @@ def encoder() -> TextEncoder:
     return made
 
 
+@pytest.mark.nightly
 def test_vectors_are_unit_vectors_that_know_what_texts_mean(encoder: TextEncoder) -> None:
     vectors = encoder.encode(TEXTS)
     assert vectors.shape == (3, 384) and vectors.dtype == np.float32
@@ -464,6 +465,7 @@ def test_vectors_are_unit_vectors_that_know_what_texts_mean(encoder: TextEncoder
     assert cosines[0, 1] > 0.7 and abs(cosines[0, 2]) < 0.3
 
 
+@pytest.mark.nightly
 def test_batches_and_order_hardly_matter(encoder: TextEncoder) -> None:
     texts = [*TEXTS, "word " * 1000, "ü漢"]
     vectors = encoder.encode(texts, batch_size=2)

@@ -73,6 +73,7 @@ def test_the_group_shows_how_far_the_log_is_but_decides_nothing(kafka, streamed,
     assert look(streamed).is_empty
 
 
+@pytest.mark.nightly
 def test_a_check_is_limited_and_the_next_one_continues(tmp_path, grow, kafka, streamed):
     frame = grow.events({1: 30, 2: 20}, grow.start + 500 * grow.hour)
     kafka.send_events(TOPIC, frame)

@@ -206,6 +206,7 @@ def test_a_browser_without_a_network_shows_it(reported: Reported, tmp_path: Path
     assert requests_of(other, picture) == ["https://fonts.googleapis.com/x.png"], "the test would notice a request"
 
 
+@pytest.mark.nightly
 def test_next_items_of_a_log_with_times(served: Served, tmp_path: Path) -> None:
     report = write_report(report_config(served, tmp_path))
     page = report.path.read_text()
@@ -213,6 +214,7 @@ def test_next_items_of_a_log_with_times(served: Served, tmp_path: Path) -> None:
     assert "calibration, because there are no labeled impressions" in page
 
 
+@pytest.mark.nightly
 def test_a_log_without_times(order_log: EventLog, tmp_path: Path) -> None:
     train_model(small_config(order_log, tmp_path / "run"), order_log)
     config = ReportConfig(run=str(tmp_path / "run"), baselines=False, num_threads=1, progress=False)
@@ -231,6 +233,7 @@ def test_a_model_that_reads_raw_histories(impression_log: EventLog, served_tasks
     assert "latency, because the model reads raw histories" in page and "AUC of click: din reaches" in page
 
 
+@pytest.mark.nightly
 def test_windows(served_tasks: Served, tmp_path: Path) -> None:
     config = report_config(served_tasks, tmp_path)
     config.target, config.horizon_events, config.top_k = Target.window, 5, 5
@@ -262,6 +265,7 @@ def test_a_run_without_a_model_yet(served: Served, tmp_path: Path) -> None:
     assert not (run / "report.html").exists()
 
 
+@pytest.mark.nightly
 def test_a_line_that_a_killed_run_has_cut_off(served: Served, tmp_path: Path) -> None:
     run = run_copy(served, tmp_path)
     lines = (run / "metrics.jsonl").read_text().splitlines()
@@ -278,9 +282,11 @@ def test_a_line_that_a_killed_run_has_cut_off(served: Served, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        (None, "metrics.jsonl is missing"),
+        pytest.param(None, "metrics.jsonl is missing", marks=pytest.mark.nightly),
         ("{", "line 1 of metrics.jsonl cannot be read"),
-        (MAX_METRICS_BYTES + 1, r"metrics.jsonl cannot be read \(holds \d+ bytes"),
+        pytest.param(
+            MAX_METRICS_BYTES + 1, r"metrics.jsonl cannot be read \(holds \d+ bytes", marks=pytest.mark.nightly
+        ),
     ],
 )
 def test_metrics_that_cannot_be_read(served: Served, tmp_path: Path, content: str | int | None, problem: str) -> None:
@@ -334,6 +340,7 @@ def test_a_folder_that_is_not_a_run(served: Served, tmp_path: Path) -> None:
         write_report(ReportConfig(run=str(served.model_dir)))
 
 
+@pytest.mark.nightly
 def test_another_run_with_another_split(served_tasks: Served, tmp_path: Path) -> None:
     config = small_config(served_tasks.log, tmp_path / "other", data__split=Split.leave_last_out)
     train_model(config, served_tasks.log)
@@ -354,6 +361,7 @@ def test_a_run_that_is_named_twice() -> None:
         ReportConfig(run="runs/a", others=["runs/a"])
 
 
+@pytest.mark.nightly
 def test_the_command(served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [f"run={served.config.run_dir}", f"store={served.test_store}", f"out={tmp_path / 'r.html'}"]
     assert main(["report", *words, "progress=false", "num_threads=1"]) == 0
@@ -364,6 +372,7 @@ def test_the_command(served: Served, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "is not a run folder" in capsys.readouterr().err
 
 
+@pytest.mark.nightly
 def test_progress_is_shown(
     served_tasks: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

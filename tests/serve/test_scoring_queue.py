@@ -478,6 +478,7 @@ print(metrics.page().decode())
 """
 
 
+@pytest.mark.nightly
 def test_files_without_content_are_left_out(tmp_path: Path) -> None:
     """As of workers that have just started, or that were killed then."""
     pages = []

@@ -90,6 +90,7 @@ def test_a_grid_names_what_fails_and_trains_the_rest(
     assert taken == []
 
 
+@pytest.mark.nightly
 def test_an_interrupted_sweep_resumes_in_the_middle_of_a_trial(
     event_log: EventLog, train_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,6 +119,7 @@ def test_an_interrupted_sweep_resumes_in_the_middle_of_a_trial(
 
 
 @pytest.mark.skipif(find_spec("tensorboard") is None, reason="needs tensorboard")
+@pytest.mark.nightly
 def test_what_a_tracker_lacks_of_finished_trials_is_sent_by_a_rerun(
     train_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -140,6 +142,7 @@ def test_what_a_tracker_lacks_of_finished_trials_is_sent_by_a_rerun(
 
 
 @needs_optuna
+@pytest.mark.nightly
 def test_sampled_settings_resume_with_the_settings_of_an_uninterrupted_sweep(train_file: str, tmp_path: Path) -> None:
     words = (RATES, "model.num_layers=1,2", "seed=1,2")
     short = swept(train_file, tmp_path, *words, sampler=Sampler.tpe, trials=1)

@@ -165,7 +165,9 @@ def untracked_model(event_log: EventLog, tmp_path_factory: pytest.TempPathFactor
     return (run_dir / "best" / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind == "tensorboard" else pytest.mark.nightly) for kind in KINDS]
+)
 def test_a_tracker_shows_metrics_and_files_and_changes_nothing(
     event_log: EventLog, dashboard_folder: Path, untracked_model: bytes, kind: str
 ) -> None:
@@ -192,6 +194,7 @@ def test_the_configuration_has_no_password(event_log: EventLog, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.nightly
 def test_a_resumed_run_is_the_same_run(
     event_log: EventLog, dashboard_folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
@@ -254,6 +257,7 @@ def test_a_tracker_that_fails_midway_gets_the_rest_when_the_command_is_rerun(
 
 
 @mlflow_only
+@pytest.mark.nightly
 def test_a_run_without_a_tracker_can_be_sent_afterwards(event_log: EventLog, dashboard_folder: Path) -> None:
     config = tracked_config(event_log, dashboard_folder, "mlflow")
     train_model(small_config(event_log, dashboard_folder / "run"), event_log, metrics_every=2)
@@ -267,6 +271,7 @@ def test_a_run_without_a_tracker_can_be_sent_afterwards(event_log: EventLog, das
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.values[0] != "tensorboard"])
+@pytest.mark.nightly
 def test_a_server_that_does_not_answer_stops_the_run_before_training(
     event_log: EventLog,
     dashboard_folder: Path,

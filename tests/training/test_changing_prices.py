@@ -172,6 +172,7 @@ def test_a_row_does_not_read_later_prices_of_its_item(
         assert ((before == after) == [time_of[price] < MIDDLE for price in before.tolist()]).all()
 
 
+@pytest.mark.nightly
 def test_prices_of_candidates_score_as_those_of_impressions(log: EventLog, shown: Columns, tmp_path: Path) -> None:
     config = config_of(log, tmp_path / "run")
     model = train(config, log)

@@ -173,6 +173,7 @@ def check_sound(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.nightly)])
+@pytest.mark.nightly
 def test_a_kill_at_any_call_leaves_a_complete_checkpoint(tmp_path: Path, every: int) -> None:
     folder, log = tmp_path / "runs", tmp_path / "log"
     run_in_fork(kill_at_each_call, str(folder), str(log), every)

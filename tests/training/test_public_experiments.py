@@ -39,7 +39,9 @@ def test_every_public_experiment_has_a_sample() -> None:
     assert set(options_of("set")) <= set(SAMPLES)
 
 
-@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "kuairand" else pytest.mark.nightly) for name in SAMPLES]
+)
 def test_prepare_and_train(tmp_path: Path, name: str) -> None:
     folder, out = tmp_path / "files", tmp_path / "log"
     folder.mkdir()

@@ -94,6 +94,7 @@ def test_the_loss_curve_does_not_depend_on_the_number_of_ranks(
         assert own == pytest.approx(other, abs=1e-3)
 
 
+@pytest.mark.nightly
 def test_a_table_that_no_rank_trains(event_log: EventLog, tmp_path: Path) -> None:
     changes = {"model__item_start": ItemStart.user_factors, "optim__table_rate": 0.0, "optim__epochs": 2}
     config = config_of(event_log, tmp_path / "two", **changes)
@@ -103,6 +104,7 @@ def test_a_table_that_no_rank_trains(event_log: EventLog, tmp_path: Path) -> Non
     np.testing.assert_allclose(curve(tmp_path / "two"), curve(tmp_path / "one"), rtol=1e-4)
 
 
+@pytest.mark.nightly
 def test_downstream_training(served_tasks: Served, tmp_path: Path) -> None:
     refresh(served_tasks.model, served_tasks.log, tmp_path / "store", until=past_of(served_tasks))
     changes = {"model__dropout": 0.0, "precision": Precision.float32, "optim__epochs": 2}
@@ -169,6 +171,7 @@ def test_only_errors_of_others_are_reported_as_such(monkeypatch: pytest.MonkeyPa
         fail(RuntimeError("Connection closed by peer"))
 
 
+@pytest.mark.nightly
 def test_a_killed_rank_ends_the_job_and_the_run_resumes(
     event_log: EventLog, runs: dict[int, Path], tmp_path: Path
 ) -> None:
@@ -187,6 +190,7 @@ def test_a_killed_rank_ends_the_job_and_the_run_resumes(
     np.testing.assert_allclose(curve(tmp_path / "alone"), curve(runs[1]), rtol=1e-4)
 
 
+@pytest.mark.nightly
 def test_a_rank_with_other_weights_ends_the_job_before_they_are_saved(event_log: EventLog, tmp_path: Path) -> None:
     """The run resumes from a checkpoint as after a kill."""
     config = config_of(event_log, tmp_path / "run")
@@ -199,6 +203,7 @@ def test_a_rank_with_other_weights_ends_the_job_before_they_are_saved(event_log:
     assert newest is not None and newest.name.endswith("16"), "the step before the change"
 
 
+@pytest.mark.nightly
 def test_ranks_that_differ_are_refused_by_name(event_log: EventLog, tmp_path: Path) -> None:
     other = EventLog.from_frame(
         small_frame(seed=1),
@@ -228,6 +233,7 @@ def test_all_ranks_plan_the_same_steps(event_log: EventLog, tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(find_spec("tensorboard") is None, reason="needs tensorboard")
+@pytest.mark.nightly
 def test_only_rank_0_tracks_the_run(event_log: EventLog, tmp_path: Path) -> None:
     changes = {"optim__epochs": 1, "optim__validate_every": 1, "tracking__kind": TrackerKind.tensorboard}
     done = start(config_of(event_log, tmp_path / "run", **changes), 2)

@@ -148,6 +148,7 @@ def test_an_interrupt_leaves_a_checkpoint_of_the_current_step(
     assert_same_result(tmp_path, uninterrupted)
 
 
+@pytest.mark.nightly
 def test_a_crash_between_validation_and_checkpoint_writes_no_line_twice(
     event_log: EventLog, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -131,6 +131,7 @@ def test_windows_are_those_of_the_evaluation(
     assert validation.baselines()["own frequency"] == pytest.approx(without_others(baseline))
 
 
+@pytest.mark.nightly
 def test_the_best_epoch_is_chosen_by_windows(log: EventLog, tmp_path: Path) -> None:
     train(window_config(log, tmp_path, **SHARE, optim__validation_users=10), log)
     text, metric = (tmp_path / "train.log").read_text(), "ndcg@10/12-events"

@@ -149,6 +149,7 @@ def test_the_child_stays_for_the_next_file_and_restarts_after_a_crash(tmp_path: 
     assert child.returncode == -signal.SIGKILL
 
 
+@pytest.mark.nightly
 def test_a_child_that_dies_in_a_call_is_reported(tmp_path: Path, parser: SourceParser) -> None:
     file = write_csv(tmp_path / "a.csv", ROWS)
     parser.call("column_types", file)
@@ -192,6 +193,7 @@ def test_the_child_ends_with_its_parent(tmp_path: Path) -> None:
         assert not Path(f"/proc/{child}").exists()
 
 
+@pytest.mark.nightly
 def test_a_script_without_a_main_guard(tmp_path: Path) -> None:
     write_csv(tmp_path / "a.csv", ROWS)
     (tmp_path / "script.py").write_text(
@@ -205,6 +207,7 @@ def test_a_script_without_a_main_guard(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr
 
 
+@pytest.mark.nightly
 def test_a_small_file_cannot_take_much_disk_space(tmp_path: Path) -> None:
     file = tmp_path / "a.csv.gz"
     file.write_bytes(gzip.compress(b"user,item\n" + b"1,2\n" * 500_000))
