@@ -34,8 +34,8 @@ from vista.installation import DISTRIBUTION, __version__, install_command
 
 if TYPE_CHECKING:
     from vista.model.saved_model import ModelDescription
+    from vista.store.layout import StoreUrl
     from vista.store.manifest import Manifest
-    from vista.store.store_url import StoreUrl
     from vista.store.verification import StoreStats
 
 

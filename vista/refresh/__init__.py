@@ -15,7 +15,7 @@ from vista.refresh.batch_encoder import check_log, check_requests
 from vista.refresh.full import RefreshReport, refresh
 from vista.refresh.incremental import forget, refresh_incremental
 from vista.refresh.merging import merge
-from vista.store.erasure import erase
+from vista.store.writer import erase
 
 __all__ = [
     "RefreshOptions",

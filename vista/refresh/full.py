@@ -27,11 +27,10 @@ from vista.model.vista_model import VistaModel
 from vista.progress_bar import progress_bar
 from vista.refresh.batch_encoder import BatchEncoder, StageClock, UserRecords, check_log, has_states
 from vista.store.keys import user_keys
-from vista.store.layout import open_private
+from vista.store.layout import StoreUrl, open_private
 from vista.store.manifest import Manifest
 from vista.store.record_spec import CounterLayout, TailColumn, UserColumn
 from vista.store.shards import Shard, shard_to_write
-from vista.store.store_url import StoreUrl
 from vista.store.writer import StoreWriter
 
 if TYPE_CHECKING:

@@ -22,7 +22,6 @@ from vista.arrays import Int
 from vista.config.choices import Decay, Precision
 from vista.config.store_config import INCREMENTAL_OPTIONS, SET_BY_FULL_REFRESH, RefreshOptions
 from vista.errors import ConfigError, StoreError
-from vista.log.deletions import forget_events
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories, RowFeatures, token_groups
 from vista.log.merged_features import UserFeatureParts
@@ -56,11 +55,11 @@ from vista.refresh.batch_encoder import (
 )
 from vista.refresh.full import RefreshProgress, RefreshReport, user_columns
 from vista.store.keys import user_id, user_keys
+from vista.store.layout import StoreUrl
 from vista.store.manifest import Manifest
 from vista.store.reader import published_manifest
 from vista.store.shards import Shard, shard_to_write
 from vista.store.state_record import StateArrays, UserSummaries, rounded
-from vista.store.store_url import StoreUrl
 from vista.store.writer import StoreUpdate
 
 
@@ -189,6 +188,8 @@ def forget(
         ConfigError: the store is sharded, or was refreshed with `until`; nothing is deleted.
         StoreError: the deletion is in the log, and the next incremental refresh applies it.
     """
+    from vista.log.deletions import forget_events  # needs Polars, which refreshes do not
+
     root, _ = shard_to_write(store, None)
     check_updatable(published_manifest(root), root)  # refused before the log is written
     forget_events(log.path, events)

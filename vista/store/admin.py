@@ -1,4 +1,4 @@
-"""Copies of generations, from one store to that of a serving host."""
+"""Operations on whole generations: copies to the store of a serving host, rollback, compaction."""
 
 from __future__ import annotations
 
@@ -6,42 +6,62 @@ import dataclasses
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import lmdb
 
 from vista.errors import StoreError, StoreUnavailableError, UnfinishedError
-from vista.store.admin_generations import Batch, GenerationBuilder, GenerationReader, open_generation, restamp_records
+from vista.store.backend import StoreBackend, open_backend, settled
+from vista.store.folder import Folder
+from vista.store.folder_generation import FolderBuilder, FolderGeneration
 from vista.store.layout import (
     GROUP,
     PRIVATE,
-    environments_of,
+    StoreUrl,
     generation_path,
     next_number,
     permissions_of,
-    read_current,
-    remove_store_leftovers,
     store_address,
     store_path,
 )
-from vista.store.lmdb_environment import check_structure
-from vista.store.locked_folder import publish_generation
-from vista.store.managed_store import (
-    FolderStore,
-    ManagedStore,
-    NewGeneration,
-    PublishReport,
-    WholeGeneration,
-    managed_store,
-)
+from vista.store.lmdb_environment import Batch
 from vista.store.manifest import Manifest
+from vista.store.record import restamp_records
 from vista.store.record_spec import RecordSpec
+from vista.store.shards import check_place
 from vista.store.state_record import restamp_states
-from vista.store.store_url import StoreUrl
-from vista.store.tombstones import ErasedUsers, Tombstones, locked
+from vista.store.tombstones import Tombstones
 from vista.store.verification import verify_generation
 
+if TYPE_CHECKING:
+    from vista.store.backend import Generation, GenerationBuilder
+    from vista.store.server import ServerTombstones
+
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PublishReport:
+    """Result of a compaction, rollback, copy, export or import."""
+
+    path: Path | StoreUrl
+    generation: int
+    num_records: int
+    size_bytes: int
+    """Of the generation's files; on a server, of its records, about."""
+    published: bool = True
+    num_resumed: int = 0
+    """Records of a copy that an earlier, interrupted run had copied."""
+
+    def __str__(self) -> str:
+        resumed = f" ({self.num_resumed:,} of them by an earlier run)" if self.num_resumed else ""
+        state = "is published" if self.published else "is complete and verified, but not published yet"
+        return (
+            f"generation {self.generation} of {self.path} {state}: {self.num_records:,} records{resumed}, "
+            f"{self.size_bytes:,} bytes"
+        )
 
 
 def copy_generation(
@@ -81,20 +101,22 @@ def copy_generation(
     resolved = [end.resolve() if isinstance(end, Path) else end for end in ends]
     if resolved[0] == resolved[1]:
         raise StoreError(f"to={ends[1]} is the source store itself; name another one")
-    source, target = map(managed_store, ends)
+    source, target = map(open_backend, ends)
     number = source.current() if generation is None else generation
     source.check_structure(number)
     with source.open(number, key):
         pass  # It exists, so the target may be made.
+    if isinstance(target.address, Path):
+        check_place(target.address)
     with target.locked(GROUP if shared_with_group else PRIVATE):
-        copy = source.settled(number, lambda: _copy(source, number, target, key))
+        copy = settled(source, number, lambda: _copy(source, number, target, key))
         before = target.published_or_none()
         if publish and before != copy.generation:
             target.publish(copy.generation, target.numbers() if before is None else [before])
     return dataclasses.replace(copy, published=publish or before == copy.generation)
 
 
-def _copy(source_store: ManagedStore, number: int, target: ManagedStore, key: bytes | None) -> PublishReport:
+def _copy(source_store: StoreBackend, number: int, target: StoreBackend, key: bytes | None) -> PublishReport:
     """Find or make a complete generation of the target with the source's records."""
     source_store.check_structure(number)
     with source_store.open(number, key) as source:
@@ -122,14 +144,14 @@ def _copy(source_store: ManagedStore, number: int, target: ManagedStore, key: by
     return _report(target, wanted.generation, builder.manifest.count, num_resumed=num_resumed)
 
 
-def _report(target: ManagedStore, number: int, num_records: int, *, num_resumed: int) -> PublishReport:
+def _report(target: StoreBackend, number: int, num_records: int, *, num_resumed: int) -> PublishReport:
     size = target.size_bytes(number)
     return PublishReport(target.address, number, num_records, size, num_resumed=num_resumed)
 
 
 def _resume_or_start(
-    source: WholeGeneration, target: ManagedStore, wanted: Manifest, key: bytes | None
-) -> NewGeneration:
+    source: Generation, target: StoreBackend, wanted: Manifest, key: bytes | None
+) -> GenerationBuilder:
     """A builder that continues an earlier, interrupted copy, or a new one if that copy is of no use."""
     builder, reason = None, "is not what the source holds"
     try:
@@ -146,7 +168,7 @@ def _resume_or_start(
     return target.builder(wanted, key, resume=False)
 
 
-def _take_held(builder: NewGeneration, source: WholeGeneration, erased_users: ErasedUsers) -> bool:
+def _take_held(builder: GenerationBuilder, source: Generation, erased_users: Tombstones | ServerTombstones) -> bool:
     """Let a builder continue after the records it holds, if they are the source's first ones and nobody was erased."""
     theirs = _flat(_restamped(source, builder.spec))
     for keys, records in builder.held_batches():
@@ -160,7 +182,7 @@ def _take_held(builder: NewGeneration, source: WholeGeneration, erased_users: Er
     return True
 
 
-def _is_equal(source: WholeGeneration, target: ManagedStore, number: int, key: bytes | None) -> bool:
+def _is_equal(source: Generation, target: StoreBackend, number: int, key: bytes | None) -> bool:
     """Whether a generation of the target is complete and holds the source's records, apart from the number."""
     try:
         with target.open(number, key) as held:
@@ -180,7 +202,7 @@ def _comparable(manifest: Manifest) -> Manifest:
     return dataclasses.replace(manifest.without_states(), generation=0, records_digest="", user_kind=None)
 
 
-def _restamped(source: WholeGeneration, spec: RecordSpec, after: bytes = b"u") -> Iterator[Batch]:
+def _restamped(source: Generation, spec: RecordSpec, after: bytes = b"u") -> Iterator[Batch]:
     """The source's records beyond a key, moved to the generation of `spec`; unchanged if it has the same number."""
     for keys, records in source.batches(after):
         yield keys, records if spec.generation == source.spec.generation else restamp_records(keys, records, spec)
@@ -213,7 +235,7 @@ def roll_back(*stores: str | Path | StoreUrl, to: int | None = None, key: bytes 
         StoreError: there is no such generation, or it is not complete or is damaged. The published generation is
             unchanged.
     """
-    managed = [managed_store(store) for store in stores]
+    managed = [open_backend(store) for store in stores]
     with ExitStack() as locks:
         for store in managed:
             locks.enter_context(store.locked())
@@ -223,7 +245,7 @@ def roll_back(*stores: str | Path | StoreUrl, to: int | None = None, key: bytes 
     return reports
 
 
-def _verified(store: ManagedStore, number: int, key: bytes | None) -> PublishReport:
+def _verified(store: StoreBackend, number: int, key: bytes | None) -> PublishReport:
     report = verify_generation(store, number, key=key)
     if report.num_problems:
         raise StoreError(
@@ -234,7 +256,7 @@ def _verified(store: ManagedStore, number: int, key: bytes | None) -> PublishRep
     return PublishReport(store.address, number, report.records[number], store.size_bytes(number))
 
 
-def _generation_before(store: ManagedStore, key: bytes | None) -> int:
+def _generation_before(store: StoreBackend, key: bytes | None) -> int:
     current = store.current()
     for number in reversed(store.numbers()):
         if number < current:
@@ -264,24 +286,25 @@ def compact_store(root: str | Path | StoreUrl, *, key: bytes | None = None) -> P
         StoreError: nothing is published, it is damaged, or the folder cannot be written. The published generation is
             unchanged.
     """
-    root = store_path(root)
-    read_current(root)  # first, so that no lock file is made in a folder that is not a store
-    with locked(root):
-        current = read_current(root)
-        remove_store_leftovers(root)
-        for environment in environments_of(root, current):
-            check_structure(environment)
-        with open_generation(root, current, key) as source:
-            manifest = _compacted(root, source, key)
-        publish_generation(root, manifest.generation, ())
-    return PublishReport(root, manifest.generation, manifest.count, FolderStore(root).size_bytes(manifest.generation))
+    folder = Folder(store_path(root))
+    folder.current()  # first, so that no lock file is made in a folder that is not a store
+    with folder.locked():
+        current = folder.current()
+        folder.remove_leftovers()
+        folder.check_structure(current)
+        with folder.open(current, key) as source:
+            manifest = _compacted(source, key)
+        folder.publish(manifest.generation, ())
+    size = folder.size_bytes(manifest.generation)
+    return PublishReport(folder.address, manifest.generation, manifest.count, size)
 
 
-def _compacted(root: Path, source: GenerationReader, key: bytes | None) -> Manifest:
+def _compacted(source: FolderGeneration, key: bytes | None) -> Manifest:
     """Build a complete generation with the next number from the records and states of the source."""
+    root = source.root
     wanted = dataclasses.replace(source.manifest, generation=next_number(root))
     permissions = permissions_of(generation_path(root, source.manifest.generation))
-    builder = GenerationBuilder(root, wanted, key, permissions)
+    builder = FolderBuilder(root, wanted, key, permissions)
     try:
         tombstones = Tombstones(root)  # An interrupted erasure may have left some of its users.
         for keys, records in source.batches():

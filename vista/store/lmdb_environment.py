@@ -547,10 +547,11 @@ def _identity(path: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-# Walking through all users of an LMDB environment in short read transactions.
-
 _WALK_USERS = 1024
 _WALK_BYTES = 1 << 23
+
+Batch = tuple[list[bytes], list[bytes]]
+"""Keys and values, of equal length."""
 
 
 class ReadTransactions(Protocol):

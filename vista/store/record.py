@@ -162,6 +162,20 @@ def seal_record(header: bytes, payload: Sequence[bytes | memoryview], user_key: 
     return b"".join((header[:CHECKSUM_OFFSET], checksum.intdigest().to_bytes(8, "little"), *payload))
 
 
+def restamp_records(keys: Sequence[bytes], records: Sequence[bytes], spec: RecordSpec) -> list[bytes]:
+    """Move checked records to another generation: only its number, the checksum and the code change."""
+    headers = np.frombuffer(b"".join([record[:HEADER_BYTES] for record in records]), HEADER).copy()
+    headers["generation"] = spec.generation
+    headers["checksum"] = 0
+    packed = headers.tobytes()
+    sealed = []
+    for index, (key, record) in enumerate(zip(keys, records, strict=True)):
+        payload = memoryview(record)[HEADER_BYTES : len(record) - spec.code_bytes]
+        header = packed[HEADER_BYTES * index : HEADER_BYTES * (index + 1)]
+        sealed.append(seal_record(header, [payload], key, spec.key))
+    return sealed
+
+
 def read_records(values: Sequence[bytes | memoryview], keys: Sequence[bytes], spec: RecordSpec) -> RawRecords:
     """Check a batch of stored values and copy them out; the values need not stay valid afterwards.
 
@@ -306,8 +320,6 @@ def _require_size(lengths: NDArray[np.int64], keys: Sequence[bytes]) -> None:
         )
 
 
-# What a store returns for a batch of B users. K summary tokens, d model width.
-
 CLOCK_SKEW_MS = 300_000
 """A record dated further ahead was written by a wrong clock, so its age is unknown."""
 
@@ -415,9 +427,6 @@ class StoredBatch:
 def _missing(values: NDArray[Any]) -> float:
     """How a column of features says that a value is missing."""
     return np.nan if values.dtype.kind == "f" else -1
-
-
-# A batch of users put together from records that were read in several transactions, or from several shards.
 
 
 def present_records(

@@ -195,6 +195,9 @@ class StateArrays:
         return StateArrays(**columns, counters=tuple(map(CounterTable.concatenated, fields)))
 
 
+FoundStates = tuple[NDArray[Any], StateArrays]
+"""Rows of the users who have a state, and these states."""
+
 _COLUMNS = ("z", "n", "removed", "clock", "num_events", "applied_segment", "history_digest")
 
 

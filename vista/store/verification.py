@@ -7,16 +7,18 @@ import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vista.errors import RecordError, StoreBusyError, StoreError, StoreUnavailableError, UnfinishedError
-from vista.store.layout import environment_path, generation_path
+from vista.store.backend import StoreBackend, open_backend, settled
+from vista.store.layout import StoreUrl, environment_path, generation_path
 from vista.store.lmdb_environment import SharedEnvironment, lock_holders
-from vista.store.locked_folder import Tally
-from vista.store.managed_store import ManagedStore, WholeGeneration, managed_store
-from vista.store.manifest import Manifest
+from vista.store.manifest import Manifest, Tally
 from vista.store.record import check_records
-from vista.store.store_url import StoreUrl
 from vista.text_table import fitted
+
+if TYPE_CHECKING:
+    from vista.store.backend import Generation
 
 _LISTED = 20
 
@@ -70,7 +72,7 @@ def verify_store(root: str | Path | StoreUrl, *, key: bytes | None = None) -> Ve
         StoreBusyError: a refresh writes the published generation without a pause.
         StoreError: there is no store, or it is of another key. All other problems are in the report.
     """
-    store = managed_store(root)
+    store = open_backend(root)
     report = VerificationReport(store.address)
     published, generations = None, store.numbers()
     try:
@@ -103,7 +105,7 @@ class _ProblemsError(StoreError):
 
 
 def verify_generation(
-    store: ManagedStore, generation: int, *, key: bytes | None = None, must_be_complete: bool = True
+    store: StoreBackend, generation: int, *, key: bytes | None = None, must_be_complete: bool = True
 ) -> VerificationReport:
     """Check one generation.
 
@@ -126,13 +128,13 @@ def verify_generation(
         return report
 
     try:
-        return store.settled(generation, check)
+        return settled(store, generation, check)
     except _ProblemsError as error:
         return error.report
 
 
 def _verify(
-    store: ManagedStore, generation: int, report: VerificationReport, key: bytes | None, must_be_complete: bool
+    store: StoreBackend, generation: int, report: VerificationReport, key: bytes | None, must_be_complete: bool
 ) -> None:
     try:
         store.check_structure(generation)
@@ -159,7 +161,7 @@ def _verify(
         report.add(f"gen-{generation}: {error}")
 
 
-def _verify_records(reader: WholeGeneration, report: VerificationReport) -> Tally:
+def _verify_records(reader: Generation, report: VerificationReport) -> Tally:
     tally, num_invalid = Tally(), 0
     for keys, records in reader.raw_batches():
         for index in _invalid(keys, records, reader, report):
@@ -174,7 +176,7 @@ def _verify_records(reader: WholeGeneration, report: VerificationReport) -> Tall
     return tally
 
 
-def _invalid(keys: list[bytes], records: list[bytes], reader: WholeGeneration, report: VerificationReport) -> list[int]:
+def _invalid(keys: list[bytes], records: list[bytes], reader: Generation, report: VerificationReport) -> list[int]:
     """Positions of the invalid records, descending."""
     try:
         check_records(records, keys, reader.spec)
@@ -188,9 +190,6 @@ def _invalid(keys: list[bytes], records: list[bytes], reader: WholeGeneration, r
             report.add(f"gen-{reader.manifest.generation}: {error}")
             invalid.append(index)
     return invalid[::-1]
-
-
-# Statistics of a store: its generations, their sizes and ages, and how many processes have them open.
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +257,7 @@ def store_stats(root: str | Path | StoreUrl) -> StoreStats:
     Raises:
         StoreError: there is no store.
     """
-    store = managed_store(root)
+    store = open_backend(root)
     published, problem = None, ""
     try:
         published = store.current()
@@ -270,7 +269,7 @@ def store_stats(root: str | Path | StoreUrl) -> StoreStats:
     return StoreStats(store.address, published, generations, time.time_ns() // 1_000_000, problem)
 
 
-def _generation_stats(store: ManagedStore, number: int) -> GenerationStats:
+def _generation_stats(store: StoreBackend, number: int) -> GenerationStats:
     try:
         live, size, num_open = store.size_bytes(number), None, None
         if isinstance(store.address, Path):
