@@ -29,7 +29,7 @@ from vista.store import StoreReader, user_keys
 from vista.store.admin import compact_store
 from vista.store.lmdb_environment import SharedEnvironment
 from vista.store.parquet import export_store
-from vista.store.record_sections import encode_counters
+from vista.store.record import encode_counters
 from vista.store.record_spec import CounterLayout
 from vista.store.shards import Shard
 from vista.store.verification import verify_store

@@ -16,7 +16,7 @@ from vista.explore.workspace import Workspace, escaped, record_of
 from vista.scorer import Explanation, Ranking, Scorer
 from vista.store.layout import store_address
 from vista.store.reader import generations_of
-from vista.store.record_sections import Tail
+from vista.store.record_spec import Tail
 
 HOUR_MS = 3_600_000
 PARTS = ("summary", "tail", "counters", "item and request", "state", "bias")

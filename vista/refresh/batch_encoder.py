@@ -31,8 +31,7 @@ from vista.model.summarizer import SummaryState
 from vista.model.vista_model import VistaModel
 from vista.store.keys import history_digests, item_keys, user_id, user_keys
 from vista.store.record import encode_records
-from vista.store.record_sections import Tail
-from vista.store.record_spec import RecordSpec
+from vista.store.record_spec import RecordSpec, Tail
 from vista.store.state_record import StateArrays, StateSpec, UserSummaries, encode_states
 
 logger = logging.getLogger(__name__)

@@ -32,8 +32,6 @@ from vista.refresh.batch_encoder import BatchEncoder, StageClock, UserRecords
 from vista.store.record_spec import RecordSpec
 from vista.store.state_record import StateSpec
 
-# What an actor of a refresh does: it loads the model and maps the log once, then encodes batches of users.
-
 
 @dataclass(frozen=True, slots=True)
 class ActorJob:
@@ -65,7 +63,10 @@ class ActorResult:
 
 
 class RefreshActor:
-    """Encodes batches of users. A restarted actor opens model and log again, up to the same segment."""
+    """Loads the model and maps the log once, then encodes batches of users.
+
+    A restarted actor opens model and log again, up to the same segment.
+    """
 
     def __init__(self, job: ActorJob) -> None:
         self._job = job

@@ -30,8 +30,7 @@ from vista.store.layout import CURRENT, StoreUrl, store_address, store_path
 from vista.store.manifest import Manifest
 from vista.store.reader import StoreReader, published_manifest
 from vista.store.record import StoredBatch
-from vista.store.record_sections import Tail
-from vista.store.record_spec import TailColumn, UserColumn
+from vista.store.record_spec import Tail, TailColumn, UserColumn
 
 MAX_SHARDS = 65_536
 _NUMBER = "(0|[1-9][0-9]{0,4})"
@@ -195,9 +194,6 @@ def users_by_store(store: str | Path, users: Sequence[int] | Sequence[str]) -> l
 def shards_of(keys: Sequence[bytes], count: int) -> NDArray[np.int64]:
     """Index of each user's shard, [N]."""
     return np.array([xxhash.xxh3_64_intdigest(key) % count for key in keys], np.int64)
-
-
-# All shards of a store, read as one.
 
 
 def open_store(
