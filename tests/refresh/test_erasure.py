@@ -22,11 +22,10 @@ from vista.log.deletions import erase_users
 from vista.log.event_log import EventLog
 from vista.refresh import RefreshOptions, erase, refresh, refresh_incremental
 from vista.store import StoreReader, StoreWriter
-from vista.store.admin import compact_store, copy_generation, roll_back
+from vista.store.admin import compact_store, copy_generation, roll_back, verify_store
 from vista.store.folder_generation import FolderBuilder
 from vista.store.lmdb_environment import SharedEnvironment
 from vista.store.parquet import export_store, import_store
-from vista.store.verification import verify_store
 
 
 def named_log(path: Path, grow: SimpleNamespace, count: int, marker: str = "marker") -> EventLog:

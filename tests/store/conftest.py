@@ -19,7 +19,7 @@ from tests.faults.nursery import Nursery
 from vista.counters.counter_codes import CounterCodes, CounterSpec
 from vista.errors import StoreError
 from vista.store import Manifest, RecordSpec, StoreReader, StoreWriter, Tail, UserSummaries, encode_records, user_keys
-from vista.store.folder import Folder
+from vista.store.backend import Folder
 from vista.store.layout import environment_path, read_current
 from vista.store.record_spec import CounterLayout, TailColumn
 from vista.store.writer import StoreUpdate

@@ -16,12 +16,11 @@ import pytest
 from tests.store.conftest import KEY, damage_record, records, write_generations
 from vista.errors import StoreBusyError, StoreError, StoreLockedError
 from vista.store import StoreReader, user_keys
-from vista.store.admin import compact_store, copy_generation
+from vista.store.admin import compact_store, copy_generation, verify_store
 from vista.store.folder_generation import FolderBuilder, FolderGeneration
 from vista.store.layout import environment_path, list_generations, read_current
 from vista.store.parquet import export_store, import_store
 from vista.store.reader import published_manifest
-from vista.store.verification import verify_store
 from vista.store.writer import erase
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")

@@ -19,14 +19,13 @@ import xxhash
 from tests.faults.disk_images import File
 from tests.store.conftest import found, write_generations
 from vista.errors import StoreLockedError, StoreWriteError
-from vista.store import RecordSpec, StoreReader, StoreWriter, folder, tombstones, user_keys
-from vista.store.admin import roll_back
-from vista.store.folder import Folder
+from vista.store import RecordSpec, StoreReader, StoreWriter, backend, tombstones, user_keys
+from vista.store.admin import roll_back, verify_store
+from vista.store.backend import Folder
 from vista.store.folder_generation import FolderWriter
 from vista.store.layout import environment_path, read_current
 from vista.store.lmdb_environment import SharedEnvironment, check_structure
 from vista.store.tombstones import Tombstones, erasure_lock, unpacked
-from vista.store.verification import verify_store
 from vista.store.writer import erase
 
 TOTAL = 40
@@ -42,7 +41,7 @@ def all_put(build: Any, root: Path) -> StoreWriter:
 def test_an_erasure_does_not_wait_for_checks(tmp_path, build, monkeypatch):
     """It proceeds at once while the records of a generation are counted, and while its structure is checked."""
     build.write_store(tmp_path)
-    users, check, take = list(range(10)), check_structure, folder.count_records
+    users, check, take = list(range(10)), check_structure, backend.count_records
 
     def check_and_erase(path: Path) -> None:
         erase(tmp_path, [users.pop(0)])
@@ -54,8 +53,8 @@ def test_an_erasure_does_not_wait_for_checks(tmp_path, build, monkeypatch):
             erase(tmp_path, [users.pop(0)])
         return tally
 
-    monkeypatch.setattr("vista.store.folder.check_structure", check_and_erase)
-    monkeypatch.setattr(folder, "count_records", count_and_erase)
+    monkeypatch.setattr("vista.store.backend.check_structure", check_and_erase)
+    monkeypatch.setattr(backend, "count_records", count_and_erase)
     with all_put(build, tmp_path) as writer:
         writer.publish()
     gone = 10 - len(users)
@@ -68,7 +67,7 @@ def test_an_erasure_does_not_wait_for_checks(tmp_path, build, monkeypatch):
 
 def test_erasures_without_a_pause_do_not_prevent_a_publication(tmp_path, build, monkeypatch):
     build.write_store(tmp_path)
-    users, count, sweep = list(range(TOTAL)), folder.count_records, FolderWriter.remove_erased
+    users, count, sweep = list(range(TOTAL)), backend.count_records, FolderWriter.remove_erased
     refused: list[StoreLockedError] = []
 
     def erase_one() -> None:
@@ -86,7 +85,7 @@ def test_erasures_without_a_pause_do_not_prevent_a_publication(tmp_path, build, 
         sweep(files)
         erase_one()
 
-    monkeypatch.setattr(folder, "count_records", count_and_erase)
+    monkeypatch.setattr(backend, "count_records", count_and_erase)
     monkeypatch.setattr(FolderWriter, "remove_erased", sweep_and_erase)
     with all_put(build, tmp_path) as writer:
         writer.publish()

@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 
 def run_store_stats(config: StoreStatsConfig) -> str:
     """`vista store stats`; errors as of `store_stats`."""
+    from vista.store.admin import store_stats
     from vista.store.shards import stores_in
-    from vista.store.verification import store_stats
 
     return _lines(store_stats(root) for root in stores_in(config.store))
 
@@ -52,9 +52,9 @@ def run_store_verify(config: StoreVerifyConfig) -> str:
     Raises:
         StoreError: there are problems; the message lists the first ones.
     """
+    from vista.store.admin import verify_store
     from vista.store.record_spec import read_key
     from vista.store.shards import stores_in
-    from vista.store.verification import verify_store
 
     key = read_key(config.authentication_key_file)
     reports = [verify_store(root, key=key) for root in stores_in(config.store)]

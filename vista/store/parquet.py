@@ -28,8 +28,7 @@ from vista.log.histories import NO_TIMESTAMP
 from vista.log.ingest.source_parser import SourceParser
 from vista.progress_bar import progress_bar
 from vista.store.admin import PublishReport
-from vista.store.backend import settled
-from vista.store.folder import Folder
+from vista.store.backend import Folder, settled
 from vista.store.folder_generation import FolderGeneration
 from vista.store.keys import user_id
 from vista.store.layout import GROUP, PRIVATE, Permissions, StoreUrl, generations_to_keep, next_number, store_path

@@ -13,14 +13,13 @@ from tests.store.conftest import found, write_generations
 from tests.store.remote.valkey_server import ValkeyServer
 from vista.errors import ConfigError, RecordError, StoreBusyError, StoreError, StoreUnavailableError, UnfinishedError
 from vista.store import StoreReader
-from vista.store.admin import copy_generation, roll_back
+from vista.store.admin import copy_generation, roll_back, store_stats, verify_store
 from vista.store.backend import open_backend
 from vista.store.layout import StoreUrl, read_current
 from vista.store.reader import published_manifest
 from vista.store.server import Server
 from vista.store.server_connection import ServerConnection
 from vista.store.server_generation import ServerRecords, ServerWriter
-from vista.store.verification import store_stats, verify_store
 from vista.store.writer import erase
 
 TOTAL = 40

@@ -34,13 +34,12 @@ from vista.model.vista_model import VistaModel
 from vista.refresh import refresh, refresh_incremental
 from vista.scorer import Scorer
 from vista.store import StoreReader, server_connection
-from vista.store.admin import copy_generation
+from vista.store.admin import copy_generation, verify_store
 from vista.store.backend import open_backend
 from vista.store.reader import published_manifest
 from vista.store.server_generation import ServerWriter
 from vista.store.shards import Shard
 from vista.store.state_record import StateArrays, StateSpec, encode_states
-from vista.store.verification import verify_store
 from vista.store.writer import erase
 from vista.training.trainer import train
 

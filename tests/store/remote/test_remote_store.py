@@ -25,13 +25,12 @@ from vista.errors import (
     UserKeyError,
 )
 from vista.store import NO_TIMESTAMP, StoreReader
-from vista.store.admin import copy_generation
+from vista.store.admin import copy_generation, verify_store
 from vista.store.layout import StoreUrl
 from vista.store.reader import published_manifest
 from vista.store.server import Server, ServerTombstones
 from vista.store.server_connection import RecordCache, ServerLock
 from vista.store.shards import open_store
-from vista.store.verification import verify_store
 from vista.store.writer import erase
 
 TOTAL = 40
