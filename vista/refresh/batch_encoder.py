@@ -1,4 +1,7 @@
-"""From the log to the bytes of the store: the part of a full refresh that any number of processes can share."""
+"""From the log to the bytes of the store: how a model reads a log, and how summaries become records and states.
+
+`BatchEncoder` is the part of a full refresh that any number of processes can share.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +95,7 @@ class BatchEncoder:
             state_spec: what each state must hold; None to make no states.
             clock: gets the time of each stage.
         """
-        encoded = UserRecords.empty()
+        encoded = UserRecords()
         for part in token_groups(counts, self.tokens_per_batch):
             summaries = self._summarize(users[part], counts[part], state_spec is not None, clock)
             with clock.stage("encode"):
@@ -121,18 +124,13 @@ class BatchEncoder:
 class UserRecords:
     """What one batch writes: a key, a record and, if the store keeps states, a state per user."""
 
-    keys: list[bytes]
-    records: list[bytes]
-    states: list[bytes]
+    keys: list[bytes] = field(default_factory=list)
+    records: list[bytes] = field(default_factory=list)
+    states: list[bytes] = field(default_factory=list)
     num_events: int = 0
     """Events that were summarized, with those of users that failed."""
     failures: dict[str, str] = field(default_factory=dict)
     """Users whose summary cannot be stored, with the reason; they have no record."""
-
-    @classmethod
-    def empty(cls) -> UserRecords:
-        """The records of an empty batch."""
-        return cls([], [], [])
 
     def extend(self, other: UserRecords) -> None:
         """Append the records of another batch."""
@@ -150,8 +148,8 @@ def encode_users(users: UserSummaries, spec: RecordSpec, state_spec: StateSpec |
         records = encode_records(users, spec)
     except RecordError as error:
         if len(users) == 1:
-            return UserRecords([], [], [], num_events, {str(user_id(users.keys[0])): str(error)})
-        encoded = UserRecords.empty()
+            return UserRecords(num_events=num_events, failures={str(user_id(users.keys[0])): str(error)})
+        encoded = UserRecords()
         for row in range(len(users)):
             encoded.extend(encode_users(users[row], spec, state_spec))
         return encoded

@@ -78,7 +78,7 @@ class StoreReader:
             path: the store's folder, or its URL (redis://host:6379/name) if a Valkey or Redis server holds it.
             summarizer_id: 32 bytes, to refuse records of another summarizer. If CURRENT names a generation of another
                 one, but an earlier generation matches (a two-step rollout), the matching one is opened.
-            key: 32 bytes, to refuse records that were not written with this key (`authentication.read_key`).
+            key: 32 bytes, to refuse records that were not written with this key (`vista.store.record_spec.read_key`).
             tail_len: events of a tail that the model reads, to refuse generations with shorter tails.
             tail_columns: features of these events that the model reads, to refuse generations without them.
             user_columns: the same for features of users.
@@ -200,7 +200,7 @@ class StoreReader:
 
     def __reduce__(self) -> tuple[Any, ...]:
         reads = self._tail_len, self._tail_columns, self._user_columns
-        return _open_pickled, (self.path, self._wanted, self._key, *reads, self._number)
+        return StoreReader, (self.path, self._wanted, self._key, *reads, self._number)
 
     def _current(self) -> Generation:
         opened = self._opened
@@ -291,10 +291,6 @@ class StoreReader:
             f"{self.path} holds tails of {stored} events, but the model reads {self._tail_len}; refresh the store with "
             "this model"
         )
-
-
-def _open_pickled(*arguments: Any) -> StoreReader:
-    return StoreReader(*arguments)
 
 
 def published_manifest(path: str | Path | StoreUrl) -> Manifest:

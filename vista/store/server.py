@@ -96,42 +96,10 @@ class Server:
         except StoreError:
             return None
 
-    def last_complete(self) -> int:
-        """The highest generation number that was ever complete; 0 if there was none.
-
-        Raises:
-            StoreWriteError: LAST is damaged.
-        """
-        value = self.connection.command("GET", self.names.last)
-        try:
-            return 0 if value is None else parse_pointer(value)
-        except ValueError as error:
-            raise StoreWriteError(
-                f"{self.address}: LAST {error}; remove the key {self.names.last.decode()} from the server, and "
-                f"numbering continues after gen-{max(self.numbers(), default=0)}, the newest generation there"
-            ) from None
-
     def numbers(self) -> list[int]:
         """Numbers of all generations, finished or not, ascending."""
         name = self.names.generations
         return sorted(self.whole_number(member, name) for member in self.connection.command("SMEMBERS", name))
-
-    def whole_number(self, value: bytes, name: bytes) -> int:
-        """The number above 0 in a key of this name.
-
-        Raises:
-            StoreError: there is none.
-        """
-        if not 0 < len(value) < 19 or not value.isdigit() or not int(value):
-            raise StoreError(
-                f"{self.address}: the key {name.decode()} holds {shown(value, 40)}; check whether other programs write "
-                "to the keys of this store, and mend it, or refresh into a store of another name"
-            )
-        return int(value)
-
-    def next_number(self, least: int = 1) -> int:
-        """A generation number above all existing ones, above all that were ever complete, and not below `least`."""
-        return max(least, 1 + max([self.last_complete(), *self.numbers()]))
 
     def manifest(self, number: int) -> Manifest:
         """Manifest of a complete generation; no key is needed."""
@@ -160,10 +128,6 @@ class Server:
         """The generation's manifest, which every write changes."""
         value: bytes | None = self.connection.command("GET", self.names.generation(number).manifest)
         return value
-
-    def make_durable(self) -> None:
-        """Wait until all that was written so far is on the server's disk, if it keeps an append-only file."""
-        self.connection.make_durable(self.names.synced)
 
     def progress(self, number: int) -> tuple[Manifest, bool, int]:
         """Manifest, whether the generation is complete, and the number of records or of users done."""
@@ -242,55 +206,6 @@ class Server:
         self._writer = self.create(dataclasses.replace(wanted, generation=self.next_number()))
         return self._writer
 
-    def _published_or_newest(self) -> int:
-        """The generation that CURRENT names, 0 for none; if CURRENT is damaged, the newest complete one."""
-        exists, names = self.connection.command, self.names
-        try:
-            return self.current() if exists("EXISTS", names.current) else 0
-        except StoreUnavailableError:
-            raise
-        except StoreError as error:
-            logger.warning("%s; this refresh continues after the newest complete generation", error)
-        numbers = reversed(self.numbers())
-        return next((number for number in numbers if exists("EXISTS", names.generation(number).complete)), 0)
-
-    def create(self, manifest: Manifest) -> ServerWriter:
-        """Make an empty generation."""
-        return ServerWriter.create(self, manifest, self._require_lock())
-
-    def number_for(self, manifest: Manifest) -> int:
-        """Number for a copy: that of an unfinished generation with this identity, or one that was never complete."""
-        for number in reversed(self._unfinished()):
-            generation = self._readable(number)
-            if generation is not None and self._is_of(generation, manifest):
-                return number
-        self.remove_leftovers()
-        return self.next_number(manifest.generation)
-
-    def remove_leftovers(self, except_for: int = 0) -> None:
-        """Remove unfinished generations, except for one."""
-        for number in self._unfinished():
-            if number != except_for:
-                self.remove(number)
-
-    def _unfinished(self) -> list[int]:
-        names, exists = self.names, self.connection.command
-        return [number for number in self.numbers() if not exists("EXISTS", names.generation(number).complete)]
-
-    def _is_of(self, generation: ServerWriter, wanted: Manifest) -> bool:
-        """Whether an unfinished generation is what a run with this manifest would write."""
-        return generation.manifest.identity() == wanted.identity() and generation.ttl_ms == self.address.ttl_ms
-
-    def _readable(self, number: int) -> ServerWriter | None:
-        """A generation, open for writing; None if its manifest is damaged, or of another format version."""
-        try:
-            return self.open_writer(number)
-        except StoreUnavailableError:
-            raise
-        except StoreError as error:
-            logger.warning("%s", error)
-            return None
-
     def published(self) -> ServerWriter:
         """Open the published generation, to write it in place.
 
@@ -306,10 +221,6 @@ class Server:
                 "made it said; leave ttl_days out, or run a full refresh"
             )
         return generation
-
-    def open_writer(self, number: int) -> ServerWriter:
-        """Open a generation for writing."""
-        return ServerWriter(self, number, self._require_lock())
 
     def publish_written(self, spec: RecordSpec, wait_s: float) -> Manifest:
         """Check every record, publish the generation of `start`, and remove all others except the one published before.
@@ -329,58 +240,20 @@ class Server:
         self._remove_others((manifest.generation, self._published))
         return manifest
 
-    def finish(self, generation: ServerWriter, spec: RecordSpec, *, publish: bool) -> Manifest:
-        """Check every record of a generation and mark it as complete; with `publish`, CURRENT then names it.
+    def number_for(self, manifest: Manifest) -> int:
+        """Number for a copy: that of an unfinished generation with this identity, or one that was never complete."""
+        for number in reversed(self._unfinished()):
+            generation = self._readable(number)
+            if generation is not None and self._is_of(generation, manifest):
+                return number
+        self.remove_leftovers()
+        return self.next_number(manifest.generation)
 
-        Raises:
-            StoreError: as of `publish`.
-        """
-        generation.renew()
-        for _ in range(_CHECKS_BESIDE_ERASURES):
-            num_erased = len(self.erased_users)
-            generation.remove_erased()
-            manifest = generation.read_manifest()
-            try:
-                tally = generation.tally(spec)
-            except RecordError as error:
-                self.remove(manifest.generation)
-                raise StoreError(
-                    f"{error}. gen-{manifest.generation} was removed, and CURRENT is unchanged; rerun the command"
-                ) from error
-            num_states = generation.num_states()
-            agrees = (manifest.count, manifest.records_digest) == (tally.count, tally.records_digest)
-            agrees &= manifest.state_spec() is None or num_states == tally.count
-            if agrees and generation.mark_complete(manifest, num_erased, publish=publish):
-                return generation.manifest
-            if not agrees and generation.read_manifest() == manifest:
-                self.remove(manifest.generation)
-                raise StoreError(
-                    f"{self.address}: gen-{manifest.generation} holds {tally.count} records and {num_states} states, "
-                    f"but {manifest.count} records, or other ones, were written. It was removed, and CURRENT is "
-                    "unchanged; check whether others write to its keys, then rerun the command"
-                )
-        raise self._busy()
-
-    def _remove_others(self, keep: Collection[int]) -> None:
-        """Remove all generations except those in `keep`, in short commands, as readers may use the server meanwhile."""
-        for number in self.numbers():
-            if number not in keep:
-                logger.info("%s: removing gen-%d", self.address, number)
+    def remove_leftovers(self, except_for: int = 0) -> None:
+        """Remove unfinished generations, except for one."""
+        for number in self._unfinished():
+            if number != except_for:
                 self.remove(number)
-
-    def remove(self, number: int) -> None:
-        """Remove a generation. Its marker goes first, so readers that use it do not report its users as missing."""
-        names = self.names.generation(number)
-        self._change(lambda: [("DEL", names.manifest, names.complete, names.cursor, names.ttl)])
-
-        def some_records() -> list[Command]:
-            keys = self.connection.command("ZRANGE", names.users, 0, _REMOVED_AT_ONCE - 1)
-            if not keys:
-                return [("SREM", self.names.generations, number)]
-            return [("UNLINK", *names.values(keys)), ("ZREM", names.users, *keys)]
-
-        while number in self.numbers():
-            self._change(some_records)
 
     def builder(self, manifest: Manifest, key: bytes | None, *, resume: bool) -> ServerBuilder:
         """Make a generation, or resume it."""
@@ -426,6 +299,115 @@ class Server:
         self.make_durable()
         return count
 
+    def last_complete(self) -> int:
+        """The highest generation number that was ever complete; 0 if there was none.
+
+        Raises:
+            StoreWriteError: LAST is damaged.
+        """
+        value = self.connection.command("GET", self.names.last)
+        try:
+            return 0 if value is None else parse_pointer(value)
+        except ValueError as error:
+            raise StoreWriteError(
+                f"{self.address}: LAST {error}; remove the key {self.names.last.decode()} from the server, and "
+                f"numbering continues after gen-{max(self.numbers(), default=0)}, the newest generation there"
+            ) from None
+
+    def next_number(self, least: int = 1) -> int:
+        """A generation number above all existing ones, above all that were ever complete, and not below `least`."""
+        return max(least, 1 + max([self.last_complete(), *self.numbers()]))
+
+    def whole_number(self, value: bytes, name: bytes) -> int:
+        """The number above 0 in a key of this name.
+
+        Raises:
+            StoreError: there is none.
+        """
+        if not 0 < len(value) < 19 or not value.isdigit() or not int(value):
+            raise StoreError(
+                f"{self.address}: the key {name.decode()} holds {shown(value, 40)}; check whether other programs write "
+                "to the keys of this store, and mend it, or refresh into a store of another name"
+            )
+        return int(value)
+
+    def parsed(self, value: bytes, number: int) -> Manifest:
+        """A generation's manifest from its bytes.
+
+        Raises:
+            StoreError: it is damaged.
+        """
+        manifest = Manifest.from_bytes(value, self.address)
+        if manifest.generation != number:
+            raise StoreError(
+                f"{self.address}: the manifest of gen-{number} is that of gen-{manifest.generation}; publish another "
+                "generation (`vista store rollback`), or refresh the store again"
+            )
+        return manifest
+
+    def require_no_eviction(self) -> None:
+        """Raise StoreError if the server could evict the records of a generation that expires."""
+        if self.connection.evicts_expiring:
+            raise evicting(self.address, "volatile-…")
+
+    def make_durable(self) -> None:
+        """Wait until all that was written so far is on the server's disk, if it keeps an append-only file."""
+        self.connection.make_durable(self.names.synced)
+
+    def create(self, manifest: Manifest) -> ServerWriter:
+        """Make an empty generation."""
+        return ServerWriter.create(self, manifest, self._require_lock())
+
+    def open_writer(self, number: int) -> ServerWriter:
+        """Open a generation for writing."""
+        return ServerWriter(self, number, self._require_lock())
+
+    def finish(self, generation: ServerWriter, spec: RecordSpec, *, publish: bool) -> Manifest:
+        """Check every record of a generation and mark it as complete; with `publish`, CURRENT then names it.
+
+        Raises:
+            StoreError: as of `publish_written`.
+        """
+        generation.renew()
+        for _ in range(_CHECKS_BESIDE_ERASURES):
+            num_erased = len(self.erased_users)
+            generation.remove_erased()
+            manifest = generation.read_manifest()
+            try:
+                tally = generation.tally(spec)
+            except RecordError as error:
+                self.remove(manifest.generation)
+                raise StoreError(
+                    f"{error}. gen-{manifest.generation} was removed, and CURRENT is unchanged; rerun the command"
+                ) from error
+            num_states = generation.num_states()
+            agrees = (manifest.count, manifest.records_digest) == (tally.count, tally.records_digest)
+            agrees &= manifest.state_spec() is None or num_states == tally.count
+            if agrees and generation.mark_complete(manifest, num_erased, publish=publish):
+                return generation.manifest
+            if not agrees and generation.read_manifest() == manifest:
+                self.remove(manifest.generation)
+                raise StoreError(
+                    f"{self.address}: gen-{manifest.generation} holds {tally.count} records and {num_states} states, "
+                    f"but {manifest.count} records, or other ones, were written. It was removed, and CURRENT is "
+                    "unchanged; check whether others write to its keys, then rerun the command"
+                )
+        raise self._busy()
+
+    def remove(self, number: int) -> None:
+        """Remove a generation. Its marker goes first, so readers that use it do not report its users as missing."""
+        names = self.names.generation(number)
+        self._change(lambda: [("DEL", names.manifest, names.complete, names.cursor, names.ttl)])
+
+        def some_records() -> list[Command]:
+            keys = self.connection.command("ZRANGE", names.users, 0, _REMOVED_AT_ONCE - 1)
+            if not keys:
+                return [("SREM", self.names.generations, number)]
+            return [("UNLINK", *names.values(keys)), ("ZREM", names.users, *keys)]
+
+        while number in self.numbers():
+            self._change(some_records)
+
     def _current_and_stamp(self) -> tuple[int, Manifest, bytes]:
         number = self.current()
         return number, *self._complete(number)
@@ -449,24 +431,49 @@ class Server:
             self.require_no_eviction()
         return self.parsed(manifest, number), stamp
 
-    def require_no_eviction(self) -> None:
-        """Raise StoreError if the server could evict the records of a generation that expires."""
-        if self.connection.evicts_expiring:
-            raise evicting(self.address, "volatile-…")
+    def _published_or_newest(self) -> int:
+        """The generation that CURRENT names, 0 for none; if CURRENT is damaged, the newest complete one."""
+        exists, names = self.connection.command, self.names
+        try:
+            return self.current() if exists("EXISTS", names.current) else 0
+        except StoreUnavailableError:
+            raise
+        except StoreError as error:
+            logger.warning("%s; this refresh continues after the newest complete generation", error)
+        numbers = reversed(self.numbers())
+        return next((number for number in numbers if exists("EXISTS", names.generation(number).complete)), 0)
 
-    def parsed(self, value: bytes, number: int) -> Manifest:
-        """A generation's manifest from its bytes.
+    def _unfinished(self) -> list[int]:
+        names, exists = self.names, self.connection.command
+        return [number for number in self.numbers() if not exists("EXISTS", names.generation(number).complete)]
 
-        Raises:
-            StoreError: it is damaged.
-        """
-        manifest = Manifest.from_bytes(value, self.address)
-        if manifest.generation != number:
-            raise StoreError(
-                f"{self.address}: the manifest of gen-{number} is that of gen-{manifest.generation}; publish another "
-                "generation (`vista store rollback`), or refresh the store again"
-            )
-        return manifest
+    def _is_of(self, generation: ServerWriter, wanted: Manifest) -> bool:
+        """Whether an unfinished generation is what a run with this manifest would write."""
+        return generation.manifest.identity() == wanted.identity() and generation.ttl_ms == self.address.ttl_ms
+
+    def _readable(self, number: int) -> ServerWriter | None:
+        """A generation, open for writing; None if its manifest is damaged, or of another format version."""
+        try:
+            return self.open_writer(number)
+        except StoreUnavailableError:
+            raise
+        except StoreError as error:
+            logger.warning("%s", error)
+            return None
+
+    def _remove_others(self, keep: Collection[int]) -> None:
+        """Remove all generations except those in `keep`, in short commands, as readers may use the server meanwhile."""
+        for number in self.numbers():
+            if number not in keep:
+                logger.info("%s: removing gen-%d", self.address, number)
+                self.remove(number)
+
+    def _remove_remains(self, number: int, keys: Sequence[bytes]) -> None:
+        """Remove users from a generation that has no manifest, so that nothing counts them."""
+        names = self.names.generation(number)
+        for first in range(0, len(keys), _REMOVED_AT_ONCE):
+            part = keys[first : first + _REMOVED_AT_ONCE]
+            self.connection.pipeline([("UNLINK", *names.values(part)), ("ZREM", names.users, *part)])
 
     def _change(self, plan: Callable[[], list[Command]]) -> None:
         """Run commands atomically, if this process still holds the lock."""
@@ -479,19 +486,12 @@ class Server:
         connection.change([lock.name], planned)
         lock.wrote()
 
-    def _busy(self) -> StoreBusyError:
-        return StoreBusyError(f"{self.address}: users are being erased all the time; rerun the command to resume")
-
-    def _remove_remains(self, number: int, keys: Sequence[bytes]) -> None:
-        """Remove users from a generation that has no manifest, so that nothing counts them."""
-        names = self.names.generation(number)
-        for first in range(0, len(keys), _REMOVED_AT_ONCE):
-            part = keys[first : first + _REMOVED_AT_ONCE]
-            self.connection.pipeline([("UNLINK", *names.values(part)), ("ZREM", names.users, *part)])
-
     def _require_lock(self) -> ServerLock:
         assert self._lock is not None, "only under the writer's lock"
         return self._lock
+
+    def _busy(self) -> StoreBusyError:
+        return StoreBusyError(f"{self.address}: users are being erased all the time; rerun the command to resume")
 
 
 class ServerBuilder:
