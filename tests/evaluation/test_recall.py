@@ -26,7 +26,7 @@ from vista.log.histories import Histories
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer
-from vista.store.erasure import erase
+from vista.store.writer import erase
 
 
 @given(

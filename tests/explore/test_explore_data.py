@@ -52,8 +52,8 @@ from vista.runs.run_list import RunSummary
 from vista.scorer import Scorer
 from vista.scorer.serving_source import ServingSource
 from vista.store import StoreReader
-from vista.store.erasure import erase
 from vista.store.layout import environment_path
+from vista.store.writer import erase
 from vista.training.trainer import train
 
 

@@ -20,7 +20,7 @@ from vista.config import ExploreConfig, SourceColumns
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until
 from vista.refresh import refresh
-from vista.store.erasure import erase
+from vista.store.writer import erase
 from vista.training.trainer import train
 
 pytest.importorskip("streamlit", reason="the extra `explore` is not installed")

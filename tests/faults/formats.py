@@ -35,8 +35,8 @@ from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer
 from vista.store import StoreReader, user_keys
-from vista.store.erasure import erase
 from vista.store.tombstones import Tombstones
+from vista.store.writer import erase
 from vista.training.checkpoint import latest_checkpoint, load_checkpoint
 
 Make = Callable[[Path], None]

@@ -28,11 +28,11 @@ from vista.errors import StoreUnavailableError
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh, refresh_incremental
-from vista.store import StoreReader, lmdb_environment, remote_store, user_keys
+from vista.store import StoreReader, lmdb_environment, server_generation, user_keys
 from vista.store.admin import copy_generation
-from vista.store.erasure import erase
 from vista.store.layout import parse_pointer
-from vista.store.server_writer import GenerationOnServer
+from vista.store.server_generation import ServerWriter
+from vista.store.writer import erase
 
 STORE = "mine"
 FIRST, FULL, INCREMENTAL = "first refresh", "full refresh", "incremental refresh"
@@ -73,7 +73,7 @@ def growth(valkey: ValkeyServer, nursery: Nursery, tmp_path_factory: pytest.Temp
     counts = {3: 4, 31: 5, **dict.fromkeys(range(10, 28), 2)}
     growing.append(folder / "log", growing.events(counts, start=growing.START + 500 * growing.HOUR))
     growing.model(counters=True, counter_categories=["genre"]).save_pretrained(folder / "model")
-    for module in (__name__, "vista.store.server_writer"):
+    for module in (__name__, "vista.store.server"):
         nursery.imports(module)
     after, requests = {}, {}
     dump: dict[bytes, bytes] = {}
@@ -120,7 +120,7 @@ def refresh_into(say: Say, folder: str, url: str, kind: str, *kill: Any) -> int:
     Returns:
         The number of requests to the server.
     """
-    requests, put, done = CountedRequests(*kill), GenerationOnServer.put, 0
+    requests, put, done = CountedRequests(*kill), ServerWriter.put, 0
 
     def put_and_tell(*arguments: Any) -> int:
         nonlocal done
@@ -129,7 +129,7 @@ def refresh_into(say: Say, folder: str, url: str, kind: str, *kill: Any) -> int:
         say(done)
         return count
 
-    setattr(GenerationOnServer, "put", put_and_tell)  # noqa: B010
+    setattr(ServerWriter, "put", put_and_tell)  # noqa: B010
     log = EventLog.open(Path(folder, "log"), last_segment=1 if kind == FIRST else 2)
     model, created_at = VistaModel.from_pretrained(Path(folder, "model")), 1 + (kind != FIRST)
     if kind == INCREMENTAL:
@@ -151,7 +151,7 @@ def copy(say: Say, source: str, target: str, kill_call: int, *kill: Any) -> list
     Returns:
         The numbers of requests to servers and of such system calls.
     """
-    lmdb_environment._WALK_USERS = remote_store._BATCH_RECORDS = USERS_PER_BATCH
+    lmdb_environment._WALK_USERS = server_generation._BATCH_RECORDS = USERS_PER_BATCH
     requests = CountedRequests(*kill)
     preload.watch(target)
     preload.die_at(kill_call)

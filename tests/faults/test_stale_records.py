@@ -32,17 +32,15 @@ from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh, refresh_incremental
 from vista.scorer import Scorer
 from vista.store import StoreReader, user_keys
-from vista.store.admin import compact_store
-from vista.store.erasure import erase
+from vista.store.admin import compact_store, verify_store
+from vista.store.folder_generation import FolderWriter
 from vista.store.keys import MANIFEST_KEY
 from vista.store.layout import environment_path
 from vista.store.lmdb_environment import open_environment
-from vista.store.local_generation import GenerationFiles
 from vista.store.manifest import Manifest
 from vista.store.record import CLOCK_SKEW_MS, seal_record
 from vista.store.record_spec import CHECKSUM_OFFSET, HEADER, HEADER_BYTES
-from vista.store.tombstones import Tombstones
-from vista.store.verification import verify_store
+from vista.store.writer import erase
 
 MAX_AGE_S = 3600
 
@@ -180,14 +178,12 @@ def evaluated(say: Say, log_path: str, model_dir: str, store: str, until: str, u
     refresh(model, log, store, until=until)
     (key,) = user_keys([user])
     if more:
-        files = GenerationFiles.open(Path(store), 1)
+        files = FolderWriter.open(Path(store), 1)
         record = files.summary.read(lambda transaction: bytes(transaction.get(key, b"")))
         header = np.frombuffer(record[:HEADER_BYTES], HEADER).copy()
         header["event_count"] += more
         header["checksum"] = 0
-        files.put(
-            Tombstones(Path(store)), [key], [seal_record(header.tobytes(), [record[HEADER_BYTES:]], key, None)], [], {}
-        )
+        files.put([key], [seal_record(header.tobytes(), [record[HEADER_BYTES:]], key, None)], [], {})
         files.close()
     with Scorer.open(model, store) as scorer:
         try:

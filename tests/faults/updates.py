@@ -19,11 +19,11 @@ from tests.faults.nursery import Say
 from tests.faults.oracle import CREATED_AT, SUMMARIZER, Run
 from vista.counters.counter_table import CounterTable
 from vista.store import StoreReader, user_keys
+from vista.store.admin import verify_store
 from vista.store.layout import environment_path, state_path
 from vista.store.lmdb_environment import open_environment
 from vista.store.record_spec import RecordSpec
 from vista.store.state_record import StateArrays, StateSpec, encode_states
-from vista.store.verification import verify_store
 from vista.store.writer import StoreUpdate
 
 TOTAL, BATCH = 32, 8

@@ -15,8 +15,7 @@ from vista.config.log_config import StreamConfig
 from vista.log.event_log import EventLog
 from vista.log.segment_files import DEAD_LETTERS_FILE, stream_offsets
 from vista.refresh import RefreshOptions, refresh
-from vista.refresh.refresh_report import WatchReport
-from vista.refresh.watch import Watch
+from vista.refresh.watch import Watch, WatchReport
 
 TOPIC = "shop.events"
 

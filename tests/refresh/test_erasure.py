@@ -22,11 +22,10 @@ from vista.log.deletions import erase_users
 from vista.log.event_log import EventLog
 from vista.refresh import RefreshOptions, erase, refresh, refresh_incremental
 from vista.store import StoreReader, StoreWriter
-from vista.store.admin import compact_store, copy_generation, roll_back
-from vista.store.admin_generations import GenerationBuilder
+from vista.store.admin import compact_store, copy_generation, roll_back, verify_store
+from vista.store.folder_generation import FolderBuilder
 from vista.store.lmdb_environment import SharedEnvironment
 from vista.store.parquet import export_store, import_store
-from vista.store.verification import verify_store
 
 
 def named_log(path: Path, grow: SimpleNamespace, count: int, marker: str = "marker") -> EventLog:
@@ -87,9 +86,9 @@ def test_an_erasure_during_another_operation_is_not_lost(tmp_path, grow, monkeyp
     model, store = grow.model(), tmp_path / "store"
     log = grow.append(tmp_path / "log", grow.events(dict.fromkeys(range(20), 3)))
     refresh(model, log, store)
-    finish, publish, waiting = GenerationBuilder.finish, StoreWriter.publish, [5, 6, 7]
+    finish, publish, waiting = FolderBuilder.finish, StoreWriter.publish, [5, 6, 7]
 
-    def finish_after_erasure(builder: GenerationBuilder) -> Any:
+    def finish_after_erasure(builder: FolderBuilder) -> Any:
         done = finish(builder)
         if waiting:
             erase(builder.root, [waiting.pop(0)])
@@ -100,7 +99,7 @@ def test_an_erasure_during_another_operation_is_not_lost(tmp_path, grow, monkeyp
         return publish(writer)
 
     export_store(store, tmp_path / "all.parquet")
-    monkeypatch.setattr(GenerationBuilder, "finish", finish_after_erasure)
+    monkeypatch.setattr(FolderBuilder, "finish", finish_after_erasure)
     compact_store(store)
     copied = tmp_path / "copied"
     copy_generation(store, copied)
@@ -227,7 +226,7 @@ def test_a_resumed_copy_does_not_bring_erased_users_back(tmp_path, grow, monkeyp
     copy_generation(store, host)
     refresh(model, log, store)
     with monkeypatch.context() as patch:
-        patch.setattr(GenerationBuilder, "finish", lambda builder: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(FolderBuilder, "finish", lambda builder: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             copy_generation(store, host)
     erase(host, [4])

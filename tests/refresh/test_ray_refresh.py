@@ -36,10 +36,8 @@ from vista.errors import (
 )
 from vista.log.event_log import EventLog
 from vista.refresh import RefreshOptions, refresh
-from vista.refresh.batch_encoder import BatchEncoder
-from vista.refresh.full import RefreshEngine
+from vista.refresh.batch_encoder import BatchEncoder, StageClock
 from vista.refresh.ray_engine import ActorJob, ActorResult, RefreshActor, log_digest
-from vista.refresh.refresh_report import StageClock
 from vista.store import StoreReader
 from vista.store.layout import environment_path, state_path
 from vista.store.lmdb_environment import SharedEnvironment
@@ -110,7 +108,7 @@ def contents(store: Path) -> dict[str, dict[bytes, bytes]]:
     return found
 
 
-def engine(made: SimpleNamespace, **config: Any) -> RefreshEngine:
+def engine(made: SimpleNamespace, **config: Any) -> ray_engine.RayEngine:
     return RayEngine(made.folder / "model", RayConfig(**{"num_actors": 2, **config}))
 
 

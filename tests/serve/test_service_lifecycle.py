@@ -37,8 +37,8 @@ from vista.serve.served_models import ONE_MODEL, ServedModels
 from vista.serve.service_metrics import ServiceMetrics, shared_numbers
 from vista.serve.worker_pool import WorkerPool, _Worker
 from vista.store.admin import copy_generation
-from vista.store.erasure import erase
 from vista.store.record_spec import read_key
+from vista.store.writer import erase
 
 ATTEMPTS = 6
 

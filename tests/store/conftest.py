@@ -19,7 +19,7 @@ from tests.faults.nursery import Nursery
 from vista.counters.counter_codes import CounterCodes, CounterSpec
 from vista.errors import StoreError
 from vista.store import Manifest, RecordSpec, StoreReader, StoreWriter, Tail, UserSummaries, encode_records, user_keys
-from vista.store.admin_generations import open_generation
+from vista.store.backend import Folder
 from vista.store.layout import environment_path, read_current
 from vista.store.record_spec import CounterLayout, TailColumn
 from vista.store.writer import StoreUpdate
@@ -132,7 +132,7 @@ def write_generations(root: Path, count: int = 2, **changes: Any) -> None:
 
 def records(root: Path, generation: int | None = None, key: bytes | None = None) -> dict[bytes, bytes]:
     """Keys and records of a generation, by default the published one."""
-    with open_generation(root, read_current(root) if generation is None else generation, key) as reader:
+    with Folder(root).open(read_current(root) if generation is None else generation, key) as reader:
         return dict(pair for batch in reader.batches() for pair in zip(*batch, strict=True))
 
 

@@ -17,9 +17,8 @@ from tests.record_reference import decode_record_reference
 from tests.store.conftest import KEY, damage_record, records, write_generations
 from vista.errors import StoreError, StoreLockedError
 from vista.store import StoreReader, user_keys
-from vista.store.admin import compact_store, roll_back
+from vista.store.admin import compact_store, roll_back, store_stats, verify_store
 from vista.store.layout import environment_path, last_complete, list_generations, read_current
-from vista.store.verification import store_stats, verify_store
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 

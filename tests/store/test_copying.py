@@ -16,13 +16,12 @@ import pytest
 from tests.store.conftest import KEY, damage_record, records, write_generations
 from vista.errors import StoreBusyError, StoreError, StoreLockedError
 from vista.store import StoreReader, user_keys
-from vista.store.admin import compact_store, copy_generation
-from vista.store.admin_generations import GenerationBuilder, GenerationReader
-from vista.store.erasure import erase
+from vista.store.admin import compact_store, copy_generation, verify_store
+from vista.store.folder_generation import FolderBuilder, FolderGeneration
 from vista.store.layout import environment_path, list_generations, read_current
 from vista.store.parquet import export_store, import_store
 from vista.store.reader import published_manifest
-from vista.store.verification import verify_store
+from vista.store.writer import erase
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 THREE_BATCHES = {"total_users": 2500, "batch": 500}
@@ -76,15 +75,15 @@ def test_no_generation_is_removed_if_current_is_damaged(tmp_path, build):
 
 
 def put_then_die(after: int) -> None:
-    put, count = GenerationBuilder.put, [0]
+    put, count = FolderBuilder.put, [0]
 
-    def dying(builder: GenerationBuilder, *words: Any) -> None:
+    def dying(builder: FolderBuilder, *words: Any) -> None:
         put(builder, *words)
         count[0] += 1
         if count[0] == after:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    GenerationBuilder.put = dying  # type: ignore[method-assign]
+    FolderBuilder.put = dying  # type: ignore[method-assign]
 
 
 def killed_copy(source: Path, target: Path, prepare: Any, *words: Any) -> int:
@@ -297,16 +296,16 @@ def test_reading_a_whole_generation_during_writes(tmp_path, build):
 def test_a_generation_written_once_during_a_read_is_read_again(tmp_path, build, monkeypatch):
     source, target, salts = tmp_path / "source", tmp_path / "target", iter(range(1, 9))
     build.write_store(source, **THREE_BATCHES)
-    batches = GenerationReader.raw_batches
+    batches = FolderGeneration.raw_batches
 
-    def raw_batches(reader: GenerationReader, after: bytes = b"u") -> Any:
+    def raw_batches(reader: FolderGeneration, after: bytes = b"u") -> Any:
         for number, batch in enumerate(batches(reader, after)):
             yield batch
-            if number == 1 and written and reader.path.is_relative_to(source):
+            if number == 1 and written and reader.root == source:
                 del written[0]
                 build.update(source, range(2490, 2510), next(salts))
 
-    monkeypatch.setattr(GenerationReader, "raw_batches", raw_batches)
+    monkeypatch.setattr(FolderGeneration, "raw_batches", raw_batches)
     written = [1]
     assert verify_store(source).records == {1: 2510} and not written
     written = [1]
@@ -328,16 +327,16 @@ def test_a_generation_written_once_during_a_read_is_read_again(tmp_path, build, 
 def test_a_copy_of_a_source_that_changes_meanwhile_is_not_published(tmp_path, build, monkeypatch):
     source, target = tmp_path / "source", tmp_path / "target"
     build.write_store(source)
-    put = GenerationBuilder.put
+    put = FolderBuilder.put
     (key,) = user_keys([0])
 
-    def put_and_change(builder: GenerationBuilder, keys: Any, held: Any) -> None:
+    def put_and_change(builder: FolderBuilder, keys: Any, held: Any) -> None:
         """Exchange the first record, as if an update came between the copy and the comparison."""
         put(builder, keys, [records(other)[key], *held[1:]] if keys[0] == key else held)
 
     other = tmp_path / "other"
     build.write_store(other, salt=1)
-    monkeypatch.setattr(GenerationBuilder, "put", put_and_change)
+    monkeypatch.setattr(FolderBuilder, "put", put_and_change)
     with pytest.raises(StoreError, match="was written while it was copied"):
         copy_generation(source, target)
     assert not (target / "CURRENT").exists() and list_generations(target) == []

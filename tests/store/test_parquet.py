@@ -21,9 +21,9 @@ from tests.store.conftest import damage_record, found, records
 from vista.config.choices import Codec
 from vista.errors import RecordError, StoreError
 from vista.store import NO_TIMESTAMP, StoreReader, Tail, UserSummaries, encode_records, user_keys
+from vista.store.admin import verify_store
 from vista.store.layout import list_generations
 from vista.store.parquet import FORMAT, export_store, import_store
-from vista.store.verification import verify_store
 
 KEY = bytes(range(200, 232))
 

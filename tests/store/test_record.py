@@ -19,12 +19,12 @@ from vista.errors import RecordError, StoreError, UserKeyError
 from vista.log.histories import NO_TIMESTAMP
 from vista.store.keys import MAX_KEY_BYTES, user_id, user_key, user_keys
 from vista.store.record import decode_rows, encode_records, read_records
-from vista.store.record_sections import Tail
 from vista.store.record_spec import (
     HEADER,
     HEADER_BYTES,
     MAX_RECORD_BYTES,
     RecordSpec,
+    Tail,
     TailColumn,
     UserColumn,
     dequantize_rows,

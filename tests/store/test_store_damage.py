@@ -19,12 +19,11 @@ from tests.store.conftest import damage_record, found, write_generations
 from vista.counters.counter_codes import CounterSpec
 from vista.errors import RecordError, StoreError, StoreWriteError
 from vista.store import StoreReader
-from vista.store.admin import compact_store, roll_back
-from vista.store.erasure import erase
+from vista.store.admin import compact_store, roll_back, store_stats, verify_store
 from vista.store.layout import environment_path, read_current
 from vista.store.lmdb_environment import _Gate, committed_size, open_environment
 from vista.store.manifest import Manifest
-from vista.store.verification import store_stats, verify_store
+from vista.store.writer import erase
 
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "truncated": lambda data: data[:-4096],

@@ -18,8 +18,7 @@ from tests.store.conftest import found, write_generations
 from vista.errors import ConfigError, StoreError, StoreWriteError
 from vista.refresh.full import RefreshProgress
 from vista.store import StoreReader, StoreWriter, Tail, UserSummaries, encode_records, user_keys
-from vista.store.admin import compact_store, copy_generation, roll_back
-from vista.store.erasure import erase
+from vista.store.admin import compact_store, copy_generation, roll_back, store_stats, verify_store
 from vista.store.keys import CURSOR_KEY, MANIFEST_KEY
 from vista.store.layout import (
     entries_like_generations,
@@ -37,7 +36,7 @@ from vista.store.manifest import Manifest
 from vista.store.record_spec import read_key
 from vista.store.shards import Shard, shards_in, stores_in
 from vista.store.state_record import StateArrays, encode_states
-from vista.store.verification import store_stats, verify_store
+from vista.store.writer import erase
 
 
 def test_only_folders_with_canonical_names_are_generations(tmp_path, build):

@@ -19,15 +19,14 @@ import xxhash
 from tests.faults.disk_images import File
 from tests.store.conftest import found, write_generations
 from vista.errors import StoreLockedError, StoreWriteError
-from vista.store import RecordSpec, StoreReader, StoreWriter, locked_folder, tombstones, user_keys
-from vista.store.admin import roll_back
-from vista.store.erasure import erase
+from vista.store import RecordSpec, StoreReader, StoreWriter, backend, tombstones, user_keys
+from vista.store.admin import roll_back, verify_store
+from vista.store.backend import Folder
+from vista.store.folder_generation import FolderWriter
 from vista.store.layout import environment_path, read_current
 from vista.store.lmdb_environment import SharedEnvironment, check_structure
-from vista.store.local_generation import GenerationFiles
-from vista.store.locked_folder import publish_generation
 from vista.store.tombstones import Tombstones, erasure_lock, unpacked
-from vista.store.verification import verify_store
+from vista.store.writer import erase
 
 TOTAL = 40
 
@@ -42,20 +41,20 @@ def all_put(build: Any, root: Path) -> StoreWriter:
 def test_an_erasure_does_not_wait_for_checks(tmp_path, build, monkeypatch):
     """It proceeds at once while the records of a generation are counted, and while its structure is checked."""
     build.write_store(tmp_path)
-    users, check, take = list(range(10)), check_structure, locked_folder.count_records
+    users, check, take = list(range(10)), check_structure, backend.count_records
 
-    def check_and_erase(folder: Path) -> None:
+    def check_and_erase(path: Path) -> None:
         erase(tmp_path, [users.pop(0)])
-        check(folder)
+        check(path)
 
-    def count_and_erase(files: GenerationFiles, spec: RecordSpec) -> Any:
+    def count_and_erase(files: FolderWriter, spec: RecordSpec) -> Any:
         tally = take(files, spec)
         if len(users) > 8:
             erase(tmp_path, [users.pop(0)])
         return tally
 
-    monkeypatch.setattr("vista.store.locked_folder.check_structure", check_and_erase)
-    monkeypatch.setattr(locked_folder, "count_records", count_and_erase)
+    monkeypatch.setattr("vista.store.backend.check_structure", check_and_erase)
+    monkeypatch.setattr(backend, "count_records", count_and_erase)
     with all_put(build, tmp_path) as writer:
         writer.publish()
     gone = 10 - len(users)
@@ -68,7 +67,7 @@ def test_an_erasure_does_not_wait_for_checks(tmp_path, build, monkeypatch):
 
 def test_erasures_without_a_pause_do_not_prevent_a_publication(tmp_path, build, monkeypatch):
     build.write_store(tmp_path)
-    users, count, sweep = list(range(TOTAL)), locked_folder.count_records, GenerationFiles.remove_erased
+    users, count, sweep = list(range(TOTAL)), backend.count_records, FolderWriter.remove_erased
     refused: list[StoreLockedError] = []
 
     def erase_one() -> None:
@@ -78,16 +77,16 @@ def test_erasures_without_a_pause_do_not_prevent_a_publication(tmp_path, build, 
         except StoreLockedError as error:
             refused.append(error)
 
-    def count_and_erase(files: GenerationFiles, spec: RecordSpec) -> Any:
+    def count_and_erase(files: FolderWriter, spec: RecordSpec) -> Any:
         erase_one()
         return count(files, spec)
 
-    def sweep_and_erase(files: GenerationFiles, stones: Tombstones) -> None:
-        sweep(files, stones)
+    def sweep_and_erase(files: FolderWriter) -> None:
+        sweep(files)
         erase_one()
 
-    monkeypatch.setattr(locked_folder, "count_records", count_and_erase)
-    monkeypatch.setattr(GenerationFiles, "remove_erased", sweep_and_erase)
+    monkeypatch.setattr(backend, "count_records", count_and_erase)
+    monkeypatch.setattr(FolderWriter, "remove_erased", sweep_and_erase)
     with all_put(build, tmp_path) as writer:
         writer.publish()
     assert refused and len(users) < TOTAL - 3, "in the end, erasures had to wait"
@@ -106,7 +105,7 @@ def test_waiting_for_an_erasure_has_a_deadline(tmp_path, build):
             with pytest.raises(StoreLockedError, match=refused):
                 erase(tmp_path, [3], wait_s=0.1)
             with pytest.raises(StoreLockedError, match=refused):
-                publish_generation(tmp_path, 1, (), wait_s=0.1)
+                Folder(tmp_path).publish(1, (), wait_s=0.1)
             assert store.get_many([3]).found.all()
         assert read_current(tmp_path) == 1 and erase(tmp_path, [3]) == 1
     with build.open_writer(tmp_path, run_digest="log-2") as writer:
@@ -203,16 +202,16 @@ def test_a_writer_stopped_within_a_batch_does_not_block_others_forever(tmp_path,
 
 def test_an_erasure_continues_if_an_old_generation_is_removed_meanwhile(tmp_path, build, monkeypatch):
     write_generations(tmp_path)
-    opened, removed = GenerationFiles.open, []
+    opened, removed = FolderWriter.open, []
 
-    def open_and_remove(root: Path, generation: int, **options: Any) -> GenerationFiles:
+    def open_and_remove(root: Path, generation: int, **options: Any) -> FolderWriter:
         files = opened(root, generation, **options)
         if generation == 1:
             shutil.rmtree(root / "gen-1")
             removed.append(generation)
         return files
 
-    monkeypatch.setattr(GenerationFiles, "open", open_and_remove)
+    monkeypatch.setattr(FolderWriter, "open", open_and_remove)
     assert erase(tmp_path, [3]) == 1 and removed == [1]
     with StoreReader.open(tmp_path) as store:
         assert store.generation == 2 and store.get_many([3, 4]).found.tolist() == [False, True]

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import torch
 
     from vista.refresh import RefreshReport
-    from vista.refresh.full import RefreshEngine
-    from vista.refresh.refresh_report import WatchReport
+    from vista.refresh.ray_engine import RayEngine
+    from vista.refresh.watch import WatchReport
     from vista.scorer.scorer import Scorer
 
 
@@ -52,11 +52,10 @@ def run_refresh(config: RefreshConfig) -> RefreshReport:
         )
 
 
-def _engine(config: RefreshConfig, device: torch.device) -> RefreshEngine:
-    from vista.refresh.full import LocalEngine
-
+def _engine(config: RefreshConfig, device: torch.device) -> RayEngine | None:
+    """What encodes the batches; None for this process."""
     if config.engine is EngineName.local:
-        return LocalEngine()
+        return None
     # Ray reads these when it is imported. Without them, it prints warnings, and messages of its services to stdout.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

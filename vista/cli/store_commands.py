@@ -33,14 +33,15 @@ if TYPE_CHECKING:
     from vista.log.ingest.prepare import PrepareReport
     from vista.log.inspection import LogStats, LogVerification
     from vista.simulation.simulate import SimulationReport
-    from vista.store.managed_store import PublishReport, WholeGeneration
+    from vista.store.admin import PublishReport
+    from vista.store.backend import Generation
     from vista.store.record import RawRecords
 
 
 def run_store_stats(config: StoreStatsConfig) -> str:
     """`vista store stats`; errors as of `store_stats`."""
+    from vista.store.admin import store_stats
     from vista.store.shards import stores_in
-    from vista.store.verification import store_stats
 
     return _lines(store_stats(root) for root in stores_in(config.store))
 
@@ -51,9 +52,9 @@ def run_store_verify(config: StoreVerifyConfig) -> str:
     Raises:
         StoreError: there are problems; the message lists the first ones.
     """
+    from vista.store.admin import verify_store
     from vista.store.record_spec import read_key
     from vista.store.shards import stores_in
-    from vista.store.verification import verify_store
 
     key = read_key(config.authentication_key_file)
     reports = [verify_store(root, key=key) for root in stores_in(config.store)]
@@ -150,10 +151,9 @@ def run_store_erase(config: StoreEraseConfig) -> str:
     from vista.log.deletions import erase_users, rows_to_erase
     from vista.log.event_log import EventLog
     from vista.log.vocabulary import ids_of_words
-    from vista.store.erasure import erase
-    from vista.store.layout import store_address
+    from vista.store.layout import StoreUrl, store_address
     from vista.store.shards import user_kind, users_by_store
-    from vista.store.store_url import StoreUrl
+    from vista.store.writer import erase
 
     if not config.users:
         raise ConfigError("users: name at least one user, such as users=[101]")
@@ -186,8 +186,8 @@ def run_store_get(config: StoreGetConfig) -> str:
         StoreError, RecordError: the store or the record is damaged, or of another key.
     """
     from vista.log.vocabulary import ids_of_words
+    from vista.store.backend import open_backend
     from vista.store.keys import user_key
-    from vista.store.managed_store import managed_store
     from vista.store.record import read_records
     from vista.store.record_spec import read_key
     from vista.store.shards import user_kind, users_by_store
@@ -195,7 +195,7 @@ def run_store_get(config: StoreGetConfig) -> str:
     if config.user is None:
         raise ConfigError("user: name a user, such as user=42")
     ((root, (user,)),) = users_by_store(config.store, ids_of_words([config.user], "user", user_kind(config.store)))
-    store, key = managed_store(root), user_key(user)
+    store, key = open_backend(root), user_key(user)
     with store.open(store.current(), read_key(config.authentication_key_file)) as reader:
         value = reader.value(key)
         if value is None:
@@ -210,7 +210,7 @@ def _lines(reports: Iterable[object]) -> str:
     return "\n".join(map(str, reports))
 
 
-def _record_text(user: int | str, raw: RawRecords, reader: WholeGeneration, model: str | None) -> str:
+def _record_text(user: int | str, raw: RawRecords, reader: Generation, model: str | None) -> str:
     import numpy as np
 
     from vista.store.record import decode_rows
@@ -254,7 +254,7 @@ def _counted(raw: RawRecords) -> str:
     return ", ".join(f"{len(one.key)} ({field})" for field, one in zip(spec.fields, raw.counters, strict=True))
 
 
-def _named(folder: str, raw: RawRecords, reader: WholeGeneration) -> tuple[list[Any], Mapping[str, Any]]:
+def _named(folder: str, raw: RawRecords, reader: Generation) -> tuple[list[Any], Mapping[str, Any]]:
     """Ids of the items of a tail, and the values of its features instead of the model's codes."""
     import numpy as np
 

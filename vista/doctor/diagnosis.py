@@ -34,9 +34,9 @@ from vista.installation import DISTRIBUTION, __version__, install_command
 
 if TYPE_CHECKING:
     from vista.model.saved_model import ModelDescription
+    from vista.store.admin import StoreStats
+    from vista.store.layout import StoreUrl
     from vista.store.manifest import Manifest
-    from vista.store.store_url import StoreUrl
-    from vista.store.verification import StoreStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,7 +332,7 @@ def check_store(config: DoctorConfig) -> Iterator[Finding]:
 
 
 def _check(root: Path | StoreUrl, model: str | None) -> Iterator[Finding]:
-    from vista.store.verification import store_stats
+    from vista.store.admin import store_stats
 
     yield Finding("store", str(root))
     stats = store_stats(root)

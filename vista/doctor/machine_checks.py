@@ -156,7 +156,7 @@ def check_disks(config: DoctorConfig) -> Iterator[Finding]:
 
 
 def _is_url(path: str) -> bool:
-    from vista.store.store_url import StoreUrl  # needs torch, which may be what is missing
+    from vista.store.layout import StoreUrl  # needs torch, which may be what is missing
 
     return path != "." and StoreUrl.matches(path)
 

@@ -14,9 +14,8 @@ from vista.arrays import Floats
 from vista.errors import ConfigError, UnfinishedError
 from vista.explore.workspace import Workspace, escaped, record_of
 from vista.scorer import Explanation, Ranking, Scorer
-from vista.store.layout import store_address
-from vista.store.reader import generations_of
-from vista.store.record_sections import Tail
+from vista.store.backend import open_backend
+from vista.store.record_spec import Tail
 
 HOUR_MS = 3_600_000
 PARTS = ("summary", "tail", "counters", "item and request", "state", "bias")
@@ -346,7 +345,7 @@ def earlier_generations(scorer: Scorer) -> list[int]:
     Raises:
         StoreError: a generation is damaged.
     """
-    served, generations = scorer.store.generation, generations_of(store_address(str(scorer.store.path)))
+    served, generations = scorer.store.generation, open_backend(str(scorer.store.path))
     found = []
     try:
         for number in generations.numbers():

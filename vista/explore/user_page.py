@@ -17,11 +17,11 @@ from vista.log.event_log import EventLog
 from vista.log.histories import LATEST_MS, NO_TIMESTAMP, YEAR_1971_MS, Histories, RowFeatures
 from vista.log.splits import Until, parse_until
 from vista.scorer import Scorer
-from vista.store.managed_store import managed_store
+from vista.store.admin import GenerationStats, StoreStats, store_stats
+from vista.store.backend import open_backend
 from vista.store.manifest import Manifest
 from vista.store.record import StoredBatch
 from vista.store.shards import stores_in
-from vista.store.verification import GenerationStats, StoreStats, store_stats
 
 SECONDS_PER_DAY = 86_400
 
@@ -296,7 +296,7 @@ def generation_rows(store: str) -> tuple[list[dict[str, Any]], list[str]]:
         rows += [_row(stats, one) for one in reversed(stats.generations)]
         problems += [stats.problem] * bool(stats.problem)
         problems += [f"gen-{one.number}: {one.problem}" for one in stats.generations if one.problem]
-        problems += managed_store(root).problems()
+        problems += open_backend(root).problems()
     return rows, problems
 
 

@@ -13,7 +13,7 @@ from vista.export.serving_graph import COUNTER_CODES, COUNTER_KEYS, REQUEST, TAI
 from vista.log.histories import NO_TIMESTAMP
 from vista.model.vista_model import VistaModel
 from vista.store.record import StoredBatch
-from vista.store.record_sections import Tail
+from vista.store.record_spec import Tail
 
 Arrays = dict[str, NDArray[Any]]
 

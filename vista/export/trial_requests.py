@@ -32,7 +32,7 @@ from vista.scorer.scorer_stats import StatsRecorder
 from vista.scorer.serving_snapshot import ServingSnapshot
 from vista.store.keys import user_keys
 from vista.store.record import StoredBatch, encode_records
-from vista.store.record_sections import Tail
+from vista.store.record_spec import Tail
 from vista.store.state_record import UserSummaries
 from vista.store.writer import StoreWriter
 

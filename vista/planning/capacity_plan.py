@@ -17,8 +17,8 @@ from vista.errors import ConfigError
 from vista.log.segment_files import EVENT_COLUMNS
 from vista.planning.quantities import DAY_S, PEAK_S, ArrivalRate, size
 from vista.store.lmdb_environment import MAP_SIZE_BYTES
-from vista.store.record_sections import event_bytes, most_bytes
-from vista.store.record_spec import HEADER_BYTES, CounterLayout, RecordSpec
+from vista.store.record import most_bytes
+from vista.store.record_spec import HEADER_BYTES, CounterLayout, RecordSpec, event_bytes
 from vista.store.state_record import StateSpec, tables_bytes
 
 

@@ -12,11 +12,10 @@ transaction per batch.
 
 from vista.config.store_config import RefreshOptions
 from vista.refresh.batch_encoder import check_log, check_requests
-from vista.refresh.full import refresh
+from vista.refresh.full import RefreshReport, refresh
 from vista.refresh.incremental import forget, refresh_incremental
 from vista.refresh.merging import merge
-from vista.refresh.refresh_report import RefreshReport
-from vista.store.erasure import erase
+from vista.store.writer import erase
 
 __all__ = [
     "RefreshOptions",

@@ -1,11 +1,16 @@
-"""From the log to the bytes of the store: the part of a full refresh that any number of processes can share."""
+"""From the log to the bytes of the store: how a model reads a log, and how summaries become records and states.
+
+`BatchEncoder` is the part of a full refresh that any number of processes can share.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +18,7 @@ from numpy.typing import NDArray
 
 from vista.arrays import Int
 from vista.config.choices import Decay, Mixing, Precision
-from vista.counters.counter_codes import CounterCodes, ItemKeys
+from vista.counters.counter_codes import ItemKeys
 from vista.counters.counter_table import CounterTable
 from vista.errors import ConfigError, RecordError
 from vista.log.event_log import EventLog
@@ -27,125 +32,105 @@ from vista.model.inference import LogUsers
 from vista.model.ranking_model import UNKNOWN_ITEM, RankingModel
 from vista.model.summarizer import SummaryState
 from vista.model.vista_model import VistaModel
-from vista.refresh.refresh_report import StageClock
 from vista.store.keys import history_digests, item_keys, user_id, user_keys
 from vista.store.record import encode_records
-from vista.store.record_sections import Tail
-from vista.store.record_spec import RecordSpec
+from vista.store.record_spec import RecordSpec, Tail
 from vista.store.state_record import StateArrays, StateSpec, UserSummaries, encode_states
 
-# Counts the events of histories in a refresh: exact tables, whose most frequent keys go into the records as codes.
-#
-# All results are empty for a model without counters.
+logger = logging.getLogger(__name__)
 
 Tables = tuple[CounterTable, ...]
-"""One table per field."""
+"""One table of exact counters per field; empty for a model without counters."""
+
+STAGES = ("read", "summarize", "encode", "wait", "write", "publish")
+"""In a refresh with Ray, `wait` is the time until the actors return the next batch, and the first three are theirs."""
 
 
-def count_histories(keys: ItemKeys | None, histories: Histories) -> Tables:
-    """Counters of whole histories, whose items are rows of the model."""
-    if keys is None:
-        return ()
-    events = keys.of(histories.item.astype(np.int64))
-    return tuple(CounterTable.of(keys.spec, key, histories.timestamp, histories.offsets) for key in events)
+class StageClock:
+    """Adds up the seconds that are spent in each of `STAGES`."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Context whose time counts toward a stage."""
+        entered = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - entered
 
 
-def append_events(keys: ItemKeys | None, tables: Sequence[CounterTable], new: Histories) -> Tables:
-    """Counters with the events `new` of the same users added, which follow all earlier ones."""
-    if keys is None:
-        return ()
-    events = zip(tables, keys.of(new.item.astype(np.int64)), strict=True)
-    return tuple(table.appended(key, new.timestamp, new.offsets) for table, key in events)
+@dataclass(frozen=True, slots=True)
+class BatchEncoder:
+    """Reads the histories of a batch of users and encodes their records and states."""
 
+    model: VistaModel
+    """With a frozen summarizer."""
+    log: EventLog
+    items: LogItems
+    features: LogUsers
+    precision: Precision
+    """Of the summarizer."""
+    tokens_per_batch: int
+    """Events that are read and summarized at once."""
 
-def stored_codes(tables: Sequence[CounterTable]) -> tuple[CounterCodes, ...]:
-    """What records store of the counters."""
-    return tuple(table.top(table.spec.keys[field]).codes() for field, table in enumerate(tables))
+    @classmethod
+    def of(cls, model: VistaModel, log: EventLog, precision: Precision, tokens_per_batch: int) -> BatchEncoder:
+        """The encoder of a model and a log that it can read (`check_log`)."""
+        frozen = model.with_frozen("summarizer", precision)
+        users = LogUsers(model.user_features, log)
+        return cls(frozen, log, LogItems.of(model, log), users, precision, tokens_per_batch)
 
+    def encode(
+        self, users: Int, counts: Int, spec: RecordSpec, state_spec: StateSpec | None, clock: StageClock
+    ) -> UserRecords:
+        """Summarize users and encode the results. The bytes depend only on the arguments and the number of threads.
 
-# States on their way between model and store: which models have them, conversion, and the summaries read from them.
+        Args:
+            users: int64 [N] rows of the log.
+            counts: int64 [N], how many of each user's events are summarized, oldest first.
+            spec: what each record must hold.
+            state_spec: what each state must hold; None to make no states.
+            clock: gets the time of each stage.
+        """
+        encoded = UserRecords()
+        for part in token_groups(counts, self.tokens_per_batch):
+            summaries = self._summarize(users[part], counts[part], state_spec is not None, clock)
+            with clock.stage("encode"):
+                encoded.extend(encode_users(summaries, spec, state_spec))
+        return encoded
 
-
-def has_states(model: VistaModel) -> bool:
-    """Whether new events can be added to what the model keeps of earlier ones.
-
-    Models with bidirectional mixing have no states. Neither do models with a history limit, because each new event
-    pushes an old one out. Without a summarizer, states hold the counters alone.
-    """
-    config = model.config
-    if model.summarizer is None:
-        return bool(config.counters)
-    return config.mixing is Mixing.separable and config.history_limit == 0
-
-
-def state_of(model: VistaModel, histories: Histories) -> SummaryState:
-    """States of histories with items as rows of the model; without numbers if the model has no summarizer.
-
-    They hold the events that a summary covers.
-    """
-    if model.summarizer is None:
-        return state_without_summary(histories.lengths)
-    return history_states(model, covered_events(model, histories))
-
-
-def state_without_summary(num_events: Int) -> SummaryState:
-    """States of a model without a summarizer, which cover `num_events` [N] events."""
-    state = SummaryState.empty(len(num_events), 0, 0, 0, "cpu")
-    return replace(state, num_events=torch.from_numpy(num_events))
-
-
-def to_arrays(
-    state: SummaryState, applied_segment: int, history_digest: NDArray[np.uint64], counters: Tables
-) -> StateArrays:
-    """Convert states of the model to those of the store.
-
-    Args:
-        state: the states of N users.
-        applied_segment: newest segment of the log that they cover.
-        history_digest: [N] digests of the whole histories.
-        counters: of the N users.
-    """
-    z, n, removed, clock, num_events = (
-        getattr(state, name).cpu().numpy() for name in ("z", "n", "removed", "clock", "num_events")
-    )
-    applied = np.full(len(n), applied_segment, np.int64)
-    return StateArrays(z, n, removed, clock, num_events, applied, history_digest, counters)
-
-
-def from_arrays(arrays: StateArrays, device: torch.device) -> SummaryState:
-    """Convert states of the store to those of the model, on a device."""
-    columns = (arrays.z, arrays.n, arrays.removed, arrays.clock, arrays.num_events)
-    return SummaryState(*(torch.from_numpy(column).to(device) for column in columns))
-
-
-@torch.inference_mode()
-def read_summaries(model: VistaModel, state: SummaryState) -> NDArray[np.float32]:
-    """Summaries that the seeds read from states, float32 [N, K, d]."""
-    if model.summarizer is None:
-        return np.zeros((len(state.num_events), 0, model.config.dim), np.float32)
-    summary: NDArray[np.float32] = separable_summarizer(model).read(state.z, state.n).float().cpu().numpy()
-    return summary
-
-
-# The bytes that the store keeps for a batch of users, encoded from their summaries.
+    def _summarize(self, users: Int, counts: Int, with_states: bool, clock: StageClock) -> UserSummaries:
+        with clock.stage("read"):
+            histories = self.log.gather(users, counts)
+            model_rows, digests = self.items.model_rows(histories), self.items.digests(histories)
+        with clock.stage("summarize"):
+            tables = count_histories(self.model.item_keys, model_rows)
+            if with_states:
+                state = state_of(self.model, model_rows)
+                summary = read_summaries(self.model, state)
+            else:
+                state = state_without_summary(histories.lengths)
+                summary = inference.summarize(self.model, model_rows).cpu().numpy()
+            states = to_arrays(state, self.log.last_segment, digests, tables)
+        with clock.stage("encode"):
+            keys, features = user_keys(self.log.users.ids(users)), self.features.features(users).columns
+            return user_summaries(self.model, keys, model_rows, histories.lengths, summary, states, features)
 
 
 @dataclass(slots=True)
 class UserRecords:
     """What one batch writes: a key, a record and, if the store keeps states, a state per user."""
 
-    keys: list[bytes]
-    records: list[bytes]
-    states: list[bytes]
+    keys: list[bytes] = field(default_factory=list)
+    records: list[bytes] = field(default_factory=list)
+    states: list[bytes] = field(default_factory=list)
     num_events: int = 0
     """Events that were summarized, with those of users that failed."""
     failures: dict[str, str] = field(default_factory=dict)
     """Users whose summary cannot be stored, with the reason; they have no record."""
-
-    @classmethod
-    def empty(cls) -> UserRecords:
-        """The records of an empty batch."""
-        return cls([], [], [])
 
     def extend(self, other: UserRecords) -> None:
         """Append the records of another batch."""
@@ -163,8 +148,8 @@ def encode_users(users: UserSummaries, spec: RecordSpec, state_spec: StateSpec |
         records = encode_records(users, spec)
     except RecordError as error:
         if len(users) == 1:
-            return UserRecords([], [], [], num_events, {str(user_id(users.keys[0])): str(error)})
-        encoded = UserRecords.empty()
+            return UserRecords(num_events=num_events, failures={str(user_id(users.keys[0])): str(error)})
+        encoded = UserRecords()
         for row in range(len(users)):
             encoded.extend(encode_users(users[row], spec, state_spec))
         return encoded
@@ -174,25 +159,43 @@ def encode_users(users: UserSummaries, spec: RecordSpec, state_spec: StateSpec |
     return UserRecords(users.keys, records, states, num_events)
 
 
-def stored_tail(model: VistaModel, newest: Histories) -> Tail:
-    """The last `tail_len` events of histories as `LogItems.model_rows` gives them, in the form of a record."""
-    last = newest.select(np.maximum(newest.lengths - model.config.tail_len, 0), newest.lengths)
-    features = {name: last.features.columns[name] for name in model.schema.tail_sizes}
-    times, actions = np.asarray(last.timestamp), np.asarray(last.action)
-    return Tail(last.item.astype(np.int32), times, actions, last.offsets, features)
+@dataclass(frozen=True, slots=True)
+class LogItems:
+    """What each item of a log becomes: its row in the model, and its key in history digests. Likewise for features."""
 
+    rows: NDArray[np.int32]
+    """[num_items] rows of the model; 0 for items it does not know."""
+    keys: NDArray[np.uint64]
+    """[num_items] keys of `vista.store.keys.item_keys`."""
+    recode: Recode
+    """Features of events with the model's codes."""
 
-def last_times(histories: Histories) -> Int:
-    """Times of the newest events, int64 [B]; NO_TIMESTAMP for an empty history."""
-    if histories.num_events == 0:
-        return np.full(histories.num_users, NO_TIMESTAMP, np.int64)
-    times = np.asarray(histories.timestamp)[np.maximum(histories.offsets[1:] - 1, 0)]
-    return np.where(histories.lengths > 0, times, NO_TIMESTAMP)
+    @classmethod
+    def of(cls, model: VistaModel, log: EventLog) -> LogItems:
+        """Look up all items of a log. Warns if the model knows fewer than half of them."""
+        ids = log.items.ids(np.arange(log.num_items))
+        rows = model.history_rows(model.item_rows(ids)).astype(np.int32)
+        known = int(np.count_nonzero(rows != UNKNOWN_ITEM))
+        # With min_item_events, a model is meant to know few of the items.
+        if 2 * known < log.num_items and not (known and model.data.min_item_events):
+            logger.warning(
+                "%s: the model knows only %d of %d items, and summarizes the others as one unknown item; train a model "
+                "on this log",
+                log.path,
+                known,
+                log.num_items,
+            )
+        return cls(rows, item_keys(ids), model.event_recoder(log.event_features))
 
+    def model_rows(self, histories: Histories) -> Histories:
+        """The same histories with items as rows of the model, and features with the model's codes."""
+        features = self.recode(histories.features, histories.num_events)
+        return replace(histories, item=self.rows[histories.item], features=features)
 
-# How a model reads a log: whether it can read it at all, and what items and features are to the model.
-
-logger = logging.getLogger(__name__)
+    def digests(self, histories: Histories) -> NDArray[np.uint64]:
+        """History digests, uint64 [B], of histories whose items are rows of the log."""
+        times, actions = np.asarray(histories.timestamp), np.asarray(histories.action)
+        return history_digests(self.keys[histories.item], times, actions, histories.offsets)
 
 
 def check_log(model: RankingModel, log: EventLog) -> None:
@@ -249,107 +252,127 @@ def _check_features(log: EventLog, table: str, columns: Sequence[FeatureSpec], k
         )
 
 
-@dataclass(frozen=True, slots=True)
-class LogItems:
-    """What each item of a log becomes: its row in the model, and its key in history digests. Likewise for features."""
+def has_states(model: VistaModel) -> bool:
+    """Whether new events can be added to what the model keeps of earlier ones.
 
-    rows: NDArray[np.int32]
-    """[num_items] rows of the model; 0 for items it does not know."""
-    keys: NDArray[np.uint64]
-    """[num_items] keys of `vista.store.keys.item_keys`."""
-    recode: Recode
-    """Features of events with the model's codes."""
-
-    @classmethod
-    def of(cls, model: VistaModel, log: EventLog) -> LogItems:
-        """Look up all items of a log. Warns if the model knows fewer than half of them."""
-        ids = log.items.ids(np.arange(log.num_items))
-        rows = model.history_rows(model.item_rows(ids)).astype(np.int32)
-        known = int(np.count_nonzero(rows != UNKNOWN_ITEM))
-        # With min_item_events, a model is meant to know few of the items.
-        if 2 * known < log.num_items and not (known and model.data.min_item_events):
-            logger.warning(
-                "%s: the model knows only %d of %d items, and summarizes the others as one unknown item; train a model "
-                "on this log",
-                log.path,
-                known,
-                log.num_items,
-            )
-        return cls(rows, item_keys(ids), model.event_recoder(log.event_features))
-
-    def model_rows(self, histories: Histories) -> Histories:
-        """The same histories with items as rows of the model, and features with the model's codes."""
-        features = self.recode(histories.features, histories.num_events)
-        return dataclasses.replace(histories, item=self.rows[histories.item], features=features)
-
-    def digests(self, histories: Histories) -> NDArray[np.uint64]:
-        """History digests, uint64 [B], of histories whose items are rows of the log."""
-        times, actions = np.asarray(histories.timestamp), np.asarray(histories.action)
-        return history_digests(self.keys[histories.item], times, actions, histories.offsets)
+    Models with bidirectional mixing have no states. Neither do models with a history limit, because each new event
+    pushes an old one out. Without a summarizer, states hold the counters alone.
+    """
+    config = model.config
+    if model.summarizer is None:
+        return bool(config.counters)
+    return config.mixing is Mixing.separable and config.history_limit == 0
 
 
-@dataclass(frozen=True, slots=True)
-class BatchEncoder:
-    """Reads the histories of a batch of users and encodes their records and states."""
+def state_of(model: VistaModel, histories: Histories) -> SummaryState:
+    """States of histories with items as rows of the model; without numbers if the model has no summarizer.
 
-    model: VistaModel
-    """With a frozen summarizer."""
-    log: EventLog
-    items: LogItems
-    features: LogUsers
-    precision: Precision
-    """Of the summarizer."""
-    tokens_per_batch: int
-    """Events that are read and summarized at once."""
+    They hold the events that a summary covers.
+    """
+    if model.summarizer is None:
+        return state_without_summary(histories.lengths)
+    return history_states(model, covered_events(model, histories))
 
-    @classmethod
-    def of(cls, model: VistaModel, log: EventLog, precision: Precision, tokens_per_batch: int) -> BatchEncoder:
-        """The encoder of a model and a log that it can read (`vista.refresh.batch_encoder.check_log`)."""
-        frozen = model.with_frozen("summarizer", precision)
-        users = LogUsers(model.user_features, log)
-        return cls(frozen, log, LogItems.of(model, log), users, precision, tokens_per_batch)
 
-    def encode(
-        self, users: Int, counts: Int, spec: RecordSpec, state_spec: StateSpec | None, clock: StageClock
-    ) -> UserRecords:
-        """Summarize users and encode the results. The bytes depend only on the arguments and the number of threads.
+def state_without_summary(num_events: Int) -> SummaryState:
+    """States without sums, which cover `num_events` [N] events: of a model without a summarizer, or not stored."""
+    state = SummaryState.empty(len(num_events), 0, 0, 0, "cpu")
+    return replace(state, num_events=torch.from_numpy(num_events))
 
-        Args:
-            users: int64 [N] rows of the log.
-            counts: int64 [N], how many of each user's events are summarized, oldest first.
-            spec: what each record must hold.
-            state_spec: what each state must hold; None to make no states.
-            clock: gets the time of each stage.
-        """
-        encoded = UserRecords.empty()
-        for part in token_groups(counts, self.tokens_per_batch):
-            summaries = self._summarize(users[part], counts[part], state_spec is not None, clock)
-            with clock.stage("encode"):
-                encoded.extend(encode_users(summaries, spec, state_spec))
-        return encoded
 
-    def _summarize(self, users: Int, counts: Int, with_states: bool, clock: StageClock) -> UserSummaries:
-        with clock.stage("read"):
-            histories = self.log.gather(users, counts)
-            model_rows, digests = self.items.model_rows(histories), self.items.digests(histories)
-        arrays = None
-        with clock.stage("summarize"):
-            tables = count_histories(self.model.item_keys, model_rows)
-            if with_states:
-                states = state_of(self.model, model_rows)
-                summary = read_summaries(self.model, states)
-                arrays = to_arrays(states, self.log.last_segment, digests, tables)
-            else:
-                summary = inference.summarize(self.model, model_rows).cpu().numpy()
-        with clock.stage("encode"):
-            return UserSummaries(
-                keys=user_keys(self.log.users.ids(users)),
-                summary=summary,
-                tail=stored_tail(self.model, model_rows),
-                event_count=histories.lengths,
-                last_event_ts=last_times(model_rows),
-                history_digest=digests,
-                counters=stored_codes(tables),
-                features=self.features.features(users).columns,
-                states=arrays,
-            )
+def to_arrays(
+    state: SummaryState, applied_segment: int, history_digest: NDArray[np.uint64], counters: Tables
+) -> StateArrays:
+    """Convert states of the model to those of the store.
+
+    Args:
+        state: the states of N users.
+        applied_segment: newest segment of the log that they cover.
+        history_digest: [N] digests of the whole histories.
+        counters: of the N users.
+    """
+    z, n, removed, clock, num_events = (
+        getattr(state, name).cpu().numpy() for name in ("z", "n", "removed", "clock", "num_events")
+    )
+    applied = np.full(len(n), applied_segment, np.int64)
+    return StateArrays(z, n, removed, clock, num_events, applied, history_digest, counters)
+
+
+def from_arrays(arrays: StateArrays, device: torch.device) -> SummaryState:
+    """Convert states of the store to those of the model, on a device."""
+    columns = (arrays.z, arrays.n, arrays.removed, arrays.clock, arrays.num_events)
+    return SummaryState(*(torch.from_numpy(column).to(device) for column in columns))
+
+
+@torch.inference_mode()
+def read_summaries(model: VistaModel, state: SummaryState) -> NDArray[np.float32]:
+    """Summaries that the seeds read from states, float32 [N, K, d]."""
+    if model.summarizer is None:
+        return np.zeros((len(state.num_events), 0, model.config.dim), np.float32)
+    summary: NDArray[np.float32] = separable_summarizer(model).read(state.z, state.n).float().cpu().numpy()
+    return summary
+
+
+def count_histories(keys: ItemKeys | None, histories: Histories) -> Tables:
+    """Counters of whole histories, whose items are rows of the model."""
+    if keys is None:
+        return ()
+    events = keys.of(histories.item.astype(np.int64))
+    return tuple(CounterTable.of(keys.spec, key, histories.timestamp, histories.offsets) for key in events)
+
+
+def append_events(keys: ItemKeys | None, tables: Sequence[CounterTable], new: Histories) -> Tables:
+    """Counters with the events `new` of the same users added, which follow all earlier ones."""
+    if keys is None:
+        return ()
+    events = zip(tables, keys.of(new.item.astype(np.int64)), strict=True)
+    return tuple(table.appended(key, new.timestamp, new.offsets) for table, key in events)
+
+
+def user_summaries(
+    model: VistaModel,
+    keys: list[bytes],
+    newest: Histories,
+    event_count: Int,
+    summary: NDArray[np.float32],
+    states: StateArrays,
+    features: Mapping[str, NDArray[Any]],
+) -> UserSummaries:
+    """Everything that the records and states of N users hold.
+
+    Args:
+        model: the one that the summaries are of.
+        keys: of the users.
+        newest: at least the last `tail_len` events of each user, as `LogItems.model_rows` gives them.
+        event_count: [N] length of each history.
+        summary: [N, K, d].
+        states: of the whole histories, with their digests and counters; without sums if they are not stored.
+        features: of the users, with the model's codes, [N] by name.
+    """
+    return UserSummaries(
+        keys=keys,
+        summary=summary,
+        tail=stored_tail(model, newest),
+        event_count=event_count,
+        last_event_ts=last_times(newest),
+        history_digest=states.history_digest,
+        counters=tuple(table.top(table.spec.keys[field]).codes() for field, table in enumerate(states.counters)),
+        features=features,
+        states=states,
+    )
+
+
+def stored_tail(model: VistaModel, newest: Histories) -> Tail:
+    """The last `tail_len` events of histories as `LogItems.model_rows` gives them, in the form of a record."""
+    last = newest.select(np.maximum(newest.lengths - model.config.tail_len, 0), newest.lengths)
+    features = {name: last.features.columns[name] for name in model.schema.tail_sizes}
+    times, actions = np.asarray(last.timestamp), np.asarray(last.action)
+    return Tail(last.item.astype(np.int32), times, actions, last.offsets, features)
+
+
+def last_times(histories: Histories) -> Int:
+    """Times of the newest events, int64 [B]; NO_TIMESTAMP for an empty history."""
+    if histories.num_events == 0:
+        return np.full(histories.num_users, NO_TIMESTAMP, np.int64)
+    times = np.asarray(histories.timestamp)[np.maximum(histories.offsets[1:] - 1, 0)]
+    return np.where(histories.lengths > 0, times, NO_TIMESTAMP)

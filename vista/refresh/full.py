@@ -9,8 +9,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,24 +25,135 @@ from vista.log.splits import Until, parse_until, visible_counts
 from vista.model.item_feature_table import largest_keys
 from vista.model.vista_model import VistaModel
 from vista.progress_bar import progress_bar
-from vista.refresh.batch_encoder import BatchEncoder, UserRecords, check_log, has_states
-from vista.refresh.refresh_report import RefreshReport, StageClock
+from vista.refresh.batch_encoder import BatchEncoder, StageClock, UserRecords, check_log, has_states
 from vista.store.keys import user_keys
-from vista.store.layout import open_private
+from vista.store.layout import StoreUrl, open_private
 from vista.store.manifest import Manifest
-from vista.store.record_spec import CounterLayout, RecordSpec, TailColumn, UserColumn
+from vista.store.record_spec import CounterLayout, TailColumn, UserColumn
 from vista.store.shards import Shard, shard_to_write
-from vista.store.state_record import StateSpec
-from vista.store.store_url import StoreUrl
 from vista.store.writer import StoreWriter
 
-# Progress of a running refresh: a progress bar, one JSON line per batch, and the numbers of the final report.
+if TYPE_CHECKING:
+    from vista.refresh.ray_engine import RayEngine
 
 logger = logging.getLogger(__name__)
 MAX_FAILED_SHARE, MAX_FAILED_USERS = 0.01, 10
 """A run stops if more users fail than both limits allow, or if all of them fail."""
 NAMED_FAILURES = 20
 """A report names at most this many failed users."""
+
+EncodeBatches = Callable[[Iterable[slice], StoreWriter, StageClock], Generator[UserRecords, None, None]]
+"""Encodes slices of the run's users, in their order."""
+
+
+def refresh(
+    model: VistaModel,
+    log: EventLog,
+    store: str | Path | StoreUrl,
+    *,
+    until: str | int | Until | None = None,
+    options: RefreshOptions | None = None,
+    shard: Shard | None = None,
+    engine: RayEngine | None = None,
+    key: bytes | None = None,
+    created_at: int | None = None,
+) -> RefreshReport:
+    """Summarize all users with at least one visible event and publish the summaries as one generation.
+
+    An interrupted refresh resumes where it stopped if model, log, `until`, codec, state and precision are unchanged;
+    otherwise it starts over.
+
+    Args:
+        model: it is left in eval mode.
+        log: items outside the model's vocabulary count as unknown items.
+        store: the store's folder, made if it does not exist, or its URL.
+        until: which events summaries may cover: None (all), "leave-last-out", "leave-last-N-out", an ISO time, ms, or
+            "TIME-less-N".
+        options: what is stored and how the work is batched. States are kept only where incremental refreshes can use
+            them: not with bidirectional mixing, a history limit, K = 0 without counters, or `until`.
+        shard: write only the users of this shard, into the folder `<store>/part-i-of-n`.
+        engine: encodes the batches in other processes; None encodes them in this one. A run can resume with another
+            engine. The bytes of the store are the same if both compute with the same number
+            of threads on the same kind of processor.
+        key: 32 bytes, to authenticate the records with.
+        created_at: start of the run in ms, which records state; by default now. A resumed run keeps its own.
+
+    Raises:
+        ConfigError: the model cannot read this log, `until` is not valid for it, the store is sharded and no shard is
+            named, or `options.state` asks for states that cannot be kept.
+        LogFormatError: a file of the log is damaged.
+        StoreLockedError, StoreError, RecordError: the previous generation stays in service.
+    """
+    options = options or RefreshOptions()
+    limit = until if isinstance(until, Until) else parse_until(until)
+    check_log(model, log)
+    if options.verify_log:
+        log.verify()
+    target, shard = shard_to_write(store, shard)
+    state = _stored_state(options.state, target, can_keep=has_states(model) and limit == Until())
+    model.eval()
+    precision = choose_precision(options.precision, model.device)
+    counts = visible_counts(log, limit)
+    users = np.flatnonzero(counts)
+    if shard is not None:
+        users = users[shard.holds(user_keys(log.users.ids(users)))]
+    manifest = new_manifest(
+        model,
+        codec=options.codec,
+        state=state,
+        until=str(limit) if limit.held_out or limit.before is None else limit.before,
+        applied_segment=log.last_segment,
+        log_digest=log.sources_digest(log.last_segment),
+        total_users=len(users),
+        run_digest=_run_digest(log, counts, precision, shard),
+        created_at=created_at,
+    )
+    encoder = BatchEncoder.of(model, log, precision, options.tokens_per_batch)
+
+    def encode_batches(
+        batches: Iterable[slice], writer: StoreWriter, clock: StageClock
+    ) -> Generator[UserRecords, None, None]:
+        with_counts = ((users[batch], counts[users[batch]]) for batch in batches)
+        if engine is not None:
+            return engine.encode(encoder, with_counts, writer.spec, writer.state_spec, clock)
+        return (encoder.encode(*batch, writer.spec, writer.state_spec, clock) for batch in with_counts)
+
+    return write_generation(target, manifest, "full", encode_batches, options=options, key=key)
+
+
+@dataclass(frozen=True, slots=True)
+class RefreshReport:
+    """What a refresh did."""
+
+    store: str
+    generation: int
+    num_users: int
+    """Users that the run covers: all users with events, or those with changes."""
+    resumed_at: int
+    """How many of these users an earlier, interrupted run had already written."""
+    num_events: int
+    """Events summarized in this run."""
+    seconds: float
+    shares: dict[str, float]
+    """Share of the time per stage; the shares add up to 1."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """Users by outcome: written, appended, exchanged, recomputed, removed, erased, unchanged, failed."""
+    failures: dict[str, str] = field(default_factory=dict)
+    """Some of the users that failed, with the reason; their old records, if any, stay."""
+    bytes_per_user: float = 0.0
+    """Mean size of the records that this run wrote; 0 if it wrote none."""
+
+    def __str__(self) -> str:
+        done = self.num_users - self.resumed_at
+        stages = ", ".join(f"{name} {share:.0%}" for name, share in self.shares.items() if share)
+        resumed = f" ({self.resumed_at} of them by an earlier run)" if self.resumed_at else ""
+        size = f", {self.bytes_per_user:,.0f} bytes per user" if self.bytes_per_user else ""
+        counts = "".join(f"; {number} {what}" for what, number in self.counts.items() if number)
+        failed = "".join(f"\nuser {user} failed: {reason}" for user, reason in self.failures.items())
+        return (
+            f"generation {self.generation} of {self.store}: {self.num_users} users{resumed}, {self.num_events} events "
+            f"in {self.seconds:.1f} s: {done / max(self.seconds, 1e-9):,.0f} users/s ({stages}){size}{counts}{failed}"
+        )
 
 
 class RefreshProgress(StageClock):
@@ -130,12 +242,6 @@ class RefreshProgress(StageClock):
             self.failures,
             self._num_bytes / max(self._num_records, 1),
         )
-
-
-# A new generation of a store: its manifest, and the loop that fills and publishes it.
-
-EncodeBatches = Callable[[Iterable[slice], StoreWriter, StageClock], Generator[UserRecords, None, None]]
-"""Encodes slices of the run's users, in their order."""
 
 
 def new_manifest(
@@ -229,120 +335,6 @@ def write_generation(
         with run.stage("publish"):
             writer.publish()
         return run.report(writer.generation)
-
-
-# Engines of a full refresh: what encodes its batches. One process, which calls the engine, writes the store.
-
-
-class RefreshEngine(Protocol):
-    """Encodes the batches of a full refresh."""
-
-    def encode(
-        self,
-        encoder: BatchEncoder,
-        batches: Iterable[tuple[Int, Int]],
-        spec: RecordSpec,
-        state_spec: StateSpec | None,
-        clock: StageClock,
-    ) -> Generator[UserRecords, None, None]:
-        """The records of batches, in their order.
-
-        Args:
-            encoder: of this process. An engine of other processes gives each of them an equal one.
-            batches: (users, counts) of each, as in `BatchEncoder.encode`. They are taken as they are needed.
-            spec: what each record must hold.
-            state_spec: what each state must hold; None to make no states.
-            clock: gets the time of each stage.
-        """
-
-
-class LocalEngine:
-    """Encodes one batch after the other in this process."""
-
-    def encode(
-        self,
-        encoder: BatchEncoder,
-        batches: Iterable[tuple[Int, Int]],
-        spec: RecordSpec,
-        state_spec: StateSpec | None,
-        clock: StageClock,
-    ) -> Generator[UserRecords, None, None]:
-        """As of `RefreshEngine`."""
-        for users, counts in batches:
-            yield encoder.encode(users, counts, spec, state_spec, clock)
-
-
-def refresh(
-    model: VistaModel,
-    log: EventLog,
-    store: str | Path | StoreUrl,
-    *,
-    until: str | int | Until | None = None,
-    options: RefreshOptions | None = None,
-    shard: Shard | None = None,
-    engine: RefreshEngine | None = None,
-    key: bytes | None = None,
-    created_at: int | None = None,
-) -> RefreshReport:
-    """Summarize all users with at least one visible event and publish the summaries as one generation.
-
-    An interrupted refresh resumes where it stopped if model, log, `until`, codec, state and precision are unchanged;
-    otherwise it starts over.
-
-    Args:
-        model: it is left in eval mode.
-        log: items outside the model's vocabulary count as unknown items.
-        store: the store's folder, made if it does not exist, or its URL.
-        until: which events summaries may cover: None (all), "leave-last-out", "leave-last-N-out", an ISO time, ms, or
-            "TIME-less-N".
-        options: what is stored and how the work is batched. States are kept only where incremental refreshes can use
-            them: not with bidirectional mixing, a history limit, K = 0 without counters, or `until`.
-        shard: write only the users of this shard, into the folder `<store>/part-i-of-n`.
-        engine: what encodes the batches: by default this process; `vista.refresh.ray_engine.RayEngine` uses others. A
-            run can resume with another one. The bytes of the store are the same if both compute with the same number
-            of threads on the same kind of processor.
-        key: 32 bytes, to authenticate the records with.
-        created_at: start of the run in ms, which records state; by default now. A resumed run keeps its own.
-
-    Raises:
-        ConfigError: the model cannot read this log, `until` is not valid for it, the store is sharded and no shard is
-            named, or `options.state` asks for states that cannot be kept.
-        LogFormatError: a file of the log is damaged.
-        StoreLockedError, StoreError, RecordError: the previous generation stays in service.
-    """
-    options = options or RefreshOptions()
-    limit = until if isinstance(until, Until) else parse_until(until)
-    check_log(model, log)
-    if options.verify_log:
-        log.verify()
-    target, shard = shard_to_write(store, shard)
-    state = _stored_state(options.state, target, can_keep=has_states(model) and limit == Until())
-    model.eval()
-    precision = choose_precision(options.precision, model.device)
-    counts = visible_counts(log, limit)
-    users = np.flatnonzero(counts)
-    if shard is not None:
-        users = users[shard.holds(user_keys(log.users.ids(users)))]
-    manifest = new_manifest(
-        model,
-        codec=options.codec,
-        state=state,
-        until=str(limit) if limit.held_out or limit.before is None else limit.before,
-        applied_segment=log.last_segment,
-        log_digest=log.sources_digest(log.last_segment),
-        total_users=len(users),
-        run_digest=_run_digest(log, counts, precision, shard),
-        created_at=created_at,
-    )
-    encoder, encoding = BatchEncoder.of(model, log, precision, options.tokens_per_batch), engine or LocalEngine()
-
-    def encode_batches(
-        batches: Iterable[slice], writer: StoreWriter, clock: StageClock
-    ) -> Generator[UserRecords, None, None]:
-        with_counts = ((users[batch], counts[users[batch]]) for batch in batches)
-        return encoding.encode(encoder, with_counts, writer.spec, writer.state_spec, clock)
-
-    return write_generation(target, manifest, "full", encode_batches, options=options, key=key)
 
 
 def _stored_state(wanted: StateDtype | None, target: Path | StoreUrl, *, can_keep: bool) -> StateDtype:

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from enum import IntEnum
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,7 @@ from numpy.typing import NDArray
 from vista.arrays import Int
 from vista.config.choices import Decay, Precision
 from vista.config.store_config import INCREMENTAL_OPTIONS, SET_BY_FULL_REFRESH, RefreshOptions
-from vista.counters.counter_table import CounterTable
 from vista.errors import ConfigError, StoreError
-from vista.log.deletions import forget_events
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories, RowFeatures, token_groups
 from vista.log.merged_features import UserFeatureParts
@@ -50,439 +47,20 @@ from vista.refresh.batch_encoder import (
     count_histories,
     encode_users,
     from_arrays,
-    last_times,
     read_summaries,
     state_of,
     state_without_summary,
-    stored_codes,
-    stored_tail,
     to_arrays,
+    user_summaries,
 )
-from vista.refresh.full import RefreshProgress, user_columns
-from vista.refresh.refresh_report import RefreshReport
+from vista.refresh.full import RefreshProgress, RefreshReport, user_columns
 from vista.store.keys import user_id, user_keys
+from vista.store.layout import StoreUrl
 from vista.store.manifest import Manifest
 from vista.store.reader import published_manifest
 from vista.store.shards import Shard, shard_to_write
 from vista.store.state_record import StateArrays, UserSummaries, rounded
-from vista.store.store_url import StoreUrl
 from vista.store.writer import StoreUpdate
-
-
-def changed_positions(old: Histories, new: Histories) -> tuple[Int, Int] | None:
-    """Positions of deleted events in `old` and of added events in `new`, without which both are the same sequence.
-
-    If some of several equal events were deleted, all of them count as deleted and the remaining ones as added.
-
-    Args:
-        old: B = 1.
-        new: B = 1, with the same columns of features.
-
-    Returns:
-        (deleted, added), ascending; None if the other events changed their order, as events of one time can.
-    """
-    events = np.concatenate([_rows(old), _rows(new)])
-    _, kind = np.unique(events, axis=0, return_inverse=True)
-    kind = kind.reshape(-1)
-    num_kinds, in_old, in_new = int(kind.max(initial=-1)) + 1, kind[: old.num_events], kind[old.num_events :]
-    before = np.bincount(in_old, minlength=num_kinds)
-    after = np.bincount(in_new, minlength=num_kinds)
-    kept = np.where(after >= before, before, 0)
-    deleted = np.flatnonzero(_place(in_old) >= kept[in_old])
-    added = np.flatnonzero(_place(in_new) >= kept[in_new])
-    rest = np.delete(in_old, deleted), np.delete(in_new, added)
-    return (deleted, added) if np.array_equal(*rest) else None
-
-
-def _rows(history: Histories) -> Int:
-    """The events of a history as rows of integers, int64 [T, columns]."""
-    columns = [history.item, history.timestamp, history.action]
-    if history.rating is not None:
-        columns.append(np.asarray(history.rating, np.float32).view(np.int32))
-    columns += [column.view(np.int32) for column in map(np.ascontiguousarray, history.features.columns.values())]
-    return np.stack([np.asarray(column).astype(np.int64) for column in columns], axis=1)
-
-
-def _place(kind: Int) -> Int:
-    """How many equal events come before each event."""
-    order = np.argsort(kind, kind="stable")
-    ordered = kind[order]
-    first = np.searchsorted(ordered, ordered)
-    place = np.empty(len(kind), np.int64)
-    place[order] = np.arange(len(kind)) - first
-    return place
-
-
-# Groups of users that an incremental refresh updates at once: one class for each `UpdateOutcome`.
-
-
-@dataclass(frozen=True, slots=True)
-class RereadGroup:
-    """Users whose states cover the log already, so only their summaries are read again."""
-
-    users: Int
-    """[N] rows of the log."""
-    states: StateArrays
-    """The states of the N users."""
-
-
-@dataclass(frozen=True, slots=True)
-class AppendGroup:
-    """Users whose states receive the terms of the new events."""
-
-    users: Int
-    """[N] rows of the log."""
-    states: StateArrays
-    """The states of the N users."""
-    segment: int
-    """Newest segment of the log that the states cover."""
-
-
-@dataclass(frozen=True, slots=True)
-class ExchangeGroup:
-    """One user with late or deleted events, whose terms are exchanged in the state."""
-
-    users: Int
-    """[1] row of the log."""
-    states: StateArrays
-    """The state of this user (N = 1)."""
-    segment: int
-    """Newest segment of the log that the state covers."""
-
-
-@dataclass(frozen=True, slots=True)
-class RecomputeGroup:
-    """Users without a state that can be updated, whose summaries are computed from the log."""
-
-    users: Int
-    """[N] rows of the log."""
-
-
-UpdateGroup = RereadGroup | AppendGroup | ExchangeGroup | RecomputeGroup
-
-
-class UpdateOutcome(IntEnum):
-    """How users are brought up to date; an integer, so that an array can hold the outcomes of many users."""
-
-    reread = 0
-    """The state covers the log already (an interrupted run wrote it), so only the summary is read from it again."""
-    append = 1
-    """The terms of the new events are added to the state."""
-    exchange = 2
-    """Events came late or were deleted: terms of the state are replaced."""
-    recompute = 3
-    """There is no state that can be updated, so the summary is computed from the log."""
-
-
-@dataclass(frozen=True, slots=True)
-class StoredUsers:
-    """N users who have stored states, and how each of them is brought up to date."""
-
-    users: Int
-    """[N] rows of the log."""
-    states: StateArrays
-    """The states of the N users."""
-    covered: Int
-    """[N] newest segment of the log that each state covers."""
-    outcome: NDArray[np.int8]
-    """[N] values of UpdateOutcome."""
-
-    def __len__(self) -> int:
-        return len(self.users)
-
-    def __getitem__(self, rows: slice | Int) -> StoredUsers:
-        return StoredUsers(self.users[rows], self.states[rows], self.covered[rows], self.outcome[rows])
-
-    def where(self, outcome: UpdateOutcome) -> StoredUsers:
-        """The users with this outcome."""
-        return self[np.flatnonzero(self.outcome == outcome)]
-
-    def by_segment(self) -> Iterator[tuple[int, StoredUsers]]:
-        """Each segment that states cover, in ascending order, with the users whose states cover it."""
-        for segment in np.unique(self.covered).tolist():
-            yield segment, self[np.flatnonzero(self.covered == segment)]
-
-
-class UpdatePlan:
-    """Sorts users into groups by what happened to their histories since their states were written."""
-
-    def __init__(
-        self, model: VistaModel, log: EventLog, update: StoreUpdate, tokens_per_batch: int, run: RefreshProgress
-    ) -> None:
-        self._model, self._log, self._update, self._run = model, log, update, run
-        self._tokens_per_batch = tokens_per_batch
-        self._context = 0 if model.summarizer is None else reach(model) + model.config.summary_lag
-        """Most events before the new ones that an append reads."""
-        self._append_only = model.config.decay is Decay.position or model.summarizer is None
-        self._older_logs: dict[int, EventLog] = {}
-        """The log as it was, by newest segment. Users' states cover few different segments."""
-
-    def log_at(self, segment: int) -> EventLog:
-        """The log as it was when `segment` was its newest one."""
-        if segment not in self._older_logs:
-            self._older_logs[segment] = EventLog.open(self._log.path, last_segment=segment)
-        return self._older_logs[segment]
-
-    def lengths_at(self, users: Int, segment: int) -> Int:
-        """How many events users had in the log when `segment` was its newest one, int64 [N]."""
-        lengths = self.log_at(segment).lengths
-        return np.where(users < len(lengths), lengths[np.minimum(users, len(lengths) - 1)], 0)
-
-    def groups(self, users: Int) -> Iterator[UpdateGroup]:
-        """Groups that together hold each of the users once.
-
-        Args:
-            users: [N] rows of the log, with at least one event each.
-        """
-        stored = self._stored_users(users)
-        if stored is None:
-            yield from self._recompute_groups(users)
-            return
-        reread = stored.where(UpdateOutcome.reread)
-        if len(reread):
-            yield RereadGroup(reread.users, reread.states)
-        updatable = stored.users[stored.outcome != UpdateOutcome.recompute]
-        yield from self._recompute_groups(users[~np.isin(users, updatable)])
-        for segment, append in stored.where(UpdateOutcome.append).by_segment():
-            num_new = self._log.lengths[append.users] - self.lengths_at(append.users, segment)
-            for part in token_groups(num_new + self._context, self._tokens_per_batch):
-                yield AppendGroup(append.users[part], append.states[part], segment)
-        exchange = stored.where(UpdateOutcome.exchange)
-        for row, segment in enumerate(exchange.covered.tolist()):
-            one = slice(row, row + 1)
-            yield ExchangeGroup(exchange.users[one], exchange.states[one], segment)
-
-    def _recompute_groups(self, users: Int) -> Iterator[RecomputeGroup]:
-        for part in token_groups(self._log.lengths[users], self._tokens_per_batch):
-            yield RecomputeGroup(users[part])
-
-    def _stored_users(self, users: Int) -> StoredUsers | None:
-        """Those of the users who have states, with their outcomes; None if the generation keeps no states."""
-        found = self._update.states(user_keys(self._log.users.ids(users)))
-        if found is None:
-            return None
-        rows, states = found
-        # The state of a user without changes names an older segment, but covers all that the generation covers.
-        covered = np.maximum(states.applied_segment, self._update.manifest.applied_segment)
-        outcome = np.full(len(rows), UpdateOutcome.recompute, np.int8)
-        outcome[covered >= self._update.applied_segment] = UpdateOutcome.reread
-        for segment in np.unique(covered[covered < self._update.applied_segment]).tolist():
-            behind = np.flatnonzero(covered == segment)
-            if self._log.has_boundary(segment):
-                outcome[behind] = self._outcomes(users[rows[behind]], segment, states.num_events[behind])
-        return StoredUsers(users[rows], states, covered, outcome)
-
-    def _outcomes(self, users: Int, segment: int, num_events: Int) -> NDArray[np.int8]:
-        """Outcomes [N] of users whose states cover the log up to `segment` and hold `num_events` [N] events."""
-        with self._run.stage("read"):
-            old = self.lengths_at(users, segment)
-            new = self._log.new_events(users, segment)
-            newest = self.log_at(segment).gather_ranges(np.where(old > 0, users, 0), old - 1, old)
-        in_order = np.ones(len(users), bool)
-        both = np.flatnonzero((old > 0) & (new.lengths > 0))
-        first = new.timestamp[new.offsets[both]]
-        in_order[both] = first >= newest.timestamp[newest.offsets[both]]
-        nothing_deleted = new.lengths == self._log.lengths[users] - old
-        outcome = np.full(len(users), UpdateOutcome.recompute if self._append_only else UpdateOutcome.exchange, np.int8)
-        outcome[in_order & nothing_deleted] = UpdateOutcome.append
-        # The state holds other events than the log had then: of another log, or of one that was edited by hand.
-        outcome[num_events != covered_lengths(self._model, old)] = UpdateOutcome.recompute
-        return outcome
-
-
-# The work of an incremental refresh: bring one batch of users at a time from the log into the store.
-#
-# users -> groups by outcome -> updated states -> summaries -> records -> one durable transaction
-
-
-@dataclass(frozen=True, slots=True)
-class _UpdatedGroup:
-    """Users of a group after their handler: new states, or new summaries if the generation keeps no states."""
-
-    counted_as: str
-    """The name under which `RefreshReport.counts` counts the users."""
-    users: Int
-    """[N] rows of the log."""
-    history_digest: NDArray[np.uint64]
-    """[N] digests of the whole histories."""
-    num_events: int
-    """Events that were summarized."""
-    counters: Tables
-    """Of the N users."""
-    state: SummaryState | None = None
-    summary: NDArray[np.float32] | None = None
-
-
-class BatchRefresher:
-    """Takes one batch of users at a time from the log into the store."""
-
-    def __init__(
-        self, model: VistaModel, log: EventLog, update: StoreUpdate, tokens_per_batch: int, run: RefreshProgress
-    ) -> None:
-        self._log, self._update, self._run = log, update, run
-        self._model = model.with_frozen("summarizer", Precision.float32)
-        self._items, self._features = LogItems.of(model, log), _user_features(model, log)
-        self._plan = UpdatePlan(model, log, update, tokens_per_batch, run)
-
-    def refresh(self, users: Int) -> None:
-        """Bring users (rows of the log) up to date, durably."""
-        num_users, num_events = len(users), 0
-        users = self._remove_gone(users)
-        users = self._skip_current(users)
-        if len(users):
-            updated = [self._update_group(group) for group in self._plan.groups(users)]
-            for group in updated:
-                self._run.counts[group.counted_as] += len(group.users)
-                num_events += group.num_events
-            self._write(self._summarize(updated))
-        self._run.batch(self._update.manifest.generation, num_users, num_events)
-
-    def _keys(self, users: Int) -> list[bytes]:
-        return user_keys(self._log.users.ids(users))
-
-    def _remove_gone(self, users: Int) -> Int:
-        """Remove erased users, and those without events, from the store; the users that remain."""
-        keys = self._keys(users)
-        erased = self._update.erased(keys)
-        self._run.counts["erased"] += int(erased.sum())
-        # An erased user may still have a record, if the erasure was interrupted.
-        gone = (self._log.lengths[users] == 0) | erased
-        if gone.any():
-            with self._run.stage("write"):
-                self._run.counts["removed"] += self._update.remove([keys[row] for row in np.flatnonzero(gone).tolist()])
-        return np.compress(~gone, users)
-
-    def _skip_current(self, users: Int) -> Int:
-        """Those of the users whose records do not cover the log yet."""
-        with self._run.stage("read"):
-            covered = self._update.applied_segments(self._keys(users))
-        behind = covered < self._update.applied_segment
-        self._run.counts["unchanged"] += int((~behind).sum())
-        return np.compress(behind, users)
-
-    def _update_group(self, group: UpdateGroup) -> _UpdatedGroup:
-        match group:
-            case RereadGroup():
-                return self._reread(group)
-            case AppendGroup():
-                return self._append(group)
-            case ExchangeGroup():
-                return self._exchange(group)
-            case RecomputeGroup():
-                return self._recompute(group)
-
-    def _reread(self, group: RereadGroup) -> _UpdatedGroup:
-        state = from_arrays(group.states, self._model.device)
-        return _UpdatedGroup("appended", group.users, group.states.history_digest, 0, group.states.counters, state)
-
-    def _append(self, group: AppendGroup) -> _UpdatedGroup:
-        old = self._plan.lengths_at(group.users, group.segment)
-        covered = covered_lengths(self._model, old)
-        context = np.minimum(reach(self._model), covered)
-        start = covered - context
-        with self._run.stage("read"):
-            history = self._log.gather_ranges(group.users, start, self._log.lengths[group.users])
-            new = history.select(old - start, history.lengths)
-            digest = group.states.history_digest + self._items.digests(new)
-            # The state receives the events that leave the tail, if summaries do not cover the tail.
-            history, new = self._items.model_rows(covered_events(self._model, history)), self._items.model_rows(new)
-        with self._run.stage("summarize"):
-            counters = append_events(self._model.item_keys, group.states.counters, new)
-            if self._model.summarizer is None:
-                state = state_without_summary(old + new.lengths)
-                return _UpdatedGroup("appended", group.users, digest, new.num_events, counters, state)
-            if history.num_events > default_slice_len(self._model) and len(group.users) == 1:
-                terms = long_range_state(self._model, history, int(context[0]), int(start[0]))
-            else:
-                terms = range_states(self._model, history, context, start)
-            decay_rate = separable_summarizer(self._model).decay_rate
-            state = merge_states(from_arrays(group.states, self._model.device), terms, decay_rate)
-        return _UpdatedGroup("appended", group.users, digest, new.num_events, counters, state)
-
-    def _exchange(self, group: ExchangeGroup) -> _UpdatedGroup:
-        """The state is recomputed instead if so many events changed that this is cheaper."""
-        user = int(group.users[0])
-        with self._run.stage("read"):
-            old, new = self._plan.log_at(group.segment).slice(user), self._log.slice(user)
-            digest, whole = self._items.digests(new), self._items.model_rows(new)
-            old, new = covered_events(self._model, self._items.model_rows(old)), covered_events(self._model, whole)
-            changed = changed_positions(old, new)
-        if changed is None or sum(map(len, changed)) * 2 * (1 + reach(self._model)) >= new.num_events:
-            return self._recompute(RecomputeGroup(group.users))
-        deleted, late = changed
-        with self._run.stage("summarize"):
-            counters = count_histories(self._model.item_keys, whole)
-            state = from_arrays(group.states, self._model.device)
-            if len(deleted):
-                state = remove_events(self._model, state, old, deleted)
-            if len(late):
-                state = insert_events(self._model, state, new, late)
-        return _UpdatedGroup("exchanged", group.users, digest, len(deleted) + len(late), counters, state)
-
-    def _recompute(self, group: RecomputeGroup) -> _UpdatedGroup:
-        with self._run.stage("read"):
-            histories = self._log.gather(group.users)
-            model_rows, digest = self._items.model_rows(histories), self._items.digests(histories)
-        state, summary = None, None
-        with self._run.stage("summarize"):
-            counters = count_histories(self._model.item_keys, model_rows)
-            if self._update.state_spec is None:
-                summary = inference.summarize(self._model, model_rows).cpu().numpy()
-            else:
-                state = state_of(self._model, model_rows)
-        return _UpdatedGroup("recomputed", group.users, digest, histories.num_events, counters, state, summary)
-
-    def _summarize(self, updated: Sequence[_UpdatedGroup]) -> UserSummaries:
-        users = np.concatenate([group.users for group in updated])
-        digest = np.concatenate([group.history_digest for group in updated])
-        lengths, tail_len, spec = self._log.lengths[users], self._model.config.tail_len, self._update.state_spec
-        with self._run.stage("read"):
-            newest = self._items.model_rows(self._log.gather_ranges(users, lengths - tail_len, lengths))
-        with self._run.stage("encode"):
-            tables = tuple(map(CounterTable.concatenated, zip(*(group.counters for group in updated), strict=True)))
-            if spec is None:
-                states = None
-                summary = np.concatenate([group.summary for group in updated if group.summary is not None])
-            else:
-                target = self._update.applied_segment
-                arrays = [
-                    to_arrays(group.state, target, group.history_digest, group.counters)
-                    for group in updated
-                    if group.state is not None
-                ]
-                # Rounded as stored: a resumed run, which rereads these states, then reads the same summaries.
-                states = rounded(StateArrays.concatenated(arrays), spec)
-                summary = read_summaries(self._model, from_arrays(states, self._model.device))
-            return UserSummaries(
-                keys=self._keys(users),
-                summary=summary,
-                tail=stored_tail(self._model, newest),
-                event_count=lengths,
-                last_event_ts=last_times(newest),
-                history_digest=digest,
-                counters=stored_codes(tables),
-                features=self._features(users).columns,
-                states=states,
-            )
-
-    def _write(self, users: UserSummaries) -> None:
-        with self._run.stage("encode"):
-            encoded = encode_users(users, self._update.spec, self._update.state_spec)
-        self._run.encoded(encoded)
-        with self._run.stage("write"):
-            self._update.put_batch(encoded.keys, encoded.records, encoded.states)
-            # Without a state, a user who failed is recomputed from the log at the next event.
-            self._update.remove_states(sorted(set(users.keys) - set(encoded.keys)))
-
-
-def _user_features(model: VistaModel, log: EventLog) -> Callable[[Int], RowFeatures]:
-    """Features of users (rows of the log) with the model's codes, read on demand: few users may have changed."""
-    reader = model.user_features
-    if reader is None:
-        return lambda users: RowFeatures({})
-    parts = UserFeatureParts.of(log.segments)
-    recode = reader.recoder(parts.values)
-    return lambda users: recode(parts.rows(users), len(users))
 
 
 def refresh_incremental(
@@ -610,7 +188,294 @@ def forget(
         ConfigError: the store is sharded, or was refreshed with `until`; nothing is deleted.
         StoreError: the deletion is in the log, and the next incremental refresh applies it.
     """
+    from vista.log.deletions import forget_events  # needs Polars, which refreshes do not
+
     root, _ = shard_to_write(store, None)
     check_updatable(published_manifest(root), root)  # refused before the log is written
     forget_events(log.path, events)
     return refresh_incremental(model, EventLog.open(log.path), store, key=key)
+
+
+@dataclass(frozen=True, slots=True)
+class _Updated:
+    """Users of one outcome, and what their records and states will be made of."""
+
+    outcome: str
+    """The name under which `RefreshReport.counts` counts the users."""
+    users: Int
+    """[N] rows of the log."""
+    states: StateArrays
+    """Of the whole histories, with their digests and counters; without sums if the generation keeps no states."""
+    num_events: int
+    """Events that were summarized."""
+    summary: NDArray[np.float32] | None = None
+    """[N, K, d] if the generation keeps no states, from which it would be read."""
+
+
+class BatchRefresher:
+    """Takes one batch of users at a time from the log into the store."""
+
+    def __init__(
+        self, model: VistaModel, log: EventLog, update: StoreUpdate, tokens_per_batch: int, run: RefreshProgress
+    ) -> None:
+        self._log, self._update, self._run = log, update, run
+        self._tokens_per_batch = tokens_per_batch
+        self._model = model.with_frozen("summarizer", Precision.float32)
+        self._items, self._features = LogItems.of(model, log), _user_features(model, log)
+        self._context = 0 if model.summarizer is None else reach(model) + model.config.summary_lag
+        """Most events before the new ones that an append reads."""
+        self._append_only = model.config.decay is Decay.position or model.summarizer is None
+        self._older_logs: dict[int, EventLog] = {}
+        """The log as it was, by newest segment. Users' states cover few different segments."""
+
+    def refresh(self, users: Int) -> None:
+        """Bring users (rows of the log) up to date, durably."""
+        num_users, num_events = len(users), 0
+        users = self._remove_gone(users)
+        users = self._skip_current(users)
+        if len(users):
+            updated = list(self._updated(users))
+            for part in updated:
+                self._run.counts[part.outcome] += len(part.users)
+                num_events += part.num_events
+            self._write(self._summarize(updated))
+        self._run.batch(self._update.manifest.generation, num_users, num_events)
+
+    def _keys(self, users: Int) -> list[bytes]:
+        return user_keys(self._log.users.ids(users))
+
+    def _remove_gone(self, users: Int) -> Int:
+        """Remove erased users, and those without events, from the store; the users that remain."""
+        keys = self._keys(users)
+        erased = self._update.erased(keys)
+        self._run.counts["erased"] += int(erased.sum())
+        # An erased user may still have a record, if the erasure was interrupted.
+        gone = (self._log.lengths[users] == 0) | erased
+        if gone.any():
+            with self._run.stage("write"):
+                self._run.counts["removed"] += self._update.remove([keys[row] for row in np.flatnonzero(gone).tolist()])
+        return np.compress(~gone, users)
+
+    def _skip_current(self, users: Int) -> Int:
+        """Those of the users whose records do not cover the log yet."""
+        with self._run.stage("read"):
+            covered = self._update.applied_segments(self._keys(users))
+        behind = covered < self._update.applied_segment
+        self._run.counts["unchanged"] += int((~behind).sum())
+        return np.compress(behind, users)
+
+    def _updated(self, users: Int) -> Iterator[_Updated]:
+        """Parts that together hold each of the users, who have at least one event each, once."""
+        found = self._update.states(self._keys(users))
+        if found is None:  # The generation keeps no states.
+            yield from self._recompute(users)
+            return
+        rows, states = found
+        stored = users[rows]
+        # The state of a user without changes names an older segment, but covers all that the generation covers.
+        covered = np.maximum(states.applied_segment, self._update.manifest.applied_segment)
+        masks = self._masks(stored, covered, states.num_events)
+        if masks["reread"].any():
+            reread = np.flatnonzero(masks["reread"])
+            yield _Updated("appended", stored[reread], states[reread], 0)
+        updatable = stored[np.logical_or.reduce([*masks.values()])]
+        yield from self._recompute(users[~np.isin(users, updatable)])
+        for segment in np.unique(covered[masks["append"]]).tolist():
+            append = np.flatnonzero(masks["append"] & (covered == segment))
+            num_new = self._log.lengths[stored[append]] - self._lengths_at(stored[append], segment)
+            for part in token_groups(num_new + self._context, self._tokens_per_batch):
+                yield self._append(stored[append[part]], states[append[part]], segment)
+        for row in np.flatnonzero(masks["exchange"]).tolist():
+            yield from self._exchange(stored[row : row + 1], states[row : row + 1], int(covered[row]))
+
+    def _masks(self, users: Int, covered: Int, num_events: Int) -> dict[str, NDArray[np.bool_]]:
+        """How users are brought up to date, [N] for each outcome; a user in none of the masks is recomputed.
+
+        reread: the state covers the log already (an interrupted run wrote it), so only the summary is read from it.
+        append: the terms of the new events are added to the state.
+        exchange: events came late or were deleted, so terms of the state are replaced.
+
+        Args:
+            users: [N] rows of the log.
+            covered: [N] newest segment of the log that each state covers.
+            num_events: [N] events in each state.
+        """
+        append, exchange = np.zeros(len(users), bool), np.zeros(len(users), bool)
+        reread = covered >= self._update.applied_segment
+        for segment in np.unique(covered[~reread]).tolist():
+            if not self._log.has_boundary(segment):
+                continue
+            behind = np.flatnonzero(covered == segment)
+            these = users[behind]
+            with self._run.stage("read"):
+                old = self._lengths_at(these, segment)
+                new = self._log.new_events(these, segment)
+                newest = self._log_at(segment).gather_ranges(np.where(old > 0, these, 0), old - 1, old)
+            in_order = np.ones(len(these), bool)
+            both = np.flatnonzero((old > 0) & (new.lengths > 0))
+            in_order[both] = new.timestamp[new.offsets[both]] >= newest.timestamp[newest.offsets[both]]
+            nothing_deleted = new.lengths == self._log.lengths[these] - old
+            # Otherwise the state holds the events of another log, or of one that was edited by hand.
+            of_this_log = num_events[behind] == covered_lengths(self._model, old)
+            append[behind] = of_this_log & in_order & nothing_deleted
+            exchange[behind] = of_this_log & ~(in_order & nothing_deleted) & (not self._append_only)
+        return {"reread": reread, "append": append, "exchange": exchange}
+
+    def _append(self, users: Int, states: StateArrays, segment: int) -> _Updated:
+        """Add the terms of the events that came after a segment to the states."""
+        old = self._lengths_at(users, segment)
+        covered = covered_lengths(self._model, old)
+        context = np.minimum(reach(self._model), covered)
+        start = covered - context
+        with self._run.stage("read"):
+            history = self._log.gather_ranges(users, start, self._log.lengths[users])
+            new = history.select(old - start, history.lengths)
+            digest = states.history_digest + self._items.digests(new)
+            # The state receives the events that leave the tail, if summaries do not cover the tail.
+            history, new = self._items.model_rows(covered_events(self._model, history)), self._items.model_rows(new)
+        with self._run.stage("summarize"):
+            counters = append_events(self._model.item_keys, states.counters, new)
+            if self._model.summarizer is None:
+                state = state_without_summary(old + new.lengths)
+            else:
+                if history.num_events > default_slice_len(self._model) and len(users) == 1:
+                    terms = long_range_state(self._model, history, int(context[0]), int(start[0]))
+                else:
+                    terms = range_states(self._model, history, context, start)
+                decay_rate = separable_summarizer(self._model).decay_rate
+                state = merge_states(from_arrays(states, self._model.device), terms, decay_rate)
+        return _Updated("appended", users, self._to_arrays(state, digest, counters), new.num_events)
+
+    def _exchange(self, users: Int, states: StateArrays, segment: int) -> Iterator[_Updated]:
+        """Exchange the terms of one user's late and deleted events, or recompute the state if that is cheaper."""
+        user = int(users[0])
+        with self._run.stage("read"):
+            old, new = self._log_at(segment).slice(user), self._log.slice(user)
+            digest, whole = self._items.digests(new), self._items.model_rows(new)
+            old, new = covered_events(self._model, self._items.model_rows(old)), covered_events(self._model, whole)
+            changed = changed_positions(old, new)
+        if changed is None or sum(map(len, changed)) * 2 * (1 + reach(self._model)) >= new.num_events:
+            yield from self._recompute(users)
+            return
+        deleted, late = changed
+        with self._run.stage("summarize"):
+            counters = count_histories(self._model.item_keys, whole)
+            state = from_arrays(states, self._model.device)
+            if len(deleted):
+                state = remove_events(self._model, state, old, deleted)
+            if len(late):
+                state = insert_events(self._model, state, new, late)
+        yield _Updated("exchanged", users, self._to_arrays(state, digest, counters), len(deleted) + len(late))
+
+    def _recompute(self, users: Int) -> Iterator[_Updated]:
+        """Compute the states from the log, or the summaries if the generation keeps no states."""
+        for part in token_groups(self._log.lengths[users], self._tokens_per_batch):
+            with self._run.stage("read"):
+                histories = self._log.gather(users[part])
+                model_rows, digest = self._items.model_rows(histories), self._items.digests(histories)
+            with self._run.stage("summarize"):
+                counters, summary = count_histories(self._model.item_keys, model_rows), None
+                if self._update.state_spec is None:
+                    state = state_without_summary(histories.lengths)
+                    summary = inference.summarize(self._model, model_rows).cpu().numpy()
+                else:
+                    state = state_of(self._model, model_rows)
+            states = self._to_arrays(state, digest, counters)
+            yield _Updated("recomputed", users[part], states, histories.num_events, summary)
+
+    def _log_at(self, segment: int) -> EventLog:
+        """The log as it was when `segment` was its newest one."""
+        if segment not in self._older_logs:
+            self._older_logs[segment] = EventLog.open(self._log.path, last_segment=segment)
+        return self._older_logs[segment]
+
+    def _lengths_at(self, users: Int, segment: int) -> Int:
+        """How many events users had in the log when `segment` was its newest one, int64 [N]."""
+        lengths = self._log_at(segment).lengths
+        return np.where(users < len(lengths), lengths[np.minimum(users, len(lengths) - 1)], 0)
+
+    def _to_arrays(self, state: SummaryState, digest: NDArray[np.uint64], counters: Tables) -> StateArrays:
+        return to_arrays(state, self._update.applied_segment, digest, counters)
+
+    def _summarize(self, updated: Sequence[_Updated]) -> UserSummaries:
+        """What the records and states of all users of a batch hold."""
+        users = np.concatenate([part.users for part in updated])
+        lengths, spec = self._log.lengths[users], self._update.state_spec
+        with self._run.stage("read"):
+            tails = self._log.gather_ranges(users, lengths - self._model.config.tail_len, lengths)
+            newest = self._items.model_rows(tails)
+        with self._run.stage("encode"):
+            states = StateArrays.concatenated([part.states for part in updated])
+            if spec is None:
+                summary = np.concatenate([part.summary for part in updated if part.summary is not None])
+            else:
+                # Reread states, of an interrupted run, may name an older segment.
+                states = replace(states, applied_segment=np.full(len(users), self._update.applied_segment))
+                # Rounded as stored: a resumed run, which rereads these states, then reads the same summaries.
+                states = rounded(states, spec)
+                summary = read_summaries(self._model, from_arrays(states, self._model.device))
+            features = self._features(users).columns
+            return user_summaries(self._model, self._keys(users), newest, lengths, summary, states, features)
+
+    def _write(self, users: UserSummaries) -> None:
+        with self._run.stage("encode"):
+            encoded = encode_users(users, self._update.spec, self._update.state_spec)
+        self._run.encoded(encoded)
+        with self._run.stage("write"):
+            self._update.put_batch(encoded.keys, encoded.records, encoded.states)
+            # Without a state, a user who failed is recomputed from the log at the next event.
+            self._update.remove_states(sorted(set(users.keys) - set(encoded.keys)))
+
+
+def _user_features(model: VistaModel, log: EventLog) -> Callable[[Int], RowFeatures]:
+    """Features of users (rows of the log) with the model's codes, read on demand: few users may have changed."""
+    reader = model.user_features
+    if reader is None:
+        return lambda users: RowFeatures({})
+    parts = UserFeatureParts.of(log.segments)
+    recode = reader.recoder(parts.values)
+    return lambda users: recode(parts.rows(users), len(users))
+
+
+def changed_positions(old: Histories, new: Histories) -> tuple[Int, Int] | None:
+    """Positions of deleted events in `old` and of added events in `new`, without which both are the same sequence.
+
+    If some of several equal events were deleted, all of them count as deleted and the remaining ones as added.
+
+    Args:
+        old: B = 1.
+        new: B = 1, with the same columns of features.
+
+    Returns:
+        (deleted, added), ascending; None if the other events changed their order, as events of one time can.
+    """
+    events = np.concatenate([_rows(old), _rows(new)])
+    _, kind = np.unique(events, axis=0, return_inverse=True)
+    kind = kind.reshape(-1)
+    num_kinds, in_old, in_new = int(kind.max(initial=-1)) + 1, kind[: old.num_events], kind[old.num_events :]
+    before = np.bincount(in_old, minlength=num_kinds)
+    after = np.bincount(in_new, minlength=num_kinds)
+    kept = np.where(after >= before, before, 0)
+    deleted = np.flatnonzero(_place(in_old) >= kept[in_old])
+    added = np.flatnonzero(_place(in_new) >= kept[in_new])
+    rest = np.delete(in_old, deleted), np.delete(in_new, added)
+    return (deleted, added) if np.array_equal(*rest) else None
+
+
+def _rows(history: Histories) -> Int:
+    """The events of a history as rows of integers, int64 [T, columns]."""
+    columns = [history.item, history.timestamp, history.action]
+    if history.rating is not None:
+        columns.append(np.asarray(history.rating, np.float32).view(np.int32))
+    columns += [column.view(np.int32) for column in map(np.ascontiguousarray, history.features.columns.values())]
+    return np.stack([np.asarray(column).astype(np.int64) for column in columns], axis=1)
+
+
+def _place(kind: Int) -> Int:
+    """How many equal events come before each event."""
+    order = np.argsort(kind, kind="stable")
+    ordered = kind[order]
+    first = np.searchsorted(ordered, ordered)
+    place = np.empty(len(kind), np.int64)
+    place[order] = np.arange(len(kind)) - first
+    return place

@@ -24,20 +24,18 @@ from vista.model.summarizer import SummaryState
 from vista.model.vista_model import VistaModel
 from vista.refresh.batch_encoder import (
     LogItems,
+    StageClock,
     UserRecords,
     check_log,
     count_histories,
     encode_users,
     from_arrays,
     has_states,
-    last_times,
     read_summaries,
-    stored_codes,
-    stored_tail,
     to_arrays,
+    user_summaries,
 )
-from vista.refresh.full import new_manifest, write_generation
-from vista.refresh.refresh_report import RefreshReport, StageClock
+from vista.refresh.full import RefreshReport, new_manifest, write_generation
 from vista.store.keys import user_keys
 from vista.store.reader import StoreReader
 from vista.store.shards import check_place
@@ -225,14 +223,12 @@ def _summarize(model: VistaModel, keys: list[bytes], users: Sequence[_UserState]
     digest = np.array([user.digest for user in users], np.uint64)
     tail_len, names_of_features = model.config.tail_len, users[0].features.columns
     newest = concatenated([user.history.slice(0, max(user.history.num_events - tail_len, 0)) for user in users])
-    return UserSummaries(
-        keys=keys,
-        summary=read_summaries(model, state),
-        tail=stored_tail(model, newest),
-        event_count=np.array([user.history.num_events for user in users], np.int64),
-        last_event_ts=last_times(newest),
-        history_digest=digest,
-        counters=stored_codes(tables),
-        features={name: np.concatenate([user.features.columns[name] for user in users]) for name in names_of_features},
-        states=to_arrays(state, 0, digest, tables),
+    return user_summaries(
+        model,
+        keys,
+        newest,
+        np.array([user.history.num_events for user in users], np.int64),
+        read_summaries(model, state),
+        to_arrays(state, 0, digest, tables),
+        {name: np.concatenate([user.features.columns[name] for user in users]) for name in names_of_features},
     )

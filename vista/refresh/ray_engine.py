@@ -28,12 +28,9 @@ from vista.installation import require_module
 from vista.log.event_log import EventLog
 from vista.machine import usable_cores
 from vista.model.vista_model import VistaModel
-from vista.refresh.batch_encoder import BatchEncoder, UserRecords
-from vista.refresh.refresh_report import StageClock
+from vista.refresh.batch_encoder import BatchEncoder, StageClock, UserRecords
 from vista.store.record_spec import RecordSpec
 from vista.store.state_record import StateSpec
-
-# What an actor of a refresh does: it loads the model and maps the log once, then encodes batches of users.
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +63,10 @@ class ActorResult:
 
 
 class RefreshActor:
-    """Encodes batches of users. A restarted actor opens model and log again, up to the same segment."""
+    """Loads the model and maps the log once, then encodes batches of users.
+
+    A restarted actor opens model and log again, up to the same segment.
+    """
 
     def __init__(self, job: ActorJob) -> None:
         self._job = job
@@ -154,7 +154,14 @@ class RayEngine:
         state_spec: StateSpec | None,
         clock: StageClock,
     ) -> Generator[UserRecords, None, None]:
-        """As of `RefreshEngine`.
+        """The records of batches, in their order.
+
+        Args:
+            encoder: of this process; each actor has an equal one.
+            batches: (users, counts) of each, as in `BatchEncoder.encode`. They are taken as they are needed.
+            spec: what each record must hold.
+            state_spec: what each state must hold; None to make no states.
+            clock: gets the time of each stage.
 
         Raises:
             ConfigError: Ray cannot be started or reached, or has too few CPUs or GPUs for the actors.

@@ -30,147 +30,26 @@ from vista.log.ingest.kafka_messages import message_rows
 from vista.log.ingest.prepare import prepare, prepare_messages
 from vista.log.ingest.source_parser import SourceParser
 from vista.log.ingest.sources import plain_settings
-from vista.log.segment_files import MANIFEST_FILE, stream_offsets
+from vista.log.segment_files import MANIFEST_FILE, StreamPartition, stream_offsets
 from vista.model.vista_model import VistaModel
+from vista.refresh.full import RefreshReport
 from vista.refresh.incremental import refresh_incremental
-from vista.refresh.refresh_report import StreamReport, WatchReport
 from vista.store.reader import published_manifest
 from vista.store.record_spec import read_key
 from vista.store.shards import stores_in
 
-
-@dataclass(frozen=True, slots=True)
-class FileVersion:
-    """A file's name, size in bytes and modification time in ns."""
-
-    name: str
-    size: int
-    mtime_ns: int
-
-    @classmethod
-    def of(cls, path: Path) -> FileVersion:
-        """The current version of a file."""
-        status = path.stat()
-        return cls(path.name, status.st_size, status.st_mtime_ns)
-
-
-# The files that a watch has refused, and why: one small JSON file for each, in `<folder>/refused`.
-
 logger = logging.getLogger(__name__)
-_MAX_BYTES = 1 << 16
-
-
-class RefusedFiles:
-    """The refused files of one folder. The list outlives the process, so a restart does not retry a refused file.
-
-    A file is retried after the file or the settings have changed, or after its entry was deleted.
-
-    Args:
-        folder: the folder that is watched.
-        settings: how its files are read, as JSON values.
-    """
-
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        self._folder = folder / "refused"
-        self._settings = dict(settings)
-        self._unwritten: set[FileVersion] = set()
-        """Refused files whose entries could not be written."""
-
-    def __contains__(self, version: FileVersion) -> bool:
-        if version in self._unwritten:
-            return True
-        try:
-            entry = json.loads(read_limited(self._entry(version), _MAX_BYTES))
-        except (OSError, ValueError, RecursionError):
-            return False  # no entry, or a damaged one: the file is retried, and its entry is rewritten
-        return isinstance(entry, dict) and all(entry.get(key) == value for key, value in self._key(version).items())
-
-    def add(self, version: FileVersion, reason: str) -> None:
-        """Remember a file that was refused."""
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        entry = {"reason": reason, "refused_at": now} | self._key(version)
-        try:
-            make_folders(self._folder)
-            replace_file(self._entry(version), json.dumps(entry, indent=2).encode())
-        except OSError as error:
-            self._unwritten.add(version)
-            logger.warning(
-                "%s: cannot be written (%s); the file will be retried after a restart", self._entry(version), error
-            )
-
-    def _entry(self, version: FileVersion) -> Path:
-        return self._folder / f"{version.name}.json"
-
-    def _key(self, version: FileVersion) -> dict[str, Any]:
-        return {"size": version.size, "mtime_ns": version.mtime_ns, "settings": self._settings}
-
-
-# Messages that arrive in topics: each batch becomes one segment of the log, together with the offsets after it.
-
-_TOLERANCE_MS = 60_000
-"""An event that is dated this far in the future shows that a producer's clock is wrong."""
-
-
-class ArrivingMessages:
-    """Appends the messages of topics to a log, each once: the log holds the offset of the next message.
-
-    Raises:
-        ConfigError: the settings of the topics are wrong.
-        MissingDependencyError: the extra `kafka` is not installed.
-    """
-
-    def __init__(self, config: WatchConfig) -> None:
-        require_module("confluent_kafka", "kafka")  # other watches do not need it
-        from vista.log.ingest.kafka_reader import KafkaReader
-
-        assert config.source is not None
-        self._config = config
-        self._reader = KafkaReader(config.source, config.stream)
-        self._has_warned = False
-
-    def append(self, log: EventLog) -> StreamReport:
-        """Read the messages after those in the log, and append them as one segment.
-
-        Raises:
-            StreamError, StreamOffsetError: see `KafkaReader.read`.
-            DataError: with on_bad_rows=raise, a message is invalid; or the events do not fit the log.
-            LogBusyError, LogWriteError: the log cannot be written at the moment.
-        """
-        config = self._config
-        batch = self._reader.read(stream_offsets(segment.manifest for segment in log.segments))
-        num_letters = 0
-        if batch.messages or batch.is_start:
-            kinds = {"user": log.users.kind, "item": log.items.kind}
-            rows = message_rows(batch, config.events, kinds, config.on_bad_rows)
-            report = prepare_messages(rows, config.data, events=config.events)
-            self._reader.commit(batch)
-            num_letters = len(rows.letters)
-            if num_letters:
-                logger.warning("%s: the first of %d dead letters: %s", config.data, num_letters, rows.letters[0])
-            self._warn_of_clocks(report.last_ms)
-        return StreamReport(len(batch.messages), num_letters, batch.behind, batch.oldest_ms)
-
-    def close(self) -> None:
-        """Close the connections."""
-        self._reader.close()
-
-    def _warn_of_clocks(self, newest_ms: int | None) -> None:
-        ahead_ms = 0 if newest_ms is None else newest_ms - time.time() * 1000
-        if ahead_ms > _TOLERANCE_MS and not self._has_warned:
-            self._has_warned = True
-            logger.warning(
-                "%s: an event is dated %.0f s in the future; correct the clock of its producer, because events are "
-                "ordered by their own times",
-                self._config.source,
-                ahead_ms / 1000,
-            )
-
-
 SUFFIXES = (".parquet", ".csv", ".tsv")
 MARKER_SUFFIX = ".done"
 """Suffix of the empty file that says that a file is complete: day.csv.done for day.csv."""
 _PATIENCE_S = 60.0
 """A file that has waited longer than this for its marker is reported in the log, once."""
+_TOLERANCE_MS = 60_000
+"""An event that is dated this far in the future shows that a producer's clock is wrong."""
+_MAX_BYTES = 1 << 16
+"""Of the entry of a refused file."""
+_NAMED = 3
+"""Partitions that a report names."""
 
 
 class Watch:
@@ -338,3 +217,206 @@ def _written_at(log: EventLog, after: int) -> float:
     """Time in seconds when the oldest segment after segment `after` was written."""
     segment = next(segment for segment in log.segments if segment.last > after)
     return (segment.path / MANIFEST_FILE).stat().st_mtime
+
+
+@dataclass(frozen=True, slots=True)
+class WatchReport:
+    """What one look did."""
+
+    files: int
+    """Files appended to the log."""
+    refused: int
+    """Files that cannot be read; they are listed in `<folder>/refused`, and tried again only after they change."""
+    refreshes: list[RefreshReport]
+    """One report per store or shard that was updated; empty if nothing was new."""
+    lag_s: float | None
+    """Seconds from the arrival of the oldest file or message, or of a segment of another process, until all was
+    published. The arrival of a message is its time in the topic."""
+    stream: StreamReport | None
+    """Messages read from topics; None without a source."""
+    seconds: float
+    """Seconds that the look took."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing had arrived."""
+        messages = 0 if self.stream is None else self.stream.messages
+        return not (self.files or self.refused or self.refreshes or messages)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether more messages are waiting, so that the next look should follow at once."""
+        return self.stream is not None and any(self.stream.behind.values())
+
+    def as_json(self) -> dict[str, Any]:
+        """The report as JSON values. `checked_at` is the present time in seconds since 1970."""
+        fields: dict[str, Any] = {
+            "checked_at": round(time.time(), 3),
+            "seconds": round(self.seconds, 3),
+            "files": self.files,
+            "refused": self.refused,
+            "refreshed_users": sum(refresh.num_users for refresh in self.refreshes),
+            "lag_s": None if self.lag_s is None else round(self.lag_s, 3),
+        }
+        return fields if self.stream is None else fields | {"stream": self.stream.as_json(self.seconds)}
+
+    def __str__(self) -> str:
+        lag = "" if self.lag_s is None else f", {self.lag_s:.1f} s after it arrived"
+        refused = f", {self.refused} refused" if self.refused else ""
+        arrived = f"{self.files} file(s){refused}" if self.stream is None else self.stream.described(self.seconds)
+        return f"{arrived}{lag}: {'; '.join(map(str, self.refreshes)) or 'nothing new'}"
+
+
+@dataclass(frozen=True, slots=True)
+class StreamReport:
+    """Messages that one look read. All of them are in the log, as events or as dead letters."""
+
+    messages: int
+    dead_letters: int
+    """Messages that are not valid events."""
+    behind: Mapping[StreamPartition, int]
+    """Messages per partition that the topic held when the look began, but that it did not read."""
+    oldest_ms: int | None
+    """Time of the oldest message in ms; None if no message has a time."""
+
+    def described(self, seconds: float) -> str:
+        """One line, with the rate of a look that took so many seconds."""
+        letters = f", {self.dead_letters:,} of them dead letters" if self.dead_letters else ""
+        rate = f" ({self.messages / max(seconds, 1e-9):,.0f}/s)" if self.messages else ""
+        late = sorted(
+            ((number, partition) for partition, number in self.behind.items() if number), key=lambda entry: -entry[0]
+        )
+        behind = ""
+        if late:
+            named = "; ".join(f"{partition}: {number:,}" for number, partition in late[:_NAMED])
+            more = f"; and {len(late) - _NAMED} more partitions" if len(late) > _NAMED else ""
+            behind = f", {sum(number for number, _ in late):,} behind ({named}{more})"
+        return f"{self.messages:,} message(s){rate}{letters}{behind}"
+
+    def as_json(self, seconds: float) -> dict[str, Any]:
+        """The report of a look that took so many seconds, as JSON values; `behind` by topic and partition."""
+        behind: dict[str, dict[str, int]] = {}
+        for partition, number in sorted(self.behind.items()):
+            behind.setdefault(partition.topic, {})[str(partition.number)] = number
+        return {
+            "messages": self.messages,
+            "dead_letters": self.dead_letters,
+            "messages_per_s": round(self.messages / max(seconds, 1e-9), 1),
+            "behind": behind,
+        }
+
+
+class ArrivingMessages:
+    """Appends the messages of topics to a log, each once: a segment holds the offsets after its messages.
+
+    Raises:
+        ConfigError: the settings of the topics are wrong.
+        MissingDependencyError: the extra `kafka` is not installed.
+    """
+
+    def __init__(self, config: WatchConfig) -> None:
+        require_module("confluent_kafka", "kafka")  # other watches do not need it
+        from vista.log.ingest.kafka_reader import KafkaReader
+
+        assert config.source is not None
+        self._config = config
+        self._reader = KafkaReader(config.source, config.stream)
+        self._has_warned = False
+
+    def append(self, log: EventLog) -> StreamReport:
+        """Read the messages after those in the log, and append them as one segment.
+
+        Raises:
+            StreamError, StreamOffsetError: see `KafkaReader.read`.
+            DataError: with on_bad_rows=raise, a message is invalid; or the events do not fit the log.
+            LogBusyError, LogWriteError: the log cannot be written at the moment.
+        """
+        config = self._config
+        batch = self._reader.read(stream_offsets(segment.manifest for segment in log.segments))
+        num_letters = 0
+        if batch.messages or batch.is_start:
+            kinds = {"user": log.users.kind, "item": log.items.kind}
+            rows = message_rows(batch, config.events, kinds, config.on_bad_rows)
+            report = prepare_messages(rows, config.data, events=config.events)
+            self._reader.commit(batch)
+            num_letters = len(rows.letters)
+            if num_letters:
+                logger.warning("%s: the first of %d dead letters: %s", config.data, num_letters, rows.letters[0])
+            self._warn_of_clocks(report.last_ms)
+        return StreamReport(len(batch.messages), num_letters, batch.behind, batch.oldest_ms)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._reader.close()
+
+    def _warn_of_clocks(self, newest_ms: int | None) -> None:
+        ahead_ms = 0 if newest_ms is None else newest_ms - time.time() * 1000
+        if ahead_ms > _TOLERANCE_MS and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "%s: an event is dated %.0f s in the future; correct the clock of its producer, because events are "
+                "ordered by their own times",
+                self._config.source,
+                ahead_ms / 1000,
+            )
+
+
+class RefusedFiles:
+    """The refused files of one folder, and why, in one small JSON file each in `<folder>/refused`.
+
+    The list outlives the process, so a restart does not retry a refused file. A file is retried after the file or the
+    settings have changed, or after its entry was deleted.
+
+    Args:
+        folder: the folder that is watched.
+        settings: how its files are read, as JSON values.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        self._folder = folder / "refused"
+        self._settings = dict(settings)
+        self._unwritten: set[FileVersion] = set()
+        """Refused files whose entries could not be written."""
+
+    def __contains__(self, version: FileVersion) -> bool:
+        if version in self._unwritten:
+            return True
+        try:
+            entry = json.loads(read_limited(self._entry(version), _MAX_BYTES))
+        except (OSError, ValueError, RecursionError):
+            return False  # no entry, or a damaged one: the file is retried, and its entry is rewritten
+        return isinstance(entry, dict) and all(entry.get(key) == value for key, value in self._key(version).items())
+
+    def add(self, version: FileVersion, reason: str) -> None:
+        """Remember a file that was refused."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        entry = {"reason": reason, "refused_at": now} | self._key(version)
+        try:
+            make_folders(self._folder)
+            replace_file(self._entry(version), json.dumps(entry, indent=2).encode())
+        except OSError as error:
+            self._unwritten.add(version)
+            logger.warning(
+                "%s: cannot be written (%s); the file will be retried after a restart", self._entry(version), error
+            )
+
+    def _entry(self, version: FileVersion) -> Path:
+        return self._folder / f"{version.name}.json"
+
+    def _key(self, version: FileVersion) -> dict[str, Any]:
+        return {"size": version.size, "mtime_ns": version.mtime_ns, "settings": self._settings}
+
+
+@dataclass(frozen=True, slots=True)
+class FileVersion:
+    """A file's name, size in bytes and modification time in ns."""
+
+    name: str
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileVersion:
+        """The current version of a file."""
+        status = path.stat()
+        return cls(path.name, status.st_size, status.st_mtime_ns)

@@ -4,6 +4,6 @@ from vista.model.ranking_model import NEXT_TASK
 from vista.scorer.ranking import CandidateSet, Explanation, Ranking
 from vista.scorer.scorer import AnswerSource, Scorer
 from vista.scorer.scorer_stats import ScorerStats
-from vista.store.record_sections import Tail
+from vista.store.record_spec import Tail
 
 __all__ = ["NEXT_TASK", "AnswerSource", "CandidateSet", "Explanation", "Ranking", "Scorer", "ScorerStats", "Tail"]

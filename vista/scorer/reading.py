@@ -35,7 +35,7 @@ from vista.scorer.request import (
 from vista.scorer.scorer_stats import StatsRecorder
 from vista.scorer.serving_snapshot import ServingSnapshot
 from vista.store.record import StoredBatch
-from vista.store.record_sections import Tail
+from vista.store.record_spec import Tail
 
 # Checks the tails that callers pass, and merges them with the stored ones.
 

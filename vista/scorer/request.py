@@ -21,7 +21,7 @@ from vista.model.inference import PaddedTail
 from vista.model.ranking_model import RankingModel
 from vista.model.vista_model import VistaModel
 from vista.store.record import StoredBatch
-from vista.store.record_sections import Tail
+from vista.store.record_spec import Tail
 
 # Counters of a request's users, as of the request, and where they hold candidates.
 #

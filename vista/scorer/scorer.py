@@ -27,7 +27,7 @@ from vista.scorer.serving_snapshot import ServingSnapshot
 from vista.scorer.serving_source import Follower, ServingSource, SnapshotHolder
 from vista.store.manifest import Manifest
 from vista.store.reader import StoreReader
-from vista.store.record_sections import Tail
+from vista.store.record_spec import Tail
 from vista.store.shards import ShardedReader
 
 # The generation and the model that an answer of a scorer was computed from.

@@ -5,8 +5,7 @@ from vista.store.keys import user_keys
 from vista.store.manifest import Manifest
 from vista.store.reader import StoreReader
 from vista.store.record import StoredBatch, encode_records
-from vista.store.record_sections import Tail
-from vista.store.record_spec import RecordSpec
+from vista.store.record_spec import RecordSpec, Tail
 from vista.store.state_record import UserSummaries
 from vista.store.writer import StoreWriter
 

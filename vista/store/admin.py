@@ -1,47 +1,73 @@
-"""Copies of generations, from one store to that of a serving host."""
+"""Operations on whole stores: copies to serving hosts, rollback, compaction, verification, and statistics."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import os
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import lmdb
 
-from vista.errors import StoreError, StoreUnavailableError, UnfinishedError
-from vista.store.admin_generations import Batch, GenerationBuilder, GenerationReader, open_generation, restamp_records
+from vista.errors import RecordError, StoreBusyError, StoreError, StoreUnavailableError, UnfinishedError
+from vista.store.backend import Folder, StoreBackend, open_backend, settled
+from vista.store.folder_generation import FolderBuilder, FolderGeneration
 from vista.store.layout import (
     GROUP,
     PRIVATE,
-    environments_of,
+    StoreUrl,
+    environment_path,
     generation_path,
     next_number,
     permissions_of,
-    read_current,
-    remove_store_leftovers,
     store_address,
     store_path,
 )
-from vista.store.lmdb_environment import check_structure
-from vista.store.locked_folder import publish_generation
-from vista.store.managed_store import (
-    FolderStore,
-    ManagedStore,
-    NewGeneration,
-    PublishReport,
-    WholeGeneration,
-    managed_store,
-)
-from vista.store.manifest import Manifest
+from vista.store.lmdb_environment import Batch, SharedEnvironment, lock_holders
+from vista.store.manifest import Manifest, Tally
+from vista.store.record import check_records, restamp_records
 from vista.store.record_spec import RecordSpec
+from vista.store.shards import check_place
 from vista.store.state_record import restamp_states
-from vista.store.store_url import StoreUrl
-from vista.store.tombstones import ErasedUsers, Tombstones, locked
-from vista.store.verification import verify_generation
+from vista.store.tombstones import Tombstones
+from vista.text_table import fitted
+
+if TYPE_CHECKING:
+    from vista.store.backend import Generation, GenerationBuilder
+    from vista.store.server import ServerTombstones
 
 logger = logging.getLogger(__name__)
+
+_LISTED = 20
+"""Problems that a report lists."""
+
+
+@dataclass(frozen=True, slots=True)
+class PublishReport:
+    """Result of a compaction, rollback, copy, export or import."""
+
+    path: Path | StoreUrl
+    generation: int
+    num_records: int
+    size_bytes: int
+    """Of the generation's files; on a server, of its records, about."""
+    published: bool = True
+    num_resumed: int = 0
+    """Records of a copy that an earlier, interrupted run had copied."""
+
+    def __str__(self) -> str:
+        resumed = f" ({self.num_resumed:,} of them by an earlier run)" if self.num_resumed else ""
+        state = "is published" if self.published else "is complete and verified, but not published yet"
+        return (
+            f"generation {self.generation} of {self.path} {state}: {self.num_records:,} records{resumed}, "
+            f"{self.size_bytes:,} bytes"
+        )
 
 
 def copy_generation(
@@ -81,20 +107,22 @@ def copy_generation(
     resolved = [end.resolve() if isinstance(end, Path) else end for end in ends]
     if resolved[0] == resolved[1]:
         raise StoreError(f"to={ends[1]} is the source store itself; name another one")
-    source, target = map(managed_store, ends)
+    source, target = map(open_backend, ends)
     number = source.current() if generation is None else generation
     source.check_structure(number)
     with source.open(number, key):
         pass  # It exists, so the target may be made.
+    if isinstance(target.address, Path):
+        check_place(target.address)
     with target.locked(GROUP if shared_with_group else PRIVATE):
-        copy = source.settled(number, lambda: _copy(source, number, target, key))
+        copy = settled(source, number, lambda: _copy(source, number, target, key))
         before = target.published_or_none()
         if publish and before != copy.generation:
             target.publish(copy.generation, target.numbers() if before is None else [before])
     return dataclasses.replace(copy, published=publish or before == copy.generation)
 
 
-def _copy(source_store: ManagedStore, number: int, target: ManagedStore, key: bytes | None) -> PublishReport:
+def _copy(source_store: StoreBackend, number: int, target: StoreBackend, key: bytes | None) -> PublishReport:
     """Find or make a complete generation of the target with the source's records."""
     source_store.check_structure(number)
     with source_store.open(number, key) as source:
@@ -122,14 +150,14 @@ def _copy(source_store: ManagedStore, number: int, target: ManagedStore, key: by
     return _report(target, wanted.generation, builder.manifest.count, num_resumed=num_resumed)
 
 
-def _report(target: ManagedStore, number: int, num_records: int, *, num_resumed: int) -> PublishReport:
+def _report(target: StoreBackend, number: int, num_records: int, *, num_resumed: int) -> PublishReport:
     size = target.size_bytes(number)
     return PublishReport(target.address, number, num_records, size, num_resumed=num_resumed)
 
 
 def _resume_or_start(
-    source: WholeGeneration, target: ManagedStore, wanted: Manifest, key: bytes | None
-) -> NewGeneration:
+    source: Generation, target: StoreBackend, wanted: Manifest, key: bytes | None
+) -> GenerationBuilder:
     """A builder that continues an earlier, interrupted copy, or a new one if that copy is of no use."""
     builder, reason = None, "is not what the source holds"
     try:
@@ -146,7 +174,7 @@ def _resume_or_start(
     return target.builder(wanted, key, resume=False)
 
 
-def _take_held(builder: NewGeneration, source: WholeGeneration, erased_users: ErasedUsers) -> bool:
+def _take_held(builder: GenerationBuilder, source: Generation, erased_users: Tombstones | ServerTombstones) -> bool:
     """Let a builder continue after the records it holds, if they are the source's first ones and nobody was erased."""
     theirs = _flat(_restamped(source, builder.spec))
     for keys, records in builder.held_batches():
@@ -160,7 +188,7 @@ def _take_held(builder: NewGeneration, source: WholeGeneration, erased_users: Er
     return True
 
 
-def _is_equal(source: WholeGeneration, target: ManagedStore, number: int, key: bytes | None) -> bool:
+def _is_equal(source: Generation, target: StoreBackend, number: int, key: bytes | None) -> bool:
     """Whether a generation of the target is complete and holds the source's records, apart from the number."""
     try:
         with target.open(number, key) as held:
@@ -180,7 +208,7 @@ def _comparable(manifest: Manifest) -> Manifest:
     return dataclasses.replace(manifest.without_states(), generation=0, records_digest="", user_kind=None)
 
 
-def _restamped(source: WholeGeneration, spec: RecordSpec, after: bytes = b"u") -> Iterator[Batch]:
+def _restamped(source: Generation, spec: RecordSpec, after: bytes = b"u") -> Iterator[Batch]:
     """The source's records beyond a key, moved to the generation of `spec`; unchanged if it has the same number."""
     for keys, records in source.batches(after):
         yield keys, records if spec.generation == source.spec.generation else restamp_records(keys, records, spec)
@@ -213,7 +241,7 @@ def roll_back(*stores: str | Path | StoreUrl, to: int | None = None, key: bytes 
         StoreError: there is no such generation, or it is not complete or is damaged. The published generation is
             unchanged.
     """
-    managed = [managed_store(store) for store in stores]
+    managed = [open_backend(store) for store in stores]
     with ExitStack() as locks:
         for store in managed:
             locks.enter_context(store.locked())
@@ -223,7 +251,7 @@ def roll_back(*stores: str | Path | StoreUrl, to: int | None = None, key: bytes 
     return reports
 
 
-def _verified(store: ManagedStore, number: int, key: bytes | None) -> PublishReport:
+def _verified(store: StoreBackend, number: int, key: bytes | None) -> PublishReport:
     report = verify_generation(store, number, key=key)
     if report.num_problems:
         raise StoreError(
@@ -234,7 +262,7 @@ def _verified(store: ManagedStore, number: int, key: bytes | None) -> PublishRep
     return PublishReport(store.address, number, report.records[number], store.size_bytes(number))
 
 
-def _generation_before(store: ManagedStore, key: bytes | None) -> int:
+def _generation_before(store: StoreBackend, key: bytes | None) -> int:
     current = store.current()
     for number in reversed(store.numbers()):
         if number < current:
@@ -264,24 +292,25 @@ def compact_store(root: str | Path | StoreUrl, *, key: bytes | None = None) -> P
         StoreError: nothing is published, it is damaged, or the folder cannot be written. The published generation is
             unchanged.
     """
-    root = store_path(root)
-    read_current(root)  # first, so that no lock file is made in a folder that is not a store
-    with locked(root):
-        current = read_current(root)
-        remove_store_leftovers(root)
-        for environment in environments_of(root, current):
-            check_structure(environment)
-        with open_generation(root, current, key) as source:
-            manifest = _compacted(root, source, key)
-        publish_generation(root, manifest.generation, ())
-    return PublishReport(root, manifest.generation, manifest.count, FolderStore(root).size_bytes(manifest.generation))
+    folder = Folder(store_path(root))
+    folder.current()  # first, so that no lock file is made in a folder that is not a store
+    with folder.locked():
+        current = folder.current()
+        folder.remove_leftovers()
+        folder.check_structure(current)
+        with folder.open(current, key) as source:
+            manifest = _compacted(source, key)
+        folder.publish(manifest.generation, ())
+    size = folder.size_bytes(manifest.generation)
+    return PublishReport(folder.address, manifest.generation, manifest.count, size)
 
 
-def _compacted(root: Path, source: GenerationReader, key: bytes | None) -> Manifest:
+def _compacted(source: FolderGeneration, key: bytes | None) -> Manifest:
     """Build a complete generation with the next number from the records and states of the source."""
+    root = source.root
     wanted = dataclasses.replace(source.manifest, generation=next_number(root))
     permissions = permissions_of(generation_path(root, source.manifest.generation))
-    builder = GenerationBuilder(root, wanted, key, permissions)
+    builder = FolderBuilder(root, wanted, key, permissions)
     try:
         tombstones = Tombstones(root)  # An interrupted erasure may have left some of its users.
         for keys, records in source.batches():
@@ -299,3 +328,285 @@ def _compacted(root: Path, source: GenerationReader, key: bytes | None) -> Manif
 def _without_erased(tombstones: Tombstones, keys: list[bytes], values: list[bytes]) -> tuple[list[bytes], list[bytes]]:
     remaining = [place for place, erased in enumerate(tombstones.erased(keys)) if not erased]
     return [keys[place] for place in remaining], [values[place] for place in remaining]
+
+
+@dataclass(slots=True)
+class VerificationReport:
+    """What a verification found."""
+
+    path: Path | StoreUrl
+    records: dict[int, int] = field(default_factory=dict)
+    """Number of valid records per complete generation that could be opened."""
+    unfinished: list[int] = field(default_factory=list)
+    """Generations that no reader opens; they are not checked."""
+    num_problems: int = 0
+    problems: list[str] = field(default_factory=list)
+    """The first twenty."""
+
+    def add(self, problem: str) -> None:
+        """Count a problem, and list it if it is one of the first."""
+        self.num_problems += 1
+        if self.num_problems <= _LISTED:
+            self.problems.append(problem)
+
+    def include(self, other: VerificationReport) -> None:
+        """Add what another verification of the same store found."""
+        self.records |= other.records
+        self.unfinished += other.unfinished
+        self.num_problems += other.num_problems
+        self.problems = (self.problems + other.problems)[:_LISTED]
+
+    def __str__(self) -> str:
+        valid = ", ".join(f"gen-{number}: {count:,} records" for number, count in self.records.items()) or "none"
+        rest = f"; unfinished: {', '.join(f'gen-{number}' for number in self.unfinished)}" if self.unfinished else ""
+        if not self.num_problems:
+            return f"{self.path}: no problem found; {valid}{rest}"
+        problems = f"{self.num_problems} problem{'s' * (self.num_problems != 1)}"
+        return "\n".join([f"{self.path}: {problems}; valid: {valid}{rest}", *self.problems])
+
+
+def verify_store(root: str | Path | StoreUrl, *, key: bytes | None = None) -> VerificationReport:
+    """Check CURRENT, LAST, the tombstones and every complete generation; nothing is changed, and readers can continue.
+
+    The structure of each file is checked before LMDB opens it. Then each record is checked: length, format, checksum,
+    user, generation and, with a key, its authentication code.
+
+    Args:
+        root: the store's folder or URL.
+        key: 32 bytes, if the store's records are authenticated.
+
+    Raises:
+        StoreBusyError: a refresh writes the published generation without a pause.
+        StoreError: there is no store, or it is of another key. All other problems are in the report.
+    """
+    store = open_backend(root)
+    report = VerificationReport(store.address)
+    published, generations = None, store.numbers()
+    try:
+        published = store.current()
+    except StoreUnavailableError:
+        raise
+    except StoreError as error:
+        is_folder = isinstance(store.address, Path) and store.address.is_dir()
+        if not generations and not is_folder:
+            raise
+        report.add(str(error))
+    for problem in store.problems():
+        report.add(problem)
+    if published is not None and published not in generations:
+        report.add(f"{store.address}: CURRENT names gen-{published}, which does not exist")
+    for generation in generations:
+        try:
+            report.include(verify_generation(store, generation, key=key, must_be_complete=generation == published))
+        except StoreBusyError:
+            if published is None or generation <= published:
+                raise
+            report.unfinished.append(generation)
+    return report
+
+
+class _ProblemsError(StoreError):
+    def __init__(self, report: VerificationReport) -> None:
+        super().__init__(str(report))
+        self.report = report
+
+
+def verify_generation(
+    store: StoreBackend, generation: int, *, key: bytes | None = None, must_be_complete: bool = True
+) -> VerificationReport:
+    """Check one generation.
+
+    Args:
+        store: where it is.
+        generation: its number.
+        key: 32 bytes, if the store's records are authenticated.
+        must_be_complete: report an unfinished or missing generation as a problem.
+
+    Raises:
+        StoreBusyError: the generation is being written, so what looks wrong may not be.
+    """
+
+    def check() -> VerificationReport:
+        report = VerificationReport(store.address)
+        if must_be_complete or generation in store.numbers():  # otherwise removed since it was listed
+            _verify(store, generation, report, key, must_be_complete)
+        if report.num_problems:
+            raise _ProblemsError(report)
+        return report
+
+    try:
+        return settled(store, generation, check)
+    except _ProblemsError as error:
+        return error.report
+
+
+def _verify(
+    store: StoreBackend, generation: int, report: VerificationReport, key: bytes | None, must_be_complete: bool
+) -> None:
+    try:
+        store.check_structure(generation)
+        with store.open(generation, key) as reader:
+            report.records[generation] = _verify_records(reader, report).count
+            num_states = sum(len(keys) for keys, _ in reader.state_batches())
+            # There may be a few more states than records, after an incremental refresh that was interrupted between the
+            # two. There may be a few less, of users who could not be stored, up to the limit at which a run stops.
+            count = reader.manifest.count
+            if reader.manifest.state_spec() is not None and count - num_states > max(10, 0.02 * count):
+                report.add(f"gen-{generation} holds {num_states} states for {count} records")
+            for name in reader.other_keys():
+                if not name.startswith(b"!"):
+                    report.add(
+                        f"gen-{generation}: key {name[:40]!r} is neither a user key nor one of the store's own keys"
+                    )
+    except StoreUnavailableError:
+        raise
+    except UnfinishedError as error:
+        if must_be_complete:
+            report.add(f"gen-{generation}: {error}")
+        report.unfinished.append(generation)
+    except StoreError as error:
+        report.add(f"gen-{generation}: {error}")
+
+
+def _verify_records(reader: Generation, report: VerificationReport) -> Tally:
+    tally, num_invalid = Tally(), 0
+    for keys, records in reader.raw_batches():
+        for index in _invalid(keys, records, reader, report):
+            num_invalid += 1
+            del keys[index], records[index]
+        tally.add(keys, records)
+    manifest, count = reader.manifest, tally.count + num_invalid
+    if count != manifest.count:
+        report.add(f"gen-{manifest.generation} holds {count} records, but its manifest says {manifest.count}")
+    elif not num_invalid and tally.records_digest != manifest.records_digest:
+        report.add(f"gen-{manifest.generation}: all records are valid, but they are not the ones that were published")
+    return tally
+
+
+def _invalid(keys: list[bytes], records: list[bytes], reader: Generation, report: VerificationReport) -> list[int]:
+    """Positions of the invalid records, descending."""
+    try:
+        check_records(records, keys, reader.spec)
+        return []
+    except RecordError:
+        invalid = []
+    for index in range(len(keys)):
+        try:
+            check_records(records[index : index + 1], keys[index : index + 1], reader.spec)
+        except RecordError as error:
+            report.add(f"gen-{reader.manifest.generation}: {error}")
+            invalid.append(index)
+    return invalid[::-1]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationStats:
+    """One generation. Only number and problem are known of a damaged one."""
+
+    number: int
+    manifest: Manifest | None
+    complete: bool = False
+    num_records: int = 0
+    """In an unfinished generation, the number of users done."""
+    live_bytes: int = 0
+    """Of the pages in use; on a server, of the records, from the mean of the first 1,000."""
+    size_bytes: int | None = 0
+    """What the files take on disk; None if there are no files."""
+    num_open: int | None = 0
+    """Other processes on this machine that have it open; None if the system does not tell."""
+    problem: str = ""
+    expires_at: int | None = None
+    """ms; None if it does not expire."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStats:
+    """What a store holds."""
+
+    path: Path | StoreUrl
+    published: int | None
+    """Number of the published generation; None if CURRENT is damaged, which `problem` then describes."""
+    generations: list[GenerationStats]
+    now: int
+    """ms, for ages."""
+    problem: str = ""
+
+    def __str__(self) -> str:
+        head = f"gen-{self.published} is published" if self.published is not None else self.problem
+        return "\n".join(map(fitted, [f"{self.path}: {head}", *map(self._line, self.generations)]))
+
+    def _line(self, stats: GenerationStats) -> str:
+        if stats.manifest is None:
+            return f"gen-{stats.number}: {stats.problem}"
+        manifest = stats.manifest
+        state = "published" if stats.number == self.published else "kept" if stats.complete else "unfinished"
+        return ", ".join(
+            [
+                f"gen-{stats.number} ({state}): {stats.num_records:,} {'records' if stats.complete else 'users done'}",
+                f"{manifest.codec} {manifest.num_tokens} x {manifest.dim}, tails of {manifest.tail_len}",
+                f"states {manifest.state_dtype}",
+                f"until {manifest.until or 'the end of the log'}",
+                f"started {_date(manifest.created_at)} ({(self.now - manifest.created_at) / 3_600_000:.1f} h ago)",
+                f"about {stats.live_bytes:,} bytes of records"
+                if stats.size_bytes is None
+                else f"{stats.live_bytes:,} bytes in use of {stats.size_bytes:,} on disk",
+                *([f"open in {stats.num_open} other processes"] if stats.num_open is not None else []),
+                *([f"expires {_date(stats.expires_at)} unless it is refreshed"] if stats.expires_at else []),
+                f"summarizer {manifest.summarizer_id[:12]}…",
+                *([f"key {manifest.key_id}"] if manifest.key_id else []),
+            ]
+        )
+
+
+def store_stats(root: str | Path | StoreUrl) -> StoreStats:
+    """Describe a store; nothing is changed, and no key is needed.
+
+    Raises:
+        StoreError: there is no store.
+    """
+    store = open_backend(root)
+    published, problem = None, ""
+    try:
+        published = store.current()
+    except StoreError as error:
+        if not store.numbers():
+            raise
+        problem = str(error)
+    generations = [_generation_stats(store, number) for number in store.numbers()]
+    return StoreStats(store.address, published, generations, time.time_ns() // 1_000_000, problem)
+
+
+def _generation_stats(store: StoreBackend, number: int) -> GenerationStats:
+    try:
+        live, size, num_open = store.size_bytes(number), None, None
+        if isinstance(store.address, Path):
+            live, size, num_open = _of_files(store.address, number)
+        manifest, complete, num_records = store.progress(number)
+        expires_at = store.expires_at(number)
+    except StoreUnavailableError:
+        raise
+    except StoreError as error:
+        return GenerationStats(number, None, problem=str(error))
+    return GenerationStats(number, manifest, complete, num_records, live, size, num_open, "", expires_at)
+
+
+def _date(time_ms: int) -> str:
+    return f"{datetime.fromtimestamp(time_ms / 1000, UTC):%Y-%m-%d %H:%M} UTC"
+
+
+def _of_files(root: Path, number: int) -> tuple[int, int, int | None]:
+    """Bytes in use, bytes on disk, and the number of other processes that have the generation open."""
+    path = environment_path(root, number)
+    environment = SharedEnvironment.acquire(path)
+    try:
+        live, num_open = environment.live_bytes(), _num_open(path)
+    finally:
+        environment.release()
+    size = sum(512 * file.stat().st_blocks for file in generation_path(root, number).rglob("*") if file.is_file())
+    return live, size, num_open
+
+
+def _num_open(path: Path) -> int | None:
+    """Number of other processes that hold LMDB's lock on a lock file; its reader table lists only open transactions."""
+    holders = lock_holders(path / "lock.mdb")
+    return None if holders is None else len(holders - {os.getpid()})

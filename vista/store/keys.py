@@ -113,13 +113,6 @@ def _int_keys(ids: NDArray[np.int64]) -> list[bytes]:
     return [INT_PREFIX + packed[start : start + 8] for start in range(0, len(packed), 8)]
 
 
-# History digest: the sum mod 2^64 of the XXH3-64 of each event, so that events can be added and subtracted.
-#
-# An event is hashed as 17 little-endian bytes: item key (8), time int64 (8), action uint8 (1). The item key is the raw
-# int64 id itself, or XXH3-64 of the UTF-8 bytes of a string id. It is computed once per vocabulary entry, so that all
-# events have the same width, for which XXH3 (its branch for 17 to 32 bytes) is a handful of NumPy operations. The tests
-# check them against xxhash (https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md).
-
 EVENT_BYTES = 17
 
 _CHUNK = 8192  # events whose temporaries fit the second-level cache
@@ -139,7 +132,8 @@ def item_keys(item_ids: Sequence[int] | Sequence[str] | NDArray[Any]) -> NDArray
         item_ids: [N] int64, or [N] strings (list or NumPy array).
 
     Returns:
-        [N] uint64. For a whole log: `item_keys(log.items.ids(all_rows))[event_rows]`.
+        [N] uint64, to be computed once per entry of a vocabulary. For a whole log:
+        `item_keys(log.items.ids(all_rows))[event_rows]`.
 
     Raises:
         TypeError: the ids are neither integers nor strings.
@@ -157,7 +151,10 @@ def item_keys(item_ids: Sequence[int] | Sequence[str] | NDArray[Any]) -> NDArray
 
 
 def event_digests(keys: NDArray[np.uint64], times: NDArray[np.int64], actions: NDArray[np.uint8]) -> NDArray[np.uint64]:
-    """XXH3-64 of each event's 17 bytes.
+    """XXH3-64 of each event's 17 little-endian bytes: item key (8), time int64 (8), action uint8 (1).
+
+    All events have the same width, for which XXH3 (its branch for 17 to 32 bytes) is a handful of NumPy operations. The
+    tests check them against xxhash (https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md).
 
     Args:
         keys: [T] uint64 from `item_keys`.
@@ -197,6 +194,8 @@ def history_digests(
     keys: NDArray[np.uint64], times: NDArray[np.int64], actions: NDArray[np.uint8], offsets: NDArray[np.int64]
 ) -> NDArray[np.uint64]:
     """Digest of each packed history: the sum mod 2^64 of its events' digests (0 for an empty history).
+
+    So events can be added and subtracted.
 
     Args:
         keys, times, actions: [T] as in `event_digests`, users end to end.

@@ -1,4 +1,4 @@
-"""Files of a store: generations, each a complete set of records, and CURRENT, which names the published one.
+"""Where a store is: the URL of a server, or a folder with generations and CURRENT, which names the published one.
 
 store/CURRENT            "gen-7" and its checksum: the generation that readers open
 store/LAST               the same for "gen-8": numbers up to 8 are never reused, even after their folders are removed
@@ -16,12 +16,14 @@ import os
 import re
 import stat
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import xxhash
 
-from vista.errors import StoreError, StoreWriteError, shown
+from vista.config.checks import MAX_DAYS
+from vista.errors import ConfigError, StoreError, StoreWriteError, shown
 from vista.files import (
     checked_path,
     make_folders,
@@ -32,94 +34,6 @@ from vista.files import (
     remove_renamed,
     replace_file,
 )
-from vista.store.store_url import StoreUrl
-
-# Who may read a store: its owner alone, or a group too, whatever the umask (docs/reference/file-formats.md, "Files").
-#
-# A folder's own mode decides, so that a file created in it later, by any command, gets the matching mode.
-
-_SETGID = 0o2000
-
-
-@dataclass(frozen=True, slots=True)
-class Permissions:
-    """Modes of folders and files."""
-
-    folder: int
-    file: int
-    lock: int
-    """Of lock.mdb, which readers write to when they register."""
-
-
-PRIVATE = Permissions(folder=0o700, file=0o600, lock=0o600)
-GROUP = Permissions(folder=0o2750, file=0o640, lock=0o660)
-"""New files inherit the folder's group: run `chgrp` once on the store's folder."""
-
-
-def permissions_of(folder: Path) -> Permissions:
-    """What the files in a folder of a store should have."""
-    try:
-        mode = stat.S_IMODE(folder.stat().st_mode)
-    except OSError:
-        return PRIVATE
-    return GROUP if mode | _SETGID == GROUP.folder else PRIVATE
-
-
-def set_mode(path: Path, mode: int) -> None:
-    """Give a file or folder a mode unless it has it already.
-
-    Raises:
-        OSError: it has another mode and belongs to another account.
-    """
-    if stat.S_IMODE(path.stat().st_mode) != mode:
-        path.chmod(mode)
-
-
-def open_private(path: Path, flags: int) -> int:
-    """Open a file of a store that is its owner's alone, whatever the umask, and make it if it does not exist.
-
-    Args:
-        flags: of `os.open`, without O_CREAT.
-
-    Raises:
-        OSError: it cannot be opened, is a symbolic link or not a regular file, or belongs to another account.
-    """
-    descriptor = open_file(path, flags | os.O_CREAT, PRIVATE.file, follow=False)
-    try:
-        if stat.S_IMODE(os.fstat(descriptor).st_mode) != PRIVATE.file:
-            os.fchmod(descriptor, PRIVATE.file)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def make_folder(path: Path, permissions: Permissions) -> None:
-    """Make one folder; its mode is never wider than the final one.
-
-    Raises:
-        OSError: it exists already, or cannot be made.
-    """
-    path.mkdir(mode=PRIVATE.folder)
-    set_mode(path, permissions.folder)
-
-
-def set_tree_permissions(folder: Path, permissions: Permissions) -> None:
-    """Give a generation's folder and everything in it their modes."""
-    set_mode(folder, permissions.folder)
-    for entry in folder.iterdir():
-        if entry.is_symlink():
-            continue  # Its target is not a part of the store.
-        if entry.is_dir():
-            set_tree_permissions(entry, permissions)
-        else:
-            set_mode(entry, permissions.lock if entry.name == "lock.mdb" else permissions.file)
-
-
-def is_owner(path: Path) -> bool:
-    """Whether this process may change a path's mode."""
-    return path.stat().st_uid == os.geteuid() or os.geteuid() == 0
-
 
 CURRENT = "CURRENT"
 LAST = "LAST"
@@ -137,6 +51,108 @@ _PREFIX = "gen-"
 _NAME = re.compile(rf"{_PREFIX}([1-9][0-9]{{0,17}})")
 _POINTER_BYTES = 64
 """CURRENT and LAST are shorter."""
+
+PASSWORD_VARIABLE = "VISTA_REDIS_PASSWORD"
+DEFAULT_PORT = 6379
+DEFAULT_TIMEOUT_S = 5.0
+DEFAULT_CACHE_MB = 1000.0
+DAY_MS = 86_400_000
+EXAMPLE = "redis://host:6379/mine, or rediss://host:6379/mine with TLS"
+
+_SCHEME = re.compile(r"(rediss?):/+")  # pathlib makes one slash out of two
+_STORE_NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
+
+
+@dataclass(frozen=True, slots=True)
+class StoreUrl:
+    """The URL of a store on a Valkey or Redis server. Its text, unlike what was parsed, never holds credentials.
+
+    redis://[user[:password]@]host[:port]/[database/]name[?timeout_s=…&cache=…&cache_mb=…&ttl_days=…]
+    """
+
+    host: str
+    name: str
+    """Of the store; all keys begin with {name}: ."""
+    port: int = DEFAULT_PORT
+    database: int = 0
+    user: str | None = field(default=None, repr=False)
+    password: str | None = field(default=None, repr=False)
+    """None reads the environment variable VISTA_REDIS_PASSWORD when a connection is made."""
+    tls: bool = False
+    timeout_s: float = DEFAULT_TIMEOUT_S
+    """Longest wait for a connection, and for each reply."""
+    cache: str | None = None
+    """Folder in which readers keep the records that they have read; None keeps none."""
+    cache_mb: float = DEFAULT_CACHE_MB
+    """Size of the cache, 10^6 bytes."""
+    ttl_days: float | None = None
+    """Time from the last refresh until the server removes a generation that a full refresh or a copy writes to this
+    URL; None keeps it."""
+
+    @property
+    def ttl_ms(self) -> int | None:
+        """`ttl_days` in ms."""
+        return None if self.ttl_days is None else max(round(DAY_MS * self.ttl_days), 1)
+
+    @staticmethod
+    def matches(store: object) -> bool:
+        """Whether a store is named by a URL, and not by a folder."""
+        return isinstance(store, StoreUrl) or _SCHEME.match(str(store)) is not None
+
+    @classmethod
+    def parse(cls, text: str | os.PathLike[str] | StoreUrl) -> StoreUrl:
+        """Parse a URL.
+
+        Raises:
+            ConfigError: it has another form. The message does not repeat it, because it may hold a password.
+        """
+        if isinstance(text, StoreUrl):
+            return text
+        problem = None
+        try:
+            parts = urlsplit(_SCHEME.sub(r"\1://", os.fspath(text), count=1))
+            port, options = parts.port or DEFAULT_PORT, dict(parse_qsl(parts.query, strict_parsing=bool(parts.query)))
+        except ValueError as error:
+            raise ConfigError(f"store: the URL cannot be read ({type(error).__name__}); write {EXAMPLE}") from None
+        *database, name = [unquote(word) for word in parts.path.strip("/").split("/")]
+        timeout, cache = options.pop("timeout_s", str(DEFAULT_TIMEOUT_S)), options.pop("cache", None)
+        cache_mb, ttl = options.pop("cache_mb", str(DEFAULT_CACHE_MB)), options.pop("ttl_days", None)
+        if parts.scheme not in ("redis", "rediss"):
+            problem = "it does not begin with redis:// or rediss://"
+        elif not parts.hostname:
+            problem = "it names no host"
+        elif not _STORE_NAME.fullmatch(name) or (not database and name.isdigit()):
+            problem = "its path must end in the store's name: letters, digits, dots, dashes, underscores"
+        elif len(database) > 1 or not all(re.fullmatch("[0-9]{1,5}", word) for word in database):
+            problem = "only the number of a database may come before the store's name"
+        elif options or parts.fragment:
+            problem = "its only options are timeout_s, cache, cache_mb, and ttl_days"
+        elif not _is_number(timeout, 3600):
+            problem = "timeout_s must be a positive number of seconds, at most 3600"
+        elif not _is_number(cache_mb, 1e9):
+            problem = "cache_mb must be a positive number of megabytes"
+        elif ttl is not None and not _is_number(ttl, MAX_DAYS):
+            problem = f"ttl_days must be a positive number of days, at most {MAX_DAYS}"
+        if problem:
+            raise ConfigError(f"store: the URL cannot be used: {problem}; write {EXAMPLE}")
+        return cls(
+            host=str(parts.hostname),
+            name=name,
+            port=port,
+            database=int(database[0]) if database else 0,
+            user=unquote(parts.username) if parts.username else None,
+            password=unquote(parts.password) if parts.password else None,
+            tls=parts.scheme == "rediss",
+            timeout_s=float(timeout),
+            cache=cache,
+            cache_mb=float(cache_mb),
+            ttl_days=None if ttl is None else float(ttl),
+        )
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        database = f"{self.database}/" if self.database else ""
+        return f"redis{'s' * self.tls}://{host}:{self.port}/{database}{self.name}"
 
 
 def store_path(path: str | os.PathLike[str] | StoreUrl) -> Path:
@@ -163,6 +179,14 @@ def store_address(store: str | os.PathLike[str] | StoreUrl) -> Path | StoreUrl:
     if isinstance(store, StoreUrl) or StoreUrl.matches(store):
         return StoreUrl.parse(store)
     return store_path(store)
+
+
+def _is_number(text: str, most: float) -> bool:
+    """Whether a text is a number above 0, up to `most`."""
+    try:
+        return 0 < float(text) <= most
+    except ValueError:
+        return False
 
 
 def generation_path(root: Path, generation: int) -> Path:
@@ -409,3 +433,89 @@ def _remedy_for_current(root: Path) -> str:
     names = ", ".join(f"{_PREFIX}{number}" for number in list_generations(root)) or "none"
     remedy = f"publish one of them with `vista store rollback store={root} to=N`, or refresh the store again"
     return f"existing generations: {names}; {remedy}"
+
+
+_SETGID = 0o2000
+
+
+@dataclass(frozen=True, slots=True)
+class Permissions:
+    """Modes of folders and files, whatever the umask: for the owner alone, or for a group too.
+
+    A folder's own mode decides, so that a file created in it later, by any command, gets the matching mode.
+    """
+
+    folder: int
+    file: int
+    lock: int
+    """Of lock.mdb, which readers write to when they register."""
+
+
+PRIVATE = Permissions(folder=0o700, file=0o600, lock=0o600)
+GROUP = Permissions(folder=0o2750, file=0o640, lock=0o660)
+"""New files inherit the folder's group: run `chgrp` once on the store's folder."""
+
+
+def permissions_of(folder: Path) -> Permissions:
+    """What the files in a folder of a store should have."""
+    try:
+        mode = stat.S_IMODE(folder.stat().st_mode)
+    except OSError:
+        return PRIVATE
+    return GROUP if mode | _SETGID == GROUP.folder else PRIVATE
+
+
+def set_mode(path: Path, mode: int) -> None:
+    """Give a file or folder a mode unless it has it already.
+
+    Raises:
+        OSError: it has another mode and belongs to another account.
+    """
+    if stat.S_IMODE(path.stat().st_mode) != mode:
+        path.chmod(mode)
+
+
+def open_private(path: Path, flags: int) -> int:
+    """Open a file of a store that is its owner's alone, whatever the umask, and make it if it does not exist.
+
+    Args:
+        flags: of `os.open`, without O_CREAT.
+
+    Raises:
+        OSError: it cannot be opened, is a symbolic link or not a regular file, or belongs to another account.
+    """
+    descriptor = open_file(path, flags | os.O_CREAT, PRIVATE.file, follow=False)
+    try:
+        if stat.S_IMODE(os.fstat(descriptor).st_mode) != PRIVATE.file:
+            os.fchmod(descriptor, PRIVATE.file)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def make_folder(path: Path, permissions: Permissions) -> None:
+    """Make one folder; its mode is never wider than the final one.
+
+    Raises:
+        OSError: it exists already, or cannot be made.
+    """
+    path.mkdir(mode=PRIVATE.folder)
+    set_mode(path, permissions.folder)
+
+
+def set_tree_permissions(folder: Path, permissions: Permissions) -> None:
+    """Give a generation's folder and everything in it their modes."""
+    set_mode(folder, permissions.folder)
+    for entry in folder.iterdir():
+        if entry.is_symlink():
+            continue  # Its target is not a part of the store.
+        if entry.is_dir():
+            set_tree_permissions(entry, permissions)
+        else:
+            set_mode(entry, permissions.lock if entry.name == "lock.mdb" else permissions.file)
+
+
+def is_owner(path: Path) -> bool:
+    """Whether this process may change a path's mode."""
+    return path.stat().st_uid == os.geteuid() or os.geteuid() == 0

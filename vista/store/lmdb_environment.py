@@ -28,8 +28,6 @@ from vista.errors import StoreBusyError, StoreClosedError, StoreError, StoreLock
 from vista.files import open_file
 from vista.store.layout import PRIVATE, permissions_of, set_mode
 
-# The files of an LMDB environment: opened safely, and checked before LMDB sees them.
-
 MAP_SIZE_BYTES = 1 << 40
 """Reserved address space, which takes neither memory nor disk; large enough that the map never grows under readers."""
 MAX_READERS = 1024
@@ -241,8 +239,6 @@ def _read_meta(block: bytes) -> tuple[int, int, int] | None:
     return page_bytes, last_page, transaction
 
 
-# File locks (flock) with a deadline. The system releases them when their process dies.
-
 WAIT_S = 30.0
 """How long erasures, publications and transactions wait for one another by default."""
 _POLL_S = 0.002
@@ -250,7 +246,7 @@ _POLL_S = 0.002
 
 @contextmanager
 def flocked(descriptor: int, path: Path, activity: str, wait_s: float = WAIT_S) -> Iterator[None]:
-    """Hold the lock of an open file or folder.
+    """Hold the lock (flock) of an open file or folder, which the system releases when the process dies.
 
     Args:
         descriptor: of `path`.
@@ -547,10 +543,11 @@ def _identity(path: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-# Walking through all users of an LMDB environment in short read transactions.
-
 _WALK_USERS = 1024
 _WALK_BYTES = 1 << 23
+
+Batch = tuple[list[bytes], list[bytes]]
+"""Keys and values, of equal length."""
 
 
 class ReadTransactions(Protocol):

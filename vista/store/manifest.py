@@ -16,7 +16,7 @@ from vista.config.choices import Codec, StateDtype
 from vista.errors import StoreError, UnfinishedError, shown
 from vista.json_fields import TABLE, check_fields, either, hexadecimal, list_of, one_of, text, whole
 from vista.store.keys import COMPLETE_KEY, CURSOR_KEY, KINDS, MANIFEST_KEY, common_kind, kinds_of
-from vista.store.layout import MAX_GENERATION
+from vista.store.layout import MAX_GENERATION, StoreUrl
 from vista.store.lmdb_environment import REMEDY
 from vista.store.record import sum_of_checksums
 from vista.store.record_spec import (
@@ -29,7 +29,6 @@ from vista.store.record_spec import (
     key_id,
 )
 from vista.store.state_record import StateSpec
-from vista.store.store_url import StoreUrl
 
 NOT_IDENTITY = (
     *("generation", "created_at", "refreshed_at", "log_digest", "going_to", "going_to_digest"),
@@ -247,6 +246,27 @@ class Manifest:
                 f"{path}: the manifest was written by another version of vista, or is damaged ({error}); {REMEDY}"
             ) from error
         return manifest
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a manifest says about all records, accumulated batch by batch."""
+
+    count: int = 0
+    digest: int = 0
+    user_kind: str | None = None
+    """int, str, mixed, or None without records."""
+
+    def add(self, keys: Sequence[bytes], records: Sequence[bytes | memoryview]) -> None:
+        """Count a batch."""
+        self.count += len(keys)
+        self.digest = (self.digest + sum_of_checksums(records)) % (1 << 64)
+        self.user_kind = common_kind([self.user_kind, *kinds_of(keys)])
+
+    @property
+    def records_digest(self) -> str:
+        """Sum mod 2^64 of the checksums, in hex."""
+        return f"{self.digest:016x}"
 
 
 def read_manifest(transaction: lmdb.Transaction[memoryview], path: Path) -> Manifest:

@@ -27,33 +27,14 @@ from vista.installation import require_module
 from vista.log.histories import NO_TIMESTAMP
 from vista.log.ingest.source_parser import SourceParser
 from vista.progress_bar import progress_bar
-from vista.store.admin_generations import (
-    GenerationBuilder,
-    GenerationReader,
-    open_generation,
-    read_settled,
-    restamp_records,
-)
+from vista.store.admin import PublishReport
+from vista.store.backend import Folder, settled
+from vista.store.folder_generation import FolderGeneration
 from vista.store.keys import user_id
-from vista.store.layout import (
-    GROUP,
-    PRIVATE,
-    Permissions,
-    environment_path,
-    generations_to_keep,
-    next_number,
-    read_current,
-    remove_store_leftovers,
-    store_path,
-)
-from vista.store.lmdb_environment import check_structure
-from vista.store.locked_folder import Tally, publish_generation
-from vista.store.managed_store import FolderStore, PublishReport
-from vista.store.manifest import Manifest
-from vista.store.record import check_records, decode_rows, read_records
+from vista.store.layout import GROUP, PRIVATE, Permissions, StoreUrl, generations_to_keep, next_number, store_path
+from vista.store.manifest import Manifest, Tally
+from vista.store.record import check_records, decode_rows, read_records, restamp_records
 from vista.store.shards import check_place
-from vista.store.store_url import StoreUrl
-from vista.store.tombstones import Tombstones, locked
 
 if TYPE_CHECKING:
     import polars as pl
@@ -92,14 +73,14 @@ def export_store(
         StoreBusyError: a refresh writes the generation without a pause.
         StoreError: nothing is published, a record is damaged, or the file cannot be written.
     """
-    root, out = store_path(root), store_path(out)
-    generation = read_current(root)
-    return read_settled(root, generation, lambda: _export(root, generation, out, key, group_bytes))
+    store, out = Folder(store_path(root)), store_path(out)
+    generation = store.current()
+    return settled(store, generation, lambda: _export(store, generation, out, key, group_bytes))
 
 
-def _export(root: Path, generation: int, out: Path, key: bytes | None, group_bytes: int) -> PublishReport:
-    check_structure(environment_path(root, generation))
-    with open_generation(root, generation, key) as source:
+def _export(store: Folder, generation: int, out: Path, key: bytes | None, group_bytes: int) -> PublishReport:
+    store.check_structure(generation)
+    with store.open(generation, key) as source:
         tally, written, errors = source.tally(), Tally(), []
         schema = _schema(source)
 
@@ -128,7 +109,7 @@ def _export(root: Path, generation: int, out: Path, key: bytes | None, group_byt
             if errors:
                 raise errors[0]
             if written != tally:
-                raise StoreError(f"{root} was written while it was exported; rerun the command")
+                raise StoreError(f"{store.address} was written while it was exported; rerun the command")
             sync(partial)
             partial.replace(out)
             sync(out.parent)
@@ -176,18 +157,18 @@ def _import(file: Path, root: Path, key: bytes | None, permissions: Permissions,
     about = _about(file, parser)
     old = Manifest.from_dict(about["manifest"], file)
     old_spec = old.spec(key)
-    with locked(root, permissions):
-        remove_store_leftovers(root)
-        tombstones = Tombstones(root)
+    store = Folder(root)
+    with store.locked(permissions):
+        store.remove_leftovers()
         wanted = dataclasses.replace(old.without_states(), generation=next_number(root))
-        builder = GenerationBuilder(root, wanted, key, permissions)
+        builder = store.builder(wanted, key, resume=False)
         read = Tally()
         try:
             with progress_bar(total=old.count, desc="import", unit="user") as bar:
                 for keys, records in _rows(file, parser):
                     check_records(records, keys, old_spec)
                     read.add(keys, records)
-                    if any(tombstones.erased(keys)):
+                    if any(store.erased_users.erased(keys)):
                         raise StoreError(
                             f"{file}: holds users who were erased from {root}; erase them from the exported store too, "
                             "and export it again"
@@ -204,11 +185,11 @@ def _import(file: Path, root: Path, key: bytes | None, permissions: Permissions,
         except BaseException:
             builder.discard()
             raise
-        publish_generation(root, manifest.generation, generations_to_keep(root))
-    return PublishReport(root, manifest.generation, manifest.count, FolderStore(root).size_bytes(manifest.generation))
+        store.publish(manifest.generation, generations_to_keep(root))
+    return PublishReport(root, manifest.generation, manifest.count, store.size_bytes(manifest.generation))
 
 
-def _schema(source: GenerationReader) -> dict[str, Any]:
+def _schema(source: FolderGeneration) -> dict[str, Any]:
     counted = {"counter_field": pl.UInt8, "counter_key": pl.Int32, "counter_value": pl.Float32}
     return {
         "user": pl.Int64 if source.manifest.user_kind == "int" else pl.String,
@@ -229,7 +210,7 @@ def _schema(source: GenerationReader) -> dict[str, Any]:
     }
 
 
-def _frame(keys: list[bytes], records: list[bytes], source: GenerationReader, schema: dict[str, Any]) -> pl.DataFrame:
+def _frame(keys: list[bytes], records: list[bytes], source: FolderGeneration, schema: dict[str, Any]) -> pl.DataFrame:
     raw = read_records(records, keys, source.spec)
     bounds = raw.tail.offsets[1:-1]
     last = raw.headers["last_event_ts"].astype(np.int64)
@@ -273,7 +254,7 @@ def _lists(values: NDArray[Any], bounds: NDArray[np.int64]) -> list[NDArray[Any]
     return np.split(values, bounds)
 
 
-def _group_rows(source: GenerationReader, group_bytes: int) -> int:
+def _group_rows(source: FolderGeneration, group_bytes: int) -> int:
     spec = source.spec
     event_bytes, user_bytes = 26 + 8 * len(spec.tail_columns), 256 + 8 * len(spec.user_columns)
     size = 4 * spec.num_tokens * spec.dim + spec.rows_bytes + event_bytes * source.manifest.tail_len + user_bytes

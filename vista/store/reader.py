@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,15 +23,17 @@ from vista.errors import (
     SummarizerMismatchError,
     UserKeyError,
 )
+from vista.store.backend import open_backend
 from vista.store.keys import INT_PREFIX, STR_PREFIX, user_id, user_keys
-from vista.store.layout import store_address
+from vista.store.layout import StoreUrl, store_address
 from vista.store.lmdb_environment import exclusive
-from vista.store.local_generation import Generations, LocalGenerations, OpenGeneration
 from vista.store.manifest import Manifest
 from vista.store.record import StoredBatch, assembled
 from vista.store.record_spec import TailColumn, UserColumn
 from vista.store.state_record import StateArrays
-from vista.store.store_url import StoreUrl
+
+if TYPE_CHECKING:
+    from vista.store.backend import Generation
 
 _OPEN_ATTEMPTS = 5
 logger = logging.getLogger(__name__)
@@ -52,11 +54,11 @@ class StoreReader:
     ) -> None:
         self.path = path
         self._number = generation
-        self._generations = generations_of(path)
+        self._backend = open_backend(path, cached=True)
         self._wanted = summarizer_id
         self._key = key
         self._tail_len, self._tail_columns, self._user_columns = tail_len, tail_columns, user_columns
-        self._opened: OpenGeneration | None = self._open()
+        self._opened: Generation | None = self._open()
 
     @classmethod
     def open(
@@ -76,7 +78,7 @@ class StoreReader:
             path: the store's folder, or its URL (redis://host:6379/name) if a Valkey or Redis server holds it.
             summarizer_id: 32 bytes, to refuse records of another summarizer. If CURRENT names a generation of another
                 one, but an earlier generation matches (a two-step rollout), the matching one is opened.
-            key: 32 bytes, to refuse records that were not written with this key (`authentication.read_key`).
+            key: 32 bytes, to refuse records that were not written with this key (`vista.store.record_spec.read_key`).
             tail_len: events of a tail that the model reads, to refuse generations with shorter tails.
             tail_columns: features of these events that the model reads, to refuse generations without them.
             user_columns: the same for features of users.
@@ -186,7 +188,7 @@ class StoreReader:
     def close(self) -> None:
         """Close the generation; closing twice is allowed."""
         self._replace(None)
-        self._generations.close()
+        self._backend.close()
 
     def __enter__(self) -> StoreReader:
         return self
@@ -198,9 +200,9 @@ class StoreReader:
 
     def __reduce__(self) -> tuple[Any, ...]:
         reads = self._tail_len, self._tail_columns, self._user_columns
-        return _open_pickled, (self.path, self._wanted, self._key, *reads, self._number)
+        return StoreReader, (self.path, self._wanted, self._key, *reads, self._number)
 
-    def _current(self) -> OpenGeneration:
+    def _current(self) -> Generation:
         opened = self._opened
         if opened is None:
             raise StoreError(f"{self.path} is closed; open the store again")
@@ -211,46 +213,46 @@ class StoreReader:
             self._replace(opened)
         return opened
 
-    def _replace(self, opened: OpenGeneration | None) -> None:
+    def _replace(self, opened: Generation | None) -> None:
         with exclusive():
             old, self._opened = self._opened, opened
         if old is not None:
             old.release()
 
-    def _reread_manifest(self, opened: OpenGeneration) -> None:
+    def _reread_manifest(self, opened: Generation) -> None:
         """Read what an incremental refresh has changed in place."""
         reread = opened.reread()
         with exclusive():
             if self._opened is opened:
                 self._opened = reread
 
-    def _open(self) -> OpenGeneration:
+    def _open(self) -> Generation:
         if self._number is not None:
-            numbers = self._generations.numbers()
+            numbers = self._backend.numbers()
             if self._number not in numbers:
                 existing = ", ".join(f"gen-{number}" for number in numbers) or "none"
                 raise StoreError(f"{self.path} has no gen-{self._number}; existing generations: {existing}")
             return self._matching(self._number)
-        generation = self._generations.current()
+        generation = self._backend.current()
         for _ in range(_OPEN_ATTEMPTS):
             try:
                 return self._matching(generation)
             except StoreError:
-                if self._generations.current() == generation:
+                if self._backend.current() == generation:
                     raise
-            generation = self._generations.current()  # CURRENT changed since it was read.
+            generation = self._backend.current()  # CURRENT changed since it was read.
         raise StoreError(f"{self.path}: CURRENT changes faster than its generations can be opened; try again")
 
-    def _matching(self, current: int) -> OpenGeneration:
-        newest = self._generations.open(current, self._key)
+    def _matching(self, current: int) -> Generation:
+        newest = self._backend.open(current, self._key)
         if self._wanted is None or newest.spec.summarizer_id == self._wanted:
             return self._with_contents(newest)
         current_id = newest.manifest.summarizer_id
         newest.release()
-        others = self._generations.numbers() if self._number is None else []
+        others = self._backend.numbers() if self._number is None else []
         for generation in reversed([number for number in others if number < current]):
             try:
-                older = self._generations.open(generation, self._key)
+                older = self._backend.open(generation, self._key)
             except StoreUnavailableError:
                 raise
             except StoreError:
@@ -267,7 +269,7 @@ class StoreReader:
             "with the model that wrote it, or run `vista refresh` with this model"
         )
 
-    def _with_contents(self, opened: OpenGeneration) -> OpenGeneration:
+    def _with_contents(self, opened: Generation) -> Generation:
         """The generation, if its records hold what the model reads."""
         held, stored = opened.spec, opened.manifest.tail_len
         lacking = [column.name for column in self._tail_columns if column not in held.tail_columns]
@@ -291,34 +293,17 @@ class StoreReader:
         )
 
 
-def _open_pickled(*arguments: Any) -> StoreReader:
-    return StoreReader(*arguments)
-
-
-def generations_of(path: Path | StoreUrl) -> Generations:
-    """The generations of a store, in a folder or on a server.
-
-    Raises:
-        MissingDependencyError: the store is on a server, and the extra `redis` is not installed.
-    """
-    if isinstance(path, StoreUrl):
-        from vista.store.remote_store import RemoteStore
-
-        return RemoteStore.connect(path, cached=True)
-    return LocalGenerations(path)
-
-
 def published_manifest(path: str | Path | StoreUrl) -> Manifest:
     """Manifest of the published generation; no key is needed.
 
     Raises:
         StoreError: nothing is published, or it is damaged.
     """
-    generations = generations_of(store_address(path))
+    backend = open_backend(path)
     try:
-        return generations.manifest(generations.current())
+        return backend.manifest(backend.current())
     finally:
-        generations.close()
+        backend.close()
 
 
 def _require_kind(keys: list[bytes], manifest: Manifest) -> None:

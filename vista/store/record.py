@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import hmac
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,23 +18,10 @@ import xxhash
 from numpy.typing import NDArray
 
 from vista.arrays import Int, offsets_of
-from vista.counters.counter_codes import CounterCodes
+from vista.counters.counter_codes import CODE_BITS, MAX_CODE, CounterCodes
 from vista.errors import RecordError
 from vista.log.histories import NO_TIMESTAMP
 from vista.store.keys import user_id
-from vista.store.record_sections import (
-    Tail,
-    check_tail,
-    counter_sizes,
-    encode_counters,
-    encode_tails,
-    encode_users,
-    event_bytes,
-    have_short_times,
-    read_counters,
-    read_tails,
-    read_users,
-)
 from vista.store.record_spec import (
     AUTHENTICATED,
     CHECKSUM_OFFSET,
@@ -47,11 +35,19 @@ from vista.store.record_spec import (
     SCALE_DTYPE_NUMBERS,
     SHORT_TIMES,
     CodecError,
+    CounterLayout,
     JoinedRecords,
     RecordSpec,
+    Tail,
+    UserColumn,
     check_field,
+    check_tail,
     dequantize_rows,
+    encode_tails,
+    event_bytes,
+    have_short_times,
     quantize_rows,
+    read_tails,
     record_code,
     user_of,
 )
@@ -64,6 +60,9 @@ _SHARED_FIELDS = (
 )
 """Fields that are equal in all records of a generation; their bytes follow."""
 _SHARED_BYTES = np.r_[0:8, 12:20, 24:64]
+
+SIZE_BYTES = 2
+"""The number of keys of a field of counters, uint16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +99,7 @@ def encode_records(users: UserSummaries, spec: RecordSpec) -> list[bytes]:
     if users.summary.shape != (num_users, spec.num_tokens, spec.dim):
         raise ValueError(f"summary must be {(num_users, spec.num_tokens, spec.dim)}, got {users.summary.shape}")
     check_tail(tail, spec.tail_columns, num_users)
-    features = encode_users(users.features, spec.user_columns, num_users).tobytes()
+    features = encode_user_features(users.features, spec.user_columns, num_users).tobytes()
     rows_KD = np.ascontiguousarray(users.summary, dtype="<f4").reshape(num_users * spec.num_tokens, spec.dim)
     try:
         rows = quantize_rows(rows_KD, spec.codec)
@@ -162,6 +161,20 @@ def seal_record(header: bytes, payload: Sequence[bytes | memoryview], user_key: 
     return b"".join((header[:CHECKSUM_OFFSET], checksum.intdigest().to_bytes(8, "little"), *payload))
 
 
+def restamp_records(keys: Sequence[bytes], records: Sequence[bytes], spec: RecordSpec) -> list[bytes]:
+    """Move checked records to another generation: only its number, the checksum and the code change."""
+    headers = np.frombuffer(b"".join([record[:HEADER_BYTES] for record in records]), HEADER).copy()
+    headers["generation"] = spec.generation
+    headers["checksum"] = 0
+    packed = headers.tobytes()
+    sealed = []
+    for index, (key, record) in enumerate(zip(keys, records, strict=True)):
+        payload = memoryview(record)[HEADER_BYTES : len(record) - spec.code_bytes]
+        header = packed[HEADER_BYTES * index : HEADER_BYTES * (index + 1)]
+        sealed.append(seal_record(header, [payload], key, spec.key))
+    return sealed
+
+
 def read_records(values: Sequence[bytes | memoryview], keys: Sequence[bytes], spec: RecordSpec) -> RawRecords:
     """Check a batch of stored values and copy them out; the values need not stay valid afterwards.
 
@@ -177,7 +190,7 @@ def read_records(values: Sequence[bytes | memoryview], keys: Sequence[bytes], sp
     records, sizes = _checked(values, keys, spec)
     headers, user_at = records.headers, HEADER_BYTES + spec.rows_bytes
     rows = records.cut(HEADER_BYTES, user_at).reshape(len(values), spec.rows_bytes)
-    features, first = read_users(records, user_at, spec.user_columns, keys), user_at + spec.user_bytes
+    features, first = read_user_features(records, user_at, spec.user_columns, keys), user_at + spec.user_bytes
     counters = () if spec.counters is None else read_counters(records, first, spec.counters, sizes)
     tail_at = first + headers["counters_length"].astype(np.int64)
     tails = read_tails(records, tail_at, headers["tail_length"].astype(np.int64), spec.tail_columns, keys)
@@ -306,8 +319,6 @@ def _require_size(lengths: NDArray[np.int64], keys: Sequence[bytes]) -> None:
         )
 
 
-# What a store returns for a batch of B users. K summary tokens, d model width.
-
 CLOCK_SKEW_MS = 300_000
 """A record dated further ahead was written by a wrong clock, so its age is unknown."""
 
@@ -417,9 +428,6 @@ def _missing(values: NDArray[Any]) -> float:
     return np.nan if values.dtype.kind == "f" else -1
 
 
-# A batch of users put together from records that were read in several transactions, or from several shards.
-
-
 def present_records(
     values: Sequence[bytes | memoryview | None], keys: list[bytes], first: int, spec: RecordSpec
 ) -> tuple[Int, RawRecords]:
@@ -467,3 +475,159 @@ def assembled(num_users: int, parts: Sequence[tuple[Int, RawRecords]], spec: Rec
 
 def _join(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def encode_user_features(
+    features: Mapping[str, Any], columns: Sequence[UserColumn], num_users: int
+) -> NDArray[np.uint8]:
+    """The section of each of B users, [B, bytes].
+
+    Args:
+        features: by name, [B] codes or numbers, as in `UserSummaries.features`.
+        columns: of the generation.
+        num_users: B.
+
+    Raises:
+        ValueError: the features are of other columns, or of another number of users.
+    """
+    names = [column.name for column in columns]
+    if sorted(features) != sorted(names) or any(len(values) != num_users for values in features.values()):
+        raise ValueError(f"features of users: expected {names} of {num_users} users, got {list(features)}")
+    parts = [
+        column.stored(features[column.name]).view(np.uint8).reshape(num_users, column.dtype.itemsize)
+        for column in columns
+    ]
+    return np.concatenate([np.zeros((num_users, 0), np.uint8), *parts], axis=1)
+
+
+def read_user_features(
+    records: JoinedRecords, first: int, columns: Sequence[UserColumn], keys: Sequence[bytes]
+) -> dict[str, NDArray[Any]]:
+    """The features of B records whose lengths were checked; int32 codes, -1 for a missing one, or float32 numbers [B].
+
+    Args:
+        records: B records.
+        first: place of the section in each record.
+        columns: of the generation.
+        keys: the B users' keys, for errors.
+
+    Raises:
+        RecordError: a category has a value that the generation does not know, or a number is infinite; the message
+            names the user.
+    """
+    features = {}
+    for column in columns:
+        last = first + column.dtype.itemsize
+        stored = np.ascontiguousarray(records.cut(first, last)).reshape(-1).view(column.dtype)
+        name = f"feature {column.name!r} of the user"
+        if column.size is None:
+            check_field(~np.isinf(stored), keys, stored, name, "a finite number")
+        else:
+            check_field(stored <= column.size, keys, stored, name, f"at most {column.size}")
+        features[column.name] = column.read(stored)
+        first = last
+    return features
+
+
+def most_bytes(layout: CounterLayout) -> int:
+    """Bytes of the section of a user who has all keys that a record keeps."""
+    fields = zip(layout.spec.keys, layout.key_bytes, strict=True)
+    return sum(SIZE_BYTES + keys * (key_bytes + layout.code_bytes) for keys, key_bytes in fields)
+
+
+def encode_counters(counters: Sequence[CounterCodes], layout: CounterLayout, num_users: int) -> list[bytes]:
+    """The counters section of each of B users: per field the number of keys, then keys with codes.
+
+    Args:
+        counters: of the B users, one for each field of the layout.
+        layout: of the generation.
+        num_users: B.
+
+    Raises:
+        ValueError: the counters are of another spec, or of another number of users; or a user has too many keys, or a
+            key has too many bytes.
+    """
+    spec = layout.spec
+    if len(counters) != len(spec.fields) or any(
+        one.spec != spec or len(one.offsets) != num_users + 1 or len(one.key) != one.offsets[-1] for one in counters
+    ):
+        raise ValueError(f"counters: expected those of {num_users} users for each of {', '.join(spec.fields)}")
+    sections = [b""] * num_users
+    for one, name, most, key_bytes in zip(counters, spec.fields, spec.keys, layout.key_bytes, strict=True):
+        sizes = np.diff(one.offsets)
+        if (sizes > most).any() or (one.key >> 8 * key_bytes != 0).any():
+            raise ValueError(f"counters of {name}: at most {most} keys of {key_bytes} bytes are allowed per user")
+        entries = _entries(one, key_bytes, layout.code_bytes)
+        content, entry_bytes = entries.tobytes(), entries.shape[1]
+        for user, (first, last) in enumerate(pairwise(one.offsets.tolist())):
+            size = (last - first).to_bytes(SIZE_BYTES, "little")
+            sections[user] += size + content[entry_bytes * first : entry_bytes * last]
+    return sections
+
+
+def counter_sizes(
+    records: JoinedRecords, first: int, layout: CounterLayout, keys: Sequence[bytes]
+) -> list[NDArray[np.int64]]:
+    """Number of keys of each field per user, [B] for each field, checked against the length of the section.
+
+    Args:
+        records: B records with a `counters_length` that lies within each of them.
+        first: place of the section in each record.
+        layout: of the generation.
+        keys: the B users' keys, for errors.
+
+    Raises:
+        RecordError: the fields do not fill the section exactly; the message names the user.
+    """
+    length = records.headers["counters_length"].astype(np.int64)
+    sizes, at = [], np.zeros_like(length)
+    for most, key_bytes in zip(layout.spec.keys, layout.key_bytes, strict=True):
+        check_field(at + SIZE_BYTES <= length, keys, length, "counters_length", at + SIZE_BYTES)
+        size = np.ascontiguousarray(records.cut(first + at, first + at + SIZE_BYTES)).reshape(-1).view("<u2")
+        check_field(size <= most, keys, size, "number of counted keys", f"at most {most}")
+        sizes.append(size.astype(np.int64))
+        at = at + SIZE_BYTES + sizes[-1] * (key_bytes + layout.code_bytes)
+    check_field(at == length, keys, length, "counters_length", at)
+    return sizes
+
+
+def read_counters(
+    records: JoinedRecords, first: int, layout: CounterLayout, sizes: Sequence[NDArray[np.int64]]
+) -> tuple[CounterCodes, ...]:
+    """The counters of checked records, one for each field.
+
+    Args:
+        records: B records.
+        first: place of the section in each record.
+        layout: of the generation.
+        sizes: from `counter_sizes`.
+    """
+    counters, clock = [], records.headers["last_event_ts"].astype(np.int64)
+    at = np.full(len(clock), first, np.int64)
+    for size, key_bytes in zip(sizes, layout.key_bytes, strict=True):
+        at = at + SIZE_BYTES
+        stop = at + size * (key_bytes + layout.code_bytes)
+        entries = np.ascontiguousarray(records.cut(at, stop)).reshape(-1, key_bytes + layout.code_bytes)
+        key, packed = _widened(entries[:, :key_bytes], 4), _widened(entries[:, key_bytes:], 8)
+        codes = np.empty((len(entries), layout.spec.num_columns), np.uint8)
+        for column in range(layout.spec.num_columns):
+            codes[:, column] = packed >> np.uint64(CODE_BITS * column) & np.uint64(MAX_CODE)
+        offsets = offsets_of(size)
+        counters.append(CounterCodes(layout.spec, key.view("<i4"), codes, offsets, clock))
+        at = stop
+    return tuple(counters)
+
+
+def _entries(counters: CounterCodes, key_bytes: int, code_bytes: int) -> NDArray[np.uint8]:
+    """The bytes of each key and its codes, [E, k + c]."""
+    key = counters.key.astype("<u4")[:, None].view(np.uint8)
+    shifted = counters.codes.astype("<u8") << CODE_BITS * np.arange(counters.codes.shape[1], dtype=np.uint64)
+    packed = np.bitwise_or.reduce(shifted, axis=1, keepdims=True).view(np.uint8)
+    return np.concatenate([key[:, :key_bytes], packed[:, :code_bytes]], axis=1)
+
+
+def _widened(number: NDArray[np.uint8], width: int) -> NDArray[Any]:
+    """Little-endian numbers [E, bytes] as unsigned integers of `width` bytes, [E]."""
+    wide = np.zeros((len(number), width), np.uint8)
+    wide[:, : number.shape[1]] = number
+    return wide.view(f"<u{width}")[:, 0]

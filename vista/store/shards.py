@@ -26,13 +26,11 @@ from vista.counters.counter_codes import CounterCodes
 from vista.errors import ConfigError, StoreError, shortened
 from vista.log.histories import ranges
 from vista.store.keys import common_kind, user_keys
-from vista.store.layout import CURRENT, store_address, store_path
+from vista.store.layout import CURRENT, StoreUrl, store_address, store_path
 from vista.store.manifest import Manifest
 from vista.store.reader import StoreReader, published_manifest
 from vista.store.record import StoredBatch
-from vista.store.record_sections import Tail
-from vista.store.record_spec import TailColumn, UserColumn
-from vista.store.store_url import StoreUrl
+from vista.store.record_spec import Tail, TailColumn, UserColumn
 
 MAX_SHARDS = 65_536
 _NUMBER = "(0|[1-9][0-9]{0,4})"
@@ -196,9 +194,6 @@ def users_by_store(store: str | Path, users: Sequence[int] | Sequence[str]) -> l
 def shards_of(keys: Sequence[bytes], count: int) -> NDArray[np.int64]:
     """Index of each user's shard, [N]."""
     return np.array([xxhash.xxh3_64_intdigest(key) % count for key in keys], np.int64)
-
-
-# All shards of a store, read as one.
 
 
 def open_store(

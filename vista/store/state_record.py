@@ -21,12 +21,7 @@ from vista.counters.counter_codes import CounterCodes, CounterSpec
 from vista.counters.counter_table import CounterRows, CounterTable
 from vista.errors import RecordError
 from vista.store.keys import user_id
-from vista.store.record_sections import Tail
-from vista.store.record_spec import CHECKSUM_BYTES, JoinedRecords
-
-# The counters of a state: the exact table of each field (docs/reference/file-formats.md, "States").
-#
-# N users, E keys of all users together.
+from vista.store.record_spec import CHECKSUM_BYTES, JoinedRecords, Tail
 
 _HEAD = np.dtype([("clock", "<i8"), ("num_events", "<i8"), ("size", "<u4")])
 
@@ -194,6 +189,9 @@ class StateArrays:
         fields = zip(*(part.counters for part in parts), strict=True)
         return StateArrays(**columns, counters=tuple(map(CounterTable.concatenated, fields)))
 
+
+FoundStates = tuple[NDArray[Any], StateArrays]
+"""Rows of the users who have a state, and these states."""
 
 _COLUMNS = ("z", "n", "removed", "clock", "num_events", "applied_segment", "history_digest")
 

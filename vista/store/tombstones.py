@@ -1,7 +1,12 @@
-"""Tombstones: a file with a 16-byte digest per erased user, so that no later refresh brings a user back.
+"""Locks and tombstones of a store's folder: one writer, one erasure or publication, and no user who comes back.
 
-The file holds BLAKE2b-128 digests of the users' keys, not ids (docs/reference/file-formats.md, "Tombstones"). It is
-replaced atomically. A damaged file is an error wherever it is read: guessing which users it lists could bring one back.
+Both locks are flocks, which the system releases when their process dies. The writer's lock is held for as long as a
+refresh takes, so a second writer is refused at once. The other lock is held briefly, so processes wait for it up to a
+deadline.
+
+The tombstones are a file with BLAKE2b-128 digests of the erased users' keys, not ids (docs/reference/file-formats.md,
+"Tombstones"). It is replaced atomically. A damaged file is an error wherever it is read: guessing which users it lists
+could bring one back.
 """
 
 from __future__ import annotations
@@ -13,10 +18,9 @@ import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakSet
 
-import lmdb
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
@@ -34,12 +38,6 @@ from vista.store.layout import (
     set_store_permissions,
 )
 from vista.store.lmdb_environment import WAIT_S, flocked
-
-# Locks of a store: one writer at a time, and one erasure or publication at a time, among all processes.
-#
-# Both are flocks, which the system releases when their process dies. The writer's lock is held for as long as a refresh
-# takes, so a second writer is refused at once. The other lock is held briefly, so processes wait for it up to a
-# deadline.
 
 _held: WeakSet[WriterLock] = WeakSet()
 
@@ -105,18 +103,6 @@ def lock_store(root: Path, permissions: Permissions | None = None) -> WriterLock
         lock.release()
         raise cannot_write(root, error) from error
     return lock
-
-
-@contextmanager
-def locked(root: Path, permissions: Permissions | None = None) -> Iterator[None]:
-    """Context of the one writer of a store. Like `lock_store`, but file system errors become StoreWriteErrors."""
-    lock = lock_store(root, permissions)
-    try:
-        yield
-    except (OSError, lmdb.Error) as error:
-        raise cannot_write(root, error) from error
-    finally:
-        lock.release()
 
 
 def cannot_write(root: Path, error: Exception) -> StoreWriteError:
@@ -279,12 +265,3 @@ def unpacked(data: bytes) -> NDArray[Any]:
     if not (digests[:-1] < digests[1:]).all():
         raise ValueError("its digests are not in ascending order")
     return digests
-
-
-class ErasedUsers(Protocol):
-    """The erased users of a store."""
-
-    def erased(self, keys: Sequence[bytes]) -> list[bool]:
-        """Whether each user is erased at the time of the call."""
-
-    def __len__(self) -> int: ...

@@ -1,115 +1,27 @@
-"""Write side of a store: one writer fills a new generation in durable batches and publishes it; resumable."""
+"""Write side of a store: fill a new generation and publish it, update the published one, erase users."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vista.errors import StoreError, SummarizerMismatchError
-from vista.store.keys import CURSOR_KEY
-from vista.store.layout import GROUP, PRIVATE, Permissions, store_address
+from vista.store.backend import StoreBackend, open_backend
+from vista.store.keys import CURSOR_KEY, user_keys
+from vista.store.layout import GROUP, PRIVATE, StoreUrl
 from vista.store.lmdb_environment import WAIT_S
-from vista.store.local_generation import FoundStates
-from vista.store.locked_folder import LockedFolder
 from vista.store.manifest import Manifest
-from vista.store.record_spec import HEADER, RecordSpec, key_id
-from vista.store.state_record import StateSpec
-from vista.store.store_url import StoreUrl
-from vista.store.tombstones import ErasedUsers
+from vista.store.record_spec import HEADER, key_id
+from vista.store.state_record import FoundStates
 
-# What a writer needs of the place that holds a store's generations.
-#
-# `locked_folder.py` and `generation_files.py` are a folder, and `vista/store/remote/` is a Valkey or Redis server.
-
-
-class WritableGeneration(Protocol):
-    """One generation, open for writing; every write is atomic and updates `manifest`."""
-
-    manifest: Manifest
-    """As the last write left it."""
-
-    def put(
-        self,
-        erased_users: ErasedUsers,
-        keys: Sequence[bytes],
-        records: Sequence[bytes],
-        states: Sequence[bytes],
-        meta: Mapping[bytes, bytes],
-    ) -> int:
-        """Add or replace users, without erased ones, and put further keys; returns how many users were written."""
-
-    def remove(self, keys: Sequence[bytes]) -> int:
-        """Remove users; returns how many had a record."""
-
-    def remove_states(self, keys: Sequence[bytes]) -> None:
-        """Remove users' states alone."""
-
-    def headers(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """Header of each user's record; None without a record."""
-
-    def key_batches(self) -> Iterator[list[bytes]]:
-        """Keys of all users in ascending order."""
-
-    def states(self, keys: Sequence[bytes], spec: StateSpec) -> FoundStates | None:
-        """The stored states of some users; None if the generation keeps no states."""
-
-    def renew(self) -> None:
-        """Let its time to live begin now, if it has one."""
-
-    def put_manifest(self, change: Callable[[Manifest], Manifest]) -> None:
-        """Change the manifest."""
-
-    def read_cursor(self) -> int:
-        """Users done, in the run's fixed order."""
-
-
-class WritableStore(Protocol):
-    """A store whose one writer is this process."""
-
-    @property
-    def path(self) -> Path | StoreUrl:
-        """Where the store is, as messages name it."""
-
-    @property
-    def erased_users(self) -> ErasedUsers:
-        """Users that no write brings back."""
-
-    def start(self, wanted: Manifest) -> WritableGeneration:
-        """Resume the unfinished generation with the identity of `wanted`, or create a new one."""
-
-    def published(self) -> WritableGeneration:
-        """Open the published generation, to write it in place."""
-
-    def publish(self, spec: RecordSpec, wait_s: float) -> Manifest:
-        """Check every record of the generation that `start` opened, publish it, and remove those that are not kept."""
-
-    def release(self) -> None:
-        """Close what is open and let other writers in; releasing twice is allowed."""
-
-
-def lock_for_writing(store: str | Path | StoreUrl, permissions: Permissions | None = None) -> WritableStore:
-    """Become the one writer of a store.
-
-    Args:
-        store: its folder or URL.
-        permissions: make the folder if it does not exist, and set these on it; None changes nothing.
-
-    Raises:
-        StoreLockedError: another writer holds the store.
-        StoreError: it cannot be written; the message has the remedy.
-    """
-    address = store_address(store)
-    if isinstance(address, StoreUrl):
-        from vista.store.server_writer import LockedServer
-
-        return LockedServer.lock(address)
-    return LockedFolder.lock(address, permissions)
+if TYPE_CHECKING:
+    from vista.store.backend import GenerationWriter
 
 
 class StoreWriter:
@@ -119,8 +31,8 @@ class StoreWriter:
     next run of the same refresh.
     """
 
-    def __init__(self, store: WritableStore, generation: WritableGeneration, key: bytes | None) -> None:
-        self.path = store.path
+    def __init__(self, store: StoreBackend, generation: GenerationWriter, key: bytes | None) -> None:
+        self.path = store.address
         self._store = store
         self._generation = generation
         self.manifest = generation.manifest
@@ -153,7 +65,8 @@ class StoreWriter:
             StoreError: the path cannot be written; the message has the remedy.
         """
         wanted = dataclasses.replace(manifest, key_id=None if key is None else key_id(key))
-        store = lock_for_writing(path, GROUP if shared_with_group else PRIVATE)
+        store = open_backend(path)
+        store.lock(GROUP if shared_with_group else PRIVATE)
         try:
             return cls(store, store.start(wanted), key)
         except BaseException:
@@ -192,7 +105,7 @@ class StoreWriter:
                 f"put_batch: got {len(keys)} keys, {len(records)} records and cursor {cursor}, after cursor "
                 f"{self._cursor} of {self.manifest.total_users}"
             )
-        written = self._generation.put(self._store.erased_users, keys, records, states, {CURSOR_KEY: b"%d" % cursor})
+        written = self._generation.put(keys, records, states, {CURSOR_KEY: b"%d" % cursor})
         self._cursor, self.manifest = cursor, self._generation.manifest
         return written
 
@@ -214,7 +127,7 @@ class StoreWriter:
                 f"{self.path}: {self._cursor} of {self.manifest.total_users} users are done; run the refresh again to "
                 "resume"
             )
-        self.manifest = self._store.publish(self.spec, wait_s)
+        self.manifest = self._store.publish_written(self.spec, wait_s)
         return self.manifest
 
     def close(self) -> None:
@@ -239,13 +152,13 @@ class StoreUpdate:
 
     def __init__(
         self,
-        store: WritableStore,
-        generation: WritableGeneration,
+        store: StoreBackend,
+        generation: GenerationWriter,
         created_at: int,
         applied_segment: int,
         key: bytes | None,
     ) -> None:
-        self.path = store.path
+        self.path = store.address
         self._store = store
         self._generation = generation
         self.created_at = created_at
@@ -283,13 +196,15 @@ class StoreUpdate:
             SummarizerMismatchError: the generation is of another summarizer.
             StoreError: nothing is published there, its states are missing, or it cannot be written.
         """
-        store = lock_for_writing(path)
+        store = open_backend(path)
+        store.current()  # raises before anything is locked if nothing is published
+        store.lock()
         try:
             generation = store.published()
             if generation.manifest.summarizer_id != summarizer_id.hex():
                 raise SummarizerMismatchError(
-                    f"{store.path} was written by summarizer {generation.manifest.summarizer_id}, but the model's is "
-                    f"{summarizer_id.hex()}; run a full `vista refresh` with this model"
+                    f"{store.address} was written by summarizer {generation.manifest.summarizer_id}, but the model's "
+                    f"is {summarizer_id.hex()}; run a full `vista refresh` with this model"
                 )
             return cls(store, generation, created_at, applied_segment, key)
         except BaseException:
@@ -331,7 +246,7 @@ class StoreUpdate:
         Raises:
             StoreError: the records are unchanged (disk full, input/output error); the message has the remedy.
         """
-        self._generation.put(self._store.erased_users, keys, records, states, {})
+        self._generation.put(keys, records, states, {})
 
     def remove(self, keys: Sequence[bytes]) -> int:
         """Remove users durably; returns how many had a record."""
@@ -376,3 +291,27 @@ class StoreUpdate:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def erase(path: str | Path | StoreUrl, user_ids: Sequence[int] | Sequence[str], *, wait_s: float = WAIT_S) -> int:
+    """Erase users: readers miss them at once, and no later refresh of this store brings them back.
+
+    A tombstone is written first. Then their records and states are removed from every generation, including one that is
+    being written: erasures wait for a writer only within a batch. Their bytes stay in free pages until the store is
+    compacted.
+
+    Args:
+        path: the store's folder or URL.
+        user_ids: ids as in the log; users without a record will not get one either.
+        wait_s: seconds to wait for another erasure, a publication, or a writer's batch to end, in a folder.
+
+    Returns:
+        How many of them had a record in the published generation.
+
+    Raises:
+        StoreLockedError: another erasure, or a writer within a batch, does not end; call it again.
+        StoreError: there is no store, or a generation cannot be opened or written. The tombstones are written; call it
+            again, as after a kill. Until then, whatever publishes a generation, an incremental refresh that visits the
+            user, or a compaction removes what is left.
+    """
+    return open_backend(path).erase(list(dict.fromkeys(user_keys(user_ids))), wait_s)

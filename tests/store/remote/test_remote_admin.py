@@ -13,26 +13,21 @@ from tests.store.conftest import found, write_generations
 from tests.store.remote.valkey_server import ValkeyServer
 from vista.errors import ConfigError, RecordError, StoreBusyError, StoreError, StoreUnavailableError, UnfinishedError
 from vista.store import StoreReader
-from vista.store.admin import copy_generation, roll_back
-from vista.store.admin_generations import open_generation
-from vista.store.erasure import erase
-from vista.store.layout import read_current
+from vista.store.admin import copy_generation, roll_back, store_stats, verify_store
+from vista.store.backend import open_backend
+from vista.store.layout import StoreUrl, read_current
 from vista.store.reader import published_manifest
-from vista.store.remote_store import RemoteRecords, RemoteStore
+from vista.store.server import Server
 from vista.store.server_connection import ServerConnection
-from vista.store.server_writer import GenerationOnServer, LockedServer
-from vista.store.store_url import StoreUrl
-from vista.store.verification import store_stats, verify_store
+from vista.store.server_generation import ServerRecords, ServerWriter
+from vista.store.writer import erase
 
 TOTAL = 40
 
 
 def contents(store: str | Path, number: int) -> tuple[dict[bytes, bytes], Any]:
     """Records and manifest of a generation."""
-    if StoreUrl.matches(store):
-        held = RemoteStore.connect(StoreUrl.parse(store)).open(number, None)
-        return dict(pair for batch in held.raw_batches() for pair in zip(*batch, strict=True)), held.manifest
-    with open_generation(Path(store), number) as reader:
+    with open_backend(store).open(number, None) as reader:
         return dict(pair for batch in reader.raw_batches() for pair in zip(*batch, strict=True)), reader.manifest
 
 
@@ -72,7 +67,7 @@ def test_a_copy_is_published_later(server, build, tmp_path):
 def test_an_interrupted_copy_resumes(server, build, tmp_path, monkeypatch):
     build.write_store(tmp_path, total_users=1500)
     with monkeypatch.context() as patch, pytest.raises(StoreUnavailableError, match="cut"):
-        fail_at(patch, GenerationOnServer, "put", 2, StoreUnavailableError("cut"))
+        fail_at(patch, ServerWriter, "put", 2, StoreUnavailableError("cut"))
         copy_generation(tmp_path, server.url())
     with pytest.raises(StoreError, match="holds no published"):
         StoreReader.open(server.url())
@@ -125,13 +120,13 @@ def test_verification(server, build):
 def test_verification_waits_for_a_quiet_moment(server, build, monkeypatch):
     url = server.url()
     build.write_store(url)
-    users, get = iter(range(TOTAL)), RemoteRecords.get
+    users, get = iter(range(TOTAL)), ServerRecords.get
 
-    def erase_and_get(records: RemoteRecords, keys: list[bytes]) -> list[bytes | None]:
+    def erase_and_get(records: ServerRecords, keys: list[bytes]) -> list[bytes | None]:
         erase(url, [next(users)])
         return get(records, keys)
 
-    monkeypatch.setattr(RemoteRecords, "get", erase_and_get)
+    monkeypatch.setattr(ServerRecords, "get", erase_and_get)
     with pytest.raises(StoreBusyError, match="gen-1 is being written"):
         verify_store(url)
 
@@ -159,8 +154,8 @@ def test_rollback(server, build):
 def test_a_rollback_does_not_bring_erased_users_back(server, build):
     url = server.url()
     write_generations(url)
-    store = RemoteStore.connect(StoreUrl.parse(url))
-    store.tombstones.add(list(contents(url, 1)[0])[:2])  # of an erasure that was killed
+    store = Server.connect(StoreUrl.parse(url))
+    store.erased_users.add(list(contents(url, 1)[0])[:2])  # of an erasure that was killed
     roll_back(url)
     assert found(url, range(TOTAL)) == [False, False, *[True] * (TOTAL - 2)]
     assert published_manifest(url).count == TOTAL - 2
@@ -258,8 +253,8 @@ def test_refreshes_renew_it(server, build, url, monkeypatch):
     build.update(url, range(30, 50), salt=2)
     assert days_left(server) == {30}
     pass_days(server, 20)
-    fail_at(monkeypatch, GenerationOnServer, "_expire", 3, StoreUnavailableError("cut"))
-    monkeypatch.setattr("vista.store.remote_store._BATCH_RECORDS", 16)
+    fail_at(monkeypatch, ServerWriter, "_expire", 3, StoreUnavailableError("cut"))
+    monkeypatch.setattr("vista.store.server_generation._BATCH_RECORDS", 16)
     with pytest.raises(StoreUnavailableError, match="cut"):
         build.update(url, range(3), salt=3)
     assert days_left(server, "*:gen-1:ui*") == {10, 30} and days_left(server, "*:gen-1:!*") == {10}
@@ -299,10 +294,10 @@ def test_a_full_refresh_or_a_copy_decides(server, build, url, tmp_path):
 def test_replaced_generations_expire_even_if_their_writer_dies(server, build, url, monkeypatch):
     for salt in range(3):
         with monkeypatch.context() as patch:
-            patch.setattr(LockedServer, "remove_others", lambda *_: None)
+            patch.setattr(Server, "_remove_others", lambda *_: None)
             build.write_store(url, salt, run_digest=f"log-{salt}")
     with monkeypatch.context() as patch, pytest.raises(StoreUnavailableError):
-        fail_at(patch, LockedServer, "_change", 2, StoreUnavailableError("killed"))
+        fail_at(patch, Server, "_change", 2, StoreUnavailableError("killed"))
         build.write_store(url, 3, run_digest="log-3")
     assert server.command("KEYS", "*:gen-1:!manifest") == [] and len(server.command("KEYS", "*:gen-1:ui*")) > 0
     pass_days(server, 20)

@@ -34,14 +34,13 @@ from vista.model.vista_model import VistaModel
 from vista.refresh import refresh, refresh_incremental
 from vista.scorer import Scorer
 from vista.store import StoreReader, server_connection
-from vista.store.admin import copy_generation
-from vista.store.erasure import erase
-from vista.store.managed_store import managed_store
+from vista.store.admin import copy_generation, verify_store
+from vista.store.backend import open_backend
 from vista.store.reader import published_manifest
-from vista.store.server_writer import GenerationOnServer
+from vista.store.server_generation import ServerWriter
 from vista.store.shards import Shard
 from vista.store.state_record import StateArrays, StateSpec, encode_states
-from vista.store.verification import verify_store
+from vista.store.writer import erase
 from vista.training.trainer import train
 
 
@@ -49,7 +48,7 @@ def refresh_with_kills(say, kind, log_path, model_path, store):
     """Kill a refresh twice, while it writes a batch or right after, and let a third one end; returns the exit codes."""
     server_connection.LOCK_S = 1.0
     log, model, chance = EventLog.open(log_path), VistaModel.from_pretrained(model_path), random.Random(3)
-    options, put, codes = RefreshOptions(users_per_batch=1), GenerationOnServer.put, []
+    options, put, codes = RefreshOptions(users_per_batch=1), ServerWriter.put, []
 
     def run() -> None:
         if kind == "full":
@@ -69,7 +68,7 @@ def refresh_with_kills(say, kind, log_path, model_path, store):
     for batches in (1, 2):
         left, child = [batches], os.fork()
         if child == 0:
-            GenerationOnServer.put = put_and_die
+            ServerWriter.put = put_and_die
             run()
             os._exit(0)
         codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
@@ -173,7 +172,7 @@ def test_states_on_a_server_are_those_of_a_folder(server, tmp_path):
 
 def all_values(store: str | Path) -> Iterator[dict[bytes, bytes]]:
     """Records and states of the published generation."""
-    managed = managed_store(store)
+    managed = open_backend(store)
     with managed.open(managed.current(), None) as held:
         for batches in (held.batches(), held.state_batches()):
             yield dict(pair for batch in batches for pair in zip(*batch, strict=True))

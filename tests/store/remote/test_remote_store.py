@@ -25,20 +25,19 @@ from vista.errors import (
     UserKeyError,
 )
 from vista.store import NO_TIMESTAMP, StoreReader
-from vista.store.admin import copy_generation
-from vista.store.erasure import erase
+from vista.store.admin import copy_generation, verify_store
+from vista.store.layout import StoreUrl
 from vista.store.reader import published_manifest
-from vista.store.remote_store import RecordCache, RemoteStore, RemoteTombstones
-from vista.store.server_connection import ServerLock
+from vista.store.server import Server, ServerTombstones
+from vista.store.server_connection import RecordCache, ServerLock
 from vista.store.shards import open_store
-from vista.store.store_url import StoreUrl
-from vista.store.verification import verify_store
+from vista.store.writer import erase
 
 TOTAL = 40
 
 
-def store_at(url: str) -> RemoteStore:
-    return RemoteStore.connect(StoreUrl.parse(url))
+def store_at(url: str) -> Server:
+    return Server.connect(StoreUrl.parse(url))
 
 
 def key_names(server: Any) -> list[bytes]:
@@ -230,7 +229,7 @@ def test_an_interrupted_erasure_is_completed_by_a_publication(server, build):
     build.write_store(url)
     with build.open_writer(url, run_digest="log-2") as writer:
         build.put_users(writer, range(40))
-        store_at(url).tombstones.add(build.records_of(range(5, 6), writer.spec)[0])  # and then it was killed
+        store_at(url).erased_users.add(build.records_of(range(5, 6), writer.spec)[0])  # and then it was killed
         assert writer.publish().count == TOTAL - 1
 
 
@@ -258,7 +257,7 @@ def test_one_writer_at_a_time(server, build, monkeypatch):
 def test_a_lock_is_renewed_while_its_holder_computes(server, monkeypatch):
     monkeypatch.setattr("vista.store.server_connection.LOCK_S", 1.5)
     url = StoreUrl.parse(server.url())
-    lock = ServerLock(RemoteStore.connect(url).server, b"{mine}:writer")
+    lock = ServerLock(Server.connect(url).connection, b"{mine}:writer")
     lock.acquire()
     for _ in range(8):  # longer than the lock lasts
         assert 0 < int(server.command("PTTL", "{mine}:writer")) <= 1500
@@ -361,15 +360,15 @@ def keys_of(server, user):
 def test_a_generation_that_is_published_while_an_erasure_begins(server, build, monkeypatch):
     url = server.url()
     build.write_store(url)
-    add = RemoteTombstones.add
+    add = ServerTombstones.add
 
     def publish_and_add(tombstones, keys):
         with monkeypatch.context() as patch:
-            patch.setattr(RemoteTombstones, "add", add)
+            patch.setattr(ServerTombstones, "add", add)
             build.write_store(url, 1, run_digest="log-2")
         add(tombstones, keys)
 
-    monkeypatch.setattr(RemoteTombstones, "add", publish_and_add)
+    monkeypatch.setattr(ServerTombstones, "add", publish_and_add)
     assert erase(url, [3, 30]) == 2
     with StoreReader.open(url) as store:
         assert store.generation == 2 and not store.get_many([3, 30]).found.any() and len(store) == TOTAL - 2

@@ -20,14 +20,12 @@ from tests.store.conftest import found
 from tests.store.remote.valkey_server import Proxy, ValkeyServer, free_port
 from vista.errors import ConfigError, StoreError, StoreLockedError, StoreUnavailableError, StoreWriteError
 from vista.store import StoreReader
-from vista.store.admin import copy_generation, roll_back
-from vista.store.erasure import erase
-from vista.store.layout import pointer_to
+from vista.store.admin import copy_generation, roll_back, store_stats, verify_store
+from vista.store.layout import StoreUrl, pointer_to
 from vista.store.manifest import Manifest
 from vista.store.reader import published_manifest
 from vista.store.server_connection import ServerConnection, ServerLock
-from vista.store.store_url import StoreUrl
-from vista.store.verification import store_stats, verify_store
+from vista.store.writer import erase
 
 TOTAL = 40
 

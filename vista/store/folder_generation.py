@@ -1,133 +1,88 @@
-"""Generations of a store in a folder, for readers."""
+"""One generation of a store in a folder: open for reading, open for writing, or built from existing records."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice, takewhile
 from pathlib import Path
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any, TypeVar
 
 import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.arrays import Int
 from vista.errors import StoreError
-from vista.files import sync
+from vista.files import remove_renamed, sync
+from vista.progress_bar import progress_bar
 from vista.store.keys import COMPLETE_KEY, CURSOR_KEY, MANIFEST_KEY
 from vista.store.layout import (
+    PARTIAL_PREFIX,
     Permissions,
     environment_path,
     generation_path,
-    list_generations,
     make_folder,
-    missing_generation,
     read_current,
+    record_complete,
     state_path,
 )
-from vista.store.lmdb_environment import REMEDY, WAIT_S, SharedEnvironment, walk
-from vista.store.manifest import Manifest, read_cursor, read_manifest
-from vista.store.record import RawRecords, check_keys, present_records
+from vista.store.lmdb_environment import (
+    REMEDY,
+    WAIT_S,
+    Batch,
+    ReadTransactions,
+    SharedEnvironment,
+    check_structure,
+    complete_size,
+    copied,
+    open_environment,
+    walk,
+)
+from vista.store.manifest import Manifest, Tally, read_cursor, read_manifest
+from vista.store.record import RawRecords, check_keys, check_records, present_records
 from vista.store.record_spec import HEADER_BYTES, RecordSpec
-from vista.store.state_record import StateArrays, StateSpec, decode_states
-from vista.store.tombstones import ErasedUsers, Tombstones, cannot_write
+from vista.store.state_record import FoundStates, StateSpec, decode_states
+from vista.store.tombstones import Tombstones, cannot_write
 
-# What a reader needs of the place that holds a store's generations.
-#
-# `local_generation.py` is a folder, and `vista/store/remote/` is a Valkey or Redis server.
-
-FoundStates = tuple[NDArray[Any], StateArrays]
-"""Rows of the users who have a state, and these states."""
-
-
-class OpenGeneration(Protocol):
-    """One complete generation, open for reading."""
-
-    @property
-    def manifest(self) -> Manifest:
-        """As it was when the generation was opened."""
-
-    @property
-    def spec(self) -> RecordSpec:
-        """What each record holds."""
-
-    def read(self, keys: list[bytes]) -> list[tuple[Int, RawRecords]]:
-        """Parts of a batch: positions of the keys that have a record, ascending, and their records; at least one part.
-
-        Raises:
-            StoreClosedError: the generation was closed, or was removed and is unreadable since.
-        """
-
-    def key_batches(self) -> Iterator[list[bytes]]:
-        """Keys of all users in ascending order."""
-
-    def states(self, keys: Sequence[bytes]) -> FoundStates | None:
-        """The stored states of some users; None if the generation keeps no states."""
-
-    def is_same(self, other: OpenGeneration) -> bool:
-        """Whether both are the same records, and not only generations of one number."""
-
-    def is_published(self) -> bool:
-        """Whether CURRENT names this generation."""
-
-    def reread(self) -> OpenGeneration:
-        """The same generation with its manifest as it is now."""
-
-    def reopen(self) -> None:
-        """Make it usable after a fork; nothing happens in the process that opened it.
-
-        Raises:
-            StoreError: the generation was removed meanwhile.
-        """
-
-    def release(self) -> None:
-        """Close it once its last reader has."""
-
-
-class Generations(Protocol):
-    """The generations of one store."""
-
-    def current(self) -> int:
-        """Number of the published one.
-
-        Raises:
-            StoreError: nothing is published, or CURRENT is damaged.
-        """
-
-    def numbers(self) -> list[int]:
-        """Numbers of all of them, finished or not, ascending."""
-
-    def manifest(self, number: int) -> Manifest:
-        """Manifest of a complete generation."""
-
-    def open(self, number: int, key: bytes | None) -> OpenGeneration:
-        """Open a complete generation.
-
-        Raises:
-            StoreError: missing, unfinished, damaged, or of another key.
-        """
-
-    def close(self) -> None:
-        """Close what generations share; closing twice is allowed."""
-
+T = TypeVar("T")
 
 _READ_RECORDS = 1024
 """Most records per read transaction, so that transactions stay short for any batch size."""
 
 
 @dataclass(frozen=True, slots=True)
-class LocalGeneration:
-    """One complete generation, open for reading (`vista.store.local_generation.OpenGeneration`)."""
+class FolderGeneration:
+    """One complete generation, open for reading until `release`, which leaving it as a context calls."""
 
     root: Path
     """Folder of the store."""
     environment: SharedEnvironment
     manifest: Manifest
+    """As it was when the generation was opened."""
     spec: RecordSpec
+    """What each record holds."""
+
+    @classmethod
+    def open(cls, root: Path, number: int, key: bytes | None) -> FolderGeneration:
+        """Open an existing generation; errors as of `Folder.open`."""
+        path = environment_path(root, number)
+        environment = SharedEnvironment.acquire(path)
+        try:
+            manifest = environment.read(lambda transaction: read_manifest(transaction, path))
+            return cls(root, environment, manifest, manifest.spec(key))
+        except BaseException:
+            environment.release()
+            raise
 
     def read(self, keys: list[bytes]) -> list[tuple[NDArray[np.int64], RawRecords]]:
-        """Positions of the keys that have a record, and the records, in a part per transaction."""
+        """Positions of the keys that have a record, ascending, and the records, in a part per transaction.
+
+        Raises:
+            StoreClosedError: the generation was closed.
+        """
         return [self._read_part(keys, first) for first in range(0, max(len(keys), 1), _READ_RECORDS)]
 
     def key_batches(self) -> Iterator[list[bytes]]:
@@ -150,28 +105,93 @@ class LocalGeneration:
         finally:
             environment.release()
 
-    def is_same(self, other: OpenGeneration) -> bool:
-        """Whether both have the same files open."""
-        return isinstance(other, LocalGeneration) and other.environment is self.environment
+    def is_same(self, other: object) -> bool:
+        """Whether both have the same files open, and are not only generations of one number."""
+        return isinstance(other, FolderGeneration) and other.environment is self.environment
 
     def is_published(self) -> bool:
         """Whether CURRENT names this generation, and its folder still has these files."""
         number = self.manifest.generation
         return read_current(self.root) == number and self.environment.is_at(environment_path(self.root, number))
 
-    def reread(self) -> LocalGeneration:
+    def reread(self) -> FolderGeneration:
         """The same generation with the manifest as an incremental refresh has left it."""
         manifest = self.environment.read(lambda transaction: read_manifest(transaction, self.root))
         return dataclasses.replace(self, manifest=manifest)
 
     def reopen(self) -> None:
-        """Open the files again in a forked process."""
+        """Open the files again in a forked process.
+
+        Raises:
+            StoreError: the generation was removed meanwhile.
+        """
         if self.environment.inherited:
             self.environment.reopen()
 
     def release(self) -> None:
-        """Release the files."""
+        """Release the files, which the last reader closes."""
         self.environment.release()
+
+    def __enter__(self) -> FolderGeneration:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def value(self, key: bytes) -> bytes | None:
+        """A user's unchecked record; None without one."""
+
+        def copy(transaction: lmdb.Transaction[memoryview]) -> bytes | None:
+            value = transaction.get(key)
+            return None if value is None else bytes(value)
+
+        return self.environment.read(copy)
+
+    def raw_batches(self, after: bytes = b"u") -> Iterator[Batch]:
+        """Keys beyond `after` and their unchecked values, ascending; each batch in a short transaction."""
+        with progress_bar(total=self.manifest.count, desc="read records", unit="user", leave=False) as bar:
+            for keys, records in walk(self.environment.read, copied, after):
+                yield keys, records
+                bar.update(len(keys))
+
+    def batches(self, after: bytes = b"u") -> Iterator[Batch]:
+        """As `raw_batches`, with every record checked.
+
+        Raises:
+            RecordError: a record is corrupt; the message names the first one's user.
+        """
+        for keys, records in self.raw_batches(after):
+            check_records(records, keys, self.spec)
+            yield keys, records
+
+    def state_batches(self) -> Iterator[Batch]:
+        """Keys and states, ascending, with every state checked; nothing if the generation keeps no states.
+
+        Raises:
+            RecordError: a state is corrupt; the message names the first one's user.
+        """
+        spec, folder = self.manifest.state_spec(), state_path(self.root, self.manifest.generation)
+        if spec is None or not folder.is_dir():
+            return
+        environment = SharedEnvironment.acquire(folder)
+        try:
+            with progress_bar(total=self.manifest.count, desc="read states", unit="user", leave=False) as bar:
+                for keys, states in walk(environment.read, copied):
+                    decode_states(states, keys, spec)
+                    yield keys, states
+                    bar.update(len(keys))
+        finally:
+            environment.release()
+
+    def other_keys(self) -> list[bytes]:
+        """The first keys that are not user keys, in the order of the file."""
+        return self.environment.read(_other_keys)
+
+    def tally(self) -> Tally:
+        """Check and count all records; errors as of `batches`."""
+        return tally_of(self.environment.read, self.spec, num_users=self.manifest.count)
 
     def _read_part(self, all_keys: list[bytes], first: int) -> tuple[NDArray[np.int64], RawRecords]:
         keys = all_keys[first : first + _READ_RECORDS]
@@ -182,72 +202,12 @@ class LocalGeneration:
         return self.environment.read(copy)
 
 
-@dataclass(frozen=True, slots=True)
-class LocalGenerations:
-    """All generations of a store in a folder (`vista.store.local_generation.Generations`)."""
+class FolderWriter:
+    """One generation, open for writing; `manifest` is updated by every transaction.
 
-    root: Path
-
-    def current(self) -> int:
-        """Number of the published generation."""
-        return read_current(self.root)
-
-    def numbers(self) -> list[int]:
-        """Numbers of all generations, ascending; none if the folder does not exist."""
-        return list_generations(self.root) if self.root.is_dir() else []
-
-    def manifest(self, number: int) -> Manifest:
-        """Manifest of a complete generation; no key is needed."""
-        environment = self._acquire(number)
-        try:
-            return environment.read(lambda transaction: read_manifest(transaction, self.root))
-        finally:
-            environment.release()
-
-    def open(self, number: int, key: bytes | None) -> LocalGeneration:
-        """Open a complete generation."""
-        environment, path = self._acquire(number), environment_path(self.root, number)
-        try:
-            manifest = environment.read(lambda transaction: read_manifest(transaction, path))
-            return LocalGeneration(self.root, environment, manifest, manifest.spec(key))
-        except BaseException:
-            environment.release()
-            raise
-
-    def close(self) -> None:
-        """Nothing to do: each generation closes its own files."""
-
-    def _acquire(self, number: int) -> SharedEnvironment:
-        path = environment_path(self.root, number)
-        if not path.is_dir():
-            raise missing_generation(self.root, number)
-        return SharedEnvironment.acquire(path)
-
-
-def read_states(environment: SharedEnvironment, keys: Sequence[bytes], spec: StateSpec) -> FoundStates:
-    """Rows of the keys that have a state, and these states, read in one transaction.
-
-    Raises:
-        RecordError: a state is damaged; the message names the user.
+    The states of a batch are committed before its records. So a record never covers more events than its state, and a
+    resumed refresh sees from a state's `applied_segment` that the same events must not be added again.
     """
-
-    def read(transaction: lmdb.Transaction[memoryview]) -> FoundStates:
-        values = [transaction.get(key) for key in keys]
-        rows = [row for row, value in enumerate(values) if value is not None]
-        present = [value for value in values if value is not None]
-        return np.array(rows, np.int64), decode_states(present, [keys[row] for row in rows], spec)
-
-    return environment.read(read)
-
-
-# A generation's LMDB environments, open for writing: its summaries, and its states if the store keeps any.
-#
-# The states of a batch are committed before its records. So a record never covers more events than its state, and a
-# resumed refresh sees from a state's `applied_segment` that the same events must not be added again.
-
-
-class GenerationFiles:
-    """One generation, open for writing; `manifest` is updated by every transaction."""
 
     def __init__(
         self, root: Path, summary: SharedEnvironment, state: SharedEnvironment | None, wait_s: float = WAIT_S
@@ -257,12 +217,13 @@ class GenerationFiles:
         self._closed = False
         self.summary = summary
         self.state = state
+        self._tombstones = Tombstones(root)
         self._parsed: tuple[bytes, Manifest] | None = None
         self.manifest = self.read_manifest()
         self.complete: bool = summary.read(lambda transaction: transaction.get(COMPLETE_KEY) is not None)
 
     @classmethod
-    def open(cls, root: Path, generation: int, *, wait_s: float = WAIT_S) -> GenerationFiles:
+    def open(cls, root: Path, generation: int, *, wait_s: float = WAIT_S) -> FolderWriter:
         """Open an existing generation; its transactions wait up to `wait_s` seconds for one of another process.
 
         Raises:
@@ -281,7 +242,7 @@ class GenerationFiles:
             raise
 
     @classmethod
-    def create(cls, root: Path, manifest: Manifest, permissions: Permissions) -> GenerationFiles:
+    def create(cls, root: Path, manifest: Manifest, permissions: Permissions) -> FolderWriter:
         """Make an empty generation. All its folders are on the disk before its manifest says what they hold."""
         folder = generation_path(root, manifest.generation)
         make_folder(folder, permissions)
@@ -312,7 +273,6 @@ class GenerationFiles:
 
     def put(
         self,
-        erased_users: ErasedUsers,
         keys: Sequence[bytes],
         records: Sequence[bytes],
         states: Sequence[bytes],
@@ -321,7 +281,6 @@ class GenerationFiles:
         """Write a batch durably, without erased users: first the states, then records, manifest and `meta` together.
 
         Args:
-            erased_users: of the store.
             keys: N user keys.
             records: N records.
             states: N states, or none if the store keeps no states.
@@ -334,13 +293,13 @@ class GenerationFiles:
             raise ValueError(f"states: got {len(states)} for {len(keys)} records of {self.path}")
 
         def put_states(transaction: lmdb.Transaction[memoryview]) -> None:
-            erased = erased_users.erased(keys)
+            erased = self._tombstones.erased(keys)
             remaining = [place for place, gone in enumerate(erased) if not gone]
             _put(transaction, [keys[place] for place in remaining], [states[place] for place in remaining])
 
         def put_records(transaction: lmdb.Transaction[memoryview]) -> tuple[Manifest, int]:
             # An erasure that began earlier is seen here; a later one deletes the user after this transaction.
-            erased = erased_users.erased(keys)
+            erased = self._tombstones.erased(keys)
             remaining = [place for place, gone in enumerate(erased) if not gone]
             put_keys, put_values = [keys[place] for place in remaining], [records[place] for place in remaining]
             old = _put(transaction, put_keys, put_values)
@@ -381,11 +340,11 @@ class GenerationFiles:
         if self.state is not None and keys:
             self._write(self.state, remove)
 
-    def remove_erased(self, tombstones: Tombstones) -> None:
+    def remove_erased(self) -> None:
         """Remove erased users who still have a record or state, because their erasure was interrupted."""
         for environment, remove in ((self.summary, self.remove), (self.state, self.remove_states)):
-            if environment is not None and len(tombstones):
-                for keys, erased in walk(environment.read, lambda keys, _: tombstones.erased(keys)):
+            if environment is not None and len(self._tombstones):
+                for keys, erased in walk(environment.read, lambda keys, _: self._tombstones.erased(keys)):
                     remove([key for key, gone in zip(keys, erased, strict=True) if gone])
 
     def mark_complete(self, refreshed_at: int) -> None:
@@ -467,6 +426,166 @@ class GenerationFiles:
             return environment.write(function, self._wait_s)
         except (OSError, lmdb.Error) as error:
             raise cannot_write(self.path, error) from error
+
+
+class FolderBuilder:
+    """A generation that is filled with existing records, in the order of their keys; only under the writer's lock.
+
+    It is built in store/.partial-gen-8/ and renamed once it is complete and verified; publishing it is left to
+    `Folder.publish`. After a kill, a copy resumes in that folder, and all other operations start over.
+    """
+
+    def __init__(
+        self, root: Path, manifest: Manifest, key: bytes | None, permissions: Permissions, *, resume: bool = False
+    ) -> None:
+        self.root = root
+        self.manifest = manifest
+        self.spec = manifest.spec(key)
+        self.tally = Tally()
+        self.last_key = b"u"
+        """Of the last record; only larger keys can be added."""
+        self.path = root / f"{PARTIAL_PREFIX}gen-{manifest.generation}"
+        self.folder = self.path / "summary"
+        if not resume or self.path.is_symlink():
+            remove_renamed(self.path)
+        if not self.path.exists():
+            make_folder(self.path, permissions)
+        if not self.folder.exists():
+            make_folder(self.folder, permissions)
+        self._environment: lmdb.Environment | None = open_environment(self.folder, readonly=False)
+        self._states: lmdb.Environment | None = None
+        if manifest.state_spec() is not None:
+            make_folder(self.path / "state", permissions)
+            self._states = open_environment(self.path / "state", readonly=False)
+
+    @property
+    def environment(self) -> lmdb.Environment:
+        """Open until `finish` or `close`."""
+        assert self._environment is not None
+        return self._environment
+
+    def put(self, keys: Sequence[bytes], records: Sequence[bytes]) -> None:
+        """Append checked records of this generation in one durable transaction.
+
+        Raises:
+            StoreError: a key is not larger than the last one.
+        """
+        with self.environment.begin(write=True) as transaction:
+            for key, record in zip(keys, records, strict=True):
+                if key <= self.last_key:
+                    raise StoreError(f"{self.root}: keys must ascend, but {key!r} follows {self.last_key!r}")
+                transaction.put(key, record, append=True)
+                self.last_key = key
+        self.tally.add(keys, records)
+
+    def put_states(self, keys: Sequence[bytes], states: Sequence[bytes]) -> None:
+        """Append checked states of this generation, in the order of their keys, in one durable transaction."""
+        assert self._states is not None
+        with self._states.begin(write=True) as transaction:
+            for key, state in zip(keys, states, strict=True):
+                transaction.put(key, state, append=True)
+
+    def finish(self) -> Manifest:
+        """Read all records back, check the structure of the files, and give the generation its final name.
+
+        Raises:
+            StoreError: the file does not hold what was put; call `discard`.
+        """
+        self.manifest = dataclasses.replace(
+            self.manifest,
+            count=self.tally.count,
+            user_kind=self.tally.user_kind,
+            records_digest=self.tally.records_digest,
+        )
+        self._read_back()
+        with self.environment.begin(write=True) as transaction:
+            transaction.put(MANIFEST_KEY, self.manifest.to_bytes())
+            transaction.put(CURSOR_KEY, b"%d" % self.manifest.total_users)
+            transaction.put(COMPLETE_KEY, b"1")
+        self.close()
+        environments = [path for path in self.path.iterdir() if path.is_dir()]
+        for path in environments:
+            complete_size(path)
+            check_structure(path)
+        for path in (*environments, self.path):
+            sync(path)
+        os.rename(self.path, generation_path(self.root, self.manifest.generation))
+        sync(self.root)
+        record_complete(self.root, self.manifest.generation)
+        return self.manifest
+
+    def held_batches(self) -> Iterator[Batch]:
+        """Keys and values that the file holds so far, ascending."""
+        return walk(self._read, copied)
+
+    def _read(self, function: Callable[[lmdb.Transaction[memoryview]], T]) -> T:
+        with self.environment.begin(buffers=True) as transaction:
+            return function(transaction)
+
+    def _read_back(self) -> None:
+        tally = tally_of(self._read, self.spec, num_users=self.tally.count)
+        if tally != self.tally:
+            raise StoreError(
+                f"{self.folder} holds {tally.count} records, but {self.tally.count} were put; check the disk"
+            )
+
+    def close(self) -> None:
+        """Close the files; closing twice is allowed."""
+        for environment in (self._environment, self._states):
+            if environment is not None:
+                environment.close()
+        self._environment = self._states = None
+
+    def discard(self) -> None:
+        """Remove what was built."""
+        self.close()
+        remove_renamed(self.path)
+
+
+def read_states(environment: SharedEnvironment, keys: Sequence[bytes], spec: StateSpec) -> FoundStates:
+    """Rows of the keys that have a state, and these states, read in one transaction.
+
+    Raises:
+        RecordError: a state is damaged; the message names the user.
+    """
+
+    def read(transaction: lmdb.Transaction[memoryview]) -> FoundStates:
+        values = [transaction.get(key) for key in keys]
+        rows = [row for row, value in enumerate(values) if value is not None]
+        present = [value for value in values if value is not None]
+        return np.array(rows, np.int64), decode_states(present, [keys[row] for row in rows], spec)
+
+    return environment.read(read)
+
+
+def tally_of(read: ReadTransactions, spec: RecordSpec, *, num_users: int | None = None) -> Tally:
+    """Check and count all records of an environment.
+
+    Args:
+        read: of an environment.
+        spec: what its records hold.
+        num_users: how many there should be, for the progress.
+
+    Raises:
+        RecordError: a record is corrupt; the message names the first one's user.
+    """
+    tally = Tally()
+
+    def add(keys: list[bytes], records: list[memoryview]) -> None:
+        check_records(records, keys, spec)
+        tally.add(keys, records)
+
+    with progress_bar(total=num_users, desc="check records", unit="user", leave=False) as bar:
+        for keys, _ in walk(read, add):
+            bar.update(len(keys))
+    return tally
+
+
+def _other_keys(transaction: lmdb.Transaction[memoryview]) -> list[bytes]:
+    cursor = transaction.cursor()
+    before = list(takewhile(lambda key: key < b"u", map(bytes, islice(cursor.iternext(values=False), 1000))))
+    beyond = cursor.set_range(b"v")
+    return before + (list(map(bytes, islice(cursor.iternext(values=False), 1000))) if beyond else [])
 
 
 def _put(

@@ -1,0 +1,557 @@
+"""One generation of a store on a server: open for reading, or open for writing."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, pairwise
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vista.arrays import Int
+from vista.errors import RecordError, StoreClosedError, StoreWriteError
+from vista.store.layout import pointer_to
+from vista.store.lmdb_environment import Batch
+from vista.store.manifest import CHECKSUM_DIGITS, Manifest, Tally, parse_cursor
+from vista.store.record import RawRecords, check_records, present_records
+from vista.store.record_spec import HEADER_BYTES, RecordSpec, user_of
+from vista.store.server_connection import Command, GenerationKeys, RecordCache, ServerConnection, ServerLock
+from vista.store.state_record import FoundStates, StateSpec, decode_states
+
+if TYPE_CHECKING:
+    from vista.store.server import Server
+
+BATCH_BYTES = 1 << 23
+"""About how many bytes one command reads or writes."""
+_BATCH_RECORDS = 1024
+_EVENT_BYTES = 13
+_PART_BYTES = 1 << 20
+"""Fits the processor's cache, so that the copy of large records costs little after their arrival."""
+Plan = tuple[Manifest, dict[bytes, bytes], list[Command], int]
+"""The manifest after a write, other values to set by name, other commands, and a number to return."""
+_RENEWED_AFTER = 0.1
+"""Share of the time to live after which a refresh renews it, so that frequent refreshes need not visit all users."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerGeneration:
+    """One complete generation, open for reading. The connections belong to the store, so `release` does nothing."""
+
+    records: ServerRecords
+    manifest: Manifest
+    spec: RecordSpec
+    read_current: Callable[[], tuple[int, Manifest, bytes]]
+    """Number, manifest and stamp of the published generation."""
+
+    def read(self, keys: list[bytes]) -> list[tuple[Int, RawRecords]]:
+        """Positions of the keys that have a record, ascending, and the records, a round trip per batch.
+
+        Raises:
+            StoreClosedError: the generation was removed.
+        """
+        size = self.records.batch_size
+        batches = [self._read_batch(keys[first : first + size], first) for first in range(0, max(len(keys), 1), size)]
+        return [part for batch in batches for part in batch]
+
+    def key_batches(self) -> Iterator[list[bytes]]:
+        """Keys of all users in ascending order."""
+        return self.records.key_batches()
+
+    def value(self, key: bytes) -> bytes | None:
+        """A user's unchecked record; None without one."""
+        return self.records.get([key])[0]
+
+    def raw_batches(self, after: bytes = b"u") -> Iterator[Batch]:
+        """Keys beyond `after` and their unchecked records, ascending."""
+        return self.records.batches(after)
+
+    def batches(self, after: bytes = b"u") -> Iterator[Batch]:
+        """As `raw_batches`, with every record checked.
+
+        Raises:
+            RecordError: a record is corrupt or lost; the message names the user.
+        """
+        for keys, records in self.raw_batches(after):
+            check_records(records, keys, self.spec)
+            yield keys, records
+
+    def state_batches(self) -> Iterator[Batch]:
+        """Keys and states, ascending, checked; nothing if the generation keeps no states."""
+        return iter(()) if (spec := self.manifest.state_spec()) is None else self.records.state_batches(spec)
+
+    def other_keys(self) -> list[bytes]:
+        """Nothing: keys under a generation's prefix cannot be listed without looking at all keys of the server."""
+        return []
+
+    def states(self, keys: Sequence[bytes]) -> FoundStates | None:
+        """The stored states of some users; None if the generation keeps no states."""
+        return None if (spec := self.manifest.state_spec()) is None else self.records.states(keys, spec)
+
+    def is_same(self, other: object) -> bool:
+        """Whether both hold the same records."""
+        return isinstance(other, ServerGeneration) and other.records.stamp == self.records.stamp
+
+    def is_published(self) -> bool:
+        """Whether CURRENT names this generation."""
+        return self.read_current()[2] == self.records.stamp
+
+    def reread(self) -> ServerGeneration:
+        """The same generation with the manifest as an incremental refresh has left it."""
+        _, manifest, stamp = self.read_current()
+        return dataclasses.replace(self, manifest=manifest) if stamp == self.records.stamp else self
+
+    def reopen(self) -> None:
+        """Nothing to do: the client opens new connections after a fork."""
+
+    def release(self) -> None:
+        """Nothing to do."""
+
+    def __enter__(self) -> ServerGeneration:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def _read_batch(self, keys: list[bytes], first: int) -> list[tuple[Int, RawRecords]]:
+        """Parts of a batch that one command reads; it has position `first` in the request."""
+        try:
+            return self._parts(self.records.get(keys), keys, first)
+        except RecordError:
+            if not self.records.forget_cached(keys):
+                raise
+            return self._parts(self.records.get_from_server(keys), keys, first)
+
+    def _parts(self, values: list[bytes | None], keys: list[bytes], first: int) -> list[tuple[Int, RawRecords]]:
+        size = self.records.part_size
+        return [
+            present_records(values[start : start + size], keys[start : start + size], first + start, self.spec)
+            for start in range(0, max(len(keys), 1), size)
+        ]
+
+
+class ServerRecords:
+    """Reads records in bounded batches, one round trip per batch.
+
+    Args:
+        cache: of this host, for readers; None always asks the server.
+        stamp: what the generation's key `!complete` holds. A read fails if it has changed, because the records may then
+            have been removed. None does not check.
+    """
+
+    def __init__(
+        self,
+        server: ServerConnection,
+        names: GenerationKeys,
+        manifest: Manifest,
+        stamp: bytes | None,
+        cache: RecordCache | None = None,
+    ) -> None:
+        self.stamp = stamp
+        self._cache = cache
+        self._version = b""
+        """Of the records, as last seen: the stamp and the checksum of the manifest, which every write changes."""
+        self._server = server
+        self._names = names
+        self._number = manifest.generation
+        spec = dataclasses.replace(manifest, key_id=None).spec()
+        size = HEADER_BYTES + spec.rows_bytes + spec.user_bytes + _EVENT_BYTES * manifest.tail_len
+        self.batch_size = min(max(BATCH_BYTES // size, 1), _BATCH_RECORDS)
+        """Most records per read."""
+        self.part_size = max(_PART_BYTES // size, 1)
+        """Records that are checked and copied at once."""
+
+    def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """Values of at most `batch_size` keys, unchecked; None for a user without a record.
+
+        Raises:
+            StoreClosedError: the generation was removed.
+        """
+        return self.get_from_server(keys) if self._cache is None else self._get_cached(self._cache, keys)
+
+    def get_from_server(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """As `get`, without the cache."""
+        return self._values([self._names.record(key) for key in keys])
+
+    def states(self, keys: Sequence[bytes], spec: StateSpec) -> FoundStates:
+        """Rows of the keys that have a state, and these states.
+
+        Raises:
+            RecordError: a state is damaged; the message names the user.
+            StoreClosedError: the generation was removed.
+        """
+        rows: list[int] = []
+        values: list[bytes] = []
+        for first, part in self._state_parts(keys, spec):
+            rows += [row for row, value in enumerate(part, first) if value is not None]
+            values += [value for value in part if value is not None]
+        return np.array(rows, np.int64), decode_states(values, [keys[row] for row in rows], spec)
+
+    def state_batches(self, spec: StateSpec) -> Iterator[Batch]:
+        """Keys and states of all users who have one, ascending; errors as of `states`."""
+        for keys in self.key_batches():
+            for first, part in self._state_parts(keys, spec):
+                found = {keys[row]: value for row, value in enumerate(part, first) if value is not None}
+                decode_states([*found.values()], [*found], spec)
+                yield [*found], [*found.values()]
+
+    def forget_cached(self, keys: Sequence[bytes]) -> bool:
+        """Remove users from the cache, because a record is damaged; False if there is no cache."""
+        if self._cache is None:
+            return False
+        self._cache.forget(self._version, keys)
+        return True
+
+    def key_batches(self, after: bytes = b"u") -> Iterator[list[bytes]]:
+        """Keys beyond `after` of the users who have a record, ascending."""
+        while True:
+            listed = ("ZRANGEBYLEX", self._names.users, b"(" + after, "+", "LIMIT", 0, self.batch_size)
+            keys, stamp = self._server.pipeline([listed, ("GET", self._names.complete)])
+            self._require_stamp(stamp)
+            if not keys:
+                return
+            after = keys[-1]
+            yield keys
+
+    def batches(self, after: bytes = b"u") -> Iterator[Batch]:
+        """Keys beyond `after` and their unchecked values, ascending.
+
+        Raises:
+            RecordError: the server has lost a record.
+        """
+        for keys in self.key_batches(after):
+            values = self.get(keys)
+            missing = [key for key, value in zip(keys, values, strict=True) if value is None]
+            if missing:  # Erased since they were listed, or lost.
+                scores = self._server.command("ZMSCORE", self._names.users, *missing)
+                lost = [key for key, score in zip(missing, scores, strict=True) if score is not None]
+                if lost:
+                    raise RecordError(
+                        f"{self._server.url}: gen-{self._number} lists {user_of(lost[0])}, but the server has lost the "
+                        "record; check that nothing else deletes its keys, then refresh the store again"
+                    )
+            present = [(key, value) for key, value in zip(keys, values, strict=True) if value is not None]
+            if present:
+                yield [key for key, _ in present], [value for _, value in present]
+
+    def _state_parts(self, keys: Sequence[bytes], spec: StateSpec) -> Iterator[tuple[int, list[bytes | None]]]:
+        """The unchecked states of some users in bounded parts, each with the position of its first user."""
+        size = max(BATCH_BYTES // spec.least_bytes, 1)
+        for first in range(0, len(keys), size):
+            yield first, self._values([self._names.state(key) for key in keys[first : first + size]])
+
+    def _values(self, names: Sequence[bytes]) -> list[bytes | None]:
+        values: list[bytes | None] = self._server.command("MGET", *names, self._names.complete)
+        self._require_stamp(values.pop())
+        return values
+
+    def _get_cached(self, cache: RecordCache, keys: Sequence[bytes]) -> list[bytes | None]:
+        """One round trip, which also tells whether the cached records are still those of the server."""
+        version = self._version
+        held = cache.get(version, keys)
+        while True:
+            wanted = [key for key, value in zip(keys, held, strict=True) if value is None]
+            # The version first: records that are read after it may be newer, but never older.
+            checksum, values = self._server.pipeline(
+                [
+                    ("GETRANGE", self._names.manifest, 0, CHECKSUM_DIGITS - 1),
+                    ("MGET", *map(self._names.record, wanted), self._names.complete),
+                ]
+            )
+            stamp = values.pop()
+            self._require_stamp(stamp)
+            seen, version = version, stamp + checksum
+            if seen == version or len(wanted) == len(keys):
+                break
+            held = [None] * len(keys)  # Records have changed since they were cached.
+        fetched = dict(zip(wanted, values, strict=True))
+        self._version = version  # Other threads may set a newer one, to which these records do not belong.
+        cache.put(version, {key: value for key, value in fetched.items() if value is not None})
+        return [fetched.get(key) if value is None else value for key, value in zip(keys, held, strict=True)]
+
+    def _require_stamp(self, stamp: bytes | None) -> None:
+        if self.stamp is not None and stamp != self.stamp:
+            raise StoreClosedError(
+                f"{self._server.url}: gen-{self._number} was removed from the server while it was in use; open the "
+                "store again"
+            )
+
+
+class ServerWriter:
+    """One generation, open for writing; `manifest` is updated by every write.
+
+    Every write is one atomic change of records, the list of users, and the manifest, so that all three always agree.
+
+    Args:
+        lock: of the writer; None for an erasure, which works alongside a writer.
+    """
+
+    def __init__(self, store: Server, number: int, lock: ServerLock | None) -> None:
+        self.names = store.names.generation(number)
+        self._store = store
+        self._server = store.connection
+        self._number = number
+        self._lock = lock
+        manifest, ttl = self._server.command("MGET", self.names.manifest, self.names.ttl)
+        self.manifest = self._parsed(manifest)
+        self.ttl_ms = None if ttl is None else store.whole_number(ttl, self.names.ttl)
+        """Time from the last refresh until the generation expires; None if it does not."""
+        self.records = ServerRecords(self._server, self.names, self.manifest, None)
+
+    @classmethod
+    def create(cls, store: Server, manifest: Manifest, lock: ServerLock) -> ServerWriter:
+        """Make an empty generation, which expires if the store's URL says so."""
+        names, ttl_ms = store.names.generation(manifest.generation), store.address.ttl_ms
+        values: dict[bytes, bytes] = {names.manifest: manifest.to_bytes(), names.cursor: b"0"}
+        expires_at = None
+        if ttl_ms is not None:
+            store.require_no_eviction()
+            values[names.ttl] = b"%d" % ttl_ms
+            expires_at = store.connection.now_ms() + ttl_ms
+
+        def plan() -> tuple[list[Command], None]:
+            lock.require(store.connection.command("GET", lock.name))
+            return [
+                ("SADD", store.names.generations, manifest.generation),
+                ("MSET", *chain.from_iterable(values.items())),
+                *_expiries(values, expires_at),
+                lock.next_write(),
+            ], None
+
+        store.connection.change([lock.name], plan)
+        lock.wrote()
+        return cls(store, manifest.generation, lock)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all its records are written and checked."""
+        return bool(self._server.command("EXISTS", self.names.complete))
+
+    def renew(self) -> None:
+        """Let the time to live begin now, if the generation expires; not if a tenth of it has not passed yet.
+
+        The generation's own keys come last: as long as they exist, so do the users'.
+        """
+        if self.ttl_ms is None:
+            return
+        expires_at = self._server.now_ms() + self.ttl_ms
+        if expires_at - self._server.command("PEXPIRETIME", self.names.manifest) < _RENEWED_AFTER * self.ttl_ms:
+            return
+        for keys in self.key_batches():
+            names = self.names.values(keys) if self._keeps_states else [*map(self.names.record, keys)]
+            self._expire(names, expires_at)
+        self._expire(self.names.own, expires_at)
+
+    def put(
+        self,
+        keys: Sequence[bytes],
+        records: Sequence[bytes],
+        states: Sequence[bytes],
+        meta: Mapping[bytes, bytes],
+    ) -> int:
+        """Add or replace users without the erased ones, in bounded parts; the last part also puts `meta`.
+
+        Args:
+            keys: N user keys.
+            records: N records.
+            states: N states, or none if the generation keeps no states.
+            meta: further keys of the generation and their values.
+
+        Returns:
+            How many users were written.
+        """
+        if keys and bool(states) != self._keeps_states:
+            raise ValueError(f"states: got {len(states)} for {len(keys)} records of {self._store.address}")
+        parts = _parts([*map(len, records)] if not states else [*map(_both_lengths, records, states)])
+        return sum(
+            self._put(keys[part], records[part], states[part], meta if part == parts[-1] else {}) for part in parts
+        )
+
+    def remove(self, keys: Sequence[bytes]) -> int:
+        """Remove users; returns how many had a record."""
+        size = self.records.batch_size
+        return sum(self._remove(keys[first : first + size]) for first in range(0, len(keys), size))
+
+    def remove_states(self, keys: Sequence[bytes]) -> None:
+        """Remove users' states alone."""
+        if self._keeps_states and keys:
+            self._write([], lambda manifest: (manifest, {}, [("UNLINK", *map(self.names.state, keys))], 0))
+
+    def remove_erased(self) -> int:
+        """Remove erased users who still have a record, because their erasure was interrupted; returns how many."""
+        if not len(self._store.erased_users):
+            return 0
+        count = 0
+        for keys in self.key_batches():
+            erased = self._store.erased_users.erased(keys)
+            count += self.remove([key for key, gone in zip(keys, erased, strict=True) if gone])
+        return count
+
+    def put_manifest(self, change: Callable[[Manifest], Manifest]) -> None:
+        """Change the manifest."""
+        self._write([], lambda manifest: (change(manifest), {}, [], 0))
+
+    def mark_complete(self, wanted: Manifest, num_erased: int, *, publish: bool) -> bool:
+        """Let readers open the generation once CURRENT names it, and make CURRENT name it with `publish`, atomically.
+
+        Args:
+            wanted: what the manifest must be now, because the records were compared with it.
+            num_erased: number of erased users that the records were checked for.
+            publish: change CURRENT too.
+
+        Returns:
+            False if users were erased meanwhile; nothing is changed then.
+        """
+
+        def plan(manifest: Manifest) -> Plan:
+            if manifest != wanted or len(self._store.erased_users) != num_erased:
+                return manifest, {}, [], 0
+            pointer, commands = pointer_to(self._number), list[Command]()
+            values = {} if self.complete else {self.names.complete: secrets.token_hex(8).encode()}
+            if self._store.last_complete() < self._number:
+                commands.append(("SET", self._store.names.last, pointer))
+            if publish:
+                commands.append(("SET", self._store.names.current, pointer))
+            refreshed_at = manifest.refreshed_at or manifest.created_at
+            return dataclasses.replace(manifest, refreshed_at=refreshed_at), values, commands, 1
+
+        return bool(self._write([self._store.erased_users.name], plan))
+
+    def headers(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """Header of each user's record; None without a record."""
+        replies = self._server.pipeline([self._header(key) for key in keys]) if keys else []
+        return [reply or None for reply in replies]
+
+    def key_batches(self) -> Iterator[list[bytes]]:
+        """Keys of all users in ascending order."""
+        return self.records.key_batches()
+
+    def states(self, keys: Sequence[bytes], spec: StateSpec) -> FoundStates | None:
+        """Rows of the keys that have a state, and these states; None if the generation keeps no states."""
+        return self.records.states(keys, spec) if self._keeps_states else None
+
+    def num_states(self) -> int:
+        """How many users have a state."""
+        return sum(
+            int(self._server.command("EXISTS", *map(self.names.state, keys)))
+            for keys in (self.key_batches() if self._keeps_states else ())
+        )
+
+    def tally(self, spec: RecordSpec) -> Tally:
+        """Check and count all records.
+
+        Raises:
+            RecordError: a record is corrupt or lost; the message names the user.
+        """
+        tally = Tally()
+        for keys, records in self.records.batches():
+            check_records(records, keys, spec)
+            tally.add(keys, records)
+        return tally
+
+    def read_manifest(self) -> Manifest:
+        """The manifest as it is stored now."""
+        return self._parsed(self._server.command("GET", self.names.manifest))
+
+    def read_cursor(self) -> int:
+        """Users done, in the run's fixed order."""
+        value = self._server.command("GET", self.names.cursor)
+        return parse_cursor(value or b"0", self.manifest, self._store.address)
+
+    @property
+    def _keeps_states(self) -> bool:
+        return self.manifest.state_spec() is not None
+
+    def _put(
+        self, keys: Sequence[bytes], records: Sequence[bytes], states: Sequence[bytes], meta: Mapping[bytes, bytes]
+    ) -> int:
+        def plan(manifest: Manifest) -> Plan:
+            erased = self._store.erased_users.erased(keys)
+            remaining = [place for place, gone in enumerate(erased) if not gone]
+            put_keys, put_records = [keys[place] for place in remaining], [records[place] for place in remaining]
+            old = [header for header in self.headers(put_keys) if header is not None]
+            values = {self.names.prefix + key: value for key, value in meta.items()}
+            values.update(zip(map(self.names.record, put_keys), put_records, strict=True))
+            if states:
+                values.update((self.names.state(keys[place]), states[place]) for place in remaining)
+            listed: Command = ("ZADD", self.names.users, *(part for key in put_keys for part in (0, key)))
+            commands = [listed] if put_keys else []
+            return manifest.with_records(old, put_keys, put_records), values, commands, len(put_keys)
+
+        return self._write([self._store.erased_users.name], plan)
+
+    def _expire(self, names: Sequence[bytes], expires_at: int) -> None:
+        self._write([], lambda manifest: (manifest, {}, _expiries(names, expires_at), 0))
+
+    def _remove(self, keys: Sequence[bytes]) -> int:
+        def plan(manifest: Manifest) -> Plan:
+            old = [header for header in self.headers(keys) if header is not None]
+            commands: list[Command] = [
+                ("UNLINK", *self.names.values(keys)),
+                ("ZREM", self.names.users, *keys),
+            ]
+            return manifest.with_records(old, [], []), {}, commands, len(old)
+
+        return self._write([], plan) if keys else 0
+
+    def _write(self, watched: list[bytes], plan: Callable[[Manifest], Plan]) -> int:
+        """Change the manifest and other keys atomically, under the lock if this is its holder."""
+        lock = self._lock
+
+        def planned() -> tuple[list[Command], tuple[Manifest, int]]:
+            if lock is not None:
+                lock.require(self._server.command("GET", lock.name))
+            value, expires_at = self._server.pipeline(
+                [("GET", self.names.manifest), ("PEXPIRETIME", self.names.manifest)]
+            )
+            manifest, values, commands, count = plan(self._parsed(value))
+            commands = [*commands, ("SET", self.names.manifest, manifest.to_bytes(), "KEEPTTL")]
+            if values:
+                commands.append(("MSET", *chain.from_iterable(values.items())))
+                # The list of users too, because this write may have made it.
+                commands += _expiries([*values, self.names.users], expires_at if expires_at >= 0 else None)
+            counted = [] if lock is None else [lock.next_write()]
+            return [*commands, *counted], (manifest, count)
+
+        keys = [self.names.manifest, *watched, *([] if lock is None else [lock.name])]
+        self.manifest, count = self._server.change(keys, planned)
+        if lock is not None:
+            lock.wrote()
+        return count
+
+    def _header(self, key: bytes) -> Command:
+        return "GETRANGE", self.names.record(key), 0, HEADER_BYTES - 1
+
+    def _parsed(self, value: bytes | None) -> Manifest:
+        if value is None:
+            raise StoreWriteError(
+                f"{self._store.address}: gen-{self._number} is missing: it has expired (ttl_days), another writer "
+                "removed it, or the server lost it; rerun the command, or run a full refresh if nothing else is "
+                "published"
+            )
+        return self._store.parsed(value, self._number)
+
+
+def _both_lengths(record: bytes, state: bytes) -> int:
+    return len(record) + len(state)
+
+
+def _expiries(names: Iterable[bytes], expires_at: int | None) -> list[Command]:
+    """Commands that let keys expire at a time in ms by the server's clock; None lets them stay."""
+    return [] if expires_at is None else [("PEXPIREAT", name, expires_at) for name in names]
+
+
+def _parts(lengths: Sequence[int]) -> list[slice]:
+    """Parts of about BATCH_BYTES, each of at least one user; an empty part if there are no users."""
+    bounds, size = [0], 0
+    for place, length in enumerate(lengths):
+        if size and size + length > BATCH_BYTES:
+            bounds.append(place)
+            size = 0
+        size += length
+    return [slice(first, end) for first, end in pairwise([*bounds, len(lengths)])]
