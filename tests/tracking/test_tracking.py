@@ -31,8 +31,14 @@ from vista.runs import tracking
 from vista.training.trainer import Trainer, train_model
 
 KINDS = [
-    pytest.param(kind, marks=pytest.mark.skipif(find_spec(package) is None, reason=f"needs {package}"))
-    for kind, package in (("tensorboard", "tensorboard"), ("mlflow", "mlflow"), ("wandb", "wandb"))
+    pytest.param(
+        kind,
+        marks=[
+            pytest.mark.skipif(find_spec(kind) is None, reason=f"needs {kind}"),
+            *([] if kind == "tensorboard" else [pytest.mark.nightly]),
+        ],
+    )
+    for kind in ("tensorboard", "mlflow", "wandb")
 ]
 BLOCK_BYTES = 1 << 15
 mlflow_only = pytest.mark.skipif(find_spec("mlflow") is None, reason="needs mlflow")
@@ -165,9 +171,7 @@ def untracked_model(event_log: EventLog, tmp_path_factory: pytest.TempPathFactor
     return (run_dir / "best" / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[] if kind == "tensorboard" else pytest.mark.nightly) for kind in KINDS]
-)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_tracker_shows_metrics_and_files_and_changes_nothing(
     event_log: EventLog, dashboard_folder: Path, untracked_model: bytes, kind: str
 ) -> None:
