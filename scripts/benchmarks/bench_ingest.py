@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import resource
 import sys
-import tempfile
 from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
@@ -18,8 +17,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser
-from scripts.benchmarks.timing import interleaved, timing_of
+from scripts.benchmarks.benchmark import BenchmarkRecorder, interleaved, recording, timing_of
 from vista.config import PrepareConfig, SourceConfig
 from vista.log.ingest.prepare import prepare
 
@@ -94,11 +92,8 @@ def measure(recorder: BenchmarkRecorder, folder: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
-    options = benchmark_parser("ingest", __doc__).parse_args(arguments)
-    recorder = BenchmarkRecorder("ingest", out=options.out, quick=options.quick)
-    with tempfile.TemporaryDirectory(prefix="vista-bench-") as folder:
-        measure(recorder, Path(folder))
-    recorder.print_summary()
+    with recording("ingest", __doc__, arguments) as recorder:
+        measure(recorder, recorder.folder)
     return 0
 
 

@@ -16,7 +16,6 @@ import itertools
 import json
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser
-from scripts.benchmarks.timing import interleaved
+from scripts.benchmarks.benchmark import BenchmarkRecorder, benchmark_parser, interleaved, recording
 from scripts.benchmarks.workloads import ACTIONS, START_MS, lifelong_log, popular_items, untrained
 from vista.config import SourceConfig, WatchConfig
 from vista.config.log_config import StreamConfig
@@ -132,12 +130,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = benchmark_parser("kafka", __doc__).parse_args(arguments)
     set_threads(0)
     keep_freed_memory()
-    recorder = BenchmarkRecorder("kafka", out=options.out, quick=options.quick)
     sizes = [(50, 500)] if options.quick else [(200, 20_000), (2_000, 50_000)]
-    with tempfile.TemporaryDirectory(prefix="vista-bench-") as name:
+    with recording("kafka", __doc__, options) as recorder:
         for number, (num_users, num_events) in enumerate(sizes):
-            bench_watch(recorder, Path(name) / str(number), num_users, num_events, rounds=3 if options.quick else 5)
-    recorder.print_summary()
+            bench_watch(
+                recorder, recorder.folder / str(number), num_users, num_events, rounds=3 if options.quick else 5
+            )
     return 0
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import itertools
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,8 +24,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser
-from scripts.benchmarks.timing import interleaved
+from scripts.benchmarks.benchmark import BenchmarkRecorder, benchmark_parser, interleaved, recording
 from scripts.benchmarks.workloads import START_MS, find_ml_1m, lifelong_log, popular_items, untrained
 from vista.config import PrepareConfig, SourceConfig
 from vista.device import keep_freed_memory, set_threads
@@ -159,12 +157,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("ml-1m not found (set VISTA_DATA_DIR, or give --data): refreshing a generated log of its size instead")
     set_threads(0)
     keep_freed_memory()
-    recorder = BenchmarkRecorder("refresh", out=options.out, quick=options.quick)
-    with tempfile.TemporaryDirectory(prefix="vista-bench-") as name:
-        folder = Path(name)
+    with recording("refresh", __doc__, options) as recorder:
+        folder = recorder.folder
         bench_ingest(recorder, folder, 20_000 if options.quick else 2_000_000, rounds=3 if options.quick else 5)
         bench_refresh(recorder, folder, data, rounds=3 if options.quick else 5)
-    recorder.print_summary()
     return 0
 
 

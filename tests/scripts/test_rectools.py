@@ -16,8 +16,7 @@ import torch
 from scripts.benchmarks.rectools_process import call_rectools, words_of
 from scripts.experiments import crosscheck_rectools as crosscheck
 from scripts.experiments import minutes_rectools
-from scripts.experiments.crosscheck_rectools import cases_of
-from scripts.experiments.like_rectools import LikeRecTools
+from scripts.experiments.crosscheck_rectools import LikeRecTools, cases_of
 from scripts.experiments.results import read_results
 from tests.conftest import LENGTHS, ratings_folder, small_frame
 from vista.config import DataConfig, ModelConfig, OptimConfig, SourceColumns, TrainConfig

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import vista
-from scripts.experiments import plot_minutes, row_origin
+from scripts.experiments import plots, row_origin
 from scripts.experiments.minutes_rectools import MODELS
 from scripts.experiments.results import append_result, hardware, main, markdown_table, read_results
 from scripts.experiments.row_origin import RowOrigin, train_noted
@@ -378,12 +378,12 @@ def minutes_line(model: str, **values: Any) -> str:
 
 
 def test_curves_become_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--results", str(tmp_path), "--out", str(tmp_path / "minutes.png")]
+    words = ["minutes", "--results", str(tmp_path), "--out", str(tmp_path / "minutes.png")]
     (tmp_path / f"{MINUTES_TABLE}.jsonl").write_text(minutes_line("popularity") + "\n")
-    assert plot_minutes.main(words) == 1
+    assert plots.main(words) == 1
     assert "has a curve; run scripts.experiments.reproduce ml-1m-20min or newcomer-cj or " in capsys.readouterr().err
     (tmp_path / f"{MINUTES_TABLE}.jsonl").write_text("{}\n")
-    assert plot_minutes.main(words) == 1 and "line 1: result: missing keys" in capsys.readouterr().err
+    assert plots.main(words) == 1 and "line 1: result: missing keys" in capsys.readouterr().err
     curves = [
         minutes_line("vista", curve=[[60, 0.1], [120, 0.2]]),
         minutes_line("hstu", curve=[[60, 0.05]]),
@@ -391,5 +391,5 @@ def test_curves_become_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[s
     ]
     curves += [minutes_line(f"RecTools {model}", curve=[[60, 0.1]]) for model in MODELS]
     (tmp_path / f"{MINUTES_TABLE}.jsonl").write_text("\n".join(curves) + "\n")
-    assert plot_minutes.main(words) == 0
+    assert plots.main(words) == 0
     assert (tmp_path / "minutes.png").read_bytes().startswith(b"\x89PNG")

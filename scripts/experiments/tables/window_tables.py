@@ -7,8 +7,7 @@ baseline is counted on. No epoch is chosen by validation, for which the events b
 
 from __future__ import annotations
 
-from scripts.experiments.tables.table import Table
-from scripts.experiments.tables.table_row import K0, WITHOUT_COUNTERS, TableRow
+from scripts.experiments.tables.table import K0, WITHOUT_COUNTERS, Table, TableRow
 
 BASELINE_MINUTES = {
     "popularity": 0.1,
