@@ -39,7 +39,7 @@ ITEMS = np.unique(small_frame()["item"])
 @pytest.fixture(autouse=True)
 def shared_parser(monkeypatch: pytest.MonkeyPatch) -> None:
     """One child process for all tests; to start one takes half a second."""
-    for module in ("vista.cli.item_commands", "vista.cli.item_commands", "vista.log.ingest.new_features"):
+    for module in ("vista.log.ingest.source_parser", "vista.log.ingest.new_features"):
         monkeypatch.setattr(f"{module}.SourceParser", lambda: nullcontext(PARSER))
 
 

@@ -1,4 +1,4 @@
-"""The commands `vista train`, `vista evaluate`, and `vista compare`."""
+"""The commands on runs, such as `vista train`, `vista evaluate`, and `vista report`, and `vista plan` and `doctor`."""
 
 from __future__ import annotations
 
@@ -80,9 +80,6 @@ def run_sweep(config: SweepConfig) -> SweepReport:
             "these trials again"
         )
     return report
-
-
-# The commands `vista runs` and `vista runs compare`.
 
 
 def run_runs(config: RunsConfig) -> RunList:
@@ -182,8 +179,6 @@ def run_plan(config: PlanConfig) -> PlanReport:
         replace_text(Path(config.out), json.dumps(values, indent=2) + "\n")
     return PlanReport(plan)
 
-
-# The command `vista doctor`.
 
 _MARKS = {Verdict.fine: " ", Verdict.limited: "!", Verdict.broken: "x"}
 _LISTS = {Verdict.limited: "! Slow or limited here, and why:", Verdict.broken: "x Broken:"}
