@@ -98,11 +98,9 @@ def bench_ingest(recorder: BenchmarkRecorder, folder: Path, num_events: int, rou
     for name in sources:
         each = timing[name]
         case = f"ingest of {num_events:,} events, {name}"
-        rates = [num_events / seconds for seconds in each.samples_s]
-        spread = float(np.subtract(*np.percentile(rates, [75, 25])))
-        recorder.add(case, num_events / each.median_s, "events/s", bar="value >= 1e6", spread=spread)
-        roofline = num_events / timing[f"{name}, read alone"].median_s
-        recorder.add(f"{case}: Polars reading the columns alone", roofline, "events/s")
+        recorder.add_rate(case, num_events, each, "events/s", bar="value >= 1e6")
+        alone = f"{case}: Polars reading the columns alone"
+        recorder.add_rate(alone, num_events, timing[f"{name}, read alone"], "events/s")
         add_shares(recorder, case, mean_shares(stages[name][1:]))
 
 
@@ -128,9 +126,8 @@ def bench_refresh(recorder: BenchmarkRecorder, folder: Path, data: Path | None, 
     )["refresh"]
     assert all(report.num_users == log.num_users and report.num_events == log.num_events for report in reports)
     case = f"refresh of {name}, {log.num_users:,} users, {log.num_events:,} events"
-    spread = log.num_users * once.spread_s / once.median_s**2
-    recorder.add(f"{case}: users", log.num_users / once.median_s, "users/s", spread=spread)
-    recorder.add(f"{case}: events", log.num_events / once.median_s, "events/s")
+    recorder.add_rate(f"{case}: users", log.num_users, once, "users/s")
+    recorder.add_rate(f"{case}: events", log.num_events, once, "events/s")
     add_shares(recorder, case, mean_shares([report.shares for report in reports[1:]]))
 
 

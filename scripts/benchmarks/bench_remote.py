@@ -91,7 +91,8 @@ def bench_shape(recorder: BenchmarkRecorder, folder: Path, port: int, shape: Sto
         for keys, records in batches:
             local.put_batch(keys, records, local.cursor + len(keys))
         local.publish()
-    _record(recorder, f"{shape}: writes of {RECORDS_PER_WRITE} records, against raw MSET", RECORDS_PER_WRITE, timing)
+    case, unit = f"{shape}: writes of {RECORDS_PER_WRITE} records, against raw MSET", "records/s"
+    recorder.add_rate(case, RECORDS_PER_WRITE, timing["ours"], unit, baseline=timing["raw"])
 
     rng = np.random.default_rng(3)
     users = [rng.choice(num_users, RECORDS_PER_READ, replace=False) + 1 for _ in range(8)]
@@ -120,16 +121,16 @@ def bench_shape(recorder: BenchmarkRecorder, folder: Path, port: int, shape: Sto
         )
         assert np.array_equal(store.get_many(users[0]).summary, lmdb.get_many(users[0]).summary)
     case = f"{shape}: reads of {RECORDS_PER_READ} users"
-    _record(recorder, f"{case}, checked, against raw MGET", RECORDS_PER_READ, timing, bar="ratio >= 0.8")
+    recorder.add_rate(
+        f"{case}, checked, against raw MGET",
+        RECORDS_PER_READ,
+        timing["ours"],
+        unit,
+        baseline=timing["raw"],
+        bar="ratio >= 0.8",
+    )
     for name, what in (("get_many", "checked and as float32"), ("cached", "the same with a cache")):
         recorder.add_time(f"{case}, {what}, against the same from LMDB", timing[name], "ms", baseline=timing["lmdb"])
-
-
-def _record(recorder: BenchmarkRecorder, case: str, count: int, timing: Any, bar: str | None = None) -> None:
-    ours, raw = timing["ours"], timing["raw"]
-    spread = count * ours.spread_s / ours.median_s**2
-    rate = count / ours.median_s
-    recorder.add(case, rate, "records/s", baseline=count / raw.median_s, better="more", bar=bar, spread=spread)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -56,8 +56,7 @@ def measure(recorder: BenchmarkRecorder, name: str, config: SimulateConfig, fold
     timing = interleaved(contestants, rounds=rounds, warmup=1, max_seconds=40)
     check(log, config, folder)
     for part, each in timing.items():
-        spread = log.num_events * each.spread_s / each.median_s**2
-        recorder.add(f"{name}: {part}", log.num_events / each.median_s, "events/s", spread=spread)
+        recorder.add_rate(f"{name}: {part}", log.num_events, each, "events/s")
     for part, each in timing.items():
         if part != "writing":
             rate = log.num_events / (each.median_s + timing["writing"].median_s)

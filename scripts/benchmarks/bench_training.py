@@ -143,7 +143,7 @@ def compare(
                 ours[who].append(run_ours(who, log, negatives, dropout))
     assert all(num_labels >= report["positions"] for report in reports), "ours must have at least as many labels"
     baseline = timing_of([report["seconds_per_epoch"][0] for report in reports])
-    rows = []
+    rows: list[dict[str, Any]] = []
     for who, bar in BARS.items():
         own = timing_of(ours[who])
         case = f"ml-1m epoch of {who.value}, {negatives} negatives a label, dropout {dropout:g}"

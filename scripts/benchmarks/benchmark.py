@@ -213,11 +213,11 @@ class BenchmarkRecorder:
 
     def add_time(
         self, case: str, timing: Timing, unit: str, *, baseline: Timing | None = None, bar: str | None = None
-    ) -> None:
-        """Record the median of a timing and its spread, in s, ms, CPU ms, or µs."""
-        scale = 1.0 if unit == "s" else 1e6 if unit == "µs" else 1e3
+    ) -> dict[str, Any]:
+        """`add` the median and the spread of a timing, in s, ms, CPU ms, or µs."""
+        scale = {"s": 1.0, "µs": 1e6}.get(unit, 1e3)
         against = None if baseline is None else scale * baseline.median_s
-        self.add(case, scale * timing.median_s, unit, baseline=against, bar=bar, spread=scale * timing.spread_s)
+        return self.add(case, scale * timing.median_s, unit, baseline=against, bar=bar, spread=scale * timing.spread_s)
 
     def add_rate(
         self,
@@ -228,11 +228,11 @@ class BenchmarkRecorder:
         *,
         baseline: Timing | None = None,
         bar: str | None = None,
-    ) -> None:
-        """Record how many units per second a call of `count` units does."""
-        against, spread = None if baseline is None else count / baseline.median_s, count / timing.median_s**2
-        rate = count / timing.median_s
-        self.add(case, rate, unit, baseline=against, better="more", bar=bar, spread=spread * timing.spread_s)
+    ) -> dict[str, Any]:
+        """`add` how many of `unit`, such as events/s, a call that processes `count` of them reaches."""
+        rate, against = count / timing.median_s, None if baseline is None else count / baseline.median_s
+        spread = rate * timing.spread_s / timing.median_s
+        return self.add(case, rate, unit, baseline=against, better="more", bar=bar, spread=spread)
 
     def _write(self, row: dict[str, Any]) -> None:
         """Replace the row's predecessor atomically."""

@@ -263,8 +263,8 @@ def test_lines_have_the_form_of_the_table(
     """The process here finds no label in its first validation and all in its second, and ranks test labels second."""
     calls = []
 
-    def call(python: Path, data: Path, given: Sequence[str], script: Path) -> dict[str, Any]:
-        assert script.exists() and data.exists()
+    def call(python: Path, data: Path, given: Sequence[str]) -> dict[str, Any]:
+        assert data.exists()
         options = dict(zip(given[::2], given[1::2], strict=True))
         calls.append(options["--model"])
         with np.load(data, allow_pickle=False) as split:

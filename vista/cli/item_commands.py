@@ -378,7 +378,8 @@ def _prefixes(codes: NDArray[np.int32], is_known: NDArray[np.bool_]) -> pl.Serie
     of_all[is_known] = codes
     prefixes = [pl.concat_str(names[:length], separator="-") for length in range(1, len(names) + 1)]
     values = pl.when(pl.Series(is_known)).then(pl.concat_list(prefixes))
-    return pl.DataFrame(of_all, schema=names).select(codes=values).to_series()
+    codes: pl.Series = pl.DataFrame(of_all, schema=names).select(codes=values).to_series()
+    return codes
 
 
 INDEX_SUFFIX = ".index"
