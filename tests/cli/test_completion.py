@@ -136,9 +136,7 @@ def test_words_of_a_line(shell: str, folder: Path, capsys: pytest.CaptureFixture
     assert [word.rpartition("=")[2] for word in files] == ["[a,source/config.yaml"]
 
 
-def test_words_come_with_summaries_and_need_neither_torch_nor_polars(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_words_come_with_summaries_and_without_torch(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = (
         "import sys; from vista.cli.main import main; main(sys.argv[1:]); print({'torch', 'polars'} & {*sys.modules})"
     )

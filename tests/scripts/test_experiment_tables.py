@@ -31,7 +31,7 @@ from scripts.experiments.tables.public_tables import TABLES as PUBLIC_TABLES
 from scripts.experiments.tables.simulation_tables import WORLDS
 from scripts.experiments.tables.table import K0, ORACLE, Table, TableRow
 from scripts.experiments.tables.window_tables import COUNTED, WITHOUT
-from tests.cli.test_embed_command import LettersEncoder
+from tests.cli.test_items_commands import LettersEncoder
 from tests.conftest import real_set
 from tests.log.ingest.public.samples import SAMPLES, complete_journey
 from tests.log.log_oracle import values_of
