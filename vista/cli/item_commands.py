@@ -355,7 +355,7 @@ def _write(codebooks: Codebooks, file: Path) -> None:
 
 def _vectors_of_model(folder: str) -> tuple[pl.Series, Float32s]:
     """The ids and the vectors [V, M] of a model's items."""
-    pl = require_module("polars", "data")
+    import polars as pl
     import torch
 
     from vista.model.registry import load_model
@@ -372,14 +372,14 @@ def _prefixes(codes: NDArray[np.int32], is_known: NDArray[np.bool_]) -> pl.Serie
     Args:
         codes: int32 [N, L] of the items with a vector; is_known: bool [V], which of all items these are.
     """
-    pl = require_module("polars", "data")
+    import polars as pl
+
     names = [f"level {level}" for level in range(1, codes.shape[1] + 1)]
     of_all = np.zeros((len(is_known), len(names)), np.int32)
     of_all[is_known] = codes
     prefixes = [pl.concat_str(names[:length], separator="-") for length in range(1, len(names) + 1)]
     values = pl.when(pl.Series(is_known)).then(pl.concat_list(prefixes))
-    codes: pl.Series = pl.DataFrame(of_all, schema=names).select(codes=values).to_series()
-    return codes
+    return pl.DataFrame(of_all, schema=names).select(codes=values).to_series()
 
 
 INDEX_SUFFIX = ".index"
