@@ -234,7 +234,11 @@ def send_questions(stage: SoakStage, port: int, per_second: float) -> None:
 
 
 class ServiceClient:
-    """One connection, and what it has learned of the service."""
+    """One connection, and what it has learned of the service.
+
+    Around each question, it asks on the same connection, and so the same worker, what is in service. If the connection
+    breaks, it does what the guide says: it waits briefly, connects again, and sends the question again, but only once.
+    """
 
     def __init__(self, stage: SoakStage, port: int, number: int) -> None:
         self._stage, self._port, self._number = stage, port, number

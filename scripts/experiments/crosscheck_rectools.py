@@ -380,7 +380,15 @@ def _line(
 
 
 class LikeRecTools(SASRec):
-    """SASRec as RecTools initializes and trains it."""
+    """SASRec as RecTools initializes and trains it, so that two harnesses are compared instead of two models.
+
+    - Parameters with two or more dimensions start by Xavier's normal rule, the biases of attention at 0.
+    - Positions count from the newest input.
+    - Dropout is on the attention weights, not on the output of attention.
+    - A user's first event is only an input, not a label.
+
+    It supports only next items, on whole histories; `cut_log` cuts the log beforehand.
+    """
 
     def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
         super().__init__(config, schema, items, data)
