@@ -20,10 +20,10 @@ DATA ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-BENCHMARKS := $(filter-out bench_summary bench_torchrec,$(basename $(notdir $(sort $(wildcard scripts/benchmarks/bench_*.py)))))
+BENCHMARKS := $(filter-out bench_torchrec,$(basename $(notdir $(sort $(wildcard scripts/benchmarks/bench_*.py)))))
 RUN_BENCHMARKS := failed=0; \
 	for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m scripts.benchmarks.$$name $(BENCH_ARGS) || failed=1; done; \
-	$(BIN)/python -m scripts.benchmarks.bench_summary; exit $$failed
+	$(BIN)/python -m scripts.benchmarks.benchmark; exit $$failed
 
 # Tests that `make test` leaves out; each group has a target of its own.
 SLOW_GROUPS := gpu or aot or faults or nightly or research or docs or recipes or browser

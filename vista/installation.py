@@ -107,6 +107,4 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-# The version of vista.
-
 __version__ = "0.1.0"

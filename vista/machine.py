@@ -1,4 +1,4 @@
-"""The processor of this machine, and the number of cores that this process may use."""
+"""The processor and the memory of this machine, what this process may use of them, and sockets to listen on."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ import errno
 import ipaddress
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 from vista.errors import ConfigError
+
+_ROOT = Path("/sys/fs/cgroup")
+_OWN = Path("/proc/self/cgroup")
+_NO_LIMIT = 1 << 60
+"""Version 1 writes a number near 2^63 for no limit."""
 
 
 def cpu_name() -> str | None:
@@ -23,7 +29,45 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-# The sockets on which the service listens.
+def free_bytes() -> int | None:
+    """Memory that new processes can use, including caches that the system gives up; None if the system does not say."""
+    path = Path("/proc/meminfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def cpu_quota(root: Path = _ROOT, own: Path = _OWN) -> float | None:
+    """Cores' worth of time that this process's control group may use (Linux); None without a limit."""
+    quotas = []
+    for folder in _control_groups(root, own, "cpu"):
+        if (folder / "cpu.max").exists():
+            quota, period = (folder / "cpu.max").read_text().split()
+            quotas += [] if quota == "max" else [int(quota) / int(period)]
+        elif (folder / "cpu.cfs_quota_us").exists():
+            quota_us = int((folder / "cpu.cfs_quota_us").read_text())
+            quotas += [] if quota_us < 0 else [quota_us / int((folder / "cpu.cfs_period_us").read_text())]
+    return min(quotas, default=None)
+
+
+def memory_limit_bytes(root: Path = _ROOT, own: Path = _OWN) -> int | None:
+    """Memory that this process's control group may use (Linux); None without a limit."""
+    limits = []
+    for folder in _control_groups(root, own, "memory"):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            text = (folder / name).read_text().strip() if (folder / name).exists() else "max"
+            limits += [] if text == "max" or int(text) >= _NO_LIMIT else [int(text)]
+    return min(limits, default=None)
+
+
+def _control_groups(root: Path, own: Path, controller: str) -> Iterator[Path]:
+    """Folders of the group and of all groups above it, each of which may set a limit."""
+    for line in own.read_text().splitlines() if own.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        top = root / controller if controllers else root  # Version 1 has a folder per controller.
+        group = Path(path.lstrip("/"))
+        yield from (top / part for part in (group, *group.parents))
 
 
 def bound_socket(host: str, port: int, *, shared: bool = False) -> socket.socket:

@@ -67,22 +67,25 @@ def progress_bar(
         shown: False hides the bar; None shows it within `progress_shown`.
     """
     hidden = not (_is_shown.get() if shown is None else shown)
-    options: dict[str, Any] = {"desc": desc, "unit": unit, "total": total, "initial": initial, "unit_scale": unit_scale}
-    if _is_terminal():
+    has_total = total is not None or hasattr(iterable, "__len__")
+    if sys.stderr is not None and sys.stderr.isatty():
         is_narrow = not hidden and os.get_terminal_size(sys.stderr.fileno()).columns < NARROW_COLUMNS
-        has_total = total is not None or hasattr(iterable, "__len__")
-        return _Bar(
-            iterable,
-            disable=hidden,
-            delay=TERMINAL_DELAY_S,
-            miniters=1,
-            dynamic_ncols=True,
-            leave=leave,
-            bar_format=_NARROW if is_narrow and has_total else None,
-            **options,
-        )
-    interval = min(PLAIN_DELAY_S, LINE_SECONDS)
-    return _PlainLines(iterable, disable=hidden, delay=PLAIN_DELAY_S, mininterval=interval, miniters=1, **options)
+        place: dict[str, Any] = {"delay": TERMINAL_DELAY_S, "dynamic_ncols": True, "leave": leave}
+        place["bar_format"] = _NARROW if is_narrow and has_total else None
+    else:
+        place = {"file": _Lines(), "delay": PLAIN_DELAY_S, "mininterval": LINE_SECONDS}
+        place["bar_format"] = _PLAIN if has_total else _ENDLESS
+    return _Bar(
+        iterable,
+        disable=hidden,
+        desc=desc,
+        unit=unit,
+        total=total,
+        initial=initial,
+        unit_scale=unit_scale,
+        miniters=1,
+        **place,
+    )
 
 
 @contextmanager
@@ -100,8 +103,11 @@ def ticking(bar: tqdm[T]) -> Iterator[None]:
     ended = threading.Event()
 
     def tick() -> None:
+        due = bar.delay
         while not ended.wait(1.0):
-            if bar.format_dict["elapsed"] >= bar.delay:
+            elapsed = bar.format_dict["elapsed"]
+            if elapsed >= due:
+                due = elapsed + bar.mininterval
                 # `close` writes a last line only if there was one after the delay.
                 bar.last_print_t = max(bar.last_print_t, bar.start_t + bar.delay)
                 bar.refresh()
@@ -143,36 +149,12 @@ def _renew_lock() -> None:
 os.register_at_fork(after_in_child=_renew_lock)  # another thread of the parent may have held it at the fork
 
 
-class _PlainLines(_Bar):
-    """A progress bar that writes a line at a time."""
+class _Lines:
+    """Stderr that is not a terminal: what a bar would draw in place becomes a line of its own."""
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        self._next_line_s = 0.0
-        """Seconds after the start before which no further line is written."""
-        self._written_n = -1
-        """Units done as of the last line."""
-        super().__init__(*arguments, **options)
-        if not self.disable:
-            self.bar_format = _ENDLESS if self.total is None else _PLAIN
+    def write(self, text: str) -> None:
+        if text.startswith("\r") and (line := text.strip()):  # without moves of the cursor
+            sys.stderr.write(f"{line}\n")
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-        """Write the line, unless the last one was written recently."""
-        elapsed = self.format_dict["elapsed"]
-        if msg is None and elapsed >= self._next_line_s:
-            self.fp.write(f"{str(self).strip()}\n")
-            self.fp.flush()
-            self._next_line_s, self._written_n = elapsed + LINE_SECONDS, self.n
-        return False
-
-    def close(self) -> None:
-        """Write the last line, if there was one before, and it says something new."""
-        if not self.disable and self._next_line_s and (self.n != self._written_n or self.total is None):
-            self._next_line_s = 0.0
-            self._ema_dt = lambda: None  # the rate of all the work
-            self.display()
-        self.leave = False
-        super().close()
-
-
-def _is_terminal() -> bool:
-    return sys.stderr is not None and sys.stderr.isatty()
+    def flush(self) -> None:
+        sys.stderr.flush()

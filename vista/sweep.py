@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import xxhash
@@ -34,27 +34,18 @@ from vista.runs.tracking import TrackedRun
 from vista.text_table import terminal_width, text_table, wrapped
 from vista.training.trainer import train_model
 
-
-class Settings(Protocol):
-    """What chooses the settings of a sweep, one after another."""
-
-    def __len__(self) -> int:
-        """Number of settings."""
-
-    def __iter__(self) -> Iterator[dict[str, str]]:
-        """Swept keys and their values, without the seed."""
-
-    def tell(self, badness: float | None) -> None:
-        """Report the setting that was yielded last: smaller is better, None if it failed."""
-
-
-# Settings of a grid.
-
 MAX_SETTINGS = 10_000
+MAX_NAME = 120
+DECIDING = ("model.", "data.", "optim.", "seed", "stage", "base", "store", "init_from", "init_freeze", "precision")
+"""Settings on which the result of a run depends, by how their keys begin."""
+SEED = "seed"
+STUDY_FILE = "optuna.journal"
+
+logger = logging.getLogger(__name__)
 
 
 class GridSettings:
-    """All combinations of the values."""
+    """All combinations of the values: swept keys and their values, without the seed."""
 
     def __init__(self, swept: Sequence[SweptKey]) -> None:
         """
@@ -80,13 +71,6 @@ class GridSettings:
 
     def tell(self, badness: float | None) -> None:
         """Do nothing: the settings of a grid do not depend on results."""
-
-
-# One training run of a sweep.
-
-MAX_NAME = 120
-DECIDING = ("model.", "data.", "optim.", "seed", "stage", "base", "store", "init_from", "init_freeze", "precision")
-"""Settings on which the result of a run depends, by how their keys begin."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,9 +153,6 @@ def _is_finished(config: TrainConfig, run: RunSummary) -> bool:
         return False
     wanted = {key: value for key, value in flattened(to_dict(config)).items() if key.startswith(DECIDING)}
     return all(value is None or run.settings.get(key) == value for key, value in wanted.items())
-
-
-# The results of a sweep.
 
 
 @dataclass(slots=True)
@@ -260,10 +241,6 @@ def _place(trials: list[Trial]) -> tuple[bool, float]:
     return found is None, found or 0.0
 
 
-logger = logging.getLogger(__name__)
-SEED = "seed"
-
-
 def sweep(config: SweepConfig) -> SweepReport:
     """Train all settings with all seeds, in run folders within `config.folder`.
 
@@ -293,7 +270,11 @@ def sweep(config: SweepConfig) -> SweepReport:
     if grid is not None:
         _require_a_trial(words, grid, seeds[0], config.train_file)
     writable_folder(folder, "folder")
-    settings = _sampled(folder, others, config.trials) if grid is None else grid
+    settings: GridSettings | SampledSettings
+    if grid is None:
+        settings = SampledSettings(folder, others, TPE_TRIALS if config.trials is None else config.trials)
+    else:
+        settings = grid
     report, num_trials, seconds = SweepReport(folder), len(settings) * len(seeds), list[float]()
     for setting in settings:
         trials: list[Trial] = []
@@ -311,7 +292,9 @@ def sweep(config: SweepConfig) -> SweepReport:
     return report
 
 
-def _finish_setting(report: SweepReport, trials: list[Trial], settings: Settings, sampler: Sampler) -> None:
+def _finish_setting(
+    report: SweepReport, trials: list[Trial], settings: GridSettings | SampledSettings, sampler: Sampler
+) -> None:
     """Report the trials of a setting to the sampler, and write the results so far."""
     report.add(trials)
     badness = mean_badness(trials)
@@ -345,13 +328,6 @@ def _seeds(swept: Sequence[SweptKey]) -> Sequence[str | None]:
     return [None]
 
 
-def _sampled(folder: Path, swept: Sequence[SweptKey], trials: int | None) -> Settings:
-
-    if not swept:
-        raise ConfigError("train: with sampler=tpe, a key other than seed must have several values or an interval")
-    return SampledSettings(folder, swept, TPE_TRIALS if trials is None else trials)
-
-
 def _require_a_trial(words: Sequence[str], grid: GridSettings, seed: str | None, train_file: str | None) -> None:
     """Raise the error of the first setting if all of them have one."""
     first: ConfigError | None = None
@@ -369,17 +345,13 @@ def _text(setting: dict[str, str], seed: str | None) -> str:
     return " ".join(f"{key}={value}" for key, value in {**setting, **({} if seed is None else {SEED: seed})}.items())
 
 
-# Settings that Optuna samples. Its trials are kept in the folder of the sweep, so that a rerun continues them.
-#
-# Release 1.3 of Hydra's own plugin for Optuna needs Optuna 2. This is Optuna's ask-and-tell interface: a setting is
-# asked
-# for, trained, and its validation told.
-
-STUDY_FILE = "optuna.journal"
-
-
 class SampledSettings:
-    """Settings in the order of their trials: those of earlier processes, then new ones."""
+    """Settings that Optuna samples, in the order of their trials: those of earlier processes, then new ones.
+
+    The trials are kept in the folder of the sweep, so that a rerun continues them. Release 1.3 of Hydra's plugin for
+    Optuna needs Optuna 2. This is Optuna's ask-and-tell interface: a setting is asked for, trained, and its validation
+    told.
+    """
 
     def __init__(self, folder: Path, swept: Sequence[SweptKey], trials: int) -> None:
         """
@@ -389,16 +361,19 @@ class SampledSettings:
             trials: number of settings, with those of earlier processes.
 
         Raises:
+            ConfigError: no key is swept.
             SweepError: the folder has a sweep over other keys or values.
         """
-        optuna = require_module("optuna", "optuna")
+        if not swept:
+            raise ConfigError("train: with sampler=tpe, a key other than seed must have several values or an interval")
+        self._optuna = optuna = require_module("optuna", "optuna")
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         storage = JournalStorage(JournalFileBackend(str(folder / STUDY_FILE)))
         self._study = optuna.create_study(study_name="sweep", storage=storage, load_if_exists=True)
-        self._distributions = {one.key: _distribution(one) for one in swept}
+        self._distributions = {one.key: _distribution(one, optuna.distributions) for one in swept}
         self._trials = trials
         known = {key: repr(distribution) for key, distribution in self._distributions.items()}
         stored = self._study.user_attrs.get("keys", known)
@@ -417,7 +392,7 @@ class SampledSettings:
             stored = self._study.get_trials(deepcopy=False)
             if number == len(stored):
                 # With a seed per trial, a resumed sweep samples what an uninterrupted one does.
-                self._study.sampler = require_module("optuna", "optuna").samplers.TPESampler(seed=number)
+                self._study.sampler = self._optuna.samplers.TPESampler(seed=number)
                 self._study.ask(self._distributions)
                 stored = self._study.get_trials(deepcopy=False)
             self._number = number
@@ -430,17 +405,18 @@ class SampledSettings:
             badness: smaller is better; None if it failed.
         """
         if not self._study.get_trials(deepcopy=False)[self._number].state.is_finished():
-            state = require_module("optuna", "optuna").trial.TrialState.FAIL if badness is None else None
+            state = self._optuna.trial.TrialState.FAIL if badness is None else None
             self._study.tell(self._number, badness, state=state)
 
 
-def _distribution(one: SweptKey) -> Any:
+def _distribution(one: SweptKey, distributions: Any) -> Any:
+    """Where Optuna draws a key from."""
     if one.interval is None:
-        return require_module("optuna", "optuna").distributions.CategoricalDistribution(one.values)
+        return distributions.CategoricalDistribution(one.values)
     low, high = one.interval
     if one.whole:
-        return require_module("optuna", "optuna").distributions.IntDistribution(int(low), int(high), log=one.log)
-    return require_module("optuna", "optuna").distributions.FloatDistribution(low, high, log=one.log)
+        return distributions.IntDistribution(int(low), int(high), log=one.log)
+    return distributions.FloatDistribution(low, high, log=one.log)
 
 
 def _word(value: Any) -> str:

@@ -8,18 +8,26 @@ On a CPU (`--device cpu`, or `auto` if torch sees no GPU):
   there is no bar and the case is the microseconds beyond the roofline;
 - QLA and SDPA at 16,384 events, each in its faster dtype;
 - a training step of the bidirectional summarizer (3 layers, 32 seeds, 16,384 events per batch) with QLA, with SDPA and
-  with HSTU's attention (baseline_attention.py), each in its faster dtype;
+  with HSTU's attention (attention.py), each in its faster dtype;
 - many short users (0 to 50 events), over their own roofline;
 - time per event at 10^6 events over that at 10^4.
 
 Outputs are fresh tensors, in memory that the process keeps (`vista.device.keep_freed_memory`), as in vista's commands.
-On a GPU the cases are those of attention_on_gpu.py. All contestants of a case, including its roofline, run in
-alternation in this process. Results that must be equal are compared before they are timed.
+
+On a GPU, all cases use bfloat16, from 65,536 packed tokens. A share compares the bytes per second that QLA must move (4
+streams of tokens forward, 7 backward) with those of a large copy on the same device. Baselines get the same users of
+equal length: SDPA (FlashAttention), HSTU's attention in blocks, torch.compile of the formula and of our torch backend,
+and FLA's chunk_linear_attn (causal, without activations) if FLA is installed.
+
+All contestants of a case, including its roofline, run in alternation in this process. Results that must be equal are
+compared before they are timed.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,20 +35,35 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from scripts.benchmarks.attention_workloads import (
+from scripts.benchmarks.attention import (
+    BLOCK_SCORES,
     HEAD_DIM,
     NUM_SEEDS,
+    Attention,
     AttentionStep,
     AttentionTokens,
     assert_equal,
     check,
+    fastest_block,
+    hstu,
+    plain_hstu,
+    plain_quasi_linear,
+    sdpa,
 )
-from scripts.benchmarks.baseline_attention import Attention, fastest_block, hstu, plain_hstu, sdpa
-from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser
-from scripts.benchmarks.rooflines import Roofline, backward_roofline, forward_roofline, short_users_roofline
-from scripts.benchmarks.timing import Timing, interleaved
+from scripts.benchmarks.benchmark import BenchmarkRecorder, Timing, benchmark_parser, interleaved
+from scripts.benchmarks.rooflines import (
+    LARGEST_COPY_BYTES,
+    Roofline,
+    backward_roofline,
+    copying,
+    forward_roofline,
+    short_users_roofline,
+)
 from vista.device import keep_freed_memory, resolve_device, set_threads
+from vista_kernels import quasi_linear_attention
 
 DIMS = (64, 256)
 DTYPES = (torch.float32, torch.bfloat16)
@@ -131,14 +154,7 @@ def against_baselines(recorder: BenchmarkRecorder, case: str, timing: Mapping[st
     )
     ours = fastest_of(timing, "QLA")
     for baseline in dict.fromkeys(name.split()[0] for name in timing if not name.startswith("QLA ")):
-        recorder.add(
-            f"{case}, against {baseline}",
-            1e3 * ours.median_s,
-            "ms",
-            baseline=1e3 * fastest_of(timing, baseline).median_s,
-            bar=bar,
-            spread=1e3 * ours.spread_s,
-        )
+        recorder.add_time(f"{case}, against {baseline}", ours, "ms", baseline=fastest_of(timing, baseline), bar=bar)
 
 
 def fastest_of(timing: Mapping[str, Timing], who: str) -> Timing:
@@ -227,6 +243,128 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionSizesOnGpu:
+    """Sizes of the cases."""
+
+    dims: tuple[int, ...] = (64, 128, 256)
+    batches: tuple[tuple[int, int], ...] = ((64, 1024), (1, 65_536), (1, 1 << 20))
+    """Users and events per user of the shares."""
+    baseline_batches: tuple[tuple[int, int], ...] = ((64, 1024), (4, 16_384))
+    """Users and events per user of the comparisons with baselines."""
+    block_scores: tuple[int, ...] = BLOCK_SCORES
+    """Sizes of HSTU's blocks to try."""
+    copy_bytes: int = LARGEST_COPY_BYTES
+    """Bytes that the copy reads, and writes."""
+
+
+QUICK_ON_GPU = AttentionSizesOnGpu(dims=(64,), batches=((64, 1024),), baseline_batches=((64, 1024),))
+
+
+def bench_on_gpu(recorder: BenchmarkRecorder, device: torch.device, sizes: AttentionSizesOnGpu) -> None:
+    """Run all cases."""
+    for dim in sizes.dims:
+        for users, length in sizes.batches:
+            bench_share(recorder, users, length, dim, device, sizes.copy_bytes)
+        for users, length in sizes.baseline_batches:
+            bench_baselines(recorder, users, length, dim, device, sizes.block_scores)
+
+
+def bench_share(
+    recorder: BenchmarkRecorder, users: int, length: int, dim: int, device: torch.device, copy_bytes: int
+) -> None:
+    """QLA forward and backward as a share of the copy bandwidth."""
+    tokens = AttentionTokens([length] * users, dim, torch.bfloat16, device)
+    check(tokens)
+    check_repeats(tokens)
+    copy = copying(2 * copy_bytes, device)
+    calls: dict[str, Callable[[], object]] = {"forward": tokens.forward, "backward": tokens.backward()}
+    timing = interleaved(calls | {"copy": copy.call}, synchronize=torch.cuda.synchronize)
+    bandwidth = 2 * copy_bytes / (copy.times * timing["copy"].median_s)
+    for name, streams, bar in (("forward", 4, 80), ("backward", 7, 70)):
+        each = timing[name]
+        share = 100 * streams * tokens.q.numel() * tokens.q.itemsize / each.median_s / bandwidth
+        print(f"        {name}: {1e6 * each.median_s:.4g} µs; copy {bandwidth / 1e9:,.0f} GB/s", flush=True)
+        recorder.add(
+            f"QLA {name}, {users} x {length:,} events, d={dim}, bfloat16: share of the copy bandwidth",
+            share,
+            "%",
+            bar=f"value >= {bar}",
+            spread=share * each.spread_s / each.median_s,
+        )
+
+
+def bench_baselines(
+    recorder: BenchmarkRecorder,
+    users: int,
+    length: int,
+    dim: int,
+    device: torch.device,
+    block_scores: Sequence[int],
+) -> None:
+    """Compare the forward, and the forward with the backward, with each baseline."""
+    tokens = AttentionTokens([length] * users, dim, torch.bfloat16, device)
+    leaves = tokens.by_user()
+    attentions = {"QLA": partial(packed, tokens.offsets, "auto")} | baselines(tokens, block_scores)
+
+    @torch.no_grad()
+    def forward(attention: Attention) -> Tensor:
+        return attention(*leaves)
+
+    def train(attention: Attention) -> tuple[Tensor, ...]:
+        out = attention(*leaves)
+        return torch.autograd.grad(out, leaves, tokens.grad.view(out.shape))
+
+    for name, run in (("forward", forward), ("forward and backward", train)):
+        calls = {who: partial(run, attention) for who, attention in attentions.items()}
+        timing = interleaved(calls, warmup=3, synchronize=torch.cuda.synchronize)
+        ours = timing.pop("QLA")
+        for baseline, each in timing.items():
+            recorder.add_time(
+                f"QLA {name}, {users} x {length:,} events, d={dim}, bfloat16, against {baseline}",
+                ours,
+                "ms",
+                baseline=each,
+                bar="ratio > 1",
+            )
+
+
+def baselines(tokens: AttentionTokens, block_scores: Sequence[int]) -> dict[str, Attention]:
+    """Name -> attention over [B, T, H, D], for the users of `tokens`."""
+    users = len(tokens.offsets) - 1
+    length, heads = len(tokens.q) // users, tokens.q.shape[1]
+    block = fastest_block(users, length, heads, HEAD_DIM, tokens.q.detach(), block_scores=block_scores)
+    attentions: dict[str, Attention] = {
+        "SDPA": flash,
+        "HSTU in blocks": partial(hstu, block_scores=block),
+        "torch.compile of the formula": torch.compile(plain_quasi_linear),
+        "torch.compile of our torch backend": torch.compile(partial(packed, tokens.offsets, "torch")),
+    }
+    if importlib.util.find_spec("fla") is None:
+        print("        FLA is not installed: skipping its chunk_linear_attn", flush=True)
+        return attentions
+    chunked = importlib.import_module("fla.ops.linear_attn").chunk_linear_attn
+    return attentions | {"FLA chunk_linear_attn": lambda q, k, v: chunked(q, k, v, normalize=False)[0]}
+
+
+def packed(offsets: Tensor, backend: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """QLA on users of equal length, [B, T, H, D] -> [B, T, H, D]."""
+    q_T, k_T, v_T = (x.flatten(0, 1) for x in (q, k, v))
+    return quasi_linear_attention(q_T, k_T, v_T, offsets, normalization="length", backend=backend).view(q.shape)
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """SDPA by FlashAttention; raises an error if that is not possible."""
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return sdpa(q, k, v)
+
+
+def check_repeats(tokens: AttentionTokens) -> None:
+    """Require that two runs give the same bits."""
+    first, second = ((tokens.forward(), *tokens.backward()()) for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
     options = parse(arguments)
@@ -235,10 +373,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     recorder = BenchmarkRecorder("attention", out=options.out, quick=options.quick)
     if device.type == "cuda":
-        from scripts.benchmarks import attention_on_gpu
-
-        sizes_on_gpu = attention_on_gpu.QUICK if options.quick else attention_on_gpu.AttentionSizesOnGpu()
-        attention_on_gpu.bench(recorder, device, sizes_on_gpu)
+        bench_on_gpu(recorder, device, QUICK_ON_GPU if options.quick else AttentionSizesOnGpu())
     else:
         for bench in (bench_rooflines, bench_sdpa, bench_steps, bench_short_users, bench_growth):
             bench(recorder, QUICK if options.quick else AttentionSizes())

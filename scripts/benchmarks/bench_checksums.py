@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
 from unittest import mock
 
-from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser
-from scripts.benchmarks.timing import interleaved, timing_of
+from scripts.benchmarks.benchmark import BenchmarkRecorder, interleaved, recording, timing_of
 from vista import arrays
 from vista.config import PrepareConfig, SimulateConfig, SourceConfig
 from vista.files import HashedFile
@@ -95,11 +93,8 @@ def measure(recorder: BenchmarkRecorder, folder: Path, parser: SourceParser) -> 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
-    options = benchmark_parser("checksums", __doc__).parse_args(arguments)
-    recorder = BenchmarkRecorder("checksums", out=options.out, quick=options.quick)
-    with tempfile.TemporaryDirectory(prefix="vista-bench-") as folder, SourceParser() as parser:
-        measure(recorder, Path(folder), parser)
-    recorder.print_summary()
+    with recording("checksums", __doc__, arguments) as recorder, SourceParser() as parser:
+        measure(recorder, recorder.folder, parser)
     return 0
 
 

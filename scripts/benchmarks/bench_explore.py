@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser
+from scripts.benchmarks.benchmark import BenchmarkRecorder, benchmark_parser
 from scripts.benchmarks.explore_visit import TABS, browser_program, exploring, visiting
 from scripts.benchmarks.workloads import lifelong_log, untrained
 from vista.config.choices import Codec

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -25,8 +24,7 @@ import numpy as np
 import onnxruntime
 import torch
 
-from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser
-from scripts.benchmarks.timing import interleaved
+from scripts.benchmarks.benchmark import BenchmarkRecorder, benchmark_parser, interleaved, recording
 from vista.config import DataConfig, ModelConfig, OptimConfig, PrepareConfig, SimulateConfig, SourceConfig, TrainConfig
 from vista.config.choices import ExportFormat, OnMissing, Precision, Split
 from vista.device import set_threads
@@ -142,12 +140,11 @@ def measure(recorder: BenchmarkRecorder, snapshot: ServingSnapshot, folder: Path
     timing = interleaved(contestants, rounds=5 if recorder.quick else 31, clock=time.thread_time)
     for kind in WRITERS:
         of_kind = timing[kind.value]
-        recorder.add(
+        recorder.add_time(
             f"{kind.value}: CPU time of 1 user x {NUM_CANDIDATES} candidates, against the scorer",
-            1e3 * of_kind.median_s,
+            of_kind,
             "ms",
-            baseline=1e3 * timing["scorer"].median_s,
-            spread=1e3 * of_kind.spread_s,
+            baseline=timing["scorer"],
         )
 
 
@@ -160,9 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if (options.model is None) != (options.store is None):
         parser.error("--model and --store belong together")
     set_threads(1)
-    recorder = BenchmarkRecorder("export", out=options.out, quick=options.quick)
-    with tempfile.TemporaryDirectory(prefix="vista-bench-") as name:
-        folder = Path(name)
+    with recording("export", __doc__, options) as recorder:
+        folder = recorder.folder
         model, store = options.model, options.store
         if model is None:
             model, store = trained(folder, quick=options.quick)
@@ -171,7 +167,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             measure(recorder, snapshot, folder)
         finally:
             snapshot.store.close()
-    recorder.print_summary()
     return 0
 
 

@@ -26,8 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser
-from scripts.benchmarks.timing import interleaved
+from scripts.benchmarks.benchmark import BenchmarkRecorder, benchmark_parser, interleaved
 from vista.arrays import Float32s
 from vista.config.choices import IndexKind
 from vista.device import set_threads

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import resource
 import sys
-import tempfile
 from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
@@ -18,8 +17,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser
-from scripts.benchmarks.timing import interleaved, timing_of
+from scripts.benchmarks.benchmark import BenchmarkRecorder, interleaved, recording, timing_of
 from vista.config import PrepareConfig, SourceConfig
 from vista.log.ingest.prepare import prepare
 
@@ -80,25 +78,14 @@ def measure(recorder: BenchmarkRecorder, folder: Path) -> None:
     name = f"ingest of {num:,} events with 6 categories and 4 numbers, Parquet, against ids and times only"
     timings = {"events/s": timing, "events per CPU second": {key: timing_of(values) for key, values in spent.items()}}
     for unit, measured in timings.items():
-        ids, features = measured["ids"], measured["features"]
-        recorder.add(
-            f"{name}: {unit}",
-            num / features.median_s,
-            unit,
-            baseline=num / ids.median_s,
-            better="more",
-            bar="value >= 0.5 * baseline" if unit == "events per CPU second" else None,
-            spread=num / features.median_s * features.spread_s / features.median_s,
-        )
+        bar = "value >= 0.5 * baseline" if unit == "events per CPU second" else None
+        recorder.add_rate(f"{name}: {unit}", num, measured["features"], unit, baseline=measured["ids"], bar=bar)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
-    options = benchmark_parser("ingest", __doc__).parse_args(arguments)
-    recorder = BenchmarkRecorder("ingest", out=options.out, quick=options.quick)
-    with tempfile.TemporaryDirectory(prefix="vista-bench-") as folder:
-        measure(recorder, Path(folder))
-    recorder.print_summary()
+    with recording("ingest", __doc__, arguments) as recorder:
+        measure(recorder, recorder.folder)
     return 0
 
 

@@ -14,7 +14,6 @@ import multiprocessing
 import resource
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,8 +25,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser
-from scripts.benchmarks.requests_with_features import untrained_with_features
+from scripts.benchmarks.benchmark import BenchmarkRecorder, recording
+from scripts.benchmarks.scorer_workloads import untrained_with_features
 from scripts.benchmarks.workloads import TASK, lifelong_log
 from vista.arrays import Float32s, Int
 from vista.device import keep_freed_memory, set_threads
@@ -153,13 +152,10 @@ def _cpu_of_children_s() -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
-    options = benchmark_parser("items_add", __doc__).parse_args(arguments)
     keep_freed_memory()
     set_threads(0)
-    recorder = BenchmarkRecorder("items_add", out=options.out, quick=options.quick)
-    with tempfile.TemporaryDirectory(prefix="vista-bench-") as folder:
-        measure(recorder, Path(folder), QUICK_ITEMS if options.quick else NUM_ITEMS)
-    recorder.print_summary()
+    with recording("items_add", __doc__, arguments) as recorder:
+        measure(recorder, recorder.folder, QUICK_ITEMS if recorder.quick else NUM_ITEMS)
     return 0
 
 

@@ -16,7 +16,6 @@ import itertools
 import json
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser
-from scripts.benchmarks.timing import interleaved
+from scripts.benchmarks.benchmark import BenchmarkRecorder, benchmark_parser, interleaved, recording
 from scripts.benchmarks.workloads import ACTIONS, START_MS, lifelong_log, popular_items, untrained
 from vista.config import SourceConfig, WatchConfig
 from vista.config.log_config import StreamConfig
@@ -114,17 +112,10 @@ def bench_watch(recorder: BenchmarkRecorder, folder: Path, num_users: int, num_e
         return lambda: workload.look(ready[kind].pop())
 
     timing = interleaved({kind: look(kind) for kind in kinds}, rounds=rounds, warmup=1, min_sample_s=0)
-    rates = {kind: num_events / timing[kind].median_s for kind in kinds}
+    name = f"{num_events:,} events of {num_users:,} users from Kafka to the store"
     for kind in kinds[1:]:
-        recorder.add(
-            f"{num_events:,} events of {num_users:,} users from Kafka to the store, against watch folder= with {kind}",
-            rates["kafka"],
-            "events/s",
-            baseline=rates[kind],
-            better="more",
-            bar="ratio >= 0.7",
-            spread=rates["kafka"] * timing["kafka"].spread_s / timing["kafka"].median_s,
-        )
+        case, ours = f"{name}, against watch folder= with {kind}", timing["kafka"]
+        recorder.add_rate(case, num_events, ours, "events/s", baseline=timing[kind], bar="ratio >= 0.7")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -132,12 +123,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = benchmark_parser("kafka", __doc__).parse_args(arguments)
     set_threads(0)
     keep_freed_memory()
-    recorder = BenchmarkRecorder("kafka", out=options.out, quick=options.quick)
     sizes = [(50, 500)] if options.quick else [(200, 20_000), (2_000, 50_000)]
-    with tempfile.TemporaryDirectory(prefix="vista-bench-") as name:
+    with recording("kafka", __doc__, options) as recorder:
         for number, (num_users, num_events) in enumerate(sizes):
-            bench_watch(recorder, Path(name) / str(number), num_users, num_events, rounds=3 if options.quick else 5)
-    recorder.print_summary()
+            bench_watch(
+                recorder, recorder.folder / str(number), num_users, num_events, rounds=3 if options.quick else 5
+            )
     return 0
 
 

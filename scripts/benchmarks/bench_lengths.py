@@ -5,7 +5,7 @@
 Histories have 200 to 64,000 simulated events; a request has 500 candidates, on one thread, in float32. VISTA answers
 through the scorer from an int8 store. Baselines read the raw history from the memory-mapped log in each request and
 cache nothing between requests. The models are those of scripts/experiments/tables with random weights; they
-alternate over the same users. scripts/experiments/reproduce.py measures their quality, and plot_lengths.py in that
+alternate over the same users. scripts/experiments/reproduce.py measures their quality, and plots.py in that
 folder plots both.
 """
 
@@ -21,8 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser
-from scripts.benchmarks.timing import interleaved
+from scripts.benchmarks.benchmark import BenchmarkRecorder, benchmark_parser, interleaved
 from scripts.experiments.serving_cost import NUM_CANDIDATES, history_model_server
 from scripts.experiments.table_run import train_config
 from scripts.experiments.tables import TABLES
@@ -65,13 +64,7 @@ def bench_length(recorder: BenchmarkRecorder, table: Table, length: int, folder:
             assert np.isfinite(np.asarray(call())).all()
         timing = interleaved(contestants, rounds=5 if recorder.quick else 25, max_seconds=120)
     for name, each in timing.items():
-        recorder.add(
-            length_case(length, name),
-            each.median_s * 1e3,
-            "ms",
-            baseline=timing[OURS].median_s * 1e3,
-            spread=each.spread_s * 1e3,
-        )
+        recorder.add_time(length_case(length, name), each, "ms", baseline=timing[OURS])
 
 
 def untrained_model(config: TrainConfig, log: EventLog, source: Path) -> RankingModel:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import gc
 import logging
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -29,8 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser
-from scripts.benchmarks.timing import interleaved
+from scripts.benchmarks.benchmark import benchmark_parser, interleaved, recording
 from scripts.benchmarks.workloads import TASK, lifelong_log
 from vista.config import DataConfig, ModelConfig, ServeConfig
 from vista.device import set_threads
@@ -160,12 +158,11 @@ def main() -> int:
     """Run the benchmark."""
     arguments = benchmark_parser("models", __doc__).parse_args()
     set_threads(1)
-    recorder = BenchmarkRecorder("models", out=arguments.out, quick=arguments.quick)
     num_items = 20_000 if arguments.quick else 1_000_000
     rounds = 3 if arguments.quick else 7
     swaps = 3
-    with tempfile.TemporaryDirectory(prefix="vista-models-") as folder:
-        root = Path(folder)
+    with recording("models", __doc__, arguments) as recorder:
+        root = recorder.folder
         write_models(root, num_items)
         cases = (
             ("nothing in common", UNRELATED, True, None),
@@ -194,7 +191,6 @@ def main() -> int:
             baseline=1e3 * timing["stored"][0],
             spread=1e3 * timing["computed"][1],
         )
-    recorder.print_summary()
     return 0
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser
+from scripts.benchmarks.benchmark import BenchmarkRecorder, benchmark_parser
 from scripts.benchmarks.workloads import find_ml_1m, popular_items
 from vista.config import SourceColumns
 from vista.log.event_log import EventLog
@@ -93,11 +93,15 @@ def run_all(commands: Sequence[Sequence[str]]) -> None:
             raise SystemExit(f"error: {' '.join(process.args)} failed\n{errors}")  # type: ignore[arg-type]
 
 
+def torchrun(num_ranks: int) -> list[str]:
+    """The beginning of a command on loopback."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}"]
+    return [*command, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+
+
 def rate_of_ranks(log: EventLog, folder: Path, num_ranks: int) -> float:
     """Events per second of one job of `num_ranks` ranks."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}"]
-    torchrun += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    run_all([[*torchrun, *words_of(log, folder / "ranks", num_ranks * TOKENS_PER_BATCH, seed=1)]])
+    run_all([[*torchrun(num_ranks), *words_of(log, folder / "ranks", num_ranks * TOKENS_PER_BATCH, seed=1)]])
     return events_per_second(folder / "ranks")
 
 

@@ -17,7 +17,6 @@ import re
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -26,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser
+from scripts.benchmarks.benchmark import BenchmarkRecorder, recording
 from scripts.benchmarks.workloads import lifelong_log, untrained
 from vista.log.event_log import EventLog
 from vista.store.shards import open_store
@@ -146,12 +145,9 @@ def bench_ray(recorder: BenchmarkRecorder, folder: Path, num_users: int, rounds:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
-    options = benchmark_parser("ray", __doc__).parse_args(arguments)
-    recorder = BenchmarkRecorder("ray", out=options.out, quick=options.quick)
-    with tempfile.TemporaryDirectory(prefix="vista-bench-") as name:
-        num_users, rounds = (500, 1) if options.quick else (24_000, 3)
-        bench_ray(recorder, Path(name), num_users, rounds)
-    recorder.print_summary()
+    with recording("ray", __doc__, arguments) as recorder:
+        num_users, rounds = (500, 1) if recorder.quick else (24_000, 3)
+        bench_ray(recorder, recorder.folder, num_users, rounds)
     return 0
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import itertools
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,8 +24,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser
-from scripts.benchmarks.timing import interleaved
+from scripts.benchmarks.benchmark import BenchmarkRecorder, benchmark_parser, interleaved, recording
 from scripts.benchmarks.workloads import START_MS, find_ml_1m, lifelong_log, popular_items, untrained
 from vista.config import PrepareConfig, SourceConfig
 from vista.device import keep_freed_memory, set_threads
@@ -100,11 +98,9 @@ def bench_ingest(recorder: BenchmarkRecorder, folder: Path, num_events: int, rou
     for name in sources:
         each = timing[name]
         case = f"ingest of {num_events:,} events, {name}"
-        rates = [num_events / seconds for seconds in each.samples_s]
-        spread = float(np.subtract(*np.percentile(rates, [75, 25])))
-        recorder.add(case, num_events / each.median_s, "events/s", bar="value >= 1e6", spread=spread)
-        roofline = num_events / timing[f"{name}, read alone"].median_s
-        recorder.add(f"{case}: Polars reading the columns alone", roofline, "events/s")
+        recorder.add_rate(case, num_events, each, "events/s", bar="value >= 1e6")
+        alone = f"{case}: Polars reading the columns alone"
+        recorder.add_rate(alone, num_events, timing[f"{name}, read alone"], "events/s")
         add_shares(recorder, case, mean_shares(stages[name][1:]))
 
 
@@ -130,9 +126,8 @@ def bench_refresh(recorder: BenchmarkRecorder, folder: Path, data: Path | None, 
     )["refresh"]
     assert all(report.num_users == log.num_users and report.num_events == log.num_events for report in reports)
     case = f"refresh of {name}, {log.num_users:,} users, {log.num_events:,} events"
-    spread = log.num_users * once.spread_s / once.median_s**2
-    recorder.add(f"{case}: users", log.num_users / once.median_s, "users/s", spread=spread)
-    recorder.add(f"{case}: events", log.num_events / once.median_s, "events/s")
+    recorder.add_rate(f"{case}: users", log.num_users, once, "users/s")
+    recorder.add_rate(f"{case}: events", log.num_events, once, "events/s")
     add_shares(recorder, case, mean_shares([report.shares for report in reports[1:]]))
 
 
@@ -159,12 +154,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("ml-1m not found (set VISTA_DATA_DIR, or give --data): refreshing a generated log of its size instead")
     set_threads(0)
     keep_freed_memory()
-    recorder = BenchmarkRecorder("refresh", out=options.out, quick=options.quick)
-    with tempfile.TemporaryDirectory(prefix="vista-bench-") as name:
-        folder = Path(name)
+    with recording("refresh", __doc__, options) as recorder:
+        folder = recorder.folder
         bench_ingest(recorder, folder, 20_000 if options.quick else 2_000_000, rounds=3 if options.quick else 5)
         bench_refresh(recorder, folder, data, rounds=3 if options.quick else 5)
-    recorder.print_summary()
     return 0
 
 

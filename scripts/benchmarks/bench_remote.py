@@ -19,7 +19,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,9 +28,8 @@ from typing import Any
 import numpy as np
 import redis
 
-from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser
+from scripts.benchmarks.benchmark import BenchmarkRecorder, interleaved, recording
 from scripts.benchmarks.store_workloads import RECORDS_PER_READ, RECORDS_PER_WRITE, SUMMARIZER, StoreShape, records_of
-from scripts.benchmarks.timing import interleaved
 from vista.device import keep_freed_memory, set_threads
 from vista.store import StoreReader, user_keys
 from vista.store.server_connection import KeyNames
@@ -93,7 +91,8 @@ def bench_shape(recorder: BenchmarkRecorder, folder: Path, port: int, shape: Sto
         for keys, records in batches:
             local.put_batch(keys, records, local.cursor + len(keys))
         local.publish()
-    _record(recorder, f"{shape}: writes of {RECORDS_PER_WRITE} records, against raw MSET", RECORDS_PER_WRITE, timing)
+    case, unit = f"{shape}: writes of {RECORDS_PER_WRITE} records, against raw MSET", "records/s"
+    recorder.add_rate(case, RECORDS_PER_WRITE, timing["ours"], unit, baseline=timing["raw"])
 
     rng = np.random.default_rng(3)
     users = [rng.choice(num_users, RECORDS_PER_READ, replace=False) + 1 for _ in range(8)]
@@ -122,34 +121,25 @@ def bench_shape(recorder: BenchmarkRecorder, folder: Path, port: int, shape: Sto
         )
         assert np.array_equal(store.get_many(users[0]).summary, lmdb.get_many(users[0]).summary)
     case = f"{shape}: reads of {RECORDS_PER_READ} users"
-    _record(recorder, f"{case}, checked, against raw MGET", RECORDS_PER_READ, timing, bar="ratio >= 0.8")
+    recorder.add_rate(
+        f"{case}, checked, against raw MGET",
+        RECORDS_PER_READ,
+        timing["ours"],
+        unit,
+        baseline=timing["raw"],
+        bar="ratio >= 0.8",
+    )
     for name, what in (("get_many", "checked and as float32"), ("cached", "the same with a cache")):
-        recorder.add(
-            f"{case}, {what}, against the same from LMDB",
-            timing[name].median_s * 1e3,
-            "ms",
-            baseline=timing["lmdb"].median_s * 1e3,
-            spread=timing[name].spread_s * 1e3,
-        )
-
-
-def _record(recorder: BenchmarkRecorder, case: str, count: int, timing: Any, bar: str | None = None) -> None:
-    ours, raw = timing["ours"], timing["raw"]
-    spread = count * ours.spread_s / ours.median_s**2
-    rate = count / ours.median_s
-    recorder.add(case, rate, "records/s", baseline=count / raw.median_s, better="more", bar=bar, spread=spread)
+        recorder.add_time(f"{case}, {what}, against the same from LMDB", timing[name], "ms", baseline=timing["lmdb"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
-    options = benchmark_parser("remote", __doc__).parse_args(arguments)
     set_threads(1)
     keep_freed_memory()
-    recorder = BenchmarkRecorder("remote", out=options.out, quick=options.quick)
-    with tempfile.TemporaryDirectory(prefix="vista-bench-") as folder, valkey_server(Path(folder)) as port:
+    with recording("remote", __doc__, arguments) as recorder, valkey_server(recorder.folder) as port:
         for shape in SHAPES:
-            bench_shape(recorder, Path(folder), port, shape)
-    recorder.print_summary()
+            bench_shape(recorder, recorder.folder, port, shape)
     return 0
 
 

@@ -25,35 +25,41 @@ Contestants alternate, so that a slow phase of the machine affects all of them.
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import IO, Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
 
-from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser
-from scripts.benchmarks.requests_with_counters import bench_counters, untrained_with_category
-from scripts.benchmarks.requests_with_features import bench_features, untrained_with_features
-from scripts.benchmarks.scorer_worker import WorkerAnswer, WorkerOpening, WorkerOrder
+from scripts.benchmarks.benchmark import BenchmarkRecorder, Timing, benchmark_parser, interleaved, recording
+from scripts.benchmarks.scorer_worker import WorkerAnswer, WorkerOpening, WorkerOrder, private_dirty_bytes
 from scripts.benchmarks.scorer_workloads import (
+    CATEGORIES_OF_ITEMS,
+    NUMBERS_OF_ITEMS,
+    REQUEST,
     ScorerWorkload,
     recomputed_summaries,
     scorer_roofline,
+    untrained_with_category,
+    untrained_with_features,
 )
-from scripts.benchmarks.timing import Timing, interleaved
-from scripts.benchmarks.worker_process import idle_torch_bytes, worker
 from scripts.benchmarks.workloads import TASK, lifelong_log, untrained, untrained_baseline
 from scripts.experiments.serving_cost import history_model_server
 from vista.arrays import Int
 from vista.config.choices import Architecture, Mixing, Precision, TargetAttentionKind
 from vista.device import choose_precision, keep_freed_memory, set_threads
+from vista.model.ranking_model import NEXT_TASK
 from vista.scorer import Scorer
 
 NUM_CANDIDATES = 500
@@ -66,6 +72,7 @@ CALLS = {
     "32 users x 100 candidates": (32, 100),
 }
 """(B, C) of the calls that are compared with their rooflines; the other ratios are compared with the first."""
+FEATURE_CALLS = {case: CALLS[case] for case in ("500 candidates", "32 users x 100 candidates")}
 ROOFLINE_BARS = {Precision.float32: 1.5, Precision.bfloat16: 2.5}
 PAPERS_SPEEDUP = 16.7
 TOLERANCE = {Precision.float32: 1e-4, Precision.bfloat16: 2e-2}
@@ -74,6 +81,7 @@ INT8_TOLERANCE = 2e-2
 """Of probabilities, between int8 and float32 summaries; users differ by 0.1."""
 TRAINED_LIMIT = 200
 """Events that the baselines of docs/results read (conf/model); up to this length there is no bar."""
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def check(scorer: Scorer, users: Sequence[int], ids: Int, precision: Precision = Precision.float32) -> None:
@@ -105,13 +113,12 @@ def bench_history(recorder: BenchmarkRecorder, workload: ScorerWorkload, lengths
             warmup=5,
             min_sample_s=0.02,
         )
-        recorder.add(
+        recorder.add_time(
             f"{workload}, {NUM_CANDIDATES} candidates: a user of {lengths[1]:,} events against one of {lengths[0]:,}",
-            users["long"].median_s * 1e3,
+            users["long"],
             "ms",
-            baseline=users["short"].median_s * 1e3,
+            baseline=users["short"],
             bar="value <= 1.05 * baseline",
-            spread=users["long"].spread_s * 1e3,
         )
         lists = {count: workload.candidates(count) for count in (50, 500, 5000)}
         contestants: dict[str, Callable[[], object]] = {
@@ -124,7 +131,7 @@ def bench_history(recorder: BenchmarkRecorder, workload: ScorerWorkload, lengths
 
 def add_latency(recorder: BenchmarkRecorder, case: str, timing: Timing) -> None:
     """Record the median and p99 of a call."""
-    recorder.add(f"{case}: median", timing.median_s * 1e3, "ms", spread=timing.spread_s * 1e3)
+    recorder.add_time(f"{case}: median", timing, "ms")
     recorder.add(f"{case}: p99", timing.p99_s * 1e3, "ms")
 
 
@@ -177,12 +184,11 @@ def bench_layers(
                 "softmax": partial(theirs.score, users, theirs.encode(ids)),
             }
             timing = interleaved(calls, rounds=9 if recorder.quick else 41, warmup=3, min_sample_s=0.02)
-            recorder.add(
+            recorder.add_time(
                 f"{workload}, {case}, {precision.value}: pointwise layers against softmax layers",
-                timing["pointwise"].median_s * 1e3,
+                timing["pointwise"],
                 "ms",
-                baseline=timing["softmax"].median_s * 1e3,
-                spread=timing["pointwise"].spread_s * 1e3,
+                baseline=timing["softmax"],
             )
 
 
@@ -215,7 +221,7 @@ def bench_batches(recorder: BenchmarkRecorder, workload: ScorerWorkload) -> None
 def add_batch(recorder: BenchmarkRecorder, case: str, timing: Mapping[str, Timing]) -> None:
     """Record one call against several."""
     one, many = timing["one"], timing["many"]
-    recorder.add(case, one.median_s * 1e3, "ms", baseline=many.median_s * 1e3, spread=one.spread_s * 1e3)
+    recorder.add_time(case, one, "ms", baseline=many)
 
 
 def bench_recompute(recorder: BenchmarkRecorder, workload: ScorerWorkload, user: int, precision: Precision) -> None:
@@ -231,14 +237,13 @@ def bench_recompute(recorder: BenchmarkRecorder, workload: ScorerWorkload, user:
             assert not np.array_equal(stored, made)
             timing = interleaved(calls, rounds=5 if recorder.quick else 15)
     paper = mixing is Mixing.bidirectional and precision is Precision.float32
-    recorder.add(
+    recorder.add_time(
         f"{workload}, {NUM_CANDIDATES} candidates, {workload.log.lengths[user - 1]:,} events, {mixing.value}, "
         f"{precision.value}: stored against recomputed in the request",
-        timing["cached"].median_s * 1e3,
+        timing["cached"],
         "ms",
-        baseline=timing["recomputed"].median_s * 1e3,
+        baseline=timing["recomputed"],
         bar=f"ratio >= {PAPERS_SPEEDUP}" if paper else None,
-        spread=timing["cached"].spread_s * 1e3,
     )
 
 
@@ -263,14 +268,13 @@ def bench_baselines(recorder: BenchmarkRecorder, workload: ScorerWorkload, num_l
             contestants |= {name: partial(serve, np.array([row])) for name, serve in servers.items()}
             timing = interleaved(contestants, rounds=5 if recorder.quick else 15, warmup=1)
             for name in servers:
-                recorder.add(
+                recorder.add_time(
                     f"{workload}, {NUM_CANDIDATES} candidates, {log.lengths[row]:,} events: against {name} over the "
                     "raw history",
-                    timing["ours"].median_s * 1e3,
+                    timing["ours"],
                     "ms",
-                    baseline=timing[name].median_s * 1e3,
+                    baseline=timing[name],
                     bar="ratio > 1" if log.lengths[row] > TRAINED_LIMIT else None,
-                    spread=timing["ours"].spread_s * 1e3,
                 )
 
 
@@ -318,11 +322,143 @@ def check_answers(answers: Sequence[WorkerAnswer], expected: float) -> None:
         assert answer.requests > 0 and np.isclose(answer.first_sum, expected, rtol=1e-4), (answer, expected)
 
 
+def bench_counters(
+    recorder: BenchmarkRecorder,
+    workload: ScorerWorkload,
+    counted: ScorerWorkload,
+    with_category: ScorerWorkload,
+    num_candidates: int,
+) -> None:
+    """Compare requests of models without and with counters, of items and of a category; all workloads have the same log
+    and sizes."""
+    user = workload.log.num_users  # the last one, whose history is long enough for all keys
+    newest = int(workload.log[user].timestamp[-1])
+    with (
+        Scorer.open(workload.model_dir, workload.store) as plain,
+        Scorer.open(counted.model_dir, counted.store) as ours,
+        Scorer.open(with_category.model_dir, with_category.store) as both,
+    ):
+        users, ids = [user], workload.candidates(num_candidates)
+        codes = ours.store.get_many(users).counters[0]
+        assert len(codes.key) == counted.model.config.counter_keys
+        # A tenth of the candidates are counted.
+        had = counted.model.items.ids(codes.key[: num_candidates // 10].astype(np.int64) - 1)
+        ids = np.concatenate([had, np.setdiff1d(ids, had)])[:num_candidates]
+        for task in (TASK, NEXT_TASK):
+            plain.task = ours.task = both.task = task
+            timing = interleaved(
+                {
+                    "with": partial(ours.score, users, ours.encode(ids), now=newest),
+                    "without": partial(plain.score, users, plain.encode(ids), now=newest),
+                    "category": partial(both.score, users, both.encode(ids), now=newest),
+                },
+                rounds=9 if recorder.quick else 41,
+                warmup=3,
+                min_sample_s=0.02,
+            )
+            recorder.add_time(
+                f"{workload}, {num_candidates} candidates, {task}: with counters against without",
+                timing["with"],
+                "ms",
+                baseline=timing["without"],
+                bar="value <= 1.1 * baseline",
+            )
+            recorder.add_time(
+                f"{workload}, {num_candidates} candidates, {task}: with counters of a category too",
+                timing["category"],
+                "ms",
+                baseline=timing["with"],
+            )
+
+
+def bench_features(recorder: BenchmarkRecorder, workload: ScorerWorkload, featured: ScorerWorkload) -> None:
+    """Compare requests of models with and without features; both workloads have the same log and sizes."""
+    with (
+        Scorer.open(workload.model_dir, workload.store, task=TASK) as plain,
+        Scorer.open(featured.model_dir, featured.store, task=TASK) as ours,
+    ):
+        newest = max(int(workload.log[user].timestamp[-1]) for user in range(1, workload.log.num_users + 1))
+        for case, (num_users, num_candidates) in FEATURE_CALLS.items():
+            users, ids = workload.request(num_users, num_candidates)
+            request: dict[str, Any] = {name: [value] * num_users for name, value in REQUEST.items()}
+            told, silent = (ours.score(users, ids, now=newest, request=given) for given in (request, None))
+            assert np.abs(told - silent).max() > 1e-4
+            calls = {
+                "features": partial(ours.score, users, ours.encode(ids), now=newest, request=request),
+                "ids": partial(plain.score, users, plain.encode(ids), now=newest),
+            }
+            timing = interleaved(calls, rounds=9 if recorder.quick else 41, warmup=3, min_sample_s=0.02)
+            num_of_items = CATEGORIES_OF_ITEMS + NUMBERS_OF_ITEMS
+            recorder.add_time(
+                f"{workload}, {case}: with {num_of_items} features of items and {len(REQUEST)} of requests against ids "
+                "alone",
+                timing["features"],
+                "ms",
+                baseline=timing["ids"],
+                bar="value <= 1.15 * baseline",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerProcess:
+    """A running process of scorer_worker.py."""
+
+    stdin: IO[str]
+    stdout: IO[str]
+
+    def send(self, order: WorkerOpening | WorkerOrder) -> None:
+        """Send its opening, or an order whose result `answer` returns."""
+        self.stdin.write(json.dumps(dataclasses.asdict(order)) + "\n")
+        self.stdin.flush()
+
+    def answer(self) -> WorkerAnswer:
+        """Wait for the answer to the last order.
+
+        Raises:
+            SystemExit: if the process has ended.
+        """
+        line = self.stdout.readline()
+        if not line:
+            raise SystemExit("error: a worker process failed; see above")
+        return WorkerAnswer(**json.loads(line))
+
+    def serve(self, order: WorkerOrder) -> WorkerAnswer:
+        """Send an order and wait for its answer."""
+        self.send(order)
+        return self.answer()
+
+
+@contextmanager
+def worker(opening: WorkerOpening) -> Iterator[WorkerProcess]:
+    """A fresh process of one thread that has opened a scorer; it ends with the context."""
+    command = [sys.executable, "-m", "scripts.benchmarks.scorer_worker"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, env=_one_thread()
+    ) as child:
+        assert child.stdin is not None and child.stdout is not None
+        opened = WorkerProcess(child.stdin, child.stdout)
+        opened.send(opening)
+        opened.serve(WorkerOrder(requests=3))
+        yield opened
+
+
+def idle_torch_bytes() -> int:
+    """Private memory of a fresh process that only imported torch."""
+    command = "import torch; print(open('/proc/self/smaps_rollup').read())"
+    done = subprocess.run(
+        [sys.executable, "-c", command], capture_output=True, text=True, check=True, env=_one_thread()
+    )
+    return private_dirty_bytes(done.stdout)
+
+
+def _one_thread() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
     options = benchmark_parser("scorer", __doc__).parse_args(arguments)
     set_threads(0)
-    recorder = BenchmarkRecorder("scorer", out=options.out, quick=options.quick)
     quick = options.quick
     models = (SMALL,) if quick else (SMALL, PUBLISHED)
     histories, num_items = ((200, 20_000), 10_000) if quick else ((1_000, 1_000_000), 50_000)
@@ -336,8 +472,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             flush=True,
         )
 
-    with tempfile.TemporaryDirectory(prefix="vista-bench-") as folder:
-        root = Path(folder)
+    with recording("scorer", __doc__, options) as recorder:
+        root = recorder.folder
         log = lifelong_log(root / "histories", histories, num_items=num_items)
         for dim, num_seeds in models:
             model = untrained(log, dim=dim, num_seeds=num_seeds)
@@ -377,7 +513,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 bench_recompute(recorder, workloads[mixing], len(lengths), precision)
         bench_baselines(recorder, ours, len(lengths))
         bench_processes(recorder, ours, list(range(1, log.num_users + 1)))
-    recorder.print_summary()
     return 0
 
 

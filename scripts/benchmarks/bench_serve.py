@@ -19,20 +19,17 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 import time
 from functools import partial
-from pathlib import Path
 from statistics import median
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser
+from scripts.benchmarks.benchmark import BenchmarkRecorder, benchmark_parser, interleaved, recording
 from scripts.benchmarks.scorer_workloads import ScorerWorkload
 from scripts.benchmarks.serve_load import Connection, ServiceProcess, closed_loop, encoded, paced, serving
-from scripts.benchmarks.timing import interleaved
 from scripts.benchmarks.workloads import TASK, lifelong_log, untrained
 from vista.device import set_threads
 from vista.scorer import Scorer
@@ -167,12 +164,11 @@ def bench_batches(recorder: BenchmarkRecorder, workload: ScorerWorkload, scorer:
             rounds=5 if recorder.quick else 21,
             warmup=2,
         )
-        recorder.add(
+        recorder.add_time(
             f"{workload}, {num_users} requests of {count} candidates in one call against a call each",
-            timing["one"].median_s * 1e3,
+            timing["one"],
             "ms",
-            baseline=timing["each"].median_s * 1e3,
-            spread=timing["one"].spread_s * 1e3,
+            baseline=timing["each"],
         )
 
 
@@ -180,11 +176,10 @@ def main() -> int:
     """Run the benchmark."""
     arguments = benchmark_parser("serve", __doc__).parse_args()
     set_threads(1)
-    recorder = BenchmarkRecorder("serve", out=arguments.out, quick=arguments.quick)
     cores = sorted(os.sched_getaffinity(0))
     sizes = [(32, 8)] if arguments.quick else [(64, 16), (256, 128)]
-    with tempfile.TemporaryDirectory(prefix="vista-bench-") as folder:
-        root = Path(folder)
+    with recording("serve", __doc__, arguments) as recorder:
+        root = recorder.folder
         log = lifelong_log(root / "log", [200] * NUM_USERS, num_items=20_000)
         for dim, num_seeds in sizes:
             model = untrained(log, dim=dim, num_seeds=num_seeds)
@@ -197,7 +192,6 @@ def main() -> int:
                 os.sched_setaffinity(0, {cores[0]})
                 bench_batches(recorder, workload, scorer)
                 os.sched_setaffinity(0, set(cores))
-    recorder.print_summary()
     return 0
 
 

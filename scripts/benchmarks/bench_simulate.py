@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,8 +19,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser
-from scripts.benchmarks.timing import interleaved
+from scripts.benchmarks.benchmark import BenchmarkRecorder, interleaved, recording
 from vista.config import SimulateConfig
 from vista.machine import usable_cores
 from vista.simulation.simulate import EVENTS_FILE, IMPRESSIONS_FILE, generate, write
@@ -58,8 +56,7 @@ def measure(recorder: BenchmarkRecorder, name: str, config: SimulateConfig, fold
     timing = interleaved(contestants, rounds=rounds, warmup=1, max_seconds=40)
     check(log, config, folder)
     for part, each in timing.items():
-        spread = log.num_events * each.spread_s / each.median_s**2
-        recorder.add(f"{name}: {part}", log.num_events / each.median_s, "events/s", spread=spread)
+        recorder.add_rate(f"{name}: {part}", log.num_events, each, "events/s")
     for part, each in timing.items():
         if part != "writing":
             rate = log.num_events / (each.median_s + timing["writing"].median_s)
@@ -68,12 +65,9 @@ def measure(recorder: BenchmarkRecorder, name: str, config: SimulateConfig, fold
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
-    options = benchmark_parser("simulate", __doc__).parse_args(arguments)
-    recorder = BenchmarkRecorder("simulate", out=options.out, quick=options.quick)
-    with tempfile.TemporaryDirectory(prefix="vista-bench-") as folder:
-        for name, config in (QUICK_SHAPES if options.quick else SHAPES).items():
-            measure(recorder, name, config, Path(folder), rounds=3 if options.quick else 7)
-    recorder.print_summary()
+    with recording("simulate", __doc__, arguments) as recorder:
+        for name, config in (QUICK_SHAPES if recorder.quick else SHAPES).items():
+            measure(recorder, name, config, recorder.folder, rounds=3 if recorder.quick else 7)
     return 0
 
 

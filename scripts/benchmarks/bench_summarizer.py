@@ -20,7 +20,6 @@ import dataclasses
 import json
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,9 +30,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser
+from scripts.benchmarks.benchmark import BenchmarkRecorder, benchmark_parser, interleaved, recording, timing_of
 from scripts.benchmarks.rooflines import activation, matmul_roofline
-from scripts.benchmarks.timing import interleaved, timing_of
 from scripts.benchmarks.workloads import lifelong_log, untrained
 from vista.config.choices import Mixing, Precision
 from vista.device import keep_freed_memory, set_threads
@@ -176,14 +174,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     set_threads(0)
     keep_freed_memory()
-    recorder = BenchmarkRecorder("summarizer", out=options.out, quick=options.quick)
     num_events, repeats = (20_000, 1) if options.quick else (1_000_000, 2)
-    with tempfile.TemporaryDirectory(prefix="vista-bench-") as folder:
-        log = Path(folder) / "log"
+    with recording("summarizer", __doc__, options) as recorder:
+        log = recorder.folder / "log"
         lifelong_log(log, [num_events], num_items=min(50_000, num_events))
         for case in CASES:
             report(recorder, case, log, num_events, repeats)
-    recorder.print_summary()
     return 0
 
 

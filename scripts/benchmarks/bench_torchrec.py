@@ -6,30 +6,45 @@ Two ranks train the recipe of ml-1m (conf/experiment/ml-1m.yaml) with a hashed t
 model.table=torchrec and with model.table=plain, both by sparse Adam. Each rank has one thread. The measurement is the
 number of events per second over an epoch, without start, checkpoint, and export.
 
-The benchmark needs TorchRec (`make bench-torchrec`) and as many idle cores as ranks.
+    python -m scripts.benchmarks.bench_torchrec --large
+
+prints the memory of each rank instead: two ranks train a hashed table of 10^8 rows x 64 for 100 steps, which is larger
+than one process should hold. TorchRec holds half of the rows on each rank, as float16, with one number per row for
+row-wise Adagrad. The run makes no checkpoint and no export, which take 13 and 26 GB of disk, and needs 15 GB of memory.
+
+Both need TorchRec (`make bench-torchrec`) and as many idle cores as ranks.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from scripts.benchmarks.bench_ranks import events_per_second, run_all
-from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser
+from scripts.benchmarks.bench_ranks import events_per_second, run_all, torchrun
+from scripts.benchmarks.benchmark import benchmark_parser, recording
+from vista.cli.main import main as vista
 from vista.config import SourceColumns
+from vista.examples.batch import Batch
 from vista.log.event_log import EventLog
+from vista.model.ranking_model import RankingModel
+from vista.training import trainer
+from vista.training.run_folder import MetricsWriter
 
 NUM_ROWS = 1_000_000
 TOKENS_PER_BATCH = 2048
 """Per rank."""
 EVENTS_PER_USER = 160
 BAR = "ratio >= 0.7"
+GIB = 2**30
+LARGE = ("model.table=torchrec", "optim.table_optimizer=rowwise_adagrad", "model.table_precision=float16")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -38,6 +53,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=2, help="number of ranks")
     parser.add_argument("--repeats", type=int, default=3, help="epochs of each kind, in alternation")
     parser.add_argument("--users", type=int, default=1080, help="users of the log")
+    parser.add_argument("--large", action="store_true", help="train a large table, and print the memory of each rank")
+    parser.add_argument("--rows", type=int, default=10**8, help="rows of the large table")
+    parser.add_argument("--steps", type=int, default=100, help="steps to train it")
     return parser.parse_args(arguments)
 
 
@@ -59,39 +77,82 @@ def words_of(log: EventLog, run_dir: Path, tokens_per_batch: int, num_rows: int,
     ]
 
 
-def torchrun(num_ranks: int) -> list[str]:
-    """The beginning of a command on loopback."""
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}"]
-    return [*command, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+class TableTrainer(trainer.Trainer):
+    """Trains an epoch, and prints the memory of its process."""
+
+    def run(self) -> RankingModel:
+        print(f"rank {self._rank}: {_memory()} with {len(self.model.item_table):,} rows", flush=True)
+        metrics = MetricsWriter(self.run_dir)
+        self._start(metrics)
+        began = time.perf_counter()
+        self._run_epoch(metrics, [])
+        seconds = time.perf_counter() - began
+        print(f"rank {self._rank}: {_memory()} after {self.progress.step} steps in {seconds:.1f} s", flush=True)
+        return self.model
+
+    @property
+    def _rank(self) -> int:
+        return 0 if self._ranks is None else self._ranks.rank
+
+    def _step(self, batch: Batch, share_done: float) -> dict[str, float]:
+        row = super()._step(batch, share_done)
+        if self._leads and self.progress.step % 20 == 0:
+            print(f"step {self.progress.step}: loss {row['loss']:.3f}", flush=True)
+        return row
+
+    def _save(self) -> None:
+        """No checkpoint."""
+
+
+def _memory() -> str:
+    """The most memory that this process has had, and what it has now apart from mapped files."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    fields = dict(line.split(":", 1) for line in lines)
+    most, own = (int(fields[name].split()[0]) * 1024 / GIB for name in ("VmHWM", "RssAnon"))
+    return f"{own:.2f} GiB, at most {most:.2f} GiB"
+
+
+def train_large(options: argparse.Namespace) -> int:
+    """Train a large table in ranks that print their memory; returns the exit status."""
+    tokens = options.ranks * TOKENS_PER_BATCH
+    with tempfile.TemporaryDirectory(prefix="vista-table-") as folder:
+        log = write_log(Path(folder), -(-options.steps * tokens // EVENTS_PER_USER), options.rows)
+        words = words_of(log, Path(folder) / "run", tokens, options.rows, *LARGE)
+        command = [*torchrun(options.ranks), "-m", "scripts.benchmarks.bench_torchrec", *words]
+        return subprocess.run(command).returncode
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
-    options = parse(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if words[:1] == ["train"]:  # a rank of --large
+        trainer.train_model.__globals__["Trainer"] = TableTrainer
+        return vista(words)
+    options = parse(words)
     if importlib.util.find_spec("torchrec") is None:
         raise SystemExit("error: TorchRec is not installed; run `make bench-torchrec`")
-    recorder = BenchmarkRecorder("torchrec", out=options.out, quick=options.quick)
+    if options.large:
+        return train_large(options)
     num_ranks, repeats = options.ranks, 1 if options.quick else options.repeats
     rates: dict[str, list[float]] = {"torchrec": [], "plain": []}
-    with tempfile.TemporaryDirectory(prefix="vista-bench-") as folder:
-        log = write_log(Path(folder), 600 if options.quick else options.users, NUM_ROWS)
+    with recording("torchrec", __doc__, options) as recorder:
+        log = write_log(recorder.folder, 600 if options.quick else options.users, NUM_ROWS)
         for repeat in range(repeats):
             for kind in sorted(rates)[:: (-1) ** repeat]:
-                with tempfile.TemporaryDirectory(dir=folder) as runs:
+                with tempfile.TemporaryDirectory(dir=recorder.folder) as runs:
                     tokens, table = num_ranks * TOKENS_PER_BATCH, f"model.table={kind}"
                     words = words_of(log, Path(runs) / "run", tokens, NUM_ROWS, table)
                     run_all([[*torchrun(num_ranks), "-m", "vista.cli", *words]])
                     rates[kind].append(events_per_second(Path(runs) / "run"))
-    recorder.add(
-        f"{num_ranks} ranks, 10^6 rows: model.table=torchrec against plain",
-        float(np.median(rates["torchrec"])),
-        "events/s",
-        baseline=float(np.median(rates["plain"])),
-        better="more",
-        bar=BAR,
-        spread=float(np.subtract(*np.percentile(rates["torchrec"], [75, 25]))),
-    )
-    recorder.print_summary()
+        recorder.add(
+            f"{num_ranks} ranks, 10^6 rows: model.table=torchrec against plain",
+            float(np.median(rates["torchrec"])),
+            "events/s",
+            baseline=float(np.median(rates["plain"])),
+            better="more",
+            bar=BAR,
+            spread=float(np.subtract(*np.percentile(rates["torchrec"], [75, 25]))),
+        )
     return 0
 
 

@@ -40,9 +40,8 @@ from typing import Any
 
 import numpy as np
 
-from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser
+from scripts.benchmarks.benchmark import BenchmarkRecorder, benchmark_parser, recording, timing_of
 from scripts.benchmarks.rectools_process import DIM, HEADS, LAYERS, LENGTH, RecToolsPilot, rectools_python
-from scripts.benchmarks.timing import timing_of
 from scripts.benchmarks.workloads import find_ml_1m
 from vista.config import DataConfig, ModelConfig, OptimConfig, SourceColumns, TrainConfig
 from vista.config.checks import to_dict
@@ -144,11 +143,11 @@ def compare(
                 ours[who].append(run_ours(who, log, negatives, dropout))
     assert all(num_labels >= report["positions"] for report in reports), "ours must have at least as many labels"
     baseline = timing_of([report["seconds_per_epoch"][0] for report in reports])
-    rows = []
+    rows: list[dict[str, Any]] = []
     for who, bar in BARS.items():
         own = timing_of(ours[who])
         case = f"ml-1m epoch of {who.value}, {negatives} negatives a label, dropout {dropout:g}"
-        rows.append(recorder.add(case, own.median_s, "s", baseline=baseline.median_s, bar=bar, spread=own.spread_s))
+        rows.append(recorder.add_time(case, own, "s", baseline=baseline, bar=bar))
     print(f"        RecTools: {' '.join(setting.options())}", flush=True)
     return {
         "rows": rows,
@@ -175,10 +174,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     python = rectools_python(options.rectools_venv)
     keep_freed_memory()
     quick: bool = options.quick
-    recorder = BenchmarkRecorder("training", out=options.out, quick=quick)
     cases = list(itertools.product(options.negatives, (DEFAULT_DROPOUT, 0.0)))
-    with tempfile.TemporaryDirectory(prefix="vista-bench-") as folder:
-        log, data, num_labels = write_events(path, Path(folder), 200 if quick else 0)
+    with recording("training", __doc__, options) as recorder:
+        log, data, num_labels = write_events(path, recorder.folder, 200 if quick else 0)
         details = [
             compare(
                 recorder,
@@ -190,10 +188,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             for negatives, dropout in (cases[:1] if quick else cases)
         ]
-    settings = options.out.with_name(f"{options.out.stem}_settings.json")
-    settings.write_text(json.dumps(details, indent=1) + "\n", encoding="utf-8")
-    recorder.print_summary()
-    print(f"settings and samples: {settings}")
+        settings = options.out.with_name(f"{options.out.stem}_settings.json")
+        settings.write_text(json.dumps(details, indent=1) + "\n", encoding="utf-8")
+        print(f"settings and samples: {settings}")
     return 0
 
 

@@ -21,8 +21,7 @@ import numpy as np
 import polars as pl
 import torch
 
-from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, benchmark_parser
-from scripts.benchmarks.timing import interleaved, timing_of
+from scripts.benchmarks.benchmark import BenchmarkRecorder, benchmark_parser, interleaved, timing_of
 from vista.config import SimulateConfig, SourceColumns, TrainConfig
 from vista.config.composition import compose_config
 from vista.device import keep_freed_memory, set_threads
@@ -110,14 +109,13 @@ def measure(recorder: BenchmarkRecorder, name: str, config: SimulateConfig, fold
     interleaved({"ids": plain.step, "features": featured.step}, rounds=5 if recorder.quick else 41, warmup=1)
     assert all(bool(weight.isfinite().all()) for weight in model.parameters())
     ours_s, ids_s = (timing_of(each.seconds[WARM_UP:]) for each in (featured, plain))
-    recorder.add(
+    recorder.add_time(
         f"{name}, training step, d={model.config.dim}: with {num[0]} features of items, {num[1]} of events, and "
         f"{num[2]} of requests against ids alone",
-        ours_s.median_s * 1e3,
+        ours_s,
         "CPU ms",
-        baseline=ids_s.median_s * 1e3,
+        baseline=ids_s,
         bar="value <= 1.5 * baseline",
-        spread=ours_s.spread_s * 1e3,
     )
 
 

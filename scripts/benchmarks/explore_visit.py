@@ -1,13 +1,16 @@
-"""A visit of `vista explore` in headless Chromium: every tab is opened and used as a person would."""
+"""A visit of `vista explore` in headless Chromium: every tab is opened and used as a person would.
+
+    make demo && python -m scripts.benchmarks.explore_visit
+
+writes the screenshots of the guide, on the demo's data. Needs the extra `explore`, Playwright, and Chromium (`make
+test-browser` installs the first two).
+"""
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -15,11 +18,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from scripts.benchmarks.serve_load import REPOSITORY, vista_process
+
 TABS = ("User", "Ranking", "What if", "Compare", "Store", "Training", "Results")
 SIZE = {"width": 1280, "height": 900}
 TIMEOUT_S = 300.0
 """Of each step; a shared machine can be many times slower than an idle one."""
+FIGURES, MOST_PIXELS = Path("docs/guides/figures"), 1800
+"""Folder of the screenshots, and their largest height."""
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 _URL = re.compile(r"on (http://127\.0\.0\.1:\d+);")
 # Streamlit has these while the script runs, while a part waits for it, or while elements are of an earlier run.
@@ -42,31 +48,11 @@ def browser_program() -> str | None:
 
 @contextmanager
 def exploring(*words: str, folder: Path = REPOSITORY) -> Iterator[str]:
-    """`vista explore` in a process of its own, in a folder; yields its address.
-
-    Raises:
-        SystemExit: it could not start.
-    """
-    command = [sys.executable, "-m", "vista.cli", "explore", "open_browser=false", "port=0", *words]
-    path = os.pathsep.join(str(REPOSITORY / name) for name in (".", "kernels"))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        try:
-            said = []
-            for line in process.stderr:
-                said.append(line)
-                if found := _URL.search(line):
-                    break
-            else:
-                raise SystemExit("error: the page could not start: " + "".join(said))
-            threading.Thread(target=process.stderr.read, daemon=True).start()  # so that its log never blocks it
-            url = found[1]
-            wait_for_server(url)
-            yield url
-        finally:
-            process.terminate()
-            process.wait(60)
+    """`vista explore` in a process of its own, in a folder; yields its address. Errors as of `vista_process`."""
+    command = ["explore", "open_browser=false", "port=0", *words]
+    with vista_process(command, _URL, folder=folder) as (_, url, _):
+        wait_for_server(url)
+        yield url
 
 
 def wait_for_server(url: str) -> None:
@@ -204,3 +190,22 @@ def open_every_tab(visit: ExploreVisit, seen: Callable[[str, str], None]) -> Non
         if name == "Results":
             text = visit.click("Measure")
         seen(name, text)
+
+
+def main() -> int:
+    """Write one PNG per tab; returns the exit status."""
+    with exploring(*sys.argv[1:]) as url, visiting(url) as visit:
+        visit.open()
+        visit.wait_for_tabs()
+
+        def keep(name: str, text: str) -> None:
+            file = FIGURES / f"explore-{name.lower().replace(' ', '-')}.png"
+            visit.screenshot(file, most_pixels=MOST_PIXELS)
+            print(f"{file}: {file.stat().st_size // 1000} kB")
+
+        open_every_tab(visit, keep)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -76,9 +76,9 @@ def run_rectools(python: Path, data: Path, setting: RecToolsSetting, max_batches
     return call_rectools(python, data, [*SHAPE, *setting.options(), "--max-batches", str(max_batches)])
 
 
-def call_rectools(python: Path, data: Path, words: Sequence[str], script: Path = SCRIPT) -> dict[str, Any]:
-    """Run rectools_training.py, or another script, in its own process and return its report."""
-    command = [str(python), str(script), str(data), *words]
+def call_rectools(python: Path, data: Path, words: Sequence[str]) -> dict[str, Any]:
+    """Run rectools_training.py in its own process and return its report."""
+    command = [str(python), str(SCRIPT), str(data), *words]
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "OMP_NUM_THREADS")}
     done = subprocess.run(command, cwd=data.parent, env=environment, capture_output=True, text=True)
     if done.returncode:

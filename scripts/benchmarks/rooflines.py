@@ -23,7 +23,7 @@ from typing import Literal
 
 import torch
 
-from scripts.benchmarks.timing import Timing, interleaved
+from scripts.benchmarks.benchmark import Timing, interleaved
 from vista_kernels.processor import can_pack
 
 CPU = torch.device("cpu")

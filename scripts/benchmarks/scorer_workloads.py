@@ -6,7 +6,7 @@ Letters: B users, C candidates of each, K summary tokens, L tail length, H heads
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -23,16 +23,28 @@ from scripts.benchmarks.rooflines import (
     product_dtypes,
     products,
 )
+from scripts.benchmarks.workloads import untrained
 from vista.arrays import Int
-from vista.config import ModelConfig
+from vista.config import DataConfig, ModelConfig
 from vista.config.choices import Precision, TargetAttentionKind
 from vista.log.event_log import EventLog
+from vista.log.histories import RowFeatures
+from vista.log.item_features import CategoryColumn, FeatureColumn, ItemFeatures, NumberColumn
+from vista.log.vocabulary import Vocabulary
 from vista.model import inference
+from vista.model.features import FeatureSpec, RowFeatureReader
+from vista.model.item_feature_table import ItemFeatureTable
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.refresh.batch_encoder import LogItems, last_times, stored_tail
 from vista.store import NO_TIMESTAMP
 from vista.store.record import StoredBatch
+
+NUM_VALUES = 100
+"""Of the category."""
+CATEGORIES_OF_ITEMS, NUMBERS_OF_ITEMS = 5, 3
+REQUEST = {"device": "value 3", "surface": "value 7", "hour": 14.0, "position": 2.0}
+"""The features of every request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,3 +171,51 @@ def recomputed_summaries(workload: ScorerWorkload, precision: Precision) -> Call
         )
 
     return get_many
+
+
+def untrained_with_category(log: EventLog, *, dim: int, num_seeds: int) -> VistaModel:
+    """`untrained` with counters of items and of a category, which every item has."""
+    plain = untrained(log, dim=dim, num_seeds=num_seeds, counters=True)
+    codes = np.random.default_rng(0).integers(0, NUM_VALUES, log.num_items).astype(np.int32)
+    values = Vocabulary.from_ids([f"value {number}" for number in range(NUM_VALUES)])
+    column = CategoryColumn(values, codes, np.arange(log.num_items + 1))
+    columns = [FeatureSpec.of("category", column)]
+    config = replace(plain.config, counter_categories=["category"])
+    model = VistaModel(config, replace(plain.schema, item_features=columns), log.items, DataConfig()).eval()
+    model.set_item_features(ItemFeatureTable.of(ItemFeatures({"category": column}), columns))
+    return model
+
+
+def untrained_with_features(log: EventLog, *, dim: int, num_seeds: int) -> VistaModel:
+    """`untrained` with eight features of items and four of requests, and random weights for them."""
+    plain, rng = untrained(log, dim=dim, num_seeds=num_seeds), np.random.default_rng(0)
+    count, values = log.num_items, Vocabulary.from_ids([f"value {number}" for number in range(100)])
+    columns: dict[str, FeatureColumn] = {
+        f"category {number}": CategoryColumn(
+            values, rng.integers(0, len(values), count).astype(np.int32), np.arange(count + 1)
+        )
+        for number in range(CATEGORIES_OF_ITEMS)
+    }
+    columns |= {
+        f"number {number}": NumberColumn(rng.lognormal(size=count).astype(np.float32))
+        for number in range(NUMBERS_OF_ITEMS)
+    }
+    features = ItemFeatures(columns)
+    of_items = [FeatureSpec.of(name, column) for name, column in columns.items()]
+    drawn = {
+        name: rng.integers(0, len(values), 1000).astype(np.int32)
+        if isinstance(value, str)
+        else rng.normal(size=1000).astype(np.float32)
+        for name, value in REQUEST.items()
+    }
+    known = {name: values if isinstance(value, str) else None for name, value in REQUEST.items()}
+    reader = RowFeatureReader.of(RowFeatures(drawn), known)
+    schema = replace(plain.schema, item_features=of_items, request_features=reader.columns)
+    model = VistaModel(plain.config, schema, log.items, DataConfig()).eval()
+    model.set_item_features(ItemFeatureTable.of(features, of_items))
+    model.request_features = reader
+    for encoder in (model.features, model.request_encoder):
+        assert encoder is not None
+        for weight in encoder.parameters():
+            torch.nn.init.normal_(weight, std=0.02)
+    return model

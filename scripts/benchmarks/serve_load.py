@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -54,16 +53,26 @@ class ServiceProcess:
 
 
 @contextmanager
-def serving(model: Path, store: Path, *words: str, cores: set[int] | None = None) -> Iterator[ServiceProcess]:
-    """`vista serve` on a free port, until the context ends.
+def vista_process(
+    words: Sequence[str], ready: re.Pattern[str], *, folder: Path = REPOSITORY, cores: set[int] | None = None
+) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+    """A command of `vista` that runs until the context ends.
+
+    Args:
+        words: the command and its arguments.
+        ready: of the line of its log that tells that it is ready.
+        cores: where it runs.
+
+    Yields:
+        The process, the group of `ready`, and the lines of its log, also later ones.
 
     Raises:
         SystemExit: it could not start.
     """
-    command = [sys.executable, "-m", "vista.cli", "serve", f"model={model}", f"store={store}", "port=0", *words]
-    path = os.pathsep.join(str(REPOSITORY / folder) for folder in (".", "kernels"))
+    path = os.pathsep.join(str(REPOSITORY / name) for name in (".", "kernels"))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-m", "vista.cli", *words]
+    with subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         if cores is not None:
             os.sched_setaffinity(process.pid, cores)
@@ -71,16 +80,24 @@ def serving(model: Path, store: Path, *words: str, cores: set[int] | None = None
             said: list[str] = []
             for line in process.stderr:
                 said.append(line)
-                if found := _LISTENING.search(line):
+                if found := ready.search(line):
                     break
             else:
-                raise SystemExit("error: the service could not start: " + "".join(said))
+                raise SystemExit(f"error: vista {words[0]} could not start: " + "".join(said))
             # Read its log, so that it never blocks.
             threading.Thread(target=said.extend, args=(process.stderr,), daemon=True).start()
-            yield ServiceProcess(process, int(found[1]), said)
+            yield process, found[1], said
         finally:
-            process.send_signal(signal.SIGTERM)
+            process.terminate()
             process.wait(120)
+
+
+@contextmanager
+def serving(model: Path, store: Path, *words: str, cores: set[int] | None = None) -> Iterator[ServiceProcess]:
+    """`vista serve` on a free port, until the context ends; errors as of `vista_process`."""
+    command = ["serve", f"model={model}", f"store={store}", "port=0", *words]
+    with vista_process(command, _LISTENING, cores=cores) as (process, port, lines):
+        yield ServiceProcess(process, int(port), lines)
 
 
 def encoded(path: str, body: bytes, media_type: str = "application/json") -> bytes:

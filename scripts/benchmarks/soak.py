@@ -1,33 +1,400 @@
-"""A soak test: processes that ask, one that changes the store, and the judge of the answers in this process."""
+"""A soak test: processes that ask, one that changes the store, and the judge of the answers in this process.
+
+The keeper runs one operation after the other. After each it freezes the changed generations: it copies their records to
+a place that is never written again. The number of a question determines it, so that the judge can ask the same question
+of a frozen copy later. An answer is right if it equals that of one copy that was in service during the call. An answer
+that is too old, contains an erased user, or mixes two generations is wrong.
+"""
 
 from __future__ import annotations
 
 import argparse
+import logging
 import math
+import multiprocessing
 import queue
+import shutil
+import threading
 import time
-from collections import Counter
+import traceback
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import count, cycle
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder
-from scripts.benchmarks.soak_judge import SoakJudge
-from scripts.benchmarks.soak_load import (
-    OPERATIONS,
-    SoakAnswer,
-    SoakFailure,
-    SoakOperation,
-    SoakRefusal,
-    SoakStage,
-    keep,
-)
+from scripts.benchmarks.benchmark import BenchmarkRecorder
 from scripts.benchmarks.store_workloads import private_bytes
+from scripts.benchmarks.workloads import ACTIONS, START_MS, lifelong_log, untrained
+from vista.config import SourceColumns
+from vista.device import set_threads
+from vista.log.event_log import EventLog
+from vista.model.vista_model import VistaModel
+from vista.refresh import RefreshOptions, erase, refresh, refresh_incremental
+from vista.scorer import Scorer, Tail
+from vista.store import StoreReader
+from vista.store.admin import compact_store
+from vista.store.layout import environment_path, list_generations, read_current, write_current
 
+THREADS = 2
+"""Concurrent questions per worker process."""
+CALLS_PER_RELOAD = 16
+OPERATIONS = ("full", "erase", "incremental", "compact", "export", "incremental", "model", "erase", "incremental")
+"""The cycle of operations. A full refresh includes a new event of every user, so that publishing it changes every
+answer. "model" replaces the model and then refreshes in full. "export" replaces it by the same model with a shorter
+tail, or with the full tail again, which changes answers without a refresh."""
+SHORTER_TAIL = 8
+ERASED_AT_ONCE = 5
+LATER_MS = START_MS + 10**11
+"""Time of the requests: after all events."""
+Arrays = list[NDArray[Any]]
+TOLERANCE = 2e-5
+"""Of an answer: the tests' tolerance for scores of the same user in different batches."""
+OPEN_COPIES = 8
+State = tuple[int, int, int]
+"""Generation, operation after which it was copied, and length of the model's tail."""
 HANGS_S = 600.0
 SHOWN_FAILURES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class SoakAnswer:
+    """A worker's answer, and the states of the store that may have produced it."""
+
+    thread: int
+    question: int
+    since: int
+    """The last operation that ended before the call."""
+    until: int
+    """The last operation that began before the end of the call."""
+    generations: tuple[int, int]
+    """The store's generation before and after the call."""
+    tail_lens: tuple[int, int]
+    """The model's length of the tail before and after the call."""
+    latency_s: float
+    arrays: Arrays
+    num_retries: int = 0
+    """Times that the question was asked again on a new connection."""
+
+
+@dataclass(frozen=True, slots=True)
+class SoakOperation:
+    """A finished operation of the keeper, whose result is frozen."""
+
+    kind: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class SoakRefusal:
+    """A question that was refused, because too many were waiting."""
+
+
+@dataclass(frozen=True, slots=True)
+class SoakFailure:
+    """An error in a worker or in the keeper."""
+
+    text: str
+
+
+class SoakStage:
+    """The folders and the shared state of the soak test's processes."""
+
+    def __init__(self, folder: Path, num_users: int, num_items: int) -> None:
+        """Create a log, an untrained model and its store, and freeze it as operation 0."""
+        self.num_users, self.num_items = num_users, num_items
+        self.log, self.model, self.store, self.frozen, self.models = (
+            folder / name for name in ("log", "model", "store", "frozen", "models")
+        )
+        self.context = multiprocessing.get_context("spawn")
+        # Only the keeper writes these, so they need no lock.
+        self.begun, self.done, self.frozen_until, self.served = (
+            self.context.Value("q", 0, lock=False) for _ in range(4)
+        )
+        """The last operation that has begun, ended, and is frozen, and the generation that is published."""
+        self.said = self.context.Queue(maxsize=256)
+        """Answers, operations and failures; workers wait if the judge is too slow."""
+        self.stop = self.context.Event()
+        log = lifelong_log(self.log, [40] * num_users, num_items=num_items)
+        refresh(self.new_model(log, seed=0), log, self.store)
+        self.served.value = read_current(self.store)
+        freeze(self.store, self.frozen, 0)
+
+    def new_model(self, log: EventLog, seed: int) -> VistaModel:
+        """Export a new model."""
+        model = untrained(log, dim=64, num_seeds=16, seed=seed)
+        self.export(model)
+        return model
+
+    def export(self, model: VistaModel) -> None:
+        """Save a model to the folder in service, and a copy for the judge."""
+        model.save_pretrained(self.copy_of_model(model.summarizer_id(), model.config.tail_len))
+        model.save_pretrained(self.model)
+
+    def copy_of_model(self, summarizer_id: bytes, tail_len: int) -> Path:
+        """The judge's copy of a model."""
+        return self.models / f"{summarizer_id.hex()}-{tail_len}"
+
+
+def freeze(store: Path, frozen: Path, operation: int) -> None:
+    """Copy each generation that changed since its last copy to a store `frozen/<generation>-<operation>`."""
+    for generation in list_generations(store):
+        records = environment_path(store, generation) / "data.mdb"
+        mark = f"{records.stat().st_mtime_ns}"
+        last = max((number for other, number in copies(frozen) if other == generation), default=None)
+        if last is not None and (frozen / f"{generation}-{last}" / "mark").read_text() == mark:
+            continue
+        copy = frozen / f"{generation}-{operation}"
+        target = environment_path(copy, generation)
+        target.mkdir(parents=True)
+        shutil.copyfile(records, target / "data.mdb")
+        write_current(copy, generation)
+        (copy / "mark").write_text(mark)
+
+
+def copies(frozen: Path) -> list[tuple[int, int]]:
+    """All frozen copies as (generation, operation after which it was copied)."""
+    names = [path.name.split("-") for path in frozen.iterdir()] if frozen.is_dir() else []
+    return [(int(generation), int(operation)) for generation, operation in names]
+
+
+def ask(scorer: Scorer, question: int, num_users: int, num_items: int) -> Arrays:
+    """Ask a question: score, predict, rank, explain or user_vectors, also for some unknown users."""
+    rng = np.random.default_rng(question)
+
+    def users(size: int) -> NDArray[np.int64]:
+        return rng.integers(1, num_users + num_users // 50 + 1, size)
+
+    def items(*size: int) -> NDArray[np.int64]:
+        return rng.integers(1, num_items + num_items // 50 + 1, size)
+
+    kind = rng.integers(7)
+    if kind == 0:
+        return [scorer.score(users(1), items(200), now=LATER_MS)]
+    if kind == 1:
+        offsets = np.concatenate([[0], np.cumsum(rng.integers(0, 30, 5))])
+        return [scorer.score(users(5), (items(offsets[-1]), offsets))]
+    if kind == 2:
+        return list(scorer.predict(users(8), items(8, 25), now=LATER_MS).values())
+    if kind == 3:
+        offsets = np.concatenate([[0], np.cumsum(rng.integers(0, 4, 4))])
+        times = LATER_MS - rng.integers(0, 10**9, offsets[-1])
+        tail = Tail(items(offsets[-1]).astype(np.int32), times, rng.integers(0, len(ACTIONS), offsets[-1]), offsets)
+        return [scorer.score(users(4), items(50), tail=tail, now=LATER_MS)]
+    if kind == 4:
+        ranking = scorer.rank(int(users(1)[0]), top_k=20, exclude_tail=True)
+        return [ranking.items, ranking.scores, np.array(ranking.num_dropped)]
+    if kind == 5:
+        explanation = scorer.explain(int(users(1)[0]), items(5), now=LATER_MS)
+        return [explanation.value, explanation.summary, explanation.tail, explanation.own]
+    return [scorer.user_vectors(users(16))]
+
+
+def work(stage: SoakStage, worker: int) -> None:
+    """A serving process: its threads ask until the stage stops, and the first thread also reloads the store."""
+    set_threads(1)
+    logging.getLogger("vista").setLevel(logging.ERROR)  # Each reload warns if a new model has no summaries yet.
+    with Scorer.open(stage.model, stage.store, on_missing="nan", task="click") as scorer:
+        threads = [
+            threading.Thread(target=_ask_forever, args=(stage, scorer, THREADS * worker + own, own == 0))
+            for own in range(THREADS)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+
+def _ask_forever(stage: SoakStage, scorer: Scorer, thread: int, reloads: bool) -> None:
+    for question in count(thread * 10**9):
+        if stage.stop.is_set():
+            return
+        try:
+            if reloads and question % CALLS_PER_RELOAD == 0:
+                served = stage.served.value
+                scorer.reload()
+                assert scorer.store.generation >= served, f"gen-{served} is published, but reload did not open it"
+            since, before = stage.done.value, _in_service(scorer)
+            began = time.perf_counter()
+            arrays = ask(scorer, question, stage.num_users, stage.num_items)
+            latency = time.perf_counter() - began
+            until, after = stage.begun.value, _in_service(scorer)
+            generations, tail_lens = zip(before, after, strict=True)
+            stage.said.put(SoakAnswer(thread, question, since, until, generations, tail_lens, latency, arrays))
+        except Exception:
+            stage.said.put(SoakFailure(f"thread {thread}, question {question}: {traceback.format_exc()}"))
+
+
+def _in_service(scorer: Scorer) -> tuple[int, int]:
+    """Generation of the store, and length of the model's tail."""
+    return scorer.store.generation, scorer.model.config.tail_len
+
+
+def keep(stage: SoakStage, pause_s: float) -> None:
+    """Change the store until the stage stops, then compare it with a rebuilt store."""
+    set_threads(1)
+    try:
+        _compare_with_rebuilt(stage, *_operate(stage, pause_s))
+    except Exception:
+        stage.said.put(SoakFailure(f"keeper: {traceback.format_exc()}"))
+
+
+def _operate(stage: SoakStage, pause_s: float) -> tuple[VistaModel, list[int]]:
+    """Returns the last model, and the erased users."""
+    model = exported = VistaModel.from_pretrained(stage.model)
+    rng = np.random.default_rng(0)
+    erased: list[int] = []
+    for number, kind in enumerate(cycle(OPERATIONS), start=1):
+        if stage.stop.wait(pause_s):
+            break
+        everyone = 1 + np.arange(stage.num_users)
+        if kind in ("full", "model"):
+            log = append_events(stage, number, everyone, rng)
+        elif kind == "incremental":
+            log = append_events(stage, number, rng.choice(everyone, stage.num_users // 10, replace=False), rng)
+        began = time.perf_counter()
+        stage.begun.value = number
+        if kind in ("full", "model"):
+            if kind == "model":
+                model = exported = stage.new_model(log, seed=number)
+            refresh(model, log, stage.store)
+        elif kind == "incremental":
+            # In one transaction, so that there are no states between two operations.
+            refresh_incremental(model, log, stage.store, options=RefreshOptions(users_per_batch=stage.num_users))
+        elif kind == "erase":
+            users = rng.choice(everyone, ERASED_AT_ONCE, replace=False).tolist()
+            erase(stage.store, users)
+            erased += users
+        elif kind == "export":
+            exported = model.with_tail(SHORTER_TAIL) if exported is model else model
+            stage.export(exported)
+        else:
+            compact_store(stage.store)
+        stage.done.value = number
+        seconds = time.perf_counter() - began
+        with StoreReader.open(stage.store) as store:
+            assert not store.get_many(erased).found.any(), f"the store serves erased users after {kind}"
+            assert len(store) == stage.num_users - len(set(erased)), f"the store holds {len(store)} users after {kind}"
+        stage.served.value = read_current(stage.store)
+        freeze(stage.store, stage.frozen, number)
+        stage.frozen_until.value = number
+        stage.said.put(SoakOperation(kind, seconds))
+    return model, erased
+
+
+def append_events(stage: SoakStage, operation: int, users: NDArray[np.int64], rng: np.random.Generator) -> EventLog:
+    """Append one new event per user."""
+    events = {
+        "user": users,
+        "item": rng.integers(1, stage.num_items + 1, len(users)),
+        "timestamp": np.full(len(users), START_MS + 10**10 + operation * 60_000),
+        "action": rng.choice(ACTIONS, len(users)).tolist(),
+    }
+    return EventLog.from_frame(events, stage.log, time_unit="ms", columns=SourceColumns(action="action"), append=True)
+
+
+def _compare_with_rebuilt(stage: SoakStage, model: VistaModel, erased: list[int]) -> None:
+    """Require that the store equals one refresh of the whole log, except for the erased users."""
+    rebuilt, log = stage.store.with_name("rebuilt"), EventLog.open(stage.log)
+    refresh_incremental(model, log, stage.store)
+    refresh(model, log, rebuilt)
+    users = np.setdiff1d(1 + np.arange(stage.num_users), erased)
+    with StoreReader.open(stage.store) as store, StoreReader.open(rebuilt) as other:
+        actual, expected = store.get_many(users), other.get_many(users)
+    assert actual.found.all() and expected.found.all()
+    assert (actual.history_digest == expected.history_digest).all(), "a history differs from the log's"
+    assert (actual.tail.items == expected.tail.items).all() and (actual.tail.times == expected.tail.times).all()
+    # int8: a different rounding in float32 may move a value to the next step.
+    step = (expected.summary.max(-1) - expected.summary.min(-1)) / 255
+    assert (np.abs(actual.summary - expected.summary).max(-1) <= 1.5 * step + 1e-5).all(), "a summary differs"
+
+
+class SoakJudge:
+    """Asks questions again of frozen copies.
+
+    Args:
+        stage: its folders hold the copies.
+        ask: the answer of a scorer to the question of this number.
+        lag: number of generations that a thread's next answer may be older than its latest one, because another process
+            gives it.
+    """
+
+    def __init__(self, stage: SoakStage, ask: Callable[[Scorer, int], Arrays], lag: int = 0) -> None:
+        self._stage, self._ask, self._lag = stage, ask, lag
+        self._opened: OrderedDict[State, Scorer | None] = OrderedDict()
+        self.latest: dict[int, SoakAnswer] = {}
+        self.num_changing = 0
+        """Answers that an operation changed during the call."""
+
+    def is_right(self, answer: SoakAnswer) -> bool:
+        """Whether a single state of the store that was in service during the call gives this answer."""
+        expected = []
+        for state in self._states(answer):
+            scorer = self._scorer(state)
+            if scorer is not None:
+                expected.append(self._ask(scorer, answer.question))
+        same = [equal(answer.arrays, arrays) for arrays in expected]
+        self.num_changing += any(not equal(expected[0], arrays) for arrays in expected[1:])
+        self.latest[answer.thread] = answer
+        return any(same)
+
+    def forget(self, num_threads: int) -> None:
+        """Remove the copies that no later answer of the threads can come from."""
+        if len(self.latest) < num_threads:
+            return
+        since = min(answer.since for answer in self.latest.values())
+        first = min(answer.generations[0] for answer in self.latest.values()) - self._lag
+        known = copies(self._stage.frozen)
+        for copy in known:
+            generation, operation = copy
+            outdated = any(g == generation and operation < other <= since for g, other in known)
+            if generation < first or outdated:
+                for state in [state for state in self._opened if state[:2] == copy]:
+                    self._close(state)
+                shutil.rmtree(self._stage.frozen / f"{generation}-{operation}")
+
+    def _states(self, answer: SoakAnswer) -> list[State]:
+        """Copies of the generations that were open: the last one before the call, and those made during the call."""
+        known = copies(self._stage.frozen)
+        states: list[State] = []
+        for generation in range(answer.generations[0], answer.generations[1] + 1):
+            operations = sorted(number for other, number in known if other == generation and number <= answer.until)
+            before = [number for number in operations if number <= answer.since]
+            own = [number for number in operations if number >= max(before, default=0)]
+            states += [(generation, number, tail) for number in own for tail in sorted(set(answer.tail_lens))]
+        return states
+
+    def _scorer(self, state: State) -> Scorer | None:
+        """A scorer of a copy; None if the generation's model was never exported with this length of the tail."""
+        if state not in self._opened:
+            generation, operation, tail_len = state
+            folder = self._stage.frozen / f"{generation}-{operation}"
+            with StoreReader.open(folder) as store:
+                model = self._stage.copy_of_model(store.summarizer_id, tail_len)
+            exported = model.is_dir()
+            self._opened[state] = Scorer.open(model, folder, on_missing="nan", task="click") if exported else None
+        self._opened.move_to_end(state)
+        while len(self._opened) > OPEN_COPIES:
+            self._close(next(iter(self._opened)))
+        return self._opened[state]
+
+    def _close(self, state: State) -> None:
+        scorer = self._opened.pop(state)
+        if scorer is not None:
+            scorer.close()
+
+
+def equal(actual: Arrays, expected: Arrays) -> bool:
+    """Whether two answers are the same, up to rounding."""
+    return len(actual) == len(expected) and all(
+        a.shape == b.shape and np.allclose(a, b, rtol=0, atol=TOLERANCE, equal_nan=True)
+        for a, b in zip(actual, expected, strict=True)
+    )
 
 
 class Soak:

@@ -18,10 +18,18 @@ from pathlib import Path
 
 import numpy as np
 
-from scripts.benchmarks.benchmark_recorder import RESULTS, BenchmarkRecorder
-from scripts.benchmarks.soak import Soak, record, record_latencies, soak_parser
-from scripts.benchmarks.soak_judge import SoakJudge
-from scripts.benchmarks.soak_load import THREADS, SoakStage, ask, work
+from scripts.benchmarks.benchmark import RESULTS, BenchmarkRecorder
+from scripts.benchmarks.soak import (
+    THREADS,
+    Soak,
+    SoakJudge,
+    SoakStage,
+    ask,
+    record,
+    record_latencies,
+    soak_parser,
+    work,
+)
 from vista.device import set_threads
 
 WORKERS = 2

@@ -16,6 +16,7 @@ from functools import lru_cache
 from itertools import cycle
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import lmdb
@@ -38,7 +39,7 @@ from vista.store import (
     user_keys,
 )
 from vista.store.layout import environment_path, read_current
-from vista.store.lmdb_environment import SharedEnvironment
+from vista.store.lmdb_environment import MAP_SIZE_BYTES, SharedEnvironment
 from vista.store.state_record import StateArrays, StateSpec, encode_states
 from vista.store.writer import StoreUpdate
 
@@ -51,7 +52,6 @@ RECORDS_PER_WRITE = 512
 RECORDS_PER_READ = 256
 LARGEST_UPDATE = 0.02
 """Share of a generation that one batch rewrites; the bound on the file's size holds up to this share."""
-
 Batch = tuple[list[bytes], list[bytes]]
 """Keys and values."""
 
@@ -235,3 +235,30 @@ def private_bytes(smaps: str) -> int:
         elif counted and line.startswith(("Private_Clean:", "Private_Dirty:")):
             total += 1024 * int(line.split()[1])
     return total
+
+
+class RawLmdb:
+    """A durable LMDB environment with the same options as the store's."""
+
+    def __init__(self, path: Path) -> None:
+        path.mkdir(parents=True)
+        self.environment = lmdb.open(str(path), map_size=MAP_SIZE_BYTES, lib_version=0)
+
+    def put(self, keys: Sequence[bytes], values: Sequence[bytes]) -> None:
+        """Write all values in one durable transaction."""
+        with self.environment.begin(write=True) as transaction:
+            for key, value in zip(keys, values, strict=True):
+                transaction.put(key, value)
+
+    def copies(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """Copies of the values, read in one transaction."""
+        with self.environment.begin() as transaction:
+            return [transaction.get(key) for key in keys]
+
+    def __enter__(self) -> RawLmdb:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.environment.close()

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from scripts.benchmarks.rectools_process import SCRIPT, call_rectools, rectools_python, words_of
+from scripts.benchmarks.rectools_process import call_rectools, rectools_python, words_of
 from scripts.experiments.crosscheck_rectools import PARTS, label_ranks, write_split
 from scripts.experiments.results import append_result, hardware, markdown_table, read_results
 from scripts.experiments.row_measurement import TOP_K, table_log
@@ -74,7 +74,7 @@ def validation_curve(report: Mapping[str, Any], lists: Int, labels: Int) -> list
     """[[seconds, NDCG@10], …] of all validations.
 
     Args:
-        report: that of rectools_minutes.py.
+        report: that of rectools_training.py --minutes.
         lists: int64 [validations, N, 10].
         labels: int64 [N].
 
@@ -148,7 +148,7 @@ def _run(
         "top_k": max(TOP_K),
     }
     words = [*words_of(settings), *([] if log.has_time or model != "HSTU" else ["--no-times"])]
-    report = call_rectools(python, folder / "split.npz", words, SCRIPT.with_name("rectools_minutes.py"))
+    report = call_rectools(python, folder / "split.npz", words)
     with np.load(lists, allow_pickle=False) as arrays:
         curve = validation_curve(report, arrays["validation"], cases["validation"].item[asked])
         metrics = ranking_metrics(label_ranks(arrays["test"], cases["test"].item), TOP_K)

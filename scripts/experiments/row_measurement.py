@@ -17,19 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from scripts.experiments.popularity_afterwards import PopularityAfterwards
-from scripts.experiments.refreshed_store import scheduled_metrics
 from scripts.experiments.row_origin import RowOrigin, train_noted
 from scripts.experiments.row_progress import RowProgress
 from scripts.experiments.serving_cost import history_model_latency_ms, scorer_latency_ms, training_speed
-from scripts.experiments.set_texts import prepare_with_texts
-from scripts.experiments.sets import prepare_set, set_folder, source_folder
-from scripts.experiments.simulated_calendar import prepare_simulation
+from scripts.experiments.sets import prepare_set, prepare_simulation, prepare_with_texts, set_folder, source_folder
 from scripts.experiments.table_run import TableRun, part_configs, recorded_config, train_config
 from scripts.experiments.tables import TABLES
-from scripts.experiments.tables.table import Table
-from scripts.experiments.tables.table_row import TableRow
-from scripts.experiments.yambda_metrics import yambda_metrics
+from scripts.experiments.tables.table import Table, TableRow
+from vista.arrays import Floats, Int
 from vista.config import (
     DataConfig,
     EvaluateConfig,
@@ -37,19 +32,21 @@ from vista.config import (
     TrainConfig,
 )
 from vista.config.choices import Split, Stage, Target
+from vista.evaluation.answers import ScorerAnswers
 from vista.evaluation.baseline_evaluation import (
     asked_horizons,
     counting_baselines,
     measure_by_horizon,
     trained_baselines,
 )
-from vista.evaluation.cases import impression_cases
+from vista.evaluation.cases import impression_cases, with_tasks
 from vista.evaluation.counting_baselines import CountingBaseline
 from vista.evaluation.evaluate import EvaluationReport, evaluate_model, evaluate_scorer
-from vista.evaluation.protocol import impression_metrics
+from vista.evaluation.protocol import impression_metrics, split_windows, window_metric
+from vista.examples.item_statistics import item_counts
 from vista.files import make_folders
 from vista.log.event_log import EventLog
-from vista.log.splits import parse_time, split_until
+from vista.log.splits import Until, parse_time, part_counts, part_times, refresh_times, split_until
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.ranking_model import RankingModel
 from vista.model.vista_model import VistaModel
@@ -60,8 +57,6 @@ from vista.simulation.worlds import WORLDS
 from vista.store.layout import CURRENT
 
 TOP_K = [10, 50, 200]
-
-
 SIMULATED = ("whole history", "last 2000", "last 200", "last 32", "pooled")
 """Predictors of `vista.simulation.simulate` that a row may name as `untrained`."""
 WINDOW_METRICS = (
@@ -71,6 +66,79 @@ WINDOW_METRICS = (
 """Metrics of a line of a table with `windows`; the file of `per_user_file` has all."""
 COLD_METRICS = ("recall@50:cold/200-events", "ndcg@50:cold/200-events")
 """More metrics of a line of a table with `cold`."""
+
+
+class PopularityAfterwards:
+    """The popularity of items after the question, which nobody knows when it is asked: an upper bound.
+
+    The same scores for all users: float64 counts of the events that are not visible.
+    """
+
+    name = "popularity afterwards"
+
+    def fit(self, log: EventLog, counts: Int, rng: np.random.Generator) -> None:
+        self._counts: Floats = (item_counts(log) - item_counts(log, counts)).astype(np.float64)
+
+    def scores(self, user: Int, seen: Int, now: Int | None) -> Floats:
+        return np.tile(self._counts, (len(user), 1))
+
+
+def scheduled_metrics(
+    model: VistaModel, log: EventLog, store: Path, options: RefreshOptions, part: str, requests_per_batch: int
+) -> dict[str, float]:
+    """Metrics of the impressions of a part of the model's split by time, with a store refreshed on a schedule.
+
+    `vista evaluate` measures one refresh, whose summaries grow old while the part goes on. Here, as in service
+    (`data.refresh_days`), each impression is scored from the last refresh before it.
+
+    Args:
+        store: folder of a store, which is refreshed once per period.
+    """
+    begin, end = part_times(model.data, part)
+    assert begin is not None
+    cases = with_tasks(impression_cases(log, begin, end), model.schema.tasks)
+    times = refresh_times(model.data, part, int(cases.timestamp.max(initial=begin)) + 1)
+    period = np.searchsorted(times, cases.timestamp, side="right") - 1
+    out = np.zeros(cases.label.shape, np.float32)
+    for index, begin_ms in enumerate(times.tolist()):
+        own = np.flatnonzero(period == index)
+        refresh(model, log, store, until=Until(before=begin_ms), options=options)
+        with Scorer.open(model, store) as scorer:
+            answers = ScorerAnswers(scorer, log, requests_per_batch=requests_per_batch)
+            out[own] = answers.probabilities(cases.part(own))
+    return impression_metrics(cases, out)
+
+
+def yambda_metrics(
+    per_user: Mapping[str, Floats], log: EventLog, data: DataConfig, asked: EvaluateConfig
+) -> dict[str, float]:
+    """Recall and NDCG as Yambda's benchmark (github.com/homutov/yambda-benchmark) computes them.
+
+    They are computed from the metrics per user of one window that reaches to the end of the log.
+
+    With n events of a user in the test, repeats included, recall@k is the number of different hits over n, averaged
+    over users. NDCG@k is the discounted gain of these hits over that of min(k, n) hits in front, each summed over all
+    users. vista's own recall and NDCG count an item once, divide by at most k, and average per user.
+
+    Args:
+        per_user: {"precision@10/50-events": float64 [N], …} of `measure_windows`.
+        data: the split.
+        asked: how they were measured.
+
+    Returns:
+        {"recall@10": …, "ndcg@10": …} for each k of `asked`.
+    """
+    ((window, cases),) = split_windows(log, data, asked).items()
+    _, first, _ = part_counts(log, data, asked.split)
+    num_events, num_items = (log.lengths - first)[cases.user], np.diff(cases.offsets)
+    best = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(max(asked.top_k)) + 2))])
+    metrics = {}
+    for k in asked.top_k:
+        precision, ndcg = (per_user[window_metric(f"{name}@{k}", window)] for name in ("precision", "ndcg"))
+        gain = ndcg * best[np.minimum(num_items, k)]
+        metrics[f"recall@{k}"] = float((precision * k / num_events).mean())
+        metrics[f"ndcg@{k}"] = float(gain.sum() / best[np.minimum(num_events, k)].sum())
+    return metrics
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,11 +19,26 @@ from pathlib import Path
 
 import polars as pl
 
-from vista.config import PrepareConfig
+from vista.cli.item_commands import run_items_embed, run_items_tokenize
+from vista.config import (
+    ItemsEmbedConfig,
+    ItemsTokenizeConfig,
+    ItemTableConfig,
+    PrepareConfig,
+    SimulateConfig,
+    SourceConfig,
+)
 from vista.config.composition import compose_config
 from vista.errors import ConfigError, VistaError
 from vista.files import writable_folder
 from vista.log.ingest.prepare import prepare
+from vista.simulation.simulate import EVENTS_FILE, IMPRESSIONS_FILE, ITEMS_FILE, simulate
+
+CALENDAR = {
+    "season": pl.col("timestamp").cast(pl.Datetime("ms")).dt.ordinal_day() // 28,
+    "weekday": pl.col("timestamp").cast(pl.Datetime("ms")).dt.weekday(),
+}
+"""Features of a time (UTC): one of 14 seasons of four weeks, the last of one or two days, and the day of the week."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +142,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     print(shlex.join(["vista", "train", f"data.path={options.out}", *SETS[options.name].words]))
     return 0
+
+
+def prepare_with_texts(name: str, folder: Path, out: Path, texts: str) -> None:
+    """Make the log of a set, as `prepare_set`, with one more feature of items.
+
+    Args:
+        name: of the set, which `vista items embed` knows as a kind.
+        texts: vectors | codes, as in `TableRow`.
+
+    Raises:
+        ConfigError, DataError: if a file is missing or has other columns.
+        MissingDependencyError: if the extra `text` or `tokens` is not installed.
+    """
+    partial, item = out.with_name(f"{out.name}.partial"), SETS[name].item
+    for leftover in (partial, source_folder(partial)):
+        shutil.rmtree(leftover, ignore_errors=True)
+    prepare_set(name, folder, partial)
+    file = source_folder(partial) / "vectors.parquet"
+    source = ItemTableConfig(paths=[str(folder)], item=item)
+    run_items_embed(ItemsEmbedConfig(kind=name, items=source, out=str(file), progress=False))
+    if texts == "codes":
+        codes = file.with_name("codes.parquet")
+        run_items_tokenize(ItemsTokenizeConfig(vectors=str(file), item=item, out=str(codes)))
+        file = codes
+    new = ItemTableConfig(paths=[str(file)], item=item)
+    prepare(PrepareConfig(out=str(partial), append=True, items=new, progress=False))
+    shutil.rmtree(source_folder(out), ignore_errors=True)
+    source_folder(partial).rename(source_folder(out))
+    partial.rename(out)
+
+
+def prepare_simulation(config: SimulateConfig, out: Path, *, calendar: bool) -> None:
+    """Draw a simulation into `config.out`, and make its log.
+
+    Args:
+        config: the simulation.
+        out: the log.
+        calendar: whether events and requests have the features `CALENDAR`.
+    """
+    source = simulate(config).out
+    if calendar:
+        for name in (EVENTS_FILE, IMPRESSIONS_FILE):
+            pl.read_parquet(source / name).with_columns(**CALENDAR).write_parquet(source / name)
+    read = SourceConfig(kind="simulated", paths=[str(source)], categories=list(CALENDAR) if calendar else [])
+    topics = ItemTableConfig(paths=[str(source / ITEMS_FILE)], categories=["topic"])
+    prepare(PrepareConfig(out=str(out), events=read, impressions=read, items=topics, progress=False))
 
 
 if __name__ == "__main__":

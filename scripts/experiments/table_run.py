@@ -11,23 +11,37 @@ from functools import cache
 from statistics import fmean
 from typing import Any
 
-from scripts.experiments.baseline_settings import baseline_settings
 from scripts.experiments.results import changed_settings, hardware
 from scripts.experiments.row_origin import MACHINE
 from scripts.experiments.sets import SETS
 from scripts.experiments.tables import TABLES
-from scripts.experiments.tables.table import Table
-from scripts.experiments.tables.table_row import WITHOUT_COUNTERS, TableRow
+from scripts.experiments.tables.table import WITHOUT_COUNTERS, Table, TableRow
 from vista.config import EvaluateConfig, TrainConfig
 from vista.config.checks import to_dict
 from vista.config.choices import Architecture, Split, Target
 from vista.config.composition import compose_config
 from vista.config.model_config import TEMPERATURES
 from vista.errors import ConfigError
-from vista.evaluation.baseline_evaluation import asked_horizons
+from vista.evaluation.baseline_evaluation import (
+    GROUP_DECAYS,
+    OWN_WEIGHTS,
+    RIDGES,
+    TEMPERATURES_AND_RATES,
+    TRANSITION_WEIGHTS,
+    asked_horizons,
+)
+from vista.evaluation.counting_baselines import MAX_USERS, MIN_SEEN, SHORT_EVENTS
 from vista.log.splits import RETURNING
 from vista.training import run_plan
 
+_GRIDS: dict[str, dict[str, Sequence[Any]]] = {
+    "transitions and own frequency": {"transition_weights": TRANSITION_WEIGHTS},
+    "EASE": {"ridges": RIDGES},
+    "TIFU-KNN": {"group_decays": GROUP_DECAYS, "own_weights": OWN_WEIGHTS},
+    "pooled vectors": {"temperatures_and_rates": TEMPERATURES_AND_RATES},
+}
+"""Values that `Tuned` chooses from."""
+_FITTED = (*_GRIDS, "pooled factors", "counter trees", "new-item trees")
 UNREAD_BY_BASELINES = (
     *("target_attention", "num_target_layers", "tail_in_summary", "mean_token", "reconstruction_target"),
 )
@@ -68,6 +82,26 @@ NO_RETURNS = (*WITHOUT_COUNTERS, "optim.next_weight=1", "optim.window_weight=0")
 SPLIT = ("split", "validation_from", "test_from", "gap_minutes", "validation_share", "test_share", "exclude_seen")
 """Keys of DataConfig that the untrained rows depend on."""
 Line = Mapping[str, Any]
+
+
+def baseline_settings(name: str, horizons: Sequence[int]) -> dict[str, Any]:
+    """The settings of a baseline, in types of JSON; empty for one that only counts.
+
+    Args:
+        name: of a baseline of `vista.evaluation.baselines`, or of a predictor of `vista.simulation.simulate`.
+        horizons: numbers of next events that it is asked about. It is fitted to each of them.
+    """
+    if name not in _FITTED:
+        return {}
+    settings: dict[str, Any] = {"name": name, "fitted_to": list(horizons)}
+    if name in _GRIDS:
+        settings |= {key: [_plain(value) for value in values] for key, values in _GRIDS[name].items()}
+        settings |= {"tuning_users": MAX_USERS, "tuning_min_seen": MIN_SEEN, "short_events": SHORT_EVENTS}
+    return settings
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True, slots=True)

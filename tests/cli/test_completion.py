@@ -7,6 +7,7 @@ import pty
 import select
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -41,9 +42,15 @@ def shell(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory: a folder with a file."""
+    """The working directory: a folder with a file, and a folder with the program `vista`, which is on the PATH."""
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "config.yaml").write_text("")
+    (tmp_path / "bin").mkdir()
+    vista = tmp_path / "bin" / "vista"
+    vista.write_text(f'#!/bin/sh\nexec {sys.executable} -m vista.cli "$@"\n')
+    vista.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{vista.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     return tmp_path
@@ -103,7 +110,7 @@ def completed(shell: str, path: Path, line: str) -> list[str]:
         command = ["fish", "--no-config", "-c", code]
     else:
         call = f"COMP_LINE='{line}'; COMP_POINT=${{#COMP_LINE}}; _vista_complete; printf '%s\\n' \"${{COMPREPLY[@]}}\""
-        command = ["bash", "--norc", "-c", f"source {path}; PATH=; {call}"]
+        command = ["bash", "--norc", "-c", f"source {path}; {call}"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stderr == ""
     return [words.partition("\t")[0].strip() for words in done.stdout.splitlines() if words]
@@ -111,7 +118,6 @@ def completed(shell: str, path: Path, line: str) -> list[str]:
 
 @pytest.mark.parametrize("shell", ["bash", "fish"], indirect=True)
 def test_words_of_a_line(shell: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """In bash without any program on the PATH: nothing is started, so a Tab takes milliseconds."""
     path = script(shell, folder, capsys)
     first = {name.partition(" ")[0] for name in COMMANDS}
     assert {*completed(shell, path, "vista ")} >= first
@@ -128,6 +134,20 @@ def test_words_of_a_line(shell: str, folder: Path, capsys: pytest.CaptureFixture
     assert completed(shell, path, "vista train seed=") == []
     files = completed(shell, path, "vista prepare events.paths=[a,source/")
     assert [word.rpartition("=")[2] for word in files] == ["[a,source/config.yaml"]
+
+
+def test_words_come_with_summaries_and_without_torch(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = (
+        "import sys; from vista.cli.main import main; main(sys.argv[1:]); print({'torch', 'polars'} & {*sys.modules})"
+    )
+    command = [sys.executable, "-c", code, "completion", "--words", "train", "model.num_see"]
+    key, modules = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    word, summary = key.split("\t")
+    assert word == "model.num_seeds=" and summary.endswith(".") and modules == "set()"
+    assert main(["completion", "--words", "l"]) == 0
+    assert capsys.readouterr().out == "log \tforget, erase, compact, verify, stats\n"
+    assert main(["completion", "--words", "runs", "c"]) == 0
+    assert capsys.readouterr().out == f"compare \t{COMMANDS['runs compare'].summary}\n"
 
 
 @pytest.mark.parametrize("word", ["tcsh", "shell=tcsh"])

@@ -20,19 +20,20 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from scripts.benchmarks import attention_on_gpu, bench_summary, bench_training, rooflines
+from scripts.benchmarks import bench_attention, bench_training, benchmark, rooflines
 from scripts.benchmarks import rectools_process as baseline
-from scripts.benchmarks.attention_on_gpu import AttentionSizesOnGpu
-from scripts.benchmarks.attention_workloads import NUM_LAYERS, AttentionStep
-from scripts.benchmarks.baseline_attention import (
+from scripts.benchmarks.attention import (
+    NUM_LAYERS,
     Attention,
+    AttentionStep,
     attention_replaced,
     hstu,
     plain_hstu,
     plain_quasi_linear,
     sdpa,
 )
-from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder, read_cases
+from scripts.benchmarks.bench_attention import AttentionSizesOnGpu
+from scripts.benchmarks.benchmark import BenchmarkRecorder, interleaved, read_cases, timing_of
 from scripts.benchmarks.rectools_process import RecToolsPilot, RecToolsSetting
 from scripts.benchmarks.rooflines import (
     Roofline,
@@ -43,7 +44,6 @@ from scripts.benchmarks.rooflines import (
 )
 from scripts.benchmarks.scorer_workloads import scorer_roofline
 from scripts.benchmarks.store_workloads import private_bytes
-from scripts.benchmarks.timing import interleaved, timing_of
 from scripts.benchmarks.workloads import lifelong_log, untrained
 from tests.benchmark_process import run_benchmark
 from tests.required_program import require_compiler
@@ -132,20 +132,20 @@ def test_a_new_measurement_replaces_only_its_own_case_and_machine(tmp_path: Path
 def test_the_summary_of_all_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench_summary, "RESULTS", tmp_path)
-    assert bench_summary.main([]) == 0
+    monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
+    assert benchmark.main([]) == 0
     assert "no benchmark results yet" in capsys.readouterr().out
     BenchmarkRecorder("x", out=tmp_path / "bench_x.jsonl").add("a", 1.0, "s", bar="value < 2")
     BenchmarkRecorder("y", out=tmp_path / "bench_y.jsonl").add("b", 3.0, "s", bar="value < 2")
     (tmp_path / "ml-1m.jsonl").write_text("not a benchmark\n")
     capsys.readouterr()
-    assert bench_summary.main([]) == 0
+    assert benchmark.main([]) == 0
     text = capsys.readouterr().out
     assert "MISSED  y: b: 3 s  [value < 2]" in text and "bars: 1 met, 1 missed; 0 cases" in text
-    assert bench_summary.main(["--strict"]) == 1
-    assert bench_summary.main(["--strict", str(tmp_path / "bench_x.jsonl")]) == 0
+    assert benchmark.main(["--strict"]) == 1
+    assert benchmark.main(["--strict", str(tmp_path / "bench_x.jsonl")]) == 0
     (tmp_path / "bench_z.jsonl").write_text("{\n")
-    assert bench_summary.main([]) == 2
+    assert benchmark.main([]) == 2
     assert "bench_z.jsonl, line 1" in capsys.readouterr().err
 
 
@@ -299,7 +299,7 @@ def test_the_gpu_part_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         block_scores=(1 << 12,),
         copy_bytes=1 << 16,
     )
-    attention_on_gpu.bench(recorder, torch.device("cpu"), sizes)
+    bench_attention.bench_on_gpu(recorder, torch.device("cpu"), sizes)
     cases = {row["case"] for row in recorder.rows}
     assert "QLA backward, 1 x 80 events, d=128, bfloat16: share of the copy bandwidth" in cases
     assert "QLA forward and backward, 2 x 40 events, d=128, bfloat16, against HSTU in blocks" in cases

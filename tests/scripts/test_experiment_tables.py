@@ -13,22 +13,24 @@ import numpy as np
 import polars as pl
 import pytest
 
-from scripts.experiments import by_activity, reproduce, sets
-from scripts.experiments.popularity_afterwards import PopularityAfterwards
+from scripts.experiments import paired, reproduce, sets
 from scripts.experiments.results import changed_settings, read_results
-from scripts.experiments.row_measurement import SIMULATED, WINDOW_METRICS
-from scripts.experiments.set_texts import prepare_with_texts
-from scripts.experiments.sets import SETS, prepare_set, set_folder, source_folder
-from scripts.experiments.simulated_calendar import prepare_simulation
+from scripts.experiments.row_measurement import SIMULATED, WINDOW_METRICS, PopularityAfterwards, yambda_metrics
+from scripts.experiments.sets import (
+    SETS,
+    prepare_set,
+    prepare_simulation,
+    prepare_with_texts,
+    set_folder,
+    source_folder,
+)
 from scripts.experiments.table_run import part_configs, recorded_config, train_config
 from scripts.experiments.tables import TABLES
 from scripts.experiments.tables.public_tables import LAST_DAY
 from scripts.experiments.tables.public_tables import TABLES as PUBLIC_TABLES
-from scripts.experiments.tables.table import Table
-from scripts.experiments.tables.table_row import K0, ORACLE, TableRow
+from scripts.experiments.tables.simulation_tables import WORLDS
+from scripts.experiments.tables.table import K0, ORACLE, Table, TableRow
 from scripts.experiments.tables.window_tables import COUNTED, WITHOUT
-from scripts.experiments.tables.world_tables import WORLDS
-from scripts.experiments.yambda_metrics import yambda_metrics
 from tests.cli.test_items_commands import LettersEncoder
 from tests.conftest import real_set
 from tests.log.ingest.public.samples import SAMPLES, complete_journey
@@ -227,17 +229,17 @@ def test_differences_by_activity_add_up_to_the_paired_difference(
 ) -> None:
     rows = ["vista", "tail-only"]
     assert reproduce.main([*words, "--rows", *rows]) == 0
-    paired = lines_of(tmp_path)[-1]["metrics"]
+    differences = lines_of(tmp_path)[-1]["metrics"]
     capsys.readouterr()
-    assert by_activity.main(["tiny", *rows, "--work", str(tmp_path / "work")]) == 0
+    assert paired.main(["tiny", *rows, "--work", str(tmp_path / "work")]) == 0
     header, _, *groups = (
         [cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()
     )
-    assert len(groups) == by_activity.NUM_GROUPS
+    assert len(groups) == paired.NUM_GROUPS
     column = header.index("precision@10/50-events")
     total = sum(int(group[1]) * float(group[column].split()[0]) for group in groups)
-    assert total / sum(int(group[1]) for group in groups) == pytest.approx(paired[header[column]], abs=1e-4)
-    assert by_activity.main(["tiny", *rows, "--seeds", "2", "--work", str(tmp_path / "work")]) == 1
+    assert total / sum(int(group[1]) for group in groups) == pytest.approx(differences[header[column]], abs=1e-4)
+    assert paired.main(["tiny", *rows, "--seeds", "2", "--work", str(tmp_path / "work")]) == 1
     assert "measure the row 'vista' with `reproduce` first" in capsys.readouterr().err
 
 

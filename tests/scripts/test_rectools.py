@@ -16,8 +16,7 @@ import torch
 from scripts.benchmarks.rectools_process import call_rectools, words_of
 from scripts.experiments import crosscheck_rectools as crosscheck
 from scripts.experiments import minutes_rectools
-from scripts.experiments.crosscheck_rectools import cases_of
-from scripts.experiments.like_rectools import LikeRecTools
+from scripts.experiments.crosscheck_rectools import LikeRecTools, cases_of
 from scripts.experiments.results import read_results
 from tests.conftest import LENGTHS, ratings_folder, small_frame
 from vista.config import DataConfig, ModelConfig, OptimConfig, SourceColumns, TrainConfig
@@ -264,8 +263,8 @@ def test_lines_have_the_form_of_the_table(
     """The process here finds no label in its first validation and all in its second, and ranks test labels second."""
     calls = []
 
-    def call(python: Path, data: Path, given: Sequence[str], script: Path) -> dict[str, Any]:
-        assert script.exists() and data.exists()
+    def call(python: Path, data: Path, given: Sequence[str]) -> dict[str, Any]:
+        assert data.exists()
         options = dict(zip(given[::2], given[1::2], strict=True))
         calls.append(options["--model"])
         with np.load(data, allow_pickle=False) as split:

@@ -12,18 +12,18 @@ from typing import Any
 
 import pytest
 
-from scripts.benchmarks.benchmark_recorder import BenchmarkRecorder
-from scripts.experiments import plot_lengths, reproduce
+from scripts.benchmarks.benchmark import BenchmarkRecorder
+from scripts.experiments import plots, reproduce
 from scripts.experiments.results import append_result, changed_settings, hardware, markdown_table, read_results
 from scripts.experiments.row_progress import RowProgress
 from scripts.experiments.table_run import PLAN, recorded_config, train_config
 from scripts.experiments.tables import TABLES
-from scripts.experiments.tables.table import Table
-from scripts.experiments.tables.table_row import BOTH, COUNTING_BASELINES, K0, ORACLE, TableLine, TableRow
+from scripts.experiments.tables.table import BOTH, COUNTING_BASELINES, K0, ORACLE, Table, TableLine, TableRow
 from tests.conftest import ratings_folder
 from vista.config import TrainConfig
 from vista.config.choices import Codec
 from vista.config.composition import compose_config
+from vista.errors import DataError
 from vista.log.histories import NUM_GAPS
 from vista.log.splits import parse_time
 from vista.training import trainer
@@ -109,21 +109,21 @@ def test_a_simulated_table(
     assert all(metrics["request ms"] > 0 for metrics in costs.values())
     assert costs["vista 1"]["refresh ms/user"] > 0 and "refresh ms/user" not in costs["din 1"]
     assert str(tmp_path) not in json.dumps(lines)
-    plot = partial(plot_lengths.main, lengths={"tiny": 200, "length-1k": 1_000})
-    drawn = ["--results", str(tmp_path / "results"), "--out", str(tmp_path / "lengths.png")]
-    assert plot(drawn) == 1
-    assert "bench_lengths.jsonl does not exist; run scripts.benchmarks.bench_lengths" in capsys.readouterr().err
+    plot = partial(plots.plot_lengths, tmp_path / "results", {"tiny": 200, "length-1k": 1_000})
+    with pytest.raises(DataError, match=r"bench_lengths.jsonl does not exist; run scripts\.benchmarks\.bench_lengths"):
+        plot()
     recorder = BenchmarkRecorder("lengths", out=tmp_path / "results" / "bench_lengths.jsonl")
     measured = {
         f"200 events: {name}": recorder.add(f"200 events: {name}", 7.0, "ms")["value"] for name in ("vista", "din")
     }
-    assert plot(drawn) == 0 and (tmp_path / "lengths.png").stat().st_size > 10_000
-    qualities = plot_lengths.qualities_of(read_results(tmp_path / "results" / "tiny.jsonl"))
-    points = plot_lengths.points_of(200, qualities, measured)
+    plot().savefig(tmp_path / "lengths.png")
+    assert (tmp_path / "lengths.png").stat().st_size > 10_000
+    qualities = plots.qualities_of(read_results(tmp_path / "results" / "tiny.jsonl"))
+    points = plots.points_of(200, qualities, measured)
     assert points.keys() == {"vista", "din"} and points["din"] == (7.0, costs["din 1"]["auc/click"])
     tuned = {"sim-tuned": 0.7, "twin": 0.5, "twin-tuned": 0.6, "sasrec": 0.4}
     costs_ms = {"200 events: sim": 1.0, "200 events: twin": 2.0}
-    assert plot_lengths.points_of(200, tuned, costs_ms) == {"sim": (1.0, 0.7), "twin": (2.0, 0.6)}
+    assert plots.points_of(200, tuned, costs_ms) == {"sim": (1.0, 0.7), "twin": (2.0, 0.6)}
     table = tmp_path / "results" / "tiny.jsonl"
     assert table.with_suffix(".md").read_text() == markdown_table(read_results(table))
     before = table.read_bytes()
@@ -194,17 +194,20 @@ def test_the_time_limit_stops_a_run_that_the_next_call_finishes(
     long = TableRow(1, (*SMALL, "optim.epochs=20", "data.tokens_per_batch=200"))
     monkeypatch.setitem(TABLES, "tiny", replace(MOVIELENS, rows={**COUNTING_BASELINES, "vista": long}))
     assert reproduce.main([*words, "--rows", *COUNTING_BASELINES]) == 0
-    step, steps = trainer.Trainer._step, []
+    step, steps, made = trainer.Trainer._step, [], []
+
+    def progress_of(*arguments: Any) -> RowProgress:
+        made.append(RowProgress(*arguments))
+        return made[0]
 
     def stepping(run: Any, *arguments: Any) -> Any:
-        for _ in range(600 if len(steps) == 3 else 0):  # Half an hour has passed; wait to be interrupted.
-            time.sleep(0.1)
         steps.append(1)
+        if len(steps) == 3:  # half an hour has passed
+            made[0].expire()
         return step(run, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer.Trainer, "_step", stepping)
-        progress_of = partial(RowProgress, every_s=0.01, clock=lambda: 3600.0 if len(steps) >= 3 else 0.0)
         assert reproduce.main([*words, "--minutes", "30"], progress_of) == 130
     assert "stopped at step 3; " in capsys.readouterr().out
     assert list(lines_of(tmp_path)) == ["popularity 0", "transitions 0"]

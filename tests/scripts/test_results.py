@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import vista
-from scripts.experiments import plot_minutes, row_origin
+from scripts.experiments import plots, row_origin
 from scripts.experiments.minutes_rectools import MODELS
 from scripts.experiments.results import append_result, hardware, main, markdown_table, read_results
 from scripts.experiments.row_origin import RowOrigin, train_noted
@@ -180,14 +180,7 @@ def test_hardware_fits_a_row_and_matches_this_process() -> None:
 
 
 def run_git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
-    return subprocess.run(["git", *identity, *arguments], cwd=folder, capture_output=True, text=True)
-
-
-def git(folder: Path, *arguments: str) -> str:
-    done = run_git(folder, *arguments)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
 
 
 def test_seeds_of_another_configuration_are_another_mean() -> None:
@@ -239,22 +232,6 @@ def is_older_in(repository: Path) -> Callable[[str, str], bool]:
         return done.returncode == 0
 
     return is_older
-
-
-@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
-def test_an_older_measurement_does_not_replace_a_newer_one(tmp_path: Path) -> None:
-    git(tmp_path, "init", "-q")
-    commits = []
-    for name in ("first", "second"):
-        git(tmp_path, "commit", "-q", "--allow-empty", "-m", name)
-        commits.append(git(tmp_path, "rev-parse", "--short", "HEAD"))
-    is_older = is_older_in(tmp_path)
-    old, new = row(commit=f"{commits[0]}+dirty"), row(commit=f"{commits[1]} (trained at {commits[0]})")
-    assert outdated_replacements([old, new, new, row(commit=commits[0], seed=2)], is_older) == []
-    assert outdated_replacements([new, old], is_older) == [
-        f"ml-1m, vista K=16, seed 1: {commits[0]} replaces {commits[1]}"
-    ]
-    assert outdated_replacements([row(commit="0000000"), old], is_older) == [], "the checkout lacks one of them"
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
@@ -378,12 +355,12 @@ def minutes_line(model: str, **values: Any) -> str:
 
 
 def test_curves_become_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--results", str(tmp_path), "--out", str(tmp_path / "minutes.png")]
+    words = ["minutes", "--results", str(tmp_path), "--out", str(tmp_path / "minutes.png")]
     (tmp_path / f"{MINUTES_TABLE}.jsonl").write_text(minutes_line("popularity") + "\n")
-    assert plot_minutes.main(words) == 1
+    assert plots.main(words) == 1
     assert "has a curve; run scripts.experiments.reproduce ml-1m-20min or newcomer-cj or " in capsys.readouterr().err
     (tmp_path / f"{MINUTES_TABLE}.jsonl").write_text("{}\n")
-    assert plot_minutes.main(words) == 1 and "line 1: result: missing keys" in capsys.readouterr().err
+    assert plots.main(words) == 1 and "line 1: result: missing keys" in capsys.readouterr().err
     curves = [
         minutes_line("vista", curve=[[60, 0.1], [120, 0.2]]),
         minutes_line("hstu", curve=[[60, 0.05]]),
@@ -391,5 +368,5 @@ def test_curves_become_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[s
     ]
     curves += [minutes_line(f"RecTools {model}", curve=[[60, 0.1]]) for model in MODELS]
     (tmp_path / f"{MINUTES_TABLE}.jsonl").write_text("\n".join(curves) + "\n")
-    assert plot_minutes.main(words) == 0
+    assert plots.main(words) == 0
     assert (tmp_path / "minutes.png").read_bytes().startswith(b"\x89PNG")

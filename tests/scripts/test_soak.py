@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from scripts.benchmarks import soak_scorer
-from scripts.benchmarks.benchmark_recorder import read_cases
-from scripts.benchmarks.soak_judge import SoakJudge
-from scripts.benchmarks.soak_load import (
+from scripts.benchmarks.benchmark import read_cases
+from scripts.benchmarks.soak import (
     OPERATIONS,
     SHORTER_TAIL,
     SoakAnswer,
+    SoakJudge,
     SoakStage,
     append_events,
     ask,

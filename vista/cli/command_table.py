@@ -223,7 +223,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "completion": Command(
         config.CompletionConfig,
-        _handler("completion_command", "run_completion"),
+        _handler("completion", "run_completion"),
         "Print a script that lets a shell complete commands, keys, and values.",
         (
             "vista completion bash",

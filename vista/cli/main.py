@@ -79,6 +79,11 @@ def _command_name(words: Sequence[str]) -> str | None:
 
 
 def _dispatch(words: Sequence[str]) -> int:
+    if list(words[:2]) == ["completion", "--words"]:
+        from vista.cli.completion import candidates
+
+        print(candidates(words[2:] or [""]))
+        return 0
     name = _command_name(words)
     if name is not None:
         _run_command(name, words[len(name.split()) :])

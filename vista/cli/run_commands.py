@@ -1,4 +1,4 @@
-"""The commands `vista train`, `vista evaluate`, and `vista compare`."""
+"""The commands on runs, such as `vista train`, `vista evaluate`, and `vista report`, and `vista plan` and `doctor`."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ from vista.config import (
 )
 from vista.config.checks import to_dict
 from vista.config.evaluate_config import RunsCompareConfig, RunsConfig
-from vista.doctor.machine_checks import Verdict
+from vista.doctor import Verdict
 from vista.errors import SweepError, UnfitSetupError
 from vista.files import replace_text, writable_file
 from vista.text_table import hanging, two_columns
 
 if TYPE_CHECKING:
-    from vista.doctor.diagnosis import Diagnosis
-    from vista.doctor.machine_checks import Finding
+    from vista.doctor import Diagnosis, Finding
     from vista.evaluation.comparison import Comparison
     from vista.evaluation.evaluate import EvaluationReport
     from vista.export.export import ExportReport
@@ -81,9 +80,6 @@ def run_sweep(config: SweepConfig) -> SweepReport:
             "these trials again"
         )
     return report
-
-
-# The commands `vista runs` and `vista runs compare`.
 
 
 def run_runs(config: RunsConfig) -> RunList:
@@ -184,8 +180,6 @@ def run_plan(config: PlanConfig) -> PlanReport:
     return PlanReport(plan)
 
 
-# The command `vista doctor`.
-
 _MARKS = {Verdict.fine: " ", Verdict.limited: "!", Verdict.broken: "x"}
 _LISTS = {Verdict.limited: "! Slow or limited here, and why:", Verdict.broken: "x Broken:"}
 
@@ -197,7 +191,7 @@ def run_doctor(config: DoctorConfig) -> None:
         ConfigError: `out` cannot be written.
         UnfitSetupError: something is broken.
     """
-    from vista.doctor.diagnosis import diagnose
+    from vista.doctor import diagnose
 
     if config.out is not None:
         writable_file(Path(config.out), "out")

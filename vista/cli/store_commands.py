@@ -1,4 +1,7 @@
-"""The commands `vista store …`, for a store or for all of its shards on this machine."""
+"""The commands `vista simulate`, `vista prepare`, `vista log …`, and `vista store …`.
+
+Those of stores run for a store, or for all of its shards on this machine.
+"""
 
 from __future__ import annotations
 
@@ -283,9 +286,6 @@ def _time(time_ms: int) -> str:
     if not YEAR_1971_MS <= time_ms < LATEST_MS:
         return str(time_ms)
     return f"{time_ms} ({datetime.fromtimestamp(time_ms / 1000, UTC):%Y-%m-%d %H:%M:%S} UTC)"
-
-
-# The commands `vista simulate` and `vista log ...`: config to report.
 
 
 def run_simulate(config: SimulateConfig) -> SimulationReport:

@@ -16,6 +16,10 @@ from vista.config.config_keys import flattened
 from vista.files import read_limited
 from vista.json_fields import check_fields, either, one_of, text, whole
 
+T = TypeVar("T")
+_LARGER = ("hr@", "ndcg@", "mrr@", "recall@", "precision@", "auc/", "gauc/")
+"""Beginnings of the names of metrics that are better if they are larger."""
+
 
 def rows_of(text: str) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl, until a line that a crash cut off, or that `MetricsWriter` has not written."""
@@ -135,21 +139,11 @@ def _facts(path: Path, problems: list[str]) -> dict[str, Any]:
     return dict(facts)
 
 
-# Fewer points of a long curve.
-
-T = TypeVar("T")
-
-
 def thinned(points: Sequence[T], limit: int) -> list[T]:
     """At most `limit` (two or more) of the points, evenly chosen, with the first and the last one."""
     if len(points) <= limit:
         return list(points)
     return [points[place] for place in np.linspace(0, len(points) - 1, limit).round().astype(int).tolist()]
-
-
-# Which value of a metric is better.
-
-_LARGER = ("hr@", "ndcg@", "mrr@", "recall@", "precision@", "auc/", "gauc/")
 
 
 def badness(name: str, value: float) -> float | None:

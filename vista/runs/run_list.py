@@ -18,9 +18,10 @@ from vista.json_fields import NUMBER
 from vista.runs.run_files import FILES, MAX_JSON_BYTES, RunFiles, badness, best_places, is_run
 from vista.text_table import terminal_width, text_table, wrapped
 
-# One run in a list of runs.
-
 HALF_WRITTEN = "half written"
+PLACES = ("run_dir",)
+"""Settings that differ between any two runs."""
+_MISSING = object()
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,16 +239,9 @@ def _decimal(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-# Runs side by side: the settings in which they differ, and their metrics.
-
-PLACES = ("run_dir",)
-"""Settings that differ between any two runs."""
-_MISSING = object()
-
-
 @dataclass(frozen=True, slots=True)
 class RunComparison:
-    """Two runs or more."""
+    """Two runs or more, side by side: the settings in which they differ, and their metrics."""
 
     runs: list[RunSummary]
 

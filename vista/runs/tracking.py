@@ -22,8 +22,6 @@ from vista.files import read_limited, replace_text
 from vista.installation import require_module
 from vista.json_fields import NUMBER, check_fields, either, one_of, text, whole
 
-# The interface of all trackers.
-
 
 @dataclass(frozen=True, slots=True)
 class TrackedFolder:
@@ -57,8 +55,6 @@ class Tracker(Protocol):
             files: of a finished run, to show with it: Markdown, YAML, and PNG. None if the run has only stopped.
         """
 
-
-# MLflow: a database, or a server.
 
 LIMITS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
 """Timeout in seconds, and number of retries, of a request. MLflow's defaults would block training for minutes."""
@@ -139,8 +135,6 @@ class TensorboardTracker:
                 self._writer.add_text(path.stem, text if path.suffix == ".md" else f"```\n{text}\n```")
         self._writer.close()
 
-
-# Weights & Biases: a server, or files in the run's folder that are uploaded later.
 
 START_TIMEOUT_S = 30
 FINISH_TIMEOUT_S = 120
@@ -383,8 +377,6 @@ def _line(error: BaseException) -> str:
     words = " ".join(str(error).split())
     return f"{type(error).__name__}: {words[:300]}" if words else type(error).__name__
 
-
-# The plot of a run: its loss and its validation metrics.
 
 CURVES_FILE = "curves.png"
 

@@ -1,12 +1,6 @@
 """The definitions of the tables in docs/results; scripts/experiments/reproduce.py runs them."""
 
-from scripts.experiments.tables import movielens_tables, public_tables, simulation_tables, window_tables, world_tables
+from scripts.experiments.tables import movielens_tables, public_tables, simulation_tables, window_tables
 
-TABLES = (
-    movielens_tables.TABLES
-    | public_tables.TABLES
-    | simulation_tables.TABLES
-    | window_tables.TABLES
-    | world_tables.TABLES
-)
+TABLES = movielens_tables.TABLES | public_tables.TABLES | simulation_tables.TABLES | window_tables.TABLES
 """Name -> table; results are in docs/results/<name>.jsonl and <name>.md."""

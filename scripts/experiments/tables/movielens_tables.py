@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from scripts.experiments.tables.table import Table
-from scripts.experiments.tables.table_row import BOTH, COUNTING_BASELINES, K0, SOFTMAX, TAILS, TableRow
+from scripts.experiments.tables.table import BOTH, COUNTING_BASELINES, K0, SOFTMAX, TAILS, Table, TableRow
 
 
 def _movielens(data: str, minutes: float, more: dict[str, TableRow]) -> Table:

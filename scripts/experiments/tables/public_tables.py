@@ -5,8 +5,7 @@ Nobody has run these tables on the sets themselves, so the times are guesses.
 
 from __future__ import annotations
 
-from scripts.experiments.tables.table import Table
-from scripts.experiments.tables.table_row import TableRow
+from scripts.experiments.tables.table import Table, TableRow
 from vista.config.train_config import MAX_HORIZON_EVENTS
 
 FEATURES = ("model.use_item_features=true",)

@@ -7,8 +7,7 @@ baseline is counted on. No epoch is chosen by validation, for which the events b
 
 from __future__ import annotations
 
-from scripts.experiments.tables.table import Table
-from scripts.experiments.tables.table_row import K0, WITHOUT_COUNTERS, TableRow
+from scripts.experiments.tables.table import K0, WITHOUT_COUNTERS, Table, TableRow
 
 BASELINE_MINUTES = {
     "popularity": 0.1,
@@ -55,7 +54,7 @@ HSTU = ("hstu, counters", "hstu-1,000, counters", "hstu-2,000, counters")
 """HSTU over the newest 200, 1,000, and 2,000 events."""
 SASREC = ("sasrec, counters", "sasrec-1,000, counters", "sasrec-2,000, counters")
 VARIED = {
-    # Fewer and more tokens than 16; `by_activity` compares users with short and long histories.
+    # Fewer and more tokens than 16; `paired.py` compares users with short and long histories.
     "vista, counters, K = 4": ("model.num_seeds=4",),
     "vista, counters, K = 64": ("model.num_seeds=64",),
     "vista, counters, one head": ("model.num_heads=1",),

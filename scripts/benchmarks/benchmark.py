@@ -1,38 +1,114 @@
-"""What all benchmarks share: their arguments, and one JSON line per case.
+"""What all benchmarks share: timing in alternation, their arguments, and one JSON line per case.
 
-    arguments = benchmark_parser("latency", __doc__).parse_args()
-    recorder = BenchmarkRecorder("latency", out=arguments.out, quick=arguments.quick)
-    timing = interleaved({"short": lambda: score(a), "long": lambda: score(b)})
-    short, long = timing["short"], timing["long"]
-    recorder.add("a user of 10^6 events against one of 10^3", long.median_s, "s", baseline=short.median_s,
-                 better="less", bar="value <= 1.05 * baseline", spread=long.spread_s)
-    recorder.print_summary()
+    with recording("latency", __doc__) as recorder:
+        timing = interleaved({"short": lambda: score(a), "long": lambda: score(b)})
+        recorder.add_time("a user of 10^6 events against one of 10^3", timing["long"], "ms",
+                          baseline=timing["short"], bar="value <= 1.05 * baseline")
 
 A line is {bench, case, value, unit, baseline, ratio, bar, met, spread, hardware, commit}. `baseline` is the number that
 `value` is compared with, in the same unit. `ratio` says how many times better `value` is. `bar` is the target and `met`
 whether it was reached (null without a target). `spread` is in the unit of `value`.
+
+    python -m scripts.benchmarks.benchmark    # prints the targets met and missed, from docs/results/bench_*.jsonl
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import os
 import re
+import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from scripts.experiments.results import describe_hardware, hardware, read_lines
-from vista.errors import DataError
+from vista.errors import DataError, VistaError
 from vista.installation import source_commit
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
-
 _NUMBER = r"[+-]?\d+(?:\.\d+)?(?:e[+-]?\d+)?"
 _BAR = re.compile(rf"(value|ratio) (<=|>=|<|>) ({_NUMBER})(?: \* (baseline))?")
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds per call of one contestant, over the rounds."""
+
+    median_s: float
+    p99_s: float
+    spread_s: float
+    """Interquartile range."""
+    samples_s: tuple[float, ...]
+
+
+def interleaved(
+    contestants: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 15,
+    warmup: int = 2,
+    min_sample_s: float = 0.005,
+    max_seconds: float = 60.0,
+    synchronize: Callable[[], object] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Timing]:
+    """Time contestants in alternation, so that a slow phase of the machine affects all of them.
+
+    Each round runs every contestant once and reverses the order of the previous round. A contestant faster than
+    min_sample_s is called several times per sample, so its p99 is one of means. The garbage collector is off meanwhile.
+
+    Args:
+        contestants: name -> call.
+        rounds: samples per contestant; fewer, but at least 3, once max_seconds have passed.
+        warmup: uncounted calls of each contestant beforehand, at least 1.
+        synchronize: waits for the device, such as torch.cuda.synchronize; called before each reading of the clock.
+        clock: in seconds; time.thread_time for calls of one thread on a machine that others use too.
+    """
+    wait = synchronize or (lambda: None)
+    calls: dict[str, int] = {}
+    for name, call in contestants.items():
+        fastest = min(_sample(call, 1, wait, clock) for _ in range(warmup))
+        calls[name] = max(1, math.ceil(min_sample_s / max(fastest, 1e-9)))
+    samples: dict[str, list[float]] = {name: [] for name in contestants}
+    order = list(contestants)
+    collecting, start = gc.isenabled(), time.perf_counter()
+    gc.collect()
+    gc.disable()
+    try:
+        for done in range(rounds):
+            if done >= 3 and time.perf_counter() - start > max_seconds:
+                break
+            for name in order:
+                samples[name].append(_sample(contestants[name], calls[name], wait, clock))
+            order.reverse()
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: timing_of(values) for name, values in samples.items()}
+
+
+def timing_of(samples_s: Sequence[float]) -> Timing:
+    """Median, 99th percentile and interquartile range of samples that were taken elsewhere, such as epochs."""
+    low, median, high, p99 = np.percentile(samples_s, [25, 50, 75, 99]).tolist()
+    return Timing(median, p99, high - low, tuple(samples_s))
+
+
+def _sample(call: Callable[[], object], calls: int, wait: Callable[[], object], clock: Callable[[], float]) -> float:
+    wait()
+    start = clock()
+    for _ in range(calls):
+        call()
+    wait()
+    return (clock() - start) / calls
 
 
 def benchmark_parser(subject: str, description: str | None) -> argparse.ArgumentParser:
@@ -50,6 +126,27 @@ def benchmark_parser(subject: str, description: str | None) -> argparse.Argument
     return parser
 
 
+@contextmanager
+def recording(
+    subject: str, description: str | None, arguments: Sequence[str] | argparse.Namespace | None = None
+) -> Iterator[BenchmarkRecorder]:
+    """A recorder for the arguments of a benchmark, with a temporary folder; prints its summary in the end.
+
+    Set torch's threads before, since rows record them.
+
+    Args:
+        arguments: words of the command line, None for this process's own, or what a `benchmark_parser` has parsed.
+    """
+    options = arguments
+    if not isinstance(options, argparse.Namespace):
+        options = benchmark_parser(subject, description).parse_args(options)
+    recorder = BenchmarkRecorder(subject, out=options.out, quick=options.quick)
+    with tempfile.TemporaryDirectory(prefix="vista-bench-") as folder:
+        recorder.folder = Path(folder)
+        yield recorder
+    recorder.print_summary()
+
+
 class BenchmarkRecorder:
     """Writes the cases of one benchmark to a file, each as soon as it is measured.
 
@@ -59,6 +156,8 @@ class BenchmarkRecorder:
 
     def __init__(self, subject: str, *, out: Path, quick: bool = False) -> None:
         self.bench, self.out, self.quick = subject, out, quick
+        self.folder = Path()
+        """A temporary folder, within `recording`."""
         self.rows: list[dict[str, Any]] = []
         self._hardware, self._commit = hardware(), source_commit()
 
@@ -111,6 +210,29 @@ class BenchmarkRecorder:
         self._write(row)
         print(describe(row), flush=True)
         return row
+
+    def add_time(
+        self, case: str, timing: Timing, unit: str, *, baseline: Timing | None = None, bar: str | None = None
+    ) -> dict[str, Any]:
+        """`add` the median and the spread of a timing, in s, ms, CPU ms, or µs."""
+        scale = {"s": 1.0, "µs": 1e6}.get(unit, 1e3)
+        against = None if baseline is None else scale * baseline.median_s
+        return self.add(case, scale * timing.median_s, unit, baseline=against, bar=bar, spread=scale * timing.spread_s)
+
+    def add_rate(
+        self,
+        case: str,
+        count: int,
+        timing: Timing,
+        unit: str,
+        *,
+        baseline: Timing | None = None,
+        bar: str | None = None,
+    ) -> dict[str, Any]:
+        """`add` how many of `unit`, such as events/s, a call that processes `count` of them reaches."""
+        rate, against = count / timing.median_s, None if baseline is None else count / baseline.median_s
+        spread = rate * timing.spread_s / timing.median_s
+        return self.add(case, rate, unit, baseline=against, better="more", bar=bar, spread=spread)
 
     def _write(self, row: dict[str, Any]) -> None:
         """Replace the row's predecessor atomically."""
@@ -194,3 +316,22 @@ def _identity(row: Mapping[str, Any]) -> tuple[str, str, str, int]:
 
 def _short(number: float) -> str:
     return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.4g}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the summary of all files; return 2 if one is unreadable, and with --strict 1 if a bar was missed."""
+    parser = argparse.ArgumentParser(description="Print the targets that the benchmarks met and missed.")
+    parser.add_argument("files", nargs="*", type=Path, help="default: docs/results/bench_*.jsonl")
+    parser.add_argument("--strict", action="store_true", help="exit with status 1 if a bar was missed")
+    options = parser.parse_args(arguments)
+    try:
+        rows = [row for file in options.files or sorted(RESULTS.glob("bench_*.jsonl")) for row in read_cases(file)]
+    except VistaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(summary(rows) if rows else "no benchmark results yet; run `make bench`")
+    return int(options.strict and any(row["met"] is False for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Baselines of our attention, and our summarizer with a baseline's attention in place of ours.
+"""Our attention and its baselines: random tokens, a training step, checks, and our summarizer with another attention.
 
 All take users of equal length: q [B, Q, H, D], k and v [B, T, H, D] -> [B, Q, H, D]. Letters: B users, Q queries,
 T keys, H heads, D head dim, N = B·H.
@@ -11,7 +11,7 @@ compute it in blocks of queries. All blocks share one buffer of scores, and the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -20,14 +20,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scripts.benchmarks.timing import interleaved
+from scripts.benchmarks.benchmark import interleaved
+from vista.config import ModelConfig
+from vista.config.choices import Mixing
 from vista.model import summarizer
+from vista.model.summarizer import Summarizer
+from vista_kernels import accumulate_state, quasi_linear_attention, read_state
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-
 BLOCK_SCORES = (1 << 16, 1 << 18, 1 << 20, 1 << 22)
 """Scores that a block of HSTU's attention may hold; `fastest_block` chooses one of them."""
 PILOT_QUERIES, PILOT_ITEMS = 1024, 8
+HEAD_DIM, NUM_SEEDS, NUM_LAYERS = 64, 32, 3
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
+"""Largest error that counts as equal, relative to the largest value."""
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -174,3 +180,90 @@ def _product(buffer: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """a @ b, written to the buffer."""
     shape = (a.shape[0], a.shape[1], b.shape[2])
     return torch.bmm(a, b, out=buffer[: shape[0] * shape[1] * shape[2]].view(shape))
+
+
+class AttentionTokens:
+    """Random q, k, v [T, H, D] of packed users that require gradients, and a gradient of the output."""
+
+    def __init__(
+        self, lengths: Sequence[int], dim: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
+        torch.manual_seed(0)
+        self.offsets = torch.tensor([0, *lengths]).cumsum(0)
+        shape = (sum(lengths), dim // HEAD_DIM, HEAD_DIM)
+        self.q, self.k, self.v = (torch.randn(shape).to(device, dtype).requires_grad_() for _ in range(3))
+        self.grad = torch.randn(shape).to(device, dtype)
+
+    def attend(self) -> Tensor:
+        """QLA, normalized by length."""
+        return quasi_linear_attention(self.q, self.k, self.v, self.offsets, normalization="length")
+
+    @torch.no_grad()
+    def forward(self) -> Tensor:
+        """QLA without gradients."""
+        return self.attend()
+
+    def backward(self) -> Callable[[], tuple[Tensor, ...]]:
+        """A call that runs only QLA's backward."""
+        out = self.attend()
+        return lambda: torch.autograd.grad(out, (self.q, self.k, self.v), self.grad, retain_graph=True)
+
+    @torch.no_grad()
+    def write_and_read(self, queries: Tensor, query_offsets: Tensor) -> Tensor:
+        """The separable path: accumulate a state from k and v, then read it by queries."""
+        z, n = accumulate_state(self.k, self.v, self.offsets)
+        return read_state(queries, z, n, query_offsets, normalization="length")
+
+    def by_user(self, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """q, k and v [B, T, H, D] of users of equal length, as new leaves."""
+        shape = (len(self.offsets) - 1, -1, *self.q.shape[1:])
+        return [x.detach().to(dtype).view(shape).requires_grad_() for x in (self.q, self.k, self.v)]
+
+
+class AttentionStep:
+    """A training step of the bidirectional summarizer on users of equal length."""
+
+    def __init__(self, num_users: int, length: int, dim: int) -> None:
+        torch.manual_seed(0)
+        config = ModelConfig(
+            dim=dim,
+            num_heads=dim // HEAD_DIM,
+            num_seeds=NUM_SEEDS,
+            num_layers=NUM_LAYERS,
+            mixing=Mixing.bidirectional,
+            conv_width=1,
+        )
+        self.model = Summarizer(config)
+        self.tokens = torch.randn(num_users * length, dim, requires_grad=True)
+        self.offsets = torch.arange(num_users + 1) * length
+        self.weight = torch.randn(num_users, NUM_SEEDS, dim)  # the plain sum of a layer norm has no gradient
+
+    def summarize(self, dtype: torch.dtype, attention: Attention | None) -> Tensor:
+        """Summaries [B, S, M], in bfloat16 under autocast, as in the trainer; None stands for our attention."""
+        replaced = nullcontext() if attention is None else attention_replaced(attention)
+        with replaced, torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            return self.model.summarize_set(self.tokens, self.offsets)
+
+    def run(self, dtype: torch.dtype, attention: Attention | None) -> None:
+        """Forward and backward, with dropout."""
+        self.model.zero_grad(set_to_none=True)
+        self.tokens.grad = None
+        loss = (self.summarize(dtype, attention).float() * self.weight).sum()
+        torch.autograd.backward(loss)
+
+
+def check(tokens: AttentionTokens) -> None:
+    """Compare QLA of users of equal length, and its gradients, with the formula in float64 on the same tokens."""
+    exact = tokens.by_user(torch.float64)
+    expected = plain_quasi_linear(*exact)
+    grads = torch.autograd.grad(expected, exact, tokens.grad.double().view(expected.shape))
+    ours = [tokens.forward(), *tokens.backward()()]
+    for name, mine, true in zip(("o", "dq", "dk", "dv"), ours, [expected, *grads], strict=True):
+        assert_equal(name, mine, true)
+
+
+def assert_equal(name: str, ours: Tensor, expected: Tensor) -> None:
+    """Require equality up to the rounding of the dtype of `ours`."""
+    error = (ours.detach().double() - expected.detach().double().reshape(ours.shape)).abs().max()
+    limit = TOLERANCE[ours.dtype] * float(expected.detach().abs().max())
+    assert float(error) <= limit, f"{name}: error {float(error)} over {limit}"
