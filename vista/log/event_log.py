@@ -14,9 +14,9 @@ from typing import Any, SupportsIndex
 import numpy as np
 from numpy.typing import NDArray
 
+from vista.config import FeatureTableConfig, ItemTableConfig, SourceColumns, SourceConfig, UserTableConfig
 from vista.config.choices import OnBadRows
-from vista.config.log_config import SourceColumns
-from vista.errors import LogFormatError, UnknownUserError, shown
+from vista.errors import ConfigError, LogFormatError, UnknownUserError, shown
 from vista.files import checked_path
 from vista.log.event_keys import Impressions, obey_deletions, read_impressions
 from vista.log.histories import ColumnValues, Histories, PackedTable, slice_merged, take_range
@@ -110,21 +110,33 @@ class EventLog:
         # Imported here because ingest loads Polars, which no reader of a log needs.
         from vista.log.ingest.prepare import prepare_frames
 
-        prepare_frames(
-            frame,
-            path,
-            time_unit=time_unit,
-            columns=columns or SourceColumns(),
-            impressions=impressions,
-            items=items,
-            users=users,
-            categories=categories,
-            numbers=numbers,
-            request_categories=request_categories,
-            request_numbers=request_numbers,
-            on_bad_rows=on_bad_rows,
-            append=append,
-        )
+        columns = columns or SourceColumns()
+        keys: dict[str, Any] = {name: getattr(columns, name) for name in ("user", "item", "timestamp")}
+        keys["time_unit"] = time_unit
+        tables: dict[str, tuple[Any, SourceConfig | FeatureTableConfig]] = {}
+        if items is not None:
+            tables["items"] = items, ItemTableConfig(item=columns.item)
+        if users is not None:
+            tables["users"] = users, UserTableConfig(user=columns.user)
+        if not (append and tables and frame is None and impressions is None):
+            more = {"action": columns.action, "rating": columns.rating, "sequence": columns.sequence}
+            tables["events"] = frame, SourceConfig(**keys, **more, categories=list(categories), numbers=list(numbers))
+        if impressions is not None:
+            tables["impressions"] = (
+                impressions,
+                SourceConfig(
+                    **keys,
+                    labels=columns.labels,
+                    probabilities=columns.probabilities,
+                    categories=list(request_categories),
+                    numbers=list(request_numbers),
+                ),
+            )
+        elif request_categories or request_numbers:
+            raise ConfigError(
+                "request_categories, request_numbers: name columns of impressions; give these, or no columns"
+            )
+        prepare_frames(tables, path, on_bad_rows=on_bad_rows, append=append)
         return cls.open(path)
 
     def verify(self, *, newer_than: int = 0) -> int:

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from vista.config import EventFilterConfig, ItemTableConfig, PrepareConfig, SourceColumns, SourceConfig, UserTableConfig
+from vista.config import EventFilterConfig, FeatureTableConfig, PrepareConfig, SourceConfig
 from vista.config.choices import OnBadRows, choice_of
 from vista.errors import ConfigError, DataError, LogBusyError
 from vista.files import checked_path
@@ -126,7 +126,6 @@ class PrepareReport:
         return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])
 
 
-__all__ = ["PrepareReport", "prepare", "prepare_frames", "prepare_messages"]
 _LOG = logging.getLogger("vista.prepare")
 
 
@@ -172,30 +171,18 @@ def prepare(
 
 
 def prepare_frames(
-    frame: Any,
+    tables: Mapping[str, tuple[Any, SourceConfig | FeatureTableConfig]],
     path: str | os.PathLike[str],
     *,
-    columns: SourceColumns,
-    time_unit: str | None = None,
-    impressions: Any = None,
-    items: Any = None,
-    users: Any = None,
-    categories: Sequence[str] = (),
-    numbers: Sequence[str] = (),
-    request_categories: Sequence[str] = (),
-    request_numbers: Sequence[str] = (),
     on_bad_rows: OnBadRows | str = OnBadRows.error,
     append: bool = False,
     bucket_events: int = BUCKET_EVENTS,
 ) -> PrepareReport:
-    """Ingest frames in memory (pandas, Polars, or a mapping of columns) as `prepare` ingests files.
+    """Ingest frames in memory as `prepare` ingests files.
 
     Args:
-        frame: events; None with `append` adds only features of `items` or `users`.
-        items, users: features; the types of their columns decide what they are.
-        columns: names of the frames' columns.
-        categories, numbers: columns of `frame` that are features of events; request_categories, request_numbers: of
-            `impressions` that are features of requests.
+        tables: by table (items, users, events, impressions), a frame (pandas, Polars, or a mapping of columns), and its
+            columns. Without events, features are appended to a log.
         bucket_events: see `prepare`.
     """
     run = _Run(
@@ -205,30 +192,14 @@ def prepare_frames(
         bucket_events=bucket_events,
     )
     run.check_target()
-    if impressions is None and (request_categories or request_numbers):
-        raise ConfigError("request_categories, request_numbers: name columns of impressions; give these, or no columns")
-    tables = ((items, ItemTableConfig(item=columns.item)), (users, UserTableConfig(user=columns.user)))
-    for features, table in tables:
-        if features is not None:
-            run.add_features(table.table, [features_of_frame(to_polars(features), table)], is_inferred=True)
-    if run.sources and append and frame is None and impressions is None:
-        return run.ingest()
-    keys: dict[str, Any] = {name: getattr(columns, name) for name in ("user", "item", "timestamp")}
-    rest: dict[str, Any] = {name: getattr(columns, name) for name in ("action", "rating", "sequence")}
-    config = SourceConfig(**keys, **rest, time_unit=time_unit, categories=list(categories), numbers=list(numbers))
-    run.add("events", config, [_frame_source(frame, config, "events")])
-    if impressions is not None:
-        if not columns.labels:
+    for table, (frame, config) in tables.items():
+        if not isinstance(config, SourceConfig):
+            run.add_features(table, [features_of_frame(to_polars(frame), config)], is_inferred=True)
+            continue
+        if table == "impressions" and not config.labels:
             raise ConfigError("columns.labels: name at least one column of 0/1 labels")
-        config = SourceConfig(
-            **keys,
-            time_unit=time_unit,
-            labels=columns.labels,
-            probabilities=columns.probabilities,
-            categories=list(request_categories),
-            numbers=list(request_numbers),
-        )
-        run.add("impressions", config, [_frame_source(impressions, config, "impressions")])
+        used = to_polars(frame, needed_columns(config).values())
+        run.add(table, config, [frame_source(used, config, table)])
     return run.ingest()
 
 
@@ -247,10 +218,6 @@ def prepare_messages(rows: MessageRows, path: str | os.PathLike[str], *, events:
     if rows.events is not None:
         run.add("events", events, [rows.events])
     return run.ingest()
-
-
-def _frame_source(frame: Any, config: SourceConfig, table: str) -> Source:
-    return frame_source(to_polars(frame, needed_columns(config).values()), config, table)
 
 
 @dataclass(kw_only=True, slots=True)
