@@ -13,7 +13,7 @@ from scripts.benchmarks.timing import interleaved
 from scripts.benchmarks.workloads import TASK, untrained
 from vista.config import DataConfig
 from vista.log.event_log import EventLog
-from vista.log.item_features import CategoryColumn, ItemFeatures
+from vista.log.features import CategoryColumn, ItemFeatures
 from vista.log.vocabulary import Vocabulary
 from vista.model.features import FeatureSpec
 from vista.model.item_feature_table import ItemFeatureTable

@@ -15,8 +15,8 @@ from scripts.benchmarks.timing import interleaved
 from scripts.benchmarks.workloads import TASK, untrained
 from vista.config import DataConfig
 from vista.log.event_log import EventLog
+from vista.log.features import CategoryColumn, FeatureColumn, ItemFeatures, NumberColumn
 from vista.log.histories import RowFeatures
-from vista.log.item_features import CategoryColumn, FeatureColumn, ItemFeatures, NumberColumn
 from vista.log.vocabulary import Vocabulary
 from vista.model.features import FeatureSpec, RowFeatureReader
 from vista.model.item_feature_table import ItemFeatureTable

@@ -22,8 +22,8 @@ from vista.errors import LogFormatError
 from vista.log.compaction import compact_log
 from vista.log.deletions import erase_users
 from vista.log.event_log import EventLog
+from vista.log.features import CategoryColumn, ItemFeatures, NumberColumn, VectorColumn
 from vista.log.inspection import LogStats
-from vista.log.item_features import CategoryColumn, ItemFeatures, NumberColumn, VectorColumn
 from vista.log.vocabulary import Vocabulary
 
 NUMBERS = st.floats(-9, 9, width=32)

@@ -19,9 +19,11 @@ from vista.errors import ConfigError, DataError, LogFormatError
 from vista.log.compaction import compact_log
 from vista.log.deletions import erase_users
 from vista.log.event_log import EventLog
+from vista.log.features import UserFeatureParts
 from vista.log.ingest.prepare import PrepareReport, prepare
 from vista.log.inspection import LogStats
-from vista.log.merged_features import UserFeatureParts
+from vista.log.segment import features_of
+from vista.log.segment_files import USERS
 
 EVENTS = [(1, 10, 1), (1, 20, 2), (2, 30, 3), (3, 40, 4)]
 
@@ -84,7 +86,8 @@ def test_the_newest_row_of_a_user_counts_in_each_column(tmp_path: Path) -> None:
     expected = {"region": {1: "n", 2: "w"}, "age": {1: 1.0, 2: 2.0, 4: 4.0}, "plan": {2: "a", 3: "b"}}
     assert user_features_of(log) == expected
     users = np.array([3, 0, 2, 1, 0])  # in any order
-    some, every = UserFeatureParts.of(log.segments).rows(users), log.user_features.rows.select(users)
+    some = UserFeatureParts.of(features_of(log.segments, USERS)).rows(users)
+    every = log.user_features.rows.select(users)
     assert list(some.columns) == list(every.columns)
     for name, column in some.columns.items():
         np.testing.assert_array_equal(column, every.columns[name])

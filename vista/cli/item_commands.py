@@ -29,7 +29,7 @@ from vista.progress_bar import elapsed_time, progress_bar
 if TYPE_CHECKING:
     import torch
 
-    from vista.log.item_features import ItemFeatures
+    from vista.log.features import ItemFeatures
     from vista.model.codebooks import Codebooks, ResidualCodes
     from vista.model.vista_model import VistaModel
 
@@ -122,7 +122,7 @@ def _unseen_values(features: ItemFeatures, model: VistaModel) -> dict[str, str]:
     """By name of a category column: how many of its values training did not see, with an example."""
     import numpy as np
 
-    from vista.log.item_features import CategoryColumn
+    from vista.log.features import CategoryColumn
 
     assert model.feature_table is not None
     known, unseen = model.feature_table.values, {}

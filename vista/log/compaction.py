@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -20,23 +21,31 @@ from vista.errors import LogFormatError, LogWriteError
 from vista.files import checked_path, sync
 from vista.log.event_keys import merged_columns
 from vista.log.event_log import EventLog
+from vista.log.features import (
+    CategoryColumn,
+    SegmentColumn,
+    VectorColumn,
+    declared_columns,
+    merged_column,
+    rows_with_features,
+)
 from vista.log.histories import ColumnValues, PackedTable, RowColumn, RowFeatures, rows_that_fit, token_groups
-from vista.log.item_features import ITEMS, USERS, CategoryColumn, FeatureOwner, VectorColumn
-from vista.log.merged_features import declared_columns, merged_column, rows_with_features
-from vista.log.segment import SegmentColumn, segment_name, superseded_segments
+from vista.log.segment import features_of, segment_name, superseded_segments
 from vista.log.segment_files import (
     EVENT_COLUMNS,
-    EVENT_FEATURES,
+    EVENTS,
+    IMPRESSIONS,
+    ITEMS,
     LOG_FIELDS,
     QUARANTINE_FILE,
-    REQUEST_FEATURES,
     SET_ASIDE_FILES,
+    USERS,
+    FeatureOwner,
     offset_entries,
     stream_offsets,
 )
 from vista.log.segment_writer import (
     FeatureWriter,
-    RowFeatureWriter,
     SegmentWriter,
     TableWriter,
     locked_log,
@@ -98,6 +107,8 @@ RUN_EVENTS = 1 << 20
 """Events without features that are read and written at once. A longer history is a run by itself."""
 MERGED_ROW_BYTES = 40
 """Memory of an event or impression without features while it is read and written."""
+Columns: TypeAlias = dict[str, tuple[DTypeLike, tuple[int, ...]]]
+"""Of a packed table: name to (dtype, shape of one row)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +199,7 @@ def _blankable(log: EventLog) -> Int:
     left = log.lengths.copy()
     for table in _impression_tables(log):
         left += table.counts(log.num_users)
-    left[rows_with_features(log.segments, USERS)] += 1
+    left[rows_with_features(features_of(log.segments, USERS))] += 1
     return np.array([row for row in erased[log.users.has_ids(erased)] if left[row] == 0], np.int64)
 
 
@@ -204,16 +215,31 @@ def _write(segment: SegmentWriter, log: EventLog, blanked: Int, run_events: int)
     """Write the merged segment; returns whether invalid rows and messages were omitted."""
     segment.save_vocabulary("new_users", log.users.without_ids(blanked))
     segment.save_vocabulary("new_items", log.items)
-    active_users, of_events = _write_events(segment, log, run_events)
-    active = {"events": active_users, "impressions": 0}
-    of_requests: list[dict[str, str]] = []
+    names = [name for name in EVENT_COLUMNS if name != "rating" or log.has_rating]
     tables = _impression_tables(log)
+    shown = sum((table.counts(log.num_users) for table in tables), np.zeros(log.num_users, np.int64))
+
+    def events_of(run: slice) -> tuple[Mapping[str, NDArray[Any]], RowFeatures]:
+        histories = log.gather(np.arange(run.start, run.stop))
+        return {name: getattr(histories, name) for name in names}, histories.features
+
+    def impressions_of(run: slice) -> tuple[Mapping[str, NDArray[Any]], RowFeatures]:
+        return merged_columns([table.of_users(run.start, run.stop) for table in tables], offsets_of(shown[run]))
+
+    types: Columns = {name: (EVENT_COLUMNS[name], ()) for name in names}
+    used = UsedValues.of(_event_tables(log), log.event_features, run_events)
+    active_users, of_events = _write_rows(segment, EVENTS, log.lengths, types, used, run_events, events_of)
+    active, of_impressions = {"events": active_users, "impressions": 0}, []
     if tables:
-        active["impressions"], of_requests = _write_impressions(segment, log, tables, run_events)
+        types = {name: (array.dtype, array.shape[1:]) for table in tables for name, array in table.columns.items()}
+        used = UsedValues.of(tables, log.request_features, run_events)
+        active["impressions"], of_impressions = _write_rows(
+            segment, IMPRESSIONS, shown, types, used, run_events, impressions_of
+        )
     segment.save("changed.npy", _last_changes(log))
     quarantine_removed = _join_quarantines(segment.folder, log)
     newest = log.manifests[-1]
-    rows = {"events": log.num_events, "impressions": sum(table.num_rows for table in tables)}
+    rows = {"events": log.num_events, "impressions": int(shown.sum())}
     segment.write_manifest(
         {name: newest[name] for name in LOG_FIELDS}
         | {
@@ -222,8 +248,8 @@ def _write(segment: SegmentWriter, log: EventLog, blanked: Int, run_events: int)
             "counts": {table: {"rows": rows[table], "users": active[table]} for table in rows},
             ITEMS.field: _write_features(segment, log, ITEMS, run_events),
             USERS.field: _write_features(segment, log, USERS, run_events),
-            "event_features": of_events,
-            "request_features": of_requests,
+            EVENTS.field: of_events,
+            IMPRESSIONS.field: of_impressions,
             "deletions": 0,
             "quarantined": sum(manifest["quarantined"] for manifest in log.manifests),
             "sources": [source for manifest in log.manifests for source in manifest["sources"]],
@@ -233,43 +259,28 @@ def _write(segment: SegmentWriter, log: EventLog, blanked: Int, run_events: int)
     return quarantine_removed
 
 
-def _write_events(segment: SegmentWriter, log: EventLog, run_events: int) -> tuple[int, list[dict[str, str]]]:
-    """Write the events; returns the number of users with any, and the manifest's entries of their features."""
-    used = UsedValues.of(_event_tables(log), log.event_features, run_events)
-    features = RowFeatureWriter(segment, EVENT_FEATURES, log.num_events, used.values)
-    names = [name for name in EVENT_COLUMNS if name != "rating" or log.has_rating]
-    writer = TableWriter(segment, "", log.num_events, {name: (EVENT_COLUMNS[name], ()) for name in names})
-    run_events = rows_that_fit(run_events, MERGED_ROW_BYTES, len(log.event_features))
-    with progress_bar(total=log.num_events, desc="merge events", unit="event", unit_scale=True) as bar:
-        for run in token_groups(log.lengths, run_events):
-            users = np.arange(run.start, run.stop)
-            histories = log.gather(users)
-            writer.append(np.repeat(users, histories.lengths), {name: getattr(histories, name) for name in names})
-            features.append(used.recoded(histories.features))
-            bar.update(histories.num_events)
-    features.close()
-    return writer.close(), features.columns
-
-
-def _write_impressions(
-    segment: SegmentWriter, log: EventLog, tables: list[PackedTable], run_rows: int
+def _write_rows(
+    segment: SegmentWriter,
+    owner: FeatureOwner,
+    counts: Int,
+    types: Columns,
+    used: UsedValues,
+    run_rows: int,
+    read: Callable[[slice], tuple[Mapping[str, NDArray[Any]], RowFeatures]],
 ) -> tuple[int, list[dict[str, str]]]:
-    """Write the impressions; returns the number of users with any, and the manifest's entries of their features."""
-    counts = sum((table.counts(log.num_users) for table in tables), np.zeros(log.num_users, np.int64))
-    used = UsedValues.of(tables, log.request_features, run_rows)
-    features = RowFeatureWriter(segment, REQUEST_FEATURES, int(counts.sum()), used.values)
-    columns: dict[str, tuple[DTypeLike, tuple[int, ...]]] = {}
-    for table in tables:
-        columns |= {name: (column.dtype, column.shape[1:]) for name, column in table.columns.items()}
-    writer = TableWriter(segment, "impressions/", int(counts.sum()), columns)
-    run_rows = rows_that_fit(run_rows, MERGED_ROW_BYTES, len(log.request_features))
-    with progress_bar(total=int(counts.sum()), desc="merge impressions", unit="row", unit_scale=True) as bar:
+    """Write a packed table and the features of its rows; `read` returns the columns and features of a run of users."""
+    assert owner.prefix is not None
+    num_rows = int(counts.sum())
+    features = FeatureWriter(segment, owner, num_rows)
+    features.begin(used.values)
+    writer = TableWriter(segment, owner.prefix, num_rows, types)
+    run_rows = rows_that_fit(run_rows, MERGED_ROW_BYTES, len(used.values))
+    with progress_bar(total=num_rows, desc=f"merge {owner.table}", unit="row", unit_scale=True) as bar:
         for run in token_groups(counts, run_rows):
-            offsets = offsets_of(counts[run])
-            block, of_rows = merged_columns([table.of_users(run.start, run.stop) for table in tables], offsets)
-            writer.append(np.repeat(np.arange(run.start, run.stop), counts[run]), block)
+            columns, of_rows = read(run)
+            writer.append(np.repeat(np.arange(run.start, run.stop), counts[run]), columns)
             features.append(used.recoded(of_rows))
-            bar.update(int(offsets[-1]))
+            bar.update(int(counts[run].sum()))
     features.close()
     return writer.close(), features.columns
 
@@ -278,7 +289,8 @@ def _write_features(
     segment: SegmentWriter, log: EventLog, owner: FeatureOwner, run_values: int
 ) -> list[dict[str, str]]:
     """Write the merged features of items or users; returns what the manifest says about their columns."""
-    declared, owners = declared_columns(log.segments, owner), rows_with_features(log.segments, owner)
+    given = features_of(log.segments, owner)
+    declared, owners = declared_columns(given), rows_with_features(given)
     if not len(owners):  # also if all users with features were erased
         return []
     writer = FeatureWriter(segment, owner, owners)

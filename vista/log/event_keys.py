@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from vista.arrays import Int, offsets_of
 from vista.log.histories import PackedTable, RowFeatures, ranges, token_groups
-from vista.log.item_features import USERS
 from vista.log.segment import Segment
+from vista.log.segment_files import USERS
 from vista.progress_bar import progress_bar
 
 ROWS_AT_ONCE = 1 << 20
@@ -103,12 +103,12 @@ def obey_deletions(segments: Sequence[Segment]) -> tuple[Segment, ...]:
         impressions = segment.impressions
         if impressions is not None:
             impressions = impressions.without(_rows_of(impressions, erased))
-        features = segment.user_features
-        if features is not None and np.isin(features.rows, erased).any():
-            segment.files.verify_features(USERS)
-            features.check_order(segment.path)
-            features = features.without(erased)
-        left.append(replace(segment, events=events, impressions=impressions, user_features=features))
+        features = dict(segment.features)
+        if USERS in features and np.isin(features[USERS].rows, erased).any():
+            features[USERS].verify()
+            features[USERS].check_order()
+            features[USERS] = features[USERS].without(erased)
+        left.append(replace(segment, events=events, impressions=impressions, features=features))
         forgotten += [forgotten_events(segment)] if segment.forgotten is not None else []
         erased = np.union1d(erased, segment.erased)
     return tuple(reversed(left))

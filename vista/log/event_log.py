@@ -19,11 +19,17 @@ from vista.config.choices import OnBadRows
 from vista.errors import ConfigError, LogFormatError, UnknownUserError, shown
 from vista.files import checked_path
 from vista.log.event_keys import Impressions, obey_deletions, read_impressions
+from vista.log.features import (
+    ItemFeatures,
+    UserFeatureParts,
+    UserFeatures,
+    declared_columns,
+    merged_features,
+    values_of,
+)
 from vista.log.histories import ColumnValues, Histories, PackedTable, slice_merged, take_range
-from vista.log.item_features import ITEMS, ItemFeatures
-from vista.log.merged_features import UserFeatures, event_values, merged_features, request_values, with_row_features
-from vista.log.segment import Segment, read_segments, read_vocabularies
-from vista.log.segment_files import stream_offsets
+from vista.log.segment import Segment, features_of, read_segments, read_vocabularies, with_row_features
+from vista.log.segment_files import EVENTS, IMPRESSIONS, ITEMS, USERS, stream_offsets
 
 
 class EventLog:
@@ -48,7 +54,6 @@ class EventLog:
         self._tables = _filled(self.segments)
         self._lengths: NDArray[np.int64] | None = None
         self._impressions: Impressions | None = None
-        self._item_features: ItemFeatures | None = None
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, last_segment: int | None = None) -> EventLog:
@@ -119,7 +124,7 @@ class EventLog:
         if users is not None:
             tables["users"] = users, UserTableConfig(user=columns.user)
         if not (append and tables and frame is None and impressions is None):
-            more = {"action": columns.action, "rating": columns.rating, "sequence": columns.sequence}
+            more: dict[str, Any] = {"action": columns.action, "rating": columns.rating, "sequence": columns.sequence}
             tables["events"] = frame, SourceConfig(**keys, **more, categories=list(categories), numbers=list(numbers))
         if impressions is not None:
             tables["impressions"] = (
@@ -221,7 +226,7 @@ class EventLog:
             self._impressions = read_impressions(self.segments, self.num_users)
         return self._impressions
 
-    @property
+    @cached_property
     def item_features(self) -> ItemFeatures | None:
         """Features of all items, in the order of `items`; None without any.
 
@@ -230,24 +235,24 @@ class EventLog:
         Raises:
             LogFormatError: if a file of them is damaged, or segments contradict each other.
         """
-        if self._item_features is None and (columns := merged_features(self.segments, ITEMS, self.num_items)):
-            self._item_features = ItemFeatures(columns)
-        return self._item_features
+        columns = merged_features(features_of(self.segments, ITEMS), self.num_items)
+        return ItemFeatures(columns) if columns else None
 
     @cached_property
     def event_features(self) -> ColumnValues:
         """The columns of `Histories.features`, with the values of each category; empty without any."""
-        return event_values(self.segments)
+        return values_of(declared_columns(features_of(self.segments, EVENTS)))
 
     @cached_property
     def request_features(self) -> ColumnValues:
         """The columns of `Impressions.features`, with the values of each category; empty without any."""
-        return request_values(self.segments)
+        return values_of(declared_columns(features_of(self.segments, IMPRESSIONS)))
 
     @cached_property
     def user_features(self) -> UserFeatures:
         """Features of all users, in the order of `users`; read like `item_features`."""
-        return UserFeatures.of(self.segments, self.num_users)
+        parts = UserFeatureParts.of(features_of(self.segments, USERS))
+        return UserFeatures(parts.values, parts.rows(np.arange(self.num_users)))
 
     def gather(self, user_rows: Any, counts: Any = None, *, features: bool = True) -> Histories:
         """Histories of several users.

@@ -17,7 +17,7 @@ from vista.log.vocabulary import Vocabulary
 #
 # N rows. A column has one of two kinds: a *category*, such as a device, or a *number*, such as a dwell time. Features
 # of
-# items, which can have several values, or vectors, are in `vista.log.item_features`.
+# items, which can have several values, or vectors, are in `vista.log.features`.
 
 RowColumn: TypeAlias = NDArray[np.int32] | Float32s
 """[N]: int32 codes of a category, -1 where it is missing; or float32 numbers, NaN where they are missing."""

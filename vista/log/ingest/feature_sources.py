@@ -38,8 +38,7 @@ from vista.log.ingest.sources import (
     unreadable,
     with_kind,
 )
-from vista.log.item_features import OWNERS
-from vista.log.segment_files import MAX_FEATURES
+from vista.log.segment_files import MAX_FEATURES, OWNERS
 
 if TYPE_CHECKING:
     import polars as pl

@@ -13,14 +13,13 @@ from numpy.typing import NDArray
 from vista.config import SourceConfig
 from vista.errors import ConfigError, DataError, TakenError
 from vista.log.event_keys import obey_deletions
+from vista.log.features import declared_columns, values_of
 from vista.log.histories import YEAR_1971_MS, ColumnValues
 from vista.log.ingest.packer import NO_ACTION
 from vista.log.ingest.rows import Part, id_kind
 from vista.log.ingest.sources import Source
-from vista.log.item_features import OWNERS
-from vista.log.merged_features import event_values, request_values
-from vista.log.segment import Segment, read_segments, read_vocabularies
-from vista.log.segment_files import MAX_FEATURES
+from vista.log.segment import Segment, features_of, read_segments, read_vocabularies
+from vista.log.segment_files import EVENTS, IMPRESSIONS, MAX_FEATURES, OWNERS, FeatureOwner
 from vista.log.vocabulary import Vocabulary
 
 
@@ -72,9 +71,9 @@ class ExistingLog:
         """Names of the impressions' labels; empty without impressions."""
         return list(self.manifests[-1]["tasks"]) if self.segments else []
 
-    def row_values(self, table: str) -> ColumnValues:
-        """The columns of features of "events" or "impressions", with the values of each category."""
-        return event_values(self.segments) if table == "events" else request_values(self.segments)
+    def row_values(self, owner: FeatureOwner) -> ColumnValues:
+        """The columns of features of events or impressions, with the values of each category."""
+        return values_of(declared_columns(features_of(self.segments, owner)))
 
     def next_ordinals(self) -> NDArray[np.int64]:
         """In a log without times: one more than the last ordinal of each user, int64 [num_users]."""
@@ -279,7 +278,7 @@ def _refuse_other_tasks(source: Source, log: ExistingLog) -> None:
 
 def _refuse_other_kinds(table: str, source: Source, log: ExistingLog) -> None:
     """Refuse features whose kind is not that of the log's column."""
-    known = log.row_values(table)
+    known = log.row_values(EVENTS if table == "events" else IMPRESSIONS)
     for canonical in source.columns:
         kind, _, name = canonical.partition(":")
         if kind in ("category", "number") and name in known:

@@ -51,13 +51,15 @@ from vista.log.ingest.sources import (
     open_sources,
     with_kind,
 )
-from vista.log.item_features import ITEMS, OWNERS, USERS
 from vista.log.segment import segment_name
 from vista.log.segment_files import (
     DEAD_LETTERS_FILE,
-    EVENT_FEATURES,
+    EVENTS,
+    IMPRESSIONS,
+    ITEMS,
+    OWNERS,
     QUARANTINE_FILE,
-    REQUEST_FEATURES,
+    USERS,
     offset_entries,
     stream_offsets,
 )
@@ -380,11 +382,11 @@ class _Run:
                 parts = segment.parts[table]
                 if table == "events":
                     columns = event_columns(parts[0].source, segment.actions, segment.before.next_ordinals)
-                    prefix, folder = "", EVENT_FEATURES
+                    owner, prefix = EVENTS, ""
                 else:
                     columns = impression_columns(parts[0].source, segment.tasks)
-                    prefix, folder = "impressions/", REQUEST_FEATURES
-                features = NewRowFeatures(table, parts, segment.before.row_values(table), writer, folder)
+                    owner, prefix = IMPRESSIONS, "impressions/"
+                features = NewRowFeatures(owner, parts, segment.before.row_values(owner), writer)
                 active_users[table] = packer.pack(
                     parts,
                     ids[table].user_rows(segment.users),

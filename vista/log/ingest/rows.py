@@ -29,11 +29,11 @@ from numpy.typing import NDArray
 from vista.config.choices import OnBadRows
 from vista.errors import ConfigError, DataError, shown
 from vista.installation import require_module
+from vista.log.features import code_type
 from vista.log.histories import LATEST_MS
 from vista.log.ingest.source_files import EXTRA, ROW
 from vista.log.ingest.sources import FileSource, ScannedSource, Source, unreadable
-from vista.log.item_features import OWNERS
-from vista.log.segment import code_type
+from vista.log.segment_files import OWNERS
 from vista.log.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
