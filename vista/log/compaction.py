@@ -229,7 +229,8 @@ def _write(segment: SegmentWriter, log: EventLog, blanked: Int, run_events: int)
     types: Columns = {name: (EVENT_COLUMNS[name], ()) for name in names}
     used = UsedValues.of(_event_tables(log), log.event_features, run_events)
     active_users, of_events = _write_rows(segment, EVENTS, log.lengths, types, used, run_events, events_of)
-    active, of_impressions = {"events": active_users, "impressions": 0}, []
+    active = {"events": active_users, "impressions": 0}
+    of_impressions: list[dict[str, str]] = []
     if tables:
         types = {name: (array.dtype, array.shape[1:]) for table in tables for name, array in table.columns.items()}
         used = UsedValues.of(tables, log.request_features, run_events)

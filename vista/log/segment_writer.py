@@ -181,16 +181,17 @@ class FeatureWriter:
             values: the columns, with all values that the log has together with this segment.
             before: the values that the log has without this segment: a category of `values` must begin with these.
         """
+        segment, owner = self._segment, self._owner
         if values:
-            (self._segment.folder / self._owner.folder).mkdir()
+            (segment.folder / owner.folder).mkdir()
         for name, known in values.items():
             place = self._place(name, "number" if known is None else "category")
             if known is None:
-                self._open[name] = self._segment.array(f"{place}.numbers.npy", np.float32, (self._num_rows,))
+                self._open[name] = segment.array(f"{place}.numbers.npy", np.float32, (self._num_rows,))
                 continue
             old = before.get(name)
-            self._segment.save_vocabulary(f"{place}.values", known.part(0 if old is None else len(old)))
-            self._open[name] = self._segment.array(f"{place}.codes.npy", code_type(len(known)), (self._num_rows,))
+            segment.save_vocabulary(f"{place}.values", known.part(0 if old is None else len(old)))
+            self._open[name] = segment.array(f"{place}.codes.npy", code_type(len(known)), (self._num_rows,))
 
     def append(self, block: RowFeatures) -> None:
         """Write the next rows of the columns that `begin` began."""

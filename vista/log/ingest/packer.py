@@ -90,7 +90,9 @@ def _rows(vocabulary: Vocabulary, ids: pl.Series, name: str, dtype: type[np.inte
 
 
 def extended(vocabulary: Vocabulary, ids_of_tables: Sequence[pl.Series]) -> Vocabulary:
-    """The vocabulary with the ids of several tables."""
+    """The vocabulary with the ids of any number of tables."""
+    if not ids_of_tables:
+        return vocabulary
     ids = pl.concat(ids_of_tables, how="vertical").unique() if len(ids_of_tables) > 1 else ids_of_tables[0]
     return vocabulary.extended(ids.to_numpy() if vocabulary.kind == "int" else ids.to_list())
 
