@@ -54,14 +54,10 @@ from vista.log.segment_writer import (
 from vista.log.vocabulary import Vocabulary
 from vista.progress_bar import progress_bar
 
-# The values of categories that rows still have after deletions. NumPy only.
-#
-# A value that only erased users had may identify them, so a compaction removes it.
-
 
 @dataclass(frozen=True, slots=True)
 class UsedValues:
-    """The values that rows have.
+    """The values that rows still have after deletions: a value that only erased users had may identify them.
 
     values: by name of a column; codes: of the categories that lost values, int32 [V + 1], the code in `values` of each
     of the V values before, or -1, and then -1 for a row without a value.

@@ -76,15 +76,12 @@ def equal_events(table: PackedTable, keys: EventKeys, *, rows_at_once: int = ROW
     return np.concatenate([key for key, _ in pairs]), np.concatenate([row for _, row in pairs])
 
 
-# How deletion rows take effect on the segments before them. NumPy only.
-#
-# A forgotten event is removed from every earlier segment, however often it occurs there. An erased user loses all
-# events,
-# impressions, and features in earlier segments. Rows that are added again in the same or a later segment count.
-
-
 def obey_deletions(segments: Sequence[Segment]) -> tuple[Segment, ...]:
     """The segments, oldest first, without the rows that later segments delete. Reads only the affected users.
+
+    A forgotten event is removed from every earlier segment, however often it occurs there. An erased user loses all
+    events, impressions, and features in earlier segments. Rows that are added again in the same or a later segment
+    count.
 
     Raises:
         LogFormatError: if there are deletions, and the ids, offsets, deletions, or user features of a segment are
@@ -118,12 +115,9 @@ def _rows_of(table: PackedTable, users: Int) -> Int:
     return ranges(*table.locate(users))
 
 
-# Impressions: the log's second table, with one label per task, packed by user and sorted by time.
-
-
 @dataclass(frozen=True, slots=True)
 class Impressions:
-    """All impressions of a log, in the order of user rows. Arrays may be read-only views of the log.
+    """All impressions of a log, by user row and time, with a label per task. Arrays may be read-only views of the log.
 
     offsets: int64 [num_users + 1]; item: int32 [N] item rows; timestamp: int64 [N] ms; label: uint8 [N, num_tasks], 0
     where unknown; mask: uint8 [N, num_tasks], 1 where the label is known; tasks: names of the tasks; probability:

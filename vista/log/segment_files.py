@@ -21,8 +21,6 @@ from vista.log.histories import PackedTable
 from vista.log.vocabulary import Vocabulary
 from vista.progress_bar import progress_bar
 
-# The manifest of a segment: a JSON file with a checksum. Every field is checked before it is used.
-
 FORMAT = "vista-event-log"
 VERSION = 5
 MANIFEST_FILE = "manifest.json"
@@ -377,12 +375,6 @@ def _is_large(name: str) -> bool:
     return name in _LARGE or (in_features and ".values." not in name)
 
 
-# Offsets of Kafka topics in the manifests of a log: where the next read of each partition continues.
-#
-# A segment made from messages stores the offsets after its messages, so both are published by the same rename. Each
-# message is then in the log exactly once, whenever a process is killed.
-
-
 class StreamPartition(NamedTuple):
     """A partition of a topic."""
 
@@ -394,7 +386,11 @@ class StreamPartition(NamedTuple):
 
 
 class StreamOffset(NamedTuple):
-    """The offset of the next message of a partition, and the id of the cluster that numbered its messages."""
+    """The offset of the next message of a partition, and the id of the cluster that numbered its messages.
+
+    A segment made from messages stores the offsets after them, so both are published by the same rename: each message
+    is in the log exactly once, whenever a process is killed.
+    """
 
     cluster: str
     next: int

@@ -246,9 +246,6 @@ def _inner(dtype: Any) -> tuple[bool, pl.DataType]:
     return is_list, dtype.inner if is_list else dtype
 
 
-# Tables of items from which commands make a new column: their texts or vectors are read, the column is written.
-
-
 def read_texts(config: ItemsEmbedConfig, parser: SourceParser) -> tuple[pl.Series, pl.Series]:
     """Read one text per item: the values of each column joined by commas, the columns by periods.
 

@@ -290,8 +290,6 @@ def _spread(vectors: Float32s) -> tuple[int, bool]:
     return num_known, is_constant
 
 
-# Features of the events or impressions of a new segment: values, codes, and what is probably a mistake.
-
 LEAK_SHARE = 0.99
 """Share of the rows with a label, and of those without, in which a feature may equal the label."""
 LEAST_LABELS = 20
@@ -439,11 +437,8 @@ class _Seen:
         return tasks
 
 
-# A table of items for a trained model, which has no log.
-
-
 def read_items(table: ItemTableConfig, kind: str, dims: Mapping[str, int]) -> tuple[Vocabulary, ItemFeatures | None]:
-    """Read a table of items.
+    """Read a table of items for a trained model, which has no log.
 
     Args:
         table: its files and columns.

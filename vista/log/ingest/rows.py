@@ -363,8 +363,6 @@ def _first_length(source: ScannedSource, lengths: pl.Expr) -> int:
     return int(first["length"][0]) if first.height else 0
 
 
-# Categories of events and impressions in a part: its rows have codes, and a file per column has the values.
-
 VALUE = "value"
 """Column of a file of values, whose rows are the codes of a part."""
 _FIRST_ROWS, _MORE_ROWS = 100_000, 2_000_000
@@ -428,11 +426,6 @@ def too_many_values(source: Source, table: str, name: str, count: str) -> DataEr
     )
 
 
-# First half of ingest: sources become parsed and checked parts on disk; bad rows are reported or set aside.
-#
-# A part is an uncompressed Arrow IPC file in the staging folder, which later stages memory-map. Sources are streamed:
-# memory holds only Polars' buffers, and the numbers of bad rows with their reasons.
-
 ORDER = "order"
 """Column of the input order over all parts: the number of the part times 2^32, plus the row."""
 QUARANTINE_COLUMNS = ("table", "file", "row", "column", "value", "reason", "record")
@@ -440,11 +433,11 @@ QUARANTINE_COLUMNS = ("table", "file", "row", "column", "value", "reason", "reco
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A parsed source.
+    """A parsed source, as an uncompressed Arrow IPC file that later stages memory-map.
 
     file: all its rows, good and bad; num_rows: number of good rows; num_bad: number of bad rows; quarantine: CSV file
     of the bad rows, or None; values: of events and impressions, by canonical column of a category, the file of the
-    values whose codes the rows have (category_encoder.py); is_filtered: whether good rows were left out of `file`.
+    values whose codes the rows have; is_filtered: whether good rows were left out of `file`.
     """
 
     source: Source
@@ -464,6 +457,8 @@ def read_part(
     source: Source, kinds: Mapping[str, str], table: str, folder: Path, number: int, on_bad_rows: OnBadRows
 ) -> Part:
     """Stream one source into `folder`; a file is read by its parser.
+
+    Memory holds only Polars' buffers, and the numbers of bad rows with their reasons.
 
     Args:
         kinds: kinds of ids, "int" or "str", of "user" and "item".

@@ -214,18 +214,19 @@ def npz_limit(file_bytes: int) -> int:
     return memory_limit(file_bytes) // NPZ_SHARE
 
 
-# Categories of items, from a table next to the log. SIM's hard search uses them.
-
 logger = logging.getLogger(__name__)
 
 
 def read_categories(file: Path, column: str, items: Vocabulary) -> NDArray[np.int64]:
-    """Category codes of a model's items: int64 [1 + V], starting at 1; 0 for items without a category.
+    """Category codes of a model's items, from a table next to the log, for SIM's hard search.
 
     Args:
         file: Parquet, or CSV with a header, one row per item, with a column `item` of ids.
         column: name of the column of categories, integers or text.
         items: vocabulary of the model; its row r has index r + 1 in the result.
+
+    Returns:
+        int64 [1 + V], starting at 1; 0 for items without a category.
 
     Raises:
         DataError: naming file, column, row, and remedy, if the file is invalid or contains no item of the model.
