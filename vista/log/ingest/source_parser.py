@@ -1,7 +1,7 @@
 """A child process that parses source files: a damaged file can crash the process that parses it, or exhaust its memory.
 
 The child runs `parser_process`. Requests and replies are lines of JSON; a reply may be followed by raw bytes. This
-module imports neither NumPy nor Polars, so that a command can start the child before it imports them itself.
+module does not import Polars, so that a command can start the child before it imports Polars itself.
 """
 
 from __future__ import annotations
