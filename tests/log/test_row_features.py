@@ -33,7 +33,6 @@ from vista.log.features import code_type
 from vista.log.histories import RowFeatures, rows_that_fit
 from vista.log.ingest import rows
 from vista.log.ingest.prepare import PrepareReport, prepare
-from vista.log.inspection import verify_log
 from vista.log.segment_files import EVENTS
 from vista.log.segment_writer import FeatureWriter, SegmentWriter
 from vista.log.splits import visible_blocks
@@ -73,18 +72,6 @@ def test_blocks_read_features_only_on_demand_and_are_then_smaller(tmp_path: Path
     assert len(read) > 1 and all(list(block.features.columns) == list(BOTH) for block in read)
     assert sum(block.num_events for block in read) == log.num_events
     assert (rows_that_fit(1000, 20, 0), rows_that_fit(1000, 20, 5), rows_that_fit(1, 20, 100)) == (1000, 250, 1)
-
-
-def test_changed_bytes_are_found(tmp_path: Path) -> None:
-    path = tmp_path / "log"
-    write(path, STEPS)
-    files = [name for name in contents(path) if "_features/" in name]
-    assert len(files) == 8
-    for name in files:
-        intact = (path / name).read_bytes()
-        (path / name).write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
-        assert verify_log(path).damaged == [name]
-        (path / name).write_bytes(intact)
 
 
 def test_a_compaction_writes_all_values(tmp_path: Path) -> None:
