@@ -302,11 +302,32 @@ def _number(column: str, role: str) -> tuple[pl.Expr, list[RowRule]]:
     ]
 
 
+def entries_of(dtype: Any) -> tuple[bool, pl.DataType]:
+    """Whether a type is a list, and the type of its entries, or else the type itself."""
+    is_list = isinstance(dtype, pl.List) or (isinstance(dtype, pl.Array) and len(dtype.shape) == 1)
+    return is_list, dtype.inner if is_list else dtype
+
+
+def is_text_type(dtype: pl.DataType) -> bool:
+    """Whether values can only be names; a column of Null has none."""
+    return dtype in (pl.String, pl.Categorical, pl.Enum, pl.Boolean, pl.Null)
+
+
+def can_be(kind: str, dtype: pl.DataType, *, has_lists: bool) -> bool:
+    """Whether a column of a type can be a category, number, or vector; `has_lists` allows lists, as items have them."""
+    is_list, inner = entries_of(dtype)
+    if is_list and not has_lists:
+        return False
+    if kind == "category":
+        return is_text_type(inner) or inner.is_integer()
+    if kind == "number":
+        return not is_list and (inner.is_numeric() or inner in (pl.Boolean, pl.String, pl.Null))
+    return inner == pl.Null or (is_list and inner.is_numeric()) or (not is_list and inner == pl.String)
+
+
 def _check_row_feature(column: str, kind: str, dtype: pl.DataType, source: Source, table: str) -> None:
     """Refuse a column of events or impressions whose type cannot be a category, or a number."""
-    if dtype in (pl.String, pl.Boolean, pl.Null) or dtype.is_integer():
-        return
-    if dtype in (pl.Categorical, pl.Enum) if kind == "category" else dtype.is_numeric():
+    if can_be(kind, dtype, has_lists=False):
         return
     key, other = ("categories", "numbers") if kind == "category" else ("numbers", "categories")
     remedy = (
