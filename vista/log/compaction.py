@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from vista.arrays import Float32s, Int, offsets_of
 from vista.errors import LogFormatError, LogWriteError
@@ -29,10 +28,9 @@ from vista.log.features import (
     merged_column,
     rows_with_features,
 )
-from vista.log.histories import ColumnValues, PackedTable, RowColumn, RowFeatures, rows_that_fit, token_groups
+from vista.log.histories import ColumnValues, PackedTable, RowFeatures, rows_that_fit, token_groups
 from vista.log.segment import features_of, segment_name, superseded_segments
 from vista.log.segment_files import (
-    EVENT_COLUMNS,
     EVENTS,
     IMPRESSIONS,
     ITEMS,
@@ -54,57 +52,10 @@ from vista.log.segment_writer import (
 from vista.log.vocabulary import Vocabulary
 from vista.progress_bar import progress_bar
 
-
-@dataclass(frozen=True, slots=True)
-class UsedValues:
-    """The values that rows still have after deletions: a value that only erased users had may identify them.
-
-    values: by name of a column; codes: of the categories that lost values, int32 [V + 1], the code in `values` of each
-    of the V values before, or -1, and then -1 for a row without a value.
-    """
-
-    values: ColumnValues
-    codes: Mapping[str, NDArray[np.int32]]
-
-    @classmethod
-    def of(cls, tables: Sequence[PackedTable], values: ColumnValues, rows_at_once: int) -> UsedValues:
-        """The values of the remaining rows of tables.
-
-        Args:
-            values: of the columns of the tables.
-            rows_at_once: rows that are read at once; it never changes the result.
-        """
-        left, codes = dict(values), {}
-        if any(table.num_deleted for table in tables):
-            for name, known in values.items():
-                if known is None:
-                    continue
-                used = np.zeros(len(known) + 1, np.bool_)
-                for table in tables:
-                    for start in range(0, table.num_rows, rows_at_once):
-                        used[table.features[name][table.span(start, min(start + rows_at_once, table.num_rows))]] = True
-                rows = np.flatnonzero(used[:-1])
-                if len(rows) < len(known):
-                    texts = known.ids(rows).tolist()
-                    left[name] = remaining = Vocabulary.empty("str").extended(texts)
-                    codes[name] = np.full(len(used), -1, np.int32)
-                    codes[name][rows] = remaining.rows(texts)
-        return cls(left, codes)
-
-    def recoded(self, features: RowFeatures) -> RowFeatures:
-        """Features of rows with codes of `values`."""
-        columns: dict[str, RowColumn] = dict(features.columns)
-        for name, code in self.codes.items():
-            columns[name] = code[columns[name].astype(np.int64)]
-        return RowFeatures(columns)
-
-
 RUN_EVENTS = 1 << 20
 """Events without features that are read and written at once. A longer history is a run by itself."""
 MERGED_ROW_BYTES = 40
 """Memory of an event or impression without features while it is read and written."""
-Columns: TypeAlias = dict[str, tuple[DTypeLike, tuple[int, ...]]]
-"""Of a packed table: name to (dtype, shape of one row)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,42 +162,22 @@ def _write(segment: SegmentWriter, log: EventLog, blanked: Int, run_events: int)
     """Write the merged segment; returns whether invalid rows and messages were omitted."""
     segment.save_vocabulary("new_users", log.users.without_ids(blanked))
     segment.save_vocabulary("new_items", log.items)
-    names = [name for name in EVENT_COLUMNS if name != "rating" or log.has_rating]
-    tables = _impression_tables(log)
-    shown = sum((table.counts(log.num_users) for table in tables), np.zeros(log.num_users, np.int64))
-
-    def events_of(run: slice) -> tuple[Mapping[str, NDArray[Any]], RowFeatures]:
-        histories = log.gather(np.arange(run.start, run.stop))
-        return {name: getattr(histories, name) for name in names}, histories.features
-
-    def impressions_of(run: slice) -> tuple[Mapping[str, NDArray[Any]], RowFeatures]:
-        return merged_columns([table.of_users(run.start, run.stop) for table in tables], offsets_of(shown[run]))
-
-    types: Columns = {name: (EVENT_COLUMNS[name], ()) for name in names}
-    used = UsedValues.of(_event_tables(log), log.event_features, run_events)
-    active_users, of_events = _write_rows(segment, EVENTS, log.lengths, types, used, run_events, events_of)
-    active = {"events": active_users, "impressions": 0}
-    of_impressions: list[dict[str, str]] = []
-    if tables:
-        types = {name: (array.dtype, array.shape[1:]) for table in tables for name, array in table.columns.items()}
-        used = UsedValues.of(tables, log.request_features, run_events)
-        active["impressions"], of_impressions = _write_rows(
-            segment, IMPRESSIONS, shown, types, used, run_events, impressions_of
-        )
+    written = {
+        EVENTS: _write_rows(segment, EVENTS, log, _event_tables(log), log.event_features, run_events),
+        IMPRESSIONS: _write_rows(segment, IMPRESSIONS, log, _impression_tables(log), log.request_features, run_events),
+    }
     segment.save("changed.npy", _last_changes(log))
     quarantine_removed = _join_quarantines(segment.folder, log)
     newest = log.manifests[-1]
-    rows = {"events": log.num_events, "impressions": int(shown.sum())}
     segment.write_manifest(
         {name: newest[name] for name in LOG_FIELDS}
         | {
             "first_segment": 1,
             "last_segment": log.last_segment,
-            "counts": {table: {"rows": rows[table], "users": active[table]} for table in rows},
+            "counts": {owner.table: counts for owner, (counts, _) in written.items()},
             ITEMS.field: _write_features(segment, log, ITEMS, run_events),
             USERS.field: _write_features(segment, log, USERS, run_events),
-            EVENTS.field: of_events,
-            IMPRESSIONS.field: of_impressions,
+            **{owner.field: columns for owner, (_, columns) in written.items()},
             "deletions": 0,
             "quarantined": sum(manifest["quarantined"] for manifest in log.manifests),
             "sources": [source for manifest in log.manifests for source in manifest["sources"]],
@@ -259,27 +190,66 @@ def _write(segment: SegmentWriter, log: EventLog, blanked: Int, run_events: int)
 def _write_rows(
     segment: SegmentWriter,
     owner: FeatureOwner,
-    counts: Int,
-    types: Columns,
-    used: UsedValues,
+    log: EventLog,
+    tables: Sequence[PackedTable],
+    values: ColumnValues,
     run_rows: int,
-    read: Callable[[slice], tuple[Mapping[str, NDArray[Any]], RowFeatures]],
-) -> tuple[int, list[dict[str, str]]]:
-    """Write a packed table and the features of its rows; `read` returns the columns and features of a run of users."""
-    assert owner.prefix is not None
+) -> tuple[dict[str, int], list[dict[str, str]]]:
+    """Write the merged events or impressions; returns what the manifest says about their number and their features."""
+    counts = sum((table.counts(log.num_users) for table in tables), np.zeros(log.num_users, np.int64))
     num_rows = int(counts.sum())
+    if not tables:
+        return {"rows": 0, "users": 0}, []
+    assert owner.prefix is not None
+    left, codes = _used_values(tables, values, run_rows)
     features = FeatureWriter(segment, owner, num_rows)
-    features.begin(used.values)
+    features.begin(left)
+    types = {name: (array.dtype, array.shape[1:]) for table in tables for name, array in table.columns.items()}
     writer = TableWriter(segment, owner.prefix, num_rows, types)
-    run_rows = rows_that_fit(run_rows, MERGED_ROW_BYTES, len(used.values))
+    run_rows = rows_that_fit(run_rows, MERGED_ROW_BYTES, len(values))
     with progress_bar(total=num_rows, desc=f"merge {owner.table}", unit="row", unit_scale=True) as bar:
         for run in token_groups(counts, run_rows):
-            columns, of_rows = read(run)
-            writer.append(np.repeat(np.arange(run.start, run.stop), counts[run]), columns)
-            features.append(used.recoded(of_rows))
-            bar.update(int(counts[run].sum()))
+            offsets = offsets_of(counts[run])
+            block, of_rows = merged_columns([table.of_users(run.start, run.stop) for table in tables], offsets)
+            writer.append(np.repeat(np.arange(run.start, run.stop), counts[run]), block)
+            columns = dict(of_rows.columns)
+            for name, code in codes.items():
+                columns[name] = code[columns[name].astype(np.int64)]
+            features.append(RowFeatures(columns))
+            bar.update(int(offsets[-1]))
     features.close()
-    return writer.close(), features.columns
+    return {"rows": num_rows, "users": writer.close()}, features.columns
+
+
+def _used_values(
+    tables: Sequence[PackedTable], values: ColumnValues, rows_at_once: int
+) -> tuple[ColumnValues, dict[str, NDArray[np.int32]]]:
+    """The values that rows still have after deletions: a value that only erased users had may identify them.
+
+    Args:
+        values: of the columns of the tables.
+        rows_at_once: rows that are read at once; it never changes the result.
+
+    Returns:
+        The values by name of a column; and of the categories that lost values, int32 [V + 1], the new code of each of
+        the V values before, or -1, and then -1 for a row without a value.
+    """
+    left, codes = dict(values), {}
+    if any(table.num_deleted for table in tables):
+        for name, known in values.items():
+            if known is None:
+                continue
+            used = np.zeros(len(known) + 1, np.bool_)
+            for table in tables:
+                for start in range(0, table.num_rows, rows_at_once):
+                    used[table.features[name][table.span(start, min(start + rows_at_once, table.num_rows))]] = True
+            rows = np.flatnonzero(used[:-1])
+            if len(rows) < len(known):
+                texts = known.ids(rows).tolist()
+                left[name] = remaining = Vocabulary.empty("str").extended(texts)
+                codes[name] = np.full(len(used), -1, np.int32)
+                codes[name][rows] = remaining.rows(texts)
+    return left, codes
 
 
 def _write_features(

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.arrays import Int, offsets_of
-from vista.log.histories import PackedTable, RowFeatures, ranges, token_groups
+from vista.log.histories import PackedTable, RowFeatures, is_by_time, ranges, token_groups
 from vista.log.segment import Segment
 from vista.log.segment_files import USERS
 from vista.progress_bar import progress_bar
@@ -191,6 +191,7 @@ def merged_columns(
     for table, place in zip(tables, places, strict=True):
         for name, column in features.columns.items():
             column[place] = table.features[name]
-    owner = np.repeat(np.arange(num_users), np.diff(offsets))
-    order = np.lexsort((out["timestamp"], owner))
+    if is_by_time(out["timestamp"], offsets):
+        return out, features
+    order = np.lexsort((out["timestamp"], np.repeat(np.arange(num_users), np.diff(offsets))))
     return {name: column[order] for name, column in out.items()}, features.select(order)

@@ -341,15 +341,19 @@ def _in_order(tables: Sequence[PackedTable], located: Sequence[tuple[Int, Int]])
     return in_order
 
 
+def is_by_time(timestamp: Int, offsets: Int) -> bool:
+    """Whether packed histories with these offsets [B + 1] are each in the order of their times [T]."""
+    falls = np.diff(timestamp) < 0
+    inner = offsets[1:-1]
+    falls[inner[(inner > 0) & (inner < len(timestamp))] - 1] = False  # between users, time may fall
+    return not falls.any()
+
+
 def _by_time(out: Histories) -> Histories:
     """Each history sorted by time, keeping the order of equal times; returns the argument if all are sorted."""
-    offsets = out.offsets
-    falls = np.diff(out.timestamp) < 0
-    inner = offsets[1:-1]
-    falls[inner[(inner > 0) & (inner < len(out.timestamp))] - 1] = False  # between users, time may fall
-    if not falls.any():
+    if is_by_time(out.timestamp, out.offsets):
         return out
-    return out.at(np.lexsort((out.timestamp, out.owner)), offsets)
+    return out.at(np.lexsort((out.timestamp, out.owner)), out.offsets)
 
 
 def slice_merged(tables: Sequence[PackedTable], row: int, low: int, high: int) -> Histories:
