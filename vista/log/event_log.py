@@ -52,8 +52,6 @@ class EventLog:
         """Oldest first, without the rows that later segments delete."""
         self.num_events = sum(segment.events.num_rows for segment in self.segments)
         self._tables = _filled(self.segments)
-        self._lengths: NDArray[np.int64] | None = None
-        self._impressions: Impressions | None = None
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, last_segment: int | None = None) -> EventLog:
@@ -196,16 +194,14 @@ class EventLog:
         """The segments' manifests, oldest first."""
         return [segment.manifest for segment in self.segments]
 
-    @property
+    @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """Number of events per user: int64 [num_users]."""
-        if self._lengths is None:
-            total = np.zeros(self.num_users, np.int64)
-            for segment in self.segments:
-                total += segment.events.counts(self.num_users)
-            total.flags.writeable = False
-            self._lengths = total
-        return self._lengths
+        total = np.zeros(self.num_users, np.int64)
+        for segment in self.segments:
+            total += segment.events.counts(self.num_users)
+        total.flags.writeable = False
+        return total
 
     def time_range(self) -> tuple[int, int] | None:
         """Oldest and newest time (ms, or ordinal) of all events; None without events."""
@@ -219,12 +215,12 @@ class EventLog:
                 ranges.append((int(first.min()), int(last.max())))
         return (min(first for first, _ in ranges), max(last for _, last in ranges)) if ranges else None
 
-    @property
+    @cached_property
     def impressions(self) -> Impressions | None:
         """The impressions, or None without any. They are merged over the segments on first use."""
-        if self._impressions is None and any(segment.impressions is not None for segment in self.segments):
-            self._impressions = read_impressions(self.segments, self.num_users)
-        return self._impressions
+        if any(segment.impressions is not None for segment in self.segments):
+            return read_impressions(self.segments, self.num_users)
+        return None
 
     @cached_property
     def item_features(self) -> ItemFeatures | None:
