@@ -20,8 +20,8 @@ from vista.config.composition import conf_dir, groups_of, options_of
 from vista.config.config_keys import ConfigKey, ConfigKeys, value_text
 from vista.config.model_config import ModelConfig
 from vista.config.train_config import DataConfig, OptimConfig
+from vista.log.features import CategoryColumn, ItemFeatures, NumberColumn, VectorColumn
 from vista.log.histories import Histories
-from vista.log.item_features import CategoryColumn, ItemFeatures, NumberColumn, VectorColumn
 
 API: dict[str, tuple[object, ...]] = {
     "Event log": (vista.EventLog, Histories, ItemFeatures, CategoryColumn, NumberColumn, VectorColumn),

@@ -1,4 +1,4 @@
-"""Types of arrays, and where packed parts lie in one."""
+"""Types of arrays, where packed parts lie in one, and `.npy` files, written in blocks and mapped to be read."""
 
 from __future__ import annotations
 
@@ -27,8 +27,6 @@ def offsets_of(lengths: Int | NDArray[np.bool_]) -> Int:
     np.cumsum(lengths, out=offsets[1:])
     return offsets
 
-
-# Files with one array each (`.npy`): written in blocks with a checksum, and mapped into memory to be read.
 
 Content = mmap.mmap | bytes
 _SMALL_BYTES = 1 << 16

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from vista.arrays import Int, offsets_of
 from vista.counters.counter_codes import CounterSpec, ItemKeys
 from vista.counters.counter_table import CounterTable, UserCounters
+from vista.log.features import CategoryColumn, ItemFeatures
 from vista.log.histories import Histories
-from vista.log.item_features import CategoryColumn, ItemFeatures
 from vista.log.vocabulary import Vocabulary
 from vista.model.features import FeatureSpec
 from vista.model.item_feature_table import ItemFeatureTable

@@ -11,8 +11,8 @@ import polars as pl
 from tests.log.conftest import PARSER, write_csv
 from vista.config import ItemTableConfig, PrepareConfig, SourceConfig
 from vista.log.event_log import EventLog
+from vista.log.features import CategoryColumn, FeatureColumn, NumberColumn, VectorColumn
 from vista.log.ingest.prepare import PrepareReport, prepare
-from vista.log.item_features import CategoryColumn, FeatureColumn, NumberColumn, VectorColumn
 
 EVENTS = [(1, 10, 1), (1, 20, 2), (2, 30, 3), (2, 40, 4)]
 

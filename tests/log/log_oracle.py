@@ -14,8 +14,8 @@ from vista.log.event_keys import EventKeys
 from vista.log.event_log import EventLog
 from vista.log.histories import ColumnValues, Histories, RowFeatures
 from vista.log.segment import segment_name
-from vista.log.segment_files import EVENT_COLUMNS, EVENT_FEATURES, IMPRESSION_COLUMNS, REQUEST_FEATURES, manifest_bytes
-from vista.log.segment_writer import RowFeatureWriter, SegmentWriter, TableWriter
+from vista.log.segment_files import EVENT_COLUMNS, EVENTS, IMPRESSION_COLUMNS, IMPRESSIONS, FeatureOwner, manifest_bytes
+from vista.log.segment_writer import FeatureWriter, SegmentWriter, TableWriter
 from vista.log.vocabulary import Vocabulary
 
 NUM_USERS, NUM_ITEMS, ACTIONS = 5, 3, ["buy", "view"]
@@ -157,9 +157,9 @@ def _write_events(folder: Path, step: Step, number: int, log: EventLog | None) -
     if step.impressions:
         columns = {name: (IMPRESSION_COLUMNS[name], shape) for name, shape in wide.items()}
         active["impressions"] = _write_table(segment, "impressions/", step.impressions, columns)
-    of_events = _write_features(segment, EVENT_FEATURES, step, step.events, {} if log is None else log.event_features)
+    of_events = _write_features(segment, EVENTS, step, step.events, {} if log is None else log.event_features)
     known = {} if log is None else log.request_features
-    of_requests = _write_features(segment, REQUEST_FEATURES, step, step.impressions, known)
+    of_requests = _write_features(segment, IMPRESSIONS, step, step.impressions, known)
     rows = {"events": len(step.events), "impressions": len(step.impressions)}
     manifest = {
         "first_segment": number,
@@ -203,7 +203,9 @@ def _write_table(segment: SegmentWriter, prefix: str, rows: list[Event], columns
     return writer.close()
 
 
-def _write_features(segment: SegmentWriter, prefix: str, step: Step, rows: list[Event], known: ColumnValues) -> list:
+def _write_features(
+    segment: SegmentWriter, owner: FeatureOwner, step: Step, rows: list[Event], known: ColumnValues
+) -> list:
     if not rows:
         return []
     values = [step.values(row, step.columns) for row in sorted(rows, key=lambda row: (row[0], row[2]))]
@@ -217,7 +219,8 @@ def _write_features(segment: SegmentWriter, prefix: str, step: Step, rows: list[
             every[name] = (known.get(name) or Vocabulary.empty("str")).extended(texts)
             codes = every[name].rows(["" if text is None else text for text in given])
             columns[name] = codes.astype(np.int32)
-    writer = RowFeatureWriter(segment, prefix, len(rows), every, known)
+    writer = FeatureWriter(segment, owner, len(rows))
+    writer.begin(every, known)
     writer.append(RowFeatures(columns))
     writer.close()
     return writer.columns

@@ -15,15 +15,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.log.feature_tables import add_items, features_of, names_of, table_of
+from tests.log.feature_tables import add_items, features_of, names_of, table_of, user_features_of
 from tests.log.log_oracle import contents, edit_manifest, replace_array
 from tests.log.test_verify import ODD, flip, places_in
 from vista.errors import LogFormatError
 from vista.log.compaction import compact_log
 from vista.log.deletions import erase_users
 from vista.log.event_log import EventLog
+from vista.log.features import CategoryColumn, ItemFeatures, NumberColumn, VectorColumn
 from vista.log.inspection import LogStats
-from vista.log.item_features import CategoryColumn, ItemFeatures, NumberColumn, VectorColumn
 from vista.log.vocabulary import Vocabulary
 
 NUMBERS = st.floats(-9, 9, width=32)
@@ -189,11 +189,14 @@ def test_features_are_selected_by_row() -> None:
 
 @pytest.fixture(scope="module")
 def full_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two segments with a column of each kind."""
+    """Two segments with a column of each kind, and two with features of users."""
     folder = tmp_path_factory.mktemp("features")
     columns = {"brand": ["a", "b"], "tags": [["x"], ["x", "y"]], "price": [1.0, 2.0], "v": [[1.0, 2.0], [3.0, 4.0]]}
     add_items(folder, table_of(folder, item=[10, 20], **columns))
     add_items(folder, table_of(folder, item=[20, 40], **columns | {"brand": ["c", "a"]}), append=True)
+    for users in ([1, 2], [2]):
+        regions = {"user": users, "region": ["n", "s"][: len(users)], "age": [1.0, 2.0][: len(users)]}
+        EventLog.from_frame(None, folder / "log", append=True, users=regions)
     return folder / "log"
 
 
@@ -203,24 +206,31 @@ def log_folder(full_log: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("compacted", [False, True])
-def test_a_changed_byte_in_any_file_of_features_is_found_when_they_are_read(log_folder: Path, compacted: bool) -> None:
+@pytest.mark.parametrize(
+    ("folder", "num_files", "read"),
+    [("features", 11, lambda log: log.item_features), ("user_features", 6, lambda log: log.user_features)],
+    ids=["items", "users"],
+)
+def test_a_changed_byte_in_any_file_of_features_is_found_when_they_are_read(
+    log_folder: Path, folder: str, num_files: int, read: Callable[[EventLog], object], compacted: bool
+) -> None:
     if compacted:
         compact_log(log_folder)
-    good = features_of(EventLog.open(log_folder))
-    files = sorted(log_folder.glob("*/features/*"))
-    assert len(files) == (11 if compacted else 22)
+    good = features_of(EventLog.open(log_folder)), user_features_of(EventLog.open(log_folder))
+    files = sorted(log_folder.glob(f"*/{folder}/*"))
+    assert len(files) == (num_files if compacted else 2 * num_files)
     for number, file in enumerate(files):
         content = file.read_bytes()
         place = (0, 70, len(content) - 1)[number % 3]
         flip(file, place, place % 8)
         with pytest.raises(LogFormatError, match=file.name):
-            _ = EventLog.open(log_folder).item_features
+            read(EventLog.open(log_folder))
         file.write_bytes(content)
         file.unlink()
         with pytest.raises(LogFormatError, match=f"{file.name}: missing"):
             EventLog.open(log_folder)
         file.write_bytes(content)
-    assert features_of(EventLog.open(log_folder)) == good
+    assert (features_of(EventLog.open(log_folder)), user_features_of(EventLog.open(log_folder))) == good
 
 
 def test_an_append_finds_damaged_values(log_folder: Path) -> None:

@@ -13,15 +13,16 @@ import pytest
 from tests.log.conftest import PARSER, write_csv
 from tests.log.feature_tables import user_features_of
 from tests.log.log_oracle import contents, replace_array
-from tests.log.test_verify import flip
 from vista.config import ItemTableConfig, PrepareConfig, SourceConfig, UserTableConfig
 from vista.errors import ConfigError, DataError, LogFormatError
 from vista.log.compaction import compact_log
 from vista.log.deletions import erase_users
 from vista.log.event_log import EventLog
+from vista.log.features import UserFeatureParts
 from vista.log.ingest.prepare import PrepareReport, prepare
 from vista.log.inspection import LogStats
-from vista.log.merged_features import UserFeatureParts
+from vista.log.segment import features_of
+from vista.log.segment_files import USERS
 
 EVENTS = [(1, 10, 1), (1, 20, 2), (2, 30, 3), (3, 40, 4)]
 
@@ -84,7 +85,8 @@ def test_the_newest_row_of_a_user_counts_in_each_column(tmp_path: Path) -> None:
     expected = {"region": {1: "n", 2: "w"}, "age": {1: 1.0, 2: 2.0, 4: 4.0}, "plan": {2: "a", 3: "b"}}
     assert user_features_of(log) == expected
     users = np.array([3, 0, 2, 1, 0])  # in any order
-    some, every = UserFeatureParts.of(log.segments).rows(users), log.user_features.rows.select(users)
+    some = UserFeatureParts.of(features_of(log.segments, USERS)).rows(users)
+    every = log.user_features.rows.select(users)
     assert list(some.columns) == list(every.columns)
     for name, column in some.columns.items():
         np.testing.assert_array_equal(column, every.columns[name])
@@ -228,25 +230,6 @@ def test_items_and_users_are_prepared_together(tmp_path: Path) -> None:
     assert log.item_features is not None and list(log.item_features.columns) == ["brand"]
     same = EventLog.from_frame(None, log.path, append=True, users={"user": [1], "region": ["s"]})
     assert same.last_segment == 2 and user_features_of(same) == {"region": {1: "s", 2: "s"}}
-
-
-@pytest.mark.parametrize("compacted", [False, True])
-def test_a_changed_byte_is_found_when_features_are_read(tmp_path: Path, compacted: bool) -> None:
-    add_users(tmp_path, user=[1, 2], region=["n", "s"], age=[1.0, 2.0])
-    add_users(tmp_path, append=True, user=[2, 3], region=["e", "s"], age=[1.0, 2.0])
-    path = tmp_path / "log"
-    if compacted:
-        compact_log(path)
-    files = sorted(path.glob("*/user_features/*"))
-    assert len(files) == (6 if compacted else 12)
-    for file in files:
-        content = file.read_bytes()
-        flip(file, len(content) - 1)
-        with pytest.raises(LogFormatError, match=file.name):
-            _ = EventLog.open(path).user_features
-        with pytest.raises(LogFormatError, match=file.name):
-            EventLog.open(path).verify()
-        file.write_bytes(content)
 
 
 @pytest.mark.parametrize(("name", "array", "message"), [

@@ -48,13 +48,16 @@ def full_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "timestamp": [*range(59), -1],
             "kind": rng.choice(["buy", "view"], 60),
             "stars": rng.random(60).astype(np.float32),
+            "device": ["web", "app", None] * 20,
+            "dwell": rng.random(60),
         }
         shown = {name: events[name][:20] for name in ("user", "item", "timestamp")}
         columns = SourceColumns(action="kind", rating="stars", labels=["like"], probabilities=["p"])
-        shown |= {"like": rng.integers(0, 2, 20), "p": rng.random(20)}
+        shown |= {"like": rng.integers(0, 2, 20), "p": rng.random(20), "hour": ["h1", "h2"] * 10}
         items = {"item": np.arange(20), "kind": ["a", "b"] * 10, "price": rng.random(20), "v": rng.random((20, 3))}
         users = {"user": [f"u{user}" for user in range(9)], "region": ["n", "s", "e"] * 3, "age": rng.random(9)}
         tables = {"impressions": shown, "items": items, "users": users, "on_bad_rows": "quarantine"}
+        tables |= {"categories": ["device"], "numbers": ["dwell"], "request_categories": ["hour"]}
         EventLog.from_frame(events, path, time_unit="ms", columns=columns, append=number > 0, **tables)
     forget_events(path, {name: events[name][:3] for name in ("user", "item", "timestamp")})
     erase_users(path, ["u1"])
@@ -84,14 +87,16 @@ def test_one_changed_byte_in_any_file_is_an_error_that_names_it(log_folder: Path
         size = EventLog.open(log_folder).verify()
     manifests = sum(file.stat().st_size for file in log_folder.rglob("manifest.json"))
     assert size + manifests == sum(len(content) for content in contents(log_folder).values())
-    names = set()
+    names, folders = set(), set()
     for file in damages(log_folder):
         names.add(file.name)
+        folders.add(file.parent.name)
         with pytest.raises(LogFormatError, match=r"; (restore|check the path|install|prepare the log again)") as caught:
             EventLog.open(log_folder).verify()
         assert str(file) in str(caught.value)
         assert verify_log(log_folder).damaged == [str(file.relative_to(log_folder))]
     EventLog.open(log_folder).verify()
+    assert folders >= {"features", "user_features", "event_features", "request_features"}
     expected = {"manifest.json", "new_users.offsets.npy", "offsets.npy", "rating.npy", "probability.npy"}
     expected |= {"items.npy", "0.codes.npy", "0.offsets.npy", "0.values.ids.npy", "1.numbers.npy", "2.vectors.npy"}
     assert names >= expected | (

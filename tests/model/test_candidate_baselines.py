@@ -17,8 +17,8 @@ from tests.conftest import NEXT_ONLY
 from vista.config import DataConfig
 from vista.config.choices import Search
 from vista.errors import ConfigError
+from vista.log.features import CategoryColumn, ItemFeatures, NumberColumn
 from vista.log.histories import Histories, gap_bucket
-from vista.log.item_features import CategoryColumn, ItemFeatures, NumberColumn
 from vista.log.vocabulary import Vocabulary
 from vista.model.baselines.candidate_models import DIN, SIM, TWIN, CandidateModel, newest_of_highest
 from vista.model.features import EncodedRows

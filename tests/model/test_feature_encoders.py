@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from vista.arrays import offsets_of
 from vista.errors import ConfigError
+from vista.log.features import CategoryColumn, ItemFeatures, NumberColumn, VectorColumn
 from vista.log.histories import RowFeatures
-from vista.log.item_features import CategoryColumn, ItemFeatures, NumberColumn, VectorColumn
 from vista.log.vocabulary import Vocabulary
 from vista.model.feature_encoder import FeatureEncoder, RowFeatureEncoder
 from vista.model.features import MAX_ABS_SCORE, FeatureSpec, HashedVocabulary, RowFeatureReader

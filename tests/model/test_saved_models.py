@@ -25,7 +25,7 @@ from vista.arrays import offsets_of
 from vista.config import DataConfig, ModelConfig
 from vista.config.choices import Decay, Mixing, TargetAttentionKind
 from vista.errors import CheckpointError
-from vista.log.item_features import CategoryColumn, ItemFeatures, NumberColumn, VectorColumn
+from vista.log.features import CategoryColumn, ItemFeatures, NumberColumn, VectorColumn
 from vista.log.vocabulary import Vocabulary
 from vista.model import inference
 from vista.model.features import FeatureSpec, Schema

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import polars as pl
     import torch
 
-    from vista.log.item_features import ItemFeatures
+    from vista.log.features import ItemFeatures
     from vista.model.codebooks import Codebooks, ResidualCodes
     from vista.model.vista_model import VistaModel
 
@@ -111,7 +111,7 @@ def run_items_add(config: ItemsAddConfig) -> ItemsAdded:
 
 def _unseen_values(features: ItemFeatures, model: VistaModel) -> dict[str, str]:
     """By name of a category column: how many of its values training did not see, with an example."""
-    from vista.log.item_features import CategoryColumn
+    from vista.log.features import CategoryColumn
 
     assert model.feature_table is not None
     known, unseen = model.feature_table.values, {}

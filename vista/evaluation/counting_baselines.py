@@ -19,8 +19,8 @@ from vista.evaluation.comparison import mean_and_error
 from vista.evaluation.protocol import case_batches, rank_windows
 from vista.examples.item_statistics import distinct_counts, item_counts, pair_counts
 from vista.log.event_log import EventLog
+from vista.log.features import FeatureColumn, VectorColumn
 from vista.log.histories import DAY_MS, Histories, ranges
-from vista.log.item_features import FeatureColumn, VectorColumn
 from vista.log.splits import visible_blocks
 from vista.model.features import FeatureSpec
 from vista.model.item_feature_table import value_codes

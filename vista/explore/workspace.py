@@ -21,7 +21,7 @@ from vista.config import ExploreConfig
 from vista.config.choices import OnMissing, Precision
 from vista.errors import ConfigError, VistaError
 from vista.log.event_log import EventLog
-from vista.log.item_features import CategoryColumn
+from vista.log.features import CategoryColumn
 from vista.log.segment import find_segments
 from vista.log.vocabulary import Vocabulary, ids_of_words
 from vista.runs.run_files import read_settings

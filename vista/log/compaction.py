@@ -8,35 +8,42 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from vista.arrays import Float32s, Int, offsets_of
 from vista.errors import LogFormatError, LogWriteError
 from vista.files import checked_path, sync
 from vista.log.event_keys import merged_columns
 from vista.log.event_log import EventLog
-from vista.log.histories import ColumnValues, PackedTable, RowColumn, RowFeatures, rows_that_fit, token_groups
-from vista.log.item_features import ITEMS, USERS, CategoryColumn, FeatureOwner, VectorColumn
-from vista.log.merged_features import declared_columns, merged_column, rows_with_features
-from vista.log.segment import SegmentColumn, segment_name, superseded_segments
+from vista.log.features import (
+    CategoryColumn,
+    SegmentColumn,
+    VectorColumn,
+    declared_columns,
+    merged_column,
+    rows_with_features,
+)
+from vista.log.histories import ColumnValues, PackedTable, RowFeatures, rows_that_fit, token_groups
+from vista.log.segment import features_of, segment_name, superseded_segments
 from vista.log.segment_files import (
-    EVENT_COLUMNS,
-    EVENT_FEATURES,
+    EVENTS,
+    IMPRESSIONS,
+    ITEMS,
     LOG_FIELDS,
     QUARANTINE_FILE,
-    REQUEST_FEATURES,
     SET_ASIDE_FILES,
+    USERS,
+    FeatureOwner,
     offset_entries,
     stream_offsets,
 )
 from vista.log.segment_writer import (
     FeatureWriter,
-    RowFeatureWriter,
     SegmentWriter,
     TableWriter,
     locked_log,
@@ -44,55 +51,6 @@ from vista.log.segment_writer import (
 )
 from vista.log.vocabulary import Vocabulary
 from vista.progress_bar import progress_bar
-
-# The values of categories that rows still have after deletions. NumPy only.
-#
-# A value that only erased users had may identify them, so a compaction removes it.
-
-
-@dataclass(frozen=True, slots=True)
-class UsedValues:
-    """The values that rows have.
-
-    values: by name of a column; codes: of the categories that lost values, int32 [V + 1], the code in `values` of each
-    of the V values before, or -1, and then -1 for a row without a value.
-    """
-
-    values: ColumnValues
-    codes: Mapping[str, NDArray[np.int32]]
-
-    @classmethod
-    def of(cls, tables: Sequence[PackedTable], values: ColumnValues, rows_at_once: int) -> UsedValues:
-        """The values of the remaining rows of tables.
-
-        Args:
-            values: of the columns of the tables.
-            rows_at_once: rows that are read at once; it never changes the result.
-        """
-        left, codes = dict(values), {}
-        if any(table.num_deleted for table in tables):
-            for name, known in values.items():
-                if known is None:
-                    continue
-                used = np.zeros(len(known) + 1, np.bool_)
-                for table in tables:
-                    for start in range(0, table.num_rows, rows_at_once):
-                        used[table.features[name][table.span(start, min(start + rows_at_once, table.num_rows))]] = True
-                rows = np.flatnonzero(used[:-1])
-                if len(rows) < len(known):
-                    texts = known.ids(rows).tolist()
-                    left[name] = remaining = Vocabulary.empty("str").extended(texts)
-                    codes[name] = np.full(len(used), -1, np.int32)
-                    codes[name][rows] = remaining.rows(texts)
-        return cls(left, codes)
-
-    def recoded(self, features: RowFeatures) -> RowFeatures:
-        """Features of rows with codes of `values`."""
-        columns: dict[str, RowColumn] = dict(features.columns)
-        for name, code in self.codes.items():
-            columns[name] = code[columns[name].astype(np.int64)]
-        return RowFeatures(columns)
-
 
 RUN_EVENTS = 1 << 20
 """Events without features that are read and written at once. A longer history is a run by itself."""
@@ -188,7 +146,7 @@ def _blankable(log: EventLog) -> Int:
     left = log.lengths.copy()
     for table in _impression_tables(log):
         left += table.counts(log.num_users)
-    left[rows_with_features(log.segments, USERS)] += 1
+    left[rows_with_features(features_of(log.segments, USERS))] += 1
     return np.array([row for row in erased[log.users.has_ids(erased)] if left[row] == 0], np.int64)
 
 
@@ -204,26 +162,22 @@ def _write(segment: SegmentWriter, log: EventLog, blanked: Int, run_events: int)
     """Write the merged segment; returns whether invalid rows and messages were omitted."""
     segment.save_vocabulary("new_users", log.users.without_ids(blanked))
     segment.save_vocabulary("new_items", log.items)
-    active_users, of_events = _write_events(segment, log, run_events)
-    active = {"events": active_users, "impressions": 0}
-    of_requests: list[dict[str, str]] = []
-    tables = _impression_tables(log)
-    if tables:
-        active["impressions"], of_requests = _write_impressions(segment, log, tables, run_events)
+    written = {
+        EVENTS: _write_rows(segment, EVENTS, log, _event_tables(log), log.event_features, run_events),
+        IMPRESSIONS: _write_rows(segment, IMPRESSIONS, log, _impression_tables(log), log.request_features, run_events),
+    }
     segment.save("changed.npy", _last_changes(log))
     quarantine_removed = _join_quarantines(segment.folder, log)
     newest = log.manifests[-1]
-    rows = {"events": log.num_events, "impressions": sum(table.num_rows for table in tables)}
     segment.write_manifest(
         {name: newest[name] for name in LOG_FIELDS}
         | {
             "first_segment": 1,
             "last_segment": log.last_segment,
-            "counts": {table: {"rows": rows[table], "users": active[table]} for table in rows},
+            "counts": {owner.table: counts for owner, (counts, _) in written.items()},
             ITEMS.field: _write_features(segment, log, ITEMS, run_events),
             USERS.field: _write_features(segment, log, USERS, run_events),
-            "event_features": of_events,
-            "request_features": of_requests,
+            **{owner.field: columns for owner, (_, columns) in written.items()},
             "deletions": 0,
             "quarantined": sum(manifest["quarantined"] for manifest in log.manifests),
             "sources": [source for manifest in log.manifests for source in manifest["sources"]],
@@ -233,52 +187,77 @@ def _write(segment: SegmentWriter, log: EventLog, blanked: Int, run_events: int)
     return quarantine_removed
 
 
-def _write_events(segment: SegmentWriter, log: EventLog, run_events: int) -> tuple[int, list[dict[str, str]]]:
-    """Write the events; returns the number of users with any, and the manifest's entries of their features."""
-    used = UsedValues.of(_event_tables(log), log.event_features, run_events)
-    features = RowFeatureWriter(segment, EVENT_FEATURES, log.num_events, used.values)
-    names = [name for name in EVENT_COLUMNS if name != "rating" or log.has_rating]
-    writer = TableWriter(segment, "", log.num_events, {name: (EVENT_COLUMNS[name], ()) for name in names})
-    run_events = rows_that_fit(run_events, MERGED_ROW_BYTES, len(log.event_features))
-    with progress_bar(total=log.num_events, desc="merge events", unit="event", unit_scale=True) as bar:
-        for run in token_groups(log.lengths, run_events):
-            users = np.arange(run.start, run.stop)
-            histories = log.gather(users)
-            writer.append(np.repeat(users, histories.lengths), {name: getattr(histories, name) for name in names})
-            features.append(used.recoded(histories.features))
-            bar.update(histories.num_events)
-    features.close()
-    return writer.close(), features.columns
-
-
-def _write_impressions(
-    segment: SegmentWriter, log: EventLog, tables: list[PackedTable], run_rows: int
-) -> tuple[int, list[dict[str, str]]]:
-    """Write the impressions; returns the number of users with any, and the manifest's entries of their features."""
+def _write_rows(
+    segment: SegmentWriter,
+    owner: FeatureOwner,
+    log: EventLog,
+    tables: Sequence[PackedTable],
+    values: ColumnValues,
+    run_rows: int,
+) -> tuple[dict[str, int], list[dict[str, str]]]:
+    """Write the merged events or impressions; returns what the manifest says about their number and their features."""
     counts = sum((table.counts(log.num_users) for table in tables), np.zeros(log.num_users, np.int64))
-    used = UsedValues.of(tables, log.request_features, run_rows)
-    features = RowFeatureWriter(segment, REQUEST_FEATURES, int(counts.sum()), used.values)
-    columns: dict[str, tuple[DTypeLike, tuple[int, ...]]] = {}
-    for table in tables:
-        columns |= {name: (column.dtype, column.shape[1:]) for name, column in table.columns.items()}
-    writer = TableWriter(segment, "impressions/", int(counts.sum()), columns)
-    run_rows = rows_that_fit(run_rows, MERGED_ROW_BYTES, len(log.request_features))
-    with progress_bar(total=int(counts.sum()), desc="merge impressions", unit="row", unit_scale=True) as bar:
+    num_rows = int(counts.sum())
+    if not tables:
+        return {"rows": 0, "users": 0}, []
+    assert owner.prefix is not None
+    left, codes = _used_values(tables, values, run_rows)
+    features = FeatureWriter(segment, owner, num_rows)
+    features.begin(left)
+    types = {name: (array.dtype, array.shape[1:]) for table in tables for name, array in table.columns.items()}
+    writer = TableWriter(segment, owner.prefix, num_rows, types)
+    run_rows = rows_that_fit(run_rows, MERGED_ROW_BYTES, len(values))
+    with progress_bar(total=num_rows, desc=f"merge {owner.table}", unit="row", unit_scale=True) as bar:
         for run in token_groups(counts, run_rows):
             offsets = offsets_of(counts[run])
             block, of_rows = merged_columns([table.of_users(run.start, run.stop) for table in tables], offsets)
             writer.append(np.repeat(np.arange(run.start, run.stop), counts[run]), block)
-            features.append(used.recoded(of_rows))
+            columns = dict(of_rows.columns)
+            for name, code in codes.items():
+                columns[name] = code[columns[name].astype(np.int64)]
+            features.append(RowFeatures(columns))
             bar.update(int(offsets[-1]))
     features.close()
-    return writer.close(), features.columns
+    return {"rows": num_rows, "users": writer.close()}, features.columns
+
+
+def _used_values(
+    tables: Sequence[PackedTable], values: ColumnValues, rows_at_once: int
+) -> tuple[ColumnValues, dict[str, NDArray[np.int32]]]:
+    """The values that rows still have after deletions: a value that only erased users had may identify them.
+
+    Args:
+        values: of the columns of the tables.
+        rows_at_once: rows that are read at once; it never changes the result.
+
+    Returns:
+        The values by name of a column; and of the categories that lost values, int32 [V + 1], the new code of each of
+        the V values before, or -1, and then -1 for a row without a value.
+    """
+    left, codes = dict(values), {}
+    if any(table.num_deleted for table in tables):
+        for name, known in values.items():
+            if known is None:
+                continue
+            used = np.zeros(len(known) + 1, np.bool_)
+            for table in tables:
+                for start in range(0, table.num_rows, rows_at_once):
+                    used[table.features[name][table.span(start, min(start + rows_at_once, table.num_rows))]] = True
+            rows = np.flatnonzero(used[:-1])
+            if len(rows) < len(known):
+                texts = known.ids(rows).tolist()
+                left[name] = remaining = Vocabulary.empty("str").extended(texts)
+                codes[name] = np.full(len(used), -1, np.int32)
+                codes[name][rows] = remaining.rows(texts)
+    return left, codes
 
 
 def _write_features(
     segment: SegmentWriter, log: EventLog, owner: FeatureOwner, run_values: int
 ) -> list[dict[str, str]]:
     """Write the merged features of items or users; returns what the manifest says about their columns."""
-    declared, owners = declared_columns(log.segments, owner), rows_with_features(log.segments, owner)
+    given = features_of(log.segments, owner)
+    declared, owners = declared_columns(given), rows_with_features(given)
     if not len(owners):  # also if all users with features were erased
         return []
     writer = FeatureWriter(segment, owner, owners)

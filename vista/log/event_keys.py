@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.arrays import Int, offsets_of
-from vista.log.histories import PackedTable, RowFeatures, ranges, token_groups
-from vista.log.item_features import USERS
+from vista.log.histories import PackedTable, RowFeatures, is_by_time, ranges, token_groups
 from vista.log.segment import Segment
+from vista.log.segment_files import USERS
 from vista.progress_bar import progress_bar
 
 ROWS_AT_ONCE = 1 << 20
@@ -76,15 +76,12 @@ def equal_events(table: PackedTable, keys: EventKeys, *, rows_at_once: int = ROW
     return np.concatenate([key for key, _ in pairs]), np.concatenate([row for _, row in pairs])
 
 
-# How deletion rows take effect on the segments before them. NumPy only.
-#
-# A forgotten event is removed from every earlier segment, however often it occurs there. An erased user loses all
-# events,
-# impressions, and features in earlier segments. Rows that are added again in the same or a later segment count.
-
-
 def obey_deletions(segments: Sequence[Segment]) -> tuple[Segment, ...]:
     """The segments, oldest first, without the rows that later segments delete. Reads only the affected users.
+
+    A forgotten event is removed from every earlier segment, however often it occurs there. An erased user loses all
+    events, impressions, and features in earlier segments. Rows that are added again in the same or a later segment
+    count.
 
     Raises:
         LogFormatError: if there are deletions, and the ids, offsets, deletions, or user features of a segment are
@@ -103,12 +100,12 @@ def obey_deletions(segments: Sequence[Segment]) -> tuple[Segment, ...]:
         impressions = segment.impressions
         if impressions is not None:
             impressions = impressions.without(_rows_of(impressions, erased))
-        features = segment.user_features
-        if features is not None and np.isin(features.rows, erased).any():
-            segment.files.verify_features(USERS)
-            features.check_order(segment.path)
-            features = features.without(erased)
-        left.append(replace(segment, events=events, impressions=impressions, user_features=features))
+        features = dict(segment.features)
+        if USERS in features and np.isin(features[USERS].rows, erased).any():
+            features[USERS].verify()
+            features[USERS].check_order()
+            features[USERS] = features[USERS].without(erased)
+        left.append(replace(segment, events=events, impressions=impressions, features=features))
         forgotten += [forgotten_events(segment)] if segment.forgotten is not None else []
         erased = np.union1d(erased, segment.erased)
     return tuple(reversed(left))
@@ -118,12 +115,9 @@ def _rows_of(table: PackedTable, users: Int) -> Int:
     return ranges(*table.locate(users))
 
 
-# Impressions: the log's second table, with one label per task, packed by user and sorted by time.
-
-
 @dataclass(frozen=True, slots=True)
 class Impressions:
-    """All impressions of a log, in the order of user rows. Arrays may be read-only views of the log.
+    """All impressions of a log, by user row and time, with a label per task. Arrays may be read-only views of the log.
 
     offsets: int64 [num_users + 1]; item: int32 [N] item rows; timestamp: int64 [N] ms; label: uint8 [N, num_tasks], 0
     where unknown; mask: uint8 [N, num_tasks], 1 where the label is known; tasks: names of the tasks; probability:
@@ -197,6 +191,7 @@ def merged_columns(
     for table, place in zip(tables, places, strict=True):
         for name, column in features.columns.items():
             column[place] = table.features[name]
-    owner = np.repeat(np.arange(num_users), np.diff(offsets))
-    order = np.lexsort((out["timestamp"], owner))
+    if is_by_time(out["timestamp"], offsets):
+        return out, features
+    order = np.lexsort((out["timestamp"], np.repeat(np.arange(num_users), np.diff(offsets))))
     return {name: column[order] for name, column in out.items()}, features.select(order)

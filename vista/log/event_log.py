@@ -14,16 +14,22 @@ from typing import Any, SupportsIndex
 import numpy as np
 from numpy.typing import NDArray
 
+from vista.config import FeatureTableConfig, ItemTableConfig, SourceColumns, SourceConfig, UserTableConfig
 from vista.config.choices import OnBadRows
-from vista.config.log_config import SourceColumns
-from vista.errors import LogFormatError, UnknownUserError, shown
+from vista.errors import ConfigError, LogFormatError, UnknownUserError, shown
 from vista.files import checked_path
 from vista.log.event_keys import Impressions, obey_deletions, read_impressions
+from vista.log.features import (
+    ItemFeatures,
+    UserFeatureParts,
+    UserFeatures,
+    declared_columns,
+    merged_features,
+    values_of,
+)
 from vista.log.histories import ColumnValues, Histories, PackedTable, slice_merged, take_range
-from vista.log.item_features import ITEMS, ItemFeatures
-from vista.log.merged_features import UserFeatures, event_values, merged_features, request_values, with_row_features
-from vista.log.segment import Segment, read_segments, read_vocabularies
-from vista.log.segment_files import stream_offsets
+from vista.log.segment import Segment, features_of, read_segments, read_vocabularies, with_row_features
+from vista.log.segment_files import EVENTS, IMPRESSIONS, ITEMS, USERS, stream_offsets
 
 
 class EventLog:
@@ -46,9 +52,6 @@ class EventLog:
         """Oldest first, without the rows that later segments delete."""
         self.num_events = sum(segment.events.num_rows for segment in self.segments)
         self._tables = _filled(self.segments)
-        self._lengths: NDArray[np.int64] | None = None
-        self._impressions: Impressions | None = None
-        self._item_features: ItemFeatures | None = None
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, last_segment: int | None = None) -> EventLog:
@@ -110,21 +113,33 @@ class EventLog:
         # Imported here because ingest loads Polars, which no reader of a log needs.
         from vista.log.ingest.prepare import prepare_frames
 
-        prepare_frames(
-            frame,
-            path,
-            time_unit=time_unit,
-            columns=columns or SourceColumns(),
-            impressions=impressions,
-            items=items,
-            users=users,
-            categories=categories,
-            numbers=numbers,
-            request_categories=request_categories,
-            request_numbers=request_numbers,
-            on_bad_rows=on_bad_rows,
-            append=append,
-        )
+        columns = columns or SourceColumns()
+        keys: dict[str, Any] = {name: getattr(columns, name) for name in ("user", "item", "timestamp")}
+        keys["time_unit"] = time_unit
+        tables: dict[str, tuple[Any, SourceConfig | FeatureTableConfig]] = {}
+        if items is not None:
+            tables["items"] = items, ItemTableConfig(item=columns.item)
+        if users is not None:
+            tables["users"] = users, UserTableConfig(user=columns.user)
+        if not (append and tables and frame is None and impressions is None):
+            more: dict[str, Any] = {"action": columns.action, "rating": columns.rating, "sequence": columns.sequence}
+            tables["events"] = frame, SourceConfig(**keys, **more, categories=list(categories), numbers=list(numbers))
+        if impressions is not None:
+            tables["impressions"] = (
+                impressions,
+                SourceConfig(
+                    **keys,
+                    labels=columns.labels,
+                    probabilities=columns.probabilities,
+                    categories=list(request_categories),
+                    numbers=list(request_numbers),
+                ),
+            )
+        elif request_categories or request_numbers:
+            raise ConfigError(
+                "request_categories, request_numbers: name columns of impressions; give these, or no columns"
+            )
+        prepare_frames(tables, path, on_bad_rows=on_bad_rows, append=append)
         return cls.open(path)
 
     def verify(self, *, newer_than: int = 0) -> int:
@@ -179,16 +194,14 @@ class EventLog:
         """The segments' manifests, oldest first."""
         return [segment.manifest for segment in self.segments]
 
-    @property
+    @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """Number of events per user: int64 [num_users]."""
-        if self._lengths is None:
-            total = np.zeros(self.num_users, np.int64)
-            for segment in self.segments:
-                total += segment.events.counts(self.num_users)
-            total.flags.writeable = False
-            self._lengths = total
-        return self._lengths
+        total = np.zeros(self.num_users, np.int64)
+        for segment in self.segments:
+            total += segment.events.counts(self.num_users)
+        total.flags.writeable = False
+        return total
 
     def time_range(self) -> tuple[int, int] | None:
         """Oldest and newest time (ms, or ordinal) of all events; None without events."""
@@ -202,14 +215,14 @@ class EventLog:
                 ranges.append((int(first.min()), int(last.max())))
         return (min(first for first, _ in ranges), max(last for _, last in ranges)) if ranges else None
 
-    @property
+    @cached_property
     def impressions(self) -> Impressions | None:
         """The impressions, or None without any. They are merged over the segments on first use."""
-        if self._impressions is None and any(segment.impressions is not None for segment in self.segments):
-            self._impressions = read_impressions(self.segments, self.num_users)
-        return self._impressions
+        if any(segment.impressions is not None for segment in self.segments):
+            return read_impressions(self.segments, self.num_users)
+        return None
 
-    @property
+    @cached_property
     def item_features(self) -> ItemFeatures | None:
         """Features of all items, in the order of `items`; None without any.
 
@@ -218,24 +231,24 @@ class EventLog:
         Raises:
             LogFormatError: if a file of them is damaged, or segments contradict each other.
         """
-        if self._item_features is None and (columns := merged_features(self.segments, ITEMS, self.num_items)):
-            self._item_features = ItemFeatures(columns)
-        return self._item_features
+        columns = merged_features(features_of(self.segments, ITEMS), self.num_items)
+        return ItemFeatures(columns) if columns else None
 
     @cached_property
     def event_features(self) -> ColumnValues:
         """The columns of `Histories.features`, with the values of each category; empty without any."""
-        return event_values(self.segments)
+        return values_of(declared_columns(features_of(self.segments, EVENTS)))
 
     @cached_property
     def request_features(self) -> ColumnValues:
         """The columns of `Impressions.features`, with the values of each category; empty without any."""
-        return request_values(self.segments)
+        return values_of(declared_columns(features_of(self.segments, IMPRESSIONS)))
 
     @cached_property
     def user_features(self) -> UserFeatures:
         """Features of all users, in the order of `users`; read like `item_features`."""
-        return UserFeatures.of(self.segments, self.num_users)
+        parts = UserFeatureParts.of(features_of(self.segments, USERS))
+        return UserFeatures(parts.values, parts.rows(np.arange(self.num_users)))
 
     def gather(self, user_rows: Any, counts: Any = None, *, features: bool = True) -> Histories:
         """Histories of several users.

@@ -13,12 +13,6 @@ from numpy.typing import NDArray
 from vista.arrays import Float32s, Int, offsets_of
 from vista.log.vocabulary import Vocabulary
 
-# Features of the rows of a table, such as a log's events: one value per row and column. NumPy only.
-#
-# N rows. A column has one of two kinds: a *category*, such as a device, or a *number*, such as a dwell time. Features
-# of
-# items, which can have several values, or vectors, are in `vista.log.item_features`.
-
 RowColumn: TypeAlias = NDArray[np.int32] | Float32s
 """[N]: int32 codes of a category, -1 where it is missing; or float32 numbers, NaN where they are missing."""
 BYTES_WHILE_COPIED = 12
@@ -29,7 +23,10 @@ ColumnValues: TypeAlias = Mapping[str, Vocabulary | None]
 
 @dataclass(frozen=True, slots=True)
 class RowFeatures:
-    """Features of N rows. A `ColumnValues` with the same names maps the codes to values."""
+    """Features of N rows, such as events: one value per row and column. `ColumnValues` maps the codes to values.
+
+    Features of items, which can have several values, or vectors, are in `features.py`.
+    """
 
     columns: Mapping[str, RowColumn]
     """By name, in the order in which they were declared."""
@@ -344,15 +341,19 @@ def _in_order(tables: Sequence[PackedTable], located: Sequence[tuple[Int, Int]])
     return in_order
 
 
+def is_by_time(timestamp: Int, offsets: Int) -> bool:
+    """Whether packed histories with these offsets [B + 1] are each in the order of their times [T]."""
+    falls = np.diff(timestamp) < 0
+    inner = offsets[1:-1]
+    falls[inner[(inner > 0) & (inner < len(timestamp))] - 1] = False  # between users, time may fall
+    return not falls.any()
+
+
 def _by_time(out: Histories) -> Histories:
     """Each history sorted by time, keeping the order of equal times; returns the argument if all are sorted."""
-    offsets = out.offsets
-    falls = np.diff(out.timestamp) < 0
-    inner = offsets[1:-1]
-    falls[inner[(inner > 0) & (inner < len(out.timestamp))] - 1] = False  # between users, time may fall
-    if not falls.any():
+    if is_by_time(out.timestamp, out.offsets):
         return out
-    return out.at(np.lexsort((out.timestamp, out.owner)), offsets)
+    return out.at(np.lexsort((out.timestamp, out.owner)), out.offsets)
 
 
 def slice_merged(tables: Sequence[PackedTable], row: int, low: int, high: int) -> Histories:
@@ -411,8 +412,6 @@ def _copy(source: Histories, target: Histories, index: Int) -> None:
     for name, column in target.features.columns.items():
         column[index] = source.features.columns[name]
 
-
-# Gaps between events in logarithmic buckets, as event and request embeddings use them, and limits of times.
 
 MINUTE_MS = 60_000
 DAY_MS = 86_400_000

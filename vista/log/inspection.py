@@ -119,9 +119,6 @@ def _topics(offsets: Mapping[StreamPartition, StreamOffset]) -> list[str]:
     ]
 
 
-# Check of all files of an EventLog, even if they are too damaged to open it.
-
-
 @dataclass(frozen=True, slots=True)
 class LogVerification:
     """What a check of a log found.
@@ -145,7 +142,7 @@ class LogVerification:
 
 
 def verify_log(path: str | os.PathLike[str]) -> LogVerification:
-    """Compare every file of a log with its manifest.
+    """Compare every file of a log with its manifest, even if they are too damaged to open the log.
 
     Raises:
         LogFormatError: there is no log, a segment is missing, or manifests contradict each other.

@@ -34,7 +34,7 @@ forgotten events and erased users. docs/reference/file-formats.md has the detail
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,176 +44,22 @@ from numpy.typing import NDArray
 
 from vista.arrays import Int
 from vista.errors import LogFormatError
-from vista.log.histories import ColumnValues, PackedTable
-from vista.log.item_features import (
-    ITEMS,
-    USERS,
-    CategoryColumn,
-    FeatureColumn,
-    FeatureOwner,
-    NumberColumn,
-    VectorColumn,
-)
+from vista.log.features import SegmentColumn, SegmentFeatures, declared_columns
+from vista.log.histories import PackedTable
 from vista.log.segment_files import (
     EVENT_COLUMNS,
-    EVENT_FEATURES,
+    EVENTS,
     FORGOTTEN_COLUMNS,
     IMPRESSION_COLUMNS,
+    IMPRESSIONS,
+    ITEMS,
     REMEDY,
-    REQUEST_FEATURES,
+    USERS,
+    FeatureOwner,
     SegmentFiles,
     read_segment_manifest,
 )
 from vista.log.vocabulary import Vocabulary
-
-# The features that one segment adds to a log, of items or of users. NumPy only.
-
-
-@dataclass(frozen=True, slots=True)
-class SegmentColumn:
-    """A column as one segment has it: int64 [F] rows of items or users, ascending, and their features."""
-
-    rows: Int
-    column: FeatureColumn
-
-
-@dataclass(frozen=True, slots=True)
-class SegmentFeatures:
-    """Features of F items or users, which replace those of earlier segments in the same columns."""
-
-    owner: FeatureOwner
-    rows: Int
-    """int64 [F] rows of items or users, ascending and distinct; at least one, unless a later segment erased them."""
-    columns: Mapping[str, FeatureColumn]
-    """By name. Codes of a category are rows of the values of all segments; `values` are those that this segment adds,
-    and come after those of earlier segments."""
-
-    @classmethod
-    def read(
-        cls, folder: Path, files: SegmentFiles, owner: FeatureOwner, columns: Sequence[Mapping[str, str]]
-    ) -> SegmentFeatures | None:
-        """The features of a segment; None without any.
-
-        Args:
-            folder: the segment, for errors.
-            columns: the names and kinds in the manifest.
-
-        Raises:
-            LogFormatError: if a file is missing, or does not match the others or the manifest.
-        """
-        if not columns and owner.rows_file not in files:
-            return None
-        names = [column["name"] for column in columns]
-        rows = files.array(owner.rows_file, np.int64)
-        if len(set(names)) < len(names) or not names or not len(rows):
-            raise LogFormatError(
-                f"{folder}: {len(rows)} {owner.table} with features in the columns {names}: both must not be empty, "
-                f"and names must differ; {REMEDY}"
-            )
-        read = {
-            column["name"]: _read_column(files, f"{owner.folder}{number}", column["kind"])
-            for number, column in enumerate(columns)
-        }
-        for number, (name, column) in enumerate(read.items()):
-            if _num_rows(column) != len(rows):
-                raise LogFormatError(
-                    f"{folder / owner.folder}: the files of column {number} ({name!r}) do not match the {len(rows)} "
-                    f"rows of {owner.table}.npy; {REMEDY}"
-                )
-        return cls(owner, rows, read)
-
-    def check_order(self, path: Path) -> None:
-        """Raise LogFormatError, naming the segment at `path`, if rows or offsets are not ascending."""
-        columns = [column for column in self.columns.values() if isinstance(column, CategoryColumn)]
-        ascending = bool((np.diff(self.rows, prepend=-1) > 0).all())
-        if not ascending or any(column.offsets[0] != 0 or (np.diff(column.offsets) < 0).any() for column in columns):
-            raise LogFormatError(
-                f"{path}: {self.owner.name} features: rows of {self.owner.table} or offsets are not ascending; {REMEDY}"
-            )
-
-    def without(self, rows: Int) -> SegmentFeatures:
-        """These features, whose order was checked, without those of some items or users (int64)."""
-        kept = np.flatnonzero(~np.isin(self.rows, rows))
-        if len(kept) == len(self.rows):
-            return self
-        columns = {name: column.select(kept) for name, column in self.columns.items()}
-        return SegmentFeatures(self.owner, self.rows[kept], columns)
-
-
-def _read_column(files: SegmentFiles, place: str, kind: str) -> FeatureColumn:
-    if kind == "number":
-        return NumberColumn(files.array(f"{place}.numbers.npy", np.float32))
-    if kind == "vector":
-        return VectorColumn(files.array(f"{place}.vectors.npy", np.float32, 2))
-    codes, offsets = files.array(f"{place}.codes.npy", np.int32), files.array(f"{place}.offsets.npy", np.int64)
-    return CategoryColumn(files.vocabulary(f"{place}.values", "str"), codes, offsets)
-
-
-def _num_rows(column: FeatureColumn) -> int:
-    """Number of rows of a column as read; -1 if its arrays contradict each other."""
-    if isinstance(column, NumberColumn):
-        return len(column.numbers)
-    if isinstance(column, VectorColumn):
-        return len(column.vectors) if column.vectors.shape[1] else -1
-    ends = int(column.offsets[-1]) if len(column.offsets) else -1
-    return len(column.offsets) - 1 if ends == len(column.codes) else -1
-
-
-# The features of events or impressions that one segment has. NumPy only.
-
-CODE_TYPES = (np.int8, np.int16, np.int32)
-"""Types in which codes are stored."""
-
-
-@dataclass(frozen=True, slots=True)
-class SegmentRowFeatures:
-    """Features of the N rows of a segment's table.
-
-    columns: by name, [N] float32 numbers, or codes of one of `CODE_TYPES`; new_values: with the same names, the values
-    that the segment adds to a category, whose codes continue those of earlier segments; None for a number.
-    """
-
-    columns: Mapping[str, NDArray[Any]]
-    new_values: ColumnValues
-
-    @classmethod
-    def read(
-        cls, folder: Path, files: SegmentFiles, prefix: str, columns: Sequence[Mapping[str, str]], num_rows: int
-    ) -> SegmentRowFeatures:
-        """The features of a table.
-
-        Args:
-            folder: the segment, for errors.
-            prefix: where the files are, such as "event_features/".
-            columns: the names and kinds in the manifest.
-            num_rows: of the table.
-
-        Raises:
-            LogFormatError: if a file is missing, or does not match the table or the manifest.
-        """
-        values: dict[str, Vocabulary | None] = {}
-        read: dict[str, NDArray[Any]] = {}
-        for number, column in enumerate(columns):
-            name, place = column["name"], f"{prefix}{number}"
-            if column["kind"] == "number":
-                values[name], read[name] = None, files.array(f"{place}.numbers.npy", np.float32)
-            else:
-                values[name] = files.vocabulary(f"{place}.values", "str")
-                read[name] = files.array(f"{place}.codes.npy", files.type_of(f"{place}.codes.npy", CODE_TYPES))
-            if len(read[name]) != num_rows:
-                raise LogFormatError(
-                    f"{folder / prefix}: column {number} ({name!r}) has {len(read[name])} rows, but its table has "
-                    f"{num_rows}; {REMEDY}"
-                )
-        if len(read) < len(columns):
-            raise LogFormatError(f"{folder}: column names of {prefix[:-1]} must be unique; {REMEDY}")
-        return cls(read, values)
-
-
-def code_type(num_values: int) -> type[np.signedinteger[Any]]:
-    """The smallest type for the codes of `num_values` values, and for -1."""
-    return next(dtype for dtype in CODE_TYPES if num_values <= np.iinfo(dtype).max + 1)
-
 
 _NAME = re.compile(r"segment-(\d{6})(?:-(\d{6}))?")
 
@@ -240,14 +86,8 @@ class Segment:
     """int64 [E] users that this segment deletes from earlier segments."""
     changed: Int | None
     """int64 [users], if compacted: the last segment that changed each user, or 0."""
-    item_features: SegmentFeatures | None
-    """Features of items, which replace those of earlier segments."""
-    user_features: SegmentFeatures | None
-    """The same for users."""
-    event_values: ColumnValues
-    """The columns of `events.features`, with the values that this segment adds to those of earlier segments."""
-    request_values: ColumnValues
-    """Likewise of `impressions.features`."""
+    features: Mapping[FeatureOwner, SegmentFeatures]
+    """Of items, users, events, and impressions, as far as the segment has any."""
     new_users: Vocabulary
     new_items: Vocabulary
 
@@ -256,10 +96,6 @@ class Segment:
         """Number of forgotten events and erased users."""
         return len(self.erased) + (0 if self.forgotten is None else self.forgotten.num_rows)
 
-    def features_of(self, owner: FeatureOwner) -> SegmentFeatures | None:
-        """Features of items, or of users."""
-        return self.item_features if owner is ITEMS else self.user_features
-
     def changed_users(self, after: int) -> Int:
         """Users with new events, features, or deletions here, in segments above `after`: int64 [U], ascending."""
         if self.changed is not None:
@@ -267,7 +103,7 @@ class Segment:
         if self.last <= after:
             return np.empty(0, np.int64)
         others = [] if self.forgotten is None else [self.forgotten.users]
-        others += [] if self.user_features is None else [self.user_features.rows]
+        others += [self.features[USERS].rows] if USERS in self.features else []
         return np.unique(np.concatenate([self.events.users, self.erased, *others]))
 
 
@@ -293,24 +129,33 @@ def _segment(path: Path, manifest: dict[str, Any], files: SegmentFiles) -> Segme
     events, impressions = files.table("", EVENT_COLUMNS), None
     if "impressions/users.npy" in files:
         impressions = files.table("impressions/", IMPRESSION_COLUMNS)
-    of_events = SegmentRowFeatures.read(path, files, EVENT_FEATURES, manifest["event_features"], events.num_rows)
-    num_impressions = 0 if impressions is None else impressions.num_rows
-    of_requests = SegmentRowFeatures.read(path, files, REQUEST_FEATURES, manifest["request_features"], num_impressions)
+    num_rows = {
+        ITEMS: None,
+        USERS: None,
+        EVENTS: events.num_rows,
+        IMPRESSIONS: 0 if impressions is None else impressions.num_rows,
+    }
+    features = {
+        owner: read
+        for owner, count in num_rows.items()
+        if (read := SegmentFeatures.read(path, files, owner, manifest[owner.field], count)) is not None
+    }
+    if EVENTS in features:
+        events = replace(events, features=features[EVENTS].row_columns)
+    if IMPRESSIONS in features and impressions is not None:
+        impressions = replace(impressions, features=features[IMPRESSIONS].row_columns)
     return Segment(
         path,
         manifest["first_segment"],
         manifest["last_segment"],
         manifest,
         files,
-        replace(events, features=of_events.columns),
-        None if impressions is None else replace(impressions, features=of_requests.columns),
+        events,
+        impressions,
         files.table("deletions/", FORGOTTEN_COLUMNS) if "deletions/users.npy" in files else None,
         np.empty(0, np.int64) if erased is None else erased,
         files.rows("changed.npy"),
-        SegmentFeatures.read(path, files, ITEMS, manifest[ITEMS.field]),
-        SegmentFeatures.read(path, files, USERS, manifest[USERS.field]),
-        of_events.new_values,
-        of_requests.new_values,
+        features,
         files.vocabulary("new_users", kinds["users"]),
         files.vocabulary("new_items", kinds["items"]),
     )
@@ -359,6 +204,44 @@ def read_vocabularies(segments: Sequence[Segment]) -> tuple[Vocabulary, Vocabula
             f"manifest of {newest.path.name} says {counts[0]} and {counts[1]}; {REMEDY}"
         )
     return users, items
+
+
+def features_of(segments: Iterable[Segment], owner: FeatureOwner) -> list[SegmentFeatures]:
+    """The features that segments have, in their order."""
+    return [segment.features[owner] for segment in segments if owner in segment.features]
+
+
+def with_row_features(segments: Sequence[Segment]) -> list[Segment]:
+    """The segments with all columns of the log in each. Those that a segment lacks are missing in all of its rows.
+
+    Args:
+        segments: oldest first.
+
+    Raises:
+        LogFormatError: if a column is not of one kind.
+    """
+    of_events, of_impressions = (declared_columns(features_of(segments, owner)) for owner in (EVENTS, IMPRESSIONS))
+    return [
+        replace(
+            segment,
+            events=_completed(segment.events, of_events),
+            impressions=None if segment.impressions is None else _completed(segment.impressions, of_impressions),
+        )
+        for segment in segments
+    ]
+
+
+def _completed(table: PackedTable, columns: Mapping[str, Sequence[SegmentColumn]]) -> PackedTable:
+    """The table with all of these columns. Those that it lacks take no memory."""
+    num_rows = table.num_rows + table.num_deleted
+    missing: dict[str, NDArray[Any]] = {"number": np.array(np.nan, np.float32), "category": np.array(-1, np.int8)}
+    features = {
+        name: table.features[name]
+        if name in table.features
+        else np.broadcast_to(missing[parts[0].column.kind], num_rows)
+        for name, parts in columns.items()
+    }
+    return replace(table, features=features)
 
 
 def find_segments(path: Path) -> list[Path]:
@@ -430,7 +313,7 @@ def _check_counts(segment: Segment) -> None:
                 f"{segment.path}: {what}: the manifest says {expected}, found {actual}; restore the folder, or {REMEDY}"
             )
     for owner in (ITEMS, USERS):
-        features, count = segment.features_of(owner), manifest[f"num_{owner.table}"]
+        features, count = segment.features.get(owner), manifest[f"num_{owner.table}"]
         if features is not None and features.rows[-1] >= count:
             raise LogFormatError(
                 f"{segment.path}: has features of {owner.name} row {features.rows[-1]}, but the manifest says {count} "

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import xxhash
@@ -18,11 +18,8 @@ from vista.errors import LogFormatError, shown
 from vista.files import read_limited
 from vista.json_fields import TABLE, FieldRule, check_fields, hexadecimal, list_of, one_of, text, whole
 from vista.log.histories import PackedTable
-from vista.log.item_features import ITEMS, USERS, FeatureOwner
 from vista.log.vocabulary import Vocabulary
 from vista.progress_bar import progress_bar
-
-# The manifest of a segment: a JSON file with a checksum. Every field is checked before it is used.
 
 FORMAT = "vista-event-log"
 VERSION = 5
@@ -169,6 +166,44 @@ def _serialized(fields: Mapping[str, Any]) -> bytes:
     return (json.dumps(fields, indent=1, sort_keys=True) + "\n").encode()
 
 
+@dataclass(frozen=True, slots=True)
+class FeatureOwner:
+    """What features belong to: items, users, events, or impressions."""
+
+    name: str
+    """item | user | event | impression. Of items and users, also the canonical column of ids."""
+    field: str
+    """Of the columns in a segment's manifest."""
+    prefix: str | None = None
+    """Folder of the packed table whose rows have the features; None for items and users."""
+
+    @property
+    def table(self) -> str:
+        """Name of the table: in the configuration, and among the sources in a manifest."""
+        return f"{self.name}s"
+
+    @property
+    def title(self) -> str:
+        """What has the columns, in messages."""
+        return f"{self.name} features" if self.prefix is None else self.table
+
+    @property
+    def folder(self) -> str:
+        """Of the files in a segment."""
+        return f"{self.field}/"
+
+    @property
+    def rows_file(self) -> str:
+        """The file of the rows of items or users with features, in a segment."""
+        return f"{self.folder}{self.table}.npy"
+
+
+ITEMS: Final = FeatureOwner("item", "features")
+USERS: Final = FeatureOwner("user", "user_features")
+EVENTS: Final = FeatureOwner("event", "event_features", "")
+IMPRESSIONS: Final = FeatureOwner("impression", "request_features", "impressions/")
+OWNERS: Final = {owner.table: owner for owner in (ITEMS, USERS)}
+"""Items and users, by table."""
 EVENT_COLUMNS = {"item": np.int32, "timestamp": np.int64, "action": np.uint8, "rating": np.float32}
 IMPRESSION_COLUMNS = {
     "item": np.int32,
@@ -178,8 +213,6 @@ IMPRESSION_COLUMNS = {
     "probability": np.float32,
 }
 FORGOTTEN_COLUMNS = {"item": np.int32, "timestamp": np.int64, "action": np.uint8}
-EVENT_FEATURES, REQUEST_FEATURES = "event_features/", "request_features/"
-"""Folders of the features of events and of impressions."""
 _PER_TASK = ("label", "mask", "probability")
 """Columns with one value per row and task."""
 _OPTIONAL = ("rating", "probability")
@@ -326,26 +359,20 @@ class SegmentFiles:
                 bar.update(file.verify())
         return total
 
-    def verify_features(self, owner: FeatureOwner) -> None:
-        """Compare the content of the files of features with the manifest.
+    def verify_folder(self, folder: str) -> None:
+        """Compare the content of the files in a folder of the segment with the manifest.
 
         Raises:
             LogFormatError: naming the first file with a byte that has changed.
         """
         for name, file in self._files.items():
-            if name.startswith(owner.folder):
+            if name.startswith(folder):
                 file.verify()
 
 
 def _is_large(name: str) -> bool:
-    in_features = name.startswith((ITEMS.folder, USERS.folder, EVENT_FEATURES, REQUEST_FEATURES))
+    in_features = name.startswith(tuple(owner.folder for owner in (ITEMS, USERS, EVENTS, IMPRESSIONS)))
     return name in _LARGE or (in_features and ".values." not in name)
-
-
-# Offsets of Kafka topics in the manifests of a log: where the next read of each partition continues.
-#
-# A segment made from messages stores the offsets after its messages, so both are published by the same rename. Each
-# message is then in the log exactly once, whenever a process is killed.
 
 
 class StreamPartition(NamedTuple):
@@ -359,7 +386,11 @@ class StreamPartition(NamedTuple):
 
 
 class StreamOffset(NamedTuple):
-    """The offset of the next message of a partition, and the id of the cluster that numbered its messages."""
+    """The offset of the next message of a partition, and the id of the cluster that numbered its messages.
+
+    A segment made from messages stores the offsets after them, so both are published by the same rename: each message
+    is in the log exactly once, whenever a process is killed.
+    """
 
     cluster: str
     next: int

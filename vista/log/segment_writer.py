@@ -20,14 +20,19 @@ from numpy.typing import DTypeLike, NDArray
 from vista.arrays import ArrayWriter, Float32s, Int, offsets_of
 from vista.errors import DataError, LogBusyError, LogWriteError
 from vista.files import make_folders, sync
+from vista.log.features import CategoryColumn, NumberColumn, code_type
 from vista.log.histories import ColumnValues, RowFeatures
-from vista.log.item_features import ITEMS, USERS, CategoryColumn, FeatureOwner, NumberColumn
-from vista.log.segment import code_type, find_segments
+from vista.log.segment import find_segments
 from vista.log.segment_files import (
     EVENT_COLUMNS,
+    EVENTS,
+    IMPRESSIONS,
+    ITEMS,
     LOG_FIELDS,
     MANIFEST_FILE,
     SET_ASIDE_FILES,
+    USERS,
+    FeatureOwner,
     check_manifest,
     manifest_bytes,
 )
@@ -133,24 +138,28 @@ class TableWriter:
 
 
 class FeatureWriter:
-    """Writes the files of features of items or users, column by column.
+    """Writes the files of the features of items, users, events, or impressions.
 
     Args:
         segment: the segment with the features.
-        owner: items or users.
-        rows: int64 [F] their rows, ascending and distinct, at least one.
+        owner: what has them.
+        rows: of items and users, int64 [F] their rows, ascending and distinct, at least one; of events and impressions,
+            the number of rows.
     """
 
-    def __init__(self, segment: SegmentWriter, owner: FeatureOwner, rows: Int) -> None:
-        (segment.folder / owner.folder).mkdir()
-        segment.save(owner.rows_file, rows)
+    def __init__(self, segment: SegmentWriter, owner: FeatureOwner, rows: Int | int) -> None:
         self.columns: list[dict[str, str]] = []
-        """What the manifest says about the columns that were written."""
-        self._segment, self._prefix, self._num_rows = segment, owner.folder, len(rows)
+        """What the manifest says about the columns."""
+        self._segment, self._owner = segment, owner
+        self._num_rows = rows if isinstance(rows, int) else len(rows)
+        self._open: dict[str, ArrayWriter] = {}
+        if not isinstance(rows, int):
+            (segment.folder / owner.folder).mkdir()
+            segment.save(owner.rows_file, rows)
 
     def add(self, name: str, column: CategoryColumn | NumberColumn) -> None:
-        """Write a column of F rows. Of a category column, `values` are only those that the segment adds."""
-        place = self._begin(name, column.kind)
+        """Write a column of items or users. Of a category column, `values` are only those that the segment adds."""
+        place = self._place(name, column.kind)
         if isinstance(column, NumberColumn):
             self._segment.save(f"{place}.numbers.npy", column.numbers)
             return
@@ -160,13 +169,43 @@ class FeatureWriter:
 
     def add_vectors(self, name: str, dim: int, blocks: Iterable[Float32s]) -> None:
         """Write a column of F vectors, from blocks [n, dim] in the order of the rows."""
-        writer = self._segment.array(f"{self._begin(name, 'vector')}.vectors.npy", np.float32, (self._num_rows, dim))
+        writer = self._segment.array(f"{self._place(name, 'vector')}.vectors.npy", np.float32, (self._num_rows, dim))
         for block in blocks:
             writer.append(block)
         writer.close()
 
-    def _begin(self, name: str, kind: str) -> str:
-        place = f"{self._prefix}{len(self.columns)}"
+    def begin(self, values: ColumnValues, before: ColumnValues = MappingProxyType({})) -> None:
+        """Begin the columns of events or impressions, which `append` fills.
+
+        Args:
+            values: the columns, with all values that the log has together with this segment.
+            before: the values that the log has without this segment: a category of `values` must begin with these.
+        """
+        segment, owner = self._segment, self._owner
+        if values:
+            (segment.folder / owner.folder).mkdir()
+        for name, known in values.items():
+            place = self._place(name, "number" if known is None else "category")
+            if known is None:
+                self._open[name] = segment.array(f"{place}.numbers.npy", np.float32, (self._num_rows,))
+                continue
+            old = before.get(name)
+            segment.save_vocabulary(f"{place}.values", known.part(0 if old is None else len(old)))
+            self._open[name] = segment.array(f"{place}.codes.npy", code_type(len(known)), (self._num_rows,))
+
+    def append(self, block: RowFeatures) -> None:
+        """Write the next rows of the columns that `begin` began."""
+        for name, writer in self._open.items():
+            writer.append(block.columns[name])
+
+    def close(self) -> None:
+        """Finish the columns that `begin` began."""
+        for writer in self._open.values():
+            writer.close()
+
+    def _place(self, name: str, kind: str) -> str:
+        """List the next column; returns where its files are, without their endings."""
+        place = f"{self._owner.folder}{len(self.columns)}"
         self.columns.append({"name": name, "kind": kind})
         return place
 
@@ -192,10 +231,7 @@ def write_without_events(
         "first_segment": number,
         "last_segment": number,
         "counts": {table: {"rows": 0, "users": 0} for table in ("events", "impressions")},
-        ITEMS.field: [],
-        USERS.field: [],
-        "event_features": [],
-        "request_features": [],
+        **{owner.field: [] for owner in (ITEMS, USERS, EVENTS, IMPRESSIONS)},
         "deletions": 0,
         "quarantined": 0,
         "sources": [],
@@ -287,47 +323,3 @@ def _lock_folder(folder: Path) -> int:
             os.close(handle)
             raise
         os.close(handle)  # its owner renamed or removed the folder between the two calls
-
-
-class RowFeatureWriter:
-    """Writes the features of a table's rows from blocks, in the order of the table.
-
-    Args:
-        segment: the segment with the table.
-        prefix: folder of the files, EVENT_FEATURES or REQUEST_FEATURES.
-        num_rows: total number of rows of all blocks.
-        values: the columns to write, with all values that the log has together with this segment.
-        before: the values that the log has without this segment: a category of `values` must begin with these.
-    """
-
-    def __init__(
-        self,
-        segment: SegmentWriter,
-        prefix: str,
-        num_rows: int,
-        values: ColumnValues,
-        before: ColumnValues = MappingProxyType({}),
-    ) -> None:
-        self.columns: list[dict[str, str]] = []
-        """What the manifest says about the columns."""
-        self._writers: dict[str, ArrayWriter] = {}
-        if values:
-            (segment.folder / prefix).mkdir()
-        for number, (name, known) in enumerate(values.items()):
-            self.columns.append({"name": name, "kind": "number" if known is None else "category"})
-            if known is None:
-                self._writers[name] = segment.array(f"{prefix}{number}.numbers.npy", np.float32, (num_rows,))
-                continue
-            old = before.get(name)
-            segment.save_vocabulary(f"{prefix}{number}.values", known.part(0 if old is None else len(old)))
-            self._writers[name] = segment.array(f"{prefix}{number}.codes.npy", code_type(len(known)), (num_rows,))
-
-    def append(self, block: RowFeatures) -> None:
-        """Add the next rows."""
-        for name, writer in self._writers.items():
-            writer.append(block.columns[name])
-
-    def close(self) -> None:
-        """Finish the files."""
-        for writer in self._writers.values():
-            writer.close()

@@ -19,8 +19,6 @@ from vista.errors import ConfigError, shown
 from vista.log.event_log import EventLog
 from vista.log.histories import DAY_MS, MINUTE_MS, Histories, rows_that_fit, token_groups
 
-# The configuration key `until`: which events are visible, by time or by how many of the newest ones are hidden.
-
 MAX_MS = 10**18 - 1
 """Numbers have at most 18 digits, so that all arithmetic with them fits int64."""
 _HELD_OUT = {1: "leave-last-out", 2: "leave-last-two-out"}
@@ -28,7 +26,7 @@ _HELD_OUT = {1: "leave-last-out", 2: "leave-last-two-out"}
 
 @dataclass(frozen=True, slots=True)
 class Until:
-    """Which events are visible.
+    """Which events are visible, as the configuration key `until` says.
 
     before: only events strictly before this time (ms); None for all. held_share: share in [0, 1) of each user's newest
     events that is hidden, rounded up to whole events; 0 with a time. held_out: number of newest events of the rest that
@@ -279,10 +277,9 @@ def refresh_times(data: DataConfig, part: str, end: int) -> NDArray[np.int64]:
     return np.arange(begin, max(end, begin + 1), round(data.refresh_days * DAY_MS))
 
 
-# Whether users return to items, which decides whether rankings leave seen items out.
-
 RETURNING = 0.01
-"""Least share of repeats with which users return to items. Logs of movies or news, seen once each, have hardly any."""
+"""Least share of repeats with which users return to items, so that rankings keep seen items. Logs of movies or news,
+seen once each, have hardly any."""
 
 
 def repeat_share(log: EventLog, counts: Int) -> float:

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from vista.arrays import Float32s, Int
 from vista.config.checks import require
 from vista.errors import shown
+from vista.log.features import CategoryColumn, FeatureColumn, NumberColumn
 from vista.log.histories import ColumnValues, RowColumn, RowFeatures
-from vista.log.item_features import CategoryColumn, FeatureColumn, NumberColumn
 from vista.log.vocabulary import Ids, Vocabulary
 
 MAX_BUCKETS = 32

@@ -21,8 +21,8 @@ from vista.config import ModelConfig
 from vista.config.checks import require
 from vista.counters.counter_codes import CounterSpec, ItemKeys
 from vista.errors import ConfigError, shown
+from vista.log.features import CategoryColumn, FeatureColumn, ItemFeatures, NumberColumn, VectorColumn
 from vista.log.histories import ranges
-from vista.log.item_features import CategoryColumn, FeatureColumn, ItemFeatures, NumberColumn, VectorColumn
 from vista.log.vocabulary import Vocabulary
 from vista.model.features import MAX_ABS_SCORE, FeatureSpec, HashedVocabulary, Schema, load_values
 

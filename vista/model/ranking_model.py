@@ -24,8 +24,8 @@ from vista.counters.counter_codes import CounterSpec
 from vista.errors import CheckpointError
 from vista.examples.batch import Batch, BatchEvents
 from vista.files import checked_path, replaced_folder
+from vista.log.features import ItemFeatures
 from vista.log.histories import ColumnValues, RowFeatures
-from vista.log.item_features import ItemFeatures
 from vista.log.vocabulary import Ids, Vocabulary
 from vista.model.feature_encoder import EventEncoder, FeatureEncoder, RowFeatureEncoder
 from vista.model.features import Recode, RowFeatureReader, Schema

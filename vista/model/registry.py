@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from vista.config.choices import Architecture
-from vista.log.item_features import ItemFeatures
+from vista.log.features import ItemFeatures
 from vista.log.vocabulary import Ids
 from vista.model.baselines.candidate_models import DIN, SIM, TWIN
 from vista.model.baselines.sequence_models import HSTU, FuXiLinear, SASRec

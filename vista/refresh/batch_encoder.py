@@ -22,9 +22,10 @@ from vista.counters.counter_codes import ItemKeys
 from vista.counters.counter_table import CounterTable
 from vista.errors import ConfigError, RecordError
 from vista.log.event_log import EventLog
+from vista.log.features import declared_columns
 from vista.log.histories import NO_TIMESTAMP, ColumnValues, Histories, token_groups
-from vista.log.item_features import USERS
-from vista.log.merged_features import declared_columns
+from vista.log.segment import features_of
+from vista.log.segment_files import USERS
 from vista.model import inference
 from vista.model.features import FeatureSpec, Recode
 from vista.model.history_states import covered_events, history_states, separable_summarizer
@@ -217,7 +218,7 @@ def check_log(model: RankingModel, log: EventLog) -> None:
         raise ConfigError(f"{log.path}: has no times, which this model reads; train a model on this log")
     _check_features(log, "events", model.schema.event_features, _kinds(log.event_features))
     if model.schema.user_features:
-        columns = declared_columns(log.segments, USERS)  # without reading the features of all users
+        columns = declared_columns(features_of(log.segments, USERS))  # without reading the features of all users
         of_log = {name: parts[0].column.kind for name, parts in columns.items()}
         _check_features(log, "users", model.schema.user_features, of_log)
 

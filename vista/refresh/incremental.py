@@ -23,8 +23,10 @@ from vista.config.choices import Decay, Precision
 from vista.config.store_config import INCREMENTAL_OPTIONS, SET_BY_FULL_REFRESH, RefreshOptions
 from vista.errors import ConfigError, StoreError
 from vista.log.event_log import EventLog
+from vista.log.features import UserFeatureParts
 from vista.log.histories import Histories, RowFeatures, token_groups
-from vista.log.merged_features import UserFeatureParts
+from vista.log.segment import features_of
+from vista.log.segment_files import USERS
 from vista.model import inference
 from vista.model.history_states import (
     covered_events,
@@ -432,7 +434,7 @@ def _user_features(model: VistaModel, log: EventLog) -> Callable[[Int], RowFeatu
     reader = model.user_features
     if reader is None:
         return lambda users: RowFeatures({})
-    parts = UserFeatureParts.of(log.segments)
+    parts = UserFeatureParts.of(features_of(log.segments, USERS))
     recode = reader.recoder(parts.values)
     return lambda users: recode(parts.rows(users), len(users))
 

@@ -19,8 +19,8 @@ from vista.examples.batch_source import EncodeEvents, EncodeRows, trained_tasks
 from vista.examples.chunks import visible_rows
 from vista.examples.item_statistics import item_counts
 from vista.log.event_log import EventLog
+from vista.log.features import CategoryColumn, ItemFeatures
 from vista.log.histories import ColumnValues, RowColumn, RowFeatures
-from vista.log.item_features import CategoryColumn, ItemFeatures
 from vista.log.splits import EVENTS_PER_BLOCK, split_until, visible_blocks, visible_counts
 from vista.log.vocabulary import Vocabulary
 from vista.model.features import FeatureSpec, HashedVocabulary, RowFeatureReader, RowReaders, Schema, log_encoder

@@ -32,8 +32,8 @@ from vista.examples.batch import Batch
 from vista.examples.batch_source import MEASURED_BATCHES, BatchSource
 from vista.examples.item_statistics import START_RMS, UserFactors, item_factors
 from vista.log.event_log import EventLog
+from vista.log.features import CategoryColumn, ItemFeatures
 from vista.log.histories import ColumnValues
-from vista.log.item_features import CategoryColumn, ItemFeatures
 from vista.log.splits import split_until
 from vista.model.anchor_losses import start_counted
 from vista.model.features import RowFeatureReader, RowReaders, Schema

@@ -58,9 +58,10 @@ def test_any_frame_round_trips(
     assume(len(parts) < 2 or parts[0] != parts[1])  # equal parts would be refused as the same source
     for number, part in enumerate(parts):
         frame = {name: [row[place] for row in part] for place, name in enumerate(names)}
-        columns = SourceColumns(sequence="step", action="kind", rating="stars")
+        columns = {"timestamp": "timestamp", "sequence": "step", "action": "kind", "rating": "stars"}
         features = {"categories": ["device"], "numbers": ["dwell"]} if named[number] else {}
-        prepare_frames(frame, path, columns=columns, time_unit="s", append=number > 0, bucket_events=bucket, **features)
+        events = {"events": (frame, SourceConfig(**columns, time_unit="s", **features))}
+        prepare_frames(events, path, append=number > 0, bucket_events=bucket)
     log = EventLog.open(path)
     any_named = any(named[: len(parts)])
     assert list(log.event_features) == (["device", "dwell"] if any_named else [])

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from vista.files import check_replaceable, checked_path, create_file, sync
 from vista.installation import require_module
 from vista.log.ingest.new_features import check_one_row_each
 from vista.log.ingest.public.public_sets import PUBLIC_SETS, remedy_of_kind
-from vista.log.ingest.rows import ORDER, id_kind, read_part
+from vista.log.ingest.rows import ORDER, can_be, entries_of, id_kind, is_text_type, read_part
 from vista.log.ingest.source_files import EXTRA, ROW, FileScan, check_columns, read_header, scan_text
 from vista.log.ingest.source_parser import SourceParser
 from vista.log.ingest.sources import (
@@ -38,8 +38,7 @@ from vista.log.ingest.sources import (
     unreadable,
     with_kind,
 )
-from vista.log.item_features import OWNERS
-from vista.log.segment_files import MAX_FEATURES
+from vista.log.segment_files import MAX_FEATURES, OWNERS
 
 if TYPE_CHECKING:
     import polars as pl
@@ -180,7 +179,7 @@ def _feature_columns(path: str, types: _Types, config: FeatureTableConfig) -> di
         for key, names in config.named.items():
             kind = _KIND_OF_KEY[key]
             for name in names or ():
-                if name in types and not _fits(kind, types[name], config):
+                if name in types and not can_be(kind, types[name], has_lists=_can_be_lists(config)):
                     raise DataError(
                         f"{path}: column {name!r} has type {types[name]} and cannot be a {kind}; convert it, or leave "
                         f"it out of {config.table}.{key}"
@@ -202,13 +201,13 @@ def _can_be_lists(config: FeatureTableConfig) -> bool:
 
 
 def _inferred_kind(path: str, name: str, dtype: pl.DataType, config: FeatureTableConfig) -> str:
-    is_list, inner = _inner(dtype)
+    is_list, inner = entries_of(dtype)
     if is_list and not _can_be_lists(config):
         raise DataError(
             f"{path}: column {name!r} has type {dtype}, but a user has one value per column; name the other columns "
             "under users.categories or users.numbers"
         )
-    if _is_text(inner):
+    if is_text_type(inner):
         return "category"
     if inner.is_float():
         return "vector" if is_list else "number"
@@ -223,31 +222,6 @@ def _inferred_kind(path: str, name: str, dtype: pl.DataType, config: FeatureTabl
         f"{path}: column {name!r} has type {dtype} and cannot be a feature; convert it, or name the other columns "
         f"under {', '.join(f'{config.table}.{key}' for key in config.named)}"
     )
-
-
-def _fits(kind: str, dtype: pl.DataType, config: FeatureTableConfig) -> bool:
-    is_list, inner = _inner(dtype)
-    if is_list and not _can_be_lists(config):
-        return False
-    if kind == "category":
-        return _is_text(inner) or inner.is_integer()
-    if kind == "number":
-        return not is_list and (inner.is_numeric() or inner in (pl.Boolean, pl.String, pl.Null))
-    return inner == pl.Null or (is_list and inner.is_numeric()) or (not is_list and inner == pl.String)
-
-
-def _is_text(dtype: pl.DataType) -> bool:
-    """Whether values can only be names; a column of Null has none."""
-    return dtype in (pl.String, pl.Categorical, pl.Enum, pl.Boolean, pl.Null)
-
-
-def _inner(dtype: Any) -> tuple[bool, pl.DataType]:
-    """Whether a type is a list, and the type of its entries, or else the type itself."""
-    is_list = isinstance(dtype, pl.List) or (isinstance(dtype, pl.Array) and len(dtype.shape) == 1)
-    return is_list, dtype.inner if is_list else dtype
-
-
-# Tables of items from which commands make a new column: their texts or vectors are read, the column is written.
 
 
 def read_texts(config: ItemsEmbedConfig, parser: SourceParser) -> tuple[pl.Series, pl.Series]:

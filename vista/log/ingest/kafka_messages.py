@@ -28,9 +28,6 @@ else:
     pl = require_module("polars", "data")
 
 
-# The messages that one check of a watch reads.
-
-
 class StreamMessage(NamedTuple):
     """A message: value None for one without a value (a tombstone); the server's time in ms since 1970, or None."""
 
@@ -82,15 +79,13 @@ class MessageBatch:
         return of_topics(offsets) == of_topics(self.stored)
 
 
-# Dead letters: messages that are not valid events, as lines of JSON in the segment that covers their offsets.
-
 MAX_KEPT_BYTES = 64 << 10
 """A dead letter keeps the first bytes of a longer message."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """An invalid message and what is wrong with it."""
+    """A message that is not a valid event, and why: a line of JSON in the segment that covers its offset."""
 
     message: StreamMessage
     reason: str

@@ -29,8 +29,6 @@ from vista.files import read_limited
 from vista.log.ingest.kafka_messages import MessageBatch, StreamMessage
 from vista.log.segment_files import StreamOffset, StreamPartition
 
-# Settings of the Kafka client: those of a file, and those that exactly-once reading depends on.
-
 _MOST_BYTES = 1 << 20
 _SECRET = ("password", "secret", "token", "key.pem", "oauthbearer.config")
 """Parts of the names of settings whose values are never shown."""
@@ -83,8 +81,6 @@ def without_secrets(text: str, settings: dict[str, str]) -> str:
     return text
 
 
-# The address of topics: kafka://server:port,server:port/topic,topic.
-
 SCHEME = "kafka://"
 _FORM = "kafka://server:port/topic, with commas between several servers or topics"
 _SERVER = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}")
@@ -126,8 +122,6 @@ class KafkaAddress:
     def __str__(self) -> str:
         return f"{SCHEME}{self.servers}/{','.join(self.topics)}"
 
-
-# Where reading begins in each partition, from the offsets in the log and those that the server has.
 
 logger = logging.getLogger(__name__)
 _NAMED = 3

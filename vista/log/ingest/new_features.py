@@ -22,15 +22,25 @@ from vista.config import ItemTableConfig
 from vista.config.choices import OnBadRows
 from vista.errors import DataError, shown
 from vista.installation import require_module
+from vista.log.features import (
+    CategoryColumn,
+    ItemFeatures,
+    NumberColumn,
+    SegmentColumn,
+    SegmentFeatures,
+    declared_columns,
+    feature_line,
+    form_of,
+    merged_column,
+    rows_with_features,
+)
 from vista.log.histories import ColumnValues, RowColumn, RowFeatures
 from vista.log.ingest.rows import MARGIN, ORDER, Part, PartCodes, read_part, too_many_values
 from vista.log.ingest.source_parser import SourceParser
 from vista.log.ingest.sources import open_feature_tables
-from vista.log.item_features import ITEMS, CategoryColumn, FeatureOwner, ItemFeatures, NumberColumn, feature_line
-from vista.log.merged_features import declared_columns, form_of, rows_with_features
-from vista.log.segment import Segment, SegmentColumn, SegmentFeatures
-from vista.log.segment_files import SegmentFiles
-from vista.log.segment_writer import FeatureWriter, RowFeatureWriter, SegmentWriter
+from vista.log.segment import Segment, features_of
+from vista.log.segment_files import ITEMS, FeatureOwner, SegmentFiles
+from vista.log.segment_writer import FeatureWriter, SegmentWriter
 from vista.log.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -86,7 +96,8 @@ def write_features(
     """
     if not parts:
         return NewFeatures()
-    earlier = declared_columns(before, owner)
+    in_log = features_of(before, owner)
+    earlier = declared_columns(in_log)
     source = parts[0].source
     columns = [(name, *name.split(":", 1)) for name in source.columns if name != owner.name]
     for _, kind, name in columns:
@@ -114,10 +125,8 @@ def write_features(
         new.lines.append(feature_line(name, kind, size, num_known / len(vocabulary), owner.table))
         if is_constant and num_known in (0, len(rows)) and len(rows) > 1:
             what = "the same value" if num_known else "no value"
-            new.warnings.append(
-                f"column {name!r} of the {owner.name} features has {what} for all {owner.table}; leave it out"
-            )
-    covered = len(np.union1d(rows_with_features(before, owner), rows))
+            new.warnings.append(f"column {name!r} of the {owner.title} has {what} for all {owner.table}; leave it out")
+    covered = len(np.union1d(rows_with_features(in_log), rows))
     if covered <= LEAST_COVERAGE * len(vocabulary):
         new.warnings.append(
             f"only {covered:,} of the log's {len(vocabulary):,} {owner.table} have features; check the ids in column "
@@ -281,8 +290,6 @@ def _spread(vectors: Float32s) -> tuple[int, bool]:
     return num_known, is_constant
 
 
-# Features of the events or impressions of a new segment: values, codes, and what is probably a mistake.
-
 LEAK_SHARE = 0.99
 """Share of the rows with a label, and of those without, in which a feature may equal the label."""
 LEAST_LABELS = 20
@@ -293,18 +300,17 @@ class NewRowFeatures:
     """Encodes and writes the features of a table of a new segment, block by block.
 
     Args:
-        table: events | impressions.
+        owner: events or impressions.
         parts: of the table, with the same columns.
         before: the values that the log has without the segment.
         segment: the writer of the segment.
-        folder: of the files in the segment.
 
     Raises:
         DataError: if a category has too many values.
     """
 
     def __init__(
-        self, table: str, parts: Sequence[Part], before: ColumnValues, segment: SegmentWriter, folder: str
+        self, owner: FeatureOwner, parts: Sequence[Part], before: ColumnValues, segment: SegmentWriter
     ) -> None:
         roles = [name.partition(":") for name in parts[0].source.columns]
         kinds = {name: role for role, _, name in roles if role in ("category", "number")}
@@ -314,10 +320,11 @@ class NewRowFeatures:
             self._values[name] = None
             if kind == "category":
                 known = before.get(name) or Vocabulary.empty("str")
-                self._codes[name], self._values[name] = PartCodes.of(table, parts, name, known)
-        self._table, self._before = table, before
+                self._codes[name], self._values[name] = PartCodes.of(owner.table, parts, name, known)
+        self._table, self._before = owner.table, before
         self._num_rows = sum(part.num_rows for part in parts)
-        self._writer = RowFeatureWriter(segment, folder, self._num_rows, self._values, before)
+        self._writer = FeatureWriter(segment, owner, self._num_rows)
+        self._writer.begin(self._values, before)
         self._seen = {name: _Seen(1 if known is None else len(known)) for name, known in self._values.items()}
 
     @property
@@ -430,11 +437,8 @@ class _Seen:
         return tasks
 
 
-# A table of items for a trained model, which has no log.
-
-
 def read_items(table: ItemTableConfig, kind: str, dims: Mapping[str, int]) -> tuple[Vocabulary, ItemFeatures | None]:
-    """Read a table of items.
+    """Read a table of items for a trained model, which has no log.
 
     Args:
         table: its files and columns.
@@ -464,7 +468,8 @@ def read_items(table: ItemTableConfig, kind: str, dims: Mapping[str, int]) -> tu
         files = SegmentFiles(writer.folder, writer.entries)
         features = SegmentFeatures.read(writer.folder, files, ITEMS, written.columns)
         assert features is not None and np.array_equal(features.rows, np.arange(len(items)))
-        return items, ItemFeatures(features.columns)
+        columns = declared_columns([features])
+        return items, ItemFeatures({name: merged_column(parts, features.rows) for name, parts in columns.items()})
 
 
 def with_columns(table: ItemTableConfig, kinds: Mapping[str, str]) -> ItemTableConfig:

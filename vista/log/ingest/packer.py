@@ -50,8 +50,6 @@ class StageTimes(dict[str, float]):
         self._last = now
 
 
-# The distinct ids of a table's rows, and their rows in the log's vocabularies.
-
 USER_ROW, ITEM_ROW = "user_row", "item_row"
 """Names of the columns of vocabulary rows."""
 
@@ -90,12 +88,12 @@ def _rows(vocabulary: Vocabulary, ids: pl.Series, name: str, dtype: type[np.inte
 
 
 def extended(vocabulary: Vocabulary, ids_of_tables: Sequence[pl.Series]) -> Vocabulary:
-    """The vocabulary with the ids of several tables."""
+    """The vocabulary with the ids of any number of tables."""
+    if not ids_of_tables:
+        return vocabulary
     ids = pl.concat(ids_of_tables, how="vertical").unique() if len(ids_of_tables) > 1 else ids_of_tables[0]
     return vocabulary.extended(ids.to_numpy() if vocabulary.kind == "int" else ids.to_list())
 
-
-# The columns of a segment, made from sorted rows: action codes, ordinals, labels, and masks.
 
 NO_ACTION = "event"
 """Name of the action if the source has none."""
@@ -311,16 +309,14 @@ def _in_buckets(rows: pl.LazyFrame, num_buckets: int, scratch: Path) -> Iterator
     shutil.rmtree(folder)
 
 
-# The filter of events between parsing and packing: by action, and by the numbers of events of items and users.
-#
-# It works out of core: each pass over the parts counts one kind of ids, and memory holds the ids that are left.
-
 Kept = Mapping[str, pl.DataFrame]
 """By "item" and "user": the ids that are left, in a column of that name; no entry if all are."""
 
 
 def filtered(parts: Mapping[str, Sequence[Part]], chosen: EventFilterConfig) -> tuple[dict[str, list[Part]], str]:
     """Leave out the events that a filter does not choose, and the impressions of items and users without events.
+
+    Works out of core: each pass over the parts counts one kind of ids, and memory holds the ids that are left.
 
     The items and users that are left are those of the largest set of events in which each of them has enough. It does
     not depend on the order in which items and users are left out.

@@ -109,13 +109,13 @@ class ParserProcess:
         return source.described()
 
     def id_kind(self, path: str, table: str, column: str) -> str:
-        """`row_rules.id_kind` of an open source."""
+        """`rows.id_kind` of an open source."""
         return id_kind(self._sources[table, path][0], column, "auto")
 
     def read_part(
         self, path: str, kinds: Mapping[str, str], table: str, folder: str, number: int, on_bad_rows: str
     ) -> dict[str, Any]:
-        """`parts.read_part` of an open source, which is then closed; returns the fields of the Part."""
+        """`rows.read_part` of an open source, which is then closed; returns the fields of the Part."""
         source, version = self._sources.pop((table, path))
         part = read_part(source, kinds, table, Path(folder), number, OnBadRows(on_bad_rows))
         if _version(path) != version:
@@ -129,7 +129,7 @@ class ParserProcess:
         }
 
     def column_types(self, path: str) -> dict[str, str]:
-        """`source_formats.column_types`."""
+        """`sources.column_types`."""
         return column_types(Path(path))
 
     def category_table(self, path: str, column: str, kind: str) -> bytes:

@@ -1,6 +1,6 @@
 """`vista prepare`: source tables become one segment of an EventLog, out of core and atomically.
 
-    sources -> parts, parsed and checked (parts.py) -> vocabularies -> packed tables (packer.py) -> manifest -> report
+    sources -> parts, parsed and checked (rows.py) -> vocabularies -> packed tables (packer.py) -> manifest -> report
 
 Everything is written into a folder next to the log, fsynced, and renamed into place: a run that fails leaves what was
 there unchanged. The same files give the same bytes, whatever the number of threads, chunks or buckets.
@@ -18,16 +18,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from vista.config import EventFilterConfig, ItemTableConfig, PrepareConfig, SourceColumns, SourceConfig, UserTableConfig
+import numpy as np
+from numpy.typing import NDArray
+
+from vista.config import EventFilterConfig, FeatureTableConfig, PrepareConfig, SourceConfig
 from vista.config.choices import OnBadRows, choice_of
-from vista.errors import ConfigError, DataError, LogBusyError
+from vista.errors import ConfigError, DataError, LogBusyError, TakenError
 from vista.files import checked_path
+from vista.log.event_keys import obey_deletions
+from vista.log.features import declared_columns, values_of
+from vista.log.histories import YEAR_1971_MS, ColumnValues
 from vista.log.ingest.feature_sources import features_of_frame
 from vista.log.ingest.kafka_messages import MessageRows, write_dead_letters
 from vista.log.ingest.new_features import NewFeatures, NewRowFeatures, write_features
-from vista.log.ingest.new_segment import ExistingLog, NewSegment, check_sources, id_kinds, tasks_of
 from vista.log.ingest.packer import (
     BUCKET_EVENTS,
+    NO_ACTION,
     DistinctIds,
     Packer,
     StageTimes,
@@ -38,7 +44,7 @@ from vista.log.ingest.packer import (
     impression_columns,
     time_range,
 )
-from vista.log.ingest.rows import Part, read_part, write_quarantine
+from vista.log.ingest.rows import Part, id_kind, read_part, write_quarantine
 from vista.log.ingest.source_files import to_polars
 from vista.log.ingest.source_parser import SourceParser
 from vista.log.ingest.sources import (
@@ -51,17 +57,22 @@ from vista.log.ingest.sources import (
     open_sources,
     with_kind,
 )
-from vista.log.item_features import ITEMS, OWNERS, USERS
-from vista.log.segment import segment_name
+from vista.log.segment import Segment, features_of, read_segments, read_vocabularies, segment_name
 from vista.log.segment_files import (
     DEAD_LETTERS_FILE,
-    EVENT_FEATURES,
+    EVENTS,
+    IMPRESSIONS,
+    ITEMS,
+    MAX_FEATURES,
+    OWNERS,
     QUARANTINE_FILE,
-    REQUEST_FEATURES,
+    USERS,
+    FeatureOwner,
     offset_entries,
     stream_offsets,
 )
 from vista.log.segment_writer import SegmentWriter, TableWriter, locked_log, staged_folder, write_without_events
+from vista.log.vocabulary import Vocabulary
 from vista.progress_bar import progress_bar, ticking
 
 
@@ -126,7 +137,6 @@ class PrepareReport:
         return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])
 
 
-__all__ = ["PrepareReport", "prepare", "prepare_frames", "prepare_messages"]
 _LOG = logging.getLogger("vista.prepare")
 
 
@@ -172,30 +182,18 @@ def prepare(
 
 
 def prepare_frames(
-    frame: Any,
+    tables: Mapping[str, tuple[Any, SourceConfig | FeatureTableConfig]],
     path: str | os.PathLike[str],
     *,
-    columns: SourceColumns,
-    time_unit: str | None = None,
-    impressions: Any = None,
-    items: Any = None,
-    users: Any = None,
-    categories: Sequence[str] = (),
-    numbers: Sequence[str] = (),
-    request_categories: Sequence[str] = (),
-    request_numbers: Sequence[str] = (),
     on_bad_rows: OnBadRows | str = OnBadRows.error,
     append: bool = False,
     bucket_events: int = BUCKET_EVENTS,
 ) -> PrepareReport:
-    """Ingest frames in memory (pandas, Polars, or a mapping of columns) as `prepare` ingests files.
+    """Ingest frames in memory as `prepare` ingests files.
 
     Args:
-        frame: events; None with `append` adds only features of `items` or `users`.
-        items, users: features; the types of their columns decide what they are.
-        columns: names of the frames' columns.
-        categories, numbers: columns of `frame` that are features of events; request_categories, request_numbers: of
-            `impressions` that are features of requests.
+        tables: by table (items, users, events, impressions), a frame (pandas, Polars, or a mapping of columns), and its
+            columns. Without events, features are appended to a log.
         bucket_events: see `prepare`.
     """
     run = _Run(
@@ -205,30 +203,14 @@ def prepare_frames(
         bucket_events=bucket_events,
     )
     run.check_target()
-    if impressions is None and (request_categories or request_numbers):
-        raise ConfigError("request_categories, request_numbers: name columns of impressions; give these, or no columns")
-    tables = ((items, ItemTableConfig(item=columns.item)), (users, UserTableConfig(user=columns.user)))
-    for features, table in tables:
-        if features is not None:
-            run.add_features(table.table, [features_of_frame(to_polars(features), table)], is_inferred=True)
-    if run.sources and append and frame is None and impressions is None:
-        return run.ingest()
-    keys: dict[str, Any] = {name: getattr(columns, name) for name in ("user", "item", "timestamp")}
-    rest: dict[str, Any] = {name: getattr(columns, name) for name in ("action", "rating", "sequence")}
-    config = SourceConfig(**keys, **rest, time_unit=time_unit, categories=list(categories), numbers=list(numbers))
-    run.add("events", config, [_frame_source(frame, config, "events")])
-    if impressions is not None:
-        if not columns.labels:
+    for table, (frame, config) in tables.items():
+        if not isinstance(config, SourceConfig):
+            run.add_features(table, [features_of_frame(to_polars(frame), config)], is_inferred=True)
+            continue
+        if table == "impressions" and not config.labels:
             raise ConfigError("columns.labels: name at least one column of 0/1 labels")
-        config = SourceConfig(
-            **keys,
-            time_unit=time_unit,
-            labels=columns.labels,
-            probabilities=columns.probabilities,
-            categories=list(request_categories),
-            numbers=list(request_numbers),
-        )
-        run.add("impressions", config, [_frame_source(impressions, config, "impressions")])
+        used = to_polars(frame, needed_columns(config).values())
+        run.add(table, config, [frame_source(used, config, table)])
     return run.ingest()
 
 
@@ -249,8 +231,145 @@ def prepare_messages(rows: MessageRows, path: str | os.PathLike[str], *, events:
     return run.ingest()
 
 
-def _frame_source(frame: Any, config: SourceConfig, table: str) -> Source:
-    return frame_source(to_polars(frame, needed_columns(config).values()), config, table)
+@dataclass(frozen=True, slots=True)
+class _OldLog:
+    """The log before an ingest, whose segments are oldest first; a new log has no segments and no ids."""
+
+    segments: Sequence[Segment]
+    users: Vocabulary
+    items: Vocabulary
+
+    @classmethod
+    def open(cls, path: Path) -> _OldLog:
+        """Open the log in a folder.
+
+        Raises:
+            LogFormatError: if it is missing or damaged.
+        """
+        segments = read_segments(path)
+        for segment in segments:
+            segment.files.verify(large=False)  # A damaged id would be added to the log as a new one.
+        return cls(obey_deletions(segments), *read_vocabularies(segments))
+
+    @property
+    def manifests(self) -> list[dict[str, Any]]:
+        """The segments' manifests, oldest first."""
+        return [segment.manifest for segment in self.segments]
+
+    @property
+    def last_segment(self) -> int:
+        """Number of the newest segment; 0 without segments."""
+        return self.segments[-1].last if self.segments else 0
+
+    def names(self, field: str) -> list[str]:
+        """The `actions` by code, or the `tasks` of impressions."""
+        return list(self.manifests[-1][field]) if self.segments else []
+
+    def values(self, owner: FeatureOwner) -> ColumnValues:
+        """The columns of features of events or impressions, with the values of each category."""
+        return values_of(declared_columns(features_of(self.segments, owner)))
+
+    def next_ordinals(self) -> NDArray[np.int64]:
+        """In a log without times: one more than the last ordinal of each user, int64 [num_users]."""
+        following = np.zeros(len(self.users), np.int64)
+        for events in (segment.events for segment in self.segments):
+            has = np.flatnonzero(np.diff(events.offsets))
+            last = events.columns["timestamp"][events.places(events.offsets[has + 1] - 1)]
+            following[events.users[has]] = np.maximum(following[events.users[has]], last + 1)
+        return following
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _NewSegment:
+    """What one run of ingest writes into a segment.
+
+    log: without the segment; parts: by table, "events", "impressions", "items", and "users"; users, items, actions,
+    tasks: of the log with this segment; time_range_ms: oldest and newest time of the events, None in a log without
+    times.
+    """
+
+    log: _OldLog
+    parts: Mapping[str, Sequence[Part]]
+    users: Vocabulary
+    items: Vocabulary
+    actions: list[str]
+    tasks: list[str]
+    time_range_ms: tuple[int | None, int | None]
+
+    @property
+    def number(self) -> int:
+        return self.log.last_segment + 1
+
+    def num_rows(self, table: str) -> int:
+        """Good rows of a table; 0 without the table."""
+        return sum(part.num_rows for part in self.parts.get(table, ()))
+
+    @property
+    def num_bad(self) -> int:
+        """Number of bad rows in all tables."""
+        return sum(part.num_bad for parts in self.parts.values() for part in parts)
+
+    def manifest(
+        self, active_users: Mapping[str, int], row_features: Mapping[str, list[dict[str, str]]]
+    ) -> dict[str, Any]:
+        """The manifest's entries (segment.py) of a segment with events, except for features of items and users.
+
+        Args:
+            active_users: by table, the number of users with rows.
+            row_features: by table, the names and kinds of the features of its rows.
+        """
+        has_time = self.time_range_ms != (None, None)
+        return {
+            "first_segment": self.number,
+            "last_segment": self.number,
+            "num_users": len(self.users),
+            "num_items": len(self.items),
+            "id_types": {"users": self.users.kind, "items": self.items.kind},
+            "actions": self.actions,
+            "tasks": self.tasks,
+            "has_time": has_time,
+            "timestamp": "milliseconds since 1970-01-01 UTC" if has_time else "ordinal of the event in its history",
+            "has_rating": "rating" in self.parts["events"][0].source.columns,
+            "counts": {
+                table: {"rows": self.num_rows(table), "users": active_users.get(table, 0)}
+                for table in ("events", "impressions")
+            },
+            "event_features": row_features["events"],
+            "request_features": row_features.get("impressions", []),
+            "deletions": 0,
+            "offsets": [],
+        }
+
+    def sources(self) -> list[dict[str, Any]]:
+        """The manifest's entries of all sources."""
+        return [
+            {
+                "table": table,
+                "name": part.source.name,
+                "bytes": part.source.size,
+                "sha256": part.source.digest,
+                "rows": part.num_rows,
+                "bad_rows": part.num_bad,
+            }
+            for table, parts in self.parts.items()
+            for part in parts
+        ]
+
+    def warnings(self) -> list[str]:
+        """What is allowed, but is probably a mistake or needs another step."""
+        warnings = []
+        newest = self.time_range_ms[1]
+        if newest is not None and newest < YEAR_1971_MS:
+            warnings.append(
+                "all times are before 1971; check events.time_unit, in case seconds were read as milliseconds"
+            )
+        new_actions = self.actions[len(self.log.names("actions")) :]
+        if self.log.segments and new_actions:
+            warnings.append(
+                f"the log has the new actions {', '.join(new_actions)}; models that use actions do not know them, so "
+                "retrain these models before the next refresh"
+            )
+        return warnings
 
 
 @dataclass(kw_only=True, slots=True)
@@ -295,14 +414,14 @@ class _Run:
     def ingest(self) -> PrepareReport:
         """Write the sources as one segment, and report it."""
         with self._locked_log() as log:
-            self._check_offsets(log)
-            check_sources(self.sources, log)
+            _check_sources(self.sources, log)
             if log is not None and "events" not in self.sources:
                 kinds = {"user": log.users.kind, "item": log.items.kind}
             else:
-                kinds = id_kinds(self.sources["events"][0], self.configs["events"], log)
-            before = log or ExistingLog.empty(kinds)
-            name = segment_name(before.last_segment + 1)
+                kinds = _id_kinds(self.sources["events"][0], self.configs["events"], log)
+            if log is None:
+                log = _OldLog((), Vocabulary.empty(kinds["user"]), Vocabulary.empty(kinds["item"]))
+            name = segment_name(log.last_segment + 1)
             self.times.lap("open")
             # A new log appears together with its first segment, by one rename.
             with staged_folder(self.target / name if self.append else self.target) as staging:
@@ -312,30 +431,30 @@ class _Run:
                 scratch.mkdir()
                 parts, kept = filtered(self._read_parts(kinds, scratch), self.event_filter)
                 self.times.lap("read")
-                segment, features = self._write_segment(before, parts, folder, scratch)
+                segment, features = self._write_segment(log, parts, folder, scratch)
                 shutil.rmtree(scratch)
                 self.times.lap("write")
             self.times.lap("sync")
         return self._report(segment, features, self.target / name / QUARANTINE_FILE, kept)
 
     @contextmanager
-    def _locked_log(self) -> Iterator[ExistingLog | None]:
-        """The log to extend, locked against other writers; None for a new log."""
+    def _locked_log(self) -> Iterator[_OldLog | None]:
+        """The log to extend, locked against other writers; None for a new log.
+
+        Raises:
+            LogBusyError: if another process is writing it, or has appended the messages since they were read.
+        """
         if not self.append:
             yield None
             return
         with locked_log(self.target):
-            yield ExistingLog.open(self.target)
-
-    def _check_offsets(self, log: ExistingLog | None) -> None:
-        """Refuse messages that another process has appended since they were read."""
-        if log is not None and self.messages is not None:
-            batch = self.messages.batch
-            if not batch.continues(stream_offsets(log.manifests)):
+            log = _OldLog.open(self.target)
+            if self.messages is not None and not self.messages.batch.continues(stream_offsets(log.manifests)):
                 raise LogBusyError(
-                    f"{self.target}: another process appended messages of {batch.source}; run one watch per "
-                    "topic and log"
+                    f"{self.target}: another process appended messages of {self.messages.batch.source}; run one watch "
+                    "per topic and log"
                 )
+            yield log
 
     def _read_parts(self, kinds: Mapping[str, str], scratch: Path) -> dict[str, list[Part]]:
         """Parse and check every source."""
@@ -353,32 +472,33 @@ class _Run:
         return parts
 
     def _write_segment(
-        self, before: ExistingLog, parts: Mapping[str, Sequence[Part]], folder: Path, scratch: Path
-    ) -> tuple[NewSegment, list[NewFeatures]]:
+        self, log: _OldLog, parts: Mapping[str, Sequence[Part]], folder: Path, scratch: Path
+    ) -> tuple[_NewSegment, list[NewFeatures]]:
         """Write vocabularies, packed tables, features, quarantined rows and manifest."""
         writer = SegmentWriter(folder)
-        if "events" in parts:
-            ids = {table: DistinctIds.of(of_table) for table, of_table in parts.items() if table not in OWNERS}
-            segment = NewSegment(
-                number=before.last_segment + 1,
-                before=before,
-                parts=parts,
-                users=extended(before.users, [of_table.users["user"] for of_table in ids.values()]),
-                items=extended(before.items, [of_table.items["item"] for of_table in ids.values()]),
-                actions=actions_of(parts["events"], before.actions),
-                tasks=tasks_of(parts["impressions"][0].source) if "impressions" in parts else before.tasks,
-                time_range_ms=time_range(parts["events"]),
-            )
-            writer.save_vocabulary("new_users", segment.users.part(len(before.users)))
-            writer.save_vocabulary("new_items", segment.items.part(len(before.items)))
+        events = parts.get("events")
+        ids = {table: DistinctIds.of(of_table) for table, of_table in parts.items() if table not in OWNERS}
+        actions = log.names("actions")
+        segment = _NewSegment(
+            log=log,
+            parts=parts,
+            users=extended(log.users, [of_table.users["user"] for of_table in ids.values()]),
+            items=extended(log.items, [of_table.items["item"] for of_table in ids.values()]),
+            actions=actions if events is None else actions_of(events, actions),
+            tasks=_tasks_of(parts["impressions"][0].source) if "impressions" in parts else log.names("tasks"),
+            time_range_ms=(None, None) if events is None else time_range(events),
+        )
+        of_rows: dict[str, NewFeatures] = {}
+        if events is not None:
+            writer.save_vocabulary("new_users", segment.users.part(len(log.users)))
+            writer.save_vocabulary("new_items", segment.items.part(len(log.items)))
             self.times.lap("vocabularies")
             active_users, of_rows = self._pack_tables(segment, ids, writer, scratch)
             fields = segment.manifest(active_users, {table: features.columns for table, features in of_rows.items()})
         else:
-            segment, of_rows = NewSegment.without_events(before, parts), {}
-            fields = write_without_events(writer, before.manifests[-1], before.users, before.items)
+            fields = write_without_events(writer, log.manifests[-1], log.users, log.items)
         of_items, of_users = (
-            write_features(owner, parts.get(owner.table, ()), vocabulary, before.segments, writer, scratch)
+            write_features(owner, parts.get(owner.table, ()), vocabulary, log.segments, writer, scratch)
             for owner, vocabulary in ((ITEMS, segment.items), (USERS, segment.users))
         )
         if segment.num_bad:
@@ -400,7 +520,7 @@ class _Run:
         return segment, [*of_rows.values(), of_items, of_users]
 
     def _pack_tables(
-        self, segment: NewSegment, ids: Mapping[str, DistinctIds], writer: SegmentWriter, scratch: Path
+        self, segment: _NewSegment, ids: Mapping[str, DistinctIds], writer: SegmentWriter, scratch: Path
     ) -> tuple[dict[str, int], dict[str, NewFeatures]]:
         """Write the packed tables; returns the number of users with rows in each, and the features of its rows."""
         num_rows = sum(segment.num_rows(table) for table in ids)
@@ -412,25 +532,23 @@ class _Run:
             for table in ids:
                 parts = segment.parts[table]
                 if table == "events":
-                    columns = event_columns(parts[0].source, segment.actions, segment.before.next_ordinals)
-                    prefix, folder = "", EVENT_FEATURES
+                    owner, columns = EVENTS, event_columns(parts[0].source, segment.actions, segment.log.next_ordinals)
                 else:
-                    columns = impression_columns(parts[0].source, segment.tasks)
-                    prefix, folder = "impressions/", REQUEST_FEATURES
-                features = NewRowFeatures(table, parts, segment.before.row_values(table), writer, folder)
+                    owner, columns = IMPRESSIONS, impression_columns(parts[0].source, segment.tasks)
+                features = NewRowFeatures(owner, parts, segment.log.values(owner), writer)
                 active_users[table] = packer.pack(
                     parts,
                     ids[table].user_rows(segment.users),
                     ids[table].item_rows(segment.items),
                     columns,
-                    TableWriter(writer, prefix, segment.num_rows(table), columns.types),
+                    TableWriter(writer, owner.prefix or "", segment.num_rows(table), columns.types),
                     features,
                 )
                 of_rows[table] = features.written()
         return active_users, of_rows
 
     def _report(
-        self, segment: NewSegment, features: Sequence[NewFeatures], quarantine: Path, kept: str
+        self, segment: _NewSegment, features: Sequence[NewFeatures], quarantine: Path, kept: str
     ) -> PrepareReport:
         first_ms, last_ms = segment.time_range_ms
         report = PrepareReport(
@@ -456,3 +574,125 @@ class _Run:
         for warning in report.warnings:
             _LOG.warning("%s: %s", self.target, warning)
         return report
+
+
+def _check_sources(sources: Mapping[str, Sequence[Source]], log: _OldLog | None) -> None:
+    """Refuse sources that the log already contains, that differ in their columns, or that do not match the log.
+
+    Args:
+        sources: by table: "events", "impressions", "items", "users".
+        log: the log to extend; None for a new one.
+
+    Raises:
+        ConfigError: if there are impressions, but a table has no times, or a table has too many columns of features.
+        DataError: naming the file.
+    """
+    for table, files in sources.items():
+        # Features may be given again: they replace what came in between.
+        _refuse_repeated_content(table, files, None if table in OWNERS else log)
+        _refuse_other_columns(files)
+        if table in OWNERS:
+            continue
+        if log is not None and table == "events":
+            _refuse_other_events(files[0], log)
+        elif log is not None:
+            _refuse_other_tasks(files[0], log)
+        num_features = sum(name.startswith(("category:", "number:")) for name in files[0].columns)
+        if num_features > MAX_FEATURES:
+            raise ConfigError(
+                f"{table}.categories, {table}.numbers: name {num_features:,} columns, but at most {MAX_FEATURES:,} are "
+                "possible; name fewer"
+            )
+        if log is not None:
+            _refuse_other_kinds(table, files[0], log)
+    with_times = [files[0] for table, files in sources.items() if table not in OWNERS]
+    if "impressions" in sources and any("timestamp" not in source.columns for source in with_times):
+        raise ConfigError("impressions need times, and so do their events; set timestamp for both tables")
+
+
+def _refuse_repeated_content(table: str, files: Sequence[Source], log: _OldLog | None) -> None:
+    where_taken: dict[str, str] = {}
+    for manifest in log.manifests if log else []:
+        for entry in manifest["sources"]:
+            if entry["table"] == table:
+                place = f"segment {manifest['last_segment']} already contains it (as {entry['name']})"
+                where_taken[entry["sha256"]] = place
+    for source in files:
+        if source.digest in where_taken:
+            raise TakenError(
+                f"{source.path}: {where_taken[source.digest]}; leave it out, because its rows would count twice"
+            )
+        where_taken[source.digest] = f"has the same content as {source.path}"
+
+
+def _refuse_other_columns(files: Sequence[Source]) -> None:
+    first = files[0]
+    for source in files:
+        if set(source.columns) != set(first.columns):
+            raise DataError(
+                f"{source.path}: has the columns {', '.join(source.columns)}, but {first.path} has "
+                f"{', '.join(first.columns)}; prepare files with different columns separately"
+            )
+
+
+def _refuse_other_events(source: Source, log: _OldLog) -> None:
+    newest = log.manifests[-1]
+    for name, in_log in (("timestamp", newest["has_time"]), ("rating", newest["has_rating"])):
+        if (name in source.columns) != in_log:
+            remedy = (
+                f"name their column with events.{name}=..." if in_log else f"leave them out with events.{name}=null"
+            )
+            raise DataError(f"{source.path}: the log has {'' if in_log else 'no '}{name}s; {remedy}")
+    actions = log.names("actions")
+    if actions != [NO_ACTION] and "action" not in source.columns:
+        raise DataError(
+            f"{source.path}: the log has the actions {', '.join(actions)}; name their column with events.action=..."
+        )
+
+
+def _refuse_other_tasks(source: Source, log: _OldLog) -> None:
+    tasks, in_log = _tasks_of(source), log.names("tasks")
+    if in_log and tasks != in_log:
+        raise DataError(
+            f"{source.path}: the labels {tasks} differ from the log's {in_log}; name the log's labels in that order"
+        )
+
+
+def _refuse_other_kinds(table: str, source: Source, log: _OldLog) -> None:
+    """Refuse features whose kind is not that of the log's column."""
+    known = log.values(EVENTS if table == "events" else IMPRESSIONS)
+    for canonical in source.columns:
+        kind, _, name = canonical.partition(":")
+        if kind in ("category", "number") and name in known:
+            in_log = "number" if known[name] is None else "category"
+            if kind != in_log:
+                key = "numbers" if in_log == "number" else "categories"
+                raise DataError(
+                    f"{source.path}: column {name!r} of the {table} is a {kind}, but in the log it is a {in_log}; name "
+                    f"it under {table}.{key}, or give the column another name"
+                )
+
+
+def _tasks_of(source: Source) -> list[str]:
+    """Names of the labels of an impressions source."""
+    return [name.split(":", 1)[1] for name in source.columns if name.startswith("label:")]
+
+
+def _id_kinds(source: Source, config: SourceConfig, log: _OldLog | None) -> dict[str, str]:
+    """Kinds of ids, "int" or "str", of "user" and "item": the log's, or else as configured or as in `source`.
+
+    Raises:
+        ConfigError: if the configured kind is not that of the log.
+    """
+    kinds = {}
+    for name in ("user", "item"):
+        wanted = str(getattr(config, f"{name}_ids").value)
+        if log is None:
+            kinds[name] = id_kind(source, name, wanted)
+            continue
+        kinds[name] = (log.users if name == "user" else log.items).kind
+        if wanted not in ("auto", kinds[name]):
+            raise ConfigError(
+                f"events.{name}_ids={wanted}: the {name} ids of the log are {kinds[name]}; leave events.{name}_ids out"
+            )
+    return kinds

@@ -29,11 +29,11 @@ from numpy.typing import NDArray
 from vista.config.choices import OnBadRows
 from vista.errors import ConfigError, DataError, shown
 from vista.installation import require_module
+from vista.log.features import code_type
 from vista.log.histories import LATEST_MS
 from vista.log.ingest.source_files import EXTRA, ROW
 from vista.log.ingest.sources import FileSource, ScannedSource, Source, unreadable
-from vista.log.item_features import OWNERS
-from vista.log.segment import code_type
+from vista.log.segment_files import OWNERS
 from vista.log.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -302,11 +302,32 @@ def _number(column: str, role: str) -> tuple[pl.Expr, list[RowRule]]:
     ]
 
 
+def entries_of(dtype: Any) -> tuple[bool, pl.DataType]:
+    """Whether a type is a list, and the type of its entries, or else the type itself."""
+    is_list = isinstance(dtype, pl.List) or (isinstance(dtype, pl.Array) and len(dtype.shape) == 1)
+    return is_list, dtype.inner if is_list else dtype
+
+
+def is_text_type(dtype: pl.DataType) -> bool:
+    """Whether values can only be names; a column of Null has none."""
+    return dtype in (pl.String, pl.Categorical, pl.Enum, pl.Boolean, pl.Null)
+
+
+def can_be(kind: str, dtype: pl.DataType, *, has_lists: bool) -> bool:
+    """Whether a column of a type can be a category, number, or vector; `has_lists` allows lists, as items have them."""
+    is_list, inner = entries_of(dtype)
+    if is_list and not has_lists:
+        return False
+    if kind == "category":
+        return is_text_type(inner) or inner.is_integer()
+    if kind == "number":
+        return not is_list and (inner.is_numeric() or inner in (pl.Boolean, pl.String, pl.Null))
+    return inner == pl.Null or (is_list and inner.is_numeric()) or (not is_list and inner == pl.String)
+
+
 def _check_row_feature(column: str, kind: str, dtype: pl.DataType, source: Source, table: str) -> None:
     """Refuse a column of events or impressions whose type cannot be a category, or a number."""
-    if dtype in (pl.String, pl.Boolean, pl.Null) or dtype.is_integer():
-        return
-    if dtype in (pl.Categorical, pl.Enum) if kind == "category" else dtype.is_numeric():
+    if can_be(kind, dtype, has_lists=False):
         return
     key, other = ("categories", "numbers") if kind == "category" else ("numbers", "categories")
     remedy = (
@@ -362,8 +383,6 @@ def _first_length(source: ScannedSource, lengths: pl.Expr) -> int:
         raise unreadable(source, error) from error
     return int(first["length"][0]) if first.height else 0
 
-
-# Categories of events and impressions in a part: its rows have codes, and a file per column has the values.
 
 VALUE = "value"
 """Column of a file of values, whose rows are the codes of a part."""
@@ -428,11 +447,6 @@ def too_many_values(source: Source, table: str, name: str, count: str) -> DataEr
     )
 
 
-# First half of ingest: sources become parsed and checked parts on disk; bad rows are reported or set aside.
-#
-# A part is an uncompressed Arrow IPC file in the staging folder, which later stages memory-map. Sources are streamed:
-# memory holds only Polars' buffers, and the numbers of bad rows with their reasons.
-
 ORDER = "order"
 """Column of the input order over all parts: the number of the part times 2^32, plus the row."""
 QUARANTINE_COLUMNS = ("table", "file", "row", "column", "value", "reason", "record")
@@ -440,11 +454,11 @@ QUARANTINE_COLUMNS = ("table", "file", "row", "column", "value", "reason", "reco
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A parsed source.
+    """A parsed source, as an uncompressed Arrow IPC file that later stages memory-map.
 
     file: all its rows, good and bad; num_rows: number of good rows; num_bad: number of bad rows; quarantine: CSV file
     of the bad rows, or None; values: of events and impressions, by canonical column of a category, the file of the
-    values whose codes the rows have (category_encoder.py); is_filtered: whether good rows were left out of `file`.
+    values whose codes the rows have; is_filtered: whether good rows were left out of `file`.
     """
 
     source: Source
@@ -464,6 +478,8 @@ def read_part(
     source: Source, kinds: Mapping[str, str], table: str, folder: Path, number: int, on_bad_rows: OnBadRows
 ) -> Part:
     """Stream one source into `folder`; a file is read by its parser.
+
+    Memory holds only Polars' buffers, and the numbers of bad rows with their reasons.
 
     Args:
         kinds: kinds of ids, "int" or "str", of "user" and "item".

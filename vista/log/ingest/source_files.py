@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 else:
     pl = require_module("polars", "data")
 
-
-# The rows of a source file before their values are parsed.
-
 ROW, EXTRA = "row", "extra"
 
 

@@ -1,7 +1,7 @@
 """A child process that parses source files: a damaged file can crash the process that parses it, or exhaust its memory.
 
 The child runs `parser_process`. Requests and replies are lines of JSON; a reply may be followed by raw bytes. This
-module imports neither NumPy nor Polars, so that a command can start the child before it imports them itself.
+module does not import Polars, so that a command can start the child before it imports Polars itself.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import logging
 import os
-import select
 import signal
 import subprocess
 import sys
 import tempfile
-import time
+import threading
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
@@ -66,7 +66,6 @@ class SourceParser:
         self._timeout_s, self._rows_bytes = timeout_s, rows_bytes
         self._child: subprocess.Popen[bytes] | None = None
         self._stderr: IO[bytes] | None = None
-        self._received = b""
 
     def __enter__(self) -> SourceParser:
         return self
@@ -85,7 +84,6 @@ class SourceParser:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
-            bufsize=0,
         )
 
     def close(self) -> None:
@@ -94,9 +92,10 @@ class SourceParser:
             self._child.kill()
             self._child.wait()
             for pipe in (self._child.stdin, self._child.stdout, self._stderr):
-                if pipe is not None:
-                    pipe.close()
-        self._child, self._received = None, b""
+                with suppress(BrokenPipeError):  # a request that the child did not read may be left in a buffer
+                    if pipe is not None:
+                        pipe.close()
+        self._child = None
 
     def call(self, task: str, path: str | os.PathLike[str], **arguments: Any) -> tuple[Any, bytes]:
         """Have the child run a task on a file.
@@ -129,7 +128,7 @@ class SourceParser:
         }
         try:
             self.start()
-            reply, payload = self._exchange(json.dumps(request).encode() + b"\n", time.monotonic() + timeout_s)
+            reply, payload = self._exchange(json.dumps(request).encode() + b"\n", timeout_s)
         except EOFError:
             raise DataError(
                 f"{path}: cannot be read: the parser {self._how_it_ended()}; the file is damaged, or needs more than "
@@ -150,47 +149,43 @@ class SourceParser:
             raise getattr(errors, name)(text)
         return reply["result"], payload
 
-    def _exchange(self, request: bytes, deadline: float) -> tuple[dict[str, Any], bytes]:
-        """Send a request and receive the reply; the child is still alive afterwards.
+    def _exchange(self, request: bytes, timeout_s: float) -> tuple[dict[str, Any], bytes]:
+        """Send a request and receive the reply, with the bytes that follow it.
 
         Raises:
             EOFError: the child has ended.
-            TimeoutError: the deadline has passed; the child was killed.
+            TimeoutError: the time is up; the child was killed.
         """
-        assert self._child is not None and self._child.stdin is not None
-        try:
-            view = memoryview(request)
-            while view:
-                view = view[self._child.stdin.write(view) :]
-        except BrokenPipeError:
-            raise EOFError from None
-        while b"\n" not in self._received:
-            self._receive(deadline)
-        line, _, self._received = self._received.partition(b"\n")
-        reply: dict[str, Any] = json.loads(line)
-        wanted = reply.get("payload_bytes", 0)
-        parts, have = [self._received], len(self._received)
-        while have < wanted:
-            self._received = b""
-            self._receive(deadline)
-            parts.append(self._received)
-            have += len(self._received)
-        self._received = b""
-        return reply, b"".join(parts)
+        child, is_late = self._child, threading.Event()
+        assert child is not None and child.stdin is not None and child.stdout is not None
 
-    def _receive(self, deadline: float) -> None:
-        """Append what the child has written to `_received`."""
-        assert self._child is not None and self._child.stdout is not None
-        descriptor = self._child.stdout.fileno()
-        poll = select.poll()
-        poll.register(descriptor, select.POLLIN)
-        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            self.close()
-            raise TimeoutError
-        content = os.read(descriptor, 1 << 20)
-        if not content:
-            raise EOFError
-        self._received += content
+        def end_child() -> None:
+            is_late.set()
+            child.kill()
+
+        timer = threading.Timer(timeout_s, end_child)
+        timer.daemon = True
+        timer.start()
+        try:
+            child.stdin.write(request)
+            child.stdin.flush()
+            line = child.stdout.readline()
+            if not line.endswith(b"\n"):
+                raise EOFError
+            reply: dict[str, Any] = json.loads(line)
+            num_bytes = reply.get("payload_bytes", 0)
+            payload = child.stdout.read(num_bytes)
+            if len(payload) < num_bytes:
+                raise EOFError
+            return reply, payload
+        except (BrokenPipeError, EOFError):
+            if is_late.is_set():
+                raise TimeoutError from None
+            raise EOFError from None
+        finally:
+            timer.cancel()
+            if is_late.is_set():
+                self.close()
 
     def _how_it_ended(self) -> str:
         """How the child ended, with the last informative line that it wrote to stderr."""
@@ -214,18 +209,19 @@ def npz_limit(file_bytes: int) -> int:
     return memory_limit(file_bytes) // NPZ_SHARE
 
 
-# Categories of items, from a table next to the log. SIM's hard search uses them.
-
 logger = logging.getLogger(__name__)
 
 
 def read_categories(file: Path, column: str, items: Vocabulary) -> NDArray[np.int64]:
-    """Category codes of a model's items: int64 [1 + V], starting at 1; 0 for items without a category.
+    """Category codes of a model's items, from a table next to the log, for SIM's hard search.
 
     Args:
         file: Parquet, or CSV with a header, one row per item, with a column `item` of ids.
         column: name of the column of categories, integers or text.
         items: vocabulary of the model; its row r has index r + 1 in the result.
+
+    Returns:
+        int64 [1 + V], starting at 1; 0 for items without a category.
 
     Raises:
         DataError: naming file, column, row, and remedy, if the file is invalid or contains no item of the model.

@@ -2,8 +2,20 @@
 
 Canonical columns are `user`, `item`, and, if the source has them, `timestamp`, `rating`, `action`, `sequence`,
 `label:<task>`, `probability:<task>`, `category:<name>`, and `number:<name>`; for a table of features of items or users
-see feature_sources.py. Files are opened and parsed in a child process (source_formats.py lists the formats), because a
-damaged one can end the process that parses it.
+see feature_sources.py. Files are opened and parsed in a child process, because a damaged one can end the process that
+parses it.
+
+| kind | files | columns |
+|---|---|---|
+| table | Parquet, CSV, TSV (also .gz) | named in the config |
+| recbole | *.inter, tabs, typed header (`user_id:token`) | timestamp in seconds unless `time_unit` says otherwise |
+| npz | events.npz: user, item, user_raw, item_raw [, time in seconds, rating] | read into memory |
+| simulated | folder of `vista simulate`: events.parquet, impressions.parquet | ms, actions, labels, probabilities |
+
+The other kinds are public data sets, which the modules in `public` describe. Every kind becomes a lazy frame of raw
+values, with `row`, the 1-based number of the data row, not counting a header. Text files are read as text, so that one
+set of rules parses and checks all values (rows.py). They get a column `extra`, which is null unless a line has more
+fields than the header.
 """
 
 from __future__ import annotations
@@ -257,12 +269,9 @@ def feature_columns(config: SourceConfig) -> dict[str, str]:
     return {f"category:{own}": own for own in config.categories} | {f"number:{own}": own for own in config.numbers}
 
 
-# A source whose rows this process can parse: a frame in memory or, in the parser process, a file.
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScannedSource(Source):
-    """A source with its rows.
+    """A source with its rows: a frame in memory or, in the parser process, a file.
 
     frame: canonical columns with raw values, and the columns ROW and (of a text file) EXTRA.
     """
@@ -359,21 +368,6 @@ class _Hasher:
     def flush(self) -> None:
         return
 
-
-# Readers of source files: every supported kind becomes a lazy frame with canonical columns. Values are not parsed.
-#
-# `row` is the 1-based number of the data row, not counting a header. Text files are read as text, so that one set of
-# rules parses and checks all values (row_rules.py). They get a column `extra`, which is null unless a line has more
-# fields than the header.
-#
-# | kind | files | columns |
-# |---|---|---|
-# | table | Parquet, CSV, TSV (also .gz) | named in the config |
-# | recbole | *.inter, tabs, typed header (`user_id:token`) | timestamp in seconds unless `time_unit` says otherwise |
-# | npz | events.npz: user, item, user_raw, item_raw [, time in seconds, rating] | read into memory |
-# | simulated | folder of `vista simulate`: events.parquet, impressions.parquet | ms, actions, labels, probabilities |
-#
-# The other kinds are public data sets, which the modules in `public` describe.
 
 SIMULATED_TASKS = ("click", "like", "long_view")
 NPZ_ARRAYS = ("user", "item", "user_raw", "item_raw", "time", "rating")

@@ -22,8 +22,8 @@ from vista.config import DataConfig, ModelConfig, OptimConfig
 from vista.config.choices import Architecture, Search
 from vista.errors import ConfigError
 from vista.examples.batch import Batch
+from vista.log.features import CategoryColumn, ItemFeatures
 from vista.log.histories import NUM_GAPS, Histories
-from vista.log.item_features import CategoryColumn, ItemFeatures
 from vista.log.vocabulary import Vocabulary
 from vista.model.baselines.history_model import HistoryModel, PaddedTile, ShownCandidates, in_place, tiles, time_bucket
 from vista.model.features import EncodedRows, Schema
