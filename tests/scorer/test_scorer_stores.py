@@ -436,7 +436,7 @@ def test_a_running_call_keeps_its_store_open(event_log: EventLog, tmp_path: Path
     models[0].save_pretrained(tmp_path / "model")
     with Scorer.open(tmp_path / "model", tmp_path / "store") as scorer:
         old = scorer.store
-        with scorer._snapshots.use() as snapshot:
+        with scorer.in_service() as snapshot:
             models[1].save_pretrained(tmp_path / "model")
             assert scorer.reload() and scorer.store is not old
             assert snapshot.store is old and len(old.get_many(USERS).found) == 5

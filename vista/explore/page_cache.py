@@ -10,7 +10,7 @@ from typing import Any
 
 import streamlit as st
 
-from vista.config.choices import OnMissing, Precision
+from vista.config.choices import Precision
 from vista.evaluation.recall import RecallItems, RecallReport, recall_of_user
 from vista.explore.rankings import OverlapOfUsers, compare_users
 from vista.explore.results import EmptySummaryScorer, SummaryBenefit, summary_benefit
@@ -125,6 +125,6 @@ def _benefit(
     source = ServingSource(model, store, "cpu", read_key(key_file), Precision.float32)
     with (
         open_page_scorer(model, store, key_file) as scorer,
-        EmptySummaryScorer(source, OnMissing.empty, None, None) as empty,
+        EmptySummaryScorer(source) as empty,
     ):
         return summary_benefit(scorer, empty, _log)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from vista.arrays import Int
 from vista.config import ExploreConfig
-from vista.config.choices import OnMissing, Precision
+from vista.config.choices import Precision
 from vista.errors import ConfigError, VistaError
 from vista.log.event_log import EventLog
 from vista.log.item_features import CategoryColumn
@@ -232,7 +232,7 @@ def open_page_scorer(
         StoreError, CheckpointError, ConfigError: as in `Scorer.open` and `read_key`.
     """
     source = ServingSource(model, store, "cpu", read_key(key_file), Precision.float32, generation=generation)
-    return Scorer(source, OnMissing.empty, task, None)
+    return Scorer(source, task=task)
 
 
 def record_of(scorer: Scorer, user: int | str) -> StoredBatch:

@@ -26,9 +26,7 @@ from vista.model.features import HashedVocabulary, RowFeatureReader
 from vista.model.item_feature_table import largest_keys
 from vista.model.vista_model import VistaModel
 from vista.refresh.full import new_manifest
-from vista.scorer.reading import read_request, with_fresh_events
-from vista.scorer.request import Request
-from vista.scorer.scorer_stats import StatsRecorder
+from vista.scorer.request import Request, with_fresh_events
 from vista.scorer.serving_snapshot import ServingSnapshot
 from vista.store.keys import user_keys
 from vista.store.record import StoredBatch, encode_records
@@ -82,7 +80,7 @@ def _batch(snapshot: ServingSnapshot, users: list[Any], num_candidates: int, rng
         after = rng.exponential(10 * DAY_MS, num_users).astype(np.int64)
         now = np.maximum(stored.last_event_ts, 2 * YEAR_1971_MS) + after
     tail = _new_events(model, stored, now, rng) if rng.random() < 0.5 else None
-    request = read_request(snapshot, users, tail, now, OnMissing.empty, None, StatsRecorder())
+    request = snapshot.read(users, tail, now, OnMissing.empty)
     merged, is_new = stored.tail, np.zeros(len(stored.tail.items), np.bool_)
     if tail is not None:
         merged, is_new, _ = with_fresh_events(model, stored, tail, refuse=True)

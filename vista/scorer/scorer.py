@@ -13,24 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from vista.config.choices import OnMissing, Precision, choice_of
 from vista.device import reuse_freed_memory
+from vista.errors import StoreError, VistaError
 from vista.log.vocabulary import Ids
+from vista.model.ranking_model import UNKNOWN_ITEM
 from vista.model.vista_model import VistaModel
-from vista.scorer.ranking import CandidateSet, Explanation, ItemFilter, Ranking, explained, predict, ranked, retrieved
-from vista.scorer.reading import nan_for, read_request
-from vista.scorer.request import MAX_SCORES, Request, require_max_age, require_most
-from vista.scorer.scorer_stats import ScorerStats, StatsRecorder
-from vista.scorer.serving_snapshot import ServingSnapshot
-from vista.scorer.serving_source import Follower, ServingSource, SnapshotHolder
+from vista.scorer.ranking import Explanation, ItemFilter, Ranking, explained, ranked, retrieved
+from vista.scorer.request import MAX_SCORES, Request, ragged_offsets, require_max_age, require_most, split_ragged
+from vista.scorer.scorer_stats import ScorerStats, StatsRecorder, repair_after_fork
+from vista.scorer.serving_snapshot import CandidateSet, ServingSnapshot
+from vista.scorer.serving_source import Follower, ServingSource
 from vista.store.manifest import Manifest
 from vista.store.reader import StoreReader
 from vista.store.record_sections import Tail
 from vista.store.shards import ShardedReader
-
-# The generation and the model that an answer of a scorer was computed from.
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +55,32 @@ class Scorer:
     """Scores candidates for users from their stored summaries and tails. Open one per process with `Scorer.open`.
 
     It is thread-safe, and works after a fork. Each call uses one model and one state of the store throughout.
+
+    Args:
+        source: where the model and the store are, and how to open them.
+        on_missing: as in `open`, like `task` and `max_age_s`.
     """
 
-    def __init__(self, source: ServingSource, on_missing: OnMissing, task: str | None, max_age_s: float | None) -> None:
+    def __init__(
+        self,
+        source: ServingSource,
+        on_missing: OnMissing = OnMissing.empty,
+        task: str | None = None,
+        max_age_s: float | None = None,
+    ) -> None:
         self.on_missing, self.max_age_s = on_missing, max_age_s
-        self._snapshots = SnapshotHolder(source)
+        self._source = source
+        self._current = source.open()
+        self._closed = self._inherited = False
+        self._changing = threading.Lock()
         self._recorder = StatsRecorder()
         self._follower = Follower(self)
         self._latest = LatestSource()
+        repair_after_fork(self)
         try:
             self.task = task or self.tasks[0]
             """The task that `score` and `rank` use."""
-            self._snapshots.current.require_task(self.task)
+            self._current.require_task(self.task)
         except BaseException:
             self.close()
             raise
@@ -115,7 +130,9 @@ class Scorer:
     def close(self) -> None:
         """Close the store and end `follow`; closing twice is allowed."""
         self._follower.stop()
-        self._snapshots.close()
+        with self._changing:
+            self._closed = True
+            self._current.store.close()
 
     def __enter__(self) -> Scorer:
         return self
@@ -126,18 +143,28 @@ class Scorer:
     @property
     def model(self) -> VistaModel:
         """The model in service."""
-        return self._snapshots.current.model
+        return self._current.model
 
     @property
     def store(self) -> StoreReader | ShardedReader:
         """The store in service; a `reload` that moves to another model closes it (`in_service` keeps it open)."""
-        return self._snapshots.current.store
+        return self._current.store
 
     @contextmanager
     def in_service(self) -> Iterator[ServingSnapshot]:
         """The `model` and its `store`, which stays open until the block ends; StoreError if the scorer is closed."""
-        with self._snapshots.use() as snapshot:
+        self._require_open()
+        # This takes no lock, because a fork could copy it locked: `calls` is a set, and each operation on it is atomic.
+        call, snapshot = object(), self._current
+        snapshot.calls.add(call)
+        while snapshot is not self._current:  # A reload happened between the two lines above.
+            self._release(snapshot, call)
+            snapshot = self._current
+            snapshot.calls.add(call)
+        try:
             yield snapshot
+        finally:
+            self._release(snapshot, call)
 
     @property
     def answered_from(self) -> AnswerSource | None:
@@ -147,13 +174,13 @@ class Scorer:
     @property
     def manifest(self) -> Manifest:
         """Manifest of the store's generation: its number, its users, when it was refreshed."""
-        with self._snapshots.use() as snapshot:
+        with self.in_service() as snapshot:
             return snapshot.store.manifest
 
     @property
     def tasks(self) -> list[str]:
         """The tasks that `predict` scores; `next` is the retrieval head."""
-        return self._snapshots.current.tasks
+        return self._current.tasks
 
     def reload(self) -> bool:
         """Move to a new generation of the store or a new model in the model's folder; returns whether there was one.
@@ -167,7 +194,8 @@ class Scorer:
                 reads, the new model lacks this scorer's task, or the scorer is closed. The old one stays in service.
         """
         try:
-            moved = self._snapshots.reload(self.task)
+            with self._changing:
+                moved = self._moved()
         except BaseException as error:
             self._recorder.failed_to_reload(error)
             raise
@@ -184,7 +212,7 @@ class Scorer:
             StoreError: the scorer is closed.
             ValueError: every_s is not positive or too large.
         """
-        with self._snapshots.use():  # checks that the scorer is open
+        with self.in_service():  # checks that the scorer is open
             self._follower.start(every_s)
 
     def stats(self) -> ScorerStats:
@@ -206,8 +234,7 @@ class Scorer:
             UnknownUserError, UnknownItemError, StoreError, ValueError, TypeError: as in `predict`.
         """
         with self._call(users, tail, now) as (snapshot, asked):
-            own = [self.task]
-            return predict(snapshot, asked, candidates, request, own, self.on_missing, self._recorder)[self.task]
+            return self._predict(snapshot, asked, candidates, request, [self.task])[self.task]
 
     def predict(
         self,
@@ -245,7 +272,7 @@ class Scorer:
             ValueError, TypeError: an argument is invalid or too long; the message names it.
         """
         with self._call(users, tail, now) as (snapshot, asked):
-            return predict(snapshot, asked, candidates, request, snapshot.tasks, self.on_missing, self._recorder)
+            return self._predict(snapshot, asked, candidates, request, snapshot.tasks)
 
     def rank(
         self,
@@ -323,8 +350,8 @@ class Scorer:
         Raises:
             UnknownItemError, ValueError, TypeError: as in `predict`.
         """
-        with self._snapshots.use() as snapshot:
-            return CandidateSet.of(snapshot, candidates, self.on_missing)
+        with self.in_service() as snapshot:
+            return snapshot.candidates(candidates, self.on_missing)
 
     def user_vectors(self, users: Ids, *, tail: Tail | None = None, now: Any = None) -> NDArray[np.float32]:
         """Vectors of the retrieval head, float32 [B, M'], which rank `item_vectors`, except for `counted_items`.
@@ -342,7 +369,7 @@ class Scorer:
         Raises:
             ValueError: the model was trained without a retrieval head.
         """
-        with self._snapshots.use() as snapshot:
+        with self.in_service() as snapshot:
             vectors = snapshot.retrieval_vectors()[1:].cpu().numpy().copy()
             return snapshot.model.items.ids(np.arange(len(snapshot.model.items))), vectors
 
@@ -403,10 +430,80 @@ class Scorer:
         with self._call([user], tail, now) as (snapshot, asked):
             return explained(snapshot, asked, candidates, request, task or self.task, self.on_missing, self._recorder)
 
+    def _moved(self) -> bool:
+        """Move to what is newer, as `reload` does, for one thread at a time."""
+        self._require_open()
+        try:
+            newer = self._source.open_newer(self._current, self.task)
+        except VistaError:
+            self._current.store.reload()  # A model that cannot be served must not block new generations.
+            raise
+        if newer is None:
+            return self._current.store.reload()
+        old, self._current = self._current, newer
+        self._close_unused(old)
+        return True
+
+    def _release(self, snapshot: ServingSnapshot, call: object) -> None:
+        snapshot.calls.discard(call)
+        if snapshot is not self._current:
+            self._close_unused(snapshot)
+
+    def _close_unused(self, snapshot: ServingSnapshot) -> None:
+        if not snapshot.calls:
+            snapshot.store.close()
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise StoreError(f"the scorer of {self._current.store.path} is closed; open a new one")
+        if self._inherited:  # OpenMP's threads are not forked, so a child that waits for them would hang.
+            self._inherited = False
+            torch.set_num_threads(1)
+
+    def _after_fork(self) -> None:
+        self._inherited = torch.get_num_threads() > 1
+        self._changing = threading.Lock()
+
     @contextmanager
     def _call(self, users: Ids, tail: Tail | None, now: Any) -> Iterator[tuple[ServingSnapshot, Request]]:
         """The snapshot in service and the request that it reads, for one call, which is counted and timed."""
-        with self._recorder.timed(), self._snapshots.use() as snapshot:
-            request = read_request(snapshot, users, tail, now, self.on_missing, self.max_age_s, self._recorder)
+        with self._recorder.timed(), self.in_service() as snapshot:
+            request = snapshot.read(users, tail, now, self.on_missing, self.max_age_s, self._recorder)
             self._latest.source = AnswerSource(request.generation, snapshot.checksum)
             yield snapshot, request
+
+    def _predict(
+        self, snapshot: ServingSnapshot, request: Request, candidates: Any, features: Any, tasks: list[str]
+    ) -> dict[str, Any]:
+        """Scores of some tasks; arguments, result and errors are those of `predict`."""
+        values, given = split_ragged(candidates)
+        rows, missing = snapshot.candidates(values, self.on_missing).rows, request.missing
+        if given is not None:
+            offsets = ragged_offsets(rows, given, len(request))
+            request = request.with_features(snapshot.model, features, offsets)
+            scores = snapshot.ragged_scores(request, rows, offsets, tasks)
+            missing = np.repeat(missing, np.diff(offsets))
+        else:
+            if rows.ndim == 2 and len(rows) != len(request):
+                raise ValueError(
+                    f"candidates: shape {rows.shape} does not match {len(request)} users; pass [C], or one row per user"
+                )
+            require_most(len(request) * rows.shape[-1], MAX_SCORES, "candidates", "pairs of a user and a candidate")
+            request = request.with_features(snapshot.model, features, rows.shape[-1])
+            scores = snapshot.scores(request, torch.from_numpy(rows), tasks)
+            missing = missing[:, None]
+        unknown = np.broadcast_to(rows == UNKNOWN_ITEM, scores[tasks[0]].shape)
+        if self.on_missing is OnMissing.nan:
+            nobody = torch.from_numpy(missing | unknown)
+            scores = {task: cells.masked_fill(nobody, float("nan")) for task, cells in scores.items()}
+        self._recorder.add(candidates=unknown.size, unknown_candidates=int(unknown.sum()))
+        if isinstance(values, Tensor):
+            return {task: cells.to(values.device) for task, cells in scores.items()}
+        return {task: cells.numpy() for task, cells in scores.items()}
+
+
+def nan_for(missing: NDArray[np.bool_], values: NDArray[np.float32], on_missing: OnMissing) -> NDArray[np.float32]:
+    """Values [N] or [N, D], which become NaN where bool [N] is set, if the policy says so."""
+    if on_missing is OnMissing.nan:
+        values[missing] = np.nan
+    return values

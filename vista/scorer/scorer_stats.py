@@ -1,4 +1,4 @@
-"""Counters of a scorer: users found, candidates unknown, duration of calls."""
+"""Counters of a scorer: users found, candidates unknown, duration of calls. A forked child has counters of its own."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-# Objects that notice when they become copies in a forked child.
-
 
 class Forkable(Protocol):
     """An object that holds what does not survive a fork, such as a lock or a thread."""
 
-    def after_fork(self) -> None:
+    def _after_fork(self) -> None:
         """Make the copy in a forked child usable."""
 
 
@@ -27,13 +25,13 @@ _registered: weakref.WeakSet[Forkable] = weakref.WeakSet()
 
 
 def repair_after_fork(held: Forkable) -> None:
-    """Call `held.after_fork()` in every child that is forked during the object's life."""
+    """Call `held._after_fork()` in every child that is forked during the object's life."""
     _registered.add(held)
 
 
 def _repair() -> None:
     for held in _registered:
-        held.after_fork()
+        held._after_fork()
 
 
 os.register_at_fork(after_in_child=_repair)
@@ -108,14 +106,10 @@ class StatsRecorder:
     """Counts for all threads of a process. A forked child starts at zero."""
 
     def __init__(self) -> None:
-        self._reset()
+        self._after_fork()
         repair_after_fork(self)
 
-    def after_fork(self) -> None:
-        """Start at zero."""
-        self._reset()
-
-    def _reset(self) -> None:
+    def _after_fork(self) -> None:
         self._lock = threading.Lock()
         self._counts = dict.fromkeys(COUNTERS, 0)
         self._latencies = [0] * (len(LATENCY_BOUNDS_MS) + 1)
