@@ -31,10 +31,8 @@ from vista.config import DataConfig, ModelConfig, OptimConfig, PrepareConfig, Si
 from vista.config.choices import ExportFormat, OnMissing, Precision, Split
 from vista.device import set_threads
 from vista.export.export import compare, scorer_outputs
-from vista.export.export_runner import ExportRunner
 from vista.export.formats import ONNX_FILE, write_aotinductor, write_onnx
-from vista.export.request_arrays import Arrays, request_arrays
-from vista.export.serving_graph import ServingGraph, graph_inputs
+from vista.export.serving_graph import Arrays, ExportRunner, ServingGraph, graph_inputs, request_arrays
 from vista.export.trial_requests import TrialRequests
 from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare

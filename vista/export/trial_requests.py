@@ -19,7 +19,7 @@ from torch import Tensor
 from vista.arrays import Int, offsets_of
 from vista.config.choices import Codec, OnMissing, StateDtype
 from vista.counters.counter_codes import MAX_CODE, CounterCodes
-from vista.export.request_arrays import Arrays, request_arrays
+from vista.export.serving_graph import Arrays, request_arrays
 from vista.log.histories import DAY_MS, YEAR_1971_MS, Histories
 from vista.model import inference
 from vista.model.features import HashedVocabulary, RowFeatureReader
@@ -39,6 +39,9 @@ CANDIDATES = 1, 2, 17, 100
 NEW_EVENTS = 4
 MISSING = 0.1
 """Share of values, times, and users that requests do not have."""
+NUM_USERS = 200
+MOST_EVENTS = 60
+"""Of the random users of an export without a store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,14 +146,9 @@ def _values(reader: RowFeatureReader, count: int, rng: np.random.Generator) -> d
     return values
 
 
-# A store of random users, for exports without a store.
-
-NUM_USERS = 200
-MOST_EVENTS = 60
-
-
 def write_trial_store(model: VistaModel, path: Path, seed: int = 0) -> None:
-    """Write a store of random histories, summarized by the model, with random counters and features of users."""
+    """Write a store of random histories, summarized by the model, with random counters and features of users, for an
+    export without a store."""
     rng, schema = np.random.default_rng(seed), model.schema
     lengths = rng.integers(0, MOST_EVENTS, NUM_USERS)
     lengths[0] = 0
