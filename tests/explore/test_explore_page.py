@@ -303,7 +303,7 @@ def test_damaged_item_features(draw: Draw, served: Served, tmp_path: Path) -> No
 
 
 def test_an_argument_that_the_scorer_refuses(
-    self, draw: Draw, served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    draw: Draw, served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from vista.explore import page_body
 
