@@ -32,8 +32,8 @@ from vista.installation import DISTRIBUTION, __version__, install_command
 from vista.machine import cpu_name, cpu_quota, free_bytes, memory_limit_bytes, usable_cores
 
 if TYPE_CHECKING:
+    from vista.store.layout import StoreUrl
     from vista.store.manifest import Manifest
-    from vista.store.store_url import StoreUrl
 
 
 class Verdict(Enum):
@@ -334,7 +334,7 @@ def check_store(config: DoctorConfig) -> Iterator[Finding]:
 
 
 def _check(root: Path | StoreUrl, model: str | None) -> Iterator[Finding]:
-    from vista.store.verification import store_stats
+    from vista.store.admin import store_stats
 
     yield Finding("store", str(root))
     stats = store_stats(root)
@@ -470,7 +470,7 @@ def check_disks(config: DoctorConfig) -> Iterator[Finding]:
 
 
 def _is_url(path: str) -> bool:
-    from vista.store.store_url import StoreUrl  # needs torch, which may be what is missing
+    from vista.store.layout import StoreUrl  # needs torch, which may be what is missing
 
     return path != "." and StoreUrl.matches(path)
 

@@ -29,16 +29,12 @@ from vista.config import DataConfig, ModelConfig, OptimConfig, PrepareConfig, Si
 from vista.config.choices import ExportFormat, OnMissing, Precision, Split
 from vista.device import set_threads
 from vista.export.export import compare, scorer_outputs
-from vista.export.export_runner import ExportRunner
 from vista.export.formats import ONNX_FILE, write_aotinductor, write_onnx
-from vista.export.request_arrays import Arrays, request_arrays
-from vista.export.serving_graph import ServingGraph, graph_inputs
+from vista.export.serving_graph import Arrays, ExportRunner, ServingGraph, graph_inputs, request_arrays
 from vista.export.trial_requests import TrialRequests
 from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare
 from vista.refresh import refresh
-from vista.scorer.reading import read_request
-from vista.scorer.scorer_stats import StatsRecorder
 from vista.scorer.serving_snapshot import ServingSnapshot
 from vista.scorer.serving_source import ServingSource
 from vista.simulation.simulate import simulate
@@ -85,7 +81,7 @@ def request_of_one(snapshot: ServingSnapshot, num_candidates: int) -> TrialReque
     stored = snapshot.store.get_many(users)
     rows = np.random.default_rng(0).integers(1, len(model.items) + 1, (1, num_candidates))
     now = stored.last_event_ts + 1000 if model.schema.has_time else None
-    request = read_request(snapshot, users, None, now, OnMissing.empty, None, StatsRecorder())
+    request = snapshot.read(users, None, now, OnMissing.empty)
     codes = {} if model.request_features is None else model.request_features.parse({}, num_candidates).columns
     arrays = request_arrays(
         model,

@@ -28,8 +28,8 @@ from vista.arrays import Int
 from vista.config import DataConfig, ModelConfig
 from vista.config.choices import Precision, TargetAttentionKind
 from vista.log.event_log import EventLog
+from vista.log.features import CategoryColumn, FeatureColumn, ItemFeatures, NumberColumn
 from vista.log.histories import RowFeatures
-from vista.log.item_features import CategoryColumn, FeatureColumn, ItemFeatures, NumberColumn
 from vista.log.vocabulary import Vocabulary
 from vista.model import inference
 from vista.model.features import FeatureSpec, RowFeatureReader

@@ -23,8 +23,7 @@ from vista.config import DataConfig, ModelConfig
 from vista.config.choices import Architecture, ExportFormat, Precision, TargetAttentionKind
 from vista.errors import ExportError, MissingDependencyError
 from vista.export.export import compare, export, scorer_outputs
-from vista.export.request_arrays import Arrays
-from vista.export.serving_graph import ServingGraph, graph_inputs
+from vista.export.serving_graph import Arrays, ServingGraph, graph_inputs
 from vista.export.trial_requests import trial_requests, write_trial_store
 from vista.log.event_log import EventLog
 from vista.log.histories import NUM_GAPS, gap_bucket
@@ -373,7 +372,7 @@ def test_an_export_that_differs_or_cannot_be_written_leaves_the_earlier_one(
             raise failures.pop()
         return eager(graph)
 
-    monkeypatch.setattr("vista.export.formats.write_onnx", write)
+    monkeypatch.setattr("vista.export.export.write_onnx", write)
     words = ["export", f"model={small}", f"out={exported}", "num_requests=20", "max_difference=1e-12"]
     assert main(words) == 1
     assert "but at most 1e-12 is allowed (max_difference); nothing was written" in capsys.readouterr().err
@@ -395,12 +394,12 @@ def test_a_full_disk_leaves_nothing(small: Path, tmp_path: Path) -> None:
         "from vista.export.export import export\n"
         "from vista.errors import ExportError\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "from vista.export import onnx_export\n"
-        "write = onnx_export.write_onnx\n"
+        "import vista.export.export as exports\n"
+        "write = exports.write_onnx\n"
         "def limited(*arguments):\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))\n"
         "    return write(*arguments)\n"
-        "onnx_export.write_onnx = limited\n"
+        "exports.write_onnx = limited\n"
         "try:\n"
         "    export(sys.argv[1], sys.argv[2], ExportFormat.onnx, num_requests=5)\n"
         "except ExportError as error:\n"

@@ -21,7 +21,7 @@ from vista.log.vocabulary import Vocabulary
 from vista.model.features import RowFeatureReader
 from vista.refresh import RefreshOptions, erase, forget, merge, refresh, refresh_incremental
 from vista.scorer import ScorerStats, Tail
-from vista.scorer.request import PairFeatures
+from vista.scorer.request_features import PairFeatures
 
 LONG = "x" * 100_000
 PATHS: list[Any] = [

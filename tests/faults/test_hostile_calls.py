@@ -47,7 +47,7 @@ NOT_CALLED = {
         *("StoredBatch.expired", "StoredBatch.spread", "StoredBatch.without"),
     ),
     "takes what only vista itself makes": (
-        *("RefreshOptions.require_only", "CandidateSet.of", "Explanation.of"),
+        *("RefreshOptions.require_only", "Explanation.of"),
         *("Manifest.spec", "Manifest.with_records"),
     ),
     "without arguments, from fields that were checked when the manifest was read (`test_crafted_fields`)": (

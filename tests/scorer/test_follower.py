@@ -109,12 +109,12 @@ def test_a_failure_does_not_end_the_thread(
     failure: BaseException,
     message: str,
 ) -> None:
-    def fail(task: str) -> bool:
+    def fail() -> bool:
         raise failure
 
     with Scorer.open(served.model_dir, store) as scorer:
         with monkeypatch.context() as patch:
-            patch.setattr(scorer._snapshots, "reload", fail)
+            patch.setattr(scorer, "_moved", fail)
             scorer.follow(EVERY_S)
             wait_for(lambda: scorer.stats().failed_reloads >= 2)
             assert scorer.stats().last_reload_error == message

@@ -133,11 +133,11 @@ def test_a_candidates_score_does_not_depend_on_the_others(task_scorer: Scorer, m
     users = list(task_scorer.store.keys())[:4]
     items = task_scorer.model.items.ids(np.arange(len(task_scorer.model.items)))
     whole = task_scorer.predict(users, items)
-    held, current = task_scorer._snapshots, task_scorer._snapshots.current
+    current = task_scorer._current
     parts = (current.model, current.items, current.store, Precision.float32, current.identity)
     for pairs in (1024, 1, 40):
         snapshot = ServingSnapshot(*parts, pairs_per_pass=pairs, cosines_per_pass=pairs)
-        monkeypatch.setattr(held, "current", snapshot)
+        monkeypatch.setattr(task_scorer, "_current", snapshot)
         backwards = task_scorer.predict(users, items[::-1])
         for task, scores in whole.items():
             np.testing.assert_allclose(backwards[task][:, ::-1], scores, atol=2e-5)
@@ -264,8 +264,8 @@ def test_best_of_candidates(scorer: Scorer) -> None:
 def test_non_finite_scores_are_left_out_and_counted(served: Served) -> None:
     model = VistaModel.from_pretrained(served.model_dir)
     with Scorer.open(model, served.store) as scorer:
-        assert scorer._snapshots.current.items.retrieval is not None
-        scorer._snapshots.current.items.retrieval[[3, 9]] = torch.tensor([[np.nan], [np.inf]], dtype=torch.float32)
+        assert scorer._current.items.retrieval is not None
+        scorer._current.items.retrieval[[3, 9]] = torch.tensor([[np.nan], [np.inf]], dtype=torch.float32)
         ranking = scorer.rank(103, top_k=1000)
         assert ranking.num_dropped == 2 and len(ranking.items) == len(model.items) - 2
         assert not set(ranking.items.tolist()) & set(model.items.ids([2, 8]).tolist())

@@ -27,8 +27,6 @@ from vista.model.ranking_model import NEXT_TASK
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer, Tail
-from vista.scorer.reading import read_request
-from vista.scorer.scorer_stats import StatsRecorder
 from vista.training.log_schema import schema_of
 
 TOLERANCE = 2e-5
@@ -131,7 +129,7 @@ def test_a_score_does_not_depend_on_the_other_pairs(
         same(own[task], scores[np.array(rows)[:, None], grid])
     same(opened.score(asked, items[columns], now=now), shared[opened.task])
     with opened.in_service() as snapshot:  # without labeled tasks, users have a pass of their own
-        request = read_request(snapshot, asked, None, now, opened.on_missing, None, StatsRecorder())
+        request = snapshot.read(asked, None, now, opened.on_missing)
         rows = torch.from_numpy(opened.encode(items[columns]).rows)
         same(snapshot.scores(request, rows, [NEXT_TASK])[NEXT_TASK], shared[NEXT_TASK])
 

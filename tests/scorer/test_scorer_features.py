@@ -33,7 +33,6 @@ from vista.model.features import EncodedRows, RowFeatureReader
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer, Tail
-from vista.scorer.reading import read_request
 from vista.scorer.serving_snapshot import RequestProjections
 from vista.training.log_schema import schema_of
 
@@ -317,8 +316,8 @@ def part_of(drawn: dict[str, NDArray[Any]], rows: NDArray[Any], columns: NDArray
 
 def test_scores_are_those_of_the_model(opened: Scorer, ids: Known, drawn: Any, whole: Any) -> None:
     users, items, now = ids
-    snapshot, model = opened._snapshots.current, opened.model
-    request = read_request(snapshot, users, None, now, opened.on_missing, None, opened._recorder)
+    snapshot, model = opened._current, opened.model
+    request = snapshot.read(users, None, now, opened.on_missing)
     context = inference.request_context(model, request.summary, request.tail)
     candidates = np.broadcast_to(np.arange(1, NUM_ITEMS + 1), (len(users), NUM_ITEMS))
     for column in range(NUM_ITEMS):

@@ -36,8 +36,7 @@ from vista.model.saved_model import WEIGHTS_FILE
 from vista.model.vista_model import VistaModel
 from vista.refresh import erase, refresh
 from vista.scorer import Scorer
-from vista.scorer.scorer import AnswerSource
-from vista.scorer.scorer_stats import LATENCY_BOUNDS_MS, ScorerStats
+from vista.scorer.scorer import LATENCY_BOUNDS_MS, AnswerSource, ScorerStats
 from vista.store.admin import compact_store
 from vista.store.shards import Shard
 from vista.training.log_schema import schema_of
@@ -436,7 +435,7 @@ def test_a_running_call_keeps_its_store_open(event_log: EventLog, tmp_path: Path
     models[0].save_pretrained(tmp_path / "model")
     with Scorer.open(tmp_path / "model", tmp_path / "store") as scorer:
         old = scorer.store
-        with scorer._snapshots.use() as snapshot:
+        with scorer.in_service() as snapshot:
             models[1].save_pretrained(tmp_path / "model")
             assert scorer.reload() and scorer.store is not old
             assert snapshot.store is old and len(old.get_many(USERS).found) == 5

@@ -32,7 +32,7 @@ from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer, Tail
-from vista.scorer.reading import checked_tail, merge_tails
+from vista.scorer.request import checked_tail, merge_tails
 from vista.training.log_schema import schema_of
 
 pytestmark = pytest.mark.usefixtures("no_warnings")

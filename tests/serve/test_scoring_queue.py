@@ -31,9 +31,18 @@ from vista.log.event_log import EventLog
 from vista.refresh import refresh
 from vista.scorer import Scorer
 from vista.serve import application, served_models, worker
-from vista.serve.application import make_application
-from vista.serve.request_bodies import JSON, MSGPACK, TailEvent, tail_of
-from vista.serve.scoring_service import MAX_BYTES, MAX_REQUESTS, Entry, ScoreBatches, ScoringQueue, ScoringService
+from vista.serve.application import ScoringQueue, make_application
+from vista.serve.scoring_service import (
+    JSON,
+    MAX_BYTES,
+    MAX_REQUESTS,
+    MSGPACK,
+    Entry,
+    ScoreBatches,
+    ScoringService,
+    TailEvent,
+    tail_of,
+)
 from vista.serve.served_models import ServedModels
 from vista.serve.service_metrics import ServiceMetrics
 from vista.training.trainer import train

@@ -25,8 +25,7 @@ from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer, Tail
 from vista.serve import scoring_service
-from vista.serve.request_bodies import JSON
-from vista.serve.scoring_service import ScoreBatches, ScoringService
+from vista.serve.scoring_service import JSON, ScoreBatches, ScoringService
 from vista.store import StoreReader
 from vista.training.trainer import train
 

@@ -10,15 +10,12 @@ from typing import Any
 
 import streamlit as st
 
-from vista.config.choices import OnMissing, Precision
 from vista.evaluation.recall import RecallItems, RecallReport, recall_of_user
 from vista.explore.rankings import OverlapOfUsers, compare_users
 from vista.explore.results import EmptySummaryScorer, SummaryBenefit, summary_benefit
 from vista.explore.workspace import Places, ScorerPool, UserSearch, Workspace, log_version, open_page_scorer
 from vista.log.event_log import EventLog
 from vista.scorer import Scorer
-from vista.scorer.serving_source import ServingSource
-from vista.store.record_spec import read_key
 
 FOLLOW_S = 10.0
 """How often scorers look for a new generation or model."""
@@ -122,9 +119,8 @@ def _overlap(key: Any, served: Any, users: tuple[int | str, ...], top_k: int, _a
 def _benefit(
     model: str, store: str, key_file: str | None, served: Any, version: tuple[str, ...], _log: EventLog
 ) -> SummaryBenefit:
-    source = ServingSource(model, store, "cpu", read_key(key_file), Precision.float32)
     with (
         open_page_scorer(model, store, key_file) as scorer,
-        EmptySummaryScorer(source, OnMissing.empty, None, None) as empty,
+        open_page_scorer(model, store, key_file, EmptySummaryScorer) as empty,
     ):
         return summary_benefit(scorer, empty, _log)

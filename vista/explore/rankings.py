@@ -1,4 +1,4 @@
-"""A user's best items, and what their scores consist of."""
+"""A user's best items and what their scores consist of, after what the user could do now, or by two scorers."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from vista.store.backend import open_backend
 from vista.store.record_spec import Tail
 
 HOUR_MS = 3_600_000
+LISTED = 1_000
+"""Ranks that are looked up before and after added events; items beyond have no rank."""
 PARTS = ("summary", "tail", "counters", "item and request", "state", "bias")
 """What a score consists of, as the page names it: `Explanation` has the fields in another order."""
 
@@ -176,12 +178,6 @@ def tail_of_events(events: list[tuple[Any, int]], now: int | None, newest: int) 
     return Tail(items, times, actions, np.array([0, count], np.int64))
 
 
-# What a ranking would be if the user did something now.
-
-LISTED = 1_000
-"""Ranks that are looked up; items beyond have no rank."""
-
-
 @dataclass(frozen=True, slots=True)
 class WhatIf:
     """The ranking before and after some added events."""
@@ -254,12 +250,9 @@ def places_of(ranking: Ranking) -> dict[Any, int]:
     return dict(zip(ranking.items.tolist(), np.arange(len(ranking.items)).tolist(), strict=True))
 
 
-# Two scorers side by side: two models, two stores of one model, or two generations of one store.
-
-
 @dataclass(frozen=True, slots=True)
 class RankingComparison:
-    """The best items of one user by two scorers A and B."""
+    """The best items of one user by two scorers A and B: of two models, two stores, or two generations of one store."""
 
     rows: list[dict[str, Any]]
     """One row per rank: the items of A and B, and the rank that the other scorer gives each (None beyond its list)."""

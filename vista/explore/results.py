@@ -1,4 +1,7 @@
-"""Tables of results: files of `scripts.experiments.reproduce` (.jsonl) and of `vista evaluate out=...` (.json)."""
+"""Tables of results, curves of runs, and whether the summary helps.
+
+Results are files of `scripts.experiments.reproduce` (.jsonl) and of `vista evaluate out=...` (.json).
+"""
 
 from __future__ import annotations
 
@@ -33,6 +36,13 @@ from vista.scorer.serving_snapshot import ServingSnapshot
 
 MAX_BYTES = 256 << 20
 _HEAD_BYTES = 1 << 16
+NOT_CURVES = ("step", "epoch", "seconds")
+MAX_POINTS = 1_000
+"""Points per curve that are sent to the browser."""
+NUM_GROUPS = 4
+MAX_CASES = 20_000
+MAX_USERS = 2_000
+TOP_K = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,16 +131,9 @@ def _mean(values: list[Any]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-# The curves of a run, which can be unfinished or damaged.
-
-NOT_CURVES = ("step", "epoch", "seconds")
-MAX_POINTS = 1_000
-"""Points per curve that are sent to the browser."""
-
-
 @dataclass(frozen=True, slots=True)
 class RunCurves:
-    """The measurements of one run."""
+    """The measurements of one run, which can be unfinished or damaged."""
 
     summary: RunSummary
     training: list[dict[str, Any]] = field(default_factory=list)
@@ -200,19 +203,11 @@ def _thinned(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [point for curve in by_name.values() for point in thinned(curve, MAX_POINTS)]
 
 
-# Does the summary help, and whom? Held-out quality with the summaries, and without them, by the length of histories.
-#
-# Without means that every user gets the summary of an empty history; the tail and the counters stay. The model was
-# trained with summaries, so a model that was trained without them can do better than it does here.
-
-NUM_GROUPS = 4
-MAX_CASES = 20_000
-MAX_USERS = 2_000
-TOP_K = 10
-
-
 class EmptySummaryScorer(Scorer):
-    """A scorer that answers every user with the summary of an empty history."""
+    """A scorer that answers every user with the summary of an empty history; the tail and the counters stay.
+
+    Its model was trained with summaries, so a model that was trained without them can do better.
+    """
 
     @contextmanager
     def _call(self, users: Any, tail: Any, now: Any) -> Iterator[tuple[ServingSnapshot, Request]]:
@@ -293,7 +288,9 @@ class SummaryBenefit:
 
 
 def summary_benefit(scorer: Scorer, without: Scorer, log: EventLog) -> SummaryBenefit:
-    """Measure on the test labels of the model's split, on a sample of at most MAX_CASES impressions or MAX_USERS users.
+    """Held-out quality with the summaries and without, by the length of histories.
+
+    It is measured on the test labels of the model's split, of at most MAX_CASES impressions or MAX_USERS users.
 
     Args:
         scorer: of a store that ends before the test labels.

@@ -1,4 +1,4 @@
-"""The tab "User": the history, the record, the tail, the counters, and what the summary recalls."""
+"""The tabs of the page."""
 
 from __future__ import annotations
 
@@ -69,10 +69,23 @@ from vista.store.shards import stores_in
 
 SHOWN_ROWS = 40
 TABLE_HEIGHT = 318
+RANKING_TOP_K = (5, 10, 20)
+LATER, NOW = "an hour after the newest event", "now"
+COMPARED_TOP_K = 10
+LISTED = 200
+"""Ranks that are looked up in the other list."""
+NUM_USERS = 40
+MAX_CURVES = 12
+PER_ROW = 3
+MAX_MODELS = 30
+WHAT_IF_TOP_K = 10
+MAX_LISTED = 2_000
+"""Items of a catalog that are handed to the browser to choose from; of a larger one, those that match a text."""
+MAX_EVENTS = 32
 
 
 def show_user(workspace: Workspace, user: int | str | None) -> None:
-    """Draw the tab."""
+    """Draw the history, the record, the tail, the counters, and what the summary recalls."""
     scorer, log = workspace.scorer, workspace.log
     if scorer is None or user is None:
         st.info("A user's page needs a model and its store.")
@@ -192,14 +205,8 @@ def _show_frequent(workspace: Workspace, history: Histories) -> None:
     st.dataframe(pd.DataFrame(shown), hide_index=True, height=TABLE_HEIGHT, width="stretch")
 
 
-# The tab "Ranking": the best items for the user, and why they are the best.
-
-RANKING_TOP_K = (5, 10, 20)
-LATER, NOW = "an hour after the newest event", "now"
-
-
 def show_ranking(workspace: Workspace, user: int | str | None) -> None:
-    """Draw the tab."""
+    """Draw the best items for the user, and why they are the best."""
     if workspace.scorer is None or user is None:
         st.info("A ranking needs a model, its store, and a user.")
         return
@@ -268,16 +275,8 @@ def chosen_task(workspace: Workspace, key: str) -> Scorer:
     return scorer_for(workspace.places, task=task)
 
 
-# The tab "Compare": two models, two stores, or two generations.
-
-COMPARED_TOP_K = 10
-LISTED = 200
-"""Ranks that are looked up in the other list."""
-NUM_USERS = 40
-
-
 def show_comparison(workspace: Workspace, user: int | str | None) -> None:
-    """Draw the tab."""
+    """Draw two models, two stores, or two generations."""
     if workspace.scorer is None or user is None:
         st.info("A comparison needs a model, its store, and a user.")
         return
@@ -347,16 +346,8 @@ def choose_other(workspace: Workspace, scorer: Scorer) -> tuple[tuple[Any, ...],
     return (str(places.model), places.store, name), scorer_for(places, task=task), other
 
 
-# The tab "What if": the ranking after events that the user could add.
-
-WHAT_IF_TOP_K = 10
-MAX_LISTED = 2_000
-"""Items of a catalog that are handed to the browser to choose from; of a larger one, those that match a text."""
-MAX_EVENTS = 32
-
-
 def show_what_if(workspace: Workspace, user: int | str | None) -> None:
-    """Draw the tab."""
+    """Draw the ranking after events that the user could add."""
     if workspace.scorer is None or user is None:
         st.info("This needs a model, its store, and a user.")
         return
@@ -428,14 +419,8 @@ def _arrow(change: int | None) -> str:
     return "=" if change == 0 else f"▲ {change}" if change > 0 else f"▼ {-change}"
 
 
-# The tab "Training": curves of runs.
-
-MAX_CURVES = 12
-PER_ROW = 3
-
-
 def show_training(workspace: Workspace, user: int | str | None) -> None:
-    """Draw the tab."""
+    """Draw curves of runs."""
     runs: list[RunCurves] = []
     for folder in workspace.places.runs:
         if is_run(folder):
@@ -508,13 +493,8 @@ def _show_settings(runs: list[RunCurves]) -> None:
                 st.code("\n".join(f"{key}={value_text(value)}" for key, value in run.summary.settings.items()), None)
 
 
-# The tab "Results": whether the summary helps, and tables of results.
-
-MAX_MODELS = 30
-
-
 def show_results(workspace: Workspace, user: int | str | None) -> None:
-    """Draw the tab."""
+    """Draw whether the summary helps, and tables of results."""
     _show_benefit(workspace)
     _show_tables(workspace)
 
@@ -597,7 +577,7 @@ def _first(files: list[Path]) -> int:
 
 
 def show_store(workspace: Workspace, user: int | str | None) -> None:
-    """Draw the tab; it works without a model, too."""
+    """Draw the generations, what the records lack, and a verification; it works without a model, too."""
     rows, problems = generation_rows(workspace.places.store)
     sample = None
     if workspace.scorer is not None:

@@ -1,4 +1,4 @@
-"""What the page shows about one user: the record, the tail, and the counters."""
+"""What the page shows about one user, and about all records of a store."""
 
 from __future__ import annotations
 
@@ -24,6 +24,12 @@ from vista.store.record import StoredBatch
 from vista.store.shards import stores_in
 
 SECONDS_PER_DAY = 86_400
+NUM_BINS = 60
+MAX_KINDS = 6
+"""Kinds of events with a color of their own; the rest is "other"."""
+OTHER = "other"
+SAMPLE_USERS = 500
+"""Users whose records are read to show gaps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,17 +182,9 @@ def _time(time_ms: np.int64) -> int | None:
     return None if time_ms == NO_TIMESTAMP else int(time_ms)
 
 
-# A user's history over time: events per bin of time and kind, so that any history fits a chart.
-
-NUM_BINS = 60
-MAX_KINDS = 6
-"""Kinds of events with a color of their own; the rest is "other"."""
-OTHER = "other"
-
-
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """Counts of one history, and where its parts begin."""
+    """Events of one history per bin of time and kind, so that any history fits a chart, and where its tail begins."""
 
     rows: list[dict[str, Any]]
     """{"time": begin of the bin, "end", "kind", "events", "below", "above"}, without empty bins. Times are in ms, or
@@ -233,9 +231,6 @@ def timeline(log: EventLog, history: Histories, names: ItemNames, tail_times: li
                 )
                 below += count
     return Timeline(rows, ordered, kind_name, tail_times[0] if tail_times else None)
-
-
-# Whether a store covers its log.
 
 
 class Freshness(Enum):
@@ -318,12 +313,6 @@ def _row(stats: StoreStats, one: GenerationStats) -> dict[str, Any]:
         "tail": manifest.tail_len,
         "summarizer": manifest.summarizer_id[:12],
     }
-
-
-# Records of a sample of users, to judge a whole store by.
-
-SAMPLE_USERS = 500
-"""Users whose records are read to show gaps."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from vista.arrays import Int
 from vista.config import ExploreConfig
-from vista.config.choices import OnMissing, Precision
+from vista.config.choices import Precision
 from vista.errors import ConfigError, VistaError
 from vista.log.event_log import EventLog
 from vista.log.features import CategoryColumn
@@ -31,15 +31,21 @@ from vista.scorer.serving_source import ServingSource
 from vista.store.record import StoredBatch
 from vista.store.record_spec import read_key
 
-# Which folders the page reads: those of a configuration, or those of the demo.
-
 DEMO = Path("demo")
 """Where `make demo` puts its folders, one per data set."""
+TITLE_WORDS = ("title", "name", "description")
+"""Parts of the names of columns that hold a text of each item."""
+MAX_GROUPS = 200
+"""Most values of a category that sorts items into groups."""
+MAX_TITLE = 60
+"""Characters of a title that are shown."""
+HEAVY_SHARE = 0.01
+"""Users with the most events, from whom a user is drawn as the first one to show."""
 
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Folders, and the URLs of stores on a server."""
+    """Folders that the page reads, of a configuration or of the demo, and the URLs of stores on a server."""
 
     model: Path
     store: str
@@ -94,19 +100,9 @@ def _log_of(run: Path) -> Path | None:
     return Path(path) if isinstance(path, str) and Path(path).is_dir() else None
 
 
-# Names of items for people: a title from the log's features if it has one, with the id.
-
-TITLE_WORDS = ("title", "name", "description")
-"""Parts of the names of columns that hold a text of each item."""
-MAX_GROUPS = 200
-"""Most values of a category that sorts items into groups."""
-MAX_TITLE = 60
-"""Characters of a title that are shown."""
-
-
 @dataclass(frozen=True, slots=True)
 class ItemNames:
-    """Titles and groups of a log's items; without such columns, items are shown by their ids."""
+    """Titles and groups of a log's items, from its features; without such columns, items are shown by their ids."""
 
     items: Vocabulary
     titles: CategoryColumn | None = None
@@ -201,7 +197,10 @@ class Workspace:
                 problems[part] = str(error)
                 return None
 
-        scorer = attempt("model", lambda: (open_scorer or scorer_of)(places))
+        def of_page(places: Places) -> Scorer:
+            return open_page_scorer(str(places.model), places.store, places.key_file)
+
+        scorer = attempt("model", lambda: (open_scorer or of_page)(places))
         log, path = None, places.data
         if path is None:
             problems["log"] = "There is no event log, so histories are not shown. Name a log with data=..."
@@ -211,13 +210,14 @@ class Workspace:
         return cls(places, scorer, log, names, problems)
 
 
-def scorer_of(places: Places) -> Scorer:
-    """The model with its store; errors as of `Scorer.open`."""
-    return open_page_scorer(str(places.model), places.store, places.key_file)
-
-
 def open_page_scorer(
-    model: str, store: str, key_file: str | None, *, task: str | None = None, generation: int | None = None
+    model: str,
+    store: str,
+    key_file: str | None,
+    kind: type[Scorer] = Scorer,
+    *,
+    task: str | None = None,
+    generation: int | None = None,
 ) -> Scorer:
     """A scorer on the CPU.
 
@@ -225,6 +225,7 @@ def open_page_scorer(
         model: folder of the model.
         store: folder or URL of its store.
         key_file: of the authentication key, as in `ExploreConfig`.
+        kind: of scorer.
         task: that rankings use; None for the model's first one.
         generation: of the store; None follows the published one.
 
@@ -232,7 +233,7 @@ def open_page_scorer(
         StoreError, CheckpointError, ConfigError: as in `Scorer.open` and `read_key`.
     """
     source = ServingSource(model, store, "cpu", read_key(key_file), Precision.float32, generation=generation)
-    return Scorer(source, OnMissing.empty, task, None)
+    return kind(source, task=task)
 
 
 def record_of(scorer: Scorer, user: int | str) -> StoredBatch:
@@ -354,14 +355,9 @@ class ScorerPool:
             each.scorer.close()
 
 
-# Finds users by their id or its beginning, without handing all ids to the browser.
-
-HEAVY_SHARE = 0.01
-"""Users with the most events, from whom a user is drawn as the first one to show."""
-
-
 class UserSearch:
-    """The users of a log, or of a store if there is no log."""
+    """Finds users of a log, or of a store if there is no log, by their id or its beginning, without handing all ids to
+    the browser."""
 
     def __init__(self, users: Vocabulary, lengths: Int | None = None) -> None:
         """Search `users`; lengths int64 [N] are their numbers of events, None if they are unknown."""

@@ -1,4 +1,5 @@
-"""Exports to ONNX: `model.onnx`, with its tables alongside in `model.onnx.data`."""
+"""The formats of an export: ONNX (`model.onnx`, with its tables alongside in `model.onnx.data`), and AOTInductor
+(`model.pt2`, which PyTorch runs in Python or C++)."""
 
 from __future__ import annotations
 
@@ -15,20 +16,26 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from vista.errors import ExportError
-from vista.export.export_runner import ExportRunner
-from vista.export.request_arrays import Arrays
-from vista.export.serving_graph import CANDIDATES, EVENTS, KEYS, USERS, GraphInput, ServingGraph
+from vista.export.serving_graph import (
+    CANDIDATES,
+    EVENTS,
+    KEYS,
+    USERS,
+    Arrays,
+    ExportRunner,
+    GraphInput,
+    ServingGraph,
+)
 from vista.installation import require_module
 
-# A serving graph as torch.export records it, for any number of users, events, keys, and candidates.
-
+ONNX_FILE, AOTINDUCTOR_FILE = "model.onnx", "model.pt2"
 LEAST = {USERS: 1, CANDIDATES: 1, EVENTS: 0, KEYS: 0}
 """Smallest length per axis."""
 _TRACED = {USERS: 2, CANDIDATES: 3, EVENTS: 4, KEYS: 5}
 
 
 def traced(graph: ServingGraph, inputs: list[GraphInput]) -> ExportedProgram:
-    """Trace a graph into operators that do not depend on vista.
+    """Trace a graph into operators that do not depend on vista, for any number of users, events, keys, and candidates.
 
     Args:
         graph: on the CPU.
@@ -50,9 +57,6 @@ def by_axis(inputs: list[GraphInput], dims: dict[str, Any]) -> tuple[dict[int, A
 def _example(one: GraphInput) -> Tensor:
     shape = [_TRACED[length] if isinstance(length, str) else length for length in one.shape]
     return torch.zeros(shape, dtype=getattr(torch, one.dtype))
-
-
-ONNX_FILE = "model.onnx"
 
 
 @contextmanager
@@ -99,11 +103,6 @@ def write_onnx(graph: ServingGraph, inputs: list[GraphInput], folder: Path) -> E
         return dict(zip(graph.outputs, session.run(graph.outputs, arrays), strict=True))
 
     return run
-
-
-# Exports with AOTInductor: `model.pt2`, which PyTorch runs in Python or C++.
-
-AOTINDUCTOR_FILE = "model.pt2"
 
 
 def write_aotinductor(graph: ServingGraph, inputs: list[GraphInput], folder: Path) -> ExportRunner:

@@ -1,21 +1,28 @@
 """Stage 2 with its tables as one graph, from the arrays of records and requests to scores.
 
+The inputs are plain arrays of what a record holds and what a request adds, so any program that decodes records can call
+a graph.
+
 Letters: B users, T events of the tails that are given, L tail length of the model, C candidates, S summary rows,
-G fields of counters, M model dim, M' width of retrieval vectors, V items of the vocabulary, A actions.
+E counted keys, G fields of counters, F values per key (`CounterSpec`), H horizons, M model dim, M' width of retrieval
+vectors, V items of the vocabulary, A actions.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from vista.arrays import Int
 from vista.counters.counter_codes import (
     EVENTS_RESOLUTION,
     MAX_CODE,
@@ -32,257 +39,20 @@ from vista.model.features import MAX_ABS_SCORE, FeatureSpec
 from vista.model.item_projections import ItemProjections
 from vista.model.target_attention import MASKED, SoftmaxLayer, TargetAttention
 from vista.model.vista_model import VistaModel
+from vista.store.record import StoredBatch
+from vista.store.record_spec import Tail
 
-# Counters of candidates inside a graph, as of the request (`CounterCodes.advanced`).
-#
-# Letters: B users, E counted keys, L tail length, C candidates, G fields, F values per key (`CounterSpec`), H horizons.
-
+Arrays = dict[str, NDArray[Any]]
+ExportRunner: TypeAlias = Callable[[Arrays], Arrays]
+"""Outputs by name from inputs by name, computed by the runtime that callers will use."""
 _NO_AGE = 1e18
 """Age of a key without events, which no code depends on."""
-
-
-class GraphCounters(nn.Module):
-    """Advances stored counters to the request, adds new events, and looks up candidates. In float64, as vista does."""
-
-    def __init__(self, spec: CounterSpec) -> None:
-        super().__init__()
-        self.spec = spec
-        every = torch.arange(MAX_CODE + 1, dtype=torch.uint8)[:, None].expand(-1, spec.num_columns)
-        resolution, largest = (torch.from_numpy(scale) for scale in code_scales(spec))
-        self.register_buffer("levels", torch.from_numpy(decode_values(spec, every.numpy())).view(-1, 1))
-        self.register_buffer("resolution", resolution)
-        self.register_buffer("factor", MAX_CODE / torch.log1p(largest / resolution))
-        self.register_buffer("half_lives", torch.from_numpy(spec.half_lives).double())
-        self.levels: Tensor
-        self.resolution: Tensor
-        self.factor: Tensor
-        self.half_lives: Tensor
-
-    def forward(
-        self,
-        candidates: Tensor,
-        keys: Tensor,
-        codes: Tensor,
-        clock: Tensor,
-        now: Tensor,
-        items: Tensor,
-        times: Tensor,
-        is_new: Tensor,
-    ) -> Tensor:
-        """Codes int64 [B, C, F] of candidates in one field as of the request; 0 if they are not counted.
-
-        Args:
-            candidates: int64 [B, C] their keys, which are model rows in the field of items.
-            keys: int64 [B, E] counted keys, 0 as padding.
-            codes: int64 [B, E, F] as stored.
-            clock: int64 [B] ms that they refer to.
-            now: int64 [B] ms of the requests; NO_TIMESTAMP if unknown.
-            items: int64 [B, L] keys of the tail's events, right-aligned.
-            times: int64 [B, L] ms.
-            is_new: bool [B, L] events that the counters lack.
-        """
-        newest = torch.where(is_new, times, NO_TIMESTAMP).amax(1)
-        now = torch.where(now == NO_TIMESTAMP, torch.maximum(clock, newest), now)
-        num_new = is_new.long().sum(1)
-        later = num_new[:, None] - is_new.long().cumsum(1)
-        column = torch.arange(self.spec.num_columns, device=codes.device)
-        old = F.embedding(codes * self.spec.num_columns + column, self.levels).squeeze(-1)
-        decay, age = self._passed((now - clock).clamp(min=0), num_new)
-        old = torch.cat([old[..., :1], old[..., 1:-1] * decay[:, None], old[..., -1:] + age[:, None, None]], -1)
-        decay, age = self._passed((now[:, None] - times).clamp(min=0), later)
-        new = torch.cat([torch.ones_like(decay[..., :1]), decay, age.unsqueeze(-1)], -1)
-        key, values = torch.cat([keys, torch.where(is_new, items, 0)], 1), torch.cat([old, new], 1)
-        same = (candidates.unsqueeze(-1) == key[:, None]) & (key > 0)[:, None]
-        sums = same.double() @ values[..., :-1]
-        ages = torch.where(same, values[:, None, :, -1], _NO_AGE).amin(-1)
-        found = torch.cat([sums, ages.unsqueeze(-1)], -1)
-        level = _level(found, self.resolution, self.factor)
-        return torch.where(same.any(-1).unsqueeze(-1), level, 0.0).long()
-
-    def with_event_counts(self, codes: Tensor, num_events: Tensor) -> Tensor:
-        """The codes of all fields, int64 [B, C, G * F], and those of the users' numbers of events int64 [B]
-        (`UserCounters.of_pairs`): int64 [B, C, G * F + 1]."""
-        factor = MAX_CODE / math.log1p(MAX_EVENTS / EVENTS_RESOLUTION)
-        level = _level(num_events.double(), EVENTS_RESOLUTION, factor).long()
-        is_counted = (codes[..., :: self.spec.num_columns] > 0).any(-1)
-        of_items = torch.where(is_counted, level.unsqueeze(1), 0)
-        return torch.cat([codes, of_items.unsqueeze(-1)], -1)
-
-    def _passed(self, elapsed: Tensor, num_events: Tensor) -> tuple[Tensor, Tensor]:
-        """Decay float64 [..., H] and age float64 [...] after ms and events int64 [...] (`CounterSpec`)."""
-        spec = self.spec
-        steps = [elapsed] * len(spec.days) + [num_events * STEPS_PER_EVENT] * len(spec.events)
-        if not steps:
-            return elapsed.double().unsqueeze(-1)[..., :0], self._age(elapsed, num_events)
-        decay = torch.exp2(-torch.stack(steps, -1).double() / self.half_lives)
-        return decay, self._age(elapsed, num_events)
-
-    def _age(self, elapsed: Tensor, num_events: Tensor) -> Tensor:
-        return elapsed.double() / 1_000 if self.spec.has_time else num_events.double()
-
-
-def _level(values: Tensor, resolution: Tensor | float, factor: Tensor | float) -> Tensor:
-    """Codes as of `vista.counters.counter_codes`, in the dtype of the values."""
-    return (torch.log(values / resolution + 1) * factor).round().clamp(max=MAX_CODE)
-
-
-class GraphFeatures(nn.Module):
-    """What `RowFeatureReader.encode` and `RowFeatureEncoder` compute, in operators that every runtime has."""
-
-    def __init__(self, columns: Sequence[FeatureSpec], encoder: RowFeatureEncoder) -> None:
-        """
-        Args:
-            columns: the encoder's, or the first of them.
-        """
-        super().__init__()
-        self.columns = list(columns)
-        self.register_buffer("values", encoder.values.detach())
-        self.register_buffer("dense", None if encoder.dense is None else encoder.dense.detach())
-        self.values: Tensor
-        self.dense: Tensor | None
-        for number, column in enumerate(columns):
-            self.register_buffer(f"bounds{number}", torch.tensor(column.bounds, dtype=torch.float64))
-
-    @classmethod
-    def of(cls, columns: Sequence[FeatureSpec], encoder: RowFeatureEncoder | None) -> GraphFeatures | None:
-        """None if there is nothing to read."""
-        return cls(columns, encoder) if columns and encoder is not None else None
-
-    def forward(self, given: Sequence[Tensor]) -> Tensor:
-        """[..., M] vectors of codes int64 [...] or numbers float32 [...], one tensor per column."""
-        entries: list[Tensor] = []
-        out, first, dense = None, 0, 0
-        for number, (column, values) in enumerate(zip(self.columns, given, strict=True)):
-            if column.kind == "number":
-                wide, missing = values.double(), values.isnan()
-                bucket = (getattr(self, f"bounds{number}") < wide.unsqueeze(-1)).sum(-1)
-                entries.append(torch.where(missing, first, bucket + first + 1))
-                score = ((wide - column.mean) / column.scale).clamp(-MAX_ABS_SCORE, MAX_ABS_SCORE).float()
-                assert self.dense is not None
-                added = torch.where(missing, 0.0, score).unsqueeze(-1) * self.dense[dense]
-                out, dense = added if out is None else out + added, dense + 1
-            else:
-                entries.append(values + (first + 1))
-            first += column.num_rows
-        embedded = F.embedding(torch.stack(entries, -1), self.values).sum(-2)
-        return embedded if out is None else embedded + out
-
-
-# The inputs of an exported graph: which arrays a model reads, and their dtypes and axes.
-#
-# They are plain arrays of what a record holds and what a request adds, so any program that decodes records can call
-# a graph.
-
 USERS, EVENTS, KEYS, CANDIDATES = "users", "events", "keys", "candidates"
 """Names of the axes whose length a caller chooses."""
 REQUEST, TAIL, USER = "request", "tail", "user"
 """Prefixes of inputs with features."""
 COUNTER_KEYS, COUNTER_CODES = "counter_keys", "counter_codes"
 """Inputs with the counters of items, and prefixes of those with the counters of categories."""
-
-
-@dataclass(frozen=True, slots=True)
-class GraphInput:
-    """One array that a graph reads."""
-
-    name: str
-    dtype: str
-    """float32, int64, or bool."""
-    shape: tuple[str | int, ...]
-    """Length per axis; the name of the axis if a caller chooses it."""
-    meaning: str
-    """Description for readers of `export.json`."""
-
-
-def graph_inputs(model: VistaModel) -> list[GraphInput]:
-    """The inputs of a model's graph, in their order. What the model does not read is left out."""
-    config, schema, counted = model.config, model.schema, model.counter_spec
-    rows, reads_time = config.num_seeds + config.num_state_rows, model.encoder.gap is not None
-    inputs = [
-        GraphInput("candidates", "int64", (USERS, CANDIDATES), "item rows of the candidates; 0 for an unknown item"),
-        GraphInput("found", "bool", (USERS,), "whether the user has a record; if not, the summary is ignored"),
-    ]
-    if rows:
-        inputs.append(GraphInput("summary", "float32", (USERS, rows, config.dim), "the record's rows, decoded"))
-    events = USERS, EVENTS
-    inputs += [
-        GraphInput("tail_lengths", "int64", (USERS,), "events in the tail; the entries after them are ignored"),
-        GraphInput("tail_items", "int64", events, "item rows of the newest events, oldest first; 0 if unknown"),
-    ]
-    if model.encoder.action is not None:
-        inputs.append(GraphInput("tail_actions", "int64", events, "codes of their actions"))
-    if reads_time or (counted is not None and counted.has_time):
-        inputs += [
-            GraphInput("tail_times", "int64", events, "their times in ms"),
-            GraphInput("now", "int64", (USERS,), "time of the request in ms; -2^63 if it is unknown"),
-        ]
-    inputs += _features(TAIL, schema.tail_features, events, "feature of the tail's events")
-    inputs += _features(USER, schema.user_features, (USERS,), "feature of the user")
-    if counted is not None:
-        keys = USERS, KEYS
-        inputs += [
-            GraphInput("tail_is_new", "bool", events, "whether the record's counters do not include the event"),
-            GraphInput("event_count", "int64", (USERS,), "events that the record covers"),
-            GraphInput("last_event_ts", "int64", (USERS,), "time of the newest of them in ms"),
-            GraphInput(COUNTER_KEYS, "int64", keys, "item rows that the record counts; 0 is padding"),
-            GraphInput(COUNTER_CODES, "int64", (*keys, counted.num_columns), "their codes, 0 to 63"),
-        ]
-        for name in counted_names(model)[1:]:
-            meaning = f"values of {name[1:]} that the record counts, from 1 on; 0 is padding"
-            inputs += [
-                GraphInput(f"{COUNTER_KEYS}{name}", "int64", keys, meaning),
-                GraphInput(f"{COUNTER_CODES}{name}", "int64", (*keys, counted.num_columns), "their codes, 0 to 63"),
-            ]
-    if schema.tasks:
-        inputs += _features(REQUEST, schema.request_features, (USERS, CANDIDATES), "feature of the request")
-    return inputs
-
-
-def counted_names(model: VistaModel) -> list[str]:
-    """What the names of inputs with counters end with, per field: nothing for items, then a dot and the category."""
-    spec = model.counter_spec
-    return [] if spec is None else ["", *(f".{name}" for name in spec.fields[1:])]
-
-
-def _features(
-    prefix: str, columns: Sequence[FeatureSpec], shape: tuple[str | int, ...], meaning: str
-) -> list[GraphInput]:
-    values = {
-        "category": ("int64", "code (a row of its file of values), -1 if missing"),
-        "number": ("float32", "NaN if missing"),
-    }
-    return [
-        GraphInput(f"{prefix}.{column.name}", values[column.kind][0], shape, f"{meaning}: {values[column.kind][1]}")
-        for column in columns
-    ]
-
-
-# The softmax layer of stage 2 in operators that can be exported, instead of vista_kernels.
-#
-# Letters: B rows, Q query tokens, S seeds, L tail length, H heads, D head dim, M model dim.
-
-
-class PlainSoftmaxLayer(SoftmaxLayer):
-    """A `SoftmaxLayer` whose queries attend to the context and to themselves in one softmax over both."""
-
-    def attend_query(
-        self, x: Tensor, own: Sequence[Tensor], key: Tensor, value: Tensor, bias: Tensor, context_mask: Tensor
-    ) -> Tensor:
-        query, gate, own_key, own_value = own
-        query, own_key, own_value = self.heads(query), self.heads(own_key), self.heads(own_value)
-        scale = self.head_dim**-0.5
-        scores = query @ key.transpose(-1, -2) * scale + bias + torch.where(context_mask, 0.0, MASKED)[:, None, None]
-        own_score = (query * own_key).sum(-1, keepdim=True) * scale + self.bias[:, :1, None]
-        share = torch.cat([scores, own_score], -1).softmax(-1)
-        heads = share[..., :-1] @ value + share[..., -1:] * own_value
-        return self.mix(x, heads, gate)
-
-
-def use_plain_layers(stage: TargetAttention) -> None:
-    """Let the softmax layers of a copied stage 2 compute in plain operators, with the same weights."""
-    for layer in stage.layers:
-        if type(layer) is SoftmaxLayer:
-            layer.__class__ = PlainSoftmaxLayer
 
 
 class ServingGraph(nn.Module):
@@ -456,3 +226,287 @@ def _heads(model: VistaModel, stage: TargetAttention) -> VistaModel:
     heads._modules = {name: copy.deepcopy(own) if name in kept else None for name, own in model._modules.items()}
     heads._modules["target_attention"] = stage
     return heads
+
+
+@dataclass(frozen=True, slots=True)
+class GraphInput:
+    """One array that a graph reads."""
+
+    name: str
+    dtype: str
+    """float32, int64, or bool."""
+    shape: tuple[str | int, ...]
+    """Length per axis; the name of the axis if a caller chooses it."""
+    meaning: str
+    """Description for readers of `export.json`."""
+
+
+def graph_inputs(model: VistaModel) -> list[GraphInput]:
+    """The inputs of a model's graph, in their order. What the model does not read is left out."""
+    config, schema, counted = model.config, model.schema, model.counter_spec
+    rows, reads_time = config.num_seeds + config.num_state_rows, model.encoder.gap is not None
+    inputs = [
+        GraphInput("candidates", "int64", (USERS, CANDIDATES), "item rows of the candidates; 0 for an unknown item"),
+        GraphInput("found", "bool", (USERS,), "whether the user has a record; if not, the summary is ignored"),
+    ]
+    if rows:
+        inputs.append(GraphInput("summary", "float32", (USERS, rows, config.dim), "the record's rows, decoded"))
+    events = USERS, EVENTS
+    inputs += [
+        GraphInput("tail_lengths", "int64", (USERS,), "events in the tail; the entries after them are ignored"),
+        GraphInput("tail_items", "int64", events, "item rows of the newest events, oldest first; 0 if unknown"),
+    ]
+    if model.encoder.action is not None:
+        inputs.append(GraphInput("tail_actions", "int64", events, "codes of their actions"))
+    if reads_time or (counted is not None and counted.has_time):
+        inputs += [
+            GraphInput("tail_times", "int64", events, "their times in ms"),
+            GraphInput("now", "int64", (USERS,), "time of the request in ms; -2^63 if it is unknown"),
+        ]
+    inputs += _features(TAIL, schema.tail_features, events, "feature of the tail's events")
+    inputs += _features(USER, schema.user_features, (USERS,), "feature of the user")
+    if counted is not None:
+        keys = USERS, KEYS
+        inputs += [
+            GraphInput("tail_is_new", "bool", events, "whether the record's counters do not include the event"),
+            GraphInput("event_count", "int64", (USERS,), "events that the record covers"),
+            GraphInput("last_event_ts", "int64", (USERS,), "time of the newest of them in ms"),
+            GraphInput(COUNTER_KEYS, "int64", keys, "item rows that the record counts; 0 is padding"),
+            GraphInput(COUNTER_CODES, "int64", (*keys, counted.num_columns), "their codes, 0 to 63"),
+        ]
+        for name in counted_names(model)[1:]:
+            meaning = f"values of {name[1:]} that the record counts, from 1 on; 0 is padding"
+            inputs += [
+                GraphInput(f"{COUNTER_KEYS}{name}", "int64", keys, meaning),
+                GraphInput(f"{COUNTER_CODES}{name}", "int64", (*keys, counted.num_columns), "their codes, 0 to 63"),
+            ]
+    if schema.tasks:
+        inputs += _features(REQUEST, schema.request_features, (USERS, CANDIDATES), "feature of the request")
+    return inputs
+
+
+def counted_names(model: VistaModel) -> list[str]:
+    """What the names of inputs with counters end with, per field: nothing for items, then a dot and the category."""
+    spec = model.counter_spec
+    return [] if spec is None else ["", *(f".{name}" for name in spec.fields[1:])]
+
+
+def _features(
+    prefix: str, columns: Sequence[FeatureSpec], shape: tuple[str | int, ...], meaning: str
+) -> list[GraphInput]:
+    values = {
+        "category": ("int64", "code (a row of its file of values), -1 if missing"),
+        "number": ("float32", "NaN if missing"),
+    }
+    return [
+        GraphInput(f"{prefix}.{column.name}", values[column.kind][0], shape, f"{meaning}: {values[column.kind][1]}")
+        for column in columns
+    ]
+
+
+def request_arrays(
+    model: VistaModel,
+    stored: StoredBatch,
+    tail: Tail,
+    is_new: NDArray[np.bool_],
+    now: Int | None,
+    candidates: Int,
+    request: Mapping[str, NDArray[Any]],
+) -> Arrays:
+    """Arrays by name, as `graph_inputs` lists them, for users whose records vista has read.
+
+    Args:
+        stored: records of B users.
+        tail: stored tails, with new events merged into them.
+        is_new: bool [T] its events that the records do not cover.
+        now: int64 [B] ms, or None if unknown.
+        candidates: int64 [B, C] model rows.
+        request: features of the request by name, [B, C] with the model's codes.
+    """
+    num_users = len(stored.found)
+    given: Arrays = {
+        "candidates": candidates,
+        "found": stored.found,
+        "summary": stored.summary,
+        "tail_lengths": np.diff(tail.offsets),
+        "tail_items": _padded(tail.items, tail.offsets),
+        "tail_actions": _padded(tail.actions, tail.offsets),
+        "tail_times": _padded(tail.times, tail.offsets),
+        "tail_is_new": _padded(is_new, tail.offsets),
+        "now": np.full(num_users, NO_TIMESTAMP) if now is None else now,
+        "event_count": stored.event_count,
+        "last_event_ts": stored.last_event_ts,
+    }
+    most = max((int(np.diff(counters.offsets).max(initial=0)) for counters in stored.counters), default=0)
+    for counters, field in zip(stored.counters, counted_names(model), strict=True):
+        keys, codes = counters.padded(most)
+        given |= {f"{COUNTER_KEYS}{field}": np.maximum(keys, 0), f"{COUNTER_CODES}{field}": codes}
+    for prefix, columns in (
+        (TAIL, {name: _padded(values, tail.offsets) for name, values in tail.features.items()}),
+        (USER, stored.features),
+        (REQUEST, request),
+    ):
+        given |= {f"{prefix}.{name}": values for name, values in columns.items()}
+    inputs = graph_inputs(model)
+    return {one.name: np.ascontiguousarray(given[one.name].astype(one.dtype)) for one in inputs}
+
+
+def _padded(values: NDArray[Any], offsets: Int) -> NDArray[Any]:
+    """Packed values [N] of B users as [B, T], with zeros after each user's own; T is the longest length."""
+    lengths = np.diff(offsets)
+    filled = np.arange(lengths.max(initial=0)) < lengths[:, None]
+    padded = np.zeros(filled.shape, values.dtype)
+    padded[filled] = values
+    return padded
+
+
+class GraphCounters(nn.Module):
+    """Advances stored counters to the request, adds new events, and looks up candidates (`CounterCodes.advanced`). In
+    float64, as vista does."""
+
+    def __init__(self, spec: CounterSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        every = torch.arange(MAX_CODE + 1, dtype=torch.uint8)[:, None].expand(-1, spec.num_columns)
+        resolution, largest = (torch.from_numpy(scale) for scale in code_scales(spec))
+        self.register_buffer("levels", torch.from_numpy(decode_values(spec, every.numpy())).view(-1, 1))
+        self.register_buffer("resolution", resolution)
+        self.register_buffer("factor", MAX_CODE / torch.log1p(largest / resolution))
+        self.register_buffer("half_lives", torch.from_numpy(spec.half_lives).double())
+        self.levels: Tensor
+        self.resolution: Tensor
+        self.factor: Tensor
+        self.half_lives: Tensor
+
+    def forward(
+        self,
+        candidates: Tensor,
+        keys: Tensor,
+        codes: Tensor,
+        clock: Tensor,
+        now: Tensor,
+        items: Tensor,
+        times: Tensor,
+        is_new: Tensor,
+    ) -> Tensor:
+        """Codes int64 [B, C, F] of candidates in one field as of the request; 0 if they are not counted.
+
+        Args:
+            candidates: int64 [B, C] their keys, which are model rows in the field of items.
+            keys: int64 [B, E] counted keys, 0 as padding.
+            codes: int64 [B, E, F] as stored.
+            clock: int64 [B] ms that they refer to.
+            now: int64 [B] ms of the requests; NO_TIMESTAMP if unknown.
+            items: int64 [B, L] keys of the tail's events, right-aligned.
+            times: int64 [B, L] ms.
+            is_new: bool [B, L] events that the counters lack.
+        """
+        newest = torch.where(is_new, times, NO_TIMESTAMP).amax(1)
+        now = torch.where(now == NO_TIMESTAMP, torch.maximum(clock, newest), now)
+        num_new = is_new.long().sum(1)
+        later = num_new[:, None] - is_new.long().cumsum(1)
+        column = torch.arange(self.spec.num_columns, device=codes.device)
+        old = F.embedding(codes * self.spec.num_columns + column, self.levels).squeeze(-1)
+        decay, age = self._passed((now - clock).clamp(min=0), num_new)
+        old = torch.cat([old[..., :1], old[..., 1:-1] * decay[:, None], old[..., -1:] + age[:, None, None]], -1)
+        decay, age = self._passed((now[:, None] - times).clamp(min=0), later)
+        new = torch.cat([torch.ones_like(decay[..., :1]), decay, age.unsqueeze(-1)], -1)
+        key, values = torch.cat([keys, torch.where(is_new, items, 0)], 1), torch.cat([old, new], 1)
+        same = (candidates.unsqueeze(-1) == key[:, None]) & (key > 0)[:, None]
+        sums = same.double() @ values[..., :-1]
+        ages = torch.where(same, values[:, None, :, -1], _NO_AGE).amin(-1)
+        found = torch.cat([sums, ages.unsqueeze(-1)], -1)
+        level = _level(found, self.resolution, self.factor)
+        return torch.where(same.any(-1).unsqueeze(-1), level, 0.0).long()
+
+    def with_event_counts(self, codes: Tensor, num_events: Tensor) -> Tensor:
+        """The codes of all fields, int64 [B, C, G * F], and those of the users' numbers of events int64 [B]
+        (`UserCounters.of_pairs`): int64 [B, C, G * F + 1]."""
+        factor = MAX_CODE / math.log1p(MAX_EVENTS / EVENTS_RESOLUTION)
+        level = _level(num_events.double(), EVENTS_RESOLUTION, factor).long()
+        is_counted = (codes[..., :: self.spec.num_columns] > 0).any(-1)
+        of_items = torch.where(is_counted, level.unsqueeze(1), 0)
+        return torch.cat([codes, of_items.unsqueeze(-1)], -1)
+
+    def _passed(self, elapsed: Tensor, num_events: Tensor) -> tuple[Tensor, Tensor]:
+        """Decay float64 [..., H] and age float64 [...] after ms and events int64 [...] (`CounterSpec`)."""
+        spec = self.spec
+        steps = [elapsed] * len(spec.days) + [num_events * STEPS_PER_EVENT] * len(spec.events)
+        if not steps:
+            return elapsed.double().unsqueeze(-1)[..., :0], self._age(elapsed, num_events)
+        decay = torch.exp2(-torch.stack(steps, -1).double() / self.half_lives)
+        return decay, self._age(elapsed, num_events)
+
+    def _age(self, elapsed: Tensor, num_events: Tensor) -> Tensor:
+        return elapsed.double() / 1_000 if self.spec.has_time else num_events.double()
+
+
+def _level(values: Tensor, resolution: Tensor | float, factor: Tensor | float) -> Tensor:
+    """Codes as of `vista.counters.counter_codes`, in the dtype of the values."""
+    return (torch.log(values / resolution + 1) * factor).round().clamp(max=MAX_CODE)
+
+
+class GraphFeatures(nn.Module):
+    """What `RowFeatureReader.encode` and `RowFeatureEncoder` compute, in operators that every runtime has."""
+
+    def __init__(self, columns: Sequence[FeatureSpec], encoder: RowFeatureEncoder) -> None:
+        """
+        Args:
+            columns: the encoder's, or the first of them.
+        """
+        super().__init__()
+        self.columns = list(columns)
+        self.register_buffer("values", encoder.values.detach())
+        self.register_buffer("dense", None if encoder.dense is None else encoder.dense.detach())
+        self.values: Tensor
+        self.dense: Tensor | None
+        for number, column in enumerate(columns):
+            self.register_buffer(f"bounds{number}", torch.tensor(column.bounds, dtype=torch.float64))
+
+    @classmethod
+    def of(cls, columns: Sequence[FeatureSpec], encoder: RowFeatureEncoder | None) -> GraphFeatures | None:
+        """None if there is nothing to read."""
+        return cls(columns, encoder) if columns and encoder is not None else None
+
+    def forward(self, given: Sequence[Tensor]) -> Tensor:
+        """[..., M] vectors of codes int64 [...] or numbers float32 [...], one tensor per column."""
+        entries: list[Tensor] = []
+        out, first, dense = None, 0, 0
+        for number, (column, values) in enumerate(zip(self.columns, given, strict=True)):
+            if column.kind == "number":
+                wide, missing = values.double(), values.isnan()
+                bucket = (getattr(self, f"bounds{number}") < wide.unsqueeze(-1)).sum(-1)
+                entries.append(torch.where(missing, first, bucket + first + 1))
+                score = ((wide - column.mean) / column.scale).clamp(-MAX_ABS_SCORE, MAX_ABS_SCORE).float()
+                assert self.dense is not None
+                added = torch.where(missing, 0.0, score).unsqueeze(-1) * self.dense[dense]
+                out, dense = added if out is None else out + added, dense + 1
+            else:
+                entries.append(values + (first + 1))
+            first += column.num_rows
+        embedded = F.embedding(torch.stack(entries, -1), self.values).sum(-2)
+        return embedded if out is None else embedded + out
+
+
+class PlainSoftmaxLayer(SoftmaxLayer):
+    """A `SoftmaxLayer` without vista_kernels, whose operators can be exported: queries attend to the context and to
+    themselves in one softmax over both."""
+
+    def attend_query(
+        self, x: Tensor, own: Sequence[Tensor], key: Tensor, value: Tensor, bias: Tensor, context_mask: Tensor
+    ) -> Tensor:
+        query, gate, own_key, own_value = own
+        query, own_key, own_value = self.heads(query), self.heads(own_key), self.heads(own_value)
+        scale = self.head_dim**-0.5
+        scores = query @ key.transpose(-1, -2) * scale + bias + torch.where(context_mask, 0.0, MASKED)[:, None, None]
+        own_score = (query * own_key).sum(-1, keepdim=True) * scale + self.bias[:, :1, None]
+        share = torch.cat([scores, own_score], -1).softmax(-1)
+        heads = share[..., :-1] @ value + share[..., -1:] * own_value
+        return self.mix(x, heads, gate)
+
+
+def use_plain_layers(stage: TargetAttention) -> None:
+    """Let the softmax layers of a copied stage 2 compute in plain operators, with the same weights."""
+    for layer in stage.layers:
+        if type(layer) is SoftmaxLayer:
+            layer.__class__ = PlainSoftmaxLayer

@@ -19,16 +19,14 @@ from torch import Tensor
 from vista.arrays import Int, offsets_of
 from vista.config.choices import Codec, OnMissing, StateDtype
 from vista.counters.counter_codes import MAX_CODE, CounterCodes
-from vista.export.request_arrays import Arrays, request_arrays
+from vista.export.serving_graph import Arrays, request_arrays
 from vista.log.histories import DAY_MS, YEAR_1971_MS, Histories
 from vista.model import inference
 from vista.model.features import HashedVocabulary, RowFeatureReader
 from vista.model.item_feature_table import largest_keys
 from vista.model.vista_model import VistaModel
 from vista.refresh.full import new_manifest
-from vista.scorer.reading import read_request, with_fresh_events
-from vista.scorer.request import Request
-from vista.scorer.scorer_stats import StatsRecorder
+from vista.scorer.request import Request, with_fresh_events
 from vista.scorer.serving_snapshot import ServingSnapshot
 from vista.store.keys import user_keys
 from vista.store.record import StoredBatch, encode_records
@@ -41,6 +39,9 @@ CANDIDATES = 1, 2, 17, 100
 NEW_EVENTS = 4
 MISSING = 0.1
 """Share of values, times, and users that requests do not have."""
+NUM_USERS = 200
+MOST_EVENTS = 60
+"""Of the random users of an export without a store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ def _batch(snapshot: ServingSnapshot, users: list[Any], num_candidates: int, rng
         after = rng.exponential(10 * DAY_MS, num_users).astype(np.int64)
         now = np.maximum(stored.last_event_ts, 2 * YEAR_1971_MS) + after
     tail = _new_events(model, stored, now, rng) if rng.random() < 0.5 else None
-    request = read_request(snapshot, users, tail, now, OnMissing.empty, None, StatsRecorder())
+    request = snapshot.read(users, tail, now, OnMissing.empty)
     merged, is_new = stored.tail, np.zeros(len(stored.tail.items), np.bool_)
     if tail is not None:
         merged, is_new, _ = with_fresh_events(model, stored, tail, refuse=True)
@@ -145,14 +146,9 @@ def _values(reader: RowFeatureReader, count: int, rng: np.random.Generator) -> d
     return values
 
 
-# A store of random users, for exports without a store.
-
-NUM_USERS = 200
-MOST_EVENTS = 60
-
-
 def write_trial_store(model: VistaModel, path: Path, seed: int = 0) -> None:
-    """Write a store of random histories, summarized by the model, with random counters and features of users."""
+    """Write a store of random histories, summarized by the model, with random counters and features of users, for an
+    export without a store."""
     rng, schema = np.random.default_rng(seed), model.schema
     lengths = rng.integers(0, MOST_EVENTS, NUM_USERS)
     lengths[0] = 0

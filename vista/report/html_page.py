@@ -1,4 +1,7 @@
-"""The page of a report: sections of text, tables, and charts in one HTML file without scripts or other resources."""
+"""The page of a report: sections of text, tables, and charts in one HTML file without scripts or other resources.
+
+Charts are inline SVG, whose text and colors come from the style sheet of the page.
+"""
 
 from __future__ import annotations
 
@@ -66,6 +69,11 @@ details { margin: .6rem 0; }
 summary { cursor: pointer; }
 """
 
+_WIDTH, _HEIGHT = 480, 290
+"""Of the view of a chart, so that text of 13 px stays readable on a screen of 400 px."""
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 12, 46
+_NUM_COLORS = 7
+
 
 @dataclass(frozen=True, slots=True)
 class PageSection:
@@ -132,15 +140,6 @@ def folded(title: str, text: str) -> str:
     return f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
 
 
-# Charts as inline SVG, whose text and colors come from the style sheet of the page.
-#
-# Coordinates are those of a view 480 wide, so that text of 13 px stays readable on a screen of 400 px.
-
-_WIDTH, _HEIGHT = 480, 290
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 12, 46
-_NUM_COLORS = 7
-
-
 @dataclass(frozen=True, slots=True)
 class Series:
     """A line of a chart."""
@@ -193,7 +192,6 @@ def line_chart(
     y_label: str,
     x_names: Sequence[str] | None = None,
     log_x: bool = False,
-    log_y: bool = False,
     from_zero: bool = False,
 ) -> str:
     """A chart of lines, with a legend above.
@@ -202,7 +200,7 @@ def line_chart(
         series: at least one point in all.
         x_label, y_label: what the axes show, with units.
         x_names: names of the values 0, 1, … of x, instead of numbers.
-        log_x, log_y: logarithmic scales; their values must be positive.
+        log_x: a logarithmic scale; x must be positive.
         from_zero: let the vertical axis begin at 0.
     """
     shown = [(x, y) for each in series for x, y in zip(each.x, each.y, strict=True) if math.isfinite(y)]
@@ -211,9 +209,9 @@ def line_chart(
     ends = [y for each in series for pair in each.interval or () for y in pair if math.isfinite(y)]
     x_values, y_values = [x for x, _ in shown], [y for _, y in shown] + ends
     x_low, x_high = _range(x_values, log_x, 0.0) if x_names is None else (-0.5, len(x_names) - 0.5)
-    y_low, y_high = _range([0.0, *y_values] if from_zero else y_values, log_y, 0.06)
+    y_low, y_high = _range([0.0, *y_values] if from_zero else y_values, False, 0.06)
     x_axis = _Axis(x_low, x_high, _LEFT, _WIDTH - _RIGHT, log_x)
-    y_axis = _Axis(0.0 if from_zero else y_low, y_high, _HEIGHT - _BOTTOM, _TOP, log_y)
+    y_axis = _Axis(0.0 if from_zero else y_low, y_high, _HEIGHT - _BOTTOM, _TOP)
     parts = _y_lines(y_axis)
     if x_names is None:
         for tick in x_axis.ticks():

@@ -1,4 +1,4 @@
-"""The runs and baselines of a report as measures over the same cases."""
+"""What a report is about: run folders, runs and baselines as measures over the same cases, and the scorer's latency."""
 
 from __future__ import annotations
 
@@ -40,9 +40,13 @@ from vista.runs.run_files import RunFiles
 from vista.runs.run_list import RunSummary
 from vista.scorer import CandidateSet, Scorer
 
-# What a run folder says about a training run.
-
 MAX_CARD_BYTES = 1 << 20
+ORACLE = "oracle"
+MIN_ROUNDS, MAX_ROUNDS = 3, 9
+REQUESTS_PER_ROUND = 30
+"""Requests per user and round."""
+WIDE_SPREAD = 1.5
+"""A round in which the 90th percentile of a user exceeds this multiple of the median is repeated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,9 +165,6 @@ class MeasuredRun:
             refresh(model, log, store, until=split_until(model.data, config.split), options=options)
         scorer = stack.enter_context(Scorer.open(model, store, key=key))
         return cls(name, record, model, evaluate_scorer(scorer, log, config), scorer)
-
-
-ORACLE = "oracle"
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,15 +287,6 @@ def _shown(runs: list[str], measures: Sequence[Measure]) -> list[str]:
         others = [name for name in named if np.isfinite(estimates[name].value)]
         chosen += [max(others, key=lambda name: estimates[name].value)] if others else []
     return list(dict.fromkeys(chosen))
-
-
-# How long the scorer takes, measured repeatedly while the spread is wide, with the load of the machine.
-
-MIN_ROUNDS, MAX_ROUNDS = 3, 9
-REQUESTS_PER_ROUND = 30
-"""Requests per user and round."""
-WIDE_SPREAD = 1.5
-"""A round in which the 90th percentile of a user exceeds this multiple of the median is repeated."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Quality of the run next to other runs and to baselines that need no training."""
+"""The sections of a report. N cases of a measure."""
 
 from __future__ import annotations
 
@@ -31,9 +31,33 @@ from vista.report.html_page import PageSection, Series, folded, heading, interva
 from vista.report.report_data import ORACLE, WIDE_SPREAD, ComparisonData, Latency, MeasuredRun, TrainedRun
 from vista.runs.run_files import RunFiles, thinned
 
+NUM_BINS = 10
+"""Groups of predictions whose calibration is shown."""
+NOT_LOSSES = ("step", "epoch", "learning_rate", "gradient_norm", "tokens_per_s", "waiting_share")
+MAX_POINTS = 400
+"""Most points of a curve; longer ones are thinned."""
+ALWAYS = (
+    "other seeds: each run was trained once, and the intervals do not include differences between training runs",
+    "the effect on users: past clicks depend on what was shown to them",
+    "differences between groups of users, and how much rankings follow popularity (vista evaluate popularity=true)",
+    "concurrent requests, and a service over HTTP",
+)
+"""What no report measures."""
+MIN_CASES = 30
+"""A part with fewer cases is not shown."""
+NUM_GROUPS = 4
+ACTIVE_DAYS = 30
+AGE_BOUNDS = (0, 8, 32, 200, 1000)
+"""Lower ends of the groups of age, in events; the last one has no upper end."""
+MAX_PAIRS = 1 << 22
+"""Limit on the pairs of a label and a history item that are compared at once."""
+
 
 def quality_section(data: ComparisonData, split: str) -> PageSection:
-    """One chart and table for the labels of impressions, and one for the ranking of items."""
+    """Quality next to other runs and to baselines that need no training.
+
+    One chart and table for the labels of impressions, and one for the ranking of items.
+    """
     findings, body = [], []
     for measure in data.measures:
         estimates, gains = measure.estimates(), measure.gains()
@@ -126,11 +150,6 @@ def _further_tasks(data: ComparisonData) -> str:
     return table(["", *columns], rows, own=data.own)
 
 
-# Calibration of labeled tasks: predicted probabilities against observed frequencies.
-
-NUM_BINS = 10
-
-
 def calibration_section(data: ComparisonData) -> PageSection | str:
     """A chart and a table per task of the run; or why there is none."""
     cases = data.impressions
@@ -172,13 +191,6 @@ def calibration_section(data: ComparisonData) -> PageSection | str:
 def _bins(predictions: Floats, labels: Floats, counts: Int) -> str:
     rows = zip(predictions, labels, counts, strict=True)
     return table(["predicted", "observed", "cases"], [(f"{p:.4f}", f"{y:.4f}", f"{n:,}") for p, y, n in rows])
-
-
-# How training went: losses by step, and metrics by validation.
-
-NOT_LOSSES = ("step", "epoch", "learning_rate", "gradient_norm", "tokens_per_s", "waiting_share")
-MAX_POINTS = 400
-"""Most points of a curve; longer ones are thinned."""
 
 
 def curves_section(files: RunFiles) -> PageSection | str:
@@ -280,16 +292,6 @@ def latency_section(latency: Latency) -> PageSection:
     )
 
 
-# What a report does not measure.
-
-ALWAYS = (
-    "other seeds: each run was trained once, and the intervals do not include differences between training runs",
-    "the effect on users: past clicks depend on what was shown to them",
-    "differences between groups of users, and how much rankings follow popularity (vista evaluate popularity=true)",
-    "concurrent requests, and a service over HTTP",
-)
-
-
 def limits_section(reasons: Sequence[str]) -> PageSection:
     """A list of what is missing.
 
@@ -298,12 +300,6 @@ def limits_section(reasons: Sequence[str]) -> PageSection:
     """
     entries = "".join(f"<li>{escape(each)}</li>" for each in (*reasons, *ALWAYS))
     return PageSection("What was not measured", "This report does not cover:", [f"<ul>{entries}</ul>"])
-
-
-# Quality over parts of the cases: by history length, by activity, and by the age of the deciding event.
-
-MIN_CASES = 30
-"""A part with fewer cases is not shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -465,18 +461,6 @@ def _changed(values: dict[str, Any], defaults: dict[str, Any], prefix: str = "")
             yield from _changed(value, defaults[name], f"{prefix}{name}.")
         elif value != defaults[name]:
             yield f"{prefix}{name}", value_text(value)
-
-
-# How the cases of a measure are divided: by history length, by activity, and by the age of the deciding event.
-#
-# Letters: N cases.
-
-NUM_GROUPS = 4
-ACTIVE_DAYS = 30
-AGE_BOUNDS = (0, 8, 32, 200, 1000)
-"""Lower ends of the groups of age, in events; the last one has no upper end."""
-MAX_PAIRS = 1 << 22
-"""Limit on the pairs of a label and a history item that are compared at once."""
 
 
 def length_parts(measure: Measure) -> list[CasePart]:

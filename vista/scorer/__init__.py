@@ -1,9 +1,9 @@
 """The scorer: what ranking code calls (`vista.scorer.scorer`)."""
 
 from vista.model.ranking_model import NEXT_TASK
-from vista.scorer.ranking import CandidateSet, Explanation, Ranking
-from vista.scorer.scorer import AnswerSource, Scorer
-from vista.scorer.scorer_stats import ScorerStats
+from vista.scorer.ranking import Explanation, Ranking
+from vista.scorer.scorer import AnswerSource, Scorer, ScorerStats
+from vista.scorer.serving_snapshot import CandidateSet
 from vista.store.record_spec import Tail
 
 __all__ = ["NEXT_TASK", "AnswerSource", "CandidateSet", "Explanation", "Ranking", "Scorer", "ScorerStats", "Tail"]

@@ -1,4 +1,8 @@
-"""What `Scorer.rank` returns, and how it is made."""
+"""What `Scorer.rank`, `Scorer.retrieve` and `Scorer.explain` return, and how it is made.
+
+B users, C candidates of each, N candidates of all users together, V items of the vocabulary, S seeds, L' events of the
+tail.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,6 @@ from torch import Tensor
 
 from vista.arrays import Int, offsets_of
 from vista.config.choices import OnMissing
-from vista.errors import UnknownItemError
 from vista.log.vocabulary import Vocabulary
 from vista.model import inference
 from vista.model.attribution import Attribution, attribute
@@ -24,63 +27,14 @@ from vista.model.ranking_model import NEXT_TASK, UNKNOWN_ITEM
 from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
 from vista.scorer.request import (
-    MAX_IDS,
     MAX_SCORES,
     Request,
-    id_array,
+    Tally,
     ids_of,
     item_rows,
-    length_of,
-    ragged_offsets,
     require_most,
-    split_ragged,
 )
-from vista.scorer.scorer_stats import StatsRecorder
 from vista.scorer.serving_snapshot import ServingSnapshot
-
-
-@dataclass(frozen=True, slots=True)
-class CandidateSet:
-    """Candidates encoded by `Scorer.encode`, which any number of calls can use."""
-
-    rows: NDArray[np.int64]
-    """Model rows, [C] (the same for every user) or [B, C]."""
-    vocabulary: tuple[int, str]
-    """Number of items and digest of the vocabulary that the rows refer to."""
-
-    @classmethod
-    def of(
-        cls, snapshot: ServingSnapshot, candidates: Any, on_missing: OnMissing, name: str = "candidates"
-    ) -> CandidateSet:
-        """Look up item ids [C] or [B, C] in the vocabulary in service.
-
-        A `CandidateSet` of it, or of its first items, is returned as it is: items that are added to a model come last.
-
-        Raises:
-            UnknownItemError: an id is unknown, and `on_missing` is "raise".
-            ValueError, TypeError: the ids are not integers or strings as in the log, have the wrong shape, or are too
-                many, or the set was encoded for another vocabulary.
-        """
-        if isinstance(candidates, CandidateSet):
-            if not snapshot.begins_with(*candidates.vocabulary):
-                raise ValueError(f"{name}: were encoded for another model; call encode again after a reload")
-            return candidates
-        require_most(length_of(candidates), MAX_IDS, name)
-        try:
-            ids = id_array(candidates, name)
-        except ValueError as error:
-            raise ValueError(f"{error}; pass (values, offsets) instead") from None
-        if ids.ndim not in (1, 2):
-            raise ValueError(f"{name}: must be of shape [C] or [B, C], got {ids.shape}")
-        require_most(ids.size, MAX_IDS, name)
-        rows = item_rows(snapshot.model, ids.ravel(), name).reshape(ids.shape)
-        if on_missing is OnMissing.error and (rows == UNKNOWN_ITEM).any():
-            unknown = ids[rows == UNKNOWN_ITEM][:5].tolist()
-            raise UnknownItemError(
-                f"{name}: items {unknown} are not in the model's vocabulary; train on a newer log, or pass "
-                "on_missing='empty'"
-            )
-        return cls(rows, snapshot.vocabulary)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +56,8 @@ class ItemFilter:
         if self.where is not None:
             mask = snapshot.items_by_value.mask(self.where, num_rows)
         if self.within is not None:
-            rows = CandidateSet.of(snapshot, self.within, on_missing, "within").rows
-            if rows.ndim != 1:
-                raise ValueError(f"within: must be of shape [C], got {rows.shape}")
             listed = np.zeros(num_rows, np.bool_)
-            listed[rows] = True
+            listed[_listed_rows(snapshot, self.within, on_missing, "within")] = True
             mask = listed if mask is None else mask & listed
         if mask is not None:
             mask[UNKNOWN_ITEM] = False
@@ -135,7 +86,7 @@ def ranked(
     features: Any,
     wanted: ItemFilter,
     on_missing: OnMissing,
-    recorder: StatsRecorder,
+    tally: Tally,
 ) -> Ranking:
     """The best items for the one user of a request; arguments, result and errors are those of `Scorer.rank`."""
     require_top_k(top_k, "top_k")
@@ -146,9 +97,7 @@ def ranked(
     if candidates is None:
         request = request.with_features(snapshot.model, features, None)
     else:
-        chosen = CandidateSet.of(snapshot, candidates, on_missing).rows
-        if chosen.ndim != 1:
-            raise ValueError(f"candidates: must be of shape [C], got {chosen.shape}")
+        chosen = _listed_rows(snapshot, candidates, on_missing)
         num_unknown = int((chosen == UNKNOWN_ITEM).sum())
         request = request.with_features(snapshot.model, features, len(chosen))
         rows, first = np.unique(chosen, return_index=True)
@@ -166,7 +115,7 @@ def ranked(
     scores = scores[kept]
     ranking = best_items(items, rows, scores, top_k, num_unknown)
     num_scored = len(scores) + num_unknown
-    recorder.add(candidates=num_scored, unknown_candidates=num_unknown, dropped=ranking.num_dropped)
+    tally(candidates=num_scored, unknown_candidates=num_unknown, dropped=ranking.num_dropped)
     return ranking
 
 
@@ -199,9 +148,12 @@ def require_top_k(value: Any, name: str) -> None:
         raise ValueError(f"{name}: must be at least 1, got {value}")
 
 
-# The best items of a large catalog: candidates from an index and the user's own items, ranked by stage 2.
-#
-# B users, V items of the vocabulary, N candidates of all users together.
+def _listed_rows(snapshot: ServingSnapshot, given: Any, on_missing: OnMissing, name: str = "candidates") -> Int:
+    """Model rows int64 [C] of candidates, which must be the same for every user."""
+    rows = snapshot.candidates(given, on_missing, name).rows
+    if rows.ndim != 1:
+        raise ValueError(f"{name}: must be of shape [C], got {rows.shape}")
+    return rows
 
 
 def retrieved(
@@ -213,9 +165,12 @@ def retrieved(
     wanted: ItemFilter,
     features: Any,
     on_missing: OnMissing,
-    recorder: StatsRecorder,
+    tally: Tally,
 ) -> list[Ranking]:
-    """The best items for each user of a request; arguments, result and errors are those of `Scorer.retrieve`."""
+    """The best items for each user of a request: candidates from an index and the user's own items, ranked by stage 2.
+
+    Arguments, result and errors are those of `Scorer.retrieve`.
+    """
     index = snapshot.item_index()
     require_top_k(top_k, "top_k")
     require_top_k(num_candidates, "num_candidates")
@@ -238,7 +193,7 @@ def retrieved(
         best_items(snapshot.model.items, rows[first:stop], scores[first:stop], top_k)
         for first, stop in pairwise(offsets.tolist())
     ]
-    recorder.add(candidates=len(rows), dropped=sum(ranking.num_dropped for ranking in rankings))
+    tally(candidates=len(rows), dropped=sum(ranking.num_dropped for ranking in rankings))
     return rankings
 
 
@@ -277,45 +232,6 @@ def _candidates(
     return candidates
 
 
-def predict(
-    snapshot: ServingSnapshot,
-    request: Request,
-    candidates: Any,
-    features: Any,
-    tasks: list[str],
-    on_missing: OnMissing,
-    recorder: StatsRecorder,
-) -> dict[str, Any]:
-    """Scores of some tasks; arguments, result and errors are those of `Scorer.predict`."""
-    values, given = split_ragged(candidates)
-    rows, missing = CandidateSet.of(snapshot, values, on_missing).rows, request.missing
-    if given is not None:
-        offsets = ragged_offsets(rows, given, len(request))
-        request = request.with_features(snapshot.model, features, offsets)
-        scores = snapshot.ragged_scores(request, rows, offsets, tasks)
-        missing = np.repeat(missing, np.diff(offsets))
-    else:
-        if rows.ndim == 2 and len(rows) != len(request):
-            raise ValueError(
-                f"candidates: shape {rows.shape} does not match {len(request)} users; pass [C], or one row per user"
-            )
-        require_most(len(request) * rows.shape[-1], MAX_SCORES, "candidates", "pairs of a user and a candidate")
-        request = request.with_features(snapshot.model, features, rows.shape[-1])
-        scores = snapshot.scores(request, torch.from_numpy(rows), tasks)
-        missing = missing[:, None]
-    unknown = np.broadcast_to(rows == UNKNOWN_ITEM, scores[tasks[0]].shape)
-    if on_missing is OnMissing.nan:
-        nobody = torch.from_numpy(missing | unknown)
-        scores = {task: cells.masked_fill(nobody, float("nan")) for task, cells in scores.items()}
-    recorder.add(candidates=unknown.size, unknown_candidates=int(unknown.sum()))
-    if isinstance(values, Tensor):
-        return {task: cells.to(values.device) for task, cells in scores.items()}
-    return {task: cells.numpy() for task, cells in scores.items()}
-
-
-# What `Scorer.explain` returns. C candidates, S seeds, L' events of the tail.
-
-
 def explained(
     snapshot: ServingSnapshot,
     request: Request,
@@ -323,16 +239,14 @@ def explained(
     features: Any,
     task: str,
     on_missing: OnMissing,
-    recorder: StatsRecorder,
+    tally: Tally,
 ) -> Explanation:
     """What `Scorer.explain` returns for the one user of a request; arguments and errors are those of that."""
     snapshot.require_task(task)
-    rows = CandidateSet.of(snapshot, candidates, on_missing).rows
-    if rows.ndim != 1:
-        raise ValueError(f"candidates: must be of shape [C], got {rows.shape}")
+    rows = _listed_rows(snapshot, candidates, on_missing)
     asked = request.with_features(snapshot.model, features, len(rows))
     explanation = Explanation.of(snapshot, asked, torch.from_numpy(rows), task)
-    recorder.add(candidates=len(rows), unknown_candidates=int((rows == UNKNOWN_ITEM).sum()))
+    tally(candidates=len(rows), unknown_candidates=int((rows == UNKNOWN_ITEM).sum()))
     return explanation
 
 

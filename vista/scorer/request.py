@@ -1,9 +1,13 @@
-"""A request, as the model reads it. B users, S seeds, M model dim."""
+"""A request, as the model reads it: records of users, merged with what the caller passes and with checked arguments.
+
+B users, C candidates, N ragged values, S seeds, M model dim. Of counters: E counted items of all users together, G
+fields, F values per key (`CounterSpec`), n counted pairs of user and candidate.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,18 +19,75 @@ from vista.arrays import Int, offsets_of
 from vista.counters.counter_codes import CounterCodes, ItemKeys, cells_of, decode_values
 from vista.counters.counter_table import UserCounters
 from vista.errors import shown
-from vista.log.histories import LATEST_MS, YEAR_1971_MS, RowFeatures
-from vista.model.features import EncodedRows, RowFeatureReader
+from vista.log.histories import LATEST_MS, YEAR_1971_MS, RowColumn
+from vista.model.features import EncodedRows
 from vista.model.inference import PaddedTail
 from vista.model.ranking_model import RankingModel
 from vista.model.vista_model import VistaModel
+from vista.scorer.request_features import PairFeatures, of_users
 from vista.store.record import StoredBatch
 from vista.store.record_spec import Tail
 
-# Counters of a request's users, as of the request, and where they hold candidates.
-#
-# Letters: B users, E counted items of all users together, G fields, F values per key (`CounterSpec`), C candidates, n
-# counted pairs of user and candidate.
+Tally = Callable[..., None]
+"""Adds to counters of `ScorerStats` by name."""
+Integers = NDArray[Any]
+Bools = NDArray[np.bool_]
+UNITS = {"seconds": 1e3, "microseconds": 1e-3, "nanoseconds": 1e-6}
+"""Factors to milliseconds."""
+MAX_IDS = 1 << 24
+"""Most users, and most candidates, per call."""
+MAX_SCORES = 1 << 28
+"""Most pairs of a user and a candidate per call; their scores take 1 GiB per task."""
+MAX_TAIL_EVENTS = 1 << 20
+"""Most events in the tail of a call. Merging them takes up to 200 MB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Summaries, tails, times and features of B users' requests."""
+
+    summary: Tensor
+    """float32 [B, S, M]."""
+    tail: PaddedTail
+    now: Int | None
+    """[B] ms, or None if unknown."""
+    missing: NDArray[np.bool_]
+    """[B] users without a usable record, whose summary is that of an empty history."""
+    generation: int = 0
+    """Number of the store's generation from which the records come; 0 if there are none."""
+    counters: RequestCounters | None = None
+    """Of the B users; None without counters."""
+    features: PairFeatures | None = None
+    """Of the B requests; None if all are missing."""
+    users: EncodedRows | None = None
+    """Features of the B users; None if all are missing."""
+
+    def __len__(self) -> int:
+        return len(self.missing)
+
+    def with_features(self, model: VistaModel, given: Any, candidates: int | Int | None) -> Request:
+        """The same request with the features that a caller passes, of the request and of the users.
+
+        Arguments and errors are those of `PairFeatures`. A name that both have belongs to the request.
+        """
+        of_request, own, users = model.request_features, model.user_features, self.users
+        if isinstance(given, Mapping) and own is not None and users is not None:
+            known = {} if of_request is None else of_request.values
+            of_user = {name: values for name, values in given.items() if name in own.values and name not in known}
+            users = of_users(own, users, of_user) if of_user else users
+            given = {name: values for name, values in given.items() if name not in of_user}
+        if given is None and of_request is None:
+            return self
+        return replace(self, users=users, features=PairFeatures.of(of_request, given, len(self), candidates))
+
+    def select(self, users: slice | Int) -> Request:
+        """Some of the users, or all of them in another order."""
+        now = None if self.now is None else self.now[users]
+        counters = None if self.counters is None else self.counters.select(users)
+        features = None if self.features is None else self.features.select(users)
+        own = None if self.users is None else self.users.select(users)
+        summary, tail, missing = self.summary[users], self.tail.select(users), self.missing[users]
+        return Request(summary, tail, now, missing, self.generation, counters, features, own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,18 +198,202 @@ def _rectangle(rows: Tensor, users: slice, columns: slice) -> Int:
     return part
 
 
-# Checks of what callers pass to the scorer: ids, candidates, and times.
-#
-# B users, C candidates, N ragged values.
+def with_fresh_events(model: VistaModel, stored: StoredBatch, tail: Tail, *, refuse: bool) -> tuple[Tail, Bools, Bools]:
+    """Merge the stored tails of a batch with a caller's tail, whose items are raw ids.
 
-UNITS = {"seconds": 1e3, "microseconds": 1e-3, "nanoseconds": 1e-6}
-"""Factors to milliseconds."""
-MAX_IDS = 1 << 24
-"""Most users, and most candidates, per call."""
-MAX_SCORES = 1 << 28
-"""Most pairs of a user and a candidate per call; their scores take 1 GiB per task."""
-MAX_TAIL_EVENTS = 1 << 20
-"""Most events in the tail of a call. Merging them takes up to 200 MB."""
+    Args:
+        model: the model in service.
+        stored: of B users.
+        tail: of the same users.
+        refuse: raise if the code of an action or a time is impossible; otherwise keep that user's stored tail.
+
+    Returns:
+        The merged tails, which of their events are fresh, [N], and which users' events were impossible, [B].
+
+    Raises:
+        ValueError, TypeError: a part of the tail is invalid; the message names it.
+    """
+    num_users, actions = len(stored.found), model.schema.actions
+    checked = checked_tail(tail, num_users, actions)
+    lengths = np.diff(checked.offsets)
+    no_action = (checked.actions < 0) | (checked.actions >= len(actions))
+    late = np.zeros(len(checked.times), np.bool_)
+    if model.schema.has_time:
+        late = impossible_times(checked.times, np.repeat(stored.last_event_ts, lengths))
+    if refuse and no_action.any():
+        raise ValueError(
+            f"tail.actions: codes must lie in [0, {len(actions)}), got {checked.actions[no_action.argmax()]}"
+        )
+    if refuse and late.any():
+        raise not_a_time("tail.times", checked.times[late][0])
+    bad = np.zeros(num_users, np.bool_)
+    bad[np.repeat(np.arange(num_users), lengths)[no_action | late]] = True
+    kept = ~np.repeat(bad, lengths)
+    ids = checked.items[kept]
+    rows = model.history_rows(item_rows(model, ids, "tail.items"))
+    offsets = offsets_of(np.where(bad, 0, lengths))
+    features = {name: column[kept] for name, column in _model_features(model, checked).items()}
+    fresh = Tail(rows.astype(np.int32), checked.times[kept], checked.actions[kept].astype(np.uint8), offsets, features)
+    names = np.unique(ids, return_inverse=True)[1]
+    return *merge_tails(stored.tail, stored.event_count, fresh, model.config.tail_len, names), bad
+
+
+def merge_tails(
+    stored: Tail, event_count: Int, fresh: Tail, tail_len: int, names: Integers | None = None
+) -> tuple[Tail, Bools]:
+    """The union of two packed tails of the same users, oldest first, limited to the newest `tail_len` events, and which
+    of these are fresh, bool [N].
+
+    Callers may send events that the record covers, or send events twice: a fresh event counts once, and not at all if
+    the record covers it. That is so if the stored tail holds it (same time, item and action). The tail does not show
+    covered events before its own. If there are some, all fresh events at the time of the tail's oldest event, or
+    earlier, are taken for covered: of a basket with one time and more items than the tail, it holds only a part.
+    Events with equal times keep their order, stored ones first. The features of an event are not part of its identity:
+    those of the event that is kept count.
+
+    Args:
+        stored, fresh: with items as model rows, and features with the model's codes. The result has those of `fresh`.
+        event_count: int64 [B] events that the records cover.
+        tail_len: events to keep per user.
+        names: [N] numbers that tell the fresh events' items apart, including unknown items, which share a row; None if
+            the rows do.
+    """
+    num_users = len(stored.offsets) - 1
+    user = np.concatenate([np.repeat(np.arange(num_users), np.diff(t.offsets)) for t in (stored, fresh)])
+    item = np.concatenate([stored.items, fresh.items])
+    time = np.concatenate([stored.times, fresh.times])
+    action = np.concatenate([stored.actions, fresh.actions])
+    place = np.arange(len(user))
+    is_fresh = place >= len(stored.items)
+    name = np.concatenate([np.full(len(stored.items), -1), fresh.items if names is None else names])
+    double = is_fresh & _repeats(user, time, action, item, is_fresh)  # of a stored event
+    double |= is_fresh & _repeats(user, time, action, np.where(is_fresh, name, -1 - place), place)  # of a fresh one
+    double |= is_fresh & _may_precede(stored, event_count, user, time)
+    order = np.lexsort((place, time, user))
+    order = order[~double[order]]
+    counts = np.bincount(user[order], minlength=num_users)
+    ends = np.cumsum(counts)
+    from_end = np.repeat(ends, counts) - np.arange(len(order))
+    order = order[from_end <= tail_len]
+    offsets = offsets_of(np.minimum(counts, tail_len))
+    features = {name: np.concatenate([stored.features[name], fresh.features[name]])[order] for name in fresh.features}
+    return Tail(item[order], time[order], action[order], offsets, features), is_fresh[order]
+
+
+def checked_tail(tail: Tail, num_users: int, actions: Sequence[str]) -> Tail:
+    """Convert a caller's tail to NumPy arrays: raw item ids, and int64 for everything else except features.
+
+    Args:
+        tail: of the users.
+        num_users: B.
+        actions: those of the model by code, which replaces a name.
+
+    Raises:
+        ValueError, TypeError: a part of the tail is invalid for `num_users` users; the message names it.
+    """
+    if not isinstance(tail, Tail):
+        raise TypeError(f"tail: must be a Tail(items, times, actions, offsets), got a {type(tail).__name__}")
+    if not isinstance(tail.features, Mapping):
+        raise TypeError(f"tail.features: must be a mapping of names to values, got a {type(tail.features).__name__}")
+    require_most(length_of(tail.items), MAX_TAIL_EVENTS, "tail.items", "events")
+    arrays = {
+        "items": id_array(tail.items, "tail.items"),
+        "times": integers(tail.times, "tail.times", "integer milliseconds"),
+        "actions": _action_codes(tail.actions, actions),
+        "offsets": integers(tail.offsets, "tail.offsets"),
+    }
+    for name, array in arrays.items():
+        if array.ndim != 1:
+            raise ValueError(f"tail.{name}: must be one-dimensional, got shape {array.shape}")
+    count = len(arrays["items"])
+    for name in ("times", "actions"):
+        if len(arrays[name]) != count:
+            raise ValueError(f"tail.{name}: holds {len(arrays[name])} values for {count} items")
+    offsets = arrays["offsets"]
+    if len(offsets) != num_users + 1 or offsets[0] != 0 or offsets[-1] != count or (np.diff(offsets) < 0).any():
+        raise ValueError(
+            f"tail.offsets: must be {num_users + 1} values that rise from 0 to {count}, got {len(offsets)} values that "
+            f"start with {offsets.tolist()[:6]}"
+        )
+    features = {name: _column(name, values) for name, values in tail.features.items()}
+    return Tail(arrays["items"], arrays["times"], arrays["actions"], offsets, features)
+
+
+def _action_codes(given: Any, actions: Sequence[str]) -> Int:
+    """A caller's actions as codes. None stands for the action of a model that has only one.
+
+    Raises:
+        ValueError: a name is not one of the model's actions: the caller's mistake, whichever user it is for.
+    """
+    array = array_of(given, "tail.actions")
+    if array.dtype.kind not in "UO" or not all(one is None or isinstance(one, str) for one in array.flat):
+        return integers(array, "tail.actions")
+    codes: dict[str | None, int] = {name: code for code, name in enumerate(actions)}
+    if len(actions) <= 1:
+        codes[None] = 0
+    for name in array.flat:
+        if name not in codes:
+            given_name = None if name is None else str(name)
+            raise ValueError(
+                f"tail.actions: {shown(given_name)} is not one of this model's actions, {shown(list(actions))}"
+            )
+    return np.array([codes[one] for one in array.flat], np.int64).reshape(array.shape)
+
+
+def _column(name: Any, values: Any) -> Any:
+    """A caller's values of a feature, with a length."""
+    if isinstance(values, (list, tuple)):
+        return values
+    array = array_of(values, f"tail.features: {name!r}")
+    if array.ndim != 1:
+        raise ValueError(f"tail.features: {name!r} must be a list of values, or one-dimensional, got {shown(values)}")
+    return array
+
+
+def _model_features(model: VistaModel, tail: Tail) -> Mapping[str, RowColumn]:
+    """Features of a caller's events, with the model's codes, in the columns that stage 2 reads.
+
+    Callers may also name the columns that only stage 1 reads.
+
+    Raises:
+        ValueError: a column is unknown to the model, or has other values than its kind.
+    """
+    if model.event_features is None:
+        for name in tail.features:
+            raise ValueError(f"tail.features: {shown(name)} is not a feature that this model reads; it reads none")
+        return {}
+    try:
+        parsed = model.event_features.parse(tail.features, len(tail.items)).columns
+    except ValueError as error:
+        raise ValueError(f"tail.features: {error}") from None
+    return {name: parsed[name] for name in model.schema.tail_sizes}
+
+
+def _may_precede(stored: Tail, event_count: Int, user: Integers, time: Integers) -> Bools:
+    """Which events may be covered ones that the stored tails have no room for, bool [N]."""
+    lengths = np.diff(stored.offsets)
+    is_cut = (lengths > 0) & (event_count > lengths)
+    oldest = np.zeros(len(lengths), np.int64)
+    oldest[is_cut] = stored.times[stored.offsets[:-1][is_cut]]
+    found: Bools = is_cut[user] & (time <= oldest[user])
+    return found
+
+
+def _repeats(user: Integers, time: Integers, action: Integers, item: Integers, order: Integers) -> Bools:
+    """Which events repeat an event of the same user, time, action and item with a smaller `order`, bool [N]."""
+    index = np.lexsort((order, action, item, time, user))
+    same = np.zeros(len(user), np.bool_)
+    if len(user) > 1:
+        a, b = index[:-1], index[1:]
+        same[1:] = (user[a] == user[b]) & (time[a] == time[b]) & (item[a] == item[b]) & (action[a] == action[b])
+    start = np.maximum.accumulate(np.where(same, 0, np.arange(len(user))))
+    repeats = np.zeros(len(user), np.bool_)
+    repeats[index] = order[index] > order[index[start]]
+    return repeats
+
+
+def no_tally(**_: int) -> None:
+    """A `Tally` that adds to nothing."""
 
 
 def require_most(count: int, most: int, name: str, unit: str = "ids") -> None:
@@ -275,225 +520,3 @@ def ragged_offsets(values: Int, given: Any, num_users: int) -> Int:
     if offsets[0] != 0 or offsets[-1] != len(values) or (np.diff(offsets) < 0).any():
         raise ValueError(f"candidates: offsets must rise from 0 to {len(values)}, got {offsets[0]} to {offsets[-1]}")
     return offsets
-
-
-# Features of requests: how a caller passes them, and what the model reads of each pair of a user and a candidate.
-#
-# B users, C candidates of each, or N ragged candidates of all of them.
-
-
-@dataclass(frozen=True, slots=True)
-class PairFeatures:
-    """Features of the requests of B users: the same for all candidates of a user, or of each candidate."""
-
-    rows: EncodedRows
-    """One row per user, or one per candidate of every user."""
-    first: Int
-    """int64 [B] the row of each user, or of each user's first candidate; those of its other candidates follow."""
-    per_candidate: bool
-
-    @classmethod
-    def of(
-        cls, reader: RowFeatureReader | None, given: Any, num_users: int, candidates: int | Int | None
-    ) -> PairFeatures | None:
-        """Features of B requests, as a model reads them; None for a model that reads none.
-
-        Args:
-            reader: of the model.
-            given: by name: one value, [B], or in the form of the candidates, where ragged ones may also have a list per
-                user; None gives none.
-            num_users: B.
-            candidates: C; offsets int64 [B + 1] of ragged candidates; None if the caller names no candidates.
-
-        Raises:
-            TypeError, ValueError: a name, a value, or the shape of the values is wrong.
-        """
-        if given is not None and not isinstance(given, Mapping):
-            raise TypeError(f"request: must be a mapping from names of features to values, got {shown(given)}")
-        if reader is None:
-            if given:
-                raise ValueError("request: this model reads no features of requests; leave the argument out")
-            return None
-        of_users: dict[str, Sequence[Any]] = {}
-        of_pairs: dict[str, Sequence[Any]] = {}
-        for name, values in (given or {}).items():
-            flat, per_candidate = _flat(name, values, num_users, candidates)
-            (of_pairs if per_candidate else of_users)[name] = flat
-        try:
-            features = reader.parse(of_users, num_users)
-            if not of_pairs:
-                return cls(reader.encode(features, num_users), np.arange(num_users), False)
-            assert candidates is not None
-            offsets = np.arange(num_users + 1) * candidates if isinstance(candidates, int) else candidates
-            count = int(offsets[-1])
-            pairs = reader.parse(of_pairs, count).columns
-            columns = dict(features.select(np.repeat(np.arange(num_users), np.diff(offsets))).columns)
-            columns |= {name: pairs[name] for name in of_pairs}
-            return cls(reader.encode(RowFeatures(columns), count), offsets[:-1], True)
-        except ValueError as error:
-            raise ValueError(f"request: {error}") from error
-
-    def select(self, users: slice | Int) -> PairFeatures:
-        """Those of some users, or of all of them in another order."""
-        return replace(self, first=self.first[users])
-
-    def of_users(self) -> EncodedRows:
-        """The rows [B] of the users, which are the same for all their candidates."""
-        return self.rows.select(self.first)
-
-    def of_pairs(self, users: slice, start: int, count: int) -> EncodedRows:
-        """The rows of `count` candidates of each user, from candidate `start` on; of candidates that a user does not
-        have, any rows."""
-        index = self.first[users][:, None] + np.arange(start, start + count)
-        return self.rows.select(np.minimum(index, len(self.rows.entry) - 1).ravel())
-
-    def of_candidates(self, candidates: Int) -> PairFeatures:
-        """Those of one user, for some of its candidates, or all of them in another order."""
-        return replace(self, rows=self.rows.select(candidates)) if self.per_candidate else self
-
-
-def of_users(reader: RowFeatureReader, rows: EncodedRows, given: Mapping[str, Any]) -> EncodedRows:
-    """Features of B users, with the values that a caller passes in place of those of their records.
-
-    Args:
-        rows: of the records.
-        given: by name: one value, or [B].
-
-    Raises:
-        TypeError, ValueError: a value, or the shape of the values is wrong.
-    """
-    values, num_users = {}, len(rows.entry)
-    for name, column in given.items():
-        shape, flat = _shaped(name, column)
-        if shape not in ((), (num_users,)):
-            raise ValueError(
-                f"request: {shown(name)} has shape {list(shape)}, but must be one value, or [{num_users}] (one per "
-                "user), because it is a feature of users"
-            )
-        values[name] = flat if shape else [*flat] * num_users
-    try:
-        return reader.with_values(rows, values)
-    except ValueError as error:
-        raise ValueError(f"request: {error}") from error
-
-
-def _flat(name: Any, values: Any, num_users: int, candidates: int | Int | None) -> tuple[Sequence[Any], bool]:
-    """Values of one feature, and whether they are one per candidate instead of one per user."""
-    if isinstance(candidates, np.ndarray) and _is_ragged(values):
-        values, offsets = values if isinstance(values, tuple) else _joined(values)
-        shape, flat = _shaped(name, values)
-        if shape != (candidates[-1],) or not np.array_equal(array_of(offsets, f"request: {name}"), candidates):
-            raise ValueError(
-                f"request: {shown(name)} must have as many values as the candidates, {candidates[-1]}, and the same "
-                f"number per user, got values of shape {list(shape)}"
-            )
-        return flat, True
-    shape, flat = _shaped(name, values)
-    if shape == ():
-        return [*flat] * num_users, False
-    if shape == (num_users,):
-        return flat, False
-    if isinstance(candidates, int) and shape == (num_users, candidates):
-        return flat, True
-    if candidates is None:
-        expected = f"one value, or [{num_users}] (one per user); for one value per candidate, pass candidates"
-    elif isinstance(candidates, int):
-        expected = f"one value, [{num_users}] (one per user), or [{num_users}, {candidates}] (one per candidate)"
-    else:
-        ragged = f"(values [{candidates[-1]}], offsets [{num_users + 1}])"
-        lists = f"{ragged}, or a list per user, as the candidates"
-        expected = f"one value, [{num_users}] (one per user), or {lists} (one per candidate)"
-    raise ValueError(f"request: {shown(name)} has shape {list(shape)}, but must be {expected}")
-
-
-def _shaped(name: Any, values: Any) -> tuple[tuple[int, ...], Sequence[Any]]:
-    """Shape of the values of one feature, and the values in a row."""
-    values = _array(values)
-    if np.isscalar(values) or values is None:
-        return (), [values]
-    if isinstance(values, (Tensor, np.ndarray)):
-        shape, values = tuple(values.shape), values.reshape(-1).tolist()
-    elif isinstance(values, Sequence):
-        shape = (len(values),)
-    else:
-        raise TypeError(
-            f"request: {shown(name)} must be one value, one per user, or one per candidate, got {shown(values)}"
-        )
-    if len(shape) == 1 and len(values) and all(map(_is_row, values)):
-        flat, offsets = _joined(values)
-        lengths = np.diff(offsets)
-        if (lengths != lengths[0]).any():
-            raise ValueError(f"request: {shown(name)}: the rows differ in length")
-        return (len(lengths), int(lengths[0])), flat
-    return shape, values
-
-
-def _is_ragged(values: Any) -> bool:
-    """Whether values are given per user and candidate: as (values, offsets), or as a list per user."""
-    if isinstance(values, tuple):
-        return len(values) == 2 and _is_row(values[1])
-    return isinstance(values, list) and len(values) > 0 and all(map(_is_row, values))
-
-
-def _joined(rows: Sequence[Any]) -> tuple[list[Any], Int]:
-    """Values of all rows, and offsets [rows + 1]."""
-    lists = [row if isinstance(row, Sequence) else row.tolist() for row in map(_array, rows)]
-    return [value for row in lists for value in row], offsets_of(np.array([len(row) for row in lists], np.int64))
-
-
-def _array(values: Any) -> Any:
-    """Columns of pandas and Polars as arrays; anything else as it is."""
-    return values.to_numpy() if hasattr(values, "to_numpy") else values
-
-
-def _is_row(values: Any) -> bool:
-    """Whether a value is several values."""
-    values = _array(values)
-    is_many = isinstance(values, (Sequence, Tensor, np.ndarray)) and not isinstance(values, (str, bytes))
-    return is_many and getattr(values, "ndim", 1) > 0
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """Summaries, tails, times and features of B users' requests."""
-
-    summary: Tensor
-    """float32 [B, S, M]."""
-    tail: PaddedTail
-    now: Int | None
-    """[B] ms, or None if unknown."""
-    missing: NDArray[np.bool_]
-    """[B] users without a usable record, whose summary is that of an empty history."""
-    generation: int = 0
-    """Number of the store's generation from which the records come; 0 if there are none."""
-    counters: RequestCounters | None = None
-    """Of the B users; None without counters."""
-    features: PairFeatures | None = None
-    """Of the B requests; None if all are missing."""
-    users: EncodedRows | None = None
-    """Features of the B users; None if all are missing."""
-
-    def __len__(self) -> int:
-        return len(self.missing)
-
-    def with_features(self, model: VistaModel, given: Any, candidates: int | Int | None) -> Request:
-        """The same request with the features that a caller passes, of the request and of the users.
-
-        Arguments and errors are those of `PairFeatures`. A name that both have belongs to the request.
-        """
-        of_request, own, users = model.request_features, model.user_features, self.users
-        if isinstance(given, Mapping) and own is not None and users is not None:
-            known = {} if of_request is None else of_request.values
-            of_user = {name: values for name, values in given.items() if name in own.values and name not in known}
-            users = of_users(own, users, of_user) if of_user else users
-            given = {name: values for name, values in given.items() if name not in of_user}
-        return replace(self, users=users, features=PairFeatures.of(of_request, given, len(self), candidates))
-
-    def select(self, users: slice | Int) -> Request:
-        """Some of the users, or all of them in another order."""
-        now = None if self.now is None else self.now[users]
-        counters = None if self.counters is None else self.counters.select(users)
-        features = None if self.features is None else self.features.select(users)
-        own = None if self.users is None else self.users.select(users)
-        summary, tail, missing = self.summary[users], self.tail.select(users), self.missing[users]
-        return Request(summary, tail, now, missing, self.generation, counters, features, own)

@@ -5,32 +5,39 @@ B users, C candidates, V items of the vocabulary, S seeds, L tail length, M' wid
 
 from __future__ import annotations
 
+import bisect
+import math
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from vista.config.choices import OnMissing, Precision, choice_of
 from vista.device import reuse_freed_memory
+from vista.errors import StoreError, VistaError
 from vista.log.vocabulary import Ids
+from vista.model.ranking_model import UNKNOWN_ITEM
 from vista.model.vista_model import VistaModel
-from vista.scorer.ranking import CandidateSet, Explanation, ItemFilter, Ranking, explained, predict, ranked, retrieved
-from vista.scorer.reading import nan_for, read_request
-from vista.scorer.request import MAX_SCORES, Request, require_max_age, require_most
-from vista.scorer.scorer_stats import ScorerStats, StatsRecorder
-from vista.scorer.serving_snapshot import ServingSnapshot
-from vista.scorer.serving_source import Follower, ServingSource, SnapshotHolder
+from vista.scorer.ranking import Explanation, ItemFilter, Ranking, explained, ranked, retrieved
+from vista.scorer.request import MAX_SCORES, Request, ragged_offsets, require_max_age, require_most, split_ragged
+from vista.scorer.serving_snapshot import CandidateSet, ServingSnapshot
+from vista.scorer.serving_source import Follower, ServingSource, repair_after_fork
 from vista.store.manifest import Manifest
 from vista.store.reader import StoreReader
 from vista.store.record_spec import Tail
 from vista.store.shards import ShardedReader
 
-# The generation and the model that an answer of a scorer was computed from.
+BUCKETS_PER_OCTAVE = 4
+LATENCY_BOUNDS_MS = tuple(0.0625 * 2 ** (step / BUCKETS_PER_OCTAVE) for step in range(20 * BUCKETS_PER_OCTAVE + 1))
+"""Upper bounds of the histogram's buckets, 62.5 µs to 65 s, each 19 % above the one before; the last bucket is open."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +51,59 @@ class AnswerSource:
     """`checksum` of the model's config.json, 16 hex digits; None for a model that was not read from a folder."""
 
 
+@dataclass(frozen=True, slots=True)
+class ScorerStats:
+    """What a scorer has done in this process since it was opened (or since the process was forked)."""
+
+    calls: int = 0
+    failed_calls: int = 0
+    """Calls that raised an error."""
+    hits: int = 0
+    """Users whose record was used; a user counts once per call."""
+    misses: int = 0
+    """Users without a record."""
+    stale: int = 0
+    """Users whose record was older than max_age_s and therefore not used."""
+    damaged: int = 0
+    """Users whose record is damaged. With on_missing="nan" they get NaN, otherwise the call fails."""
+    bad_users: int = 0
+    """With on_missing="nan": users who got NaN, because their record is damaged or their tail or time is impossible."""
+    candidates: int = 0
+    """Pairs of a user and a candidate."""
+    unknown_candidates: int = 0
+    """Pairs whose item the model does not know."""
+    dropped: int = 0
+    """Candidates that `rank` left out because they were unknown or their score was not finite."""
+    reloads: int = 0
+    """Calls of `reload` that moved to another generation or model."""
+    failed_reloads: int = 0
+    """Calls of `reload` that raised an error."""
+    last_reload_error: str | None = None
+    """Error of the last call of `reload`; None if that call succeeded."""
+    followed_at: int = 0
+    """When `reload` last succeeded, ms since 1970; 0 if never."""
+    latency_counts: tuple[int, ...] = field(default=(0,) * (len(LATENCY_BOUNDS_MS) + 1))
+    """Calls by duration, including failed ones; bucket i ends at LATENCY_BOUNDS_MS[i], the last one is open."""
+
+    def latency_ms(self, quantile: float) -> float:
+        """Quantile of the duration of calls, rounded up to its bucket's bound; NaN without calls.
+
+        Args:
+            quantile: in (0, 1]; 0.99 gives the p99.
+
+        Raises:
+            ValueError: the quantile is not in (0, 1].
+        """
+        if not 0 < quantile <= 1:
+            raise ValueError(f"quantile: must lie in (0, 1], got {quantile}")
+        total, seen = sum(self.latency_counts), 0
+        for bound, count in zip((*LATENCY_BOUNDS_MS, math.inf), self.latency_counts, strict=True):
+            seen += count
+            if total and seen >= quantile * total:
+                return bound
+        return math.nan
+
+
 class LatestSource(threading.local):
     """The source of each thread's latest answer."""
 
@@ -54,18 +114,32 @@ class Scorer:
     """Scores candidates for users from their stored summaries and tails. Open one per process with `Scorer.open`.
 
     It is thread-safe, and works after a fork. Each call uses one model and one state of the store throughout.
+
+    Args:
+        source: where the model and the store are, and how to open them.
+        on_missing: as in `open`, like `task` and `max_age_s`.
     """
 
-    def __init__(self, source: ServingSource, on_missing: OnMissing, task: str | None, max_age_s: float | None) -> None:
+    def __init__(
+        self,
+        source: ServingSource,
+        on_missing: OnMissing = OnMissing.empty,
+        task: str | None = None,
+        max_age_s: float | None = None,
+    ) -> None:
         self.on_missing, self.max_age_s = on_missing, max_age_s
-        self._snapshots = SnapshotHolder(source)
+        self._source = source
+        self._current = source.open()
+        self._closed = self._inherited = False
+        self._changing = threading.Lock()
         self._recorder = StatsRecorder()
         self._follower = Follower(self)
         self._latest = LatestSource()
+        repair_after_fork(self)
         try:
             self.task = task or self.tasks[0]
             """The task that `score` and `rank` use."""
-            self._snapshots.current.require_task(self.task)
+            self._current.require_task(self.task)
         except BaseException:
             self.close()
             raise
@@ -115,7 +189,9 @@ class Scorer:
     def close(self) -> None:
         """Close the store and end `follow`; closing twice is allowed."""
         self._follower.stop()
-        self._snapshots.close()
+        with self._changing:
+            self._closed = True
+            self._current.store.close()
 
     def __enter__(self) -> Scorer:
         return self
@@ -126,18 +202,28 @@ class Scorer:
     @property
     def model(self) -> VistaModel:
         """The model in service."""
-        return self._snapshots.current.model
+        return self._current.model
 
     @property
     def store(self) -> StoreReader | ShardedReader:
         """The store in service; a `reload` that moves to another model closes it (`in_service` keeps it open)."""
-        return self._snapshots.current.store
+        return self._current.store
 
     @contextmanager
     def in_service(self) -> Iterator[ServingSnapshot]:
         """The `model` and its `store`, which stays open until the block ends; StoreError if the scorer is closed."""
-        with self._snapshots.use() as snapshot:
+        self._require_open()
+        # This takes no lock, because a fork could copy it locked: `calls` is a set, and each operation on it is atomic.
+        call, snapshot = object(), self._current
+        snapshot.calls.add(call)
+        while snapshot is not self._current:  # A reload happened between the two lines above.
+            self._release(snapshot, call)
+            snapshot = self._current
+            snapshot.calls.add(call)
+        try:
             yield snapshot
+        finally:
+            self._release(snapshot, call)
 
     @property
     def answered_from(self) -> AnswerSource | None:
@@ -147,13 +233,13 @@ class Scorer:
     @property
     def manifest(self) -> Manifest:
         """Manifest of the store's generation: its number, its users, when it was refreshed."""
-        with self._snapshots.use() as snapshot:
+        with self.in_service() as snapshot:
             return snapshot.store.manifest
 
     @property
     def tasks(self) -> list[str]:
         """The tasks that `predict` scores; `next` is the retrieval head."""
-        return self._snapshots.current.tasks
+        return self._current.tasks
 
     def reload(self) -> bool:
         """Move to a new generation of the store or a new model in the model's folder; returns whether there was one.
@@ -167,7 +253,8 @@ class Scorer:
                 reads, the new model lacks this scorer's task, or the scorer is closed. The old one stays in service.
         """
         try:
-            moved = self._snapshots.reload(self.task)
+            with self._changing:
+                moved = self._moved()
         except BaseException as error:
             self._recorder.failed_to_reload(error)
             raise
@@ -184,7 +271,7 @@ class Scorer:
             StoreError: the scorer is closed.
             ValueError: every_s is not positive or too large.
         """
-        with self._snapshots.use():  # checks that the scorer is open
+        with self.in_service():  # checks that the scorer is open
             self._follower.start(every_s)
 
     def stats(self) -> ScorerStats:
@@ -206,8 +293,7 @@ class Scorer:
             UnknownUserError, UnknownItemError, StoreError, ValueError, TypeError: as in `predict`.
         """
         with self._call(users, tail, now) as (snapshot, asked):
-            own = [self.task]
-            return predict(snapshot, asked, candidates, request, own, self.on_missing, self._recorder)[self.task]
+            return self._predict(snapshot, asked, candidates, request, [self.task])[self.task]
 
     def predict(
         self,
@@ -245,7 +331,7 @@ class Scorer:
             ValueError, TypeError: an argument is invalid or too long; the message names it.
         """
         with self._call(users, tail, now) as (snapshot, asked):
-            return predict(snapshot, asked, candidates, request, snapshot.tasks, self.on_missing, self._recorder)
+            return self._predict(snapshot, asked, candidates, request, snapshot.tasks)
 
     def rank(
         self,
@@ -275,7 +361,9 @@ class Scorer:
         """
         with self._call([user], tail, now) as (snapshot, asked):
             wanted, task = ItemFilter(exclude, exclude_tail), self.task
-            return ranked(snapshot, asked, task, top_k, candidates, request, wanted, self.on_missing, self._recorder)
+            return ranked(
+                snapshot, asked, task, top_k, candidates, request, wanted, self.on_missing, self._recorder.add
+            )
 
     def retrieve(
         self,
@@ -312,7 +400,7 @@ class Scorer:
         with self._call(users, tail, now) as (snapshot, asked):
             wanted, task = ItemFilter(exclude, exclude_tail, within, where), self.task
             return retrieved(
-                snapshot, asked, task, top_k, num_candidates, wanted, request, self.on_missing, self._recorder
+                snapshot, asked, task, top_k, num_candidates, wanted, request, self.on_missing, self._recorder.add
             )
 
     def encode(self, candidates: Any) -> CandidateSet:
@@ -323,8 +411,8 @@ class Scorer:
         Raises:
             UnknownItemError, ValueError, TypeError: as in `predict`.
         """
-        with self._snapshots.use() as snapshot:
-            return CandidateSet.of(snapshot, candidates, self.on_missing)
+        with self.in_service() as snapshot:
+            return snapshot.candidates(candidates, self.on_missing)
 
     def user_vectors(self, users: Ids, *, tail: Tail | None = None, now: Any = None) -> NDArray[np.float32]:
         """Vectors of the retrieval head, float32 [B, M'], which rank `item_vectors`, except for `counted_items`.
@@ -342,7 +430,7 @@ class Scorer:
         Raises:
             ValueError: the model was trained without a retrieval head.
         """
-        with self._snapshots.use() as snapshot:
+        with self.in_service() as snapshot:
             vectors = snapshot.retrieval_vectors()[1:].cpu().numpy().copy()
             return snapshot.model.items.ids(np.arange(len(snapshot.model.items))), vectors
 
@@ -401,12 +489,152 @@ class Scorer:
             UnknownUserError: with on_missing="raise". Others as in `predict`.
         """
         with self._call([user], tail, now) as (snapshot, asked):
-            return explained(snapshot, asked, candidates, request, task or self.task, self.on_missing, self._recorder)
+            return explained(
+                snapshot, asked, candidates, request, task or self.task, self.on_missing, self._recorder.add
+            )
+
+    def _moved(self) -> bool:
+        """Move to what is newer, as `reload` does, for one thread at a time."""
+        self._require_open()
+        try:
+            newer = self._source.open_newer(self._current, self.task)
+        except VistaError:
+            self._current.store.reload()  # A model that cannot be served must not block new generations.
+            raise
+        if newer is None:
+            return self._current.store.reload()
+        old, self._current = self._current, newer
+        self._close_unused(old)
+        return True
+
+    def _release(self, snapshot: ServingSnapshot, call: object) -> None:
+        snapshot.calls.discard(call)
+        if snapshot is not self._current:
+            self._close_unused(snapshot)
+
+    def _close_unused(self, snapshot: ServingSnapshot) -> None:
+        if not snapshot.calls:
+            snapshot.store.close()
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise StoreError(f"the scorer of {self._current.store.path} is closed; open a new one")
+        if self._inherited:  # OpenMP's threads are not forked, so a child that waits for them would hang.
+            self._inherited = False
+            torch.set_num_threads(1)
+
+    def _after_fork(self) -> None:
+        self._inherited = torch.get_num_threads() > 1
+        self._changing = threading.Lock()
 
     @contextmanager
     def _call(self, users: Ids, tail: Tail | None, now: Any) -> Iterator[tuple[ServingSnapshot, Request]]:
         """The snapshot in service and the request that it reads, for one call, which is counted and timed."""
-        with self._recorder.timed(), self._snapshots.use() as snapshot:
-            request = read_request(snapshot, users, tail, now, self.on_missing, self.max_age_s, self._recorder)
+        with self._recorder.timed(), self.in_service() as snapshot:
+            request = snapshot.read(users, tail, now, self.on_missing, self.max_age_s, self._recorder.add)
             self._latest.source = AnswerSource(request.generation, snapshot.checksum)
             yield snapshot, request
+
+    def _predict(
+        self, snapshot: ServingSnapshot, request: Request, candidates: Any, features: Any, tasks: list[str]
+    ) -> dict[str, Any]:
+        """Scores of some tasks; arguments, result and errors are those of `predict`."""
+        values, given = split_ragged(candidates)
+        rows, missing = snapshot.candidates(values, self.on_missing).rows, request.missing
+        if given is not None:
+            offsets = ragged_offsets(rows, given, len(request))
+            request = request.with_features(snapshot.model, features, offsets)
+            scores = snapshot.ragged_scores(request, rows, offsets, tasks)
+            missing = np.repeat(missing, np.diff(offsets))
+        else:
+            if rows.ndim == 2 and len(rows) != len(request):
+                raise ValueError(
+                    f"candidates: shape {rows.shape} does not match {len(request)} users; pass [C], or one row per user"
+                )
+            require_most(len(request) * rows.shape[-1], MAX_SCORES, "candidates", "pairs of a user and a candidate")
+            request = request.with_features(snapshot.model, features, rows.shape[-1])
+            scores = snapshot.scores(request, torch.from_numpy(rows), tasks)
+            missing = missing[:, None]
+        unknown = np.broadcast_to(rows == UNKNOWN_ITEM, scores[tasks[0]].shape)
+        if self.on_missing is OnMissing.nan:
+            nobody = torch.from_numpy(missing | unknown)
+            scores = {task: cells.masked_fill(nobody, float("nan")) for task, cells in scores.items()}
+        self._recorder.add(candidates=unknown.size, unknown_candidates=int(unknown.sum()))
+        if isinstance(values, Tensor):
+            return {task: cells.to(values.device) for task, cells in scores.items()}
+        return {task: cells.numpy() for task, cells in scores.items()}
+
+
+def nan_for(missing: NDArray[np.bool_], values: NDArray[np.float32], on_missing: OnMissing) -> NDArray[np.float32]:
+    """Values [N] or [N, D], which become NaN where bool [N] is set, if the policy says so."""
+    if on_missing is OnMissing.nan:
+        values[missing] = np.nan
+    return values
+
+
+COUNTERS = tuple(
+    name
+    for name in ScorerStats.__dataclass_fields__
+    if name not in ("last_reload_error", "followed_at", "latency_counts")
+)
+
+
+class StatsRecorder:
+    """Counts for all threads of a process. A forked child starts at zero."""
+
+    def __init__(self) -> None:
+        self._after_fork()
+        repair_after_fork(self)
+
+    def _after_fork(self) -> None:
+        self._lock = threading.Lock()
+        self._counts = dict.fromkeys(COUNTERS, 0)
+        self._latencies = [0] * (len(LATENCY_BOUNDS_MS) + 1)
+        self._reload_error: str | None = None
+        self._followed_at = 0
+
+    def add(self, **counts: int) -> None:
+        """Add to counters by name."""
+        with self._lock:
+            for name, count in counts.items():
+                self._counts[name] += count
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Count and time the call that a block makes."""
+        began, failed = time.perf_counter(), True
+        try:
+            yield
+            failed = False
+        finally:
+            self.called(time.perf_counter() - began, failed=failed)
+
+    def called(self, seconds: float, *, failed: bool) -> None:
+        """Count a call."""
+        bucket = bisect.bisect_left(LATENCY_BOUNDS_MS, 1e3 * seconds)
+        with self._lock:
+            self._counts["calls"] += 1
+            self._counts["failed_calls"] += failed
+            self._latencies[bucket] += 1
+
+    def reloaded(self, *, moved: bool) -> None:
+        """Count a call of `reload` that succeeded."""
+        with self._lock:
+            self._counts["reloads"] += moved
+            self._reload_error, self._followed_at = None, time.time_ns() // 1_000_000
+
+    def failed_to_reload(self, error: BaseException) -> None:
+        """Count a call of `reload` that raised an error."""
+        with self._lock:
+            self._counts["failed_reloads"] += 1
+            self._reload_error = f"{type(error).__name__}: {error}"
+
+    def snapshot(self) -> ScorerStats:
+        """All numbers at one point in time."""
+        with self._lock:
+            return ScorerStats(
+                **self._counts,
+                last_reload_error=self._reload_error,
+                followed_at=self._followed_at,
+                latency_counts=tuple(self._latencies),
+            )

@@ -1,12 +1,17 @@
 """What a scorer has in service: a model, its items, and a store, none of which change during a call.
 
-B users, C candidates, V items of the vocabulary, S seeds, L tail length, M model dim, M' width of
-retrieval vectors.
+B users, C candidates, C' the same in whole tiles of `ROW_TILE` rows, so that their scores do not depend on each other,
+N requests or pairs, V items of the vocabulary, S seeds, L tail length, M model dim, M' width of retrieval vectors, R
+rows of the encoder of requests.
 """
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vista.arrays import Int
-from vista.config.choices import Precision
+from vista.config.choices import OnMissing, Precision
 from vista.counters.counter_codes import MAX_CODE
-from vista.errors import ItemIndexError, shown
-from vista.log.histories import NUM_GAPS
+from vista.errors import ItemIndexError, RecordError, UnknownItemError, UnknownUserError, shown
+from vista.log.histories import NUM_GAPS, RowFeatures
 from vista.model import inference
 from vista.model.features import EncodedRows
 from vista.model.inference import ROW_TILE, pad_tail
@@ -28,100 +33,46 @@ from vista.model.item_projections import ItemProjections
 from vista.model.ranking_model import NEXT_TASK, UNKNOWN_ITEM
 from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
-from vista.scorer.request import PairFeatures, Request, RequestCounters
+from vista.scorer.request import (
+    MAX_IDS,
+    Request,
+    RequestCounters,
+    Tally,
+    id_array,
+    ids_of,
+    impossible_times,
+    item_rows,
+    length_of,
+    no_tally,
+    not_a_time,
+    request_times,
+    require_most,
+    with_fresh_events,
+)
+from vista.scorer.request_features import PairFeatures
 from vista.store.reader import StoreReader
+from vista.store.record import StoredBatch
+from vista.store.record_spec import Tail
 from vista.store.shards import ShardedReader
 
-# Candidates in whole tiles of `ROW_TILE` rows, so that their scores do not depend on each other.
-#
-# C candidates, C' the same in whole tiles.
+CONTEXT_TOKENS_PER_PASS = 1024
+"""Tokens of summaries and tails whose keys and values fit a cache."""
+MAX_PREPARED_ROWS = 1 << 14
+"""At M = 256, a table of so many rows takes 84 MB."""
+logger = logging.getLogger(__name__)
 
 Cells = tuple[slice, slice]
 """A range of users and a range of their candidates."""
 
 
-def rectangles(lengths: Int, pairs: int) -> Iterator[Cells]:
-    """Rectangles of about `pairs` pairs, in whole tiles of columns, that cover the first lengths[b] columns of user b.
+@dataclass(frozen=True, slots=True)
+class CandidateSet:
+    """Candidates encoded by `Scorer.encode`, which any number of calls can use."""
 
-    The lengths ascend, so that the users who have a column are the last ones.
-    """
-    start, longest = 0, int(lengths.max(initial=0))
-    while start < longest:
-        first = int(np.searchsorted(lengths, start, side="right"))
-        step = max(1, pairs // (len(lengths) - first) // ROW_TILE) * ROW_TILE
-        yield slice(first, len(lengths)), slice(start, min(start + step, longest))
-        start += step
-
-
-def take(table: Tensor, rows: Tensor | None, users: slice, columns: slice) -> Tensor:
-    """Rows of a table, padded with the unknown item's row to whole tiles: [C', width] or [users, C', width]."""
-    if rows is None and (columns.stop - columns.start) % ROW_TILE == 0:
-        return table[columns]
-    part = tiles(rows, users, columns).to(table.device)
-    return table.index_select(0, part.flatten()).view(*part.shape, -1)  # four times as fast as table[part]
-
-
-def tiles(rows: Tensor | None, users: slice, columns: slice) -> Tensor:
-    """Model rows int64 [C'] or [users, C'], padded with the unknown item to whole tiles."""
-    if rows is None:
-        part = torch.arange(columns.start, columns.stop)
-    else:
-        part = rows[columns] if rows.ndim == 1 else rows[users, columns]
-    return F.pad(part, (0, -part.shape[-1] % ROW_TILE), value=UNKNOWN_ITEM)
-
-
-# What features of requests add to candidates. N requests or pairs, M model dim, R rows of the encoder.
-
-MAX_PREPARED_ROWS = 1 << 14
-"""At M = 256, a table of so many rows takes 84 MB."""
-
-
-class RequestProjections:
-    """Computes what features of requests add to the rows of `ItemProjections.candidate`.
-
-    Encoder and projection are linear, so each value is projected once per model, and a request only adds up rows.
-    """
-
-    def __init__(self, model: VistaModel) -> None:
-        """
-        Args:
-            model: reads features of requests; its weights no longer change.
-        """
-        assert model.request_encoder is not None
-        self._model = model
-        values, dense = model.request_encoder.values, model.request_encoder.dense
-        rows = values if dense is None else torch.cat([values, dense])
-        self._dense_rows = np.arange(len(values), len(rows))
-        self._table = self._projected(rows) if len(rows) <= MAX_PREPARED_ROWS else None
-        """[R, 5M] of each value, then of each dense input; None if the encoder has too many."""
-
-    @torch.inference_mode()
-    def of(self, features: EncodedRows | None, count: int) -> Tensor:
-        """[N, 5M] float32. The bits of a row do not depend on the others.
-
-        Args:
-            features: None if all are missing.
-            count: N.
-        """
-        if features is None:
-            assert self._model.request_features is not None
-            features = self._model.request_features.missing(count)
-        if self._table is None:
-            tiles = np.arange(-(-count // ROW_TILE) * ROW_TILE) % max(count, 1)  # repeated rows fill the last one
-            vectors = inference.request_feature_vectors(self._model, features.select(tiles), len(tiles))
-            assert vectors is not None
-            return self._projected(vectors)[:count]
-        row = np.concatenate([features.entry, np.broadcast_to(self._dense_rows, features.dense.shape)], 1)
-        weight = np.concatenate([np.ones(features.entry.shape, np.float32), features.dense], 1)
-        row_, weight_ = torch.from_numpy(row).to(self._table.device), torch.from_numpy(weight).to(self._table.device)
-        return F.embedding_bag(row_, self._table, mode="sum", per_sample_weights=weight_)
-
-    def _projected(self, vectors: Tensor) -> Tensor:
-        """[N, 5M] vectors [N, M], and their projections in the first layer of stage 2."""
-        return torch.cat([vectors, self._model.target_attention.request_projection(vectors)], -1)
-
-
-CONTEXT_TOKENS_PER_PASS = 1024
+    rows: NDArray[np.int64]
+    """Model rows, [C] (the same for every user) or [B, C]."""
+    vocabulary: tuple[int, str]
+    """Number of items and digest of the vocabulary that the rows refer to."""
 
 
 class ServingSnapshot:
@@ -162,8 +113,8 @@ class ServingSnapshot:
         self.items_by_value = ItemsByValue(model.feature_table, model.schema.item_features)
         self._pairs_per_pass = pairs_per_pass
         self._cosines_per_pass = cosines_per_pass
-        self.vocabulary = len(model.items), model.items.digest()
-        self._digests = dict([self.vocabulary])
+        self._vocabulary = len(model.items), model.items.digest()
+        self._digests = dict([self._vocabulary])
         """By number of items: digest of so many first items of the vocabulary."""
         self.tasks = [*model.schema.tasks, *([NEXT_TASK] if model.has_retrieval else [])]
         self.empty = inference.empty_summary(model)
@@ -187,11 +138,101 @@ class ServingSnapshot:
         tail = pad_tail(model, none, none, none, np.zeros(2, np.int64))
         self.scores(Request(self.empty, tail, None, np.ones(1, bool)), torch.zeros(1, dtype=torch.int64), self.tasks)
 
-    def begins_with(self, num_items: int, digest: str) -> bool:
-        """Whether the vocabulary's first items are those of a vocabulary with this number of items and digest."""
-        if num_items not in self._digests and num_items < len(self.model.items):
-            self._digests[num_items] = self.model.items.part(0, num_items).digest()
-        return self._digests.get(num_items) == digest
+    def candidates(self, given: Any, on_missing: OnMissing, name: str = "candidates") -> CandidateSet:
+        """Look up item ids [C] or [B, C] in the vocabulary in service.
+
+        A `CandidateSet` of it, or of its first items, is returned as it is: items that are added to a model come last.
+
+        Args:
+            given: ids, or a `CandidateSet`.
+            on_missing: what to do about unknown items.
+            name: of the argument, for errors.
+
+        Raises:
+            UnknownItemError: an id is unknown, and `on_missing` is "raise".
+            ValueError, TypeError: the ids are not integers or strings as in the log, have the wrong shape, or are too
+                many, or the set was encoded for another vocabulary.
+        """
+        if isinstance(given, CandidateSet):
+            num_items, digest = given.vocabulary
+            if num_items not in self._digests and num_items < len(self.model.items):
+                self._digests[num_items] = self.model.items.part(0, num_items).digest()
+            if self._digests.get(num_items) != digest:
+                raise ValueError(f"{name}: were encoded for another model; call encode again after a reload")
+            return given
+        require_most(length_of(given), MAX_IDS, name)
+        try:
+            ids = id_array(given, name)
+        except ValueError as error:
+            raise ValueError(f"{error}; pass (values, offsets) instead") from None
+        if ids.ndim not in (1, 2):
+            raise ValueError(f"{name}: must be of shape [C] or [B, C], got {ids.shape}")
+        require_most(ids.size, MAX_IDS, name)
+        rows = item_rows(self.model, ids.ravel(), name).reshape(ids.shape)
+        if on_missing is OnMissing.error and (rows == UNKNOWN_ITEM).any():
+            unknown = ids[rows == UNKNOWN_ITEM][:5].tolist()
+            raise UnknownItemError(
+                f"{name}: items {unknown} are not in the model's vocabulary; train on a newer log, or pass "
+                "on_missing='empty'"
+            )
+        return CandidateSet(rows, self._vocabulary)
+
+    def read(
+        self,
+        users: Any,
+        tail: Tail | None,
+        now: Any,
+        on_missing: OnMissing,
+        max_age_s: float | None = None,
+        tally: Tally = no_tally,
+    ) -> Request:
+        """Read the records of B users, and add what the caller passes.
+
+        Args:
+            users: as in `Scorer.predict`, like `tail`, `now`, and errors.
+            on_missing: as in `Scorer.open`, like `max_age_s`.
+            tally: counts the users by what was found.
+        """
+        ids, model = ids_of(users, "users"), self.model
+        # Read before the records, so that a reload in between cannot make a record look younger than it is.
+        refreshed_at = 0 if max_age_s is None else self.store.manifest.refreshed_at
+        stored, damaged = self._stored(ids, on_missing, tally)
+        bad = damaged
+        times = request_times(now, len(bad))
+        if times is not None and model.schema.has_time:
+            wrong = impossible_times(times, stored.last_event_ts)
+            if wrong.any() and on_missing is not OnMissing.nan:
+                raise not_a_time("now", times[wrong][0])
+            times, bad = np.where(wrong, np.maximum(stored.last_event_ts, 0), times), bad | wrong
+        num_found = int(stored.found.sum())
+        if max_age_s is not None:
+            now_ms, max_age_ms = time.time_ns() // 1_000_000, int(1000 * max_age_s)
+            stored = stored.without(stored.expired(now_ms, refreshed_at, max_age_ms))
+        unknown = ~stored.found
+        num_hits = int(stored.found.sum())
+        num_missing = len(unknown) - num_found - int(damaged.sum())
+        if on_missing is OnMissing.error and unknown.any():
+            tally(hits=num_hits, stale=num_found - num_hits, misses=num_missing)
+            absent = np.asarray(ids)[unknown][:5].tolist()
+            raise UnknownUserError(
+                f"users {absent} have no record in {self.store.path}; refresh the store (which leaves out erased "
+                "users), or pass on_missing='empty'"
+            )
+        merged, is_fresh = stored.tail, np.zeros(len(stored.tail.items), np.bool_)
+        if tail is not None:
+            refuse = on_missing is not OnMissing.nan
+            merged, is_fresh, wrong = with_fresh_events(model, stored, tail, refuse=refuse)
+            bad = bad | wrong
+        tally(hits=num_hits, stale=num_found - num_hits, misses=num_missing, bad_users=int(bad.sum()))
+        padded = pad_tail(model, merged.items, merged.times, merged.actions, merged.offsets, merged.features)
+        summary = torch.from_numpy(stored.summary).to(model.device)
+        if unknown.any():
+            summary[torch.from_numpy(unknown).to(summary.device)] = self.empty
+        keys = model.item_keys
+        counters = None if keys is None else RequestCounters.of(keys, stored, merged, is_fresh, times)
+        reader = model.user_features
+        own = None if reader is None else reader.encode(RowFeatures(stored.features), len(unknown))
+        return Request(summary, padded, times, unknown | bad, stored.generation, counters, users=own)
 
     def require_task(self, task: str) -> None:
         """Raise ValueError if the model lacks a task."""
@@ -336,6 +377,32 @@ class ServingSnapshot:
         index = torch.from_numpy(codes + np.arange(codes.shape[1]) * (MAX_CODE + 1)).to(self.model.device)
         return F.embedding_bag(index, self._code_vectors, mode="sum")
 
+    def _stored(self, ids: Any, on_missing: OnMissing, tally: Tally) -> tuple[StoredBatch, NDArray[np.bool_]]:
+        """Records of B users, and which of them are damaged, which are counted.
+
+        Raises:
+            RecordError: one is damaged, and on_missing is not "nan".
+        """
+        try:
+            stored = self.store.get_many(ids)
+            return stored, np.zeros(len(stored.found), np.bool_)
+        except RecordError as error:
+            users = list(ids)
+            damaged = np.array([self._is_damaged(user) for user in users])
+            tally(damaged=int(damaged.sum()))
+            if on_missing is not OnMissing.nan:
+                raise
+            logger.error("%s", error)
+        valid = np.flatnonzero(~damaged)
+        return self.store.get_many([users[row] for row in valid.tolist()]).spread(valid, len(users)), damaged
+
+    def _is_damaged(self, user: Any) -> bool:
+        try:
+            self.store.get_many([user])
+        except RecordError:
+            return True
+        return False
+
     def _portions(self, request: Request) -> Iterator[tuple[slice, Request]]:
         """The request, a few users at a time, so that their keys and values fit a cache."""
         tokens = self.model.config.num_seeds + self.model.config.tail_len
@@ -350,7 +417,7 @@ class ServingSnapshot:
     @torch.inference_mode()
     def _request_projections(self, request: Request, bucket: Tensor | None) -> Tensor | None:
         """[B, 1, 5M] what times and features of requests add to the rows of `ItemProjections.candidate`; None if the
-        model reads neither. Features that differ between candidates are left out (`_added`).
+        model reads neither. Features that differ between candidates are left out (`_queries` adds them).
 
         Args:
             bucket: int64 [B, 1] from `context`.
@@ -361,28 +428,6 @@ class ServingSnapshot:
             return times
         of_features = self._of_features.of(None if given is None else given.of_users(), len(request))[:, None]
         return of_features if times is None else times + of_features
-
-    def _added(
-        self, of_requests: Tensor | None, features: PairFeatures | None, users: slice, start: int, count: int
-    ) -> Tensor | None:
-        """[users, count, 5M] what requests add to `count` candidates from `start` on; [users, 1, 5M] if they add the
-        same to all; None if nothing.
-
-        Args:
-            of_requests: from `_request_projections`.
-            features: of the same B requests.
-            users: a range of them.
-            start: first candidate.
-            count: number of candidates, in whole tiles.
-        """
-        added = None if of_requests is None else of_requests[users]
-        if features is None or not features.per_candidate:
-            return added
-        assert self._of_features is not None
-        rows = features.of_pairs(users, start, count)
-        projections = self._of_features.of(rows, len(rows.entry))
-        of_pairs = projections.view(-1, count, projections.shape[1])
-        return of_pairs if added is None else added + of_pairs
 
     def _user_vectors(self, context: TargetContext, bucket: Tensor | None) -> Tensor:
         vectors: Tensor = inference.user_vectors(self._scoring, context, self._gap(bucket), self._biases)
@@ -410,38 +455,73 @@ class ServingSnapshot:
             tokens: `inference.request_tokens` of the B users, all of whom have candidates. One pass for candidates and
                 tokens takes half as many operators as two.
         """
-        model, dim = self._scoring, self.model.config.dim
+        model = self._scoring
+        assert model.task_head is not None
         for users, columns in rectangles(lengths, self._pairs_per_pass):
             some = context.select(users)
-            vectors, projections = (
-                part.expand(len(some.tail), -1, -1) for part in self._candidates(rows, users, columns)
-            )
-            count, dtype = vectors.shape[1], some.keys[0].dtype
-            added = self._added(of_requests, request.features, users, columns.start, count)
-            shape = len(vectors), count + (0 if tokens is None else ROW_TILE)
-            x = torch.empty(*shape, dim, device=model.device)
-            own = torch.empty(*shape, 4 * dim, dtype=dtype, device=model.device)
-            # Copy, convert, and add in one pass.
-            torch.add(vectors, 0.0 if added is None else added[..., :dim], out=x[:, :count])
-            torch.add(projections, 0.0 if added is None else added[..., dim:], out=own[:, :count])
-            if tokens is not None:
-                x[:, count:], own[:, count:] = tokens
-            index = of_counters = None
+            x, own = self._queries((users, columns), rows, of_requests, request.features, tokens, some)
+            counted = None
             if request.counters is not None:
-                user, column, codes = request.counters.counted_pairs(users, rows, columns)
-                if len(codes):
-                    counted, of_counters = self.added_by(codes), inference.counter_logits(model, codes)
-                    index = torch.from_numpy(user * shape[1] + column).to(model.device)
-                    x.view(-1, dim).index_add_(0, index, counted[:, :dim])
-                    own.view(-1, 4 * dim).index_add_(0, index, counted[:, dim:].to(dtype))
+                counted = self._add_counters(x, own, *request.counters.counted_pairs(users, rows, columns))
             outputs = model.target_attention.query(x, own, None, self._seen, some, self._biases)
-            assert model.task_head is not None
             logits = model.task_head(outputs)
-            if index is not None and of_counters is not None:
+            if counted is not None:
+                index, of_counters = counted
                 logits.view(-1, logits.shape[-1]).index_add_(0, index, of_counters)
-            of_tokens = None if tokens is None else model.retrieval_users(outputs[:, count:].contiguous())[:, 0]
-            tokens = None
-            yield (users, columns), logits[:, : columns.stop - columns.start], of_tokens
+            vectors = None
+            if tokens is not None:
+                vectors, tokens = model.retrieval_users(outputs[:, -ROW_TILE:].contiguous())[:, 0], None
+            yield (users, columns), logits[:, : columns.stop - columns.start], vectors
+
+    def _queries(
+        self,
+        cells: Cells,
+        rows: Tensor | None,
+        of_requests: Tensor | None,
+        features: PairFeatures | None,
+        tokens: tuple[Tensor, Tensor] | None,
+        context: TargetContext,
+    ) -> tuple[Tensor, Tensor]:
+        """What stage 2 reads of the candidates in some cells and, after these, of the users' tokens: vectors float32
+        [users, C' (+ ROW_TILE), M], and their projections in layer 1 [..., 4M].
+
+        Args:
+            features: of the requests; those that differ between candidates are not in `of_requests`.
+            context: of the cells' users.
+        """
+        (users, columns), dim = cells, self.model.config.dim
+        vectors, projections = (
+            part.expand(len(context.tail), -1, -1) for part in self._candidates(rows, users, columns)
+        )
+        count = vectors.shape[1]
+        added = None if of_requests is None else of_requests[users]
+        if features is not None and features.per_candidate:
+            assert self._of_features is not None
+            pairs = features.of_pairs(users, columns.start, count)
+            of_pairs = self._of_features.of(pairs, len(pairs.entry)).view(-1, count, 5 * dim)
+            added = of_pairs if added is None else added + of_pairs
+        shape = len(vectors), count + (0 if tokens is None else ROW_TILE)
+        x = torch.empty(*shape, dim, device=self.model.device)
+        own = torch.empty(*shape, 4 * dim, dtype=context.keys[0].dtype, device=self.model.device)
+        # Copy, convert, and add in one pass.
+        torch.add(vectors, 0.0 if added is None else added[..., :dim], out=x[:, :count])
+        torch.add(projections, 0.0 if added is None else added[..., dim:], out=own[:, :count])
+        if tokens is not None:
+            x[:, count:], own[:, count:] = tokens
+        return x, own
+
+    def _add_counters(
+        self, x: Tensor, own: Tensor, user: Int, column: Int, codes: NDArray[np.uint8]
+    ) -> tuple[Tensor, Tensor] | None:
+        """Add what counters say of n pairs of user and candidate to `_queries`; returns the pairs' rows [n] in these,
+        and what to add to their logits [n, num_tasks]; None without pairs."""
+        if not len(codes):
+            return None
+        dim, counted = x.shape[-1], self.added_by(codes)
+        index = torch.from_numpy(user * x.shape[1] + column).to(x.device)
+        x.view(-1, dim).index_add_(0, index, counted[:, :dim])
+        own.view(-1, 4 * dim).index_add_(0, index, counted[:, dim:].to(own.dtype))
+        return index, inference.counter_logits(self._scoring, codes)
 
     def _candidates(self, rows: Tensor | None, users: slice, columns: slice) -> tuple[Tensor, Tensor]:
         """Vectors [C', M] or [users, C', M] and projections [..., 4M] of the items of some columns, in whole tiles."""
@@ -472,3 +552,78 @@ class ServingSnapshot:
                 user, column, place = map(torch.from_numpy, counters.find(users, rows, columns))
                 scores[user, column] = counted[place]
             yield (users, columns), scores[:, : columns.stop - columns.start]
+
+
+class RequestProjections:
+    """Computes what features of requests add to the rows of `ItemProjections.candidate`.
+
+    Encoder and projection are linear, so each value is projected once per model, and a request only adds up rows.
+    """
+
+    def __init__(self, model: VistaModel) -> None:
+        """
+        Args:
+            model: reads features of requests; its weights no longer change.
+        """
+        assert model.request_encoder is not None
+        self._model = model
+        values, dense = model.request_encoder.values, model.request_encoder.dense
+        rows = values if dense is None else torch.cat([values, dense])
+        self._dense_rows = np.arange(len(values), len(rows))
+        self._table = self._projected(rows) if len(rows) <= MAX_PREPARED_ROWS else None
+        """[R, 5M] of each value, then of each dense input; None if the encoder has too many."""
+
+    @torch.inference_mode()
+    def of(self, features: EncodedRows | None, count: int) -> Tensor:
+        """[N, 5M] float32. The bits of a row do not depend on the others.
+
+        Args:
+            features: None if all are missing.
+            count: N.
+        """
+        if features is None:
+            assert self._model.request_features is not None
+            features = self._model.request_features.missing(count)
+        if self._table is None:
+            tiles = np.arange(-(-count // ROW_TILE) * ROW_TILE) % max(count, 1)  # repeated rows fill the last one
+            vectors = inference.request_feature_vectors(self._model, features.select(tiles), len(tiles))
+            assert vectors is not None
+            return self._projected(vectors)[:count]
+        row = np.concatenate([features.entry, np.broadcast_to(self._dense_rows, features.dense.shape)], 1)
+        weight = np.concatenate([np.ones(features.entry.shape, np.float32), features.dense], 1)
+        row_, weight_ = torch.from_numpy(row).to(self._table.device), torch.from_numpy(weight).to(self._table.device)
+        return F.embedding_bag(row_, self._table, mode="sum", per_sample_weights=weight_)
+
+    def _projected(self, vectors: Tensor) -> Tensor:
+        """[N, 5M] vectors [N, M], and their projections in the first layer of stage 2."""
+        return torch.cat([vectors, self._model.target_attention.request_projection(vectors)], -1)
+
+
+def rectangles(lengths: Int, pairs: int) -> Iterator[Cells]:
+    """Rectangles of about `pairs` pairs, in whole tiles of columns, that cover the first lengths[b] columns of user b.
+
+    The lengths ascend, so that the users who have a column are the last ones.
+    """
+    start, longest = 0, int(lengths.max(initial=0))
+    while start < longest:
+        first = int(np.searchsorted(lengths, start, side="right"))
+        step = max(1, pairs // (len(lengths) - first) // ROW_TILE) * ROW_TILE
+        yield slice(first, len(lengths)), slice(start, min(start + step, longest))
+        start += step
+
+
+def take(table: Tensor, rows: Tensor | None, users: slice, columns: slice) -> Tensor:
+    """Rows of a table, padded with the unknown item's row to whole tiles: [C', width] or [users, C', width]."""
+    if rows is None and (columns.stop - columns.start) % ROW_TILE == 0:
+        return table[columns]
+    part = tiles(rows, users, columns).to(table.device)
+    return table.index_select(0, part.flatten()).view(*part.shape, -1)  # four times as fast as table[part]
+
+
+def tiles(rows: Tensor | None, users: slice, columns: slice) -> Tensor:
+    """Model rows int64 [C'] or [users, C'], padded with the unknown item to whole tiles."""
+    if rows is None:
+        part = torch.arange(columns.start, columns.stop)
+    else:
+        part = rows[columns] if rows.ndim == 1 else rows[users, columns]
+    return F.pad(part, (0, -part.shape[-1] % ROW_TILE), value=UNKNOWN_ITEM)

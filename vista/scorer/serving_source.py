@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
-
-import torch
 
 from vista.config.choices import IndexKind, Precision
 from vista.device import choose_precision, resolve_device
@@ -20,7 +17,6 @@ from vista.errors import (
     ConfigError,
     ItemIndexError,
     ItemIndexMismatchError,
-    StoreError,
     SummarizerMismatchError,
     VistaError,
 )
@@ -30,7 +26,6 @@ from vista.model.item_index import MANIFEST_FILE, ItemIndex
 from vista.model.item_projections import ItemProjections
 from vista.model.saved_model import CONFIG_FILE, ModelDescription, SharedTables, opened_model
 from vista.model.vista_model import VistaModel
-from vista.scorer.scorer_stats import repair_after_fork
 from vista.scorer.serving_snapshot import ServingSnapshot
 from vista.store.reader import StoreReader
 from vista.store.record_spec import TailColumn, UserColumn
@@ -181,89 +176,27 @@ class ServingSource:
         return tuple(number for status in found for number in (status.st_dev, status.st_ino, status.st_mtime_ns))
 
 
-class SnapshotHolder:
-    """Holds the snapshot in service, replaces it, and closes it."""
+class Forkable(Protocol):
+    """An object that holds what does not survive a fork, such as a lock or a thread."""
 
-    def __init__(self, source: ServingSource) -> None:
-        self._source = source
-        self._closed = self._inherited = False
-        self._changing = threading.Lock()
-        self.current = source.open()
-        repair_after_fork(self)
-
-    @contextmanager
-    def use(self) -> Iterator[ServingSnapshot]:
-        """The current snapshot; its store stays open until the block ends.
-
-        This takes no lock, because a fork could copy it locked: `calls` is a set, and each operation on it is atomic.
-
-        Raises:
-            StoreError: the holder is closed.
-        """
-        self._require_open()
-        call = object()
-        snapshot = self.current
-        snapshot.calls.add(call)
-        while snapshot is not self.current:  # A reload happened between the two lines above.
-            self._release(snapshot, call)
-            snapshot = self.current
-            snapshot.calls.add(call)
-        try:
-            yield snapshot
-        finally:
-            self._release(snapshot, call)
-
-    def reload(self, task: str) -> bool:
-        """Move to a new generation of the store or a new model in the model's folder; returns whether there was one.
-
-        Args:
-            task: a task that a new model must have.
-
-        Raises:
-            StoreError, CheckpointError: the new one cannot be served; the old one stays in service.
-        """
-        with self._changing:
-            self._require_open()
-            try:
-                newer = self._source.open_newer(self.current, task)
-            except VistaError:
-                self.current.store.reload()  # A model that cannot be served must not block new generations.
-                raise
-            if newer is None:
-                return self.current.store.reload()
-            old, self.current = self.current, newer
-            self._close_unused(old)
-            return True
-
-    def close(self) -> None:
-        """Close the store; closing twice is allowed."""
-        with self._changing:
-            self._closed = True
-            self.current.store.close()
-
-    def after_fork(self) -> None:
+    def _after_fork(self) -> None:
         """Make the copy in a forked child usable."""
-        self._inherited = torch.get_num_threads() > 1
-        self._changing = threading.Lock()
-
-    def _release(self, snapshot: ServingSnapshot, call: object) -> None:
-        snapshot.calls.discard(call)
-        if snapshot is not self.current:
-            self._close_unused(snapshot)
-
-    def _close_unused(self, snapshot: ServingSnapshot) -> None:
-        if not snapshot.calls:
-            snapshot.store.close()
-
-    def _require_open(self) -> None:
-        if self._closed:
-            raise StoreError(f"the scorer of {self.current.store.path} is closed; open a new one")
-        if self._inherited:  # OpenMP's threads are not forked, so a child that waits for them would hang.
-            self._inherited = False
-            torch.set_num_threads(1)
 
 
-# A thread that calls a scorer's `reload` at regular intervals.
+_registered: weakref.WeakSet[Forkable] = weakref.WeakSet()
+
+
+def repair_after_fork(held: Forkable) -> None:
+    """Call `held._after_fork()` in every child that is forked during the object's life."""
+    _registered.add(held)
+
+
+def _repair() -> None:
+    for held in _registered:
+        held._after_fork()
+
+
+os.register_at_fork(after_in_child=_repair)
 
 
 class _Reloadable(Protocol):
@@ -310,9 +243,8 @@ class Follower:
             if thread is not threading.current_thread():
                 thread.join()
 
-    def after_fork(self) -> None:
-        """Forget the thread, which only the parent has."""
-        self._running = None
+    def _after_fork(self) -> None:
+        self._running = None  # Only the parent has the thread.
 
 
 def _follow(reference: weakref.ref[_Reloadable], stopped: threading.Event, every_s: float) -> None:

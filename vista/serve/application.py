@@ -1,14 +1,18 @@
-"""The FastAPI application: routes, limits, and deadlines."""
+"""The FastAPI application: routes, limits, and deadlines, the queue in front of the threads, and checks of headers."""
 
 from __future__ import annotations
 
 import asyncio
+import hmac
 import os
+import re
+import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import fastapi
 import msgspec
@@ -20,221 +24,40 @@ from vista.config import ServeConfig
 from vista.errors import BodyTooLargeError, DeadlineError, ModelUnavailableError, OverloadedError, SlowBodyError
 from vista.installation import __version__
 from vista.model.saved_model import CONFIG_FILE
-from vista.serve.http_protocol import ErrorAnswer, HostCheck, TokenCheck, answer_of
-from vista.serve.request_bodies import JSON, MSGPACK, Addressee, ExplainBody, RankBody, RetrieveBody, ScoreBody, decoded
-from vista.serve.scoring_service import Answer, ScoreBatches, ScoringQueue, ScoringService
+from vista.serve.http_protocol import ErrorAnswer, answer_of
+from vista.serve.scoring_service import (
+    JSON,
+    MSGPACK,
+    Addressee,
+    Answer,
+    ExplainBody,
+    RankBody,
+    RetrieveBody,
+    ScoreBatches,
+    ScoreBody,
+    ScoringService,
+    decoded,
+)
 from vista.serve.served_models import ServedModels
 from vista.serve.service_metrics import ServiceMetrics
 from vista.store.layout import store_address
 
-# Reads the bodies of requests, within limits.
-
 NUM_LARGE = 16
 """Bodies of the largest size that a worker holds at the same time; smaller ones are more."""
-
-
-class BodyReader:
-    """Reads bodies, and counts the bytes of those that are not answered yet. For one event loop.
-
-    Args:
-        most_bytes: of a body.
-    """
-
-    def __init__(self, most_bytes: int) -> None:
-        self._most_bytes = most_bytes
-        self._most_held = NUM_LARGE * most_bytes
-        self._held = 0
-
-    @asynccontextmanager
-    async def body(self, request: fastapi.Request, deadline: float) -> AsyncIterator[bytes]:
-        """The body of a request, which counts until the context ends.
-
-        Args:
-            request: of which nothing has been read.
-            deadline: s of `time.perf_counter`.
-
-        Raises:
-            BodyTooLargeError: it is longer than the limit; the rest is not kept.
-            OverloadedError: with it, bodies would take more memory than all may take together.
-            SlowBodyError: it is not complete at the deadline, or the client has closed the connection.
-        """
-        most = self._most_bytes
-        too_large = BodyTooLargeError(f"the body has more than {most:,} bytes (max_body_bytes); send several requests")
-        if (number_of(request.headers.get("content-length", "")) or 0) > most:
-            raise too_large
-        parts: list[bytes] = []
-        size = 0
-        try:
-            try:
-                async with asyncio.timeout(deadline - time.perf_counter()):
-                    async for part in request.stream():
-                        size += len(part)
-                        self._held += len(part)
-                        if size > most:
-                            raise too_large
-                        if self._held > self._most_held:
-                            raise OverloadedError(
-                                f"the bodies of waiting requests take {self._most_held:,} bytes already; send this one "
-                                "again later"
-                            )
-                        parts.append(part)
-            except TimeoutError:
-                raise SlowBodyError("the body did not arrive within the deadline of the request") from None
-            except ClientDisconnect:
-                raise SlowBodyError("the connection was closed before the end of the body") from None
-            yield b"".join(parts)
-        finally:
-            self._held -= size
-
-
-def number_of(text: str) -> int | None:
-    """The number that a header holds; None if it is not a natural number of at most 18 digits."""
-    return int(text) if text.isascii() and text.isdigit() and len(text) <= 18 else None
-
-
-def readiness(models: ServedModels) -> dict[str, Any]:
-    """The state of a worker.
-
-    Returns:
-        ready: whether the store of at least one open model answers. If those of some models do not, load balancers must
-            not take all machines out of service.
-        generation: that of the store; with several models, those of the open ones by name.
-        problems: texts; with several models, they begin with the name of one.
-    """
-    problems: dict[str, list[str]] = {name: [] for name in models.configs}
-    generations, answers = {}, []
-    with models.open_services() as services:
-        for name, service in services.items():
-            answers.append(service.reads_store())
-            if not answers[-1]:
-                problems[name].append("the store does not answer (see the log)")
-            problems[name] += service.problems()
-            generations[name] = service.scorer.manifest.generation
-    for name, config in models.configs.items():
-        if name in generations:
-            continue
-        problem = models.problem(name)
-        if problem is not None:
-            problems[name].append(problem)
-        elif not os.path.isfile(os.path.join(config.model, CONFIG_FILE)):
-            problems[name].append("the folder of the model cannot be read, so it cannot be opened")
-    several = models.are_several
-    return {
-        "ready": any(answers),
-        "generation": generations if several else next(iter(generations.values()), None),
-        "problems": [f"{name}: {text}" if several else text for name, own in problems.items() for text in own],
-    }
-
-
-# What the OpenAPI page says about the bodies of requests. A test sends every example.
-
-DESCRIPTION = """
-Scores candidates for users from their cached summaries. Users and items have the ids of your log: integers or strings.
-
-Bodies are JSON. With `Content-Type: application/msgpack`, they are MessagePack, and scores come back as the bytes of
-float32 numbers in little-endian order, row by row.
-
-The examples have integer ids and an action named `click`. `/v1/model` says what the ids of your log are, and how its
-actions are named.
-
-Each answer says which generation of the store (`generation`) and which model (`model_checksum`, as in `/v1/model`) it
-was computed from.
-
-An error is `{"error": {"type": ..., "message": ...}}`. Send a request again after a connection error, and after 429 and
-503 when the time in `Retry-After` has passed: no request changes anything.
-"""
-STATUSES = {
-    "400": "The body is not valid JSON or MessagePack, or the service has no index of items (`/v1/retrieve`).",
-    "401": "The token is missing or wrong.",
-    "404": "A user or item is unknown, and the service runs with `on_missing=raise`; or the `model` does not exist.",
-    "408": "The body did not arrive in time.",
-    "413": "The body is too large, or has too many users or candidates.",
-    "422": "A field is missing, unknown, or has a wrong type or value.",
-    "429": "Too many requests are waiting. Try again after `Retry-After` seconds.",
-    "503": "The server of the store does not answer, or the model is not open yet. Try again after `Retry-After` s.",
-    "504": "There was no result within the deadline.",
-}
-REFERENCE = "#/components/schemas/{name}"
-
-
-def schemas() -> dict[str, Any]:
-    """JSON schemas of the bodies by name."""
-    return dict(
-        msgspec.json.schema_components([ScoreBody, RankBody, RetrieveBody, ExplainBody], ref_template=REFERENCE)[1]
-    )
-
-
-def operation(name: str, kind: type[msgspec.Struct]) -> dict[str, Any]:
-    """The part of an operation that FastAPI cannot know: its body, and the statuses of errors."""
-    schema = {"$ref": REFERENCE.format(name=kind.__name__)}
-    return {
-        "requestBody": {
-            "required": True,
-            "content": {JSON: {"schema": schema, "examples": _EXAMPLES[name]}, MSGPACK: {"schema": schema}},
-        },
-        "responses": {
-            "200": {
-                "description": "Computed from this generation of the store and this model.",
-                "content": {JSON: {"example": {**_SOURCE, **ANSWERS[name]}}},
-            },
-            **{status: {"description": text} for status, text in STATUSES.items()},
-        },
-    }
-
-
-_NOW = 1_767_400_000_000
-_SCORE = {
-    "one user": {"value": {"users": [101], "candidates": [10, 20, 30]}},
-    "two users with a list each": {"value": {"users": [101, 102], "candidates": [[10, 20], [30]], "now": _NOW}},
-    "events since the refresh": {
-        "value": {
-            "users": [101],
-            "candidates": [10, 20],
-            "tail": [[{"item": 30, "time": _NOW - 60_000, "action": "click"}]],
-            "now": _NOW,
-        }
-    },
-}
-_EXAMPLES: dict[str, dict[str, Any]] = {
-    "score": _SCORE,
-    "predict": _SCORE,
-    "rank": {
-        "the whole catalog": {"value": {"user": 101, "top_k": 5, "exclude_tail": True}},
-        "some candidates": {"value": {"user": 101, "candidates": [10, 20, 30], "exclude": [20]}},
-    },
-    "retrieve": {
-        "two users": {"value": {"users": [101, 102], "top_k": 5, "num_candidates": 100, "exclude_tail": True}},
-        "items in stock": {"value": {"users": [101], "within": [10, 20, 30], "exclude": [20], "now": _NOW}},
-    },
-    "explain": {"two candidates": {"value": {"user": 101, "candidates": [10, 20]}}},
-}
-_SOURCE = {"generation": 7, "model_checksum": "93a1c04be1f2d687"}
-_RANKING = {"items": [20, 10], "scores": [0.75, 0.5], "num_dropped": 0}
-ANSWERS: dict[str, dict[str, Any]] = {
-    "score": {"task": "click", "scores": [[0.5, 0.75, 0.25]]},
-    "predict": {"scores": {"click": [[0.5, 0.75, 0.25]], "next": [[2.5, 3.0, -1.5]]}},
-    "rank": {"task": "click", **_RANKING},
-    "retrieve": {"task": "click", "rankings": [_RANKING]},
-    "explain": {
-        "task": "click",
-        "value": [1.0],
-        "summary": [[0.25, 0.25]],
-        "state": [0.0],
-        "tail": [[0.125]],
-        "tail_items": [30],
-        "own": [0.5],
-        "counted": [0.0],
-        "counts": [[]],
-        "remainder": [-0.125],
-    },
-}
-"""Example answers by endpoint, without `_SOURCE` and `variant`, which services with several models add."""
-
-
+OPEN_PATHS = ("/healthz", "/readyz")
+"""Paths that need no token, for the probes of load balancers."""
+NO_TOKEN = ErrorAnswer(401, "Unauthorized", "send the token as one header, `Authorization: Bearer TOKEN`")
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+_HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(:[0-9]*)?")
 TIMEOUT_HEADER = "vista-timeout-ms"
 Endpoint = Callable[[fastapi.Request], Awaitable[fastapi.Response]]
 Computation = Callable[[str, bytes, str, float], Awaitable[Answer]]
 """Maps the name of a model, a body, its media type, and the deadline, s of `perf_counter`, to an answer."""
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Scope]]
+Send = Callable[[Scope], Awaitable[None]]
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+Result = TypeVar("Result")
 
 
 def make_application(
@@ -264,7 +87,6 @@ def make_application(
         app.add_middleware(HostCheck, hosts=hosts, on_refused=metrics.refused)
     stores = [str(store_address(one.store)) for one in models.configs.values()]
     batches = {name: ScoreBatches() for name in models.configs}
-
     bodies = BodyReader(config.max_body_bytes)
 
     async def run(name: str, compute: Callable[[ScoringService], Answer], deadline: float) -> Answer:
@@ -417,3 +239,333 @@ def _timeout_s(request: fastapi.Request, most: float) -> float:
     """Seconds that a request may take; a header that is not a positive number of milliseconds does not count."""
     given = number_of(request.headers.get(TIMEOUT_HEADER, ""))
     return min(most, given / 1000) if given else most
+
+
+class ScoringQueue:
+    """A queue of limited length in front of a few threads.
+
+    Args:
+        num_threads: requests that are computed at the same time.
+        limit: most requests that wait or are computed.
+    """
+
+    def __init__(self, num_threads: int, limit: int) -> None:
+        self._pool = ThreadPoolExecutor(num_threads, "vista-serve")
+        self._limit = limit
+        self._depth = 0
+        self._lock = threading.Lock()
+
+    @property
+    def depth(self) -> int:
+        """Requests that wait or are computed."""
+        return self._depth
+
+    def require_room(self) -> None:
+        """Raise OverloadedError if the queue is full."""
+        if self._depth >= self._limit:
+            raise OverloadedError(f"{self._depth} requests are already waiting; send this one again later")
+
+    async def run(self, call: Callable[[], Result], timeout_s: float) -> Result:
+        """The result of a call, which runs in a thread.
+
+        A call that has not started by its deadline never starts. One that has started keeps its place until it ends.
+
+        Raises:
+            OverloadedError: the queue is full.
+            DeadlineError: there is no result after `timeout_s` seconds.
+        """
+        with self._lock:
+            self.require_room()
+            self._depth += 1
+        held = [call]  # The pool keeps a call that never starts until a thread is free. It must not keep its body.
+        future: Future[Result] = self._pool.submit(lambda: held.pop()())
+        future.add_done_callback(self._finished)
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(future), timeout_s)
+        except TimeoutError:
+            raise DeadlineError("there was no result in time; send fewer candidates, or allow more time") from None
+        finally:
+            held.clear()
+
+    def close(self) -> None:
+        """Wait for running calls, and end the threads."""
+        self._pool.shutdown()
+
+    def _finished(self, _: Future[Any]) -> None:
+        with self._lock:
+            self._depth -= 1
+
+
+class BodyReader:
+    """Reads bodies, and counts the bytes of those that are not answered yet. For one event loop.
+
+    Args:
+        most_bytes: of a body.
+    """
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes = most_bytes
+        self._most_held = NUM_LARGE * most_bytes
+        self._held = 0
+
+    @asynccontextmanager
+    async def body(self, request: fastapi.Request, deadline: float) -> AsyncIterator[bytes]:
+        """The body of a request, which counts until the context ends.
+
+        Args:
+            request: of which nothing has been read.
+            deadline: s of `time.perf_counter`.
+
+        Raises:
+            BodyTooLargeError: it is longer than the limit; the rest is not kept.
+            OverloadedError: with it, bodies would take more memory than all may take together.
+            SlowBodyError: it is not complete at the deadline, or the client has closed the connection.
+        """
+        most = self._most_bytes
+        too_large = BodyTooLargeError(f"the body has more than {most:,} bytes (max_body_bytes); send several requests")
+        if (number_of(request.headers.get("content-length", "")) or 0) > most:
+            raise too_large
+        parts: list[bytes] = []
+        size = 0
+        try:
+            try:
+                async with asyncio.timeout(deadline - time.perf_counter()):
+                    async for part in request.stream():
+                        size += len(part)
+                        self._held += len(part)
+                        if size > most:
+                            raise too_large
+                        if self._held > self._most_held:
+                            raise OverloadedError(
+                                f"the bodies of waiting requests take {self._most_held:,} bytes already; send this one "
+                                "again later"
+                            )
+                        parts.append(part)
+            except TimeoutError:
+                raise SlowBodyError("the body did not arrive within the deadline of the request") from None
+            except ClientDisconnect:
+                raise SlowBodyError("the connection was closed before the end of the body") from None
+            yield b"".join(parts)
+        finally:
+            self._held -= size
+
+
+def number_of(text: str) -> int | None:
+    """The number that a header holds; None if it is not a natural number of at most 18 digits."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 18 else None
+
+
+def readiness(models: ServedModels) -> dict[str, Any]:
+    """The state of a worker.
+
+    Returns:
+        ready: whether the store of at least one open model answers. If those of some models do not, load balancers must
+            not take all machines out of service.
+        generation: that of the store; with several models, those of the open ones by name.
+        problems: texts; with several models, they begin with the name of one.
+    """
+    problems: dict[str, list[str]] = {name: [] for name in models.configs}
+    generations, answers = {}, []
+    with models.open_services() as services:
+        for name, service in services.items():
+            answers.append(service.reads_store())
+            if not answers[-1]:
+                problems[name].append("the store does not answer (see the log)")
+            problems[name] += service.problems()
+            generations[name] = service.scorer.manifest.generation
+    for name, config in models.configs.items():
+        if name in generations:
+            continue
+        problem = models.problem(name)
+        if problem is not None:
+            problems[name].append(problem)
+        elif not os.path.isfile(os.path.join(config.model, CONFIG_FILE)):
+            problems[name].append("the folder of the model cannot be read, so it cannot be opened")
+    several = models.are_several
+    return {
+        "ready": any(answers),
+        "generation": generations if several else next(iter(generations.values()), None),
+        "problems": [f"{name}: {text}" if several else text for name, own in problems.items() for text in own],
+    }
+
+
+class TokenCheck:
+    """Refuses requests without a token.
+
+    Args:
+        app: gets the other requests.
+        tokens: one of them must be sent.
+        on_refused: called with the status of each refusal.
+    """
+
+    def __init__(self, app: Application, tokens: Sequence[bytes], on_refused: Callable[[int], None]) -> None:
+        self._app = app
+        self._tokens = tokens
+        self._on_refused = on_refused
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer it with 401."""
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+            given = _values(scope, b"authorization")
+            if len(given) != 1 or not is_authorized(given[0], self._tokens):
+                self._on_refused(NO_TOKEN.status)
+                refusal = NO_TOKEN.as_response()
+                refusal.headers["WWW-Authenticate"] = "Bearer"
+                await refusal(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def is_authorized(header: bytes, tokens: Sequence[bytes]) -> bool:
+    """Whether the value of the header Authorization holds a token; takes the same time for any wrong token."""
+    scheme, _, given = header.partition(b" ")
+    same = [hmac.compare_digest(given.strip(), token) for token in tokens]
+    return any(same) and scheme.lower() == b"bearer"
+
+
+class HostCheck:
+    """Refuses requests that name another host.
+
+    A service without a token relies on its address: only this machine can reach it. But a browser of this machine also
+    shows web pages of others. If the name of such a page resolves to this machine (DNS rebinding), the page may read
+    the answers, and only the header Host, which every browser sends, tells its requests from others.
+
+    Args:
+        app: gets the other requests.
+        hosts: names that are accepted, with any port. IPv6 addresses are in brackets.
+        on_refused: called with the status of each refusal.
+    """
+
+    def __init__(self, app: Application, hosts: Sequence[str], on_refused: Callable[[int], None]) -> None:
+        self._app = app
+        self._hosts = hosts
+        self._on_refused = on_refused
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer it with 421."""
+        if scope["type"] == "http" and not all(map(self._is_accepted, _values(scope, b"host"))):
+            text = f"without a token, the service only answers requests to {', '.join(self._hosts)}; set token_file"
+            refusal = ErrorAnswer(421, "WrongHostError", text)
+            self._on_refused(refusal.status)
+            await refusal.as_response()(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _is_accepted(self, value: bytes) -> bool:
+        found = _HOST.fullmatch(value.decode("latin-1").lower())
+        return found is not None and found[1] in self._hosts
+
+
+def accepted_hosts(host: str) -> list[str]:
+    """Names of this machine that clients may send, if the service listens on `host`."""
+    own = f"[{host}]" if ":" in host else host.lower()
+    return list(dict.fromkeys([*LOCAL_HOSTS, own]))
+
+
+def _values(scope: Scope, header: bytes) -> list[bytes]:
+    return [value for name, value in scope["headers"] if name == header]
+
+
+# What the OpenAPI page says about the bodies of requests. A test sends every example.
+
+DESCRIPTION = """
+Scores candidates for users from their cached summaries. Users and items have the ids of your log: integers or strings.
+
+Bodies are JSON. With `Content-Type: application/msgpack`, they are MessagePack, and scores come back as the bytes of
+float32 numbers in little-endian order, row by row.
+
+The examples have integer ids and an action named `click`. `/v1/model` says what the ids of your log are, and how its
+actions are named.
+
+Each answer says which generation of the store (`generation`) and which model (`model_checksum`, as in `/v1/model`) it
+was computed from.
+
+An error is `{"error": {"type": ..., "message": ...}}`. Send a request again after a connection error, and after 429 and
+503 when the time in `Retry-After` has passed: no request changes anything.
+"""
+STATUSES = {
+    "400": "The body is not valid JSON or MessagePack, or the service has no index of items (`/v1/retrieve`).",
+    "401": "The token is missing or wrong.",
+    "404": "A user or item is unknown, and the service runs with `on_missing=raise`; or the `model` does not exist.",
+    "408": "The body did not arrive in time.",
+    "413": "The body is too large, or has too many users or candidates.",
+    "422": "A field is missing, unknown, or has a wrong type or value.",
+    "429": "Too many requests are waiting. Try again after `Retry-After` seconds.",
+    "503": "The server of the store does not answer, or the model is not open yet. Try again after `Retry-After` s.",
+    "504": "There was no result within the deadline.",
+}
+REFERENCE = "#/components/schemas/{name}"
+
+
+def schemas() -> dict[str, Any]:
+    """JSON schemas of the bodies by name."""
+    return dict(
+        msgspec.json.schema_components([ScoreBody, RankBody, RetrieveBody, ExplainBody], ref_template=REFERENCE)[1]
+    )
+
+
+def operation(name: str, kind: type[msgspec.Struct]) -> dict[str, Any]:
+    """The part of an operation that FastAPI cannot know: its body, and the statuses of errors."""
+    schema = {"$ref": REFERENCE.format(name=kind.__name__)}
+    return {
+        "requestBody": {
+            "required": True,
+            "content": {JSON: {"schema": schema, "examples": _EXAMPLES[name]}, MSGPACK: {"schema": schema}},
+        },
+        "responses": {
+            "200": {
+                "description": "Computed from this generation of the store and this model.",
+                "content": {JSON: {"example": {**_SOURCE, **ANSWERS[name]}}},
+            },
+            **{status: {"description": text} for status, text in STATUSES.items()},
+        },
+    }
+
+
+_NOW = 1_767_400_000_000
+_SCORE = {
+    "one user": {"value": {"users": [101], "candidates": [10, 20, 30]}},
+    "two users with a list each": {"value": {"users": [101, 102], "candidates": [[10, 20], [30]], "now": _NOW}},
+    "events since the refresh": {
+        "value": {
+            "users": [101],
+            "candidates": [10, 20],
+            "tail": [[{"item": 30, "time": _NOW - 60_000, "action": "click"}]],
+            "now": _NOW,
+        }
+    },
+}
+_EXAMPLES: dict[str, dict[str, Any]] = {
+    "score": _SCORE,
+    "predict": _SCORE,
+    "rank": {
+        "the whole catalog": {"value": {"user": 101, "top_k": 5, "exclude_tail": True}},
+        "some candidates": {"value": {"user": 101, "candidates": [10, 20, 30], "exclude": [20]}},
+    },
+    "retrieve": {
+        "two users": {"value": {"users": [101, 102], "top_k": 5, "num_candidates": 100, "exclude_tail": True}},
+        "items in stock": {"value": {"users": [101], "within": [10, 20, 30], "exclude": [20], "now": _NOW}},
+    },
+    "explain": {"two candidates": {"value": {"user": 101, "candidates": [10, 20]}}},
+}
+_SOURCE = {"generation": 7, "model_checksum": "93a1c04be1f2d687"}
+_RANKING = {"items": [20, 10], "scores": [0.75, 0.5], "num_dropped": 0}
+ANSWERS: dict[str, dict[str, Any]] = {
+    "score": {"task": "click", "scores": [[0.5, 0.75, 0.25]]},
+    "predict": {"scores": {"click": [[0.5, 0.75, 0.25]], "next": [[2.5, 3.0, -1.5]]}},
+    "rank": {"task": "click", **_RANKING},
+    "retrieve": {"task": "click", "rankings": [_RANKING]},
+    "explain": {
+        "task": "click",
+        "value": [1.0],
+        "summary": [[0.25, 0.25]],
+        "state": [0.0],
+        "tail": [[0.125]],
+        "tail_items": [30],
+        "own": [0.5],
+        "counted": [0.0],
+        "counts": [[]],
+        "remainder": [-0.125],
+    },
+}
+"""Example answers by endpoint, without `_SOURCE` and `variant`, which services with several models add."""

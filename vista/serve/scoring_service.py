@@ -1,17 +1,16 @@
-"""What each endpoint computes: from the bytes of a request to the bytes of its answer.
+"""What each endpoint computes: from the bytes of a request, as JSON or MessagePack, to the bytes of its answer.
 
 B users, C candidates. All methods run in threads of the queue.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, TypeVar, cast
@@ -26,8 +25,6 @@ from vista.config.choices import OnMissing
 from vista.errors import (
     BodyTooLargeError,
     ConfigError,
-    DeadlineError,
-    OverloadedError,
     RecordError,
     StoreUnavailableError,
     UnknownUserError,
@@ -39,79 +36,197 @@ from vista.log.vocabulary import ids_of_words
 from vista.model.item_index import MANIFEST_FILE
 from vista.model.saved_model import CONFIG_FILE
 from vista.model.vista_model import VistaModel
-from vista.scorer import Ranking, Scorer
-from vista.serve.request_bodies import (
-    JSON,
-    MSGPACK,
-    ExplainBody,
-    RankBody,
-    RetrieveBody,
-    ScoreBody,
-    TailEvent,
-    candidate_ids,
-    decoded,
-    item_ids,
-    tail_of,
-)
+from vista.scorer import Ranking, Scorer, Tail
 from vista.store.reader import StoreReader
 from vista.store.shards import ShardedReader
 
-
-def user_record(store: StoreReader | ShardedReader, model: VistaModel, user: int | str) -> dict[str, Any] | None:
-    """The record of a user as JSON values; None without a record.
-
-    Args:
-        store: of the model's summaries.
-        model: names the items, actions and features.
-        user: an id as in the log.
-
-    Raises:
-        StoreError: the record is damaged, or the store is closed.
-    """
-    stored = store.get_many(cast(list[str], [user]))
-    if not stored.found[0]:
-        return None
-    tail, rows = stored.tail, stored.tail.items
-    ids = model.items.ids(np.maximum(rows, 1) - 1).tolist() if len(rows) else []
-    events = model.event_features
-    of_events = {} if events is None else RowFeatures(tail.features).named(events.values)
-    users = model.user_features
-    of_user = {} if users is None else RowFeatures(stored.features).named(users.values)
-    summary = stored.summary[0].astype(np.float64)
-    return {
-        "user": user,
-        "generation": stored.generation,
-        "created_at": _time(stored.created_at[0]),
-        "num_events": int(stored.event_count[0]),
-        "newest_event_at": _time(stored.last_event_ts[0]),
-        "summary_shape": list(summary.shape),
-        "summary_norms": np.linalg.norm(summary, axis=1).tolist(),
-        "features": {name: column.tolist()[0] for name, column in of_user.items()},
-        "counted_keys": {
-            field: len(one.key)
-            for one in stored.counters[:1]
-            for field, one in zip(one.spec.fields, stored.counters, strict=True)
-        },
-        "tail": [
-            {
-                "item": ids[place] if rows[place] else None,
-                "time": int(tail.times[place]),
-                "action": model.schema.actions[tail.actions[place]] if model.schema.actions else None,
-                "features": {name: column.tolist()[place] for name, column in of_events.items()},
-            }
-            for place in range(len(rows))
-        ],
-    }
-
-
-def _time(time_ms: np.int64) -> int | None:
-    return None if time_ms == NO_TIMESTAMP else int(time_ms)
-
-
 logger = logging.getLogger(__name__)
 
+JSON, MSGPACK = "application/json", "application/msgpack"
+Id = int | str
+Body = TypeVar("Body", bound="msgspec.Struct")
 MAX_EXPLAINED = 100
 """Most candidates of an explanation, which takes several times as long as their scores."""
+OF_REQUESTS = (ValueError, TypeError, OverflowError, VistaError)
+"""Errors that an invalid request causes."""
+MAX_REQUESTS = 16
+MAX_BYTES = 4096
+"""Most bytes of the bodies of a batch, about 600 ids: longer lists keep a core busy alone, and would delay others."""
+
+
+class TailEvent(msgspec.Struct, forbid_unknown_fields=True):
+    """An event since the refresh."""
+
+    item: Id
+    time: int
+    """ms since 1970."""
+    action: str | None = None
+    """Type of the action, such as "view"; may be left out if the model has only one."""
+    features: dict[str, str | float | int | None] = msgspec.field(default_factory=dict)
+    """Features of the event by name."""
+
+
+class ScoreBody(msgspec.Struct, forbid_unknown_fields=True):
+    """Users, and the candidates to score for them."""
+
+    users: list[Id]
+    """B ids as in the log."""
+    candidates: list[Id | list[Id]] | bytes
+    """Item ids: one list for all users, or one list per user. In MessagePack also the bytes of int64 ids in
+    little-endian order, for all users."""
+    tail: list[list[TailEvent]] | None = None
+    """Per user, the events since the refresh."""
+    now: int | list[int] | None = None
+    """Time of the request in ms, one or one per user; by default the server's clock."""
+    request: dict[str, Any] = msgspec.field(default_factory=dict)
+    """Features of the request by name: one value, one per user, or one list per user with one value per candidate."""
+    model: str | None = None
+    """Name of the model, if the service has several; by default, the model that the split assigns."""
+
+
+class RankBody(msgspec.Struct, forbid_unknown_fields=True):
+    """A user, for whom the best items are wanted."""
+
+    user: Id
+    top_k: int = 10
+    """Most items to return."""
+    candidates: list[Id] | bytes | None = None
+    """Item ids, or null for the whole catalog. In MessagePack also the bytes of int64 ids in little-endian order."""
+    exclude: list[Id] = msgspec.field(default_factory=list)
+    """Item ids to leave out."""
+    exclude_tail: bool = False
+    """Leave out the items of the user's newest events."""
+    tail: list[TailEvent] | None = None
+    """The user's events since the refresh."""
+    now: int | None = None
+    """Time of the request in ms; by default the server's clock."""
+    request: dict[str, Any] = msgspec.field(default_factory=dict)
+    """Features of the request by name: one value, or one list with one value per candidate."""
+    model: str | None = None
+    """Name of the model, if the service has several; by default, the model that the split assigns."""
+
+
+class RetrieveBody(msgspec.Struct, forbid_unknown_fields=True):
+    """Users for whom to retrieve the best items of a large catalog."""
+
+    users: list[Id]
+    """B ids as in the log."""
+    top_k: int = 10
+    """Maximum number of items to return per user."""
+    num_candidates: int = 500
+    """Number of items that the index returns per user, in addition to the items of the user's counters and tail."""
+    within: list[Id] | bytes | None = None
+    """Ids of the items that may be returned, or null for all. In MessagePack also the bytes of int64 ids in
+    little-endian order."""
+    where: dict[str, list[Id]] = msgspec.field(default_factory=dict)
+    """By name of an item category: the values of items that may be returned."""
+    exclude: list[Id] = msgspec.field(default_factory=list)
+    """Item ids to leave out."""
+    exclude_tail: bool = False
+    """Leave out the items of the users' newest events."""
+    tail: list[list[TailEvent]] | None = None
+    """Per user, the events since the refresh."""
+    now: int | list[int] | None = None
+    """Time of the request in ms, one or one per user; by default the server's clock."""
+    request: dict[str, Any] = msgspec.field(default_factory=dict)
+    """Features of the request by name: one value, or one per user."""
+    model: str | None = None
+    """Name of the model, if the service has several; by default, the model that the split assigns."""
+
+
+class ExplainBody(msgspec.Struct, forbid_unknown_fields=True):
+    """A user, and the candidates whose scores are to be explained."""
+
+    user: Id
+    candidates: list[Id]
+    task: str | None = None
+    """By default the task of score and rank."""
+    tail: list[TailEvent] | None = None
+    """The user's events since the refresh."""
+    now: int | None = None
+    """Time of the request in ms; by default the server's clock."""
+    request: dict[str, Any] = msgspec.field(default_factory=dict)
+    """Features of the request by name: one value, or one list with one value per candidate."""
+    model: str | None = None
+    """Name of the model, if the service has several; by default, the model that the split assigns."""
+
+
+class Addressee(msgspec.Struct):
+    """The fields of any body that determine which model answers."""
+
+    user: Id | None = None
+    users: list[Id] = msgspec.field(default_factory=list)
+    model: str | None = None
+
+
+def decoded(body: bytes, kind: type[Body], media_type: str) -> Body:
+    """A body as its type.
+
+    Raises:
+        msgspec.DecodeError: the bytes are not valid JSON or MessagePack.
+        msgspec.ValidationError: a field is missing, unknown, or has another type.
+    """
+    try:
+        if media_type == MSGPACK:
+            return msgspec.msgpack.decode(body, type=kind)
+        held = msgspec.json.decode(body, type=kind)
+    except RecursionError:
+        raise msgspec.DecodeError("its values are nested too deeply") from None
+    for name in ("candidates", "within"):
+        if isinstance(getattr(held, name, None), bytes):  # msgspec reads a text as base64 here
+            raise msgspec.ValidationError(f"Expected `array`, got `str` - at `$.{name}`")
+    return held
+
+
+def item_ids(given: Sequence[Id] | bytes, name: str) -> Any:
+    """Ids [C] as a scorer takes them.
+
+    Raises:
+        ValueError: the bytes are not int64.
+    """
+    if not isinstance(given, bytes):
+        return given
+    if len(given) % 8:
+        raise ValueError(f"{name}: {len(given)} bytes are not a whole number of int64 ids")
+    return np.frombuffer(given, "<i8")
+
+
+def candidate_ids(given: Sequence[Any] | bytes) -> Any:
+    """Candidates as a scorer takes them: ids [C], or (values [N], offsets [B + 1]) of one list per user.
+
+    Raises:
+        ValueError: the list mixes ids and lists, or its bytes are not int64.
+    """
+    if isinstance(given, bytes):
+        return item_ids(given, "candidates")
+    rows = [one for one in given if isinstance(one, list)]
+    if not rows:
+        return given
+    if len(rows) < len(given):
+        raise ValueError("candidates: must be ids, or one list of ids per user, not both")
+    return [item for row in rows for item in row], offsets_of(np.array([len(row) for row in rows], np.int64))
+
+
+def tail_of(given: Sequence[Sequence[TailEvent]] | None) -> Tail | None:
+    """Events since the refresh, per user, as a scorer takes them.
+
+    Actions stay names, because a reload can put another model into service before the call.
+    """
+    if given is None:
+        return None
+    events = [event for own in given for event in own]
+    names = dict.fromkeys(name for event in events for name in event.features)
+    return Tail(
+        [event.item for event in events],  # type: ignore[arg-type]
+        np.array([event.time for event in events], object if _has_large(events) else np.int64),
+        np.array([event.action for event in events], object),
+        offsets_of(np.array([len(own) for own in given], np.int64)),
+        {name: [event.features.get(name) for event in events] for name in names},
+    )
+
+
+def _has_large(events: Sequence[TailEvent]) -> bool:
+    return any(not -(2**63) <= event.time < 2**63 for event in events)
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,20 +496,6 @@ def _answer(held: dict[str, Any], media_type: str, candidates: Any, num_candidat
     return Answer(body, media_type, num_candidates)
 
 
-# Scores small requests that wait at the same time in one call.
-#
-# There is no pause for others to arrive: a request that finds a free thread is scored alone. If requests wait, those
-# that
-# are next in line join the first one, because one call for several users costs much less than a call for each
-# (docs/research-log.md has the figures). Scores do not depend on the other users of a call, beyond rounding.
-
-OF_REQUESTS = (ValueError, TypeError, OverflowError, VistaError)
-"""Errors that an invalid request causes."""
-MAX_REQUESTS = 16
-MAX_BYTES = 4096
-"""Most bytes of the bodies of a batch, about 600 ids: longer lists keep a core busy alone, and would delay others."""
-
-
 @dataclass(slots=True, eq=False)
 class Entry:
     """A request for scores."""
@@ -405,10 +506,12 @@ class Entry:
 
 
 class ScoreBatches:
-    """The waiting score requests of one model.
+    """The waiting score requests of one model, of which small ones are scored in one call.
 
     Each request still has a place of its own in the queue. When its turn comes, it computes itself and some that come
-    later; when their turn comes, their answers are there already.
+    later, because one call for several users costs much less than a call for each (docs/research-log.md has the
+    figures); when their turn comes, their answers are there already. There is no pause for others to arrive: a request
+    that finds a free thread is scored alone. Scores do not depend on the other users of a call, beyond rounding.
     """
 
     def __init__(self) -> None:
@@ -515,61 +618,52 @@ def _can_join(body: ScoreBody) -> bool:
     return not body.request and count > 0 and all(len(one) == count for one in of_users if isinstance(one, list))
 
 
-# Computes requests in a few threads, and refuses what it cannot compute in time.
-
-Result = TypeVar("Result")
-
-
-class ScoringQueue:
-    """A queue of limited length in front of a few threads.
+def user_record(store: StoreReader | ShardedReader, model: VistaModel, user: int | str) -> dict[str, Any] | None:
+    """The record of a user as JSON values; None without a record.
 
     Args:
-        num_threads: requests that are computed at the same time.
-        limit: most requests that wait or are computed.
+        store: of the model's summaries.
+        model: names the items, actions and features.
+        user: an id as in the log.
+
+    Raises:
+        StoreError: the record is damaged, or the store is closed.
     """
+    stored = store.get_many(cast(list[str], [user]))
+    if not stored.found[0]:
+        return None
+    tail, rows = stored.tail, stored.tail.items
+    ids = model.items.ids(np.maximum(rows, 1) - 1).tolist() if len(rows) else []
+    events = model.event_features
+    of_events = {} if events is None else RowFeatures(tail.features).named(events.values)
+    users = model.user_features
+    of_user = {} if users is None else RowFeatures(stored.features).named(users.values)
+    summary = stored.summary[0].astype(np.float64)
+    return {
+        "user": user,
+        "generation": stored.generation,
+        "created_at": _time(stored.created_at[0]),
+        "num_events": int(stored.event_count[0]),
+        "newest_event_at": _time(stored.last_event_ts[0]),
+        "summary_shape": list(summary.shape),
+        "summary_norms": np.linalg.norm(summary, axis=1).tolist(),
+        "features": {name: column.tolist()[0] for name, column in of_user.items()},
+        "counted_keys": {
+            field: len(one.key)
+            for one in stored.counters[:1]
+            for field, one in zip(one.spec.fields, stored.counters, strict=True)
+        },
+        "tail": [
+            {
+                "item": ids[place] if rows[place] else None,
+                "time": int(tail.times[place]),
+                "action": model.schema.actions[tail.actions[place]] if model.schema.actions else None,
+                "features": {name: column.tolist()[place] for name, column in of_events.items()},
+            }
+            for place in range(len(rows))
+        ],
+    }
 
-    def __init__(self, num_threads: int, limit: int) -> None:
-        self._pool = ThreadPoolExecutor(num_threads, "vista-serve")
-        self._limit = limit
-        self._depth = 0
-        self._lock = threading.Lock()
 
-    @property
-    def depth(self) -> int:
-        """Requests that wait or are computed."""
-        return self._depth
-
-    def require_room(self) -> None:
-        """Raise OverloadedError if the queue is full."""
-        if self._depth >= self._limit:
-            raise OverloadedError(f"{self._depth} requests are already waiting; send this one again later")
-
-    async def run(self, call: Callable[[], Result], timeout_s: float) -> Result:
-        """The result of a call, which runs in a thread.
-
-        A call that has not started by its deadline never starts. One that has started keeps its place until it ends.
-
-        Raises:
-            OverloadedError: the queue is full.
-            DeadlineError: there is no result after `timeout_s` seconds.
-        """
-        with self._lock:
-            self.require_room()
-            self._depth += 1
-        held = [call]  # The pool keeps a call that never starts until a thread is free. It must not keep its body.
-        future: Future[Result] = self._pool.submit(lambda: held.pop()())
-        future.add_done_callback(self._finished)
-        try:
-            return await asyncio.wait_for(asyncio.wrap_future(future), timeout_s)
-        except TimeoutError:
-            raise DeadlineError("there was no result in time; send fewer candidates, or allow more time") from None
-        finally:
-            held.clear()
-
-    def close(self) -> None:
-        """Wait for running calls, and end the threads."""
-        self._pool.shutdown()
-
-    def _finished(self, _: Future[Any]) -> None:
-        with self._lock:
-            self._depth -= 1
+def _time(time_ms: np.int64) -> int | None:
+    return None if time_ms == NO_TIMESTAMP else int(time_ms)

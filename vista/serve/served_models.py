@@ -34,100 +34,9 @@ from vista.serve.scoring_service import ScoringService
 from vista.serve.service_metrics import ServiceMetrics
 from vista.store.record_spec import read_key
 
-_DIGITS = 13
-"""Hexadecimal digits of a hash that are used: 52 bits, which any language can hold exactly in a double."""
-
-
-class UserSplit:
-    """Assigns users to variants by a hash of the experiment and the user's id.
-
-    Saved analyses rely on which user gets which variant, so the hash function never changes: the first 13 hexadecimal
-    digits of the SHA-256 of "EXPERIMENT:USER", divided by 16^13, give a number in [0, 1). The variants divide this
-    interval in their order. If a bound between two variants moves, users move between these two only.
-
-    Args:
-        shares: by variant; they sum to 1.
-        experiment: salt; different experiments assign users independently.
-    """
-
-    def __init__(self, shares: Mapping[str, float], experiment: str) -> None:
-        self.shares = dict(shares)
-        bounds = accumulate(shares.values())
-        self._bounds = [
-            (variant, bound) for (variant, share), bound in zip(shares.items(), bounds, strict=True) if share
-        ]
-        self._prefix = f"{experiment}:"
-
-    def variant(self, user: int | str) -> str:
-        """The variant of a user. An integer and its text are the same user."""
-        digest = hashlib.sha256(f"{self._prefix}{user}".encode("utf-8", "surrogatepass")).hexdigest()
-        point = int(digest[:_DIGITS], 16) / 16**_DIGITS
-        return next((variant for variant, bound in self._bounds if point < bound), self._bounds[-1][0])
-
-
-# Opens the scorer of a model in the service, ready for the first request.
-
 logger = logging.getLogger(__name__)
-
 MOST_USERS = 3
 """Users to try before the first request, because their records may be damaged or too old."""
-
-
-def open_warm_scorer(config: ServeConfig) -> Scorer:
-    """A scorer of a configuration, which follows its store and has answered once.
-
-    Raises:
-        VistaError: the model or the store cannot be used.
-    """
-    try:
-        scorer = Scorer.open(
-            config.model,
-            config.store,
-            on_missing=config.on_missing,
-            task=config.task,
-            device=config.device,
-            key=read_key(config.authentication_key_file),
-            max_age_s=config.max_age_s,
-            precision=config.precision,
-            index=config.index,
-            project_per_request=config.project_per_request,
-        )
-    except ValueError as error:
-        if isinstance(error, VistaError):
-            raise
-        raise ConfigError(str(error)) from error  # The message names the argument, which has the name of the key.
-    num_items = len(scorer.model.items)
-    if num_items > config.max_candidates:
-        logger.warning(
-            "rank without candidates is refused: %s has %d items, but max_candidates is %d",
-            config.model,
-            num_items,
-            config.max_candidates,
-        )
-    try:
-        _warm_up(scorer, retrieves=config.index is not None)
-        scorer.follow(config.reload_s)
-    except BaseException:
-        scorer.close()
-        raise
-    return scorer
-
-
-def _warm_up(scorer: Scorer, *, retrieves: bool) -> None:
-    """Pay for page faults and for torch's initialization before the first request: rank all items for any user.
-
-    A user whose record cannot be used fails requests for this user, but must not keep the service from starting.
-    """
-    for user in islice(scorer.store.keys(), MOST_USERS):
-        try:
-            scorer.rank(user, top_k=1)
-            if retrieves:
-                scorer.retrieve([user], top_k=1)
-            return
-        except (RecordError, UnknownUserError) as error:
-            logger.error("the first request was tried with another user, because %s", error)
-
-
 ONE_MODEL = "default"
 """Name of the model of a service without a file of models."""
 WAITS_FOR: dict[type[Exception], str] = {
@@ -136,6 +45,8 @@ WAITS_FOR: dict[type[Exception], str] = {
     ItemIndexMismatchError: "the index is not of this model yet",
 }
 """Why a model waits, by the error: it was replaced, but the rest of the upgrade has not been published yet."""
+_DIGITS = 13
+"""Hexadecimal digits of a hash that are used: 52 bits, which any language can hold exactly in a double."""
 
 
 @dataclass(eq=False, slots=True)
@@ -462,3 +373,85 @@ class ServedModels:
 
 def _unavailable(name: str, problem: str, retry_after_s: float) -> ModelUnavailableError:
     return ModelUnavailableError(f"model {name} is not available: {problem}", retry_after_s)
+
+
+class UserSplit:
+    """Assigns users to variants by a hash of the experiment and the user's id.
+
+    Saved analyses rely on which user gets which variant, so the hash function never changes: the first 13 hexadecimal
+    digits of the SHA-256 of "EXPERIMENT:USER", divided by 16^13, give a number in [0, 1). The variants divide this
+    interval in their order. If a bound between two variants moves, users move between these two only.
+
+    Args:
+        shares: by variant; they sum to 1.
+        experiment: salt; different experiments assign users independently.
+    """
+
+    def __init__(self, shares: Mapping[str, float], experiment: str) -> None:
+        self.shares = dict(shares)
+        bounds = accumulate(shares.values())
+        self._bounds = [
+            (variant, bound) for (variant, share), bound in zip(shares.items(), bounds, strict=True) if share
+        ]
+        self._prefix = f"{experiment}:"
+
+    def variant(self, user: int | str) -> str:
+        """The variant of a user. An integer and its text are the same user."""
+        digest = hashlib.sha256(f"{self._prefix}{user}".encode("utf-8", "surrogatepass")).hexdigest()
+        point = int(digest[:_DIGITS], 16) / 16**_DIGITS
+        return next((variant for variant, bound in self._bounds if point < bound), self._bounds[-1][0])
+
+
+def open_warm_scorer(config: ServeConfig) -> Scorer:
+    """A scorer of a configuration, which follows its store and has answered once.
+
+    Raises:
+        VistaError: the model or the store cannot be used.
+    """
+    try:
+        scorer = Scorer.open(
+            config.model,
+            config.store,
+            on_missing=config.on_missing,
+            task=config.task,
+            device=config.device,
+            key=read_key(config.authentication_key_file),
+            max_age_s=config.max_age_s,
+            precision=config.precision,
+            index=config.index,
+            project_per_request=config.project_per_request,
+        )
+    except ValueError as error:
+        if isinstance(error, VistaError):
+            raise
+        raise ConfigError(str(error)) from error  # The message names the argument, which has the name of the key.
+    num_items = len(scorer.model.items)
+    if num_items > config.max_candidates:
+        logger.warning(
+            "rank without candidates is refused: %s has %d items, but max_candidates is %d",
+            config.model,
+            num_items,
+            config.max_candidates,
+        )
+    try:
+        _warm_up(scorer, retrieves=config.index is not None)
+        scorer.follow(config.reload_s)
+    except BaseException:
+        scorer.close()
+        raise
+    return scorer
+
+
+def _warm_up(scorer: Scorer, *, retrieves: bool) -> None:
+    """Pay for page faults and for torch's initialization before the first request: rank all items for any user.
+
+    A user whose record cannot be used fails requests for this user, but must not keep the service from starting.
+    """
+    for user in islice(scorer.store.keys(), MOST_USERS):
+        try:
+            scorer.rank(user, top_k=1)
+            if retrieves:
+                scorer.retrieve([user], top_k=1)
+            return
+        except (RecordError, UnknownUserError) as error:
+            logger.error("the first request was tried with another user, because %s", error)

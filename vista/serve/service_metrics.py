@@ -9,14 +9,12 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import prometheus_client
 import prometheus_client.multiprocess
 
-from vista.scorer import Scorer
-from vista.scorer.scorer_stats import ScorerStats
-
-# Lets several workers share their metrics. This module does not import prometheus_client.
+from vista.scorer import Scorer, ScorerStats
 
 FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 """Environment variable that makes prometheus_client share numbers between processes; it is read on import."""
@@ -50,6 +48,13 @@ class ServiceMetrics:
         # Without a registry of its own, a second service in one process would find the names taken.
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = own = prometheus_client.CollectorRegistry()
+
+        def counter(name: str, text: str, *labels: str) -> prometheus_client.Counter:
+            return prometheus_client.Counter(name, text, labels, registry=own)
+
+        def gauge(name: str, text: str, *labels: str, mode: Literal["livesum", "livemin"]) -> prometheus_client.Gauge:
+            return prometheus_client.Gauge(name, text, labels, registry=own, multiprocess_mode=mode)
+
         self.seconds = prometheus_client.Histogram(
             "vista_request_seconds",
             "Time from the headers of a request to its answer, by number of candidates.",
@@ -57,56 +62,29 @@ class ServiceMetrics:
             buckets=[bound / 1000 for bound in MILLISECONDS],
             registry=own,
         )
-        self.requests = prometheus_client.Counter(
-            "vista_requests", "Requests by status.", ("endpoint", "model", "status"), registry=own
+        self.requests = counter("vista_requests", "Requests by status.", "endpoint", "model", "status")
+        self.users = counter("vista_users", "Users by whether the store holds a record of them.", "model", "outcome")
+        self.candidates = counter("vista_candidates", "Pairs of a user and a candidate.", "model")
+        self.unknown = counter("vista_unknown_candidates", "Pairs whose item the model does not know.", "model")
+        self.reloads = counter(
+            "vista_reloads", "Moves to another generation or model, and failures.", "model", "outcome"
         )
-        self.users = prometheus_client.Counter(
-            "vista_users", "Users by whether the store holds a record of them.", ("model", "outcome"), registry=own
-        )
-        self.candidates = prometheus_client.Counter(
-            "vista_candidates", "Pairs of a user and a candidate.", ("model",), registry=own
-        )
-        self.unknown = prometheus_client.Counter(
-            "vista_unknown_candidates", "Pairs whose item the model does not know.", ("model",), registry=own
-        )
-        self.reloads = prometheus_client.Counter(
-            "vista_reloads", "Moves to another generation or model, and failures.", ("model", "outcome"), registry=own
-        )
-        self.openings = prometheus_client.Counter(
-            "vista_model_openings", "Attempts to open a model, by outcome.", ("model", "outcome"), registry=own
-        )
-        self.closings = prometheus_client.Counter(
-            "vista_model_closings", "Models that were closed to free memory.", ("model",), registry=own
-        )
-        self.open = prometheus_client.Gauge(
-            "vista_model_open",
-            "Workers in which the model is open.",
-            ("model",),
-            registry=own,
-            multiprocess_mode="livesum",
-        )
-        self.refused_connections = prometheus_client.Counter(
-            "vista_refused_connections", "Connections beyond the limit.", registry=own
-        )
-        self.depth = prometheus_client.Gauge(
-            "vista_queue_depth",
-            "Requests that wait or are computed.",
-            registry=own,
-            multiprocess_mode="livesum",
-        )
-        self.generation = prometheus_client.Gauge(
+        self.openings = counter("vista_model_openings", "Attempts to open a model, by outcome.", "model", "outcome")
+        self.closings = counter("vista_model_closings", "Models that were closed to free memory.", "model")
+        self.open = gauge("vista_model_open", "Workers in which the model is open.", "model", mode="livesum")
+        self.refused_connections = counter("vista_refused_connections", "Connections beyond the limit.")
+        self.depth = gauge("vista_queue_depth", "Requests that wait or are computed.", mode="livesum")
+        self.generation = gauge(
             "vista_generation",
             "Generation of the store in service; the oldest of all workers.",
-            ("model",),
-            registry=own,
-            multiprocess_mode="livemin",
+            "model",
+            mode="livemin",
         )
-        self.refreshed = prometheus_client.Gauge(
+        self.refreshed = gauge(
             "vista_refreshed_timestamp_seconds",
             "When the summaries in service were refreshed; the oldest of all workers.",
-            ("model",),
-            registry=own,
-            multiprocess_mode="livemin",
+            "model",
+            mode="livemin",
         )
         self._last: dict[str, ScorerStats] = {}
         """Counts of the scorer at the last update, by name of the open model."""

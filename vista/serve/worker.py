@@ -18,9 +18,8 @@ from vista.config import ServeConfig
 from vista.config.serve_config import ModelsFile
 from vista.device import cpu_settings
 from vista.machine import is_loopback
-from vista.serve.application import make_application
-from vista.serve.http_protocol import HEAD_S, BoundedHttpProtocol, accepted_hosts, read_tokens
-from vista.serve.scoring_service import ScoringQueue
+from vista.serve.application import ScoringQueue, accepted_hosts, make_application
+from vista.serve.http_protocol import HEAD_S, BoundedHttpProtocol, read_tokens
 from vista.serve.served_models import ServedModels
 from vista.serve.service_metrics import ServiceMetrics
 

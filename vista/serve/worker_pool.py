@@ -24,8 +24,6 @@ from vista.model.saved_model import ModelDescription
 from vista.serve.http_protocol import read_tokens
 from vista.serve.service_metrics import FOLDER_VARIABLE, shared_numbers
 
-# Several workers on one port: started, replaced when they die, and stopped together.
-
 logger = logging.getLogger(__name__)
 
 LONGEST_PAUSE_S = 30.0
@@ -45,7 +43,9 @@ class _Worker:
 
 
 class WorkerPool:
-    """Workers that share an address. Each is a fresh process with a scorer of its own.
+    """Workers that share an address: started, replaced when they die, and stopped together.
+
+    Each is a fresh process with a scorer of its own.
 
     The kernel assigns each connection to a worker. If a worker dies, its connections break, and clients that connect
     again reach the others.
