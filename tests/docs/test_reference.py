@@ -25,7 +25,7 @@ NO_UNIT_IN_OPTIM = (
     *("learning_rate", "weight_decay", "table_rate", "counted_rate", "gradient_clip", "logq_strength"),
     *("next_weight", "window_weight", "task_weight", "reconstruction_weight"),
 )
-NO_UNIT_IN_PLAN = ("active_share", "peak", "utilization", "replicas", "hot_share", "burst")
+NO_UNIT_IN_PLAN = ("replicas", "burst")
 
 
 def test_the_pages_can_be_read_without_the_site(tmp_path: Path) -> None:

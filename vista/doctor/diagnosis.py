@@ -249,7 +249,7 @@ def segments_finding(number: int) -> Finding:
 
 def log_size_finding(num_bytes: int, memory_bytes: int | None) -> Finding:
     """Compare the log with the memory that could cache it."""
-    from vista.planning.quantities import size
+    from vista.text_table import size
 
     if memory_bytes is None or num_bytes <= memory_bytes:
         return Finding("size", size(num_bytes))
@@ -270,7 +270,7 @@ def check_model(config: DoctorConfig) -> Iterator[Finding]:
         CheckpointError: the model is missing or damaged, has another format, or lacks a file.
     """
     from vista.model.saved_model import FORMAT_VERSION, ModelDescription
-    from vista.planning.quantities import size
+    from vista.text_table import size
 
     if config.model is None:
         return
@@ -369,7 +369,7 @@ def _unfinished(stats: StoreStats) -> Iterator[Finding]:
 
 def age_finding(age_s: float) -> Finding:
     """Judge the time since the last finished refresh, which a clock that is wrong makes negative."""
-    from vista.planning.quantities import duration
+    from vista.text_table import duration
 
     if age_s < -_CLOCK_TOLERANCE_S:
         advice = (
@@ -382,7 +382,7 @@ def age_finding(age_s: float) -> Finding:
 
 def size_finding(live_bytes: int, memory_bytes: int | None) -> Finding:
     """Compare the records with the memory that could cache them."""
-    from vista.planning.quantities import size
+    from vista.text_table import size
 
     value = f"{size(live_bytes)} in use"
     if memory_bytes is None or live_bytes <= memory_bytes:

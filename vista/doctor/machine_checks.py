@@ -180,7 +180,7 @@ def check_disk(folder: Path, used_by: list[str]) -> Iterator[Finding]:
 
 def space_finding(free_bytes: float) -> Finding:
     """Judge the free space."""
-    from vista.planning.quantities import size
+    from vista.text_table import size
 
     if free_bytes >= LEAST_FREE_BYTES:
         return Finding("free", size(free_bytes))
@@ -210,7 +210,7 @@ def kind_finding(kind: str | None, *, has_store: bool) -> Finding:
 
 def sync_finding(median_s: float) -> Finding:
     """Judge the time of a durable write."""
-    from vista.planning.quantities import duration
+    from vista.text_table import duration
 
     wait = f"{duration(BATCH_SYNCS * median_s)} per batch of a refresh, {duration(PUBLISH_SYNCS * median_s)} to publish"
     value = f"{duration(median_s)} for 4 KiB; about {wait}"
@@ -232,7 +232,7 @@ def check_gpus(config: DoctorConfig) -> Iterator[Finding]:
     """torch's build, the driver, and every GPU that torch sees."""
     import torch
 
-    from vista.planning.quantities import size
+    from vista.text_table import size
 
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else ""
     build = build or (f"ROCm {torch.version.hip}" if torch.version.hip else "")
@@ -266,7 +266,7 @@ LEAST_BYTES = 2e9
 
 def check_memory(config: DoctorConfig) -> Iterator[Finding]:
     """Judge the available memory and the limit of the control group."""
-    from vista.planning.quantities import size
+    from vista.text_table import size
 
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = memory_limit_bytes()
@@ -335,7 +335,7 @@ def maps_finding(most: int, num_files: int) -> Finding:
 
 def address_space_finding(most_bytes: int) -> Finding:
     """Judge `ulimit -v`: a store reserves address space that it does not use."""
-    from vista.planning.quantities import size
+    from vista.text_table import size
 
     if most_bytes == resource.RLIM_INFINITY:
         return Finding("address space", "unlimited")
