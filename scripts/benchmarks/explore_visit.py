@@ -47,7 +47,7 @@ def exploring(*words: str, folder: Path = REPOSITORY) -> Iterator[str]:
     Raises:
         SystemExit: it could not start.
     """
-    command = [sys.executable, "-m", "vista.cli", "explore", "open_browser=false", "port=0", *words]
+    command = [sys.executable, "-m", "vista.cli", "explore", "port=0", *words]
     path = os.pathsep.join(str(REPOSITORY / name) for name in (".", "kernels"))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True) as process:

@@ -33,8 +33,8 @@ from vista.device import set_threads
 from vista.scorer import Scorer
 
 WORKERS = 2
-SETTINGS = (f"workers={WORKERS}", "on_missing=nan", f"task={TASK}", "reload_s=0.2", "deadline_s=20", "stop_s=60")
-"""All processes share a core or two, hence the long deadlines."""
+SETTINGS = (f"workers={WORKERS}", "on_missing=nan", f"task={TASK}", "reload_s=0.2", "deadline_s=20")
+"""All processes share a core or two, hence the long deadline."""
 LOG_CHARACTERS = 20_000
 """Most characters of the service's log that are printed after a failure."""
 LAG = 2

@@ -39,7 +39,7 @@ ITEMS = np.unique(small_frame()["item"])
 @pytest.fixture(autouse=True)
 def shared_parser(monkeypatch: pytest.MonkeyPatch) -> None:
     """One child process for all tests; to start one takes half a second."""
-    for module in ("vista.cli.item_commands", "vista.cli.item_commands", "vista.log.ingest.new_features"):
+    for module in ("vista.log.ingest.source_parser", "vista.log.ingest.new_features"):
         monkeypatch.setattr(f"{module}.SourceParser", lambda: nullcontext(PARSER))
 
 
@@ -49,7 +49,7 @@ class LettersEncoder:
     def __init__(self) -> None:
         self.texts: list[str] = []
 
-    def encode(self, texts: Sequence[str], *, batch_size: int, progress: bool) -> Float32s:
+    def encode(self, texts: Sequence[str], *, progress: bool) -> Float32s:
         self.texts += texts
         return np.array([[text.count(letter) for letter in "abc"] for text in texts], np.float32)
 
@@ -106,7 +106,7 @@ def test_a_log_takes_the_vectors_as_one_more_feature(tmp_path: Path) -> None:
 
 def test_an_old_table_is_kept_if_anything_fails(tmp_path: Path) -> None:
     class FailingEncoder(LettersEncoder):
-        def encode(self, texts: Sequence[str], *, batch_size: int, progress: bool) -> Float32s:
+        def encode(self, texts: Sequence[str], *, progress: bool) -> Float32s:
             raise RuntimeError("out of memory")
 
     products(tmp_path)
@@ -301,7 +301,6 @@ def test_bad_input_writes_nothing(tmp_path: Path) -> None:
         ({"name": "sku"}, "name: must be a name other than that of the column of ids"),
         ({"levels": 0}, "levels: must be at least 1"),
         ({"codes": 1}, "codes: must be at least 2"),
-        ({"seed": -1}, "seed: must be at least 0"),
     ],
 )
 def test_settings_that_are_refused(tmp_path: Path, changes: Any, message: str) -> None:

@@ -25,7 +25,7 @@ def test_all_keys(tmp_path: Path) -> None:
         """
 models:
   control: {model: runs/a/best, store: stores/a}
-  larger: {model: runs/b/best, store: stores/b, index: runs/b/index, task: click, project_per_request: false}
+  larger: {model: runs/b/best, store: stores/b, index: runs/b/index, task: click}
 split: {control: 0.9, larger: 0.1}
 experiment: spring
 memory_bytes: 4294967296
@@ -33,10 +33,9 @@ memory_bytes: 4294967296
     )
     assert list(file.models) == ["control", "larger"]
     assert file.models["control"] == ServedModel(model="runs/a/best", store="stores/a")
-    assert file.models["larger"].task == "click" and not file.models["larger"].project_per_request
+    assert file.models["larger"].task == "click" and file.models["larger"].index == "runs/b/index"
     plain = read(tmp_path, MODELS)
     assert (plain.split, plain.memory_bytes) == ({}, None)
-    assert all(one.project_per_request for one in plain.models.values())
     # Without a name, an experiment is called after its variants.
     assert read(tmp_path, MODELS + "split: {control: 1, larger: 0}").experiment == "control,larger"
     assert (file.split, file.experiment, file.memory_bytes) == ({"control": 0.9, "larger": 0.1}, "spring", 1 << 32)

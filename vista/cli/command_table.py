@@ -180,7 +180,7 @@ COMMANDS: dict[str, Command] = {
             "vista explore",
             "vista explore model=runs/mine/best store=stores/mine data=data/mine",
             "vista explore model=runs/mine/best store=stores/mine other_model=runs/new/best other_store=stores/new",
-            "vista explore runs=[runs] port=8600 open_browser=false",
+            "vista explore runs=[runs] port=8600",
         ),
     ),
     "index": Command(

@@ -215,7 +215,7 @@ class TextEncoder:
 class Encoder(Protocol):
     """What makes vectors of texts, as `TextEncoder` does."""
 
-    def encode(self, texts: Sequence[str], *, batch_size: int, progress: bool) -> Float32s: ...
+    def encode(self, texts: Sequence[str], *, progress: bool) -> Float32s: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +264,7 @@ def run_items_embed(config: ItemsEmbedConfig, encoder: Encoder | None = None) ->
         encoder = encoder or TextEncoder(resolve_device(config.device))
         start = time.perf_counter()
         distinct = texts.drop_nulls().unique().sort()
-        vectors = encoder.encode(distinct.to_list(), batch_size=config.batch_size, progress=config.progress)
+        vectors = encoder.encode(distinct.to_list(), progress=config.progress)
         seconds = time.perf_counter() - start
     of_texts = pl.DataFrame({"text": distinct, "vector": pl.Series(vectors).cast(pl.List(pl.Float32))})
     rows = pl.DataFrame({"text": texts}).join(of_texts, on="text", how="left", maintain_order="left")
@@ -350,7 +350,7 @@ def run_items_tokenize(config: ItemsTokenizeConfig) -> ItemsTokenized:
     is_known = ~np.isnan(vectors[:, 0])
     known, file = vectors[is_known], config.codebooks or str(out.with_suffix(CODEBOOKS_SUFFIX))
     if codebooks is None:
-        codebooks = Codebooks.learn(known, levels=config.levels, num_codes=config.codes, seed=config.seed)
+        codebooks = Codebooks.learn(known, levels=config.levels, num_codes=config.codes)
     elif codebooks.dim != known.shape[1]:
         raise DataError(
             f"{file}: has codebooks for vectors of {codebooks.dim} numbers, but those of the items have "

@@ -143,8 +143,6 @@ def run_export(config: ExportConfig) -> ExportReport:
             config.out,
             config.format,
             store=config.store,
-            num_requests=config.num_requests,
-            max_difference=config.max_difference,
             key=read_key(config.authentication_key_file),
         )
 

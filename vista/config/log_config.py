@@ -307,7 +307,6 @@ class LogStatsConfig:
 
 
 _MOST_MESSAGES = 10_000_000
-_MOST_BYTES = 1 << 34
 _MOST_SECONDS = 86_400
 
 
@@ -326,16 +325,14 @@ class StreamConfig:
     messages, the topic was created again, or it is another topic. Set this for one run only, because it accepts lost
     events."""
     max_messages: int = 100_000
-    """Maximum number of messages per check. They become one segment of the log."""
-    max_bytes: int = 64 << 20
-    """A check stops reading after this many bytes of messages."""
+    """Maximum number of messages per check. They become one segment of the log. A check also stops after as many bytes
+    as this many messages of 671 bytes have: 64 MiB by default."""
     max_s: float = 10.0
     """Number of seconds that a check waits for messages, and for each reply of the server."""
 
     def __post_init__(self) -> None:
         check_types(self, "stream.")
         require_counts(self, "stream.", ("max_messages",), most=_MOST_MESSAGES)
-        require_counts(self, "stream.", ("max_bytes",), most=_MOST_BYTES)
         require_finite(self, "stream.", ("max_s",), positive=True, most=_MOST_SECONDS)
 
 

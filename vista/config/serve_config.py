@@ -24,7 +24,6 @@ OF_ONE_MODEL = {
     "store": "stores/vista",
     "index": None,
     "task": None,
-    "project_per_request": False,
 }
 """Keys that a file of several models can set for each model, and their defaults."""
 
@@ -42,7 +41,7 @@ class ServeConfig:
     """Folder of the index that `vista index` wrote for this model, for /v1/retrieve. null serves without an index."""
     models: str | None = None
     """YAML file that names several models with their stores, and how users are split among them. It replaces model,
-    store, index, task, and project_per_request."""
+    store, index, and task, and requests compute projections of candidates, which models cannot share."""
     authentication_key_file: str | None = None
     """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
     VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
@@ -94,8 +93,6 @@ class ServeConfig:
     name candidates; use retrieve to search the whole catalog."""
     max_users: int = 256
     """Maximum number of users per request."""
-    stop_s: float = 10.0
-    """Number of seconds that running requests have to finish after SIGTERM."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -104,7 +101,7 @@ class ServeConfig:
         require_counts(self, "", ("num_threads",), least=0, most=MAX_THREADS)
         require_counts(self, "", ("max_waiting", "max_connections", "max_body_bytes"))
         require_counts(self, "", ("max_candidates", "max_users"))
-        require_finite(self, "", ("max_age_s", "reload_s", "deadline_s", "stop_s"), positive=True, most=1e6)
+        require_finite(self, "", ("max_age_s", "reload_s", "deadline_s"), positive=True, most=1e6)
         for key, default in OF_ONE_MODEL.items():
             require(
                 self.models is None or getattr(self, key) == default,
@@ -112,6 +109,11 @@ class ServeConfig:
                 f"only applies without models={self.models}; leave it out, or set it in that file",
             )
         require(bool(self.host), "host", "must be an address, such as 127.0.0.1 or 0.0.0.0")
+
+    @property
+    def stop_s(self) -> float:
+        """Number of seconds that running requests have to finish after SIGTERM."""
+        return max(10.0, self.deadline_s)
 
 
 # The file of `vista serve models=…`: several models for one service, and how users are split among them.
@@ -133,9 +135,6 @@ class ServedModel:
     """Folder of the index that `vista index` wrote for this model."""
     task: str | None = None
     """Task that score and rank use. null uses the first labeled task, or next if there are none."""
-    project_per_request: bool = True
-    """Compute projections of candidates in each request instead of mapping the exported ones, which models cannot share
-    if their stage 2 differs. Requests of 500 candidates take 1 to 6 % longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,8 +287,6 @@ class ExploreConfig:
     VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
     port: int = 8501
     """TCP port to listen on, for connections from this machine only. 0 chooses a free port, which the log names."""
-    open_browser: bool = True
-    """Open the page in a browser, if this machine has one and a display."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -312,10 +309,6 @@ class ExportConfig:
     store: str | None = None
     """Folder or URL of a store of the model's summaries, whose users make the requests of the comparison. null makes
     random users."""
-    num_requests: int = 1000
-    """Number of random requests on which the export is compared with the scorer."""
-    max_difference: float = 1e-4
-    """Largest absolute difference of a logit, or of a score of `next`. If there is a larger one, nothing is written."""
     authentication_key_file: str | None = None
     """File with the key that authenticates records of the store: 32 bytes, or 64 hex digits. null uses the environment
     variable VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
@@ -324,9 +317,7 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        require_counts(self, "", ("num_requests",), most=1_000_000)
         require_counts(self, "", ("num_threads",), least=0, most=MAX_THREADS)
-        require(0 < self.max_difference < 1, "max_difference", f"must lie between 0 and 1, got {self.max_difference}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -380,8 +371,6 @@ class ItemsEmbedConfig:
     """Name of the new column of vectors."""
     out: str = "vectors.parquet"
     """Parquet file to write, with the item ids and the vectors; replaced if it exists."""
-    batch_size: int = 64
-    """Number of texts that are encoded at once."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N. auto uses a GPU if there is one."""
     num_threads: int = 0
@@ -397,7 +386,6 @@ class ItemsEmbedConfig:
             "do not set categories, numbers, or vectors; name the columns of text with columns=[...]",
         )
         require(self.name not in ("", self.items.item), "name", "must be a name other than that of the column of ids")
-        require_counts(self, "", ("batch_size",), most=1 << 16)
         require_counts(self, "", ("num_threads",), least=0, most=MAX_THREADS)
 
 
@@ -415,14 +403,12 @@ class ItemsTokenizeConfig:
     """Folder of an exported model, whose item vectors get codes. Set either this or `vectors`."""
     codebooks: str | None = None
     """File of codebooks from an earlier run. Old items keep their codes, and the codes of new items have the same
-    meaning. levels, codes, and seed are then those of the earlier run. null learns new codebooks and writes them
+    meaning. levels and codes are then those of the earlier run. null learns new codebooks and writes them
     alongside `out`, such as codes.codebooks.safetensors for codes.parquet."""
     levels: int = 3
     """Number of levels, which is how many codes an item has. Each level encodes what the levels before it leave."""
     codes: int = 256
     """Number of different codes per level."""
-    seed: int = 0
-    """Seed of k-means."""
     name: str = "codes"
     """Name of the new column of codes."""
     out: str = "codes.parquet"
@@ -433,7 +419,6 @@ class ItemsTokenizeConfig:
         require(self.name not in ("", self.item), "name", "must be a name other than that of the column of ids")
         require_counts(self, "", ("levels",), most=16)
         require_counts(self, "", ("codes",), least=2, most=1 << 16)
-        require_counts(self, "", ("seed",), least=0, most=2**31 - 1)
 
 
 @dataclass(kw_only=True, slots=True)

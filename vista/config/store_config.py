@@ -68,9 +68,6 @@ class RayConfig:
     address: str = "local"
     """local starts Ray on this machine and stops it at the end. Otherwise, the address of a cluster: host:port of
     its head node, or auto on one of its machines."""
-    object_store_bytes: int = 256 << 20
-    """With address=local: shared memory for results that wait for the writer, in bytes. Results that do not fit spill
-    to disk."""
 
     def __post_init__(self) -> None:
         check_types(self, "ray.")
@@ -81,7 +78,6 @@ class RayConfig:
             "write host:port of the head node, or auto, and run on a machine of the cluster",
         )
         require_counts(self, "ray.", ("num_actors",), least=0, most=MAX_ACTORS)
-        require_counts(self, "ray.", ("object_store_bytes",), least=80_000_000)  # Ray refuses less than 75 MiB.
 
 
 @dataclass(kw_only=True, slots=True)
