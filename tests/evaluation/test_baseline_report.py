@@ -30,13 +30,16 @@ from vista.scorer import Scorer
 
 
 @pytest.mark.parametrize("exclude_seen", [True, False])
-def test_next_items_are_ranked_as_without_a_model(served: Served, tmp_path: Path, exclude_seen: bool) -> None:
+def test_next_items_are_ranked_as_without_a_model(
+    served: Served, tmp_path: Path, exclude_seen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "metrics.json"
+    monkeypatch.setattr(served.model.data, "exclude_seen", exclude_seen)
+    served.model.save_pretrained(tmp_path / "model")
     config = EvaluateConfig(
         data=str(served.log.path),
-        model=str(served.model_dir),
+        model=str(tmp_path / "model"),
         store=str(served.test_store),
-        exclude_seen=exclude_seen,
         top_k=[5],
         baselines=True,
         out=str(out),
@@ -46,7 +49,7 @@ def test_next_items_are_ranked_as_without_a_model(served: Served, tmp_path: Path
     report = evaluate(config)
     written = json.loads(out.read_text())
     columns = served.model.rows_of(served.log.items) - 1
-    expected = measure_baseline(Transitions(), served.log, served.config.data, config, columns).means()
+    expected = measure_baseline(Transitions(), served.log, served.model.data, config, columns).means()
     assert written["baselines"]["transitions"] == pytest.approx(expected)
     assert ("own frequency" in written["baselines"]) != exclude_seen
     row = next(line for line in str(report).splitlines() if line.startswith("  transitions  "))

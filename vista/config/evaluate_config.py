@@ -41,9 +41,6 @@ class EvaluateConfig:
     min_after: int = 20
     """With target=window: least number of events after the question, in the window or beyond it. Users with fewer are
     not asked."""
-    exclude_seen: bool | None = None
-    """With target=next: whether to exclude items of the visible history from rankings (never the label). null uses
-    `data.exclude_seen` of the model's training."""
     top_k: list[int] = field(default_factory=lambda: [10, 50, 200])
     """Cutoffs k of the metrics, in items. The first is also the list length of the popularity report."""
     popularity: bool = False
@@ -63,8 +60,6 @@ class EvaluateConfig:
     """Also report how well the stored summaries recall a user's events, by the age of the event. Takes some seconds."""
     verify_log: bool = True
     """Check first that no byte of the log's files has changed since it was written."""
-    users_per_batch: int = 512
-    """Number of users that are ranked at once."""
     out: str | None = None
     """JSON file for the metrics. An existing file is replaced. The metrics of each user are written to <out>.npz, which
     `vista compare` reads, and those of each baseline to <out>.<name>.npz. null only prints the metrics."""
@@ -77,7 +72,6 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        require_counts(self, "", ("users_per_batch",))
         require_counts(self, "", ("min_seen", "min_after"))
         require_counts(self, "", ("staleness",), least=0)
         require_finite(self, "", ("horizon_days",), most=MAX_DAYS)
@@ -90,11 +84,12 @@ class EvaluateConfig:
                 f"needs one or more numbers from 1 to {most}, got {shown(values)}",
             )
         require(self.baselines or not self.trained_baselines, "trained_baselines", "needs baselines=true")
-        if self.target is Target.window:
-            require(
-                self.exclude_seen is None, "exclude_seen", "only applies with target=next; set that, or leave it out"
-            )
-            require(not self.popularity, "popularity", "only applies with target=next; set that, or leave it out")
+        is_window = self.target is Target.window
+        require(
+            not (is_window and self.popularity),
+            "popularity",
+            "only applies with target=next; set that, or leave it out",
+        )
         require(self.split in ("test", "validation"), "split", f"must be test or validation, got {self.split}")
 
 

@@ -35,7 +35,7 @@ from vista.evaluation.counting_baselines import (
     TransitionsAndOwn,
     Tuned,
 )
-from vista.evaluation.protocol import excludes_seen, measure_next_items, measure_windows, window_lengths, window_metric
+from vista.evaluation.protocol import measure_next_items, measure_windows, window_lengths, window_metric
 from vista.evaluation.trained_baselines import (
     CounterTrees,
     NewItemTrees,
@@ -45,7 +45,7 @@ from vista.evaluation.trained_baselines import (
 )
 from vista.examples.item_statistics import item_counts
 from vista.log.event_log import EventLog
-from vista.log.splits import split_until, visible_counts
+from vista.log.splits import leaves_out_seen, split_until, visible_counts
 from vista.logistic_regression import fit_probability, predict_probability
 from vista.model.ranking_model import RankingModel
 from vista.progress_bar import elapsed_time, progress_bar, ticking
@@ -151,7 +151,7 @@ def measure_baselines(model: RankingModel, log: EventLog, config: EvaluateConfig
         MissingDependencyError: scikit-learn is not installed, and `trained_baselines` is set.
     """
     is_window = config.target is Target.window
-    returns = is_window or not excludes_seen(log, model.data, config)
+    returns = is_window or not leaves_out_seen(log, model.data)
     columns = model.rows_of(log.items) - 1
     horizons = asked_horizons(config)
     known = {"has_time": log.has_time, "returns": returns, "has_features": log.item_features is not None}
