@@ -358,18 +358,15 @@ class SimulateConfig:
     """Number of items, at least num_topics."""
     num_topics: int = 32
     """Number of latent topics, at most 256. Every item belongs to one."""
-    min_interests: int = 4
-    """Minimum number of slow interests per user: topics that return throughout the history."""
     max_interests: int = 6
-    """Maximum number of slow interests per user, below num_topics."""
+    """Maximum number of slow interests per user, topics that return throughout the history; below num_topics. The
+    minimum is two thirds of it."""
     episode_events: int = 450
     """Mean length of an episode, in events. A user's slow interests take turns, one per episode."""
     session_events: int = 20
     """Mean length of a session, in events."""
     impressions_per_user: int = 300
     """Number of impressions per user."""
-    impressions_per_request: int = 4
-    """Number of candidates that are shown at the same time."""
     start: str = "2024-01-01"
     """First day of the simulated period, an ISO date or time (UTC)."""
     days: float = 730.0
@@ -386,7 +383,7 @@ class SimulateConfig:
     def __post_init__(self) -> None:
         check_types(self)
         counts = ("num_users", "events_per_user", "num_items", "num_topics", "episode_events", "session_events")
-        require_counts(self, "", (*counts, "impressions_per_user", "impressions_per_request"), most=MAX_ROWS)
+        require_counts(self, "", (*counts, "max_interests", "impressions_per_user"), most=MAX_ROWS)
         for key in ("events_per_user", "impressions_per_user"):
             rows = self.num_users * getattr(self, key)
             require(rows <= MAX_ROWS, "num_users", f"times {key} must be at most {MAX_ROWS:,}, got {rows:,}")
@@ -396,14 +393,10 @@ class SimulateConfig:
             datetime.fromisoformat(self.start)
         except ValueError as error:
             raise ConfigError(f"start: {error}; write a date such as 2024-01-01") from None
-        topics, items, low, high = self.num_topics, self.num_items, self.min_interests, self.max_interests
+        topics, items, high = self.num_topics, self.num_items, self.max_interests
         require(topics <= 256, "num_topics", f"must be at most 256, got {topics}")
         require(items >= topics, "num_items", f"must be at least num_topics={topics}, got {items}")
-        require(
-            1 <= low <= high < topics,
-            "max_interests",
-            f"needs 1 <= min_interests <= max_interests < num_topics, got {low}, {high}, {topics}",
-        )
+        require(high < topics, "max_interests", f"must be below num_topics={topics}, got {high}")
         if self.world != WorldName.share:
             taken = 2 * high if self.world == WorldName.conjunction else high
             message = (
@@ -416,3 +409,8 @@ class SimulateConfig:
             "days",
             f"must lie in [{fewest_days:g}, {MAX_DAYS}] with events_per_user={self.events_per_user}, got {self.days}",
         )
+
+    @property
+    def min_interests(self) -> int:
+        """Minimum number of slow interests per user."""
+        return max(1, 2 * self.max_interests // 3)

@@ -223,6 +223,8 @@ ACTION_SHARES = np.array([[0.90, 0.03, 0.07], [0.68, 0.10, 0.22]])
 """[off topic, on topic] by action: probabilities of `ACTIONS`."""
 EVENT_GAP_MS = 45_000
 """Mean gap within a session; shorter if the simulated period is too short for it."""
+IMPRESSIONS_PER_REQUEST = 4
+"""Candidates that are shown at the same time."""
 REQUEST_DELAY_MS = 60_000
 """Maximum time between a request and the last event before it."""
 
@@ -368,7 +370,7 @@ def draw_requests(
     With `after` [T], a request moves back until it directly follows one of these events, if the user has any before.
     """
     lengths = np.diff(offsets)
-    per_user = -(-config.impressions_per_user // config.impressions_per_request)
+    per_user = -(-config.impressions_per_user // IMPRESSIONS_PER_REQUEST)
     user = np.repeat(np.arange(len(lengths)), per_user)
     stop = offsets[user] + 1 + (rng.random(len(user)) * lengths[user]).astype(np.int64)
     if after is not None:
@@ -380,11 +382,9 @@ def draw_requests(
     delay = np.minimum(following - timestamp[stop - 1], REQUEST_DELAY_MS)
     time = timestamp[stop - 1] + 1 + (rng.random(len(user)) * (delay - 1)).astype(np.int64)
     order = np.lexsort((time, user))
-    user, time, stop = (np.repeat(x, config.impressions_per_request) for x in (user, time[order], stop[order]))
-    if config.impressions_per_request > 1:  # a user's last request may have fewer
-        keep = np.arange(len(user)) % (len(user) // len(lengths)) < config.impressions_per_user
-        user, time, stop = user[keep], time[keep], stop[keep]
-    return RequestStream(user, time, stop)
+    user, time, stop = (np.repeat(x, IMPRESSIONS_PER_REQUEST) for x in (user, time[order], stop[order]))
+    keep = np.arange(len(user)) % (len(user) // len(lengths)) < config.impressions_per_user  # the last may have fewer
+    return RequestStream(user[keep], time[keep], stop[keep])
 
 
 @dataclass(frozen=True, slots=True)
