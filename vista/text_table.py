@@ -54,14 +54,20 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int)
     return "\n".join(_block(header, row, width) for row in rows)
 
 
-def two_columns(rows: Iterable[tuple[str, str]], column: int) -> str:
+def two_columns(rows: Iterable[tuple[str, str]], column: int, *, cut: bool = False) -> str:
     """Two columns, the second wrapped. A long first cell gets a line of its own.
 
     Args:
         rows: first and second cells.
         column: where the second column begins, unless the terminal is too narrow for two columns.
+        cut: cut second cells after one line instead, and end them with an ellipsis.
     """
     width = min(terminal_width(), MOST_WIDTH)
+    if cut:
+        rows = [
+            (left, textwrap.shorten(right, max(width - column - 2, LEAST_SECOND), placeholder=" …"))
+            for left, right in rows
+        ]
     if width - column - 2 < LEAST_SECOND:
         return "\n".join(hanging(f"  {left}  {right}".rstrip(), 6) for left, right in rows)
     lines = []

@@ -13,7 +13,6 @@ from vista.installation import __version__
 OPTIONS = ("--cfg", "--config", "--help")
 """Options of every command; a file follows --config."""
 _PATH = re.compile(r"\b([Ff]olders?|[Ff]iles?|[Pp]aths?)\b")
-_SENTENCE = re.compile(r"(.+?[^.]\.)(\s+[A-Z`]|$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +81,7 @@ def _completed(name: str, command: Command) -> CompletedCommand:
         CompletedKey(group, tuple(options_of(group)), False, f"Options of the group {group}")
         for group in groups_of(name)
     ]
-    own = [CompletedKey(key.name, _values(key), _is_path(key), _first_sentence(key.doc)) for key in keys.values()]
+    own = [CompletedKey(key.name, _values(key), _is_path(key), key.summary) for key in keys.values()]
     bare = _values(keys[command.positional]) if command.positional else ()
     return CompletedCommand(command.summary, (*bare, *OPTIONS), [*groups, *own])
 
@@ -97,8 +96,3 @@ def _values(key: ConfigKey) -> tuple[str, ...]:
 
 def _is_path(key: ConfigKey) -> bool:
     return key.is_text and _PATH.search(key.doc) is not None
-
-
-def _first_sentence(doc: str) -> str:
-    match = _SENTENCE.match(doc)
-    return match[1] if match else doc

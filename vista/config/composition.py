@@ -260,7 +260,7 @@ def swept_key(word: str) -> SweptKey | None:
     key, value = override.key_or_group, override.value()
     keys, groups = ConfigKeys.of(TrainConfig), groups_of("train")
     if key not in keys.keys and key not in groups:
-        raise ConfigError(f"unknown key '{key}'{_hint(keys.matches(key))} (vista train --help lists all keys)")
+        raise ConfigError(f"unknown key '{key}'{_hint(keys.matches(key))} (vista train --help all lists them)")
     if isinstance(value, IntervalSweep):
         low, high = value.start, value.end
         if low is None or high is None or not low < high:
@@ -332,7 +332,7 @@ def _leaves(
     elif key not in keys.sections:
         shorter = [key.partition(".")[0]] if key.partition(".")[0] in keys.keys else []  # data for data.path
         matches = [*([] if "." in key else get_close_matches(key, groups, n=1)), *keys.matches(key), *shorter]
-        raise ConfigError(f"unknown key '{key}'{_hint(matches)} (vista {name} --help lists all keys)")
+        raise ConfigError(f"unknown key '{key}'{_hint(matches)} (vista {name} --help all lists them)")
     elif isinstance(value, dict):
         for inner, inner_value in value.items():
             yield from _leaves(f"{key}.{inner}", inner_value, _inner(written, inner), keys, name, groups)
