@@ -92,8 +92,8 @@ def command_help(name: str, command: Command, part: str = "") -> str:
     else:
         for group in groups if part in ("", "all") else [part] if part in groups else []:
             title = TITLES.get(group, f"Group {group}")
-            options = ((f"{group}={option}", doc) for option, doc in options_of(group).items())
-            lines += [f"{title}:", two_columns(options, 34), ""]
+            described = ((f"{group}={option}", doc) for option, doc in options_of(group).items())
+            lines += [f"{title}:", two_columns(described, 34), ""]
         prefix = f"{part}." if part in sections else ""
         if prefix or part in ("", "all"):
             lines += [hanging("Keys and defaults (write a list as [a,b], and special characters 'in quotes'):", 0)]

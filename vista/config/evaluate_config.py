@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vista.config.checks import MAX_DAYS, MAX_THREADS, check_types, require, require_counts, require_finite
+from vista.config.checks import MAX_DAYS, MAX_THREADS, Checked, check_types, require, require_counts, require_finite
 from vista.config.choices import RunOrder, Target
 from vista.config.train_config import MAX_HORIZON_EVENTS
 from vista.errors import shown
@@ -145,7 +145,7 @@ class ReportConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class CompareConfig:
+class CompareConfig(Checked):
     """A paired test between two models that were evaluated on the same users."""
 
     a: list[str] = field(default_factory=list)
@@ -154,15 +154,12 @@ class CompareConfig:
     b: list[str] = field(default_factory=list)
     """The same of the second model. Differences are those of b minus a."""
 
-    def __post_init__(self) -> None:
-        check_types(self)
-
 
 # Configurations of `vista runs` and `vista runs compare`.
 
 
 @dataclass(kw_only=True, slots=True)
-class RunsConfig:
+class RunsConfig(Checked):
     """The list of training runs in a folder."""
 
     folder: str = "runs"
@@ -174,18 +171,12 @@ class RunsConfig:
     out: str | None = None
     """JSON file for the list, with all metrics of each run. An existing file is replaced. null only prints the list."""
 
-    def __post_init__(self) -> None:
-        check_types(self)
-
 
 @dataclass(kw_only=True, slots=True)
-class RunsCompareConfig:
+class RunsCompareConfig(Checked):
     """Training runs side by side."""
 
     runs: list[str] = field(default_factory=list)
     """Folders of two or more runs."""
     out: str | None = None
     """JSON file for the comparison. An existing file is replaced. null only prints it."""
-
-    def __post_init__(self) -> None:
-        check_types(self)

@@ -10,6 +10,7 @@ from vista.config.checks import (
     MAX_DAYS,
     MAX_THREADS,
     MAX_VALUES,
+    Checked,
     check_max_values,
     check_types,
     require,
@@ -121,7 +122,7 @@ class ItemTableConfig(FeatureTableConfig):
 
 
 @dataclass(kw_only=True, slots=True)
-class SourceColumns:
+class SourceColumns(Checked):
     """Names of the columns of events, and of impressions."""
 
     user: str = "user"
@@ -141,9 +142,6 @@ class SourceColumns:
     probabilities: list[str] = field(default_factory=list)
     """For simulated impressions: the columns of true label probabilities, in the order of `labels`. Empty reads
     none."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -245,7 +243,7 @@ class PrepareConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class LogForgetConfig:
+class LogForgetConfig(Checked):
     """Deletion of single events from an EventLog."""
 
     data: str = "data/log"
@@ -256,12 +254,9 @@ class LogForgetConfig:
     """Unit of the file's timestamps: s, ms, us, ns, or iso. null for Parquet columns of dates and times, and for a log
     without times, where timestamps are event numbers that start at 0."""
 
-    def __post_init__(self) -> None:
-        check_types(self)
-
 
 @dataclass(kw_only=True, slots=True)
-class LogEraseConfig:
+class LogEraseConfig(Checked):
     """Deletion of users from an EventLog."""
 
     data: str = "data/log"
@@ -269,41 +264,29 @@ class LogEraseConfig:
     users: list[str] = field(default_factory=list)
     """Ids of the users to delete, at least one."""
 
-    def __post_init__(self) -> None:
-        check_types(self)
-
 
 @dataclass(kw_only=True, slots=True)
-class LogCompactConfig:
+class LogCompactConfig(Checked):
     """Compaction of an EventLog's segments into one, without deleted rows."""
 
     data: str = "data/log"
     """Folder of the EventLog."""
 
-    def __post_init__(self) -> None:
-        check_types(self)
-
 
 @dataclass(kw_only=True, slots=True)
-class LogVerifyConfig:
+class LogVerifyConfig(Checked):
     """Check of an EventLog's files."""
 
     data: str = "data/log"
     """Folder of the EventLog."""
 
-    def __post_init__(self) -> None:
-        check_types(self)
-
 
 @dataclass(kw_only=True, slots=True)
-class LogStatsConfig:
+class LogStatsConfig(Checked):
     """Contents of an EventLog."""
 
     data: str = "data/log"
     """Folder of the EventLog."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
 
 
 _MOST_MESSAGES = 10_000_000

@@ -13,7 +13,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vista.config.checks import MAX_THREADS, check_size, check_types, require, require_counts, require_finite
+from vista.config.checks import MAX_THREADS, Checked, check_size, check_types, require, require_counts, require_finite
 from vista.config.choices import ExportFormat, IndexKind, OnMissing, Precision, Shell
 from vista.config.log_config import ItemTableConfig
 from vista.errors import ConfigError, shown
@@ -141,7 +141,6 @@ class ServedModel:
 class ModelsFile:
     """The content of the file."""
 
-    path: str
     models: dict[str, ServedModel]
     """By name, in the order of the file. Without a split, the first model answers requests that do not name one."""
     split: dict[str, float]
@@ -181,7 +180,7 @@ class ModelsFile:
             f"{path}: memory_bytes",
             "must be a positive integer",
         )
-        return cls(path, models, split, ",".join(split) if experiment is None else experiment, memory)
+        return cls(models, split, ",".join(split) if experiment is None else experiment, memory)
 
 
 def _content(path: str) -> Any:
@@ -321,7 +320,7 @@ class ExportConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class IndexConfig:
+class IndexConfig(Checked):
     """Nearest-neighbor index over a model's item vectors, from which `Scorer.retrieve` takes candidates."""
 
     model: str = "runs/vista/best"
@@ -332,9 +331,6 @@ class IndexConfig:
     kind: IndexKind | None = None
     """flat (exact), hnsw (a graph), or ivfpq (clusters of compressed vectors). null chooses flat up to 50,000 items,
     and ivfpq above."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -422,7 +418,7 @@ class ItemsTokenizeConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class DoctorConfig:
+class DoctorConfig(Checked):
     """What to check in addition to this machine."""
 
     model: str | None = None
@@ -434,16 +430,10 @@ class DoctorConfig:
     out: str | None = None
     """JSON file for the diagnosis. An existing file is replaced. null only prints it."""
 
-    def __post_init__(self) -> None:
-        check_types(self)
-
 
 @dataclass(kw_only=True, slots=True)
-class CompletionConfig:
+class CompletionConfig(Checked):
     """The shell that the script is for."""
 
     shell: Shell = Shell.bash
     """The shell; `vista completion zsh` is short for `vista completion shell=zsh`."""
-
-    def __post_init__(self) -> None:
-        check_types(self)

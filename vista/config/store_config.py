@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass, field, fields
 
-from vista.config.checks import MAX_THREADS, check_types, require, require_counts, require_finite
+from vista.config.checks import MAX_THREADS, Checked, check_types, require, require_counts, require_finite
 from vista.config.choices import Architecture, Arrival, Codec, EngineName, OnBadRows, Precision, StateDtype
 from vista.config.log_config import SourceConfig, StreamConfig
 from vista.config.model_config import ModelConfig
@@ -190,18 +190,15 @@ class WatchConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class StoreStatsConfig:
+class StoreStatsConfig(Checked):
     """Statistics of a store and its generations."""
 
     store: str = "stores/vista"
     """Folder of the summary store, or its URL, such as redis://host:6379/mine."""
 
-    def __post_init__(self) -> None:
-        check_types(self)
-
 
 @dataclass(kw_only=True, slots=True)
-class StoreVerifyConfig:
+class StoreVerifyConfig(Checked):
     """Check a store's files and every record."""
 
     store: str = "stores/vista"
@@ -210,12 +207,9 @@ class StoreVerifyConfig:
     """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
     VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
 
-    def __post_init__(self) -> None:
-        check_types(self)
-
 
 @dataclass(kw_only=True, slots=True)
-class StoreCompactConfig:
+class StoreCompactConfig(Checked):
     """Rewrite the published generation without the bytes of removed records."""
 
     store: str = "stores/vista"
@@ -224,12 +218,9 @@ class StoreCompactConfig:
     """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
     VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
 
-    def __post_init__(self) -> None:
-        check_types(self)
-
 
 @dataclass(kw_only=True, slots=True)
-class StoreExportConfig:
+class StoreExportConfig(Checked):
     """Export the published generation to a Parquet file."""
 
     store: str = "stores/vista"
@@ -240,12 +231,9 @@ class StoreExportConfig:
     """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
     VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
 
-    def __post_init__(self) -> None:
-        check_types(self)
-
 
 @dataclass(kw_only=True, slots=True)
-class StoreImportConfig:
+class StoreImportConfig(Checked):
     """Publish an exported file as a new generation of a store."""
 
     file: str = "summaries.parquet"
@@ -258,12 +246,9 @@ class StoreImportConfig:
     shared_with_group: bool = False
     """Let the group of the store's folder read the store (folders 2750, files 0640), not only this account."""
 
-    def __post_init__(self) -> None:
-        check_types(self)
-
 
 @dataclass(kw_only=True, slots=True)
-class StoreCopyConfig:
+class StoreCopyConfig(Checked):
     """Copy one generation to the store of a serving host."""
 
     store: str = "stores/vista"
@@ -280,12 +265,9 @@ class StoreCopyConfig:
     shared_with_group: bool = False
     """Let the group of the target folder read the copy (folders 2750, files 0640), not only this account."""
 
-    def __post_init__(self) -> None:
-        check_types(self)
-
 
 @dataclass(kw_only=True, slots=True)
-class StoreRollbackConfig:
+class StoreRollbackConfig(Checked):
     """Publish an earlier generation again."""
 
     store: str = "stores/vista"
@@ -296,12 +278,9 @@ class StoreRollbackConfig:
     """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
     VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
 
-    def __post_init__(self) -> None:
-        check_types(self)
-
 
 @dataclass(kw_only=True, slots=True)
-class StoreGetConfig:
+class StoreGetConfig(Checked):
     """Print one user's record."""
 
     store: str = "stores/vista"
@@ -314,12 +293,9 @@ class StoreGetConfig:
     """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
     VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
 
-    def __post_init__(self) -> None:
-        check_types(self)
-
 
 @dataclass(kw_only=True, slots=True)
-class StoreEraseConfig:
+class StoreEraseConfig(Checked):
     """Remove users from a store for good."""
 
     store: str = "stores/vista"
@@ -328,9 +304,6 @@ class StoreEraseConfig:
     """Ids of the users to erase, at least one."""
     data: str | None = None
     """Folder of the EventLog to erase them from too; null erases them from the store only."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
 
 
 # Configuration of `vista plan`.

@@ -516,7 +516,7 @@ class Ease:
 
 # A counting baseline with a hyperparameter that `Tuned` chooses.
 
-TuningValue = TypeVar("Value", contravariant=True)
+TuningValue = TypeVar("TuningValue", contravariant=True)
 
 
 class TunableBaseline(CountingBaseline, Protocol[TuningValue]):
