@@ -283,7 +283,7 @@ COMMANDS: dict[str, Command] = {
         "Cluster the vectors of items into semantic ids, as a table that prepare reads.",
         (
             "vista items tokenize vectors=vectors.parquet item=product column=text",
-            "vista items tokenize model=runs/mine/best item=product levels=2 codes=64",
+            "vista items tokenize vectors=runs/mine/best item=product levels=2 codes=64",
         ),
     ),
     "store erase": Command(

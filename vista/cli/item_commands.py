@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from vista.arrays import Float32s
 from vista.config import IndexConfig, ItemsAddConfig, ItemsEmbedConfig, ItemsTokenizeConfig
-from vista.config.checks import require
 from vista.config.choices import IndexKind
 from vista.errors import CheckpointError, ConfigError, DataError, ItemIndexError, MissingDependencyError, shown
 from vista.files import checked_path, recover_folder, writable_file
@@ -327,7 +326,7 @@ def run_items_tokenize(config: ItemsTokenizeConfig) -> ItemsTokenized:
 
     Raises:
         CheckpointError: if the model cannot be read.
-        ConfigError: if not exactly one of `vectors` and `model` is set, or `out` cannot be written.
+        ConfigError: if `vectors` is not set, or `out` cannot be written.
         DataError: if the file of vectors or of codebooks is invalid, or the two have vectors of different lengths.
         MissingDependencyError: if faiss is not installed.
     """
@@ -335,17 +334,17 @@ def run_items_tokenize(config: ItemsTokenizeConfig) -> ItemsTokenized:
     from vista.log.ingest.source_parser import SourceParser
     from vista.model.codebooks import Codebooks, ResidualCodes
 
-    require((config.vectors is None) != (config.model is None), "vectors", "set either vectors or model")
+    if config.vectors is None:
+        raise ConfigError("vectors: name a Parquet file, or the folder of a model")
     out = Path(config.out)
     writable_file(out, "out")
     codebooks = None if config.codebooks is None else Codebooks.load(config.codebooks)
-    if config.vectors is not None:
+    if Path(config.vectors).is_dir():
+        ids, vectors = _vectors_of_model(config.vectors)
+    else:
         check_not_a_source(out, [config.vectors])
         with SourceParser() as parser:
             ids, vectors = read_vectors(checked_path(config.vectors, DataError), config.item, config.column, parser)
-    else:
-        assert config.model is not None
-        ids, vectors = _vectors_of_model(config.model)
     start = time.perf_counter()
     is_known = ~np.isnan(vectors[:, 0])
     known, file = vectors[is_known], config.codebooks or str(out.with_suffix(CODEBOOKS_SUFFIX))

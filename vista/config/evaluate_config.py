@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from vista.config.checks import MAX_DAYS, MAX_THREADS, Checked, check_types, require, require_counts, require_finite
-from vista.config.choices import RunOrder, Target
+from vista.config.choices import AskedBaselines, RunOrder, Target
 from vista.config.train_config import MAX_HORIZON_EVENTS
 from vista.errors import shown
 
@@ -45,12 +45,11 @@ class EvaluateConfig:
     """Cutoffs k of the metrics, in items. The first is also the list length of the popularity report."""
     popularity: bool = False
     """Also report how closely the retrieval head's lists follow training popularity."""
-    baselines: bool = False
-    """Also measure counting baselines on the same users: popularity, own frequency, transitions, item neighbors,
-    and with features of items, content neighbors. Takes seconds for a million events."""
-    trained_baselines: bool = False
-    """With baselines=true: also measure baselines that learn, which takes minutes for a million events: EASE, TIFU-KNN,
-    pooled factors, pooled vectors, and boosted trees. Needs the extra `baselines`."""
+    baselines: AskedBaselines = AskedBaselines.none
+    """Baselines to measure too, on the same users. counting takes seconds for a million events: popularity, own
+    frequency, transitions, item neighbors, and with features of items, content neighbors. trained adds those that
+    learn, which takes minutes: EASE, TIFU-KNN, pooled factors, pooled vectors, and boosted trees. It needs the extra
+    `baselines`."""
     staleness: int = 0
     """Number of each user's newest visible events that the store's summaries lack; the tail has them. Refresh with
     until=leave-last-N-out, where N is 1 + staleness (validation: 2 + staleness), or for another split with
@@ -83,7 +82,6 @@ class EvaluateConfig:
                 key,
                 f"needs one or more numbers from 1 to {most}, got {shown(values)}",
             )
-        require(self.baselines or not self.trained_baselines, "trained_baselines", "needs baselines=true")
         is_window = self.target is Target.window
         require(
             not (is_window and self.popularity),

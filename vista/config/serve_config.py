@@ -390,13 +390,12 @@ class ItemsTokenizeConfig:
     """Semantic ids: residual k-means codes of the vectors of items."""
 
     vectors: str | None = None
-    """Parquet file with a column of item ids and a column of vectors. Set either this or `model`."""
+    """Parquet file with a column of item ids and a column of vectors, or folder of an exported model, whose item
+    vectors get codes."""
     column: str = "text"
-    """Column of vectors in that file: lists of numbers, all of one length."""
+    """Column of vectors in the file: lists of numbers, all of one length."""
     item: str = "item"
-    """Column of item ids in that file, and in the new one."""
-    model: str | None = None
-    """Folder of an exported model, whose item vectors get codes. Set either this or `vectors`."""
+    """Column of item ids in the file, and in the new one."""
     codebooks: str | None = None
     """File of codebooks from an earlier run. Old items keep their codes, and the codes of new items have the same
     meaning. levels and codes are then those of the earlier run. null learns new codebooks and writes them

@@ -92,7 +92,7 @@ EXTRAS = {
     "text": "vista items embed",
     "onnx": "vista export format=onnx",
     "ray": "vista refresh engine=ray",
-    "baselines": "vista evaluate trained_baselines=true",
+    "baselines": "vista evaluate baselines=trained",
     "sketches": "data.frequencies=count_min",
     "tensorboard": "vista train tracking=tensorboard",
     "mlflow": "vista train tracking=mlflow",

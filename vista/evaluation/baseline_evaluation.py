@@ -11,7 +11,7 @@ import numpy as np
 
 from vista.arrays import Float32s, Floats, Int
 from vista.config import DataConfig, EvaluateConfig
-from vista.config.choices import Split, Target
+from vista.config.choices import AskedBaselines, Split, Target
 from vista.errors import ConfigError
 from vista.evaluation.cases import (
     EarlierEvents,
@@ -144,11 +144,11 @@ def trained_baselines(*, horizon_events: int, at_one_time: bool) -> list[Countin
 
 
 def measure_baselines(model: RankingModel, log: EventLog, config: EvaluateConfig) -> BaselineReport:
-    """Measure the counting baselines on the cases of a model, and with `trained_baselines` also those that learn.
+    """Measure the counting baselines on the cases of a model, and with baselines=trained also those that learn.
 
     Raises:
         ConfigError: as `measure_baseline`.
-        MissingDependencyError: scikit-learn is not installed, and `trained_baselines` is set.
+        MissingDependencyError: scikit-learn is not installed, and trained baselines are asked for.
     """
     is_window = config.target is Target.window
     returns = is_window or not leaves_out_seen(log, model.data)
@@ -156,7 +156,7 @@ def measure_baselines(model: RankingModel, log: EventLog, config: EvaluateConfig
     horizons = asked_horizons(config)
     known = {"has_time": log.has_time, "returns": returns, "has_features": log.item_features is not None}
     by_horizon = [counting_baselines(horizon_events=n, **known) for n in horizons]
-    if config.trained_baselines:
+    if config.baselines is AskedBaselines.trained:
         at_one_time = model.data.split is Split.time
         trained = [trained_baselines(horizon_events=n, at_one_time=at_one_time) for n in horizons]
         by_horizon = [[*counting, *learned] for counting, learned in zip(by_horizon, trained, strict=True)]

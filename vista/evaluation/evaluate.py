@@ -15,7 +15,7 @@ import numpy as np
 from vista.arrays import Float32s, Int
 from vista.config import EvaluateConfig
 from vista.config.checks import to_dict
-from vista.config.choices import Target
+from vista.config.choices import AskedBaselines, Target
 from vista.device import cpu_settings, resolve_device
 from vista.errors import ConfigError, LeakageError
 from vista.evaluation.answers import RawHistoryAnswers, ScorerAnswers
@@ -207,8 +207,8 @@ def _agree(ranks: Ranks | None, config: EvaluateConfig, log: EventLog, store: st
 def _check(model: RankingModel, log: EventLog, config: EvaluateConfig) -> None:
     if config.popularity and not model.has_retrieval:
         raise ConfigError("popularity=true: this model's retrieval head was not trained; set popularity=false")
-    if config.baselines and not model.has_retrieval:
-        raise ConfigError("baselines=true: this model does not rank items; set baselines=false")
+    if config.baselines is not AskedBaselines.none and not model.has_retrieval:
+        raise ConfigError(f"baselines={config.baselines.value}: this model does not rank items; set baselines=none")
     if config.target is Target.window and not model.has_retrieval:
         raise ConfigError(
             "target=window: this model's retrieval head was not trained; train it with optim.next_weight above 0"
@@ -248,7 +248,7 @@ def _measure(
     """Ask all cases, and baselines too if they are asked for, and compute the metrics."""
     measure = _measure_windows if config.target is Target.window else _measure_next_items
     evaluation = measure(model, log, config, answers, ranks)
-    if not config.baselines or (ranks is not None and not ranks.leads):
+    if config.baselines is AskedBaselines.none or (ranks is not None and not ranks.leads):
         return evaluation
     return replace(evaluation, baselines=measure_baselines(model, log, config))
 

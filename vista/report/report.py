@@ -50,7 +50,7 @@ NUM_LATENCY_USERS = 5
 NUM_CANDIDATES = 500
 TRAINED_BASELINES = (
     "baselines that take minutes to fit: EASE, TIFU-KNN, pooled factors, pooled vectors, and boosted trees; "
-    "vista evaluate baselines=true trained_baselines=true measures them, and needs the extra baselines"
+    "vista evaluate baselines=trained measures them, and needs the extra baselines"
 )
 
 
