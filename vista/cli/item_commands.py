@@ -208,9 +208,6 @@ class TextEncoder:
         return np.concatenate(parts)
 
 
-# The command `vista items embed`.
-
-
 class Encoder(Protocol):
     """What makes vectors of texts, as `TextEncoder` does."""
 
@@ -278,8 +275,6 @@ def run_items_embed(config: ItemsEmbedConfig, encoder: Encoder | None = None) ->
         seconds=seconds,
     )
 
-
-# The command `vista items tokenize`.
 
 CODEBOOKS_SUFFIX = ".codebooks.safetensors"
 
@@ -395,8 +390,6 @@ def _prefixes(codes: NDArray[np.int32], is_known: NDArray[np.bool_]) -> pl.Serie
     values = pl.when(pl.Series(is_known)).then(pl.concat_list(prefixes))
     return pl.DataFrame(of_all, schema=names).select(codes=values).to_series()
 
-
-# The command `vista index`.
 
 INDEX_SUFFIX = ".index"
 NUM_QUERIES, RECALLED = 100, 100

@@ -83,9 +83,6 @@ def run_sweep(config: SweepConfig) -> SweepReport:
     return report
 
 
-# The commands `vista runs` and `vista runs compare`.
-
-
 def run_runs(config: RunsConfig) -> RunList:
     """`vista runs`; errors as of `RunList.of`.
 
@@ -180,8 +177,6 @@ def run_plan(config: PlanConfig) -> CapacityPlan:
         replace_text(Path(config.out), json.dumps(values, indent=2) + "\n")
     return plan
 
-
-# The command `vista doctor`.
 
 _MARKS = {Verdict.fine: " ", Verdict.limited: "!", Verdict.broken: "x"}
 _LISTS = {Verdict.limited: "! Slow or limited here, and why:", Verdict.broken: "x Broken:"}

@@ -285,9 +285,6 @@ def _time(time_ms: int) -> str:
     return f"{time_ms} ({datetime.fromtimestamp(time_ms / 1000, UTC):%Y-%m-%d %H:%M:%S} UTC)"
 
 
-# The commands `vista simulate` and `vista log ...`: config to report.
-
-
 def run_simulate(config: SimulateConfig) -> SimulationReport:
     """`vista simulate`; errors as of `simulate`."""
     from vista.simulation.simulate import simulate

@@ -1,4 +1,4 @@
-"""Configuration of `vista evaluate`."""
+"""Configurations of `vista evaluate`, `report`, `compare`, and `runs`."""
 
 from __future__ import annotations
 
@@ -151,9 +151,6 @@ class CompareConfig(Checked):
     read from <file>.npz, and averaged over the seeds."""
     b: list[str] = field(default_factory=list)
     """The same of the second model. Differences are those of b minus a."""
-
-
-# Configurations of `vista runs` and `vista runs compare`.
 
 
 @dataclass(kw_only=True, slots=True)

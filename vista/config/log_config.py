@@ -1,4 +1,4 @@
-"""Configuration of `vista prepare`: source tables and the EventLog made from them."""
+"""Configurations of `vista prepare`, `log …`, `watch` (its stream), and `simulate`."""
 
 from __future__ import annotations
 
@@ -239,9 +239,6 @@ class PrepareConfig:
         )
 
 
-# Configurations of the commands `vista log ...`.
-
-
 @dataclass(kw_only=True, slots=True)
 class LogForgetConfig(Checked):
     """Deletion of single events from an EventLog."""
@@ -318,8 +315,6 @@ class StreamConfig:
         require_counts(self, "stream.", ("max_messages",), most=_MOST_MESSAGES)
         require_finite(self, "stream.", ("max_s",), positive=True, most=_MOST_SECONDS)
 
-
-# Configuration of `vista simulate`.
 
 MAX_ROWS = 10**9
 """Most events, and most impressions. A simulation is made in memory, at up to 40 bytes per row."""

@@ -1,4 +1,4 @@
-"""Configuration of `vista serve`."""
+"""Configurations of `vista serve`, `score`, `explore`, `export`, `index`, `items …`, `doctor`, and `completion`."""
 
 from __future__ import annotations
 

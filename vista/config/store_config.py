@@ -1,4 +1,4 @@
-"""Configuration of `vista refresh`."""
+"""Configurations of `vista refresh`, `watch`, `store …`, and `plan`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from vista.config.checks import MAX_THREADS, Checked, check_types, require, requ
 from vista.config.choices import Architecture, Arrival, Codec, EngineName, OnBadRows, Precision, StateDtype
 from vista.config.log_config import SourceConfig, StreamConfig
 from vista.config.model_config import ModelConfig
-
-# How a refresh runs, from Python and from the command line.
 
 INCREMENTAL_OPTIONS = ("tokens_per_batch", "users_per_batch", "verify_log", "progress")
 """The options that an incremental refresh can choose."""
@@ -52,8 +50,6 @@ class RefreshOptions:
             changed = getattr(self, option.name) != option.default
             require(option.name in names or not changed, f"{prefix}{option.name}", reason)
 
-
-# Configuration of Ray, for commands that run on it.
 
 MAX_ACTORS = 100_000
 
@@ -186,9 +182,6 @@ class WatchConfig:
         require(self.poll_s > 0, "poll_s", f"must be positive, got {self.poll_s}")
 
 
-# Configurations of the commands `vista store …`.
-
-
 @dataclass(kw_only=True, slots=True)
 class StoreStatsConfig(Checked):
     """Statistics of a store and its generations."""
@@ -305,8 +298,6 @@ class StoreEraseConfig(Checked):
     data: str | None = None
     """Folder of the EventLog to erase them from too; null erases them from the store only."""
 
-
-# Configuration of `vista plan`.
 
 ACTIVE_SHARE = 0.5
 """Of the users: those who have events on a day, in a plan."""

@@ -90,8 +90,6 @@ class BaselineReport:
         return "\n".join(tables)
 
 
-# The counting baselines of a log, ready to be fitted.
-
 LEARNED = (Tuned, PooledFactors, CounterTrees, NewItemTrees)
 """Baselines that are fitted to the length of the windows that are asked."""
 TRANSITION_WEIGHTS = (0.03, 0.3, 1.0, 3.0)

@@ -27,8 +27,6 @@ from vista.log.ingest.source_parser import npz_limit
 from vista.progress_bar import progress_bar
 from vista.text_table import fitted_table
 
-# Metrics of every user, and the file that keeps them for a paired comparison.
-
 MAX_FILE_BYTES = 1 << 30
 
 

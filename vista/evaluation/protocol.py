@@ -276,9 +276,6 @@ def impression_metrics(cases: ImpressionCases, probability: Float32s) -> dict[st
     return metrics
 
 
-# Quality over the next items of a split: the very next event of each user, ranked among all items.
-
-
 def measure_next_items(
     log: EventLog,
     data: DataConfig,
@@ -325,9 +322,6 @@ def measure_next_items(
     return places, PerUserMetrics(log.users.ids(cases.user), ranking_values(places, config.top_k), question)
 
 
-# Quality over windows, as a table with standard errors over users.
-
-
 @dataclass(frozen=True, slots=True)
 class WindowReport:
     """Metrics of N users over windows of one or several lengths."""
@@ -364,8 +358,6 @@ def window_metric(name: str, window: str) -> str:
     """Name of a metric of one window: "precision@10/50-events"."""
     return f"{name}/{window.replace(' ', '-')}"
 
-
-# Quality over the window that follows a question: what users do in the next events or days.
 
 Scores = NDArray[np.floating[Any]]
 

@@ -13,8 +13,6 @@ from vista.arrays import offsets_of
 from vista.config import SimulateConfig
 from vista.log.histories import DAY_MS
 
-# The simulated period, and the times that split it.
-
 VALIDATION_SHARE, TEST_SHARE = 0.70, 0.85
 """Shares of the period after which validation and test labels begin."""
 
@@ -93,8 +91,6 @@ def draw_items(
     return np.asarray(catalog.ranked.reshape(-1)[index + catalog.topic_start[topic] + rank])
 
 
-# How often and how long ago a topic occurs in ranges of packed events.
-
 IntArray = NDArray[np.integer[Any]]
 
 
@@ -134,10 +130,8 @@ class TopicIndex:
 
 # Users' topics, and the episodes in which their slow interests take turns.
 #
-# The settings of the simulation share this module, `event_stream`, and `request_stream`. Nothing here touches files.
-# All
-# code is NumPy over packed arrays, one chunk of users at a time. Every chunk has its own random stream, so the bytes
-# depend only on the config (and on NumPy's version), never on the number of threads.
+# All code is NumPy over packed arrays, one chunk of users at a time. Every chunk has its own random stream, so the
+# bytes depend only on the config (and on NumPy's version), never on the number of threads.
 #
 # Letters: U users of the chunk, T events, S sessions, E episodes, R requests, N impressions, K topics.
 
@@ -343,9 +337,6 @@ def recurring_events(
     return row, position[row, column]
 
 
-# Requests that show candidates to a chunk of users.
-
-
 @dataclass(frozen=True, slots=True)
 class RequestStream:
     """When candidates are shown, one row per candidate, sorted by user and time."""
@@ -399,9 +390,6 @@ class Queries:
     """[N] packed index of the oldest known event."""
     stop: NDArray[np.int64]
     """[N] packed index after the newest event before the impression."""
-
-
-# A simulated log in memory.
 
 
 @dataclass(frozen=True, slots=True)
