@@ -128,9 +128,3 @@ def test_words_of_a_line(shell: str, folder: Path, capsys: pytest.CaptureFixture
     assert completed(shell, path, "vista train seed=") == []
     files = completed(shell, path, "vista prepare events.paths=[a,source/")
     assert [word.rpartition("=")[2] for word in files] == ["[a,source/config.yaml"]
-
-
-@pytest.mark.parametrize("word", ["tcsh", "shell=tcsh"])
-def test_an_unknown_shell_is_refused(word: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["completion", word]) == 2
-    assert "shell: expected bash|zsh|fish, got tcsh" in capsys.readouterr().err

@@ -10,14 +10,7 @@ import pytest
 from vista.config import ModelConfig, PlanConfig
 from vista.config.choices import Codec
 from vista.config.composition import compose_config
-from vista.planning.capacity_plan import (
-    WRITE_MB_PER_S,
-    RefreshCost,
-    StoreSizes,
-    plan_capacity,
-    request_core_s,
-    token_s,
-)
+from vista.planning.capacity_plan import WRITE_MB_PER_S, RefreshCost, StoreSizes, plan_capacity, request_core_s, token_s
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 NEW = 50

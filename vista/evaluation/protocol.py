@@ -270,7 +270,7 @@ def impression_metrics(cases: ImpressionCases, probability: Float32s) -> dict[st
         if len(np.unique(label)) < 2:
             continue
         metrics[f"auc/{task}"] = auc(label, predicted)
-        metrics[f"gauc/{task}"] = gauc(cases.user[known], label, predicted).value
+        metrics[f"gauc/{task}"] = gauc(cases.user[known], label, predicted)
         metrics[f"ne/{task}"] = normalized_entropy(label, predicted)
         metrics[f"calibration/{task}"] = calibration(label, predicted).ratio
     return metrics
