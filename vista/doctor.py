@@ -63,13 +63,13 @@ def _judged(name: str, value: str, is_fine: bool, advice: str) -> Finding:
 
 
 def _size(num_bytes: float) -> str:
-    from vista.planning.quantities import size  # needs NumPy, which may be what is missing
+    from vista.text_table import size  # needs NumPy, which may be what is missing
 
     return size(num_bytes)
 
 
 def _duration(seconds: float) -> str:
-    from vista.planning.quantities import duration
+    from vista.text_table import duration
 
     return duration(seconds)
 
@@ -124,7 +124,7 @@ EXTRAS = {
     "text": "vista items embed",
     "onnx": "vista export format=onnx",
     "ray": "vista refresh engine=ray",
-    "baselines": "vista evaluate trained_baselines=true",
+    "baselines": "vista evaluate baselines=trained",
     "sketches": "data.frequencies=count_min",
     "tensorboard": "vista train tracking=tensorboard",
     "mlflow": "vista train tracking=mlflow",

@@ -36,7 +36,7 @@ class ConfigError(VistaError, ValueError):
 
     The command line exits with code 2.
 
-    Remedy: change the key that the message names. `vista COMMAND --help` lists the keys of a command, and `--cfg`
+    Remedy: change the key that the message names. `vista COMMAND --help all` lists the keys of a command, and `--cfg`
     prints the values that it would use.
     """
 

@@ -49,7 +49,7 @@ def browser_program() -> str | None:
 @contextmanager
 def exploring(*words: str, folder: Path = REPOSITORY) -> Iterator[str]:
     """`vista explore` in a process of its own, in a folder; yields its address. Errors as of `vista_process`."""
-    command = ["explore", "open_browser=false", "port=0", *words]
+    command = ["explore", "port=0", *words]
     with vista_process(command, _URL, folder=folder) as (_, url, _):
         wait_for_server(url)
         yield url

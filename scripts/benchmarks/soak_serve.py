@@ -69,8 +69,8 @@ OVERLOADED = 429
 START_S = 600.0
 """Longest time until another worker listens."""
 WORKERS = 2
-SETTINGS = (f"workers={WORKERS}", "on_missing=nan", f"task={TASK}", "reload_s=0.2", "deadline_s=20", "stop_s=60")
-"""All processes share a core or two, hence the long deadlines."""
+SETTINGS = (f"workers={WORKERS}", "on_missing=nan", f"task={TASK}", "reload_s=0.2", "deadline_s=20")
+"""All processes share a core or two, hence the long deadline."""
 LOG_CHARACTERS = 20_000
 """Most characters of the service's log that are printed after a failure."""
 LAG = 2

@@ -42,7 +42,7 @@ from vista.evaluation.baseline_evaluation import (
 from vista.evaluation.cases import impression_cases, with_tasks
 from vista.evaluation.counting_baselines import CountingBaseline
 from vista.evaluation.evaluate import EvaluationReport, evaluate_model, evaluate_scorer
-from vista.evaluation.protocol import impression_metrics, split_windows, window_metric
+from vista.evaluation.protocol import USERS_PER_BATCH, impression_metrics, split_windows, window_metric
 from vista.examples.item_statistics import item_counts
 from vista.files import make_folders
 from vista.log.event_log import EventLog
@@ -344,7 +344,7 @@ def _served(
                 reports[part] = _reported(table, evaluate_scorer(scorer, log, asked), log, model.data, asked)
                 if model.data.refresh_days and not how.staleness:
                     options, place = RefreshOptions(codec=how.codec), store.with_name(f"{store.name}-scheduled")
-                    scheduled = scheduled_metrics(shown, log, place, options, part, asked.users_per_batch)
+                    scheduled = scheduled_metrics(shown, log, place, options, part, USERS_PER_BATCH)
                     reports[part] = replace(reports[part], metrics=reports[part].metrics | scheduled)
                 if table.costs:
                     costs = {

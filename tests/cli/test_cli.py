@@ -301,7 +301,7 @@ def test_lists_every_key_with_type_and_default(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "120")
-    assert main([*name.split(), "--help"]) == 0
+    assert main([*name.split(), "--help", "all"]) == 0
     text = capsys.readouterr().out
     for key in ConfigKeys.of(COMMANDS[name].schema).keys.values():
         if not key.name.startswith("impressions."):
@@ -312,11 +312,34 @@ def test_lists_every_key_with_type_and_default(
 
 
 def test_shows_docstrings_also_of_enums_and_nested_fields(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["train", "--help"])
+    main(["train", "--help", "all"])
     text = " ".join(capsys.readouterr().out.split())
     assert "model.num_seeds=16 int. Number of summary tokens K per user." in text
     assert "model.mixing=separable bidirectional|separable. How the tokens of stage 1 mix" in text
     assert "data.split=leave-last-out leave-last-out|time|share. Which labels are test labels" in text
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if COMMANDS[name].first])
+def test_help_fits_two_screens(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([*name.split(), "--help"]) == 0
+    lines, first = capsys.readouterr().out.splitlines(), COMMANDS[name].first
+    assert len(lines) <= 80
+    for key in first:
+        (line,) = (line for line in lines if line.startswith(f"  {key}="))
+        assert len(line) <= 80
+    assert f"more keys: vista {name} --help all" in "\n".join(lines)
+
+
+def test_help_of_a_part(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "experiment=ml-1m", "--help", "optim"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("Group optim:\n") and "\n  optim.epochs=null" in text and "\n  model." not in text
+    assert main(["train", "--help", "experiment"]) == 0
+    assert capsys.readouterr().out.startswith("Experiments (complete runs by name):\n")
+    assert main(["train", "--help", "model=hstu"]) == 0 and "--help all" in capsys.readouterr().out
+    assert main(["train", "--help", "modell"]) == 2
+    assert "error: --help 'modell': is not a part of this text; use one of all, model, " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -148,9 +148,9 @@ def test_training_says_what_is_left_of_the_run(
 
 def test_baselines_are_named_while_they_are_fitted(served: Served, tmp_path: Path, said: Said) -> None:
     words = ("evaluate", f"model={served.model_dir}", f"store={served.test_store}", f"data={served.log.path}")
-    err = said(*words, "baselines=true", f"out={tmp_path / 'a.json'}")
+    err = said(*words, "baselines=counting", f"out={tmp_path / 'a.json'}")
     assert re.search(rf"^baselines: {OF}, popularity$", err, re.M), err
-    assert "baselines:" not in said(*words, "baselines=true", "progress=false")
+    assert "baselines:" not in said(*words, "baselines=counting", "progress=false")
 
 
 def test_the_time_left_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ class LettersEncoder:
     def __init__(self) -> None:
         self.texts: list[str] = []
 
-    def encode(self, texts: Sequence[str], *, batch_size: int, progress: bool) -> Float32s:
+    def encode(self, texts: Sequence[str], *, progress: bool) -> Float32s:
         self.texts += texts
         return np.array([[text.count(letter) for letter in "abc"] for text in texts], np.float32)
 
@@ -106,7 +106,7 @@ def test_a_log_takes_the_vectors_as_one_more_feature(tmp_path: Path) -> None:
 
 def test_an_old_table_is_kept_if_anything_fails(tmp_path: Path) -> None:
     class FailingEncoder(LettersEncoder):
-        def encode(self, texts: Sequence[str], *, batch_size: int, progress: bool) -> Float32s:
+        def encode(self, texts: Sequence[str], *, progress: bool) -> Float32s:
             raise RuntimeError("out of memory")
 
     products(tmp_path)
@@ -211,13 +211,13 @@ def test_a_log_takes_the_codes_as_one_more_feature(tmp_path: Path) -> None:
 
 def test_codes_of_a_model(served: Served, tmp_path: Path) -> None:
     pytest.importorskip("faiss")
-    words = tokenize(tmp_path, vectors=None, model=str(served.model_dir), codes=len(ITEMS), levels=1)
+    words = tokenize(tmp_path, vectors=str(served.model_dir), codes=len(ITEMS), levels=1)
     table = pl.read_parquet(tmp_path / "codes.parquet")
     assert sorted(table["sku"].to_list()) == ITEMS.tolist()
     assert len(table["codes"].list.first().unique()) == len(ITEMS)
     assert f"{len(ITEMS)} distinct full codes of {len(ITEMS)} distinct vectors; 0 items share theirs" in words
     with pytest.raises(CheckpointError):
-        tokenize(tmp_path, vectors=None, model=str(tmp_path / "nothing"))
+        tokenize(tmp_path, vectors=str(tmp_path))
 
 
 def test_kept_codebooks_give_old_items_their_codes(tmp_path: Path) -> None:
@@ -296,12 +296,10 @@ def test_bad_input_writes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"vectors": None}, "vectors: set either vectors or model"),
-        ({"model": "runs/x/best"}, "vectors: set either vectors or model"),
+        ({"vectors": None}, "vectors: name a Parquet file, or the folder of a model"),
         ({"name": "sku"}, "name: must be a name other than that of the column of ids"),
         ({"levels": 0}, "levels: must be at least 1"),
         ({"codes": 1}, "codes: must be at least 2"),
-        ({"seed": -1}, "seed: must be at least 0"),
     ],
 )
 def test_settings_that_are_refused(tmp_path: Path, changes: Any, message: str) -> None:

@@ -66,7 +66,6 @@ def test_words_are_choices() -> None:
             {"split": "share", "test_share": 0.1},
             r"data\.validation_share: is required with data\.split=share",
         ),
-        (EvaluateConfig, {"target": "window", "exclude_seen": True}, r"exclude_seen: only applies with target=next"),
         (EvaluateConfig, {"target": "window", "popularity": True}, r"popularity: only applies with target=next"),
         (DataConfig, {"test_share": 0.1}, r"data\.test_share: only applies with data\.split=share"),
         (

@@ -25,7 +25,7 @@ NO_UNIT_IN_OPTIM = (
     *("learning_rate", "weight_decay", "table_rate", "counted_rate", "gradient_clip", "logq_strength"),
     *("next_weight", "window_weight", "task_weight", "reconstruction_weight"),
 )
-NO_UNIT_IN_PLAN = ("active_share", "peak", "utilization", "replicas", "hot_share", "burst")
+NO_UNIT_IN_PLAN = ("replicas", "burst")
 
 
 def test_the_pages_can_be_read_without_the_site(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_every_number_has_a_unit_or_none_on_purpose() -> None:
     without = {key.name for key in numbers if unit_of(key) == "–"}
     assert without == {f"model.{name}" for name in NO_UNIT_IN_MODEL} | {f"data.{name}" for name in NO_UNIT_IN_DATA} | {
         *(f"optim.{name}" for name in NO_UNIT_IN_OPTIM),
-        *("seed", "generation", "to", "max_difference", "port", "trials", "workers", *NO_UNIT_IN_PLAN),
+        *("seed", "generation", "to", "port", "trials", "workers", *NO_UNIT_IN_PLAN),
     }
     units = {key.name: unit_of(key) for key in keys}
     assert units["poll_s"] == "s" and units["days"] == "days" and units["model.tail_len"] == "events"

@@ -1,4 +1,4 @@
-"""`vista evaluate baselines=true`: the rows of the baselines, their files, and their questions."""
+"""`vista evaluate baselines=counting`: the rows of the baselines, their files, and their questions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.evaluation.conftest import evaluated
 from tests.evaluation.test_window_evaluation import ASKED
 from vista.arrays import Floats, Int
 from vista.config import CompareConfig, DataConfig, EvaluateConfig
-from vista.config.choices import Split, Target
+from vista.config.choices import AskedBaselines, Split, Target
 from vista.errors import ConfigError
 from vista.evaluation import baseline_evaluation
 from vista.evaluation.baseline_evaluation import asked_horizons, measure_baseline, measure_by_horizon, scores_in_columns
@@ -30,15 +30,18 @@ from vista.scorer import Scorer
 
 
 @pytest.mark.parametrize("exclude_seen", [True, False])
-def test_next_items_are_ranked_as_without_a_model(served: Served, tmp_path: Path, exclude_seen: bool) -> None:
+def test_next_items_are_ranked_as_without_a_model(
+    served: Served, tmp_path: Path, exclude_seen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "metrics.json"
+    monkeypatch.setattr(served.model.data, "exclude_seen", exclude_seen)
+    served.model.save_pretrained(tmp_path / "model")
     config = EvaluateConfig(
         data=str(served.log.path),
-        model=str(served.model_dir),
+        model=str(tmp_path / "model"),
         store=str(served.test_store),
-        exclude_seen=exclude_seen,
         top_k=[5],
-        baselines=True,
+        baselines=AskedBaselines.counting,
         out=str(out),
         num_threads=1,
         progress=False,
@@ -46,7 +49,7 @@ def test_next_items_are_ranked_as_without_a_model(served: Served, tmp_path: Path
     report = evaluate(config)
     written = json.loads(out.read_text())
     columns = served.model.rows_of(served.log.items) - 1
-    expected = measure_baseline(Transitions(), served.log, served.config.data, config, columns).means()
+    expected = measure_baseline(Transitions(), served.log, served.model.data, config, columns).means()
     assert written["baselines"]["transitions"] == pytest.approx(expected)
     assert ("own frequency" in written["baselines"]) != exclude_seen
     row = next(line for line in str(report).splitlines() if line.startswith("  transitions  "))
@@ -59,7 +62,7 @@ def test_next_items_are_ranked_as_without_a_model(served: Served, tmp_path: Path
 def test_baselines_that_learn_are_measured_if_asked_for(served_tasks: Served, target: Target) -> None:
     log, columns = served_tasks.log, served_tasks.model.rows_of(served_tasks.log.items) - 1
     asked = ASKED if target is Target.window else {"top_k": [4], "progress": False, "num_threads": 1}
-    config = EvaluateConfig(**asked, baselines=True, trained_baselines=True)
+    config = EvaluateConfig(**asked, baselines=AskedBaselines.trained)
     with Scorer.open(served_tasks.model, served_tasks.test_store) as scorer:
         report = evaluate_scorer(scorer, log, config)
     assert report.per_user is not None and report.baselines is not None
@@ -72,13 +75,11 @@ def test_baselines_that_learn_are_measured_if_asked_for(served_tasks: Served, ta
     alone = measure_by_horizon(versions, log, served_tasks.config.data, config, columns)
     for name, values in alone.values.items():
         np.testing.assert_allclose(measured["pooled factors"].values[name], values)
-    with pytest.raises(ConfigError, match="trained_baselines: needs baselines=true"):
-        EvaluateConfig(trained_baselines=True)
 
 
 def test_windows_are_asked_of_the_same_users(served_tasks: Served) -> None:
     log = served_tasks.log
-    report = evaluated(served_tasks.model, served_tasks.test_store, log, **ASKED, baselines=True)
+    report = evaluated(served_tasks.model, served_tasks.test_store, log, **ASKED, baselines=AskedBaselines.counting)
     assert report.per_user is not None and report.baselines is not None
     seen = visible_counts(log, split_until(served_tasks.config.data, "test"))
     own = report.baselines.per_user["own frequency"]
@@ -174,7 +175,7 @@ def test_a_model_that_ranks_no_items_is_refused(served: Served) -> None:
     with (
         Scorer.open(served.model, served.test_store) as scorer,
         pytest.MonkeyPatch.context() as patch,
-        pytest.raises(ConfigError, match="baselines=true: this model does not rank items"),
+        pytest.raises(ConfigError, match="baselines=counting: this model does not rank items"),
     ):
         patch.setattr(type(served.model), "has_retrieval", False)
-        evaluate_scorer(scorer, served.log, EvaluateConfig(baselines=True))
+        evaluate_scorer(scorer, served.log, EvaluateConfig(baselines=AskedBaselines.counting))

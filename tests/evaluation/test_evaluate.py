@@ -92,7 +92,8 @@ class TestNextItems:
             # Users whose vector points the other way rank in reverse.
             forward = scorer.user_vectors([1, 2, 3, 5])[:, 0] > 0
             for exclude, up, down in ((True, [1, 0, 4, 0], [0, 3, 0, 2]), (False, [2, 1, 4, 0], [2, 3, 0, 4])):
-                evaluation = evaluate_scorer(scorer, log, EvaluateConfig(exclude_seen=exclude, top_k=[1, 2, 5]))
+                scorer.model.data.exclude_seen = exclude
+                evaluation = evaluate_scorer(scorer, log, EvaluateConfig(top_k=[1, 2, 5]))
                 ranks = np.where(forward, up, down).tolist()
                 # Labels: 30 (seen 10 20 50), 40 (seen 40 50), 10 (seen 10), 50 (seen 20 30); user 4 is too short.
                 # A label that was seen stays in.
@@ -104,14 +105,12 @@ class TestNextItems:
 
     @pytest.mark.parametrize(("exclude_seen", "users_per_batch"), [(True, 3), (False, 512)])
     def test_ranks_equal_those_of_the_scorers_lists(
-        self, served: Served, exclude_seen: bool, users_per_batch: int
+        self, served: Served, exclude_seen: bool, users_per_batch: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        monkeypatch.setattr(served.model.data, "exclude_seen", exclude_seen)
+        monkeypatch.setattr("vista.evaluation.protocol.USERS_PER_BATCH", users_per_batch)
         with Scorer.open(served.model, served.test_store) as scorer:
-            evaluation = evaluate_scorer(
-                scorer,
-                served.log,
-                EvaluateConfig(exclude_seen=exclude_seen, top_k=[10], users_per_batch=users_per_batch),
-            )
+            evaluation = evaluate_scorer(scorer, served.log, EvaluateConfig(top_k=[10]))
             expected = plain_ranks(scorer, served.log, visible_counts(served.log, "leave-last-out"), exclude_seen)
         assert evaluation.ranks is not None and evaluation.ranks.tolist() == expected
         assert evaluation.num_cases == 14 == len(expected)
@@ -169,9 +168,12 @@ def direct_probabilities(given: Served, summarized: np.ndarray) -> tuple[np.ndar
 
 
 class TestImpressions:
-    def test_probabilities_and_metrics_against_a_direct_computation(self, served_tasks: Served) -> None:
+    def test_probabilities_and_metrics_against_a_direct_computation(
+        self, served_tasks: Served, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("vista.evaluation.evaluate.USERS_PER_BATCH", 7)
         model, log, data = served_tasks.model, served_tasks.log, served_tasks.config.data
-        evaluation = evaluated(model, served_tasks.test_store, log, users_per_batch=7)
+        evaluation = evaluated(model, served_tasks.test_store, log)
         assert evaluation.probabilities is not None and data.test_from is not None
         direct, label, mask, user = direct_probabilities(served_tasks, log.counts_before(int(data.test_from)))
         assert len(direct) > 50
@@ -203,7 +205,8 @@ class TestImpressions:
             return whole(scorer, users, *rest, **more)
 
         monkeypatch.setattr(Scorer, "predict", counted)
-        cases = evaluated(served_tasks.model, served_tasks.test_store, served_tasks.log, users_per_batch=7).impressions
+        monkeypatch.setattr("vista.evaluation.evaluate.USERS_PER_BATCH", 7)
+        cases = evaluated(served_tasks.model, served_tasks.test_store, served_tasks.log).impressions
         assert cases is not None
         requests = len(set(zip(cases.user.tolist(), cases.timestamp.tolist(), strict=True)))
         assert sum(asked) == requests < len(cases.user) and max(asked) == 7
@@ -252,7 +255,7 @@ def test_validation_in_training_equals_evaluation_from_the_store(
 
 
 def test_seen_items_stay_in_if_training_kept_them(served: Served, tmp_path: Path) -> None:
-    """In the validation during training, and in every evaluation that does not set exclude_seen."""
+    """In the validation during training, and in every evaluation."""
     config = small_config(served.log, tmp_path / "run", data__exclude_seen=False, optim__epochs=1)
     model = train(config, served.log)
     (line,) = [row for row in map(json.loads, (tmp_path / "run" / "metrics.jsonl").open()) if "validation" in row]
@@ -261,12 +264,9 @@ def test_seen_items_stay_in_if_training_kept_them(served: Served, tmp_path: Path
     )
     with Scorer.open(tmp_path / "run" / "best", tmp_path / "store") as scorer:
         kept = evaluate_scorer(scorer, served.log, EvaluateConfig(split="validation", top_k=[10]))
-        asked = evaluate_scorer(scorer, served.log, EvaluateConfig(split="validation", top_k=[10], exclude_seen=False))
-        left_out = evaluate_scorer(
-            scorer, served.log, EvaluateConfig(split="validation", top_k=[10], exclude_seen=True)
-        )
-    assert kept.ranks is not None and asked.ranks is not None and left_out.ranks is not None
-    assert kept.ranks.tolist() == asked.ranks.tolist() and (left_out.ranks < kept.ranks).any()
+        scorer.model.data.exclude_seen = True
+        left_out = evaluate_scorer(scorer, served.log, EvaluateConfig(split="validation", top_k=[10]))
+    assert kept.ranks is not None and left_out.ranks is not None and (left_out.ranks < kept.ranks).any()
     assert line["validation"] == pytest.approx(kept.metrics, abs=1e-4)
 
 
@@ -415,7 +415,7 @@ class TestResults:
         return json.loads((tmp_path / "metrics.json").read_text())
 
     def test_the_file_holds_settings_and_metrics(self, served: Served, tmp_path: Path) -> None:
-        result = evaluate(self.settings(served, tmp_path, exclude_seen=False))
+        result = evaluate(self.settings(served, tmp_path))
         assert result.per_user is not None
         assert {name: values.mean() for name, values in result.per_user.values.items()} == pytest.approx(result.metrics)
         assert list(result.metrics) == ["hr@1", "ndcg@1", "hr@10", "ndcg@10"]
@@ -426,7 +426,7 @@ class TestResults:
             "top_k": [1, 10],
             "staleness": 0,
             "target": "next",
-            "exclude_seen": False,
+            "exclude_seen": True,
             "codec": "float32",
             "metrics": result.metrics,
             "standard_errors": pytest.approx(
@@ -436,8 +436,7 @@ class TestResults:
             "seconds": result.seconds,
         }
         result = evaluate(self.settings(served, tmp_path, popularity=True))
-        assert self.written(tmp_path)["exclude_seen"] is True, "the file is replaced"
-        metrics = self.written(tmp_path)["metrics"]
+        metrics = self.written(tmp_path)["metrics"]  # the file is replaced
         assert {"gini@1", "coverage@1", "popularity/score", "ndcg@1/decile-1"} < metrics.keys()
         assert "gini@1" not in str(result) and "  decile     items   labels  recommended" in str(result)
 

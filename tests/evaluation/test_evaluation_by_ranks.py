@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import Served, small_config
 from tests.thread_ranks import on_ranks
 from vista.config import EvaluateConfig, PrepareConfig, SourceConfig
-from vista.config.choices import Architecture, Target
+from vista.config.choices import Architecture, AskedBaselines, Target
 from vista.evaluation.evaluate import EvaluationReport, evaluate_model, evaluate_scorer
 from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare
@@ -58,7 +58,9 @@ def assert_same_report(found: EvaluationReport, expected: EvaluationReport) -> N
 @pytest.mark.parametrize("num_ranks", [2, 30])
 def test_next_items_popularity_and_impressions(served_tasks: Served, tie_free_log: EventLog, num_ranks: int) -> None:
     """Of 30 ranks, most have no user to rank items for."""
-    config = EvaluateConfig(top_k=[5, 10], popularity=True, recall=True, baselines=True, progress=False)
+    config = EvaluateConfig(
+        top_k=[5, 10], popularity=True, recall=True, baselines=AskedBaselines.counting, progress=False
+    )
 
     def measured(ranks: Ranks | None) -> EvaluationReport:
         with Scorer.open(served_tasks.model_dir, served_tasks.test_store) as scorer:

@@ -78,8 +78,8 @@ def test_the_label_is_the_first_event_after_the_gap(tmp_path: Path, part: str, h
         asked.append(cases)
         return np.zeros((len(cases), NUM_ITEMS))
 
-    config = EvaluateConfig(split=part, exclude_seen=False)
-    measure_next_items(log, gap_config(log, tmp_path).data, np.arange(NUM_ITEMS), config, score)
+    config, data = EvaluateConfig(split=part), replace(gap_config(log, tmp_path).data, exclude_seen=False)
+    measure_next_items(log, data, np.arange(NUM_ITEMS), config, score)
     (cases,) = asked
     assert cases.seen.tolist() == [hour - GAP_HOURS] * 8
     assert cases.now.tolist() == [START + hour * HOUR] * 8

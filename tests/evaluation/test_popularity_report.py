@@ -100,15 +100,15 @@ def test_a_report_by_hand() -> None:
 
 class TestEvaluation:
     @pytest.mark.parametrize("exclude_seen", [True, False])
-    def test_counts_equal_those_of_the_scorers_lists(self, served: Served, exclude_seen: bool) -> None:
+    def test_counts_equal_those_of_the_scorers_lists(
+        self, served: Served, exclude_seen: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(served.model.data, "exclude_seen", exclude_seen)
         log, seen = served.log, visible_counts(served.log, "leave-last-out")
         with Scorer.open(served.model, served.test_store) as scorer:
-            evaluation = evaluate_scorer(
-                scorer,
-                log,
-                EvaluateConfig(exclude_seen=exclude_seen, top_k=[4, 10], users_per_batch=5, popularity=True),
-            )
-            plain = evaluate_scorer(scorer, log, EvaluateConfig(exclude_seen=exclude_seen, top_k=[4, 10]))
+            plain = evaluate_scorer(scorer, log, EvaluateConfig(top_k=[4, 10]))
+            monkeypatch.setattr("vista.evaluation.protocol.USERS_PER_BATCH", 5)
+            evaluation = evaluate_scorer(scorer, log, EvaluateConfig(top_k=[4, 10], popularity=True))
             shown: list[int] = []
             for row in np.flatnonzero(seen < log.lengths).tolist():
                 history = log.slice(row)
@@ -155,6 +155,7 @@ def report_of(log: EventLog, folder: Path, strength: float, num_negatives: int, 
     config = small_config(
         log,
         folder / "run",
+        data__exclude_seen=False,
         data__num_negatives=num_negatives,
         data__negative_power=power,
         data__tokens_per_batch=256,
@@ -164,7 +165,7 @@ def report_of(log: EventLog, folder: Path, strength: float, num_negatives: int, 
     )
     model = train(config, log)
     refresh(model, log, folder / "store", until="leave-last-out")
-    report = evaluated(model, folder / "store", log, exclude_seen=False, top_k=[5], popularity=True).popularity
+    report = evaluated(model, folder / "store", log, top_k=[5], popularity=True).popularity
     assert report is not None
     return report
 

@@ -94,7 +94,8 @@ def test_a_store_against_a_loop(
         assert catalog.tolist() == log.items.ids(np.arange(log.num_items)).tolist()
         scored = scorer.predict(ids, catalog, now=until.before)["next"]
         monkeypatch.setattr(Scorer, "catalog_scores", noted)
-        evaluation = evaluate_scorer(scorer, log, EvaluateConfig(**ASKED, split=split, users_per_batch=5))
+        monkeypatch.setattr("vista.evaluation.protocol.USERS_PER_BATCH", 5)
+        evaluation = evaluate_scorer(scorer, log, EvaluateConfig(**ASKED, split=split))
     assert set(times) == {until.before} and evaluation.num_cases == len(users) == len(times) > 5
     for horizon in (3, 8):
         want = plain_precision(log, seen, end, dict(zip(users.tolist(), scored, strict=True)), horizon)

@@ -7,8 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from vista.planning.capacity_plan import Fleet, refreshed, simulate_lag
-from vista.planning.quantities import DAY_S, PEAK_S, ArrivalRate
+from vista.planning.lag_simulation import DAY_S, PEAK_S, ArrivalRate, Fleet, refreshed, simulate_lag
 
 RATE = ArrivalRate(per_s=100.0, peak=1.5)
 EVENT_S = 0.005

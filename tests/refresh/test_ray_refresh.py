@@ -257,8 +257,6 @@ def test_bad_configurations_are_refused():
         RefreshConfig(engine="ray", incremental=True)
     with pytest.raises(ConfigError, match=r"ray\.address: write host:port of the head"):
         RayConfig(address="ray://head:10001")
-    with pytest.raises(ConfigError, match=r"ray\.object_store_bytes: must be at least 80000000"):
-        RayConfig(object_store_bytes=1)
 
 
 def test_the_missing_extra_is_named(monkeypatch):

@@ -74,7 +74,7 @@ def test_the_group_shows_how_far_the_log_is_but_decides_nothing(kafka, streamed,
 
 
 @pytest.mark.nightly
-def test_a_check_is_limited_and_the_next_one_continues(tmp_path, grow, kafka, streamed):
+def test_a_check_is_limited_and_the_next_one_continues(tmp_path, grow, kafka, streamed, monkeypatch):
     frame = grow.events({1: 30, 2: 20}, grow.start + 500 * grow.hour)
     kafka.send_events(TOPIC, frame)
     streamed.stream.max_messages = 15
@@ -86,7 +86,7 @@ def test_a_check_is_limited_and_the_next_one_continues(tmp_path, grow, kafka, st
     assert not run_watch(streamed).is_behind  # it reads to the end
     expect(streamed, grow, tmp_path, frame)
     assert EventLog.open(streamed.data).last_segment == 5
-    streamed.stream = StreamConfig(max_s=20.0, max_bytes=1)
+    monkeypatch.setattr("vista.log.ingest.kafka_reader._BYTES_PER_MESSAGE", 1e-5)
     kafka.send_events(TOPIC, grow.events({1: 3}, grow.start + 950 * grow.hour))
     assert sum(offsets(streamed)) == 50 and not run_watch(streamed).is_behind and sum(offsets(streamed)) == 53
 

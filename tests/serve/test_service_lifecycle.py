@@ -161,7 +161,7 @@ def test_reloads_erasures_and_killed_workers(served: Served, tmp_path: Path) -> 
 
 
 def test_running_requests_finish_after_sigterm(served: Served) -> None:
-    with running(f"model={served.model_dir}", f"store={served.store}", "stop_s=100") as service:
+    with running(f"model={served.model_dir}", f"store={served.store}", "deadline_s=100") as service:
         body = json.dumps({"users": [103], "candidates": ITEMS}).encode()
         with service.connect() as connection, service.connect() as idle:
             head = f"POST /v1/score HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: {len(body)}\r\n\r\n"

@@ -65,7 +65,7 @@ class TestEvents:
             replace(SMALL, events_per_user=1),
             replace(SMALL, num_users=1, events_per_user=20_000, days=2.0),
             replace(SMALL, num_users=1, events_per_user=30_000, session_events=1, days=1.1),
-            replace(SMALL, num_topics=2, min_interests=1, max_interests=1, num_items=2),
+            replace(SMALL, num_topics=2, max_interests=1, num_items=2),
         ],
     )
     def test_times_rise_within_the_period(self, config: SimulateConfig) -> None:
@@ -351,9 +351,8 @@ class TestFiles:
         ("world", "weather"),
         ("num_items", 31),
         ("max_interests", 32),
-        ("min_interests", 7),
+        ("max_interests", 0),
         ("days", 0.5),
-        ("impressions_per_request", 0),
     ],
 )
 def test_bad_configs_name_their_key(key: str, value: float) -> None:

@@ -25,6 +25,8 @@ class Command:
     """The key that takes all words of keys that the config lacks; None refuses such words."""
     positional: str = ""
     """The key of a word without =; empty if all words need keys."""
+    first: tuple[str, ...] = ()
+    """The keys that its help shows, if these are not all."""
 
 
 def _handler(module: str, function: str) -> Callable[[Any], object]:
@@ -57,6 +59,14 @@ COMMANDS: dict[str, Command] = {
             "vista prepare out=data/mine items.paths=[items.csv] append=true items.categories=[brand] "
             "items.numbers=[price]",
         ),
+        first=(
+            *("out", "append", "on_bad_rows", "events.kind", "events.paths", "events.user", "events.item"),
+            *("events.timestamp", "events.time_unit", "events.action", "events.rating", "events.separator"),
+            *("events.categories", "events.numbers", "impressions.paths", "impressions.labels", "items.paths"),
+            *("items.item", "items.categories", "items.numbers", "items.vectors", "users.paths", "users.user"),
+            *("users.categories", "users.numbers", "filter.actions", "filter.min_item_events"),
+            "filter.min_user_events",
+        ),
     ),
     "train": Command(
         config.TrainConfig,
@@ -68,6 +78,15 @@ COMMANDS: dict[str, Command] = {
             "vista train model=bidirectional optim=quick optim.learning_rate=1e-3 --cfg",
         ),
         resumes=True,
+        first=(
+            *("data.path", "run_dir", "init_from", "base", "store", "resume", "seed", "device", "num_threads"),
+            *("data.split", "data.validation_from", "data.test_from", "data.exclude_seen", "data.min_item_events"),
+            *("data.tokens_per_batch", "data.num_negatives", "data.windows_per_chunk"),
+            *("model.dim", "model.num_heads", "model.num_seeds", "model.num_layers", "model.num_target_layers"),
+            *("model.tail_len", "model.history_limit", "model.dropout", "model.counters", "model.item_start"),
+            *("optim.learning_rate", "optim.epochs", "optim.minutes", "optim.tasks", "optim.next_weight"),
+            *("optim.window_weight", "optim.patience", "optim.validation_users"),
+        ),
     ),
     "sweep": Command(
         config.SweepConfig,
@@ -118,6 +137,11 @@ COMMANDS: dict[str, Command] = {
             "vista watch data=data/mine model=runs/mine/best store=stores/mine once=true",
         ),
         resumes=True,
+        first=(
+            *("data", "model", "store", "folder", "source", "arrival", "settle_s", "poll_s", "once", "report_file"),
+            *("on_bad_rows", "events.user", "events.item", "events.timestamp", "events.time_unit", "events.action"),
+            *("events.rating", "stream.client_file", "stream.start", "stream.max_messages", "device", "num_threads"),
+        ),
     ),
     "evaluate": Command(
         config.EvaluateConfig,
@@ -180,7 +204,7 @@ COMMANDS: dict[str, Command] = {
             "vista explore",
             "vista explore model=runs/mine/best store=stores/mine data=data/mine",
             "vista explore model=runs/mine/best store=stores/mine other_model=runs/new/best other_store=stores/new",
-            "vista explore runs=[runs] port=8600 open_browser=false",
+            "vista explore runs=[runs] port=8600",
         ),
     ),
     "index": Command(
@@ -209,6 +233,12 @@ COMMANDS: dict[str, Command] = {
             "vista plan users=1e6 events_per_day=5e7 requests_per_s=1000",
             "vista plan users=1e9 events_per_day=5e10 requests_per_s=1e5 model.dim=256 model.num_seeds=128",
             "vista plan users=1e8 events_per_day=5e9 remote_store=true burst=3 failures_per_day=2 out=plan.json",
+        ),
+        first=(
+            *("users", "events_per_day", "history_events", "requests_per_s", "candidates", "items", "codec", "state"),
+            *("refresh_every_s", "remote_store", "replicas", "burst", "failures_per_day", "out", "machine.cores"),
+            *("machine.memory_gb", "machine.disk_tb", "model.dim", "model.num_seeds", "model.num_layers"),
+            *("model.num_target_layers", "model.tail_len", "model.counters", "model.mixing"),
         ),
     ),
     "doctor": Command(
@@ -253,7 +283,7 @@ COMMANDS: dict[str, Command] = {
         "Cluster the vectors of items into semantic ids, as a table that prepare reads.",
         (
             "vista items tokenize vectors=vectors.parquet item=product column=text",
-            "vista items tokenize model=runs/mine/best item=product levels=2 codes=64",
+            "vista items tokenize vectors=runs/mine/best item=product levels=2 codes=64",
         ),
     ),
     "store erase": Command(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
+from vista.cli.command_table import Command
 from vista.config.composition import groups_of, options_of
 from vista.config.config_keys import ConfigKeys, value_text
+from vista.errors import ConfigError, shown
 from vista.text_table import hanging, two_columns
 
 OPTIONS = (
@@ -54,26 +56,51 @@ TITLES = {"experiment": "Experiments (complete runs by name)", "set": "Data sets
 """Titles of groups."""
 
 
-def command_help(name: str, summary: str, schema: type, examples: Sequence[str]) -> str:
-    """The text of `vista COMMAND --help`: options, groups, experiments, all keys, and examples."""
-    groups = groups_of(name)
-    usage = f"Usage: vista {name} [KEY=VALUE ...]" + (" [GROUP=OPTION ...]" if groups else "")
-    parts = [
-        hanging(f"{usage} [--config FILE] [--cfg]", 4),
-        "",
-        hanging(summary, 0),
-        "",
-        "Options:",
-        two_columns(OPTIONS, 20),
-    ]
-    for group in groups:
-        title = TITLES.get(group, f"Group {group}")
-        options = options_of(group).items()
-        parts += ["", f"{title}:", two_columns(((f"{group}={option}", doc) for option, doc in options), 34)]
-    parts += ["", hanging("Keys and defaults (write a list as [a,b], and special characters 'in quotes'):", 0)]
-    parts += [two_columns(_key_rows(ConfigKeys.of(schema)), 34)]
-    parts += ["", "Examples:", *(f"  {example}" for example in examples)]
-    return "\n".join(parts)
+def command_help(name: str, command: Command, part: str = "") -> str:
+    """The text of `vista COMMAND --help`: options, groups, keys, and examples.
+
+    Args:
+        name: of the command.
+        command: what the table of commands says about it.
+        part: "all" for every key with its type and docstring, or a section of keys or a group of options, such as
+            "model". Empty means "all", or for a command with many keys one line for each of the most important ones.
+
+    Raises:
+        ConfigError: there is no such part.
+    """
+    keys, groups = ConfigKeys.of(command.schema), groups_of(name)
+    sections = dict.fromkeys(section.partition(".")[0] for section in keys.sections)
+    known = ["all", *dict.fromkeys([*sections, *groups])]
+    if part not in ("", *known):
+        raise ConfigError(f"--help {shown(part)}: is not a part of this text; use one of {', '.join(known)}")
+    first = command.first if not part else ()
+    lines = []
+    if part in ("", "all"):
+        usage = f"Usage: vista {name} [KEY=VALUE ...]" + (" [GROUP=OPTION ...]" if groups else "")
+        options = [*OPTIONS, *([("--help PART", f"print one of {', '.join(known)}")] if first else [])]
+        lines += [hanging(f"{usage} [--config FILE] [--cfg]", 4), "", hanging(command.summary, 0), ""]
+        lines += ["Options:", two_columns(options, 20), ""]
+    if first:
+        lines += [
+            "Groups of options:",
+            two_columns(((f"{one}=", ", ".join(options_of(one))) for one in groups), 20),
+            "",
+        ]
+        short = ((f"{one}={value_text(keys.keys[one].default)}", keys.keys[one].summary) for one in first)
+        lines += ["Keys and defaults:", two_columns(short, 34, cut=True)]
+        lines += [hanging(f"  … and {len(keys.keys) - len(first)} more keys: vista {name} --help all", 4), ""]
+    else:
+        for group in groups if part in ("", "all") else [part] if part in groups else []:
+            title = TITLES.get(group, f"Group {group}")
+            described = ((f"{group}={option}", doc) for option, doc in options_of(group).items())
+            lines += [f"{title}:", two_columns(described, 34), ""]
+        prefix = f"{part}." if part in sections else ""
+        if prefix or part in ("", "all"):
+            lines += [hanging("Keys and defaults (write a list as [a,b], and special characters 'in quotes'):", 0)]
+            lines += [two_columns((row for row in _key_rows(keys) if row[0].startswith(prefix)), 34), ""]
+    if part in ("", "all"):
+        lines += ["Examples:", *(f"  {example}" for example in command.examples)]
+    return "\n".join(lines).rstrip()
 
 
 def _key_rows(listed: ConfigKeys) -> list[tuple[str, str]]:

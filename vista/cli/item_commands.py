@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from vista.arrays import Float32s
 from vista.config import IndexConfig, ItemsAddConfig, ItemsEmbedConfig, ItemsTokenizeConfig
-from vista.config.checks import require
 from vista.config.choices import IndexKind
 from vista.errors import CheckpointError, ConfigError, DataError, ItemIndexError, MissingDependencyError, shown
 from vista.files import checked_path, recover_folder, writable_file
@@ -243,7 +242,7 @@ def run_items_embed(config: ItemsEmbedConfig, encoder: TextEncoder | None = None
         encoder = encoder or TextEncoder(resolve_device(config.device))
         start = time.perf_counter()
         distinct = texts.drop_nulls().unique().sort()
-        vectors = encoder.encode(distinct.to_list(), batch_size=config.batch_size, progress=config.progress)
+        vectors = encoder.encode(distinct.to_list(), progress=config.progress)
         seconds = time.perf_counter() - start
     of_texts = pl.DataFrame({"text": distinct, "vector": pl.Series(vectors).cast(pl.List(pl.Float32))})
     rows = pl.DataFrame({"text": texts}).join(of_texts, on="text", how="left", maintain_order="left")
@@ -304,7 +303,7 @@ def run_items_tokenize(config: ItemsTokenizeConfig) -> ItemsTokenized:
 
     Raises:
         CheckpointError: if the model cannot be read.
-        ConfigError: if not exactly one of `vectors` and `model` is set, or `out` cannot be written.
+        ConfigError: if `vectors` is not set, or `out` cannot be written.
         DataError: if the file of vectors or of codebooks is invalid, or the two have vectors of different lengths.
         MissingDependencyError: if faiss is not installed.
     """
@@ -313,22 +312,22 @@ def run_items_tokenize(config: ItemsTokenizeConfig) -> ItemsTokenized:
     from vista.log.ingest.source_parser import SourceParser
     from vista.model.codebooks import Codebooks, ResidualCodes
 
-    require((config.vectors is None) != (config.model is None), "vectors", "set either vectors or model")
+    if config.vectors is None:
+        raise ConfigError("vectors: name a Parquet file, or the folder of a model")
     out = Path(config.out)
     writable_file(out, "out")
     codebooks = None if config.codebooks is None else Codebooks.load(config.codebooks)
-    if config.vectors is not None:
+    if Path(config.vectors).is_dir():
+        ids, vectors = _vectors_of_model(config.vectors)
+    else:
         check_not_a_source(out, [config.vectors])
         with SourceParser() as parser:
             ids, vectors = read_vectors(checked_path(config.vectors, DataError), config.item, config.column, parser)
-    else:
-        assert config.model is not None
-        ids, vectors = _vectors_of_model(config.model)
     start = time.perf_counter()
     is_known = ~np.isnan(vectors[:, 0])
     known, file = vectors[is_known], config.codebooks or str(out.with_suffix(CODEBOOKS_SUFFIX))
     if codebooks is None:
-        codebooks = Codebooks.learn(known, levels=config.levels, num_codes=config.codes, seed=config.seed)
+        codebooks = Codebooks.learn(known, levels=config.levels, num_codes=config.codes)
     elif codebooks.dim != known.shape[1]:
         raise DataError(
             f"{file}: has codebooks for vectors of {codebooks.dim} numbers, but those of the items have "

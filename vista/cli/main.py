@@ -33,15 +33,15 @@ class _Parser(argparse.ArgumentParser):
 def _run_command(name: str, words: Sequence[str]) -> None:
     command = COMMANDS[name]
     parser = _Parser(prog=f"vista {name}", add_help=False, allow_abbrev=False)
-    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("-h", "--help", nargs="?", const="", metavar="PART")
     parser.add_argument("--cfg", action="store_true")
     parser.add_argument("--config", metavar="FILE")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     arguments = parser.parse_intermixed_args(words)
-    if arguments.help:
+    if arguments.help is not None:
         from vista.cli.help_pages import command_help
 
-        print(command_help(name, command.summary, command.schema, command.examples))
+        print(command_help(name, command, "" if "=" in arguments.help else arguments.help))
         return
     from vista.config.composition import compose_config
     from vista.progress_bar import progress_shown

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from vista.evaluation.comparison import Comparison
     from vista.evaluation.evaluate import EvaluationReport
     from vista.export.export import ExportReport
-    from vista.planning.plan_report import PlanReport
+    from vista.planning.capacity_plan import CapacityPlan
     from vista.report.report import WrittenReport
     from vista.runs.run_list import RunComparison, RunList
     from vista.sweep import SweepReport
@@ -139,8 +139,6 @@ def run_export(config: ExportConfig) -> ExportReport:
             config.out,
             config.format,
             store=config.store,
-            num_requests=config.num_requests,
-            max_difference=config.max_difference,
             key=read_key(config.authentication_key_file),
         )
 
@@ -157,14 +155,13 @@ def run_explore(config: ExploreConfig) -> None:
     run_page(config)
 
 
-def run_plan(config: PlanConfig) -> PlanReport:
+def run_plan(config: PlanConfig) -> CapacityPlan:
     """`vista plan`; errors as of `plan_capacity`.
 
     Raises:
         ConfigError: `out` cannot be written.
     """
-    from vista.planning.capacity_plan import plan_capacity
-    from vista.planning.plan_report import PlanReport, assumptions
+    from vista.planning.capacity_plan import assumptions, plan_capacity
 
     if config.out is not None:
         writable_file(Path(config.out), "out")
@@ -177,7 +174,7 @@ def run_plan(config: PlanConfig) -> PlanReport:
             "assumptions": assumptions(plan),
         }
         replace_text(Path(config.out), json.dumps(values, indent=2) + "\n")
-    return PlanReport(plan)
+    return plan
 
 
 _MARKS = {Verdict.fine: " ", Verdict.limited: "!", Verdict.broken: "x"}

@@ -122,6 +122,15 @@ def check_types(config: Any, prefix: str = "") -> None:
             raise ConfigError(f"{key}: expected {hint.__name__}, got {shown(value)}")  # type: ignore[union-attr]
 
 
+class Checked:
+    """Base of configurations whose values need no check beyond their types."""
+
+    __slots__ = ()
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
 # How many values a category of a log may have.
 
 MAX_VALUES = 1_000_000

@@ -49,6 +49,14 @@ class Shell(Enum):
     fish = "fish"
 
 
+class AskedBaselines(Enum):
+    """Which baselines `vista evaluate` measures too."""
+
+    none = "none"
+    counting = "counting"
+    trained = "trained"
+
+
 class EngineName(Enum):
     """Which processes encode the batches of a full refresh."""
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -23,9 +22,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, RangeSweep
 from hydra.errors import HydraException
 from hydra.initialize import get_gh_backup, restore_gh_from_backup
-from omegaconf import DictConfig, OmegaConf, grammar_parser
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from omegaconf.grammar.gen.OmegaConfGrammarParser import OmegaConfGrammarParser
 
 from vista.config.checks import MAX_LEVELS, check_size
 from vista.config.config_keys import ConfigKeys, value_text
@@ -47,31 +45,21 @@ def check_value(key: str, value: Any) -> None:
     elif isinstance(value, int) and value.bit_length() > 63:
         raise ConfigError(f"{key}: holds an integer of more than 64 bits; put text in quotes")
     elif isinstance(value, str) and "${" in value:
-        try:
-            tree = grammar_parser.parse(value)
-        except (OmegaConfBaseException, RecursionError) as error:
-            raise ConfigError(f"{key}: cannot read {shown(value)}: {error}") from error
-        references = list(_references(tree))
-        for name in filter(None, references):
+        if (resolver := _RESOLVER.search(value)) is not None:
             raise ConfigError(
-                f"{key}: configurations may not call the resolver {name}; write the value, or let the shell fill it in"
+                f"{key}: configurations may not call the resolver {resolver[1]}; write the value, or let the shell "
+                "fill it in"
             )
-        if len(references) > 1:
-            raise ConfigError(f"{key}: at most one reference such as ${{run_dir}} is possible, got {len(references)}")
+        rest, references = _REFERENCE.subn("", value)
+        if "${" in rest:
+            raise ConfigError(
+                f"{key}: cannot read {shown(value)}; write the value, or one reference such as ${{run_dir}}"
+            )
+        if references > 1:
+            raise ConfigError(f"{key}: at most one reference such as ${{run_dir}} is possible, got {references}")
 
 
-def _references(tree: Any) -> Iterator[str]:
-    """For each `${...}` of a parsed text: the name of the resolver that it calls, or "" for a key."""
-    if isinstance(tree, OmegaConfGrammarParser.InterpolationContext):
-        node: Any = tree
-        resolver = node.interpolationResolver()
-        yield "" if resolver is None else resolver.resolverName().getText()
-    for child in getattr(tree, "children", None) or ():
-        yield from _references(child)
-
-
-@dataclass(frozen=True, slots=True)
-class SweptKey:
+class SweptKey(NamedTuple):
     """A key of `vista train` with several values, of which each trial of a sweep takes one."""
 
     key: str
@@ -93,6 +81,8 @@ MAX_WORD = 1 << 17
 MAX_COMMAS = 4_096
 """Most commas of a word, because parsing takes time that grows with the square of the number of values."""
 
+_REFERENCE = re.compile(r"\$\{[\w.\[\]]+\}")
+_RESOLVER = re.compile(r"\$\{\s*([\w.]+)\s*:")
 _URL = re.compile(r"([a-z_.]+)=([a-z]+://\S+)")
 """A word whose value is a URL. It is read as written: Hydra's grammar would demand quotes around `=` and commas."""
 
@@ -260,7 +250,7 @@ def swept_key(word: str) -> SweptKey | None:
     key, value = override.key_or_group, override.value()
     keys, groups = ConfigKeys.of(TrainConfig), groups_of("train")
     if key not in keys.keys and key not in groups:
-        raise ConfigError(f"unknown key '{key}'{_hint(keys.matches(key))} (vista train --help lists all keys)")
+        raise ConfigError(f"unknown key '{key}'{_hint(keys.matches(key))} (vista train --help all lists them)")
     if isinstance(value, IntervalSweep):
         low, high = value.start, value.end
         if low is None or high is None or not low < high:
@@ -332,7 +322,7 @@ def _leaves(
     elif key not in keys.sections:
         shorter = [key.partition(".")[0]] if key.partition(".")[0] in keys.keys else []  # data for data.path
         matches = [*([] if "." in key else get_close_matches(key, groups, n=1)), *keys.matches(key), *shorter]
-        raise ConfigError(f"unknown key '{key}'{_hint(matches)} (vista {name} --help lists all keys)")
+        raise ConfigError(f"unknown key '{key}'{_hint(matches)} (vista {name} --help all lists them)")
     elif isinstance(value, dict):
         for inner, inner_value in value.items():
             yield from _leaves(f"{key}.{inner}", inner_value, _inner(written, inner), keys, name, groups)

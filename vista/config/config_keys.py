@@ -23,6 +23,7 @@ from vista.config.checks import to_dict, without_none
 
 _PASSWORD = re.compile(r"^(rediss?:/+[^/:]*):.*(?=@)|^([a-z][a-z0-9+.-]*:/+[^/:@]*):[^/@]*(?=@)")
 """In the URL of a store or a server, what comes before the password, and the password."""
+_SENTENCE = re.compile(r"(.+?[^.]\.)(\s+[A-Z`]|$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,12 @@ class ConfigKey:
     """Docstring of the field, or else of its enum; empty if both have none."""
     choices: tuple[str, ...] = ()
     """All accepted spellings of an enum's values."""
+
+    @property
+    def summary(self) -> str:
+        """The first sentence of its docstring."""
+        match = _SENTENCE.match(self.doc)
+        return match[1] if match else self.doc
 
     @property
     def is_text(self) -> bool:

@@ -1,11 +1,11 @@
-"""Configuration of `vista evaluate`."""
+"""Configurations of `vista evaluate`, `report`, `compare`, and `runs`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vista.config.checks import MAX_DAYS, MAX_THREADS, check_types, require, require_counts, require_finite
-from vista.config.choices import RunOrder, Target
+from vista.config.checks import MAX_DAYS, MAX_THREADS, Checked, check_types, require, require_counts, require_finite
+from vista.config.choices import AskedBaselines, RunOrder, Target
 from vista.config.train_config import MAX_HORIZON_EVENTS
 from vista.errors import shown
 
@@ -41,19 +41,15 @@ class EvaluateConfig:
     min_after: int = 20
     """With target=window: least number of events after the question, in the window or beyond it. Users with fewer are
     not asked."""
-    exclude_seen: bool | None = None
-    """With target=next: whether to exclude items of the visible history from rankings (never the label). null uses
-    `data.exclude_seen` of the model's training."""
     top_k: list[int] = field(default_factory=lambda: [10, 50, 200])
     """Cutoffs k of the metrics, in items. The first is also the list length of the popularity report."""
     popularity: bool = False
     """Also report how closely the retrieval head's lists follow training popularity."""
-    baselines: bool = False
-    """Also measure counting baselines on the same users: popularity, own frequency, transitions, item neighbors,
-    and with features of items, content neighbors. Takes seconds for a million events."""
-    trained_baselines: bool = False
-    """With baselines=true: also measure baselines that learn, which takes minutes for a million events: EASE, TIFU-KNN,
-    pooled factors, pooled vectors, and boosted trees. Needs the extra `baselines`."""
+    baselines: AskedBaselines = AskedBaselines.none
+    """Baselines to measure too, on the same users. counting takes seconds for a million events: popularity, own
+    frequency, transitions, item neighbors, and with features of items, content neighbors. trained adds those that
+    learn, which takes minutes: EASE, TIFU-KNN, pooled factors, pooled vectors, and boosted trees. It needs the extra
+    `baselines`."""
     staleness: int = 0
     """Number of each user's newest visible events that the store's summaries lack; the tail has them. Refresh with
     until=leave-last-N-out, where N is 1 + staleness (validation: 2 + staleness), or for another split with
@@ -63,8 +59,6 @@ class EvaluateConfig:
     """Also report how well the stored summaries recall a user's events, by the age of the event. Takes some seconds."""
     verify_log: bool = True
     """Check first that no byte of the log's files has changed since it was written."""
-    users_per_batch: int = 512
-    """Number of users that are ranked at once."""
     out: str | None = None
     """JSON file for the metrics. An existing file is replaced. The metrics of each user are written to <out>.npz, which
     `vista compare` reads, and those of each baseline to <out>.<name>.npz. null only prints the metrics."""
@@ -77,7 +71,6 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        require_counts(self, "", ("users_per_batch",))
         require_counts(self, "", ("min_seen", "min_after"))
         require_counts(self, "", ("staleness",), least=0)
         require_finite(self, "", ("horizon_days",), most=MAX_DAYS)
@@ -89,12 +82,12 @@ class EvaluateConfig:
                 key,
                 f"needs one or more numbers from 1 to {most}, got {shown(values)}",
             )
-        require(self.baselines or not self.trained_baselines, "trained_baselines", "needs baselines=true")
-        if self.target is Target.window:
-            require(
-                self.exclude_seen is None, "exclude_seen", "only applies with target=next; set that, or leave it out"
-            )
-            require(not self.popularity, "popularity", "only applies with target=next; set that, or leave it out")
+        is_window = self.target is Target.window
+        require(
+            not (is_window and self.popularity),
+            "popularity",
+            "only applies with target=next; set that, or leave it out",
+        )
         require(self.split in ("test", "validation"), "split", f"must be test or validation, got {self.split}")
 
 
@@ -150,7 +143,7 @@ class ReportConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class CompareConfig:
+class CompareConfig(Checked):
     """A paired test between two models that were evaluated on the same users."""
 
     a: list[str] = field(default_factory=list)
@@ -159,15 +152,9 @@ class CompareConfig:
     b: list[str] = field(default_factory=list)
     """The same of the second model. Differences are those of b minus a."""
 
-    def __post_init__(self) -> None:
-        check_types(self)
-
-
-# Configurations of `vista runs` and `vista runs compare`.
-
 
 @dataclass(kw_only=True, slots=True)
-class RunsConfig:
+class RunsConfig(Checked):
     """The list of training runs in a folder."""
 
     folder: str = "runs"
@@ -179,18 +166,12 @@ class RunsConfig:
     out: str | None = None
     """JSON file for the list, with all metrics of each run. An existing file is replaced. null only prints the list."""
 
-    def __post_init__(self) -> None:
-        check_types(self)
-
 
 @dataclass(kw_only=True, slots=True)
-class RunsCompareConfig:
+class RunsCompareConfig(Checked):
     """Training runs side by side."""
 
     runs: list[str] = field(default_factory=list)
     """Folders of two or more runs."""
     out: str | None = None
     """JSON file for the comparison. An existing file is replaced. null only prints it."""
-
-    def __post_init__(self) -> None:
-        check_types(self)

@@ -1,4 +1,4 @@
-"""Configuration of `vista prepare`: source tables and the EventLog made from them."""
+"""Configurations of `vista prepare`, `log …`, `watch` (its stream), and `simulate`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from vista.config.checks import (
     MAX_DAYS,
     MAX_THREADS,
     MAX_VALUES,
+    Checked,
     check_max_values,
     check_types,
     require,
@@ -121,7 +122,7 @@ class ItemTableConfig(FeatureTableConfig):
 
 
 @dataclass(kw_only=True, slots=True)
-class SourceColumns:
+class SourceColumns(Checked):
     """Names of the columns of events, and of impressions."""
 
     user: str = "user"
@@ -141,9 +142,6 @@ class SourceColumns:
     probabilities: list[str] = field(default_factory=list)
     """For simulated impressions: the columns of true label probabilities, in the order of `labels`. Empty reads
     none."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -241,11 +239,8 @@ class PrepareConfig:
         )
 
 
-# Configurations of the commands `vista log ...`.
-
-
 @dataclass(kw_only=True, slots=True)
-class LogForgetConfig:
+class LogForgetConfig(Checked):
     """Deletion of single events from an EventLog."""
 
     data: str = "data/log"
@@ -256,12 +251,9 @@ class LogForgetConfig:
     """Unit of the file's timestamps: s, ms, us, ns, or iso. null for Parquet columns of dates and times, and for a log
     without times, where timestamps are event numbers that start at 0."""
 
-    def __post_init__(self) -> None:
-        check_types(self)
-
 
 @dataclass(kw_only=True, slots=True)
-class LogEraseConfig:
+class LogEraseConfig(Checked):
     """Deletion of users from an EventLog."""
 
     data: str = "data/log"
@@ -269,45 +261,32 @@ class LogEraseConfig:
     users: list[str] = field(default_factory=list)
     """Ids of the users to delete, at least one."""
 
-    def __post_init__(self) -> None:
-        check_types(self)
-
 
 @dataclass(kw_only=True, slots=True)
-class LogCompactConfig:
+class LogCompactConfig(Checked):
     """Compaction of an EventLog's segments into one, without deleted rows."""
 
     data: str = "data/log"
     """Folder of the EventLog."""
 
-    def __post_init__(self) -> None:
-        check_types(self)
-
 
 @dataclass(kw_only=True, slots=True)
-class LogVerifyConfig:
+class LogVerifyConfig(Checked):
     """Check of an EventLog's files."""
 
     data: str = "data/log"
     """Folder of the EventLog."""
 
-    def __post_init__(self) -> None:
-        check_types(self)
-
 
 @dataclass(kw_only=True, slots=True)
-class LogStatsConfig:
+class LogStatsConfig(Checked):
     """Contents of an EventLog."""
 
     data: str = "data/log"
     """Folder of the EventLog."""
 
-    def __post_init__(self) -> None:
-        check_types(self)
-
 
 _MOST_MESSAGES = 10_000_000
-_MOST_BYTES = 1 << 34
 _MOST_SECONDS = 86_400
 
 
@@ -326,20 +305,16 @@ class StreamConfig:
     messages, the topic was created again, or it is another topic. Set this for one run only, because it accepts lost
     events."""
     max_messages: int = 100_000
-    """Maximum number of messages per check. They become one segment of the log."""
-    max_bytes: int = 64 << 20
-    """A check stops reading after this many bytes of messages."""
+    """Maximum number of messages per check. They become one segment of the log. A check also stops after as many bytes
+    as this many messages of 671 bytes have: 64 MiB by default."""
     max_s: float = 10.0
     """Number of seconds that a check waits for messages, and for each reply of the server."""
 
     def __post_init__(self) -> None:
         check_types(self, "stream.")
         require_counts(self, "stream.", ("max_messages",), most=_MOST_MESSAGES)
-        require_counts(self, "stream.", ("max_bytes",), most=_MOST_BYTES)
         require_finite(self, "stream.", ("max_s",), positive=True, most=_MOST_SECONDS)
 
-
-# Configuration of `vista simulate`.
 
 MAX_ROWS = 10**9
 """Most events, and most impressions. A simulation is made in memory, at up to 40 bytes per row."""
@@ -361,18 +336,15 @@ class SimulateConfig:
     """Number of items, at least num_topics."""
     num_topics: int = 32
     """Number of latent topics, at most 256. Every item belongs to one."""
-    min_interests: int = 4
-    """Minimum number of slow interests per user: topics that return throughout the history."""
     max_interests: int = 6
-    """Maximum number of slow interests per user, below num_topics."""
+    """Maximum number of slow interests per user, topics that return throughout the history; below num_topics. The
+    minimum is two thirds of it."""
     episode_events: int = 450
     """Mean length of an episode, in events. A user's slow interests take turns, one per episode."""
     session_events: int = 20
     """Mean length of a session, in events."""
     impressions_per_user: int = 300
     """Number of impressions per user."""
-    impressions_per_request: int = 4
-    """Number of candidates that are shown at the same time."""
     start: str = "2024-01-01"
     """First day of the simulated period, an ISO date or time (UTC)."""
     days: float = 730.0
@@ -389,7 +361,7 @@ class SimulateConfig:
     def __post_init__(self) -> None:
         check_types(self)
         counts = ("num_users", "events_per_user", "num_items", "num_topics", "episode_events", "session_events")
-        require_counts(self, "", (*counts, "impressions_per_user", "impressions_per_request"), most=MAX_ROWS)
+        require_counts(self, "", (*counts, "max_interests", "impressions_per_user"), most=MAX_ROWS)
         for key in ("events_per_user", "impressions_per_user"):
             rows = self.num_users * getattr(self, key)
             require(rows <= MAX_ROWS, "num_users", f"times {key} must be at most {MAX_ROWS:,}, got {rows:,}")
@@ -399,14 +371,10 @@ class SimulateConfig:
             datetime.fromisoformat(self.start)
         except ValueError as error:
             raise ConfigError(f"start: {error}; write a date such as 2024-01-01") from None
-        topics, items, low, high = self.num_topics, self.num_items, self.min_interests, self.max_interests
+        topics, items, high = self.num_topics, self.num_items, self.max_interests
         require(topics <= 256, "num_topics", f"must be at most 256, got {topics}")
         require(items >= topics, "num_items", f"must be at least num_topics={topics}, got {items}")
-        require(
-            1 <= low <= high < topics,
-            "max_interests",
-            f"needs 1 <= min_interests <= max_interests < num_topics, got {low}, {high}, {topics}",
-        )
+        require(high < topics, "max_interests", f"must be below num_topics={topics}, got {high}")
         if self.world != WorldName.share:
             taken = 2 * high if self.world == WorldName.conjunction else high
             message = (
@@ -419,3 +387,8 @@ class SimulateConfig:
             "days",
             f"must lie in [{fewest_days:g}, {MAX_DAYS}] with events_per_user={self.events_per_user}, got {self.days}",
         )
+
+    @property
+    def min_interests(self) -> int:
+        """Minimum number of slow interests per user."""
+        return max(1, 2 * self.max_interests // 3)

@@ -1,4 +1,4 @@
-"""Configuration of `vista serve`."""
+"""Configurations of `vista serve`, `score`, `explore`, `export`, `index`, `items …`, `doctor`, and `completion`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from vista.config.checks import MAX_THREADS, check_size, check_types, require, require_counts, require_finite
+from vista.config.checks import MAX_THREADS, Checked, check_size, check_types, require, require_counts, require_finite
 from vista.config.choices import ExportFormat, IndexKind, OnMissing, Precision, Shell
 from vista.config.log_config import ItemTableConfig
 from vista.errors import ConfigError, shown
@@ -20,7 +20,6 @@ OF_ONE_MODEL = {
     "store": "stores/vista",
     "index": None,
     "task": None,
-    "project_per_request": False,
 }
 """Keys that a file of several models can set for each model, and their defaults."""
 
@@ -38,7 +37,7 @@ class ServeConfig:
     """Folder of the index that `vista index` wrote for this model, for /v1/retrieve. null serves without an index."""
     models: str | None = None
     """YAML file that names several models with their stores, and how users are split among them. It replaces model,
-    store, index, task, and project_per_request."""
+    store, index, and task, and requests compute projections of candidates, which models cannot share."""
     authentication_key_file: str | None = None
     """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
     VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
@@ -90,8 +89,6 @@ class ServeConfig:
     name candidates; use retrieve to search the whole catalog."""
     max_users: int = 256
     """Maximum number of users per request."""
-    stop_s: float = 10.0
-    """Number of seconds that running requests have to finish after SIGTERM."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -100,7 +97,7 @@ class ServeConfig:
         require_counts(self, "", ("num_threads",), least=0, most=MAX_THREADS)
         require_counts(self, "", ("max_waiting", "max_connections", "max_body_bytes"))
         require_counts(self, "", ("max_candidates", "max_users"))
-        require_finite(self, "", ("max_age_s", "reload_s", "deadline_s", "stop_s"), positive=True, most=1e6)
+        require_finite(self, "", ("max_age_s", "reload_s", "deadline_s"), positive=True, most=1e6)
         for key, default in OF_ONE_MODEL.items():
             require(
                 self.models is None or getattr(self, key) == default,
@@ -108,6 +105,11 @@ class ServeConfig:
                 f"only applies without models={self.models}; leave it out, or set it in that file",
             )
         require(bool(self.host), "host", "must be an address, such as 127.0.0.1 or 0.0.0.0")
+
+    @property
+    def stop_s(self) -> float:
+        """Number of seconds that running requests have to finish after SIGTERM."""
+        return max(10.0, self.deadline_s)
 
 
 # The file of `vista serve models=…`: several models for one service, and how users are split among them.
@@ -129,16 +131,12 @@ class ServedModel:
     """Folder of the index that `vista index` wrote for this model."""
     task: str | None = None
     """Task that score and rank use. null uses the first labeled task, or next if there are none."""
-    project_per_request: bool = True
-    """Compute projections of candidates in each request instead of mapping the exported ones, which models cannot share
-    if their stage 2 differs. Requests of 500 candidates take 1 to 6 % longer."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelsFile:
     """The content of the file."""
 
-    path: str
     models: dict[str, ServedModel]
     """By name, in the order of the file. Without a split, the first model answers requests that do not name one."""
     split: dict[str, float]
@@ -178,7 +176,7 @@ class ModelsFile:
             f"{path}: memory_bytes",
             "must be a positive integer",
         )
-        return cls(path, models, split, ",".join(split) if experiment is None else experiment, memory)
+        return cls(models, split, ",".join(split) if experiment is None else experiment, memory)
 
 
 def _content(path: str) -> Any:
@@ -289,8 +287,6 @@ class ExploreConfig:
     VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
     port: int = 8501
     """TCP port to listen on, for connections from this machine only. 0 chooses a free port, which the log names."""
-    open_browser: bool = True
-    """Open the page in a browser, if this machine has one and a display."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -313,10 +309,6 @@ class ExportConfig:
     store: str | None = None
     """Folder or URL of a store of the model's summaries, whose users make the requests of the comparison. null makes
     random users."""
-    num_requests: int = 1000
-    """Number of random requests on which the export is compared with the scorer."""
-    max_difference: float = 1e-4
-    """Largest absolute difference of a logit, or of a score of `next`. If there is a larger one, nothing is written."""
     authentication_key_file: str | None = None
     """File with the key that authenticates records of the store: 32 bytes, or 64 hex digits. null uses the environment
     variable VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
@@ -325,13 +317,11 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        require_counts(self, "", ("num_requests",), most=1_000_000)
         require_counts(self, "", ("num_threads",), least=0, most=MAX_THREADS)
-        require(0 < self.max_difference < 1, "max_difference", f"must lie between 0 and 1, got {self.max_difference}")
 
 
 @dataclass(kw_only=True, slots=True)
-class IndexConfig:
+class IndexConfig(Checked):
     """Nearest-neighbor index over a model's item vectors, from which `Scorer.retrieve` takes candidates."""
 
     model: str = "runs/vista/best"
@@ -342,9 +332,6 @@ class IndexConfig:
     kind: IndexKind | None = None
     """flat (exact), hnsw (a graph), or ivfpq (clusters of compressed vectors). null chooses flat up to 50,000 items,
     and ivfpq above."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -381,8 +368,6 @@ class ItemsEmbedConfig:
     """Name of the new column of vectors."""
     out: str = "vectors.parquet"
     """Parquet file to write, with the item ids and the vectors; replaced if it exists."""
-    batch_size: int = 64
-    """Number of texts that are encoded at once."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N. auto uses a GPU if there is one."""
     num_threads: int = 0
@@ -398,7 +383,6 @@ class ItemsEmbedConfig:
             "do not set categories, numbers, or vectors; name the columns of text with columns=[...]",
         )
         require(self.name not in ("", self.items.item), "name", "must be a name other than that of the column of ids")
-        require_counts(self, "", ("batch_size",), most=1 << 16)
         require_counts(self, "", ("num_threads",), least=0, most=MAX_THREADS)
 
 
@@ -407,23 +391,20 @@ class ItemsTokenizeConfig:
     """Semantic ids: residual k-means codes of the vectors of items."""
 
     vectors: str | None = None
-    """Parquet file with a column of item ids and a column of vectors. Set either this or `model`."""
+    """Parquet file with a column of item ids and a column of vectors, or folder of an exported model, whose item
+    vectors get codes."""
     column: str = "text"
-    """Column of vectors in that file: lists of numbers, all of one length."""
+    """Column of vectors in the file: lists of numbers, all of one length."""
     item: str = "item"
-    """Column of item ids in that file, and in the new one."""
-    model: str | None = None
-    """Folder of an exported model, whose item vectors get codes. Set either this or `vectors`."""
+    """Column of item ids in the file, and in the new one."""
     codebooks: str | None = None
     """File of codebooks from an earlier run. Old items keep their codes, and the codes of new items have the same
-    meaning. levels, codes, and seed are then those of the earlier run. null learns new codebooks and writes them
+    meaning. levels and codes are then those of the earlier run. null learns new codebooks and writes them
     alongside `out`, such as codes.codebooks.safetensors for codes.parquet."""
     levels: int = 3
     """Number of levels, which is how many codes an item has. Each level encodes what the levels before it leave."""
     codes: int = 256
     """Number of different codes per level."""
-    seed: int = 0
-    """Seed of k-means."""
     name: str = "codes"
     """Name of the new column of codes."""
     out: str = "codes.parquet"
@@ -434,11 +415,10 @@ class ItemsTokenizeConfig:
         require(self.name not in ("", self.item), "name", "must be a name other than that of the column of ids")
         require_counts(self, "", ("levels",), most=16)
         require_counts(self, "", ("codes",), least=2, most=1 << 16)
-        require_counts(self, "", ("seed",), least=0, most=2**31 - 1)
 
 
 @dataclass(kw_only=True, slots=True)
-class DoctorConfig:
+class DoctorConfig(Checked):
     """What to check in addition to this machine."""
 
     model: str | None = None
@@ -450,16 +430,10 @@ class DoctorConfig:
     out: str | None = None
     """JSON file for the diagnosis. An existing file is replaced. null only prints it."""
 
-    def __post_init__(self) -> None:
-        check_types(self)
-
 
 @dataclass(kw_only=True, slots=True)
-class CompletionConfig:
+class CompletionConfig(Checked):
     """The shell that the script is for."""
 
     shell: Shell = Shell.bash
     """The shell; `vista completion zsh` is short for `vista completion shell=zsh`."""
-
-    def __post_init__(self) -> None:
-        check_types(self)

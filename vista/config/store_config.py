@@ -1,16 +1,14 @@
-"""Configuration of `vista refresh`."""
+"""Configurations of `vista refresh`, `watch`, `store …`, and `plan`."""
 
 from __future__ import annotations
 
 from collections.abc import Container
 from dataclasses import dataclass, field, fields
 
-from vista.config.checks import MAX_THREADS, check_types, require, require_counts, require_finite, require_share
+from vista.config.checks import MAX_THREADS, Checked, check_types, require, require_counts, require_finite
 from vista.config.choices import Architecture, Arrival, Codec, EngineName, OnBadRows, Precision, StateDtype
 from vista.config.log_config import SourceConfig, StreamConfig
 from vista.config.model_config import ModelConfig
-
-# How a refresh runs, from Python and from the command line.
 
 INCREMENTAL_OPTIONS = ("tokens_per_batch", "users_per_batch", "verify_log", "progress")
 """The options that an incremental refresh can choose."""
@@ -53,8 +51,6 @@ class RefreshOptions:
             require(option.name in names or not changed, f"{prefix}{option.name}", reason)
 
 
-# Configuration of Ray, for commands that run on it.
-
 MAX_ACTORS = 100_000
 
 
@@ -68,9 +64,6 @@ class RayConfig:
     address: str = "local"
     """local starts Ray on this machine and stops it at the end. Otherwise, the address of a cluster: host:port of
     its head node, or auto on one of its machines."""
-    object_store_bytes: int = 256 << 20
-    """With address=local: shared memory for results that wait for the writer, in bytes. Results that do not fit spill
-    to disk."""
 
     def __post_init__(self) -> None:
         check_types(self, "ray.")
@@ -81,7 +74,6 @@ class RayConfig:
             "write host:port of the head node, or auto, and run on a machine of the cluster",
         )
         require_counts(self, "ray.", ("num_actors",), least=0, most=MAX_ACTORS)
-        require_counts(self, "ray.", ("object_store_bytes",), least=80_000_000)  # Ray refuses less than 75 MiB.
 
 
 @dataclass(kw_only=True, slots=True)
@@ -190,22 +182,16 @@ class WatchConfig:
         require(self.poll_s > 0, "poll_s", f"must be positive, got {self.poll_s}")
 
 
-# Configurations of the commands `vista store …`.
-
-
 @dataclass(kw_only=True, slots=True)
-class StoreStatsConfig:
+class StoreStatsConfig(Checked):
     """Statistics of a store and its generations."""
 
     store: str = "stores/vista"
     """Folder of the summary store, or its URL, such as redis://host:6379/mine."""
 
-    def __post_init__(self) -> None:
-        check_types(self)
-
 
 @dataclass(kw_only=True, slots=True)
-class StoreVerifyConfig:
+class StoreVerifyConfig(Checked):
     """Check a store's files and every record."""
 
     store: str = "stores/vista"
@@ -214,12 +200,9 @@ class StoreVerifyConfig:
     """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
     VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
 
-    def __post_init__(self) -> None:
-        check_types(self)
-
 
 @dataclass(kw_only=True, slots=True)
-class StoreCompactConfig:
+class StoreCompactConfig(Checked):
     """Rewrite the published generation without the bytes of removed records."""
 
     store: str = "stores/vista"
@@ -228,12 +211,9 @@ class StoreCompactConfig:
     """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
     VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
 
-    def __post_init__(self) -> None:
-        check_types(self)
-
 
 @dataclass(kw_only=True, slots=True)
-class StoreExportConfig:
+class StoreExportConfig(Checked):
     """Export the published generation to a Parquet file."""
 
     store: str = "stores/vista"
@@ -244,12 +224,9 @@ class StoreExportConfig:
     """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
     VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
 
-    def __post_init__(self) -> None:
-        check_types(self)
-
 
 @dataclass(kw_only=True, slots=True)
-class StoreImportConfig:
+class StoreImportConfig(Checked):
     """Publish an exported file as a new generation of a store."""
 
     file: str = "summaries.parquet"
@@ -262,12 +239,9 @@ class StoreImportConfig:
     shared_with_group: bool = False
     """Let the group of the store's folder read the store (folders 2750, files 0640), not only this account."""
 
-    def __post_init__(self) -> None:
-        check_types(self)
-
 
 @dataclass(kw_only=True, slots=True)
-class StoreCopyConfig:
+class StoreCopyConfig(Checked):
     """Copy one generation to the store of a serving host."""
 
     store: str = "stores/vista"
@@ -284,12 +258,9 @@ class StoreCopyConfig:
     shared_with_group: bool = False
     """Let the group of the target folder read the copy (folders 2750, files 0640), not only this account."""
 
-    def __post_init__(self) -> None:
-        check_types(self)
-
 
 @dataclass(kw_only=True, slots=True)
-class StoreRollbackConfig:
+class StoreRollbackConfig(Checked):
     """Publish an earlier generation again."""
 
     store: str = "stores/vista"
@@ -300,12 +271,9 @@ class StoreRollbackConfig:
     """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
     VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
 
-    def __post_init__(self) -> None:
-        check_types(self)
-
 
 @dataclass(kw_only=True, slots=True)
-class StoreGetConfig:
+class StoreGetConfig(Checked):
     """Print one user's record."""
 
     store: str = "stores/vista"
@@ -318,12 +286,9 @@ class StoreGetConfig:
     """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
     VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
 
-    def __post_init__(self) -> None:
-        check_types(self)
-
 
 @dataclass(kw_only=True, slots=True)
-class StoreEraseConfig:
+class StoreEraseConfig(Checked):
     """Remove users from a store for good."""
 
     store: str = "stores/vista"
@@ -333,38 +298,9 @@ class StoreEraseConfig:
     data: str | None = None
     """Folder of the EventLog to erase them from too; null erases them from the store only."""
 
-    def __post_init__(self) -> None:
-        check_types(self)
 
-
-@dataclass(kw_only=True, slots=True)
-class MeasuredConfig:
-    """Measured speed of one core, in float32. `tests/planning/test_measured_figures.py` checks these against
-    docs/results."""
-
-    token_ns: float = 0.16
-    """Time of one core per token, layer, and squared width, in ns. Stage 1 has a token per event and per row of the
-    summary, stage 2 one per row of the summary, event of the tail, and candidate. From bench_store.jsonl (full refresh,
-    d=64: 0.15 to 0.16), bench_summarizer.jsonl (d=256: 0.17), and bench_scorer.jsonl (d=256: 0.14)."""
-    write_mb_per_s: float = 500.0
-    """Rate at which one core durably writes records and states, in MB per s. From bench_store.jsonl (durable writes:
-    470 with K=128 and d=256, 540 with K=32 and d=64)."""
-    batch_ms: float = 15.0
-    """Fixed time of an incremental refresh, however few users changed, in ms. From bench_store.jsonl (incremental
-    refresh of 64 and of 1,000 users)."""
-    request_ms: float = 1.7
-    """Time of one core per request, without its tokens, in ms. From bench_scorer.jsonl (d=64, 50 candidates)."""
-    candidate_us: float = 1.4
-    """Time of one core per candidate, without its token, in µs. From bench_scorer.jsonl (d=64, 50 to 5,000
-    candidates)."""
-
-    def __post_init__(self) -> None:
-        check_types(self, "measured.")
-        require_finite(self, "measured.", ("token_ns", "write_mb_per_s"), positive=True, most=1e9)
-        require_finite(self, "measured.", ("batch_ms", "request_ms", "candidate_us"), most=1e9)
-
-
-# Configuration of `vista plan`.
+ACTIVE_SHARE = 0.5
+"""Of the users: those who have events on a day, in a plan."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -377,14 +313,11 @@ class MachineConfig:
     """Memory, in GB."""
     disk_tb: float = 8.0
     """Disk, in TB."""
-    network_gbit_per_s: float = 25.0
-    """Network, in Gbit per s."""
 
     def __post_init__(self) -> None:
         check_types(self, "machine.")
         require_counts(self, "machine.", ("cores",), most=65_536)
-        numbers = ("memory_gb", "disk_tb", "network_gbit_per_s")
-        require_finite(self, "machine.", numbers, positive=True, most=1e6)
+        require_finite(self, "machine.", ("memory_gb", "disk_tb"), positive=True, most=1e6)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -400,10 +333,6 @@ class PlanConfig:
     """New events per day, of all users."""
     history_events: float = 1000.0
     """Mean number of events per user in the log."""
-    active_share: float = 0.5
-    """Share of the users, in (0, 1], who have events on a day."""
-    peak: float = 1.5
-    """Events in the busiest hour of a day, divided by those of an average hour, from 1 to 2."""
     requests_per_s: float = 1000.0
     """Requests per s at the busiest time."""
     candidates: int = 500
@@ -418,31 +347,17 @@ class PlanConfig:
     """How states are stored for incremental refreshes: float32, float16, or none."""
     refresh_every_s: float = 3600.0
     """Time between the starts of two incremental refreshes, in s. A refresh that takes longer delays the next one."""
-    full_refresh_hours: float = 8.0
-    """Time that a full refresh may take, in hours."""
-    utilization: float = 0.6
-    """Share of the time, in (0, 1), that cores are busy in the busiest hour."""
     remote_store: bool = False
     """Whether summaries are in the memory of Valkey or Redis servers instead of on the disks of the serving
     machines."""
     replicas: int = 2
     """Number of copies of each summary."""
-    hot_share: float = 0.2
-    """Without remote_store: share of the summaries that stays in the page cache, because their users return soon."""
     machine: MachineConfig = field(default_factory=MachineConfig)
     """Resources of each machine."""
-    measured: MeasuredConfig = field(default_factory=MeasuredConfig)
-    """Speed of one core, as measured by vista's benchmarks."""
     burst: float = 1.0
     """Events during a burst in the busiest hour, divided by those without it. Above 1, the plan simulates the lag."""
-    burst_minutes: float = 60.0
-    """Length of the burst, in minutes."""
     failures_per_day: float = 0.0
     """Failures of refresh workers per day, in the whole fleet. Above 0, the plan simulates the lag."""
-    restart_minutes: float = 10.0
-    """Time from a worker's failure to its restart, in minutes."""
-    seed: int = 0
-    """Seed of the simulation."""
     out: str | None = None
     """JSON file for the plan. An existing file is replaced. null only prints the plan."""
 
@@ -453,26 +368,19 @@ class PlanConfig:
         require_finite(self, "", ("history_events", "requests_per_s"), most=1e12)
         require_counts(self, "", ("candidates",), most=2**24)
         require_counts(self, "", ("replicas",), most=100)
-        require_counts(self, "", ("seed",), least=0)
-        require_share(self, "", ("active_share", "hot_share", "utilization"))
         require(self.users >= 1, "users", f"must be at least 1, got {self.users}")
-        require(self.active_share > 0, "active_share", "must be above 0, because some users have the day's events")
-        require(0 < self.utilization < 1, "utilization", f"must lie in (0, 1), got {self.utilization}")
-        require(1 <= self.peak <= 2, "peak", f"must lie in [1, 2], got {self.peak}")
         require(1 <= self.burst <= 1000, "burst", f"must lie in [1, 1000], got {self.burst}")
         require(
             1 <= self.refresh_every_s <= 86_400,
             "refresh_every_s",
             f"must lie in [1, 86400], got {self.refresh_every_s}; for less frequent refreshes, plan full ones",
         )
-        require_finite(self, "", ("full_refresh_hours",), positive=True, most=8760)
-        require_finite(self, "", ("burst_minutes",), positive=True, most=720)
-        require_finite(self, "", ("failures_per_day", "restart_minutes"), most=1440)
-        per_user = self.events_per_day / (self.users * self.active_share)
+        require_finite(self, "", ("failures_per_day",), most=1440)
+        per_user = self.events_per_day / (self.users * ACTIVE_SHARE)
         require(
             per_user <= 100_000,
             "events_per_day",
-            f"is {per_user:.2g} per active user, more than one per second; check users, active_share, and this",
+            f"is {per_user:.2g} per active user, more than one per second; check users and this",
         )
         require(
             self.model.architecture is Architecture.vista and self.model.num_seeds + self.model.num_state_rows > 0,

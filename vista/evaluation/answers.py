@@ -125,11 +125,6 @@ class ScorerAnswers:
         return Tail(items, times, actions, events.offsets, features)
 
 
-# The protocol's cases, answered by a baseline from the raw history before each label.
-#
-# Letters: N cases, B requests, V items of the model.
-
-
 class RawHistoryAnswers:
     """A baseline, and the log that it reads at every request."""
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from vista.arrays import Float32s, Floats, Int
 from vista.config import DataConfig, EvaluateConfig
-from vista.config.choices import Split, Target
+from vista.config.choices import AskedBaselines, Split, Target
 from vista.errors import ConfigError
 from vista.evaluation.cases import (
     EarlierEvents,
@@ -35,7 +35,7 @@ from vista.evaluation.counting_baselines import (
     TransitionsAndOwn,
     Tuned,
 )
-from vista.evaluation.protocol import excludes_seen, measure_next_items, measure_windows, window_lengths, window_metric
+from vista.evaluation.protocol import measure_next_items, measure_windows, window_lengths, window_metric
 from vista.evaluation.trained_baselines import (
     CounterTrees,
     NewItemTrees,
@@ -45,7 +45,7 @@ from vista.evaluation.trained_baselines import (
 )
 from vista.examples.item_statistics import item_counts
 from vista.log.event_log import EventLog
-from vista.log.splits import split_until, visible_counts
+from vista.log.splits import leaves_out_seen, split_until, visible_counts
 from vista.logistic_regression import fit_probability, predict_probability
 from vista.model.ranking_model import RankingModel
 from vista.progress_bar import elapsed_time, progress_bar, ticking
@@ -89,8 +89,6 @@ class BaselineReport:
             tables.append(table_of_means(header, rows, 34))
         return "\n".join(tables)
 
-
-# The counting baselines of a log, ready to be fitted.
 
 LEARNED = (Tuned, PooledFactors, CounterTrees, NewItemTrees)
 """Baselines that are fitted to the length of the windows that are asked."""
@@ -144,19 +142,19 @@ def trained_baselines(*, horizon_events: int, at_one_time: bool) -> list[Countin
 
 
 def measure_baselines(model: RankingModel, log: EventLog, config: EvaluateConfig) -> BaselineReport:
-    """Measure the counting baselines on the cases of a model, and with `trained_baselines` also those that learn.
+    """Measure the counting baselines on the cases of a model, and with baselines=trained also those that learn.
 
     Raises:
         ConfigError: as `measure_baseline`.
-        MissingDependencyError: scikit-learn is not installed, and `trained_baselines` is set.
+        MissingDependencyError: scikit-learn is not installed, and trained baselines are asked for.
     """
     is_window = config.target is Target.window
-    returns = is_window or not excludes_seen(log, model.data, config)
+    returns = is_window or not leaves_out_seen(log, model.data)
     columns = model.rows_of(log.items) - 1
     horizons = asked_horizons(config)
     known = {"has_time": log.has_time, "returns": returns, "has_features": log.item_features is not None}
     by_horizon = [counting_baselines(horizon_events=n, **known) for n in horizons]
-    if config.trained_baselines:
+    if config.baselines is AskedBaselines.trained:
         at_one_time = model.data.split is Split.time
         trained = [trained_baselines(horizon_events=n, at_one_time=at_one_time) for n in horizons]
         by_horizon = [[*counting, *learned] for counting, learned in zip(by_horizon, trained, strict=True)]

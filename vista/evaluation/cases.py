@@ -196,14 +196,9 @@ def cases_digest(log: EventLog, user: Int, item: Int, *numbers: Int | None) -> s
     return digest.hexdigest()
 
 
-# What users do in a window after a question: the next N events, or the next days.
-#
-# Letters: N cases, L labels of all cases.
-
-
 @dataclass(frozen=True, slots=True)
 class WindowCases:
-    """One question per user, with the distinct items of the window that follows."""
+    """One question per user, with the distinct items of the window that follows. Letters: L labels of all cases."""
 
     user: Int
     """int64 [N] rows of the log."""
@@ -307,11 +302,6 @@ def _until(events: Histories, end: Int) -> Histories:
 def distinct_items(events: Histories, num_items: int) -> Int:
     """int64: number of the history times num_items plus item, ascending, each once."""
     return np.unique(events.owner * num_items + events.item)
-
-
-# A user's earlier events of an item, or of its category: how many, and how long ago.
-#
-# Letters: N questions, T events of a history.
 
 
 @dataclass(frozen=True, slots=True)

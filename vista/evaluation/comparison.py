@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +26,6 @@ from vista.files import read_limited, replace_file
 from vista.log.ingest.source_parser import npz_limit
 from vista.progress_bar import progress_bar
 from vista.text_table import fitted_table
-
-# Metrics of every user, and the file that keeps them for a paired comparison.
 
 MAX_FILE_BYTES = 1 << 30
 
@@ -271,53 +269,17 @@ class Estimate:
         return f"{value} ± {self.half_width:.4f}" if math.isfinite(self.half_width) else value
 
 
-class Measure(Protocol):
-    """A metric of several predictors over N cases, of which a part can be selected."""
-
-    @property
-    def title(self) -> str:
-        """Name of the metric and of what it is measured on: "AUC of click"."""
-
-    @property
-    def metric(self) -> str:
-        """Name of the metric alone, as in tables: "ndcg@10"."""
-
-    @property
-    def user(self) -> Int:
-        """int64 [N] rows of the log."""
-
-    @property
-    def seen(self) -> Int:
-        """int64 [N] events before the question."""
-
-    @property
-    def item(self) -> Int | None:
-        """int64 [N] labels or candidates, rows of the log; None if a case has several."""
-
-    @property
-    def names(self) -> list[str]:
-        """The predictors; the run of the report comes first."""
-
-    def estimates(self, part: NDArray[np.bool_] | None = None) -> dict[str, Estimate]:
-        """The metric of each predictor over a part of the cases, bool [N], or over all of them."""
-
-    def gains(self) -> dict[str, Estimate]:
-        """The metric of the first predictor minus that of each other one, with paired intervals."""
-
-
-# AUC of several predictors over resampled users, for intervals and paired differences.
-#
-# Impressions of one user are not independent, so users are drawn, each with all impressions. All predictors see the
-# same
-# draws. Letters: N impressions, U users, D draws.
-
 NUM_DRAWS = 200
+"""Draws of users with replacement, for the interval of an AUC."""
 
 
 def drawn_aucs(
     user: Int, label: NDArray[np.floating], scores: Mapping[str, NDArray[np.floating]], *, seed: int = 0
 ) -> dict[str, Floats]:
     """AUC of each predictor in each draw of users with replacement: {name: float64 [D]}; NaN where a class is absent.
+
+    Impressions of one user are not independent, so users are drawn, each with all impressions, and all predictors see
+    the same draws. Letters: N impressions, D draws.
 
     Args:
         user: int64 [N] in any numbering.
@@ -353,36 +315,39 @@ def _weighted_aucs(
     return out
 
 
-# AUC of a task, with intervals over users.
-
-
 @dataclass(frozen=True, slots=True)
 class AucMeasure:
-    """AUC of one task over N impressions; a `Measure`."""
+    """AUC of one task of several predictors over N impressions, with intervals over users."""
 
     task: str
     user: Int
+    """int64 [N] rows of the log."""
     seen: Int
+    """int64 [N] events before the impression."""
     item: Int | None
+    """int64 [N] candidates, rows of the log."""
     label: NDArray[np.float32]
     """[N] of 0 and 1."""
     probabilities: dict[str, NDArray[np.floating]]
-    """{predictor: [N]}."""
+    """{predictor: [N]}; the run of a report comes first."""
 
     @property
     def title(self) -> str:
+        """Name of the metric and of what it is measured on."""
         return f"AUC of {self.task}"
 
     @property
     def metric(self) -> str:
+        """Name of the metric alone, as in tables."""
         return "AUC"
 
     @property
     def names(self) -> list[str]:
+        """The predictors."""
         return list(self.probabilities)
 
     def estimates(self, part: NDArray[np.bool_] | None = None) -> dict[str, Estimate]:
-        """AUC of each predictor; the interval is that of the draws. NaN where a class is absent."""
+        """AUC of each predictor over a part of the impressions, bool [N], or all; NaN where a class is absent."""
         chosen = slice(None) if part is None else part
         label = self.label[chosen]
         if len(np.unique(label)) < 2:
@@ -410,13 +375,14 @@ def half_width(draws: Floats) -> float:
 
 @dataclass(frozen=True, slots=True)
 class MeanMeasure:
-    """Mean of a metric over N users; a `Measure`."""
+    """Mean of a metric of several predictors over N users. It is used as `AucMeasure` is."""
 
     title: str
     metric: str
     user: Int
     seen: Int
     item: Int | None
+    """int64 [N] labels; None if a user has several."""
     values: dict[str, Floats]
     """{predictor: float64 [N]}; NaN for users without a label."""
 
@@ -433,3 +399,6 @@ class MeanMeasure:
         """Mean difference per user of the first predictor and each other one."""
         own, *others = self.names
         return {name: Estimate.of_users(self.values[own] - self.values[name]) for name in others}
+
+
+Measure = AucMeasure | MeanMeasure

@@ -514,9 +514,7 @@ class Ease:
         return out
 
 
-# A counting baseline with a hyperparameter that `Tuned` chooses.
-
-TuningValue = TypeVar("Value", contravariant=True)
+TuningValue = TypeVar("TuningValue", contravariant=True)
 
 
 class TunableBaseline(CountingBaseline, Protocol[TuningValue]):
@@ -525,8 +523,6 @@ class TunableBaseline(CountingBaseline, Protocol[TuningValue]):
     def choose(self, value: TuningValue) -> None:
         """Set the hyperparameter, before or after `fit`."""
 
-
-# A baseline whose hyperparameter is chosen before the cut: some users' last visible events are held out.
 
 MAX_USERS = 200
 """Most users whose last events are held out."""

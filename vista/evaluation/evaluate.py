@@ -15,7 +15,7 @@ import numpy as np
 from vista.arrays import Float32s, Int
 from vista.config import EvaluateConfig
 from vista.config.checks import to_dict
-from vista.config.choices import Target
+from vista.config.choices import AskedBaselines, Target
 from vista.device import cpu_settings, resolve_device
 from vista.errors import ConfigError, LeakageError
 from vista.evaluation.answers import RawHistoryAnswers, ScorerAnswers
@@ -24,9 +24,9 @@ from vista.evaluation.cases import ImpressionCases, impression_cases, with_tasks
 from vista.evaluation.comparison import PerUserMetrics, per_user_path
 from vista.evaluation.popularity_report import PopularityReport, popularity_report
 from vista.evaluation.protocol import (
+    USERS_PER_BATCH,
     RecommendedLists,
     WindowReport,
-    excludes_seen,
     impression_metrics,
     measure_next_items,
     measure_windows,
@@ -36,7 +36,7 @@ from vista.examples.item_statistics import item_counts
 from vista.files import replace_text, writable_file
 from vista.installation import __version__
 from vista.log.event_log import EventLog, log_digest
-from vista.log.splits import parse_until, part_times, split_until, visible_counts
+from vista.log.splits import leaves_out_seen, parse_until, part_times, split_until, visible_counts
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.ranking_model import RankingModel
 from vista.model.registry import load_model
@@ -148,7 +148,7 @@ def evaluate(config: EvaluateConfig) -> EvaluationReport:
                 name: getattr(config, name) for name in ("horizon_events", "horizon_days", "min_seen", "min_after")
             }
         else:
-            asked |= {"exclude_seen": excludes_seen(log, model.data, config)}
+            asked |= {"exclude_seen": leaves_out_seen(log, model.data)}
         replace_text(Path(config.out), json.dumps(asked | result.to_dict(), indent=2) + "\n")
         if result.per_user is not None:
             result.per_user.save(per_user_path(config.out))
@@ -172,7 +172,7 @@ def evaluate_scorer(
     _check(scorer.model, log, config)
     check_store(scorer, config)
     evaluation = _measure(
-        scorer.model, log, config, ScorerAnswers(scorer, log, requests_per_batch=config.users_per_batch), ranks
+        scorer.model, log, config, ScorerAnswers(scorer, log, requests_per_batch=USERS_PER_BATCH), ranks
     )
     if not config.recall or (ranks is not None and not ranks.leads):
         return evaluation
@@ -207,8 +207,8 @@ def _agree(ranks: Ranks | None, config: EvaluateConfig, log: EventLog, store: st
 def _check(model: RankingModel, log: EventLog, config: EvaluateConfig) -> None:
     if config.popularity and not model.has_retrieval:
         raise ConfigError("popularity=true: this model's retrieval head was not trained; set popularity=false")
-    if config.baselines and not model.has_retrieval:
-        raise ConfigError("baselines=true: this model does not rank items; set baselines=false")
+    if config.baselines is not AskedBaselines.none and not model.has_retrieval:
+        raise ConfigError(f"baselines={config.baselines.value}: this model does not rank items; set baselines=none")
     if config.target is Target.window and not model.has_retrieval:
         raise ConfigError(
             "target=window: this model's retrieval head was not trained; train it with optim.next_weight above 0"
@@ -248,7 +248,7 @@ def _measure(
     """Ask all cases, and baselines too if they are asked for, and compute the metrics."""
     measure = _measure_windows if config.target is Target.window else _measure_next_items
     evaluation = measure(model, log, config, answers, ranks)
-    if not config.baselines or (ranks is not None and not ranks.leads):
+    if config.baselines is AskedBaselines.none or (ranks is not None and not ranks.leads):
         return evaluation
     return replace(evaluation, baselines=measure_baselines(model, log, config))
 

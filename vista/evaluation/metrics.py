@@ -19,18 +19,6 @@ from vista.arrays import Floats, Int
 
 
 @dataclass(frozen=True, slots=True)
-class GroupedAuc:
-    """AUC within groups, averaged with the groups' numbers of rows as weights."""
-
-    value: float
-    """NaN if no group has both classes."""
-    num_groups: int
-    """Groups included in the mean."""
-    num_left_out: int
-    """Groups left out because all their labels are equal."""
-
-
-@dataclass(frozen=True, slots=True)
 class Calibration:
     """How well predicted probabilities agree with observed frequencies."""
 
@@ -64,10 +52,10 @@ def auc(labels: ArrayLike | Tensor, scores: ArrayLike | Tensor) -> float:
     return float(value_G[0])
 
 
-def gauc(groups: ArrayLike | Tensor, labels: ArrayLike | Tensor, scores: ArrayLike | Tensor) -> GroupedAuc:
+def gauc(groups: ArrayLike | Tensor, labels: ArrayLike | Tensor, scores: ArrayLike | Tensor) -> float:
     """AUC within each group (user or session), averaged with the groups' rows as weights.
 
-    Groups whose labels are all equal have no AUC. They are left out of the mean, and counted.
+    Groups whose labels are all equal have no AUC and are left out of the mean, which is NaN if no group remains.
 
     Args:
         groups: [N] group ids, integers or strings, in any order.
@@ -85,8 +73,7 @@ def gauc(groups: ArrayLike | Tensor, labels: ArrayLike | Tensor, scores: ArrayLi
     value_G, count_G = _auc_by_group(group_N, len(unique_ids), label_N, score_N)
     defined_G = ~np.isnan(value_G)
     weight = count_G[defined_G].sum()
-    value = float((value_G[defined_G] * count_G[defined_G]).sum() / weight) if weight else float("nan")
-    return GroupedAuc(value, int(defined_G.sum()), int((~defined_G).sum()))
+    return float((value_G[defined_G] * count_G[defined_G]).sum() / weight) if weight else float("nan")
 
 
 def _auc_by_group(group_N: Int, num_groups: int, label_N: Floats, score_N: Floats) -> tuple[Floats, Int]:

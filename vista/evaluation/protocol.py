@@ -145,6 +145,8 @@ def _list_metrics(scores: NDArray[np.floating[Any]], owner: Int, column: Int, ks
     return out
 
 
+USERS_PER_BATCH = 512
+"""Users that are ranked at once."""
 SCORES_PER_BATCH = 1 << 25
 """Most scores, users times items, that are held at once."""
 LAST_RANK = 1 << 62
@@ -268,13 +270,10 @@ def impression_metrics(cases: ImpressionCases, probability: Float32s) -> dict[st
         if len(np.unique(label)) < 2:
             continue
         metrics[f"auc/{task}"] = auc(label, predicted)
-        metrics[f"gauc/{task}"] = gauc(cases.user[known], label, predicted).value
+        metrics[f"gauc/{task}"] = gauc(cases.user[known], label, predicted)
         metrics[f"ne/{task}"] = normalized_entropy(label, predicted)
         metrics[f"calibration/{task}"] = calibration(label, predicted).ratio
     return metrics
-
-
-# Quality over the next items of a split: the very next event of each user, ranked among all items.
 
 
 def measure_next_items(
@@ -301,8 +300,8 @@ def measure_next_items(
     """
     cases = next_item_cases(log, *part_counts(log, data, config.split))
     own = cases if ranks is None else cases.part(ranks.part_of(cases.seen + 1))
-    batches = case_batches(own, log.num_items, config.users_per_batch)
-    exclude_seen = excludes_seen(log, data, config)
+    batches = case_batches(own, log.num_items, USERS_PER_BATCH)
+    exclude_seen = leaves_out_seen(log, data)
     places = rank_next_items(
         log,
         own,
@@ -321,14 +320,6 @@ def measure_next_items(
         "cases": [cases_digest(log, cases.user, cases.item, cases.seen)],
     }
     return places, PerUserMetrics(log.users.ids(cases.user), ranking_values(places, config.top_k), question)
-
-
-def excludes_seen(log: EventLog, data: DataConfig, config: EvaluateConfig) -> bool:
-    """Whether items of the history are left out of the lists."""
-    return leaves_out_seen(log, data) if config.exclude_seen is None else config.exclude_seen
-
-
-# Quality over windows, as a table with standard errors over users.
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,8 +358,6 @@ def window_metric(name: str, window: str) -> str:
     """Name of a metric of one window: "precision@10/50-events"."""
     return f"{name}/{window.replace(' ', '-')}"
 
-
-# Quality over the window that follows a question: what users do in the next events or days.
 
 Scores = NDArray[np.floating[Any]]
 
@@ -451,7 +440,7 @@ def measure_windows(
     cases = split_windows(log, data, config)
     first = next(iter(cases.values()))
     own = slice(0, len(first)) if ranks is None else ranks.part_of(first.seen + 1)
-    batches = case_batches(first.part(own), log.num_items, config.users_per_batch)
+    batches = case_batches(first.part(own), log.num_items, USERS_PER_BATCH)
     shown = progress_bar(batches, desc="ranking", unit="batch", shown=config.progress, leave=False)
     cold = item_counts(log, visible_counts(log, split_until(data, config.split))) == 0
     asked = any(cold[each.item].any() for each in cases.values())

@@ -38,7 +38,7 @@ START_S = 60.0
 
 
 def run_page(config: ExploreConfig) -> None:
-    """Serve the page until Ctrl-C.
+    """Serve the page until Ctrl-C. It opens in a browser if this is a terminal of a machine with one and a display.
 
     Raises:
         ConfigError: the port cannot be used, or the authentication key cannot be read.
@@ -50,13 +50,11 @@ def run_page(config: ExploreConfig) -> None:
         port = probe.getsockname()[1]
     url = f"http://{HOST}:{port}"
     logger.info("vista explore (Streamlit %s) on %s; stop it with Ctrl-C", streamlit.__version__, url)
-    if config.open_browser:
-        problem = browser_problem()
-        if problem is None:
-            threading.Thread(target=open_when_ready, args=(url,), daemon=True).start()
-        else:
-            remedy = f"`ssh -L {port}:{HOST}:{port} ...`"
-            logger.info("%s; open %s in a browser, on another machine after %s", problem, url, remedy)
+    if (problem := browser_problem()) is not None:
+        remedy = f"`ssh -L {port}:{HOST}:{port} ...`"
+        logger.info("%s; open %s in a browser, on another machine after %s", problem, url, remedy)
+    elif sys.stdout.isatty():
+        threading.Thread(target=open_when_ready, args=(url,), daemon=True).start()
     for module in SLOW_IMPORTS:
         import_module(module)
     cli.main(["run", *streamlit_options(port), str(SCRIPT), "--", as_argument(config)], standalone_mode=False)

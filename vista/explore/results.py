@@ -23,11 +23,11 @@ from vista.evaluation.answers import ScorerAnswers
 from vista.evaluation.cases import impression_cases, next_item_cases, with_tasks
 from vista.evaluation.comparison import AucMeasure, Estimate, MeanMeasure, Measure
 from vista.evaluation.evaluate import check_store
-from vista.evaluation.protocol import case_batches, excludes_seen, rank_next_items
+from vista.evaluation.protocol import USERS_PER_BATCH, case_batches, rank_next_items
 from vista.explore.workspace import escaped
 from vista.files import read_limited
 from vista.log.event_log import EventLog
-from vista.log.splits import part_counts, part_times
+from vista.log.splits import leaves_out_seen, part_counts, part_times
 from vista.runs.run_files import RunFiles, badness, thinned
 from vista.runs.run_list import RunSummary
 from vista.scorer import Scorer
@@ -306,7 +306,7 @@ def summary_benefit(scorer: Scorer, without: Scorer, log: EventLog) -> SummaryBe
         cases = with_tasks(impression_cases(log, begin, end, max_cases=MAX_CASES), model.schema.tasks[:1])
         known = cases.mask[:, 0]
         both = {
-            name: ScorerAnswers(one, log, requests_per_batch=512).probabilities(cases)[known, 0]
+            name: ScorerAnswers(one, log, requests_per_batch=USERS_PER_BATCH).probabilities(cases)[known, 0]
             for name, one in (("with", scorer), ("without", without))
         }
         if known.any():
@@ -322,14 +322,14 @@ def summary_benefit(scorer: Scorer, without: Scorer, log: EventLog) -> SummaryBe
     questions = next_item_cases(log, *part_counts(log, model.data, "test"), max_users=MAX_USERS)
     if not len(questions):
         raise ConfigError("no user has a test label after the split; choose another split and train again")
-    columns, exclude_seen = model.rows_of(log.items) - 1, excludes_seen(log, model.data, EvaluateConfig())
+    columns, exclude_seen = model.rows_of(log.items) - 1, leaves_out_seen(log, model.data)
     ranks = [
         rank_next_items(
             log,
             questions,
             columns,
-            ScorerAnswers(one, log, requests_per_batch=512).catalog_scores,
-            case_batches(questions, log.num_items, 512),
+            ScorerAnswers(one, log, requests_per_batch=USERS_PER_BATCH).catalog_scores,
+            case_batches(questions, log.num_items, USERS_PER_BATCH),
             exclude_seen=exclude_seen,
         )
         for one in (scorer, without)

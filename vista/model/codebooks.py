@@ -54,7 +54,7 @@ class Codebooks:
         return int(self.centroids[0].shape[1])
 
     @classmethod
-    def learn(cls, vectors: Float32s, *, levels: int, num_codes: int, seed: int) -> Codebooks:
+    def learn(cls, vectors: Float32s, *, levels: int, num_codes: int, seed: int = 0) -> Codebooks:
         """Learn the centroids from vectors.
 
         The result depends on the vectors, the seed, and the processor's vector instructions, but not on the number of

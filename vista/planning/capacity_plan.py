@@ -3,23 +3,58 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from textwrap import fill
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vista.config.choices import Codec, Mixing, StateDtype
 from vista.config.model_config import ModelConfig
-from vista.config.store_config import MachineConfig, PlanConfig
+from vista.config.store_config import ACTIVE_SHARE, MachineConfig, PlanConfig
 from vista.counters.counter_codes import CounterSpec
 from vista.errors import ConfigError
 from vista.log.segment_files import EVENT_COLUMNS
-from vista.planning.quantities import DAY_S, PEAK_S, ArrivalRate, size
+from vista.planning.lag_simulation import DAY_S, NUM_DAYS, ArrivalRate, Fleet, LagReport, simulate_lag
 from vista.store.lmdb_environment import MAP_SIZE_BYTES
 from vista.store.record import most_bytes
 from vista.store.record_spec import HEADER_BYTES, CounterLayout, RecordSpec, event_bytes
 from vista.store.state_record import StateSpec, tables_bytes
+from vista.text_table import cores, count, duration, hours, size
+
+# What every plan assumes.
+
+PEAK = 1.5
+"""Events in the busiest hour of a day, divided by those of an average hour."""
+UTILIZATION = 0.6
+"""Share of the time that cores are busy in the busiest hour."""
+FULL_REFRESH_HOURS = 8.0
+"""Time that a full refresh may take."""
+HOT_SHARE = 0.2
+"""Without a remote store: share of the summaries that stays in the page cache, because their users return soon."""
+BURST_S = 3600.0
+"""Length of a simulated burst."""
+RESTART_S = 600.0
+"""Time from a worker's failure to its restart."""
+NETWORK_GBIT_PER_S = 25.0
+"""Of each machine."""
+
+# Speed of one core, in float32. tests/planning/test_measured_figures.py checks these figures against docs/results.
+
+TOKEN_NS = 0.16
+"""Time per token, layer, and squared width. Stage 1 has a token per event and per row of the summary, stage 2 one per
+row of the summary, event of the tail, and candidate. From bench_store.jsonl (full refresh, d=64: 0.15 to 0.16),
+bench_summarizer.jsonl (d=256: 0.17), and bench_scorer.jsonl (d=256: 0.14)."""
+WRITE_MB_PER_S = 500.0
+"""Rate of durable writes of records and states. From bench_store.jsonl (470 with K=128 and d=256, 540 with K=32 and
+d=64)."""
+BATCH_MS = 15.0
+"""Fixed time of an incremental refresh, however few users changed. From bench_store.jsonl (incremental refresh of 64
+and of 1,000 users)."""
+REQUEST_MS = 1.7
+"""Time per request, without its tokens. From bench_scorer.jsonl (d=64, 50 candidates)."""
+CANDIDATE_US = 1.4
+"""Time per candidate, without its token. From bench_scorer.jsonl (d=64, 50 to 5,000 candidates)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +91,7 @@ class MachineGroup:
             "cores": cores / machine.cores,
             "memory": memory_bytes / (machine.memory_gb * 1e9),
             "disk": disk_bytes / (machine.disk_tb * 1e12),
-            "network": network_bytes_per_s / (machine.network_gbit_per_s * 1e9 / 8),
+            "network": network_bytes_per_s / (NETWORK_GBIT_PER_S * 1e9 / 8),
         }
         bound_by = max(needs, key=lambda part: needs[part])
         return cls(name, max(1, math.ceil(needs[bound_by])), bound_by)
@@ -170,7 +205,7 @@ def _per_page(node_bytes: int) -> int:
 
 def token_s(config: PlanConfig, num_layers: int) -> float:
     """Core seconds per token of a stage with this many layers."""
-    return config.measured.token_ns * 1e-9 * num_layers * config.model.dim**2
+    return TOKEN_NS * 1e-9 * num_layers * config.model.dim**2
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,10 +226,10 @@ class RefreshCost:
         """The cost with a configuration and the sizes of its records."""
         event_s = token_s(config, config.model.num_layers)
         rows = config.model.num_seeds + config.model.num_state_rows
-        written_s = (sizes.record_on_disk + sizes.state_on_disk) / (config.measured.write_mb_per_s * 1e6)
+        written_s = (sizes.record_on_disk + sizes.state_on_disk) / (WRITE_MB_PER_S * 1e6)
         user_s = rows * event_s + written_s
         again_s = 0.0 if sizes.state else config.history_events * event_s
-        return cls(event_s, user_s, user_s + again_s, config.measured.batch_ms / 1e3)
+        return cls(event_s, user_s, user_s + again_s, BATCH_MS / 1e3)
 
     def seconds(self, num_events: float, num_users: float) -> float:
         """Core seconds to add new events of `num_users` active users to the store, without the time per batch."""
@@ -204,167 +239,6 @@ class RefreshCost:
 def changed_users(num_events: float, num_users: float) -> float:
     """Expected number of distinct users among events that are spread evenly over `num_users` users."""
     return -num_users * math.expm1(-num_events / num_users)
-
-
-# A discrete-event simulation of how old summaries become, under bursts and failures.
-#
-# Users are divided among workers (`shard=i/n`), so each worker has a queue of its own. At the start of a refresh, a
-# worker takes all its events that have arrived. They are in the store when the refresh ends.
-
-NUM_DAYS = 3
-"""Simulated days. The first one is a warm-up, and the burst is in the busiest hour of the second one."""
-MOST_WORKERS = 16
-"""Workers to simulate. They are alike, so a sample of them is enough."""
-MOST_ARRIVALS = 20_000
-"""Times of arrival per worker."""
-_NORMAL = 1.1
-"""A lag of at most this times the longest one without bursts and failures is normal."""
-
-
-@dataclass(frozen=True, slots=True)
-class Fleet:
-    """The workers that refresh a store incrementally."""
-
-    num_workers: int
-    seconds: Callable[[float], float]
-    """Time that one worker takes for a refresh with this many new events, in s."""
-    interval_s: float
-    """Time between the starts of two refreshes; 0 starts the next one as soon as there are events."""
-    failures_per_day: float = 0.0
-    """Of all workers together."""
-    restart_s: float = 0.0
-    """Time from a failure to the restart. The interrupted refresh starts over."""
-
-
-@dataclass(frozen=True, slots=True)
-class LagReport:
-    """How long events wait until they are in the store, in s, over a day and a half around the burst."""
-
-    median_s: float
-    p95_s: float
-    p99_s: float
-    longest_s: float
-    caught_up_s: float | None
-    """Time after the burst until lags are normal again; 0 if they always are, None if not within a day."""
-    failed_longest_s: float
-    """Longest lag of a worker that fails at the end of the burst."""
-    failed_caught_up_s: float | None
-    """Time from this failure until the worker's lags are normal again; None if not within a day."""
-    num_simulated: int
-    """Simulated workers."""
-
-
-def refreshed(
-    arrivals: NDArray[np.float64],
-    weight: float,
-    seconds: Callable[[float], float],
-    *,
-    interval_s: float = 0.0,
-    failures: Sequence[float] = (),
-    restart_s: float = 0.0,
-    most_per_refresh: int | None = None,
-) -> NDArray[np.float64]:
-    """When each event of one worker is in the store.
-
-    Args:
-        arrivals: [N] times in s, ascending.
-        weight: events that arrive at each of these times.
-        seconds: time of a refresh by its number of events.
-        interval_s: refreshes start at multiples of it, or when the previous one ends, if that is later.
-        failures: times, ascending, at which the worker fails; the refresh that it is in has no effect.
-        restart_s: time from a failure to the restart.
-        most_per_refresh: times of arrival that one refresh takes at most; None for no limit.
-
-    Returns:
-        [N] times in s at which the refreshes end.
-    """
-    ends = np.empty(len(arrivals))
-    first, free, due, waiting = 0, 0.0, 0.0, list(failures)
-    while first < len(arrivals):
-        start = max(free, due, float(arrivals[first]))
-        if interval_s and start > max(free, due):  # The ticks before this event found nothing to do.
-            start = math.ceil(start / interval_s) * interval_s
-        while True:
-            last = int(np.searchsorted(arrivals, start, side="right"))
-            if most_per_refresh is not None:
-                last = min(last, first + most_per_refresh)
-            end = start + seconds((last - first) * weight)
-            if not waiting or waiting[0] >= end:
-                break
-            start = max(start, waiting.pop(0) + restart_s)
-        ends[first:last] = end
-        first, free = last, end
-        due = (math.floor(start / interval_s) + 1) * interval_s if interval_s else 0.0
-    return ends
-
-
-def simulate_lag(
-    rate: ArrivalRate, fleet: Fleet, *, burst: float = 1.0, burst_s: float = 0.0, seed: int = 0
-) -> LagReport:
-    """Simulate `NUM_DAYS` days of a fleet with one burst.
-
-    Args:
-        rate: of all users, without the burst.
-        fleet: the workers.
-        burst: factor of the rate during the burst, which is in the middle of the busiest hours of the second day.
-        burst_s: length of the burst, in s.
-        seed: of arrivals and failures.
-    """
-    peak_s, duration_s = float(DAY_S + PEAK_S), float(NUM_DAYS * DAY_S)
-    burst_end_s = peak_s + burst_s / 2
-    own = replace(
-        rate, per_s=rate.per_s / fleet.num_workers, burst=burst, burst_s=burst_s, burst_start_s=peak_s - burst_s / 2
-    )
-    num_simulated = min(fleet.num_workers, MOST_WORKERS)
-    failures_per_worker = fleet.failures_per_day * NUM_DAYS / fleet.num_workers
-    lags = []
-    for generator in np.random.default_rng(seed).spawn(num_simulated):
-        arrivals, weight = own.arrivals(duration_s, MOST_ARRIVALS, generator)
-        failures = np.sort(generator.uniform(0, duration_s, generator.poisson(failures_per_worker)))
-        ends = _ends(arrivals, weight, fleet, failures.tolist())
-        lags.append((ends - arrivals)[(arrivals >= DAY_S) & (arrivals < duration_s - DAY_S / 2)])
-    lag = np.concatenate(lags)
-
-    calm, weight = replace(own, burst=1.0).arrivals(duration_s, MOST_ARRIVALS, None)
-    normal_s = _NORMAL * float(np.max(_ends(calm, weight, fleet) - calm, initial=0.0))
-    fluid, weight = own.arrivals(duration_s, MOST_ARRIVALS, None)
-    with_burst = _ends(fluid, weight, fleet)
-    with_failure = _ends(fluid, weight, fleet, [burst_end_s])
-    affected = (with_failure > burst_end_s) & (fluid < duration_s - DAY_S / 2)
-    median_s, p95_s, p99_s = np.percentile(lag, [50, 95, 99]) if len(lag) else (0.0, 0.0, 0.0)
-    return LagReport(
-        median_s=float(median_s),
-        p95_s=float(p95_s),
-        p99_s=float(p99_s),
-        longest_s=float(np.max(lag, initial=0.0)),
-        caught_up_s=_caught_up(fluid, with_burst, burst_end_s, normal_s, duration_s),
-        failed_longest_s=float(np.max((with_failure - fluid)[affected], initial=0.0)),
-        failed_caught_up_s=_caught_up(fluid, with_failure, burst_end_s, normal_s, duration_s),
-        num_simulated=num_simulated,
-    )
-
-
-def _ends(
-    arrivals: NDArray[np.float64], weight: float, fleet: Fleet, failures: Sequence[float] = ()
-) -> NDArray[np.float64]:
-    return refreshed(
-        arrivals,
-        weight,
-        fleet.seconds,
-        interval_s=fleet.interval_s,
-        failures=failures,
-        restart_s=fleet.restart_s,
-    )
-
-
-def _caught_up(
-    arrivals: NDArray[np.float64], ends: NDArray[np.float64], from_s: float, normal_s: float, until_s: float
-) -> float | None:
-    """Time from `from_s` until the last event with a longer lag than normal is in the store."""
-    late = ends[(ends - arrivals > normal_s) & (ends > from_s)]
-    if not len(late):
-        return 0.0
-    return None if late[-1] >= until_s else float(late[-1]) - from_s
 
 
 GENERATIONS = 3
@@ -401,7 +275,7 @@ class CapacityPlan:
     """Parts of the store: at least one per worker, and each fits the address space that LMDB reserves."""
     full_refresh_core_s: float
     full_refresh_cores: int
-    """Cores that finish a full refresh within `full_refresh_hours`."""
+    """Cores that finish a full refresh within `FULL_REFRESH_HOURS`."""
     request_s: float
     """Time of one core per request."""
     serving_cores: int
@@ -440,6 +314,23 @@ class CapacityPlan:
         """The same for the event that waits longest."""
         return max(self.config.refresh_every_s, self.refresh_s) + self.refresh_s
 
+    def __str__(self) -> str:
+        config = self.config
+        parts = [
+            f"{count(config.users)} users, {count(config.events_per_day)} events per day, "
+            f"{count(config.requests_per_s)} requests per s of {config.candidates} candidates",
+            *_section("Disk", _disk(self)),
+            *_section("Refresh", _refresh(self)),
+            *_section("Serving", _serving(self)),
+            *(_section("Simulated lag of an event", _lag(self)) if self.lag is not None else ()),
+            *_section(
+                _machine_title(self), [(one.name, f"{count(one.machines)}, by {one.bound_by}") for one in self.groups]
+            ),
+            "Assumptions",
+            *(fill(line, 110, initial_indent="  - ", subsequent_indent="    ") for line in assumptions(self)),
+        ]
+        return "\n".join(parts)
+
 
 def plan_capacity(config: PlanConfig) -> CapacityPlan:
     """Plan a deployment.
@@ -453,23 +344,23 @@ def plan_capacity(config: PlanConfig) -> CapacityPlan:
         config.model, config.codec, config.state, num_items=round(config.items), history_events=history
     )
     cost = RefreshCost.of(config, sizes)
-    per_s, active = config.events_per_day / DAY_S, config.users * config.active_share
-    busy_s = config.refresh_every_s * config.utilization
+    per_s, active = config.events_per_day / DAY_S, config.users * ACTIVE_SHARE
+    busy_s = config.refresh_every_s * UTILIZATION
     if busy_s <= cost.batch_s:
         raise ConfigError(
             f"refresh_every_s: a refresh takes {cost.batch_s:.2g} s without any events, but {config.refresh_every_s:g} "
-            f"s at a utilization of {config.utilization:g} leave {busy_s:.2g} s; refresh less often"
+            f"s at a utilization of {UTILIZATION:g} leave {busy_s:.2g} s; refresh less often"
         )
-    new_events = per_s * config.peak * config.refresh_every_s
+    new_events = per_s * PEAK * config.refresh_every_s
     work_s = cost.seconds(new_events, active)
     workers = max(1, math.ceil(work_s / (busy_s - cost.batch_s)))
     on_disk = (config.users * sizes.record_on_disk, config.users * sizes.state_on_disk)
     full_s = config.users * (config.history_events * cost.event_s + cost.full_user_s)
-    full_cores = max(1, math.ceil(full_s / (config.full_refresh_hours * 3600)))
+    full_cores = max(1, math.ceil(full_s / (FULL_REFRESH_HOURS * 3600)))
     request_s = request_core_s(config)
     changed = changed_users(new_events, active)
     sent = changed if config.remote_store and not sizes.state else config.users
-    records_per_s = sent / config.refresh_every_s + config.users / (config.full_refresh_hours * 3600)
+    records_per_s = sent / config.refresh_every_s + config.users / (FULL_REFRESH_HOURS * 3600)
     plan = CapacityPlan(
         config=config,
         sizes=sizes,
@@ -477,7 +368,7 @@ def plan_capacity(config: PlanConfig) -> CapacityPlan:
         state_bytes=on_disk[1],
         log_bytes=config.users * config.history_events * EVENT_BYTES,
         log_bytes_per_day=config.events_per_day * EVENT_BYTES,
-        events_per_s=per_s * config.peak,
+        events_per_s=per_s * PEAK,
         changed_users=changed,
         refresh_workers=workers,
         refresh_s=work_s / workers + cost.batch_s,
@@ -485,7 +376,7 @@ def plan_capacity(config: PlanConfig) -> CapacityPlan:
         full_refresh_core_s=full_s,
         full_refresh_cores=full_cores,
         request_s=request_s,
-        serving_cores=max(1, math.ceil(config.requests_per_s * request_s / config.utilization)),
+        serving_cores=max(1, math.ceil(config.requests_per_s * request_s / UTILIZATION)),
         request_bytes=config.candidates * CANDIDATE_BYTES + (sizes.record if config.remote_store else 0),
         # Per item: its retrieval vector, and its vector with four projections (`ItemProjections`), float32.
         item_bytes=config.items * 6 * config.model.dim * 4,
@@ -498,9 +389,9 @@ def plan_capacity(config: PlanConfig) -> CapacityPlan:
 
 def request_core_s(config: PlanConfig) -> float:
     """Time of one core for a request of one user."""
-    model, measured = config.model, config.measured
+    model = config.model
     tokens = model.num_seeds + model.num_state_rows + model.tail_len + config.candidates
-    fixed_s = measured.request_ms * 1e-3 + config.candidates * measured.candidate_us * 1e-6
+    fixed_s = REQUEST_MS * 1e-3 + config.candidates * CANDIDATE_US * 1e-6
     return fixed_s + tokens * token_s(config, model.num_target_layers)
 
 
@@ -529,7 +420,7 @@ def _groups(plan: CapacityPlan) -> tuple[MachineGroup, ...]:
             "serving",
             serving_machine,
             cores=plan.serving_cores,
-            memory_bytes=config.hot_share * copies_bytes,
+            memory_bytes=HOT_SHARE * copies_bytes,
             disk_bytes=GENERATIONS * copies_bytes,
             network_bytes_per_s=received + plan.copied_bytes_per_s,
         )
@@ -546,13 +437,130 @@ def _groups(plan: CapacityPlan) -> tuple[MachineGroup, ...]:
 
 def _simulated(config: PlanConfig, cost: RefreshCost, workers: int) -> LagReport:
     """The lag of the plan's workers with the configuration's burst and failures."""
-    active = config.users * config.active_share / workers
+    active = config.users * ACTIVE_SHARE / workers
     fleet = Fleet(
         workers,
         lambda num_events: cost.batch_s + cost.seconds(num_events, active),
         config.refresh_every_s,
         config.failures_per_day,
-        60 * config.restart_minutes,
+        RESTART_S,
     )
-    rate = ArrivalRate(config.events_per_day / DAY_S, config.peak)
-    return simulate_lag(rate, fleet, burst=config.burst, burst_s=60 * config.burst_minutes, seed=config.seed)
+    rate = ArrivalRate(config.events_per_day / DAY_S, PEAK)
+    return simulate_lag(rate, fleet, burst=config.burst, burst_s=BURST_S)
+
+
+# The plan as text.
+
+_WIDTH = 36
+
+
+def _section(title: str, rows: Sequence[tuple[str, str]]) -> list[str]:
+    return [title, *(f"  {name:<{_WIDTH}}{value}" for name, value in rows)]
+
+
+def _disk(plan: CapacityPlan) -> list[tuple[str, str]]:
+    sizes = plan.sizes
+    if plan.writes_to_server:
+        rows = [("record of a user", size(sizes.record))]
+    else:
+        rows = [
+            ("record of a user", f"{size(sizes.record)}, in pages {size(sizes.record_on_disk)}"),
+            ("summaries, one generation", size(plan.summary_bytes)),
+        ]
+    if sizes.state:
+        rows.append(("state of a user", f"{size(sizes.state)}, in pages {size(sizes.state_on_disk)}"))
+        rows.append(("states, one generation", size(plan.state_bytes)))
+    return [*rows, ("event log", f"{size(plan.log_bytes)}, growing by {size(plan.log_bytes_per_day)} per day")]
+
+
+def _refresh(plan: CapacityPlan) -> list[tuple[str, str]]:
+    config = plan.config
+    full_s = plan.full_refresh_core_s
+    full = f"{cores(plan.full_refresh_cores)}, {duration(full_s / plan.full_refresh_cores)} ({hours(full_s)})"
+    return [
+        ("new events in the busiest hour", f"{count(plan.events_per_s)} per s"),
+        (
+            "changed users per refresh",
+            f"{count(plan.changed_users)} of {count(config.users * ACTIVE_SHARE)} active",
+        ),
+        ("incremental refresh", f"{cores(plan.refresh_workers)}, {duration(plan.refresh_s)} each time"),
+        ("lag of an event", f"mean {duration(plan.mean_lag_s)}, longest {duration(plan.longest_lag_s)}"),
+        ("full refresh", full),
+        ("records sent to the copies", f"{size(plan.copied_bytes_per_s)} per s"),
+        ("shards of the store", f"at least {count(plan.shards)}"),
+    ]
+
+
+def _serving(plan: CapacityPlan) -> list[tuple[str, str]]:
+    config = plan.config
+    return [
+        ("request", f"{duration(plan.request_s)} of one core, {size(plan.request_bytes)} of network"),
+        ("all requests", cores(plan.serving_cores)),
+        ("network", f"{size(config.requests_per_s * plan.request_bytes)} per s"),
+        ("vectors of items, per machine", f"{size(plan.item_bytes)} of memory"),
+    ]
+
+
+def _lag(plan: CapacityPlan) -> list[tuple[str, str]]:
+    lag, config = plan.lag, plan.config
+    assert lag is not None
+    rows = [
+        ("median, 95 %, 99 %, longest", ", ".join(map(duration, (lag.median_s, lag.p95_s, lag.p99_s, lag.longest_s)))),
+    ]
+    if config.burst > 1:
+        rows.append(("normal again after the burst", duration(lag.caught_up_s)))
+    if config.failures_per_day:
+        rows.append(("longest of a worker that fails", duration(lag.failed_longest_s)))
+        rows.append(("normal again after its failure", duration(lag.failed_caught_up_s)))
+    return rows
+
+
+def _machine_title(plan: CapacityPlan) -> str:
+    machine = plan.config.machine
+    return (
+        f"Machines of {cores(machine.cores)}, {machine.memory_gb:g} GB memory, {machine.disk_tb:g} TB disk, "
+        f"{NETWORK_GBIT_PER_S:g} Gbit/s"
+    )
+
+
+def assumptions(plan: CapacityPlan) -> list[str]:
+    """The assumptions of the plan, one sentence each."""
+    config, model = plan.config, plan.config.model
+    lines = [
+        f"model: {model.num_seeds} summary tokens of width {model.dim}, {model.num_layers} layers in stage 1 and "
+        f"{model.num_target_layers} in stage 2, float32 on CPUs, {config.codec.value} summaries, no features",
+        f"one core: {TOKEN_NS:g} ns per token, layer, and squared width; "
+        f"{WRITE_MB_PER_S:g} MB/s of durable writes; {BATCH_MS:g} ms per refresh; "
+        f"{REQUEST_MS:g} ms per request; {CANDIDATE_US:g} µs per candidate",
+        f"cores are busy {100 * UTILIZATION:g} % of the busiest hour, which has {PEAK:g} times "
+        "the events of an average one",
+        f"{config.history_events:,g} events of {EVENT_BYTES} bytes per user; the events of a day are spread evenly "
+        f"over {100 * ACTIVE_SHARE:g} % of the users",
+        f"up to {GENERATIONS} generations at a time, {config.replicas} copies of each summary",
+    ]
+    if config.remote_store:
+        lines.append(f"summaries are in the memory of servers, {size(plan.sizes.on_server)} per record")
+        if plan.stores_on_servers > 1:
+            lines.append(
+                f"the users are divided among {count(plan.stores_on_servers)} stores on servers, because such a store "
+                "has no shards; the client knows the store of each user"
+            )
+    else:
+        lines.append(
+            f"summaries are on the disks of the machines that serve, {100 * HOT_SHARE:g} % of them in the "
+            "page cache; each request goes to a machine that has its user"
+        )
+    if not plan.writes_to_server:
+        lines.append("each refresh ends with a copy of the complete generation, whose time is not in the lag")
+    if not plan.sizes.state:
+        why = "bidirectional mixing has none" if model.mixing is Mixing.bidirectional else "state=none"
+        lines.append(f"without states ({why}), a changed user's whole history is summarized again")
+    if plan.lag is not None:
+        lines.append(
+            f"simulation: {NUM_DAYS} days, {plan.lag.num_simulated} of {count(plan.refresh_workers)} workers, events "
+            f"at random times; burst of {config.burst:g} for {duration(BURST_S)}, "
+            f"{config.failures_per_day:g} failures per day with a restart after "
+            f"{duration(RESTART_S)}"
+        )
+    lines.append("training, the machines' own software, and protocol overhead are not counted")
+    return lines

@@ -113,6 +113,8 @@ QUEUED = 2
 """Batches that an actor holds: the one that it encodes, and the next one."""
 AHEAD = 4
 """Batches per actor that are being encoded or wait for the writer, so that a long history does not delay others."""
+_OBJECT_STORE_BYTES = 256 << 20
+"""On this machine: shared memory for results that wait for the writer. Results that do not fit spill to disk."""
 CONNECT_S = 10.0
 PATIENCE_S = 60.0
 """If no batch returns for so long, a warning says what is pending."""
@@ -199,7 +201,7 @@ class RayEngine:
             folder = tempfile.mkdtemp(prefix="vista-ray-")
             arguments |= {
                 "num_cpus": self._config.num_actors * self._num_threads or max(usable_cores(), self._num_threads),
-                "object_store_memory": self._config.object_store_bytes,
+                "object_store_memory": _OBJECT_STORE_BYTES,
                 "include_dashboard": False,
                 "_temp_dir": folder,
             }

@@ -17,11 +17,10 @@ from vista.config.choices import Target
 from vista.device import cpu_settings
 from vista.errors import ConfigError
 from vista.evaluation.comparison import Measure
-from vista.evaluation.protocol import excludes_seen
 from vista.files import replace_text, writable_file
 from vista.installation import __version__
 from vista.log.event_log import EventLog
-from vista.log.splits import split_until, visible_counts
+from vista.log.splits import leaves_out_seen, split_until, visible_counts
 from vista.progress_bar import progress_bar
 from vista.report.html_page import PageSection, paragraph, render_page
 from vista.report.report_data import ComparisonData, Latency, MeasuredRun, TrainedRun
@@ -50,7 +49,7 @@ NUM_LATENCY_USERS = 5
 NUM_CANDIDATES = 500
 TRAINED_BASELINES = (
     "baselines that take minutes to fit: EASE, TIFU-KNN, pooled factors, pooled vectors, and boosted trees; "
-    "vista evaluate baselines=true trained_baselines=true measures them, and needs the extra baselines"
+    "vista evaluate baselines=trained measures them, and needs the extra baselines"
 )
 
 
@@ -117,7 +116,7 @@ def write_report(config: ReportConfig, *, latency: Latency | None = None, notes:
         lambda: quality_section(data, config.split),
         lambda: _length_section(data),
         lambda: _activity_section(data, own, log, config),
-        lambda: _age_section(data, own, log, config, asked),
+        lambda: _age_section(data, own, log, config),
         lambda: calibration_section(data),
         lambda: "latency, because the model reads raw histories" if latency is None else latency_section(latency),
     ]
@@ -160,9 +159,7 @@ def _activity_section(data: ComparisonData, own: MeasuredRun, log: EventLog, con
     return split_section("Quality by user activity", definition, data, active, f"events in {ACTIVE_DAYS} days")
 
 
-def _age_section(
-    data: ComparisonData, own: MeasuredRun, log: EventLog, config: ReportConfig, asked: EvaluateConfig
-) -> PageSection | str:
+def _age_section(data: ComparisonData, own: MeasuredRun, log: EventLog, config: ReportConfig) -> PageSection | str:
     if config.target is Target.window:
         return "quality by the age of the deciding event, because a window has several labels"
     aged: list[tuple[Measure, list[CasePart]]] = []
@@ -173,7 +170,7 @@ def _age_section(
             f"The deciding event is the user's newest event whose item has the same {column} as the candidate or "
             "label. Its age is the number of the user's later events."
         )
-    elif excludes_seen(log, own.model.data, asked) and own.model.has_retrieval:
+    elif leaves_out_seen(log, own.model.data) and own.model.has_retrieval:
         aged = [(measure, age_parts(similar_ages(measure, log, own.model))) for measure in data.measures]
         definition = (
             "The deciding event is the event whose item vector, in this run's model, is most similar to that of the "

@@ -128,7 +128,7 @@ def _task_metrics(measure: AucMeasure) -> dict[str, dict[str, str]]:
     """GAUC, normalized entropy, and calibration of the first task."""
     return {
         name: {
-            "GAUC": f"{gauc(measure.user, measure.label, values).value:.4f}",
+            "GAUC": f"{gauc(measure.user, measure.label, values):.4f}",
             "NE": f"{normalized_entropy(measure.label, values):.4f}",
             "calibration": f"{calibration(measure.label, values).ratio:.3f}",
         }

@@ -119,7 +119,7 @@ class ServedModels:
                 store=one.store,
                 index=one.index,
                 task=one.task,
-                project_per_request=one.project_per_request,
+                project_per_request=True,  # models whose stage 2 differs cannot share the exported projections
             )
             for name, one in file.models.items()
         }

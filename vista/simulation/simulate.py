@@ -41,7 +41,6 @@ from vista.logistic_regression import fit_probability, predict_probability
 from vista.progress_bar import progress_bar
 from vista.simulation.streams import (
     ACTIONS,
-    Catalog,
     SimulatedChunk,
     SimulatedLog,
     make_catalog,
@@ -54,9 +53,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 
-# The best possible metrics on a simulated log: those of the oracle, and of predictors that know less.
-#
-# There are four kinds of predictor, all measured on the same impressions and labels:
+# The best possible metrics on a simulated log, of four kinds of predictor on the same impressions and labels:
 #
 # - `oracle`: the probability that the labels were drawn from. Nothing does better except by chance.
 # - `last N`: an estimate of the best that is possible from the last N events before an impression. It knows more than a
@@ -66,11 +63,9 @@ if TYPE_CHECKING:
 # - `pooled`: the best linear function of pooled vectors (`pooled_features`).
 #
 # The estimates are logistic regressions. They are fitted to true probabilities rather than to drawn labels, which
-# spares
-# the sampling error of labels. Those of `last N` and `whole history` are fitted on the validation and test impressions
-# of
-# one half of the users and measured on the other half, and vice versa. That of `pooled` is fitted on all users'
-# impressions before the test part.
+# spares the sampling error of labels. Those of `last N` and `whole history` are fitted on the validation and test
+# impressions of one half of the users and measured on the other half, and vice versa. That of `pooled` is fitted on all
+# users' impressions before the test part.
 
 WINDOWS = (2000, 200, 32)
 MAX_IMPRESSIONS = 200_000
@@ -351,11 +346,7 @@ def write(log: SimulatedLog, out: Path) -> None:
     """Write the four files of a simulation durably, each of them atomically, the manifest last."""
     make_folders(out)
     (out / MANIFEST_FILE).unlink(missing_ok=True)
-    for name, frame in (
-        (EVENTS_FILE, _events_frame(log)),
-        (IMPRESSIONS_FILE, _impressions_frame(log)),
-        (ITEMS_FILE, _items_frame(log.catalog)),
-    ):
+    for name, frame in _frames(log).items():
         create_file(out / f"{name}.tmp", 0o666).close()
         frame.write_parquet(out / f"{name}.tmp", compression="zstd", compression_level=1)
         sync(out / f"{name}.tmp")
@@ -371,40 +362,38 @@ def write(log: SimulatedLog, out: Path) -> None:
     replace_text(out / MANIFEST_FILE, json.dumps(manifest, indent=2) + "\n")
 
 
-def _events_frame(log: SimulatedLog) -> pl.DataFrame:
+def _frames(log: SimulatedLog) -> dict[str, pl.DataFrame]:
+    """The tables of a simulation by the names of their files."""
     pl = require_module("polars", "data")
-
-    users = np.repeat(np.arange(1, log.config.num_users + 1), np.diff(log.offsets))
-    return pl.DataFrame(
-        {
-            "user": users,
-            "item": log.item.astype(np.int64) + 1,
-            "timestamp": log.timestamp,
-            "action": pl.Series(np.array(ACTIONS, dtype=object), dtype=pl.String).gather(log.action),
-        }
-    )
-
-
-def _impressions_frame(log: SimulatedLog) -> pl.DataFrame:
-    pl = require_module("polars", "data")
-
-    columns = {
-        "user": pl.Series(log.impression_user + 1),
-        "item": pl.Series(log.impression_item.astype(np.int64) + 1),
-        "timestamp": pl.Series(log.impression_timestamp),
+    tasks, num_items = WORLDS[log.config.world].tasks, len(log.catalog.topic)
+    known = {task: pl.Series(log.label[:, index]) for index, task in enumerate(tasks)}
+    return {
+        EVENTS_FILE: pl.DataFrame(
+            {
+                "user": np.repeat(np.arange(1, log.config.num_users + 1), np.diff(log.offsets)),
+                "item": log.item.astype(np.int64) + 1,
+                "timestamp": log.timestamp,
+                "action": pl.Series(np.array(ACTIONS, dtype=object), dtype=pl.String).gather(log.action),
+            }
+        ),
+        IMPRESSIONS_FILE: pl.DataFrame(
+            {
+                "user": log.impression_user + 1,
+                "item": log.impression_item.astype(np.int64) + 1,
+                "timestamp": log.impression_timestamp,
+                **{task: label.set(label < 0, None) for task, label in known.items()},
+                **{
+                    f"{task}_probability": np.ascontiguousarray(log.probability[:, index])
+                    for index, task in enumerate(tasks)
+                },
+                "decisive_age": log.decisive_age,
+            }
+        ),
+        ITEMS_FILE: pl.DataFrame(
+            {
+                "item": np.arange(1, num_items + 1),
+                "topic": log.catalog.topic.astype(np.int64),
+                "quality": log.catalog.quality,
+            }
+        ),
     }
-    tasks = WORLDS[log.config.world].tasks
-    for index, task in enumerate(tasks):
-        known = pl.Series(log.label[:, index])
-        columns[task] = known.set(known < 0, None)
-    for index, task in enumerate(tasks):
-        columns[f"{task}_probability"] = pl.Series(np.ascontiguousarray(log.probability[:, index]))
-    columns["decisive_age"] = pl.Series(log.decisive_age)
-    return pl.DataFrame(columns)
-
-
-def _items_frame(catalog: Catalog) -> pl.DataFrame:
-    pl = require_module("polars", "data")
-
-    ids = np.arange(1, len(catalog.topic) + 1)
-    return pl.DataFrame({"item": ids, "topic": catalog.topic.astype(np.int64), "quality": catalog.quality})

@@ -13,8 +13,6 @@ from vista.arrays import offsets_of
 from vista.config import SimulateConfig
 from vista.log.histories import DAY_MS
 
-# The simulated period, and the times that split it.
-
 VALIDATION_SHARE, TEST_SHARE = 0.70, 0.85
 """Shares of the period after which validation and test labels begin."""
 
@@ -93,8 +91,6 @@ def draw_items(
     return np.asarray(catalog.ranked.reshape(-1)[index + catalog.topic_start[topic] + rank])
 
 
-# How often and how long ago a topic occurs in ranges of packed events.
-
 IntArray = NDArray[np.integer[Any]]
 
 
@@ -134,10 +130,8 @@ class TopicIndex:
 
 # Users' topics, and the episodes in which their slow interests take turns.
 #
-# The settings of the simulation share this module, `event_stream`, and `request_stream`. Nothing here touches files.
-# All
-# code is NumPy over packed arrays, one chunk of users at a time. Every chunk has its own random stream, so the bytes
-# depend only on the config (and on NumPy's version), never on the number of threads.
+# All code is NumPy over packed arrays, one chunk of users at a time. Every chunk has its own random stream, so the
+# bytes depend only on the config (and on NumPy's version), never on the number of threads.
 #
 # Letters: U users of the chunk, T events, S sessions, E episodes, R requests, N impressions, K topics.
 
@@ -223,6 +217,8 @@ ACTION_SHARES = np.array([[0.90, 0.03, 0.07], [0.68, 0.10, 0.22]])
 """[off topic, on topic] by action: probabilities of `ACTIONS`."""
 EVENT_GAP_MS = 45_000
 """Mean gap within a session; shorter if the simulated period is too short for it."""
+IMPRESSIONS_PER_REQUEST = 4
+"""Candidates that are shown at the same time."""
 REQUEST_DELAY_MS = 60_000
 """Maximum time between a request and the last event before it."""
 
@@ -341,9 +337,6 @@ def recurring_events(
     return row, position[row, column]
 
 
-# Requests that show candidates to a chunk of users.
-
-
 @dataclass(frozen=True, slots=True)
 class RequestStream:
     """When candidates are shown, one row per candidate, sorted by user and time."""
@@ -368,7 +361,7 @@ def draw_requests(
     With `after` [T], a request moves back until it directly follows one of these events, if the user has any before.
     """
     lengths = np.diff(offsets)
-    per_user = -(-config.impressions_per_user // config.impressions_per_request)
+    per_user = -(-config.impressions_per_user // IMPRESSIONS_PER_REQUEST)
     user = np.repeat(np.arange(len(lengths)), per_user)
     stop = offsets[user] + 1 + (rng.random(len(user)) * lengths[user]).astype(np.int64)
     if after is not None:
@@ -380,11 +373,9 @@ def draw_requests(
     delay = np.minimum(following - timestamp[stop - 1], REQUEST_DELAY_MS)
     time = timestamp[stop - 1] + 1 + (rng.random(len(user)) * (delay - 1)).astype(np.int64)
     order = np.lexsort((time, user))
-    user, time, stop = (np.repeat(x, config.impressions_per_request) for x in (user, time[order], stop[order]))
-    if config.impressions_per_request > 1:  # a user's last request may have fewer
-        keep = np.arange(len(user)) % (len(user) // len(lengths)) < config.impressions_per_user
-        user, time, stop = user[keep], time[keep], stop[keep]
-    return RequestStream(user, time, stop)
+    user, time, stop = (np.repeat(x, IMPRESSIONS_PER_REQUEST) for x in (user, time[order], stop[order]))
+    keep = np.arange(len(user)) % (len(user) // len(lengths)) < config.impressions_per_user  # the last may have fewer
+    return RequestStream(user[keep], time[keep], stop[keep])
 
 
 @dataclass(frozen=True, slots=True)
@@ -399,9 +390,6 @@ class Queries:
     """[N] packed index of the oldest known event."""
     stop: NDArray[np.int64]
     """[N] packed index after the newest event before the impression."""
-
-
-# A simulated log in memory.
 
 
 @dataclass(frozen=True, slots=True)

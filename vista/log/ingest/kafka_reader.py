@@ -227,6 +227,8 @@ _GROUP = "vista"
 """The group whose offsets show in Kafka tools how far the log is, unless the client file names another group."""
 _CHUNK = 10_000
 """Messages that are taken from the client at once."""
+_BYTES_PER_MESSAGE = 671
+"""A check stops after `max_messages`, or as many times these bytes, which bounds its memory."""
 _WAIT_S = 0.2
 _OF_CONSUMERS = ("group.id", "group.instance.id", "isolation.level", "fetch.", "queued.", "max.partition.fetch.bytes")
 """Beginnings of the names of settings that other clients do not have."""
@@ -359,7 +361,8 @@ class KafkaReader:
         config, positions = self._config, dict(begin)
         messages: list[StreamMessage] = []
         num_bytes, deadline = 0, time.monotonic() + config.max_s
-        while len(messages) < config.max_messages and num_bytes < config.max_bytes:
+        most_bytes = config.max_messages * _BYTES_PER_MESSAGE
+        while len(messages) < config.max_messages and num_bytes < most_bytes:
             missing = sum(max(0, ranges[partition].end - offset) for partition, offset in positions.items())
             left_s = deadline - time.monotonic()
             if not missing or left_s <= 0:
