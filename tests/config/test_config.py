@@ -136,11 +136,10 @@ def test_words_are_choices() -> None:
         ),
         (ModelConfig, {"tail_in_summary": False, "architecture": "sim"}, r"model\.tail_in_summary: false needs"),
         (ModelConfig, {"embedding_rows": -1}, r"model\.embedding_rows: must be at least 0, got -1"),
-        (ModelConfig, {"embedding_hashes": 0}, r"model\.embedding_hashes: must be at least 1, got 0"),
         (
             ModelConfig,
-            {"embedding_rows": 9, "embedding_hashes": 3},
-            r"model\.embedding_hashes: must divide model\.dim=64, got 3; use one of \[1, 2, 4, 8, 16, 32, 64\]",
+            {"embedding_rows": 9, "dim": 5, "num_heads": 1},
+            r"model\.dim: must be a multiple of 2 with model\.embedding_rows, got 5",
         ),
         (OptimConfig, {"logq_strength": 1.5}, r"optim\.logq_strength: must lie in \[0, 1\], got 1\.5"),
         (DataConfig, {"unknown_share": 1.0}, r"data\.unknown_share: must lie in \[0, 1\), got 1\.0"),

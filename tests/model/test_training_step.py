@@ -15,7 +15,7 @@ from torch import nn
 
 from tests.conftest import NEXT_ONLY
 from vista.config import DataConfig, ModelConfig, OptimConfig, SourceColumns, TrainConfig
-from vista.config.choices import Decay, Mixing, Precision, ReconstructionTarget, TargetAttentionKind
+from vista.config.choices import Decay, Mixing, Normalization, Precision, ReconstructionTarget, TargetAttentionKind
 from vista.examples.batch import Batch
 from vista.examples.batch_source import BatchSource
 from vista.log.event_log import EventLog
@@ -212,7 +212,7 @@ def test_counters_off_change_no_loss(
     make: SimpleNamespace, mixing: Mixing, total: float, window: float, click: float
 ) -> None:
     """The losses of one batch as they were before there were counters."""
-    model = make.model(seed=5, mixing=mixing)
+    model = make.model(seed=5, mixing=mixing, normalization=Normalization.length)
     chunks, _ = make.chunks(make.histories([27, 9, 1, 18], 6), 6, impressions=20, chunk_len=9)
     anchors = make.anchor_plan(spacing=3, timeless_share=0.2)
     batch = make.batch(

@@ -298,7 +298,7 @@ def schema_and_readers(log: EventLog, config: TrainConfig, since: int | None = N
             f"optim.next_weight={config.next_weight:g}: {log.path} has no labeled task either, so no head would be "
             "trained; set optim.next_weight=1"
         )
-    ratings = rating_range(log) if log.has_rating and model.use_rating else None
+    ratings = rating_range(log) if log.has_rating else None
     given = log.item_features if model.use_item_features else None
     hashed = model.hashed_rows
     check_hashed_features(hashed, log)
@@ -364,8 +364,8 @@ def rating_range(log: EventLog, *, events_per_batch: int = EVENTS_PER_BLOCK) -> 
         return None
     if not math.isfinite(high - low):
         raise DataError(
-            f"{log.path}: ratings range from {low} to {high}; prepare the log again from finite ratings, or set "
-            "model.use_rating=false"
+            f"{log.path}: ratings range from {low} to {high}; prepare the log again from finite ratings, or "
+            "without events.rating"
         )
     return low, high
 
@@ -434,7 +434,7 @@ def hash_collisions(
 
 
 def _of_items(model: RankingModel, frequency: Int) -> Iterator[HashCollisions]:
-    num_rows, num_hashes = model.config.embedding_rows, model.config.embedding_hashes
+    num_rows, num_hashes = model.stage1.embedding_rows, model.stage1.embedding_hashes
     if num_rows:
         item = np.flatnonzero(frequency)
         parts = [

@@ -78,10 +78,6 @@ def _ablations(minutes: float, staleness: tuple[int, ...] = ()) -> dict[str, Tab
         "decay-time": (1, ("model.decay=time", f"{horizons}=[0,365,90,30]")),
         "no-convolution": (0.95, ("model.conv_width=1",)),
         "convolution-5": (1.05, ("model.conv_width=5",)),
-        "phi-relu": (1, ("model.activation=relu",)),
-        "phi-identity": (1, ("model.activation=identity",)),
-        "no-normalization": (1, ("model.normalization=none",)),
-        "normalization-0.5": (1, ("model.normalization_alpha=0.5",)),
         "softmax": (1, SOFTMAX),
         "4-layers": (1.6, ("model.num_target_layers=4",)),
     }
@@ -116,10 +112,6 @@ def _five_minutes() -> Table:
     rows = {
         "vista": TableRow(5, budget),
         "factors": TableRow(5, (*budget, "model.item_start=factors")),
-        # Without the parts of stage 1 that a plain mean of item vectors does not have.
-        "factors-means": TableRow(
-            5, (*budget, "model.item_start=factors", "model.conv_width=1", "model.activation=identity")
-        ),
         "clicks alone": TableRow(5, (*budget, "optim.next_weight=0")),
         # The published choices and sizes: K = 128, d = 256, bidirectional, softmax layers in stage 2.
         "paper": TableRow(5, (*budget, "model=paper")),
