@@ -206,6 +206,19 @@ REMOVED: dict[str, Any] = {
     "model.activation": "silu",
     "model.normalization_alpha": 1.0,
     "model.embedding_hashes": 2,
+    "model.num_reconstruction_layers": 1,
+    "model.reconstruction_target": "vectors",
+    "model.stop_gradient": True,
+    "model.search_top_k": 100,
+    "model.search_share": 0.0,
+    "model.id_dropout": 0.1,
+    "data.num_cuts": 2,
+    "data.negative_power": 0.0,
+    "data.frequencies": "exact",
+    "data.reconstruction_len": 64,
+    "optim.weight_decay": 0.01,
+    "optim.gradient_clip": 1.0,
+    "optim.counted_rate": 5.0,
 }
 """Settings that no longer exist, and the constants in their place. Lines that recorded these did the same as today."""
 NORMALIZATIONS = {"separable": "length", "bidirectional": "none"}

@@ -127,7 +127,7 @@ def test_logq_strength_changes_nothing_but_the_adjustment(world: World, strength
     rows = np.arange(world.log.num_items) // 3 + 1  # three items of the log share one row of the model
 
     def tensors(optim: OptimConfig) -> dict[str, torch.Tensor]:
-        data = DataConfig(tokens_per_batch=64, label_spacing=4, num_negatives=8, negative_power=1.0)
+        data = DataConfig(tokens_per_batch=64, label_spacing=4, num_negatives=8)
         model = ModelConfig(dim=8, num_heads=2, tail_len=4)
         return BatchSource(world.log, rows, TrainConfig(model=model, data=data, optim=optim)).batch(0, 0).tensors()
 

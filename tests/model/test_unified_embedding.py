@@ -18,6 +18,7 @@ from vista.model.tables import EmbeddingFeature, hashed_rows, mix64
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer
+from vista.training import optimizers
 from vista.training.trainer import Trainer, train
 
 WORD = 2**64
@@ -189,8 +190,11 @@ def test_a_step_changes_only_the_rows_that_its_batch_reads(event_log: EventLog, 
         assert table.grad is None
 
 
-def test_the_clipped_norm_counts_a_row_once(event_log: EventLog, tmp_path: Path) -> None:
-    made = trainer_of(event_log, tmp_path, optim__gradient_clip=0.01)
+def test_the_clipped_norm_counts_a_row_once(
+    event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optimizers, "GRADIENT_CLIP", 0.01)
+    made = trainer_of(event_log, tmp_path)
     batch = made.source.batch(0, 0)
     vectors = made.model.item_vectors(batch.rows)
     loss = made.model.losses(batch, vectors, made.config.optim).total

@@ -29,7 +29,7 @@ from scripts.experiments.tables.table_row import K0, ORACLE, TableRow
 from scripts.experiments.tables.window_tables import COUNTED, WITHOUT
 from scripts.experiments.tables.world_tables import WORLDS
 from scripts.experiments.yambda_metrics import yambda_metrics
-from tests.cli.test_embed_command import LettersEncoder
+from tests.cli.test_items_commands import LettersEncoder
 from tests.conftest import real_set
 from tests.log.ingest.public.samples import SAMPLES, complete_journey
 from tests.log.log_oracle import values_of

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tests.conftest import Served, small_config
 from tests.training.feature_world import feature_config, frames, log_of
-from vista.config.choices import Architecture, Mixing, Precision, ReconstructionTarget, Stage
+from vista.config.choices import Architecture, Mixing, Precision, Stage
 from vista.errors import DataError
 from vista.examples.batch import Batch, balanced_parts, batch_part, chunk_work
 from vista.examples.batch_source import BatchSource
@@ -43,7 +43,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "bidirectional": {"model__mixing": Mixing.bidirectional},
     "lag": {"model__tail_in_summary": False},
     "counters": COUNTERS,
-    "items": {"model__reconstruction_target": ReconstructionTarget.items, "data__unknown_share": 0.3},
+    "unknown items": {"data__unknown_share": 0.3},
     "hashed": {"model__embedding_rows": 30, "model__hashed_features": ["surface:2", "device:2"]},
     "sasrec": {"model__architecture": Architecture.sasrec, "model__history_limit": 9},
     "hstu": {"model__architecture": Architecture.hstu, "model__history_limit": 9, **COUNTERS},

@@ -51,9 +51,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> EventLog:
 def config_of(log: EventLog, run_dir: Path, name: str, **model: Any) -> TrainConfig:
     first = (10_000_000 + NUM_EVENTS) * 1000
     return TrainConfig(
-        model=ModelConfig(
-            architecture=Architecture(name), dim=16, num_heads=2, tail_len=8, search_top_k=8, dropout=0.1, **model
-        ),
+        model=ModelConfig(architecture=Architecture(name), dim=16, num_heads=2, tail_len=8, dropout=0.1, **model),
         data=DataConfig(
             path=str(log.path),
             split=Split.time,

@@ -18,7 +18,6 @@ from vista.config.choices import (
     Decay,
     ItemStart,
     Mixing,
-    ReconstructionTarget,
     Search,
     TableKind,
     TablePrecision,
@@ -91,10 +90,6 @@ class ModelConfig:
     search: Search = Search.soft
     """How sim finds events for a candidate: soft by a learned inner product, hard by category
     (`data.category_column`)."""
-    search_top_k: int = 100
-    """For sim and twin: number of events that the search finds per candidate and that its attention reads."""
-    search_share: float = 0.0
-    """For sim and twin: share of the user's events that the search finds if these are more than search_top_k."""
     tail_len: int = 32
     """Number of newest events that stage 2 reads in addition to the summary."""
     tail_in_summary: bool = True
@@ -121,16 +116,6 @@ class ModelConfig:
     hashed_features: list[str] = field(default_factory=list)
     """Categories whose values share a fixed number of rows by hashing, each written as name:rows, such as [url:10000].
     Values that did not occur in training then have a row too. In other categories, each value has its own row."""
-    id_dropout: float = 0.1
-    """With features of items: share of the items of a training batch, in [0, 1), whose ID embeddings are left out, so
-    that their features stand in for them."""
-    num_reconstruction_layers: int = 1
-    """Number of layers of the causal decoder of the reconstruction loss."""
-    reconstruction_target: ReconstructionTarget = ReconstructionTarget.vectors
-    """What the decoder predicts of each event: its embedding by squared error (vectors), or its item by the sampled
-    softmax of next items (items)."""
-    stop_gradient: bool = True
-    """With reconstruction_target=vectors, stop the gradient at the target. Without this, embeddings can collapse."""
     embedding_rows: int = 0
     """Number of rows of one hashed table that item IDs, actions, and gaps share; each row is dim / 2 wide,
     and two hash functions name the rows of a value. 0 uses separate tables with one row per value. Features have tables
@@ -173,15 +158,12 @@ class ModelConfig:
         require_counts(self, "model.", ("num_seeds",), least=0, most=MAX_DIM)
         require_counts(self, "model.", ("num_heads",), most=self.dim)
         require_counts(self, "model.", ("num_interests",), least=0, most=self.dim)
-        layers = ("num_layers", "num_target_layers", "num_reconstruction_layers")
-        require_counts(self, "model.", layers, most=64)
+        require_counts(self, "model.", ("num_layers", "num_target_layers"), most=64)
         require_counts(self, "model.", ("conv_width",), most=1024)
         require_counts(self, "model.", ("tail_len",), most=4096)
-        require_counts(self, "model.", ("search_top_k",), most=2**20)
         require_counts(self, "model.", ("history_limit", "embedding_rows"), least=0, most=2**31 - 1)
         require_finite(self, "model.", ("temperature",), positive=True)
-        require_share(self, "model.", ("dropout", "counted_dropout", "id_dropout"), below_one=True)
-        require_share(self, "model.", ("search_share",))
+        require_share(self, "model.", ("dropout", "counted_dropout"), below_one=True)
         divisors = [number for number in range(1, min(self.dim, 64) + 1) if self.dim % number == 0]
         require(
             self.dim % self.num_heads == 0,

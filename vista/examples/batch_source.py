@@ -57,7 +57,7 @@ class StoredSummaries:
 class NegativeSampler:
     """Draws item rows in proportion to frequency ** power. Power 0 is uniform over the items that occur."""
 
-    def __init__(self, item_counts: NDArray[np.int64], *, num_negatives: int, power: float) -> None:
+    def __init__(self, item_counts: NDArray[np.int64], *, num_negatives: int, power: float = 0.0) -> None:
         """
         Args:
             item_counts: int64 [V], how often each model row occurs in training; rows with 0 are never drawn. Estimates
@@ -153,14 +153,11 @@ class BatchSource:
         self._first = visible_counts(log, Until(before=since)) if stored else np.zeros(log.num_users, np.int64)
         """int64 [num_users]: events before a user's first label."""
         self._lead = config.model.tail_len if stored else 0
-        frequency = item_frequency(log, item_rows, self.counts, config.data.frequencies, has_features)
+        frequency = item_frequency(log, item_rows, self.counts, has_features)
         self.frequency = frequency
         """int64 [largest row + 1] training events of each model row."""
-        self._sampler = NegativeSampler(
-            frequency,
-            num_negatives=planned(config.data.num_negatives, "data.num_negatives"),
-            power=config.data.negative_power,
-        )
+        num_negatives = planned(config.data.num_negatives, "data.num_negatives")
+        self._sampler = NegativeSampler(frequency, num_negatives=num_negatives)
         self._adjustment = _logit_adjustment(frequency, config.optim.logq_strength)
         tasks = trained_tasks(log, config.optim)
         self._impressions = VisibleImpressions.of(log, item_rows, self.counts, config, tasks, since)

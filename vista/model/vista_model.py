@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from vista.config import DataConfig, ModelConfig, OptimConfig
 from vista.config.checks import planned
-from vista.config.choices import Architecture, Mixing, Precision, ReconstructionTarget
+from vista.config.choices import Architecture, Mixing, Precision
 from vista.examples.batch import Batch, BatchEvents
 from vista.log.histories import UNKNOWN_GAP
 from vista.log.vocabulary import Vocabulary
@@ -69,12 +69,12 @@ class ReconstructionLayer(nn.Module):
 class ReconstructionDecoder(nn.Module):
     """Predicts the events of a window from a summary and the window's earlier events."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, num_layers: int = 1) -> None:
         super().__init__()
         self.num_seeds = config.num_seeds
         self.summary_projection = nn.Linear(config.dim, config.dim, bias=False)
         self.start = nn.Embedding(NUM_AGES, config.dim)
-        self.layers = module_list([ReconstructionLayer(config) for _ in range(config.num_reconstruction_layers)])
+        self.layers = module_list([ReconstructionLayer(config) for _ in range(num_layers)])
         self.final = nn.Sequential(norm(config.dim), nn.Linear(config.dim, config.dim, bias=False))
 
     def forward(self, summary: Tensor, event_vectors: Tensor, offsets: Tensor, age: Tensor) -> Tensor:
@@ -285,13 +285,8 @@ class VistaModel(RankingModel):
             target = self.encoder(item_vectors[events.item[index]], events.action[index], events.gap[index], rating)
         age = batch.cuts.stop[part.cut] - part.start
         predicted = self.decoder(summaries[part.cut], target, offsets, age)
-        if self.config.reconstruction_target is ReconstructionTarget.items:
-            label = events.item[index]
-            known = (batch.rows[label] > 0).nonzero().squeeze(-1)
-            users, items = self.retrieval_users(predicted[known]), self.retrieval_items(item_vectors, batch.rows)
-            mean = next_loss(batch, items, users, label[known], self.config.softmax_temperature)
-            return LossPart(mean, len(known))
-        mean = reconstruction_loss(predicted, target, stop_gradient=self.config.stop_gradient)
+        # Without the stop of the gradient, embeddings can collapse.
+        mean = reconstruction_loss(predicted, target, stop_gradient=True)
         return LossPart(mean, len(target))
 
     def user_vectors(self, gap: Tensor | None, seen: Tensor, context: TargetContext) -> Tensor:

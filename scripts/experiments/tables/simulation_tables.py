@@ -70,8 +70,6 @@ def _ablations(minutes: float, staleness: tuple[int, ...] = ()) -> dict[str, Tab
         "reconstruction-0.2": (1, ("optim.reconstruction_weight=0.2",)),
         "reconstruction-1": (1, ("optim.reconstruction_weight=1",)),
         "bidirectional": (1.5, ("model=bidirectional",)),
-        "bidirectional-1-cut": (1.2, ("model=bidirectional", "data.num_cuts=1")),
-        "bidirectional-4-cuts": (2, ("model=bidirectional", "data.num_cuts=4")),
         "1-window": (0.5, ("data.windows_per_chunk=1",)),
         "cuts-every-8": (1.8, ("data.label_spacing=8",)),
         "decay-position": (1, ("model.decay=position", f"{horizons}=[0,256,64,16]")),

@@ -53,9 +53,6 @@ def _world(name: str, **size: Any) -> Table:
         "tail-only, counters": TableRow(8, (*K0, *COUNTERS)),
         "hstu": TableRow(20, ("model=hstu",)),
         "hstu-2,000": TableRow(60, ("model=hstu", "model.history_limit=2000")),
-        # As large a share of the history as 100 of 1,000 events.
-        "sim": TableRow(12, ("model=sim", "model.search_share=0.1")),
-        "twin": TableRow(10, ("model=twin", "model.search_share=0.1")),
         **REFERENCES,
         **ORACLE,
     }
