@@ -22,6 +22,7 @@ from vista.errors import DataError
 from vista.examples.batch import Batch, balanced_parts, batch_part, chunk_work
 from vista.examples.batch_source import BatchSource
 from vista.log.event_log import EventLog
+from vista.model.baselines.candidate_models import SearchModel
 from vista.model.losses import LossPart, loss_names, weighted_losses
 from vista.refresh import refresh
 from vista.training.downstream import Downstream
@@ -34,7 +35,6 @@ EXACT = {
     "data__tokens_per_batch": 128,
     "model__dropout": 0.0,
     "model__counted_dropout": 0.0,
-    "model__id_dropout": 0.0,
 }
 """No draws in a step: each rank makes its own."""
 COUNTERS = {"model__counters": True, "optim__window_weight": 0.5}
@@ -49,7 +49,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "hstu": {"model__architecture": Architecture.hstu, "model__history_limit": 9, **COUNTERS},
     "fuxi_linear": {"model__architecture": Architecture.fuxi_linear, "model__history_limit": 9},
     "din": {"model__architecture": Architecture.din, "model__history_limit": 9},
-    "sim": {"model__architecture": Architecture.sim, "model__search_top_k": 4},
+    "sim": {"model__architecture": Architecture.sim},
 }
 
 
@@ -99,7 +99,10 @@ def assert_parts_equal_the_whole(made: Trainer) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_parts_have_the_losses_and_gradients_of_the_whole_batch(log: EventLog, tmp_path: Path, name: str) -> None:
+def test_parts_have_the_losses_and_gradients_of_the_whole_batch(
+    log: EventLog, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SearchModel, "top_k", 4)
     assert_parts_equal_the_whole(Trainer(feature_config(log, tmp_path / "run", **EXACT, **MODELS[name]), log))
 
 
