@@ -16,7 +16,7 @@ from torch import nn
 from tests.conftest import NEXT_ONLY
 from vista.config import DataConfig, ModelConfig, OptimConfig, SourceColumns, TrainConfig
 from vista.config.choices import Decay, Mixing, Normalization, Precision, TargetAttentionKind
-from vista.examples.batch_source import BatchSource
+from vista.examples.batch_source import BatchSource, ModelReads
 from vista.log.event_log import EventLog
 from vista.model.losses import reconstruction_loss
 from vista.model.vista_model import ReconstructionDecoder
@@ -47,7 +47,7 @@ def trainer(log: EventLog, run_dir: Path, num_rows: int) -> Trainer:
     made = Trainer(config, log)
     made.model.item_table = nn.Parameter(torch.randn(num_rows, DIM) * DIM**-0.5)
     made.optimizers = Optimizers(made.model, config.optim)
-    made.source = BatchSource(log, 1 + np.arange(log.num_items) * ((num_rows - 1) // log.num_items), config)
+    made.source = BatchSource(log, ModelReads(1 + np.arange(log.num_items) * ((num_rows - 1) // log.num_items)), config)
     made.model.train()
     return made
 

@@ -19,7 +19,7 @@ from vista.config import EvaluateConfig, OptimConfig, TrainConfig
 from vista.config.choices import Architecture, Codec, Decay, Split, Stage, TargetAttentionKind
 from vista.errors import ConfigError, LeakageError, SummarizerMismatchError
 from vista.evaluation.evaluate import evaluate_scorer
-from vista.examples.batch_source import BatchSource
+from vista.examples.batch_source import BatchSource, ModelReads
 from vista.log.event_log import EventLog
 from vista.log.histories import UNKNOWN_GAP
 from vista.log.splits import visible_counts
@@ -181,7 +181,7 @@ def test_training_at_a_position_is_serving_from_the_store(
     shown = liked_impressions(log, since, end)
     checked = 0
     with Downstream.open(config, log) as downstream, Scorer.open(model, past_store) as scorer:
-        source = BatchSource(log, np.arange(log.num_items) + 1, config, downstream.summaries)
+        source = BatchSource(log, ModelReads(np.arange(log.num_items) + 1), config, downstream.summaries)
         for batch, window, place, seen in read_impressions(source, config):
             if seen < config.model.tail_len or batch.impressions.gap[window, place] == UNKNOWN_GAP:
                 continue

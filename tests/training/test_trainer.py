@@ -21,7 +21,7 @@ from tests.training.forked import run_in_fork
 from vista.config import SourceColumns
 from vista.config.config_keys import to_yaml
 from vista.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError
-from vista.examples.batch_source import BatchSource
+from vista.examples.batch_source import BatchSource, ModelReads
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
 from vista.training import trainer
@@ -261,7 +261,9 @@ def test_an_absurd_learning_rate_stops_the_run_and_names_the_users(event_log: Ev
     # The saved batch equals the source's batch of that step, so it can be inspected.
     progress = load_checkpoint(latest_checkpoint(tmp_path / "checkpoints"))[1]["run"]["progress"]  # type: ignore[arg-type]
     item_rows = np.arange(event_log.num_items) + 1
-    expected = BatchSource(event_log, item_rows, config).batch(progress["epoch"], progress["batch"]).tensors()
+    expected = (
+        BatchSource(event_log, ModelReads(item_rows), config).batch(progress["epoch"], progress["batch"]).tensors()
+    )
     assert all(torch.equal(batch[name], tensor) for name, tensor in expected.items())
 
 
