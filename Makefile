@@ -6,7 +6,7 @@ SHELL := bash
 
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS ?= baselines,data,dev,docs,explore,faiss,kafka,mlflow,onnx,optuna,plots,ray,redis,serve,sketches,tensorboard,text,wandb
+EXTRAS ?= baselines,data,dev,docs,explore,faiss,kafka,mlflow,onnx,optuna,plots,ray,redis,serve,tensorboard,text,wandb
 # Spark and Feast need older versions of packages that vista's tools need, so they have an environment of their own.
 RECIPES_VENV ?= .venv-recipes
 RECIPES := 'pyspark>=4.1,<5' 'feast>=0.67,<1'

@@ -161,7 +161,6 @@ def small_config(log: EventLog, run_dir: str | Path, **changes: Any) -> TrainCon
             tokens_per_batch=64,
             label_spacing=4,
             num_negatives=20,
-            reconstruction_len=8,
         ),
         optim=OptimConfig(epochs=2, warmup_steps=4, learning_rate=5e-3, next_weight=1.0, window_weight=0.0),
         run_dir=str(run_dir),

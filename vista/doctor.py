@@ -125,7 +125,6 @@ EXTRAS = {
     "onnx": "vista export format=onnx",
     "ray": "vista refresh engine=ray",
     "baselines": "vista evaluate baselines=trained",
-    "sketches": "data.frequencies=count_min",
     "tensorboard": "vista train tracking=tensorboard",
     "mlflow": "vista train tracking=mlflow",
     "wandb": "vista train tracking=wandb",

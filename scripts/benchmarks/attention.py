@@ -24,7 +24,8 @@ from scripts.benchmarks.benchmark import interleaved
 from vista.config import ModelConfig
 from vista.config.choices import Mixing
 from vista.model import summarizer
-from vista.model.summarizer import Summarizer
+from vista.model.features import Schema
+from vista.model.summarizer import Stage1Config, Summarizer
 from vista_kernels import accumulate_state, quasi_linear_attention, read_state
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -233,7 +234,7 @@ class AttentionStep:
             mixing=Mixing.bidirectional,
             conv_width=1,
         )
-        self.model = Summarizer(config)
+        self.model = Summarizer(Stage1Config.of(config, Schema([], False, None, [])), config.dropout)
         self.tokens = torch.randn(num_users * length, dim, requires_grad=True)
         self.offsets = torch.arange(num_users + 1) * length
         self.weight = torch.randn(num_users, NUM_SEEDS, dim)  # the plain sum of a layer norm has no gradient

@@ -71,7 +71,7 @@ def words_of(log: EventLog, run_dir: Path, tokens_per_batch: int, num_rows: int,
     """The words of `vista train` for one epoch with a hashed table."""
     return [
         *("train", "experiment=ml-1m", f"data.path={log.path}", f"run_dir={run_dir}"),
-        *(f"model.embedding_rows={num_rows}", "model.embedding_hashes=1", "model.item_start=random"),
+        *(f"model.embedding_rows={num_rows}", "model.item_start=random"),
         *(f"data.tokens_per_batch={tokens_per_batch}", "optim.epochs=1", "optim.validate_every=0"),
         *("num_threads=1", "device=cpu", "progress=false", "verify_log=false", "checkpoint_every=1000000", *words),
     ]

@@ -34,6 +34,7 @@ from vista.log.vocabulary import Vocabulary
 from vista.model import inference
 from vista.model.features import FeatureSpec, RowFeatureReader
 from vista.model.item_feature_table import ItemFeatureTable
+from vista.model.layers import FEED_FORWARD_RATIO
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.refresh.batch_encoder import LogItems, last_times, stored_tail
@@ -90,7 +91,7 @@ def scorer_roofline(config: ModelConfig, num_users: int, num_candidates: int, pr
     dtype = torch.float32 if precision is Precision.float32 else torch.bfloat16
     dtypes = product_dtypes(dtype)
     dim, heads, layers = config.dim, config.num_heads, config.num_target_layers
-    head_dim, hidden = dim // heads, max(8, int(dim * config.feed_forward_ratio))
+    head_dim, hidden = dim // heads, max(8, int(dim * FEED_FORWARD_RATIO))
     softmax = config.target_attention is TargetAttentionKind.softmax
     seeds, tail, keys = config.num_seeds, config.tail_len, config.num_seeds + config.tail_len
 

@@ -34,6 +34,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -83,6 +84,8 @@ from vista.model.features import Schema
 from vista.model.layers import module_list, split_heads
 from vista.model.ranking_model import UNKNOWN_ITEM
 from vista.model.registry import ARCHITECTURES
+from vista.training import optimizers
+from vista.training.optimizers import GRADIENT_CLIP
 from vista.training.trainer import train_model
 
 HELD_OUT = 2
@@ -91,7 +94,7 @@ PARTS = {"validation": ("leave-last-two-out", "leave-last-out"), "test": ("leave
 """Part -> (`until` before its labels, `until` with its labels)."""
 TOP_K = [10, 50, 200]
 COMPARED = ("hr@10", "ndcg@10")
-WARMUP_STEPS, GRADIENT_CLIP, TEMPERATURE = 100, 1.0, 0.05
+WARMUP_STEPS, TEMPERATURE = 100, 0.05
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -210,9 +213,7 @@ def our_config(options: argparse.Namespace, log: EventLog, seed: int, run_dir: P
         ),
         optim=OptimConfig(
             learning_rate=options.learning_rate,
-            weight_decay=0.0,
             warmup_steps=WARMUP_STEPS,
-            gradient_clip=GRADIENT_CLIP,
             epochs=options.epochs,
             next_weight=1.0,
             window_weight=0.0,
@@ -230,7 +231,8 @@ def our_config(options: argparse.Namespace, log: EventLog, seed: int, run_dir: P
 def run_ours(config: TrainConfig, log: EventLog) -> tuple[dict[str, float], dict[str, Any], float]:
     """Train and evaluate ours; returns metrics, configuration and seconds of training."""
     began = time.perf_counter()
-    model = train_model(config, log)
+    with patch.object(optimizers, "WEIGHT_DECAY", 0.0):  # as in RecTools
+        model = train_model(config, log)
     seconds = time.perf_counter() - began
     assert isinstance(model, HistoryModel)
     with cpu_settings(config.num_threads):

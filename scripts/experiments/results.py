@@ -199,10 +199,43 @@ def newest_rows(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str, str],
     return {key: list(seeds.values()) for key, seeds in newest.items()}
 
 
+REMOVED: dict[str, Any] = {
+    "model.use_action": True,
+    "model.use_rating": True,
+    "model.feed_forward_ratio": 2.0,
+    "model.activation": "silu",
+    "model.normalization_alpha": 1.0,
+    "model.embedding_hashes": 2,
+    "model.num_reconstruction_layers": 1,
+    "model.reconstruction_target": "vectors",
+    "model.stop_gradient": True,
+    "model.search_top_k": 100,
+    "model.search_share": 0.0,
+    "model.id_dropout": 0.1,
+    "data.num_cuts": 2,
+    "data.negative_power": 0.0,
+    "data.frequencies": "exact",
+    "data.reconstruction_len": 64,
+    "optim.weight_decay": 0.01,
+    "optim.gradient_clip": 1.0,
+    "optim.counted_rate": 5.0,
+}
+"""Settings that no longer exist, and the constants in their place. Lines that recorded these did the same as today."""
+NORMALIZATIONS = {"separable": "length", "bidirectional": "none"}
+"""Values of model.mixing, and the constants in the place of model.normalization that go with them."""
+
+
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Differences between the configurations of two rows except for seeds, such as "optim.epochs (12 -> 20)"."""
-    old, new = _flat(before), _flat(now)
+    old, new = (_without_removed(_flat(config)) for config in (before, now))
     return [f"{key} ({old.get(key)} -> {new.get(key)})" for key in old | new if old.get(key) != new.get(key)]
+
+
+def _without_removed(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that still exist, and those that had another value than the constant in their place."""
+    constants = REMOVED | {"model.normalization": NORMALIZATIONS.get(flat.get("model.mixing", ""))}
+    constants |= {f"base.{key}": value for key, value in constants.items()}
+    return {key: value for key, value in flat.items() if key not in constants or value != constants[key]}
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

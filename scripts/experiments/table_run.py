@@ -42,11 +42,9 @@ _GRIDS: dict[str, dict[str, Sequence[Any]]] = {
 }
 """Values that `Tuned` chooses from."""
 _FITTED = (*_GRIDS, "pooled factors", "counter trees", "new-item trees")
-UNREAD_BY_BASELINES = (
-    *("target_attention", "num_target_layers", "tail_in_summary", "mean_token", "reconstruction_target"),
-)
+UNREAD_BY_BASELINES = (*("target_attention", "num_target_layers", "tail_in_summary", "mean_token"),)
 """Keys of ModelConfig for what baselines do not have; their lines do not record these keys."""
-OF_FEATURES = ("use_item_features", "id_dropout")
+OF_FEATURES = ("use_item_features",)
 """Keys of ModelConfig for features of items; lines of rows that do not read them do not record these keys."""
 OF_ROW_FEATURES = (
     *("use_event_features", "tail_features", "use_request_features", "use_user_features"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -135,11 +134,10 @@ def test_words_are_choices() -> None:
         ),
         (ModelConfig, {"tail_in_summary": False, "architecture": "sim"}, r"model\.tail_in_summary: false needs"),
         (ModelConfig, {"embedding_rows": -1}, r"model\.embedding_rows: must be at least 0, got -1"),
-        (ModelConfig, {"embedding_hashes": 0}, r"model\.embedding_hashes: must be at least 1, got 0"),
         (
             ModelConfig,
-            {"embedding_rows": 9, "embedding_hashes": 3},
-            r"model\.embedding_hashes: must divide model\.dim=64, got 3; use one of \[1, 2, 4, 8, 16, 32, 64\]",
+            {"embedding_rows": 9, "dim": 5, "num_heads": 1},
+            r"model\.dim: must be a multiple of 2 with model\.embedding_rows, got 5",
         ),
         (OptimConfig, {"logq_strength": 1.5}, r"optim\.logq_strength: must lie in \[0, 1\], got 1\.5"),
         (DataConfig, {"unknown_share": 1.0}, r"data\.unknown_share: must lie in \[0, 1\), got 1\.0"),
@@ -148,7 +146,6 @@ def test_words_are_choices() -> None:
             {"data": DataConfig(unknown_share=0.1), "model": ModelConfig(architecture=Architecture.twin)},
             r"data\.unknown_share: only applies to architectures that rank next items; leave it out",
         ),
-        (DataConfig, {"frequencies": "guess"}, r"data\.frequencies: 'guess' is not one of exact, count_min"),
         (TrainConfig, {"model": {"dim": 8}}, r"model: expected ModelConfig, got {'dim': 8}"),
         (TrainConfig, {"resume": 1}, r"resume: expected bool, got 1"),
         (ScoreConfig, {"model": 3}, r"model: expected str, got 3"),
@@ -173,24 +170,6 @@ def test_words_are_choices() -> None:
 def test_other_values_name_their_key(make: type, values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make(**values)
-
-
-def test_frequencies_are_counted_for_those_who_read_them() -> None:
-    data = DataConfig(frequencies="count_min")  # type: ignore[arg-type]
-    for popularity, counters in ((True, False), (False, True), (None, None)):
-        TrainConfig(data=data, model=ModelConfig(popularity=popularity, counters=counters))
-    with pytest.raises(ConfigError, match=r"data\.frequencies: frequencies are not used"):
-        TrainConfig(data=data, model=ModelConfig(popularity=False, counters=False))
-
-
-def test_reconstructed_items_need_negatives() -> None:
-    model, tasks_only = ModelConfig(reconstruction_target="items"), {"next_weight": 0.0}  # type: ignore[arg-type]
-    TrainConfig(model=model)
-    TrainConfig(model=model, optim=OptimConfig(**tasks_only, window_weight=1.0))
-    TrainConfig(model=model, optim=OptimConfig(**tasks_only, reconstruction_weight=0.0))
-    TrainConfig(model=replace(model, num_seeds=0), optim=OptimConfig(**tasks_only))
-    with pytest.raises(ConfigError, match=r"model\.reconstruction_target: items needs negatives"):
-        TrainConfig(model=model, optim=OptimConfig(**tasks_only))
 
 
 TIME = DataConfig(split=Split.time, validation_from="2024-01-01", test_from="2024-02-01")
@@ -237,8 +216,8 @@ def test_user_factors_need_a_frozen_table() -> None:
 
 
 def test_numbers_become_plain_ones() -> None:
-    optim = OptimConfig(epochs=np.int64(3), learning_rate=np.float32(0.5), gradient_clip=2)  # type: ignore[arg-type]
-    assert [type(value) for value in (optim.epochs, optim.learning_rate, optim.gradient_clip)] == [int, float, float]
+    optim = OptimConfig(epochs=np.int64(3), learning_rate=np.float32(0.5), table_rate=2)  # type: ignore[arg-type]
+    assert [type(value) for value in (optim.epochs, optim.learning_rate, optim.table_rate)] == [int, float, float]
     assert from_dict(OptimConfig, to_dict(optim)) == optim
 
 

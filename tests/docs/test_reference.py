@@ -16,13 +16,10 @@ from vista.config.composition import conf_dir, groups_of, options_of
 from vista.config.config_keys import ConfigKeys, value_text
 
 PAGES = reference_pages()
-NO_UNIT_IN_MODEL = (
-    *("dim", "search_share", "normalization_alpha", "feed_forward_ratio"),
-    *("dropout", "id_dropout", "temperature"),
-)
-NO_UNIT_IN_DATA = ("staleness_share", "unknown_share", "negative_power", "validation_share", "test_share")
+NO_UNIT_IN_MODEL = (*("dim", "dropout", "temperature"),)
+NO_UNIT_IN_DATA = ("staleness_share", "unknown_share", "validation_share", "test_share")
 NO_UNIT_IN_OPTIM = (
-    *("learning_rate", "weight_decay", "table_rate", "counted_rate", "gradient_clip", "logq_strength"),
+    *("learning_rate", "table_rate", "logq_strength"),
     *("next_weight", "window_weight", "task_weight", "reconstruction_weight"),
 )
 NO_UNIT_IN_PLAN = ("replicas", "burst")

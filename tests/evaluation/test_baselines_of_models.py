@@ -20,7 +20,7 @@ from vista.evaluation.answers import RawHistoryAnswers
 from vista.evaluation.baseline_evaluation import impression_baselines
 from vista.evaluation.cases import EarlierEvents, impression_cases, next_item_cases, with_tasks
 from vista.evaluation.evaluate import evaluate, evaluate_model
-from vista.examples.batch_source import BatchSource
+from vista.examples.batch_source import BatchSource, ModelReads
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories
 from vista.log.splits import split_until, visible_counts
@@ -116,7 +116,7 @@ def test_models_that_only_rank_draw_no_negatives(served_tasks: Served, tmp_path:
     log = served_tasks.log
     for name, drawn in (("din", False), ("sasrec", True)):
         config = baseline_config(log, tmp_path, name, data=served_tasks.config.data)
-        batch = BatchSource(log, np.arange(log.num_items) + 1, config).batch(0, 0)
+        batch = BatchSource(log, ModelReads(np.arange(log.num_items) + 1), config).batch(0, 0)
         assert (len(batch.negatives.item) > 0) is drawn
         read = {*batch.events.item.tolist(), *batch.impressions.item[batch.impressions.mask.any(-1)].tolist()}
         assert drawn or set(range(len(batch.rows))) - {0} <= read | set(batch.labels.item.flatten().tolist())
@@ -168,7 +168,7 @@ def test_baselines_read_times_for_any_decay(event_log: EventLog, tmp_path: Path)
     config = baseline_config(event_log, tmp_path, "hstu")
     config.model.decay_horizons = [5.0, 40.0]
     config.model.decay = type(config.model.decay)("position")
-    batch = BatchSource(event_log, np.arange(event_log.num_items) + 1, config).batch(0, 0)
+    batch = BatchSource(event_log, ModelReads(np.arange(event_log.num_items) + 1), config).batch(0, 0)
     user = int(batch.user[0])
     assert set(batch.events.clock[: int(batch.events.offsets[1])].tolist()) <= set(
         event_log.slice(user).timestamp.tolist()

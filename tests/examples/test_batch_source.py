@@ -20,7 +20,7 @@ from vista.config.choices import Architecture, Decay, Split
 from vista.counters.counter_codes import CounterSpec, ItemKeys
 from vista.errors import ConfigError
 from vista.examples.batch import Batch
-from vista.examples.batch_source import BatchSource, StoredSummaries, events_before
+from vista.examples.batch_source import BatchSource, ModelReads, StoredSummaries, events_before
 from vista.log.event_log import EventLog
 
 LENGTHS = [5, 1, 40, 2, 3, 17, 90]
@@ -84,7 +84,7 @@ def source(
         optim=OptimConfig(**(optim or {})),
         seed=3,
     )
-    return BatchSource(world.log, np.arange(world.log.num_items) + 1, config, stored, keys)
+    return BatchSource(world.log, ModelReads(np.arange(world.log.num_items) + 1, keys=keys), config, stored)
 
 
 def time_split(world: World, **data: Any) -> BatchSource:
@@ -118,7 +118,7 @@ def test_items_that_training_never_shows_are_negatives_too(world: World) -> None
         model=ModelConfig(dim=8, num_heads=2, tail_len=4),
         data=DataConfig(tokens_per_batch=8192, label_spacing=4, num_negatives=10**6),
     )
-    batch = BatchSource(world.log, rows, config).batch(0, 0)
+    batch = BatchSource(world.log, ModelReads(rows), config).batch(0, 0)
     assert batch.rows[batch.negatives.item].tolist() == list(range(1, world.log.num_items + 5))
 
 
@@ -127,9 +127,13 @@ def test_logq_strength_changes_nothing_but_the_adjustment(world: World, strength
     rows = np.arange(world.log.num_items) // 3 + 1  # three items of the log share one row of the model
 
     def tensors(optim: OptimConfig) -> dict[str, torch.Tensor]:
-        data = DataConfig(tokens_per_batch=64, label_spacing=4, num_negatives=8, negative_power=1.0)
+        data = DataConfig(tokens_per_batch=64, label_spacing=4, num_negatives=8)
         model = ModelConfig(dim=8, num_heads=2, tail_len=4)
-        return BatchSource(world.log, rows, TrainConfig(model=model, data=data, optim=optim)).batch(0, 0).tensors()
+        return (
+            BatchSource(world.log, ModelReads(rows), TrainConfig(model=model, data=data, optim=optim))
+            .batch(0, 0)
+            .tensors()
+        )
 
     plain, adjusted = tensors(OptimConfig()), tensors(OptimConfig(logq_strength=strength))
     adjustment = adjusted.pop("logit_adjustment", None)
@@ -294,9 +298,9 @@ def test_a_horizon_in_days_needs_times(tmp_path: Path) -> None:
     data = DataConfig(horizon_days=7, tokens_per_batch=64, num_negatives=8)
     config = TrainConfig(data=data, optim=OptimConfig(**WITH_WINDOWS))
     with pytest.raises(ConfigError, match=r"data\.horizon_days: .* has no times; set it to 0"):
-        BatchSource(log, np.arange(20) + 1, config)
+        BatchSource(log, ModelReads(np.arange(20) + 1), config)
     config.data.horizon_days = 0.0
-    anchors = BatchSource(log, np.arange(20) + 1, config).batch(0, 0).anchors
+    anchors = BatchSource(log, ModelReads(np.arange(20) + 1), config).batch(0, 0).anchors
     assert anchors is not None and len(anchors.window) and not anchors.gap.any()
 
 
@@ -447,7 +451,7 @@ def test_unknown_items_of_the_vocabulary_are_row_0(world: World) -> None:
     rows = np.arange(world.log.num_items) + 1
     rows[:5] = 0
     config = TrainConfig(model=ModelConfig(dim=8, num_heads=2), data=DataConfig(tokens_per_batch=4096, num_negatives=8))
-    batch = BatchSource(world.log, rows, config).batch(0, 0)
+    batch = BatchSource(world.log, ModelReads(rows), config).batch(0, 0)
     assert (batch.rows[batch.events.item] == 0).sum() == np.isin(np.arange(5), visible_events(world)).sum() > 0
     # They are neither labels nor negatives.
     assert batch.labels.item.min() == -1 and not (batch.rows[batch.labels.item[batch.labels.item >= 0]] == 0).any()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields, replace
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -26,10 +28,22 @@ from vista.model.features import EncodedRows, RowFeatureReader, Schema
 from vista.model.inference import PaddedTail, pad_tail
 from vista.model.ranking_model import RankingModel
 from vista.model.registry import ARCHITECTURES
+from vista.model.summarizer import Stage1Config
 from vista.model.vista_model import VistaModel
 
 ACTIONS, TASKS, NUM_ITEMS = ["view", "click", "buy"], ["click", "like"], 40
 HOUR = 3_600_000
+CONSTANTS = [field.name for field in fields(Stage1Config) if field.default is not MISSING] + ["normalization"]
+"""Fields of Stage1Config that no configuration sets."""
+
+
+@contextmanager
+def taken_constants(options: dict[str, Any]) -> Iterator[None]:
+    """Take constants of stage 1 out of the options of a model. If it is built in this block, it has these values."""
+    constants, of = {key: options.pop(key) for key in CONSTANTS if key in options}, Stage1Config.of
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stage1Config, "of", lambda *read: replace(of(*read), **constants))
+        yield
 
 
 def model(
@@ -37,6 +51,7 @@ def model(
     seed: int = 0,
     tasks: list[str] = TASKS,
     num_items: int = NUM_ITEMS,
+    actions: list[str] | None = None,
     has_time: bool = True,
     rating_range: tuple[float, float] | None = (1.0, 5.0),
     request_features: bool = False,
@@ -47,27 +62,27 @@ def model(
     """A model in eval mode in which every parameter matters: noise keeps biases and the like from being 0.
 
     With `num_tail_features`, it reads features of events, and so many of them in stage 2. If it counts categories, its
-    items have the feature `brand`: 3 values, and none for every fourth item.
+    items have the feature `brand`: 3 values, and none for every fourth item. `config` may also set constants of
+    stage 1, as activation=….
     """
     torch.manual_seed(seed)
     options = {"dim": 16, "num_heads": 2, "num_seeds": 3, "tail_len": 5, "conv_width": 3, "dropout": 0.0} | config
     brands, table = category("brand", np.arange(num_items) % 4 - 1) if "counter_categories" in config else ([], None)
-    built = VistaModel(
-        ModelConfig(**options),
-        Schema(
-            ACTIONS,
-            has_time,
-            rating_range,
-            tasks,
-            item_features=brands,
-            event_features=[] if num_tail_features is None else READER.columns,
-            num_tail_features=num_tail_features or 0,
-            request_features=READER.columns if request_features else [],
-            user_features=READER.columns if user_features else [],
-        ),
-        Vocabulary.from_ids(np.arange(num_items) + 100),
-        DataConfig(),
+    schema = Schema(
+        ACTIONS if actions is None else actions,
+        has_time,
+        rating_range,
+        tasks,
+        item_features=brands,
+        event_features=[] if num_tail_features is None else READER.columns,
+        num_tail_features=num_tail_features or 0,
+        request_features=READER.columns if request_features else [],
+        user_features=READER.columns if user_features else [],
     )
+    with taken_constants(options):
+        built = VistaModel(
+            ModelConfig(**options), schema, Vocabulary.from_ids(np.arange(num_items) + 100), DataConfig()
+        )
     with torch.no_grad():
         for parameter in built.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -93,11 +108,12 @@ def of_architecture(
     """A model of any architecture as `model` makes them, with features of all kinds of rows if `features`."""
     torch.manual_seed(1)
     options = {"dim": 16, "num_heads": 2, "tail_len": 5, "dropout": 0.0} | config
-    settings, columns = ModelConfig(architecture=Architecture(name), **options), READER.columns if features else []
-    kinds = {f"{kind}_features": columns for kind in ("event", "request", "user")}
+    kinds = {f"{kind}_features": READER.columns if features else [] for kind in ("event", "request", "user")}
     schema = Schema(ACTIONS, has_time, (1.0, 5.0), list(tasks), has_retrieval, **kinds)
     items = Vocabulary.from_ids(np.arange(NUM_ITEMS) + 100)
-    built = ARCHITECTURES[settings.architecture](settings, schema, items, DataConfig()).to(dtype).eval()
+    with taken_constants(options):
+        settings = ModelConfig(architecture=Architecture(name), **options)
+        built = ARCHITECTURES[settings.architecture](settings, schema, items, DataConfig()).to(dtype).eval()
     with torch.no_grad():
         for parameter in built.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

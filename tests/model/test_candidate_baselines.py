@@ -20,7 +20,7 @@ from vista.errors import ConfigError
 from vista.log.features import CategoryColumn, ItemFeatures, NumberColumn
 from vista.log.histories import Histories, gap_bucket
 from vista.log.vocabulary import Vocabulary
-from vista.model.baselines.candidate_models import DIN, SIM, TWIN, CandidateModel, newest_of_highest
+from vista.model.baselines.candidate_models import DIN, SIM, TWIN, CandidateModel, SearchModel, newest_of_highest
 from vista.model.features import EncodedRows
 from vista.model.inference import user_feature_vectors
 from vista.model.registry import load_model
@@ -33,16 +33,14 @@ NAMES = ["din", "sim", "sim-hard", "twin"]
 LIMITED = [("din", 6), ("sim", 0), ("sim", 8), ("sim-hard", 0), ("sim-hard", 8), ("twin", 0), ("twin", 8)]
 
 
-def baseline(
-    make: SimpleNamespace, name: str, *, limit: int = 0, top_k: int = 4, share: float = 0.0, **options: Any
-) -> CandidateModel:
+def baseline(make: SimpleNamespace, name: str, *, limit: int = 0, top_k: int = 4, **options: Any) -> CandidateModel:
     """A small float64 model in which every parameter matters."""
-    options |= {"search": Search.hard if name == "sim-hard" else Search.soft, "search_top_k": top_k}
+    options |= {"search": Search.hard if name == "sim-hard" else Search.soft}
     limit = limit or (6 if name == "din" else 0)
-    model = make.architecture(
-        name.removesuffix("-hard"), has_retrieval=False, history_limit=limit, search_share=share, **options
-    )
+    model = make.architecture(name.removesuffix("-hard"), has_retrieval=False, history_limit=limit, **options)
     assert isinstance(model, CandidateModel)
+    if isinstance(model, SearchModel):
+        model.top_k = top_k
     if isinstance(model, SIM) and model.category is not None:
         model.category.copy_(torch.randint(0, 4, model.category.shape))
     return model
@@ -152,19 +150,16 @@ def twin_by_event(model: TWIN, history: Histories, query: Tensor, count: int) ->
     return mixed
 
 
-def logits_by_event(
-    model: CandidateModel, history: Histories, candidate: int, gap: Tensor | None, count: int | None = None
-) -> Tensor:
-    """Task logits of one candidate of one user, whose search finds `count` events."""
+def logits_by_event(model: CandidateModel, history: Histories, candidate: int, gap: Tensor | None) -> Tensor:
+    """Task logits of one candidate of one user."""
     query = item_of(model, candidate) if gap is None else item_of(model, candidate) + 4 * gap
-    count = model.config.search_top_k if count is None else count
     if isinstance(model, DIN):
         interest = din_by_event(model, history, query)
     elif isinstance(model, SIM):
-        interest = sim_by_event(model, history, candidate, query, count)
+        interest = sim_by_event(model, history, candidate, query, model.top_k)
     else:
         assert isinstance(model, TWIN)
-        interest = twin_by_event(model, history, query, count)
+        interest = twin_by_event(model, history, query, model.top_k)
     logits: Tensor = model.network(torch.cat([interest, query, interest * query]))
     return logits
 
@@ -185,23 +180,6 @@ def test_a_score_is_the_published_formula(
         for column, candidate in enumerate(candidates[user].tolist()):
             expected = logits_by_event(model, packed.slice(user), candidate, None if gap is None else gap[user])
             torch.testing.assert_close(logits[user, column], expected)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(("name", "limit"), [case for case in LIMITED if case[0] != "din"])
-def test_a_search_may_find_a_share_of_the_history(make: SimpleNamespace, name: str, limit: int) -> None:
-    """Each user by their own length, whatever the lengths of the others; never fewer than search_top_k."""
-    model = baseline(make, name, limit=limit, top_k=4, share=0.4)
-    packed, now, candidates = requests(make, LENGTHS, 6)
-    logits, gap = model.candidate_logits(packed, candidates, now), model.request_gap(packed, now)
-    counts = []
-    for user, length in enumerate(packed.lengths.tolist()):
-        counts.append(max(4, round(0.4 * (min(length, limit) if limit else length))))
-        for column, candidate in enumerate(candidates[user].tolist()):
-            own_gap = None if gap is None else gap[user]
-            expected = logits_by_event(model, packed.slice(user), candidate, own_gap, count=counts[-1])
-            torch.testing.assert_close(logits[user, column], expected)
-    assert limit or len(set(counts)) > 2
 
 
 @pytest.mark.parametrize("count", [1, 3, 7])
@@ -294,7 +272,7 @@ def test_a_batch_without_impressions_has_nothing_to_train(make: SimpleNamespace,
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_baseline_survives_saving_and_loading(make: SimpleNamespace, name: str, tmp_path: Path) -> None:
-    model = baseline(make, name).float()
+    model = baseline(make, name, top_k=SearchModel.top_k).float()
     model.save_pretrained(tmp_path / "model")
     again = load_model(tmp_path / "model")
     packed, _, candidates = requests(make, LENGTHS, 3)

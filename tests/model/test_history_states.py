@@ -65,7 +65,7 @@ def loop(model: VistaModel, history: Histories) -> tuple[Tensor, Tensor]:
     """(z [L, H, D, D], n [H]) in float64, each event computed from itself and the `reach` events before it."""
     exact = copy.deepcopy(model).double()
     layers, heads = exact.summarizer.layers, model.config.num_heads
-    z = torch.zeros(model.config.num_state_layers, heads, 8, 8, dtype=torch.float64)
+    z = torch.zeros(model.stage1.num_state_layers, heads, 8, 8, dtype=torch.float64)
     n = torch.zeros(heads, dtype=torch.float64)
     times = history.timestamp if model.config.decay is not Decay.position else np.arange(history.num_events)
     unit = DAY if model.config.decay is Decay.time else 1

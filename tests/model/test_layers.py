@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from vista.config.choices import Activation, Normalization, Precision, TargetAtt
 from vista.log.histories import NUM_GAPS, gap_bucket, history_gaps
 from vista.model import inference
 from vista.model.feature_encoder import EventEncoder
+from vista.model.features import Schema
 from vista.model.inference import pad_tail
 from vista.model.layers import (
     SHARE,
@@ -30,7 +33,7 @@ from vista.model.layers import (
     silu,
     split_heads,
 )
-from vista.model.summarizer import QuasiLinearRead, state_rows
+from vista.model.summarizer import QuasiLinearRead, Stage1Config, state_rows
 from vista.model.target_attention import MASKED, PointwiseLayer, target_layer
 from vista_kernels import accumulate_state, reference
 from vista_kernels.processor import PROFILES, Processor, processor
@@ -50,11 +53,10 @@ def test_history_gaps_start_over_with_every_user() -> None:
     assert history_gaps(np.zeros(0, np.int64), np.array([0, 0])).tolist() == []
 
 
-def encoder(**options: object) -> EventEncoder:
+def encoder(num_actions: int = 3, has_time: bool = True, **options: Any) -> EventEncoder:
     torch.manual_seed(0)
-    return EventEncoder(
-        **{"dim": 4, "num_actions": 3, "use_action": True, "use_time": True, "rating_range": (1.0, 5.0)} | options
-    )  # type: ignore[arg-type]
+    schema = Schema(list("abc")[:num_actions], has_time, options.get("rating_range", (1.0, 5.0)), [])
+    return EventEncoder(Stage1Config.of(ModelConfig(dim=4), schema))
 
 
 def test_an_event_is_the_sum_of_its_fields() -> None:
@@ -71,10 +73,9 @@ def test_an_event_is_the_sum_of_its_fields() -> None:
 def test_fields_that_a_log_lacks_are_absent() -> None:
     items = torch.randn(2, 4)
     zeros = torch.zeros(2, dtype=torch.int64)
-    bare = encoder(num_actions=1, use_time=False, rating_range=None)
+    bare = encoder(num_actions=1, has_time=False, rating_range=None)
     assert not list(bare.parameters()) and bare.gap_vectors(zeros) is None
     assert torch.equal(bare(items, zeros, zeros, torch.ones(2)), items)
-    assert encoder(use_action=False).action is None
     same = encoder(rating_range=(3.0, 3.0))
     other = torch.tensor([3.0, 4.0])  # ratings after a training that had only one value
     assert torch.equal(same(items, zeros, zeros, other), same(items, zeros, zeros)), (
@@ -258,20 +259,15 @@ SETTINGS = [
 ]
 
 
-def config(**options: object) -> ModelConfig:
-    return ModelConfig(
-        dim=DIM,
-        num_heads=HEADS,
-        num_layers=LAYERS,
-        target_attention=TargetAttentionKind.quasi_linear,
-        dropout=0.0,
-        **options,  # type: ignore[arg-type]
-    )
+def config(num_layers: int = LAYERS, **constants: Any) -> Stage1Config:
+    quasi_linear = TargetAttentionKind.quasi_linear
+    sizes = ModelConfig(dim=DIM, num_heads=HEADS, num_layers=num_layers, target_attention=quasi_linear)
+    return replace(Stage1Config.of(sizes, Schema([], False, None, [])), **constants)
 
 
-def made_read(settings: ModelConfig) -> QuasiLinearRead:
+def made_read(settings: Stage1Config) -> QuasiLinearRead:
     torch.manual_seed(0)
-    read = QuasiLinearRead(settings)
+    read = QuasiLinearRead(settings, dropout=0.0)
     for parameter in read.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return read.double()
@@ -284,7 +280,7 @@ def history_tokens() -> tuple[Tensor, Tensor, Tensor]:
     return key, value, torch.tensor([0, *LENGTHS]).cumsum(0)
 
 
-def rows_of_a_record(settings: ModelConfig, key: Tensor, value: Tensor, offsets: Tensor) -> Tensor:
+def rows_of_a_record(settings: Stage1Config, key: Tensor, value: Tensor, offsets: Tensor) -> Tensor:
     """[N, L * D, M]."""
     phi = settings.activation.value
     sums = [accumulate_state(k, v, offsets, activation=phi) for k, v in zip(key, value, strict=True)]
@@ -329,10 +325,10 @@ def test_queries_are_the_targets_of_the_operator(options: dict[str, object]) -> 
 
 def test_gradients() -> None:
     """Of the queries, and through the rows of a record of the history's keys and values."""
-    settings = config()
+    settings = config(num_layers=1)
     read, (key, value, _) = made_read(settings), history_tokens()
     key, value = key[:1, :3].contiguous(), value[:1, :3].contiguous()
-    settings.num_layers, offsets = 1, torch.tensor([0, 0, 3])
+    offsets = torch.tensor([0, 0, 3])
 
     def run(x: Tensor, key: Tensor, value: Tensor) -> Tensor:
         rows = rows_of_a_record(settings, key, value, offsets)
@@ -396,7 +392,7 @@ def test_parts_equal_those_of_the_whole_output(dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("packed")
 def test_training_does_not_reach_a_frozen_copy() -> None:
-    block = FeedForward(8, 2.0, 0.0).eval()
+    block = FeedForward(8, 0.0).eval()
     x = torch.randn(5, 8)
     with torch.inference_mode():
         copy = frozen(block, torch.float32)

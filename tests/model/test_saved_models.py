@@ -9,7 +9,7 @@ import resource
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import sign_model
 from vista.arrays import offsets_of
 from vista.config import DataConfig, ModelConfig
-from vista.config.choices import Decay, Mixing, TargetAttentionKind
+from vista.config.choices import Activation, Decay, Mixing, Normalization, TargetAttentionKind
+from vista.counters.counter_codes import CounterSpec
 from vista.errors import CheckpointError
 from vista.log.features import CategoryColumn, ItemFeatures, NumberColumn, VectorColumn
 from vista.log.vocabulary import Vocabulary
@@ -32,6 +33,7 @@ from vista.model.features import FeatureSpec, Schema
 from vista.model.item_feature_table import FEATURES_FILE, ItemFeatureTable
 from vista.model.registry import ARCHITECTURES, load_model, with_items
 from vista.model.saved_model import ModelDescription
+from vista.model.summarizer import Stage1Config
 from vista.model.vista_model import VistaModel
 
 
@@ -60,7 +62,7 @@ def test_loading_keeps_the_callers_random_state_and_a_shorter_tail_shares_the_we
         {"num_seeds": 0, "target_attention": TargetAttentionKind.quasi_linear},
         {"rating_range": None, "has_time": False},
         {"request_features": True},
-        {"embedding_rows": 11, "embedding_hashes": 4},
+        {"embedding_rows": 11},
         {"popularity": True, "counters": True},
     ],
     ids=str,
@@ -186,7 +188,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (without("config.json"), "no readable model"),
     "no vocabulary": (without("items.ids.npy"), r"no readable model .*items\.ids\.npy"),
     "no folder": (shutil.rmtree, "no readable model .*vista train"),
-    "another format": (edited(lambda d: d.update(format_version=99)), "format 99, but this version of vista reads 7"),
+    "another format": (edited(lambda d: d.update(format_version=99)), "format 99, but this version of vista reads 8"),
     "not a description": (lambda folder: (folder / "config.json").write_text('["a list"]'), "format None"),
     "no schema": (edited(lambda d: d.pop("schema")), r"config\.json: the field 'schema' is missing"),
     "no data": (
@@ -254,7 +256,6 @@ def test_a_config_that_a_power_cut_has_torn_is_refused(make: SimpleNamespace, tm
         {"embedding_rows": 2**31 - 1},
         {"num_layers": 64, "dim": 1024},
         {"num_target_layers": 64, "dim": 1024},
-        {"num_reconstruction_layers": 64, "dim": 1024},
         {"conv_width": 1024, "dim": 8192},
     ],
     ids=str,
@@ -278,7 +279,7 @@ def test_a_config_that_asks_for_more_than_the_weights_hold(
         {"tail_len": 4096, "target_attention": "softmax"},
         {"num_seeds": 4096},
         {"conv_width": 1024},
-        {"num_layers": 64, "num_target_layers": 64, "num_reconstruction_layers": 64},
+        {"num_layers": 64, "num_target_layers": 64},
         {"embedding_rows": 100_000},
         {"architecture": "sasrec", "history_limit": 10_000},
         {"architecture": "hstu", "history_limit": 10_000},
@@ -358,30 +359,39 @@ def test_summarizer_id_follows_stage_1_and_nothing_else(make: SimpleNamespace, m
     }
 
 
-def test_summarizer_id_follows_the_vocabulary_and_the_configuration_of_stage_1(make: SimpleNamespace) -> None:
-    def identity(**changes: object) -> bytes:
-        model = make.model()
-        for name, value in changes.items():
-            setattr(model, name, value)
-        return model.summarizer_id()
+OTHERS = {"decay": Decay.time, "mixing": Mixing.bidirectional, "decay_horizons": (1.0, 2.0), "mean_token": True}
+OTHERS |= {"rating_range": (0.0, 5.0), "actions": ("view", "buy", "click"), "counters": CounterSpec(), "has_gap": False}
+OTHERS |= {"item_features": (FeatureSpec("brand", "category", 3),), "activation": Activation.relu}
+OTHERS |= {"event_features": (FeatureSpec("device", "category", 3),), "normalization": Normalization.none}
+"""Fields of Stage1Config that are no numbers, and other values of them."""
 
+
+@pytest.mark.parametrize("name", [field.name for field in fields(Stage1Config)])
+def test_summarizer_id_follows_every_setting_of_stage_1(make: SimpleNamespace, name: str) -> None:
     model = make.model()
-    config, schema = model.config, model.schema
-    before = identity()
-    assert identity(items=Vocabulary.from_ids(np.arange(40) + 101)) != before
-    assert identity(config=replace(config, history_limit=50)) != before
-    assert identity(config=replace(config, normalization_alpha=0.5)) != before
-    assert make.model(mean_token=True).summarizer_id() != before
-    reading = replace(config, target_attention=TargetAttentionKind.quasi_linear)
-    assert identity(config=reading) != before, "its records hold the state too"
-    assert identity(config=replace(config, target_attention=TargetAttentionKind.softmax)) == before
-    assert identity(schema=replace(schema, actions=["view", "buy", "click"])) != before
-    assert identity(schema=replace(schema, rating_range=(0.0, 5.0))) != before
+    before = model.summarizer_id()
+    other = OTHERS[name] if name in OTHERS else getattr(model.stage1, name) + 1
+    model.stage1 = replace(model.stage1, **{name: other})
+    assert model.summarizer_id() != before
+
+
+def test_summarizer_id_follows_the_vocabulary_and_no_setting_of_stage_2(make: SimpleNamespace) -> None:
+    model = make.model()
+    before, config = model.summarizer_id(), model.config
+    assert make.model(target_attention=TargetAttentionKind.quasi_linear).summarizer_id() != before, (
+        "its records hold the state too"
+    )
     for same in (
-        {"config": replace(config, tail_len=9, dropout=0.3, temperature=0.1, num_target_layers=5, stop_gradient=False)},
-        {"schema": replace(schema, tasks=["buy"], has_retrieval=False)},
+        {"config": replace(config, tail_len=9, dropout=0.3, temperature=0.1, num_target_layers=5)},
+        {"config": replace(config, target_attention=TargetAttentionKind.softmax)},
+        {"schema": replace(model.schema, tasks=["buy"], has_retrieval=False)},
     ):
-        assert identity(**same) == before
+        made = make.model()
+        for key, value in same.items():
+            setattr(made, key, value)
+        assert Stage1Config.of(made.config, made.schema) == model.stage1 and made.summarizer_id() == before
+    model.items = Vocabulary.from_ids(np.arange(40) + 101)
+    assert model.summarizer_id() != before
 
 
 NUM_ITEMS, NEW = 12, [100, 101, 250]

@@ -17,8 +17,9 @@ from vista.config import ModelConfig
 from vista.config.choices import Activation, Codec, Decay, Mixing, Normalization, TargetAttentionKind
 from vista.log.histories import Histories
 from vista.model import inference
+from vista.model.features import Schema
 from vista.model.history_states import embed, history_states
-from vista.model.summarizer import Summarizer, clusters
+from vista.model.summarizer import Stage1Config, Summarizer, clusters
 from vista.model.vista_model import VistaModel
 from vista.store.record_spec import dequantize_rows, quantize_rows
 
@@ -38,8 +39,8 @@ def formula(model: VistaModel, history: Histories) -> Tensor:
             outputs = []
             for q, k, v in zip(*(part.split(8, -1) for part in (query, key, value)), strict=True):
                 z = silu(k).t() @ v
-                if model.config.normalization is Normalization.length:
-                    z = z / len(x) ** model.config.normalization_alpha
+                if model.stage1.normalization is Normalization.length:
+                    z = z / len(x) ** model.stage1.normalization_alpha
                 outputs.append(silu(q) @ silu(z))
             x = layer.feed_forward(layer.output(x, torch.stack(outputs, 1), gate))
         return stage.final_norm(x[-len(stage.seeds) :])
@@ -109,7 +110,7 @@ def test_the_first_token_is_the_mean_of_the_events(make: SimpleNamespace, activa
 
 def test_at_first_it_is_a_mean_of_events() -> None:
     config = ModelConfig(dim=32, num_heads=4, mean_token=True)
-    summarizer = Summarizer(config)
+    summarizer = Summarizer(Stage1Config.of(config, Schema([], False, None, [])), config.dropout)
     values = summarizer.layers[0].key_value.weight[config.dim :]
     assert summarizer.mean is not None
     torch.testing.assert_close(summarizer.mean.output.weight @ values, torch.eye(32), atol=1e-5, rtol=0)

@@ -15,12 +15,11 @@ from torch import nn
 
 from tests.conftest import NEXT_ONLY
 from vista.config import DataConfig, ModelConfig, OptimConfig, SourceColumns, TrainConfig
-from vista.config.choices import Decay, Mixing, Precision, ReconstructionTarget, TargetAttentionKind
-from vista.examples.batch import Batch
-from vista.examples.batch_source import BatchSource
+from vista.config.choices import Decay, Mixing, Normalization, Precision, TargetAttentionKind
+from vista.examples.batch_source import BatchSource, ModelReads
 from vista.log.event_log import EventLog
 from vista.model.losses import reconstruction_loss
-from vista.model.vista_model import VistaModel
+from vista.model.vista_model import ReconstructionDecoder
 from vista.training.optimizers import Optimizers
 from vista.training.trainer import Trainer
 
@@ -48,7 +47,7 @@ def trainer(log: EventLog, run_dir: Path, num_rows: int) -> Trainer:
     made = Trainer(config, log)
     made.model.item_table = nn.Parameter(torch.randn(num_rows, DIM) * DIM**-0.5)
     made.optimizers = Optimizers(made.model, config.optim)
-    made.source = BatchSource(log, 1 + np.arange(log.num_items) * ((num_rows - 1) // log.num_items), config)
+    made.source = BatchSource(log, ModelReads(1 + np.arange(log.num_items) * ((num_rows - 1) // log.num_items)), config)
     made.model.train()
     return made
 
@@ -178,7 +177,7 @@ def test_an_event_shown_as_unknown_acts_like_an_unknown_item(make: SimpleNamespa
 def test_every_parameter_gets_a_gradient(make: SimpleNamespace, mixing: Mixing, kind: TargetAttentionKind) -> None:
     """Except those that a mixing does not use."""
     decay = {"decay": Decay.time, "decay_horizons": [1.0, 9.0]} if mixing is Mixing.separable else {}
-    model = make.model(mixing=mixing, target_attention=kind, num_reconstruction_layers=2, **decay).train()
+    model = make.model(mixing=mixing, target_attention=kind, **decay).train()
     chunks, _ = make.chunks(make.histories([20, 14], 2), 2, impressions=12)
     batch = make.batch(chunks, make.plan(model))
     model.losses(batch, model.item_table[batch.rows], NEXT_ONLY).total.backward()
@@ -212,7 +211,7 @@ def test_counters_off_change_no_loss(
     make: SimpleNamespace, mixing: Mixing, total: float, window: float, click: float
 ) -> None:
     """The losses of one batch as they were before there were counters."""
-    model = make.model(seed=5, mixing=mixing)
+    model = make.model(seed=5, mixing=mixing, normalization=Normalization.length)
     chunks, _ = make.chunks(make.histories([27, 9, 1, 18], 6), 6, impressions=20, chunk_len=9)
     anchors = make.anchor_plan(spacing=3, timeless_share=0.2)
     batch = make.batch(
@@ -238,70 +237,14 @@ def test_the_targets_get_no_gradient() -> None:
     assert float(reconstruction_loss(predicted[:0], target[:0], stop_gradient=True).detach()) == 0.0
 
 
-ITEMS = {"reconstruction_target": ReconstructionTarget.items, "temperature": 0.3}
-
-
-def item_batch(make: SimpleNamespace, model: VistaModel, known: float = 0.7) -> Batch:
-    """Two histories in which the model does not know a share of the items."""
-    packed = make.histories([20, 14], 2)
-    is_known = np.random.default_rng(0).random(len(packed.item)) < known
-    chunks, _ = make.chunks(replace(packed, item=np.where(is_known, packed.item, 0).astype(np.int32)), 2)
-    return make.batch(chunks, make.plan(model))
-
-
-@pytest.mark.parametrize("popularity", [False, True])
-def test_items_are_predicted_by_a_softmax_over_the_catalog(make: SimpleNamespace, popularity: bool) -> None:
-    """With all items as negatives, the loss is the cross-entropy of known items, stretch by stretch."""
-    model = make.model(seed=3, popularity=popularity, **ITEMS).eval()
-    model.set_item_frequency(np.arange(len(model.items) + 1) ** 2)
-    batch = item_batch(make, model)
-    with torch.no_grad():
-        vectors = model.item_vectors(batch.rows)
-        losses = model.losses(batch, vectors, ALONE)
-        encoded, summaries, _ = model._contexts(batch, vectors)
-        every = torch.arange(1, len(model.items) + 1)
-        catalog = model.retrieval_items(model.item_vectors(every), every)
-        logits, labels, part = [], [], batch.reconstruction
-        for cut, start, length in zip(part.cut.tolist(), part.start.tolist(), part.length.tolist(), strict=True):
-            offsets, age = torch.tensor([0, length]), batch.cuts.stop[cut] - start
-            predicted = model.decoder(summaries[[cut]], encoded[start : start + length], offsets, age[None])
-            for step in range(length):
-                row = int(batch.rows[batch.events.item[start + step]])
-                if row:
-                    logits.append(model.retrieval_users(predicted[step]) @ catalog.T / 0.3)
-                    labels.append(row - 1)
-    assert 0 < len(labels) < int(part.length.sum()), "some items are unknown"
-    expected = F.cross_entropy(torch.stack(logits), torch.tensor(labels))
-    torch.testing.assert_close(losses.parts["reconstruction"], expected)
-
-
-def test_predicted_items_train_the_summary(make: SimpleNamespace) -> None:
-    model = make.model(seed=3, **ITEMS).train()
-    for known in (0.7, 0.0):
-        batch = item_batch(make, model, known)
-        encoded, summaries, _ = model._contexts(batch, model.item_vectors(batch.rows))
-        loss = model._reconstruction(batch, model.item_vectors(batch.rows), encoded, summaries).mean
-        (gradient,) = torch.autograd.grad(loss, summaries)
-        if known:
-            read = torch.arange(len(summaries))[:, None] == batch.reconstruction.cut
-            assert torch.equal(gradient.flatten(1).any(1), read.any(1)) and read.any()
-        else:
-            assert loss.item() == 0 and not gradient.any(), "labels of unknown items are left out"
-
-
-def test_the_target_has_no_weights_of_its_own(make: SimpleNamespace) -> None:
-    vectors, items = make.model(seed=3), make.model(seed=3, reconstruction_target=ReconstructionTarget.items)
-    torch.testing.assert_close(vectors.state_dict(), items.state_dict(), rtol=0, atol=0)
-
-
 def test_a_prediction_sees_the_summary_and_the_events_before_it(make: SimpleNamespace) -> None:
     """Only those of its own window: not its own event, no later one, and no other window."""
-    model = make.model(seed=1, num_reconstruction_layers=2)
-    assert model.decoder is not None
+    torch.manual_seed(1)
+    decoder = ReconstructionDecoder(make.model().config, num_layers=2)
     offsets, age = torch.tensor([0, 4, 5, 9]), torch.tensor([4, 1, 300])
     events = torch.randn(9, 16, requires_grad=True)
     summary = torch.randn(3, 3, 16, requires_grad=True)
-    predicted = model.decoder(summary, events, offsets, age)
+    predicted = decoder(summary, events, offsets, age)
     assert predicted.shape == (9, 16)
     for row in range(9):
         window = int(torch.searchsorted(offsets, row, right=True)) - 1

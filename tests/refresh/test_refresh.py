@@ -252,7 +252,6 @@ def test_a_log_that_the_model_would_misread_is_refused(event_log, order_log, tmp
     plain = EventLog.from_frame(frame, tmp_path / "plain", time_unit="ms", columns=SourceColumns(rating="rating"))
     with pytest.raises(ConfigError, match=r"actions are \['event'\], but the model was trained on \['click'"):
         refresh(new_model(event_log), plain, tmp_path / "store")
-    refresh(new_model(event_log, use_action=False), plain, tmp_path / "store-without-actions")
     timeless = {name: small_frame()[name] for name in ("user", "item", "action")}
     log = EventLog.from_frame(timeless, tmp_path / "timeless", columns=SourceColumns(timestamp=None, action="action"))
     decaying = new_model(event_log, use_time=False, decay=Decay.time, decay_horizons=[1.0, 0.0])

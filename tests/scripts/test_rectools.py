@@ -24,7 +24,7 @@ from vista.config.choices import Architecture
 from vista.errors import DataError
 from vista.evaluation.cases import NextItemCases
 from vista.evaluation.metrics import ranks_of_targets
-from vista.examples.batch_source import BatchSource
+from vista.examples.batch_source import BatchSource, ModelReads
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories
 from vista.log.splits import visible_counts
@@ -191,7 +191,7 @@ def test_ours_like_rectools_is_initialized_and_trained_like_rectools(tmp_path: P
     for block in model.blocks:
         assert not any(linear.bias.any() for linear in (block.query, block.key_value, block.out))
         assert block.up.bias.any()
-    batch = BatchSource(log, model.rows_of(log.items), config).batch(0, 0)
+    batch = BatchSource(log, ModelReads(model.rows_of(log.items)), config).batch(0, 0)
     vectors = model.item_vectors(batch.rows)
     loss = model.losses(batch, vectors, config.optim).total
     assert len(batch.negatives.item) == log.num_items, "the whole catalog"

@@ -23,11 +23,13 @@ from tests.conftest import ratings_folder
 from vista.config import TrainConfig
 from vista.config.choices import Codec
 from vista.config.composition import compose_config
+from vista.config.model_config import EMBEDDING_HASHES
 from vista.errors import DataError
 from vista.log.histories import NUM_GAPS
 from vista.log.splits import parse_time
+from vista.model.features import Schema
+from vista.model.summarizer import Stage1Config
 from vista.training import trainer
-from vista.training.downstream import KEPT_KEYS
 
 pytestmark = pytest.mark.research
 SMALL = ("optim.epochs=1", "optim.warmup_steps=2", "model.dim=16")
@@ -282,7 +284,9 @@ def test_every_row_can_be_composed(name: str) -> None:
         configs[row] = recorded_config(table, values)
         if values.base:
             base = train_config(table, table.rows[values.base]).model
-            assert all(getattr(base, key) == getattr(config.model, key) for key in KEPT_KEYS)
+            schema = Schema([], True, None, [])
+            assert Stage1Config.of(base, schema) == Stage1Config.of(config.model, schema)
+            assert base.tail_features == config.model.tail_features
             assert parse_time(values.until) < parse_time(str(config.data.validation_from))
         assert all(length < config.model.tail_len for length in values.tails)
         assert not values.tails or Codec.int8 in values.codecs, "shorter tails are served from the int8 store"
@@ -369,6 +373,6 @@ def test_unified_embeddings_have_the_share_of_parameters_in_their_names() -> Non
     for name, row in TABLES["embeddings"].rows.items():
         model = compose_config(TrainConfig, ["experiment=ml-100k", *row.words]).model
         if name != "vista":
-            shared = (1 + model.embedding_rows) * model.dim // model.embedding_hashes
+            shared = (1 + model.embedding_rows) * model.dim // EMBEDDING_HASHES
             separate = (1 + 1682 + NUM_GAPS) * model.dim
             assert shared / separate == pytest.approx(float(Fraction(name.removeprefix("unified-"))), rel=0.005)

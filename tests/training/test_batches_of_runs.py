@@ -17,11 +17,12 @@ from torch import Tensor
 
 from tests.conftest import Served, small_config
 from tests.training.feature_world import feature_config, frames, log_of
-from vista.config.choices import Architecture, Mixing, Precision, ReconstructionTarget, Stage
+from vista.config.choices import Architecture, Mixing, Precision, Stage
 from vista.errors import DataError
 from vista.examples.batch import Batch, balanced_parts, batch_part, chunk_work
 from vista.examples.batch_source import BatchSource
 from vista.log.event_log import EventLog
+from vista.model.baselines.candidate_models import SearchModel
 from vista.model.losses import LossPart, loss_names, weighted_losses
 from vista.refresh import refresh
 from vista.training.downstream import Downstream
@@ -34,7 +35,6 @@ EXACT = {
     "data__tokens_per_batch": 128,
     "model__dropout": 0.0,
     "model__counted_dropout": 0.0,
-    "model__id_dropout": 0.0,
 }
 """No draws in a step: each rank makes its own."""
 COUNTERS = {"model__counters": True, "optim__window_weight": 0.5}
@@ -43,13 +43,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "bidirectional": {"model__mixing": Mixing.bidirectional},
     "lag": {"model__tail_in_summary": False},
     "counters": COUNTERS,
-    "items": {"model__reconstruction_target": ReconstructionTarget.items, "data__unknown_share": 0.3},
+    "unknown items": {"data__unknown_share": 0.3},
     "hashed": {"model__embedding_rows": 30, "model__hashed_features": ["surface:2", "device:2"]},
     "sasrec": {"model__architecture": Architecture.sasrec, "model__history_limit": 9},
     "hstu": {"model__architecture": Architecture.hstu, "model__history_limit": 9, **COUNTERS},
     "fuxi_linear": {"model__architecture": Architecture.fuxi_linear, "model__history_limit": 9},
     "din": {"model__architecture": Architecture.din, "model__history_limit": 9},
-    "sim": {"model__architecture": Architecture.sim, "model__search_top_k": 4},
+    "sim": {"model__architecture": Architecture.sim},
 }
 
 
@@ -101,7 +101,10 @@ def assert_parts_equal_the_whole(made: Trainer) -> None:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in ("vista", "counters") else pytest.mark.nightly) for name in MODELS]
 )
-def test_parts_have_the_losses_and_gradients_of_the_whole_batch(log: EventLog, tmp_path: Path, name: str) -> None:
+def test_parts_have_the_losses_and_gradients_of_the_whole_batch(
+    log: EventLog, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SearchModel, "top_k", 4)
     assert_parts_equal_the_whole(Trainer(feature_config(log, tmp_path / "run", **EXACT, **MODELS[name]), log))
 
 

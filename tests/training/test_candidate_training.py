@@ -11,7 +11,7 @@ import pytest
 from vista.config import DataConfig, EvaluateConfig, ModelConfig, OptimConfig, SourceColumns, TrainConfig
 from vista.config.choices import Architecture, Precision, Split
 from vista.evaluation.evaluate import evaluate_model
-from vista.examples.batch_source import BatchSource
+from vista.examples.batch_source import BatchSource, ModelReads
 from vista.log.event_log import EventLog
 from vista.model.baselines.candidate_models import CandidateModel
 from vista.training.trainer import train_model
@@ -51,9 +51,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> EventLog:
 def config_of(log: EventLog, run_dir: Path, name: str, **model: Any) -> TrainConfig:
     first = (10_000_000 + NUM_EVENTS) * 1000
     return TrainConfig(
-        model=ModelConfig(
-            architecture=Architecture(name), dim=16, num_heads=2, tail_len=8, search_top_k=8, dropout=0.1, **model
-        ),
+        model=ModelConfig(architecture=Architecture(name), dim=16, num_heads=2, tail_len=8, dropout=0.1, **model),
         data=DataConfig(
             path=str(log.path),
             split=Split.time,
@@ -95,6 +93,6 @@ def test_a_baseline_learns_from_the_events_that_it_reads(
 @pytest.mark.parametrize(("name", "longest"), [("sasrec", 11), ("din", NUM_EVENTS)])
 def test_chunks_may_be_longer_than_history_limit(log: EventLog, tmp_path: Path, name: str, longest: int) -> None:
     config = config_of(log, tmp_path, name, history_limit=10)
-    source = BatchSource(log, np.arange(log.num_items) + 1, config)
+    source = BatchSource(log, ModelReads(np.arange(log.num_items) + 1), config)
     lengths = [int(source.batch(0, index).events.offsets.diff().max()) for index in range(source.num_batches(0))]
     assert max(lengths) == longest

@@ -46,6 +46,7 @@ from vista.model.vista_model import VistaModel
 from vista.planning.capacity_plan import StoreSizes
 from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer
+from vista.training.optimizers import COUNTED_RATE
 from vista.training.run_folder import MetricsWriter
 from vista.training.trainer import Trainer, train, train_model
 from vista.training.validation import Validation
@@ -58,7 +59,6 @@ def counting_config(log: EventLog, run_dir: Path, **changes: Any) -> TrainConfig
         "model__popularity": True,
         "model__num_seeds": 0,
         "optim__window_weight": 1.0,
-        "optim__counted_rate": 3.0,
         "data__horizon_events": 5,
         "data__exclude_seen": False,
     }
@@ -91,7 +91,7 @@ def test_the_heads_start_from_the_training_part_and_have_their_own_rate(event_lo
     rates = {id(p): group["lr"] for group in made.optimizers.dense.param_groups for p in group["params"]}
     for name, parameter in made.model.named_parameters():
         if name != "item_table":
-            factor = 3.0 if name.startswith(("counted.", "popularity.")) else 1.0
+            factor = COUNTED_RATE if name.startswith(("counted.", "popularity.")) else 1.0
             assert rates[id(parameter)] == pytest.approx(rate * factor), name
 
 

@@ -16,10 +16,10 @@ import torch
 from tests.conftest import Served
 from tests.training.test_trainer import assert_same_result
 from vista.config import EvaluateConfig, OptimConfig, TrainConfig
-from vista.config.choices import Architecture, Codec, Split, Stage, TargetAttentionKind
+from vista.config.choices import Architecture, Codec, Decay, Split, Stage, TargetAttentionKind
 from vista.errors import ConfigError, LeakageError, SummarizerMismatchError
 from vista.evaluation.evaluate import evaluate_scorer
-from vista.examples.batch_source import BatchSource
+from vista.examples.batch_source import BatchSource, ModelReads
 from vista.log.event_log import EventLog
 from vista.log.histories import UNKNOWN_GAP
 from vista.log.splits import visible_counts
@@ -181,7 +181,7 @@ def test_training_at_a_position_is_serving_from_the_store(
     shown = liked_impressions(log, since, end)
     checked = 0
     with Downstream.open(config, log) as downstream, Scorer.open(model, past_store) as scorer:
-        source = BatchSource(log, np.arange(log.num_items) + 1, config, downstream.summaries)
+        source = BatchSource(log, ModelReads(np.arange(log.num_items) + 1), config, downstream.summaries)
         for batch, window, place, seen in read_impressions(source, config):
             if seen < config.model.tail_len or batch.impressions.gap[window, place] == UNKNOWN_GAP:
                 continue
@@ -323,13 +323,13 @@ class TestRefusals:
             replace(config, model=baseline)
 
     def test_a_stage_1_that_differs_from_the_base(self, served_tasks: Served, past_store: Path, tmp_path: Path) -> None:
-        changes = {"model__conv_width": 1, "model__num_seeds": 4, "model__decay_horizons": [1.0, 2.0]}
-        changes |= {"model__mean_token": True}
+        changes = {"model__conv_width": 1, "model__num_seeds": 4, "model__mean_token": True}
+        changes |= {"model__decay": Decay.time, "model__decay_horizons": [1.0, 2.0]}
         config = downstream_config(served_tasks, past_store, tmp_path, **changes, model__num_target_layers=1)
         expected = (
-            "changes model.num_seeds (3 -> 4), model.conv_width (3 -> 1), model.decay_horizons ([] -> [1.0, 2.0]), "
-            "model.mean_token (False -> True); "
-            "set model.num_seeds=3 model.conv_width=3 model.decay_horizons=[] model.mean_token=false"
+            "changes model.num_seeds (3 -> 4), model.conv_width (3 -> 1), model.decay (none -> time), "
+            "model.decay_horizons ([] -> [1.0, 2.0]), model.mean_token (False -> True); set model.num_seeds=3 "
+            "model.conv_width=3 model.decay=none model.decay_horizons=[] model.mean_token=false"
         )
         with pytest.raises(ConfigError, match=re.escape(expected)):
             train(config, served_tasks.log)

@@ -47,7 +47,7 @@ from vista.training.validation import Validation
 ROWS = {"brand": 4, "surface": 5, "device": 6, "region": 7}
 """Of an item, an event, a request, and a user."""
 HASHED = [f"{name}:{rows}" for name, rows in ROWS.items()]
-HASHED_ITEMS = {"model__embedding_rows": 24, "model__embedding_hashes": 2}
+HASHED_ITEMS = {"model__embedding_rows": 24}
 Run = tuple[TrainConfig, VistaModel]
 
 
@@ -252,7 +252,7 @@ def test_without_values() -> None:
 
 
 def test_items_that_share_rows(event_log: EventLog, tmp_path: Path) -> None:
-    config = small_config(event_log, tmp_path / "run", model__embedding_rows=23, model__embedding_hashes=2)
+    config = small_config(event_log, tmp_path / "run", model__embedding_rows=23)
     made = Trainer(config, event_log)
     (found,) = made._collisions
     counts = training_counts(small_frame())

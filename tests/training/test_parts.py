@@ -56,6 +56,7 @@ from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer
 from vista.store import StoreReader
+from vista.training import warm_start
 from vista.training.log_schema import encoded_features, event_reader, schema_of
 from vista.training.run_folder import model_card
 from vista.training.trainer import Trainer, train, train_model
@@ -99,7 +100,7 @@ def copies() -> list[tuple[int, Path]]:
 def run(log: EventLog, copies: list[tuple[int, Path]], tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run that reads all features, and its model."""
     folder = tmp_path_factory.mktemp("run")
-    config = feature_config(log, folder / "run", checkpoint_every=2, model__id_dropout=0.5, optim__epochs=2)
+    config = feature_config(log, folder / "run", checkpoint_every=2, optim__epochs=2)
     config.optim.validate_every = 1
     with copies_of_run(folder) as made:
         model = train(config, log, metrics_every=1)
@@ -267,8 +268,9 @@ def test_items_without_events_and_features_are_no_negatives(tmp_path: Path) -> N
     assert known is not None and known.tolist() == [False, *[True] * (count - 1), False]
 
 
-def test_dropped_ids_leave_the_features(log: EventLog, tmp_path: Path) -> None:
-    made = Trainer(feature_config(log, tmp_path, model__id_dropout=0.99), log)
+def test_dropped_ids_leave_the_features(log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warm_start, "ID_DROPOUT", 0.99)
+    made = Trainer(feature_config(log, tmp_path), log)
     batch, model = made.source.batch(0, 0), made.model
     assert model.features is not None
     with torch.no_grad():

@@ -109,12 +109,6 @@ def test_explicit_settings_win(event_log: EventLog, key: str, value: Any) -> Non
     assert value_of(plan_run(config, event_log), key) == value
 
 
-def test_settings_that_the_plan_leaves_without_use_are_refused(event_log: EventLog) -> None:
-    data = DataConfig(exclude_seen=True, frequencies="count_min")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"data\.frequencies: frequencies are not used"):
-        plan_run(TrainConfig(data=data), event_log)
-
-
 def test_counters_are_for_logs_with_returns(event_log: EventLog, served_tasks: Served) -> None:
     def plan(config: TrainConfig, log: EventLog = event_log) -> tuple[Any, ...]:
         found = plan_run(config, log)

@@ -21,12 +21,11 @@ from tests.training.forked import run_in_fork
 from vista.config import SourceColumns
 from vista.config.config_keys import to_yaml
 from vista.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError
-from vista.examples.batch_source import BatchSource
+from vista.examples.batch_source import BatchSource, ModelReads
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
 from vista.training import trainer
 from vista.training.checkpoint import TENSOR_FILE, latest_checkpoint, load_checkpoint
-from vista.training.log_schema import schema_of
 from vista.training.trainer import Trainer, train
 from vista.training.validation import Validation
 
@@ -263,7 +262,9 @@ def test_an_absurd_learning_rate_stops_the_run_and_names_the_users(event_log: Ev
     # The saved batch equals the source's batch of that step, so it can be inspected.
     progress = load_checkpoint(latest_checkpoint(tmp_path / "checkpoints"))[1]["run"]["progress"]  # type: ignore[arg-type]
     item_rows = np.arange(event_log.num_items) + 1
-    expected = BatchSource(event_log, item_rows, config).batch(progress["epoch"], progress["batch"]).tensors()
+    expected = (
+        BatchSource(event_log, ModelReads(item_rows), config).batch(progress["epoch"], progress["batch"]).tensors()
+    )
     assert all(torch.equal(batch[name], tensor) for name, tensor in expected.items())
 
 
@@ -276,9 +277,8 @@ def test_infinite_ratings_are_refused(tmp_path: Path) -> None:
     ratings[3] = np.inf
     np.save(path, ratings)
     log = EventLog.open(tmp_path / "log")
-    with pytest.raises(DataError, match=r"ratings range from 1\.0 to inf; .*model\.use_rating=false"):
+    with pytest.raises(DataError, match=r"ratings range from 1\.0 to inf; .*without events\.rating"):
         train(small_config(log, tmp_path / "run", verify_log=False), log)
-    assert schema_of(log, small_config(log, tmp_path, model__use_rating=False)).rating_range is None
 
 
 def test_early_stopping_keeps_the_best(event_log: EventLog, tmp_path: Path) -> None:

@@ -168,15 +168,6 @@ class TableOptimizer(Enum):
     """FBGEMM's row-wise Adagrad, whose state is one number per row."""
 
 
-class ReconstructionTarget(Enum):
-    """What the decoder predicts of each event from a summary and the events before it."""
-
-    vectors = "vectors"
-    """The event's embedding, by squared error (the paper)."""
-    items = "items"
-    """The event's item, by the sampled softmax of next items."""
-
-
 class Activation(Enum):
     """Activation phi of stage 1, applied to its queries, keys, and states."""
 
@@ -245,14 +236,6 @@ class Target(Enum):
     """The very next event."""
     window = "window"
     """The items of the next events or days."""
-
-
-class Counting(Enum):
-    """How item frequencies are counted."""
-
-    exact = "exact"
-    count_min = "count_min"
-    """A count-min sketch of fixed size, filled in one pass over the events (needs the extra `sketches`)."""
 
 
 class Precision(Enum):

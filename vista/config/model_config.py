@@ -14,13 +14,10 @@ from vista.config.checks import (
     require_share,
 )
 from vista.config.choices import (
-    Activation,
     Architecture,
     Decay,
     ItemStart,
     Mixing,
-    Normalization,
-    ReconstructionTarget,
     Search,
     TableKind,
     TablePrecision,
@@ -40,6 +37,8 @@ MAX_HORIZONS = 8
 """Most time constants of counters, so that the codes of an item fit into 64 bits."""
 MIN_COUNTER_DAYS = 1 / 24
 MAX_COUNTER_EVENTS = 1_000_000
+EMBEDDING_HASHES = 2
+"""Hash functions per value of a table that features share (`embedding_rows`)."""
 TEMPERATURES = 0.05, 0.3
 """Temperatures without and with counters."""
 
@@ -79,14 +78,6 @@ class ModelConfig:
     incrementally. bidirectional: all tokens write and read at every layer (the paper)."""
     conv_width: int = 3
     """Width, in events, of the causal depthwise convolution below the layers of stage 1. 1 disables it."""
-    activation: Activation = Activation.silu
-    """Activation phi of stage 1's queries, keys, and states. The paper uses silu; identity is plain linear
-    attention."""
-    normalization: Normalization = Normalization.length
-    """Scale of stage 1's state before its activation. none: 1 (the paper). length: 1 / max(n, 1) ** alpha, where n is
-    the number of events and alpha is normalization_alpha."""
-    normalization_alpha: float = 1.0
-    """Exponent alpha of normalization=length. 1 gives the mean over events, 0 the sum."""
     decay: Decay = Decay.none
     """How older events lose weight in separable mixing: not at all (none), by time, or by position, which is the number
     of newer events."""
@@ -99,26 +90,15 @@ class ModelConfig:
     search: Search = Search.soft
     """How sim finds events for a candidate: soft by a learned inner product, hard by category
     (`data.category_column`)."""
-    search_top_k: int = 100
-    """For sim and twin: number of events that the search finds per candidate and that its attention reads."""
-    search_share: float = 0.0
-    """For sim and twin: share of the user's events that the search finds if these are more than search_top_k."""
     tail_len: int = 32
     """Number of newest events that stage 2 reads in addition to the summary."""
     tail_in_summary: bool = True
     """Whether the summary also covers the events of the tail. With false, stage 2 reads each event once, and training
     cuts summaries where the tails of its windows begin. Only for models with a summary."""
-    feed_forward_ratio: float = 2.0
-    """Hidden width of the gated feed-forward blocks, divided by dim: in stage 1, the decoder, and softmax layers of
-    stage 2."""
     dropout: float = 0.2
     """Share of activations, in [0, 1), that are dropped in training."""
     temperature: float | None = None
     """Temperature by which the retrieval head divides its cosines. null: 0.05, or 0.3 with counters."""
-    use_action: bool = True
-    """Add the action to the event embedding, if the log has several actions."""
-    use_rating: bool = True
-    """Add the rating to the event embedding of stage 1, if the log has ratings."""
     use_time: bool = True
     """Add the gap to the previous event, in logarithmic buckets, to the event embedding, if the log has times."""
     use_item_features: bool = True
@@ -136,21 +116,10 @@ class ModelConfig:
     hashed_features: list[str] = field(default_factory=list)
     """Categories whose values share a fixed number of rows by hashing, each written as name:rows, such as [url:10000].
     Values that did not occur in training then have a row too. In other categories, each value has its own row."""
-    id_dropout: float = 0.1
-    """With features of items: share of the items of a training batch, in [0, 1), whose ID embeddings are left out, so
-    that their features stand in for them."""
-    num_reconstruction_layers: int = 1
-    """Number of layers of the causal decoder of the reconstruction loss."""
-    reconstruction_target: ReconstructionTarget = ReconstructionTarget.vectors
-    """What the decoder predicts of each event: its embedding by squared error (vectors), or its item by the sampled
-    softmax of next items (items)."""
-    stop_gradient: bool = True
-    """With reconstruction_target=vectors, stop the gradient at the target. Without this, embeddings can collapse."""
     embedding_rows: int = 0
-    """Number of rows of one hashed table that item IDs, actions, and gaps share; each row is dim / embedding_hashes
-    wide. 0 uses separate tables with one row per value. Features have tables of their own (hashed_features)."""
-    embedding_hashes: int = 2
-    """Number of hash functions per value with embedding_rows. It must divide dim."""
+    """Number of rows of one hashed table that item IDs, actions, and gaps share; each row is dim / 2 wide,
+    and two hash functions name the rows of a value. 0 uses separate tables with one row per value. Features have tables
+    of their own (hashed_features)."""
     table: TableKind = TableKind.plain
     """Where the rows of the item table are in training: in every process (plain), or divided among the ranks of a job
     (torchrec). The exported model is the same."""
@@ -187,22 +156,26 @@ class ModelConfig:
         check_types(self, "model.")
         require_counts(self, "model.", ("dim",), most=MAX_DIM)
         require_counts(self, "model.", ("num_seeds",), least=0, most=MAX_DIM)
-        require_counts(self, "model.", ("num_heads", "embedding_hashes"), most=self.dim)
+        require_counts(self, "model.", ("num_heads",), most=self.dim)
         require_counts(self, "model.", ("num_interests",), least=0, most=self.dim)
-        layers = ("num_layers", "num_target_layers", "num_reconstruction_layers")
-        require_counts(self, "model.", layers, most=64)
+        require_counts(self, "model.", ("num_layers", "num_target_layers"), most=64)
         require_counts(self, "model.", ("conv_width",), most=1024)
         require_counts(self, "model.", ("tail_len",), most=4096)
-        require_counts(self, "model.", ("search_top_k",), most=2**20)
         require_counts(self, "model.", ("history_limit", "embedding_rows"), least=0, most=2**31 - 1)
-        require_finite(self, "model.", ("normalization_alpha",))
         require_finite(self, "model.", ("temperature",), positive=True)
-        require_finite(self, "model.", ("feed_forward_ratio",), positive=True, most=64)
-        require_share(self, "model.", ("dropout", "counted_dropout", "id_dropout"), below_one=True)
-        require_share(self, "model.", ("search_share",))
-        self._check_divisor_of_dim("num_heads")
+        require_share(self, "model.", ("dropout", "counted_dropout"), below_one=True)
+        divisors = [number for number in range(1, min(self.dim, 64) + 1) if self.dim % number == 0]
+        require(
+            self.dim % self.num_heads == 0,
+            "model.num_heads",
+            f"must divide model.dim={self.dim}, got {self.num_heads}; use one of {divisors}",
+        )
         if self.embedding_rows:
-            self._check_divisor_of_dim("embedding_hashes")
+            require(
+                self.dim % EMBEDDING_HASHES == 0,
+                "model.dim",
+                f"must be a multiple of {EMBEDDING_HASHES} with model.embedding_rows, got {self.dim}",
+            )
             require(
                 self.item_start in (None, ItemStart.random),
                 "model.item_start",
@@ -278,15 +251,6 @@ class ModelConfig:
                 f"got {shown(word)}",
             )
             names.add(name)
-
-    def _check_divisor_of_dim(self, key: str) -> None:
-        value = getattr(self, key)
-        divisors = [number for number in range(1, min(self.dim, 64) + 1) if self.dim % number == 0]
-        require(
-            self.dim % value == 0,
-            f"model.{key}",
-            f"must divide model.dim={self.dim}, got {value}; use one of {divisors}",
-        )
 
     def _check_history_limit(self) -> None:
         limited = (Architecture.sasrec, Architecture.hstu, Architecture.fuxi_linear, Architecture.din)

@@ -18,11 +18,9 @@ from vista.config.checks import (
 )
 from vista.config.choices import (
     Architecture,
-    Counting,
     InitFreeze,
     ItemStart,
     Precision,
-    ReconstructionTarget,
     Sampler,
     Search,
     Split,
@@ -98,9 +96,6 @@ class DataConfig:
     """Number of windows of label_spacing positions that are drawn from each chunk per epoch. Those with questions
     (anchor_spacing) are added. 0 uses all windows, so every event is a label once per epoch; with counters, only
     windows with questions are used."""
-    num_cuts: int = 2
-    """Number of cuts per chunk and epoch in bidirectional mixing. Separable mixing has a cut every label_spacing
-    events."""
     staleness_events: float = 32.0
     """Mean extra age, in events, of the summaries that stale windows read. It is drawn from an exponential distribution
     and rounded up to whole windows."""
@@ -122,21 +117,14 @@ class DataConfig:
     num_negatives: int | None = None
     """Number of negatives of the sampled softmax, shared by all labels of a batch. null: all items of the log, which is
     the exact softmax, but at most 4,096."""
-    negative_power: float = 0.0
-    """Negatives are drawn with probability proportional to item frequency to this power. 0 draws uniformly."""
-    frequencies: Counting = Counting.exact
-    """How item frequencies are counted for negative_power, optim.logq_strength, model.counters, and model.popularity:
-    exact counts, or a count-min sketch of fixed size."""
-    reconstruction_len: int = 64
-    """Number of events before a sampled cut that the decoder reconstructs."""
 
     def __post_init__(self) -> None:
         check_types(self, "data.")
-        counts = ("chunk_len", "tokens_per_batch", "label_spacing", "num_cuts", "num_negatives", "reconstruction_len")
-        require_counts(self, "data.", (*counts, "anchor_spacing"))
+        counts = ("chunk_len", "tokens_per_batch", "label_spacing", "num_negatives", "anchor_spacing")
+        require_counts(self, "data.", counts)
         require_counts(self, "data.", ("windows_per_chunk", "min_item_events"), least=0)
         require_counts(self, "data.", ("horizon_events",), most=MAX_HORIZON_EVENTS)
-        require_finite(self, "data.", ("staleness_events", "negative_power"))
+        require_finite(self, "data.", ("staleness_events",))
         require_finite(self, "data.", ("horizon_days", "refresh_days"), most=MAX_DAYS)
         require_finite(self, "data.", ("gap_minutes",), most=MAX_DAYS * 24 * 60)
         is_timed = self.split is Split.time
@@ -169,19 +157,13 @@ class OptimConfig:
 
     learning_rate: float = 2e-3
     """Peak learning rate, reached after the warm-up and followed by cosine decay."""
-    weight_decay: float = 0.01
-    """Decoupled weight decay (AdamW) of the network. The item table has none."""
     table_rate: float = 1.0
     """Learning rate of the item table, as a multiple of the network's. 0 keeps the table as it is before training."""
     table_optimizer: TableOptimizer = TableOptimizer.adam
     """Optimizer of the item table. rowwise_adagrad takes less memory, and needs model.table=torchrec."""
-    counted_rate: float = 5.0
-    """With model.counters or model.popularity: learning rate of their heads, as a multiple of the network's."""
     warmup_steps: int | None = None
     """Number of steps over which the learning rate rises linearly to its peak. null: 3% of the steps; with
     optim.minutes, 50 steps and at most a tenth of all."""
-    gradient_clip: float = 1.0
-    """Maximum global norm of the gradient."""
     epochs: int | None = None
     """Maximum number of epochs, which are passes over the training histories. null: enough for about 1,000 steps with
     model.counters, else about 3,000, and at most 30 epochs. With optim.minutes and no counters, only the time limits
@@ -215,9 +197,9 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "optim.")
-        require_finite(self, "optim.", ("learning_rate", "gradient_clip", "minutes"), positive=True)
+        require_finite(self, "optim.", ("learning_rate", "minutes"), positive=True)
         weights = ("next_weight", "window_weight", "task_weight", "reconstruction_weight")
-        require_finite(self, "optim.", ("weight_decay", "table_rate", "counted_rate", *weights))
+        require_finite(self, "optim.", ("table_rate", *weights))
         counts = ("epochs", "warmup_steps", "patience", "validate_every", "validation_users")
         require_counts(self, "optim.", counts, least=0)
         require(self.task_weight > 0 or not self.tasks, "optim.tasks", "needs optim.task_weight above 0; set that to 1")
@@ -310,7 +292,6 @@ class TrainConfig:
         self._check_data()
         self._check_stage()
         self._check_init()
-        self._check_reconstruction()
         self._check_item_start()
         self._check_table()
 
@@ -338,14 +319,6 @@ class TrainConfig:
             self.data.unknown_share == 0 or not self.model.architecture.ranks_only,
             "data.unknown_share",
             "only applies to architectures that rank next items; leave it out",
-        )
-        reads_popularity = self.model.counters is not False or self.model.popularity is not False
-        uses_frequencies = self.data.negative_power != 0 or self.optim.logq_strength != 1 or reads_popularity
-        require(
-            self.data.frequencies is Counting.exact or uses_frequencies,
-            "data.frequencies",
-            "frequencies are not used; set data.negative_power above 0, optim.logq_strength below 1, model.counters, "
-            "or model.popularity",
         )
 
     def _check_stage(self) -> None:
@@ -392,16 +365,6 @@ class TrainConfig:
             "init_freeze",
             "items share the rows of a hashed table, so new ones cannot train while it is frozen; set "
             "init_freeze=none, or train only stage 2 with stage=downstream",
-        )
-
-    def _check_reconstruction(self) -> None:
-        is_vista, is_joint = self.model.architecture is Architecture.vista, self.stage is Stage.joint
-        reconstructs = is_vista and is_joint and self.model.num_seeds > 0 and self.optim.reconstruction_weight > 0
-        require(
-            not reconstructs or self.ranks_items or self.model.reconstruction_target is ReconstructionTarget.vectors,
-            "model.reconstruction_target",
-            "items needs negatives, which are only drawn if items are ranked; set optim.next_weight or "
-            "optim.window_weight above 0, or use vectors",
         )
 
     def _check_item_start(self) -> None:

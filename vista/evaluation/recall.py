@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vista.arrays import Float32s, Floats, Int, offsets_of
-from vista.config.choices import ReconstructionTarget
 from vista.errors import ConfigError
 from vista.examples.item_statistics import item_counts
 from vista.log.event_log import EventLog
@@ -223,34 +222,21 @@ def _share_beaten(
     action, gaps = tensor(histories.action[index].astype(np.int64)), tensor(gap)
     rating = None if histories.rating is None else tensor(histories.rating[index])
     target = model.encoder(model.item_vectors(tensor(item)), action, gaps, rating)
-    if model.config.reconstruction_target is ReconstructionTarget.items:
-        own_rows, their_rows = tensor(item), tensor(negatives)
-        true = model.retrieval_items(model.item_vectors(own_rows), own_rows)
-        others = model.retrieval_items(model.item_vectors(their_rows), their_rows)
-    else:
-        true = target
-        # The same events with other items.
-        others = model.encoder(
-            model.item_vectors(tensor(negatives)),
-            action[:, None],
-            gaps[:, None],
-            None if rating is None else rating[:, None],
-        )
+    # The same events with other items.
+    others = model.encoder(
+        model.item_vectors(tensor(negatives)),
+        action[:, None],
+        gaps[:, None],
+        None if rating is None else rating[:, None],
+    )
     offsets = tensor(offsets_of(lengths))
     age = tensor(histories.lengths[windows.row] - windows.start)
     judged = valid.any(1)
     shares = []
     for summary in summaries:
         predicted = model.decoder(summary[tensor(windows.row)], target, offsets, age)
-        own = _distance(model, predicted[:, None], true[:, None])
-        theirs = _distance(model, predicted[:, None], others)
+        own = (predicted[:, None] - target[:, None]).square().sum(-1)
+        theirs = (predicted[:, None] - others).square().sum(-1)
         beaten = ((own < theirs).double() + 0.5 * (own == theirs).double()).cpu().numpy()
         shares.append((beaten * valid).sum(1)[judged] / valid.sum(1)[judged])
     return np.stack(shares)
-
-
-def _distance(model: VistaModel, predicted: Tensor, target: Tensor) -> Tensor:
-    """[T, N] of predictions [T, 1, M] from event embeddings, or from retrieval vectors of items, [T, N, M]."""
-    if model.config.reconstruction_target is ReconstructionTarget.items:
-        return -(model.retrieval_users(predicted) * target).sum(-1)
-    return (predicted - target).square().sum(-1)

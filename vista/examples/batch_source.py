@@ -56,7 +56,7 @@ class StoredSummaries:
 class NegativeSampler:
     """Draws item rows in proportion to frequency ** power. Power 0 is uniform over the items that occur."""
 
-    def __init__(self, item_counts: NDArray[np.int64], *, num_negatives: int, power: float) -> None:
+    def __init__(self, item_counts: NDArray[np.int64], *, num_negatives: int, power: float = 0.0) -> None:
         """
         Args:
             item_counts: int64 [V], how often each model row occurs in training; rows with 0 are never drawn. Estimates
@@ -104,65 +104,59 @@ EncodeEvents: TypeAlias = Callable[[RowFeatures, int], tuple[Int, NDArray[np.flo
 NO_NEGATIVES = np.zeros(0, np.int64), np.zeros(0, np.float32)
 
 
+@dataclass(frozen=True, slots=True)
+class ModelReads:
+    """How a model reads a log: the rows of its items, what it counts, and the features that it encodes."""
+
+    item_rows: Int
+    """int64 [log.num_items], the model row of each of the log's items; 0 is the unknown item."""
+    num_known: int | None = None
+    """Items that histories and counters know. They show the items of later rows as unknown, while labels, candidates,
+    and negatives have them. None knows all."""
+    has_features: NDArray[np.bool_] | None = None
+    """bool [1 + V], the model rows whose vectors contain features; None is none. Such rows without training events are
+    not negatives."""
+    keys: ItemKeys | None = None
+    """What the model's counters count; None without counters."""
+    encode_events: EncodeEvents | None = None
+    """Features of the log's events; None if the model reads none."""
+    encode_requests: EncodeRows | None = None
+    """The same for the requests of the log's impressions."""
+    encode_users: EncodeRows | None = None
+    """The same for the log's users."""
+
+
 class BatchSource:
     """Cuts the visible part of a log into batches. Threads may share it while all of them ask for the same epoch."""
 
     def __init__(
-        self,
-        log: EventLog,
-        item_rows: Int,
-        config: TrainConfig,
-        stored: StoredSummaries | None = None,
-        keys: ItemKeys | None = None,
-        *,
-        has_features: NDArray[np.bool_] | None = None,
-        encode_requests: EncodeRows | None = None,
-        encode_users: EncodeRows | None = None,
-        num_known: int | None = None,
-        encode_events: EncodeEvents | None = None,
+        self, log: EventLog, reads: ModelReads, config: TrainConfig, stored: StoredSummaries | None = None
     ) -> None:
         """
         Args:
-            item_rows: int64 [log.num_items], the model row of each of the log's items; 0 is the unknown item.
+            reads: how the model reads the log.
             stored: summaries from a store; None computes them from the batch's own events.
-            keys: what the model's counters count; None without counters.
-            has_features: bool [1 + V], the model rows whose vectors contain features; None is none. Such rows without
-                training events are not negatives.
-            encode_requests: features of the requests of the log's impressions; None if the model reads none.
-            encode_users: the same for the log's users.
-            num_known: items that histories and counters know. They show the items of later rows as unknown, while
-                labels, candidates, and negatives have them. None knows all.
-            encode_events: features of the log's events; None if the model reads none.
 
         Raises:
             ConfigError: if `optim.tasks` names a task that the log lacks, if no label lies after the store's records,
                 or if `data.horizon_days` is set and the log has no times.
         """
-        self._log = log
-        self._item_rows = item_rows
-        self._num_known = num_known if num_known is not None and num_known < item_rows.max(initial=0) else None
-        self._config = config
-        self._stored = stored
-        self._keys = keys
-        self._encode_requests = encode_requests
-        self._encode_events = encode_events
-        self._encode_users = encode_users
+        self._log, self._reads, self._config, self._stored = log, reads, config, stored
+        hides = reads.num_known is not None and reads.num_known < reads.item_rows.max(initial=0)
+        self._num_known = reads.num_known if hides else None
         since = stored.since if stored else None
         self.counts = visible_counts(log, split_until(config.data, "train"))
         self._first = visible_counts(log, Until(before=since)) if stored else np.zeros(log.num_users, np.int64)
         """int64 [num_users]: events before a user's first label."""
         self._lead = config.model.tail_len if stored else 0
-        frequency = item_frequency(log, item_rows, self.counts, config.data.frequencies, has_features)
+        frequency = item_frequency(log, reads.item_rows, self.counts, reads.has_features)
         self.frequency = frequency
         """int64 [largest row + 1] training events of each model row."""
-        self._sampler = NegativeSampler(
-            frequency,
-            num_negatives=planned(config.data.num_negatives, "data.num_negatives"),
-            power=config.data.negative_power,
-        )
+        num_negatives = planned(config.data.num_negatives, "data.num_negatives")
+        self._sampler = NegativeSampler(frequency, num_negatives=num_negatives)
         self._adjustment = _logit_adjustment(frequency, config.optim.logq_strength)
         tasks = trained_tasks(log, config.optim)
-        self._impressions = VisibleImpressions.of(log, item_rows, self.counts, config, tasks, since)
+        self._impressions = VisibleImpressions.of(log, reads.item_rows, self.counts, config, tasks, since)
         trains_events = stored is None or config.ranks_items
         self._users = _labeled_users(self._impressions, self.counts - self._first if trains_events else None)
         if stored is not None and not len(self._users):
@@ -235,67 +229,80 @@ class BatchSource:
         self._plan = replace(self._plan, anchors=replace(self._plan.anchors, mean_labels=mean_labels))
 
     def _pack(self, user: Int, start: Int, stop: Int) -> Chunks:
+        """The chunks of the events [start, stop) of some users, int64 [B] each, with what a batch reads of them.
+
+        With stored summaries, the `lead` events before them come along as context. With anchors, the timeline also has
+        the events after them that anchors may ask about.
+        """
+        reads, model, anchors = self._reads, self._config.model, self._plan.anchors
         lead = np.minimum(start, self._lead)
-        anchors, trail = self._plan.anchors, np.zeros_like(stop)
-        if anchors is not None:
-            trail = np.minimum(anchors.horizon_events, self.counts[user] - stop)
+        trail = np.minimum(0 if anchors is None else anchors.horizon_events, self.counts[user] - stop)
         timeline = self._log.gather_ranges(user, start - lead, stop + trail)
-        histories = timeline.select(np.zeros_like(lead), stop - start + lead)
-        time = np.asarray(histories.timestamp)
-        use_time = self._log.has_time and self._config.model.use_time
-        gap = history_gaps(time, histories.offsets) if use_time else np.zeros(len(time), np.int64)
-        seen = self._impressions
-        low, high = seen.ranges(user, start, stop, self._first[user])
-        index = ranges(low, high - low)
-        owner = np.repeat(np.arange(len(user)), high - low)
-        position = seen.position[index] - (start - lead)[owner]
-        requests = (None, None) if self._encode_requests is None else self._encode_requests(seen.row[index])
-        users = (None, None) if self._encode_users is None else self._encode_users(user)
-        encode, num_events = self._encode_events, histories.num_events
-        events = (None, None) if encode is None else encode(histories.features, num_events)
-        model = self._config.model
-        # Baselines have no decay; they read times.
-        decay = model.decay if model.architecture is Architecture.vista else Decay.none
+        events = timeline.select(np.zeros_like(lead), stop - start + lead)
+        time = np.asarray(events.timestamp)
+        has_gaps = self._log.has_time and model.use_time
+        asked = None
+        if anchors is not None:
+            asked = ChunkTimeline(reads.item_rows[timeline.item], np.asarray(timeline.timestamp), timeline.offsets)
+        entry, dense = _encoded(reads.encode_events, events.features, events.num_events)
+        user_entry, user_dense = _encoded(reads.encode_users, user)
         return Chunks(
             user=user,
-            item=self._item_rows[histories.item],
-            action=histories.action.astype(np.int64),
-            rating=None if histories.rating is None else np.array(histories.rating, np.float32),
-            gap=gap,
-            clock=decay_clock(decay, time),
-            offsets=histories.offsets,
-            impressions=ChunkImpressions(
-                chunk=owner,
-                position=position,
-                item=seen.item[index],
-                gap=np.where(position > 0, seen.gap[index], 0),
-                label=seen.label[index],
-                mask=seen.mask[index],
-                time=seen.time[index],
-                entry=requests[0],
-                dense=requests[1],
-            ),
-            timeline=None
-            if anchors is None
-            else ChunkTimeline(self._item_rows[timeline.item], np.asarray(timeline.timestamp), timeline.offsets),
+            item=reads.item_rows[events.item],
+            action=events.action.astype(np.int64),
+            rating=None if events.rating is None else np.array(events.rating, np.float32),
+            gap=history_gaps(time, events.offsets) if has_gaps else np.zeros(len(time), np.int64),
+            # Baselines have no decay; they read times.
+            clock=decay_clock(model.decay if model.architecture is Architecture.vista else Decay.none, time),
+            offsets=events.offsets,
+            impressions=self._impressions_of(user, start, stop, lead),
+            timeline=asked,
             lead=lead if self._stored else None,
             summary=self._stored.read(user) if self._stored else None,
             counters=self._counters(user, start - lead, stop),
-            entry=events[0],
-            dense=events[1],
-            user_entry=users[0],
-            user_dense=users[1],
+            entry=entry,
+            dense=dense,
+            user_entry=user_entry,
+            user_dense=user_dense,
+        )
+
+    def _impressions_of(self, user: Int, start: Int, stop: Int, lead: Int) -> ChunkImpressions:
+        """The impressions of chunks, at positions counted from the first of the `lead` events before each chunk."""
+        seen = self._impressions
+        low, high = seen.ranges(user, start, stop, self._first[user])
+        index = ranges(low, high - low)
+        chunk = np.repeat(np.arange(len(user)), high - low)
+        position = seen.position[index] - (start - lead)[chunk]
+        entry, dense = _encoded(self._reads.encode_requests, seen.row[index])
+        return ChunkImpressions(
+            chunk=chunk,
+            position=position,
+            item=seen.item[index],
+            gap=np.where(position > 0, seen.gap[index], 0),
+            label=seen.label[index],
+            mask=seen.mask[index],
+            time=seen.time[index],
+            entry=entry,
+            dense=dense,
         )
 
     def _counters(self, user: Int, start: Int, stop: Int) -> ChunkCounters | None:
         """Counters of chunks, which hold the events [start, stop) of their users."""
-        if self._keys is None:
+        reads = self._reads
+        if reads.keys is None:
             return None
-        rows = self._item_rows
+        rows = reads.item_rows
         if self._num_known is not None:
             rows = np.where(rows > self._num_known, 0, rows)
-        histories, history = HistoryCounters.of(self._keys, self._log, rows, user, stop)
+        histories, history = HistoryCounters.of(reads.keys, self._log, rows, user, stop)
         return ChunkCounters(histories, history, start, self._first[user] if self._stored else None)
+
+
+def _encoded(
+    encode: Callable[..., tuple[Int, NDArray[np.float32]]] | None, *rows: object
+) -> tuple[Int | None, NDArray[np.float32] | None]:
+    """`entry` and `dense` of features; None for a model that reads none."""
+    return (None, None) if encode is None else encode(*rows)
 
 
 def _with_hidden(batch: Batch, hidden: Tensor) -> Batch:

@@ -175,6 +175,10 @@ def _anchor_labels(timeline: ChunkTimeline, plan: AnchorPlan, place: Int, end: I
     return item[:, item.shape[1] - int((item > 0).sum(1).max(initial=0)) :]
 
 
+NUM_CUTS = 2
+RECONSTRUCTION_LEN = 64
+
+
 @dataclass(frozen=True, slots=True)
 class CutPlan:
     """How chunks are cut. Fields have the names and meanings of those of `DataConfig` and `ModelConfig`."""
@@ -184,10 +188,12 @@ class CutPlan:
     label_spacing: int
     windows_per_chunk: int
     num_cuts: int
+    """Cuts per chunk in bidirectional mixing. Separable mixing has one every label_spacing events."""
     staleness_events: float
     staleness_share: float
     unknown_share: float
     reconstruction_len: int
+    """Number of events before a sampled cut that the decoder reconstructs."""
     timeless_share: float = 0.1
     """Share of windows whose requests have no time, because callers of the scorer may not pass one."""
     featureless_share: float = 0.1
@@ -210,11 +216,11 @@ class CutPlan:
             tail_len=model.tail_len,
             label_spacing=data.label_spacing,
             windows_per_chunk=data.windows_per_chunk,
-            num_cuts=data.num_cuts,
+            num_cuts=NUM_CUTS,
             staleness_events=data.staleness_events,
             staleness_share=data.staleness_share,
             unknown_share=data.unknown_share,
-            reconstruction_len=data.reconstruction_len,
+            reconstruction_len=RECONSTRUCTION_LEN,
             anchors=AnchorPlan.of(config, has_time=has_time),
             summary_lag=model.summary_lag,
             exact_counters=model.architecture is not Architecture.vista,

@@ -18,6 +18,7 @@ from vista.log.histories import NUM_GAPS
 from vista.model.features import FeatureSpec
 from vista.model.item_feature_table import ItemFeatureTable
 from vista.model.saved_model import SharedTables
+from vista.model.summarizer import Stage1Config
 from vista.model.tables import EmbeddingFeature, HashedEmbedding
 
 ROWS_AT_ONCE = 8192
@@ -155,34 +156,21 @@ class EventEncoder(nn.Module):
     Actions and gaps have tables of their own, or read `shared`, the table [1 + N, M / P] of all features.
     """
 
-    def __init__(
-        self,
-        *,
-        dim: int,
-        num_actions: int,
-        use_action: bool,
-        use_time: bool,
-        rating_range: tuple[float, float] | None,
-        features: Sequence[FeatureSpec] = (),
-        shared: nn.Parameter | None = None,
-        shared_rows: int = 0,
-    ) -> None:
-        """
-        Args:
-            shared_rows: N of the table `shared`, of which a sharded one has only a part here.
-        """
+    def __init__(self, config: Stage1Config, shared: nn.Parameter | None = None) -> None:
         super().__init__()
 
         def embedding(feature: EmbeddingFeature, num_values: int) -> nn.Embedding | HashedEmbedding:
             if shared is None:
-                return nn.Embedding(num_values, dim)
-            return HashedEmbedding(shared, feature, num_values, dim // shared.shape[1], shared_rows)
+                return nn.Embedding(num_values, config.dim)
+            return HashedEmbedding(shared, feature, num_values, config.embedding_hashes, config.embedding_rows)
 
-        self.action = embedding(EmbeddingFeature.action, num_actions) if use_action and num_actions > 1 else None
-        self.gap = embedding(EmbeddingFeature.gap, NUM_GAPS) if use_time else None
-        self.rating = nn.Parameter(torch.zeros(dim)) if rating_range is not None else None
-        self.rating_range = rating_range
-        self.features = RowFeatureEncoder(features, dim) if features else None
+        num_actions = len(config.actions)
+        self.action = embedding(EmbeddingFeature.action, num_actions) if num_actions > 1 else None
+        self.gap = embedding(EmbeddingFeature.gap, NUM_GAPS) if config.has_gap else None
+        self.rating_range = config.rating_range
+        self.rating = None if config.rating_range is None else nn.Parameter(torch.zeros(config.dim))
+        features = config.event_features
+        self.features = RowFeatureEncoder(features, config.dim) if features else None
         for table in (self.action, self.gap):
             if isinstance(table, nn.Embedding):
                 nn.init.normal_(table.weight, std=0.02)

@@ -38,12 +38,12 @@ RANGES_PER_PASS = 256
 
 def reach(model: VistaModel) -> int:
     """r: how many events before its own a token depends on."""
-    return model.config.conv_width - 1 + (model.encoder.gap is not None)
+    return model.stage1.conv_width - 1 + model.stage1.has_gap
 
 
 def covered_lengths(model: VistaModel, lengths: Int) -> Int:
     """How many events of histories of some lengths their summaries cover: all but those left to the tail."""
-    return np.maximum(lengths - model.config.summary_lag, 0)
+    return np.maximum(lengths - model.stage1.summary_lag, 0)
 
 
 def covered_events(model: VistaModel, histories: Histories) -> Histories:
@@ -64,7 +64,7 @@ def separable_summarizer(model: VistaModel) -> Summarizer:
     Raises:
         ConfigError: if the model's mixing is not separable, or it has no summaries.
     """
-    if model.summarizer is None or model.config.mixing is not Mixing.separable:
+    if model.summarizer is None or model.stage1.mixing is not Mixing.separable:
         raise ConfigError(
             "model.mixing: only separable mixing has states; recompute bidirectional summaries from whole histories"
         )
@@ -128,7 +128,7 @@ def long_range_state(model: VistaModel, history: Histories, num_context: int, st
     """Like `range_states` for one long range (B = 1), in passes of bounded size."""
     bounds = np.array([num_context, history.num_events], np.int64)
     state = sum_of_ranges(model, history, bounds[:1], bounds[1:], clock_after(model, history))
-    return replace(state, clock=state.clock + start) if model.config.decay is Decay.position else state
+    return replace(state, clock=state.clock + start) if model.stage1.decay is Decay.position else state
 
 
 def sum_of_ranges(
@@ -175,10 +175,10 @@ def embed(model: VistaModel, histories: Histories, start: Int | None = None) -> 
     inside = ranges(0, histories.lengths)
     timestamp = np.asarray(histories.timestamp)
     gap = np.zeros(len(timestamp), np.int64) if model.encoder.gap is None else history_gaps(timestamp, offsets)
-    if model.config.decay is Decay.position:
+    if model.stage1.decay is Decay.position:
         clock = inside if start is None else inside + np.repeat(start, histories.lengths)
     else:
-        clock = decay_clock(model.config.decay, timestamp)
+        clock = decay_clock(model.stage1.decay, timestamp)
     rating = None
     if histories.rating is not None and model.encoder.rating is not None:
         rating = torch.from_numpy(np.array(histories.rating, np.float32)).to(device)
@@ -197,7 +197,7 @@ def clock_after(model: VistaModel, history: Histories) -> Tensor:
     """int64 [1]: the clock that the state of this history (B = 1) is seen from, that of its newest event."""
     if history.num_events == 0:
         newest = 0
-    elif model.config.decay is Decay.position:
+    elif model.stage1.decay is Decay.position:
         newest = history.num_events - 1
     else:
         newest = int(history.timestamp[-1])
@@ -366,7 +366,7 @@ def _checked(positions: ArrayLike, name: str, history: Histories, state: Summary
 
 
 def _refuse_decay_by_position(model: VistaModel, what: str) -> None:
-    if model.config.decay is Decay.position:
+    if model.stage1.decay is Decay.position:
         raise ConfigError(
             f"model.decay=position: {what} would change the positions of other events, so it allows appending only; "
             "recompute the state from the log, or train with model.decay=time or none"

@@ -138,10 +138,10 @@ def summarize(model: VistaModel, histories: Histories, slice_len: int | None = N
         float32 [B, S, M]; for an empty history, what the seeds alone give. With target_attention=quasi_linear, the rows
         of the state follow.
     """
-    histories = newest(covered_events(model, histories), model.config.history_limit)
+    histories = newest(covered_events(model, histories), model.stage1.history_limit)
     if model.summarizer is None:
         return torch.zeros(histories.num_users, 0, model.config.dim, device=model.device)
-    if model.config.mixing is Mixing.separable:
+    if model.stage1.mixing is Mixing.separable:
         state = history_states(model, histories, slice_len)
         return model.summarizer.read(state.z, state.n).float()
     slice_len = default_slice_len(model) if slice_len is None else slice_len

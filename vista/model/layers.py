@@ -170,10 +170,14 @@ class Dropout(nn.Module):
         return x * kept.to(x.dtype).mul_(256 / (256 - threshold))
 
 
+FEED_FORWARD_RATIO = 2.0
+"""Hidden width of feed-forward blocks, divided by dim."""
+
+
 class FeedForward(nn.Module):
     """Pre-norm gated feed-forward block (SwiGLU) with its residual."""
 
-    def __init__(self, dim: int, ratio: float, dropout: float) -> None:
+    def __init__(self, dim: int, dropout: float, ratio: float = FEED_FORWARD_RATIO) -> None:
         super().__init__()
         hidden = max(8, int(dim * ratio))
         self.norm = norm(dim)

@@ -33,6 +33,7 @@ from vista.model.heads import CountedItemHead, PopularityTerm, standardized_popu
 from vista.model.item_feature_table import ItemFeatureTable, item_keys
 from vista.model.losses import Losses
 from vista.model.saved_model import CONFIG_FILE, ROW_FEATURES, WEIGHTS_FILE, ModelDescription, opened_model
+from vista.model.summarizer import Stage1Config
 from vista.model.tables import EmbeddingFeature, drawn_table, gather, hashed_rows, read_together
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ class RankingModel(nn.Module):
         super().__init__()
         self.config = config
         self.schema = schema
+        self.stage1 = Stage1Config.of(config, schema)
+        """What summaries depend on, and of baselines, what event embeddings depend on."""
         self.items = items
         """The model's own item vocabulary."""
         self.num_trained_items = len(items)
@@ -81,16 +84,7 @@ class RankingModel(nn.Module):
         unknown item. `id_vectors` reads either kind."""
         self.register_buffer("id_mask", torch.ones(1 + len(items)) if unified and schema.item_features else None)
         self.features = FeatureEncoder(schema.item_features, config.dim) if schema.item_features else None
-        self.encoder = EventEncoder(
-            dim=config.dim,
-            num_actions=len(schema.actions),
-            use_action=config.use_action,
-            use_time=config.use_time and schema.has_time,
-            rating_range=schema.rating_range if config.use_rating else None,
-            features=schema.event_features,
-            shared=self.item_table if unified else None,
-            shared_rows=config.embedding_rows,
-        )
+        self.encoder = EventEncoder(self.stage1, self.item_table if unified else None)
         columns, of_users = schema.request_features, schema.user_features
         self.request_encoder = RowFeatureEncoder(columns, config.dim) if columns else None
         self.user_encoder = RowFeatureEncoder(of_users, self.user_parts * config.dim) if of_users else None
@@ -98,7 +92,7 @@ class RankingModel(nn.Module):
         """How features of events are read, set before the first use; None for a model without them."""
         self.request_features: RowFeatureReader | None = None
         self.user_features: RowFeatureReader | None = None
-        retrieval, spec = schema.has_retrieval, CounterSpec.of(config, has_time=schema.has_time)
+        retrieval, spec = schema.has_retrieval, self.stage1.counters
         self.item_keys = None if spec is None else item_keys(spec, schema, None, 1 + len(items))
         """What items are counted as; their categories are set with their features. None without counters."""
         self.popularity = (
@@ -131,7 +125,7 @@ class RankingModel(nn.Module):
             if sharded is None:
                 return F.embedding(rows, self.item_table, padding_idx=UNKNOWN_ITEM, sparse=True)
             return sharded.read(rows).masked_fill((rows == UNKNOWN_ITEM).unsqueeze(-1), 0.0)
-        hashed = hashed_rows(rows, EmbeddingFeature.item, config.embedding_hashes, config.embedding_rows)
+        hashed = hashed_rows(rows, EmbeddingFeature.item, self.stage1.embedding_hashes, config.embedding_rows)
         hashed.masked_fill_((rows == UNKNOWN_ITEM).unsqueeze(-1), UNKNOWN_ITEM)
         if sharded is None:
             vectors = gather(self.item_table, hashed)
@@ -384,7 +378,7 @@ class RankingModel(nn.Module):
     def table_shape(self) -> torch.Size:
         """Shape of the whole item table, of which `item_table` may have only some rows."""
         rows, dim = self.config.embedding_rows, self.config.dim
-        return torch.Size((1 + rows, dim // self.config.embedding_hashes) if rows else (1 + len(self.items), dim))
+        return torch.Size((1 + rows, dim // self.stage1.embedding_hashes) if rows else (1 + len(self.items), dim))
 
     @property
     def device(self) -> torch.device:

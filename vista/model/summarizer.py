@@ -10,16 +10,22 @@ layer l, so every layer's state is a sum over events, computed in one pass.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from enum import Enum
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vista.config import ModelConfig
-from vista.config.choices import Activation, Decay, Mixing
+from vista.config.choices import Activation, Decay, Mixing, Normalization
+from vista.config.model_config import EMBEDDING_HASHES
+from vista.counters.counter_codes import CounterSpec
 from vista.log.histories import DAY_MS
+from vista.model.features import FeatureSpec, Schema
 from vista.model.layers import (
+    FEED_FORWARD_RATIO,
     CausalConvolution,
     Dropout,
     FeedForward,
@@ -31,6 +37,88 @@ from vista.model.layers import (
 )
 from vista_kernels import accumulate_state, quasi_linear_attention, read_state, scan_states
 from vista_kernels.read_settings import ReadSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage1Config:
+    """All settings that a summary depends on. `VistaModel.summarizer_id` hashes every field.
+
+    The modules of stage 1 and the event encoder get these settings and no others, so a setting that summaries depend on
+    is a field here. Fields from `activation` on are constants: a change of their default changes every id.
+    """
+
+    dim: int
+    num_heads: int
+    num_seeds: int
+    num_interests: int
+    num_layers: int
+    mixing: Mixing
+    conv_width: int
+    decay: Decay
+    decay_horizons: tuple[float, ...]
+    """One per head, in days or events; empty without decay."""
+    history_limit: int
+    embedding_rows: int
+    mean_token: bool
+    summary_lag: int
+    """How many of a user's newest events a summary leaves to the tail."""
+    num_state_rows: int
+    """Rows of width dim that a record holds of the state, after the summary tokens."""
+    has_gap: bool
+    """Whether event embeddings have the gap to the previous event."""
+    actions: tuple[str, ...]
+    rating_range: tuple[float, float] | None
+    """Smallest and largest rating; None if event embeddings have no ratings."""
+    item_features: tuple[FeatureSpec, ...]
+    event_features: tuple[FeatureSpec, ...]
+    counters: CounterSpec | None
+    """What the counters in a record count; None without counters."""
+    activation: Activation = Activation.silu
+    """Activation phi of queries, keys, and states."""
+    normalization: Normalization
+    """Scale of the state before its activation."""
+    normalization_alpha: float = 1.0
+    """Exponent of the number of events in normalization=length. 1 gives the mean over events, 0 the sum."""
+    feed_forward_ratio: float = FEED_FORWARD_RATIO
+    embedding_hashes: int = EMBEDDING_HASHES
+    """With embedding_rows: number of hash functions per value."""
+
+    @classmethod
+    def of(cls, config: ModelConfig, schema: Schema) -> Stage1Config:
+        """The part of a model's settings, and of what it reads of a log, that summaries depend on."""
+        return cls(
+            dim=config.dim,
+            num_heads=config.num_heads,
+            num_seeds=config.num_seeds,
+            num_interests=config.num_interests,
+            num_layers=config.num_layers,
+            mixing=config.mixing,
+            conv_width=config.conv_width,
+            decay=config.decay,
+            decay_horizons=() if config.decay is Decay.none else tuple(map(float, config.decay_horizons)),
+            history_limit=config.history_limit,
+            embedding_rows=config.embedding_rows,
+            mean_token=bool(config.mean_token),
+            summary_lag=config.summary_lag,
+            num_state_rows=config.num_state_rows,
+            has_gap=config.use_time and schema.has_time,
+            actions=tuple(schema.actions),
+            rating_range=schema.rating_range,
+            item_features=tuple(schema.item_features),
+            event_features=tuple(schema.event_features),
+            counters=CounterSpec.of(config, has_time=schema.has_time),
+            normalization=Normalization.length if config.mixing is Mixing.separable else Normalization.none,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON values, which `VistaModel.summarizer_id` hashes."""
+        return {name: value.value if isinstance(value, Enum) else value for name, value in asdict(self).items()}
+
+    @property
+    def num_state_layers(self) -> int:
+        """Matrices per head in a state: one per layer, and one that counts interests."""
+        return self.num_layers + (self.num_interests > 0)
+
 
 # States of separable mixing: sums over events that append, merge and forget (docs/explanation/design.md).
 #
@@ -171,7 +259,7 @@ _PHI: dict[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
-def state_rows(config: ModelConfig, z: Tensor, n: Tensor) -> Tensor:
+def state_rows(config: Stage1Config, z: Tensor, n: Tensor) -> Tensor:
     """A as rows of a record: L * H matrices end to end, cut into L * D rows of M numbers.
 
     Args:
@@ -190,14 +278,14 @@ def state_rows(config: ModelConfig, z: Tensor, n: Tensor) -> Tensor:
 class QuasiLinearRead(nn.Module):
     """Reads the state of one layer of stage 1, with a gated output and a residual."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: Stage1Config, dropout: float) -> None:
         super().__init__()
         self.num_heads = config.num_heads
         self.phi = _PHI[config.activation]
         self.norm = norm(config.dim)
         self.projections = nn.Linear(config.dim, 4 * config.dim, bias=False)
         """To query, gate, key and value, in this order. Stage 1 has its own, which downstream training freezes."""
-        self.output = GatedOutput(config.dim, config.num_heads, config.dropout, NORM_EPS)
+        self.output = GatedOutput(config.dim, config.num_heads, dropout, NORM_EPS)
         nn.init.zeros_(self.output.out.weight)  # Training starts without the read, which at first is noise.
 
     def forward(self, x: Tensor, matrices: Tensor) -> Tensor:
@@ -233,11 +321,10 @@ _KEY_OF_1 = {Activation.silu: 1.2784645427610738, Activation.relu: 1.0, Activati
 class MeanToken(nn.Module):
     """Reads the mean of the values of layer 1. At first it undoes their projection, so that it is a mean of events."""
 
-    def __init__(self, key_value: nn.Linear, config: ModelConfig) -> None:
+    def __init__(self, key_value: nn.Linear, config: Stage1Config) -> None:
         """
         Args:
             key_value: projection of layer 1 to keys and values, in this order. Its values become a rotation.
-            config: of the model.
         """
         super().__init__()
         self._key = _KEY_OF_1[config.activation]
@@ -286,7 +373,7 @@ _CHUNK = 65_536
 class InterestCounts(nn.Module):
     """The counting layer of a state, and what the seeds of a history read of it."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: Stage1Config) -> None:
         super().__init__()
         self.num_interests, self.num_seeds = config.num_interests, config.num_seeds
         self.heads = config.num_heads, config.dim // config.num_heads
@@ -355,19 +442,19 @@ class SummarizerLayer(nn.Module):
     feed-forward block of their own.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: Stage1Config, dropout: float) -> None:
         super().__init__()
-        dim, ratio, dropout = config.dim, config.feed_forward_ratio, config.dropout
+        dim, ratio = config.dim, config.feed_forward_ratio
         self.num_heads = config.num_heads
         self.norm = norm(dim)
         self.key_value = nn.Linear(dim, 2 * dim, bias=False)
         self.query_gate = nn.Linear(dim, 2 * dim, bias=False)
         self.output = GatedOutput(dim, config.num_heads, dropout)
-        self.feed_forward = FeedForward(dim, ratio, dropout)
+        self.feed_forward = FeedForward(dim, dropout, ratio)
         self.separable = config.mixing is Mixing.separable
         if self.separable:
             self.seed_norm = norm(dim)
-            self.seed_feed_forward = FeedForward(dim, ratio, dropout)
+            self.seed_feed_forward = FeedForward(dim, dropout, ratio)
 
     def heads(self, x: Tensor) -> Tensor:
         return split_heads(x, self.num_heads)
@@ -376,19 +463,19 @@ class SummarizerLayer(nn.Module):
 class Summarizer(nn.Module):
     """Summaries of packed histories, at one or at many cuts."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: Stage1Config, dropout: float) -> None:
         super().__init__()
         self.config = config
         # With interests, seeds start small, so that the counts that are added to them matter from the start.
         self.seeds = nn.Parameter(torch.randn(config.num_seeds, config.dim) * (0.1 if config.num_interests else 1.0))
         self.convolution = CausalConvolution(config.dim, config.conv_width) if config.conv_width > 1 else None
-        self.layers = module_list([SummarizerLayer(config) for _ in range(config.num_layers)])
+        self.layers = module_list([SummarizerLayer(config, dropout) for _ in range(config.num_layers)])
         self.final_norm = norm(config.dim)
         self.mean = MeanToken(self.layers[0].key_value, config) if config.mean_token else None
         """Makes the first token; None if a seed reads it, as the others."""
         self.interests = InterestCounts(config) if config.num_interests else None
         """What the seeds start from besides parameters; None if from nothing."""
-        self.dropout = Dropout(config.dropout)
+        self.dropout = Dropout(dropout)
         self.register_buffer("decay_rate", _decay_rate(config), persistent=False)
         self.decay_rate: Tensor
 
@@ -579,7 +666,7 @@ class Summarizer(nn.Module):
         )
 
 
-def _decay_rate(config: ModelConfig) -> Tensor:
+def _decay_rate(config: Stage1Config) -> Tensor:
     """float64 [H]: 1 / tau in 1/ms or 1/events; 0 for a head without decay."""
     if config.decay is Decay.none:
         return torch.zeros(config.num_heads, dtype=torch.float64)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from vista.config import ModelConfig
 from vista.config.choices import TargetAttentionKind
 from vista.model.layers import Dropout, FeedForward, GatedOutput, linear_parts, module_list, norm, silu, split_heads
-from vista.model.summarizer import QuasiLinearRead
+from vista.model.summarizer import QuasiLinearRead, Stage1Config
 from vista_kernels import candidate_attention
 
 # Layers of stage 2.
@@ -103,7 +103,7 @@ class SoftmaxLayer(TargetLayer):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.output = GatedOutput(config.dim, config.num_heads, config.dropout)
-        self.feed_forward = FeedForward(config.dim, config.feed_forward_ratio, config.dropout)
+        self.feed_forward = FeedForward(config.dim, config.dropout)
 
     def mix(self, x: Tensor, heads: Tensor, gate: Tensor) -> Tensor:
         """The rest of a layer: residual stream x [B, N, M], attention's outputs [B, H, N, D], gate [B, N, M]."""
@@ -224,14 +224,14 @@ class TargetContext:
 class TargetAttention(nn.Module):
     """The layers of stage 2 over a context of summary and tail."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, stage1: Stage1Config) -> None:
         super().__init__()
         self.tail_len = config.tail_len
         self.num_seeds = config.num_seeds
-        self.has_mean = bool(config.mean_token)
+        self.has_mean = stage1.mean_token
         self.layers = module_list([target_layer(config) for _ in range(config.num_target_layers)])
-        num_reads, head_dim = config.num_layers if config.num_state_rows else 0, config.dim // config.num_heads
-        self.reads = module_list([QuasiLinearRead(config) for _ in range(num_reads)])
+        num_reads, head_dim = stage1.num_layers if stage1.num_state_rows else 0, config.dim // config.num_heads
+        self.reads = module_list([QuasiLinearRead(stage1, config.dropout) for _ in range(num_reads)])
         """One per layer of stage 1, after the first layer of stage 2; none if queries do not read the state."""
         self.state_shape = num_reads, config.num_heads, head_dim, head_dim
         self.scale = 1.0 if config.target_attention is TargetAttentionKind.softmax else config.dim**0.5

@@ -9,9 +9,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,8 +20,8 @@ import xxhash
 from torch import Tensor, nn
 
 from vista.config import DataConfig, ModelConfig, OptimConfig
-from vista.config.checks import planned, to_dict
-from vista.config.choices import Architecture, Mixing, Precision, ReconstructionTarget
+from vista.config.checks import planned
+from vista.config.choices import Architecture, Mixing, Precision
 from vista.examples.batch import Batch, BatchEvents
 from vista.log.histories import UNKNOWN_GAP
 from vista.log.vocabulary import Vocabulary
@@ -56,7 +56,7 @@ class ReconstructionLayer(nn.Module):
         self.norm = norm(config.dim)
         self.projections = nn.Linear(config.dim, 4 * config.dim, bias=False)
         self.output = GatedOutput(config.dim, config.num_heads, 0.0)
-        self.feed_forward = FeedForward(config.dim, config.feed_forward_ratio, 0.0)
+        self.feed_forward = FeedForward(config.dim, 0.0)
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         *qkv, gate = self.projections(self.norm(x)).chunk(4, -1)
@@ -69,12 +69,12 @@ class ReconstructionLayer(nn.Module):
 class ReconstructionDecoder(nn.Module):
     """Predicts the events of a window from a summary and the window's earlier events."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, num_layers: int = 1) -> None:
         super().__init__()
         self.num_seeds = config.num_seeds
         self.summary_projection = nn.Linear(config.dim, config.dim, bias=False)
         self.start = nn.Embedding(NUM_AGES, config.dim)
-        self.layers = module_list([ReconstructionLayer(config) for _ in range(config.num_reconstruction_layers)])
+        self.layers = module_list([ReconstructionLayer(config) for _ in range(num_layers)])
         self.final = nn.Sequential(norm(config.dim), nn.Linear(config.dim, config.dim, bias=False))
 
     def forward(self, summary: Tensor, event_vectors: Tensor, offsets: Tensor, age: Tensor) -> Tensor:
@@ -117,29 +117,6 @@ def packed_ranges(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return position + start.repeat_interleave(lengths), position, offsets
 
 
-STAGE1_KEYS = (
-    "dim",
-    "num_heads",
-    "num_seeds",
-    "num_interests",
-    "num_layers",
-    "mixing",
-    "conv_width",
-    "normalization",
-    "normalization_alpha",
-    "decay",
-    "decay_horizons",
-    "history_limit",
-    "feed_forward_ratio",
-    "use_action",
-    "use_rating",
-    "use_time",
-    "activation",
-    "embedding_rows",
-)
-"""Fields of ModelConfig that a summary depends on."""
-SCHEMA_KEYS = ("actions", "has_time", "rating_range", "item_features", "event_features")
-"""Fields of Schema that a summary depends on."""
 MEAN_SCALE = 0.1
 """Initial scale of the mean token in a request token. Vectors of items have a root mean square of 0.05 if they start
 from factors, and of 0.02 if they start at random."""
@@ -159,14 +136,15 @@ class VistaModel(RankingModel):
     def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
         super().__init__(config, schema, items, data)
         dim = config.dim
-        self.summarizer = Summarizer(config) if config.num_seeds + config.num_state_rows else None
-        if config.num_interests:
+        has_summary = config.num_seeds + config.num_state_rows > 0
+        self.summarizer = Summarizer(self.stage1, config.dropout) if has_summary else None
+        if self.stage1.num_interests:
             self.register_buffer("item_interest", torch.zeros(1 + len(items)))
         self.decoder = ReconstructionDecoder(config) if config.num_seeds else None
-        self.target_attention = TargetAttention(config)
+        self.target_attention = TargetAttention(config, self.stage1)
         self.request = nn.Parameter(torch.randn(dim) * dim**-0.5 / self.target_attention.scale)
         """The retrieval head's query token, to which the newest event is added."""
-        self.mean_scale = nn.Parameter(torch.full((dim,), MEAN_SCALE)) if config.mean_token else None
+        self.mean_scale = nn.Parameter(torch.full((dim,), MEAN_SCALE)) if self.stage1.mean_token else None
         """Scale of the mean token, which is added to it too."""
         spec, tasks = self.counter_spec, len(schema.tasks)
         self.task_head = nn.Linear(dim, tasks) if tasks else None
@@ -211,7 +189,7 @@ class VistaModel(RankingModel):
 
     def interests(self, rows: Tensor) -> Tensor | None:
         """int64 [T] interests of model rows int64 [T], 0 for none; None for a model that counts no interests."""
-        return self.item_interest[rows].long() if self.config.num_interests else None
+        return self.item_interest[rows].long() if self.stage1.num_interests else None
 
     def cut_summaries(self, batch: Batch, encoded: Tensor) -> Tensor:
         """[NC, S, M] summaries at the cuts of a batch, from event embeddings [T, M]; or the store's [B, S, M]."""
@@ -220,7 +198,7 @@ class VistaModel(RankingModel):
         events, cuts = batch.events, batch.cuts
         if self.summarizer is None:
             return encoded.new_zeros(len(cuts.segment), 0, self.config.dim)
-        if self.config.mixing is Mixing.bidirectional:
+        if self.stage1.mixing is Mixing.bidirectional:
             index, position, offsets = packed_ranges(cuts.start, cuts.stop)
             return self.summarizer.summarize_set(self.summarizer.tokens(encoded[index], position), offsets)
         position = torch.arange(len(encoded), device=encoded.device)
@@ -307,13 +285,8 @@ class VistaModel(RankingModel):
             target = self.encoder(item_vectors[events.item[index]], events.action[index], events.gap[index], rating)
         age = batch.cuts.stop[part.cut] - part.start
         predicted = self.decoder(summaries[part.cut], target, offsets, age)
-        if self.config.reconstruction_target is ReconstructionTarget.items:
-            label = events.item[index]
-            known = (batch.rows[label] > 0).nonzero().squeeze(-1)
-            users, items = self.retrieval_users(predicted[known]), self.retrieval_items(item_vectors, batch.rows)
-            mean = next_loss(batch, items, users, label[known], self.config.softmax_temperature)
-            return LossPart(mean, len(known))
-        mean = reconstruction_loss(predicted, target, stop_gradient=self.config.stop_gradient)
+        # Without the stop of the gradient, embeddings can collapse.
+        mean = reconstruction_loss(predicted, target, stop_gradient=True)
         return LossPart(mean, len(target))
 
     def user_vectors(self, gap: Tensor | None, seen: Tensor, context: TargetContext) -> Tensor:
@@ -443,19 +416,11 @@ class VistaModel(RankingModel):
         Items that were added later (`vista.model.registry`) do not count.
         """
         count = self.num_trained_items
-        config, schema = to_dict(self.config), asdict(self.schema)
-        facts: dict[str, Any] = {key: config[key] for key in STAGE1_KEYS} | {key: schema[key] for key in SCHEMA_KEYS}
-        facts["summary_lag"] = self.config.summary_lag
-        facts["num_state_rows"] = self.config.num_state_rows
-        facts["counters"] = None if self.counter_spec is None else self.counter_spec.to_dict()
-        if self.config.embedding_rows:
-            facts["embedding_hashes"] = self.config.embedding_hashes
-        parts: list[bytes | memoryview] = [
-            json.dumps(facts, sort_keys=True).encode() + self.items.part(0, count).digest().encode()
-        ]
+        settings = json.dumps(self.stage1.to_dict(), sort_keys=True)
+        parts: list[bytes | memoryview] = [settings.encode() + self.items.part(0, count).digest().encode()]
         for name, tensor in sorted(self.state_dict().items()):
             if name.startswith(STAGE1_WEIGHTS):
-                if name in ("id_mask", "item_interest") or (name == "item_table" and not self.config.embedding_rows):
+                if name in ("id_mask", "item_interest") or (name == "item_table" and not self.stage1.embedding_rows):
                     tensor = tensor[: 1 + count]
                 parts.append(name.encode() + str(tuple(tensor.shape)).encode())
                 parts.append(tensor.detach().cpu().contiguous().numpy().reshape(-1).view(np.uint8).data)

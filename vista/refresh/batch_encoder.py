@@ -212,8 +212,8 @@ def check_log(model: RankingModel, log: EventLog) -> None:
             f"{log.path}: its actions are {log.actions}, but the model was trained on {known}; train a model "
             "on this log"
         )
-    config = model.config
-    reads_times = config.use_time or config.decay is Decay.time or config.counters
+    stage1 = model.stage1
+    reads_times = stage1.has_gap or stage1.decay is Decay.time or stage1.counters is not None
     if model.schema.has_time and not log.has_time and reads_times:
         raise ConfigError(f"{log.path}: has no times, which this model reads; train a model on this log")
     _check_features(log, "events", model.schema.event_features, _kinds(log.event_features))
@@ -259,10 +259,9 @@ def has_states(model: VistaModel) -> bool:
     Models with bidirectional mixing have no states. Neither do models with a history limit, because each new event
     pushes an old one out. Without a summarizer, states hold the counters alone.
     """
-    config = model.config
     if model.summarizer is None:
-        return bool(config.counters)
-    return config.mixing is Mixing.separable and config.history_limit == 0
+        return model.stage1.counters is not None
+    return model.stage1.mixing is Mixing.separable and model.stage1.history_limit == 0
 
 
 def state_of(model: VistaModel, histories: Histories) -> SummaryState:

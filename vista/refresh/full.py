@@ -266,7 +266,7 @@ def new_manifest(
     The other arguments are those of `Manifest`.
     """
     config = model.config
-    shape = (config.num_state_layers, config.num_heads, config.dim // config.num_heads)
+    shape = (model.stage1.num_state_layers, config.num_heads, config.dim // config.num_heads)
     has_sums = state is not StateDtype.none and model.summarizer is not None
     counted, counters = model.counter_spec, None
     if counted is not None:
@@ -274,7 +274,7 @@ def new_manifest(
     return Manifest(
         created_at=time.time_ns() // 1_000_000 if created_at is None else created_at,
         summarizer_id=model.summarizer_id().hex(),
-        num_tokens=config.num_seeds + config.num_state_rows,
+        num_tokens=config.num_seeds + model.stage1.num_state_rows,
         dim=config.dim,
         codec=codec.value,
         tail_len=config.tail_len,

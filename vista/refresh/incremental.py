@@ -224,9 +224,9 @@ class BatchRefresher:
         self._tokens_per_batch = tokens_per_batch
         self._model = model.with_frozen("summarizer", Precision.float32)
         self._items, self._features = LogItems.of(model, log), _user_features(model, log)
-        self._context = 0 if model.summarizer is None else reach(model) + model.config.summary_lag
+        self._context = 0 if model.summarizer is None else reach(model) + model.stage1.summary_lag
         """Most events before the new ones that an append reads."""
-        self._append_only = model.config.decay is Decay.position or model.summarizer is None
+        self._append_only = model.stage1.decay is Decay.position or model.summarizer is None
         self._older_logs: dict[int, EventLog] = {}
         """The log as it was, by newest segment. Users' states cover few different segments."""
 

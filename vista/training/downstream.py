@@ -26,19 +26,21 @@ from vista.log.splits import parse_until, split_until, visible_counts
 from vista.model.features import RowReaders, Schema
 from vista.model.inference import empty_summary
 from vista.model.ranking_model import RankingModel
-from vista.model.vista_model import STAGE1_KEYS, STAGE1_WEIGHTS, VistaModel
+from vista.model.summarizer import Stage1Config
+from vista.model.vista_model import STAGE1_WEIGHTS, VistaModel
 from vista.refresh import check_log
 from vista.store.reader import StoreReader
 from vista.store.record_spec import read_key
 
 logger = logging.getLogger(__name__)
 COUNTER_KEYS = ("counters", "counter_keys", "counter_categories", "counter_days", "counter_events")
-KEPT_KEYS = (
-    *(*STAGE1_KEYS, *COUNTER_KEYS),
-    *("embedding_hashes", "tail_in_summary", "mean_token"),
-    *("num_reconstruction_layers", "reconstruction_target", "tail_features"),
-)
-"""Fields of ModelConfig that must be the base's."""
+KEYS_OF_STAGE_1 = {
+    "summary_lag": ("tail_in_summary", "tail_len"),
+    "num_state_rows": ("target_attention",),
+    "has_gap": ("use_time",),
+    "counters": COUNTER_KEYS,
+}
+"""Fields of Stage1Config -> the fields of ModelConfig that set them, where these have other names."""
 INHERITED_KEYS = ("counters", "mean_token", "popularity", "temperature", "tail_features")
 """Fields of ModelConfig that are the base's if they are null."""
 KEPT_WEIGHTS = (*STAGE1_WEIGHTS, "decoder.")
@@ -171,13 +173,14 @@ def with_settings_of(base: RankingModel, config: TrainConfig) -> TrainConfig:
 
 
 def _check_model(config: TrainConfig, base: VistaModel) -> None:
+    """Refuse settings that would make other summaries, or other records of them, than the base's."""
     asked, kept = to_dict(config.model), to_dict(base.config)
-    unread = COUNTER_KEYS[1:] if not (config.model.counters or base.config.counters) else ()
-    changed = [key for key in KEPT_KEYS if key not in unread and asked[key] != kept[key]]
-    if bool(config.model.num_state_rows) != bool(base.config.num_state_rows):
-        changed.append("target_attention")  # The records hold a state, or they do not. Other kinds may differ.
-    if config.model.summary_lag != base.config.summary_lag and "tail_in_summary" not in changed:
-        changed.append("tail_len")  # The records leave that many events out of the summary.
+    stage1 = Stage1Config.of(config.model, base.schema)
+    fields = [name for name in stage1.to_dict() if getattr(stage1, name) != getattr(base.stage1, name)]
+    keys = [key for name in fields for key in KEYS_OF_STAGE_1.get(name, (name,))]
+    changed = [key for key in (*keys, "tail_features") if asked[key] != kept[key]]
+    if "tail_in_summary" in changed and "tail_len" in changed:
+        changed.remove("tail_len")  # The length of the tail matters only if summaries leave the tail out.
     if changed:
         differences = ", ".join(f"model.{key} ({kept[key]} -> {asked[key]})" for key in changed)
         words = " ".join(f"model.{key}={value_text(kept[key])}" for key in changed)

@@ -15,7 +15,7 @@ from vista.arrays import Float32s, Int
 from vista.config import DataConfig, TrainConfig
 from vista.config.choices import Decay
 from vista.errors import ConfigError, DataError
-from vista.examples.batch_source import EncodeEvents, EncodeRows, trained_tasks
+from vista.examples.batch_source import EncodeEvents, EncodeRows, ModelReads, trained_tasks
 from vista.examples.chunks import visible_rows
 from vista.examples.item_statistics import item_counts
 from vista.log.event_log import EventLog
@@ -24,6 +24,7 @@ from vista.log.histories import ColumnValues, RowColumn, RowFeatures
 from vista.log.splits import EVENTS_PER_BLOCK, split_until, visible_blocks, visible_counts
 from vista.log.vocabulary import Vocabulary
 from vista.model.features import FeatureSpec, HashedVocabulary, RowFeatureReader, RowReaders, Schema, log_encoder
+from vista.model.inference import LogUsers
 from vista.model.item_feature_table import ItemFeatureTable, check_categories
 from vista.model.ranking_model import NEXT_TASK, RankingModel
 from vista.model.tables import EmbeddingFeature, hashed_rows
@@ -100,6 +101,19 @@ def event_reader(log: EventLog, config: TrainConfig) -> tuple[RowFeatureReader |
     seen = SeenValues(ordered, model.hashed_rows)
     numbers = _read(log, counts, seen)
     return RowFeatureReader.of(numbers, seen.values), len(in_tail)
+
+
+def model_reads(model: RankingModel, log: EventLog) -> ModelReads:
+    """How batches for a model are made from a log."""
+    return ModelReads(
+        model.rows_of(log.items),
+        num_known=model.num_trained_items,
+        has_features=model.rows_with_features(),
+        keys=model.item_keys,
+        encode_events=event_encoding(model, log),
+        encode_requests=request_encoding(model, log),
+        encode_users=LogUsers(model.user_features, log).encoding(),
+    )
 
 
 def event_encoding(model: RankingModel, log: EventLog) -> EncodeEvents | None:
@@ -298,7 +312,7 @@ def schema_and_readers(log: EventLog, config: TrainConfig, since: int | None = N
             f"optim.next_weight={config.next_weight:g}: {log.path} has no labeled task either, so no head would be "
             "trained; set optim.next_weight=1"
         )
-    ratings = rating_range(log) if log.has_rating and model.use_rating else None
+    ratings = rating_range(log) if log.has_rating else None
     given = log.item_features if model.use_item_features else None
     hashed = model.hashed_rows
     check_hashed_features(hashed, log)
@@ -364,8 +378,8 @@ def rating_range(log: EventLog, *, events_per_batch: int = EVENTS_PER_BLOCK) -> 
         return None
     if not math.isfinite(high - low):
         raise DataError(
-            f"{log.path}: ratings range from {low} to {high}; prepare the log again from finite ratings, or set "
-            "model.use_rating=false"
+            f"{log.path}: ratings range from {low} to {high}; prepare the log again from finite ratings, or "
+            "without events.rating"
         )
     return low, high
 
@@ -434,7 +448,7 @@ def hash_collisions(
 
 
 def _of_items(model: RankingModel, frequency: Int) -> Iterator[HashCollisions]:
-    num_rows, num_hashes = model.config.embedding_rows, model.config.embedding_hashes
+    num_rows, num_hashes = model.stage1.embedding_rows, model.stage1.embedding_hashes
     if num_rows:
         item = np.flatnonzero(frequency)
         parts = [

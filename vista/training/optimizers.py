@@ -30,6 +30,12 @@ from vista.model.ranking_model import RankingModel
 from vista.ranks import Ranks
 
 BETAS = (0.9, 0.98)
+WEIGHT_DECAY = 0.01
+"""Decoupled weight decay (AdamW) of linear maps. Tables have none."""
+GRADIENT_CLIP = 1.0
+"""Largest global norm of a gradient."""
+COUNTED_RATE = 5.0
+"""Learning rate of the heads of counters and popularity, as a multiple of the network's."""
 FINAL_RATE = 0.01
 """Share of the learning rate that remains at the end."""
 FACTOR = "rate_factor"
@@ -79,9 +85,9 @@ class Optimizers:
         decayed: list[Tensor] = [weight for weight in linear if weight.requires_grad and id(weight) not in is_counted]
         is_decayed = {id(p) for p in decayed}
         plain = [p for p in self._dense if id(p) not in is_decayed | is_counted]
-        groups: list[tuple[list[Tensor], float, float]] = [(decayed, optim.weight_decay, 1.0), (plain, 0.0, 1.0)]
+        groups: list[tuple[list[Tensor], float, float]] = [(decayed, WEIGHT_DECAY, 1.0), (plain, 0.0, 1.0)]
         if counted:
-            groups.append((counted, optim.weight_decay, optim.counted_rate))
+            groups.append((counted, WEIGHT_DECAY, COUNTED_RATE))
         # With names, so that a checkpoint says whose moments it holds.
         self.dense = torch.optim.AdamW(
             [
@@ -115,7 +121,7 @@ class Optimizers:
         return rate
 
     def backward(self, loss: Tensor) -> float:
-        """Compute the gradient, scale it to a norm of `optim.gradient_clip` at most, and return its norm before."""
+        """Compute the gradient, scale it to a norm of GRADIENT_CLIP at most, and return its norm before."""
         self.dense.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         sharded = None if self._sharded is None else self._sharded.take_gradient()
@@ -135,11 +141,11 @@ class Optimizers:
                 touched.grad = table.grad.values()
                 used.append(touched)
         if sharded is None or self._sharded is None:
-            return float(nn.utils.clip_grad_norm_(used, self._optim.gradient_clip))
+            return float(nn.utils.clip_grad_norm_(used, GRADIENT_CLIP))
         replicated = nn.utils.get_total_norm([p.grad for p in used if p.grad is not None])
         norm = math.hypot(float(replicated), self._sharded.norm_of_ranks(sharded.values()))
-        nn.utils.clip_grads_with_norm_(used, self._optim.gradient_clip, torch.tensor(norm))
-        self._row_scale = min(self._optim.gradient_clip / (norm + CLIP_EPSILON), 1.0)
+        nn.utils.clip_grads_with_norm_(used, GRADIENT_CLIP, torch.tensor(norm))
+        self._row_scale = min(GRADIENT_CLIP / (norm + CLIP_EPSILON), 1.0)
         if not self._by_row:
             sharded.values().mul_(self._row_scale)
             self._item_table.grad = sharded

@@ -481,7 +481,7 @@ def _limits(model: RankingModel, log: EventLog) -> Iterable[str]:
         yield f"Stage 2 reads features of events: {names}. Pass those of fresh events (`Tail(features=…)`)."
     if features := model.schema.user_features:
         yield f"The model reads features of users, as of the last refresh: {_code(one.name for one in features)}."
-    if len(log.actions) > 1 and model.config.use_action:
+    if len(log.actions) > 1:
         yield "Retrain before refreshing if a new action type appears."
     yield "Events that are deleted from the log after training are not removed from the model's weights."
     yield "How far its rankings follow popularity, or differ between groups of users, was not measured here."

@@ -26,8 +26,7 @@ from vista.examples.batch_source import BatchSource
 from vista.files import replace_text
 from vista.installation import __version__
 from vista.log.event_log import EventLog, log_digest
-from vista.model.inference import LogUsers
-from vista.model.losses import weighted_losses
+from vista.model.losses import Losses, weighted_losses
 from vista.model.ranking_model import RankingModel
 from vista.model.registry import load_model
 from vista.model.tables import tables_from_file
@@ -45,7 +44,7 @@ from vista.training.checkpoint import (
     write_tensors,
 )
 from vista.training.downstream import Downstream
-from vista.training.log_schema import event_encoding, hash_collisions, request_encoding, schema_and_readers
+from vista.training.log_schema import hash_collisions, model_reads, schema_and_readers
 from vista.training.optimizers import BatchPrefetcher, DataParallel, Optimizers, non_finite
 from vista.training.run_folder import (
     MetricsWriter,
@@ -312,51 +311,44 @@ class Trainer:
         """
         self._counted_until = time.perf_counter() if began is None else began
         stored = origin.summaries if isinstance(origin, Downstream) else None
-        since = stored.since if stored is not None else None
-        config = plan_run(config, log, since)
-        self.config, self.log, self.metrics_every = config, log, metrics_every
-        self._warm = origin if isinstance(origin, WarmStart) else None
-        self.run_dir = Path(config.run_dir)
-        self.device = resolve_device(config.device) if ranks is None else ranks.device
+        since = None if stored is None else stored.since
+        self.config = config = plan_run(config, log, since)
+        self.log, self.metrics_every, self.run_dir = log, metrics_every, Path(config.run_dir)
         self._ranks, self._leads = ranks, ranks is None or ranks.leads
+        self.device = resolve_device(config.device) if ranks is None else ranks.device
+        self.precision = choose_precision(config.precision, self.device)
+        self._warm = origin if isinstance(origin, WarmStart) else None
+        # The order of the draws from here on decides the result.
         torch.manual_seed(config.seed)
         fields = schema_and_readers(log, config, since)
         self.model: RankingModel = drawn_model(config, log, *fields) if origin is None else origin.model(*fields)
         self.model.to(self.device)
         if config.optim.table_rate == 0:
             self.model.item_table.requires_grad_(False)
-        item_rows = self.model.rows_of(log.items)
-        self.source = BatchSource(
-            log,
-            item_rows,
-            config,
-            stored,
-            self.model.item_keys,
-            has_features=self.model.rows_with_features(),
-            num_known=self.model.num_trained_items,
-            encode_events=event_encoding(self.model, log),
-            encode_requests=request_encoding(self.model, log),
-            encode_users=LogUsers(self.model.user_features, log).encoding(),
+        reads = model_reads(self.model, log)
+        self.source = BatchSource(log, reads, config, stored)
+        self.validation = Validation.of(log, reads.item_rows, config, ranks)
+        self._parallel = (
+            None if ranks is None else DataParallel(ranks, self.model.schema.tasks, config.optim, config.seed)
         )
-        self._collisions = hash_collisions(self.model, log, config, self.source.frequency, since) if self._leads else []
-        self.validation = Validation.of(log, item_rows, config, ranks)
-        tasks = self.model.schema.tasks
-        self._parallel = None if ranks is None else DataParallel(ranks, tasks, config.optim, config.seed)
         self.optimizers = Optimizers(
             self.model,
             config.optim,
-            frozen_rows=self._warm.frozen_rows if self._warm is not None else 0,
+            frozen_rows=0 if self._warm is None else self._warm.frozen_rows,
             combine=None if self._parallel is None else self._parallel.combine_gradients,
         )
         self.progress = Progress()
-        self._budget = None if config.optim.minutes is None else TimeBudget(config.optim.minutes)
-        self.precision = choose_precision(config.precision, self.device)
+        self._frozen_items: FrozenItems | None = None
+        self._collisions = hash_collisions(self.model, log, config, self.source.frequency, since) if self._leads else []
         self._identity = run_identity(config, log, origin, self.precision)
         if ranks is not None:
             ranks.agree(facts_of_rank(config, self._identity, self.device))
-        self._frozen_items: FrozenItems | None = None
-        self._clock, self._waited_s, self._steps_s = RunClock(), 0.0, 0.0
-        """Time that this process has spent on steps, and the part of it in which they waited for their batches."""
+        self._budget = None if config.optim.minutes is None else TimeBudget(config.optim.minutes)
+        self._clock = RunClock()
+        self._steps_s = 0.0
+        """Time that this process has spent on steps."""
+        self._waited_s = 0.0
+        """The part of it in which they waited for their batches."""
 
     def run(self) -> RankingModel:
         """Train to the end, from the newest checkpoint if there is one; returns the exported model."""
@@ -486,18 +478,9 @@ class Trainer:
 
     def _step(self, batch: Batch, share_done: float) -> dict[str, float]:
         """One update; returns the losses as numbers."""
-        part = batch if self._parallel is None else self._parallel.part(batch, self.progress.step)
         warmup = warmup_steps(self.config.optim, self.progress.planned_steps)
         rate = self.optimizers.schedule(self.progress.step, share_done, warmup)
-        # Only the rows of this batch take part. A trained table's gradient is sparse, so no pass reads the whole table.
-        losses = weighted_losses({}, self.config.optim)
-        if part is not None:
-            part = part.to(self.device)
-            with autocast(self.precision, self.device):
-                vectors = training_vectors(self.model, part, self._frozen_items)
-                losses = self.model.losses(part, vectors, self.config.optim)
-        elif self.model.sharded_table is not None:  # all ranks read together
-            self.model.id_vectors(torch.zeros(0, dtype=torch.int64, device=self.device))
+        losses = self._losses(batch)
         objective = losses.total
         if self._parallel is not None:
             losses, objective = self._parallel.combined(losses)
@@ -512,6 +495,21 @@ class Trainer:
             raise self._non_finite(batch, "gradient", parts)
         self.optimizers.step()
         return {**row, "gradient_norm": norm}
+
+    def _losses(self, batch: Batch) -> Losses:
+        """The losses of a batch, or of this rank's part of it, which may be empty.
+
+        Only the rows of the batch take part. A trained table's gradient is sparse, so no pass reads the whole table.
+        """
+        part = batch if self._parallel is None else self._parallel.part(batch, self.progress.step)
+        if part is None:
+            if self.model.sharded_table is not None:  # all ranks read together
+                self.model.id_vectors(torch.zeros(0, dtype=torch.int64, device=self.device))
+            return weighted_losses({}, self.config.optim)
+        part = part.to(self.device)
+        with autocast(self.precision, self.device):
+            vectors = training_vectors(self.model, part, self._frozen_items)
+            return self.model.losses(part, vectors, self.config.optim)
 
     def _validate(self, metrics: MetricsWriter, seconds: float) -> None:
         progress, optim = self.progress, self.config.optim

@@ -50,7 +50,7 @@ from vista.training.optimizers import Optimizers, moments_of
 
 # What a warm start refuses: another model, another kind of log, and labels that the earlier model was trained on.
 
-FREE_KEYS = ("dropout", "counted_dropout", "id_dropout", "item_start", "hashed_features")
+FREE_KEYS = ("dropout", "counted_dropout", "item_start", "hashed_features")
 """Fields of ModelConfig that may differ from the earlier model's."""
 
 
@@ -458,14 +458,19 @@ class FrozenItems:
         return out
 
 
+ID_DROPOUT = 0.1
+"""With features of items: share of the items of a batch whose ID embeddings are left out, so that their features stand
+in for them."""
+
+
 def training_vectors(model: RankingModel, batch: Batch, frozen: FrozenItems | None) -> Tensor:
     """[R, M] vectors of the items `batch.rows` as training reads them.
 
-    Those of `frozen`, or the table's; with features, which at random stand alone (`model.id_dropout`).
+    Those of `frozen`, or the table's; with features, which at random stand alone, unless model.dropout is 0.
     """
     vectors = model.id_vectors(batch.rows) if frozen is None else frozen.vectors(batch)
-    if model.features is not None and model.training and model.config.id_dropout > 0:
-        dropped = torch.rand(len(vectors), 1, device=vectors.device) < model.config.id_dropout
+    if model.features is not None and model.training and model.config.dropout > 0:
+        dropped = torch.rand(len(vectors), 1, device=vectors.device) < ID_DROPOUT
         vectors = vectors.masked_fill(dropped, 0.0)
     return model.with_features(vectors, batch.rows)
 

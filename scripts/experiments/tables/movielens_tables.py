@@ -42,15 +42,6 @@ def _logq_strengths(minutes: float) -> dict[str, TableRow]:
     }
 
 
-def _frequencies(minutes: float) -> dict[str, TableRow]:
-    """Negatives drawn by frequency, which is counted exactly or by a sketch."""
-    drawn = ("data.negative_power=1", "data.num_negatives=512")
-    return {
-        "drawn-by-frequency": TableRow(minutes, drawn),
-        "drawn-by-count-min": TableRow(minutes, (*drawn, "data.frequencies=count_min")),
-    }
-
-
 TWO_SOFTMAX = (*SOFTMAX, "model.num_target_layers=2")
 WIDE = ("model.dim=128", "model.dropout=0.25", "data.unknown_share=0.15")
 ML_1M = {
@@ -105,7 +96,5 @@ TABLES = {
     "ml-100k": _movielens("ml-100k", 6, _timeless(6)),
     "ml-latest-small": _movielens("ml-latest-small", 7, _timeless(7)),
     "embeddings": Table("ml-100k", "ml-100k", _embeddings(), SOFTMAX),
-    "popularity": Table(
-        "ml-100k", "ml-100k", _logq_strengths(6) | _frequencies(6) | COUNTING_BASELINES, SOFTMAX, popularity=True
-    ),
+    "popularity": Table("ml-100k", "ml-100k", _logq_strengths(6) | COUNTING_BASELINES, SOFTMAX, popularity=True),
 }

@@ -93,18 +93,12 @@ def _ablations(minutes: float, staleness: tuple[int, ...] = ()) -> dict[str, Tab
         "reconstruction-0.2": (1, ("optim.reconstruction_weight=0.2",)),
         "reconstruction-1": (1, ("optim.reconstruction_weight=1",)),
         "bidirectional": (1.5, ("model=bidirectional",)),
-        "bidirectional-1-cut": (1.2, ("model=bidirectional", "data.num_cuts=1")),
-        "bidirectional-4-cuts": (2, ("model=bidirectional", "data.num_cuts=4")),
         "1-window": (0.5, ("data.windows_per_chunk=1",)),
         "cuts-every-8": (1.8, ("data.label_spacing=8",)),
         "decay-position": (1, ("model.decay=position", f"{horizons}=[0,256,64,16]")),
         "decay-time": (1, ("model.decay=time", f"{horizons}=[0,365,90,30]")),
         "no-convolution": (0.95, ("model.conv_width=1",)),
         "convolution-5": (1.05, ("model.conv_width=5",)),
-        "phi-relu": (1, ("model.activation=relu",)),
-        "phi-identity": (1, ("model.activation=identity",)),
-        "no-normalization": (1, ("model.normalization=none",)),
-        "normalization-0.5": (1, ("model.normalization_alpha=0.5",)),
         "softmax": (1, SOFTMAX),
         "4-layers": (1.6, ("model.num_target_layers=4",)),
     }
@@ -139,10 +133,6 @@ def _five_minutes() -> Table:
     rows = {
         "vista": TableRow(5, budget),
         "factors": TableRow(5, (*budget, "model.item_start=factors")),
-        # Without the parts of stage 1 that a plain mean of item vectors does not have.
-        "factors-means": TableRow(
-            5, (*budget, "model.item_start=factors", "model.conv_width=1", "model.activation=identity")
-        ),
         "clicks alone": TableRow(5, (*budget, "optim.next_weight=0")),
         # The published choices and sizes: K = 128, d = 256, bidirectional, softmax layers in stage 2.
         "paper": TableRow(5, (*budget, "model=paper")),
@@ -244,9 +234,6 @@ def _world(name: str, **size: Any) -> Table:
         "tail-only, counters": TableRow(8, (*K0, *COUNTERS)),
         "hstu": TableRow(20, ("model=hstu",)),
         "hstu-2,000": TableRow(60, ("model=hstu", "model.history_limit=2000")),
-        # As large a share of the history as 100 of 1,000 events.
-        "sim": TableRow(12, ("model=sim", "model.search_share=0.1")),
-        "twin": TableRow(10, ("model=twin", "model.search_share=0.1")),
         **REFERENCES,
         **ORACLE,
     }

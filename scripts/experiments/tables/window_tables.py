@@ -58,7 +58,6 @@ VARIED = {
     "vista, counters, K = 4": ("model.num_seeds=4",),
     "vista, counters, K = 64": ("model.num_seeds=64",),
     "vista, counters, one head": ("model.num_heads=1",),
-    "vista, counters, items reconstructed": ("model.reconstruction_target=items",),
     "vista, counters, next items alone": NEXT,
     # No event is in both the summary and the tail.
     "vista, counters, tail left out": ("model.tail_in_summary=false",),

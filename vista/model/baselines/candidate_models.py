@@ -296,6 +296,8 @@ class DIN(CandidateModel):
 class SearchModel(CandidateModel):
     """The search. An architecture adds what it scores by, and the attention."""
 
+    top_k: int = 100
+    """Number of events that the search finds per candidate and that the attention reads."""
     scores_at_once: int = 1 << 22
     """Scores of a search that are held at once (those of one query always are)."""
 
@@ -314,7 +316,7 @@ class SearchModel(CandidateModel):
     def find(self, events: PackedEvents, queries: EventQueries) -> FoundEvents:
         """The events that `search` names, a tile of histories at a time."""
         longest = int(events.offsets.diff().max())
-        index = queries.seen.new_zeros(len(queries.seen), self.most_found(longest))
+        index = queries.seen.new_zeros(len(queries.seen), min(self.top_k, longest))
         valid = torch.zeros_like(index, dtype=torch.bool)
         for tile in tiles(events.offsets.cpu().numpy(), index.device, self.tile_tokens):
             entries = tile.entries(queries.history)
@@ -322,7 +324,6 @@ class SearchModel(CandidateModel):
                 continue
             row, real = entries
             local, visible = self.search(events, tile, queries, row)
-            visible &= torch.arange(local.shape[2], device=row.device) < self.num_found(queries.seen[row])[..., None]
             packed = tile.index[:, None].expand(-1, row.shape[1], -1).gather(2, local)
             index[row[real], : local.shape[2]] = torch.where(visible, packed, 0)[real]
             valid[row[real], : local.shape[2]] = visible[real]
@@ -332,17 +333,17 @@ class SearchModel(CandidateModel):
     def search(
         self, events: PackedEvents, tile: PaddedTile, queries: EventQueries, row: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The events with the highest scores, the highest first; `find` uses as many of them as each query may.
+        """The events with the highest scores, the highest first.
 
         Args:
             row: int64 [n, C] queries of each of the tile's histories.
 
         Returns:
             (places int64 [n, C, k] in the tile's histories, bool [n, C, k]: False for events that the query must not
-            see). k is `most_found` in a history of the tile's length.
+            see). k is `top_k`, or the tile's length if that is less.
         """
         n, length = tile.index.shape
-        count = self.most_found(length)
+        count = min(self.top_k, length)
         # The first part of a score depends on the item only, so events of one item share it, bit for bit.
         distinct, place = torch.unique(events.item[tile.index], return_inverse=True)
         newest_clock, places, visible = events.newest_clock(queries), [], []
@@ -358,15 +359,6 @@ class SearchModel(CandidateModel):
                 places.append(newest_of_highest(score, count))
                 visible.append(~hidden.gather(2, places[-1]))
         return torch.cat(places, 1), torch.cat(visible, 1)
-
-    def num_found(self, seen: Tensor) -> Tensor:
-        """int64 of the shape of `seen`: events that the search finds at most among so many."""
-        readable = seen.clamp(max=self.config.history_limit) if self.config.history_limit else seen
-        return (readable.double() * self.config.search_share).round().long().clamp(min=self.config.search_top_k)
-
-    def most_found(self, length: int) -> int:
-        """Most events that the search finds in a history of this length."""
-        return min(int(self.num_found(torch.tensor(length))), length)
 
     def hidden(self, seen: Tensor, length: int) -> Tensor:
         """bool [n, C, L]: events after the first `seen` int64 [n, C], or before the newest `history_limit` of these."""
@@ -462,7 +454,7 @@ class SIM(SearchModel):
         wanted, seen = self.category[queries.item[row]].long(), queries.seen[row]
         oldest = (seen - (self.config.history_limit or length)).clamp(min=0)
         first, end = (torch.searchsorted(listed, wanted * length + bound) for bound in (oldest, seen))
-        rank = end[..., None] - 1 - torch.arange(self.most_found(length), device=row.device)
+        rank = end[..., None] - 1 - torch.arange(min(self.top_k, length), device=row.device)
         is_match = (rank >= first[..., None]) & (wanted != NO_CATEGORY)[..., None]
         places = listed[:, None].expand(-1, row.shape[1], -1).gather(2, rank.clamp(min=0)) % length
         return places, is_match

@@ -37,7 +37,7 @@ from vista.model.baselines.history_model import (
 from vista.model.features import EncodedRows, Schema
 from vista.model.heads import CandidateCounters
 from vista.model.inference import newest, user_feature_vectors
-from vista.model.layers import Dropout, module_list, norm, split_heads
+from vista.model.layers import FEED_FORWARD_RATIO, Dropout, module_list, norm, split_heads
 from vista.model.losses import Losses, LossPart, next_loss, task_parts, weighted_losses
 from vista.model.target_attention import MASKED
 
@@ -568,7 +568,7 @@ class FuXiLinearLayer(nn.Module):
         self.position_query = nn.Parameter(torch.randn(config.history_limit, POSITION_DIM) * POSITION_DIM**-0.5)
         self.position_key = nn.Parameter(torch.randn(config.history_limit, POSITION_DIM) * POSITION_DIM**-0.5)
         self.out = nn.Linear(self.num_channels * dim, dim)
-        hidden = int(dim * config.feed_forward_ratio)
+        hidden = int(dim * FEED_FORWARD_RATIO)
         self.up, self.down = nn.Linear(dim, 2 * hidden, bias=False), nn.Linear(hidden, dim, bias=False)
         self.dropout = Dropout(config.dropout)
 
