@@ -50,8 +50,7 @@ class StoredSummaries:
 # Negatives of the sampled softmax, shared by a batch, with the correction for the distribution they are drawn from.
 #
 # The softmax over the catalog is estimated as e^{s+} + sum_j c_j / (J q_j) e^{s_j} over the distinct drawn items j,
-# where
-# item j was drawn c_j times in J draws from q (Bengio and Senécal 2008; Yi et al., RecSys 2019: "logQ").
+# where item j was drawn c_j times in J draws from q (Bengio and Senécal 2008; Yi et al., RecSys 2019: "logQ").
 
 
 class NegativeSampler:

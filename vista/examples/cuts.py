@@ -235,8 +235,7 @@ class CutPlan:
 # Windows: the label positions of chunks, divided into runs that share one summary and one tail.
 #
 # A chunk's label positions p = 0..P-1 (p events of the chunk seen) are divided into windows [b, e] of at most W of
-# them.
-# Letters: B chunks, NW windows, W positions per window, n requests.
+# them. Letters: B chunks, NW windows, W positions per window, n requests.
 
 
 @dataclass(frozen=True, slots=True)

@@ -219,17 +219,14 @@ def _orthonormal(matrix: Tensor) -> Tensor:
 # some users out of the sum gives approximately the vector that the item would have without them.
 #
 # It is an approximation because U, S, and the counts n are still those of all users: the vectors U / S have turned
-# toward
-# the items of each user. Suppose that users draw items by popularity alone, so that there is nothing to learn. Then the
-# items of one half of a user's history still have a larger cosine to the other half than items of the same popularity.
-# Leaving the user out of the sum removes 69 to 88 % of this excess in simulations of 300 to 800 users (research log). A
-# factorization for each fold of users would remove the rest.
+# toward the items of each user. Suppose that users draw items by popularity alone, so that there is nothing to learn.
+# Then the items of one half of a user's history still have a larger cosine to the other half than items of the same
+# popularity. Leaving the user out of the sum removes 69 to 88 % of this excess in simulations of 300 to 800 users
+# (research log). A factorization for each fold of users would remove the rest.
 #
 # Training leaves a user out of the vectors of all items, also those of the history. Serving does not: there, the
-# vectors
-# of items that a user had include the user, and those of items that are new to the user do not. So the mean of a
-# history
-# and the scores of returning items are on a larger scale in serving than in training.
+# vectors of items that a user had include the user, and those of items that are new to the user do not. So the mean of
+# a history and the scores of returning items are on a larger scale in serving than in training.
 #
 # Letters: N users, V1 model rows, E entries of W, M model dim, R rows.
 
