@@ -14,16 +14,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vista.config import DataConfig, ModelConfig, OptimConfig
 from vista.config.choices import Architecture, TableKind
-from vista.counters.counter_codes import CounterSpec
+from vista.counters.counter_codes import CounterSpec, ItemKeys
 from vista.errors import CheckpointError
 from vista.examples.batch import Batch, BatchEvents
-from vista.files import checked_path, replaced_folder
+from vista.files import checked_path
 from vista.log.features import ItemFeatures
 from vista.log.histories import ColumnValues, RowFeatures
 from vista.log.vocabulary import Ids, Vocabulary
@@ -32,7 +30,7 @@ from vista.model.features import Recode, RowFeatureReader, Schema
 from vista.model.heads import CountedItemHead, PopularityTerm, standardized_popularity
 from vista.model.item_feature_table import ItemFeatureTable, item_keys
 from vista.model.losses import Losses
-from vista.model.saved_model import CONFIG_FILE, ROW_FEATURES, WEIGHTS_FILE, ModelDescription, opened_model
+from vista.model.saved_model import ROW_FEATURES, ModelDescription, opened_model, write_model
 from vista.model.summarizer import Stage1Config
 from vista.model.tables import EmbeddingFeature, drawn_table, gather, hashed_rows, read_together
 
@@ -72,14 +70,11 @@ class RankingModel(nn.Module):
         """Items that stage 1 was trained on. Later ones are unknown in histories (`history_rows`)."""
         self.data = data
         """How the training data were split, which decides what evaluation may use."""
-        unified, shape = config.embedding_rows > 0, self.table_shape
-        self.sharded_table: ShardedTable | None = None
+        unified, retrieval = config.embedding_rows > 0, schema.has_retrieval
+        self.sharded_table = self._drawn_shards()
         """The table whose rows of this rank `item_table` holds; None for a plain one, as exported models have."""
-        if config.table is TableKind.torchrec:
-            from vista.model.sharded_table import ShardedTable  # needs an extra
-
-            self.sharded_table = ShardedTable.drawn(shape, config.table_precision)
-        self.item_table = nn.Parameter(drawn_table(shape)) if self.sharded_table is None else self.sharded_table.weight
+        sharded = self.sharded_table
+        self.item_table = nn.Parameter(drawn_table(self.table_shape)) if sharded is None else sharded.weight
         """[1 + V, M], one row per item; or [1 + N, M / P], shared by items, actions, and gaps. Row 0 belongs to the
         unknown item. `id_vectors` reads either kind."""
         self.register_buffer("id_mask", torch.ones(1 + len(items)) if unified and schema.item_features else None)
@@ -92,20 +87,29 @@ class RankingModel(nn.Module):
         """How features of events are read, set before the first use; None for a model without them."""
         self.request_features: RowFeatureReader | None = None
         self.user_features: RowFeatureReader | None = None
-        retrieval, spec = schema.has_retrieval, self.stage1.counters
-        self.item_keys = None if spec is None else item_keys(spec, schema, None, 1 + len(items))
+        self.popularity: PopularityTerm | None = None
+        """Lets next items follow popularity; None without `model.popularity`."""
+        if config.popularity and retrieval:
+            self.popularity = PopularityTerm(config.dim, config.softmax_temperature)
+        self.item_keys: ItemKeys | None = None
         """What items are counted as; their categories are set with their features. None without counters."""
-        self.popularity = (
-            PopularityTerm(config.dim, config.softmax_temperature) if config.popularity and retrieval else None
-        )
-        self.counted = (
-            CountedItemHead(spec.num_fields * spec.num_columns, self.retrieval_dim, config.counted_dropout)
-            if spec is not None and retrieval
-            else None
-        )
+        self.counted: CountedItemHead | None = None
         """Scores items that the user had before; None without counters."""
+        if (spec := self.stage1.counters) is not None:
+            self.item_keys = item_keys(spec, schema, None, 1 + len(items))
+            if retrieval:
+                num_codes = spec.num_fields * spec.num_columns
+                self.counted = CountedItemHead(num_codes, self.retrieval_dim, config.counted_dropout)
         if self.popularity is not None or self.counted is not None:
             self.register_buffer("item_popularity", torch.zeros(1 + len(items)))
+
+    def _drawn_shards(self) -> ShardedTable | None:
+        """The item table, divided among the ranks of the job; None for a plain one."""
+        if self.config.table is not TableKind.torchrec:
+            return None
+        from vista.model.sharded_table import ShardedTable  # needs an extra
+
+        return ShardedTable.drawn(self.table_shape, self.config.table_precision)
 
     def item_vectors(self, rows: Tensor) -> Tensor:
         """[..., M] vectors of model rows int64 [...]; 0 for the unknown item."""
@@ -266,34 +270,7 @@ class RankingModel(nn.Module):
             CheckpointError: if they cannot be written, for example because the disk is full, or if the folder holds
                 something other than a model.
         """
-        folder = checked_path(folder, CheckpointError)
-        try:
-            if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file():
-                raise CheckpointError(
-                    f"{folder}: holds something other than a model, and would be replaced; name another folder, or "
-                    "remove this one"
-                )
-            with replaced_folder(folder) as partial:
-                if weights_file is None:
-                    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-                    save_file(weights, partial / WEIGHTS_FILE)
-                else:
-                    weights_file.rename(partial / WEIGHTS_FILE)
-                self.items.save(partial, "items")
-                if self.feature_table is not None:
-                    self.feature_table.save(partial)
-                for name in ROW_FEATURES:
-                    if (reader := getattr(self, name)) is not None:
-                        reader.save(partial, name.removesuffix("_features"))
-                self.save_serving_tables(partial)
-                self.description().write(partial)
-                if card is not None:
-                    (partial / "README.md").write_text(card, encoding="utf-8")
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{folder}: the model could not be written ({error}); free space or correct the permissions, then try "
-                "again"
-            ) from error
+        write_model(self, checked_path(folder, CheckpointError), card=card, weights_file=weights_file)
 
     def save_serving_tables(self, folder: Path) -> None:
         """Write the tables that serving reads alongside the weights. Baselines have none."""

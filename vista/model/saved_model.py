@@ -16,13 +16,13 @@ import numpy as np
 import torch
 import xxhash
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vista.config import DataConfig, ModelConfig
 from vista.config.checks import from_dict, to_dict
 from vista.errors import CheckpointError, LogFormatError
-from vista.files import checked_path, open_file, read_limited
+from vista.files import checked_path, open_file, read_limited, replaced_folder
 from vista.json_fields import TABLE, FieldRule, check_fields, either, hexadecimal, one_of, whole
 from vista.log.vocabulary import Vocabulary
 from vista.model.features import FEATURE_KEYS, FeatureSpec, RowFeatureReader, Schema
@@ -198,8 +198,8 @@ def unreadable_model(folder: Path, error: Exception) -> CheckpointError:
 #
 # Models that keep the item table of an earlier one are exported with the same table, the same vocabulary, and often the
 # same retrieval vectors, but each in files of its own, which the system would keep in memory several times. So each
-# array
-# has a key that follows from its content. A model takes the array that is held under this key, if another model has it.
+# array has a key that follows from its content. A model takes the array that is held under this key, if another model
+# has it.
 
 Table = TypeVar("Table")
 MIN_BYTES = 1024
@@ -382,6 +382,36 @@ def _read_weights(file: Path, tables: SharedTables | None) -> dict[str, Tensor]:
     if tables is None:
         return weights
     return tables.take_tensors(weights, lambda: {name: weight.float() for name, weight in load_file(file).items()})
+
+
+def write_model(model: RankingModel, folder: Path, *, card: str | None, weights_file: Path | None) -> None:
+    """Write the folder of `RankingModel.save_pretrained`."""
+    try:
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file():
+            raise CheckpointError(
+                f"{folder}: holds something other than a model, and would be replaced; name another folder, or "
+                "remove this one"
+            )
+        with replaced_folder(folder) as partial:
+            if weights_file is None:
+                weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+                save_file(weights, partial / WEIGHTS_FILE)
+            else:
+                weights_file.rename(partial / WEIGHTS_FILE)
+            model.items.save(partial, "items")
+            if model.feature_table is not None:
+                model.feature_table.save(partial)
+            for name in ROW_FEATURES:
+                if (reader := getattr(model, name)) is not None:
+                    reader.save(partial, name.removesuffix("_features"))
+            model.save_serving_tables(partial)
+            model.description().write(partial)
+            if card is not None:
+                (partial / "README.md").write_text(card, encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder}: the model could not be written ({error}); free space or correct the permissions, then try again"
+        ) from error
 
 
 def opened_model(kind: type[Model], folder: Path, tables: SharedTables | None = None) -> Model:

@@ -126,8 +126,7 @@ class Stage1Config:
 #
 # A state is what a set of events wrote, seen from one time (`clock`): z = sum_s w_s phi(k_s) v_s^T with
 # w_s = exp(-(clock - t_s) / tau). So the state of a union of disjoint sets is the sum of their states, once both are
-# seen
-# from the same time. `vista.model.history_states` computes the states of histories.
+# seen from the same time. `vista.model.history_states` computes the states of histories.
 
 DRIFT_LIMIT = 0.999
 """A state must be recomputed if this share of all the weight that it ever held, seen from now, was removed."""
@@ -244,8 +243,7 @@ def exchange(
 #     o = phi(q) A + (phi(q) . phi(k)) v    q, k, v: projections of the query token
 #
 # A depends on the history alone, so a record stores it alongside the summary tokens. Query tokens never write. So a
-# query
-# token sees the history and itself, but not the other query tokens.
+# query token sees the history and itself, but not the other query tokens.
 #
 # Letters: N histories, B rows, Q query tokens, L layers of stage 1, H heads, D head dim, M model dim.
 
@@ -310,9 +308,8 @@ class QuasiLinearRead(nn.Module):
 #
 # Before training, W Z[0] / n is the mean of the normalized events that the summary covers. Training changes W and the
 # values. With decay, older events weigh less, and with tail_in_summary=false, the mean lacks the tail. The sum is a
-# part
-# of the state like any other: it can be appended to, decayed, and forgotten. Letters: T packed events,
-# N histories, H heads, D head dim, M model dim.
+# part of the state like any other: it can be appended to, decayed, and forgotten. Letters: T packed events, N
+# histories, H heads, D head dim, M model dim.
 
 _KEY_OF_1 = {Activation.silu: 1.2784645427610738, Activation.relu: 1.0, Activation.identity: 1.0}
 """The key k with phi(k) = 1."""

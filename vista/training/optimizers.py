@@ -205,8 +205,8 @@ def _rows_from(gradient: Tensor, first: int) -> Tensor:
 # Data-parallel training: the ranks of a torchrun job each train a part of every batch, and take the same step.
 #
 # The losses and the gradient are those of the whole batch. The loss of a rank is a mean over its own labels, so it
-# counts
-# by its share of the labels of all ranks. Then the gradients of the ranks are summed. Letters: K names of losses.
+# counts by its share of the labels of all ranks. Then the gradients of the ranks are summed. Letters: K names of
+# losses.
 
 logger = logging.getLogger(__name__)
 MOST_IDLE = 0.2

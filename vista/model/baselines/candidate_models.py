@@ -289,8 +289,7 @@ class DIN(CandidateModel):
 # Two-stage baselines: a search over the whole history names K events, and attention reads them: SIM and TWIN.
 #
 # Letters: n histories of a tile, L events, C queries per history, R distinct items of a tile, N queries, K found
-# events,
-# H heads, D head dim, M model dim.
+# events, H heads, D head dim, M model dim.
 
 
 class SearchModel(CandidateModel):
@@ -514,8 +513,7 @@ def _category_codes(features: ItemFeatures | None, name: str) -> Int:
 # TWIN (Chang et al., KDD 2023, arXiv 2302.02352): the search scores events as the attention that reads them does.
 #
 # Letters: n histories of a tile, L events, C queries per history, N queries, K found events, U events found by any
-# query,
-# H heads, D head dim, M model dim.
+# query, H heads, D head dim, M model dim.
 
 TWINMemory = tuple[Tensor, Tensor, Tensor]
 """Keys and values [U, M], and actions int64 [U]."""
