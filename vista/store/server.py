@@ -558,11 +558,9 @@ class ServerTombstones:
 
     def erased(self, keys: Sequence[bytes]) -> list[bool]:
         """Whether each user is erased at the time of the call."""
-        return [bool(reply) for reply in self._server.command(*self.question(keys))] if keys else []
-
-    def question(self, keys: Sequence[bytes]) -> Command:
-        """The command that replies with a 1 for each of these users, at least one, who is erased."""
-        return "SMISMEMBER", self.name, *digests_of(keys).tolist()
+        if not keys:
+            return []
+        return [bool(reply) for reply in self._server.command("SMISMEMBER", self.name, *digests_of(keys).tolist())]
 
     def add(self, keys: Sequence[bytes]) -> None:
         """Record erasures."""
