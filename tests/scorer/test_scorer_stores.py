@@ -36,8 +36,7 @@ from vista.model.saved_model import WEIGHTS_FILE
 from vista.model.vista_model import VistaModel
 from vista.refresh import erase, refresh
 from vista.scorer import Scorer
-from vista.scorer.scorer import AnswerSource
-from vista.scorer.scorer_stats import LATENCY_BOUNDS_MS, ScorerStats
+from vista.scorer.scorer import LATENCY_BOUNDS_MS, AnswerSource, ScorerStats
 from vista.store.admin import compact_store
 from vista.store.shards import Shard
 from vista.training.log_schema import schema_of

@@ -2,8 +2,7 @@
 
 from vista.model.ranking_model import NEXT_TASK
 from vista.scorer.ranking import Explanation, Ranking
-from vista.scorer.scorer import AnswerSource, Scorer
-from vista.scorer.scorer_stats import ScorerStats
+from vista.scorer.scorer import AnswerSource, Scorer, ScorerStats
 from vista.scorer.serving_snapshot import CandidateSet
 from vista.store.record_sections import Tail
 

@@ -29,11 +29,11 @@ from vista.model.vista_model import VistaModel
 from vista.scorer.request import (
     MAX_SCORES,
     Request,
+    Tally,
     ids_of,
     item_rows,
     require_most,
 )
-from vista.scorer.scorer_stats import StatsRecorder
 from vista.scorer.serving_snapshot import ServingSnapshot
 
 
@@ -86,7 +86,7 @@ def ranked(
     features: Any,
     wanted: ItemFilter,
     on_missing: OnMissing,
-    recorder: StatsRecorder,
+    tally: Tally,
 ) -> Ranking:
     """The best items for the one user of a request; arguments, result and errors are those of `Scorer.rank`."""
     require_top_k(top_k, "top_k")
@@ -115,7 +115,7 @@ def ranked(
     scores = scores[kept]
     ranking = best_items(items, rows, scores, top_k, num_unknown)
     num_scored = len(scores) + num_unknown
-    recorder.add(candidates=num_scored, unknown_candidates=num_unknown, dropped=ranking.num_dropped)
+    tally(candidates=num_scored, unknown_candidates=num_unknown, dropped=ranking.num_dropped)
     return ranking
 
 
@@ -165,7 +165,7 @@ def retrieved(
     wanted: ItemFilter,
     features: Any,
     on_missing: OnMissing,
-    recorder: StatsRecorder,
+    tally: Tally,
 ) -> list[Ranking]:
     """The best items for each user of a request: candidates from an index and the user's own items, ranked by stage 2.
 
@@ -193,7 +193,7 @@ def retrieved(
         best_items(snapshot.model.items, rows[first:stop], scores[first:stop], top_k)
         for first, stop in pairwise(offsets.tolist())
     ]
-    recorder.add(candidates=len(rows), dropped=sum(ranking.num_dropped for ranking in rankings))
+    tally(candidates=len(rows), dropped=sum(ranking.num_dropped for ranking in rankings))
     return rankings
 
 
@@ -239,14 +239,14 @@ def explained(
     features: Any,
     task: str,
     on_missing: OnMissing,
-    recorder: StatsRecorder,
+    tally: Tally,
 ) -> Explanation:
     """What `Scorer.explain` returns for the one user of a request; arguments and errors are those of that."""
     snapshot.require_task(task)
     rows = _listed_rows(snapshot, candidates, on_missing)
     asked = request.with_features(snapshot.model, features, len(rows))
     explanation = Explanation.of(snapshot, asked, torch.from_numpy(rows), task)
-    recorder.add(candidates=len(rows), unknown_candidates=int((rows == UNKNOWN_ITEM).sum()))
+    tally(candidates=len(rows), unknown_candidates=int((rows == UNKNOWN_ITEM).sum()))
     return explanation
 
 

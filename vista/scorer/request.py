@@ -7,7 +7,7 @@ fields, F values per key (`CounterSpec`), n counted pairs of user and candidate.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +28,8 @@ from vista.scorer.request_features import PairFeatures, of_users
 from vista.store.record import StoredBatch
 from vista.store.record_sections import Tail
 
+Tally = Callable[..., None]
+"""Adds to counters of `ScorerStats` by name."""
 Integers = NDArray[Any]
 Bools = NDArray[np.bool_]
 UNITS = {"seconds": 1e3, "microseconds": 1e-3, "nanoseconds": 1e-6}
@@ -388,6 +390,10 @@ def _repeats(user: Integers, time: Integers, action: Integers, item: Integers, o
     repeats = np.zeros(len(user), np.bool_)
     repeats[index] = order[index] > order[index[start]]
     return repeats
+
+
+def no_tally(**_: int) -> None:
+    """A `Tally` that adds to nothing."""
 
 
 def require_most(count: int, most: int, name: str, unit: str = "ids") -> None:

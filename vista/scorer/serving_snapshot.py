@@ -37,18 +37,19 @@ from vista.scorer.request import (
     MAX_IDS,
     Request,
     RequestCounters,
+    Tally,
     id_array,
     ids_of,
     impossible_times,
     item_rows,
     length_of,
+    no_tally,
     not_a_time,
     request_times,
     require_most,
     with_fresh_events,
 )
 from vista.scorer.request_features import PairFeatures
-from vista.scorer.scorer_stats import StatsRecorder
 from vista.store.reader import StoreReader
 from vista.store.record import StoredBatch
 from vista.store.record_sections import Tail
@@ -183,20 +184,19 @@ class ServingSnapshot:
         now: Any,
         on_missing: OnMissing,
         max_age_s: float | None = None,
-        recorder: StatsRecorder | None = None,
+        tally: Tally = no_tally,
     ) -> Request:
         """Read the records of B users, and add what the caller passes.
 
         Args:
             users: as in `Scorer.predict`, like `tail`, `now`, and errors.
             on_missing: as in `Scorer.open`, like `max_age_s`.
-            recorder: counts the users by what was found.
+            tally: counts the users by what was found.
         """
         ids, model = ids_of(users, "users"), self.model
-        recorder = StatsRecorder() if recorder is None else recorder
         # Read before the records, so that a reload in between cannot make a record look younger than it is.
         refreshed_at = 0 if max_age_s is None else self.store.manifest.refreshed_at
-        stored, damaged = self._stored(ids, on_missing, recorder)
+        stored, damaged = self._stored(ids, on_missing, tally)
         bad = damaged
         times = request_times(now, len(bad))
         if times is not None and model.schema.has_time:
@@ -212,7 +212,7 @@ class ServingSnapshot:
         num_hits = int(stored.found.sum())
         num_missing = len(unknown) - num_found - int(damaged.sum())
         if on_missing is OnMissing.error and unknown.any():
-            recorder.add(hits=num_hits, stale=num_found - num_hits, misses=num_missing)
+            tally(hits=num_hits, stale=num_found - num_hits, misses=num_missing)
             absent = np.asarray(ids)[unknown][:5].tolist()
             raise UnknownUserError(
                 f"users {absent} have no record in {self.store.path}; refresh the store (which leaves out erased "
@@ -223,7 +223,7 @@ class ServingSnapshot:
             refuse = on_missing is not OnMissing.nan
             merged, is_fresh, wrong = with_fresh_events(model, stored, tail, refuse=refuse)
             bad = bad | wrong
-        recorder.add(hits=num_hits, stale=num_found - num_hits, misses=num_missing, bad_users=int(bad.sum()))
+        tally(hits=num_hits, stale=num_found - num_hits, misses=num_missing, bad_users=int(bad.sum()))
         padded = pad_tail(model, merged.items, merged.times, merged.actions, merged.offsets, merged.features)
         summary = torch.from_numpy(stored.summary).to(model.device)
         if unknown.any():
@@ -377,9 +377,7 @@ class ServingSnapshot:
         index = torch.from_numpy(codes + np.arange(codes.shape[1]) * (MAX_CODE + 1)).to(self.model.device)
         return F.embedding_bag(index, self._code_vectors, mode="sum")
 
-    def _stored(
-        self, ids: Any, on_missing: OnMissing, recorder: StatsRecorder
-    ) -> tuple[StoredBatch, NDArray[np.bool_]]:
+    def _stored(self, ids: Any, on_missing: OnMissing, tally: Tally) -> tuple[StoredBatch, NDArray[np.bool_]]:
         """Records of B users, and which of them are damaged, which are counted.
 
         Raises:
@@ -391,7 +389,7 @@ class ServingSnapshot:
         except RecordError as error:
             users = list(ids)
             damaged = np.array([self._is_damaged(user) for user in users])
-            recorder.add(damaged=int(damaged.sum()))
+            tally(damaged=int(damaged.sum()))
             if on_missing is not OnMissing.nan:
                 raise
             logger.error("%s", error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import weakref
 from dataclasses import dataclass
@@ -25,7 +26,6 @@ from vista.model.item_index import MANIFEST_FILE, ItemIndex
 from vista.model.item_projections import ItemProjections
 from vista.model.saved_model import CONFIG_FILE, ModelDescription, SharedTables, opened_model
 from vista.model.vista_model import VistaModel
-from vista.scorer.scorer_stats import repair_after_fork
 from vista.scorer.serving_snapshot import ServingSnapshot
 from vista.store.reader import StoreReader
 from vista.store.record_spec import TailColumn, UserColumn
@@ -174,6 +174,29 @@ class ServingSource:
         except OSError:
             return ()  # such as between the two renames of an export, where names cannot be exchanged
         return tuple(number for status in found for number in (status.st_dev, status.st_ino, status.st_mtime_ns))
+
+
+class Forkable(Protocol):
+    """An object that holds what does not survive a fork, such as a lock or a thread."""
+
+    def _after_fork(self) -> None:
+        """Make the copy in a forked child usable."""
+
+
+_registered: weakref.WeakSet[Forkable] = weakref.WeakSet()
+
+
+def repair_after_fork(held: Forkable) -> None:
+    """Call `held._after_fork()` in every child that is forked during the object's life."""
+    _registered.add(held)
+
+
+def _repair() -> None:
+    for held in _registered:
+        held._after_fork()
+
+
+os.register_at_fork(after_in_child=_repair)
 
 
 class _Reloadable(Protocol):

@@ -14,8 +14,7 @@ from typing import Literal
 import prometheus_client
 import prometheus_client.multiprocess
 
-from vista.scorer import Scorer
-from vista.scorer.scorer_stats import ScorerStats
+from vista.scorer import Scorer, ScorerStats
 
 FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 """Environment variable that makes prometheus_client share numbers between processes; it is read on import."""
