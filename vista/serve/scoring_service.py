@@ -440,7 +440,7 @@ class ScoringService:
         return {
             "tail": tail_of(asked.tail),
             "now": server_time() if asked.now is None else asked.now,
-            "request": asked.request,
+            "request": asked.request or None,
         }
 
     def _of_one(self, asked: RankBody | ExplainBody) -> dict[str, Any]:
@@ -450,7 +450,7 @@ class ScoringService:
         return {
             "tail": tail_of(tail),
             "now": server_time() if asked.now is None else asked.now,
-            "request": features,
+            "request": features or None,
         }
 
     def _require_most_users(self, num_users: int) -> None:
