@@ -16,8 +16,7 @@ import vista
 from vista import errors, refresh, scorer, store
 from vista.cli.command_table import COMMANDS
 from vista.cli.help_pages import OPTIONS
-from vista.config.composition import conf_dir, groups_of, options_of
-from vista.config.config_keys import ConfigKey, ConfigKeys, value_text
+from vista.config.composition import ConfigKey, ConfigKeys, conf_dir, groups_of, options_of, value_text
 from vista.config.model_config import ModelConfig
 from vista.config.train_config import DataConfig, OptimConfig
 from vista.log.features import CategoryColumn, ItemFeatures, NumberColumn, VectorColumn

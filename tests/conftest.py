@@ -44,7 +44,7 @@ from vista.config import (
     SourceConfig,
     TrainConfig,
 )
-from vista.config.choices import ItemStart, Split
+from vista.config.checks import ItemStart, Split
 from vista.log.event_log import EventLog
 from vista.model.baselines.sequence_models import SequenceModel
 from vista.model.saved_model import FileEntry, checksum_of
@@ -215,7 +215,7 @@ class Served:
 
 def serve(log: EventLog, config: TrainConfig, folder: Path) -> Served:
     """Train a model and refresh its three stores."""
-    from vista.config.choices import Codec
+    from vista.config.checks import Codec
     from vista.log.splits import split_until
     from vista.refresh import RefreshOptions, refresh
     from vista.training.trainer import train

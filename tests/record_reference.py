@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from vista.config.choices import Codec
+from vista.config.checks import Codec
 from vista.store.record_spec import HEADER, CounterLayout
 
 

@@ -14,7 +14,7 @@ import torch
 
 from tests.conftest import run_python
 from tests.forked_child import in_child
-from vista.config.choices import Precision
+from vista.config.checks import Precision
 from vista.device import announce, choose_precision, cpu_settings, resolve_device
 from vista.errors import ConfigError
 from vista.machine import cpu_name, usable_cores

@@ -18,8 +18,7 @@ import pytest
 import vista
 from tests.conftest import run_python
 from vista.config import TrainConfig
-from vista.config.composition import compose_config
-from vista.config.config_keys import to_yaml
+from vista.config.composition import compose_config, to_yaml
 from vista.installation import install_command, source_commit
 
 REPOSITORY = Path(__file__).parents[1]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vista.config.choices import Precision
+from vista.config.checks import Precision
 from vista.errors import ConfigError
 from vista_kernels.backend import choose_backend
 from vista_kernels.processor import ProcessorError, multiplies_bfloat16, processor

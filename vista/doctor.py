@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from vista.config.choices import Mixing, StateDtype
+from vista.config.checks import Mixing, StateDtype
 from vista.config.serve_config import DoctorConfig
 from vista.errors import CheckpointError, VistaError
 from vista.installation import DISTRIBUTION, __version__, install_command

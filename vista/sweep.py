@@ -19,10 +19,8 @@ import xxhash
 from tqdm import tqdm
 
 from vista.config import SweepConfig, TrainConfig
-from vista.config.checks import to_dict
-from vista.config.choices import Sampler
-from vista.config.composition import SweptKey, compose_config, swept_key
-from vista.config.config_keys import flattened
+from vista.config.checks import Sampler, to_dict
+from vista.config.composition import SweptKey, compose_config, flattened, swept_key
 from vista.config.train_config import TPE_TRIALS
 from vista.errors import ConfigError, SweepError, TrackingError, VistaError
 from vista.files import replace_text, writable_folder

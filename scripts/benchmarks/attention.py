@@ -22,7 +22,7 @@ from torch import Tensor
 
 from scripts.benchmarks.benchmark import interleaved
 from vista.config import ModelConfig
-from vista.config.choices import Mixing
+from vista.config.checks import Mixing
 from vista.model import summarizer
 from vista.model.features import Schema
 from vista.model.summarizer import Stage1Config, Summarizer

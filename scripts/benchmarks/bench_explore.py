@@ -28,7 +28,7 @@ import numpy as np
 from scripts.benchmarks.benchmark import BenchmarkRecorder, benchmark_parser
 from scripts.benchmarks.explore_visit import TABS, browser_program, exploring, visiting
 from scripts.benchmarks.workloads import lifelong_log, untrained
-from vista.config.choices import Codec
+from vista.config.checks import Codec
 from vista.explore.workspace import UserSearch
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel

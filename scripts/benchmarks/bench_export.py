@@ -26,7 +26,7 @@ import torch
 
 from scripts.benchmarks.benchmark import BenchmarkRecorder, benchmark_parser, interleaved, recording
 from vista.config import DataConfig, ModelConfig, OptimConfig, PrepareConfig, SimulateConfig, SourceConfig, TrainConfig
-from vista.config.choices import ExportFormat, OnMissing, Precision, Split
+from vista.config.checks import ExportFormat, OnMissing, Precision, Split
 from vista.device import set_threads
 from vista.export.export import compare, scorer_outputs
 from vista.export.formats import ONNX_FILE, write_aotinductor, write_onnx

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from scripts.benchmarks.benchmark import BenchmarkRecorder, benchmark_parser, interleaved
 from vista.arrays import Float32s
-from vista.config.choices import IndexKind
+from vista.config.checks import IndexKind
 from vista.device import set_threads
 from vista.model.item_index import ItemIndex
 

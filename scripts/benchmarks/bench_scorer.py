@@ -57,7 +57,7 @@ from scripts.benchmarks.scorer_workloads import (
 from scripts.benchmarks.workloads import TASK, lifelong_log, untrained, untrained_baseline
 from scripts.experiments.serving_cost import history_model_server
 from vista.arrays import Int
-from vista.config.choices import Architecture, Mixing, Precision, TargetAttentionKind
+from vista.config.checks import Architecture, Mixing, Precision, TargetAttentionKind
 from vista.device import choose_precision, keep_freed_memory, set_threads
 from vista.model.ranking_model import NEXT_TASK
 from vista.scorer import Scorer

@@ -57,7 +57,7 @@ from scripts.benchmarks.store_workloads import (
 )
 from scripts.benchmarks.workloads import ACTIONS, START_MS, lifelong_log, untrained
 from vista.config import SourceColumns
-from vista.config.choices import Precision, StateDtype
+from vista.config.checks import Precision, StateDtype
 from vista.device import keep_freed_memory, set_threads
 from vista.log.event_log import EventLog
 from vista.log.histories import DAY_MS

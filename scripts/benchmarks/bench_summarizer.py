@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from scripts.benchmarks.benchmark import BenchmarkRecorder, benchmark_parser, interleaved, recording, timing_of
 from scripts.benchmarks.rooflines import activation, matmul_roofline
 from scripts.benchmarks.workloads import lifelong_log, untrained
-from vista.config.choices import Mixing, Precision
+from vista.config.checks import Mixing, Precision
 from vista.device import keep_freed_memory, set_threads
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories

@@ -44,8 +44,7 @@ from scripts.benchmarks.benchmark import BenchmarkRecorder, benchmark_parser, re
 from scripts.benchmarks.rectools_process import DIM, HEADS, LAYERS, LENGTH, RecToolsPilot, rectools_python
 from scripts.benchmarks.workloads import find_ml_1m
 from vista.config import DataConfig, ModelConfig, OptimConfig, SourceColumns, TrainConfig
-from vista.config.checks import to_dict
-from vista.config.choices import Architecture, ItemStart
+from vista.config.checks import Architecture, ItemStart, to_dict
 from vista.config.train_config import without_places
 from vista.device import keep_freed_memory
 from vista.log.event_log import EventLog

@@ -26,7 +26,7 @@ from scripts.benchmarks.rooflines import (
 from scripts.benchmarks.workloads import untrained
 from vista.arrays import Int
 from vista.config import DataConfig, ModelConfig
-from vista.config.choices import Precision, TargetAttentionKind
+from vista.config.checks import Precision, TargetAttentionKind
 from vista.log.event_log import EventLog
 from vista.log.features import CategoryColumn, FeatureColumn, ItemFeatures, NumberColumn
 from vista.log.histories import RowFeatures

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from scripts.benchmarks.workloads import START_MS
 from vista.arrays import Int
-from vista.config.choices import Codec, StateDtype
+from vista.config.checks import Codec, StateDtype
 from vista.device import keep_freed_memory, set_threads
 from vista.store import (
     NO_TIMESTAMP,

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from vista.config import DataConfig, ModelConfig, SourceColumns
-from vista.config.choices import Architecture, Mixing, TargetAttentionKind
+from vista.config.checks import Architecture, Mixing, TargetAttentionKind
 from vista.log.event_log import EventLog
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.features import Schema

@@ -64,8 +64,7 @@ from vista.config import (
     SourceConfig,
     TrainConfig,
 )
-from vista.config.checks import to_dict
-from vista.config.choices import Architecture, ItemStart, Precision
+from vista.config.checks import Architecture, ItemStart, Precision, to_dict
 from vista.config.train_config import without_places
 from vista.device import cpu_settings
 from vista.errors import DataError, VistaError

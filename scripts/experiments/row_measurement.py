@@ -31,7 +31,7 @@ from vista.config import (
     SimulateConfig,
     TrainConfig,
 )
-from vista.config.choices import Split, Stage, Target
+from vista.config.checks import Split, Stage, Target
 from vista.evaluation.answers import ScorerAnswers
 from vista.evaluation.baseline_evaluation import (
     asked_horizons,

@@ -17,8 +17,7 @@ from scripts.experiments.sets import SETS
 from scripts.experiments.tables import TABLES
 from scripts.experiments.tables.table import WITHOUT_COUNTERS, Table, TableRow
 from vista.config import EvaluateConfig, TrainConfig
-from vista.config.checks import to_dict
-from vista.config.choices import Architecture, Split, Target
+from vista.config.checks import Architecture, Split, Target, to_dict
 from vista.config.composition import compose_config
 from vista.config.model_config import TEMPERATURES
 from vista.errors import ConfigError

@@ -19,7 +19,7 @@ import pytest
 
 from tests.conftest import Served, small_config
 from vista.cli.main import main
-from vista.config.config_keys import to_yaml
+from vista.config.composition import to_yaml
 from vista.errors import CheckpointError, StoreError
 from vista.examples.batch_source import BatchSource
 from vista.log.event_log import EventLog

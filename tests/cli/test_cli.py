@@ -20,9 +20,17 @@ from hypothesis import strategies as st
 from vista import config
 from vista.cli.command_table import COMMANDS
 from vista.cli.main import main
-from vista.config.choices import OnBadRows, OnMissing, Split
-from vista.config.composition import command_name, compose_config, conf_dir, config_file_name, groups_of, options_of
-from vista.config.config_keys import ConfigKeys, to_yaml
+from vista.config.checks import OnBadRows, OnMissing, Split
+from vista.config.composition import (
+    ConfigKeys,
+    command_name,
+    compose_config,
+    conf_dir,
+    config_file_name,
+    groups_of,
+    options_of,
+    to_yaml,
+)
 from vista.errors import ConfigError, DataError
 from vista.log.vocabulary import ids_of_words
 

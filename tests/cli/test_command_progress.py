@@ -19,7 +19,7 @@ import pytest
 from tests.conftest import Served, small_config
 from vista import progress_bar
 from vista.cli.main import main
-from vista.config.config_keys import to_yaml
+from vista.config.composition import to_yaml
 from vista.log.event_log import EventLog
 from vista.training.run_plan import RunClock
 from vista.training.trainer import train

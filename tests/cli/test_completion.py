@@ -15,8 +15,7 @@ import pytest
 
 from vista.cli.command_table import COMMANDS
 from vista.cli.main import main
-from vista.config.composition import groups_of
-from vista.config.config_keys import ConfigKeys
+from vista.config.composition import ConfigKeys, groups_of
 
 STEPS = [
     ("vista tr\t", "vista train "),

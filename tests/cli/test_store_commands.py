@@ -18,7 +18,7 @@ from vista.cli import main as cli
 from vista.cli.item_commands import run_index
 from vista.cli.main import main
 from vista.config import IndexConfig
-from vista.config.choices import IndexKind
+from vista.config.checks import IndexKind
 from vista.errors import CheckpointError, ConfigError, ItemIndexError, MissingDependencyError
 from vista.model.item_index import ItemIndex
 from vista.model.vista_model import VistaModel

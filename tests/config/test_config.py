@@ -20,8 +20,7 @@ from vista.config import (
     SimulateConfig,
     TrainConfig,
 )
-from vista.config.checks import from_dict, to_dict
-from vista.config.choices import (
+from vista.config.checks import (
     Architecture,
     Codec,
     Decay,
@@ -33,9 +32,11 @@ from vista.config.choices import (
     TableKind,
     TableOptimizer,
     TablePrecision,
+    from_dict,
+    to_dict,
 )
-from vista.config.config_keys import to_yaml
-from vista.counters.counter_codes import CounterSpec
+from vista.config.composition import to_yaml
+from vista.counters.counters import CounterSpec
 from vista.errors import ConfigError
 
 

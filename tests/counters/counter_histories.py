@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from vista.arrays import Int, offsets_of
-from vista.counters.counter_codes import CounterSpec, ItemKeys
-from vista.counters.counter_table import CounterTable, UserCounters
+from vista.counters.counters import CounterSpec, CounterTable, ItemKeys, UserCounters
 from vista.log.features import CategoryColumn, ItemFeatures
 from vista.log.histories import Histories
 from vista.log.vocabulary import Vocabulary

@@ -11,16 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.counters.counter_histories import DAY, SPECS, Events, assert_identical, counted_by_loop, histories, packed
-from vista.counters.counter_codes import (
+from vista.counters.counters import (
     MAX_CODE,
     CounterCodes,
     CounterSpec,
+    CounterTable,
+    OccurrenceIndex,
     code_scales,
     decode_values,
     encode_event_counts,
     encode_values,
 )
-from vista.counters.counter_table import CounterTable, OccurrenceIndex
 
 
 def test_half_lives_are_whole_ms_and_millionths_of_an_event() -> None:

@@ -12,8 +12,7 @@ import vista
 from docs.generate_reference import MEMBERS, error_classes, main, reference_pages, unit_of
 from vista import errors
 from vista.cli.command_table import COMMANDS
-from vista.config.composition import conf_dir, groups_of, options_of
-from vista.config.config_keys import ConfigKeys, value_text
+from vista.config.composition import ConfigKeys, conf_dir, groups_of, options_of, value_text
 
 PAGES = reference_pages()
 NO_UNIT_IN_MODEL = (*("dim", "dropout", "temperature"),)

@@ -15,7 +15,7 @@ from tests.evaluation.conftest import evaluated
 from tests.evaluation.test_window_evaluation import ASKED
 from vista.arrays import Floats, Int
 from vista.config import CompareConfig, DataConfig, EvaluateConfig
-from vista.config.choices import AskedBaselines, Split, Target
+from vista.config.checks import AskedBaselines, Split, Target
 from vista.errors import ConfigError
 from vista.evaluation import baseline_evaluation
 from vista.evaluation.baseline_evaluation import asked_horizons, measure_baseline, measure_by_horizon, scores_in_columns

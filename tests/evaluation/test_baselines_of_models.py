@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 
 from tests.conftest import Served, small_config
 from vista.config import DataConfig, EvaluateConfig, ModelConfig, SourceColumns, TrainConfig
-from vista.config.choices import Architecture, Search, Split
+from vista.config.checks import Architecture, Search, Split
 from vista.errors import ConfigError
 from vista.evaluation.answers import RawHistoryAnswers
 from vista.evaluation.baseline_evaluation import impression_baselines

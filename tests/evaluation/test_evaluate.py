@@ -17,7 +17,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 from tests.conftest import Served, small_config, small_frame
 from tests.evaluation.conftest import evaluated
 from vista.config import EvaluateConfig, SourceColumns
-from vista.config.choices import Codec, Split
+from vista.config.checks import Codec, Split
 from vista.errors import ConfigError, LeakageError
 from vista.evaluation.cases import ImpressionCases
 from vista.evaluation.evaluate import evaluate, evaluate_scorer

@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import Served, small_config
 from tests.thread_ranks import on_ranks
 from vista.config import EvaluateConfig, PrepareConfig, SourceConfig
-from vista.config.choices import Architecture, AskedBaselines, Target
+from vista.config.checks import Architecture, AskedBaselines, Target
 from vista.evaluation.evaluate import EvaluationReport, evaluate_model, evaluate_scorer
 from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare

@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import small_config
 from tests.evaluation.conftest import evaluated
 from vista.config import EvaluateConfig, SourceColumns
-from vista.config.choices import Split, Target
+from vista.config.checks import Split, Target
 from vista.errors import ConfigError, LeakageError
 from vista.evaluation.evaluate import evaluate_scorer
 from vista.evaluation.protocol import measure_next_items, window_metric

@@ -15,7 +15,7 @@ from tests.conftest import Served, small_config
 from tests.evaluation.conftest import evaluated
 from vista.arrays import Float32s
 from vista.config import DataConfig, EvaluateConfig
-from vista.config.choices import Codec, Split, Target
+from vista.config.checks import Codec, Split, Target
 from vista.errors import ConfigError, LeakageError
 from vista.evaluation.cases import WindowCases
 from vista.evaluation.comparison import PerUserMetrics

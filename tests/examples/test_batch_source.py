@@ -16,8 +16,8 @@ import torch
 from tests.counters.counter_histories import only_items
 from vista.arrays import Int
 from vista.config import DataConfig, ModelConfig, OptimConfig, SourceColumns, TrainConfig
-from vista.config.choices import Architecture, Decay, Split
-from vista.counters.counter_codes import CounterSpec, ItemKeys
+from vista.config.checks import Architecture, Decay, Split
+from vista.counters.counters import CounterSpec, ItemKeys
 from vista.errors import ConfigError
 from vista.examples.batch import Batch
 from vista.examples.batch_source import BatchSource, ModelReads, StoredSummaries, events_before

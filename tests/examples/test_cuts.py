@@ -18,7 +18,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vista.arrays import Int
-from vista.config.choices import Mixing
+from vista.config.checks import Mixing
 from vista.examples.batch import Batch
 from vista.examples.chunks import ChunkImpressions, Chunks, ChunkTimeline
 from vista.examples.cuts import AnchorPlan, ChunkAnchors, CutPlan, cut_batch, draw_anchors

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from tests.conftest import small_config
 from vista.arrays import Int
-from vista.config.choices import ItemStart
+from vista.config.checks import ItemStart
 from vista.errors import CheckpointError
 from vista.examples.item_statistics import (
     MIN_USERS,

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.conftest import START, Served, small_config, small_frame
 from tests.explore.conftest import places_of
 from vista.config import EvaluateConfig, ExploreConfig, SourceColumns
-from vista.config.choices import OnMissing, Precision
+from vista.config.checks import OnMissing, Precision
 from vista.errors import ConfigError, DataError, LeakageError
 from vista.evaluation.comparison import Estimate
 from vista.evaluation.evaluate import evaluate_scorer

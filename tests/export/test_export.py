@@ -20,7 +20,7 @@ from tests.counters.counter_histories import category
 from tests.required_program import require_compiler
 from vista.cli.main import main
 from vista.config import DataConfig, ModelConfig
-from vista.config.choices import Architecture, ExportFormat, Precision, TargetAttentionKind
+from vista.config.checks import Architecture, ExportFormat, Precision, TargetAttentionKind
 from vista.errors import ExportError, MissingDependencyError
 from vista.export.export import compare, export, scorer_outputs
 from vista.export.serving_graph import Arrays, ServingGraph, graph_inputs
@@ -391,7 +391,7 @@ def test_a_full_disk_leaves_nothing(small: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     code = (
         "import resource, signal, sys\n"
-        "from vista.config.choices import ExportFormat\n"
+        "from vista.config.checks import ExportFormat\n"
         "from vista.export.export import export\n"
         "from vista.errors import ExportError\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
@@ -419,7 +419,7 @@ def test_a_killed_export_leaves_the_earlier_one(exported: Path, small: Path, tmp
     before = written(out)
     code = (
         "import os, signal, sys\n"
-        "from vista.config.choices import ExportFormat\n"
+        "from vista.config.checks import ExportFormat\n"
         "from vista.export import export\n"
         "def killed(*arguments):\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -24,8 +24,7 @@ from tests.faults import operations
 from tests.faults.operations import USERS, served_users
 from tests.log.ingest.public.samples import SAMPLES
 from vista.config import PrepareConfig, SourceColumns, SourceConfig, TrainConfig
-from vista.config.composition import compose_config
-from vista.config.config_keys import to_yaml
+from vista.config.composition import compose_config, to_yaml
 from vista.evaluation.comparison import PerUserMetrics
 from vista.log import deletions
 from vista.log.event_log import EventLog
@@ -241,7 +240,7 @@ def categories(name: str, write: Callable[[Any, Path], None]) -> Format:
 def make_index(folder: Path) -> None:
     from vista.cli.item_commands import run_index
     from vista.config import IndexConfig
-    from vista.config.choices import IndexKind
+    from vista.config.checks import IndexKind
 
     kind = IndexKind.hnsw if find_spec("faiss") else IndexKind.flat
     run_index(IndexConfig(model=str(folder / "model"), kind=kind))

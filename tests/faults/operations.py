@@ -18,7 +18,7 @@ import torch
 
 from tests.conftest import DAY, LENGTHS, small_config, small_frame
 from vista.config import SimulateConfig, SourceColumns, SourceConfig, WatchConfig
-from vista.config.choices import Codec
+from vista.config.checks import Codec
 from vista.log.compaction import compact_log
 from vista.log.deletions import erase_users, forget_events
 from vista.log.event_log import EventLog

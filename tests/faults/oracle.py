@@ -17,7 +17,7 @@ import numpy as np
 
 from tests.faults.nursery import Say
 from tests.record_reference import decode_record_reference
-from vista.counters.counter_codes import CounterCodes, CounterSpec
+from vista.counters.counters import CounterCodes, CounterSpec
 from vista.errors import StoreError
 from vista.store import StoreReader, StoreWriter, Tail, UserSummaries, encode_records, user_keys
 from vista.store.keys import CURSOR_KEY, MANIFEST_KEY

@@ -34,7 +34,7 @@ from tests.faults.harness import MAX_MESSAGE, UNTYPED, Trial, attempt, judge, pr
 from tests.faults.nursery import Nursery, Say
 from vista.cli.command_table import COMMANDS
 from vista.cli.main import main
-from vista.config.config_keys import ConfigKeys, to_yaml
+from vista.config.composition import ConfigKeys, to_yaml
 from vista.errors import shortened, shown
 from vista.log.event_log import EventLog
 from vista.training.trainer import train

@@ -31,7 +31,7 @@ from tests.refresh import conftest as growing
 from tests.refresh.mock_kafka import MockKafka
 from vista.cli.serving_commands import run_watch
 from vista.config import RayConfig, SourceConfig, WatchConfig
-from vista.config.choices import Codec, OnBadRows
+from vista.config.checks import Codec, OnBadRows
 from vista.config.log_config import StreamConfig
 from vista.errors import CheckpointError
 from vista.log.event_log import EventLog

@@ -23,7 +23,7 @@ from tests.faults.nursery import Child, Nursery, Say
 from tests.faults.oracle import Contents, folder_contents
 from tests.refresh import conftest as growing
 from tests.store.remote.valkey_server import ValkeyServer
-from vista.config.choices import Codec
+from vista.config.checks import Codec
 from vista.errors import StoreUnavailableError
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel

@@ -16,7 +16,7 @@ from tests.conftest import small_config
 from tests.faults import preload
 from tests.faults.harness import LOSES_NOTHING, Trial, compare, compare_events, promise
 from tests.faults.nursery import Nursery, Say
-from vista.config.choices import Precision
+from vista.config.checks import Precision
 from vista.examples.batch import Batch
 from vista.log.event_log import EventLog
 from vista.training.checkpoint import latest_checkpoint, load_checkpoint

@@ -19,7 +19,7 @@ from tests.faults.harness import Trial, promise
 from tests.faults.nursery import Nursery, Say
 from tests.record_reference import decode_record_reference
 from vista.config import SourceColumns
-from vista.config.choices import Codec
+from vista.config.checks import Codec
 from vista.errors import RecordError, VistaError
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel

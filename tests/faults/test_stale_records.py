@@ -19,7 +19,7 @@ from tests.faults.nursery import Nursery, Say
 from tests.faults.operations import log_of, save_model
 from tests.faults.oracle import COUNTERS, Run, put_value
 from vista.config import DataConfig, EvaluateConfig, ModelConfig
-from vista.config.choices import Decay
+from vista.config.checks import Decay
 from vista.errors import ConfigError, LeakageError, RecordError, StoreError
 from vista.evaluation.evaluate import evaluate_scorer
 from vista.log.event_log import EventLog

@@ -17,7 +17,7 @@ import numpy as np
 
 from tests.faults.nursery import Say
 from tests.faults.oracle import CREATED_AT, SUMMARIZER, Run
-from vista.counters.counter_table import CounterTable
+from vista.counters.counters import CounterTable
 from vista.store import StoreReader, user_keys
 from vista.store.admin import verify_store
 from vista.store.layout import environment_path, state_path

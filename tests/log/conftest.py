@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from vista.config import PrepareConfig, SourceConfig
-from vista.config.choices import OnBadRows
+from vista.config.checks import OnBadRows
 from vista.log.ingest.prepare import PrepareReport, prepare
 from vista.log.ingest.source_parser import SourceParser
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vista.config import DataConfig, SourceColumns
-from vista.config.choices import Split
+from vista.config.checks import Split
 from vista.errors import ConfigError
 from vista.examples.item_statistics import item_counts
 from vista.log.event_log import EventLog

@@ -17,8 +17,8 @@ from torch import Tensor
 from tests.counters.counter_histories import category
 from vista.arrays import Int
 from vista.config import DataConfig, ModelConfig
-from vista.config.choices import Architecture, Decay
-from vista.counters.counter_codes import ItemKeys
+from vista.config.checks import Architecture, Decay
+from vista.counters.counters import ItemKeys
 from vista.examples.batch import Batch
 from vista.examples.chunks import ChunkCounters, ChunkImpressions, Chunks, ChunkTimeline, HistoryCounters, decay_clock
 from vista.examples.cuts import AnchorPlan, CutPlan, cut_batch

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vista.config import DataConfig, ModelConfig
-from vista.config.choices import Architecture
+from vista.config.checks import Architecture
 from vista.log.vocabulary import Vocabulary
 from vista.model.baselines.history_model import tiles
 from vista.model.baselines.sequence_models import HSTU, EmbeddedSequences, SASRec

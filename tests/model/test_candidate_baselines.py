@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tests.conftest import NEXT_ONLY
 from vista.config import DataConfig
-from vista.config.choices import Search
+from vista.config.checks import Search
 from vista.errors import ConfigError
 from vista.log.features import CategoryColumn, ItemFeatures, NumberColumn
 from vista.log.histories import Histories, gap_bucket

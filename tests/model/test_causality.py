@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vista.config.choices import Decay, Mixing, Normalization, TargetAttentionKind
+from vista.config.checks import Decay, Mixing, Normalization, TargetAttentionKind
 from vista.examples.batch import Batch
 from vista.examples.chunks import Chunks
 from vista.log.histories import Histories, RowFeatures

@@ -22,12 +22,11 @@ from tests.counters.counter_histories import counters_of_request
 from tests.model.test_sequence_baselines import LIMIT
 from vista.arrays import Int
 from vista.config import OptimConfig
-from vista.counters.counter_codes import MAX_CODE, CounterSpec, ItemKeys
-from vista.counters.counter_table import UserCounters
+from vista.counters.counters import MAX_CODE, CounterSpec, ItemKeys, UserCounters
 from vista.examples.batch import Batch
 from vista.log.histories import Histories
 from vista.model import inference
-from vista.model.heads import CandidateCounters, CountedItemHead, PopularityTerm
+from vista.model.layers import CandidateCounters, CountedItemHead, PopularityTerm
 from vista.model.losses import CountedSlots, log_others, window_loss
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import silu
 
-from vista.config.choices import Decay, Mixing
+from vista.config.checks import Decay, Mixing
 from vista.errors import ConfigError
 from vista.log.histories import Histories
 from vista.model import inference

@@ -20,7 +20,7 @@ from torch import Tensor
 from vista.arrays import Float32s
 from vista.cli.item_commands import TextEncoder
 from vista.cli.main import main
-from vista.config.choices import IndexKind
+from vista.config.checks import IndexKind
 from vista.errors import DataError, ItemIndexError, ItemIndexMismatchError, MissingDependencyError
 from vista.model.codebooks import Codebooks, ResidualCodes
 from vista.model.item_index import FLAT_ITEMS, MANIFEST_FILE, ItemIndex, ItemIndexManifest, kind_for

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vista.config import ModelConfig
-from vista.config.choices import Activation, Normalization, Precision, TargetAttentionKind
+from vista.config.checks import Activation, Normalization, Precision, TargetAttentionKind
 from vista.log.histories import NUM_GAPS, gap_bucket, history_gaps
 from vista.model import inference
 from vista.model.feature_encoder import EventEncoder

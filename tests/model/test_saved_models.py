@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import sign_model
 from vista.arrays import offsets_of
 from vista.config import DataConfig, ModelConfig
-from vista.config.choices import Activation, Decay, Mixing, Normalization, TargetAttentionKind
-from vista.counters.counter_codes import CounterSpec
+from vista.config.checks import Activation, Decay, Mixing, Normalization, TargetAttentionKind
+from vista.counters.counters import CounterSpec
 from vista.errors import CheckpointError
 from vista.log.features import CategoryColumn, ItemFeatures, NumberColumn, VectorColumn
 from vista.log.vocabulary import Vocabulary

@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vista.config.choices import Activation, Decay, Mixing, TargetAttentionKind
+from vista.config.checks import Activation, Decay, Mixing, TargetAttentionKind
 from vista.examples.batch import Batch
 from vista.log.histories import Histories
 from vista.model import inference

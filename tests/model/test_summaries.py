@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from vista.config import ModelConfig
-from vista.config.choices import Activation, Codec, Decay, Mixing, Normalization, TargetAttentionKind
+from vista.config.checks import Activation, Codec, Decay, Mixing, Normalization, TargetAttentionKind
 from vista.log.histories import Histories
 from vista.model import inference
 from vista.model.features import Schema

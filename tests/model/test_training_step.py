@@ -15,7 +15,7 @@ from torch import nn
 
 from tests.conftest import NEXT_ONLY
 from vista.config import DataConfig, ModelConfig, OptimConfig, SourceColumns, TrainConfig
-from vista.config.choices import Decay, Mixing, Normalization, Precision, TargetAttentionKind
+from vista.config.checks import Decay, Mixing, Normalization, Precision, TargetAttentionKind
 from vista.examples.batch_source import BatchSource, ModelReads
 from vista.log.event_log import EventLog
 from vista.model.losses import reconstruction_loss

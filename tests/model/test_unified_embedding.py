@@ -13,8 +13,8 @@ from torch import Tensor
 from tests.conftest import NEXT_ONLY, small_config
 from vista.log.event_log import EventLog
 from vista.log.histories import NUM_GAPS
+from vista.model.layers import EmbeddingFeature, hashed_rows, mix64
 from vista.model.ranking_model import RankingModel
-from vista.model.tables import EmbeddingFeature, hashed_rows, mix64
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer

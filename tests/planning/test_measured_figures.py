@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vista.config import ModelConfig, PlanConfig
-from vista.config.choices import Codec
+from vista.config.checks import Codec
 from vista.config.composition import compose_config
 from vista.planning.capacity_plan import WRITE_MB_PER_S, RefreshCost, StoreSizes, plan_capacity, request_core_s, token_s
 

@@ -10,7 +10,7 @@ import pytest
 from scripts.benchmarks.store_workloads import StoreShape, user_values, write_store
 from scripts.benchmarks.workloads import lifelong_log, untrained
 from tests.store.remote.valkey_server import ValkeyServer
-from vista.config.choices import Codec, StateDtype
+from vista.config.checks import Codec, StateDtype
 from vista.config.model_config import ModelConfig
 from vista.errors import ConfigError
 from vista.planning.capacity_plan import StoreSizes, lmdb_bytes, server_bytes

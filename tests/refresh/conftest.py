@@ -19,7 +19,7 @@ from tests.faults.nursery import Nursery
 from tests.refresh.mock_kafka import MockKafka
 from tests.refresh.streams import TOPIC, watch_of
 from vista.config import DataConfig, ModelConfig, SourceColumns, WatchConfig
-from vista.config.choices import Codec
+from vista.config.checks import Codec
 from vista.log.event_log import EventLog
 from vista.log.histories import RowFeatures
 from vista.log.vocabulary import Vocabulary

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vista.config import SourceConfig, WatchConfig
-from vista.config.choices import Codec
+from vista.config.checks import Codec
 from vista.config.log_config import StreamConfig
 from vista.log.event_log import EventLog
 from vista.log.segment_files import DEAD_LETTERS_FILE, stream_offsets

@@ -16,7 +16,7 @@ from tests.refresh.conftest import fail_at
 from tests.store.conftest import found
 from vista.cli.store_commands import run_store_erase
 from vista.config import StoreEraseConfig
-from vista.config.choices import StateDtype
+from vista.config.checks import StateDtype
 from vista.errors import ConfigError, StoreError, VistaError
 from vista.log.deletions import erase_users
 from vista.log.event_log import EventLog

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from tests.counters.counter_histories import counted_by_loop
 from tests.refresh.conftest import contents, fail_at, full
 from vista.config import SourceColumns
-from vista.config.choices import Codec, Decay, Mixing, StateDtype, TargetAttentionKind
-from vista.counters.counter_codes import CounterCodes, encode_values
+from vista.config.checks import Codec, Decay, Mixing, StateDtype, TargetAttentionKind
+from vista.counters.counters import CounterCodes, encode_values
 from vista.errors import ConfigError, StoreError, SummarizerMismatchError
 from vista.log.compaction import compact_log
 from vista.log.deletions import erase_users, forget_events

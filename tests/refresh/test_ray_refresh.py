@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from vista.config import RayConfig, RefreshConfig
-from vista.config.choices import Codec, Precision
+from vista.config.checks import Codec, Precision
 from vista.device import cpu_settings
 from vista.errors import (
     CheckpointError,

@@ -23,7 +23,7 @@ from tests.faults.nursery import Say
 from tests.refresh.conftest import fail_at
 from vista.cli.serving_commands import run_refresh, run_score
 from vista.config import ModelConfig, RefreshConfig, ScoreConfig, SourceColumns
-from vista.config.choices import Codec, Decay, OnMissing, Precision, StateDtype
+from vista.config.checks import Codec, Decay, OnMissing, Precision, StateDtype
 from vista.errors import ConfigError, RecordError, StoreError, UnknownUserError, UserKeyError
 from vista.log.event_log import EventLog
 from vista.log.splits import visible_counts

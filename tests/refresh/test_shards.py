@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vista.cli.main import main
-from vista.config.choices import Codec, Decay
+from vista.config.checks import Codec, Decay
 from vista.errors import ConfigError, StoreError
 from vista.log.event_log import EventLog
 from vista.refresh import RefreshOptions, forget, merge, merging, refresh, refresh_incremental

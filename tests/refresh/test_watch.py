@@ -22,7 +22,7 @@ from tests.faults.nursery import Say
 from tests.log.conftest import PARSER
 from vista.cli.serving_commands import run_watch
 from vista.config import SourceConfig, WatchConfig
-from vista.config.choices import Arrival, Codec, OnBadRows
+from vista.config.checks import Arrival, Codec, OnBadRows
 from vista.errors import ConfigError, StoreLockedError
 from vista.log.event_log import EventLog
 from vista.log.ingest.source_parser import SourceParser

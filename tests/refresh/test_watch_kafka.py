@@ -21,7 +21,7 @@ from tests.faults.nursery import Say
 from tests.refresh.mock_kafka import MockKafka, lines
 from tests.refresh.streams import TOPIC, config_of, dead_letters, expect, look, offsets
 from vista.cli.serving_commands import run_watch
-from vista.config.choices import OnBadRows, StreamStart
+from vista.config.checks import OnBadRows, StreamStart
 from vista.config.log_config import StreamConfig
 from vista.errors import DataError, LogBusyError, LogFormatError, StreamError, StreamOffsetError
 from vista.log.compaction import compact_log

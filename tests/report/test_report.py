@@ -18,7 +18,7 @@ from tests.required_program import require_chromium
 from vista import progress_bar
 from vista.cli.main import main
 from vista.config import EvaluateConfig, OptimConfig, ReportConfig
-from vista.config.choices import Architecture, Split, Target
+from vista.config.checks import Architecture, Split, Target
 from vista.errors import CheckpointError, ConfigError, StoreError, SummarizerMismatchError
 from vista.evaluation.evaluate import evaluate_scorer
 from vista.log.event_log import EventLog

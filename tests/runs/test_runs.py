@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import Served, small_config
 from vista.cli.main import main
-from vista.config.choices import RunOrder
+from vista.config.checks import RunOrder
 from vista.errors import ConfigError, NonFiniteLossError
 from vista.log.event_log import EventLog
 from vista.runs.run_files import best_places, thinned

@@ -18,7 +18,7 @@ import torch
 from tests.conftest import DAY, LENGTHS, START, Served, draw_counter_weights, small_config, small_frame, tail_of
 from vista.cli.item_commands import run_index, run_items_add
 from vista.config import IndexConfig, ItemsAddConfig, ItemTableConfig
-from vista.config.choices import IndexKind
+from vista.config.checks import IndexKind
 from vista.errors import ItemIndexError, UnknownUserError
 from vista.log.event_log import EventLog
 from vista.model.features import FeatureSpec

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from tests.conftest import DAY, ITEMS, START, USERS, Served, run_python, small_config, tail_of
-from vista.config.choices import OnMissing, Precision
+from vista.config.checks import OnMissing, Precision
 from vista.errors import (
     UnknownItemError,
     UnknownUserError,

@@ -20,7 +20,7 @@ import torch
 from tests.conftest import DAY, ITEMS, START, USERS, Served, tail_of
 from vista.cli.serving_commands import run_score
 from vista.config import ScoreConfig
-from vista.config.choices import OnMissing
+from vista.config.checks import OnMissing
 from vista.errors import (
     RecordError,
     UserKeyError,

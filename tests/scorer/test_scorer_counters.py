@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tests.conftest import DAY, START, draw_counter_weights, small_config, tail_of
 from tests.counters.counter_histories import category, counters_of_request
 from vista.arrays import Int
-from vista.counters.counter_table import UserCounters
+from vista.counters.counters import UserCounters
 from vista.evaluation.cases import case_requests
 from vista.log.event_log import EventLog
 from vista.log.histories import NO_TIMESTAMP, Histories

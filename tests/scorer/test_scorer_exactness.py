@@ -18,11 +18,10 @@ from torch import nn
 
 from tests.conftest import DAY, draw_counter_weights, small_config
 from tests.counters.counter_histories import category
-from vista.config.choices import TargetAttentionKind
+from vista.config.checks import TargetAttentionKind
 from vista.log.event_log import EventLog
-from vista.model.heads import HIDDEN
 from vista.model.inference import ROW_TILE
-from vista.model.layers import FrozenLinear
+from vista.model.layers import HIDDEN, FrozenLinear
 from vista.model.ranking_model import NEXT_TASK
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.conftest import DAY, START, Served, small_config, tail_of
-from vista.config.choices import TargetAttentionKind
+from vista.config.checks import TargetAttentionKind
 from vista.log.event_log import EventLog
 from vista.model import inference
 from vista.model.attribution import attribute

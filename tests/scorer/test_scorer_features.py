@@ -21,7 +21,7 @@ from tests.refresh.conftest import model as event_model
 from tests.scorer.test_scorer_exactness import same
 from vista.cli.serving_commands import run_score
 from vista.config import ScoreConfig
-from vista.config.choices import Codec, TargetAttentionKind
+from vista.config.checks import Codec, TargetAttentionKind
 from vista.config.composition import compose_config
 from vista.errors import ConfigError, StoreError
 from vista.evaluation.answers import ScorerAnswers

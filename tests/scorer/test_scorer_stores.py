@@ -21,7 +21,7 @@ import torch
 
 from tests.conftest import ITEMS, USERS, Served, sign_model, small_config
 from tests.forked_child import in_child
-from vista.config.choices import Precision
+from vista.config.checks import Precision
 from vista.errors import (
     CheckpointError,
     ConfigError,

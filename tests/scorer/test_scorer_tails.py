@@ -22,7 +22,7 @@ from vista.arrays import Int
 from vista.cli.item_commands import run_index
 from vista.cli.serving_commands import run_score
 from vista.config import IndexConfig, ScoreConfig
-from vista.config.choices import OnMissing
+from vista.config.checks import OnMissing
 from vista.errors import (
     ConfigError,
     ItemIndexError,

@@ -13,7 +13,7 @@ import torch
 
 from tests.conftest import DAY, ITEMS, START, USERS, Served, draw_counter_weights, small_config, small_frame
 from vista.config import SourceColumns
-from vista.config.choices import Split
+from vista.config.checks import Split
 from vista.log.event_log import EventLog
 from vista.model.features import FeatureSpec
 from vista.model.item_feature_table import ItemFeatureTable

@@ -47,7 +47,7 @@ from scripts.benchmarks.store_workloads import private_bytes
 from scripts.benchmarks.workloads import lifelong_log, untrained
 from tests.benchmark_process import run_benchmark
 from tests.required_program import require_compiler
-from vista.config.choices import Precision, TargetAttentionKind
+from vista.config.checks import Precision, TargetAttentionKind
 from vista.errors import DataError
 from vista.log.splits import visible_counts
 from vista.model import summarizer

@@ -39,7 +39,7 @@ from tests.training.test_public_experiments import FEW
 from tests.training.test_public_experiments import TINY as TINY_MODEL
 from vista.cli import item_commands
 from vista.config import EvaluateConfig, SimulateConfig, TrainConfig
-from vista.config.choices import Codec, Target, WorldName
+from vista.config.checks import Codec, Target, WorldName
 from vista.config.composition import compose_config
 from vista.evaluation.baseline_evaluation import counting_baselines, trained_baselines
 from vista.evaluation.cases import WindowCases

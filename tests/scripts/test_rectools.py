@@ -20,7 +20,7 @@ from scripts.experiments.crosscheck_rectools import LikeRecTools, cases_of
 from scripts.experiments.results import read_results
 from tests.conftest import LENGTHS, ratings_folder, small_frame
 from vista.config import DataConfig, ModelConfig, OptimConfig, SourceColumns, TrainConfig
-from vista.config.choices import Architecture
+from vista.config.checks import Architecture
 from vista.errors import DataError
 from vista.evaluation.cases import NextItemCases
 from vista.evaluation.metrics import ranks_of_targets

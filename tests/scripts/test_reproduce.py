@@ -21,7 +21,7 @@ from scripts.experiments.tables import TABLES
 from scripts.experiments.tables.table import BOTH, COUNTING_BASELINES, K0, ORACLE, Table, TableLine, TableRow
 from tests.conftest import ratings_folder
 from vista.config import TrainConfig
-from vista.config.choices import Codec
+from vista.config.checks import Codec
 from vista.config.composition import compose_config
 from vista.config.model_config import EMBEDDING_HASHES
 from vista.errors import DataError

@@ -22,7 +22,7 @@ from scripts.experiments.results import append_result, hardware, main, markdown_
 from scripts.experiments.row_origin import RowOrigin, train_noted
 from tests.conftest import Served, small_config
 from vista.config import ModelConfig
-from vista.config.choices import Architecture
+from vista.config.checks import Architecture
 from vista.errors import DataError
 from vista.log.event_log import EventLog
 from vista_kernels.processor import processor

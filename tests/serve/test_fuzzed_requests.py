@@ -20,7 +20,7 @@ from tests.serve.conftest import models_file, save_other_stage_2
 from tests.serve.running_service import TIMEOUT_S, RunningService, running
 from vista.cli.item_commands import run_index
 from vista.config import IndexConfig, SourceColumns
-from vista.config.choices import Split
+from vista.config.checks import Split
 from vista.log.event_log import EventLog
 from vista.refresh import refresh
 from vista.training.trainer import train

@@ -15,7 +15,7 @@ import pytest
 
 from tests.simulation.test_simulate import cross_fitted_scores
 from vista.config import SimulateConfig
-from vista.config.choices import WorldName
+from vista.config.checks import WorldName
 from vista.errors import ConfigError
 from vista.simulation.simulate import area_under_curve, generate, oracle_metrics, predict_from_window, simulate
 from vista.simulation.streams import SimulatedLog, split_times

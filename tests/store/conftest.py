@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from tests.faults.nursery import Nursery
-from vista.counters.counter_codes import CounterCodes, CounterSpec
+from vista.counters.counters import CounterCodes, CounterSpec
 from vista.errors import StoreError
 from vista.store import Manifest, RecordSpec, StoreReader, StoreWriter, Tail, UserSummaries, encode_records, user_keys
 from vista.store.backend import Folder

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tests.record_reference import decode_record_reference
-from vista.config.choices import Codec, StateDtype
-from vista.counters.counter_codes import CounterCodes, CounterSpec
-from vista.counters.counter_table import CounterTable
+from vista.config.checks import Codec, StateDtype
+from vista.counters.counters import CounterCodes, CounterSpec, CounterTable
 from vista.errors import RecordError
 from vista.log.histories import NO_TIMESTAMP
 from vista.store.keys import _CHUNK, event_digests, history_digests, item_keys, user_keys

@@ -18,7 +18,7 @@ import xxhash
 from tests.log.conftest import PARSER
 from tests.log.ingest.source_mutations import mutated
 from tests.store.conftest import damage_record, found, records
-from vista.config.choices import Codec
+from vista.config.checks import Codec
 from vista.errors import RecordError, StoreError
 from vista.store import NO_TIMESTAMP, StoreReader, Tail, UserSummaries, encode_records, user_keys
 from vista.store.admin import verify_store

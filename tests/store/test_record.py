@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tests.record_reference import decode_record_reference, error_bound
-from vista.config.choices import Codec
+from vista.config.checks import Codec
 from vista.errors import RecordError, StoreError, UserKeyError
 from vista.log.histories import NO_TIMESTAMP
 from vista.store.keys import MAX_KEY_BYTES, user_id, user_key, user_keys

@@ -19,7 +19,7 @@ from tests.store import test_counters_and_states as counted
 from tests.store import test_record as plain
 from tests.store.conftest import records
 from tests.store.test_record import with_checksum
-from vista.config.choices import Codec
+from vista.config.checks import Codec
 from vista.errors import RecordError
 from vista.refresh import refresh
 from vista.store.keys import user_keys

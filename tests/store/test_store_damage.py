@@ -16,7 +16,7 @@ import pytest
 import xxhash
 
 from tests.store.conftest import damage_record, found, write_generations
-from vista.counters.counter_codes import CounterSpec
+from vista.counters.counters import CounterSpec
 from vista.errors import RecordError, StoreError, StoreWriteError
 from vista.store import StoreReader
 from vista.store.admin import compact_store, roll_back, store_stats, verify_store

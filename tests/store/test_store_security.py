@@ -16,7 +16,7 @@ import xxhash
 
 from tests.record_reference import decode_record_reference
 from tests.store.conftest import KEY, write_generations
-from vista.config.choices import Codec
+from vista.config.checks import Codec
 from vista.errors import ConfigError, RecordError, StoreError
 from vista.store import NO_TIMESTAMP, StoreReader, Tail, UserSummaries, encode_records, user_keys
 from vista.store.admin import compact_store, copy_generation, roll_back, store_stats, verify_store

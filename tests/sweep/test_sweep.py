@@ -15,8 +15,8 @@ import pytest
 from tests.conftest import small_config
 from vista.cli.main import main
 from vista.config import SweepConfig
-from vista.config.choices import Sampler
-from vista.config.config_keys import to_yaml
+from vista.config.checks import Sampler
+from vista.config.composition import to_yaml
 from vista.errors import ConfigError, MissingDependencyError, SweepError
 from vista.log.event_log import EventLog
 from vista.runs.run_list import RunSummary

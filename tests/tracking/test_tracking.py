@@ -23,7 +23,7 @@ from tests.conftest import small_config
 from vista.cli.main import main
 from vista.config import TrainConfig
 from vista.config.checks import to_dict
-from vista.config.config_keys import to_yaml
+from vista.config.composition import to_yaml
 from vista.config.train_config import TrackingConfig
 from vista.errors import MissingDependencyError, TrackingError
 from vista.log.event_log import EventLog

@@ -11,7 +11,7 @@ import numpy as np
 
 from tests.conftest import START, small_config
 from vista.config import SourceColumns, TrainConfig
-from vista.config.choices import Architecture, Split
+from vista.config.checks import Architecture, Split
 from vista.log.event_log import EventLog
 from vista.log.vocabulary import Vocabulary
 from vista.model.ranking_model import RankingModel

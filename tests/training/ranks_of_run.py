@@ -25,7 +25,7 @@ import torch
 from tests.training.forked import forked
 from vista.cli.main import main
 from vista.config import TrainConfig
-from vista.config.config_keys import to_yaml
+from vista.config.composition import to_yaml
 from vista.examples.batch import Batch
 from vista.model.ranking_model import RankingModel
 from vista.training import trainer

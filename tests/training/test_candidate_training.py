@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vista.config import DataConfig, EvaluateConfig, ModelConfig, OptimConfig, SourceColumns, TrainConfig
-from vista.config.choices import Architecture, Precision, Split
+from vista.config.checks import Architecture, Precision, Split
 from vista.evaluation.evaluate import evaluate_model
 from vista.examples.batch_source import BatchSource, ModelReads
 from vista.log.event_log import EventLog

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from tests.conftest import DAY, START, small_config
 from vista.config import EvaluateConfig, SourceColumns, TrainConfig
-from vista.config.choices import Codec, Split
+from vista.config.checks import Codec, Split
 from vista.evaluation.answers import ScorerAnswers
 from vista.evaluation.cases import impression_cases
 from vista.evaluation.evaluate import evaluate_scorer

@@ -24,8 +24,8 @@ from vista.config import (
     SourceColumns,
     TrainConfig,
 )
-from vista.config.choices import Architecture, Codec, ItemStart, Precision, Split, StateDtype
-from vista.counters.counter_table import UserCounters
+from vista.config.checks import Architecture, Codec, ItemStart, Precision, Split, StateDtype
+from vista.counters.counters import UserCounters
 from vista.errors import CheckpointError, ConfigError
 from vista.evaluation.cases import NextItemCases
 from vista.evaluation.evaluate import evaluate_scorer

@@ -16,7 +16,7 @@ import torch
 from tests.conftest import Served
 from tests.training.test_trainer import assert_same_result
 from vista.config import EvaluateConfig, OptimConfig, TrainConfig
-from vista.config.choices import Architecture, Codec, Decay, Split, Stage, TargetAttentionKind
+from vista.config.checks import Architecture, Codec, Decay, Split, Stage, TargetAttentionKind
 from vista.errors import ConfigError, LeakageError, SummarizerMismatchError
 from vista.evaluation.evaluate import evaluate_scorer
 from vista.examples.batch_source import BatchSource, ModelReads

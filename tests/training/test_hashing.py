@@ -29,14 +29,14 @@ from tests.training.test_items_of_runs import as_log, training_counts
 from tests.training.warm_logs import begun
 from vista.cli.item_commands import run_items_add
 from vista.config import EvaluateConfig, ItemsAddConfig, ItemTableConfig, TrainConfig
-from vista.config.choices import Architecture, Codec
+from vista.config.checks import Architecture, Codec
 from vista.errors import ConfigError
 from vista.evaluation.evaluate import evaluate_scorer
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until
 from vista.model.features import HashedVocabulary
+from vista.model.layers import EmbeddingFeature, hashed_rows
 from vista.model.registry import with_items
-from vista.model.tables import EmbeddingFeature, hashed_rows
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer, Tail

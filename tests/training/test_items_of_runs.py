@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from tests.conftest import DAY, START, Served, small_config, small_frame
 from tests.training.feature_world import feature_frame
 from vista.config import DataConfig, EvaluateConfig, ModelConfig, OptimConfig, SourceColumns, TrainConfig
-from vista.config.choices import Architecture, Codec, Decay, InitFreeze, Search, Split, Stage
+from vista.config.checks import Architecture, Codec, Decay, InitFreeze, Search, Split, Stage
 from vista.errors import ConfigError, DataError
 from vista.evaluation.evaluate import evaluate_scorer
 from vista.log.event_log import EventLog

@@ -41,7 +41,7 @@ from tests.training.test_trainer import assert_same_result
 from tests.training.warm_logs import Run, begun
 from vista.cli.main import main
 from vista.config import EvaluateConfig, TrainConfig
-from vista.config.choices import Architecture, Codec, InitFreeze, Stage, TargetAttentionKind
+from vista.config.checks import Architecture, Codec, InitFreeze, Stage, TargetAttentionKind
 from vista.errors import ConfigError
 from vista.evaluation.answers import RawHistoryAnswers
 from vista.evaluation.cases import ImpressionCases, impression_cases, request_starts

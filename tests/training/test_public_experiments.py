@@ -11,7 +11,7 @@ from tests.log.conftest import PARSER
 from tests.log.ingest.public.samples import ITEMS, SAMPLES, USERS
 from vista.cli.main import main
 from vista.config import PrepareConfig, TrainConfig
-from vista.config.choices import Split
+from vista.config.checks import Split
 from vista.config.composition import compose_config, options_of
 from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare

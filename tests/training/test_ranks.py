@@ -23,7 +23,7 @@ from tests.training.ranks_of_run import start, torchrun
 from tests.training.test_downstream import downstream_config, past_of
 from tests.training.test_trainer import assert_same_result, metrics
 from vista.config import SourceColumns, TrainConfig
-from vista.config.choices import Architecture, ItemStart, Precision, Split, TrackerKind
+from vista.config.checks import Architecture, ItemStart, Precision, Split, TrackerKind
 from vista.errors import RankError
 from vista.installation import __version__
 from vista.log.event_log import EventLog

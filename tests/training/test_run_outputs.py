@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import Served, small_config
 from vista.config import DataConfig, EvaluateConfig, TrainConfig
-from vista.config.choices import Split
+from vista.config.checks import Split
 from vista.errors import ConfigError, NonFiniteLossError
 from vista.evaluation import counting_baselines
 from vista.evaluation.baseline_evaluation import measure_baseline

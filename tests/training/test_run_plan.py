@@ -17,8 +17,7 @@ from tests.conftest import Served, small_config
 from tests.training.conftest import copies_of_run
 from tests.training.test_trainer import assert_same_result, metrics
 from vista.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
-from vista.config.checks import planned
-from vista.config.choices import Architecture, ItemStart, Mixing, Split, Stage, TableKind
+from vista.config.checks import Architecture, ItemStart, Mixing, Split, Stage, TableKind, planned
 from vista.config.composition import compose_config
 from vista.errors import ConfigError, MissingDependencyError
 from vista.log.event_log import EventLog

@@ -18,10 +18,10 @@ from tests.training.ranks_of_run import torchrun
 from tests.training.test_ranks import EXACT, config_of, curve
 from tests.training.test_trainer import metrics
 from vista.config import TrainConfig
-from vista.config.choices import TableKind, TableOptimizer, TablePrecision
+from vista.config.checks import TableKind, TableOptimizer, TablePrecision
 from vista.errors import ConfigError
 from vista.log.event_log import EventLog
-from vista.model.tables import drawn_table
+from vista.model.layers import drawn_table
 from vista.model.vista_model import VistaModel
 from vista.ranks import Ranks
 from vista.refresh import refresh

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tests.conftest import Served, small_config, small_frame
 from tests.training.forked import run_in_fork
 from vista.config import SourceColumns
-from vista.config.config_keys import to_yaml
+from vista.config.composition import to_yaml
 from vista.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError
 from vista.examples.batch_source import BatchSource, ModelReads
 from vista.log.event_log import EventLog

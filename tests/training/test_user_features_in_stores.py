@@ -15,7 +15,7 @@ from tests.scorer.test_scorer_exactness import same
 from tests.training.feature_world import END, HOUR, NEW_USER, NUM_USERS, feature_config, frames, log_of
 from vista.cli.store_commands import run_store_get
 from vista.config import StoreGetConfig
-from vista.config.choices import Codec
+from vista.config.checks import Codec
 from vista.errors import CheckpointError, StoreError
 from vista.log.deletions import erase_users
 from vista.log.event_log import EventLog

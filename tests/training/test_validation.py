@@ -16,7 +16,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from tests.conftest import Served, draw_counter_weights, small_config
 from vista.config import SourceColumns
-from vista.config.choices import Codec, Split
+from vista.config.checks import Codec, Split
 from vista.errors import NonFiniteLossError
 from vista.evaluation.answers import ScorerAnswers
 from vista.evaluation.cases import NextItemCases, impression_cases, next_item_cases, with_tasks

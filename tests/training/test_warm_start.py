@@ -27,7 +27,7 @@ from tests.training.warm_logs import (
     warm_config,
 )
 from vista.config import EvaluateConfig
-from vista.config.choices import Architecture, Codec, InitFreeze, ItemStart, Split, Stage
+from vista.config.checks import Architecture, Codec, InitFreeze, ItemStart, Split, Stage
 from vista.errors import CheckpointError, ConfigError, LeakageError
 from vista.evaluation.evaluate import evaluate_scorer
 from vista.examples.item_statistics import item_factors

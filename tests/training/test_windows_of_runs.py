@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import DAY, START, draw_counter_weights, small_config
 from vista.config import EvaluateConfig, TrainConfig
-from vista.config.choices import Architecture, Codec, Split, Target
+from vista.config.checks import Architecture, Codec, Split, Target
 from vista.errors import ConfigError
 from vista.evaluation.baseline_evaluation import measure_baseline
 from vista.evaluation.counting_baselines import OwnFrequency

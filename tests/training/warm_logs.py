@@ -12,7 +12,7 @@ import numpy as np
 from tests.conftest import DAY, small_frame
 from tests.training.feature_world import feature_frame
 from vista.config import SourceColumns, TrainConfig
-from vista.config.choices import InitFreeze
+from vista.config.checks import InitFreeze
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
 from vista.training.checkpoint import latest_checkpoint, load_checkpoint, unpack_state

@@ -13,9 +13,8 @@ from collections.abc import Iterator, Sequence
 
 from vista.cli.command_table import COMMANDS
 from vista.config import CompletionConfig
-from vista.config.choices import Shell
-from vista.config.composition import groups_of, options_of
-from vista.config.config_keys import ConfigKey, ConfigKeys
+from vista.config.checks import Shell
+from vista.config.composition import ConfigKey, ConfigKeys, groups_of, options_of
 
 # bash 3.2 (macOS) and later. Readline replaces only what follows the last of its word breaks, which do not count after
 # a quote, so what comes before is cut from each candidate.

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from vista.cli.command_table import Command
-from vista.config.composition import groups_of, options_of
-from vista.config.config_keys import ConfigKeys, value_text
+from vista.config.composition import ConfigKeys, groups_of, options_of, value_text
 from vista.errors import ConfigError, shown
 from vista.text_table import hanging, two_columns
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from vista.arrays import Float32s
 from vista.config import IndexConfig, ItemsAddConfig, ItemsEmbedConfig, ItemsTokenizeConfig
-from vista.config.choices import IndexKind
+from vista.config.checks import IndexKind
 from vista.errors import CheckpointError, ConfigError, DataError, ItemIndexError, MissingDependencyError, shown
 from vista.files import checked_path, recover_folder, writable_file
 from vista.installation import install_command, require_module

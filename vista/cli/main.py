@@ -56,7 +56,7 @@ def _run_command(name: str, words: Sequence[str]) -> None:
     if command.rest is not None:
         setattr(settings, command.rest, getattr(settings, command.rest) + rest)
     if arguments.cfg:
-        from vista.config.config_keys import to_yaml
+        from vista.config.composition import to_yaml
 
         print(to_yaml(settings), end="")
         return

@@ -18,7 +18,7 @@ from vista.config import (
     TrainConfig,
 )
 from vista.config.checks import to_dict
-from vista.config.evaluate_config import RunsCompareConfig, RunsConfig
+from vista.config.train_config import RunsCompareConfig, RunsConfig
 from vista.doctor import Verdict
 from vista.errors import SweepError, UnfitSetupError
 from vista.files import replace_text, writable_file

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vista.config import RefreshConfig, ScoreConfig, ServeConfig, WatchConfig
-from vista.config.choices import EngineName, OnMissing
+from vista.config.checks import EngineName, OnMissing
 from vista.errors import ConfigError, DataError, LogBusyError, LogWriteError, RecordError, StreamOffsetError, VistaError
 from vista.files import replace_text, writable_file
 

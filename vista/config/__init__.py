@@ -3,7 +3,6 @@
 Only `vista.config.composition` uses Hydra: the command line turns its words into these objects once.
 """
 
-from vista.config.evaluate_config import CompareConfig, EvaluateConfig, ReportConfig, RunsCompareConfig, RunsConfig
 from vista.config.log_config import (
     EventFilterConfig,
     FeatureTableConfig,
@@ -49,7 +48,18 @@ from vista.config.store_config import (
     StoreVerifyConfig,
     WatchConfig,
 )
-from vista.config.train_config import DataConfig, OptimConfig, SweepConfig, TrackingConfig, TrainConfig
+from vista.config.train_config import (
+    CompareConfig,
+    DataConfig,
+    EvaluateConfig,
+    OptimConfig,
+    ReportConfig,
+    RunsCompareConfig,
+    RunsConfig,
+    SweepConfig,
+    TrackingConfig,
+    TrainConfig,
+)
 
 __all__ = [
     "CompareConfig",

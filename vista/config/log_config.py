@@ -11,13 +11,16 @@ from vista.config.checks import (
     MAX_THREADS,
     MAX_VALUES,
     Checked,
+    IdType,
+    OnBadRows,
+    StreamStart,
+    WorldName,
     check_max_values,
     check_types,
     require,
     require_counts,
     require_finite,
 )
-from vista.config.choices import IdType, OnBadRows, StreamStart, WorldName
 from vista.errors import ConfigError
 
 

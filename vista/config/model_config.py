@@ -6,14 +6,6 @@ from dataclasses import dataclass, field
 
 from vista.config.checks import (
     MAX_DAYS,
-    check_types,
-    require,
-    require_counts,
-    require_finite,
-    require_numbers,
-    require_share,
-)
-from vista.config.choices import (
     Architecture,
     Decay,
     ItemStart,
@@ -22,6 +14,12 @@ from vista.config.choices import (
     TableKind,
     TablePrecision,
     TargetAttentionKind,
+    check_types,
+    require,
+    require_counts,
+    require_finite,
+    require_numbers,
+    require_share,
 )
 from vista.errors import shown
 

@@ -9,8 +9,20 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from vista.config.checks import MAX_THREADS, Checked, check_size, check_types, require, require_counts, require_finite
-from vista.config.choices import ExportFormat, IndexKind, OnMissing, Precision, Shell
+from vista.config.checks import (
+    MAX_THREADS,
+    Checked,
+    ExportFormat,
+    IndexKind,
+    OnMissing,
+    Precision,
+    Shell,
+    check_size,
+    check_types,
+    require,
+    require_counts,
+    require_finite,
+)
 from vista.config.log_config import ItemTableConfig
 from vista.errors import ConfigError, shown
 from vista.files import read_limited

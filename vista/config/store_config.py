@@ -5,8 +5,21 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass, field, fields
 
-from vista.config.checks import MAX_THREADS, Checked, check_types, require, require_counts, require_finite
-from vista.config.choices import Architecture, Arrival, Codec, EngineName, OnBadRows, Precision, StateDtype
+from vista.config.checks import (
+    MAX_THREADS,
+    Architecture,
+    Arrival,
+    Checked,
+    Codec,
+    EngineName,
+    OnBadRows,
+    Precision,
+    StateDtype,
+    check_types,
+    require,
+    require_counts,
+    require_finite,
+)
 from vista.config.log_config import SourceConfig, StreamConfig
 from vista.config.model_config import ModelConfig
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from vista.arrays import Float32s, Floats, Int
 from vista.config import DataConfig, EvaluateConfig
-from vista.config.choices import AskedBaselines, Split, Target
+from vista.config.checks import AskedBaselines, Split, Target
 from vista.errors import ConfigError
 from vista.evaluation.cases import (
     EarlierEvents,

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.arrays import Float32s, Int, offsets_of
-from vista.counters.counter_codes import ItemKeys
+from vista.counters.counters import ItemKeys
 from vista.examples.batch_source import events_before
 from vista.examples.chunks import CounterRequests, HistoryCounters
 from vista.log.event_log import EventLog

@@ -14,8 +14,7 @@ import numpy as np
 
 from vista.arrays import Float32s, Int
 from vista.config import EvaluateConfig
-from vista.config.checks import to_dict
-from vista.config.choices import AskedBaselines, Target
+from vista.config.checks import AskedBaselines, Target, to_dict
 from vista.device import cpu_settings, resolve_device
 from vista.errors import ConfigError, LeakageError
 from vista.evaluation.answers import RawHistoryAnswers, ScorerAnswers

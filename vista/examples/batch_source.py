@@ -16,9 +16,8 @@ from torch import Tensor
 
 from vista.arrays import Int
 from vista.config import OptimConfig, TrainConfig
-from vista.config.checks import planned
-from vista.config.choices import Architecture, Decay
-from vista.counters.counter_codes import ItemKeys
+from vista.config.checks import Architecture, Decay, planned
+from vista.counters.counters import ItemKeys
 from vista.errors import ConfigError, DataError
 from vista.examples.batch import Batch
 from vista.examples.chunks import (

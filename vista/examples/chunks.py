@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 
 from vista.arrays import Int, offsets_of
 from vista.config import DataConfig, TrainConfig
-from vista.config.choices import Decay
-from vista.counters.counter_codes import CounterCodes, ItemKeys
-from vista.counters.counter_table import OccurrenceIndex, UserCounters
+from vista.config.checks import Decay
+from vista.counters.counters import CounterCodes, ItemKeys, OccurrenceIndex, UserCounters
 from vista.log.event_keys import Impressions
 from vista.log.event_log import EventLog
 from vista.log.histories import gap_bucket, ranges, token_groups

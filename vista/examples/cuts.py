@@ -25,8 +25,8 @@ from torch import Tensor
 
 from vista.arrays import Int, offsets_of
 from vista.config import TrainConfig
-from vista.config.choices import Architecture, Mixing, Split
-from vista.counters.counter_table import UserCounters
+from vista.config.checks import Architecture, Mixing, Split
+from vista.counters.counters import UserCounters
 from vista.examples.batch import (
     Batch,
     BatchAnchors,

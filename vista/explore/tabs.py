@@ -11,7 +11,7 @@ import pandas as pd
 import streamlit as st
 
 from vista.config import ExploreConfig
-from vista.config.config_keys import value_text
+from vista.config.composition import value_text
 from vista.errors import DataError, VistaError
 from vista.evaluation.recall import bands
 from vista.explore.charts import (

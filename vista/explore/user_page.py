@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 
 from vista.config.model_config import ITEM
-from vista.counters.counter_codes import CounterSpec
+from vista.counters.counters import CounterSpec
 from vista.explore.workspace import ItemNames, UserSearch, Workspace, record_of
 from vista.log.event_log import EventLog
 from vista.log.histories import LATEST_MS, NO_TIMESTAMP, YEAR_1971_MS, Histories, RowFeatures

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from vista.arrays import Int
 from vista.config import ExploreConfig
-from vista.config.choices import Precision
+from vista.config.checks import Precision
 from vista.errors import ConfigError, VistaError
 from vista.log.event_log import EventLog
 from vista.log.features import CategoryColumn

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vista.config.choices import Architecture, ExportFormat, Precision
+from vista.config.checks import Architecture, ExportFormat, Precision
 from vista.errors import ExportError
 from vista.export import example_program
 from vista.export.formats import write_aotinductor, write_onnx

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vista.arrays import Int
-from vista.counters.counter_codes import (
+from vista.counters.counters import (
     EVENTS_RESOLUTION,
     MAX_CODE,
     MAX_EVENTS,
@@ -442,7 +442,7 @@ class GraphCounters(nn.Module):
 
 
 def _level(values: Tensor, resolution: Tensor | float, factor: Tensor | float) -> Tensor:
-    """Codes as of `vista.counters.counter_codes`, in the dtype of the values."""
+    """Codes as of `vista.counters.counters`, in the dtype of the values."""
     return (torch.log(values / resolution + 1) * factor).round().clamp(max=MAX_CODE)
 
 

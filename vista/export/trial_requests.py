@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vista.arrays import Int, offsets_of
-from vista.config.choices import Codec, OnMissing, StateDtype
-from vista.counters.counter_codes import MAX_CODE, CounterCodes
+from vista.config.checks import Codec, OnMissing, StateDtype
+from vista.counters.counters import MAX_CODE, CounterCodes
 from vista.export.serving_graph import Arrays, request_arrays
 from vista.log.histories import DAY_MS, YEAR_1971_MS, Histories
 from vista.model import inference

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from vista.arrays import Int
 from vista.config import SourceConfig
-from vista.config.choices import OnBadRows
+from vista.config.checks import OnBadRows
 from vista.errors import ConfigError, DataError, LogFormatError, UnknownUserError, shown
 from vista.files import checked_path
 from vista.installation import require_module

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.config import FeatureTableConfig, ItemTableConfig, SourceColumns, SourceConfig, UserTableConfig
-from vista.config.choices import OnBadRows
+from vista.config.checks import OnBadRows
 from vista.errors import ConfigError, LogFormatError, UnknownUserError, shown
 from vista.files import checked_path
 from vista.log.event_keys import Impressions, obey_deletions, read_impressions

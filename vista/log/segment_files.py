@@ -15,8 +15,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from vista.arrays import Content, Int, array_in, map_file
 from vista.errors import LogFormatError, shown
-from vista.files import read_limited
-from vista.json_fields import TABLE, FieldRule, check_fields, hexadecimal, list_of, one_of, text, whole
+from vista.files import TABLE, FieldRule, check_fields, hexadecimal, list_of, one_of, read_limited, text, whole
 from vista.log.histories import PackedTable
 from vista.log.vocabulary import Vocabulary
 from vista.progress_bar import progress_bar

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from vista.arrays import Int
 from vista.config import DataConfig
-from vista.config.choices import Split
+from vista.config.checks import Split
 from vista.errors import ConfigError, shown
 from vista.log.event_log import EventLog
 from vista.log.histories import DAY_MS, MINUTE_MS, Histories, rows_that_fit, token_groups

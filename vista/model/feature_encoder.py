@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from vista.log.histories import NUM_GAPS
 from vista.model.features import FeatureSpec
 from vista.model.item_feature_table import ItemFeatureTable
+from vista.model.layers import EmbeddingFeature, HashedEmbedding
 from vista.model.saved_model import SharedTables
 from vista.model.summarizer import Stage1Config
-from vista.model.tables import EmbeddingFeature, HashedEmbedding
 
 ROWS_AT_ONCE = 8192
 

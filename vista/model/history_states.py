@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from vista.arrays import Int, offsets_of
-from vista.config.choices import Decay, Mixing
+from vista.config.checks import Decay, Mixing
 from vista.errors import ConfigError
 from vista.examples.chunks import decay_clock
 from vista.log.histories import Histories, concatenated, history_gaps, ranges, token_groups

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vista.arrays import Float32s, Int
-from vista.config.choices import Mixing
-from vista.counters.counter_table import UserCounters
+from vista.config.checks import Mixing
+from vista.counters.counters import UserCounters
 from vista.examples.batch_source import EncodeRows
 from vista.log.event_log import EventLog
 from vista.log.histories import UNKNOWN_GAP, Histories, RowColumn, RowFeatures, gap_bucket, token_groups

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vista.arrays import Float32s, Int, offsets_of
 from vista.config import ModelConfig
 from vista.config.checks import require
-from vista.counters.counter_codes import CounterSpec, ItemKeys
+from vista.counters.counters import CounterSpec, ItemKeys
 from vista.errors import ConfigError, shown
 from vista.log.features import CategoryColumn, FeatureColumn, ItemFeatures, NumberColumn, VectorColumn
 from vista.log.histories import ranges

@@ -19,10 +19,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vista.arrays import Float32s, Int
-from vista.config.choices import IndexKind
+from vista.config.checks import IndexKind
 from vista.errors import ItemIndexError, ItemIndexMismatchError
-from vista.files import checked_path, read_limited, replaced_folder
-from vista.json_fields import TABLE, FieldRule, check_fields, hexadecimal, one_of, whole
+from vista.files import (
+    TABLE,
+    FieldRule,
+    check_fields,
+    checked_path,
+    hexadecimal,
+    one_of,
+    read_limited,
+    replaced_folder,
+    whole,
+)
 from vista.model.codebooks import load_faiss, one_thread
 from vista.model.ranking_model import UNKNOWN_ITEM
 from vista.model.saved_model import FileEntry, checksum_of

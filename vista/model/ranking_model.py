@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vista.config import DataConfig, ModelConfig, OptimConfig
-from vista.config.choices import Architecture, TableKind
-from vista.counters.counter_codes import CounterSpec, ItemKeys
+from vista.config.checks import Architecture, TableKind
+from vista.counters.counters import CounterSpec, ItemKeys
 from vista.errors import CheckpointError
 from vista.examples.batch import Batch, BatchEvents
 from vista.files import checked_path
@@ -27,12 +27,20 @@ from vista.log.histories import ColumnValues, RowFeatures
 from vista.log.vocabulary import Ids, Vocabulary
 from vista.model.feature_encoder import EventEncoder, FeatureEncoder, RowFeatureEncoder
 from vista.model.features import Recode, RowFeatureReader, Schema
-from vista.model.heads import CountedItemHead, PopularityTerm, standardized_popularity
 from vista.model.item_feature_table import ItemFeatureTable, item_keys
+from vista.model.layers import (
+    CountedItemHead,
+    EmbeddingFeature,
+    PopularityTerm,
+    drawn_table,
+    gather,
+    hashed_rows,
+    read_together,
+    standardized_popularity,
+)
 from vista.model.losses import Losses
 from vista.model.saved_model import ROW_FEATURES, ModelDescription, opened_model, write_model
 from vista.model.summarizer import Stage1Config
-from vista.model.tables import EmbeddingFeature, drawn_table, gather, hashed_rows, read_together
 
 if TYPE_CHECKING:
     from vista.model.sharded_table import ShardedTable

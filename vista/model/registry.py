@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from vista.config.choices import Architecture
+from vista.config.checks import Architecture
 from vista.log.features import ItemFeatures
 from vista.log.vocabulary import Ids
 from vista.model.baselines.candidate_models import DIN, SIM, TWIN

@@ -22,12 +22,23 @@ from torch import Tensor, nn
 from vista.config import DataConfig, ModelConfig
 from vista.config.checks import from_dict, to_dict
 from vista.errors import CheckpointError, LogFormatError
-from vista.files import checked_path, open_file, read_limited, replaced_folder
-from vista.json_fields import TABLE, FieldRule, check_fields, either, hexadecimal, one_of, whole
+from vista.files import (
+    TABLE,
+    FieldRule,
+    check_fields,
+    checked_path,
+    either,
+    hexadecimal,
+    one_of,
+    open_file,
+    read_limited,
+    replaced_folder,
+    whole,
+)
 from vista.log.vocabulary import Vocabulary
 from vista.model.features import FEATURE_KEYS, FeatureSpec, RowFeatureReader, Schema
 from vista.model.item_feature_table import FEATURES_FILE, ItemFeatureTable
-from vista.model.tables import AllocationLimit, finite_weights, tables_from_file
+from vista.model.layers import AllocationLimit, finite_weights, tables_from_file
 
 if TYPE_CHECKING:
     from vista.model.ranking_model import RankingModel

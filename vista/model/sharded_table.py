@@ -23,10 +23,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vista.config.choices import TablePrecision
+from vista.config.checks import TablePrecision
 from vista.errors import ConfigError, MissingDependencyError
 from vista.installation import install_command
-from vista.model.tables import TABLE_STD
+from vista.model.layers import TABLE_STD
 from vista.ranks import Ranks, talking
 
 # The only module that imports TorchRec and FBGEMM.

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vista.config import ModelConfig
-from vista.config.choices import Activation, Decay, Mixing, Normalization
+from vista.config.checks import Activation, Decay, Mixing, Normalization
 from vista.config.model_config import EMBEDDING_HASHES
-from vista.counters.counter_codes import CounterSpec
+from vista.counters.counters import CounterSpec
 from vista.log.histories import DAY_MS
 from vista.model.features import FeatureSpec, Schema
 from vista.model.layers import (

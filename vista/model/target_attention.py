@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vista.config import ModelConfig
-from vista.config.choices import TargetAttentionKind
+from vista.config.checks import TargetAttentionKind
 from vista.model.layers import Dropout, FeedForward, GatedOutput, linear_parts, module_list, norm, silu, split_heads
 from vista.model.summarizer import QuasiLinearRead, Stage1Config
 from vista_kernels import candidate_attention

@@ -20,16 +20,14 @@ import xxhash
 from torch import Tensor, nn
 
 from vista.config import DataConfig, ModelConfig, OptimConfig
-from vista.config.checks import planned
-from vista.config.choices import Architecture, Mixing, Precision
+from vista.config.checks import Architecture, Mixing, Precision, planned
 from vista.examples.batch import Batch, BatchEvents
 from vista.log.histories import UNKNOWN_GAP
 from vista.log.vocabulary import Vocabulary
 from vista.model.anchor_losses import anchor_losses
 from vista.model.features import RowFeatureReader, Schema
-from vista.model.heads import CandidateCounters
 from vista.model.item_projections import save_item_projections
-from vista.model.layers import FeedForward, GatedOutput, frozen, module_list, norm, split_heads
+from vista.model.layers import CandidateCounters, FeedForward, GatedOutput, frozen, module_list, norm, split_heads
 from vista.model.losses import Losses, LossPart, next_loss, reconstruction_loss, task_parts, weighted_losses
 from vista.model.ranking_model import RankingModel
 from vista.model.saved_model import ModelDescription

@@ -9,10 +9,10 @@ from textwrap import fill
 
 import numpy as np
 
-from vista.config.choices import Codec, Mixing, StateDtype
+from vista.config.checks import Codec, Mixing, StateDtype
 from vista.config.model_config import ModelConfig
 from vista.config.store_config import ACTIVE_SHARE, MachineConfig, PlanConfig
-from vista.counters.counter_codes import CounterSpec
+from vista.counters.counters import CounterSpec
 from vista.errors import ConfigError
 from vista.log.segment_files import EVENT_COLUMNS
 from vista.planning.lag_simulation import DAY_S, NUM_DAYS, ArrivalRate, Fleet, LagReport, simulate_lag

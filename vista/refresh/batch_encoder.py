@@ -17,9 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from vista.arrays import Int
-from vista.config.choices import Decay, Mixing, Precision
-from vista.counters.counter_codes import ItemKeys
-from vista.counters.counter_table import CounterTable
+from vista.config.checks import Decay, Mixing, Precision
+from vista.counters.counters import CounterTable, ItemKeys
 from vista.errors import ConfigError, RecordError
 from vista.log.event_log import EventLog
 from vista.log.features import declared_columns

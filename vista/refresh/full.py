@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vista.arrays import Int
-from vista.config.choices import Codec, Precision, StateDtype
+from vista.config.checks import Codec, Precision, StateDtype
 from vista.config.store_config import RefreshOptions
 from vista.device import choose_precision
 from vista.errors import ConfigError, RecordError

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.arrays import Int
-from vista.config.choices import Decay, Precision
+from vista.config.checks import Decay, Precision
 from vista.config.store_config import INCREMENTAL_OPTIONS, SET_BY_FULL_REFRESH, RefreshOptions
 from vista.errors import ConfigError, StoreError
 from vista.log.event_log import EventLog

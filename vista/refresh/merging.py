@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vista.config.choices import Codec, Precision, StateDtype
+from vista.config.checks import Codec, Precision, StateDtype
 from vista.config.store_config import RefreshOptions
 from vista.errors import ConfigError, StoreError
 from vista.log.event_log import EventLog

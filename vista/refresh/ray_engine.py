@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from vista.arrays import Int
-from vista.config.choices import Precision
+from vista.config.checks import Precision
 from vista.config.store_config import RayConfig
 from vista.device import keep_freed_memory, set_threads
 from vista.errors import ConfigError, LogFormatError, SummarizerMismatchError, VistaError, WorkerDiedError, shown

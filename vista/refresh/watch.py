@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vista.config import PrepareConfig, WatchConfig
-from vista.config.choices import Arrival
+from vista.config.checks import Arrival
 from vista.config.store_config import RefreshOptions
 from vista.device import resolve_device
 from vista.errors import ConfigError, DataError, LogBusyError, LogWriteError, TakenError, VistaError

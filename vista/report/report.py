@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from vista.config import EvaluateConfig, ReportConfig
-from vista.config.choices import Target
+from vista.config.checks import Target
 from vista.device import cpu_settings
 from vista.errors import ConfigError
 from vista.evaluation.comparison import Measure

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from vista.arrays import Float32s
 from vista.config import EvaluateConfig, RefreshOptions, TrainConfig
-from vista.config.choices import Target
+from vista.config.checks import Target
 from vista.config.composition import compose_config
 from vista.errors import ConfigError
 from vista.evaluation.baseline_evaluation import impression_baselines, measure_baseline, measure_baselines

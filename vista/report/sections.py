@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from vista.arrays import Float32s, Floats, Int
 from vista.config import TrainConfig
 from vista.config.checks import to_dict
-from vista.config.config_keys import value_text
+from vista.config.composition import value_text
 from vista.evaluation.cases import EarlierEvents, questions_by_user
 from vista.evaluation.comparison import AucMeasure, Estimate, Measure, mean_and_error
 from vista.evaluation.metrics import calibration, gauc, normalized_entropy

@@ -12,9 +12,8 @@ import numpy as np
 import yaml
 
 from vista.config.checks import check_size
-from vista.config.config_keys import flattened
-from vista.files import read_limited
-from vista.json_fields import check_fields, either, one_of, text, whole
+from vista.config.composition import flattened
+from vista.files import check_fields, either, one_of, read_limited, text, whole
 
 T = TypeVar("T")
 _LARGER = ("hr@", "ndcg@", "mrr@", "recall@", "precision@", "auc/", "gauc/")

@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vista.config.choices import RunOrder
-from vista.config.config_keys import value_text
+from vista.config.checks import RunOrder
+from vista.config.composition import value_text
 from vista.errors import ConfigError
-from vista.files import open_file, read_limited
-from vista.json_fields import NUMBER
+from vista.files import NUMBER, open_file, read_limited
 from vista.runs.run_files import FILES, MAX_JSON_BYTES, RunFiles, badness, best_places, is_run
 from vista.text_table import terminal_width, text_table, wrapped
 

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from vista.config.choices import TrackerKind
-from vista.config.config_keys import without_password
+from vista.config.checks import TrackerKind
+from vista.config.composition import without_password
 from vista.config.train_config import TrackingConfig
 from vista.errors import MissingDependencyError, TrackingError
-from vista.files import read_limited, replace_text
+from vista.files import NUMBER, check_fields, either, one_of, read_limited, replace_text, text, whole
 from vista.installation import require_module
-from vista.json_fields import NUMBER, check_fields, either, one_of, text, whole
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vista.arrays import Int, offsets_of
-from vista.config.choices import OnMissing
+from vista.config.checks import OnMissing
 from vista.log.vocabulary import Vocabulary
 from vista.model import inference
 from vista.model.attribution import Attribution, attribute

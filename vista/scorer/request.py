@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vista.arrays import Int, offsets_of
-from vista.counters.counter_codes import CounterCodes, ItemKeys, cells_of, decode_values
-from vista.counters.counter_table import UserCounters
+from vista.counters.counters import CounterCodes, ItemKeys, UserCounters, cells_of, decode_values
 from vista.errors import shown
 from vista.log.histories import LATEST_MS, YEAR_1971_MS, RowColumn
 from vista.model.features import EncodedRows

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vista.config.choices import OnMissing, Precision, choice_of
+from vista.config.checks import OnMissing, Precision, choice_of
 from vista.device import reuse_freed_memory
 from vista.errors import StoreError, VistaError
 from vista.log.vocabulary import Ids

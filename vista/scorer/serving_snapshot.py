@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vista.arrays import Int
-from vista.config.choices import OnMissing, Precision
-from vista.counters.counter_codes import MAX_CODE
+from vista.config.checks import OnMissing, Precision
+from vista.counters.counters import MAX_CODE
 from vista.errors import ItemIndexError, RecordError, UnknownItemError, UnknownUserError, shown
 from vista.log.histories import NUM_GAPS, RowFeatures
 from vista.model import inference

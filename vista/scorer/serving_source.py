@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from vista.config.choices import IndexKind, Precision
+from vista.config.checks import IndexKind, Precision
 from vista.device import choose_precision, resolve_device
 from vista.errors import (
     CheckpointError,

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from vista.arrays import offsets_of
 from vista.config import ServeConfig
-from vista.config.choices import OnMissing
+from vista.config.checks import OnMissing
 from vista.errors import (
     BodyTooLargeError,
     ConfigError,

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from vista.arrays import offsets_of
 from vista.config import SimulateConfig
-from vista.config.choices import WorldName
+from vista.config.checks import WorldName
 from vista.log.histories import DAY_MS
 from vista.logistic_regression import binned_features
 from vista.simulation.streams import (

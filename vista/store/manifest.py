@@ -12,9 +12,9 @@ from typing import Any
 import lmdb
 import xxhash
 
-from vista.config.choices import Codec, StateDtype
+from vista.config.checks import Codec, StateDtype
 from vista.errors import StoreError, UnfinishedError, shown
-from vista.json_fields import TABLE, check_fields, either, hexadecimal, list_of, one_of, text, whole
+from vista.files import TABLE, check_fields, either, hexadecimal, list_of, one_of, text, whole
 from vista.store.keys import COMPLETE_KEY, CURSOR_KEY, KINDS, MANIFEST_KEY, common_kind, kinds_of
 from vista.store.layout import MAX_GENERATION, StoreUrl
 from vista.store.lmdb_environment import REMEDY

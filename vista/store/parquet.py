@@ -20,7 +20,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from vista.counters.counter_codes import CounterCodes
+from vista.counters.counters import CounterCodes
 from vista.errors import DataError, StoreError, shown
 from vista.files import check_replaceable, create_file, sync
 from vista.installation import require_module

@@ -18,7 +18,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from vista.arrays import Int, offsets_of
-from vista.counters.counter_codes import CODE_BITS, MAX_CODE, CounterCodes
+from vista.counters.counters import CODE_BITS, MAX_CODE, CounterCodes
 from vista.errors import RecordError
 from vista.log.histories import NO_TIMESTAMP
 from vista.store.keys import user_id

@@ -18,11 +18,10 @@ import torch
 from numpy.typing import NDArray
 
 from vista.arrays import offsets_of
-from vista.config.choices import Codec
-from vista.counters.counter_codes import CODE_BITS, CounterSpec
+from vista.config.checks import Codec
+from vista.counters.counters import CODE_BITS, CounterSpec
 from vista.errors import ConfigError, RecordError, UserKeyError
-from vista.files import read_limited
-from vista.json_fields import TABLE, check_fields, either, hexadecimal, list_of, one_of, text, whole
+from vista.files import TABLE, check_fields, either, hexadecimal, list_of, one_of, read_limited, text, whole
 from vista.log.histories import ranges
 from vista.store.keys import user_id
 

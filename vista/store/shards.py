@@ -22,7 +22,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from vista.arrays import offsets_of
-from vista.counters.counter_codes import CounterCodes
+from vista.counters.counters import CounterCodes
 from vista.errors import ConfigError, StoreError, shortened
 from vista.log.histories import ranges
 from vista.store.keys import common_kind, user_keys

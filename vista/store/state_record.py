@@ -16,9 +16,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from vista.arrays import offsets_of
-from vista.config.choices import StateDtype
-from vista.counters.counter_codes import CounterCodes, CounterSpec
-from vista.counters.counter_table import CounterRows, CounterTable
+from vista.config.checks import StateDtype
+from vista.counters.counters import CounterCodes, CounterRows, CounterSpec, CounterTable
 from vista.errors import RecordError
 from vista.store.keys import user_id
 from vista.store.record_spec import CHECKSUM_BYTES, JoinedRecords, Tail

@@ -33,8 +33,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vista.errors import CheckpointError
-from vista.files import make_folders, read_limited, remove_folder, remove_renamed, sync
-from vista.json_fields import TABLE, check_fields, hexadecimal, one_of, whole
+from vista.files import (
+    TABLE,
+    check_fields,
+    hexadecimal,
+    make_folders,
+    one_of,
+    read_limited,
+    remove_folder,
+    remove_renamed,
+    sync,
+    whole,
+)
 
 if TYPE_CHECKING:
     from vista.model.sharded_table import ShardedTable

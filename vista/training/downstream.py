@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from vista.config import TrainConfig
 from vista.config.checks import to_dict
-from vista.config.config_keys import value_text
+from vista.config.composition import value_text
 from vista.errors import ConfigError, LeakageError
 from vista.examples.batch_source import StoredSummaries
 from vista.log.event_log import EventLog

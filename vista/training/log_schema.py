@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from vista.arrays import Float32s, Int
 from vista.config import DataConfig, TrainConfig
-from vista.config.choices import Decay
+from vista.config.checks import Decay
 from vista.errors import ConfigError, DataError
 from vista.examples.batch_source import EncodeEvents, EncodeRows, ModelReads, trained_tasks
 from vista.examples.chunks import visible_rows
@@ -26,8 +26,8 @@ from vista.log.vocabulary import Vocabulary
 from vista.model.features import FeatureSpec, HashedVocabulary, RowFeatureReader, RowReaders, Schema, log_encoder
 from vista.model.inference import LogUsers
 from vista.model.item_feature_table import ItemFeatureTable, check_categories
+from vista.model.layers import EmbeddingFeature, hashed_rows
 from vista.model.ranking_model import NEXT_TASK, RankingModel
-from vista.model.tables import EmbeddingFeature, hashed_rows
 
 
 class SeenValues:

@@ -17,14 +17,14 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from vista.config import OptimConfig
-from vista.config.choices import TableOptimizer
+from vista.config.checks import TableOptimizer
 from vista.errors import NonFiniteLossError
 from vista.examples.batch import Batch, balanced_parts, batch_part, chunk_work
 from vista.examples.batch_source import MEASURED_BATCHES, BatchSource
 from vista.files import replace_file
 from vista.log.event_log import EventLog
 from vista.model.feature_encoder import FeatureEncoder, RowFeatureEncoder
-from vista.model.heads import CandidateCounters
+from vista.model.layers import CandidateCounters
 from vista.model.losses import Losses, LossPart, loss_names, weighted_losses
 from vista.model.ranking_model import RankingModel
 from vista.ranks import Ranks

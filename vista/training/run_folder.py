@@ -19,8 +19,8 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from vista.config import TrainConfig
-from vista.config.choices import Architecture, InitFreeze, Split, Stage
-from vista.config.config_keys import flat_settings
+from vista.config.checks import Architecture, InitFreeze, Split, Stage
+from vista.config.composition import flat_settings
 from vista.errors import ConfigError
 from vista.files import open_file, recover_folder, remove_leftovers, replace_text, writable_folder
 from vista.installation import __version__, source_commit

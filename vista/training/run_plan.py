@@ -10,8 +10,7 @@ from dataclasses import dataclass, field, replace
 from tqdm import tqdm
 
 from vista.config import ModelConfig, OptimConfig, TrainConfig
-from vista.config.checks import require
-from vista.config.choices import ItemStart, Stage, TableKind
+from vista.config.checks import ItemStart, Stage, TableKind, require
 from vista.examples.batch_source import trained_tasks
 from vista.log.event_log import EventLog
 from vista.log.splits import Until, leaves_out_seen, split_until, visible_counts

@@ -15,9 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vista.config import TrainConfig
-from vista.config.checks import to_dict
-from vista.config.choices import Architecture, Precision, Stage, TableKind, TablePrecision
-from vista.config.config_keys import to_yaml
+from vista.config.checks import Architecture, Precision, Stage, TableKind, TablePrecision, to_dict
+from vista.config.composition import to_yaml
 from vista.config.train_config import without_places
 from vista.device import announce, autocast, choose_precision, cpu_settings, resolve_device
 from vista.errors import CheckpointError, ConfigError, NonFiniteLossError
@@ -26,10 +25,10 @@ from vista.examples.batch_source import BatchSource
 from vista.files import replace_text
 from vista.installation import __version__
 from vista.log.event_log import EventLog, log_digest
+from vista.model.layers import tables_from_file
 from vista.model.losses import Losses, weighted_losses
 from vista.model.ranking_model import RankingModel
 from vista.model.registry import load_model
-from vista.model.tables import tables_from_file
 from vista.model.vista_model import VistaModel
 from vista.progress_bar import progress_bar
 from vista.ranks import Ranks

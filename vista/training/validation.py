@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from vista.arrays import Float32s, Int
 from vista.config import EvaluateConfig, TrainConfig
-from vista.counters.counter_codes import ItemKeys
+from vista.counters.counters import ItemKeys
 from vista.errors import NonFiniteLossError
 from vista.evaluation.answers import RawHistoryAnswers
 from vista.evaluation.baseline_evaluation import counting_baselines, scores_in_columns

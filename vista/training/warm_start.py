@@ -23,9 +23,8 @@ from torch import Tensor
 
 from vista.arrays import Int
 from vista.config import DataConfig, TrainConfig
-from vista.config.checks import to_dict
-from vista.config.choices import Architecture, InitFreeze, ItemStart, Precision, Split, Stage
-from vista.config.config_keys import value_text
+from vista.config.checks import Architecture, InitFreeze, ItemStart, Precision, Split, Stage, to_dict
+from vista.config.composition import value_text
 from vista.device import autocast
 from vista.errors import CheckpointError, ConfigError, LeakageError
 from vista.examples.batch import Batch

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from scripts.experiments.tables.table import AGES, BOTH, K0, ORACLE, SOFTMAX, Table, TableRow
-from vista.config.choices import Codec
+from vista.config.checks import Codec
 
 SIM_HARD = ("model=sim", "model.search=hard", "data.item_categories=items.parquet", "data.category_column=topic")
 """SIM that finds events by the simulation's true topics."""

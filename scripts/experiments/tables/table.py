@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vista.config.choices import Codec
+from vista.config.checks import Codec
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import pytest
 
 from tests.log.conftest import run
 from vista.config import SourceColumns
-from vista.config.choices import IdType
+from vista.config.checks import IdType
 from vista.errors import ConfigError, DataError
 from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import PrepareReport

@@ -13,7 +13,7 @@ from tests.conftest import run_python
 from tests.log.conftest import COLUMNS, PARSER, run, write_csv
 from tests.log.log_oracle import values_of
 from vista.config import PrepareConfig, SourceColumns, SourceConfig
-from vista.config.choices import IdType
+from vista.config.checks import IdType
 from vista.errors import ConfigError, DataError
 from vista.log import segment_writer
 from vista.log.event_log import EventLog

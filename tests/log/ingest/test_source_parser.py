@@ -25,7 +25,7 @@ import pytest
 from tests.log.conftest import PARSER, run, write_csv
 from tests.log.ingest.source_mutations import mutated
 from vista.config import ItemTableConfig, PrepareConfig, SourceConfig
-from vista.config.choices import OnBadRows
+from vista.config.checks import OnBadRows
 from vista.errors import ConfigError, DataError
 from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vista.config.choices import StreamStart
+from vista.config.checks import StreamStart
 from vista.errors import StreamOffsetError
 from vista.log.ingest.kafka_reader import OffsetRange, starting_offsets
 from vista.log.segment_files import StreamOffset, StreamPartition, offset_entries, stream_offsets

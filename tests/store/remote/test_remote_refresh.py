@@ -25,7 +25,7 @@ from tests.refresh.streams import TOPIC, watch_of
 from vista.cli import main as cli
 from vista.cli.serving_commands import run_watch
 from vista.config import EvaluateConfig, RefreshOptions
-from vista.config.choices import Codec, Mixing, Stage, StateDtype
+from vista.config.checks import Codec, Mixing, Stage, StateDtype
 from vista.errors import ConfigError, LeakageError, RecordError, StoreError, SummarizerMismatchError
 from vista.log.deletions import forget_events
 from vista.log.event_log import EventLog

@@ -16,7 +16,7 @@ import numpy as np
 
 from vista.arrays import Float32s
 from vista.config import FeatureTableConfig, ItemsEmbedConfig, ItemTableConfig, SourceConfig
-from vista.config.choices import OnBadRows
+from vista.config.checks import OnBadRows
 from vista.errors import ConfigError, DataError, shown
 from vista.files import check_replaceable, checked_path, create_file, sync
 from vista.installation import require_module

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vista.config import SourceConfig
-from vista.config.choices import OnBadRows
+from vista.config.checks import OnBadRows
 from vista.errors import ConfigError, DataError, shown
 from vista.installation import require_module
 from vista.log.ingest.rows import PROBLEM, parse

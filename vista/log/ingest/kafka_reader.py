@@ -22,7 +22,7 @@ from confluent_kafka import (
 )
 from confluent_kafka.admin import AdminClient, OffsetSpec
 
-from vista.config.choices import StreamStart
+from vista.config.checks import StreamStart
 from vista.config.log_config import StreamConfig
 from vista.errors import ConfigError, StreamError, StreamOffsetError, shown
 from vista.files import read_limited

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from vista.arrays import Float32s, Int, offsets_of
 from vista.config import ItemTableConfig
-from vista.config.choices import OnBadRows
+from vista.config.checks import OnBadRows
 from vista.errors import DataError, shown
 from vista.installation import require_module
 from vista.log.features import (

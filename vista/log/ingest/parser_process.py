@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from vista.config import SourceConfig
-from vista.config.choices import OnBadRows
+from vista.config.checks import OnBadRows
 from vista.errors import ConfigError, DataError, LogWriteError, VistaError, shown
 from vista.installation import require_module
 from vista.log.ingest.feature_sources import scan_features

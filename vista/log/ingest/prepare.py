@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.config import EventFilterConfig, FeatureTableConfig, PrepareConfig, SourceConfig
-from vista.config.choices import OnBadRows, choice_of
+from vista.config.checks import OnBadRows, choice_of
 from vista.errors import ConfigError, DataError, LogBusyError, TakenError
 from vista.files import checked_path
 from vista.log.event_keys import obey_deletions

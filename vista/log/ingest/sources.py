@@ -34,8 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.config import FeatureTableConfig, ItemTableConfig, SourceConfig, UserTableConfig
-from vista.config.checks import MAX_VALUES
-from vista.config.choices import IdType
+from vista.config.checks import MAX_VALUES, IdType
 from vista.errors import ConfigError, DataError, LogWriteError, shown
 from vista.files import checked_path
 from vista.installation import require_module

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vista.arrays import Int
 from vista.config import DataConfig, ModelConfig, OptimConfig
-from vista.config.choices import Architecture, Search
+from vista.config.checks import Architecture, Search
 from vista.errors import ConfigError
 from vista.examples.batch import Batch
 from vista.log.features import CategoryColumn, ItemFeatures

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from vista.arrays import Int
 from vista.config import DataConfig, ModelConfig, OptimConfig
-from vista.config.checks import planned
-from vista.config.choices import Architecture
+from vista.config.checks import Architecture, planned
 from vista.examples.batch import Batch
 from vista.log.histories import NUM_GAPS, Histories, history_gaps
 from vista.log.vocabulary import Vocabulary
@@ -35,9 +34,8 @@ from vista.model.baselines.history_model import (
     time_bucket,
 )
 from vista.model.features import EncodedRows, Schema
-from vista.model.heads import CandidateCounters
 from vista.model.inference import newest, user_feature_vectors
-from vista.model.layers import FEED_FORWARD_RATIO, Dropout, module_list, norm, split_heads
+from vista.model.layers import FEED_FORWARD_RATIO, CandidateCounters, Dropout, module_list, norm, split_heads
 from vista.model.losses import Losses, LossPart, next_loss, task_parts, weighted_losses
 from vista.model.target_attention import MASKED
 
