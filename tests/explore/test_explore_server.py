@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
@@ -48,11 +49,12 @@ def running(folder: Path, **variables: str | None) -> Iterator[Running]:
     """
     changed = {**environment(), **variables}
     command = [sys.executable, "-m", "vista.cli", "explore", "port=0"]
+    controller, terminal = os.openpty()  # A browser opens only if the output is a terminal.
     process = subprocess.Popen(
         command,
         cwd=folder,
         env={name: value for name, value in changed.items() if value is not None},
-        stdout=subprocess.DEVNULL,
+        stdout=terminal,
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -73,6 +75,8 @@ def running(folder: Path, **variables: str | None) -> Iterator[Running]:
         finally:
             process.send_signal(signal.SIGINT)
             process.wait(STOP_S)
+            os.close(controller)
+            os.close(terminal)
 
 
 def wait_until_it_answers(url: str) -> None:
