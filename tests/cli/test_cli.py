@@ -6,7 +6,6 @@ import dataclasses
 import errno
 import os
 import re
-import runpy
 import shlex
 import subprocess
 import sys
@@ -384,20 +383,6 @@ def test_resolved_config_is_printed_and_no_run_folder_appears(tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     assert done.stdout == to_yaml(compose_config(config.TrainConfig, ["experiment=ml-1m", "model.num_seeds=33"]))
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("name", ["refresh", "score", "train"])
-def test_scripts_are_the_commands(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
-) -> None:
-    for words, code, printed in (
-        (["--cfg"], 0, (to_yaml(COMMANDS[name].schema()), "")),
-        (["num_threads=x"], 2, ("", "error: num_threads: expected int, got x\n")),
-    ):
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(f"{REPOSITORY}/scripts/{name}.py", run_name="__main__")
-        assert (ended.value.code, tuple(capsys.readouterr())) == (code, printed)
 
 
 def test_a_closed_pipe_gives_no_traceback(tmp_path: Path) -> None:

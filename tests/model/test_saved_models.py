@@ -363,7 +363,7 @@ OTHERS = {"decay": Decay.time, "mixing": Mixing.bidirectional, "decay_horizons":
 OTHERS |= {"rating_range": (0.0, 5.0), "actions": ("view", "buy", "click"), "counters": CounterSpec(), "has_gap": False}
 OTHERS |= {"item_features": (FeatureSpec("brand", "category", 3),), "activation": Activation.relu}
 OTHERS |= {"event_features": (FeatureSpec("device", "category", 3),), "normalization": Normalization.none}
-"""Fields of Stage1Config that are no numbers, and other values of them."""
+"""Other values of the fields of Stage1Config whose values cannot be increased by 1."""
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(Stage1Config)])
