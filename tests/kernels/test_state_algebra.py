@@ -252,7 +252,7 @@ def test_sums_of_bfloat16_tokens_stay_exact(length: int) -> None:
 
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-TOKEN_WIDTH, NUM_TOKENS = 16, 500_000
+TOKEN_WIDTH, NUM_TOKENS = 16, 1_000_000
 ROW_BYTES = 4 * TOKEN_WIDTH
 """Bytes of a token in one tensor. No operator may hold as much for every token."""
 

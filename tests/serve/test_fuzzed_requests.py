@@ -298,7 +298,7 @@ def _with_integers(value: Any) -> Any:
     return 10 * SKUS.index(value) if isinstance(value, str) and value in SKUS[1:] else value
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.nightly), True])
 @pytest.mark.parametrize("name", sorted(KNOWN))
 def test_deep_and_long_values(detailed: RunningService, name: str, packed: bool) -> None:
     kind = {"Content-Type": "application/msgpack"} if packed else {}
