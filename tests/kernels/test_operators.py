@@ -59,7 +59,7 @@ def each_backend(torch: dict[str, list[int]], triton: dict[str, list[int]]) -> p
             lengths,
             id=f"triton-{name}",
             # In Triton's interpreter, each case takes seconds; one of them has short, long, and empty segments.
-            marks=[needs_triton, *([] if name == "chunks-among-short" else [pytest.mark.nightly])],
+            marks=[needs_triton, *([] if name in ("chunks-among-short", "poisoned-long") else [pytest.mark.nightly])],
         )
         for name, lengths in triton.items()
     ]
