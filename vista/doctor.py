@@ -63,7 +63,7 @@ def _judged(name: str, value: str, is_fine: bool, advice: str) -> Finding:
 
 
 def _size(num_bytes: float) -> str:
-    from vista.text_table import size  # needs NumPy, which may be what is missing
+    from vista.text_table import size
 
     return size(num_bytes)
 

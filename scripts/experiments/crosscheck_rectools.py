@@ -239,7 +239,9 @@ def run_ours(config: TrainConfig, log: EventLog) -> tuple[dict[str, float], dict
             part: evaluate_model(model, log, EvaluateConfig(split=part, top_k=TOP_K, progress=False)).metrics
             for part in PARTS
         }
-    return joined(metrics), without_places(to_dict(config)), seconds
+    recorded = without_places(to_dict(config))
+    recorded["optim"]["weight_decay"] = 0.0
+    return joined(metrics), recorded, seconds
 
 
 def run_theirs(

@@ -34,7 +34,8 @@ from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer
 from vista.serve.served_models import ONE_MODEL, ServedModels
-from vista.serve.service_metrics import ServiceMetrics, shared_numbers
+from vista.serve.service_metrics import ServiceMetrics
+from vista.serve.shared import shared_numbers
 from vista.serve.worker_pool import WorkerPool, _Worker
 from vista.store.admin import copy_generation
 from vista.store.record_spec import read_key

@@ -19,7 +19,8 @@ from tests.conftest import ITEMS, Served
 from tests.serve.running_service import TIMEOUT_S, RunningService, running, until
 from vista.errors import ConfigError
 from vista.serve import http_protocol
-from vista.serve.http_protocol import BoundedHttpProtocol, read_tokens
+from vista.serve.http_protocol import BoundedHttpProtocol
+from vista.serve.shared import read_tokens
 
 GOOD = {"users": [103], "candidates": [0, 10]}
 

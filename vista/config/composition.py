@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import Enum
+from functools import cache
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast, get_args, get_origin, get_type_hints
@@ -175,14 +176,15 @@ def _docs_of_body(body: list[ast.stmt]) -> dict[str, str]:
     return docs
 
 
-def _tree_of_module(schema: type) -> ast.Module:
-    return ast.parse(inspect.getsource(sys.modules[schema.__module__]))
+@cache
+def _tree_of_module(module: str) -> ast.Module:
+    return ast.parse(inspect.getsource(sys.modules[module]))
 
 
 def _docs_of_fields(schema: type) -> dict[str, str]:
     docs: dict[str, str] = {}
     for cls in reversed(schema.__mro__[:-1]):  # without object
-        for statement in _tree_of_module(cls).body:
+        for statement in _tree_of_module(cls.__module__).body:
             if isinstance(statement, ast.ClassDef) and statement.name == cls.__name__:
                 docs |= _docs_of_body(statement.body)
     return docs

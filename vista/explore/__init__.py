@@ -1,4 +1,4 @@
-"""`vista explore`: a page in the browser. What it shows is computed in modules that need no browser; tabs/ shows it."""
+"""`vista explore`: a page in the browser. Modules that need no browser compute what tabs.py shows."""
 
 from vista.installation import require_module
 

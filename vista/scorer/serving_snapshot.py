@@ -119,7 +119,7 @@ class ServingSnapshot:
         self.tasks = [*model.schema.tasks, *([NEXT_TASK] if model.has_retrieval else [])]
         self.empty = inference.empty_summary(model)
         self.calls: set[object] = set()
-        """A token per call that uses this snapshot (`SnapshotHolder`)."""
+        """A token per call that uses this snapshot (`Scorer`)."""
         # What follows depends on the weights alone, so it is computed once.
         self._scoring = model.with_frozen("target_attention", precision)
         self._seen = torch.full((1,), model.config.tail_len, device=model.device)

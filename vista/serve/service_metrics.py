@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -15,24 +12,7 @@ import prometheus_client
 import prometheus_client.multiprocess
 
 from vista.scorer import Scorer, ScorerStats
-
-FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
-"""Environment variable that makes prometheus_client share numbers between processes; it is read on import."""
-MEMORY = Path("/dev/shm")
-
-
-@contextmanager
-def shared_numbers() -> Iterator[None]:
-    """A new folder in which workers share their numbers: in memory if possible, because a process dies when it writes
-    to a mapped file on a full disk."""
-    folder = tempfile.mkdtemp(prefix="vista-serve-", dir=MEMORY if os.access(MEMORY, os.W_OK) else None)
-    os.environ[FOLDER_VARIABLE] = folder
-    try:
-        yield
-    finally:
-        del os.environ[FOLDER_VARIABLE]
-        shutil.rmtree(folder, ignore_errors=True)
-
+from vista.serve.shared import FOLDER_VARIABLE
 
 SIZES = (0, 10, 100, 500, 1000, 5000, 10_000)
 """Upper bounds of the label `candidates`."""

@@ -19,9 +19,10 @@ from vista.config.serve_config import ModelsFile
 from vista.device import cpu_settings
 from vista.machine import is_loopback
 from vista.serve.application import ScoringQueue, accepted_hosts, make_application
-from vista.serve.http_protocol import HEAD_S, BoundedHttpProtocol, read_tokens
+from vista.serve.http_protocol import HEAD_S, BoundedHttpProtocol
 from vista.serve.served_models import ServedModels
 from vista.serve.service_metrics import ServiceMetrics
+from vista.serve.shared import read_tokens
 
 logger = logging.getLogger(__name__)
 

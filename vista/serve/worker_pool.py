@@ -20,9 +20,7 @@ from vista.config import ServeConfig
 from vista.config.serve_config import ModelsFile
 from vista.errors import CheckpointError, ConfigError, VistaError, WorkerDiedError
 from vista.machine import bound_socket, is_loopback
-from vista.model.saved_model import ModelDescription
-from vista.serve.http_protocol import read_tokens
-from vista.serve.service_metrics import FOLDER_VARIABLE, shared_numbers
+from vista.serve.shared import FOLDER_VARIABLE, read_tokens, shared_numbers
 
 logger = logging.getLogger(__name__)
 
@@ -223,6 +221,8 @@ def read_models(path: str) -> ModelsFile:
     Raises:
         ConfigError: it is wrong, or names a folder without a model.
     """
+    from vista.model.saved_model import ModelDescription  # imports torch
+
     file = ModelsFile.read(path)
     for name, served in file.models.items():
         try:
