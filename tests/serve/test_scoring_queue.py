@@ -500,3 +500,11 @@ def test_files_without_content_are_left_out(tmp_path: Path) -> None:
         pages.append(done.stdout)
     assert 'vista_users_total{model="default",outcome="hit"} 3.0' in pages[0]
     assert 'vista_users_total{model="default",outcome="hit"} 6.0' in pages[1]
+
+
+def test_the_parent_of_workers_loads_neither_torch_nor_the_packages_of_the_service() -> None:
+    """It would keep their memory, and prometheus_client reads a variable that `run_server` removes first."""
+    code = (
+        "import sys, vista.serve.worker_pool; print({'torch', 'lmdb', 'fastapi', 'prometheus_client'} & {*sys.modules})"
+    )
+    assert run_python(code).stdout == "set()\n"
