@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tests.conftest import ITEMS, USERS, Served, small_config
+from tests.conftest import ITEMS, USERS, Served, run_python, small_config
 from tests.serve.conftest import NOW, TOLERANCE, save_other_stage_2
 from tests.serve.running_service import environment
 from vista.config import ServeConfig
