@@ -100,7 +100,7 @@ $(TORCHREC_VENV)/.installed: pyproject.toml
 
 test-torchrec: $(TORCHREC_VENV)/.installed ## run the tests of item tables that are divided among ranks, in a virtual environment of their own (no GPU)
 	@$(TORCHREC_VENV)/bin/python -c 'import torchrec'  # without it, the tests are skipped
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(TORCHREC_VENV)/bin/python -m pytest -m "torchrec and not gpu" tests/training $(PYTEST_ARGS)
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(TORCHREC_VENV)/bin/python -m pytest -m "torchrec and not gpu" tests/training/test_sharded_table.py $(PYTEST_ARGS)
 
 test-aot: setup ## compile the Triton kernels for every target, width and dtype (some minutes, no GPU)
 	$(PYTEST) -m aot $(PYTEST_ARGS)

@@ -15,9 +15,8 @@ import webbrowser
 from importlib import import_module
 from pathlib import Path
 
-import streamlit
-
 from vista.config import ExploreConfig
+from vista.installation import require_module
 from vista.machine import bound_socket
 from vista.store.record_spec import read_key
 
@@ -43,6 +42,9 @@ def run_page(config: ExploreConfig) -> None:
     Raises:
         ConfigError: the port cannot be used, or the authentication key cannot be read.
     """
+    for package in ("altair", "pandas", "streamlit"):
+        require_module(package, "explore")
+    import streamlit
     from streamlit.web import cli
 
     read_key(config.authentication_key_file)  # a wrong key is an error before the page opens
