@@ -46,6 +46,8 @@ memory_bytes: 4294967296
     [
         ("", "models"),
         ("models: [", "invalid YAML"),
+        ("models: {}", "must name 1 to 64 models"),
+        (MODELS + "experiment: 7", "experiment: must be text"),
         (MODELS + "split: {control: 0.9, larger: 0.2}", "yaml: split: the shares must sum to 1, but sum to 1.1"),
         (MODELS + "split: {control: 0.9, other: 0.1}", "split: 'other' is not one of the models, control, larger"),
         (MODELS + "split: {control: 1.5, larger: -0.5}", r"split.control: must lie in \[0, 1\], got 1.5"),
