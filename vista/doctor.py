@@ -30,6 +30,7 @@ from vista.config.serve_config import DoctorConfig
 from vista.errors import CheckpointError, VistaError
 from vista.installation import DISTRIBUTION, __version__, install_command
 from vista.machine import cpu_name, cpu_quota, free_bytes, memory_limit_bytes, usable_cores
+from vista.text_table import duration, size
 
 if TYPE_CHECKING:
     from vista.store.layout import StoreUrl
@@ -60,18 +61,6 @@ class Finding:
 def _judged(name: str, value: str, is_fine: bool, advice: str) -> Finding:
     """A finding that is fine, or else limited."""
     return Finding(name, value) if is_fine else Finding(name, value, Verdict.limited, advice)
-
-
-def _size(num_bytes: float) -> str:
-    from vista.text_table import size
-
-    return size(num_bytes)
-
-
-def _duration(seconds: float) -> str:
-    from vista.text_table import duration
-
-    return duration(seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,10 +261,10 @@ def segments_finding(number: int) -> Finding:
 def log_size_finding(num_bytes: int, memory_bytes: int | None) -> Finding:
     """Compare the log with the memory that could cache it."""
     advice = (
-        f"only {_size(memory_bytes or 0)} of memory are available to cache it, so training and full refreshes read the "
+        f"only {size(memory_bytes or 0)} of memory are available to cache it, so training and full refreshes read the "
         "disk in every epoch: add memory, or train on a sample of the users"
     )
-    return _judged("size", _size(num_bytes), memory_bytes is None or num_bytes <= memory_bytes, advice)
+    return _judged("size", size(num_bytes), memory_bytes is None or num_bytes <= memory_bytes, advice)
 
 
 def check_model(config: DoctorConfig) -> Iterator[Finding]:
@@ -302,7 +291,7 @@ def check_model(config: DoctorConfig) -> Iterator[Finding]:
             state = "is missing" if actual is None else f"holds {actual} bytes instead of {entry.bytes}"
             raise CheckpointError(f"{path}: {state}; copy the model again, or export it again")
     num_bytes = sum(entry.bytes for entry in description.files.values())
-    yield Finding("size", f"{_size(num_bytes)} in {len(description.files)} files; contents are not checked here")
+    yield Finding("size", f"{size(num_bytes)} in {len(description.files)} files; contents are not checked here")
     yield Finding("trained items", f"{description.num_trained_items:,}")
     if description.summarizer_id is None:
         advice = f"{sizes.architecture.value} reads the raw history in each request, so it has no store"
@@ -371,17 +360,17 @@ def age_finding(age_s: float) -> Finding:
             "the time of the refresh is in the future, so max_age_s does not work: synchronize the clocks of this "
             "machine and of the one that refreshes (NTP)"
         )
-        return Finding("refreshed", f"in {_duration(-age_s)}", Verdict.broken, advice)
-    return Finding("refreshed", f"{_duration(max(age_s, 0.0))} ago")
+        return Finding("refreshed", f"in {duration(-age_s)}", Verdict.broken, advice)
+    return Finding("refreshed", f"{duration(max(age_s, 0.0))} ago")
 
 
 def size_finding(live_bytes: int, memory_bytes: int | None) -> Finding:
     """Compare the records with the memory that could cache them."""
     advice = (
-        f"only {_size(memory_bytes or 0)} of memory are available to cache it, so requests of other users read the "
+        f"only {size(memory_bytes or 0)} of memory are available to cache it, so requests of other users read the "
         "disk: add memory, divide the store (refresh shard=i/n), or refresh with codec=int4"
     )
-    return _judged("size", f"{_size(live_bytes)} in use", memory_bytes is None or live_bytes <= memory_bytes, advice)
+    return _judged("size", f"{size(live_bytes)} in use", memory_bytes is None or live_bytes <= memory_bytes, advice)
 
 
 def summarizer_finding(manifest: Manifest, model: str | None) -> Finding:
@@ -494,7 +483,7 @@ def check_disk(folder: Path, used_by: list[str]) -> Iterator[Finding]:
 def space_finding(num_bytes: float) -> Finding:
     """Judge the free space."""
     advice = "a full refresh writes a second generation before it removes the first; free some space"
-    return _judged("free", _size(num_bytes), num_bytes >= LEAST_FREE_BYTES, advice)
+    return _judged("free", size(num_bytes), num_bytes >= LEAST_FREE_BYTES, advice)
 
 
 def kind_finding(kind: str | None, *, has_store: bool) -> Finding:
@@ -515,10 +504,8 @@ def kind_finding(kind: str | None, *, has_store: bool) -> Finding:
 
 def sync_finding(median_s: float) -> Finding:
     """Judge the time of a durable write."""
-    wait = (
-        f"{_duration(BATCH_SYNCS * median_s)} per batch of a refresh, {_duration(PUBLISH_SYNCS * median_s)} to publish"
-    )
-    value = f"{_duration(median_s)} for 4 KiB; about {wait}"
+    wait = f"{duration(BATCH_SYNCS * median_s)} per batch of a refresh, {duration(PUBLISH_SYNCS * median_s)} to publish"
+    value = f"{duration(median_s)} for 4 KiB; about {wait}"
     advice = (
         "each batch of a refresh, each append to a log, and each publication waits for it; use a local SSD, or larger "
         "and fewer refreshes"
@@ -545,7 +532,7 @@ def check_gpus(config: DoctorConfig) -> Iterator[Finding]:
         for number in range(torch.cuda.device_count()):
             gpu = torch.cuda.get_device_properties(number)
             capability = f"compute capability {gpu.major}.{gpu.minor}"
-            yield Finding(f"cuda:{number}", f"{gpu.name}, {_size(gpu.total_memory)}, {capability}")
+            yield Finding(f"cuda:{number}", f"{gpu.name}, {size(gpu.total_memory)}, {capability}")
         if find_spec("triton") is None:
             advice = "vista's kernels on GPUs need Triton: pip install triton, or set device=cpu"
             yield Finding("triton", "missing", Verdict.broken, advice)
@@ -568,15 +555,15 @@ def check_memory(config: DoctorConfig) -> Iterator[Finding]:
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = memory_limit_bytes()
     free = free_bytes()
-    yield Finding("memory", _size(total) + ("" if free is None else f", {_size(free)} available"))
-    yield Finding("limit", "none" if limit is None else f"{_size(limit)} (cgroup)")
+    yield Finding("memory", size(total) + ("" if free is None else f", {size(free)} available"))
+    yield Finding("limit", "none" if limit is None else f"{size(limit)} (cgroup)")
     usable = min(value for value in (total, limit, free) if value is not None)
     if usable < LEAST_BYTES:
         advice = (
             "the system may kill a training run, and reads of a larger log or store wait for the disk; stop other "
             "processes, or raise the container's limit"
         )
-        yield Finding("usable memory", _size(usable), Verdict.limited, advice)
+        yield Finding("usable memory", size(usable), Verdict.limited, advice)
 
 
 LEAST_OPEN_FILES = 1024
@@ -623,7 +610,7 @@ def address_space_finding(most_bytes: int) -> Finding:
     from vista.store.lmdb_environment import MAP_SIZE_BYTES  # needs LMDB, which may be what is missing
 
     advice = "stores cannot reserve address space to grow, so large ones cannot be written; run `ulimit -v unlimited`"
-    return _judged("address space", _size(most_bytes), most_bytes > 2 * MAP_SIZE_BYTES, advice)
+    return _judged("address space", size(most_bytes), most_bytes > 2 * MAP_SIZE_BYTES, advice)
 
 
 INSTRUCTIONS = ("avx2", "avx512_f", "avx512_bf16", "amx_tile", "amx_bf16", "asimd", "sve", "bf16", "i8mm")
