@@ -19,7 +19,7 @@ from tests.refresh.conftest import contents, fail_at, full
 from vista.config import SourceColumns
 from vista.config.checks import Codec, Decay, Mixing, StateDtype, TargetAttentionKind
 from vista.counters.counters import CounterCodes, encode_values
-from vista.errors import ConfigError, StoreError, SummarizerMismatchError
+from vista.errors import ConfigError, RecordError, StoreError, SummarizerMismatchError
 from vista.log.compaction import compact_log
 from vista.log.deletions import erase_users, forget_events
 from vista.log.event_log import EventLog
@@ -27,6 +27,7 @@ from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, erase, refresh, refresh_incremental
 from vista.store import StoreReader, user_keys
 from vista.store.admin import compact_store, verify_store
+from vista.store.layout import environment_path
 from vista.store.lmdb_environment import SharedEnvironment
 from vista.store.parquet import export_store
 from vista.store.record import encode_counters
@@ -140,6 +141,27 @@ def test_any_sequence_of_changes(tmp_path_factory, grow, data, name):
                     log = EventLog.open(log.path)
         refresh_incremental(model, log, store, options=RefreshOptions(users_per_batch=2))
         grow.assert_same(store, full(model, log, folder / f"expected-{turn}"), atol=DRIFT)
+
+
+@pytest.mark.parametrize("size", [0, 1, 127])
+def test_a_record_that_is_shorter_than_a_header(tmp_path, grow, caplog, size):
+    """It is named when it is read; the next refresh of the user replaces it, and an erasure removes it."""
+    model = grow.model()
+    log = grow.append(tmp_path / "log", grow.events({1: 7, 2: 8, 3: 9}))
+    store = full(model, log, tmp_path / "store")
+    shared = SharedEnvironment.acquire(environment_path(store, 1), writable=True)
+    for key in user_keys([1, 2]):
+        shared.write(lambda transaction, key=key: transaction.put(key, bytes(transaction.get(key)[:size])))
+    shared.release()
+    with StoreReader.open(store) as opened, pytest.raises(RecordError, match=r"record of user 1 .* length is"):
+        opened.get_many([1])
+    log = grow.later(tmp_path / "log", {1: 2, 3: 1})
+    assert refresh_incremental(model, log, store).counts["appended"] == 2
+    assert f"the record of user 1 is damaged: it holds {size} bytes" in caplog.text and "user 2 " not in caplog.text
+    assert erase(store, [2]) == 1
+    assert verify_store(store).num_problems == 0
+    erase_users(log.path, [2])
+    grow.assert_same(store, full(model, EventLog.open(log.path), tmp_path / "expected"), atol=2e-5)
 
 
 def test_events_appended_and_deleted_between_two_refreshes(tmp_path, grow):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice, takewhile
 from pathlib import Path
 from types import TracebackType
@@ -303,7 +304,8 @@ class FolderWriter:
             remaining = [place for place, gone in enumerate(erased) if not gone]
             put_keys, put_values = [keys[place] for place in remaining], [records[place] for place in remaining]
             old = _put(transaction, put_keys, put_values)
-            manifest = self._manifest_in(transaction).with_records(old, put_keys, put_values)
+            others = partial(_other_headers, transaction, set(put_keys))
+            manifest = self._manifest_in(transaction).with_records(old, put_keys, put_values, others)
             for key, value in meta.items():
                 transaction.put(key, value)
             return self._put_manifest(transaction, manifest), len(remaining)
@@ -319,7 +321,8 @@ class FolderWriter:
 
         def remove_records(transaction: lmdb.Transaction[memoryview]) -> tuple[Manifest, int]:
             old = [bytes(value) for key in keys if (value := transaction.pop(key)) is not None]
-            manifest = self._manifest_in(transaction).with_records(old, [], [])
+            others = partial(_other_headers, transaction, set(keys))
+            manifest = self._manifest_in(transaction).with_records(old, [], [], others)
             return self._put_manifest(transaction, manifest), len(old)
 
         if not keys:
@@ -579,6 +582,14 @@ def tally_of(read: ReadTransactions, spec: RecordSpec, *, num_users: int | None 
         for keys, _ in walk(read, add):
             bar.update(len(keys))
     return tally
+
+
+def _other_headers(transaction: lmdb.Transaction[memoryview], keys: Collection[bytes]) -> Iterator[bytes]:
+    """Headers of the records of all users except `keys`."""
+    cursor = transaction.cursor()
+    for key, value in cursor if cursor.set_range(b"u") else ():
+        if bytes(key[:1]) == b"u" and bytes(key) not in keys:
+            yield bytes(value[:HEADER_BYTES])
 
 
 def _other_keys(transaction: lmdb.Transaction[memoryview]) -> list[bytes]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from vista.store.lmdb_environment import REMEDY
 from vista.store.record import sum_of_checksums
 from vista.store.record_spec import (
     FORMAT_VERSION,
+    HEADER_BYTES,
     MAX_RECORD_BYTES,
     CounterLayout,
     RecordSpec,
@@ -191,9 +192,27 @@ class Manifest:
         """Manifest of the same records without states, for copies and imports, which are never refreshed in place."""
         return dataclasses.replace(self, state_dtype=StateDtype.none.value, state_shape=(0, 0, 0))
 
-    def with_records(self, old: Sequence[bytes | memoryview], keys: Sequence[bytes], new: Sequence[bytes]) -> Manifest:
-        """The manifest after `old` records were replaced by `new` ones under `keys`."""
-        digest = int(self.records_digest, 16) + sum_of_checksums(new) - sum_of_checksums(old)
+    def with_records(
+        self,
+        old: Sequence[bytes | memoryview],
+        keys: Sequence[bytes],
+        new: Sequence[bytes],
+        others: Callable[[], Iterable[bytes | memoryview]],
+    ) -> Manifest:
+        """The manifest after `old` records were replaced by `new` ones under `keys`.
+
+        Args:
+            old: records that are gone; only their headers are used.
+            keys: of the new records.
+            new: complete records.
+            others: headers of all other records. It is called only if an old record is too short to hold a checksum, so
+                that the digest must be computed from the others.
+        """
+        if all(len(record) >= HEADER_BYTES for record in old):
+            digest = int(self.records_digest, 16) - sum_of_checksums(old)
+        else:
+            digest = sum(sum_of_checksums([header]) for header in others() if len(header) >= HEADER_BYTES)
+        digest += sum_of_checksums(new)
         return dataclasses.replace(
             self,
             count=self.count + len(new) - len(old),

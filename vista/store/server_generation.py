@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, pairwise
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -424,8 +425,13 @@ class ServerWriter:
 
     def headers(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """Header of each user's record; None without a record."""
-        replies = self._server.pipeline([self._header(key) for key in keys]) if keys else []
-        return [reply or None for reply in replies]
+        if not keys:
+            return []
+        replies = self._server.pipeline([self._header(key) for key in keys])
+        if b"" in replies:  # without a record, or with an empty one
+            stored = self._server.pipeline([("EXISTS", self.names.record(key)) for key in keys])
+            replies = [reply if exists else None for reply, exists in zip(replies, stored, strict=True)]
+        return replies
 
     def key_batches(self) -> Iterator[list[bytes]]:
         """Keys of all users in ascending order."""
@@ -481,7 +487,8 @@ class ServerWriter:
                 values.update((self.names.state(keys[place]), states[place]) for place in remaining)
             listed: Command = ("ZADD", self.names.users, *(part for key in put_keys for part in (0, key)))
             commands = [listed] if put_keys else []
-            return manifest.with_records(old, put_keys, put_records), values, commands, len(put_keys)
+            manifest = manifest.with_records(old, put_keys, put_records, partial(self._other_headers, set(put_keys)))
+            return manifest, values, commands, len(put_keys)
 
         return self._write([self._store.erased_users.name], plan)
 
@@ -495,7 +502,8 @@ class ServerWriter:
                 ("UNLINK", *self.names.values(keys)),
                 ("ZREM", self.names.users, *keys),
             ]
-            return manifest.with_records(old, [], []), {}, commands, len(old)
+            manifest = manifest.with_records(old, [], [], partial(self._other_headers, set(keys)))
+            return manifest, {}, commands, len(old)
 
         return self._write([], plan) if keys else 0
 
@@ -523,6 +531,12 @@ class ServerWriter:
         if lock is not None:
             lock.wrote()
         return count
+
+    def _other_headers(self, keys: Collection[bytes]) -> Iterator[bytes]:
+        """Headers of the records of all users except `keys`."""
+        for batch in self.key_batches():
+            headers = self.headers([key for key in batch if key not in keys])
+            yield from (header for header in headers if header is not None)
 
     def _header(self, key: bytes) -> Command:
         return "GETRANGE", self.names.record(key), 0, HEADER_BYTES - 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -17,11 +18,14 @@ from vista.store.keys import CURSOR_KEY, user_keys
 from vista.store.layout import GROUP, PRIVATE, StoreUrl
 from vista.store.lmdb_environment import WAIT_S
 from vista.store.manifest import Manifest
-from vista.store.record_spec import HEADER, key_id
+from vista.store.record_spec import HEADER, HEADER_BYTES, key_id, user_of
 from vista.store.state_record import FoundStates
 
 if TYPE_CHECKING:
     from vista.store.backend import GenerationWriter
+
+
+logger = logging.getLogger(__name__)
 
 
 class StoreWriter:
@@ -221,11 +225,23 @@ class StoreUpdate:
         return np.array(self._store.erased_users.erased(keys), bool)
 
     def applied_segments(self, keys: Sequence[bytes]) -> NDArray[np.int64]:
-        """Newest segment that each user's record covers, [N]; -1 without a record."""
+        """Newest segment that each user's record covers, [N]; -1 without a record.
+
+        Also -1 for a record that is shorter than a header, so that the user is summarized again; it is logged.
+        """
         applied = np.full(len(keys), -1, np.int64)
         for row, header in enumerate(self._generation.headers(keys)):
-            if header is not None:
-                applied[row] = np.frombuffer(header, HEADER)[0]["applied_segment"]
+            if header is None:
+                continue
+            if len(header) < HEADER_BYTES:
+                logger.warning(
+                    "%s: the record of %s is damaged: it holds %d bytes, fewer than a header; it is replaced",
+                    self.path,
+                    user_of(keys[row]),
+                    len(header),
+                )
+                continue
+            applied[row] = np.frombuffer(header, HEADER)[0]["applied_segment"]
         return applied
 
     def key_batches(self) -> Iterator[list[bytes]]:

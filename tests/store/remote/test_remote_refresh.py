@@ -36,11 +36,12 @@ from vista.scorer import Scorer
 from vista.store import StoreReader, server_connection
 from vista.store.admin import copy_generation, verify_store
 from vista.store.backend import open_backend
+from vista.store.keys import user_keys
 from vista.store.reader import published_manifest
 from vista.store.server_generation import ServerWriter
 from vista.store.shards import Shard
 from vista.store.state_record import StateArrays, StateSpec, encode_states
-from vista.store.writer import erase
+from vista.store.writer import StoreUpdate, erase
 from vista.training.trainer import train
 
 
@@ -212,6 +213,23 @@ def test_lost_and_damaged_states(server, build, lose, message):
         with pytest.raises(RecordError, match="the state of user 5 is corrupt"):
             store.states([4, 5])
     assert "the state of user 5 is corrupt" in str(verify_store(server.url()))
+
+
+@pytest.mark.parametrize("size", [0, 127])
+def test_records_that_are_shorter_than_a_header(server, build, caplog, size):
+    url = server.url()
+    build.write_store(url)
+    for user in (1, 2):
+        name = b"{mine}:gen-1:" + user_keys([user])[0]
+        server.command("SET", name, server.command("GETRANGE", name, 0, 127)[:size])
+    with pytest.raises(RecordError, match=rf"record of user 1 .* length is {size}"), StoreReader.open(url) as store:
+        store.get_many([1])
+    with StoreUpdate.open(url, summarizer_id=build.summarizer(), applied_segment=1, created_at=1) as writer:
+        assert writer.applied_segments(user_keys([1, 3, 99])).tolist() == [-1, 0, -1]
+        assert f"the record of user 1 is damaged: it holds {size} bytes" in caplog.text
+    build.update(url, range(1, 2), 1)
+    assert erase(url, [2]) == 1
+    assert published_manifest(url).count == 39 and verify_store(url).num_problems == 0
 
 
 def states_of(keys: list[bytes], spec: StateSpec) -> list[bytes]:
