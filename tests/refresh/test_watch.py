@@ -160,9 +160,13 @@ def test_a_bad_file_does_not_hold_up_others(tmp_path, grow, watched, caplog):
     arrive(folder, "a.csv", bad)
     (folder / "b.parquet").write_bytes(b"PAR1" + bytes(range(256)) + b"\xff\xff\xff\x7fPAR1")
     mark(folder / "b.parquet")
+    for name in ("loop.csv", "loop.csv.done"):
+        (folder / name).symlink_to(folder / name)
+        os.utime(folder / name, (time.time() - 60,) * 2, follow_symlinks=False)
     arrive(folder, "c.csv", grow.events({2: 2}, later))
     report = run_watch(watched)
-    assert (report.files, report.refused) == (1, 2)
+    assert (report.files, report.refused) == (1, 3) and run_watch(watched).refused == 0
+    assert "no such file" in json.loads((folder / "refused" / "loop.csv.json").read_text())["reason"]
     assert "a.csv" in caplog.text and "soon" in caplog.text
     expect(watched, grow, tmp_path, 16)
     watched.folder = str(tmp_path / "nowhere")

@@ -171,7 +171,7 @@ class Watch:
     def _marked_since(self, path: Path, version: FileVersion) -> float | None:
         marker = path.with_name(path.name + MARKER_SUFFIX)
         try:
-            marked_ns = marker.stat().st_mtime_ns
+            marked_ns = FileVersion.of(marker).mtime_ns
         except FileNotFoundError:
             if time.time() - version.mtime_ns / 1e9 > _PATIENCE_S:
                 self._warn_once(
@@ -417,6 +417,15 @@ class FileVersion:
 
     @classmethod
     def of(cls, path: Path) -> FileVersion:
-        """The current version of a file."""
-        status = path.stat()
+        """The current version of a file; of a link that cannot be followed, that of the link.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            raise
+        except OSError:
+            status = path.lstat()  # so that the link is refused, as a damaged file is
         return cls(path.name, status.st_size, status.st_mtime_ns)
