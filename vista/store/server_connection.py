@@ -67,7 +67,7 @@ class ServerConnection:
         redis = require_module("redis", "redis")
         self._errors: Any = redis.exceptions
         pool = redis.ConnectionPool(
-            redis.SSLConnection if url.tls else redis.Connection,
+            _bounded(redis.SSLConnection if url.tls else redis.Connection),
             host=url.host,
             port=url.port,
             db=url.database,
@@ -182,7 +182,8 @@ class ServerConnection:
             yield
         except self._errors.WatchError:
             raise
-        except (self._errors.RedisError, OSError, ValueError) as error:  # ValueError: a number that is not one
+        # ValueError: a number that is not one. RecursionError: a reply that is nested too deeply.
+        except (self._errors.RedisError, OSError, ValueError, RecursionError) as error:
             raise self._typed(error) from error
 
     def _typed(self, error: Exception) -> StoreError:
@@ -216,7 +217,7 @@ class ServerConnection:
             )
         if isinstance(error, errors.ReadOnlyError):
             return StoreWriteError(f"{url} is a read-only replica; write to its primary")
-        if isinstance(error, errors.InvalidResponse | ValueError):
+        if isinstance(error, errors.InvalidResponse | ValueError | RecursionError):
             return StoreUnavailableError(
                 f"{url}: the service there is not a Valkey or Redis server ({reason}); check the host and the port"
             )
@@ -233,6 +234,40 @@ class ServerConnection:
         return StoreUnavailableError(
             f"{url}: the server refuses a command ({reason}); check the server and the store's name"
         )
+
+
+def _bounded(connection: Any) -> Any:
+    """A class of connections whose replies must arrive within the time limit as a whole, however slowly bytes come."""
+
+    class BoundedConnection(connection):  # type: ignore[misc]
+        def _connect(self) -> _BoundedSocket:
+            return _BoundedSocket(super()._connect(), self.socket_timeout)
+
+    return BoundedConnection
+
+
+class _BoundedSocket:
+    """A socket that has received everything by a number of seconds after the last send, or raises a TimeoutError."""
+
+    def __init__(self, connected: socket.socket, timeout_s: float) -> None:
+        self._socket, self._timeout_s = connected, timeout_s
+        self._deadline = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._socket, name)
+
+    def sendall(self, data: bytes) -> None:
+        self._socket.settimeout(self._timeout_s)
+        self._socket.sendall(data)
+        self._deadline = time.monotonic() + self._timeout_s
+
+    def recv(self, size: int) -> bytes:
+        if self._socket.gettimeout() != 0:  # otherwise the client only asks whether bytes are waiting
+            left_s = self._deadline - time.monotonic()
+            if left_s <= 0:
+                raise TimeoutError
+            self._socket.settimeout(left_s)
+        return self._socket.recv(size)
 
 
 class _CommandPacker:

@@ -66,28 +66,52 @@ def test_a_server_that_does_not_answer(proxy, build, server):
         assert store.get_many([1, 99]).found.tolist() == [True, False], "and works again without being opened again"
 
 
+@contextmanager
+def answering(answer: Callable[[socket.socket], None]) -> Iterator[str]:
+    """The URL of a service that answers the first command of each connection."""
+
+    def serve() -> None:
+        while True:
+            try:
+                client, _ = listener.accept()
+                with client:
+                    client.recv(1000)
+                    answer(client)
+                    client.recv(1000)
+            except ConnectionError:
+                continue
+            except OSError:
+                return
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"redis://127.0.0.1:{listener.getsockname()[1]}/mine"
+        listener.shutdown(socket.SHUT_RDWR)
+
+
 @pytest.mark.parametrize(
-    "greeting", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"220 mail ready\r\n", b"$x\r\n", b"\0\1\2\r\n"]
+    "greeting",
+    [
+        *(b"HTTP/1.1 400 Bad Request\r\n\r\n", b"220 mail ready\r\n", b"$x\r\n", b"\0\1\2\r\n"),
+        pytest.param(b"*1\r\n" * 100_000, id="nested"),
+    ],
 )
 def test_another_protocol_on_the_port(greeting):
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with answering(lambda client: client.sendall(greeting)) as url, within(6):
+        with pytest.raises(StoreError, match=r"not a Valkey or Redis server|cannot be reached"):
+            StoreReader.open(f"{url}?timeout_s=1")
 
-        def answer() -> None:
-            while True:
-                try:
-                    client, _ = listener.accept()
-                    with client:
-                        client.recv(1000)
-                        client.sendall(greeting)
-                        client.recv(1000)
-                except OSError:
-                    return
 
-        threading.Thread(target=answer, daemon=True).start()
-        url = f"redis://127.0.0.1:{listener.getsockname()[1]}/mine?timeout_s=1"
-        with within(6), pytest.raises(StoreError, match=r"not a Valkey or Redis server|cannot be reached"):
-            StoreReader.open(url)
-        listener.shutdown(socket.SHUT_RDWR)
+def test_a_server_that_sends_a_byte_at_a_time():
+    """Each byte comes soon enough, but the reply as a whole does not."""
+
+    def trickle(client: socket.socket) -> None:
+        while True:
+            client.sendall(b"+")
+            time.sleep(0.2)
+
+    with answering(trickle) as url, within(4), pytest.raises(StoreUnavailableError, match=r"not answer within 0\.5 s"):
+        StoreReader.open(f"{url}?timeout_s=0.5")
 
 
 def test_passwords(start_server, build, monkeypatch, caplog):
