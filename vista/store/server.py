@@ -409,6 +409,13 @@ class Server:
             self._change(some_records)
 
     def _current_and_stamp(self) -> tuple[int, Manifest, bytes]:
+        """For open readers, who check here that the server still has the store and has not begun to evict records."""
+        self.connection.check()
+        if not self.connection.command("EXISTS", self.names.current):
+            raise StoreUnavailableError(
+                f"{self.address}: the server has lost the store that was open, such as by a restart without its data; "
+                "restore the data, or run a full refresh"
+            )
         number = self.current()
         return number, *self._complete(number)
 

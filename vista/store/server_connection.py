@@ -64,6 +64,8 @@ class ServerConnection:
         self.url = url
         self.evicts_expiring = False
         """Whether the server removes keys that expire already before, if its memory is full; known after `check`."""
+        self.checked_at = 0.0
+        """Time of the last successful check, by the monotonic clock."""
         redis = require_module("redis", "redis")
         self._errors: Any = redis.exceptions
         pool = redis.ConnectionPool(
@@ -96,6 +98,7 @@ class ServerConnection:
         self.evicts_expiring = is_limited and policy.startswith("volatile")
         if is_limited and policy.startswith("allkeys"):
             raise evicting(self.url, policy)
+        self.checked_at = time.monotonic()
 
     def now_ms(self) -> int:
         """The server's clock, by which keys expire."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +35,8 @@ _PART_BYTES = 1 << 20
 """Fits the processor's cache, so that the copy of large records costs little after their arrival."""
 Plan = tuple[Manifest, dict[bytes, bytes], list[Command], int]
 """The manifest after a write, other values to set by name, other commands, and a number to return."""
+RECHECKED_S = 1.0
+"""While users are missing, a reader checks again after this time that the server does not evict records."""
 _RENEWED_AFTER = 0.1
 """Share of the time to live after which a refresh renews it, so that frequent refreshes need not visit all users."""
 
@@ -56,7 +59,11 @@ class ServerGeneration:
         """
         size = self.records.batch_size
         batches = [self._read_batch(keys[first : first + size], first) for first in range(0, max(len(keys), 1), size)]
-        return [part for batch in batches for part in batch]
+        parts = [part for batch in batches for part in batch]
+        is_complete = sum(len(rows) for rows, _ in parts) == len(keys)
+        if not is_complete and time.monotonic() - self.records.server.checked_at > RECHECKED_S:
+            self.read_current()  # raises if the missing users may have been evicted
+        return parts
 
     def key_batches(self) -> Iterator[list[bytes]]:
         """Keys of all users in ascending order."""
@@ -157,7 +164,7 @@ class ServerRecords:
         self._cache = cache
         self._version = b""
         """Of the records, as last seen: the stamp and the checksum of the manifest, which every write changes."""
-        self._server = server
+        self.server = server
         self._names = names
         self._number = manifest.generation
         spec = dataclasses.replace(manifest, key_id=None).spec()
@@ -212,7 +219,7 @@ class ServerRecords:
         """Keys beyond `after` of the users who have a record, ascending."""
         while True:
             listed = ("ZRANGEBYLEX", self._names.users, b"(" + after, "+", "LIMIT", 0, self.batch_size)
-            keys, stamp = self._server.pipeline([listed, ("GET", self._names.complete)])
+            keys, stamp = self.server.pipeline([listed, ("GET", self._names.complete)])
             self._require_stamp(stamp)
             if not keys:
                 return
@@ -229,11 +236,11 @@ class ServerRecords:
             values = self.get(keys)
             missing = [key for key, value in zip(keys, values, strict=True) if value is None]
             if missing:  # Erased since they were listed, or lost.
-                scores = self._server.command("ZMSCORE", self._names.users, *missing)
+                scores = self.server.command("ZMSCORE", self._names.users, *missing)
                 lost = [key for key, score in zip(missing, scores, strict=True) if score is not None]
                 if lost:
                     raise RecordError(
-                        f"{self._server.url}: gen-{self._number} lists {user_of(lost[0])}, but the server has lost the "
+                        f"{self.server.url}: gen-{self._number} lists {user_of(lost[0])}, but the server has lost the "
                         "record; check that nothing else deletes its keys, then refresh the store again"
                     )
             present = [(key, value) for key, value in zip(keys, values, strict=True) if value is not None]
@@ -247,7 +254,7 @@ class ServerRecords:
             yield first, self._values([self._names.state(key) for key in keys[first : first + size]])
 
     def _values(self, names: Sequence[bytes]) -> list[bytes | None]:
-        values: list[bytes | None] = self._server.command("MGET", *names, self._names.complete)
+        values: list[bytes | None] = self.server.command("MGET", *names, self._names.complete)
         self._require_stamp(values.pop())
         return values
 
@@ -258,7 +265,7 @@ class ServerRecords:
         while True:
             wanted = [key for key, value in zip(keys, held, strict=True) if value is None]
             # The version first: records that are read after it may be newer, but never older.
-            checksum, values = self._server.pipeline(
+            checksum, values = self.server.pipeline(
                 [
                     ("GETRANGE", self._names.manifest, 0, CHECKSUM_DIGITS - 1),
                     ("MGET", *map(self._names.record, wanted), self._names.complete),
@@ -278,7 +285,7 @@ class ServerRecords:
     def _require_stamp(self, stamp: bytes | None) -> None:
         if self.stamp is not None and stamp != self.stamp:
             raise StoreClosedError(
-                f"{self._server.url}: gen-{self._number} was removed from the server while it was in use; open the "
+                f"{self.server.url}: gen-{self._number} was removed from the server while it was in use; open the "
                 "store again"
             )
 

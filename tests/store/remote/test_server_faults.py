@@ -19,7 +19,7 @@ import redis
 from tests.store.conftest import found
 from tests.store.remote.valkey_server import Proxy, ValkeyServer, free_port
 from vista.errors import ConfigError, StoreError, StoreLockedError, StoreUnavailableError, StoreWriteError
-from vista.store import StoreReader
+from vista.store import StoreReader, server_generation, user_keys
 from vista.store.admin import copy_generation, roll_back, store_stats, verify_store
 from vista.store.layout import StoreUrl, pointer_to
 from vista.store.manifest import Manifest
@@ -97,9 +97,9 @@ def answering(answer: Callable[[socket.socket], None]) -> Iterator[str]:
     ],
 )
 def test_another_protocol_on_the_port(greeting):
-    with answering(lambda client: client.sendall(greeting)) as url, within(6):
-        with pytest.raises(StoreError, match=r"not a Valkey or Redis server|cannot be reached"):
-            StoreReader.open(f"{url}?timeout_s=1")
+    refused = pytest.raises(StoreError, match=r"not a Valkey or Redis server|cannot be reached")
+    with answering(lambda client: client.sendall(greeting)) as url, within(6), refused:
+        StoreReader.open(f"{url}?timeout_s=1")
 
 
 def test_a_server_that_sends_a_byte_at_a_time():
@@ -285,6 +285,36 @@ def test_a_server_without_memory_keeps_serving_the_previous_generation(start_ser
         build.open_writer(url, run_digest="log-2")
     server.command("CONFIG", "SET", "maxmemory", 0)
     assert build.write_store(url, 1, run_digest="log-2").count == TOTAL and served(url) == 1
+
+
+def test_a_server_that_begins_to_evict_records(start_server, build):
+    """Users that it has evicted since the store was opened are not taken for new ones."""
+    server = start_server()
+    build.write_store(server.url())
+    with StoreReader.open(server.url()) as store:
+        assert store.get_many([1, 99]).found.tolist() == [True, False]
+        server.command("CONFIG", "SET", "maxmemory-policy", "allkeys-lru", "maxmemory", "100mb")
+        server.command("DEL", b"{mine}:gen-1:" + user_keys([1])[0])  # as if it were evicted
+        time.sleep(server_generation.RECHECKED_S)
+        for _ in range(2):
+            with pytest.raises(StoreError, match=r"evicts records .*allkeys-lru.*set maxmemory-policy to noeviction"):
+                store.get_many([1, 2])
+        assert store.get_many([2]).found.all()
+        server.command("CONFIG", "SET", "maxmemory-policy", "noeviction")
+        assert store.get_many([2, 99]).found.tolist() == [True, False]
+
+
+def test_a_server_that_is_emptied(start_server, build):
+    """As by a restart without its data: requests may succeed again later, so a service answers 503, not 500."""
+    server = start_server()
+    build.write_store(server.url())
+    with StoreReader.open(server.url()) as store:
+        server.command("FLUSHALL")
+        for use in (lambda: store.get_many([1]), store.reload):
+            with pytest.raises(StoreUnavailableError, match="has lost the store that was open"):
+                use()
+        build.write_store(server.url(), 1)
+        assert store.get_many(range(TOTAL)).found.all()
 
 
 def replicated(primary: object, replica: object) -> None:
