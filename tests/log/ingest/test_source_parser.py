@@ -172,15 +172,25 @@ def test_a_child_that_hangs_is_ended(tmp_path: Path) -> None:
         assert child.poll() == -signal.SIGKILL
 
 
-def test_the_child_ends_with_its_parent(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "activity", ["time.sleep(600)", "p._child.stdin.write(request), p._child.stdin.flush(), time.sleep(600)"]
+)
+def test_the_child_ends_with_its_parent(tmp_path: Path, activity: str) -> None:
+    """Also while it waits in Polars for the writer of a named pipe, and can run no Python."""
+    pipe = tmp_path / "pipe.parquet"
+    os.mkfifo(pipe)
+    request = {"task": "metadata", "path": str(pipe), "folder": "/", "memory_bytes": 1 << 32, "rows_bytes": 1 << 20}
+    line = json.dumps(request | {"arguments": {}}).encode() + b"\n"
     code = (
         "import sys, time; from vista.log.ingest.source_parser import SourceParser; p = SourceParser(); "
-        "p.call('column_types', sys.argv[1]); print(p._child.pid, flush=True); time.sleep(600)"
+        f"request = {line!r}; "
+        f"p.call('column_types', sys.argv[1]); print(p._child.pid, flush=True); {activity}"
     )
     file = write_csv(tmp_path / "a.csv", ROWS)
     parent = subprocess.Popen([sys.executable, "-c", code, str(file)], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     child = int(parent.stdout.readline())
+    time.sleep(0.5)
     parent.kill()
     parent.wait()
     parent.stdout.close()
@@ -191,6 +201,12 @@ def test_the_child_ends_with_its_parent(tmp_path: Path) -> None:
         time.sleep(0.05)
     else:
         assert not Path(f"/proc/{child}").exists()
+
+
+def test_a_named_pipe_is_refused(tmp_path: Path, parser: SourceParser) -> None:
+    os.mkfifo(tmp_path / "pipe.parquet")
+    with pytest.raises(DataError, match=r"pipe\.parquet: is not a regular file"):
+        parser.call("metadata", tmp_path / "pipe.parquet")
 
 
 @pytest.mark.nightly

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import queue
@@ -81,6 +82,7 @@ def category_table(file: Path, column: str, kind: str) -> pl.DataFrame:
     return named
 
 
+_PR_SET_PDEATHSIG = 1
 _Version = tuple[int, int, int]
 
 
@@ -155,6 +157,8 @@ def main() -> None:
     """Serve requests until stdin ends. Interrupts are left to the parent, which ends this process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux":  # End with the parent even if a library holds the interpreter lock.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # so that nothing else can write between the replies
     requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()

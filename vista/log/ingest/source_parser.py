@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -109,14 +110,17 @@ class SourceParser:
             (the result, as a JSON value; raw bytes, empty for most tasks).
 
         Raises:
-            DataError, ConfigError, LogWriteError: if the task raises one. Also a DataError if the parser panics,
-                crashes, needs more memory than `memory_limit`, or takes too long.
+            DataError, ConfigError, LogWriteError: if the task raises one. Also a DataError if the path is not a regular
+                file, or if the parser panics, crashes, needs more memory than `memory_limit`, or takes too long.
         """
         path = os.fspath(path)
         try:
-            size = os.stat(path).st_size
+            status = os.stat(path)
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
+        if not stat.S_ISREG(status.st_mode):  # The parser would wait for the writer of a named pipe.
+            raise DataError(f"{path}: is not a regular file; write its contents to a file first")
+        size = status.st_size
         timeout_s, memory_bytes = self._timeout_s + size / BYTES_PER_S, memory_limit(size)
         request = {
             "task": task,
