@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import lmdb
 
 from vista.errors import RecordError, StoreBusyError, StoreError, StoreUnavailableError, UnfinishedError
-from vista.store.backend import Folder, StoreBackend, open_backend, settled
+from vista.store.backend import Folder, open_backend, settled
 from vista.store.folder_generation import FolderBuilder, FolderGeneration
 from vista.store.layout import (
     GROUP,
@@ -39,7 +39,7 @@ from vista.store.tombstones import Tombstones
 from vista.text_table import fitted
 
 if TYPE_CHECKING:
-    from vista.store.backend import Generation, GenerationBuilder
+    from vista.store.backend import Generation, GenerationBuilder, StoreBackend
     from vista.store.server import ServerTombstones
 
 logger = logging.getLogger(__name__)

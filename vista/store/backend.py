@@ -6,9 +6,9 @@ import dataclasses
 import logging
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import lmdb
 
@@ -45,9 +45,11 @@ from vista.store.record_spec import RecordSpec
 from vista.store.tombstones import Tombstones, WriterLock, cannot_write, erasure_lock, lock_store
 
 if TYPE_CHECKING:
-    from vista.store.server import ServerBuilder, ServerTombstones
+    from vista.store.server import Server, ServerBuilder
     from vista.store.server_generation import ServerGeneration, ServerWriter
 
+    StoreBackend: TypeAlias = "Folder | Server"
+    """A store and its generations, which are written only between `lock` and `release`, or within `locked`."""
     Generation = FolderGeneration | ServerGeneration
     """One complete generation, open for reading."""
     GenerationWriter = FolderWriter | ServerWriter
@@ -61,108 +63,6 @@ ATTEMPTS_BESIDE_ERASURES = 3
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-class StoreBackend(Protocol):
-    """A store and its generations. `Folder` and `vista.store.server.Server` implement it.
-
-    What writes generations works only between `lock` and `release`, or within `locked`.
-    """
-
-    @property
-    def address(self) -> Path | StoreUrl:
-        """Folder or URL."""
-
-    @property
-    def erased_users(self) -> Tombstones | ServerTombstones:
-        """Users that no write brings back."""
-
-    def current(self) -> int:
-        """Number of the published generation.
-
-        Raises:
-            StoreError: nothing is published, or CURRENT is damaged.
-        """
-
-    def published_or_none(self) -> int | None:
-        """Like `current`, but None if nothing is published or CURRENT is damaged."""
-
-    def numbers(self) -> list[int]:
-        """Numbers of all generations, finished or not, ascending."""
-
-    def manifest(self, number: int) -> Manifest:
-        """Manifest of a complete generation; no key is needed."""
-
-    def open(self, number: int, key: bytes | None) -> Generation:
-        """Open a complete generation.
-
-        Raises:
-            StoreError: missing, unfinished, damaged, or of another key.
-        """
-
-    def close(self) -> None:
-        """Close what generations share; closing twice is allowed."""
-
-    def check_structure(self, number: int) -> None:
-        """Check the files of a generation without opening them."""
-
-    def version(self, number: int) -> object:
-        """A value that every write of the generation changes."""
-
-    def progress(self, number: int) -> tuple[Manifest, bool, int]:
-        """Manifest, whether the generation is complete, and the number of records or of users done."""
-
-    def expires_at(self, number: int) -> int | None:
-        """When a generation expires, in ms; None if it does not."""
-
-    def size_bytes(self, number: int) -> int:
-        """Bytes that a generation takes, about."""
-
-    def problems(self) -> list[str]:
-        """What is wrong outside of the generations, apart from CURRENT."""
-
-    def lock(self, permissions: Permissions | None = None) -> None:
-        """Become the one writer; `permissions`, if given, are set on the folder, which is made if it does not exist.
-
-        Raises:
-            StoreLockedError: another writer holds the store.
-            StoreError: it cannot be written, or without `permissions`, it does not exist.
-        """
-
-    def release(self) -> None:
-        """Close what is open and let other writers in; releasing twice is allowed."""
-
-    def locked(self, permissions: Permissions | None = None) -> AbstractContextManager[None]:
-        """Context from `lock` to `release`."""
-
-    def start(self, wanted: Manifest) -> GenerationWriter:
-        """Resume the newest unfinished generation if it has the identity of `wanted`; otherwise start a new one."""
-
-    def published(self) -> GenerationWriter:
-        """Open the published generation, to write it in place."""
-
-    def publish_written(self, spec: RecordSpec, wait_s: float) -> Manifest:
-        """Check every record of the generation of `start`, publish it, and keep only the one published before."""
-
-    def number_for(self, manifest: Manifest) -> int:
-        """Number for a copy: that of an interrupted one, or the manifest's if it is above all that ever were."""
-
-    def remove_leftovers(self, except_for: int = 0) -> None:
-        """Remove what interrupted operations left, except for a copy of this number."""
-
-    def builder(self, manifest: Manifest, key: bytes | None, *, resume: bool) -> GenerationBuilder:
-        """Make a generation from existing records, or with `resume` continue an interrupted copy."""
-
-    def publish(self, number: int, keep: Collection[int]) -> None:
-        """Publish a complete generation, and remove all others except those in `keep`."""
-
-    def erase(self, keys: Sequence[bytes], wait_s: float) -> int:
-        """Erase users, without the writer's lock; returns how many had a record in the published generation.
-
-        Args:
-            keys: of the users.
-            wait_s: seconds to wait for other erasures, publications, and batches of a writer in a folder.
-        """
 
 
 def open_backend(store: str | Path | StoreUrl, *, cached: bool = False) -> StoreBackend:
@@ -216,7 +116,11 @@ class Folder:
         self._writer: FolderWriter | None = None
 
     def current(self) -> int:
-        """Number of the published generation."""
+        """Number of the published generation.
+
+        Raises:
+            StoreError: nothing is published, or CURRENT is damaged.
+        """
         return read_current(self.address)
 
     def published_or_none(self) -> int | None:
@@ -237,7 +141,11 @@ class Folder:
             environment.release()
 
     def open(self, number: int, key: bytes | None) -> FolderGeneration:
-        """Open a complete generation."""
+        """Open a complete generation.
+
+        Raises:
+            StoreError: missing, unfinished, damaged, or of another key.
+        """
         self._require(number)
         return FolderGeneration.open(self.address, number, key)
 
@@ -250,7 +158,7 @@ class Folder:
             check_structure(environment)
 
     def version(self, number: int) -> list[int]:
-        """The last transactions of the generation's files."""
+        """The last transactions of the generation's files, which every write changes."""
         return [last_transaction(path) for path in environments_of(self.address, number)]
 
     def progress(self, number: int) -> tuple[Manifest, bool, int]:
@@ -290,7 +198,12 @@ class Folder:
         return problems
 
     def lock(self, permissions: Permissions | None = None) -> None:
-        """Become the one writer; `permissions`, if given, are set on the folder, which is made if it does not exist."""
+        """Become the one writer; `permissions`, if given, are set on the folder, which is made if it does not exist.
+
+        Raises:
+            StoreLockedError: another writer holds the store.
+            StoreError: it cannot be written, or without `permissions`, it does not exist.
+        """
         if permissions is None and not self.numbers():
             self.current()  # raises, so that no lock file is made in a folder that is not a store
         self._lock = lock_store(self.address, permissions)
@@ -419,7 +332,12 @@ class Folder:
                 remove_generation(root, other)
 
     def erase(self, keys: Sequence[bytes], wait_s: float) -> int:
-        """Erase users, with tombstones; returns how many had a record in the published generation."""
+        """Erase users, with tombstones, without the writer's lock; returns how many had a published record.
+
+        Args:
+            keys: of the users.
+            wait_s: seconds to wait for other erasures, publications, and batches of a writer.
+        """
         root, count = self.address, 0
         if not self.numbers():
             raise StoreError(f"{root} is not a store; check the path")
@@ -503,7 +421,7 @@ def _progress(transaction: lmdb.Transaction[memoryview], path: Path) -> tuple[Ma
 
 def count_records(files: FolderWriter, spec: RecordSpec) -> Tally:
     """Check and count all records of a generation."""
-    return tally_of(files.summary.read, spec)
+    return tally_of(files.summary, spec)
 
 
 def _published(root: Path) -> int:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice, takewhile
+from itertools import islice, pairwise, takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -34,12 +34,10 @@ from vista.store.lmdb_environment import (
     REMEDY,
     WAIT_S,
     Batch,
-    ReadTransactions,
     SharedEnvironment,
     check_structure,
     complete_size,
     copied,
-    open_environment,
     walk,
 )
 from vista.store.manifest import Manifest, Tally, read_cursor, read_manifest
@@ -90,7 +88,7 @@ class FolderGeneration:
         """Keys of all users in ascending order, checked, each batch from a short transaction."""
         self.environment.retain()
         try:
-            for keys, _ in walk(self.environment.read, check_keys):
+            for keys, _ in walk(self.environment, check_keys):
                 yield keys
         finally:
             self.environment.release()
@@ -153,7 +151,7 @@ class FolderGeneration:
     def raw_batches(self, after: bytes = b"u") -> Iterator[Batch]:
         """Keys beyond `after` and their unchecked values, ascending; each batch in a short transaction."""
         with progress_bar(total=self.manifest.count, desc="read records", unit="user", leave=False) as bar:
-            for keys, records in walk(self.environment.read, copied, after):
+            for keys, records in walk(self.environment, copied, after):
                 yield keys, records
                 bar.update(len(keys))
 
@@ -179,7 +177,7 @@ class FolderGeneration:
         environment = SharedEnvironment.acquire(folder)
         try:
             with progress_bar(total=self.manifest.count, desc="read states", unit="user", leave=False) as bar:
-                for keys, states in walk(environment.read, copied):
+                for keys, states in walk(environment, copied):
                     decode_states(states, keys, spec)
                     yield keys, states
                     bar.update(len(keys))
@@ -192,7 +190,7 @@ class FolderGeneration:
 
     def tally(self) -> Tally:
         """Check and count all records; errors as of `batches`."""
-        return tally_of(self.environment.read, self.spec, num_users=self.manifest.count)
+        return tally_of(self.environment, self.spec, num_users=self.manifest.count)
 
     def _read_part(self, all_keys: list[bytes], first: int) -> tuple[NDArray[np.int64], RawRecords]:
         keys = all_keys[first : first + _READ_RECORDS]
@@ -347,7 +345,7 @@ class FolderWriter:
         """Remove erased users who still have a record or state, because their erasure was interrupted."""
         for environment, remove in ((self.summary, self.remove), (self.state, self.remove_states)):
             if environment is not None and len(self._tombstones):
-                for keys, erased in walk(environment.read, lambda keys, _: self._tombstones.erased(keys)):
+                for keys, erased in walk(environment, lambda keys, _: self._tombstones.erased(keys)):
                     remove([key for key, gone in zip(keys, erased, strict=True) if gone])
 
     def mark_complete(self, refreshed_at: int) -> None:
@@ -382,11 +380,12 @@ class FolderWriter:
 
     def key_batches(self) -> Iterator[list[bytes]]:
         """Keys of all users in ascending order, a batch at a time."""
-        return (keys for keys, _ in walk(self.summary.read, lambda keys, _: None))
+        return (keys for keys, _ in walk(self.summary, lambda keys, _: None))
 
-    def states(self, keys: Sequence[bytes], spec: StateSpec) -> FoundStates | None:
+    def states(self, keys: Sequence[bytes]) -> FoundStates | None:
         """Rows of the keys that have a state, and these states; None if the generation keeps no states."""
-        return None if self.state is None else read_states(self.state, keys, spec)
+        spec = self.manifest.state_spec()
+        return None if self.state is None or spec is None else read_states(self.state, keys, spec)
 
     def read_manifest(self) -> Manifest:
         """The manifest as it is stored now."""
@@ -448,24 +447,16 @@ class FolderBuilder:
         self.last_key = b"u"
         """Of the last record; only larger keys can be added."""
         self.path = root / f"{PARTIAL_PREFIX}gen-{manifest.generation}"
-        self.folder = self.path / "summary"
         if not resume or self.path.is_symlink():
             remove_renamed(self.path)
         if not self.path.exists():
             make_folder(self.path, permissions)
-        if not self.folder.exists():
-            make_folder(self.folder, permissions)
-        self._environment: lmdb.Environment | None = open_environment(self.folder, readonly=False)
-        self._states: lmdb.Environment | None = None
-        if manifest.state_spec() is not None:
-            make_folder(self.path / "state", permissions)
-            self._states = open_environment(self.path / "state", readonly=False)
-
-    @property
-    def environment(self) -> lmdb.Environment:
-        """Open until `finish` or `close`."""
-        assert self._environment is not None
-        return self._environment
+        names = ["summary", "state"] if manifest.state_spec() is not None else ["summary"]
+        for name in names:
+            if not (self.path / name).exists():
+                make_folder(self.path / name, permissions)
+        self._open = [SharedEnvironment.acquire(self.path / name, writable=True) for name in names]
+        """Until `finish` or `close`: the environment of the records and, if the generation keeps states, theirs."""
 
     def put(self, keys: Sequence[bytes], records: Sequence[bytes]) -> None:
         """Append checked records of this generation in one durable transaction.
@@ -473,20 +464,16 @@ class FolderBuilder:
         Raises:
             StoreError: a key is not larger than the last one.
         """
-        with self.environment.begin(write=True) as transaction:
-            for key, record in zip(keys, records, strict=True):
-                if key <= self.last_key:
-                    raise StoreError(f"{self.root}: keys must ascend, but {key!r} follows {self.last_key!r}")
-                transaction.put(key, record, append=True)
-                self.last_key = key
+        for before, key in pairwise([self.last_key, *keys]):
+            if key <= before:
+                raise StoreError(f"{self.root}: keys must ascend, but {key!r} follows {before!r}")
+        self._open[0].write(lambda transaction: _put(transaction, keys, records))
         self.tally.add(keys, records)
+        self.last_key = keys[-1] if keys else self.last_key
 
     def put_states(self, keys: Sequence[bytes], states: Sequence[bytes]) -> None:
         """Append checked states of this generation, in the order of their keys, in one durable transaction."""
-        assert self._states is not None
-        with self._states.begin(write=True) as transaction:
-            for key, state in zip(keys, states, strict=True):
-                transaction.put(key, state, append=True)
+        self._open[1].write(lambda transaction: _put(transaction, keys, states))
 
     def finish(self) -> Manifest:
         """Read all records back, check the structure of the files, and give the generation its final name.
@@ -500,11 +487,16 @@ class FolderBuilder:
             user_kind=self.tally.user_kind,
             records_digest=self.tally.records_digest,
         )
-        self._read_back()
-        with self.environment.begin(write=True) as transaction:
+        held = tally_of(self._open[0], self.spec, num_users=self.tally.count)
+        if held != self.tally:
+            raise StoreError(f"{self.path} holds {held.count} records, but {self.tally.count} were put; check the disk")
+
+        def put_meta(transaction: lmdb.Transaction[memoryview]) -> None:
             transaction.put(MANIFEST_KEY, self.manifest.to_bytes())
             transaction.put(CURSOR_KEY, b"%d" % self.manifest.total_users)
             transaction.put(COMPLETE_KEY, b"1")
+
+        self._open[0].write(put_meta)
         self.close()
         environments = [path for path in self.path.iterdir() if path.is_dir()]
         for path in environments:
@@ -519,25 +511,12 @@ class FolderBuilder:
 
     def held_batches(self) -> Iterator[Batch]:
         """Keys and values that the file holds so far, ascending."""
-        return walk(self._read, copied)
-
-    def _read(self, function: Callable[[lmdb.Transaction[memoryview]], T]) -> T:
-        with self.environment.begin(buffers=True) as transaction:
-            return function(transaction)
-
-    def _read_back(self) -> None:
-        tally = tally_of(self._read, self.spec, num_users=self.tally.count)
-        if tally != self.tally:
-            raise StoreError(
-                f"{self.folder} holds {tally.count} records, but {self.tally.count} were put; check the disk"
-            )
+        return walk(self._open[0], copied)
 
     def close(self) -> None:
         """Close the files; closing twice is allowed."""
-        for environment in (self._environment, self._states):
-            if environment is not None:
-                environment.close()
-        self._environment = self._states = None
+        while self._open:
+            self._open.pop().release()
 
     def discard(self) -> None:
         """Remove what was built."""
@@ -561,12 +540,12 @@ def read_states(environment: SharedEnvironment, keys: Sequence[bytes], spec: Sta
     return environment.read(read)
 
 
-def tally_of(read: ReadTransactions, spec: RecordSpec, *, num_users: int | None = None) -> Tally:
+def tally_of(environment: SharedEnvironment, spec: RecordSpec, *, num_users: int | None = None) -> Tally:
     """Check and count all records of an environment.
 
     Args:
-        read: of an environment.
-        spec: what its records hold.
+        environment: of a generation's records.
+        spec: what they hold.
         num_users: how many there should be, for the progress.
 
     Raises:
@@ -579,7 +558,7 @@ def tally_of(read: ReadTransactions, spec: RecordSpec, *, num_users: int | None 
         tally.add(keys, records)
 
     with progress_bar(total=num_users, desc="check records", unit="user", leave=False) as bar:
-        for keys, _ in walk(read, add):
+        for keys, _ in walk(environment, add):
             bar.update(len(keys))
     return tally
 

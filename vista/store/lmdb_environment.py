@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import lmdb
 import lmdb.verify
@@ -550,19 +550,13 @@ Batch = tuple[list[bytes], list[bytes]]
 """Keys and values, of equal length."""
 
 
-class ReadTransactions(Protocol):
-    """Calls a function inside a read transaction and returns its result, as `SharedEnvironment.read` does."""
-
-    def __call__(self, function: Callable[[lmdb.Transaction[memoryview]], T], /) -> T: ...
-
-
 def walk(
-    read: ReadTransactions, take: Callable[[list[bytes], list[memoryview]], T], after: bytes = b"u"
+    environment: SharedEnvironment, take: Callable[[list[bytes], list[memoryview]], T], after: bytes = b"u"
 ) -> Iterator[tuple[list[bytes], T]]:
     """Visit all users beyond a key in ascending order, a batch per read transaction.
 
     Args:
-        read: of an environment.
+        environment: of a generation's records, or its states.
         take: called with at most 1,024 keys and their values, which are valid only during the call; its result is
             yielded with the keys.
         after: a key.
@@ -591,7 +585,7 @@ def walk(
         return keys, taken
 
     while True:
-        keys, taken = read(read_batch)
+        keys, taken = environment.read(read_batch)
         if not keys:
             return
         after = keys[-1]

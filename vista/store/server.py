@@ -1,4 +1,4 @@
-"""A store on a Valkey or Redis server: `vista.store.backend.StoreBackend`."""
+"""A store on a Valkey or Redis server, with the methods of `vista.store.backend.Folder`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vista.store.lmdb_environment import Batch
 from vista.store.manifest import Manifest, Tally
 from vista.store.record_spec import RecordSpec
 from vista.store.server_connection import Command, KeyNames, RecordCache, ServerConnection, ServerLock, evicting
-from vista.store.server_generation import ServerGeneration, ServerRecords, ServerWriter
+from vista.store.server_generation import ServerGeneration, ServerWriter
 from vista.store.tombstones import digests_of
 
 _CHECKS_BESIDE_ERASURES = 5
@@ -112,8 +112,8 @@ class Server:
             StoreError: missing, unfinished, damaged, or of another key.
         """
         manifest, stamp = self._complete(number)
-        records = ServerRecords(self.connection, self.names.generation(number), manifest, stamp, self._cache)
-        return ServerGeneration(records, manifest, manifest.spec(key), self._current_and_stamp)
+        names, spec = self.names.generation(number), manifest.spec(key)
+        return ServerGeneration(self.connection, names, manifest, spec, stamp, self._cache, self._read_current)
 
     def close(self) -> None:
         """Close the connections and the cache; the next command opens new ones."""
@@ -408,7 +408,7 @@ class Server:
         while number in self.numbers():
             self._change(some_records)
 
-    def _current_and_stamp(self) -> tuple[int, Manifest, bytes]:
+    def _read_current(self) -> tuple[Manifest, bytes]:
         """For open readers, who check here that the server still has the store and has not begun to evict records."""
         self.connection.check()
         if not self.connection.command("EXISTS", self.names.current):
@@ -416,8 +416,7 @@ class Server:
                 f"{self.address}: the server has lost the store that was open, such as by a restart without its data; "
                 "restore the data, or run a full refresh"
             )
-        number = self.current()
-        return number, *self._complete(number)
+        return self._complete(self.current())
 
     def _complete(self, number: int) -> tuple[Manifest, bytes]:
         """Manifest and stamp of a complete generation."""
@@ -537,7 +536,7 @@ class ServerBuilder:
 
     def held_batches(self) -> Iterator[Batch]:
         """Keys and values that the server holds so far, ascending."""
-        return self._writer.records.batches()
+        return self._writer.records.raw_batches()
 
     def finish(self) -> Manifest:
         """Read all records back, and mark the generation as complete."""

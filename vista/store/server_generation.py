@@ -6,10 +6,9 @@ import dataclasses
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from copy import copy
 from functools import partial
 from itertools import chain, pairwise
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -41,41 +40,99 @@ _RENEWED_AFTER = 0.1
 """Share of the time to live after which a refresh renews it, so that frequent refreshes need not visit all users."""
 
 
-@dataclass(frozen=True, slots=True)
 class ServerGeneration:
-    """One complete generation, open for reading. The connections belong to the store, so `release` does nothing."""
+    """One generation, open for reading in bounded batches, one round trip per batch.
 
-    records: ServerRecords
-    manifest: Manifest
-    spec: RecordSpec
-    read_current: Callable[[], tuple[int, Manifest, bytes]]
-    """Number, manifest and stamp of the published generation."""
+    The connections belong to the store, so `release` does nothing.
+
+    Args:
+        server: connection to it.
+        names: of the generation's keys.
+        manifest: as it was when the generation was opened.
+        spec: what each record holds.
+        stamp: what the generation's key `!complete` holds. A read fails if it has changed, because the records may then
+            have been removed. None does not check.
+        cache: of this host, for readers; None always asks the server.
+        read_current: for readers, tells manifest and stamp of the published generation.
+    """
+
+    def __init__(
+        self,
+        server: ServerConnection,
+        names: GenerationKeys,
+        manifest: Manifest,
+        spec: RecordSpec,
+        stamp: bytes | None = None,
+        cache: RecordCache | None = None,
+        read_current: Callable[[], tuple[Manifest, bytes]] | None = None,
+    ) -> None:
+        self.manifest, self.spec, self.stamp = manifest, spec, stamp
+        self._server, self._names, self._cache = server, names, cache
+        self._read_current = read_current
+        self._version = b""
+        """Of the records, as last seen: the stamp and the checksum of the manifest, which every write changes."""
+        size = HEADER_BYTES + spec.rows_bytes + spec.user_bytes + _EVENT_BYTES * manifest.tail_len
+        self.batch_size = min(max(BATCH_BYTES // size, 1), _BATCH_RECORDS)
+        """Most records per read."""
+        self._part_size = max(_PART_BYTES // size, 1)
+        """Records that are checked and copied at once."""
 
     def read(self, keys: list[bytes]) -> list[tuple[Int, RawRecords]]:
-        """Positions of the keys that have a record, ascending, and the records, a round trip per batch.
+        """Positions of the keys that have a record, ascending, and the records.
 
         Raises:
             StoreClosedError: the generation was removed.
         """
-        size = self.records.batch_size
-        batches = [self._read_batch(keys[first : first + size], first) for first in range(0, max(len(keys), 1), size)]
-        parts = [part for batch in batches for part in batch]
+        parts = []
+        for first in range(0, max(len(keys), 1), self.batch_size):
+            batch = keys[first : first + self.batch_size]
+            try:
+                parts += self._parts(self._get(batch), batch, first)
+            except RecordError:
+                if self._cache is None:
+                    raise
+                self._cache.forget(self._version, batch)
+                parts += self._parts(self._get_from_server(batch), batch, first)
         is_complete = sum(len(rows) for rows, _ in parts) == len(keys)
-        if not is_complete and time.monotonic() - self.records.server.checked_at > RECHECKED_S:
-            self.read_current()  # raises if the missing users may have been evicted
+        if not is_complete and time.monotonic() - self._server.checked_at > RECHECKED_S:
+            self._published()  # raises if the missing users may have been evicted
         return parts
-
-    def key_batches(self) -> Iterator[list[bytes]]:
-        """Keys of all users in ascending order."""
-        return self.records.key_batches()
 
     def value(self, key: bytes) -> bytes | None:
         """A user's unchecked record; None without one."""
-        return self.records.get([key])[0]
+        return self._get([key])[0]
+
+    def key_batches(self, after: bytes = b"u") -> Iterator[list[bytes]]:
+        """Keys beyond `after` of the users who have a record, ascending."""
+        while True:
+            listed = ("ZRANGEBYLEX", self._names.users, b"(" + after, "+", "LIMIT", 0, self.batch_size)
+            keys, stamp = self._server.pipeline([listed, ("GET", self._names.complete)])
+            self._require_stamp(stamp)
+            if not keys:
+                return
+            after = keys[-1]
+            yield keys
 
     def raw_batches(self, after: bytes = b"u") -> Iterator[Batch]:
-        """Keys beyond `after` and their unchecked records, ascending."""
-        return self.records.batches(after)
+        """Keys beyond `after` and their unchecked records, ascending.
+
+        Raises:
+            RecordError: the server has lost a record.
+        """
+        for keys in self.key_batches(after):
+            values = self._get(keys)
+            missing = [key for key, value in zip(keys, values, strict=True) if value is None]
+            if missing:  # Erased since they were listed, or lost.
+                scores = self._server.command("ZMSCORE", self._names.users, *missing)
+                lost = [key for key, score in zip(missing, scores, strict=True) if score is not None]
+                if lost:
+                    raise RecordError(
+                        f"{self._server.url}: gen-{self.manifest.generation} lists {user_of(lost[0])}, but the server "
+                        "has lost the record; check that nothing else deletes its keys, then refresh the store again"
+                    )
+            present = [(key, value) for key, value in zip(keys, values, strict=True) if value is not None]
+            if present:
+                yield [key for key, _ in present], [value for _, value in present]
 
     def batches(self, after: bytes = b"u") -> Iterator[Batch]:
         """As `raw_batches`, with every record checked.
@@ -87,30 +144,50 @@ class ServerGeneration:
             check_records(records, keys, self.spec)
             yield keys, records
 
+    def states(self, keys: Sequence[bytes]) -> FoundStates | None:
+        """Rows of the keys that have a state, and these states; None if the generation keeps no states.
+
+        Raises:
+            RecordError: a state is damaged; the message names the user.
+            StoreClosedError: the generation was removed.
+        """
+        spec = self.manifest.state_spec()
+        if spec is None:
+            return None
+        values = [value for part in self._state_parts(keys, spec) for _, value in part]
+        rows = [row for row, value in enumerate(values) if value is not None]
+        present = [value for value in values if value is not None]
+        return np.array(rows, np.int64), decode_states(present, [keys[row] for row in rows], spec)
+
     def state_batches(self) -> Iterator[Batch]:
-        """Keys and states, ascending, checked; nothing if the generation keeps no states."""
-        return iter(()) if (spec := self.manifest.state_spec()) is None else self.records.state_batches(spec)
+        """Keys and states of all users who have one, ascending, checked; errors as of `states`."""
+        spec = self.manifest.state_spec()
+        if spec is None:
+            return
+        for keys in self.key_batches():
+            for part in self._state_parts(keys, spec):
+                found = {key: value for key, value in part if value is not None}
+                decode_states([*found.values()], [*found], spec)
+                yield [*found], [*found.values()]
 
     def other_keys(self) -> list[bytes]:
         """Nothing: keys under a generation's prefix cannot be listed without looking at all keys of the server."""
         return []
 
-    def states(self, keys: Sequence[bytes]) -> FoundStates | None:
-        """The stored states of some users; None if the generation keeps no states."""
-        return None if (spec := self.manifest.state_spec()) is None else self.records.states(keys, spec)
-
     def is_same(self, other: object) -> bool:
         """Whether both hold the same records."""
-        return isinstance(other, ServerGeneration) and other.records.stamp == self.records.stamp
+        return isinstance(other, ServerGeneration) and other.stamp == self.stamp
 
     def is_published(self) -> bool:
         """Whether CURRENT names this generation."""
-        return self.read_current()[2] == self.records.stamp
+        return self._published()[1] == self.stamp
 
     def reread(self) -> ServerGeneration:
         """The same generation with the manifest as an incremental refresh has left it."""
-        _, manifest, stamp = self.read_current()
-        return dataclasses.replace(self, manifest=manifest) if stamp == self.records.stamp else self
+        manifest, stamp = self._published()
+        reread = copy(self)
+        reread.manifest = manifest if stamp == self.stamp else self.manifest
+        return reread
 
     def reopen(self) -> None:
         """Nothing to do: the client opens new connections after a fork."""
@@ -121,140 +198,36 @@ class ServerGeneration:
     def __enter__(self) -> ServerGeneration:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
-    def _read_batch(self, keys: list[bytes], first: int) -> list[tuple[Int, RawRecords]]:
-        """Parts of a batch that one command reads; it has position `first` in the request."""
-        try:
-            return self._parts(self.records.get(keys), keys, first)
-        except RecordError:
-            if not self.records.forget_cached(keys):
-                raise
-            return self._parts(self.records.get_from_server(keys), keys, first)
+    def _published(self) -> tuple[Manifest, bytes]:
+        assert self._read_current is not None, "only of readers"
+        return self._read_current()
 
     def _parts(self, values: list[bytes | None], keys: list[bytes], first: int) -> list[tuple[Int, RawRecords]]:
-        size = self.records.part_size
+        """The records of a batch, which has position `first` in the request."""
+        size = self._part_size
         return [
             present_records(values[start : start + size], keys[start : start + size], first + start, self.spec)
             for start in range(0, max(len(keys), 1), size)
         ]
 
+    def _state_parts(self, keys: Sequence[bytes], spec: StateSpec) -> Iterator[list[tuple[bytes, bytes | None]]]:
+        """The users with their unchecked states, in bounded parts."""
+        size = max(BATCH_BYTES // spec.least_bytes, 1)
+        for part in (keys[first : first + size] for first in range(0, len(keys), size)):
+            yield list(zip(part, self._values([self._names.state(key) for key in part]), strict=True))
 
-class ServerRecords:
-    """Reads records in bounded batches, one round trip per batch.
+    def _get(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """Unchecked records of at most `batch_size` keys; None for a user without a record."""
+        return self._get_from_server(keys) if self._cache is None else self._get_cached(self._cache, keys)
 
-    Args:
-        cache: of this host, for readers; None always asks the server.
-        stamp: what the generation's key `!complete` holds. A read fails if it has changed, because the records may then
-            have been removed. None does not check.
-    """
-
-    def __init__(
-        self,
-        server: ServerConnection,
-        names: GenerationKeys,
-        manifest: Manifest,
-        stamp: bytes | None,
-        cache: RecordCache | None = None,
-    ) -> None:
-        self.stamp = stamp
-        self._cache = cache
-        self._version = b""
-        """Of the records, as last seen: the stamp and the checksum of the manifest, which every write changes."""
-        self.server = server
-        self._names = names
-        self._number = manifest.generation
-        spec = dataclasses.replace(manifest, key_id=None).spec()
-        size = HEADER_BYTES + spec.rows_bytes + spec.user_bytes + _EVENT_BYTES * manifest.tail_len
-        self.batch_size = min(max(BATCH_BYTES // size, 1), _BATCH_RECORDS)
-        """Most records per read."""
-        self.part_size = max(_PART_BYTES // size, 1)
-        """Records that are checked and copied at once."""
-
-    def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """Values of at most `batch_size` keys, unchecked; None for a user without a record.
-
-        Raises:
-            StoreClosedError: the generation was removed.
-        """
-        return self.get_from_server(keys) if self._cache is None else self._get_cached(self._cache, keys)
-
-    def get_from_server(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """As `get`, without the cache."""
+    def _get_from_server(self, keys: Sequence[bytes]) -> list[bytes | None]:
         return self._values([self._names.record(key) for key in keys])
 
-    def states(self, keys: Sequence[bytes], spec: StateSpec) -> FoundStates:
-        """Rows of the keys that have a state, and these states.
-
-        Raises:
-            RecordError: a state is damaged; the message names the user.
-            StoreClosedError: the generation was removed.
-        """
-        rows: list[int] = []
-        values: list[bytes] = []
-        for first, part in self._state_parts(keys, spec):
-            rows += [row for row, value in enumerate(part, first) if value is not None]
-            values += [value for value in part if value is not None]
-        return np.array(rows, np.int64), decode_states(values, [keys[row] for row in rows], spec)
-
-    def state_batches(self, spec: StateSpec) -> Iterator[Batch]:
-        """Keys and states of all users who have one, ascending; errors as of `states`."""
-        for keys in self.key_batches():
-            for first, part in self._state_parts(keys, spec):
-                found = {keys[row]: value for row, value in enumerate(part, first) if value is not None}
-                decode_states([*found.values()], [*found], spec)
-                yield [*found], [*found.values()]
-
-    def forget_cached(self, keys: Sequence[bytes]) -> bool:
-        """Remove users from the cache, because a record is damaged; False if there is no cache."""
-        if self._cache is None:
-            return False
-        self._cache.forget(self._version, keys)
-        return True
-
-    def key_batches(self, after: bytes = b"u") -> Iterator[list[bytes]]:
-        """Keys beyond `after` of the users who have a record, ascending."""
-        while True:
-            listed = ("ZRANGEBYLEX", self._names.users, b"(" + after, "+", "LIMIT", 0, self.batch_size)
-            keys, stamp = self.server.pipeline([listed, ("GET", self._names.complete)])
-            self._require_stamp(stamp)
-            if not keys:
-                return
-            after = keys[-1]
-            yield keys
-
-    def batches(self, after: bytes = b"u") -> Iterator[Batch]:
-        """Keys beyond `after` and their unchecked values, ascending.
-
-        Raises:
-            RecordError: the server has lost a record.
-        """
-        for keys in self.key_batches(after):
-            values = self.get(keys)
-            missing = [key for key, value in zip(keys, values, strict=True) if value is None]
-            if missing:  # Erased since they were listed, or lost.
-                scores = self.server.command("ZMSCORE", self._names.users, *missing)
-                lost = [key for key, score in zip(missing, scores, strict=True) if score is not None]
-                if lost:
-                    raise RecordError(
-                        f"{self.server.url}: gen-{self._number} lists {user_of(lost[0])}, but the server has lost the "
-                        "record; check that nothing else deletes its keys, then refresh the store again"
-                    )
-            present = [(key, value) for key, value in zip(keys, values, strict=True) if value is not None]
-            if present:
-                yield [key for key, _ in present], [value for _, value in present]
-
-    def _state_parts(self, keys: Sequence[bytes], spec: StateSpec) -> Iterator[tuple[int, list[bytes | None]]]:
-        """The unchecked states of some users in bounded parts, each with the position of its first user."""
-        size = max(BATCH_BYTES // spec.least_bytes, 1)
-        for first in range(0, len(keys), size):
-            yield first, self._values([self._names.state(key) for key in keys[first : first + size]])
-
     def _values(self, names: Sequence[bytes]) -> list[bytes | None]:
-        values: list[bytes | None] = self.server.command("MGET", *names, self._names.complete)
+        values: list[bytes | None] = self._server.command("MGET", *names, self._names.complete)
         self._require_stamp(values.pop())
         return values
 
@@ -265,7 +238,7 @@ class ServerRecords:
         while True:
             wanted = [key for key, value in zip(keys, held, strict=True) if value is None]
             # The version first: records that are read after it may be newer, but never older.
-            checksum, values = self.server.pipeline(
+            checksum, values = self._server.pipeline(
                 [
                     ("GETRANGE", self._names.manifest, 0, CHECKSUM_DIGITS - 1),
                     ("MGET", *map(self._names.record, wanted), self._names.complete),
@@ -285,8 +258,8 @@ class ServerRecords:
     def _require_stamp(self, stamp: bytes | None) -> None:
         if self.stamp is not None and stamp != self.stamp:
             raise StoreClosedError(
-                f"{self.server.url}: gen-{self._number} was removed from the server while it was in use; open the "
-                "store again"
+                f"{self._server.url}: gen-{self.manifest.generation} was removed from the server while it was in use; "
+                "open the store again"
             )
 
 
@@ -309,7 +282,8 @@ class ServerWriter:
         self.manifest = self._parsed(manifest)
         self.ttl_ms = None if ttl is None else store.whole_number(ttl, self.names.ttl)
         """Time from the last refresh until the generation expires; None if it does not."""
-        self.records = ServerRecords(self._server, self.names, self.manifest, None)
+        spec = dataclasses.replace(self.manifest, key_id=None).spec()
+        self.records = ServerGeneration(self._server, self.names, self.manifest, spec)
 
     @classmethod
     def create(cls, store: Server, manifest: Manifest, lock: ServerLock) -> ServerWriter:
@@ -444,9 +418,9 @@ class ServerWriter:
         """Keys of all users in ascending order."""
         return self.records.key_batches()
 
-    def states(self, keys: Sequence[bytes], spec: StateSpec) -> FoundStates | None:
+    def states(self, keys: Sequence[bytes]) -> FoundStates | None:
         """Rows of the keys that have a state, and these states; None if the generation keeps no states."""
-        return self.records.states(keys, spec) if self._keeps_states else None
+        return self.records.states(keys)
 
     def num_states(self) -> int:
         """How many users have a state."""
@@ -462,7 +436,7 @@ class ServerWriter:
             RecordError: a record is corrupt or lost; the message names the user.
         """
         tally = Tally()
-        for keys, records in self.records.batches():
+        for keys, records in self.records.raw_batches():
             check_records(records, keys, spec)
             tally.add(keys, records)
         return tally

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.errors import StoreError, SummarizerMismatchError
-from vista.store.backend import StoreBackend, open_backend
+from vista.store.backend import open_backend
 from vista.store.keys import CURSOR_KEY, user_keys
 from vista.store.layout import GROUP, PRIVATE, StoreUrl
 from vista.store.lmdb_environment import WAIT_S
@@ -22,7 +22,7 @@ from vista.store.record_spec import HEADER, HEADER_BYTES, key_id, user_of
 from vista.store.state_record import FoundStates
 
 if TYPE_CHECKING:
-    from vista.store.backend import GenerationWriter
+    from vista.store.backend import GenerationWriter, StoreBackend
 
 
 logger = logging.getLogger(__name__)
@@ -254,7 +254,7 @@ class StoreUpdate:
         Raises:
             RecordError: a state is damaged; the message names the user.
         """
-        return None if self.state_spec is None else self._generation.states(keys, self.state_spec)
+        return self._generation.states(keys)
 
     def put_batch(self, keys: Sequence[bytes], records: Sequence[bytes], states: Sequence[bytes] = ()) -> None:
         """Add or replace users durably, states first; erased users are left out.

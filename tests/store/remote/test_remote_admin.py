@@ -19,7 +19,7 @@ from vista.store.layout import StoreUrl, read_current
 from vista.store.reader import published_manifest
 from vista.store.server import Server
 from vista.store.server_connection import ServerConnection
-from vista.store.server_generation import ServerRecords, ServerWriter
+from vista.store.server_generation import ServerGeneration, ServerWriter
 from vista.store.writer import erase
 
 TOTAL = 40
@@ -120,13 +120,13 @@ def test_verification(server, build):
 def test_verification_waits_for_a_quiet_moment(server, build, monkeypatch):
     url = server.url()
     build.write_store(url)
-    users, get = iter(range(TOTAL)), ServerRecords.get
+    users, get = iter(range(TOTAL)), ServerGeneration._get
 
-    def erase_and_get(records: ServerRecords, keys: list[bytes]) -> list[bytes | None]:
+    def erase_and_get(records: ServerGeneration, keys: list[bytes]) -> list[bytes | None]:
         erase(url, [next(users)])
         return get(records, keys)
 
-    monkeypatch.setattr(ServerRecords, "get", erase_and_get)
+    monkeypatch.setattr(ServerGeneration, "_get", erase_and_get)
     with pytest.raises(StoreBusyError, match="gen-1 is being written"):
         verify_store(url)
 
