@@ -183,7 +183,7 @@ def test_shards_exports_and_copies_hold_features(log: EventLog, model: VistaMode
     for index in range(2):
         refresh(model, log, tmp_path / "shards", shard=Shard(index, 2), options=EXACT)
     users = [3, 10**6, 0, 2]
-    with StoreReader.open(store) as one, ShardedReader.open(tmp_path / "shards") as sharded:
+    with StoreReader.open(store) as one, ShardedReader(tmp_path / "shards") as sharded:
         held, same_users = one.get_many(users).features, sharded.get_many(users)
     assert held["region"].tolist() == [1, -1, 0, 0] and np.isnan(held["age"][1])
     assert held["region"].dtype == np.int32 and held["age"].dtype == np.float32

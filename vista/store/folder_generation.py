@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice, pairwise, takewhile
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 import lmdb
@@ -134,9 +133,7 @@ class FolderGeneration:
     def __enter__(self) -> FolderGeneration:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
     def value(self, key: bytes) -> bytes | None:

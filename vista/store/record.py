@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from vista.arrays import Int, offsets_of
 from vista.counters.counters import CODE_BITS, MAX_CODE, CounterCodes
 from vista.errors import RecordError
-from vista.log.histories import NO_TIMESTAMP
+from vista.log.histories import NO_TIMESTAMP, ranges
 from vista.store.keys import user_id
 from vista.store.record_spec import (
     AUTHENTICATED,
@@ -360,66 +360,66 @@ class StoredBatch:
         age = now_ms - np.maximum(self.created_at, refreshed_at)
         return self.found & ((age > max_age_ms) | (age < -CLOCK_SKEW_MS))
 
-    def spread(self, rows: NDArray[np.int64], num_users: int) -> StoredBatch:
-        """A batch of `num_users` with these records at `rows` (ascending), and no records elsewhere."""
+    def take(self, rows: Int) -> StoredBatch:
+        """The batch of the users at `rows` [N], in this order; a row of -1 stands for a user without a record."""
+        present = rows >= 0
 
         def column(values: NDArray[Any], missing: float = 0) -> NDArray[Any]:
-            spread = np.full((num_users, *values.shape[1:]), missing, values.dtype)
-            spread[rows] = values
-            return spread
+            taken = np.full((len(rows), *values.shape[1:]), missing, values.dtype)
+            taken[present] = values[rows[present]]
+            return taken
 
-        def spread_offsets(offsets: NDArray[np.int64]) -> NDArray[np.int64]:
-            return offsets_of(column(np.diff(offsets)))
+        def packed(offsets: Int) -> tuple[Int, Int]:
+            """Positions of what the users have of packed values, and its offsets."""
+            lengths = column(np.diff(offsets))
+            return ranges(column(offsets[:-1]), lengths), offsets_of(lengths)
 
+        counters = []
+        for one in self.counters:
+            index, offsets = packed(one.offsets)
+            clock = column(one.clock, NO_TIMESTAMP)
+            counters.append(CounterCodes(one.spec, one.key[index], one.codes[index], offsets, clock))
         return StoredBatch(
             found=column(self.found),
             summary=column(self.summary),
-            tail=dataclasses.replace(self.tail, offsets=spread_offsets(self.tail.offsets)),
+            tail=self.tail.select(*packed(self.tail.offsets)),
             event_count=column(self.event_count),
             last_event_ts=column(self.last_event_ts, NO_TIMESTAMP),
             created_at=column(self.created_at, NO_TIMESTAMP),
             history_digest=column(self.history_digest),
             generation=self.generation,
             features={name: column(values, _missing(values)) for name, values in self.features.items()},
-            counters=tuple(
-                dataclasses.replace(one, offsets=spread_offsets(one.offsets), clock=column(one.clock, NO_TIMESTAMP))
-                for one in self.counters
-            ),
+            counters=tuple(counters),
         )
+
+    def spread(self, rows: Int, num_users: int) -> StoredBatch:
+        """A batch of `num_users` with these records at `rows`, and no records elsewhere."""
+        places = np.full(num_users, -1, np.int64)
+        places[rows] = np.arange(len(rows))
+        return self.take(places)
 
     def without(self, users: NDArray[np.bool_]) -> StoredBatch:
         """The same batch, as if the marked users [B] had no record."""
-        if not users.any():
-            return self
+        return self.take(np.where(users, -1, np.arange(len(users)))) if users.any() else self
 
-        def remaining(offsets: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-            """Which entries stay, and their offsets."""
-            lengths = np.diff(offsets)
-            return np.repeat(~users, lengths), offsets_of(np.where(users, 0, lengths))
+    @staticmethod
+    def concatenated(batches: Sequence[StoredBatch]) -> StoredBatch:
+        """The users of all batches, end to end; at least one batch, all with the same features and counters."""
 
-        def cleared(values: NDArray[Any], missing: float) -> NDArray[Any]:
-            return np.where(users.reshape(-1, *[1] * (values.ndim - 1)), values.dtype.type(missing), values)
+        def column(name: str) -> NDArray[Any]:
+            return np.concatenate([getattr(batch, name) for batch in batches])
 
-        kept, offsets = remaining(self.tail.offsets)
-        counters = []
-        for one in self.counters:
-            kept_keys, key_offsets = remaining(one.offsets)
-            counters.append(
-                CounterCodes(
-                    one.spec, one.key[kept_keys], one.codes[kept_keys], key_offsets, cleared(one.clock, NO_TIMESTAMP)
-                )
-            )
         return StoredBatch(
-            found=self.found & ~users,
-            summary=cleared(self.summary, 0),
-            tail=self.tail.select(kept, offsets),
-            event_count=cleared(self.event_count, 0),
-            last_event_ts=cleared(self.last_event_ts, NO_TIMESTAMP),
-            created_at=cleared(self.created_at, NO_TIMESTAMP),
-            history_digest=cleared(self.history_digest, 0),
-            generation=self.generation,
-            features={name: cleared(values, _missing(values)) for name, values in self.features.items()},
-            counters=tuple(counters),
+            found=column("found"),
+            summary=column("summary"),
+            tail=Tail.concatenated([batch.tail for batch in batches]),
+            event_count=column("event_count"),
+            last_event_ts=column("last_event_ts"),
+            created_at=column("created_at"),
+            history_digest=column("history_digest"),
+            generation=min(batch.generation for batch in batches),
+            features={name: _join([batch.features[name] for batch in batches]) for name in batches[0].features},
+            counters=tuple(map(CounterCodes.concatenated, zip(*(batch.counters for batch in batches), strict=True))),
         )
 
 

@@ -14,25 +14,23 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from vista.arrays import offsets_of
-from vista.counters.counters import CounterCodes
 from vista.errors import ConfigError, StoreError, shortened
-from vista.log.histories import ranges
 from vista.store.keys import common_kind, user_keys
 from vista.store.layout import CURRENT, StoreUrl, store_address, store_path
 from vista.store.manifest import Manifest
 from vista.store.reader import StoreReader, published_manifest
 from vista.store.record import StoredBatch
-from vista.store.record_spec import Tail, TailColumn, UserColumn
+from vista.store.record_spec import TailColumn, UserColumn
 
 MAX_SHARDS = 65_536
+_SHARED_FIELDS = ("summarizer_id", "num_tokens", "dim", "until", "counters", "user_columns", "tail_columns")
+"""Fields of manifests that all shards have in common."""
 _NUMBER = "(0|[1-9][0-9]{0,4})"
 
 
@@ -212,72 +210,49 @@ def open_store(
         StoreError: a generation of a sharded store is asked for, whose shards count theirs separately.
     """
     address = store_address(path)
-    reads: dict[str, Any] = {"tail_len": tail_len, "tail_columns": tail_columns, "user_columns": user_columns}
-    if isinstance(address, Path) and shards_in(address):
-        if generation is not None:
-            raise StoreError(
-                f"{address} is sharded, and each shard counts its own generations; open one shard's folder"
-            )
-        return ShardedReader.open(address, summarizer_id=summarizer_id, key=key, **reads)
-    return StoreReader.open(address, summarizer_id=summarizer_id, key=key, generation=generation, **reads)
+    wanted: dict[str, Any] = {"summarizer_id": summarizer_id, "key": key, "tail_len": tail_len}
+    wanted |= {"tail_columns": tail_columns, "user_columns": user_columns}
+    if isinstance(address, StoreUrl) or not shards_in(address):
+        return StoreReader.open(address, generation=generation, **wanted)
+    if generation is not None:
+        raise StoreError(f"{address} is sharded, and each shard counts its own generations; open one shard's folder")
+    return ShardedReader(address, **wanted)
 
 
 class ShardedReader:
-    """All shards of a store, read as one; it has the methods of `StoreReader` except `states`."""
+    """All shards of a store, read as one; it has the methods of `StoreReader` except `states`.
 
-    def __init__(self, path: Path, readers: Sequence[StoreReader]) -> None:
+    Args:
+        path: the store's folder.
+        wanted: as of `StoreReader.open`.
+
+    Raises:
+        StoreError: a shard is missing, or the shards are of different counts or hold different things; and as
+            `StoreReader.open`.
+    """
+
+    def __init__(self, path: Path, **wanted: Any) -> None:
         self.path = path
-        self._readers = list(readers)
-
-    @classmethod
-    def open(
-        cls,
-        path: str | Path,
-        *,
-        summarizer_id: bytes | None = None,
-        key: bytes | None = None,
-        tail_len: int = 0,
-        tail_columns: Sequence[TailColumn] = (),
-        user_columns: Sequence[UserColumn] = (),
-    ) -> ShardedReader:
-        """Open every shard.
-
-        Raises:
-            StoreError: a shard is missing, or the shards are of different counts; and as `StoreReader.open`.
-        """
-        root = store_path(path)
-        shards = shards_in(root)
+        shards = shards_in(path)
         if not shards:
-            raise StoreError(f"{root} holds no shards; check the path")
+            raise StoreError(f"{path} holds no shards; check the path")
         count = shards[0].count
         missing = sorted(set(range(count)) - {shard.index for shard in shards})
         if missing:
-            raise StoreError(f"{root}: shards {missing} of {count} are missing; refresh them with shard=i/{count}")
-        readers: list[StoreReader] = []
+            raise StoreError(f"{path}: shards {missing} of {count} are missing; refresh them with shard=i/{count}")
+        self._readers: list[StoreReader] = []
         try:
-            for index in range(count):
-                path = Shard(index, count).path(root)
-                reader = StoreReader.open(
-                    path,
-                    summarizer_id=summarizer_id,
-                    key=key,
-                    tail_len=tail_len,
-                    tail_columns=tail_columns,
-                    user_columns=user_columns,
-                )
-                readers.append(reader)
-            first = readers[0].manifest
-            for reader in readers[1:]:
-                shared = ("summarizer_id", "num_tokens", "dim", "until", "counters", "user_columns", "tail_columns")
-                for field in shared:
+            for shard in shards:
+                self._readers.append(StoreReader.open(shard.path(path), **wanted))
+            first = self._readers[0].manifest
+            for reader in self._readers[1:]:
+                for field in _SHARED_FIELDS:
                     if getattr(reader.manifest, field) != getattr(first, field):
                         raise StoreError(
                             f"{reader.path}: {field} differs from that of shard 0; refresh all shards alike"
                         )
-            return cls(root, readers)
         except BaseException:
-            for reader in readers:
-                reader.close()
+            self.close()
             raise
 
     @property
@@ -319,7 +294,7 @@ class ShardedReader:
         users_of = [ids[order[bounds[index] : bounds[index + 1]]].tolist() for index in range(count)]
         # Shards without a user of the batch are read too, for the shapes and errors of an empty batch.
         batches = [reader.get_many(users) for reader, users in zip(self._readers, users_of, strict=True)]
-        return _in_order(batches, np.argsort(order, kind="stable"))
+        return StoredBatch.concatenated(batches).take(np.argsort(order, kind="stable"))
 
     def keys(self) -> Iterator[int | str]:
         """User ids of all records, shard by shard."""
@@ -338,35 +313,5 @@ class ShardedReader:
     def __enter__(self) -> ShardedReader:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _in_order(batches: Sequence[StoredBatch], place: NDArray[np.int64]) -> StoredBatch:
-    """The batches end to end, rearranged so that row b is their row place[b]."""
-
-    def column(name: str) -> NDArray[Any]:
-        joined: NDArray[Any] = np.concatenate([getattr(batch, name) for batch in batches])[place]
-        return joined
-
-    tail = Tail.concatenated([batch.tail for batch in batches])
-    counts = np.diff(tail.offsets)[place]
-    return StoredBatch(
-        found=column("found"),
-        summary=column("summary"),
-        tail=tail.select(ranges(tail.offsets[:-1][place], counts), offsets_of(counts)),
-        event_count=column("event_count"),
-        last_event_ts=column("last_event_ts"),
-        created_at=column("created_at"),
-        history_digest=column("history_digest"),
-        generation=min(batch.generation for batch in batches),
-        features={
-            name: np.concatenate([batch.features[name] for batch in batches])[place] for name in batches[0].features
-        },
-        counters=tuple(
-            CounterCodes.concatenated(fields).select(place)
-            for fields in zip(*(batch.counters for batch in batches), strict=True)
-        ),
-    )

@@ -24,7 +24,7 @@ from vista.errors import (
     SummarizerMismatchError,
     UserKeyError,
 )
-from vista.store import NO_TIMESTAMP, StoreReader
+from vista.store import NO_TIMESTAMP, StoreReader, server_generation
 from vista.store.admin import copy_generation, verify_store
 from vista.store.layout import StoreUrl
 from vista.store.reader import published_manifest
@@ -74,8 +74,9 @@ def test_a_request_is_one_command_and_large_batches_are_bounded(server, build, m
         store.get_many(range(TOTAL))
         stats = server.command("INFO", "commandstats")
         assert {name for name in stats if "|" not in name} == {"cmdstat_mget"} and stats["cmdstat_mget"]["calls"] == 1
-        monkeypatch.setattr(store._current().records, "batch_size", 16)
-        monkeypatch.setattr(store._current().records, "part_size", 5)
+        monkeypatch.setattr(store._current(), "batch_size", 16)
+        monkeypatch.setattr(store._current(), "_part_size", 5)
+        monkeypatch.setattr(server_generation, "RECHECKED_S", 600)
         users = np.random.default_rng(0).integers(-5, TOTAL + 5, 100)
         batch = store.get_many(users)
         assert batch.found.tolist() == [0 <= user < TOTAL for user in users.tolist()]
@@ -482,7 +483,7 @@ def test_threads_that_see_different_versions_do_not_mix_them(server, build, cach
     """One thread has read records; before it caches them, a user is erased, and another thread sees the new version."""
     build.write_store(cached)
     with StoreReader.open(cached) as store:
-        records, erased = store._current().records, []
+        records, erased = store._current(), []
 
         def set_version(one: Any, version: bytes) -> None:
             one.version = version
