@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,7 +22,7 @@ from vista.counters.counters import CounterTable, ItemKeys
 from vista.errors import ConfigError, RecordError
 from vista.log.event_log import EventLog
 from vista.log.features import declared_columns
-from vista.log.histories import NO_TIMESTAMP, ColumnValues, Histories, token_groups
+from vista.log.histories import NO_TIMESTAMP, ColumnValues, Histories, RowFeatures, token_groups
 from vista.log.segment import features_of
 from vista.log.segment_files import USERS
 from vista.model import inference
@@ -70,18 +70,26 @@ class BatchEncoder:
     """With a frozen summarizer."""
     log: EventLog
     items: LogItems
-    features: LogUsers
+    features: Callable[[Int], RowFeatures]
+    """Features of users (rows of the log) with the model's codes."""
     precision: Precision
     """Of the summarizer."""
     tokens_per_batch: int
     """Events that are read and summarized at once."""
 
     @classmethod
-    def of(cls, model: VistaModel, log: EventLog, precision: Precision, tokens_per_batch: int) -> BatchEncoder:
-        """The encoder of a model and a log that it can read (`check_log`)."""
+    def of(
+        cls,
+        model: VistaModel,
+        log: EventLog,
+        precision: Precision,
+        tokens_per_batch: int,
+        features: Callable[[Int], RowFeatures] | None = None,
+    ) -> BatchEncoder:
+        """The encoder of a model and a log that it can read (`check_log`); by default, it reads all users' features."""
+        features = features or LogUsers(model.user_features, log).features
         frozen = model.with_frozen("summarizer", precision)
-        users = LogUsers(model.user_features, log)
-        return cls(frozen, log, LogItems.of(model, log), users, precision, tokens_per_batch)
+        return cls(frozen, log, LogItems.of(model, log), features, precision, tokens_per_batch)
 
     def encode(
         self, users: Int, counts: Int, spec: RecordSpec, state_spec: StateSpec | None, clock: StageClock
@@ -116,7 +124,7 @@ class BatchEncoder:
                 summary = inference.summarize(self.model, model_rows).cpu().numpy()
             states = to_arrays(state, self.log.last_segment, digests, tables)
         with clock.stage("encode"):
-            keys, features = user_keys(self.log.users.ids(users)), self.features.features(users).columns
+            keys, features = user_keys(self.log.users.ids(users)), self.features(users).columns
             return user_summaries(self.model, keys, model_rows, histories.lengths, summary, states, features)
 
 

@@ -10,8 +10,8 @@ updated are recomputed from the log.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from vista.log.features import UserFeatureParts
 from vista.log.histories import Histories, RowFeatures, token_groups
 from vista.log.segment import features_of
 from vista.log.segment_files import USERS
-from vista.model import inference
 from vista.model.history_states import (
     covered_events,
     covered_lengths,
@@ -42,8 +41,9 @@ from vista.model.history_states import (
 from vista.model.summarizer import SummaryState, merge_states
 from vista.model.vista_model import VistaModel
 from vista.refresh.batch_encoder import (
-    LogItems,
+    BatchEncoder,
     Tables,
+    UserRecords,
     append_events,
     check_log,
     count_histories,
@@ -61,7 +61,7 @@ from vista.store.layout import StoreUrl
 from vista.store.manifest import Manifest
 from vista.store.reader import published_manifest
 from vista.store.shards import Shard, shard_to_write
-from vista.store.state_record import StateArrays, UserSummaries, rounded
+from vista.store.state_record import StateArrays, rounded
 from vista.store.writer import StoreUpdate
 
 
@@ -198,20 +198,8 @@ def forget(
     return refresh_incremental(model, EventLog.open(log.path), store, key=key)
 
 
-@dataclass(frozen=True, slots=True)
-class _Updated:
-    """Users of one outcome, and what their records and states will be made of."""
-
-    outcome: str
-    """The name under which `RefreshReport.counts` counts the users."""
-    users: Int
-    """[N] rows of the log."""
-    states: StateArrays
-    """Of the whole histories, with their digests and counters; without sums if the generation keeps no states."""
-    num_events: int
-    """Events that were summarized."""
-    summary: NDArray[np.float32] | None = None
-    """[N, K, d] if the generation keeps no states, from which it would be read."""
+Updated = tuple[Int, StateArrays, int]
+"""Users (rows of the log), their states of the whole histories, and how many events were summarized for them."""
 
 
 class BatchRefresher:
@@ -222,8 +210,8 @@ class BatchRefresher:
     ) -> None:
         self._log, self._update, self._run = log, update, run
         self._tokens_per_batch = tokens_per_batch
-        self._model = model.with_frozen("summarizer", Precision.float32)
-        self._items, self._features = LogItems.of(model, log), _user_features(model, log)
+        self._encoder = BatchEncoder.of(model, log, Precision.float32, tokens_per_batch, _user_features(model, log))
+        self._model, self._items = self._encoder.model, self._encoder.items
         self._context = 0 if model.summarizer is None else reach(model) + model.stage1.summary_lag
         """Most events before the new ones that an append reads."""
         self._append_only = model.stage1.decay is Decay.position or model.summarizer is None
@@ -233,14 +221,15 @@ class BatchRefresher:
     def refresh(self, users: Int) -> None:
         """Bring users (rows of the log) up to date, durably."""
         num_users, num_events = len(users), 0
-        users = self._remove_gone(users)
-        users = self._skip_current(users)
+        users = self._skip_current(self._remove_gone(users))
         if len(users):
-            updated = list(self._updated(users))
-            for part in updated:
-                self._run.counts[part.outcome] += len(part.users)
-                num_events += part.num_events
-            self._write(self._summarize(updated))
+            encoded = self._encoded(users)
+            num_events = encoded.num_events
+            self._run.encoded(encoded)
+            with self._run.stage("write"):
+                self._update.put_batch(encoded.keys, encoded.records, encoded.states)
+                # Without a state, a user who failed is recomputed from the log at the next event.
+                self._update.remove_states(sorted(set(self._keys(users)) - set(encoded.keys)))
         self._run.batch(self._update.manifest.generation, num_users, num_events)
 
     def _keys(self, users: Int) -> list[bytes]:
@@ -266,20 +255,40 @@ class BatchRefresher:
         self._run.counts["unchanged"] += int((~behind).sum())
         return np.compress(behind, users)
 
-    def _updated(self, users: Int) -> Iterator[_Updated]:
-        """Parts that together hold each of the users, who have at least one event each, once."""
-        found = self._update.states(self._keys(users))
-        if found is None:  # The generation keeps no states.
-            yield from self._recompute(users)
-            return
-        rows, states = found
+    def _encoded(self, users: Int) -> UserRecords:
+        """New records and states of users, who have at least one event each."""
+        found, lengths = self._update.states(self._keys(users)), self._log.lengths
+        spec, state_spec = self._update.spec, self._update.state_spec
+        if found is None or state_spec is None:  # The generation keeps no states.
+            self._run.counts["recomputed"] += len(users)
+            return self._encoder.encode(users, lengths[users], spec, None, self._run)
+        updated, all_states, num_events = zip(*self._updated(users, *found), strict=True)
+        users = np.concatenate(updated)
+        tail_len = self._model.config.tail_len
+        with self._run.stage("read"):
+            newest = self._items.model_rows(self._log.gather_ranges(users, lengths[users] - tail_len, lengths[users]))
+        with self._run.stage("encode"):
+            # States that an interrupted run wrote name an older segment. All are rounded as they are stored, so that a
+            # run that rereads them later reads the same summaries.
+            applied = np.full(len(users), self._update.applied_segment)
+            states = rounded(replace(StateArrays.concatenated(all_states), applied_segment=applied), state_spec)
+            summary = read_summaries(self._model, from_arrays(states, self._model.device))
+            features = self._encoder.features(users).columns
+            summaries = user_summaries(
+                self._model, self._keys(users), newest, lengths[users], summary, states, features
+            )
+            return replace(encode_users(summaries, spec, state_spec), num_events=sum(num_events))
+
+    def _updated(self, users: Int, rows: Int, states: StateArrays) -> Iterator[Updated]:
+        """Up-to-date states of all users, in parts; those of the users at `rows` were stored, and are `states`."""
         stored = users[rows]
         # The state of a user without changes names an older segment, but covers all that the generation covers.
         covered = np.maximum(states.applied_segment, self._update.manifest.applied_segment)
         masks = self._masks(stored, covered, states.num_events)
+        self._run.counts["appended"] += int((masks["reread"] | masks["append"]).sum())
         if masks["reread"].any():
             reread = np.flatnonzero(masks["reread"])
-            yield _Updated("appended", stored[reread], states[reread], 0)
+            yield stored[reread], states[reread], 0
         updatable = stored[np.logical_or.reduce([*masks.values()])]
         yield from self._recompute(users[~np.isin(users, updatable)])
         for segment in np.unique(covered[masks["append"]]).tolist():
@@ -323,7 +332,7 @@ class BatchRefresher:
             exchange[behind] = of_this_log & ~(in_order & nothing_deleted) & (not self._append_only)
         return {"reread": reread, "append": append, "exchange": exchange}
 
-    def _append(self, users: Int, states: StateArrays, segment: int) -> _Updated:
+    def _append(self, users: Int, states: StateArrays, segment: int) -> Updated:
         """Add the terms of the events that came after a segment to the states."""
         old = self._lengths_at(users, segment)
         covered = covered_lengths(self._model, old)
@@ -346,9 +355,9 @@ class BatchRefresher:
                     terms = range_states(self._model, history, context, start)
                 decay_rate = separable_summarizer(self._model).decay_rate
                 state = merge_states(from_arrays(states, self._model.device), terms, decay_rate)
-        return _Updated("appended", users, self._to_arrays(state, digest, counters), new.num_events)
+        return users, self._to_arrays(state, digest, counters), new.num_events
 
-    def _exchange(self, users: Int, states: StateArrays, segment: int) -> Iterator[_Updated]:
+    def _exchange(self, users: Int, states: StateArrays, segment: int) -> Iterator[Updated]:
         """Exchange the terms of one user's late and deleted events, or recompute the state if that is cheaper."""
         user = int(users[0])
         with self._run.stage("read"):
@@ -367,23 +376,19 @@ class BatchRefresher:
                 state = remove_events(self._model, state, old, deleted)
             if len(late):
                 state = insert_events(self._model, state, new, late)
-        yield _Updated("exchanged", users, self._to_arrays(state, digest, counters), len(deleted) + len(late))
+        self._run.counts["exchanged"] += 1
+        yield users, self._to_arrays(state, digest, counters), len(deleted) + len(late)
 
-    def _recompute(self, users: Int) -> Iterator[_Updated]:
-        """Compute the states from the log, or the summaries if the generation keeps no states."""
+    def _recompute(self, users: Int) -> Iterator[Updated]:
+        """Compute states from the log."""
+        self._run.counts["recomputed"] += len(users)
         for part in token_groups(self._log.lengths[users], self._tokens_per_batch):
             with self._run.stage("read"):
                 histories = self._log.gather(users[part])
                 model_rows, digest = self._items.model_rows(histories), self._items.digests(histories)
             with self._run.stage("summarize"):
-                counters, summary = count_histories(self._model.item_keys, model_rows), None
-                if self._update.state_spec is None:
-                    state = state_without_summary(histories.lengths)
-                    summary = inference.summarize(self._model, model_rows).cpu().numpy()
-                else:
-                    state = state_of(self._model, model_rows)
-            states = self._to_arrays(state, digest, counters)
-            yield _Updated("recomputed", users[part], states, histories.num_events, summary)
+                counters, state = count_histories(self._model.item_keys, model_rows), state_of(self._model, model_rows)
+            yield users[part], self._to_arrays(state, digest, counters), histories.num_events
 
     def _log_at(self, segment: int) -> EventLog:
         """The log as it was when `segment` was its newest one."""
@@ -398,35 +403,6 @@ class BatchRefresher:
 
     def _to_arrays(self, state: SummaryState, digest: NDArray[np.uint64], counters: Tables) -> StateArrays:
         return to_arrays(state, self._update.applied_segment, digest, counters)
-
-    def _summarize(self, updated: Sequence[_Updated]) -> UserSummaries:
-        """What the records and states of all users of a batch hold."""
-        users = np.concatenate([part.users for part in updated])
-        lengths, spec = self._log.lengths[users], self._update.state_spec
-        with self._run.stage("read"):
-            tails = self._log.gather_ranges(users, lengths - self._model.config.tail_len, lengths)
-            newest = self._items.model_rows(tails)
-        with self._run.stage("encode"):
-            states = StateArrays.concatenated([part.states for part in updated])
-            if spec is None:
-                summary = np.concatenate([part.summary for part in updated if part.summary is not None])
-            else:
-                # Reread states, of an interrupted run, may name an older segment.
-                states = replace(states, applied_segment=np.full(len(users), self._update.applied_segment))
-                # Rounded as stored: a resumed run, which rereads these states, then reads the same summaries.
-                states = rounded(states, spec)
-                summary = read_summaries(self._model, from_arrays(states, self._model.device))
-            features = self._features(users).columns
-            return user_summaries(self._model, self._keys(users), newest, lengths, summary, states, features)
-
-    def _write(self, users: UserSummaries) -> None:
-        with self._run.stage("encode"):
-            encoded = encode_users(users, self._update.spec, self._update.state_spec)
-        self._run.encoded(encoded)
-        with self._run.stage("write"):
-            self._update.put_batch(encoded.keys, encoded.records, encoded.states)
-            # Without a state, a user who failed is recomputed from the log at the next event.
-            self._update.remove_states(sorted(set(users.keys) - set(encoded.keys)))
 
 
 def _user_features(model: VistaModel, log: EventLog) -> Callable[[Int], RowFeatures]:
