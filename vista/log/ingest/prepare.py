@@ -355,11 +355,15 @@ class _NewSegment:
             for part in parts
         ]
 
-    def warnings(self) -> list[str]:
-        """What is allowed, but is probably a mistake or needs another step."""
+    def warnings(self, kind: str) -> list[str]:
+        """What is allowed, but is probably a mistake or needs another step.
+
+        Args:
+            kind: of the sources of the events. Only the times of some kinds have a unit that the user chooses.
+        """
         warnings = []
         newest = self.time_range_ms[1]
-        if newest is not None and newest < YEAR_1971_MS:
+        if newest is not None and newest < YEAR_1971_MS and kind in ("table", "recbole"):
             warnings.append(
                 "all times are before 1971; check events.time_unit, in case seconds were read as milliseconds"
             )
@@ -566,7 +570,7 @@ class _Run:
             features=[line for written in features for line in written.lines],
             stages=dict(self.times),
             warnings=[
-                *segment.warnings(),
+                *(segment.warnings(self.configs["events"].kind) if "events" in self.configs else ()),
                 # A batch of messages is too small to say anything about features.
                 *(warning for written in features if self.messages is None for warning in written.warnings),
             ],

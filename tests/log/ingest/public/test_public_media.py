@@ -460,7 +460,10 @@ def test_events_and_named_features(tmp_path: Path, form: str, files: str) -> Non
     for name, table in tables.items():
         (table if form == "flat" else sequential(table)).write_parquet(folder / f"{name}.parquet")
     assert detect_kind(folder) == "yambda"
-    log = load(folder, categories=["is_organic"], numbers=["played_ratio_pct"])
+    events = SourceConfig(kind="auto", paths=[str(folder)], categories=["is_organic"], numbers=["played_ratio_pct"])
+    report = prepare(PrepareConfig(out=str(folder / "log"), events=events, progress=False), parser=PARSER)
+    assert report.warnings == []  # its times are seconds since the first event, not since 1970
+    log = EventLog.open(folder / "log")
     assert (log.num_users, log.num_events) == (2, len(YAMBDA_EVENTS))
     if files == "multi_event":
         assert events_of(log) == YAMBDA_EVENTS
