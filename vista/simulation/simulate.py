@@ -39,14 +39,7 @@ from vista.files import checked_path, create_file, make_folders, replace_text, s
 from vista.installation import require_module
 from vista.logistic_regression import fit_probability, predict_probability
 from vista.progress_bar import progress_bar
-from vista.simulation.streams import (
-    ACTIONS,
-    SimulatedChunk,
-    SimulatedLog,
-    make_catalog,
-    pooled_features,
-    split_times,
-)
+from vista.simulation.streams import ACTIONS, SimulatedChunk, SimulatedLog, make_catalog, pooled_features, split_times
 from vista.simulation.worlds import WORLDS
 
 if TYPE_CHECKING:

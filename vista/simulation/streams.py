@@ -246,11 +246,7 @@ def draw_sessions(
 
 
 def draw_events(
-    rng: np.random.Generator,
-    config: SimulateConfig,
-    catalog: Catalog,
-    offsets: NDArray[np.int64],
-    interests: Interests,
+    rng: np.random.Generator, config: SimulateConfig, catalog: Catalog, offsets: NDArray[np.int64], interests: Interests
 ) -> tuple[EventStream, NDArray[np.int64]]:
     """Draw sessions about the episodes' topics: the events, and the episode of each event's session [T]."""
     num_events = int(offsets[-1])

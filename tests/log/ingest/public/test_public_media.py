@@ -366,11 +366,7 @@ def test_sequences_impressions_and_items(tmp_path: Path, name: str) -> None:
 
 def test_parts_are_those_of_the_files_and_show_the_items_that_come_before(tmp_path: Path) -> None:
     log = load(write_longctr(tmp_path / "data"))
-    for part, begin, end in (
-        ("train", 0, VALID_FROM),
-        ("valid", VALID_FROM, TEST_FROM),
-        ("test", TEST_FROM, None),
-    ):
+    for part, begin, end in (("train", 0, VALID_FROM), ("valid", VALID_FROM, TEST_FROM), ("test", TEST_FROM, None)):
         cases = impression_cases(log, begin, end)
         users, items = log.users.ids(cases.user).tolist(), log.items.ids(cases.item).tolist()
         found = zip(users, items, cases.seen.tolist(), cases.label[:, 0].tolist(), strict=True)
