@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from vista.arrays import Int
 from vista.config import EventFilterConfig
 from vista.errors import ConfigError, DataError, shown
 from vista.installation import require_module
@@ -98,7 +99,7 @@ def time_range(parts: Sequence[Part]) -> tuple[int | None, int | None]:
 
 
 def event_columns(
-    source: Source, actions: Sequence[str], next_ordinals: Callable[[], NDArray[np.int64]]
+    source: Source, actions: Sequence[str], next_ordinals: Callable[[], Int]
 ) -> tuple[ColumnTypes, Callable[[pl.DataFrame], Columns]]:
     """The columns of the events, and the function that makes them from a sorted block of rows.
 
@@ -126,7 +127,7 @@ def event_columns(
     return {name: (EVENT_COLUMNS[name], ()) for name in names}, of_block
 
 
-def _ordinals(user_rows: NDArray[np.int64], following: NDArray[np.int64]) -> NDArray[np.int64]:
+def _ordinals(user_rows: Int, following: Int) -> Int:
     """Ordinal of each event in its user's history, which continues at `following` (0 for a new user)."""
     starts = np.flatnonzero(np.diff(user_rows, prepend=-1))
     users = user_rows[starts]

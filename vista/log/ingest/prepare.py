@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from vista.arrays import Int
 from vista.config import EventFilterConfig, FeatureTableConfig, PrepareConfig, SourceConfig
 from vista.config.checks import OnBadRows, choice_of
 from vista.errors import ConfigError, DataError, LogBusyError, TakenError
@@ -538,7 +538,7 @@ class _Ingest:
         return warnings
 
 
-def _next_ordinals(segments: Sequence[Segment]) -> NDArray[np.int64]:
+def _next_ordinals(segments: Sequence[Segment]) -> Int:
     """In a log without times: one more than the last ordinal of each user, int64 [num_users]."""
     following = np.zeros(segments[-1].manifest["num_users"] if segments else 0, np.int64)
     for events in (segment.events for segment in segments):
