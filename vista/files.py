@@ -279,7 +279,7 @@ def remove_leftovers(folder: Path, *names: str) -> None:
             path.unlink()
             continue
         with suppress(BlockingIOError, FileNotFoundError), _locked_folder(path):
-            shutil.rmtree(path, ignore_errors=True)
+            remove_renamed(path)  # It may hold the old files of an exchange of names that is not on the disk yet.
 
 
 @contextmanager

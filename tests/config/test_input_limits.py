@@ -54,6 +54,7 @@ CHAIN = "a0: &a0 [1]\n" + "".join(f"a{step}: &a{step} [*a{step - 1}]\n" for step
         ("a: *b", "undefined alias"),
         ("model: {dim: " + "1" * 10_000 + "}\n", "invalid YAML: Exceeds the limit (4300 digits)"),
         ("model: {dim: 0x" + "f" * 10_000 + "}\n", "model.dim: holds an integer of more than 64 bits"),
+        ("seed: " + "1" + ":59" * 266_000 + "\n", "line 1: a number in base 60 has 798001 characters, but at most 100"),
         ("run_dir: '" + "x" * (1 << 20) + "'\n", "bytes, but at most 1048576 are read"),
         ("run_dir: ${oc.env:HOME}\n", "run_dir: configurations may not call the resolver oc.env; write the value"),
         ("data: {path: '${oc.env:HOME}'}\n", "data.path: configurations may not call the resolver oc.env"),

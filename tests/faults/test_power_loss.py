@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import random
 import shutil
+import signal
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -249,14 +250,17 @@ def trace_of(traced: Nursery, world: Path, tmp_path_factory: pytest.TempPathFact
 
 
 def check_operation_images(
-    say: Say, name: str, before: str, folder: str, log: str, scratch: str, seed: str, numbers: list[int]
+    say: Say, name: str, before: str, folder: str, log: str, begin: int, scratch: str, seed: str, numbers: list[int]
 ) -> None:
-    """Make and check images of power cuts anywhere in the log, and at its end; says [outcome, text] of each."""
+    """Make and check images of power cuts from call `begin` of the log on, and at its end.
+
+    Says [outcome, text] of each.
+    """
     logging.disable(logging.CRITICAL)
     calls, operation = list(preload.read_log(Path(log))), OPERATIONS[name]
     for number in numbers:
         chance = random.Random(f"{seed} {number}")
-        cut = chance.choice([len(calls), chance.randrange(len(calls)), chance.randrange(len(calls))])
+        cut = chance.choice([len(calls), chance.randint(begin, len(calls)), chance.randint(begin, len(calls))])
         image, acknowledged = Path(scratch) / f"image-{number}", cut == len(calls)
         write_image(image, Path(before), Path(folder), calls, cut, chance)
         if number % 10 == 9:
@@ -353,7 +357,54 @@ def reopen(operation: Operation, folder: Path) -> None:
 def test_power_loss_of_operations(trial: Trial, traced: Nursery, trace_of: Callable[[str], Trace]) -> None:
     name = trial.promise.kind
     trace = trace_of(name)
-    arguments = name, trace.before, trace.folder, trace.log, trial.folder, trial.promise.name
+    arguments = name, trace.before, trace.folder, trace.log, 0, trial.folder, trial.promise.name
+    judge(trial, traced, check_operation_images, *arguments)
+
+
+KILLED_IMAGES = 10
+"""Images per kill."""
+
+
+def run_killed(say: Say, folder: str, name: str, log: str, kinds: int, number: int) -> None:
+    """Run an operation, log its calls, and die right before the `number`-th call of these kinds."""
+    preload.fail_at(kinds, number, -signal.SIGKILL)
+    run_traced(say, folder, name, log)
+
+
+def repeat_traced(say: Say, folder: str, name: str, log: str) -> None:
+    """Repeat an operation and log its calls."""
+    logging.disable(logging.CRITICAL)
+    preload.watch(folder, log)
+    repeat(OPERATIONS[name], Path(folder))
+
+
+@promise(
+    "Operations survive a power cut",
+    fault="power cut while {kind} is repeated after a kill: disk images from a write log",
+    judged=True,
+    full=FULL,
+    each=KILLED_IMAGES,
+    kinds=OPERATIONS,
+    smoke=KILLED_IMAGES,
+    smoke_kinds=["an addition of items"],
+)
+def test_power_loss_after_a_kill(trial: Trial, traced: Nursery, trace_of: Callable[[str], Trace]) -> None:
+    """Half of the kills come after a name was changed, before that is durable."""
+    name = trial.promise.kind
+    trace = trace_of(name)
+    calls = list(preload.read_log(trace.log))
+    kinds, number = preload.WRITES | preload.SYNCS | preload.NAMES, trial.random.randint(1, len(calls))
+    changes = [place for name in "xr" for place, call in enumerate(calls) if call.name == name]
+    if changes and trial.number % 2 == 0:
+        earlier = calls[: changes[0] if trial.number == 0 else trial.random.choice(changes)]
+        kinds, number = preload.SYNCS, 1 + sum(call.name == "s" or call.synchronous for call in earlier)
+    folder, log = trial.folder.resolve() / "disk", trial.folder / "log"
+    shutil.copytree(trace.before, folder)
+    killed = traced.start(run_killed, folder, name, log, kinds, number).end()
+    assert killed.exit_code in (0, -signal.SIGKILL), killed.raised
+    begin = len(list(preload.read_log(log)))
+    traced.call(repeat_traced, folder, name, log)
+    arguments = name, trace.before, folder, log, begin, trial.folder, trial.promise.name
     judge(trial, traced, check_operation_images, *arguments)
 
 

@@ -214,13 +214,7 @@ class TestLogs:
         [
             {"num_users": 3, "events_per_user": 1},
             {"num_users": 2, "events_per_user": 300, "days": 1.5},
-            {
-                "num_users": 2,
-                "events_per_user": 3000,
-                "num_items": 6,
-                "num_topics": 5,
-                "max_interests": 1,
-            },
+            {"num_users": 2, "events_per_user": 3000, "num_items": 6, "num_topics": 5, "max_interests": 1},
             {"num_users": 1, "events_per_user": 9000, "days": 2000.0},
         ],
     )

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,12 +23,13 @@ import yaml
 from tests.conftest import small_config
 from vista.cli.main import main
 from vista.config import TrainConfig
-from vista.config.checks import to_dict
+from vista.config.checks import TrackerKind, to_dict
 from vista.config.composition import to_yaml
 from vista.config.train_config import TrackingConfig
 from vista.errors import MissingDependencyError, TrackingError
 from vista.log.event_log import EventLog
 from vista.runs import tracking
+from vista.runs.tracking import TrackedFolder, WandbTracker
 from vista.training.trainer import Trainer, train_model
 
 KINDS = [
@@ -312,6 +314,18 @@ def test_a_missing_key_of_wandb_is_named(
     config.tracking.offline = False
     with pytest.raises(TrackingError, match=r"wandb login.*tracking\.offline=true"):
         train_model(config, event_log)
+
+
+def test_the_offline_mode_of_wandb_is_honored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    wandb = SimpleNamespace(Settings=SimpleNamespace, login=lambda **_: False, init=lambda **words: given.update(words))
+    monkeypatch.setattr("vista.runs.tracking.require_module", lambda *_: wandb)
+    folder = TrackedFolder(tmp_path, TrackingConfig(kind=TrackerKind.wandb), {}, {})
+    with pytest.raises(TrackingError, match=r"tracking\.offline=true"):
+        WandbTracker(folder, None)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    WandbTracker(folder, None)
+    assert given["mode"] == "offline"
 
 
 def test_an_unknown_tracker_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -21,6 +22,7 @@ from vista.evaluation.baseline_evaluation import measure_baseline
 from vista.evaluation.counting_baselines import Transitions
 from vista.log.event_log import EventLog
 from vista.model.ranking_model import RankingModel
+from vista.training import run_folder
 from vista.training.run_folder import MetricsWriter, log_file, model_card
 from vista.training.run_plan import Progress
 from vista.training.trainer import train, train_model
@@ -60,6 +62,28 @@ def test_a_refused_batch_is_not_written_through_a_link_or_to_a_pipe(event_log: E
     assert f"the batch is saved in {link}" in run("second")
     assert victim.read_bytes() == b"kept" and link.read_bytes() == saved.read_bytes()
     assert f"the batch cannot be saved in {pipe} (is not a regular file)" in run("third")
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "run.json"])
+def test_a_full_disk_is_a_typed_error(
+    event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    replace = os.replace
+
+    def fill(source: str, target: str, **folders: int) -> None:
+        if target == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target, **folders)
+
+    monkeypatch.setattr(os, "replace", fill)
+    with pytest.raises(ConfigError, match=rf"{name}: cannot be written \(No space left on device\); free space"):
+        train_model(small_config(event_log, tmp_path / "run"), event_log)
+
+
+def test_a_full_disk_under_a_row_of_metrics_is_a_typed_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "open_to_append", lambda path: open("/dev/full", "a"))  # noqa: SIM115
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl: cannot be written \(No space left on device\); free space"):
+        MetricsWriter(tmp_path).write({"step": 1})
 
 
 @pytest.mark.parametrize("step", [0, 5])

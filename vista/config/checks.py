@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import re
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from types import NoneType, UnionType
@@ -149,6 +150,9 @@ def check_max_values(value: int, key: str) -> None:
 
 MAX_YAML_VALUES, MAX_LEVELS = 10_000, 50
 """Of a document, with every alias replaced by what it stands for."""
+_BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(?::[0-5]?[0-9])+")
+MAX_BASE_60 = 100
+"""Characters of an integer in base 60, such as 1:30. PyYAML takes time that grows with the square of its length."""
 
 
 @dataclass(eq=False, slots=True)
@@ -164,7 +168,7 @@ class _Node:
 
 
 def check_size(text: str) -> None:
-    """Refuse a document that is huge once its aliases are replaced, or that contains itself, without building it.
+    """Refuse a document that takes long to build, is huge once its aliases are replaced, or contains itself.
 
     Raises:
         yaml.YAMLError: it is, or the text is not YAML.
@@ -182,6 +186,11 @@ def check_size(text: str) -> None:
             node = open_nodes.pop()
             open_nodes[-1].add(node)
         elif isinstance(event, yaml.ScalarEvent):
+            if event.implicit[0] and len(event.value) > MAX_BASE_60 and _BASE_60.fullmatch(event.value):
+                raise yaml.YAMLError(
+                    f"line {line}: a number in base 60 has {len(event.value)} characters, but at most {MAX_BASE_60} "
+                    "are read"
+                )
             node = _Node()
             open_nodes[-1].add(node)
         elif isinstance(event, yaml.AliasEvent):

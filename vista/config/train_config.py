@@ -221,7 +221,8 @@ class TrackingConfig:
     project: str = "vista"
     """Experiment of MLflow, or project of Weights & Biases."""
     offline: bool = False
-    """With kind=wandb: write to <run_dir>/wandb instead of a server. `wandb sync` uploads the run later."""
+    """With kind=wandb: write to <run_dir>/wandb instead of a server. `wandb sync` uploads the run later. So does the
+    environment variable WANDB_MODE=offline."""
 
     def __post_init__(self) -> None:
         check_types(self, "tracking.")

@@ -42,13 +42,7 @@ from vista.log.segment_files import (
     offset_entries,
     stream_offsets,
 )
-from vista.log.segment_writer import (
-    FeatureWriter,
-    SegmentWriter,
-    TableWriter,
-    locked_log,
-    staged_folder,
-)
+from vista.log.segment_writer import FeatureWriter, SegmentWriter, TableWriter, locked_log, staged_folder
 from vista.log.vocabulary import Vocabulary
 from vista.progress_bar import progress_bar
 

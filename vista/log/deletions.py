@@ -111,7 +111,7 @@ def forget_file(path: str | os.PathLike[str], file: str, time_unit: str | None) 
         return _forget(Path(path), source)
 
 
-def rows_to_erase(log: EventLog, user_ids: Sequence[int] | Sequence[str]) -> NDArray[np.int64]:
+def rows_to_erase(log: EventLog, user_ids: Sequence[int] | Sequence[str]) -> Int:
     """Rows of the users to erase.
 
     Raises:

@@ -125,9 +125,9 @@ class Impressions:
     the names of `EventLog.request_features`.
     """
 
-    offsets: NDArray[np.int64]
+    offsets: Int
     item: NDArray[np.int32]
-    timestamp: NDArray[np.int64]
+    timestamp: Int
     label: NDArray[np.uint8]
     mask: NDArray[np.uint8]
     tasks: list[str]
@@ -161,9 +161,7 @@ def read_impressions(segments: Sequence[Segment], num_users: int) -> Impressions
     )
 
 
-def merged_columns(
-    tables: Sequence[PackedTable], offsets: NDArray[np.int64]
-) -> tuple[dict[str, NDArray[Any]], RowFeatures]:
+def merged_columns(tables: Sequence[PackedTable], offsets: Int) -> tuple[dict[str, NDArray[Any]], RowFeatures]:
     """Merge the columns and features of users 0 .. U - 1 from several tables, by time, then in the order of tables.
 
     Args:

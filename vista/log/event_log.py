@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, SupportsIndex
 
 import numpy as np
-from numpy.typing import NDArray
 
+from vista.arrays import Int
 from vista.config import FeatureTableConfig, ItemTableConfig, SourceColumns, SourceConfig, UserTableConfig
 from vista.config.checks import OnBadRows
 from vista.errors import ConfigError, LogFormatError, UnknownUserError, shown
@@ -195,7 +195,7 @@ class EventLog:
         return [segment.manifest for segment in self.segments]
 
     @cached_property
-    def lengths(self) -> NDArray[np.int64]:
+    def lengths(self) -> Int:
         """Number of events per user: int64 [num_users]."""
         total = np.zeros(self.num_users, np.int64)
         for segment in self.segments:
@@ -303,7 +303,7 @@ class EventLog:
             digest.update(f"{offset.cluster} {partition.topic} {partition.number} {offset.next}\n".encode())
         return digest.hexdigest()
 
-    def changed_users(self, after: int) -> NDArray[np.int64]:
+    def changed_users(self, after: int) -> Int:
         """Users with new events, features, or deletions in segments numbered above `after` (0: in any segment).
 
         This also works inside a compacted range. The result includes users without remaining events, and erased users
@@ -357,7 +357,7 @@ class EventLog:
                 "right log and that no segment was removed, or refresh all users from it"
             )
 
-    def counts_before(self, time: int) -> NDArray[np.int64]:
+    def counts_before(self, time: int) -> Int:
         """Number of events per user strictly before `time` (ms, or an ordinal): int64 [num_users]."""
         total = np.zeros(self.num_users, np.int64)
         for events in (segment.events for segment in self.segments):
@@ -376,7 +376,7 @@ class EventLog:
         low, high, _ = slice(start, stop).indices(int(self.lengths[row]))
         return slice_merged(self._tables, row, low, max(low, high))
 
-    def _checked_rows(self, user_rows: Any) -> NDArray[np.int64]:
+    def _checked_rows(self, user_rows: Any) -> Int:
         rows = np.asarray(user_rows)
         if rows.ndim != 1 or (rows.size and rows.dtype.kind not in "iu"):
             raise TypeError(
@@ -388,7 +388,7 @@ class EventLog:
         return rows
 
 
-def _bounds(values: Any, shape: tuple[int, ...]) -> NDArray[np.int64]:
+def _bounds(values: Any, shape: tuple[int, ...]) -> Int:
     """Checked starts or stops of ranges of events."""
     bounds = np.asarray(values)
     if bounds.shape != shape:

@@ -426,7 +426,7 @@ LATEST_MS = 4_102_444_800_000
 """2100-01-01. Later times are treated as errors."""
 
 
-def gap_bucket(gap_ms: NDArray[np.int64]) -> NDArray[np.int64]:
+def gap_bucket(gap_ms: Int) -> Int:
     """Logarithmic bucket of a time difference.
 
     Args:
@@ -439,7 +439,7 @@ def gap_bucket(gap_ms: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.minimum(1 + np.log2(1.0 + seconds).astype(np.int64), NUM_GAPS - 1)
 
 
-def history_gaps(timestamp: NDArray[np.int64], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+def history_gaps(timestamp: Int, offsets: Int) -> Int:
     """Bucket of the gap between each packed event and the previous one; unknown for a user's first event.
 
     Args:

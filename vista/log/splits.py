@@ -10,7 +10,6 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vista.arrays import Int
 from vista.config import DataConfig
@@ -119,7 +118,7 @@ MIN_EVENTS = 3
 """Users with fewer events are not used for validation and testing, so leave-last-out hides none of their events."""
 
 
-def visible_counts(log: EventLog, until: Until | str | int | None) -> NDArray[np.int64]:
+def visible_counts(log: EventLog, until: Until | str | int | None) -> Int:
     """Number of leading events of each user that are visible.
 
     leave-last-out hides each user's last event, leave-last-N-out the last N, and leave-last-P-percent-out the last P
@@ -145,7 +144,7 @@ def visible_counts(log: EventLog, until: Until | str | int | None) -> NDArray[np
 
 
 def visible_blocks(
-    log: EventLog, counts: NDArray[np.int64], events: int = EVENTS_PER_BLOCK, *, features: bool = False
+    log: EventLog, counts: Int, events: int = EVENTS_PER_BLOCK, *, features: bool = False
 ) -> Iterator[Histories]:
     """The first counts[u] events of every user u, some users at a time.
 
@@ -165,9 +164,7 @@ def visible_blocks(
         yield log.gather(np.arange(part.start, part.stop), counts[part], features=features)
 
 
-def random_users_counts(
-    counts: NDArray[np.int64], most_events: int, rng: np.random.Generator, what: str, *, least: int = 1
-) -> NDArray[np.int64]:
+def random_users_counts(counts: Int, most_events: int, rng: np.random.Generator, what: str, *, least: int = 1) -> Int:
     """Visible events per user, with 0 for some random users if all have more than `most_events`.
 
     Args:
@@ -225,9 +222,7 @@ def _label_starts(data: DataConfig) -> tuple[int, int]:
     return validation, test
 
 
-def part_counts(
-    log: EventLog, data: DataConfig, part: str
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+def part_counts(log: EventLog, data: DataConfig, part: str) -> tuple[Int, Int, Int]:
     """Events of each user that a part ("validation" or "test") sees, before its first label, and before their end.
 
     The first two differ by the events of the gap. The labels of validation end where the gap before those of test
@@ -259,7 +254,7 @@ def part_times(data: DataConfig, part: str) -> tuple[int | None, int | None]:
     return begin, split_until(data, "test").before if part == "validation" else None
 
 
-def refresh_times(data: DataConfig, part: str, end: int) -> NDArray[np.int64]:
+def refresh_times(data: DataConfig, part: str, end: int) -> Int:
     """When a store is refreshed for the impressions of a part of a split by time: int64 [P] ms, ascending.
 
     The first refresh is when the part's labels begin, and others follow every `data.refresh_days`.

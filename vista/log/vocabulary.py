@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.arrays import map_array, offsets_of
+from vista.arrays import Int, map_array, offsets_of
 from vista.errors import ConfigError, LogFormatError, shown
 
 Ids = Sequence[int] | Sequence[str] | Sequence[int | str] | NDArray[Any]
@@ -43,13 +43,7 @@ class Vocabulary:
 
     __slots__ = ("_ascending", "_blank", "_by_id", "_data", "_offsets", "_order", "_table", "kind")
 
-    def __init__(
-        self,
-        kind: str,
-        ids: NDArray[Any],
-        offsets: NDArray[np.int64] | None = None,
-        blank: NDArray[np.int64] | None = None,
-    ) -> None:
+    def __init__(self, kind: str, ids: NDArray[Any], offsets: Int | None = None, blank: Int | None = None) -> None:
         if kind not in ("int", "str"):
             raise ValueError(f"kind must be 'int' or 'str', got {kind!r}")
         if (kind == "str") != (offsets is not None):
@@ -59,8 +53,8 @@ class Vocabulary:
         self._offsets = offsets
         self._blank = blank if blank is not None and len(blank) else None
         self._ascending: bool | None = None
-        self._order: NDArray[np.int64] | None = None
-        self._table: tuple[int, NDArray[np.int64]] | None = None
+        self._order: Int | None = None
+        self._table: tuple[int, Int] | None = None
         self._by_id: dict[str, int] | None = None
 
     @classmethod
@@ -98,7 +92,7 @@ class Vocabulary:
         at = np.minimum(np.searchsorted(self._blank, index), len(self._blank) - 1)
         return np.asarray(self._blank[at] != index)
 
-    def _real_rows(self) -> NDArray[np.int64]:
+    def _real_rows(self) -> Int:
         """Rows that have an id."""
         rows = np.arange(len(self))
         return rows if self._blank is None else np.delete(rows, self._blank)
@@ -108,7 +102,7 @@ class Vocabulary:
         """Number of rows whose id was removed."""
         return 0 if self._blank is None else len(self._blank)
 
-    def rows(self, ids: Ids) -> NDArray[np.int64]:
+    def rows(self, ids: Ids) -> Int:
         """Rows of raw ids.
 
         Returns:
@@ -133,7 +127,7 @@ class Vocabulary:
             raise LookupError(f"the id of row {int(gone[0])} was removed; check with has_ids first")
         return self._stored_ids(index)
 
-    def _stored_ids(self, index: NDArray[np.int64]) -> NDArray[Any]:
+    def _stored_ids(self, index: Int) -> NDArray[Any]:
         """The ids of rows; 0 or "" where the id was removed."""
         if self._offsets is None:
             return np.asarray(self._data[index])
@@ -169,7 +163,7 @@ class Vocabulary:
         offsets = self._offsets[start : stop + 1]
         return Vocabulary("str", self._data[offsets[0] : offsets[-1]], offsets - offsets[0], blank)
 
-    def without_ids(self, rows: NDArray[np.int64]) -> Vocabulary:
+    def without_ids(self, rows: Int) -> Vocabulary:
         """This vocabulary without the ids of `rows`. The rows stay, but their ids become unknown."""
         blank = np.union1d(rows, np.empty(0, np.int64) if self._blank is None else self._blank).astype(np.int64)
         if self._offsets is None:
@@ -254,11 +248,11 @@ class Vocabulary:
                     sha.update(np.ascontiguousarray(array[start : start + (1 << 20)]).data)
         return sha.hexdigest()
 
-    def _int_rows(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _int_rows(self, ids: Int) -> Int:
         rows = self._stored_int_rows(ids)
         return rows if self._blank is None else np.where(self.has_ids(rows), rows, -1)
 
-    def _stored_int_rows(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _stored_int_rows(self, ids: Int) -> Int:
         """The row that stores each id, preferring rows whose id was not removed; -1 without one."""
         if not len(self) or not len(ids):
             return np.full(len(ids), -1, np.int64)
@@ -284,7 +278,7 @@ class Vocabulary:
             self._ascending = bool(np.all(self._data[1:] > self._data[:-1]))
         return self._ascending
 
-    def _lookup_table(self) -> tuple[int, NDArray[np.int64] | None]:
+    def _lookup_table(self) -> tuple[int, Int | None]:
         """(lowest id, row of each id from there on) if ids are dense enough for a table; else (0, None)."""
         if self._table is None:
             rows = self._real_rows()
@@ -297,7 +291,7 @@ class Vocabulary:
             self._table = (low, table)
         return self._table
 
-    def _str_rows(self, ids: list[str]) -> NDArray[np.int64]:
+    def _str_rows(self, ids: list[str]) -> Int:
         if self._by_id is None:
             if len(ids) <= _SMALL_QUERY and self._is_ascending_str():
                 return np.array([self._bisect(name.encode()) for name in ids], dtype=np.int64)
@@ -333,7 +327,7 @@ def _all_int(array: NDArray[Any]) -> bool:
     return all(isinstance(x, (int, np.integer)) and not isinstance(x, bool) for x in array.ravel())
 
 
-def _as_int_ids(ids: Ids) -> NDArray[np.int64]:
+def _as_int_ids(ids: Ids) -> Int:
     array = np.atleast_1d(np.asarray(ids))
     if array.ndim != 1:
         raise TypeError(f"ids must be one-dimensional, got shape {array.shape}")

@@ -159,7 +159,8 @@ class WandbTracker:
         )
         if tracking.server is not None:
             settings.base_url = tracking.server
-        if not tracking.offline and not wandb.login(host=tracking.server, prompt=False):
+        offline = tracking.offline or os.environ.get("WANDB_MODE") == "offline"
+        if not offline and not wandb.login(host=tracking.server, prompt=False):
             raise TrackingError("no API key is set; run `wandb login`, or set tracking.offline=true")
         self._run = wandb.init(
             project=tracking.project,
@@ -167,7 +168,7 @@ class WandbTracker:
             dir=str(folder.run_dir),
             id=self.run_id,
             resume="allow",
-            mode="offline" if tracking.offline else "online",
+            mode="offline" if offline else "online",
             config={**folder.settings, **folder.tags},
             allow_val_change=True,
             settings=settings,

@@ -30,23 +30,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.random import SFC64, Generator
 from numpy.typing import NDArray
 
-from vista.arrays import offsets_of
+from vista.arrays import Floats, Int, offsets_of
 from vista.config import SimulateConfig
 from vista.errors import ConfigError, DataError
 from vista.files import checked_path, create_file, make_folders, replace_text, sync
 from vista.installation import require_module
 from vista.logistic_regression import fit_probability, predict_probability
 from vista.progress_bar import progress_bar
-from vista.simulation.streams import (
-    ACTIONS,
-    SimulatedChunk,
-    SimulatedLog,
-    make_catalog,
-    pooled_features,
-    split_times,
-)
+from vista.simulation.streams import ACTIONS, SimulatedChunk, SimulatedLog, make_catalog, pooled_features, split_times
 from vista.simulation.worlds import WORLDS
 
 if TYPE_CHECKING:
@@ -116,9 +110,7 @@ def normalized_entropy(labels: NDArray[np.bool_], probabilities: NDArray[np.floa
     return float(-np.where(labels, np.log(p), np.log1p(-p)).mean() / entropy)
 
 
-def predict_from_window(
-    log: SimulatedLog, window: int | None, chosen: NDArray[np.bool_], task: int = 0
-) -> NDArray[np.float64]:
+def predict_from_window(log: SimulatedLog, window: int | None, chosen: NDArray[np.bool_], task: int = 0) -> Floats:
     """Best estimate [chosen.sum()] of a task's probability from the last `window` events, fitted on other users.
 
     Args:
@@ -153,7 +145,7 @@ def _some(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 def predict_from_pooled_vectors(
     log: SimulatedLog, fitted_on: NDArray[np.bool_], chosen: NDArray[np.bool_], task: int = 0
-) -> NDArray[np.float64]:
+) -> Floats:
     """Estimate [chosen.sum()] of a task's probability by the best linear function of pooled vectors.
 
     Args:
@@ -263,7 +255,7 @@ def generate(config: SimulateConfig, *, chunk_events: int = CHUNK_EVENTS) -> Sim
     root = np.random.SeedSequence(config.seed)
     catalog_seed, length_seed, chunk_seed = root.spawn(3)
     catalog = make_catalog(config, catalog_seed)
-    lengths = _draw_lengths(config, np.random.Generator(np.random.SFC64(length_seed)))
+    lengths = _draw_lengths(config, Generator(SFC64(length_seed)))
     users = list(_user_chunks(lengths, chunk_events))
     seeds = chunk_seed.spawn(len(users))
 
@@ -289,14 +281,14 @@ def generate(config: SimulateConfig, *, chunk_events: int = CHUNK_EVENTS) -> Sim
     )
 
 
-def _draw_lengths(config: SimulateConfig, rng: np.random.Generator) -> NDArray[np.int64]:
+def _draw_lengths(config: SimulateConfig, rng: Generator) -> Int:
     """Lengths of the histories, [num_users], at least 1: log-normal, between about 1/3 and 3 times the median."""
     weight = np.clip(np.exp(LENGTH_SPREAD * rng.standard_normal(config.num_users)), 1 / 3, 3)
     ends = np.rint(np.cumsum(weight) / weight.sum() * config.num_users * config.events_per_user)
     return np.asarray(np.maximum(np.diff(ends, prepend=0), 1), dtype=np.int64)
 
 
-def _user_chunks(lengths: NDArray[np.int64], chunk_events: int) -> Iterator[slice]:
+def _user_chunks(lengths: Int, chunk_events: int) -> Iterator[slice]:
     """Ranges of consecutive users with about `chunk_events` events each; a longer history is a range by itself."""
     ends = np.cumsum(lengths)
     group = (ends - lengths) // chunk_events

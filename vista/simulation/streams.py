@@ -7,9 +7,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
+from numpy.random import SFC64, Generator, SeedSequence
 from numpy.typing import NDArray
 
-from vista.arrays import offsets_of
+from vista.arrays import Floats, Int, offsets_of
 from vista.config import SimulateConfig
 from vista.log.histories import DAY_MS
 
@@ -48,13 +49,13 @@ class Catalog:
     """[num_items] standard normal."""
     ranked: NDArray[np.int32]
     """[NUM_PERIODS, num_items] items grouped by topic, most popular first."""
-    topic_start: NDArray[np.int64]
+    topic_start: Int
     """[K + 1] where each topic starts in a row of `ranked`."""
 
 
-def make_catalog(config: SimulateConfig, seed: np.random.SeedSequence) -> Catalog:
+def make_catalog(config: SimulateConfig, seed: SeedSequence) -> Catalog:
     """Draw topics of equal size, qualities, and drifting popularity for all items."""
-    rng = np.random.Generator(np.random.SFC64(seed))
+    rng = Generator(SFC64(seed))
     topic = rng.permutation(np.arange(config.num_items) % config.num_topics).astype(np.uint8)
     quality = rng.standard_normal(config.num_items, dtype=np.float32)
     ranked = np.empty((NUM_PERIODS, config.num_items), np.int32)
@@ -68,12 +69,12 @@ def make_catalog(config: SimulateConfig, seed: np.random.SeedSequence) -> Catalo
 
 
 def draw_items(
-    rng: np.random.Generator,
+    rng: Generator,
     config: SimulateConfig,
     catalog: Catalog,
     topic: NDArray[np.uint8],
-    time: NDArray[np.int64],
-    of_event: NDArray[np.int64] | None = None,
+    time: Int,
+    of_event: Int | None = None,
 ) -> NDArray[np.int32]:
     """Draw an item for each of the topics [T] by popularity at `time`.
 
@@ -108,19 +109,19 @@ class TopicIndex:
         self._keys += np.arange(len(topic))
         self._keys.sort()
 
-    def count(self, topic: IntArray, start: IntArray, stop: IntArray) -> NDArray[np.int64]:
+    def count(self, topic: IntArray, start: IntArray, stop: IntArray) -> Int:
         """Events of `topic` [N] among the packed events start..stop-1 [N]."""
         base = topic.astype(np.int64) * self._stride
         return np.asarray(np.searchsorted(self._keys, base + stop) - np.searchsorted(self._keys, base + start))
 
-    def age(self, topic: IntArray, start: IntArray, stop: IntArray) -> NDArray[np.int64]:
+    def age(self, topic: IntArray, start: IntArray, stop: IntArray) -> Int:
         """Events of start..stop-1 newer than the newest event of `topic`: int64 [N], -1 if there is no such event."""
         base = topic.astype(np.int64) * self._stride
         before = np.searchsorted(self._keys, base + stop)
         newest = self._keys[np.maximum(before - 1, 0)] - base
         return np.where((before > 0) & (newest >= start), stop - 1 - newest, -1)
 
-    def first(self, topic: IntArray, start: IntArray, stop: IntArray) -> NDArray[np.int64]:
+    def first(self, topic: IntArray, start: IntArray, stop: IntArray) -> Int:
         """Packed index of the oldest event of `topic` [N] among start..stop-1: int64 [N], `stop` if there is none."""
         base = topic.astype(np.int64) * self._stride
         at = np.searchsorted(self._keys, base + start)
@@ -142,19 +143,19 @@ class Interests:
 
     order: NDArray[np.uint8]
     """[U, K] each user's topics: first the slow interests in the order of their episodes, then all others."""
-    num_slow: NDArray[np.int64]
+    num_slow: Int
     """[U] number of slow interests."""
-    episode_start: NDArray[np.int64]
+    episode_start: Int
     """[E] packed index of the first event."""
-    episode_ordinal: NDArray[np.int64]
+    episode_ordinal: Int
     """[E] 0-based number of the episode within its user."""
     active: NDArray[np.uint8]
     """[E, 4] the episode's interest, the previous interest, two passing topics."""
 
 
 def draw_orders(
-    rng: np.random.Generator, config: SimulateConfig, num_users: int, reserved: int = 0
-) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    rng: Generator, config: SimulateConfig, num_users: int, reserved: int = 0
+) -> tuple[NDArray[np.uint8], Int]:
     """Draw each user's order of topics and number of slow interests.
 
     Returns:
@@ -165,11 +166,7 @@ def draw_orders(
 
 
 def draw_interests(
-    rng: np.random.Generator,
-    config: SimulateConfig,
-    offsets: NDArray[np.int64],
-    order: NDArray[np.uint8],
-    num_slow: NDArray[np.int64],
+    rng: Generator, config: SimulateConfig, offsets: Int, order: NDArray[np.uint8], num_slow: Int
 ) -> Interests:
     """Divide histories into episodes, and let the first `num_slow` topics of each user's order take turns."""
     num_events = int(offsets[-1])
@@ -186,14 +183,14 @@ def draw_interests(
 
 
 def other_topics(
-    rng: np.random.Generator, order: NDArray[np.uint8], slow: IntArray, user: IntArray, shape: tuple[int, ...]
+    rng: Generator, order: NDArray[np.uint8], slow: IntArray, user: IntArray, shape: tuple[int, ...]
 ) -> NDArray[np.uint8]:
     """Topics drawn uniformly from those outside the user's slow interests; `slow` and `user` broadcast to `shape`."""
     column = slow + (rng.random(shape) * (order.shape[1] - slow)).astype(np.int64)
     return np.asarray(order[user, column])
 
 
-def stretch_starts(drawn: IntArray, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+def stretch_starts(drawn: IntArray, offsets: Int) -> Int:
     """First events of stretches of the `drawn` lengths, laid over all users; each user's first event starts one too."""
     cuts = np.cumsum(drawn, dtype=np.int64)
     starts = np.concatenate([offsets[:-1], cuts[cuts < offsets[-1]]])
@@ -229,15 +226,13 @@ class EventStream:
 
     item: NDArray[np.int32]
     """[T]"""
-    timestamp: NDArray[np.int64]
+    timestamp: Int
     """[T] ms"""
     action: NDArray[np.uint8]
     """[T] codes of `ACTIONS`."""
 
 
-def draw_sessions(
-    rng: np.random.Generator, config: SimulateConfig, offsets: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def draw_sessions(rng: Generator, config: SimulateConfig, offsets: Int) -> tuple[Int, Int]:
     """First events [S] of the sessions, and the session of each event [T]."""
     num_events = int(offsets[-1])
     drawn = rng.geometric(1 / config.session_events, num_draws(num_events, config.session_events))
@@ -246,12 +241,8 @@ def draw_sessions(
 
 
 def draw_events(
-    rng: np.random.Generator,
-    config: SimulateConfig,
-    catalog: Catalog,
-    offsets: NDArray[np.int64],
-    interests: Interests,
-) -> tuple[EventStream, NDArray[np.int64]]:
+    rng: Generator, config: SimulateConfig, catalog: Catalog, offsets: Int, interests: Interests
+) -> tuple[EventStream, Int]:
     """Draw sessions about the episodes' topics: the events, and the episode of each event's session [T]."""
     num_events = int(offsets[-1])
     start, of_event = draw_sessions(rng, config, offsets)
@@ -272,7 +263,7 @@ def draw_events(
     return EventStream(item, timestamp, action), episode[of_event]
 
 
-def draw_actions(rng: np.random.Generator, on_topic: NDArray[np.bool_]) -> NDArray[np.uint8]:
+def draw_actions(rng: Generator, on_topic: NDArray[np.bool_]) -> NDArray[np.uint8]:
     """Codes of `ACTIONS` [T]: likes and long views are more frequent on the session's topic."""
     limits = np.cumsum(ACTION_SHARES, axis=1).astype(np.float32)
     draw = rng.random(len(on_topic), dtype=np.float32)
@@ -280,13 +271,7 @@ def draw_actions(rng: np.random.Generator, on_topic: NDArray[np.bool_]) -> NDArr
     return np.asarray((draw > limits[:, 0][row]).view(np.uint8) + (draw > limits[:, 1][row]).view(np.uint8))
 
 
-def draw_times(
-    rng: np.random.Generator,
-    config: SimulateConfig,
-    offsets: NDArray[np.int64],
-    session_start: NDArray[np.int64],
-    of_event: NDArray[np.int64],
-) -> NDArray[np.int64]:
+def draw_times(rng: Generator, config: SimulateConfig, offsets: Int, session_start: Int, of_event: Int) -> Int:
     """Times, int64 ms [T], strictly rising per user: histories fill the period, with uneven gaps between sessions."""
     begin, end = period(config)
     num_users, span = len(offsets) - 1, end - begin
@@ -314,14 +299,12 @@ def draw_times(
     return np.asarray(time)
 
 
-def log_uniform(rng: np.random.Generator, limits: tuple[float, float], count: int) -> NDArray[np.float64]:
+def log_uniform(rng: Generator, limits: tuple[float, float], count: int) -> Floats:
     """Numbers [count] whose logarithms are uniform between those of the limits."""
     return np.exp(rng.uniform(np.log(limits[0]), np.log(limits[1]), count))
 
 
-def recurring_events(
-    rng: np.random.Generator, mean_gap: NDArray[np.float64], length: NDArray[np.int64], jitter: float
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def recurring_events(rng: Generator, mean_gap: Floats, length: Int, jitter: float) -> tuple[Int, Int]:
     """Positions at which things recur: (row, position) of each occurrence, sorted by row and position.
 
     Args:
@@ -341,20 +324,16 @@ def recurring_events(
 class RequestStream:
     """When candidates are shown, one row per candidate, sorted by user and time."""
 
-    user: NDArray[np.int64]
+    user: Int
     """[N] rows of the chunk's users."""
-    time: NDArray[np.int64]
+    time: Int
     """[N] ms"""
-    stop: NDArray[np.int64]
+    stop: Int
     """[N] packed index after the last event before the request."""
 
 
 def draw_requests(
-    rng: np.random.Generator,
-    config: SimulateConfig,
-    offsets: NDArray[np.int64],
-    timestamp: NDArray[np.int64],
-    after: NDArray[np.bool_] | None = None,
+    rng: Generator, config: SimulateConfig, offsets: Int, timestamp: Int, after: NDArray[np.bool_] | None = None
 ) -> RequestStream:
     """Draw requests uniformly over each history, and repeat each for its candidates.
 
@@ -384,11 +363,11 @@ class Queries:
 
     item: NDArray[np.int32]
     """[N] candidates."""
-    time: NDArray[np.int64]
+    time: Int
     """[N] ms"""
-    start: NDArray[np.int64]
+    start: Int
     """[N] packed index of the oldest known event."""
-    stop: NDArray[np.int64]
+    stop: Int
     """[N] packed index after the newest event before the impression."""
 
 
@@ -398,21 +377,21 @@ class SimulatedChunk:
 
     item: NDArray[np.int32]
     """[T]"""
-    timestamp: NDArray[np.int64]
+    timestamp: Int
     """[T] ms"""
     action: NDArray[np.uint8]
     """[T] codes of `ACTIONS`."""
     impression_item: NDArray[np.int32]
     """[N]"""
-    impression_timestamp: NDArray[np.int64]
+    impression_timestamp: Int
     """[N] ms"""
-    impression_position: NDArray[np.int64]
+    impression_position: Int
     """[N] number of the user's events strictly before the impression."""
     label: NDArray[np.int8]
     """[N, tasks] 0, 1, or -1 where unknown; the tasks are those of the world."""
     probability: NDArray[np.float32]
     """[N, tasks] true probability of label 1; that of like and long_view is given a click."""
-    decisive_age: NDArray[np.int64]
+    decisive_age: Int
     """[N] number of the user's events since the newest event of the candidate's topic; -1 without such an event."""
 
 
@@ -422,9 +401,9 @@ class SimulatedLog(SimulatedChunk):
 
     config: SimulateConfig
     catalog: Catalog
-    offsets: NDArray[np.int64]
+    offsets: Int
     """[num_users + 1] where each user's events start."""
-    impression_user: NDArray[np.int64]
+    impression_user: Int
     """[N] user rows, which are ids less 1."""
 
     def queries(self, chosen: NDArray[np.bool_], window: int | None = None) -> Queries:
@@ -460,7 +439,7 @@ class PooledView:
     """[num_items] each: classes that a candidate is about. Its vector is the sum of their one-hot vectors."""
 
 
-def pooled_features(log: SimulatedLog, views: tuple[PooledView, ...], chosen: NDArray[np.bool_]) -> NDArray[np.float64]:
+def pooled_features(log: SimulatedLog, views: tuple[PooledView, ...], chosen: NDArray[np.bool_]) -> Floats:
     """Features [chosen.sum(), F]: a constant, the candidate's quality, and its shares in each view and window."""
     columns = [np.ones(int(chosen.sum())), log.catalog.quality[log.impression_item[chosen]].astype(np.float64)]
     for view in views:

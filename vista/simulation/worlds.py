@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Protocol
+from typing import ClassVar, TypeAlias
 
 import numpy as np
+from numpy.random import SFC64, Generator, SeedSequence
 from numpy.typing import NDArray
 
-from vista.arrays import offsets_of
+from vista.arrays import Floats, Int, offsets_of
 from vista.config import SimulateConfig
 from vista.config.checks import WorldName
 from vista.log.histories import DAY_MS
@@ -38,73 +39,42 @@ from vista.simulation.streams import (
     recurring_events,
 )
 
+Drawn: TypeAlias = tuple[EventStream, RequestStream, NDArray[np.int32]]
+"""Events, requests, and the requests' candidates [N]."""
 
-class World(Protocol):
+
+class World(ABC):
     """Draws events and impressions, and knows which features of a history decide the labels."""
 
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """Names of the labels; the first is click."""
-
-    def make_chunk(
-        self, config: SimulateConfig, catalog: Catalog, lengths: NDArray[np.int64], seed: np.random.SeedSequence
-    ) -> SimulatedChunk:
-        """Draw the events and impressions of users with `lengths` [U] events, each at least 1."""
-
-    def window_features(self, log: SimulatedLog, window: int | None, chosen: NDArray[np.bool_]) -> NDArray[np.float64]:
-        """Regressors [chosen.sum(), F] of the chosen impressions, from the last `window` events (None: all events)."""
-
-    def pooled_views(self, catalog: Catalog) -> tuple[PooledView, ...]:
-        """The true classes of items, of which pooled vectors hold the shares."""
-
-
-class ClickWorld(ABC):
-    """A click has probability sigmoid(bias + weights · signals), where signals are computed from earlier events.
-
-    A predictor with limited memory computes the same signals from the newest events alone, along with hints: what else
-    these events tell about the signals of the whole history.
-    """
-
     tasks: ClassVar[tuple[str, ...]] = ("click",)
-    bias: ClassVar[float]
-    weights: ClassVar[tuple[float, ...]]
+    """Names of the labels; the first is click. The others are known of clicked impressions."""
 
     @abstractmethod
-    def draw(
-        self, rng: np.random.Generator, config: SimulateConfig, catalog: Catalog, offsets: NDArray[np.int64]
-    ) -> tuple[EventStream, RequestStream, NDArray[np.int32]]:
+    def draw(self, rng: Generator, config: SimulateConfig, catalog: Catalog, offsets: Int) -> Drawn:
         """Draw the events of users at `offsets` [U + 1], the requests, and their candidates [N]."""
 
     @abstractmethod
-    def signals(
-        self, catalog: Catalog, item: NDArray[np.int32], timestamp: NDArray[np.int64], asked: Queries
-    ) -> NDArray[np.float64]:
-        """Signals and hints [N, R] of the queries, from the known events alone; signals are the first columns.
+    def logits(self, catalog: Catalog, events: EventStream, asked: Queries) -> Floats:
+        """Logits [N, tasks] of the labels of queries, from the known events."""
 
-        Args:
-            catalog: the items' topics.
-            item: [T] packed events of all users.
-            timestamp: [T] ms
-            asked: candidates, times, and known events.
-        """
+    @abstractmethod
+    def window_features(self, log: SimulatedLog, window: int | None, chosen: NDArray[np.bool_]) -> Floats:
+        """Regressors [chosen.sum(), F] of the chosen impressions, from the last `window` events (None: all events)."""
 
     def pooled_views(self, catalog: Catalog) -> tuple[PooledView, ...]:
-        """Items are compared by identity and by topic."""
+        """The true classes of items, of which pooled vectors hold the shares: by default identities and topics."""
         identity = np.arange(len(catalog.topic))
         return PooledView(identity, (identity,)), PooledView(catalog.topic, (catalog.topic,))
 
-    def make_chunk(
-        self, config: SimulateConfig, catalog: Catalog, lengths: NDArray[np.int64], seed: np.random.SeedSequence
-    ) -> SimulatedChunk:
+    def make_chunk(self, config: SimulateConfig, catalog: Catalog, lengths: Int, seed: SeedSequence) -> SimulatedChunk:
         """Draw the events and impressions of users with `lengths` [U] events, each at least 1."""
-        rng = np.random.Generator(np.random.SFC64(seed))
+        rng = Generator(SFC64(seed))
         offsets = offsets_of(lengths)
         events, requests, candidate = self.draw(rng, config, catalog, offsets)
         asked = Queries(candidate, requests.time, offsets[requests.user], requests.stop)
-        signals = self.signals(catalog, events.item, events.timestamp, asked)
-        logit = self.bias + signals[:, : len(self.weights)] @ np.array(self.weights)
-        probability = (1 / (1 + np.exp(-logit))).astype(np.float32)[:, None]
+        probability = (1 / (1 + np.exp(-self.logits(catalog, events, asked)))).astype(np.float32)
         label = (rng.random(probability.shape, dtype=np.float32) < probability).astype(np.int8)
+        label[:, 1:][label[:, 0] == 0] = -1
         topics = TopicIndex(catalog.topic[events.item])
         return SimulatedChunk(
             item=events.item,
@@ -118,10 +88,37 @@ class ClickWorld(ABC):
             decisive_age=topics.age(catalog.topic[candidate], asked.start, asked.stop),
         )
 
-    def window_features(self, log: SimulatedLog, window: int | None, chosen: NDArray[np.bool_]) -> NDArray[np.float64]:
-        """Regressors [chosen.sum(), F] of the chosen impressions, from the last `window` events (None: all events)."""
-        signals = self.signals(log.catalog, log.item, log.timestamp, log.queries(chosen, window))
-        return binned_features(signals)
+
+class ClickWorld(World):
+    """A click has probability sigmoid(bias + weights · signals), where signals are computed from earlier events.
+
+    A predictor with limited memory computes the same signals from the newest events alone, along with hints: what else
+    these events tell about the signals of the whole history.
+    """
+
+    bias: ClassVar[float]
+    weights: ClassVar[tuple[float, ...]]
+
+    @abstractmethod
+    def signals(self, catalog: Catalog, item: NDArray[np.int32], timestamp: Int, asked: Queries) -> Floats:
+        """Signals and hints [N, R] of the queries, from the known events alone; signals are the first columns.
+
+        Args:
+            catalog: the items' topics.
+            item: [T] packed events of all users.
+            timestamp: [T] ms
+            asked: candidates, times, and known events.
+        """
+
+    def logits(self, catalog: Catalog, events: EventStream, asked: Queries) -> Floats:
+        """As `World.logits`: [N, 1]."""
+        signals = self.signals(catalog, events.item, events.timestamp, asked)
+        logit: Floats = self.bias + signals[:, : len(self.weights)] @ np.array(self.weights)
+        return logit[:, None]
+
+    def window_features(self, log: SimulatedLog, window: int | None, chosen: NDArray[np.bool_]) -> Floats:
+        """As `World.window_features`."""
+        return binned_features(self.signals(log.catalog, log.item, log.timestamp, log.queries(chosen, window)))
 
 
 # World `conjunction`: a click needs two old interests together, the candidate's topic and its partner topic.
@@ -141,9 +138,7 @@ class ConjunctionWorld(ClickWorld):
 
     bias, weights = -2.5, (4.5,)
 
-    def draw(
-        self, rng: np.random.Generator, config: SimulateConfig, catalog: Catalog, offsets: NDArray[np.int64]
-    ) -> tuple[EventStream, RequestStream, NDArray[np.int32]]:
+    def draw(self, rng: Generator, config: SimulateConfig, catalog: Catalog, offsets: Int) -> Drawn:
         """Draw episodes about the topics of pairs. Most candidates are of either topic of a visited pair."""
         num_users, num_pairs = len(offsets) - 1, config.num_topics // 2
         pair = rng.random((num_users, num_pairs)).argsort(axis=1)
@@ -169,9 +164,7 @@ class ConjunctionWorld(ClickWorld):
         topic = np.where(rng.random(len(user)) < SHARE_OF_PAIRS, own, other)
         return events, requests, draw_items(rng, config, catalog, topic, requests.time)
 
-    def signals(
-        self, catalog: Catalog, item: NDArray[np.int32], timestamp: NDArray[np.int64], asked: Queries
-    ) -> NDArray[np.float64]:
+    def signals(self, catalog: Catalog, item: NDArray[np.int32], timestamp: Int, asked: Queries) -> Floats:
         """[N, 4]: the weaker interest; hints: logs of the smaller count, the larger count, and the known events."""
         index = TopicIndex(catalog.topic[item])
         topic = catalog.topic[asked.item]
@@ -210,9 +203,7 @@ class DriftWorld(ClickWorld):
 
     bias, weights = -0.5, (4.0,)
 
-    def draw(
-        self, rng: np.random.Generator, config: SimulateConfig, catalog: Catalog, offsets: NDArray[np.int64]
-    ) -> tuple[EventStream, RequestStream, NDArray[np.int32]]:
+    def draw(self, rng: Generator, config: SimulateConfig, catalog: Catalog, offsets: Int) -> Drawn:
         """Put reversals into a history of interests. Candidates are of any slow interest, or of another topic."""
         num_users, lengths = len(offsets) - 1, np.diff(offsets)
         interests = draw_interests(rng, config, offsets, *draw_orders(rng, config, num_users, reserved=1))
@@ -227,9 +218,7 @@ class DriftWorld(ClickWorld):
         topic = np.where(rng.random(len(user)) < SHARE_OF_INTERESTS, slow, other)
         return events, requests, draw_items(rng, config, catalog, topic, requests.time)
 
-    def signals(
-        self, catalog: Catalog, item: NDArray[np.int32], timestamp: NDArray[np.int64], asked: Queries
-    ) -> NDArray[np.float64]:
+    def signals(self, catalog: Catalog, item: NDArray[np.int32], timestamp: Int, asked: Queries) -> Floats:
         """[N, 5]: taste; hints: log counts of liked and disliked events, log age, log of known events."""
         topic = catalog.topic[item].astype(np.int64)
         odd = np.cumsum(topic == 0) % 2
@@ -265,9 +254,7 @@ class ReturnsWorld(ClickWorld):
 
     bias, weights = -3.0, (1.5, 3.5)
 
-    def draw(
-        self, rng: np.random.Generator, config: SimulateConfig, catalog: Catalog, offsets: NDArray[np.int64]
-    ) -> tuple[EventStream, RequestStream, NDArray[np.int32]]:
+    def draw(self, rng: Generator, config: SimulateConfig, catalog: Catalog, offsets: Int) -> Drawn:
         """Put favorites into a history of interests. Candidates are favorites of any age, and popular items."""
         num_users, lengths = len(offsets) - 1, np.diff(offsets)
         interests = draw_interests(rng, config, offsets, *draw_orders(rng, config, num_users, reserved=1))
@@ -287,9 +274,7 @@ class ReturnsWorld(ClickWorld):
         own = favorite[user, (rng.random(len(user)) * number[user]).astype(np.int64)]
         return events, requests, np.where(rng.random(len(user)) < SHARE_OF_FAVORITES, own, popular)
 
-    def signals(
-        self, catalog: Catalog, item: NDArray[np.int32], timestamp: NDArray[np.int64], asked: Queries
-    ) -> NDArray[np.float64]:
+    def signals(self, catalog: Catalog, item: NDArray[np.int32], timestamp: Int, asked: Queries) -> Floats:
         """[N, 6]: count and due; hints: log gap, log period, log of known events, can be a favorite."""
         index = TopicIndex(item)
         count = index.count(asked.item, asked.start, asked.stop)
@@ -327,9 +312,7 @@ class SeasonsWorld(ClickWorld):
 
     bias, weights = -3.0, (4.5, 1.0)
 
-    def draw(
-        self, rng: np.random.Generator, config: SimulateConfig, catalog: Catalog, offsets: NDArray[np.int64]
-    ) -> tuple[EventStream, RequestStream, NDArray[np.int32]]:
+    def draw(self, rng: Generator, config: SimulateConfig, catalog: Catalog, offsets: Int) -> Drawn:
         """Draw sessions by the calendar. Candidates are of the next season, of any season, or of any topic."""
         order, _ = draw_orders(rng, config, len(offsets) - 1)
         start, of_event = draw_sessions(rng, config, offsets)
@@ -354,9 +337,7 @@ class SeasonsWorld(ClickWorld):
         wanted = np.where(kind < 0.4, soon, np.where(kind < 0.8, other, any_topic))
         return events, requests, draw_items(rng, config, catalog, wanted, time)
 
-    def signals(
-        self, catalog: Catalog, item: NDArray[np.int32], timestamp: NDArray[np.int64], asked: Queries
-    ) -> NDArray[np.float64]:
+    def signals(self, catalog: Catalog, item: NDArray[np.int32], timestamp: Int, asked: Queries) -> Floats:
         """[N, 6]: season, weekday; hints: logs of the season's events, age, count, and known events."""
         topic, wanted = catalog.topic[item].astype(np.int64), catalog.topic[asked.item].astype(np.int64)
         index = TopicIndex(topic)
@@ -378,21 +359,21 @@ class SeasonsWorld(ClickWorld):
         return np.stack([season, weekly, *hints], axis=1)
 
 
-def weekday(time: NDArray[np.int64]) -> NDArray[np.int64]:
+def weekday(time: Int) -> Int:
     """Day of the week (UTC), 0 for Thursday, which 1970 began with."""
     return time // DAY_MS % 7
 
 
-def _season_topic(order: NDArray[np.uint8], user: NDArray[np.int64], time: NDArray[np.int64]) -> NDArray[np.uint8]:
+def _season_topic(order: NDArray[np.uint8], user: Int, time: Int) -> NDArray[np.uint8]:
     season = time % YEAR_MS * NUM_SEASONS // YEAR_MS
     return np.asarray(order[user, season % order.shape[1]])
 
 
-def _weekday_topic(order: NDArray[np.uint8], user: NDArray[np.int64], time: NDArray[np.int64]) -> NDArray[np.uint8]:
+def _weekday_topic(order: NDArray[np.uint8], user: Int, time: Int) -> NDArray[np.uint8]:
     return np.asarray(order[user, (NUM_SEASONS + weekday(time)) % order.shape[1]])
 
 
-def _first_not_before(timestamp: NDArray[np.int64], asked: Queries, time: NDArray[np.int64]) -> NDArray[np.int64]:
+def _first_not_before(timestamp: Int, asked: Queries, time: Int) -> Int:
     """Packed index [N] of the first known event at or after `time` [N], by bisection; `stop` if there is none."""
     low, high = asked.start.copy(), asked.stop.copy()
     while (low < high).any():
@@ -423,9 +404,7 @@ class SequenceWorld(ClickWorld):
 
     bias, weights = -2.5, (4.5,)
 
-    def draw(
-        self, rng: np.random.Generator, config: SimulateConfig, catalog: Catalog, offsets: NDArray[np.int64]
-    ) -> tuple[EventStream, RequestStream, NDArray[np.int32]]:
+    def draw(self, rng: Generator, config: SimulateConfig, catalog: Catalog, offsets: Int) -> Drawn:
         """Put cues with their successors into a history of interests.
 
         Requests come directly after a cue that occurred before. Half of the candidates are what followed it then; the
@@ -454,9 +433,7 @@ class SequenceWorld(ClickWorld):
         candidate[wrong] = item[cue[near] + 1]
         return events, requests, candidate
 
-    def signals(
-        self, catalog: Catalog, item: NDArray[np.int32], timestamp: NDArray[np.int64], asked: Queries
-    ) -> NDArray[np.float64]:
+    def signals(self, catalog: Catalog, item: NDArray[np.int32], timestamp: Int, asked: Queries) -> Floats:
         """[N, 5]: follows; hints: cue known, last followed another cue, log count, log of known events."""
         index = TopicIndex(item)
         newest = asked.stop - 1
@@ -470,7 +447,7 @@ class SequenceWorld(ClickWorld):
         return np.stack([follows, known, elsewhere, np.log1p(count), np.log1p(asked.stop - asked.start)], axis=1)
 
 
-def _put_cues(rng: np.random.Generator, catalog: Catalog, offsets: NDArray[np.int64], item: NDArray[np.int32]) -> None:
+def _put_cues(rng: Generator, catalog: Catalog, offsets: Int, item: NDArray[np.int32]) -> None:
     """Replace some of the items [T] by cues, and the items after them by the cues' successors."""
     num_users, lengths = len(offsets) - 1, np.diff(offsets)
     cues = catalog.ranked[0, : catalog.topic_start[1]][:MOST_CUES]
@@ -511,7 +488,7 @@ _NESTED = (8, 16, RECENT_EVENTS, 64, 128)
 """Shorter windows whose counts a predictor uses along with its own."""
 
 
-def affinity(count: IntArray, num_events: IntArray) -> NDArray[np.float64]:
+def affinity(count: IntArray, num_events: IntArray) -> Floats:
     """Long-term affinity: a log-scaled share of the history, 0 without events of the topic, 1 at AFFINITY_FULL.
 
     Args:
@@ -522,42 +499,34 @@ def affinity(count: IntArray, num_events: IntArray) -> NDArray[np.float64]:
     return np.asarray(np.log1p(share / AFFINITY_UNIT) / np.log1p(AFFINITY_FULL / AFFINITY_UNIT))
 
 
-def recent_match(count: IntArray) -> NDArray[np.float64]:
+def recent_match(count: IntArray) -> Floats:
     """Recent match in [0, 1] from the number [N] of a topic's events among the last RECENT_EVENTS."""
     return np.asarray(np.log1p(count) / np.log1p(RECENT_EVENTS))
 
 
-class ShareWorld:
+class ShareWorld(World):
     """A click depends on the share of the candidate's topic in the whole history."""
 
     tasks = ("click", "like", "long_view")
 
-    def make_chunk(
-        self, config: SimulateConfig, catalog: Catalog, lengths: NDArray[np.int64], seed: np.random.SeedSequence
-    ) -> SimulatedChunk:
-        """Draw the events and impressions of users with `lengths` [U] events, each at least 1."""
-        rng = np.random.Generator(np.random.SFC64(seed))
-        offsets = offsets_of(lengths)
-        interests = draw_interests(rng, config, offsets, *draw_orders(rng, config, len(lengths)))
+    def draw(self, rng: Generator, config: SimulateConfig, catalog: Catalog, offsets: Int) -> Drawn:
+        """Draw a history of interests. Candidates are of dormant, current, and passing topics."""
+        interests = draw_interests(rng, config, offsets, *draw_orders(rng, config, len(offsets) - 1))
         events, episode = draw_events(rng, config, catalog, offsets, interests)
         requests = draw_requests(rng, config, offsets, events.timestamp)
-        user, stop = requests.user, requests.stop
-        candidate = _draw_candidates(rng, interests, user, episode[stop - 1])
-        chosen = draw_items(rng, config, catalog, candidate, requests.time)
-        index = TopicIndex(catalog.topic[events.item])
-        start = offsets[user]
-        long_term = affinity(index.count(candidate, start, stop), stop - start)
-        recent = recent_match(index.count(candidate, np.maximum(start, stop - RECENT_EVENTS), stop))
-        features = np.stack([np.ones(len(user)), long_term, recent, catalog.quality[chosen]], axis=1)
-        probability = (1 / (1 + np.exp(-(features @ LOGITS.T)))).astype(np.float32)
-        label = (rng.random(probability.shape, dtype=np.float32) < probability).astype(np.int8)
-        label[:, 1:][label[:, 0] == 0] = -1
-        age = index.age(candidate, start, stop)
-        return SimulatedChunk(
-            events.item, events.timestamp, events.action, chosen, requests.time, stop - start, label, probability, age
-        )
+        topic = _draw_candidates(rng, interests, requests.user, episode[requests.stop - 1])
+        return events, requests, draw_items(rng, config, catalog, topic, requests.time)
 
-    def window_features(self, log: SimulatedLog, window: int | None, chosen: NDArray[np.bool_]) -> NDArray[np.float64]:
+    def logits(self, catalog: Catalog, events: EventStream, asked: Queries) -> Floats:
+        """As `World.logits`."""
+        index, topic = TopicIndex(catalog.topic[events.item]), catalog.topic[asked.item]
+        start, stop = asked.start, asked.stop
+        long_term = affinity(index.count(topic, start, stop), stop - start)
+        recent = recent_match(index.count(topic, np.maximum(start, stop - RECENT_EVENTS), stop))
+        features = np.stack([np.ones(len(topic)), long_term, recent, catalog.quality[asked.item]], axis=1)
+        return np.asarray(features @ LOGITS.T)
+
+    def window_features(self, log: SimulatedLog, window: int | None, chosen: NDArray[np.bool_]) -> Floats:
         """Regressors [chosen.sum(), F] of the chosen impressions, from the last `window` events (None: all events)."""
         index = TopicIndex(log.catalog.topic[log.item])
         asked = log.queries(chosen, window)
@@ -581,9 +550,7 @@ class ShareWorld:
         return (PooledView(catalog.topic, (catalog.topic,)),)
 
 
-def _draw_candidates(
-    rng: np.random.Generator, interests: Interests, user: NDArray[np.int64], episode: NDArray[np.int64]
-) -> NDArray[np.uint8]:
+def _draw_candidates(rng: Generator, interests: Interests, user: Int, episode: Int) -> NDArray[np.uint8]:
     """Topics [N]: a third dormant slow interests, a third current ones, a third without lasting interest."""
     slow, ordinal = interests.num_slow[user], interests.episode_ordinal[episode]
     kind = rng.integers(0, 3, len(user))
@@ -598,7 +565,7 @@ def _draw_candidates(
     return np.asarray(np.where((kind == 0) & (num_dormant > 0), dormant, topic))
 
 
-def _joint(left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.float64]:
+def _joint(left: Int, right: Int) -> Floats:
     """One-hot cells [N, 64] of pairs of codes in 0..7."""
     return np.asarray(np.eye(64)[left * 8 + right])
 

@@ -57,6 +57,18 @@ def open_to_append(path: Path) -> TextIO:
 
 
 @contextlib.contextmanager
+def typed_errors(path: Path) -> Iterator[None]:
+    """Raise an OSError while a file of a run is written, such as of a full disk, as a ConfigError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be written ({error.strerror}); free space or correct this path, then rerun the command to "
+            "resume"
+        ) from error
+
+
+@contextlib.contextmanager
 def claimed_folder(config: TrainConfig) -> Iterator[None]:
     """Make the folder of a run, check what can be checked before anything is read, and keep `log_file` open.
 
@@ -177,7 +189,7 @@ class MetricsWriter:
             The rows that stay.
 
         Raises:
-            ConfigError: as for `open_to_append`.
+            ConfigError: as for `open_to_append` and `typed_errors`.
         """
         rows = self.rows()
         kept = [
@@ -185,7 +197,8 @@ class MetricsWriter:
             for row in rows
             if step > 0 and (row["step"] in validated if "validation" in row else row["step"] <= step)
         ]
-        replace_text(self.path, "".join(map(_line, kept)))
+        with typed_errors(self.path):
+            replace_text(self.path, "".join(map(_line, kept)))
         return kept
 
     def rows(self) -> list[dict[str, Any]]:
@@ -199,8 +212,12 @@ class MetricsWriter:
             return rows_of(file.read())
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row, which holds `step` and `epoch`."""
-        with open_to_append(self.path) as file:
+        """Append one row, which holds `step` and `epoch`.
+
+        Raises:
+            ConfigError: as for `open_to_append` and `typed_errors`.
+        """
+        with typed_errors(self.path), open_to_append(self.path) as file:
             file.write(_line(_defined(row)))
 
 
@@ -280,7 +297,12 @@ class RunRecord(MetricsWriter):
         state = "finished" if kind is None else "stopped" if kind is KeyboardInterrupt else "failed"
         reason = None if error is None or state == "stopped" else f"{type(error).__name__}: {error}"
         self._facts |= {"state": state, "reason": reason, "ended": _now()}
-        self._save()
+        try:
+            self._save()
+        except ConfigError as failure:
+            if error is None:
+                raise
+            logger.warning("%s", failure)  # what ended the run matters more
         files = None
         if kind is None and self._tracked.is_open:
             curves = plot_curves(self.run_dir, self.rows(), self._facts["metric"])
@@ -288,7 +310,9 @@ class RunRecord(MetricsWriter):
         self._tracked.close(files)
 
     def _save(self) -> None:
-        replace_text(self.run_dir / "run.json", json.dumps(self._facts, indent=1) + "\n")
+        path = self.run_dir / "run.json"
+        with typed_errors(path):
+            replace_text(path, json.dumps(self._facts, indent=1) + "\n")
 
 
 def num_parameters(model: RankingModel) -> int:

@@ -53,6 +53,7 @@ from vista.training.run_folder import (
     deferred_interrupt,
     model_card,
     num_parameters,
+    typed_errors,
 )
 from vista.training.run_plan import Progress, RunClock, TimeBudget, plan_run, warmup_steps, warn_of_few_steps
 from vista.training.validation import Validation, compare_with_baselines, measured_baselines
@@ -411,7 +412,8 @@ class Trainer:
     def _start_folder(self, newest: Path | None, metrics: MetricsWriter) -> None:
         """Remove from the run folder what does not belong to the run that starts or resumes from `newest`."""
         clean_folder(self.run_dir, starts_over=newest is None and not self.config.resume)
-        replace_text(self.run_dir / "config.yaml", to_yaml(self.config))
+        with typed_errors(self.run_dir / "config.yaml"):
+            replace_text(self.run_dir / "config.yaml", to_yaml(self.config))
         metrics.rewind(self.progress.step, {int(row["step"]) for row in self.progress.history})
 
     def _plan_steps(self, budget: TimeBudget) -> None:

@@ -452,6 +452,12 @@ def test_impressions_need_labels_and_times(tmp_path: Path, change: dict, message
         prepare(config, parser=PARSER)
 
 
+def test_a_unit_needs_a_column_of_times(tmp_path: Path) -> None:
+    message = r"events\.time_unit: is the unit of no column; name the column with events\.timestamp=\.\.\., or leave"
+    with pytest.raises(ConfigError, match=message):
+        run(tmp_path / "log", [write_csv(tmp_path / "a.csv", [(1, 10, 1)])], timestamp=None)
+
+
 def test_impressions_need_a_log_with_times(tmp_path: Path) -> None:
     frame = {"user": [1], "item": [1], "click": [1]}
     with pytest.raises(ConfigError, match="impressions need times"):

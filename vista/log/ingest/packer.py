@@ -9,25 +9,23 @@ per feature of it. A user with more rows than that is a bucket by itself.
 from __future__ import annotations
 
 import shutil
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from vista.arrays import Int
 from vista.config import EventFilterConfig
 from vista.errors import ConfigError, DataError, shown
 from vista.installation import require_module
-from vista.log.histories import rows_that_fit
-from vista.log.ingest.new_features import NewRowFeatures
+from vista.log.histories import token_groups
 from vista.log.ingest.rows import ORDER, PROBLEM, Part
 from vista.log.ingest.sources import Source
 from vista.log.segment_files import EVENT_COLUMNS, IMPRESSION_COLUMNS
-from vista.log.segment_writer import TableWriter
 from vista.log.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -36,55 +34,25 @@ else:
     pl = require_module("polars", "data")
 
 
-class StageTimes(dict[str, float]):
-    """Seconds per stage; `lap` adds the time since the previous lap."""
-
-    def __init__(self) -> None:
-        super().__init__(dict.fromkeys(("open", "read", "vocabularies", "sort", "write", "sync"), 0.0))
-        self._last = time.perf_counter()
-
-    def lap(self, stage: str) -> None:
-        """Add the seconds since the previous lap, or since the start, to `stage`."""
-        now = time.perf_counter()
-        self[stage] += now - self._last
-        self._last = now
-
-
 USER_ROW, ITEM_ROW = "user_row", "item_row"
 """Names of the columns of vocabulary rows."""
 
 
-@dataclass(frozen=True, slots=True)
-class DistinctIds:
-    """Every user and item of a table once.
-
-    users: columns `user` and `len`, the number of the user's rows; items: column `item`.
-    """
-
-    users: pl.DataFrame
-    items: pl.DataFrame
-
-    @classmethod
-    def of(cls, parts: Sequence[Part]) -> DistinctIds:
-        """The ids of a table's parts."""
-        everything = pl.concat([part.good().select("user", "item") for part in parts])
-        users, items = pl.collect_all(
-            [everything.group_by("user").len(), everything.select(pl.col("item").unique())], engine="streaming"
-        )
-        return cls(users, items)
-
-    def user_rows(self, vocabulary: Vocabulary) -> pl.DataFrame:
-        """Columns `user`, `len` and `user_row` (int64)."""
-        return self.users.join(_rows(vocabulary, self.users["user"], USER_ROW, np.int64), on="user")
-
-    def item_rows(self, vocabulary: Vocabulary) -> pl.DataFrame:
-        """Columns `item` and `item_row` (int32)."""
-        return _rows(vocabulary, self.items["item"], ITEM_ROW, np.int32)
+DistinctIds: TypeAlias = tuple[pl.DataFrame, pl.DataFrame]
+"""Every user of a table, with columns `user` and `len`, the number of rows; and every item, in a column `item`."""
 
 
-def _rows(vocabulary: Vocabulary, ids: pl.Series, name: str, dtype: type[np.integer]) -> pl.DataFrame:
-    rows = vocabulary.rows(ids.to_numpy() if vocabulary.kind == "int" else ids.to_list())
-    return pl.DataFrame({ids.name: ids, name: rows.astype(dtype)})
+def distinct_ids(parts: Sequence[Part]) -> DistinctIds:
+    """The ids of a table's parts."""
+    rows = pl.concat([part.good().select("user", "item") for part in parts])
+    users, items = pl.collect_all(
+        [rows.group_by("user").len(), rows.select(pl.col("item").unique())], engine="streaming"
+    )
+    return users, items
+
+
+def _given(ids: pl.Series, vocabulary: Vocabulary) -> Any:
+    return ids.to_numpy() if vocabulary.kind == "int" else ids.to_list()
 
 
 def extended(vocabulary: Vocabulary, ids_of_tables: Sequence[pl.Series]) -> Vocabulary:
@@ -92,7 +60,7 @@ def extended(vocabulary: Vocabulary, ids_of_tables: Sequence[pl.Series]) -> Voca
     if not ids_of_tables:
         return vocabulary
     ids = pl.concat(ids_of_tables, how="vertical").unique() if len(ids_of_tables) > 1 else ids_of_tables[0]
-    return vocabulary.extended(ids.to_numpy() if vocabulary.kind == "int" else ids.to_list())
+    return vocabulary.extended(_given(ids, vocabulary))
 
 
 NO_ACTION = "event"
@@ -100,16 +68,9 @@ NO_ACTION = "event"
 MAX_ACTIONS = 256
 
 
-@dataclass(frozen=True, slots=True)
-class TableColumns:
-    """The columns of a packed table, and how they are made.
-
-    types: name to (dtype, shape of one row), as TableWriter takes them; of_block: from a sorted block of parsed rows to
-    these columns.
-    """
-
-    types: Mapping[str, tuple[DTypeLike, tuple[int, ...]]]
-    of_block: Callable[[pl.DataFrame], Mapping[str, NDArray[Any]]]
+Columns: TypeAlias = Mapping[str, NDArray[Any]]
+ColumnTypes: TypeAlias = Mapping[str, tuple[DTypeLike, tuple[int, ...]]]
+"""By name of a column: dtype, and shape of one row, as TableWriter takes them."""
 
 
 def actions_of(parts: Sequence[Part], known: Sequence[str]) -> list[str]:
@@ -138,9 +99,9 @@ def time_range(parts: Sequence[Part]) -> tuple[int | None, int | None]:
 
 
 def event_columns(
-    source: Source, actions: Sequence[str], next_ordinals: Callable[[], NDArray[np.int64]]
-) -> TableColumns:
-    """Columns of the events.
+    source: Source, actions: Sequence[str], next_ordinals: Callable[[], Int]
+) -> tuple[ColumnTypes, Callable[[pl.DataFrame], Columns]]:
+    """The columns of the events, and the function that makes them from a sorted block of rows.
 
     Args:
         source: one of the table's sources; all have the same columns.
@@ -152,7 +113,7 @@ def event_columns(
     names = [name for name in EVENT_COLUMNS if name != "rating" or "rating" in source.columns]
     code = {name: number for number, name in enumerate(actions)}
 
-    def of_block(block: pl.DataFrame) -> Mapping[str, NDArray[Any]]:
+    def of_block(block: pl.DataFrame) -> Columns:
         out: dict[str, NDArray[Any]] = {"item": block[ITEM_ROW].to_numpy()}
         out |= {name: block[name].to_numpy() for name in ("timestamp", "rating") if name in block.columns}
         if "action" in block.columns:
@@ -163,10 +124,10 @@ def event_columns(
             out["timestamp"] = _ordinals(block[USER_ROW].to_numpy(), ordinals)
         return out
 
-    return TableColumns({name: (EVENT_COLUMNS[name], ()) for name in names}, of_block)
+    return {name: (EVENT_COLUMNS[name], ()) for name in names}, of_block
 
 
-def _ordinals(user_rows: NDArray[np.int64], following: NDArray[np.int64]) -> NDArray[np.int64]:
+def _ordinals(user_rows: Int, following: Int) -> Int:
     """Ordinal of each event in its user's history, which continues at `following` (0 for a new user)."""
     starts = np.flatnonzero(np.diff(user_rows, prepend=-1))
     users = user_rows[starts]
@@ -175,12 +136,12 @@ def _ordinals(user_rows: NDArray[np.int64], following: NDArray[np.int64]) -> NDA
     return np.arange(len(user_rows)) - np.repeat(starts - held, np.diff(starts, append=len(user_rows)))
 
 
-def impression_columns(source: Source, tasks: Sequence[str]) -> TableColumns:
-    """Columns of the impressions. An unknown label is 0 with mask 0; an unknown probability is NaN."""
+def impression_columns(source: Source, tasks: Sequence[str]) -> tuple[ColumnTypes, Callable[[pl.DataFrame], Columns]]:
+    """As `event_columns` for impressions. An unknown label is 0 with mask 0; an unknown probability is NaN."""
     has_probability = any(name.startswith("probability:") for name in source.columns)
     names = [name for name in IMPRESSION_COLUMNS if name != "probability" or has_probability]
 
-    def of_block(block: pl.DataFrame) -> Mapping[str, NDArray[Any]]:
+    def of_block(block: pl.DataFrame) -> Columns:
         labels = [block[f"label:{task}"] for task in tasks]
         out = {
             "item": block[ITEM_ROW].to_numpy(),
@@ -194,126 +155,78 @@ def impression_columns(source: Source, tasks: Sequence[str]) -> TableColumns:
         return out
 
     wide = ("label", "mask", "probability")
-    types = {name: (IMPRESSION_COLUMNS[name], (len(tasks),) if name in wide else ()) for name in names}
-    return TableColumns(types, of_block)
+    return {name: (IMPRESSION_COLUMNS[name], (len(tasks),) if name in wide else ()) for name in names}, of_block
 
 
 BUCKET_EVENTS = 1 << 22
 """Default maximum number of rows without features in a bucket."""
 SORTED_ROW_BYTES = 150
 """Memory of a row without features while it is sorted and written."""
-BUCKET = "bucket"
+_BUCKET = "bucket"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Packer:
-    """Sorts and writes the packed tables of a segment."""
+def sorted_blocks(
+    parts: Sequence[pl.LazyFrame],
+    ids: DistinctIds,
+    vocabularies: tuple[Vocabulary, Vocabulary],
+    bucket_rows: int,
+    scratch: Path,
+) -> Iterator[pl.DataFrame]:
+    """Rows sorted by user, time, sequence, and input order, as far as these columns exist, in blocks of whole users.
 
-    scratch: Path
-    """Folder for buckets."""
-    bucket_events: int
-    """Rows without features that are sorted at once; it never changes the result. With features, there are fewer."""
-    times: StageTimes
-    """Receives the seconds of "sort" and "write"."""
-    on_rows_written: Callable[[int], object]
-    """Called with the number of rows of each bucket that was written."""
-
-    def pack(
-        self,
-        parts: Sequence[Part],
-        users: pl.DataFrame,
-        items: pl.DataFrame,
-        columns: TableColumns,
-        writer: TableWriter,
-        features: NewRowFeatures,
-    ) -> int:
-        """Write one packed table.
-
-        Args:
-            parts: parts of one table.
-            users: columns `user`, `user_row`, and `len` (number of rows) of every user in the parts.
-            items: columns `item` and `item_row` of every item in the parts.
-            columns: how to make the columns of the table.
-            writer: of the table.
-            features: of the table.
-
-        Returns:
-            The number of users.
-        """
-        users = users.sort(USER_ROW)
-        bucket_rows = rows_that_fit(self.bucket_events, SORTED_ROW_BYTES, features.num_columns)
-        bucket = _buckets(users["len"].to_numpy(), bucket_rows)
-        keys = users.select("user", USER_ROW, pl.Series(BUCKET, bucket))
-        joined = (
-            pl.concat([features.rows(part) for part in parts])
-            .join(keys.lazy(), on="user", how="inner", maintain_order="none")
-            .join(items.lazy(), on="item", how="inner", maintain_order="none")
-            .drop("user", "item")
+    Args:
+        parts: the rows, with `user` and `item`, in place of which the blocks have USER_ROW and ITEM_ROW.
+        ids: those of the rows.
+        vocabularies: of users and items, with these ids.
+        bucket_rows: rows of a block, unless one user has more.
+        scratch: folder for the blocks, if there are several.
+    """
+    (users, items), (known_users, known_items) = ids, vocabularies
+    users = users.with_columns(pl.Series(USER_ROW, known_users.rows(_given(users["user"], known_users)))).sort(USER_ROW)
+    item_rows = known_items.rows(_given(items["item"], known_items)).astype(np.int32)
+    bucket = np.zeros(len(users), np.int32)
+    for number, block in enumerate(token_groups(users["len"].to_numpy().astype(np.int64), bucket_rows)):
+        bucket[block] = number
+    joined = (
+        pl.concat(parts)
+        .join(
+            users.select("user", USER_ROW, pl.Series(_BUCKET, bucket)).lazy(),
+            on="user",
+            how="inner",
+            maintain_order="none",
         )
-        for frame in _in_buckets(joined, int(bucket[-1]) + 1, self.scratch):
-            block = _sorted(frame)
-            self.times.lap("sort")
-            writer.append(block[USER_ROW].to_numpy(), columns.of_block(block))
-            features.append(block)
-            self.times.lap("write")
-            self.on_rows_written(block.height)
-        features.close()
-        return writer.close()
+        .join(items.with_columns(pl.Series(ITEM_ROW, item_rows)).lazy(), on="item", how="inner", maintain_order="none")
+        .drop("user", "item")
+    )
+    if bucket[-1] == 0:
+        yield _sorted(joined.drop(_BUCKET).collect(engine="streaming"))
+        return
+    folder = scratch / "buckets"
+    joined.sink_ipc(pl.PartitionBy(folder, key=_BUCKET, include_key=False), mkdir=True, maintain_order=False)
+    for number in range(int(bucket[-1]) + 1):
+        here = folder / f"{_BUCKET}={number}"
+        yield _sorted(pl.scan_ipc(sorted(here.iterdir())).collect(engine="streaming"))
+        shutil.rmtree(here)
+    shutil.rmtree(folder)
 
 
 def _sorted(rows: pl.DataFrame) -> pl.DataFrame:
-    """Rows sorted by user, time, sequence, and input order, as far as these columns exist."""
     by = [name for name in (USER_ROW, "timestamp", "sequence", ORDER) if name in rows.columns]
-    if "timestamp" not in by:
-        return rows.sort(by)
-    user, time = rows[USER_ROW], rows["timestamp"]
-    first_user, first, span = _least(user), _least(time), _greatest(time) - _least(time) + 1
-    if (_greatest(user) - first_user + 1) * span >= 2**63:
-        return rows.sort(by)
-    # One key instead of two is twice as fast.
-    key = (pl.col(USER_ROW) - first_user) * span + (pl.col("timestamp") - first)
-    return rows.with_columns(key.alias("key")).sort("key", *by[2:]).drop("key")
-
-
-def _least(values: pl.Series) -> int:
-    return int(values.to_numpy().min())
-
-
-def _greatest(values: pl.Series) -> int:
-    return int(values.to_numpy().max())
-
-
-def _buckets(counts: NDArray[np.integer], limit: int) -> NDArray[np.int32]:
-    """Bucket of each user: consecutive users with at most `limit` rows in total, or one user with more."""
-    ends = np.cumsum(counts, dtype=np.int64)
-    bucket = np.zeros(len(counts), np.int32)
-    start, number = 0, 0
-    while start < len(counts):
-        base = int(ends[start - 1]) if start else 0
-        stop = max(start + 1, int(np.searchsorted(ends, base + limit, side="right")))
-        bucket[start:stop] = number
-        start, number = stop, number + 1
-    return bucket
-
-
-def _in_buckets(rows: pl.LazyFrame, num_buckets: int, scratch: Path) -> Iterator[pl.DataFrame]:
-    if num_buckets == 1:
-        yield rows.drop(BUCKET).collect(engine="streaming")
-        return
-    folder = scratch / "buckets"
-    rows.sink_ipc(pl.PartitionBy(folder, key=BUCKET, include_key=False), mkdir=True, maintain_order=False)
-    for number in range(num_buckets):
-        here = folder / f"{BUCKET}={number}"
-        yield pl.scan_ipc(sorted(here.iterdir())).collect(engine="streaming")
-        shutil.rmtree(here)
-    shutil.rmtree(folder)
+    if "timestamp" in by:
+        user, time = rows[USER_ROW].to_numpy(), rows["timestamp"].to_numpy()
+        first_user, first = int(user.min()), int(time.min())
+        span = int(time.max()) - first + 1
+        if (int(user.max()) - first_user + 1) * span < 2**63:  # One key instead of two is twice as fast.
+            key = (pl.col(USER_ROW) - first_user) * span + (pl.col("timestamp") - first)
+            return rows.with_columns(key.alias("key")).sort("key", *by[2:]).drop("key")
+    return rows.sort(by)
 
 
 Kept = Mapping[str, pl.DataFrame]
 """By "item" and "user": the ids that are left, in a column of that name; no entry if all are."""
 
 
-def filtered(parts: Mapping[str, Sequence[Part]], chosen: EventFilterConfig) -> tuple[dict[str, list[Part]], str]:
+def filtered(parts: Mapping[str, list[Part]], chosen: EventFilterConfig) -> tuple[dict[str, list[Part]], str]:
     """Leave out the events that a filter does not choose, and the impressions of items and users without events.
 
     Works out of core: each pass over the parts counts one kind of ids, and memory holds the ids that are left.
@@ -332,12 +245,12 @@ def filtered(parts: Mapping[str, Sequence[Part]], chosen: EventFilterConfig) -> 
         ConfigError: if actions are named, but the events have none.
         DataError: if no event has a named action, or none is left.
     """
+    new = dict(parts)
     if "events" not in parts or not (chosen.actions or chosen.counts):
-        return {table: list(of_table) for table, of_table in parts.items()}, ""
+        return new, ""
     events = parts["events"]
     _check_actions(events, chosen.actions)
     kept = _largest_set(events, chosen)
-    new = {table: list(of_table) for table, of_table in parts.items()}
     new["events"] = [_rewritten(part, _filtered_rows(part, chosen.actions, kept)) for part in events]
     if not any(part.num_rows for part in new["events"]):
         raise DataError(f"{events[0].source.path}: the filter leaves no event; lower filter.min_*")
@@ -386,11 +299,11 @@ def _largest_set(events: Sequence[Part], chosen: EventFilterConfig) -> Kept:
     return kept
 
 
-def _filtered_rows(part: Part, actions: Iterable[str], kept: Kept) -> pl.LazyFrame:
-    """The good rows of a part with these actions, items, and users."""
+def _filtered_rows(part: Part, actions: Sequence[str], kept: Kept) -> pl.LazyFrame:
+    """The good rows of a part with these items and users, and, if there are any, these actions."""
     rows = part.good()
-    if names := list(actions):
-        rows = rows.filter(pl.col("action").is_in(names))
+    if actions:
+        rows = rows.filter(pl.col("action").is_in(actions))
     for column, ids in kept.items():
         rows = rows.join(ids.lazy(), on=column, how="semi")
     return rows

@@ -11,37 +11,40 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from vista.arrays import Int
 from vista.config import EventFilterConfig, FeatureTableConfig, PrepareConfig, SourceConfig
 from vista.config.checks import OnBadRows, choice_of
 from vista.errors import ConfigError, DataError, LogBusyError, TakenError
 from vista.files import checked_path
 from vista.log.event_keys import obey_deletions
 from vista.log.features import declared_columns, values_of
-from vista.log.histories import YEAR_1971_MS, ColumnValues
+from vista.log.histories import YEAR_1971_MS, rows_that_fit
 from vista.log.ingest.feature_sources import features_of_frame
 from vista.log.ingest.kafka_messages import MessageRows, write_dead_letters
 from vista.log.ingest.new_features import NewFeatures, NewRowFeatures, write_features
 from vista.log.ingest.packer import (
     BUCKET_EVENTS,
     NO_ACTION,
+    SORTED_ROW_BYTES,
+    USER_ROW,
     DistinctIds,
-    Packer,
-    StageTimes,
     actions_of,
+    distinct_ids,
     event_columns,
     extended,
     filtered,
     impression_columns,
+    sorted_blocks,
     time_range,
 )
 from vista.log.ingest.rows import Part, id_kind, read_part, write_quarantine
@@ -67,7 +70,6 @@ from vista.log.segment_files import (
     OWNERS,
     QUARANTINE_FILE,
     USERS,
-    FeatureOwner,
     offset_entries,
     stream_offsets,
 )
@@ -137,6 +139,20 @@ class PrepareReport:
         return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])
 
 
+class StageTimes(dict[str, float]):
+    """Seconds per stage; `lap` adds the time since the previous lap."""
+
+    def __init__(self) -> None:
+        super().__init__(dict.fromkeys(("open", "read", "vocabularies", "sort", "write", "sync"), 0.0))
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        """Add the seconds since the previous lap, or since the start, to `stage`."""
+        now = time.perf_counter()
+        self[stage] += now - self._last
+        self._last = now
+
+
 _LOG = logging.getLogger("vista.prepare")
 
 
@@ -154,7 +170,7 @@ def prepare(
         ConfigError: if the configuration is contradictory, or a timestamp has no unit.
         DataError: naming file, row, column, value and remedy; nothing is written then.
     """
-    run = _Run(
+    run = _Ingest(
         target=checked_path(config.out, ConfigError),
         append=config.append,
         on_bad_rows=config.on_bad_rows,
@@ -162,23 +178,22 @@ def prepare(
         bucket_events=bucket_events,
         progress=config.progress,
     )
-    run.check_target()
     with SourceParser() if parser is None else nullcontext(parser) as files:
         for table in (config.items, config.users):
             if table is not None:
                 run.add_features(table.table, open_feature_tables(table, files), is_inferred=table.is_inferred)
         if run.sources and config.append and not config.events.paths and config.impressions is None:
-            return run.ingest()
-        events = with_kind(config.events)
-        run.add("events", events, open_sources(events, "events", files))
+            return run.write()
+        events = run.events = with_kind(config.events)
+        run.sources["events"] = open_sources(events, "events", files)
         for owner, given in (("items", config.items), ("users", config.users)):
             if given is None and (features := open_set_features(events, owner, files)):
                 run.add_features(owner, features, is_inferred=False)
         if config.impressions is not None:
-            run.add("impressions", config.impressions, open_sources(config.impressions, "impressions", files))
+            run.sources["impressions"] = open_sources(config.impressions, "impressions", files)
         elif shown := open_set_impressions(events, files):
-            run.add("impressions", events, shown)
-        return run.ingest()
+            run.sources["impressions"] = shown
+        return run.write()
 
 
 def prepare_frames(
@@ -196,13 +211,12 @@ def prepare_frames(
             columns. Without events, features are appended to a log.
         bucket_events: see `prepare`.
     """
-    run = _Run(
+    run = _Ingest(
         target=checked_path(path, ConfigError),
         append=append,
         on_bad_rows=choice_of(OnBadRows, on_bad_rows, "on_bad_rows"),
         bucket_events=bucket_events,
     )
-    run.check_target()
     for table, (frame, config) in tables.items():
         if not isinstance(config, SourceConfig):
             run.add_features(table, [features_of_frame(to_polars(frame), config)], is_inferred=True)
@@ -210,8 +224,10 @@ def prepare_frames(
         if table == "impressions" and not config.labels:
             raise ConfigError("columns.labels: name at least one column of 0/1 labels")
         used = to_polars(frame, needed_columns(config).values())
-        run.add(table, config, [frame_source(used, config, table)])
-    return run.ingest()
+        run.sources[table] = [frame_source(used, config, table)]
+        if table == "events":
+            run.events = config
+    return run.write()
 
 
 def prepare_messages(rows: MessageRows, path: str | os.PathLike[str], *, events: SourceConfig) -> PrepareReport:
@@ -224,157 +240,16 @@ def prepare_messages(rows: MessageRows, path: str | os.PathLike[str], *, events:
         ConfigError, DataError: if the events do not fit the log.
         LogBusyError: if another process is writing the log, or has appended these messages.
     """
-    run = _Run(target=checked_path(path, ConfigError), append=True, on_bad_rows=OnBadRows.error, messages=rows)
-    run.check_target()
+    target = checked_path(path, ConfigError)
+    run = _Ingest(target=target, append=True, on_bad_rows=OnBadRows.error, messages=rows, events=events)
     if rows.events is not None:
-        run.add("events", events, [rows.events])
-    return run.ingest()
-
-
-@dataclass(frozen=True, slots=True)
-class _OldLog:
-    """The log before an ingest, whose segments are oldest first; a new log has no segments and no ids."""
-
-    segments: Sequence[Segment]
-    users: Vocabulary
-    items: Vocabulary
-
-    @classmethod
-    def open(cls, path: Path) -> _OldLog:
-        """Open the log in a folder.
-
-        Raises:
-            LogFormatError: if it is missing or damaged.
-        """
-        segments = read_segments(path)
-        for segment in segments:
-            segment.files.verify(large=False)  # A damaged id would be added to the log as a new one.
-        return cls(obey_deletions(segments), *read_vocabularies(segments))
-
-    @property
-    def manifests(self) -> list[dict[str, Any]]:
-        """The segments' manifests, oldest first."""
-        return [segment.manifest for segment in self.segments]
-
-    @property
-    def last_segment(self) -> int:
-        """Number of the newest segment; 0 without segments."""
-        return self.segments[-1].last if self.segments else 0
-
-    def names(self, field: str) -> list[str]:
-        """The `actions` by code, or the `tasks` of impressions."""
-        return list(self.manifests[-1][field]) if self.segments else []
-
-    def values(self, owner: FeatureOwner) -> ColumnValues:
-        """The columns of features of events or impressions, with the values of each category."""
-        return values_of(declared_columns(features_of(self.segments, owner)))
-
-    def next_ordinals(self) -> NDArray[np.int64]:
-        """In a log without times: one more than the last ordinal of each user, int64 [num_users]."""
-        following = np.zeros(len(self.users), np.int64)
-        for events in (segment.events for segment in self.segments):
-            has = np.flatnonzero(np.diff(events.offsets))
-            last = events.columns["timestamp"][events.places(events.offsets[has + 1] - 1)]
-            following[events.users[has]] = np.maximum(following[events.users[has]], last + 1)
-        return following
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _NewSegment:
-    """What one run of ingest writes into a segment.
-
-    log: without the segment; parts: by table, "events", "impressions", "items", and "users"; users, items, actions,
-    tasks: of the log with this segment; time_range_ms: oldest and newest time of the events, None in a log without
-    times.
-    """
-
-    log: _OldLog
-    parts: Mapping[str, Sequence[Part]]
-    users: Vocabulary
-    items: Vocabulary
-    actions: list[str]
-    tasks: list[str]
-    time_range_ms: tuple[int | None, int | None]
-
-    @property
-    def number(self) -> int:
-        return self.log.last_segment + 1
-
-    def num_rows(self, table: str) -> int:
-        """Good rows of a table; 0 without the table."""
-        return sum(part.num_rows for part in self.parts.get(table, ()))
-
-    @property
-    def num_bad(self) -> int:
-        """Number of bad rows in all tables."""
-        return sum(part.num_bad for parts in self.parts.values() for part in parts)
-
-    def manifest(
-        self, active_users: Mapping[str, int], row_features: Mapping[str, list[dict[str, str]]]
-    ) -> dict[str, Any]:
-        """The manifest's entries (segment.py) of a segment with events, except for features of items and users.
-
-        Args:
-            active_users: by table, the number of users with rows.
-            row_features: by table, the names and kinds of the features of its rows.
-        """
-        has_time = self.time_range_ms != (None, None)
-        return {
-            "first_segment": self.number,
-            "last_segment": self.number,
-            "num_users": len(self.users),
-            "num_items": len(self.items),
-            "id_types": {"users": self.users.kind, "items": self.items.kind},
-            "actions": self.actions,
-            "tasks": self.tasks,
-            "has_time": has_time,
-            "timestamp": "milliseconds since 1970-01-01 UTC" if has_time else "ordinal of the event in its history",
-            "has_rating": "rating" in self.parts["events"][0].source.columns,
-            "counts": {
-                table: {"rows": self.num_rows(table), "users": active_users.get(table, 0)}
-                for table in ("events", "impressions")
-            },
-            "event_features": row_features["events"],
-            "request_features": row_features.get("impressions", []),
-            "deletions": 0,
-            "offsets": [],
-        }
-
-    def sources(self) -> list[dict[str, Any]]:
-        """The manifest's entries of all sources."""
-        return [
-            {
-                "table": table,
-                "name": part.source.name,
-                "bytes": part.source.size,
-                "sha256": part.source.digest,
-                "rows": part.num_rows,
-                "bad_rows": part.num_bad,
-            }
-            for table, parts in self.parts.items()
-            for part in parts
-        ]
-
-    def warnings(self) -> list[str]:
-        """What is allowed, but is probably a mistake or needs another step."""
-        warnings = []
-        newest = self.time_range_ms[1]
-        if newest is not None and newest < YEAR_1971_MS:
-            warnings.append(
-                "all times are before 1971; check events.time_unit, in case seconds were read as milliseconds"
-            )
-        new_actions = self.actions[len(self.log.names("actions")) :]
-        if self.log.segments and new_actions:
-            warnings.append(
-                f"the log has the new actions {', '.join(new_actions)}; models that use actions do not know them, so "
-                "retrain these models before the next refresh"
-            )
-        return warnings
+        run.sources["events"] = [rows.events]
+    return run.write()
 
 
 @dataclass(kw_only=True, slots=True)
-class _Run:
-    """One run of ingest: its settings, its sources and configs by table, and the time that each stage takes."""
+class _Ingest:
+    """One segment that is being made: the settings, the sources by table, and what is known of the segment so far."""
 
     target: Path
     append: bool
@@ -384,11 +259,23 @@ class _Run:
     progress: bool = False
     messages: MessageRows | None = None
     """The messages that `sources` come from."""
-    sources: dict[str, list[Source]] = field(default_factory=dict)
-    configs: dict[str, SourceConfig] = field(default_factory=dict)
+    sources: dict[str, Sequence[Source]] = field(default_factory=dict)
+    events: SourceConfig | None = None
+    """How the events are read."""
     times: StageTimes = field(default_factory=StageTimes)
+    before: Sequence[Segment] = field(init=False, default=())
+    """The log's segments, oldest first; none in a new log."""
+    parts: dict[str, list[Part]] = field(init=False)
+    """By table: events, impressions, items, users."""
+    users: Vocabulary = field(init=False)
+    """Of the log, at first without and then with this segment, as are `items`, `actions`, and `tasks`."""
+    items: Vocabulary = field(init=False)
+    actions: list[str] = field(init=False, default_factory=list)
+    tasks: list[str] = field(init=False, default_factory=list)
+    time_range_ms: tuple[int | None, int | None] = (None, None)
+    """Oldest and newest time of the events; (None, None) in a log without times."""
 
-    def check_target(self) -> None:
+    def __post_init__(self) -> None:
         """Refuse to append to nothing, and to overwrite anything."""
         target = self.target
         if self.append and not target.exists():
@@ -399,29 +286,35 @@ class _Run:
                 "this one first"
             )
 
-    def add(self, table: str, config: SourceConfig, sources: Sequence[Source]) -> None:
-        """Add the sources of "events" or "impressions"."""
-        self.sources[table], self.configs[table] = list(sources), config
-
     def add_features(self, table: str, sources: Sequence[Source], *, is_inferred: bool) -> None:
         """Add the sources of "items" or "users"; if the types decided what features they are, say what that is."""
-        self.sources[table] = list(sources)
+        self.sources[table] = sources
         if is_inferred:
             kinds = [name.split(":", 1) for name in sources[0].columns if ":" in name]
             named = ", ".join(f"{name} ({kind})" for kind, name in kinds)
             _LOG.info("%s: features by the types of the columns: %s", sources[0].path, named)
 
-    def ingest(self) -> PrepareReport:
+    @property
+    def number(self) -> int:
+        return self.before[-1].last + 1 if self.before else 1
+
+    def num_rows(self, table: str) -> int:
+        """Good rows of a table; 0 without the table."""
+        return sum(part.num_rows for part in self.parts.get(table, ()))
+
+    @property
+    def num_bad(self) -> int:
+        """Bad rows of all tables."""
+        return sum(part.num_bad for parts in self.parts.values() for part in parts)
+
+    def write(self) -> PrepareReport:
         """Write the sources as one segment, and report it."""
-        with self._locked_log() as log:
-            _check_sources(self.sources, log)
-            if log is not None and "events" not in self.sources:
-                kinds = {"user": log.users.kind, "item": log.items.kind}
-            else:
-                kinds = _id_kinds(self.sources["events"][0], self.configs["events"], log)
-            if log is None:
-                log = _OldLog((), Vocabulary.empty(kinds["user"]), Vocabulary.empty(kinds["item"]))
-            name = segment_name(log.last_segment + 1)
+        with locked_log(self.target) if self.append else nullcontext():
+            if self.append:
+                self._open_log()
+            _check_sources(self.sources, self.before)
+            self._fix_id_kinds()
+            name = segment_name(self.number)
             self.times.lap("open")
             # A new log appears together with its first segment, by one rename.
             with staged_folder(self.target / name if self.append else self.target) as staging:
@@ -429,35 +322,75 @@ class _Run:
                 folder.mkdir(exist_ok=True)
                 scratch = staging / "scratch"
                 scratch.mkdir()
-                parts, kept = filtered(self._read_parts(kinds, scratch), self.event_filter)
+                self.parts, kept = filtered(self._read_parts(scratch), self.event_filter)
                 self.times.lap("read")
-                segment, features = self._write_segment(log, parts, folder, scratch)
+                features = self._write_segment(SegmentWriter(folder), scratch)
                 shutil.rmtree(scratch)
                 self.times.lap("write")
             self.times.lap("sync")
-        return self._report(segment, features, self.target / name / QUARANTINE_FILE, kept)
+        report = PrepareReport(
+            path=self.target,
+            segment=self.number,
+            num_users=len(self.users),
+            num_items=len(self.items),
+            num_events=self.num_rows("events"),
+            num_impressions=self.num_rows("impressions"),
+            num_quarantined=self.num_bad,
+            quarantine=self.target / name / QUARANTINE_FILE if self.num_bad else None,
+            kept=kept,
+            first_ms=self.time_range_ms[0],
+            last_ms=self.time_range_ms[1],
+            features=[line for written in features for line in written.lines],
+            stages=dict(self.times),
+            warnings=self._warnings(features),
+        )
+        for warning in report.warnings:
+            _LOG.warning("%s: %s", self.target, warning)
+        return report
 
-    @contextmanager
-    def _locked_log(self) -> Iterator[_OldLog | None]:
-        """The log to extend, locked against other writers; None for a new log.
+    def _open_log(self) -> None:
+        """Open the log to extend, which is locked.
 
         Raises:
-            LogBusyError: if another process is writing it, or has appended the messages since they were read.
+            LogFormatError: if it is damaged.
+            LogBusyError: if another process has appended the messages since they were read.
         """
-        if not self.append:
-            yield None
-            return
-        with locked_log(self.target):
-            log = _OldLog.open(self.target)
-            if self.messages is not None and not self.messages.batch.continues(stream_offsets(log.manifests)):
-                raise LogBusyError(
-                    f"{self.target}: another process appended messages of {self.messages.batch.source}; run one watch "
-                    "per topic and log"
-                )
-            yield log
+        segments = read_segments(self.target)
+        for segment in segments:
+            segment.files.verify(large=False)  # A damaged id would be added to the log as a new one.
+        stored = stream_offsets(segment.manifest for segment in segments)
+        if self.messages is not None and not self.messages.batch.continues(stored):
+            raise LogBusyError(
+                f"{self.target}: another process appended messages of {self.messages.batch.source}; run one watch "
+                "per topic and log"
+            )
+        self.before = obey_deletions(segments)
+        self.users, self.items = read_vocabularies(segments)
+        self.actions, self.tasks = (list(segments[-1].manifest[name]) for name in ("actions", "tasks"))
 
-    def _read_parts(self, kinds: Mapping[str, str], scratch: Path) -> dict[str, list[Part]]:
+    def _fix_id_kinds(self) -> None:
+        """Check the configured kinds of ids, which, or else those in the events, are the kinds of a new log.
+
+        Raises:
+            ConfigError: if the configured kind is not that of the log.
+        """
+        if self.events is None or "events" not in self.sources:
+            return
+        wanted = {name: str(getattr(self.events, f"{name}_ids").value) for name in ("user", "item")}
+        if not self.before:
+            self.users, self.items = (
+                Vocabulary.empty(id_kind(self.sources["events"][0], name, kind)) for name, kind in wanted.items()
+            )
+        for name, known in (("user", self.users), ("item", self.items)):
+            if wanted[name] not in ("auto", known.kind):
+                raise ConfigError(
+                    f"events.{name}_ids={wanted[name]}: the {name} ids of the log are {known.kind}; leave "
+                    f"events.{name}_ids out"
+                )
+
+    def _read_parts(self, scratch: Path) -> dict[str, list[Part]]:
         """Parse and check every source."""
+        kinds = {"user": self.users.kind, "item": self.items.kind}
         total = sum(source.size for files in self.sources.values() for source in files)
         parts: dict[str, list[Part]] = {}
         with (
@@ -471,117 +404,156 @@ class _Run:
                     bar.update(source.size)
         return parts
 
-    def _write_segment(
-        self, log: _OldLog, parts: Mapping[str, Sequence[Part]], folder: Path, scratch: Path
-    ) -> tuple[_NewSegment, list[NewFeatures]]:
-        """Write vocabularies, packed tables, features, quarantined rows and manifest."""
-        writer = SegmentWriter(folder)
-        events = parts.get("events")
-        ids = {table: DistinctIds.of(of_table) for table, of_table in parts.items() if table not in OWNERS}
-        actions = log.names("actions")
-        segment = _NewSegment(
-            log=log,
-            parts=parts,
-            users=extended(log.users, [of_table.users["user"] for of_table in ids.values()]),
-            items=extended(log.items, [of_table.items["item"] for of_table in ids.values()]),
-            actions=actions if events is None else actions_of(events, actions),
-            tasks=_tasks_of(parts["impressions"][0].source) if "impressions" in parts else log.names("tasks"),
-            time_range_ms=(None, None) if events is None else time_range(events),
-        )
-        of_rows: dict[str, NewFeatures] = {}
+    def _write_segment(self, writer: SegmentWriter, scratch: Path) -> list[NewFeatures]:
+        """Write vocabularies, packed tables, features, quarantined rows and manifest; returns the features."""
+        events, users, items = self.parts.get("events"), self.users, self.items
+        ids = {table: distinct_ids(parts) for table, parts in self.parts.items() if table not in OWNERS}
+        self.users = extended(users, [of_table["user"] for of_table, _ in ids.values()])
+        self.items = extended(items, [of_table["item"] for _, of_table in ids.values()])
+        if "impressions" in self.parts:
+            self.tasks = _tasks_of(self.parts["impressions"][0].source)
+        of_rows: list[NewFeatures] = []
         if events is not None:
-            writer.save_vocabulary("new_users", segment.users.part(len(log.users)))
-            writer.save_vocabulary("new_items", segment.items.part(len(log.items)))
+            self.actions = actions_of(events, self.actions)
+            self.time_range_ms = time_range(events)
+            writer.save_vocabulary("new_users", self.users.part(len(users)))
+            writer.save_vocabulary("new_items", self.items.part(len(items)))
             self.times.lap("vocabularies")
-            active_users, of_rows = self._pack_tables(segment, ids, writer, scratch)
-            fields = segment.manifest(active_users, {table: features.columns for table, features in of_rows.items()})
+            fields, of_rows = self._pack_tables(ids, writer, scratch)
         else:
-            fields = write_without_events(writer, log.manifests[-1], log.users, log.items)
+            fields = write_without_events(writer, self.before[-1].manifest, users, items)
         of_items, of_users = (
-            write_features(owner, parts.get(owner.table, ()), vocabulary, log.segments, writer, scratch)
-            for owner, vocabulary in ((ITEMS, segment.items), (USERS, segment.users))
+            write_features(owner, self.parts.get(owner.table, ()), vocabulary, self.before, writer, scratch)
+            for owner, vocabulary in ((ITEMS, self.items), (USERS, self.users))
         )
-        if segment.num_bad:
-            write_quarantine([part for of_table in parts.values() for part in of_table], folder / QUARANTINE_FILE)
-        what_is_new = {
+        if self.num_bad:
+            write_quarantine([part for parts in self.parts.values() for part in parts], writer.folder / QUARANTINE_FILE)
+        fields |= {
             ITEMS.field: of_items.columns,
             USERS.field: of_users.columns,
-            "quarantined": segment.num_bad,
-            "sources": segment.sources(),
+            "quarantined": self.num_bad,
+            "sources": [
+                {
+                    "table": table,
+                    "name": part.source.name,
+                    "bytes": part.source.size,
+                    "sha256": part.source.digest,
+                    "rows": part.num_rows,
+                    "bad_rows": part.num_bad,
+                }
+                for table, parts in self.parts.items()
+                for part in parts
+            ],
         }
         if self.messages is not None:
             letters = self.messages.letters
             # Offsets identify messages, so that there is no entry per batch in the manifest of a compacted log.
             offsets = offset_entries(self.messages.batch.offsets)
-            what_is_new |= {"quarantined": len(letters), "sources": [], "offsets": offsets}
+            fields |= {"quarantined": len(letters), "sources": [], "offsets": offsets}
             if letters:
-                write_dead_letters(letters, folder / DEAD_LETTERS_FILE)
-        writer.write_manifest(fields | what_is_new)
-        return segment, [*of_rows.values(), of_items, of_users]
+                write_dead_letters(letters, writer.folder / DEAD_LETTERS_FILE)
+        writer.write_manifest(fields)
+        return [*of_rows, of_items, of_users]
 
     def _pack_tables(
-        self, segment: _NewSegment, ids: Mapping[str, DistinctIds], writer: SegmentWriter, scratch: Path
-    ) -> tuple[dict[str, int], dict[str, NewFeatures]]:
-        """Write the packed tables; returns the number of users with rows in each, and the features of its rows."""
-        num_rows = sum(segment.num_rows(table) for table in ids)
+        self, ids: Mapping[str, DistinctIds], writer: SegmentWriter, scratch: Path
+    ) -> tuple[dict[str, Any], list[NewFeatures]]:
+        """Write the packed tables; returns the manifest's entries (segment.py), except for features of items and users.
+
+        Args:
+            ids: by table, its `distinct_ids`.
+        """
         active_users, of_rows = {}, {}
+        num_rows = sum(self.num_rows(table) for table in ids)
         with progress_bar(total=num_rows, desc="write", unit="row", unit_scale=True, shown=self.progress) as bar:
-            packer = Packer(
-                scratch=scratch, bucket_events=self.bucket_events, times=self.times, on_rows_written=bar.update
-            )
             for table in ids:
-                parts = segment.parts[table]
+                parts = self.parts[table]
                 if table == "events":
-                    owner, columns = EVENTS, event_columns(parts[0].source, segment.actions, segment.log.next_ordinals)
+                    owner = EVENTS
+                    types, columns_of = event_columns(
+                        parts[0].source, self.actions, lambda: _next_ordinals(self.before)
+                    )
                 else:
-                    owner, columns = IMPRESSIONS, impression_columns(parts[0].source, segment.tasks)
-                features = NewRowFeatures(owner, parts, segment.log.values(owner), writer)
-                active_users[table] = packer.pack(
-                    parts,
-                    ids[table].user_rows(segment.users),
-                    ids[table].item_rows(segment.items),
-                    columns,
-                    TableWriter(writer, owner.prefix or "", segment.num_rows(table), columns.types),
-                    features,
+                    owner = IMPRESSIONS
+                    types, columns_of = impression_columns(parts[0].source, self.tasks)
+                features = NewRowFeatures(
+                    owner, parts, values_of(declared_columns(features_of(self.before, owner))), writer
                 )
+                rows = TableWriter(writer, owner.prefix or "", self.num_rows(table), types)
+                for block in sorted_blocks(
+                    [features.rows(part) for part in parts],
+                    ids[table],
+                    (self.users, self.items),
+                    rows_that_fit(self.bucket_events, SORTED_ROW_BYTES, features.num_columns),
+                    scratch,
+                ):
+                    self.times.lap("sort")
+                    rows.append(block[USER_ROW].to_numpy(), columns_of(block))
+                    features.append(block)
+                    self.times.lap("write")
+                    bar.update(block.height)
+                features.close()
+                active_users[table] = rows.close()
                 of_rows[table] = features.written()
-        return active_users, of_rows
+        has_time = self.time_range_ms != (None, None)
+        return {
+            "first_segment": self.number,
+            "last_segment": self.number,
+            "num_users": len(self.users),
+            "num_items": len(self.items),
+            "id_types": {"users": self.users.kind, "items": self.items.kind},
+            "actions": self.actions,
+            "tasks": self.tasks,
+            "has_time": has_time,
+            "timestamp": "milliseconds since 1970-01-01 UTC" if has_time else "ordinal of the event in its history",
+            "has_rating": "rating" in self.parts["events"][0].source.columns,
+            "counts": {
+                owner.table: {"rows": self.num_rows(owner.table), "users": active_users.get(owner.table, 0)}
+                for owner in (EVENTS, IMPRESSIONS)
+            },
+            **{
+                owner.field: of_rows[owner.table].columns if owner.table in of_rows else []
+                for owner in (EVENTS, IMPRESSIONS)
+            },
+            "deletions": 0,
+            "offsets": [],
+        }, list(of_rows.values())
 
-    def _report(
-        self, segment: _NewSegment, features: Sequence[NewFeatures], quarantine: Path, kept: str
-    ) -> PrepareReport:
-        first_ms, last_ms = segment.time_range_ms
-        report = PrepareReport(
-            path=self.target,
-            segment=segment.number,
-            num_users=len(segment.users),
-            num_items=len(segment.items),
-            num_events=segment.num_rows("events"),
-            num_impressions=segment.num_rows("impressions"),
-            num_quarantined=segment.num_bad,
-            quarantine=quarantine if segment.num_bad else None,
-            kept=kept,
-            first_ms=first_ms,
-            last_ms=last_ms,
-            features=[line for written in features for line in written.lines],
-            stages=dict(self.times),
-            warnings=[
-                *segment.warnings(),
-                # A batch of messages is too small to say anything about features.
-                *(warning for written in features if self.messages is None for warning in written.warnings),
-            ],
-        )
-        for warning in report.warnings:
-            _LOG.warning("%s: %s", self.target, warning)
-        return report
+    def _warnings(self, features: Sequence[NewFeatures]) -> list[str]:
+        """What is allowed, but is probably a mistake or needs another step."""
+        warnings = []
+        newest = self.time_range_ms[1]
+        chooses_unit = self.events is not None and self.events.kind in ("table", "recbole")
+        if chooses_unit and newest is not None and newest < YEAR_1971_MS:
+            warnings.append(
+                "all times are before 1971; check events.time_unit, in case seconds were read as milliseconds"
+            )
+        if self.before and (new_actions := self.actions[len(self.before[-1].manifest["actions"]) :]):
+            warnings.append(
+                f"the log has the new actions {', '.join(new_actions)}; models that use actions do not know them, so "
+                "retrain these models before the next refresh"
+            )
+        if self.messages is None:  # a batch of messages is too small to say anything about features
+            warnings += [warning for written in features for warning in written.warnings]
+        return warnings
 
 
-def _check_sources(sources: Mapping[str, Sequence[Source]], log: _OldLog | None) -> None:
+def _next_ordinals(segments: Sequence[Segment]) -> Int:
+    """In a log without times: one more than the last ordinal of each user, int64 [num_users]."""
+    following = np.zeros(segments[-1].manifest["num_users"] if segments else 0, np.int64)
+    for events in (segment.events for segment in segments):
+        has = np.flatnonzero(np.diff(events.offsets))
+        last = events.columns["timestamp"][events.places(events.offsets[has + 1] - 1)]
+        following[events.users[has]] = np.maximum(following[events.users[has]], last + 1)
+    return following
+
+
+def _check_sources(sources: Mapping[str, Sequence[Source]], log: Sequence[Segment]) -> None:
     """Refuse sources that the log already contains, that differ in their columns, or that do not match the log.
 
     Args:
         sources: by table: "events", "impressions", "items", "users".
-        log: the log to extend; None for a new one.
+        log: segments of the log to extend, oldest first; none for a new one.
 
     Raises:
         ConfigError: if there are impressions, but a table has no times, or a table has too many columns of features.
@@ -589,30 +561,32 @@ def _check_sources(sources: Mapping[str, Sequence[Source]], log: _OldLog | None)
     """
     for table, files in sources.items():
         # Features may be given again: they replace what came in between.
-        _refuse_repeated_content(table, files, None if table in OWNERS else log)
-        _refuse_other_columns(files)
+        _refuse_repeated_content(table, files, () if table in OWNERS else log)
+        first = files[0]
+        for source in files:
+            if set(source.columns) != set(first.columns):
+                raise DataError(
+                    f"{source.path}: has the columns {', '.join(source.columns)}, but {first.path} has "
+                    f"{', '.join(first.columns)}; prepare files with different columns separately"
+                )
         if table in OWNERS:
             continue
-        if log is not None and table == "events":
-            _refuse_other_events(files[0], log)
-        elif log is not None:
-            _refuse_other_tasks(files[0], log)
-        num_features = sum(name.startswith(("category:", "number:")) for name in files[0].columns)
+        num_features = sum(name.startswith(("category:", "number:")) for name in first.columns)
         if num_features > MAX_FEATURES:
             raise ConfigError(
                 f"{table}.categories, {table}.numbers: name {num_features:,} columns, but at most {MAX_FEATURES:,} are "
                 "possible; name fewer"
             )
-        if log is not None:
-            _refuse_other_kinds(table, files[0], log)
+        if log:
+            _refuse_other_columns(table, first, log)
     with_times = [files[0] for table, files in sources.items() if table not in OWNERS]
     if "impressions" in sources and any("timestamp" not in source.columns for source in with_times):
         raise ConfigError("impressions need times, and so do their events; set timestamp for both tables")
 
 
-def _refuse_repeated_content(table: str, files: Sequence[Source], log: _OldLog | None) -> None:
+def _refuse_repeated_content(table: str, files: Sequence[Source], log: Sequence[Segment]) -> None:
     where_taken: dict[str, str] = {}
-    for manifest in log.manifests if log else []:
+    for manifest in (segment.manifest for segment in log):
         for entry in manifest["sources"]:
             if entry["table"] == table:
                 place = f"segment {manifest['last_segment']} already contains it (as {entry['name']})"
@@ -625,42 +599,27 @@ def _refuse_repeated_content(table: str, files: Sequence[Source], log: _OldLog |
         where_taken[source.digest] = f"has the same content as {source.path}"
 
 
-def _refuse_other_columns(files: Sequence[Source]) -> None:
-    first = files[0]
-    for source in files:
-        if set(source.columns) != set(first.columns):
+def _refuse_other_columns(table: str, source: Source, log: Sequence[Segment]) -> None:
+    """Refuse events or impressions whose columns are not those of the log, or have features of other kinds."""
+    newest = log[-1].manifest
+    if table == "events":
+        for name, in_log in (("timestamp", newest["has_time"]), ("rating", newest["has_rating"])):
+            if (name in source.columns) != in_log:
+                remedy = (
+                    f"name their column with events.{name}=..." if in_log else f"leave them out with events.{name}=null"
+                )
+                raise DataError(f"{source.path}: the log has {'' if in_log else 'no '}{name}s; {remedy}")
+        if newest["actions"] != [NO_ACTION] and "action" not in source.columns:
             raise DataError(
-                f"{source.path}: has the columns {', '.join(source.columns)}, but {first.path} has "
-                f"{', '.join(first.columns)}; prepare files with different columns separately"
+                f"{source.path}: the log has the actions {', '.join(newest['actions'])}; name their column with "
+                "events.action=..."
             )
-
-
-def _refuse_other_events(source: Source, log: _OldLog) -> None:
-    newest = log.manifests[-1]
-    for name, in_log in (("timestamp", newest["has_time"]), ("rating", newest["has_rating"])):
-        if (name in source.columns) != in_log:
-            remedy = (
-                f"name their column with events.{name}=..." if in_log else f"leave them out with events.{name}=null"
-            )
-            raise DataError(f"{source.path}: the log has {'' if in_log else 'no '}{name}s; {remedy}")
-    actions = log.names("actions")
-    if actions != [NO_ACTION] and "action" not in source.columns:
+    elif newest["tasks"] and _tasks_of(source) != newest["tasks"]:
         raise DataError(
-            f"{source.path}: the log has the actions {', '.join(actions)}; name their column with events.action=..."
+            f"{source.path}: the labels {_tasks_of(source)} differ from the log's {newest['tasks']}; name the log's "
+            "labels in that order"
         )
-
-
-def _refuse_other_tasks(source: Source, log: _OldLog) -> None:
-    tasks, in_log = _tasks_of(source), log.names("tasks")
-    if in_log and tasks != in_log:
-        raise DataError(
-            f"{source.path}: the labels {tasks} differ from the log's {in_log}; name the log's labels in that order"
-        )
-
-
-def _refuse_other_kinds(table: str, source: Source, log: _OldLog) -> None:
-    """Refuse features whose kind is not that of the log's column."""
-    known = log.values(EVENTS if table == "events" else IMPRESSIONS)
+    known = values_of(declared_columns(features_of(log, EVENTS if table == "events" else IMPRESSIONS)))
     for canonical in source.columns:
         kind, _, name = canonical.partition(":")
         if kind in ("category", "number") and name in known:
@@ -676,23 +635,3 @@ def _refuse_other_kinds(table: str, source: Source, log: _OldLog) -> None:
 def _tasks_of(source: Source) -> list[str]:
     """Names of the labels of an impressions source."""
     return [name.split(":", 1)[1] for name in source.columns if name.startswith("label:")]
-
-
-def _id_kinds(source: Source, config: SourceConfig, log: _OldLog | None) -> dict[str, str]:
-    """Kinds of ids, "int" or "str", of "user" and "item": the log's, or else as configured or as in `source`.
-
-    Raises:
-        ConfigError: if the configured kind is not that of the log.
-    """
-    kinds = {}
-    for name in ("user", "item"):
-        wanted = str(getattr(config, f"{name}_ids").value)
-        if log is None:
-            kinds[name] = id_kind(source, name, wanted)
-            continue
-        kinds[name] = (log.users if name == "user" else log.items).kind
-        if wanted not in ("auto", kinds[name]):
-            raise ConfigError(
-                f"events.{name}_ids={wanted}: the {name} ids of the log are {kinds[name]}; leave events.{name}_ids out"
-            )
-    return kinds

@@ -83,11 +83,7 @@ def _newlines(file: Path, size: int) -> int:
 
 
 def scan_text(
-    file: Path | BytesIO,
-    layout: Sequence[str | None],
-    separator: str,
-    quote: str | None,
-    header_lines: int,
+    file: Path | BytesIO, layout: Sequence[str | None], separator: str, quote: str | None, header_lines: int
 ) -> pl.LazyFrame:
     """Read all values as text. `layout` names the fields of a line: "" skips a field, None requires it to be empty."""
     schema = {f"field_{index}": pl.String for index in range(len(layout) + 1)}

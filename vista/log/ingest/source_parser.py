@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vista import errors
+from vista.arrays import Int
 from vista.errors import DataError, shortened
 from vista.installation import require_module
 from vista.log.vocabulary import Vocabulary
@@ -216,7 +216,7 @@ def npz_limit(file_bytes: int) -> int:
 logger = logging.getLogger(__name__)
 
 
-def read_categories(file: Path, column: str, items: Vocabulary) -> NDArray[np.int64]:
+def read_categories(file: Path, column: str, items: Vocabulary) -> Int:
     """Category codes of a model's items, from a table next to the log, for SIM's hard search.
 
     Args:

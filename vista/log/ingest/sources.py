@@ -112,6 +112,11 @@ def open_sources(config: SourceConfig, table: str, parser: SourceParser) -> list
             raise ConfigError("impressions.labels: name at least one column of 0/1 labels")
         if config.timestamp is None:
             raise ConfigError("impressions.timestamp: impressions need times; name the column of times")
+    if config.kind == "table" and config.timestamp is None and config.time_unit is not None:
+        raise ConfigError(
+            f"{table}.time_unit: is the unit of no column; name the column with {table}.timestamp=..., or leave "
+            f"{table}.time_unit out"
+        )
     if config.probabilities and len(config.probabilities) != len(config.labels):
         raise ConfigError(f"{table}.probabilities: name one column per label, or none")
     return [_open(file, config, table, parser) for file in _files(config, table)]

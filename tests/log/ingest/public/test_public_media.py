@@ -366,11 +366,7 @@ def test_sequences_impressions_and_items(tmp_path: Path, name: str) -> None:
 
 def test_parts_are_those_of_the_files_and_show_the_items_that_come_before(tmp_path: Path) -> None:
     log = load(write_longctr(tmp_path / "data"))
-    for part, begin, end in (
-        ("train", 0, VALID_FROM),
-        ("valid", VALID_FROM, TEST_FROM),
-        ("test", TEST_FROM, None),
-    ):
+    for part, begin, end in (("train", 0, VALID_FROM), ("valid", VALID_FROM, TEST_FROM), ("test", TEST_FROM, None)):
         cases = impression_cases(log, begin, end)
         users, items = log.users.ids(cases.user).tolist(), log.items.ids(cases.item).tolist()
         found = zip(users, items, cases.seen.tolist(), cases.label[:, 0].tolist(), strict=True)
@@ -460,7 +456,10 @@ def test_events_and_named_features(tmp_path: Path, form: str, files: str) -> Non
     for name, table in tables.items():
         (table if form == "flat" else sequential(table)).write_parquet(folder / f"{name}.parquet")
     assert detect_kind(folder) == "yambda"
-    log = load(folder, categories=["is_organic"], numbers=["played_ratio_pct"])
+    events = SourceConfig(kind="auto", paths=[str(folder)], categories=["is_organic"], numbers=["played_ratio_pct"])
+    report = prepare(PrepareConfig(out=str(folder / "log"), events=events, progress=False), parser=PARSER)
+    assert report.warnings == []  # its times are seconds since the first event, not since 1970
+    log = EventLog.open(folder / "log")
     assert (log.num_users, log.num_events) == (2, len(YAMBDA_EVENTS))
     if files == "multi_event":
         assert events_of(log) == YAMBDA_EVENTS

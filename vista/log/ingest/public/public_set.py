@@ -75,12 +75,7 @@ class PublicSet:
 
     def forms(self, table: str) -> tuple[FileForm, ...]:
         """Forms of the files of "events", "impressions", "items", or "users"."""
-        return {
-            "events": self.events,
-            "impressions": self.impressions,
-            "items": self.items,
-            "users": self.users,
-        }[table]
+        return {"events": self.events, "impressions": self.impressions, "items": self.items, "users": self.users}[table]
 
     def form_of(self, file: Path, table: str) -> FileForm:
         """The form of a file; the first form of the table if the file has another name."""

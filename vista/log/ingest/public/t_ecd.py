@@ -127,12 +127,7 @@ T_ECD = PublicSet(
     items=tuple(
         FileForm(
             patterns,
-            {
-                "item": "item_id",
-                "categories": list(CATEGORIES),
-                "numbers": [PRICE],
-                "vectors": [VECTOR],
-            },
+            {"item": "item_id", "categories": list(CATEGORIES), "numbers": [PRICE], "vectors": [VECTOR]},
             read_catalog,
         )
         for patterns in (tuple(f"{domain}/items.pq" for domain in DOMAINS_OF_ITEMS), ("items.pq",))
