@@ -28,7 +28,7 @@ from vista.errors import RankError
 from vista.installation import __version__
 from vista.log.event_log import EventLog
 from vista.model.ranking_model import RankingModel
-from vista.ranks import Ranks
+from vista.ranks import JobRanks, Ranks
 from vista.refresh import refresh
 from vista.training.checkpoint import latest_checkpoint
 from vista.training.optimizers import DataParallel
@@ -115,7 +115,7 @@ def test_downstream_training(served_tasks: Served, tmp_path: Path) -> None:
     np.testing.assert_allclose(curve(tmp_path / "two"), curve(tmp_path / "one"), rtol=1e-4)
 
 
-class TwoEqualRanks(Ranks):
+class TwoEqualRanks(JobRanks):
     """This rank, and another one that has the same tensors."""
 
     def __init__(self) -> None:
@@ -128,7 +128,7 @@ class TwoEqualRanks(Ranks):
         tensor *= 2
 
 
-class TwoRanks(Ranks):
+class TwoRanks(JobRanks):
     """This rank, and another one with given tensors."""
 
     def __init__(self, *of_other: Tensor) -> None:

@@ -265,9 +265,10 @@ class RunRecord(MetricsWriter):
         return rows
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row, which holds `step`."""
-        super().write(row)
-        self._tracked.log(row)
+        """Append one row, which holds `step`. Only the rank that has called `rewind` writes."""
+        if self._facts["began"] is not None:
+            super().write(row)
+            self._tracked.log(row)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         """Record how the run ended.

@@ -171,7 +171,8 @@ class Validation:
             ranks: processes that measure together; None for a single process.
             events_per_batch: most events of histories that are read at once (a longer history is read alone).
         """
-        self._log, self._item_rows, self._ranks, data = log, item_rows, ranks, config.data
+        self._log, self._item_rows, data = log, item_rows, config.data
+        self._ranks = ranks or Ranks()
         self._windows = EvaluateConfig(horizon_events=[data.horizon_events], horizon_days=data.horizon_days)
         ((self._length, _),) = window_lengths(self._windows).items()
         self._events_per_batch = events_per_batch
@@ -204,7 +205,7 @@ class Validation:
         better), else `ranking_metric`; empty if the log has no cases."""
 
     @classmethod
-    def of(cls, log: EventLog, item_rows: Int, config: TrainConfig, ranks: Ranks | None) -> Validation | None:
+    def of(cls, log: EventLog, item_rows: Int, config: TrainConfig, ranks: Ranks) -> Validation | None:
         """That of a run; None without validations, or if the log has no case."""
         if config.optim.validate_every == 0:
             return None
@@ -269,13 +270,13 @@ class Validation:
         score: Callable[[NextItemCases | WindowCases], NDArray[np.floating[Any]]],
     ) -> dict[str, float]:
         columns = self._item_rows - 1
-        cases = cases.part(self._own_part(cases.seen + 1))
+        cases = cases.part(self._ranks.part_of(cases.seen + 1))
         batches = case_batches(cases, self._log.num_items, USERS_PER_BATCH, self._events_per_batch)
         if isinstance(cases, NextItemCases):
             ranks = rank_next_items(self._log, cases, columns, score, batches, exclude_seen=self._exclude_seen)
-            return ranking_metrics(self._joined({"rank": ranks})["rank"], [10])
+            return ranking_metrics(self._ranks.of_all_cases({"rank": ranks})["rank"], [10])
         measured = rank_windows(self._log, {self._length: cases}, columns, score, batches, [10])[self._length]
-        report = WindowReport({self._length: self._joined(measured)})
+        report = WindowReport({self._length: self._ranks.of_all_cases(measured)})
         # NaN if no window has items of the kind.
         return {k: v for k, v in report.metrics().items() if k.startswith("ndcg@10") and not math.isnan(v)}
 
@@ -286,9 +287,9 @@ class Validation:
         metrics: dict[str, float] = {}
         users, shown = [], None
         if self._ranked is not None:
-            users.append(self._ranked.user[self._own_part(self._ranked.seen + 1)])
+            users.append(self._ranked.user[self._ranks.part_of(self._ranked.seen + 1)])
         if self._impressions is not None:
-            shown = self._impressions.part(self._own_part(np.ones_like(self._impressions.user)))
+            shown = self._impressions.part(self._ranks.part_of(np.ones_like(self._impressions.user)))
             users.append(shown.user)
         answers = self._answers(model, np.unique(np.concatenate(users)))
 
@@ -302,7 +303,9 @@ class Validation:
             predicted = np.zeros(shown.label.shape, np.float32)
             if answers is not None:
                 predicted = self._finite(self._probabilities(model, shown, answers), shown.user)
-            metrics |= impression_metrics(self._impressions, self._joined({"predicted": predicted})["predicted"])
+            metrics |= impression_metrics(
+                self._impressions, self._ranks.of_all_cases({"predicted": predicted})["predicted"]
+            )
         model.train(was_training)
         return metrics
 
@@ -338,13 +341,6 @@ class Validation:
         assert isinstance(model, VistaModel)
         covered = self._cut if covered is None else covered
         return SummaryAnswers(model, self._log, self._item_rows, users, covered, self._events_per_batch)
-
-    def _own_part(self, work: Int) -> slice:
-        """The cases that this process answers; `Ranks.part_of`."""
-        return slice(0, len(work)) if self._ranks is None else self._ranks.part_of(work)
-
-    def _joined(self, own: dict[str, Any]) -> dict[str, Any]:
-        return own if self._ranks is None else self._ranks.of_all_cases(own)
 
     def _finite(self, scores: Float32s, users: Int) -> Float32s:
         bad = users[~np.isfinite(scores).all(axis=1)]
