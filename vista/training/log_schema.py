@@ -15,8 +15,7 @@ from vista.arrays import Float32s, Int
 from vista.config import DataConfig, TrainConfig
 from vista.config.checks import Decay
 from vista.errors import ConfigError, DataError
-from vista.examples.batch_source import EncodeEvents, EncodeRows, ModelReads, trained_tasks
-from vista.examples.chunks import visible_rows
+from vista.examples.batch_source import EncodeEvents, EncodeRows, ModelReads, trained_tasks, visible_rows
 from vista.examples.item_statistics import item_counts
 from vista.log.event_log import EventLog
 from vista.log.features import CategoryColumn, ItemFeatures

@@ -41,7 +41,7 @@ from vista.evaluation.protocol import (
     window_metric,
 )
 from vista.examples.batch_source import trained_tasks
-from vista.examples.chunks import CounterRequests, HistoryCounters
+from vista.examples.item_statistics import CounterRequests, HistoryCounters
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories, rows_that_fit, token_groups
 from vista.log.splits import EVENTS_PER_BLOCK, READ_EVENT_BYTES, leaves_out_seen, part_counts, part_times, refresh_times
