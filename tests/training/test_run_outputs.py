@@ -21,7 +21,8 @@ from vista.evaluation.baseline_evaluation import measure_baseline
 from vista.evaluation.counting_baselines import Transitions
 from vista.log.event_log import EventLog
 from vista.model.ranking_model import RankingModel
-from vista.training.run_folder import MetricsWriter, log_file, model_card
+from vista.runs.tracking import MetricsWriter
+from vista.training.run_folder import log_file, model_card
 from vista.training.run_plan import Progress
 from vista.training.trainer import train, train_model
 from vista.training.validation import Validation, compare_with_baselines

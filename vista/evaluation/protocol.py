@@ -24,8 +24,16 @@ from vista.evaluation.cases import (
     next_item_cases,
     window_cases,
 )
-from vista.evaluation.comparison import PerUserMetrics, mean_and_error, mean_cell, table_of_means
-from vista.evaluation.metrics import auc, calibration, gauc, normalized_entropy, ranks_of_targets, top_items
+from vista.evaluation.comparison import PerUserMetrics, mean_cell, table_of_means
+from vista.evaluation.metrics import (
+    auc,
+    calibration,
+    gauc,
+    mean_and_error,
+    normalized_entropy,
+    ranks_of_targets,
+    top_items,
+)
 from vista.examples.item_statistics import item_counts
 from vista.log.event_log import EventLog
 from vista.log.histories import DAY_MS, token_groups

@@ -1,8 +1,8 @@
 """A training batch: packed events, the cuts at which summaries are read, and windows of label positions.
 
 It is cut from chunks. Letters: B chunks, T packed events, NS segments between cuts, NC cuts, NW windows, W positions
-per window, L tail length, I impressions per window, C columns and D dense inputs of features, J negatives, NA anchors, P
-labels and S counted items per anchor, G fields of counters, F values per key, NR reconstructed stretches, R distinct
+per window, L tail length, I impressions per window, C columns and D dense inputs of features, J negatives, NA anchors,
+P labels and S counted items per anchor, G fields of counters, F values per key, NR reconstructed stretches, R distinct
 item rows, S seeds of stored summaries, M model dim.
 """
 

@@ -19,7 +19,6 @@ from vista.config import EvaluateConfig, TrainConfig
 from vista.counters.counters import ItemKeys
 from vista.errors import NonFiniteLossError
 from vista.evaluation.answers import RawHistoryAnswers
-from vista.evaluation.baseline_evaluation import counting_baselines, scores_in_columns
 from vista.evaluation.cases import (
     ImpressionCases,
     NextItemCases,
@@ -30,6 +29,7 @@ from vista.evaluation.cases import (
     window_cases,
     with_tasks,
 )
+from vista.evaluation.counting_baselines import counting_baselines, scores_in_columns
 from vista.evaluation.protocol import (
     WindowReport,
     case_batches,
