@@ -54,7 +54,7 @@ class Ranks:
         """
         launched = is_launched()
         if not launched and not as_job:
-            yield Ranks()
+            yield ALONE
             return
         backend = "gloo"
         if device.type == "cuda":
@@ -287,6 +287,10 @@ class JobRanks(Ranks):
         with talking():
             dist.all_gather(parts, tensor)
         return parts
+
+
+ALONE = Ranks()
+"""A process without others."""
 
 
 def is_launched() -> bool:

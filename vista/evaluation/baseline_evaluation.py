@@ -43,7 +43,6 @@ from vista.log.splits import leaves_out_seen, split_until, visible_counts
 from vista.logistic_regression import fit_probability, predict_probability
 from vista.model.ranking_model import RankingModel
 from vista.progress_bar import elapsed_time, progress_bar, ticking
-from vista.ranks import Ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,9 +198,9 @@ def measure_baseline(
     baseline.fit(log, visible_counts(log, split_until(data, config.split)), np.random.default_rng(0))
     score = partial(scores_in_columns, baseline, columns)
     if config.target is Target.window:
-        _, per_user = measure_windows(log, data, columns, config, score, Ranks())
+        _, per_user = measure_windows(log, data, columns, config, score)
     else:
-        _, per_user = measure_next_items(log, data, columns, config, score, Ranks())
+        _, per_user = measure_next_items(log, data, columns, config, score)
     if not len(per_user.users):
         raise ConfigError(f"{log.path} has no {config.split} label to rank; choose another split")
     return per_user

@@ -41,7 +41,7 @@ from vista.model.ranking_model import RankingModel
 from vista.model.registry import load_model
 from vista.model.saved_model import CONFIG_FILE
 from vista.model.vista_model import VistaModel
-from vista.ranks import Ranks
+from vista.ranks import ALONE, Ranks
 from vista.refresh import check_log, check_requests
 from vista.scorer import Scorer
 from vista.store.record_spec import read_key
@@ -155,19 +155,16 @@ def evaluate(config: EvaluateConfig) -> EvaluationReport:
     return result
 
 
-def evaluate_scorer(
-    scorer: Scorer, log: EventLog, config: EvaluateConfig, ranks: Ranks | None = None
-) -> EvaluationReport:
+def evaluate_scorer(scorer: Scorer, log: EventLog, config: EvaluateConfig, ranks: Ranks = ALONE) -> EvaluationReport:
     """Measure a scorer on a part of its model's split of `log`.
 
     Args:
         config: how to measure; what it says about files is not read.
-        ranks: processes that measure together; None for a single process.
+        ranks: processes that measure together.
 
     Raises:
         LeakageError, ConfigError: as `evaluate`.
     """
-    ranks = ranks or Ranks()
     _check(scorer.model, log, config)
     check_store(scorer, config)
     evaluation = _measure(
@@ -180,19 +177,19 @@ def evaluate_scorer(
 
 
 def evaluate_model(
-    model: HistoryModel, log: EventLog, config: EvaluateConfig, ranks: Ranks | None = None
+    model: HistoryModel, log: EventLog, config: EvaluateConfig, ranks: Ranks = ALONE
 ) -> EvaluationReport:
     """Measure a baseline on a part of its split of `log`. It reads the raw history up to each label.
 
     Args:
         config: how to measure; what it says about files and staleness is not read.
-        ranks: processes that measure together; None for a single process.
+        ranks: processes that measure together.
 
     Raises:
         ConfigError: if there is nothing to measure.
     """
     _check(model, log, config)
-    return _measure(model, log, config, RawHistoryAnswers(model, log, model.rows_of(log.items)), ranks or Ranks())
+    return _measure(model, log, config, RawHistoryAnswers(model, log, model.rows_of(log.items)), ranks)
 
 
 def _agree(ranks: Ranks, config: EvaluateConfig, log: EventLog, store: str) -> None:

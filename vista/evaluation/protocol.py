@@ -39,7 +39,7 @@ from vista.log.event_log import EventLog
 from vista.log.histories import DAY_MS, token_groups
 from vista.log.splits import EVENTS_PER_BLOCK, leaves_out_seen, part_counts, part_times, split_until, visible_counts
 from vista.progress_bar import progress_bar
-from vista.ranks import Ranks
+from vista.ranks import ALONE, Ranks
 
 # How well scores rank the items of a window: precision, recall and NDCG over a set of labels.
 #
@@ -290,7 +290,7 @@ def measure_next_items(
     columns: Int,
     config: EvaluateConfig,
     score: Callable[[NextItemCases], NDArray[np.floating[Any]]],
-    ranks: Ranks,
+    ranks: Ranks = ALONE,
     *,
     observe: Callable[[NDArray[np.float32], Int, tuple[Int, Int] | None], None] | None = None,
 ) -> tuple[Int, PerUserMetrics]:
@@ -428,7 +428,7 @@ def measure_windows(
     columns: Int,
     config: EvaluateConfig,
     score: Callable[[WindowCases], Scores],
-    ranks: Ranks,
+    ranks: Ranks = ALONE,
 ) -> tuple[WindowReport, PerUserMetrics]:
     """Ask all cases of `split_windows`, and compute the metrics of each user.
 

@@ -29,7 +29,7 @@ from vista.model.ranking_model import RankingModel
 from vista.model.registry import load_model
 from vista.model.vista_model import VistaModel
 from vista.progress_bar import progress_bar
-from vista.ranks import JobRanks, Ranks
+from vista.ranks import ALONE, JobRanks, Ranks
 from vista.training.checkpoint import PLAIN_WEIGHTS, latest_checkpoint, plain_model, restore_run, save_run
 from vista.training.downstream import Downstream
 from vista.training.log_schema import hash_collisions, model_reads, schema_and_readers
@@ -133,7 +133,7 @@ class Trainer:
         config: TrainConfig,
         log: EventLog,
         origin: Downstream | WarmStart | None = None,
-        ranks: Ranks | None = None,
+        ranks: Ranks = ALONE,
         metrics_every: int = METRICS_EVERY,
         *,
         began: float | None = None,
@@ -141,7 +141,7 @@ class Trainer:
         """
         Args:
             origin: the base model and its store, or the model of a warm start; None draws all weights.
-            ranks: the processes that train together; None for a single process.
+            ranks: the processes that train together.
             metrics_every: steps between two lines of metrics.jsonl.
             began: `time.perf_counter` when the run began, from which optim.minutes counts; None is now.
         """
@@ -151,7 +151,7 @@ class Trainer:
         since = None if stored is None else stored.since
         self.config = config = plan_run(config, log, since)
         self.log, self.metrics_every, self.run_dir = log, metrics_every, Path(config.run_dir)
-        self._ranks = ranks = Ranks() if ranks is None else ranks
+        self._ranks = ranks
         self.device = ranks.own_device(resolve_device(config.device))
         self.precision = choose_precision(config.precision, self.device)
         self._identity = run_identity(config, log, origin, self.precision)

@@ -52,7 +52,7 @@ from vista.model.inference import LogUsers, PaddedTail, pad_tail
 from vista.model.ranking_model import RankingModel
 from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
-from vista.ranks import Ranks
+from vista.ranks import ALONE, Ranks
 from vista.training.run_plan import Progress
 
 # The protocol's cases, answered by VISTA with float32 summaries and no store.
@@ -161,18 +161,17 @@ class Validation:
         log: EventLog,
         item_rows: Int,
         config: TrainConfig,
-        ranks: Ranks | None = None,
+        ranks: Ranks = ALONE,
         *,
         events_per_batch: int = EVENTS_PER_BLOCK,
     ) -> None:
         """
         Args:
             item_rows: int64 [log.num_items], the model row of each of the log's items.
-            ranks: processes that measure together; None for a single process.
+            ranks: processes that measure together.
             events_per_batch: most events of histories that are read at once (a longer history is read alone).
         """
-        self._log, self._item_rows, data = log, item_rows, config.data
-        self._ranks = ranks or Ranks()
+        self._log, self._item_rows, self._ranks, data = log, item_rows, ranks, config.data
         self._windows = EvaluateConfig(horizon_events=[data.horizon_events], horizon_days=data.horizon_days)
         ((self._length, _),) = window_lengths(self._windows).items()
         self._events_per_batch = events_per_batch
