@@ -30,12 +30,12 @@ from vista.model.registry import load_model
 from vista.model.vista_model import VistaModel
 from vista.progress_bar import progress_bar
 from vista.ranks import ALONE, JobRanks, Ranks
+from vista.runs.tracking import MetricsWriter
 from vista.training.checkpoint import PLAIN_WEIGHTS, latest_checkpoint, plain_model, restore_run, save_run
 from vista.training.downstream import Downstream
 from vista.training.log_schema import hash_collisions, model_reads, schema_and_readers
 from vista.training.optimizers import DataParallel, Optimizers
 from vista.training.run_folder import (
-    MetricsWriter,
     RunRecord,
     claimed_folder,
     clean_folder,
