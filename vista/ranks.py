@@ -32,35 +32,29 @@ PIECE_BYTES = 1 << 26
 
 
 class Ranks:
-    """This process among those of its job. All methods except the properties are called by all ranks in one order.
+    """The processes that work together. This class is a process alone; `JobRanks` is one of several.
 
-    Raises:
-        RankError: from all methods, if another rank has ended or cannot be reached.
+    All methods except the properties are called by all ranks in one order.
     """
 
-    _current: ClassVar[Ranks | None] = None
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        """Where this rank computes."""
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self._is_first_of_machine = os.environ.get("LOCAL_RANK", "0") == "0"
+    rank, size = 0, 1
+    _current: ClassVar[JobRanks | None] = None
 
     @classmethod
     @contextmanager
-    def joined(cls, device: torch.device, *, alone: bool = False) -> Iterator[Ranks | None]:
-        """Join the other ranks for a block; None if torchrun has not started this process, or only this one.
+    def joined(cls, device: torch.device, *, as_job: bool = False) -> Iterator[Ranks]:
+        """Join the other ranks for a block.
 
         Args:
             device: if this is cuda, each rank of a machine uses its own GPU.
-            alone: whether a process without others is a job of one rank, instead of None.
+            as_job: whether a process without others is a job of one rank too.
 
         Raises:
             ConfigError: if the machine has fewer GPUs than ranks.
         """
         launched = is_launched()
-        if not launched and not alone:
-            yield None
+        if not launched and not as_job:
+            yield ALONE
             return
         backend = "gloo"
         if device.type == "cuda":
@@ -72,16 +66,20 @@ class Ranks:
             else:
                 dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
         try:
-            cls._current = cls(device)
-            yield cls._current
+            Ranks._current = JobRanks(device)
+            yield Ranks._current
         finally:
-            cls._current = None
+            Ranks._current = None
             dist.destroy_process_group()
 
     @classmethod
-    def current(cls) -> Ranks | None:
-        """The ranks that this process has joined; None outside of `joined`."""
-        return cls._current
+    def current(cls) -> JobRanks | None:
+        """The job that this process has joined; None outside of `joined`."""
+        return Ranks._current
+
+    def own_device(self, device: torch.device) -> torch.device:
+        """Where this rank computes, if the configuration names `device`."""
+        return device
 
     @property
     def leads(self) -> bool:
@@ -91,7 +89,7 @@ class Ranks:
     @property
     def checks_files(self) -> bool:
         """Whether this rank checks files for its machine."""
-        return self._is_first_of_machine
+        return True
 
     def agree(self, facts: Mapping[str, Any]) -> None:
         """Check that all ranks have the same configuration, log, and versions.
@@ -111,10 +109,7 @@ class Ranks:
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, in their order."""
-        values: list[Any] = [None] * self.size
-        with talking():
-            dist.all_gather_object(values, value)
-        return values
+        return [value]
 
     def part_of(self, work: Int) -> slice:
         """This rank's cases among all cases of an evaluation: consecutive ones, with its share of the work.
@@ -138,10 +133,11 @@ class Ranks:
 
     def from_first(self, value: Any) -> Any:
         """The value of rank 0."""
-        values = [value]
-        with talking():
-            dist.broadcast_object_list(values)
-        return values[0]
+        return value
+
+    def any(self, value: bool) -> bool:
+        """Whether a value is True on any rank."""
+        return value
 
     def check_weights(self, tensors: Iterable[Tensor], step: int) -> None:
         """Check that all ranks have the same tensors, bit for bit, as they must after the same steps.
@@ -153,6 +149,46 @@ class Ranks:
         Raises:
             RankError: on every rank, if those of a rank differ from those of rank 0.
         """
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Give all ranks the tensors of rank 0, such as parameters and buffers."""
+
+    def wait(self) -> None:
+        """Wait until all ranks have called this."""
+
+
+class JobRanks(Ranks):
+    """This process among those of a job.
+
+    Raises:
+        RankError: from all methods, if another rank has ended or cannot be reached.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        """Where this rank computes."""
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+
+    def own_device(self, device: torch.device) -> torch.device:
+        return self.device
+
+    @property
+    def checks_files(self) -> bool:
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+
+    def gather(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.size
+        with talking():
+            dist.all_gather_object(values, value)
+        return values
+
+    def from_first(self, value: Any) -> Any:
+        values = [value]
+        with talking():
+            dist.broadcast_object_list(values)
+        return values[0]
+
+    def check_weights(self, tensors: Iterable[Tensor], step: int) -> None:
         own = [
             xxhash.xxh3_128_hexdigest(tensor.detach().cpu().flatten().view(torch.uint8).numpy().data)
             for tensor in tensors
@@ -167,7 +203,6 @@ class Ranks:
                 )
 
     def share(self, tensors: Iterable[Tensor]) -> None:
-        """Give all ranks the tensors of rank 0, such as parameters and buffers."""
         with talking():
             for tensor in tensors:
                 dist.broadcast(tensor.detach(), 0)
@@ -178,7 +213,6 @@ class Ranks:
             dist.all_reduce(tensor)
 
     def any(self, value: bool) -> bool:
-        """Whether a value is True on any rank."""
         count = torch.tensor(int(value), device=self.device)
         self.sum(count)
         return bool(count > 0)
@@ -245,7 +279,6 @@ class Ranks:
                     yield piece.cpu()
 
     def wait(self) -> None:
-        """Wait until all ranks have called this."""
         self.any(False)
 
     def _gathered(self, tensor: Tensor) -> list[Tensor]:
@@ -254,6 +287,10 @@ class Ranks:
         with talking():
             dist.all_gather(parts, tensor)
         return parts
+
+
+ALONE = Ranks()
+"""A process without others."""
 
 
 def is_launched() -> bool:

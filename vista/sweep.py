@@ -26,8 +26,7 @@ from vista.errors import ConfigError, SweepError, TrackingError, VistaError
 from vista.files import replace_text, writable_folder
 from vista.installation import require_module
 from vista.log.event_log import EventLog
-from vista.runs.run_files import badness
-from vista.runs.run_list import RunSummary
+from vista.runs.run_list import RunSummary, badness
 from vista.runs.tracking import TrackedRun
 from vista.text_table import terminal_width, text_table, wrapped
 from vista.training.trainer import train_model

@@ -35,8 +35,8 @@ from vista.config import SourceColumns
 from vista.examples.batch import Batch
 from vista.log.event_log import EventLog
 from vista.model.ranking_model import RankingModel
+from vista.runs.tracking import MetricsWriter
 from vista.training import trainer
-from vista.training.run_folder import MetricsWriter
 
 NUM_ROWS = 1_000_000
 TOKENS_PER_BATCH = 2048

@@ -35,12 +35,11 @@ from vista.config.checks import Split, Stage, Target
 from vista.evaluation.answers import ScorerAnswers
 from vista.evaluation.baseline_evaluation import (
     asked_horizons,
-    counting_baselines,
     measure_by_horizon,
     trained_baselines,
 )
 from vista.evaluation.cases import impression_cases, with_tasks
-from vista.evaluation.counting_baselines import CountingBaseline
+from vista.evaluation.counting_baselines import CountingBaseline, counting_baselines
 from vista.evaluation.evaluate import EvaluationReport, evaluate_model, evaluate_scorer
 from vista.evaluation.protocol import USERS_PER_BATCH, impression_metrics, split_windows, window_metric
 from vista.examples.item_statistics import item_counts

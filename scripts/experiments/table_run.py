@@ -26,10 +26,9 @@ from vista.evaluation.baseline_evaluation import (
     OWN_WEIGHTS,
     RIDGES,
     TEMPERATURES_AND_RATES,
-    TRANSITION_WEIGHTS,
     asked_horizons,
 )
-from vista.evaluation.counting_baselines import MAX_USERS, MIN_SEEN, SHORT_EVENTS
+from vista.evaluation.counting_baselines import MAX_USERS, MIN_SEEN, SHORT_EVENTS, TRANSITION_WEIGHTS
 from vista.log.splits import RETURNING
 from vista.training import run_plan
 

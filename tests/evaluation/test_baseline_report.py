@@ -18,10 +18,10 @@ from vista.config import CompareConfig, DataConfig, EvaluateConfig
 from vista.config.checks import AskedBaselines, Split, Target
 from vista.errors import ConfigError
 from vista.evaluation import baseline_evaluation
-from vista.evaluation.baseline_evaluation import asked_horizons, measure_baseline, measure_by_horizon, scores_in_columns
+from vista.evaluation.baseline_evaluation import asked_horizons, measure_baseline, measure_by_horizon
 from vista.evaluation.cases import next_item_cases
 from vista.evaluation.comparison import compare
-from vista.evaluation.counting_baselines import OwnFrequency, Popularity, Transitions
+from vista.evaluation.counting_baselines import OwnFrequency, Popularity, Transitions, scores_in_columns
 from vista.evaluation.evaluate import evaluate, evaluate_scorer
 from vista.evaluation.trained_baselines import PooledFactors
 from vista.log.event_log import EventLog

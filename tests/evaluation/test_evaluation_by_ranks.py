@@ -17,7 +17,7 @@ from vista.evaluation.evaluate import EvaluationReport, evaluate_model, evaluate
 from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare
 from vista.model.baselines.history_model import HistoryModel
-from vista.ranks import Ranks
+from vista.ranks import ALONE, Ranks
 from vista.scorer import Scorer
 from vista.training.trainer import train_model
 
@@ -62,11 +62,11 @@ def test_next_items_popularity_and_impressions(served_tasks: Served, tie_free_lo
         top_k=[5, 10], popularity=True, recall=True, baselines=AskedBaselines.counting, progress=False
     )
 
-    def measured(ranks: Ranks | None) -> EvaluationReport:
+    def measured(ranks: Ranks) -> EvaluationReport:
         with Scorer.open(served_tasks.model_dir, served_tasks.test_store) as scorer:
             return evaluate_scorer(scorer, tie_free_log, config, ranks)
 
-    expected = measured(None)
+    expected = measured(ALONE)
     leading, *others = on_ranks(num_ranks, measured)
     assert_same_report(leading, expected)
     assert leading.recall is not None and leading.baselines is not None
@@ -81,11 +81,11 @@ def test_windows(served: Served) -> None:
         target=Target.window, horizon_events=[1, 2], min_seen=2, min_after=1, top_k=[5], progress=False
     )
 
-    def measured(ranks: Ranks | None) -> EvaluationReport:
+    def measured(ranks: Ranks) -> EvaluationReport:
         with Scorer.open(served.model_dir, served.test_store) as scorer:
             return evaluate_scorer(scorer, served.log, config, ranks)
 
-    expected = measured(None)
+    expected = measured(ALONE)
     for num_ranks in (3, 20):
         for found in on_ranks(num_ranks, measured):
             assert_same_report(found, expected)

@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 
 from vista.arrays import Int
 from vista.config.checks import Mixing
-from vista.examples.batch import Batch
-from vista.examples.chunks import ChunkImpressions, Chunks, ChunkTimeline
+from vista.examples.batch import Batch, ChunkImpressions, Chunks, ChunkTimeline
 from vista.examples.cuts import AnchorPlan, ChunkAnchors, CutPlan, cut_batch, draw_anchors
 from vista.log.histories import DAY_MS, gap_bucket
 

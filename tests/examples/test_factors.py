@@ -28,7 +28,7 @@ from vista.examples.item_statistics import (
     pair_counts,
 )
 from vista.log.event_log import EventLog
-from vista.training.run_folder import MetricsWriter
+from vista.runs.tracking import MetricsWriter
 from vista.training.trainer import Trainer, train
 from vista.training.warm_start import FrozenItems, start_from_factors
 

@@ -19,9 +19,9 @@ from vista.arrays import Int
 from vista.config import DataConfig, ModelConfig
 from vista.config.checks import Architecture, Decay
 from vista.counters.counters import ItemKeys
-from vista.examples.batch import Batch
-from vista.examples.chunks import ChunkCounters, ChunkImpressions, Chunks, ChunkTimeline, HistoryCounters, decay_clock
+from vista.examples.batch import Batch, ChunkCounters, ChunkImpressions, Chunks, ChunkTimeline, Encoded, decay_clock
 from vista.examples.cuts import AnchorPlan, CutPlan, cut_batch
+from vista.examples.item_statistics import HistoryCounters
 from vista.log.histories import Histories, RowFeatures, gap_bucket, history_gaps, ranges
 from vista.log.vocabulary import Vocabulary
 from vista.model.features import EncodedRows, RowFeatureReader, Schema
@@ -208,18 +208,19 @@ def chunks(
             label=rng.integers(0, 2, (len(owner), len(TASKS))).astype(np.float32),
             mask=rng.random((len(owner), len(TASKS))) < 0.8,
             time=time,
-            entry=np.concatenate([part.entry for part in features]) if requests else None,
-            dense=np.concatenate([part.dense for part in features]) if requests else None,
+            features=joined(*features) if requests else None,
         ),
         counters=None
         if keys is None
         else ChunkCounters(HistoryCounters(keys, item, packed.timestamp, packed.offsets), user, start, None),
-        entry=of_events.entry,
-        dense=of_events.dense,
-        user_entry=np.concatenate([of_users.entry, READER.missing(1).entry]),
-        user_dense=np.concatenate([of_users.dense, READER.missing(1).dense]),
+        features=joined(of_events),
+        user_features=joined(of_users, READER.missing(1)),
     )
     return made, time
+
+
+def joined(*parts: EncodedRows) -> Encoded:
+    return np.concatenate([part.entry for part in parts]), np.concatenate([part.dense for part in parts])
 
 
 def plan(model: VistaModel, **changes: Any) -> CutPlan:

@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vista.config.checks import Decay, Mixing, Normalization, TargetAttentionKind
-from vista.examples.batch import Batch
-from vista.examples.chunks import Chunks
+from vista.examples.batch import Batch, Chunks
 from vista.log.histories import Histories, RowFeatures
 
 YEAR = 365 * 86_400_000

@@ -23,7 +23,7 @@ from vista.errors import CheckpointError, ConfigError, StoreError, SummarizerMis
 from vista.evaluation.evaluate import evaluate_scorer
 from vista.log.event_log import EventLog
 from vista.report.report import WrittenReport, write_report
-from vista.runs.run_files import MAX_METRICS_BYTES
+from vista.runs.run_list import MAX_METRICS_BYTES
 from vista.scorer import Scorer
 from vista.training.trainer import train, train_model
 

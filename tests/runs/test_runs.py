@@ -14,8 +14,7 @@ from vista.cli.main import main
 from vista.config.checks import RunOrder
 from vista.errors import ConfigError, NonFiniteLossError
 from vista.log.event_log import EventLog
-from vista.runs.run_files import best_places, thinned
-from vista.runs.run_list import RunComparison, RunList, RunSummary
+from vista.runs.run_list import RunComparison, RunList, RunSummary, best_places, thinned
 from vista.training.run_folder import log_file
 from vista.training.trainer import train_model
 

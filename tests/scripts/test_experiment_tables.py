@@ -41,8 +41,9 @@ from vista.cli import item_commands
 from vista.config import EvaluateConfig, SimulateConfig, TrainConfig
 from vista.config.checks import Codec, Target, WorldName
 from vista.config.composition import compose_config
-from vista.evaluation.baseline_evaluation import counting_baselines, trained_baselines
+from vista.evaluation.baseline_evaluation import trained_baselines
 from vista.evaluation.cases import WindowCases
+from vista.evaluation.counting_baselines import counting_baselines
 from vista.evaluation.protocol import measure_windows
 from vista.log.event_log import EventLog
 from vista.log.ingest.source_parser import read_categories

@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import small_config, small_frame
 from tests.training.warm_logs import COLUMNS, Run, features, grow, more_events, part
 from vista.log.event_log import EventLog
-from vista.training import trainer
+from vista.training import checkpoint
 from vista.training.trainer import train
 
 
@@ -68,12 +68,12 @@ def earlier(feature_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> 
 @contextmanager
 def copies_of_run(to: Path) -> Iterator[list[tuple[int, Path]]]:
     """Copies of the run folder, as (step, folder), after each checkpoint that is saved in the block."""
-    save, copies = trainer.save_checkpoint, list[tuple[int, Path]]()
+    save, copies = checkpoint.save_checkpoint, list[tuple[int, Path]]()
 
     def save_and_copy(folder: Path, step: int, *rest: Any) -> None:
         save(folder, step, *rest)
         copies.append((step, shutil.copytree(folder.parent, to / f"killed-{len(copies)}")))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "save_checkpoint", save_and_copy)
+        patch.setattr(checkpoint, "save_checkpoint", save_and_copy)
         yield copies

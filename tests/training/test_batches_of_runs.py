@@ -20,13 +20,12 @@ from tests.training.feature_world import feature_config, frames, log_of
 from vista.config.checks import Architecture, Mixing, Precision, Stage
 from vista.errors import DataError
 from vista.examples.batch import Batch, balanced_parts, batch_part, chunk_work
-from vista.examples.batch_source import BatchSource
+from vista.examples.batch_source import NUM_AHEAD, BatchPrefetcher, BatchSource
 from vista.log.event_log import EventLog
 from vista.model.baselines.candidate_models import SearchModel
 from vista.model.losses import LossPart, loss_names, weighted_losses
 from vista.refresh import refresh
 from vista.training.downstream import Downstream
-from vista.training.optimizers import NUM_AHEAD, BatchPrefetcher
 from vista.training.trainer import Trainer, train
 from vista.training.warm_start import training_vectors
 

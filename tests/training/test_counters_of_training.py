@@ -45,9 +45,9 @@ from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
 from vista.planning.capacity_plan import StoreSizes
 from vista.refresh import RefreshOptions, refresh
+from vista.runs.tracking import MetricsWriter
 from vista.scorer import Scorer
 from vista.training.optimizers import COUNTED_RATE
-from vista.training.run_folder import MetricsWriter
 from vista.training.trainer import Trainer, train, train_model
 from vista.training.validation import Validation
 

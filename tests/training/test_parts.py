@@ -237,7 +237,7 @@ def test_numbers_are_measured_on_events_that_training_sees(
     assert reader.columns[0].mean == pytest.approx(known.mean()) and reader.columns[0].scale == pytest.approx(
         known.std()
     )
-    monkeypatch.setattr("vista.training.log_schema.MEASURED_EVENTS", 50)
+    monkeypatch.setattr("vista.training.log_schema.MEASURED_ROWS", 50)
     sample = dwell[:: -(-int(counts.sum()) // 50)]
     reader, _ = event_reader(log, config)
     assert reader is not None and reader.columns[0].mean == pytest.approx(np.nanmean(sample.astype(np.float64)))

@@ -28,7 +28,7 @@ from vista.errors import RankError
 from vista.installation import __version__
 from vista.log.event_log import EventLog
 from vista.model.ranking_model import RankingModel
-from vista.ranks import Ranks
+from vista.ranks import ALONE, JobRanks, Ranks
 from vista.refresh import refresh
 from vista.training.checkpoint import latest_checkpoint
 from vista.training.optimizers import DataParallel
@@ -115,7 +115,7 @@ def test_downstream_training(served_tasks: Served, tmp_path: Path) -> None:
     np.testing.assert_allclose(curve(tmp_path / "two"), curve(tmp_path / "one"), rtol=1e-4)
 
 
-class TwoEqualRanks(Ranks):
+class TwoEqualRanks(JobRanks):
     """This rank, and another one that has the same tensors."""
 
     def __init__(self) -> None:
@@ -128,7 +128,7 @@ class TwoEqualRanks(Ranks):
         tensor *= 2
 
 
-class TwoRanks(Ranks):
+class TwoRanks(JobRanks):
     """This rank, and another one with given tensors."""
 
     def __init__(self, *of_other: Tensor) -> None:
@@ -289,10 +289,10 @@ def assert_ranks_measure_the_same(made: Trainer) -> None:
             weight.add_(torch.randn(weight.shape, generator=generator) * 0.1)
         model.item_table[0] = 0
 
-    def measured(ranks: Ranks | None) -> dict[str, float]:
+    def measured(ranks: Ranks) -> dict[str, float]:
         return Validation(made.log, model.rows_of(made.log.items), made.config, ranks)(model)
 
-    expected = measured(None)
+    expected = measured(ALONE)
     assert expected
     swaps = changes_by_swaps(Validation(made.log, model.rows_of(made.log.items), made.config), model)
     for num_ranks in (2, 13):

@@ -22,8 +22,9 @@ from vista.evaluation.baseline_evaluation import measure_baseline
 from vista.evaluation.counting_baselines import Transitions
 from vista.log.event_log import EventLog
 from vista.model.ranking_model import RankingModel
-from vista.training import run_folder
-from vista.training.run_folder import MetricsWriter, log_file, model_card
+from vista.runs import tracking
+from vista.runs.tracking import MetricsWriter
+from vista.training.run_folder import log_file, model_card
 from vista.training.run_plan import Progress
 from vista.training.trainer import train, train_model
 from vista.training.validation import Validation, compare_with_baselines
@@ -81,7 +82,7 @@ def test_a_full_disk_is_a_typed_error(
 
 
 def test_a_full_disk_under_a_row_of_metrics_is_a_typed_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_folder, "open_to_append", lambda path: open("/dev/full", "a"))  # noqa: SIM115
+    monkeypatch.setattr(tracking, "open_to_append", lambda path: open("/dev/full", "a"))  # noqa: SIM115
     with pytest.raises(ConfigError, match=r"metrics\.jsonl: cannot be written \(No space left on device\); free space"):
         MetricsWriter(tmp_path).write({"step": 1})
 

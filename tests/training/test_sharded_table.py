@@ -23,7 +23,7 @@ from vista.errors import ConfigError
 from vista.log.event_log import EventLog
 from vista.model.layers import drawn_table
 from vista.model.vista_model import VistaModel
-from vista.ranks import Ranks
+from vista.ranks import JobRanks, Ranks
 from vista.refresh import refresh
 from vista.scorer import Scorer
 from vista.training.checkpoint import RowShards, latest_checkpoint, write_tensors
@@ -146,12 +146,12 @@ def test_a_killed_run_resumes_on_another_number_of_ranks(
 
 @pytest.fixture
 def alone() -> Any:
-    with Ranks.joined(torch.device("cpu"), alone=True) as ranks:
+    with Ranks.joined(torch.device("cpu"), as_job=True) as ranks:
         yield ranks
 
 
 @pytest.mark.parametrize("num_rows", [1, 5, 2**16, 2**17 + 1, 3 * 2**16 - 1])
-def test_drawn_values_are_those_of_a_plain_table(alone: Ranks, num_rows: int) -> None:
+def test_drawn_values_are_those_of_a_plain_table(alone: JobRanks, num_rows: int) -> None:
     from vista.model.sharded_table import ShardedTable
 
     shape = torch.Size((num_rows, 4))
@@ -167,14 +167,14 @@ def test_ranks_without_rows_are_refused(monkeypatch: pytest.MonkeyPatch) -> None
 
     with pytest.raises(ConfigError, match="train this model with vista train"):
         ShardedTable(torch.Size((5, 4)), TablePrecision.float32)
-    ranks = Ranks.__new__(Ranks)
+    ranks = JobRanks.__new__(JobRanks)
     ranks.size = 4
     monkeypatch.setattr(Ranks, "_current", ranks)
     with pytest.raises(ConfigError, match=r"a table of 5 rows is too small for 4 ranks; set model\.table=plain"):
         ShardedTable(torch.Size((5, 4)), TablePrecision.float32)
 
 
-def test_files_of_sharded_tensors(alone: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_sharded_tensors(alone: JobRanks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """safetensors reads them, with every dtype, and no more than a piece is in memory at once."""
     from vista.model.sharded_table import ShardedTable
 

@@ -24,7 +24,7 @@ from vista.errors import CheckpointError, ConfigError, DataError, NonFiniteLossE
 from vista.examples.batch_source import BatchSource, ModelReads
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
-from vista.training import trainer
+from vista.training import checkpoint, trainer
 from vista.training.checkpoint import TENSOR_FILE, latest_checkpoint, load_checkpoint
 from vista.training.trainer import Trainer, train
 from vista.training.validation import Validation
@@ -151,7 +151,7 @@ def test_an_interrupt_leaves_a_checkpoint_of_the_current_step(
 def test_a_crash_between_validation_and_checkpoint_writes_no_line_twice(
     event_log: EventLog, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = trainer.save_checkpoint
+    save = checkpoint.save_checkpoint
 
     def save_or_crash(folder: Path, step: int, tensors: Any, state: Any) -> Path:
         if (state["run"]["progress"]["epoch"], state["run"]["progress"]["batch"]) == (2, 0):
@@ -161,7 +161,7 @@ def test_a_crash_between_validation_and_checkpoint_writes_no_line_twice(
     # With a checkpoint per step, there is one of the epoch's last step, from before its validation.
     config = small_config(event_log, tmp_path, **LONG | {"checkpoint_every": 1})
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "save_checkpoint", save_or_crash)
+        patch.setattr(checkpoint, "save_checkpoint", save_or_crash)
         with pytest.raises(SystemExit):
             train(config, event_log, metrics_every=1)
     assert [row["epoch"] for row in metrics(tmp_path) if "validation" in row] == [1, 2]

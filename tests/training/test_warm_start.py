@@ -36,10 +36,10 @@ from vista.log.splits import split_until
 from vista.model.registry import with_items
 from vista.model.vista_model import STAGE1_WEIGHTS, VistaModel
 from vista.refresh import RefreshOptions, refresh
+from vista.runs.tracking import MetricsWriter
 from vista.scorer import Scorer
 from vista.store import StoreReader
 from vista.training.checkpoint import latest_checkpoint
-from vista.training.run_folder import MetricsWriter
 from vista.training.trainer import Trainer, train, train_model
 from vista.training.validation import Validation
 from vista.training.warm_start import start_from_factors

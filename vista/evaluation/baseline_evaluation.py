@@ -16,24 +16,18 @@ from vista.errors import ConfigError
 from vista.evaluation.cases import (
     EarlierEvents,
     ImpressionCases,
-    NextItemCases,
-    WindowCases,
     impression_cases,
     questions_by_user,
     with_tasks,
 )
 from vista.evaluation.comparison import PerUserMetrics, mean_cell, per_user_path, table_of_means
 from vista.evaluation.counting_baselines import (
-    ContentNeighbors,
     CountingBaseline,
     Ease,
-    ItemNeighbors,
-    OwnFrequency,
-    Popularity,
     TifuKnn,
-    Transitions,
-    TransitionsAndOwn,
     Tuned,
+    counting_baselines,
+    scores_in_columns,
 )
 from vista.evaluation.protocol import measure_next_items, measure_windows, window_lengths, window_metric
 from vista.evaluation.trained_baselines import (
@@ -92,32 +86,10 @@ class BaselineReport:
 
 LEARNED = (Tuned, PooledFactors, CounterTrees, NewItemTrees)
 """Baselines that are fitted to the length of the windows that are asked."""
-TRANSITION_WEIGHTS = (0.03, 0.3, 1.0, 3.0)
 RIDGES = (1000.0, 200.0, 5000.0)
 OWN_WEIGHTS = (0.3, 0.7, 0.9)
 GROUP_DECAYS = (0.7, 0.9)
 TEMPERATURES_AND_RATES = ((0.1, 0.001), (0.1, 0.003), (0.2, 0.003))
-
-
-def counting_baselines(
-    *, has_time: bool, horizon_events: int, returns: bool = True, has_features: bool = False
-) -> list[CountingBaseline]:
-    """Baselines that need no fit beyond counting: seconds for a million events, and at most 3 GB of memory.
-
-    Args:
-        has_time: whether the log has times.
-        horizon_events: number of next events whose items are predicted; 1 for the next item.
-        returns: whether items of the history are ranked. If not, those that count the user's own items are left out.
-        has_features: whether the log has features of items, and their neighbors are asked for.
-    """
-    chosen: list[CountingBaseline] = [Popularity()]
-    if returns:
-        chosen += [OwnFrequency(), OwnFrequency(last=200), OwnFrequency(events=200)]
-        chosen += [OwnFrequency(days=90)] if has_time else []
-    chosen += [Transitions(), ItemNeighbors()]
-    chosen += [ContentNeighbors()] if has_features else []
-    chosen += [Tuned(TransitionsAndOwn(1.0), TRANSITION_WEIGHTS, horizon_events=horizon_events)] if returns else []
-    return chosen
 
 
 def trained_baselines(*, horizon_events: int, at_one_time: bool) -> list[CountingBaseline]:
@@ -232,19 +204,6 @@ def measure_baseline(
     if not len(per_user.users):
         raise ConfigError(f"{log.path} has no {config.split} label to rank; choose another split")
     return per_user
-
-
-def scores_in_columns(baseline: CountingBaseline, columns: Int, cases: NextItemCases | WindowCases) -> Floats:
-    """Scores float64 [n, V] of a fitted baseline, at the times of the questions.
-
-    Args:
-        columns: as in `measure_baseline`. A column that no item of the log has scores -inf.
-    """
-    scores = baseline.scores(cases.user, cases.seen, cases.now)
-    known = np.flatnonzero(columns >= 0)
-    out = np.full((len(scores), columns.max(initial=0) + 1), -np.inf)
-    out[:, columns[known]] = scores[:, known]
-    return out
 
 
 # Baselines for labels of impressions, fitted to the labels before a cut: item rates, counters, and pooled vectors.

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from vista.arrays import Float32s, Int, offsets_of
 from vista.counters.counters import ItemKeys
 from vista.examples.batch_source import events_before
-from vista.examples.chunks import CounterRequests, HistoryCounters
+from vista.examples.item_statistics import CounterRequests, HistoryCounters
 from vista.log.event_log import EventLog
 from vista.log.histories import DAY_MS, Histories, RowFeatures, token_groups
 from vista.log.splits import EVENTS_PER_BLOCK

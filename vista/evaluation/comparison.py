@@ -21,7 +21,7 @@ from tqdm import tqdm
 from vista.arrays import Floats, Int
 from vista.config import CompareConfig
 from vista.errors import ConfigError, shown
-from vista.evaluation.metrics import auc
+from vista.evaluation.metrics import auc, mean_and_error
 from vista.files import read_limited, replace_file
 from vista.log.ingest.source_parser import npz_limit
 from vista.progress_bar import progress_bar
@@ -116,13 +116,6 @@ def table_of_means(header: Sequence[str], rows: Sequence[Sequence[str]], first: 
 def per_user_path(out: str | Path) -> Path:
     """The file of the metrics per user of an evaluation whose `out` is given."""
     return Path(f"{out}.npz")
-
-
-def mean_and_error(values: Floats) -> tuple[float, float]:
-    """Mean over the users that have a value, and its standard error; NaN without enough users."""
-    known = values[~np.isnan(values)]
-    mean = float(known.mean()) if len(known) else float("nan")
-    return mean, float(known.std(ddof=1) / np.sqrt(len(known))) if len(known) > 1 else float("nan")
 
 
 NUM_FLIPS = 9_999

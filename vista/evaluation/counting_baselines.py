@@ -1,4 +1,4 @@
-"""What every counting baseline can do.
+"""Baselines that count events: popularity, own frequency, transitions, and neighbors.
 
 Letters: n users that are asked at once, V items of the log.
 """
@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from vista.arrays import Float32s, Floats, Int, offsets_of
-from vista.evaluation.cases import WindowCases, window_cases
-from vista.evaluation.comparison import mean_and_error
+from vista.evaluation.cases import NextItemCases, WindowCases, window_cases
+from vista.evaluation.metrics import mean_and_error
 from vista.evaluation.protocol import case_batches, rank_windows
 from vista.examples.item_statistics import distinct_counts, item_counts, pair_counts
 from vista.log.event_log import EventLog
@@ -582,3 +582,41 @@ class Tuned(Generic[Value]):
             [self._k],
         )
         return mean_and_error(metrics["held out"][self._metric])[0]
+
+
+TRANSITION_WEIGHTS = (0.03, 0.3, 1.0, 3.0)
+
+
+def counting_baselines(
+    *, has_time: bool, horizon_events: int, returns: bool = True, has_features: bool = False
+) -> list[CountingBaseline]:
+    """Baselines that need no fit beyond counting: seconds for a million events, and at most 3 GB of memory.
+
+    Args:
+        has_time: whether the log has times.
+        horizon_events: number of next events whose items are predicted; 1 for the next item.
+        returns: whether items of the history are ranked. If not, those that count the user's own items are left out.
+        has_features: whether the log has features of items, and their neighbors are asked for.
+    """
+    chosen: list[CountingBaseline] = [Popularity()]
+    if returns:
+        chosen += [OwnFrequency(), OwnFrequency(last=200), OwnFrequency(events=200)]
+        chosen += [OwnFrequency(days=90)] if has_time else []
+    chosen += [Transitions(), ItemNeighbors()]
+    chosen += [ContentNeighbors()] if has_features else []
+    chosen += [Tuned(TransitionsAndOwn(1.0), TRANSITION_WEIGHTS, horizon_events=horizon_events)] if returns else []
+    return chosen
+
+
+def scores_in_columns(baseline: CountingBaseline, columns: Int, cases: NextItemCases | WindowCases) -> Floats:
+    """Scores float64 [n, V] of a fitted baseline, at the times of the questions.
+
+    Args:
+        columns: int64 [log.num_items], the column of each of the log's items; -1 for items without one. A column that
+            no item of the log has scores -inf.
+    """
+    scores = baseline.scores(cases.user, cases.seen, cases.now)
+    known = np.flatnonzero(columns >= 0)
+    out = np.full((len(scores), columns.max(initial=0) + 1), -np.inf)
+    out[:, columns[known]] = scores[:, known]
+    return out

@@ -41,7 +41,7 @@ from vista.model.ranking_model import RankingModel
 from vista.model.registry import load_model
 from vista.model.saved_model import CONFIG_FILE
 from vista.model.vista_model import VistaModel
-from vista.ranks import Ranks
+from vista.ranks import ALONE, Ranks
 from vista.refresh import check_log, check_requests
 from vista.scorer import Scorer
 from vista.store.record_spec import read_key
@@ -118,16 +118,15 @@ def evaluate(config: EvaluateConfig) -> EvaluationReport:
     """
     device = resolve_device(config.device)
     with Ranks.joined(device) as ranks:
-        leads = ranks is None or ranks.leads
-        if config.out is not None and leads:
+        if config.out is not None and ranks.leads:
             writable_file(Path(config.out), "out")
             writable_file(per_user_path(config.out), "out")
         log = EventLog.open(config.data)
-        if config.verify_log and (ranks is None or ranks.checks_files):
+        if config.verify_log and ranks.checks_files:
             log.verify()
-        config = config if leads else replace(config, progress=False)
+        config = config if ranks.leads else replace(config, progress=False)
         with cpu_settings(config.num_threads):
-            model = load_model(config.model, device if ranks is None else ranks.device)
+            model = load_model(config.model, ranks.own_device(device))
             if isinstance(model, HistoryModel):
                 _agree(ranks, config, log, NO_STORE)
                 result, codec = evaluate_model(model, log, config, ranks), NO_STORE
@@ -137,7 +136,7 @@ def evaluate(config: EvaluateConfig) -> EvaluationReport:
                     _agree(ranks, config, log, scorer.store.manifest.records_digest)
                     result = evaluate_scorer(scorer, log, config, ranks)
                     codec = scorer.store.manifest.codec
-    if config.out is not None and leads:
+    if config.out is not None and ranks.leads:
         asked: dict[str, Any] = {
             name: getattr(config, name) for name in ("data", "model", "split", "top_k", "staleness")
         }
@@ -156,14 +155,12 @@ def evaluate(config: EvaluateConfig) -> EvaluationReport:
     return result
 
 
-def evaluate_scorer(
-    scorer: Scorer, log: EventLog, config: EvaluateConfig, ranks: Ranks | None = None
-) -> EvaluationReport:
+def evaluate_scorer(scorer: Scorer, log: EventLog, config: EvaluateConfig, ranks: Ranks = ALONE) -> EvaluationReport:
     """Measure a scorer on a part of its model's split of `log`.
 
     Args:
         config: how to measure; what it says about files is not read.
-        ranks: processes that measure together; None for a single process.
+        ranks: processes that measure together.
 
     Raises:
         LeakageError, ConfigError: as `evaluate`.
@@ -173,20 +170,20 @@ def evaluate_scorer(
     evaluation = _measure(
         scorer.model, log, config, ScorerAnswers(scorer, log, requests_per_batch=USERS_PER_BATCH), ranks
     )
-    if not config.recall or (ranks is not None and not ranks.leads):
+    if not (config.recall and ranks.leads):
         return evaluation
     recall = measure_recall(scorer, log)
     return replace(evaluation, metrics=evaluation.metrics | recall.metrics(), recall=recall)
 
 
 def evaluate_model(
-    model: HistoryModel, log: EventLog, config: EvaluateConfig, ranks: Ranks | None = None
+    model: HistoryModel, log: EventLog, config: EvaluateConfig, ranks: Ranks = ALONE
 ) -> EvaluationReport:
     """Measure a baseline on a part of its split of `log`. It reads the raw history up to each label.
 
     Args:
         config: how to measure; what it says about files and staleness is not read.
-        ranks: processes that measure together; None for a single process.
+        ranks: processes that measure together.
 
     Raises:
         ConfigError: if there is nothing to measure.
@@ -195,12 +192,11 @@ def evaluate_model(
     return _measure(model, log, config, RawHistoryAnswers(model, log, model.rows_of(log.items)), ranks)
 
 
-def _agree(ranks: Ranks | None, config: EvaluateConfig, log: EventLog, store: str) -> None:
+def _agree(ranks: Ranks, config: EvaluateConfig, log: EventLog, store: str) -> None:
     """Check that all ranks measure the same thing; store: digest of its records."""
-    if ranks is not None:
-        asked = {key: value for key, value in to_dict(config).items() if key not in PLACES}
-        model = hashlib.sha256((Path(config.model) / CONFIG_FILE).read_bytes()).hexdigest()[:12]
-        ranks.agree({"vista": __version__, "log": log_digest(log), "model": model, "store": store, **asked})
+    asked = {key: value for key, value in to_dict(config).items() if key not in PLACES}
+    model = hashlib.sha256((Path(config.model) / CONFIG_FILE).read_bytes()).hexdigest()[:12]
+    ranks.agree({"vista": __version__, "log": log_digest(log), "model": model, "store": store, **asked})
 
 
 def _check(model: RankingModel, log: EventLog, config: EvaluateConfig) -> None:
@@ -242,12 +238,12 @@ def _measure(
     log: EventLog,
     config: EvaluateConfig,
     answers: ScorerAnswers | RawHistoryAnswers,
-    ranks: Ranks | None,
+    ranks: Ranks,
 ) -> EvaluationReport:
     """Ask all cases, and baselines too if they are asked for, and compute the metrics."""
     measure = _measure_windows if config.target is Target.window else _measure_next_items
     evaluation = measure(model, log, config, answers, ranks)
-    if config.baselines is AskedBaselines.none or (ranks is not None and not ranks.leads):
+    if config.baselines is AskedBaselines.none or not ranks.leads:
         return evaluation
     return replace(evaluation, baselines=measure_baselines(model, log, config))
 
@@ -257,7 +253,7 @@ def _measure_windows(
     log: EventLog,
     config: EvaluateConfig,
     answers: ScorerAnswers | RawHistoryAnswers,
-    ranks: Ranks | None,
+    ranks: Ranks,
 ) -> EvaluationReport:
     began = time.perf_counter()
     columns = model.rows_of(log.items) - 1
@@ -271,7 +267,7 @@ def _measure_next_items(
     log: EventLog,
     config: EvaluateConfig,
     answers: ScorerAnswers | RawHistoryAnswers,
-    ranks: Ranks | None,
+    ranks: Ranks,
 ) -> EvaluationReport:
     """Also the labels of impressions."""
     began = time.perf_counter()
@@ -287,20 +283,16 @@ def _measure_next_items(
         )
         metrics |= per_user.means()
         if lists is not None:
-            if ranks is not None:
-                lists.take_all(ranks)
+            lists.take_all(ranks)
             report = _popularity(model, log, columns, lists, places)
             metrics |= report.metrics()
         num_cases += len(places)
     begin, end = part_times(model.data, config.split)
     if log.impressions is not None and model.schema.tasks and begin is not None:
         impressions = with_tasks(impression_cases(log, begin, end), model.schema.tasks)
-        if ranks is None:
-            probabilities = answers.probabilities(impressions, progress=config.progress)
-        else:
-            own = impressions.part(ranks.part_of(np.ones_like(impressions.user)))
-            answered = answers.probabilities(own, progress=config.progress)
-            probabilities = ranks.of_all_cases({"probability": answered})["probability"]
+        own = impressions.part(ranks.part_of(np.ones_like(impressions.user)))
+        answered = answers.probabilities(own, progress=config.progress)
+        probabilities = ranks.of_all_cases({"probability": answered})["probability"]
         metrics |= impression_metrics(impressions, probabilities)
         num_cases += len(impressions.user)
     if num_cases == 0:

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor, bfloat16
 
 from vista.arrays import Floats, Int
 
@@ -34,7 +33,7 @@ class Calibration:
     """[bins] rows of each bin."""
 
 
-def auc(labels: ArrayLike | Tensor, scores: ArrayLike | Tensor) -> float:
+def auc(labels: ArrayLike, scores: ArrayLike) -> float:
     """Exact area under the ROC curve: the chance that a positive outscores a negative, where ties count half.
 
     Args:
@@ -52,7 +51,7 @@ def auc(labels: ArrayLike | Tensor, scores: ArrayLike | Tensor) -> float:
     return float(value_G[0])
 
 
-def gauc(groups: ArrayLike | Tensor, labels: ArrayLike | Tensor, scores: ArrayLike | Tensor) -> float:
+def gauc(groups: ArrayLike, labels: ArrayLike, scores: ArrayLike) -> float:
     """AUC within each group (user or session), averaged with the groups' rows as weights.
 
     Groups whose labels are all equal have no AUC and are left out of the mean, which is NaN if no group remains.
@@ -66,7 +65,7 @@ def gauc(groups: ArrayLike | Tensor, labels: ArrayLike | Tensor, scores: ArrayLi
         ValueError: as `auc`.
     """
     label_N, score_N = _labels_and_scores(labels, scores, "scores")
-    id_N = _array(groups)
+    id_N = np.asarray(groups)
     if id_N.shape != label_N.shape:
         raise ValueError(f"groups: has shape {id_N.shape}, labels {label_N.shape}; pass one group id per row")
     unique_ids, group_N = np.unique(id_N, return_inverse=True)
@@ -95,7 +94,7 @@ def _auc_by_group(group_N: Int, num_groups: int, label_N: Floats, score_N: Float
     return np.divide(above_G, pairs_G, out=np.full(num_groups, np.nan), where=pairs_G > 0), count_G
 
 
-def log_loss(labels: ArrayLike | Tensor, probabilities: ArrayLike | Tensor) -> float:
+def log_loss(labels: ArrayLike, probabilities: ArrayLike) -> float:
     """Mean binary cross-entropy in nats.
 
     Probabilities are clipped to [eps, 1 - eps], where eps is the resolution of their dtype (as in scikit-learn). So one
@@ -117,21 +116,21 @@ def log_loss(labels: ArrayLike | Tensor, probabilities: ArrayLike | Tensor) -> f
     return float(-np.where(label_N == 1, np.log(probability_N), np.log1p(-probability_N)).mean())
 
 
-def normalized_entropy(labels: ArrayLike | Tensor, probabilities: ArrayLike | Tensor) -> float:
+def normalized_entropy(labels: ArrayLike, probabilities: ArrayLike) -> float:
     """Log loss over the entropy of the labels' own base rate (He et al., ADKDD 2014).
 
     The best constant prediction has 1; smaller is better. Arguments and errors as in `log_loss`. NaN if one class is
     absent, because then the entropy is 0.
     """
     loss = log_loss(labels, probabilities)
-    label_N = _array(labels).astype(np.float64)
+    label_N = np.asarray(labels).astype(np.float64)
     base_rate = float(label_N.mean()) if len(label_N) else 0.0
     if not 0 < base_rate < 1:
         return float("nan")
     return loss / float(-(base_rate * np.log(base_rate) + (1 - base_rate) * np.log1p(-base_rate)))
 
 
-def calibration(labels: ArrayLike | Tensor, probabilities: ArrayLike | Tensor, num_bins: int = 20) -> Calibration:
+def calibration(labels: ArrayLike, probabilities: ArrayLike, num_bins: int = 20) -> Calibration:
     """Ratio of mean prediction to mean label, and the expected calibration error over bins of equal mass.
 
     Bins end at quantiles of the predictions: clicks are rare, and bins of equal width would put nearly all rows into
@@ -148,7 +147,7 @@ def calibration(labels: ArrayLike | Tensor, probabilities: ArrayLike | Tensor, n
     if num_bins < 1:
         raise ValueError(f"num_bins: must be at least 1, got {num_bins}")
     label_N, _ = _labels_and_probabilities(labels, probabilities)
-    probability_N = _array(probabilities).astype(np.float64)
+    probability_N = np.asarray(probabilities).astype(np.float64)
     if not len(label_N):
         return Calibration(float("nan"), float("nan"), np.empty(0), np.empty(0), np.empty(0, dtype=np.int64))
     edges = np.unique(np.quantile(probability_N, np.arange(1, num_bins) / num_bins, method="inverted_cdf"))
@@ -163,36 +162,10 @@ def calibration(labels: ArrayLike | Tensor, probabilities: ArrayLike | Tensor, n
     return Calibration(ratio, error, prediction, label, count[kept])
 
 
-def hit_rate(ranks: ArrayLike | Tensor, k: int) -> float:
-    """Share of rows whose one target is among the first k (HR@k, which equals recall@k with one target).
-
-    Args:
-        ranks: [B] 0-based ranks, as from `ranks_of_targets`.
-        k: list length, at least 1.
-
-    Returns:
-        NaN for no rows.
-
-    Raises:
-        ValueError: on negative or NaN ranks, or k < 1.
-    """
-    rank_B = _ranks(ranks, k)
-    return float((rank_B < k).mean()) if len(rank_B) else float("nan")
-
-
-def ndcg(ranks: ArrayLike | Tensor, k: int) -> float:
-    """Mean of 1 / log2(rank + 2) if the target is among the first k, else 0 (NDCG@k with one target).
-
-    Arguments and errors as in `hit_rate`.
-    """
-    rank_B = _ranks(ranks, k)
-    return float(np.where(rank_B < k, 1 / np.log2(rank_B + 2), 0.0).mean()) if len(rank_B) else float("nan")
-
-
 def ranks_of_targets(
-    scores: NDArray[Any] | Tensor,
-    target: ArrayLike | Tensor,
-    excluded: tuple[ArrayLike | Tensor, ArrayLike | Tensor] | None = None,
+    scores: NDArray[np.floating[Any]],
+    target: Int,
+    excluded: tuple[Int, Int] | None = None,
     *,
     scores_per_chunk: int = 1 << 22,
 ) -> Int:
@@ -202,8 +175,8 @@ def ranks_of_targets(
     before it. So a constant score gives the middle rank, not the top.
 
     Args:
-        scores: [B, V] of any float dtype, NumPy or torch on any device; read in chunks of rows, not changed.
-        target: [B] integer columns.
+        scores: [B, V] of any float dtype; read in chunks of rows, not changed.
+        target: int64 [B] columns.
         excluded: (values, offsets): the columns values[offsets[b]:offsets[b+1]] are left out of row b's list. Repeats
             are allowed. The target always stays in, even if it is excluded (a user may interact with an item again).
         scores_per_chunk: number of scores that are compared at once, which bounds the temporary memory.
@@ -212,24 +185,19 @@ def ranks_of_targets(
         [B] int64.
 
     Raises:
-        ValueError: on NaN scores (with the row), columns out of range, or shapes that do not fit.
+        ValueError: on NaN scores, with the row.
     """
-    if scores.ndim != 2:
-        raise ValueError(f"scores: needs two dimensions [B, V], got {scores.ndim}")
     num_rows, num_items = scores.shape
-    target_B = _columns(target, "target", num_items)
-    if len(target_B) != num_rows:
-        raise ValueError(f"target: needs one column per row, {num_rows} in all, got {len(target_B)}")
-    excluded_row, excluded_column = _excluded_cells(excluded, target_B, num_items)
+    excluded_row, excluded_column = _excluded_cells(excluded, target, num_items)
     rank_B = np.empty(num_rows, dtype=np.int64)
     step = max(1, scores_per_chunk // max(num_items, 1))
     for start in range(0, num_rows, step):
-        chunk = _array(scores[start : start + step])
+        chunk = scores[start : start + step]
         rows = len(chunk)
         invalid = np.flatnonzero(np.isnan(chunk.max(axis=1)))
         if len(invalid):
             raise ValueError(f"scores: row {start + int(invalid[0])} holds NaN and cannot be ranked")
-        own = chunk[np.arange(rows), target_B[start : start + rows]]
+        own = chunk[np.arange(rows), target[start : start + rows]]
         before = np.count_nonzero(chunk > own[:, None], axis=1)
         equal = np.count_nonzero(chunk == own[:, None], axis=1) - 1
         low, high = np.searchsorted(excluded_row, [start, start + rows])
@@ -245,7 +213,7 @@ def top_items(
     scores: NDArray[np.floating],
     target: Int,
     k: int,
-    excluded: tuple[ArrayLike | Tensor, ArrayLike | Tensor] | None = None,
+    excluded: tuple[Int, Int] | None = None,
     *,
     scores_per_chunk: int = 1 << 22,
 ) -> Int:
@@ -278,56 +246,18 @@ def top_items(
     return top_BK
 
 
-def _excluded_cells(
-    excluded: tuple[ArrayLike | Tensor, ArrayLike | Tensor] | None, target_B: Int, num_items: int
-) -> tuple[Int, Int]:
+def _excluded_cells(excluded: tuple[Int, Int] | None, target: Int, num_items: int) -> tuple[Int, Int]:
     """Rows (ascending) and columns of the distinct excluded cells, without the targets' cells."""
     if excluded is None:
-        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
-    value = _columns(excluded[0], "excluded values", num_items)
-    offset = _array(excluded[1]).astype(np.int64)
-    if (
-        offset.shape != (len(target_B) + 1,)
-        or offset[0] != 0
-        or offset[-1] != len(value)
-        or (np.diff(offset) < 0).any()
-    ):
-        raise ValueError(
-            f"excluded offsets: needs {len(target_B) + 1} ascending numbers from 0 to {len(value)}, one more than rows"
-        )
-    row = np.repeat(np.arange(len(target_B)), np.diff(offset))
-    kept = value != target_B[row]
-    row, column = np.divmod(np.unique(row[kept] * num_items + value[kept]), max(num_items, 1))
-    return row, column
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    value, offset = excluded
+    row = np.repeat(np.arange(len(target)), np.diff(offset))
+    kept = value != target[row]
+    return np.divmod(np.unique(row[kept] * num_items + value[kept]), max(num_items, 1))
 
 
-def _array(values: ArrayLike | Tensor) -> NDArray[Any]:
-    if isinstance(values, Tensor):
-        values = values.detach().cpu()
-        return np.asarray((values.float() if values.dtype == bfloat16 else values).numpy())
-    return np.asarray(values)
-
-
-def _columns(values: ArrayLike | Tensor, name: str, num_items: int) -> Int:
-    columns = _array(values)
-    if columns.ndim != 1 or (columns.size and columns.dtype.kind not in "iu"):
-        raise ValueError(f"{name}: needs one dimension of integers, got {columns.ndim} of {columns.dtype}")
-    if columns.size and not (columns.min() >= 0 and columns.max() < num_items):
-        raise ValueError(f"{name}: columns must lie in 0..{num_items - 1}, got {columns.min()}..{columns.max()}")
-    return columns.astype(np.int64)
-
-
-def _ranks(ranks: ArrayLike | Tensor, k: int) -> NDArray[Any]:
-    if k < 1:
-        raise ValueError(f"k: must be at least 1, got {k}")
-    rank_B = _array(ranks)
-    if rank_B.ndim != 1 or (rank_B.size and not rank_B.min() >= 0):
-        raise ValueError("ranks: needs one dimension of numbers >= 0")
-    return rank_B
-
-
-def _labels_and_scores(labels: ArrayLike | Tensor, scores: ArrayLike | Tensor, name: str) -> tuple[Floats, Floats]:
-    label_N, score_N = _array(labels).astype(np.float64), _array(scores).astype(np.float64)
+def _labels_and_scores(labels: ArrayLike, scores: ArrayLike, name: str) -> tuple[Floats, Floats]:
+    label_N, score_N = np.asarray(labels).astype(np.float64), np.asarray(scores).astype(np.float64)
     if label_N.ndim != 1 or label_N.shape != score_N.shape:
         raise ValueError(
             f"{name}: has shape {score_N.shape}, labels {label_N.shape}; both need one dimension and the same length"
@@ -345,9 +275,9 @@ def _labels_and_scores(labels: ArrayLike | Tensor, scores: ArrayLike | Tensor, n
     return label_N, score_N
 
 
-def _labels_and_probabilities(labels: ArrayLike | Tensor, probabilities: ArrayLike | Tensor) -> tuple[Floats, Floats]:
+def _labels_and_probabilities(labels: ArrayLike, probabilities: ArrayLike) -> tuple[Floats, Floats]:
     """Checked labels, and probabilities clipped away from 0 and 1 by the resolution of their dtype."""
-    given = _array(probabilities)
+    given = np.asarray(probabilities)
     label_N, probability_N = _labels_and_scores(labels, given, "probabilities")
     outside = np.flatnonzero((probability_N < 0) | (probability_N > 1))
     if len(outside):
@@ -356,3 +286,10 @@ def _labels_and_probabilities(labels: ArrayLike | Tensor, probabilities: ArrayLi
         )
     eps = float(np.finfo(given.dtype if given.dtype.kind == "f" else np.float64).eps)
     return label_N, np.clip(probability_N, eps, 1 - eps)
+
+
+def mean_and_error(values: Floats) -> tuple[float, float]:
+    """Mean over the users that have a value, and its standard error; NaN without enough users."""
+    known = values[~np.isnan(values)]
+    mean = float(known.mean()) if len(known) else float("nan")
+    return mean, float(known.std(ddof=1) / np.sqrt(len(known))) if len(known) > 1 else float("nan")

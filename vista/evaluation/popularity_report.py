@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.arrays import Floats, Int
-from vista.evaluation.metrics import hit_rate, ndcg
-from vista.evaluation.protocol import RecommendedLists
+from vista.evaluation.protocol import RecommendedLists, ranking_metrics
 from vista.text_table import fitted, fitted_table
 
 NUM_DECILES = 10
@@ -91,6 +90,7 @@ def popularity_report(
     decile, label = popularity_deciles(popularity), lists.target
     label_decile = np.where(label >= 0, decile[label], 0)
     parts = [ranks[label_decile == d] for d in range(NUM_DECILES)]
+    quality = [ranking_metrics(part, [lists.k]) for part in parts]
     shown = np.bincount(decile, weights=lists.counts, minlength=NUM_DECILES)
     return PopularityReport(
         k=lists.k,
@@ -102,8 +102,8 @@ def popularity_report(
         num_items=np.bincount(decile, minlength=NUM_DECILES),
         label_share=np.array([len(part) for part in parts]) / max(len(ranks), 1),
         recommended_share=shown / max(shown.sum(), 1),
-        hit_rate=np.array([hit_rate(part, lists.k) for part in parts]),
-        ndcg=np.array([ndcg(part, lists.k) for part in parts]),
+        hit_rate=np.array([each[f"hr@{lists.k}"] for each in quality]),
+        ndcg=np.array([each[f"ndcg@{lists.k}"] for each in quality]),
     )
 
 

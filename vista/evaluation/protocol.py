@@ -24,14 +24,22 @@ from vista.evaluation.cases import (
     next_item_cases,
     window_cases,
 )
-from vista.evaluation.comparison import PerUserMetrics, mean_and_error, mean_cell, table_of_means
-from vista.evaluation.metrics import auc, calibration, gauc, normalized_entropy, ranks_of_targets, top_items
+from vista.evaluation.comparison import PerUserMetrics, mean_cell, table_of_means
+from vista.evaluation.metrics import (
+    auc,
+    calibration,
+    gauc,
+    mean_and_error,
+    normalized_entropy,
+    ranks_of_targets,
+    top_items,
+)
 from vista.examples.item_statistics import item_counts
 from vista.log.event_log import EventLog
 from vista.log.histories import DAY_MS, token_groups
 from vista.log.splits import EVENTS_PER_BLOCK, leaves_out_seen, part_counts, part_times, split_until, visible_counts
 from vista.progress_bar import progress_bar
-from vista.ranks import Ranks
+from vista.ranks import ALONE, Ranks
 
 # How well scores rank the items of a window: precision, recall and NDCG over a set of labels.
 #
@@ -282,7 +290,7 @@ def measure_next_items(
     columns: Int,
     config: EvaluateConfig,
     score: Callable[[NextItemCases], NDArray[np.floating[Any]]],
-    ranks: Ranks | None = None,
+    ranks: Ranks = ALONE,
     *,
     observe: Callable[[NDArray[np.float32], Int, tuple[Int, Int] | None], None] | None = None,
 ) -> tuple[Int, PerUserMetrics]:
@@ -292,14 +300,14 @@ def measure_next_items(
         data: the split, and whether to leave out seen items.
         columns: int64 [log.num_items], the column of each of the log's items in the scores; -1 for items without one.
         score: some cases -> [n, V] scores.
-        ranks: processes that each answer a part of the cases; None for a single process.
+        ranks: processes that each answer a part of the cases.
         observe: as in `rank_next_items`.
 
     Returns:
         0-based ranks of the labels, int64 [N], and each user's metrics.
     """
     cases = next_item_cases(log, *part_counts(log, data, config.split))
-    own = cases if ranks is None else cases.part(ranks.part_of(cases.seen + 1))
+    own = cases.part(ranks.part_of(cases.seen + 1))
     batches = case_batches(own, log.num_items, USERS_PER_BATCH)
     exclude_seen = leaves_out_seen(log, data)
     places = rank_next_items(
@@ -311,8 +319,7 @@ def measure_next_items(
         exclude_seen=exclude_seen,
         observe=observe,
     )
-    if ranks is not None:
-        places = ranks.of_all_cases({"place": places})["place"]
+    places = ranks.of_all_cases({"place": places})["place"]
     question = {
         "target": config.target.value,
         "split": config.split,
@@ -421,7 +428,7 @@ def measure_windows(
     columns: Int,
     config: EvaluateConfig,
     score: Callable[[WindowCases], Scores],
-    ranks: Ranks | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[WindowReport, PerUserMetrics]:
     """Ask all cases of `split_windows`, and compute the metrics of each user.
 
@@ -432,23 +439,21 @@ def measure_windows(
         columns: int64 [log.num_items], the column of each of the log's items in the scores; -1 where the model does
             not know the item.
         score: some cases -> [n, V] scores of the model's items.
-        ranks: processes that each answer a part of the cases; None for a single process.
+        ranks: processes that each answer a part of the cases.
 
     Raises:
         ConfigError: as `split_windows`.
     """
     cases = split_windows(log, data, config)
     first = next(iter(cases.values()))
-    own = slice(0, len(first)) if ranks is None else ranks.part_of(first.seen + 1)
+    own = ranks.part_of(first.seen + 1)
     batches = case_batches(first.part(own), log.num_items, USERS_PER_BATCH)
     shown = progress_bar(batches, desc="ranking", unit="batch", shown=config.progress, leave=False)
     cold = item_counts(log, visible_counts(log, split_until(data, config.split))) == 0
     asked = any(cold[each.item].any() for each in cases.values())
     parts = {name: each.part(own) for name, each in cases.items()}
     measured = rank_windows(log, parts, columns, score, shown, config.top_k, cold if asked else None)
-    if ranks is not None:
-        measured = {name: ranks.of_all_cases(metrics) for name, metrics in measured.items()}
-    report = WindowReport(measured)
+    report = WindowReport({name: ranks.of_all_cases(metrics) for name, metrics in measured.items()})
     question = {
         "target": config.target.value,
         "split": config.split,

@@ -1,29 +1,135 @@
 """A training batch: packed events, the cuts at which summaries are read, and windows of label positions.
 
-Letters: B chunks, T packed events, NS segments between cuts, NC cuts, NW windows, W positions per window, L tail
-length, I impressions per window, C columns and D dense inputs of features, J negatives, NA anchors, P labels and S
-counted items per anchor, G fields of counters, F values per key, NR reconstructed stretches, R distinct item rows, S
-seeds of stored summaries, M model dim.
+It is cut from chunks. Letters: B chunks, T packed events, NS segments between cuts, NC cuts, NW windows, W positions
+per window, L tail length, I impressions per window, C columns and D dense inputs of features, J negatives, NA anchors,
+P labels and S counted items per anchor, G fields of counters, F values per key, NR reconstructed stretches, R distinct
+item rows, S seeds of stored summaries, M model dim.
 """
 
 from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vista.arrays import Int
+from vista.config.checks import Decay
+from vista.examples.item_statistics import HistoryCounters
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 
 Part = TypeVar("Part", bound="DataclassInstance")
+
+
+Encoded: TypeAlias = tuple[Int, NDArray[np.float32]]
+"""`entry` int64 [N, C] and `dense` float32 [N, D] of N rows, from `RowFeatureReader.encode`."""
+
+# Chunks: packed stretches of users' histories, from which training batches are cut. Letters: N impressions.
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkImpressions:
+    """Labeled impressions of all chunks, sorted by chunk and position."""
+
+    chunk: Int
+    """int64 [N]."""
+    position: Int
+    """int64 [N] events of the chunk strictly before the impression."""
+    item: Int
+    """int64 [N] model item rows."""
+    gap: Int
+    """int64 [N] log buckets of the time since the newest event before the impression."""
+    label: NDArray[np.float32]
+    """float32 [N, num_tasks]."""
+    mask: NDArray[np.bool_]
+    """bool [N, num_tasks]: True where a task's label is known."""
+    time: Int
+    """int64 [N] ms."""
+    features: Encoded | None = None
+    """Of their requests, N + 1 rows: the last one is that of a request without features. None for a model that reads
+    none."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkTimeline:
+    """The events of each chunk and, as its trail, those after it that training may see. Only anchors read it.
+
+    The trail holds labels only: it is never part of a chunk's own events.
+    """
+
+    item: Int
+    """int64 [N] model item rows; 0 is the unknown item."""
+    time: Int
+    """int64 [N] ms, or positions in a log without times."""
+    offsets: Int
+    """int64 [B+1]."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkCounters:
+    """The whole histories of the chunks' users, which counters cover, and where the chunks lie in them."""
+
+    histories: HistoryCounters
+    history: Int
+    """int64 [B] the history of each chunk."""
+    start: Int
+    """int64 [B] events of the history before the chunk's first event."""
+    covered: Int | None
+    """int64 [B] events of the history that a stored record covers; None if records end where summaries are cut."""
+
+
+@dataclass(slots=True)
+class Chunks:
+    """Stretches of histories, end to end, oldest event first within a chunk."""
+
+    user: Int
+    """int64 [B] user rows of the log."""
+    item: Int
+    """int64 [T] model item rows; 0 is the unknown item."""
+    action: Int
+    """int64 [T]."""
+    rating: NDArray[np.float32] | None
+    """float32 [T]."""
+    gap: Int
+    """int64 [T] log buckets of the time since the event before."""
+    clock: Int
+    """int64 [T] from `decay_clock`."""
+    offsets: Int
+    """int64 [B+1]."""
+    impressions: ChunkImpressions
+    timeline: ChunkTimeline | None = None
+    """What anchors ask about; None draws no anchors."""
+    lead: Int | None = None
+    """int64 [B]: with stored summaries, the first events of each chunk that serve as context only."""
+    summary: NDArray[np.float32] | None = None
+    """float32 [B, S, M] stored summaries; None computes them from the batch's own events."""
+    counters: ChunkCounters | None = None
+    """Counters of the chunks' users; None without counters."""
+    features: Encoded | None = None
+    """Of the events, T rows; None for a model that reads none."""
+    user_features: Encoded | None = None
+    """B + 1 rows: the last one is that of an unknown user. None for a model that reads none."""
+
+    @property
+    def num_context(self) -> Int:
+        """int64 [B] first events of each chunk that serve as context only."""
+        return np.zeros(len(self.offsets) - 1, np.int64) if self.lead is None else self.lead
+
+
+def decay_clock(decay: Decay, timestamp: Int) -> Int:
+    """int64 [T] that decay is measured by: milliseconds or packed positions. Only differences within a chunk count."""
+    return np.arange(len(timestamp), dtype=np.int64) if decay is Decay.position else timestamp
+
+
+# The batch that is cut from chunks.
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,51 +387,31 @@ def batch_part(batch: Batch, chunks: Int) -> Batch:
     if anchors is not None:
         new_window = _new_index(window, len(batch.windows.chunk))[anchors.window]
         anchor = (new_window >= 0).nonzero().squeeze(-1)
-        counters = anchors.counters
-        if counters is not None:
-            counters = replace(
-                counters,
-                item=counters.item[anchor],
-                codes=counters.codes[anchor],
-                num_events=counters.num_events[anchor],
-            )
-        anchors = replace(
-            anchors,
-            window=new_window[anchor],
-            position=anchors.position[anchor],
-            gap=anchors.gap[anchor],
-            item=anchors.item[anchor],
-            next_item=anchors.next_item[anchor],
-            counters=counters,
-        )
-    users = batch.user_features
+        counters = None if anchors.counters is None else _rows(anchors.counters, anchor)
+        anchors = _rows(anchors, anchor, window=new_window[anchor], counters=counters)
     return replace(
         batch,
-        events=replace(
-            events,
-            item=events.item[event],
-            action=events.action[event],
-            rating=_rows(events.rating, event),
-            gap=events.gap[event],
-            clock=events.clock[event],
-            offsets=offsets,
-            hidden=_rows(events.hidden, event),
-            entry=_rows(events.entry, event),
-            dense=_rows(events.dense, event),
-        ),
+        events=_rows(events, event, offsets=offsets),
         cuts=cuts,
         windows=BatchWindows(
             chunk,
             new_cut[batch.windows.cut[window]],
             torch.where(tail >= 0, tail + shift[chunk].unsqueeze(1), -1),
         ),
-        labels=replace(batch.labels, item=batch.labels.item[window], gap=batch.labels.gap[window]),
-        impressions=_impressions(batch.impressions, window),
+        labels=_rows(batch.labels, window),
+        impressions=_rows(batch.impressions, window),
         reconstruction=_reconstruction(batch.reconstruction, new_cut, shift[cut_chunk]),
         anchors=anchors,
-        user_features=None if users is None else replace(users, entry=users.entry[own], dense=users.dense[own]),
-        stored_summary=_rows(batch.stored_summary, own),
+        user_features=None if batch.user_features is None else _rows(batch.user_features, own),
+        stored_summary=None if batch.stored_summary is None else batch.stored_summary[own],
     )
+
+
+def _rows(part: Part, index: Tensor, **others: Any) -> Part:
+    """Some rows of all tensors of a part of a batch, except for fields whose values are given."""
+    values = {field.name: getattr(part, field.name) for field in fields(part) if field.name not in others}
+    rows = {name: value[index] for name, value in values.items() if isinstance(value, Tensor)}
+    return replace(part, **rows, **others)
 
 
 def _cuts(batch: Batch, own: Tensor, window: Tensor, chunk: Tensor, shift: Tensor) -> tuple[BatchCuts, Tensor, Tensor]:
@@ -354,19 +440,6 @@ def _cuts(batch: Batch, own: Tensor, window: Tensor, chunk: Tensor, shift: Tenso
     return kept, cut, cut_chunk
 
 
-def _impressions(shown: BatchImpressions, window: Tensor) -> BatchImpressions:
-    return BatchImpressions(
-        item=shown.item[window],
-        position=shown.position[window],
-        gap=shown.gap[window],
-        label=shown.label[window],
-        mask=shown.mask[window],
-        codes=_rows(shown.codes, window),
-        entry=_rows(shown.entry, window),
-        dense=_rows(shown.dense, window),
-    )
-
-
 def _reconstruction(part: BatchReconstruction, new_cut: Tensor, shift: Tensor) -> BatchReconstruction:
     """new_cut: int64 [NC] cuts of the part, or -1; shift: int64 [NC'] of packed events, by cut of the part."""
     cut = new_cut[part.cut]
@@ -390,7 +463,3 @@ def _new_index(own: Tensor, total: int) -> Tensor:
     places = torch.full((total,), -1)
     places[own] = torch.arange(len(own))
     return places
-
-
-def _rows(values: Tensor | None, index: Tensor) -> Tensor | None:
-    return None if values is None else values[index]

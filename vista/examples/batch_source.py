@@ -5,8 +5,12 @@ So a resumed run needs only its position in the data, and makes the same batches
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from types import TracebackType
 from typing import TypeAlias
 
 import numpy as np
@@ -14,26 +18,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vista.arrays import Int
-from vista.config import OptimConfig, TrainConfig
+from vista.arrays import Int, offsets_of
+from vista.config import DataConfig, OptimConfig, TrainConfig
 from vista.config.checks import Architecture, Decay, planned
 from vista.counters.counters import ItemKeys
 from vista.errors import ConfigError, DataError
-from vista.examples.batch import Batch
-from vista.examples.chunks import (
+from vista.examples.batch import (
+    Batch,
     ChunkCounters,
     ChunkImpressions,
     Chunks,
     ChunkTimeline,
-    HistoryCounters,
-    VisibleImpressions,
+    Encoded,
     decay_clock,
 )
 from vista.examples.cuts import CutPlan, cut_batch
-from vista.examples.item_statistics import item_frequency
+from vista.examples.item_statistics import HistoryCounters, item_frequency
+from vista.log.event_keys import Impressions
 from vista.log.event_log import EventLog
-from vista.log.histories import RowFeatures, history_gaps, ranges, token_groups
-from vista.log.splits import Until, split_until, visible_counts
+from vista.log.histories import RowFeatures, gap_bucket, history_gaps, ranges, token_groups
+from vista.log.splits import EVENTS_PER_BLOCK, Until, split_until, visible_counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,142 @@ class StoredSummaries:
     """ms: the records cover the events before it."""
     read: Callable[[NDArray[np.int64]], NDArray[np.float32]]
     """User rows int64 [B] -> summaries [B, S, M]."""
+
+
+# The labeled impressions that training may use. Letters: N impressions, B chunks.
+
+
+@dataclass(frozen=True, slots=True)
+class VisibleRows:
+    """Impressions that training may see, in the log's order; int64 [N] each."""
+
+    row: Int
+    """Rows of the log's impressions."""
+    user: Int
+    """Rows of the log."""
+    position: Int
+    """Events of the user strictly before the impression."""
+    before: Int
+    """Time of the newest of these (ms); arbitrary if there is none."""
+
+    def select(self, index: Int) -> VisibleRows:
+        """Some of the rows."""
+        return VisibleRows(self.row[index], self.user[index], self.position[index], self.before[index])
+
+
+def visible_rows(log: EventLog, table: Impressions, counts: Int, data: DataConfig, since: int | None) -> VisibleRows:
+    """The impressions of the training part, with or without a known label.
+
+    Args:
+        table: the log's impressions.
+        counts: int64 [num_users] events of each user that training may use.
+        since: leave out the impressions before this time (ms).
+    """
+    # An impression between the last visible event and a hidden one may show the hidden label itself.
+    hides = counts < log.lengths
+    until = split_until(data, "train")
+    timestamp = np.asarray(table.timestamp)
+    user = np.repeat(np.arange(log.num_users), np.diff(table.offsets))
+    position = np.zeros(len(timestamp), np.int64)
+    before = np.zeros(len(timestamp), np.int64)
+    shown = np.flatnonzero(np.diff(table.offsets))
+    for part in token_groups(log.lengths[shown], EVENTS_PER_BLOCK):
+        users = shown[part]
+        events = log.gather(users, features=False)
+        begins, times_of_all = events.offsets.tolist(), np.asarray(events.timestamp)
+        bounds = zip(table.offsets[users].tolist(), table.offsets[users + 1].tolist(), pairwise(begins), strict=True)
+        for low, high, (begin, end) in bounds:
+            times = times_of_all[begin:end]
+            at = times.searchsorted(timestamp[low:high], side="left")
+            position[low:high] = at
+            before[low:high] = times[np.maximum(at - 1, 0)] if begin < end else timestamp[low:high]
+    visible = position <= counts[user]
+    if until.before is not None:
+        visible &= timestamp < until.before
+    else:
+        visible &= (position < counts[user]) | ~hides[user]
+    if since is not None:
+        visible &= timestamp >= since
+    kept = np.flatnonzero(visible)
+    return VisibleRows(kept, user[kept], position[kept], before[kept])
+
+
+@dataclass(frozen=True, slots=True)
+class VisibleImpressions:
+    """Impressions, sorted by user row and time."""
+
+    user: Int
+    """int64 [N] rows of the log."""
+    position: Int
+    """int64 [N] events of the user strictly before the impression."""
+    item: Int
+    """int64 [N] model item rows."""
+    gap: Int
+    """int64 [N] log buckets of the time since the newest event before the impression."""
+    label: NDArray[np.float32]
+    """[N, num_tasks]."""
+    mask: NDArray[np.bool_]
+    """[N, num_tasks]: True where the label is known."""
+    time: Int
+    """int64 [N] ms."""
+    row: Int
+    """int64 [N] rows of the log's impressions."""
+    offsets: Int
+    """int64 [num_users + 1]: user u has the impressions [offsets[u], offsets[u + 1])."""
+
+    @classmethod
+    def of(
+        cls, log: EventLog, item_rows: Int, counts: Int, config: TrainConfig, tasks: list[str], since: int | None
+    ) -> VisibleImpressions:
+        """The impressions of the training part with a known label.
+
+        Args:
+            item_rows: int64 [log.num_items], the model row of each of the log's items.
+            counts: int64 [num_users] events of each user that training may use.
+            tasks: the labels that are trained.
+            since: leave out the impressions before this time (ms).
+        """
+        table, data = log.impressions, config.data
+        if table is None:
+            none = np.zeros(0, np.int64)
+            empty = np.zeros((0, 0), np.float32)
+            return cls(none, none, none, none, empty, empty > 0, none, none, np.zeros(log.num_users + 1, np.int64))
+        visible = visible_rows(log, table, counts, data, since)
+        columns = [table.tasks.index(task) for task in tasks]
+        mask = np.asarray(table.mask)[visible.row][:, columns].astype(np.bool_)
+        kept = visible.select(np.flatnonzero(mask.any(1)))
+        time = np.asarray(table.timestamp)[kept.row]
+        use_time = log.has_time and config.model.use_time
+        gap = np.where(kept.position > 0, gap_bucket(time - kept.before), 0) if use_time else kept.position * 0
+        return cls(
+            kept.user,
+            kept.position,
+            item_rows[table.item[kept.row]],
+            gap,
+            np.asarray(table.label)[kept.row][:, columns].astype(np.float32),
+            mask[mask.any(1)],
+            time,
+            kept.row,
+            offsets_of(np.bincount(kept.user, minlength=log.num_users)),
+        )
+
+    def ranges(self, user: Int, start: Int, stop: Int, first: Int) -> tuple[Int, Int]:
+        """Index ranges of the impressions of chunks: positions in (start, stop], and `first` in a user's first chunk.
+
+        So an impression between two chunks belongs to the earlier one, whose events it may see.
+
+        Args:
+            user: int64 [B] users of the chunks, which hold the events [start, stop) of these, int64 [B].
+            first: int64 [B] events before a user's first chunk.
+        """
+        if len(self.position) == 0:
+            return np.zeros(len(user), np.int64), np.zeros(len(user), np.int64)
+        # (user, position) as one sorted key.
+        width = int(max(self.position.max(), stop.max(initial=0))) + 2
+        key = self.user * width + self.position
+        low = np.searchsorted(key, user * width + np.where(start > first, start, first - 1), side="right")
+        high = np.searchsorted(key, user * width + stop, side="right")
+        return low, high
 
 
 # Negatives of the sampled softmax, shared by a batch, with the correction for the distribution they are drawn from.
@@ -96,10 +236,10 @@ class NegativeSampler:
 
 MEASURED_BATCHES = 16
 """Batches that the mean number of labels per anchor is measured by."""
-EncodeRows: TypeAlias = Callable[[Int], tuple[Int, NDArray[np.float32]]]
-"""From rows int64 [N] of a log's impressions or users to `entry` and `dense` of chunks."""
-EncodeEvents: TypeAlias = Callable[[RowFeatures, int], tuple[Int, NDArray[np.float32]]]
-"""From features of T events of a log to `Chunks.entry` and `dense`."""
+EncodeRows: TypeAlias = Callable[[Int], Encoded]
+"""From rows int64 [N] of a log's impressions or users to features of chunks."""
+EncodeEvents: TypeAlias = Callable[[RowFeatures, int], Encoded]
+"""From features of T events of a log to those of chunks."""
 NO_NEGATIVES = np.zeros(0, np.int64), np.zeros(0, np.float32)
 
 
@@ -233,19 +373,14 @@ class BatchSource:
         With stored summaries, the `lead` events before them come along as context. With anchors, the timeline also has
         the events after them that anchors may ask about.
         """
-        reads, model, anchors = self._reads, self._config.model, self._plan.anchors
+        reads, model, stored, anchors = self._reads, self._config.model, self._stored, self._plan.anchors
         lead = np.minimum(start, self._lead)
         trail = np.minimum(0 if anchors is None else anchors.horizon_events, self.counts[user] - stop)
         timeline = self._log.gather_ranges(user, start - lead, stop + trail)
         events = timeline.select(np.zeros_like(lead), stop - start + lead)
-        time = np.asarray(events.timestamp)
+        item, time = reads.item_rows[timeline.item], np.asarray(events.timestamp)
         has_gaps = self._log.has_time and model.use_time
-        asked = None
-        if anchors is not None:
-            asked = ChunkTimeline(reads.item_rows[timeline.item], np.asarray(timeline.timestamp), timeline.offsets)
-        entry, dense = _encoded(reads.encode_events, events.features, events.num_events)
-        user_entry, user_dense = _encoded(reads.encode_users, user)
-        return Chunks(
+        chunks = Chunks(
             user=user,
             item=reads.item_rows[events.item],
             action=events.action.astype(np.int64),
@@ -255,24 +390,30 @@ class BatchSource:
             clock=decay_clock(model.decay if model.architecture is Architecture.vista else Decay.none, time),
             offsets=events.offsets,
             impressions=self._impressions_of(user, start, stop, lead),
-            timeline=asked,
-            lead=lead if self._stored else None,
-            summary=self._stored.read(user) if self._stored else None,
-            counters=self._counters(user, start - lead, stop),
-            entry=entry,
-            dense=dense,
-            user_entry=user_entry,
-            user_dense=user_dense,
         )
+        if anchors is not None:
+            chunks.timeline = ChunkTimeline(item, np.asarray(timeline.timestamp), timeline.offsets)
+        if stored is not None:
+            chunks.lead, chunks.summary = lead, stored.read(user)
+        if reads.keys is not None:
+            rows = reads.item_rows
+            if self._num_known is not None:
+                rows = np.where(rows > self._num_known, 0, rows)
+            histories, history = HistoryCounters.of(reads.keys, self._log, rows, user, stop)
+            chunks.counters = ChunkCounters(histories, history, start - lead, self._first[user] if stored else None)
+        if reads.encode_events is not None:
+            chunks.features = reads.encode_events(events.features, events.num_events)
+        if reads.encode_users is not None:
+            chunks.user_features = reads.encode_users(user)
+        return chunks
 
     def _impressions_of(self, user: Int, start: Int, stop: Int, lead: Int) -> ChunkImpressions:
         """The impressions of chunks, at positions counted from the first of the `lead` events before each chunk."""
-        seen = self._impressions
+        seen, encode = self._impressions, self._reads.encode_requests
         low, high = seen.ranges(user, start, stop, self._first[user])
         index = ranges(low, high - low)
         chunk = np.repeat(np.arange(len(user)), high - low)
         position = seen.position[index] - (start - lead)[chunk]
-        entry, dense = _encoded(self._reads.encode_requests, seen.row[index])
         return ChunkImpressions(
             chunk=chunk,
             position=position,
@@ -281,27 +422,8 @@ class BatchSource:
             label=seen.label[index],
             mask=seen.mask[index],
             time=seen.time[index],
-            entry=entry,
-            dense=dense,
+            features=None if encode is None else encode(seen.row[index]),
         )
-
-    def _counters(self, user: Int, start: Int, stop: Int) -> ChunkCounters | None:
-        """Counters of chunks, which hold the events [start, stop) of their users."""
-        reads = self._reads
-        if reads.keys is None:
-            return None
-        rows = reads.item_rows
-        if self._num_known is not None:
-            rows = np.where(rows > self._num_known, 0, rows)
-        histories, history = HistoryCounters.of(reads.keys, self._log, rows, user, stop)
-        return ChunkCounters(histories, history, start, self._first[user] if self._stored else None)
-
-
-def _encoded(
-    encode: Callable[..., tuple[Int, NDArray[np.float32]]] | None, *rows: object
-) -> tuple[Int | None, NDArray[np.float32] | None]:
-    """`entry` and `dense` of features; None for a model that reads none."""
-    return (None, None) if encode is None else encode(*rows)
 
 
 def _with_hidden(batch: Batch, hidden: Tensor) -> Batch:
@@ -370,3 +492,57 @@ def trained_tasks(log: EventLog, optim: OptimConfig) -> list[str]:
     if optim.task_weight == 0:
         return []
     return [name for name in offered if not optim.tasks or name in optim.tasks]
+
+
+# Builds the batches of an epoch in a thread while steps run.
+
+NUM_AHEAD = 2
+"""Batches in memory besides that of the current step: one that is ready, and one that is being built. If building a
+batch takes longer than a step, as for the first batch of a long history, the next step uses the one that is ready."""
+
+
+class BatchPrefetcher:
+    """An iterator over the batches of an epoch. One thread builds them in order, at most NUM_AHEAD ahead.
+
+    The batches are those of `BatchSource.batch`, bit for bit. If building a batch fails, `next` raises the
+    error of the thread, with its type and traceback, at that batch. Use this as a context manager, which ends the
+    thread; until then, do not ask the source for another epoch.
+
+    A thread is enough. Steps release the interpreter's lock in every operation of torch, and building releases it in
+    NumPy and while it reads the log. A process would need its own copy of the source, and seconds to start.
+    """
+
+    def __init__(self, source: BatchSource, epoch: int, first: int) -> None:
+        """
+        Args:
+            first: index of the first batch.
+        """
+        self._source, self._epoch = source, epoch
+        self._left = iter(range(first, source.num_batches(epoch)))
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="vista-batches")
+        self._ahead: deque[Future[Batch]] = deque()
+
+    def __enter__(self) -> BatchPrefetcher:
+        for _ in range(NUM_AHEAD):
+            self._build_next()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Drop the batches that no step has asked for, and wait for the one that is being built."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def __iter__(self) -> BatchPrefetcher:
+        return self
+
+    def __next__(self) -> Batch:
+        if not self._ahead:
+            raise StopIteration
+        batch = self._ahead.popleft().result()
+        self._build_next()
+        return batch
+
+    def _build_next(self) -> None:
+        if (index := next(self._left, None)) is not None:
+            self._ahead.append(self._thread.submit(self._source.batch, self._epoch, index))

@@ -39,8 +39,13 @@ from vista.examples.batch import (
     BatchReconstruction,
     BatchUsers,
     BatchWindows,
+    ChunkCounters,
+    ChunkImpressions,
+    Chunks,
+    ChunkTimeline,
+    Encoded,
 )
-from vista.examples.chunks import ChunkCounters, ChunkImpressions, Chunks, ChunkTimeline, CounterRequests
+from vista.examples.item_statistics import CounterRequests
 from vista.log.histories import DAY_MS, UNKNOWN_GAP, gap_bucket, ranges
 
 # Anchors: training questions whose labels are all items of the window that follows.
@@ -274,14 +279,16 @@ def divide_chunks(chunks: Chunks, label_spacing: int, phase: Int, *, cut_last: b
     return ChunkWindows(chunk, index, begin + lead[chunk], end + lead[chunk])
 
 
-def windows_at(chunks: Chunks, label_spacing: int, phase: Int, windows: ChunkWindows, owner: Int, position: Int) -> Int:
-    """int64 [N]: the window, of all windows, that holds each of N positions int64 [N] of the chunks `owner`."""
-    second = (chunks.num_context + phase)[owner]  # where the chunk's second window begins
-    index = np.where(position < second, 0, 1 + (position - second) // label_spacing)
-    return np.searchsorted(windows.chunk, owner) + index
+def _windows_at(
+    shown: ChunkImpressions | ChunkAnchors, chunks: Chunks, plan: CutPlan, phase: Int, windows: ChunkWindows
+) -> Int:
+    """int64 [N]: the window, of all windows, that each impression or anchor lies in."""
+    second = (chunks.num_context + phase)[shown.chunk]  # where the chunk's second window begins
+    index = np.where(shown.position < second, 0, 1 + (shown.position - second) // plan.label_spacing)
+    return np.searchsorted(windows.chunk, shown.chunk) + index
 
 
-def window_requests(
+def _window_requests(
     counters: ChunkCounters,
     windows: ChunkWindows,
     covered: Int | None,
@@ -291,18 +298,9 @@ def window_requests(
     time: Int,
     is_timed: NDArray[np.bool_],
 ) -> CounterRequests:
-    """n requests for counters at positions of windows.
+    """n requests for counters at `position` int64 [n] (events of the chunk before the request) of windows int64 [n].
 
-    Args:
-        counters: of the chunks.
-        windows: NW windows.
-        covered: int64 [NW] events of its history that each window's record counts; None if requests count all events
-            before them.
-        tail_len: events of a window's tail.
-        window: int64 [n].
-        position: int64 [n] events of the chunk before the request.
-        time: int64 [n] ms.
-        is_timed: bool [n]: False where the scorer would not get the time of the request.
+    covered: from `_covered`; time: int64 [n] ms; is_timed: bool [n], False where the scorer would not get the time.
     """
     chunk = windows.chunk[window]
     start = counters.start[chunk]
@@ -326,16 +324,6 @@ def draw_windows(
     return np.sort(order[windows.index < windows_per_chunk])
 
 
-def add_anchored(keep: Int, anchor_window: Int, impression_window: Int, *, keeps_others: bool) -> Int:
-    """Sorted indices of the kept windows and of those with anchors, except windows with nothing to train.
-
-    Args:
-        keep: int64 sorted, from `draw_windows`.
-        keeps_others: whether next items are trained, so that every window has something to train.
-    """
-    return np.union1d(keep if keeps_others else np.intersect1d(keep, impression_window), anchor_window)
-
-
 def cut_batch(
     chunks: Chunks, plan: CutPlan, rng: np.random.Generator, negatives: Int, negative_log_weight: NDArray[np.float32]
 ) -> Batch:
@@ -351,13 +339,15 @@ def cut_batch(
     """
     phase = rng.integers(1, plan.label_spacing + 1, len(chunks.offsets) - 1)
     all_windows = divide_chunks(chunks, plan.label_spacing, phase, cut_last=plan.summary_lag == 0)
-    impression_window = _windows_of(chunks.impressions, chunks, plan, phase, all_windows)
+    impression_window = _windows_at(chunks.impressions, chunks, plan, phase, all_windows)
     keep = draw_windows(plan.windows_per_chunk, rng, all_windows, impression_window)
     anchors, anchor_window = None, np.zeros(0, np.int64)
     if plan.anchors is not None:
         anchors = draw_anchors(chunks, plan.anchors, rng.spawn(1)[0])
-        anchor_window = _windows_of(anchors, chunks, plan, phase, all_windows)
-        keep = add_anchored(keep, anchor_window, impression_window, keeps_others=plan.anchors.keeps_other_windows)
+        anchor_window = _windows_at(anchors, chunks, plan, phase, all_windows)
+        if not plan.anchors.keeps_other_windows:  # they have nothing to train
+            keep = np.intersect1d(keep, impression_window)
+        keep = np.union1d(keep, anchor_window)
     windows = all_windows.select(keep)
     if chunks.summary is None:
         boundary = _draw_boundaries(plan, rng, all_windows, num_chunks=len(phase))
@@ -377,7 +367,7 @@ def cut_batch(
     covered, counted = _covered(chunks, plan, windows, cuts, window_cut), None
     anchor_window = np.searchsorted(keep, anchor_window)
     if anchors is not None and chunks.counters is not None:
-        requests = window_requests(
+        requests = _window_requests(
             chunks.counters,
             windows,
             covered,
@@ -498,6 +488,7 @@ def _draw_reconstruction(plan: CutPlan, rng: np.random.Generator, cuts: BatchCut
 
 
 def _events(chunks: Chunks, item: Int, hidden: NDArray[np.bool_] | None) -> BatchEvents:
+    entry, dense = _feature_tensors(chunks.features)
     return BatchEvents(
         item=_tensor(item),
         action=_tensor(chunks.action),
@@ -506,8 +497,8 @@ def _events(chunks: Chunks, item: Int, hidden: NDArray[np.bool_] | None) -> Batc
         clock=_tensor(chunks.clock),
         offsets=_tensor(chunks.offsets),
         hidden=None if hidden is None else _tensor(hidden),
-        entry=None if chunks.entry is None else _tensor(chunks.entry),
-        dense=None if chunks.dense is None else _tensor(chunks.dense),
+        entry=entry,
+        dense=dense,
     )
 
 
@@ -563,7 +554,7 @@ def _impressions(
     codes = None
     if (counters := chunks.counters) is not None:
         window, own = np.nonzero(is_shown)[0], impression[is_shown]
-        requests = window_requests(
+        requests = _window_requests(
             counters,
             windows,
             covered,
@@ -577,7 +568,7 @@ def _impressions(
         codes = np.zeros((*impression.shape, found.shape[1]), np.uint8)
         codes[is_shown] = found
     described = np.where(is_featureless[:, None], -1, impression)  # -1 reads the last row: no features
-    entry, dense = (None if part is None else _tensor(part[described]) for part in (shown.entry, shown.dense))
+    entry, dense = _feature_tensors(shown.features, described)
     return BatchImpressions(
         item=_tensor(item),
         position=_tensor(np.where(is_shown, position, 0)),
@@ -592,10 +583,9 @@ def _impressions(
 
 def _user_features(chunks: Chunks, is_unknown: NDArray[np.bool_]) -> BatchUsers | None:
     """is_unknown: bool [B] chunks without features of their users."""
-    if chunks.user_entry is None or chunks.user_dense is None:
-        return None
     row = np.where(is_unknown, -1, np.arange(len(is_unknown)))  # -1 reads the last row: no features
-    return BatchUsers(_tensor(chunks.user_entry[row]), _tensor(chunks.user_dense[row]))
+    entry, dense = _feature_tensors(chunks.user_features, row)
+    return None if entry is None or dense is None else BatchUsers(entry, dense)
 
 
 def _covered(chunks: Chunks, plan: CutPlan, windows: ChunkWindows, cuts: BatchCuts, window_cut: Int) -> Int | None:
@@ -621,13 +611,6 @@ def _anchor_counters(counters: UserCounters, slot: Int) -> BatchCounters:
     return BatchCounters(_tensor(item), _tensor(codes), _tensor(counters.num_events))
 
 
-def _windows_of(
-    shown: ChunkImpressions | ChunkAnchors, chunks: Chunks, plan: CutPlan, phase: Int, windows: ChunkWindows
-) -> Int:
-    """int64 [N]: the window, of all windows, that each impression or anchor lies in."""
-    return windows_at(chunks, plan.label_spacing, phase, windows, shown.chunk, shown.position)
-
-
 def _anchors(
     plan: CutPlan,
     windows: ChunkWindows,
@@ -649,6 +632,14 @@ def _anchors(
         counters=counters,
         mean_labels=plan.anchors.mean_labels,
     )
+
+
+def _feature_tensors(features: Encoded | None, rows: Int | None = None) -> tuple[Tensor | None, Tensor | None]:
+    """`entry` and `dense` of some rows, or all of them."""
+    if features is None:
+        return None, None
+    entry, dense = features
+    return (_tensor(entry), _tensor(dense)) if rows is None else (_tensor(entry[rows]), _tensor(dense[rows]))
 
 
 def _take(values: Int, index: Int) -> Int:

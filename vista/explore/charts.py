@@ -10,7 +10,7 @@ import pandas as pd
 from vista.explore.rankings import PARTS
 from vista.explore.user_page import OTHER, Timeline
 from vista.log.histories import DAY_MS
-from vista.runs.run_files import better_values
+from vista.runs.run_list import better_values
 
 SUMMARY, TAIL, COUNTERS, NEUTRAL = "#2f6fb0", "#e2803a", "#3f9b73", "#9aa0a8"
 PART_COLORS = dict(zip(PARTS, (SUMMARY, TAIL, COUNTERS, "#b3bac3", "#8766b5", "#dcdfe4"), strict=True))

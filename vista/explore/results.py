@@ -28,8 +28,7 @@ from vista.explore.workspace import escaped
 from vista.files import read_limited
 from vista.log.event_log import EventLog
 from vista.log.splits import leaves_out_seen, part_counts, part_times
-from vista.runs.run_files import RunFiles, badness, thinned
-from vista.runs.run_list import RunSummary
+from vista.runs.run_list import RunFiles, RunSummary, badness, thinned
 from vista.scorer import Scorer
 from vista.scorer.request import Request
 from vista.scorer.serving_snapshot import ServingSnapshot

@@ -61,7 +61,7 @@ from vista.explore.user_page import (
 from vista.explore.workspace import Workspace, escaped, ids_with_prefix, record_of
 from vista.log.histories import Histories
 from vista.log.inspection import LogStats
-from vista.runs.run_files import better_values, is_run
+from vista.runs.run_list import better_values, is_run
 from vista.scorer import Scorer
 from vista.store.admin import verify_store
 from vista.store.record_spec import read_key

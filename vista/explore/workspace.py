@@ -24,8 +24,7 @@ from vista.log.event_log import EventLog
 from vista.log.features import CategoryColumn
 from vista.log.segment import find_segments
 from vista.log.vocabulary import Vocabulary, ids_of_words
-from vista.runs.run_files import read_settings
-from vista.runs.run_list import run_folders
+from vista.runs.run_list import read_settings, run_folders
 from vista.scorer import Scorer
 from vista.scorer.serving_source import ServingSource
 from vista.store.record import StoredBatch

@@ -17,7 +17,7 @@ from torch import Tensor
 from vista.arrays import Int, offsets_of
 from vista.config.checks import Decay, Mixing
 from vista.errors import ConfigError
-from vista.examples.chunks import decay_clock
+from vista.examples.batch import decay_clock
 from vista.log.histories import Histories, concatenated, history_gaps, ranges, token_groups
 from vista.model.summarizer import Summarizer, SummaryState, exchange, merge_states
 from vista.model.vista_model import VistaModel

@@ -36,8 +36,7 @@ from vista.model.saved_model import CONFIG_FILE, ModelDescription
 from vista.model.vista_model import VistaModel
 from vista.progress_bar import progress_bar
 from vista.refresh import refresh
-from vista.runs.run_files import RunFiles
-from vista.runs.run_list import RunSummary
+from vista.runs.run_list import RunFiles, RunSummary
 from vista.scorer import CandidateSet, Scorer
 
 MAX_CARD_BYTES = 1 << 20

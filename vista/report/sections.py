@@ -19,8 +19,8 @@ from vista.config import TrainConfig
 from vista.config.checks import to_dict
 from vista.config.composition import value_text
 from vista.evaluation.cases import EarlierEvents, questions_by_user
-from vista.evaluation.comparison import AucMeasure, Estimate, Measure, mean_and_error
-from vista.evaluation.metrics import calibration, gauc, normalized_entropy
+from vista.evaluation.comparison import AucMeasure, Estimate, Measure
+from vista.evaluation.metrics import calibration, gauc, mean_and_error, normalized_entropy
 from vista.log.event_log import EventLog
 from vista.log.histories import DAY_MS
 from vista.log.ingest.source_parser import read_categories
@@ -29,7 +29,7 @@ from vista.model.inference import item_vectors
 from vista.model.ranking_model import RankingModel
 from vista.report.html_page import PageSection, Series, folded, heading, interval_chart, line_chart, paragraph, table
 from vista.report.report_data import ORACLE, WIDE_SPREAD, ComparisonData, Latency, MeasuredRun, TrainedRun
-from vista.runs.run_files import RunFiles, thinned
+from vista.runs.run_list import RunFiles, thinned
 
 NUM_BINS = 10
 """Groups of predictions whose calibration is shown."""

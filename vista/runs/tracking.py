@@ -1,25 +1,142 @@
-"""A run and its copy in a tracker. If the tracker fails, the run continues."""
+"""The metrics of a run: metrics.jsonl in its folder, and a copy in a tracker, without which the run continues."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import math
 import os
 import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from vista.config.checks import TrackerKind
 from vista.config.composition import without_password
 from vista.config.train_config import TrackingConfig
-from vista.errors import MissingDependencyError, TrackingError
-from vista.files import NUMBER, check_fields, either, one_of, read_limited, replace_text, text, whole
+from vista.errors import ConfigError, MissingDependencyError, TrackingError
+from vista.files import NUMBER, check_fields, either, one_of, open_file, read_limited, replace_text, text, whole
 from vista.installation import require_module
+
+# metrics.jsonl.
+
+
+def open_to_append(path: Path) -> TextIO:
+    """Open a text file of a run to read and append; it is created if it does not exist.
+
+    Raises:
+        ConfigError: it cannot be opened, is a symbolic link, or is not a regular file. A named pipe is refused at once.
+    """
+    try:
+        return open(
+            path,
+            "a+",
+            encoding="utf-8",
+            errors="replace",
+            opener=lambda _, flags: open_file(path, flags, 0o666, follow=False),
+        )
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be written ({error.strerror}); correct this path, or choose another run_dir"
+        ) from error
+
+
+def rows_of(text: str) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl, until a line that a crash cut off, or that `MetricsWriter` has not written."""
+    rows = []
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            break
+        if not isinstance(row, dict) or not all(isinstance(row.get(name), int) for name in ("step", "epoch")):
+            break
+        rows.append(row)
+    return rows
+
+
+@contextlib.contextmanager
+def typed_errors(path: Path) -> Iterator[None]:
+    """Raise an OSError while a file of a run is written, such as of a full disk, as a ConfigError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be written ({error.strerror}); free space or correct this path, then rerun the command to "
+            "resume"
+        ) from error
+
+
+class MetricsWriter:
+    """metrics.jsonl of a run, one JSON object per line.
+
+    Rows of training hold {step, epoch, loss, …}, rows of validation {step, epoch, validation: {…}, is_best, …}. The
+    last validation with is_best was exported. Undefined numbers are null.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.path = run_dir / "metrics.jsonl"
+
+    def rewind(self, step: int, validated: Collection[int]) -> list[dict[str, Any]]:
+        """Drop the rows that a resumed run will write again.
+
+        Args:
+            step: steps done; 0 for a new run.
+            validated: steps whose validation is part of the resumed state.
+
+        Returns:
+            The rows that stay.
+
+        Raises:
+            ConfigError: as for `open_to_append` and `typed_errors`.
+        """
+        rows = self.rows()
+        kept = [
+            row
+            for row in rows
+            if step > 0 and (row["step"] in validated if "validation" in row else row["step"] <= step)
+        ]
+        with typed_errors(self.path):
+            replace_text(self.path, "".join(map(_json_line, kept)))
+        return kept
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows. What follows a line that a crash cut off, or that is not a row, is left out.
+
+        Raises:
+            ConfigError: as for `open_to_append`.
+        """
+        with open_to_append(self.path) as file:
+            file.seek(0)
+            return rows_of(file.read())
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row, which holds `step` and `epoch`.
+
+        Raises:
+            ConfigError: as for `open_to_append` and `typed_errors`.
+        """
+        with typed_errors(self.path), open_to_append(self.path) as file:
+            file.write(_json_line(_defined(row)))
+
+
+def _json_line(row: dict[str, Any]) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"
+
+
+def _defined(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _defined(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# Trackers.
 
 
 @dataclass(frozen=True, slots=True)

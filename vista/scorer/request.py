@@ -103,7 +103,7 @@ class RequestCounters(UserCounters):
         """The stored counters, with the fresh events of the tail added, which the records do not cover.
 
         Training and evaluation on raw histories advance counters by the same function
-        (`vista.examples.chunks`).
+        (`vista.examples.item_statistics`).
 
         Args:
             keys: of the model.

@@ -1,4 +1,4 @@
-"""Atomic checkpoints: tensors in safetensors, everything else in JSON, no pickle.
+"""Checkpoints of a run, written atomically: tensors in safetensors, everything else in JSON, no pickle.
 
 A checkpoint is a folder `step-00001234` of two files:
 
@@ -22,7 +22,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vista.errors import CheckpointError
+from vista.config.checks import TableKind, TablePrecision
+from vista.errors import CheckpointError, ConfigError
 from vista.files import (
     TABLE,
     check_fields,
@@ -45,9 +46,14 @@ from vista.files import (
     sync,
     whole,
 )
+from vista.model.layers import tables_from_file
+from vista.model.ranking_model import RankingModel
+from vista.ranks import Ranks
+from vista.training.run_plan import Progress
 
 if TYPE_CHECKING:
     from vista.model.sharded_table import ShardedTable
+    from vista.training.optimizers import Optimizers
 
 
 # Tensors whose rows are divided among ranks, and a safetensors file that they are written to in pieces.
@@ -409,3 +415,143 @@ def _body_digest(body: dict[str, Any]) -> str:
 def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# The state of a run in its checkpoints.
+
+ITEM_TABLE, TABLE_INDEX = "item_table", 0
+"""The item table's name among the weights, and its index in the state of the optimizer of tables."""
+
+
+def save_run(
+    run_dir: Path, model: RankingModel, optimizers: Optimizers, progress: Progress, identity: dict[str, Any]
+) -> None:
+    """Write a checkpoint of a run. With a sharded table, all ranks call this; else only the one that writes.
+
+    Args:
+        identity: `run_identity`.
+    """
+    weights, moments, sums = model.state_dict(), optimizers.table.state_dict(), None
+    if (table := model.sharded_table) is not None:
+        weights[ITEM_TABLE] = RowShards(table, model.item_table, model.item_table.dtype)
+        of_rows = moments["state"].get(TABLE_INDEX, {}).items()
+        moments["state"] = moments["state"] | {TABLE_INDEX: {k: _shards(table, value) for k, value in of_rows}}
+        sums = _shards(table, table.adagrad_sums)
+    state = {
+        "model": weights,
+        "optimizer": optimizers.dense.state_dict(),
+        "table_optimizer": moments,
+        "adagrad_sums": sums,
+        "rng": torch.get_rng_state(),
+        "cuda_rng": [torch.cuda.get_rng_state(model.device)] if model.device.type == "cuda" else [],
+        "progress": {name: getattr(progress, name) for name in Progress.__slots__},
+        "config": identity,
+    }
+    tensors, skeleton = pack_state(state, "state")
+    if table is not None and not table.leads:
+        send_rows(tensors)
+        return
+    save_checkpoint(run_dir / "checkpoints", progress.step, tensors, {"run": skeleton})
+
+
+def restore_run(
+    path: Path, run_dir: str, model: RankingModel, optimizers: Optimizers, identity: dict[str, Any]
+) -> Progress:
+    """Read the checkpoint `path` of a run. Arguments as in `save_run`.
+
+    Raises:
+        ConfigError: if it belongs to a run with another identity.
+        CheckpointError: if it is damaged, or belongs to another version of the model.
+    """
+    table = model.sharded_table
+    tensors, body = load_checkpoint(path, mapped=None if table is None else _is_sharded)
+    state = unpack_state(body["run"], tensors)
+    check_identity(identity, state["config"], run_dir)
+    if table is not None:
+        state["model"][ITEM_TABLE] = table.own(state["model"][ITEM_TABLE])
+        moments = state["table_optimizer"]["state"].get(TABLE_INDEX, {})
+        moments |= {k: table.own(value).clone() for k, value in moments.items() if isinstance(value, Tensor)}
+        table.adagrad_sums.copy_(table.own(state["adagrad_sums"]))
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{path}: belongs to another version of the model ({error}); remove {run_dir}, or set resume=false"
+        ) from error
+    optimizers.dense.load_state_dict(state["optimizer"])
+    optimizers.table.load_state_dict(state["table_optimizer"])
+    torch.set_rng_state(state["rng"])
+    if state["cuda_rng"] and model.device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda_rng"][0], model.device)
+    return Progress(**state["progress"])
+
+
+def _shards(table: ShardedTable, value: Any) -> Any:
+    """What has a row per row of the table, divided like it; other values stay."""
+    return RowShards(table, value, value.dtype) if isinstance(value, Tensor) and value.dim() else value
+
+
+def _is_sharded(name: str) -> bool:
+    """Whether a tensor of a checkpoint has a row per row of the item table."""
+    return name in (f"state.model.{ITEM_TABLE}", "state.adagrad_sums") or name.startswith(
+        f"state.table_optimizer.state.{TABLE_INDEX}."
+    )
+
+
+def check_identity(here: dict[str, Any], there: dict[str, Any], run_dir: str) -> None:
+    """Refuse to resume another run.
+
+    Args:
+        here: `run_identity` of this run; there: that of the run in `run_dir`.
+
+    Raises:
+        ConfigError: if they differ.
+    """
+    changed = [f"{k} ({there.get(k)} -> {here.get(k)})" for k in here | there if here.get(k) != there.get(k)]
+    if changed:
+        raise ConfigError(
+            f"run_dir={run_dir} holds a run with another {', '.join(changed)}; choose another run_dir, or set "
+            "resume=false to start a new run in it"
+        )
+
+
+# A model with a plain item table, made from one whose table is sharded: for validation and export.
+
+PLAIN_WEIGHTS = ".weights.0.tmp"
+"""Name of the file in a run folder; `remove_leftovers` removes it."""
+
+
+def plain_model(model: RankingModel, run_dir: Path, ranks: Ranks) -> RankingModel:
+    """The model, or a copy for inference if its table is sharded. All ranks call this.
+
+    All ranks map the weights of the copy from one file, which rank 0 writes in pieces. So no rank needs memory for the
+    whole table.
+
+    Returns:
+        The model or the copy, whose file `run_dir / PLAIN_WEIGHTS` may be moved or removed.
+
+    Raises:
+        CheckpointError: if the file cannot be written or read.
+    """
+    if model.sharded_table is None:
+        return model
+    path = run_dir / PLAIN_WEIGHTS
+    weights = model.state_dict() | {ITEM_TABLE: RowShards(model.sharded_table, model.item_table, torch.float32)}
+    config = replace(model.config, table=TableKind.plain, table_precision=TablePrecision.float32)
+    with torch.random.fork_rng(devices=[]), tables_from_file():
+        plain = type(model)(config, model.schema, model.items, model.data)
+    try:
+        if ranks.leads:
+            path.unlink(missing_ok=True)  # another copy may still map it
+            write_tensors(path, weights)
+        else:
+            send_rows(weights)
+        ranks.wait()
+        plain.take_weights(load_file(path))
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: the weights could not be written or read ({error}); free space, and give all ranks the same "
+            "run_dir"
+        ) from error
+    plain.take_catalog(model)
+    return plain.to(model.device).eval()

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from vista.arrays import Float32s, Int
+from vista.arrays import Int
 from vista.config import DataConfig, TrainConfig
 from vista.config.checks import Decay
 from vista.errors import ConfigError, DataError
-from vista.examples.batch_source import EncodeEvents, EncodeRows, ModelReads, trained_tasks
-from vista.examples.chunks import visible_rows
+from vista.examples.batch import Encoded
+from vista.examples.batch_source import EncodeEvents, EncodeRows, ModelReads, trained_tasks, visible_rows
 from vista.examples.item_statistics import item_counts
 from vista.log.event_log import EventLog
 from vista.log.features import CategoryColumn, ItemFeatures
@@ -29,58 +28,50 @@ from vista.model.item_feature_table import ItemFeatureTable, check_categories
 from vista.model.layers import EmbeddingFeature, hashed_rows
 from vista.model.ranking_model import NEXT_TASK, RankingModel
 
+# Features of a log's events, requests, and users, as a model is built for them and reads them.
 
-class SeenValues:
-    """Collects the values that occur in the rows that training may see.
+MEASURED_ROWS = 1_000_000
+"""Most rows by which the distribution of a number is measured."""
+
+
+def _reader(
+    values: ColumnValues, hashed: Mapping[str, int], blocks: Iterable[RowFeatures], num_rows: int
+) -> RowFeatureReader:
+    """How a model reads features of rows: by the values that occur in those that training may see, and their numbers.
 
     A value that occurs only in other rows would get a row of the encoder's embedding that never trains. Left out, it is
     missing to the model, as a new value is in production.
+
+    Args:
+        values: of the log.
+        hashed: by name of a category whose values are hashed: the number of their rows. It knows all values.
+        blocks: all rows that training may see, with the log's codes.
+        num_rows: how many these are.
     """
-
-    def __init__(self, values: ColumnValues, hashed: Mapping[str, int]) -> None:
-        """
-        Args:
-            values: of the log.
-            hashed: by name of a category whose values are hashed: the number of their rows. It knows all values.
-        """
-        self._values = dict(values)
-        for name in hashed.keys() & values.keys():
-            self._values[name] = HashedVocabulary(hashed[name])
-        self._is_seen = {
-            name: np.zeros(len(known) + 1, np.bool_)
-            for name, known in self._values.items()
-            if known is not None and name not in hashed
-        }
-
-    def add(self, features: RowFeatures) -> None:
-        """Add rows that training may see, with the log's codes."""
-        for name, is_seen in self._is_seen.items():
-            is_seen[features.columns[name]] = True  # -1, a missing value, marks the last entry
-
-    @property
-    def values(self) -> ColumnValues:
-        """Those of the log that occur in the rows."""
-        kept = dict(self._values)
-        for name, is_seen in self._is_seen.items():
-            known = self._values[name]
-            assert known is not None
-            if not is_seen[:-1].all():
-                ids = known.ids(np.flatnonzero(is_seen[:-1]))
-                kept[name] = Vocabulary.empty("str").extended(ids.tolist())
-        return kept
-
-
-# Features of a log's events, as a model is built for them and reads them.
-
-MEASURED_EVENTS = 1_000_000
-"""Most events by which the distribution of a number is measured."""
+    kept = {name: HashedVocabulary(hashed[name]) if name in hashed else known for name, known in values.items()}
+    categories = {name: known for name, known in values.items() if known is not None and name not in hashed}
+    is_seen = {name: np.zeros(len(known) + 1, np.bool_) for name, known in categories.items()}
+    numbers: dict[str, list[RowColumn]] = {
+        name: [np.empty(0, np.float32)] for name, known in values.items() if known is None
+    }
+    step, before = max(1, -(-num_rows // MEASURED_ROWS)), 0
+    for block in blocks:
+        for name, seen in is_seen.items():
+            seen[block.columns[name]] = True  # -1, a missing value, marks the last entry
+        for name, columns in numbers.items():
+            columns.append(block.columns[name][-before % step :: step].copy())
+        before += len(next(iter(block.columns.values())))
+    for name, known in categories.items():
+        if not is_seen[name][:-1].all():
+            kept[name] = Vocabulary.empty("str").extended(known.ids(np.flatnonzero(is_seen[name][:-1])).tolist())
+    measured = RowFeatures({name: np.concatenate(columns) for name, columns in numbers.items()})  # type: ignore[misc]
+    return RowFeatureReader.of(measured, kept)
 
 
 def event_reader(log: EventLog, config: TrainConfig) -> tuple[RowFeatureReader | None, int]:
     """How a model reads features of events, and how many columns, the first ones, its stage 2 reads too.
 
-    It knows the values, and the distribution of numbers, of the events that training may see. Without columns, the
-    reader is None.
+    Without columns, the reader is None.
 
     Raises:
         ConfigError: if `model.tail_features` names a column that the model does not read.
@@ -98,71 +89,12 @@ def event_reader(log: EventLog, config: TrainConfig) -> tuple[RowFeatureReader |
         return None, 0
     ordered = {name: values[name] for name in sorted(values, key=lambda name: name not in in_tail)}
     counts = visible_counts(log, split_until(config.data, "train"))
-    seen = SeenValues(ordered, model.hashed_rows)
-    numbers = _read(log, counts, seen)
-    return RowFeatureReader.of(numbers, seen.values), len(in_tail)
-
-
-def model_reads(model: RankingModel, log: EventLog) -> ModelReads:
-    """How batches for a model are made from a log."""
-    return ModelReads(
-        model.rows_of(log.items),
-        num_known=model.num_trained_items,
-        has_features=model.rows_with_features(),
-        keys=model.item_keys,
-        encode_events=event_encoding(model, log),
-        encode_requests=request_encoding(model, log),
-        encode_users=LogUsers(model.user_features, log).encoding(),
-    )
-
-
-def event_encoding(model: RankingModel, log: EventLog) -> EncodeEvents | None:
-    """What a model reads of a log's events; None if it reads no features of them."""
-    if model.event_features is None:
-        return None
-    read = log_encoder(model.event_features, log.event_features)
-
-    def encode(features: RowFeatures, num_events: int) -> tuple[Int, Float32s]:
-        encoded = read(features, num_events)
-        assert encoded is not None
-        return encoded.entry, encoded.dense
-
-    return encode
-
-
-def _read(log: EventLog, counts: NDArray[np.int64], seen: SeenValues) -> RowFeatures:
-    """Collect the values of the events that training may see.
-
-    Args:
-        counts: int64 [num_users] events that training may see.
-        seen: takes their categories.
-
-    Returns:
-        The numbers of these events, or of every n-th one if there are more than MEASURED_EVENTS.
-    """
-    step = max(1, -(-int(counts.sum()) // MEASURED_EVENTS))
-    parts: dict[str, list[RowColumn]] = {
-        name: [np.empty(0, np.float32)] for name, known in log.event_features.items() if known is None
-    }
-    before = 0
-    for block in visible_blocks(log, counts, features=True):
-        seen.add(block.features)
-        for name, columns in parts.items():
-            columns.append(block.features.columns[name][-before % step :: step].copy())
-        before += block.num_events
-    return RowFeatures({name: np.concatenate(columns) for name, columns in parts.items()})  # type: ignore[misc]
-
-
-# Features of requests in a log's impressions, as a model is built for them and reads them.
-
-MEASURED_REQUESTS = 1_000_000
-"""Most impressions by which the distribution of a number is measured."""
+    blocks = (block.features for block in visible_blocks(log, counts, features=True))
+    return _reader(ordered, model.hashed_rows, blocks, int(counts.sum())), len(in_tail)
 
 
 def request_reader(log: EventLog, config: TrainConfig, since: int | None) -> RowFeatureReader | None:
     """How a model reads features of requests; None if it reads none.
-
-    It knows the values, and the distribution of numbers, of the impressions that training may see.
 
     Args:
         since: leave out the impressions before this time (ms).
@@ -172,52 +104,64 @@ def request_reader(log: EventLog, config: TrainConfig, since: int | None) -> Row
         return None
     counts = visible_counts(log, split_until(config.data, "train"))
     rows = visible_rows(log, table, counts, config.data, since).row
-    features, step = table.features.select(rows), max(1, -(-len(rows) // MEASURED_REQUESTS))
-    seen = SeenValues(values, config.model.hashed_rows)
-    seen.add(features)
-    return RowFeatureReader.of(features.select(slice(None, None, step)), seen.values)
+    return _reader(values, config.model.hashed_rows, [table.features.select(rows)], len(rows))
 
 
-def request_encoding(model: RankingModel, log: EventLog) -> EncodeRows | None:
-    """What a model reads of a log's impressions; None if it reads no features of requests."""
-    reader, table = model.request_features, log.impressions
-    if reader is None or table is None:
+def user_reader(log: EventLog, config: TrainConfig) -> RowFeatureReader | None:
+    """How a model reads features of users, by those with events that training may see; None if it reads none."""
+    features = log.user_features
+    if not config.model.use_user_features or not features.values:
         return None
-    read, missing = log_encoder(reader, log.request_features), reader.missing(1)
-
-    def encode(rows: Int) -> tuple[Int, Float32s]:
-        asked = read(table.features.select(rows), len(rows))
-        assert asked is not None
-        return np.concatenate([asked.entry, missing.entry]), np.concatenate([asked.dense, missing.dense])
-
-    return encode
+    users = np.flatnonzero(visible_counts(log, split_until(config.data, "train")))
+    return _reader(features.values, config.model.hashed_rows, [features.rows.select(users)], len(users))
 
 
-def check_hashed_features(hashed: Mapping[str, int], log: EventLog) -> None:
-    """Refuse hashed features that a log lacks.
+def model_reads(model: RankingModel, log: EventLog) -> ModelReads:
+    """How batches for a model are made from a log."""
+    events, requests, table = model.event_features, model.request_features, log.impressions
+    encode_events: EncodeEvents | None = None
+    encode_requests: EncodeRows | None = None
+    if events is not None:
+        read_events = log_encoder(events, log.event_features)
 
-    Args:
-        hashed: by name of a feature, of anything that has features: the number of rows.
+        def encode_events(features: RowFeatures, num_events: int) -> Encoded:
+            encoded = read_events(features, num_events)
+            assert encoded is not None
+            return encoded.entry, encoded.dense
 
-    Raises:
-        ConfigError: if the log has no category with this name.
-    """
-    categories = _categories(log) if hashed else set()
+    if requests is not None and table is not None:
+        read_requests, missing = log_encoder(requests, log.request_features), requests.missing(1)
+
+        def encode_requests(rows: Int) -> Encoded:
+            asked = read_requests(table.features.select(rows), len(rows))
+            assert asked is not None
+            return np.concatenate([asked.entry, missing.entry]), np.concatenate([asked.dense, missing.dense])
+
+    return ModelReads(
+        model.rows_of(log.items),
+        num_known=model.num_trained_items,
+        has_features=model.rows_with_features(),
+        keys=model.item_keys,
+        encode_events=encode_events,
+        encode_requests=encode_requests,
+        encode_users=LogUsers(model.user_features, log).encoding(),
+    )
+
+
+def _check_hashed(hashed: Mapping[str, int], log: EventLog) -> None:
+    """Refuse hashed features that are not categories of the log's items, events, requests, or users."""
+    if not hashed:
+        return
+    items = {} if log.item_features is None else log.item_features.columns
+    known = {name for name, column in items.items() if isinstance(column, CategoryColumn)}
+    for columns in (log.event_features, log.request_features, log.user_features.values):
+        known |= {name for name, values in columns.items() if values is not None}
     for name in hashed:
-        if name not in categories:
+        if name not in known:
             raise ConfigError(
                 f"model.hashed_features: {log.path} has no category {name!r}; it has: "
-                f"{', '.join(sorted(categories)) or 'none'}"
+                f"{', '.join(sorted(known)) or 'none'}"
             )
-
-
-def _categories(log: EventLog) -> set[str]:
-    """Names of all categories of a log."""
-    items = {} if log.item_features is None else log.item_features.columns
-    rows = (log.event_features, log.request_features, log.user_features.values)
-    return {name for name, column in items.items() if isinstance(column, CategoryColumn)} | {
-        name for columns in rows for name, known in columns.items() if known is not None
-    }
 
 
 # Which of a log's items get a row of their own in a model's table (`data.min_item_events`).
@@ -315,7 +259,7 @@ def schema_and_readers(log: EventLog, config: TrainConfig, since: int | None = N
     ratings = rating_range(log) if log.has_rating else None
     given = log.item_features if model.use_item_features else None
     hashed = model.hashed_rows
-    check_hashed_features(hashed, log)
+    _check_hashed(hashed, log)
     check_categories(model, given, log.items, str(log.path))
     features = [
         FeatureSpec(name, "category", hashed[name], hashed=True) if name in hashed else FeatureSpec.of(name, column)
@@ -342,22 +286,6 @@ def encoded_features(log: EventLog, items: Vocabulary, schema: Schema) -> ItemFe
     """What a model of these items, with this schema, reads of a log's item features; None if it reads none."""
     given = features_of(items, log) if schema.item_features else None
     return None if given is None else ItemFeatureTable.of(given, schema.item_features)
-
-
-def user_reader(log: EventLog, config: TrainConfig) -> RowFeatureReader | None:
-    """How a model reads features of users; None if it reads none.
-
-    It knows the values, and the distribution of numbers, of the users with events that training may see.
-    """
-    if not config.model.use_user_features or not log.user_features.values:
-        return None
-    users = np.flatnonzero(visible_counts(log, split_until(config.data, "train")))
-    features, seen = (
-        log.user_features.rows.select(users),
-        SeenValues(log.user_features.values, config.model.hashed_rows),
-    )
-    seen.add(features)
-    return RowFeatureReader.of(features, seen.values)
 
 
 def rating_range(log: EventLog, *, events_per_batch: int = EVENTS_PER_BLOCK) -> tuple[float, float] | None:
@@ -440,8 +368,8 @@ def hash_collisions(
         frequency: int64 [at most 1 + V] training events of each model row.
         since: leave out the impressions before this time (ms).
     """
-    rows = _of_rows(model, log, config, since)
-    found = [*_of_items(model, frequency), *_of_item_features(model, log, frequency), *rows]
+    found = [*_of_items(model, frequency), *_of_item_features(model, log, frequency)]
+    found += _of_rows(model, log, config, since)
     for collisions in found:
         logger.info("%s", collisions)
     return found
@@ -474,37 +402,33 @@ def _of_item_features(model: RankingModel, log: EventLog, frequency: Int) -> Ite
 
 def _of_rows(model: RankingModel, log: EventLog, config: TrainConfig, since: int | None) -> Iterator[HashCollisions]:
     """Features of events, requests, and users."""
-    counts = visible_counts(log, split_until(config.data, "train"))
-    columns = _hashed(model.schema.event_features, log.event_features)
-    if columns:
-        blocks = (block.features for block in visible_blocks(log, counts, features=True))
-        yield from _counted("events", columns, log.event_features, blocks)
-    columns = _hashed(model.schema.request_features, log.request_features)
-    if columns and log.impressions is not None:
-        shown = visible_rows(log, log.impressions, counts, config.data, since).row
-        yield from _counted("impressions", columns, log.request_features, [log.impressions.features.select(shown)])
-    columns = _hashed(model.schema.user_features, log.user_features.values)
-    if columns:
-        users = log.user_features.rows.select(np.flatnonzero(counts))
-        yield from _counted("users", columns, log.user_features.values, [users])
+    schema, counts, table = model.schema, visible_counts(log, split_until(config.data, "train")), log.impressions
 
+    def events() -> Iterator[RowFeatures]:
+        return (block.features for block in visible_blocks(log, counts, features=True))
 
-def _hashed(columns: Sequence[FeatureSpec], values: ColumnValues) -> dict[str, FeatureSpec]:
-    """By name: hashed columns that a log has."""
-    return {column.name: column for column in columns if column.hashed and values.get(column.name) is not None}
+    def requests() -> list[RowFeatures]:
+        return (
+            [] if table is None else [table.features.select(visible_rows(log, table, counts, config.data, since).row)]
+        )
 
+    def users() -> list[RowFeatures]:
+        return [log.user_features.rows.select(np.flatnonzero(counts))]
 
-def _counted(
-    owners: str, columns: Mapping[str, FeatureSpec], values: ColumnValues, blocks: Iterable[RowFeatures]
-) -> Iterator[HashCollisions]:
-    known = {name: vocabulary for name, vocabulary in values.items() if vocabulary is not None and name in columns}
-    uses = {name: np.zeros(len(vocabulary), np.int64) for name, vocabulary in known.items()}
-    for block in blocks:
-        for name, total in uses.items():
-            code = block.columns[name]
-            total += np.bincount(code[code >= 0], minlength=len(total))
-    for name, total in uses.items():
-        yield _collisions(f"feature {name} of {owners}", columns[name], known[name], total)
+    for owners, columns, values, blocks in (
+        ("events", schema.event_features, log.event_features, events),
+        ("impressions", schema.request_features, log.request_features, requests),
+        ("users", schema.user_features, log.user_features.values, users),
+    ):
+        known = {column.name: values.get(column.name) for column in columns if column.hashed}
+        uses = {name: np.zeros(len(own), np.int64) for name, own in known.items() if own is not None}
+        for block in blocks() if uses else ():
+            for name, total in uses.items():
+                code = block.columns[name]
+                total += np.bincount(code[code >= 0], minlength=len(total))
+        for column in columns:
+            if (own := known.get(column.name)) is not None:
+                yield _collisions(f"feature {column.name} of {owners}", column, own, uses[column.name])
 
 
 def _collisions(feature: str, column: FeatureSpec, values: Vocabulary, uses: Int) -> HashCollisions:

@@ -4,30 +4,22 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from vista.config import OptimConfig
 from vista.config.checks import TableOptimizer
-from vista.errors import NonFiniteLossError
 from vista.examples.batch import Batch, balanced_parts, batch_part, chunk_work
 from vista.examples.batch_source import MEASURED_BATCHES, BatchSource
-from vista.files import replace_file
-from vista.log.event_log import EventLog
 from vista.model.feature_encoder import FeatureEncoder, RowFeatureEncoder
 from vista.model.layers import CandidateCounters
 from vista.model.losses import Losses, LossPart, loss_names, weighted_losses
 from vista.model.ranking_model import RankingModel
-from vista.ranks import Ranks
+from vista.ranks import JobRanks
 
 BETAS = (0.9, 0.98)
 WEIGHT_DECAY = 0.01
@@ -216,7 +208,7 @@ MOST_IDLE = 0.2
 class DataParallel:
     """The part of a training step that only ranks need: divide batches, and combine losses and gradients."""
 
-    def __init__(self, ranks: Ranks, tasks: list[str], optim: OptimConfig, seed: int) -> None:
+    def __init__(self, ranks: JobRanks, tasks: list[str], optim: OptimConfig, seed: int) -> None:
         """
         Args:
             tasks: of the model.
@@ -298,88 +290,3 @@ class DataParallel:
                 self._ranks.size,
                 100 * idle,
             )
-
-
-# Builds the batches of an epoch in a thread while steps run.
-
-NUM_AHEAD = 2
-"""Batches in memory besides that of the current step: one that is ready, and one that is being built. If building a
-batch takes longer than a step, as for the first batch of a long history, the next step uses the one that is ready."""
-
-
-class BatchPrefetcher:
-    """An iterator over the batches of an epoch. One thread builds them in order, at most NUM_AHEAD ahead.
-
-    The batches are those of `BatchSource.batch`, bit for bit. If building a batch fails, `next` raises the
-    error of the thread, with its type and traceback, at that batch. Use this as a context manager, which ends the
-    thread; until then, do not ask the source for another epoch.
-
-    A thread is enough. Steps release the interpreter's lock in every operation of torch, and building releases it in
-    NumPy and while it reads the log. A process would need its own copy of the source, and seconds to start.
-    """
-
-    def __init__(self, source: BatchSource, epoch: int, first: int) -> None:
-        """
-        Args:
-            first: index of the first batch.
-        """
-        self._source, self._epoch = source, epoch
-        self._left = iter(range(first, source.num_batches(epoch)))
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="vista-batches")
-        self._ahead: deque[Future[Batch]] = deque()
-
-    def __enter__(self) -> BatchPrefetcher:
-        for _ in range(NUM_AHEAD):
-            self._build_next()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Drop the batches that no step has asked for, and wait for the one that is being built."""
-        self._thread.shutdown(cancel_futures=True)
-
-    def __iter__(self) -> BatchPrefetcher:
-        return self
-
-    def __next__(self) -> Batch:
-        if not self._ahead:
-            raise StopIteration
-        batch = self._ahead.popleft().result()
-        self._build_next()
-        return batch
-
-    def _build_next(self) -> None:
-        if (index := next(self._left, None)) is not None:
-            self._ahead.append(self._thread.submit(self._source.batch, self._epoch, index))
-
-
-# The error about a batch whose loss or gradient is not finite.
-
-NAMED_USERS = 20
-"""Most users of a refused batch that the error names."""
-
-
-def non_finite(
-    batch: Batch, what: str, parts: dict[str, float], *, step: int, run_dir: Path, log: EventLog
-) -> NonFiniteLossError:
-    """The error, which names the batch's users; the batch is saved in the run folder.
-
-    Args:
-        what: "loss" or "gradient".
-        parts: the losses.
-    """
-    path = run_dir / f"nonfinite-step-{step}.safetensors"
-    try:
-        replace_file(path, save({name: tensor.cpu().contiguous() for name, tensor in batch.tensors().items()}))
-        saved = f"the batch is saved in {path}"
-    except OSError as error:
-        saved = f"the batch cannot be saved in {path} ({error.strerror})"
-    users = np.unique(batch.user.cpu().numpy())
-    named = log.users.ids(users[:NAMED_USERS]).tolist()
-    losses = ", ".join(f"{name} {value:.4g}" for name, value in parts.items())
-    return NonFiniteLossError(
-        f"step {step}: the {what} is not finite ({losses}); {saved}, its {len(users)} users are "
-        f"{named}{' …' if len(users) > NAMED_USERS else ''}. Lower optim.learning_rate, or look at the features of "
-        f"these users; the last checkpoint is in {run_dir / 'checkpoints'}"
-    )

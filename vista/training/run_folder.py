@@ -7,7 +7,6 @@ import errno
 import fcntl
 import json
 import logging
-import math
 import shutil
 import signal
 import time
@@ -22,50 +21,17 @@ from vista.config import TrainConfig
 from vista.config.checks import Architecture, InitFreeze, Split, Stage
 from vista.config.composition import flat_settings
 from vista.errors import ConfigError
-from vista.files import open_file, recover_folder, remove_leftovers, replace_text, writable_folder
+from vista.files import recover_folder, remove_leftovers, replace_text, writable_folder
 from vista.installation import __version__, source_commit
 from vista.log.event_log import EventLog
 from vista.log.splits import parse_time
 from vista.model.ranking_model import RankingModel
-from vista.runs.run_files import rows_of
-from vista.runs.tracking import TrackedRun, plot_curves
+from vista.runs.tracking import MetricsWriter, TrackedRun, open_to_append, plot_curves, typed_errors
 from vista.training.checkpoint import remove_checkpoints
 from vista.training.log_schema import HashCollisions
 from vista.training.validation import Validation
 
 logger = logging.getLogger(__name__)
-
-
-def open_to_append(path: Path) -> TextIO:
-    """Open a text file of a run to read and append; it is created if it does not exist.
-
-    Raises:
-        ConfigError: it cannot be opened, is a symbolic link, or is not a regular file. A named pipe is refused at once.
-    """
-    try:
-        return open(
-            path,
-            "a+",
-            encoding="utf-8",
-            errors="replace",
-            opener=lambda _, flags: open_file(path, flags, 0o666, follow=False),
-        )
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be written ({error.strerror}); correct this path, or choose another run_dir"
-        ) from error
-
-
-@contextlib.contextmanager
-def typed_errors(path: Path) -> Iterator[None]:
-    """Raise an OSError while a file of a run is written, such as of a full disk, as a ConfigError that names it."""
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be written ({error.strerror}); free space or correct this path, then rerun the command to "
-            "resume"
-        ) from error
 
 
 @contextlib.contextmanager
@@ -167,70 +133,6 @@ def deferred_interrupt() -> Iterator[list[bool]]:
             signal.signal(signal.SIGINT, previous)
 
 
-class MetricsWriter:
-    """metrics.jsonl of a run, one JSON object per line.
-
-    Rows of training hold {step, epoch, loss, …}, rows of validation {step, epoch, validation: {…}, is_best, …}. The
-    last validation with is_best was exported. Undefined numbers are null.
-    """
-
-    def __init__(self, run_dir: Path) -> None:
-        self.run_dir = run_dir
-        self.path = run_dir / "metrics.jsonl"
-
-    def rewind(self, step: int, validated: Collection[int]) -> list[dict[str, Any]]:
-        """Drop the rows that a resumed run will write again.
-
-        Args:
-            step: steps done; 0 for a new run.
-            validated: steps whose validation is part of the resumed state.
-
-        Returns:
-            The rows that stay.
-
-        Raises:
-            ConfigError: as for `open_to_append` and `typed_errors`.
-        """
-        rows = self.rows()
-        kept = [
-            row
-            for row in rows
-            if step > 0 and (row["step"] in validated if "validation" in row else row["step"] <= step)
-        ]
-        with typed_errors(self.path):
-            replace_text(self.path, "".join(map(_line, kept)))
-        return kept
-
-    def rows(self) -> list[dict[str, Any]]:
-        """All rows. What follows a line that a crash cut off, or that is not a row, is left out.
-
-        Raises:
-            ConfigError: as for `open_to_append`.
-        """
-        with open_to_append(self.path) as file:
-            file.seek(0)
-            return rows_of(file.read())
-
-    def write(self, row: dict[str, Any]) -> None:
-        """Append one row, which holds `step` and `epoch`.
-
-        Raises:
-            ConfigError: as for `open_to_append` and `typed_errors`.
-        """
-        with typed_errors(self.path), open_to_append(self.path) as file:
-            file.write(_line(_defined(row)))
-
-
-def _line(row: dict[str, Any]) -> str:
-    return json.dumps(row, allow_nan=False) + "\n"
-
-
-def _defined(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _defined(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 # What a run writes about itself: run.json, metrics.jsonl, and its copy in a tracker.
 
 
@@ -282,9 +184,10 @@ class RunRecord(MetricsWriter):
         return rows
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row, which holds `step`."""
-        super().write(row)
-        self._tracked.log(row)
+        """Append one row, which holds `step`. Only the rank that has called `rewind` writes."""
+        if self._facts["began"] is not None:
+            super().write(row)
+            self._tracked.log(row)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         """Record how the run ended.

@@ -250,14 +250,35 @@ class TimeBudget:
 
 
 class RunClock:
-    """Extrapolates from what this process has done of a run, with validations, since it was first asked."""
+    """Measures the time that this process spends on a run."""
 
-    def __init__(self) -> None:
+    def __init__(self, began: float | None = None) -> None:
+        """
+        Args:
+            began: `time.perf_counter` when the process began; None is now.
+        """
+        self._lap_began = time.perf_counter() if began is None else began
+        self._steps_s = self._waited_s = 0.0
         self._began: tuple[float, float] | None = None
-        """Seconds, and the share of the run that was done."""
+        """Seconds when `left` was first asked, and the share of the run that was done."""
+
+    def lap(self) -> float:
+        """Seconds since the last call, or since the process began."""
+        before, self._lap_began = self._lap_began, time.perf_counter()
+        return self._lap_began - before
+
+    def add_step(self, seconds: float, waited: float) -> None:
+        """Count a step, and the part of it in which it waited for its batch (s)."""
+        self._steps_s += seconds
+        self._waited_s += waited
+
+    @property
+    def waiting_share(self) -> float | None:
+        """Share of the time of steps in which they waited for their batches; None without steps."""
+        return self._waited_s / self._steps_s if self._steps_s else None
 
     def left(self, share_done: float) -> dict[str, str]:
-        """{"run": "1:02:03 left"}; empty where it cannot be known yet.
+        """{"run": "1:02:03 left"}, extrapolated from the first call; empty where it cannot be known yet.
 
         Args:
             share_done: of the run; 0 if it is unknown.

@@ -19,7 +19,6 @@ from vista.config import EvaluateConfig, TrainConfig
 from vista.counters.counters import ItemKeys
 from vista.errors import NonFiniteLossError
 from vista.evaluation.answers import RawHistoryAnswers
-from vista.evaluation.baseline_evaluation import counting_baselines, scores_in_columns
 from vista.evaluation.cases import (
     ImpressionCases,
     NextItemCases,
@@ -30,6 +29,7 @@ from vista.evaluation.cases import (
     window_cases,
     with_tasks,
 )
+from vista.evaluation.counting_baselines import counting_baselines, scores_in_columns
 from vista.evaluation.protocol import (
     WindowReport,
     case_batches,
@@ -41,7 +41,7 @@ from vista.evaluation.protocol import (
     window_metric,
 )
 from vista.examples.batch_source import trained_tasks
-from vista.examples.chunks import CounterRequests, HistoryCounters
+from vista.examples.item_statistics import CounterRequests, HistoryCounters
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories, rows_that_fit, token_groups
 from vista.log.splits import EVENTS_PER_BLOCK, READ_EVENT_BYTES, leaves_out_seen, part_counts, part_times, refresh_times
@@ -52,7 +52,7 @@ from vista.model.inference import LogUsers, PaddedTail, pad_tail
 from vista.model.ranking_model import RankingModel
 from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
-from vista.ranks import Ranks
+from vista.ranks import ALONE, Ranks
 from vista.training.run_plan import Progress
 
 # The protocol's cases, answered by VISTA with float32 summaries and no store.
@@ -161,14 +161,14 @@ class Validation:
         log: EventLog,
         item_rows: Int,
         config: TrainConfig,
-        ranks: Ranks | None = None,
+        ranks: Ranks = ALONE,
         *,
         events_per_batch: int = EVENTS_PER_BLOCK,
     ) -> None:
         """
         Args:
             item_rows: int64 [log.num_items], the model row of each of the log's items.
-            ranks: processes that measure together; None for a single process.
+            ranks: processes that measure together.
             events_per_batch: most events of histories that are read at once (a longer history is read alone).
         """
         self._log, self._item_rows, self._ranks, data = log, item_rows, ranks, config.data
@@ -204,7 +204,7 @@ class Validation:
         better), else `ranking_metric`; empty if the log has no cases."""
 
     @classmethod
-    def of(cls, log: EventLog, item_rows: Int, config: TrainConfig, ranks: Ranks | None) -> Validation | None:
+    def of(cls, log: EventLog, item_rows: Int, config: TrainConfig, ranks: Ranks) -> Validation | None:
         """That of a run; None without validations, or if the log has no case."""
         if config.optim.validate_every == 0:
             return None
@@ -269,13 +269,13 @@ class Validation:
         score: Callable[[NextItemCases | WindowCases], NDArray[np.floating[Any]]],
     ) -> dict[str, float]:
         columns = self._item_rows - 1
-        cases = cases.part(self._own_part(cases.seen + 1))
+        cases = cases.part(self._ranks.part_of(cases.seen + 1))
         batches = case_batches(cases, self._log.num_items, USERS_PER_BATCH, self._events_per_batch)
         if isinstance(cases, NextItemCases):
             ranks = rank_next_items(self._log, cases, columns, score, batches, exclude_seen=self._exclude_seen)
-            return ranking_metrics(self._joined({"rank": ranks})["rank"], [10])
+            return ranking_metrics(self._ranks.of_all_cases({"rank": ranks})["rank"], [10])
         measured = rank_windows(self._log, {self._length: cases}, columns, score, batches, [10])[self._length]
-        report = WindowReport({self._length: self._joined(measured)})
+        report = WindowReport({self._length: self._ranks.of_all_cases(measured)})
         # NaN if no window has items of the kind.
         return {k: v for k, v in report.metrics().items() if k.startswith("ndcg@10") and not math.isnan(v)}
 
@@ -286,9 +286,9 @@ class Validation:
         metrics: dict[str, float] = {}
         users, shown = [], None
         if self._ranked is not None:
-            users.append(self._ranked.user[self._own_part(self._ranked.seen + 1)])
+            users.append(self._ranked.user[self._ranks.part_of(self._ranked.seen + 1)])
         if self._impressions is not None:
-            shown = self._impressions.part(self._own_part(np.ones_like(self._impressions.user)))
+            shown = self._impressions.part(self._ranks.part_of(np.ones_like(self._impressions.user)))
             users.append(shown.user)
         answers = self._answers(model, np.unique(np.concatenate(users)))
 
@@ -302,7 +302,9 @@ class Validation:
             predicted = np.zeros(shown.label.shape, np.float32)
             if answers is not None:
                 predicted = self._finite(self._probabilities(model, shown, answers), shown.user)
-            metrics |= impression_metrics(self._impressions, self._joined({"predicted": predicted})["predicted"])
+            metrics |= impression_metrics(
+                self._impressions, self._ranks.of_all_cases({"predicted": predicted})["predicted"]
+            )
         model.train(was_training)
         return metrics
 
@@ -338,13 +340,6 @@ class Validation:
         assert isinstance(model, VistaModel)
         covered = self._cut if covered is None else covered
         return SummaryAnswers(model, self._log, self._item_rows, users, covered, self._events_per_batch)
-
-    def _own_part(self, work: Int) -> slice:
-        """The cases that this process answers; `Ranks.part_of`."""
-        return slice(0, len(work)) if self._ranks is None else self._ranks.part_of(work)
-
-    def _joined(self, own: dict[str, Any]) -> dict[str, Any]:
-        return own if self._ranks is None else self._ranks.of_all_cases(own)
 
     def _finite(self, scores: Float32s, users: Int) -> Float32s:
         bad = users[~np.isfinite(scores).all(axis=1)]

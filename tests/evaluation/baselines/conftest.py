@@ -10,9 +10,8 @@ import pytest
 
 from vista.arrays import Int
 from vista.config import SourceColumns
-from vista.evaluation.baseline_evaluation import scores_in_columns
 from vista.evaluation.cases import WindowCases
-from vista.evaluation.counting_baselines import CountingBaseline
+from vista.evaluation.counting_baselines import CountingBaseline, scores_in_columns
 from vista.evaluation.protocol import case_batches, rank_windows
 from vista.log.event_log import EventLog
 

@@ -17,7 +17,7 @@ from tests.evaluation.baselines.conftest import HOUR, order_only_log, quality, s
 from tests.log.conftest import run
 from vista.arrays import Floats, Int
 from vista.config import DataConfig, EvaluateConfig, SourceColumns
-from vista.evaluation.baseline_evaluation import counting_baselines, measure_baseline, trained_baselines
+from vista.evaluation.baseline_evaluation import measure_baseline, trained_baselines
 from vista.evaluation.cases import window_cases
 from vista.evaluation.counting_baselines import (
     ContentNeighbors,
@@ -27,6 +27,7 @@ from vista.evaluation.counting_baselines import (
     Popularity,
     Transitions,
     TransitionsAndOwn,
+    counting_baselines,
 )
 from vista.evaluation.trained_baselines import CounterTrees, NewItemTrees
 from vista.examples.item_statistics import REACH
