@@ -20,7 +20,7 @@ DATA ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-BENCHMARKS := $(filter-out bench_torchrec,$(basename $(notdir $(sort $(wildcard scripts/benchmarks/bench_*.py)))))
+BENCHMARKS := $(basename $(notdir $(sort $(wildcard scripts/benchmarks/bench_*.py))))
 RUN_BENCHMARKS := failed=0; \
 	for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m scripts.benchmarks.$$name $(BENCH_ARGS) || failed=1; done; \
 	$(BIN)/python -m scripts.benchmarks.benchmark; exit $$failed
@@ -33,7 +33,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 REQUIRE_GPU = $(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "error: torch finds no GPU on this machine; nothing was run (see vista doctor)")'
 ON_CPU := CUDA_VISIBLE_DEVICES= $(PYTEST)
 
-.PHONY: help setup test test-nightly nightly test-recipes test-research test-processors test-torchrec test-browser test-gpu test-aot test-faults lint docs demo bench bench-torchrec bench-gpu soak-serve clean
+.PHONY: help setup test test-nightly nightly test-recipes test-research test-processors test-torchrec test-browser test-gpu test-aot test-faults lint docs demo bench bench-gpu soak-serve clean
 
 help: ## list targets and variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -122,9 +122,6 @@ demo: setup ## train, refresh, score and write an HTML report on simulated data,
 
 bench: setup ## run all benchmarks on the CPU and list the targets met and missed; BENCH_ARGS=--quick for a first look
 	@export CUDA_VISIBLE_DEVICES=; $(RUN_BENCHMARKS)
-
-bench-torchrec: $(TORCHREC_VENV)/.installed ## run the benchmark of item tables that are divided among ranks
-	@CUDA_VISIBLE_DEVICES= $(TORCHREC_VENV)/bin/python -m scripts.benchmarks.bench_torchrec $(BENCH_ARGS)
 
 bench-gpu: setup ## run all benchmarks on the GPU
 	@$(REQUIRE_GPU)

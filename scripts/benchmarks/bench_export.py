@@ -1,9 +1,9 @@
 """Benchmark exports (`vista export`): differences from the scorer over 1,000 requests, and the time per request.
 
-    python -m scripts.benchmarks.bench_export [--model FOLDER --store STORE]
+    python -m scripts.benchmarks.bench_export
 
-Without --model, a model of three labeled tasks and the next item is trained on a simulated log, because an untrained
-model's logits hardly differ. Both formats are compared on the requests that `vista export` checks: random users,
+A model of three labeled tasks and the next item is trained on a simulated log, because an untrained model's logits
+hardly differ. Both formats are compared on the requests that `vista export` checks: random users,
 candidates, times, and events since the refresh, in batches of several sizes.
 
 A timed request has one user and 500 candidates, and computes all tasks. Reading the record is not timed. The scorer
@@ -24,7 +24,7 @@ import numpy as np
 import onnxruntime
 import torch
 
-from scripts.benchmarks.benchmark import BenchmarkRecorder, benchmark_parser, interleaved, recording
+from scripts.benchmarks.benchmark import BenchmarkRecorder, interleaved, recording
 from vista.config import DataConfig, ModelConfig, OptimConfig, PrepareConfig, SimulateConfig, SourceConfig, TrainConfig
 from vista.config.checks import ExportFormat, OnMissing, Precision, Split
 from vista.device import set_threads
@@ -146,21 +146,12 @@ def measure(recorder: BenchmarkRecorder, snapshot: ServingSnapshot, folder: Path
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
-    parser = benchmark_parser("export", __doc__)
-    parser.add_argument("--model", metavar="FOLDER", help="export this model; needs --store")
-    parser.add_argument("--store", help="of the model's summaries")
-    options = parser.parse_args(arguments)
-    if (options.model is None) != (options.store is None):
-        parser.error("--model and --store belong together")
     set_threads(1)
-    with recording("export", __doc__, options) as recorder:
-        folder = recorder.folder
-        model, store = options.model, options.store
-        if model is None:
-            model, store = trained(folder, quick=options.quick)
+    with recording("export", __doc__, arguments) as recorder:
+        model, store = trained(recorder.folder, quick=recorder.quick)
         snapshot = ServingSource(model, store, "cpu", None, Precision.float32).open()
         try:
-            measure(recorder, snapshot, folder)
+            measure(recorder, snapshot, recorder.folder)
         finally:
             snapshot.store.close()
     return 0

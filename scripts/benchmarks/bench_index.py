@@ -1,11 +1,11 @@
 """Benchmark indexes over item vectors (`vista index`): recall and time against a scan of all items.
 
-    python -m scripts.benchmarks.bench_index [--vectors runs/ml-1m/best/item_retrieval_vectors.npy] [--large]
+    python -m scripts.benchmarks.bench_index
 
 The vectors are synthetic, because no trained catalog is as large. They have the mean and the covariance of trained
 item vectors, and cluster as these do: each is a mixture of a center and noise, both drawn from that normal
-distribution, with ten centers per thousand items, and has length 1. Without --vectors, the eigenvalues of the
-covariance fall as those of ml-1m's do (`SPECTRUM_POWER`). Queries are drawn as items are, from the same centers,
+distribution, with ten centers per thousand items, and has length 1. The eigenvalues of the covariance fall as those of
+ml-1m's do (`SPECTRUM_POWER`). Queries are drawn as items are, from the same centers,
 since the vector of a user lies among those of the items that the user likes. Parameters of the index were tuned on
 vectors of other seeds.
 
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scripts.benchmarks.benchmark import BenchmarkRecorder, benchmark_parser, interleaved
+from scripts.benchmarks.benchmark import BenchmarkRecorder, interleaved, recording
 from vista.arrays import Float32s
 from vista.config.checks import IndexKind
 from vista.device import set_threads
@@ -41,7 +41,7 @@ CENTERS_PER_ITEM, CENTER_SHARE = 0.01, 0.3
 """Share of the variance that is the center's. Of ml-1m's 3,706 items, the nearest other item has a median cosine of
 0.65, and the 99th a mean cosine of 0.38; here 0.62 and 0.39, and without centers 0.54 and 0.35."""
 RECALL_BAR, SPEED_BAR = 0.95, 20
-SIZES, QUICK_SIZES, LARGE = (100_000, 1_000_000), (20_000,), 10_000_000
+SIZES, QUICK_SIZES = (100_000, 1_000_000), (20_000,)
 SEED = 11
 """Of the vectors that are reported. The parameters were tuned on those of seeds 1 and 2."""
 KINDS = {100_000: (IndexKind.ivfpq, IndexKind.hnsw), 20_000: (IndexKind.ivfpq, IndexKind.hnsw)}
@@ -49,27 +49,18 @@ KINDS = {100_000: (IndexKind.ivfpq, IndexKind.hnsw), 20_000: (IndexKind.ivfpq, I
 
 
 class ItemDraws:
-    """Draws vectors like those of trained items.
+    """Draws vectors like those of trained items."""
 
-    Args:
-        trained: [N, 64] vectors of items; None for the spectrum of ml-1m's.
-    """
-
-    def __init__(self, trained: Float32s | None, num_items: int, seed: int) -> None:
+    def __init__(self, num_items: int, seed: int) -> None:
         self._rng = np.random.default_rng(seed)
-        if trained is None:
-            eigenvalues = np.arange(1, DIM + 1) ** -SPECTRUM_POWER
-            eigenvalues *= (1 - MEAN_LENGTH**2) / eigenvalues.sum()
-            self._root = np.diag(np.sqrt(eigenvalues)).astype(np.float32)
-            self._mean = np.full(DIM, MEAN_LENGTH / np.sqrt(DIM), np.float32)
-        else:
-            self._mean = trained.mean(0)
-            values, vectors = np.linalg.eigh(np.cov((trained - self._mean).T.astype(np.float64)))
-            self._root = (vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T).astype(np.float32)
+        eigenvalues = np.arange(1, DIM + 1) ** -SPECTRUM_POWER
+        eigenvalues *= (1 - MEAN_LENGTH**2) / eigenvalues.sum()
+        self._scale = np.sqrt(eigenvalues).astype(np.float32)
+        self._mean = np.full(DIM, MEAN_LENGTH / np.sqrt(DIM), np.float32)
         self._centers = self._normal(max(1, int(CENTERS_PER_ITEM * num_items)))
 
     def _normal(self, count: int) -> Float32s:
-        drawn: Float32s = self._rng.standard_normal((count, DIM), np.float32) @ self._root
+        drawn: Float32s = self._rng.standard_normal((count, DIM), np.float32) * self._scale
         return drawn
 
     def draw(self, count: int) -> Float32s:
@@ -89,9 +80,9 @@ def scan(items: Tensor, queries: Tensor) -> Tensor:
     return (queries @ items.t()).topk(TOP).indices
 
 
-def measure(recorder: BenchmarkRecorder, trained: Float32s | None, num_items: int, kind: IndexKind) -> None:
+def measure(recorder: BenchmarkRecorder, num_items: int, kind: IndexKind) -> None:
     """Build an index of one kind and record its size, recall, and times."""
-    draws = ItemDraws(trained, num_items, SEED)
+    draws = ItemDraws(num_items, SEED)
     vectors = draws.draw(num_items)
     queries = torch.from_numpy(draws.draw(40 if recorder.quick else NUM_QUERIES))
     name = f"{num_items:,} items, {kind.value}"
@@ -136,21 +127,11 @@ def measure(recorder: BenchmarkRecorder, trained: Float32s | None, num_items: in
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
-    parser = benchmark_parser("index", __doc__)
-    parser.add_argument("--vectors", type=Path, metavar="FILE", help="item_retrieval_vectors.npy of a model, 64 wide")
-    parser.add_argument("--large", action="store_true", help=f"also measure {LARGE:,} items (10 GB of memory)")
-    options = parser.parse_args(arguments)
     set_threads(1)
-    recorder = BenchmarkRecorder("index", out=options.out, quick=options.quick)
-    trained = None
-    if options.vectors is not None:
-        trained = np.load(options.vectors, allow_pickle=False)[1:, :DIM]
-        if trained.shape[1] != DIM:
-            parser.error(f"--vectors {options.vectors}: has {trained.shape[1]} numbers per item, not {DIM}")
-    for num_items in QUICK_SIZES if options.quick else (*SIZES, *([LARGE] if options.large else [])):
-        for kind in KINDS.get(num_items, (IndexKind.ivfpq,)):
-            measure(recorder, trained, num_items, kind)
-    recorder.print_summary()
+    with recording("index", __doc__, arguments) as recorder:
+        for num_items in QUICK_SIZES if recorder.quick else SIZES:
+            for kind in KINDS.get(num_items, (IndexKind.ivfpq,)):
+                measure(recorder, num_items, kind)
     return 0
 
 

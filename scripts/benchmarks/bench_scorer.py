@@ -8,59 +8,64 @@ summaries (int8) and tails to a store, and a Scorer opens the store and the mode
 nothing is cached between calls.
 
 - history: users with 10^3 and 10^6 events and the same candidates, and candidate lists of other lengths.
-- roofline: the matrix products that no implementation can avoid (scorer_workloads.py), in their fastest forms on this
-  machine, for several numbers of candidates and users, encoded beforehand.
-- layers: pointwise layers, the default, against equally many softmax layers with feed-forward networks.
+- roofline: the matrix products that no implementation can avoid, in their fastest forms on this machine, for several
+  numbers of candidates and users, encoded beforehand.
 - counters: models with counters of 64 items per user, the default, against the same models without; and those with
   counters of a category too.
 - features: models with eight features of items and four of requests, against the same models with ids alone.
 - recompute: the same scorer without a store, which reads and summarizes the history in the request, with bidirectional
-  mixing (the paper without a cache) and with separable mixing.
+  mixing: the paper without a cache.
 - baselines: HSTU and SASRec of the same width and depth, which read the whole history in the request.
-- processes: two processes of one thread each against one process, and the memory of one process.
 
 Contestants alternate, so that a slow phase of the machine affects all of them.
+
+Letters: B users, C candidates of each.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
-from statistics import median
-from typing import IO, Any
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
 
-from scripts.benchmarks.benchmark import BenchmarkRecorder, Timing, benchmark_parser, interleaved, recording
-from scripts.benchmarks.scorer_worker import WorkerAnswer, WorkerOpening, WorkerOrder, private_dirty_bytes
-from scripts.benchmarks.scorer_workloads import (
-    CATEGORIES_OF_ITEMS,
-    NUMBERS_OF_ITEMS,
-    REQUEST,
-    ScorerWorkload,
-    recomputed_summaries,
-    scorer_roofline,
-    untrained_with_category,
-    untrained_with_features,
+from scripts.benchmarks.benchmark import BenchmarkRecorder, benchmark_parser, interleaved, recording
+from scripts.benchmarks.rooflines import (
+    CHUNKS,
+    Roofline,
+    RooflineWork,
+    copying,
+    fastest,
+    packed_products,
+    product_dtypes,
+    products,
 )
 from scripts.benchmarks.workloads import TASK, lifelong_log, untrained, untrained_baseline
 from scripts.experiments.serving_cost import history_model_server
 from vista.arrays import Int
-from vista.config.checks import Architecture, Mixing, Precision, TargetAttentionKind
+from vista.config import DataConfig, ModelConfig
+from vista.config.checks import Architecture, Mixing, Precision
 from vista.device import choose_precision, keep_freed_memory, set_threads
+from vista.log.event_log import EventLog
+from vista.log.features import CategoryColumn, FeatureColumn, ItemFeatures, NumberColumn
+from vista.log.histories import RowFeatures
+from vista.log.vocabulary import Vocabulary
+from vista.model import inference
+from vista.model.features import FeatureSpec, RowFeatureReader
+from vista.model.item_feature_table import ItemFeatureTable
 from vista.model.ranking_model import NEXT_TASK
+from vista.model.vista_model import VistaModel
+from vista.refresh import refresh
+from vista.refresh.batch_encoder import LogItems, last_times, stored_tail
 from vista.scorer import Scorer
+from vista.store import NO_TIMESTAMP
+from vista.store.record import StoredBatch
 
 NUM_CANDIDATES = 500
 SMALL, PUBLISHED = (64, 16), (256, 128)
@@ -81,7 +86,173 @@ INT8_TOLERANCE = 2e-2
 """Of probabilities, between int8 and float32 summaries; users differ by 0.1."""
 TRAINED_LIMIT = 200
 """Events that the baselines of docs/results read (conf/model); up to this length there is no bar."""
-REPOSITORY = Path(__file__).resolve().parents[2]
+NUM_VALUES = 100
+"""Of the category."""
+CATEGORIES_OF_ITEMS, NUMBERS_OF_ITEMS = 5, 3
+REQUEST = {"device": "value 3", "surface": "value 7", "hour": 14.0, "position": 2.0}
+"""The features of every request."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScorerWorkload:
+    """A model, its folder, the log, and the store of all users."""
+
+    model: VistaModel
+    log: EventLog
+    model_dir: Path
+    store: Path
+
+    @classmethod
+    def make(cls, model: VistaModel, log: EventLog, folder: Path) -> ScorerWorkload:
+        """Save the model and refresh its store under `folder`."""
+        workload = cls(model, log, folder / "model", folder / "store")
+        model.save_pretrained(workload.model_dir)
+        print(f"{workload}: {refresh(model, log, workload.store)}", flush=True)
+        return workload
+
+    def __str__(self) -> str:
+        return f"d={self.model.config.dim}, K={self.model.config.num_seeds}"
+
+    def candidates(self, *shape: int) -> Int:
+        """Distinct item ids of this shape, from the whole catalog."""
+        ids = self.log.items.ids(np.arange(self.log.num_items))
+        return np.asarray(np.random.default_rng(7).choice(ids, shape, replace=False))
+
+    def request(self, num_users: int, num_candidates: int) -> tuple[list[int], Int]:
+        """Users 1, 2, … and their candidates: [B, C], or [C] for one user."""
+        ids = self.candidates(num_users, num_candidates)
+        return list(range(1, num_users + 1)), ids[0] if num_users == 1 else ids
+
+
+def scorer_roofline(config: ModelConfig, num_users: int, num_candidates: int, precision: Precision) -> Roofline:
+    """Roofline of scoring, with layer 1's projections of all items computed beforehand.
+
+    Context: each layer's projections of summary and tail. All layers but the last, which needs only keys and values,
+    also have attention and an output projection. Candidates: in each layer attention over K + L keys and an output
+    projection, and projections in all layers but the first. Bytes are the candidates' gathered vectors and projections.
+    For pointwise layers, the default.
+    """
+    dtype = torch.float32 if precision is Precision.float32 else torch.bfloat16
+    dtypes = product_dtypes(dtype)
+    dim, heads, layers = config.dim, config.num_heads, config.num_target_layers
+    head_dim, seeds, tail, keys = dim // heads, config.num_seeds, config.tail_len, config.num_seeds + config.tail_len
+
+    def attention(rows: int, columns: int) -> list[RooflineWork]:
+        several, batches = num_users * heads, (1, heads, num_users * heads)
+        return [
+            row_product(rows, columns, head_dim, dtypes, count=several, batches=batches),
+            row_product(rows, head_dim, columns, dtypes, count=several, batches=batches),
+        ]
+
+    context, queries = num_users * keys, num_users * num_candidates
+    last = row_product(context, 2 * dim, dim, dtypes, weights=True)
+    inner = [*attention(seeds, seeds), *attention(tail, keys), row_product(context, dim, dim, dtypes, weights=True)]
+    inner += [row_product(rows, 4 * dim, dim, dtypes, weights=True) for rows in (context, queries)]
+    each = [*attention(num_candidates, keys), row_product(queries, dim, dim, dtypes, weights=True)]
+    works = [last, *(work.scaled(layers - 1) for work in inner), *(work.scaled(layers) for work in each)]
+    return Roofline(copying(5 * queries * dim * dtype.itemsize), tuple(works))
+
+
+@cache
+def row_product(
+    rows: int,
+    n: int,
+    k: int,
+    dtypes: tuple[torch.dtype, ...],
+    *,
+    count: int = 1,
+    batches: tuple[int, ...] = (1,),
+    weights: bool = False,
+) -> RooflineWork:
+    """`count` products [rows, k] @ [k, n] in the fastest form, with all rows at once or in chunks.
+
+    Args:
+        weights: whether the right matrix is constant.
+    """
+    tried = []
+    for chunk in (rows, *(chunk for chunk in CHUNKS if chunk < rows)):
+        several = tuple(dict.fromkeys(batches))
+        tried += products(chunk, n, k, count=count * rows / chunk, dtypes=dtypes, batches=several)
+        if weights:
+            tried += packed_products(chunk, n, k, count=count * rows / chunk, dtypes=dtypes)
+    return fastest(tried)
+
+
+def recomputed_summaries(workload: ScorerWorkload, precision: Precision) -> Callable[[Sequence[int]], StoredBatch]:
+    """A replacement of `StoreReader.get_many` that summarizes whole histories from the memory-mapped log.
+
+    Its result equals that of a store that was just refreshed in float32. All users must be in the log.
+    """
+    model, log, items = (
+        workload.model.with_frozen("summarizer", precision),
+        workload.log,
+        LogItems.of(workload.model, workload.log),
+    )
+
+    def get_many(user_ids: Sequence[int]) -> StoredBatch:
+        histories = items.model_rows(log.gather(log.users.rows(user_ids)))
+        summary = inference.summarize(model, histories).numpy()
+        count = histories.num_users
+        return StoredBatch(
+            found=np.ones(count, bool),
+            summary=summary,
+            tail=stored_tail(model, histories),
+            event_count=histories.lengths,
+            last_event_ts=last_times(histories),
+            created_at=np.full(count, NO_TIMESTAMP),
+            history_digest=np.zeros(count, np.uint64),
+            generation=1,
+        )
+
+    return get_many
+
+
+def untrained_with_category(log: EventLog, *, dim: int, num_seeds: int) -> VistaModel:
+    """`untrained` with counters of items and of a category, which every item has."""
+    plain = untrained(log, dim=dim, num_seeds=num_seeds, counters=True)
+    codes = np.random.default_rng(0).integers(0, NUM_VALUES, log.num_items).astype(np.int32)
+    values = Vocabulary.from_ids([f"value {number}" for number in range(NUM_VALUES)])
+    column = CategoryColumn(values, codes, np.arange(log.num_items + 1))
+    columns = [FeatureSpec.of("category", column)]
+    config = replace(plain.config, counter_categories=["category"])
+    model = VistaModel(config, replace(plain.schema, item_features=columns), log.items, DataConfig()).eval()
+    model.set_item_features(ItemFeatureTable.of(ItemFeatures({"category": column}), columns))
+    return model
+
+
+def untrained_with_features(log: EventLog, *, dim: int, num_seeds: int) -> VistaModel:
+    """`untrained` with eight features of items and four of requests, and random weights for them."""
+    plain, rng = untrained(log, dim=dim, num_seeds=num_seeds), np.random.default_rng(0)
+    count, values = log.num_items, Vocabulary.from_ids([f"value {number}" for number in range(100)])
+    columns: dict[str, FeatureColumn] = {
+        f"category {number}": CategoryColumn(
+            values, rng.integers(0, len(values), count).astype(np.int32), np.arange(count + 1)
+        )
+        for number in range(CATEGORIES_OF_ITEMS)
+    }
+    columns |= {
+        f"number {number}": NumberColumn(rng.lognormal(size=count).astype(np.float32))
+        for number in range(NUMBERS_OF_ITEMS)
+    }
+    features = ItemFeatures(columns)
+    of_items = [FeatureSpec.of(name, column) for name, column in columns.items()]
+    drawn = {
+        name: rng.integers(0, len(values), 1000).astype(np.int32)
+        if isinstance(value, str)
+        else rng.normal(size=1000).astype(np.float32)
+        for name, value in REQUEST.items()
+    }
+    known = {name: values if isinstance(value, str) else None for name, value in REQUEST.items()}
+    reader = RowFeatureReader.of(RowFeatures(drawn), known)
+    schema = replace(plain.schema, item_features=of_items, request_features=reader.columns)
+    model = VistaModel(plain.config, schema, log.items, DataConfig()).eval()
+    model.set_item_features(ItemFeatureTable.of(features, of_items))
+    model.request_features = reader
+    for encoder in (model.features, model.request_encoder):
+        assert encoder is not None
+        for weight in encoder.parameters():
+            torch.nn.init.normal_(weight, std=0.02)
+    return model
 
 
 def check(scorer: Scorer, users: Sequence[int], ids: Int, precision: Precision = Precision.float32) -> None:
@@ -126,13 +297,8 @@ def bench_history(recorder: BenchmarkRecorder, workload: ScorerWorkload, lengths
         }
         contestants["500 candidates, encoded beforehand"] = partial(scorer.score, [2], scorer.encode(lists[500]))
         for case, timing in interleaved(contestants, rounds=rounds // 2 + 1, warmup=3).items():
-            add_latency(recorder, f"{workload}, {case}", timing)
-
-
-def add_latency(recorder: BenchmarkRecorder, case: str, timing: Timing) -> None:
-    """Record the median and p99 of a call."""
-    recorder.add_time(f"{case}: median", timing, "ms")
-    recorder.add(f"{case}: p99", timing.p99_s * 1e3, "ms")
+            recorder.add_time(f"{workload}, {case}: median", timing, "ms")
+            recorder.add(f"{workload}, {case}: p99", timing.p99_s * 1e3, "ms")
 
 
 def bench_roofline(recorder: BenchmarkRecorder, workload: ScorerWorkload, precision: Precision) -> None:
@@ -171,62 +337,9 @@ def bench_roofline(recorder: BenchmarkRecorder, workload: ScorerWorkload, precis
             first = first or ratio
 
 
-def bench_layers(
-    recorder: BenchmarkRecorder, workload: ScorerWorkload, softmax: ScorerWorkload, precision: Precision
-) -> None:
-    """Compare requests by the kind of stage 2's layers; both workloads have the same log and sizes."""
-    with open_scorer(workload, precision) as ours, open_scorer(softmax, precision) as theirs:
-        for case, (num_users, num_candidates) in CALLS.items():
-            users, ids = workload.request(num_users, num_candidates)
-            check(theirs, users, ids, precision)
-            calls = {
-                "pointwise": partial(ours.score, users, ours.encode(ids)),
-                "softmax": partial(theirs.score, users, theirs.encode(ids)),
-            }
-            timing = interleaved(calls, rounds=9 if recorder.quick else 41, warmup=3, min_sample_s=0.02)
-            recorder.add_time(
-                f"{workload}, {case}, {precision.value}: pointwise layers against softmax layers",
-                timing["pointwise"],
-                "ms",
-                baseline=timing["softmax"],
-            )
-
-
-def bench_batches(recorder: BenchmarkRecorder, workload: ScorerWorkload) -> None:
-    """Time calls with several users against one call per user: the basis of the advice in docs/guides/serve.md."""
-    everyone = list(range(1, 33))
-    with open_scorer(workload) as scorer:
-        for num_users, count in ((8, 500), (32, 100), (32, 10)):
-            pool, users = scorer.encode(workload.candidates(count)), everyone[:num_users]
-            calls: dict[str, Callable[[], object]] = {
-                "one": partial(scorer.score, users, pool),
-                "many": lambda users=users, pool=pool: [scorer.score([user], pool) for user in users],  # type: ignore[misc]
-            }
-            timing = interleaved(calls, rounds=5 if recorder.quick else 15, warmup=2)
-            add_batch(
-                recorder, f"{workload}, {num_users} users x {count} candidates: one call against a call a user", timing
-            )
-        long, short = scorer.encode(workload.candidates(500)), scorer.encode(workload.candidates(10))
-        values = np.concatenate([long.rows, np.tile(short.rows, 31)])
-        ragged = (dataclasses.replace(long, rows=values), np.concatenate([[0], 500 + 10 * np.arange(32)]))
-        calls = {
-            "one": partial(scorer.score, everyone, ragged),
-            "many": lambda: (scorer.score(everyone[:1], long), scorer.score(everyone[1:], short)),
-        }
-        assert np.allclose(scorer.score(everyone, ragged)[:500], scorer.score(everyone[:1], long)[0], atol=1e-4)
-        timing = interleaved(calls, rounds=5 if recorder.quick else 15, warmup=2)
-        add_batch(recorder, f"{workload}, a user x 500 and 31 x 10, ragged: one call against two", timing)
-
-
-def add_batch(recorder: BenchmarkRecorder, case: str, timing: Mapping[str, Timing]) -> None:
-    """Record one call against several."""
-    one, many = timing["one"], timing["many"]
-    recorder.add_time(case, one, "ms", baseline=many)
-
-
 def bench_recompute(recorder: BenchmarkRecorder, workload: ScorerWorkload, user: int, precision: Precision) -> None:
     """Time requests with the stored summary against requests that compute it."""
-    mixing, ids = workload.model.config.mixing, workload.candidates(NUM_CANDIDATES)
+    ids = workload.candidates(NUM_CANDIDATES)
     with open_scorer(workload, precision) as cached, open_scorer(workload, precision) as recomputing:
         pool = cached.encode(ids)
         calls = {"cached": partial(cached.score, [user], pool), "recomputed": partial(recomputing.score, [user], pool)}
@@ -236,14 +349,13 @@ def bench_recompute(recorder: BenchmarkRecorder, workload: ScorerWorkload, user:
             assert np.allclose(stored, made, atol=INT8_TOLERANCE + TOLERANCE[precision])
             assert not np.array_equal(stored, made)
             timing = interleaved(calls, rounds=5 if recorder.quick else 15)
-    paper = mixing is Mixing.bidirectional and precision is Precision.float32
     recorder.add_time(
-        f"{workload}, {NUM_CANDIDATES} candidates, {workload.log.lengths[user - 1]:,} events, {mixing.value}, "
-        f"{precision.value}: stored against recomputed in the request",
+        f"{workload}, {NUM_CANDIDATES} candidates, {workload.log.lengths[user - 1]:,} events, "
+        f"{workload.model.config.mixing.value}, {precision.value}: stored against recomputed in the request",
         timing["cached"],
         "ms",
         baseline=timing["recomputed"],
-        bar=f"ratio >= {PAPERS_SPEEDUP}" if paper else None,
+        bar=f"ratio >= {PAPERS_SPEEDUP}" if precision is Precision.float32 else None,
     )
 
 
@@ -276,50 +388,6 @@ def bench_baselines(recorder: BenchmarkRecorder, workload: ScorerWorkload, num_l
                     baseline=timing[name],
                     bar="ratio > 1" if log.lengths[row] > TRAINED_LIMIT else None,
                 )
-
-
-def bench_processes(recorder: BenchmarkRecorder, workload: ScorerWorkload, users: list[int]) -> None:
-    """Compare the requests per second of two processes with those of one, and measure the memory of one."""
-    ids = workload.candidates(4 * NUM_CANDIDATES)
-    opening = WorkerOpening(str(workload.model_dir), str(workload.store), TASK, users, ids.tolist(), NUM_CANDIDATES)
-    with open_scorer(workload) as scorer:
-        expected = float(scorer.score(users[:1], ids[:NUM_CANDIDATES]).sum())
-    seconds, rounds, num_requests = (0.5, 3, 200) if recorder.quick else (5.0, 7, 1_000)
-    rates: dict[int, list[float]] = {1: [], 2: []}
-    with ExitStack() as stack:
-        workers = [stack.enter_context(worker(opening)) for _ in range(2)]
-        first = workers[0].serve(WorkerOrder(requests=num_requests))
-        check_answers([first], expected)
-        for turn in range(rounds):
-            for serving in (workers[turn % 2 : turn % 2 + 1], workers):
-                order = WorkerOrder(start=time.monotonic() + 0.1, seconds=seconds)
-                for each in serving:
-                    each.send(order)
-                answers = [each.answer() for each in serving]
-                check_answers(answers, expected)
-                rates[len(serving)].append(sum(answer.requests / answer.seconds for answer in answers))
-    recorder.add(
-        f"{workload}, {NUM_CANDIDATES} candidates: two worker processes of one thread each against one",
-        median(rates[2]),
-        "requests/s",
-        baseline=median(rates[1]),
-        better="more",
-        bar="ratio >= 1.8",
-        spread=float(np.subtract(*np.percentile(rates[2], [75, 25]))),
-    )
-    recorder.add(
-        f"{workload}, {len(workload.log.items):,} items: private memory of a worker after {num_requests:,} "
-        "requests, beyond an idle import of torch",
-        max(first.private_bytes - idle_torch_bytes(), 0) / 2**20,
-        "MiB",
-        bar="value < 100",
-    )
-
-
-def check_answers(answers: Sequence[WorkerAnswer], expected: float) -> None:
-    """Require that the workers' scores equal those of this process."""
-    for answer in answers:
-        assert answer.requests > 0 and np.isclose(answer.first_sum, expected, rtol=1e-4), (answer, expected)
 
 
 def bench_counters(
@@ -399,62 +467,6 @@ def bench_features(recorder: BenchmarkRecorder, workload: ScorerWorkload, featur
             )
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerProcess:
-    """A running process of scorer_worker.py."""
-
-    stdin: IO[str]
-    stdout: IO[str]
-
-    def send(self, order: WorkerOpening | WorkerOrder) -> None:
-        """Send its opening, or an order whose result `answer` returns."""
-        self.stdin.write(json.dumps(dataclasses.asdict(order)) + "\n")
-        self.stdin.flush()
-
-    def answer(self) -> WorkerAnswer:
-        """Wait for the answer to the last order.
-
-        Raises:
-            SystemExit: if the process has ended.
-        """
-        line = self.stdout.readline()
-        if not line:
-            raise SystemExit("error: a worker process failed; see above")
-        return WorkerAnswer(**json.loads(line))
-
-    def serve(self, order: WorkerOrder) -> WorkerAnswer:
-        """Send an order and wait for its answer."""
-        self.send(order)
-        return self.answer()
-
-
-@contextmanager
-def worker(opening: WorkerOpening) -> Iterator[WorkerProcess]:
-    """A fresh process of one thread that has opened a scorer; it ends with the context."""
-    command = [sys.executable, "-m", "scripts.benchmarks.scorer_worker"]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, env=_one_thread()
-    ) as child:
-        assert child.stdin is not None and child.stdout is not None
-        opened = WorkerProcess(child.stdin, child.stdout)
-        opened.send(opening)
-        opened.serve(WorkerOrder(requests=3))
-        yield opened
-
-
-def idle_torch_bytes() -> int:
-    """Private memory of a fresh process that only imported torch."""
-    command = "import torch; print(open('/proc/self/smaps_rollup').read())"
-    done = subprocess.run(
-        [sys.executable, "-c", command], capture_output=True, text=True, check=True, env=_one_thread()
-    )
-    return private_dirty_bytes(done.stdout)
-
-
-def _one_thread() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
     options = benchmark_parser("scorer", __doc__).parse_args(arguments)
@@ -479,40 +491,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
             model = untrained(log, dim=dim, num_seeds=num_seeds)
             bench_history(recorder, ScorerWorkload.make(model, log, root / f"histories-{dim}"), histories)
         log = lifelong_log(root / "users", [*lengths, *[lengths[2]] * 28], num_items=num_items)
-        dim, num_seeds = models[-1]
-        workloads = {
-            mixing: ScorerWorkload.make(
-                untrained(log, dim=dim, num_seeds=num_seeds, mixing=mixing), log, root / f"users-{mixing.value}"
+        for dim, num_seeds in models:
+            sizes: dict[str, Any] = {"dim": dim, "num_seeds": num_seeds}
+            folder = root / f"users-{dim}"
+            ours, counted, with_category, featured = (
+                ScorerWorkload.make(model, log, folder / name)
+                for name, model in {
+                    "ids": untrained(log, **sizes),
+                    "counters": untrained(log, **sizes, counters=True),
+                    "category": untrained_with_category(log, **sizes),
+                    "features": untrained_with_features(log, **sizes),
+                }.items()
             )
-            for mixing in (Mixing.separable, Mixing.bidirectional)
-        }
-        ours = workloads[Mixing.separable]
+            bench_counters(recorder, ours, counted, with_category, NUM_CANDIDATES)
+            bench_features(recorder, ours, featured)
         for precision in precisions:
             bench_roofline(recorder, ours, precision)
-        for dim, num_seeds in models:
-            pointwise = ours
-            if (dim, num_seeds) != models[-1]:
-                model = untrained(log, dim=dim, num_seeds=num_seeds)
-                pointwise = ScorerWorkload.make(model, log, root / f"users-{dim}-pointwise")
-            model = untrained(log, dim=dim, num_seeds=num_seeds, target_attention=TargetAttentionKind.softmax)
-            softmax = ScorerWorkload.make(model, log, root / f"users-{dim}-softmax")
-            for precision in precisions:
-                bench_layers(recorder, pointwise, softmax, precision)
-            counted = ScorerWorkload.make(
-                untrained(log, dim=dim, num_seeds=num_seeds, counters=True), log, root / f"users-{dim}-counters"
-            )
-            model = untrained_with_category(log, dim=dim, num_seeds=num_seeds)
-            with_category = ScorerWorkload.make(model, log, root / f"users-{dim}-category")
-            bench_counters(recorder, pointwise, counted, with_category, NUM_CANDIDATES)
-            model = untrained_with_features(log, dim=dim, num_seeds=num_seeds)
-            bench_features(recorder, pointwise, ScorerWorkload.make(model, log, root / f"users-{dim}-features"))
-        bench_batches(recorder, ours)
         keep_freed_memory()  # A service does not do this, but models that read histories are slow without it.
-        for mixing in (Mixing.bidirectional, Mixing.separable):
-            for precision in precisions:
-                bench_recompute(recorder, workloads[mixing], len(lengths), precision)
+        model = untrained(log, **sizes, mixing=Mixing.bidirectional)
+        bidirectional = ScorerWorkload.make(model, log, folder / "bidirectional")
+        for precision in precisions:
+            bench_recompute(recorder, bidirectional, len(lengths), precision)
         bench_baselines(recorder, ours, len(lengths))
-        bench_processes(recorder, ours, list(range(1, log.num_users + 1)))
     return 0
 
 

@@ -11,7 +11,6 @@ bodies of requests are encoded beforehand. Models have random weights.
 - latency: at half of the measured throughput, with equal gaps between requests, and with random ones (Poisson). With
   random gaps, requests queue behind each other in any server with one core.
 - bodies: the CPU time of the service per request with JSON and with MessagePack.
-- batches: the time of small requests in a call each, and in one call, as micro-batching would compute them.
 """
 
 from __future__ import annotations
@@ -20,15 +19,14 @@ import json
 import os
 import sys
 import time
-from functools import partial
 from statistics import median
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from scripts.benchmarks.benchmark import BenchmarkRecorder, benchmark_parser, interleaved, recording
-from scripts.benchmarks.scorer_workloads import ScorerWorkload
+from scripts.benchmarks.bench_scorer import ScorerWorkload
+from scripts.benchmarks.benchmark import BenchmarkRecorder, benchmark_parser, recording
 from scripts.benchmarks.serve_load import Connection, ServiceProcess, closed_loop, encoded, paced, serving
 from scripts.benchmarks.workloads import TASK, lifelong_log, untrained
 from vista.device import set_threads
@@ -150,28 +148,6 @@ def bench_latency(
         )
 
 
-def bench_batches(recorder: BenchmarkRecorder, workload: ScorerWorkload, scorer: Scorer) -> None:
-    """What micro-batching could save: small requests in a call each, and in one call."""
-    for num_users, count in ((4, 10), (4, 50), (4, 500), (16, 10)):
-        users, pool = list(range(1, num_users + 1)), workload.candidates(num_users, count)
-        timing = interleaved(
-            {
-                "one": partial(scorer.score, users, pool, now=NOW),
-                "each": lambda users=users, pool=pool: [  # type: ignore[misc]
-                    scorer.score([user], ids, now=NOW) for user, ids in zip(users, pool, strict=True)
-                ],
-            },
-            rounds=5 if recorder.quick else 21,
-            warmup=2,
-        )
-        recorder.add_time(
-            f"{workload}, {num_users} requests of {count} candidates in one call against a call each",
-            timing["one"],
-            "ms",
-            baseline=timing["each"],
-        )
-
-
 def main() -> int:
     """Run the benchmark."""
     arguments = benchmark_parser("serve", __doc__).parse_args()
@@ -189,8 +165,6 @@ def main() -> int:
                 serving(workload.model_dir, workload.store, "deadline_s=60", cores={cores[0]}) as service,
             ):
                 bench_throughput(recorder, workload, scorer, service, cores)
-                os.sched_setaffinity(0, {cores[0]})
-                bench_batches(recorder, workload, scorer)
                 os.sched_setaffinity(0, set(cores))
     return 0
 

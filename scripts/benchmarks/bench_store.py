@@ -9,55 +9,46 @@ numbers written, or only the model's functions on the same inputs.
 - Writes: durable batches of 512 records, as in a refresh.
 - Reads: batches of 256 users from the page cache, checked, and also decoded to float32.
 - Latency: reads while another process rewrites the store without a pause.
-- Growth: all users rewritten 20 times in batches of 2 % while two processes hold read transactions of 100 ms.
 - Refresh: against the work that no implementation can avoid. In an incremental refresh, raw LMDB reads and durably
   writes the states, and the model's functions embed and sum the new events, add the sums to the states and let the
   seeds read the summaries. In a full one without the model, the log's columns are copied, and raw LMDB durably writes
   its records and states, in the same batches.
 - Many users: fresh processes open a store of 10^6 users.
 
-Every process uses one thread. The files (about 6 GB) go to --work and are removed.
+Every process uses one thread, and is spawned, so that it does not inherit a reader slot, a thread pool or a warm cache.
+The files (about 6 GB) go to --work and are removed.
 """
 
 from __future__ import annotations
 
-import itertools
+import hashlib
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import count, cycle
+from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import Any
 
+import lmdb
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from scripts.benchmarks.benchmark import BenchmarkRecorder, benchmark_parser, interleaved, timing_of
-from scripts.benchmarks.store_workloads import (
-    LARGEST_UPDATE,
-    RECORDS_PER_READ,
-    RECORDS_PER_WRITE,
-    SUMMARIZER,
-    RawLmdb,
-    StoreShape,
-    hold_transactions,
-    process,
-    records_of,
-    report_reader,
-    rewrite,
-    served,
-    states_of,
-    user_values,
-    write_store,
-)
 from scripts.benchmarks.workloads import ACTIONS, START_MS, lifelong_log, untrained
+from vista.arrays import Int
 from vista.config import SourceColumns
-from vista.config.checks import Precision, StateDtype
+from vista.config.checks import Codec, Precision, StateDtype
 from vista.device import keep_freed_memory, set_threads
 from vista.log.event_log import EventLog
 from vista.log.histories import DAY_MS
@@ -65,21 +56,237 @@ from vista.model.history_states import range_states, reach
 from vista.model.summarizer import merge_states
 from vista.refresh import RefreshReport, refresh, refresh_incremental
 from vista.refresh.batch_encoder import LogItems, from_arrays, read_summaries
-from vista.store import StoreReader, user_keys
-from vista.store.layout import read_current, state_path
-from vista.store.lmdb_environment import SharedEnvironment
-from vista.store.state_record import decode_states
+from vista.store import (
+    NO_TIMESTAMP,
+    Manifest,
+    RecordSpec,
+    StoreReader,
+    StoreWriter,
+    Tail,
+    UserSummaries,
+    encode_records,
+    user_keys,
+)
+from vista.store.layout import environment_path, read_current, state_path
+from vista.store.lmdb_environment import MAP_SIZE_BYTES
+from vista.store.state_record import StateArrays, StateSpec, decode_states, encode_states
 from vista.store.writer import StoreUpdate
 
-SHAPES = (StoreShape(32, 64), StoreShape(128, 256))
-"""The shapes of the default model and of the paper's model."""
+SUMMARIZER = hashlib.sha256(b"benchmark").digest()
+TAIL_LEN = 32
+STATE_SHAPE = (2, 4, 16)
+"""Layers, heads and head dim of the default model."""
+RECORDS_PER_WRITE = 512
+"""Users per durable transaction: the default of a refresh."""
+RECORDS_PER_READ = 256
+Batch = tuple[list[bytes], list[bytes]]
+"""Keys and values."""
 WARMUP = 2
-NUM_REWRITES = 20
-HELD_S = 0.1
 NUM_NEW = 50
 """New events per user."""
 NUM_ITEMS = 50_000
 REFRESH_WARMUP = 1
+
+
+@dataclass(frozen=True, slots=True)
+class StoreShape:
+    """K summary tokens of d int8 values."""
+
+    num_tokens: int
+    dim: int
+
+    def __str__(self) -> str:
+        return f"K={self.num_tokens}, d={self.dim}"
+
+    def writer(self, path: Path | str, num_users: int, state: StateDtype = StateDtype.none) -> StoreWriter:
+        """A new generation for users 1, 2, …"""
+        manifest = Manifest(
+            created_at=START_MS,
+            summarizer_id=SUMMARIZER.hex(),
+            num_tokens=self.num_tokens,
+            dim=self.dim,
+            codec=Codec.int8.value,
+            tail_len=TAIL_LEN,
+            applied_segment=0,
+            total_users=num_users,
+            run_digest="benchmark",
+            state_dtype=state.value,
+            state_shape=(0, 0, 0) if state is StateDtype.none else STATE_SHAPE,
+        )
+        return StoreWriter.open(path, manifest)
+
+
+SHAPES = (StoreShape(32, 64), StoreShape(128, 256))
+"""The shapes of the default model and of the paper's model."""
+
+
+@lru_cache(maxsize=2)
+def _noise(num_users: int, num_tokens: int, dim: int) -> NDArray[np.float32]:
+    return np.random.default_rng(0).standard_normal((num_users, num_tokens, dim), dtype=np.float32)
+
+
+def records_of(users: Int, spec: RecordSpec) -> Batch:
+    """Keys and records of some users, each with a random summary and a full tail."""
+    count, keys = len(users), user_keys(users)
+    shift = (users % 997).astype(np.float32)[:, None, None] / np.float32(997)
+    events = np.arange(TAIL_LEN * count)
+    tail = Tail(
+        (events * 7919 % 50_000 + 1).astype(np.int32),
+        START_MS + 60_000 * events,
+        (events % 4).astype(np.uint8),
+        TAIL_LEN * np.arange(count + 1),
+    )
+    summaries = UserSummaries(
+        keys=keys,
+        summary=_noise(count, spec.num_tokens, spec.dim) + shift,
+        tail=tail,
+        event_count=users + TAIL_LEN,
+        last_event_ts=np.full(count, NO_TIMESTAMP),
+        history_digest=users.astype(np.uint64),
+    )
+    return keys, encode_records(summaries, spec)
+
+
+def states_of(keys: Sequence[bytes], spec: StateSpec) -> list[bytes]:
+    """A random state per user."""
+    count, heads = len(keys), spec.num_heads
+    shape = (count, spec.num_layers, heads, spec.head_dim, spec.head_dim)
+    rng = np.random.default_rng(1)
+    weight = np.full((count, heads), 100, np.float32)
+    whole = np.full(count, 100)
+    arrays = StateArrays(
+        rng.standard_normal(shape, dtype=np.float32), weight, 0 * weight, whole, whole, whole, whole.astype(np.uint64)
+    )
+    return encode_states(keys, arrays, spec)
+
+
+def write_store(
+    path: Path,
+    shape: StoreShape,
+    num_users: int,
+    *,
+    state: StateDtype = StateDtype.none,
+    batch: int = RECORDS_PER_WRITE,
+) -> None:
+    """Write and publish a store of users 1, 2, …"""
+    with shape.writer(path, num_users, state) as writer:
+        for first in range(writer.cursor, num_users, batch):
+            keys, records = records_of(np.arange(first, min(first + batch, num_users)) + 1, writer.spec)
+            states = [] if writer.state_spec is None else states_of(keys, writer.state_spec)
+            writer.put_batch(keys, records, first + len(keys), states)
+        writer.publish()
+
+
+def user_values(folder: Path) -> dict[bytes, bytes]:
+    """All users' values in an LMDB environment, by key; this process must not have it open."""
+    with (
+        lmdb.open(str(folder), readonly=True, lib_version=0) as environment,
+        environment.begin() as transaction,
+    ):
+        return {key: value for key, value in transaction.cursor() if key.startswith(b"u")}
+
+
+def served(path: Path) -> Path:
+    """LMDB environment of the current generation's records."""
+    return environment_path(path, read_current(path))
+
+
+@contextmanager
+def process(function: Any, *arguments: Any) -> Iterator[None]:
+    """Run a function of this module in its own process until the context ends.
+
+    The function receives two more arguments: the event `ready`, which it sets, and `done`, which asks it to return.
+
+    Raises:
+        SystemExit: if the function fails.
+    """
+    context = multiprocessing.get_context("spawn")
+    ready, done = context.Event(), context.Event()
+    child = context.Process(target=function, args=(*arguments, ready, done), daemon=True)
+    child.start()
+    try:
+        while not ready.wait(0.1):
+            if not child.is_alive():
+                raise SystemExit(f"error: {function.__name__} failed in its process; see above")
+        yield
+    finally:
+        done.set()
+        child.join(60)
+    if child.exitcode:
+        raise SystemExit(f"error: {function.__name__} ended with status {child.exitcode}; see above")
+
+
+def rewrite(path: Path, writing: Event, ready: Event, done: Event) -> None:
+    """Write batches as an incremental refresh does, without a pause, while `writing` is set."""
+    set_threads(1)
+    with StoreUpdate.open(path, summarizer_id=SUMMARIZER, applied_segment=1, created_at=START_MS) as update:
+        users = np.arange(update.manifest.count) + 1
+        batches = [
+            records_of(users[first : first + RECORDS_PER_WRITE], update.spec)
+            for first in range(0, len(users), RECORDS_PER_WRITE)
+        ]
+        ready.set()
+        for keys, records in cycle(batches):
+            if done.is_set():
+                break
+            if writing.wait(0.05):
+                update.put_batch(keys, records)
+
+
+def report_reader(path: Path, num_users: int, num_reads: int, answer: Any) -> None:
+    """Answer with the seconds from opening a store to its first record, and the private memory that all reads add."""
+    set_threads(1)
+    keep_freed_memory()
+    before = private_bytes(Path("/proc/self/smaps").read_text())
+    users = np.random.default_rng(2).integers(1, num_users + 1, num_reads)
+    start = time.perf_counter()
+    with StoreReader.open(path, summarizer_id=SUMMARIZER) as store:
+        first = store.get_many(users[:1])
+        first_read_s = time.perf_counter() - start
+        assert first.found.all() and np.isfinite(first.summary).all()
+        for user in users:
+            assert store.get_many([int(user)]).found.all()
+        after = private_bytes(Path("/proc/self/smaps").read_text())
+    answer.put((first_read_s, after - before))
+
+
+def private_bytes(smaps: str) -> int:
+    """Private memory of a process, from its /proc/…/smaps, without the mapped pages of LMDB files.
+
+    The kernel counts a file's page as private while only one process maps it, although it belongs to the page cache.
+    """
+    total, counted = 0, False
+    for line in smaps.splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            counted = not line.endswith("/data.mdb")
+        elif counted and line.startswith(("Private_Clean:", "Private_Dirty:")):
+            total += 1024 * int(line.split()[1])
+    return total
+
+
+class RawLmdb:
+    """A durable LMDB environment with the same options as the store's."""
+
+    def __init__(self, path: Path) -> None:
+        path.mkdir(parents=True)
+        self.environment = lmdb.open(str(path), map_size=MAP_SIZE_BYTES, lib_version=0)
+
+    def put(self, keys: Sequence[bytes], values: Sequence[bytes]) -> None:
+        """Write all values in one durable transaction."""
+        with self.environment.begin(write=True) as transaction:
+            for key, value in zip(keys, values, strict=True):
+                transaction.put(key, value)
+
+    def copies(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """Copies of the values, read in one transaction."""
+        with self.environment.begin() as transaction:
+            return [transaction.get(key) for key in keys]
+
+    def __enter__(self) -> RawLmdb:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.environment.close()
 
 
 def bench_writes_and_reads(recorder: BenchmarkRecorder, folder: Path, shape: StoreShape) -> None:
@@ -118,7 +325,7 @@ def bench_reads(recorder: BenchmarkRecorder, path: Path, raw: RawLmdb, shape: St
     rng = np.random.default_rng(3)
     batches = [rng.choice(num_users, RECORDS_PER_READ, replace=False) + 1 for _ in range(8)]
     keys = [user_keys(users) for users in batches]
-    turns = {name: itertools.cycle(range(len(batches))) for name in ("read", "raw", "get_many", "roofline")}
+    turns = {name: cycle(range(len(batches))) for name in ("read", "raw", "get_many", "roofline")}
     with StoreReader.open(path, summarizer_id=SUMMARIZER) as store:
         size = len(raw.copies(keys[0])[0] or b"")
         stored = np.ones((len(batches), RECORDS_PER_READ, size), np.uint8)
@@ -161,7 +368,7 @@ def bench_latency(recorder: BenchmarkRecorder, folder: Path, shape: StoreShape) 
     with StoreReader.open(folder / "store") as store, process(rewrite, folder / "store", writing):
         for batch in (1, RECORDS_PER_READ):
             samples: dict[bool, list[float]] = {False: [], True: []}
-            batches = itertools.cycle(rng.integers(1, num_users + 1, (256, batch)))
+            batches = cycle(rng.integers(1, num_users + 1, (256, batch)))
             for busy in [False, True] * turns:
                 (writing.set if busy else writing.clear)()
                 time.sleep(0.1)
@@ -177,45 +384,6 @@ def bench_latency(recorder: BenchmarkRecorder, folder: Path, shape: StoreShape) 
                 baseline=idle.p99_s * 1e3,
                 bar="value <= 2 * baseline",
             )
-
-
-def bench_growth(recorder: BenchmarkRecorder, folder: Path, shape: StoreShape) -> None:
-    """Measure the size of the files after many rewrites of all users, under readers."""
-    num_users, path = 2_560 if recorder.quick else 25_600, folder / "store"
-    write_store(path, shape, num_users, state=StateDtype.float32)
-    files = {"summaries": served(path), "states": state_path(path, read_current(path))}
-    before = {name: _file_bytes(file) for name, file in files.items()}
-    users, step = np.arange(num_users) + 1, int(LARGEST_UPDATE * num_users)
-    with ExitStack() as stack:
-        for _ in range(2):
-            stack.enter_context(process(hold_transactions, path, HELD_S))
-        update = stack.enter_context(
-            StoreUpdate.open(path, summarizer_id=SUMMARIZER, applied_segment=1, created_at=START_MS)
-        )
-        assert update.state_spec is not None
-        batches = []
-        for first in range(0, num_users, step):
-            keys, records = records_of(users[first : first + step], update.spec)
-            batches.append((keys, records, states_of(keys, update.state_spec)))
-        for _ in range(NUM_REWRITES):
-            for keys, records, states in batches:
-                update.put_batch(keys, records, states)
-        update.finish()
-    for name, file in files.items():
-        environment = SharedEnvironment.acquire(file)
-        live = environment.live_bytes()
-        environment.release()
-        case = f"{shape}: file of the {name} of {num_users:,} users after {NUM_REWRITES} rewrites"
-        recorder.add(
-            f"{case}, against its live pages",
-            _file_bytes(file) / 2**20,
-            "MiB",
-            baseline=live / 2**20,
-            bar="value <= 1.5 * baseline",
-        )
-        recorder.add(
-            f"{case}, against the new generation", _file_bytes(file) / 2**20, "MiB", baseline=before[name] / 2**20
-        )
 
 
 def bench_many_users(recorder: BenchmarkRecorder, folder: Path, shape: StoreShape) -> None:
@@ -270,7 +438,6 @@ def bench_incremental(recorder: BenchmarkRecorder, folder: Path) -> None:
         bars = {10_000: "ratio >= 20", 100_000: None, 1_000_000: "ratio >= 1000"}
         compare_lengths(recorder, folder / "few", 64, bars, rounds=15)
         compare_lengths(recorder, folder / "many", 1_000, {10_000: "ratio >= 20"}, rounds=9)
-    compare_records(recorder, folder / "unchanged")
 
 
 def compare_lengths(
@@ -311,19 +478,6 @@ def compare_lengths(
             baseline=timing[f"{shortest} refresh"],
             bar="value <= 1.1 * baseline",
         )
-
-
-def compare_records(recorder: BenchmarkRecorder, folder: Path) -> None:
-    """Require that an incremental refresh changes no byte of the records of users without new events."""
-    log = lifelong_log(folder / "log", [200] * 100, num_items=1_000)
-    model = untrained(log, dim=64, num_seeds=32)
-    refresh(model, log, folder / "store")
-    before, changed = user_values(served(folder / "store")), np.arange(1, 101, 3)
-    report = refresh_incremental(model, append_events(log, changed), folder / "store")
-    after, keys = user_values(served(folder / "store")), set(user_keys(changed))
-    assert report.num_users == len(changed) and all(before[key] != after[key] for key in keys)
-    others = sum(before[key] != after[key] for key in before.keys() - keys) + len(before.keys() ^ after.keys())
-    recorder.add("records of users without new events that changed", others, "records", bar="value <= 0")
 
 
 class RefreshWorkload:
@@ -387,7 +541,7 @@ def bench_full(recorder: BenchmarkRecorder, folder: Path) -> None:
     keys = [list(records)[first : first + RECORDS_PER_WRITE] for first in range(0, len(records), RECORDS_PER_WRITE)]
     batches = [(some, [records[key] for key in some], [states[key] for key in some]) for some in keys]
     reports: list[RefreshReport] = []
-    number = itertools.count()
+    number = count()
 
     def roofline() -> None:
         for segment in log.segments:
@@ -417,6 +571,7 @@ def bench_full(recorder: BenchmarkRecorder, folder: Path) -> None:
         bar="value <= 1.5 * baseline",
         spread=float(np.subtract(*np.percentile(seconds, [75, 25]))),
     )
+    recorder.add_rate(f"{case}: users", num_users, timing["refresh"], "users/s")
     for stage in reports[0].shares:
         spent = [report.seconds * report.shares[stage] for report in reports[REFRESH_WARMUP:]]
         recorder.add(f"{case}: {stage}", float(np.median(spent)), "s")
@@ -450,7 +605,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parts: list[Callable[[BenchmarkRecorder, Path], None]] = [
         *(partial(bench_writes_and_reads, shape=each) for each in SHAPES),
         *(partial(bench_latency, shape=each) for each in SHAPES),
-        partial(bench_growth, shape=shape),
         bench_incremental,
         bench_full,
         partial(bench_many_users, shape=shape),

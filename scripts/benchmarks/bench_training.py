@@ -20,8 +20,8 @@ pilot. Ours runs with its defaults on all cores, keeps freed memory as `vista tr
 start, data preparation and construction of the model.
 
 RecTools needs a virtual environment of its own (--rectools-venv or VISTA_RECTOOLS_VENV), which is created if missing
-and takes some GB. The benchmark takes about 25 minutes on two idle cores; --baseline-batches 60 estimates RecTools'
-epochs and halves that. All settings and samples go to <name>_settings.json next to --out.
+and takes some GB. The benchmark takes about 25 minutes on two idle cores. All settings and samples go to
+<name>_settings.json next to --out.
 """
 
 from __future__ import annotations
@@ -31,17 +31,20 @@ import dataclasses
 import itertools
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+import venv
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from scripts.benchmarks.benchmark import BenchmarkRecorder, benchmark_parser, recording, timing_of
-from scripts.benchmarks.rectools_process import DIM, HEADS, LAYERS, LENGTH, RecToolsPilot, rectools_python
 from scripts.benchmarks.workloads import find_ml_1m
 from vista.config import DataConfig, ModelConfig, OptimConfig, SourceColumns, TrainConfig
 from vista.config.checks import Architecture, ItemStart, to_dict
@@ -50,11 +53,116 @@ from vista.device import keep_freed_memory
 from vista.log.event_log import EventLog
 from vista.training.trainer import train_model
 
+
+def words_of(options: Mapping[str, Any]) -> list[str]:
+    """Options as command-line arguments."""
+    return [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+
+
+SCRIPT = Path(__file__).with_name("rectools_training.py")
+LENGTH = 200
+"""Labels per user of RecTools; its histories have one event more, which is only an input."""
+DIM, HEADS, LAYERS = 64, 4, 2
+SHAPE = words_of({"session_max_len": LENGTH, "n_factors": DIM, "n_blocks": LAYERS, "n_heads": HEADS})
+"""The sizes, as arguments of rectools_training.py."""
+PILOT_BATCHES = 8
+"""Batches per trial; the first two are warm-up."""
+GATHERED_BYTES = 1 << 29
+"""RecTools gathers [B, 200, negatives, d] vectors per batch; settings beyond this size are not tried."""
 HELD_OUT = 2
 """Newest events per user that leave-last-out holds out from training."""
 DEFAULT_DROPOUT = 0.2
+REPEATS = 2
+"""Epochs of each model, in alternation."""
 BARS = {Architecture.vista: "ratio >= 5", Architecture.sasrec: "ratio >= 8"}
 """Our models, and the target for their speedup over RecTools' SASRec."""
+
+
+@dataclass(frozen=True)
+class RecToolsSetting:
+    """The settings that the pilot chooses; the fields are options of rectools_training.py."""
+
+    loss: str
+    n_negatives: int
+    dropout: float
+    threads: int
+    batch_size: int = 64
+    precision: str = "bf16-mixed"
+    workers: int = 0
+
+    def options(self) -> list[str]:
+        """The setting as command-line arguments."""
+        return words_of(dataclasses.asdict(self))
+
+
+def rectools_python(folder: Path) -> Path:
+    """The interpreter of RecTools' environment, which is created if missing.
+
+    Raises:
+        SystemExit: if RecTools cannot be imported there.
+    """
+    python = folder.absolute() / "bin" / "python"
+    if not python.exists():
+        print(f"creating {folder} with RecTools and torch (some GB)", flush=True)
+        venv.create(folder, with_pip=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "rectools[torch]"], check=False)
+    done = subprocess.run([python, "-c", "from rectools.models import SASRecModel"], capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise SystemExit(
+            f"error: {python} cannot import RecTools ({reason}); run `{python} -m pip install 'rectools[torch]'`, or "
+            "give another --rectools-venv"
+        )
+    return python
+
+
+def call_rectools(python: Path, data: Path, words: Sequence[str]) -> dict[str, Any]:
+    """Run rectools_training.py in its own process and return its report."""
+    command = [str(python), str(SCRIPT), str(data), *words]
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "OMP_NUM_THREADS")}
+    done = subprocess.run(command, cwd=data.parent, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"error: {' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return report
+
+
+class RecToolsPilot:
+    """Finds the baseline's fastest setting, one property after the other."""
+
+    def __init__(self, python: Path, data: Path, negatives: int, dropout: float, *, quick: bool) -> None:
+        self._python, self._data, self._quick = python, data, quick
+        self._start = RecToolsSetting("softmax", negatives, dropout, threads=torch.get_num_threads())
+        self.tried: dict[RecToolsSetting, float] = {}
+
+    def fastest(self) -> RecToolsSetting:
+        """Try settings with some batches each, and return the fastest."""
+        start, negatives = self._start, self._start.n_negatives
+        sampled = 2 ** int(np.log2(max(1, min(64, GATHERED_BYTES // (4 * DIM * LENGTH * negatives)))))
+        self._try([start, *(replace(start, loss=loss, batch_size=sampled) for loss in ("sampled_softmax", "BCE"))])
+        if self._quick:
+            return self._best()
+        size = self._best().batch_size
+        self._try(replace(self._best(), batch_size=other) for other in (size // 2, size * 2) if other > 1)
+        self._try([replace(self._best(), precision="32-true")])
+        best = self._best()
+        self._try([replace(best, threads=1), replace(best, workers=1), replace(best, threads=1, workers=1)])
+        return self._best()
+
+    def run(self, setting: RecToolsSetting, max_batches: int) -> dict[str, Any]:
+        """The report of one epoch of the baseline, whole (max_batches=0) or estimated from its first batches."""
+        words = [*SHAPE, *setting.options(), "--max-batches", str(max_batches)]
+        return call_rectools(self._python, self._data, words)
+
+    def _try(self, settings: Iterable[RecToolsSetting]) -> None:
+        for setting in dict.fromkeys(settings):
+            if setting not in self.tried:
+                seconds = self.run(setting, PILOT_BATCHES)["seconds_per_epoch"][0]
+                self.tried[setting] = seconds
+                print(f"        pilot: {seconds:7.1f} s per epoch, {' '.join(setting.options())}", flush=True)
+
+    def _best(self) -> RecToolsSetting:
+        return min(self.tried, key=lambda setting: self.tried[setting])
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -65,10 +173,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rectools-venv", type=Path, default=default, help="virtual environment with RecTools")
     parser.add_argument(
         "--negatives", type=int, nargs="+", default=[64, 1024], help="negatives per label, one case each"
-    )
-    parser.add_argument("--repeats", type=int, default=2, help="epochs of each model, in alternation")
-    parser.add_argument(
-        "--baseline-batches", type=int, default=0, help="estimate RecTools' epochs from this many batches"
     )
     return parser.parse_args(arguments)
 
@@ -124,20 +228,18 @@ def run_ours(who: Architecture, log: EventLog, negatives: int, dropout: float) -
     return seconds
 
 
-def compare(
-    recorder: BenchmarkRecorder, pilot: RecToolsPilot, log: EventLog, num_labels: int, repeats: int, max_batches: int
-) -> dict[str, Any]:
+def compare(recorder: BenchmarkRecorder, pilot: RecToolsPilot, log: EventLog, num_labels: int) -> dict[str, Any]:
     """Run one case: the pilot, then alternating epochs; adds a row per model of ours and returns all details."""
     setting = pilot.fastest()
     negatives, dropout = setting.n_negatives, setting.dropout
     ours: dict[Architecture, list[float]] = {who: [] for who in BARS}
     reports: list[dict[str, Any]] = []
-    for repeat in range(repeats):
+    for repeat in range(1 if recorder.quick else REPEATS):
         # The order reverses, so that no contestant always runs first.
         turns: list[Architecture | None] = [None, *BARS]
         for who in turns if repeat % 2 == 0 else reversed(turns):
             if who is None:
-                reports.append(pilot.run(setting, max_batches))
+                reports.append(pilot.run(setting, max_batches=0))
             else:
                 ours[who].append(run_ours(who, log, negatives, dropout))
     assert all(num_labels >= report["positions"] for report in reports), "ours must have at least as many labels"
@@ -177,14 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with recording("training", __doc__, options) as recorder:
         log, data, num_labels = write_events(path, recorder.folder, 200 if quick else 0)
         details = [
-            compare(
-                recorder,
-                RecToolsPilot(python, data, negatives, dropout, quick=quick),
-                log,
-                num_labels,
-                1 if quick else options.repeats,
-                options.baseline_batches,
-            )
+            compare(recorder, RecToolsPilot(python, data, negatives, dropout, quick=quick), log, num_labels)
             for negatives, dropout in (cases[:1] if quick else cases)
         ]
         settings = options.out.with_name(f"{options.out.stem}_settings.json")

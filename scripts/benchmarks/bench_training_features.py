@@ -11,7 +11,6 @@ machine hardly affects it.
 from __future__ import annotations
 
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 import polars as pl
 import torch
 
-from scripts.benchmarks.benchmark import BenchmarkRecorder, benchmark_parser, interleaved, timing_of
+from scripts.benchmarks.benchmark import BenchmarkRecorder, interleaved, recording, timing_of
 from vista.config import SimulateConfig, SourceColumns, TrainConfig
 from vista.config.composition import compose_config
 from vista.device import keep_freed_memory, set_threads
@@ -121,14 +120,11 @@ def measure(recorder: BenchmarkRecorder, name: str, config: SimulateConfig, fold
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
-    options = benchmark_parser("training_features", __doc__).parse_args(arguments)
     keep_freed_memory()
     set_threads(1)
-    recorder = BenchmarkRecorder("training_features", out=options.out, quick=options.quick)
-    for name, config in (QUICK_SIMULATIONS if options.quick else SIMULATIONS).items():
-        with tempfile.TemporaryDirectory(prefix="vista-bench-") as folder:
-            measure(recorder, name, config, Path(folder))
-    recorder.print_summary()
+    with recording("training_features", __doc__, arguments) as recorder:
+        for name, config in (QUICK_SIMULATIONS if recorder.quick else SIMULATIONS).items():
+            measure(recorder, name, config, recorder.folder / name)
     return 0
 
 

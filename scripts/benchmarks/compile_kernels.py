@@ -1,7 +1,7 @@
 """Compile every Triton kernel for several GPUs, which need not be present, and list the compilers' statistics.
 
     python -m scripts.benchmarks.compile_kernels                            # D = E = 64, bfloat16, four targets
-    python -m scripts.benchmarks.compile_kernels --all --write build/kernels_aot.md
+    python -m scripts.benchmarks.compile_kernels --all > build/kernels_aot.md
 
 The backend's functions run on small CPU tensors, and their launches are recorded instead of made. So the compiled
 kernels have the block sizes and other parameters that the backend chooses for each target. Requires Triton but no GPU.
@@ -56,7 +56,6 @@ TOLERATED_SPILLS = 32
 """Bytes per thread. ptxas spills a few on its own, far below 255 registers, so that one more program can run."""
 WIDE, WIDE_SPILLS = ("accumulate_bwd_kernel", "causal_kernel"), 512
 """Kernels that spill with float32 heads wider than 64, whose operands take three products, and the bytes allowed."""
-H100_BYTES_PER_S, H100_BF16_FLOPS, H100_TF32_FLOPS = 3.35e12, 989e12, 494e12
 
 
 @dataclass(frozen=True)
@@ -134,23 +133,6 @@ class CompiledKernel:
         if self.shared + reserved:
             programs = min(programs, device.shared_total // (self.shared + reserved))
         return programs * self.num_warps / device.max_warps
-
-    @property
-    def work(self) -> tuple[float, float] | None:
-        """Bytes and operations per token and head with D = E; None for kernels whose work is not per token."""
-        width, size = self.width, 4 if self.dtype == "float32" else 2
-        square, by_block = width * width, 4 * self.block_t * width
-        known = {
-            "accumulate_fwd_kernel": (2, 2 * square),
-            "accumulate_bwd_kernel": (4, 4 * square),
-            "read_fwd_kernel": (2, 2 * square),
-            "read_bwd_kernel": (3, 4 * square),
-            "causal_kernel": (4 + ("slope" in self.variant), 4 * square + by_block),
-        }
-        if self.kernel not in known:
-            return None
-        streams, operations = known[self.kernel]
-        return streams * width * size + 4 * ("weight" in self.variant), operations
 
     @property
     def problems(self) -> list[str]:
@@ -308,38 +290,18 @@ def _amd_usage(assembly: str) -> tuple[int, int]:
 
 
 def table(rows: list[CompiledKernel]) -> list[str]:
-    """Return the lines of a Markdown table."""
-    head = "target|kernel|dtype|D = E|block|warps|registers|spilled|shared|occupancy|bytes|operations|H100, ps"
-    lines = [f"| {head.replace('|', ' | ')} |", "|" + "---|" * 13]
+    """Return the lines of a Markdown table.
+
+    Registers and spilled bytes are per thread; shared is the bytes of shared memory per program. For sums and scans the
+    width is the number of elements of a state.
+    """
+    head = "target|kernel|dtype|D = E|block|warps|registers|spilled|shared|occupancy"
+    lines = [f"| {head.replace('|', ' | ')} |", "|" + "---|" * 10]
     for row in rows:
-        work, bound = row.work, ""
-        if work is not None and row.device.name == "sm_90":
-            rate = H100_BF16_FLOPS if row.dtype != "float32" else H100_TF32_FLOPS / 3
-            bound = f"{1e12 * max(work[0] / H100_BYTES_PER_S, work[1] / rate):.0f}"
         cells = [row.device.name, f"{row.kernel} {row.variant}".strip(), row.dtype, row.width, row.block_t or ""]
         cells += [row.num_warps, row.registers, row.spills or "", row.shared, f"{row.occupancy:.0%}"]
-        cells += ["", ""] if work is None else [f"{work[0]:.0f}", f"{work[1]:.0f}"]
-        lines.append("| " + " | ".join(map(str, [*cells, bound])) + " |")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines
-
-
-TEXT = """# Triton kernels, compiled ahead of time
-
-Made by `{command}` with Triton {version}. No GPU was used: these are the compilers' numbers, and nothing was timed.
-
-A row is a kernel with the launch parameters that `triton_backend/blocks.py` chooses for the target. Registers and
-spilled bytes are per thread; shared is the bytes of shared memory per program. Occupancy is the share of a processor's
-warps that registers and shared memory let be resident. For sums and scans the width is the number of elements of a
-state. Bytes and operations are per token and head, with outputs but without states. The last column is the roofline of
-an H100 per token and head, in picoseconds: the larger of bytes at 3.35 TB/s and operations at 989 TFLOP/s (float32: at
-a third of 494, for three products).
-
-"""
-
-
-def write(path: Path, rows: list[CompiledKernel], command: str) -> None:
-    """Write the table and its legend to a Markdown file."""
-    path.write_text(TEXT.format(command=command, version=triton.__version__) + "\n".join(table(rows)) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -351,7 +313,6 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
     parser.add_argument("--width", type=int, default=64, help="D = E")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="write the table to a Markdown file")
     options = parser.parse_args(argv)
     chosen = [(options.dtype, options.width)]
     cases = [(dtype, width) for dtype in DTYPES for width in WIDTHS] if options.all else chosen
@@ -362,12 +323,6 @@ def main(argv: list[str] | None = None) -> int:
             continue
         rows.append(row)
         print(table([row])[2], *row.problems, flush=True)
-    if options.write:
-        write(
-            options.write,
-            rows,
-            " ".join(["python", "-m", "scripts.benchmarks.compile_kernels", *(argv or sys.argv[1:])]),
-        )
     names = {row.kernel for row in rows}
     missing = sorted(kernels() - names)
     if missing:

@@ -15,16 +15,6 @@ For --recommend the npz also has `validation_user`, `validation_item`, `validati
 `test`: one event per user, later than all of the user's events above. The lists are int64 [users, top_k] under
 `validation` and `test`, best first, padded with -1. They exclude items of the user's history, which for `test` includes
 the validation item. A model gets only the time of the event to predict, and only with --relative-time.
-
-With --minutes, a model of RecTools' default settings is trained for that time, with a validation after each epoch:
-
-    rectools/bin/python scripts/benchmarks/rectools_training.py split.npz --minutes 10 --asked asked.npy \
-        --lists lists.npz
-
-The npz is that of --recommend; asked.npy has the rows of its `validation_user` that validation asks. Training ends when
-the time is up, in the middle of an epoch if need be, with one more validation. The time includes the construction of
-the data set and the model, and the validations, but not the lists for the test, which are made after each epoch with
-the best NDCG@10 so far. The lists are as above: `validation` [validations, asked users, 10], `test` [users, --top-k].
 """
 
 from __future__ import annotations
@@ -32,11 +22,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import time
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -44,25 +32,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from pytorch_lightning import LightningModule, Trainer, seed_everything  # type: ignore[import-not-found]
+from pytorch_lightning import Trainer, seed_everything  # type: ignore[import-not-found]
 from pytorch_lightning.callbacks import LambdaCallback  # type: ignore[import-not-found]
 from rectools import Columns  # type: ignore[import-not-found]
 from rectools.dataset import Dataset  # type: ignore[import-not-found]
 from rectools.metrics import NDCG, HitRate, calc_metrics  # type: ignore[import-not-found]
 from rectools.models import HSTUModel, SASRecModel  # type: ignore[import-not-found]
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # The first batches of a shortened epoch are warm-up and are excluded from the estimate.
 WARMUP_BATCHES = 2
 PARTS = ("validation", "test")
-TOP_K = 10
-"""Length of the lists for validation."""
-SETTINGS = (
-    *("n_blocks", "n_heads", "n_factors", "session_max_len", "dropout_rate", "loss", "lr", "batch_size"),
-    *("train_min_user_interactions", "use_pos_emb", "use_key_padding_mask", "use_causal_attn"),
-    *("relative_time_attention", "relative_pos_attention"),
-)
-"""Settings of the report, as the constructor has left them; only HSTU has the last two."""
 
 
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
@@ -96,16 +75,9 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=0, help="processes that load batches")
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0: torch's default")
     parser.add_argument("--precision", choices=["32-true", "bf16-mixed", "bf16-true"], default="32-true")
-    parser.add_argument(
-        "--sdpa", choices=["auto", "math", "flash"], default="auto", help="flash requires --dropout 0 on CPUs"
-    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--recommend", type=Path, help="write the lists to this npz; see above")
     parser.add_argument("--top-k", type=int, default=200, help="length of the lists")
-    parser.add_argument("--minutes", type=float, help="train with RecTools' default settings for this time; see above")
-    parser.add_argument("--asked", type=Path, help="npy of the rows that validation asks; required by --minutes")
-    parser.add_argument("--lists", type=Path, help="write the lists to this npz; required by --minutes")
-    parser.add_argument("--no-times", action="store_true", help="HSTU: no time bias, for events without times")
     return parser.parse_args(given)
 
 
@@ -119,44 +91,32 @@ def read_events(path: Path, prefix: str = "") -> pd.DataFrame:
 
 
 class TrainingClock:
-    """Wall and CPU seconds of every epoch, and the times at which its batches ended."""
+    """Seconds of every epoch, and the times at which its batches ended."""
 
     def __init__(self) -> None:
         self.epochs: list[dict[str, Any]] = []
 
     def start(self) -> None:
         """Note that an epoch starts, before its first batch is loaded."""
-        self.epochs.append({"wall": time.perf_counter(), "cpu": _cpu_seconds(), "batches": [], "batch_cpu": []})
+        self.epochs.append({"began": time.perf_counter(), "batches": []})
 
     def batch(self) -> None:
         """Note that a batch ended."""
         self.epochs[-1]["batches"].append(time.perf_counter())
-        self.epochs[-1]["batch_cpu"].append(_cpu_seconds())
 
     def end(self) -> None:
         """Note that the epoch ended."""
-        epoch = self.epochs[-1]
-        epoch["wall_s"], epoch["cpu_s"] = time.perf_counter() - epoch["wall"], _cpu_seconds() - epoch["cpu"]
+        self.epochs[-1]["seconds"] = time.perf_counter() - self.epochs[-1]["began"]
 
-    def seconds(self, total_batches: int) -> tuple[list[float], list[float]]:
-        """Wall and CPU seconds of each epoch, scaled up to total_batches if it was shortened."""
-        walls, cpus = [], []
+    def seconds(self, total_batches: int) -> list[float]:
+        """Seconds of each epoch, scaled up to total_batches if it was shortened."""
+        times = []
         for epoch in self.epochs:
-            done = len(epoch["batches"])
-            if done >= total_batches:
-                walls.append(epoch["wall_s"])
-                cpus.append(epoch["cpu_s"])
-                continue
-            counted = done - WARMUP_BATCHES
-            first = WARMUP_BATCHES - 1
-            walls.append((epoch["batches"][-1] - epoch["batches"][first]) / counted * total_batches)
-            cpus.append((epoch["batch_cpu"][-1] - epoch["batch_cpu"][first]) / counted * total_batches)
-        return walls, cpus
-
-
-def _cpu_seconds() -> float:
-    used = os.times()
-    return used.user + used.system + used.children_user + used.children_system
+            counted = epoch["batches"][WARMUP_BATCHES - 1 :]
+            is_whole = len(epoch["batches"]) >= total_batches
+            per_batch = 0.0 if is_whole else (counted[-1] - counted[0]) / (len(counted) - 1)
+            times.append(epoch["seconds"] if is_whole else per_batch * total_batches)
+        return times
 
 
 def learning_rate(options: argparse.Namespace, step: int, steps: int) -> float:
@@ -229,21 +189,17 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     clock = TrainingClock()
     model = build(options, clock)
     events = read_events(options.data)
-    attention = {"math": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION}.get(options.sdpa)
-    with sdpa_kernel(attention) if attention is not None else nullcontext():
-        model.fit(Dataset.construct(events))
+    model.fit(Dataset.construct(events))
     lists, metrics = recommend(model, events, options) if options.recommend is not None else ({}, {})
     if lists:
         np.savez(options.recommend, validation=lists["validation"], test=lists["test"])
     interactions = model.data_preparator.train_dataset.interactions.df
     users = int(interactions[Columns.User].nunique())
     total_batches = -(-users // options.batch_size)
-    walls, cpus = clock.seconds(total_batches)
     loss = model.fit_trainer.callback_metrics.get("train_loss")
     return {
         "baseline": f"RecTools {options.model}",
-        "seconds_per_epoch": walls,
-        "cpu_seconds_per_epoch": cpus,
+        "seconds_per_epoch": clock.seconds(total_batches),
         "estimated": bool(options.max_batches and options.max_batches < total_batches),
         "positions": len(interactions) - users,
         "users": users,
@@ -291,100 +247,13 @@ def answers(
     return lists, recommended
 
 
-class TimedTraining:
-    """Trains a model until the time is up, and keeps the lists of each validation."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        self._budget_s, self._top_k = 60 * options.minutes, options.top_k
-        events = read_events(options.data)
-        held_out = read_events(options.data, "validation_")
-        self._asked = held_out.iloc[np.load(options.asked)].reset_index(drop=True)
-        self._tested = read_events(options.data, "test_")
-        # Built before the clock starts, as only the test needs it.
-        self._test_history = Dataset.construct(pd.concat([events, held_out], ignore_index=True))
-        self._began, self._uncounted_s, self._validation_s = time.perf_counter(), 0.0, 0.0
-        self._history = Dataset.construct(events)
-        times = {"relative_time_attention": False} if options.no_times else {}
-        self.model = {"SASRec": SASRecModel, "HSTU": HSTUModel}[options.model](get_trainer_func=self._trainer, **times)
-        self.seconds: list[float] = []
-        self.ndcg: list[float] = []
-        self.lists: list[np.ndarray] = []
-        self.test_lists = np.empty((0, 0), np.int64)
-
-    def run(self) -> None:
-        """Train until the time is up."""
-        self.model.fit(self._history)
-
-    def _trainer(self) -> Trainer:
-        # As RecTools' own trainer, but the time limits training, not a number of epochs.
-        return Trainer(
-            accelerator="cpu",
-            devices=1,
-            max_epochs=-1,
-            min_epochs=0,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,
-            logger=False,
-            # Lambdas instead of methods: RecTools deep-copies its trainer, which would also copy this object.
-            callbacks=[
-                LambdaCallback(
-                    on_train_batch_end=lambda trainer, *_: self._stop_in_time(trainer),
-                    on_train_epoch_end=lambda trainer, module: self._validate(trainer, module),
-                )
-            ],
-        )
-
-    def _elapsed_s(self) -> float:
-        return time.perf_counter() - self._began - self._uncounted_s
-
-    def _stop_in_time(self, trainer: Trainer) -> None:
-        """Stop if only a validation fits into the rest of the time."""
-        if self._elapsed_s() + self._validation_s >= self._budget_s:
-            trainer.should_stop = True
-
-    def _validate(self, trainer: Trainer, module: LightningModule) -> None:
-        began = self._elapsed_s()
-        self.model.is_fitted = True  # otherwise RecTools refuses to recommend during training
-        lists, _ = answers(self.model, self._history, self._asked, TOP_K)
-        hits = lists == self._asked[Columns.Item].to_numpy()[:, None]
-        self.ndcg.append(float((hits / np.log2(np.arange(2, TOP_K + 2))).sum(1).mean()))
-        self.lists.append(lists)
-        self.seconds.append(self._elapsed_s())
-        self._validation_s = self.seconds[-1] - began
-        if self.ndcg[-1] > max(self.ndcg[:-1], default=-1.0):
-            began_s = time.perf_counter()
-            self.test_lists, _ = answers(self.model, self._test_history, self._tested, self._top_k)
-            self._uncounted_s += time.perf_counter() - began_s
-        module.train()  # recommending switched to evaluation
-        self._stop_in_time(trainer)
-
-
-def train_for_minutes(options: argparse.Namespace) -> dict[str, Any]:
-    """Train until the time is up, write the lists, and return the report to print."""
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    seed_everything(options.seed, verbose=False)
-    training = TimedTraining(options)
-    training.run()
-    np.savez(options.lists, validation=np.stack(training.lists), test=training.test_lists)
-    model = training.model
-    return {
-        "seconds": training.seconds,
-        "ndcg@10": training.ndcg,
-        "settings": {key: value for key, value in vars(model).items() if key in SETTINGS},
-        "parameters": sum(parameter.numel() for parameter in model.torch_model.parameters()),
-        "versions": {name: version(name) for name in ("rectools", "pytorch-lightning", "torch", "numpy")},
-    }
-
-
 def main() -> None:
     """Entry point."""
     warnings.filterwarnings("ignore")  # Lightning warns about workers and logging; the report says what was set
     options = arguments()
     if 0 < options.max_batches <= WARMUP_BATCHES:
         raise SystemExit(f"--max-batches must be above the {WARMUP_BATCHES} batches of warm-up")
-    print(json.dumps(train(options) if options.minutes is None else train_for_minutes(options)), flush=True)
+    print(json.dumps(train(options)), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,19 +8,15 @@ that is too old, contains an erased user, or mixes two generations is wrong.
 
 from __future__ import annotations
 
-import argparse
-import logging
-import math
 import multiprocessing
 import queue
 import shutil
-import threading
 import time
 import traceback
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import count, cycle
+from itertools import cycle
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
@@ -29,21 +25,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scripts.benchmarks.benchmark import BenchmarkRecorder
-from scripts.benchmarks.store_workloads import private_bytes
 from scripts.benchmarks.workloads import ACTIONS, START_MS, lifelong_log, untrained
 from vista.config import SourceColumns
 from vista.device import set_threads
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, erase, refresh, refresh_incremental
-from vista.scorer import Scorer, Tail
+from vista.scorer import Scorer
 from vista.store import StoreReader
 from vista.store.admin import compact_store
 from vista.store.layout import environment_path, list_generations, read_current, write_current
 
-THREADS = 2
-"""Concurrent questions per worker process."""
-CALLS_PER_RELOAD = 16
 OPERATIONS = ("full", "erase", "incremental", "compact", "export", "incremental", "model", "erase", "incremental")
 """The cycle of operations. A full refresh includes a new event of every user, so that publishing it changes every
 answer. "model" replaces the model and then refreshes in full. "export" replaces it by the same model with a shorter
@@ -161,78 +153,6 @@ def copies(frozen: Path) -> list[tuple[int, int]]:
     """All frozen copies as (generation, operation after which it was copied)."""
     names = [path.name.split("-") for path in frozen.iterdir()] if frozen.is_dir() else []
     return [(int(generation), int(operation)) for generation, operation in names]
-
-
-def ask(scorer: Scorer, question: int, num_users: int, num_items: int) -> Arrays:
-    """Ask a question: score, predict, rank, explain or user_vectors, also for some unknown users."""
-    rng = np.random.default_rng(question)
-
-    def users(size: int) -> NDArray[np.int64]:
-        return rng.integers(1, num_users + num_users // 50 + 1, size)
-
-    def items(*size: int) -> NDArray[np.int64]:
-        return rng.integers(1, num_items + num_items // 50 + 1, size)
-
-    kind = rng.integers(7)
-    if kind == 0:
-        return [scorer.score(users(1), items(200), now=LATER_MS)]
-    if kind == 1:
-        offsets = np.concatenate([[0], np.cumsum(rng.integers(0, 30, 5))])
-        return [scorer.score(users(5), (items(offsets[-1]), offsets))]
-    if kind == 2:
-        return list(scorer.predict(users(8), items(8, 25), now=LATER_MS).values())
-    if kind == 3:
-        offsets = np.concatenate([[0], np.cumsum(rng.integers(0, 4, 4))])
-        times = LATER_MS - rng.integers(0, 10**9, offsets[-1])
-        tail = Tail(items(offsets[-1]).astype(np.int32), times, rng.integers(0, len(ACTIONS), offsets[-1]), offsets)
-        return [scorer.score(users(4), items(50), tail=tail, now=LATER_MS)]
-    if kind == 4:
-        ranking = scorer.rank(int(users(1)[0]), top_k=20, exclude_tail=True)
-        return [ranking.items, ranking.scores, np.array(ranking.num_dropped)]
-    if kind == 5:
-        explanation = scorer.explain(int(users(1)[0]), items(5), now=LATER_MS)
-        return [explanation.value, explanation.summary, explanation.tail, explanation.own]
-    return [scorer.user_vectors(users(16))]
-
-
-def work(stage: SoakStage, worker: int) -> None:
-    """A serving process: its threads ask until the stage stops, and the first thread also reloads the store."""
-    set_threads(1)
-    logging.getLogger("vista").setLevel(logging.ERROR)  # Each reload warns if a new model has no summaries yet.
-    with Scorer.open(stage.model, stage.store, on_missing="nan", task="click") as scorer:
-        threads = [
-            threading.Thread(target=_ask_forever, args=(stage, scorer, THREADS * worker + own, own == 0))
-            for own in range(THREADS)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-
-
-def _ask_forever(stage: SoakStage, scorer: Scorer, thread: int, reloads: bool) -> None:
-    for question in count(thread * 10**9):
-        if stage.stop.is_set():
-            return
-        try:
-            if reloads and question % CALLS_PER_RELOAD == 0:
-                served = stage.served.value
-                scorer.reload()
-                assert scorer.store.generation >= served, f"gen-{served} is published, but reload did not open it"
-            since, before = stage.done.value, _in_service(scorer)
-            began = time.perf_counter()
-            arrays = ask(scorer, question, stage.num_users, stage.num_items)
-            latency = time.perf_counter() - began
-            until, after = stage.begun.value, _in_service(scorer)
-            generations, tail_lens = zip(before, after, strict=True)
-            stage.said.put(SoakAnswer(thread, question, since, until, generations, tail_lens, latency, arrays))
-        except Exception:
-            stage.said.put(SoakFailure(f"thread {thread}, question {question}: {traceback.format_exc()}"))
-
-
-def _in_service(scorer: Scorer) -> tuple[int, int]:
-    """Generation of the store, and length of the model's tail."""
-    return scorer.store.generation, scorer.model.config.tail_len
 
 
 def keep(stage: SoakStage, pause_s: float) -> None:
@@ -406,7 +326,6 @@ class Soak:
         askers: processes that ask questions, not yet started.
         num_threads: of all askers together.
         pause_s: between two operations of the keeper.
-        workers: ids of the processes whose memory is measured, 0 for one that is missing; called each minute.
     """
 
     def __init__(
@@ -416,9 +335,8 @@ class Soak:
         askers: Sequence[SpawnProcess],
         num_threads: int,
         pause_s: float,
-        workers: Callable[[], list[int]],
     ) -> None:
-        self.stage, self.judge, self.num_threads, self._workers = stage, judge, num_threads, workers
+        self.stage, self.judge, self.num_threads = stage, judge, num_threads
         self.keeper = stage.context.Process(target=keep, args=(stage, pause_s), daemon=True)
         self.processes = [*askers, self.keeper]
         self.failures: list[str] = []
@@ -426,8 +344,6 @@ class Soak:
         self.operations: Counter[str] = Counter()
         self.latencies_s: list[list[float]] = [[]]
         """Per minute."""
-        self.memory_mib: list[list[float]] = []
-        """Per minute and worker."""
         self.num_retries = 0
         """Questions that were asked again, because the process that should have answered was killed."""
         self.num_refused = 0
@@ -493,31 +409,19 @@ class Soak:
             self.failures.append(said.text)
 
     def _end_minute(self) -> None:
-        self.memory_mib.append([_private_mib(pid) for pid in self._workers()])
         own = np.array(self.latencies_s[-1] or [np.nan])
         median, p99 = 1e3 * np.percentile(own, [50, 99])
-        memory = ", ".join(f"{size:.0f}" for size in self.memory_mib[-1])
         print(
-            f"{len(self.latencies_s):3d}: {len(own):,} answers, median {median:.1f} ms, p99 {p99:.1f} ms, workers "
-            f"{memory} MiB, generation {self.stage.served.value}, {sum(self.operations.values())} operations; "
+            f"{len(self.latencies_s):3d}: {len(own):,} answers, median {median:.1f} ms, p99 {p99:.1f} ms, "
+            f"generation {self.stage.served.value}, {sum(self.operations.values())} operations; "
             f"{len(self.failures)} failed, {len(self.wrong)} wrong",
             flush=True,
         )
         self.latencies_s.append([])
 
 
-def soak_parser(description: str | None, out: Path) -> argparse.ArgumentParser:
-    """The arguments of a soak test."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--users", type=int, default=2000)
-    parser.add_argument("--pause", type=float, default=1.0, metavar="SECONDS", help="pause between operations")
-    parser.add_argument("--out", type=Path, default=out, metavar="FILE")
-    return parser
-
-
 def record(soak: Soak, recorder: BenchmarkRecorder, case: str) -> None:
-    """Record the answers, the operations, and what went wrong, and print the first failures."""
+    """Record the answers, the operations, what went wrong, and the slowest calls, and print the first failures."""
     recorder.add(f"{case}: answers", soak.num_answers, "answers", bar="value > 0")
     recorder.add(f"{case}: answers that changed while they were asked for", soak.judge.num_changing, "answers")
     for kind in sorted(set(OPERATIONS)):
@@ -526,20 +430,7 @@ def record(soak: Soak, recorder: BenchmarkRecorder, case: str) -> None:
     recorder.add(f"{case}: wrong", len(soak.wrong), "answers", bar="value <= 0")
     for text in [*soak.failures, *soak.wrong][:SHOWN_FAILURES]:
         print(text)
-
-
-def record_latencies(soak: Soak, recorder: BenchmarkRecorder, case: str) -> None:
-    """Record the 99th percentile, and that of the slowest minute."""
-    minutes = [own for own in soak.latencies_s if own]
-    if minutes:
+    if minutes := [own for own in soak.latencies_s if own]:
         slowest = max(np.percentile(own, 99) for own in minutes)
         recorder.add(f"{case}: p99 of a call", float(1e3 * np.percentile(np.concatenate(minutes), 99)), "ms")
         recorder.add(f"{case}: p99 of a call in the slowest minute", float(1e3 * slowest), "ms")
-
-
-def _private_mib(pid: int) -> float:
-    """Private memory of a process in MiB, NaN if there is none."""
-    try:
-        return private_bytes(Path(f"/proc/{pid}/smaps").read_text()) / 2**20
-    except OSError:
-        return math.nan

@@ -14,6 +14,7 @@ once more on a new one.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
@@ -46,8 +47,6 @@ from scripts.benchmarks.soak import (
     SoakRefusal,
     SoakStage,
     record,
-    record_latencies,
-    soak_parser,
 )
 from scripts.benchmarks.workloads import ACTIONS
 from vista.arrays import offsets_of
@@ -376,10 +375,13 @@ class WorkerKiller:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the soak test; return 1 if anything failed or was wrong."""
-    parser = soak_parser(__doc__, RESULTS / "bench_soak_serve.jsonl")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--users", type=int, default=2000)
+    parser.add_argument("--pause", type=float, default=2.0, metavar="SECONDS", help="pause between operations")
+    parser.add_argument("--out", type=Path, default=RESULTS / "bench_soak_serve.jsonl", metavar="FILE")
     parser.add_argument("--rate", type=float, default=8.0, help="requests per second of all clients together")
     parser.add_argument("--kill", type=float, default=10.0, metavar="SECONDS", help="mean time between two kills")
-    parser.set_defaults(pause=2.0)
     options = parser.parse_args(arguments)
     set_threads(1)
     seconds = 60 * options.minutes
@@ -392,7 +394,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with serving(stage.model, stage.store, *SETTINGS) as service:
             clients = stage.context.Process(target=send_questions, args=(stage, service.port, options.rate))
             killer = WorkerKiller(service, WORKERS, options.kill)
-            soak = Soak(stage, SoakJudge(stage, ask, LAG), [clients], CLIENTS, options.pause, service.workers)
+            soak = Soak(stage, SoakJudge(stage, ask, LAG), [clients], CLIENTS, options.pause)
             try:
                 soak.run(seconds, min(60.0, seconds / 5), killer.start)
             finally:
@@ -414,7 +416,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         restart = median(killer.restarts_s)
         recorder.add(f"{case}: median time until another worker listens", restart, "s")
     recorder.add(f"{case}: time of /metrics in the end", scrape_ms, "ms")
-    record_latencies(soak, recorder, case)
     recorder.print_summary()
     return int(any(row["met"] is False for row in recorder.rows))
 

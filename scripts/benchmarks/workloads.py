@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from vista.config import DataConfig, ModelConfig, SourceColumns
-from vista.config.checks import Architecture, Mixing, TargetAttentionKind
+from vista.config.checks import Architecture, Mixing
 from vista.log.event_log import EventLog
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.features import Schema
@@ -66,7 +66,6 @@ def untrained(
     dim: int,
     num_seeds: int,
     mixing: Mixing = Mixing.separable,
-    target_attention: TargetAttentionKind = TargetAttentionKind.pointwise,
     num_layers: int = 2,
     tail_len: int = 32,
     counters: bool = False,
@@ -81,7 +80,6 @@ def untrained(
         dim=dim,
         num_seeds=num_seeds,
         mixing=mixing,
-        target_attention=target_attention,
         num_layers=num_layers,
         conv_width=3 if mixing is Mixing.separable else 1,
         tail_len=tail_len,

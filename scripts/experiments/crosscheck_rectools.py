@@ -2,7 +2,6 @@
 
     python -m scripts.experiments.crosscheck_rectools SASRec --data ml-100k --seeds 1 2 3
     python -m scripts.experiments.crosscheck_rectools HSTU --data ml-100k --seeds 1 2 3 --times
-    python -m scripts.experiments.crosscheck_rectools SASRec --data ml-100k --seeds 1 2 3 --like-rectools
 
 Equal on both sides are the events (each user's newest 201 training events and the two held-out ones), sizes, dropout,
 the full softmax over cosines divided by one temperature, Adam and its learning rates, clipping, passes, and roughly the
@@ -11,10 +10,9 @@ validation label and then, with the validation event in the history, for the tes
 metrics of both; RecTools' own metrics of its lists must be equal.
 
 Each implementation keeps its own initial values, origin of positions, place of dropout, padding and biases. A user's
-first event is only an input for RecTools, and a label too for ours. With --like-rectools ours follows RecTools in all
-of this (`LikeRecTools`), so that only the harness differs. With --times HSTU gets the times of the log (RecTools as a
-bias by the time until the next event, ours as a bias between events and as embeddings of the gaps); without it, both
-get only the order.
+first event is only an input for RecTools, and a label too for ours. With --times HSTU gets the times of the log
+(RecTools as a bias by the time until the next event, ours as a bias between events and as embeddings of the gaps);
+without it, both get only the order.
 
 Use the validation metrics to choose --epochs; the rows hold them next to the test metrics. Rows go to
 docs/results/crosscheck-<set>.jsonl and its Markdown table. Rows of the same command are not run again. RecTools needs a
@@ -37,11 +35,8 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from scripts.benchmarks.rectools_process import (
+from scripts.benchmarks.bench_training import (
     DIM,
     HEADS,
     LAYERS,
@@ -76,13 +71,7 @@ from vista.installation import source_commit
 from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare
 from vista.log.splits import visible_counts
-from vista.log.vocabulary import Vocabulary
-from vista.model.baselines.history_model import HistoryModel, PaddedTile
-from vista.model.baselines.sequence_models import EmbeddedSequences, SASRec, SASRecBlock
-from vista.model.features import Schema
-from vista.model.layers import module_list, split_heads
-from vista.model.ranking_model import UNKNOWN_ITEM
-from vista.model.registry import ARCHITECTURES
+from vista.model.baselines.history_model import HistoryModel
 from vista.training import optimizers
 from vista.training.optimizers import GRADIENT_CLIP
 from vista.training.trainer import train_model
@@ -103,9 +92,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder of a MovieLens set, or its name there")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--times", action="store_true", help="HSTU: use the times of the data set")
-    parser.add_argument(
-        "--like-rectools", action="store_true", help="SASRec: ours is initialized and trained as RecTools' is"
-    )
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--dropout", type=float, default=0.2)
@@ -119,8 +105,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.times and options.model != "HSTU":
         parser.error("--times: RecTools' SASRec does not use times; remove the option")
-    if options.like_rectools and options.model != "SASRec":
-        parser.error("--like-rectools: only SASRec supports it; remove the option")
     return options
 
 
@@ -320,17 +304,15 @@ def _crosscheck(options: argparse.Namespace, python: Path, folder: Path) -> str:
     log = cut_log(EventLog.open(folder / "whole"), folder / "log")
     cases = write_split(log, folder / "baseline.npz", times=options.times)
     name = options.model.lower() + (", times" if options.times else "")
-    theirs, ours = f"{name}, RecTools", f"{name}, like RecTools" if options.like_rectools else name
+    theirs, ours = f"{name}, RecTools", name
     results = options.results / f"crosscheck-{source.name}.jsonl"
     rows = read_results(results) if results.exists() else []
     done = {(row["model"], row["command"]): row["metrics"] for row in rows}
-    if options.like_rectools:
-        ARCHITECTURES[Architecture.sasrec] = LikeRecTools
     metrics_of: dict[str, list[dict[str, float]]] = {ours: [], theirs: []}
     for seed in options.seeds:
         config = our_config(options, log, seed, folder / f"run-{seed}")
         for model in metrics_of:
-            command = _command(options, source.name, seed, like=options.like_rectools and model == ours)
+            command = _command(options, source.name, seed)
             metrics = done.get((model, command))
             if metrics is None:
                 run = (
@@ -349,11 +331,10 @@ def _crosscheck(options: argparse.Namespace, python: Path, folder: Path) -> str:
     return comparison(*metrics_of.values())
 
 
-def _command(options: argparse.Namespace, data: str, seed: int, *, like: bool) -> str:
+def _command(options: argparse.Namespace, data: str, seed: int) -> str:
     words = ["python", "-m", "scripts.experiments.crosscheck_rectools", options.model]
     words += ["--data", data, "--seeds", str(seed)]
     words += ["--times"] if options.times else []
-    words += ["--like-rectools"] if like else []
     words += words_of({key: getattr(options, key) for key in ("epochs", "learning_rate", "dropout", "batch_users")})
     return shlex.join(words)
 
@@ -380,64 +361,6 @@ def _line(
         "hardware": hardware() | {"threads": options.threads},
         "seconds": round(seconds, 1),
     }
-
-
-class LikeRecTools(SASRec):
-    """SASRec as RecTools initializes and trains it, so that two harnesses are compared instead of two models.
-
-    - Parameters with two or more dimensions start by Xavier's normal rule, the biases of attention at 0.
-    - Positions count from the newest input.
-    - Dropout is on the attention weights, not on the output of attention.
-    - A user's first event is only an input, not a label.
-
-    It supports only next items, on whole histories; `cut_log` cuts the log beforehand.
-    """
-
-    def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
-        super().__init__(config, schema, items, data)
-        self.blocks = module_list([_Block(config) for _ in range(config.num_layers)])
-        for parameter in self.parameters():
-            if parameter.dim() > 1:
-                nn.init.xavier_normal_(parameter)
-        with torch.no_grad():
-            self.item_table[UNKNOWN_ITEM] = 0.0
-
-    def _labeled(self, tile: PaddedTile) -> Tensor:
-        labeled = tile.valid.clone()
-        labeled[:, 0] = False
-        return labeled
-
-    def _encode(self, events: EmbeddedSequences, tile: PaddedTile) -> tuple[Tensor, None]:
-        index = tile.index[:, : self.config.history_limit]
-        n, length = index.shape
-        start = self.start.expand(n, 1, -1)
-        if length == 0:
-            return start, None
-        inputs = tile.valid.sum(1, keepdim=True) - int(self.training)  # in training the newest event is only a label
-        place = (inputs - 1 - torch.arange(length)).clamp(0, self.config.history_limit - 1)
-        x = self.dropout(events.vectors[index] * self.config.dim**0.5 + self.position[place])
-        states, _ = self.states(x, events.time[index])
-        return torch.cat([start.to(states.dtype), states], 1), None
-
-
-class _Block(SASRecBlock):
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
-        for linear in (self.query, self.key_value, self.out):
-            nn.init.zeros_(linear.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [n, L, M] -> [n, L, M]."""
-        h = self.attention_norm(x)
-        key, value = self.key_value(x).chunk(2, -1)
-        query, key, value = (split_heads(each, self.num_heads).transpose(1, 2) for each in (self.query(h), key, value))
-        future = torch.full((x.shape[1], x.shape[1]), -torch.inf).triu_(1)
-        weight = torch.softmax(query @ key.transpose(2, 3) * query.shape[3] ** -0.5 + future, -1)
-        mixed = (self.dropout(weight) @ value).transpose(1, 2).flatten(2)
-        h = self.network_norm(h + self.out(mixed))
-        update: Tensor = self.dropout(self.down(self.dropout(F.relu(self.up(h)))))
-        out: Tensor = h + update
-        return out
 
 
 if __name__ == "__main__":

@@ -5,51 +5,41 @@ A baseline has no store; it is evaluated on the raw history up to each label.
     python -m scripts.experiments.reproduce ml-1m --list
     python -m scripts.experiments.reproduce ml-1m --data path/to/ml-1m --seeds 1 2 3
     python -m scripts.experiments.reproduce kuairand --data path/to/KuaiRand-27K/data --rows vista hstu
-    python -m scripts.experiments.reproduce simulation --rows vista tail-only --minutes 30
+    timeout -s INT 30m python -m scripts.experiments.reproduce simulation --rows vista tail-only
 
 Every model and seed adds lines to docs/results/<table>.jsonl; at the end docs/results/<table>.md is written from it,
 and the metrics of the new lines are printed.
 Lines that exist with the same configuration are not run again, and a stopped run resumes. The exit status is 0 if all
-lines exist, 1 after an error, and 130 after the time limit or Ctrl-C. scripts/experiments/tables defines the tables.
+lines exist, 1 after an error, and 130 after Ctrl-C. scripts/experiments/tables defines the tables.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import math
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from scripts.experiments.paired import paired_lines
 from scripts.experiments.results import append_result, defined, markdown_table, read_results
-from scripts.experiments.row_measurement import RowMeasurement, measure, table_log
-from scripts.experiments.row_progress import RowProgress
+from scripts.experiments.row_measurement import RowMeasurement, measure, paired_lines, table_log
 from scripts.experiments.table_run import TableRun, command_of, listing, table_runs
 from scripts.experiments.tables import TABLES
 from vista.device import cpu_settings, keep_freed_memory
 from vista.errors import VistaError
 from vista.files import replace_text, writable_folder
+from vista.progress_bar import progress_bar, ticking
 
 
-def main(
-    arguments: Sequence[str] | None = None,
-    progress_of: Callable[[Sequence[float], float | None], RowProgress] = RowProgress,
-) -> int:
-    """Run or list the missing lines of a table; returns the exit status.
-
-    Args:
-        arguments: words of the command line; None for this process's own.
-        progress_of: makes the progress bar from the estimates and the limit in seconds.
-    """
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run or list the missing lines of a table; returns the exit status."""
     settings = _arguments(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    # --minutes interrupts as Ctrl-C does, but a shell makes background jobs ignore that signal.
+    # `timeout -s INT` interrupts as Ctrl-C does, but a shell makes background jobs ignore that signal.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     results = Path(settings.results) / f"{settings.table}.jsonl"
     keep_freed_memory()
@@ -61,7 +51,7 @@ def main(
                 return 0
             writable_folder(settings.results, "--results")
             try:
-                status = _run_all(settings, [run for run in runs if run.missing], results, progress_of)
+                status = _run_all(settings, [run for run in runs if run.missing], results)
                 if results.exists():
                     for line in list(paired_lines(settings, read_results(results))):
                         append_result(results, line)
@@ -83,37 +73,26 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("runs/tables"), help="folder for logs, runs and stores")
     parser.add_argument("--results", type=Path, default=Path("docs/results"), help="folder of the result files")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
-    parser.add_argument("--minutes", type=_minutes, help="stop after this time, as Ctrl-C does; rerun to resume")
     parser.add_argument("--list", action="store_true", help="list finished and missing lines and the estimated time")
     return parser.parse_args(arguments)
 
 
-def _minutes(text: str) -> float:
-    minutes = float(text)
-    if not 0 < minutes < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a positive number of minutes, got {text}")
-    return minutes
-
-
-def _run_all(
-    settings: argparse.Namespace,
-    runs: Sequence[TableRun],
-    results: Path,
-    progress_of: Callable[[Sequence[float], float | None], RowProgress],
-) -> int:
+def _run_all(settings: argparse.Namespace, runs: Sequence[TableRun], results: Path) -> int:
     if not runs:
         print(f"{settings.table}: all runs are done")
         return 0
     lines = []
-    limit_s = None if settings.minutes is None else 60 * settings.minutes
+    total_s = round(sum(run.estimate_s for run in runs), 1)
     try:
-        with logging_redirect_tqdm(), progress_of([run.estimate_s for run in runs], limit_s) as progress:
-            for run in runs:
-                with progress.run(run.label):
+        with logging_redirect_tqdm(), progress_bar(total=total_s, desc="runs", unit="s", shown=True) as bar:
+            for number, run in enumerate(runs, start=1):
+                bar.set_description(f"{number} of {len(runs)}: {run.label}", refresh=False)
+                with ticking(bar):
                     log = table_log(settings, run.row)
-                    for measured in measure(settings, run, log, progress):
+                    for measured in measure(settings, run, log):
                         lines.append(_line(settings, run, measured))
                         append_result(results, lines[-1])
+                bar.update(run.estimate_s)
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "stopped; rerun the command to resume")
         return 130

@@ -10,18 +10,25 @@ import argparse
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from scripts.experiments.results import defined, newest_rows
 from scripts.experiments.row_origin import RowOrigin, train_noted
-from scripts.experiments.row_progress import RowProgress
 from scripts.experiments.serving_cost import history_model_latency_ms, scorer_latency_ms, training_speed
 from scripts.experiments.sets import prepare_set, prepare_simulation, prepare_with_texts, set_folder, source_folder
-from scripts.experiments.table_run import TableRun, part_configs, recorded_config, train_config
+from scripts.experiments.table_run import (
+    UNTRAINED_SEED,
+    TableRun,
+    command_of,
+    part_configs,
+    recorded_config,
+    train_config,
+)
 from scripts.experiments.tables import TABLES
 from scripts.experiments.tables.table import Table, TableRow
 from vista.arrays import Floats, Int
@@ -39,7 +46,8 @@ from vista.evaluation.baseline_evaluation import (
     trained_baselines,
 )
 from vista.evaluation.cases import impression_cases, with_tasks
-from vista.evaluation.counting_baselines import CountingBaseline, counting_baselines
+from vista.evaluation.comparison import Comparison, PerUserMetrics
+from vista.evaluation.counting_baselines import CountingBaseline
 from vista.evaluation.evaluate import EvaluationReport, evaluate_model, evaluate_scorer
 from vista.evaluation.protocol import USERS_PER_BATCH, impression_metrics, split_windows, window_metric
 from vista.examples.item_statistics import item_counts
@@ -159,9 +167,7 @@ class RowMeasurement:
     """Standard errors over users, in tables with `windows`."""
 
 
-def measure(
-    settings: argparse.Namespace, run: TableRun, log: EventLog, progress: RowProgress
-) -> Iterator[RowMeasurement]:
+def measure(settings: argparse.Namespace, run: TableRun, log: EventLog) -> Iterator[RowMeasurement]:
     """Measure the missing lines of a run."""
     table, row = TABLES[settings.table], run.row
     folder, configs = row_folder(settings, run.name, run.seed), part_configs(table, row)
@@ -172,22 +178,19 @@ def measure(
     elif row.untrained:
         reports = {}
         for part, config in configs.items():
-            progress.check()
             reports[part] = _counted(row.untrained, log, config.data, _asked(table, part))
         origin = RowOrigin(sum(report.seconds for report in reports.values()))
         yield _measurement(table, run.name, reports, {}, origin, folder)
     else:
         models = {}
         for part, config in configs.items():
-            progress.check()
             models[part] = _trained(settings, run, config, log, folder / part if table.windows else folder)
         trained = RowOrigin.read({part: one.folder for part, one in models.items()})
         if all(isinstance(one.model, VistaModel) for one in models.values()):
-            yield from _served(run, log, table, models, folder, trained, progress)
+            yield from _served(run, log, table, models, folder, trained)
             return
         reports, costs = {}, {}
         for part, one in models.items():
-            progress.check()
             assert isinstance(one.model, HistoryModel)
             asked = _asked(table, part)
             reports[part] = _reported(table, evaluate_model(one.model, log, asked), log, one.model.data, asked)
@@ -207,6 +210,57 @@ def reported_metrics(table: Table) -> tuple[str, ...]:
 def per_user_file(folder: Path, line: str, part: str) -> Path:
     """Where a line of a table with `windows` keeps the metrics per user, for paired comparisons."""
     return folder / "per-user" / f"{line}, {part}.npz"
+
+
+def paired_lines(settings: argparse.Namespace, lines: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """A result for each pair of rows of the table whose metrics per user exist, unless `lines` has it already.
+
+    The metrics per user lie in the work folder, next to the models, so a difference is measured where its rows were.
+    Its metrics are those of the pair's first row minus those of the second on test, averaged over seeds per user first,
+    as `vista compare` shows them with the second row as `a`. Its errors are their standard errors over users.
+    """
+    table = TABLES[settings.table]
+    title = f"{settings.table}, paired differences"
+    newest = newest_rows(lines)
+    for pair in table.pairs:
+        seeds = _common_seeds(settings, pair, newest)
+        files = {row: _files(settings, row, seeds) for row in pair}
+        if not seeds or not all(file.exists() for own in files.values() for file in own):
+            continue
+        row, reference = ([PerUserMetrics.load(file) for file in files[name]] for name in pair)
+        differences, reported = Comparison.of(reference, row).differences, reported_metrics(table)
+        line = {
+            "table": title,
+            "data": table.data,
+            "model": " − ".join(pair),
+            "seed": seeds[0],
+            "seeds": seeds,
+            "metrics": defined({name: differences[name].difference for name in reported}),
+            "errors": defined({name: differences[name].standard_error for name in reported}),
+            "command": command_of(settings, pair, seeds),
+            "config": {"seeds": seeds, "runs": {row: own[0].parts[-3] for row, own in files.items()}},
+            **RowOrigin(0.0).fields(),
+        }
+        before = newest.get((title, table.data, line["model"]), [])
+        if not any(all(old[key] == line[key] for key in ("metrics", "config")) for old in before):
+            yield line
+
+
+def _common_seeds(
+    settings: argparse.Namespace,
+    pair: Sequence[str],
+    newest: Mapping[tuple[str, str, str], Sequence[Mapping[str, Any]]],
+) -> list[int]:
+    """Seeds of all trained rows of a pair."""
+    table = TABLES[settings.table]
+    trained = [row for row in pair if not table.rows[row].untrained]
+    seeds = [{line["seed"] for line in newest.get((settings.table, table.data, row), [])} for row in trained]
+    return sorted(set.intersection(*seeds)) if seeds else [UNTRAINED_SEED]
+
+
+def _files(settings: argparse.Namespace, row: str, seeds: Sequence[int]) -> list[Path]:
+    own = [UNTRAINED_SEED] if TABLES[settings.table].rows[row].untrained else seeds
+    return [per_user_file(row_folder(settings, row, seed), row, "test") for seed in own]
 
 
 def _asked(table: Table, part: str) -> EvaluateConfig:
@@ -314,7 +368,6 @@ def _served(
     models: Mapping[str, _RowModel],
     folder: Path,
     trained: RowOrigin,
-    progress: RowProgress,
 ) -> Iterator[RowMeasurement]:
     """The missing lines of a trained row, through the scorer, from a store of each codec and part of the split."""
     optim = run.config["optim"]
@@ -323,7 +376,6 @@ def _served(
     for name, how in served.items():
         reports, costs = {}, {}
         for part, one in models.items():
-            progress.check()
             assert isinstance(one.model, VistaModel)
             model = one.model
             store = one.folder / (f"{how.codec.value}-{how.staleness}" if how.staleness else how.codec.value)
@@ -333,7 +385,6 @@ def _served(
             if store not in refreshed:
                 report = refresh(model, log, store, until=until, options=RefreshOptions(codec=how.codec))
                 refreshed[store] = report.seconds / max(report.num_users - report.resumed_at, 1)
-                progress.check()
             shown = model if how.tail_len is None else model.with_tail(how.tail_len)
             asked = _asked(table, part)
             # Recall reads the decoder, which its own loss trains.

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import re
 import resource
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-from tests.docs.page import PageError, blocks_of, steps_of
+from tests.docs.page import blocks_of, steps_of
 from tests.docs.run_page import ROOT, TIME_LIMIT_S, PageFailed, check_page, environment
 from tests.required_program import required
 
@@ -87,40 +84,9 @@ def test_the_page_of_the_kernels_runs_and_prints_what_it_shows(tmp_path: Path) -
     assert check_page(KERNELS, tmp_path) == 1
 
 
-def test_the_code_of_the_kernels_computes_what_the_page_says() -> None:
-    (step,) = steps_of(KERNELS)
-    names: dict[str, Any] = {}
-    exec(compile(step.code, str(KERNELS), "exec"), names)
-    k, v, time = (names[name][:5] for name in ("k", "v", "time"))
-    weight = torch.exp(-(40 - time)[:, None] / names["tau"]).float()
-    weight[3] = 0
-    z, n = names["accumulate_state"](k, v, torch.tensor([0, 5]), weight=weight)
-    torch.testing.assert_close(names["forgot"], (z, n), rtol=1e-4, atol=1e-4)
-    assert names["out"].shape == (1, 4, 500, 16)
-
-
-def test_nothing_is_left_to_fill_in() -> None:
-    for page in [README, *PAGES]:
-        assert not re.search("TODO|PLACEHOLDER", page.read_text()), page
-
-
-@pytest.mark.parametrize(
-    ("text", "error", "message"),
-    [
-        (
-            "```python\nprint(0.52)\n```\n\n```text within 3 %\n0.50\n```\n",
-            PageFailed,
-            r"page.md:6: the output is not what the page shows(.|\n)*-0.50\n\+0.52",
-        ),
-        ("```console\n$ true\n$ false\n```\n", PageFailed, r"page.md:3: \$ false\nexit status 1"),
-        ("```bash\nvista train\n```\n", PageError, r"page.md:1: put these commands into a ```console block"),
-    ],
-    ids=["another output", "an error", "a command that no test runs"],
-)
-def test_a_wrong_page_fails(tmp_path: Path, text: str, error: type[Exception], message: str) -> None:
-    """The tests above can fail."""
-    (tmp_path / "page.md").write_text(text)
-    with pytest.raises(error, match=message):
+def test_another_output_fails(tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_text("```python\nprint(0.52)\n```\n\n```text within 3 %\n0.50\n```\n")
+    with pytest.raises(PageFailed, match=r"page.md:6: the output is not what the page shows(.|\n)*-0.50\n\+0.52"):
         check_page(tmp_path / "page.md", tmp_path)
 
 

@@ -1,7 +1,7 @@
 """Rewrites the outputs that pages and notebooks show: `python -m tests.docs.update_output README.md docs/index.md`.
 
-Lines that still match stay, those with `...` too. Only an output that is shown already is updated: write an empty
-```text block below a python block, or a line `?` below a command, to have it filled in. A
+An output that still matches stays; write `...` again into one that is replaced. Only an output that is shown already
+is updated: write an empty ```text block below a python block, or a line `?` below a command, to have it filled in. A
 notebook (`docs/notebooks/own-log.ipynb`) gets new outputs if one of them has changed.
 """
 
@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.docs.page import read_lines, updated
+from tests.docs.page import matches, read_lines
 from tests.docs.run_page import TIME_LIMIT_S, run_page
 
 
@@ -26,8 +26,8 @@ def update_page(page: Path, *, limit_s: float = TIME_LIMIT_S) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         outputs = [(step, output) for step, output in run_page(page, Path(folder), limit_s=limit_s)]
     for step, printed in reversed(outputs):
-        if step.shown is not None:
-            new = [f"{step.indent}{line}".rstrip() for line in updated(step.shown, printed, step.tolerance)]
+        if step.shown is not None and not matches(step.shown, printed, step.tolerance):
+            new = [f"{step.indent}{line}".rstrip() for line in "\n".join(printed).rstrip().split("\n")]
             lines[step.shown_start : step.shown_start + len(step.shown)] = new
     text = "".join(f"{line}\n" for line in lines)
     changed = text != page.read_text(encoding="utf-8")

@@ -7,7 +7,7 @@ from pathlib import Path
 import lmdb
 import pytest
 
-from scripts.benchmarks.store_workloads import StoreShape, user_values, write_store
+from scripts.benchmarks.bench_store import StoreShape, user_values, write_store
 from scripts.benchmarks.workloads import lifelong_log, untrained
 from tests.store.remote.valkey_server import ValkeyServer
 from vista.config.checks import Codec, StateDtype

@@ -9,9 +9,7 @@ import json
 import math
 import os
 import re
-from dataclasses import replace
 from functools import partial
-from mmap import PROT_READ, mmap
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +18,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from scripts.benchmarks import bench_attention, bench_training, benchmark, rooflines
-from scripts.benchmarks import rectools_process as baseline
-from scripts.benchmarks.attention import (
-    NUM_LAYERS,
-    Attention,
+from scripts.benchmarks import bench_attention, bench_training, benchmark
+from scripts.benchmarks.bench_attention import (
+    AttentionSizesOnGpu,
     AttentionStep,
     attention_replaced,
     hstu,
@@ -32,27 +28,20 @@ from scripts.benchmarks.attention import (
     plain_quasi_linear,
     sdpa,
 )
-from scripts.benchmarks.bench_attention import AttentionSizesOnGpu
+from scripts.benchmarks.bench_scorer import scorer_roofline
+from scripts.benchmarks.bench_training import GATHERED_BYTES, PILOT_BATCHES, RecToolsPilot, RecToolsSetting
 from scripts.benchmarks.benchmark import BenchmarkRecorder, interleaved, read_cases, timing_of
-from scripts.benchmarks.rectools_process import RecToolsPilot, RecToolsSetting
 from scripts.benchmarks.rooflines import (
     Roofline,
     RooflineWork,
-    backward_roofline,
-    forward_roofline,
-    short_users_roofline,
 )
-from scripts.benchmarks.scorer_workloads import scorer_roofline
-from scripts.benchmarks.store_workloads import private_bytes
 from scripts.benchmarks.workloads import lifelong_log, untrained
 from tests.benchmark_process import run_benchmark
 from tests.required_program import require_compiler
-from vista.config.checks import Precision, TargetAttentionKind
+from vista.config.checks import Precision
 from vista.errors import DataError
 from vista.log.splits import visible_counts
-from vista.model import summarizer
 from vista.model.inference import pad_tail
-from vista.model.vista_model import VistaModel
 
 pytestmark = pytest.mark.research
 
@@ -164,32 +153,6 @@ def test_contestants_alternate_in_reversing_order() -> None:
     assert gc.isenabled() and [len(timing.samples_s) for timing in times.values()] == [4, 4]
 
 
-def test_timing_by_hand() -> None:
-    timing = timing_of([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert (timing.median_s, timing.spread_s) == (3.0, 2.0)
-    assert timing.p99_s == pytest.approx(4.96)
-
-
-SHAPE = (512, 2, 64, torch.bfloat16)
-
-
-@pytest.mark.parametrize(
-    "roofline",
-    [
-        forward_roofline(*SHAPE),
-        backward_roofline(*SHAPE),
-        short_users_roofline(500, 20, 64, torch.float32, state_passes=2),
-    ],
-    ids=["forward", "backward", "short users"],
-)
-def test_rooflines_are_measured(roofline: Roofline) -> None:
-    timing = interleaved(roofline.calls(), rounds=3)
-    parts = roofline.parts(timing)
-    assert len(timing) == len(roofline.calls()) and all(0 < part < math.inf for part in parts)
-    assert roofline.seconds(timing) == max(parts[:2]) + parts[2]
-    assert "products" in roofline.describe(timing)
-
-
 def test_a_roofline_by_hand() -> None:
     copy, product, silu = (RooflineWork(lambda: None, times, "") for times in (2.0, 3.0, 0.5))
     timing = {f"roofline {index}": timing_of([seconds]) for index, seconds in enumerate([10.0, 4.0, 5.0, 2.0])}
@@ -197,21 +160,6 @@ def test_a_roofline_by_hand() -> None:
     assert roofline.parts(timing) == (20.0, 3 * 4 + 6 * 5, 1.0) and roofline.seconds(timing) == 43.0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bytes_that_must_move(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    moved: list[int] = []
-    monkeypatch.setattr(
-        rooflines, "copying", lambda num_bytes: moved.append(num_bytes) or RooflineWork(lambda: None, 1, "")
-    )
-    forward_roofline(300, 1, 64, dtype)
-    backward_roofline(300, 1, 64, dtype)
-    for passes in (1, 2):
-        short_users_roofline(300, 20, 64, dtype, state_passes=passes)  # type: ignore[arg-type]
-    token, state = 64 * dtype.itemsize, 64 * 64 * 4
-    assert moved == [4 * 300 * token, 7 * 300 * token, *(4 * 300 * token + n * 20 * state for n in (1, 2))]
-
-
-# Per block: several whole items, one item, two rows of one item, and one row that exceeds the block.
 BLOCKS = (1000, 7 * 11, 2 * 11, 1)
 
 
@@ -231,57 +179,17 @@ def test_hstu_in_blocks_is_hstu(block_scores: int) -> None:
         torch.testing.assert_close(mine, true)
 
 
-def test_hstu_never_holds_all_scores() -> None:
-    sizes = []
-
-    class Watch(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            result = function(*args, **(kwargs or {}))
-            sizes.extend([result.numel()] if isinstance(result, torch.Tensor) else [])
-            return result
-
-    q, k, v = (torch.randn(1, 512, 1, 4) for _ in range(3))
-    with torch.no_grad(), Watch():
-        hstu(q, k, v, block_scores=4096)
-    assert max(sizes) == 4096
-
-
-@pytest.mark.parametrize("attention", [sdpa, partial(hstu, block_scores=500)], ids=["SDPA", "HSTU"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_model_with_a_baseline_uses_only_that(
-    attention: Attention, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    step = AttentionStep(2, 40, 64)
-    step.model.eval()
-    ours = step.summarize(dtype, None)
-    calls: list[tuple[int, int]] = []
-
-    def counted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        calls.append((q.shape[1], k.shape[1]))
-        assert q.dtype == k.dtype == v.dtype == dtype
-        return attention(q, k, v)
-
-    def forbidden(*_: object, **__: object) -> None:
-        raise AssertionError("our attention was called")
-
-    for name in ("quasi_linear_attention", "accumulate_state", "read_state"):
-        monkeypatch.setattr(summarizer, name, forbidden)
-    baseline = step.summarize(dtype, counted)
-    # Events and seeds per layer; in the last layer only the seeds read.
-    assert calls == [(72, 72)] * (NUM_LAYERS - 1) + [(32, 72)]
-    assert baseline.shape == ours.shape and not torch.allclose(baseline, ours, atol=0.1)
-    with pytest.raises(AssertionError, match="our attention was called"):
-        step.run(dtype, None)
-    step.run(dtype, counted)
-    assert step.tokens.grad is not None and float(step.tokens.grad.abs().max()) > 0
-
-
 def test_the_replacement_is_exact_and_undone() -> None:
     """Our attention in place of a baseline gives the model's own output; afterwards nothing stays replaced."""
     step = AttentionStep(3, 20, 64)
     step.model.eval()
     ours = step.summarize(torch.float32, None)
-    torch.testing.assert_close(step.summarize(torch.float32, plain_quasi_linear), ours, atol=1e-4, rtol=1e-4)
+
+    def as_the_model(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """The formula without normalization, as bidirectional models have it."""
+        return plain_quasi_linear(q, k, v * v.shape[1])
+
+    torch.testing.assert_close(step.summarize(torch.float32, as_the_model), ours, atol=1e-4, rtol=1e-4)
     with pytest.raises(ZeroDivisionError), attention_replaced(sdpa):
         raise ZeroDivisionError
     assert torch.equal(step.summarize(torch.float32, None), ours)
@@ -306,100 +214,42 @@ def test_the_gpu_part_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(cases) == len(recorder.rows) and all(row["met"] is not None for row in recorder.rows)
 
 
-SHORT = ("checksums", "kafka", "simulate", "store", "summarizer", "training_features")
+SHORT = ("store", "summarizer", "training_features")
 """Benchmarks that `make test-research` runs; `make nightly` runs all."""
 
 
-# Parts of names of cases that each benchmark must write.
 CASES = {
-    "attention": [
-        "QLA forward, 1,024 events, d=64, float32",
-        "QLA backward, 1,024 events, d=256, bfloat16",
-        "QLA forward, 1,024 events, d=64, against SDPA",
-        "training step, 2 x 256 events, d=256, against HSTU",
-        "accumulate and read, 2,000 users of 0 to 50 events",
-        "time per event at 10,000 over that at 1,000 events",
-    ],
+    "attention": ["QLA backward, 1,024 events, d=256, bfloat16", "training step, 2 x 256 events, d=256, against HSTU"],
     "export": [
-        "logits of the scorer, 500 candidates: standard deviation",
-        "onnx: largest difference of logits over 1,000 requests",
-        "onnx: largest difference of next over 1,000 requests",
         "onnx: CPU time of 1 user x 500 candidates, against the scorer",
-        "aotinductor: largest difference of logits over 1,000 requests",
-        "aotinductor: CPU time of 1 user x 500 candidates, against the scorer",
+        "aotinductor: largest difference of next",
     ],
-    "kafka": ["Kafka to the store, against watch folder= with csv", "against watch folder= with parquet"],
-    "ranks": ["2 ranks, generated: against 2 independent processes"],
-    "refresh": [
-        "ingest of 20,000 events, ratings.dat",
-        "ratings.csv: share of read",
-        "Parquet: Polars reading the columns alone",
-        "users",
-        "share of summarize",
-        "share of write",
-    ],
-    "checksums": [
-        "ingest of 40,000 events, Parquet: share of the checksums",
-        "share of the SHA-256 of the source",
-        "verify a log of 0.6 MB, in the page cache",
-    ],
-    "index": [
-        "20,000 items, ivfpq: recall@100",
-        "20,000 items, hnsw: size, against the vectors",
-        "20,000 items, ivfpq: CPU time of a query, against a scan of 1",
-        "20,000 items, hnsw: CPU time of a query, against a scan of 32",
-    ],
-    "items_add": [
-        "items add of 500 items to a catalog of 5,000 under load: time",
-        "items add of 500 items to a catalog of 5,000 under load: wrong answers",
-    ],
-    "lengths": ["200 events: vista", "1,000 events: tail-only", "200 events: sim-hard", "1,000 events: twin"],
-    "ray": ["in two actors of Ray against two processes: rate", "memory", "first batch"],
-    "serve": [
-        "500 candidates, JSON: requests per second over HTTP against in process",
-        "5,000 candidates, MessagePack: CPU time per request",
-        "500 candidates: p99 at half load, equal gaps, against the median",
-        "4 requests of 10 candidates in one call against a call each",
-    ],
+    "index": ["20,000 items, ivfpq: recall@100", "20,000 items, hnsw: CPU time of a query, against a scan of 32"],
+    "ingest": ["ingest of 20,000 events, ratings.dat", "ids and times only: events per CPU second"],
+    "lengths": ["200 events: vista", "1,000 events: twin"],
     "scorer": [
         "a user of 20,000 events against one of 200",
-        "50 candidates: median",
-        "5000 candidates: p99",
-        "encoded",
-        "500 candidates, float32: over the roofline of its matrix products",
-        "5,000 candidates, float32: times over its roofline, against those of 500 candidates",
         "32 users x 100 candidates, float32: times over its roofline",
-        "500 candidates, next: with counters against without",
         "500 candidates, click: with counters of a category too",
+        "500 candidates: with 8 features of items and 4 of requests against ids alone",
         "2,000 events, bidirectional, float32: stored against recomputed",
-        "2,000 events, separable, float32: stored against recomputed",
-        "50 events: against sasrec over the raw history",
         "2,000 events: against hstu over the raw history",
-        "two worker processes of one thread each against one",
-        "10,000 items: private memory of a worker after 200 requests",
     ],
-    "simulate": ["generation, 1 thread", "writing", "generation, 1 thread, and writing"],
+    "serve": [
+        "5,000 candidates, MessagePack: CPU time per request",
+        "p99 at half load, random gaps, against the median",
+    ],
     "store": [
-        "K=32, d=64: durable writes in batches of 512, against raw LMDB",
         "K=128, d=256: reads of 256 users, checked, against raw LMDB's copies",
-        "checked and as float32, against a copy of the bytes and a write of the numbers",
         "p99 of reads of 1 user(s) while another process writes",
-        "file of the summaries of 2,560 users after 20 rewrites, against its live pages",
         "incremental refresh of 16 users of 10,000 events, 50 new each, over the roofline",
-        "incremental refresh of 64 users of 1,000 events, 50 new each, against a full refresh",
-        "incremental refresh of 16 users: 10,000 old events each, against 1,000",
-        "users without new events",
-        "full refresh of 200 users",
-        "5,000 users not in the page cache: open to first read",
+        "full refresh of 200 users, 30,000 events: users",
         "private memory of a reader after 500 reads",
     ],
-    "summarizer": [
-        "20,000 events, separable, d=64, K=16, 2 layers, float32: time over the roofline",
-        "separable, d=256, K=128, 3 layers, bfloat16: peak memory beyond the log",
-        "bidirectional, d=256, K=128, 3 layers, float32: rate",
-    ],
+    "summarizer": ["separable, d=256, K=128, 3 layers, bfloat16: peak memory beyond the log"],
     "training_features": ["400 items, training step, d=64: with 8 features of items, 2 of events, and 4 of requests"],
 }
+"""Parts of names of cases that each benchmark must write."""
 
 
 def write_histories(path: Path, lengths: list[int]) -> Path:
@@ -429,8 +279,6 @@ def fake_environment(folder: Path, report: dict[str, Any]) -> Path:
     "subject", [subject if subject in SHORT else pytest.param(subject, marks=pytest.mark.nightly) for subject in CASES]
 )
 def test_a_benchmark_runs_and_writes_its_cases(subject: str, tmp_path: Path) -> None:
-    if subject == "ray":
-        pytest.importorskip("ray")
     if subject == "export":
         pytest.importorskip("onnxruntime")
         require_compiler()
@@ -444,25 +292,20 @@ def test_a_benchmark_runs_and_writes_its_cases(subject: str, tmp_path: Path) -> 
     assert all(row["value"] >= 0 for row in rows if not row["unit"].endswith("beyond the roofline"))
     assert len({row["case"] for row in rows}) == len(rows)
     assert "bars: " in done.stdout and str(out) in done.stdout
-    assert all(row["met"] for row in rows if "users without new events" in row["case"])
-    assert all(row["value"] == 0 for row in rows if "wrong answers" in row["case"])
     assert all(row["met"] for row in rows if "largest difference" in row["case"])
     memory = [row for row in rows if "peak memory" in row["case"]]
     assert all(row["met"] for row in memory) and bool(memory) == (subject == "summarizer")
     for whole in {row["case"].split(": share of ")[0] for row in rows if ": share of " in row["case"]}:
-        if subject == "refresh":
-            shares = [row["value"] for row in rows if row["case"].startswith(f"{whole}: share of ")]
-            assert sum(shares) == pytest.approx(100, abs=0.1)
+        shares = [row["value"] for row in rows if row["case"].startswith(f"{whole}: share of ")]
+        assert sum(shares) == pytest.approx(100, abs=0.1)
 
 
-@pytest.mark.parametrize("kind", TargetAttentionKind)
-def test_the_scorers_roofline_counts_what_the_model_multiplies(tmp_path: Path, kind: TargetAttentionKind) -> None:
+def test_the_scorers_roofline_counts_what_the_model_multiplies(tmp_path: Path) -> None:
     log = lifelong_log(tmp_path / "log", [9, 40], num_items=49)
-    usual = untrained(log, dim=16, num_seeds=6, tail_len=5)
-    model = VistaModel(replace(usual.config, target_attention=kind), usual.schema, log.items, usual.data).eval()
+    model = untrained(log, dim=16, num_seeds=6, tail_len=5)
     items = torch.arange(1, 8).expand(2, -1)
     tail = pad_tail(model, np.arange(1, 11), np.arange(10), np.zeros(10), np.array([0, 5, 10]))
-    stage, summary = model.target_attention, torch.randn(2, 6 + model.config.num_state_rows, 16)
+    stage, summary = model.target_attention, torch.randn(2, 6, 16)
     with torch.inference_mode():
         vectors = model.item_vectors(items)
         projections = stage.layers[0].project(vectors)
@@ -534,19 +377,6 @@ def test_both_sides_train_on_the_same_events(tmp_path: Path) -> None:
         assert (np.diff(arrays["timestamp"]) > 0).all()
 
 
-def test_private_memory_excludes_the_page_cache(tmp_path: Path) -> None:
-    size = 32 << 20
-    (tmp_path / "data.mdb").write_bytes(bytes(size))
-    smaps = Path("/proc/self/smaps")
-    before = private_bytes(smaps.read_text())
-    with (tmp_path / "data.mdb").open("rb") as file, mmap(file.fileno(), 0, prot=PROT_READ) as mapped:
-        assert not np.frombuffer(mapped, np.uint8).any()
-        assert private_bytes(smaps.read_text()) - before < size // 4
-    with mmap(-1, size) as own:  # not an array, which could reuse memory of the process
-        own.write(b"\1" * size)
-        assert private_bytes(smaps.read_text()) - before > size * 3 // 4
-
-
 @pytest.mark.parametrize("negatives", [1, 64, 1024])
 def test_the_pilot_finds_the_fastest_setting(negatives: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def cost(setting: RecToolsSetting) -> float:
@@ -556,17 +386,17 @@ def test_the_pilot_finds_the_fastest_setting(negatives: int, monkeypatch: pytest
 
     tried: list[RecToolsSetting] = []
 
-    def run_rectools(python: Path, data: Path, setting: RecToolsSetting, max_batches: int) -> dict[str, Any]:
-        assert max_batches == baseline.PILOT_BATCHES
+    def run(pilot: RecToolsPilot, setting: RecToolsSetting, max_batches: int) -> dict[str, Any]:
+        assert max_batches == PILOT_BATCHES
         tried.append(setting)
         return {"seconds_per_epoch": [cost(setting)]}
 
-    monkeypatch.setattr(baseline, "run_rectools", run_rectools)
+    monkeypatch.setattr(RecToolsPilot, "run", run)
     pilot = RecToolsPilot(Path("python"), Path("data"), negatives, 0.2, quick=False)
     chosen = pilot.fastest()
     assert len(set(tried)) == len(tried) and chosen == min(tried, key=cost)
     assert (chosen.precision, chosen.workers, chosen.n_negatives, chosen.dropout) == ("32-true", 1, negatives, 0.2)
     gathered = [s.batch_size * 200 * negatives * 64 * 4 for s in tried if s.loss != "softmax"]
-    assert max(gathered) <= 2 * baseline.GATHERED_BYTES
+    assert max(gathered) <= 2 * GATHERED_BYTES
     if negatives < 1024:  # else batches of sampled losses are too small to be fast, and softmax wins
         assert (chosen.loss, chosen.batch_size) == ("sampled_softmax", 32)

@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from scripts.experiments import paired, reproduce, sets
+from scripts.experiments import reproduce, sets
 from scripts.experiments.results import changed_settings, read_results
 from scripts.experiments.row_measurement import SIMULATED, WINDOW_METRICS, PopularityAfterwards, yambda_metrics
 from scripts.experiments.sets import (
@@ -21,14 +21,12 @@ from scripts.experiments.sets import (
     prepare_set,
     prepare_simulation,
     prepare_with_texts,
-    set_folder,
     source_folder,
 )
 from scripts.experiments.table_run import part_configs, recorded_config, train_config
 from scripts.experiments.tables import TABLES
 from scripts.experiments.tables.public_tables import LAST_DAY
 from scripts.experiments.tables.public_tables import TABLES as PUBLIC_TABLES
-from scripts.experiments.tables.simulation_tables import WORLDS
 from scripts.experiments.tables.table import K0, ORACLE, Table, TableRow
 from scripts.experiments.tables.window_tables import COUNTED, WITHOUT
 from tests.cli.test_items_commands import LettersEncoder
@@ -39,7 +37,7 @@ from tests.training.test_public_experiments import FEW
 from tests.training.test_public_experiments import TINY as TINY_MODEL
 from vista.cli import item_commands
 from vista.config import EvaluateConfig, SimulateConfig, TrainConfig
-from vista.config.checks import Codec, Target, WorldName
+from vista.config.checks import Codec, Target
 from vista.config.composition import compose_config
 from vista.evaluation.baseline_evaluation import trained_baselines
 from vista.evaluation.cases import WindowCases
@@ -47,8 +45,7 @@ from vista.evaluation.counting_baselines import counting_baselines
 from vista.evaluation.protocol import measure_windows
 from vista.log.event_log import EventLog
 from vista.log.ingest.source_parser import read_categories
-from vista.log.splits import parse_time, split_until
-from vista.simulation.streams import split_times
+from vista.log.splits import split_until
 
 pytestmark = pytest.mark.research
 
@@ -96,13 +93,6 @@ def test_long_histories_with_returns_are_read(name: str, sizes: tuple[int, int, 
         assert (codes[1:] > 0).mean() > 0.99 and codes.max() > 10
 
 
-@pytest.mark.parametrize("name", SETS)
-def test_every_split_can_be_composed(name: str) -> None:
-    data = compose_config(TrainConfig, SETS[name].words).data
-    if data.test_from is not None:
-        assert parse_time(str(data.validation_from)) < parse_time(data.test_from)
-
-
 @pytest.mark.parametrize("name", ["complete-journey", "dev-packages"])
 def test_the_experiment_splits_where_the_tables_do(name: str) -> None:
     splits = []
@@ -110,12 +100,6 @@ def test_the_experiment_splits_where_the_tables_do(name: str) -> None:
         data = compose_config(TrainConfig, words).data
         splits.append((data.split, data.validation_from, data.test_from, data.validation_share, data.test_share))
     assert splits[0] == splits[1]
-
-
-def test_the_folder_is_given_or_below_that_of_all_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "ml-1m").mkdir()
-    monkeypatch.setenv("VISTA_DATA_DIR", str(tmp_path))
-    assert set_folder("ml-1m") == tmp_path / "ml-1m" and set_folder("ml-1m", tmp_path) == tmp_path
 
 
 TEXT_SET = "complete-journey"
@@ -150,17 +134,6 @@ def test_a_log_gets_one_more_feature(
     assert (tmp_path / "log-source" / "items.parquet").exists() and pl.read_parquet(
         tmp_path / "log-source" / "vectors.parquet"
     ).columns == ["product_id", "text"]
-
-
-def test_rows_with_texts_are_runs_of_their_own() -> None:
-    """Otherwise, a row would load the model of another one."""
-    table = TABLES["cold-cj"]
-    rows = {row.texts: recorded_config(table, row) for row in table.rows.values() if not row.untrained}
-    assert rows.keys() == {"", "vectors", "codes"}
-    assert rows["vectors"] == rows["codes"] | {"texts": "vectors"}
-    plain = recorded_config(table, table.rows["vista"])
-    assert "texts" not in plain and rows["codes"] == plain | {"texts": "codes"}
-    assert np.all([pair in table.pairs for pair in (("vista, text vectors", "vista"), ("vista, text codes", "vista"))])
 
 
 SMALL = (
@@ -225,25 +198,6 @@ def test_rows_are_measured_on_both_parts_and_compared_by_user(tmp_path: Path, wo
     assert page.count("| vista − tail-only |") == 1 and "| tiny | vista − tail-only | 2 |" in page
 
 
-def test_differences_by_activity_add_up_to_the_paired_difference(
-    tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    rows = ["vista", "tail-only"]
-    assert reproduce.main([*words, "--rows", *rows]) == 0
-    differences = lines_of(tmp_path)[-1]["metrics"]
-    capsys.readouterr()
-    assert paired.main(["tiny", *rows, "--work", str(tmp_path / "work")]) == 0
-    header, _, *groups = (
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()
-    )
-    assert len(groups) == paired.NUM_GROUPS
-    column = header.index("precision@10/50-events")
-    total = sum(int(group[1]) * float(group[column].split()[0]) for group in groups)
-    assert total / sum(int(group[1]) for group in groups) == pytest.approx(differences[header[column]], abs=1e-4)
-    assert paired.main(["tiny", *rows, "--seeds", "2", "--work", str(tmp_path / "work")]) == 1
-    assert "measure the row 'vista' with `reproduce` first" in capsys.readouterr().err
-
-
 def test_each_part_has_a_model_that_is_trained_until_its_labels(tmp_path: Path, words: list[str]) -> None:
     """A trial has none for the test."""
     assert reproduce.main([*words, "--rows", "vista", "sasrec"]) == 0
@@ -278,17 +232,12 @@ def test_a_newcomer_has_one_model_whose_epoch_validation_chooses(name: str) -> N
 
 @pytest.mark.parametrize("name", [name for name, table in TABLES.items() if table.windows])
 def test_pairs_are_rows_that_are_measured_on_test(name: str) -> None:
-    rows = TABLES[name].rows
-    assert all(not rows[row].trial for pair in TABLES[name].pairs for row in pair)
-    assert len(set(TABLES[name].pairs)) == len(TABLES[name].pairs)
-
-
-@pytest.mark.parametrize("name", ["window-cj", "window-dev"])
-def test_models_with_counters_are_compared_with_every_baseline(name: str) -> None:
-    baselines = {row for row, values in TABLES[name].rows.items() if values.untrained}
-    assert baselines == TABLES[f"returns-{name.removeprefix('window-')}"].rows.keys()
-    for row in COUNTED:
-        assert {other for first, other in TABLES[name].pairs if first == row} >= baselines
+    rows, pairs = TABLES[name].rows, TABLES[name].pairs
+    assert all(not rows[row].trial for pair in pairs for row in pair) and len(set(pairs)) == len(pairs)
+    if name.startswith("window-"):
+        baselines = {row for row, values in rows.items() if values.untrained}
+        assert baselines == TABLES[f"returns-{name.removeprefix('window-')}"].rows.keys()
+        assert all({other for first, other in pairs if first == row} >= baselines for row in COUNTED)
 
 
 @pytest.mark.parametrize("name", ["window-cj", "window-dev"])
@@ -321,10 +270,6 @@ def test_reference_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert lines["pooled"]["config"]["simulation"] == size
 
 
-def test_every_world_but_share_has_a_table() -> None:
-    assert {*WORLDS} == {world.value for world in WorldName} - {"share"}
-
-
 def test_a_log_with_a_calendar(tmp_path: Path) -> None:
     config = SimulateConfig(out=str(tmp_path / "source"), num_users=6, events_per_user=300, days=400)
     prepare_simulation(config, tmp_path / "log", calendar=True)
@@ -339,15 +284,6 @@ def test_a_log_with_a_calendar(tmp_path: Path) -> None:
         moments = [datetime.fromtimestamp(int(time) / 1000, UTC) for time in times]
         want = [(str(moment.timetuple().tm_yday // 28), str(moment.isoweekday())) for moment in moments]
         assert [(row["season"], row["weekday"]) for row in values_of(features, values)] == want
-
-
-def test_a_longer_period_is_split_at_the_same_shares() -> None:
-    table = TABLES["world-seasons-4-years"]
-    assert table.simulation is not None
-    data = train_config(table, table.rows["vista"]).data
-    assert data.validation_from is not None and data.test_from is not None
-    split = [parse_time(data.validation_from), parse_time(data.test_from)]
-    assert np.abs(np.subtract(split, split_times(SimulateConfig(**table.simulation)))).max() < 86_400_000
 
 
 SHORT = ("kuairand", "yambda")

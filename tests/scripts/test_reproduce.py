@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import time
+import signal
 from dataclasses import replace
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,18 +13,13 @@ import pytest
 
 from scripts.benchmarks.benchmark import BenchmarkRecorder
 from scripts.experiments import plots, reproduce
-from scripts.experiments.results import append_result, changed_settings, hardware, markdown_table, read_results
-from scripts.experiments.row_progress import RowProgress
+from scripts.experiments.results import changed_settings, markdown_table, read_results
 from scripts.experiments.table_run import PLAN, recorded_config, train_config
 from scripts.experiments.tables import TABLES
 from scripts.experiments.tables.table import BOTH, COUNTING_BASELINES, K0, ORACLE, Table, TableLine, TableRow
 from tests.conftest import ratings_folder
-from vista.config import TrainConfig
 from vista.config.checks import Codec
-from vista.config.composition import compose_config
-from vista.config.model_config import EMBEDDING_HASHES
 from vista.errors import DataError
-from vista.log.histories import NUM_GAPS
 from vista.log.splits import parse_time
 from vista.model.features import Schema
 from vista.model.summarizer import Stage1Config
@@ -189,28 +183,24 @@ def test_only_missing_lines_are_run(
     assert again[5]["config"]["model"]["num_heads"] == 2
 
 
-def test_the_time_limit_stops_a_run_that_the_next_call_finishes(
+def test_an_interrupt_stops_a_run_that_the_next_call_finishes(
     tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The metrics equal those of an uninterrupted run."""
     long = TableRow(1, (*SMALL, "optim.epochs=20", "data.tokens_per_batch=200"))
     monkeypatch.setitem(TABLES, "tiny", replace(MOVIELENS, rows={**COUNTING_BASELINES, "vista": long}))
     assert reproduce.main([*words, "--rows", *COUNTING_BASELINES]) == 0
-    step, steps, made = trainer.Trainer._step, [], []
-
-    def progress_of(*arguments: Any) -> RowProgress:
-        made.append(RowProgress(*arguments))
-        return made[0]
+    step, steps = trainer.Trainer._step, []
 
     def stepping(run: Any, *arguments: Any) -> Any:
         steps.append(1)
-        if len(steps) == 3:  # half an hour has passed
-            made[0].expire()
+        if len(steps) == 3:
+            signal.raise_signal(signal.SIGINT)
         return step(run, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer.Trainer, "_step", stepping)
-        assert reproduce.main([*words, "--minutes", "30"], progress_of) == 130
+        assert reproduce.main(words) == 130
     assert "stopped at step 3; " in capsys.readouterr().out
     assert list(lines_of(tmp_path)) == ["popularity 0", "transitions 0"]
     assert "transitions" in (tmp_path / "results" / "tiny.md").read_text()
@@ -226,41 +216,6 @@ def test_the_time_limit_stops_a_run_that_the_next_call_finishes(
     assert line["metrics"] == stopped["metrics"] and line["config"] == stopped["config"]
 
 
-def test_estimates_prefer_rows_of_the_same_machine(
-    tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    """First the table's estimate, then rows of any machine, then rows of this machine; nothing is run or written."""
-
-    def listing() -> str:
-        assert reproduce.main([*words, "--list", "--seeds", "1", "2"]) == 0
-        return capsys.readouterr().out
-
-    assert "tiny: 0 of 4 runs done, about 6 minutes left" in listing()
-    assert not (tmp_path / "results").exists() and not (tmp_path / "work").exists()
-    line = {
-        "table": "tiny",
-        "data": "ml-1m",
-        "model": "vista",
-        "seed": 3,
-        "metrics": {"hr@10": 0.5},
-        "command": "run",
-        "config": {},
-        "commit": "abc1234",
-        "hardware": {"cpu": "Other CPU", "cores": 2, "threads": 1, "gpu": None},
-        "seconds": 600,
-    }
-    append_result(tmp_path / "results" / "tiny.jsonl", line)
-    assert "vista: to run with seed 1 2; 10.0 minutes per run" in listing()
-    append_result(tmp_path / "results" / "tiny.jsonl", line | {"hardware": hardware() | {"threads": 1}, "seconds": 120})
-    printed = listing()
-    assert "tiny: 0 of 4 runs done, about 4 minutes left" in printed
-    assert (
-        "vista: to run with seed 1 2; 2.0 minutes per run\n  python -m scripts.experiments.reproduce tiny --rows vista"
-        in printed
-    )
-    assert "popularity: to run; 0.1 minutes per run" in printed
-
-
 def test_bad_options_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert reproduce.main([*words, "--rows", "vista", "sasrek"]) == 1
     assert "--rows sasrek: tiny has no such row; choose from vista, popularity" in capsys.readouterr().err
@@ -269,10 +224,6 @@ def test_bad_options_are_refused(words: list[str], capsys: pytest.CaptureFixture
     assert "ml-1m-absent does not exist; give the folder of ml-1m, or set VISTA_DATA_DIR" in capsys.readouterr().err
     assert reproduce.main([words[0], *words[3:]]) == 1
     assert "--data: missing; give the folder of ml-1m" in capsys.readouterr().err
-    for minutes in ("0", "nan", "inf"):
-        with pytest.raises(SystemExit):
-            reproduce.main([*words, "--minutes", minutes])
-        assert "expected a positive number of minutes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -292,28 +243,6 @@ def test_every_row_can_be_composed(name: str) -> None:
         assert not values.tails or Codec.int8 in values.codecs, "shorter tails are served from the int8 store"
     trained = [json.dumps(config) for row, config in configs.items() if not table.rows[row].untrained]
     assert len(set(trained)) == len(trained), "two rows of the same configuration"
-
-
-@pytest.mark.parametrize("name", ["length-200", "length-1k", "length-16k", "length-64k"])
-def test_lengths_are_compared_at_the_same_labels(name: str) -> None:
-    """Tables have equal numbers of windows, impressions, events, and validated passes."""
-
-    def spent(table: Table) -> tuple[int, int, int, int]:
-        config, sizes = train_config(table, table.rows["vista"]), table.simulation
-        assert sizes is not None and config.optim.epochs % config.optim.validate_every == 0
-        return (
-            sizes["num_users"] * config.data.windows_per_chunk * config.optim.epochs,
-            sizes["num_users"] * sizes["impressions_per_user"],
-            sizes["num_users"] * sizes["events_per_user"],
-            config.optim.epochs // config.optim.validate_every,
-        )
-
-    (windows, *others), (usual, *as_usual) = spent(TABLES[name]), spent(TABLES["simulation"])
-    # A history of 200 events has at least four windows: a quarter more.
-    assert windows == (5 * usual / 4 if name == "length-200" else usual) and others == as_usual
-    for row in ("sasrec", "hstu", "vista-all-labels"):
-        four_passes = train_config(TABLES[name], TABLES[name].rows[row]).optim
-        assert (four_passes.epochs, four_passes.validate_every) == (4, 1)
 
 
 def test_any_setting_that_differs_is_a_change() -> None:
@@ -356,23 +285,3 @@ def test_a_fitted_baseline_depends_on_its_settings() -> None:
     recorded = {name for name in rows if "baseline" in recorded_config(TABLES["returns-cj"], rows[name])}
     counted = {name for name in rows if name.startswith("own frequency")} | {"popularity", "transitions"}
     assert recorded == rows.keys() - counted - {"item neighbors"}
-
-
-def test_progress_interrupts_at_its_limit() -> None:
-    with pytest.raises(KeyboardInterrupt), RowProgress([60.0, 1.0], limit_s=0.1) as progress, progress.run("first"):
-        end = time.monotonic() + 30
-        while time.monotonic() < end:
-            time.sleep(0.01)
-    assert progress.expired
-    with pytest.raises(KeyboardInterrupt, match="stopped at the time limit"), progress.run("second"):
-        pass
-
-
-def test_unified_embeddings_have_the_share_of_parameters_in_their_names() -> None:
-    """ml-100k has 1,682 items, the unknown item, the gaps, and one action."""
-    for name, row in TABLES["embeddings"].rows.items():
-        model = compose_config(TrainConfig, ["experiment=ml-100k", *row.words]).model
-        if name != "vista":
-            shared = (1 + model.embedding_rows) * model.dim // EMBEDDING_HASHES
-            separate = (1 + 1682 + NUM_GAPS) * model.dim
-            assert shared / separate == pytest.approx(float(Fraction(name.removeprefix("unified-"))), rel=0.005)

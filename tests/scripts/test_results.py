@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
+import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,7 @@ import pytest
 
 import vista
 from scripts.experiments import plots, row_origin
-from scripts.experiments.minutes_rectools import MODELS
-from scripts.experiments.results import append_result, hardware, main, markdown_table, read_results
+from scripts.experiments.results import append_result, hardware, main, markdown_table, read_lines, read_results
 from scripts.experiments.row_origin import RowOrigin, train_noted
 from tests.conftest import Served, small_config
 from vista.config import ModelConfig
@@ -26,9 +24,6 @@ from vista.config.checks import Architecture
 from vista.errors import DataError
 from vista.log.event_log import EventLog
 from vista_kernels.processor import processor
-
-pytestmark = pytest.mark.research
-
 
 MACHINE = {"cpu": "Test CPU", "cores": 2, "torch": "2.13.0", "gpu": None}
 
@@ -179,10 +174,6 @@ def test_hardware_fits_a_row_and_matches_this_process() -> None:
     assert machine["processor"] == processor().name
 
 
-def run_git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
-
-
 def test_seeds_of_another_configuration_are_another_mean() -> None:
     """A mean covers the seeds that share the configuration of the newest row."""
     old = [row(seed=seed, metrics={"hr@10": 0.1}) for seed in (1, 2)]
@@ -193,53 +184,49 @@ def test_seeds_of_another_configuration_are_another_mean() -> None:
         assert "| ml-1m | vista K=16 | 1 | 0.4000 |" in table and "seed 3;" in table
 
 
+REPOSITORY = Path(__file__).parents[2]
+RESULTS = REPOSITORY / "docs" / "results"
+COMMIT = re.compile(r"[0-9a-f]{7,40}(\+dirty)?")
+
+
+def git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def commits_to_refuse(rows: Sequence[Mapping[str, Any]], known: Collection[str]) -> list[str]:
+    """What rows say of their commits, unless each commit is known and its files were unchanged."""
+    named = [str(row["commit"]) for row in rows if row.get("repetitions") != 0]
+    return [
+        commits
+        for commits in dict.fromkeys(named)
+        if not (found := [*COMMIT.finditer(commits)])
+        or any(each[1] or not any(other.startswith(each[0]) for other in known) for each in found)
+    ]
+
+
+def test_rows_of_lost_or_changed_commits_are_found() -> None:
+    known = ["abc1234567", "def5678901"]
+    good = [{"commit": "abc1234"}, {"commit": "def56789 (trained at abc1234, abc12345)"}, {"repetitions": 0}]
+    assert commits_to_refuse(good, known) == []
+    bad = ["abc1234+dirty", "1234567", "abc1234 (trained at 1234567)", "abc1234 (trained at def5678+dirty)", "unknown"]
+    assert commits_to_refuse([{"commit": each} for each in bad], known) == bad
+
+
+@pytest.mark.skipif(not (REPOSITORY / ".git").exists(), reason="not a checkout")
+def test_all_rows_were_measured_at_commits_of_this_repository() -> None:
+    """Measure a row that is refused again, or delete it and say so in the research log."""
+    assert git("rev-parse", "--is-shallow-repository").strip() == "false", "run `git fetch --unshallow`"
+    known = git("rev-list", "HEAD").split()
+    files = sorted(RESULTS.glob("*.jsonl"))
+    refused = {path.name: commits_to_refuse([row for _, row in read_lines(path)], known) for path in files}
+    assert len(files) > 30 and {name: commits for name, commits in refused.items() if commits} == {}
+
+
 def result_tables() -> list[Path]:
-    """The committed files of results; benchmarks and faults have other keys."""
-    folder = Path(__file__).parents[2] / "docs" / "results"
-    return [path for path in folder.glob("*.jsonl") if not path.name.startswith(("bench_", "faults"))]
-
-
-def measured_at(row: Mapping[str, Any]) -> str:
-    """The commit that measured a row: "abc1234" of "abc1234+dirty" or "abc1234 (trained at def5678)"."""
-    return str(row["commit"]).split()[0].removesuffix("+dirty")
-
-
-def outdated_replacements(rows: Sequence[Mapping[str, Any]], is_older: Callable[[str, str], bool]) -> list[str]:
-    """Rows that replace a row of the same table, data, model and seed but were measured at an older commit."""
-    replaced: dict[tuple[Any, ...], str] = {}
-    outdated = []
-    for row in rows:
-        key = tuple(row[name] for name in ("table", "data", "model", "seed"))
-        now, before = measured_at(row), replaced.get(key)
-        if before is not None and is_older(now, before):
-            outdated.append(f"{row['table']}, {row['model']}, seed {row['seed']}: {now} replaces {before}")
-        replaced[key] = now
-    return outdated
-
-
-def is_older_in(repository: Path) -> Callable[[str, str], bool]:
-    """Whether one commit is a strict ancestor of another; False if the checkout lacks one of them."""
-
-    @cache
-    def is_known(name: str) -> bool:
-        return run_git(repository, "cat-file", "-e", f"{name}^{{commit}}").returncode == 0
-
-    def is_older(one: str, other: str) -> bool:
-        if one == other or not is_known(one) or not is_known(other):
-            return False
-        done = run_git(repository, "merge-base", "--is-ancestor", one, other)
-        assert done.returncode in (0, 1), done.stderr
-        return done.returncode == 0
-
-    return is_older
-
-
-@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
-def test_no_committed_row_is_replaced_by_an_older_measurement() -> None:
-    """Of rows whose commits this checkout has; CI has the full history."""
-    is_older = is_older_in(Path(__file__).parents[2])
-    tables = [read_results(path) for path in result_tables()]
-    assert [line for rows in tables for line in outdated_replacements(rows, is_older)] == []
+    """The committed files of results; benchmarks, faults, and nightly tests have other keys."""
+    return [path for path in RESULTS.glob("*.jsonl") if not path.name.startswith(("bench_", "faults", "nightly"))]
 
 
 def test_the_committed_markdown_matches_the_committed_rows() -> None:
@@ -252,6 +239,7 @@ def test_the_committed_markdown_matches_the_committed_rows() -> None:
 FIRST_MACHINE: dict[str, Any] = {"cpu": "First CPU", "gpu": None, "cores": 2, "threads": 1, "torch": "2.13.0"}
 
 
+@pytest.mark.research
 @pytest.mark.parametrize(("profile", "precision"), [("float32", "float32"), ("bfloat16", "bfloat16")])
 def test_who_trained_and_who_measures(
     profile: str,
@@ -284,6 +272,7 @@ def test_who_trained_and_who_measures(
     assert fields["hardware"]["elsewhere"] == ["Second CPU, 2 cores, torch 2.13.0"]
 
 
+@pytest.mark.research
 def test_a_ranking_run_keeps_the_epoch_of_least_entropy(
     impression_log: EventLog, served_tasks: Served, tmp_path: Path
 ) -> None:
@@ -296,24 +285,7 @@ def test_a_ranking_run_keeps_the_epoch_of_least_entropy(
     assert len(entropies) == 2 and kept["ne/click"] == min(entropies) and "ndcg@10" not in kept
 
 
-def test_a_killed_run_is_named_and_resumes(
-    event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Even if the kill cut off its last line of metrics, or the run is older than the file of origins."""
-    config = small_config(event_log, tmp_path / "run", optim__epochs=1)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 20, "epoch": 0}\n{"step": 4')
-    monkeypatch.setattr(row_origin, "source_commit", lambda: "aaa")
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(row_origin, "train_model", lambda config, log: sys.exit(137))
-        train_noted(config, event_log, tmp_path)
-    monkeypatch.setattr(row_origin, "source_commit", lambda: "bbb")
-    train_noted(config, event_log, tmp_path)
-    assert [origin["commit"] for origin in RowOrigin.read({"test": tmp_path}).origins] == ["aaa", "bbb"]
-    (tmp_path / "origins.jsonl").unlink()
-    assert RowOrigin.read({"test": tmp_path}).origins == ()
-
-
+@pytest.mark.research
 def test_an_interrupted_run_names_both_commits(
     event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -354,6 +326,7 @@ def minutes_line(model: str, **values: Any) -> str:
     return json.dumps({**fields, "commit": "c", "hardware": {}, "seconds": 1.0, "metrics": {"ndcg@10": 0.1}, **values})
 
 
+@pytest.mark.research
 def test_curves_become_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["minutes", "--results", str(tmp_path), "--out", str(tmp_path / "minutes.png")]
     (tmp_path / f"{MINUTES_TABLE}.jsonl").write_text(minutes_line("popularity") + "\n")
@@ -366,7 +339,7 @@ def test_curves_become_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[s
         minutes_line("hstu", curve=[[60, 0.05]]),
         minutes_line("popularity"),
     ]
-    curves += [minutes_line(f"RecTools {model}", curve=[[60, 0.1]]) for model in MODELS]
+    curves += [minutes_line(f"RecTools {model}", curve=[[60, 0.1]]) for model in ("SASRec", "HSTU")]
     (tmp_path / f"{MINUTES_TABLE}.jsonl").write_text("\n".join(curves) + "\n")
     assert plots.main(words) == 0
     assert (tmp_path / "minutes.png").read_bytes().startswith(b"\x89PNG")

@@ -6,13 +6,14 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from scripts.benchmarks import soak_scorer
+from scripts.benchmarks import soak_serve
 from scripts.benchmarks.benchmark import read_cases
 from scripts.benchmarks.soak import (
     OPERATIONS,
@@ -21,19 +22,22 @@ from scripts.benchmarks.soak import (
     SoakJudge,
     SoakStage,
     append_events,
-    ask,
     copies,
     freeze,
 )
+from scripts.benchmarks.soak_serve import ServiceQuestion
 from vista.model.vista_model import VistaModel
 from vista.refresh import erase, refresh
 from vista.scorer import Scorer
 
 pytestmark = [pytest.mark.research, pytest.mark.filterwarnings("error")]
 NUM_USERS, NUM_ITEMS = 60, 50
-PREDICT, TAIL, VECTORS = 9, 40, 7
-"""Questions: predict for eight users, score four users with their tails, vectors of sixteen users."""
-asked = partial(ask, num_users=NUM_USERS, num_items=NUM_ITEMS)
+PREDICT, TAIL, PACKED = 5, 40, 37
+"""Questions: eight users for all tasks, four with their tails, two in MessagePack."""
+
+
+def asked(scorer: Scorer, question: int) -> list[NDArray[Any]]:
+    return ServiceQuestion(question, NUM_USERS, NUM_ITEMS).of_scorer(scorer)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +61,7 @@ def answer_of(stage: SoakStage, name: str, question: int, model: VistaModel | No
     return SoakAnswer(0, question, operation, operation, (generation,) * 2, (tail_len,) * 2, 0.0, arrays)
 
 
-@pytest.mark.parametrize("question", [PREDICT, TAIL, VECTORS])
+@pytest.mark.parametrize("question", [PREDICT, TAIL, PACKED])
 def test_the_judge_accepts_only_states_in_service(stage: SoakStage, question: int) -> None:
     assert sorted(copies(stage.frozen)) == [(1, 0), (1, 2), (2, 1), (2, 2)]
     judge = SoakJudge(stage, asked)
@@ -75,7 +79,8 @@ def test_the_judge_accepts_only_states_in_service(stage: SoakStage, question: in
     assert judge.num_changing == 4
     # Half of one state and half of another is wrong.
     for other in (old, erased):
-        mixed = [np.concatenate([a[:2], b[2:]]) for a, b in zip(new.arrays, other.arrays, strict=True)]
+        halves = zip(new.arrays, other.arrays, strict=True)
+        mixed = [np.concatenate([a[: len(a) // 2], b[len(a) // 2 :]]) for a, b in halves]
         assert not judge.is_right(replace(new, arrays=mixed, generations=(1, 2), since=0, until=2))
 
 
@@ -97,17 +102,11 @@ def test_the_judge_accepts_only_models_in_service(stage: SoakStage) -> None:
 
 @pytest.mark.nightly
 @pytest.mark.timeout(1800)  # On a busy core, each start of a worker takes minutes.
-@pytest.mark.parametrize(
-    ("name", "words", "least"),
-    [
-        ("soak_scorer", ["--pause=0.1"], ["answers"]),
-        ("soak_serve", ["--pause=0.1", "--rate=10", "--kill=5"], ["answers", "workers killed"]),
-    ],
-)
-def test_a_short_soak(tmp_path: Path, name: str, words: list[str], least: list[str]) -> None:
-    out, root = tmp_path / "out.jsonl", Path(soak_scorer.__file__).parents[2]
+def test_a_short_soak(tmp_path: Path) -> None:
+    out, root = tmp_path / "out.jsonl", Path(soak_serve.__file__).parents[2]
+    words = ["--minutes=0.2", "--users=300", f"--out={out}", "--pause=0.1", "--rate=10", "--kill=5"]
     done = subprocess.run(
-        [sys.executable, "-m", f"scripts.benchmarks.{name}", "--minutes=0.2", "--users=300", f"--out={out}", *words],
+        [sys.executable, "-m", "scripts.benchmarks.soak_serve", *words],
         cwd=root,
         env={**os.environ, "PYTHONPATH": f"{root}:{root / 'kernels'}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -116,5 +115,7 @@ def test_a_short_soak(tmp_path: Path, name: str, words: list[str], least: list[s
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {row["case"].partition(": ")[2]: row["value"] for row in read_cases(out)}
     assert rows["failed"] == rows["wrong"] == 0
-    assert all(rows[case] > 0 for case in [*least, *(f"operations, {kind}" for kind in OPERATIONS)])
+    assert all(
+        rows[case] > 0 for case in ["answers", "workers killed", *(f"operations, {kind}" for kind in OPERATIONS)]
+    )
     assert len([line for line in done.stdout.splitlines() if "answers, median" in line]) >= 5

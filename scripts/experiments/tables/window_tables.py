@@ -54,7 +54,7 @@ HSTU = ("hstu, counters", "hstu-1,000, counters", "hstu-2,000, counters")
 """HSTU over the newest 200, 1,000, and 2,000 events."""
 SASREC = ("sasrec, counters", "sasrec-1,000, counters", "sasrec-2,000, counters")
 VARIED = {
-    # Fewer and more tokens than 16; `paired.py` compares users with short and long histories.
+    # Fewer and more tokens than 16.
     "vista, counters, K = 4": ("model.num_seeds=4",),
     "vista, counters, K = 64": ("model.num_seeds=64",),
     "vista, counters, one head": ("model.num_heads=1",),
