@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from mmap import PROT_READ, mmap
@@ -174,15 +175,16 @@ SHAPE = (512, 2, 64, torch.bfloat16)
 
 
 @pytest.mark.parametrize(
-    "roofline",
+    "make",
     [
-        forward_roofline(*SHAPE),
-        backward_roofline(*SHAPE),
-        short_users_roofline(500, 20, 64, torch.float32, state_passes=2),
+        partial(forward_roofline, *SHAPE),
+        partial(backward_roofline, *SHAPE),
+        partial(short_users_roofline, 500, 20, 64, torch.float32, state_passes=2),
     ],
     ids=["forward", "backward", "short users"],
 )
-def test_rooflines_are_measured(roofline: Roofline) -> None:
+def test_rooflines_are_measured(make: Callable[[], Roofline]) -> None:
+    roofline = make()
     timing = interleaved(roofline.calls(), rounds=3)
     parts = roofline.parts(timing)
     assert len(timing) == len(roofline.calls()) and all(0 < part < math.inf for part in parts)
