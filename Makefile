@@ -29,7 +29,8 @@ RUN_BENCHMARKS := failed=0; \
 SLOW_GROUPS := gpu or aot or faults or nightly or research or docs or recipes or browser
 # Twice as many workers as cores: tests also wait, for processes and files.
 WORKERS := -n $(shell echo $$((2 * $$(nproc)))) --dist worksteal
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# Without compiled modules and tests on the disk, each worker would compile all of them: 15 seconds of CPU.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 REQUIRE_GPU = $(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "error: torch finds no GPU on this machine; nothing was run (see vista doctor)")'
 ON_CPU := CUDA_VISIBLE_DEVICES= $(PYTEST)
 

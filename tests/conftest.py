@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import gc
 import json
 import os
 import signal
@@ -59,8 +61,19 @@ os.environ.pop("COLUMNS", None)
 settings.register_profile("vista", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("vista")
 
+# What is imported and collected stays until the end, so the collector of garbage need not look at it each time.
+gc.disable()
+atexit.register(gc.unfreeze)  # Libraries report objects that are left at the end as leaks.
+
 # Tests interrupt processes as Ctrl-C does, but a shell makes background jobs ignore that signal.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """Exempt all objects from later collections of garbage, and turn these on."""
+    gc.freeze()
+    gc.enable()
+
 
 DAY = 86_400_000
 START = 1_600_000_000_000

@@ -16,9 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
-
-import matplotlib
+from typing import TYPE_CHECKING, Any
 
 from scripts.benchmarks.benchmark import read_cases
 from scripts.experiments.results import newest_rows, read_results
@@ -26,9 +24,8 @@ from scripts.experiments.tables import TABLES
 from scripts.experiments.tables.simulation_tables import LENGTHS, length_case
 from vista.errors import DataError, VistaError
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COSTS, QUALITY, ORACLE = "bench_lengths.jsonl", "auc/click", "oracle"
 MODELS = {
@@ -71,7 +68,9 @@ def plot_lengths(results: Path, lengths: Mapping[str, int] = LENGTHS) -> Figure:
     drawn = [table for table, models in points.items() if models]
     if not drawn:
         raise DataError(f"no row in {results} has {QUALITY}; run scripts.experiments.reproduce length-1k")
-    figure, axes = plt.subplots(1, len(drawn), figsize=(3 * len(drawn), 3.8), sharex=True, sharey=True, squeeze=False)
+    figure, axes = pyplot().subplots(
+        1, len(drawn), figsize=(3 * len(drawn), 3.8), sharex=True, sharey=True, squeeze=False
+    )
     for axis, table in zip(axes[0], drawn, strict=True):
         for name, (cost, quality) in points[table].items():
             label, marker, color = MODELS[name]
@@ -110,6 +109,16 @@ def points_of(
     }
 
 
+def pyplot() -> Any:
+    """matplotlib.pyplot without a display. It takes a second to import, and few users of this module plot."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
 def plot_minutes(results: Path) -> Figure:
     """Plot the curves in the files of all tables that have them.
 
@@ -124,7 +133,7 @@ def plot_minutes(results: Path) -> Figure:
     panels = {name: drawn for name, drawn in lines.items() if drawn}
     if not panels:
         raise DataError(f"no line in {results} has a curve; run scripts.experiments.reproduce {' or '.join(files)}")
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), squeeze=False)
+    figure, axes = pyplot().subplots(1, len(panels), figsize=(5 * len(panels), 3.6), squeeze=False)
     for axis, (name, drawn) in zip(axes[0], panels.items(), strict=True):
         for line in drawn:
             label, color = RUNS[line["model"]]

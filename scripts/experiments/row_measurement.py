@@ -47,7 +47,7 @@ from vista.evaluation.baseline_evaluation import (
 )
 from vista.evaluation.cases import impression_cases, with_tasks
 from vista.evaluation.comparison import Comparison, PerUserMetrics
-from vista.evaluation.counting_baselines import CountingBaseline
+from vista.evaluation.counting_baselines import CountingBaseline, counting_baselines
 from vista.evaluation.evaluate import EvaluationReport, evaluate_model, evaluate_scorer
 from vista.evaluation.protocol import USERS_PER_BATCH, impression_metrics, split_windows, window_metric
 from vista.examples.item_statistics import item_counts

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import roc_auc_score
 
 from tests.conftest import Served, small_config
 from vista.config import DataConfig, EvaluateConfig, ModelConfig, SourceColumns, TrainConfig
@@ -220,6 +219,8 @@ def make_log(folder: Path, seed: int) -> EventLog:
 
 
 def test_they_learn_what_they_can_know(log: EventLog) -> None:
+    from sklearn.metrics import roc_auc_score
+
     cases = impression_cases(log, START + 4_000_000, None)
     found = impression_baselines(log, DATA, cases)
     assert list(found) == ["item rate", "counters", "pooled vectors"]

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import log_loss, roc_auc_score
 
 from tests.conftest import Served, small_config, small_frame
 from tests.evaluation.conftest import evaluated
@@ -171,6 +170,8 @@ class TestImpressions:
     def test_probabilities_and_metrics_against_a_direct_computation(
         self, served_tasks: Served, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        from sklearn.metrics import log_loss, roc_auc_score
+
         monkeypatch.setattr("vista.evaluation.evaluate.USERS_PER_BATCH", 7)
         model, log, data = served_tasks.model, served_tasks.log, served_tasks.config.data
         evaluation = evaluated(model, served_tasks.test_store, log)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from sklearn import metrics as sk
-from sklearn.calibration import calibration_curve
 
 from vista.evaluation.metrics import (
     auc,
@@ -26,6 +25,14 @@ from vista.evaluation.protocol import ranking_metrics
 ROWS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 1), st.integers(-3, 3)), min_size=1, max_size=60)
 
 
+@pytest.fixture(scope="module")
+def sk() -> Any:
+    """sklearn.metrics, which is slow to import."""
+    from sklearn import metrics
+
+    return metrics
+
+
 def columns(rows: list[tuple[int, int, int]]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
     group, label, score = np.array(rows).T
     return group, label, score / 3
@@ -33,7 +40,7 @@ def columns(rows: list[tuple[int, int, int]]) -> tuple[NDArray[np.int64], NDArra
 
 @settings(max_examples=60)
 @given(ROWS)
-def test_auc_equals_scikit_learn(rows: list[tuple[int, int, int]]) -> None:
+def test_auc_equals_scikit_learn(sk: Any, rows: list[tuple[int, int, int]]) -> None:
     _, label, score = columns(rows)
     if len(set(label)) == 1:
         assert math.isnan(auc(label, score))
@@ -44,7 +51,7 @@ def test_auc_equals_scikit_learn(rows: list[tuple[int, int, int]]) -> None:
 
 @settings(max_examples=40)
 @given(ROWS)
-def test_gauc_equals_a_loop_over_groups(rows: list[tuple[int, int, int]]) -> None:
+def test_gauc_equals_a_loop_over_groups(sk: Any, rows: list[tuple[int, int, int]]) -> None:
     group, label, score = columns(rows)
     total, weight = 0.0, 0
     for g in set(group):
@@ -58,7 +65,7 @@ def test_gauc_equals_a_loop_over_groups(rows: list[tuple[int, int, int]]) -> Non
 
 @settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 1), st.floats(0, 1, width=32)), min_size=1, max_size=50))
-def test_log_loss_equals_scikit_learn(rows: list[tuple[int, float]]) -> None:
+def test_log_loss_equals_scikit_learn(sk: Any, rows: list[tuple[int, float]]) -> None:
     label, probability = (np.array(column) for column in zip(*rows, strict=True))
     assert log_loss(label, probability) == pytest.approx(sk.log_loss(label, probability, labels=[0, 1]), rel=1e-9)
     single = probability.astype(np.float32)
@@ -85,6 +92,8 @@ def test_calibration_by_hand() -> None:
 
 
 def test_calibration_bins_equal_scikit_learn() -> None:
+    from sklearn.calibration import calibration_curve
+
     rng = np.random.default_rng(0)
     probability = rng.random(1000) ** 4
     label = (rng.random(1000) < probability).astype(int)
@@ -112,7 +121,7 @@ def test_hit_rate_and_ndcg_by_hand() -> None:
     assert all(map(math.isnan, ranking_metrics(ranks[:0], [10]).values()))
 
 
-def test_ndcg_equals_scikit_learn() -> None:
+def test_ndcg_equals_scikit_learn(sk: Any) -> None:
     rng = np.random.default_rng(1)
     scores, target = rng.normal(size=(30, 40)), rng.integers(0, 40, 30)
     relevance = np.zeros_like(scores)

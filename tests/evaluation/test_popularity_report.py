@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import spearmanr
 
 from tests.conftest import Served, small_config
 from tests.evaluation.conftest import evaluated
@@ -50,6 +49,8 @@ def test_deciles_hold_a_tenth_of_the_events_each() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(-3, 3)), min_size=2, max_size=40))
 def test_spearman_equals_scipy(rows: list[tuple[int, int]]) -> None:
+    from scipy.stats import spearmanr
+
     one, other = np.array(rows).T
     if len(set(one.tolist())) == 1 or len(set(other.tolist())) == 1:
         assert math.isnan(spearman(one, other))
@@ -78,6 +79,8 @@ def test_a_label_is_in_the_list_if_its_rank_is_below_k(data: st.DataObject) -> N
 
 
 def test_a_report_by_hand() -> None:
+    from scipy.stats import spearmanr
+
     popularity = np.array([10, 10, 10, 70])  # deciles 1, 1, 1 (by their common middle, 15 %) and 6
     lists = RecommendedLists(4, 2)
     lists.add(np.array([[3.0, 2.0, 1.0, 4.0], [1.0, 2.0, 3.0, 4.0]], np.float32), np.array([0, 2]), None)

@@ -23,17 +23,19 @@ from vista.refresh import refresh
 from vista.store.writer import erase
 from vista.training.trainer import train
 
-pytest.importorskip("streamlit", reason="the extra `explore` is not installed")
-testing = pytest.importorskip("streamlit.testing.v1")
-page_cache = pytest.importorskip("vista.explore.page_cache")
-
 PAGE = Path(__file__).parents[2] / "vista" / "explore" / "page.py"
 TABS = ("User", "Ranking", "What if", "Compare", "Store", "Training", "Results")
 Draw = Callable[..., Any]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def testing() -> Any:
+    """Streamlit's simulation of a page; slow to import."""
+    return pytest.importorskip("streamlit.testing.v1", reason="the extra `explore` is not installed")
+
+
 @pytest.fixture
-def draw(monkeypatch: pytest.MonkeyPatch) -> Draw:
+def draw(testing: Any, monkeypatch: pytest.MonkeyPatch) -> Draw:
     """Draw the page for some places, with a tab and a user; returns Streamlit's picture of it."""
 
     def run(tab: str, user: object = 104, **places: object) -> Any:
@@ -117,7 +119,7 @@ def test_the_best_rows_of_a_long_table_are_shown(draw: Draw, served: Served, tmp
 def test_a_new_model_at_the_same_path_is_measured_again(
     draw: Draw, served_tasks: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(page_cache, "FOLLOW_S", 0.1)
+    monkeypatch.setattr("vista.explore.page_cache.FOLLOW_S", 0.1)
     shutil.copytree(served_tasks.model_dir, tmp_path / "best")
     shutil.copytree(served_tasks.test_store, tmp_path / "store")
     places = of(served_tasks, model=tmp_path / "best", store=tmp_path / "store")
@@ -241,7 +243,7 @@ def test_a_model_without_its_store(draw: Draw, served: Served, tmp_path: Path) -
     assert all("nowhere" in plain(error.value) for error in page.error) and len(page.error) == 2
 
 
-def test_a_run_folder_that_is_half_written(draw: Draw, served: Served, tmp_path: Path) -> None:
+def test_a_run_folder_that_is_half_written(testing: Any, draw: Draw, served: Served, tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "epoch": 0, "loss": 2.5}\n{"step": 2, "lo')
     config = of(served)
     page = draw("Training", **config)
@@ -295,6 +297,8 @@ def test_an_exact_id_of_another_kind(draw: Draw, served: Served, order_log: Even
 
 
 def test_damaged_item_features(draw: Draw, served: Served, tmp_path: Path) -> None:
+    from vista.explore import page_cache
+
     items = {"item": [*range(0, 400, 10)], "title": [f"Film {n}" for n in range(40)]}
     log = EventLog.from_frame(small_frame(), tmp_path / "log", time_unit="ms", items=items)
     assert "Film" in texts(draw("Ranking", **of(served, data=log.path)))

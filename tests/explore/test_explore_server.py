@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -21,11 +22,11 @@ import pytest
 from tests.conftest import run_python
 from tests.serve.running_service import environment
 from vista.cli.main import main
-
-pytest.importorskip("streamlit", reason="the extra `explore` is not installed")
-
 from vista.explore.explore_server import streamlit_options
 from vista.installation import install_command
+
+if find_spec("streamlit") is None:
+    pytest.skip("the extra `explore` is not installed", allow_module_level=True)
 
 START_S, STOP_S = 200.0, 60.0
 """Most seconds until the page answers, and until the command has ended; a shared machine can be slow."""

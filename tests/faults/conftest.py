@@ -1,8 +1,7 @@
-"""A nursery per session, a small world, and the repetitions of a promise."""
+"""A nursery per session, and a small world."""
 
 from __future__ import annotations
 
-import math
 import shutil
 import sys
 from collections.abc import Iterator
@@ -11,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import small_frame
-from tests.faults.harness import Promise, Trials, share, single_item, work_folder
 from tests.faults.nursery import Nursery
 from tests.faults.operations import COLUMNS, save_model
 from tests.faults.preload import compiled
@@ -24,18 +22,6 @@ def require_linux() -> None:
     """Skip the test on other systems, which lack /proc, prctl and mount namespaces."""
     if sys.platform != "linux":
         pytest.skip("fault injection requires Linux")
-
-
-@pytest.fixture
-def trials(request: pytest.FixtureRequest, tmp_path: Path) -> Trials:
-    """The repetitions of a smoke test, of the short form or the full form, as `harness.promise` parametrizes."""
-    promise: Promise
-    promise, wanted = request.param
-    if wanted < promise.full or single_item() is not None:
-        return Trials(promise, wanted, tmp_path / "notes.jsonl", tmp_path)
-    notes, scratch = work_folder() / f"{promise.name}.jsonl", work_folder() / "scratch" / promise.name
-    wanted = promise.each * math.ceil(share() * wanted / promise.each)
-    return Trials(promise, wanted, notes, scratch, keeps_going=True)
 
 
 @pytest.fixture(scope="session")

@@ -150,6 +150,19 @@ class Disk:
         elif call.name != "s":
             self._take(call)
 
+    def move(self, root: Path) -> None:
+        """Continue with calls of a process that knows the folder by another path."""
+        self._prefix = PurePosixPath(root)
+
+    def write_current(self, target: Path) -> None:
+        """Write what processes see to a new folder, such as what a killed one leaves."""
+        target.mkdir()
+        for path, content in _contents(self.root, PurePosixPath()):
+            if path.endswith("/"):
+                (target / path).mkdir()
+            else:
+                (target / path).write_bytes(content)
+
     def write_image(self, target: Path, chance: random.Random) -> None:
         """Write a state that a power cut may leave to an empty folder."""
         _write(self.root, target, chance)

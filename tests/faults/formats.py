@@ -321,8 +321,11 @@ FORMATS: dict[str, Format] = {
 NUMBERS = [0, 1, 0x7FFF_FFFF, 0xFFFF_FFFF, 2**63 - 1, 2**64 - 1]
 
 
-def mutated(data: bytes, chance: random.Random) -> tuple[str, bytes]:
-    """A damaged copy of a file's bytes, and in words what was done."""
+HOW = ("flip", "set", "cut", "drop", "double", "splice", "zero", "step", "number")
+
+
+def mutated(data: bytes, what: str, chance: random.Random) -> tuple[str, bytes]:
+    """A copy of a file's bytes, damaged in one of the ways in HOW, and in words what was done."""
     content, size = bytearray(data), len(data)
     at = chance.choice(
         [chance.randrange(size), chance.randrange(min(size, 64)), size - 1 - chance.randrange(min(size, 512))]
@@ -330,7 +333,6 @@ def mutated(data: bytes, chance: random.Random) -> tuple[str, bytes]:
     length = min(chance.choice([1, 2, 4, 8, 16, 100, 512]), size - at)
     other = chance.randrange(size)
     piece = data[other : other + length]
-    what = chance.choice(["flip", "flip", "set", "cut", "drop", "double", "splice", "zero", "step", "number", "number"])
     match what:
         case "flip":
             content[at] ^= 1 << chance.randrange(8)

@@ -1,20 +1,22 @@
-"""Promises: reliability tests that run a few times in `make nightly` and thousands of times in `make test-faults`.
+"""Promises: reliability tests that run once in `make test` or `make nightly`, and many times in `make test-faults`.
 
 A promise is a test function of one repetition:
 
-    @promise("Acknowledged batch survives", fault="kill -9 of the writer", full=1000, short=10)
+    @promise("Acknowledged batch survives", fault="kill -9 of the writer", full=60)
     def test_killed_writer(trial: Trial, nursery: Nursery) -> None:
         ...  # draw from `trial.random`, work in the empty `trial.folder`, record events with `trial.count("…")`
 
-It becomes up to three tests: a smoke test for `make test` (`smoke` repetitions), the short form with the marker
-`nightly`, and the full form with the marker `faults`. `kinds` makes such tests for each of several operations or
-formats. The full form records every repetition in a file of the work folder (VISTA_FAULTS_DIR, by default .faults/ in
-the checkout), so that an interrupted suite resumes and `python -m tests.faults.table` can write the table. Repetitions
-of another commit do not count. A failure ends with the command that repeats it alone: VISTA_FAULTS_ITEM names the
-repetition.
+It becomes two tests: a short form of one call, for `make test` with `smoke` and else with the marker `nightly`, and the
+full form with the marker `faults`. `kinds` makes such tests for each of several operations or formats. Where the points
+of a fault can be listed, such as the system calls of an operation, `trial.number` selects one, so that few repetitions
+cover all of them.
 
-`judge`, `try_each`, and `attempt` serve tests that try the same thing with thousands of faults in child processes;
-`compare` and `compare_events` count what kills have lost, duplicated, or changed.
+The full form records every call in .faults/ of the checkout, so that an interrupted suite resumes and
+`python -m tests.faults.table` can write the table. Calls at another commit do not count. A failure ends with the
+command that repeats it alone: VISTA_FAULTS_ITEM names the repetition.
+
+`judge`, `try_each`, and `attempt` serve tests that try the same thing with many faults in child processes; `compare`
+and `compare_events` count what kills have lost, duplicated, or changed.
 """
 
 from __future__ import annotations
@@ -47,8 +49,10 @@ from vista.model import saved_model
 from vista.store import record_spec, state_record
 from vista.training import checkpoint
 
+WORK = Path(__file__).parents[2] / ".faults"
+"""Folder in which the full forms record their calls."""
 MAX_FAILURES = 5
-"""The full form of a promise stops after this many failed repetitions."""
+"""The full form of a promise stops after this many failed calls."""
 LOST, DUPLICATED, STUCK, UNTYPED, SIGNAL, DIFFERENT, MEMORY, TIME = (
     *("lost", "duplicated", "stuck", "untyped", "signal", "silently different", "over 1 GiB", "over 10 s"),
 )
@@ -68,32 +72,32 @@ MOST_BYTES, MOST_SECONDS = 1 << 30, 10
 class Promise:
     """A promise, the fault that it withstands, and the number of repetitions."""
 
-    name: str
-    """Name of the test function, and of the file with its repetitions."""
     text: str
     fault: str
     full: int
-    each: int
+    each: int = 1
     """Repetitions per call of the function, if a process for each would take too long."""
     test: str = ""
     """What pytest runs for the full form, from the root of the checkout."""
     kind: str = ""
     """One of `kinds`; empty without them."""
-    judged: bool = False
-    """Whether each repetition has an outcome of its own (`judge`)."""
     shares: Mapping[str, float] = field(default_factory=dict)
     """Event of `Trial.count` -> its least share: a fault that never strikes proves nothing."""
+
+    @property
+    def name(self) -> str:
+        """The name of the file with its calls."""
+        return self.test.partition("::test_")[2].translate(str.maketrans({"[": "-", "]": "", " ": "-"}))
 
 
 @dataclass
 class Trial:
-    """One repetition."""
+    """One call of a promise's function."""
 
     number: int
-    """0, 1, …; a number means the same repetition in the short and in the full form."""
-    random: random.Random
+    """0, 1, …; a number means the same in the short and in the full form."""
     folder: Path
-    """Empty at first; kept if the repetition fails."""
+    """Empty at first; kept if the call fails."""
     promise: Promise
     numbers: Sequence[int]
     """Numbers of its `Promise.each` repetitions over all calls, or the single one of them to reproduce."""
@@ -101,38 +105,48 @@ class Trial:
     """The first of these numbers that failed, where the test knows it."""
     counts: Counter[str] = field(default_factory=Counter)
 
+    def __post_init__(self) -> None:
+        self.random = random.Random(f"{self.promise.name} {self.number}")
+
     def count(self, what: str, times: int = 1) -> None:
         """Count an event, such as the phase of a kill or the way damage was noticed."""
         self.counts[what] += times
 
+    def point(self, count: int) -> int:
+        """One of 0 … count - 1, which the calls of the full form cover evenly; the short form has one in the middle."""
+        calls = self.promise.full // self.promise.each
+        return count * ((self.number + calls // 2) % calls) // calls
+
     def to_reproduce(self) -> str:
         """The command that runs the failed repetition alone."""
         number = self.numbers[0] if self.broken is None else self.broken
-        return f"VISTA_FAULTS_ITEM={number} python -m pytest -m faults '{self.promise.test}'"
+        return f"to reproduce: VISTA_FAULTS_ITEM={number} python -m pytest -m faults '{self.promise.test}'"
 
 
 @dataclass
 class Record:
-    """The recorded repetitions of a promise."""
+    """The recorded calls of a promise."""
 
     header: dict[str, Any]
-    done: set[int] = field(default_factory=set)
-    failures: dict[int, str] = field(default_factory=dict)
-    counts: Counter[str] = field(default_factory=Counter)
-    seconds: float = 0.0
+    rows: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """By number of the call."""
     skipped: str = ""
 
-    def take(self, row: Mapping[str, Any]) -> None:
-        """Add a recorded repetition, or the reason why there are none."""
-        if "skipped" in row:
-            self.skipped = row["skipped"]
-            return
-        self.skipped = ""
-        self.done.add(row["trial"])
-        self.counts.update(row["counts"])
-        self.seconds += row["seconds"]
-        if row["failure"]:
-            self.failures[row["trial"]] = row["failure"]
+    @property
+    def failures(self) -> dict[int, str]:
+        """Number of a failed call -> why."""
+        return {number: row["failure"] for number, row in self.rows.items() if row["failure"]}
+
+    @property
+    def counts(self) -> Counter[str]:
+        """The events of all calls."""
+        return sum((Counter(row["counts"]) for row in self.rows.values()), Counter())
+
+    def take(self, row: dict[str, Any]) -> None:
+        """Add a call, or the reason why there are none."""
+        self.skipped = row.get("skipped", "")
+        if not self.skipped:
+            self.rows[row["trial"]] = row
 
 
 PROMISES: list[Promise] = []
@@ -144,124 +158,105 @@ def promise(
     *,
     fault: str,
     full: int,
-    short: int | None = None,
-    smoke: int = 0,
-    smoke_kinds: Collection[str] | None = None,
+    smoke: bool | Collection[str] = False,
     each: int = 1,
     kinds: Iterable[str] = ("",),
-    judged: bool = False,
     shares: Mapping[str, float] | None = None,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Turn a function of one repetition into its tests; see the top of this file.
 
     Args:
         fault: may contain `{kind}`.
-        short: repetitions in `make nightly`; by default as many as `smoke`.
-        smoke: repetitions in `make test`; if there are fewer than `each`, all are in one call.
-        smoke_kinds: which of `kinds` have a smoke test; None for all.
+        smoke: whether the short form runs in `make test`, or for which of `kinds`.
         kinds: what `Promise.kind` is, for one promise each.
-        judged: whether the test uses `judge`.
     """
 
-    nightly = smoke if short is None else short
-
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        assert full % each == nightly % each == 0 and (smoke < each or smoke % each == 0)
-        name, file = function.__name__, Path(function.__code__.co_filename).name
-        forms = []
+        assert full % each == 0
+        forms, file = [], Path(function.__code__.co_filename).name
         for kind in kinds:
-            start = f"{kind}-" if kind else ""
+            name = f"{function.__name__}[{kind}-full]" if kind else f"{function.__name__}[full]"
             this = Promise(
-                "-".join(filter(None, (name.removeprefix("test_"), kind.replace(" ", "-")))),
-                text, fault.format(kind=kind), full, each,
-                f"tests/faults/{file}::{name}[{start}x{full}]", kind, judged, shares or {},
-            )  # fmt: skip
+                text, fault.format(kind=kind), full, each, f"tests/faults/{file}::{name}", kind, shares or {}
+            )
             PROMISES.append(this)
-            own_smoke = smoke if smoke_kinds is None or kind in smoke_kinds else 0
-            own_short = 0 if nightly == own_smoke else nightly
-            long_marks = [pytest.mark.faults, pytest.mark.timeout(0)]
-            for number, marks in ((own_smoke, []), (own_short, [pytest.mark.nightly]), (full, long_marks)):
-                if number:
-                    forms.append(pytest.param((this, number), id=f"{start}x{number}", marks=marks))
+            is_smoke = smoke if isinstance(smoke, bool) else kind in smoke
+            for is_full, marks in (
+                (False, [] if is_smoke else [pytest.mark.nightly]),
+                (True, [pytest.mark.faults, pytest.mark.timeout(0)]),
+            ):
+                form = "-".join(filter(None, (kind, "full" if is_full else "short")))
+                forms.append(pytest.param((this, is_full), id=form, marks=marks))
 
         @wraps(function)
-        def test(trials: Trials, **fixtures: Any) -> None:
-            trials.run(lambda trial: function(trial, **fixtures))
+        def test(promised: tuple[Promise, bool], tmp_path: Path, **fixtures: Any) -> None:
+            this, is_full = promised
 
-        parameters = [
-            parameter.replace(name="trials") if name == "trial" else parameter
-            for name, parameter in inspect.signature(function).parameters.items()
-        ]
-        test.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        parametrized: Callable[..., None] = pytest.mark.parametrize("trials", forms, indirect=True)(test)
+            def repetition(trial: Trial) -> None:
+                function(trial, **fixtures)
+
+            number = os.environ.get("VISTA_FAULTS_ITEM")
+            if number is not None:
+                run_call(Trial(int(number) // each, tmp_path / "trial", this, [int(number)]), repetition)
+            elif is_full:
+                run_all(this, repetition, WORK / f"{this.name}.jsonl", WORK / "scratch" / this.name)
+            else:
+                run_call(Trial(0, tmp_path / "trial", this, range(each)), repetition)
+
+        given = inspect.signature(function).parameters.values()
+        own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in ("promised", "tmp_path")]
+        rest = [parameter for parameter in given if parameter.name != "trial"]
+        test.__signature__ = inspect.Signature([*rest, *own])  # type: ignore[attr-defined]
+        parametrized: Callable[..., None] = pytest.mark.parametrize("promised", forms)(test)
         return parametrized
 
     return decorate
 
 
-class Trials:
-    """Runs the repetitions of a promise that are not recorded yet, records each, and fails if any ever failed."""
+def run_call(trial: Trial, repetition: Callable[[Trial], None]) -> None:
+    """Run one call in an empty folder; a failure tells how to reproduce it."""
+    shutil.rmtree(trial.folder, ignore_errors=True)
+    trial.folder.mkdir(parents=True)
+    try:
+        repetition(trial)
+    except Exception as error:
+        error.add_note(trial.to_reproduce())
+        raise
+    shutil.rmtree(trial.folder, ignore_errors=True)
 
-    def __init__(self, promise: Promise, wanted: int, notes: Path, scratch: Path, *, keeps_going: bool = False) -> None:
-        """Run `wanted` repetitions, recorded in `notes`; with `keeps_going` also after failures, up to MAX_FAILURES."""
-        self._promise, self._wanted, self._notes, self._scratch = promise, wanted, notes, scratch
-        self._keeps_going = keeps_going
+
+def run_all(promise: Promise, repetition: Callable[[Trial], None], notes: Path, scratch: Path) -> None:
+    """Run all calls that are not recorded in `notes` yet, record each, and fail if any ever failed."""
+    header = {"commit": source_commit(), "formats": formats(), "hardware": hardware()}
+    record = read_record(notes)
+    if record is None or record.header["commit"] != header["commit"]:
         notes.parent.mkdir(parents=True, exist_ok=True)
-        header = {"promise": promise.name, "commit": source_commit(), "formats": formats(), "hardware": hardware()}
-        record = read_record(notes)
-        if record is None or record.header["commit"] != header["commit"]:
-            notes.write_text(json.dumps(header), encoding="utf-8")
-            record = Record(header)
-        self.record = record
+        notes.write_text(json.dumps(header), encoding="utf-8")
+        record = Record(header)
 
-    def run(self, repetition: Callable[[Trial], None]) -> None:
-        """Run all remaining repetitions."""
-        record = self.record
-        for trial in self._left():
-            began, failure = time.perf_counter(), ""
-            try:
-                repetition(trial)
-            except pytest.skip.Exception as reason:
-                self._note({"skipped": str(reason)})
-                raise
-            except Exception as error:
-                failure = f"{type(error).__name__}: {error}"[:2000] + f"; to reproduce: {trial.to_reproduce()}"
-                error.add_note(f"to reproduce: {trial.to_reproduce()}")
-                if not self._keeps_going:
-                    raise
-            self._note(
-                {
-                    "trial": trial.number,
-                    "seconds": round(time.perf_counter() - began, 4),
-                    "counts": trial.counts,
-                    "failure": failure,
-                }
-            )
-            if not failure:
-                shutil.rmtree(trial.folder, ignore_errors=True)
-            elif len(record.failures) >= MAX_FAILURES:
-                break
-        assert not record.failures, f"{len(record.failures)} of {len(record.done)} calls failed: " + "; ".join(
-            f"{number}: {why}" for number, why in record.failures.items()
-        )
-        missed = missed_shares(self._promise, record)
-        assert not missed or self._promise.each * len(record.done) < self._promise.full, missed
-
-    def _left(self) -> Iterator[Trial]:
-        promise, item = self._promise, single_item()
-        for number in range(max(self._wanted // promise.each, 1)) if item is None else [item // promise.each]:
-            if number not in self.record.done:
-                folder = self._scratch / f"trial-{number}"
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir(parents=True)
-                end = min(promise.each * (number + 1), self._wanted)
-                numbers = range(promise.each * number, end) if item is None else [item]
-                yield Trial(number, random.Random(f"{promise.name} {number}"), folder, promise, numbers)
-
-    def _note(self, row: dict[str, Any]) -> None:
-        self.record.take(row)
-        with self._notes.open("a", encoding="utf-8") as file:
+    def note(row: dict[str, Any]) -> None:
+        record.take(row)
+        with notes.open("a", encoding="utf-8") as file:
             file.write("\n" + json.dumps(row))  # A kill may have truncated the previous line.
+
+    for number in range(promise.full // promise.each):
+        if number in record.rows or len(record.failures) >= MAX_FAILURES:
+            continue
+        numbers = range(promise.each * number, promise.each * (number + 1))
+        trial = Trial(number, scratch / f"trial-{number}", promise, numbers)
+        began, failure = time.perf_counter(), ""
+        try:
+            run_call(trial, repetition)
+        except pytest.skip.Exception as reason:
+            note({"skipped": str(reason)})
+            raise
+        except Exception as error:
+            failure = f"{type(error).__name__}: {error}"[:2000] + f"; {trial.to_reproduce()}"
+        seconds = round(time.perf_counter() - began, 4)
+        note({"trial": number, "seconds": seconds, "counts": trial.counts, "failure": failure})
+    assert not record.failures, f"{len(record.failures)} of {len(record.rows)} calls failed: {record.failures}"
+    missed = missed_shares(promise, record)
+    assert not missed, missed
 
 
 def formats() -> dict[str, int]:
@@ -277,8 +272,8 @@ def formats() -> dict[str, int]:
 
 def missed_shares(promise: Promise, record: Record) -> str:
     """The entries of `Promise.shares` that were not reached, as text; empty if all were."""
-    total = max(sum(record.counts.values()), 1)
-    reached = {what: record.counts[what] / total for what in promise.shares}
+    counts = record.counts
+    reached = {what: counts[what] / max(counts.total(), 1) for what in promise.shares}
     return "; ".join(
         f"{what}: {reached[what]:.0%} instead of {least:.0%}"
         for what, least in promise.shares.items()
@@ -287,11 +282,9 @@ def missed_shares(promise: Promise, record: Record) -> str:
 
 
 def read_record(notes: Path) -> Record | None:
-    """Read a file of repetitions, without truncated lines; None if the file is missing or empty."""
-    if not notes.exists():
-        return None
+    """Read a file of calls, without truncated lines; None if the file is missing or empty."""
     rows = []
-    for line in notes.read_text(encoding="utf-8").splitlines():
+    for line in notes.read_text(encoding="utf-8").splitlines() if notes.exists() else []:
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -302,21 +295,6 @@ def read_record(notes: Path) -> Record | None:
     for row in rows[1:]:
         record.take(row)
     return record
-
-
-def work_folder() -> Path:
-    """Folder in which the full forms record their repetitions."""
-    return Path(os.environ.get("VISTA_FAULTS_DIR") or Path(__file__).parents[2] / ".faults")
-
-
-def single_item() -> int | None:
-    """The number of the single repetition to run (VISTA_FAULTS_ITEM), to reproduce a failure; None for all."""
-    return int(os.environ["VISTA_FAULTS_ITEM"]) if os.environ.get("VISTA_FAULTS_ITEM") else None
-
-
-def share() -> float:
-    """Share of the full repetitions to run (VISTA_FAULTS_SHARE), for a first look; a later run does the rest."""
-    return float(os.environ.get("VISTA_FAULTS_SHARE") or 1)
 
 
 def outcomes(

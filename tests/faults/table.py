@@ -1,10 +1,10 @@
-"""Write the promises and their outcomes to docs/results/faults.jsonl and faults.md, from the recorded repetitions.
+"""Write the promises and their outcomes to docs/results/faults.jsonl and faults.md, from the recorded calls.
 
     python -m tests.faults.table
 
-faults.jsonl has one object per promise and fault. Missing repetitions count as not done; a promise without any keeps
-its row. The exit code is 1 if a promise failed, is not complete, or was tested with older formats of files, or if there
-are fewer repetitions than BARS require.
+faults.jsonl has one object per promise and fault. A promise without recorded calls keeps its row. The exit code is 1 if
+a promise failed, is not complete, or was tested with older formats of files, or if there are fewer repetitions than
+BARS require.
 """
 
 from __future__ import annotations
@@ -15,50 +15,27 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from scripts.experiments.results import describe_hardware
-from tests.faults.harness import BROKEN, PROMISES, Promise, formats, missed_shares, read_record, work_folder
+from tests.faults.harness import BROKEN, PROMISES, WORK, Promise, formats, missed_shares, read_record
 from vista.files import replace_text
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
+BARS = {
+    "power-loss images": (("power cut",), 5_000),
+    "damaged files": (("changed bytes in", "a flipped bit in"), 10_000),
+    "kills of streams, servers, and their clients": (("beyond one machine, kill -9",), 75),
+}
+"""Kind of fault -> how `Promise.fault` begins, and how many repetitions these promises must have together."""
 HEAD = """# Promises under faults
 
 Made by `make test-faults`. Faults come from outside of vista: signals, a small file system, a preloaded library that
 writes down system calls or makes one fail, changed bytes in files, hostile arguments. A repetition passes only if what
-was acknowledged is read byte for byte, and everything else is a miss or a typed error.
+was acknowledged is read byte for byte, and everything else is a miss or a typed error. Repetitions cover the points
+where a fault can strike, such as the system calls of an operation, instead of repeating one of them.
 
-{bars}
-
-{summary}
-All promises; the last column counts what happened:
-
-| promise | fault | repetitions | outcome | what happened |
-|---|---|---:|---|---|
 """
-
-
-SUMMARY = f"""Repetitions that broke a promise, by kind:
-
-| promise | repetitions | {" | ".join(BROKEN)} |
-|---|---:|{"---:|" * len(BROKEN)}
-"""
-
-
-class Bar(NamedTuple):
-    """How many repetitions all promises about one kind of fault must have together."""
-
-    fault: str
-    """How `Promise.fault` begins."""
-    least: int
-
-
-BARS = {
-    "power-loss images": Bar("power cut", 10_000),
-    "damaged files": Bar("changed bytes in", 20_000),
-    "kills of ranks, actors, streams, servers, and their clients": Bar("beyond one machine, kill -9", 200),
-}
-"""By what a repetition is. None of them may be broken."""
 
 
 def import_promises() -> list[Promise]:
@@ -69,61 +46,29 @@ def import_promises() -> list[Promise]:
 
 
 def row_of(promise: Promise, folder: Path, earlier: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-    """The row of a promise, from its recorded repetitions or else from an earlier table."""
-    record = read_record(folder / f"{promise.name}.jsonl")
-    if record is None or not record.done:
-        for row in earlier:
-            if (row["promise"], row["fault"]) == (promise.text, promise.fault) and row["repetitions"]:
-                return row
+    """The row of a promise, from its recorded calls or else from an earlier table."""
     row: dict[str, Any] = {"promise": promise.text, "fault": promise.fault, "wanted": promise.full, "repetitions": 0}
-    row["judged"] = promise.judged
-    if record is None:
-        return row | {"outcome": "not run"}
-    done = promise.each * len(record.done)
-    missed = missed_shares(promise, record)
-    if record.skipped:
-        outcome = f"skipped: {record.skipped}"
-    elif record.failures:
-        outcome = f"FAILED: {len(record.failures)} of {len(record.done)} calls"
-    elif missed and done >= promise.full:
+    record = read_record(folder / f"{promise.name}.jsonl")
+    if record is None or not record.rows:
+        same = [one for one in earlier if (one["promise"], one["fault"]) == (promise.text, promise.fault)]
+        if same and same[0]["repetitions"]:
+            return same[0]
+        return row | {"outcome": f"skipped: {record.skipped}" if record and record.skipped else "not run"}
+    done = promise.each * len(record.rows)
+    missed = missed_shares(promise, record) if done >= promise.full else ""
+    outcome = "held" if done >= promise.full else "held so far"
+    if record.failures:
+        outcome = f"FAILED: {len(record.failures)} of {len(record.rows)} calls"
+    elif missed:
         outcome = f"FAILED: {missed}"
-    else:
-        outcome = "held" if done >= promise.full else "held so far"
     return row | {
         "repetitions": done,
         "outcome": outcome,
         "counts": dict(record.counts.most_common()),
         "failures": list(record.failures.values()),
-        "commit": record.header["commit"],
-        "formats": record.header["formats"],
-        "hardware": record.header["hardware"],
-        "seconds": round(record.seconds, 1),
+        **record.header,
+        "seconds": round(sum(one["seconds"] for one in record.rows.values()), 1),
     }
-
-
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The Markdown table with the commits and machines of its numbers."""
-    lines = []
-    for row in rows:
-        done, wanted = row["repetitions"], row["wanted"]
-        times = f"{done:,}" if done == wanted else f"{done:,} of {wanted:,}"
-        counts = ", ".join(f"{what} {number:,}" for what, number in row.get("counts", {}).items())
-        outcome = row["outcome"] + (", older formats" if is_old(row) else "")
-        cells = [row["promise"], row["fault"], times, outcome, counts]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    ran = [row for row in rows if "commit" in row]
-    commits = ", ".join(dict.fromkeys(row["commit"] for row in ran))
-    versions = "; ".join(
-        dict.fromkeys(", ".join(f"{name} {number}" for name, number in row["formats"].items()) for row in ran)
-    )
-    machines = "; ".join(dict.fromkeys(describe_hardware(row["hardware"]) for row in ran))
-    seconds = sum(row["seconds"] for row in ran)
-    origin = (
-        f"Commit {commits}; formats: {versions}; {machines}; {seconds / 60:.0f} minutes of all processes together.\n"
-        if ran
-        else ""
-    )
-    return HEAD.format(bars=bars(rows), summary=summary(rows)) + "\n".join(lines) + "\n\n" + origin
 
 
 def is_old(row: dict[str, Any]) -> bool:
@@ -131,68 +76,90 @@ def is_old(row: dict[str, Any]) -> bool:
     return "formats" in row and row["formats"] != formats()
 
 
-def own_rows(rows: Sequence[dict[str, Any]], bar: Bar) -> list[dict[str, Any]]:
-    """The rows that count for a bar."""
-    return [row for row in rows if row["fault"].startswith(bar.fault)]
+def broken(row: dict[str, Any]) -> int:
+    """The number of broken repetitions; failed calls where these are not judged one by one."""
+    return max(sum(row.get("counts", {}).get(what, 0) for what in BROKEN), len(row.get("failures", [])))
 
 
-def repetitions(rows: Sequence[dict[str, Any]]) -> int:
-    """The number of repetitions of all rows."""
-    return sum(row["repetitions"] for row in rows)
-
-
-def broken(rows: Sequence[dict[str, Any]]) -> int:
-    """The number of broken repetitions: each by itself where they are judged, otherwise each failed call."""
-    return sum(
-        sum(row["counts"].get(what, 0) for what in BROKEN) if row["judged"] else len(row["failures"])
-        for row in rows
-        if "counts" in row
-    )
-
-
-def bars(rows: Sequence[dict[str, Any]]) -> str:
-    """The sentence that compares the repetitions with BARS."""
-    sums = [f"{repetitions(own_rows(rows, bar)):,} {what} (at least {bar.least:,})" for what, bar in BARS.items()]
-    number = sum(broken(own_rows(rows, bar)) for bar in BARS.values())
-    listed = ", ".join(sums[:-1]) + f", and {sums[-1]}"
-    return f"Together, there are {listed}; {number:,} of them broke a promise (at most 0)."
-
-
-def problems(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What is missing: a line per promise that failed or is not complete, and per bar that is not met.
-
-    A skipped promise is not a problem by itself: its row says why it was skipped.
-    """
-    found = [
-        f"{row['promise']}, {row['fault']}: {row['outcome']}"
-        for row in rows
-        if row["outcome"] != "held" and not row["outcome"].startswith("skipped")
-    ]
-    found += [f"{row['promise']}, {row['fault']}: older formats" for row in rows if is_old(row)]
-    for what, bar in BARS.items():
-        own = own_rows(rows, bar)
-        if repetitions(own) < bar.least or broken(own):
-            found.append(f"{what}: {repetitions(own):,} of at least {bar.least:,}, {broken(own):,} broken")
+def bars(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[int, int, int]]:
+    """Kind of fault in BARS -> its repetitions, how many there must be, and how many of them are broken."""
+    found = {}
+    for what, (faults, least) in BARS.items():
+        own = [row for row in rows if row["fault"].startswith(faults)]
+        found[what] = sum(row["repetitions"] for row in own), least, sum(map(broken, own))
     return found
 
 
-def summary(rows: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table of the promises whose repetitions are judged one by one (`judging`)."""
-    lines = []
-    for promise in dict.fromkeys(row["promise"] for row in rows if row["judged"]):
+def problems(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What is missing: a line per promise that failed, is not complete or old, and per bar that is not met.
+
+    A skipped promise is not a problem by itself: its row says why it was skipped.
+    """
+    found = []
+    for row in rows:
+        name, outcome = f"{row['promise']}, {row['fault']}", row["outcome"]
+        if outcome != "held" and not outcome.startswith("skipped"):
+            found.append(f"{name}: {outcome}")
+        if is_old(row):
+            found.append(f"{name}: older formats")
+    return found + [
+        f"{what}: {number:,} of at least {least:,}, {failed:,} broken"
+        for what, (number, least, failed) in bars(rows).items()
+        if number < least or failed
+    ]
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; columns whose head begins with a `>` are aligned to the right."""
+    lines = [[name.removeprefix(">") for name in head], ["---:" if name[0] == ">" else "---" for name in head], *rows]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+def origins(rows: Sequence[dict[str, Any]]) -> str:
+    """A line per commit, formats, and machine with the promises that were tested there."""
+    found = Counter(
+        f"commit {row['commit']}; formats: {', '.join(f'{name} {number}' for name, number in row['formats'].items())}"
+        f"{' (older ones)' if is_old(row) else ''}; {describe_hardware(row['hardware'])}"
+        for row in rows
+        if "commit" in row
+    )
+    minutes = sum(row.get("seconds", 0) for row in rows) / 60
+    lines = "".join(f"- {number} of {len(rows)} promises: {origin}\n" for origin, number in found.items())
+    return f"{lines}- {minutes:.0f} minutes of all processes together\n"
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The page."""
+    together = [
+        [what, f"{number:,}", f"{least:,}", f"{failed:,}"] for what, (number, least, failed) in bars(rows).items()
+    ]
+    by_kind = []
+    for promise in dict.fromkeys(row["promise"] for row in rows):
         own = [row for row in rows if row["promise"] == promise]
         counts: Counter[str] = sum((Counter(row.get("counts", {})) for row in own), Counter())
-        cells = [promise, f"{sum(row['repetitions'] for row in own):,}", *(f"{counts[what]:,}" for what in BROKEN)]
-        lines.append("| " + " | ".join(cells) + " |\n")
-    return SUMMARY + "".join(lines)
+        numbers = [sum(row["repetitions"] for row in own), sum(map(broken, own)), *(counts[what] for what in BROKEN)]
+        by_kind.append([promise, *(f"{number:,}" for number in numbers)])
+    cells = []
+    for row in rows:
+        done, wanted = row["repetitions"], row["wanted"]
+        times = f"{done:,}" if done == wanted else f"{done:,} of {wanted:,}"
+        counted = ", ".join(f"{what} {number:,}" for what, number in row.get("counts", {}).items())
+        outcome = row["outcome"] + (", older formats" if is_old(row) else "")
+        cells.append([row["promise"], row["fault"], times, outcome, counted])
+    return (
+        f"{HEAD}{origins(rows)}\n{table(['fault', '>repetitions', '>at least', '>broken'], together)}\n"
+        f"Repetitions that broke a promise, by kind where each repetition is judged by itself:\n\n"
+        f"{table(['promise', '>repetitions', '>broken', *(f'>{what}' for what in BROKEN)], by_kind)}\n"
+        "All promises; the last column counts what happened:\n\n"
+        f"{table(['promise', 'fault', '>repetitions', 'outcome', 'what happened'], cells)}"
+    )
 
 
 def main() -> int:
     """Write both files and print what is missing; returns 1 if anything is."""
     earlier = [json.loads(line) for line in (RESULTS / "faults.jsonl").read_text(encoding="utf-8").splitlines()]
-    rows = [row_of(promise, work_folder(), earlier) for promise in import_promises()]
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    replace_text(RESULTS / "faults.jsonl", lines)
+    rows = [row_of(promise, WORK, earlier) for promise in import_promises()]
+    replace_text(RESULTS / "faults.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     replace_text(RESULTS / "faults.md", markdown(rows))
     print(markdown(rows))
     missing = problems(rows)

@@ -15,10 +15,11 @@ import pytest
 
 from tests.faults import oracle, preload, updates
 from tests.faults.conftest import require_linux
+from tests.faults.disk_images import Disk
 from tests.faults.harness import Trial, promise
 from tests.faults.nursery import Nursery, Say
 from tests.faults.oracle import Run
-from tests.faults.test_power_loss import Job, check_image, write_image
+from tests.faults.test_power_loss import Job, check_image, cut_power
 from vista.errors import StoreError
 from vista.store import StoreReader
 from vista.store.layout import environment_path
@@ -86,9 +87,8 @@ def write_until_full(say: Say, store: str, filler: str, words: dict[str, Any]) -
 @promise(
     "Disk full",
     fault="a file system of 64 MiB without room left, for writers and for new readers",
-    full=50,
-    short=2,
-    smoke=1,
+    full=16,
+    smoke=True,
 )
 def test_disk_full(trial: Trial, small_disk: tuple[Nursery, Path]) -> None:
     nursery, disk = small_disk
@@ -133,7 +133,7 @@ def update_until_full(say: Say, store: str, filler: str) -> str:
     return f"{said[-1][0] if said[-1][0] == 'refused' else 'fitted'}, {outcome}"
 
 
-@promise("Disk full", fault="no room left for an incremental refresh with states", full=50, short=1)
+@promise("Disk full", fault="no room left for an incremental refresh with states", full=16)
 def test_disk_full_of_updates(trial: Trial, small_disk: tuple[Nursery, Path]) -> None:
     nursery, disk = small_disk
     folder = disk / f"updates-{trial.number}"
@@ -235,14 +235,12 @@ def endure_updates(say: Say, store: str, log: str, fault: list[int]) -> int:
     return preload.calls_since(fault[1])
 
 
-def meet_fault(
-    trial: Trial, traced: Nursery, kinds: list[str], most_calls: dict[str, int], job: Job, *arguments: Any
-) -> list[Any]:
+def meet_fault(trial: Trial, traced: Nursery, most_calls: dict[str, int], job: Job, *arguments: Any) -> list[Any]:
     """Have `job(say, store, log, fault, *arguments)` meet a fault, which must raise an error; returns what it said."""
     store = trial.folder.resolve() / "store"
     store.mkdir(mode=0o700)
-    kind = trial.random.choice(kinds)
-    number = trial.random.randint(1, most_calls[kind])
+    points = [(kind, number) for kind, most in most_calls.items() for number in range(1, most + 1)]
+    kind, number = points[trial.point(len(points))]
     fault = [KINDS[kind], number, errno.EIO, trial.random.choice([1, 1, 2, preload.FOREVER])]
     writer = traced.start(job, store, store.with_name("log"), fault, *arguments)
     made = writer.result()
@@ -260,7 +258,7 @@ def check_after_power_cut(say: Say, folder: str, runs: list[dict[str, Any]], tur
     """
     store, log, image = (Path(folder, name) for name in ("store", "log", "image"))
     calls = list(preload.read_log(log))
-    write_image(image, None, store, calls, len(calls), random.Random(least))
+    cut_power(Disk(store), calls, len(calls), image, random.Random(least))
     if runs:
         return check_image(say, image, runs, turn, least)
     return updates.check_and_continue(say, str(image), turn, least)
@@ -269,27 +267,24 @@ def check_after_power_cut(say: Say, folder: str, runs: list[dict[str, Any]], tur
 @promise(
     "Honest fsync failure",
     fault="EIO at the n-th fsync or write of an incremental refresh with states",
-    full=200,
-    short=2,
+    full=100,
 )
 def test_io_errors_of_updates(trial: Trial, traced: Nursery) -> None:
-    messages = meet_fault(trial, traced, [*MOST_UPDATE_CALLS], MOST_UPDATE_CALLS, endure_updates)
+    messages = meet_fault(trial, traced, MOST_UPDATE_CALLS, endure_updates)
     turn, least = updates.acknowledged(messages)
     folder = trial.folder.resolve()
     traced.call(check_after_power_cut, folder, [], turn, least)
     traced.call(updates.check_and_continue, folder / "store", turn, least)
 
 
-@promise(
-    "Honest fsync failure", fault="EIO at the n-th fsync, write, create, rename or remove", full=200, short=4, smoke=2
-)
+@promise("Honest fsync failure", fault="EIO at the n-th fsync, write, create, rename or remove", full=60, smoke=True)
 def test_io_errors(trial: Trial, traced: Nursery) -> None:
     runs = [
         Run(salt=trial.number % 9, total=32).words,
         Run(salt=10, total=32, dim=trial.random.choice([16, 1500])).words,
     ]
     stubborn = trial.random.random() < 0.5
-    messages = meet_fault(trial, traced, ["fsync", "fsync", *KINDS], MOST_CALLS, endure, runs, stubborn)
+    messages = meet_fault(trial, traced, MOST_CALLS, endure, runs, stubborn)
     folder = trial.folder.resolve()
     was_published = ["published", 2] in messages
     least = 0 if was_published else max(oracle.acknowledged(messages), 0)

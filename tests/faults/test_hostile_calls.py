@@ -108,6 +108,7 @@ LONG = ("serve", "explore", "export")
 """Commands that run until they are stopped, or longer than a repetition may."""
 RUN = [command for command in COMMANDS if command not in LONG and find_spec(PACKAGES.get(command, "vista"))]
 """The commands that run here."""
+ROUNDS = 30
 COMMAND_BYTES = 4 << 30
 """Memory of a command. Ten epochs of a small training take more than 1 GiB, because torch keeps compiled products of
 each shape; then it ends the process."""
@@ -128,9 +129,8 @@ def call_api(say: Say, world: str, scratch: str, numbers: list[int]) -> None:
 @promise(
     "Errors are typed or documented",
     fault="a hostile argument of a public function",
-    judged=True,
     full=CALLS * math.ceil(len(HOSTILE_CALLS) / CALLS),
-    smoke=CALLS,
+    smoke=True,
     each=CALLS,
 )
 def test_hostile_arguments(trial: Trial, nursery: Nursery, world: Path) -> None:
@@ -259,8 +259,9 @@ def call_commands(say: Say, world: str, scratch: str, numbers: list[int]) -> Non
 
     def use(number: int, folder: Path) -> tuple[str, str]:
         chance = random.Random(number)
-        command, is_hostile = RUN[number % len(RUN)], number >= len(RUN)
-        word = f"{chance.choice(list(ConfigKeys.of(COMMANDS[command].schema).keys))}={chance.choice(HOSTILE_VALUES)}"
+        turn, command = number // len(RUN), RUN[number % len(RUN)]
+        is_hostile, keys = turn > 0, list(ConfigKeys.of(COMMANDS[command].schema).keys)
+        word = f"{keys[turn * len(keys) // ROUNDS]}={chance.choice(HOSTILE_VALUES)}"
         if chance.random() < 0.1:
             word = chance.choice(HOSTILE_WORDS)
         words = [*command.split(), *words_of(command), *([word] if is_hostile else [])]
@@ -283,9 +284,7 @@ def call_commands(say: Say, world: str, scratch: str, numbers: list[int]) -> Non
 @promise(
     "Errors are typed or documented",
     fault="a hostile word on the command line",
-    judged=True,
-    full=200 * len(RUN),
-    short=2 * len(RUN),
+    full=ROUNDS * len(RUN),
     each=len(RUN),
 )
 def test_hostile_words(trial: Trial, nursery: Nursery, world_of_commands: Path) -> None:

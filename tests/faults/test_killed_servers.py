@@ -266,10 +266,8 @@ def read_until_the_end(trial: Trial, reader: StoreReader, child: Child, expected
 @promise(
     LOSES_NOTHING,
     fault="beyond one machine, kill -9 of a refresh into a Valkey server ({kind}) at any request, whole or in part",
-    full=40,
-    short=1,
+    full=12,
     kinds=[FULL, INCREMENTAL],
-    judged=True,
 )
 def test_killed_refresh_into_server(trial: Trial, nursery: Nursery, growth: Growth, valkey: ValkeyServer) -> None:
     refresh_with_kills(trial, nursery, growth, valkey, of_server=False)
@@ -278,10 +276,8 @@ def test_killed_refresh_into_server(trial: Trial, nursery: Nursery, growth: Grow
 @promise(
     LOSES_NOTHING,
     fault="beyond one machine, kill -9 of the Valkey server, which restarts, at any request of a refresh ({kind})",
-    full=20,
-    short=1,
+    full=6,
     kinds=[FULL, INCREMENTAL],
-    judged=True,
 )
 def test_killed_server(trial: Trial, nursery: Nursery, growth: Growth, valkey: ValkeyServer) -> None:
     refresh_with_kills(trial, nursery, growth, valkey, of_server=True)
@@ -297,7 +293,8 @@ def refresh_with_kills(
     with StoreReader.open(url) as reader:
         before = reader.get_many(USERS).summary if kind == FULL else None
         while left:
-            at, share = trial.random.randint(1, left), trial.random.choice([0.0, trial.random.random(), 1.0])
+            at = trial.random.randint(1, left) if num_kills else 1 + trial.point(left)
+            share = trial.random.choice([0.0, trial.random.random(), 1.0])
             assert server.process is not None
             pid = server.process.pid if of_server else 0
             child = nursery.start(refresh_into, growth.folder, url, kind, at, share, pid)
@@ -339,9 +336,7 @@ def erased(growth: Growth, valkey: ValkeyServer, nursery: Nursery) -> tuple[int,
 @promise(
     LOSES_NOTHING,
     fault="beyond one machine, kill -9 of an erasure on a Valkey server, and of the refresh around it, at any request",
-    full=20,
-    short=1,
-    judged=True,
+    full=8,
 )
 def test_killed_server_erasure(
     trial: Trial, nursery: Nursery, growth: Growth, erased: tuple[int, Contents], valkey: ValkeyServer
@@ -416,10 +411,8 @@ def copies(growth: Growth, valkey: ValkeyServer, traced: Nursery, tmp_path_facto
 @promise(
     LOSES_NOTHING,
     fault="beyond one machine, kill -9 of a copy {kind}: at any request, or system call that changes the folder",
-    full=20,
-    short=1,
+    full=8,
     kinds=[TO_SERVER, TO_FOLDER],
-    judged=True,
 )
 def test_killed_copy(trial: Trial, traced: Nursery, growth: Growth, copies: Copies, valkey: ValkeyServer) -> None:
     kind, url, folder = trial.promise.kind, valkey.url(STORE), trial.folder / "target"
@@ -436,7 +429,8 @@ def test_killed_copy(trial: Trial, traced: Nursery, growth: Growth, copies: Copi
         expected = reader.get_many(USERS).summary
         while again:
             by_call = kind == TO_FOLDER and trial.random.random() < 0.6
-            at = trial.random.randint(1, num_calls if by_call else num_requests)
+            most = num_calls if by_call else num_requests
+            at = trial.random.randint(1, most) if num_kills else 1 + trial.point(most)
             point = [at] if by_call else [0, at, trial.random.choice([0.0, trial.random.random(), 1.0])]
             child = traced.start(copy, source, target, *point).end()
             assert child.exit_code == -9 or (num_kills and child.exit_code == 0), child.raised

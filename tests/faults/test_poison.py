@@ -48,7 +48,7 @@ def examples(number: int, check: Callable[[Any], None], strategy: st.SearchStrat
     )()
 
 
-@promise("Poison input", fault="NaN, infinities and extremes in summaries", full=10_000, smoke=50, each=EXAMPLES)
+@promise("Poison input", fault="NaN, infinities and extremes in summaries", full=2000, smoke=True, each=EXAMPLES)
 def test_poisoned_summaries(trial: Trial) -> None:
     extremes = [np.nan, np.inf, -np.inf, 3.4e38, -3.4e38, 1e-45, 0.0, -0.0, 1e30, 65504.0, 70000.0]
     value = st.one_of(st.sampled_from(extremes), st.floats(width=32))
@@ -102,8 +102,8 @@ def test_poisoned_summaries(trial: Trial) -> None:
 @promise(
     "Poison input",
     fault="requests: odd users, candidates, tails, times and types",
-    full=10_000,
-    smoke=50,
+    full=2000,
+    smoke=True,
     each=EXAMPLES,
 )
 def test_poisoned_requests(trial: Trial, scorer: Scorer) -> None:
@@ -144,8 +144,8 @@ def test_poisoned_requests(trial: Trial, scorer: Scorer) -> None:
 @promise(
     "Poison input",
     fault="rows of a log: odd ids, times, actions, ratings; unsorted, twice, none",
-    full=2000,
-    smoke=50,
+    full=1000,
+    smoke=True,
     each=EXAMPLES,
 )
 def test_poisoned_rows(trial: Trial) -> None:
@@ -217,7 +217,7 @@ def giant(say: Say, model: str, folder: str, num_events: int, num_candidates: in
     return [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before, 40 * num_events]
 
 
-@promise("Poison input", fault="a user of 1M events, 1M candidates", full=5, short=1)
+@promise("Poison input", fault="a user of 1M events, 1M candidates", full=3)
 def test_giants(trial: Trial, nursery: Nursery, model_dir: Path) -> None:
     events, candidates = (10**6, 10**6) if trial.number else (10**5, 10**5)
     peak, log = nursery.start(giant, model_dir, trial.folder / "work", events, candidates).result(timeout_s=600)

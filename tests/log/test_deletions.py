@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import polars as pl
 import pytest
 from hypothesis import given, settings
@@ -158,6 +157,8 @@ def rows_of(log: EventLog, user: str) -> list[tuple[int, int, str]]:
 
 
 def test_an_event_is_deleted_with_or_without_its_action(tmp_path: Path) -> None:
+    import pandas as pd
+
     path = tmp_path / "log"
     small_log(path)
     time = np.array([1000, 3000]) * 1000

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import polars as pl
 import pytest
 
@@ -203,6 +202,8 @@ def test_a_text_file_gives_the_same_columns_as_parquet(tmp_path: Path, form: str
 
 def test_frames(tmp_path: Path) -> None:
     """Of Polars and pandas; columns that are not named are ignored."""
+    import pandas as pd
+
     frame = KEYS | {"device": ["web", None, "app"], "dwell": [0.5, 1.0, None], "more": [1, 2, 3]}
     shown = {"user": [1, 2], "item": [7, 7], "timestamp": [5, 6], "click": [1, 0], "hour": [3, 4], "load": [0.5, NAN]}
     for number, form in enumerate((pd.DataFrame, pl.DataFrame, dict)):

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from tests.docs.page import blocks_of
@@ -72,6 +71,8 @@ def check_shards(page: dict[str, Any]) -> None:
 
 @pytest.mark.nightly
 def test_the_function_of_the_spark_recipe_refreshes_all_shards(page):
+    import pandas as pd
+
     run(page, "def refresh_shards")
     frames = [pd.DataFrame({"id": [0, 1]}), pd.DataFrame({"id": [2, 3]})]
     done = pd.concat(page["refresh_shards"](frames))

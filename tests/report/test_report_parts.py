@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import roc_auc_score
 
 from tests.conftest import Served
 from vista.evaluation.comparison import AucMeasure, Estimate, MeanMeasure, PerUserMetrics, drawn_aucs
@@ -56,6 +55,8 @@ def test_an_estimate_of_users() -> None:
 
 
 def test_drawn_aucs_are_those_of_repeated_users() -> None:
+    from sklearn.metrics import roc_auc_score
+
     rng = np.random.default_rng(1)
     user = np.array([7, 7, 7, 3, 3, 9, 9, 9])
     label = np.array([1, 0, 0, 1, 0, 0, 1, 1], np.float32)
@@ -68,6 +69,8 @@ def test_drawn_aucs_are_those_of_repeated_users() -> None:
 
 
 def test_auc_and_its_paired_differences() -> None:
+    from sklearn.metrics import roc_auc_score
+
     measure = auc_measure()
     estimates, gains = measure.estimates(), measure.gains()
     assert estimates["good"].value == pytest.approx(roc_auc_score(measure.label, measure.probabilities["good"]))

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -88,6 +87,8 @@ def test_task_scores_equal_the_models_probabilities(task_scorer: Scorer, served_
 
 @pytest.mark.parametrize("kind", ["scorer", "task_scorer"])
 def test_all_shapes_agree(kind: str, request: pytest.FixtureRequest) -> None:
+    import pandas as pd
+
     opened: Scorer = request.getfixturevalue(kind)
     users = list(opened.store.keys())[:3]
     items = opened.model.items.ids(np.arange(6))

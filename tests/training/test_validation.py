@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from sklearn.metrics import log_loss, roc_auc_score
 
 from tests.conftest import Served, draw_counter_weights, small_config
 from vista.config import SourceColumns
@@ -185,6 +184,8 @@ def test_impressions_see_the_events_strictly_before(tmp_path: Path) -> None:
 
 
 def test_impression_metrics_against_scikit_learn(impression_log: EventLog) -> None:
+    from sklearn.metrics import log_loss, roc_auc_score
+
     cases = impression_cases(impression_log, 0, None)
     rng = np.random.default_rng(0)
     predicted = rng.uniform(0.01, 0.99, cases.label.shape).astype(np.float32)

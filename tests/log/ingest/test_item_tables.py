@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import polars as pl
 import pytest
 
@@ -89,6 +88,8 @@ def test_a_file(tmp_path: Path, form: str) -> None:
 
 @pytest.mark.parametrize("library", ["polars", "lazy", "pandas", "mapping", "arrays"])
 def test_a_frame(tmp_path: Path, library: str) -> None:
+    import pandas as pd
+
     events = {"user": [1, 1, 2, 2], "item": [10, 20, 30, 40], "timestamp": [1, 2, 3, 4]}
     vectors = [None if vector is None else np.array(vector) for vector in TABLE["text"]]
     items: Any = {
