@@ -29,6 +29,7 @@ from vista.errors import (
     StoreUnavailableError,
     UnknownUserError,
     VistaError,
+    shown,
 )
 from vista.installation import __version__
 from vista.log.histories import NO_TIMESTAMP, RowFeatures
@@ -50,8 +51,14 @@ MAX_EXPLAINED = 100
 OF_REQUESTS = (ValueError, TypeError, OverflowError, VistaError)
 """Errors that an invalid request causes."""
 MAX_REQUESTS = 16
+MAX_VALUES = 3 << 18
+"""Most values of a body. Each takes up to 90 bytes of memory: an empty list does, which is one byte of MessagePack."""
 MAX_BYTES = 4096
 """Most bytes of the bodies of a batch, about 600 ids: longer lists keep a core busy alone, and would delay others."""
+
+
+Value = str | float | int | None
+Values = dict[str, Value | list[Value | list[Value]]]
 
 
 class TailEvent(msgspec.Struct, forbid_unknown_fields=True):
@@ -62,7 +69,7 @@ class TailEvent(msgspec.Struct, forbid_unknown_fields=True):
     """ms since 1970."""
     action: str | None = None
     """Type of the action, such as "view"; may be left out if the model has only one."""
-    features: dict[str, str | float | int | None] = msgspec.field(default_factory=dict)
+    features: dict[str, Value] = msgspec.field(default_factory=dict)
     """Features of the event by name."""
 
 
@@ -78,7 +85,7 @@ class ScoreBody(msgspec.Struct, forbid_unknown_fields=True):
     """Per user, the events since the refresh."""
     now: int | list[int] | None = None
     """Time of the request in ms, one or one per user; by default the server's clock."""
-    request: dict[str, Any] = msgspec.field(default_factory=dict)
+    request: Values = msgspec.field(default_factory=dict)
     """Features of the request by name: one value, one per user, or one list per user with one value per candidate."""
     model: str | None = None
     """Name of the model, if the service has several; by default, the model that the split assigns."""
@@ -100,7 +107,7 @@ class RankBody(msgspec.Struct, forbid_unknown_fields=True):
     """The user's events since the refresh."""
     now: int | None = None
     """Time of the request in ms; by default the server's clock."""
-    request: dict[str, Any] = msgspec.field(default_factory=dict)
+    request: Values = msgspec.field(default_factory=dict)
     """Features of the request by name: one value, or one list with one value per candidate."""
     model: str | None = None
     """Name of the model, if the service has several; by default, the model that the split assigns."""
@@ -128,7 +135,7 @@ class RetrieveBody(msgspec.Struct, forbid_unknown_fields=True):
     """Per user, the events since the refresh."""
     now: int | list[int] | None = None
     """Time of the request in ms, one or one per user; by default the server's clock."""
-    request: dict[str, Any] = msgspec.field(default_factory=dict)
+    request: Values = msgspec.field(default_factory=dict)
     """Features of the request by name: one value, or one per user."""
     model: str | None = None
     """Name of the model, if the service has several; by default, the model that the split assigns."""
@@ -145,7 +152,7 @@ class ExplainBody(msgspec.Struct, forbid_unknown_fields=True):
     """The user's events since the refresh."""
     now: int | None = None
     """Time of the request in ms; by default the server's clock."""
-    request: dict[str, Any] = msgspec.field(default_factory=dict)
+    request: Values = msgspec.field(default_factory=dict)
     """Features of the request by name: one value, or one list with one value per candidate."""
     model: str | None = None
     """Name of the model, if the service has several; by default, the model that the split assigns."""
@@ -165,7 +172,10 @@ def decoded(body: bytes, kind: type[Body], media_type: str) -> Body:
     Raises:
         msgspec.DecodeError: the bytes are not valid JSON or MessagePack.
         msgspec.ValidationError: a field is missing, unknown, or has another type.
+        BodyTooLargeError: it has more than MAX_VALUES values.
     """
+    if len(body) > MAX_VALUES and not _has_few_values(body, media_type):
+        raise BodyTooLargeError(f"the body has more than {MAX_VALUES:,} values; send several requests")
     try:
         if media_type == MSGPACK:
             return msgspec.msgpack.decode(body, type=kind)
@@ -176,6 +186,30 @@ def decoded(body: bytes, kind: type[Body], media_type: str) -> Body:
         if isinstance(getattr(held, name, None), bytes):  # msgspec reads a text as base64 here
             raise msgspec.ValidationError(f"Expected `array`, got `str` - at `$.{name}`")
     return held
+
+
+def _has_few_values(body: bytes, media_type: str) -> bool:
+    """Whether a body has at most MAX_VALUES values, without building them; commas in texts of JSON count too."""
+    if media_type != MSGPACK:
+        return sum(map(body.count, (b"[", b"{", b",", b":"))) <= MAX_VALUES
+    place, end = 0, len(body)
+    for _ in range(MAX_VALUES):
+        if place >= end:
+            return True
+        first = body[place]
+        if width := _WIDTHS[first]:
+            place += int.from_bytes(body[place + 1 : place + 1 + width], "big")
+        place += _SIZES[first]
+    return place >= end
+
+
+_SIZES = [1] * 0xA0 + [*range(1, 33)] + [1, 1, 1, 1, 2, 3, 5, 3, 4, 6, 5, 9, 2, 3, 5, 9, 2, 3, 5, 9, 3, 4, 6, 10, 18]
+_SIZES += [2, 3, 5, 3, 5, 3, 5] + [1] * 32
+"""By the first byte of a value in MessagePack: its bytes, without elements and without bytes of a variable length."""
+_WIDTHS = [0] * 256
+"""The same: bytes of the number of these bytes, in big-endian order."""
+for _first, _width in zip((0xC4, 0xC5, 0xC6, 0xC7, 0xC8, 0xC9, 0xD9, 0xDA, 0xDB), (1, 2, 4) * 3, strict=True):
+    _WIDTHS[_first] = _width
 
 
 def item_ids(given: Sequence[Id] | bytes, name: str) -> Any:
@@ -207,15 +241,28 @@ def candidate_ids(given: Sequence[Any] | bytes) -> Any:
     return [item for row in rows for item in row], offsets_of(np.array([len(row) for row in rows], np.int64))
 
 
-def tail_of(given: Sequence[Sequence[TailEvent]] | None) -> Tail | None:
+def tail_of(given: Sequence[Sequence[TailEvent]] | None, model: VistaModel) -> Tail | None:
     """Events since the refresh, per user, as a scorer takes them.
 
     Actions stay names, because a reload can put another model into service before the call.
+
+    Raises:
+        ValueError: the model does not know a feature.
+        BodyTooLargeError: the columns of features, which have a cell for each event, have more than MAX_VALUES cells.
     """
     if given is None:
         return None
     events = [event for own in given for event in own]
     names = dict.fromkeys(name for event in events for name in event.features)
+    known = {} if model.event_features is None else model.event_features.values
+    for name in names:  # before there is a column for each
+        if name not in known:
+            raise ValueError(f"tail.features: {shown(name)} is not one of this model's features, {list(known)}")
+    if len(names) * len(events) > MAX_VALUES:
+        raise BodyTooLargeError(
+            f"tail: {len(events):,} events with {len(names)} features are more than {MAX_VALUES:,} values; send "
+            "several requests"
+        )
     return Tail(
         [event.item for event in events],  # type: ignore[arg-type]
         np.array([event.time for event in events], object if _has_large(events) else np.int64),
@@ -438,7 +485,7 @@ class ScoringService:
         if asked.tail is not None:
             _require_one_per_user(len(asked.tail), asked, "tail")
         return {
-            "tail": tail_of(asked.tail),
+            "tail": tail_of(asked.tail, self.scorer.model),
             "now": server_time() if asked.now is None else asked.now,
             "request": asked.request or None,
         }
@@ -448,7 +495,7 @@ class ScoringService:
         features = {name: [value] if isinstance(value, list) else value for name, value in asked.request.items()}
         tail = None if asked.tail is None else [asked.tail]
         return {
-            "tail": tail_of(tail),
+            "tail": tail_of(tail, self.scorer.model),
             "now": server_time() if asked.now is None else asked.now,
             "request": features or None,
         }
