@@ -12,8 +12,10 @@ from vista.config.checks import (
     MAX_VALUES,
     Checked,
     IdType,
+    NamesUsers,
     OnBadRows,
     StreamStart,
+    UsesLog,
     WorldName,
     check_max_values,
     check_types,
@@ -46,8 +48,22 @@ class EventFilterConfig:
         return self.min_item_events > 1 or self.min_user_events > 1
 
 
+@dataclass(kw_only=True)
+class TableFiles(Checked):
+    """Files of one table."""
+
+    __slots__ = ()
+    paths: list[str] = field(default_factory=list)
+    """Files, or folders of files. Together they are one table; files are read in the order of their names."""
+    separator: str = ","
+    """Character that separates the columns of text files, such as ';' or tab."""
+    max_values: int = MAX_VALUES
+    """Maximum number of values of a category of this table. Raise it for categories that the model hashes
+    (`model.hashed_features`). `vista prepare` holds all values of one category in memory."""
+
+
 @dataclass(kw_only=True, slots=True)
-class FeatureTableConfig:
+class FeatureTableConfig(TableFiles):
     """Files of a table with one row per item or user, and which of its columns are features.
 
     If no column is named, every column is read and its type decides: text and booleans are categories, and floats are
@@ -58,18 +74,11 @@ class FeatureTableConfig:
     table: ClassVar[str]
     """Key of the table in the configuration: items | users."""
 
-    paths: list[str] = field(default_factory=list)
-    """Parquet, CSV, or TSV files, or folders of them. Together they are one table."""
     categories: list[str] | None = None
     """Columns of categories: text, integers, or booleans, each with at most `max_values` values. Of items, also lists
     of these."""
     numbers: list[str] | None = None
     """Columns of numbers, such as a price. A number may be missing, but must not be infinite."""
-    max_values: int = MAX_VALUES
-    """Maximum number of values of a category of this table. Raise it for categories that the model hashes
-    (`model.hashed_features`). `vista prepare` holds all values of one category in memory."""
-    separator: str = ","
-    """Character that separates the columns of text files, such as ';' or tab."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -162,22 +171,18 @@ class UserTableConfig(FeatureTableConfig):
 
 
 @dataclass(kw_only=True, slots=True)
-class SourceConfig(SourceColumns):
+class SourceConfig(TableFiles, SourceColumns):
     """Files of one table and the names of their columns."""
 
     kind: str = "table"
     """Format of the files: table (Parquet, CSV, or TSV with the columns named below), a known format (recbole, npz,
     simulated), a public data set (ml-1m, ml-latest-small, ml-100k, complete-journey, amazon-reviews-2023,
     kuairand, yambda, longctr, t-ecd), or auto, which recognizes these by their file names."""
-    paths: list[str] = field(default_factory=list)
-    """Files or folders to read. Several files are read in the order of their names."""
     timestamp: str | None = None
     """Column of times. null for a table without times, whose events are in input order."""
     time_unit: str | None = None
     """Unit of numeric times (s, ms, us, or ns), or iso for ISO 8601 text. null for Parquet columns of dates and
     times."""
-    separator: str = ","
-    """Character that separates the columns of text files, such as ';' or tab."""
     user_ids: IdType = IdType.auto
     """Type of user ids: int or str. auto uses the column's type, or in text files the first value."""
     item_ids: IdType = IdType.auto
@@ -188,9 +193,6 @@ class SourceConfig(SourceColumns):
     numbers: list[str] = field(default_factory=list)
     """Columns of features that are numbers, such as a dwell time or the price paid. A number may be missing, but must
     not be infinite."""
-    max_values: int = MAX_VALUES
-    """Maximum number of values of a category of this table. Raise it for categories that the model hashes
-    (`model.hashed_features`). `vista prepare` holds all values of one category in memory."""
 
     def __post_init__(self) -> None:
         SourceColumns.__post_init__(self)
@@ -243,11 +245,9 @@ class PrepareConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class LogForgetConfig(Checked):
+class LogForgetConfig(UsesLog):
     """Deletion of single events from an EventLog."""
 
-    data: str = "data/log"
-    """Folder of the EventLog."""
     events: str = "deletions.csv"
     """CSV or Parquet file with the columns user, item, timestamp, and optionally action. Each row names one event."""
     time_unit: str | None = None
@@ -256,37 +256,23 @@ class LogForgetConfig(Checked):
 
 
 @dataclass(kw_only=True, slots=True)
-class LogEraseConfig(Checked):
+class LogEraseConfig(NamesUsers, UsesLog):
     """Deletion of users from an EventLog."""
 
-    data: str = "data/log"
-    """Folder of the EventLog."""
-    users: list[str] = field(default_factory=list)
-    """Ids of the users to delete, at least one."""
-
 
 @dataclass(kw_only=True, slots=True)
-class LogCompactConfig(Checked):
+class LogCompactConfig(UsesLog):
     """Compaction of an EventLog's segments into one, without deleted rows."""
 
-    data: str = "data/log"
-    """Folder of the EventLog."""
-
 
 @dataclass(kw_only=True, slots=True)
-class LogVerifyConfig(Checked):
+class LogVerifyConfig(UsesLog):
     """Check of an EventLog's files."""
 
-    data: str = "data/log"
-    """Folder of the EventLog."""
-
 
 @dataclass(kw_only=True, slots=True)
-class LogStatsConfig(Checked):
+class LogStatsConfig(UsesLog):
     """Contents of an EventLog."""
-
-    data: str = "data/log"
-    """Folder of the EventLog."""
 
 
 _MOST_MESSAGES = 10_000_000

@@ -8,14 +8,15 @@ from typing import Any
 
 from vista.config.checks import (
     MAX_DAYS,
-    MAX_THREADS,
     Architecture,
     AskedBaselines,
     Checked,
     InitFreeze,
     ItemStart,
+    Keyed,
     Precision,
     RunOrder,
+    RunsOn,
     Sampler,
     Search,
     Split,
@@ -24,7 +25,13 @@ from vista.config.checks import (
     TableOptimizer,
     TablePrecision,
     Target,
+    Threads,
     TrackerKind,
+    UsesLog,
+    UsesModel,
+    UsesStore,
+    VerifiesLog,
+    WritesJson,
     check_types,
     require,
     require_counts,
@@ -240,7 +247,7 @@ class TrackingConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class TrainConfig:
+class TrainConfig(VerifiesLog, RunsOn, Keyed):
     """A training run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -263,33 +270,23 @@ class TrainConfig:
     init_freeze: InitFreeze = InitFreeze.none
     """With init_from: train everything (none), or keep what summaries depend on (summarizer), so that stores stay
     valid."""
-    authentication_key_file: str | None = None
-    """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
-    VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
     run_dir: str = "runs/vista"
     """Folder for config.yaml, run.json, train.log, metrics.jsonl, checkpoints/, and best/ (the exported model)."""
     seed: int = 1
     """Seed of initial weights, batch order, cuts, negatives, and dropout."""
-    device: str = "auto"
-    """auto, cpu, cuda, or cuda:N. auto uses a GPU if there is one."""
     precision: Precision = Precision.auto
     """Data type of matrix products: float32 or bfloat16. auto uses bfloat16 where the device multiplies it fast."""
-    num_threads: int = 0
-    """Number of CPU threads. 0 leaves the choice to PyTorch."""
     checkpoint_every: int = 200
     """Number of steps between checkpoints. A checkpoint is also written after each epoch."""
     resume: bool = True
     """Resume from the newest checkpoint in run_dir, if there is one."""
-    verify_log: bool = True
-    """Check first that no byte of the log's files has changed since it was written."""
     progress: bool = True
     """Show a progress bar."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        RunsOn.__post_init__(self)  # super() does not work in a dataclass with slots
         require_counts(self, "", ("checkpoint_every",))
         require_counts(self, "", ("seed",), least=0)
-        require_counts(self, "", ("num_threads",), least=0, most=MAX_THREADS)
         self._check_search()
         self._check_data()
         self._check_stage()
@@ -468,26 +465,29 @@ class SweepConfig:
 MAX_TOP_K = 2**20
 
 
-@dataclass(kw_only=True, slots=True)
-class EvaluateConfig:
-    """Evaluation of quality as served: summaries come from the store, scores from the scorer."""
+@dataclass(kw_only=True)
+class AsksLabels(VerifiesLog, Keyed, Threads):
+    """What is predicted for each user."""
 
-    data: str = "data/log"
-    """Folder of the EventLog."""
-    model: str = "runs/vista/best"
-    """Folder of the exported model."""
-    store: str = "stores/vista"
-    """Folder of the summary store, or its URL, such as redis://host:6379/mine. Not used for baselines, which read the
-    raw history."""
-    authentication_key_file: str | None = None
-    """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
-    VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
+    __slots__ = ()
     split: str = "test"
     """Labels that are evaluated: test or validation, according to the data split of the model's training."""
     target: Target = Target.next
-    """What is asked about each user: the very next event and the impressions (next), or the distinct items of the next
-    events or days (window), separately for items that the user had before (returns), for new ones, and for items that
-    nobody had before (cold)."""
+    """What is asked about each user: the very next event and the impressions (next), or the distinct items of the
+    events that follow (window), separately for items that the user had before (returns) and for new ones."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.split in ("test", "validation"), "split", f"must be test or validation, got {self.split}")
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluateConfig(RunsOn, AsksLabels, UsesStore, UsesModel, UsesLog):
+    """Evaluation of quality as served: summaries come from the store, scores from the scorer.
+
+    A baseline reads the raw history, and no store.
+    """
+
     horizon_events: list[int] = field(default_factory=lambda: [50, 200])
     """With target=window: lengths of the windows, in events."""
     horizon_days: float = 0.0
@@ -513,24 +513,17 @@ class EvaluateConfig:
     summaries."""
     recall: bool = False
     """Also report how well the stored summaries recall a user's events, by the age of the event. Takes some seconds."""
-    verify_log: bool = True
-    """Check first that no byte of the log's files has changed since it was written."""
     out: str | None = None
     """JSON file for the metrics. An existing file is replaced. The metrics of each user are written to <out>.npz, which
     `vista compare` reads, and those of each baseline to <out>.<name>.npz. null only prints the metrics."""
-    device: str = "auto"
-    """auto, cpu, cuda, or cuda:N. auto uses a GPU if there is one."""
-    num_threads: int = 0
-    """Number of CPU threads. 0 leaves the choice to PyTorch."""
     progress: bool = True
     """Show a progress bar."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        AsksLabels.__post_init__(self)
         require_counts(self, "", ("min_seen", "min_after"))
         require_counts(self, "", ("staleness",), least=0)
         require_finite(self, "", ("horizon_days",), most=MAX_DAYS)
-        require_counts(self, "", ("num_threads",), least=0, most=MAX_THREADS)
         for key, most in (("top_k", MAX_TOP_K), ("horizon_events", MAX_HORIZON_EVENTS)):
             values = getattr(self, key)
             require(
@@ -544,11 +537,10 @@ class EvaluateConfig:
             "popularity",
             "only applies with target=next; set that, or leave it out",
         )
-        require(self.split in ("test", "validation"), "split", f"must be test or validation, got {self.split}")
 
 
 @dataclass(kw_only=True, slots=True)
-class ReportConfig:
+class ReportConfig(AsksLabels):
     """A report about a training run, as one self-contained HTML file."""
 
     run: str = "runs/vista"
@@ -560,14 +552,6 @@ class ReportConfig:
     store: str | None = None
     """Folder or URL of a store of the run's summaries, refreshed with the `until` of its split. null refreshes one in a
     temporary folder next to `out`. Other runs always get a temporary store."""
-    authentication_key_file: str | None = None
-    """File with the key that authenticates records of `store`: 32 bytes, or 64 hex digits. null uses the environment
-    variable VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
-    split: str = "test"
-    """Labels to evaluate: test or validation, according to the data split of the training."""
-    target: Target = Target.next
-    """What to predict for each user: the next event and the impressions (next), or the distinct items of the next
-    events (window)."""
     horizon_events: int = 50
     """With target=window: length of the windows, in events."""
     top_k: int = 10
@@ -582,19 +566,13 @@ class ReportConfig:
     """Column of categories in item_categories."""
     out: str | None = None
     """HTML file. An existing file is replaced. null writes report.html into the folder of the run."""
-    verify_log: bool = True
-    """Check first that no byte of the log's files has changed since it was written."""
-    num_threads: int = 0
-    """Number of CPU threads. 0 leaves the choice to PyTorch."""
     progress: bool = True
     """Show a progress bar."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        AsksLabels.__post_init__(self)
         require_counts(self, "", ("top_k",), most=MAX_TOP_K)
         require_counts(self, "", ("horizon_events",), most=MAX_HORIZON_EVENTS)
-        require_counts(self, "", ("num_threads",), least=0, most=MAX_THREADS)
-        require(self.split in ("test", "validation"), "split", f"must be test or validation, got {self.split}")
         require(len({*self.others, self.run}) == 1 + len(self.others), "others", "names a run twice")
 
 
@@ -610,7 +588,7 @@ class CompareConfig(Checked):
 
 
 @dataclass(kw_only=True, slots=True)
-class RunsConfig(Checked):
+class RunsConfig(WritesJson):
     """The list of training runs in a folder."""
 
     folder: str = "runs"
@@ -619,15 +597,11 @@ class RunsConfig(Checked):
     """Order of the list: best (the best metric first), name, newest, seconds, or parameters."""
     metric: str | None = None
     """Validation metric of each run's best model, to list and to sort by. null uses the metric that selected it."""
-    out: str | None = None
-    """JSON file for the list, with all metrics of each run. An existing file is replaced. null only prints the list."""
 
 
 @dataclass(kw_only=True, slots=True)
-class RunsCompareConfig(Checked):
+class RunsCompareConfig(WritesJson):
     """Training runs side by side."""
 
     runs: list[str] = field(default_factory=list)
     """Folders of two or more runs."""
-    out: str | None = None
-    """JSON file for the comparison. An existing file is replaced. null only prints it."""
