@@ -57,7 +57,7 @@ def measure(recorder: BenchmarkRecorder, folder: Path, parser: SourceParser) -> 
     def ingest() -> Path:
         path, before, start = folder / f"log-{next(numbers)}", TimedFile.seconds, time.perf_counter()
         with mock.patch.object(arrays, "HashedFile", TimedFile):
-            prepare(PrepareConfig(out=str(path), events=events, progress=False), parser=parser)
+            prepare(PrepareConfig(out=str(path), events=events), parser=parser)
         shares.append(100 * (TimedFile.seconds - before) / (time.perf_counter() - start))
         return path
 

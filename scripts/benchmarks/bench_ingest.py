@@ -64,7 +64,7 @@ def measure(recorder: BenchmarkRecorder, folder: Path) -> None:
     def ingest(name: str, **features: list[str]) -> None:
         before = cpu_seconds()
         events = SourceConfig(paths=[str(file)], timestamp="timestamp", time_unit="s", **features)  # type: ignore[arg-type]
-        prepare(PrepareConfig(out=str(folder / f"log-{next(numbers)}"), events=events, progress=False))
+        prepare(PrepareConfig(out=str(folder / f"log-{next(numbers)}"), events=events))
         spent[name].append(cpu_seconds() - before)
 
     timing = interleaved(

@@ -69,7 +69,7 @@ def words_of(log: EventLog, run_dir: Path, tokens_per_batch: int, seed: int) -> 
     return [
         *("-m", "vista.cli", "train", "experiment=ml-1m", f"data.path={log.path}", f"run_dir={run_dir}"),
         *(f"data.tokens_per_batch={tokens_per_batch}", f"seed={seed}", "optim.epochs=1", "optim.validate_every=0"),
-        *("num_threads=1", "device=cpu", "progress=false", "verify_log=false", "checkpoint_every=1000000"),
+        *("num_threads=1", "device=cpu", "verify_log=false", "checkpoint_every=1000000"),
     ]
 
 

@@ -117,7 +117,7 @@ def bench_ray(recorder: BenchmarkRecorder, folder: Path, num_users: int, rounds:
     log = lifelong_log(folder / "log", lengths.tolist(), num_items=NUM_ITEMS)
     untrained(log, dim=64, num_seeds=32).save_pretrained(folder / "model")
     common = ["refresh", f"data={folder / 'log'}", f"model={folder / 'model'}", "device=cpu", "num_threads=1"]
-    common += ["progress=false", "verify_log=false"]
+    common += ["verify_log=false"]
     results: dict[str, list[SideResult]] = {"shards": [], "ray": []}
     for number, side in itertools.product(range(rounds), results):
         store = folder / f"{side}-{number}"

@@ -88,7 +88,7 @@ def bench_ingest(recorder: BenchmarkRecorder, folder: Path, num_events: int, rou
 
     def ingest(name: str) -> None:
         out = folder / f"log-{next(number)}"
-        report = prepare(PrepareConfig(out=str(out), events=sources[name], progress=False))
+        report = prepare(PrepareConfig(out=str(out), events=sources[name]))
         assert report.num_events == num_events and report.num_quarantined == 0
         stages[name].append(report.stages)
 
@@ -108,7 +108,7 @@ def bench_refresh(recorder: BenchmarkRecorder, folder: Path, data: Path | None, 
     """Time a full refresh in users per second."""
     if data is not None and not recorder.quick:
         source = SourceConfig(kind="npz", paths=[str(data)])
-        prepare(PrepareConfig(out=str(folder / "ml-1m"), events=source, progress=False))
+        prepare(PrepareConfig(out=str(folder / "ml-1m"), events=source))
         log, name = EventLog.open(folder / "ml-1m"), "ml-1m"
     else:
         users, events = (200, 30_000) if recorder.quick else (ML_1M["users"], ML_1M["events"])

@@ -73,7 +73,7 @@ def words_of(log: EventLog, run_dir: Path, tokens_per_batch: int, num_rows: int,
         *("train", "experiment=ml-1m", f"data.path={log.path}", f"run_dir={run_dir}"),
         *(f"model.embedding_rows={num_rows}", "model.item_start=random"),
         *(f"data.tokens_per_batch={tokens_per_batch}", "optim.epochs=1", "optim.validate_every=0"),
-        *("num_threads=1", "device=cpu", "progress=false", "verify_log=false", "checkpoint_every=1000000", *words),
+        *("num_threads=1", "device=cpu", "verify_log=false", "checkpoint_every=1000000", *words),
     ]
 
 

@@ -213,7 +213,7 @@ def per_user_file(folder: Path, line: str, part: str) -> Path:
 def _asked(table: Table, part: str) -> EvaluateConfig:
     target = Target.window if table.windows or table.as_yambda else Target.next
     usual = {"target": target, "top_k": TOP_K, "popularity": table.popularity}
-    return EvaluateConfig(**{**usual, **table.asked}, split=part, progress=False)
+    return EvaluateConfig(**{**usual, **table.asked}, split=part)
 
 
 def _reported(
@@ -280,7 +280,7 @@ def row_folder(settings: argparse.Namespace, name: str, seed: int) -> Path:
 
 def _placed(settings: argparse.Namespace, config: TrainConfig, seed: int, log: EventLog, folder: Path) -> TrainConfig:
     """A configuration of a run in `folder`."""
-    config = replace(config, run_dir=str(folder / "run"), seed=seed, num_threads=settings.threads, progress=False)
+    config = replace(config, run_dir=str(folder / "run"), seed=seed, num_threads=settings.threads)
     config.data.path = str(log.path)
     if config.data.item_categories is not None:
         config.data.item_categories = str(source_folder(log.path) / config.data.item_categories)

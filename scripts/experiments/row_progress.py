@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 
-from vista.progress_bar import progress_bar, ticking
+from vista.progress_bar import progress_bar, progress_shown, ticking
 
 
 class RowProgress:
@@ -33,7 +33,8 @@ class RowProgress:
         self._limit.daemon = True
         if limit_s is not None:
             self._limit.start()
-        self._bar = progress_bar(total=round(sum(self._estimates), 1), desc="runs", unit="s", shown=True)
+        with progress_shown():
+            self._bar = progress_bar(total=round(sum(self._estimates), 1), desc="runs", unit="s")
 
     def __enter__(self) -> RowProgress:
         return self

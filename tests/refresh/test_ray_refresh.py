@@ -282,7 +282,7 @@ def commands() -> Iterator[bytes]:
 def start_refresh(folder: Path, store: Path, temporary: Path) -> subprocess.Popen[str]:
     """`vista refresh engine=ray` in a process with a Ray of its own; returns it with some batches done."""
     words = [f"data={folder / 'log'}", f"model={folder / 'model'}", f"store={store}", "users_per_batch=1"]
-    words += ["tokens_per_batch=64", "device=cpu", "num_threads=1", "progress=false", "engine=ray", "ray.num_actors=1"]
+    words += ["tokens_per_batch=64", "device=cpu", "num_threads=1", "engine=ray", "ray.num_actors=1"]
     process = subprocess.Popen(
         [sys.executable, "-m", "vista.cli.main", "refresh", *words],
         env={**os.environ, "TMPDIR": str(temporary)},

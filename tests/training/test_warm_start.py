@@ -258,7 +258,7 @@ def test_validation_is_what_the_scorer_reaches(
     config, model = later
     until = split_until(config.data, "validation")
     refresh(earlier[1], grown_log, tmp_path / "store", until=until, options=RefreshOptions(codec=Codec.float32))
-    asked = EvaluateConfig(split="validation", top_k=[10], progress=False)
+    asked = EvaluateConfig(split="validation", top_k=[10])
     with Scorer.open(Path(config.run_dir) / "best", tmp_path / "store") as scorer:
         served = evaluate_scorer(scorer, grown_log, asked).metrics
     measured = Validation(grown_log, model.rows_of(grown_log.items), config)(model)

@@ -231,8 +231,6 @@ class PrepareConfig:
     on_bad_rows: OnBadRows = OnBadRows.error
     """What happens to invalid rows: raise writes nothing and reports the first; quarantine sets them aside in
     quarantine.csv."""
-    progress: bool = True
-    """Show progress bars."""
 
     def __post_init__(self) -> None:
         check_types(self)

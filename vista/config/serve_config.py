@@ -335,8 +335,6 @@ class ItemsEmbedConfig(RunsOn):
     """Name of the new column of vectors."""
     out: str = "vectors.parquet"
     """Parquet file to write, with the item ids and the vectors; replaced if it exists."""
-    progress: bool = True
-    """Show a progress bar."""
 
     def __post_init__(self) -> None:
         RunsOn.__post_init__(self)

@@ -29,7 +29,7 @@ from vista.config.checks import (
 from vista.config.log_config import SourceConfig, StreamConfig
 from vista.config.model_config import ModelConfig
 
-INCREMENTAL_OPTIONS = ("tokens_per_batch", "users_per_batch", "verify_log", "progress")
+INCREMENTAL_OPTIONS = ("tokens_per_batch", "users_per_batch", "verify_log")
 """The options that an incremental refresh can choose."""
 SET_BY_FULL_REFRESH = "was set by the store's full refresh; leave it out"
 
@@ -45,8 +45,6 @@ class RefreshOptions(SharesWithGroup, VerifiesLog, SummaryFormat):
     """Number of events that are read and summarized at once. A longer history forms a batch of its own."""
     users_per_batch: int = 512
     """Number of users per durable transaction."""
-    progress: bool = False
-    """Show a progress bar."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -104,8 +102,6 @@ class RefreshConfig(RunsOn, Keyed, UsesStore, UsesModel, UsesLog, RefreshOptions
     Both write the same store."""
     ray: RayConfig = field(default_factory=RayConfig)
     """With engine=ray: where Ray runs, and how many processes share the work."""
-    progress: bool = True
-    """Show a progress bar."""
 
     def __post_init__(self) -> None:
         RunsOn.__post_init__(self)  # calls that of RefreshOptions; super() does not work in a dataclass with slots
@@ -147,8 +143,6 @@ class WatchConfig(RunsOn, Keyed, UsesStore, UsesModel, UsesLog):
     topics the rate and the number of waiting messages per partition."""
     once: bool = False
     """Check once and exit, as a scheduled job does. Topics are read to the end."""
-    progress: bool = False
-    """Show a progress bar."""
 
     def __post_init__(self) -> None:
         RunsOn.__post_init__(self)

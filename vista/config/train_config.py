@@ -280,8 +280,6 @@ class TrainConfig(VerifiesLog, RunsOn, Keyed):
     """Number of steps between checkpoints. A checkpoint is also written after each epoch."""
     resume: bool = True
     """Resume from the newest checkpoint in run_dir, if there is one."""
-    progress: bool = True
-    """Show a progress bar."""
 
     def __post_init__(self) -> None:
         RunsOn.__post_init__(self)  # super() does not work in a dataclass with slots
@@ -516,8 +514,6 @@ class EvaluateConfig(RunsOn, AsksLabels, UsesStore, UsesModel, UsesLog):
     out: str | None = None
     """JSON file for the metrics. An existing file is replaced. The metrics of each user are written to <out>.npz, which
     `vista compare` reads, and those of each baseline to <out>.<name>.npz. null only prints the metrics."""
-    progress: bool = True
-    """Show a progress bar."""
 
     def __post_init__(self) -> None:
         AsksLabels.__post_init__(self)
@@ -566,8 +562,6 @@ class ReportConfig(AsksLabels):
     """Column of categories in item_categories."""
     out: str | None = None
     """HTML file. An existing file is replaced. null writes report.html into the folder of the run."""
-    progress: bool = True
-    """Show a progress bar."""
 
     def __post_init__(self) -> None:
         AsksLabels.__post_init__(self)

@@ -98,7 +98,7 @@ def _finite(values: dict[str, float]) -> dict[str, float | None]:
 
 PLACES = (
     *("data", "model", "store", "out", "authentication_key_file"),
-    *("verify_log", "device", "num_threads", "progress"),
+    *("verify_log", "device", "num_threads"),
 )
 """Fields of EvaluateConfig that may differ between ranks."""
 NO_STORE = "none"
@@ -125,7 +125,6 @@ def evaluate(config: EvaluateConfig) -> EvaluationReport:
         log = EventLog.open(config.data)
         if config.verify_log and (ranks is None or ranks.checks_files):
             log.verify()
-        config = config if leads else replace(config, progress=False)
         with cpu_settings(config.num_threads):
             model = load_model(config.model, device if ranks is None else ranks.device)
             if isinstance(model, HistoryModel):
@@ -296,10 +295,10 @@ def _measure_next_items(
     if log.impressions is not None and model.schema.tasks and begin is not None:
         impressions = with_tasks(impression_cases(log, begin, end), model.schema.tasks)
         if ranks is None:
-            probabilities = answers.probabilities(impressions, progress=config.progress)
+            probabilities = answers.probabilities(impressions)
         else:
             own = impressions.part(ranks.part_of(np.ones_like(impressions.user)))
-            answered = answers.probabilities(own, progress=config.progress)
+            answered = answers.probabilities(own)
             probabilities = ranks.of_all_cases({"probability": answered})["probability"]
         metrics |= impression_metrics(impressions, probabilities)
         num_cases += len(impressions.user)

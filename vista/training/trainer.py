@@ -435,7 +435,6 @@ class Trainer:
             initial=progress.batch,
             desc=f"epoch {progress.epoch + 1}" + (f"/{config.optim.epochs}" if config.optim.epochs else ""),
             unit="batch",
-            shown=config.progress and self._leads,
         )
         self.model.train()
         began, tokens = time.perf_counter(), 0

@@ -160,7 +160,6 @@ def prepare(
         on_bad_rows=config.on_bad_rows,
         event_filter=config.filter,
         bucket_events=bucket_events,
-        progress=config.progress,
     )
     run.check_target()
     with SourceParser() if parser is None else nullcontext(parser) as files:
@@ -381,7 +380,6 @@ class _Run:
     on_bad_rows: OnBadRows
     event_filter: EventFilterConfig = field(default_factory=EventFilterConfig)
     bucket_events: int = BUCKET_EVENTS
-    progress: bool = False
     messages: MessageRows | None = None
     """The messages that `sources` come from."""
     sources: dict[str, list[Source]] = field(default_factory=dict)
@@ -461,7 +459,7 @@ class _Run:
         total = sum(source.size for files in self.sources.values() for source in files)
         parts: dict[str, list[Part]] = {}
         with (
-            progress_bar(total=total, desc="read", unit="B", unit_scale=True, shown=self.progress) as bar,
+            progress_bar(total=total, desc="read", unit="B", unit_scale=True) as bar,
             ticking(bar),
         ):
             for table, files in self.sources.items():
@@ -525,7 +523,7 @@ class _Run:
         """Write the packed tables; returns the number of users with rows in each, and the features of its rows."""
         num_rows = sum(segment.num_rows(table) for table in ids)
         active_users, of_rows = {}, {}
-        with progress_bar(total=num_rows, desc="write", unit="row", unit_scale=True, shown=self.progress) as bar:
+        with progress_bar(total=num_rows, desc="write", unit="row", unit_scale=True) as bar:
             packer = Packer(
                 scratch=scratch, bucket_events=self.bucket_events, times=self.times, on_rows_written=bar.update
             )
