@@ -124,7 +124,7 @@ def bench_ray(recorder: BenchmarkRecorder, folder: Path, num_users: int, rounds:
         own = [*common, f"store={store}"]
         sides = {
             "shards": [[*own, f"shard={index}/2"] for index in range(2)],
-            "ray": [[*own, "engine=ray", "ray.num_actors=2"]],
+            "ray": [[*own, "ray.num_actors=2"]],
         }
         results[side].append(run_side(sides[side], store, folder))
     check_equal(folder / "shards-0", folder / "ray-0", log)

@@ -31,7 +31,7 @@ from vista.config import (
     SimulateConfig,
     TrainConfig,
 )
-from vista.config.checks import Split, Stage, Target
+from vista.config.checks import Split, Target
 from vista.evaluation.answers import ScorerAnswers
 from vista.evaluation.baseline_evaluation import (
     asked_horizons,
@@ -305,7 +305,7 @@ def _downstream_config(settings: argparse.Namespace, run: TableRun, config: Trai
     assert isinstance(model, VistaModel)
     if not (store / CURRENT).exists():  # another generation would make it another run
         refresh(model, log, store, until=run.row.until)
-    return replace(config, stage=Stage.downstream, base=str(folder / "run" / "best"), store=str(store))
+    return replace(config, base=str(folder / "run" / "best"), store=str(store))
 
 
 def _served(

@@ -41,7 +41,7 @@ from tests.training.test_trainer import assert_same_result
 from tests.training.warm_logs import Run, begun
 from vista.cli.main import main
 from vista.config import EvaluateConfig, TrainConfig
-from vista.config.checks import Architecture, Codec, InitFreeze, Stage, TargetAttentionKind
+from vista.config.checks import Architecture, Codec, InitFreeze, TargetAttentionKind
 from vista.errors import ConfigError
 from vista.evaluation.answers import RawHistoryAnswers
 from vista.evaluation.cases import ImpressionCases, impression_cases, request_starts
@@ -494,7 +494,6 @@ def downstream_config(base: tuple[TrainConfig, VistaModel, Path], run_dir: Path,
         config,
         model=replace(config.model, **{"tail_features": None, "use_request_features": True, **model}),
         optim=replace(config.optim, reconstruction_weight=0.0),
-        stage=Stage.downstream,
         base=str(Path(config.run_dir) / "best"),
         store=str(store),
         run_dir=str(run_dir),

@@ -14,6 +14,7 @@ from vista.config.checks import (
     IdType,
     NamesUsers,
     OnBadRows,
+    Seeded,
     StreamStart,
     UsesLog,
     WorldName,
@@ -46,6 +47,45 @@ class EventFilterConfig:
     def counts(self) -> bool:
         """Whether it counts the events of items or users."""
         return self.min_item_events > 1 or self.min_user_events > 1
+
+
+@dataclass(kw_only=True)
+class ReadsRows(Checked):
+    """A command that appends rows to a log."""
+
+    __slots__ = ()
+    on_bad_rows: OnBadRows = OnBadRows.error
+    """What happens to invalid rows: raise writes nothing and reports the first; quarantine sets them aside in
+    quarantine.csv. With raise, a watch refuses the file and continues with the others, but an invalid message ends
+    it."""
+
+
+@dataclass(kw_only=True)
+class ItemIds(Checked):
+    """A table with a row per item, event, or impression."""
+
+    __slots__ = ()
+    item: str = "item"
+    """Column of item ids, integers or text."""
+
+
+@dataclass(kw_only=True)
+class UserIds(Checked):
+    """A table with a row per user, event, or impression."""
+
+    __slots__ = ()
+    user: str = "user"
+    """Column of user ids, integers or text."""
+
+
+@dataclass(kw_only=True)
+class TimeUnit(Checked):
+    """A table with times."""
+
+    __slots__ = ()
+    time_unit: str | None = None
+    """Unit of numeric times (s, ms, us, or ns), or iso for ISO 8601 text. null for Parquet columns of dates and times,
+    and for numbers of events, which start at 0, in a log without times."""
 
 
 @dataclass(kw_only=True)
@@ -104,16 +144,15 @@ class FeatureTableConfig(TableFiles):
 
 
 @dataclass(kw_only=True, slots=True)
-class ItemTableConfig(FeatureTableConfig):
+class ItemTableConfig(ItemIds, FeatureTableConfig):
     """Files of a table with one row per item, and which of its columns are features.
 
-    If no column is named, lists of text are categories too, and lists of floats are vectors.
+    Items that the log does not contain are left out. If no column is named, lists of text are categories too, and lists
+    of floats are vectors.
     """
 
     table: ClassVar[str] = "items"
 
-    item: str = "item"
-    """Column of item ids. Items that the log does not contain are left out."""
     vectors: list[str] | None = None
     """Columns of vectors, such as embeddings: lists of numbers, all of one length. In a text file, the numbers are
     separated by spaces or commas."""
@@ -134,13 +173,9 @@ class ItemTableConfig(FeatureTableConfig):
 
 
 @dataclass(kw_only=True, slots=True)
-class SourceColumns(Checked):
+class SourceColumns(ItemIds, UserIds):
     """Names of the columns of events, and of impressions."""
 
-    user: str = "user"
-    """Column of user ids, integers or text."""
-    item: str = "item"
-    """Column of item ids, integers or text."""
     timestamp: str | None = "timestamp"
     """Column of times. null for a table without times, whose events are in input order."""
     action: str | None = None
@@ -157,13 +192,13 @@ class SourceColumns(Checked):
 
 
 @dataclass(kw_only=True, slots=True)
-class UserTableConfig(FeatureTableConfig):
-    """Files of a table with one row per user, and which of its columns are features."""
+class UserTableConfig(UserIds, FeatureTableConfig):
+    """Files of a table with one row per user, and which of its columns are features.
+
+    Users that the log does not contain are left out.
+    """
 
     table: ClassVar[str] = "users"
-
-    user: str = "user"
-    """Column of user ids. Users that the log does not contain are left out."""
 
     @property
     def id_column(self) -> str:
@@ -171,7 +206,7 @@ class UserTableConfig(FeatureTableConfig):
 
 
 @dataclass(kw_only=True, slots=True)
-class SourceConfig(TableFiles, SourceColumns):
+class SourceConfig(TimeUnit, TableFiles, SourceColumns):
     """Files of one table and the names of their columns."""
 
     kind: str = "table"
@@ -180,9 +215,6 @@ class SourceConfig(TableFiles, SourceColumns):
     kuairand, yambda, longctr, t-ecd), or auto, which recognizes these by their file names."""
     timestamp: str | None = None
     """Column of times. null for a table without times, whose events are in input order."""
-    time_unit: str | None = None
-    """Unit of numeric times (s, ms, us, or ns), or iso for ISO 8601 text. null for Parquet columns of dates and
-    times."""
     user_ids: IdType = IdType.auto
     """Type of user ids: int or str. auto uses the column's type, or in text files the first value."""
     item_ids: IdType = IdType.auto
@@ -210,7 +242,7 @@ class SourceConfig(TableFiles, SourceColumns):
 
 
 @dataclass(kw_only=True, slots=True)
-class PrepareConfig:
+class PrepareConfig(ReadsRows):
     """Ingest of source tables into an EventLog."""
 
     out: str = "data/log"
@@ -228,9 +260,6 @@ class PrepareConfig:
     append: bool = False
     """Add a segment to an existing log: events, features, or both. Files of events or impressions that the log already
     contains are refused. New features of an item or a user replace its older ones."""
-    on_bad_rows: OnBadRows = OnBadRows.error
-    """What happens to invalid rows: raise writes nothing and reports the first; quarantine sets them aside in
-    quarantine.csv."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -243,14 +272,11 @@ class PrepareConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class LogForgetConfig(UsesLog):
+class LogForgetConfig(TimeUnit, UsesLog):
     """Deletion of single events from an EventLog."""
 
     events: str = "deletions.csv"
     """CSV or Parquet file with the columns user, item, timestamp, and optionally action. Each row names one event."""
-    time_unit: str | None = None
-    """Unit of the file's timestamps: s, ms, us, ns, or iso. null for Parquet columns of dates and times, and for a log
-    without times, where timestamps are event numbers that start at 0."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -308,7 +334,7 @@ MAX_ROWS = 10**9
 
 
 @dataclass(kw_only=True, slots=True)
-class SimulateConfig:
+class SimulateConfig(Seeded):
     """A simulated log of long histories, with impressions whose true label probabilities are known."""
 
     out: str = "data/simulated"
@@ -336,8 +362,6 @@ class SimulateConfig:
     """First day of the simulated period, an ISO date or time (UTC)."""
     days: float = 730.0
     """Length of the simulated period in days. Histories fill it."""
-    seed: int = 1
-    """Seed of all random numbers. The same seed gives the same files."""
     num_threads: int = 1
     """Number of threads. It does not change the result."""
     reference: bool = False
@@ -346,14 +370,13 @@ class SimulateConfig:
     seconds."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        Seeded.__post_init__(self)
         counts = ("num_users", "events_per_user", "num_items", "num_topics", "episode_events", "session_events")
         require_counts(self, "", (*counts, "max_interests", "impressions_per_user"), most=MAX_ROWS)
         for key in ("events_per_user", "impressions_per_user"):
             rows = self.num_users * getattr(self, key)
             require(rows <= MAX_ROWS, "num_users", f"times {key} must be at most {MAX_ROWS:,}, got {rows:,}")
         require_counts(self, "", ("num_threads",), most=MAX_THREADS)
-        require_counts(self, "", ("seed",), least=0)
         try:
             datetime.fromisoformat(self.start)
         except ValueError as error:

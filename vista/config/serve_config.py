@@ -15,9 +15,9 @@ from vista.config.checks import (
     ExportFormat,
     IndexKind,
     Keyed,
+    Multiplies,
     NamesUsers,
     OnMissing,
-    Precision,
     RunsOn,
     Shell,
     Threads,
@@ -30,7 +30,7 @@ from vista.config.checks import (
     require_counts,
     require_finite,
 )
-from vista.config.log_config import ItemTableConfig
+from vista.config.log_config import ItemIds, ItemTableConfig
 from vista.errors import ConfigError, shown
 from vista.files import read_limited
 
@@ -56,7 +56,7 @@ class ServedModel(UsesStore, UsesModel):
 
 
 @dataclass(kw_only=True, slots=True)
-class ServeConfig(Scores, ServedModel):
+class ServeConfig(Scores, Multiplies, ServedModel):
     """Answer requests over HTTP from a model and a store, until SIGTERM or Ctrl-C."""
 
     models: str | None = None
@@ -78,8 +78,6 @@ class ServeConfig(Scores, ServedModel):
     project_per_request: bool = False
     """Compute projections of candidates in each request instead of mapping the exported ones. This needs less memory,
     but more time."""
-    precision: Precision = Precision.float32
-    """Data type of matrix products: float32, bfloat16, or auto."""
     num_threads: int = 1
     """Number of torch's CPU threads per worker."""
     scoring_threads: int = 1
@@ -347,7 +345,7 @@ class ItemsEmbedConfig(RunsOn):
 
 
 @dataclass(kw_only=True, slots=True)
-class ItemsTokenizeConfig:
+class ItemsTokenizeConfig(ItemIds):
     """Semantic ids: residual k-means codes of the vectors of items."""
 
     vectors: str | None = None
@@ -355,8 +353,6 @@ class ItemsTokenizeConfig:
     vectors get codes."""
     column: str = "text"
     """Column of vectors in the file: lists of numbers, all of one length."""
-    item: str = "item"
-    """Column of item ids in the file, and in the new one."""
     codebooks: str | None = None
     """File of codebooks from an earlier run. Old items keep their codes, and the codes of new items have the same
     meaning. levels and codes are then those of the earlier run. null learns new codebooks and writes them

@@ -8,11 +8,9 @@ from dataclasses import dataclass, field, fields
 from vista.config.checks import (
     Architecture,
     Arrival,
-    EngineName,
     Keyed,
+    Multiplies,
     NamesUsers,
-    OnBadRows,
-    Precision,
     RunsOn,
     SharesWithGroup,
     SummaryFormat,
@@ -26,7 +24,7 @@ from vista.config.checks import (
     require_counts,
     require_finite,
 )
-from vista.config.log_config import SourceConfig, StreamConfig
+from vista.config.log_config import ReadsRows, SourceConfig, StreamConfig
 from vista.config.model_config import ModelConfig
 
 INCREMENTAL_OPTIONS = ("tokens_per_batch", "users_per_batch", "verify_log")
@@ -35,12 +33,9 @@ SET_BY_FULL_REFRESH = "was set by the store's full refresh; leave it out"
 
 
 @dataclass(kw_only=True, slots=True)
-class RefreshOptions(SharesWithGroup, VerifiesLog, SummaryFormat):
+class RefreshOptions(SharesWithGroup, VerifiesLog, Multiplies, SummaryFormat):
     """What a refresh writes and how it batches its work. Choices may be given as words, such as codec="float32"."""
 
-    precision: Precision = Precision.float32
-    """Precision of matrix products. bfloat16 is faster on devices that support it, and changes summaries by about
-    0.3 %. auto uses bfloat16 where the device multiplies it fast."""
     tokens_per_batch: int = 65_536
     """Number of events that are read and summarized at once. A longer history forms a batch of its own."""
     users_per_batch: int = 512
@@ -97,11 +92,9 @@ class RefreshConfig(RunsOn, Keyed, UsesStore, UsesModel, UsesLog, RefreshOptions
     shard: str | None = None
     """Written i/n: refresh only the users of shard i of n, into <store>/part-i-of-n, so that several machines can share
     the work. null refreshes all users."""
-    engine: EngineName = EngineName.local
-    """What computes a full refresh: local (this process) or ray (several processes, on one machine or in a cluster).
-    Both write the same store."""
-    ray: RayConfig = field(default_factory=RayConfig)
-    """With engine=ray: where Ray runs, and how many processes share the work."""
+    ray: RayConfig | None = None
+    """Where Ray runs, and how many of its processes share the work of a full refresh. null: this process does it. Both
+    write the same store."""
 
     def __post_init__(self) -> None:
         RunsOn.__post_init__(self)  # calls that of RefreshOptions; super() does not work in a dataclass with slots
@@ -109,12 +102,12 @@ class RefreshConfig(RunsOn, Keyed, UsesStore, UsesModel, UsesLog, RefreshOptions
             reason = f"{SET_BY_FULL_REFRESH} with incremental=true"
             require(self.until is None, "until", reason)
             full_only = "works only for a full refresh; use shard=i/n to divide an incremental one"
-            require(self.engine is EngineName.local, "engine", full_only)
+            require(self.ray is None, "ray", full_only)
             self.require_only(INCREMENTAL_OPTIONS, reason, prefix="")
 
 
 @dataclass(kw_only=True, slots=True)
-class WatchConfig(RunsOn, Keyed, UsesStore, UsesModel, UsesLog):
+class WatchConfig(RunsOn, Keyed, UsesStore, UsesModel, UsesLog, ReadsRows):
     """Keep a store up to date with arriving files or messages, or with a log to which other processes append."""
 
     folder: str | None = None
@@ -133,9 +126,6 @@ class WatchConfig(RunsOn, Keyed, UsesStore, UsesModel, UsesLog):
     """With arrival=pause: number of seconds without a change after which a file is complete."""
     events: SourceConfig = field(default_factory=SourceConfig)
     """Columns of the files or messages. events.paths is not used."""
-    on_bad_rows: OnBadRows = OnBadRows.error
-    """What happens to invalid rows and messages. raise refuses the file and continues with the other files; an
-    invalid message ends the watch. quarantine sets them aside."""
     poll_s: float = 5.0
     """Number of seconds between two checks of the folder, the topics, or the log."""
     report_file: str | None = None

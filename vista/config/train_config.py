@@ -17,10 +17,9 @@ from vista.config.checks import (
     Precision,
     RunOrder,
     RunsOn,
-    Sampler,
     Search,
+    Seeded,
     Split,
-    Stage,
     TableKind,
     TableOptimizer,
     TablePrecision,
@@ -86,7 +85,7 @@ class DataConfig:
     min_item_events: int = 0
     """Number of training events that an item needs to have a row of its own in the model. Other items are unknown to
     the model, both in training and in serving. With init_from, the items of the earlier model keep their rows. 0 gives
-    all items of the log a row. Must be 0 with stage=downstream, which has the items of its base."""
+    all items of the log a row. Must be 0 with `base`, whose items are kept."""
     item_categories: str | None = None
     """With model.search=hard: Parquet or CSV file with a column `item` of ids and a column of categories. It is read
     when training starts and kept in the model. null reads the log's item features; null with any other search."""
@@ -227,8 +226,6 @@ class TrackingConfig:
     MLFLOW_TRACKING_URI."""
     project: str = "vista"
     """Experiment of MLflow, or project of Weights & Biases."""
-    offline: bool = False
-    """With kind=wandb: write to <run_dir>/wandb instead of a server. `wandb sync` uploads the run later."""
 
     def __post_init__(self) -> None:
         check_types(self, "tracking.")
@@ -238,31 +235,22 @@ class TrackingConfig:
             "tracking.server",
             "only applies with tracking=mlflow and tracking=wandb; set one of them, or leave this out",
         )
-        require(
-            self.kind is TrackerKind.wandb or not self.offline,
-            "tracking.offline",
-            "only applies with tracking=wandb; set that, or leave this out",
-        )
         require(bool(self.project.strip()), "tracking.project", "is empty; give the project a name")
 
 
 @dataclass(kw_only=True, slots=True)
-class TrainConfig(VerifiesLog, RunsOn, Keyed):
+class TrainConfig(VerifiesLog, RunsOn, Keyed, Seeded):
     """A training run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    stage: Stage = Stage.joint
-    """What is trained: everything (joint), or only stage 2 and the heads over the summaries of a store
-    (downstream)."""
     base: str | None = None
-    """With stage=downstream: folder of the exported model whose item table, event encoder, and stage 1 are used
-    unchanged. null with stage=joint."""
+    """Folder of an exported model whose item table, event encoder, and stage 1 are used unchanged: only stage 2 and the
+    heads are trained, over the summaries of `store`. null trains everything."""
     store: str | None = None
-    """With stage=downstream: folder of the base model's store. Training labels begin at the `until` of its refresh.
-    null with stage=joint."""
+    """With base: folder of its store. Training labels begin at the `until` of its refresh."""
     init_from: str | None = None
     """Folder of an exported model to start from, such as runs/yesterday/best. Items, features, actions, and tasks are
     matched by name, and the optimizers start from the newest checkpoint of that run if there is one. null draws new
@@ -272,8 +260,6 @@ class TrainConfig(VerifiesLog, RunsOn, Keyed):
     valid."""
     run_dir: str = "runs/vista"
     """Folder for config.yaml, run.json, train.log, metrics.jsonl, checkpoints/, and best/ (the exported model)."""
-    seed: int = 1
-    """Seed of initial weights, batch order, cuts, negatives, and dropout."""
     precision: Precision = Precision.auto
     """Data type of matrix products: float32 or bfloat16. auto uses bfloat16 where the device multiplies it fast."""
     checkpoint_every: int = 200
@@ -284,7 +270,6 @@ class TrainConfig(VerifiesLog, RunsOn, Keyed):
     def __post_init__(self) -> None:
         RunsOn.__post_init__(self)  # super() does not work in a dataclass with slots
         require_counts(self, "", ("checkpoint_every",))
-        require_counts(self, "", ("seed",), least=0)
         self._check_search()
         self._check_data()
         self._check_stage()
@@ -319,31 +304,30 @@ class TrainConfig(VerifiesLog, RunsOn, Keyed):
         )
 
     def _check_stage(self) -> None:
-        downstream = self.stage is Stage.downstream
-        for key in ("base", "store"):
-            require_only_with(getattr(self, key) is not None, downstream, key, "stage=downstream")
+        downstream = self.base is not None
+        require_only_with(self.store is not None, downstream, "store", "base")
         require(
             not downstream or self.model.architecture is Architecture.vista,
             "model.architecture",
-            "stage=downstream needs vista, because a baseline has no summaries",
+            "training over a base needs vista, because a baseline has no summaries",
         )
         require(
             not downstream or self.data.split is Split.time,
             "data.split",
-            "stage=downstream needs time, because labels lie between the store's `until` and data.validation_from",
+            "training over a base needs time, because labels lie between the store's `until` and data.validation_from",
         )
         require(
             not downstream or not self.data.min_item_events,
             "data.min_item_events",
-            "stage=downstream has the items of its base; leave it out",
+            "the items are those of the base; leave it out",
         )
 
     def _check_init(self) -> None:
         warm, freezes = self.init_from is not None, self.init_freeze is InitFreeze.summarizer
         require(
-            not warm or self.stage is Stage.joint,
+            not warm or self.base is None,
             "init_from",
-            "stage=downstream starts from `base`; leave this out, or set stage=joint",
+            "training starts from `base`; leave out one of the two",
         )
         require(
             not warm or self.model.item_start is not ItemStart.user_factors,
@@ -361,11 +345,11 @@ class TrainConfig(VerifiesLog, RunsOn, Keyed):
             not freezes or not self.model.embedding_rows,
             "init_freeze",
             "items share the rows of a hashed table, so new ones cannot train while it is frozen; set "
-            "init_freeze=none, or train only stage 2 with stage=downstream",
+            "init_freeze=none, or train only stage 2 with `base`",
         )
 
     def _check_item_start(self) -> None:
-        starts = self.stage is Stage.joint and self.model.item_start is ItemStart.user_factors
+        starts = self.base is None and self.model.item_start is ItemStart.user_factors
         require(
             not starts or self.optim.table_rate == 0,
             "model.item_start",
@@ -388,8 +372,8 @@ class TrainConfig(VerifiesLog, RunsOn, Keyed):
             "optim.table_optimizer=rowwise_adagrad, or model.table_precision=float32",
         )
         start = "model.table=torchrec can only train a table from scratch; set model.table=plain"
-        require(not sharded or self.stage is Stage.joint, "stage", f"{start}, or stage=joint")
-        require(not sharded or self.init_from is None, "init_from", f"{start}, or leave this out")
+        for key in ("base", "init_from"):
+            require(not sharded or getattr(self, key) is None, key, f"{start}, or leave this out")
         require(
             not sharded or self.model.item_start is not ItemStart.user_factors,
             "model.item_start",
@@ -428,8 +412,6 @@ def without_places(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 # Configuration of `vista sweep`.
 
-TPE_TRIALS = 20
-
 
 @dataclass(kw_only=True, slots=True)
 class SweepConfig:
@@ -442,20 +424,14 @@ class SweepConfig:
     """YAML file with settings of `vista train`. Settings in `train` override it."""
     folder: str = "runs/sweep"
     """Folder for the run folders, one per setting and seed, and for results.md."""
-    sampler: Sampler = Sampler.grid
-    """grid trains every combination of the values. tpe (extra `optuna`) chooses settings based on the validation
-    metrics of earlier ones, from values and from intervals such as tag(log,interval(1e-4,1e-2))."""
     trials: int | None = None
-    """With sampler=tpe: number of settings to train. null means 20."""
+    """Number of settings to train, which a sampler (extra `optuna`) chooses based on the validation metrics of earlier
+    ones, from values and from intervals such as tag(log,interval(1e-4,1e-2)). null trains every combination of the
+    values."""
 
     def __post_init__(self) -> None:
         check_types(self)
         require_counts(self, "", ("trials",), most=10_000)
-        require(
-            self.trials is None or self.sampler is Sampler.tpe,
-            "trials",
-            "only applies with sampler=tpe; a grid trains every combination of its values",
-        )
 
 
 # Configurations of `vista evaluate`, `report`, `compare`, and `runs`.

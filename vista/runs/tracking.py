@@ -159,15 +159,16 @@ class WandbTracker:
         )
         if tracking.server is not None:
             settings.base_url = tracking.server
-        if not tracking.offline and not wandb.login(host=tracking.server, prompt=False):
-            raise TrackingError("no API key is set; run `wandb login`, or set tracking.offline=true")
+        offline = os.environ.get("WANDB_MODE") == "offline"  # wandb reads it too, but asks for a key all the same
+        if not offline and not wandb.login(host=tracking.server, prompt=False):
+            raise TrackingError("no API key is set; run `wandb login`, or set the variable WANDB_MODE=offline")
         self._run = wandb.init(
             project=tracking.project,
             name=folder.run_dir.name,
             dir=str(folder.run_dir),
             id=self.run_id,
             resume="allow",
-            mode="offline" if tracking.offline else "online",
+            mode="offline" if offline else "online",
             config={**folder.settings, **folder.tags},
             allow_val_change=True,
             settings=settings,

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vista.config import TrainConfig
-from vista.config.checks import Architecture, Precision, Stage, TableKind, TablePrecision, to_dict
+from vista.config.checks import Architecture, Precision, TableKind, TablePrecision, to_dict
 from vista.config.composition import to_yaml
 from vista.config.train_config import without_places
 from vista.device import announce, autocast, choose_precision, cpu_settings, resolve_device
@@ -266,7 +266,7 @@ def train_model(
         ConfigError: if `run_dir` holds a run of another configuration or log, or cannot be written, or the log lacks
             what the configuration needs.
         LogFormatError: if a file of the log is damaged.
-        LeakageError: if the base or the store of stage=downstream, or the model of init_from, covers the labels.
+        LeakageError: if the base or the store of a downstream model, or the model of init_from, covers the labels.
         CheckpointError: if the newest checkpoint or the model of init_from is damaged; the message has the remedy.
         NonFiniteLossError: if a loss or gradient is NaN or infinite; the batch is saved and its users are named.
         RankError: if another process of the job has ended, or has other weights after the same steps.
@@ -280,7 +280,7 @@ def train_model(
         with claimed_folder(config) if leads else nullcontext(), cpu_settings(config.num_threads):
             if config.verify_log and (ranks is None or ranks.checks_files):
                 log.verify()
-            if config.stage is Stage.downstream:
+            if config.base is not None:
                 with Downstream.open(config, log) as downstream:
                     return Trainer(downstream.config, log, downstream, ranks, metrics_every, began=began).run()
             warm = WarmStart.open(config, log) if config.init_from is not None else None
