@@ -92,7 +92,7 @@ def cli_page() -> str:
     parts = [
         "# Command line",
         "A command takes its settings as `KEY=VALUE` words. [Configuration](config.md) documents every key.",
-        _fence("vista COMMAND [KEY=VALUE ...] [GROUP=OPTION ...] [--config FILE] [--cfg]", "text"),
+        _fence("vista COMMAND [KEY=VALUE ...] [GROUP=OPTION ...] [--config FILE] [--cfg] [--quiet]", "text"),
         "Options of every command:",
         _table(("Option", "Effect"), ((f"`{option}`", _text(effect)) for option, effect in OPTIONS)),
         "`vista --version` prints the version. `vista --help` lists the commands.",

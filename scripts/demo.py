@@ -109,7 +109,7 @@ def run(data: Path | None, out: Path, overrides: list[str], sizes: DemoSizes = F
     train(without, log)
 
     _say(4, "refresh the stores: one without test labels, one with all events for serving; score")
-    options = RefreshOptions(progress=config.progress)
+    options = RefreshOptions()
     tested = refresh(model, log, folder / "store-test", until=split_until(config.data, "test"), options=options)
     served = refresh(model, log, folder / "store", options=options)
     print(tested, served, sep="\n")
@@ -129,7 +129,6 @@ def run(data: Path | None, out: Path, overrides: list[str], sizes: DemoSizes = F
             store=str(folder / "store-test"),
             out=str(folder / "report.html"),
             verify_log=False,
-            progress=config.progress,
             num_threads=config.num_threads,
             item_categories=None if data else str(source / "items.parquet"),
             category_column="topic",

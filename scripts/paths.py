@@ -157,16 +157,27 @@ def code_lines(text: str) -> tuple[int, int]:
 
 
 def sizes_of_tree() -> dict[str, str]:
-    """The size of the tree. Keys are the fields of each config, inherited ones included; sections do not count."""
-    from vista import config
+    """The size of the tree. Keys are the fields that the configs define, so that one that several inherit counts once,
+    and the names that a user can write, which several commands may share; sections do not count."""
+    from vista.cli.command_table import COMMANDS
+    from vista.config import checks, log_config, model_config, serve_config, store_config, train_config
+    from vista.config.composition import ConfigKeys
 
     folders = {name: sorted((REPOSITORY / name).rglob("*.py")) for name in ("vista", "tests", "scripts")}
     texts = {name: [path.read_text(encoding="utf-8") for path in paths] for name, paths in folders.items()}
     lines = {name: [text.count("\n") for text in of_folder] for name, of_folder in texts.items()}
     short = [path for path, num in zip(folders["vista"], lines["vista"], strict=True) if num < 80]
-    schemas = [schema for schema in vars(config).values() if dataclasses.is_dataclass(schema)]
-    hints = [get_type_hints(schema)[field.name] for schema in schemas for field in dataclasses.fields(schema)]
+    modules = (checks, log_config, model_config, serve_config, store_config, train_config)
+    schemas = {
+        schema
+        for module in modules
+        for name, schema in vars(module).items()
+        if dataclasses.is_dataclass(schema) and not name.startswith("_")
+    }
+    fields = [(schema, field.name) for schema in schemas for field in dataclasses.fields(schema)]
+    hints = [get_type_hints(schema)[name] for schema, name in fields if name in schema.__annotations__]
     num_keys = sum(not any(map(dataclasses.is_dataclass, (hint, *get_args(hint)))) for hint in hints)
+    names = {name for command in COMMANDS.values() for name in ConfigKeys.of(command.schema).keys}
     code, imports = map(sum, zip(*map(code_lines, texts["vista"]), strict=True))
     return {
         "files of vista": f"{len(folders['vista']):,}",
@@ -174,6 +185,7 @@ def sizes_of_tree() -> dict[str, str]:
         "modules of vista under 80 lines": f"{sum(path.name != '__init__.py' for path in short):,}",
         "imports, of lines of code of vista": f"{imports / code:.1%}",
         "configuration keys": f"{num_keys:,}",
+        "distinct names of keys": f"{len(names):,}",
     }
 
 

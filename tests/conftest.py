@@ -180,7 +180,6 @@ def small_config(log: EventLog, run_dir: str | Path, **changes: Any) -> TrainCon
         device="cpu",
         num_threads=1,
         checkpoint_every=1000,
-        progress=False,
     )
     for key, value in changes.items():
         group, _, name = key.rpartition("__")
@@ -283,7 +282,7 @@ def impression_log(tmp_path_factory: pytest.TempPathFactory) -> EventLog:
         )
     )
     source = SourceConfig(kind="simulated", paths=[str(folder / "source")])
-    prepare(PrepareConfig(out=str(folder / "log"), events=source, progress=False))
+    prepare(PrepareConfig(out=str(folder / "log"), events=source))
     return EventLog.open(folder / "log")
 
 

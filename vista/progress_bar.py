@@ -35,7 +35,7 @@ _is_shown: ContextVar[bool] = ContextVar("is_shown", default=False)
 
 @contextmanager
 def progress_shown(is_shown: bool = True) -> Iterator[None]:
-    """Let the bars within show themselves, unless they were told otherwise. Commands do; by default bars are hidden."""
+    """Show the bars that are made within, or hide them. Commands show them; by default bars are hidden."""
     token = _is_shown.set(is_shown)
     try:
         yield
@@ -52,9 +52,10 @@ def progress_bar(
     initial: int = 0,
     unit_scale: bool = False,
     leave: bool = True,
-    shown: bool | None = None,
 ) -> tqdm[T]:
     """A progress bar over an iterable, or one that is moved with `update`. It is a context manager.
+
+    It is only shown within `progress_shown`.
 
     Args:
         iterable: what is passed on, element by element.
@@ -64,9 +65,8 @@ def progress_bar(
         initial: units that were done earlier.
         unit_scale: write 1,200,000 as 1.20M.
         leave: whether the last line stays on the terminal.
-        shown: False hides the bar; None shows it within `progress_shown`.
     """
-    hidden = not (_is_shown.get() if shown is None else shown)
+    hidden = not _is_shown.get()
     has_total = total is not None or hasattr(iterable, "__len__")
     if sys.stderr is not None and sys.stderr.isatty():
         is_narrow = not hidden and os.get_terminal_size(sys.stderr.fileno()).columns < NARROW_COLUMNS
@@ -89,9 +89,9 @@ def progress_bar(
 
 
 @contextmanager
-def elapsed_time(desc: str, *, shown: bool | None = None) -> Iterator[None]:
+def elapsed_time(desc: str) -> Iterator[None]:
     """Show how long a step has taken whose progress cannot be known, such as a call of another library."""
-    with progress_bar(desc=desc, unit="", shown=shown) as bar:
+    with progress_bar(desc=desc, unit="") as bar:
         bar.bar_format = _UNKNOWN
         with ticking(bar):
             yield

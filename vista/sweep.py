@@ -19,9 +19,8 @@ import xxhash
 from tqdm import tqdm
 
 from vista.config import SweepConfig, TrainConfig
-from vista.config.checks import Sampler, to_dict
+from vista.config.checks import to_dict
 from vista.config.composition import SweptKey, compose_config, flattened, swept_key
-from vista.config.train_config import TPE_TRIALS
 from vista.errors import ConfigError, SweepError, TrackingError, VistaError
 from vista.files import replace_text, writable_folder
 from vista.installation import require_module
@@ -33,7 +32,7 @@ from vista.training.trainer import train_model
 
 MAX_SETTINGS = 10_000
 MAX_NAME = 120
-DECIDING = ("model.", "data.", "optim.", "seed", "stage", "base", "store", "init_from", "init_freeze", "precision")
+DECIDING = ("model.", "data.", "optim.", "seed", "base", "store", "init_from", "init_freeze", "precision")
 """Settings on which the result of a run depends, by how their keys begin."""
 SEED = "seed"
 STUDY_FILE = "optuna.journal"
@@ -51,7 +50,7 @@ class GridSettings:
         """
         for one in swept:
             if one.interval is not None:
-                raise ConfigError(f"{one.key}: an interval needs sampler=tpe; set that, or list the values")
+                raise ConfigError(f"{one.key}: an interval needs a number of trials; set that, or list the values")
         if (combinations := math.prod(len(one.values) for one in swept)) > MAX_SETTINGS:
             raise ConfigError(
                 f"train: the values make {combinations:,} settings, but at most {MAX_SETTINGS:,} are trained"
@@ -250,8 +249,8 @@ def sweep(config: SweepConfig) -> SweepReport:
 
     Raises:
         ConfigError: no key has several values, or no trial can be configured.
-        SweepError: the folder has a sweep over other values, or sampler=tpe has no validation to choose by.
-        MissingDependencyError: sampler=tpe needs Optuna.
+        SweepError: the folder has a sweep over other values, or `trials` has no validation to choose by.
+        MissingDependencyError: `trials` needs Optuna.
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError("vista sweep: runs in a single process; start it without torchrun")
@@ -263,15 +262,13 @@ def sweep(config: SweepConfig) -> SweepReport:
     seeds = _seeds(list(swept.values()))
     others = [one for one in swept.values() if one.key != SEED]
     folder = Path(config.folder)
-    grid = None if config.sampler is Sampler.tpe else GridSettings(others)
-    if grid is not None:
-        _require_a_trial(words, grid, seeds[0], config.train_file)
-    writable_folder(folder, "folder")
     settings: GridSettings | SampledSettings
-    if grid is None:
-        settings = SampledSettings(folder, others, TPE_TRIALS if config.trials is None else config.trials)
-    else:
-        settings = grid
+    if config.trials is None:
+        settings = GridSettings(others)
+        _require_a_trial(words, settings, seeds[0], config.train_file)
+    writable_folder(folder, "folder")
+    if config.trials is not None:
+        settings = SampledSettings(folder, others, config.trials)
     report, num_trials, seconds = SweepReport(folder), len(settings) * len(seeds), list[float]()
     for setting in settings:
         trials: list[Trial] = []
@@ -285,20 +282,18 @@ def sweep(config: SweepConfig) -> SweepReport:
                 seconds.append(time.perf_counter() - began)
             if (reason := trials[-1].reason) is not None:
                 logger.error("failed: %s", reason)
-        _finish_setting(report, trials, settings, config.sampler)
+        _finish_setting(report, trials, settings)
     return report
 
 
-def _finish_setting(
-    report: SweepReport, trials: list[Trial], settings: GridSettings | SampledSettings, sampler: Sampler
-) -> None:
+def _finish_setting(report: SweepReport, trials: list[Trial], settings: GridSettings | SampledSettings) -> None:
     """Report the trials of a setting to the sampler, and write the results so far."""
     report.add(trials)
     badness = mean_badness(trials)
-    if sampler is Sampler.tpe and badness is None and all(trial.reason is None for trial in trials):
+    if isinstance(settings, SampledSettings) and badness is None and all(trial.reason is None for trial in trials):
         raise SweepError(
             f"{trials[0].run.path}: has no validation metric to choose by; set optim.validate_every above 0 and "
-            "hold out validation labels, or list the values with sampler=grid"
+            "hold out validation labels, or leave out trials"
         )
     settings.tell(badness)
     replace_text(report.folder / "results.md", report.markdown())
@@ -362,7 +357,7 @@ class SampledSettings:
             SweepError: the folder has a sweep over other keys or values.
         """
         if not swept:
-            raise ConfigError("train: with sampler=tpe, a key other than seed must have several values or an interval")
+            raise ConfigError("train: with trials, a key other than seed must have several values or an interval")
         self._optuna = optuna = require_module("optuna", "optuna")
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend

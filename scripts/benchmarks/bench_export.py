@@ -51,7 +51,7 @@ def trained(folder: Path, *, quick: bool) -> tuple[Path, Path]:
     """Train a model for an epoch and refresh its store; returns the folders of both."""
     simulate(replace(QUICK_SIMULATION if quick else SIMULATION, out=str(folder / "source")))
     source = SourceConfig(kind="simulated", paths=[str(folder / "source")])
-    prepare(PrepareConfig(out=str(folder / "log"), events=source, progress=False))
+    prepare(PrepareConfig(out=str(folder / "log"), events=source))
     log = EventLog.open(folder / "log")
     assert log.impressions is not None
     times = np.sort(np.asarray(log.impressions.timestamp))
@@ -68,7 +68,6 @@ def trained(folder: Path, *, quick: bool) -> tuple[Path, Path]:
         run_dir=str(folder / "run"),
         device="cpu",
         num_threads=1,
-        progress=False,
     )
     refresh(train(config, log), log, folder / "store")
     return folder / "run" / "best", folder / "store"

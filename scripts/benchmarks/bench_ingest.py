@@ -81,7 +81,7 @@ def bench_formats(recorder: BenchmarkRecorder, folder: Path, num_events: int) ->
 
     def ingest(name: str) -> None:
         out = folder / f"log-{next(number)}"
-        report = prepare(PrepareConfig(out=str(out), events=sources[name], progress=False))
+        report = prepare(PrepareConfig(out=str(out), events=sources[name]))
         assert report.num_events == num_events and report.num_quarantined == 0
         stages[name].append(report.stages)
 
@@ -135,7 +135,7 @@ def bench_features(recorder: BenchmarkRecorder, folder: Path, num: int) -> None:
     def ingest(name: str, **features: list[str]) -> None:
         before = cpu_seconds()
         events = SourceConfig(paths=[str(file)], timestamp="timestamp", time_unit="s", **features)  # type: ignore[arg-type]
-        prepare(PrepareConfig(out=str(folder / f"featured-{next(numbers)}"), events=events, progress=False))
+        prepare(PrepareConfig(out=str(folder / f"featured-{next(numbers)}"), events=events))
         spent[name].append(cpu_seconds() - before)
 
     timing = interleaved(

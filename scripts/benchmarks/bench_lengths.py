@@ -50,7 +50,7 @@ def bench_length(recorder: BenchmarkRecorder, table: Table, length: int, folder:
     source, num_users = folder / "source", 6 if recorder.quick else NUM_USERS
     simulate(SimulateConfig(out=str(source), num_users=num_users, events_per_user=length, impressions_per_user=20))
     events = SourceConfig(kind="simulated", paths=[str(source)])
-    prepare(PrepareConfig(out=str(folder / "log"), events=events, progress=False))
+    prepare(PrepareConfig(out=str(folder / "log"), events=events))
     log = EventLog.open(folder / "log")
     items = np.random.default_rng(0).integers(0, log.num_items, NUM_CANDIDATES)
     with ExitStack() as opened:

@@ -213,7 +213,6 @@ def our_config(who: Architecture, log: EventLog, negatives: int, dropout: float,
         optim=OptimConfig(epochs=1, warmup_steps=100, validate_every=0),
         run_dir=run_dir,
         device="cpu",
-        progress=False,
     )
 
 

@@ -81,7 +81,7 @@ class TrainingSteps:
     """A trainer, and calls that each take its next step."""
 
     def __init__(self, log: EventLog, run_dir: Path) -> None:
-        words = ["experiment=simulation", f"data.path={log.path}", f"run_dir={run_dir}", "device=cpu", "progress=false"]
+        words = ["experiment=simulation", f"data.path={log.path}", f"run_dir={run_dir}", "device=cpu"]
         self.trainer = Trainer(compose_config(TrainConfig, [*words, "optim.validate_every=0"]), log)
         self.trainer.model.train()
         self.seconds: list[float] = []

@@ -207,7 +207,6 @@ def our_config(options: argparse.Namespace, log: EventLog, seed: int, run_dir: P
         device="cpu",
         precision=Precision.float32,
         num_threads=options.threads,
-        progress=False,
     )
 
 
@@ -219,10 +218,7 @@ def run_ours(config: TrainConfig, log: EventLog) -> tuple[dict[str, float], dict
     seconds = time.perf_counter() - began
     assert isinstance(model, HistoryModel)
     with cpu_settings(config.num_threads):
-        metrics = {
-            part: evaluate_model(model, log, EvaluateConfig(split=part, top_k=TOP_K, progress=False)).metrics
-            for part in PARTS
-        }
+        metrics = {part: evaluate_model(model, log, EvaluateConfig(split=part, top_k=TOP_K)).metrics for part in PARTS}
     recorded = without_places(to_dict(config))
     recorded["optim"]["weight_decay"] = 0.0
     return joined(metrics), recorded, seconds
@@ -298,9 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _crosscheck(options: argparse.Namespace, python: Path, folder: Path) -> str:
     source = set_folder(options.data.name, options.data if options.data.exists() else None)
-    prepare(
-        PrepareConfig(out=str(folder / "whole"), events=SourceConfig(kind="auto", paths=[str(source)]), progress=False)
-    )
+    prepare(PrepareConfig(out=str(folder / "whole"), events=SourceConfig(kind="auto", paths=[str(source)])))
     log = cut_log(EventLog.open(folder / "whole"), folder / "log")
     cases = write_split(log, folder / "baseline.npz", times=options.times)
     name = options.model.lower() + (", times" if options.times else "")

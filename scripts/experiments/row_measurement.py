@@ -38,7 +38,7 @@ from vista.config import (
     SimulateConfig,
     TrainConfig,
 )
-from vista.config.checks import Split, Stage, Target
+from vista.config.checks import Split, Target
 from vista.evaluation.answers import ScorerAnswers
 from vista.evaluation.baseline_evaluation import (
     asked_horizons,
@@ -266,7 +266,7 @@ def _files(settings: argparse.Namespace, row: str, seeds: Sequence[int]) -> list
 def _asked(table: Table, part: str) -> EvaluateConfig:
     target = Target.window if table.windows or table.as_yambda else Target.next
     usual = {"target": target, "top_k": TOP_K, "popularity": table.popularity}
-    return EvaluateConfig(**{**usual, **table.asked}, split=part, progress=False)
+    return EvaluateConfig(**{**usual, **table.asked}, split=part)
 
 
 def _reported(
@@ -333,7 +333,7 @@ def row_folder(settings: argparse.Namespace, name: str, seed: int) -> Path:
 
 def _placed(settings: argparse.Namespace, config: TrainConfig, seed: int, log: EventLog, folder: Path) -> TrainConfig:
     """A configuration of a run in `folder`."""
-    config = replace(config, run_dir=str(folder / "run"), seed=seed, num_threads=settings.threads, progress=False)
+    config = replace(config, run_dir=str(folder / "run"), seed=seed, num_threads=settings.threads)
     config.data.path = str(log.path)
     if config.data.item_categories is not None:
         config.data.item_categories = str(source_folder(log.path) / config.data.item_categories)
@@ -358,7 +358,7 @@ def _downstream_config(settings: argparse.Namespace, run: TableRun, config: Trai
     assert isinstance(model, VistaModel)
     if not (store / CURRENT).exists():  # another generation would make it another run
         refresh(model, log, store, until=run.row.until)
-    return replace(config, stage=Stage.downstream, base=str(folder / "run" / "best"), store=str(store))
+    return replace(config, base=str(folder / "run" / "best"), store=str(store))
 
 
 def _served(

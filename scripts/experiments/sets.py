@@ -125,7 +125,7 @@ def prepare_set(name: str, folder: Path, out: Path) -> None:
     config = compose_config(PrepareConfig, data.prepare or ["events.kind=auto"])
     source = folder / "events.parquet" if config.events.kind == "table" else folder
     events = replace(config.events, paths=[str(source)])
-    prepare(replace(config, out=str(out), events=events, progress=False))
+    prepare(replace(config, out=str(out), events=events))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -161,13 +161,13 @@ def prepare_with_texts(name: str, folder: Path, out: Path, texts: str) -> None:
     prepare_set(name, folder, partial)
     file = source_folder(partial) / "vectors.parquet"
     source = ItemTableConfig(paths=[str(folder)], item=item)
-    run_items_embed(ItemsEmbedConfig(kind=name, items=source, out=str(file), progress=False))
+    run_items_embed(ItemsEmbedConfig(kind=name, items=source, out=str(file)))
     if texts == "codes":
         codes = file.with_name("codes.parquet")
         run_items_tokenize(ItemsTokenizeConfig(vectors=str(file), item=item, out=str(codes)))
         file = codes
     new = ItemTableConfig(paths=[str(file)], item=item)
-    prepare(PrepareConfig(out=str(partial), append=True, items=new, progress=False))
+    prepare(PrepareConfig(out=str(partial), append=True, items=new))
     shutil.rmtree(source_folder(out), ignore_errors=True)
     source_folder(partial).rename(source_folder(out))
     partial.rename(out)
@@ -187,7 +187,7 @@ def prepare_simulation(config: SimulateConfig, out: Path, *, calendar: bool) -> 
             pl.read_parquet(source / name).with_columns(**CALENDAR).write_parquet(source / name)
     read = SourceConfig(kind="simulated", paths=[str(source)], categories=list(CALENDAR) if calendar else [])
     topics = ItemTableConfig(paths=[str(source / ITEMS_FILE)], categories=["topic"])
-    prepare(PrepareConfig(out=str(out), events=read, impressions=read, items=topics, progress=False))
+    prepare(PrepareConfig(out=str(out), events=read, impressions=read, items=topics))
 
 
 if __name__ == "__main__":

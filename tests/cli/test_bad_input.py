@@ -100,7 +100,7 @@ def truncate(path: Path, size: int) -> None:
     ],
 )
 def test_settings_of_training(served: Served, tmp_path: Path, fails: Fails, words: list[str], message: str) -> None:
-    line = fails(2, "train", f"data.path={served.log.path}", f"run_dir={tmp_path / 'run'}", "progress=false", *words)
+    line = fails(2, "train", f"data.path={served.log.path}", f"run_dir={tmp_path / 'run'}", *words)
     assert re.search(message, line), line
     assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "best").exists()
 
@@ -176,7 +176,7 @@ def test_a_truncated_store(copied: Served, tmp_path: Path, fails: Fails) -> None
     for words in readers(copied, copied.store):
         assert str(path.parent) in fails(1, *words)
     # A refresh repairs it.
-    assert main(["refresh", *words[1:], "progress=false"]) == 0
+    assert main(["refresh", *words[1:]]) == 0
     with StoreReader.open(copied.store) as store:
         assert len(store) == copied.log.num_users and store.get_many([100]).found.all()
 
@@ -294,7 +294,7 @@ def test_refresh_resumes(copied: Served, tmp_path: Path, fails: Fails, monkeypat
         return written
 
     places = [f"data={copied.log.path}", f"model={copied.model_dir}", f"store={tmp_path / 'new'}"]
-    words = ["refresh", *places, "users_per_batch=4", "progress=false"]
+    words = ["refresh", *places, "users_per_batch=4"]
     with monkeypatch.context() as patch:
         patch.setattr(StoreWriter, "put_batch", put_and_interrupt)
         assert fails(130, *words) == "interrupted; rerun the command to resume"

@@ -87,10 +87,10 @@ def test_a_pipe_has_plain_lines() -> None:
 
 
 def test_short_work_and_libraries_show_nothing() -> None:
-    bar = 'for _ in progress_bar(range(20), desc="x", unit="y"{}):\n        time.sleep(0.02)\n'
-    code = f"with progress_shown():\n    {bar.format(', shown=False')}"
-    code += f"if True:\n    {bar.format('')}"  # after the command, and in a library without one
-    code += f"module.PLAIN_DELAY_S = 60.0\nwith progress_shown():\n    {bar.format('')}"
+    bar = 'for _ in progress_bar(range(20), desc="x", unit="y"):\n        time.sleep(0.02)\n'
+    code = f"with progress_shown(False):\n    {bar}"
+    code += f"if True:\n    {bar}"  # after the command, and in a library without one
+    code += f"module.PLAIN_DELAY_S = 60.0\nwith progress_shown():\n    {bar}"
     assert _in_pipe(code) == ("", "")
 
 
@@ -141,7 +141,7 @@ def test_training_says_what_is_left_of_the_run(
     for name in ("PLAIN_DELAY_S", "LINE_SECONDS"):
         monkeypatch.setattr(progress_bar, name, 0.0)
     with progress_bar.progress_shown():
-        train(small_config(event_log, tmp_path / "run", progress=True), event_log, metrics_every=1)
+        train(small_config(event_log, tmp_path / "run"), event_log, metrics_every=1)
     err = capsys.readouterr().err
     assert re.search(r"^epoch 2/2: .* left, loss=\S+, run=\d+:\d\d left", err, re.M), err
 
@@ -150,7 +150,7 @@ def test_baselines_are_named_while_they_are_fitted(served: Served, tmp_path: Pat
     words = ("evaluate", f"model={served.model_dir}", f"store={served.test_store}", f"data={served.log.path}")
     err = said(*words, "baselines=counting", f"out={tmp_path / 'a.json'}")
     assert re.search(rf"^baselines: {OF}, popularity$", err, re.M), err
-    assert "baselines:" not in said(*words, "baselines=counting", "progress=false")
+    assert "baselines:" not in said(*words, "baselines=counting", "--quiet")
 
 
 def test_the_time_left_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ class LettersEncoder:
     def __init__(self) -> None:
         self.texts: list[str] = []
 
-    def encode(self, texts: Sequence[str], *, progress: bool) -> Float32s:
+    def encode(self, texts: Sequence[str]) -> Float32s:
         self.texts += texts
         return np.array([[text.count(letter) for letter in "abc"] for text in texts], np.float32)
 
@@ -64,7 +64,7 @@ def products(folder: Path) -> Path:
 
 def embed_settings(folder: Path, **changes: Any) -> ItemsEmbedConfig:
     table = ItemTableConfig(paths=[str(folder / "products.parquet")], item="sku")
-    given = {"items": table, "columns": ["title"], "out": str(folder / "vectors.parquet"), "progress": False}
+    given = {"items": table, "columns": ["title"], "out": str(folder / "vectors.parquet")}
     return ItemsEmbedConfig(**(given | changes))
 
 
@@ -91,7 +91,7 @@ def test_a_log_takes_the_vectors_as_one_more_feature(tmp_path: Path) -> None:
     run_items_embed(embed_settings(tmp_path, name="title vector"), LettersEncoder())
     brands = {"item": ITEMS, "brand": [f"brand {item % 3}" for item in ITEMS]}
     EventLog.from_frame(small_frame(), tmp_path / "log", time_unit="ms", items=brands)
-    words = ["append=true", f"items.paths=[{tmp_path}/vectors.parquet]", "items.item=sku", "progress=false"]
+    words = ["append=true", f"items.paths=[{tmp_path}/vectors.parquet]", "items.item=sku"]
     assert main(["prepare", f"out={tmp_path}/log", *words]) == 0
     log = EventLog.open(tmp_path / "log")
     features = features_of(log)
@@ -106,7 +106,7 @@ def test_a_log_takes_the_vectors_as_one_more_feature(tmp_path: Path) -> None:
 
 def test_an_old_table_is_kept_if_anything_fails(tmp_path: Path) -> None:
     class FailingEncoder(LettersEncoder):
-        def encode(self, texts: Sequence[str], *, progress: bool) -> Float32s:
+        def encode(self, texts: Sequence[str]) -> Float32s:
             raise RuntimeError("out of memory")
 
     products(tmp_path)
@@ -201,7 +201,7 @@ def test_a_log_takes_the_codes_as_one_more_feature(tmp_path: Path) -> None:
     tokenize(tmp_path)
     brands = {"item": ITEMS, "brand": [f"brand {item % 3}" for item in ITEMS]}
     EventLog.from_frame(small_frame(), tmp_path / "log", time_unit="ms", items=brands)
-    words = ["append=true", f"items.paths=[{tmp_path}/codes.parquet]", "items.item=sku", "progress=false"]
+    words = ["append=true", f"items.paths=[{tmp_path}/codes.parquet]", "items.item=sku"]
     assert main(["prepare", f"out={tmp_path}/log", *words]) == 0
     features = features_of(EventLog.open(tmp_path / "log"))
     table = pl.read_parquet(tmp_path / "codes.parquet").drop_nulls()

@@ -28,7 +28,6 @@ from vista.config.checks import (
     Mixing,
     OnBadRows,
     Split,
-    Stage,
     TableKind,
     TableOptimizer,
     TablePrecision,
@@ -189,8 +188,8 @@ TIME = DataConfig(split=Split.time, validation_from="2024-01-01", test_from="202
         ),
         ({"init_from": "runs/base/best"}, r"init_from: .* set model\.table=plain, or leave this out"),
         (
-            {"stage": Stage.downstream, "base": "b", "store": "s", "data": TIME},
-            r"stage: .* set model\.table=plain, or stage=joint",
+            {"base": "b", "store": "s", "data": TIME},
+            r"base: .* set model\.table=plain, or leave this out",
         ),
         (
             {
@@ -213,7 +212,7 @@ def test_user_factors_need_a_frozen_table() -> None:
     with pytest.raises(ConfigError, match=r"model\.item_start: user_factors hold .* set optim\.table_rate=0, got 0\.1"):
         TrainConfig(model=model, optim=OptimConfig(table_rate=0.1))
     data = DataConfig(validation_from="2020-01-01", test_from="2020-02-01", split=Split.time)
-    TrainConfig(model=model, data=data, stage=Stage.downstream, base="base", store="store")  # the table is the base's
+    TrainConfig(model=model, data=data, base="base", store="store")  # the table is the base's
 
 
 def test_numbers_become_plain_ones() -> None:

@@ -44,7 +44,6 @@ def test_next_items_are_ranked_as_without_a_model(
         baselines=AskedBaselines.counting,
         out=str(out),
         num_threads=1,
-        progress=False,
     )
     report = evaluate(config)
     written = json.loads(out.read_text())
@@ -61,7 +60,7 @@ def test_next_items_are_ranked_as_without_a_model(
 @pytest.mark.parametrize("target", list(Target))
 def test_baselines_that_learn_are_measured_if_asked_for(served_tasks: Served, target: Target) -> None:
     log, columns = served_tasks.log, served_tasks.model.rows_of(served_tasks.log.items) - 1
-    asked = ASKED if target is Target.window else {"top_k": [4], "progress": False, "num_threads": 1}
+    asked = ASKED if target is Target.window else {"top_k": [4], "num_threads": 1}
     config = EvaluateConfig(**asked, baselines=AskedBaselines.trained)
     with Scorer.open(served_tasks.model, served_tasks.test_store) as scorer:
         report = evaluate_scorer(scorer, log, config)
@@ -117,13 +116,13 @@ class AskedAt(Popularity):
 def test_baselines_are_asked_when_models_are(event_log: EventLog) -> None:
     """Next items at the time of the label, windows of a split by share at no time."""
     baseline, columns = AskedAt(), np.arange(event_log.num_items)
-    asked = EvaluateConfig(progress=False)
+    asked = EvaluateConfig()
     measure_baseline(baseline, event_log, DataConfig(exclude_seen=False), asked, columns)
     assert len(baseline.asked) > 5 and all(
         event_log.slice(user).timestamp[seen] == time for (user, seen), time in baseline.asked.items()
     )
     shares = DataConfig(split=Split.share, validation_share=0.1, test_share=0.2)
-    asked = EvaluateConfig(target=Target.window, min_seen=5, min_after=2, progress=False)
+    asked = EvaluateConfig(target=Target.window, min_seen=5, min_after=2)
     measure_baseline(baseline, event_log, shares, asked, columns)
     assert set(baseline.asked.values()) == {None}
 
@@ -133,9 +132,7 @@ def test_each_window_is_answered_by_the_version_for_its_length(
 ) -> None:
     """Baselines that do not depend on the length are measured once."""
     data = DataConfig(split=Split.share, validation_share=0.1, test_share=0.2, exclude_seen=False)
-    asked = EvaluateConfig(
-        target=Target.window, horizon_events=[3, 8], min_seen=5, min_after=2, top_k=[4], progress=False
-    )
+    asked = EvaluateConfig(target=Target.window, horizon_events=[3, 8], min_seen=5, min_after=2, top_k=[4])
     columns = np.arange(event_log.num_items)
     versions = {3: OwnFrequency(last=4), 8: Transitions()}
     short, long = (measure_baseline(each, event_log, data, asked, columns) for each in versions.values())

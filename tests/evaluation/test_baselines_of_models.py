@@ -71,7 +71,6 @@ def test_ranks_come_from_the_history_before_the_label(event_log: EventLog, tmp_p
             store=str(tmp_path / "there is none"),
             out=str(tmp_path / "metrics.json"),
             top_k=[10],
-            progress=False,
         )
     )
     assert run.metrics == evaluation.metrics

@@ -407,7 +407,6 @@ class TestResults:
             "store": str(served.test_store),
             "out": str(tmp_path / "metrics.json"),
             "num_threads": 1,
-            "progress": False,
             "top_k": [1, 10],
         }
         return EvaluateConfig(**{**settings, **changes})

@@ -31,7 +31,7 @@ def tie_free_log(impression_log: EventLog, tmp_path_factory: pytest.TempPathFact
     request_item = ["user", "timestamp", "item"]
     pl.read_parquet(shown).unique(request_item, keep="first", maintain_order=True).write_parquet(shown)
     source = SourceConfig(kind="simulated", paths=[str(folder / "source")])
-    prepare(PrepareConfig(out=str(folder / "log"), events=source, progress=False))
+    prepare(PrepareConfig(out=str(folder / "log"), events=source))
     log = EventLog.open(folder / "log")
     assert log.items.digest() == impression_log.items.digest()
     return log
@@ -58,9 +58,7 @@ def assert_same_report(found: EvaluationReport, expected: EvaluationReport) -> N
 @pytest.mark.parametrize("num_ranks", [2, 30])
 def test_next_items_popularity_and_impressions(served_tasks: Served, tie_free_log: EventLog, num_ranks: int) -> None:
     """Of 30 ranks, most have no user to rank items for."""
-    config = EvaluateConfig(
-        top_k=[5, 10], popularity=True, recall=True, baselines=AskedBaselines.counting, progress=False
-    )
+    config = EvaluateConfig(top_k=[5, 10], popularity=True, recall=True, baselines=AskedBaselines.counting)
 
     def measured(ranks: Ranks) -> EvaluationReport:
         with Scorer.open(served_tasks.model_dir, served_tasks.test_store) as scorer:
@@ -77,9 +75,7 @@ def test_next_items_popularity_and_impressions(served_tasks: Served, tie_free_lo
 
 
 def test_windows(served: Served) -> None:
-    config = EvaluateConfig(
-        target=Target.window, horizon_events=[1, 2], min_seen=2, min_after=1, top_k=[5], progress=False
-    )
+    config = EvaluateConfig(target=Target.window, horizon_events=[1, 2], min_seen=2, min_after=1, top_k=[5])
 
     def measured(ranks: Ranks) -> EvaluationReport:
         with Scorer.open(served.model_dir, served.test_store) as scorer:
@@ -97,7 +93,7 @@ def test_baselines_of_raw_histories(served_tasks: Served, tie_free_log: EventLog
     changes |= {f"data__{name}": getattr(data, name) for name in ("split", "validation_from", "test_from")}
     model = train_model(small_config(tie_free_log, tmp_path / "run", **changes), tie_free_log)
     assert isinstance(model, HistoryModel)
-    config = EvaluateConfig(top_k=[5], progress=False)
+    config = EvaluateConfig(top_k=[5])
     expected = evaluate_model(model, tie_free_log, config)
     for found in on_ranks(3, lambda ranks: evaluate_model(model, tie_free_log, config, ranks)):
         assert_same_report(found, expected)

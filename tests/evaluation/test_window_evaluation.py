@@ -37,7 +37,6 @@ ASKED: dict[str, Any] = {
     "min_seen": 5,
     "min_after": 2,
     "top_k": [4],
-    "progress": False,
 }
 
 

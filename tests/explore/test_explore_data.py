@@ -299,7 +299,7 @@ def empty_scorer(served: Served) -> EmptySummaryScorer:
 def test_users_are_grouped_by_length(served: Served) -> None:
     with Scorer.open(served.model_dir, served.test_store) as scorer, empty_scorer(served) as without:
         benefit = summary_benefit(scorer, without, served.log)
-        report = evaluate_scorer(scorer, served.log, EvaluateConfig(progress=False))
+        report = evaluate_scorer(scorer, served.log, EvaluateConfig())
     assert benefit.metric == "hit rate at 10" and sum(row.users for row in benefit.rows) == report.num_cases
     mean = sum(row.with_summary * row.cases for row in benefit.rows) / report.num_cases
     assert np.isclose(mean, report.metrics["hr@10"])

@@ -88,7 +88,7 @@ def source(name: str, write: Callable[[Path], None], *, checked: bool = False, *
 
     def read(folder: Path, world: Path) -> str:
         events = SourceConfig(paths=[str(folder / name)], **columns)
-        prepare(PrepareConfig(out=str(made(folder)), events=events, progress=False), parser=operations.parser())
+        prepare(PrepareConfig(out=str(made(folder)), events=events), parser=operations.parser())
         log = EventLog.open(folder / "made")
         return f"{log.num_users} users, {operations.num_events(log)} events, {contents(log)}"
 
@@ -103,7 +103,7 @@ def public_set(name: str) -> Format:
         SAMPLES[name](folder / name)
 
     def read(folder: Path, world: Path) -> str:
-        words = [f"set={name}", f"events.paths=['{folder / name}']", f"out='{made(folder)}'", "progress=false"]
+        words = [f"set={name}", f"events.paths=['{folder / name}']", f"out='{made(folder)}'"]
         settings = compose_config(PrepareConfig, [*words, "filter.min_item_events=1", "filter.min_user_events=1"])
         prepare(settings, parser=operations.parser())
         return contents(EventLog.open(folder / "made"))
@@ -168,7 +168,7 @@ def read_log(folder: Path, world: Path) -> str:
 def make_log_with_impressions(folder: Path) -> None:
     operations.simulate_small(folder)
     events = SourceConfig(kind="simulated", paths=[str(folder / "simulated" / "new")])
-    both = PrepareConfig(out=str(folder / "shown"), events=events, impressions=events, progress=False)
+    both = PrepareConfig(out=str(folder / "shown"), events=events, impressions=events)
     prepare(both, parser=operations.parser())
     log = EventLog.open(folder / "shown")
     ids = log.items.ids(range(6))

@@ -357,7 +357,7 @@ def holds_simulated(folder: Path) -> None:
 
     shutil.rmtree(folder / "check", ignore_errors=True)
     source = SourceConfig(kind="simulated", paths=[str(folder / "simulated" / "new")])
-    prepare(PrepareConfig(out=str(folder / "check"), events=source, progress=False), parser=parser())
+    prepare(PrepareConfig(out=str(folder / "check"), events=source), parser=parser())
 
 
 OPERATIONS: dict[str, Operation] = {

@@ -161,11 +161,11 @@ HOSTILE_WORDS = [
 ]
 
 
-PLACES = "data=log model=model store=store device=cpu progress=false"
+PLACES = "data=log model=model store=store device=cpu"
 OF_COMMAND = {
     "simulate": "out=simulated num_users=6 events_per_user=20 num_items=40 num_topics=8 days=200 episode_events=10 "
     "session_events=5 impressions_per_user=10",
-    "prepare": "out=made events.paths=[day.csv] events.timestamp=timestamp events.time_unit=ms progress=false",
+    "prepare": "out=made events.paths=[day.csv] events.timestamp=timestamp events.time_unit=ms",
     "train": "--config=train.yaml",
     "refresh": PLACES,
     "watch": f"{PLACES} folder=. events.timestamp=timestamp events.time_unit=ms once=true",
@@ -173,7 +173,7 @@ OF_COMMAND = {
     "runs": "folder=.",
     "runs compare": "runs=[featured,featured]",
     "sweep": "train_file=train.yaml folder=swept seed=1,2",
-    "report": "run=featured out=report.html baselines=false progress=false",
+    "report": "run=featured out=report.html baselines=false",
     "compare": "a=[measured.json] b=[measured.json]",
     "plan": "out=plan.json",
     "doctor": "data=log model=model store=store out=doctor.json",
@@ -183,8 +183,7 @@ OF_COMMAND = {
     "log erase": "data=log users=[101]",
     "index": "model=model out=best.index",
     "items add": "model=featured/best items.paths=[new-items.csv]",
-    "items embed": "items.paths=[titles.csv] items.item=product columns=[title] device=cpu progress=false "
-    "out=embedded.parquet",
+    "items embed": "items.paths=[titles.csv] items.item=product columns=[title] device=cpu out=embedded.parquet",
     "items tokenize": "vectors=vectors.parquet out=codes.parquet codes=4",
     "store erase": "store=store data=log users=[101]",
     "store get": "store=store model=model user=100",

@@ -475,7 +475,7 @@ def read_yaml(folder: Path) -> None:
 def read_source(name: str, folder: Path) -> None:
     options: dict[str, Any] = {"kind": "npz"} if name == "events.npz" else {"timestamp": "timestamp", "time_unit": "ms"}
     source = SourceConfig(paths=[str(folder / name)], **options)
-    prepare(PrepareConfig(out=str(folder / "made"), events=source, progress=False), parser=operations.parser())
+    prepare(PrepareConfig(out=str(folder / "made"), events=source), parser=operations.parser())
 
 
 def write_store(folder: Path) -> None:

@@ -21,7 +21,7 @@ def run(
 ) -> PrepareReport:
     config = SourceConfig(paths=[str(path) for path in paths], **(COLUMNS | source))
     bad_rows = OnBadRows(on_bad_rows)
-    settings = PrepareConfig(out=str(out), events=config, append=append, on_bad_rows=bad_rows, progress=False)
+    settings = PrepareConfig(out=str(out), events=config, append=append, on_bad_rows=bad_rows)
     return prepare(settings, parser=PARSER)
 
 

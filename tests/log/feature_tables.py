@@ -26,7 +26,7 @@ def add_items(
         source.paths = [str(write_csv(folder / f"events-{append}.csv", events or EVENTS))]
     table = ItemTableConfig(paths=[str(file) for file in files], **items)
     settings = PrepareConfig(
-        out=str(folder / "log"), events=source, items=table, append=append, on_bad_rows=on_bad_rows, progress=False
+        out=str(folder / "log"), events=source, items=table, append=append, on_bad_rows=on_bad_rows
     )  # type: ignore[arg-type]
     return prepare(settings, parser=PARSER)
 

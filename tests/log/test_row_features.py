@@ -354,7 +354,7 @@ def test_values_of_rows_that_are_left_out_are_no_values(tmp_path: Path) -> None:
     )
     out = str(tmp_path / "filtered")
     chosen = EventFilterConfig(min_user_events=2)
-    prepare(PrepareConfig(out=out, events=events, filter=chosen, progress=False), parser=PARSER)
+    prepare(PrepareConfig(out=out, events=events, filter=chosen), parser=PARSER)
     for folder, want in (("log", ["tv", "web"]), ("filtered", ["car", "tv"])):
         device = EventLog.open(tmp_path / folder).event_features["device"]
         assert device is not None and device.ids(np.arange(len(device))).tolist() == want
@@ -445,7 +445,7 @@ def add_impressions(folder: Path, num: int, **columns: Any) -> PrepareReport:
         **source,
     )
     events = SourceConfig(paths=[str(folder / "events.parquet")], **source)
-    config = PrepareConfig(out=str(folder / "log"), events=events, impressions=requests, progress=False)
+    config = PrepareConfig(out=str(folder / "log"), events=events, impressions=requests)
     return prepare(config, parser=PARSER)
 
 

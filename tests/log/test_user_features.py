@@ -39,7 +39,7 @@ def add_file(folder: Path, file: Path, *, append: bool = False, events: Any = No
         source.paths = [str(write_csv(folder / f"events-{append}.csv", events or EVENTS))]
     users = UserTableConfig(paths=[str(file)], **named)
     out = str(folder / "log")
-    return prepare(PrepareConfig(out=out, events=source, users=users, append=append, progress=False), parser=PARSER)
+    return prepare(PrepareConfig(out=out, events=source, users=users, append=append), parser=PARSER)
 
 
 def test_a_table_of_users_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -188,7 +188,7 @@ def test_settings_that_contradict_each_other(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="users: names the column 'user' twice"):
         UserTableConfig(categories=["user"])
     with pytest.raises(ConfigError, match=r"users\.paths: name at least one file, such as users\.paths=\[users\.parq"):
-        prepare(PrepareConfig(out=str(tmp_path / "log"), users=UserTableConfig(), progress=False), parser=PARSER)
+        prepare(PrepareConfig(out=str(tmp_path / "log"), users=UserTableConfig()), parser=PARSER)
     with pytest.raises(DataError, match=r"<users frame>: column 'user' is missing, .*SourceColumns\(user="):
         EventLog.from_frame({}, tmp_path / "log", users={"id": [1], "p": [1.0]})
 
@@ -219,7 +219,7 @@ def test_items_and_users_are_prepared_together(tmp_path: Path) -> None:
     events = SourceConfig(timestamp="timestamp", time_unit="s", paths=[str(write_csv(tmp_path / "e.csv", EVENTS))])
     items, users = ItemTableConfig(paths=[str(tmp_path / "items.parquet")]), UserTableConfig()
     users.paths = [str(tmp_path / "users.parquet")]
-    config = PrepareConfig(out=str(tmp_path / "log"), events=events, items=items, users=users, progress=False)
+    config = PrepareConfig(out=str(tmp_path / "log"), events=events, items=items, users=users)
     report = prepare(config, parser=PARSER)
     assert report.features == [
         "brand: category of 2 values, 50% of items",

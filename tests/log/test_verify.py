@@ -242,9 +242,7 @@ class TestUse:
         assert report.counts["appended"] == 1
 
     def test_an_evaluation(self, served: Served, damaged: Path) -> None:
-        config = EvaluateConfig(
-            data=str(damaged), model=str(served.model_dir), store=str(served.test_store), progress=False
-        )
+        config = EvaluateConfig(data=str(damaged), model=str(served.model_dir), store=str(served.test_store))
         with pytest.raises(LogFormatError, match=r"timestamp\.npy: its content has changed"):
             evaluate(config)
         config.verify_log = False

@@ -478,7 +478,7 @@ def test_the_command(encoder: TextEncoder, tmp_path: Path, capsys: pytest.Captur
         tmp_path / "products.parquet"
     )
     words = [f"items.paths=[{tmp_path}/products.parquet]", "columns=[title]", f"out={tmp_path}/vectors.parquet"]
-    assert main(["items", "embed", *words, "device=cpu", "progress=false"]) == 0
+    assert main(["items", "embed", *words, "device=cpu"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].endswith("column text with vectors of 384 numbers for 4 items, 1 of them without a text")
     assert printed[1].startswith("2 distinct texts encoded in ")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vista.config import ModelConfig, PlanConfig
-from vista.config.checks import Codec
+from vista.config.checks import Codec, StateDtype
 from vista.config.composition import compose_config
 from vista.planning.capacity_plan import WRITE_MB_PER_S, RefreshCost, StoreSizes, plan_capacity, request_core_s, token_s
 
@@ -26,7 +26,7 @@ def measured(bench: str, case: str, column: str = "value", cpu: str = "AMD EPYC"
 
 def refresh_cost(num_seeds: int, dim: int) -> tuple[RefreshCost, StoreSizes]:
     config = PlanConfig(model=ModelConfig(dim=dim, num_seeds=num_seeds))
-    sizes = StoreSizes.of(config.model, config.codec, config.state, num_items=50_000, history_events=1_000)
+    sizes = StoreSizes.of(config.model, config.codec, StateDtype.float32, num_items=50_000, history_events=1_000)
     return RefreshCost.of(config, sizes), sizes
 
 

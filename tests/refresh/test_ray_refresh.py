@@ -253,8 +253,8 @@ def test_ray_is_not_started_for_nothing(made):
 
 
 def test_bad_configurations_are_refused():
-    with pytest.raises(ConfigError, match=r"engine: works only for a full refresh; use shard=i/n"):
-        RefreshConfig(engine="ray", incremental=True)
+    with pytest.raises(ConfigError, match=r"ray: works only for a full refresh; use shard=i/n"):
+        RefreshConfig(ray=RayConfig(), incremental=True)
     with pytest.raises(ConfigError, match=r"ray\.address: write host:port of the head"):
         RayConfig(address="ray://head:10001")
 
@@ -280,9 +280,9 @@ def commands() -> Iterator[bytes]:
 
 
 def start_refresh(folder: Path, store: Path, temporary: Path) -> subprocess.Popen[str]:
-    """`vista refresh engine=ray` in a process with a Ray of its own; returns it with some batches done."""
+    """`vista refresh ray.num_actors=1` in a process with a Ray of its own; returns it with some batches done."""
     words = [f"data={folder / 'log'}", f"model={folder / 'model'}", f"store={store}", "users_per_batch=1"]
-    words += ["tokens_per_batch=64", "device=cpu", "num_threads=1", "progress=false", "engine=ray", "ray.num_actors=1"]
+    words += ["tokens_per_batch=64", "device=cpu", "num_threads=1", "ray.num_actors=1"]
     process = subprocess.Popen(
         [sys.executable, "-m", "vista.cli.main", "refresh", *words],
         env={**os.environ, "TMPDIR": str(temporary)},

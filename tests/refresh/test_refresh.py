@@ -211,9 +211,7 @@ def test_a_log_with_other_event_features(tmp_path, grow, caplog):
 
 
 def test_report(event_log, tmp_path):
-    report = refresh(
-        new_model(event_log), event_log, tmp_path / "store", options=RefreshOptions(users_per_batch=4, progress=True)
-    )
+    report = refresh(new_model(event_log), event_log, tmp_path / "store", options=RefreshOptions(users_per_batch=4))
     assert sum(report.shares.values()) == pytest.approx(1) and min(report.shares.values()) >= 0
     assert list(report.shares) == [*STAGES, "other"]
     assert re.search(r"16 users, 233 events in .*\), [1-9][\d,]* bytes per user; 16 written$", str(report))
@@ -228,7 +226,6 @@ def test_the_command_writes_the_same_records(served, tmp_path):
         until="leave-last-out",
         codec=Codec.float32,
         device="cpu",
-        progress=False,
     )
     report = run_refresh(config)
     assert report.generation == 1 and run_refresh(config).generation == 2
@@ -375,7 +372,7 @@ def test_a_key_and_a_group_from_the_configuration(served, tmp_path):
     (tmp_path / "key").write_text("5a" * 32)
     common = {"model": str(served.model_dir), "store": str(tmp_path / "store")}
     keyed = {**common, "authentication_key_file": str(tmp_path / "key")}
-    run_refresh(RefreshConfig(data=str(served.log.path), shared_with_group=True, progress=False, **keyed))
+    run_refresh(RefreshConfig(data=str(served.log.path), shared_with_group=True, **keyed))
     assert (tmp_path / "store").stat().st_mode & 0o7777 == 0o2750
     user = str(served.log.users.ids(np.array([0]))[0])
     assert f"user {user}: " in run_score(ScoreConfig(users=[user], **keyed))

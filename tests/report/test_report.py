@@ -68,7 +68,6 @@ def reported(served_tasks: Served, without_summary: Path, tmp_path_factory: pyte
             store=str(served_tasks.test_store),
             out=str(out),
             num_threads=1,
-            progress=False,
         )
     )
     return Reported(served_tasks, without_summary, report, out.read_text())
@@ -167,7 +166,7 @@ def test_needs_no_network(reported: Reported) -> None:
 def test_the_figures_are_those_of_an_evaluation(reported: Reported) -> None:
     served = reported.served
     with Scorer.open(served.model_dir, served.test_store) as scorer:
-        metrics = evaluate_scorer(scorer, served.log, EvaluateConfig(top_k=[10], progress=False)).metrics
+        metrics = evaluate_scorer(scorer, served.log, EvaluateConfig(top_k=[10])).metrics
     rows = [row for row in Page(reported.page).rows if row and row[0] == "run" and len(row) > 4]
     assert rows[0][1].startswith(f"{metrics['auc/click']:.4f} ±")
     assert rows[0][3:] == [
@@ -217,7 +216,7 @@ def test_next_items_of_a_log_with_times(served: Served, tmp_path: Path) -> None:
 @pytest.mark.nightly
 def test_a_log_without_times(order_log: EventLog, tmp_path: Path) -> None:
     train_model(small_config(order_log, tmp_path / "run"), order_log)
-    config = ReportConfig(run=str(tmp_path / "run"), baselines=False, num_threads=1, progress=False)
+    config = ReportConfig(run=str(tmp_path / "run"), baselines=False, num_threads=1)
     page = write_report(config).path.read_text()
     assert "quality by user activity, because the log has no times" in page
     assert "baselines, because baselines=false" in page
@@ -229,7 +228,7 @@ def test_a_model_that_reads_raw_histories(impression_log: EventLog, served_tasks
     config.model.history_limit, config.data, config.optim.next_weight = 20, data, 0.0
     config.model.counters = config.model.popularity = None
     train_model(config, impression_log)
-    page = write_report(ReportConfig(run=str(tmp_path / "din"), num_threads=1, progress=False)).path.read_text()
+    page = write_report(ReportConfig(run=str(tmp_path / "din"), num_threads=1)).path.read_text()
     assert "latency, because the model reads raw histories" in page and "AUC of click: din reaches" in page
 
 
@@ -249,7 +248,6 @@ def report_config(served: Served, folder: Path) -> ReportConfig:
         store=str(served.test_store),
         out=str(folder / "r.html"),
         num_threads=1,
-        progress=False,
     )
 
 
@@ -274,7 +272,7 @@ def test_a_line_that_a_killed_run_has_cut_off(served: Served, tmp_path: Path) ->
     facts = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps(facts | {"state": "running", "ended": None}))
     page = write_report(
-        ReportConfig(run=str(run), store=str(served.test_store), baselines=False, num_threads=1, progress=False)
+        ReportConfig(run=str(run), store=str(served.test_store), baselines=False, num_threads=1)
     ).path.read_text()
     assert "The run is stopped (its process was killed): 1 of 2 epochs are done" in page
 
@@ -298,7 +296,7 @@ def test_metrics_that_cannot_be_read(served: Served, tmp_path: Path, content: st
         with (run / "metrics.jsonl").open("wb") as file:
             file.truncate(content)  # a sparse file
     page = write_report(
-        ReportConfig(run=str(run), store=str(served.test_store), baselines=False, num_threads=1, progress=False)
+        ReportConfig(run=str(run), store=str(served.test_store), baselines=False, num_threads=1)
     ).path.read_text()
     half = "half written (metrics.jsonl ", ", and how many epochs are done is unknown. All figures"
     assert all((text in page) == (content != "{") for text in half), "a cut-off line leaves a finished run finished"
@@ -350,7 +348,6 @@ def test_another_run_with_another_split(served_tasks: Served, tmp_path: Path) ->
         store=str(served_tasks.test_store),
         out=str(tmp_path / "r.html"),
         num_threads=1,
-        progress=False,
     )
     with pytest.raises(ConfigError, match=r"others: .*other was evaluated on other cases than .*run, because its data"):
         write_report(asked)
@@ -364,9 +361,9 @@ def test_a_run_that_is_named_twice() -> None:
 @pytest.mark.nightly
 def test_the_command(served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [f"run={served.config.run_dir}", f"store={served.test_store}", f"out={tmp_path / 'r.html'}"]
-    assert main(["report", *words, "progress=false", "num_threads=1"]) == 0
+    assert main(["report", *words, "--quiet", "num_threads=1"]) == 0
     out, err = capsys.readouterr()
-    assert not re.search(r"\d+%|latency", err), "progress=false"
+    assert not re.search(r"\d+%|latency", err)
     assert out.startswith(f"{tmp_path / 'r.html'}: ") and "  Quality: ndcg@10 of the next item: run reaches" in out
     assert main(["report", f"run={tmp_path}"]) == 2
     assert "is not a run folder" in capsys.readouterr().err
@@ -392,6 +389,6 @@ def test_names_of_a_log_are_escaped(served: Served, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rows[-1]["validation"]["<script>"] = 1.0
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = ReportConfig(run=str(run), store=str(served.test_store), baselines=False, num_threads=1, progress=False)
+    config = ReportConfig(run=str(run), store=str(served.test_store), baselines=False, num_threads=1)
     page = write_report(config).path.read_text()
     assert "script" not in Page(page).tags and "a&lt;b&gt;&amp;c" in page

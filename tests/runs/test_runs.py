@@ -127,7 +127,7 @@ def test_an_evaluation_in_the_folder_of_a_run_is_its_test(
 ) -> None:
     run = shutil.copytree(served.config.run_dir, tmp_path / "runs" / "mine")
     words = [f"data={served.log.path}", f"model={run}/best", f"store={served.test_store}", f"out={run}/test.json"]
-    assert main(["evaluate", *words, "top_k=[10]", "device=cpu", "progress=false"]) == 0
+    assert main(["evaluate", *words, "top_k=[10]", "device=cpu"]) == 0
     capsys.readouterr()
     measured = json.loads((run / "test.json").read_text())["metrics"]
     assert RunSummary.of(run, "mine").test == measured

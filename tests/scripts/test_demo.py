@@ -12,7 +12,7 @@ from vista.config import ExploreConfig, ModelConfig, TrainConfig
 from vista.errors import ConfigError
 from vista.explore.workspace import DEMO, Places, Workspace
 
-SMALL = ["optim.epochs=1", "optim.warmup_steps=2", "model.dim=16", "progress=false", "num_threads=1"]
+SMALL = ["optim.epochs=1", "optim.warmup_steps=2", "model.dim=16", "num_threads=1"]
 SIZES = demo.DemoSizes(num_users=24, events_per_user=200, history_lengths=(10, 100), num_candidates=20)
 
 

@@ -332,7 +332,7 @@ def test_the_metrics_of_yambda(tmp_path: Path) -> None:
     prepare_set("yambda", tmp_path / "files", tmp_path / "log")
     log, table = EventLog.open(tmp_path / "log"), TABLES["yambda"]
     data = train_config(table, table.rows["vista"]).data
-    asked = EvaluateConfig(target=Target.window, progress=False, **{**LAST_DAY, "top_k": [1, 5, 10]})  # type: ignore[arg-type]
+    asked = EvaluateConfig(target=Target.window, **{**LAST_DAY, "top_k": [1, 5, 10]})  # type: ignore[arg-type]
     scores = np.random.default_rng(0).standard_normal((log.num_users, log.num_items))
 
     def score(cases: WindowCases) -> np.ndarray:

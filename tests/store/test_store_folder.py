@@ -139,7 +139,7 @@ def test_a_link_to_a_store_is_that_store(tmp_path, build):
 
 
 def log_a_batch(root: Path) -> None:
-    RefreshProgress(root, "full", 1, 0, progress=False).batch(1, 1, 1)
+    RefreshProgress(root, "full", 1, 0).batch(1, 1, 1)
 
 
 @pytest.mark.parametrize("name", ["writer.lock", "erase.lock", "tombstones", "LAST", "refresh.jsonl"])

@@ -15,7 +15,6 @@ import pytest
 from tests.conftest import small_config
 from vista.cli.main import main
 from vista.config import SweepConfig
-from vista.config.checks import Sampler
 from vista.config.composition import to_yaml
 from vista.errors import ConfigError, MissingDependencyError, SweepError
 from vista.log.event_log import EventLog
@@ -145,21 +144,21 @@ def test_what_a_tracker_lacks_of_finished_trials_is_sent_by_a_rerun(
 @pytest.mark.nightly
 def test_sampled_settings_resume_with_the_settings_of_an_uninterrupted_sweep(train_file: str, tmp_path: Path) -> None:
     words = (RATES, "model.num_layers=1,2", "seed=1,2")
-    short = swept(train_file, tmp_path, *words, sampler=Sampler.tpe, trials=1)
+    short = swept(train_file, tmp_path, *words, trials=1)
     assert len(sweep(short).trials) == 1
-    report = sweep(swept(train_file, tmp_path, *words, sampler=Sampler.tpe, trials=2))
-    whole = sweep(swept(train_file, tmp_path / "other", *words, sampler=Sampler.tpe, trials=2))
+    report = sweep(swept(train_file, tmp_path, *words, trials=2))
+    whole = sweep(swept(train_file, tmp_path / "other", *words, trials=2))
     assert list(report.trials) == list(whole.trials) and values(report) == values(whole)
     assert report.num_trials == 4 and report.failed() == []
     rates = [float(dict(setting)["optim.learning_rate"]) for setting in report.trials]
     assert len(set(rates)) == 2 and all(1e-3 <= rate <= 1e-2 for rate in rates)
     with pytest.raises(SweepError, match=r"holds a sweep over other values.*choose another folder"):
-        sweep(swept(train_file, tmp_path, RATES, sampler=Sampler.tpe, trials=4))
+        sweep(swept(train_file, tmp_path, RATES, trials=4))
 
 
 @needs_optuna
 def test_a_sampled_setting_that_fails_is_named_and_told(train_file: str, tmp_path: Path) -> None:
-    report = sweep(swept(train_file, tmp_path, "model.dim=15,17", sampler=Sampler.tpe, trials=2))
+    report = sweep(swept(train_file, tmp_path, "model.dim=15,17", trials=2))
     assert len(report.failed()) == report.num_trials >= 1
     assert "model.num_heads: must divide" in str(report.failed()[0].reason)
 
@@ -169,25 +168,23 @@ def test_an_extra_that_is_not_installed_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(MissingDependencyError, match=r"pip install .*\[optuna\]'"):
-        sweep(swept(train_file, tmp_path, RATES, sampler=Sampler.tpe))
+        sweep(swept(train_file, tmp_path, RATES, trials=4))
 
 
 @pytest.mark.parametrize(
     ("words", "part"),
     [
         (["model.dim=16"], "no setting has several values"),
-        (["optim.learning_rate=interval(1e-4,1e-2)"], "optim.learning_rate: an interval needs sampler=tpe"),
+        (["optim.learning_rate=interval(1e-4,1e-2)"], "optim.learning_rate: an interval needs a number of trials"),
         (["optim.learning_rate=interval(1e-2,1e-4)"], "optim.learning_rate: an interval needs two numbers"),
-        (["seed=1,2", "sampler=tpe"], "a key other than seed must have several values"),
-        (["model.dim=16,32", "seed=interval(1,3)", "sampler=tpe"], "seed: list the seeds"),
+        (["seed=1,2", "trials=3"], "a key other than seed must have several values"),
+        (["model.dim=16,32", "seed=interval(1,3)", "trials=3"], "seed: list the seeds"),
         (["model.dmi=16,32"], "unknown key 'model.dmi'; did you mean model.dim"),
         (["seed=1,2", "model.dmi=3"], "unknown key 'model.dmi'; did you mean model.dim"),
         (["seed=1,2", "run_dir=here"], "run_dir: is chosen by the sweep for each trial; set folder instead"),
         (["seed=1,2", "model.dim=16,32", "seed=3,4"], "seed: is set more than once"),
         (["seed=1,2", "model.dim=range(1,10000000000)"], "model.dim: has more than 4096 values"),
         (["model.dim=range(1,200)", "data.chunk_len=range(1,200)"], "make 39,601 settings, but at most 10,000"),
-        (["seed=1,2", "trials=3"], "trials: only applies with sampler=tpe"),
-        (["seed=1,2", "sampler=random"], "sampler: expected grid|tpe, got random"),
     ],
 )
 def test_a_wrong_word_is_one_line_before_any_training(

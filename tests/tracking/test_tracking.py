@@ -68,7 +68,6 @@ def tracked_config(log: EventLog, folder: Path, kind: str, **changes: Any) -> Tr
     if kind == "mlflow":
         tracking.server = f"sqlite:///{folder}/mlflow.db"
         (folder / "mlflow.db").write_bytes(new_database())
-    tracking.offline = kind == "wandb"
     return small_config(log, folder / "run", tracking=tracking, **changes)
 
 
@@ -161,8 +160,9 @@ def expected_of(rows: list[dict[str, Any]], name: str) -> list[tuple[int, Any]]:
 
 @pytest.fixture
 def dashboard_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory of its own: MLflow writes artifacts into it."""
+    """A working directory of its own: MLflow writes artifacts into it. Weights & Biases writes files only."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
     return tmp_path
 
 
@@ -311,8 +311,8 @@ def test_a_missing_key_of_wandb_is_named(
     monkeypatch.setenv("NETRC", str(dashboard_folder / "netrc"))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     config = tracked_config(event_log, dashboard_folder, "wandb")
-    config.tracking.offline = False
-    with pytest.raises(TrackingError, match=r"wandb login.*tracking\.offline=true"):
+    monkeypatch.delenv("WANDB_MODE")
+    with pytest.raises(TrackingError, match=r"wandb login.*WANDB_MODE=offline"):
         train_model(config, event_log)
 
 

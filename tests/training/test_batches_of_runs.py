@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tests.conftest import Served, small_config
 from tests.training.feature_world import feature_config, frames, log_of
-from vista.config.checks import Architecture, Mixing, Precision, Stage
+from vista.config.checks import Architecture, Mixing, Precision
 from vista.errors import DataError
 from vista.examples.batch import Batch, balanced_parts, batch_part, chunk_work
 from vista.examples.batch_source import NUM_AHEAD, BatchPrefetcher, BatchSource
@@ -112,7 +112,7 @@ def test_parts_of_a_batch_with_stored_summaries(served_tasks: Served, tmp_path: 
     assert log.impressions is not None
     until = int(np.sort(np.asarray(log.impressions.timestamp))[len(log.impressions.timestamp) // 3])
     refresh(served_tasks.model, log, tmp_path / "store", until=until)
-    places = {"base": str(served_tasks.model_dir), "store": str(tmp_path / "store"), "stage": Stage.downstream}
+    places = {"base": str(served_tasks.model_dir), "store": str(tmp_path / "store")}
     config = small_config(log, tmp_path / "run", **EXACT, **places, data=served_tasks.config.data)
     with Downstream.open(config, log) as downstream:
         assert_parts_equal_the_whole(Trainer(downstream.config, log, downstream))

@@ -66,7 +66,6 @@ def config_of(log: EventLog, run_dir: Path, name: str, **model: Any) -> TrainCon
         device="cpu",
         precision=Precision.float32,
         num_threads=1,
-        progress=False,
     )
 
 

@@ -195,6 +195,6 @@ def test_prices_of_candidates_score_as_those_of_impressions(log: EventLog, shown
         np.testing.assert_allclose(served, raw, atol=2e-5)
         swapped = scorer.score(users, candidates, now=now, request={"price": prices[:, ::-1]})
         assert np.abs(swapped - whole).max() > 0.05
-        metrics = evaluate_scorer(scorer, log, EvaluateConfig(split="validation", progress=False)).metrics
+        metrics = evaluate_scorer(scorer, log, EvaluateConfig(split="validation")).metrics
     measured = Validation(log, rows, config)(model)
     assert metrics["ne/click"] == pytest.approx(measured["ne/click"], abs=1e-4) and measured["auc/click"] > 0.8

@@ -321,7 +321,7 @@ def test_keys_are_the_values_of_the_items(trained: Path, brand_log: EventLog) ->
 def test_validation_is_what_the_scorer_reaches(trained: Path, brand_log: EventLog) -> None:
     """Summaries and counters of raw histories, as training validates, and those of the store, as users get them."""
     config = config_of(brand_log, trained / "run")
-    asked = EvaluateConfig(split="validation", top_k=[10], progress=False)
+    asked = EvaluateConfig(split="validation", top_k=[10])
     with Scorer.open(trained / "run" / "best", trained / "store") as scorer:
         served = evaluate_scorer(scorer, brand_log, asked).metrics
         model = scorer.model

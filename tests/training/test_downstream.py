@@ -16,7 +16,7 @@ import torch
 from tests.conftest import Served
 from tests.training.test_trainer import assert_same_result
 from vista.config import EvaluateConfig, OptimConfig, TrainConfig
-from vista.config.checks import Architecture, Codec, Decay, Split, Stage, TargetAttentionKind
+from vista.config.checks import Architecture, Codec, Decay, Split, TargetAttentionKind
 from vista.errors import ConfigError, LeakageError, SummarizerMismatchError
 from vista.evaluation.evaluate import evaluate_scorer
 from vista.examples.batch_source import BatchSource, ModelReads
@@ -56,7 +56,6 @@ def downstream_config(served: Served, store: Path, run_dir: Path, **changes: Any
         model=replace(served.config.model),
         data=replace(served.config.data),
         optim=replace(served.config.optim, tasks=["like"], next_weight=0.0),
-        stage=Stage.downstream,
         base=str(served.model_dir),
         store=str(store),
         run_dir=str(run_dir),
@@ -305,11 +304,9 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("values", "message"),
         [
-            ({"stage": "downstream"}, "base: is required with stage=downstream"),
-            ({"stage": "downstream", "base": "runs/mine/best"}, "store: is required with stage=downstream"),
-            ({"base": "runs/mine/best"}, "base: only applies with stage=downstream; set that, or leave this out"),
-            ({"stage": "upstream"}, "stage: 'upstream' is not one of joint, downstream"),
-            ({"stage": "downstream", "base": "b", "store": "s"}, r"data\.split: stage=downstream needs time"),
+            ({"base": "runs/mine/best"}, "store: is required with base"),
+            ({"store": "stores/mine"}, "store: only applies with base; set that, or leave this out"),
+            ({"base": "b", "store": "s"}, r"data\.split: training over a base needs time"),
         ],
     )
     def test_contradictory_keys(self, values: dict[str, Any], message: str) -> None:
@@ -319,7 +316,7 @@ class TestRefusals:
     def test_baselines(self, served_tasks: Served, past_store: Path, tmp_path: Path) -> None:
         config = downstream_config(served_tasks, past_store, tmp_path)
         baseline = replace(config.model, architecture=Architecture.sasrec, history_limit=200)
-        with pytest.raises(ConfigError, match=r"model\.architecture: stage=downstream needs vista"):
+        with pytest.raises(ConfigError, match=r"model\.architecture: training over a base needs vista"):
             replace(config, model=baseline)
 
     def test_a_stage_1_that_differs_from_the_base(self, served_tasks: Served, past_store: Path, tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_validation_is_what_the_scorer_reaches(
     until = split_until(config.data, "validation")
     refresh(loaded, log, tmp_path / "store", until=until, options=RefreshOptions(codec=Codec.float32))
     with Scorer.open(loaded, tmp_path / "store") as scorer:
-        served = evaluate_scorer(scorer, log, EvaluateConfig(split="validation", progress=False)).metrics
+        served = evaluate_scorer(scorer, log, EvaluateConfig(split="validation")).metrics
     found = Validation(log, model.rows_of(log.items), config)(loaded)
     for metric in ("auc/click", "ndcg@10"):
         assert found[metric] == pytest.approx(served[metric], abs=1e-6)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from tests.conftest import DAY, START, Served, small_config, small_frame
 from tests.training.feature_world import feature_frame
 from vista.config import DataConfig, EvaluateConfig, ModelConfig, OptimConfig, SourceColumns, TrainConfig
-from vista.config.checks import Architecture, Codec, Decay, InitFreeze, Search, Split, Stage
+from vista.config.checks import Architecture, Codec, Decay, InitFreeze, Search, Split
 from vista.errors import ConfigError, DataError
 from vista.evaluation.evaluate import evaluate_scorer
 from vista.log.event_log import EventLog
@@ -200,7 +200,7 @@ def test_validation_is_what_the_scorer_reaches(
     config, model = run
     until = split_until(config.data, "validation")
     refresh(model, event_log, tmp_path / "store", until=until, options=RefreshOptions(codec=Codec.float32))
-    asked = EvaluateConfig(split="validation", top_k=[10], progress=False)
+    asked = EvaluateConfig(split="validation", top_k=[10])
     with Scorer.open(Path(config.run_dir) / "best", tmp_path / "store") as scorer:
         served = evaluate_scorer(scorer, event_log, asked).metrics
     measured = Validation(event_log, model.rows_of(event_log.items), config)(model)
@@ -341,10 +341,9 @@ def test_settings_that_leave_no_item(event_log: EventLog, tmp_path: Path) -> Non
     assert len(frequent_items(event_log, DataConfig(min_item_events=most))) >= 1
     with pytest.raises(ConfigError, match=r"data\.min_item_events: must be at least 0"):
         DataConfig(min_item_events=-1)
-    with pytest.raises(ConfigError, match=r"data\.min_item_events: stage=downstream has the items of its base"):
+    with pytest.raises(ConfigError, match=r"data\.min_item_events: the items are those of the base"):
         TrainConfig(
             data=DataConfig(split="time", validation_from="2024-01-02", test_from="2024-01-03", min_item_events=2),  # type: ignore[arg-type]
-            stage=Stage.downstream,
             base="base",
             store="store",
         )

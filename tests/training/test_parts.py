@@ -41,7 +41,7 @@ from tests.training.test_trainer import assert_same_result
 from tests.training.warm_logs import Run, begun
 from vista.cli.main import main
 from vista.config import EvaluateConfig, TrainConfig
-from vista.config.checks import Architecture, Codec, InitFreeze, Stage, TargetAttentionKind
+from vista.config.checks import Architecture, Codec, InitFreeze, TargetAttentionKind
 from vista.errors import ConfigError
 from vista.evaluation.answers import RawHistoryAnswers
 from vista.evaluation.cases import ImpressionCases, impression_cases, request_starts
@@ -144,7 +144,7 @@ def test_every_model_learns_every_part(log: EventLog, tmp_path: Path, architectu
     assert not vectors[0].any()
     torch.testing.assert_close(vectors, model.id_vectors(rows) + model.features(rows))
     if isinstance(model, HistoryModel):
-        asked = EvaluateConfig(split="validation", progress=False)
+        asked = EvaluateConfig(split="validation")
         before = evaluate_model(model, log, asked).metrics
         loaded = load_model(tmp_path / "run" / "best")
         assert isinstance(loaded, HistoryModel) and evaluate_model(loaded, log, asked).metrics == before
@@ -339,7 +339,7 @@ def test_serving_predicts_what_validation_predicts(
     measured = validation(model)
     assert {"ndcg@10", "auc/click", "ne/click", "auc/like"} <= measured.keys()
     assert Validation(recoded, model.rows_of(recoded.items), config)(model) == measured
-    until, asked = split_until(config.data, "validation"), EvaluateConfig(split="validation", progress=False)
+    until, asked = split_until(config.data, "validation"), EvaluateConfig(split="validation")
     served = []
     for one, store in ((log, "store"), (recoded, "recoded")):
         refresh(model, one, tmp_path / store, until=until, options=EXACT)
@@ -356,7 +356,7 @@ def test_serving_predicts_what_validation_predicts(
 
 def test_a_trained_model_is_served_as_it_was_validated(log: EventLog, run: Run, tmp_path: Path) -> None:
     config, model = run
-    best, asked = Path(config.run_dir) / "best", EvaluateConfig(split="validation", progress=False)
+    best, asked = Path(config.run_dir) / "best", EvaluateConfig(split="validation")
     loaded = VistaModel.from_pretrained(best)
     assert loaded.summarizer_id() == model.summarizer_id()
     refresh(loaded, log, tmp_path / "store", until=split_until(config.data, "validation"), options=EXACT)
@@ -494,7 +494,6 @@ def downstream_config(base: tuple[TrainConfig, VistaModel, Path], run_dir: Path,
         config,
         model=replace(config.model, **{"tail_features": None, "use_request_features": True, **model}),
         optim=replace(config.optim, reconstruction_weight=0.0),
-        stage=Stage.downstream,
         base=str(Path(config.run_dir) / "best"),
         store=str(store),
         run_dir=str(run_dir),
@@ -573,7 +572,7 @@ def test_logs_with_features_of_another_kind_are_refused(
     """Those that a log lacks are missing, with a warning."""
     model, asked = (
         VistaModel.from_pretrained(Path(run[0].run_dir) / "best"),
-        EvaluateConfig(split="validation", progress=False),
+        EvaluateConfig(split="validation"),
     )
     until = split_until(run[0].data, "validation")
     refresh(model, log, tmp_path / "store", until=until)

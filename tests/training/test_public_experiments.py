@@ -24,7 +24,7 @@ TINY = (
     *("model.dim=8", "model.num_heads=2", "model.num_seeds=2", "model.num_layers=1", "model.num_target_layers=1"),
     *("model.tail_len=4", "model.decay=none", "model.decay_horizons=[]", "model.item_start=random"),
     *("data.label_spacing=4", "data.tokens_per_batch=4096", "data.num_negatives=8"),
-    *("optim.epochs=1", "optim.warmup_steps=1", "device=cpu", "num_threads=1", "progress=false"),
+    *("optim.epochs=1", "optim.warmup_steps=1", "device=cpu", "num_threads=1"),
 )
 """One small step."""
 FEW = ("filter.min_item_events=5", "filter.min_user_events=5")
@@ -48,7 +48,7 @@ def test_prepare_and_train(tmp_path: Path, name: str) -> None:
     SAMPLES[name](folder)
     chosen = [f"set={name}"] if name in options_of("set") else ["events.kind=auto"]
     few = FEW if name == "kuairand" else ()
-    words = [*chosen, *few, f"events.paths=['{folder}']", f"out='{out}'", "progress=false"]
+    words = [*chosen, *few, f"events.paths=['{folder}']", f"out='{out}'"]
     report = prepare(compose_config(PrepareConfig, words), parser=PARSER)
     assert report.num_events >= 100 and (report.kept != "") == (name in ("kuairand", "yambda"))
     places = [f"data.path='{out}'", f"run_dir='{tmp_path / 'run'}'"]
@@ -75,10 +75,10 @@ def test_the_benchmark_of_yambda(tmp_path: Path, capsys: pytest.CaptureFixture[s
     log, run, store = (f"'{tmp_path / name}'" for name in ("log", "run", "store"))
     best = f"model='{tmp_path / 'run' / 'best'}'"
     for command, *words in (
-        ("prepare", "set=yambda", f"events.paths=['{tmp_path / 'files'}']", f"out={log}", "progress=false"),
+        ("prepare", "set=yambda", f"events.paths=['{tmp_path / 'files'}']", f"out={log}"),
         ("train", "experiment=yambda", f"data.path={log}", f"run_dir={run}", *TINY),
-        ("refresh", best, f"data={log}", f"store={store}", "until=1970-10-27T21:43:20", "progress=false"),
-        ("evaluate", best, f"data={log}", f"store={store}", *BENCHMARK, "progress=false"),
+        ("refresh", best, f"data={log}", f"store={store}", "until=1970-10-27T21:43:20"),
+        ("evaluate", best, f"data={log}", f"store={store}", *BENCHMARK),
     ):
         assert main([command, *words]) == 0, capsys.readouterr().err
     assert "recall@10" in capsys.readouterr().out

@@ -212,7 +212,7 @@ def test_validation_measures_baselines_as_evaluation_does(
     rows = np.arange(1, event_log.num_items + 1)
     measured = Validation(event_log, rows, config).baselines()
     assert ("own frequency" in measured) != exclude_seen, "returns are ranked only if seen items are"
-    asked = EvaluateConfig(split="validation", top_k=[10], progress=False)
+    asked = EvaluateConfig(split="validation", top_k=[10])
     expected = measure_baseline(Transitions(), event_log, config.data, asked, rows - 1).means()
     assert measured["transitions"] == pytest.approx(expected)
 

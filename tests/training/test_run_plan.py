@@ -17,7 +17,7 @@ from tests.conftest import Served, small_config
 from tests.training.conftest import copies_of_run
 from tests.training.test_trainer import assert_same_result, metrics
 from vista.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
-from vista.config.checks import Architecture, ItemStart, Mixing, Split, Stage, TableKind, planned
+from vista.config.checks import Architecture, ItemStart, Mixing, Split, TableKind, planned
 from vista.config.composition import compose_config
 from vista.errors import ConfigError, MissingDependencyError
 from vista.log.event_log import EventLog
@@ -204,7 +204,7 @@ def test_hashed_rows_start_random_and_refuse_factors(event_log: EventLog) -> Non
 
 def test_a_downstream_run_counts_the_labels_after_its_store(served_tasks: Served) -> None:
     base = served_tasks.config
-    config = replace(base, stage=Stage.downstream, base="best", store="store", optim=OptimConfig(), model=ModelConfig())
+    config = replace(base, base="best", store="store", optim=OptimConfig(), model=ModelConfig())
     whole, late = (plan_run(config, served_tasks.log, since) for since in (0, int(base.data.validation_from or 0) - 1))
     assert whole.model.item_start is None  # the base's table
     assert planned(late.optim.warmup_steps, "") < planned(whole.optim.warmup_steps, "")

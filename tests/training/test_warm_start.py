@@ -27,7 +27,7 @@ from tests.training.warm_logs import (
     warm_config,
 )
 from vista.config import EvaluateConfig
-from vista.config.checks import Architecture, Codec, InitFreeze, ItemStart, Split, Stage
+from vista.config.checks import Architecture, Codec, InitFreeze, ItemStart, Split
 from vista.errors import CheckpointError, ConfigError, LeakageError
 from vista.evaluation.evaluate import evaluate_scorer
 from vista.examples.item_statistics import item_factors
@@ -258,7 +258,7 @@ def test_validation_is_what_the_scorer_reaches(
     config, model = later
     until = split_until(config.data, "validation")
     refresh(earlier[1], grown_log, tmp_path / "store", until=until, options=RefreshOptions(codec=Codec.float32))
-    asked = EvaluateConfig(split="validation", top_k=[10], progress=False)
+    asked = EvaluateConfig(split="validation", top_k=[10])
     with Scorer.open(Path(config.run_dir) / "best", tmp_path / "store") as scorer:
         served = evaluate_scorer(scorer, grown_log, asked).metrics
     measured = Validation(grown_log, model.rows_of(grown_log.items), config)(model)
@@ -322,8 +322,8 @@ def test_another_shape(
     ("changes", "message"),
     [
         (
-            {"stage": Stage.downstream, "base": "a", "store": "b", "data__split": Split.time},
-            "^init_from: stage=down",
+            {"base": "a", "store": "b", "data__split": Split.time},
+            "^init_from: training starts from `base`",
         ),
         ({"init_from": None, **FROZEN}, "^init_freeze: only applies with init_from"),
         ({"model__architecture": Architecture.hstu, "model__history_limit": 8, **FROZEN}, "a baseline has no summ"),

@@ -91,7 +91,7 @@ def window_config(log: EventLog, run_dir: Path, **changes: Any) -> TrainConfig:
 
 def asked(**changes: Any) -> EvaluateConfig:
     """The question of the configuration above."""
-    config = EvaluateConfig(target=Target.window, split="validation", horizon_events=[12], top_k=[10], progress=False)
+    config = EvaluateConfig(target=Target.window, split="validation", horizon_events=[12], top_k=[10])
     for name, value in changes.items():
         setattr(config, name, value)
     return config
@@ -183,9 +183,9 @@ def test_all_events_before_the_test_are_trained_on(event_log: EventLog, tmp_path
     assert '"validation"' not in (tmp_path / "run" / "metrics.jsonl").read_text()
     assert refresh(model, event_log, tmp_path / "store", until=split_until(config.data, "test")).num_users
     with Scorer.open(model, tmp_path / "store") as scorer:
-        assert evaluate_scorer(scorer, event_log, EvaluateConfig(split="test", progress=False)).num_cases
+        assert evaluate_scorer(scorer, event_log, EvaluateConfig(split="test")).num_cases
         with pytest.raises(ConfigError, match="has no validation case"):
-            evaluate_scorer(scorer, event_log, EvaluateConfig(split="validation", progress=False))
+            evaluate_scorer(scorer, event_log, EvaluateConfig(split="validation"))
 
 
 def test_a_validation_without_labels_is_left_out_with_a_warning(

@@ -94,7 +94,7 @@ COMMANDS: dict[str, Command] = {
         "Train over several seeds and settings, and print a table of the results.",
         (
             "vista sweep data.path=data/mine folder=runs/dims seed=1,2,3 model.dim=64,128",
-            "vista sweep data.path=data/mine folder=runs/rates sampler=tpe trials=20 "
+            "vista sweep data.path=data/mine folder=runs/rates trials=20 "
             "'optim.learning_rate=tag(log,interval(1e-4,1e-2))' seed=1,2",
         ),
         resumes=True,
@@ -121,7 +121,7 @@ COMMANDS: dict[str, Command] = {
             "vista refresh data=data/mine model=runs/mine/best store=stores/mine incremental=true",
             "vista refresh data=data/ml-1m model=runs/ml-1m/best store=stores/ml-1m until=leave-last-out",
             "vista refresh store=stores/exact codec=float32",
-            "vista refresh data=data/mine model=runs/mine/best store=stores/mine engine=ray ray.num_actors=8",
+            "vista refresh data=data/mine model=runs/mine/best store=stores/mine ray.num_actors=8",
         ),
         resumes=True,
     ),

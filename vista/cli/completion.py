@@ -74,7 +74,7 @@ end
 complete -c vista -f -a '(__vista_complete)'
 """
 _SCRIPTS = {Shell.bash: _BASH, Shell.zsh: f"#compdef vista{_ZSH}", Shell.fish: _FISH}
-_OPTIONS = ("--cfg", "--config", "--help")
+_OPTIONS = ("--cfg", "--config", "--quiet", "--help")
 _PATH = re.compile(r"\b([Ff]olders?|[Ff]iles?|[Pp]aths?)\b")
 _SENTENCE = re.compile(r"^(.+?[^.]\.)\s+[A-Z`].*", re.DOTALL)
 """A sentence and what follows it."""

@@ -12,6 +12,7 @@ from vista.text_table import hanging, two_columns
 OPTIONS = (
     ("--cfg", "print the resolved configuration and exit"),
     ("--config FILE", "YAML file with the same keys, such as the output of --cfg; the command line overrides it"),
+    ("--quiet", "show no progress bars"),
     ("--help", "print this text and exit"),
 )
 
@@ -77,7 +78,7 @@ def command_help(name: str, command: Command, part: str = "") -> str:
     if part in ("", "all"):
         usage = f"Usage: vista {name} [KEY=VALUE ...]" + (" [GROUP=OPTION ...]" if groups else "")
         options = [*OPTIONS, *([("--help PART", f"print one of {', '.join(known)}")] if first else [])]
-        lines += [hanging(f"{usage} [--config FILE] [--cfg]", 4), "", hanging(command.summary, 0), ""]
+        lines += [hanging(f"{usage} [--config FILE] [--cfg] [--quiet]", 4), "", hanging(command.summary, 0), ""]
         lines += ["Options:", two_columns(options, 20), ""]
     if first:
         lines += [

@@ -176,16 +176,15 @@ class TextEncoder:
         disable_progress_bar()  # of loading the weights
         self._model = SentenceTransformer(str(get_model_path()), device=str(device), local_files_only=True)
 
-    def encode(self, texts: Sequence[str], *, batch_size: int = 64, progress: bool = False) -> Float32s:
+    def encode(self, texts: Sequence[str], *, batch_size: int = 64) -> Float32s:
         """Vectors of unit length, float32 [N, 384].
 
         Args:
             texts: N of them, at least one.
             batch_size: texts that are encoded at once. It changes the last bits of the result.
-            progress: show a progress bar.
         """
         parts = []
-        with progress_bar(total=len(texts), desc="encode", unit="text", shown=progress) as bar:
+        with progress_bar(total=len(texts), desc="encode", unit="text") as bar:
             for low in range(0, len(texts), TEXTS_PER_CALL):
                 part = list(texts[low : low + TEXTS_PER_CALL])
                 encoded = self._model.encode(
@@ -242,7 +241,7 @@ def run_items_embed(config: ItemsEmbedConfig, encoder: TextEncoder | None = None
         encoder = encoder or TextEncoder(resolve_device(config.device))
         start = time.perf_counter()
         distinct = texts.drop_nulls().unique().sort()
-        vectors = encoder.encode(distinct.to_list(), progress=config.progress)
+        vectors = encoder.encode(distinct.to_list())
         seconds = time.perf_counter() - start
     of_texts = pl.DataFrame({"text": distinct, "vector": pl.Series(vectors).cast(pl.List(pl.Float32))})
     rows = pl.DataFrame({"text": texts}).join(of_texts, on="text", how="left", maintain_order="left")

@@ -35,6 +35,7 @@ def _run_command(name: str, words: Sequence[str]) -> None:
     parser = _Parser(prog=f"vista {name}", add_help=False, allow_abbrev=False)
     parser.add_argument("-h", "--help", nargs="?", const="", metavar="PART")
     parser.add_argument("--cfg", action="store_true")
+    parser.add_argument("--quiet", action="store_true")
     parser.add_argument("--config", metavar="FILE")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     arguments = parser.parse_intermixed_args(words)
@@ -62,7 +63,7 @@ def _run_command(name: str, words: Sequence[str]) -> None:
         return
     # Of a torchrun job, only the first process reports.
     logging.basicConfig(level=logging.ERROR if _rank() else logging.INFO, format="%(message)s")
-    with progress_shown(not _rank() and getattr(settings, "progress", True)):
+    with progress_shown(not _rank() and not arguments.quiet):
         report = command.run(settings)
     if report is not None and not _rank():
         print(report)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vista.config import RefreshConfig, ScoreConfig, ServeConfig, WatchConfig
-from vista.config.checks import EngineName, OnMissing
+from vista.config.checks import OnMissing
 from vista.errors import ConfigError, DataError, LogBusyError, LogWriteError, RecordError, StreamOffsetError, VistaError
 from vista.files import replace_text, writable_file
 
@@ -54,7 +54,7 @@ def run_refresh(config: RefreshConfig) -> RefreshReport:
 
 def _engine(config: RefreshConfig, device: torch.device) -> RayEngine | None:
     """What encodes the batches; None for this process."""
-    if config.engine is EngineName.local:
+    if config.ray is None:
         return None
     # Ray reads these when it is imported. Without them, it prints warnings, and messages of its services to stdout.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")

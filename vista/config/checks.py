@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import re
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -121,15 +121,6 @@ def check_types(config: Any, prefix: str = "") -> None:
                 setattr(config, name, hint(value))  # an int for a float, or a NumPy number
         elif is_dataclass(hint) and not isinstance(value, hint):  # type: ignore[arg-type]
             raise ConfigError(f"{key}: expected {hint.__name__}, got {shown(value)}")  # type: ignore[union-attr]
-
-
-class Checked:
-    """Base of configurations whose values need no check beyond their types."""
-
-    __slots__ = ()
-
-    def __post_init__(self) -> None:
-        check_types(self)
 
 
 # How many values a category of a log may have.
@@ -303,15 +294,6 @@ class AskedBaselines(Enum):
     trained = "trained"
 
 
-class EngineName(Enum):
-    """Which processes encode the batches of a full refresh."""
-
-    local = "local"
-    """This process."""
-    ray = "ray"
-    """Actors of Ray, on this machine or in a cluster."""
-
-
 class WorldName(Enum):
     """What decides a click in the simulation."""
 
@@ -327,15 +309,6 @@ class WorldName(Enum):
     """What the user did at this time of earlier years, and on this day of earlier weeks."""
     drift = "drift"
     """The user's events of the candidate's topic, where each reversal turns all earlier tastes around."""
-
-
-class Stage(Enum):
-    """What is trained: everything, or only stage 2 over the summaries of a store."""
-
-    joint = "joint"
-    """Everything: item table, stage 1, stage 2, and heads."""
-    downstream = "downstream"
-    """Stage 2 and heads, over the summaries of a store. The base model that made them stays unchanged."""
 
 
 class InitFreeze(Enum):
@@ -558,10 +531,146 @@ class RunOrder(Enum):
     """The smallest model first."""
 
 
-class Sampler(Enum):
-    """How a sweep chooses settings."""
+# Keys that several commands share. The classes have no slots, so that one with slots can inherit from several of them.
+# The order of the bases is from the last keys of the command to the first.
 
-    grid = "grid"
-    """Every combination of the listed values."""
-    tpe = "tpe"
-    """Optuna's tree-structured Parzen estimator, based on the validation metrics of previous trials."""
+
+class Checked:
+    """Base of configurations whose values need no check beyond their types."""
+
+    __slots__ = ()
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclass(kw_only=True)
+class UsesLog(Checked):
+    """A command that reads or changes a log."""
+
+    __slots__ = ()
+    data: str = "data/log"
+    """Folder of the EventLog."""
+
+
+@dataclass(kw_only=True)
+class UsesModel(Checked):
+    """A command that reads a trained model."""
+
+    __slots__ = ()
+    model: str = "runs/vista/best"
+    """Folder of the exported model."""
+
+
+@dataclass(kw_only=True)
+class UsesStore(Checked):
+    """A command that reads or changes a store."""
+
+    __slots__ = ()
+    store: str = "stores/vista"
+    """Folder of the summary store, or its URL, such as redis://host:6379/mine."""
+
+
+@dataclass(kw_only=True)
+class Keyed(Checked):
+    """A command that reads or writes records, which may be authenticated."""
+
+    __slots__ = ()
+    authentication_key_file: str | None = None
+    """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
+    VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
+
+
+@dataclass(kw_only=True)
+class NamesUsers(Checked):
+    """A command for single users."""
+
+    __slots__ = ()
+    users: list[str] = field(default_factory=list)
+    """Ids of the users, at least one."""
+
+
+@dataclass(kw_only=True)
+class VerifiesLog(Checked):
+    """A command that can check the log's files first."""
+
+    __slots__ = ()
+    verify_log: bool = True
+    """Check first that no byte of the log's files has changed since it was written. An incremental refresh checks those
+    of the new segments."""
+
+
+@dataclass(kw_only=True)
+class SharesWithGroup(Checked):
+    """A command that writes a store."""
+
+    __slots__ = ()
+    shared_with_group: bool = False
+    """Let the group of the written store's folder read the store (folders 2750, files 0640), not only this account."""
+
+
+@dataclass(kw_only=True)
+class WritesJson(Checked):
+    """A command that prints a result."""
+
+    __slots__ = ()
+    out: str | None = None
+    """JSON file for the result. An existing file is replaced. null only prints it."""
+
+
+@dataclass(kw_only=True)
+class Threads(Checked):
+    """A command that computes on the CPU."""
+
+    __slots__ = ()
+    num_threads: int = 0
+    """Number of CPU threads. 0 leaves the choice to PyTorch."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_counts(self, "", ("num_threads",), least=0, most=MAX_THREADS)
+
+
+@dataclass(kw_only=True)
+class RunsOn(Threads):
+    """A command that computes on a device."""
+
+    __slots__ = ()
+    device: str = "auto"
+    """auto, cpu, cuda, or cuda:N. auto uses a GPU if there is one."""
+
+
+@dataclass(kw_only=True)
+class SummaryFormat(Checked):
+    """How a store holds summaries and states."""
+
+    __slots__ = ()
+    codec: Codec = Codec.int8
+    """How the values of a summary are stored: float32, float16, or as quantized rows of 8 bits (int8) or 4 bits
+    (int4)."""
+    state: StateDtype | None = None
+    """How states are stored for incremental refreshes: float32, float16, or none. null stores them as float32 in a
+    folder if the model and `until` permit, and not at all on a server, whose memory they would fill."""
+
+
+@dataclass(kw_only=True)
+class Multiplies(Checked):
+    """A command that multiplies matrices in float32 unless another type is asked for."""
+
+    __slots__ = ()
+    precision: Precision = Precision.float32
+    """Precision of matrix products: float32, bfloat16, or auto, which uses bfloat16 where the device multiplies it
+    fast. bfloat16 changes summaries by about 0.3 %."""
+
+
+@dataclass(kw_only=True)
+class Seeded(Checked):
+    """A command that draws random numbers."""
+
+    __slots__ = ()
+    seed: int = 1
+    """Seed of all random numbers. The same seed gives the same result on the same kind of processor."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_counts(self, "", ("seed",), least=0)

@@ -88,7 +88,7 @@ class ConfigSection:
 
 @dataclass(frozen=True, slots=True)
 class ConfigKeys:
-    """All keys and sections of a schema: its own fields in their order, then inherited ones."""
+    """All keys and sections of a schema: what it reads, then its own keys, then other inherited ones."""
 
     keys: dict[str, ConfigKey]
     sections: dict[str, ConfigSection]
@@ -103,8 +103,9 @@ class ConfigKeys:
     def _add(self, schema: type, prefix: str) -> None:
         hints = get_type_hints(schema)
         docs = _docs_of_fields(schema)
-        place = {name: number for number, name in enumerate(schema.__annotations__)}
-        for field in sorted(dataclasses.fields(schema), key=lambda field: place.get(field.name, len(place))):
+        own = {name: number for number, name in enumerate(schema.__annotations__)}
+        place = {"data": -4, "model": -3, "store": -2, "paths": -1} | own
+        for field in sorted(dataclasses.fields(schema), key=lambda field: place.get(field.name, len(own))):
             name, inner, optional = prefix + field.name, *without_none(hints[field.name])
             if dataclasses.is_dataclass(inner):
                 assert isinstance(inner, type)

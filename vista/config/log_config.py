@@ -12,8 +12,11 @@ from vista.config.checks import (
     MAX_VALUES,
     Checked,
     IdType,
+    NamesUsers,
     OnBadRows,
+    Seeded,
     StreamStart,
+    UsesLog,
     WorldName,
     check_max_values,
     check_types,
@@ -46,8 +49,61 @@ class EventFilterConfig:
         return self.min_item_events > 1 or self.min_user_events > 1
 
 
+@dataclass(kw_only=True)
+class ReadsRows(Checked):
+    """A command that appends rows to a log."""
+
+    __slots__ = ()
+    on_bad_rows: OnBadRows = OnBadRows.error
+    """What happens to invalid rows: raise writes nothing and reports the first; quarantine sets them aside in
+    quarantine.csv. With raise, a watch refuses the file and continues with the others, but an invalid message ends
+    it."""
+
+
+@dataclass(kw_only=True)
+class ItemIds(Checked):
+    """A table with a row per item, event, or impression."""
+
+    __slots__ = ()
+    item: str = "item"
+    """Column of item ids, integers or text."""
+
+
+@dataclass(kw_only=True)
+class UserIds(Checked):
+    """A table with a row per user, event, or impression."""
+
+    __slots__ = ()
+    user: str = "user"
+    """Column of user ids, integers or text."""
+
+
+@dataclass(kw_only=True)
+class TimeUnit(Checked):
+    """A table with times."""
+
+    __slots__ = ()
+    time_unit: str | None = None
+    """Unit of numeric times (s, ms, us, or ns), or iso for ISO 8601 text. null for Parquet columns of dates and times,
+    and for numbers of events, which start at 0, in a log without times."""
+
+
+@dataclass(kw_only=True)
+class TableFiles(Checked):
+    """Files of one table."""
+
+    __slots__ = ()
+    paths: list[str] = field(default_factory=list)
+    """Files, or folders of files. Together they are one table; files are read in the order of their names."""
+    separator: str = ","
+    """Character that separates the columns of text files, such as ';' or tab."""
+    max_values: int = MAX_VALUES
+    """Maximum number of values of a category of this table. Raise it for categories that the model hashes
+    (`model.hashed_features`). `vista prepare` holds all values of one category in memory."""
+
+
 @dataclass(kw_only=True, slots=True)
-class FeatureTableConfig:
+class FeatureTableConfig(TableFiles):
     """Files of a table with one row per item or user, and which of its columns are features.
 
     If no column is named, every column is read and its type decides: text and booleans are categories, and floats are
@@ -58,18 +114,11 @@ class FeatureTableConfig:
     table: ClassVar[str]
     """Key of the table in the configuration: items | users."""
 
-    paths: list[str] = field(default_factory=list)
-    """Parquet, CSV, or TSV files, or folders of them. Together they are one table."""
     categories: list[str] | None = None
     """Columns of categories: text, integers, or booleans, each with at most `max_values` values. Of items, also lists
     of these."""
     numbers: list[str] | None = None
     """Columns of numbers, such as a price. A number may be missing, but must not be infinite."""
-    max_values: int = MAX_VALUES
-    """Maximum number of values of a category of this table. Raise it for categories that the model hashes
-    (`model.hashed_features`). `vista prepare` holds all values of one category in memory."""
-    separator: str = ","
-    """Character that separates the columns of text files, such as ';' or tab."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -95,16 +144,15 @@ class FeatureTableConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class ItemTableConfig(FeatureTableConfig):
+class ItemTableConfig(ItemIds, FeatureTableConfig):
     """Files of a table with one row per item, and which of its columns are features.
 
-    If no column is named, lists of text are categories too, and lists of floats are vectors.
+    Items that the log does not contain are left out. If no column is named, lists of text are categories too, and lists
+    of floats are vectors.
     """
 
     table: ClassVar[str] = "items"
 
-    item: str = "item"
-    """Column of item ids. Items that the log does not contain are left out."""
     vectors: list[str] | None = None
     """Columns of vectors, such as embeddings: lists of numbers, all of one length. In a text file, the numbers are
     separated by spaces or commas."""
@@ -125,13 +173,9 @@ class ItemTableConfig(FeatureTableConfig):
 
 
 @dataclass(kw_only=True, slots=True)
-class SourceColumns(Checked):
+class SourceColumns(ItemIds, UserIds):
     """Names of the columns of events, and of impressions."""
 
-    user: str = "user"
-    """Column of user ids, integers or text."""
-    item: str = "item"
-    """Column of item ids, integers or text."""
     timestamp: str | None = "timestamp"
     """Column of times. null for a table without times, whose events are in input order."""
     action: str | None = None
@@ -148,13 +192,13 @@ class SourceColumns(Checked):
 
 
 @dataclass(kw_only=True, slots=True)
-class UserTableConfig(FeatureTableConfig):
-    """Files of a table with one row per user, and which of its columns are features."""
+class UserTableConfig(UserIds, FeatureTableConfig):
+    """Files of a table with one row per user, and which of its columns are features.
+
+    Users that the log does not contain are left out.
+    """
 
     table: ClassVar[str] = "users"
-
-    user: str = "user"
-    """Column of user ids. Users that the log does not contain are left out."""
 
     @property
     def id_column(self) -> str:
@@ -162,22 +206,15 @@ class UserTableConfig(FeatureTableConfig):
 
 
 @dataclass(kw_only=True, slots=True)
-class SourceConfig(SourceColumns):
+class SourceConfig(TimeUnit, TableFiles, SourceColumns):
     """Files of one table and the names of their columns."""
 
     kind: str = "table"
     """Format of the files: table (Parquet, CSV, or TSV with the columns named below), a known format (recbole, npz,
     simulated), a public data set (ml-1m, ml-latest-small, ml-100k, complete-journey, amazon-reviews-2023,
     kuairand, yambda, longctr, t-ecd), or auto, which recognizes these by their file names."""
-    paths: list[str] = field(default_factory=list)
-    """Files or folders to read. Several files are read in the order of their names."""
     timestamp: str | None = None
     """Column of times. null for a table without times, whose events are in input order."""
-    time_unit: str | None = None
-    """Unit of numeric times (s, ms, us, or ns), or iso for ISO 8601 text. null for Parquet columns of dates and
-    times."""
-    separator: str = ","
-    """Character that separates the columns of text files, such as ';' or tab."""
     user_ids: IdType = IdType.auto
     """Type of user ids: int or str. auto uses the column's type, or in text files the first value."""
     item_ids: IdType = IdType.auto
@@ -188,9 +225,6 @@ class SourceConfig(SourceColumns):
     numbers: list[str] = field(default_factory=list)
     """Columns of features that are numbers, such as a dwell time or the price paid. A number may be missing, but must
     not be infinite."""
-    max_values: int = MAX_VALUES
-    """Maximum number of values of a category of this table. Raise it for categories that the model hashes
-    (`model.hashed_features`). `vista prepare` holds all values of one category in memory."""
 
     def __post_init__(self) -> None:
         SourceColumns.__post_init__(self)
@@ -208,7 +242,7 @@ class SourceConfig(SourceColumns):
 
 
 @dataclass(kw_only=True, slots=True)
-class PrepareConfig:
+class PrepareConfig(ReadsRows):
     """Ingest of source tables into an EventLog."""
 
     out: str = "data/log"
@@ -226,11 +260,6 @@ class PrepareConfig:
     append: bool = False
     """Add a segment to an existing log: events, features, or both. Files of events or impressions that the log already
     contains are refused. New features of an item or a user replace its older ones."""
-    on_bad_rows: OnBadRows = OnBadRows.error
-    """What happens to invalid rows: raise writes nothing and reports the first; quarantine sets them aside in
-    quarantine.csv."""
-    progress: bool = True
-    """Show progress bars."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -243,50 +272,31 @@ class PrepareConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class LogForgetConfig(Checked):
+class LogForgetConfig(TimeUnit, UsesLog):
     """Deletion of single events from an EventLog."""
 
-    data: str = "data/log"
-    """Folder of the EventLog."""
     events: str = "deletions.csv"
     """CSV or Parquet file with the columns user, item, timestamp, and optionally action. Each row names one event."""
-    time_unit: str | None = None
-    """Unit of the file's timestamps: s, ms, us, ns, or iso. null for Parquet columns of dates and times, and for a log
-    without times, where timestamps are event numbers that start at 0."""
 
 
 @dataclass(kw_only=True, slots=True)
-class LogEraseConfig(Checked):
+class LogEraseConfig(NamesUsers, UsesLog):
     """Deletion of users from an EventLog."""
 
-    data: str = "data/log"
-    """Folder of the EventLog."""
-    users: list[str] = field(default_factory=list)
-    """Ids of the users to delete, at least one."""
-
 
 @dataclass(kw_only=True, slots=True)
-class LogCompactConfig(Checked):
+class LogCompactConfig(UsesLog):
     """Compaction of an EventLog's segments into one, without deleted rows."""
 
-    data: str = "data/log"
-    """Folder of the EventLog."""
-
 
 @dataclass(kw_only=True, slots=True)
-class LogVerifyConfig(Checked):
+class LogVerifyConfig(UsesLog):
     """Check of an EventLog's files."""
 
-    data: str = "data/log"
-    """Folder of the EventLog."""
-
 
 @dataclass(kw_only=True, slots=True)
-class LogStatsConfig(Checked):
+class LogStatsConfig(UsesLog):
     """Contents of an EventLog."""
-
-    data: str = "data/log"
-    """Folder of the EventLog."""
 
 
 _MOST_MESSAGES = 10_000_000
@@ -324,7 +334,7 @@ MAX_ROWS = 10**9
 
 
 @dataclass(kw_only=True, slots=True)
-class SimulateConfig:
+class SimulateConfig(Seeded):
     """A simulated log of long histories, with impressions whose true label probabilities are known."""
 
     out: str = "data/simulated"
@@ -352,8 +362,6 @@ class SimulateConfig:
     """First day of the simulated period, an ISO date or time (UTC)."""
     days: float = 730.0
     """Length of the simulated period in days. Histories fill it."""
-    seed: int = 1
-    """Seed of all random numbers. The same seed gives the same files."""
     num_threads: int = 1
     """Number of threads. It does not change the result."""
     reference: bool = False
@@ -362,14 +370,13 @@ class SimulateConfig:
     seconds."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        Seeded.__post_init__(self)
         counts = ("num_users", "events_per_user", "num_items", "num_topics", "episode_events", "session_events")
         require_counts(self, "", (*counts, "max_interests", "impressions_per_user"), most=MAX_ROWS)
         for key in ("events_per_user", "impressions_per_user"):
             rows = self.num_users * getattr(self, key)
             require(rows <= MAX_ROWS, "num_users", f"times {key} must be at most {MAX_ROWS:,}, got {rows:,}")
         require_counts(self, "", ("num_threads",), most=MAX_THREADS)
-        require_counts(self, "", ("seed",), least=0)
         try:
             datetime.fromisoformat(self.start)
         except ValueError as error:

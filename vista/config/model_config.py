@@ -105,7 +105,7 @@ class ModelConfig:
     """Add the features of events to the event embedding, if the log has any."""
     tail_features: list[str] | None = None
     """With features of events: those that stage 2 reads too. The store holds them for each event of a tail. null: all.
-    With stage=downstream, null takes those of the base."""
+    Over a base (`base`), null takes those of the base."""
     use_request_features: bool = True
     """Let labeled tasks read the features of requests, if the log's impressions have any."""
     use_user_features: bool = True
@@ -131,7 +131,7 @@ class ModelConfig:
     counters: bool | None = None
     """Score the items that a user had before by counters: how often and how recently the user had each of them. The
     store holds the counters of the user's most frequent items with each summary. null: if items are ranked, users
-    return to them (`data.exclude_seen` is false), and no task is trained. With stage=downstream, null takes this and
+    return to them (`data.exclude_seen` is false), and no task is trained. Over a base (`base`), null takes this and
     the settings that follow from it from the base."""
     counter_keys: int = 64
     """With counters, number of most frequent items stored per user, and of most frequent values of each counted

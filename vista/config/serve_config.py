@@ -14,45 +14,54 @@ from vista.config.checks import (
     Checked,
     ExportFormat,
     IndexKind,
+    Keyed,
+    Multiplies,
+    NamesUsers,
     OnMissing,
-    Precision,
+    RunsOn,
     Shell,
+    Threads,
+    UsesModel,
+    UsesStore,
+    WritesJson,
     check_size,
     check_types,
     require,
     require_counts,
     require_finite,
 )
-from vista.config.log_config import ItemTableConfig
+from vista.config.log_config import ItemIds, ItemTableConfig
 from vista.errors import ConfigError, shown
 from vista.files import read_limited
 
-OF_ONE_MODEL = {
-    "model": "runs/vista/best",
-    "store": "stores/vista",
-    "index": None,
-    "task": None,
-}
-"""Keys that a file of several models can set for each model, and their defaults."""
+
+@dataclass(kw_only=True)
+class Scores(RunsOn, Keyed):
+    """A command that scores candidates."""
+
+    __slots__ = ()
+    on_missing: OnMissing = OnMissing.empty
+    """What an unknown user or item gets: the summary of an empty history (empty), a NaN or null score (nan), or an
+    error, which is a response with status 404 (raise)."""
 
 
 @dataclass(kw_only=True, slots=True)
-class ServeConfig:
-    """Answer requests over HTTP from a model and a store, until SIGTERM or Ctrl-C."""
+class ServedModel(UsesStore, UsesModel):
+    """One model that is served. The keys of a model in a file of several replace those of the command line."""
 
-    model: str = "runs/vista/best"
-    """Folder of the exported model. If another model is exported there, it goes into service once its summaries are
-    published."""
-    store: str = "stores/vista"
-    """Folder of the summary store, or its URL, such as redis://host:6379/mine."""
     index: str | None = None
     """Folder of the index that `vista index` wrote for this model, for /v1/retrieve. null serves without an index."""
+    task: str | None = None
+    """Task that score and rank use. null uses the first labeled task, or next if there are none."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ServeConfig(Scores, Multiplies, ServedModel):
+    """Answer requests over HTTP from a model and a store, until SIGTERM or Ctrl-C."""
+
     models: str | None = None
     """YAML file that names several models with their stores, and how users are split among them. It replaces model,
     store, index, and task, and requests compute projections of candidates, which models cannot share."""
-    authentication_key_file: str | None = None
-    """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
-    VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
     host: str = "127.0.0.1"
     """Address to listen on. The default accepts connections from this machine only; 0.0.0.0 accepts them from
     everywhere."""
@@ -63,28 +72,20 @@ class ServeConfig:
     token. null uses the environment variable VISTA_SERVE_TOKEN, or no token if that is unset."""
     workers: int = 1
     """Number of processes that share the port, at most one per core. A worker that dies is replaced."""
-    task: str | None = None
-    """Task that score and rank use. null uses the first labeled task, or next if there are none."""
-    on_missing: OnMissing = OnMissing.empty
-    """What an unknown user or item gets: the summary of an empty history (empty), a null score (nan), or an error with
-    status 404 (raise)."""
     max_age_s: float | None = None
     """Treat users as unknown if both their record and the last refresh of the store are older than this, in seconds.
     null sets no limit."""
     project_per_request: bool = False
     """Compute projections of candidates in each request instead of mapping the exported ones. This needs less memory,
     but more time."""
-    precision: Precision = Precision.float32
-    """Data type of matrix products: float32, bfloat16, or auto."""
-    device: str = "auto"
-    """auto, cpu, cuda, or cuda:N. auto uses a GPU if there is one."""
     num_threads: int = 1
     """Number of torch's CPU threads per worker."""
     scoring_threads: int = 1
     """Number of requests that a worker computes at the same time. More than one helps if requests wait for a store on
     another machine."""
     reload_s: float = 30.0
-    """Number of seconds between checks for a new generation of the store and a new model."""
+    """Number of seconds between checks for a new generation of the store and a new model, which goes into service once
+    its summaries are published."""
     deadline_s: float = 1.0
     """Number of seconds after which a request gets status 504. A client can ask for less with the header
     Vista-Timeout-Ms."""
@@ -103,17 +104,16 @@ class ServeConfig:
     """Maximum number of users per request."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        Scores.__post_init__(self)
         require_counts(self, "", ("port",), least=0, most=65_535)
         require_counts(self, "", ("workers", "scoring_threads"), most=MAX_THREADS)
-        require_counts(self, "", ("num_threads",), least=0, most=MAX_THREADS)
         require_counts(self, "", ("max_waiting", "max_connections", "max_body_bytes"))
         require_counts(self, "", ("max_candidates", "max_users"))
         require_finite(self, "", ("max_age_s", "reload_s", "deadline_s"), positive=True, most=1e6)
-        for key, default in OF_ONE_MODEL.items():
+        for of_one in fields(ServedModel):
             require(
-                self.models is None or getattr(self, key) == default,
-                key,
+                self.models is None or getattr(self, of_one.name) == of_one.default,
+                of_one.name,
                 f"only applies without models={self.models}; leave it out, or set it in that file",
             )
         require(bool(self.host), "host", "must be an address, such as 127.0.0.1 or 0.0.0.0")
@@ -129,20 +129,6 @@ class ServeConfig:
 MAX_BYTES = 1 << 20
 MAX_MODELS = 64
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
-
-@dataclass(kw_only=True, slots=True)
-class ServedModel:
-    """A model of the file. Its keys replace those of the command line."""
-
-    model: str
-    """Folder of the exported model."""
-    store: str
-    """Folder or URL of its store. Models with the same summarizer can share one."""
-    index: str | None = None
-    """Folder of the index that `vista index` wrote for this model."""
-    task: str | None = None
-    """Task that score and rank use. null uses the first labeled task, or next if there are none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,8 +164,10 @@ class ModelsFile:
             _require_keys(keys, [field.name for field in fields(ServedModel)], where)
             missing = [key for key in ("model", "store") if keys.get(key) is None]
             require(not missing, where, f"needs {' and '.join(missing)}")
-            models[name] = ServedModel(**keys)
-            check_types(models[name], f"{where}.")
+            try:
+                models[name] = ServedModel(**keys)
+            except ConfigError as error:
+                raise ConfigError(f"{where}.{error}") from None
         split = _split(content.get("split"), models, f"{path}: split")
         experiment, memory = content.get("experiment"), content.get("memory_bytes")
         require(experiment is None or isinstance(experiment, str), f"{path}: experiment", "must be text")
@@ -232,18 +220,9 @@ def _split(given: Any, models: dict[str, ServedModel], where: str) -> dict[str, 
 
 
 @dataclass(kw_only=True, slots=True)
-class ScoreConfig:
+class ScoreConfig(Scores, NamesUsers, UsesStore, UsesModel):
     """Score candidates for users, rank the whole catalog for them, or retrieve from it."""
 
-    model: str = "runs/vista/best"
-    """Folder of the exported model."""
-    store: str = "stores/vista"
-    """Folder of the summary store, or its URL, such as redis://host:6379/mine."""
-    authentication_key_file: str | None = None
-    """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
-    VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
-    users: list[str] = field(default_factory=list)
-    """Ids of the users, at least one."""
     candidates: list[str] = field(default_factory=list)
     """Ids of the items to score. Empty ranks the whole catalog."""
     retrieve: bool = False
@@ -258,24 +237,16 @@ class ScoreConfig:
     """Features of the request or of the users, each written as name:value, such as [device:phone,hour:14]. If a value
     differs between candidates, give the name once per candidate, in their order, such as [price:2.99,price:3.49].
     Request features that you leave out are treated as missing."""
-    on_missing: OnMissing = OnMissing.empty
-    """What an unknown user or item gets: the summary of an empty history (empty), NaN scores (nan), or an error
-    (raise)."""
-    device: str = "auto"
-    """auto, cpu, cuda, or cuda:N. auto uses a GPU if there is one."""
-    num_threads: int = 0
-    """Number of CPU threads. 0 leaves the choice to PyTorch."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        Scores.__post_init__(self)
         require_counts(self, "", ("top_k",))
         require(not self.retrieve or not self.candidates, "candidates", "must be empty with retrieve=true")
         require(self.retrieve or self.index is None, "index", "needs retrieve=true")
-        require_counts(self, "", ("num_threads",), least=0, most=MAX_THREADS)
 
 
 @dataclass(kw_only=True, slots=True)
-class ExploreConfig:
+class ExploreConfig(Keyed):
     """A web page that shows users, rankings with explanations, the store, runs, and results."""
 
     model: str | None = None
@@ -294,9 +265,6 @@ class ExploreConfig:
     other_store: str | None = None
     """The store of the second model, or another store of the first one, such as one that ends before the test labels.
     null reads the second model's summaries from `store`."""
-    authentication_key_file: str | None = None
-    """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
-    VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
     port: int = 8501
     """TCP port to listen on, for connections from this machine only. 0 chooses a free port, which the log names."""
 
@@ -308,11 +276,9 @@ class ExploreConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class ExportConfig:
+class ExportConfig(Threads, Keyed, UsesModel):
     """Export stage 2 with its tables, to score without vista, and compare it with the scorer."""
 
-    model: str = "runs/vista/best"
-    """Folder of the model."""
     format: ExportFormat = ExportFormat.onnx
     """onnx, for onnxruntime in any language, or aotinductor, for PyTorch in Python or C++. aotinductor compiles for the
     processor of this machine, and needs a C++ compiler."""
@@ -321,23 +287,12 @@ class ExportConfig:
     store: str | None = None
     """Folder or URL of a store of the model's summaries, whose users make the requests of the comparison. null makes
     random users."""
-    authentication_key_file: str | None = None
-    """File with the key that authenticates records of the store: 32 bytes, or 64 hex digits. null uses the environment
-    variable VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
-    num_threads: int = 0
-    """Number of CPU threads. 0 leaves the choice to PyTorch."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        require_counts(self, "", ("num_threads",), least=0, most=MAX_THREADS)
 
 
 @dataclass(kw_only=True, slots=True)
-class IndexConfig(Checked):
+class IndexConfig(UsesModel):
     """Nearest-neighbor index over a model's item vectors, from which `Scorer.retrieve` takes candidates."""
 
-    model: str = "runs/vista/best"
-    """Folder of the exported model, which was trained with a retrieval head."""
     out: str | None = None
     """Folder to write; an earlier index there is replaced. null takes the model's folder with .index appended, such as
     runs/vista/best.index."""
@@ -347,11 +302,9 @@ class IndexConfig(Checked):
 
 
 @dataclass(kw_only=True, slots=True)
-class ItemsAddConfig:
+class ItemsAddConfig(UsesModel):
     """Items that a trained model is to rank by their features, without training."""
 
-    model: str = "runs/vista/best"
-    """Folder of the exported model, which was trained with features of items. It is extended in place."""
     items: ItemTableConfig = field(default_factory=ItemTableConfig)
     """Table of items. The columns are those of the model. Items that the model knows already are left out."""
 
@@ -365,7 +318,7 @@ class ItemsAddConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class ItemsEmbedConfig:
+class ItemsEmbedConfig(RunsOn):
     """Vectors of the texts of items, from a sentence encoder that needs no network."""
 
     kind: str = "table"
@@ -380,26 +333,19 @@ class ItemsEmbedConfig:
     """Name of the new column of vectors."""
     out: str = "vectors.parquet"
     """Parquet file to write, with the item ids and the vectors; replaced if it exists."""
-    device: str = "auto"
-    """auto, cpu, cuda, or cuda:N. auto uses a GPU if there is one."""
-    num_threads: int = 0
-    """Number of CPU threads. 0 leaves the choice to PyTorch."""
-    progress: bool = True
-    """Show a progress bar."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        RunsOn.__post_init__(self)
         require(
             self.items.is_inferred,
             "items",
             "do not set categories, numbers, or vectors; name the columns of text with columns=[...]",
         )
         require(self.name not in ("", self.items.item), "name", "must be a name other than that of the column of ids")
-        require_counts(self, "", ("num_threads",), least=0, most=MAX_THREADS)
 
 
 @dataclass(kw_only=True, slots=True)
-class ItemsTokenizeConfig:
+class ItemsTokenizeConfig(ItemIds):
     """Semantic ids: residual k-means codes of the vectors of items."""
 
     vectors: str | None = None
@@ -407,8 +353,6 @@ class ItemsTokenizeConfig:
     vectors get codes."""
     column: str = "text"
     """Column of vectors in the file: lists of numbers, all of one length."""
-    item: str = "item"
-    """Column of item ids in the file, and in the new one."""
     codebooks: str | None = None
     """File of codebooks from an earlier run. Old items keep their codes, and the codes of new items have the same
     meaning. levels and codes are then those of the earlier run. null learns new codebooks and writes them
@@ -430,7 +374,7 @@ class ItemsTokenizeConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class DoctorConfig(Checked):
+class DoctorConfig(WritesJson):
     """What to check in addition to this machine."""
 
     model: str | None = None
@@ -439,8 +383,6 @@ class DoctorConfig(Checked):
     """Folder or URL of a summary store to check, and to compare with the model; null checks none."""
     data: str | None = None
     """Folder of an EventLog to check; null checks none."""
-    out: str | None = None
-    """JSON file for the diagnosis. An existing file is replaced. null only prints it."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -6,52 +6,40 @@ from collections.abc import Container
 from dataclasses import dataclass, field, fields
 
 from vista.config.checks import (
-    MAX_THREADS,
     Architecture,
     Arrival,
-    Checked,
-    Codec,
-    EngineName,
-    OnBadRows,
-    Precision,
-    StateDtype,
+    Keyed,
+    Multiplies,
+    NamesUsers,
+    RunsOn,
+    SharesWithGroup,
+    SummaryFormat,
+    UsesLog,
+    UsesModel,
+    UsesStore,
+    VerifiesLog,
+    WritesJson,
     check_types,
     require,
     require_counts,
     require_finite,
 )
-from vista.config.log_config import SourceConfig, StreamConfig
+from vista.config.log_config import ReadsRows, SourceConfig, StreamConfig
 from vista.config.model_config import ModelConfig
 
-INCREMENTAL_OPTIONS = ("tokens_per_batch", "users_per_batch", "verify_log", "progress")
+INCREMENTAL_OPTIONS = ("tokens_per_batch", "users_per_batch", "verify_log")
 """The options that an incremental refresh can choose."""
 SET_BY_FULL_REFRESH = "was set by the store's full refresh; leave it out"
 
 
 @dataclass(kw_only=True, slots=True)
-class RefreshOptions:
+class RefreshOptions(SharesWithGroup, VerifiesLog, Multiplies, SummaryFormat):
     """What a refresh writes and how it batches its work. Choices may be given as words, such as codec="float32"."""
 
-    codec: Codec = Codec.int8
-    """How the values of a summary are stored: float32, float16, or as quantized rows of 8 bits (int8) or 4 bits
-    (int4)."""
-    state: StateDtype | None = None
-    """How states are stored for incremental refreshes: float32, float16, or none. null stores them as float32 in a
-    folder if the model and `until` permit, and not at all on a server, whose memory they would fill."""
-    precision: Precision = Precision.float32
-    """Precision of matrix products. bfloat16 is faster on devices that support it, and changes summaries by about
-    0.3 %. auto uses bfloat16 where the device multiplies it fast."""
-    shared_with_group: bool = False
-    """Let the group of the store's folder read the store (folders 2750, files 0640), not only this account."""
     tokens_per_batch: int = 65_536
     """Number of events that are read and summarized at once. A longer history forms a batch of its own."""
     users_per_batch: int = 512
     """Number of users per durable transaction."""
-    verify_log: bool = True
-    """Check first that no byte of the log's files has changed since it was written: of all files, or of the new
-    segments in an incremental refresh."""
-    progress: bool = False
-    """Show a progress bar."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -73,7 +61,7 @@ class RayConfig:
 
     num_actors: int = 0
     """Number of actors: processes that each load the model and share the work. 0 starts as many as Ray has CPUs for
-    (num_threads each), or one per GPU."""
+    (num_threads each, where 0 means one), or one per GPU."""
     address: str = "local"
     """local starts Ray on this machine and stops it at the end. Otherwise, the address of a cluster: host:port of
     its head node, or auto on one of its machines."""
@@ -90,18 +78,9 @@ class RayConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class RefreshConfig(RefreshOptions):
+class RefreshConfig(RunsOn, Keyed, UsesStore, UsesModel, UsesLog, RefreshOptions):
     """One refresh: write the summaries of all users into a new generation, or update those with new events."""
 
-    data: str = "data/log"
-    """Folder of the EventLog."""
-    model: str = "runs/vista/best"
-    """Folder of the exported model."""
-    store: str = "stores/vista"
-    """Folder of the summary store, or its URL, such as redis://host:6379/mine."""
-    authentication_key_file: str | None = None
-    """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
-    VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
     incremental: bool = False
     """Update only the users with new events, in the published generation. The format of the store stays as the full
     refresh set it."""
@@ -113,40 +92,24 @@ class RefreshConfig(RefreshOptions):
     shard: str | None = None
     """Written i/n: refresh only the users of shard i of n, into <store>/part-i-of-n, so that several machines can share
     the work. null refreshes all users."""
-    engine: EngineName = EngineName.local
-    """What computes a full refresh: local (this process) or ray (several processes, on one machine or in a cluster).
-    Both write the same store."""
-    ray: RayConfig = field(default_factory=RayConfig)
-    """With engine=ray: where Ray runs, and how many processes share the work."""
-    device: str = "auto"
-    """auto, cpu, cuda, or cuda:N. auto uses a GPU if there is one."""
-    num_threads: int = 0
-    """Number of CPU threads. 0 leaves the choice to PyTorch. With engine=ray, the number is per actor, and 0 means
-    one."""
-    progress: bool = True
-    """Show a progress bar."""
+    ray: RayConfig | None = None
+    """Where Ray runs, and how many of its processes share the work of a full refresh. null: this process does it. Both
+    write the same store."""
 
     def __post_init__(self) -> None:
-        RefreshOptions.__post_init__(self)  # super() does not work in a dataclass with slots
-        require_counts(self, "", ("num_threads",), least=0, most=MAX_THREADS)
+        RunsOn.__post_init__(self)  # calls that of RefreshOptions; super() does not work in a dataclass with slots
         if self.incremental:
             reason = f"{SET_BY_FULL_REFRESH} with incremental=true"
             require(self.until is None, "until", reason)
             full_only = "works only for a full refresh; use shard=i/n to divide an incremental one"
-            require(self.engine is EngineName.local, "engine", full_only)
+            require(self.ray is None, "ray", full_only)
             self.require_only(INCREMENTAL_OPTIONS, reason, prefix="")
 
 
 @dataclass(kw_only=True, slots=True)
-class WatchConfig:
+class WatchConfig(RunsOn, Keyed, UsesStore, UsesModel, UsesLog, ReadsRows):
     """Keep a store up to date with arriving files or messages, or with a log to which other processes append."""
 
-    data: str = "data/log"
-    """Folder of the EventLog."""
-    model: str = "runs/vista/best"
-    """Folder of the exported model whose full refresh made the store."""
-    store: str = "stores/vista"
-    """Folder of the summary store, or its URL, such as redis://host:6379/mine."""
     folder: str | None = None
     """Folder in which Parquet, CSV, or TSV files arrive. Files that cannot be read are listed in its folder `refused`,
     with the reason. Without folder and source, the watch follows a log to which other processes append."""
@@ -163,12 +126,6 @@ class WatchConfig:
     """With arrival=pause: number of seconds without a change after which a file is complete."""
     events: SourceConfig = field(default_factory=SourceConfig)
     """Columns of the files or messages. events.paths is not used."""
-    on_bad_rows: OnBadRows = OnBadRows.error
-    """What happens to invalid rows and messages. raise refuses the file and continues with the other files; an
-    invalid message ends the watch. quarantine sets them aside."""
-    authentication_key_file: str | None = None
-    """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
-    VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
     poll_s: float = 5.0
     """Number of seconds between two checks of the folder, the topics, or the log."""
     report_file: str | None = None
@@ -176,16 +133,9 @@ class WatchConfig:
     topics the rate and the number of waiting messages per partition."""
     once: bool = False
     """Check once and exit, as a scheduled job does. Topics are read to the end."""
-    device: str = "auto"
-    """auto, cpu, cuda, or cuda:N. auto uses a GPU if there is one."""
-    num_threads: int = 0
-    """Number of CPU threads. 0 leaves the choice to PyTorch."""
-    progress: bool = False
-    """Show a progress bar."""
 
     def __post_init__(self) -> None:
-        check_types(self)
-        require_counts(self, "", ("num_threads",), least=0, most=MAX_THREADS)
+        RunsOn.__post_init__(self)
         require_finite(self, "", ("settle_s",))
         require(
             self.folder is None or self.source is None,
@@ -196,118 +146,70 @@ class WatchConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class StoreStatsConfig(Checked):
+class StoreStatsConfig(UsesStore):
     """Statistics of a store and its generations."""
 
-    store: str = "stores/vista"
-    """Folder of the summary store, or its URL, such as redis://host:6379/mine."""
-
 
 @dataclass(kw_only=True, slots=True)
-class StoreVerifyConfig(Checked):
+class StoreVerifyConfig(Keyed, UsesStore):
     """Check a store's files and every record."""
 
-    store: str = "stores/vista"
-    """Folder of the summary store, or its URL, such as redis://host:6379/mine."""
-    authentication_key_file: str | None = None
-    """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
-    VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
-
 
 @dataclass(kw_only=True, slots=True)
-class StoreCompactConfig(Checked):
+class StoreCompactConfig(Keyed, UsesStore):
     """Rewrite the published generation without the bytes of removed records."""
 
-    store: str = "stores/vista"
-    """Folder of the summary store."""
-    authentication_key_file: str | None = None
-    """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
-    VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
-
 
 @dataclass(kw_only=True, slots=True)
-class StoreExportConfig(Checked):
+class StoreExportConfig(Keyed, UsesStore):
     """Export the published generation to a Parquet file."""
 
-    store: str = "stores/vista"
-    """Folder of the summary store."""
     out: str = "summaries.parquet"
     """The file; replaced if it exists."""
-    authentication_key_file: str | None = None
-    """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
-    VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
 
 
 @dataclass(kw_only=True, slots=True)
-class StoreImportConfig(Checked):
+class StoreImportConfig(SharesWithGroup, Keyed, UsesStore):
     """Publish an exported file as a new generation of a store."""
 
     file: str = "summaries.parquet"
     """File written by `vista store export`."""
-    store: str = "stores/vista"
-    """Folder of the summary store; made if it does not exist."""
-    authentication_key_file: str | None = None
-    """File with the key that authenticated the exported records: 32 bytes, or 64 hex digits. null uses the environment
-    variable VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
-    shared_with_group: bool = False
-    """Let the group of the store's folder read the store (folders 2750, files 0640), not only this account."""
 
 
 @dataclass(kw_only=True, slots=True)
-class StoreCopyConfig(Checked):
+class StoreCopyConfig(SharesWithGroup, Keyed, UsesStore):
     """Copy one generation to the store of a serving host."""
 
-    store: str = "stores/vista"
-    """Folder of the summary store to copy from, or its URL, such as redis://host:6379/mine."""
     to: str = ""
     """Folder of the summary store to copy to, made if it does not exist, or its URL, such as redis://host:6379/mine."""
     generation: int | None = None
     """Number of the generation; null copies the published one."""
     publish: bool = True
     """Publish the copy at once; false only copies and verifies it, until the same command with true publishes it."""
-    authentication_key_file: str | None = None
-    """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
-    VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
-    shared_with_group: bool = False
-    """Let the group of the target folder read the copy (folders 2750, files 0640), not only this account."""
 
 
 @dataclass(kw_only=True, slots=True)
-class StoreRollbackConfig(Checked):
+class StoreRollbackConfig(Keyed, UsesStore):
     """Publish an earlier generation again."""
 
-    store: str = "stores/vista"
-    """Folder of the summary store, or its URL, such as redis://host:6379/mine."""
     to: int | None = None
     """Number of the generation; null takes the newest one before the published one."""
-    authentication_key_file: str | None = None
-    """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
-    VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
 
 
 @dataclass(kw_only=True, slots=True)
-class StoreGetConfig(Checked):
+class StoreGetConfig(Keyed, UsesStore):
     """Print one user's record."""
 
-    store: str = "stores/vista"
-    """Folder of the summary store, or its URL, such as redis://host:6379/mine."""
     user: str | None = None
     """Id as in the log."""
     model: str | None = None
     """Folder of the exported model, to print the tail's items by their ids in the log; null prints model rows."""
-    authentication_key_file: str | None = None
-    """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
-    VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
 
 
 @dataclass(kw_only=True, slots=True)
-class StoreEraseConfig(Checked):
+class StoreEraseConfig(NamesUsers, UsesStore):
     """Remove users from a store for good."""
 
-    store: str = "stores/vista"
-    """Folder of the summary store, or its URL, such as redis://host:6379/mine."""
-    users: list[str] = field(default_factory=list)
-    """Ids of the users to erase, at least one."""
     data: str | None = None
     """Folder of the EventLog to erase them from too; null erases them from the store only."""
 
@@ -334,7 +236,7 @@ class MachineConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class PlanConfig:
+class PlanConfig(WritesJson, SummaryFormat):
     """What a deployment would need: cores, machines, disk, memory, network, and how old summaries become.
 
     The plan reads no data and measures nothing. It ignores keys of `model` that change neither sizes nor times.
@@ -354,10 +256,6 @@ class PlanConfig:
     """Number of items in the catalog."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model, as for `vista train`."""
-    codec: Codec = Codec.int8
-    """How the values of a summary are stored: float32, float16, int8, or int4."""
-    state: StateDtype = StateDtype.float32
-    """How states are stored for incremental refreshes: float32, float16, or none."""
     refresh_every_s: float = 3600.0
     """Time between the starts of two incremental refreshes, in s. A refresh that takes longer delays the next one."""
     remote_store: bool = False
@@ -371,8 +269,6 @@ class PlanConfig:
     """Events during a burst in the busiest hour, divided by those without it. Above 1, the plan simulates the lag."""
     failures_per_day: float = 0.0
     """Failures of refresh workers per day, in the whole fleet. Above 0, the plan simulates the lag."""
-    out: str | None = None
-    """JSON file for the plan. An existing file is replaced. null only prints the plan."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -8,23 +8,29 @@ from typing import Any
 
 from vista.config.checks import (
     MAX_DAYS,
-    MAX_THREADS,
     Architecture,
     AskedBaselines,
     Checked,
     InitFreeze,
     ItemStart,
+    Keyed,
     Precision,
     RunOrder,
-    Sampler,
+    RunsOn,
     Search,
+    Seeded,
     Split,
-    Stage,
     TableKind,
     TableOptimizer,
     TablePrecision,
     Target,
+    Threads,
     TrackerKind,
+    UsesLog,
+    UsesModel,
+    UsesStore,
+    VerifiesLog,
+    WritesJson,
     check_types,
     require,
     require_counts,
@@ -79,7 +85,7 @@ class DataConfig:
     min_item_events: int = 0
     """Number of training events that an item needs to have a row of its own in the model. Other items are unknown to
     the model, both in training and in serving. With init_from, the items of the earlier model keep their rows. 0 gives
-    all items of the log a row. Must be 0 with stage=downstream, which has the items of its base."""
+    all items of the log a row. Must be 0 with `base`, whose items are kept."""
     item_categories: str | None = None
     """With model.search=hard: Parquet or CSV file with a column `item` of ids and a column of categories. It is read
     when training starts and kept in the model. null reads the log's item features; null with any other search."""
@@ -220,9 +226,6 @@ class TrackingConfig:
     MLFLOW_TRACKING_URI."""
     project: str = "vista"
     """Experiment of MLflow, or project of Weights & Biases."""
-    offline: bool = False
-    """With kind=wandb: write to <run_dir>/wandb instead of a server. `wandb sync` uploads the run later. So does the
-    environment variable WANDB_MODE=offline."""
 
     def __post_init__(self) -> None:
         check_types(self, "tracking.")
@@ -232,31 +235,22 @@ class TrackingConfig:
             "tracking.server",
             "only applies with tracking=mlflow and tracking=wandb; set one of them, or leave this out",
         )
-        require(
-            self.kind is TrackerKind.wandb or not self.offline,
-            "tracking.offline",
-            "only applies with tracking=wandb; set that, or leave this out",
-        )
         require(bool(self.project.strip()), "tracking.project", "is empty; give the project a name")
 
 
 @dataclass(kw_only=True, slots=True)
-class TrainConfig:
+class TrainConfig(VerifiesLog, RunsOn, Keyed, Seeded):
     """A training run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    stage: Stage = Stage.joint
-    """What is trained: everything (joint), or only stage 2 and the heads over the summaries of a store
-    (downstream)."""
     base: str | None = None
-    """With stage=downstream: folder of the exported model whose item table, event encoder, and stage 1 are used
-    unchanged. null with stage=joint."""
+    """Folder of an exported model whose item table, event encoder, and stage 1 are used unchanged: only stage 2 and the
+    heads are trained, over the summaries of `store`. null trains everything."""
     store: str | None = None
-    """With stage=downstream: folder of the base model's store. Training labels begin at the `until` of its refresh.
-    null with stage=joint."""
+    """With base: folder of its store. Training labels begin at the `until` of its refresh."""
     init_from: str | None = None
     """Folder of an exported model to start from, such as runs/yesterday/best. Items, features, actions, and tasks are
     matched by name, and the optimizers start from the newest checkpoint of that run if there is one. null draws new
@@ -264,33 +258,18 @@ class TrainConfig:
     init_freeze: InitFreeze = InitFreeze.none
     """With init_from: train everything (none), or keep what summaries depend on (summarizer), so that stores stay
     valid."""
-    authentication_key_file: str | None = None
-    """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
-    VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
     run_dir: str = "runs/vista"
     """Folder for config.yaml, run.json, train.log, metrics.jsonl, checkpoints/, and best/ (the exported model)."""
-    seed: int = 1
-    """Seed of initial weights, batch order, cuts, negatives, and dropout."""
-    device: str = "auto"
-    """auto, cpu, cuda, or cuda:N. auto uses a GPU if there is one."""
     precision: Precision = Precision.auto
     """Data type of matrix products: float32 or bfloat16. auto uses bfloat16 where the device multiplies it fast."""
-    num_threads: int = 0
-    """Number of CPU threads. 0 leaves the choice to PyTorch."""
     checkpoint_every: int = 200
     """Number of steps between checkpoints. A checkpoint is also written after each epoch."""
     resume: bool = True
     """Resume from the newest checkpoint in run_dir, if there is one."""
-    verify_log: bool = True
-    """Check first that no byte of the log's files has changed since it was written."""
-    progress: bool = True
-    """Show a progress bar."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        RunsOn.__post_init__(self)  # super() does not work in a dataclass with slots
         require_counts(self, "", ("checkpoint_every",))
-        require_counts(self, "", ("seed",), least=0)
-        require_counts(self, "", ("num_threads",), least=0, most=MAX_THREADS)
         self._check_search()
         self._check_data()
         self._check_stage()
@@ -325,31 +304,30 @@ class TrainConfig:
         )
 
     def _check_stage(self) -> None:
-        downstream = self.stage is Stage.downstream
-        for key in ("base", "store"):
-            require_only_with(getattr(self, key) is not None, downstream, key, "stage=downstream")
+        downstream = self.base is not None
+        require_only_with(self.store is not None, downstream, "store", "base")
         require(
             not downstream or self.model.architecture is Architecture.vista,
             "model.architecture",
-            "stage=downstream needs vista, because a baseline has no summaries",
+            "training over a base needs vista, because a baseline has no summaries",
         )
         require(
             not downstream or self.data.split is Split.time,
             "data.split",
-            "stage=downstream needs time, because labels lie between the store's `until` and data.validation_from",
+            "training over a base needs time, because labels lie between the store's `until` and data.validation_from",
         )
         require(
             not downstream or not self.data.min_item_events,
             "data.min_item_events",
-            "stage=downstream has the items of its base; leave it out",
+            "the items are those of the base; leave it out",
         )
 
     def _check_init(self) -> None:
         warm, freezes = self.init_from is not None, self.init_freeze is InitFreeze.summarizer
         require(
-            not warm or self.stage is Stage.joint,
+            not warm or self.base is None,
             "init_from",
-            "stage=downstream starts from `base`; leave this out, or set stage=joint",
+            "training starts from `base`; leave out one of the two",
         )
         require(
             not warm or self.model.item_start is not ItemStart.user_factors,
@@ -367,11 +345,11 @@ class TrainConfig:
             not freezes or not self.model.embedding_rows,
             "init_freeze",
             "items share the rows of a hashed table, so new ones cannot train while it is frozen; set "
-            "init_freeze=none, or train only stage 2 with stage=downstream",
+            "init_freeze=none, or train only stage 2 with `base`",
         )
 
     def _check_item_start(self) -> None:
-        starts = self.stage is Stage.joint and self.model.item_start is ItemStart.user_factors
+        starts = self.base is None and self.model.item_start is ItemStart.user_factors
         require(
             not starts or self.optim.table_rate == 0,
             "model.item_start",
@@ -394,8 +372,8 @@ class TrainConfig:
             "optim.table_optimizer=rowwise_adagrad, or model.table_precision=float32",
         )
         start = "model.table=torchrec can only train a table from scratch; set model.table=plain"
-        require(not sharded or self.stage is Stage.joint, "stage", f"{start}, or stage=joint")
-        require(not sharded or self.init_from is None, "init_from", f"{start}, or leave this out")
+        for key in ("base", "init_from"):
+            require(not sharded or getattr(self, key) is None, key, f"{start}, or leave this out")
         require(
             not sharded or self.model.item_start is not ItemStart.user_factors,
             "model.item_start",
@@ -434,8 +412,6 @@ def without_places(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 # Configuration of `vista sweep`.
 
-TPE_TRIALS = 20
-
 
 @dataclass(kw_only=True, slots=True)
 class SweepConfig:
@@ -448,20 +424,14 @@ class SweepConfig:
     """YAML file with settings of `vista train`. Settings in `train` override it."""
     folder: str = "runs/sweep"
     """Folder for the run folders, one per setting and seed, and for results.md."""
-    sampler: Sampler = Sampler.grid
-    """grid trains every combination of the values. tpe (extra `optuna`) chooses settings based on the validation
-    metrics of earlier ones, from values and from intervals such as tag(log,interval(1e-4,1e-2))."""
     trials: int | None = None
-    """With sampler=tpe: number of settings to train. null means 20."""
+    """Number of settings to train, which a sampler (extra `optuna`) chooses based on the validation metrics of earlier
+    ones, from values and from intervals such as tag(log,interval(1e-4,1e-2)). null trains every combination of the
+    values."""
 
     def __post_init__(self) -> None:
         check_types(self)
         require_counts(self, "", ("trials",), most=10_000)
-        require(
-            self.trials is None or self.sampler is Sampler.tpe,
-            "trials",
-            "only applies with sampler=tpe; a grid trains every combination of its values",
-        )
 
 
 # Configurations of `vista evaluate`, `report`, `compare`, and `runs`.
@@ -469,26 +439,29 @@ class SweepConfig:
 MAX_TOP_K = 2**20
 
 
-@dataclass(kw_only=True, slots=True)
-class EvaluateConfig:
-    """Evaluation of quality as served: summaries come from the store, scores from the scorer."""
+@dataclass(kw_only=True)
+class AsksLabels(VerifiesLog, Keyed, Threads):
+    """What is predicted for each user."""
 
-    data: str = "data/log"
-    """Folder of the EventLog."""
-    model: str = "runs/vista/best"
-    """Folder of the exported model."""
-    store: str = "stores/vista"
-    """Folder of the summary store, or its URL, such as redis://host:6379/mine. Not used for baselines, which read the
-    raw history."""
-    authentication_key_file: str | None = None
-    """File with the key that authenticates records: 32 bytes, or 64 hex digits. null uses the environment variable
-    VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
+    __slots__ = ()
     split: str = "test"
     """Labels that are evaluated: test or validation, according to the data split of the model's training."""
     target: Target = Target.next
-    """What is asked about each user: the very next event and the impressions (next), or the distinct items of the next
-    events or days (window), separately for items that the user had before (returns), for new ones, and for items that
-    nobody had before (cold)."""
+    """What is asked about each user: the very next event and the impressions (next), or the distinct items of the
+    events that follow (window), separately for items that the user had before (returns) and for new ones."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.split in ("test", "validation"), "split", f"must be test or validation, got {self.split}")
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluateConfig(RunsOn, AsksLabels, UsesStore, UsesModel, UsesLog):
+    """Evaluation of quality as served: summaries come from the store, scores from the scorer.
+
+    A baseline reads the raw history, and no store.
+    """
+
     horizon_events: list[int] = field(default_factory=lambda: [50, 200])
     """With target=window: lengths of the windows, in events."""
     horizon_days: float = 0.0
@@ -514,24 +487,15 @@ class EvaluateConfig:
     summaries."""
     recall: bool = False
     """Also report how well the stored summaries recall a user's events, by the age of the event. Takes some seconds."""
-    verify_log: bool = True
-    """Check first that no byte of the log's files has changed since it was written."""
     out: str | None = None
     """JSON file for the metrics. An existing file is replaced. The metrics of each user are written to <out>.npz, which
     `vista compare` reads, and those of each baseline to <out>.<name>.npz. null only prints the metrics."""
-    device: str = "auto"
-    """auto, cpu, cuda, or cuda:N. auto uses a GPU if there is one."""
-    num_threads: int = 0
-    """Number of CPU threads. 0 leaves the choice to PyTorch."""
-    progress: bool = True
-    """Show a progress bar."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        AsksLabels.__post_init__(self)
         require_counts(self, "", ("min_seen", "min_after"))
         require_counts(self, "", ("staleness",), least=0)
         require_finite(self, "", ("horizon_days",), most=MAX_DAYS)
-        require_counts(self, "", ("num_threads",), least=0, most=MAX_THREADS)
         for key, most in (("top_k", MAX_TOP_K), ("horizon_events", MAX_HORIZON_EVENTS)):
             values = getattr(self, key)
             require(
@@ -545,11 +509,10 @@ class EvaluateConfig:
             "popularity",
             "only applies with target=next; set that, or leave it out",
         )
-        require(self.split in ("test", "validation"), "split", f"must be test or validation, got {self.split}")
 
 
 @dataclass(kw_only=True, slots=True)
-class ReportConfig:
+class ReportConfig(AsksLabels):
     """A report about a training run, as one self-contained HTML file."""
 
     run: str = "runs/vista"
@@ -561,14 +524,6 @@ class ReportConfig:
     store: str | None = None
     """Folder or URL of a store of the run's summaries, refreshed with the `until` of its split. null refreshes one in a
     temporary folder next to `out`. Other runs always get a temporary store."""
-    authentication_key_file: str | None = None
-    """File with the key that authenticates records of `store`: 32 bytes, or 64 hex digits. null uses the environment
-    variable VISTA_AUTHENTICATION_KEY, or no key if that is unset."""
-    split: str = "test"
-    """Labels to evaluate: test or validation, according to the data split of the training."""
-    target: Target = Target.next
-    """What to predict for each user: the next event and the impressions (next), or the distinct items of the next
-    events (window)."""
     horizon_events: int = 50
     """With target=window: length of the windows, in events."""
     top_k: int = 10
@@ -583,19 +538,11 @@ class ReportConfig:
     """Column of categories in item_categories."""
     out: str | None = None
     """HTML file. An existing file is replaced. null writes report.html into the folder of the run."""
-    verify_log: bool = True
-    """Check first that no byte of the log's files has changed since it was written."""
-    num_threads: int = 0
-    """Number of CPU threads. 0 leaves the choice to PyTorch."""
-    progress: bool = True
-    """Show a progress bar."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        AsksLabels.__post_init__(self)
         require_counts(self, "", ("top_k",), most=MAX_TOP_K)
         require_counts(self, "", ("horizon_events",), most=MAX_HORIZON_EVENTS)
-        require_counts(self, "", ("num_threads",), least=0, most=MAX_THREADS)
-        require(self.split in ("test", "validation"), "split", f"must be test or validation, got {self.split}")
         require(len({*self.others, self.run}) == 1 + len(self.others), "others", "names a run twice")
 
 
@@ -611,7 +558,7 @@ class CompareConfig(Checked):
 
 
 @dataclass(kw_only=True, slots=True)
-class RunsConfig(Checked):
+class RunsConfig(WritesJson):
     """The list of training runs in a folder."""
 
     folder: str = "runs"
@@ -620,15 +567,11 @@ class RunsConfig(Checked):
     """Order of the list: best (the best metric first), name, newest, seconds, or parameters."""
     metric: str | None = None
     """Validation metric of each run's best model, to list and to sort by. null uses the metric that selected it."""
-    out: str | None = None
-    """JSON file for the list, with all metrics of each run. An existing file is replaced. null only prints the list."""
 
 
 @dataclass(kw_only=True, slots=True)
-class RunsCompareConfig(Checked):
+class RunsCompareConfig(WritesJson):
     """Training runs side by side."""
 
     runs: list[str] = field(default_factory=list)
     """Folders of two or more runs."""
-    out: str | None = None
-    """JSON file for the comparison. An existing file is replaced. null only prints it."""

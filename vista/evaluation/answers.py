@@ -44,7 +44,7 @@ class ScorerAnswers:
         tail = self._fresh_tail(cases.user, cases.seen, label_time)
         return self._scorer.catalog_scores(self._log.users.ids(cases.user), tail=tail, now=cases.now)
 
-    def probabilities(self, cases: ImpressionCases, *, progress: bool = False) -> Float32s:
+    def probabilities(self, cases: ImpressionCases) -> Float32s:
         """float32 [N, len(cases.tasks)]; the impressions of one user at one time are one request.
 
         Raises:
@@ -54,7 +54,7 @@ class ScorerAnswers:
         starts = request_starts(cases)
         stops = np.append(starts, len(cases.user))
         batches = range(0, len(starts), self._requests_per_batch)
-        for low in progress_bar(batches, desc="impressions", unit="batch", shown=progress, leave=False):
+        for low in progress_bar(batches, desc="impressions", unit="batch", leave=False):
             first = starts[low : low + self._requests_per_batch]
             offsets = stops[low : low + len(first) + 1]
             shown = slice(offsets[0], offsets[-1])
@@ -160,7 +160,7 @@ class RawHistoryAnswers:
         scores: Float32s = catalog_scores(self._model, torch.cat(users), self._items, counters).float().cpu().numpy()
         return scores
 
-    def probabilities(self, cases: ImpressionCases, *, progress: bool = False) -> Float32s:
+    def probabilities(self, cases: ImpressionCases) -> Float32s:
         """float32 [N, len(cases.tasks)]; the impressions of one user at one time share the history."""
         out = np.zeros(cases.label.shape, np.float32)
         # By name: the log may have the model's tasks in another order, and not all of them.
@@ -169,7 +169,7 @@ class RawHistoryAnswers:
         requests = [slice(low, high) for low, high in pairwise([*starts.tolist(), len(cases.user)])]
         num_shown = np.diff(np.append(starts, len(cases.user)))
         groups = list(self._groups(cases.seen[starts], num_shown))
-        for group in progress_bar(groups, desc="impressions", unit="batch", shown=progress, leave=False):
+        for group in progress_bar(groups, desc="impressions", unit="batch", leave=False):
             parts = requests[group]
             first = starts[group]
             width = max(part.stop - part.start for part in parts)

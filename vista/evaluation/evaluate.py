@@ -98,7 +98,7 @@ def _finite(values: dict[str, float]) -> dict[str, float | None]:
 
 PLACES = (
     *("data", "model", "store", "out", "authentication_key_file"),
-    *("verify_log", "device", "num_threads", "progress"),
+    *("verify_log", "device", "num_threads"),
 )
 """Fields of EvaluateConfig that may differ between ranks."""
 NO_STORE = "none"
@@ -124,7 +124,6 @@ def evaluate(config: EvaluateConfig) -> EvaluationReport:
         log = EventLog.open(config.data)
         if config.verify_log and ranks.checks_files:
             log.verify()
-        config = config if ranks.leads else replace(config, progress=False)
         with cpu_settings(config.num_threads):
             model = load_model(config.model, ranks.own_device(device))
             if isinstance(model, HistoryModel):
@@ -291,7 +290,7 @@ def _measure_next_items(
     if log.impressions is not None and model.schema.tasks and begin is not None:
         impressions = with_tasks(impression_cases(log, begin, end), model.schema.tasks)
         own = impressions.part(ranks.part_of(np.ones_like(impressions.user)))
-        answered = answers.probabilities(own, progress=config.progress)
+        answered = answers.probabilities(own)
         probabilities = ranks.of_all_cases({"probability": answered})["probability"]
         metrics |= impression_metrics(impressions, probabilities)
         num_cases += len(impressions.user)

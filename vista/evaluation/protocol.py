@@ -315,7 +315,7 @@ def measure_next_items(
         own,
         columns,
         score,
-        progress_bar(batches, desc="ranking", unit="batch", shown=config.progress, leave=False),
+        progress_bar(batches, desc="ranking", unit="batch", leave=False),
         exclude_seen=exclude_seen,
         observe=observe,
     )
@@ -448,7 +448,7 @@ def measure_windows(
     first = next(iter(cases.values()))
     own = ranks.part_of(first.seen + 1)
     batches = case_batches(first.part(own), log.num_items, USERS_PER_BATCH)
-    shown = progress_bar(batches, desc="ranking", unit="batch", shown=config.progress, leave=False)
+    shown = progress_bar(batches, desc="ranking", unit="batch", leave=False)
     cold = item_counts(log, visible_counts(log, split_until(data, config.split))) == 0
     asked = any(cold[each.item].any() for each in cases.values())
     parts = {name: each.part(own) for name, each in cases.items()}

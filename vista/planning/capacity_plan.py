@@ -340,9 +340,9 @@ def plan_capacity(config: PlanConfig) -> CapacityPlan:
             the items do not fit a machine.
     """
     history = round(config.history_events)
-    sizes = StoreSizes.of(
-        config.model, config.codec, config.state, num_items=round(config.items), history_events=history
-    )
+    # Without a choice, refreshes write to a folder, from which a remote store is copied.
+    state = config.state or StateDtype.float32
+    sizes = StoreSizes.of(config.model, config.codec, state, num_items=round(config.items), history_events=history)
     cost = RefreshCost.of(config, sizes)
     per_s, active = config.events_per_day / DAY_S, config.users * ACTIVE_SHARE
     busy_s = config.refresh_every_s * UTILIZATION

@@ -164,15 +164,14 @@ class RefreshProgress(StageClock):
         kind: kind of the refresh in the log: full, incremental or merge.
         total: how many users the run covers.
         done: how many of them an earlier, interrupted run had written.
-        progress: show the bar.
     """
 
-    def __init__(self, store: Path | StoreUrl, kind: str, total: int, done: int, *, progress: bool) -> None:
+    def __init__(self, store: Path | StoreUrl, kind: str, total: int, done: int) -> None:
         super().__init__()
         self._store = store
         self._kind, self._total = kind, total
         self._began = time.perf_counter()
-        self._bar = progress_bar(total=total, initial=done, desc="refresh", unit="user", shown=progress)
+        self._bar = progress_bar(total=total, initial=done, desc="refresh", unit="user")
         self._done, self._resumed_at, self.num_events = done, done, 0
         self.counts: Counter[str] = Counter()
         self.failures: dict[str, str] = {}
@@ -312,7 +311,7 @@ def write_generation(
         manifest: what the generation will be.
         kind: kind of the refresh in its log, full or merge.
         encode_batches: makes the records of each batch of up to `options.users_per_batch` of the run's users.
-        options: users_per_batch, progress, and shared_with_group.
+        options: users_per_batch and shared_with_group.
         key: 32 bytes, to authenticate the records with.
 
     Raises:
@@ -320,7 +319,7 @@ def write_generation(
         RecordError: too many users failed; the previous generation stays in service.
     """
     with StoreWriter.open(store, manifest, key=key, shared_with_group=options.shared_with_group) as writer:
-        run = RefreshProgress(store, kind, manifest.total_users, writer.cursor, progress=options.progress)
+        run = RefreshProgress(store, kind, manifest.total_users, writer.cursor)
         total, size = manifest.total_users, options.users_per_batch
         batches = (slice(begin, min(begin + size, total)) for begin in range(writer.cursor, total, size))
         with closing(encode_batches(batches, writer, run)) as batches_of_records:

@@ -84,7 +84,7 @@ def refresh_incremental(
         model: the one whose full refresh made the store; it is left in eval mode.
         log: the same log, with new segments.
         store: the store's folder or URL.
-        options: tokens_per_batch, users_per_batch, verify_log, and progress; the full refresh set the others for good.
+        options: tokens_per_batch, users_per_batch, and verify_log; the full refresh set the others for good.
         shard: refresh only this shard, in the folder `<store>/part-i-of-n`.
         key: 32 bytes, if the store's records are authenticated.
         created_at: start of the run in ms, which records state; by default now.
@@ -116,7 +116,7 @@ def refresh_incremental(
             log.verify(newer_than=update.manifest.applied_segment)
         update.begin(log.sources_digest(log.last_segment))
         users, num_removed = _changed_users(update, log, shard)
-        run = RefreshProgress(target, "incremental", len(users), 0, progress=options.progress)
+        run = RefreshProgress(target, "incremental", len(users), 0)
         run.counts["removed"] += num_removed
         refresher = BatchRefresher(model, log, update, options.tokens_per_batch, run)
         for begin in range(0, len(users), options.users_per_batch):

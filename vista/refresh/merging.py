@@ -120,7 +120,7 @@ def merge(
         model: the one whose full or incremental refreshes made the parts.
         parts: (store, its log); a user's events in different logs are disjoint.
         store: folder of the merged store; it must not be one of the parts.
-        options: users_per_batch, verify_log, progress, and shared_with_group; the parts decide the others.
+        options: users_per_batch, verify_log, and shared_with_group; the parts decide the others.
         key: 32 bytes, if the parts' records are authenticated; the merged ones then are too.
         created_at: start of the run in ms, which records state; by default now.
 
@@ -132,7 +132,7 @@ def merge(
     """
     options = options or RefreshOptions()
     options.require_only(
-        ("users_per_batch", "verify_log", "progress", "shared_with_group"),
+        ("users_per_batch", "verify_log", "shared_with_group"),
         "is taken from the stores that are merged; leave it out",
     )
     if model.summarizer is None or not has_states(model):

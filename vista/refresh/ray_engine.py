@@ -212,7 +212,7 @@ class RayEngine:
             except (OSError, RuntimeError, ValueError) as error:
                 raise ConfigError(
                     f"ray.address={shown(self._config.address)}: Ray cannot be started or reached there: {error}; "
-                    "check the address and the cluster (`ray status`), or use engine=local"
+                    "check the address and the cluster (`ray status`), or leave out ray"
                 ) from error
             yield
         finally:

@@ -128,7 +128,7 @@ class Watch:
                 failure = error  # The store must cover the log even while the server is down.
             log = EventLog.open(self.config.data)
         reports, since = [], list(self._waiting)
-        options = RefreshOptions(progress=self.config.progress)
+        options = RefreshOptions()
         for root in stores_in(self.config.store):
             covered = published_manifest(root).applied_segment
             if covered < log.last_segment:
@@ -196,7 +196,6 @@ class Watch:
             events=replace(config.events, paths=[str(path)]),
             append=True,
             on_bad_rows=config.on_bad_rows,
-            progress=config.progress,
         )
         try:
             prepare(settings, parser=parser)

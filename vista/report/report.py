@@ -97,7 +97,6 @@ def write_report(config: ReportConfig, *, latency: Latency | None = None, notes:
         target=config.target,
         horizon_events=[config.horizon_events],
         top_k=[config.top_k],
-        progress=config.progress,
     )
     with ExitStack() as stack, cpu_settings(config.num_threads):
         name = _name(config.run, config)

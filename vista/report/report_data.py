@@ -159,7 +159,7 @@ class MeasuredRun:
         assert isinstance(model, VistaModel)
         if store is None:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".report-", dir=scratch))
-            options = RefreshOptions(verify_log=False, progress=config.progress)
+            options = RefreshOptions(verify_log=False)
             store = str(Path(folder) / "store")
             refresh(model, log, store, until=split_until(model.data, config.split), options=options)
         scorer = stack.enter_context(Scorer.open(model, store, key=key))

@@ -276,9 +276,9 @@ class WandbTracker:
         )
         if tracking.server is not None:
             settings.base_url = tracking.server
-        offline = tracking.offline or os.environ.get("WANDB_MODE") == "offline"
+        offline = os.environ.get("WANDB_MODE") == "offline"  # wandb reads it too, but asks for a key all the same
         if not offline and not wandb.login(host=tracking.server, prompt=False):
-            raise TrackingError("no API key is set; run `wandb login`, or set tracking.offline=true")
+            raise TrackingError("no API key is set; run `wandb login`, or set the variable WANDB_MODE=offline")
         self._run = wandb.init(
             project=tracking.project,
             name=folder.run_dir.name,

@@ -68,7 +68,7 @@ class Downstream:
 
     @classmethod
     def open(cls, config: TrainConfig, log: EventLog) -> Downstream:
-        """Open the base and the store of a configuration with stage=downstream.
+        """Open the base and the store of a configuration with a base.
 
         Raises:
             ConfigError: if the configuration or the log does not fit the base.
@@ -84,7 +84,7 @@ class Downstream:
         _check_model(config, base)
         check_log(base, log)
         end = split_until(config.data, "train").before
-        assert end is not None  # stage=downstream requires a split by time
+        assert end is not None  # a base requires a split by time
         trained = split_until(base.data, "train")
         if trained.before is None or trained.before > end:
             raise LeakageError(
@@ -142,7 +142,6 @@ class Downstream:
         """What must not change between a run and its resumption."""
         manifest = self._store.manifest
         return {
-            "stage": self.config.stage.value,
             "base's summarizer": manifest.summarizer_id[:12],
             "store's generation": f"{manifest.generation} ({manifest.records_digest})",
         }

@@ -224,7 +224,7 @@ def schema_and_readers(log: EventLog, config: TrainConfig, since: int | None = N
     """What a model may use of a log, and how it reads features of the rows that training may see.
 
     Args:
-        since: with stage=downstream, the time (ms) at which labels begin.
+        since: over a base, the time (ms) at which labels begin.
 
     Raises:
         ConfigError: if the log lacks what the configuration needs, or nothing would be trained.

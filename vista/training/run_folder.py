@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from vista.config import TrainConfig
-from vista.config.checks import Architecture, InitFreeze, Split, Stage
+from vista.config.checks import Architecture, InitFreeze, Split
 from vista.config.composition import flat_settings
 from vista.errors import ConfigError
 from vista.files import recover_folder, remove_leftovers, replace_text, writable_folder
@@ -384,7 +384,7 @@ def _model(model: RankingModel, config: TrainConfig) -> Iterable[tuple[str, obje
     if config.init_from is not None:
         kept = "; stage 1 is unchanged, so stores serve both" if config.init_freeze is InitFreeze.summarizer else ""
         yield "trained", f"from an earlier model (`init_from`){kept}"
-    if config.stage is Stage.downstream:
+    if config.base is not None:
         yield "trained", "stage 2 and heads; items, events, and stage 1 are those of the base, whose stores serve both"
 
 

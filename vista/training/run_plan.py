@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from tqdm import tqdm
 
 from vista.config import ModelConfig, OptimConfig, TrainConfig
-from vista.config.checks import ItemStart, Stage, TableKind, require
+from vista.config.checks import ItemStart, TableKind, require
 from vista.examples.batch_source import trained_tasks
 from vista.log.event_log import EventLog
 from vista.log.splits import Until, leaves_out_seen, split_until, visible_counts
@@ -36,7 +36,7 @@ def plan_run(config: TrainConfig, log: EventLog, since: int | None = None) -> Tr
     With optim.minutes, `warmup_steps` decides about the warm-up later.
 
     Args:
-        since: with stage=downstream, the time (ms) at which labels begin.
+        since: over a base, the time (ms) at which labels begin.
     """
     counts = visible_counts(log, split_until(config.data, "train"))
     if since is not None:
@@ -71,7 +71,7 @@ def plan_run(config: TrainConfig, log: EventLog, since: int | None = None) -> Tr
         steps = batches * optim.epochs
         optim.warmup_steps = math.ceil(WARMUP_SHARE * steps)
         reasons.append(f"optim.warmup_steps={optim.warmup_steps} (about {steps:,} steps)")
-    if model.item_start is None and config.stage is Stage.joint:  # a downstream model has the item table of its base
+    if model.item_start is None and config.base is None:  # a downstream model has the item table of its base
         model.item_start = ItemStart.random if model.embedding_rows else ItemStart.factors
         reasons.append(
             f"model.item_start={model.item_start.value} ({'hashed' if model.embedding_rows else 'own'} rows)"
@@ -92,7 +92,7 @@ def _plan_counters(config: TrainConfig, model: ModelConfig, optim: OptimConfig, 
     """
     if model.counters is None:
         ranks_items = not model.architecture.ranks_only and (optim.next_weight != 0 or optim.window_weight != 0)
-        model.counters = returns and ranks_items and config.stage is Stage.joint
+        model.counters = returns and ranks_items and config.base is None
     if model.popularity is None:
         model.popularity = model.counters
     if model.mean_token is None:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save
 
 from vista.config import TrainConfig
-from vista.config.checks import Architecture, Precision, Stage, TableKind, to_dict
+from vista.config.checks import Architecture, Precision, TableKind, to_dict
 from vista.config.composition import to_yaml
 from vista.config.train_config import without_places
 from vista.device import announce, autocast, choose_precision, cpu_settings, resolve_device
@@ -100,7 +100,7 @@ def train_model(
         ConfigError: if `run_dir` holds a run of another configuration or log, or cannot be written, or the log lacks
             what the configuration needs.
         LogFormatError: if a file of the log is damaged.
-        LeakageError: if the base or the store of stage=downstream, or the model of init_from, covers the labels.
+        LeakageError: if the base or the store of a downstream model, or the model of init_from, covers the labels.
         CheckpointError: if the newest checkpoint or the model of init_from is damaged; the message has the remedy.
         NonFiniteLossError: if a loss or gradient is NaN or infinite; the batch is saved and its users are named.
         RankError: if another process of the job has ended, or has other weights after the same steps.
@@ -117,7 +117,7 @@ def train_model(
         if config.verify_log and ranks.checks_files:
             log.verify()
         origin: Downstream | WarmStart | None = None
-        if config.stage is Stage.downstream:
+        if config.base is not None:
             origin = stack.enter_context(Downstream.open(config, log))
         elif config.init_from is not None:
             origin = WarmStart.open(config, log)
@@ -252,7 +252,6 @@ class Trainer:
             initial=progress.batch,
             desc=f"epoch {progress.epoch + 1}" + (f"/{config.optim.epochs}" if config.optim.epochs else ""),
             unit="batch",
-            shown=config.progress and self._ranks.leads,
         )
         self.model.train()
         began, tokens = time.perf_counter(), 0

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vista.arrays import Int
 from vista.config import DataConfig, TrainConfig
-from vista.config.checks import Architecture, InitFreeze, ItemStart, Precision, Split, Stage, to_dict
+from vista.config.checks import Architecture, InitFreeze, ItemStart, Precision, Split, to_dict
 from vista.config.composition import value_text
 from vista.device import autocast
 from vista.errors import CheckpointError, ConfigError, LeakageError
@@ -411,7 +411,7 @@ class FrozenItems:
         Args:
             counts: int64 [log.num_users], visible events per user.
         """
-        if config.stage is not Stage.joint or config.model.item_start is not ItemStart.user_factors:
+        if config.base is not None or config.model.item_start is not ItemStart.user_factors:
             return None
         began, table = time.perf_counter(), model.item_table
         factors = UserFactors(log, model.rows_of(log.items), counts, table.shape[1], seed=config.seed)
@@ -529,7 +529,7 @@ def start_model(
         warm: the warm start, if there is one; only its new items and heads are initialized.
     """
     model.set_item_frequency(source.frequency)
-    if config.stage is Stage.joint:  # a base contains what is read here
+    if config.base is None:  # a base contains what is read here
         model.read_item_table(config.data, features_of(model.items, log))
         if frozen is not None:
             frozen.start()

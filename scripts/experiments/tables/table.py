@@ -40,7 +40,7 @@ class TableRow:
     """Name of a baseline (`vista.evaluation.baselines`), or of a predictor that knows the simulation
     (`vista.simulation.simulate`), such as "oracle". They are measured once, without training."""
     base: str = ""
-    """Row of the same table and seed whose model stays frozen: this row is trained on it with stage=downstream."""
+    """Row of the same table and seed whose model stays frozen: this row is trained over it as a base."""
     texts: str = ""
     """What the features of items have of their texts, in addition to the set's: "vectors", or semantic ids of these
     ("codes"); "" for neither. Only for sets of which `vista items embed` knows the columns of text."""

@@ -16,14 +16,14 @@ def load(folder: Path, kind: str = "auto", items: ItemTableConfig | None = None,
     """Prepare a folder, or a file, into a log next to it. `columns` are those of features of events."""
     out = folder.with_name(f"{folder.name}-log")
     events = SourceConfig(kind=kind, paths=[str(folder)], **columns)  # type: ignore[arg-type]
-    prepare(PrepareConfig(out=str(out), events=events, items=items, progress=False), parser=PARSER)
+    prepare(PrepareConfig(out=str(out), events=events, items=items), parser=PARSER)
     return EventLog.open(out)
 
 
 def load_real(name: str, out: Path) -> EventLog:
     """Prepare a set of VISTA_DATA_DIR."""
     events = SourceConfig(kind="auto", paths=[str(real_set(name))])
-    prepare(PrepareConfig(out=str(out), events=events, progress=False), parser=PARSER)
+    prepare(PrepareConfig(out=str(out), events=events), parser=PARSER)
     return EventLog.open(out)
 
 

@@ -26,7 +26,7 @@ def run(folder: Path, events: list[Event], chosen: EventFilterConfig, **settings
         for name, rows in (("a", events[:half]), ("b", events[half:]))
     ]
     source = SourceConfig(paths=paths, timestamp="timestamp", time_unit="ms", action="action")
-    config = PrepareConfig(out=str(folder / "log"), events=source, filter=chosen, progress=False, **settings)  # type: ignore[arg-type]
+    config = PrepareConfig(out=str(folder / "log"), events=source, filter=chosen, **settings)  # type: ignore[arg-type]
     return prepare(config, bucket_events=50, parser=PARSER)
 
 
@@ -120,7 +120,7 @@ def test_events_without_actions(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"filter\.actions: the events of .*a\.csv have no actions; name their column"
     ):
-        prepare(PrepareConfig(out=str(tmp_path / "log"), events=source, filter=chosen, progress=False), parser=PARSER)
+        prepare(PrepareConfig(out=str(tmp_path / "log"), events=source, filter=chosen), parser=PARSER)
 
 
 def test_counts_of_new_files_alone_are_refused() -> None:

@@ -107,7 +107,7 @@ for form in ("csv", "parquet"):
     paths = [f"{folder}/{name}.{form}" for name in ("two", "one")]
     source = SourceConfig(paths=paths, timestamp="timestamp", time_unit="s", action="kind", rating="stars")
     source.categories, source.numbers = ["device", "hour"], ["dwell"]
-    prepare(PrepareConfig(out=f"{out}/{form}", events=source, progress=False), bucket_events=int(bucket))
+    prepare(PrepareConfig(out=f"{out}/{form}", events=source), bucket_events=int(bucket))
 """
 
 
@@ -408,7 +408,6 @@ def test_impressions_from_files(tmp_path: Path) -> None:
         impressions=SourceConfig(
             paths=[str(seen)], user="who", item="what", timestamp="when", time_unit="s", labels=["click", "like"]
         ),
-        progress=False,
     )
     assert prepare(config, parser=PARSER).num_impressions == 3
     log = EventLog.open(tmp_path / "log")
@@ -446,7 +445,6 @@ def test_impressions_need_labels_and_times(tmp_path: Path, change: dict, message
         out=str(tmp_path / "log"),
         events=SourceConfig(paths=[file], **COLUMNS),
         impressions=SourceConfig(**given_),
-        progress=False,
     )
     with pytest.raises(ConfigError, match=message):
         prepare(config, parser=PARSER)

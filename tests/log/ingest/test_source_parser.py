@@ -124,7 +124,7 @@ def test_mutations_are_taken_or_refused(tmp_path: Path, name: str) -> None:
     for number in range(16):
         file.write_bytes(mutated(content, chance))
         bad_rows = OnBadRows.error if number % 2 else OnBadRows.quarantine
-        settings = PrepareConfig(out=str(log), events=source, items=items, on_bad_rows=bad_rows, progress=False)
+        settings = PrepareConfig(out=str(log), events=source, items=items, on_bad_rows=bad_rows)
         began = time.monotonic()
         try:
             prepare(settings, parser=PARSER)
@@ -216,7 +216,7 @@ def test_a_script_without_a_main_guard(tmp_path: Path) -> None:
         "from vista.config import PrepareConfig, SourceConfig\n"
         "from vista.log.ingest.prepare import prepare\n"
         "source = SourceConfig(paths=['a.csv'], timestamp='timestamp', time_unit='s')\n"
-        "print(prepare(PrepareConfig(out='log', events=source, progress=False)).num_events)\n"
+        "print(prepare(PrepareConfig(out='log', events=source)).num_events)\n"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, env=environment)
@@ -333,7 +333,7 @@ given = json.loads(sys.argv[1])
 events, items = SourceConfig(**given["events"]), given["items"] and ItemTableConfig(**given["items"])
 message = ""
 try:
-    prepare(PrepareConfig(out=given["out"], events=events, items=items, progress=False))
+    prepare(PrepareConfig(out=given["out"], events=events, items=items))
 except DataError as error:
     message = str(error)
 peaks = [resource.getrusage(who).ru_maxrss / 2**20 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]

@@ -25,7 +25,7 @@ from tests.refresh.streams import TOPIC, watch_of
 from vista.cli import main as cli
 from vista.cli.serving_commands import run_watch
 from vista.config import EvaluateConfig, RefreshOptions
-from vista.config.checks import Codec, Mixing, Stage, StateDtype
+from vista.config.checks import Codec, Mixing, StateDtype
 from vista.errors import ConfigError, LeakageError, RecordError, StoreError, SummarizerMismatchError
 from vista.log.deletions import forget_events
 from vista.log.event_log import EventLog
@@ -290,7 +290,6 @@ def test_nothing_holds_the_password(served_tasks, start_server, tmp_path, caplog
         given,
         model=replace(given.model),
         optim=replace(given.optim, tasks=["like"], next_weight=0.0, epochs=1),
-        stage=Stage.downstream,
         base=str(served_tasks.model_dir),
         store=store,
         run_dir=str(run_dir),

@@ -176,7 +176,6 @@ def prepare(
         on_bad_rows=config.on_bad_rows,
         event_filter=config.filter,
         bucket_events=bucket_events,
-        progress=config.progress,
     )
     with SourceParser() if parser is None else nullcontext(parser) as files:
         for table in (config.items, config.users):
@@ -256,7 +255,6 @@ class _Ingest:
     on_bad_rows: OnBadRows
     event_filter: EventFilterConfig = field(default_factory=EventFilterConfig)
     bucket_events: int = BUCKET_EVENTS
-    progress: bool = False
     messages: MessageRows | None = None
     """The messages that `sources` come from."""
     sources: dict[str, Sequence[Source]] = field(default_factory=dict)
@@ -394,7 +392,7 @@ class _Ingest:
         total = sum(source.size for files in self.sources.values() for source in files)
         parts: dict[str, list[Part]] = {}
         with (
-            progress_bar(total=total, desc="read", unit="B", unit_scale=True, shown=self.progress) as bar,
+            progress_bar(total=total, desc="read", unit="B", unit_scale=True) as bar,
             ticking(bar),
         ):
             for table, files in self.sources.items():
@@ -465,7 +463,7 @@ class _Ingest:
         """
         active_users, of_rows = {}, {}
         num_rows = sum(self.num_rows(table) for table in ids)
-        with progress_bar(total=num_rows, desc="write", unit="row", unit_scale=True, shown=self.progress) as bar:
+        with progress_bar(total=num_rows, desc="write", unit="row", unit_scale=True) as bar:
             for table in ids:
                 parts = self.parts[table]
                 if table == "events":

@@ -273,7 +273,7 @@ def test_more_columns_of_impressions_can_be_features_of_requests(tmp_path: Path)
     folder = write_kuairand(tmp_path / "data", KUAIRAND_NAMES["pure"])
     events = SourceConfig(kind="kuairand", paths=[str(folder)])
     shown = SourceConfig(kind="kuairand", paths=[str(folder)], categories=["tab", "is_rand"], numbers=["duration_ms"])
-    prepare(PrepareConfig(out=str(tmp_path / "log"), events=events, impressions=shown, progress=False), parser=PARSER)
+    prepare(PrepareConfig(out=str(tmp_path / "log"), events=events, impressions=shown), parser=PARSER)
     assert list(EventLog.open(tmp_path / "log").request_features) == ["tab", "is_rand", "duration_ms"]
 
 
@@ -283,7 +283,7 @@ def test_random_exposures_can_be_named_as_impressions(tmp_path: Path) -> None:
     write_csv(file, [shown(7, 12, 90, "0100000", 100)], ",".join(KUAIRAND_COLUMNS))
     events = SourceConfig(kind="kuairand", paths=[str(folder)])
     both = SourceConfig(kind="kuairand", paths=[str(folder), str(file)])
-    settings = PrepareConfig(out=str(tmp_path / "log"), events=events, impressions=both, progress=False)
+    settings = PrepareConfig(out=str(tmp_path / "log"), events=events, impressions=both)
     report = prepare(settings, parser=PARSER)
     assert (report.num_events, report.num_impressions) == (5, 8)
 
@@ -383,7 +383,7 @@ def test_impressions_in_a_file_of_another_name(tmp_path: Path) -> None:
     other = (folder / "test.parquet").rename(folder / "late.parquet")
     source = SourceConfig(kind="longctr", paths=[str(folder)])
     shown = SourceConfig(kind="longctr", paths=[str(other)])
-    settings = PrepareConfig(out=str(tmp_path / "log"), events=source, impressions=shown, progress=False)
+    settings = PrepareConfig(out=str(tmp_path / "log"), events=source, impressions=shown)
     with pytest.raises(
         DataError, match=r"late\.parquet: is not named after a part, train, valid, test; name the folder"
     ):
@@ -457,7 +457,7 @@ def test_events_and_named_features(tmp_path: Path, form: str, files: str) -> Non
         (table if form == "flat" else sequential(table)).write_parquet(folder / f"{name}.parquet")
     assert detect_kind(folder) == "yambda"
     events = SourceConfig(kind="auto", paths=[str(folder)], categories=["is_organic"], numbers=["played_ratio_pct"])
-    report = prepare(PrepareConfig(out=str(folder / "log"), events=events, progress=False), parser=PARSER)
+    report = prepare(PrepareConfig(out=str(folder / "log"), events=events), parser=PARSER)
     assert report.warnings == []  # its times are seconds since the first event, not since 1970
     log = EventLog.open(folder / "log")
     assert (log.num_users, log.num_events) == (2, len(YAMBDA_EVENTS))
