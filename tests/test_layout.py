@@ -169,7 +169,7 @@ def test_modules_can_be_read_at_once() -> None:
     assert not long, "\n".join(long)
 
 
-MOST = {"vista": (193, 61_542), "tests": (225, 61_085)}
+MOST = {"vista": (191, 61_001), "tests": (224, 60_079)}
 """Files and lines of each folder. They only go down: whoever removes some lowers the numbers in the same commit."""
 
 

@@ -18,14 +18,13 @@ import contextlib
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from scripts.benchmarks.benchmark import BenchmarkRecorder, benchmark_parser
+from scripts.benchmarks.benchmark import BenchmarkRecorder, benchmark_parser, recording
 from scripts.benchmarks.explore_visit import TABS, browser_program, exploring, visiting
 from scripts.benchmarks.workloads import lifelong_log, untrained
 from vista.config.checks import Codec
@@ -133,21 +132,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run all cases; returns the exit status."""
     parser = benchmark_parser("explore", __doc__)
     parser.add_argument("--demo", action="store_true", help="also measure the data of `make demo`, in demo/")
-    parser.add_argument("--work", type=Path, help="folder for the log and the store, kept afterwards")
     settings = parser.parse_args(arguments)
     if browser_program() is None:
         raise SystemExit("error: Chromium is missing; install it with: apt-get install chromium")
-    recorder = BenchmarkRecorder("explore", out=settings.out, quick=settings.quick)
     num_users, num_visits = (2_000, 1) if settings.quick else (1_000_000, VISITS)
-    if settings.demo:
-        measure_visits(recorder, "demo", [], num_visits)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) if settings.work is None else settings.work
-        if not (folder / "store" / "CURRENT").exists():
-            log = lifelong_log(folder / "log", [EVENTS_PER_USER] * num_users, num_items=NUM_ITEMS)
-            model = untrained(log, dim=DIM, num_seeds=NUM_SEEDS, tail_len=TAIL_LEN)
-            model.save_pretrained(folder / "run" / "best")
-            write_store(model, log, folder / "store")
+    with recording("explore", __doc__, settings) as recorder:
+        if settings.demo:
+            measure_visits(recorder, "demo", [], num_visits)
+        folder = recorder.folder
+        log = lifelong_log(folder / "log", [EVENTS_PER_USER] * num_users, num_items=NUM_ITEMS)
+        model = untrained(log, dim=DIM, num_seeds=NUM_SEEDS, tail_len=TAIL_LEN)
+        model.save_pretrained(folder / "run" / "best")
+        write_store(model, log, folder / "store")
         words = [f"model={folder / 'run' / 'best'}", f"store={folder / 'store'}", f"data={folder / 'log'}"]
         measure_visits(recorder, f"{num_users:,} users", words, num_visits)
         measure_tabs(recorder, f"{num_users:,} users", words)
@@ -158,7 +154,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seconds = time.perf_counter() - began
         assert found[0] == 12 and len(found) == 20
         recorder.add(f"{num_users:,} users: search of the beginning of an id", 1000 * seconds, "ms")
-    recorder.print_summary()
     return 0
 
 

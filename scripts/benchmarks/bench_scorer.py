@@ -1,4 +1,4 @@
-"""Benchmark requests against the length of the history, the roofline, and models that read the history.
+"""Benchmark requests against the length of the history, the roofline, and models without counters and features.
 
     python -m scripts.benchmarks.bench_scorer
 
@@ -15,7 +15,8 @@ nothing is cached between calls.
 - features: models with eight features of items and four of requests, against the same models with ids alone.
 - recompute: the same scorer without a store, which reads and summarizes the history in the request, with bidirectional
   mixing: the paper without a cache.
-- baselines: HSTU and SASRec of the same width and depth, which read the whole history in the request.
+
+bench_lengths compares with models that read the whole history in the request.
 
 Contestants alternate, so that a slow phase of the machine affects all of them.
 
@@ -46,11 +47,10 @@ from scripts.benchmarks.rooflines import (
     product_dtypes,
     products,
 )
-from scripts.benchmarks.workloads import TASK, lifelong_log, untrained, untrained_baseline
-from scripts.experiments.serving_cost import history_model_server
+from scripts.benchmarks.workloads import TASK, lifelong_log, untrained
 from vista.arrays import Int
 from vista.config import DataConfig, ModelConfig
-from vista.config.checks import Architecture, Mixing, Precision
+from vista.config.checks import Mixing, Precision
 from vista.device import choose_precision, keep_freed_memory, set_threads
 from vista.log.event_log import EventLog
 from vista.log.features import CategoryColumn, FeatureColumn, ItemFeatures, NumberColumn
@@ -84,8 +84,6 @@ TOLERANCE = {Precision.float32: 1e-4, Precision.bfloat16: 2e-2}
 """Of probabilities, between calls of different shapes."""
 INT8_TOLERANCE = 2e-2
 """Of probabilities, between int8 and float32 summaries; users differ by 0.1."""
-TRAINED_LIMIT = 200
-"""Events that the baselines of docs/results read (conf/model); up to this length there is no bar."""
 NUM_VALUES = 100
 """Of the category."""
 CATEGORIES_OF_ITEMS, NUMBERS_OF_ITEMS = 5, 3
@@ -359,37 +357,6 @@ def bench_recompute(recorder: BenchmarkRecorder, workload: ScorerWorkload, user:
     )
 
 
-def bench_baselines(recorder: BenchmarkRecorder, workload: ScorerWorkload, num_lengths: int) -> None:
-    """Compare with baselines on users 1, 2, … of rising lengths; all multiply in float32."""
-    log, ids = workload.log, workload.candidates(NUM_CANDIDATES)
-    limit = int(log.lengths[:num_lengths].max())
-    servers = {
-        which.value: history_model_server(
-            untrained_baseline(log, which, dim=workload.model.config.dim, history_limit=limit), log, log.items.rows(ids)
-        )
-        for which in (Architecture.sasrec, Architecture.hstu)
-    }
-    for name, serve in servers.items():
-        both = torch.cat([serve(np.array([row])) for row in (0, 1)])
-        assert both.shape == (2, NUM_CANDIDATES) and both.isfinite().all(), name
-        assert not torch.allclose(both[0], both[1], atol=1e-4), name
-    with open_scorer(workload) as scorer:
-        pool = scorer.encode(ids)
-        for row in range(num_lengths):
-            contestants: dict[str, Callable[[], object]] = {"ours": partial(scorer.score, [row + 1], pool)}
-            contestants |= {name: partial(serve, np.array([row])) for name, serve in servers.items()}
-            timing = interleaved(contestants, rounds=5 if recorder.quick else 15, warmup=1)
-            for name in servers:
-                recorder.add_time(
-                    f"{workload}, {NUM_CANDIDATES} candidates, {log.lengths[row]:,} events: against {name} over the "
-                    "raw history",
-                    timing["ours"],
-                    "ms",
-                    baseline=timing[name],
-                    bar="ratio > 1" if log.lengths[row] > TRAINED_LIMIT else None,
-                )
-
-
 def bench_counters(
     recorder: BenchmarkRecorder,
     workload: ScorerWorkload,
@@ -512,7 +479,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bidirectional = ScorerWorkload.make(model, log, folder / "bidirectional")
         for precision in precisions:
             bench_recompute(recorder, bidirectional, len(lengths), precision)
-        bench_baselines(recorder, ours, len(lengths))
     return 0
 
 

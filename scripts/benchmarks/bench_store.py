@@ -8,7 +8,6 @@ numbers written, or only the model's functions on the same inputs.
 
 - Writes: durable batches of 512 records, as in a refresh.
 - Reads: batches of 256 users from the page cache, checked, and also decoded to float32.
-- Latency: reads while another process rewrites the store without a pause.
 - Refresh: against the work that no implementation can avoid. In an incremental refresh, raw LMDB reads and durably
   writes the states, and the model's functions embed and sum the new events, add the sums to the states and let the
   seeds read the summaries. In a full one without the model, the log's columns are copied, and raw LMDB durably writes
@@ -30,12 +29,10 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import count, cycle
-from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +67,6 @@ from vista.store import (
 from vista.store.layout import environment_path, read_current, state_path
 from vista.store.lmdb_environment import MAP_SIZE_BYTES
 from vista.store.state_record import StateArrays, StateSpec, decode_states, encode_states
-from vista.store.writer import StoreUpdate
 
 SUMMARIZER = hashlib.sha256(b"benchmark").digest()
 TAIL_LEN = 32
@@ -189,48 +185,6 @@ def user_values(folder: Path) -> dict[bytes, bytes]:
 def served(path: Path) -> Path:
     """LMDB environment of the current generation's records."""
     return environment_path(path, read_current(path))
-
-
-@contextmanager
-def process(function: Any, *arguments: Any) -> Iterator[None]:
-    """Run a function of this module in its own process until the context ends.
-
-    The function receives two more arguments: the event `ready`, which it sets, and `done`, which asks it to return.
-
-    Raises:
-        SystemExit: if the function fails.
-    """
-    context = multiprocessing.get_context("spawn")
-    ready, done = context.Event(), context.Event()
-    child = context.Process(target=function, args=(*arguments, ready, done), daemon=True)
-    child.start()
-    try:
-        while not ready.wait(0.1):
-            if not child.is_alive():
-                raise SystemExit(f"error: {function.__name__} failed in its process; see above")
-        yield
-    finally:
-        done.set()
-        child.join(60)
-    if child.exitcode:
-        raise SystemExit(f"error: {function.__name__} ended with status {child.exitcode}; see above")
-
-
-def rewrite(path: Path, writing: Event, ready: Event, done: Event) -> None:
-    """Write batches as an incremental refresh does, without a pause, while `writing` is set."""
-    set_threads(1)
-    with StoreUpdate.open(path, summarizer_id=SUMMARIZER, applied_segment=1, created_at=START_MS) as update:
-        users = np.arange(update.manifest.count) + 1
-        batches = [
-            records_of(users[first : first + RECORDS_PER_WRITE], update.spec)
-            for first in range(0, len(users), RECORDS_PER_WRITE)
-        ]
-        ready.set()
-        for keys, records in cycle(batches):
-            if done.is_set():
-                break
-            if writing.wait(0.05):
-                update.put_batch(keys, records)
 
 
 def report_reader(path: Path, num_users: int, num_reads: int, answer: Any) -> None:
@@ -357,33 +311,6 @@ def bench_reads(recorder: BenchmarkRecorder, path: Path, raw: RawLmdb, shape: St
         baseline=timing["roofline"],
         bar="value <= 1.5 * baseline",
     )
-
-
-def bench_latency(recorder: BenchmarkRecorder, folder: Path, shape: StoreShape) -> None:
-    """Time the p99 of reads, in alternation with and without another process that writes."""
-    num_users, turns, seconds = (2_000, 2, 0.3) if recorder.quick else (20_000, 5, 3.0)
-    write_store(folder / "store", shape, num_users)
-    writing = multiprocessing.get_context("spawn").Event()
-    rng = np.random.default_rng(4)
-    with StoreReader.open(folder / "store") as store, process(rewrite, folder / "store", writing):
-        for batch in (1, RECORDS_PER_READ):
-            samples: dict[bool, list[float]] = {False: [], True: []}
-            batches = cycle(rng.integers(1, num_users + 1, (256, batch)))
-            for busy in [False, True] * turns:
-                (writing.set if busy else writing.clear)()
-                time.sleep(0.1)
-                until = time.perf_counter() + seconds
-                while (start := time.perf_counter()) < until:
-                    store.get_many(next(batches))
-                    samples[busy].append(time.perf_counter() - start)
-            idle, busy_ = timing_of(samples[False]), timing_of(samples[True])
-            recorder.add(
-                f"{shape}: p99 of reads of {batch} user(s) while another process writes, against none",
-                busy_.p99_s * 1e3,
-                "ms",
-                baseline=idle.p99_s * 1e3,
-                bar="value <= 2 * baseline",
-            )
 
 
 def bench_many_users(recorder: BenchmarkRecorder, folder: Path, shape: StoreShape) -> None:
@@ -604,7 +531,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shape = SHAPES[0]
     parts: list[Callable[[BenchmarkRecorder, Path], None]] = [
         *(partial(bench_writes_and_reads, shape=each) for each in SHAPES),
-        *(partial(bench_latency, shape=each) for each in SHAPES),
         bench_incremental,
         bench_full,
         partial(bench_many_users, shape=shape),

@@ -14,11 +14,9 @@ import torch
 from numpy.typing import NDArray
 
 from vista.config import DataConfig, ModelConfig, SourceColumns
-from vista.config.checks import Architecture, Mixing
+from vista.config.checks import Mixing
 from vista.log.event_log import EventLog
-from vista.model.baselines.history_model import HistoryModel
 from vista.model.features import Schema
-from vista.model.registry import ARCHITECTURES
 from vista.model.vista_model import VistaModel
 
 TASK = "click"
@@ -86,16 +84,6 @@ def untrained(
         counters=counters,
     )
     return VistaModel(config, Schema(list(log.actions), log.has_time, None, [TASK]), log.items, DataConfig()).eval()
-
-
-def untrained_baseline(log: EventLog, architecture: Architecture, *, dim: int, history_limit: int) -> HistoryModel:
-    """A baseline for this log with two layers, one labeled task and random weights, in eval mode."""
-    torch.manual_seed(1)
-    config = ModelConfig(architecture=architecture, dim=dim, history_limit=history_limit)
-    schema = Schema(list(log.actions), log.has_time, None, [TASK])
-    model = ARCHITECTURES[architecture](config, schema, log.items, DataConfig()).eval()
-    assert isinstance(model, HistoryModel)
-    return model
 
 
 def find_ml_1m(given: Path | None) -> Path | None:

@@ -1,19 +1,12 @@
 """The data sets of the experiments: how each becomes a log, how it is split, and which categories its items have.
 
-    python -m scripts.experiments.sets complete-journey --out data/complete-journey
-
-The sets are read from the folder that VISTA_DATA_DIR names. The command prints the arguments of `vista train` for the
-log that it made.
+The sets are read from the folder that VISTA_DATA_DIR names.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-import shlex
 import shutil
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,7 +22,7 @@ from vista.config import (
     SourceConfig,
 )
 from vista.config.composition import compose_config
-from vista.errors import ConfigError, VistaError
+from vista.errors import ConfigError
 from vista.files import writable_folder
 from vista.log.ingest.prepare import prepare
 from vista.simulation.simulate import EVENTS_FILE, IMPRESSIONS_FILE, ITEMS_FILE, simulate
@@ -128,22 +121,6 @@ def prepare_set(name: str, folder: Path, out: Path) -> None:
     prepare(replace(config, out=str(out), events=events))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Prepare the log of a set; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=SETS, metavar="SET", help=", ".join(SETS))
-    parser.add_argument("--data", type=Path, help="folder of the set; default: $VISTA_DATA_DIR/<set>")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the log to make")
-    options = parser.parse_args(arguments)
-    try:
-        prepare_set(options.name, set_folder(options.name, options.data), options.out)
-    except VistaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(shlex.join(["vista", "train", f"data.path={options.out}", *SETS[options.name].words]))
-    return 0
-
-
 def prepare_with_texts(name: str, folder: Path, out: Path, texts: str) -> None:
     """Make the log of a set, as `prepare_set`, with one more feature of items.
 
@@ -188,7 +165,3 @@ def prepare_simulation(config: SimulateConfig, out: Path, *, calendar: bool) -> 
     read = SourceConfig(kind="simulated", paths=[str(source)], categories=list(CALENDAR) if calendar else [])
     topics = ItemTableConfig(paths=[str(source / ITEMS_FILE)], categories=["topic"])
     prepare(PrepareConfig(out=str(out), events=read, impressions=read, items=topics))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -233,7 +233,6 @@ CASES = {
         "500 candidates, click: with counters of a category too",
         "500 candidates: with 8 features of items and 4 of requests against ids alone",
         "2,000 events, bidirectional, float32: stored against recomputed",
-        "2,000 events: against hstu over the raw history",
     ],
     "serve": [
         "5,000 candidates, MessagePack: CPU time per request",
@@ -241,9 +240,8 @@ CASES = {
     ],
     "store": [
         "K=128, d=256: reads of 256 users, checked, against raw LMDB's copies",
-        "p99 of reads of 1 user(s) while another process writes",
         "incremental refresh of 16 users of 10,000 events, 50 new each, over the roofline",
-        "full refresh of 200 users, 30,000 events: users",
+        "events: users",
         "private memory of a reader after 500 reads",
     ],
     "summarizer": ["separable, d=256, K=128, 3 layers, bfloat16: peak memory beyond the log"],

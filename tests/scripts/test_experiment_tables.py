@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from scripts.experiments import reproduce, sets
+from scripts.experiments import reproduce
 from scripts.experiments.results import changed_settings, read_results
 from scripts.experiments.row_measurement import SIMULATED, WINDOW_METRICS, PopularityAfterwards, yambda_metrics
 from scripts.experiments.sets import (
@@ -39,6 +39,7 @@ from vista.cli import item_commands
 from vista.config import EvaluateConfig, SimulateConfig, TrainConfig
 from vista.config.checks import Codec, Target
 from vista.config.composition import compose_config
+from vista.errors import ConfigError
 from vista.evaluation.baseline_evaluation import trained_baselines
 from vista.evaluation.cases import WindowCases
 from vista.evaluation.counting_baselines import counting_baselines
@@ -50,9 +51,7 @@ from vista.log.splits import split_until
 pytestmark = pytest.mark.research
 
 
-def test_baskets_keep_their_order_and_products_their_categories(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_baskets_keep_their_order_and_products_their_categories(tmp_path: Path) -> None:
     folder, out = tmp_path / "baskets", tmp_path / "logs" / "baskets"
     folder.mkdir()
     events = {
@@ -65,9 +64,7 @@ def test_baskets_keep_their_order_and_products_their_categories(
     products = {"product_id": [10, 40], "product_type": ["RYE", None], "product_category": ["BREAD", "MILK"]}
     products |= {name: ["x", "y"] for name in ("manufacturer_id", "department", "brand", "package_size")}
     pl.DataFrame(products).write_parquet(folder / "products.parquet")
-    assert sets.main(["complete-journey", "--data", str(folder), "--out", str(out)]) == 0
-    printed = capsys.readouterr().out
-    assert printed.startswith(f"vista train data.path={out} data=time") and "data.test_from=2017-11-01" in printed
+    prepare_set("complete-journey", folder, out)
     log = EventLog.open(out)
     (user,) = log.users.rows([7])
     history = log.gather(np.array([user]), np.array([3]))
@@ -76,8 +73,9 @@ def test_baskets_keep_their_order_and_products_their_categories(
     types, categories = (read_categories(table, name, log.items) for name in SETS["complete-journey"].categories)
     ten, forty, unknown = 1 + log.items.rows([10, 40, 99])
     assert types[ten] and not types[forty] and categories[ten] != categories[forty] and not categories[unknown]
-    assert sets.main(["complete-journey", "--data", str(tmp_path), "--out", str(tmp_path / "other")]) == 1
-    assert "products.parquet: cannot be read" in capsys.readouterr().err and not (tmp_path / "other").exists()
+    with pytest.raises(ConfigError, match=r"products\.parquet: cannot be read"):
+        prepare_set("complete-journey", tmp_path, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.data
@@ -85,7 +83,7 @@ def test_baskets_keep_their_order_and_products_their_categories(
     ("name", "sizes"), [("complete-journey", (1238, 53_185, 738_201)), ("dev-packages", (355, 42_655, 368_040))]
 )
 def test_long_histories_with_returns_are_read(name: str, sizes: tuple[int, int, int], tmp_path: Path) -> None:
-    sets.prepare_set(name, real_set(name), tmp_path / "log")
+    prepare_set(name, real_set(name), tmp_path / "log")
     log = EventLog.open(tmp_path / "log")
     assert (log.num_users, log.num_items, int(log.lengths.sum())) == sizes and log.has_time
     for category in SETS[name].categories:
