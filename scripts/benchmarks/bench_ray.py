@@ -28,7 +28,7 @@ import numpy as np
 from scripts.benchmarks.benchmark import BenchmarkRecorder, recording
 from scripts.benchmarks.workloads import lifelong_log, untrained
 from vista.log.event_log import EventLog
-from vista.store.shards import open_store
+from vista.store.reader import open_store
 
 EVENTS_PER_USER, NUM_ITEMS = 1_000, 50_000
 SAMPLE_S = 0.2

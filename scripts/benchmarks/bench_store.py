@@ -66,8 +66,8 @@ from vista.model.summarizer import merge_states
 from vista.refresh import RefreshReport, refresh, refresh_incremental
 from vista.refresh.batch_encoder import LogItems, from_arrays, read_summaries
 from vista.store import StoreReader, user_keys
+from vista.store.folder_generation import SharedEnvironment
 from vista.store.layout import read_current, state_path
-from vista.store.lmdb_environment import SharedEnvironment
 from vista.store.state_record import decode_states
 from vista.store.writer import StoreUpdate
 

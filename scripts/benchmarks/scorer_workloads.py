@@ -39,7 +39,7 @@ from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.refresh.batch_encoder import LogItems, last_times, stored_tail
 from vista.store import NO_TIMESTAMP
-from vista.store.record import StoredBatch
+from vista.store.reader import StoredBatch
 
 NUM_VALUES = 100
 """Of the category."""

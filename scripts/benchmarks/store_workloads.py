@@ -38,8 +38,9 @@ from vista.store import (
     encode_records,
     user_keys,
 )
+from vista.store.folder_files import MAP_SIZE_BYTES
+from vista.store.folder_generation import SharedEnvironment
 from vista.store.layout import environment_path, read_current
-from vista.store.lmdb_environment import MAP_SIZE_BYTES, SharedEnvironment
 from vista.store.state_record import StateArrays, StateSpec, encode_states
 from vista.store.writer import StoreUpdate
 

@@ -39,7 +39,7 @@ from vista.log.segment_files import DEAD_LETTERS_FILE
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh, refresh_incremental
 from vista.store import StoreReader, StoreWriter
-from vista.store.lmdb_environment import SharedEnvironment
+from vista.store.folder_generation import SharedEnvironment
 
 TWO_PER_BATCH = 2
 NUM_BATCHES = 8

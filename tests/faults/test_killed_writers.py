@@ -20,8 +20,9 @@ from tests.faults.nursery import Child, Nursery, Say
 from tests.faults.oracle import Run
 from vista.errors import StoreLockedError
 from vista.store import StoreReader
+from vista.store.folder_files import committed_size, open_environment
+from vista.store.folder_generation import SharedEnvironment
 from vista.store.layout import environment_path, read_current
-from vista.store.lmdb_environment import SharedEnvironment, committed_size, open_environment
 
 PHASES = {"open": "between batches", "begin": "between begin and commit", "ack": "between batches"}
 

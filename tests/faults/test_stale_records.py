@@ -33,13 +33,14 @@ from vista.refresh import RefreshOptions, refresh, refresh_incremental
 from vista.scorer import Scorer
 from vista.store import StoreReader, user_keys
 from vista.store.admin import compact_store, verify_store
-from vista.store.folder_generation import FolderWriter
+from vista.store.folder_files import open_environment
+from vista.store.folder_writer import FolderWriter
 from vista.store.keys import MANIFEST_KEY
 from vista.store.layout import environment_path
-from vista.store.lmdb_environment import open_environment
 from vista.store.manifest import Manifest
-from vista.store.record import CLOCK_SKEW_MS, seal_record
-from vista.store.record_spec import CHECKSUM_OFFSET, HEADER, HEADER_BYTES
+from vista.store.reader import CLOCK_SKEW_MS
+from vista.store.record import CHECKSUM_OFFSET, HEADER, HEADER_BYTES
+from vista.store.record_encoding import seal_record
 from vista.store.writer import erase
 
 MAX_AGE_S = 3600

@@ -27,8 +27,8 @@ from vista.model.features import RowFeatureReader, Schema
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh
 from vista.store import StoreReader
+from vista.store.folder_generation import SharedEnvironment
 from vista.store.layout import environment_path
-from vista.store.lmdb_environment import SharedEnvironment
 
 HOUR = 3_600_000
 START = 1_700_000_000_000

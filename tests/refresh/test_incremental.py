@@ -27,12 +27,11 @@ from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, erase, refresh, refresh_incremental
 from vista.store import StoreReader, user_keys
 from vista.store.admin import compact_store, verify_store
-from vista.store.layout import environment_path
-from vista.store.lmdb_environment import SharedEnvironment
+from vista.store.folder_generation import SharedEnvironment
+from vista.store.layout import Shard, environment_path
 from vista.store.parquet import export_store
-from vista.store.record import encode_counters
-from vista.store.record_spec import CounterLayout
-from vista.store.shards import Shard
+from vista.store.record import CounterLayout
+from vista.store.record_encoding import encode_counters
 from vista.store.writer import StoreUpdate
 
 COUNTERS = {"counters": True, "counter_keys": 6, "counter_days": [2.0, 30.0], "counter_events": [5.0]}

@@ -39,9 +39,9 @@ from vista.refresh import RefreshOptions, refresh
 from vista.refresh.batch_encoder import BatchEncoder, StageClock
 from vista.refresh.ray_engine import ActorJob, ActorResult, RefreshActor, log_digest
 from vista.store import StoreReader
+from vista.store.folder_generation import SharedEnvironment
 from vista.store.layout import environment_path, state_path
-from vista.store.lmdb_environment import SharedEnvironment
-from vista.store.record_spec import RecordSpec
+from vista.store.record import RecordSpec
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
 ray_engine = import_module("vista.refresh.ray_engine")

@@ -18,10 +18,10 @@ from vista.refresh import RefreshOptions, forget, merge, merging, refresh, refre
 from vista.scorer import Scorer
 from vista.store import StoreReader, user_keys
 from vista.store.admin import copy_generation
-from vista.store.layout import environment_path
+from vista.store.folder_files import Tombstones
+from vista.store.layout import Shard, environment_path, stores_in, users_by_store
 from vista.store.parquet import export_store, import_store
-from vista.store.shards import Shard, ShardedReader, open_store, stores_in, users_by_store
-from vista.store.tombstones import Tombstones
+from vista.store.reader import ShardedReader, open_store
 from vista.store.writer import StoreUpdate
 
 

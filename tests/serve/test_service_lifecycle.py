@@ -38,7 +38,7 @@ from vista.serve.service_metrics import ServiceMetrics
 from vista.serve.shared import shared_numbers
 from vista.serve.worker_pool import WorkerPool, _Worker
 from vista.store.admin import copy_generation
-from vista.store.record_spec import read_key
+from vista.store.record_encoding import read_key
 from vista.store.writer import erase
 
 ATTEMPTS = 6

@@ -15,9 +15,9 @@ from tests.store.conftest import write_generations
 from vista.errors import StoreError, SummarizerMismatchError, UserKeyError
 from vista.store import NO_TIMESTAMP, StoreReader, Tail, UserSummaries, encode_records, user_keys
 from vista.store.admin import roll_back
-from vista.store.layout import environment_path, last_complete, list_generations, pointer_to, read_current
-from vista.store.lmdb_environment import SharedEnvironment
-from vista.store.shards import Shard, open_store
+from vista.store.folder_generation import SharedEnvironment
+from vista.store.layout import Shard, environment_path, last_complete, list_generations, pointer_to, read_current
+from vista.store.reader import open_store
 
 TOTAL = 40
 

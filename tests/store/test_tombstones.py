@@ -22,10 +22,10 @@ from vista.errors import StoreLockedError, StoreWriteError
 from vista.store import RecordSpec, StoreReader, StoreWriter, backend, tombstones, user_keys
 from vista.store.admin import roll_back, verify_store
 from vista.store.backend import Folder
-from vista.store.folder_generation import FolderWriter
+from vista.store.folder_files import Tombstones, check_structure, erasure_lock, unpacked
+from vista.store.folder_generation import SharedEnvironment
+from vista.store.folder_writer import FolderWriter
 from vista.store.layout import environment_path, read_current
-from vista.store.lmdb_environment import SharedEnvironment, check_structure
-from vista.store.tombstones import Tombstones, erasure_lock, unpacked
 from vista.store.writer import erase
 
 TOTAL = 40
@@ -158,7 +158,7 @@ def test_an_erasure_that_the_disk_did_not_keep_is_reported(tmp_path, build, monk
     build.write_store(tmp_path)
     erase(tmp_path, [1])
     written = (tmp_path / "tombstones").read_bytes()
-    monkeypatch.setattr("vista.store.tombstones.replace_file", lambda *_: None)
+    monkeypatch.setattr("vista.store.folder_files.replace_file", lambda *_: None)
     with pytest.raises(StoreWriteError, match="some of these users are missing from it after the write"):
         erase(tmp_path, [1, 2])
     assert (tmp_path / "tombstones").read_bytes() == written

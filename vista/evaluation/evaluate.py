@@ -44,7 +44,7 @@ from vista.model.vista_model import VistaModel
 from vista.ranks import Ranks
 from vista.refresh import check_log, check_requests
 from vista.scorer import Scorer
-from vista.store.record_spec import read_key
+from vista.store.record_encoding import read_key
 from vista.text_table import fitted
 
 

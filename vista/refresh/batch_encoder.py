@@ -33,8 +33,8 @@ from vista.model.ranking_model import UNKNOWN_ITEM, RankingModel
 from vista.model.summarizer import SummaryState
 from vista.model.vista_model import VistaModel
 from vista.store.keys import history_digests, item_keys, user_id, user_keys
-from vista.store.record import encode_records
-from vista.store.record_spec import RecordSpec, Tail
+from vista.store.record import RecordSpec, Tail
+from vista.store.record_encoding import encode_records
 from vista.store.state_record import StateArrays, StateSpec, UserSummaries, encode_states
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,10 +27,9 @@ from vista.model.vista_model import VistaModel
 from vista.progress_bar import progress_bar
 from vista.refresh.batch_encoder import BatchEncoder, StageClock, UserRecords, check_log, has_states
 from vista.store.keys import user_keys
-from vista.store.layout import StoreUrl, open_private
+from vista.store.layout import Shard, StoreUrl, open_private, shard_to_write
 from vista.store.manifest import Manifest
-from vista.store.record_spec import CounterLayout, TailColumn, UserColumn
-from vista.store.shards import Shard, shard_to_write
+from vista.store.record import CounterLayout, TailColumn, UserColumn
 from vista.store.writer import StoreWriter
 
 if TYPE_CHECKING:
@@ -284,8 +283,8 @@ def new_manifest(
         state_dtype=state.value,
         state_shape=shape if has_sums else (0, 0, 0),
         counters=counters,
-        user_columns=[column.to_dict() for column in user_columns(model)],
-        tail_columns=[TailColumn(*column).to_dict() for column in model.schema.tail_sizes.items()],
+        user_columns=[asdict(column) for column in user_columns(model)],
+        tail_columns=[asdict(TailColumn(*column)) for column in model.schema.tail_sizes.items()],
         total_users=total_users,
         run_digest=run_digest,
     )

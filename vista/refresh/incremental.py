@@ -57,10 +57,9 @@ from vista.refresh.batch_encoder import (
 )
 from vista.refresh.full import RefreshProgress, RefreshReport, user_columns
 from vista.store.keys import user_id, user_keys
-from vista.store.layout import StoreUrl
+from vista.store.layout import Shard, StoreUrl, shard_to_write
 from vista.store.manifest import Manifest
 from vista.store.reader import published_manifest
-from vista.store.shards import Shard, shard_to_write
 from vista.store.state_record import StateArrays, rounded
 from vista.store.writer import StoreUpdate
 

@@ -37,8 +37,8 @@ from vista.refresh.batch_encoder import (
 )
 from vista.refresh.full import RefreshReport, new_manifest, write_generation
 from vista.store.keys import user_keys
+from vista.store.layout import check_place
 from vista.store.reader import StoreReader
-from vista.store.shards import check_place
 from vista.store.state_record import UserSummaries
 from vista.store.writer import StoreWriter
 

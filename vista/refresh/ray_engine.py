@@ -29,7 +29,7 @@ from vista.log.event_log import EventLog
 from vista.machine import usable_cores
 from vista.model.vista_model import VistaModel
 from vista.refresh.batch_encoder import BatchEncoder, StageClock, UserRecords
-from vista.store.record_spec import RecordSpec
+from vista.store.record import RecordSpec
 from vista.store.state_record import StateSpec
 
 

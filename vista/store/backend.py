@@ -14,7 +14,19 @@ import lmdb
 
 from vista.errors import StoreBusyError, StoreError, StoreLockedError, StoreWriteError, UnfinishedError
 from vista.files import sync
-from vista.store.folder_generation import FolderBuilder, FolderGeneration, FolderWriter, tally_of
+from vista.store.folder_files import (
+    ATTEMPTS,
+    WAIT_S,
+    Tombstones,
+    WriterLock,
+    cannot_write,
+    check_structure,
+    erasure_lock,
+    last_transaction,
+    lock_store,
+)
+from vista.store.folder_generation import FolderGeneration, SharedEnvironment, tally_of
+from vista.store.folder_writer import FolderBuilder, FolderWriter
 from vista.store.keys import COMPLETE_KEY, MANIFEST_KEY
 from vista.store.layout import (
     CURRENT,
@@ -39,10 +51,8 @@ from vista.store.layout import (
     store_address,
     write_current,
 )
-from vista.store.lmdb_environment import ATTEMPTS, WAIT_S, SharedEnvironment, check_structure, last_transaction
 from vista.store.manifest import Manifest, Tally, read_cursor, read_manifest
-from vista.store.record_spec import RecordSpec
-from vista.store.tombstones import Tombstones, WriterLock, cannot_write, erasure_lock, lock_store
+from vista.store.record import RecordSpec
 
 if TYPE_CHECKING:
     from vista.store.server import Server, ServerBuilder

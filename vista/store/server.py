@@ -20,14 +20,14 @@ from vista.errors import (
     shown,
 )
 from vista.files import checked_path
+from vista.store.folder_files import digests_of
+from vista.store.folder_generation import Batch
 from vista.store.keys import CURSOR_KEY
 from vista.store.layout import DAY_MS, Permissions, StoreUrl, parse_pointer
-from vista.store.lmdb_environment import Batch
 from vista.store.manifest import Manifest, Tally
-from vista.store.record_spec import RecordSpec
+from vista.store.record import RecordSpec
 from vista.store.server_connection import Command, KeyNames, RecordCache, ServerConnection, ServerLock, evicting
 from vista.store.server_generation import ServerGeneration, ServerWriter
-from vista.store.tombstones import digests_of
 
 _CHECKS_BESIDE_ERASURES = 5
 _REMOVED_AT_ONCE = 1000

@@ -20,9 +20,9 @@ import xxhash
 from vista.errors import StoreBusyError, StoreError, StoreLockedError, StoreUnavailableError, StoreWriteError, shown
 from vista.files import make_folders
 from vista.installation import require_module
+from vista.store.folder_generation import SharedEnvironment
 from vista.store.keys import COMPLETE_KEY, CURSOR_KEY, MANIFEST_KEY
 from vista.store.layout import PASSWORD_VARIABLE, PRIVATE, StoreUrl, make_folder
-from vista.store.lmdb_environment import SharedEnvironment
 
 T = TypeVar("T")
 Command = tuple[Any, ...]

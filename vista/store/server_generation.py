@@ -15,11 +15,10 @@ import numpy as np
 
 from vista.arrays import Int
 from vista.errors import RecordError, StoreClosedError, StoreWriteError
+from vista.store.folder_generation import Batch
 from vista.store.layout import pointer_to
-from vista.store.lmdb_environment import Batch
 from vista.store.manifest import CHECKSUM_DIGITS, Manifest, Tally, parse_cursor
-from vista.store.record import RawRecords, check_records, present_records
-from vista.store.record_spec import HEADER_BYTES, RecordSpec, user_of
+from vista.store.record import HEADER_BYTES, RawRecords, RecordSpec, check_records, present_records, user_of
 from vista.store.server_connection import Command, GenerationKeys, RecordCache, ServerConnection, ServerLock
 from vista.store.state_record import FoundStates, StateSpec, decode_states
 

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 from vista.errors import StoreError, SummarizerMismatchError
 from vista.store.backend import open_backend
+from vista.store.folder_files import WAIT_S
 from vista.store.keys import CURSOR_KEY, user_keys
 from vista.store.layout import GROUP, PRIVATE, StoreUrl
-from vista.store.lmdb_environment import WAIT_S
 from vista.store.manifest import Manifest
-from vista.store.record_spec import HEADER, HEADER_BYTES, key_id, user_of
+from vista.store.record import HEADER, HEADER_BYTES, user_of
+from vista.store.record_encoding import key_id
 from vista.store.state_record import FoundStates
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class StoreWriter:
 
         Args:
             keys: from `vista.store.keys.user_keys`.
-            records: from `vista.store.record.encode_records` with this writer's `spec`, one per key.
+            records: from `vista.store.record_encoding.encode_records` with this writer's `spec`, one per key.
             cursor: users done after this batch, including those without a record.
             states: from `encode_states` with `state_spec`, one per key, if the generation keeps states.
 

@@ -27,10 +27,9 @@ from vista.errors import (
 from vista.store import NO_TIMESTAMP, StoreReader, server_generation
 from vista.store.admin import copy_generation, verify_store
 from vista.store.layout import StoreUrl
-from vista.store.reader import published_manifest
+from vista.store.reader import open_store, published_manifest
 from vista.store.server import Server, ServerTombstones
 from vista.store.server_connection import RecordCache, ServerLock
-from vista.store.shards import open_store
 from vista.store.writer import erase
 
 TOTAL = 40
