@@ -64,7 +64,7 @@ from vista.log.histories import DAY_MS
 from vista.model.history_states import range_states, reach
 from vista.model.summarizer import merge_states
 from vista.refresh import RefreshReport, refresh, refresh_incremental
-from vista.refresh.batch_encoder import LogItems, from_arrays, read_summaries
+from vista.refresh.full import LogItems, from_arrays, read_summaries
 from vista.store import StoreReader, user_keys
 from vista.store.folder_generation import SharedEnvironment
 from vista.store.layout import read_current, state_path

@@ -37,7 +37,7 @@ from vista.model.item_feature_table import ItemFeatureTable
 from vista.model.layers import FEED_FORWARD_RATIO
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
-from vista.refresh.batch_encoder import LogItems, last_times, stored_tail
+from vista.refresh.full import LogItems, last_times, stored_tail
 from vista.store import NO_TIMESTAMP
 from vista.store.reader import StoredBatch
 

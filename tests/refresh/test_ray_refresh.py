@@ -36,7 +36,7 @@ from vista.errors import (
 )
 from vista.log.event_log import EventLog
 from vista.refresh import RefreshOptions, refresh
-from vista.refresh.batch_encoder import BatchEncoder, StageClock
+from vista.refresh.full import BatchEncoder, StageClock
 from vista.refresh.ray_engine import ActorJob, ActorResult, RefreshActor, log_digest
 from vista.store import StoreReader
 from vista.store.folder_generation import SharedEnvironment

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from vista.arrays import Int
 from vista.config.checks import Decay, Precision
 from vista.config.store_config import INCREMENTAL_OPTIONS, SET_BY_FULL_REFRESH, RefreshOptions
+from vista.counters.counters import ItemKeys
 from vista.errors import ConfigError, StoreError
 from vista.log.event_log import EventLog
 from vista.log.features import UserFeatureParts
@@ -40,11 +41,12 @@ from vista.model.history_states import (
 )
 from vista.model.summarizer import SummaryState, merge_states
 from vista.model.vista_model import VistaModel
-from vista.refresh.batch_encoder import (
+from vista.refresh.full import (
     BatchEncoder,
+    RefreshProgress,
+    RefreshReport,
     Tables,
     UserRecords,
-    append_events,
     check_log,
     count_histories,
     encode_users,
@@ -53,9 +55,9 @@ from vista.refresh.batch_encoder import (
     state_of,
     state_without_summary,
     to_arrays,
+    user_columns,
     user_summaries,
 )
-from vista.refresh.full import RefreshProgress, RefreshReport, user_columns
 from vista.store.keys import user_id, user_keys
 from vista.store.layout import Shard, StoreUrl, shard_to_write
 from vista.store.manifest import Manifest
@@ -344,7 +346,7 @@ class BatchRefresher:
             # The state receives the events that leave the tail, if summaries do not cover the tail.
             history, new = self._items.model_rows(covered_events(self._model, history)), self._items.model_rows(new)
         with self._run.stage("summarize"):
-            counters = append_events(self._model.item_keys, states.counters, new)
+            counters = _append_events(self._model.item_keys, states.counters, new)
             if self._model.summarizer is None:
                 state = state_without_summary(old + new.lengths)
             else:
@@ -402,6 +404,14 @@ class BatchRefresher:
 
     def _to_arrays(self, state: SummaryState, digest: NDArray[np.uint64], counters: Tables) -> StateArrays:
         return to_arrays(state, self._update.applied_segment, digest, counters)
+
+
+def _append_events(keys: ItemKeys | None, tables: Tables, new: Histories) -> Tables:
+    """Counters with the events `new` of the same users added, which follow all earlier ones."""
+    if keys is None:
+        return ()
+    events = zip(tables, keys.of(new.item.astype(np.int64)), strict=True)
+    return tuple(table.appended(key, new.timestamp, new.offsets) for table, key in events)
 
 
 def _user_features(model: VistaModel, log: EventLog) -> Callable[[Int], RowFeatures]:
