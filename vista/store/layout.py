@@ -275,12 +275,6 @@ def published_or_none(root: Path) -> int | None:
         return None
 
 
-def generations_to_keep(root: Path) -> list[int]:
-    """What stays when a new generation is published: the current one, or all of them if CURRENT is unreadable."""
-    published = published_or_none(root)
-    return list_generations(root) if published is None else [published]
-
-
 def missing_generation(root: Path, generation: int) -> StoreError:
     """The error for a CURRENT that names a generation that does not exist."""
     name = f"{_PREFIX}{generation}"

@@ -37,7 +37,6 @@ from vista.store.layout import (
     Permissions,
     StoreUrl,
     check_place,
-    generations_to_keep,
     next_number,
     store_path,
 )
@@ -194,7 +193,8 @@ def _import(file: Path, root: Path, key: bytes | None, permissions: Permissions,
         except BaseException:
             builder.discard()
             raise
-        store.publish(manifest.generation, generations_to_keep(root))
+        before = store.published_or_none()
+        store.publish(manifest.generation, store.numbers() if before is None else [before])
     return PublishReport(root, manifest.generation, manifest.count, store.size_bytes(manifest.generation))
 
 

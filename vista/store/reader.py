@@ -284,23 +284,25 @@ class StoreReader:
         held, stored = opened.spec, opened.manifest.tail_len
         lacking = [column.name for column in self._tail_columns if column not in held.tail_columns]
         unlike = [column.name for column in self._user_columns if column not in held.user_columns]
-        if stored >= self._tail_len and not lacking and not unlike:
+        if lacking:
+            problem = (
+                f": its tails do not hold the event features {', '.join(lacking)} as the model reads them; refresh the "
+                "store with this model"
+            )
+        elif unlike:
+            problem = (
+                f": its records do not hold the user features {', '.join(unlike)} as the model reads them; run a full "
+                "refresh with this model"
+            )
+        elif stored < self._tail_len:
+            problem = (
+                f" holds tails of {stored} events, but the model reads {self._tail_len}; refresh the store with this "
+                "model"
+            )
+        else:
             return opened
         opened.release()
-        if lacking:
-            raise RecordContentsError(
-                f"{self.path}: its tails do not hold the event features {', '.join(lacking)} as the model reads them; "
-                "refresh the store with this model"
-            )
-        if unlike:
-            raise RecordContentsError(
-                f"{self.path}: its records do not hold the user features {', '.join(unlike)} as the model reads them; "
-                "run a full refresh with this model"
-            )
-        raise RecordContentsError(
-            f"{self.path} holds tails of {stored} events, but the model reads {self._tail_len}; refresh the store with "
-            "this model"
-        )
+        raise RecordContentsError(f"{self.path}{problem}")
 
 
 def published_manifest(path: str | Path | StoreUrl) -> Manifest:

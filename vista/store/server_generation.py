@@ -335,17 +335,7 @@ class ServerWriter:
         states: Sequence[bytes],
         meta: Mapping[bytes, bytes],
     ) -> int:
-        """Add or replace users without the erased ones, in bounded parts; the last part also puts `meta`.
-
-        Args:
-            keys: N user keys.
-            records: N records.
-            states: N states, or none if the generation keeps no states.
-            meta: further keys of the generation and their values.
-
-        Returns:
-            How many users were written.
-        """
+        """Write a batch as `FolderWriter.put` does, but in bounded parts; the last part also puts `meta`."""
         if keys and bool(states) != self._keeps_states:
             raise ValueError(f"states: got {len(states)} for {len(keys)} records of {self._store.address}")
         parts = _parts([*map(len, records)] if not states else [*map(_both_lengths, records, states)])
