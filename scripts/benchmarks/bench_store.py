@@ -202,9 +202,8 @@ def bench_growth(recorder: BenchmarkRecorder, folder: Path, shape: StoreShape) -
                 update.put_batch(keys, records, states)
         update.finish()
     for name, file in files.items():
-        environment = SharedEnvironment.acquire(file)
-        live = environment.live_bytes()
-        environment.release()
+        with SharedEnvironment.acquire(file) as environment:
+            live = environment.live_bytes()
         case = f"{shape}: file of the {name} of {num_users:,} users after {NUM_REWRITES} rewrites"
         recorder.add(
             f"{case}, against its live pages",

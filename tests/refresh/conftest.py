@@ -130,11 +130,8 @@ def fail_at(patch: pytest.MonkeyPatch, owner: type, name: str, number: int, erro
 
 def contents(store: Path, generation: int = 1) -> dict[bytes, bytes]:
     """All keys and values of a generation's summaries, with its manifest and cursor."""
-    shared = SharedEnvironment.acquire(environment_path(store, generation))
-    try:
+    with SharedEnvironment.acquire(environment_path(store, generation)) as shared:
         return shared.read(lambda transaction: {bytes(key): bytes(value) for key, value in transaction.cursor()})
-    finally:
-        shared.release()
 
 
 def assert_same(path: str | Path, expected: Path, atol: float) -> None:

@@ -148,10 +148,9 @@ def test_a_record_that_is_shorter_than_a_header(tmp_path, grow, caplog, size):
     model = grow.model()
     log = grow.append(tmp_path / "log", grow.events({1: 7, 2: 8, 3: 9}))
     store = full(model, log, tmp_path / "store")
-    shared = SharedEnvironment.acquire(environment_path(store, 1), writable=True)
-    for key in user_keys([1, 2]):
-        shared.write(lambda transaction, key=key: transaction.put(key, bytes(transaction.get(key)[:size])))
-    shared.release()
+    with SharedEnvironment.acquire(environment_path(store, 1), writable=True) as shared:
+        for key in user_keys([1, 2]):
+            shared.write(lambda transaction, key=key: transaction.put(key, bytes(transaction.get(key)[:size])))
     with StoreReader.open(store) as opened, pytest.raises(RecordError, match=r"record of user 1 .* length is"):
         opened.get_many([1])
     log = grow.later(tmp_path / "log", {1: 2, 3: 1})

@@ -100,11 +100,8 @@ def contents(store: Path) -> dict[str, dict[bytes, bytes]]:
     """All keys and values of generation 1, with its manifest and cursor."""
     found = {}
     for path in filter(Path.exists, (environment_path(store, 1), state_path(store, 1))):
-        shared = SharedEnvironment.acquire(path)
-        try:
+        with SharedEnvironment.acquire(path) as shared:
             found[path.name] = shared.read(lambda transaction: {bytes(k): bytes(v) for k, v in transaction.cursor()})
-        finally:
-            shared.release()
     return found
 
 

@@ -227,9 +227,8 @@ def test_a_wrong_count_is_not_published(tmp_path, build):
     build.write_store(tmp_path)
     with build.open_writer(tmp_path, run_digest="log-2") as writer:
         build.put_users(writer, range(TOTAL))
-        environment = SharedEnvironment.acquire(environment_path(tmp_path, 2), writable=True)
-        environment.write(lambda transaction: transaction.delete(user_keys([7])[0]))
-        environment.release()
+        with SharedEnvironment.acquire(environment_path(tmp_path, 2), writable=True) as environment:
+            environment.write(lambda transaction: transaction.delete(user_keys([7])[0]))
         with pytest.raises(StoreError, match="holds 39 records, but 40 records, or other ones, were written"):
             writer.publish()
     assert list_generations(tmp_path) == [1] and read_current(tmp_path) == 1

@@ -247,9 +247,8 @@ class BatchRefresher:
         gone = (self._log.lengths[users] == 0) | erased
         if gone.any():
             with self._run.stage("write"):
-                self._run.counts["removed"] += self._update.generation.remove(
-                    [keys[row] for row in np.flatnonzero(gone).tolist()]
-                )
+                gone_keys = [keys[row] for row in np.flatnonzero(gone).tolist()]
+                self._run.counts["removed"] += self._update.generation.remove(gone_keys)
         return np.compress(~gone, users)
 
     def _skip_current(self, users: Int) -> Int:

@@ -597,11 +597,8 @@ def _date(time_ms: int) -> str:
 def _of_files(root: Path, number: int) -> tuple[int, int, int | None]:
     """Bytes in use, bytes on disk, and the number of other processes that have the generation open."""
     path = environment_path(root, number)
-    environment = SharedEnvironment.acquire(path)
-    try:
+    with SharedEnvironment.acquire(path) as environment:
         live, num_open = environment.live_bytes(), _num_open(path)
-    finally:
-        environment.release()
     size = sum(512 * file.stat().st_blocks for file in generation_path(root, number).rglob("*") if file.is_file())
     return live, size, num_open
 

@@ -90,7 +90,7 @@ def open_backend(store: str | Path | StoreUrl, *, cached: bool = False) -> Store
     if isinstance(address, StoreUrl):
         from vista.store.server import Server
 
-        return Server.connect(address, cached=cached)
+        return Server(address, cached=cached)
     return Folder(address)
 
 
@@ -144,11 +144,8 @@ class Folder:
     def manifest(self, number: int) -> Manifest:
         """Manifest of a complete generation; no key is needed."""
         self._require(number)
-        environment = SharedEnvironment.acquire(environment_path(self.address, number))
-        try:
+        with SharedEnvironment.acquire(environment_path(self.address, number)) as environment:
             return environment.read(lambda transaction: read_manifest(transaction, self.address))
-        finally:
-            environment.release()
 
     def open(self, number: int, key: bytes | None) -> FolderGeneration:
         """Open a complete generation.
@@ -174,11 +171,8 @@ class Folder:
     def progress(self, number: int) -> tuple[Manifest, bool, int]:
         """Manifest, whether the generation is complete, and the number of records or of users done."""
         path = environment_path(self.address, number)
-        environment = SharedEnvironment.acquire(path)
-        try:
+        with SharedEnvironment.acquire(path) as environment:
             return environment.read(lambda transaction: _progress(transaction, path))
-        finally:
-            environment.release()
 
     def expires_at(self, number: int) -> int | None:
         """None: files do not expire."""
@@ -450,15 +444,10 @@ def _published(root: Path) -> int:
 
 def _is_complete(root: Path, generation: int) -> bool:
     try:
-        shared = SharedEnvironment.acquire(environment_path(root, generation))
+        with SharedEnvironment.acquire(environment_path(root, generation)) as environment:
+            return environment.read(lambda transaction: transaction.get(COMPLETE_KEY) is not None)
     except StoreError:
         return False
-    try:
-        return shared.read(lambda transaction: transaction.get(COMPLETE_KEY) is not None)
-    except StoreError:
-        return False
-    finally:
-        shared.release()
 
 
 def _resume_or_create(root: Path, wanted: Manifest, published: int, permissions: Permissions) -> FolderWriter:

@@ -197,6 +197,12 @@ class SharedEnvironment:
                 _registry.pop(self._identity, None)
                 self._close()
 
+    def __enter__(self) -> SharedEnvironment:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
     def is_at(self, path: Path) -> bool:
         """Whether the data file in a folder is the one that is open here."""
         return _identity(path) == self._identity
@@ -392,22 +398,17 @@ class FolderGeneration:
     def key_batches(self) -> Iterator[list[bytes]]:
         """Keys of all users in ascending order, checked, each batch from a short transaction."""
         self.environment.retain()
-        try:
+        with self.environment:
             for keys, _ in walk(self.environment, check_keys):
                 yield keys
-        finally:
-            self.environment.release()
 
     def states(self, keys: Sequence[bytes]) -> FoundStates | None:
         """The stored states; they are open only during the call, so that scorers never map them."""
         spec = self.manifest.state_spec()
         if spec is None:
             return None
-        environment = SharedEnvironment.acquire(state_path(self.root, self.manifest.generation))
-        try:
+        with SharedEnvironment.acquire(state_path(self.root, self.manifest.generation)) as environment:
             return read_states(environment, keys, spec)
-        finally:
-            environment.release()
 
     def is_same(self, other: object) -> bool:
         """Whether both have the same files open, and are not only generations of one number."""
@@ -477,15 +478,14 @@ class FolderGeneration:
         spec, folder = self.manifest.state_spec(), state_path(self.root, self.manifest.generation)
         if spec is None or not folder.is_dir():
             return
-        environment = SharedEnvironment.acquire(folder)
-        try:
-            with progress_bar(total=self.manifest.count, desc="read states", unit="user", leave=False) as bar:
-                for keys, states in walk(environment, copied):
-                    decode_states(states, keys, spec)
-                    yield keys, states
-                    bar.update(len(keys))
-        finally:
-            environment.release()
+        with (
+            SharedEnvironment.acquire(folder) as environment,
+            progress_bar(total=self.manifest.count, desc="read states", unit="user", leave=False) as bar,
+        ):
+            for keys, states in walk(environment, copied):
+                decode_states(states, keys, spec)
+                yield keys, states
+                bar.update(len(keys))
 
     def other_keys(self) -> list[bytes]:
         """The first keys that are not user keys, in the order of the file."""
