@@ -8,13 +8,11 @@ store/tombstones         digests of erased users, if there are any
 store/gen-7/summary/     LMDB environment: data.mdb, lock.mdb
 store/gen-7/state/       LMDB environment of the states, if the store keeps any; only refreshes open it
 store/gen-8/summary/     an unfinished run: it has no `!complete`, and `!cursor` says where to resume
-
-stores/mine/part-0-of-4/   each shard of a store that several machines refresh is a store of its own
+store/part-0-of-4/       a shard, which is a store itself; then nothing of the above lies in store/
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import stat
@@ -527,9 +525,13 @@ MAX_SHARDS = 65_536
 _NUMBER = "(0|[1-9][0-9]{0,4})"
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Shard:
-    """Shard `index` of `count`."""
+    """Shard `index` of `count`: a store that one machine refreshes; a reader opens all shards as one.
+
+    A user's shard depends only on the user's key (XXH3-64 modulo `count`), so every refresh with the same number of
+    shards assigns users alike. Shards are published one by one, but one user's data come from one generation.
+    """
 
     index: int
     count: int

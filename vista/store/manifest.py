@@ -110,7 +110,7 @@ class Manifest:
     run_digest: str
     """Digest of the log's content and of the order of the users; a cursor is valid only together with it."""
     key_id: str | None = None
-    """Id of the key of the records' authentication codes (`vista.store.record_spec`); None without codes."""
+    """Id of the key of the records' authentication codes (`record_encoding.key_id`); None without codes."""
     format_version: int = FORMAT_VERSION
     state_dtype: str = StateDtype.none.value
     state_shape: tuple[int, int, int] = (0, 0, 0)

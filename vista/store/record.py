@@ -105,7 +105,7 @@ class RecordSpec:
     tail_columns: tuple[TailColumn, ...] = ()
     """Features of the tail's events."""
     key: bytes | None = field(default=None, repr=False)
-    """32 bytes: records end with a code that only holders of the key can make (`vista.store.record_spec`)."""
+    """32 bytes: records end with a code that only holders of the key can make."""
 
     def __post_init__(self) -> None:
         if len(self.summarizer_id) != 32:
