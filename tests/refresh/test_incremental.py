@@ -332,7 +332,7 @@ def test_verification_tolerates_as_many_missing_states_as_a_refresh(tmp_path, gr
         with StoreUpdate.open(
             tmp_path / "store", summarizer_id=model.summarizer_id(), applied_segment=log.last_segment, created_at=2
         ) as update:
-            update.generation.remove_states(user_keys(users))
+            update.writer.remove_states(user_keys(users))
             update.finish()
         assert verify_store(tmp_path / "store").num_problems == num_problems
     assert "holds 19 states for 30 records" in str(verify_store(tmp_path / "store"))

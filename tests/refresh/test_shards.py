@@ -154,7 +154,7 @@ def test_merge_refuses_outdated_and_incomplete_parts(tmp_path, grow):
     with StoreUpdate.open(
         tmp_path / "store", summarizer_id=model.summarizer_id(), applied_segment=2, created_at=0
     ) as update:  # as an incremental refresh does if it cannot store the summary
-        update.generation.remove_states(user_keys([1]))
+        update.writer.remove_states(user_keys([1]))
     with pytest.raises(StoreError, match=r"has no state of user 1; refresh that store in full"):
         merge(model, [(tmp_path / "store", log)], tmp_path / "merged")
     assert not (tmp_path / "merged" / "CURRENT").exists()

@@ -221,6 +221,10 @@ def test_a_server_of_the_store_that_stops(served: Served, tmp_path: Path) -> Non
             server.start()
             until(lambda: service.fetch("/readyz")[0] == 200)
             assert service.fetch("/v1/score", asked) == before
+            server.command("FLUSHALL")
+            assert service.fetch("/v1/score", asked)[0] == service.fetch("/readyz")[0] == 503
+            copy_generation(served.store, server.url())
+            assert service.fetch("/v1/score", asked) == before
     finally:
         server.kill()
 

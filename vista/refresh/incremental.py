@@ -165,11 +165,9 @@ def _changed_users(update: StoreUpdate, log: EventLog, shard: Shard | None) -> t
 
 def _remove_unknown_users(update: StoreUpdate, log: EventLog) -> int:
     count = 0
-    for keys in update.generation.key_batches():
+    for keys in update.writer.key_batches():
         known = log.users.rows([user_id(key) for key in keys]) >= 0
-        count += update.generation.remove(
-            [key for key, is_known in zip(keys, known.tolist(), strict=True) if not is_known]
-        )
+        count += update.writer.remove([key for key, is_known in zip(keys, known.tolist(), strict=True) if not is_known])
     return count
 
 
@@ -232,7 +230,7 @@ class BatchRefresher:
             with self._run.stage("write"):
                 self._update.put_batch(encoded.keys, encoded.records, encoded.states)
                 # Without a state, a user who failed is recomputed from the log at the next event.
-                self._update.generation.remove_states(sorted(set(self._keys(users)) - set(encoded.keys)))
+                self._update.writer.remove_states(sorted(set(self._keys(users)) - set(encoded.keys)))
         self._run.batch(self._update.manifest.generation, num_users, num_events)
 
     def _keys(self, users: Int) -> list[bytes]:
@@ -248,7 +246,7 @@ class BatchRefresher:
         if gone.any():
             with self._run.stage("write"):
                 gone_keys = [keys[row] for row in np.flatnonzero(gone).tolist()]
-                self._run.counts["removed"] += self._update.generation.remove(gone_keys)
+                self._run.counts["removed"] += self._update.writer.remove(gone_keys)
         return np.compress(~gone, users)
 
     def _skip_current(self, users: Int) -> Int:
@@ -261,7 +259,7 @@ class BatchRefresher:
 
     def _encoded(self, users: Int) -> UserRecords:
         """New records and states of users, who have at least one event each."""
-        found, lengths = self._update.generation.states(self._keys(users)), self._log.lengths
+        found, lengths = self._update.writer.states(self._keys(users)), self._log.lengths
         spec, state_spec = self._update.spec, self._update.state_spec
         if found is None or state_spec is None:  # The generation keeps no states.
             self._run.counts["recomputed"] += len(users)

@@ -154,20 +154,20 @@ class StoreUpdate:
     def __init__(
         self,
         store: StoreBackend,
-        generation: GenerationWriter,
+        writer: GenerationWriter,
         created_at: int,
         applied_segment: int,
         key: bytes | None,
     ) -> None:
         self.path = store.address
         self._store = store
-        self.generation = generation
-        """Reads and removes what is stored."""
+        self.writer = writer
+        """The published generation, which also reads and removes what is stored."""
         self.created_at = created_at
         """Start of the run, ms."""
         self.applied_segment = applied_segment
         """Newest segment of the log that new records cover."""
-        manifest = generation.manifest
+        manifest = writer.manifest
         self.spec = dataclasses.replace(manifest.spec(key), created_at=created_at, applied_segment=applied_segment)
         """What each new record must hold."""
         state_spec = manifest.state_spec()
@@ -216,7 +216,7 @@ class StoreUpdate:
     @property
     def manifest(self) -> Manifest:
         """Of the generation, as the last transaction left it."""
-        return self.generation.manifest
+        return self.writer.manifest
 
     def erased(self, keys: Sequence[bytes]) -> NDArray[np.bool_]:
         """Whether each user is erased, [N]."""
@@ -228,7 +228,7 @@ class StoreUpdate:
         Also -1 for a record that is shorter than a header, so that the user is summarized again; it is logged.
         """
         applied = np.full(len(keys), -1, np.int64)
-        for row, header in enumerate(self.generation.headers(keys)):
+        for row, header in enumerate(self.writer.headers(keys)):
             if header is None:
                 continue
             if len(header) < HEADER_BYTES:
@@ -248,11 +248,11 @@ class StoreUpdate:
         Raises:
             StoreError: the records are unchanged (disk full, input/output error); the message has the remedy.
         """
-        self.generation.put(keys, records, states, {})
+        self.writer.put(keys, records, states, {})
 
     def begin(self, log_digest: str) -> None:
         """Record that from now on some records may cover the log up to `applied_segment`."""
-        self.generation.put_manifest(
+        self.writer.put_manifest(
             lambda manifest: dataclasses.replace(manifest, going_to=self.applied_segment, going_to_digest=log_digest)
         )
 
@@ -261,8 +261,8 @@ class StoreUpdate:
 
         On a server, a generation that expires does so `ttl_days` after the last call, at the latest.
         """
-        self.generation.renew()
-        self.generation.put_manifest(
+        self.writer.renew()
+        self.writer.put_manifest(
             lambda manifest: dataclasses.replace(
                 manifest,
                 applied_segment=self.applied_segment,
