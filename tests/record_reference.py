@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from vista.config.checks import Codec
-from vista.store.record_spec import HEADER, CounterLayout
+from vista.store.record import HEADER, CounterLayout
 
 
 def decode_record_reference(

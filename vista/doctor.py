@@ -315,7 +315,7 @@ def check_store(config: DoctorConfig) -> Iterator[Finding]:
     Raises:
         StoreError, ConfigError: the store is missing, damaged, or cannot be reached.
     """
-    from vista.store.shards import stores_in
+    from vista.store.layout import stores_in
 
     for root in [] if config.store is None else stores_in(config.store):
         yield from _check(root, config.model)
@@ -607,7 +607,7 @@ def address_space_finding(most_bytes: int) -> Finding:
     """Judge `ulimit -v`: a store reserves address space that it does not use."""
     if most_bytes == resource.RLIM_INFINITY:
         return Finding("address space", "unlimited")
-    from vista.store.lmdb_environment import MAP_SIZE_BYTES  # needs LMDB, which may be what is missing
+    from vista.store.folder_files import MAP_SIZE_BYTES
 
     advice = "stores cannot reserve address space to grow, so large ones cannot be written; run `ulimit -v unlimited`"
     return _judged("address space", size(most_bytes), most_bytes > 2 * MAP_SIZE_BYTES, advice)

@@ -62,10 +62,9 @@ from vista.model.item_feature_table import ItemFeatureTable
 from vista.model.ranking_model import NEXT_TASK
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
-from vista.refresh.batch_encoder import LogItems, last_times, stored_tail
+from vista.refresh.full import LogItems, last_times, stored_tail
 from vista.scorer import Scorer
-from vista.store import NO_TIMESTAMP
-from vista.store.record import StoredBatch
+from vista.store import NO_TIMESTAMP, StoredBatch
 
 NUM_CANDIDATES = 500
 SMALL, PUBLISHED = (64, 16), (256, 128)

@@ -52,7 +52,7 @@ from vista.log.histories import DAY_MS
 from vista.model.history_states import range_states, reach
 from vista.model.summarizer import merge_states
 from vista.refresh import RefreshReport, refresh, refresh_incremental
-from vista.refresh.batch_encoder import LogItems, from_arrays, read_summaries
+from vista.refresh.full import LogItems, from_arrays, read_summaries
 from vista.store import (
     NO_TIMESTAMP,
     Manifest,
@@ -64,8 +64,8 @@ from vista.store import (
     encode_records,
     user_keys,
 )
+from vista.store.folder_files import MAP_SIZE_BYTES
 from vista.store.layout import environment_path, read_current, state_path
-from vista.store.lmdb_environment import MAP_SIZE_BYTES
 from vista.store.state_record import StateArrays, StateSpec, decode_states, encode_states
 
 SUMMARIZER = hashlib.sha256(b"benchmark").digest()

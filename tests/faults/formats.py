@@ -34,7 +34,7 @@ from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer
 from vista.store import StoreReader, user_keys
-from vista.store.tombstones import Tombstones
+from vista.store.folder_files import Tombstones
 from vista.store.writer import erase
 from vista.training.checkpoint import latest_checkpoint, load_checkpoint
 

@@ -46,7 +46,8 @@ from vista.errors import VistaError, shortened
 from vista.installation import source_commit
 from vista.log import segment_files
 from vista.model import saved_model
-from vista.store import record_spec, state_record
+from vista.store.record import FORMAT_VERSION as RECORD_VERSION
+from vista.store.state_record import FORMAT_VERSION as STATE_VERSION
 from vista.training import checkpoint
 
 WORK = Path(__file__).parents[2] / ".faults"
@@ -263,8 +264,8 @@ def formats() -> dict[str, int]:
     """Versions of the formats of files that the promises are about."""
     return {
         "log": segment_files.VERSION,
-        "record": record_spec.FORMAT_VERSION,
-        "state": state_record.FORMAT_VERSION,
+        "record": RECORD_VERSION,
+        "state": STATE_VERSION,
         "model": saved_model.FORMAT_VERSION,
         "checkpoint": checkpoint.FORMAT_VERSION,
     }

@@ -27,9 +27,8 @@ from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh, refresh_incremental
 from vista.store import StoreReader, user_keys
 from vista.store.admin import compact_store, copy_generation, roll_back, verify_store
-from vista.store.layout import list_generations
-from vista.store.shards import Shard
-from vista.store.tombstones import Tombstones
+from vista.store.folder_files import Tombstones
+from vista.store.layout import Shard, list_generations
 from vista.store.writer import erase
 from vista.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from vista.training.log_schema import schema_of

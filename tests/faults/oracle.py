@@ -20,12 +20,12 @@ from tests.record_reference import decode_record_reference
 from vista.counters.counters import CounterCodes, CounterSpec
 from vista.errors import StoreError
 from vista.store import StoreReader, StoreWriter, Tail, UserSummaries, encode_records, user_keys
+from vista.store.folder_files import open_environment
 from vista.store.keys import CURSOR_KEY, MANIFEST_KEY
 from vista.store.layout import environment_path
-from vista.store.lmdb_environment import open_environment
 from vista.store.manifest import Manifest
-from vista.store.record import StoredBatch
-from vista.store.record_spec import CounterLayout, RecordSpec, TailColumn
+from vista.store.reader import StoredBatch
+from vista.store.record import CounterLayout, RecordSpec, TailColumn
 
 SUMMARIZER = bytes(range(32))
 COUNTERS = CounterLayout.of(CounterSpec(keys=(4,)), [60_000])
@@ -68,7 +68,7 @@ class Run:
             total_users=self.total,
             run_digest=f"log of salt {self.salt}",
             counters=COUNTERS.to_dict(),
-            tail_columns=[column.to_dict() for column in TAIL_COLUMNS],
+            tail_columns=[dataclasses.asdict(column) for column in TAIL_COLUMNS],
             created_at=CREATED_AT + self.salt,
             **options,
         )

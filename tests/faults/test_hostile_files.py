@@ -49,7 +49,7 @@ from vista.scorer import Scorer
 from vista.store import StoreReader
 from vista.store.admin import store_stats, verify_store
 from vista.store.keys import MANIFEST_KEY
-from vista.store.record_spec import read_key
+from vista.store.record_encoding import read_key
 from vista.training import checkpoint
 from vista.training.checkpoint import latest_checkpoint, load_checkpoint
 from vista.training.trainer import train

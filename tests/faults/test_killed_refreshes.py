@@ -31,7 +31,7 @@ from vista.log.segment_files import DEAD_LETTERS_FILE
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh, refresh_incremental
 from vista.store import StoreReader
-from vista.store.lmdb_environment import SharedEnvironment
+from vista.store.folder_generation import SharedEnvironment
 
 
 def first_generation(folder: Path, *, counters: bool) -> VistaModel:

@@ -28,7 +28,7 @@ from vista.errors import StoreUnavailableError
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh, refresh_incremental
-from vista.store import StoreReader, lmdb_environment, server_generation, user_keys
+from vista.store import StoreReader, folder_generation, server_generation, user_keys
 from vista.store.admin import copy_generation
 from vista.store.layout import parse_pointer
 from vista.store.server_generation import ServerWriter
@@ -151,7 +151,7 @@ def copy(say: Say, source: str, target: str, kill_call: int, *kill: Any) -> list
     Returns:
         The numbers of requests to servers and of such system calls.
     """
-    lmdb_environment._WALK_USERS = server_generation._BATCH_RECORDS = USERS_PER_BATCH
+    folder_generation._WALK_USERS = server_generation._BATCH_RECORDS = USERS_PER_BATCH
     requests = CountedRequests(*kill)
     preload.watch(target)
     preload.die_at(kill_call)

@@ -27,8 +27,9 @@ from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh, refresh_incremental
 from vista.store import StoreReader
 from vista.store.admin import compact_store, verify_store
+from vista.store.folder_files import committed_size, open_environment
+from vista.store.folder_generation import SharedEnvironment
 from vista.store.layout import environment_path, read_current
-from vista.store.lmdb_environment import SharedEnvironment, committed_size, open_environment
 from vista.store.writer import erase
 
 PHASES = {"open": "between batches", "begin": "between begin and commit", "ack": "between batches"}

@@ -40,8 +40,8 @@ from tests.faults.oracle import Run
 from tests.faults.preload import Call
 from vista.errors import VistaError
 from vista.store import StoreReader, user_keys
+from vista.store.folder_files import Tombstones
 from vista.store.layout import last_complete
-from vista.store.tombstones import Tombstones
 from vista.training.checkpoint import latest_checkpoint, load_checkpoint
 
 Job = Callable[..., Any]

@@ -20,9 +20,9 @@ from tests.faults.oracle import CREATED_AT, SUMMARIZER, Run
 from vista.counters.counters import CounterTable
 from vista.store import StoreReader, user_keys
 from vista.store.admin import verify_store
+from vista.store.folder_files import open_environment
 from vista.store.layout import environment_path, state_path
-from vista.store.lmdb_environment import open_environment
-from vista.store.record_spec import RecordSpec
+from vista.store.record import RecordSpec
 from vista.store.state_record import StateArrays, StateSpec, encode_states
 from vista.store.writer import StoreUpdate
 

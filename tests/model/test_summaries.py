@@ -21,7 +21,8 @@ from vista.model.features import Schema
 from vista.model.history_states import embed, history_states
 from vista.model.summarizer import Stage1Config, Summarizer, clusters
 from vista.model.vista_model import VistaModel
-from vista.store.record_spec import dequantize_rows, quantize_rows
+from vista.store.record import dequantize_rows
+from vista.store.record_encoding import quantize_rows
 
 
 def formula(model: VistaModel, history: Histories) -> Tensor:

@@ -27,8 +27,8 @@ from vista.model.features import RowFeatureReader, Schema
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh
 from vista.store import StoreReader
+from vista.store.folder_generation import SharedEnvironment
 from vista.store.layout import environment_path
-from vista.store.lmdb_environment import SharedEnvironment
 
 HOUR = 3_600_000
 START = 1_700_000_000_000
@@ -130,11 +130,8 @@ def fail_at(patch: pytest.MonkeyPatch, owner: type, name: str, number: int, erro
 
 def contents(store: Path, generation: int = 1) -> dict[bytes, bytes]:
     """All keys and values of a generation's summaries, with its manifest and cursor."""
-    shared = SharedEnvironment.acquire(environment_path(store, generation))
-    try:
+    with SharedEnvironment.acquire(environment_path(store, generation)) as shared:
         return shared.read(lambda transaction: {bytes(key): bytes(value) for key, value in transaction.cursor()})
-    finally:
-        shared.release()
 
 
 def assert_same(path: str | Path, expected: Path, atol: float) -> None:

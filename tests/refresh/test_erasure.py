@@ -23,8 +23,8 @@ from vista.log.event_log import EventLog
 from vista.refresh import RefreshOptions, erase, refresh, refresh_incremental
 from vista.store import StoreReader, StoreWriter
 from vista.store.admin import compact_store, copy_generation, roll_back, verify_store
-from vista.store.folder_generation import FolderBuilder
-from vista.store.lmdb_environment import SharedEnvironment
+from vista.store.folder_generation import SharedEnvironment
+from vista.store.folder_writer import FolderBuilder
 from vista.store.parquet import export_store, import_store
 
 

@@ -27,12 +27,11 @@ from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, erase, refresh, refresh_incremental
 from vista.store import StoreReader, user_keys
 from vista.store.admin import compact_store, verify_store
-from vista.store.layout import environment_path
-from vista.store.lmdb_environment import SharedEnvironment
+from vista.store.folder_generation import SharedEnvironment
+from vista.store.layout import Shard, environment_path
 from vista.store.parquet import export_store
-from vista.store.record import encode_counters
-from vista.store.record_spec import CounterLayout
-from vista.store.shards import Shard
+from vista.store.record import CounterLayout
+from vista.store.record_encoding import encode_counters
 from vista.store.writer import StoreUpdate
 
 COUNTERS = {"counters": True, "counter_keys": 6, "counter_days": [2.0, 30.0], "counter_events": [5.0]}
@@ -149,10 +148,9 @@ def test_a_record_that_is_shorter_than_a_header(tmp_path, grow, caplog, size):
     model = grow.model()
     log = grow.append(tmp_path / "log", grow.events({1: 7, 2: 8, 3: 9}))
     store = full(model, log, tmp_path / "store")
-    shared = SharedEnvironment.acquire(environment_path(store, 1), writable=True)
-    for key in user_keys([1, 2]):
-        shared.write(lambda transaction, key=key: transaction.put(key, bytes(transaction.get(key)[:size])))
-    shared.release()
+    with SharedEnvironment.acquire(environment_path(store, 1), writable=True) as shared:
+        for key in user_keys([1, 2]):
+            shared.write(lambda transaction, key=key: transaction.put(key, bytes(transaction.get(key)[:size])))
     with StoreReader.open(store) as opened, pytest.raises(RecordError, match=r"record of user 1 .* length is"):
         opened.get_many([1])
     log = grow.later(tmp_path / "log", {1: 2, 3: 1})
@@ -334,7 +332,7 @@ def test_verification_tolerates_as_many_missing_states_as_a_refresh(tmp_path, gr
         with StoreUpdate.open(
             tmp_path / "store", summarizer_id=model.summarizer_id(), applied_segment=log.last_segment, created_at=2
         ) as update:
-            update.remove_states(user_keys(users))
+            update.writer.remove_states(user_keys(users))
             update.finish()
         assert verify_store(tmp_path / "store").num_problems == num_problems
     assert "holds 19 states for 30 records" in str(verify_store(tmp_path / "store"))

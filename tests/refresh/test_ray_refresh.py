@@ -36,12 +36,12 @@ from vista.errors import (
 )
 from vista.log.event_log import EventLog
 from vista.refresh import RefreshOptions, refresh
-from vista.refresh.batch_encoder import BatchEncoder, StageClock
+from vista.refresh.full import BatchEncoder, StageClock
 from vista.refresh.ray_engine import ActorJob, ActorResult, RefreshActor, log_digest
 from vista.store import StoreReader
+from vista.store.folder_generation import SharedEnvironment
 from vista.store.layout import environment_path, state_path
-from vista.store.lmdb_environment import SharedEnvironment
-from vista.store.record_spec import RecordSpec
+from vista.store.record import RecordSpec
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
 ray_engine = import_module("vista.refresh.ray_engine")
@@ -100,11 +100,8 @@ def contents(store: Path) -> dict[str, dict[bytes, bytes]]:
     """All keys and values of generation 1, with its manifest and cursor."""
     found = {}
     for path in filter(Path.exists, (environment_path(store, 1), state_path(store, 1))):
-        shared = SharedEnvironment.acquire(path)
-        try:
+        with SharedEnvironment.acquire(path) as shared:
             found[path.name] = shared.read(lambda transaction: {bytes(k): bytes(v) for k, v in transaction.cursor()})
-        finally:
-            shared.release()
     return found
 
 

@@ -21,7 +21,8 @@ from tests.refresh.conftest import contents
 from vista.refresh import refresh
 from vista.scorer import Scorer
 from vista.store import StoreReader
-from vista.store.shards import Shard, open_store
+from vista.store.layout import Shard
+from vista.store.reader import open_store
 
 ROOT = Path(__file__).parents[2]
 CODE = [

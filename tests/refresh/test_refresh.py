@@ -30,11 +30,11 @@ from vista.log.splits import visible_counts
 from vista.model import inference
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, RefreshReport, refresh, refresh_incremental
-from vista.refresh.batch_encoder import STAGES
+from vista.refresh.full import STAGES
 from vista.scorer import Scorer
 from vista.store import NO_TIMESTAMP, StoreReader, StoreWriter
 from vista.store.keys import event_digests, item_keys
-from vista.store.record import CLOCK_SKEW_MS
+from vista.store.reader import CLOCK_SKEW_MS
 from vista.training.log_schema import schema_of
 
 

@@ -18,10 +18,10 @@ from vista.refresh import RefreshOptions, forget, merge, merging, refresh, refre
 from vista.scorer import Scorer
 from vista.store import StoreReader, user_keys
 from vista.store.admin import copy_generation
-from vista.store.layout import environment_path
+from vista.store.folder_files import Tombstones
+from vista.store.layout import Shard, environment_path, stores_in, users_by_store
 from vista.store.parquet import export_store, import_store
-from vista.store.shards import Shard, ShardedReader, open_store, stores_in, users_by_store
-from vista.store.tombstones import Tombstones
+from vista.store.reader import ShardedReader, open_store
 from vista.store.writer import StoreUpdate
 
 
@@ -154,7 +154,7 @@ def test_merge_refuses_outdated_and_incomplete_parts(tmp_path, grow):
     with StoreUpdate.open(
         tmp_path / "store", summarizer_id=model.summarizer_id(), applied_segment=2, created_at=0
     ) as update:  # as an incremental refresh does if it cannot store the summary
-        update.remove_states(user_keys([1]))
+        update.writer.remove_states(user_keys([1]))
     with pytest.raises(StoreError, match=r"has no state of user 1; refresh that store in full"):
         merge(model, [(tmp_path / "store", log)], tmp_path / "merged")
     assert not (tmp_path / "merged" / "CURRENT").exists()

@@ -30,7 +30,8 @@ from vista.log.segment_writer import locked_log
 from vista.refresh import RefreshOptions, refresh
 from vista.refresh.watch import FileVersion, RefusedFiles, Watch
 from vista.store import StoreReader
-from vista.store.shards import Shard, open_store
+from vista.store.layout import Shard
+from vista.store.reader import open_store
 from vista.store.writer import StoreUpdate
 
 

@@ -26,9 +26,9 @@ from vista.errors import (
     UserKeyError,
 )
 from vista.scorer import Scorer, Tail
+from vista.store.folder_files import open_environment
 from vista.store.keys import user_keys
 from vista.store.layout import environment_path
-from vista.store.lmdb_environment import open_environment
 
 pytestmark = pytest.mark.usefixtures("no_warnings")
 ATOL = 2e-5

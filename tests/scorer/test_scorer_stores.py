@@ -38,7 +38,7 @@ from vista.refresh import erase, refresh
 from vista.scorer import Scorer
 from vista.scorer.scorer import LATENCY_BOUNDS_MS, AnswerSource, ScorerStats
 from vista.store.admin import compact_store
-from vista.store.shards import Shard
+from vista.store.layout import Shard
 from vista.training.log_schema import schema_of
 
 Call = Callable[[Scorer], object]

@@ -38,7 +38,7 @@ from vista.serve.service_metrics import ServiceMetrics
 from vista.serve.shared import shared_numbers
 from vista.serve.worker_pool import WorkerPool, _Worker
 from vista.store.admin import copy_generation
-from vista.store.record_spec import read_key
+from vista.store.record_encoding import read_key
 from vista.store.writer import erase
 
 ATTEMPTS = 6
@@ -220,6 +220,10 @@ def test_a_server_of_the_store_that_stops(served: Served, tmp_path: Path) -> Non
             assert service.fetch("/healthz")[0] == 200
             server.start()
             until(lambda: service.fetch("/readyz")[0] == 200)
+            assert service.fetch("/v1/score", asked) == before
+            server.command("FLUSHALL")
+            assert service.fetch("/v1/score", asked)[0] == service.fetch("/readyz")[0] == 503
+            copy_generation(served.store, server.url())
             assert service.fetch("/v1/score", asked) == before
     finally:
         server.kill()

@@ -21,7 +21,7 @@ from vista.errors import StoreError
 from vista.store import Manifest, RecordSpec, StoreReader, StoreWriter, Tail, UserSummaries, encode_records, user_keys
 from vista.store.backend import Folder
 from vista.store.layout import environment_path, read_current
-from vista.store.record_spec import CounterLayout, TailColumn
+from vista.store.record import CounterLayout, TailColumn
 from vista.store.writer import StoreUpdate
 
 NUM_TOKENS, DIM = 2, 8

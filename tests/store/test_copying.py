@@ -17,7 +17,8 @@ from tests.store.conftest import KEY, damage_record, records, write_generations
 from vista.errors import StoreBusyError, StoreError, StoreLockedError
 from vista.store import StoreReader, user_keys
 from vista.store.admin import compact_store, copy_generation, verify_store
-from vista.store.folder_generation import FolderBuilder, FolderGeneration
+from vista.store.folder_generation import FolderGeneration
+from vista.store.folder_writer import FolderBuilder
 from vista.store.layout import environment_path, list_generations, read_current
 from vista.store.parquet import export_store, import_store
 from vista.store.reader import published_manifest

@@ -18,8 +18,7 @@ from vista.config.checks import Codec
 from vista.errors import RecordError, StoreError, UserKeyError
 from vista.log.histories import NO_TIMESTAMP
 from vista.store.keys import MAX_KEY_BYTES, user_id, user_key, user_keys
-from vista.store.record import decode_rows, encode_records, read_records
-from vista.store.record_spec import (
+from vista.store.record import (
     HEADER,
     HEADER_BYTES,
     MAX_RECORD_BYTES,
@@ -27,9 +26,11 @@ from vista.store.record_spec import (
     Tail,
     TailColumn,
     UserColumn,
+    decode_rows,
     dequantize_rows,
-    quantize_rows,
+    read_records,
 )
+from vista.store.record_encoding import encode_records, quantize_rows
 from vista.store.state_record import UserSummaries
 
 SPEC = RecordSpec(bytes(range(32)), 7, 2, 4, Codec.int8, created_at=1_700_000_000_123, applied_segment=3)

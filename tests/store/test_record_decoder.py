@@ -24,8 +24,8 @@ from vista.errors import RecordError
 from vista.refresh import refresh
 from vista.store.keys import user_keys
 from vista.store.reader import StoreReader
-from vista.store.record import decode_rows, encode_records, read_records
-from vista.store.record_spec import CODEC_NUMBERS, HEADER_BYTES, KEY_VARIABLE, RecordSpec, key_id
+from vista.store.record import CODEC_NUMBERS, HEADER_BYTES, RecordSpec, decode_rows, read_records
+from vista.store.record_encoding import KEY_VARIABLE, encode_records, key_id
 
 SOURCES = Path(__file__).parents[2] / "docs" / "reference"
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]

@@ -20,8 +20,9 @@ from vista.counters.counters import CounterSpec
 from vista.errors import RecordError, StoreError, StoreWriteError
 from vista.store import StoreReader
 from vista.store.admin import compact_store, roll_back, store_stats, verify_store
+from vista.store.folder_files import committed_size, open_environment
+from vista.store.folder_generation import _Gate
 from vista.store.layout import environment_path, read_current
-from vista.store.lmdb_environment import _Gate, committed_size, open_environment
 from vista.store.manifest import Manifest
 from vista.store.writer import erase
 
@@ -162,7 +163,7 @@ def test_a_store_that_lost_most_of_its_users_at_once_opens(tmp_path, build, monk
     users, data = np.random.default_rng(0).permutation(600).tolist(), environment_path(tmp_path, 1) / "data.mdb"
     with monkeypatch.context() as patch:
         if killed:
-            patch.setattr("vista.store.lmdb_environment.complete_size", lambda folder: None)
+            patch.setattr("vista.store.folder_generation.complete_size", lambda folder: None)
         erase(tmp_path, users[:570])
     size, expected = committed_size(data)
     assert size < expected if killed else size == expected
@@ -179,9 +180,9 @@ def test_lmdb_without_a_lock_file(tmp_path, build, monkeypatch):
     build.write_store(tmp_path)
     (environment_path(tmp_path, 1) / "lock.mdb").unlink()
     lmdb_open = lmdb.open
-    monkeypatch.setattr("vista.store.lmdb_environment._make_reader_table", lambda path: None)
+    monkeypatch.setattr("vista.store.folder_files._make_reader_table", lambda path: None)
     monkeypatch.setattr(
-        "vista.store.lmdb_environment.lmdb.open", lambda *a, **options: lmdb_open(*a, **options, lock=False)
+        "vista.store.folder_files.lmdb.open", lambda *a, **options: lmdb_open(*a, **options, lock=False)
     )
     assert all(found(tmp_path, range(40)))
     assert not (environment_path(tmp_path, 1) / "lock.mdb").exists()
@@ -195,7 +196,7 @@ def test_a_file_that_cannot_be_extended(tmp_path, build, monkeypatch):
         raise OSError(errno.EIO, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr("vista.store.lmdb_environment.complete_size", fail)
+        patch.setattr("vista.store.folder_generation.complete_size", fail)
         with pytest.raises(StoreWriteError, match=r"cannot be written: .*Input/output error"):
             erase(tmp_path, users[:570])
     erase(tmp_path, users[:570])

@@ -19,8 +19,11 @@ from vista.errors import ConfigError, StoreError, StoreWriteError
 from vista.refresh.full import RefreshProgress
 from vista.store import StoreReader, StoreWriter, Tail, UserSummaries, encode_records, user_keys
 from vista.store.admin import compact_store, copy_generation, roll_back, store_stats, verify_store
+from vista.store.folder_files import open_environment
+from vista.store.folder_generation import SharedEnvironment
 from vista.store.keys import CURSOR_KEY, MANIFEST_KEY
 from vista.store.layout import (
+    Shard,
     entries_like_generations,
     environment_path,
     generation_path,
@@ -29,12 +32,12 @@ from vista.store.layout import (
     next_number,
     pointer_to,
     read_current,
+    shards_in,
     state_path,
+    stores_in,
 )
-from vista.store.lmdb_environment import SharedEnvironment, open_environment
 from vista.store.manifest import Manifest
-from vista.store.record_spec import read_key
-from vista.store.shards import Shard, shards_in, stores_in
+from vista.store.record_encoding import read_key
 from vista.store.state_record import StateArrays, encode_states
 from vista.store.writer import erase
 

@@ -228,7 +228,7 @@ def test_a_limited_address_space_gets_a_smaller_map(tmp_path, build):
         messages: list[str] = []
         handler = logging.Handler()
         handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-        logging.getLogger("vista.store.lmdb_environment").addHandler(handler)
+        logging.getLogger("vista.store.folder_files").addHandler(handler)
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + (8 << 30), resource.RLIM_INFINITY))
         return build.write_store(tmp_path).count, messages

@@ -15,9 +15,9 @@ from tests.store.conftest import write_generations
 from vista.errors import StoreError, SummarizerMismatchError, UserKeyError
 from vista.store import NO_TIMESTAMP, StoreReader, Tail, UserSummaries, encode_records, user_keys
 from vista.store.admin import roll_back
-from vista.store.layout import environment_path, last_complete, list_generations, pointer_to, read_current
-from vista.store.lmdb_environment import SharedEnvironment
-from vista.store.shards import Shard, open_store
+from vista.store.folder_generation import SharedEnvironment
+from vista.store.layout import Shard, environment_path, last_complete, list_generations, pointer_to, read_current
+from vista.store.reader import open_store
 
 TOTAL = 40
 
@@ -227,9 +227,8 @@ def test_a_wrong_count_is_not_published(tmp_path, build):
     build.write_store(tmp_path)
     with build.open_writer(tmp_path, run_digest="log-2") as writer:
         build.put_users(writer, range(TOTAL))
-        environment = SharedEnvironment.acquire(environment_path(tmp_path, 2), writable=True)
-        environment.write(lambda transaction: transaction.delete(user_keys([7])[0]))
-        environment.release()
+        with SharedEnvironment.acquire(environment_path(tmp_path, 2), writable=True) as environment:
+            environment.write(lambda transaction: transaction.delete(user_keys([7])[0]))
         with pytest.raises(StoreError, match="holds 39 records, but 40 records, or other ones, were written"):
             writer.publish()
     assert list_generations(tmp_path) == [1] and read_current(tmp_path) == 1

@@ -21,8 +21,8 @@ from vista.errors import ConfigError, RecordError, StoreError
 from vista.store import NO_TIMESTAMP, StoreReader, Tail, UserSummaries, encode_records, user_keys
 from vista.store.admin import compact_store, copy_generation, roll_back, store_stats, verify_store
 from vista.store.layout import environment_path
-from vista.store.record import decode_rows, read_records
-from vista.store.record_spec import KEY_VARIABLE, RecordSpec, key_id, read_key
+from vista.store.record import RecordSpec, decode_rows, read_records
+from vista.store.record_encoding import KEY_VARIABLE, key_id, read_key
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 OTHER = bytes(32)

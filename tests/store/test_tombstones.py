@@ -19,13 +19,13 @@ import xxhash
 from tests.faults.disk_images import File
 from tests.store.conftest import found, write_generations
 from vista.errors import StoreLockedError, StoreWriteError
-from vista.store import RecordSpec, StoreReader, StoreWriter, backend, tombstones, user_keys
+from vista.store import RecordSpec, StoreReader, StoreWriter, backend, user_keys
 from vista.store.admin import roll_back, verify_store
 from vista.store.backend import Folder
-from vista.store.folder_generation import FolderWriter
+from vista.store.folder_files import Tombstones, check_structure, erasure_lock, unpacked
+from vista.store.folder_generation import SharedEnvironment
+from vista.store.folder_writer import FolderWriter
 from vista.store.layout import environment_path, read_current
-from vista.store.lmdb_environment import SharedEnvironment, check_structure
-from vista.store.tombstones import Tombstones, erasure_lock, unpacked
 from vista.store.writer import erase
 
 TOTAL = 40
@@ -99,7 +99,7 @@ def test_waiting_for_an_erasure_has_a_deadline(tmp_path, build):
     build.write_store(tmp_path)
     refused = rf"process {os.getpid()} has been erasing users or publishing.*wait for it or kill it"
     with StoreReader.open(tmp_path) as store:
-        with tombstones.erasure_lock(tmp_path):
+        with erasure_lock(tmp_path):
             with all_put(build, tmp_path) as writer, pytest.raises(StoreLockedError, match=refused):
                 writer.publish(wait_s=0.1)
             with pytest.raises(StoreLockedError, match=refused):
@@ -116,7 +116,7 @@ def test_waiting_for_an_erasure_has_a_deadline(tmp_path, build):
 def test_a_publication_finishes_an_erasure_that_was_killed_after_its_tombstone(tmp_path, build):
     build.write_store(tmp_path)
     with all_put(build, tmp_path) as writer:
-        with tombstones.erasure_lock(tmp_path):
+        with erasure_lock(tmp_path):
             Tombstones(tmp_path).add(user_keys([7]))
         writer.publish()
     assert found(tmp_path, [7, 8]) == [False, True]
@@ -140,7 +140,7 @@ def test_a_failed_erasure_is_reported_and_can_be_repeated(tmp_path, build, monke
     assert polled.erased(user_keys([7])) == [False]
     assert found(tmp_path, [7]) == [True]
     # A process that is killed after the rename leaves a name that may not be on the disk. The next erasure syncs it.
-    with tombstones.erasure_lock(tmp_path):
+    with erasure_lock(tmp_path):
         Tombstones(tmp_path).add(user_keys([9]))
     assert polled.erased(user_keys([7, 9])) == [False, True]
 
@@ -158,7 +158,7 @@ def test_an_erasure_that_the_disk_did_not_keep_is_reported(tmp_path, build, monk
     build.write_store(tmp_path)
     erase(tmp_path, [1])
     written = (tmp_path / "tombstones").read_bytes()
-    monkeypatch.setattr("vista.store.tombstones.replace_file", lambda *_: None)
+    monkeypatch.setattr("vista.store.folder_files.replace_file", lambda *_: None)
     with pytest.raises(StoreWriteError, match="some of these users are missing from it after the write"):
         erase(tmp_path, [1, 2])
     assert (tmp_path / "tombstones").read_bytes() == written

@@ -25,9 +25,9 @@ from vista.model.inference import LogUsers, user_feature_vectors
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, merge, refresh, refresh_incremental
 from vista.scorer import Scorer
+from vista.store.layout import Shard
 from vista.store.parquet import export_store, import_store
-from vista.store.reader import StoreReader
-from vista.store.shards import Shard, ShardedReader
+from vista.store.reader import ShardedReader, StoreReader
 from vista.training.trainer import Trainer, train
 
 EXACT = RefreshOptions(codec=Codec.float32)

@@ -131,7 +131,7 @@ def run_export(config: ExportConfig) -> ExportReport:
     """
     from vista.device import cpu_settings
     from vista.export.export import export
-    from vista.store.record_spec import read_key
+    from vista.store.record_encoding import read_key
 
     with cpu_settings(config.num_threads):
         return export(

@@ -34,8 +34,8 @@ def run_refresh(config: RefreshConfig) -> RefreshReport:
     from vista.log.event_log import EventLog
     from vista.model.vista_model import VistaModel
     from vista.refresh import refresh, refresh_incremental
-    from vista.store.record_spec import read_key
-    from vista.store.shards import Shard
+    from vista.store.layout import Shard
+    from vista.store.record_encoding import read_key
 
     keep_freed_memory()
     with cpu_settings(config.num_threads):
@@ -120,7 +120,7 @@ def run_score(config: ScoreConfig) -> str:
     from vista.log.vocabulary import ids_of_words
     from vista.model.ranking_model import UNKNOWN_ITEM
     from vista.scorer.scorer import Scorer
-    from vista.store.record_spec import read_key
+    from vista.store.record_encoding import read_key
 
     if not config.users:
         raise ConfigError("users: name at least one user, such as users=[1,2]")

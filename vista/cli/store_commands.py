@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 def run_store_stats(config: StoreStatsConfig) -> str:
     """`vista store stats`; errors as of `store_stats`."""
     from vista.store.admin import store_stats
-    from vista.store.shards import stores_in
+    from vista.store.layout import stores_in
 
     return _lines(store_stats(root) for root in stores_in(config.store))
 
@@ -56,8 +56,8 @@ def run_store_verify(config: StoreVerifyConfig) -> str:
         StoreError: there are problems; the message lists the first ones.
     """
     from vista.store.admin import verify_store
-    from vista.store.record_spec import read_key
-    from vista.store.shards import stores_in
+    from vista.store.layout import stores_in
+    from vista.store.record_encoding import read_key
 
     key = read_key(config.authentication_key_file)
     reports = [verify_store(root, key=key) for root in stores_in(config.store)]
@@ -69,8 +69,8 @@ def run_store_verify(config: StoreVerifyConfig) -> str:
 def run_store_compact(config: StoreCompactConfig) -> str:
     """`vista store compact`; errors as of `compact_store`."""
     from vista.store.admin import compact_store
-    from vista.store.record_spec import read_key
-    from vista.store.shards import stores_in
+    from vista.store.layout import stores_in
+    from vista.store.record_encoding import read_key
 
     key = read_key(config.authentication_key_file)
     return _lines(compact_store(root, key=key) for root in stores_in(config.store))
@@ -79,17 +79,17 @@ def run_store_compact(config: StoreCompactConfig) -> str:
 def run_store_rollback(config: StoreRollbackConfig) -> str:
     """`vista store rollback`; errors as of `roll_back`."""
     from vista.store.admin import roll_back
-    from vista.store.record_spec import read_key
-    from vista.store.shards import stores_in
+    from vista.store.layout import stores_in
+    from vista.store.record_encoding import read_key
 
     return _lines(roll_back(*stores_in(config.store), to=config.to, key=read_key(config.authentication_key_file)))
 
 
 def run_store_export(config: StoreExportConfig) -> str:
     """`vista store export`; writes one file per shard of a sharded store. Errors as of `export_store`."""
+    from vista.store.layout import shards_in, stores_in
     from vista.store.parquet import export_store
-    from vista.store.record_spec import read_key
-    from vista.store.shards import shards_in, stores_in
+    from vista.store.record_encoding import read_key
 
     key, out, stores = read_key(config.authentication_key_file), Path(config.out), stores_in(config.store)
     sharded = bool(shards_in(config.store))
@@ -105,7 +105,7 @@ def run_store_export(config: StoreExportConfig) -> str:
 def run_store_import(config: StoreImportConfig) -> PublishReport:
     """`vista store import`; errors as of `import_store`."""
     from vista.store.parquet import import_store
-    from vista.store.record_spec import read_key
+    from vista.store.record_encoding import read_key
 
     key = read_key(config.authentication_key_file)
     return import_store(config.file, config.store, key=key, shared_with_group=config.shared_with_group)
@@ -118,8 +118,8 @@ def run_store_copy(config: StoreCopyConfig) -> str:
         ConfigError: no target folder is named.
     """
     from vista.store.admin import copy_generation
-    from vista.store.record_spec import read_key
-    from vista.store.shards import shards_in, stores_in
+    from vista.store.layout import shards_in, stores_in
+    from vista.store.record_encoding import read_key
 
     if not config.to:
         raise ConfigError(
@@ -154,8 +154,8 @@ def run_store_erase(config: StoreEraseConfig) -> str:
     from vista.log.deletions import erase_users, rows_to_erase
     from vista.log.event_log import EventLog
     from vista.log.vocabulary import ids_of_words
-    from vista.store.layout import StoreUrl, store_address
-    from vista.store.shards import user_kind, users_by_store
+    from vista.store.layout import StoreUrl, store_address, users_by_store
+    from vista.store.reader import user_kind
     from vista.store.writer import erase
 
     if not config.users:
@@ -191,9 +191,10 @@ def run_store_get(config: StoreGetConfig) -> str:
     from vista.log.vocabulary import ids_of_words
     from vista.store.backend import open_backend
     from vista.store.keys import user_key
+    from vista.store.layout import users_by_store
+    from vista.store.reader import user_kind
     from vista.store.record import read_records
-    from vista.store.record_spec import read_key
-    from vista.store.shards import user_kind, users_by_store
+    from vista.store.record_encoding import read_key
 
     if config.user is None:
         raise ConfigError("user: name a user, such as user=42")

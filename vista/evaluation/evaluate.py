@@ -42,9 +42,9 @@ from vista.model.registry import load_model
 from vista.model.saved_model import CONFIG_FILE
 from vista.model.vista_model import VistaModel
 from vista.ranks import ALONE, Ranks
-from vista.refresh import check_log, check_requests
+from vista.refresh import check_log
 from vista.scorer import Scorer
-from vista.store.record_spec import read_key
+from vista.store.record_encoding import read_key
 from vista.text_table import fitted
 
 
@@ -209,8 +209,7 @@ def _check(model: RankingModel, log: EventLog, config: EvaluateConfig) -> None:
         )
     if config.recall and not (isinstance(model, VistaModel) and model.decoder is not None):
         raise ConfigError("recall=true: this model has no summaries; set recall=false")
-    check_log(model, log)
-    check_requests(model, log)
+    check_log(model, log, requests=True)
 
 
 def check_store(scorer: Scorer, config: EvaluateConfig) -> None:

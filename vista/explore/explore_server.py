@@ -18,7 +18,7 @@ from pathlib import Path
 from vista.config import ExploreConfig
 from vista.installation import require_module
 from vista.machine import bound_socket
-from vista.store.record_spec import read_key
+from vista.store.record_encoding import read_key
 
 logger = logging.getLogger(__name__)
 HOST = "127.0.0.1"

@@ -15,7 +15,7 @@ from vista.errors import ConfigError, UnfinishedError
 from vista.explore.workspace import Workspace, escaped, record_of
 from vista.scorer import Explanation, Ranking, Scorer
 from vista.store.backend import open_backend
-from vista.store.record_spec import Tail
+from vista.store.record import Tail
 
 HOUR_MS = 3_600_000
 LISTED = 1_000

@@ -64,8 +64,8 @@ from vista.log.inspection import LogStats
 from vista.runs.run_list import better_values, is_run
 from vista.scorer import Scorer
 from vista.store.admin import verify_store
-from vista.store.record_spec import read_key
-from vista.store.shards import stores_in
+from vista.store.layout import stores_in
+from vista.store.record_encoding import read_key
 
 SHOWN_ROWS = 40
 TABLE_HEIGHT = 318

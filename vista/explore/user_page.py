@@ -19,9 +19,9 @@ from vista.log.splits import Until, parse_until
 from vista.scorer import Scorer
 from vista.store.admin import GenerationStats, StoreStats, store_stats
 from vista.store.backend import open_backend
+from vista.store.layout import stores_in
 from vista.store.manifest import Manifest
-from vista.store.record import StoredBatch
-from vista.store.shards import stores_in
+from vista.store.reader import StoredBatch
 
 SECONDS_PER_DAY = 86_400
 NUM_BINS = 60

@@ -27,8 +27,8 @@ from vista.log.vocabulary import Vocabulary, ids_of_words
 from vista.runs.run_list import read_settings, run_folders
 from vista.scorer import Scorer
 from vista.scorer.serving_source import ServingSource
-from vista.store.record import StoredBatch
-from vista.store.record_spec import read_key
+from vista.store.reader import StoredBatch
+from vista.store.record_encoding import read_key
 
 DEMO = Path("demo")
 """Where `make demo` puts its folders, one per data set."""

@@ -39,8 +39,8 @@ from vista.model.features import MAX_ABS_SCORE, FeatureSpec
 from vista.model.item_projections import ItemProjections
 from vista.model.target_attention import MASKED, SoftmaxLayer, TargetAttention
 from vista.model.vista_model import VistaModel
-from vista.store.record import StoredBatch
-from vista.store.record_spec import Tail
+from vista.store.reader import StoredBatch
+from vista.store.record import Tail
 
 Arrays = dict[str, NDArray[Any]]
 ExportRunner: TypeAlias = Callable[[Arrays], Arrays]

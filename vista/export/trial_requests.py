@@ -29,8 +29,9 @@ from vista.refresh.full import new_manifest
 from vista.scorer.request import Request, with_fresh_events
 from vista.scorer.serving_snapshot import ServingSnapshot
 from vista.store.keys import user_keys
-from vista.store.record import StoredBatch, encode_records
-from vista.store.record_spec import Tail
+from vista.store.reader import StoredBatch
+from vista.store.record import Tail
+from vista.store.record_encoding import encode_records
 from vista.store.state_record import UserSummaries
 from vista.store.writer import StoreWriter
 

@@ -16,9 +16,9 @@ from vista.counters.counters import CounterSpec
 from vista.errors import ConfigError
 from vista.log.segment_files import EVENT_COLUMNS
 from vista.planning.lag_simulation import DAY_S, NUM_DAYS, ArrivalRate, Fleet, LagReport, simulate_lag
-from vista.store.lmdb_environment import MAP_SIZE_BYTES
-from vista.store.record import most_bytes
-from vista.store.record_spec import HEADER_BYTES, CounterLayout, RecordSpec, event_bytes
+from vista.store.folder_files import MAP_SIZE_BYTES
+from vista.store.record import HEADER_BYTES, CounterLayout, RecordSpec, event_bytes
+from vista.store.record_encoding import most_bytes
 from vista.store.state_record import StateSpec, tables_bytes
 from vista.text_table import cores, count, duration, hours, size
 

@@ -11,8 +11,7 @@ transaction per batch.
 """
 
 from vista.config.store_config import RefreshOptions
-from vista.refresh.batch_encoder import check_log, check_requests
-from vista.refresh.full import RefreshReport, refresh
+from vista.refresh.full import RefreshReport, check_log, refresh
 from vista.refresh.incremental import forget, refresh_incremental
 from vista.refresh.merging import merge
 from vista.store.writer import erase
@@ -21,7 +20,6 @@ __all__ = [
     "RefreshOptions",
     "RefreshReport",
     "check_log",
-    "check_requests",
     "erase",
     "forget",
     "merge",

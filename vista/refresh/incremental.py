@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from vista.arrays import Int
 from vista.config.checks import Decay, Precision
 from vista.config.store_config import INCREMENTAL_OPTIONS, SET_BY_FULL_REFRESH, RefreshOptions
+from vista.counters.counters import ItemKeys
 from vista.errors import ConfigError, StoreError
 from vista.log.event_log import EventLog
 from vista.log.features import UserFeatureParts
@@ -40,11 +41,12 @@ from vista.model.history_states import (
 )
 from vista.model.summarizer import SummaryState, merge_states
 from vista.model.vista_model import VistaModel
-from vista.refresh.batch_encoder import (
+from vista.refresh.full import (
     BatchEncoder,
+    RefreshProgress,
+    RefreshReport,
     Tables,
     UserRecords,
-    append_events,
     check_log,
     count_histories,
     encode_users,
@@ -53,14 +55,13 @@ from vista.refresh.batch_encoder import (
     state_of,
     state_without_summary,
     to_arrays,
+    user_columns,
     user_summaries,
 )
-from vista.refresh.full import RefreshProgress, RefreshReport, user_columns
 from vista.store.keys import user_id, user_keys
-from vista.store.layout import StoreUrl
+from vista.store.layout import Shard, StoreUrl, shard_to_write
 from vista.store.manifest import Manifest
 from vista.store.reader import published_manifest
-from vista.store.shards import Shard, shard_to_write
 from vista.store.state_record import StateArrays, rounded
 from vista.store.writer import StoreUpdate
 
@@ -164,9 +165,9 @@ def _changed_users(update: StoreUpdate, log: EventLog, shard: Shard | None) -> t
 
 def _remove_unknown_users(update: StoreUpdate, log: EventLog) -> int:
     count = 0
-    for keys in update.key_batches():
+    for keys in update.writer.key_batches():
         known = log.users.rows([user_id(key) for key in keys]) >= 0
-        count += update.remove([key for key, is_known in zip(keys, known.tolist(), strict=True) if not is_known])
+        count += update.writer.remove([key for key, is_known in zip(keys, known.tolist(), strict=True) if not is_known])
     return count
 
 
@@ -229,7 +230,7 @@ class BatchRefresher:
             with self._run.stage("write"):
                 self._update.put_batch(encoded.keys, encoded.records, encoded.states)
                 # Without a state, a user who failed is recomputed from the log at the next event.
-                self._update.remove_states(sorted(set(self._keys(users)) - set(encoded.keys)))
+                self._update.writer.remove_states(sorted(set(self._keys(users)) - set(encoded.keys)))
         self._run.batch(self._update.manifest.generation, num_users, num_events)
 
     def _keys(self, users: Int) -> list[bytes]:
@@ -244,7 +245,8 @@ class BatchRefresher:
         gone = (self._log.lengths[users] == 0) | erased
         if gone.any():
             with self._run.stage("write"):
-                self._run.counts["removed"] += self._update.remove([keys[row] for row in np.flatnonzero(gone).tolist()])
+                gone_keys = [keys[row] for row in np.flatnonzero(gone).tolist()]
+                self._run.counts["removed"] += self._update.writer.remove(gone_keys)
         return np.compress(~gone, users)
 
     def _skip_current(self, users: Int) -> Int:
@@ -257,7 +259,7 @@ class BatchRefresher:
 
     def _encoded(self, users: Int) -> UserRecords:
         """New records and states of users, who have at least one event each."""
-        found, lengths = self._update.states(self._keys(users)), self._log.lengths
+        found, lengths = self._update.writer.states(self._keys(users)), self._log.lengths
         spec, state_spec = self._update.spec, self._update.state_spec
         if found is None or state_spec is None:  # The generation keeps no states.
             self._run.counts["recomputed"] += len(users)
@@ -345,7 +347,7 @@ class BatchRefresher:
             # The state receives the events that leave the tail, if summaries do not cover the tail.
             history, new = self._items.model_rows(covered_events(self._model, history)), self._items.model_rows(new)
         with self._run.stage("summarize"):
-            counters = append_events(self._model.item_keys, states.counters, new)
+            counters = _append_events(self._model.item_keys, states.counters, new)
             if self._model.summarizer is None:
                 state = state_without_summary(old + new.lengths)
             else:
@@ -403,6 +405,14 @@ class BatchRefresher:
 
     def _to_arrays(self, state: SummaryState, digest: NDArray[np.uint64], counters: Tables) -> StateArrays:
         return to_arrays(state, self._update.applied_segment, digest, counters)
+
+
+def _append_events(keys: ItemKeys | None, tables: Tables, new: Histories) -> Tables:
+    """Counters with the events `new` of the same users added, which follow all earlier ones."""
+    if keys is None:
+        return ()
+    events = zip(tables, keys.of(new.item.astype(np.int64)), strict=True)
+    return tuple(table.appended(key, new.timestamp, new.offsets) for table, key in events)
 
 
 def _user_features(model: VistaModel, log: EventLog) -> Callable[[Int], RowFeatures]:

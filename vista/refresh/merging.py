@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vista.config.checks import Codec, Precision, StateDtype
+from vista.config.checks import Precision, StateDtype
 from vista.config.store_config import RefreshOptions
 from vista.errors import ConfigError, StoreError
 from vista.log.event_log import EventLog
@@ -22,8 +22,9 @@ from vista.model.history_states import merge_histories
 from vista.model.inference import LogUsers
 from vista.model.summarizer import SummaryState
 from vista.model.vista_model import VistaModel
-from vista.refresh.batch_encoder import (
+from vista.refresh.full import (
     LogItems,
+    RefreshReport,
     StageClock,
     UserRecords,
     check_log,
@@ -31,14 +32,15 @@ from vista.refresh.batch_encoder import (
     encode_users,
     from_arrays,
     has_states,
+    new_manifest,
     read_summaries,
     to_arrays,
     user_summaries,
+    write_generation,
 )
-from vista.refresh.full import RefreshReport, new_manifest, write_generation
 from vista.store.keys import user_keys
+from vista.store.layout import check_place
 from vista.store.reader import StoreReader
-from vista.store.shards import check_place
 from vista.store.state_record import UserSummaries
 from vista.store.writer import StoreWriter
 
@@ -146,14 +148,14 @@ def merge(
         first = sources[0].store.manifest
         manifest = new_manifest(
             model,
-            codec=Codec(first.codec),
-            state=StateDtype(first.state_dtype),
+            StateDtype(first.state_dtype),
+            created_at,
+            codec=first.codec,
             until=MERGED,
             applied_segment=0,
             log_digest="",
             total_users=len(users),
             run_digest=_run_digest(sources),
-            created_at=created_at,
         )
         encode_batches = partial(_encode_batches, model.with_frozen("summarizer", Precision.float32), sources, users)
         return write_generation(Path(store), manifest, "merge", encode_batches, options=options, key=key)

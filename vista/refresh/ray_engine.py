@@ -28,8 +28,8 @@ from vista.installation import require_module
 from vista.log.event_log import EventLog
 from vista.machine import usable_cores
 from vista.model.vista_model import VistaModel
-from vista.refresh.batch_encoder import BatchEncoder, StageClock, UserRecords
-from vista.store.record_spec import RecordSpec
+from vista.refresh.full import BatchEncoder, StageClock, UserRecords
+from vista.store.record import RecordSpec
 from vista.store.state_record import StateSpec
 
 

@@ -34,9 +34,9 @@ from vista.log.segment_files import MANIFEST_FILE, StreamPartition, stream_offse
 from vista.model.vista_model import VistaModel
 from vista.refresh.full import RefreshReport
 from vista.refresh.incremental import refresh_incremental
+from vista.store.layout import stores_in
 from vista.store.reader import published_manifest
-from vista.store.record_spec import read_key
-from vista.store.shards import stores_in
+from vista.store.record_encoding import read_key
 
 logger = logging.getLogger(__name__)
 SUFFIXES = (".parquet", ".csv", ".tsv")

@@ -41,7 +41,7 @@ from vista.report.sections import (
     split_section,
     training_section,
 )
-from vista.store.record_spec import read_key
+from vista.store.record_encoding import read_key
 from vista.text_table import fitted
 
 logger = logging.getLogger(__name__)

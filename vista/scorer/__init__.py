@@ -4,6 +4,6 @@ from vista.model.ranking_model import NEXT_TASK
 from vista.scorer.ranking import Explanation, Ranking
 from vista.scorer.scorer import AnswerSource, Scorer, ScorerStats
 from vista.scorer.serving_snapshot import CandidateSet
-from vista.store.record_spec import Tail
+from vista.store.record import Tail
 
 __all__ = ["NEXT_TASK", "AnswerSource", "CandidateSet", "Explanation", "Ranking", "Scorer", "ScorerStats", "Tail"]

@@ -24,8 +24,8 @@ from vista.model.inference import PaddedTail
 from vista.model.ranking_model import RankingModel
 from vista.model.vista_model import VistaModel
 from vista.scorer.request_features import PairFeatures, of_users
-from vista.store.record import StoredBatch
-from vista.store.record_spec import Tail
+from vista.store.reader import StoredBatch
+from vista.store.record import Tail
 
 Tally = Callable[..., None]
 """Adds to counters of `ScorerStats` by name."""

@@ -31,9 +31,8 @@ from vista.scorer.request import MAX_SCORES, Request, ragged_offsets, require_ma
 from vista.scorer.serving_snapshot import CandidateSet, ServingSnapshot
 from vista.scorer.serving_source import Follower, ServingSource, repair_after_fork
 from vista.store.manifest import Manifest
-from vista.store.reader import StoreReader
-from vista.store.record_spec import Tail
-from vista.store.shards import ShardedReader
+from vista.store.reader import ShardedReader, StoreReader
+from vista.store.record import Tail
 
 BUCKETS_PER_OCTAVE = 4
 LATENCY_BOUNDS_MS = tuple(0.0625 * 2 ** (step / BUCKETS_PER_OCTAVE) for step in range(20 * BUCKETS_PER_OCTAVE + 1))

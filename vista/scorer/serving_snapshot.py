@@ -50,10 +50,8 @@ from vista.scorer.request import (
     with_fresh_events,
 )
 from vista.scorer.request_features import PairFeatures
-from vista.store.reader import StoreReader
-from vista.store.record import StoredBatch
-from vista.store.record_spec import Tail
-from vista.store.shards import ShardedReader
+from vista.store.reader import ShardedReader, StoredBatch, StoreReader
+from vista.store.record import Tail
 
 CONTEXT_TOKENS_PER_PASS = 1024
 """Tokens of summaries and tails whose keys and values fit a cache."""

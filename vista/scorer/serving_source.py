@@ -27,9 +27,8 @@ from vista.model.item_projections import ItemProjections
 from vista.model.saved_model import CONFIG_FILE, ModelDescription, SharedTables, opened_model
 from vista.model.vista_model import VistaModel
 from vista.scorer.serving_snapshot import ServingSnapshot
-from vista.store.reader import StoreReader
-from vista.store.record_spec import TailColumn, UserColumn
-from vista.store.shards import ShardedReader, open_store
+from vista.store.reader import ShardedReader, StoreReader, open_store
+from vista.store.record import TailColumn, UserColumn
 
 logger = logging.getLogger(__name__)
 WARNED_SHARE = 0.1

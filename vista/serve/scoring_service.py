@@ -38,8 +38,7 @@ from vista.model.item_index import MANIFEST_FILE
 from vista.model.saved_model import CONFIG_FILE
 from vista.model.vista_model import VistaModel
 from vista.scorer import Ranking, Scorer, Tail
-from vista.store.reader import StoreReader
-from vista.store.shards import ShardedReader
+from vista.store.reader import ShardedReader, StoreReader
 
 logger = logging.getLogger(__name__)
 

@@ -32,7 +32,7 @@ from vista.model.saved_model import SharedTables, tables_of, total_bytes
 from vista.scorer import Scorer
 from vista.serve.scoring_service import ScoringService
 from vista.serve.service_metrics import ServiceMetrics
-from vista.store.record_spec import read_key
+from vista.store.record_encoding import read_key
 
 logger = logging.getLogger(__name__)
 MOST_USERS = 3

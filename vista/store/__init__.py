@@ -3,9 +3,9 @@
 from vista.log.histories import NO_TIMESTAMP
 from vista.store.keys import user_keys
 from vista.store.manifest import Manifest
-from vista.store.reader import StoreReader
-from vista.store.record import StoredBatch, encode_records
-from vista.store.record_spec import RecordSpec, Tail
+from vista.store.reader import StoredBatch, StoreReader
+from vista.store.record import RecordSpec, Tail
+from vista.store.record_encoding import encode_records
 from vista.store.state_record import UserSummaries
 from vista.store.writer import StoreWriter
 

@@ -17,11 +17,14 @@ import lmdb
 
 from vista.errors import RecordError, StoreBusyError, StoreError, StoreUnavailableError, UnfinishedError
 from vista.store.backend import Folder, open_backend, settled
-from vista.store.folder_generation import FolderBuilder, FolderGeneration
+from vista.store.folder_files import Tombstones, lock_holders
+from vista.store.folder_generation import Batch, FolderGeneration, SharedEnvironment
+from vista.store.folder_writer import FolderBuilder
 from vista.store.layout import (
     GROUP,
     PRIVATE,
     StoreUrl,
+    check_place,
     environment_path,
     generation_path,
     next_number,
@@ -29,13 +32,10 @@ from vista.store.layout import (
     store_address,
     store_path,
 )
-from vista.store.lmdb_environment import Batch, SharedEnvironment, lock_holders
 from vista.store.manifest import Manifest, Tally
-from vista.store.record import check_records, restamp_records
-from vista.store.record_spec import RecordSpec
-from vista.store.shards import check_place
+from vista.store.record import RecordSpec, check_records
+from vista.store.record_encoding import restamp_records
 from vista.store.state_record import restamp_states
-from vista.store.tombstones import Tombstones
 from vista.text_table import fitted
 
 if TYPE_CHECKING:
@@ -597,11 +597,8 @@ def _date(time_ms: int) -> str:
 def _of_files(root: Path, number: int) -> tuple[int, int, int | None]:
     """Bytes in use, bytes on disk, and the number of other processes that have the generation open."""
     path = environment_path(root, number)
-    environment = SharedEnvironment.acquire(path)
-    try:
+    with SharedEnvironment.acquire(path) as environment:
         live, num_open = environment.live_bytes(), _num_open(path)
-    finally:
-        environment.release()
     size = sum(512 * file.stat().st_blocks for file in generation_path(root, number).rglob("*") if file.is_file())
     return live, size, num_open
 

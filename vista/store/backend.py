@@ -14,7 +14,19 @@ import lmdb
 
 from vista.errors import StoreBusyError, StoreError, StoreLockedError, StoreWriteError, UnfinishedError
 from vista.files import sync
-from vista.store.folder_generation import FolderBuilder, FolderGeneration, FolderWriter, tally_of
+from vista.store.folder_files import (
+    ATTEMPTS,
+    WAIT_S,
+    Tombstones,
+    WriterLock,
+    cannot_write,
+    check_structure,
+    erasure_lock,
+    last_transaction,
+    lock_store,
+)
+from vista.store.folder_generation import FolderGeneration, SharedEnvironment, tally_of
+from vista.store.folder_writer import FolderBuilder, FolderWriter
 from vista.store.keys import COMPLETE_KEY, MANIFEST_KEY
 from vista.store.layout import (
     CURRENT,
@@ -39,10 +51,8 @@ from vista.store.layout import (
     store_address,
     write_current,
 )
-from vista.store.lmdb_environment import ATTEMPTS, WAIT_S, SharedEnvironment, check_structure, last_transaction
 from vista.store.manifest import Manifest, Tally, read_cursor, read_manifest
-from vista.store.record_spec import RecordSpec
-from vista.store.tombstones import Tombstones, WriterLock, cannot_write, erasure_lock, lock_store
+from vista.store.record import RecordSpec
 
 if TYPE_CHECKING:
     from vista.store.server import Server, ServerBuilder
@@ -80,7 +90,7 @@ def open_backend(store: str | Path | StoreUrl, *, cached: bool = False) -> Store
     if isinstance(address, StoreUrl):
         from vista.store.server import Server
 
-        return Server.connect(address, cached=cached)
+        return Server(address, cached=cached)
     return Folder(address)
 
 
@@ -134,11 +144,8 @@ class Folder:
     def manifest(self, number: int) -> Manifest:
         """Manifest of a complete generation; no key is needed."""
         self._require(number)
-        environment = SharedEnvironment.acquire(environment_path(self.address, number))
-        try:
+        with SharedEnvironment.acquire(environment_path(self.address, number)) as environment:
             return environment.read(lambda transaction: read_manifest(transaction, self.address))
-        finally:
-            environment.release()
 
     def open(self, number: int, key: bytes | None) -> FolderGeneration:
         """Open a complete generation.
@@ -164,11 +171,8 @@ class Folder:
     def progress(self, number: int) -> tuple[Manifest, bool, int]:
         """Manifest, whether the generation is complete, and the number of records or of users done."""
         path = environment_path(self.address, number)
-        environment = SharedEnvironment.acquire(path)
-        try:
+        with SharedEnvironment.acquire(path) as environment:
             return environment.read(lambda transaction: _progress(transaction, path))
-        finally:
-            environment.release()
 
     def expires_at(self, number: int) -> int | None:
         """None: files do not expire."""
@@ -440,15 +444,10 @@ def _published(root: Path) -> int:
 
 def _is_complete(root: Path, generation: int) -> bool:
     try:
-        shared = SharedEnvironment.acquire(environment_path(root, generation))
+        with SharedEnvironment.acquire(environment_path(root, generation)) as environment:
+            return environment.read(lambda transaction: transaction.get(COMPLETE_KEY) is not None)
     except StoreError:
         return False
-    try:
-        return shared.read(lambda transaction: transaction.get(COMPLETE_KEY) is not None)
-    except StoreError:
-        return False
-    finally:
-        shared.release()
 
 
 def _resume_or_create(root: Path, wanted: Manifest, published: int, permissions: Permissions) -> FolderWriter:

@@ -1,51 +1,363 @@
-"""One generation of a store in a folder: open for reading, open for writing, or built from existing records."""
+"""One generation of a store in a folder, open for reading, in LMDB environments that all threads of a process share.
+
+LMDB allows one environment per file and process, and none across a fork. The registry below ensures the first. The
+gate, which every transaction passes, ensures the second: forks, closes and map changes wait until no transaction is
+open.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice, pairwise, takewhile
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import lmdb
+import lmdb.verify
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.errors import StoreError
-from vista.files import remove_renamed, sync
+from vista.errors import StoreClosedError, StoreError
 from vista.progress_bar import progress_bar
-from vista.store.keys import COMPLETE_KEY, CURSOR_KEY, MANIFEST_KEY
-from vista.store.layout import (
-    PARTIAL_PREFIX,
-    Permissions,
-    environment_path,
-    generation_path,
-    make_folder,
-    read_current,
-    record_complete,
-    state_path,
-)
-from vista.store.lmdb_environment import (
+from vista.store.folder_files import (
+    MAP_SIZE_BYTES,
     REMEDY,
     WAIT_S,
-    Batch,
-    SharedEnvironment,
-    check_structure,
+    committed_size,
     complete_size,
-    copied,
-    walk,
+    flocked,
+    open_environment,
 )
-from vista.store.manifest import Manifest, Tally, read_cursor, read_manifest
-from vista.store.record import RawRecords, check_keys, check_records, present_records
-from vista.store.record_spec import HEADER_BYTES, RecordSpec
+from vista.store.layout import (
+    environment_path,
+    read_current,
+    state_path,
+)
+from vista.store.manifest import Manifest, Tally, read_manifest
+from vista.store.record import RawRecords, RecordSpec, check_keys, check_records, present_records
 from vista.store.state_record import FoundStates, StateSpec, decode_states
-from vista.store.tombstones import Tombstones, cannot_write
 
 T = TypeVar("T")
+
+
+class _Gate:
+    """Admits many transactions or one exclusive section, each for milliseconds.
+
+    Ctrl-C may interrupt any call, including those that leave a section. A thread that asks for the exclusive section is
+    in no other section, so whatever such an interrupt left of that thread is discarded then.
+    """
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._active: dict[object, int] = {}
+        """Thread of each open transaction, by a unique token."""
+        self._exclusive: int | None = None
+        """Thread of the exclusive section."""
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        token, own = object(), threading.get_ident()
+        try:
+            with self._condition:
+                while self._exclusive not in (None, own):
+                    self._condition.wait()
+                self._active[token] = own
+            yield
+        finally:
+            with self._condition:
+                self._active.pop(token, None)
+                self._condition.notify_all()
+
+    def acquire(self) -> None:
+        own = threading.get_ident()
+        with self._condition:
+            while self._exclusive not in (None, own):
+                self._condition.wait()
+            self._exclusive = own
+            self._active = {token: thread for token, thread in self._active.items() if thread != own}
+            try:
+                while self._active:
+                    self._condition.wait()
+            except BaseException:
+                self._exclusive = None
+                self._condition.notify_all()
+                raise
+
+    def release(self) -> None:
+        with self._condition:
+            self._exclusive = None
+            self._condition.notify_all()
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        self.acquire()
+        try:
+            yield
+        finally:
+            self.release()
+
+
+_gate = _Gate()
+_registry: dict[tuple[int, int], SharedEnvironment] = {}
+"""By device and inode of the data file, because a store may be removed and recreated while readers have it open."""
+
+
+def _after_fork_in_child() -> None:
+    global _gate
+    _gate = _Gate()  # The parent held its gate during the fork, so no transaction was open.
+
+
+def exclusive() -> AbstractContextManager[None]:
+    """Section in which no transaction, fork or other such section of this process runs; keep it short."""
+    return _gate.exclusive()
+
+
+os.register_at_fork(
+    before=lambda: _gate.acquire(), after_in_parent=lambda: _gate.release(), after_in_child=_after_fork_in_child
+)
+
+
+@contextmanager
+def _folder_lock(path: Path, wait_s: float) -> Iterator[None]:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise StoreError(f"{path}: {error.strerror}; {REMEDY}") from error
+    try:
+        with flocked(descriptor, path, "has been writing a batch", wait_s):
+            yield
+    finally:
+        os.close(descriptor)
+
+
+class SharedEnvironment:
+    """Reference-counted environment of one folder, shared by all readers of this process and its writer, if any."""
+
+    def __init__(self, path: Path, writable: bool, map_size_bytes: int) -> None:
+        self._path = path
+        self._references = 0
+        self._pid = os.getpid()
+        self._writable = writable
+        self._environment: lmdb.Environment | None = open_environment(
+            path, readonly=not writable, map_size_bytes=map_size_bytes
+        )
+        self._identity = _identity(path)
+
+    @classmethod
+    def acquire(cls, path: Path, *, writable: bool = False, map_size_bytes: int = MAP_SIZE_BYTES) -> SharedEnvironment:
+        """Open the folder's environment, or share the one that is open already.
+
+        Args:
+            path: its folder.
+            writable: allow `write`. An environment that readers have open is reopened for it.
+            map_size_bytes: address space to reserve, if it is opened here.
+
+        Raises:
+            StoreError: see `open_environment`.
+        """
+        with _gate.exclusive():
+            shared = _registry.get(_identity(path))
+            if shared is None:
+                shared = cls(path, writable, map_size_bytes)
+                _registry[shared._identity] = shared
+            elif writable and not (shared._writable and not shared.inherited):
+                shared._close()
+                try:
+                    shared._environment = open_environment(path, readonly=False)
+                    shared._writable = True
+                except StoreError:  # Readers keep what they had.
+                    shared._environment = open_environment(path, readonly=True)
+                    shared._pid = os.getpid()
+                    raise
+                shared._pid = os.getpid()
+            shared._references += 1
+            return shared
+
+    def retain(self) -> None:
+        """Add a reference.
+
+        Raises:
+            StoreClosedError: the last reference was released meanwhile.
+        """
+        with _gate.exclusive():
+            if self._references == 0:
+                raise StoreClosedError(f"{self._path} is closed; open the store again")
+            self._references += 1
+
+    def release(self) -> None:
+        """Release a reference; the last one closes the environment once no transaction is open."""
+        with _gate.exclusive():
+            self._references -= 1
+            if self._references == 0:
+                _registry.pop(self._identity, None)
+                self._close()
+
+    def __enter__(self) -> SharedEnvironment:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def is_at(self, path: Path) -> bool:
+        """Whether the data file in a folder is the one that is open here."""
+        return _identity(path) == self._identity
+
+    def read(self, function: Callable[[lmdb.Transaction[memoryview]], T]) -> T:
+        """Call a short function inside a read transaction; values are views that it must copy.
+
+        Raises:
+            StoreError: the environment cannot be read; the message has the remedy.
+        """
+        if self.inherited:
+            self.reopen()
+        while True:
+            try:
+                with _gate.shared(), self._open().begin(buffers=True) as transaction:
+                    return function(transaction)
+            except lmdb.MapResizedError:
+                # Another process grew the map; this happens only if the address space was too small for the full map.
+                with _gate.exclusive():
+                    self._open().set_mapsize(0)
+            except lmdb.ReadersFullError as error:
+                raise StoreError(
+                    f"{self._path}: all {self._open().max_readers()} reader slots are taken, one per reading thread; "
+                    "run fewer readers, or give some of them a copy of the store (`vista store copy`)"
+                ) from error
+            except lmdb.Error as error:
+                raise StoreError(f"{self._path}: {error}; {REMEDY}") from error
+
+    def write(self, function: Callable[[lmdb.Transaction[memoryview]], T], wait_s: float = WAIT_S) -> T:
+        """Call a short function inside a durable write transaction; an exception undoes all of it.
+
+        Raises:
+            lmdb.Error: nothing was written (disk full, input/output error).
+            StoreLockedError: another process, such as a stopped one, keeps a transaction open for `wait_s` seconds;
+                nothing was written.
+            OSError: it was written, but the file could not be extended to its size (`complete_size`).
+            StoreError: the environment was not acquired for writing, or was acquired before a fork.
+        """
+        if not self._writable or self.inherited:
+            raise StoreError(f"{self._path} was not opened for writing by this process; open another writer")
+        # LMDB waits for another writer without a limit, and would block the gate for this whole process.
+        with _folder_lock(self._path, wait_s), _gate.shared():
+            environment = self._open()
+            environment.reader_check()
+            with environment.begin(write=True, buffers=True) as transaction:
+                result = function(transaction)
+            try:
+                size, expected = committed_size(self._path / "data.mdb")
+            except StoreError:
+                if self._path.exists():
+                    raise
+                return result  # The generation was removed meanwhile.
+            if size < expected:
+                with environment.begin(write=True):  # keeps other writers out
+                    complete_size(self._path)
+            return result
+
+    def live_bytes(self) -> int:
+        """Bytes of the pages in use."""
+        with _gate.shared():
+            pages = self._open().stat()
+        live: int = pages["psize"] * (pages["branch_pages"] + pages["leaf_pages"] + pages["overflow_pages"])
+        return live
+
+    def _open(self) -> lmdb.Environment:
+        if self._environment is None:
+            raise StoreClosedError(f"{self._path} is closed; open the store again")
+        return self._environment
+
+    @property
+    def inherited(self) -> bool:
+        """Whether the handle is the parent process's, so that this process must open its own."""
+        return self._pid != os.getpid()
+
+    def reopen(self) -> None:
+        """Open a handle of this process after a fork.
+
+        Raises:
+            StoreError: see `open_environment`; the generation may have been removed since the fork.
+        """
+        with _gate.exclusive():
+            if self.inherited:
+                self._close()  # LMDB refuses a second handle while the inherited one is open.
+                if not self.is_at(self._path):
+                    raise StoreError(f"{self._path} was removed after the parent process opened it; {REMEDY}")
+                self._environment = open_environment(self._path, readonly=True)
+                self._pid, self._writable = os.getpid(), False
+
+    def _close(self) -> None:
+        if self._environment is not None:
+            self._environment.close()
+            self._environment = None
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    try:
+        status = (path / "data.mdb").stat()
+    except OSError:
+        return -1, -1
+    return status.st_dev, status.st_ino
+
+
+_WALK_USERS = 1024
+_WALK_BYTES = 1 << 23
+
+Batch = tuple[list[bytes], list[bytes]]
+"""Keys and values, of equal length."""
+
+
+def walk(
+    environment: SharedEnvironment, take: Callable[[list[bytes], list[memoryview]], T], after: bytes = b"u"
+) -> Iterator[tuple[list[bytes], T]]:
+    """Visit all users beyond a key in ascending order, a batch per read transaction.
+
+    Args:
+        environment: of a generation's records, or its states.
+        take: called with at most 1,024 keys and their values, which are valid only during the call; its result is
+            yielded with the keys.
+        after: a key.
+
+    Raises:
+        StoreError: the keys are out of order, so the file is damaged.
+    """
+
+    def read_batch(transaction: lmdb.Transaction[memoryview]) -> tuple[list[bytes], list[T]]:
+        keys: list[bytes] = []
+        values: list[memoryview] = []
+        size, cursor = 0, transaction.cursor()
+        if cursor.set_range(after + b"\0"):
+            for view, value in cursor:
+                key = bytes(view)
+                if not key.startswith(b"u"):
+                    break
+                keys.append(key)
+                values.append(value)
+                size += len(value)
+                if size >= _WALK_BYTES or len(keys) == _WALK_USERS:
+                    break
+        taken = [take(keys, values)] if keys else []
+        if any(key <= before for before, key in pairwise([after, *keys])):
+            raise StoreError("the keys of the store are out of order, so its file is damaged; refresh the store again")
+        return keys, taken
+
+    while True:
+        keys, taken = environment.read(read_batch)
+        if not keys:
+            return
+        after = keys[-1]
+        yield keys, taken[0]
+
+
+def copied(keys: list[bytes], values: list[memoryview]) -> list[bytes]:
+    """For `walk`: copies of the values, which stay valid."""
+    return list(map(bytes, values))
+
 
 _READ_RECORDS = 1024
 """Most records per read transaction, so that transactions stay short for any batch size."""
@@ -86,22 +398,17 @@ class FolderGeneration:
     def key_batches(self) -> Iterator[list[bytes]]:
         """Keys of all users in ascending order, checked, each batch from a short transaction."""
         self.environment.retain()
-        try:
+        with self.environment:
             for keys, _ in walk(self.environment, check_keys):
                 yield keys
-        finally:
-            self.environment.release()
 
     def states(self, keys: Sequence[bytes]) -> FoundStates | None:
         """The stored states; they are open only during the call, so that scorers never map them."""
         spec = self.manifest.state_spec()
         if spec is None:
             return None
-        environment = SharedEnvironment.acquire(state_path(self.root, self.manifest.generation))
-        try:
+        with SharedEnvironment.acquire(state_path(self.root, self.manifest.generation)) as environment:
             return read_states(environment, keys, spec)
-        finally:
-            environment.release()
 
     def is_same(self, other: object) -> bool:
         """Whether both have the same files open, and are not only generations of one number."""
@@ -171,15 +478,14 @@ class FolderGeneration:
         spec, folder = self.manifest.state_spec(), state_path(self.root, self.manifest.generation)
         if spec is None or not folder.is_dir():
             return
-        environment = SharedEnvironment.acquire(folder)
-        try:
-            with progress_bar(total=self.manifest.count, desc="read states", unit="user", leave=False) as bar:
-                for keys, states in walk(environment, copied):
-                    decode_states(states, keys, spec)
-                    yield keys, states
-                    bar.update(len(keys))
-        finally:
-            environment.release()
+        with (
+            SharedEnvironment.acquire(folder) as environment,
+            progress_bar(total=self.manifest.count, desc="read states", unit="user", leave=False) as bar,
+        ):
+            for keys, states in walk(environment, copied):
+                decode_states(states, keys, spec)
+                yield keys, states
+                bar.update(len(keys))
 
     def other_keys(self) -> list[bytes]:
         """The first keys that are not user keys, in the order of the file."""
@@ -196,329 +502,6 @@ class FolderGeneration:
             return present_records([transaction.get(key) for key in keys], keys, first, self.spec)
 
         return self.environment.read(copy)
-
-
-class FolderWriter:
-    """One generation, open for writing; `manifest` is updated by every transaction.
-
-    The states of a batch are committed before its records. So a record never covers more events than its state, and a
-    resumed refresh sees from a state's `applied_segment` that the same events must not be added again.
-    """
-
-    def __init__(
-        self, root: Path, summary: SharedEnvironment, state: SharedEnvironment | None, wait_s: float = WAIT_S
-    ) -> None:
-        self.path = root
-        self._wait_s = wait_s
-        self._closed = False
-        self.summary = summary
-        self.state = state
-        self._tombstones = Tombstones(root)
-        self._parsed: tuple[bytes, Manifest] | None = None
-        self.manifest = self.read_manifest()
-        self.complete: bool = summary.read(lambda transaction: transaction.get(COMPLETE_KEY) is not None)
-
-    @classmethod
-    def open(cls, root: Path, generation: int, *, wait_s: float = WAIT_S) -> FolderWriter:
-        """Open an existing generation; its transactions wait up to `wait_s` seconds for one of another process.
-
-        Raises:
-            StoreError: missing, truncated, or not of LMDB; the message has the remedy.
-        """
-        summary = SharedEnvironment.acquire(environment_path(root, generation), writable=True)
-        state = None
-        try:
-            if state_path(root, generation).is_dir():
-                state = SharedEnvironment.acquire(state_path(root, generation), writable=True)
-            return cls(root, summary, state, wait_s)
-        except BaseException:
-            for environment in (summary, state):
-                if environment is not None:
-                    environment.release()
-            raise
-
-    @classmethod
-    def create(cls, root: Path, manifest: Manifest, permissions: Permissions) -> FolderWriter:
-        """Make an empty generation. All its folders are on the disk before its manifest says what they hold."""
-        folder = generation_path(root, manifest.generation)
-        make_folder(folder, permissions)
-        has_states = manifest.state_spec() is not None
-        paths = [environment_path(root, manifest.generation)] + ([state_path(root, manifest.generation)] * has_states)
-        for path in paths:
-            make_folder(path, permissions)
-        opened = [SharedEnvironment.acquire(path, writable=True) for path in paths]
-        for path in (*paths, folder, root):
-            sync(path)
-
-        def put_first(transaction: lmdb.Transaction[memoryview]) -> None:
-            transaction.put(MANIFEST_KEY, manifest.to_bytes())
-            transaction.put(CURSOR_KEY, b"0")
-
-        opened[0].write(put_first)
-        return cls(root, opened[0], opened[1] if has_states else None)
-
-    def require_states(self) -> None:
-        """Refuse a generation that lost its states; to erase users from it, it may stay open.
-
-        Raises:
-            StoreError: its manifest names states, but there are none.
-        """
-        if self.state is None and self.manifest.state_spec() is not None:
-            path = state_path(self.path, self.manifest.generation)
-            raise StoreError(f"{path}: the states that its manifest names are missing; run a full refresh")
-
-    def put(
-        self,
-        keys: Sequence[bytes],
-        records: Sequence[bytes],
-        states: Sequence[bytes],
-        meta: Mapping[bytes, bytes],
-    ) -> int:
-        """Write a batch durably, without erased users: first the states, then records, manifest and `meta` together.
-
-        Args:
-            keys: N user keys.
-            records: N records.
-            states: N states, or none if the store keeps no states.
-            meta: further keys and values to put.
-
-        Returns:
-            How many users were written.
-        """
-        if (self.state is not None) != bool(states) and keys:
-            raise ValueError(f"states: got {len(states)} for {len(keys)} records of {self.path}")
-
-        def put_states(transaction: lmdb.Transaction[memoryview]) -> None:
-            erased = self._tombstones.erased(keys)
-            remaining = [place for place, gone in enumerate(erased) if not gone]
-            _put(transaction, [keys[place] for place in remaining], [states[place] for place in remaining])
-
-        def put_records(transaction: lmdb.Transaction[memoryview]) -> tuple[Manifest, int]:
-            # An erasure that began earlier is seen here; a later one deletes the user after this transaction.
-            erased = self._tombstones.erased(keys)
-            remaining = [place for place, gone in enumerate(erased) if not gone]
-            put_keys, put_values = [keys[place] for place in remaining], [records[place] for place in remaining]
-            old = _put(transaction, put_keys, put_values)
-            others = partial(_other_headers, transaction, set(put_keys))
-            manifest = self._manifest_in(transaction).with_records(old, put_keys, put_values, others)
-            for key, value in meta.items():
-                transaction.put(key, value)
-            return self._put_manifest(transaction, manifest), len(remaining)
-
-        if self.state is not None and keys:
-            self._write(self.state, put_states)
-        count: int
-        self.manifest, count = self._write(self.summary, put_records)
-        return count
-
-    def remove(self, keys: Sequence[bytes]) -> int:
-        """Remove users' records and states durably; returns how many had a record."""
-
-        def remove_records(transaction: lmdb.Transaction[memoryview]) -> tuple[Manifest, int]:
-            old = [bytes(value) for key in keys if (value := transaction.pop(key)) is not None]
-            others = partial(_other_headers, transaction, set(keys))
-            manifest = self._manifest_in(transaction).with_records(old, [], [], others)
-            return self._put_manifest(transaction, manifest), len(old)
-
-        if not keys:
-            return 0
-        # Records first, so that readers miss the users at once.
-        count: int
-        self.manifest, count = self._write(self.summary, remove_records)
-        self.remove_states(keys)
-        return count
-
-    def remove_states(self, keys: Sequence[bytes]) -> None:
-        """Remove users' states alone, durably."""
-
-        def remove(transaction: lmdb.Transaction[memoryview]) -> None:
-            for key in keys:
-                transaction.delete(key)
-
-        if self.state is not None and keys:
-            self._write(self.state, remove)
-
-    def remove_erased(self) -> None:
-        """Remove erased users who still have a record or state, because their erasure was interrupted."""
-        for environment, remove in ((self.summary, self.remove), (self.state, self.remove_states)):
-            if environment is not None and len(self._tombstones):
-                for keys, erased in walk(environment, lambda keys, _: self._tombstones.erased(keys)):
-                    remove([key for key, gone in zip(keys, erased, strict=True) if gone])
-
-    def mark_complete(self, refreshed_at: int) -> None:
-        """Mark durably that all records are written; readers may open the generation once CURRENT names it."""
-
-        def put(transaction: lmdb.Transaction[memoryview]) -> Manifest:
-            transaction.put(COMPLETE_KEY, b"1")
-            manifest = dataclasses.replace(self._manifest_in(transaction), refreshed_at=refreshed_at)
-            return self._put_manifest(transaction, manifest)
-
-        self.manifest = self._write(self.summary, put)
-
-    def renew(self) -> None:
-        """Nothing to do: files do not expire."""
-
-    def put_manifest(self, change: Callable[[Manifest], Manifest]) -> None:
-        """Change the manifest durably."""
-
-        def put(transaction: lmdb.Transaction[memoryview]) -> Manifest:
-            return self._put_manifest(transaction, change(self._manifest_in(transaction)))
-
-        self.manifest = self._write(self.summary, put)
-
-    def headers(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """Header of each user's record; None without a record."""
-
-        def read(transaction: lmdb.Transaction[memoryview]) -> list[bytes | None]:
-            values = [transaction.get(key) for key in keys]
-            return [None if value is None else bytes(value[:HEADER_BYTES]) for value in values]
-
-        return self.summary.read(read)
-
-    def key_batches(self) -> Iterator[list[bytes]]:
-        """Keys of all users in ascending order, a batch at a time."""
-        return (keys for keys, _ in walk(self.summary, lambda keys, _: None))
-
-    def states(self, keys: Sequence[bytes]) -> FoundStates | None:
-        """Rows of the keys that have a state, and these states; None if the generation keeps no states."""
-        spec = self.manifest.state_spec()
-        return None if self.state is None or spec is None else read_states(self.state, keys, spec)
-
-    def read_manifest(self) -> Manifest:
-        """The manifest as it is stored now."""
-        return self.summary.read(self._manifest_in)
-
-    def read_cursor(self) -> int:
-        """Users done, in the run's fixed order.
-
-        Raises:
-            StoreError: it is not a number up to the users of the run.
-        """
-        return self.summary.read(lambda transaction: read_cursor(transaction, self.manifest, self.path))
-
-    def close(self) -> None:
-        """Close the environments; closing twice is allowed."""
-        if not self._closed:
-            self._closed = True
-            for environment in (self.summary, self.state):
-                if environment is not None:
-                    environment.release()
-
-    def _manifest_in(self, transaction: lmdb.Transaction[memoryview]) -> Manifest:
-        value = transaction.get(MANIFEST_KEY)
-        if value is None:
-            raise StoreError(f"{self.path}: a generation has no manifest; {REMEDY}")
-        if self._parsed is None or value != self._parsed[0]:  # first read, or another process has erased users
-            self._parsed = bytes(value), Manifest.from_bytes(bytes(value), self.path)
-        return self._parsed[1]
-
-    def _put_manifest(self, transaction: lmdb.Transaction[memoryview], manifest: Manifest) -> Manifest:
-        value = manifest.to_bytes()
-        transaction.put(MANIFEST_KEY, value)
-        self._parsed = value, manifest
-        return manifest
-
-    def _write(self, environment: SharedEnvironment, function: Callable[[lmdb.Transaction[memoryview]], Any]) -> Any:
-        if self._closed or environment.inherited:
-            raise StoreError(f"{self.path}: the writer is closed, or was opened before a fork; open a new one")
-        try:
-            return environment.write(function, self._wait_s)
-        except (OSError, lmdb.Error) as error:
-            raise cannot_write(self.path, error) from error
-
-
-class FolderBuilder:
-    """A generation that is filled with existing records, in the order of their keys; only under the writer's lock.
-
-    It is built in store/.partial-gen-8/ and renamed once it is complete and verified; publishing it is left to
-    `Folder.publish`. After a kill, a copy resumes in that folder, and all other operations start over.
-    """
-
-    def __init__(
-        self, root: Path, manifest: Manifest, key: bytes | None, permissions: Permissions, *, resume: bool = False
-    ) -> None:
-        self.root = root
-        self.manifest = manifest
-        self.spec = manifest.spec(key)
-        self.tally = Tally()
-        self.last_key = b"u"
-        """Of the last record; only larger keys can be added."""
-        self.path = root / f"{PARTIAL_PREFIX}gen-{manifest.generation}"
-        if not resume or self.path.is_symlink():
-            remove_renamed(self.path)
-        if not self.path.exists():
-            make_folder(self.path, permissions)
-        names = ["summary", "state"] if manifest.state_spec() is not None else ["summary"]
-        for name in names:
-            if not (self.path / name).exists():
-                make_folder(self.path / name, permissions)
-        self._open = [SharedEnvironment.acquire(self.path / name, writable=True) for name in names]
-        """Until `finish` or `close`: the environment of the records and, if the generation keeps states, theirs."""
-
-    def put(self, keys: Sequence[bytes], records: Sequence[bytes]) -> None:
-        """Append checked records of this generation in one durable transaction.
-
-        Raises:
-            StoreError: a key is not larger than the last one.
-        """
-        for before, key in pairwise([self.last_key, *keys]):
-            if key <= before:
-                raise StoreError(f"{self.root}: keys must ascend, but {key!r} follows {before!r}")
-        self._open[0].write(lambda transaction: _put(transaction, keys, records))
-        self.tally.add(keys, records)
-        self.last_key = keys[-1] if keys else self.last_key
-
-    def put_states(self, keys: Sequence[bytes], states: Sequence[bytes]) -> None:
-        """Append checked states of this generation, in the order of their keys, in one durable transaction."""
-        self._open[1].write(lambda transaction: _put(transaction, keys, states))
-
-    def finish(self) -> Manifest:
-        """Read all records back, check the structure of the files, and give the generation its final name.
-
-        Raises:
-            StoreError: the file does not hold what was put; call `discard`.
-        """
-        self.manifest = dataclasses.replace(
-            self.manifest,
-            count=self.tally.count,
-            user_kind=self.tally.user_kind,
-            records_digest=self.tally.records_digest,
-        )
-        held = tally_of(self._open[0], self.spec, num_users=self.tally.count)
-        if held != self.tally:
-            raise StoreError(f"{self.path} holds {held.count} records, but {self.tally.count} were put; check the disk")
-
-        def put_meta(transaction: lmdb.Transaction[memoryview]) -> None:
-            transaction.put(MANIFEST_KEY, self.manifest.to_bytes())
-            transaction.put(CURSOR_KEY, b"%d" % self.manifest.total_users)
-            transaction.put(COMPLETE_KEY, b"1")
-
-        self._open[0].write(put_meta)
-        self.close()
-        environments = [path for path in self.path.iterdir() if path.is_dir()]
-        for path in environments:
-            complete_size(path)
-            check_structure(path)
-        for path in (*environments, self.path):
-            sync(path)
-        os.rename(self.path, generation_path(self.root, self.manifest.generation))
-        sync(self.root)
-        record_complete(self.root, self.manifest.generation)
-        return self.manifest
-
-    def held_batches(self) -> Iterator[Batch]:
-        """Keys and values that the file holds so far, ascending."""
-        return walk(self._open[0], copied)
-
-    def close(self) -> None:
-        """Close the files; closing twice is allowed."""
-        while self._open:
-            self._open.pop().release()
-
-    def discard(self) -> None:
-        """Remove what was built."""
-        self.close()
-        remove_renamed(self.path)
 
 
 def read_states(environment: SharedEnvironment, keys: Sequence[bytes], spec: StateSpec) -> FoundStates:
@@ -560,36 +543,8 @@ def tally_of(environment: SharedEnvironment, spec: RecordSpec, *, num_users: int
     return tally
 
 
-def _other_headers(transaction: lmdb.Transaction[memoryview], keys: Collection[bytes]) -> Iterator[bytes]:
-    """Headers of the records of all users except `keys`."""
-    cursor = transaction.cursor()
-    for key, value in cursor if cursor.set_range(b"u") else ():
-        if bytes(key[:1]) == b"u" and bytes(key) not in keys:
-            yield bytes(value[:HEADER_BYTES])
-
-
 def _other_keys(transaction: lmdb.Transaction[memoryview]) -> list[bytes]:
     cursor = transaction.cursor()
     before = list(takewhile(lambda key: key < b"u", map(bytes, islice(cursor.iternext(values=False), 1000))))
     beyond = cursor.set_range(b"v")
     return before + (list(map(bytes, islice(cursor.iternext(values=False), 1000))) if beyond else [])
-
-
-def _put(
-    transaction: lmdb.Transaction[memoryview], keys: Sequence[bytes], values: Sequence[bytes]
-) -> list[bytes | memoryview]:
-    """Put values and return those that they replace.
-
-    Keys after the last one are appended. Otherwise LMDB would split the last page in half each time it is full, and
-    ascending records of half a page would take a page each.
-    """
-    cursor = transaction.cursor()
-    replaced: list[bytes | memoryview] = []
-    last = bytes(cursor.key()) if cursor.last() else b""
-    for key, value in zip(keys, values, strict=True):
-        if key > last:
-            transaction.put(key, value, append=True)
-            last = key
-        elif (old := transaction.replace(key, value)) is not None:
-            replaced.append(old)
-    return replaced

@@ -8,6 +8,7 @@ store/tombstones         digests of erased users, if there are any
 store/gen-7/summary/     LMDB environment: data.mdb, lock.mdb
 store/gen-7/state/       LMDB environment of the states, if the store keeps any; only refreshes open it
 store/gen-8/summary/     an unfinished run: it has no `!complete`, and `!cursor` says where to resume
+store/part-0-of-4/       a shard, which is a store itself; then nothing of the above lies in store/
 """
 
 from __future__ import annotations
@@ -15,15 +16,19 @@ from __future__ import annotations
 import os
 import re
 import stat
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from vista.config.checks import MAX_DAYS
-from vista.errors import ConfigError, StoreError, StoreWriteError, shown
+from vista.errors import ConfigError, StoreError, StoreWriteError, shortened, shown
 from vista.files import (
     checked_path,
     make_folders,
@@ -34,6 +39,7 @@ from vista.files import (
     remove_renamed,
     replace_file,
 )
+from vista.store.keys import user_keys
 
 CURRENT = "CURRENT"
 LAST = "LAST"
@@ -265,12 +271,6 @@ def published_or_none(root: Path) -> int | None:
         return read_current(root)
     except StoreError:
         return None
-
-
-def generations_to_keep(root: Path) -> list[int]:
-    """What stays when a new generation is published: the current one, or all of them if CURRENT is unreadable."""
-    published = published_or_none(root)
-    return list_generations(root) if published is None else [published]
 
 
 def missing_generation(root: Path, generation: int) -> StoreError:
@@ -519,3 +519,166 @@ def set_tree_permissions(folder: Path, permissions: Permissions) -> None:
 def is_owner(path: Path) -> bool:
     """Whether this process may change a path's mode."""
     return path.stat().st_uid == os.geteuid() or os.geteuid() == 0
+
+
+MAX_SHARDS = 65_536
+_NUMBER = "(0|[1-9][0-9]{0,4})"
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Shard `index` of `count`: a store that one machine refreshes; a reader opens all shards as one.
+
+    A user's shard depends only on the user's key (XXH3-64 modulo `count`), so every refresh with the same number of
+    shards assigns users alike. Shards are published one by one, but one user's data come from one generation.
+    """
+
+    index: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """Parse "2/8", the third of eight shards.
+
+        Raises:
+            ConfigError: the text has another form.
+        """
+        shard = cls._matching(f"{_NUMBER}/{_NUMBER}", text.strip())
+        if shard is None:
+            raise ConfigError(
+                f"shard={shortened(text, 80)}: write i/n with i from 0 to n-1 and n at most {MAX_SHARDS}, such as 0/4"
+            )
+        return shard
+
+    @classmethod
+    def named(cls, name: str) -> Shard | None:
+        """The shard whose folder has this name; None for any other name."""
+        return cls._matching(f"part-{_NUMBER}-of-{_NUMBER}", name)
+
+    @classmethod
+    def _matching(cls, pattern: str, text: str) -> Shard | None:
+        match = re.fullmatch(pattern, text)
+        if match is None or not int(match[1]) < int(match[2]) <= MAX_SHARDS:
+            return None
+        return cls(int(match[1]), int(match[2]))
+
+    def path(self, store: str | Path) -> Path:
+        """Folder of this shard of a store."""
+        return Path(store) / f"part-{self.index}-of-{self.count}"
+
+    def holds(self, keys: Sequence[bytes]) -> NDArray[np.bool_]:
+        """Whether each user belongs to this shard, [N]."""
+        own: NDArray[np.bool_] = shards_of(keys, self.count) == self.index
+        return own
+
+
+def shards_in(store: str | Path | StoreUrl) -> list[Shard]:
+    """The shards in a store's folder, ascending; none if the store is not sharded, as no store on a server is.
+
+    Raises:
+        StoreError: there are shards of different counts.
+    """
+    root = store_address(store)
+    if isinstance(root, StoreUrl):
+        return []
+    if (root / CURRENT).exists() or not root.is_dir():
+        return []
+    shards = _shards_at(root)
+    counts = sorted({shard.count for shard in shards})
+    if len(counts) > 1:
+        raise StoreError(
+            f"{root}: holds shards of stores with {counts} shards; keep those of one store and remove the others"
+        )
+    return shards
+
+
+def _shards_at(root: Path) -> list[Shard]:
+    shards = [shard for entry in root.iterdir() if (shard := Shard.named(entry.name)) is not None and entry.is_dir()]
+    return sorted(shards, key=lambda shard: shard.index)
+
+
+def stores_in(store: str | Path) -> list[Path | StoreUrl]:
+    """Folders of the shards in a store's folder, or the folder or URL itself if the store is not sharded."""
+    if StoreUrl.matches(store):
+        return [StoreUrl.parse(store)]
+    return [*(shard.path(store) for shard in shards_in(store))] or [Path(store)]
+
+
+def shard_to_write(store: str | Path | StoreUrl, shard: Shard | None) -> tuple[Path | StoreUrl, Shard | None]:
+    """The folder or URL that a refresh of a store or shard writes to, and the shard that it holds.
+
+    Raises:
+        ConfigError: a shard of a store on a server is named; `store` is the folder of a shard, and `shard` is another
+            one; or as of `check_place`.
+    """
+    root = store_address(store)
+    if isinstance(root, StoreUrl):
+        if shard is not None:
+            raise ConfigError(f"shard: a store on a server has no shards; leave it out to refresh {root}")
+        return root, None
+    own = Shard.named(root.name)
+    if own is not None:
+        if shard not in (None, own):
+            raise ConfigError(f"store={store}: is the folder of one shard; name the folder above it")
+        path, shard = root, own
+    else:
+        path = Path(str(store)) if shard is None else shard.path(str(store))
+    check_place(path)
+    return path, shard
+
+
+def check_place(path: str | Path) -> None:
+    """Refuse to write a store or shard where it would hide another one, or be hidden by it.
+
+    Raises:
+        ConfigError: an unsharded store and shards, or shards of different counts, would share a folder.
+    """
+    path = store_path(path)
+    named = Shard.named(path.name)
+    root = path.parent if named else path
+    counts = sorted({shard.count for shard in _shards_at(root)}) if root.is_dir() else []
+    if (root / CURRENT).exists() and (named or counts):
+        raise ConfigError(
+            f"{root}: holds an unsharded store ({CURRENT}), which hides all shards in the same folder; name another "
+            "folder, or move one of the two"
+        )
+    if counts and named is None:
+        raise ConfigError(f"{root}: is sharded; refresh its shards with shard=i/{counts[0]}, or name another folder")
+    if named and counts not in ([], [named.count]):
+        raise ConfigError(
+            f"{root}: holds shards of a store with {counts} shards, to which {path.name} does not belong; name another "
+            "folder"
+        )
+
+
+def users_by_store(store: str | Path, users: Sequence[int] | Sequence[str]) -> list[tuple[Path | StoreUrl, list[Any]]]:
+    """Group users by the shard of a store that they belong to, or by the store itself if it is not sharded.
+
+    Raises:
+        StoreError: the shard of a user is missing; the message names it.
+    """
+    root, shards = store_address(store), shards_in(store)
+    if isinstance(root, StoreUrl):
+        return [(root, list(users))]
+    named = Shard.named(root.name)
+    if named is not None:
+        root, shards = root.parent, [named]
+    if not shards:
+        return [(root, list(users))]
+    owner = shards_of(user_keys(users), shards[0].count)
+    for user, index in zip(users, owner.tolist(), strict=True):
+        if index not in {shard.index for shard in shards}:
+            raise StoreError(
+                f"{store}: user {user!r} belongs to shard {index} of {shards[0].count}, which is missing; name the "
+                "folder that holds it"
+            )
+    return [
+        (shard.path(root), [users[row] for row in np.flatnonzero(owner == shard.index).tolist()])
+        for shard in shards
+        if (owner == shard.index).any()
+    ]
+
+
+def shards_of(keys: Sequence[bytes], count: int) -> NDArray[np.int64]:
+    """Index of each user's shard, [N]."""
+    return np.array([xxhash.xxh3_64_intdigest(key) % count for key in keys], np.int64)

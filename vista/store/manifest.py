@@ -4,32 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lmdb
 import xxhash
 
 from vista.config.checks import Codec, StateDtype
 from vista.errors import StoreError, UnfinishedError, shown
-from vista.files import TABLE, check_fields, either, hexadecimal, list_of, one_of, text, whole
+from vista.files import TABLE, FieldRule, check_fields, either, hexadecimal, list_of, one_of, text, whole
+from vista.store.folder_files import REMEDY
 from vista.store.keys import COMPLETE_KEY, CURSOR_KEY, KINDS, MANIFEST_KEY, common_kind, kinds_of
 from vista.store.layout import MAX_GENERATION, StoreUrl
-from vista.store.lmdb_environment import REMEDY
-from vista.store.record import sum_of_checksums
-from vista.store.record_spec import (
+from vista.store.record import (
     FORMAT_VERSION,
     HEADER_BYTES,
     MAX_RECORD_BYTES,
+    MAX_VALUES,
     CounterLayout,
     RecordSpec,
     TailColumn,
     UserColumn,
-    key_id,
+    sum_of_checksums,
 )
+from vista.store.record_encoding import key_id
 from vista.store.state_record import StateSpec
+
+C = TypeVar("C", bound=TailColumn)
 
 NOT_IDENTITY = (
     *("generation", "created_at", "refreshed_at", "log_digest", "going_to", "going_to_digest"),
@@ -72,6 +75,11 @@ _RULES = {
 """Rules of the fields as JSON."""
 
 
+_TAIL_COLUMN = {"name": text(), "size": either(whole(1, MAX_VALUES), one_of(None))}
+_USER_COLUMN = {**_TAIL_COLUMN, "values": either(hexadecimal(64), one_of(""))}
+"""Rules of the fields of a `TailColumn` and of a `UserColumn`."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """What a generation is, as stored under `!manifest`.
@@ -102,7 +110,7 @@ class Manifest:
     run_digest: str
     """Digest of the log's content and of the order of the users; a cursor is valid only together with it."""
     key_id: str | None = None
-    """Id of the key of the records' authentication codes (`vista.store.record_spec`); None without codes."""
+    """Id of the key of the records' authentication codes (`record_encoding.key_id`); None without codes."""
     format_version: int = FORMAT_VERSION
     state_dtype: str = StateDtype.none.value
     state_shape: tuple[int, int, int] = (0, 0, 0)
@@ -110,9 +118,9 @@ class Manifest:
     counters: dict[str, Any] | None = None
     """How counters are stored, from `CounterLayout.to_dict`; None if the generation has no counters."""
     user_columns: list[dict[str, Any]] = field(default_factory=list)
-    """Features of the users, from `UserColumn.to_dict`."""
+    """Features of the users, as fields of a `UserColumn`."""
     tail_columns: list[dict[str, Any]] = field(default_factory=list)
-    """Features of the tail's events, from `TailColumn.to_dict`."""
+    """Features of the tail's events, as fields of a `TailColumn`."""
     log_digest: str = ""
     """Digest of the log's sources up to `applied_segment` (`EventLog.sources_digest`); another log is refused."""
     going_to: int = 0
@@ -166,18 +174,16 @@ class Manifest:
         return None if self.counters is None else CounterLayout.from_dict(self.counters)
 
     def user_layout(self) -> tuple[UserColumn, ...]:
-        """Features of the users."""
-        columns = tuple(map(UserColumn.from_dict, self.user_columns))
-        if len({column.name for column in columns}) < len(columns):
-            raise ValueError("user_columns: column names must be unique")
-        return columns
+        """Features of the users.
+
+        Raises:
+            ValueError: a field is missing, unknown, or invalid, or a name comes twice; the message names it.
+        """
+        return _columns("user_columns", self.user_columns, _USER_COLUMN, UserColumn)
 
     def tail_layout(self) -> tuple[TailColumn, ...]:
-        """Features of the tail's events."""
-        columns = tuple(map(TailColumn.from_dict, self.tail_columns))
-        if len({column.name for column in columns}) < len(columns):
-            raise ValueError("tail_columns: column names must be unique")
-        return columns
+        """Features of the tail's events; errors as of `user_layout`."""
+        return _columns("tail_columns", self.tail_columns, _TAIL_COLUMN, TailColumn)
 
     def state_spec(self) -> StateSpec | None:
         """What each state of the generation must hold; None if it keeps no states."""
@@ -286,6 +292,14 @@ class Tally:
     def records_digest(self) -> str:
         """Sum mod 2^64 of the checksums, in hex."""
         return f"{self.digest:016x}"
+
+
+def _columns(name: str, given: Sequence[Any], rules: Mapping[str, FieldRule], kind: type[C]) -> tuple[C, ...]:
+    for fields in given:
+        check_fields(fields, rules)
+    if len({fields["name"] for fields in given}) < len(given):
+        raise ValueError(f"{name}: column names must be unique")
+    return tuple(kind(**fields) for fields in given)
 
 
 def read_manifest(transaction: lmdb.Transaction[memoryview], path: Path) -> Manifest:

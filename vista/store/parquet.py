@@ -31,10 +31,18 @@ from vista.store.admin import PublishReport
 from vista.store.backend import Folder, settled
 from vista.store.folder_generation import FolderGeneration
 from vista.store.keys import user_id
-from vista.store.layout import GROUP, PRIVATE, Permissions, StoreUrl, generations_to_keep, next_number, store_path
+from vista.store.layout import (
+    GROUP,
+    PRIVATE,
+    Permissions,
+    StoreUrl,
+    check_place,
+    next_number,
+    store_path,
+)
 from vista.store.manifest import Manifest, Tally
-from vista.store.record import check_records, decode_rows, read_records, restamp_records
-from vista.store.shards import check_place
+from vista.store.record import check_records, decode_rows, read_records
+from vista.store.record_encoding import restamp_records
 
 if TYPE_CHECKING:
     import polars as pl
@@ -185,7 +193,8 @@ def _import(file: Path, root: Path, key: bytes | None, permissions: Permissions,
         except BaseException:
             builder.discard()
             raise
-        store.publish(manifest.generation, generations_to_keep(root))
+        before = store.published_or_none()
+        store.publish(manifest.generation, store.numbers() if before is None else [before])
     return PublishReport(root, manifest.generation, manifest.count, store.size_bytes(manifest.generation))
 
 

@@ -6,14 +6,19 @@ width.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vista.arrays import Int, offsets_of
+from vista.counters.counters import CounterCodes
 from vista.errors import (
     RecordContentsError,
     StoreClosedError,
@@ -22,17 +27,25 @@ from vista.errors import (
     SummarizerMismatchError,
     UserKeyError,
 )
+from vista.log.histories import NO_TIMESTAMP, ranges
 from vista.store.backend import open_backend
-from vista.store.keys import INT_PREFIX, STR_PREFIX, user_id, user_keys
-from vista.store.layout import StoreUrl, store_address
-from vista.store.lmdb_environment import exclusive
+from vista.store.folder_generation import exclusive
+from vista.store.keys import INT_PREFIX, STR_PREFIX, common_kind, user_id, user_keys
+from vista.store.layout import StoreUrl, shards_in, shards_of, store_address, stores_in
 from vista.store.manifest import Manifest
-from vista.store.record import StoredBatch, assembled
-from vista.store.record_spec import TailColumn, UserColumn
+from vista.store.record import (
+    RawRecords,
+    RecordSpec,
+    Tail,
+    TailColumn,
+    UserColumn,
+    decode_rows,
+)
 from vista.store.state_record import StateArrays
 
 if TYPE_CHECKING:
     from vista.store.backend import Generation
+
 
 _OPEN_ATTEMPTS = 5
 logger = logging.getLogger(__name__)
@@ -77,7 +90,7 @@ class StoreReader:
             path: the store's folder, or its URL (redis://host:6379/name) if a Valkey or Redis server holds it.
             summarizer_id: 32 bytes, to refuse records of another summarizer. If CURRENT names a generation of another
                 one, but an earlier generation matches (a two-step rollout), the matching one is opened.
-            key: 32 bytes, to refuse records that were not written with this key (`vista.store.record_spec.read_key`).
+            key: 32 bytes (`vista.store.record_encoding.read_key`), to refuse records that were not written with it.
             tail_len: events of a tail that the model reads, to refuse generations with shorter tails.
             tail_columns: features of these events that the model reads, to refuse generations without them.
             user_columns: the same for features of users.
@@ -271,23 +284,25 @@ class StoreReader:
         held, stored = opened.spec, opened.manifest.tail_len
         lacking = [column.name for column in self._tail_columns if column not in held.tail_columns]
         unlike = [column.name for column in self._user_columns if column not in held.user_columns]
-        if stored >= self._tail_len and not lacking and not unlike:
+        if lacking:
+            problem = (
+                f": its tails do not hold the event features {', '.join(lacking)} as the model reads them; refresh the "
+                "store with this model"
+            )
+        elif unlike:
+            problem = (
+                f": its records do not hold the user features {', '.join(unlike)} as the model reads them; run a full "
+                "refresh with this model"
+            )
+        elif stored < self._tail_len:
+            problem = (
+                f" holds tails of {stored} events, but the model reads {self._tail_len}; refresh the store with this "
+                "model"
+            )
+        else:
             return opened
         opened.release()
-        if lacking:
-            raise RecordContentsError(
-                f"{self.path}: its tails do not hold the event features {', '.join(lacking)} as the model reads them; "
-                "refresh the store with this model"
-            )
-        if unlike:
-            raise RecordContentsError(
-                f"{self.path}: its records do not hold the user features {', '.join(unlike)} as the model reads them; "
-                "run a full refresh with this model"
-            )
-        raise RecordContentsError(
-            f"{self.path} holds tails of {stored} events, but the model reads {self._tail_len}; refresh the store with "
-            "this model"
-        )
+        raise RecordContentsError(f"{self.path}{problem}")
 
 
 def published_manifest(path: str | Path | StoreUrl) -> Manifest:
@@ -312,3 +327,282 @@ def _require_kind(keys: list[bytes], manifest: Manifest) -> None:
                     f"user {user_id(key)!r}: the user ids of the store are of type {manifest.user_kind}; pass ids of "
                     "that type"
                 )
+
+
+CLOCK_SKEW_MS = 300_000
+"""A record dated further ahead was written by a wrong clock, so its age is unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBatch:
+    """Records of B users, in the order of the request."""
+
+    found: NDArray[np.bool_]
+    """[B]; False for users without a record."""
+    summary: NDArray[np.float32]
+    """[B, K, d]; zeros if not found."""
+    tail: Tail
+    """Tails as of the refresh; empty if not found."""
+    event_count: NDArray[np.int64]
+    """[B] events that the record covers; 0 if not found."""
+    last_event_ts: NDArray[np.int64]
+    """[B] ms; NO_TIMESTAMP if not found or without events."""
+    created_at: NDArray[np.int64]
+    """[B] start of the refresh, ms; NO_TIMESTAMP if not found."""
+    history_digest: NDArray[np.uint64]
+    """[B]; 0 if not found."""
+    generation: int
+    """Number of the store's generation that was read; of a sharded store, the oldest one."""
+    features: dict[str, NDArray[Any]] = dataclasses.field(default_factory=dict)
+    """Of the users, [B] by name: the model's codes int32, or float32 numbers; -1 or NaN if missing, or not found."""
+    counters: tuple[CounterCodes, ...] = ()
+    """Counters as of the refresh, one per field of their spec; without keys if not found. Empty if the store keeps no
+    counters."""
+
+    def expired(self, now_ms: int, refreshed_at: int, max_age_ms: int) -> NDArray[np.bool_]:
+        """Whether each user's record is older than `max_age_ms`, or dated in the future, [B].
+
+        Args:
+            now_ms: the current time.
+            refreshed_at: of the manifest; a user without new events is as current as the last refresh.
+            max_age_ms: the limit; a record of exactly this age is not expired.
+        """
+        age = now_ms - np.maximum(self.created_at, refreshed_at)
+        return self.found & ((age > max_age_ms) | (age < -CLOCK_SKEW_MS))
+
+    def take(self, rows: Int) -> StoredBatch:
+        """The batch of the users at `rows` [N], in this order; a row of -1 stands for a user without a record."""
+        present = rows >= 0
+
+        def column(values: NDArray[Any], missing: float = 0) -> NDArray[Any]:
+            taken = np.full((len(rows), *values.shape[1:]), missing, values.dtype)
+            taken[present] = values[rows[present]]
+            return taken
+
+        def packed(offsets: Int) -> tuple[Int, Int]:
+            """Positions of what the users have of packed values, and its offsets."""
+            lengths = column(np.diff(offsets))
+            return ranges(column(offsets[:-1]), lengths), offsets_of(lengths)
+
+        counters = []
+        for one in self.counters:
+            index, offsets = packed(one.offsets)
+            clock = column(one.clock, NO_TIMESTAMP)
+            counters.append(CounterCodes(one.spec, one.key[index], one.codes[index], offsets, clock))
+        return StoredBatch(
+            found=column(self.found),
+            summary=column(self.summary),
+            tail=self.tail.select(*packed(self.tail.offsets)),
+            event_count=column(self.event_count),
+            last_event_ts=column(self.last_event_ts, NO_TIMESTAMP),
+            created_at=column(self.created_at, NO_TIMESTAMP),
+            history_digest=column(self.history_digest),
+            generation=self.generation,
+            features={name: column(values, _missing(values)) for name, values in self.features.items()},
+            counters=tuple(counters),
+        )
+
+    def spread(self, rows: Int, num_users: int) -> StoredBatch:
+        """A batch of `num_users` with these records at `rows`, and no records elsewhere."""
+        places = np.full(num_users, -1, np.int64)
+        places[rows] = np.arange(len(rows))
+        return self.take(places)
+
+    def without(self, users: NDArray[np.bool_]) -> StoredBatch:
+        """The same batch, as if the marked users [B] had no record."""
+        return self.take(np.where(users, -1, np.arange(len(users)))) if users.any() else self
+
+    @staticmethod
+    def concatenated(batches: Sequence[StoredBatch]) -> StoredBatch:
+        """The users of all batches, end to end; at least one batch, all with the same features and counters."""
+
+        def column(name: str) -> NDArray[Any]:
+            return np.concatenate([getattr(batch, name) for batch in batches])
+
+        return StoredBatch(
+            found=column("found"),
+            summary=column("summary"),
+            tail=Tail.concatenated([batch.tail for batch in batches]),
+            event_count=column("event_count"),
+            last_event_ts=column("last_event_ts"),
+            created_at=column("created_at"),
+            history_digest=column("history_digest"),
+            generation=min(batch.generation for batch in batches),
+            features={name: _join([batch.features[name] for batch in batches]) for name in batches[0].features},
+            counters=tuple(map(CounterCodes.concatenated, zip(*(batch.counters for batch in batches), strict=True))),
+        )
+
+
+def _missing(values: NDArray[Any]) -> float:
+    """How a column of features says that a value is missing."""
+    return np.nan if values.dtype.kind == "f" else -1
+
+
+def assembled(num_users: int, parts: Sequence[tuple[Int, RawRecords]], spec: RecordSpec) -> StoredBatch:
+    """The batch of B = `num_users` users.
+
+    Args:
+        num_users: B.
+        parts: positions in the batch, ascending, and the records of the users there; at least one part.
+        spec: what the records share.
+    """
+    rows, headers = _join([positions for positions, _ in parts]), _join([raw.headers for _, raw in parts])
+    is_complete = len(rows) == num_users
+    if is_complete and len(parts) == 1:
+        summary = decode_rows(parts[0][1], spec)
+    else:
+        summary = np.zeros((num_users, spec.num_tokens, spec.dim), np.float32)
+        for positions, raw in parts:
+            summary[positions] = decode_rows(raw, spec)
+    event_count, last_event_ts, created_at = (
+        headers[name].astype(np.int64) for name in ("event_count", "last_event_ts", "created_at")
+    )
+    found = StoredBatch(
+        found=np.ones(len(rows), np.bool_),
+        summary=np.empty((len(rows), 0, spec.dim), np.float32),  # the large part, which is already in its place
+        tail=Tail.concatenated([raw.tail for _, raw in parts]),
+        event_count=event_count,
+        last_event_ts=last_event_ts,
+        created_at=created_at,
+        history_digest=headers["history_digest"].astype(np.uint64),
+        generation=spec.generation,
+        features={name: _join([raw.features[name] for _, raw in parts]) for name in parts[0][1].features},
+        counters=tuple(map(CounterCodes.concatenated, zip(*(raw.counters for _, raw in parts), strict=True))),
+    )
+    return replace(found if is_complete else found.spread(rows, num_users), summary=summary)
+
+
+def _join(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+_SHARED_FIELDS = ("summarizer_id", "num_tokens", "dim", "until", "counters", "user_columns", "tail_columns")
+"""Fields of manifests that all shards have in common."""
+
+
+def user_kind(store: str | Path) -> str | None:
+    """Type of the user ids of a store, sharded or not: int, str or mixed; None without users."""
+    return common_kind(published_manifest(root).user_kind for root in stores_in(store))
+
+
+def open_store(
+    path: str | Path | StoreUrl,
+    *,
+    summarizer_id: bytes | None = None,
+    key: bytes | None = None,
+    tail_len: int = 0,
+    tail_columns: Sequence[TailColumn] = (),
+    user_columns: Sequence[UserColumn] = (),
+    generation: int | None = None,
+) -> StoreReader | ShardedReader:
+    """Open a store, sharded or not, or on a server; arguments and errors as of `StoreReader.open`.
+
+    Raises:
+        StoreError: a generation of a sharded store is asked for, whose shards count theirs separately.
+    """
+    address = store_address(path)
+    wanted: dict[str, Any] = {"summarizer_id": summarizer_id, "key": key, "tail_len": tail_len}
+    wanted |= {"tail_columns": tail_columns, "user_columns": user_columns}
+    if isinstance(address, StoreUrl) or not shards_in(address):
+        return StoreReader.open(address, generation=generation, **wanted)
+    if generation is not None:
+        raise StoreError(f"{address} is sharded, and each shard counts its own generations; open one shard's folder")
+    return ShardedReader(address, **wanted)
+
+
+class ShardedReader:
+    """All shards of a store, read as one; it has the methods of `StoreReader` except `states`.
+
+    Args:
+        path: the store's folder.
+        wanted: as of `StoreReader.open`.
+
+    Raises:
+        StoreError: a shard is missing, or the shards are of different counts or hold different things; and as
+            `StoreReader.open`.
+    """
+
+    def __init__(self, path: Path, **wanted: Any) -> None:
+        self.path = path
+        shards = shards_in(path)
+        if not shards:
+            raise StoreError(f"{path} holds no shards; check the path")
+        count = shards[0].count
+        missing = sorted(set(range(count)) - {shard.index for shard in shards})
+        if missing:
+            raise StoreError(f"{path}: shards {missing} of {count} are missing; refresh them with shard=i/{count}")
+        self._readers: list[StoreReader] = []
+        try:
+            for shard in shards:
+                self._readers.append(StoreReader.open(shard.path(path), **wanted))
+            first = self._readers[0].manifest
+            for reader in self._readers[1:]:
+                for field in _SHARED_FIELDS:
+                    if getattr(reader.manifest, field) != getattr(first, field):
+                        raise StoreError(
+                            f"{reader.path}: {field} differs from that of shard 0; refresh all shards alike"
+                        )
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def manifest(self) -> Manifest:
+        """Manifest for all shards together: the oldest generation and refresh, the shortest tail, the sum of counts."""
+        manifests = [reader.manifest for reader in self._readers]
+        return dataclasses.replace(
+            manifests[0],
+            generation=min(manifest.generation for manifest in manifests),
+            created_at=min(manifest.created_at for manifest in manifests),
+            refreshed_at=min(manifest.refreshed_at for manifest in manifests),
+            applied_segment=min(manifest.applied_segment for manifest in manifests),
+            tail_len=min(manifest.tail_len for manifest in manifests),
+            total_users=sum(manifest.total_users for manifest in manifests),
+            count=sum(manifest.count for manifest in manifests),
+            user_kind=common_kind(manifest.user_kind for manifest in manifests),
+        )
+
+    @property
+    def generation(self) -> int:
+        """The oldest of the shards' generations."""
+        return self.manifest.generation
+
+    @property
+    def summarizer_id(self) -> bytes:
+        """SHA-256 of the summarizer that wrote all shards, 32 bytes."""
+        return self._readers[0].summarizer_id
+
+    def __len__(self) -> int:
+        return sum(map(len, self._readers))
+
+    def get_many(self, user_ids: Sequence[int] | Sequence[str] | NDArray[Any]) -> StoredBatch:
+        """Records of a batch of users; as `StoreReader.get_many`."""
+        ids = user_ids if isinstance(user_ids, np.ndarray) else np.array(list(user_ids), dtype=object)
+        count = len(self._readers)
+        owner = shards_of(user_keys(user_ids), count)
+        order = np.argsort(owner, kind="stable")
+        bounds = np.searchsorted(owner[order], np.arange(count + 1))
+        users_of = [ids[order[bounds[index] : bounds[index + 1]]].tolist() for index in range(count)]
+        # Shards without a user of the batch are read too, for the shapes and errors of an empty batch.
+        batches = [reader.get_many(users) for reader, users in zip(self._readers, users_of, strict=True)]
+        return StoredBatch.concatenated(batches).take(np.argsort(order, kind="stable"))
+
+    def keys(self) -> Iterator[int | str]:
+        """User ids of all records, shard by shard."""
+        return chain.from_iterable(reader.keys() for reader in self._readers)
+
+    def reload(self) -> bool:
+        """Follow every shard to its newest generation; whether at least one changed."""
+        changed = [reader.reload() for reader in self._readers]  # all of them, whether or not the first changes
+        return any(changed)
+
+    def close(self) -> None:
+        """Close all shards."""
+        for reader in self._readers:
+            reader.close()
+
+    def __enter__(self) -> ShardedReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

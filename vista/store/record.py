@@ -1,64 +1,483 @@
-"""The bytes of one user's record: header, K summary rows, user, counters, tail, code (docs/reference/file-formats.md).
+"""What one user's record holds, and how it is read (docs/reference/file-formats.md).
 
-B users, K summary tokens, d model width, R bytes of all rows of one user, n events of one tail.
+A record is a header, K summary rows, user, counters, tail, and code. B users, K summary tokens, d model width, R bytes
+of all rows of one user, N rows or events.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
 import hmac
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import torch
 import xxhash
 from numpy.typing import NDArray
 
 from vista.arrays import Int, offsets_of
-from vista.counters.counters import CODE_BITS, MAX_CODE, CounterCodes
-from vista.errors import RecordError
-from vista.log.histories import NO_TIMESTAMP, ranges
+from vista.config.checks import Codec
+from vista.counters.counters import CODE_BITS, MAX_CODE, CounterCodes, CounterSpec
+from vista.errors import RecordError, UserKeyError
+from vista.files import TABLE, check_fields, list_of, whole
+from vista.log.histories import ranges
 from vista.store.keys import user_id
-from vista.store.record_spec import (
-    AUTHENTICATED,
-    CHECKSUM_OFFSET,
-    CODE_BYTES,
-    CODEC_NUMBERS,
-    FORMAT_VERSION,
-    HEADER,
-    HEADER_BYTES,
-    MAGIC,
-    MAX_RECORD_BYTES,
-    SCALE_DTYPE_NUMBERS,
-    SHORT_TIMES,
-    CodecError,
-    CounterLayout,
-    JoinedRecords,
-    RecordSpec,
-    Tail,
-    UserColumn,
-    check_field,
-    check_tail,
-    dequantize_rows,
-    encode_tails,
-    event_bytes,
-    have_short_times,
-    quantize_rows,
-    read_tails,
-    record_code,
-    user_of,
+
+MAX_RECORD_BYTES = 1 << 24
+"""Largest record, header included. Larger ones are refused when written, and when read before anything is decoded."""
+
+MAGIC = b"VSUM"
+FORMAT_VERSION = 3
+HEADER_BYTES = 128
+CHECKSUM_OFFSET = 120
+AUTHENTICATED = 1
+"""Bit of the flags: the record ends with an authentication code."""
+SHORT_TIMES = 2
+"""Bit of the flags: the times of the tail are uint32, ms before `last_event_ts`. Only in records with counters."""
+
+HEADER = np.dtype(
+    [
+        ("magic", "S4"),
+        ("format_version", "<u2"),
+        ("header_length", "<u2"),
+        ("flags", "<u4"),
+        ("codec", "<u2"),
+        ("tokens", "<u2"),
+        ("dim", "<u2"),
+        ("scale_dtype", "<u2"),
+        ("payload_length", "<u4"),
+        ("generation", "<u8"),
+        ("summarizer_id", "u1", (32,)),
+        ("key_hash", "<u8"),
+        ("created_at", "<i8"),
+        ("last_event_ts", "<i8"),
+        ("event_count", "<i8"),
+        ("applied_segment", "<u8"),
+        ("history_digest", "<u8"),
+        ("tail_length", "<u4"),
+        ("counters_length", "<u4"),
+        ("checksum", "<u8"),
+    ]
 )
-from vista.store.state_record import UserSummaries
+assert HEADER.itemsize == HEADER_BYTES
+
+CODEC_NUMBERS = {Codec.float32: 0, Codec.int8: 1, Codec.float16: 2, Codec.int4: 3}
+SCALE_DTYPE_NUMBERS = {Codec.float32: 0, Codec.int8: 1, Codec.float16: 0, Codec.int4: 2}
+"""0: no scale; 1: float32 scale and bias per row; 2: float16 scale and bias per row."""
+
+MAX_VALUES = 2**31 - 2
+"""Codes and their stored form, which is one larger, are int32 in memory."""
+
+MAX_KEY_BYTES = 4
+"""Of a counted key."""
+
+ITEM_BYTES, TIME_BYTES, SHORT_TIME_BYTES, ACTION_BYTES = 4, 8, 4, 1
+
+CHECKSUM_BYTES = 8
+"""At the end of the header."""
+CODE_BYTES = 16
+
+_RECORD = b"vista record 1"
+
+
+@dataclass(frozen=True, slots=True)
+class RecordSpec:
+    """What all records of one generation share."""
+
+    summarizer_id: bytes
+    """SHA-256, 32 bytes."""
+    generation: int
+    num_tokens: int
+    """K; 0 if stage 1 is off."""
+    dim: int
+    codec: Codec
+    created_at: int = 0
+    """Start of the refresh in ms; a resumed refresh keeps it. Written, not checked."""
+    applied_segment: int = 0
+    """Newest segment of the log that the records cover. Written, not checked."""
+    counters: CounterLayout | None = None
+    """How counters are stored; None if records have no counters."""
+    user_columns: tuple[UserColumn, ...] = ()
+    """Features of the user."""
+    tail_columns: tuple[TailColumn, ...] = ()
+    """Features of the tail's events."""
+    key: bytes | None = field(default=None, repr=False)
+    """32 bytes: records end with a code that only holders of the key can make."""
+
+    def __post_init__(self) -> None:
+        if len(self.summarizer_id) != 32:
+            raise ValueError(f"summarizer_id must be 32 bytes (SHA-256), got {len(self.summarizer_id)}")
+        if not 0 <= self.num_tokens < 1 << 16 or not 1 <= self.dim < 1 << 16:
+            raise ValueError(
+                f"num_tokens must lie in [0, 65535] and dim in [1, 65535], got {self.num_tokens} and {self.dim}"
+            )
+        if HEADER_BYTES + self.rows_bytes + self.user_bytes + self.code_bytes > MAX_RECORD_BYTES:
+            raise ValueError(
+                f"{self.num_tokens} rows of {self.row_bytes} bytes do not fit a record of {MAX_RECORD_BYTES} bytes; "
+                "use fewer tokens, a smaller dim or a smaller codec"
+            )
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one summary row."""
+        match self.codec:
+            case Codec.float32:
+                return 4 * self.dim
+            case Codec.float16:
+                return 2 * self.dim
+            case Codec.int8:
+                return self.dim + 8
+            case Codec.int4:
+                return (self.dim + 1) // 2 + 4
+
+    @property
+    def rows_bytes(self) -> int:
+        """R: bytes of all rows of one user."""
+        return self.num_tokens * self.row_bytes
+
+    @property
+    def user_bytes(self) -> int:
+        """Bytes of the features of one user."""
+        return sum(column.dtype.itemsize for column in self.user_columns)
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of the authentication code: 16 with a key, 0 without."""
+        return 0 if self.key is None else CODE_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class TailColumn:
+    """A category, whose values the model numbers, or a number.
+
+    The first is stored as 0 for a missing value, else the value's code plus 1; the second as float32, NaN if missing.
+    """
+
+    name: str
+    size: int | None
+    """Number of distinct values of a category; None for a number."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """How a value is stored: the smallest unsigned type that holds `size`, or float32."""
+        if self.size is None:
+            return np.dtype("<f4")
+        return np.min_scalar_type(self.size).newbyteorder("<")
+
+    def stored(self, values: Any) -> NDArray[Any]:
+        """[N] values as they are stored, from codes or numbers [N] as in `Tail.features`."""
+        column = np.asarray(values)
+        return np.ascontiguousarray(column if self.size is None else column + 1, dtype=self.dtype)
+
+    def read(self, stored: NDArray[Any]) -> NDArray[Any]:
+        """The inverse of `stored`; int32 or float32 [N]."""
+        return stored.astype(np.float32) if self.size is None else stored.astype(np.int32) - np.int32(1)
+
+
+@dataclass(frozen=True, slots=True)
+class UserColumn(TailColumn):
+    """A category or a number, stored once per user as a `TailColumn` is once per event.
+
+    The summarizer that a generation names says nothing about features of users, so the column itself says which values
+    its codes stand for.
+    """
+
+    values: str = ""
+    """SHA-256 of the values of a category (`Vocabulary.digest`); "" for a number."""
+
+
+@dataclass(frozen=True, slots=True)
+class CounterLayout:
+    """What the counters sections of all records of one generation share: what is counted, and the size of its keys."""
+
+    spec: CounterSpec
+    key_bytes: tuple[int, ...]
+    """Bytes per key of each field in a record."""
+
+    def __post_init__(self) -> None:
+        if len(self.key_bytes) != len(self.spec.fields) or not all(1 <= n <= MAX_KEY_BYTES for n in self.key_bytes):
+            raise ValueError(
+                f"key_bytes: expected 1 to {MAX_KEY_BYTES} for each of {', '.join(self.spec.fields)}, got "
+                f"{self.key_bytes}"
+            )
+
+    @classmethod
+    def of(cls, spec: CounterSpec, largest_keys: Sequence[int]) -> CounterLayout:
+        """The smallest layout that holds the keys 1 to `largest_keys[f]` of each field f."""
+        return cls(spec, tuple(max(1, -(-largest.bit_length() // 8)) for largest in largest_keys))
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of the codes of one key in a record."""
+        return -(-CODE_BITS * self.spec.num_columns // 8)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The layout as JSON values, for manifests."""
+        return {"spec": self.spec.to_dict(), "key_bytes": list(self.key_bytes)}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> CounterLayout:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: a field is missing, unknown, or invalid; the message names it.
+        """
+        check_fields(fields, {"spec": TABLE, "key_bytes": list_of(whole(1, MAX_KEY_BYTES))})
+        return cls(CounterSpec.from_dict(fields["spec"]), tuple(fields["key_bytes"]))
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """Last events of B users, packed: users end to end, oldest event first."""
+
+    items: NDArray[np.int32]
+    """[N] item rows of the model's vocabulary (in records), 0 for unknown items."""
+    times: NDArray[np.int64]
+    """[N] ms, or the ordinal in a log without times."""
+    actions: NDArray[np.uint8]
+    """[N] action codes. Callers of the scorer can pass names."""
+    offsets: NDArray[np.int64]
+    """[B+1]."""
+    features: Mapping[str, Any] = field(default_factory=dict)
+    """By name of a column, [N] each: in records, int32 codes of the model's values, -1 for a missing one, or float32
+    numbers, NaN for a missing one. Callers of the scorer pass the values themselves."""
+
+    @staticmethod
+    def empty(num_users: int) -> Tail:
+        """Tails without events and columns of features."""
+        return Tail(
+            np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.uint8), np.zeros(num_users + 1, np.int64)
+        )
+
+    @staticmethod
+    def concatenated(tails: Sequence[Tail]) -> Tail:
+        """The tails of all parts, end to end; at least one part, all with the same columns of features."""
+        if len(tails) == 1:
+            return tails[0]
+        return Tail(
+            np.concatenate([tail.items for tail in tails]),
+            np.concatenate([tail.times for tail in tails]),
+            np.concatenate([tail.actions for tail in tails]),
+            offsets_of(np.concatenate([np.diff(tail.offsets) for tail in tails])),
+            {name: np.concatenate([tail.features[name] for tail in tails]) for name in tails[0].features},
+        )
+
+    def select(self, index: Any, offsets: NDArray[np.int64]) -> Tail:
+        """The events at `index`, as NumPy indexes, with new offsets."""
+        features = {name: column[index] for name, column in self.features.items()}
+        return Tail(self.items[index], self.times[index], self.actions[index], offsets, features)
+
+    def of_user(self, row: int) -> Tail:
+        """The tail of one of the users (B = 1)."""
+        start, stop = self.offsets[row : row + 2].tolist()
+        return self.select(slice(start, stop), np.array([0, stop - start], np.int64))
+
+
+def event_bytes(short_times: NDArray[np.bool_], columns: Sequence[TailColumn]) -> NDArray[np.int64]:
+    """Bytes of one event in each of B tails, by whether its times are short."""
+    fixed = ITEM_BYTES + ACTION_BYTES + sum(column.dtype.itemsize for column in columns)
+    return fixed + np.where(short_times, SHORT_TIME_BYTES, TIME_BYTES)
+
+
+def read_tails(
+    records: JoinedRecords,
+    first: NDArray[np.int64] | int,
+    lengths: NDArray[np.int64],
+    columns: Sequence[TailColumn],
+    keys: Sequence[bytes],
+) -> Tail:
+    """The tails of records whose lengths were checked.
+
+    Args:
+        records: B records.
+        first: place of the section in each record, [B] or the same for all.
+        lengths: [B] events of each tail.
+        columns: of the tails' features.
+        keys: the B users' keys, for errors.
+
+    Raises:
+        RecordError: a category has a value that the generation does not know, or a number is infinite; the message
+            names the user.
+    """
+    offsets = offsets_of(lengths)
+    headers = records.headers
+    short = (headers["flags"] & SHORT_TIMES) != 0
+    times_at = first + ITEM_BYTES * lengths
+    actions_at = first + (event_bytes(short, ()) - ACTION_BYTES) * lengths
+    items = np.array(records.cut(first, times_at)).reshape(-1).view("<i4")
+    actions = np.array(records.cut(actions_at, actions_at + lengths)).reshape(-1)
+    features = _read_features(records, actions_at + lengths, lengths, columns, keys, "")
+    times = np.repeat(headers["last_event_ts"].astype(np.int64), lengths)
+    if not short.any():
+        times = np.array(records.cut(times_at, actions_at)).reshape(-1).view("<i8")
+    elif short.all():
+        times -= np.ascontiguousarray(records.cut(times_at, actions_at)).reshape(-1).view("<u4")
+    else:
+        content, is_short = np.frombuffer(records.content, np.uint8), np.repeat(short, lengths)
+        start = records.starts + times_at
+        times[is_short] -= content[ranges(start[short], SHORT_TIME_BYTES * lengths[short])].view("<u4")
+        times[~is_short] = content[ranges(start[~short], TIME_BYTES * lengths[~short])].view("<i8")
+    return Tail(items, times, actions, offsets, features)
+
+
+def _read_features(
+    records: JoinedRecords,
+    first: Int | int,
+    lengths: Int | int,
+    columns: Sequence[TailColumn],
+    keys: Sequence[bytes],
+    owner: str,
+) -> dict[str, NDArray[Any]]:
+    """Features of B users or their events: by name, int32 codes, -1 for a missing one, or float32 numbers.
+
+    Args:
+        records: B records whose lengths were checked.
+        first: place of the first column in each record.
+        lengths: values of a column in each record.
+        columns: of the generation.
+        keys: the B users' keys, for errors.
+        owner: what the features are of, for errors.
+
+    Raises:
+        RecordError: a category has a value that the generation does not know, or a number is infinite; the message
+            names the user.
+    """
+    features = {}
+    for column in columns:
+        last = first + column.dtype.itemsize * lengths
+        stored = np.ascontiguousarray(records.cut(first, last)).reshape(-1).view(column.dtype)
+        is_valid = ~np.isinf(stored) if column.size is None else stored <= column.size
+        if not is_valid.all():
+            value = np.flatnonzero(~is_valid)[:1]
+            users = [keys[user] for user in np.repeat(np.arange(len(keys)), lengths)[value]]
+            expected = "a finite number" if column.size is None else f"at most {column.size}"
+            check_field(is_valid[value], users, stored[value], f"feature {column.name!r}{owner}", expected)
+        features[column.name] = column.read(stored)
+        first = last
+    return features
+
+
+def dequantize_rows(packed: NDArray[np.uint8], codec: Codec, dim: int) -> NDArray[np.float32]:
+    """Decode stored rows: [N, row_bytes(codec, d)] uint8, contiguous (FBGEMM does not check) -> [N, d] float32.
+
+    For int8 and int4, value = q * scale + bias, rounded once if the processor has a fused multiply-add.
+    """
+    match codec:
+        case Codec.float32:
+            return packed.view("<f4")
+        case Codec.float16:
+            halves: NDArray[np.float32] = torch.from_numpy(packed.view("<f2")).float().numpy()
+            return halves
+        case Codec.int8:
+            rows: NDArray[np.float32] = torch.ops.quantized.embedding_bag_byte_unpack(torch.from_numpy(packed)).numpy()
+            return rows
+        case Codec.int4:
+            rows = torch.ops.quantized.embedding_bag_4bit_unpack(torch.from_numpy(packed)).numpy()
+            return rows if rows.shape[1] == dim else np.ascontiguousarray(rows[:, :dim])
+
+
+def record_code(key: bytes, user_key: bytes, header: bytes, payload: Sequence[bytes | memoryview]) -> bytes:
+    """16 bytes over the length of the user's key (uint16), that key, the header with a zero checksum, the payload.
+
+    For stores that cross a trust boundary: only holders of the authentication key can make, change or move records.
+    The key is never kept in a store, which holds `key_id`, from which it cannot be derived.
+    """
+    code = hashlib.blake2b(len(user_key).to_bytes(2, "little"), digest_size=CODE_BYTES, key=key, person=_RECORD)
+    code.update(user_key)
+    code.update(header)
+    for part in payload:
+        code.update(part)
+    return code.digest()
+
+
+def check_field(ok: NDArray[np.bool_], keys: Sequence[bytes], actual: Any, field: str, expected: Any) -> None:
+    """Refuse a batch of B records if a field of one of them is wrong.
+
+    Args:
+        ok: [B] whether each record's field is right.
+        keys: B user keys.
+        actual: [B] what each record holds.
+        field: its name in the error.
+        expected: [B], or one value for all.
+
+    Raises:
+        RecordError: not all are right; the message names the first user and the field.
+    """
+    if ok.all():
+        return
+    index = int(np.flatnonzero(~ok)[0])
+    if isinstance(expected, np.ndarray):
+        expected = expected[index]
+    raise RecordError(
+        f"the record of {user_of(keys[index])} is corrupt or of another format: {field} is {actual[index]}, expected "
+        f"{expected}. Refresh the store again, or publish the previous generation (`vista store rollback`)"
+    )
+
+
+def user_of(key: bytes) -> str:
+    """How an error names the user of a key, which may be damaged."""
+    try:
+        return f"user {user_id(key)!r}"
+    except UserKeyError:
+        return f"key {key!r}"
+
+
+class JoinedRecords:
+    """Records, or states, copied end to end, with zeros for their checksums, which end their headers."""
+
+    def __init__(
+        self, values: Sequence[bytes | memoryview], lengths: NDArray[np.int64], header: np.dtype[np.void]
+    ) -> None:
+        self.content = bytearray().join(values)
+        self.stops = np.cumsum(lengths)
+        self.starts = self.stops - lengths
+        self.one_length = len(lengths) > 0 and bool((lengths == lengths[0]).all())
+        """Whether all records have the same length: the usual case, in which fields are columns of a matrix."""
+        size = header.itemsize
+        self.headers = self.cut(0, size).reshape(-1).copy().view(header)
+        """[B], with the checksums as stored."""
+        if self.one_length:
+            self._table()[:, size - CHECKSUM_BYTES : size] = 0
+        else:
+            places = self.starts[:, None] + np.arange(size - CHECKSUM_BYTES, size)
+            np.frombuffer(self.content, np.uint8)[places] = 0
+
+    def views(self) -> list[memoryview]:
+        """Of each record."""
+        view = memoryview(self.content)
+        return [view[start:stop] for start, stop in zip(self.starts.tolist(), self.stops.tolist(), strict=True)]
+
+    def cut(self, first: NDArray[np.int64] | int, last: NDArray[np.int64] | int) -> NDArray[np.uint8]:
+        """Bytes first to last of each record, which may differ by record [B].
+
+        Returns:
+            [B, bytes], a view, if the records are of one length and the bytes are at one place; otherwise flat.
+        """
+        if self.one_length:
+            begin, end = _common(first), _common(last)
+            if begin is not None and end is not None:
+                return self._table()[:, begin:end]
+        view = memoryview(self.content)
+        bounds = zip((self.starts + first).tolist(), (self.starts + last).tolist(), strict=True)
+        return np.frombuffer(bytearray().join([view[start:stop] for start, stop in bounds]), np.uint8)
+
+    def _table(self) -> NDArray[np.uint8]:
+        return np.frombuffer(self.content, np.uint8).reshape(len(self.starts), -1)
+
+
+def _common(places: NDArray[np.int64] | int) -> int | None:
+    """The value that all places have; None if they differ."""
+    if isinstance(places, int):
+        return places
+    return int(places[0]) if (places == places[0]).all() else None
+
 
 _KEY_HASH_BYTES = slice(64, 72)
-_SHARED_FIELDS = (
-    *("magic", "format_version", "header_length", "codec", "tokens", "dim", "scale_dtype", "generation"),
-    "summarizer_id",
-)
-"""Fields that are equal in all records of a generation; their bytes follow."""
+_SHARED_FIELDS = ("magic", "format_version", "header_length", "codec", "tokens", "dim", "scale_dtype", "generation")
+"""Fields that, like summarizer_id, are equal in all records of a generation; their bytes follow."""
 _SHARED_BYTES = np.r_[0:8, 12:20, 24:64]
 
 SIZE_BYTES = 2
@@ -80,101 +499,6 @@ class RawRecords:
     """Of the users, [B] by name: codes or numbers; empty if the generation has none."""
 
 
-def encode_records(users: UserSummaries, spec: RecordSpec) -> list[bytes]:
-    """Encode the records of a batch of B users.
-
-    Args:
-        users: what the records hold; the states are not part of it.
-        spec: what the generation's records share (`StoreWriter.spec`).
-
-    Returns:
-        B byte strings.
-
-    Raises:
-        RecordError: a summary is not finite or overflows the codec, or a record would exceed MAX_RECORD_BYTES; the
-            message names the user.
-        ValueError: the shapes do not match.
-    """
-    keys, tail, num_users = users.keys, users.tail, len(users)
-    if users.summary.shape != (num_users, spec.num_tokens, spec.dim):
-        raise ValueError(f"summary must be {(num_users, spec.num_tokens, spec.dim)}, got {users.summary.shape}")
-    check_tail(tail, spec.tail_columns, num_users)
-    features = encode_user_features(users.features, spec.user_columns, num_users).tobytes()
-    rows_KD = np.ascontiguousarray(users.summary, dtype="<f4").reshape(num_users * spec.num_tokens, spec.dim)
-    try:
-        rows = quantize_rows(rows_KD, spec.codec)
-    except CodecError as error:
-        user, token = user_id(keys[error.row // spec.num_tokens]), error.row % spec.num_tokens
-        raise RecordError(
-            f"the summary of user {user!r} cannot be stored: row {token} {error.reason}; nothing of this batch was "
-            "written. Check the user's events and the model's weights"
-        ) from error
-
-    tail_length = np.diff(tail.offsets).astype(np.int64)
-    counters, short_times = [b""] * num_users, np.zeros(num_users, bool)
-    if spec.counters is not None:
-        counters = encode_counters(users.counters, spec.counters, num_users)
-        short_times = have_short_times(tail, users.last_event_ts)
-    counters_length = np.fromiter(map(len, counters), np.int64, num_users)
-    tail_bytes = event_bytes(short_times, spec.tail_columns) * tail_length
-    payload_length = spec.rows_bytes + spec.user_bytes + counters_length + tail_bytes + spec.code_bytes
-    _require_size(HEADER_BYTES + payload_length, keys)
-    headers = np.full(num_users, _template(spec))
-    headers["flags"] |= np.where(short_times, SHORT_TIMES, 0).astype(np.uint32)
-    headers["payload_length"] = payload_length
-    headers["key_hash"] = _key_hashes(keys)
-    headers["created_at"] = spec.created_at
-    headers["last_event_ts"] = users.last_event_ts
-    headers["event_count"] = users.event_count
-    headers["applied_segment"] = spec.applied_segment
-    headers["history_digest"] = users.history_digest
-    headers["tail_length"] = tail_length
-    headers["counters_length"] = counters_length
-
-    header_bytes, summary_bytes = headers.tobytes(), rows.reshape(-1).view(np.uint8).data
-    size, user_size = spec.rows_bytes, spec.user_bytes
-    records = []
-    tails = encode_tails(tail, users.last_event_ts, short_times, spec.tail_columns)
-    for index, tail_parts in enumerate(tails):
-        header = header_bytes[HEADER_BYTES * index : HEADER_BYTES * (index + 1)]
-        payload: list[bytes | memoryview]
-        of_user = features[user_size * index : user_size * (index + 1)]
-        payload = [summary_bytes[size * index : size * (index + 1)], of_user, counters[index], *tail_parts]
-        records.append(seal_record(header, payload, keys[index], spec.key))
-    return records
-
-
-def seal_record(header: bytes, payload: Sequence[bytes | memoryview], user_key: bytes, key: bytes | None) -> bytes:
-    """Finish a record: append the authentication code, if there is a key, and fill in the checksum.
-
-    Args:
-        header: complete but for its checksum, which is zero.
-        payload: complete but for the code.
-        user_key: under which the record is stored.
-        key: 32 bytes, if the store is authenticated.
-    """
-    if key is not None:
-        payload = [*payload, record_code(key, user_key, header, payload)]
-    checksum = xxhash.xxh3_64(header)
-    for part in payload:
-        checksum.update(part)
-    return b"".join((header[:CHECKSUM_OFFSET], checksum.intdigest().to_bytes(8, "little"), *payload))
-
-
-def restamp_records(keys: Sequence[bytes], records: Sequence[bytes], spec: RecordSpec) -> list[bytes]:
-    """Move checked records to another generation: only its number, the checksum and the code change."""
-    headers = np.frombuffer(b"".join([record[:HEADER_BYTES] for record in records]), HEADER).copy()
-    headers["generation"] = spec.generation
-    headers["checksum"] = 0
-    packed = headers.tobytes()
-    sealed = []
-    for index, (key, record) in enumerate(zip(keys, records, strict=True)):
-        payload = memoryview(record)[HEADER_BYTES : len(record) - spec.code_bytes]
-        header = packed[HEADER_BYTES * index : HEADER_BYTES * (index + 1)]
-        sealed.append(seal_record(header, [payload], key, spec.key))
-    return sealed
-
-
 def read_records(values: Sequence[bytes | memoryview], keys: Sequence[bytes], spec: RecordSpec) -> RawRecords:
     """Check a batch of stored values and copy them out; the values need not stay valid afterwards.
 
@@ -187,10 +511,11 @@ def read_records(values: Sequence[bytes | memoryview], keys: Sequence[bytes], sp
         RecordError: a value is truncated, corrupt, of another format, generation or summarizer; the message names the
             user and the field.
     """
-    records, sizes = _checked(values, keys, spec)
+    records, sizes = check_records(values, keys, spec)
     headers, user_at = records.headers, HEADER_BYTES + spec.rows_bytes
     rows = records.cut(HEADER_BYTES, user_at).reshape(len(values), spec.rows_bytes)
-    features, first = read_user_features(records, user_at, spec.user_columns, keys), user_at + spec.user_bytes
+    features = _read_features(records, user_at, 1, spec.user_columns, keys, " of the user")
+    first = user_at + spec.user_bytes
     counters = () if spec.counters is None else read_counters(records, first, spec.counters, sizes)
     tail_at = first + headers["counters_length"].astype(np.int64)
     tails = read_tails(records, tail_at, headers["tail_length"].astype(np.int64), spec.tail_columns, keys)
@@ -211,15 +536,10 @@ def sum_of_checksums(records: Sequence[bytes | memoryview]) -> int:
     return int(np.frombuffer(checksums, "<u8").sum(dtype=np.uint64))
 
 
-def check_records(values: Sequence[bytes | memoryview], keys: Sequence[bytes], spec: RecordSpec) -> None:
-    """Check a batch of stored values like `read_records`, without returning them."""
-    _checked(values, keys, spec)
-
-
-def _checked(
+def check_records(
     values: Sequence[bytes | memoryview], keys: Sequence[bytes], spec: RecordSpec
-) -> tuple[JoinedRecords, list[NDArray[np.int64]]]:
-    """Checked records, and the sizes of their counters (`counter_sizes`)."""
+) -> tuple[JoinedRecords, list[Int]]:
+    """Check a batch of stored values as `read_records` does; returns them with the sizes of their counters."""
     lengths = np.fromiter(map(len, values), dtype=np.int64, count=len(values))
     check_field(lengths >= HEADER_BYTES, keys, lengths, "length", f"at least {HEADER_BYTES} bytes")
     check_field(lengths <= MAX_RECORD_BYTES, keys, lengths, "length", f"at most {MAX_RECORD_BYTES} bytes")
@@ -229,23 +549,22 @@ def _checked(
     def require(field: str, expected: Any) -> None:
         check_field(headers[field] == expected, keys, headers[field], field, expected)
 
-    template = _template(spec)
+    template = record_template(spec)
     shared = headers.view(np.uint8).reshape(-1, HEADER_BYTES)[:, _SHARED_BYTES]
     alike = bool((shared == np.frombuffer(template.tobytes(), np.uint8)[_SHARED_BYTES]).all())
     if not alike:  # The usual case is one comparison for all; fields are checked by name only to report a difference.
-        for field in ("magic", "format_version", "header_length"):
+        for field in _SHARED_FIELDS[:3]:
             require(field, template[field])
     require("payload_length", lengths - HEADER_BYTES)
     views = records.views()
     require("checksum", np.frombuffer(b"".join(map(xxhash.xxh3_64_digest, views)), ">u8"))
     if not alike:
         for field in _SHARED_FIELDS:
-            if field != "summarizer_id":
-                require(field, template[field])
+            require(field, template[field])
         summarizer_ids = [row.tobytes().hex() for row in headers["summarizer_id"]]
         same = np.array(summarizer_ids) == spec.summarizer_id.hex()
         check_field(same, keys, summarizer_ids, "summarizer_id", spec.summarizer_id.hex())
-    require("key_hash", _key_hashes(keys))
+    require("key_hash", key_hashes(keys))
     counters_at = HEADER_BYTES + spec.rows_bytes + spec.user_bytes
     tail_bytes = lengths - counters_at - spec.code_bytes
     sizes: list[NDArray[np.int64]] = []
@@ -283,16 +602,16 @@ def check_keys(keys: Sequence[bytes], values: Sequence[memoryview]) -> None:
         RecordError: a record was written under another key.
     """
     stored = np.array([int.from_bytes(value[_KEY_HASH_BYTES], "little") for value in values], dtype=np.uint64)
-    expected = _key_hashes(keys)
+    expected = key_hashes(keys)
     check_field(stored == expected, keys, stored, "key_hash", expected)
 
 
-def _key_hashes(keys: Sequence[bytes]) -> NDArray[np.uint64]:
+def key_hashes(keys: Sequence[bytes]) -> NDArray[np.uint64]:
     return np.frombuffer(b"".join(map(xxhash.xxh3_64_digest, keys)), ">u8")
 
 
 @lru_cache(maxsize=16)
-def _template(spec: RecordSpec) -> np.void:
+def record_template(spec: RecordSpec) -> np.void:
     header = np.zeros(1, dtype=HEADER)
     header["magic"] = MAGIC
     header["format_version"] = FORMAT_VERSION
@@ -310,124 +629,6 @@ def _template(spec: RecordSpec) -> np.void:
     return template
 
 
-def _require_size(lengths: NDArray[np.int64], keys: Sequence[bytes]) -> None:
-    if (lengths > MAX_RECORD_BYTES).any():
-        index = int(lengths.argmax())
-        raise RecordError(
-            f"the record of {user_of(keys[index])} would take {lengths[index]} bytes, but at most {MAX_RECORD_BYTES} "
-            "are allowed; nothing of this batch was written. Use a shorter tail (model.tail_len) or a smaller codec"
-        )
-
-
-CLOCK_SKEW_MS = 300_000
-"""A record dated further ahead was written by a wrong clock, so its age is unknown."""
-
-
-@dataclass(frozen=True, slots=True)
-class StoredBatch:
-    """Records of B users, in the order of the request."""
-
-    found: NDArray[np.bool_]
-    """[B]; False for users without a record."""
-    summary: NDArray[np.float32]
-    """[B, K, d]; zeros if not found."""
-    tail: Tail
-    """Tails as of the refresh; empty if not found."""
-    event_count: NDArray[np.int64]
-    """[B] events that the record covers; 0 if not found."""
-    last_event_ts: NDArray[np.int64]
-    """[B] ms; NO_TIMESTAMP if not found or without events."""
-    created_at: NDArray[np.int64]
-    """[B] start of the refresh, ms; NO_TIMESTAMP if not found."""
-    history_digest: NDArray[np.uint64]
-    """[B]; 0 if not found."""
-    generation: int
-    """Number of the store's generation that was read; of a sharded store, the oldest one."""
-    features: dict[str, NDArray[Any]] = dataclasses.field(default_factory=dict)
-    """Of the users, [B] by name: the model's codes int32, or float32 numbers; -1 or NaN if missing, or not found."""
-    counters: tuple[CounterCodes, ...] = ()
-    """Counters as of the refresh, one per field of their spec; without keys if not found. Empty if the store keeps no
-    counters."""
-
-    def expired(self, now_ms: int, refreshed_at: int, max_age_ms: int) -> NDArray[np.bool_]:
-        """Whether each user's record is older than `max_age_ms`, or dated in the future, [B].
-
-        Args:
-            now_ms: the current time.
-            refreshed_at: of the manifest; a user without new events is as current as the last refresh.
-            max_age_ms: the limit; a record of exactly this age is not expired.
-        """
-        age = now_ms - np.maximum(self.created_at, refreshed_at)
-        return self.found & ((age > max_age_ms) | (age < -CLOCK_SKEW_MS))
-
-    def take(self, rows: Int) -> StoredBatch:
-        """The batch of the users at `rows` [N], in this order; a row of -1 stands for a user without a record."""
-        present = rows >= 0
-
-        def column(values: NDArray[Any], missing: float = 0) -> NDArray[Any]:
-            taken = np.full((len(rows), *values.shape[1:]), missing, values.dtype)
-            taken[present] = values[rows[present]]
-            return taken
-
-        def packed(offsets: Int) -> tuple[Int, Int]:
-            """Positions of what the users have of packed values, and its offsets."""
-            lengths = column(np.diff(offsets))
-            return ranges(column(offsets[:-1]), lengths), offsets_of(lengths)
-
-        counters = []
-        for one in self.counters:
-            index, offsets = packed(one.offsets)
-            clock = column(one.clock, NO_TIMESTAMP)
-            counters.append(CounterCodes(one.spec, one.key[index], one.codes[index], offsets, clock))
-        return StoredBatch(
-            found=column(self.found),
-            summary=column(self.summary),
-            tail=self.tail.select(*packed(self.tail.offsets)),
-            event_count=column(self.event_count),
-            last_event_ts=column(self.last_event_ts, NO_TIMESTAMP),
-            created_at=column(self.created_at, NO_TIMESTAMP),
-            history_digest=column(self.history_digest),
-            generation=self.generation,
-            features={name: column(values, _missing(values)) for name, values in self.features.items()},
-            counters=tuple(counters),
-        )
-
-    def spread(self, rows: Int, num_users: int) -> StoredBatch:
-        """A batch of `num_users` with these records at `rows`, and no records elsewhere."""
-        places = np.full(num_users, -1, np.int64)
-        places[rows] = np.arange(len(rows))
-        return self.take(places)
-
-    def without(self, users: NDArray[np.bool_]) -> StoredBatch:
-        """The same batch, as if the marked users [B] had no record."""
-        return self.take(np.where(users, -1, np.arange(len(users)))) if users.any() else self
-
-    @staticmethod
-    def concatenated(batches: Sequence[StoredBatch]) -> StoredBatch:
-        """The users of all batches, end to end; at least one batch, all with the same features and counters."""
-
-        def column(name: str) -> NDArray[Any]:
-            return np.concatenate([getattr(batch, name) for batch in batches])
-
-        return StoredBatch(
-            found=column("found"),
-            summary=column("summary"),
-            tail=Tail.concatenated([batch.tail for batch in batches]),
-            event_count=column("event_count"),
-            last_event_ts=column("last_event_ts"),
-            created_at=column("created_at"),
-            history_digest=column("history_digest"),
-            generation=min(batch.generation for batch in batches),
-            features={name: _join([batch.features[name] for batch in batches]) for name in batches[0].features},
-            counters=tuple(map(CounterCodes.concatenated, zip(*(batch.counters for batch in batches), strict=True))),
-        )
-
-
-def _missing(values: NDArray[Any]) -> float:
-    """How a column of features says that a value is missing."""
-    return np.nan if values.dtype.kind == "f" else -1
-
-
 def present_records(
     values: Sequence[bytes | memoryview | None], keys: list[bytes], first: int, spec: RecordSpec
 ) -> tuple[Int, RawRecords]:
@@ -437,132 +638,6 @@ def present_records(
         return first + np.arange(len(keys)), read_records(present, keys, spec)
     rows = [row for row, value in enumerate(values) if value is not None]
     return first + np.array(rows, np.int64), read_records(present, [keys[row] for row in rows], spec)
-
-
-def assembled(num_users: int, parts: Sequence[tuple[Int, RawRecords]], spec: RecordSpec) -> StoredBatch:
-    """The batch of B = `num_users` users.
-
-    Args:
-        num_users: B.
-        parts: positions in the batch, ascending, and the records of the users there; at least one part.
-        spec: what the records share.
-    """
-    rows, headers = _join([positions for positions, _ in parts]), _join([raw.headers for _, raw in parts])
-    is_complete = len(rows) == num_users
-    if is_complete and len(parts) == 1:
-        summary = decode_rows(parts[0][1], spec)
-    else:
-        summary = np.zeros((num_users, spec.num_tokens, spec.dim), np.float32)
-        for positions, raw in parts:
-            summary[positions] = decode_rows(raw, spec)
-    event_count, last_event_ts, created_at = (
-        headers[name].astype(np.int64) for name in ("event_count", "last_event_ts", "created_at")
-    )
-    found = StoredBatch(
-        found=np.ones(len(rows), np.bool_),
-        summary=np.empty((len(rows), 0, spec.dim), np.float32),  # the large part, which is already in its place
-        tail=Tail.concatenated([raw.tail for _, raw in parts]),
-        event_count=event_count,
-        last_event_ts=last_event_ts,
-        created_at=created_at,
-        history_digest=headers["history_digest"].astype(np.uint64),
-        generation=spec.generation,
-        features={name: _join([raw.features[name] for _, raw in parts]) for name in parts[0][1].features},
-        counters=tuple(map(CounterCodes.concatenated, zip(*(raw.counters for _, raw in parts), strict=True))),
-    )
-    return replace(found if is_complete else found.spread(rows, num_users), summary=summary)
-
-
-def _join(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-
-
-def encode_user_features(
-    features: Mapping[str, Any], columns: Sequence[UserColumn], num_users: int
-) -> NDArray[np.uint8]:
-    """The section of each of B users, [B, bytes].
-
-    Args:
-        features: by name, [B] codes or numbers, as in `UserSummaries.features`.
-        columns: of the generation.
-        num_users: B.
-
-    Raises:
-        ValueError: the features are of other columns, or of another number of users.
-    """
-    names = [column.name for column in columns]
-    if sorted(features) != sorted(names) or any(len(values) != num_users for values in features.values()):
-        raise ValueError(f"features of users: expected {names} of {num_users} users, got {list(features)}")
-    parts = [
-        column.stored(features[column.name]).view(np.uint8).reshape(num_users, column.dtype.itemsize)
-        for column in columns
-    ]
-    return np.concatenate([np.zeros((num_users, 0), np.uint8), *parts], axis=1)
-
-
-def read_user_features(
-    records: JoinedRecords, first: int, columns: Sequence[UserColumn], keys: Sequence[bytes]
-) -> dict[str, NDArray[Any]]:
-    """The features of B records whose lengths were checked; int32 codes, -1 for a missing one, or float32 numbers [B].
-
-    Args:
-        records: B records.
-        first: place of the section in each record.
-        columns: of the generation.
-        keys: the B users' keys, for errors.
-
-    Raises:
-        RecordError: a category has a value that the generation does not know, or a number is infinite; the message
-            names the user.
-    """
-    features = {}
-    for column in columns:
-        last = first + column.dtype.itemsize
-        stored = np.ascontiguousarray(records.cut(first, last)).reshape(-1).view(column.dtype)
-        name = f"feature {column.name!r} of the user"
-        if column.size is None:
-            check_field(~np.isinf(stored), keys, stored, name, "a finite number")
-        else:
-            check_field(stored <= column.size, keys, stored, name, f"at most {column.size}")
-        features[column.name] = column.read(stored)
-        first = last
-    return features
-
-
-def most_bytes(layout: CounterLayout) -> int:
-    """Bytes of the section of a user who has all keys that a record keeps."""
-    fields = zip(layout.spec.keys, layout.key_bytes, strict=True)
-    return sum(SIZE_BYTES + keys * (key_bytes + layout.code_bytes) for keys, key_bytes in fields)
-
-
-def encode_counters(counters: Sequence[CounterCodes], layout: CounterLayout, num_users: int) -> list[bytes]:
-    """The counters section of each of B users: per field the number of keys, then keys with codes.
-
-    Args:
-        counters: of the B users, one for each field of the layout.
-        layout: of the generation.
-        num_users: B.
-
-    Raises:
-        ValueError: the counters are of another spec, or of another number of users; or a user has too many keys, or a
-            key has too many bytes.
-    """
-    spec = layout.spec
-    if len(counters) != len(spec.fields) or any(
-        one.spec != spec or len(one.offsets) != num_users + 1 or len(one.key) != one.offsets[-1] for one in counters
-    ):
-        raise ValueError(f"counters: expected those of {num_users} users for each of {', '.join(spec.fields)}")
-    sections = [b""] * num_users
-    for one, name, most, key_bytes in zip(counters, spec.fields, spec.keys, layout.key_bytes, strict=True):
-        sizes = np.diff(one.offsets)
-        if (sizes > most).any() or (one.key >> 8 * key_bytes != 0).any():
-            raise ValueError(f"counters of {name}: at most {most} keys of {key_bytes} bytes are allowed per user")
-        entries = _entries(one, key_bytes, layout.code_bytes)
-        content, entry_bytes = entries.tobytes(), entries.shape[1]
-        for user, (first, last) in enumerate(pairwise(one.offsets.tolist())):
-            size = (last - first).to_bytes(SIZE_BYTES, "little")
-            sections[user] += size + content[entry_bytes * first : entry_bytes * last]
-    return sections
 
 
 def counter_sizes(
@@ -616,14 +691,6 @@ def read_counters(
         counters.append(CounterCodes(layout.spec, key.view("<i4"), codes, offsets, clock))
         at = stop
     return tuple(counters)
-
-
-def _entries(counters: CounterCodes, key_bytes: int, code_bytes: int) -> NDArray[np.uint8]:
-    """The bytes of each key and its codes, [E, k + c]."""
-    key = counters.key.astype("<u4")[:, None].view(np.uint8)
-    shifted = counters.codes.astype("<u8") << CODE_BITS * np.arange(counters.codes.shape[1], dtype=np.uint64)
-    packed = np.bitwise_or.reduce(shifted, axis=1, keepdims=True).view(np.uint8)
-    return np.concatenate([key[:, :key_bytes], packed[:, :code_bytes]], axis=1)
 
 
 def _widened(number: NDArray[np.uint8], width: int) -> NDArray[Any]:

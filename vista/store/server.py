@@ -20,14 +20,14 @@ from vista.errors import (
     shown,
 )
 from vista.files import checked_path
+from vista.store.folder_files import digests_of
+from vista.store.folder_generation import Batch
 from vista.store.keys import CURSOR_KEY
 from vista.store.layout import DAY_MS, Permissions, StoreUrl, parse_pointer
-from vista.store.lmdb_environment import Batch
 from vista.store.manifest import Manifest, Tally
-from vista.store.record_spec import RecordSpec
+from vista.store.record import RecordSpec
 from vista.store.server_connection import Command, KeyNames, RecordCache, ServerConnection, ServerLock, evicting
 from vista.store.server_generation import ServerGeneration, ServerWriter
-from vista.store.tombstones import digests_of
 
 _CHECKS_BESIDE_ERASURES = 5
 _REMOVED_AT_ONCE = 1000
@@ -40,32 +40,28 @@ class Server:
     """The store of a URL, whether it exists or not.
 
     After a kill of the writer, its lock expires within seconds, and the next writer resumes.
+
+    Args:
+        url: of the store.
+        cached: read through the cache that the URL names, if it names one.
+
+    Raises:
+        StoreError: as of `ServerConnection.check` and `command`.
     """
 
-    def __init__(self, connection: ServerConnection, cache: RecordCache | None = None) -> None:
-        self.connection = connection
-        self._cache = cache
-        self.address = connection.url
-        self.names = KeyNames(connection.url.name)
-        self.erased_users = ServerTombstones(connection, self.names.tombstones)
+    def __init__(self, url: StoreUrl, *, cached: bool = False) -> None:
+        self.connection = ServerConnection(url)
+        self.connection.check()
+        self.address = url
+        self.names = KeyNames(url.name)
+        self.erased_users = ServerTombstones(self.connection, self.names.tombstones)
+        self._cache: RecordCache | None = None
+        if cached and url.cache is not None:
+            folder = checked_path(url.cache, StoreError) / xxhash.xxh3_64_hexdigest(str(url).encode())
+            self._cache = RecordCache(folder.absolute(), int(1e6 * url.cache_mb))
         self._lock: ServerLock | None = None
         self._published = 0
         self._writer: ServerWriter | None = None
-
-    @classmethod
-    def connect(cls, url: StoreUrl, *, cached: bool = False) -> Server:
-        """Connect to the server; errors as of `ServerConnection.check` and `command`.
-
-        Args:
-            url: of the store.
-            cached: read through the cache that the URL names, if it names one.
-        """
-        connection = ServerConnection(url)
-        connection.check()
-        if not cached or url.cache is None:
-            return cls(connection)
-        folder = checked_path(url.cache, StoreError) / xxhash.xxh3_64_hexdigest(str(url).encode())
-        return cls(connection, RecordCache(folder.absolute(), int(1e6 * url.cache_mb)))
 
     def current(self) -> int:
         """Number of the published generation.

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,9 +19,9 @@ import xxhash
 from vista.errors import StoreBusyError, StoreError, StoreLockedError, StoreUnavailableError, StoreWriteError, shown
 from vista.files import make_folders
 from vista.installation import require_module
+from vista.store.folder_generation import SharedEnvironment
 from vista.store.keys import COMPLETE_KEY, CURSOR_KEY, MANIFEST_KEY
 from vista.store.layout import PASSWORD_VARIABLE, PRIVATE, StoreUrl, make_folder
-from vista.store.lmdb_environment import SharedEnvironment
 
 T = TypeVar("T")
 Command = tuple[Any, ...]
@@ -397,41 +396,20 @@ def _holder(value: bytes) -> str:
     return f"process {words[2]} on {words[1]}" if len(words) == 4 else "another process"
 
 
-@dataclass(frozen=True, slots=True)
 class GenerationKeys:
     """Names of the keys of one generation: its prefix, followed by the key that LMDB would hold."""
 
-    prefix: bytes
-
-    @property
-    def manifest(self) -> bytes:
-        """Manifest, as in LMDB."""
-        return self.prefix + MANIFEST_KEY
-
-    @property
-    def cursor(self) -> bytes:
-        """Users done, as in LMDB."""
-        return self.prefix + CURSOR_KEY
-
-    @property
-    def complete(self) -> bytes:
+    def __init__(self, prefix: bytes) -> None:
+        self.prefix = prefix
+        self.manifest, self.cursor = prefix + MANIFEST_KEY, prefix + CURSOR_KEY
+        self.complete = prefix + COMPLETE_KEY
         """A random word that identifies these records, once all of them are written and checked."""
-        return self.prefix + COMPLETE_KEY
-
-    @property
-    def users(self) -> bytes:
+        self.users = prefix + USERS_KEY
         """Keys of all users who have a record."""
-        return self.prefix + USERS_KEY
-
-    @property
-    def ttl(self) -> bytes:
+        self.ttl = prefix + TTL_KEY
         """Time to live in ms, if the generation expires."""
-        return self.prefix + TTL_KEY
-
-    @property
-    def own(self) -> list[bytes]:
+        self.own = [self.manifest, self.complete, self.cursor, self.users, self.ttl]
         """All names but those of users."""
-        return [self.manifest, self.complete, self.cursor, self.users, self.ttl]
 
     def record(self, key: bytes) -> bytes:
         """The record of a user."""

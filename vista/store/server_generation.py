@@ -15,11 +15,10 @@ import numpy as np
 
 from vista.arrays import Int
 from vista.errors import RecordError, StoreClosedError, StoreWriteError
+from vista.store.folder_generation import Batch
 from vista.store.layout import pointer_to
-from vista.store.lmdb_environment import Batch
 from vista.store.manifest import CHECKSUM_DIGITS, Manifest, Tally, parse_cursor
-from vista.store.record import RawRecords, check_records, present_records
-from vista.store.record_spec import HEADER_BYTES, RecordSpec, user_of
+from vista.store.record import HEADER_BYTES, RawRecords, RecordSpec, check_records, present_records, user_of
 from vista.store.server_connection import Command, GenerationKeys, RecordCache, ServerConnection, ServerLock
 from vista.store.state_record import FoundStates, StateSpec, decode_states
 
@@ -336,17 +335,7 @@ class ServerWriter:
         states: Sequence[bytes],
         meta: Mapping[bytes, bytes],
     ) -> int:
-        """Add or replace users without the erased ones, in bounded parts; the last part also puts `meta`.
-
-        Args:
-            keys: N user keys.
-            records: N records.
-            states: N states, or none if the generation keeps no states.
-            meta: further keys of the generation and their values.
-
-        Returns:
-            How many users were written.
-        """
+        """Write a batch as `FolderWriter.put` does, but in bounded parts; the last part also puts `meta`."""
         if keys and bool(states) != self._keeps_states:
             raise ValueError(f"states: got {len(states)} for {len(keys)} records of {self._store.address}")
         parts = _parts([*map(len, records)] if not states else [*map(_both_lengths, records, states)])

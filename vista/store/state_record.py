@@ -20,7 +20,7 @@ from vista.config.checks import StateDtype
 from vista.counters.counters import CounterCodes, CounterRows, CounterSpec, CounterTable
 from vista.errors import RecordError
 from vista.store.keys import user_id
-from vista.store.record_spec import CHECKSUM_BYTES, JoinedRecords, Tail
+from vista.store.record import CHECKSUM_BYTES, JoinedRecords, Tail
 
 _HEAD = np.dtype([("clock", "<i8"), ("num_events", "<i8"), ("size", "<u4")])
 

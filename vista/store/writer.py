@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 from vista.errors import StoreError, SummarizerMismatchError
 from vista.store.backend import open_backend
+from vista.store.folder_files import WAIT_S
 from vista.store.keys import CURSOR_KEY, user_keys
 from vista.store.layout import GROUP, PRIVATE, StoreUrl
-from vista.store.lmdb_environment import WAIT_S
 from vista.store.manifest import Manifest
-from vista.store.record_spec import HEADER, HEADER_BYTES, key_id, user_of
-from vista.store.state_record import FoundStates
+from vista.store.record import HEADER, HEADER_BYTES, user_of
+from vista.store.record_encoding import key_id
 
 if TYPE_CHECKING:
     from vista.store.backend import GenerationWriter, StoreBackend
@@ -93,7 +93,7 @@ class StoreWriter:
 
         Args:
             keys: from `vista.store.keys.user_keys`.
-            records: from `vista.store.record.encode_records` with this writer's `spec`, one per key.
+            records: from `vista.store.record_encoding.encode_records` with this writer's `spec`, one per key.
             cursor: users done after this batch, including those without a record.
             states: from `encode_states` with `state_spec`, one per key, if the generation keeps states.
 
@@ -154,19 +154,20 @@ class StoreUpdate:
     def __init__(
         self,
         store: StoreBackend,
-        generation: GenerationWriter,
+        writer: GenerationWriter,
         created_at: int,
         applied_segment: int,
         key: bytes | None,
     ) -> None:
         self.path = store.address
         self._store = store
-        self._generation = generation
+        self.writer = writer
+        """The published generation, which also reads and removes what is stored."""
         self.created_at = created_at
         """Start of the run, ms."""
         self.applied_segment = applied_segment
         """Newest segment of the log that new records cover."""
-        manifest = generation.manifest
+        manifest = writer.manifest
         self.spec = dataclasses.replace(manifest.spec(key), created_at=created_at, applied_segment=applied_segment)
         """What each new record must hold."""
         state_spec = manifest.state_spec()
@@ -215,7 +216,7 @@ class StoreUpdate:
     @property
     def manifest(self) -> Manifest:
         """Of the generation, as the last transaction left it."""
-        return self._generation.manifest
+        return self.writer.manifest
 
     def erased(self, keys: Sequence[bytes]) -> NDArray[np.bool_]:
         """Whether each user is erased, [N]."""
@@ -227,7 +228,7 @@ class StoreUpdate:
         Also -1 for a record that is shorter than a header, so that the user is summarized again; it is logged.
         """
         applied = np.full(len(keys), -1, np.int64)
-        for row, header in enumerate(self._generation.headers(keys)):
+        for row, header in enumerate(self.writer.headers(keys)):
             if header is None:
                 continue
             if len(header) < HEADER_BYTES:
@@ -241,37 +242,17 @@ class StoreUpdate:
             applied[row] = np.frombuffer(header, HEADER)[0]["applied_segment"]
         return applied
 
-    def key_batches(self) -> Iterator[list[bytes]]:
-        """Keys of all users in ascending order, a batch at a time."""
-        return self._generation.key_batches()
-
-    def states(self, keys: Sequence[bytes]) -> FoundStates | None:
-        """Rows of the keys that have a state, and these states; None if the generation keeps no states.
-
-        Raises:
-            RecordError: a state is damaged; the message names the user.
-        """
-        return self._generation.states(keys)
-
     def put_batch(self, keys: Sequence[bytes], records: Sequence[bytes], states: Sequence[bytes] = ()) -> None:
         """Add or replace users durably, states first; erased users are left out.
 
         Raises:
             StoreError: the records are unchanged (disk full, input/output error); the message has the remedy.
         """
-        self._generation.put(keys, records, states, {})
-
-    def remove(self, keys: Sequence[bytes]) -> int:
-        """Remove users durably; returns how many had a record."""
-        return self._generation.remove(keys)
-
-    def remove_states(self, keys: Sequence[bytes]) -> None:
-        """Remove the states of users, who are then recomputed from the log by their next refresh."""
-        self._generation.remove_states(keys)
+        self.writer.put(keys, records, states, {})
 
     def begin(self, log_digest: str) -> None:
         """Record that from now on some records may cover the log up to `applied_segment`."""
-        self._generation.put_manifest(
+        self.writer.put_manifest(
             lambda manifest: dataclasses.replace(manifest, going_to=self.applied_segment, going_to_digest=log_digest)
         )
 
@@ -280,8 +261,8 @@ class StoreUpdate:
 
         On a server, a generation that expires does so `ttl_days` after the last call, at the latest.
         """
-        self._generation.renew()
-        self._generation.put_manifest(
+        self.writer.renew()
+        self.writer.put_manifest(
             lambda manifest: dataclasses.replace(
                 manifest,
                 applied_segment=self.applied_segment,

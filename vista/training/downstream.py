@@ -30,7 +30,7 @@ from vista.model.summarizer import Stage1Config
 from vista.model.vista_model import STAGE1_WEIGHTS, VistaModel
 from vista.refresh import check_log
 from vista.store.reader import StoreReader
-from vista.store.record_spec import read_key
+from vista.store.record_encoding import read_key
 
 logger = logging.getLogger(__name__)
 COUNTER_KEYS = ("counters", "counter_keys", "counter_categories", "counter_days", "counter_events")

@@ -154,7 +154,7 @@ def test_rollback(server, build):
 def test_a_rollback_does_not_bring_erased_users_back(server, build):
     url = server.url()
     write_generations(url)
-    store = Server.connect(StoreUrl.parse(url))
+    store = Server(StoreUrl.parse(url))
     store.erased_users.add(list(contents(url, 1)[0])[:2])  # of an erasure that was killed
     roll_back(url)
     assert found(url, range(TOTAL)) == [False, False, *[True] * (TOTAL - 2)]

@@ -37,9 +37,9 @@ from vista.store import StoreReader, server_connection
 from vista.store.admin import copy_generation, verify_store
 from vista.store.backend import open_backend
 from vista.store.keys import user_keys
+from vista.store.layout import Shard
 from vista.store.reader import published_manifest
 from vista.store.server_generation import ServerWriter
-from vista.store.shards import Shard
 from vista.store.state_record import StateArrays, StateSpec, encode_states
 from vista.store.writer import StoreUpdate, erase
 from vista.training.trainer import train

@@ -27,17 +27,16 @@ from vista.errors import (
 from vista.store import NO_TIMESTAMP, StoreReader, server_generation
 from vista.store.admin import copy_generation, verify_store
 from vista.store.layout import StoreUrl
-from vista.store.reader import published_manifest
+from vista.store.reader import open_store, published_manifest
 from vista.store.server import Server, ServerTombstones
 from vista.store.server_connection import RecordCache, ServerLock
-from vista.store.shards import open_store
 from vista.store.writer import erase
 
 TOTAL = 40
 
 
 def store_at(url: str) -> Server:
-    return Server.connect(StoreUrl.parse(url))
+    return Server(StoreUrl.parse(url))
 
 
 def key_names(server: Any) -> list[bytes]:
@@ -258,7 +257,7 @@ def test_one_writer_at_a_time(server, build, monkeypatch):
 def test_a_lock_is_renewed_while_its_holder_computes(server, monkeypatch):
     monkeypatch.setattr("vista.store.server_connection.LOCK_S", 1.5)
     url = StoreUrl.parse(server.url())
-    lock = ServerLock(Server.connect(url).connection, b"{mine}:writer")
+    lock = ServerLock(Server(url).connection, b"{mine}:writer")
     lock.acquire()
     for _ in range(8):  # longer than the lock lasts
         assert 0 < int(server.command("PTTL", "{mine}:writer")) <= 1500
