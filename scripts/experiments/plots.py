@@ -68,6 +68,7 @@ def plot_lengths(results: Path, lengths: Mapping[str, int] = LENGTHS) -> Figure:
     drawn = [table for table, models in points.items() if models]
     if not drawn:
         raise DataError(f"no row in {results} has {QUALITY}; run scripts.experiments.reproduce length-1k")
+    figure: Figure
     figure, axes = pyplot().subplots(
         1, len(drawn), figsize=(3 * len(drawn), 3.8), sharex=True, sharey=True, squeeze=False
     )
@@ -133,6 +134,7 @@ def plot_minutes(results: Path) -> Figure:
     panels = {name: drawn for name, drawn in lines.items() if drawn}
     if not panels:
         raise DataError(f"no line in {results} has a curve; run scripts.experiments.reproduce {' or '.join(files)}")
+    figure: Figure
     figure, axes = pyplot().subplots(1, len(panels), figsize=(5 * len(panels), 3.6), squeeze=False)
     for axis, (name, drawn) in zip(axes[0], panels.items(), strict=True):
         for line in drawn:

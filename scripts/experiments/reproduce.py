@@ -32,7 +32,7 @@ from scripts.experiments.tables import TABLES
 from vista.device import cpu_settings, keep_freed_memory
 from vista.errors import VistaError
 from vista.files import replace_text, writable_folder
-from vista.progress_bar import progress_bar, ticking
+from vista.progress_bar import progress_bar, progress_shown, ticking
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,7 +84,11 @@ def _run_all(settings: argparse.Namespace, runs: Sequence[TableRun], results: Pa
     lines = []
     total_s = round(sum(run.estimate_s for run in runs), 1)
     try:
-        with logging_redirect_tqdm(), progress_bar(total=total_s, desc="runs", unit="s", shown=True) as bar:
+        with (
+            logging_redirect_tqdm(),
+            progress_shown(),
+            progress_bar(total=total_s, desc="runs", unit="s") as bar,
+        ):
             for number, run in enumerate(runs, start=1):
                 bar.set_description(f"{number} of {len(runs)}: {run.label}", refresh=False)
                 with ticking(bar):

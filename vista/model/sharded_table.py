@@ -27,7 +27,7 @@ from vista.config.checks import TablePrecision
 from vista.errors import ConfigError, MissingDependencyError
 from vista.installation import install_command
 from vista.model.layers import TABLE_STD
-from vista.ranks import Ranks, talking
+from vista.ranks import JobRanks, Ranks, talking
 
 # The only module that imports TorchRec and FBGEMM.
 
@@ -243,7 +243,7 @@ def _without_info() -> Iterator[None]:
         logging.disable(before)
 
 
-def _sharded(shape: torch.Size, ranks: Ranks, precision: TablePrecision) -> Any:
+def _sharded(shape: torch.Size, ranks: JobRanks, precision: TablePrecision) -> Any:
     """TorchRec's module with the table, whose values are not set yet."""
     set_gradient_division(False)  # vista's gradients are sums over ranks
     is_half = precision is TablePrecision.float16
