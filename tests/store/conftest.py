@@ -18,7 +18,17 @@ import pytest
 from tests.faults.nursery import Nursery
 from vista.counters.counters import CounterCodes, CounterSpec
 from vista.errors import StoreError
-from vista.store import Manifest, RecordSpec, StoreReader, StoreWriter, Tail, UserSummaries, encode_records, user_keys
+from vista.store import (
+    NO_TIMESTAMP,
+    Manifest,
+    RecordSpec,
+    StoreReader,
+    StoreWriter,
+    Tail,
+    UserSummaries,
+    encode_records,
+    user_keys,
+)
 from vista.store.backend import Folder
 from vista.store.layout import environment_path, read_current
 from vista.store.record import CounterLayout, TailColumn
@@ -77,6 +87,14 @@ def feature_of(column: TailColumn, values: np.ndarray) -> np.ndarray:
     return np.where(values % 3, values % column.size, -1).astype(np.int32)
 
 
+def users_of(keys: list[bytes], **fields: Any) -> UserSummaries:
+    """Users without events, apart from these fields."""
+    count = len(keys)
+    nothing: dict[str, Any] = {"tail": Tail.empty(count), "event_count": np.zeros(count, np.int64)}
+    nothing |= {"last_event_ts": np.full(count, NO_TIMESTAMP), "history_digest": np.zeros(count, np.uint64)}
+    return UserSummaries(keys=keys, **nothing | fields)
+
+
 def records_of(users: range, spec: RecordSpec, salt: int = 0) -> tuple[list[bytes], list[bytes]]:
     """Keys and records; the tail of user u holds u % 4 events."""
     lengths = np.array(users) % 4
@@ -88,19 +106,17 @@ def records_of(users: range, spec: RecordSpec, salt: int = 0) -> tuple[list[byte
         offsets,
         {column.name: feature_of(column, np.repeat(np.array(users), lengths)) for column in spec.tail_columns},
     )
-    keys = user_keys(list(users))
-    return keys, encode_records(
-        UserSummaries(
-            keys=keys,
-            summary=summaries(users, salt),
-            tail=tail,
-            event_count=np.array(users, dtype=np.int64),
-            last_event_ts=np.array(users, dtype=np.int64) + 5,
-            history_digest=np.array(users, dtype=np.uint64),
-            counters=() if spec.counters is None else counters(users, spec.counters, salt),
-        ),
-        spec,
+    numbers = np.array(users, dtype=np.int64)
+    held = users_of(
+        user_keys(list(users)),
+        summary=summaries(users, salt),
+        tail=tail,
+        event_count=numbers,
+        last_event_ts=numbers + 5,
+        history_digest=numbers.astype(np.uint64),
+        counters=() if spec.counters is None else counters(users, spec.counters, salt),
     )
+    return held.keys, encode_records(held, spec)
 
 
 def put_users(writer: StoreWriter, users: range, salt: int = 0) -> None:
