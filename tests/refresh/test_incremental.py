@@ -87,9 +87,8 @@ def test_equals_a_full_refresh(tmp_path, grow, name):
         if model.counter_spec is not None:
             assert_counted(store, model, log)
 
-    model, log, store = stored(
-        tmp_path, {1: 12, 2: 3, 3: 30, 4: 1, 5: 9}, grow.model(**MODELS[name]), users_per_batch=2
-    )
+    model, counts = grow.model(**MODELS[name]), {1: 12, 2: 3, 3: 30, 4: 1, 5: 9}
+    model, log, store = stored(tmp_path, counts, model, users_per_batch=2)
     log = grow.later(tmp_path / "log", {1: 5, 3: 1, 6: 4})  # appended; 6 is new
     report = refresh_incremental(model, log, store, options=RefreshOptions(users_per_batch=2))
     assert report.num_users == 3
@@ -414,7 +413,7 @@ def files(folder: Path) -> list[bytes]:
 
 
 def test_without_counters_nothing_is_counted(tmp_path, grow):
-    model, log, store = stored(tmp_path, {1: 20})
+    model, _, store = stored(tmp_path, {1: 20})
     with StoreReader.open(store) as opened:
         assert opened.manifest.counters is None and opened.get_many([1]).counters == ()
     with_counters = grow.model(**COUNTERS)
