@@ -16,7 +16,6 @@ from functools import lru_cache
 from itertools import cycle
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import lmdb
@@ -259,7 +258,5 @@ class RawLmdb:
     def __enter__(self) -> RawLmdb:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.environment.close()

@@ -179,9 +179,7 @@ def test_users_without_changes_keep_their_bytes(tmp_path, grow):
 
 
 def test_readers_see_new_records_without_a_reload(tmp_path, grow):
-    model = grow.model()
-    log = grow.append(tmp_path / "log", grow.events({1: 7, 2: 7}))
-    path = full(model, log, tmp_path / "store")
+    model, log, path = stored(tmp_path, {1: 7, 2: 7})
     with StoreReader.open(path) as store:
         assert store.get_many([1, 2, 9]).event_count.tolist() == [7, 7, 0]
         log = grow.later(tmp_path / "log", {1: 2, 9: 3}, 900)

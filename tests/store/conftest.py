@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -165,6 +167,30 @@ def damage_record(root: Path, generation: int, user: int) -> bytes:
     whole, record = data.read_bytes(), records(root, generation)[user_keys([user])[0]]
     data.write_bytes(whole.replace(record, record[:-1] + bytes([record[-1] ^ 1])))
     return whole
+
+
+def killed_at(number: int, owner: Any, name: str, act: Callable[[], object], *, after: bool = False) -> int:
+    """Exit code of a process that acts, and is killed before, or `after`, its n-th call of a function."""
+    pid = os.fork()
+    if pid == 0:
+        function, numbers, code = getattr(owner, name), count(1), 1
+
+        def call_or_die(*arguments: Any, **options: Any) -> Any:
+            is_last = next(numbers) == number
+            if is_last and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = function(*arguments, **options)
+            if is_last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        try:
+            setattr(owner, name, call_or_die)
+            act()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 @pytest.fixture
