@@ -18,6 +18,7 @@ from tests.conftest import DAY, START
 from tests.faults.harness import Trial, promise
 from tests.faults.nursery import Nursery, Say
 from tests.record_reference import decode_record_reference
+from tests.store.conftest import users_of
 from vista.config import SourceColumns
 from vista.config.checks import Codec
 from vista.errors import RecordError, VistaError
@@ -25,8 +26,7 @@ from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer, Tail
-from vista.store import NO_TIMESTAMP, RecordSpec, UserSummaries, encode_records, user_keys
-from vista.store import Tail as StoredTail
+from vista.store import RecordSpec, encode_records, user_keys
 
 EXAMPLES = 50
 NUMBERS = [0, -1, 1, 2**31, 2**63 - 1, -(2**63), 2**63, 2**64, -(2**70), 1.5, 1e300, float("nan"), float("inf"), None]
@@ -58,14 +58,7 @@ def test_poisoned_summaries(trial: Trial) -> None:
         spec = RecordSpec(bytes(32), 1, 2, 4, codec)
         summary = np.ones((3, 2, 4), np.float32)
         summary[user].flat[: len(values)] = values
-        users = UserSummaries(
-            keys=user_keys([0, 1, 2]),
-            summary=summary,
-            tail=StoredTail.empty(3),
-            event_count=np.ones(3, np.int64),
-            last_event_ts=np.full(3, NO_TIMESTAMP),
-            history_digest=np.zeros(3, np.uint64),
-        )
+        users = users_of(user_keys([0, 1, 2]), summary=summary)
         try:
             records = encode_records(users, spec)
         except RecordError as error:

@@ -116,6 +116,14 @@ def full(model: VistaModel, log: EventLog, path: Path, **options: Any) -> Path:
     return path
 
 
+def stored(
+    folder: Path, counts: dict[int, int], of: VistaModel | None = None, **options: Any
+) -> tuple[VistaModel, EventLog, Path]:
+    """A model (by default `model()`), a log of `counts[user]` events per user, and the store of a full refresh."""
+    made, log = of or model(), append(folder / "log", events(counts))
+    return made, log, full(made, log, folder / "store", **options)
+
+
 def fail_at(patch: pytest.MonkeyPatch, owner: type, name: str, number: int, error: BaseException) -> None:
     """Let the call with this number, from 1, of a method raise an error instead."""
     method, numbers = getattr(owner, name), count(1)
@@ -159,7 +167,7 @@ def assert_same(path: str | Path, expected: Path, atol: float) -> None:
 @pytest.fixture(scope="session")
 def grow() -> SimpleNamespace:
     """The functions above."""
-    names = {"model": model, "events": events, "append": append, "later": later, "full": full}
+    names = {"model": model, "events": events, "append": append, "later": later, "full": full, "stored": stored}
     return SimpleNamespace(**names, assert_same=assert_same, start=START, hour=HOUR)
 
 

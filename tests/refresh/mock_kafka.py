@@ -10,7 +10,6 @@ import ctypes
 import importlib
 import json
 from collections.abc import Iterable
-from types import TracebackType
 from typing import Any
 
 _POINTER = ctypes.c_void_p
@@ -58,9 +57,7 @@ class MockKafka:
     def __enter__(self) -> MockKafka:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         del self._producer
         self._library.rd_kafka_mock_cluster_destroy(self._cluster)
         self._library.rd_kafka_destroy(self._client)

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.counters.counter_histories import counted_by_loop
-from tests.refresh.conftest import contents, fail_at, full
+from tests.refresh.conftest import contents, fail_at, full, stored
 from vista.config import SourceColumns
 from vista.config.checks import Codec, Decay, Mixing, StateDtype, TargetAttentionKind
 from vista.counters.counters import CounterCodes, encode_values
@@ -87,9 +87,8 @@ def test_equals_a_full_refresh(tmp_path, grow, name):
         if model.counter_spec is not None:
             assert_counted(store, model, log)
 
-    model = grow.model(**MODELS[name])
-    log = grow.append(tmp_path / "log", grow.events({1: 12, 2: 3, 3: 30, 4: 1, 5: 9}))
-    store = full(model, log, tmp_path / "store", users_per_batch=2)
+    model, counts = grow.model(**MODELS[name]), {1: 12, 2: 3, 3: 30, 4: 1, 5: 9}
+    model, log, store = stored(tmp_path, counts, model, users_per_batch=2)
     log = grow.later(tmp_path / "log", {1: 5, 3: 1, 6: 4})  # appended; 6 is new
     report = refresh_incremental(model, log, store, options=RefreshOptions(users_per_batch=2))
     assert report.num_users == 3
@@ -145,9 +144,7 @@ def test_any_sequence_of_changes(tmp_path_factory, grow, data, name):
 @pytest.mark.parametrize("size", [0, 1, 127])
 def test_a_record_that_is_shorter_than_a_header(tmp_path, grow, caplog, size):
     """It is named when it is read; the next refresh of the user replaces it, and an erasure removes it."""
-    model = grow.model()
-    log = grow.append(tmp_path / "log", grow.events({1: 7, 2: 8, 3: 9}))
-    store = full(model, log, tmp_path / "store")
+    model, log, store = stored(tmp_path, {1: 7, 2: 8, 3: 9})
     with SharedEnvironment.acquire(environment_path(store, 1), writable=True) as shared:
         for key in user_keys([1, 2]):
             shared.write(lambda transaction, key=key: transaction.put(key, bytes(transaction.get(key)[:size])))
@@ -164,9 +161,7 @@ def test_a_record_that_is_shorter_than_a_header(tmp_path, grow, caplog, size):
 
 def test_events_appended_and_deleted_between_two_refreshes(tmp_path, grow):
     """Nothing is left to append for the only user that has changed."""
-    model = grow.model()
-    log = grow.append(tmp_path / "log", grow.events({1: 7, 2: 8}))
-    store = full(model, log, tmp_path / "store")
+    model, log, store = stored(tmp_path, {1: 7, 2: 8})
     log = grow.later(tmp_path / "log", {2: 1}, 900)
     log = forgotten(log, 2, log.slice(1, 8, 9))
     refresh_incremental(model, log, store)
@@ -174,9 +169,7 @@ def test_events_appended_and_deleted_between_two_refreshes(tmp_path, grow):
 
 
 def test_users_without_changes_keep_their_bytes(tmp_path, grow):
-    model = grow.model()
-    log = grow.append(tmp_path / "log", grow.events(dict.fromkeys(range(20), 7)))
-    store = full(model, log, tmp_path / "store")
+    model, log, store = stored(tmp_path, dict.fromkeys(range(20), 7))
     before = contents(store)
     log = grow.later(tmp_path / "log", {3: 2, 11: 1}, 900)
     refresh_incremental(model, log, store)
@@ -186,9 +179,7 @@ def test_users_without_changes_keep_their_bytes(tmp_path, grow):
 
 
 def test_readers_see_new_records_without_a_reload(tmp_path, grow):
-    model = grow.model()
-    log = grow.append(tmp_path / "log", grow.events({1: 7, 2: 7}))
-    path = full(model, log, tmp_path / "store")
+    model, log, path = stored(tmp_path, {1: 7, 2: 7})
     with StoreReader.open(path) as store:
         assert store.get_many([1, 2, 9]).event_count.tolist() == [7, 7, 0]
         log = grow.later(tmp_path / "log", {1: 2, 9: 3}, 900)
@@ -209,9 +200,7 @@ def test_readers_see_new_records_without_a_reload(tmp_path, grow):
 )
 def test_an_interrupted_run_adds_and_counts_no_event_twice(tmp_path, grow, monkeypatch, changes, at):
     """Each of a batch's two transactions fails in turn, and the log grows before the run is resumed."""
-    model = grow.model(**CATEGORIES, **changes)
-    log = grow.append(tmp_path / "log", grow.events({1: 7, 2: 8, 3: 9}))
-    store = full(model, log, tmp_path / "store")
+    model, log, store = stored(tmp_path, {1: 7, 2: 8, 3: 9}, grow.model(**CATEGORIES, **changes))
     log = grow.later(tmp_path / "log", {1: 4, 2: 3, 3: 2})
     with monkeypatch.context() as patch:
         fail_at(patch, SharedEnvironment, "write", at, lmdb.Error("Input/output error"))
@@ -225,9 +214,7 @@ def test_an_interrupted_run_adds_and_counts_no_event_twice(tmp_path, grow, monke
 
 def test_another_log_is_refused(tmp_path, grow, monkeypatch):
     """A log with other events, and one that was restored from a backup after an unfinished run and then diverged."""
-    model = grow.model()
-    log = grow.append(tmp_path / "log", grow.events({1: 7, 2: 7}))
-    store = full(model, log, tmp_path / "store")
+    model, log, store = stored(tmp_path, {1: 7, 2: 7})
     other = grow.append(tmp_path / "other", grow.events({1: 7, 2: 8}))
     with pytest.raises(StoreError, match=r"covers segment 1, but that segment of .* was made from other sources"):
         refresh_incremental(model, other, store)
@@ -248,9 +235,7 @@ def test_another_log_is_refused(tmp_path, grow, monkeypatch):
 
 def test_half_precision_states_stay_close_and_their_counters_exact(tmp_path, grow):
     """After ten appends, each rounded to 11 bits."""
-    model = grow.model(**CATEGORIES)
-    log = grow.append(tmp_path / "log", grow.events({1: 40, 2: 40}))
-    store = full(model, log, tmp_path / "store", state=StateDtype.float16)
+    model, log, store = stored(tmp_path, {1: 40, 2: 40}, grow.model(**CATEGORIES), state=StateDtype.float16)
     for turn in range(1, 11):
         log = grow.later(tmp_path / "log", {1: 5, 2: 1}, turn * 500)
         assert refresh_incremental(model, log, store).counts["appended"] == 2
@@ -259,9 +244,7 @@ def test_half_precision_states_stay_close_and_their_counters_exact(tmp_path, gro
 
 
 def test_without_states_changed_users_are_recomputed(tmp_path, grow):
-    model = grow.model()
-    log = grow.append(tmp_path / "log", grow.events({1: 12, 2: 3}))
-    store = full(model, log, tmp_path / "store", state=StateDtype.none)
+    model, log, store = stored(tmp_path, {1: 12, 2: 3}, state=StateDtype.none)
     log = grow.later(tmp_path / "log", {1: 2})
     assert dict(refresh_incremental(model, log, store).counts)["recomputed"] == 1
     grow.assert_same(store, full(model, log, tmp_path / "expected"), atol=2e-5)
@@ -269,9 +252,7 @@ def test_without_states_changed_users_are_recomputed(tmp_path, grow):
 
 def test_a_compacted_log(tmp_path, grow):
     """Users with changes are recomputed if the store's segment was merged into another; users without an id go."""
-    model = grow.model()
-    log = grow.append(tmp_path / "log", grow.events({1: 7, 2: 7, 3: 7}))
-    store = full(model, log, tmp_path / "store")
+    model, log, store = stored(tmp_path, {1: 7, 2: 7, 3: 7})
     grow.later(tmp_path / "log", {1: 2})
     compact_log(tmp_path / "log")
     log = EventLog.open(tmp_path / "log")
@@ -290,9 +271,7 @@ def test_a_compacted_log(tmp_path, grow):
 
 
 def test_a_segment_of_item_features_changes_no_user(tmp_path, grow):
-    model = grow.model()
-    log = grow.append(tmp_path / "log", grow.events({1: 12, 2: 3}))
-    store = full(model, log, tmp_path / "store")
+    model, log, store = stored(tmp_path, {1: 12, 2: 3})
     log = EventLog.from_frame(None, log.path, append=True, items={"item": log.items.ids([0]), "price": [1.0]})
     assert refresh_incremental(model, log, store).num_users == 0
     log = grow.later(log.path, {1: 2})
@@ -396,9 +375,7 @@ def test_a_store_with_a_limit_counts_only_what_it_covers(tmp_path, grow):
 
 def test_no_counter_of_an_erased_user_survives(tmp_path, grow):
     """Neither in answers, nor in an export, nor, after a compaction, as bytes in a file of the store or of a shard."""
-    model = grow.model(**CATEGORIES)
-    log = grow.append(tmp_path / "log", grow.events({1: 20, 2: 90, 3: 4}))
-    store = full(model, log, tmp_path / "store")
+    model, log, store = stored(tmp_path, {1: 20, 2: 90, 3: 4}, grow.model(**CATEGORIES))
     refresh(model, log, tmp_path / "shards", shard=Shard(0, 1), options=RefreshOptions(codec=Codec.float32))
     places = (store, Shard(0, 1).path(tmp_path / "shards"))
     with StoreReader.open(store) as opened:
@@ -434,9 +411,7 @@ def files(folder: Path) -> list[bytes]:
 
 
 def test_without_counters_nothing_is_counted(tmp_path, grow):
-    model = grow.model()
-    log = grow.append(tmp_path / "log", grow.events({1: 20}))
-    store = full(model, log, tmp_path / "store")
+    model, _, store = stored(tmp_path, {1: 20})
     with StoreReader.open(store) as opened:
         assert opened.manifest.counters is None and opened.get_many([1]).counters == ()
     with_counters = grow.model(**COUNTERS)

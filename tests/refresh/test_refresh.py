@@ -37,6 +37,9 @@ from vista.store.keys import event_digests, item_keys
 from vista.store.reader import CLOCK_SKEW_MS
 from vista.training.log_schema import schema_of
 
+EXACT = RefreshOptions(codec=Codec.float32)
+COLUMNS = SourceColumns(action="action", rating="rating")
+
 
 def new_model(log: EventLog, **changes: object) -> VistaModel:
     """An untrained model, which is good enough to compare what a refresh stores."""
@@ -85,13 +88,8 @@ LOST = {Codec.float32: 1e-5, Codec.float16: 0.002, Codec.int8: 0.02, Codec.int4:
 )
 def test_records_cover_the_visible_events(event_log, tmp_path, codec, until):
     model = new_model(event_log)
-    report = refresh(
-        model,
-        event_log,
-        tmp_path / "s",
-        until=until,
-        options=RefreshOptions(codec=codec, users_per_batch=3, tokens_per_batch=20),
-    )
+    options = RefreshOptions(codec=codec, users_per_batch=3, tokens_per_batch=20)
+    report = refresh(model, event_log, tmp_path / "s", until=until, options=options)
     counts = visible_counts(event_log, until)
     assert (report.num_users, report.num_events) == ((counts > 0).sum(), counts.sum())
     assert_store_holds(tmp_path / "s", model, event_log, counts, atol=LOST[codec])
@@ -128,7 +126,7 @@ def test_no_summary_tokens(event_log, tmp_path):
 @pytest.mark.parametrize("mixing", ["bidirectional", "separable"])
 def test_string_ids_and_no_times(order_log, tmp_path, mixing):
     model = new_model(order_log, mixing=ModelConfig().mixing.__class__(mixing))
-    refresh(model, order_log, tmp_path / "store", options=RefreshOptions(codec=Codec.float32), until="leave-last-out")
+    refresh(model, order_log, tmp_path / "store", options=EXACT, until="leave-last-out")
     assert_store_holds(tmp_path / "store", model, order_log, visible_counts(order_log, "leave-last-out"), atol=1e-5)
     with StoreReader.open(tmp_path / "store") as store, pytest.raises(UserKeyError, match=r"user 1: .*of type str"):
         store.get_many([1])
@@ -137,10 +135,8 @@ def test_string_ids_and_no_times(order_log, tmp_path, mixing):
 def test_items_outside_the_vocabulary_are_unknown_items(event_log, tmp_path):
     model = new_model(event_log)
     frame = {**small_frame(), "item": small_frame()["item"] + 200}
-    log = EventLog.from_frame(
-        frame, tmp_path / "log", time_unit="ms", columns=SourceColumns(action="action", rating="rating")
-    )
-    refresh(model, log, tmp_path / "store", options=RefreshOptions(codec=Codec.float32))
+    log = EventLog.from_frame(frame, tmp_path / "log", time_unit="ms", columns=COLUMNS)
+    refresh(model, log, tmp_path / "store", options=EXACT)
     assert_store_holds(tmp_path / "store", model, log, log.lengths, atol=1e-5)
 
 
@@ -149,19 +145,12 @@ def test_a_log_of_several_segments(event_log, tmp_path):
     first = frame["timestamp"] < np.median(frame["timestamp"])
     for part in (first, ~first):
         rows = {name: values[part] for name, values in frame.items()}
-        log = EventLog.from_frame(
-            rows,
-            tmp_path / "log",
-            time_unit="ms",
-            columns=SourceColumns(action="action", rating="rating"),
-            append=part is not first,
-        )
+        appended = part is not first
+        log = EventLog.from_frame(rows, tmp_path / "log", time_unit="ms", columns=COLUMNS, append=appended)
     assert len(log.manifests) == 2
     model = new_model(event_log)
     for until in ("leave-last-out", None):
-        refresh(
-            model, log, tmp_path / "store", until=until, options=RefreshOptions(codec=Codec.float32, users_per_batch=5)
-        )
+        refresh(model, log, tmp_path / "store", until=until, options=replace(EXACT, users_per_batch=5))
         assert_store_holds(tmp_path / "store", model, log, visible_counts(log, until), atol=1e-5)
         with StoreReader.open(tmp_path / "store") as store:
             assert store.manifest.applied_segment == 2
@@ -169,7 +158,7 @@ def test_a_log_of_several_segments(event_log, tmp_path):
 
 def test_no_dropout_for_a_model_in_training_mode(event_log, tmp_path):
     model = new_model(event_log, dropout=0.5)
-    refresh(model.train(), event_log, tmp_path / "store", options=RefreshOptions(codec=Codec.float32))
+    refresh(model.train(), event_log, tmp_path / "store", options=EXACT)
     assert not model.training
     assert_store_holds(tmp_path / "store", model, event_log, event_log.lengths, atol=1e-5)
 
@@ -180,12 +169,8 @@ def test_bfloat16_products_change_summaries_little(event_log, tmp_path, mixing):
     model = new_model(event_log, mixing=ModelConfig().mixing.__class__(mixing))
     summaries = []
     for precision in (Precision.float32, Precision.bfloat16):
-        refresh(
-            model,
-            event_log,
-            tmp_path / precision.value,
-            options=RefreshOptions(codec=Codec.float32, precision=precision),
-        )
+        options = RefreshOptions(codec=Codec.float32, precision=precision)
+        refresh(model, event_log, tmp_path / precision.value, options=options)
         with StoreReader.open(tmp_path / precision.value) as store:
             summaries.append(store.get_many(event_log.users.ids(np.arange(16))).summary)
     exact, rounded = summaries
@@ -194,11 +179,11 @@ def test_bfloat16_products_change_summaries_little(event_log, tmp_path, mixing):
 
 
 def test_a_log_with_other_event_features(tmp_path, grow, caplog):
-    frame, columns = grow.events({1: 5, 2: 3}), SourceColumns(action="action", rating="rating")
+    frame = grow.events({1: 5, 2: 3})
     frame = {name: frame[name] for name in ("user", "item", "timestamp", "action", "rating")}
-    plain = EventLog.from_frame(frame, tmp_path / "plain", time_unit="ms", columns=columns)
+    plain = EventLog.from_frame(frame, tmp_path / "plain", time_unit="ms", columns=COLUMNS)
     frame |= {"dwell": ["long", "short"] * 4}
-    other = EventLog.from_frame(frame, tmp_path / "log", time_unit="ms", columns=columns, categories=["dwell"])
+    other = EventLog.from_frame(frame, tmp_path / "log", time_unit="ms", columns=COLUMNS, categories=["dwell"])
     model = grow.model(num_tail_features=2)
     message = r"'dwell' of events is a category, but a number to the model; prepare .* events.numbers=\[dwell\], or"
     with pytest.raises(ConfigError, match=message):
@@ -219,19 +204,12 @@ def test_report(event_log, tmp_path):
 
 
 def test_the_command_writes_the_same_records(served, tmp_path):
-    config = RefreshConfig(
-        data=str(served.log.path),
-        model=str(served.model_dir),
-        store=str(tmp_path / "store"),
-        until="leave-last-out",
-        codec=Codec.float32,
-        device="cpu",
-    )
+    paths = {"data": str(served.log.path), "model": str(served.model_dir), "store": str(tmp_path / "store")}
+    config = RefreshConfig(**paths, until="leave-last-out", codec=Codec.float32, device="cpu")
     report = run_refresh(config)
     assert report.generation == 1 and run_refresh(config).generation == 2
-    assert_store_holds(
-        tmp_path / "store", served.model, served.log, visible_counts(served.log, "leave-last-out"), atol=1e-5
-    )
+    counts = visible_counts(served.log, "leave-last-out")
+    assert_store_holds(tmp_path / "store", served.model, served.log, counts, atol=1e-5)
     config.device = "abacus"
     with pytest.raises(ConfigError, match="device=abacus: write auto, cpu, cuda or cuda:N"):
         run_refresh(config)
@@ -240,9 +218,7 @@ def test_the_command_writes_the_same_records(served, tmp_path):
 def test_a_log_that_the_model_would_misread_is_refused(event_log, order_log, tmp_path):
     frame = small_frame()
     frame["action"] = np.where(frame["action"] == "click", "buy", "like")  # code 0 is another action
-    other = EventLog.from_frame(
-        frame, tmp_path / "log", time_unit="ms", columns=SourceColumns(action="action", rating="rating")
-    )
+    other = EventLog.from_frame(frame, tmp_path / "log", time_unit="ms", columns=COLUMNS)
     with pytest.raises(ConfigError, match=r"actions are \['buy', 'like'\], but the model was trained on \['click'"):
         refresh(new_model(event_log), other, tmp_path / "store")
     del frame["action"]
@@ -398,7 +374,7 @@ def test_a_few_failing_users_change_no_others(tmp_path, grow):
     report = refresh(model, log, tmp_path / "store", options=RefreshOptions(codec=Codec.float32, users_per_batch=64))
     assert report.counts == {"written": 248, "erased": 0, "failed": 2} and set(report.failures) == {"17", "101"}
     assert "user 17 failed: the summary of user 17 cannot be stored: row 0 holds NaN or infinity" in str(report)
-    refresh(grow.model(), log, tmp_path / "healthy", options=RefreshOptions(codec=Codec.float32))
+    refresh(grow.model(), log, tmp_path / "healthy", options=EXACT)
     others = [user for user in range(250) if user not in (17, 101)]
     with StoreReader.open(tmp_path / "store") as store, StoreReader.open(tmp_path / "healthy") as healthy:
         assert sorted(store.keys()) == others and len(store) == 248
@@ -425,7 +401,7 @@ def test_an_incremental_failure_keeps_the_old_record(tmp_path, grow):
     counts = dict.fromkeys(range(250), 2)
     model, frame = poisoned(grow, counts, [])
     log = grow.append(tmp_path / "log", frame)
-    refresh(model, log, tmp_path / "store", options=RefreshOptions(codec=Codec.float32))
+    refresh(model, log, tmp_path / "store", options=EXACT)
     model, frame = poisoned(grow, counts, [17])
     frame["timestamp"] = frame["timestamp"] + 500 * grow.hour
     log = grow.append(tmp_path / "log", frame)
@@ -472,10 +448,8 @@ def test_records_beyond_the_age_limit_are_not_used(tmp_path, grow, monkeypatch, 
     with Scorer.open(model, tmp_path / "store", on_missing=OnMissing.nan) as scorer:
         assert np.isfinite(scorer.score([1, 2], [10])).all()
     if not served:
-        with (
-            Scorer.open(model, tmp_path / "store", on_missing="raise", max_age_s=60) as scorer,
-            pytest.raises(UnknownUserError, match=r"users \[1, 2\]"),
-        ):
+        refused = pytest.raises(UnknownUserError, match=r"users \[1, 2\]")
+        with Scorer.open(model, tmp_path / "store", on_missing="raise", max_age_s=60) as scorer, refused:
             scorer.score([1, 2], [10])
 
 

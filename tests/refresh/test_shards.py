@@ -24,12 +24,14 @@ from vista.store.parquet import export_store, import_store
 from vista.store.reader import ShardedReader, open_store
 from vista.store.writer import StoreUpdate
 
+EXACT = RefreshOptions(codec=Codec.float32)
+
 
 def test_shards_are_read_as_one_store(tmp_path, grow):
     model = grow.model(num_tail_features=2, counters=True, counter_categories=["genre"])
     log = grow.append(tmp_path / "log", grow.events({user: 1 + user % 9 for user in range(40)}))
     for index in range(3):
-        refresh(model, log, tmp_path / "sharded", options=RefreshOptions(codec=Codec.float32), shard=Shard(index, 3))
+        refresh(model, log, tmp_path / "sharded", options=EXACT, shard=Shard(index, 3))
     log = grow.later(tmp_path / "log", {5: 2, 50: 3, 51: 1})
     for index in range(3):
         refresh_incremental(model, log, tmp_path / "sharded", shard=Shard(index, 3))
@@ -164,7 +166,7 @@ def test_merge_refuses_outdated_and_incomplete_parts(tmp_path, grow):
     with pytest.raises(ConfigError, match="has no states"):
         merge(grow.model(num_seeds=0), [(tmp_path / "past", log)], tmp_path / "merged")
     with pytest.raises(ConfigError, match=r"options\.codec: is taken from the stores that are merged"):
-        merge(model, [(tmp_path / "store", log)], tmp_path / "merged", options=RefreshOptions(codec=Codec.float32))
+        merge(model, [(tmp_path / "store", log)], tmp_path / "merged", options=EXACT)
 
 
 def test_a_part_refreshed_during_a_merge_is_refused(tmp_path, grow, monkeypatch):
@@ -210,14 +212,12 @@ def test_a_store_refreshed_with_until_refuses_to_forget(tmp_path, grow):
 
 
 def test_forgotten_events_leave_store_and_log(tmp_path, grow):
-    model = grow.model()
-    log = grow.append(tmp_path / "log", grow.events({1: 30, 2: 5}))
-    grow.full(model, log, tmp_path / "store")
+    model, log, _ = grow.stored(tmp_path, {1: 30, 2: 5})
     history = log[1].slice(0, 4, 6)
     gone: dict[str, Any] = {"user": [1, 1], "item": log.items.ids(history.item), "timestamp": history.timestamp}
     report = forget(model, log, tmp_path / "store", gone)
     assert report.counts["exchanged"] == 1 and report.num_events == 2
-    refresh(model, EventLog.open(log.path), tmp_path / "expected", options=RefreshOptions(codec=Codec.float32))
+    refresh(model, EventLog.open(log.path), tmp_path / "expected", options=EXACT)
     grow.assert_same(tmp_path / "store", tmp_path / "expected", atol=1e-4)
     with StoreReader.open(tmp_path / "store") as store:
         assert store.get_many([1]).event_count.tolist() == [28]
@@ -302,10 +302,6 @@ def test_a_shard_holds_only_its_own_users(tmp_path, grow):
             run(model, log, store / "part-0-of-2", shard=Shard(1, 2))
     history = log[3]
     with pytest.raises(ConfigError, match=r"is sharded; refresh its shards with shard=i/2"):
-        forget(
-            model,
-            log,
-            store,
-            {"user": [3], "item": log.items.ids(history.item[:1]), "timestamp": history.timestamp[:1]},
-        )
+        gone = {"item": log.items.ids(history.item[:1]), "timestamp": history.timestamp[:1]}
+        forget(model, log, store, {"user": [3], **gone})
     assert EventLog.open(log.path).last_segment == log.last_segment

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +20,17 @@ import pytest
 from tests.faults.nursery import Nursery
 from vista.counters.counters import CounterCodes, CounterSpec
 from vista.errors import StoreError
-from vista.store import Manifest, RecordSpec, StoreReader, StoreWriter, Tail, UserSummaries, encode_records, user_keys
+from vista.store import (
+    NO_TIMESTAMP,
+    Manifest,
+    RecordSpec,
+    StoreReader,
+    StoreWriter,
+    Tail,
+    UserSummaries,
+    encode_records,
+    user_keys,
+)
 from vista.store.backend import Folder
 from vista.store.layout import environment_path, read_current
 from vista.store.record import CounterLayout, TailColumn
@@ -77,6 +89,14 @@ def feature_of(column: TailColumn, values: np.ndarray) -> np.ndarray:
     return np.where(values % 3, values % column.size, -1).astype(np.int32)
 
 
+def users_of(keys: list[bytes], **fields: Any) -> UserSummaries:
+    """Users without events, apart from these fields."""
+    count = len(keys)
+    nothing: dict[str, Any] = {"tail": Tail.empty(count), "event_count": np.zeros(count, np.int64)}
+    nothing |= {"last_event_ts": np.full(count, NO_TIMESTAMP), "history_digest": np.zeros(count, np.uint64)}
+    return UserSummaries(keys=keys, **nothing | fields)
+
+
 def records_of(users: range, spec: RecordSpec, salt: int = 0) -> tuple[list[bytes], list[bytes]]:
     """Keys and records; the tail of user u holds u % 4 events."""
     lengths = np.array(users) % 4
@@ -88,19 +108,17 @@ def records_of(users: range, spec: RecordSpec, salt: int = 0) -> tuple[list[byte
         offsets,
         {column.name: feature_of(column, np.repeat(np.array(users), lengths)) for column in spec.tail_columns},
     )
-    keys = user_keys(list(users))
-    return keys, encode_records(
-        UserSummaries(
-            keys=keys,
-            summary=summaries(users, salt),
-            tail=tail,
-            event_count=np.array(users, dtype=np.int64),
-            last_event_ts=np.array(users, dtype=np.int64) + 5,
-            history_digest=np.array(users, dtype=np.uint64),
-            counters=() if spec.counters is None else counters(users, spec.counters, salt),
-        ),
-        spec,
+    numbers = np.array(users, dtype=np.int64)
+    held = users_of(
+        user_keys(list(users)),
+        summary=summaries(users, salt),
+        tail=tail,
+        event_count=numbers,
+        last_event_ts=numbers + 5,
+        history_digest=numbers.astype(np.uint64),
+        counters=() if spec.counters is None else counters(users, spec.counters, salt),
     )
+    return held.keys, encode_records(held, spec)
 
 
 def put_users(writer: StoreWriter, users: range, salt: int = 0) -> None:
@@ -149,6 +167,30 @@ def damage_record(root: Path, generation: int, user: int) -> bytes:
     whole, record = data.read_bytes(), records(root, generation)[user_keys([user])[0]]
     data.write_bytes(whole.replace(record, record[:-1] + bytes([record[-1] ^ 1])))
     return whole
+
+
+def killed_at(number: int, owner: Any, name: str, act: Callable[[], object], *, after: bool = False) -> int:
+    """Exit code of a process that acts, and is killed before, or `after`, its n-th call of a function."""
+    pid = os.fork()
+    if pid == 0:
+        function, numbers, code = getattr(owner, name), count(1), 1
+
+        def call_or_die(*arguments: Any, **options: Any) -> Any:
+            is_last = next(numbers) == number
+            if is_last and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = function(*arguments, **options)
+            if is_last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        try:
+            setattr(owner, name, call_or_die)
+            act()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 @pytest.fixture

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 from pathlib import Path
-from typing import Any
 
 import lmdb
 import numpy as np
@@ -14,7 +12,7 @@ import pytest
 
 from tests.forked_child import in_child
 from tests.record_reference import decode_record_reference
-from tests.store.conftest import KEY, damage_record, records, write_generations
+from tests.store.conftest import KEY, damage_record, killed_at, records, write_generations
 from vista.errors import StoreError, StoreLockedError
 from vista.store import StoreReader, user_keys
 from vista.store.admin import compact_store, roll_back, store_stats, verify_store
@@ -227,28 +225,10 @@ def test_a_compaction_killed_at_any_step_leaves_an_intact_store(tmp_path, build,
     """SIGKILL just before the n-th call, for every n, then compaction by another process."""
     write_generations(tmp_path / "whole")
     expected = sorted(decode_record_reference(r)["key_hash"] for r in records(tmp_path / "whole").values())
-    original = getattr(os, call)
     for number in range(1, 40):
         root = tmp_path / str(number)
         shutil.copytree(tmp_path / "whole", root)
-        pid = os.fork()
-        if pid == 0:
-            calls = [0]
-
-            def dying(*words: Any, calls: list[int] = calls, number: int = number, **options: Any) -> Any:
-                calls[0] += 1
-                if calls[0] == number:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return original(*words, **options)
-
-            setattr(os, call, dying)
-            code = 1
-            try:
-                compact_store(root)
-                code = 0
-            finally:
-                os._exit(code)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        code = killed_at(number, os, call, lambda root=root: compact_store(root))
         assert code in (0, -9)
         assert verify_store(root).num_problems == 0
         assert sorted(decode_record_reference(r)["key_hash"] for r in records(root).values()) == expected

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import threading
 from collections import Counter
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.store.conftest import KEY, damage_record, records, write_generations
+from tests.store.conftest import KEY, damage_record, killed_at, records, write_generations
 from vista.errors import StoreBusyError, StoreError, StoreLockedError
 from vista.store import StoreReader, user_keys
 from vista.store.admin import compact_store, copy_generation, verify_store
@@ -75,35 +74,16 @@ def test_no_generation_is_removed_if_current_is_damaged(tmp_path, build):
     assert verify_store(target).num_problems == 0
 
 
-def put_then_die(after: int) -> None:
-    put, count = FolderBuilder.put, [0]
-
-    def dying(builder: FolderBuilder, *words: Any) -> None:
-        put(builder, *words)
-        count[0] += 1
-        if count[0] == after:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    FolderBuilder.put = dying  # type: ignore[method-assign]
-
-
-def killed_copy(source: Path, target: Path, prepare: Any, *words: Any) -> int:
-    pid = os.fork()
-    if pid == 0:
-        try:
-            prepare(*words)
-            copy_generation(source, target)
-            os._exit(0)
-        finally:
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+def killed_copy(source: Path, target: Path, batches: int) -> int:
+    """Exit code of a copy that is killed after it has written some batches."""
+    return killed_at(batches, FolderBuilder, "put", lambda: copy_generation(source, target), after=True)
 
 
 def test_a_killed_copy_resumes(tmp_path, build):
     source, target = tmp_path / "source", tmp_path / "target"
     build.write_store(source, **THREE_BATCHES)
     for batches in (1, 1):
-        assert killed_copy(source, target, put_then_die, batches) == -9
+        assert killed_copy(source, target, batches) == -9
         assert not (target / "CURRENT").exists() and list_generations(target) == []
     report = copy_generation(source, target)
     assert report.num_resumed == 2048 and report.num_records == 2500
@@ -113,7 +93,7 @@ def test_a_killed_copy_resumes(tmp_path, build):
 def test_a_killed_copy_starts_over_if_the_source_has_changed(tmp_path, build, caplog):
     source, target = tmp_path / "source", tmp_path / "target"
     build.write_store(source, **THREE_BATCHES)
-    assert killed_copy(source, target, put_then_die, 2) == -9
+    assert killed_copy(source, target, 2) == -9
     shutil.rmtree(source)
     build.write_store(source, salt=1, **THREE_BATCHES)
     report = copy_generation(source, target)
@@ -125,7 +105,7 @@ def test_a_killed_copy_starts_over_if_the_source_has_changed(tmp_path, build, ca
 def test_a_copy_starts_over_if_its_partial_file_is_not_a_database(tmp_path, build, caplog, left):
     source, target = tmp_path / "source", tmp_path / "target"
     build.write_store(source)
-    assert killed_copy(source, target, put_then_die, 1) == -9
+    assert killed_copy(source, target, 1) == -9
     (target / ".partial-gen-1" / "summary" / "data.mdb").write_bytes(left)
     assert copy_generation(source, target).num_resumed == 0 and "starts over" in caplog.text
     assert records(target, 1) == records(source, 1)
@@ -137,23 +117,10 @@ def test_a_copy_killed_at_any_step_keeps_the_published_generation(tmp_path, buil
     build.write_store(source)
     copy_generation(source, first)
     build.write_store(source, salt=1, run_digest="log-2")
-    original = getattr(os, call)
-
-    def die_at(number: int) -> None:
-        count = [0]
-
-        def dying(*words: Any, **options: Any) -> Any:
-            count[0] += 1
-            if count[0] == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*words, **options)
-
-        setattr(os, call, dying)
-
     for number in range(1, 40):
         target = tmp_path / str(number)
         shutil.copytree(first, target)
-        code = killed_copy(source, target, die_at, number)
+        code = killed_at(number, os, call, lambda target=target: copy_generation(source, target))
         assert code in (0, -9) and verify_store(target).num_problems == 0
         with StoreReader.open(target) as store:
             salt = store.generation - 1
@@ -250,7 +217,7 @@ def test_a_killed_copy_under_another_number_resumes(tmp_path, build):
     build.write_store(source, **THREE_BATCHES)
     copy_generation(source, target)
     build.update(source, range(30), salt=3)
-    assert killed_copy(source, target, put_then_die, 2) == -9
+    assert killed_copy(source, target, 2) == -9
     report = copy_generation(source, target)
     assert (report.generation, report.num_resumed, report.num_records) == (2, 2048, 2500)
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tests.record_reference import decode_record_reference
+from tests.store.conftest import users_of
 from vista.config.checks import Codec, StateDtype
 from vista.counters.counters import CounterCodes, CounterSpec, CounterTable
 from vista.errors import RecordError
@@ -53,16 +54,12 @@ def spec_of(layout: CounterLayout, key: bytes | None = None) -> RecordSpec:
 
 
 def encode(layout: CounterLayout, key: bytes | None = None, tail: Tail = TAIL) -> list[bytes]:
-    users = UserSummaries(
-        keys=USERS,
-        summary=np.zeros((2, 1, 4), np.float32),
-        tail=tail,
-        event_count=np.array([2, 0]),
-        last_event_ts=np.array([LAST, NO_TIMESTAMP]),
-        history_digest=np.zeros(2, np.uint64),
-        counters=counters_of(layout),
-    )
-    return encode_records(users, spec_of(layout, key))
+    return encode_records(counted_users(layout, tail), spec_of(layout, key))
+
+
+def counted_users(layout: CounterLayout, tail: Tail = TAIL) -> UserSummaries:
+    events = {"tail": tail, "event_count": np.array([2, 0]), "last_event_ts": np.array([LAST, NO_TIMESTAMP])}
+    return users_of(USERS, summary=np.zeros((2, 1, 4), np.float32), counters=counters_of(layout), **events)
 
 
 def with_checksum(record: bytearray) -> bytes:
@@ -226,15 +223,7 @@ def test_records_with_another_layout_are_refused():
 
 
 def test_counters_that_do_not_fit_the_layout_are_refused():
-    users = UserSummaries(
-        keys=USERS,
-        summary=np.zeros((2, 1, 4), np.float32),
-        tail=TAIL,
-        event_count=np.array([2, 0]),
-        last_event_ts=np.array([LAST, NO_TIMESTAMP]),
-        history_digest=np.zeros(2, np.uint64),
-        counters=counters_of(ITEMS),
-    )
+    users = counted_users(ITEMS)
     for layout, message in (
         (CATEGORIES, "expected those of 2 users for each of item, genre"),
         (CounterLayout(ITEMS.spec, (1,)), "counters of item: at most 3 keys of 1 bytes"),
@@ -255,15 +244,9 @@ def test_a_default_record_with_counters_stays_below_the_page_limit():
         layout = CounterLayout.of(spec, [largest])
         held = codes(spec, [{key: [1, 2, 3, 4] for key in range(1, 65)}], [LAST])
         times = LAST - 86_400_000 * days_between * np.arange(32)[::-1]
-        users = UserSummaries(
-            keys=user_keys([1]),
-            summary=np.zeros((1, 16, 64), np.float32),
-            tail=Tail(np.zeros(32, np.int32), times, np.zeros(32, np.uint8), np.array([0, 32])),
-            event_count=np.array([32]),
-            last_event_ts=np.array([LAST]),
-            history_digest=np.zeros(1, np.uint64),
-            counters=(held,),
-        )
+        tail = Tail(np.zeros(32, np.int32), times, np.zeros(32, np.uint8), np.array([0, 32]))
+        events = {"tail": tail, "event_count": np.array([32]), "last_event_ts": np.array([LAST])}
+        users = users_of(user_keys([1]), summary=np.zeros((1, 16, 64), np.float32), counters=(held,), **events)
         record = encode_records(users, RecordSpec(bytes(32), 1, 16, 64, Codec.int8, counters=layout))[0]
         assert len(record) <= most
 

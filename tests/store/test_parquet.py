@@ -17,10 +17,10 @@ import xxhash
 
 from tests.log.conftest import PARSER
 from tests.log.ingest.source_mutations import mutated
-from tests.store.conftest import damage_record, found, records
+from tests.store.conftest import damage_record, found, records, users_of
 from vista.config.checks import Codec
 from vista.errors import RecordError, StoreError
-from vista.store import NO_TIMESTAMP, StoreReader, Tail, UserSummaries, encode_records, user_keys
+from vista.store import StoreReader, encode_records, user_keys
 from vista.store.admin import verify_store
 from vista.store.layout import list_generations
 from vista.store.parquet import FORMAT, export_store, import_store
@@ -30,13 +30,8 @@ KEY = bytes(range(200, 232))
 
 def mixed_store(root: Path, build: Any, users: list[Any], **options: Any) -> None:
     with build.open_writer(root, total_users=len(users), **options) as writer:
-        keys = user_keys(users)
-        summaries = UserSummaries(
-            keys=keys, summary=build.summaries(range(len(users))), tail=Tail.empty(len(users)),
-            event_count=np.zeros(len(users), np.int64), last_event_ts=np.full(len(users), NO_TIMESTAMP),
-            history_digest=np.zeros(len(users), np.uint64),
-        )  # fmt: skip
-        writer.put_batch(keys, encode_records(summaries, writer.spec), len(users))
+        held = users_of(user_keys(users), summary=build.summaries(range(len(users))))
+        writer.put_batch(held.keys, encode_records(held, writer.spec), len(users))
         writer.publish()
 
 

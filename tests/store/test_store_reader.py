@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from tests.forked_child import in_child
-from tests.store.conftest import write_generations
+from tests.store.conftest import users_of, write_generations
 from vista.errors import StoreError, SummarizerMismatchError, UserKeyError
-from vista.store import NO_TIMESTAMP, StoreReader, Tail, UserSummaries, encode_records, user_keys
+from vista.store import NO_TIMESTAMP, StoreReader, encode_records, user_keys
 from vista.store.admin import roll_back
 from vista.store.folder_generation import SharedEnvironment
 from vista.store.layout import Shard, environment_path, last_complete, list_generations, pointer_to, read_current
@@ -70,10 +70,7 @@ def test_batches_larger_than_one_transaction_and_empty_ones(tmp_path, build):
 
 def test_string_ids_and_ids_of_the_wrong_type(tmp_path, build):
     with build.open_writer(tmp_path, total_users=1, num_tokens=0) as writer:
-        users = UserSummaries(
-            keys=user_keys(["é"]), summary=np.zeros((1, 0, 8), np.float32), tail=Tail.empty(1),
-            event_count=np.array([0]), last_event_ts=np.array([NO_TIMESTAMP]), history_digest=np.zeros(1, np.uint64),
-        )  # fmt: skip
+        users = users_of(user_keys(["é"]), summary=np.zeros((1, 0, 8), np.float32))
         writer.put_batch(users.keys, encode_records(users, writer.spec), 1)
         assert writer.publish().user_kind == "str"
     with StoreReader.open(tmp_path) as store:

@@ -15,10 +15,10 @@ import pytest
 import xxhash
 
 from tests.record_reference import decode_record_reference
-from tests.store.conftest import KEY, write_generations
+from tests.store.conftest import KEY, users_of, write_generations
 from vista.config.checks import Codec
 from vista.errors import ConfigError, RecordError, StoreError
-from vista.store import NO_TIMESTAMP, StoreReader, Tail, UserSummaries, encode_records, user_keys
+from vista.store import NO_TIMESTAMP, StoreReader, Tail, encode_records, user_keys
 from vista.store.admin import compact_store, copy_generation, roll_back, store_stats, verify_store
 from vista.store.layout import environment_path
 from vista.store.record import RecordSpec, decode_rows, read_records
@@ -35,12 +35,9 @@ def encode(spec: RecordSpec = SPEC, tail_events: int = 2) -> list[bytes]:
         np.arange(tail_events, dtype=np.int32), np.arange(tail_events), np.ones(tail_events, np.uint8),
         np.array([0, tail_events, tail_events]),
     )  # fmt: skip
-    summaries = UserSummaries(
-        keys=user_keys(USERS), summary=np.arange(16, dtype=np.float32).reshape(2, 2, 4), tail=tail,
-        event_count=np.array([2, 0]), last_event_ts=np.array([1, NO_TIMESTAMP]),
-        history_digest=np.array([3, 0], dtype=np.uint64),
-    )  # fmt: skip
-    return encode_records(summaries, spec)
+    events = {"tail": tail, "event_count": np.array([2, 0]), "last_event_ts": np.array([1, NO_TIMESTAMP])}
+    summary = np.arange(16, dtype=np.float32).reshape(2, 2, 4)
+    return encode_records(users_of(user_keys(USERS), summary=summary, **events), spec)
 
 
 def with_checksum(record: bytes) -> bytes:

@@ -79,7 +79,6 @@ ITEM_BYTES, TIME_BYTES, SHORT_TIME_BYTES, ACTION_BYTES = 4, 8, 4, 1
 CHECKSUM_BYTES = 8
 """At the end of the header."""
 CODE_BYTES = 16
-
 _RECORD = b"vista record 1"
 
 
@@ -310,10 +309,11 @@ def read_tails(
     items = np.array(records.cut(first, times_at)).reshape(-1).view("<i4")
     actions = np.array(records.cut(actions_at, actions_at + lengths)).reshape(-1)
     features = _read_features(records, actions_at + lengths, lengths, columns, keys, "")
-    times = np.repeat(headers["last_event_ts"].astype(np.int64), lengths)
     if not short.any():
         times = np.array(records.cut(times_at, actions_at)).reshape(-1).view("<i8")
-    elif short.all():
+        return Tail(items, times, actions, offsets, features)
+    times = np.repeat(headers["last_event_ts"].astype(np.int64), lengths)
+    if short.all():
         times -= np.ascontiguousarray(records.cut(times_at, actions_at)).reshape(-1).view("<u4")
     else:
         content, is_short = np.frombuffer(records.content, np.uint8), np.repeat(short, lengths)

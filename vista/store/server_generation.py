@@ -19,7 +19,14 @@ from vista.store.folder_generation import Batch
 from vista.store.layout import pointer_to
 from vista.store.manifest import CHECKSUM_DIGITS, Manifest, Tally, parse_cursor
 from vista.store.record import HEADER_BYTES, RawRecords, RecordSpec, check_records, present_records, user_of
-from vista.store.server_connection import Command, GenerationKeys, RecordCache, ServerConnection, ServerLock
+from vista.store.server_connection import (
+    Command,
+    GenerationKeys,
+    RecordCache,
+    ServerConnection,
+    ServerLock,
+    evicting,
+)
 from vista.store.state_record import FoundStates, StateSpec, decode_states
 
 if TYPE_CHECKING:
@@ -94,7 +101,7 @@ class ServerGeneration:
                 parts += self._parts(self._get_from_server(batch), batch, first)
         is_complete = sum(len(rows) for rows, _ in parts) == len(keys)
         if not is_complete and time.monotonic() - self._server.checked_at > RECHECKED_S:
-            self._published()  # raises if the missing users may have been evicted
+            self._require_no_eviction()
         return parts
 
     def value(self, key: bytes) -> bytes | None:
@@ -199,6 +206,12 @@ class ServerGeneration:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+    def _require_no_eviction(self) -> None:
+        """Raise StoreError if the server has begun to evict records, so that missing users may have been evicted."""
+        self._server.check()
+        if self._server.evicts_expiring and self._server.command("PTTL", self._names.complete) >= 0:
+            raise evicting(self._server.url, "volatile-…")
 
     def _published(self) -> tuple[Manifest, bytes]:
         assert self._read_current is not None, "only of readers"
