@@ -29,13 +29,13 @@ from vista.log.ingest.sources import (
     KINDS,
     FileSource,
     ScannedSource,
+    collected,
     file_source,
     is_parquet,
     open_feature_tables,
     open_set_features,
     source_of_frame,
     text_separator,
-    unreadable,
     with_kind,
 )
 from vista.log.segment_files import MAX_FEATURES, OWNERS
@@ -64,11 +64,7 @@ def refuse_numbers(source: ScannedSource, rows: pl.LazyFrame, table: str) -> Non
     given = rows.select(columns)
     is_number = pl.all().str.contains(_NUMBER)
     only_numbers = given.select(is_number.all(ignore_nulls=True) & pl.all().is_not_null().any())
-    try:
-        found = only_numbers.collect(engine="streaming").row(0, named=True)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise unreadable(source, error) from error
-    for column, has_only_numbers in found.items():
+    for column, has_only_numbers in collected(source, only_numbers).row(0, named=True).items():
         if has_only_numbers:
             value = given.select(pl.col(column).drop_nulls().first()).collect(engine="streaming").item()
             raise DataError(
