@@ -27,7 +27,7 @@ from vista.log.features import (
     merged_features,
     values_of,
 )
-from vista.log.histories import ColumnValues, Histories, PackedTable, slice_merged, take_range
+from vista.log.histories import ColumnValues, Histories, PackedTable, take_range
 from vista.log.segment import Segment, features_of, read_segments, read_vocabularies, with_row_features
 from vista.log.segment_files import EVENTS, IMPRESSIONS, ITEMS, USERS, stream_offsets
 
@@ -372,9 +372,9 @@ class EventLog:
             IndexError: if the row is out of range.
             TypeError: if the row is beyond int64.
         """
-        row = int(self._checked_rows([user_row])[0])
-        low, high, _ = slice(start, stop).indices(int(self.lengths[row]))
-        return slice_merged(self._tables, row, low, max(low, high))
+        row = self._checked_rows([user_row])
+        low, high, _ = slice(start, stop).indices(int(self.lengths[row[0]]))
+        return take_range(self._tables, row, np.array([low]), np.array([max(low, high)]))
 
     def _checked_rows(self, user_rows: Any) -> Int:
         rows = np.asarray(user_rows)

@@ -302,18 +302,14 @@ def take(table: PackedTable, starts: Int, counts: Int) -> Histories:
 
 
 def take_range(tables: Sequence[PackedTable], rows: Int, low: Int, high: Int) -> Histories:
-    """Events [low[b], high[b]) of the users `rows` [B] in one or several tables; bounds must be within histories."""
+    """Events [low[b], high[b]) of the users `rows` [B] in several tables, by time; equal times in the order of tables.
+
+    They are views if one table has them all and the users are consecutive. If a user's tables follow one another in
+    time, only these events are read; otherwise the whole history. Bounds must be within histories.
+    """
     if len(tables) == 1:
         first, _ = tables[0].locate(rows)
         return take(tables[0], first + low, high - low)
-    return take_merged(tables, rows, low, high)
-
-
-def take_merged(tables: Sequence[PackedTable], rows: Int, low: Int, high: Int) -> Histories:
-    """Events [low[b], high[b]) of the users `rows` [B] in several tables, by time; equal times in the order of tables.
-
-    If a user's tables follow one another in time, only these events are read; otherwise the whole history.
-    """
     located = [table.locate(rows) for table in tables]
     total = np.stack([count for _, count in located])
     before = np.cumsum(total, axis=0) - total
@@ -321,12 +317,30 @@ def take_merged(tables: Sequence[PackedTable], rows: Int, low: Int, high: Int) -
     begin = np.where(in_order, np.clip(low - before, 0, total), 0)
     counts = np.where(in_order, np.clip(high - before, 0, total), total) - begin
     offsets = offsets_of(counts.sum(0))
-    out = _empty(int(offsets[-1]), tables, offsets)
+    used = np.flatnonzero(counts.any(axis=1)).tolist() or [0]
+    parts = [take(tables[number], located[number][0] + begin[number], counts[number]) for number in used]
+    if len(parts) == 1:
+        return parts[0]
+    out = Histories(
+        np.empty(int(offsets[-1]), np.int32),
+        np.empty(int(offsets[-1]), np.int64),
+        np.empty(int(offsets[-1]), np.uint8),
+        None if any(part.rating is None for part in parts) else np.empty(int(offsets[-1]), np.float32),
+        offsets,
+        tables[0].features_at(slice(0, 0)).empty(int(offsets[-1])),
+    )
     next_free = offsets[:-1].copy()
-    for number, (table, (start, _)) in enumerate(zip(tables, located, strict=True)):
-        _copy(take(table, start + begin[number], counts[number]), out, ranges(next_free, counts[number]))
-        next_free += counts[number]
-    merged = _by_time(out)
+    for part in parts:
+        index = ranges(next_free, part.lengths)
+        next_free += part.lengths
+        out.item[index], out.timestamp[index], out.action[index] = part.item, part.timestamp, part.action
+        if out.rating is not None:
+            out.rating[index] = part.rating
+        for name, column in out.features.columns.items():
+            column[index] = part.features.columns[name]
+    merged = out
+    if not is_by_time(out.timestamp, offsets):
+        merged = out.at(np.lexsort((out.timestamp, out.owner)), offsets)
     return merged.select(np.where(in_order, 0, low), np.where(in_order, high - low, high))
 
 
@@ -347,70 +361,6 @@ def is_by_time(timestamp: Int, offsets: Int) -> bool:
     inner = offsets[1:-1]
     falls[inner[(inner > 0) & (inner < len(timestamp))] - 1] = False  # between users, time may fall
     return not falls.any()
-
-
-def _by_time(out: Histories) -> Histories:
-    """Each history sorted by time, keeping the order of equal times; returns the argument if all are sorted."""
-    if is_by_time(out.timestamp, out.offsets):
-        return out
-    return out.at(np.lexsort((out.timestamp, out.owner)), out.offsets)
-
-
-def slice_merged(tables: Sequence[PackedTable], row: int, low: int, high: int) -> Histories:
-    """Events [low, high) of one user's merged history, with 0 <= low <= high <= its length.
-
-    They are views if one table has them all. At most the times of the rest of the history are read.
-    """
-    rows = np.array([row], np.int64)
-    located = [(table, *table.locate(rows)) for table in tables]
-    located = [(table, start, count) for table, start, count in located if count[0]] or located[:1]
-    if len(located) == 1:
-        table, start, _ = located[0]
-        return take(table, start + low, np.array([high - low], np.int64))
-    offsets = np.array([0, high - low], np.int64)
-    if _in_order([table for table, _, _ in located], [(start, count) for _, start, count in located])[0]:
-        sizes = np.array([count[0] for _, _, count in located], np.int64)
-        before = np.cumsum(sizes) - sizes
-        begin, end = np.clip(np.array([[low], [high]]) - before, 0, sizes)
-        used = np.flatnonzero(end > begin).tolist() or [0]
-        parts = [take(located[i][0], located[i][1] + begin[i : i + 1], end[i : i + 1] - begin[i : i + 1]) for i in used]
-        if len(parts) == 1:
-            return parts[0]
-        order = np.arange(high - low)
-        bounds = np.cumsum([0, *(part.num_events for part in parts)])
-    else:
-        parts = [take(*place) for place in located]
-        bounds = np.cumsum([0, *(part.num_events for part in parts)])
-        order = np.argsort(np.concatenate([part.timestamp for part in parts]), kind="stable")[low:high]
-    out = _empty(high - low, [table for table, _, _ in located], offsets)
-    source = np.searchsorted(bounds, order, side="right") - 1
-    for number, part in enumerate(parts):
-        here = np.flatnonzero(source == number)
-        index = order[here] - bounds[number]
-        _copy(part.at(index, np.array([0, len(index)], np.int64)), out, here)
-    return out
-
-
-def _empty(num_events: int, tables: Sequence[PackedTable], offsets: Int) -> Histories:
-    """Histories to be filled from these tables."""
-    return Histories(
-        np.empty(num_events, np.int32),
-        np.empty(num_events, np.int64),
-        np.empty(num_events, np.uint8),
-        np.empty(num_events, np.float32) if all("rating" in table.columns for table in tables) else None,
-        offsets,
-        tables[0].features_at(slice(0, 0)).empty(num_events),
-    )
-
-
-def _copy(source: Histories, target: Histories, index: Int) -> None:
-    target.item[index] = source.item
-    target.timestamp[index] = source.timestamp
-    target.action[index] = source.action
-    if target.rating is not None and source.rating is not None:
-        target.rating[index] = source.rating
-    for name, column in target.features.columns.items():
-        column[index] = source.features.columns[name]
 
 
 MINUTE_MS = 60_000
